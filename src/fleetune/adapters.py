@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trainable when the weights are not: LoRA adapters, by PEFT, which is imported here alone.
+
+Hu et al. 2021, arXiv 2106.09685: a frozen layer `W0` becomes `W0 x + (alpha / r) B A x` with `A` [r, in] and
+`B` [out, r]; `B` starts at zero, so the model starts as it was.
+
+What PEFT leaves to chance is fixed here.  `A` starts as in PEFT (Kaiming-uniform with a = sqrt(5), that is
+uniform in +-1/sqrt(in)) but is drawn from Philox words keyed by (seed, tensor name): a function of the seed
+alone, equal on every machine, in any order, and no global generator moves.
+
+Adapter tensors are fp32 also on a 16-bit base (PEFT's own rule): their steps are far smaller than a bf16
+step.  Names are PEFT's file names without the "base_model.model." in front, e.g.
+`model.layers.0.self_attn.q_proj.lora_A.weight`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from peft import LoraConfig, LoraModel, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fleetune import fetch, models
+from fleetune.errors import MessageError, ModelError
+from fleetune.folders import staged
+from fleetune.models import Model
+
+ADAPTER: Final = "default"  # PEFT's name for a model's only adapter
+ALL_LINEAR: Final = "all-linear"
+INITS: Final = ("default",)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter that a model carries (`model.attachment`)."""
+
+    tuner: LoraModel
+    parameters: Mapping[str, nn.Parameter]  # by name, sorted
+
+
+def attach_lora(
+    model: Model,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    init: str = "default",
+    seed: int,
+) -> None:
+    """Give the linear layers of `model.net` adapters, in place; only these become trainable.
+
+    `targets` is "all-linear" (every linear layer but the output head) or the last parts of module names, as
+    a sequence or separated by commas.  `init` is "default".  ModelError when the model already carries
+    something, or a target or value cannot be used.
+    """
+    if model.attachment is not None:
+        raise ModelError(
+            f"the model already carries a {type(model.attachment).__name__}", hint="detach or merge it first"
+        )
+    if init not in INITS:
+        raise ModelError(f"no LoRA start named '{init}'", hint="choose one of " + ", ".join(INITS))
+    if r < 1 or not alpha > 0 or not 0 <= dropout < 1:
+        raise ModelError(
+            f"r = {r}, alpha = {alpha}, dropout = {dropout} cannot be",
+            hint="r >= 1, alpha > 0, 0 <= dropout < 1",
+        )
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=_targets(model.net, targets),
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=_public_name(model),
+    )
+    with _private_rng(model.device):
+        tuner = LoraModel(model.net, config, ADAPTER)
+    parameters = {}
+    for name, parameter in sorted(model.net.named_parameters(), key=lambda item: item[0]):
+        if f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name:
+            short = name.replace(f".{ADAPTER}.", ".")
+            parameter.data = _start(short, parameter, seed)
+            parameters[short] = parameter
+    model.net.eval()
+    model.attachment = Lora(tuner, dict(sorted(parameters.items())))
+
+
+def _targets(net: Any, targets: str | Sequence[str]) -> list[str]:
+    head = net.get_output_embeddings()
+    linear = {
+        n
+        for n, m in net.named_modules()
+        if m is not head and (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
+    }
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    if targets == ALL_LINEAR:
+        return leaves
+    wanted = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
+    unknown = [t for t in wanted if not any(n == t or n.endswith("." + t) for n in linear)]
+    if unknown or not wanted:
+        raise ModelError(
+            f"the model has no linear layer named '{', '.join(unknown)}'",
+            hint="choose from " + ", ".join(leaves),
+        )
+    return wanted
+
+
+def _start(name: str, parameter: Tensor, seed: int) -> Tensor:
+    shape = tuple(parameter.shape)
+    if ".lora_B." in name:
+        return torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+    values = models.uniform(f"lora/{seed}/{name}", shape, shape[1] ** -0.5)
+    return torch.from_numpy(values).to(parameter.device)
+
+
+@contextmanager
+def _private_rng(device: str) -> Iterator[None]:
+    """The global generators are afterwards what they were before."""
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _lora(model: Model) -> Lora:
+    if not isinstance(model.attachment, Lora):
+        raise ModelError("the model carries no adapter", hint="attach_lora first")
+    return model.attachment
+
+
+@contextmanager
+def training(model: Model, key: int) -> Iterator[None]:
+    """Train mode and gradients while the block runs; dropout is a function of `key` (64 bits) alone.
+
+    Global generators are put back and the net is in eval mode without gradients afterwards.
+    """
+    parameters = _lora(model).parameters.values()
+    with _private_rng(model.device), torch.enable_grad():
+        torch.manual_seed(key)
+        model.net.train()
+        try:
+            yield
+        finally:
+            model.net.eval()
+            for parameter in parameters:
+                parameter.grad = None
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+def trainable(model: Model) -> dict[str, nn.Parameter]:
+    """The trainable parameters, fp32, by name in name order.  ModelError when there is no adapter."""
+    return dict(_lora(model).parameters)
+
+
+def export(model: Model) -> dict[str, np.ndarray]:
+    """A copy of the adapter as fp32 arrays, by name in name order."""
+    return {n: p.detach().cpu().numpy().copy() for n, p in _lora(model).parameters.items()}
+
+
+def load_(model: Model, arrays: Mapping[str, np.ndarray]) -> None:
+    """Set the adapter.  MessageError, with nothing changed, unless names, shapes and dtype (fp32) agree."""
+    parameters = _lora(model).parameters
+    if arrays.keys() != parameters.keys():
+        odd = sorted(arrays.keys() ^ parameters.keys())
+        raise MessageError(f"adapter tensors differ in {len(odd)} names from this model's, e.g. '{odd[0]}'")
+    for name, parameter in parameters.items():
+        array = arrays[name]
+        if array.shape != tuple(parameter.shape) or array.dtype != np.float32:
+            raise MessageError(
+                f"adapter tensor '{name}' is {array.dtype.name} {list(array.shape)}, "
+                f"this model's is float32 {list(parameter.shape)}"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+
+
+def pairs(tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Layer -> the names of its (B [out, r], A [r, in]) among an adapter's tensor names."""
+    layers = sorted(n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight"))
+    return {layer: (f"{layer}.lora_B.weight", f"{layer}.lora_A.weight") for layer in layers}
+
+
+def digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 (hex) of an adapter's tensors, as `models.digest` of weights."""
+    return models.digest((n, torch.from_numpy(np.ascontiguousarray(tensors[n]))) for n in sorted(tensors))
+
+
+# ---------------------------------------------------------------- leaving the model
+
+
+def detach(model: Model) -> None:
+    """Take the adapter off: `model.net` is the base again, bit for bit."""
+    _lora(model).tuner.unload()
+    model.attachment = None
+
+
+def merge(model: Model) -> None:
+    """Fold the adapter into the weights: w <- round(w + (alpha / r) B A), added in fp32, rounded once.
+
+    The net then has the base's shape but other weights; `model.digest` is theirs.
+    """
+    tuner = _lora(model).tuner
+    with torch.no_grad():
+        for layer in model.net.modules():
+            if isinstance(layer, BaseTunerLayer):
+                weight = layer.get_base_layer().weight
+                weight.copy_(weight.float().add_(layer.get_delta_weight(ADAPTER).float()))
+    tuner.unload()
+    model.attachment = None
+    model.digest = models.digest(models.named_tensors(model.net))
+
+
+def save_peft(model: Model, path: Path) -> None:
+    """Write the adapter as a PEFT directory: adapter_config.json, adapter_model.safetensors, README.md.
+
+    `base_model_name_or_path` is the hub id (of a built-in too) or the last part of a local path, never a
+    path of this machine; `revision` the hub commit where it is known.  Whole or not at all; file modes by
+    the umask.  StorageError when the disk is full or not writable.
+    """
+    lora = _lora(model)
+    config = lora.tuner.peft_config[ADAPTER].to_dict()
+    config.update(
+        inference_mode=True,
+        target_modules=sorted(config["target_modules"]),
+        base_model_name_or_path=_public_name(model),
+        revision=fetch.source_of(model.path).get("commit"),
+    )
+    tensors = {f"base_model.model.{n}": p.detach().cpu().contiguous() for n, p in lora.parameters.items()}
+    with staged(path, replace="adapter_config.json") as folder, models.disk_errors(path):
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
+        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(model, config), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def _public_name(model: Model) -> str:
+    """What others can find the base by: a hub id, or the bare name of a local file or directory."""
+    if model.name in fetch.ORIGINS:
+        return fetch.ORIGINS[model.name].hub
+    local = Path(model.name).expanduser()
+    return local.name if local.is_absolute() or local.exists() else model.name
+
+
+def _card(model: Model, config: Mapping[str, Any]) -> str:
+    base = config["base_model_name_or_path"]
+    source = fetch.source_of(model.path).get("source")
+    told = f"- base weights as loaded: {source or model.name}, {model.dtype}, SHA-256 `{model.digest}`"
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- fleetune
+---
+
+# LoRA adapter for {base}
+
+Tuned with Fleetune.
+
+{told}
+- LoRA r = {config["r"]}, alpha = {config["lora_alpha"]}, on {", ".join(config["target_modules"])}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "PATH OF THIS FOLDER")
+```
+"""

@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `fleetune` command: parse, call, print.  No logic, and nothing heavy is imported before it is needed.
+
+Flags of `tune` are made from the recipe's fields, so they cannot drift from the TOML keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fleetune import __version__, recipe as recipes
+from fleetune.errors import FleetuneError, Interrupted, RecipeError, UsageError
+from fleetune.ui import RoundBar, Ui, human_bytes, human_count, human_time
+
+EXAMPLES = """\
+examples:
+  fleetune demo                                                a real job in minutes, nothing to configure
+  fleetune plan smollm2-135m --ram 4GB --uplink 1Mbps          which method fits this device
+  fleetune tune smollm2-135m data.jsonl --method fedkseed --clients 20 --rounds 10 --set K=4096
+  fleetune tune --resume latest                                go on after a stop
+  fleetune eval latest --tasks loss,rouge                      measure the tuned model
+  fleetune ledger verify latest                                prove what a model was made from
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code (0 ok, 1 failed, 2 usage, 3 does not fit, 4 fleet, 130 stopped)."""
+    args = _parser().parse_args(argv)
+    ui = Ui(quiet=args.quiet, json=args.json)
+    _environment(args)
+    try:
+        args.run(args, ui)
+    except FleetuneError as error:
+        ui.error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        ui.error(Interrupted("stopped"))
+        return 130
+    return 0
+
+
+def _environment(args: argparse.Namespace) -> None:
+    level = logging.DEBUG if args.verbose > 1 else logging.INFO if args.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("fleetune").setLevel(level)
+    for noisy in ("transformers", "numba", "httpx", "huggingface_hub", "peft"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+# Parsing --------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fleetune",
+        description="Fine-tune language models across a fleet of edge devices.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fleetune {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    common = _common()
+
+    def add(name: str, run: Callable[[argparse.Namespace, Ui], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, parents=[common], help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = add("demo", _demo, "tune smollm2-135m over the built-in demo fleet, twice: FedIT, then FedKSeed")
+    sub.add_argument("--quick", action="store_true", help="the same path in a minute, with fewer steps")
+    sub = add("plan", _plan, "memory, traffic and time of every method for a model, before any work")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--ram", help="memory of a device, e.g. 4GB: says what fits")
+    sub.add_argument("--uplink", help="its uplink, e.g. 1Mbps: says how long a round's traffic takes")
+    sub.add_argument("--batch", type=int, default=1, help="rows a step (default 1)")
+    sub.add_argument("--length", type=int, default=256, help="tokens a row (default 256)")
+    sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="type of the weights")
+    sub.add_argument("--steps", type=int, default=200, help="local steps a round (default 200)")
+    _tune_arguments(add("tune", _tune, "fine-tune a model over a simulated fleet"))
+    sub = add("eval", _eval, "measure a model or a finished run")
+    sub.add_argument("model", metavar="RUN|MODEL")
+    sub.add_argument("data", metavar="DATA", nargs="?", help="rows to measure on (a run: its own held-out rows)")
+    sub.add_argument("--tasks", default="loss,rouge", help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge)")
+    sub.add_argument("--limit", type=int, default=200, help="rows at most (default 200)")
+    sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
+    sub.add_argument("--text", help="plain text file for perplexity")
+    sub.add_argument("--labels", help="label words for accuracy, comma-separated")
+    sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"])
+    sub.add_argument("--device", default="auto")
+    _ledger_arguments(add("ledger", _ledger, "show, verify, replay, compare and combine seed ledgers"))
+    sub = add("export", _export, "write a tuned model in another format")
+    sub.add_argument("run_", metavar="RUN")
+    sub.add_argument("--to", default="hf", choices=["hf", "peft"], help="hf: a full model; peft: the adapter")
+    sub.add_argument("--dir", help="folder to write (default: inside the run)")
+    sub = add("runs", _runs, "list, show, compare or remove runs")
+    sub.add_argument("action", nargs="?", default="list", choices=["list", "show", "compare", "rm"])
+    sub.add_argument("names", metavar="RUN", nargs="*")
+    sub = add("methods", _methods, "list the tuning methods, or one with its settings")
+    sub.add_argument("name", metavar="NAME", nargs="?")
+    sub = add("models", _models, "list the built-in models, or fetch one")
+    sub.add_argument("action", nargs="?", default="list", choices=["list", "pull"])
+    sub.add_argument("name", metavar="NAME", nargs="?")
+    return parser
+
+
+def _common() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    group = common.add_argument_group("everywhere")
+    group.add_argument("--json", action="store_true", help="one JSON object per event on stdout")
+    group.add_argument("--out", default="runs", metavar="DIR", help="folder of the runs (default ./runs)")
+    group.add_argument("--offline", action="store_true", help="never use the network")
+    group.add_argument("-q", "--quiet", action="count", default=0, help="say less (-qq: errors alone)")
+    group.add_argument("-v", "--verbose", action="count", default=0, help="say more (-vv: everything)")
+    return common
+
+
+def _tune_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", nargs="?", help="hub id, HF directory, GGUF file or built-in name")
+    sub.add_argument("data", metavar="DATA", nargs="?", help="JSONL, CSV or Parquet file, hub id, or 'demo'")
+    sub.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
+    sub.add_argument("--resume", metavar="RUN", help="go on with a stopped run (a path, a number, or latest)")
+    sub.add_argument("--dry-run", action="store_true", help="check recipe, data and model, then stop")
+    sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat")
+    group = sub.add_argument_group("recipe")
+    for name, (kind, default, text) in recipes.fields().items():
+        if name in ("model", "data", "set"):
+            continue
+        shown = "" if default is dataclasses.MISSING else f" (default {default})"
+        group.add_argument(f"--{name.replace('_', '-')}", dest=f"recipe_{name}", metavar=kind.__name__.upper(), help=text + shown)
+
+
+def _ledger_arguments(sub: argparse.ArgumentParser) -> None:
+    choices = ["show", "verify", "replay", "diff", "merge", "truncate", "drop", "scale", "compact", "export"]
+    sub.add_argument("action", choices=choices)
+    sub.add_argument("files", metavar="FILE|RUN", nargs="+")
+    sub.add_argument("--model", help="the base model (a run knows its own)")
+    sub.add_argument("--to", metavar="PATH", help="file (or folder, for export) to write")
+    sub.add_argument("--round", type=int, help="for truncate: the last round kept; for drop: the round left out")
+    sub.add_argument("--factor", type=float, help="for scale")
+    sub.add_argument("--threads", type=int, help="replay with so many threads")
+    sub.add_argument("--backend", default="auto", choices=["auto", "numba", "torch"], help="replay with these kernels")
+
+
+# Tuning ---------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """A run on the console: header, a line a round, the bar; and it hears Ctrl-C between two steps."""
+
+    def __init__(self, ui: Ui, bar: RoundBar, run: Path) -> None:
+        self.ui, self.bar, self.resume = ui, bar, f"fleetune tune --resume {run}"
+        self.stop = False
+        self.round = self.clients = 0
+        self.last: Mapping[str, Any] = {}
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """The panel over the run."""
+        self.ui.header(title, rows)
+
+    def note(self, text: str) -> None:
+        """A remark."""
+        self.ui.note(text)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Show an event; JSON mode prints it as it is."""
+        self.ui.event(event)
+        shown = {"client": self._client, "round": self._round, "eval": self._eval}.get(str(event["event"]))
+        if shown:
+            shown(event)
+
+    def step(self, client: int, step: int) -> None:
+        """Move the bar; stop here if Ctrl-C was pressed."""
+        self.bar.update(client=self.clients + 1, step=step)
+        if self.stop:
+            raise Interrupted(f"stopped after round {self.round}; nothing that was finished is lost", hint=self.resume)
+
+    def _client(self, event: Mapping[str, Any]) -> None:
+        self.clients += 1
+        if event["status"] in ("refused", "failed"):
+            self.ui.note(f"round {event['round']}: client {event['client']} {event['status']}: {event['reason']}")
+
+    def _round(self, event: Mapping[str, Any]) -> None:
+        self.last, self.round, self.clients = event, int(event["round"]), 0
+        self.bar.update(round=self.round)
+
+    def _eval(self, event: Mapping[str, Any]) -> None:
+        last = self.last if event["round"] else {}
+        asked, good = last.get("clients", 0), last.get("accepted", 0)
+        self.ui.round_line(
+            int(event["round"]), event["loss"],
+            sent=last["bytes_up"] / max(1, good) if last else None,
+            received=last["bytes_down"] / asked if last else None,
+            seconds=last.get("seconds"), rounds=self.bar.rounds,
+            note=f"{good} of {asked} clients" if good < asked else "",
+        )  # fmt: skip
+
+    def interrupt(self, signum: int, frame: FrameType | None) -> None:
+        """The handler of Ctrl-C: the first waits for the step to end, the second does not."""
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+        self.ui.note("stopping after this step (Ctrl-C again: at once)")
+
+
+def _tune(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune import rundir
+
+    if args.resume:
+        path = rundir.find(args.resume, Path(args.out))
+        given = [a for a in ("model", "data", "config") if getattr(args, a)] + list(_flags(args)) + args.set
+        if given:
+            raise UsageError(f"--resume goes on with the run's own recipe; it takes no {given[0]}",
+                             hint=f"fleetune tune --resume {path}")
+        recipe = recipes.make(recipes.read(path / "run.toml"))
+        _run_recipe(recipe, args, ui, path)
+        return
+    _run_recipe(_recipe(args), args, ui, None)
+
+
+def _flags(args: argparse.Namespace) -> dict[str, str]:
+    given = {k.removeprefix("recipe_"): v for k, v in vars(args).items() if k.startswith("recipe_")}
+    return {k: v for k, v in given.items() if v is not None}
+
+
+def _recipe(args: argparse.Namespace) -> recipes.Recipe:
+    values: dict[str, Any] = recipes.read(Path(args.config)) if args.config else {}
+    values |= {k: v for k, v in (("model", args.model), ("data", args.data)) if v}
+    values |= _flags(args)
+    chosen = dict(values.get("set", {}))
+    for pair in args.set:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise RecipeError([f"--set {pair!r} is not NAME=VALUE"], hint="for example --set K=4096")
+        chosen[name.strip()] = value.strip()
+    values["set"] = chosen
+    return recipes.make(values)
+
+
+def _run_recipe(recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui, resume: Path | None) -> Mapping[str, Any]:
+    from fleetune import job as jobs, rundir
+
+    jobs.check(recipe)
+    if resume is not None and (done := _already_done(resume)):
+        ui.note(f"{resume} is finished already")
+        return _finished(done, ui)
+    run = rundir.RunDir(resume) if resume else None
+    job = jobs.prepare(recipe, offline=args.offline)
+    if getattr(args, "dry_run", False):
+        ui.note(f"the recipe is good: {len(job.rows)} clients, {sum(map(len, job.rows))} rows, {len(job.held)} held out")
+        ui.event({"event": "checked", "clients": len(job.rows), "rows": sum(map(len, job.rows))})
+        return {}
+    with run or rundir.create(Path(args.out), recipe.method, recipe.model) as run:
+        clients = len(jobs.rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
+        with ui.progress(recipe.rounds, clients) as bar:
+            screen = Screen(ui, bar, run.path)
+            before = signal.signal(signal.SIGINT, screen.interrupt)
+            try:
+                done = jobs.tune(job, run, screen)
+            finally:
+                signal.signal(signal.SIGINT, before)
+    return _finished(done, ui)
+
+
+def _already_done(run: Path) -> Mapping[str, Any] | None:
+    from fleetune import rundir
+
+    if (run / "status").is_file() and (run / "status").read_text().strip() == "done":
+        return next((e for e in rundir.events(run) if e["event"] == "done"), None)
+    return None
+
+
+def _finished(done: Mapping[str, Any], ui: Ui) -> Mapping[str, Any]:
+    costs = [
+        ("bytes over the fleet", human_bytes(done["bytes_up"] + done["bytes_down"]),
+         f"up {human_bytes(done['bytes_up'])}, down {human_bytes(done['bytes_down'])}"),
+        ("wall time · peak memory", f"{human_time(done['wall'])} · {human_bytes(done['peak_rss'])}", ""),
+    ]  # fmt: skip
+    ui.final_table(done["base"], done["tuned"], rows=done["rows"], costs=costs)
+    run = done["run"]
+    rows = [("report", f"{run}/report.html"), ("result", f"{done['result']} ({human_bytes(done['result_bytes'])})")]
+    rows += [("digest", str(done["digest"])), ("samples", f"{run}/samples.md"), ("next", f"fleetune eval {run}")]
+    ui.paths(rows)
+    return done
+
+
+def _demo(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune import demo, models
+
+    with ui.count("smollm2-135m", 0, size=True) as bar:
+        models.pull("smollm2-135m", offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what))
+    for recipe in demo.recipes(quick=args.quick):
+        _run_recipe(recipe, args, ui, None)
+
+
+# The other commands ---------------------------------------------------------------------------------
+
+
+def _plan(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune import models, plan
+
+    config = models.load_config(args.model, offline=args.offline)
+    work = plan.Work(batch=args.batch, length=args.length, steps=args.steps, dtype=args.dtype)
+    rows = plan.table(config, work, ram=plan.parse_bytes(args.ram), uplink=plan.parse_rate(args.uplink))
+    if ui.json:
+        for row in rows:
+            ui.event({"event": "plan", "model": args.model, **dataclasses.asdict(row)})
+        return
+    shown = plan.describe(config, args.model, work)
+    ui.header("fleetune plan", shown)
+    ui.table(plan.COLUMNS, [plan.cells(row) for row in rows], align="lrrrrl")
+    ui.paths([("next", f"fleetune tune {args.model} DATA --method {plan.best(rows)}")])
+
+
+def _eval(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune import data, evaluate
+
+    tasks = evaluate.check_tasks([t.strip() for t in args.tasks.split(",") if t.strip()])
+    model, examples = _subject(args)
+    values = evaluate.evaluate(
+        model, examples[: args.limit], tasks, max_new_tokens=args.answer_tokens,
+        labels=args.labels.split(",") if args.labels else (), texts=data.read_text(args.text) if args.text else (),
+    )  # fmt: skip
+    ui.event({"event": "eval", "model": args.model, "rows": len(examples[: args.limit]), **values})
+    if not ui.json:
+        ui.table(["task", "value"], [[k, round(v, 4)] for k, v in values.items()])
+
+
+def _subject(args: argparse.Namespace) -> tuple[Any, Sequence[Any]]:
+    """(model, rows) of `eval`: a run with its own held-out rows, or a model with given ones."""
+    from fleetune import data, job, methods, models, rundir, tuned
+
+    run = _run_or_none(args.model, args.out)
+    if run is None:
+        if not args.data and not args.text:
+            raise UsageError("eval of a model needs DATA", hint=f"fleetune eval {args.model} data.jsonl")
+        examples = data.read(args.data, offline=args.offline) if args.data else []
+        return models.load(args.model, dtype=args.dtype, device=args.device, offline=args.offline), examples
+    recipe = tuned.recipe_of(run)
+    if args.data:
+        examples = data.read(args.data, offline=args.offline)
+    else:
+        parts = job.split(recipe, methods.entry(recipe.method), offline=args.offline)
+        examples = [parts.examples[i] for i in parts.held.tolist()]
+    return tuned.load(run, offline=args.offline, device=args.device), examples
+
+
+def _run_or_none(name: str, out: str) -> Path | None:
+    from fleetune import rundir
+
+    if name == "latest" or name.isdigit() or (Path(name) / "run.toml").is_file() or (Path(out) / name / "run.toml").is_file():
+        return rundir.find(name, Path(out))
+    return None
+
+
+def _ledger(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.commands import ledger
+
+    ledger.run(args, ui, [_run_or_none(f, args.out) or Path(f) for f in args.files])
+
+
+def _export(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune import rundir, tuned
+
+    run = rundir.find(args.run_, Path(args.out))
+    recipe = tuned.recipe_of(run)
+    if args.to == "peft":
+        tuned.export_peft(run, Path(args.dir)) if args.dir else None
+        ui.paths([("result", str(args.dir or run / "adapter"))])
+        return
+    out = Path(args.dir) if args.dir else run / "hf"
+    card = f"# {run.name}\n\n{recipe.model} tuned by Fleetune ({recipe.method}) on {Path(recipe.data).name}.\n"
+    digest = tuned.export_hf(tuned.load(run, offline=args.offline, device="cpu"), out, card=card)
+    ui.event({"event": "export", "path": str(out), "digest": digest})
+    ui.paths([("result", str(out)), ("digest", digest)])
+
+
+def _runs(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.commands import runs
+
+    runs.ACTIONS[args.action](args, ui)
+
+
+def _methods(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune import methods
+
+    if args.name:
+        entry = methods.entry(args.name)
+        settings = methods.settings(args.name)
+        for s in settings:
+            ui.event({"event": "setting", "method": entry.name, **dataclasses.asdict(s), "type": s.type.__name__})
+        if not ui.json:
+            ui.paths([("method", entry.summary), ("paper", entry.paper), ("sends", entry.sends), ("leaves", entry.kind)])
+            rows = [[s.name, s.symbol, s.type.__name__, s.default, s.help] for s in settings]
+            ui.table(["--set", "symbol", "type", "default", "meaning"], rows, align="lllll")
+        return
+    found = methods.entries().values()
+    for e in found:
+        ui.event({"event": "method", "name": e.name, "kind": e.kind, "paper": e.paper, "sends": e.sends})
+    if not ui.json:
+        ui.table(["method", "leaves", "sends", "paper"], [[e.name, e.kind, e.sends, e.paper] for e in found])
+        ui.paths([("next", "fleetune methods NAME")])
+
+
+def _models(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune import models
+
+    if args.action == "pull":
+        if not args.name:
+            raise UsageError("pull needs the name of a model", hint="fleetune models pull smollm2-135m")
+        with ui.count(args.name, 0, size=True) as bar:
+            path = models.pull(args.name, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what))
+        ui.event({"event": "pulled", "name": args.name, "path": str(path)})
+        ui.paths([("result", str(path))])
+        return
+    found = models.builtin()
+    for m in found:
+        ui.event({"event": "model", **m._asdict()})
+    if not ui.json:
+        ui.table(["model", "parameters", "licence", "here", "source"],
+                 [[m.name, human_count(m.params), m.licence, "yes" if m.cached else "no", m.source] for m in found])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a data source to a client's batches: read the rows, give them to clients, make tokens of them.
+
+The names of `encode.py` are loaded when first used: they need torch, and checking a recipe does not.  The
+functions `encode` and `partition` are imported from the modules of the same name, which they would hide.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from fleetune.data.examples import Example, read, read_text
+from fleetune.data.partition import check_partition_spec, hold_out, keyed_order
+
+if TYPE_CHECKING:
+    from fleetune.data.encode import (
+        Batch,
+        Batches,
+        Encoded,
+        collate,
+        encode_all,
+        prompt_ids,
+        stop_ids,
+    )
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Encoded",
+    "Example",
+    "check_partition_spec",
+    "collate",
+    "encode_all",
+    "hold_out",
+    "keyed_order",
+    "prompt_ids",
+    "read",
+    "read_text",
+    "stop_ids",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("fleetune.data.encode"), name)

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples to tokens with a loss mask, and a client's rows to batches.
+
+A row is the prompt, written by the tokenizer's own chat template up to and with the marker after which the
+assistant speaks, followed by the answer: everything the model must produce after that marker, up to and
+with one end-of-turn token.  The loss is on the answer alone.  The prompt's tokens are those that
+`generate` is given (`prompt_ids`), so the model is trained and asked in the same words.
+
+A template is rendered twice, to the prompt and to the whole conversation.  Where the tokens of the first
+begin those of the second, the rest is the answer.  Where they do not (a token grew over the seam, or the
+template writes past turns differently), the answer's text is made into tokens on its own.
+
+A tokenizer without a chat template gets this plain layout, Alpaca's without its opening sentence, after
+the tokens the tokenizer puts at the start of a text:
+
+    {system}\\n\\n### Instruction:\\n{user}\\n\\n### Response:\\n{assistant}\\n\\n### Instruction:\\n...
+
+and its answers end with the tokenizer's end-of-text token.
+
+A row longer than `max_length` first loses the middle of its prompt (the opening with the instruction and
+the end with the marker stay), down to a quarter of `max_length`; only then the end of its answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jinja2 import TemplateError
+
+from fleetune.data.examples import Example
+from fleetune.data.partition import keyed_order
+from fleetune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+MASKED = -100  # the label that torch's cross-entropy leaves out
+CHUNK = 512  # rows given to the tokenizer at once
+# Some templates (Llama 3.2) write today's date unless told one; a run must not depend on its day.
+DATE = "26 Jul 2024"
+PLAIN = {"system": "{}\n\n", "user": "### Instruction:\n{}\n\n", "assistant": "### Response:\n{}\n\n"}
+PLAIN_MARKER = "### Response:\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A row as tokens: `ids` [T] int32, of which the first `n_prompt` bear no loss."""
+
+    ids: npt.NDArray[np.int32]
+    n_prompt: int
+
+
+class Batch(NamedTuple):
+    """Rows padded on the right to the longest: int64 [B, T] each; `labels` is -100 where there is no loss."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Encode one example in at most `max_length` tokens (see the module).
+
+    DataError when the chat template refuses the conversation, or no token of the answer is left.
+    """
+    rows, _ = encode_all([example], tokenizer, max_length)
+    if not rows:
+        raise DataError(
+            f"no token of the answer is left: {example.response[:40]!r}",
+            hint="the tokenizer knows none of its characters; leave the row out or use another model",
+        )
+    return rows[0]
+
+
+def encode_all(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[Encoded], npt.NDArray[np.int64]]:
+    """Encode all examples: the encoded rows, and the index in `examples` of each of them.
+
+    Rows of whose answer no token is left are dropped, and their number logged.  DataError as for `encode`.
+    """
+    _check_length(max_length)
+    marks = _marks(tokenizer)
+    rows: list[Encoded] = []
+    kept: list[int] = []
+    cut = 0
+    for start in range(0, len(examples), CHUNK):
+        for index, (prompt, answer) in enumerate(_pieces(examples, start, tokenizer), start):
+            answer, has_text = _close(answer, tokenizer, marks)
+            if has_text:
+                cut += len(prompt) + len(answer) > max_length
+                rows.append(_fit(prompt, answer, max_length))
+                kept.append(index)
+    if len(rows) < len(examples):
+        log.warning(
+            "%d of %d rows dropped: no token of the answer is left", len(examples) - len(rows), len(examples)
+        )
+    if cut:
+        log.info("%d of %d rows cut to %d tokens", cut, len(rows), max_length)
+    return rows, np.array(kept, dtype=np.int64)
+
+
+def prompt_ids(
+    example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> npt.NDArray[np.int32]:
+    """The prompt's tokens [T] int32 up to and with the assistant's marker, its middle cut to `max_length`."""
+    _check_length(max_length)
+    (ids,) = _tokens(tokenizer, [_render(example, tokenizer, 0)[0]])
+    return np.array(_cut_middle(ids, max_length), dtype=np.int32)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer: the end-of-turn token of encoded rows and the end-of-text token.
+
+    They differ in some families (Gemma, Phi), where generation that waits for the latter would run on.
+    """
+    last = int(encode(Example((("user", "a"),), "a"), tokenizer, 1 << 20).ids[-1])
+    eos = tokenizer.eos_token_id
+    ends = {last} & (_marks(tokenizer) | {eos})
+    return tuple(sorted(ends | ({eos} if eos is not None else set())))
+
+
+def collate(rows: Sequence[Encoded], pad_id: int, device: str | torch.device = "cpu") -> Batch:
+    """Rows to one batch on `device`, padded on the right with `pad_id` to the longest row."""
+    width = max(len(row.ids) for row in rows)
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    labels = np.full((len(rows), width), MASKED, dtype=np.int64)
+    for b, row in enumerate(rows):
+        ids[b, : len(row.ids)] = row.ids
+        mask[b, : len(row.ids)] = 1
+        labels[b, row.n_prompt : len(row.ids)] = row.ids[row.n_prompt :]
+    return Batch(*(torch.from_numpy(array).to(device) for array in (ids, mask, labels)))
+
+
+class Batches:
+    """One client's rows for one round, in an order fixed by a 64-bit key.
+
+    Pass p over the rows goes in the order `keyed_order(key, p, n)`, the same on every platform.
+    """
+
+    def __init__(
+        self, rows: Sequence[Encoded], pad_id: int, key: int, device: str | torch.device = "cpu"
+    ) -> None:
+        """DataError if there are no rows."""
+        if not rows:
+            raise DataError("no rows for a client", hint="use fewer clients, more data, or a larger min_rows")
+        self.n = len(rows)
+        self._rows = rows
+        self._pad_id = pad_id
+        self._key = key
+        self._device = device
+
+    def steps(self, count: int, batch_size: int) -> Iterator[Batch]:
+        """Exactly `count` batches of min(batch_size, n) rows, taken from one pass after the other.
+
+        A batch may end one pass and begin the next, so that all batches are of one size.
+        """
+        size = min(batch_size, self.n)
+        queue: list[int] = []
+        number = 0
+        for _ in range(count):
+            while len(queue) < size:
+                queue += self._order(number)
+                number += 1
+            yield self._batch(queue[:size])
+            del queue[:size]
+
+    def epochs(self, epochs: int, batch_size: int) -> Iterator[Batch]:
+        """Every row once per epoch; the last batch of an epoch may be smaller."""
+        for epoch in range(epochs):
+            order = self._order(epoch)
+            for start in range(0, self.n, batch_size):
+                yield self._batch(order[start : start + batch_size])
+
+    def _order(self, number: int) -> list[int]:
+        order: list[int] = keyed_order(self._key, number, self.n).tolist()
+        return order
+
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        return collate([self._rows[i] for i in indices], self._pad_id, self._device)
+
+
+def _check_length(max_length: int) -> None:
+    if max_length < 2:
+        raise DataError(
+            f"max_length must be at least 2 tokens, got {max_length}", hint="256 to 1024 is usual"
+        )
+
+
+def _render(example: Example, tokenizer: PreTrainedTokenizerBase, index: int) -> tuple[str, str]:
+    """The prompt and the whole conversation as text."""
+    if tokenizer.chat_template is None:
+        prompt = "".join(PLAIN[role].format(content) for role, content in example.messages) + PLAIN_MARKER
+        return prompt, prompt + example.response
+    turns = [{"role": role, "content": content} for role, content in example.messages]
+    answer = {"role": "assistant", "content": example.response}
+    try:
+        return (
+            tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, date_string=DATE
+            ),
+            tokenizer.apply_chat_template([*turns, answer], tokenize=False, date_string=DATE),
+        )
+    except TemplateError as error:
+        raise DataError(
+            f"row {index + 1}: the model's chat template refuses the conversation: {error}",
+            hint="some templates take no system turn, or only user and assistant in turn; "
+            "change these rows or use another model",
+        ) from error
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Texts to tokens: as the template wrote them; plain ones with the start the tokenizer gives a text."""
+    plain = tokenizer.chat_template is None
+    lists = _raw_tokens(tokenizer, texts, special=plain)
+    eos = tokenizer.eos_token_id
+    return [ids[:-1] if plain and ids and ids[-1] == eos else ids for ids in lists]
+
+
+def _raw_tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool
+) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return ids
+
+
+def _pieces(
+    examples: Sequence[Example], start: int, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The prompt's and the answer's tokens of the chunk at `start`."""
+    chunk = examples[start : start + CHUNK]
+    texts = [_render(example, tokenizer, start + i) for i, example in enumerate(chunk)]
+    prompts = _tokens(tokenizer, [prompt for prompt, _ in texts])
+    wholes = _tokens(tokenizer, [whole for _, whole in texts])
+    for example, text, prompt, whole in zip(chunk, texts, prompts, wholes, strict=True):
+        if whole[: len(prompt)] == prompt:
+            yield prompt, whole[len(prompt) :]
+        else:
+            yield prompt, _raw_tokens(tokenizer, [_answer_text(example, *text)], special=False)[0]
+
+
+def _answer_text(example: Example, prompt: str, whole: str) -> str:
+    """The text of the answer within the whole conversation, its end marker with it."""
+    if whole.startswith(prompt):
+        return whole[len(prompt) :]
+    at = whole.rfind(example.response.strip())  # templates may strip what they are given, no more
+    return whole[at:] if at >= 0 else example.response
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that a template may write at the end of a turn: all special ones but 'unknown'."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset((special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id})
+
+
+def _close(
+    answer: list[int], tokenizer: PreTrainedTokenizerBase, marks: frozenset[int]
+) -> tuple[list[int], bool]:
+    """The answer with one end-of-turn token as its last, and whether it has any token besides.
+
+    What a template writes after that token (a line break, a second end) is cut; where it writes none, the
+    end-of-text token is added, if the tokenizer has one.
+    """
+    text_end = len(answer)
+    end = None
+    while text_end > 0:
+        token = answer[text_end - 1]
+        if token in marks:
+            end = text_end
+        elif tokenizer.decode([token]).strip():
+            break
+        text_end -= 1
+    if end is not None:
+        return answer[:end], text_end > 0
+    eos = tokenizer.eos_token_id
+    return (answer if eos is None else [*answer, eos]), text_end > 0
+
+
+def _fit(prompt: list[int], answer: list[int], max_length: int) -> Encoded:
+    """Prompt and answer in `max_length` tokens: the prompt gives way first, down to a quarter of them."""
+    least = min(len(prompt), max(1, max_length // 4))
+    answer = answer[: max_length - least]
+    prompt = _cut_middle(prompt, max_length - len(answer))
+    return Encoded(np.array(prompt + answer, dtype=np.int32), len(prompt))
+
+
+def _cut_middle(ids: list[int], room: int) -> list[int]:
+    """The first and last tokens of `ids`, `room` in all, the odd one at the end."""
+    if len(ids) <= room:
+        return ids
+    return ids[: room // 2] + ids[len(ids) - (room + 1) // 2 :]

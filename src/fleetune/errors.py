@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error Fleetune raises on purpose, and the exit code each one ends the command with.
+
+    FleetuneError            1   something failed while working
+    |-- UsageError           2   the command, recipe, data or model is not usable as given
+    |   |-- RecipeError      2   options: every problem of a recipe at once
+    |   |-- DataError        2   a data file: names the file, line and field
+    |   `-- ModelError       2   a model that cannot be found, read or used here
+    |-- LedgerError          1   a ledger that is damaged or belongs to another base model
+    |-- MessageError         1   bytes or replies that are not what was agreed
+    |-- StorageError         1   the disk is full, read-only or lost a file
+    |-- FitError             3   it does not fit the device
+    `-- FleetError           4   the fleet: nobody answered, or too few did
+
+A message says what failed and the value seen; `hint` says what to do next.  `Interrupted` (130) is not
+an error: it is how Ctrl-C ends a run after its last completed round.
+"""
+
+from __future__ import annotations
+
+
+class FleetuneError(Exception):
+    """Base of all errors; `message` is what failed, `hint` the next thing to try."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(FleetuneError):
+    """The command cannot be carried out as it was given."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """One or more options are wrong; `problems` lists them all."""
+
+    def __init__(self, problems: list[str], *, hint: str | None = None) -> None:
+        super().__init__("\n  ".join(problems), hint=hint)
+        self.problems = problems
+
+
+class DataError(UsageError):
+    """A data set is missing, malformed or empty."""
+
+
+class ModelError(UsageError):
+    """A model cannot be found, fetched, read or used for this."""
+
+
+class LedgerError(FleetuneError):
+    """A ledger is damaged, or was made on another base model."""
+
+
+class MessageError(FleetuneError):
+    """Bytes that are not a payload, or a reply that breaks its agreement."""
+
+
+class StorageError(FleetuneError):
+    """The disk is full, read-only, or a file of the run is gone."""
+
+
+class FitError(FleetuneError):
+    """The job does not fit the device."""
+
+    exit_code = 3
+
+
+class FleetError(FleetuneError):
+    """The fleet did not answer, or not enough of it did."""
+
+    exit_code = 4
+
+
+class Interrupted(FleetuneError):
+    """Stopped by the user between two steps; nothing that was acknowledged is lost."""
+
+    exit_code = 130

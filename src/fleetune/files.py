@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are either the old ones or the new ones, never half of either."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from fleetune.errors import StorageError
+
+
+def default_mode() -> int:
+    """The mode a plain `open` would give a new file under the current umask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def write_atomic(path: Path, data: bytes | str, *, mode: int | None = None) -> None:
+    """Write `data` to a temporary file beside `path`, flush it to the disk, and rename it into place.
+
+    `mode` is the file's mode (default: by the umask).  StorageError when the disk is full, read-only or
+    the folder is missing; then `path` is what it was.
+    """
+    raw = data.encode() if isinstance(data, str) else data
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, default_mode() if mode is None else mode)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """The clear form of an operating-system error met while writing `path`."""
+    reasons = {
+        errno.ENOSPC: ("the disk is full", "free some space, then resume: nothing written before is lost"),
+        errno.EDQUOT: ("the disk quota is used up", "free some space, then resume: nothing written before is lost"),
+        errno.EROFS: ("the file system is read-only", "choose a writable folder with --out"),
+        errno.EACCES: ("permission denied", "choose a writable folder with --out"),
+        errno.EPERM: ("not permitted", "choose a writable folder with --out"),
+        errno.ENOENT: ("the folder is gone", "choose an existing folder with --out"),
+        errno.ENOTDIR: ("a file stands where a folder is needed", "choose another folder with --out"),
+    }
+    what, hint = reasons.get(error.errno or 0, (error.strerror or str(error), "check the disk and the folder"))
+    return StorageError(f"cannot write {path}: {what}", hint=hint)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is this folder a Hugging Face directory that can be used?  Said before any weights are read.
+
+The layout is transformers' own: config.json, model.safetensors (or shards and their index), tokenizer.json,
+tokenizer_config.json, generation_config.json, chat_template.jinja.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import transformers
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fleetune.errors import ModelError
+
+NAME_HINT: Final = "give a built-in name (fleetune models), a model directory, a .gguf file or a hub id"
+
+
+def check_folder(folder: Path) -> None:
+    """ModelError unless the directory holds a configuration, safetensors weights and a tokenizer."""
+    config_of(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} is damaged ({error})", hint="fetch the model again") from error
+        missing = sorted(s for s in shards if not (folder / s).is_file())
+        if missing:
+            raise ModelError(
+                f"{folder} lacks {len(missing)} of its weight files: {missing[0]}, ..", hint="fetch it again"
+            )
+    elif not (folder / "model.safetensors").is_file():
+        pickled = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
+        raise ModelError(
+            f"{folder} has a configuration but no weights (model.safetensors)"
+            + (f"; {pickled[0]} is a pickle, which is never read" if pickled else ""),
+            hint="save it as safetensors (save_pretrained does)" if pickled else "fetch the model again",
+        )
+    if not any(
+        (folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
+        raise ModelError(
+            f"{folder} has no tokenizer (tokenizer.json)", hint="save the tokenizer beside the model"
+        )
+
+
+def config_of(folder: Path) -> Any:
+    """A directory's transformers configuration; ModelError unless it is a plain causal language model."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"'{folder}' is not a model directory: it has no config.json", hint=_instead(folder))
+    try:
+        raw = json.loads(file.read_bytes())
+        kind = raw["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{file} is not a model configuration ({error!r})", hint="fetch the model again"
+        ) from error
+    again = "use a causal language model, such as: fleetune models"
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        own = (
+            "needs code of its own, which is never run"
+            if "auto_map" in raw
+            else "is not a causal language model"
+        )
+        raise ModelError(
+            f"{folder} is of type '{kind}', which {own} (transformers {transformers.__version__})", hint=again
+        )
+    stated = raw.get("architectures") or []
+    if stated and not set(stated) & _causal_classes():
+        raise ModelError(
+            f"{folder} holds a {stated[0]}, which does not generate text from left to right", hint=again
+        )
+    if raw.get("is_encoder_decoder"):
+        raise ModelError(f"{folder} holds an encoder-decoder ({kind})", hint=again)
+    if quantised := raw.get("quantization_config"):
+        how = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
+        raise ModelError(
+            f"{folder} is quantised ({how}); plain weights are needed", hint="use the model it was made from"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a configuration class may raise anything for a wrong value
+        raise ModelError(f"{file} cannot be used: {short(error)}", hint="fetch the model again") from error
+
+
+def _causal_classes() -> set[str]:
+    names: set[str] = set()
+    for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        names.update((entry,) if isinstance(entry, str) else entry)
+    return names
+
+
+def _instead(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter: give the base model that its adapter_config.json names"
+    if files := sorted(folder.glob("*.gguf")):
+        return f"give the file: {files[0]}"
+    return NAME_HINT
+
+
+def short(error: BaseException) -> str:
+    """The first line of an error's text, cut to a length that fits a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe to a finished run: load, check, split, run the loop, leave the result.
+
+Everything that can be wrong with a recipe, its data or its model is found before the first step; the data
+before the model, since it is read faster.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fleetune import adapters, data, evaluate, methods, models, recipe as recipes, report, rounds, rundir
+from fleetune.data import Encoded, Example
+from fleetune.data.partition import check_partition_spec, hold_out, partition
+from fleetune.errors import DataError, RecipeError
+from fleetune.fleets.local import LocalFleet, Weather
+from fleetune.methods import Entry, Method
+from fleetune.models import Model
+from fleetune.recipe import Recipe
+from fleetune.rundir import RunDir
+from fleetune.seeds.noise import derive
+from fleetune.seeds.view import View
+from fleetune.states import Totals
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Whoever watches a run: the console, a test, nobody."""
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """What is about to run."""
+        ...
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Something was recorded (see `rundir`)."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A remark."""
+        ...
+
+    def step(self, client: int, step: int) -> None:
+        """A client is about to take a local step; may raise Interrupted."""
+        ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a run: who holds what, and what nobody trains on."""
+
+    examples: Sequence[Example]
+    clients: Sequence[np.ndarray]  # indices of examples
+    held: np.ndarray
+    column: str | None
+
+
+@dataclass
+class Job:
+    """A checked recipe with everything in memory."""
+
+    recipe: Recipe
+    entry: Entry
+    method: Method
+    model: Model
+    split: Split
+    rows: list[list[Encoded]]  # per client
+    held: list[Encoded]
+    prompts: list[Example]  # held out, for generated answers
+    dropped: int  # rows that do not fit max_length
+
+
+def check(recipe: Recipe) -> tuple[Entry, Method]:
+    """The method of a recipe; RecipeError or UsageError for anything wrong that needs no data or model."""
+    entry = methods.entry(recipe.method)
+    problems = []
+    for test in (lambda: methods.make(recipe.method, recipe.set), lambda: check_partition_spec(recipe.partition)):
+        try:
+            test()
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems, hint=f"settings and defaults: fleetune methods {recipe.method}")
+    return entry, methods.make(recipe.method, recipe.set)
+
+
+def split(recipe: Recipe, entry: Entry, *, offline: bool = False) -> Split:
+    """Read the data, hold rows out, and give every other row to a client."""
+    examples = data.read(recipe.data, limit=recipe.limit or None, offline=offline)
+    column = recipe.partition.split(":")[-1] if ":" in recipe.partition else None
+    kind = recipe.partition.split(":")[0]
+    if kind == "shards":
+        column = recipe.partition.split(":")[1]
+    aside = int(recipe.held_out) if recipe.held_out >= 1 else recipe.held_out
+    train, held = hold_out(examples, aside, recipe.seed, column)
+    if not len(held) or not len(train):
+        raise DataError(
+            f"{len(examples)} rows leave {len(train)} to train on and {len(held)} held out",
+            hint="use more rows, or another --held-out",
+        )
+    clients = recipe.clients or (None if kind == "column" else entry.clients)
+    parts = partition([examples[i] for i in train], recipe.partition, clients, recipe.seed)
+    return Split(examples, [train[part] for part in parts], held, column)
+
+
+def prepare(recipe: Recipe, *, offline: bool = False) -> Job:
+    """Check a recipe and load what it names."""
+    entry, method = check(recipe)
+    parts = split(recipe, entry, offline=offline)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    model = models.load(recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline)
+    encoded, kept = data.encode_all(parts.examples, model.tokenizer, recipe.max_length)
+    place = {int(i): row for row, i in enumerate(kept)}
+    rows = [[encoded[place[i]] for i in part.tolist() if i in place] for part in parts.clients]
+    empty = [c for c, part in enumerate(rows) if not part]
+    if empty:
+        raise DataError(
+            f"client {empty[0]} has no rows that fit {recipe.max_length} tokens ({len(empty)} such clients)",
+            hint="raise --max-length or lower --clients",
+        )
+    held = [i for i in parts.held.tolist() if i in place]
+    if not held:
+        raise DataError(f"no held-out row fits {recipe.max_length} tokens", hint="raise --max-length")
+    return Job(
+        recipe, entry, method, model, parts, rows,
+        held=[encoded[place[i]] for i in held[: recipe.eval_rows]],
+        prompts=[parts.examples[i] for i in held[: max(recipe.rouge_rows, recipe.samples)]],
+        dropped=len(parts.examples) - len(kept),
+    )  # fmt: skip
+
+
+def tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
+    """Run (or resume) the job in its folder; the "done" event, which holds the final table."""
+    run.status("running")
+    try:
+        return _tune(job, run, listener)
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Interrupted"
+        try:
+            run.log(f"stopped: {type(error).__name__}: {error}")
+            run.status("interrupted" if stopped else f"failed: {error}")
+        except Exception as second:
+            log.warning("the status could not be written: %s", second)
+        raise
+
+
+def _tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
+    recipe, model, method = job.recipe, job.model, job.method
+    began = time.monotonic()
+    run.write("run.toml", recipes.to_toml(recipe))
+    run.write("env.json", json.dumps(rundir.environment(_facts(job)), indent=1) + "\n")
+    listener.header(f"fleetune tune · {job.entry.name}", _header(job, run))
+    if job.dropped:
+        listener.note(f"{job.dropped} rows have answers that do not fit {recipe.max_length} tokens and are left out")
+    state = method.init(model, derive(recipe.seed, "init"))
+    fleet = LocalFleet(
+        model, method, job.rows, recipe.seed, evaluate.pad_id(model),
+        Weather(recipe.drop, recipe.stragglers, recipe.deadline), listener.step,
+    )  # fmt: skip
+
+    def measure(state: Any) -> dict[str, float]:
+        method.apply(model, state)
+        return {"loss": evaluate.response_loss(model, job.held)}
+
+    def begin() -> None:
+        listener.event(run.record({"event": "start", **_start(job)}))
+        base = measure(state) | answers(job, state, run, "base")
+        listener.event(run.record({"event": "eval", "round": 0, **base}))
+
+    plan = rounds.Plan(
+        recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
+        bytes.fromhex(model.digest)[:8],
+    )  # fmt: skip
+    hooks = rounds.Hooks(begin, measure, listener.event)
+    state, totals = rounds.run(method, fleet, state, run, plan, hooks)
+    return _finish(job, run, state, totals, listener, time.monotonic() - began)
+
+
+def _finish(
+    job: Job, run: RunDir, state: Any, totals: Totals, listener: Listener, wall: float
+) -> dict[str, Any]:
+    job.method.apply(job.model, state)
+    tuned = _last_loss(run) | answers(job, state, run, "tuned")
+    result = ARTEFACTS[job.entry.kind](job, run, state)
+    evaluation = json.loads((run.path / "eval.json").read_text())
+    run.write("samples.md", _samples_page(evaluation))
+    done = {
+        "event": "done", "base": evaluation["base"], "tuned": tuned, "rows": len(job.held), "run": str(run.path),
+        "rounds": job.recipe.rounds, "bytes_up": totals.bytes_up, "bytes_down": totals.bytes_down,
+        "seconds": round(totals.seconds, 3), "wall": round(wall, 3), "peak_rss": rounds.peak_rss(), **result,
+    }  # fmt: skip
+    event = run.record(done)
+    run.status("done")
+    report.write(run.path)
+    event["report"] = str(run.path / "report.html")
+    listener.event(event)
+    return event
+
+
+def _last_loss(run: RunDir) -> dict[str, float]:
+    losses = [e["loss"] for e in rundir.events(run.path) if e["event"] == "eval"]
+    return {"loss": losses[-1]}
+
+
+def answers(job: Job, state: Any, run: RunDir, which: str) -> dict[str, float]:
+    """Answer the fixed prompts at `state`, put the answers into eval.json, and give Rouge-L if it was asked for."""
+    job.method.apply(job.model, state)
+    recipe = job.recipe
+    made = evaluate.generate(job.model, job.prompts, max_new_tokens=recipe.answer_tokens) if job.prompts else []
+    scores: dict[str, float] = {}
+    if recipe.rouge_rows:
+        references = [e.response for e in job.prompts[: recipe.rouge_rows]]
+        scores["rouge_l"] = evaluate.rouge_l(made[: recipe.rouge_rows], references)
+    file = run.path / "eval.json"
+    content = json.loads(file.read_text()) if which == "tuned" else {"rows": len(job.held), "samples": _prompts(job)}
+    for sample, answer in zip(content["samples"], made, strict=False):
+        sample[which] = answer
+    loss = _last_loss(run) if which == "tuned" else {"loss": evaluate.response_loss(job.model, job.held)}
+    content[which] = loss | scores
+    run.write("eval.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return scores
+
+
+def _prompts(job: Job) -> list[dict[str, str]]:
+    return [
+        {"prompt": e.messages[-1][1], "reference": e.response, "client": e.meta.get("client", "")}
+        for e in job.prompts[: job.recipe.samples]
+    ]
+
+
+# What a run leaves behind, by the method's kind -----------------------------------------------------
+
+
+def _ledger(job: Job, run: RunDir, state: Any) -> dict[str, Any]:
+    view = job.model.attachment
+    assert isinstance(view, View)
+    digest = models.digest(view.tensors())
+    path = run.path / "ledger.safetensors"
+    state.ledger.with_check(job.recipe.rounds, digest).save(path)
+    return {"result": str(path), "result_bytes": path.stat().st_size, "digest": digest, "entries": len(state.ledger)}
+
+
+def _adapter(job: Job, run: RunDir, state: Any) -> dict[str, Any]:
+    path = run.path / "adapter"
+    adapters.save_peft(job.model, path)
+    size = sum(p.stat().st_size for p in path.iterdir())
+    return {"result": str(path), "result_bytes": size, "digest": adapters.digest(state.tensors)}
+
+
+ARTEFACTS: dict[str, Callable[[Job, RunDir, Any], dict[str, Any]]] = {"ledger": _ledger, "adapter": _adapter}
+
+
+# Words ----------------------------------------------------------------------------------------------
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    m = job.model
+    return {"base_digest": m.digest, "tokenizer_digest": m.tokenizer_digest, "dtype": m.dtype, "device": m.device}
+
+
+def _start(job: Job) -> dict[str, Any]:
+    recipe, parts = job.recipe, job.split
+    event: dict[str, Any] = {
+        "method": recipe.method, "model": recipe.model, "digest": job.model.digest, "params": job.model.n_params,
+        "clients": len(job.rows), "rounds": recipe.rounds, "partition": recipe.partition, "column": parts.column,
+        "rows_per_client": [len(r) for r in job.rows], "held_out": len(job.held),
+    }  # fmt: skip
+    shown = parts.column if parts.column and not recipe.partition.startswith("column") else "category"
+    values = [[parts.examples[i].meta.get(shown, "") for i in part.tolist()] for part in parts.clients]
+    names = sorted({v for part in values for v in part})
+    if 1 < len(names) <= 40:
+        event["column"] = shown
+        event["counts"] = {name: [part.count(name) for part in values] for name in names}
+    return event
+
+
+def letters(method: Method, name: str) -> str:
+    """A method's hyper-parameters as `K 1,024 · τ 200 · η 3e-07`."""
+    parts = []
+    for s in methods.settings(name):
+        value = getattr(method, s.name)
+        if value in (False, "") or (value == 0 and s.default == 0):
+            continue
+        text = f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        parts.append(f"{s.symbol} {text}")
+    return " · ".join(parts)
+
+
+def _header(job: Job, run: RunDir) -> list[tuple[str, str]]:
+    recipe, m = job.recipe, job.model
+    sizes = np.array([len(r) for r in job.rows])
+    spread = f"{sizes.mean():,.0f} ± {sizes.std():,.0f} rows each" if len(sizes) > 1 else f"{sizes[0]:,} rows"
+    asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
+    return [
+        ("model", f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}"),
+        ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
+        ("data", f"{Path(recipe.data).name} · {recipe.partition} · {spread} · {len(job.held)} held out"),
+        ("fleet", f"this machine · {m.device} · {len(job.rows)} clients, {asked} a round · {recipe.rounds} rounds"),
+        ("run", f"{run.path} · seed {recipe.seed}"),
+    ]
+
+
+def _samples_page(evaluation: Mapping[str, Any]) -> str:
+    parts = ["# The same prompts before and after tuning\n"]
+    for sample in evaluation["samples"]:
+        for title, key in (("Prompt", "prompt"), ("Base", "base"), ("Tuned", "tuned"), ("Reference", "reference")):
+            parts.append(f"**{title}**\n\n" + "\n".join("> " + line for line in sample.get(key, "").split("\n")) + "\n")
+        parts.append("---\n")
+    return "\n".join(parts)

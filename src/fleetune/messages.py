@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What travels between server and devices: named arrays and scalars, as exact bytes.
+
+One codec for every method and both fleets.  A message on the wire is
+
+    b"FT1" | CRC-32 of the body (4 bytes, little-endian) | body
+
+and the body is MessagePack of `[round, base, scalars, arrays]`: the round it belongs to, the first eight
+bytes of the base model's digest, the scalars by name, and per array `[dtype, shape, raw little-endian
+bytes]`.  Nothing is ever unpickled, sizes are checked before memory is taken, and what is counted as
+traffic is `len()` of what was really encoded.
+
+`check` is the door: a reply that is not finite or has other names, shapes, types, round or base than was
+agreed is refused with a reason, before any method sees it.
+
+`LogCode` is the one-byte code of an integer coefficient (sign, 7 bits of log magnitude, a code for zero,
+unbiased rounding): the wire type of a zeroth-order step, after "Just One Byte" whose own code has 510
+words and none for zero.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from fleetune.errors import MessageError
+
+MAGIC = b"FT1"
+MAX_BYTES = 1 << 32  # a message larger than 4 GiB is an attack or a mistake
+DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64")
+
+Scalar = int | float | str | bool | bytes
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Named arrays and named scalars: all that a method ever sends or receives."""
+
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    scalars: Mapping[str, Scalar] = field(default_factory=dict)
+
+    def int(self, name: str) -> int:
+        """The scalar `name` as an integer; MessageError if it is missing or something else."""
+        value = self.scalars.get(name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise MessageError(f"scalar '{name}' is {value!r}, expected an integer")
+        return value
+
+    def float(self, name: str) -> float:
+        """The scalar `name` as a float; MessageError if it is missing or something else."""
+        value = self.scalars.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise MessageError(f"scalar '{name}' is {value!r}, expected a number")
+        return float(value)
+
+    def array(self, name: str) -> np.ndarray:
+        """The array `name`; MessageError if it is missing."""
+        if name not in self.arrays:
+            raise MessageError(f"array '{name}' is missing; there are {', '.join(self.arrays) or 'none'}")
+        return self.arrays[name]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A payload and what it belongs to: the round and the base model (first 8 bytes of its digest)."""
+
+    round: int
+    base: bytes
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a payload must look like.  Shapes may hold None (any length) or -n (at most n)."""
+
+    arrays: Mapping[str, tuple[str, tuple[int | None, ...]]]
+    scalars: Mapping[str, tuple[type, float, float]]  # type, lowest, highest
+
+
+def encode(message: Message) -> bytes:
+    """Bytes of a message; the arrays are sent as they lie, little-endian, with no padding."""
+    arrays = {}
+    for name, array in message.payload.arrays.items():
+        if array.dtype.name not in DTYPES:
+            raise MessageError(f"array '{name}' has dtype {array.dtype}, which has no wire type")
+        raw = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()
+        arrays[name] = [DTYPES.index(array.dtype.name), list(array.shape), raw]
+    body: bytes = msgpack.packb([message.round, message.base, dict(message.payload.scalars), arrays])
+    return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+
+
+def decode(data: bytes) -> Message:
+    """The message that `data` holds.  MessageError for anything damaged, cut short or malformed."""
+    if len(data) < 7 or data[:3] != MAGIC:
+        raise MessageError(f"not a Fleetune message ({len(data)} bytes, starts with {data[:3]!r})")
+    if len(data) > MAX_BYTES:
+        raise MessageError(f"message of {len(data)} bytes is over the limit of {MAX_BYTES}")
+    body = memoryview(data)[7:]
+    if zlib.crc32(body) != int.from_bytes(data[3:7], "little"):
+        raise MessageError(f"message of {len(data)} bytes is damaged (checksum differs)")
+    try:
+        round_, base, scalars, arrays = msgpack.unpackb(body, strict_map_key=True, use_list=True)
+        if type(round_) is not int or type(base) is not bytes:
+            raise ValueError("round or base has the wrong type")
+        named = {str(k): _array(str(k), v) for k, v in dict(arrays).items()}
+        kept = {str(k): _scalar(str(k), v) for k, v in dict(scalars).items()}
+    except MessageError:
+        raise
+    except (ValueError, TypeError, AttributeError, msgpack.UnpackException, RecursionError) as error:
+        raise MessageError(f"message of {len(data)} bytes is malformed ({error})") from error
+    return Message(round_, base, Payload(named, kept))
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    code, shape, raw = value
+    if type(code) is not int or not 0 <= code < len(DTYPES) or type(raw) is not bytes:
+        raise MessageError(f"array '{name}' has an unknown type")
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise MessageError(f"array '{name}' has shape {shape!r}")
+    dtype = np.dtype(DTYPES[code]).newbyteorder("<")
+    if math.prod(shape) * dtype.itemsize != len(raw):
+        raise MessageError(f"array '{name}' of shape {shape} and type {dtype.name} came with {len(raw)} bytes")
+    return np.frombuffer(raw, dtype=dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+
+
+def _scalar(name: str, value: Any) -> Scalar:
+    if not isinstance(value, int | float | str | bool | bytes):
+        raise MessageError(f"scalar '{name}' has type {type(value).__name__}")
+    return value
+
+
+def check(message: Message, spec: Spec, *, round: int, base: bytes) -> Payload:
+    """The payload of a reply that keeps its agreement; MessageError with the reason for any other."""
+    if message.round != round:
+        raise MessageError(f"reply is for round {message.round}, this is round {round}")
+    if message.base != base:
+        raise MessageError(f"reply was made on base {message.base.hex()}, this run's base is {base.hex()}")
+    payload = message.payload
+    if set(payload.arrays) != set(spec.arrays):
+        raise MessageError(f"arrays {sorted(payload.arrays)} differ from the agreed {sorted(spec.arrays)}")
+    if set(payload.scalars) != set(spec.scalars):
+        raise MessageError(f"scalars {sorted(payload.scalars)} differ from the agreed {sorted(spec.scalars)}")
+    for name, (dtype, shape) in spec.arrays.items():
+        _check_array(name, payload.arrays[name], dtype, shape)
+    for name, (kind, low, high) in spec.scalars.items():
+        value = payload.scalars[name]
+        if type(value) is not kind:
+            raise MessageError(f"scalar '{name}' is {type(value).__name__}, agreed was {kind.__name__}")
+        if not low <= value <= high:  # also refuses NaN
+            raise MessageError(f"scalar '{name}' is {value}, agreed was {low:g} to {high:g}")
+    return payload
+
+
+def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int | None, ...]) -> None:
+    if array.dtype.name != dtype:
+        raise MessageError(f"array '{name}' is {array.dtype.name}, agreed was {dtype}")
+    fits = len(array.shape) == len(shape) and all(
+        want is None or (have <= -want if want < 0 else have == want)
+        for have, want in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        raise MessageError(f"array '{name}' has shape {array.shape}, agreed was {shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise MessageError(f"array '{name}' holds {int((~np.isfinite(array)).sum())} values that are not finite")
+
+
+def narrow(a: np.ndarray) -> np.ndarray:
+    """The same integers in the narrowest signed type that holds them all (the wire type of sums)."""
+    top = int(np.abs(a, dtype=np.int64).max(initial=0)) if a.size else 0
+    for kind in (np.int8, np.int16, np.int32):
+        if top <= np.iinfo(kind).max:
+            return a.astype(kind)
+    return a.astype(np.int64)
+
+
+def _levels() -> np.ndarray:
+    levels = [0, 1]
+    while len(levels) < 128:
+        levels.append(max(levels[-1] + 1, levels[-1] * 9 // 8))
+    return np.array(levels, dtype=np.int64)
+
+
+class LogCode:
+    """One byte for one integer coefficient: bit 7 the sign, bits 0-6 the level of its magnitude.
+
+    Level m stands for the integer `LEVELS[m]`: 0, 1, 2, .. 8, then growing by 9/8 up to 6,349,996.  A real
+    number between two levels goes to either with the probability that makes its mean exact (unbiased),
+    beyond the last it is clipped.  Zero has one code; 128 ("minus zero") is not a code and decodes to zero.
+    """
+
+    LEVELS = _levels()
+
+    @staticmethod
+    def encode(x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Codes uint8[n] of the real numbers `x` [n]; `u` [n] are uniform in [0, 1), one a number."""
+        levels = LogCode.LEVELS
+        size = np.minimum(np.abs(x), float(levels[-1]))
+        low = np.minimum(np.searchsorted(levels, size, side="right") - 1, 126)
+        share = (size - levels[low]) / (levels[low + 1] - levels[low])
+        level = low + (u < share)
+        return (level + np.where((x < 0) & (level > 0), 128, 0)).astype(np.uint8)
+
+    @staticmethod
+    def decode(codes: np.ndarray) -> np.ndarray:
+        """Integers int64[n] that the codes uint8[n] stand for."""
+        size = LogCode.LEVELS[codes & 127]
+        return np.where(codes & 128, -size, size)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of a run: every option once, with its type, default and help.
+
+Flags of the command line, keys of a TOML file, `run.toml` in a run folder and the table in the docs are all
+made from these fields.  An unknown key is an error with a suggestion; all problems are reported at once,
+before any slow work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.fields import FieldInfo
+
+from fleetune.errors import RecipeError
+
+Value = str | int | float | bool
+
+
+@pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Recipe:
+    """All that decides a run.  The same recipe on the same machine gives the same bits."""
+
+    model: str = Field(description="hub id, HF directory, GGUF file, or a built-in name (fleetune models)")
+    data: str = Field(description="JSONL, CSV or Parquet file, hub id, or 'demo' for the built-in set")
+    method: str = Field(default="fedkseed", description="tuning method (fleetune methods)")
+    set: dict[str, Value] = Field(default_factory=dict, description="the method's own settings, NAME=VALUE")
+    clients: int = Field(default=0, ge=0, le=1_000_000, description="clients of the fleet (0: what the method states, usually 8; by column: all there are)")
+    rounds: int = Field(default=10, ge=1, le=1_000_000, description="rounds")
+    participation: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked each round")
+    partition: str = Field(default="iid", description="iid, dirichlet:ALPHA:COLUMN, shards:COLUMN or column:COLUMN")
+    held_out: float = Field(default=0.1, gt=0, description="rows kept for validation: a share (below 1) or a number")
+    limit: int = Field(default=0, ge=0, description="use only the first rows of the data (0: all)")
+    max_length: int = Field(default=512, ge=8, description="tokens a row at most; the prompt is cut, not the answer")
+    seed: int = Field(default=42, ge=0, lt=1 << 63, description="seed of everything random in the run")
+    dtype: str = Field(default="fp32", pattern="^(fp32|bf16|fp16)$", description="type of the weights: fp32, bf16 or fp16")
+    device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)$", description="auto, cpu, cuda or mps")
+    drop: float = Field(default=0.0, ge=0, lt=1, description="simulate: chance that a client drops out of a round")
+    stragglers: float = Field(default=0.0, ge=0, lt=1, description="simulate: share of clients that are 2 to 10 times slower")
+    deadline: float = Field(default=0.0, ge=0, description="simulate: leave out clients slower than this many times a usual one (0: wait)")
+    quorum: int = Field(default=1, ge=1, description="fewer good replies than this leave the model as it was")
+    eval_every: int = Field(default=1, ge=0, description="validation loss every so many rounds (0: before and after only)")
+    eval_rows: int = Field(default=200, ge=1, description="held-out rows for the validation loss")
+    rouge_rows: int = Field(default=0, ge=0, description="held-out prompts answered for Rouge-L before and after (0: none)")
+    samples: int = Field(default=4, ge=0, description="fixed prompts answered before and after")
+    answer_tokens: int = Field(default=96, ge=1, description="tokens of a generated answer at most")
+    threads: int = Field(default=0, ge=0, description="processor threads (0: all)")
+
+
+def fields() -> dict[str, tuple[Any, Any, str]]:
+    """name -> (type, default, help) of every option, in order; a required one's default is `dataclasses.MISSING`."""
+    declared: dict[str, FieldInfo] = Recipe.__pydantic_fields__  # type: ignore[attr-defined]
+    found = {}
+    for name, info in declared.items():
+        default = dataclasses.MISSING if info.is_required() else info.get_default(call_default_factory=True)
+        found[name] = (info.annotation, default, info.description or "")
+    return found
+
+
+def make(values: Mapping[str, Any]) -> Recipe:
+    """The recipe with these values; RecipeError lists every problem, with suggestions for unknown keys."""
+    names = list(fields())
+    problems = []
+    for key in values:
+        if key not in names:
+            close = difflib.get_close_matches(key, names, n=1)
+            problems.append(f"unknown option '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+    try:
+        recipe = TypeAdapter(Recipe).validate_python({k: v for k, v in values.items() if k in names})
+    except ValidationError as error:
+        for e in error.errors():
+            where = ".".join(str(p) for p in e["loc"])
+            what = "is missing" if e["type"] == "missing" else f"= {e['input']!r}: {e['msg'].lower()}"
+            problems.append(f"{where} {what}")
+    if problems:
+        raise RecipeError(problems, hint="all options: fleetune tune --help")
+    return recipe
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The keys of a TOML recipe; RecipeError when it is missing or not TOML."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError as error:
+        raise RecipeError([f"no recipe at {path}"], hint="give a TOML file, or a run folder's run.toml") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError([f"{path} is not TOML: {error}"], hint="strings need quotes; numbers do not") from error
+    except OSError as error:
+        raise RecipeError([f"cannot read {path}: {error.strerror}"]) from error
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe with every value resolved, each with its help as a comment; `read` gives it back."""
+    lines = ["# A Fleetune recipe. Run it again: fleetune tune -c run.toml", ""]
+    table = []
+    for name, (_, _, text) in fields().items():
+        value = getattr(recipe, name)
+        if isinstance(value, dict):
+            table = ["", f"[{name}]  # {text}"] + [f"{k} = {_toml(v)}" for k, v in value.items()]
+        else:
+            lines.append(f"{name} = {_toml(value)}  # {text}")
+    return "\n".join(lines + table) + "\n"
+
+
+def _toml(value: Value) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, int):
+        return str(value)
+    escaped = "".join(_escape(c) for c in value)
+    return f'"{escaped}"'
+
+
+def _escape(c: str) -> str:
+    if c in '"\\':
+        return "\\" + c
+    return f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""THE round loop: sample, broadcast, local, aggregate, record, evaluate, checkpoint.
+
+The same function for every method and every fleet.  It knows nothing of models: `evaluate` is handed in.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fleetune.errors import FleetError, MessageError
+from fleetune.fleets import Answer, Fleet
+from fleetune.messages import Message, Payload, check, decode, encode
+from fleetune.methods import Method, Reply
+from fleetune.rundir import RunDir
+from fleetune.states import Totals, pack, unpack
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop needs of a recipe."""
+
+    rounds: int
+    participation: float
+    quorum: int
+    seed: int
+    eval_every: int
+    base: bytes  # first 8 bytes of the base digest
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls outwards: `begin()` once before round 1, `evaluate(state)`, `emit(event)`."""
+
+    begin: Callable[[], None]
+    evaluate: Callable[[Any], Mapping[str, float]]
+    emit: Callable[[dict[str, Any]], None]
+
+
+def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: Plan, hooks: Hooks) -> tuple[Any, Totals]:
+    """Run (or resume) all rounds; the state after the last, and the totals.
+
+    A round counts when its checkpoint is written.  FleetError when every client of a round failed.
+    """
+    first, totals = 0, Totals()
+    if (saved := run.restore()) is not None:
+        first, payload = saved
+        state, totals, memories = unpack(payload, state)
+        fleet.restore(memories)
+        run.cut(first)
+    else:
+        run.cut(-1)
+        hooks.begin()
+        run.checkpoint(0, pack(state, totals, {}))
+    for r in range(first + 1, plan.rounds + 1):
+        began = time.monotonic()
+        answers = _Door(method, state, run, plan, r, hooks)
+        chosen = sample(len(fleet.rows), plan.participation, plan.seed, r)
+        message = encode(Message(r, plan.base, method.broadcast(state)))
+        new = method.aggregate(state, answers.replies(fleet.ask(r, chosen, message)))
+        state = _accept(method, state, new, answers, plan, r)
+        totals.bytes_up += answers.bytes_up
+        totals.bytes_down += answers.bytes_down
+        totals.seconds += (seconds := time.monotonic() - began)
+        event = {
+            "event": "round", "round": r, "clients": len(chosen), "accepted": answers.accepted,
+            "bytes_up": answers.bytes_up, "bytes_down": answers.bytes_down,
+            "bytes_total": totals.bytes_up + totals.bytes_down, "seconds": round(seconds, 3), "rss": rss(),
+        }  # fmt: skip
+        hooks.emit(run.record(event))
+        if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
+            hooks.emit(run.record({"event": "eval", "round": r, **hooks.evaluate(state)}))
+        run.checkpoint(r, pack(state, totals, fleet.memories()))
+    return state, totals
+
+
+def sample(clients: int, participation: float, seed: int, round: int) -> Sequence[int]:
+    """The clients of a round: a share of all, at least one, without repeats, in order; keyed by seed and round."""
+    count = max(1, min(clients, round_half_up(clients * participation)))
+    chosen = np.random.default_rng([seed, round, 0x5A3]).choice(clients, count, replace=False)
+    return sorted(int(c) for c in chosen)
+
+
+def round_half_up(x: float) -> int:
+    """The nearest integer, halves up."""
+    return int(x + 0.5)
+
+
+class _Door:
+    """Lets good replies of a round through, one at a time, and records every client's outcome."""
+
+    def __init__(self, method: Method, state: Any, run: RunDir, plan: Plan, round: int, hooks: Hooks) -> None:
+        self.spec = method.expects(state)
+        self.run, self.plan, self.round, self.hooks = run, plan, round, hooks
+        self.accepted = self.failed = self.asked = 0
+        self.bytes_up = self.bytes_down = 0
+        self.reason = ""
+
+    def replies(self, answers: Iterator[Answer]) -> Iterator[Reply]:
+        """The replies that may enter; the others are recorded with the reason."""
+        for answer in answers:
+            self.asked += 1
+            self.bytes_down += answer.sent
+            self.bytes_up += len(answer.data or b"")
+            payload, status, reason = self._open(answer)
+            self._record(answer, payload, status, reason)
+            if payload is not None:
+                self.accepted += 1
+                yield Reply(answer.client, answer.key, payload)
+
+    def _open(self, answer: Answer) -> tuple[Payload | None, str, str]:
+        if answer.data is None:
+            self.failed += answer.status == "failed"
+            self.reason = self.reason or answer.reason
+            return None, answer.status, answer.reason
+        try:
+            payload = check(decode(answer.data), self.spec, round=self.round, base=self.plan.base)
+        except MessageError as error:
+            log.warning("round %d: reply of client %d refused: %s", self.round, answer.client, error)
+            self.failed += 1
+            self.reason = self.reason or str(error)
+            return None, "refused", str(error)
+        return payload, "ok", ""
+
+    def _record(self, answer: Answer, payload: Payload | None, status: str, reason: str) -> None:
+        loss = payload.scalars.get("loss") if payload else None
+        n = payload.scalars.get("n") if payload else None
+        event = {
+            "event": "client", "round": self.round, "client": answer.client, "n": n, "loss": loss,
+            "bytes_up": len(answer.data or b""), "bytes_down": answer.sent, "seconds": round(answer.seconds, 3),
+            "rss": rss(), "status": status, "reason": reason,
+        }  # fmt: skip
+        self.hooks.emit(self.run.record(event))
+
+
+def _accept(method: Method, old: Any, new: Any, door: _Door, plan: Plan, round: int) -> Any:
+    """The new state, or the old one where too few replies came."""
+    if door.asked and door.failed == door.asked:
+        raise FleetError(
+            f"every client of round {round} failed; the first: {door.reason}",
+            hint="see log.txt in the run folder; when the cause is gone, resume the run",
+        )
+    if door.accepted >= plan.quorum:
+        return new
+    log.warning("round %d: %d good replies are under the quorum of %d; the model stays", round, door.accepted, plan.quorum)
+    return method.aggregate(old, iter(()))
+
+
+def rss() -> int:
+    """Bytes of memory this process holds now."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_rss()
+
+
+def peak_rss() -> int:
+    """The most bytes of memory this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

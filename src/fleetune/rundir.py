@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind, and the only writer into a run folder.
+
+    runs/0007-fedkseed-smollm2-135m/
+      run.toml        every value resolved; re-runs it       env.json   versions, device, digests
+      metrics.jsonl   append-only, one object a line         log.txt    status
+      checkpoints/    round-000003.ckpt: the state, checksummed; the last two are kept
+      ledger.safetensors | adapter/     eval.json  samples.md  report.html
+
+A round counts once its checkpoint is renamed into place.  Whatever a kill leaves beyond that (metrics of an
+unfinished round, a temporary file) is cut off at the next start, so a resumed run writes what the
+uninterrupted one would have written.  One process at a time holds a run (`flock`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import fleetune
+from fleetune.errors import MessageError, StorageError, UsageError
+from fleetune.files import storage_error, write_atomic
+from fleetune.messages import Message, Payload, decode, encode
+
+KEEP = 2  # checkpoints
+
+
+class RunDir:
+    """An open run folder.  `close` (or `with`) gives it free again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = _locked(path)
+        self._metrics: IO[bytes] | None = None
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the folder."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        self._lock.close()
+
+    # Small files --------------------------------------------------------------------------------
+
+    def write(self, name: str, data: bytes | str) -> Path:
+        """Write one file of the run, atomically."""
+        write_atomic(self.path / name, data)
+        return self.path / name
+
+    def status(self, text: str) -> None:
+        """running | done | interrupted | failed: <error>, on one line."""
+        self.write("status", " ".join(text.split())[:300] + "\n")
+
+    def log(self, text: str) -> None:
+        """Add a line with the time to log.txt."""
+        try:
+            with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        except OSError as error:
+            raise storage_error(error, self.path / "log.txt") from error
+
+    # Metrics ------------------------------------------------------------------------------------
+
+    def record(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        """Append one event to metrics.jsonl and give it back as written."""
+        line = {"v": 1, "t": round(time.time(), 3), **event}
+        try:
+            if self._metrics is None:
+                self._metrics = (self.path / "metrics.jsonl").open("ab")
+            self._metrics.write(json.dumps(line, allow_nan=False, default=_plain).encode() + b"\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise storage_error(error, self.path / "metrics.jsonl") from error
+        return line
+
+    def cut(self, round: int) -> None:
+        """Drop the metrics of rounds after `round`, of the end, and a torn last line."""
+        kept = [e for e in events(self.path) if e.get("round", 0) <= round and e["event"] != "done"]
+        self.write("metrics.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
+
+    # Checkpoints --------------------------------------------------------------------------------
+
+    def checkpoint(self, round: int, payload: Payload) -> None:
+        """Make `round` count: write its state and flush it to the disk; older ones beyond two go."""
+        folder = self.path / "checkpoints"
+        write_atomic(folder / f"round-{round:06d}.ckpt", encode(Message(round, b"", payload)))
+        for _, old in checkpoints(self.path)[:-KEEP]:
+            old.unlink(missing_ok=True)
+
+    def restore(self) -> tuple[int, Payload] | None:
+        """The newest checkpoint that is whole, or None."""
+        for round_, path in reversed(checkpoints(self.path)):
+            try:
+                message = decode(path.read_bytes())
+            except MessageError as error:
+                self.log(f"checkpoint {path.name} is not usable: {error}")
+                continue
+            return round_, message.payload
+        return None
+
+
+def create(out: Path, method: str, model: str) -> RunDir:
+    """A new folder `NNNN-method-model` under `out`, numbered after the highest there; never an old one.
+
+    StorageError when `out` cannot be written.
+    """
+    name = re.sub(r"[^a-z0-9.]+", "-", Path(model).name.lower()).strip("-.") or "model"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for _ in range(1000):
+            number = 1 + max((int(p.name[:4]) for p in out.iterdir() if re.match(r"\d{4}-", p.name)), default=0)
+            path = out / f"{number:04d}-{method}-{name}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            (path / "checkpoints").mkdir()
+            _point_latest(out, path)
+            return RunDir(path)
+    except OSError as error:
+        raise storage_error(error, out) from error
+    raise StorageError(f"cannot find a free number for a run in {out}")
+
+
+def _point_latest(out: Path, path: Path) -> None:
+    link = out / f".latest-{os.getpid()}"
+    try:
+        link.symlink_to(path.name)
+        os.replace(link, out / "latest")
+    except OSError:  # a file system without links: `latest` is then found by number
+        link.unlink(missing_ok=True)
+
+
+def find(run: str, out: Path) -> Path:
+    """The run that a user means: a path, a name or number under `out`, or `latest`.  UsageError if none."""
+    if run != "latest" and (Path(run) / "run.toml").is_file():
+        return Path(run)
+    if run != "latest" and Path(run).is_dir():
+        raise UsageError(f"{run} is not a run folder (it has no run.toml)", hint="runs there are: fleetune runs")
+    runs = listing(out)
+    if run == "latest" and runs:
+        return runs[-1]
+    matches = [p for p in runs if p.name == run or p.name.split("-")[0].lstrip("0") == run.lstrip("0")]
+    if len(matches) == 1:
+        return matches[0]
+    raise UsageError(f"no run '{run}' in {out}", hint="runs there are: fleetune runs")
+
+
+def listing(out: Path) -> list[Path]:
+    """Run folders under `out`, in order of number."""
+    if not out.is_dir():
+        return []
+    return sorted(p for p in out.iterdir() if re.match(r"\d{4}-", p.name) and (p / "run.toml").is_file())
+
+
+def checkpoints(path: Path) -> list[tuple[int, Path]]:
+    """(round, file) of the checkpoints in a run folder, oldest first."""
+    found = [(re.fullmatch(r"round-(\d+)\.ckpt", p.name), p) for p in sorted((path / "checkpoints").glob("*.ckpt"))]
+    return [(int(m[1]), p) for m, p in found if m]
+
+
+def events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a run's metrics.jsonl; a torn last line is left out."""
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        return
+    for line in file.read_bytes().split(b"\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            yield event
+
+
+def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and machine, for env.json."""
+    packages = ("torch", "transformers", "peft", "numba", "numpy", "safetensors")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    machine = {"system": platform.system(), "machine": platform.machine(), "processors": os.cpu_count()}
+    return {"fleetune": fleetune.__version__, "python": platform.python_version(), **versions, **machine, **extra}
+
+
+def _locked(path: Path) -> IO[str]:
+    try:
+        file = (path / ".lock").open("a")
+    except OSError as error:
+        raise storage_error(error, path) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UsageError(f"{path} is in use by another process", hint="wait for it, or stop it, then try again") from error
+    return file
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):  # a numpy number
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be recorded")

@@ -1,0 +1,521 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""Directions on a CPU: one fused, threaded pass over the weights, the bits of `noise`.
+
+`sweep` moves weights along a sum of +1/-1 directions and along one probe direction while they go by once:
+
+    out[i] = round( (float32(base[i]) + float32(grid * float32(acc[i]))) + sign[i] * table[(start+i) mod K] )
+
+with acc the integer sum of `noise.Passes`.  Every operation is rounded to float32 and none is contracted
+(Numba leaves fused multiply-adds out unless asked for them), so `kernels_torch` gives the same bits.
+
+The work goes tile by tile (4096 elements, `specs`: the bit layout of `noise`).  A tile's row of 128 words
+serves all its 32 rows of 128 elements, so the inner loop over a row tests one fixed bit of consecutive
+words and vectorises on any CPU; the sums of many passes stay in the first-level cache while all passes go
+by.  16-bit weights are widened into a float32 tile and rounded back with integer operations.
+
+Threads are Python threads: the compiled loop holds no lock.  They take chunks from one counter, so one that
+is held up (torch's own workers spin for a while after a product) delays nothing but its chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from fleetune.seeds import noise
+from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH, Passes
+
+SPLIT = 1 << 18  # elements below which waking a thread costs more than it saves
+CHUNK = 1 << 19  # most elements a thread takes at a time
+ROWS = TILE // WIDTH
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+u16, u32, u64, i32, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.float32
+BITS = (np.uint64(1) << np.arange(ROWS, dtype=np.uint64)).astype(np.uint32)
+_M0, _M1, _W0, _W1, _LOW, _HALF = u64(M0), u64(M1), u64(W0), u64(W1), u64(noise.LOW), u64(32)
+
+_inner = numba.njit(nogil=True, error_model="numpy")
+
+
+def _outer(function: Kernel) -> Kernel:
+    # Numba refuses `cache=True` where it finds no folder it may write to (read-only install and home).
+    try:
+        compiled: Kernel = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:
+        compiled = _inner(function)
+    return compiled
+
+
+# --- Compiled: Philox, sums of passes, the move, 16-bit types ---
+
+
+@_inner
+def _philox(words, block, id, key):
+    # 32 calls at once, each in a 64-bit lane with an empty upper half: one widening multiply a product.
+    low, high = block & _LOW, block >> _HALF
+    for j in range(32):
+        x0, x1, x2, x3 = low | u64(j), high, id & _LOW, id >> _HALF
+        k0, k1 = key & _LOW, key >> _HALF
+        for _ in range(10):
+            p0, p1 = _M0 * x0, _M1 * x2
+            x0, x1 = (p1 >> _HALF) ^ x1 ^ k0, p1 & _LOW
+            x2, x3 = (p0 >> _HALF) ^ x3 ^ k1, p0 & _LOW
+            k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+        words[j], words[32 + j], words[64 + j], words[96 + j] = u32(x0), u32(x1), u32(x2), u32(x3)
+
+
+@_inner
+def _sum_constants(acc, tile, key, ids, tables, words):
+    # sum of c * sign = sum of c - sum of 2c over the set bits (modulo 2^32 or 2^64, so exact); four a time,
+    # so that an accumulator is loaded and stored once for four passes.
+    total = acc.dtype.type(0)
+    for p in range(ids.size):
+        total += tables[p, 0]
+    acc[:] = total
+    twice = np.zeros(4, acc.dtype)
+    for first in range(0, ids.size, 4):
+        for p in range(4):
+            twice[p] = 0
+            if first + p < ids.size:
+                twice[p] = 2 * tables[first + p, 0]
+                _philox(words[p], u64(tile) * u64(32), ids[first + p], key)
+        a, b, c, d = twice[0], twice[1], twice[2], twice[3]
+        wa, wb, wc, wd = words[0], words[1], words[2], words[3]
+        for r in range(ROWS):
+            bit, row = BITS[r], acc[r * WIDTH : r * WIDTH + WIDTH]
+            for e in range(WIDTH):
+                row[e] -= (
+                    (a if wa[e] & bit else 0)
+                    + (b if wb[e] & bit else 0)
+                    + (c if wc[e] & bit else 0)
+                    + (d if wd[e] & bit else 0)
+                )
+
+
+@_inner
+def _sum_tables(acc, tile, key, ids, tables, words):
+    acc[:] = 0
+    for p in range(ids.size):
+        _philox(words[0], u64(tile) * u64(32), ids[p], key)
+        table, w = tables[p], words[0]
+        for r in range(ROWS):
+            bit, row = BITS[r], acc[r * WIDTH : r * WIDTH + WIDTH]
+            at = (tile * TILE + r * WIDTH) & (table.size - 1)
+            part = table[at : at + WIDTH]
+            for e in range(WIDTH):
+                row[e] += -part[e] if w[e] & bit else part[e]
+
+
+@_inner
+def _add_sums(x, acc, grid):
+    for i in range(TILE):
+        x[i] += f32(grid * f32(acc[i]))
+
+
+@_inner
+def _add_pass(x, tile, w, table, grid):
+    for r in range(ROWS):
+        bit, row = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH]
+        at = (tile * TILE + r * WIDTH) & (table.size - 1)
+        part = table[at : at + WIDTH]
+        for e in range(WIDTH):
+            row[e] += f32(grid * f32(i32(-part[e]) if w[e] & bit else i32(part[e])))
+
+
+@_inner
+def _add_probe(x, tile, w, table):
+    for r in range(ROWS):
+        bit, row = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH]
+        at = (tile * TILE + r * WIDTH) & (table.size - 1)
+        part = table[at : at + WIDTH]
+        for e in range(WIDTH):
+            row[e] += -part[e] if w[e] & bit else part[e]
+
+
+@_inner
+def _add_both(x, tile, w, table, grid, v, probe):
+    for r in range(ROWS):
+        bit, row = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH]
+        at = (tile * TILE + r * WIDTH) & (table.size - 1)
+        part = table[at : at + WIDTH]
+        at = (tile * TILE + r * WIDTH) & (probe.size - 1)
+        step = probe[at : at + WIDTH]
+        for e in range(WIDTH):
+            moved = f32(row[e] + f32(grid * f32(i32(-part[e]) if w[e] & bit else i32(part[e]))))
+            row[e] = moved + (-step[e] if v[e] & bit else step[e])
+
+
+@_inner
+def _move(x, tile, key, ids, tables, grid, probe_id, probe, words, acc):
+    # One whole tile, in place.  `words` is [5, 128]: four for sums, the last for the probe.
+    if probe.size:
+        _philox(words[4], u64(tile) * u64(32), probe_id, key)
+    if acc.size:
+        if tables.shape[1] == 1:
+            _sum_constants(acc, tile, key, ids, tables, words)
+        else:
+            _sum_tables(acc, tile, key, ids, tables, words)
+        _add_sums(x, acc, grid)
+    elif ids.size:
+        if probe.size and probe_id == ids[0]:
+            words[0] = words[4]
+        else:
+            _philox(words[0], u64(tile) * u64(32), ids[0], key)
+        if probe.size:
+            _add_both(x, tile, words[0], tables[0], grid, words[4], probe)
+        else:
+            _add_pass(x, tile, words[0], tables[0], grid)
+        return
+    if probe.size:
+        _add_probe(x, tile, words[4], probe)
+
+
+@_inner
+def _copy(x, y):
+    for i in range(x.size):
+        x[i] = y[i]
+
+
+@_inner
+def _widen(table, size):
+    out = np.empty((table.shape[0], size), table.dtype)
+    for p in range(table.shape[0]):
+        for i in range(size):
+            out[p, i] = table[p, i & (table.shape[1] - 1)]
+    return out
+
+
+@_inner
+def _rows_and_sums(ids, tables):
+    # A single int32 pass needs no accumulator; all else does.  Many constants keep their one column.
+    summed = ids.size > 1 or (ids.size == 1 and tables.itemsize == 8)
+    acc = np.empty(TILE if summed else 0, tables.dtype)
+    if tables.shape[1] >= WIDTH or (summed and tables.shape[1] == 1):
+        return tables, acc
+    return _widen(tables, WIDTH), acc
+
+
+@_outer
+def _sweep_32(out, base, same, start, lo, hi, key, ids, tables, grid, probe_id, probe):
+    tables, acc = _rows_and_sums(ids, tables)
+    if 0 < probe.size < WIDTH:
+        probe = _widen(probe.reshape(1, -1), WIDTH)[0]
+    words, edge = np.empty((5, WIDTH), u32), np.zeros(TILE, f32)
+    while lo < hi:
+        tile, at = (start + lo) // TILE, (start + lo) % TILE
+        n = min(TILE - at, hi - lo)
+        if n == TILE:
+            x = out[lo : lo + TILE]
+            if not same:
+                _copy(x, base[lo : lo + TILE])
+            _move(x, tile, key, ids, tables, grid, probe_id, probe, words, acc)
+        else:
+            _copy(edge[at : at + n], base[lo : lo + n])
+            _move(edge, tile, key, ids, tables, grid, probe_id, probe, words, acc)
+            _copy(out[lo : lo + n], edge[at : at + n])
+        lo += n
+
+
+@_outer
+def _sweep_16(out, base, half, start, lo, hi, key, ids, tables, grid, probe_id, probe):
+    tables, acc = _rows_and_sums(ids, tables)
+    if 0 < probe.size < WIDTH:
+        probe = _widen(probe.reshape(1, -1), WIDTH)[0]
+    words, x = np.empty((5, WIDTH), u32), np.zeros(TILE, f32)
+    while lo < hi:
+        tile, at = (start + lo) // TILE, (start + lo) % TILE
+        n = min(TILE - at, hi - lo)
+        _decode(x[at : at + n], base[lo : lo + n], half)
+        _move(x, tile, key, ids, tables, grid, probe_id, probe, words, acc)
+        _encode(out[lo : lo + n], x[at : at + n], half)
+        lo += n
+
+
+@_inner
+def _decode(x, codes, half):
+    if not half:
+        for i in range(x.size):
+            x[i] = u32(u32(codes[i]) << u32(16)).view(np.float32)
+        return
+    for i in range(x.size):
+        code = u32(codes[i])
+        a = u32(code & u32(0x7FFF))
+        # the exponent moves from bias 15 to 127, and once more by as much for infinities and NaN
+        b = u32((a << u32(13)) + (u32(0x70000000) if a >= u32(0x7C00) else u32(0x38000000)))
+        y = f32(i32(a)) * f32(2.0**-24) if a < u32(0x400) else b.view(np.float32)
+        x[i] = -y if code & u32(0x8000) else y
+
+
+@_inner
+def _encode(codes, x, half):
+    # Round to nearest, ties to even.  NaN stays a quiet NaN.
+    if not half:
+        for i in range(x.size):
+            b = f32(x[i]).view(np.uint32)
+            nearest = u32(u32(b + u32(0x7FFF) + (u32(b >> u32(16)) & u32(1))) >> u32(16))
+            quiet = u32(u32(b >> u32(16)) | u32(0x40))
+            codes[i] = u16(nearest if u32(b & u32(0x7FFFFFFF)) <= u32(0x7F800000) else quiet)
+        return
+    for i in range(x.size):
+        b = f32(x[i]).view(np.uint32)
+        a = u32(b & u32(0x7FFFFFFF))
+        code = u32(u32(a - u32(0x38000000) + u32(0xFFF) + (u32(a >> u32(13)) & u32(1))) >> u32(13))
+        # below 2^-14 the spacing is 2^-24, the spacing of float32 just above 1/2
+        small = u32(f32(a.view(np.float32) + f32(0.5)).view(np.uint32) - u32(0x3F000000))
+        code = small if a < u32(0x38800000) else code
+        code = u32(0x7C00) if a >= u32(0x477FF000) else code
+        code = u32(0x7E00) if a > u32(0x7F800000) else code
+        codes[i] = u16(code | u32(u32(b >> u32(16)) & u32(0x8000)))
+
+
+_LOG, _SIN, _COS = (np.array(p, np.float32) for p in (noise.LOG_POLY, noise.SIN_POLY, noise.COS_POLY))
+_LN2_HIGH, _LN2_LOW, _ANGLE = f32(noise.LN2_HIGH), f32(noise.LN2_LOW), f32(noise.ANGLE)
+_SQRT_HALF = i32(noise.SQRT_HALF_BITS)
+
+
+@_inner
+def _horner(c, x):
+    y = c[0]
+    for k in range(1, c.size):
+        y = f32(f32(y * x) + c[k])
+    return y
+
+
+@_inner
+def _normals(z, w):
+    # noise.normals for one group of 128: operation for operation.
+    for pair in range(2):
+        first, second = w[pair * 64 : pair * 64 + 32], w[pair * 64 + 32 : pair * 64 + 64]
+        zc, zs = z[pair * 64 : pair * 64 + 32], z[pair * 64 + 32 : pair * 64 + 64]
+        for j in range(32):
+            bits = f32(f32(f32(first[j]) * f32(2.0**-32)) + f32(2.0**-33)).view(np.int32)
+            e = i32(i32(bits - _SQRT_HALF) >> i32(23))
+            x = f32(i32(bits - i32(e << i32(23))).view(np.float32) - f32(1.0))
+            xx = f32(x * x)
+            log = f32(f32(f32(_horner(_LOG, x) * x) * xx) + f32(f32(e) * _LN2_LOW))
+            log = f32(f32(x + f32(log - f32(f32(0.5) * xx))) + f32(f32(e) * _LN2_HIGH))
+            r = f32(np.sqrt(f32(f32(-2.0) * log)))
+            quadrant = u32(u32(second[j] + u32(1 << 29)) >> u32(30))
+            t = f32(f32(i32(second[j] - u32(quadrant << u32(30)))) * _ANGLE)
+            tt = f32(t * t)
+            sine = f32(f32(f32(_horner(_SIN, tt) * tt) * t) + t)
+            cosine = f32(f32(f32(f32(_horner(_COS, tt) * tt) * tt) - f32(f32(0.5) * tt)) + f32(1.0))
+            odd = (quadrant & u32(1)) != 0
+            c, s = (sine if odd else cosine), (cosine if odd else sine)
+            zc[j] = f32(r * (-c if quadrant == 1 or quadrant == 2 else c))
+            zs[j] = f32(r * (-s if quadrant >= 2 else s))
+
+
+@_inner
+def _move_gaussian(x, group, key, ids, coefficients, grid, probe_id, scale, work):
+    # One group of 128, in place; scale holds the probe's step or nothing.
+    words, z, acc = work.view(np.uint32)[0], work[1], work[2]
+    if ids.size:
+        acc[:] = 0
+        for p in range(ids.size):
+            _philox(words, u64(group) * u64(32), ids[p], key)
+            _normals(z, words)
+            for i in range(WIDTH):
+                acc[i] += f32(coefficients[p] * z[i])
+        for i in range(WIDTH):
+            x[i] += f32(grid * acc[i])
+    if scale.size:
+        _philox(words, u64(group) * u64(32), probe_id, key)
+        _normals(z, words)
+        for i in range(WIDTH):
+            x[i] += f32(scale[0] * z[i])
+
+
+@_outer
+def _gaussian_32(out, base, unused, start, lo, hi, key, ids, coefficients, grid, probe_id, scale):
+    x, work = np.zeros(WIDTH, f32), np.empty((3, WIDTH), f32)
+    while lo < hi:
+        group, at = (start + lo) // WIDTH, (start + lo) % WIDTH
+        n = min(WIDTH - at, hi - lo)
+        _copy(x[at : at + n], base[lo : lo + n])
+        _move_gaussian(x, group, key, ids, coefficients, grid, probe_id, scale, work)
+        _copy(out[lo : lo + n], x[at : at + n])
+        lo += n
+
+
+@_outer
+def _gaussian_16(out, base, half, start, lo, hi, key, ids, coefficients, grid, probe_id, scale):
+    x, work = np.zeros(WIDTH, f32), np.empty((3, WIDTH), f32)
+    while lo < hi:
+        group, at = (start + lo) // WIDTH, (start + lo) % WIDTH
+        n = min(WIDTH - at, hi - lo)
+        _decode(x[at : at + n], base[lo : lo + n], half)
+        _move_gaussian(x, group, key, ids, coefficients, grid, probe_id, scale, work)
+        _encode(out[lo : lo + n], x[at : at + n], half)
+        lo += n
+
+
+# --- Python: what comes in, and who does which chunk ---
+
+
+def sweep(
+    out: Tensor,
+    base: Tensor,
+    start: int,
+    run_key: int,
+    passes: Passes,
+    grid: float,
+    probe: tuple[int, ArrayLike] | None = None,
+    *,
+    threads: int | None = None,
+    block: int | None = None,
+) -> None:
+    """out = base moved by grid * passes, then by sign * table of the probe; see the module's text.
+
+    out, base: 1-D contiguous CPU tensors of one size and type (fp32, bf16, fp16), the same tensor or
+    disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).
+    threads: torch's number by default; block: elements a thread takes at a time.  Raises ValueError for
+    tensors or tables of another kind.
+    """
+    tables = np.asarray(passes.tables)
+    _check_width(tables.shape[1])
+    args = (_native(passes.ids, u64), _native(tables, i32 if tables.dtype == i32 else np.int64), f32(grid))
+    if probe is None:
+        move = (*args, u64(0), _NONE)
+    else:
+        table = _native(np.asarray(probe[1]), f32)
+        _check_width(table.size)
+        move = (*args, u64(probe[0]), table)
+    _launch(_sweep_32, _sweep_16, out, base, start, run_key, move, threads, block)
+
+
+def sweep_gaussian(
+    out: Tensor,
+    base: Tensor,
+    start: int,
+    run_key: int,
+    ids: ArrayLike,
+    coefficients: ArrayLike,
+    grid: float,
+    probe: tuple[int, float] | None = None,
+    *,
+    threads: int | None = None,
+    block: int | None = None,
+) -> None:
+    """`sweep` for the gaussian law: out = round((base + grid * sum_p c_p z_p) + scale * z_probe), in float32.
+
+    ids: uint64 [P], summed in this order; coefficients: float32 [P]; probe: (id, scale).
+    """
+    scale = _NONE if probe is None else np.array([probe[1]], f32)
+    ids, coefficients = _native(np.asarray(ids), u64), _native(np.asarray(coefficients), f32)
+    move = (ids, coefficients, f32(grid), u64(0 if probe is None else probe[0]), scale)
+    _launch(_gaussian_32, _gaussian_16, out, base, start, run_key, move, threads, block)
+
+
+def add(
+    params: Sequence[tuple[Tensor, int]],
+    entries: Sequence[tuple[int, int]],
+    run_key: int,
+    grid: float,
+    *,
+    law: str = "rademacher",
+    K: int = 1,
+    threads: int | None = None,
+) -> None:
+    """Add grid * sum of coefficient * direction to tensors, in place.
+
+    params: (contiguous tensor, global index of its first element); entries: (direction id, coefficient).
+    """
+    passes = noise.passes(law, K, [i for i, _ in entries], [c for _, c in entries])
+    for tensor, start in params:
+        flat = tensor.detach().view(-1)
+        if law == "gaussian":
+            c = passes.tables[:, 0].astype(f32)
+            sweep_gaussian(flat, flat, start, run_key, passes.ids, c, grid, threads=threads)
+        else:
+            sweep(flat, flat, start, run_key, passes, grid, threads=threads)
+
+
+_NONE = np.zeros(0, f32)
+
+
+def _launch(
+    single: Callable[..., None],
+    narrow: Callable[..., None],
+    out: Tensor,
+    base: Tensor,
+    start: int,
+    run_key: int,
+    move: tuple[Any, ...],
+    threads: int | None,
+    block: int | None,
+) -> None:
+    size, dtype = out.numel(), out.dtype
+    if base.dtype != dtype or base.numel() != size or out.dim() != 1 or base.dim() != 1:
+        raise ValueError(f"out is {dtype} {list(out.shape)}, base is {base.dtype} {list(base.shape)}")
+    if not (out.is_contiguous() and base.is_contiguous() and out.is_cpu and base.is_cpu):
+        raise ValueError("out and base must be contiguous and in the CPU's memory")
+    if start < 0:
+        raise ValueError(f"start is {start}; a global index is 0 or more")
+    if dtype == torch.float32:
+        kernel, o, b = single, out.detach().numpy(), base.detach().numpy()
+        flag = out.data_ptr() == base.data_ptr()
+    elif dtype in (torch.bfloat16, torch.float16):
+        kernel, flag = narrow, dtype == torch.float16
+        o, b = out.detach().view(torch.uint16).numpy(), base.detach().view(torch.uint16).numpy()
+    else:
+        raise ValueError(f"weights of type {dtype}; fp32, bf16 and fp16 are known")
+    _share(functools.partial(kernel, o, b, flag), start, size, (u64(run_key), *move), threads, block)
+
+
+def _share(
+    kernel: Callable[..., None],
+    start: int,
+    size: int,
+    move: tuple[Any, ...],
+    threads: int | None,
+    block: int | None,
+) -> None:
+    n_threads = threads if threads is not None else torch.get_num_threads()
+    if block is None:
+        if n_threads <= 1 or size < SPLIT:
+            kernel(start, 0, size, *move)
+            return
+        block = max(TILE, min(CHUNK, size // (4 * n_threads)))
+    step = -(-block // TILE) * TILE
+    counter = itertools.count(-(start % TILE), step)  # chunks end at the ends of tiles; `next` is atomic
+
+    def work() -> None:
+        while (lo := next(counter)) < size:
+            kernel(start, max(lo, 0), min(lo + step, size), *move)
+
+    helpers = [_pool(os.getpid(), n_threads - 1).submit(work) for _ in range(n_threads - 1)]
+    work()
+    for helper in helpers:
+        if not helper.cancel():  # one that has not begun is not waited for
+            helper.result()
+
+
+@functools.lru_cache(maxsize=4)
+def _pool(process: int, workers: int) -> ThreadPoolExecutor:
+    # By process, because threads do not survive a fork.
+    return ThreadPoolExecutor(max_workers=workers, thread_name_prefix="fleetune-sweep")
+
+
+def _native(array: NDArray[Any], dtype: Any) -> NDArray[Any]:
+    # Numba compiles anew for arrays that are read-only or strided.
+    if array.dtype == dtype and array.flags.carray:
+        return array
+    return np.array(array, dtype=dtype, order="C")
+
+
+def _check_width(K: int) -> None:
+    if K < 1 or K & (K - 1):
+        raise ValueError(f"a table of {K} columns; a power of two is needed")

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Directions on any device that torch knows: the functions of `kernels_numba`, bit for bit, in plain torch.
+
+    out[i] = round( (float32(base[i]) + float32(grid * float32(acc[i]))) + sign[i] * table[(start+i) mod K] )
+
+acc is the integer sum of `noise.Passes`, so the device's order of work has no effect; each float operation
+is a torch call of its own, so no compiler can join a product and a sum.  32-bit words travel in int64,
+whose products wrap modulo 2^64 like unsigned ones.  Denormals must not be flushed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from fleetune.seeds import noise
+from fleetune.seeds.noise import LOW, M0, M1, ROUNDS, TILE, W0, W1, WIDTH, Passes
+
+BLOCK = 1 << 20  # elements at a time on a CPU, to stay in its cache
+BLOCK_DEVICE = 1 << 22  # and elsewhere, to fill the device
+TOGETHER = 16  # directions whose Philox calls are made in one go
+
+Probe = tuple[int, ArrayLike]
+
+
+def sweep(
+    out: Tensor,
+    base: Tensor,
+    start: int,
+    run_key: int,
+    passes: Passes,
+    grid: float,
+    probe: Probe | None = None,
+    *,
+    threads: int | None = None,
+    block: int | None = None,
+) -> None:
+    """out = base moved by grid * passes, then by sign * table of the probe; see the module's text.
+
+    out, base: 1-D contiguous tensors of one size, type (fp32, bf16, fp16) and device, the same tensor or
+    disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).
+    threads has no effect (torch has its own); block: elements at a time.  Raises ValueError for tensors or
+    tables of another kind.
+    """
+    tables = np.asarray(passes.tables)
+    _check(out, base, start, tables.shape[1])
+    summed = np.int32 if tables.dtype == np.int32 else np.int64
+    table = _period(np.ascontiguousarray(tables, summed), out.device)
+    step = None
+    if probe is not None:
+        row = np.array(probe[1], np.float32).reshape(1, -1)
+        _check(out, base, start, row.shape[1])
+        step = _period(row, out.device)
+    grid = float(np.float32(grid))
+    with torch.inference_mode():
+        for lo, hi, tile, n_tiles in _blocks(out, start, TILE, block):
+            x = base[lo:hi].float()
+            where = slice(start + lo - tile * TILE, start + hi - tile * TILE)
+            if len(passes.ids):
+                acc = torch.zeros(n_tiles, TILE, dtype=table.dtype, device=out.device)
+                for p, sign in enumerate(_signs(run_key, passes.ids, tile, n_tiles, out.device)):
+                    acc += sign.to(table.dtype) * _tiled(table[p], tile, n_tiles)
+                x = x + acc.view(-1)[where].float() * grid
+            if probe is not None and step is not None:
+                (sign,) = _signs(run_key, np.array([probe[0]], np.uint64), tile, n_tiles, out.device)
+                x = x + (sign.float() * _tiled(step[0], tile, n_tiles)).view(-1)[where]
+            out[lo:hi].copy_(x)
+
+
+def sweep_gaussian(
+    out: Tensor,
+    base: Tensor,
+    start: int,
+    run_key: int,
+    ids: ArrayLike,
+    coefficients: ArrayLike,
+    grid: float,
+    probe: tuple[int, float] | None = None,
+    *,
+    threads: int | None = None,
+    block: int | None = None,
+) -> None:
+    """`sweep` for the gaussian law: out = round((base + grid * sum_p c_p z_p) + scale * z_probe), in float32.
+
+    ids: uint64 [P], summed in this order; coefficients: float32 [P]; probe: (id, scale).
+    """
+    _check(out, base, start, 1)
+    keys = np.asarray(ids, np.uint64)
+    grid = float(np.float32(grid))
+    with torch.inference_mode():
+        for lo, hi, group, n_groups in _blocks(out, start, WIDTH, block):
+            x = base[lo:hi].float()
+            where = slice(start + lo - group * WIDTH, start + hi - group * WIDTH)
+            if len(keys):
+                acc = torch.zeros(n_groups * WIDTH, device=out.device)
+                for z, c in zip(
+                    _normals(run_key, keys, group, n_groups, out.device),
+                    np.asarray(coefficients, np.float32).tolist(),
+                    strict=True,
+                ):
+                    acc = acc + z * c
+                x = x + acc[where] * grid
+            if probe is not None:
+                (z,) = _normals(run_key, np.array([probe[0]], np.uint64), group, n_groups, out.device)
+                x = x + z[where] * float(np.float32(probe[1]))
+            out[lo:hi].copy_(x)
+
+
+def add(
+    params: Sequence[tuple[Tensor, int]],
+    entries: Sequence[tuple[int, int]],
+    run_key: int,
+    grid: float,
+    *,
+    law: str = "rademacher",
+    K: int = 1,
+    threads: int | None = None,
+) -> None:
+    """Add grid * sum of coefficient * direction to tensors, in place.
+
+    params: (contiguous tensor, global index of its first element); entries: (direction id, coefficient).
+    """
+    passes = noise.passes(law, K, [i for i, _ in entries], [c for _, c in entries])
+    for tensor, start in params:
+        flat = tensor.detach().view(-1)
+        if law == "gaussian":
+            sweep_gaussian(flat, flat, start, run_key, passes.ids, passes.tables[:, 0], grid)
+        else:
+            sweep(flat, flat, start, run_key, passes, grid)
+
+
+def _check(out: Tensor, base: Tensor, start: int, K: int) -> None:
+    if out.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"weights of type {out.dtype}; fp32, bf16 and fp16 are known")
+    if base.dtype != out.dtype or base.shape != out.shape or base.device != out.device or out.dim() != 1:
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}, base is {base.dtype} {list(base.shape)}")
+    if not (out.is_contiguous() and base.is_contiguous()):
+        raise ValueError("out and base must be contiguous")
+    if start < 0:
+        raise ValueError(f"start is {start}; a global index is 0 or more")
+    if K < 1 or K & (K - 1):
+        raise ValueError(f"a table of {K} columns; a power of two is needed")
+
+
+def _blocks(out: Tensor, start: int, unit: int, block: int | None) -> Iterator[tuple[int, int, int, int]]:
+    # (first element, last + 1, first tile or group, number of them), cut where tiles end.
+    size = out.numel()
+    step = block if block is not None else BLOCK if out.device.type == "cpu" else BLOCK_DEVICE
+    step = -(-step // unit) * unit
+    lo = 0
+    while lo < size:
+        hi = min(size, lo + step - (start + lo) % unit)
+        first, end = (start + lo) // unit, -(-(start + hi) // unit)
+        yield lo, hi, first, end - first
+        lo = hi
+
+
+def _words(
+    run_key: int, ids: NDArray[np.uint64], first: int, n: int, blocks: int, device: torch.device
+) -> Tensor:
+    # noise.words for the ids and the n block numbers (first + t) * blocks: int64 [ids, n, 128].
+    number = (first + torch.arange(n, device=device))[:, None] * blocks + torch.arange(32, device=device)
+    low = torch.from_numpy((ids & np.uint64(LOW)).astype(np.int64)).to(device)[:, None, None]
+    high = torch.from_numpy((ids >> np.uint64(32)).astype(np.int64)).to(device)[:, None, None]
+    x0, x1, x2, x3 = torch.broadcast_tensors(number & LOW, number >> 32, low, high)
+    k0, k1 = run_key & LOW, run_key >> 32
+    for _ in range(ROUNDS):
+        p0, p1 = x0 * M0, x2 * M1
+        x0, x1 = ((p1 >> 32) & LOW) ^ x1 ^ k0, p1 & LOW
+        x2, x3 = ((p0 >> 32) & LOW) ^ x3 ^ k1, p0 & LOW
+        k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
+    return torch.stack([x0, x1, x2, x3], dim=2).view(len(ids), n, WIDTH)
+
+
+def _signs(
+    run_key: int, ids: NDArray[np.uint64], tile: int, n: int, device: torch.device
+) -> Iterator[Tensor]:
+    # The signs of each direction in n tiles: int32 [n, 4096], +1 or -1.
+    shift = torch.arange(32, dtype=torch.int32, device=device)[:, None]
+    for first in range(0, len(ids), TOGETHER):
+        words = _words(run_key, ids[first : first + TOGETHER], tile, n, 32, device)
+        words = (words - ((words >> 31) << 32)).to(torch.int32)  # the same bits as a signed 32-bit word
+        for rows in words:
+            yield (1 - ((rows[:, None, :] >> shift) & 1) * 2).view(n, TILE)
+
+
+def _period(tables: NDArray[np.generic], device: torch.device) -> Tensor:
+    # Tables [P, K] repeated to at least a tile, in whole tiles: [P, K / 4096 or 1, 4096].  One column stays.
+    K = tables.shape[1]
+    if 1 < K < TILE:
+        tables = np.tile(tables, (1, TILE // K))
+    return torch.from_numpy(tables).to(device).view(len(tables), -1, TILE if K > 1 else 1)
+
+
+def _tiled(table: Tensor, tile: int, n: int) -> Tensor:
+    # The table's values in n tiles: [n, 4096], or [1, 4096] or [1, 1] to broadcast.
+    if len(table) == 1:
+        return table
+    return table[(tile + torch.arange(n, device=table.device)) % len(table)]
+
+
+def _normals(
+    run_key: int, ids: NDArray[np.uint64], group: int, n: int, device: torch.device
+) -> Iterator[Tensor]:
+    # noise.normals of each direction in n groups: float32 [n * 128].
+    for first in range(0, len(ids), TOGETHER):
+        words = _words(run_key, ids[first : first + TOGETHER], group, n, 32, device)
+        for rows in words.view(-1, n, 2, 2, 32):
+            yield torch.stack(_box_muller(rows[:, :, 0], rows[:, :, 1]), dim=2).view(-1)
+
+
+def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    # noise._box_muller, operation for operation.
+    u = a.float() * 2.0**-32 + 2.0**-33
+    bits = u.view(torch.int32)
+    e = (bits - noise.SQRT_HALF_BITS) >> 23
+    x = (bits - (e << 23)).view(torch.float32) - 1.0
+    xx = x * x
+    log = _horner(noise.LOG_POLY, x) * x * xx + e.float() * noise.LN2_LOW
+    log = x + (log - xx * 0.5) + e.float() * noise.LN2_HIGH
+    r = torch.sqrt(log * -2.0)
+    quadrant = ((b + (1 << 29)) & LOW) >> 30
+    t = (b - (quadrant << 30)).to(torch.int32).float() * noise.ANGLE
+    tt = t * t
+    sine = _horner(noise.SIN_POLY, tt) * tt * t + t
+    cosine = _horner(noise.COS_POLY, tt) * tt * tt - tt * 0.5 + 1.0
+    odd = (quadrant & 1) == 1
+    c, s = torch.where(odd, sine, cosine), torch.where(odd, cosine, sine)
+    c = torch.where((quadrant == 1) | (quadrant == 2), -c, c)
+    s = torch.where(quadrant >= 2, -s, s)
+    return r * c, r * s
+
+
+def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    y = torch.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        y = y * x + c
+    return y

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seed ledger: a full-parameter fine-tune as a short list of (direction, integer coefficient).
+
+With the base model a ledger *is* the tuned model: `w[i] = round(w0[i] + grid * sum_k c_k z_k[i])`, the sum
+in integers, so that any order, thread count, backend or device rebuilds the same bytes.  It is at once the
+server's state, the checkpoint and the artefact.
+
+The file is safetensors: arrays `id` (u64), `coefficient` (i32), `round` (u32), and as metadata the head in
+canonical JSON (sorted keys, no spaces), which states everything a replay needs and what it must find.
+Mode 0600: whoever has the base and the ledger has the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as safetensors_bytes
+
+from fleetune.errors import LedgerError
+from fleetune.files import write_atomic
+from fleetune.seeds.noise import LAW_VERSION, Passes, passes
+
+FORMAT = 1
+LAWS = ("rademacher", "pooled", "gaussian")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a ledger belongs to and how it is replayed."""
+
+    base: str  # SHA-256 of the base model's tensors
+    tokenizer: str  # SHA-256 of the tokenizer
+    tensors: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype, in name order
+    run_key: int  # 64-bit key of the directions
+    law: str  # rademacher | pooled | gaussian
+    K: int  # directions an epoch; 1 for rademacher and gaussian
+    grid: float  # the weight change that coefficient 1 means (a float32)
+    law_version: int = LAW_VERSION
+    format: int = FORMAT
+    eps: float = 0.0
+    lr: str = ""  # the rule that made coefficients from scalars
+    method: str = ""
+    hyper: dict[str, Any] = field(default_factory=dict)
+    aggregation: str = ""
+    privacy: str = "none"
+    checks: dict[str, str] = field(default_factory=dict)  # round -> SHA-256 of the rebuilt weights
+    previous: str = ""  # fingerprint of the ledger this one was derived from
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces; `run_key` in hexadecimal."""
+        fields = asdict(self) | {"run_key": f"{self.run_key:016x}"}
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Head:
+        """The head a file holds; LedgerError if a field is missing, unknown or of another format."""
+        try:
+            raw = json.loads(text)
+            raw["run_key"] = int(raw["run_key"], 16)
+            raw["tensors"] = tuple((str(n), tuple(int(d) for d in s), str(t)) for n, s, t in raw["tensors"])
+            head = Head(**raw)
+        except (ValueError, TypeError, KeyError) as error:
+            raise LedgerError(f"the ledger's head is damaged ({error})") from error
+        if head.format != FORMAT or head.law_version != LAW_VERSION:
+            raise LedgerError(
+                f"the ledger is of format {head.format}, law version {head.law_version}; "
+                f"this program reads format {FORMAT}, law version {LAW_VERSION}",
+                hint="replay it with the version of Fleetune that wrote it",
+            )
+        if head.law not in LAWS or head.K < 1 or head.K & (head.K - 1) or not np.isfinite(head.grid):
+            raise LedgerError(
+                f"the ledger's head is damaged (law {head.law!r}, K {head.K}, grid {head.grid})"
+            )
+        return head
+
+
+class Change(NamedTuple):
+    """One difference between two ledgers: what, and its value in each."""
+
+    what: str
+    left: str
+    right: str
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A head and its entries; every operation returns a new ledger."""
+
+    head: Head
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    coefficients: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    rounds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def append(self, ids: np.ndarray, coefficients: np.ndarray, round: int) -> Ledger:
+        """This ledger with the entries of one more round; zeros are left out.
+
+        LedgerError if a coefficient does not fit 32 bits.
+        """
+        keep = np.flatnonzero(coefficients)
+        if len(keep) and int(np.abs(coefficients[keep]).max()) >= 1 << 31:
+            raise LedgerError(
+                "a coefficient does not fit 32 bits", hint="lower the learning rate or set clip"
+            )
+        return replace(
+            self,
+            ids=np.concatenate([self.ids, ids[keep].astype(np.uint64)]),
+            coefficients=np.concatenate([self.coefficients, coefficients[keep].astype(np.int32)]),
+            rounds=np.concatenate([self.rounds, np.full(len(keep), round, np.uint32)]),
+        )
+
+    def passes(self) -> Passes:
+        """The entries as replay passes (one a direction, or one an epoch for the pooled law)."""
+        return passes(self.head.law, self.head.K, self.ids, self.coefficients)
+
+    def with_check(self, round: int, digest: str) -> Ledger:
+        """This ledger stating that after `round` the weights have this digest."""
+        return replace(self, head=replace(self.head, checks={**self.head.checks, str(round): digest}))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical head and the entries."""
+        h = hashlib.sha256(self.head.to_json().encode())
+        for array in (self.ids, self.coefficients, self.rounds):
+            h.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+        return h.hexdigest()
+
+    # Operations ---------------------------------------------------------------------------------
+
+    def _derived(self, keep: np.ndarray, checks: dict[str, str]) -> Ledger:
+        head = replace(self.head, previous=self.fingerprint(), checks=checks)
+        return Ledger(head, self.ids[keep], self.coefficients[keep], self.rounds[keep])
+
+    def truncate(self, round: int) -> Ledger:
+        """Only the entries of rounds up to and including `round`."""
+        checks = {r: d for r, d in self.head.checks.items() if int(r) <= round}
+        return self._derived(self.rounds <= round, checks)
+
+    def drop(self, round: int) -> Ledger:
+        """Without the entries of `round`; checks from there on no longer hold and go."""
+        checks = {r: d for r, d in self.head.checks.items() if int(r) < round}
+        return self._derived(self.rounds != round, checks)
+
+    def scale(self, factor: float) -> Ledger:
+        """The same fine-tune `factor` times as long (task arithmetic): the grid is scaled, checks go."""
+        grid = float(np.float32(self.head.grid * factor))
+        if not np.isfinite(grid) or grid == 0.0:
+            raise LedgerError(f"cannot scale by {factor}: the grid would become {grid}")
+        head = replace(self.head, previous=self.fingerprint(), checks={}, grid=grid)
+        return replace(self, head=head)
+
+    def compact(self) -> Ledger:
+        """One entry a direction (its sum), in order of id; the history of rounds goes, the weights stay."""
+        ids, where = np.unique(self.ids, return_inverse=True)
+        sums = np.zeros(len(ids), np.int64)
+        np.add.at(sums, where, self.coefficients.astype(np.int64))
+        last = int(self.rounds.max(initial=0))
+        checks = {r: d for r, d in self.head.checks.items() if int(r) >= last}
+        head = replace(self.head, previous=self.fingerprint(), checks=checks)
+        return Ledger(head).append(ids, sums, last)
+
+    def merge(self, other: Ledger) -> Ledger:
+        """Both fine-tunes together: coefficients add.  LedgerError unless base, key, law and grid agree."""
+        differ = [c for c in self.head_changes(other) if c.what in MUST_AGREE]
+        if differ:
+            raise LedgerError(
+                "these ledgers cannot be merged: "
+                + "; ".join(f"{c.what} is {c.left} and {c.right}" for c in differ),
+                hint="merge needs the same base model, run key, law, K and grid",
+            )
+        order = np.argsort(np.concatenate([self.rounds, other.rounds]), kind="stable")
+        both = [
+            np.concatenate(pair)[order]
+            for pair in (
+                (self.ids, other.ids),
+                (self.coefficients, other.coefficients),
+                (self.rounds, other.rounds),
+            )
+        ]
+        parents = hashlib.sha256(
+            "".join(sorted([self.fingerprint(), other.fingerprint()])).encode()
+        ).hexdigest()
+        return Ledger(replace(self.head, previous=parents, checks={}), *both)
+
+    def head_changes(self, other: Ledger) -> list[Change]:
+        """Fields of the head that differ."""
+        left, right = json.loads(self.head.to_json()), json.loads(other.head.to_json())
+        return [Change(k, _short(left[k]), _short(right[k])) for k in sorted(left) if left[k] != right[k]]
+
+    def diff(self, other: Ledger) -> list[Change]:
+        """Differences of the heads, of the entries round by round, and of the two fine-tunes as vectors."""
+        changes = self.head_changes(other)
+        for r in np.union1d(self.rounds, other.rounds):
+            a, b = self.rounds == r, other.rounds == r
+            same = np.array_equal(self.ids[a], other.ids[b]) and np.array_equal(
+                self.coefficients[a], other.coefficients[b]
+            )
+            if not same:
+                changes.append(Change(f"round {r}", f"{a.sum()} entries", f"{b.sum()} entries"))
+        if all(c.what not in MUST_AGREE for c in changes):
+            left, right = self.compact(), other.compact()
+            cosine = _cosine(left, right)
+            if cosine < 1.0 or len(left) != len(right):
+                changes.append(
+                    Change("cosine of the two fine-tunes", f"{cosine:.6f}", "1.000000 = same direction")
+                )
+        return changes
+
+    # Files --------------------------------------------------------------------------------------
+
+    def to_bytes(self) -> bytes:
+        """The file, byte for byte: equal ledgers give equal bytes."""
+        arrays = {"coefficient": self.coefficients, "id": self.ids, "round": self.rounds}
+        return safetensors_bytes(arrays, {"format": "fleetune-ledger", "head": self.head.to_json()})
+
+    def save(self, path: Path) -> None:
+        """Write the ledger, atomically, readable by its owner alone."""
+        write_atomic(path, self.to_bytes(), mode=0o600)
+
+
+MUST_AGREE = ("base", "tokenizer", "tensors", "run_key", "law", "law_version", "K", "grid")
+
+
+def load(path: str | os.PathLike[str]) -> Ledger:
+    """The ledger in a file.  LedgerError when it is missing, damaged or of another format."""
+    path = Path(path)
+    if not path.is_file():
+        raise LedgerError(
+            f"no ledger at {path}", hint="give a ledger.safetensors file or a run folder that has one"
+        )
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != "fleetune-ledger" or set(file.keys()) != {
+                "id",
+                "coefficient",
+                "round",
+            }:
+                raise LedgerError(f"{path} is a safetensors file, but not a ledger")
+            arrays = [file.get_tensor(n) for n in ("id", "coefficient", "round")]
+    except (SafetensorError, OSError) as error:
+        raise LedgerError(f"{path} is damaged or not a ledger ({error})") from error
+    head = Head.from_json(metadata.get("head", ""))
+    kinds = [(a.dtype.name, a.ndim) for a in arrays]
+    if kinds != [("uint64", 1), ("int32", 1), ("uint32", 1)] or len({len(a) for a in arrays}) != 1:
+        raise LedgerError(f"{path} is damaged: its arrays are {kinds}")
+    return Ledger(head, *arrays)
+
+
+def require_base(
+    head: Head, base: str, tokenizer: str, tensors: Iterable[tuple[str, tuple[int, ...], str]]
+) -> None:
+    """LedgerError naming what differs, unless the ledger was made on this very base model."""
+    tensors = tuple(tensors)
+    problems = []
+    if head.tensors != tensors:
+        problems.append(_tensor_difference(head.tensors, tensors))
+    if head.base != base:
+        problems.append(f"base digest {base[:16]}.. differs from the ledger's {head.base[:16]}..")
+    if head.tokenizer != tokenizer:
+        problems.append(
+            f"tokenizer digest {tokenizer[:16]}.. differs from the ledger's {head.tokenizer[:16]}.."
+        )
+    if problems:
+        raise LedgerError(
+            "this ledger belongs to another base model: " + "; ".join(problems),
+            hint=f"load the base it was made on, in the same dtype ({head.tensors[0][2] if head.tensors else '?'})",
+        )
+
+
+def _tensor_difference(want: Sequence[Any], have: Sequence[Any]) -> str:
+    missing = [n for n, *_ in want if n not in {m for m, *_ in have}]
+    if missing:
+        return f"tensor {missing[0]} is missing ({len(missing)} in all)"
+    for left, right in zip(want, have, strict=False):
+        if left != right:
+            return f"tensor {right[0]} is {list(right[1])} {right[2]}, the ledger has {left[0]} {list(left[1])} {left[2]}"
+    return f"the model has {len(have)} tensors, the ledger {len(want)}"
+
+
+def _cosine(left: Ledger, right: Ledger) -> float:
+    # The directions of a law are orthogonal (pooled) or nearly so, so the coefficients' cosine is the moves'.
+    ids = np.union1d(left.ids, right.ids)
+    a, b = np.zeros(len(ids)), np.zeros(len(ids))
+    a[np.searchsorted(ids, left.ids)] = left.coefficients
+    b[np.searchsorted(ids, right.ids)] = right.coefficients
+    length = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return 1.0 if length == 0.0 else float(a @ b) / length
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a direction is: the readable reference that the kernels must equal bit for bit.
+
+A direction z(id) assigns a number to every trainable weight, as a pure function of (run key, direction id,
+global element index), so two integers stand for as many numbers as the model has weights.
+
+Bits come from Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011): key = run key, counter = (block low, block high, id low, id high).  A tile of 4096 elements takes
+the 32 blocks tile*32 + j; word c of block j is words[c*32 + j], and element e of the tile has the bit
+(words[e % 128] >> (e // 128)) & 1: sign +1 for 0, -1 for 1.
+
+Laws
+- rademacher: z(id)[i] is that sign.  E[z z'] = I, as MeZO (Malladi et al. 2023, arXiv 2305.17333) needs of z,
+  and z times a coefficient is exact in any float type.
+- pooled: K orthogonal directions in one pass.  The id is epoch << 32 | k, and
+  z[i] = D[i] * H[i mod K, k], D the sign for id = epoch, H[i, k] = (-1)^popcount(i & k) (Walsh-Hadamard).
+  The sum of all K of them, sum_k a_k z_k[i] = D[i] * (H a)[i mod K], takes one pass, whatever K is.
+- gaussian: Box-Muller (1958) on the words of the block group*32 + j for the 128 elements of a group; see
+  `normals`.  Its sums are floats, so their order matters: ids ascend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fleetune.errors import UsageError
+
+LAW_VERSION = 1
+LAWS = ("rademacher", "pooled", "gaussian")
+TILE = 4096  # elements that share 32 Philox calls: one bit each
+WIDTH = 128  # words of a tile, and elements of one row of it
+
+# Philox4x32: the two multipliers and the two key increments (Salmon et al., section 3.3)
+M0, M1 = 0xD2511F53, 0xCD9E8D57
+W0, W1 = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+LOW = 0xFFFFFFFF
+
+# Polynomials of Cephes (Moshier) for float32: (ln(1+x) - x + x^2/2) / x^3, (sin x - x) / x^3 and
+# (cos x - 1 + x^2/2) / x^4, the last two in x^2.
+LOG_POLY = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+SIN_POLY = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+COS_POLY = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
+SQRT_HALF_BITS = 0x3F3504F3
+ANGLE = float(np.float32(np.pi / 2**31))  # radians of one unit of a word: 2 pi / 2^32
+
+Ids = NDArray[np.uint64]
+Sums = NDArray[np.int64]
+
+
+class Passes(NamedTuple):
+    """A sum of directions as few passes: acc[i] = sum_p sign(ids[p])[i] * tables[p, i mod K].
+
+    ids: uint64 [P], ascending.  tables: int32 or int64 [P, K]; K = 1 for rademacher.
+    """
+
+    ids: NDArray[np.uint64]
+    tables: NDArray[Any]
+
+
+def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
+    """Philox4x32-10: counter uint32 [..., 4], key uint32 [2] -> uint32 [..., 4] (Salmon et al. 2011)."""
+    x0: Any
+    x0, x1, x2, x3 = np.moveaxis(np.asarray(counter, dtype=np.uint64), -1, 0)
+    k0, k1 = (int(k) for k in np.asarray(key, dtype=np.uint64))
+    low, half = np.uint64(LOW), np.uint64(32)
+    for _ in range(ROUNDS):
+        p0, p1 = x0 * np.uint64(M0), x2 * np.uint64(M1)
+        x0, x1 = (p1 >> half) ^ x1 ^ np.uint64(k0), p1 & low
+        x2, x3 = (p0 >> half) ^ x3 ^ np.uint64(k1), p0 & low
+        k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
+    return np.stack([x0, x1, x2, x3], axis=-1).astype(np.uint32)
+
+
+def run_key(secret: bytes) -> int:
+    """The run's Philox key: the first 8 bytes of SHA-256 over its secret, little-endian."""
+    return int.from_bytes(hashlib.sha256(secret).digest()[:8], "little")
+
+
+def derive(*parts: int | str) -> int:
+    """A 64-bit key for one purpose, e.g. derive(seed, "local", round, client).
+
+    SHA-256 over the parts, each with its type and length, so that no two different lists collide by joining.
+    """
+    text = bytearray(b"fleetune.derive.1")
+    for part in parts:
+        kind, raw = (b"s", part.encode()) if isinstance(part, str) else (b"i", b"%d" % part)
+        text += kind + len(raw).to_bytes(8, "little") + raw
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+
+
+def words(run_key: int, id: int, blocks: NDArray[np.uint64]) -> NDArray[np.uint32]:
+    """Rows of 128 random words for block numbers that are multiples of 32: uint64 [n] -> uint32 [n, 128]."""
+    every: NDArray[Any] = blocks[:, None] + np.arange(32, dtype=np.uint64)
+    counter = np.empty((*every.shape, 4), np.uint64)
+    counter[..., 0], counter[..., 1] = every & np.uint64(LOW), every >> np.uint64(32)
+    counter[..., 2], counter[..., 3] = id & LOW, id >> 32
+    out = philox4x32(counter, [run_key & LOW, run_key >> 32])
+    return np.swapaxes(out, 1, 2).reshape(-1, WIDTH)
+
+
+def signs(run_key: int, id: int, start: int, count: int) -> NDArray[np.int8]:
+    """The signs of direction `id` at elements start .. start+count-1: int8 [count], +1 or -1."""
+    first, last = start // TILE, -(-(start + count) // TILE)
+    rows = words(run_key, id, np.arange(first, last, dtype=np.uint64) * np.uint64(32))
+    bits = (rows[:, None, :] >> np.arange(32, dtype=np.uint32)[:, None]) & np.uint32(1)
+    return _sign(bits.astype(np.int8).reshape(-1)[start - first * TILE :][:count])
+
+
+def normals(run_key: int, id: int, start: int, count: int) -> NDArray[np.float32]:
+    """Standard normals of direction `id` at elements start .. start+count-1: float32 [count].
+
+    A group of 128 elements takes the blocks group*32 + j; words[c*32 + j] is laid out as for signs.  Words j
+    and 32+j give elements j and 32+j of the group, words 64+j and 96+j elements 64+j and 96+j:
+
+        r = sqrt(-2 ln u), u = word * 2^-32 + 2^-33;  z = r cos(t), r sin(t), t = 2 pi * word' / 2^32
+
+    All in float32 with the polynomials above, every operation rounded, none contracted: no math library is
+    asked, so the bits do not depend on one.
+    """
+    first, last = start // WIDTH, -(-(start + count) // WIDTH)
+    rows = words(run_key, id, np.arange(first, last, dtype=np.uint64) * np.uint64(32)).reshape(-1, 2, 2, 32)
+    z = np.stack(_box_muller(rows[:, :, 0], rows[:, :, 1]), axis=2)
+    return z.reshape(-1)[start - first * WIDTH :][:count]
+
+
+def _box_muller(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> tuple[NDArray[Any], NDArray[Any]]:
+    f = np.float32
+    u = a.astype(f) * f(2.0**-32) + f(2.0**-33)
+    bits = u.view(np.int32)
+    e = (bits - np.int32(SQRT_HALF_BITS)) >> np.int32(23)
+    x = (bits - (e << np.int32(23))).view(f) - f(1.0)
+    xx = x * x
+    log = _horner(LOG_POLY, x) * x * xx + e.astype(f) * f(LN2_LOW)
+    log = x + (log - f(0.5) * xx) + e.astype(f) * f(LN2_HIGH)
+    r = np.sqrt(f(-2.0) * log)
+    quadrant = (b + np.uint32(1 << 29)) >> np.uint32(30)
+    t = (b - (quadrant << np.uint32(30))).view(np.int32).astype(f) * f(ANGLE)
+    tt = t * t
+    sine = _horner(SIN_POLY, tt) * tt * t + t
+    cosine = _horner(COS_POLY, tt) * tt * tt - f(0.5) * tt + f(1.0)
+    odd = (quadrant & np.uint32(1)) == 1
+    c, s = np.where(odd, sine, cosine), np.where(odd, cosine, sine)
+    c = np.where((quadrant == 1) | (quadrant == 2), -c, c)
+    s = np.where(quadrant >= 2, -s, s)
+    return r * c, r * s
+
+
+def _horner(coefficients: Sequence[float], x: NDArray[np.float32]) -> NDArray[np.float32]:
+    y = np.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        y = y * x + np.float32(c)
+    return y
+
+
+def fwht(a: ArrayLike) -> NDArray[np.int64]:
+    """H a with H[i, k] = (-1)^popcount(i & k), natural order: integers [K] -> int64 [K], exact.
+
+    The fast Walsh-Hadamard transform, K log2 K additions.  Raises UsageError if K is not a power of two.
+    """
+    v = np.array(a, dtype=np.int64)
+    K = _power_of_two(len(v))
+    half = 1
+    while half < K:
+        pair = v.reshape(-1, 2, half)
+        v = np.stack([pair[:, 0] + pair[:, 1], pair[:, 0] - pair[:, 1]], axis=1).reshape(K)
+        half *= 2
+    return v
+
+
+def hadamard_column(K: int, k: int) -> NDArray[np.int8]:
+    """Column k of the K x K Walsh-Hadamard matrix: int8 [K], +1 or -1."""
+    _power_of_two(K)
+    if not 0 <= k < K:
+        raise UsageError(f"direction {k} is outside a pool of K = {K}", hint=f"use 0 to {K - 1}")
+    parity = np.arange(K, dtype=np.uint64) & np.uint64(k)
+    for shift in (16, 8, 4, 2, 1):
+        parity ^= parity >> np.uint64(shift)
+    return _sign((parity & np.uint64(1)).astype(np.int8))
+
+
+def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
+    """The sum of coefficient * direction over all entries, as the fewest passes over the weights.
+
+    ids: uint64 [n], equal ones are merged; coefficients: integers [n].  The order of the entries has no
+    effect.  Tables are int32 unless an element's sum could reach 2^31, then int64.  K counts for the pooled
+    law only.  Raises UsageError for an unknown law, a K that is not a power of two, a k outside the pool or
+    sums beyond 2^62.
+    """
+    check_law(law, K)
+    ids = np.asarray(ids, dtype=np.uint64).reshape(-1)
+    coefficients = np.asarray(coefficients).reshape(-1)
+    if ids.shape != coefficients.shape or (len(ids) and coefficients.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{ids.shape} ids need as many integers, got {coefficients.shape} {coefficients.dtype}"
+        )
+    if np.abs(coefficients.astype(np.float64)).sum() >= 2.0**62:
+        raise UsageError("the coefficients sum to more than 2^62", hint="scale the ledger down")
+    ids, sums = _merge(ids, coefficients.astype(np.int64))
+    tables = sums[:, None]
+    if law == "pooled":
+        ids, tables = _pool(ids, sums, K)
+    reach = int(np.abs(tables).max(axis=1, initial=0).sum())
+    return Passes(ids, np.ascontiguousarray(tables, dtype=np.int32 if reach < 2**31 else np.int64))
+
+
+def probe(law: str, K: int, id: int) -> tuple[int, NDArray[np.int8]]:
+    """One direction as (Philox id, table): z[i] = sign(Philox id)[i] * table[i mod len(table)]."""
+    check_law(law, K)
+    if law == "pooled":
+        return id >> 32, hadamard_column(K, id & LOW)
+    return id, np.ones(1, np.int8)
+
+
+def check_law(law: str, K: int) -> None:
+    """Raise UsageError unless the law exists and, if pooled, K is a power of two of at most 2^32."""
+    if law not in LAWS:
+        raise UsageError(f"there is no law {law!r}", hint=f"one of: {', '.join(LAWS)}")
+    if law == "pooled" and _power_of_two(K) > 2**32:
+        raise UsageError(f"K = {K} is more than 2^32 pooled directions")
+
+
+def _merge(ids: Ids, values: Sums) -> tuple[Ids, Sums]:
+    unique, where = np.unique(ids, return_inverse=True)
+    sums = np.zeros(len(unique), np.int64)
+    np.add.at(sums, where, values)
+    return unique[sums != 0], sums[sums != 0]
+
+
+def _pool(ids: Ids, sums: Sums, K: int) -> tuple[Ids, Sums]:
+    k = ids & np.uint64(LOW)
+    if len(k) and int(k.max()) >= K:
+        raise UsageError(f"direction {int(k.max())} is outside a pool of K = {K}", hint=f"use 0 to {K - 1}")
+    epochs, row = np.unique(ids >> np.uint64(32), return_inverse=True)
+    a = np.zeros((len(epochs), K), np.int64)
+    a[row, k.astype(np.int64)] = sums
+    for line in a:
+        line[:] = fwht(line)
+    return epochs, a
+
+
+def _sign(bit: NDArray[np.int8]) -> NDArray[np.int8]:
+    one: NDArray[np.int8] = np.ones_like(bit)
+    return one - bit - bit
+
+
+def _power_of_two(K: int) -> int:
+    if K < 1 or K & (K - 1):
+        lower = 1 << max(K.bit_length() - 1, 0) if K > 0 else 1
+        raise UsageError(f"K = {K} is not a power of two", hint=f"use {lower} or {lower * 2}")
+    return K

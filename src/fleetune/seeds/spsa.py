@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Simultaneous perturbation: the two-point estimate, and descent on it with integer coefficients.
+
+Spall (1992), as MeZO uses it (Malladi et al. 2023, arXiv 2305.17333, Definition 1): with a random direction
+z and the losses at w + eps z and w - eps z on one batch, `g = (l+ - l-) / (2 eps)` is an estimate of the
+slope along z, and `w <- w - lr g z` a step of descent.  A step is recorded as the integer
+`c = -lr g / grid`, and what is taken is the recorded integer, not the float: whoever has the integers has
+the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fleetune.data import Batch
+from fleetune.models import Model
+from fleetune.objectives import Objective
+from fleetune.seeds.noise import derive, passes, philox4x32, probe
+from fleetune.seeds.view import View
+
+
+def two_point(
+    view: View, direction: tuple[int, np.ndarray], eps: float, loss: Callable[[], float]
+) -> tuple[float, float]:
+    """(l+, l-): `loss()` at the view's point + eps z and - eps z.  The point is left as it was."""
+    try:
+        view.probe(direction, eps)
+        plus = loss()
+        view.probe(direction, -eps)
+        return plus, loss()
+    finally:
+        view.probe(None)
+
+
+class Position:
+    """A point of weight space as a growing list of (direction id, integer coefficient)."""
+
+    def __init__(self, law: str, K: int, ids: np.ndarray, coefficients: np.ndarray) -> None:
+        self.law, self.K = law, K
+        self.ids, self.coefficients = list(ids.tolist()), list(coefficients.tolist())
+
+    def move(self, id: int, c: int) -> None:
+        """Take c units along direction `id`."""
+        if c:
+            self.ids.append(id)
+            self.coefficients.append(c)
+
+    def place(self, view: View) -> None:
+        """Put a view at this point."""
+        ids, coefficients = np.array(self.ids, np.uint64), np.array(self.coefficients, np.int64)
+        view.place(passes(self.law, self.K, ids, coefficients))
+
+
+class Steps(NamedTuple):
+    """What a device did: the integer of every step, the mean loss, and how many steps had no finite slope."""
+
+    coefficients: np.ndarray  # int64[steps]
+    loss: float
+    skipped: int
+
+
+def descend(
+    model: Model,
+    view: View,
+    position: Position,
+    ids: Sequence[int],
+    batches: Iterable[Batch],
+    objective: Objective,
+    *,
+    eps: float,
+    clip: float,
+    to_units: Callable[[int, float], int],
+) -> Steps:
+    """One step of two-point descent for every id and batch, from `position`, which moves along.
+
+    `to_units(step, g)` turns the slope into the integer that is taken and reported.  |g| is cut to `clip`
+    (0: not); a slope that is not finite is no step.
+    """
+    coefficients, losses, skipped = [], [], 0
+    for step, (id, batch) in enumerate(zip(ids, batches, strict=False)):
+        position.place(view)
+        plus, minus = two_point(
+            view, probe(view.law, position.K, id), eps, lambda b=batch: objective(model, b)
+        )  # type: ignore[misc]
+        g = (plus - minus) / (2 * eps)
+        if not math.isfinite(g):
+            coefficients.append(0)
+            skipped += 1
+            continue
+        if clip:
+            g = max(-clip, min(clip, g))
+        c = to_units(step, g)
+        position.move(id, c)
+        coefficients.append(c)
+        losses.append((plus + minus) / 2)
+    view.warn_unreached()
+    return Steps(np.array(coefficients, np.int64), float(np.mean(losses)) if losses else math.inf, skipped)
+
+
+# Random choices that both sides must make alike come from Philox, not from numpy, whose streams may change.
+
+
+def uniforms(key: int, domain: str, count: int) -> np.ndarray:
+    """float64[count] in [0, 1) with 32 bits each, a pure function of (key, domain)."""
+    calls = -(-count // 4)
+    counter = np.zeros((calls, 4), np.uint32)
+    counter[:, 0] = np.arange(calls, dtype=np.uint32)
+    k = derive(key, domain)
+    words = philox4x32(counter, np.array([k & 0xFFFFFFFF, k >> 32], np.uint32))
+    return words.reshape(-1)[:count].astype(np.float64) / 2.0**32

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model seen from another point of weight space, while its stored weights stay as they are.
+
+The papers perturb the weights in place: +eps, -2 eps, +eps, update.  Four passes that, in 16-bit types,
+leave a rounding walk longer than the training itself.  Here nothing is ever written: while a module runs,
+its weights are computed into a small scratch block
+
+    w[i] = round( w0[i] + grid * sum_k c_k z_k[i]  +  eps z[i] )
+
+straight from the stored base, the ledger's passes and the probe direction, and are gone when it returns.
+So restoration is exact because there is nothing to restore, the point is bit-equal to a replay of the
+ledger, and a step costs one fused pass for each of its two forwards and a few MB of memory.
+
+The only way to the base is `Read`: one run of elements of one tensor at a time.  A memory-mapped or
+quantised base is another `Read`, nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fleetune.errors import ModelError
+from fleetune.seeds.noise import TILE, Passes
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1 << 20  # elements of scratch: 4 MB in fp32, so that it stays in the cache until the product reads it
+
+
+class Slot(NamedTuple):
+    """A trainable tensor and the global index of its first element."""
+
+    name: str
+    tensor: Tensor
+    start: int
+
+
+Read = Callable[[Slot, int, int], Tensor]
+
+
+def read_stored(slot: Slot, first: int, last: int) -> Tensor:
+    """Elements first..last of a tensor that lies in memory (no copy)."""
+    return slot.tensor.detach().view(-1)[first:last]
+
+
+def layout(named: Iterable[tuple[str, Tensor]]) -> list[Slot]:
+    """Slots of name-ordered tensors laid end to end, each starting at a multiple of 4096 (the spec's index)."""
+    slots, start = [], 0
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        slots.append(Slot(name, tensor, start))
+        start += -(-tensor.numel() // TILE) * TILE
+    return slots
+
+
+def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
+    """The kernel module for a device: Numba on a CPU that has it, plain torch everywhere else."""
+    if backend == "torch" or (backend == "auto" and device.type != "cpu"):
+        from fleetune.seeds import kernels_torch
+
+        return kernels_torch
+    try:
+        from fleetune.seeds import kernels_numba
+    except ImportError:
+        if backend == "numba":
+            raise
+        log.warning("Numba is not usable here: directions are computed by torch, which is slower")
+        return kernels("torch", "torch")  # type: ignore[arg-type]
+    return kernels_numba
+
+
+class View:
+    """Makes `net` run at `w0 + grid * passes (+ eps z)`; see the module's text.
+
+    `place` sets the point, `probe` the perturbation; with neither the net runs on its stored weights.
+    `remove` takes the view off.  The net must be used through its modules (calling them, `generate`, ...).
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, Tensor]],
+        net: nn.Module,
+        *,
+        run_key: int,
+        law: str,
+        grid: float,
+        read: Read = read_stored,
+        backend: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        self.slots = layout(named)
+        self.run_key, self.law, self.grid = run_key, law, grid
+        self.read, self.threads = read, threads
+        self.device = self.slots[0].tensor.device
+        self.kernels = kernels(self.device, backend)
+        self.point: Passes | None = None
+        self.direction: tuple[int, np.ndarray] | None = None
+        self.reached: set[str] = set()
+        self._scratch = torch.empty(0)
+        self._modules: list[nn.Module] = []
+        self._install(net)
+
+    def place(self, passes: Passes | None) -> None:
+        """Set the point: the ledger's passes, or None for the base."""
+        self.point = passes if passes is not None and len(passes.ids) else None
+
+    def probe(self, direction: tuple[int, np.ndarray] | None, eps: float = 0.0) -> None:
+        """Add `eps * z` to the point, for the direction (Philox id, table [K]) of `noise.probe`; None: stop."""
+        self.direction = direction and (direction[0], (direction[1] * np.float32(eps)).astype(np.float32))
+
+    def piece(self, slot: Slot, first: int, last: int, out: Tensor | None = None) -> Tensor:
+        """Elements first..last of a tensor as seen from here: 1-D, the stored dtype.
+
+        The result lives in `out`, or in shared scratch that the next call overwrites, or (when nothing is
+        placed or probed) is the stored memory itself.
+        """
+        self.reached.add(slot.name)
+        base = self.read(slot, first, last)
+        if self.point is None and self.direction is None:
+            return base if out is None else out.copy_(base)
+        if out is None:
+            out = self._take(last - first, base.dtype)
+        sweep(self, out, base, slot.start + first)
+        return out
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every trainable tensor as seen from here, one at a time, in name order."""
+        for slot in self.slots:
+            size = slot.tensor.numel()
+            out = torch.empty(size, dtype=slot.tensor.dtype, device=slot.tensor.device)
+            for first in range(0, size, CHUNK):
+                last = min(first + CHUNK, size)
+                self.piece(slot, first, last, out[first:last])
+            yield slot.name, out.view(slot.tensor.shape)
+
+    def write(self) -> None:
+        """Make the point the stored weights (for export; the base is gone afterwards)."""
+        with torch.inference_mode():
+            for slot in self.slots:
+                flat = slot.tensor.detach().view(-1)
+                for first in range(0, flat.numel(), CHUNK):
+                    last = min(first + CHUNK, flat.numel())
+                    self.piece(slot, first, last, flat[first:last])
+        self.place(None)
+
+    def remove(self) -> None:
+        """Take the view off: the net runs on its stored weights again."""
+        for module in self._modules:
+            del module.forward
+        self._modules = []
+
+    def warn_unreached(self) -> None:
+        """Log the trainable tensors that no forward has asked for (they are not being tuned)."""
+        missing = [s.name for s in self.slots if s.name not in self.reached]
+        if missing:
+            log.warning("%d tensors took no part in the forward pass, e.g. %s", len(missing), missing[0])
+
+    def _take(self, size: int, dtype: torch.dtype) -> Tensor:
+        if self._scratch.numel() < size or self._scratch.dtype != dtype:
+            self._scratch = torch.empty(size, dtype=dtype, device=self.device)
+        return self._scratch[:size]
+
+    def _install(self, net: nn.Module) -> None:
+        by_id = {id(slot.tensor): slot for slot in self.slots}
+        for module in net.modules():
+            own = {n: by_id[id(p)] for n, p in module.named_parameters(recurse=False) if id(p) in by_id}
+            if not own:
+                continue
+            if "forward" in module.__dict__:
+                raise ModelError(f"{type(module).__name__} is already wrapped; remove the earlier view first")
+            module.forward = _forward_for(self, module, own)
+            self._modules.append(module)
+
+
+def sweep(view: View, out: Tensor, base: Tensor, start: int) -> None:
+    """One fused pass over a piece: the law's kernel with the view's point and probe."""
+    if view.law == "gaussian":
+        point = view.point
+        ids = point.ids if point is not None else np.zeros(0, np.uint64)
+        coefficients = point.tables[:, 0].astype(np.float32) if point is not None else np.zeros(0, np.float32)
+        probe = view.direction and (view.direction[0], float(view.direction[1][0]))
+        view.kernels.sweep_gaussian(out, base, start, view.run_key, ids, coefficients, view.grid, probe)
+        return
+    point = view.point if view.point is not None else EMPTY
+    view.kernels.sweep(out, base, start, view.run_key, point, view.grid, view.direction, threads=view.threads)
+
+
+EMPTY = Passes(np.zeros(0, np.uint64), np.zeros((0, 1), np.int32))
+
+
+def _forward_for(view: View, module: nn.Module, own: dict[str, Slot]) -> Callable[..., Any]:
+    if type(module) is nn.Linear and "weight" in own:
+        return lambda input: _linear(view, module, own, input)
+    if type(module) is nn.Embedding and module.max_norm is None:
+        return lambda input: _embedding(view, own["weight"], input)
+    return _whole(view, module, own)
+
+
+def _linear(view: View, module: nn.Linear, own: dict[str, Slot], x: Tensor) -> Tensor:
+    # Blocks of rows: the scratch is bounded and still in the cache when the product reads it.
+    weight, (n_out, n_in) = own["weight"], module.weight.shape
+    bias = _seen(view, own, module, "bias")
+    rows = max(1, CHUNK // n_in)
+    if rows >= n_out:
+        return F.linear(x, view.piece(weight, 0, n_out * n_in).view(n_out, n_in), bias)
+    flat = x.reshape(-1, n_in)
+    out = x.new_empty(flat.shape[0], n_out)
+    for r in range(0, n_out, rows):
+        s = min(r + rows, n_out)
+        torch.mm(flat, view.piece(weight, r * n_in, s * n_in).view(s - r, n_in).t(), out=out[:, r:s])
+    if bias is not None:
+        out += bias
+    return out.view(*x.shape[:-1], n_out)
+
+
+def _seen(view: View, own: dict[str, Slot], module: nn.Module, name: str) -> Tensor | None:
+    parameter: Tensor | None = getattr(module, name)
+    if parameter is None or name not in own:
+        return parameter
+    return view.piece(own[name], 0, parameter.numel(), torch.empty_like(parameter).view(-1)).view_as(
+        parameter
+    )
+
+
+def _embedding(view: View, slot: Slot, ids: Tensor) -> Tensor:
+    # Only the rows in use are computed.
+    width = slot.tensor.shape[1]
+    rows, where = torch.unique(ids, return_inverse=True)
+    table = torch.empty(len(rows), width, dtype=slot.tensor.dtype, device=slot.tensor.device)
+    for place, row in enumerate(rows.tolist()):
+        view.piece(slot, row * width, (row + 1) * width, table[place])
+    return F.embedding(where, table)
+
+
+def _whole(view: View, module: nn.Module, own: dict[str, Slot]) -> Callable[..., Any]:
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        stored = {name: module._parameters[name] for name in own}
+        try:
+            for name in own:
+                seen = _seen(view, own, module, name)
+                module._parameters[name] = (
+                    nn.Parameter(seen, requires_grad=False) if seen is not None else None
+                )
+            return original(*args, **kwargs)
+        finally:
+            module._parameters.update(stored)
+
+    return forward

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens and masks against apply_chat_template itself, cuts, dropped rows, batches fixed by their key."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from fleetune.data import (
+    Batches,
+    Encoded,
+    Example,
+    collate,
+    encode_all,
+    keyed_order,
+    prompt_ids,
+    stop_ids,
+)
+from fleetune.data.encode import encode
+from fleetune.errors import DataError
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (  # no marker of its own: the prompt ends with [/INST]
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+PHI = (  # ends the turn with one token and the text with another
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+GEMMA = (  # strips, refuses a system turn, and its end of turn is not the end-of-text token
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THINK = (  # writes an empty thought before the last answer only, as Qwen 3 does
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if loop.last and m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+REWRITES = (  # the turns before the answer are written in another way once it is there
+    "{% for m in messages %}{{ m.role + ('*' if messages[-1].role == 'assistant' else '') + ': ' }}"
+    "{{ m.content | trim + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+OPEN = (  # no token ends a turn
+    "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+DATED = (
+    "{% if not date_string %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
+    + CHATML
+)
+
+ASK = Example((("user", "What is 2+2?"),), "It is 4.")
+TALK = Example(
+    (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "Who are you?")),
+    "A small model.",
+)
+
+
+def tokenizer(template: str | None = CHATML, *, eos: str | None = "<|im_end|>", starts: bool = False):
+    """Byte-level BPE with one merge (two line breaks), special tokens of several families."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "ĊĊ"])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    names = ["<s>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]
+    core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    if starts:
+        sides = [("<s>", core.token_to_id("<s>")), ("<|im_end|>", core.token_to_id("<|im_end|>"))]
+        core.post_processor = processors.TemplateProcessing(single="<s> $A <|im_end|>", special_tokens=sides)
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=eos)
+    fast.chat_template = template
+    return fast
+
+
+def turns(example: Example, *, answer: bool = True) -> list[dict[str, str]]:
+    listed = [{"role": role, "content": content} for role, content in example.messages]
+    return [*listed, {"role": "assistant", "content": example.response}] if answer else listed
+
+
+def halves(row: Encoded, tok) -> tuple[str, str]:
+    return tok.decode(row.ids[: row.n_prompt]), tok.decode(row.ids[row.n_prompt :])
+
+
+@pytest.mark.parametrize("example", [ASK, TALK])
+@pytest.mark.parametrize(
+    ("template", "eos", "after_end"),
+    [
+        (CHATML, "<|im_end|>", 1),
+        (LLAMA2, "<|im_end|>", 0),
+        (PHI, "<|endoftext|>", 2),
+        (THINK, "<|im_end|>", 1),
+    ],
+)
+def test_tokens_are_those_of_the_chat_template(example, template, eos, after_end):
+    tok = tokenizer(template, eos=eos)
+    prompt = tok.apply_chat_template(turns(example, answer=False), add_generation_prompt=True)["input_ids"]
+    whole = tok.apply_chat_template(turns(example))["input_ids"]
+    row = encode(example, tok, 10_000)
+    assert row.ids.dtype == np.int32
+    assert row.n_prompt == len(prompt)
+    assert row.ids.tolist() == whole[: len(whole) - after_end]  # what follows the end of turn is left out
+    assert prompt_ids(example, tok, 10_000).tolist() == prompt
+
+
+def test_exact_text_and_mask_of_chatml():
+    tok = tokenizer()
+    prompt, answer = halves(encode(ASK, tok, 1000), tok)
+    assert prompt == (
+        "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nWhat is 2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert answer == "It is 4.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "answer", "stops"),
+    [
+        (CHATML, "<|im_end|>", "It is 4.<|im_end|>", {"<|im_end|>"}),
+        (LLAMA2, "<|im_end|>", " It is 4. <|im_end|>", {"<|im_end|>"}),
+        (PHI, "<|endoftext|>", "It is 4.<|end|>", {"<|end|>", "<|endoftext|>"}),
+        (GEMMA, "<|endoftext|>", "It is 4.<|end|>", {"<|end|>", "<|endoftext|>"}),
+        (THINK, "<|im_end|>", "<think>\n\n</think>\n\nIt is 4.<|im_end|>", {"<|im_end|>"}),
+        (REWRITES, "<|end|>", "It is 4.<|end|>", {"<|end|>"}),
+        (OPEN, "<|endoftext|>", "It is 4.\n<|endoftext|>", {"<|endoftext|>"}),
+        (OPEN, None, "It is 4.\n", set()),
+        (None, "<|im_end|>", "It is 4.<|im_end|>", {"<|im_end|>"}),
+        (None, None, "It is 4.", set()),
+    ],
+)
+def test_the_answer_ends_with_one_end_of_turn(template, eos, answer, stops):
+    tok = tokenizer(template, eos=eos)
+    assert halves(encode(ASK, tok, 1000), tok)[1] == answer
+    assert stop_ids(tok) == tuple(sorted(tok.convert_tokens_to_ids(list(stops))))
+
+
+def test_an_answer_that_brings_its_own_end_has_it_once():
+    tok = tokenizer()
+    row = encode(Example(ASK.messages, "Four<|im_end|>"), tok, 1000)
+    assert halves(row, tok)[1] == "Four<|im_end|>"
+    plain = tokenizer(None)
+    assert halves(encode(Example(ASK.messages, "Four<|im_end|>"), plain, 1000), plain)[1] == "Four<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_a_token_that_grows_over_the_seam_is_split(template):
+    # "assistant\n" + "\nFour" holds the token "\n\n": the prompt's tokens must stay those of generate().
+    tok = tokenizer(template)
+    example = Example(ASK.messages, "\nFour")
+    prompt = prompt_ids(example, tok, 1000).tolist()
+    rendered = tok.decode(prompt)
+    assert tok(rendered + "\nFour", add_special_tokens=False)["input_ids"][: len(prompt)] != prompt
+    row = encode(example, tok, 1000)
+    assert row.ids[: row.n_prompt].tolist() == prompt
+    assert halves(row, tok)[1] == "\nFour<|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_keeps_the_prompt_of_generate():
+    tok = tokenizer(REWRITES, eos="<|end|>")
+    example = Example((("user", "Hi"),), " two\nlines ")
+    row = encode(example, tok, 1000)
+    assert halves(row, tok) == ("user: Hi<|end|>assistant: ", "two\nlines<|end|>")
+
+
+def test_a_template_that_swallows_the_answer_still_teaches_it():
+    tok = tokenizer(
+        "{% for m in messages if m.role == 'user' %}{{ m.content + '|' + messages[-1].role[0] }}{% endfor %}"
+    )
+    assert halves(encode(ASK, tok, 1000), tok) == ("What is 2+2?|u", "It is 4.<|im_end|>")
+
+
+def test_plain_layout_without_a_template():
+    tok = tokenizer(None, starts=True)  # this one puts <s> before and the end token after a text
+    prompt, answer = halves(encode(TALK, tok, 1000), tok)
+    assert prompt == (
+        "<s>Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello!\n\n"
+        "### Instruction:\nWho are you?\n\n### Response:\n"
+    )
+    assert answer == "A small model.<|im_end|>"
+    assert tok.decode(prompt_ids(TALK, tok, 1000)) == prompt
+    bare = tokenizer(None)
+    assert halves(encode(ASK, bare, 1000), bare)[0] == "### Instruction:\nWhat is 2+2?\n\n### Response:\n"
+    curly = Example((("user", "{braces} {0}"),), "{}")
+    assert halves(encode(curly, bare, 1000), bare)[1] == "{}<|im_end|>"
+
+
+def test_a_template_with_the_date_does_not_depend_on_the_day():
+    tok = tokenizer(DATED)
+    assert halves(encode(ASK, tok, 1000), tok)[0].startswith("26 Jul 2024<|im_start|>")
+
+
+def test_a_refusing_template_is_a_clear_error():
+    tok = tokenizer(GEMMA)
+    with pytest.raises(DataError, match=r"row 2: .*System role not supported") as caught:
+        encode_all([ASK, TALK], tok, 100)
+    assert "system turn" in (caught.value.hint or "")
+
+
+def test_the_middle_of_the_prompt_is_cut_first():
+    tok = tokenizer(None, eos="<|im_end|>")
+    example = Example((("user", "A" * 50 + "B" * 50),), "answer")  # 17 + 100 + 1 + 14 and 7 tokens
+    full = encode(example, tok, 1000)
+    assert len(full.ids) == full.n_prompt + 7
+    assert encode(example, tok, len(full.ids)).ids.tolist() == full.ids.tolist()
+    row = encode(example, tok, 60)
+    prompt, answer = halves(row, tok)
+    whole_prompt = halves(full, tok)[0]
+    assert answer == "answer<|im_end|>"
+    assert len(row.ids) == 60
+    assert prompt == whole_prompt[:26] + whole_prompt[-28:]  # of 53 tokens 26 and 27, two line breaks are one
+    assert len(encode(example, tok, len(full.ids) - 1).ids) == len(full.ids) - 1
+
+
+def test_a_long_answer_leaves_the_prompt_a_quarter_and_loses_its_end():
+    tok = tokenizer(None)
+    row = encode(Example((("user", "A" * 100),), "x" * 100), tok, 40)
+    prompt, answer = halves(row, tok)
+    assert (len(row.ids), row.n_prompt) == (40, 10)
+    assert prompt == "### Inse:\n"
+    assert answer == "x" * 30  # no end of turn: the model must not learn to stop there
+    row = encode(Example((("user", "A"),), "x" * 100), tok, 200)
+    assert (row.n_prompt, len(row.ids)) == (33, 33 + 101)
+
+
+@settings(max_examples=100, deadline=None)
+@given(asked=st.integers(1, 60), said=st.integers(1, 60), max_length=st.integers(2, 150))
+def test_cuts_fit_and_keep_the_ends(asked, said, max_length):
+    tok = TOKENIZER
+    example = Example((("user", "".join(chr(97 + i % 26) for i in range(asked))),), "z" * said)
+    full, row = encode(example, tok, 10_000), encode(example, tok, max_length)
+    n = len(full.ids) - full.n_prompt
+    kept = len(row.ids) - row.n_prompt
+    assert len(row.ids) == min(max_length, len(full.ids))
+    assert kept == min(n, max_length - min(full.n_prompt, max(1, max_length // 4)))
+    assert row.ids[row.n_prompt :].tolist() == full.ids[full.n_prompt :][:kept].tolist()
+    prompt = full.ids[: full.n_prompt].tolist()
+    head = row.n_prompt if row.n_prompt == full.n_prompt else row.n_prompt // 2
+    assert row.ids[: row.n_prompt].tolist() == prompt[:head] + prompt[len(prompt) - (row.n_prompt - head) :]
+    asked_ids = prompt_ids(example, tok, max_length)
+    assert len(asked_ids) == min(max_length, full.n_prompt)
+    assert asked_ids[-1] == prompt[-1]
+
+
+TOKENIZER = tokenizer(None)
+
+
+def test_rows_without_a_token_of_their_answer_are_dropped_and_counted(caplog):
+    known = {token: i for i, token in enumerate("FWahortu</>s")}  # characters it does not know vanish
+    core = Tokenizer(models.BPE(vocab=known, merges=[]))
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    four, end = tok("Four")["input_ids"], tok.eos_token_id
+    examples = [Example((("user", "What"),), answer) for answer in ("Four", "???", "Four Four", "!!!")]
+    with caplog.at_level(logging.WARNING):
+        rows, kept = encode_all(examples, tok, 100)
+    assert kept.tolist() == [0, 2]
+    assert kept.dtype == np.int64
+    assert [row.ids[row.n_prompt :].tolist() for row in rows] == [[*four, end], [*four, *four, end]]
+    assert "2 of 4 rows dropped" in caplog.text
+    with pytest.raises(DataError, match="no token of the answer"):
+        encode(examples[1], tok, 100)
+
+
+def test_an_unknown_token_is_no_end_of_turn():
+    known = {token: i for i, token in enumerate(["<unk>", "</s>", *"abc"])}
+    core = Tokenizer(models.BPE(vocab=known, merges=[], unk_token="<unk>"))
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    row = encode(Example((("user", "a"),), "ab?"), tok, 100)
+    assert row.ids[row.n_prompt :].tolist() == [2, 3, 0, 1]
+
+
+def test_encode_all_equals_encode_across_chunks(monkeypatch):
+    monkeypatch.setattr("fleetune.data.encode.CHUNK", 3)
+    tok = tokenizer()
+    examples = [Example((("user", "q" * i),), "a" * (i + 1)) for i in range(1, 9)]
+    rows, kept = encode_all(examples, tok, 90)
+    assert kept.tolist() == list(range(8))
+    for example, row in zip(examples, rows, strict=True):
+        one = encode(example, tok, 90)
+        assert (row.ids.tolist(), row.n_prompt) == (one.ids.tolist(), one.n_prompt)
+    assert encode_all([], tok, 90)[0] == []
+
+
+@pytest.mark.parametrize("max_length", [1, 0, -5])
+def test_max_length_below_two_is_refused(max_length):
+    for call in (encode, prompt_ids):
+        with pytest.raises(DataError, match="at least 2 tokens"):
+            call(ASK, TOKENIZER, max_length)
+
+
+def row(*ids: int, n_prompt: int = 1) -> Encoded:
+    return Encoded(np.array(ids, dtype=np.int32), n_prompt)
+
+
+def test_collate_pads_right_and_masks_prompt_and_padding():
+    batch = collate([row(5, 6, 7, 8, n_prompt=2), row(9, 3, n_prompt=1)], pad_id=3)
+    assert all(tensor.dtype == torch.int64 for tensor in batch)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 3, 3, 3]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.labels.tolist() == [
+        [-100, -100, 7, 8],
+        [-100, 3, -100, -100],
+    ]  # a real token equal to pad counts
+
+
+def firsts(batches) -> list[list[int]]:
+    return [batch.input_ids[:, 0].tolist() for batch in batches]
+
+
+ROWS = [row(i, 100 + i) for i in range(10)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 12), size=st.integers(1, 15), count=st.integers(0, 20), key=st.integers(0, 2**64 - 1))
+def test_steps_take_every_row_once_a_pass_in_the_keyed_order(n, size, count, key):
+    taken = firsts(Batches(ROWS[:n] if n <= 10 else [row(i, 1) for i in range(n)], 0, key).steps(count, size))
+    assert [len(batch) for batch in taken] == [min(size, n)] * count
+    flat = [i for batch in taken for i in batch]
+    passes = [keyed_order(key, p, n).tolist() for p in range(len(flat) // n + 1)]
+    assert flat == [i for one in passes for i in one][: len(flat)]
+    assert max(Counter(flat).values(), default=0) - min((flat.count(i) for i in range(n)), default=0) <= 1
+
+
+def test_epochs_take_every_row_once():
+    batches = Batches(ROWS, 0, key=7)
+    assert batches.n == 10
+    epochs = firsts(batches.epochs(3, 4))
+    assert [len(batch) for batch in epochs] == [4, 4, 2] * 3
+    by_epoch = [[*epochs[i], *epochs[i + 1], *epochs[i + 2]] for i in (0, 3, 6)]
+    assert all(sorted(one) == list(range(10)) for one in by_epoch)
+    assert len({tuple(one) for one in by_epoch}) == 3
+
+
+def test_batches_are_fixed_by_the_key():
+    golden = firsts(Batches(ROWS, 0, key=7).steps(3, 4))
+    assert golden == firsts(Batches(ROWS, 0, key=7).steps(3, 4)) == GOLDEN_STEPS
+    assert golden != firsts(Batches(ROWS, 0, key=8).steps(3, 4))
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.random.get_rng_state()
+    assert firsts(Batches(ROWS, 0, key=7).steps(3, 4)) == golden
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+GOLDEN_STEPS = [[8, 4, 1, 6], [3, 2, 7, 5], [9, 0, 2, 5]]
+
+
+def test_no_rows_is_an_error():
+    with pytest.raises(DataError, match="no rows for a client"):
+        Batches([], 0, key=1)

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Partitions and held-out rows: exact covers, exact counts, fixed by the seed, skewed as alpha says."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetune.data import Example, check_partition_spec, hold_out, keyed_order
+from fleetune.data.partition import _dirichlet_draw, partition
+from fleetune.errors import DataError, RecipeError
+
+
+def rows(labels) -> list[Example]:
+    return [Example((("user", f"q{i}"),), "a", {"kind": str(v), "id": str(i)}) for i, v in enumerate(labels)]
+
+
+def balanced(n: int, kinds: int) -> list[Example]:
+    return rows(i % kinds for i in range(n))
+
+
+def skew(examples: list[Example], parts: list[np.ndarray]) -> float:
+    """Mean total variation distance of the clients' label mixes from the whole's."""
+    labels = np.array([example.meta["kind"] for example in examples])
+    kinds = np.unique(labels)
+    whole = np.array([(labels == kind).mean() for kind in kinds])
+    mixes = [np.array([(labels[part] == kind).mean() for kind in kinds]) for part in parts]
+    return float(np.mean([np.abs(mix - whole).sum() / 2 for mix in mixes]))
+
+
+def assert_exact_cover(parts: list[np.ndarray], n: int) -> None:
+    assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in parts)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(n))
+
+
+def philox4x64(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x64-10 as in Salmon et al. 2011, written out in Python integers."""
+    for _ in range(10):
+        a, b = counter[0] * 0xD2E7470EE14C6C93, counter[2] * 0xCA5A826395121157
+        low = 2**64 - 1
+        counter = [(b >> 64) ^ counter[1] ^ key[0], b & low, (a >> 64) ^ counter[3] ^ key[1], a & low]
+        key = [(key[0] + 0x9E3779B97F4A7C15) & low, (key[1] + 0xBB67AE8584CAA73B) & low]
+    return counter
+
+
+SPECS = st.one_of(
+    st.just("iid"),
+    st.floats(1e-3, 1e3).map(lambda alpha: f"dirichlet:{alpha}:kind"),
+    st.integers(1, 3).map(lambda s: f"shards:kind:{s}"),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    labels=st.lists(st.sampled_from("abcde"), min_size=1, max_size=120),
+    spec=SPECS,
+    clients=st.integers(1, 30),
+    min_rows=st.integers(1, 4),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_every_row_goes_to_one_client_and_all_get_enough(labels, spec, clients, min_rows, seed):
+    examples = rows(labels)
+    try:
+        parts = partition(examples, spec, clients, seed, min_rows)
+    except DataError:
+        shards = clients * int(spec[-1]) if spec.startswith("shards") else 0
+        assert clients * min_rows > len(labels) or shards > len(labels)
+        return
+    assert len(parts) == clients
+    assert_exact_cover(parts, len(labels))
+    assert min(len(part) for part in parts) >= min_rows
+    again = partition(examples, spec, clients, seed, min_rows)
+    assert all(np.array_equal(x, y) for x, y in zip(parts, again, strict=True))
+
+
+@pytest.mark.parametrize("spec", ["iid", "dirichlet:0.5:kind", "shards:kind"])
+def test_another_seed_is_another_partition(spec):
+    examples = balanced(300, 4)
+    parts, others = partition(examples, spec, 10, 1), partition(examples, spec, 10, 2)
+    assert not all(np.array_equal(x, y) for x, y in zip(parts, others, strict=True))
+
+
+@pytest.mark.parametrize("alpha", ["1e-320", "1e-20", "1e-5", "1e5", "1e308"])
+@pytest.mark.parametrize("column", ["kind", "id"])
+def test_extreme_alphas_still_cover(alpha, column):
+    examples = balanced(100, 3)
+    parts = partition(examples, f"dirichlet:{alpha}:{column}", 7, 3)
+    assert_exact_cover(parts, 100)
+    assert min(len(part) for part in parts) >= 1
+
+
+def test_iid_sizes_are_equal_within_one_and_mixed():
+    parts = partition(balanced(1003, 5), "iid", 10, 7)
+    assert sorted({len(part) for part in parts}) == [100, 101]
+    assert skew(balanced(1003, 5), parts) < 0.15
+
+
+def test_skew_grows_as_alpha_falls():
+    examples = balanced(4000, 8)
+    skews = [
+        np.mean(
+            [skew(examples, partition(examples, f"dirichlet:{alpha}:kind", 20, seed)) for seed in range(5)]
+        )
+        for alpha in (1000, 10, 1, 0.1, 0.01)
+    ]
+    assert all(low + 0.05 < high for low, high in pairwise(skews)), skews
+    assert skews[0] < 0.05
+    assert skews[-1] > 0.7
+
+
+def test_dirichlet_shares_have_the_moments_of_the_law():
+    # One value of the column and no cap in the way: shares ~ Dir(alpha), so Var = (1/K)(1-1/K)/(K alpha+1).
+    K, alpha, n = 4, 2.0, 4000
+    shares = []
+    for seed in range(400):
+        parts = partition(rows("x" * n), f"dirichlet:{alpha}:kind", K, seed)
+        shares += [len(part) / n for part in parts]
+    expected = (1 / K) * (1 - 1 / K) / (K * alpha + 1)
+    assert np.isclose(np.var(shares), expected, rtol=0.15)
+
+
+def test_a_full_client_gets_no_more():
+    # alpha near 0 gives each value whole to one client; N/K is the size of a value, so none gets two.
+    examples = balanced(400, 4)
+    for seed in range(20):
+        parts = partition(examples, "dirichlet:1e-9:kind", 4, seed)
+        assert [len(part) for part in parts] == [100] * 4
+        assert skew(examples, parts) == pytest.approx(0.75)
+
+
+def test_rounding_favours_no_client():
+    sizes = np.zeros(5)
+    for seed in range(300):
+        examples = rows(i // 2 for i in range(60))  # 30 values of two rows each
+        sizes += [len(part) for part in partition(examples, "dirichlet:100:kind", 5, seed)]
+    assert (np.abs(sizes / 300 - 12) < 0.5).all(), sizes / 300
+
+
+def test_rows_move_from_the_richest_when_draws_do_not_give_enough():
+    examples = balanced(60, 2)
+    parts = partition(examples, "dirichlet:0.01:kind", 20, 0, min_rows=3)
+    assert [len(part) for part in parts] == [3] * 20
+    parts = partition(examples, "dirichlet:0.01:kind", 10, 0, min_rows=2)
+    sizes = sorted(len(part) for part in parts)
+    assert sizes[0] == 2
+    assert sizes[-1] > 10  # the others stay as the draw made them
+
+
+def test_dirichlet_is_drawn_again_until_all_have_enough(monkeypatch):
+    poor, poorer, enough = np.array([0] * 9 + [1]), np.zeros(10, int), np.array([0] * 5 + [1] * 5)
+    for draws, expected in (([poor, enough, poorer], 5), ([poorer, poor, *[poorer] * 8], 3)):
+        left = iter(draws)
+        monkeypatch.setattr(
+            "fleetune.data.partition._dirichlet_draw", lambda *_, left=left: next(left).copy()
+        )
+        parts = partition(balanced(10, 2), "dirichlet:1:kind", 2, 0, min_rows=3)
+        assert len(parts[1]) == expected
+        assert 9 in parts[1]  # the best draw is the one that rows are moved in
+
+
+def test_shares_that_sum_to_just_below_one_lose_no_row():
+    assert np.cumsum(np.full(10, 0.1))[-1] < 1
+    rng = SimpleNamespace(
+        dirichlet=lambda alpha: np.full(len(alpha), 0.1),
+        random=lambda: 0.0,
+        bit_generator=SimpleNamespace(random_raw=lambda n: np.arange(n)),
+    )
+    owner = _dirichlet_draw([("x", np.arange(100))], 10, 1.0, rng)
+    assert np.bincount(owner, minlength=10).sum() == 100
+
+
+def test_shards_are_contiguous_runs_of_the_sorted_rows():
+    examples = balanced(240, 3)
+    in_order = sorted(range(240), key=lambda i: (i % 3, i))
+    place = {row: position for position, row in enumerate(in_order)}
+    for spec, count in (("shards:kind", 2), ("shards:kind:4", 4)):
+        owned = []
+        for part in partition(examples, spec, 10, 5):
+            shards = sorted({place[row] // (24 // count) for row in part.tolist()})
+            assert len(shards) == count
+            assert len(part) == 24
+            owned += shards
+        assert sorted(owned) == list(range(10 * count))
+
+
+def test_column_makes_one_client_per_value():
+    examples = rows("ccabbb")
+    assert [part.tolist() for part in partition(examples, "column:kind", None, 0)] == [[2], [3, 4, 5], [0, 1]]
+    assert [part.tolist() for part in partition(examples, "column:kind", 2, 0)] == [[3, 4, 5], [0, 1]]
+    assert [part.tolist() for part in partition(examples, "column:kind", None, 0, min_rows=3)] == [[3, 4, 5]]
+
+
+def test_two_hundred_clients_on_fifteen_thousand_rows_are_quick():
+    examples = balanced(15_000, 8)
+    started = time.perf_counter()
+    parts = partition(examples, "dirichlet:0.5:kind", 200, 0, min_rows=40)
+    assert time.perf_counter() - started < 2
+    assert_exact_cover(parts, 15_000)
+    assert min(len(part) for part in parts) >= 40
+
+
+def test_keyed_order_sorts_the_words_of_philox():
+    key, stream, n = 0x0123456789ABCDEF, 5, 10
+    blocks = [philox4x64([i + 1, 0, 0, stream], [key, 0]) for i in range(3)]  # numpy counts before it draws
+    words = [word for block in blocks for word in block][:n]
+    assert keyed_order(key, stream, n).tolist() == sorted(range(n), key=words.__getitem__)
+    assert keyed_order(key + 2**64, stream, n).tolist() == keyed_order(key, stream, n).tolist()
+    assert keyed_order(-1, stream, n).tolist() == keyed_order(2**64 - 1, stream, n).tolist()
+    assert keyed_order(key, stream + 1, n).tolist() != keyed_order(key, stream, n).tolist()
+
+
+def test_golden_partitions():
+    examples = balanced(24, 3)
+    assert [part.tolist() for part in partition(examples, "iid", 3, 11)] == GOLDEN_IID
+    assert [part.tolist() for part in partition(examples, "dirichlet:0.5:kind", 4, 11)] == GOLDEN_DIRICHLET
+    assert [part.tolist() for part in partition(examples, "shards:kind", 4, 11)] == GOLDEN_SHARDS
+    assert hold_out(examples, 6, 11, "kind")[1].tolist() == GOLDEN_HELD
+
+
+GOLDEN_IID = [[2, 3, 7, 13, 14, 17, 18, 21], [4, 5, 6, 8, 9, 10, 19, 20], [0, 1, 11, 12, 15, 16, 22, 23]]
+GOLDEN_DIRICHLET = [
+    [0, 4, 16, 19],
+    [6, 7, 13, 14, 17, 20],
+    [1, 2, 3, 5, 8, 10, 18, 22, 23],
+    [9, 11, 12, 15, 21],
+]
+GOLDEN_SHARDS = [[2, 5, 8, 11, 14, 22], [13, 16, 17, 19, 20, 23], [1, 4, 7, 10, 18, 21], [0, 3, 6, 9, 12, 15]]
+GOLDEN_HELD = [0, 1, 2, 4, 5, 21]
+
+
+@pytest.mark.parametrize(
+    ("spec", "says", "hints"),
+    [
+        ("", "no kind ''", "dirichlet:ALPHA:COLUMN"),
+        ("dirichelt:0.5:kind", "did you mean 'dirichlet'", "iid"),
+        ("iid:kind", "not complete", "iid"),
+        ("dirichlet", "not complete", "dirichlet:ALPHA:COLUMN"),
+        ("dirichlet:0.5", "not complete", "dirichlet:ALPHA:COLUMN"),
+        ("dirichlet:0.5:", "not complete", "dirichlet:ALPHA:COLUMN"),
+        ("dirichlet:kind:0.5", "alpha must be a number greater than 0, got 'kind'", "dirichlet:0.5:category"),
+        ("dirichlet:0:kind", "greater than 0, got '0'", "0.5"),
+        ("dirichlet:-1:kind", "greater than 0, got '-1'", "0.5"),
+        ("dirichlet:nan:kind", "greater than 0, got 'nan'", "0.5"),
+        ("dirichlet:inf:kind", "greater than 0, got 'inf'", "0.5"),
+        ("shards", "not complete", "shards:COLUMN"),
+        ("shards:kind:0", "at least 1, got 0", ""),
+        ("shards:kind:-2", "at least 1, got -2", ""),
+        ("column:", "not complete", "column:COLUMN"),
+    ],
+)
+def test_a_wrong_spec_is_refused_without_data(spec, says, hints):
+    with pytest.raises(RecipeError) as caught:
+        check_partition_spec(spec)
+    assert says in caught.value.message
+    assert hints in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "spec", ["iid", "dirichlet:0.5:a:b", "shards:a", "shards:a:3", "shards:a:b", "column:a:b"]
+)
+def test_right_specs_pass(spec):
+    check_partition_spec(spec)
+
+
+def test_a_column_name_may_hold_a_colon():
+    examples = [Example((("user", "q"),), "a", {"a:b": str(i % 2)}) for i in range(8)]
+    assert [len(part) for part in partition(examples, "column:a:b", None, 0)] == [4, 4]
+    assert_exact_cover(partition(examples, "shards:a:b:2", 2, 0), 8)
+    assert_exact_cover(partition(examples, "dirichlet:1:a:b", 2, 0), 8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "clients", "min_rows", "says", "hints"),
+    [
+        (
+            "iid",
+            11,
+            1,
+            "no rows for a client: 10 rows cannot give 11 clients at least 1",
+            "at most 10 clients",
+        ),
+        ("dirichlet:1:kind", 4, 3, "10 rows cannot give 4 clients at least 3", "at most 3 clients"),
+        ("shards:kind:6", 2, 1, "10 rows cannot fill 2 x 6 shards", "fewer"),
+        ("column:kind", 3, 1, "has 2 values with at least 1 rows, 3 clients were asked for", "fewer clients"),
+        ("column:kind", None, 6, "has 0 values with at least 6 rows", "another column"),
+        ("column:kinds", None, 1, "no column 'kinds' in the data; did you mean 'kind'?", "id, kind, site"),
+        ("dirichlet:1:zzz", 2, 1, "no column 'zzz' in the data", "the columns are: id, kind, site"),
+        ("shards:site", 2, 1, "column 'site' is missing in 9 of 10 rows, first in row 1", "fill in 'site'"),
+    ],
+)
+def test_rows_that_do_not_allow_it(spec, clients, min_rows, says, hints):
+    examples = balanced(10, 2)
+    examples[-1] = Example((("user", "q"),), "a", {"kind": "1", "id": "9", "site": "x"})
+    with pytest.raises(DataError) as caught:
+        partition(examples, spec, clients, 0, min_rows)
+    assert says in caught.value.message
+    assert hints in (caught.value.hint or "")
+
+
+def test_wrong_numbers_are_refused():
+    for clients, min_rows, says in (
+        (None, 1, "needs a number of clients"),
+        (0, 1, "got 0"),
+        (2, 0, "min_rows"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            partition(balanced(10, 2), "iid", clients, 0, min_rows)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    labels=st.lists(st.sampled_from("abcd"), min_size=2, max_size=80),
+    part=st.one_of(st.integers(0, 79), st.floats(0.01, 0.98)),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_hold_out_is_a_stratified_split(labels, part, seed):
+    n = len(labels)
+    count = part if isinstance(part, int) else max(1, round(part * n))
+    if count >= n:
+        with pytest.raises(DataError, match="none would be left"):
+            hold_out(rows(labels), part, seed, "kind")
+        return
+    train, held = hold_out(rows(labels), part, seed, "kind")
+    assert_exact_cover([train, held] if count else [train], n)
+    assert len(held) == count
+    values = set(labels)
+    sizes = {v: labels.count(v) for v in values}
+    got = {v: sum(labels[i] == v for i in held) for v in values}
+    room = sum(size - 1 for size in sizes.values())
+    if count <= room:
+        assert all(got[v] < sizes[v] for v in values)  # each value keeps a row for training
+    if all(count * size // n + 1 < size for size in sizes.values()):
+        assert all(abs(got[v] - count * sizes[v] / n) < 1 for v in values)
+    assert np.array_equal(held, hold_out(rows(labels), part, seed, "kind")[1])
+
+
+def test_hold_out_shares_by_largest_remainder():
+    held = hold_out(rows("aaaaabbbcc"), 4, 0, "kind")[1]  # 2, 1.2 and 0.8 of 4
+    assert [sum(low <= i < high for i in held) for low, high in ((0, 5), (5, 8), (8, 10))] == [2, 1, 1]
+    assert len(hold_out(balanced(40, 4), 0.1, 0, "kind")[1]) == 4
+    assert len(hold_out(balanced(3, 3), 0.01, 0)[1]) == 1
+
+
+def test_hold_out_follows_the_seed_not_the_order_of_rows():
+    examples = balanced(400, 4)
+    held = [hold_out(examples, 40, seed)[1] for seed in range(3)]
+    assert not np.array_equal(held[0], held[1])
+    assert abs(np.concatenate(held).mean() - 199.5) < 30
+
+
+@pytest.mark.parametrize(
+    ("part", "says"), [(0.0, "between 0 and 1"), (1.0, "between"), (1.5, "between"), (-3, "-3")]
+)
+def test_hold_out_refuses_numbers_that_cannot_be(part, says):
+    with pytest.raises(RecipeError, match=says):
+        hold_out(balanced(10, 2), part, 0)
