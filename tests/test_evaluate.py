@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -284,6 +284,28 @@ def test_peft_layers_take_part(task_type: str | None, monkeypatch: pytest.Monkey
     assert abs(tuned[0] - plain[0]) > 1e-3
     assert tuned[1] != plain[1]
     assert tuned[1] == [_argmax_loop(model, prompts[0], 8)]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT itself
+def test_a_soft_prompt_moves_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_llama(seed=4), _odd_batch()
+    plain = batch_loss(model, batch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+        model.net = get_peft_model(model.net, config).eval()
+    prompt = model.net.get_prompt(len(batch.labels)).detach()
+    words = model.net.get_input_embeddings()(batch.input_ids)
+    with torch.no_grad():
+        mask = torch.cat([torch.ones(prompt.shape[:2], dtype=torch.int64), batch.attention_mask], 1)
+        full = model.net.base_model(inputs_embeds=torch.cat([prompt, words], 1), attention_mask=mask).logits
+    chances = full[:, 5:-1].double().log_softmax(-1)
+    scored = batch.labels[:, 1:] != -100
+    expected = -chances[scored].gather(1, batch.labels[:, 1:][scored][:, None]).mean()
+    for chunk in (3, 1000):
+        monkeypatch.setattr(f"{MODULE}.CHUNK_BYTES", 4 * VOCAB * chunk)
+        assert batch_loss(model, batch) == pytest.approx(float(expected), abs=1e-5)
+    assert abs(plain - float(expected)) > 1e-3
 
 
 # --- perplexity -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ step.  Names are PEFT's file names without the "base_model.model." in front, e.g
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ import numpy as np
 import torch
 from peft import LoraConfig, LoraModel, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -118,7 +121,7 @@ def _start(name: str, parameter: Tensor, seed: int) -> Tensor:
     shape = tuple(parameter.shape)
     if ".lora_B." in name:
         return torch.zeros(shape, dtype=torch.float32, device=parameter.device)
-    values = models.uniform(f"lora/{seed}/{name}", shape, shape[1] ** -0.5)
+    values = models.uniform(f"lora/{seed}/{name}", shape, 1 / math.sqrt(shape[1]))
     return torch.from_numpy(values).to(parameter.device)
 
 
@@ -244,6 +247,18 @@ def save_peft(model: Model, path: Path) -> None:
         (folder / "README.md").write_text(_card(model, config), encoding="utf-8")
 
 
+def load_peft(model: Model, path: Path) -> None:
+    """Attach the adapter of a PEFT directory that `save_peft` wrote; ModelError if it is missing or damaged."""
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        r, alpha, targets = int(config["r"]), float(config["lora_alpha"]), [str(t) for t in config["target_modules"]]
+        tensors = load_file(path / "adapter_model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"{path} is not a usable adapter ({error})", hint="finish or repeat the run") from error
+    attach_lora(model, r=r, alpha=alpha, targets=targets, seed=0)
+    load_(model, {n.removeprefix("base_model.model."): t for n, t in tensors.items()})
+
+
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(value)
 
@@ -258,8 +273,8 @@ def _public_name(model: Model) -> str:
 
 def _card(model: Model, config: Mapping[str, Any]) -> str:
     base = config["base_model_name_or_path"]
-    source = fetch.source_of(model.path).get("source")
-    told = f"- base weights as loaded: {source or model.name}, {model.dtype}, SHA-256 `{model.digest}`"
+    source = fetch.source_of(model.path).get("source", base)
+    told = f"- base weights as loaded: {source}, {model.dtype}, SHA-256 `{model.digest}`"
     return f"""---
 base_model: {base}
 library_name: peft

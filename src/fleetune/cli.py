@@ -378,8 +378,9 @@ def _export(args: argparse.Namespace, ui: Ui) -> None:
     run = rundir.find(args.run_, Path(args.out))
     recipe = tuned.recipe_of(run)
     if args.to == "peft":
-        tuned.export_peft(run, Path(args.dir)) if args.dir else None
-        ui.paths([("result", str(args.dir or run / "adapter"))])
+        out = Path(args.dir) if args.dir else run / "peft"
+        tuned.export_peft(run, out)
+        ui.paths([("result", str(out))])
         return
     out = Path(args.dir) if args.dir else run / "hf"
     card = f"# {run.name}\n\n{recipe.model} tuned by Fleetune ({recipe.method}) on {Path(recipe.data).name}.\n"

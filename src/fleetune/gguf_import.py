@@ -114,6 +114,8 @@ def _config(path: Path, reader: Any) -> Any:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
         raise ModelError(f"{path} has unusable metadata ({error})", hint=instead) from error
+    if (width := _field(reader, f"{architecture}.attention.key_length")) is not None:
+        config.head_dim = int(width)  # not taken over for every architecture
     # metadata hold fp32: 1e-05 comes back as 9.999999747378752e-06
     config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
     if "_model_name_or_path" in config.__dict__:
@@ -137,9 +139,10 @@ def _plan(
             raise ModelError(
                 f"{path} has no tensor for {name}", hint="the file is incomplete: fetch it again"
             )
-        if tuple(int(n) for n in reversed(found.shape)) != shape:
+        has = tuple(int(n) for n in reversed(found.shape))
+        if has != shape:
             raise ModelError(
-                f"{path}: {found.name} has shape {tuple(reversed(found.shape))}, {name} needs {shape}",
+                f"{path}: {found.name} has shape {has}, {name} needs {shape}",
                 hint="the file's metadata and tensors disagree: give another file",
             )
         plan[name] = (found, _row_order(architecture, found.name, shape, config))

@@ -18,8 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fleetune import adapters, data, evaluate, methods, models, recipe as recipes, report, rounds, rundir
+from fleetune import adapters, data, evaluate, methods, models, report, rounds, rundir
+from fleetune import recipe as recipes
 from fleetune.data import Encoded, Example
+from fleetune.data.encode import encode_all
 from fleetune.data.partition import check_partition_spec, hold_out, partition
 from fleetune.errors import DataError, RecipeError
 from fleetune.fleets.local import LocalFleet, Weather
@@ -116,10 +118,9 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Job:
     """Check a recipe and load what it names."""
     entry, method = check(recipe)
     parts = split(recipe, entry, offline=offline)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
     model = models.load(recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline)
-    encoded, kept = data.encode_all(parts.examples, model.tokenizer, recipe.max_length)
+    torch.set_num_threads(recipe.threads or _usual_threads(model.n_params))
+    encoded, kept = encode_all(parts.examples, model.tokenizer, recipe.max_length)
     place = {int(i): row for row, i in enumerate(kept)}
     rows = [[encoded[place[i]] for i in part.tolist() if i in place] for part in parts.clients]
     empty = [c for c, part in enumerate(rows) if not part]
@@ -137,6 +138,14 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Job:
         prompts=[parts.examples[i] for i in held[: max(recipe.rouge_rows, recipe.samples)]],
         dropped=len(parts.examples) - len(kept),
     )  # fmt: skip
+
+
+def _usual_threads(params: int) -> int:
+    """All processors, or one for a model so small that handing work out costs more than it saves."""
+    return 1 if params < SMALL else torch.get_num_threads()
+
+
+SMALL = 5_000_000  # parameters
 
 
 def tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
@@ -272,6 +281,7 @@ def _start(job: Job) -> dict[str, Any]:
     recipe, parts = job.recipe, job.split
     event: dict[str, Any] = {
         "method": recipe.method, "model": recipe.model, "digest": job.model.digest, "params": job.model.n_params,
+        "trained": sum(p.numel() for p in adapters.trainable(job.model).values()) if job.entry.kind == "adapter" else job.model.n_params,
         "clients": len(job.rows), "rounds": recipe.rounds, "partition": recipe.partition, "column": parts.column,
         "rows_per_client": [len(r) for r in job.rows], "held_out": len(job.held),
     }  # fmt: skip

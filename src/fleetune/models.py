@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -435,7 +436,7 @@ def tiny_llama(
     net.requires_grad_(False)
     for name, tensor in named_tensors(net):
         if tensor.dim() == 2:
-            spread = (3 / hidden) ** 0.5 * (0.5 if "embed" in name or "lm_head" in name else 1.0)
+            spread = math.sqrt(3 / hidden) * (0.5 if "embed" in name or "lm_head" in name else 1.0)
             tensor.copy_(torch.from_numpy(uniform(f"tiny/{seed}/{name}", tuple(tensor.shape), spread)))
     return Model(
         net, tokenizer, "tiny-llama", Path("tiny-llama"), digest(named_tensors(net)),

@@ -40,7 +40,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -189,29 +189,39 @@ def _imported(name: str) -> Callable[..., Any]:
             hint=f"choose {', '.join(BUILT_IN)}, or give package.module:function or file.py:function",
         )
     module = _load_file(name, Path(where)) if where.endswith(".py") else _load_module(name, where)
-    if function not in vars(module):
-        raise RecipeError([f"objective {name!r}: {where} has no {function!r}"], hint="check its spelling")
-    found = vars(module)[function]
+    try:
+        found = getattr(module, function)
+    except AttributeError as error:
+        raise RecipeError(
+            [f"objective {name!r}: {where} has no {function!r}"], hint="check its spelling"
+        ) from error
     if not callable(found):
         raise RecipeError(
             [f"objective {name!r}: {function} is a {type(found).__name__}, not a function"],
             hint="it must be a function objective(model, batch) that returns a float",
         )
-    return found  # type: ignore[no-any-return]
+    return cast(Callable[..., Any], found)
 
 
 def _load_module(name: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(where)
     except Exception as error:
-        raise _import_error(name, error, "is it installed, or on PYTHONPATH?") from error
+        raise _import_error(name, error, "is it installed? a file is given as file.py:function") from error
 
 
 def _load_file(name: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise RecipeError([f"objective {name!r}: no file {path}"], hint="check the path")
-    # A name that no package has, the same for the same file: a module-level cache in it then works.
-    label = "fleetune_objective_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    # A name that no package has.  The same file is the same module, so what it keeps outlives a round.
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _import_error(name, error, "check the file's permissions") from error
+    key = hashlib.sha256(str(path.resolve()).encode() + b"\0" + content).hexdigest()[:16]
+    label = f"fleetune_objective_{key}"
+    if label in sys.modules:
+        return sys.modules[label]
     spec = importlib.util.spec_from_file_location(label, path)
     if spec is None or spec.loader is None:
         raise RecipeError([f"objective {name!r}: {path} cannot be loaded"], hint="give a Python file")

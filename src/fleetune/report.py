@@ -20,7 +20,6 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,7 +183,8 @@ def summary(run: Path) -> dict[str, object]:
     """The run in a few numbers, for the console and for `fleetune runs --json`.
 
     Keys: name, path, method, model, status, rounds (done), rounds_planned, clients, base_loss, tuned_loss,
-    bytes_up, bytes_down, bytes (their sum), seconds, peak_rss (bytes); None where the folder does not say.
+    bytes_up, bytes_down, bytes (their sum), seconds (wall time), peak_rss (bytes); None where the folder
+    does not say.
     """
     return _summary(read(run))
 
@@ -205,6 +205,9 @@ def _summary(run: Run) -> dict[str, object]:
     )
     seen = [v for e in (*run.rounds, *run.clients) if (v := _num(e, "rss")) is not None]
     peak = _num(run.done, "peak_rss")
+    # `seconds` are the rounds of all sittings, `wall` the last sitting with its evaluations: a resumed run
+    # may have more of the former.
+    clocks = [v for key in ("seconds", "wall") if (v := _num(run.done, key)) is not None]
     return {
         "name": run.name,
         "path": str(run.path),
@@ -219,7 +222,7 @@ def _summary(run: Run) -> dict[str, object]:
         "bytes_up": up,
         "bytes_down": down,
         "bytes": None if up is None and down is None else (up or 0) + (down or 0),
-        "seconds": _num(run.done, "seconds") or _sum(run.rounds, "seconds"),
+        "seconds": max(clocks, default=None) or _sum(run.rounds, "seconds"),
         "peak_rss": peak if peak is not None else max(seen, default=None),
     }
 
@@ -260,7 +263,7 @@ def _steps(run: Run) -> list[Step]:
 
 
 def _e(value: object) -> str:
-    return escape(ui.clean(str(value)))
+    return svg.escape(str(value))
 
 
 class Cell(NamedTuple):
@@ -393,15 +396,20 @@ def _header(run: Run, facts: Mapping[str, object]) -> str:
     pill = f'<span class="pill {kind}">{mark} {_e(kind)}</span>'
     return (
         f'<header><p class="over">fleetune · {_e(run.name)} {pill}</p>'
-        f"<h1>{_e(method)} <small>on</small> {_e(model)}</h1>"
+        f"<h1>{_e(method)} <small>on</small> {_e(_base_name(model))}</h1>"
         f'<p class="lead">{_e(_sentence(facts))}</p>{alert}{_facts(_identity(run, facts))}</header>'
     )
+
+
+def _base_name(model: str) -> str:
+    """A hub id as it is; of a path only the last part."""
+    return Path(model).name or model if model.startswith(("/", ".", "~")) else model
 
 
 def _sentence(facts: Mapping[str, object]) -> str:
     base, tuned = _number(facts["base_loss"]), _number(facts["tuned_loss"])
     rounds, moved, seconds = facts["rounds"], _number(facts["bytes"]), _number(facts["seconds"])
-    spent = f" {ui.human_bytes(moved)} crossed the network" if moved is not None else ""
+    spent = f" {ui.human_bytes(moved)} were exchanged" if moved is not None else ""
     spent += f" in {ui.human_time(seconds)}" if spent and seconds is not None else ""
     done = _many(rounds, "round")
     if base is None or tuned is None:
@@ -428,8 +436,8 @@ def _identity(run: Run, facts: Mapping[str, object]) -> list[tuple[str, str]]:
     clients, partition = facts["clients"], _partition_words(run)
     data = [_first("data", run.config), _many(clients, "client") if clients is not None else "", partition]
     if sizes:
-        middle = f" each, median {statistics.median(sizes):g}" if len(sizes) > 1 else ""
-        data.append(f"{_span(sizes)} rows{middle}")
+        middle = f", median {statistics.median(sizes):g}" if min(sizes) != max(sizes) else ""
+        data.append(f"{_span(sizes)} rows{' each' if len(sizes) > 1 else ''}{middle}")
     asked = [v for e in run.rounds if (v := _num(e, "clients")) is not None]
     fleet = f" · {_span(asked)} client{'' if max(asked) == 1 else 's'} in each" if asked else ""
     began = _num(run.start, "t") or 0
@@ -485,14 +493,14 @@ def _result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str
         kind = "r" if better is None else "r good" if better else "r bad"
         diff = Cell(_minus(ui.change(name, b, t)) + word, kind)
         rows.append([ui.metric(name).label, Cell(ui.show(name, b)), Cell(ui.show(name, t)), diff])
-    held = _num(run.final, "rows")
+    held = _num(run.final, "rows") or _num(run.done, "rows")
     caption = f"Measured on {held:,} held-out rows" if held else "Measured on held-out rows"
     measured = _table(caption, ["", "base", "tuned", "change"], rows, "result") if rows else ""
     up, down = _number(facts["bytes_up"]), _number(facts["bytes_down"])
     asked, taken = _sum(run.rounds, "clients"), _sum(run.rounds, "accepted")
     each = [ui.human_bytes(_each(run, *pair)) for pair in (("bytes_up", up), ("bytes_down", down))]
     spent: list[list[str | Cell]] = [
-        ["bytes over the network", Cell(ui.human_bytes(_number(facts["bytes"])))],
+        ["bytes over the fleet", Cell(ui.human_bytes(_number(facts["bytes"])))],
         ["sent by a client, per round", Cell(each[0])],
         ["received by a client, per round", Cell(each[1])],
         ["wall time", Cell(ui.human_time(_number(facts["seconds"])))],
@@ -502,6 +510,8 @@ def _result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str
     if not rows and not run.rounds:
         return "<p>Nothing has been measured yet.</p>"
     files = "".join(f"<li><code>{_e(name)}</code> {_e(size)}</li>" for name, size in _artefacts(run))
+    digest = _first("digest", run.done)
+    files += f"<li>SHA-256 <code>{_e(digest)}</code></li>" if digest else ""
     left = measured + (f'<ul class="files">{files}</ul>' if files else "")
     costs = _table("What it took", ["", ""], spent, "result plainhead")
     return f'<div class="pair"><div>{left}</div>{costs}</div>'
@@ -529,7 +539,7 @@ def _artefacts(run: Run) -> list[tuple[str, str]]:
 def _course(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     measured = [s for s in steps if "loss" in s.losses]
     figures = ""
-    if measured:
+    if len(measured) > 1:
         points = [(float(s.round), s.losses["loss"]) for s in measured]
         tips = [
             f"round {s.round}: {ui.show('loss', s.losses['loss'])}, {ui.human_bytes(s.total)}"
@@ -547,12 +557,12 @@ def _course(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str
         for drawing, xs in ((plot, [p[0] for p in points]), (by, [at(v) for v in moved])):
             drawing.right = 50.0
             drawing.end((xs[-1], points[-1][1]), f"{points[-1][1]:.3f}", 0)
-            if measured[0].round == 0 and len(measured) > 1:
+            if first == 0:
                 drawing.reference(points[0][1], f"base {points[0][1]:.3f}")
             drawing.line(list(zip(xs, [p[1] for p in points], strict=True)), 0, tips)
         figures = _figure(plot.svg(), "Validation loss by round", "Round 0 is the model before tuning.")
         words = "Cumulative, both ways, all clients."
-        figures += _figure(by.svg(), "Validation loss by bytes over the network", words)
+        figures += _figure(by.svg(), "Validation loss by bytes exchanged", words)
     figures += _spread(run) + _costs(run, steps, facts)
     body = f'<div class="figures">{figures}</div>' if figures else ""
     return body + (_every_round(steps) if run.rounds else "")
@@ -585,7 +595,8 @@ def _spread(run: Run) -> str:
     slot = (plot.width - plot.left - plot.right) / (x.hi - x.lo)
     alone = len(every) == len(rounds)
     if alone:
-        plot.line([(float(r), v[0]) for r, v in losses.items()], 0, markers=False)
+        tips = [f"round {r}: {v[0]:.3f}" for r, v in losses.items()]
+        plot.line([(float(r), v[0]) for r, v in losses.items()], 0, tips)
     elif len(every) > MAX_DOTS:
         plot.band([(float(r), v[0], v[-1]) for r, v in losses.items()])
         plot.band([(float(r), *_quartiles(v)[::2]) for r, v in losses.items()])
@@ -610,7 +621,8 @@ def _spread(run: Run) -> str:
         words = "Bands: all clients and their middle half. Line: median."
     words = "One client in each round." if alone else words
     data = _table("Training loss over the clients of a round", head, rows)
-    return _figure(plot.svg(), "Spread over the clients", words, data=data)
+    title = "Training loss of the client" if alone else "Spread over the clients"
+    return _figure(plot.svg(), title, words, data=data)
 
 
 def _quartiles(ordered: Sequence[Number]) -> tuple[float, float, float]:
@@ -694,7 +706,8 @@ def _partition(run: Run) -> str:
     column = _first("column", run.start) or "category"
     title = f"Data of the clients: {_partition_words(run) or 'rows'}"
     sizes = split.sizes()
-    desc = f"{_many(clients, 'client')}, {sum(sizes):,.0f} rows, {_span(sizes)} each."
+    each = f", {_span(sizes)} each" if clients > 1 else ""
+    desc = f"{_many(clients, 'client')}, {sum(sizes):,.0f} rows{each}."
     words = f"{desc} Coloured by {column}." if len(split.rows) > 1 else desc
     if len(split.rows) <= svg.COLOURS and (clients <= MAX_COLUMNS or len(split.rows) == 1):
         tips = [split.tip(i) for i in range(clients)]
@@ -809,7 +822,7 @@ def _memory(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str
     )
     y = svg.sizes([peak, bare or 0, *(v for _, v in values)], "resident memory")
     plot = svg.Plot("memory", "Memory by round", desc, svg.whole([r for r, _ in values], "round", pad=0.4), y)
-    if bare:
+    if bare and bare > 0.15 * peak:  # lower down its text would stand on the axis
         plot.reference(bare, f"weights alone {ui.human_bytes(bare)}", below=True)
     plot.reference(peak, f"peak {ui.human_bytes(peak)}")
     plot.line(values, 3, [f"round {r:.0f}: {ui.human_bytes(v)}" for r, v in values])
@@ -826,7 +839,7 @@ def _samples(run: Run) -> str:
 
 def _sample(sample: Mapping[str, object], number: int) -> str:
     owner = sample.get("client")
-    title = f"Prompt {number}" + (f" · client {owner}" if owner is not None else "")
+    title = f"Prompt {number}" + (f" · client {owner}" if owner not in (None, "") else "")
     parts = [
         f"<div><h4>{_e(label)}</h4><p>{_e(sample.get(key) or '(nothing)')}</p></div>"
         for key, label in (("base", "before"), ("tuned", "after"), ("reference", "reference"))
@@ -939,8 +952,8 @@ def _overlaid(runs: Sequence[Run], names: Sequence[str]) -> str:
             svg.whole([s.round for t in every for s in t], "round"),
             [[float(s.round) for s in t] for t in every],
         ),
-        ("bytes over the network", bytes_axis, [[at(v) for v in values] for values in moved]),
-        ("time", svg.durations([v for c in clocks for v in c], "wall time"), clocks),
+        ("bytes exchanged", bytes_axis, [[at(v) for v in values] for values in moved]),
+        ("time", svg.durations([v for c in clocks for v in c], "time in rounds"), clocks),
     ]
     said = ["Round 0 is the model before tuning.", "Cumulative, both ways, all clients."]
     said.append("The rounds alone, without the evaluations between them.")
@@ -1077,7 +1090,8 @@ footer{margin-top:32px;color:var(--muted);font-size:13px}
 @media screen and (max-width:820px){.figures,.pair{grid-template-columns:minmax(0,1fr)}.config{columns:1}
 svg{min-width:460px}.wide svg{min-width:860px}main{padding:24px 14px}}
 @media print{body{background:#fff;font-size:11pt}main{max-width:none;padding:0}h2{break-after:avoid}
-.scroll{max-height:none;overflow:visible}.figures,.pair{gap:10px}thead th{position:static}svg{font-size:12.5px}
+.scroll{max-height:none;overflow:visible}.figures,.pair{gap:10px}thead th{position:static}
+svg{font-size:12.5px}
 th,td{padding:3px 7px}table,.config,.result{font-size:9pt}figure{padding:8px 10px}.lead{font-size:12pt}
 details:not([open]){display:none}}
 """

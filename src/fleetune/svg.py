@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
+from html import escape as escape_markup
+
+from fleetune.ui import clean
 
 COLOURS = 8
 CHAR = 6.1  # mean advance of an 11 px system font, used to keep labels apart
@@ -70,6 +72,11 @@ class Axis:
         if self.log:
             return math.log(value / self.lo) / math.log(self.hi / self.lo)
         return (value - self.lo) / (self.hi - self.lo)
+
+
+def escape(text: str) -> str:
+    """Text as markup: without control characters, with `<`, `&` and quotes escaped."""
+    return escape_markup(clean(text))
 
 
 def usable(value: object) -> bool:

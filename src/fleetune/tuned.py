@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fleetune import adapters, models, recipe as recipes
 from fleetune.errors import LedgerError, ModelError, UsageError
+from fleetune.files import storage_error
 from fleetune.methods import entry
 from fleetune.methods._zeroth import stand
 from fleetune.models import Model
@@ -73,8 +76,27 @@ def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Mode
 
 def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
     model = models.load(recipe.model, dtype=recipe.dtype, device=device, offline=offline)
+    made_on = json.loads((path.parent / "env.json").read_text(encoding="utf-8")).get("base_digest")
+    if made_on != model.digest:
+        raise ModelError(
+            f"{path} was made on base {str(made_on)[:16]}.., {recipe.model} is now {model.digest[:16]}..",
+            hint="get the base it was made on (fleetune models shows sources)",
+        )
     adapters.load_peft(model, path)
     return model
+
+
+def export_peft(run: Path, out: Path) -> None:
+    """Copy a run's adapter directory; UsageError when the run has none or `out` exists."""
+    source = run / RESULT["adapter"]
+    if not source.is_dir():
+        raise UsageError(f"{run} has no adapter", hint=f"its result is full-parameter: fleetune export {run} --to hf")
+    if out.exists():
+        raise UsageError(f"{out} exists already", hint="choose another --dir: nothing is overwritten")
+    try:
+        shutil.copytree(source, out)
+    except OSError as error:
+        raise storage_error(error, out) from error
 
 
 RESULT: Mapping[str, str] = {"ledger": "ledger.safetensors", "adapter": "adapter"}

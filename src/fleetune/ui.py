@@ -340,12 +340,13 @@ class Ui:
             self._consoles[key] = Console(file=cast(TextIO, stream), force_terminal=True, highlight=False)
         return self._consoles[key]
 
-    def _draw(self, stream: _Stream, what: RenderableType) -> None:
-        # The bar lives on stderr: it steps aside while stdout of the same terminal is written.
+    def _draw(self, stream: _Stream, what: RenderableType, *, whole: bool = True) -> None:
+        # The bar lives on stderr: it steps aside while stdout of the same terminal is written.  `whole`
+        # lines are neither wrapped nor cut at the width of the terminal.
         aside = self._live if stream is not self._err else None
         if aside is not None:
             aside.stop()
-        self._console(stream).print(what, markup=False, soft_wrap=isinstance(what, str))
+        self._console(stream).print(what, markup=False, soft_wrap=whole)
         if aside is not None:
             aside.start()
 
@@ -357,7 +358,7 @@ class Ui:
             return
         from rich.text import Text
 
-        self._draw(stream, Text(text, style=style, no_wrap=True, overflow="ignore"))
+        self._draw(stream, Text(text, style=style))
 
     @property
     def _results(self) -> _Stream:
@@ -394,7 +395,8 @@ class Ui:
         for label, value in rows:
             grid.add_row(Text(label, style="dim"), Text(value))
         width = min(self._console(self._err).width, 86)
-        self._draw(self._err, Panel(grid, title=Text(title), title_align="left", width=width))
+        panel = Panel(grid, title=Text(title), title_align="left", width=width)
+        self._draw(self._err, panel, whole=False)
 
     def round_line(
         self,
@@ -446,7 +448,7 @@ class Ui:
         arrow = (
             "" if change is None else f"{'▼' if change < 0 else '▲' if change > 0 else '='} {abs(change):.3f}"
         )
-        line = Text(f" {round:5d} {show('loss', loss):>10}", no_wrap=True, overflow="ignore")
+        line = Text(f" {round:5d} {show('loss', loss):>10}")
         good = "green" if change is not None and change < 0 else "yellow"
         line.append(f"{arrow:>10}", style=good)
         blank = [human_bytes(v) if v is not None else "" for v in (sent, received)]
@@ -548,7 +550,7 @@ class Ui:
             table.add_column(Text(clean(name)), justify="left" if side == "l" else "right", overflow="fold")
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))
-        self._draw(self._results, table)
+        self._draw(self._results, table, whole=False)
 
     def error(self, err: FleetuneError) -> None:
         """What failed and what to try, on stderr; in JSON mode an event with the exit code as well."""

@@ -189,14 +189,11 @@ def test_a_template_that_swallows_the_answer_still_teaches_it():
 def test_plain_layout_without_a_template():
     tok = tokenizer(None, starts=True)  # this one puts <s> before and the end token after a text
     prompt, answer = halves(encode(TALK, tok, 1000), tok)
-    assert prompt == (
-        "<s>Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello!\n\n"
-        "### Instruction:\nWho are you?\n\n### Response:\n"
-    )
+    assert prompt == "<s>Be brief.\nHi\nHello!\nWho are you?\n"
     assert answer == "A small model.<|im_end|>"
     assert tok.decode(prompt_ids(TALK, tok, 1000)) == prompt
     bare = tokenizer(None)
-    assert halves(encode(ASK, bare, 1000), bare)[0] == "### Instruction:\nWhat is 2+2?\n\n### Response:\n"
+    assert halves(encode(ASK, bare, 1000), bare)[0] == "What is 2+2?\n"
     curly = Example((("user", "{braces} {0}"),), "{}")
     assert halves(encode(curly, bare, 1000), bare)[1] == "{}<|im_end|>"
 
@@ -215,7 +212,7 @@ def test_a_refusing_template_is_a_clear_error():
 
 def test_the_middle_of_the_prompt_is_cut_first():
     tok = tokenizer(None, eos="<|im_end|>")
-    example = Example((("user", "A" * 50 + "B" * 50),), "answer")  # 17 + 100 + 1 + 14 and 7 tokens
+    example = Example((("user", "A" * 50 + "B" * 50),), "answer")  # 100 + 1 and 7 tokens
     full = encode(example, tok, 1000)
     assert len(full.ids) == full.n_prompt + 7
     assert encode(example, tok, len(full.ids)).ids.tolist() == full.ids.tolist()
@@ -224,7 +221,7 @@ def test_the_middle_of_the_prompt_is_cut_first():
     whole_prompt = halves(full, tok)[0]
     assert answer == "answer<|im_end|>"
     assert len(row.ids) == 60
-    assert prompt == whole_prompt[:26] + whole_prompt[-28:]  # of 53 tokens 26 and 27, two line breaks are one
+    assert prompt == whole_prompt[:26] + whole_prompt[-27:]  # of 53 tokens 26 and 27
     assert len(encode(example, tok, len(full.ids) - 1).ids) == len(full.ids) - 1
 
 
@@ -233,10 +230,10 @@ def test_a_long_answer_leaves_the_prompt_a_quarter_and_loses_its_end():
     row = encode(Example((("user", "A" * 100),), "x" * 100), tok, 40)
     prompt, answer = halves(row, tok)
     assert (len(row.ids), row.n_prompt) == (40, 10)
-    assert prompt == "### Inse:\n"
+    assert prompt == "AAAAAAAAA\n"
     assert answer == "x" * 30  # no end of turn: the model must not learn to stop there
     row = encode(Example((("user", "A"),), "x" * 100), tok, 200)
-    assert (row.n_prompt, len(row.ids)) == (33, 33 + 101)
+    assert (row.n_prompt, len(row.ids)) == (2, 2 + 101)
 
 
 @settings(max_examples=100, deadline=None)

@@ -56,7 +56,7 @@ def test_dolly_and_alpaca_read_the_same_from_every_file_type(tmp_path, suffix):
         {"instruction": "Say hi", "context": "", "response": "hi", "category": "qa"},
     ]
     assert read(write(tmp_path / f"dolly{suffix}", rows)) == [
-        Example((("user", 'Sum up\n\nInput:\na, "b"\nc'),), "été\n", {"category": "sum"}),
+        Example((("user", 'Sum up\na, "b"\nc'),), "été\n", {"category": "sum"}),
         Example((("user", "Say hi"),), "hi", {"category": "qa"}),
     ]
     names = {"context": "input", "response": "output"}

@@ -10,10 +10,10 @@ A template is rendered twice, to the prompt and to the whole conversation.  Wher
 begin those of the second, the rest is the answer.  Where they do not (a token grew over the seam, or the
 template writes past turns differently), the answer's text is made into tokens on its own.
 
-A tokenizer without a chat template gets this plain layout, Alpaca's without its opening sentence, after
-the tokens the tokenizer puts at the start of a text:
+A tokenizer without a chat template belongs to a base model, which knows no roles.  It gets every turn as a
+line of its own, after the tokens that the tokenizer puts at the start of a text:
 
-    {system}\\n\\n### Instruction:\\n{user}\\n\\n### Response:\\n{assistant}\\n\\n### Instruction:\\n...
+    {system}\\n{user}\\n{assistant}\\n{user}\\n...
 
 and its answers end with the tokenizer's end-of-text token.
 
@@ -46,8 +46,7 @@ MASKED = -100  # the label that torch's cross-entropy leaves out
 CHUNK = 512  # rows given to the tokenizer at once
 # Some templates (Llama 3.2) write today's date unless told one; a run must not depend on its day.
 DATE = "26 Jul 2024"
-PLAIN = {"system": "{}\n\n", "user": "### Instruction:\n{}\n\n", "assistant": "### Response:\n{}\n\n"}
-PLAIN_MARKER = "### Response:\n"
+PLAIN = {"system": "{}\n", "user": "{}\n", "assistant": "{}\n"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +198,7 @@ def _check_length(max_length: int) -> None:
 def _render(example: Example, tokenizer: PreTrainedTokenizerBase, index: int) -> tuple[str, str]:
     """The prompt and the whole conversation as text."""
     if tokenizer.chat_template is None:
-        prompt = "".join(PLAIN[role].format(content) for role, content in example.messages) + PLAIN_MARKER
+        prompt = "".join(PLAIN[role].format(content) for role, content in example.messages)
         return prompt, prompt + example.response
     turns = [{"role": role, "content": content} for role, content in example.messages]
     answer = {"role": "assistant", "content": example.response}

@@ -10,9 +10,9 @@ tell the form, and every row must have that form:
     ShareGPT       conversations: a list of {from: human|gpt|system, value}
     chat messages  messages: a list of {role: user|assistant|system, content}
 
-A context is joined to its instruction in one user turn, as the projects' own training prompts do:
-"{instruction}\\n\\nInput:\\n{context}" for Dolly (databrickslabs/dolly, training/consts.py) and
-"{instruction}\\n\\n### Input:\\n{input}" for Alpaca (tatsu-lab/stanford_alpaca, train.py).  Of a
+A context is joined to its instruction in one user turn: "{instruction}\\n{context}" for Dolly and
+"{instruction}\\n\\n### Input:\\n{input}", as in its own training prompt, for Alpaca
+(tatsu-lab/stanford_alpaca, train.py).  Of a
 conversation the last turn, the assistant's, is the answer; the turns before it are the prompt.  Text is
 kept as it is.
 """
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 SHOWN = 5  # bad rows reported at once
 PAIRS = {  # name: prompt field, context field, answer field, what joins the context
-    "Dolly": ("instruction", "context", "response", "\n\nInput:\n"),
+    "Dolly": ("instruction", "context", "response", "\n"),
     "Alpaca": ("instruction", "input", "output", "\n\n### Input:\n"),
 }
 CHATS = {"ShareGPT": ("conversations", "from", "value"), "chat messages": ("messages", "role", "content")}

@@ -9,7 +9,7 @@
 with acc the integer sum of `noise.Passes`.  Every operation is rounded to float32 and none is contracted
 (Numba leaves fused multiply-adds out unless asked for them), so `kernels_torch` gives the same bits.
 
-The work goes tile by tile (4096 elements, `specs`: the bit layout of `noise`).  A tile's row of 128 words
+The work goes tile by tile (4096 elements; `noise` has the layout).  A tile's row of 128 words
 serves all its 32 rows of 128 elements, so the inner loop over a row tests one fixed bit of consecutive
 words and vectorises on any CPU; the sums of many passes stay in the first-level cache while all passes go
 by.  16-bit weights are widened into a float32 tile and rounded back with integer operations.
@@ -25,7 +25,7 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
@@ -36,11 +36,11 @@ from torch import Tensor
 from fleetune.seeds import noise
 from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH, Passes
 
-SPLIT = 1 << 18  # elements below which waking a thread costs more than it saves
+# Numba's cache on disk knows this file's text only: whoever changes a number of `noise` must touch this file.
+SPLIT = 1 << 21  # element-passes below which waking a thread costs more than it saves
 CHUNK = 1 << 19  # most elements a thread takes at a time
 ROWS = TILE // WIDTH
-
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+IN_PLACE, COPIED, BF16, FP16 = 0, 1, 2, 3  # what a kernel's weights are: the first two are float32
 
 u16, u32, u64, i32, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.float32
 BITS = (np.uint64(1) << np.arange(ROWS, dtype=np.uint64)).astype(np.uint32)
@@ -49,13 +49,20 @@ _M0, _M1, _W0, _W1, _LOW, _HALF = u64(M0), u64(M1), u64(W0), u64(W1), u64(noise.
 _inner = numba.njit(nogil=True, error_model="numpy")
 
 
-def _outer(function: Kernel) -> Kernel:
-    # Numba refuses `cache=True` where it finds no folder it may write to (read-only install and home).
+def _outer(function: Callable[..., None]) -> Callable[..., None]:
+    # The compiled code is kept on disk where that is possible: not in a read-only home, nor on a full disk.
     try:
-        compiled: Kernel = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:
+        compiled = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # no folder for it
         compiled = _inner(function)
-    return compiled
+
+    def call(*args: Any) -> None:
+        try:
+            compiled(*args)
+        except OSError:  # compiled, but not written; the weights are untouched
+            compiled(*args)
+
+    return call
 
 
 # --- Compiled: Philox, sums of passes, the move, 16-bit types ---
@@ -189,63 +196,13 @@ def _copy(x, y):
 
 
 @_inner
-def _widen(table, size):
-    out = np.empty((table.shape[0], size), table.dtype)
-    for p in range(table.shape[0]):
-        for i in range(size):
-            out[p, i] = table[p, i & (table.shape[1] - 1)]
-    return out
-
-
-@_inner
-def _rows_and_sums(ids, tables):
-    # A single int32 pass needs no accumulator; all else does.  Many constants keep their one column.
-    summed = ids.size > 1 or (ids.size == 1 and tables.itemsize == 8)
-    acc = np.empty(TILE if summed else 0, tables.dtype)
-    if tables.shape[1] >= WIDTH or (summed and tables.shape[1] == 1):
-        return tables, acc
-    return _widen(tables, WIDTH), acc
-
-
-@_outer
-def _sweep_32(out, base, same, start, lo, hi, key, ids, tables, grid, probe_id, probe):
-    tables, acc = _rows_and_sums(ids, tables)
-    if 0 < probe.size < WIDTH:
-        probe = _widen(probe.reshape(1, -1), WIDTH)[0]
-    words, edge = np.empty((5, WIDTH), u32), np.zeros(TILE, f32)
-    while lo < hi:
-        tile, at = (start + lo) // TILE, (start + lo) % TILE
-        n = min(TILE - at, hi - lo)
-        if n == TILE:
-            x = out[lo : lo + TILE]
-            if not same:
-                _copy(x, base[lo : lo + TILE])
-            _move(x, tile, key, ids, tables, grid, probe_id, probe, words, acc)
-        else:
-            _copy(edge[at : at + n], base[lo : lo + n])
-            _move(edge, tile, key, ids, tables, grid, probe_id, probe, words, acc)
-            _copy(out[lo : lo + n], edge[at : at + n])
-        lo += n
-
-
-@_outer
-def _sweep_16(out, base, half, start, lo, hi, key, ids, tables, grid, probe_id, probe):
-    tables, acc = _rows_and_sums(ids, tables)
-    if 0 < probe.size < WIDTH:
-        probe = _widen(probe.reshape(1, -1), WIDTH)[0]
-    words, x = np.empty((5, WIDTH), u32), np.zeros(TILE, f32)
-    while lo < hi:
-        tile, at = (start + lo) // TILE, (start + lo) % TILE
-        n = min(TILE - at, hi - lo)
-        _decode(x[at : at + n], base[lo : lo + n], half)
-        _move(x, tile, key, ids, tables, grid, probe_id, probe, words, acc)
-        _encode(out[lo : lo + n], x[at : at + n], half)
-        lo += n
-
-
-@_inner
-def _decode(x, codes, half):
-    if not half:
+def _load(x, base, base16, lo, kind):
+    # Widen 16-bit codes to float32, exactly.
+    if kind <= COPIED:
+        _copy(x, base[lo : lo + x.size])
+        return
+    codes = base16[lo : lo + x.size]
+    if kind == BF16:
         for i in range(x.size):
             x[i] = u32(u32(codes[i]) << u32(16)).view(np.float32)
         return
@@ -259,9 +216,13 @@ def _decode(x, codes, half):
 
 
 @_inner
-def _encode(codes, x, half):
-    # Round to nearest, ties to even.  NaN stays a quiet NaN.
-    if not half:
+def _store(out, out16, lo, x, kind):
+    # Round to 16 bits, to nearest, ties to even; NaN stays a quiet NaN.
+    if kind <= COPIED:
+        _copy(out[lo : lo + x.size], x)
+        return
+    codes = out16[lo : lo + x.size]
+    if kind == BF16:
         for i in range(x.size):
             b = f32(x[i]).view(np.uint32)
             nearest = u32(u32(b + u32(0x7FFF) + (u32(b >> u32(16)) & u32(1))) >> u32(16))
@@ -280,17 +241,49 @@ def _encode(codes, x, half):
         codes[i] = u16(code | u32(u32(b >> u32(16)) & u32(0x8000)))
 
 
-_LOG, _SIN, _COS = (np.array(p, np.float32) for p in (noise.LOG_POLY, noise.SIN_POLY, noise.COS_POLY))
+@_inner
+def _widen(table, size):
+    out = np.empty((table.shape[0], size), table.dtype)
+    for p in range(table.shape[0]):
+        for i in range(size):
+            out[p, i] = table[p, i & (table.shape[1] - 1)]
+    return out
+
+
+@_outer
+def _sweep(out, base, out16, base16, kind, start, lo, hi, key, ids, tables, grid, probe_id, probe):
+    # A single int32 pass needs no accumulator.  Many constants keep their one column; other tables are
+    # repeated to at least a row.
+    summed = ids.size > 1 or (ids.size == 1 and tables.itemsize == 8)
+    acc = np.empty(TILE if summed else 0, tables.dtype)
+    if tables.shape[1] < WIDTH and not (summed and tables.shape[1] == 1):
+        tables = _widen(tables, WIDTH)
+    if 0 < probe.size < WIDTH:
+        probe = _widen(probe.reshape(1, -1), WIDTH)[0]
+    words, edge = np.empty((5, WIDTH), u32), np.zeros(TILE, f32)
+    while lo < hi:
+        tile, at = (start + lo) // TILE, (start + lo) % TILE
+        n = min(TILE - at, hi - lo)
+        if kind <= COPIED and n == TILE:
+            x = out[lo : lo + TILE]
+            if kind == COPIED:
+                _copy(x, base[lo : lo + TILE])
+            _move(x, tile, key, ids, tables, grid, probe_id, probe, words, acc)
+        else:
+            _load(edge[at : at + n], base, base16, lo, kind)
+            _move(edge, tile, key, ids, tables, grid, probe_id, probe, words, acc)
+            _store(out, out16, lo, edge[at : at + n], kind)
+        lo += n
+
+
+_LOG, _SIN, _COS = (tuple(f32(c) for c in p) for p in (noise.LOG_POLY, noise.SIN_POLY, noise.COS_POLY))
 _LN2_HIGH, _LN2_LOW, _ANGLE = f32(noise.LN2_HIGH), f32(noise.LN2_LOW), f32(noise.ANGLE)
 _SQRT_HALF = i32(noise.SQRT_HALF_BITS)
 
 
 @_inner
-def _horner(c, x):
-    y = c[0]
-    for k in range(1, c.size):
-        y = f32(f32(y * x) + c[k])
-    return y
+def _horner(y, x, a, b):
+    return f32(f32(f32(f32(y * x) + a) * x) + b)
 
 
 @_inner
@@ -304,61 +297,48 @@ def _normals(z, w):
             e = i32(i32(bits - _SQRT_HALF) >> i32(23))
             x = f32(i32(bits - i32(e << i32(23))).view(np.float32) - f32(1.0))
             xx = f32(x * x)
-            log = f32(f32(f32(_horner(_LOG, x) * x) * xx) + f32(f32(e) * _LN2_LOW))
+            log = _horner(_LOG[0], x, _LOG[1], _LOG[2])
+            log = _horner(log, x, _LOG[3], _LOG[4])
+            log = _horner(log, x, _LOG[5], _LOG[6])
+            log = _horner(log, x, _LOG[7], _LOG[8])
+            log = f32(f32(f32(log * x) * xx) + f32(f32(e) * _LN2_LOW))
             log = f32(f32(x + f32(log - f32(f32(0.5) * xx))) + f32(f32(e) * _LN2_HIGH))
             r = f32(np.sqrt(f32(f32(-2.0) * log)))
             quadrant = u32(u32(second[j] + u32(1 << 29)) >> u32(30))
             t = f32(f32(i32(second[j] - u32(quadrant << u32(30)))) * _ANGLE)
             tt = f32(t * t)
-            sine = f32(f32(f32(_horner(_SIN, tt) * tt) * t) + t)
-            cosine = f32(f32(f32(f32(_horner(_COS, tt) * tt) * tt) - f32(f32(0.5) * tt)) + f32(1.0))
+            sine = f32(f32(f32(_horner(_SIN[0], tt, _SIN[1], _SIN[2]) * tt) * t) + t)
+            cosine = f32(f32(_horner(_COS[0], tt, _COS[1], _COS[2]) * tt) * tt)
+            cosine = f32(f32(cosine - f32(f32(0.5) * tt)) + f32(1.0))
             odd = (quadrant & u32(1)) != 0
             c, s = (sine if odd else cosine), (cosine if odd else sine)
             zc[j] = f32(r * (-c if quadrant == 1 or quadrant == 2 else c))
             zs[j] = f32(r * (-s if quadrant >= 2 else s))
 
 
-@_inner
-def _move_gaussian(x, group, key, ids, coefficients, grid, probe_id, scale, work):
-    # One group of 128, in place; scale holds the probe's step or nothing.
-    words, z, acc = work.view(np.uint32)[0], work[1], work[2]
-    if ids.size:
-        acc[:] = 0
-        for p in range(ids.size):
-            _philox(words, u64(group) * u64(32), ids[p], key)
+@_outer
+def _gaussian(out, base, out16, base16, kind, start, lo, hi, key, ids, coefficients, grid, probe_id, scale):
+    # Groups of 128, one by one; scale holds the probe's step or nothing.
+    x, z, acc, words = np.zeros(WIDTH, f32), np.empty(WIDTH, f32), np.empty(WIDTH, f32), np.empty(WIDTH, u32)
+    while lo < hi:
+        group, at = (start + lo) // WIDTH, (start + lo) % WIDTH
+        n = min(WIDTH - at, hi - lo)
+        _load(x[at : at + n], base, base16, lo, kind)
+        if ids.size:
+            acc[:] = 0
+            for p in range(ids.size):
+                _philox(words, u64(group) * u64(32), ids[p], key)
+                _normals(z, words)
+                for i in range(WIDTH):
+                    acc[i] += f32(coefficients[p] * z[i])
+            for i in range(WIDTH):
+                x[i] += f32(grid * acc[i])
+        if scale.size:
+            _philox(words, u64(group) * u64(32), probe_id, key)
             _normals(z, words)
             for i in range(WIDTH):
-                acc[i] += f32(coefficients[p] * z[i])
-        for i in range(WIDTH):
-            x[i] += f32(grid * acc[i])
-    if scale.size:
-        _philox(words, u64(group) * u64(32), probe_id, key)
-        _normals(z, words)
-        for i in range(WIDTH):
-            x[i] += f32(scale[0] * z[i])
-
-
-@_outer
-def _gaussian_32(out, base, unused, start, lo, hi, key, ids, coefficients, grid, probe_id, scale):
-    x, work = np.zeros(WIDTH, f32), np.empty((3, WIDTH), f32)
-    while lo < hi:
-        group, at = (start + lo) // WIDTH, (start + lo) % WIDTH
-        n = min(WIDTH - at, hi - lo)
-        _copy(x[at : at + n], base[lo : lo + n])
-        _move_gaussian(x, group, key, ids, coefficients, grid, probe_id, scale, work)
-        _copy(out[lo : lo + n], x[at : at + n])
-        lo += n
-
-
-@_outer
-def _gaussian_16(out, base, half, start, lo, hi, key, ids, coefficients, grid, probe_id, scale):
-    x, work = np.zeros(WIDTH, f32), np.empty((3, WIDTH), f32)
-    while lo < hi:
-        group, at = (start + lo) // WIDTH, (start + lo) % WIDTH
-        n = min(WIDTH - at, hi - lo)
-        _decode(x[at : at + n], base[lo : lo + n], half)
-        _move_gaussian(x, group, key, ids, coefficients, grid, probe_id, scale, work)
-        _encode(out[lo : lo + n], x[at : at + n], half)
+                x[i] += f32(scale[0] * z[i])
+        _store(out, out16, lo, x[at : at + n], kind)
         lo += n
 
 
@@ -384,16 +364,13 @@ def sweep(
     threads: torch's number by default; block: elements a thread takes at a time.  Raises ValueError for
     tensors or tables of another kind.
     """
-    tables = np.asarray(passes.tables)
-    _check_width(tables.shape[1])
-    args = (_native(passes.ids, u64), _native(tables, i32 if tables.dtype == i32 else np.int64), f32(grid))
-    if probe is None:
-        move = (*args, u64(0), _NONE)
-    else:
-        table = _native(np.asarray(probe[1]), f32)
-        _check_width(table.size)
-        move = (*args, u64(probe[0]), table)
-    _launch(_sweep_32, _sweep_16, out, base, start, run_key, move, threads, block)
+    probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
+    noise.check_tables(passes, None if probe is None else step)
+    ids = _native(passes.ids, u64)
+    tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else np.int64)
+    move = (u64(run_key), ids, tables, f32(grid), u64(probe_id), step)
+    cost = out.numel() * max(1, len(ids) // 4)
+    _share(_sweep, _weights(out, base, start), start, cost, move, threads, block)
 
 
 def sweep_gaussian(
@@ -413,10 +390,13 @@ def sweep_gaussian(
 
     ids: uint64 [P], summed in this order; coefficients: float32 [P]; probe: (id, scale).
     """
-    scale = _NONE if probe is None else np.array([probe[1]], f32)
-    ids, coefficients = _native(np.asarray(ids), u64), _native(np.asarray(coefficients), f32)
-    move = (ids, coefficients, f32(grid), u64(0 if probe is None else probe[0]), scale)
-    _launch(_gaussian_32, _gaussian_16, out, base, start, run_key, move, threads, block)
+    probe_id, scale = (0, _NONE) if probe is None else (probe[0], np.array([probe[1]], f32))
+    keys, factors = _native(np.asarray(ids), u64), _native(np.asarray(coefficients), f32)
+    if keys.shape != factors.shape:
+        raise ValueError(f"{keys.shape} ids need as many coefficients, got {factors.shape}")
+    move = (u64(run_key), keys, factors, f32(grid), u64(probe_id), scale)
+    cost = out.numel() * 8 * max(1, len(keys))
+    _share(_gaussian, _weights(out, base, start), start, cost, move, threads, block)
 
 
 def add(
@@ -444,57 +424,51 @@ def add(
 
 
 _NONE = np.zeros(0, f32)
+_NONE16 = np.zeros(0, u16)
 
 
-def _launch(
-    single: Callable[..., None],
-    narrow: Callable[..., None],
-    out: Tensor,
-    base: Tensor,
-    start: int,
-    run_key: int,
-    move: tuple[Any, ...],
-    threads: int | None,
-    block: int | None,
-) -> None:
-    size, dtype = out.numel(), out.dtype
-    if base.dtype != dtype or base.numel() != size or out.dim() != 1 or base.dim() != 1:
+def _weights(out: Tensor, base: Tensor, start: int) -> tuple[Any, ...]:
+    # (out, base) as float32 arrays or as 16-bit codes, and the kind: so one compilation serves all types.
+    dtype = out.dtype
+    if base.dtype != dtype or base.shape != out.shape or out.dim() != 1:
         raise ValueError(f"out is {dtype} {list(out.shape)}, base is {base.dtype} {list(base.shape)}")
     if not (out.is_contiguous() and base.is_contiguous() and out.is_cpu and base.is_cpu):
         raise ValueError("out and base must be contiguous and in the CPU's memory")
     if start < 0:
         raise ValueError(f"start is {start}; a global index is 0 or more")
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # so that a backward that needs the old values says so
     if dtype == torch.float32:
-        kernel, o, b = single, out.detach().numpy(), base.detach().numpy()
-        flag = out.data_ptr() == base.data_ptr()
-    elif dtype in (torch.bfloat16, torch.float16):
-        kernel, flag = narrow, dtype == torch.float16
-        o, b = out.detach().view(torch.uint16).numpy(), base.detach().view(torch.uint16).numpy()
-    else:
+        kind = IN_PLACE if out.data_ptr() == base.data_ptr() else COPIED
+        return out.detach().numpy(), base.detach().numpy(), _NONE16, _NONE16, kind
+    if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"weights of type {dtype}; fp32, bf16 and fp16 are known")
-    _share(functools.partial(kernel, o, b, flag), start, size, (u64(run_key), *move), threads, block)
+    codes = (t.detach().view(torch.uint16).numpy() for t in (out, base))
+    return _NONE, _NONE, *codes, BF16 if dtype == torch.bfloat16 else FP16
 
 
 def _share(
     kernel: Callable[..., None],
+    weights: tuple[Any, ...],
     start: int,
-    size: int,
+    cost: int,
     move: tuple[Any, ...],
     threads: int | None,
     block: int | None,
 ) -> None:
+    size = max(len(weights[0]), len(weights[2]))
     n_threads = threads if threads is not None else torch.get_num_threads()
     if block is None:
-        if n_threads <= 1 or size < SPLIT:
-            kernel(start, 0, size, *move)
+        if n_threads <= 1 or cost < SPLIT:
+            kernel(*weights, start, 0, size, *move)
             return
         block = max(TILE, min(CHUNK, size // (4 * n_threads)))
     step = -(-block // TILE) * TILE
-    counter = itertools.count(-(start % TILE), step)  # chunks end at the ends of tiles; `next` is atomic
+    counter = itertools.count(-(start % TILE), step)  # chunks end where tiles end; `next` is atomic
 
     def work() -> None:
         while (lo := next(counter)) < size:
-            kernel(start, max(lo, 0), min(lo + step, size), *move)
+            kernel(*weights, start, max(lo, 0), min(lo + step, size), *move)
 
     helpers = [_pool(os.getpid(), n_threads - 1).submit(work) for _ in range(n_threads - 1)]
     work()
@@ -514,8 +488,3 @@ def _native(array: NDArray[Any], dtype: Any) -> NDArray[Any]:
     if array.dtype == dtype and array.flags.carray:
         return array
     return np.array(array, dtype=dtype, order="C")
-
-
-def _check_width(K: int) -> None:
-    if K < 1 or K & (K - 1):
-        raise ValueError(f"a table of {K} columns; a power of two is needed")

@@ -20,7 +20,7 @@ from torch import Tensor
 from fleetune.seeds import noise
 from fleetune.seeds.noise import LOW, M0, M1, ROUNDS, TILE, W0, W1, WIDTH, Passes
 
-BLOCK = 1 << 20  # elements at a time on a CPU, to stay in its cache
+BLOCK = 1 << 17  # elements at a time on a CPU, to stay in its cache
 BLOCK_DEVICE = 1 << 22  # and elsewhere, to fill the device
 TOGETHER = 16  # directions whose Philox calls are made in one go
 
@@ -46,21 +46,18 @@ def sweep(
     threads has no effect (torch has its own); block: elements at a time.  Raises ValueError for tensors or
     tables of another kind.
     """
-    tables = np.asarray(passes.tables)
-    _check(out, base, start, tables.shape[1])
-    summed = np.int32 if tables.dtype == np.int32 else np.int64
-    table = _period(np.ascontiguousarray(tables, summed), out.device)
-    step = None
-    if probe is not None:
-        row = np.array(probe[1], np.float32).reshape(1, -1)
-        _check(out, base, start, row.shape[1])
-        step = _period(row, out.device)
+    row = None if probe is None else np.array(probe[1], np.float32)
+    noise.check_tables(passes, row)
+    _check(out, base, start)
+    summed = np.int32 if passes.tables.dtype == np.int32 else np.int64
+    table = _period(np.array(passes.tables, summed), out.device) if len(passes.ids) else None
+    step = None if row is None else _period(row[None], out.device)
     grid = float(np.float32(grid))
     with torch.inference_mode():
         for lo, hi, tile, n_tiles in _blocks(out, start, TILE, block):
             x = base[lo:hi].float()
             where = slice(start + lo - tile * TILE, start + hi - tile * TILE)
-            if len(passes.ids):
+            if table is not None:
                 acc = torch.zeros(n_tiles, TILE, dtype=table.dtype, device=out.device)
                 for p, sign in enumerate(_signs(run_key, passes.ids, tile, n_tiles, out.device)):
                     acc += sign.to(table.dtype) * _tiled(table[p], tile, n_tiles)
@@ -88,7 +85,7 @@ def sweep_gaussian(
 
     ids: uint64 [P], summed in this order; coefficients: float32 [P]; probe: (id, scale).
     """
-    _check(out, base, start, 1)
+    _check(out, base, start)
     keys = np.asarray(ids, np.uint64)
     grid = float(np.float32(grid))
     with torch.inference_mode():
@@ -133,7 +130,7 @@ def add(
             sweep(flat, flat, start, run_key, passes, grid)
 
 
-def _check(out: Tensor, base: Tensor, start: int, K: int) -> None:
+def _check(out: Tensor, base: Tensor, start: int) -> None:
     if out.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"weights of type {out.dtype}; fp32, bf16 and fp16 are known")
     if base.dtype != out.dtype or base.shape != out.shape or base.device != out.device or out.dim() != 1:
@@ -142,8 +139,6 @@ def _check(out: Tensor, base: Tensor, start: int, K: int) -> None:
         raise ValueError("out and base must be contiguous")
     if start < 0:
         raise ValueError(f"start is {start}; a global index is 0 or more")
-    if K < 1 or K & (K - 1):
-        raise ValueError(f"a table of {K} columns; a power of two is needed")
 
 
 def _blocks(out: Tensor, start: int, unit: int, block: int | None) -> Iterator[tuple[int, int, int, int]]:
@@ -159,14 +154,13 @@ def _blocks(out: Tensor, start: int, unit: int, block: int | None) -> Iterator[t
         lo = hi
 
 
-def _words(
-    run_key: int, ids: NDArray[np.uint64], first: int, n: int, blocks: int, device: torch.device
-) -> Tensor:
-    # noise.words for the ids and the n block numbers (first + t) * blocks: int64 [ids, n, 128].
-    number = (first + torch.arange(n, device=device))[:, None] * blocks + torch.arange(32, device=device)
+def _words(run_key: int, ids: NDArray[np.uint64], first: int, n: int, device: torch.device) -> Tensor:
+    # noise.words for the ids and the n block numbers (first + t) * 32: int64 [ids, n, 128].
+    number = (first + torch.arange(n, device=device))[:, None] * 32 + torch.arange(32, device=device)
     low = torch.from_numpy((ids & np.uint64(LOW)).astype(np.int64)).to(device)[:, None, None]
     high = torch.from_numpy((ids >> np.uint64(32)).astype(np.int64)).to(device)[:, None, None]
-    x0, x1, x2, x3 = torch.broadcast_tensors(number & LOW, number >> 32, low, high)
+    shape = (len(ids), n, 32)
+    x0, x1, x2, x3 = (v.expand(shape) for v in (number & LOW, number >> 32, low, high))
     k0, k1 = run_key & LOW, run_key >> 32
     for _ in range(ROUNDS):
         p0, p1 = x0 * M0, x2 * M1
@@ -182,7 +176,7 @@ def _signs(
     # The signs of each direction in n tiles: int32 [n, 4096], +1 or -1.
     shift = torch.arange(32, dtype=torch.int32, device=device)[:, None]
     for first in range(0, len(ids), TOGETHER):
-        words = _words(run_key, ids[first : first + TOGETHER], tile, n, 32, device)
+        words = _words(run_key, ids[first : first + TOGETHER], tile, n, device)
         words = (words - ((words >> 31) << 32)).to(torch.int32)  # the same bits as a signed 32-bit word
         for rows in words:
             yield (1 - ((rows[:, None, :] >> shift) & 1) * 2).view(n, TILE)
@@ -193,7 +187,7 @@ def _period(tables: NDArray[np.generic], device: torch.device) -> Tensor:
     K = tables.shape[1]
     if 1 < K < TILE:
         tables = np.tile(tables, (1, TILE // K))
-    return torch.from_numpy(tables).to(device).view(len(tables), -1, TILE if K > 1 else 1)
+    return torch.from_numpy(tables).to(device).view(len(tables), max(1, K // TILE), TILE if K > 1 else 1)
 
 
 def _tiled(table: Tensor, tile: int, n: int) -> Tensor:
@@ -208,7 +202,7 @@ def _normals(
 ) -> Iterator[Tensor]:
     # noise.normals of each direction in n groups: float32 [n * 128].
     for first in range(0, len(ids), TOGETHER):
-        words = _words(run_key, ids[first : first + TOGETHER], group, n, 32, device)
+        words = _words(run_key, ids[first : first + TOGETHER], group, n, device)
         for rows in words.view(-1, n, 2, 2, 32):
             yield torch.stack(_box_muller(rows[:, :, 0], rows[:, :, 1]), dim=2).view(-1)
 

@@ -236,6 +236,18 @@ def check_law(law: str, K: int) -> None:
         raise UsageError(f"K = {K} is more than 2^32 pooled directions")
 
 
+def check_tables(passes: Passes, probe: NDArray[Any] | None) -> None:
+    """Raise ValueError unless the passes' tables are [P, K] and the probe's [K], each K a power of two."""
+    P, tables = len(passes.ids), passes.tables
+    if tables.ndim != 2 or len(tables) != P or tables.dtype.kind != "i":
+        raise ValueError(f"{P} ids need integer tables [{P}, K], got {tables.dtype} {list(tables.shape)}")
+    if probe is not None and probe.ndim != 1:
+        raise ValueError(f"the probe's table has shape {list(probe.shape)}; [K] is needed")
+    for width in (tables.shape[1] if P else 1, 1 if probe is None else len(probe)):
+        if width < 1 or width & (width - 1):
+            raise ValueError(f"a table of {width} columns; a power of two is needed")
+
+
 def _merge(ids: Ids, values: Sums) -> tuple[Ids, Sums]:
     unique, where = np.unique(ids, return_inverse=True)
     sums = np.zeros(len(unique), np.int64)

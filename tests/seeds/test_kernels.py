@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two kernel modules against the definition in numpy float32, and against each other bit for bit."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import numba
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fleetune.seeds import kernels_numba, kernels_torch, noise
+from fleetune.seeds.noise import TILE, Passes
+
+BACKENDS = [pytest.param(m, id=m.__name__.rsplit("_", 1)[-1]) for m in (kernels_numba, kernels_torch)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIXTEEN = [torch.bfloat16, torch.float16]
+NO_PASSES = Passes(np.zeros(0, np.uint64), np.zeros((0, 1), np.int32))
+
+Probe = tuple[int, np.ndarray] | None
+
+
+def reference(base: Tensor, start: int, run_key: int, passes: Passes, grid: float, probe: Probe) -> Tensor:
+    """The definition, one numpy float32 operation at a time; torch rounds to 16 bits."""
+    n = base.numel()
+    i = np.arange(start, start + n)
+    x = base.float().numpy()
+    if len(passes.ids):
+        acc = np.zeros(n, np.int64)
+        for id, table in zip(passes.ids.tolist(), passes.tables, strict=True):
+            acc += noise.signs(run_key, id, start, n) * table[i % len(table)].astype(np.int64)
+        x = x + np.float32(grid) * acc.astype(np.float32)
+    if probe is not None:
+        id, step = probe
+        x = x + noise.signs(run_key, id, start, n).astype(np.float32) * step[i % len(step)]
+    return torch.from_numpy(x).to(base.dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    """The stored bits, so that -0 is not 0."""
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+def weights(seed: int, n: int, dtype: torch.dtype) -> Tensor:
+    x = torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x[:: max(1, n // 7)] = -0.0
+    return x
+
+
+@st.composite
+def cases(draw):
+    law = draw(st.sampled_from(["rademacher", "pooled"]))
+    K = 2 ** draw(st.integers(0, 14)) if law == "pooled" else 1
+    n_ids = draw(st.integers(0, 9))
+    top = draw(st.sampled_from([0, 2, 2**32 - 1]))
+    one = st.tuples(st.integers(0, top), st.integers(0, K - 1 if law == "pooled" else 2**32 - 1))
+    ids = [a << 32 | b for a, b in draw(st.lists(one, min_size=n_ids, max_size=n_ids))]
+    big = draw(st.sampled_from([1, 300, 2**31 - 1]))
+    coefficients = draw(st.lists(st.integers(-big, big), min_size=n_ids, max_size=n_ids))
+    passes = noise.passes(law, K, ids, coefficients)
+    probe: Probe = None
+    if draw(st.booleans()):
+        a, b = draw(one)
+        id, table = noise.probe(law, K, draw(st.sampled_from([*ids, a << 32 | b])))
+        probe = id, table.astype(np.float32) * np.float32(draw(st.sampled_from([1e-3, -0.7, 0.0])))
+    return {
+        "passes": passes,
+        "probe": probe,
+        "n": draw(st.one_of(st.integers(0, 300), st.integers(301, 3 * TILE), st.just(2 * TILE))),
+        "start": draw(st.one_of(st.integers(0, 3 * TILE), st.just(TILE), st.integers(0, 2**52))),
+        "run_key": draw(st.integers(0, 2**64 - 1)),
+        "grid": draw(st.sampled_from([1e-7, 3.7e-4, -0.25, 1e-30])),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "seed": draw(st.integers(0, 1000)),
+        "in_place": draw(st.booleans()),
+        "threads": draw(st.sampled_from([None, 1, 2, 3])),
+        "block": draw(st.sampled_from([None, 1, TILE, 5000, 2 * TILE])),
+    }
+
+
+def run(kernels: ModuleType, case: dict, *, threads: int | None = None, block: int | None = None) -> Tensor:
+    base = weights(case["seed"], case["n"], case["dtype"])
+    kept = base.clone()
+    out = base if case["in_place"] else torch.full_like(base, 5.0)
+    move = (case["start"], case["run_key"], case["passes"], case["grid"], case["probe"])
+    kernels.sweep(out, base, *move, threads=threads, block=block)
+    if not case["in_place"]:
+        assert torch.equal(bits(base), bits(kept))
+    return out
+
+
+@given(case=cases())
+@settings(max_examples=150, deadline=None)
+def test_numba_equals_the_definition(case):
+    base = weights(case["seed"], case["n"], case["dtype"])
+    want = reference(base, case["start"], case["run_key"], case["passes"], case["grid"], case["probe"])
+    assert torch.equal(bits(run(kernels_numba, case)), bits(want))
+
+
+@given(case=cases())
+@settings(max_examples=100, deadline=None)
+def test_torch_equals_numba_whatever_the_threads_and_chunks(case):
+    left = run(kernels_numba, case, threads=case["threads"], block=case["block"])
+    right = run(kernels_torch, case, block=case["block"])
+    assert torch.equal(bits(left), bits(right))
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("law", ["rademacher", "pooled"])
+def test_pieces_of_a_tensor_equal_the_whole(kernels, law):
+    K = 64 if law == "pooled" else 1
+    passes = noise.passes(law, K, [1, 2 << 32 | 3, 5], [3, -4, 9])
+    id, table = noise.probe(law, K, 5)
+    probe = id, table.astype(np.float32) * np.float32(0.01)
+    base = weights(1, 30_000, torch.float32)
+    whole, parts = torch.empty_like(base), torch.empty_like(base)
+    kernels.sweep(whole, base, 700, 99, passes, 1e-3, probe)
+    edges = [0, 1, 576, 4096, 9000, 9001, 29_999, 30_000]
+    for lo, hi in zip(edges, edges[1:], strict=False):
+        kernels.sweep(parts[lo:hi], base[lo:hi], 700 + lo, 99, passes, 1e-3, probe)
+    assert torch.equal(whole, parts)
+
+
+def test_threads_share_a_large_tensor():
+    # Beyond the size at which work is split by default, with every kind of pass.
+    n = kernels_numba.SPLIT + 12_345
+    base = weights(2, n, torch.bfloat16)
+    for ids in ([7], [1, 2, 3, 4, 5, 6, 7, 8, 9]):
+        passes = noise.passes("rademacher", 1, ids, range(1, len(ids) + 1))
+        outs = [torch.empty_like(base) for _ in range(3)]
+        for out, threads in zip(outs, (1, 2, 5), strict=True):
+            kernels_numba.sweep(out, base, 77, 3, passes, 1e-2, threads=threads)
+        assert torch.equal(outs[0], outs[1])
+        assert torch.equal(outs[0], outs[2])
+        assert torch.equal(outs[0][-500:], reference(base[-500:], 77 + n - 500, 3, passes, 1e-2, None))
+
+
+def test_callers_in_several_threads_do_not_disturb_each_other():
+    base = weights(3, 50_000, torch.float32)
+    passes = noise.passes("rademacher", 1, range(1, 9), range(1, 9))
+
+    def one(key: int) -> Tensor:
+        out = torch.empty_like(base)
+        kernels_numba.sweep(out, base, 0, key, passes, 1e-3, threads=2, block=TILE)
+        return out
+
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(one, range(8)))
+    for key, out in enumerate(got):
+        assert torch.equal(out, reference(base, 0, key, passes, 1e-3, None))
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("parts", [(1,), (1, 2)])
+def test_products_are_rounded_before_they_are_added(kernels, parts):
+    # base = -round(grid * acc): the sum is exactly 0, where a fused multiply-add leaves the product's error.
+    grid, n = np.float32(0.1), 2 * TILE
+    passes = noise.passes("rademacher", 1, parts, [7] * len(parts))
+    acc = sum(7 * noise.signs(4, id, 0, n).astype(np.int64) for id in parts).astype(np.float32)
+    error = np.float64(grid) * acc.astype(np.float64) - (grid * acc).astype(np.float64)
+    assert np.count_nonzero(error) > n / 4
+    out = torch.from_numpy(-(grid * acc))
+    kernels.sweep(out, out, 0, 4, passes, float(grid))
+    assert torch.equal(bits(out), torch.zeros(n, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_a_sum_of_zero_is_plus_zero(kernels):
+    # -0 + 0 is 0 but -0 - 0 is -0: an element whose integers cancel must see +0, whatever its sign bit.
+    table = np.zeros((1, 128), np.int32)
+    table[0, ::3] = 5
+    out = torch.full((TILE,), -0.0)
+    kernels.sweep(out, out, 0, 1, Passes(np.array([1], np.uint64), table), 1e-3)
+    assert torch.equal(torch.signbit(out), out < 0)
+    kept = torch.full((TILE,), -0.0)
+    kernels.sweep(kept, kept, 0, 1, NO_PASSES, 1e-3)
+    assert torch.signbit(kept).all()
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_beyond_2_31_are_exact(kernels, dtype):
+    passes = noise.passes("rademacher", 1, [1, 2, 3], [2**31 - 1, 2**31 - 1, 1])
+    assert passes.tables.dtype == np.int64
+    base = weights(5, 5000, dtype)
+    out = torch.empty_like(base)
+    kernels.sweep(out, base, 3, 8, passes, 1e-9)
+    assert torch.equal(bits(out), bits(reference(base, 3, 8, passes, 1e-9, None)))
+    one = noise.passes("pooled", 4, [0, 1], [2**31 - 1, 2**31 - 1])
+    assert (one.tables.dtype, one.ids.tolist()) == (np.int64, [0])
+    kernels.sweep(out, base, 3, 8, one, 1e-9)
+    assert torch.equal(bits(out), bits(reference(base, 3, 8, one, 1e-9, None)))
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_every_16_bit_code_is_read_right(kernels, dtype):
+    codes = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    base = codes.view(dtype)
+    number = ~base.isnan()
+    out = torch.empty_like(base)
+    kernels.sweep(out, base, 5, 1, NO_PASSES, 0.0)
+    assert torch.equal(bits(out)[number], codes[number])
+    assert out[~number].isnan().all()
+    # moved by something of its own size, each code shows the float it was read as
+    step = np.float32(1.0) / np.float32(3.0)
+    for scale in (step, step * np.float32(2.0**-20)):
+        probe = 9, np.array([scale], np.float32)
+        kernels.sweep(out, base, 5, 1, NO_PASSES, 0.0, probe)
+        want = reference(base, 5, 1, NO_PASSES, 0.0, probe)
+        assert torch.equal(bits(out)[number], bits(want)[number])
+        assert out[~number].isnan().all()
+
+
+def boundaries(dtype: torch.dtype) -> np.ndarray:
+    """All numbers of a 16-bit type, the midpoints between neighbours, and the floats beside both."""
+    codes = torch.arange(0, 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    exact = codes[codes.isfinite()].double().numpy()
+    top = exact[-1] + (exact[-1] - exact[-2])  # where infinity would be if it were the next number
+    with np.errstate(over="ignore"):
+        middle = ((exact + np.append(exact[1:], top)) / 2).astype(np.float32)
+    points = np.concatenate([exact.astype(np.float32), middle])
+    near = [points, np.nextafter(points, np.float32(-1)), np.nextafter(points, np.float32(np.inf))]
+    special = np.array([np.inf, np.nan, 3.4e38, 1e-45, 2.0**-25, 2.0**-24, 65519.996, 65520.0], np.float32)
+    return np.concatenate([*near, special])
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_rounding_to_16_bits_is_to_nearest_even(kernels, dtype):
+    points = boundaries(dtype)
+    points = np.concatenate([points, -points])
+    K = 1 << (len(points) - 1).bit_length()
+    table = np.zeros(K, np.float32)
+    table[: len(points)] = points
+    base = torch.full((len(points),), -0.0, dtype=dtype)
+    out = torch.empty_like(base)
+    sign = noise.signs(1, 2, 0, K).astype(np.float32)
+    kernels.sweep(out, base, 0, 1, NO_PASSES, 0.0, (2, sign * table))
+    want = torch.from_numpy(points + np.float32(-0.0)).to(dtype)
+    number = ~want.isnan()
+    assert torch.equal(bits(out)[number], bits(want)[number])
+    assert out[~number].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("probed", [False, True])
+def test_gaussian_is_the_definition(dtype, probed):
+    start, n = 2**35 + 77, 3000
+    base = weights(6, n, dtype)
+    acc = np.zeros(n, np.float32)
+    for id, c in ((3, 2.5), (9, -7.0)):
+        acc = acc + np.float32(c) * noise.normals(31, id, start, n)
+    x = base.float().numpy() + np.float32(1e-2) * acc
+    if probed:
+        x = x + np.float32(0.3) * noise.normals(31, 5, start, n)
+    want = torch.from_numpy(x).to(dtype)
+    probe = (5, 0.3) if probed else None
+    out = torch.empty_like(base)
+    kernels_numba.sweep_gaussian(out, base, start, 31, [3, 9], [2.5, -7.0], 1e-2, probe, threads=2, block=500)
+    assert torch.equal(bits(out), bits(want))
+    kernels_torch.sweep_gaussian(out, base, start, 31, [3, 9], [2.5, -7.0], 1e-2, probe, block=500)
+    close = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(out.float(), want.float(), rtol=close, atol=1e-6)
+    assert (bits(out) != bits(want)).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_a_gaussian_probe_walks_the_direction_of_the_update(kernels):
+    zero = torch.zeros(1000)
+    probed, updated = torch.empty(1000), torch.empty(1000)
+    kernels.sweep_gaussian(probed, zero, 50, 8, [], [], 1.0, (4, 1.0))
+    kernels.sweep_gaussian(updated, zero, 50, 8, [4], [1.0], 1.0)
+    assert torch.equal(probed, updated)
+    assert np.allclose(probed.numpy(), noise.normals(8, 4, 50, 1000), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("law", ["rademacher", "pooled"])
+def test_a_probe_walks_the_direction_of_the_update(kernels, law):
+    id, table = noise.probe(law, 16, 3 << 32 | 11)
+    probed, updated = torch.zeros(TILE + 9), torch.zeros(TILE + 9)
+    kernels.sweep(probed, probed, 5, 8, NO_PASSES, 0.0, (id, table.astype(np.float32)))
+    kernels.sweep(updated, updated, 5, 8, noise.passes(law, 16, [3 << 32 | 11], [1]), 1.0)
+    assert torch.equal(probed, updated)
+    assert torch.equal(probed.abs(), torch.ones(TILE + 9))
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize(("law", "K"), [("rademacher", 1), ("pooled", 8), ("gaussian", 1)])
+def test_add_moves_parameters_in_place(kernels, law, K):
+    w = torch.nn.Parameter(torch.randn(30, 20, generator=torch.Generator().manual_seed(1)))
+    b = torch.nn.Parameter(torch.zeros(50))
+    before = [w.detach().clone(), b.detach().clone()]
+    entries = [(1, 5), (3, -2), (1, 4)]
+    kernels.add([(w, 0), (b, TILE)], entries, 17, 1e-3, law=law, K=K)
+    assert not torch.equal(w, before[0])
+    kernels.add([(w, 0), (b, TILE)], [(id, -c) for id, c in reversed(entries)], 17, 1e-3, law=law, K=K)
+    torch.testing.assert_close(w.detach(), before[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(b.detach(), before[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_backward_notices_that_weights_it_needs_have_moved(kernels):
+    w = torch.ones(8, requires_grad=True)
+    loss = (w * w).sum()
+    kernels.sweep(w.detach(), w.detach(), 0, 1, noise.passes("rademacher", 1, [1], [1]), 1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_inference_tensors_and_read_only_tables_are_taken(kernels):
+    passes = noise.passes("rademacher", 1, [1, 2], [3, 4])
+    for array in passes:
+        array.flags.writeable = False
+    strided = Passes(np.repeat(passes.ids, 2)[::2], np.repeat(passes.tables, 2, axis=0)[::2])
+    normal = weights(7, 600, torch.float32)
+    want = reference(normal, 0, 1, passes, 0.5, None)
+    with torch.inference_mode():
+        inside = normal.clone()
+        kernels.sweep(inside, inside, 0, 1, passes, 0.5)
+        kernels.sweep(normal, normal, 0, 1, strided, 0.5)
+    assert torch.equal(inside, want)
+    assert torch.equal(normal, want)
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_what_a_program_can_get_wrong_is_said(kernels):
+    passes = noise.passes("rademacher", 1, [1], [1])
+    x = torch.zeros(10)
+    bad = [
+        (torch.zeros(10).half(), x, 0, passes, None, "base is"),
+        (torch.zeros(9), x, 0, passes, None, "base is"),
+        (torch.zeros(2, 5), torch.zeros(2, 5), 0, passes, None, "out is"),
+        (torch.zeros(20)[::2], x, 0, passes, None, "contiguous"),
+        (x.double(), x.double(), 0, passes, None, "float64"),
+        (x, x, -1, passes, None, "start is -1"),
+        (x, x, 0, Passes(passes.ids, np.ones((1, 3), np.int32)), None, "3 columns"),
+        (x, x, 0, Passes(passes.ids, np.ones((2, 1), np.int32)), None, "integer tables"),
+        (x, x, 0, Passes(passes.ids, np.ones((1, 1), np.float32)), None, "integer tables"),
+        (x, x, 0, passes, (1, np.ones(6, np.float32)), "6 columns"),
+        (x, x, 0, passes, (1, np.ones(0, np.float32)), "0 columns"),
+    ]
+    for out, base, start, moved, probe, words in bad:
+        with pytest.raises(ValueError, match=words):
+            kernels.sweep(out, base, start, 1, moved, 1.0, probe)
+    assert torch.equal(x, torch.zeros(10))
+
+
+def twice(x):
+    for i in range(x.size):
+        x[i] *= 2
+
+
+def test_compiling_needs_no_folder_and_no_disk(monkeypatch):
+    x = np.ones(3)
+    monkeypatch.setattr(numba.core.caching.Cache, "save_overload", full_disk)
+    kernels_numba._outer(twice)(x)
+    assert x.tolist() == [2.0] * 3
+    monkeypatch.setattr(numba, "njit", without_folder(numba.njit))
+    kernels_numba._outer(twice)(x)
+    assert x.tolist() == [4.0] * 3
+
+
+def full_disk(self, sig, data):
+    raise OSError(28, "No space left on device")
+
+
+def without_folder(njit):
+    def refuse(*args, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*args, **options)
+
+    return refuse

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Directions against published vectors, a slow reference written from the format, and frozen digests."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetune.errors import UsageError
+from fleetune.seeds import noise
+
+U64 = st.integers(0, 2**64 - 1)
+
+
+def slow_philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 as the paper's figure has it, in Python integers."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        h0, l0 = divmod(0xD2511F53 * c[0], 2**32)
+        h1, l1 = divmod(0xCD9E8D57 * c[2], 2**32)
+        c = [h1 ^ c[1] ^ k[0], l1, h0 ^ c[3] ^ k[1], l0]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def slow_sign(run_key: int, id: int, i: int) -> int:
+    """The sign of one element, from the text of the format alone."""
+    tile, e = divmod(i, 4096)
+    c, j = divmod(e % 128, 32)
+    block = tile * 32 + j
+    counter = [block % 2**32, block >> 32, id % 2**32, id >> 32]
+    word = slow_philox(counter, [run_key % 2**32, run_key >> 32])[c]
+    return 1 - 2 * ((word >> (e // 128)) & 1)
+
+
+def dense_hadamard(K: int) -> np.ndarray:
+    """H[i, k] = (-1)^popcount(i & k), entry by entry."""
+    return np.array([[(-1) ** bin(i & k).count("1") for k in range(K)] for i in range(K)])
+
+
+# Random123's kat_vectors for philox4x32 with 10 rounds.
+KNOWN = [
+    ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+]
+
+# (run key, id, start, count, SHA-256 of the signs as int8), made once by the slow reference.
+GOLDEN = [
+    (0, 0, 0, 4096, "ad6c7dd7142705b22a186b81c61c3d90919415ec6d65d0729560d724b947a812"),
+    (0x0123456789ABCDEF, 7, 4090, 5000, "e6f901b4e5bc7bcd9015cb986943fd75b6e6800081ec57b863680fd012b93139"),
+    (
+        2**64 - 1,
+        2**64 - 1,
+        2**45 + 12345,
+        4096,
+        "e99cffae20b525268edafc104bf4496391985aec5b55675f6cafcb1800e0e392",
+    ),
+    (42, 5 << 32 | 9, 26542157, 577, "ef2bcb2291d22ee984d3680c3e57f0ca3107ffd16732e675bffa6199a7f4d982"),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
+def test_philox_known_answers(counter, key, answer):
+    want = [int(word, 16) for word in answer.split()]
+    assert noise.philox4x32(counter, key).tolist() == want
+    assert slow_philox(counter, key) == want
+
+
+@given(counter=st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=4), key=U64)
+@settings(max_examples=50)
+def test_philox_equals_the_slow_one(counter, key):
+    words = [key % 2**32, key >> 32]
+    rows = noise.philox4x32(np.array([counter, counter[::-1]], np.uint32), words)
+    assert rows.tolist() == [slow_philox(counter, words), slow_philox(counter[::-1], words)]
+
+
+@given(run_key=U64, id=U64, start=st.integers(0, 2**50), count=st.integers(0, 300))
+@settings(max_examples=30, deadline=None)
+def test_signs_follow_the_format(run_key, id, start, count):
+    want = [slow_sign(run_key, id, i) for i in range(start, start + count)]
+    signs = noise.signs(run_key, id, start, count)
+    assert signs.dtype == np.int8
+    assert signs.tolist() == want
+
+
+@pytest.mark.parametrize(("run_key", "id", "start", "count", "digest"), GOLDEN)
+def test_signs_are_frozen(run_key, id, start, count, digest):
+    assert hashlib.sha256(noise.signs(run_key, id, start, count).tobytes()).hexdigest() == digest
+
+
+def test_signs_are_fair_and_unrelated():
+    n = 1 << 18
+    z = [noise.signs(key, id, 0, n).astype(np.int64) for key, id in ((1, 1), (1, 2), (2, 1), (1, 1 << 32))]
+    gram = np.array([[a @ b for b in z] for a in z]) / n
+    assert np.abs(gram - np.eye(4)).max() < 5 / math.sqrt(n)
+    assert max(abs(a.mean()) for a in z) < 5 / math.sqrt(n)
+
+
+def test_keys_are_frozen_and_domains_apart():
+    assert noise.run_key(b"fleetune") == 1053109089447305467
+    assert noise.derive(7, "local", 3, 12) == 9141807694276827173
+    lists = [
+        (),
+        (1,),
+        ("1",),
+        (1, 2),
+        (12,),
+        (2, 1),
+        ("a", "b"),
+        ("ab",),
+        ("ab", ""),
+        (-1,),
+        ("a", 1),
+        (2**80,),
+    ]
+    assert len({noise.derive(*parts) for parts in lists}) == len(lists)
+    assert all(0 <= noise.derive(*parts) < 2**64 for parts in lists)
+
+
+@pytest.mark.parametrize("K", [1, 2, 8, 64])
+def test_fwht_and_columns_equal_the_dense_matrix(K):
+    H = dense_hadamard(K)
+    a = np.random.default_rng(K).integers(-1000, 1000, K)
+    assert noise.fwht(a).tolist() == (H @ a).tolist()
+    assert noise.fwht(noise.fwht(a)).tolist() == (K * a).tolist()
+    assert np.array_equal(np.stack([noise.hadamard_column(K, k) for k in range(K)], axis=1), H)
+
+
+def test_a_long_column_equals_the_transform_of_a_unit():
+    K, k = 1 << 17, 0x1ABCD
+    unit = np.zeros(K, np.int64)
+    unit[k] = 1
+    assert np.array_equal(noise.hadamard_column(K, k), noise.fwht(unit))
+
+
+def direction(law: str, K: int, run_key: int, id: int, start: int, count: int) -> np.ndarray:
+    """One direction by the definition of its law."""
+    i = np.arange(start, start + count)
+    if law == "rademacher":
+        return np.array([slow_sign(run_key, id, j) for j in i.tolist()])
+    D = np.array([slow_sign(run_key, id >> 32, j) for j in i.tolist()])
+    return D * np.array([(-1) ** bin((j % K) & id & 0xFFFFFFFF).count("1") for j in i.tolist()])
+
+
+def total(passes: noise.Passes, run_key: int, start: int, count: int) -> np.ndarray:
+    """acc of the passes, by their definition."""
+    acc = np.zeros(count, np.int64)
+    for id, table in zip(passes.ids.tolist(), passes.tables, strict=True):
+        acc += noise.signs(run_key, id, start, count) * table[np.arange(start, start + count) % len(table)]
+    return acc
+
+
+@st.composite
+def entries(draw):
+    law = draw(st.sampled_from(["rademacher", "pooled"]))
+    K = 2 ** draw(st.integers(0, 9)) if law == "pooled" else 1
+    one = st.tuples(st.integers(0, 3), st.integers(0, K - 1)).map(lambda p: p[0] << 32 | p[1])
+    size = draw(st.integers(0, 8))
+    ids = draw(st.lists(one if law == "pooled" else st.integers(0, 5), min_size=size, max_size=size))
+    big = draw(st.sampled_from([3, 1000, 2**30, 2**40]))
+    coefficients = draw(st.lists(st.integers(-big, big), min_size=size, max_size=size))
+    return law, K, ids, coefficients
+
+
+@given(case=entries(), run_key=U64, start=st.integers(0, 10_000), random=st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None)
+def test_passes_sum_the_directions_in_any_order(case, run_key, start, random):
+    law, K, ids, coefficients = case
+    passes = noise.passes(law, K, ids, coefficients)
+    want = np.zeros(40, np.int64)
+    for id, c in zip(ids, coefficients, strict=True):
+        want += c * direction(law, K, run_key, id, start, 40)
+    assert total(passes, run_key, start, 40).tolist() == want.tolist()
+    assert len(passes.ids) <= len({i >> 32 if law == "pooled" else i for i in ids})
+    pairs = list(zip(ids, coefficients, strict=True))
+    random.shuffle(pairs)
+    again = noise.passes(law, K, [i for i, _ in pairs], [c for _, c in pairs])
+    assert np.array_equal(again.ids, passes.ids)
+    assert again.tables.dtype == passes.tables.dtype
+    assert np.array_equal(again.tables, passes.tables)
+
+
+def test_passes_merge_and_drop():
+    passes = noise.passes("rademacher", 1, [9, 4, 9, 2], [5, 1, -5, 3])
+    assert passes.ids.tolist() == [2, 4]
+    assert passes.tables.tolist() == [[3], [1]]
+    assert passes.ids.dtype == np.uint64
+    pooled = noise.passes("pooled", 4, [1 << 32 | 2, 3, 1 << 32 | 2], [6, 1, -6])
+    assert pooled.ids.tolist() == [0]
+    assert pooled.tables.tolist() == [[1, -1, -1, 1]]
+    assert noise.passes("pooled", 8, [], []).tables.shape == (0, 8)
+    assert noise.passes("rademacher", 1, [], []).tables.shape == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("law", "K", "ids", "coefficients", "dtype"),
+    [
+        ("rademacher", 1, [1, 2], [2**30, 2**30 - 1], np.int32),
+        ("rademacher", 1, [1, 2], [2**30, -(2**30)], np.int64),
+        ("rademacher", 1, [1], [-(2**31)], np.int64),
+        ("pooled", 2, [0, 1], [2**30, 2**30 - 1], np.int32),
+        ("pooled", 2, [0, 1], [2**30, 2**30], np.int64),
+        ("pooled", 2, [0, 1 << 32], [2**30, 2**30], np.int64),
+    ],
+)
+def test_tables_widen_where_a_sum_could_reach_2_31(law, K, ids, coefficients, dtype):
+    assert noise.passes(law, K, ids, coefficients).tables.dtype == dtype
+
+
+@pytest.mark.parametrize("K", [1, 4, 128])
+def test_pooled_directions_are_orthogonal(K):
+    n = 2 * max(K, 256)
+    rows = []
+    for k in range(K):
+        id, table = noise.probe("pooled", K, 3 << 32 | k)
+        rows.append(noise.signs(11, id, 0, n).astype(np.int64) * table[np.arange(n) % K])
+    assert np.array_equal(np.stack(rows) @ np.stack(rows).T, n * np.eye(K, dtype=np.int64))
+
+
+@pytest.mark.parametrize("id", [0, 5, 2 << 32 | 7])
+def test_a_probe_is_the_pass_of_its_direction(id):
+    for law, K in (("rademacher", 1), ("pooled", 8)):
+        key, table = noise.probe(law, K, id)
+        passes = noise.passes(law, K, [id], [1])
+        assert passes.ids.tolist() == [key]
+        assert passes.tables.tolist() == [table.tolist()]
+    assert noise.probe("gaussian", 1, id)[0] == id
+
+
+@pytest.mark.parametrize(
+    ("law", "K", "ids", "coefficients", "words"),
+    [
+        ("uniform", 1, [1], [1], "uniform"),
+        ("pooled", 6, [1], [1], "K = 6"),
+        ("pooled", 0, [1], [1], "K = 0"),
+        ("pooled", 8, [8], [1], "direction 8"),
+        ("rademacher", 1, [1, 2], [2**62, 2**62], "2^62"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_said(law, K, ids, coefficients, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        noise.passes(law, K, ids, coefficients)
+
+
+def test_what_a_program_can_get_wrong_is_said():
+    with pytest.raises(ValueError, match="as many integers"):
+        noise.passes("rademacher", 1, [1, 2], [1])
+    with pytest.raises(ValueError, match="as many integers"):
+        noise.passes("rademacher", 1, [1], [0.5])
+    with pytest.raises(UsageError, match="outside a pool"):
+        noise.probe("pooled", 8, 8)
+    with pytest.raises(UsageError, match="power of two"):
+        noise.fwht(np.ones(3, np.int64))
+
+
+def test_normals_are_frozen():
+    z = noise.normals(42, 9, 100, 5000).astype("<f4")
+    digest = "c7b2e644d35afc16d2615dac15467a79bca3bd73e3a00184839a38937ceb1fd0"
+    assert hashlib.sha256(z.tobytes()).hexdigest() == digest
+
+
+def test_normals_follow_the_format_closely():
+    start, count = 2**40 + 90, 200
+    z = noise.normals(77, 5 << 32 | 1, start, count)
+    for place in range(count):
+        group, e = divmod(start + place, 128)
+        c, j = divmod(e, 32)
+        block = group * 32 + j
+        words = slow_philox([block % 2**32, block >> 32, 1, 5], [77, 0])
+        u, t = (words[c & 2] + 0.5) / 2**32, 2 * math.pi * words[c | 1] / 2**32
+        want = math.sqrt(-2 * math.log(u)) * (math.sin(t) if c & 1 else math.cos(t))
+        assert abs(z[place] - want) < 1e-5 * max(1.0, abs(want))
+
+
+def test_normals_have_the_moments_and_tails_of_a_normal():
+    n = 1 << 20
+    z = noise.normals(2024, 3, 64, n).astype(np.float64)
+    assert abs(z.mean()) < 5 / math.sqrt(n)
+    assert abs((z**2).mean() - 1) < 5 * math.sqrt(2 / n)
+    assert abs((z**3).mean()) < 5 * math.sqrt(15 / n)
+    assert abs((z**4).mean() - 3) < 5 * math.sqrt(96 / n)
+    for edge in (0.5, 1.0, 2.0, 3.0):
+        p = math.erfc(edge / math.sqrt(2))
+        assert abs((np.abs(z) > edge).mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
+    blocks = z.reshape(-1, 128)[:, [0, 32, 64, 96, 33]]
+    assert np.abs(np.corrcoef(blocks.T) - np.eye(5)).max() < 5 / math.sqrt(len(blocks))
+
+
+def test_normals_of_extreme_words_are_finite():
+    a = np.array([0, 1, 2**31, 2**32 - 1, 2**32 - 128, 2**32 - 129], np.uint32)
+    for b in (0, 1, 2**29, 2**29 - 1, 2**30, 2**31, 2**32 - 2**29, 2**32 - 1):
+        pair = noise._box_muller(a, np.full_like(a, b))
+        assert all(np.isfinite(z).all() for z in pair)
+        r = np.hypot(*(z.astype(np.float64) for z in pair))
+        want = np.sqrt(
+            -2
+            * np.log((a.astype(np.float64).astype(np.float32).astype(np.float64)) / 2**32 + 2**-33).clip(
+                max=0
+            )
+        )
+        assert np.allclose(r, want, rtol=1e-4, atol=4e-4)
+
+
+@given(start=st.integers(0, 5000), count=st.integers(0, 400))
+@settings(max_examples=20, deadline=None)
+def test_slices_are_slices_of_the_whole(start, count):
+    assert np.array_equal(
+        noise.normals(1, 2, start, count), noise.normals(1, 2, 0, 6000)[start : start + count]
+    )
+    assert np.array_equal(noise.signs(1, 2, start, count), noise.signs(1, 2, 0, 6000)[start : start + count])
