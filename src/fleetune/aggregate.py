@@ -53,8 +53,10 @@ def product_mean(
         q_right, r_right = np.linalg.qr(right.T)
         u, s, vt = np.linalg.svd(r_left @ r_right.T)
         root = np.sqrt(s[:rank])
-        result[b_name] = ((q_left @ u[:, :rank]) * root).astype(np.float32)
-        result[a_name] = (root[:, None] * (vt[:rank] @ q_right.T)).astype(np.float32)
+        b, a = (q_left @ u[:, :rank]) * root, root[:, None] * (vt[:rank] @ q_right.T)
+        short = rank - len(a)  # a layer thinner than r has no more than its own rank: the rest stays zero
+        result[b_name] = np.pad(b, ((0, 0), (0, short))).astype(np.float32)
+        result[a_name] = np.pad(a, ((0, short), (0, 0))).astype(np.float32)
         kept += float((s[:rank] ** 2).sum())
         lost += float((s[rank:] ** 2).sum())
     return result, lost / (kept + lost) if kept + lost else 0.0

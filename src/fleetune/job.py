@@ -7,6 +7,7 @@ before the model, since it is read faster.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
@@ -103,7 +104,12 @@ def split(recipe: Recipe, entry: Entry, *, offline: bool = False) -> Split:
     if kind == "shards":
         column = recipe.partition.split(":")[1]
     aside = int(recipe.held_out) if recipe.held_out >= 1 else recipe.held_out
-    train, held = hold_out(examples, aside, recipe.seed, column)
+    if recipe.eval_data:
+        train = np.arange(len(examples))
+        examples = [*examples, *data.read(recipe.eval_data, offline=offline)]
+        held = np.arange(len(train), len(examples))
+    else:
+        train, held = hold_out(examples, aside, recipe.seed, column)
     if not len(held) or not len(train):
         raise DataError(
             f"{len(examples)} rows leave {len(train)} to train on and {len(held)} held out",
@@ -116,6 +122,8 @@ def split(recipe: Recipe, entry: Entry, *, offline: bool = False) -> Split:
 
 def prepare(recipe: Recipe, *, offline: bool = False) -> Job:
     """Check a recipe and load what it names."""
+    gc.collect()  # an earlier job's model, so that the peak is this one's
+    rounds.reset_peak()
     entry, method = check(recipe)
     parts = split(recipe, entry, offline=offline)
     model = models.load(recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline)

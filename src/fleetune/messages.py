@@ -84,14 +84,21 @@ class Spec:
 
 
 def encode(message: Message) -> bytes:
-    """Bytes of a message; the arrays are sent as they lie, little-endian, with no padding."""
+    """Bytes of a message; the arrays are sent as they lie, little-endian, with no padding.
+
+    MessageError for a dtype or a scalar that has no wire type (a numpy number, None, more than 64 bits).
+    """
     arrays = {}
     for name, array in message.payload.arrays.items():
         if array.dtype.name not in DTYPES:
             raise MessageError(f"array '{name}' has dtype {array.dtype}, which has no wire type")
         raw = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()
         arrays[name] = [DTYPES.index(array.dtype.name), list(array.shape), raw]
-    body: bytes = msgpack.packb([message.round, message.base, dict(message.payload.scalars), arrays])
+    scalars = {name: _scalar(name, value) for name, value in message.payload.scalars.items()}
+    try:
+        body: bytes = msgpack.packb([message.round, message.base, scalars, arrays])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MessageError(f"round {message.round} or a scalar has no wire type ({error})") from error
     return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
 
 
@@ -106,10 +113,12 @@ def decode(data: bytes) -> Message:
         raise MessageError(f"message of {len(data)} bytes is damaged (checksum differs)")
     try:
         round_, base, scalars, arrays = msgpack.unpackb(body, strict_map_key=True, use_list=True)
-        if type(round_) is not int or type(base) is not bytes:
-            raise ValueError("round or base has the wrong type")
-        named = {str(k): _array(str(k), v) for k, v in dict(arrays).items()}
-        kept = {str(k): _scalar(str(k), v) for k, v in dict(scalars).items()}
+        if type(round_) is not int or type(base) is not bytes or {type(scalars), type(arrays)} != {dict}:
+            raise ValueError("its parts have the wrong types")
+        if not all(type(name) is str for name in (*scalars, *arrays)):
+            raise ValueError("a name is not text")
+        named = {name: _array(name, value) for name, value in arrays.items()}
+        kept = {name: _scalar(name, value) for name, value in scalars.items()}
     except MessageError:
         raise
     except (ValueError, TypeError, AttributeError, msgpack.UnpackException, RecursionError) as error:
@@ -121,7 +130,7 @@ def _array(name: str, value: Any) -> np.ndarray:
     code, shape, raw = value
     if type(code) is not int or not 0 <= code < len(DTYPES) or type(raw) is not bytes:
         raise MessageError(f"array '{name}' has an unknown type")
-    if not all(type(n) is int and n >= 0 for n in shape):
+    if type(shape) is not list or not all(type(n) is int and n >= 0 for n in shape):
         raise MessageError(f"array '{name}' has shape {shape!r}")
     dtype = np.dtype(DTYPES[code]).newbyteorder("<")
     if math.prod(shape) * dtype.itemsize != len(raw):

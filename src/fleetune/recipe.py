@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,8 @@ class Recipe:
     rounds: int = Field(default=10, ge=1, le=1_000_000, description="rounds")
     participation: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked each round")
     partition: str = Field(default="iid", description="iid, dirichlet:ALPHA:COLUMN, shards:COLUMN or column:COLUMN")
-    held_out: float = Field(default=0.1, gt=0, description="rows kept for validation: a share (below 1) or a number")
+    held_out: float = Field(default=0.1, gt=0, allow_inf_nan=False, description="rows kept for validation: a share (below 1) or a number")
+    eval_data: str = Field(default="", description="validate on these rows instead of held-out ones (file, hub id)")
     limit: int = Field(default=0, ge=0, description="use only the first rows of the data (0: all)")
     max_length: int = Field(default=512, ge=8, description="tokens a row at most; the prompt is cut, not the answer")
     seed: int = Field(default=42, ge=0, lt=1 << 63, description="seed of everything random in the run")
@@ -105,10 +107,14 @@ def to_toml(recipe: Recipe) -> str:
     for name, (_, _, text) in fields().items():
         value = getattr(recipe, name)
         if isinstance(value, dict):
-            table = ["", f"[{name}]  # {text}"] + [f"{k} = {_toml(v)}" for k, v in value.items()]
+            table = ["", f"[{name}]  # {text}"] + [f"{_key(k)} = {_toml(v)}" for k, v in value.items()]
         else:
             lines.append(f"{name} = {_toml(value)}  # {text}")
     return "\n".join(lines + table) + "\n"
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
 
 
 def _toml(value: Value) -> str:

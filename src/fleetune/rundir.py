@@ -14,6 +14,7 @@ uninterrupted one would have written.  One process at a time holds a run (`flock
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -49,10 +50,14 @@ class RunDir:
 
     def close(self) -> None:
         """Release the folder."""
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        self._close_metrics()
         self._lock.close()
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            with contextlib.suppress(OSError):  # what `record` could not write, it has raised for
+                self._metrics.close()
+            self._metrics = None
 
     # Small files --------------------------------------------------------------------------------
 
@@ -76,21 +81,26 @@ class RunDir:
     # Metrics ------------------------------------------------------------------------------------
 
     def record(self, event: Mapping[str, Any]) -> dict[str, Any]:
-        """Append one event to metrics.jsonl and give it back as written."""
-        line = {"v": 1, "t": round(time.time(), 3), **event}
+        """Append one event to metrics.jsonl and give it back as written; a number that is not finite is null."""
+        raw = json.dumps({"v": 1, "t": round(time.time(), 3), **event}, default=_plain)
+        line: dict[str, Any] = json.loads(raw, parse_constant=lambda _: None)
         try:
             if self._metrics is None:
                 self._metrics = (self.path / "metrics.jsonl").open("ab")
-            self._metrics.write(json.dumps(line, allow_nan=False, default=_plain).encode() + b"\n")
+            self._metrics.write(json.dumps(line).encode() + b"\n")
             self._metrics.flush()
         except OSError as error:
             raise storage_error(error, self.path / "metrics.jsonl") from error
         return line
 
     def cut(self, round: int) -> None:
-        """Drop the metrics of rounds after `round`, of the end, and a torn last line."""
+        """Drop what a kill left: metrics after `round` and of the end, a torn line, later checkpoints, temporary files."""
+        self._close_metrics()
         kept = [e for e in events(self.path) if e.get("round", 0) <= round and e["event"] != "done"]
         self.write("metrics.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
+        later = [p for r, p in checkpoints(self.path) if r > round]
+        for path in (*later, *self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")):
+            path.unlink(missing_ok=True)
 
     # Checkpoints --------------------------------------------------------------------------------
 
@@ -122,7 +132,7 @@ def create(out: Path, method: str, model: str) -> RunDir:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for _ in range(1000):
-            number = 1 + max((int(p.name[:4]) for p in out.iterdir() if re.match(r"\d{4}-", p.name)), default=0)
+            number = 1 + max((_number(p) for p in out.iterdir()), default=0)
             path = out / f"{number:04d}-{method}-{name}"
             try:
                 path.mkdir()
@@ -164,13 +174,19 @@ def listing(out: Path) -> list[Path]:
     """Run folders under `out`, in order of number."""
     if not out.is_dir():
         return []
-    return sorted(p for p in out.iterdir() if re.match(r"\d{4}-", p.name) and (p / "run.toml").is_file())
+    runs = [p for p in out.iterdir() if _number(p) and (p / "run.toml").is_file()]
+    return sorted(runs, key=lambda p: (_number(p), p.name))
+
+
+def _number(path: Path) -> int:
+    match = re.match(r"(\d{4,})-", path.name)
+    return int(match[1]) if match else 0
 
 
 def checkpoints(path: Path) -> list[tuple[int, Path]]:
     """(round, file) of the checkpoints in a run folder, oldest first."""
-    found = [(re.fullmatch(r"round-(\d+)\.ckpt", p.name), p) for p in sorted((path / "checkpoints").glob("*.ckpt"))]
-    return [(int(m[1]), p) for m, p in found if m]
+    found = [(re.fullmatch(r"round-(\d+)\.ckpt", p.name), p) for p in (path / "checkpoints").glob("*.ckpt")]
+    return sorted((int(m[1]), p) for m, p in found if m)
 
 
 def events(path: Path) -> Iterator[dict[str, Any]]:

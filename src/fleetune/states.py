@@ -52,8 +52,9 @@ def unpack(payload: Payload, like: Any) -> tuple[Any, Totals, dict[int, dict[str
     for path, value in [*payload.arrays.items(), *payload.scalars.items()]:
         if path.startswith("memory/"):
             _, client, name = path.split("/", 2)
-            memories.setdefault(int(client), {})[name] = value
-    up, down, seconds = json.loads(str(payload.scalars["totals"]))
+            kept = value.copy() if isinstance(value, np.ndarray) else value  # decoded arrays are read-only
+            memories.setdefault(int(client), {})[name] = kept
+    up, down, seconds = json.loads(_get("totals", "", payload))
     return type(like)(**values), Totals(up, down, seconds), memories
 
 

@@ -415,6 +415,8 @@ class Ui:
         `sent` and `received` are bytes per client, `change` the difference of the loss to the line before
         (taken from that line when it is not given), `note` a remark such as "9 of 10 clients".
         """
+        if round == 0:
+            self._before = None  # another run begins
         if change is None and loss is not None and self._before is not None:
             change = loss - self._before
         self._before = self._before if loss is None else loss

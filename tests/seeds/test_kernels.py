@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
@@ -37,7 +38,8 @@ def reference(base: Tensor, start: int, run_key: int, passes: Passes, grid: floa
         x = x + np.float32(grid) * acc.astype(np.float32)
     if probe is not None:
         id, step = probe
-        x = x + noise.signs(run_key, id, start, n).astype(np.float32) * step[i % len(step)]
+        with np.errstate(invalid="ignore"):  # a signalling NaN turns quiet
+            x = x + noise.signs(run_key, id, start, n).astype(np.float32) * step[i % len(step)]
     return torch.from_numpy(x).to(base.dtype)
 
 
@@ -95,7 +97,7 @@ def run(kernels: ModuleType, case: dict, *, threads: int | None = None, block: i
 
 
 @given(case=cases())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_numba_equals_the_definition(case):
     base = weights(case["seed"], case["n"], case["dtype"])
     want = reference(base, case["start"], case["run_key"], case["passes"], case["grid"], case["probe"])
@@ -103,7 +105,7 @@ def test_numba_equals_the_definition(case):
 
 
 @given(case=cases())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_torch_equals_numba_whatever_the_threads_and_chunks(case):
     left = run(kernels_numba, case, threads=case["threads"], block=case["block"])
     right = run(kernels_torch, case, block=case["block"])
@@ -121,7 +123,7 @@ def test_pieces_of_a_tensor_equal_the_whole(kernels, law):
     whole, parts = torch.empty_like(base), torch.empty_like(base)
     kernels.sweep(whole, base, 700, 99, passes, 1e-3, probe)
     edges = [0, 1, 576, 4096, 9000, 9001, 29_999, 30_000]
-    for lo, hi in zip(edges, edges[1:], strict=False):
+    for lo, hi in itertools.pairwise(edges):
         kernels.sweep(parts[lo:hi], base[lo:hi], 700 + lo, 99, passes, 1e-3, probe)
     assert torch.equal(whole, parts)
 

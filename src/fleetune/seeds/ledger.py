@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as safetensors_bytes
 
 from fleetune.errors import LedgerError
 from fleetune.files import write_atomic
@@ -61,13 +61,15 @@ class Head:
 
     @staticmethod
     def from_json(text: str) -> Head:
-        """The head a file holds; LedgerError if a field is missing, unknown or of another format."""
+        """The head a file holds; LedgerError if a field is missing, unknown, not canonical or of another format."""
         try:
             raw = json.loads(text)
             raw["run_key"] = int(raw["run_key"], 16)
             raw["tensors"] = tuple((str(n), tuple(int(d) for d in s), str(t)) for n, s, t in raw["tensors"])
             head = Head(**raw)
-        except (ValueError, TypeError, KeyError) as error:
+            if head.to_json() != text:
+                raise ValueError("it is not in canonical form")
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise LedgerError(f"the ledger's head is damaged ({error})") from error
         if head.format != FORMAT or head.law_version != LAW_VERSION:
             raise LedgerError(
@@ -75,7 +77,7 @@ class Head:
                 f"this program reads format {FORMAT}, law version {LAW_VERSION}",
                 hint="replay it with the version of Fleetune that wrote it",
             )
-        if head.law not in LAWS or head.K < 1 or head.K & (head.K - 1) or not np.isfinite(head.grid):
+        if not _sound(head):
             raise LedgerError(
                 f"the ledger's head is damaged (law {head.law!r}, K {head.K}, grid {head.grid})"
             )
@@ -108,7 +110,7 @@ class Ledger:
         LedgerError if a coefficient does not fit 32 bits.
         """
         keep = np.flatnonzero(coefficients)
-        if len(keep) and int(np.abs(coefficients[keep]).max()) >= 1 << 31:
+        if len(keep) and max(int(coefficients.max()), -int(coefficients.min())) >= 1 << 31:
             raise LedgerError(
                 "a coefficient does not fit 32 bits", hint="lower the learning rate or set clip"
             )
@@ -152,7 +154,8 @@ class Ledger:
 
     def scale(self, factor: float) -> Ledger:
         """The same fine-tune `factor` times as long (task arithmetic): the grid is scaled, checks go."""
-        grid = float(np.float32(self.head.grid * factor))
+        with np.errstate(over="ignore"):
+            grid = float(np.float32(self.head.grid * factor))
         if not np.isfinite(grid) or grid == 0.0:
             raise LedgerError(f"cannot scale by {factor}: the grid would become {grid}")
         head = replace(self.head, previous=self.fingerprint(), checks={}, grid=grid)
@@ -218,13 +221,45 @@ class Ledger:
     # Files --------------------------------------------------------------------------------------
 
     def to_bytes(self) -> bytes:
-        """The file, byte for byte: equal ledgers give equal bytes."""
-        arrays = {"coefficient": self.coefficients, "id": self.ids, "round": self.rounds}
-        return safetensors_bytes(arrays, {"format": "fleetune-ledger", "head": self.head.to_json()})
+        """The file, byte for byte: equal ledgers give equal bytes (safetensors' own writer shuffles metadata)."""
+        header: dict[str, Any] = {
+            "__metadata__": {"format": "fleetune-ledger", "head": self.head.to_json()}
+        }
+        data = b""
+        for name, kind, values in (
+            ("id", "U64", self.ids.astype("<u8")),
+            ("coefficient", "I32", self.coefficients.astype("<i4")),
+            ("round", "U32", self.rounds.astype("<u4")),
+        ):
+            raw = values.tobytes()
+            place = [len(data), len(data) + len(raw)]
+            header[name] = {"data_offsets": place, "dtype": kind, "shape": [len(values)]}
+            data += raw
+        text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text + data
 
     def save(self, path: Path) -> None:
         """Write the ledger, atomically, readable by its owner alone."""
         write_atomic(path, self.to_bytes(), mode=0o600)
+
+
+def _sound(head: Head) -> bool:
+    # Whether the values of a head that was read can be what `to_json` wrote.
+    texts = (head.base, head.tokenizer, head.law, head.lr, head.method, head.aggregation, head.privacy)
+    return (
+        all(type(text) is str for text in (*texts, head.previous))
+        and head.law in LAWS
+        and type(head.K) is int
+        and 1 <= head.K <= 1 << 32
+        and head.K & (head.K - 1) == 0
+        and 0 <= head.run_key < 1 << 64
+        and type(head.grid) is float
+        and math.isfinite(head.grid)
+        and type(head.eps) in (float, int)
+        and type(head.hyper) is type(head.checks) is dict
+        and all(r.isdecimal() and type(d) is str for r, d in head.checks.items())
+    )
 
 
 MUST_AGREE = ("base", "tokenizer", "tensors", "run_key", "law", "law_version", "K", "grid")
@@ -247,7 +282,7 @@ def load(path: str | os.PathLike[str]) -> Ledger:
             }:
                 raise LedgerError(f"{path} is a safetensors file, but not a ledger")
             arrays = [file.get_tensor(n) for n in ("id", "coefficient", "round")]
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: types numpy lacks
         raise LedgerError(f"{path} is damaged or not a ledger ({error})") from error
     head = Head.from_json(metadata.get("head", ""))
     kinds = [(a.dtype.name, a.ndim) for a in arrays]

@@ -78,7 +78,7 @@ def descend(
     """One step of two-point descent for every id and batch, from `position`, which moves along.
 
     `to_units(step, g)` turns the slope into the integer that is taken and reported.  |g| is cut to `clip`
-    (0: not); a slope that is not finite is no step.
+    (0: not); a slope that is not finite is no step.  Afterwards the view stands where the steps led.
     """
     coefficients, losses, skipped = [], [], 0
     for step, (id, batch) in enumerate(zip(ids, batches, strict=False)):
@@ -97,6 +97,7 @@ def descend(
         position.move(id, c)
         coefficients.append(c)
         losses.append((plus + minus) / 2)
+    position.place(view)
     view.warn_unreached()
     return Steps(np.array(coefficients, np.int64), float(np.mean(losses)) if losses else math.inf, skipped)
 

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the contract suite runs every method on: a tiny random llama and thirty rows of one small language."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fleetune import evaluate, methods, models
+from fleetune.data import Encoded, Example
+from fleetune.data.encode import encode_all
+from fleetune.fleets.local import LocalFleet, Weather
+from fleetune.messages import Message, decode, encode
+from fleetune.methods import Method, Reply
+from fleetune.models import Model
+from fleetune.rounds import Hooks, Plan, run
+from fleetune.rundir import RunDir, create
+from fleetune.seeds.noise import derive
+
+# Settings under which a method learns the small language in seconds.  A method that is not named here runs
+# with its own defaults.
+QUICK: dict[str, dict[str, Any]] = {
+    "fedit": {"r": 4, "alpha": 8, "lr": 1e-2, "batch_size": 5, "epochs": 1, "dropout": 0.1},
+    "fedkseed": {"K": 64, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
+    "mezo": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
+}
+NAMES = sorted(methods.entries())
+COLOURS = ("red", "green", "blue")
+
+
+def method(name: str, **changes: Any) -> Method:
+    return methods.make(name, QUICK.get(name, {}) | changes)
+
+
+def rows(model: Model) -> list[Encoded]:
+    examples = [
+        Example((("user", f"say {c} {n}"),), f"{c} {c} {n}", {"colour": c}) for n in range(10) for c in COLOURS
+    ]
+    return encode_all(examples, model.tokenizer, 64)[0]
+
+
+def fleet(model: Model, method: Method, clients: int = 3, weather: Weather | None = None) -> LocalFleet:
+    all_rows = rows(model)
+    parts = [all_rows[c::clients] for c in range(clients)]
+    return LocalFleet(model, method, parts, 7, evaluate.pad_id(model), weather or Weather())
+
+
+def base_of(model: Model) -> bytes:
+    return bytes.fromhex(model.digest)[:8]
+
+
+def key() -> int:
+    return derive(7, "init")
+
+
+def reply(fleet: LocalFleet, method: Method, state: Any, client: int = 0, round: int = 1) -> Reply:
+    """One client's real reply, through bytes both ways."""
+    message = encode(Message(round, base_of(fleet.model), method.broadcast(state)))
+    (answer,) = fleet.ask(round, [client], message)
+    assert answer.data is not None, answer.reason
+    return Reply(client, answer.key, decode(answer.data).payload)
+
+
+def logits(model: Model) -> torch.Tensor:
+    """What the model says on a fixed input: equal weights give equal bits."""
+    with torch.inference_mode():
+        return model.net(input_ids=torch.arange(40).reshape(2, 20)).logits.clone()
+
+
+def loss(model: Model) -> float:
+    return evaluate.response_loss(model, rows(model))
+
+
+def train(name: str, folder: Path, rounds: int, *, run_dir: RunDir | None = None, **changes: Any) -> tuple[Model, Any, RunDir]:
+    """A run of some rounds in a new process's state of things: new model, new fleet; resumes `run_dir`."""
+    model, chosen = models.tiny_llama(), method(name, **changes)
+    state = chosen.init(model, key())
+    opened = run_dir or create(folder, name, "tiny")
+
+    def measure(state: Any) -> dict[str, float]:
+        chosen.apply(model, state)
+        return {"loss": loss(model)}
+
+    plan = Plan(rounds, 1.0, 1, 7, 1, base_of(model))
+    with opened:
+        state, _ = run(chosen, fleet(model, chosen), state, opened, plan, Hooks(lambda: None, measure, lambda e: None))
+    chosen.apply(model, state)
+    return model, state, opened
+
+
+def equal_states(left: Any, right: Any) -> bool:
+    return all(_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, Iterable) and not isinstance(a, str | bytes):
+        return list(a) == list(b)
+    fingerprint = getattr(a, "fingerprint", None)
+    return bool(fingerprint() == b.fingerprint()) if fingerprint else bool(a == b)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract, every method x every property, in order of value (design: "Contract tests")."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fleetune import methods, models
+from fleetune.errors import MessageError
+from fleetune.messages import Message, Payload, check, decode, encode
+from fleetune.methods import Reply
+from fleetune.rundir import RunDir
+from fleetune.states import Totals, pack, unpack
+from harness import NAMES, base_of, equal_states, fleet, key, logits, loss, method, reply, train
+
+every = pytest.mark.parametrize("name", NAMES)
+
+
+@every
+def test_1_the_reply_alone_rebuilds_the_clients_weights(name):
+    """A wrong -2 eps, a flipped sign or a step that is not what was sent all end here."""
+    model, chosen = models.tiny_llama(), method(name)
+    state = chosen.init(model, key())
+    chosen.apply(model, state)
+    untuned = logits(model)
+    for round_ in (1, 2):
+        answer = reply(fleet(model, chosen), chosen, state, round=round_)
+        on_the_device = logits(model)
+        assert not torch.equal(on_the_device, untuned)
+        other = models.tiny_llama()  # somebody who has the base, the state and the reply
+        there = method(name)
+        there.init(other, key())
+        state = there.aggregate(state, iter([answer]))
+        there.apply(other, state)
+        assert torch.equal(logits(other), on_the_device)
+
+
+@every
+def test_2_the_loss_falls(name, tmp_path):
+    model = models.tiny_llama()
+    before = loss(model)
+    tuned, _, _ = train(name, tmp_path, 4)
+    assert loss(tuned) < before - 0.15
+
+
+@every
+def test_3_same_seed_same_bits_and_resume_from_any_round(name, tmp_path):
+    _, whole, _ = train(name, tmp_path / "whole", 3)
+    _, again, _ = train(name, tmp_path / "again", 3)
+    assert equal_states(whole, again)
+    for stop in (1, 2):
+        _, _, run = train(name, tmp_path / f"stop{stop}", stop)
+        _, resumed, _ = train(name, tmp_path, 3, run_dir=RunDir(run.path))
+        assert equal_states(whole, resumed)
+
+
+@every
+def test_4_the_base_is_untouched(name):
+    model, chosen = models.tiny_llama(), method(name)
+    tensors = dict(model.net.named_parameters())
+    before = {n: p.clone() for n, p in tensors.items()}
+    state = chosen.init(model, key())
+    answers = [reply(fleet(model, chosen), chosen, state, client=c) for c in (0, 1)]
+    chosen.apply(model, chosen.aggregate(state, iter(answers)))
+    logits(model)
+    assert all(torch.equal(before[n], p) for n, p in tensors.items())
+
+
+@every
+def test_5_equal_replies_average_to_themselves(name):
+    model, chosen = models.tiny_llama(), method(name)
+    state = chosen.init(model, key())
+    answer = reply(fleet(model, chosen), chosen, state)
+    once = chosen.aggregate(state, iter([answer]))
+    thrice = chosen.aggregate(state, iter([answer._replace(client=c) for c in range(3)]))
+    chosen.apply(model, once)
+    alone = logits(model)
+    chosen.apply(model, thrice)
+    torch.testing.assert_close(logits(model), alone, rtol=0, atol=2e-6)
+
+
+@every
+def test_5b_no_reply_leaves_the_weights(name):
+    model, chosen = models.tiny_llama(), method(name)
+    state = chosen.init(model, key())
+    state = chosen.aggregate(state, iter([reply(fleet(model, chosen), chosen, state)]))
+    chosen.apply(model, state)
+    before = logits(model)
+    chosen.apply(model, chosen.aggregate(state, iter(())))
+    assert torch.equal(logits(model), before)
+
+
+@every
+def test_5c_more_rows_weigh_more(name):
+    model, chosen = models.tiny_llama(), method(name)
+    state = chosen.init(model, key())
+    one, two = (reply(fleet(model, chosen), chosen, state, client=c) for c in (0, 1))
+    heavy = one._replace(payload=Payload(one.payload.arrays, {**one.payload.scalars, "n": 10**6}))
+    points = []
+    for answers in ([one], [heavy, two], [two]):
+        chosen.apply(model, chosen.aggregate(state, iter(answers)))
+        points.append(logits(model))
+    assert (points[1] - points[0]).abs().max() < 0.05 * (points[2] - points[0]).abs().max()
+
+
+@every
+def test_6_payloads_survive_bytes_and_the_door(name):
+    model, chosen = models.tiny_llama(), method(name)
+    state = chosen.init(model, key())
+    answer = reply(fleet(model, chosen), chosen, state)
+    spec, base = chosen.expects(state), base_of(model)
+    for payload in (chosen.broadcast(state), answer.payload):
+        back = decode(encode(Message(1, base, payload))).payload
+        assert dict(back.scalars) == dict(payload.scalars)
+        assert all(np.array_equal(back.arrays[n], a) for n, a in payload.arrays.items())
+    check(Message(1, base, answer.payload), spec, round=1, base=base)
+    for bad in broken(answer):
+        with pytest.raises(MessageError):
+            check(Message(1, base, bad), spec, round=1, base=base)
+    with pytest.raises(MessageError, match="round"):
+        check(Message(2, base, answer.payload), spec, round=1, base=base)
+    with pytest.raises(MessageError, match="base"):
+        check(Message(1, bytes(8), answer.payload), spec, round=1, base=base)
+
+
+def broken(answer: Reply) -> list[Payload]:
+    arrays, scalars = dict(answer.payload.arrays), dict(answer.payload.scalars)
+    name = next(iter(arrays))
+    others = {n: a for n, a in arrays.items() if n != name}
+    return [
+        Payload(others, scalars),
+        Payload({**arrays, "extra": np.zeros(1)}, scalars),
+        Payload({**others, name: arrays[name].astype(np.float64)}, scalars),
+        Payload({**others, name: np.concatenate([arrays[name]] * 2)}, scalars),
+        Payload({**others, name: arrays[name][None]}, scalars),
+        Payload(arrays, {**scalars, "n": 0}),
+        Payload(arrays, {**scalars, "n": 2.5}),
+        Payload(arrays, {**scalars, "loss": float("nan")}),
+        Payload(arrays, {k: v for k, v in scalars.items() if k != "n"}),
+    ]
+
+
+@every
+def test_6b_a_state_survives_a_checkpoint(name):
+    model, chosen = models.tiny_llama(), method(name)
+    state = chosen.init(model, key())
+    tuned = chosen.aggregate(state, iter([reply(fleet(model, chosen), chosen, state)]))
+    data = encode(Message(1, b"", pack(tuned, Totals(1, 2, 3.0), {})))
+    back, totals, _ = unpack(decode(data).payload, state)
+    assert equal_states(back, tuned)
+    assert totals == Totals(1, 2, 3.0)
+
+
+@every
+def test_7_the_docstring_cites_the_paper_and_fields_are_explained(name):
+    module = methods.module_of(name)
+    text = inspect.getdoc(module) or ""
+    assert re.search(r"arXiv \d{4}\.\d{4,5}", text), "cite the paper with its arXiv number"
+    assert re.search(r"Algorithm|[Ee]quation|section", text), "say where in the paper"
+    for field in dataclasses.fields(module.Method):
+        assert {"symbol", "help"} <= set(field.metadata), f"{field.name} has no symbol or help"
+    assert dataclasses.is_dataclass(module.Method)
+    assert module.Method.__dataclass_params__.frozen
+
+
+DEFAULTS = {  # the papers' own (specs: MeZO table and reference code; FedKSeed README; Shepherd's code)
+    "mezo": {"lr": 1e-6, "eps": 1e-3, "batch_size": 16},
+    "fedkseed": {"lr": 3e-7, "eps": 5e-4, "batch_size": 1, "tau": 200, "K": 1024, "pro": False},
+    "fedit": {"r": 16, "alpha": 16, "dropout": 0.05, "lr": 3e-4},
+}
+
+
+@pytest.mark.parametrize("name", sorted(DEFAULTS))
+def test_7b_defaults_are_the_papers(name):
+    made = methods.make(name, {})
+    assert {k: getattr(made, k) for k in DEFAULTS[name]} == DEFAULTS[name]
+
+
+@every
+def test_8_settings_are_immutable_and_checked(name):
+    chosen = method(name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        chosen.lr = 1.0
+    assert replace(chosen) == chosen

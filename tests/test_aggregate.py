@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Averages against the same in float64, and products against the dense product's own SVD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetune.aggregate import product_mean, weighted_mean
+
+PAIRS = {"q": ("q.B", "q.A"), "v": ("v.B", "v.A")}
+SHAPES = {"q": (12, 9), "v": (5, 14)}
+
+
+def clients(seed: int, count: int, rank: int) -> list[tuple[float, dict[str, np.ndarray]]]:
+    """`count` devices with adapters of this rank on both layers: (rows, tensors)."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        tensors = {}
+        for layer, (out, into) in SHAPES.items():
+            tensors[f"{layer}.B"] = rng.normal(size=(out, rank)).astype(np.float32)
+            tensors[f"{layer}.A"] = rng.normal(size=(rank, into)).astype(np.float32)
+        found.append((float(rng.integers(1, 50)), tensors))
+    return found
+
+
+def dense_mean(taken: list[tuple[float, dict[str, np.ndarray]]], layer: str) -> np.ndarray:
+    total = sum(n for n, _ in taken)
+    return sum(n / total * (t[f"{layer}.B"].astype(float) @ t[f"{layer}.A"].astype(float)) for n, t in taken)
+
+
+# --- weighted mean ------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 99), count=st.integers(1, 9), scale=st.sampled_from([1e-6, 1.0, 1e6]))
+@settings(deadline=None, max_examples=30)
+def test_weighted_mean_is_the_float64_mean_rounded_once(seed, count, scale):
+    rng = np.random.default_rng(seed)
+    n = rng.integers(1, 1000, count)
+    values = (rng.normal(size=(count, 4, 3)) * scale).astype(np.float32)
+    mean = weighted_mean((float(k), {"w": v, "b": v[0]}) for k, v in zip(n, values, strict=True))
+    want = np.average(values.astype(np.float64), axis=0, weights=n)
+    assert list(mean) == ["w", "b"]
+    assert mean["w"].dtype == np.float32
+    close = np.finfo(np.float32).eps * np.abs(values).max()
+    np.testing.assert_allclose(mean["w"], want, rtol=0, atol=close)
+    np.testing.assert_allclose(mean["b"], want[0], rtol=0, atol=close)
+
+
+@given(order=st.permutations(list(range(8))))
+@settings(deadline=None, max_examples=20)
+def test_weighted_mean_does_not_mind_the_order(order):
+    taken = clients(3, 8, 2)
+    first, other = weighted_mean(taken), weighted_mean([taken[i] for i in order])
+    for name in first:
+        np.testing.assert_allclose(other[name], first[name], rtol=1e-6, atol=1e-7)
+
+
+def test_weighted_mean_keeps_what_float32_sums_would_lose():
+    values = [np.array([x], np.float32) for x in (3e7, 1.0, -3e7, 1.0)]
+    assert weighted_mean((1.0, {"w": v}) for v in values)["w"].tolist() == [0.5]
+    half = [(1.0, {"w": np.array([60000.0], np.float16)})] * 3  # whose sum is no float16
+    assert weighted_mean(half)["w"].tolist() == [60000.0]
+
+
+def test_weighted_mean_of_nobody_and_of_one():
+    assert weighted_mean([]) == {}
+    value = np.array([1.1, -2.2], np.float32)
+    assert (weighted_mean([(7.0, {"w": value})])["w"] == value).all()
+
+
+def test_weighted_mean_takes_replies_one_at_a_time():
+    alive = []
+
+    def stream() -> Iterator[tuple[float, dict[str, np.ndarray]]]:
+        for i in range(5):
+            alive.append(i)
+            yield 1.0, {"w": np.full(2, i, np.float32)}
+            assert alive == list(range(i + 1))
+
+    assert weighted_mean(stream())["w"].tolist() == [2.0, 2.0]
+
+
+# --- product mean -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "rank"), [(1, 2), (3, 2), (6, 1), (4, 4)])
+def test_product_mean_is_the_best_of_its_rank(count, rank):
+    taken = clients(count, count, rank)
+    tensors, lost = product_mean(taken, PAIRS)
+    cut = whole = 0.0
+    for layer in PAIRS:
+        dense = dense_mean(taken, layer)
+        u, s, vt = np.linalg.svd(dense, full_matrices=False)
+        best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        got = tensors[f"{layer}.B"].astype(float) @ tensors[f"{layer}.A"].astype(float)
+        np.testing.assert_allclose(got, best, atol=1e-5 * s[0])
+        assert tensors[f"{layer}.B"].shape == taken[0][1][f"{layer}.B"].shape
+        assert tensors[f"{layer}.A"].shape == taken[0][1][f"{layer}.A"].shape
+        assert {tensors[f"{layer}.{m}"].dtype.name for m in "AB"} == {"float32"}
+        cut += (s[rank:] ** 2).sum()
+        whole += (s**2).sum()
+    assert lost == pytest.approx(cut / whole, rel=1e-9, abs=1e-15)
+    assert (lost > 0.01) == (count > 1)
+
+
+def test_product_mean_balances_its_factors():
+    tensors, _ = product_mean(clients(0, 3, 2), PAIRS)
+    for b, a in PAIRS.values():
+        np.testing.assert_allclose(
+            tensors[b].T @ tensors[b], tensors[a] @ tensors[a].T, atol=1e-5 * np.abs(tensors[b]).max() ** 2
+        )
+
+
+def test_product_mean_is_exact_when_the_rank_suffices():
+    rng = np.random.default_rng(1)
+    shared = {m: rng.normal(size=s).astype(np.float32) for m, s in {"B": (12, 1), "A": (1, 9)}.items()}
+    taken = []
+    for n in (1.0, 5.0, 2.0):  # rank 3 adapters that share one column space of rank 1: the mean has rank 1
+        mix = rng.normal(size=(1, 3)).astype(np.float32)
+        taken.append((n, {"q.B": shared["B"] @ mix, "q.A": mix.T @ shared["A"]}))
+    tensors, lost = product_mean(taken, {"q": PAIRS["q"]})
+    want = dense_mean(taken, "q")
+    np.testing.assert_allclose(tensors["q.B"] @ tensors["q.A"], want, atol=1e-5 * np.abs(want).max())
+    assert lost < 1e-12
+
+
+def test_the_plain_average_is_something_else():
+    taken = clients(2, 2, 2)
+    mean = weighted_mean(taken)
+    want = dense_mean(taken, "q")
+    product, _ = product_mean(taken, PAIRS)
+    apart = np.linalg.norm(mean["q.B"] @ mean["q.A"] - want)
+    assert np.linalg.norm(product["q.B"] @ product["q.A"] - want) < apart / 1.5
+
+
+def test_product_mean_does_not_mind_the_order():
+    taken = clients(4, 5, 3)
+    first, lost = product_mean(taken, PAIRS)
+    other, lost_too = product_mean(taken[::-1], PAIRS)
+    for b, a in PAIRS.values():
+        np.testing.assert_allclose(other[b] @ other[a], first[b] @ first[a], atol=1e-5)
+    assert lost == pytest.approx(lost_too, rel=1e-9)
+
+
+def test_a_layer_thinner_than_the_rank_keeps_its_shape():
+    rng = np.random.default_rng(6)
+    taken = [
+        (2.0, {"q.B": rng.normal(size=(3, 8)).astype(np.float32), "q.A": rng.normal(size=(8, 20)).astype(np.float32)})
+        for _ in range(2)
+    ]  # fmt: skip
+    tensors, lost = product_mean(taken, {"q": PAIRS["q"]})
+    assert tensors["q.B"].shape == (3, 8)
+    assert tensors["q.A"].shape == (8, 20)
+    np.testing.assert_allclose(tensors["q.B"] @ tensors["q.A"], dense_mean(taken, "q"), atol=1e-4)
+    assert lost == 0.0
+
+
+def test_adapters_of_zeros_average_to_zeros():
+    taken = [(1.0, {"q.B": np.zeros((12, 2), np.float32), "q.A": np.ones((2, 9), np.float32)})] * 3
+    tensors, lost = product_mean(taken, {"q": PAIRS["q"]})
+    assert lost == 0.0
+    assert not (tensors["q.B"] @ tensors["q.A"]).any()
