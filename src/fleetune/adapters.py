@@ -251,10 +251,16 @@ def load_peft(model: Model, path: Path) -> None:
     """Attach the adapter of a PEFT directory that `save_peft` wrote; ModelError if it is missing or damaged."""
     try:
         config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        r, alpha, targets = int(config["r"]), float(config["lora_alpha"]), [str(t) for t in config["target_modules"]]
+        r, alpha, targets = (
+            int(config["r"]),
+            float(config["lora_alpha"]),
+            [str(t) for t in config["target_modules"]],
+        )
         tensors = load_file(path / "adapter_model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{path} is not a usable adapter ({error})", hint="finish or repeat the run") from error
+        raise ModelError(
+            f"{path} is not a usable adapter ({error})", hint="finish or repeat the run"
+        ) from error
     attach_lora(model, r=r, alpha=alpha, targets=targets, seed=0)
     load_(model, {n.removeprefix("base_model.model."): t for n, t in tensors.items()})
 

@@ -53,8 +53,10 @@ def product_mean(
         q_right, r_right = np.linalg.qr(right.T)
         u, s, vt = np.linalg.svd(r_left @ r_right.T)
         root = np.sqrt(s[:rank])
-        b, a = (q_left @ u[:, :rank]) * root, root[:, None] * (vt[:rank] @ q_right.T)
-        short = rank - len(a)  # a layer thinner than r has no more than its own rank: the rest stays zero
+        kept_rank = len(root)  # below `rank` in a layer thinner than that; the rest is zeros
+        b = (q_left @ u[:, :kept_rank]) * root
+        a = root[:, None] * (vt[:kept_rank] @ q_right.T)
+        short = rank - kept_rank
         result[b_name] = np.pad(b, ((0, 0), (0, short))).astype(np.float32)
         result[a_name] = np.pad(a, ((0, short), (0, 0))).astype(np.float32)
         kept += float((s[:rank] ** 2).sum())

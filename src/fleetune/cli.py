@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import logging
 import os
 import signal
@@ -17,7 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fleetune import __version__, recipe as recipes
+from fleetune import __version__
+from fleetune import recipe as recipes
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, UsageError
 from fleetune.ui import RoundBar, Ui, human_bytes, human_count, human_time
 
@@ -34,10 +36,13 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code (0 ok, 1 failed, 2 usage, 3 does not fit, 4 fleet, 130 stopped)."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
     ui = Ui(quiet=args.quiet, json=args.json)
     _environment(args)
     try:
+        if unknown:
+            raise _unknown(parser, unknown)
         args.run(args, ui)
     except FleetuneError as error:
         ui.error(error)
@@ -46,6 +51,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         ui.error(Interrupted("stopped"))
         return 130
     return 0
+
+
+def _unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> UsageError:
+    flag = unknown[0].split("=")[0]
+    known = [
+        "--set",
+        "--resume",
+        "--dry-run",
+        "--config",
+        "--out",
+        "--json",
+        "--offline",
+        "--quiet",
+        "--verbose",
+    ]
+    known += [f"--{name.replace('_', '-')}" for name in recipes.fields()]
+    close = difflib.get_close_matches(flag, known, n=1)
+    guess = f" Did you mean '{close[0]}'?" if close else ""
+    return UsageError(f"unknown argument '{flag}'.{guess}", hint="all of them: fleetune COMMAND --help")
 
 
 def _environment(args: argparse.Namespace) -> None:
@@ -76,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     common = _common()
 
     def add(name: str, run: Callable[[argparse.Namespace, Ui], None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, parents=[common], help=text, description=text[0].upper() + text[1:] + ".")
+        sub = commands.add_parser(
+            name, parents=[common], help=text, description=text[0].upper() + text[1:] + "."
+        )
         sub.set_defaults(run=run)
         return sub
 
@@ -93,8 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     _tune_arguments(add("tune", _tune, "fine-tune a model over a simulated fleet"))
     sub = add("eval", _eval, "measure a model or a finished run")
     sub.add_argument("model", metavar="RUN|MODEL")
-    sub.add_argument("data", metavar="DATA", nargs="?", help="rows to measure on (a run: its own held-out rows)")
-    sub.add_argument("--tasks", default="loss,rouge", help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge)")
+    sub.add_argument(
+        "data", metavar="DATA", nargs="?", help="rows to measure on (a run: its own held-out rows)"
+    )
+    sub.add_argument(
+        "--tasks", default="loss,rouge", help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge)"
+    )
     sub.add_argument("--limit", type=int, default=200, help="rows at most (default 200)")
     sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
     sub.add_argument("--text", help="plain text file for perplexity")
@@ -129,18 +159,27 @@ def _common() -> argparse.ArgumentParser:
 
 
 def _tune_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", metavar="MODEL", nargs="?", help="hub id, HF directory, GGUF file or built-in name")
+    sub.add_argument(
+        "model", metavar="MODEL", nargs="?", help="hub id, HF directory, GGUF file or built-in name"
+    )
     sub.add_argument("data", metavar="DATA", nargs="?", help="JSONL, CSV or Parquet file, hub id, or 'demo'")
     sub.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
     sub.add_argument("--resume", metavar="RUN", help="go on with a stopped run (a path, a number, or latest)")
     sub.add_argument("--dry-run", action="store_true", help="check recipe, data and model, then stop")
-    sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
+    )
     group = sub.add_argument_group("recipe")
     for name, (kind, default, text) in recipes.fields().items():
         if name in ("model", "data", "set"):
             continue
         shown = "" if default is dataclasses.MISSING else f" (default {default})"
-        group.add_argument(f"--{name.replace('_', '-')}", dest=f"recipe_{name}", metavar=kind.__name__.upper(), help=text + shown)
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=f"recipe_{name}",
+            metavar=kind.__name__.upper(),
+            help=text + shown,
+        )
 
 
 def _ledger_arguments(sub: argparse.ArgumentParser) -> None:
@@ -149,10 +188,14 @@ def _ledger_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("files", metavar="FILE|RUN", nargs="+")
     sub.add_argument("--model", help="the base model (a run knows its own)")
     sub.add_argument("--to", metavar="PATH", help="file (or folder, for export) to write")
-    sub.add_argument("--round", type=int, help="for truncate: the last round kept; for drop: the round left out")
+    sub.add_argument(
+        "--round", type=int, help="for truncate: the last round kept; for drop: the round left out"
+    )
     sub.add_argument("--factor", type=float, help="for scale")
     sub.add_argument("--threads", type=int, help="replay with so many threads")
-    sub.add_argument("--backend", default="auto", choices=["auto", "numba", "torch"], help="replay with these kernels")
+    sub.add_argument(
+        "--backend", default="auto", choices=["auto", "numba", "torch"], help="replay with these kernels"
+    )
 
 
 # Tuning ---------------------------------------------------------------------------------------------
@@ -186,12 +229,16 @@ class Screen:
         """Move the bar; stop here if Ctrl-C was pressed."""
         self.bar.update(client=self.clients + 1, step=step)
         if self.stop:
-            raise Interrupted(f"stopped after round {self.round}; nothing that was finished is lost", hint=self.resume)
+            raise Interrupted(
+                f"stopped after round {self.round}; nothing that was finished is lost", hint=self.resume
+            )
 
     def _client(self, event: Mapping[str, Any]) -> None:
         self.clients += 1
         if event["status"] in ("refused", "failed"):
-            self.ui.note(f"round {event['round']}: client {event['client']} {event['status']}: {event['reason']}")
+            self.ui.note(
+                f"round {event['round']}: client {event['client']} {event['status']}: {event['reason']}"
+            )
 
     def _round(self, event: Mapping[str, Any]) -> None:
         self.last, self.round, self.clients = event, int(event["round"]), 0
@@ -223,8 +270,10 @@ def _tune(args: argparse.Namespace, ui: Ui) -> None:
         path = rundir.find(args.resume, Path(args.out))
         given = [a for a in ("model", "data", "config") if getattr(args, a)] + list(_flags(args)) + args.set
         if given:
-            raise UsageError(f"--resume goes on with the run's own recipe; it takes no {given[0]}",
-                             hint=f"fleetune tune --resume {path}")
+            raise UsageError(
+                f"--resume goes on with the run's own recipe; it takes no {given[0]}",
+                hint=f"fleetune tune --resume {path}",
+            )
         recipe = recipes.make(recipes.read(path / "run.toml"))
         _run_recipe(recipe, args, ui, path)
         return
@@ -250,21 +299,28 @@ def _recipe(args: argparse.Namespace) -> recipes.Recipe:
     return recipes.make(values)
 
 
-def _run_recipe(recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui, resume: Path | None) -> Mapping[str, Any]:
-    from fleetune import job as jobs, rundir
+def _run_recipe(
+    recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui, resume: Path | None
+) -> Mapping[str, Any]:
+    from fleetune import job as jobs
+    from fleetune import rounds, rundir
 
     jobs.check(recipe)
     if resume is not None and (done := _already_done(resume)):
         ui.note(f"{resume} is finished already")
+        ui.event(done)
         return _finished(done, ui)
     run = rundir.RunDir(resume) if resume else None
+    rundir.check_writable(resume or Path(args.out))
     job = jobs.prepare(recipe, offline=args.offline)
     if getattr(args, "dry_run", False):
-        ui.note(f"the recipe is good: {len(job.rows)} clients, {sum(map(len, job.rows))} rows, {len(job.held)} held out")
+        ui.note(
+            f"the recipe is good: {len(job.rows)} clients, {sum(map(len, job.rows))} rows, {len(job.held)} held out"
+        )
         ui.event({"event": "checked", "clients": len(job.rows), "rows": sum(map(len, job.rows))})
         return {}
     with run or rundir.create(Path(args.out), recipe.method, recipe.model) as run:
-        clients = len(jobs.rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
+        clients = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
         with ui.progress(recipe.rounds, clients) as bar:
             screen = Screen(ui, bar, run.path)
             before = signal.signal(signal.SIGINT, screen.interrupt)
@@ -291,8 +347,15 @@ def _finished(done: Mapping[str, Any], ui: Ui) -> Mapping[str, Any]:
     ]  # fmt: skip
     ui.final_table(done["base"], done["tuned"], rows=done["rows"], costs=costs)
     run = done["run"]
-    rows = [("report", f"{run}/report.html"), ("result", f"{done['result']} ({human_bytes(done['result_bytes'])})")]
-    rows += [("digest", str(done["digest"])), ("samples", f"{run}/samples.md"), ("next", f"fleetune eval {run}")]
+    rows = [
+        ("report", f"{run}/report.html"),
+        ("result", f"{done['result']} ({human_bytes(done['result_bytes'])})"),
+    ]
+    rows += [
+        ("digest", str(done["digest"])),
+        ("samples", f"{run}/samples.md"),
+        ("next", f"fleetune eval {run}"),
+    ]
     ui.paths(rows)
     return done
 
@@ -301,7 +364,9 @@ def _demo(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune import demo, models
 
     with ui.count("smollm2-135m", 0, size=True) as bar:
-        models.pull("smollm2-135m", offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what))
+        models.pull(
+            "smollm2-135m", offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what)
+        )
     for recipe in demo.recipes(quick=args.quick):
         _run_recipe(recipe, args, ui, None)
 
@@ -341,7 +406,7 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
 
 def _subject(args: argparse.Namespace) -> tuple[Any, Sequence[Any]]:
     """(model, rows) of `eval`: a run with its own held-out rows, or a model with given ones."""
-    from fleetune import data, job, methods, models, rundir, tuned
+    from fleetune import data, job, methods, models, tuned
 
     run = _run_or_none(args.model, args.out)
     if run is None:
@@ -361,7 +426,12 @@ def _subject(args: argparse.Namespace) -> tuple[Any, Sequence[Any]]:
 def _run_or_none(name: str, out: str) -> Path | None:
     from fleetune import rundir
 
-    if name == "latest" or name.isdigit() or (Path(name) / "run.toml").is_file() or (Path(out) / name / "run.toml").is_file():
+    if (
+        name == "latest"
+        or name.isdigit()
+        or (Path(name) / "run.toml").is_file()
+        or (Path(out) / name / "run.toml").is_file()
+    ):
         return rundir.find(name, Path(out))
     return None
 
@@ -383,7 +453,9 @@ def _export(args: argparse.Namespace, ui: Ui) -> None:
         ui.paths([("result", str(out))])
         return
     out = Path(args.dir) if args.dir else run / "hf"
-    card = f"# {run.name}\n\n{recipe.model} tuned by Fleetune ({recipe.method}) on {Path(recipe.data).name}.\n"
+    card = (
+        f"# {run.name}\n\n{recipe.model} tuned by Fleetune ({recipe.method}) on {Path(recipe.data).name}.\n"
+    )
     digest = tuned.export_hf(tuned.load(run, offline=args.offline, device="cpu"), out, card=card)
     ui.event({"event": "export", "path": str(out), "digest": digest})
     ui.paths([("result", str(out)), ("digest", digest)])
@@ -402,9 +474,18 @@ def _methods(args: argparse.Namespace, ui: Ui) -> None:
         entry = methods.entry(args.name)
         settings = methods.settings(args.name)
         for s in settings:
-            ui.event({"event": "setting", "method": entry.name, **dataclasses.asdict(s), "type": s.type.__name__})
+            ui.event(
+                {"event": "setting", "method": entry.name, **dataclasses.asdict(s), "type": s.type.__name__}
+            )
         if not ui.json:
-            ui.paths([("method", entry.summary), ("paper", entry.paper), ("sends", entry.sends), ("leaves", entry.kind)])
+            ui.paths(
+                [
+                    ("method", entry.summary),
+                    ("paper", entry.paper),
+                    ("sends", entry.sends),
+                    ("leaves", entry.kind),
+                ]
+            )
             rows = [[s.name, s.symbol, s.type.__name__, s.default, s.help] for s in settings]
             ui.table(["--set", "symbol", "type", "default", "meaning"], rows, align="lllll")
         return
@@ -423,16 +504,23 @@ def _models(args: argparse.Namespace, ui: Ui) -> None:
         if not args.name:
             raise UsageError("pull needs the name of a model", hint="fleetune models pull smollm2-135m")
         with ui.count(args.name, 0, size=True) as bar:
-            path = models.pull(args.name, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what))
+            path = models.pull(
+                args.name, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what)
+            )
         ui.event({"event": "pulled", "name": args.name, "path": str(path)})
         ui.paths([("result", str(path))])
         return
     found = models.builtin()
     for m in found:
-        ui.event({"event": "model", **m._asdict()})
+        ui.event({"event": "model", **dataclasses.asdict(m)})
     if not ui.json:
-        ui.table(["model", "parameters", "licence", "here", "source"],
-                 [[m.name, human_count(m.params), m.licence, "yes" if m.cached else "no", m.source] for m in found])
+        ui.table(
+            ["model", "parameters", "licence", "here", "source"],
+            [
+                [m.name, human_count(m.params), m.licence, "yes" if m.cached else "no", m.source]
+                for m in found
+            ],
+        )
 
 
 if __name__ == "__main__":

@@ -45,12 +45,17 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     """The clear form of an operating-system error met while writing `path`."""
     reasons = {
         errno.ENOSPC: ("the disk is full", "free some space, then resume: nothing written before is lost"),
-        errno.EDQUOT: ("the disk quota is used up", "free some space, then resume: nothing written before is lost"),
+        errno.EDQUOT: (
+            "the disk quota is used up",
+            "free some space, then resume: nothing written before is lost",
+        ),
         errno.EROFS: ("the file system is read-only", "choose a writable folder with --out"),
         errno.EACCES: ("permission denied", "choose a writable folder with --out"),
         errno.EPERM: ("not permitted", "choose a writable folder with --out"),
         errno.ENOENT: ("the folder is gone", "choose an existing folder with --out"),
         errno.ENOTDIR: ("a file stands where a folder is needed", "choose another folder with --out"),
     }
-    what, hint = reasons.get(error.errno or 0, (error.strerror or str(error), "check the disk and the folder"))
+    what, hint = reasons.get(
+        error.errno or 0, (error.strerror or str(error), "check the disk and the folder")
+    )
     return StorageError(f"cannot write {path}: {what}", hint=hint)

@@ -86,7 +86,10 @@ def check(recipe: Recipe) -> tuple[Entry, Method]:
     """The method of a recipe; RecipeError or UsageError for anything wrong that needs no data or model."""
     entry = methods.entry(recipe.method)
     problems = []
-    for test in (lambda: methods.make(recipe.method, recipe.set), lambda: check_partition_spec(recipe.partition)):
+    for test in (
+        lambda: methods.make(recipe.method, recipe.set),
+        lambda: check_partition_spec(recipe.partition),
+    ):
         try:
             test()
         except RecipeError as error:
@@ -148,6 +151,38 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Job:
     )  # fmt: skip
 
 
+class Silent:
+    """A listener that says nothing."""
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Nothing."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """To the log."""
+        log.info("%s", text)
+
+    def step(self, client: int, step: int) -> None:
+        """Nothing."""
+
+
+def run(
+    *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None, **options: Any
+) -> dict[str, Any]:
+    """Run a recipe given as keyword arguments (the names of `Recipe`'s fields) in a new folder under `out`.
+
+    Returns the "done" event: base and tuned measures, bytes, the run's folder and its result.
+    """
+    recipe = recipes.make(options)
+    check(recipe)
+    rundir.check_writable(Path(out))
+    job = prepare(recipe, offline=offline)
+    with rundir.create(Path(out), recipe.method, recipe.model) as folder:
+        return tune(job, folder, listener or Silent())
+
+
 def _usual_threads(params: int) -> int:
     """All processors, or one for a model so small that handing work out costs more than it saves."""
     return 1 if params < SMALL else torch.get_num_threads()
@@ -178,7 +213,9 @@ def _tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
     run.write("env.json", json.dumps(rundir.environment(_facts(job)), indent=1) + "\n")
     listener.header(f"fleetune tune · {job.entry.name}", _header(job, run))
     if job.dropped:
-        listener.note(f"{job.dropped} rows have answers that do not fit {recipe.max_length} tokens and are left out")
+        listener.note(
+            f"{job.dropped} rows have answers that do not fit {recipe.max_length} tokens and are left out"
+        )
     state = method.init(model, derive(recipe.seed, "init"))
     fleet = LocalFleet(
         model, method, job.rows, recipe.seed, evaluate.pad_id(model),
@@ -217,8 +254,8 @@ def _finish(
         "seconds": round(totals.seconds, 3), "wall": round(wall, 3), "peak_rss": rounds.peak_rss(), **result,
     }  # fmt: skip
     event = run.record(done)
-    run.status("done")
     report.write(run.path)
+    run.status("done")
     event["report"] = str(run.path / "report.html")
     listener.event(event)
     return event
@@ -233,13 +270,17 @@ def answers(job: Job, state: Any, run: RunDir, which: str) -> dict[str, float]:
     """Answer the fixed prompts at `state`, put the answers into eval.json, and give Rouge-L if it was asked for."""
     job.method.apply(job.model, state)
     recipe = job.recipe
-    made = evaluate.generate(job.model, job.prompts, max_new_tokens=recipe.answer_tokens) if job.prompts else []
+    made = (
+        evaluate.generate(job.model, job.prompts, max_new_tokens=recipe.answer_tokens) if job.prompts else []
+    )
     scores: dict[str, float] = {}
     if recipe.rouge_rows:
         references = [e.response for e in job.prompts[: recipe.rouge_rows]]
         scores["rouge_l"] = evaluate.rouge_l(made[: recipe.rouge_rows], references)
     file = run.path / "eval.json"
-    content = json.loads(file.read_text()) if which == "tuned" else {"rows": len(job.held), "samples": _prompts(job)}
+    content: dict[str, Any] = {"rows": len(job.held), "samples": _prompts(job)}
+    if which == "tuned":
+        content = json.loads(file.read_text())
     for sample, answer in zip(content["samples"], made, strict=False):
         sample[which] = answer
     loss = _last_loss(run) if which == "tuned" else {"loss": evaluate.response_loss(job.model, job.held)}
@@ -264,7 +305,12 @@ def _ledger(job: Job, run: RunDir, state: Any) -> dict[str, Any]:
     digest = models.digest(view.tensors())
     path = run.path / "ledger.safetensors"
     state.ledger.with_check(job.recipe.rounds, digest).save(path)
-    return {"result": str(path), "result_bytes": path.stat().st_size, "digest": digest, "entries": len(state.ledger)}
+    return {
+        "result": str(path),
+        "result_bytes": path.stat().st_size,
+        "digest": digest,
+        "entries": len(state.ledger),
+    }
 
 
 def _adapter(job: Job, run: RunDir, state: Any) -> dict[str, Any]:
@@ -274,6 +320,10 @@ def _adapter(job: Job, run: RunDir, state: Any) -> dict[str, Any]:
     return {"result": str(path), "result_bytes": size, "digest": adapters.digest(state.tensors)}
 
 
+TRAINED: dict[str, Callable[[Model], int]] = {
+    "ledger": lambda model: model.n_params,
+    "adapter": lambda model: sum(p.numel() for p in adapters.trainable(model).values()),
+}
 ARTEFACTS: dict[str, Callable[[Job, RunDir, Any], dict[str, Any]]] = {"ledger": _ledger, "adapter": _adapter}
 
 
@@ -282,14 +332,19 @@ ARTEFACTS: dict[str, Callable[[Job, RunDir, Any], dict[str, Any]]] = {"ledger": 
 
 def _facts(job: Job) -> dict[str, Any]:
     m = job.model
-    return {"base_digest": m.digest, "tokenizer_digest": m.tokenizer_digest, "dtype": m.dtype, "device": m.device}
+    return {
+        "base_digest": m.digest,
+        "tokenizer_digest": m.tokenizer_digest,
+        "dtype": m.dtype,
+        "device": m.device,
+    }
 
 
 def _start(job: Job) -> dict[str, Any]:
     recipe, parts = job.recipe, job.split
     event: dict[str, Any] = {
         "method": recipe.method, "model": recipe.model, "digest": job.model.digest, "params": job.model.n_params,
-        "trained": sum(p.numel() for p in adapters.trainable(job.model).values()) if job.entry.kind == "adapter" else job.model.n_params,
+        "trained": TRAINED[job.entry.kind](job.model),
         "clients": len(job.rows), "rounds": recipe.rounds, "partition": recipe.partition, "column": parts.column,
         "rows_per_client": [len(r) for r in job.rows], "held_out": len(job.held),
     }  # fmt: skip
@@ -309,7 +364,9 @@ def letters(method: Method, name: str) -> str:
         value = getattr(method, s.name)
         if value in (False, "") or (value == 0 and s.default == 0):
             continue
-        text = f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        text = (
+            f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        )
         parts.append(f"{s.symbol} {text}")
     return " · ".join(parts)
 
@@ -323,7 +380,10 @@ def _header(job: Job, run: RunDir) -> list[tuple[str, str]]:
         ("model", f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}"),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
         ("data", f"{Path(recipe.data).name} · {recipe.partition} · {spread} · {len(job.held)} held out"),
-        ("fleet", f"this machine · {m.device} · {len(job.rows)} clients, {asked} a round · {recipe.rounds} rounds"),
+        (
+            "fleet",
+            f"this machine · {m.device} · {len(job.rows)} clients, {asked} a round · {recipe.rounds} rounds",
+        ),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]
 
@@ -331,7 +391,14 @@ def _header(job: Job, run: RunDir) -> list[tuple[str, str]]:
 def _samples_page(evaluation: Mapping[str, Any]) -> str:
     parts = ["# The same prompts before and after tuning\n"]
     for sample in evaluation["samples"]:
-        for title, key in (("Prompt", "prompt"), ("Base", "base"), ("Tuned", "tuned"), ("Reference", "reference")):
-            parts.append(f"**{title}**\n\n" + "\n".join("> " + line for line in sample.get(key, "").split("\n")) + "\n")
+        for title, key in (
+            ("Prompt", "prompt"),
+            ("Base", "base"),
+            ("Tuned", "tuned"),
+            ("Reference", "reference"),
+        ):
+            parts.append(
+                f"**{title}**\n\n" + "\n".join("> " + line for line in sample.get(key, "").split("\n")) + "\n"
+            )
         parts.append("---\n")
     return "\n".join(parts)

@@ -33,7 +33,19 @@ from fleetune.errors import MessageError
 
 MAGIC = b"FT1"
 MAX_BYTES = 1 << 32  # a message larger than 4 GiB is an attack or a mistake
-DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64")
+DTYPES = (
+    "uint8",
+    "int8",
+    "uint16",
+    "int16",
+    "uint32",
+    "int32",
+    "uint64",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+)
 
 Scalar = int | float | str | bool | bytes
 
@@ -134,7 +146,9 @@ def _array(name: str, value: Any) -> np.ndarray:
         raise MessageError(f"array '{name}' has shape {shape!r}")
     dtype = np.dtype(DTYPES[code]).newbyteorder("<")
     if math.prod(shape) * dtype.itemsize != len(raw):
-        raise MessageError(f"array '{name}' of shape {shape} and type {dtype.name} came with {len(raw)} bytes")
+        raise MessageError(
+            f"array '{name}' of shape {shape} and type {dtype.name} came with {len(raw)} bytes"
+        )
     return np.frombuffer(raw, dtype=dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
 
 
@@ -161,7 +175,7 @@ def check(message: Message, spec: Spec, *, round: int, base: bytes) -> Payload:
         value = payload.scalars[name]
         if type(value) is not kind:
             raise MessageError(f"scalar '{name}' is {type(value).__name__}, agreed was {kind.__name__}")
-        if not low <= value <= high:  # also refuses NaN
+        if isinstance(value, str | bytes) or not low <= value <= high:  # also refuses NaN
             raise MessageError(f"scalar '{name}' is {value}, agreed was {low:g} to {high:g}")
     return payload
 
@@ -176,7 +190,9 @@ def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int | No
     if not fits:
         raise MessageError(f"array '{name}' has shape {array.shape}, agreed was {shape}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise MessageError(f"array '{name}' holds {int((~np.isfinite(array)).sum())} values that are not finite")
+        raise MessageError(
+            f"array '{name}' holds {int((~np.isfinite(array)).sum())} values that are not finite"
+        )
 
 
 def narrow(a: np.ndarray) -> np.ndarray:
@@ -213,10 +229,13 @@ class LogCode:
         low = np.minimum(np.searchsorted(levels, size, side="right") - 1, 126)
         share = (size - levels[low]) / (levels[low + 1] - levels[low])
         level = low + (u < share)
-        return (level + np.where((x < 0) & (level > 0), 128, 0)).astype(np.uint8)
+        sign: np.ndarray = np.where((x < 0) & (level > 0), 128, 0)
+        codes: np.ndarray = (level + sign).astype(np.uint8)
+        return codes
 
     @staticmethod
     def decode(codes: np.ndarray) -> np.ndarray:
         """Integers int64[n] that the codes uint8[n] stand for."""
         size = LogCode.LEVELS[codes & 127]
-        return np.where(codes & 128, -size, size)
+        signed: np.ndarray = np.where(codes & 128, -size, size)
+        return signed

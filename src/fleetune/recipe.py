@@ -34,24 +34,54 @@ class Recipe:
     data: str = Field(description="JSONL, CSV or Parquet file, hub id, or 'demo' for the built-in set")
     method: str = Field(default="fedkseed", description="tuning method (fleetune methods)")
     set: dict[str, Value] = Field(default_factory=dict, description="the method's own settings, NAME=VALUE")
-    clients: int = Field(default=0, ge=0, le=1_000_000, description="clients of the fleet (0: what the method states, usually 8; by column: all there are)")
+    clients: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="clients of the fleet (0: what the method states, usually 8; by column: all there are)",
+    )
     rounds: int = Field(default=10, ge=1, le=1_000_000, description="rounds")
     participation: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked each round")
-    partition: str = Field(default="iid", description="iid, dirichlet:ALPHA:COLUMN, shards:COLUMN or column:COLUMN")
-    held_out: float = Field(default=0.1, gt=0, allow_inf_nan=False, description="rows kept for validation: a share (below 1) or a number")
-    eval_data: str = Field(default="", description="validate on these rows instead of held-out ones (file, hub id)")
+    partition: str = Field(
+        default="iid", description="iid, dirichlet:ALPHA:COLUMN, shards:COLUMN or column:COLUMN"
+    )
+    held_out: float = Field(
+        default=0.1,
+        gt=0,
+        allow_inf_nan=False,
+        description="rows kept for validation: a share (below 1) or a number",
+    )
+    eval_data: str = Field(
+        default="", description="validate on these rows instead of held-out ones (file, hub id)"
+    )
     limit: int = Field(default=0, ge=0, description="use only the first rows of the data (0: all)")
-    max_length: int = Field(default=512, ge=8, description="tokens a row at most; the prompt is cut, not the answer")
+    max_length: int = Field(
+        default=512, ge=8, description="tokens a row at most; the prompt is cut, not the answer"
+    )
     seed: int = Field(default=42, ge=0, lt=1 << 63, description="seed of everything random in the run")
-    dtype: str = Field(default="fp32", pattern="^(fp32|bf16|fp16)$", description="type of the weights: fp32, bf16 or fp16")
+    dtype: str = Field(
+        default="fp32", pattern="^(fp32|bf16|fp16)$", description="type of the weights: fp32, bf16 or fp16"
+    )
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)$", description="auto, cpu, cuda or mps")
-    drop: float = Field(default=0.0, ge=0, lt=1, description="simulate: chance that a client drops out of a round")
-    stragglers: float = Field(default=0.0, ge=0, lt=1, description="simulate: share of clients that are 2 to 10 times slower")
-    deadline: float = Field(default=0.0, ge=0, description="simulate: leave out clients slower than this many times a usual one (0: wait)")
+    drop: float = Field(
+        default=0.0, ge=0, lt=1, description="simulate: chance that a client drops out of a round"
+    )
+    stragglers: float = Field(
+        default=0.0, ge=0, lt=1, description="simulate: share of clients that are 2 to 10 times slower"
+    )
+    deadline: float = Field(
+        default=0.0,
+        ge=0,
+        description="simulate: leave out clients slower than this many times a usual one (0: wait)",
+    )
     quorum: int = Field(default=1, ge=1, description="fewer good replies than this leave the model as it was")
-    eval_every: int = Field(default=1, ge=0, description="validation loss every so many rounds (0: before and after only)")
+    eval_every: int = Field(
+        default=1, ge=0, description="validation loss every so many rounds (0: before and after only)"
+    )
     eval_rows: int = Field(default=200, ge=1, description="held-out rows for the validation loss")
-    rouge_rows: int = Field(default=0, ge=0, description="held-out prompts answered for Rouge-L before and after (0: none)")
+    rouge_rows: int = Field(
+        default=0, ge=0, description="held-out prompts answered for Rouge-L before and after (0: none)"
+    )
     samples: int = Field(default=4, ge=0, description="fixed prompts answered before and after")
     answer_tokens: int = Field(default=96, ge=1, description="tokens of a generated answer at most")
     threads: int = Field(default=0, ge=0, description="processor threads (0: all)")
@@ -93,9 +123,13 @@ def read(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return tomllib.load(file)
     except FileNotFoundError as error:
-        raise RecipeError([f"no recipe at {path}"], hint="give a TOML file, or a run folder's run.toml") from error
+        raise RecipeError(
+            [f"no recipe at {path}"], hint="give a TOML file, or a run folder's run.toml"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError([f"{path} is not TOML: {error}"], hint="strings need quotes; numbers do not") from error
+        raise RecipeError(
+            [f"{path} is not TOML: {error}"], hint="strings need quotes; numbers do not"
+        ) from error
     except OSError as error:
         raise RecipeError([f"cannot read {path}: {error.strerror}"]) from error
 

@@ -48,7 +48,9 @@ class Hooks:
     emit: Callable[[dict[str, Any]], None]
 
 
-def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: Plan, hooks: Hooks) -> tuple[Any, Totals]:
+def run(
+    method: Method, fleet: Fleet, state: Any, run: RunDir, plan: Plan, hooks: Hooks
+) -> tuple[Any, Totals]:
     """Run (or resume) all rounds; the state after the last, and the totals.
 
     A round counts when its checkpoint is written.  FleetError when every client of a round failed.
@@ -153,7 +155,12 @@ def _accept(method: Method, old: Any, new: Any, door: _Door, plan: Plan, round: 
         )
     if door.accepted >= plan.quorum:
         return new
-    log.warning("round %d: %d good replies are under the quorum of %d; the model stays", round, door.accepted, plan.quorum)
+    log.warning(
+        "round %d: %d good replies are under the quorum of %d; the model stays",
+        round,
+        door.accepted,
+        plan.quorum,
+    )
     return method.aggregate(old, iter(()))
 
 

@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -138,12 +139,26 @@ def create(out: Path, method: str, model: str) -> RunDir:
                 path.mkdir()
             except FileExistsError:
                 continue
+            if sum(_number(p) == number for p in out.iterdir()) > 1:  # another process had the same idea
+                path.rmdir()
+                continue
             (path / "checkpoints").mkdir()
             _point_latest(out, path)
             return RunDir(path)
     except OSError as error:
         raise storage_error(error, out) from error
     raise StorageError(f"cannot find a free number for a run in {out}")
+
+
+def check_writable(folder: Path) -> None:
+    """StorageError, before any slow work, when nothing can be written into `folder` (made if it is not there)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        raise storage_error(error, folder) from error
 
 
 def _point_latest(out: Path, path: Path) -> None:
@@ -160,7 +175,9 @@ def find(run: str, out: Path) -> Path:
     if run != "latest" and (Path(run) / "run.toml").is_file():
         return Path(run)
     if run != "latest" and Path(run).is_dir():
-        raise UsageError(f"{run} is not a run folder (it has no run.toml)", hint="runs there are: fleetune runs")
+        raise UsageError(
+            f"{run} is not a run folder (it has no run.toml)", hint="runs there are: fleetune runs"
+        )
     runs = listing(out)
     if run == "latest" and runs:
         return runs[-1]
@@ -213,7 +230,13 @@ def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     machine = {"system": platform.system(), "machine": platform.machine(), "processors": os.cpu_count()}
-    return {"fleetune": fleetune.__version__, "python": platform.python_version(), **versions, **machine, **extra}
+    return {
+        "fleetune": fleetune.__version__,
+        "python": platform.python_version(),
+        **versions,
+        **machine,
+        **extra,
+    }
 
 
 def _locked(path: Path) -> IO[str]:
@@ -225,7 +248,9 @@ def _locked(path: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise UsageError(f"{path} is in use by another process", hint="wait for it, or stop it, then try again") from error
+        raise UsageError(
+            f"{path} is in use by another process", hint="wait for it, or stop it, then try again"
+        ) from error
     return file
 
 

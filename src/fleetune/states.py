@@ -61,7 +61,9 @@ def unpack(payload: Payload, like: Any) -> tuple[Any, Totals, dict[int, dict[str
 def _put(path: str, value: Any, arrays: dict[str, np.ndarray], scalars: dict[str, Scalar]) -> None:
     if isinstance(value, Ledger):
         scalars[path] = value.head.to_json()
-        arrays.update({f"{path}/id": value.ids, f"{path}/c": value.coefficients, f"{path}/round": value.rounds})
+        arrays.update(
+            {f"{path}/id": value.ids, f"{path}/c": value.coefficients, f"{path}/round": value.rounds}
+        )
     elif isinstance(value, dict):
         arrays.update({f"{path}/{name}": array for name, array in value.items()})
     elif isinstance(value, np.ndarray):

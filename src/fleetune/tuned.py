@@ -8,11 +8,12 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fleetune import adapters, models, recipe as recipes
+from fleetune import adapters, models
+from fleetune import recipe as recipes
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.files import storage_error
 from fleetune.methods import entry
-from fleetune.methods._zeroth import stand
+from fleetune.methods._zeroth import stand as stand
 from fleetune.models import Model
 from fleetune.recipe import Recipe
 from fleetune.seeds import ledger as ledgers
@@ -29,9 +30,13 @@ def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "
     """The base model `name`, loaded as the ledger needs it; LedgerError when it is not the ledger's base."""
     dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(ledger.head.tensors[0][2])
     if dtype is None:
-        raise LedgerError(f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights")
+        raise LedgerError(
+            f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
+        )
     model = models.load(name, dtype=dtype, device=device, offline=offline)
-    tensors = ((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in models.named_tensors(model.net))
+    tensors = (
+        (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in models.named_tensors(model.net)
+    )
     ledgers.require_base(ledger.head, model.digest, model.tokenizer_digest, tensors)
     return model
 
@@ -53,11 +58,12 @@ def verify(model: Model, ledger: Ledger) -> tuple[str, dict[int, bool]]:
     return digest, {int(r): found[int(r)] == stated for r, stated in ledger.head.checks.items()}
 
 
-def load(run: Path, *, offline: bool = False, device: str | None = None) -> Model:
+def load(run: str | Path, *, offline: bool = False, device: str | None = None) -> Model:
     """The tuned model of a finished run; its stored weights stay the base's.
 
     UsageError when the run has no result yet, LedgerError when the base is another now.
     """
+    run = Path(run)
     recipe = recipe_of(run)
     device = device or recipe.device
     kind = entry(recipe.method).kind
@@ -90,7 +96,9 @@ def export_peft(run: Path, out: Path) -> None:
     """Copy a run's adapter directory; UsageError when the run has none or `out` exists."""
     source = run / RESULT["adapter"]
     if not source.is_dir():
-        raise UsageError(f"{run} has no adapter", hint=f"its result is full-parameter: fleetune export {run} --to hf")
+        raise UsageError(
+            f"{run} has no adapter", hint=f"its result is full-parameter: fleetune export {run} --to hf"
+        )
     if out.exists():
         raise UsageError(f"{out} exists already", hint="choose another --dir: nothing is overwritten")
     try:
@@ -100,7 +108,10 @@ def export_peft(run: Path, out: Path) -> None:
 
 
 RESULT: Mapping[str, str] = {"ledger": "ledger.safetensors", "adapter": "adapter"}
-_LOAD: Mapping[str, Callable[[Path, Recipe, bool, str], Model]] = {"ledger": _load_ledger, "adapter": _load_adapter}
+_LOAD: Mapping[str, Callable[[Path, Recipe, bool, str], Model]] = {
+    "ledger": _load_ledger,
+    "adapter": _load_adapter,
+}
 
 
 def export_hf(model: Model, out: Path, *, card: str | None = None) -> str:

@@ -38,7 +38,9 @@ def method(name: str, **changes: Any) -> Method:
 
 def rows(model: Model) -> list[Encoded]:
     examples = [
-        Example((("user", f"say {c} {n}"),), f"{c} {c} {n}", {"colour": c}) for n in range(10) for c in COLOURS
+        Example((("user", f"say {c} {n}"),), f"{c} {c} {n}", {"colour": c})
+        for n in range(10)
+        for c in COLOURS
     ]
     return encode_all(examples, model.tokenizer, 64)[0]
 
@@ -75,7 +77,9 @@ def loss(model: Model) -> float:
     return evaluate.response_loss(model, rows(model))
 
 
-def train(name: str, folder: Path, rounds: int, *, run_dir: RunDir | None = None, **changes: Any) -> tuple[Model, Any, RunDir]:
+def train(
+    name: str, folder: Path, rounds: int, *, run_dir: RunDir | None = None, **changes: Any
+) -> tuple[Model, Any, RunDir]:
     """A run of some rounds in a new process's state of things: new model, new fleet; resumes `run_dir`."""
     model, chosen = models.tiny_llama(), method(name, **changes)
     state = chosen.init(model, key())
@@ -87,7 +91,9 @@ def train(name: str, folder: Path, rounds: int, *, run_dir: RunDir | None = None
 
     plan = Plan(rounds, 1.0, 1, 7, 1, base_of(model))
     with opened:
-        state, _ = run(chosen, fleet(model, chosen), state, opened, plan, Hooks(lambda: None, measure, lambda e: None))
+        state, _ = run(
+            chosen, fleet(model, chosen), state, opened, plan, Hooks(lambda: None, measure, lambda e: None)
+        )
     chosen.apply(model, state)
     return model, state, opened
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from harness import NAMES, base_of, equal_states, fleet, key, logits, loss, method, reply, train
 
 from fleetune import methods, models
 from fleetune.errors import MessageError
@@ -18,7 +19,6 @@ from fleetune.messages import Message, Payload, check, decode, encode
 from fleetune.methods import Reply
 from fleetune.rundir import RunDir
 from fleetune.states import Totals, pack, unpack
-from harness import NAMES, base_of, equal_states, fleet, key, logits, loss, method, reply, train
 
 every = pytest.mark.parametrize("name", NAMES)
 

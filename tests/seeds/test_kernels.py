@@ -113,6 +113,27 @@ def test_torch_equals_numba_whatever_the_threads_and_chunks(case):
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("K", [1, 16, 128, 4096, 8192])
+def test_every_mix_of_passes_and_probe(kernels, K):
+    # Each has its own way through the kernel: no, one, few and many passes; the probe's direction among
+    # them or not; whole tiles and parts of tiles.
+    law = "rademacher" if K == 1 else "pooled"
+    base = weights(4, 2 * TILE + 700, torch.float32)
+    for n_passes in (0, 1, 2, 4, 5):
+        ids = [(e + 1) << 32 | (3 * e % K) for e in range(n_passes)]
+        passes = noise.passes(law, K, ids, range(1, n_passes + 1))
+        assert len(passes.ids) == n_passes
+        for probed in (None, *ids[:1], 77 << 32 | (K - 1)):
+            probe = None
+            if probed is not None:
+                id, table = noise.probe(law, K, probed)
+                probe = id, table * np.float32(0.37)
+            out = torch.empty_like(base)
+            kernels.sweep(out, base, TILE - 9, 5, passes, 1e-2, probe)
+            assert torch.equal(bits(out), bits(reference(base, TILE - 9, 5, passes, 1e-2, probe)))
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("law", ["rademacher", "pooled"])
 def test_pieces_of_a_tensor_equal_the_whole(kernels, law):
     K = 64 if law == "pooled" else 1

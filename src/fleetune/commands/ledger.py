@@ -96,7 +96,9 @@ def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
         ui.note("the ledger states no digest to check; this is what it rebuilds")
     ui.event({"event": "verified", "digest": digest, "checks": len(checks)})
     if not ui.json:
-        ui.paths([("verified", f"{len(checks)} of {len(checks)} stated digests found again"), ("digest", digest)])
+        ui.paths(
+            [("verified", f"{len(checks)} of {len(checks)} stated digests found again"), ("digest", digest)]
+        )
 
 
 def _diff(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
@@ -135,7 +137,9 @@ def _write(args: argparse.Namespace, ui: Ui, ledger: Ledger) -> None:
     if path.exists():
         raise UsageError(f"{path} exists already", hint="choose another --to: nothing is overwritten")
     ledger.save(path)
-    ui.event({"event": "written", "file": str(path), "entries": len(ledger), "fingerprint": ledger.fingerprint()})
+    ui.event(
+        {"event": "written", "file": str(path), "entries": len(ledger), "fingerprint": ledger.fingerprint()}
+    )
     ui.paths([("result", f"{path} ({human_bytes(path.stat().st_size)}, {len(ledger):,} entries)")])
 
 
@@ -158,6 +162,10 @@ ACTIONS: dict[str, Action] = {
     "truncate": lambda args, ui, paths, loaded: _write(
         args, ui, loaded[0].truncate(int(_needs(args.round, "--round N", args)))
     ),
-    "drop": lambda args, ui, paths, loaded: _write(args, ui, loaded[0].drop(int(_needs(args.round, "--round N", args)))),
-    "scale": lambda args, ui, paths, loaded: _write(args, ui, loaded[0].scale(_needs(args.factor, "--factor X", args))),
+    "drop": lambda args, ui, paths, loaded: _write(
+        args, ui, loaded[0].drop(int(_needs(args.round, "--round N", args)))
+    ),
+    "scale": lambda args, ui, paths, loaded: _write(
+        args, ui, loaded[0].scale(_needs(args.factor, "--factor X", args))
+    ),
 }

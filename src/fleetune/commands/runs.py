@@ -16,7 +16,9 @@ from fleetune.ui import Ui, human_bytes, human_time, show
 
 def _found(args: argparse.Namespace, least: int) -> list[Path]:
     if len(args.names) < least:
-        raise UsageError(f"runs {args.action} needs {least} RUN or more", hint="runs there are: fleetune runs")
+        raise UsageError(
+            f"runs {args.action} needs {least} RUN or more", hint="runs there are: fleetune runs"
+        )
     return [rundir.find(name, Path(args.out)) for name in args.names]
 
 
@@ -63,7 +65,11 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
         ui.event({"event": "run", **row})
     if not ui.json:
         keys = [k for k in rows[0] if any(row.get(k) != rows[0].get(k) for row in rows)]
-        ui.table(["", *(r.name for r in runs)], [[k, *(row.get(k) for row in rows)] for k in keys], align="l" + "r" * len(runs))
+        ui.table(
+            ["", *(r.name for r in runs)],
+            [[k, *(row.get(k) for row in rows)] for k in keys],
+            align="l" + "r" * len(runs),
+        )
     ui.paths([("report", str(page))])
 
 

@@ -26,7 +26,10 @@ class Answer(NamedTuple):
 class Fleet(Protocol):
     """Anything that can run `Method.local` for its clients."""
 
-    rows: Sequence[int]  # rows of every client
+    @property
+    def rows(self) -> Sequence[int]:
+        """Rows of every client."""
+        ...
 
     def ask(self, round: int, clients: Sequence[int], message: bytes) -> Iterator[Answer]:
         """Send `message` to these clients and yield their answers."""

@@ -97,7 +97,9 @@ class LocalFleet:
 
     def _work(self, client: int, key: int, message: bytes) -> bytes:
         received = decode(message)
-        batches = Watched(Batches(self.clients[client], self.pad_id, key, self.model.device), client, self.on_step)
+        batches = Watched(
+            Batches(self.clients[client], self.pad_id, key, self.model.device), client, self.on_step
+        )
         memory = self.memory.setdefault(client, {})
         reply = self.method.local(self.model, received.payload, batches, key, memory)  # type: ignore[arg-type]
         return encode(Message(received.round, received.base, reply))

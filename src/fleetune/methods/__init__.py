@@ -2,8 +2,9 @@
 """The contract every method keeps, and the registry: the folder itself.
 
 `methods/fedkseed.py` is `--method fedkseed`.  A method is one file: a docstring that cites the paper, three
-constants (`KIND`, `PAPER`, `SENDS`; and `CLIENTS` where a usual fleet is not 8), a State (NamedTuple) and a frozen dataclass `Method` whose fields are
-the hyper-parameters, each `field(default, metadata={"symbol": .., "help": ..})`, with the functions below.
+constants (`KIND`, `PAPER`, `SENDS`; and `CLIENTS` where a usual fleet is not 8), a State (NamedTuple) and a
+frozen dataclass `Method` whose fields are the hyper-parameters, each
+`field(default, metadata={"symbol": .., "help": ..})`, with the functions below.
 Third parties register a module with the same shape under the entry-point group `fleetune.methods`.
 
 Listing reads the files as text (`ast`): it imports nothing.
@@ -56,7 +57,9 @@ class Method(Protocol):
         """What a reply must look like: everything else is refused at the door."""
         ...
 
-    def local(self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]) -> Payload:
+    def local(
+        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
+    ) -> Payload:
         """A device's round; `memory` is its own dict, kept for it between rounds (arrays and numbers)."""
         ...
 
@@ -106,8 +109,10 @@ def entries() -> dict[str, Entry]:
 def _source(module: str) -> str:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise UsageError(f"the method module {module} is registered, but cannot be found",
-                         hint="reinstall or uninstall the package that registers it")
+        raise UsageError(
+            f"the method module {module} is registered, but cannot be found",
+            hint="reinstall or uninstall the package that registers it",
+        )
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
@@ -116,15 +121,19 @@ def _read(name: str, module: str, text: str) -> Entry:
     constants = {
         node.targets[0].id: node.value.value
         for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
     }
     try:
         kind, paper, sends = (str(constants[c]) for c in ("KIND", "PAPER", "SENDS"))
     except KeyError as missing:
-        raise UsageError(f"the method '{name}' ({module}) does not state {missing}",
-                         hint="a method file sets KIND, PAPER and SENDS to plain strings") from missing
+        raise UsageError(
+            f"the method '{name}' ({module}) does not state {missing}",
+            hint="a method file sets KIND, PAPER and SENDS to plain strings",
+        ) from missing
     summary = (ast.get_docstring(tree) or "").strip().split("\n")[0]
-    return Entry(name, kind, paper, sends, summary, module, int(constants.get("CLIENTS", 8)))
+    return Entry(name, kind, paper, sends, summary, module, int(str(constants.get("CLIENTS", 8))))
 
 
 def entry(name: str) -> Entry:
@@ -147,7 +156,9 @@ def settings(name: str) -> list[Setting]:
     cls = module_of(name).Method
     hints = get_type_hints(cls)
     return [
-        Setting(f.name, hints[f.name], f.default, f.metadata.get("symbol", f.name), f.metadata.get("help", ""))
+        Setting(
+            f.name, hints[f.name], f.default, f.metadata.get("symbol", f.name), f.metadata.get("help", "")
+        )
         for f in dataclasses.fields(cls)
     ]
 
@@ -193,4 +204,6 @@ def _parse(value: Any, kind: type) -> Any:
 
 
 def _article(kind: type) -> str:
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(kind, kind.__name__)
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(
+        kind, kind.__name__
+    )

@@ -63,7 +63,9 @@ def new_ledger(
     aggregation: str,
 ) -> Ledger:
     """An empty ledger on this base; `K` is the pool's size, the grid is lr / 256."""
-    tensors = tuple((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in named_tensors(model.net))
+    tensors = tuple(
+        (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in named_tensors(model.net)
+    )
     head = Head(
         base=model.digest,
         tokenizer=model.tokenizer_digest,
@@ -108,9 +110,12 @@ def look(model: Model, run_key: int, law: str, grid: float) -> View:
             return view
         view.remove()
     elif view is not None:
-        raise ModelError(f"the model carries a {type(view).__name__}; detach it before a zeroth-order method uses it")
-    model.attachment = View(named_tensors(model.net), model.net, run_key=run_key, law=law, grid=grid)
-    return model.attachment
+        raise ModelError(
+            f"the model carries a {type(view).__name__}; detach it before a zeroth-order method uses it"
+        )
+    view = View(named_tensors(model.net), model.net, run_key=run_key, law=law, grid=grid)
+    model.attachment = view
+    return view
 
 
 def stand(model: Model, ledger: Ledger) -> View:

@@ -48,14 +48,25 @@ class Method:
     """Hyper-parameters with the defaults of the paper's code (Shepherd)."""
 
     r: int = field(default=16, metadata={"symbol": "r", "help": "rank of the adapters"})
-    alpha: int = field(default=16, metadata={"symbol": "α", "help": "LoRA scale; the update is (alpha / r) B A"})
+    alpha: int = field(
+        default=16, metadata={"symbol": "α", "help": "LoRA scale; the update is (alpha / r) B A"}
+    )
     dropout: float = field(default=0.05, metadata={"symbol": "p", "help": "LoRA dropout"})
     lr: float = field(default=3e-4, metadata={"symbol": "η", "help": "AdamW learning rate"})
-    epochs: int = field(default=1, metadata={"symbol": "E", "help": "local epochs a round (Shepherd's code: 10)"})
+    epochs: int = field(
+        default=1, metadata={"symbol": "E", "help": "local epochs a round (Shepherd's code: 10)"}
+    )
     batch_size: int = field(default=8, metadata={"symbol": "B", "help": "rows a step"})
-    steps: int = field(default=0, metadata={"symbol": "τ", "help": "local steps a round instead of epochs (0: epochs)"})
-    average: str = field(default="separate", metadata={"symbol": "avg", "help": "separate: A and B (as published); product: B A"})
-    wire: str = field(default="fp32", metadata={"symbol": "wire", "help": "fp32, or fp16 to halve the traffic"})
+    steps: int = field(
+        default=0, metadata={"symbol": "τ", "help": "local steps a round instead of epochs (0: epochs)"}
+    )
+    average: str = field(
+        default="separate",
+        metadata={"symbol": "avg", "help": "separate: A and B (as published); product: B A"},
+    )
+    wire: str = field(
+        default="fp32", metadata={"symbol": "wire", "help": "fp32, or fp16 to halve the traffic"}
+    )
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha < 1 or self.batch_size < 1 or self.epochs < 1 or self.steps < 0:
@@ -76,23 +87,31 @@ class Method:
             adapters.attach_lora(model, r=self.r, alpha=self.alpha, dropout=self.dropout, seed=seed)
 
     def broadcast(self, state: State) -> Payload:
-        return Payload({n: t.astype(DTYPE[self.wire]) for n, t in state.tensors.items()}, {"seed": state.seed})
+        return Payload(
+            {n: t.astype(DTYPE[self.wire]) for n, t in state.tensors.items()}, {"seed": state.seed}
+        )
 
     def expects(self, state: State) -> Spec:
         arrays = {n: (np.dtype(DTYPE[self.wire]).name, t.shape) for n, t in state.tensors.items()}
         return Spec(arrays, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
-    def local(self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]) -> Payload:
+    def local(
+        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
+    ) -> Payload:
         """Epochs (or steps) of AdamW on the adapter, moments fresh every round."""
         self.attach(model, payload.int("seed"))
         adapters.load_(model, {n: a.astype(np.float32) for n, a in payload.arrays.items()})
         optimizer = torch.optim.AdamW(adapters.trainable(model).values(), lr=self.lr, weight_decay=0.0)
         losses = []
-        taken = batches.steps(self.steps, self.batch_size) if self.steps else batches.epochs(self.epochs, self.batch_size)
+        taken = (
+            batches.steps(self.steps, self.batch_size)
+            if self.steps
+            else batches.epochs(self.epochs, self.batch_size)
+        )
         with adapters.training(model, key):
             for batch in taken:
                 loss = loss_tensor(model, batch)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(loss.item())

@@ -34,7 +34,17 @@ from fleetune import objectives
 from fleetune.data import Batches
 from fleetune.messages import LogCode, Payload, Spec
 from fleetune.methods import Reply
-from fleetune.methods._zeroth import INT32, UNITS, announce, arrive, check_pool, draw, new_ledger, pool_ids, stand
+from fleetune.methods._zeroth import (
+    INT32,
+    UNITS,
+    announce,
+    arrive,
+    check_pool,
+    draw,
+    new_ledger,
+    pool_ids,
+    stand,
+)
 from fleetune.models import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.spsa import descend, uniforms
@@ -57,17 +67,32 @@ class State(NamedTuple):
 class Method:
     """Hyper-parameters with the paper's symbols and defaults (README of the reference: Dolly, batch 1)."""
 
-    K: int = field(default=1024, metadata={"symbol": "K", "help": "directions in the pool (a power of two for law=pooled)"})
+    K: int = field(
+        default=1024,
+        metadata={"symbol": "K", "help": "directions in the pool (a power of two for law=pooled)"},
+    )
     tau: int = field(default=200, metadata={"symbol": "τ", "help": "local steps a round"})
     lr: float = field(default=3e-7, metadata={"symbol": "η", "help": "learning rate"})
     eps: float = field(default=5e-4, metadata={"symbol": "ε", "help": "size of the perturbation"})
     batch_size: int = field(default=1, metadata={"symbol": "B", "help": "rows a step"})
-    law: str = field(default="pooled", metadata={"symbol": "law", "help": "directions: pooled, rademacher or gaussian"})
-    epoch_rounds: int = field(default=0, metadata={"symbol": "E", "help": "renew the pool every so many rounds (0: never)"})
-    pro: bool = field(default=False, metadata={"symbol": "Pro", "help": "draw directions by the size of their scalars"})
+    law: str = field(
+        default="pooled", metadata={"symbol": "law", "help": "directions: pooled, rademacher or gaussian"}
+    )
+    epoch_rounds: int = field(
+        default=0, metadata={"symbol": "E", "help": "renew the pool every so many rounds (0: never)"}
+    )
+    pro: bool = field(
+        default=False, metadata={"symbol": "Pro", "help": "draw directions by the size of their scalars"}
+    )
     clip: float = field(default=0.0, metadata={"symbol": "C", "help": "cut |g| to this (0: not)"})
-    wire: str = field(default="byte", metadata={"symbol": "wire", "help": "byte: one byte a step; sums: exact sums, 4 bytes a direction"})
-    objective: str = field(default="loss", metadata={"symbol": "f", "help": "loss, accuracy, rouge_l, f1 or package.module:function"})
+    wire: str = field(
+        default="byte",
+        metadata={"symbol": "wire", "help": "byte: one byte a step; sums: exact sums, 4 bytes a direction"},
+    )
+    objective: str = field(
+        default="loss",
+        metadata={"symbol": "f", "help": "loss, accuracy, rouge_l, f1 or package.module:function"},
+    )
 
     def __post_init__(self) -> None:
         check_pool(self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size)
@@ -78,8 +103,16 @@ class Method:
 
     def init(self, model: Model, key: int) -> State:
         ledger = new_ledger(
-            model, key, law=self.law, K=self.K, lr=self.lr, eps=self.eps, method="fedkseed",
-            rule="constant", hyper=asdict(self), aggregation="mean weighted by rows",
+            model,
+            key,
+            law=self.law,
+            K=self.K,
+            lr=self.lr,
+            eps=self.eps,
+            method="fedkseed",
+            rule="constant",
+            hyper=asdict(self),
+            aggregation="mean weighted by rows",
         )
         return State(ledger, 0, np.zeros(self.K), np.zeros(self.K, np.int64))
 
@@ -105,14 +138,16 @@ class Method:
         mean[state.seen == 0] = np.median(mean[state.seen > 0])
         mean = np.minimum(mean, np.quantile(mean, 0.95))
         scaled = (mean - mean.min()) / (np.ptp(mean) or 1.0)
-        p = np.exp(scaled) / np.exp(scaled).sum()
-        return p.astype(np.float32)
+        p: np.ndarray = (np.exp(scaled) / np.exp(scaled).sum()).astype(np.float32)
+        return p
 
     def expects(self, state: State) -> Spec:
         reply = {"codes": ("uint8", (-self.tau,))} if self.wire == "byte" else {"sums": ("int32", (self.K,))}
         return Spec(reply, {"n": (int, 1, 1 << 31), "steps": (int, 0, self.tau), "loss": (float, -1e9, 1e9)})
 
-    def local(self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]) -> Payload:
+    def local(
+        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
+    ) -> Payload:
         """tau steps along drawn directions; what is sent is what was stepped by."""
         view, position = arrive(model, payload)
         p = payload.arrays.get("p")
@@ -130,8 +165,15 @@ class Method:
             return int(LogCode.decode(codes[step : step + 1])[0])
 
         steps = descend(
-            model, view, position, ids.tolist(), batches.steps(self.tau, self.batch_size),
-            objectives.get(self.objective), eps=self.eps, clip=self.clip, to_units=to_units,
+            model,
+            view,
+            position,
+            ids.tolist(),
+            batches.steps(self.tau, self.batch_size),
+            objectives.get(self.objective),
+            eps=self.eps,
+            clip=self.clip,
+            to_units=to_units,
         )
         scalars = {"n": batches.n, "steps": len(steps.coefficients), "loss": steps.loss}
         if self.wire == "byte":

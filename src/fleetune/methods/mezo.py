@@ -55,20 +55,39 @@ class Method:
     eps: float = field(default=1e-3, metadata={"symbol": "ε", "help": "size of the perturbation"})
     batch_size: int = field(default=16, metadata={"symbol": "B", "help": "rows a step"})
     tau: int = field(default=50, metadata={"symbol": "τ", "help": "steps a round (between two evaluations)"})
-    K: int = field(default=4096, metadata={"symbol": "K", "help": "orthogonal directions before a new pool is drawn"})
-    law: str = field(default="pooled", metadata={"symbol": "law", "help": "directions: pooled, rademacher or gaussian"})
+    decay: int = field(
+        default=0,
+        metadata={"symbol": "T", "help": "steps over which the rate falls linearly to 0 (0: constant)"},
+    )
+    K: int = field(
+        default=4096, metadata={"symbol": "K", "help": "orthogonal directions before a new pool is drawn"}
+    )
+    law: str = field(
+        default="pooled", metadata={"symbol": "law", "help": "directions: pooled, rademacher or gaussian"}
+    )
     clip: float = field(default=0.0, metadata={"symbol": "C", "help": "cut |g| to this (0: not)"})
-    objective: str = field(default="loss", metadata={"symbol": "L", "help": "loss, accuracy, rouge_l, f1 or package.module:function"})
+    objective: str = field(
+        default="loss",
+        metadata={"symbol": "L", "help": "loss, accuracy, rouge_l, f1 or package.module:function"},
+    )
 
     def __post_init__(self) -> None:
         check_pool(self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size)
-        if self.clip < 0:
-            raise ValueError("clip must be 0 or more")
+        if self.clip < 0 or self.decay < 0:
+            raise ValueError("clip and decay must be 0 or more")
 
     def init(self, model: Model, key: int) -> State:
         ledger = new_ledger(
-            model, key, law=self.law, K=self.K, lr=self.lr, eps=self.eps, method="mezo",
-            rule="constant", hyper=asdict(self), aggregation="mean weighted by rows",
+            model,
+            key,
+            law=self.law,
+            K=self.K,
+            lr=self.lr,
+            eps=self.eps,
+            method="mezo",
+            rule="linear to 0" if self.decay else "constant",
+            hyper=asdict(self),
+            aggregation="mean weighted by rows",
         )
         return State(ledger, 0, 0)
 
@@ -77,6 +96,10 @@ class Method:
         steps = np.arange(step, step + self.tau, dtype=np.uint64)
         return (steps // np.uint64(self.K) << np.uint64(32)) | steps % np.uint64(self.K)
 
+    def rate(self, step: int) -> float:
+        """The learning rate at a step, as a share of `lr`."""
+        return max(0.0, 1.0 - step / self.decay) if self.decay else 1.0
+
     def broadcast(self, state: State) -> Payload:
         payload = announce(state.ledger, self.K, max(0, state.step - 1) // self.K)
         return Payload(payload.arrays, {**payload.scalars, "step": state.step})
@@ -84,13 +107,22 @@ class Method:
     def expects(self, state: State) -> Spec:
         return Spec({"c": ("int32", (self.tau,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
-    def local(self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]) -> Payload:
+    def local(
+        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
+    ) -> Payload:
         """tau steps along fresh directions; the integers that were stepped by are the reply."""
         view, position = arrive(model, payload)
+        first = payload.int("step")
         steps = descend(
-            model, view, position, self.ids(payload.int("step")).tolist(), batches.steps(self.tau, self.batch_size),
-            objectives.get(self.objective), eps=self.eps, clip=self.clip,
-            to_units=lambda step, g: max(-INT32, min(INT32, round(-g * UNITS))),
+            model,
+            view,
+            position,
+            self.ids(first).tolist(),
+            batches.steps(self.tau, self.batch_size),
+            objectives.get(self.objective),
+            eps=self.eps,
+            clip=self.clip,
+            to_units=lambda step, g: max(-INT32, min(INT32, round(-g * UNITS * self.rate(first + step)))),
         )
         return Payload({"c": steps.coefficients.astype(np.int32)}, {"n": batches.n, "loss": steps.loss})
 

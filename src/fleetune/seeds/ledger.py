@@ -222,9 +222,7 @@ class Ledger:
 
     def to_bytes(self) -> bytes:
         """The file, byte for byte: equal ledgers give equal bytes (safetensors' own writer shuffles metadata)."""
-        header: dict[str, Any] = {
-            "__metadata__": {"format": "fleetune-ledger", "head": self.head.to_json()}
-        }
+        header: dict[str, Any] = {"__metadata__": {"format": "fleetune-ledger", "head": self.head.to_json()}}
         data = b""
         for name, kind, values in (
             ("id", "U64", self.ids.astype("<u8")),

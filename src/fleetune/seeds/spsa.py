@@ -10,6 +10,7 @@ the weights.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -83,9 +84,8 @@ def descend(
     coefficients, losses, skipped = [], [], 0
     for step, (id, batch) in enumerate(zip(ids, batches, strict=False)):
         position.place(view)
-        plus, minus = two_point(
-            view, probe(view.law, position.K, id), eps, lambda b=batch: objective(model, b)
-        )  # type: ignore[misc]
+        loss = functools.partial(objective, model, batch)
+        plus, minus = two_point(view, probe(view.law, position.K, id), eps, loss)
         g = (plus - minus) / (2 * eps)
         if not math.isfinite(g):
             coefficients.append(0)

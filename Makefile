@@ -1,0 +1,43 @@
+# Two commands do everything: make demo, make test.  Each makes what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench slow format clean help
+
+help:
+	@echo "make demo    tune a real language model over 24 simulated clients, with a report (about 10 minutes)"
+	@echo "make test    the test suite"
+	@echo "make check   lint, format and types"
+	@echo "make slow    tests that need a downloaded model or minutes"
+	@echo "make bench   ours against the papers' way, as ratios"
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Fleetune needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/fleetune demo
+
+test: $(VENV)/ready
+	$(BIN)/pytest
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: $(VENV)/ready
+	$(BIN)/pytest -m slow
+
+bench: $(VENV)/ready
+	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,562 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger: its file to the byte, damage, and what every operation does to the weights it rebuilds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load as safetensors_load
+from safetensors.numpy import save as safetensors_save
+
+from fleetune.errors import FleetuneError, LedgerError, UsageError
+from fleetune.models import digest, uniform
+from fleetune.seeds import ledger as ledgers
+from fleetune.seeds import noise
+from fleetune.seeds.ledger import Change, Head, Ledger, load, require_base
+from fleetune.seeds.view import kernels, layout
+
+K = 16
+TENSORS = (("a.weight", (70, 61), "float32"), ("b", (9,), "float32"))
+
+
+def head(**changes: Any) -> Head:
+    known: dict[str, Any] = {
+        "base": "ab" * 32, "tokenizer": "cd" * 32, "tensors": TENSORS, "run_key": 0x0123456789ABCDEF,
+        "law": "pooled", "K": K, "grid": float(np.float32(1e-4)), "eps": 1e-3, "lr": "constant",
+        "method": "fedkseed", "hyper": {"K": 16, "lr": 3e-7, "pro": False}, "aggregation": "mean weighted by rows",
+    }  # fmt: skip
+    return Head(**{**known, **changes})
+
+
+def some(**changes: Any) -> Ledger:
+    """Three rounds over two epochs of the pool, with repeated directions."""
+    ledger = Ledger(head(**changes))
+    ledger = ledger.append(np.array([0, 5, 15, 5]), np.array([7, -300, 2**20, 0]), 1)
+    ledger = ledger.append(np.array([5, 3]), np.array([100, -1]), 2)
+    ledger = ledger.append(np.array([1 << 32 | 5, 1 << 32 | 9, 15]), np.array([11, -12, 2**20]), 3)
+    return ledger.with_check(1, "11" * 32).with_check(2, "22" * 32).with_check(3, "33" * 32)
+
+
+def base() -> dict[str, torch.Tensor]:
+    return {n: torch.from_numpy(uniform(f"ledger/{n}", shape, 1.0)) for n, shape, _ in TENSORS}
+
+
+def direction(law: str, run_key: int, id: int, start: int, count: int, K: int = K) -> np.ndarray:
+    """One direction, from the definition: int64 [count]."""
+    if law == "rademacher":
+        return noise.signs(run_key, id, start, count).astype(np.int64)
+    epoch, k = divmod(id, 1 << 32)
+    H = np.array([[(-1) ** bin(i & j).count("1") for j in range(K)] for i in range(K)])
+    place = (start + np.arange(count)) % K
+    return noise.signs(run_key, epoch, start, count).astype(np.int64) * H[place, k]
+
+
+def formula(ledger: Ledger) -> dict[str, torch.Tensor]:
+    """round(w0 + grid * sum c z) with the sum entry by entry, and each float operation by itself."""
+    rebuilt, start, h = {}, 0, ledger.head
+    for name, tensor in sorted(base().items()):
+        acc = np.zeros(tensor.numel(), np.int64)
+        for id, c in zip(ledger.ids.tolist(), ledger.coefficients.tolist(), strict=True):
+            acc += c * direction(h.law, h.run_key, id, start, tensor.numel(), h.K)
+        moved = tensor.numpy().reshape(-1) + np.float32(h.grid) * acc.astype(np.float32)
+        assert moved.dtype == np.float32
+        rebuilt[name] = torch.from_numpy(moved).view(tensor.shape)
+        start += -(-tensor.numel() // 4096) * 4096
+    return rebuilt
+
+
+def rebuild(ledger: Ledger, backend: str = "numba", threads: int = 1) -> str:
+    """The digest of what the kernels make of a ledger."""
+    found, h = [], ledger.head
+    for slot in layout(base().items()):
+        out = slot.tensor.reshape(-1).clone()
+        kernels(torch.device("cpu"), backend).sweep(
+            out, out, slot.start, h.run_key, ledger.passes(), h.grid, threads=threads
+        )
+        found.append((slot.name, out.view(slot.tensor.shape)))
+    return digest(found)
+
+
+# --- the file -----------------------------------------------------------------------------------------------
+
+FILE_SHA = "d3d917969de9dbaab6229e93feda69f74676b5e801e5b0e8db4e7ab241e58102"
+FINGERPRINT = "7026ff12b487b919a36c9387db98001c341b437c1aa16a3821df8b4d00940d23"
+
+
+def test_the_file_is_these_bytes():
+    data = some().to_bytes()
+    assert hashlib.sha256(data).hexdigest() == FILE_SHA
+    assert some().fingerprint() == FINGERPRINT
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    header = json.loads(data[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "fleetune-ledger", "head": some().head.to_json()}
+    n = len(some())
+    assert header == {
+        "id": {"dtype": "U64", "shape": [n], "data_offsets": [0, 8 * n]},
+        "coefficient": {"dtype": "I32", "shape": [n], "data_offsets": [8 * n, 12 * n]},
+        "round": {"dtype": "U32", "shape": [n], "data_offsets": [12 * n, 16 * n]},
+    }
+    arrays = safetensors_load(data)
+    assert arrays["id"].tolist() == [0, 5, 15, 5, 3, 4294967301, 4294967305, 15]
+    assert arrays["coefficient"].tolist() == [7, -300, 1048576, 100, -1, 11, -12, 1048576]
+    assert arrays["round"].tolist() == [1, 1, 1, 2, 2, 3, 3, 3]
+
+
+def test_the_head_is_canonical_json():
+    text = head().to_json()
+    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    assert json.loads(text)["run_key"] == "0123456789abcdef"
+    assert json.loads(head(run_key=1).to_json())["run_key"] == "0000000000000001"
+    assert set(json.loads(text)) == {
+        "base", "tokenizer", "tensors", "run_key", "law", "law_version", "K", "grid", "format", "eps", "lr",
+        "method", "hyper", "aggregation", "privacy", "checks", "previous",
+    }  # fmt: skip
+    assert Head.from_json(text) == head()
+
+
+entries = st.lists(
+    st.tuples(
+        st.integers(0, 2**64 - 1), st.integers(-(2**31) + 1, 2**31 - 1).filter(bool), st.integers(0, 2**32 - 1)
+    ),
+    max_size=20,
+)
+
+
+@given(
+    rows=entries,
+    key=st.integers(0, 2**64 - 1),
+    law=st.sampled_from(["rademacher", "pooled", "gaussian"]),
+    grid=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    hyper=st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=5), st.booleans())),
+    names=st.lists(st.text(max_size=9), max_size=3),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_saved_ledger_comes_back(tmp_path_factory, rows, key, law, grid, hyper, names):
+    tensors = tuple((n, (i, 2), "bfloat16") for i, n in enumerate(names))
+    ledger = Ledger(head(run_key=key, law=law, grid=grid, hyper=hyper, tensors=tensors))
+    for id, c, r in rows:
+        ledger = ledger.append(np.array([id], np.uint64), np.array([c]), r)
+    path: Path = tmp_path_factory.getbasetemp() / "ledger.safetensors"
+    ledger.save(path)
+    again = load(path)
+    assert again.head == ledger.head
+    assert again.fingerprint() == ledger.fingerprint()
+    assert again.to_bytes() == ledger.to_bytes() == path.read_bytes()
+    for left, right in ((again.ids, ledger.ids), (again.coefficients, ledger.coefficients), (again.rounds, ledger.rounds)):
+        assert left.dtype == right.dtype
+        assert left.tolist() == right.tolist()
+    assert again.ids.tolist() == [id for id, _, _ in rows]
+
+
+def test_a_file_is_its_owners_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        some().save(tmp_path / "l.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "l.safetensors").stat().st_mode) == 0o600
+
+
+def test_the_fingerprint_sees_everything():
+    ledger, seen = some(), {some().fingerprint()}
+    others = [replace(ledger, head=replace(ledger.head, **{n: v})) for n, v in OTHER_HEADS.items()]
+    others.append(replace(ledger, ids=ledger.ids + np.uint64(1)))
+    others.append(replace(ledger, coefficients=-ledger.coefficients))
+    others.append(replace(ledger, rounds=ledger.rounds + np.uint32(1)))
+    others.append(ledger.append(np.array([1]), np.array([1]), 4))
+    for other in others:
+        assert other.fingerprint() not in seen
+        seen.add(other.fingerprint())
+
+
+OTHER_HEADS: dict[str, Any] = {
+    "base": "00" * 32, "tokenizer": "00" * 32, "tensors": TENSORS[:1], "run_key": 1, "law": "rademacher", "K": 8,
+    "grid": 0.5, "law_version": 2, "format": 2, "eps": 0.5, "lr": "x", "method": "x", "hyper": {}, "aggregation": "x",
+    "privacy": "x", "checks": {}, "previous": "x",
+}  # fmt: skip
+
+
+# --- damage -------------------------------------------------------------------------------------------------
+
+
+def opened(path: Path, data: bytes) -> Ledger | None:
+    """What a file of these bytes loads as; None for a LedgerError; anything else is a failed test."""
+    path.unlink(missing_ok=True)  # a file that is written over is flushed by some file systems: slow
+    path.write_bytes(data)
+    try:
+        return load(path)
+    except LedgerError as error:
+        assert error.message
+        return None
+
+
+def test_any_flipped_byte_is_noticed(tmp_path):
+    data, want = some().to_bytes(), some()
+    end = 8 + int.from_bytes(data[:8], "little")
+    padding = len(data[8:end].rstrip(b" ")) + 8
+    for i in range(len(data)):
+        for flip in {1 << bit for bit in range(8)} | {0x1E, 1 + i * 37 % 255}:  # 0x1E: "0" to "."
+            found = opened(tmp_path / "l", data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :])
+            if found is not None and found.fingerprint() == want.fingerprint():
+                assert padding <= i < end  # blank space to blank space
+                assert chr(data[i] ^ flip).isspace()
+
+
+def test_any_lost_byte_is_noticed(tmp_path):
+    data = some().to_bytes()
+    for i in range(len(data)):
+        found = opened(tmp_path / "l", data[:i] + data[i + 1 :])
+        assert found is None or found.fingerprint() != some().fingerprint()
+    for i in range(0, len(data), 7):
+        assert opened(tmp_path / "l", data[:i]) is None
+
+
+def file_with(text: str | None, **arrays: np.ndarray) -> bytes:
+    known = {"id": np.zeros(2, np.uint64), "coefficient": np.ones(2, np.int32), "round": np.zeros(2, np.uint32)}
+    metadata = {"format": "fleetune-ledger"} if text is None else {"format": "fleetune-ledger", "head": text}
+    return safetensors_save({**known, **arrays}, metadata)
+
+
+def changed(**changes: Any) -> str:
+    """The head's JSON with other values, in canonical form."""
+    return json.dumps({**json.loads(head().to_json()), **changes}, sort_keys=True, separators=(",", ":"))
+
+
+def without(field: str) -> str:
+    known = json.loads(head().to_json())
+    del known[field]
+    return json.dumps(known, sort_keys=True, separators=(",", ":"))
+
+
+BAD_HEADS = {
+    "none": None, "empty": "", "a list": "[]", "a number": "1", "null": "null", "deep": "[" * 100_000, "not JSON": "{",
+    "spaces": json.dumps(json.loads(head().to_json()), sort_keys=True),
+    "capital hex": head().to_json().replace("0123456789abcdef", "0123456789ABCDEF"),
+    "short hex": changed(run_key="1"), "no hex": changed(run_key="xyz"), "a key that is a number": changed(run_key=1),
+    "a long key": changed(run_key="1" * 17), "a negative key": changed(run_key="-000000000000001"),
+    "no run key": without("run_key"), "no base": without("base"), "no previous": without("previous"),
+    "an unknown field": changed(extra=1), "K is a float": changed(K=16.0), "K is text": changed(K="16"),
+    "K is 1.24": changed(K=1.24), "K is 1e24": changed(K=1e24), "K is 12": changed(K=12), "K is 0": changed(K=0),
+    "K is negative": changed(K=-16), "K is true": changed(K=True), "K is huge": changed(K=2**40),
+    "another law": changed(law="cauchy"), "a law of another kind": changed(law=["pooled"]),
+    "grid is text": changed(grid="1"), "grid is nan": changed(grid=float("nan")), "grid is null": changed(grid=None),
+    "grid is infinite": changed(grid=float("inf")), "grid is a huge number": changed(grid=10**400),
+    "base is a number": changed(base=1), "tokenizer is null": changed(tokenizer=None), "eps is text": changed(eps="1"),
+    "hyper is a list": changed(hyper=[]), "checks is a list": changed(checks=[]), "a check of no round": changed(checks={"x": ""}),
+    "a check of a number": changed(checks={"1": 1}), "tensors is a number": changed(tensors=1),
+    "tensors is a map": changed(tensors={"a": 1}), "a tensor of two parts": changed(tensors=[["a", [1]]]),
+    "a tensor without end": changed(tensors=[["a", [float("inf")], "float32"]]),
+    "a tensor of halves": changed(tensors=[["a", [2.5], "float32"]]), "a name that is a number": changed(tensors=[[1, [2], "x"]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(BAD_HEADS))
+def test_a_head_that_no_one_wrote_is_refused(tmp_path, name):
+    (tmp_path / "l").write_bytes(file_with(BAD_HEADS[name]))
+    with pytest.raises(LedgerError, match="head is damaged"):
+        load(tmp_path / "l")
+
+
+@pytest.mark.parametrize("version", [{"format": 2}, {"law_version": 2}, {"format": 0}])
+def test_another_version_is_refused_by_name(tmp_path, version):
+    (tmp_path / "l").write_bytes(file_with(changed(**version)))
+    with pytest.raises(LedgerError, match="this program reads format 1, law version 1") as caught:
+        load(tmp_path / "l")
+    assert "the version of Fleetune that wrote it" in (caught.value.hint or "")
+
+
+def test_arrays_of_another_kind_are_refused(tmp_path):
+    good = head().to_json()
+    for arrays in (
+        {"id": np.zeros(2, np.int64)}, {"coefficient": np.ones(2, np.float32)}, {"round": np.zeros(2, np.uint64)},
+        {"id": np.zeros(3, np.uint64)}, {"round": np.zeros((2, 1), np.uint32)},
+    ):  # fmt: skip
+        (tmp_path / "l").write_bytes(file_with(good, **arrays))
+        with pytest.raises(LedgerError, match="is damaged: its arrays are"):
+            load(tmp_path / "l")
+    (tmp_path / "l").write_bytes(file_with(good, extra=np.zeros(1, np.uint32)))
+    with pytest.raises(LedgerError, match="not a ledger"):
+        load(tmp_path / "l")
+    (tmp_path / "l").write_bytes(safetensors_save({"w": np.zeros(3, np.float32)}))
+    with pytest.raises(LedgerError, match="is a safetensors file, but not a ledger"):
+        load(tmp_path / "l")
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F8_E4M3", "F8_E5M2", "BOOL", "C64"])
+def test_arrays_of_types_that_numpy_lacks_are_refused(tmp_path, kind):
+    data = some().to_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    first, last = header["coefficient"]["data_offsets"]
+    size = {"BF16": 2, "C64": 8}.get(kind, 1)
+    header["coefficient"] |= {"dtype": kind, "shape": [(last - first) // size]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    assert opened(tmp_path / "l", len(text).to_bytes(8, "little") + text + data[end:]) is None
+
+
+def test_files_that_are_no_ledgers(tmp_path):
+    with pytest.raises(LedgerError, match="no ledger at") as caught:
+        load(tmp_path / "none")
+    assert "ledger.safetensors" in (caught.value.hint or "")
+    with pytest.raises(LedgerError, match="no ledger at"):
+        load(tmp_path)
+    for content in (b"", b"{}", b"PK\3\4" * 50, b"\xff" * 64):
+        assert opened(tmp_path / "x", content) is None
+
+
+# --- replay -------------------------------------------------------------------------------------------------
+
+REPLAY = {
+    "pooled": "2654d208b4e410a27feb2407654c4e1873859b458bf0e54507ff20748a2e8c90",
+    "rademacher": "47cff9bc53919d8b8818ee50fe9c4b1c661b10b6830990672c3d219b49fe547c",
+}
+
+
+@pytest.mark.parametrize("law", ["pooled", "rademacher"])
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_replay_is_the_formula(law, backend, threads):
+    ledger = some(law=law, K=K if law == "pooled" else 1)
+    want = digest(sorted(formula(ledger).items()))
+    assert want == REPLAY[law]
+    assert rebuild(ledger, backend, threads) == want
+
+
+@given(
+    law=st.sampled_from(["pooled", "rademacher"]),
+    rows=st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, K - 1), st.integers(-(2**31) + 1, 2**31 - 1)), max_size=12
+    ),
+)
+@settings(deadline=None, max_examples=25)
+def test_replay_is_the_formula_for_any_entries(law, rows):
+    # Coefficients up to the end of their 32 bits: the sums need 64.
+    ledger = Ledger(head(law=law, K=K if law == "pooled" else 1, grid=float(np.float32(1e-11))))
+    for epoch, k, c in rows:
+        ledger = ledger.append(np.array([epoch << 32 | k]), np.array([c]), 1)
+    assert rebuild(ledger) == digest(sorted(formula(ledger).items()))
+
+
+@given(data=st.data(), law=st.sampled_from(["pooled", "rademacher"]))
+@settings(deadline=None, max_examples=25)
+def test_order_splitting_merging_and_compacting_do_not_change_the_weights(data, law):
+    ledger = some(law=law, K=K if law == "pooled" else 1)
+    want = rebuild(ledger)
+    order = np.array(data.draw(st.permutations(range(len(ledger)))))
+    shuffled = Ledger(ledger.head, ledger.ids[order], ledger.coefficients[order], ledger.rounds[order])
+    assert rebuild(shuffled) == want
+    cut = data.draw(st.integers(0, len(ledger)))
+    parts = [Ledger(ledger.head, shuffled.ids[s], shuffled.coefficients[s], shuffled.rounds[s])
+             for s in (slice(cut), slice(cut, None))]  # fmt: skip
+    assert rebuild(parts[0].merge(parts[1])) == want
+    assert rebuild(parts[1].merge(parts[0])) == want
+    assert rebuild(shuffled.compact()) == want
+    assert rebuild(parts[1].compact().merge(parts[0].compact())) == want
+    halves = [c // 2 for c in ledger.coefficients.tolist()]
+    split = ledger
+    for id, c, half in zip(ledger.ids.tolist(), ledger.coefficients.tolist(), halves, strict=True):
+        split = split.append(np.array([id, id]), np.array([half, c - half]), 9)
+    assert rebuild(split) == rebuild(Ledger(ledger.head).append(ledger.ids, 2 * ledger.coefficients, 1))
+
+
+def test_an_empty_ledger_is_the_base():
+    assert rebuild(Ledger(head())) == digest(sorted(base().items()))
+    assert len(Ledger(head()).compact()) == 0
+
+
+# --- operations ---------------------------------------------------------------------------------------------
+
+
+def rows(ledger: Ledger) -> list[tuple[int, int, int]]:
+    return list(zip(ledger.ids.tolist(), ledger.coefficients.tolist(), ledger.rounds.tolist(), strict=True))
+
+
+def test_append_leaves_zeros_out_and_the_old_ledger_alone():
+    old = Ledger(head())
+    new = old.append(np.array([1, 2, 3]), np.array([5, 0, -5]), 4)
+    assert len(old) == 0
+    assert rows(new) == [(1, 5, 4), (3, -5, 4)]
+    assert rows(new.append(np.array([1]), np.array([0]), 5)) == rows(new)
+    assert (new.ids.dtype, new.coefficients.dtype, new.rounds.dtype) == ("uint64", "int32", "uint32")
+    big = old.append(np.array([2**64 - 1], np.uint64), np.array([-1]), 2**32 - 1)
+    assert rows(big) == [(2**64 - 1, -1, 2**32 - 1)]
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**31), 2**40, -(2**62), 2**63 - 1, -(2**63)])
+def test_a_coefficient_beyond_32_bits_is_refused(value):
+    with pytest.raises(LedgerError, match="does not fit 32 bits") as caught:
+        Ledger(head()).append(np.array([1, 2]), np.array([1, value]), 1)
+    assert "clip" in (caught.value.hint or "")
+    assert rows(Ledger(head()).append(np.array([1]), np.array([2**31 - 1]), 1)) == [(1, 2**31 - 1, 1)]
+
+
+def test_compacting_beyond_32_bits_is_refused_and_replay_is_not():
+    ledger = Ledger(head(law="rademacher", K=1))
+    for r in (1, 2):
+        ledger = ledger.append(np.array([6]), np.array([2**31 - 1]), r)
+    with pytest.raises(LedgerError, match="does not fit 32 bits"):
+        ledger.compact()
+    assert ledger.passes().tables.dtype == np.int64
+    assert rebuild(ledger) == digest(sorted(formula(ledger).items()))
+
+
+def test_replay_refuses_sums_beyond_62_bits_and_directions_outside_the_pool():
+    many = Ledger(head(law="rademacher", K=1), *(np.zeros(0, t) for t in ("u8", "i4", "u4")))
+    ids = np.arange(2**12, dtype=np.uint64)
+    assert len(many.append(ids, np.full(2**12, 2**31 - 1), 1).passes().ids) == 2**12
+    with pytest.raises(UsageError, match=f"direction {K} is outside a pool of K = {K}"):
+        Ledger(head()).append(np.array([K]), np.array([1]), 1).passes()
+
+
+def test_truncate():
+    ledger = some()
+    two = ledger.truncate(2)
+    assert rows(two) == [r for r in rows(ledger) if r[2] <= 2]
+    assert two.head.checks == {"1": "11" * 32, "2": "22" * 32}
+    assert two.head.previous == ledger.fingerprint()
+    assert replace(two.head, previous="", checks={}) == replace(ledger.head, checks={})
+    assert rows(ledger.truncate(0)) == []
+    assert rows(ledger.truncate(99)) == rows(ledger)
+    assert ledger.truncate(99).head.checks == ledger.head.checks
+
+
+def test_drop():
+    ledger = some()
+    left = ledger.drop(2)
+    assert rows(left) == [r for r in rows(ledger) if r[2] != 2]
+    assert left.head.checks == {"1": "11" * 32}
+    assert left.head.previous == ledger.fingerprint()
+    assert rows(ledger.drop(7)) == rows(ledger)
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5, -1.0, 0.3])
+def test_scale(factor):
+    ledger = some()
+    scaled = ledger.scale(factor)
+    assert rows(scaled) == rows(ledger)
+    assert scaled.head.grid == float(np.float32(ledger.head.grid * factor))
+    assert scaled.head.checks == {}
+    assert scaled.head.previous == ledger.fingerprint()
+    whole, part, start = formula(ledger), formula(scaled), base()
+    for name in start:
+        want = start[name].double() + factor * (whole[name].double() - start[name].double())
+        torch.testing.assert_close(part[name].double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.0, float("inf"), float("nan"), 1e300, 1e-300])
+def test_scaling_to_nothing_or_to_infinity_is_refused(factor):
+    with pytest.raises(LedgerError, match="cannot scale by"):
+        some().scale(factor)
+
+
+def test_compact_sums_each_direction_and_keeps_the_last_check():
+    ledger = some()
+    small = ledger.compact()
+    assert rows(small) == [
+        (0, 7, 3), (3, -1, 3), (5, -200, 3), (15, 2**21, 3), (1 << 32 | 5, 11, 3), (1 << 32 | 9, -12, 3),
+    ]  # fmt: skip
+    assert small.head.checks == {"3": "33" * 32}
+    assert small.head.previous == ledger.fingerprint()
+    gone = Ledger(head()).append(np.array([5]), np.array([9]), 1).append(np.array([5]), np.array([-9]), 2)
+    assert rows(gone.compact()) == []
+
+
+def test_merge_adds_and_keeps_the_rounds_in_order():
+    left = some()
+    right = Ledger(head(method="mezo")).append(np.array([1, 5]), np.array([4, 6]), 2)
+    both = left.merge(right)
+    assert sorted(rows(both)) == sorted(rows(left) + rows(right))
+    assert both.rounds.tolist() == sorted(both.rounds.tolist())
+    assert both.head.checks == {}
+    parents = "".join(sorted([left.fingerprint(), right.fingerprint()]))
+    assert both.head.previous == hashlib.sha256(parents.encode()).hexdigest()
+    assert both.head.previous == right.merge(left).head.previous
+    assert both.head.method == "fedkseed"
+
+
+MUST_AGREE = ("base", "tokenizer", "tensors", "run_key", "law", "law_version", "K", "grid")
+
+
+@pytest.mark.parametrize("field", MUST_AGREE)
+def test_merge_refuses_another_base_key_or_law(field):
+    assert ledgers.MUST_AGREE == MUST_AGREE
+    other = some(**{field: OTHER_HEADS[field]})
+    with pytest.raises(LedgerError, match=f"cannot be merged: {field} is .* and ") as caught:
+        some().merge(other)
+    assert "same base model, run key, law" in (caught.value.hint or "")
+
+
+def test_diff():
+    ledger = some()
+    assert ledger.diff(some()) == []
+    assert ledger.diff(some(eps=0.5)) == [Change("eps", "0.001", "0.5")]
+    longer = ledger.append(np.array([2]), np.array([2**20]), 4)
+    found = {c.what: c for c in ledger.diff(longer)}
+    assert found.keys() == {"round 4", "cosine of the two fine-tunes"}
+    assert found["round 4"][1:] == ("0 entries", "1 entries")
+    a = np.array([7, -1, -200, 2**21, 11, -12, 0.0])
+    b = np.array([7, -1, -200, 2**21, 11, -12, 2**20])
+    cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert found["cosine of the two fine-tunes"].left == f"{cosine:.6f}"
+    assert [c.what for c in ledger.diff(some(base="00" * 32))] == ["base"]
+    other = Ledger(head(), ledger.ids, -ledger.coefficients, ledger.rounds)
+    assert {c.what for c in ledger.diff(other)} == {
+        "checks", "round 1", "round 2", "round 3", "cosine of the two fine-tunes"
+    }  # fmt: skip
+
+
+# --- the base -----------------------------------------------------------------------------------------------
+
+
+def test_the_right_base_is_accepted():
+    require_base(head(), "ab" * 32, "cd" * 32, list(TENSORS))
+    require_base(head(), "ab" * 32, "cd" * 32, iter(TENSORS))
+
+
+A, B = TENSORS
+Refused = tuple[str, str, tuple[Any, ...], str]
+ANOTHER: list[Refused] = [
+    ("00" * 32, "cd" * 32, TENSORS, r"base digest 0{16}\.\. differs from the ledger's abab"),
+    ("ab" * 32, "00" * 32, TENSORS, r"tokenizer digest 0{16}\.\. differs from the ledger's cdcd"),
+    ("ab" * 32, "cd" * 32, (A,), r"tensor b is missing \(1 in all\)"),
+    ("ab" * 32, "cd" * 32, (A, B, ("c", (1,), "float32")), "the model has 3 tensors, the ledger 2"),
+    ("ab" * 32, "cd" * 32, (A, ("b", (8,), "float32")), r"tensor b is \[8\] float32, the ledger has b \[9\] float32"),
+    ("ab" * 32, "cd" * 32, (A, ("b", (9,), "bfloat16")), r"tensor b is \[9\] bfloat16, the ledger has b \[9\] float32"),
+    ("ab" * 32, "cd" * 32, (), "tensor a.weight is missing"),
+    ("00" * 32, "00" * 32, (A,), "tensor b is missing.*base digest.*tokenizer digest"),
+]
+
+
+@pytest.mark.parametrize(("model", "tokenizer", "tensors", "reason"), ANOTHER, ids=[a[3][:30] for a in ANOTHER])
+def test_another_base_is_refused_with_what_differs(model, tokenizer, tensors, reason):
+    with pytest.raises(LedgerError, match=reason) as caught:
+        require_base(head(), model, tokenizer, tensors)
+    assert "in the same dtype (float32)" in (caught.value.hint or "")
+
+
+def test_no_operation_changes_its_ledger():
+    ledger = some()
+    before = ledger.to_bytes()
+    operations: list[Callable[[], object]] = [
+        lambda: ledger.truncate(1), lambda: ledger.drop(1), lambda: ledger.scale(2.0), ledger.compact,
+        lambda: ledger.merge(ledger), lambda: ledger.diff(ledger.drop(2)), lambda: ledger.with_check(9, "x"),
+        lambda: ledger.append(np.array([1]), np.array([1]), 9), ledger.passes, ledger.fingerprint,
+    ]  # fmt: skip
+    for operation in operations:
+        operation()
+    assert ledger.to_bytes() == before
+    assert issubclass(LedgerError, FleetuneError)
