@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import fleet, key, logits, reply
+from contract_harness import fleet, key, logits, reply
 
 from fleetune import methods, models
 from fleetune.cli import main

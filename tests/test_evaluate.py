@@ -20,33 +20,18 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from fleetune import evaluate as evaluate_module
+from fleetune import answers as answers_module
+from fleetune import losses as losses_module
+from fleetune.answers import answer_ids, generate, generate_from_ids, label_accuracy, stop_ids
 from fleetune.data.encode import Batch, Encoded, collate, encode_all, prompt_ids
 from fleetune.data.examples import Example
 from fleetune.errors import DataError, RecipeError
-from fleetune.evaluate import (
-    TASKS,
-    answer_ids,
-    batch_loss,
-    check_tasks,
-    evaluate,
-    exact_match,
-    frozen,
-    generate,
-    generate_from_ids,
-    label_accuracy,
-    perplexity,
-    response_loss,
-    rouge_l,
-    row_losses,
-    samples,
-    stop_ids,
-    token_f1,
-    token_losses,
-)
+from fleetune.evaluate import TASKS, check_tasks, evaluate, samples
+from fleetune.losses import batch_loss, frozen, perplexity, response_loss, row_losses, token_losses
 from fleetune.models import Model, tiny_llama
+from fleetune.scores import exact_match, rouge_l, token_f1
 
-MODULE = "fleetune.evaluate"
+CHUNK_BYTES = "fleetune.losses.CHUNK_BYTES"
 VOCAB = 264
 
 
@@ -108,7 +93,7 @@ def _same_losses(net: nn.Module, batch: Batch) -> None:
 def test_token_losses_are_the_cross_entropies(
     tiny: Model, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"{MODULE}.CHUNK_BYTES", 4 * VOCAB * chunk)
+    monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
     _same_losses(tiny.net, _odd_batch())
 
 
@@ -153,7 +138,7 @@ def test_response_loss_does_not_depend_on_the_batch_size(tiny: Model, batch_size
 
 def test_row_order_survives_sorting_by_length(tiny: Model) -> None:
     rows = _rows(tiny)
-    sums, counts = evaluate_module._all_row_losses(tiny, rows, 3)
+    sums, counts = losses_module.all_row_losses(tiny, rows, 3)
     for i, row in enumerate(rows):
         alone, n = row_losses(tiny, collate([row], 257))
         assert (counts[i], sums[i]) == (n[0], pytest.approx(alone[0], abs=1e-5))
@@ -162,7 +147,7 @@ def test_row_order_survives_sorting_by_length(tiny: Model) -> None:
 def test_the_head_sees_only_scored_positions_and_few_at_a_time(
     tiny: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"{MODULE}.CHUNK_BYTES", 4 * VOCAB * 4)
+    monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * 4)
     head, seen = tiny.net.lm_head, []
     watch = head.register_forward_hook(lambda module, args, out: seen.append(out.shape[0] * out.shape[1]))
     try:
@@ -190,7 +175,7 @@ def _noisy_head(head: nn.Module) -> Iterator[None]:
 
 @pytest.mark.parametrize("chunk", [2, 1000])
 def test_other_hooks_on_the_head_work_once(tiny: Model, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{MODULE}.CHUNK_BYTES", 4 * VOCAB * chunk)
+    monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
     plain = batch_loss(tiny, _odd_batch())
     with _noisy_head(tiny.net.lm_head):
         _same_losses(tiny.net, _odd_batch())
@@ -207,7 +192,7 @@ def test_a_model_that_caps_its_logits_after_the_head(chunk: int, monkeypatch: py
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = Gemma2ForCausalLM(config).eval()
-    monkeypatch.setattr(f"{MODULE}.CHUNK_BYTES", 4 * VOCAB * chunk)
+    monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
     _same_losses(net, _odd_batch())
     ours = [loss for _, loss in _by_hand(net, _odd_batch())]
     net.config.final_logit_softcapping = None
@@ -216,7 +201,7 @@ def test_a_model_that_caps_its_logits_after_the_head(chunk: int, monkeypatch: py
 
 
 def test_a_head_that_is_no_module(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{MODULE}.CHUNK_BYTES", 4 * VOCAB * 3)
+    monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * 3)
     monkeypatch.setattr(tiny.net, "get_output_embeddings", lambda: None)
     _same_losses(tiny.net, _odd_batch())
 
@@ -231,7 +216,7 @@ def test_token_losses_can_be_back_propagated(chunk: int, monkeypatch: pytest.Mon
     ).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.net.named_parameters()}
     model.net.zero_grad()
-    monkeypatch.setattr(f"{MODULE}.CHUNK_BYTES", 4 * VOCAB * chunk)
+    monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
     token_losses(model.net, batch)[0].mean().backward()
     for name, p in model.net.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
@@ -277,7 +262,7 @@ def test_peft_layers_take_part(task_type: str | None, monkeypatch: pytest.Monkey
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model.net = get_peft_model(model.net, config)
-    monkeypatch.setattr(f"{MODULE}.CHUNK_BYTES", 4 * VOCAB * 4)
+    monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * 4)
     model.net.eval()
     _same_losses(model.net, batch)
     tuned = batch_loss(model, batch), generate_from_ids(model, prompts, max_new_tokens=8)
@@ -303,7 +288,7 @@ def test_a_soft_prompt_moves_the_positions(monkeypatch: pytest.MonkeyPatch) -> N
     scored = batch.labels[:, 1:] != -100
     expected = -chances[scored].gather(1, batch.labels[:, 1:][scored][:, None]).mean()
     for chunk in (3, 1000):
-        monkeypatch.setattr(f"{MODULE}.CHUNK_BYTES", 4 * VOCAB * chunk)
+        monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
         assert batch_loss(model, batch) == pytest.approx(float(expected), abs=1e-5)
     assert abs(plain - float(expected)) > 1e-3
 
@@ -348,7 +333,7 @@ def test_windows_score_each_token_once_with_enough_context(
     stride = data.draw(st.integers(1, window - 1))
     ids = np.arange(length, dtype=np.int32)
     scored: list[int] = []
-    for row in evaluate_module._windows(ids, window, stride):
+    for row in losses_module._windows(ids, window, stride):
         assert len(row.ids) <= window
         assert row.n_prompt >= (1 if row.ids[0] == 0 else window - stride)
         scored += row.ids[row.n_prompt :].tolist()
@@ -560,7 +545,7 @@ def test_label_scores_are_conditional_on_the_prompt(tiny: Model) -> None:
     examples = _labelled("yes", "no", "maybe")
     tokens = [answer_ids(tiny, word) for word in ("yes", "no", "maybe")]
     prompts = [prompt_ids(example, tiny.tokenizer, 200) for example in examples]
-    got = evaluate_module.answer_scores(tiny, prompts, tokens, batch_size=4)
+    got = answers_module.answer_scores(tiny, prompts, tokens, batch_size=4)
     for i, prompt in enumerate(prompts):
         for j, answer in enumerate(tokens):
             row = Encoded(np.concatenate([prompt, answer]).astype(np.int32), len(prompt))
@@ -586,7 +571,8 @@ def test_evaluate_gives_what_the_parts_give(tiny: Model, monkeypatch: pytest.Mon
     references = [example.response for example in examples]
     made: list[int] = []
     monkeypatch.setattr(
-        f"{MODULE}.generate", lambda model, rows, **options: made.append(len(rows)) or answers[: len(rows)]
+        "fleetune.evaluate.generate",
+        lambda model, rows, **options: made.append(len(rows)) or answers[: len(rows)],
     )
     got = evaluate(
         tiny, examples, ["loss", "rouge", "f1", "em", "ppl"], max_new_tokens=6, texts=[TEXT], answer_rows=3

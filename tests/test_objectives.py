@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from fleetune import objectives
+from fleetune.answers import generate, label_accuracy
 from fleetune.data.encode import Batch, collate, encode_all, prompt_ids
 from fleetune.data.examples import Example
 from fleetune.errors import DataError, RecipeError
-from fleetune.evaluate import generate, label_accuracy, rouge_l, token_f1
 from fleetune.models import Model, tiny_llama
 from fleetune.objectives import BUILT_IN, get, loss_tensor, negative_score, split
+from fleetune.scores import rouge_l, token_f1
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def test_a_function_in_a_package(tiny: Model, tmp_path: Path, monkeypatch: pytes
     value = get("some_objectives.text:numpy_number")(tiny, batch)
     assert value == 0.5
     assert type(value) is float
-    assert get("fleetune.evaluate:batch_loss")(tiny, batch) == get("loss")(tiny, batch)
+    assert get("fleetune.losses:batch_loss")(tiny, batch) == get("loss")(tiny, batch)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_paths_that_give_no_function(own: Path, tmp_path: Path) -> None:
         (f"{tmp_path / 'none.py'}:f", "no file"),
         (f"{broken}:f", "cannot be imported: SyntaxError"),
         ("no_such_package_here.sub:f", "cannot be imported: ModuleNotFoundError"),
-        ("fleetune.evaluate:missing", "has no 'missing'"),
+        ("fleetune.losses:missing", "has no 'missing'"),
     ]:
         with pytest.raises(RecipeError, match=says) as caught:
             get(name)

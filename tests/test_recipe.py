@@ -40,7 +40,9 @@ whole = st.fixed_dictionaries(
 def typed(recipe: Recipe) -> dict[str, Any]:
     """The values with their types: True is not 1 here, nor 1 1.0, nor 0.0 -0.0."""
     found = asdict(recipe)
-    return {k: {n: repr(x) for n, x in v.items()} if isinstance(v, dict) else repr(v) for k, v in found.items()}
+    return {
+        k: {n: repr(x) for n, x in v.items()} if isinstance(v, dict) else repr(v) for k, v in found.items()
+    }
 
 
 @given(given_values=whole)
@@ -58,7 +60,9 @@ def test_any_recipe_comes_back_from_its_toml(tmp_path_factory, given_values):
 
 
 def test_run_toml_states_every_option_with_its_help():
-    text = to_toml(make({"model": "m", "data": "d", "set": {"K": 64, "lr": 3e-7, "wire": "byte", "pro": True}}))
+    text = to_toml(
+        make({"model": "m", "data": "d", "set": {"K": 64, "lr": 3e-7, "wire": "byte", "pro": True}})
+    )
     for name, (_, _, help) in fields().items():
         assert help
         assert help in text
@@ -99,7 +103,17 @@ def test_a_recipe_cannot_be_changed():
 
 def test_all_problems_are_told_at_once():
     with pytest.raises(RecipeError) as caught:
-        make({"modle": "x", "data": "d", "rounds": 0, "dtype": "int8", "participation": 2, "zzz": 1, "seed": "a"})
+        make(
+            {
+                "modle": "x",
+                "data": "d",
+                "rounds": 0,
+                "dtype": "int8",
+                "participation": 2,
+                "zzz": 1,
+                "seed": "a",
+            }
+        )
     problems = caught.value.problems
     assert len(problems) == 7
     assert "unknown option 'modle'. Did you mean 'model'?" in problems
@@ -189,4 +203,9 @@ def test_a_file_by_hand(tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text('model = "smollm2-135m"\ndata = "demo"\nrounds = 3\n[set]\nK = 64\nlr = 1e-5\n')
     recipe = make(recipes.read(file))
-    assert (recipe.model, recipe.data, recipe.rounds, recipe.set) == ("smollm2-135m", "demo", 3, {"K": 64, "lr": 1e-5})
+    assert (recipe.model, recipe.data, recipe.rounds, recipe.set) == (
+        "smollm2-135m",
+        "demo",
+        3,
+        {"K": 64, "lr": 1e-5},
+    )

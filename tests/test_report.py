@@ -20,8 +20,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetune import report, svg, ui
+from fleetune import report
 from fleetune.errors import StorageError, UsageError
+from fleetune.report import axes, svg
+from fleetune.text import human_bytes, human_time
 
 CATEGORIES = (
     "brainstorming", "classification", "closed_qa", "creative_writing",
@@ -315,9 +317,9 @@ def test_the_numbers_are_those_of_the_metrics(run24: Path) -> None:
             continue
         event = rounds[number]
         assert row[3] == f"{event['accepted']} of {event['clients']}"
-        assert row[4:7] == [ui.human_bytes(event[k]) for k in ("bytes_up", "bytes_down", "bytes_total")]  # type: ignore[arg-type]
-        assert row[7] == ui.human_time(event["seconds"])  # type: ignore[arg-type]
-        assert row[8] == ui.human_bytes(event["rss"])  # type: ignore[arg-type]
+        assert row[4:7] == [human_bytes(event[k]) for k in ("bytes_up", "bytes_down", "bytes_total")]  # type: ignore[arg-type]
+        assert row[7] == human_time(event["seconds"])  # type: ignore[arg-type]
+        assert row[8] == human_bytes(event["rss"])  # type: ignore[arg-type]
     loss, rouge = page.table("", "base", "tuned", "change")
     base, tuned = done["base"], done["tuned"]
     assert isinstance(base, dict)
@@ -335,9 +337,9 @@ def test_the_numbers_are_those_of_the_metrics(run24: Path) -> None:
         f"+{tuned['rouge_l'] - 11.82:.1f}, better",
     ]
     took = {row[0]: row[1] for t in page.tables for row in t if len(row) == 2}
-    assert took["bytes over the fleet"] == ui.human_bytes(done["bytes_up"] + done["bytes_down"])  # type: ignore[operator]
-    assert took["wall time"] == ui.human_time(done["wall"])  # type: ignore[arg-type]
-    assert took["peak memory"] == ui.human_bytes(done["peak_rss"])  # type: ignore[arg-type]
+    assert took["bytes over the fleet"] == human_bytes(done["bytes_up"] + done["bytes_down"])  # type: ignore[operator]
+    assert took["wall time"] == human_time(done["wall"])  # type: ignore[arg-type]
+    assert took["peak memory"] == human_bytes(done["peak_rss"])  # type: ignore[arg-type]
     assert took["sent by a client, per round"] == "2.5 MB"
     assert took["replies accepted"] == f"{sum(e['accepted'] for e in rounds.values())} of 240"  # type: ignore[misc]
 
@@ -641,7 +643,7 @@ def test_runs_over_each_other(run24: Path, run200: Path, tmp_path: Path) -> None
     for row, run in zip(results, (run24, run200, third), strict=True):
         facts = report.summary(run)
         assert row[4:7] == [str(facts["rounds"]), f"{facts['base_loss']:.3f}", f"{facts['tuned_loss']:.3f}"]
-        assert row[8] == ui.human_bytes(facts["bytes_up"])  # type: ignore[arg-type]
+        assert row[8] == human_bytes(facts["bytes_up"])  # type: ignore[arg-type]
     assert "bytes sent and received so far (log)" in text  # 1.1 GB and 88 kB share an axis
     for colour in (0, 1, 2):
         assert text.count(f'class="line c{colour}"') == 3
@@ -655,7 +657,7 @@ def test_runs_over_each_other(run24: Path, run200: Path, tmp_path: Path) -> None
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20), st.integers(2, 10))
 def test_axes_hold_their_values_between_few_round_ticks(values: list[float], count: int) -> None:
-    axis = svg.numbers(values, "x", count=count)
+    axis = axes.numbers(values, "x", count=count)
     assert -1e-6 <= axis.at(min(values)) <= axis.at(max(values)) <= 1 + 1e-6
     places = [value for value, _ in axis.ticks]
     assert places == sorted(places)
@@ -666,7 +668,7 @@ def test_axes_hold_their_values_between_few_round_ticks(values: list[float], cou
 
 @given(st.floats(1e-6, 1e9), st.integers(1, 12))
 def test_steps_are_one_two_or_five(span: float, count: int) -> None:
-    step = svg.nice_step(span, count)
+    step = axes.nice_step(span, count)
     first = step / 10 ** math.floor(math.log10(step) + 1e-9)
     assert min(abs(first - digit) for digit in (1, 2, 5)) < 1e-6
     assert span / step <= count * (1 + 1e-6)
@@ -674,18 +676,18 @@ def test_steps_are_one_two_or_five(span: float, count: int) -> None:
 
 
 def test_ticks_carry_units() -> None:
-    assert [t for _, t in svg.sizes([1.2e6], "x").ticks] == ["0", "0.5 MB", "1 MB", "1.5 MB"]
-    assert [t for _, t in svg.sizes([3], "x").ticks] == ["0", "1 B", "2 B", "3 B"]
-    assert [t for _, t in svg.log_sizes([1e3, 1e9], "x").ticks] == [
+    assert [t for _, t in axes.sizes([1.2e6], "x").ticks] == ["0", "0.5 MB", "1 MB", "1.5 MB"]
+    assert [t for _, t in axes.sizes([3], "x").ticks] == ["0", "1 B", "2 B", "3 B"]
+    assert [t for _, t in axes.log_sizes([1e3, 1e9], "x").ticks] == [
         "1 kB", "10 kB", "100 kB", "1 MB", "10 MB", "100 MB", "1 GB",
     ]  # fmt: skip
-    assert [t for _, t in svg.log_sizes([100, 900], "x").ticks] == ["100 B", "200 B", "500 B", "1 kB"]
-    assert [t for _, t in svg.durations([400], "x").ticks] == ["0", "2 min", "4 min", "6 min"]
-    assert [t for _, t in svg.durations([9], "x").ticks] == ["0", "2 s", "4 s", "6 s", "8 s"]
-    assert [t for _, t in svg.durations([5e5], "x").ticks] == ["0", "1 d", "2 d", "3 d", "4 d", "5 d"]
-    assert [t for _, t in svg.whole([0, 3], "x").ticks] == ["0", "1", "2", "3"]
-    assert next(t for _, t in svg.numbers([2.386, 2.391], "x").ticks) == "2.386"
-    assert [t for _, t in svg.counts([1], "x").ticks] == ["0", "1"]
+    assert [t for _, t in axes.log_sizes([100, 900], "x").ticks] == ["100 B", "200 B", "500 B", "1 kB"]
+    assert [t for _, t in axes.durations([400], "x").ticks] == ["0", "2 min", "4 min", "6 min"]
+    assert [t for _, t in axes.durations([9], "x").ticks] == ["0", "2 s", "4 s", "6 s", "8 s"]
+    assert [t for _, t in axes.durations([5e5], "x").ticks] == ["0", "1 d", "2 d", "3 d", "4 d", "5 d"]
+    assert [t for _, t in axes.whole([0, 3], "x").ticks] == ["0", "1", "2", "3"]
+    assert next(t for _, t in axes.numbers([2.386, 2.391], "x").ticks) == "2.386"
+    assert [t for _, t in axes.counts([1], "x").ticks] == ["0", "1"]
 
 
 @given(st.lists(st.floats(0, 300), max_size=12))
@@ -701,7 +703,7 @@ def test_labels_are_pushed_apart(ys: list[float]) -> None:
 
 
 def test_tick_labels_do_not_overlap() -> None:
-    x, y = svg.whole([0, 5000], "round", count=60), svg.numbers([1, 2], "loss")
+    x, y = axes.whole([0, 5000], "round", count=60), axes.numbers([1, 2], "loss")
     text = svg.Plot("a", "title", "description", x, y).svg()
     spans = [
         (float(x) - svg.CHAR * len(t) / 2, float(x) + svg.CHAR * len(t) / 2)
@@ -712,7 +714,7 @@ def test_tick_labels_do_not_overlap() -> None:
 
 
 def test_a_line_is_broken_where_a_value_is_missing() -> None:
-    x, y = svg.whole([0, 4], "round"), svg.numbers([1, 2], "loss")
+    x, y = axes.whole([0, 4], "round"), axes.numbers([1, 2], "loss")
     plot = svg.Plot("a", "title", "description", x, y)
     plot.line([(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.5), (4, 1.0)], 0, ["t"] * 5)
     path = re.search(r'class="line c0" d="([^"]*)"', plot.svg())
@@ -722,13 +724,13 @@ def test_a_line_is_broken_where_a_value_is_missing() -> None:
 
 
 def test_points_are_where_their_values_are() -> None:
-    x, y = svg.whole([0, 10], "round"), svg.numbers([0.0, 1.0], "loss", zero=True)
+    x, y = axes.whole([0, 10], "round"), axes.numbers([0.0, 1.0], "loss", zero=True)
     plot = svg.Plot("a", "title", "description", x, y)
     assert plot.px(0) == pytest.approx(plot.left)
     assert plot.px(10) == pytest.approx(plot.width - plot.right)
     assert plot.px(5) == pytest.approx((plot.left + plot.width - plot.right) / 2)
     assert (plot.py(1.0), plot.py(0.0)) == pytest.approx((26.0, plot.height - 40.0))
-    log = svg.log_sizes([1e3, 1e6], "bytes")
+    log = axes.log_sizes([1e3, 1e6], "bytes")
     assert log.at(1e4) - log.at(1e3) == pytest.approx(log.at(1e6) - log.at(1e5))
 
 

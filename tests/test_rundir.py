@@ -70,7 +70,11 @@ def failing(code: int):
 def test_runs_are_numbered_and_latest_points_to_the_newest(tmp_path):
     out = tmp_path / "deep" / "runs"
     names = []
-    for method, model in (("mezo", "smollm2-135m"), ("fedit", "/some where/My Model.Q4.gguf"), ("x", "org/Name_1B")):
+    for method, model in (
+        ("mezo", "smollm2-135m"),
+        ("fedit", "/some where/My Model.Q4.gguf"),
+        ("x", "org/Name_1B"),
+    ):
         with create(out, method, model) as run:
             names.append(run.path.name)
             assert (run.path / "checkpoints").is_dir()
@@ -114,6 +118,20 @@ def test_a_number_taken_in_the_meantime_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", mkdir)
     with create(tmp_path, "mezo", "m") as run:
         assert run.path.name == "0002-mezo-m"
+
+
+def test_a_number_that_another_method_took_at_the_same_moment_is_given_up(tmp_path, monkeypatch):
+    real, taken = Path.mkdir, []
+
+    def mkdir(self: Path, *args: object, **kwargs: object) -> None:
+        real(self, *args, **kwargs)  # type: ignore[arg-type]
+        if self.name.startswith("0001-") and not taken:
+            taken.append(real(tmp_path / "0001-fedit-m"))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with create(tmp_path, "mezo", "m") as run:
+        assert run.path.name == "0002-mezo-m"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0001-fedit-m", "0002-mezo-m", "latest"]
 
 
 def test_runs_that_start_together_get_numbers_of_their_own(tmp_path):
@@ -235,7 +253,12 @@ def test_events_are_recorded_one_a_line_and_read_back(run):
 
 
 def test_a_number_that_is_not_finite_is_recorded_as_null(run):
-    event = {"event": "eval", "round": 3, "loss": float("nan"), "base": {"loss": float("inf"), "x": [-np.inf, 1]}}
+    event = {
+        "event": "eval",
+        "round": 3,
+        "loss": float("nan"),
+        "base": {"loss": float("inf"), "x": [-np.inf, 1]},
+    }
     back = run.record(event)
     assert back["loss"] is None
     assert back["base"] == {"loss": None, "x": [None, 1]}
@@ -305,7 +328,10 @@ def test_the_last_checkpoints_are_kept_and_the_newest_is_restored(run):
         assert found[1].arrays["w"].tolist() == [r] * 50
         assert [n for n, _ in checkpoints(run.path)] == list(range(max(0, r + 1 - KEEP), r + 1))
     assert KEEP == 2
-    assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["round-000003.ckpt", "round-000004.ckpt"]
+    assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == [
+        "round-000003.ckpt",
+        "round-000004.ckpt",
+    ]
 
 
 def test_rounds_count_as_numbers_beyond_six_digits(run):
@@ -454,5 +480,7 @@ def test_the_environment_names_versions_and_what_is_added():
     found = rundir.environment({"device": "cpu"})
     assert found["device"] == "cpu"
     assert found["numpy"] == np.__version__
-    assert {"fleetune", "python", "torch", "transformers", "peft", "numba", "safetensors", "system"} <= set(found)
+    assert {"fleetune", "python", "torch", "transformers", "peft", "numba", "safetensors", "system"} <= set(
+        found
+    )
     json.dumps(found)

@@ -16,18 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetune.errors import FitError, Interrupted, RecipeError, UsageError
-from fleetune.ui import (
-    Ui,
-    change,
-    clean,
-    human_bytes,
-    human_count,
-    human_time,
-    improved,
-    line_of,
-    metric,
-    show,
-)
+from fleetune.text import change, clean, human_bytes, human_count, human_time, improved, metric, show
+from fleetune.ui import Ui, line_of
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 

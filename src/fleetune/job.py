@@ -19,17 +19,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fleetune import adapters, data, evaluate, methods, models, report, rounds, rundir
+from fleetune import adapters, data, methods, models, report, rounds, rundir
 from fleetune import recipe as recipes
+from fleetune.answers import generate
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import encode_all
 from fleetune.data.partition import check_partition_spec, hold_out, partition
 from fleetune.errors import DataError, RecipeError
 from fleetune.fleets.local import LocalFleet, Weather
+from fleetune.losses import pad_id, response_loss
 from fleetune.methods import Entry, Method
 from fleetune.models import Model
 from fleetune.recipe import Recipe
 from fleetune.rundir import RunDir
+from fleetune.scores import rouge_l
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
 from fleetune.states import Totals
@@ -218,13 +221,13 @@ def _tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
         )
     state = method.init(model, derive(recipe.seed, "init"))
     fleet = LocalFleet(
-        model, method, job.rows, recipe.seed, evaluate.pad_id(model),
+        model, method, job.rows, recipe.seed, pad_id(model),
         Weather(recipe.drop, recipe.stragglers, recipe.deadline), listener.step,
     )  # fmt: skip
 
     def measure(state: Any) -> dict[str, float]:
         method.apply(model, state)
-        return {"loss": evaluate.response_loss(model, job.held)}
+        return {"loss": response_loss(model, job.held)}
 
     def begin() -> None:
         listener.event(run.record({"event": "start", **_start(job)}))
@@ -270,20 +273,18 @@ def answers(job: Job, state: Any, run: RunDir, which: str) -> dict[str, float]:
     """Answer the fixed prompts at `state`, put the answers into eval.json, and give Rouge-L if it was asked for."""
     job.method.apply(job.model, state)
     recipe = job.recipe
-    made = (
-        evaluate.generate(job.model, job.prompts, max_new_tokens=recipe.answer_tokens) if job.prompts else []
-    )
+    made = generate(job.model, job.prompts, max_new_tokens=recipe.answer_tokens) if job.prompts else []
     scores: dict[str, float] = {}
     if recipe.rouge_rows:
         references = [e.response for e in job.prompts[: recipe.rouge_rows]]
-        scores["rouge_l"] = evaluate.rouge_l(made[: recipe.rouge_rows], references)
+        scores["rouge_l"] = rouge_l(made[: recipe.rouge_rows], references)
     file = run.path / "eval.json"
     content: dict[str, Any] = {"rows": len(job.held), "samples": _prompts(job)}
     if which == "tuned":
         content = json.loads(file.read_text())
     for sample, answer in zip(content["samples"], made, strict=False):
         sample[which] = answer
-    loss = _last_loss(run) if which == "tuned" else {"loss": evaluate.response_loss(job.model, job.held)}
+    loss = _last_loss(run) if which == "tuned" else {"loss": response_loss(job.model, job.held)}
     content[which] = loss | scores
     run.write("eval.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return scores

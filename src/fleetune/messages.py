@@ -176,7 +176,7 @@ def check(message: Message, spec: Spec, *, round: int, base: bytes) -> Payload:
         if type(value) is not kind:
             raise MessageError(f"scalar '{name}' is {type(value).__name__}, agreed was {kind.__name__}")
         if isinstance(value, str | bytes) or not low <= value <= high:  # also refuses NaN
-            raise MessageError(f"scalar '{name}' is {value}, agreed was {low:g} to {high:g}")
+            raise MessageError(f"scalar '{name}' is {value!r}, agreed was {low:g} to {high:g}")
     return payload
 
 

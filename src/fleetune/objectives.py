@@ -45,21 +45,12 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
+from fleetune.answers import answer_ids, answer_scores, decode_answer, generate_from_ids, without_end
 from fleetune.data.encode import MASKED, Batch
 from fleetune.errors import FleetuneError, RecipeError
-from fleetune.evaluate import (
-    answer_ids,
-    answer_scores,
-    batch_loss,
-    decode_answer,
-    frozen,
-    generate_from_ids,
-    rouge_l,
-    token_f1,
-    token_losses,
-    without_end,
-)
+from fleetune.losses import batch_loss, frozen, token_losses
 from fleetune.models import Model
+from fleetune.scores import rouge_l, token_f1
 
 Objective = Callable[[Model, Batch], float]
 Score = Callable[[Sequence[str], Sequence[str]], float]

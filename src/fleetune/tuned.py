@@ -13,6 +13,7 @@ from fleetune import recipe as recipes
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.files import storage_error
 from fleetune.methods import entry
+from fleetune.methods._zeroth import look
 from fleetune.methods._zeroth import stand as stand
 from fleetune.models import Model
 from fleetune.recipe import Recipe
@@ -43,8 +44,9 @@ def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "
 
 def rebuild(model: Model, ledger: Ledger, *, threads: int | None = None, backend: str = "auto") -> str:
     """Put `model` at the ledger's point and give the SHA-256 of the rebuilt weights (the base stays as it was)."""
-    view = stand(model, ledger)
+    view = look(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
     view.threads, view.kernels = threads, kernels(view.device, backend)
+    view.place(ledger.passes(), fold=False)
     return models.digest(view.tensors())
 
 

@@ -17,119 +17,23 @@ import json as jsonlib
 import math
 import numbers
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self, TextIO, cast
+from typing import TYPE_CHECKING, Self, TextIO, cast
 
+from fleetune.bars import CountBar, Live, RoundBar
 from fleetune.errors import FleetuneError, Interrupted
+from fleetune.text import change, clean, human_bytes, human_count, human_time, improved, metric, show
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.progress import Progress
 
 VERSION = 1  # of the JSON events
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _PLAIN = str.maketrans({"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-"})
-
-
-def clean(text: str) -> str:
-    """`text` without control characters and direction overrides (newline and tab stay)."""
-    return _CONTROL.sub("", text)
-
-
-def human_bytes(count: float | None) -> str:
-    """Bytes in decimal units with about three digits: 260 B, 16.4 kB, 2.8 MB, 1.19 GB; "-" for None."""
-    if count is None or not math.isfinite(count):
-        return "-"
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while abs(value) >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    if units[0] == "B":
-        return f"{value:.0f} B"
-    digits = 0 if abs(value) >= 99.95 else 2 if units[0] in {"GB", "TB", "PB"} and abs(value) < 9.995 else 1
-    return f"{value:.{digits}f} {units[0]}"
-
-
-def human_time(seconds: float | None) -> str:
-    """Seconds as 3.2 s, 42 s, 2m04s, 1h07m or 2d03h; "-" for None."""
-    if seconds is None or not math.isfinite(seconds):
-        return "-"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    minutes = round(seconds / 60)
-    if minutes < 1440:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    hours = round(seconds / 3600)
-    return f"{hours // 24}d{hours % 24:02d}h"
-
-
-def human_count(count: float | None) -> str:
-    """A count: 4,096 below 100,000, else three digits with k, M, B or T (135 M, 1.24 B); "-" for None."""
-    if count is None or not math.isfinite(count):
-        return "-"
-    if abs(count) < 99_999.5:
-        return f"{count:,.0f}"
-    value, units = count / 1000, ["k", "M", "B", "T"]
-    while abs(value) >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
-    return f"{value:.{digits}f} {units[0]}"
-
-
-class Metric(NamedTuple):
-    """How a measure is named and shown: decimals, whether less is better, whether change is in percent."""
-
-    label: str
-    digits: int = 3
-    less: bool = False
-    relative: bool = False
-
-
-_METRICS = {
-    "loss": Metric("validation loss", 3, less=True, relative=True),
-    "perplexity": Metric("perplexity", 2, less=True, relative=True),
-    "rouge_l": Metric("Rouge-L", 1),
-    "accuracy": Metric("accuracy", 3),
-}
-
-
-def metric(name: str) -> Metric:
-    """How to show the measure called `name` in metrics.jsonl and eval.json."""
-    if name in _METRICS:
-        return _METRICS[name]
-    less = "loss" in name or "perplexity" in name
-    return Metric(clean(name).replace("_", " "), less=less, relative=less)
-
-
-def show(name: str, value: float | None) -> str:
-    """A measured value with its measure's decimals; "-" for None."""
-    return "-" if value is None else f"{value:.{metric(name).digits}f}"
-
-
-def change(name: str, base: float | None, tuned: float | None) -> str:
-    """Tuned against base: in percent for losses ("-18.4 %"), in the measure's own unit else ("+12.3")."""
-    if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)):
-        return ""
-    if metric(name).relative:
-        return f"{100 * (tuned - base) / base:+.1f} %" if base else ""
-    return f"{tuned - base:+.{metric(name).digits}f}"
-
-
-def improved(name: str, base: float | None, tuned: float | None) -> bool | None:
-    """Whether tuned is better than base; None when that cannot be said or they are equal."""
-    if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)) or base == tuned:
-        return None
-    return (tuned < base) == metric(name).less
 
 
 def line_of(event: Mapping[str, object]) -> str:
@@ -192,111 +96,6 @@ class _Stream:
             os.close(null)
 
 
-class _Live:
-    """A transient bar on a terminal with a fraction and a text; draws nothing without a console."""
-
-    def __init__(self, label: str, console: Console | None, clock: Callable[[], float]) -> None:
-        self.label, self.console, self.clock = clean(label), console, clock
-        self.fraction, self.text = 0.0, ""
-        self.began: tuple[float, float] | None = None
-        self.bar: Progress | None = None
-
-    def start(self) -> None:
-        if self.console is None:
-            return
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        columns = (TextColumn(" {task.description}", markup=False), BarColumn(bar_width=30))
-        detail = TextColumn("{task.fields[text]}", markup=False)
-        self.bar = Progress(
-            *columns, detail, console=self.console, transient=True, refresh_per_second=4, expand=False
-        )
-        task = self.bar.add_task(self.label, total=1.0, text=self.text)
-        self.bar.update(task, completed=self.fraction)
-        self.bar.start()
-
-    def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-    def set(self, fraction: float, parts: Sequence[str]) -> None:
-        """Move the bar and say `parts` and the time left, reckoned from the pace since the first call."""
-        self.fraction = min(max(fraction, 0.0), 1.0)
-        now = self.clock()
-        if self.began is None:
-            self.began = (now, self.fraction)
-        left = _left(now - self.began[0], self.fraction - self.began[1], 1.0 - self.fraction)
-        self.text = " · ".join([clean(part) for part in parts if part] + ([left] if left else []))
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=self.fraction, text=self.text)
-
-
-def _left(elapsed: float, done: float, ahead: float) -> str:
-    if done <= 0 or elapsed <= 0 or ahead <= 0:
-        return ""
-    seconds = elapsed * ahead / done
-    if seconds < 59.5:
-        return f"{math.ceil(seconds)} s left"
-    minutes = round(seconds / 60)
-    return f"{minutes} min left" if minutes < 60 else f"{human_time(seconds)} left"
-
-
-class RoundBar:
-    """Progress of a run: `round` counts finished rounds, `client` is the one at work (from 1), `step` its
-    finished steps.  `text` is what the bar says; it is kept up to date off a terminal too."""
-
-    def __init__(self, live: _Live, rounds: int, clients: int, steps: int) -> None:
-        self.live, self.rounds, self.clients, self.steps = live, rounds, clients, steps
-        self.round = self.client = self.step = 0
-
-    @property
-    def text(self) -> str:
-        return self.live.text
-
-    def update(
-        self,
-        *,
-        round: int | None = None,
-        client: int | None = None,
-        step: int | None = None,
-        clients: int | None = None,
-        steps: int | None = None,
-    ) -> None:
-        """Change what is given; a new round resets client and step, a new client resets step."""
-        self.clients = self.clients if clients is None else clients
-        self.steps = self.steps if steps is None else steps
-        if round is not None and round != self.round:
-            self.round, self.client, self.step = round, 0, 0
-        if client is not None and client != self.client:
-            self.client, self.step = client, 0
-        self.step = self.step if step is None else step
-        within = min(self.step / self.steps, 1.0) if self.steps else 0.0
-        inside = (max(self.client - 1, 0) + within) / self.clients if self.clients else 0.0
-        parts = [f"{self.round}/{self.rounds}"]
-        if self.client:
-            parts.append(f"client {self.client}/{self.clients}")
-            parts.append(f"step {self.step}/{self.steps}" if self.steps else "")
-        self.live.set((self.round + min(inside, 1.0)) / self.rounds if self.rounds else 0.0, parts)
-
-
-class CountBar:
-    """Progress of a plain count: layers of a model, bytes of a download."""
-
-    def __init__(self, live: _Live, total: int, text: Callable[[float | None], str]) -> None:
-        self.live, self.total, self.show = live, total, text
-
-    @property
-    def text(self) -> str:
-        return self.live.text
-
-    def update(self, done: int, total: int | None = None, note: str = "") -> None:
-        """`done` of `total` (where it changed), with a word on what is at work."""
-        self.total = self.total if total is None else total
-        parts = [f"{self.show(done)}/{self.show(self.total)}" if self.total else self.show(done), note]
-        self.live.set(done / self.total if self.total else 0.0, parts)
-
-
 class Ui:
     """The console of one command.
 
@@ -316,7 +115,7 @@ class Ui:
         self._out = _Stream(sys.stdout if stdout is None else stdout)
         self._err = _Stream(sys.stderr if stderr is None else stderr)
         self._consoles: dict[bool, Console] = {}
-        self._live: _Live | None = None
+        self._live: Live | None = None
         self._before: float | None = None
         self._headed = False
 
@@ -474,9 +273,9 @@ class Ui:
             yield CountBar(live, total, human_bytes if size else human_count)
 
     @contextmanager
-    def _bar(self, label: str) -> Iterator[_Live]:
+    def _bar(self, label: str) -> Iterator[Live]:
         shown = self._err.fancy and self.quiet < 1 and not self.json and self._live is None
-        live = _Live(label, self._console(self._err) if shown else None, self.clock)
+        live = Live(label, self._console(self._err) if shown else None, self.clock)
         self._live = live if shown else self._live
         live.start()
         try:

@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from fleetune.data.encode import Batch, collate, encode_all
 from fleetune.data.examples import Example
@@ -185,8 +192,15 @@ def test_other_laws(law):
     start = 0
     moved = []
     for name, tensor in named_tensors(net):  # in floats, so the ids ascend, and equality is up to rounding
-        z = {i: noise.normals(KEY, i, start, tensor.numel()).astype(np.float64) for i in (*IDS.tolist(), DIRECTION)}
-        w = tensor.double().numpy().reshape(-1) + GRID * sum(c * z[i] for i, c in ENTRIES) + EPS * z[DIRECTION]
+        z = {
+            i: noise.normals(KEY, i, start, tensor.numel()).astype(np.float64)
+            for i in (*IDS.tolist(), DIRECTION)
+        }
+        w = (
+            tensor.double().numpy().reshape(-1)
+            + GRID * sum(c * z[i] for i, c in ENTRIES)
+            + EPS * z[DIRECTION]
+        )
         moved.append((name, torch.from_numpy(w.astype(np.float32)).view(tensor.shape)))
         start += -(-tensor.numel() // 4096) * 4096
     torch.testing.assert_close(logits(net), logits(written(other, moved)), rtol=1e-4, atol=1e-4)
@@ -203,7 +217,11 @@ def test_generation_works_through_a_view(name):
         with torch.inference_mode():
             answers.append(
                 model.generate(
-                    TOKENS, attention_mask=torch.ones_like(TOKENS), max_new_tokens=12, do_sample=False, pad_token_id=0
+                    TOKENS,
+                    attention_mask=torch.ones_like(TOKENS),
+                    max_new_tokens=12,
+                    do_sample=False,
+                    pad_token_id=0,
                 ).tolist()
             )
     assert answers[0] == answers[1]

@@ -10,7 +10,8 @@ from pathlib import Path
 from fleetune.errors import LedgerError, UsageError
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
-from fleetune.ui import Ui, human_bytes
+from fleetune.text import human_bytes
+from fleetune.ui import Ui
 
 
 def run(args: argparse.Namespace, ui: Ui, files: Sequence[Path]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from fleetune import report, rundir
 from fleetune.errors import UsageError
 from fleetune.files import storage_error, write_atomic
-from fleetune.ui import Ui, human_bytes, human_time, show
+from fleetune.text import human_bytes, human_time, show
+from fleetune.ui import Ui
 
 
 def _found(args: argparse.Namespace, least: int) -> list[Path]:

@@ -15,6 +15,7 @@ What differs from the paper's code, and why:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ from fleetune.messages import Payload, Spec
 from fleetune.methods import Reply
 from fleetune.models import Model
 from fleetune.objectives import loss_tensor
+
+log = logging.getLogger(__name__)
 
 KIND = "adapter"
 PAPER = "Zhang et al., ICASSP 2024, arXiv 2305.05644"
@@ -116,6 +119,7 @@ class Method:
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(loss.item())
         arrays = {n: a.astype(DTYPE[self.wire]) for n, a in adapters.export(model).items()}
+        adapters.load_(model, {n: a.astype(np.float32) for n, a in arrays.items()})  # what was sent is where it is
         return Payload(arrays, {"n": batches.n, "loss": float(np.mean(losses))})
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
@@ -128,6 +132,7 @@ class Method:
         if not taken:
             return state
         tensors, cut = product_mean(taken, adapters.pairs(state.tensors))
+        log.info("the rank-%d cut of the mean product left out %.3g of its squared norm", self.r, cut)
         return state._replace(tensors=tensors, cut=cut)
 
     def apply(self, model: Model, state: State) -> None:

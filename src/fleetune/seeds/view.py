@@ -17,6 +17,7 @@ quantised base is another `Read`, nothing else.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fleetune.errors import ModelError
+from fleetune.seeds.folded import Folded
 from fleetune.seeds.noise import TILE, Passes
 
 log = logging.getLogger(__name__)
@@ -61,19 +63,18 @@ def layout(named: Iterable[tuple[str, Tensor]]) -> list[Slot]:
 
 
 def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
-    """The kernel module for a device: Numba on a CPU that has it, plain torch everywhere else."""
-    if backend == "torch" or (backend == "auto" and device.type != "cpu"):
-        from fleetune.seeds import kernels_torch
+    """The kernel module for a device: Numba on a CPU that has it, plain torch everywhere else.
 
-        return kernels_torch
-    try:
-        from fleetune.seeds import kernels_numba
-    except ImportError:
-        if backend == "numba":
-            raise
-        log.warning("Numba is not usable here: directions are computed by torch, which is slower")
-        return kernels("torch", "torch")  # type: ignore[arg-type]
-    return kernels_numba
+    `backend` is auto, numba or torch; ImportError when numba is asked for and is not usable here.
+    """
+    if backend == "numba" or (backend == "auto" and device.type == "cpu"):
+        try:
+            return importlib.import_module("fleetune.seeds.kernels_numba")
+        except ImportError:
+            if backend == "numba":
+                raise
+            log.warning("Numba is not usable here: directions are computed by torch, which is slower")
+    return importlib.import_module("fleetune.seeds.kernels_torch")
 
 
 class View:
@@ -103,13 +104,22 @@ class View:
         self.point: Passes | None = None
         self.direction: tuple[int, np.ndarray] | None = None
         self.reached: set[str] = set()
+        self.folded = Folded(self.slots, run_key, self.kernels, threads)
         self._scratch = torch.empty(0)
         self._modules: list[nn.Module] = []
         self._install(net)
 
-    def place(self, passes: Passes | None) -> None:
-        """Set the point: the ledger's passes, or None for the base."""
+    def place(self, passes: Passes | None, *, fold: bool = True) -> None:
+        """Set the point: the ledger's passes, or None for the base.
+
+        With `fold`, the sum of many passes is kept for the next forwards (see `folded`); without, each pass
+        is computed each time, in no more memory.
+        """
         self.point = passes if passes is not None and len(passes.ids) else None
+        if not fold:
+            self.folded.forget()
+        elif self.law != "gaussian":  # whose sums are floats, in a stated order
+            self.point = self.folded.rest(self.point)
 
     def probe(self, direction: tuple[int, np.ndarray] | None, eps: float = 0.0) -> None:
         """Add `eps * z` to the point, for the direction (Philox id, table [K]) of `noise.probe`; None: stop."""
@@ -123,11 +133,15 @@ class View:
         """
         self.reached.add(slot.name)
         base = self.read(slot, first, last)
-        if self.point is None and self.direction is None:
+        sums = self.folded.sums.get(slot.name)
+        if self.point is None and self.direction is None and sums is None:
             return base if out is None else out.copy_(base)
         if out is None:
             out = self._take(last - first, base.dtype)
-        sweep(self, out, base, slot.start + first)
+        if sums is None:
+            sweep(self, out, base, slot.start + first)
+        else:
+            _sweep_with_sums(self, out, base, slot.start + first, sums[first:last])
         return out
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -148,6 +162,7 @@ class View:
                 for first in range(0, flat.numel(), CHUNK):
                     last = min(first + CHUNK, flat.numel())
                     self.piece(slot, first, last, flat[first:last])
+        self.folded.forget()
         self.place(None)
 
     def remove(self) -> None:
@@ -190,6 +205,17 @@ def sweep(view: View, out: Tensor, base: Tensor, start: int) -> None:
         return
     point = view.point if view.point is not None else EMPTY
     view.kernels.sweep(out, base, start, view.run_key, point, view.grid, view.direction, threads=view.threads)
+
+
+def _sweep_with_sums(view: View, out: Tensor, base: Tensor, start: int, sums: Tensor) -> None:
+    """The same point with a part of its integer sum given; integers first, then one product and one add."""
+    at, key, kernels = view.point or EMPTY, view.run_key, view.kernels
+    x = torch.empty_like(sums)
+    kernels.sweep(x, sums, start, key, at, 1.0, threads=view.threads)
+    x.mul_(view.grid).add_(base.float())
+    if view.direction is not None:
+        kernels.sweep(x, x, start, key, EMPTY, view.grid, view.direction, threads=view.threads)
+    out.copy_(x)
 
 
 EMPTY = Passes(np.zeros(0, np.uint64), np.zeros((0, 1), np.int32))

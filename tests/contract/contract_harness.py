@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fleetune import evaluate, methods, models
+from fleetune import methods, models
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import encode_all
 from fleetune.fleets.local import LocalFleet, Weather
+from fleetune.losses import pad_id, response_loss
 from fleetune.messages import Message, decode, encode
 from fleetune.methods import Method, Reply
 from fleetune.models import Model
@@ -28,12 +29,21 @@ QUICK: dict[str, dict[str, Any]] = {
     "fedkseed": {"K": 64, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
     "mezo": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
 }
-NAMES = sorted(methods.entries())
+# Options that change what travels or how a direction is made keep the contract too.
+VARIANTS = [
+    "fedit:average=product", "fedit:wire=fp16", "fedkseed:law=rademacher", "fedkseed:law=gaussian",
+    "fedkseed:wire=sums", "fedkseed:pro=true", "fedkseed:epoch_rounds=1", "mezo:law=rademacher", "mezo:K=32,decay=200",
+]  # fmt: skip
+NAMES = sorted(methods.entries()) + VARIANTS
 COLOURS = ("red", "green", "blue")
 
 
-def method(name: str, **changes: Any) -> Method:
-    return methods.make(name, QUICK.get(name, {}) | changes)
+def method(name: str) -> Method:
+    """The method of a case such as `fedkseed` or `fedkseed:law=rademacher,pro=true`."""
+    name, _, changes = name.partition(":")
+    return methods.make(
+        name, QUICK.get(name, {}) | dict(pair.split("=") for pair in changes.split(",") if pair)
+    )
 
 
 def rows(model: Model) -> list[Encoded]:
@@ -48,7 +58,7 @@ def rows(model: Model) -> list[Encoded]:
 def fleet(model: Model, method: Method, clients: int = 3, weather: Weather | None = None) -> LocalFleet:
     all_rows = rows(model)
     parts = [all_rows[c::clients] for c in range(clients)]
-    return LocalFleet(model, method, parts, 7, evaluate.pad_id(model), weather or Weather())
+    return LocalFleet(model, method, parts, 7, pad_id(model), weather or Weather())
 
 
 def base_of(model: Model) -> bytes:
@@ -74,16 +84,16 @@ def logits(model: Model) -> torch.Tensor:
 
 
 def loss(model: Model) -> float:
-    return evaluate.response_loss(model, rows(model))
+    return response_loss(model, rows(model))
 
 
 def train(
-    name: str, folder: Path, rounds: int, *, run_dir: RunDir | None = None, **changes: Any
+    name: str, folder: Path, rounds: int, *, run_dir: RunDir | None = None
 ) -> tuple[Model, Any, RunDir]:
     """A run of some rounds in a new process's state of things: new model, new fleet; resumes `run_dir`."""
-    model, chosen = models.tiny_llama(), method(name, **changes)
+    model, chosen = models.tiny_llama(), method(name)
     state = chosen.init(model, key())
-    opened = run_dir or create(folder, name, "tiny")
+    opened = run_dir or create(folder, name.partition(":")[0], "tiny")
 
     def measure(state: Any) -> dict[str, float]:
         chosen.apply(model, state)

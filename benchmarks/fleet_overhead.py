@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A simulated fleet: what rounds cost beyond the clients' own compute, and memory against their number.
+
+The real loop over the real local fleet with its codec, checks at the door, metrics and checkpoints on disk;
+the clients' own compute is the sum of the seconds spent inside `Method.local`.  Evaluation is left out.  Few
+local steps a round are unfavourable to us: the papers take 200.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import shape
+from benchmarks.harness import Result, Row, Setting, child
+from fleetune import methods, models
+from fleetune.data import Batches, Encoded
+from fleetune.fleets.local import LocalFleet
+from fleetune.messages import Payload
+from fleetune.methods import Method
+from fleetune.models import Model
+from fleetune.rounds import Hooks, Plan, peak_rss, reset_peak
+from fleetune.rounds import run as run_rounds
+from fleetune.rundir import create
+from fleetune.seeds.noise import derive
+
+BASE = bytes(8)
+NOTE = "whole rounds with codec, door, metrics and checkpoints, against the time inside Method.local; ratio - 1 is the overhead"
+
+
+class Clocked:
+    """A method that adds up the time spent in `local`; all else is the method's own."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.seconds = self.cpu = 0.0
+        self.init, self.broadcast, self.expects = method.init, method.broadcast, method.expects
+        self.aggregate, self.apply = method.aggregate, method.apply
+
+    def local(
+        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
+    ) -> Payload:
+        """As the method's, on the clock."""
+        cpu, wall = time.process_time(), time.perf_counter()
+        try:
+            return self.method.local(model, payload, batches, key, memory)
+        finally:
+            self.seconds += time.perf_counter() - wall
+            self.cpu += time.process_time() - cpu
+
+
+def run(setting: Setting) -> Result:
+    """Overhead on a large and a tiny model, and the memory of 8 and 200 clients."""
+    result = Result()
+    big = shape.model(setting.quick)
+    cases = (
+        ("fedkseed, 135M, 10 clients x 4 steps", big, "fedkseed", {"tau": 4}, 10, 4),
+        ("fedit, 135M, 4 clients x 4 steps", big, "fedit", {"steps": 4, "batch_size": 1}, 4, 4),
+        ("fedkseed, tiny model, 200 clients x 20 steps", tiny(), "fedkseed", {"tau": 20}, 200, 4),
+    )
+    for name, model, method, values, clients, rows in cases:
+        if setting.quick:
+            name, clients = name.replace("135M", "4M").replace("200 clients", "20 clients"), min(clients, 20)
+        spent = _overhead(model, method, values, clients, rows, 1 if setting.quick else 2)
+        result.raw[name] = spent
+        ratio, cpu = spent["wall"] / spent["local"], spent["cpu"] / spent["local_cpu"]
+        row = Row(f"Fleet: {name}", spent["wall"], spent["local"], "s", ratio, "cost", 1.05, None, cpu, NOTE)
+        result.rows.append(row)
+    return _memory(result, setting)
+
+
+def tiny() -> Model:
+    """A llama of about 0.2 M parameters, whose steps take milliseconds: the overhead at its most visible."""
+    return models.tiny_llama(vocab=512, hidden=64, layers=5, heads=8, kv_heads=4)
+
+
+def _data(vocab: int, clients: int, rows: int, length: int) -> list[list[Encoded]]:
+    every = [Encoded(e.ids % vocab, e.n_prompt) for e in shape.rows(False, clients * rows, length)]
+    return [every[c * rows : (c + 1) * rows] for c in range(clients)]
+
+
+@contextlib.contextmanager
+def _fleet(model: Model, method: Method, clients: int, rows: int, length: int = 64) -> Iterator[Any]:
+    # Gives a function that plays so many rounds.
+    vocab = model.net.config.vocab_size
+    fleet = LocalFleet(model, method, _data(vocab, clients, rows, length), 7, 257)
+    state = method.init(model, derive(7, "init"))
+    hooks = Hooks(lambda: None, lambda state: {}, lambda event: None)
+
+    def play(rounds: int) -> None:
+        with tempfile.TemporaryDirectory() as folder, create(Path(folder), "bench", "model") as opened:
+            run_rounds(method, fleet, state, opened, Plan(rounds, 1.0, 1, 7, 0, BASE), hooks)
+
+    try:
+        yield play
+    finally:
+        if model.attachment is not None:
+            _detach(model)
+
+
+def _detach(model: Model) -> None:
+    from fleetune import adapters
+    from fleetune.seeds.view import View
+
+    if isinstance(model.attachment, View):
+        model.attachment.remove()
+        model.attachment = None
+    else:
+        adapters.detach(model)
+
+
+def _overhead(
+    model: Model, name: str, values: dict[str, Any], clients: int, rows: int, rounds: int
+) -> dict[str, float]:
+    clocked = Clocked(methods.make(name, values))
+    with _fleet(model, clocked, clients, rows) as play:
+        play(1)  # compiles, and touches all memory
+        clocked.seconds = clocked.cpu = 0.0
+        cpu, wall = time.process_time(), time.perf_counter()
+        play(rounds)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"wall": wall, "local": clocked.seconds, "cpu": cpu, "local_cpu": clocked.cpu, "rounds": rounds}
+
+
+# --- Memory ---------------------------------------------------------------------------------------------
+
+
+def _memory(result: Result, setting: Setting) -> Result:
+    few, many = (child("fleet_overhead", n, int(setting.quick)) for n in (8, 20 if setting.quick else 200))
+    result.raw["memory"] = {"few": few, "many": many}
+    name = f"Fleet memory: {many['clients']} clients against 8"
+    note = f"peak resident memory of a FedKSeed round, each fleet in its own process; its rows are {many['data'] / 1e6:.1f} MB of it"
+    ratio = many["peak"] / few["peak"]
+    result.rows.append(Row(name, many["peak"], few["peak"], "MB", ratio, "cost", 1.02, note=note))
+    return result
+
+
+def main(clients: int, quick: bool) -> None:
+    """The child: one round of so many clients, one step each; prints the peak."""
+    torch.set_num_threads(1)
+    model = shape.model(quick)
+    method = methods.make("fedkseed", {"tau": 1})
+    reset_peak()
+    with _fleet(model, method, clients, 8) as play:
+        play(1)
+        peak = peak_rss()
+    print(json.dumps({"clients": clients, "peak": peak, "data": clients * 8 * 64 * 4}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), bool(int(sys.argv[2])))

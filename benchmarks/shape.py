@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What everything is measured on: a llama with random weights in the shape of SmolLM2-135M, and random rows.
+
+Time and memory depend on the shape alone, so nothing is downloaded.  `quick` is a llama of 4 M parameters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fleetune.data import Batch, Encoded
+from fleetune.data.encode import collate
+from fleetune.models import Model, tiny_tokenizer, tokenizer_digest
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def config(quick: bool) -> LlamaConfig:
+    """The configuration of SmolLM2-135M (134.5 M parameters in 272 tensors), or of its small stand-in."""
+    width = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    depth = {"num_hidden_layers": 30, "vocab_size": 49152}
+    if quick:
+        width = {
+            "hidden_size": 256,
+            "intermediate_size": 680,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        depth = {"num_hidden_layers": 4, "vocab_size": 4096}
+    return LlamaConfig(
+        **width, **depth, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=0.041666,
+        rms_norm_eps=1e-5, use_cache=False, bos_token_id=256, eos_token_id=257, pad_token_id=257,
+    )  # fmt: skip
+
+
+def model(quick: bool, dtype: str = "fp32") -> Model:
+    """A model with random weights; its base digest is made up, as nothing is checked against it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = LlamaForCausalLM(config(quick)).to(DTYPES[dtype])
+    net.eval()
+    net.requires_grad_(False)
+    tokenizer = tiny_tokenizer()
+    digest = tokenizer_digest(tokenizer)
+    return Model(net, tokenizer, "random-llama", Path("random-llama"), "0" * 64, digest, dtype, "cpu")
+
+
+def rows(quick: bool, count: int, length: int, seed: int = 0) -> list[Encoded]:
+    """Rows of `length` random tokens; the second half is the answer."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, config(quick).vocab_size, (count, length), dtype=np.int32)
+    return [Encoded(row, length // 2) for row in ids]
+
+
+def batch(quick: bool, size: int, length: int) -> Batch:
+    """One batch of such rows."""
+    return collate(rows(quick, size, length), 257, "cpu")

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the generated pages: docs/methods/*.md, docs/recipe.md, docs/commands.md.  `--check` only compares.
+
+    python docs/build.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import sys
+from pathlib import Path
+
+from fleetune import cli, methods, recipe
+
+DOCS = Path(__file__).parent
+MADE = "<!-- made by docs/build.py; edit the source instead -->\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def method_page(name: str) -> str:
+    """A method's page: its docstring and its settings."""
+    entry = methods.entry(name)
+    text = inspect.getdoc(methods.module_of(name)) or ""
+    rows = [f"| `{s.name}` | {s.symbol} | {s.type.__name__} | `{s.default}` | {_cell(s.help)} |" for s in methods.settings(name)]
+    return "\n".join([
+        MADE,
+        f"# {name}\n",
+        f"Sends {entry.sends}. Leaves {'a seed ledger' if entry.kind == 'ledger' else 'a PEFT adapter'}.\n",
+        text + "\n",
+        "## Settings (`--set NAME=VALUE`)\n",
+        "| name | symbol | type | default | meaning |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ])  # fmt: skip
+
+
+def recipe_page() -> str:
+    """Every option of a recipe."""
+    rows = []
+    for name, (kind, default, text) in recipe.fields().items():
+        shown = "required" if default is dataclasses.MISSING else f"`{default!r}`"
+        rows.append(f"| `{name}` | {kind.__name__ if isinstance(kind, type) else kind} | {shown} | {text} |")
+    head = "# The recipe\n\nKeys of a TOML recipe and of every `run.toml`; `fleetune tune` has a flag for each (`eval_every` is `--eval-every`).\n"
+    return "\n".join([MADE, head, "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+def commands_page() -> str:
+    """Every command with its arguments."""
+    parts = [MADE, "# Commands\n", "```\n" + cli.EXAMPLES + "```\n"]
+    for name, sub in cli.commands().items():
+        parts.append(f"## fleetune {name}\n\n{sub.description}\n")
+        parts.append("| argument | meaning |\n|---|---|")
+        for action in sub._actions:
+            if isinstance(action, argparse._HelpAction):
+                continue
+            flag = ", ".join(f"`{o}`" for o in action.option_strings) or f"`{action.metavar or action.dest}`"
+            choices = f" ({', '.join(map(str, action.choices))})" if action.choices else ""
+            parts.append(f"| {flag} | {_cell(action.help or '')}{choices} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page by its path."""
+    made = {DOCS / "methods" / f"{name}.md": method_page(name) for name in methods.entries()}
+    return made | {DOCS / "recipe.md": recipe_page(), DOCS / "commands.md": commands_page()}
+
+
+def main() -> int:
+    """Write the pages, or with `--check` name those that are out of date."""
+    stale = [p for p, text in pages().items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.relative_to(DOCS.parent)} is out of date: python docs/build.py")
+        return bool(stale)
+    for path, text in pages().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune tune` and `fleetune demo`: recipes to runs, with what the user sees of them and Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fleetune import recipe as recipes
+from fleetune.bars import RoundBar
+from fleetune.errors import Interrupted, RecipeError, UsageError
+from fleetune.text import human_bytes, human_time
+from fleetune.ui import Ui
+
+
+class Screen:
+    """A run on the console: header, a line a round, the bar; and it hears Ctrl-C between two steps."""
+
+    def __init__(self, ui: Ui, bar: RoundBar, run: Path) -> None:
+        self.ui, self.bar, self.resume = ui, bar, f"fleetune tune --resume {run}"
+        self.stop = False
+        self.round = self.clients = 0
+        self.last: Mapping[str, Any] = {}
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """The panel over the run."""
+        self.ui.header(title, rows)
+
+    def note(self, text: str) -> None:
+        """A remark."""
+        self.ui.note(text)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Show an event; JSON mode prints it as it is."""
+        self.ui.event(event)
+        shown = {"client": self._client, "round": self._round, "eval": self._eval}.get(str(event["event"]))
+        if shown:
+            shown(event)
+
+    def step(self, client: int, step: int) -> None:
+        """Move the bar; stop here if Ctrl-C was pressed."""
+        self.bar.update(client=self.clients + 1, step=step)
+        if self.stop:
+            raise Interrupted(
+                f"stopped after round {self.round}; nothing that was finished is lost", hint=self.resume
+            )
+
+    def _client(self, event: Mapping[str, Any]) -> None:
+        self.clients += 1
+        if event["status"] in ("refused", "failed"):
+            self.ui.note(
+                f"round {event['round']}: client {event['client']} {event['status']}: {event['reason']}"
+            )
+
+    def _round(self, event: Mapping[str, Any]) -> None:
+        self.last, self.round, self.clients = event, int(event["round"]), 0
+        self.bar.update(round=self.round)
+
+    def _eval(self, event: Mapping[str, Any]) -> None:
+        last = self.last if event["round"] else {}
+        asked, good = last.get("clients", 0), last.get("accepted", 0)
+        self.ui.round_line(
+            int(event["round"]), event["loss"],
+            sent=last["bytes_up"] / max(1, good) if last else None,
+            received=last["bytes_down"] / asked if last else None,
+            seconds=last.get("seconds"), rounds=self.bar.rounds,
+            note=f"{good} of {asked} clients" if good < asked else "",
+        )  # fmt: skip
+
+    def interrupt(self, signum: int, frame: FrameType | None) -> None:
+        """The handler of Ctrl-C: the first waits for the step to end, the second does not."""
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+        self.ui.note("stopping after this step (Ctrl-C again: at once)")
+
+
+def tune(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune import rundir
+
+    if args.resume:
+        path = rundir.find(args.resume, Path(args.out))
+        given = [a for a in ("model", "data", "config") if getattr(args, a)] + list(_flags(args)) + args.set
+        if given:
+            raise UsageError(
+                f"--resume goes on with the run's own recipe; it takes no {given[0]}",
+                hint=f"fleetune tune --resume {path}",
+            )
+        recipe = recipes.make(recipes.read(path / "run.toml"))
+        _run_recipe(recipe, args, ui, path)
+        return
+    _run_recipe(_recipe(args), args, ui, None)
+
+
+def _flags(args: argparse.Namespace) -> dict[str, str]:
+    given = {k.removeprefix("recipe_"): v for k, v in vars(args).items() if k.startswith("recipe_")}
+    return {k: v for k, v in given.items() if v is not None}
+
+
+def _recipe(args: argparse.Namespace) -> recipes.Recipe:
+    values: dict[str, Any] = recipes.read(Path(args.config)) if args.config else {}
+    values |= {k: v for k, v in (("model", args.model), ("data", args.data)) if v}
+    values |= _flags(args)
+    chosen = dict(values.get("set", {}))
+    for pair in args.set:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise RecipeError([f"--set {pair!r} is not NAME=VALUE"], hint="for example --set K=4096")
+        chosen[name.strip()] = value.strip()
+    values["set"] = chosen
+    return recipes.make(values)
+
+
+def _run_recipe(
+    recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui, resume: Path | None
+) -> Mapping[str, Any]:
+    from fleetune import job as jobs
+    from fleetune import rounds, rundir
+
+    jobs.check(recipe)
+    if resume is not None and (done := _already_done(resume)):
+        ui.note(f"{resume} is finished already")
+        ui.event(done)
+        return _finished(done, ui)
+    run = rundir.RunDir(resume) if resume else None
+    rundir.check_writable(resume or Path(args.out))
+    job = jobs.prepare(recipe, offline=args.offline)
+    if getattr(args, "dry_run", False):
+        ui.note(
+            f"the recipe is good: {len(job.rows)} clients, {sum(map(len, job.rows))} rows, {len(job.held)} held out"
+        )
+        ui.event({"event": "checked", "clients": len(job.rows), "rows": sum(map(len, job.rows))})
+        return {}
+    with run or rundir.create(Path(args.out), recipe.method, recipe.model) as run:
+        clients = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
+        with ui.progress(recipe.rounds, clients) as bar:
+            screen = Screen(ui, bar, run.path)
+            before = signal.signal(signal.SIGINT, screen.interrupt)
+            try:
+                done = jobs.tune(job, run, screen)
+            finally:
+                signal.signal(signal.SIGINT, before)
+    return _finished(done, ui)
+
+
+def _already_done(run: Path) -> Mapping[str, Any] | None:
+    from fleetune import rundir
+
+    if (run / "status").is_file() and (run / "status").read_text().strip() == "done":
+        return next((e for e in rundir.events(run) if e["event"] == "done"), None)
+    return None
+
+
+def _finished(done: Mapping[str, Any], ui: Ui) -> Mapping[str, Any]:
+    costs = [
+        ("bytes over the fleet", human_bytes(done["bytes_up"] + done["bytes_down"]),
+         f"up {human_bytes(done['bytes_up'])}, down {human_bytes(done['bytes_down'])}"),
+        ("wall time · peak memory", f"{human_time(done['wall'])} · {human_bytes(done['peak_rss'])}", ""),
+    ]  # fmt: skip
+    ui.final_table(done["base"], done["tuned"], rows=done["rows"], costs=costs)
+    run = done["run"]
+    rows = [
+        ("report", f"{run}/report.html"),
+        ("result", f"{done['result']} ({human_bytes(done['result_bytes'])})"),
+    ]
+    rows += [
+        ("digest", str(done["digest"])),
+        ("samples", f"{run}/samples.md"),
+        ("next", f"fleetune eval {run}"),
+    ]
+    ui.paths(rows)
+    return done
+
+
+def demo(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune import demo as demos
+    from fleetune import models
+
+    with ui.count("smollm2-135m", 0, size=True) as bar:
+        models.pull(
+            "smollm2-135m", offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what)
+        )
+    for recipe in demos.recipes(quick=args.quick):
+        _run_recipe(recipe, args, ui, None)

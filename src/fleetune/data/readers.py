@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a file (.jsonl, .json, .csv, .parquet) one by one, each with the place where it stands.
+
+A reader gives a `Problem` in place of a row that is not one; what is wrong with a file as a whole is a DataError.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from fleetune.errors import DataError
+
+
+class Row(NamedTuple):
+    """One row as it stands in its file."""
+
+    where: str  # "file:line"
+    fields: dict[str, object]
+
+
+class Problem(NamedTuple):
+    """One row that cannot be used."""
+
+    where: str
+    what: str
+    fix: str
+
+
+def rows_of(path: Path, shown: str) -> Iterator[Row | Problem]:
+    """The rows of one file by the reader of its suffix."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{shown}: no reader for {path.suffix or 'a file without a suffix'!r}",
+            hint=f"instructions and answers are read from {', '.join(READERS)}",
+        )
+    try:
+        yield from reader(path, shown)
+    except OSError as error:
+        raise unreadable(shown, error) from error
+
+
+def _row(where: str, value: object) -> Row | Problem:
+    """A JSON value as a row."""
+    if isinstance(value, dict):
+        return Row(where, value)
+    return Problem(where, f"is {seen(value)}, not an object", "write each row as {...}")
+
+
+def _jsonl(path: Path, shown: str) -> Iterator[Row | Problem]:
+    """One JSON object a line; blank lines are skipped."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            where = f"{shown}:{number}"
+            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            if not line.strip():
+                continue
+            try:
+                yield _row(where, json.loads(line.decode()))
+            except UnicodeDecodeError as error:
+                yield Problem(where, f"not UTF-8 (byte 0x{line[error.start]:02x})", _utf8_fix(shown))
+            except (ValueError, RecursionError) as error:
+                yield Problem(where, _json_fault(error), "write one JSON object per line, in full")
+
+
+def _json(path: Path, shown: str) -> Iterator[Row | Problem]:
+    """A JSON list of objects; a file that starts with an object is read as JSON lines, as the hub does."""
+    text = decode(path.read_bytes(), shown)
+    blank = re.compile(r"[ \t\r\n]*")
+    decoder = json.JSONDecoder()
+
+    def skip(start: int) -> int:
+        return blank.match(text, start).end()  # type: ignore[union-attr]  # it matches the empty string
+
+    at = skip(0)
+    if text[at : at + 1] != "[":
+        yield from _one_object(text, shown) or _jsonl(path, shown)
+        return
+    line, counted, after, fix = 1, 0, "[", "make the file one JSON list of objects: [{...}, {...}]"
+    while after in ("[", ","):
+        at = skip(at + 1)
+        if after == "[" and text[at : at + 1] == "]":
+            break
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            at = error.pos if isinstance(error, json.JSONDecodeError) else at
+            yield Problem(f"{shown}:{line + text.count(chr(10), counted, at)}", _json_fault(error), fix)
+            return
+        yield _row(f"{shown}:{line}", value)
+        at = skip(end)
+        after = text[at : at + 1]
+    if text[at : at + 1] != "]" or skip(at + 1) != len(text):
+        where = f"{shown}:{1 + text.count(chr(10), 0, at)}"
+        yield Problem(where, "not JSON: the list does not end where it should", fix)
+
+
+def _one_object(text: str, shown: str) -> list[Row | Problem]:
+    """The problem of a file that is a single object over several lines; empty for anything else."""
+    try:
+        value = json.loads(text) if "\n" in text.strip() else None
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(value, dict):
+        return []
+    lists = [key for key, rows in value.items() if isinstance(rows, list)]
+    fix = f"take the rows out of it, for example: jq .{lists[0]}" if lists else "put [ and ] around it"
+    return [Problem(f"{shown}:1", f"one object, not a list of rows (it has: {names_of(value)})", fix)]
+
+
+def _csv(path: Path, shown: str) -> Iterator[Row | Problem]:
+    """Comma-separated values with a header line; a row's line is the one it starts on."""
+    reader = csv.reader(io.StringIO(decode(path.read_bytes(), shown), newline=""), strict=True)
+    fix = 'give every row the header\'s columns; put values that hold commas, quotes or line breaks in "..."'
+    header: list[str] | None = None
+    while True:
+        where = f"{shown}:{reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Problem(where, f"not CSV: {error}", fix)
+            return
+        if header is None:
+            header = cells
+            twice = [name for name in header if header.count(name) > 1]
+            if twice:
+                yield Problem(where, f"column {twice[0]!r} is there twice", "rename one of the columns")
+                return
+        elif cells and len(cells) != len(header):
+            yield Problem(where, f"has {len(cells)} values for the header's {len(header)} columns", fix)
+        elif cells:
+            yield Row(where, dict(zip(header, cells, strict=True)))
+
+
+def _parquet(path: Path, shown: str) -> Iterator[Row | Problem]:
+    """Parquet, in batches; there are no lines, so a row is named by its number."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{shown}: Parquet needs pyarrow", hint="pip install 'fleetune[parquet]'") from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{shown}:row {number}", value)
+    except pyarrow.ArrowException as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"{shown}: not Parquet: {first}", hint="download or write the file again") from error
+
+
+READERS: Mapping[str, Callable[[Path, str], Iterator[Row | Problem]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def seen(value: object) -> str:
+    """A wrong value in few words."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    if isinstance(value, dict):
+        return "an object"
+    kind = "text" if isinstance(value, str) else "number" if isinstance(value, int | float) else "value"
+    written = repr(value)
+    return f"the {kind} {written if len(written) <= 40 else written[:37] + '...'}"
+
+
+def names_of(fields: Mapping[str, object]) -> str:
+    """The names of the first twelve fields."""
+    return ", ".join(map(str, itertools.islice(fields, 12))) or "no fields"
+
+
+# What can be wrong with a file as a whole.
+
+
+def decode(raw: bytes, shown: str) -> str:
+    """UTF-8 text, without a byte-order mark; DataError names the line that is not."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"{shown}:{raw.count(10, 0, error.start) + 1}"
+        raise DataError(
+            f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x})", hint=_utf8_fix(shown)
+        ) from error
+
+
+def _utf8_fix(shown: str) -> str:
+    return f"save it as UTF-8, for example: iconv -f latin1 -t utf-8 {shown}"
+
+
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} at column {error.colno}"
+    return f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}"
+
+
+def unreadable(shown: str, error: OSError) -> DataError:
+    """The error for a file that the system will not let us read."""
+    return DataError(
+        f"cannot read {shown}: {error.strerror or error}", hint="check the file and its permissions"
+    )
+
+
+def no_file(source: str) -> DataError:
+    """Why `source` is no file, with the neighbours that it may have meant."""
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
+        inside = [name for name in _listing(path) if Path(name).suffix.lower() in READERS]
+        hint = f"give one file of it, such as {path / inside[0]}" if inside else "give a file"
+        return DataError(f"{source} is a folder, not a file", hint=hint)
+    if not os.path.isdir(path.parent):
+        return DataError(f"no file {source}: there is no folder {path.parent}", hint="check the path")
+    data = [name for name in _listing(path.parent) if Path(name).suffix.lower() in READERS][:5]
+    there = f"data files there: {', '.join(data)}" if data else "check the path"
+    return DataError(f"no file {source}", hint=meant(source) or there)
+
+
+def meant(source: str) -> str:
+    """A question with the files whose names are close to `source`, "" if there are none."""
+    path = Path(os.path.expanduser(source))
+    near = difflib.get_close_matches(path.name, [*_listing(path.parent), "demo"], n=3, cutoff=0.5)
+    meant = [name if name == "demo" else str(path.parent / name) for name in near]
+    return f"did you mean {' or '.join(meant)}?" if meant else ""
+
+
+def _listing(folder: Path) -> list[str]:
+    """The names of the files in a folder, sorted; none of a folder that may not be listed."""
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.is_file())
+    except OSError:
+        return []

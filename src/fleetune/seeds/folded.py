@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many independent directions without many passes: their integer sum, kept.
+
+A view computes every pass of its point anew in each forward.  For the pooled law that is one pass whatever
+K is.  Independent directions are a pass each, so beyond `FOLD` of them the sum of those that stay is kept,
+4 bytes a weight, and only what changed since is computed.  The sums are integers held in float32, exact
+below 2^24; where they could reach that, nothing is folded and the view is slow but still exact.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fleetune.seeds.noise import Passes
+
+if TYPE_CHECKING:
+    from fleetune.seeds.view import Slot
+
+log = logging.getLogger(__name__)
+
+FOLD = 16  # passes that are computed in each forward before they are folded
+EXACT = 1 << 24  # integers below this are exact in float32
+
+
+class Folded:
+    """Integer sums of passes over the elements of some tensors, and which passes they hold."""
+
+    def __init__(self, slots: Sequence[Slot], run_key: int, kernels: ModuleType, threads: int | None) -> None:
+        self.slots, self.run_key, self.kernels, self.threads = slots, run_key, kernels, threads
+        self.held: Passes | None = None
+        self.reach = 0  # the largest sum anywhere
+        self.sums: dict[str, Tensor] = {}
+
+    def rest(self, point: Passes | None) -> Passes | None:
+        """What is left of `point` beside the sums; folds first when that is many passes."""
+        if self.held is None and (point is None or len(point.ids) <= FOLD):
+            return point
+        left = difference(point, self.held)
+        if len(left.ids) <= FOLD and self.reach + _most(left) < EXACT:
+            return left
+        if self.reach + _most(left) >= EXACT:
+            log.info("the sums of %d directions could pass 2^24: they are computed anew each time", len(left.ids))
+            self.forget()
+            return point
+        self._fold(left)
+        self.held = point
+        return None
+
+    def forget(self) -> None:
+        """Drop the sums and their memory."""
+        self.held, self.reach, self.sums = None, 0, {}
+
+    def _fold(self, passes: Passes) -> None:
+        self.reach = 0
+        for slot in self.slots:
+            if slot.name not in self.sums:
+                self.sums[slot.name] = torch.zeros(slot.tensor.numel(), device=slot.tensor.device)
+            sums = self.sums[slot.name]
+            self.kernels.sweep(sums, sums, slot.start, self.run_key, passes, 1.0, threads=self.threads)
+            low, high = torch.aminmax(sums)
+            self.reach = max(self.reach, int(-low), int(high))
+
+
+def difference(new: Passes | None, old: Passes | None) -> Passes:
+    """Passes that lead from `old` to `new`; those with nothing in them are left out."""
+    sides = [(p, sign) for p, sign in ((new, 1), (old, -1)) if p is not None]
+    K = max(p.tables.shape[1] for p, _ in sides)
+    ids, where = np.unique(np.concatenate([p.ids for p, _ in sides]), return_inverse=True)
+    tables = np.zeros((len(ids), K), np.int64)
+    first = 0
+    for p, sign in sides:
+        np.add.at(tables, where[first : first + len(p.ids)], sign * p.tables.astype(np.int64))
+        first += len(p.ids)
+    kept = tables.any(axis=1)
+    left = Passes(ids[kept], tables[kept])
+    return Passes(left.ids, left.tables.astype(np.int32)) if _most(left) < 1 << 31 else left
+
+
+def _most(passes: Passes) -> int:
+    """The largest sum that these passes can make anywhere."""
+    return int(np.abs(passes.tables.astype(np.int64)).max(axis=1, initial=0).sum())

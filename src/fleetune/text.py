@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers and measures as people read them, and text that is safe to show: what the console and the report share.
+
+Names and messages may come from strangers' models and data: `clean` takes the control characters out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: str) -> str:
+    """`text` without control characters and direction overrides (newline and tab stay)."""
+    return _CONTROL.sub("", text)
+
+
+def human_bytes(count: float | None) -> str:
+    """Bytes in decimal units with about three digits: 260 B, 16.4 kB, 2.8 MB, 1.19 GB; "-" for None."""
+    if count is None or not math.isfinite(count):
+        return "-"
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while abs(value) >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    if units[0] == "B":
+        return f"{value:.0f} B"
+    digits = 0 if abs(value) >= 99.95 else 2 if units[0] in {"GB", "TB", "PB"} and abs(value) < 9.995 else 1
+    return f"{value:.{digits}f} {units[0]}"
+
+
+def human_time(seconds: float | None) -> str:
+    """Seconds as 3.2 s, 42 s, 2m04s, 1h07m or 2d03h; "-" for None."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    minutes = round(seconds / 60)
+    if minutes < 1440:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    hours = round(seconds / 3600)
+    return f"{hours // 24}d{hours % 24:02d}h"
+
+
+def human_count(count: float | None) -> str:
+    """A count: 4,096 below 100,000, else three digits with k, M, B or T (135 M, 1.24 B); "-" for None."""
+    if count is None or not math.isfinite(count):
+        return "-"
+    if abs(count) < 99_999.5:
+        return f"{count:,.0f}"
+    value, units = count / 1000, ["k", "M", "B", "T"]
+    while abs(value) >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:.{digits}f} {units[0]}"
+
+
+class Metric(NamedTuple):
+    """How a measure is named and shown: decimals, whether less is better, whether change is in percent."""
+
+    label: str
+    digits: int = 3
+    less: bool = False
+    relative: bool = False
+
+
+_METRICS = {
+    "loss": Metric("validation loss", 3, less=True, relative=True),
+    "perplexity": Metric("perplexity", 2, less=True, relative=True),
+    "rouge_l": Metric("Rouge-L", 1),
+    "accuracy": Metric("accuracy", 3),
+}
+
+
+def metric(name: str) -> Metric:
+    """How to show the measure called `name` in metrics.jsonl and eval.json."""
+    if name in _METRICS:
+        return _METRICS[name]
+    less = "loss" in name or "perplexity" in name
+    return Metric(clean(name).replace("_", " "), less=less, relative=less)
+
+
+def show(name: str, value: float | None) -> str:
+    """A measured value with its measure's decimals; "-" for None."""
+    return "-" if value is None else f"{value:.{metric(name).digits}f}"
+
+
+def change(name: str, base: float | None, tuned: float | None) -> str:
+    """Tuned against base: in percent for losses ("-18.4 %"), in the measure's own unit else ("+12.3")."""
+    if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)):
+        return ""
+    if metric(name).relative:
+        return f"{100 * (tuned - base) / base:+.1f} %" if base else ""
+    return f"{tuned - base:+.{metric(name).digits}f}"
+
+
+def improved(name: str, base: float | None, tuned: float | None) -> bool | None:
+    """Whether tuned is better than base; None when that cannot be said or they are equal."""
+    if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)) or base == tuned:
+        return None
+    return (tuned < base) == metric(name).less
