@@ -38,6 +38,8 @@ def main() -> int:
         others, began, load = Others(), time.perf_counter(), os.getloadavg()
         print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
         results[name] = ALL[name](Setting(options.quick))
+        if options.quick:  # the targets are for the real size
+            results[name].rows = [dataclasses.replace(row, target=None) for row in results[name].rows]
         about[name] = {
             "seconds": time.perf_counter() - began, "load_before": load, "load_after": os.getloadavg(),
             "used_by_others": others.share(),

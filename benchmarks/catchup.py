@@ -28,7 +28,7 @@ def run(setting: Setting) -> Result:
     pools = (64, 256) if setting.quick else (1024, 4096)
     one, pooled, independent = _papers(setting, model), _pooled(setting, model, (16, *pools)), {}
     for K in pools:
-        independent[K] = _independent(setting, model, K, 3 if K == min(pools) else 1)
+        independent[K] = _independent(setting, model, K, 3 if min(pools) == K else 1)
     result.keep("papers, one seed", {"update": one})
     result.keep("pooled", {str(K): t for K, t in pooled.items()})
     result.keep("independent", {str(K): t for K, t in independent.items()})

@@ -32,7 +32,10 @@ LOADED = "both processes have the compiled kernels loaded, whose size does not d
 def run(setting: Setting) -> Result:
     """Every mode in fp32; inference and ours in bf16 too."""
     result = Result()
-    for dtype, modes in (("fp32", MODES), ("bf16", MODES[:4])):
+    cases = {"fp32": MODES, "bf16": MODES[:4]}
+    if setting.quick:
+        cases = {"fp32": ("inference", "inference with kernels", "ours")}
+    for dtype, modes in cases.items():
         peaks = {mode: _peak(setting, mode, dtype) for mode in modes}
         result.raw[dtype] = peaks
         result.rows += _rows(dtype, {mode: p["peak"] for mode, p in peaks.items()}, strict=not setting.quick)

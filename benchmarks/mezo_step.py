@@ -12,6 +12,7 @@ less the two forwards, repeat by repeat.
 from __future__ import annotations
 
 import functools
+
 import numpy as np
 import torch
 

@@ -24,7 +24,9 @@ PARTS = ("inference", "mezo", "fedkseed", "fedit", "full SGD", "full Adam")
 SETTINGS = {"mezo": "tau", "fedkseed": "tau", "fedit": "steps"}
 
 
-def compare(model: str, names: tuple[str, ...], batch: int, length: int, steps: int, dtype: str) -> dict[str, Any]:
+def compare(
+    model: str, names: tuple[str, ...], batch: int, length: int, steps: int, dtype: str
+) -> dict[str, Any]:
     """Predicted and measured peak bytes and seconds a step of the named rows of the plan, and their ratios."""
     from fleetune import models, plan
 
@@ -101,7 +103,9 @@ def _steps(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
             loss(model, part)
         return time.monotonic() - began
     model.net.requires_grad_(True)
-    optimizer = {"full SGD": torch.optim.SGD, "full Adam": torch.optim.AdamW}[name](model.net.parameters(), lr=1e-6)
+    optimizer = {"full SGD": torch.optim.SGD, "full Adam": torch.optim.AdamW}[name](
+        model.net.parameters(), lr=1e-6
+    )
     for part in batches:
         objectives.loss_tensor(model, part).backward()
         optimizer.step()
@@ -111,7 +115,9 @@ def _steps(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
 
 def main() -> None:
     """Compare all rows; or, as a child, measure one."""
-    parser = argparse.ArgumentParser("benchmarks.plan_memory", description="The plan's peak memory against measured.")
+    parser = argparse.ArgumentParser(
+        "benchmarks.plan_memory", description="The plan's peak memory against measured."
+    )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--one", choices=PARTS, help=argparse.SUPPRESS)

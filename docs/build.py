@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the generated pages: docs/methods/*.md, docs/recipe.md, docs/commands.md.  `--check` only compares.
 
-    python docs/build.py
+python docs/build.py
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def method_page(name: str) -> str:
     """A method's page: its docstring and its settings."""
     entry = methods.entry(name)
     text = inspect.getdoc(methods.module_of(name)) or ""
-    rows = [f"| `{s.name}` | {s.symbol} | {s.type.__name__} | `{s.default}` | {_cell(s.help)} |" for s in methods.settings(name)]
+    rows = [
+        f"| `{s.name}` | {s.symbol} | {s.type.__name__} | `{s.default}` | {_cell(s.help)} |"
+        for s in methods.settings(name)
+    ]
     return "\n".join([
         MADE,
         f"# {name}\n",
@@ -46,7 +49,10 @@ def recipe_page() -> str:
     for name, (kind, default, text) in recipe.fields().items():
         shown = "required" if default is dataclasses.MISSING else f"`{default!r}`"
         rows.append(f"| `{name}` | {kind.__name__ if isinstance(kind, type) else kind} | {shown} | {text} |")
-    head = "# The recipe\n\nKeys of a TOML recipe and of every `run.toml`; `fleetune tune` has a flag for each (`eval_every` is `--eval-every`).\n"
+    head = (
+        "# The recipe\n\nKeys of a TOML recipe and of every `run.toml`; `fleetune tune` has a flag for each "
+        "(`eval_every` is `--eval-every`).\n"
+    )
     return "\n".join([MADE, head, "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
 
 

@@ -224,15 +224,16 @@ def _plan(args: argparse.Namespace, ui: Ui) -> None:
 
     config = models.load_config(args.model, offline=args.offline)
     work = plan.Work(batch=args.batch, length=args.length, steps=args.steps, dtype=args.dtype)
-    rows = plan.table(config, work, ram=plan.parse_bytes(args.ram), uplink=plan.parse_rate(args.uplink))
-    if ui.json:
-        for row in rows:
-            ui.event({"event": "plan", "model": args.model, **dataclasses.asdict(row)})
-        return
-    shown = plan.describe(config, args.model, work)
-    ui.header("fleetune plan", shown)
-    ui.table(plan.COLUMNS, [plan.cells(row) for row in rows], align="lrrrrl")
-    ui.paths([("next", f"fleetune tune {args.model} DATA --method {plan.best(rows)}")])
+    ram, uplink = plan.parse_bytes(args.ram), plan.parse_rate(args.uplink)
+    rows = plan.table(config, work, ram=ram, uplink=uplink)
+    for row in rows:
+        ui.event({"event": "plan", "model": args.model, **dataclasses.asdict(row), "fits": row.fits})
+    if not ui.json:
+        ui.header("fleetune plan", plan.describe(config, args.model, work, uplink=uplink))
+        ui.table(plan.columns(rows), [plan.cells(row) for row in rows])
+    method = plan.best(rows)
+    if not ui.json:
+        ui.paths([("next", f"fleetune tune {args.model} DATA --method {method}")])
 
 
 def _eval(args: argparse.Namespace, ui: Ui) -> None:

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError
 from fleetune.fleets import Answer, Fleet
 from fleetune.messages import Message, Payload, check, decode, encode
 from fleetune.methods import Method, Reply
 from fleetune.rundir import RunDir
+from fleetune.seeds.noise import derive
 from fleetune.states import Totals, pack, unpack
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def run(
         run.checkpoint(0, pack(state, totals, {}))
     for r in range(first + 1, plan.rounds + 1):
         began = time.monotonic()
-        answers = _Door(method, state, run, plan, r, hooks)
+        answers = _Door(method, state, run, plan, r, hooks, fleet.rows)
         chosen = sample(len(fleet.rows), plan.participation, plan.seed, r)
         message = encode(Message(r, plan.base, method.broadcast(state)))
         new = method.aggregate(state, answers.replies(fleet.ask(r, chosen, message)))
@@ -90,8 +90,7 @@ def run(
 def sample(clients: int, participation: float, seed: int, round: int) -> Sequence[int]:
     """The clients of a round: a share of all, at least one, without repeats, in order; keyed by seed and round."""
     count = max(1, min(clients, round_half_up(clients * participation)))
-    chosen = np.random.default_rng([seed, round, 0x5A3]).choice(clients, count, replace=False)
-    return sorted(int(c) for c in chosen)
+    return sorted(keyed_order(derive(seed, "sample", round), 0, clients)[:count].tolist())
 
 
 def round_half_up(x: float) -> int:
@@ -102,8 +101,17 @@ def round_half_up(x: float) -> int:
 class _Door:
     """Lets good replies of a round through, one at a time, and records every client's outcome."""
 
-    def __init__(self, method: Method, state: Any, run: RunDir, plan: Plan, round: int, hooks: Hooks) -> None:
-        self.spec = method.expects(state)
+    def __init__(
+        self,
+        method: Method,
+        state: Any,
+        run: RunDir,
+        plan: Plan,
+        round: int,
+        hooks: Hooks,
+        rows: Sequence[int],
+    ) -> None:
+        self.spec, self.rows = method.expects(state), rows
         self.run, self.plan, self.round, self.hooks = run, plan, round, hooks
         self.accepted = self.failed = self.asked = 0
         self.bytes_up = self.bytes_down = 0
@@ -128,6 +136,7 @@ class _Door:
             return None, answer.status, answer.reason
         try:
             payload = check(decode(answer.data), self.spec, round=self.round, base=self.plan.base)
+            _check_rows(payload, self.rows[answer.client])
         except MessageError as error:
             log.warning("round %d: reply of client %d refused: %s", self.round, answer.client, error)
             self.failed += 1
@@ -144,6 +153,13 @@ class _Door:
             "rss": rss(), "status": status, "reason": reason,
         }  # fmt: skip
         self.hooks.emit(self.run.record(event))
+
+
+def _check_rows(payload: Payload, rows: int) -> None:
+    """A client weighs as much as its rows; MessageError for one that claims more than it is known to have."""
+    claimed = payload.scalars.get("n")
+    if isinstance(claimed, int) and claimed > rows:
+        raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
 
 
 def _accept(method: Method, old: Any, new: Any, door: _Door, plan: Plan, round: int) -> Any:

@@ -119,7 +119,9 @@ class Method:
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(loss.item())
         arrays = {n: a.astype(DTYPE[self.wire]) for n, a in adapters.export(model).items()}
-        adapters.load_(model, {n: a.astype(np.float32) for n, a in arrays.items()})  # what was sent is where it is
+        adapters.load_(
+            model, {n: a.astype(np.float32) for n, a in arrays.items()}
+        )  # what was sent is where it is
         return Payload(arrays, {"n": batches.n, "loss": float(np.mean(losses))})
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:

@@ -132,7 +132,8 @@ class Method:
         The most favoured is at most e times as likely as the least.  Sizes are cut at the 95 % quantile
         first: in the reference one outlier flattens all the others.
         """
-        if not state.seen.any():
+        fresh = self.epoch_rounds and state.round % self.epoch_rounds == 0
+        if fresh or not state.seen.any():  # nothing is known of a new pool
             return np.full(self.K, 1.0 / self.K, np.float32)
         mean = state.size / np.maximum(state.seen, 1)
         mean[state.seen == 0] = np.median(mean[state.seen > 0])
@@ -194,18 +195,20 @@ class Method:
         """A_k <- A_k + sum_c (n_c / n) a_{c,k}, rounded to the grid once."""
         p = self.probabilities(state) if self.pro else None
         total, rows = np.zeros(self.K, np.float64), 0
-        size, seen = state.size.copy(), state.seen.copy()
+        fresh = self.epoch_rounds and state.round % self.epoch_rounds == 0
+        size, seen = state.size * (not fresh), state.seen * (not fresh)
+        unit = np.full(self.K, UNITS) if p is None else UNITS / (self.K * p.astype(np.float64))
         for reply in replies:
             picks = draw(reply.key, self.tau, p, self.K)
             n = reply.payload.int("n")
             if self.wire == "byte":
                 c = LogCode.decode(reply.payload.array("codes"))
                 sums = self.fold(picks, c)
-                np.add.at(size, picks[: len(c)], np.abs(c) / UNITS)
+                np.add.at(size, picks[: len(c)], np.abs(c) / unit[picks[: len(c)]])
                 np.add.at(seen, picks[: len(c)], 1)
             else:
                 sums = reply.payload.array("sums").astype(np.int64)
-                size += np.abs(sums) / UNITS
+                size += np.abs(sums) / unit
                 seen += sums != 0
             total += float(n) * sums
             rows += n
