@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from fleetune import adapters, cli, costs, methods, models, plan, shapes
@@ -142,7 +143,8 @@ def _filled(name: str, method: Any, model: Model) -> Any:
         return state
     ledger = state.ledger.append(np.zeros(1, np.uint64), np.array([1 << 20]), 1)
     head = dataclasses.replace(ledger.head, run_key=(1 << 63) + 7)
-    return state._replace(ledger=dataclasses.replace(ledger, head=head))
+    state = state._replace(ledger=dataclasses.replace(ledger, head=head))
+    return state._replace(step=4096) if name == "mezo" else state
 
 
 @pytest.mark.parametrize("name", ["fedkseed", "mezo", "fedit"])
@@ -318,7 +320,7 @@ def test_the_command_prints_a_row_for_every_method_and_what_to_do_next(folder: s
     out = capsys.readouterr().out
     for name in ("fedkseed", "mezo", "fedit (r=16)", "inference", "full SGD", "full Adam", "fits 4.00 GB"):
         assert name in out
-    assert f"fleetune tune {folder} DATA --method fedit" in out
+    assert f"fleetune tune {folder} DATA --method fedkseed" in out  # whose sending takes no time
 
 
 def test_the_command_says_that_nothing_fits_after_the_table(folder: str, capsys: Any) -> None:

@@ -29,6 +29,8 @@ def recipe_of(run: Path) -> Recipe:
 
 def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "cpu") -> Model:
     """The base model `name`, loaded as the ledger needs it; LedgerError when it is not the ledger's base."""
+    if not ledger.head.tensors:
+        raise LedgerError("the ledger names no tensors, so it is no model's")
     dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(ledger.head.tensors[0][2])
     if dtype is None:
         raise LedgerError(

@@ -49,7 +49,7 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
     ui.table(["", ""], [
         ["file", f"{path} ({human_bytes(size)}; compact {human_bytes(len(ledger.compact().to_bytes()))})"],
         ["base", head.base],
-        ["weights", f"{parameters:,} in {len(head.tensors)} tensors, {head.tensors[0][2]}"],
+        ["weights", f"{parameters:,} in {len(head.tensors)} tensors"],
         ["method", f"{head.method}, lr {head.lr}, eps {head.eps:g}, {head.aggregation}"],
         ["directions", f"{head.law}, K {head.K:,}, law version {head.law_version}, grid {head.grid:.9g}"],
         ["entries", f"{len(ledger):,} over {last} rounds, {len(ledger.passes().ids):,} passes to replay"],

@@ -247,7 +247,6 @@ def _sound(head: Head) -> bool:
     texts = (head.base, head.tokenizer, head.law, head.lr, head.method, head.aggregation, head.privacy)
     return (
         all(type(text) is str for text in (*texts, head.previous))
-        and head.tensors
         and head.law in LAWS
         and type(head.K) is int
         and 1 <= head.K <= 1 << 32
