@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from fleetune import adapters, cli, costs, methods, models, plan, shapes
-from fleetune.data import Encoded
+from fleetune.data import Encoded, collate
 from fleetune.errors import FitError, UsageError
 from fleetune.fleets.local import LocalFleet
 from fleetune.messages import Message, Payload, encode
 from fleetune.models import Model, tiny_llama
+from fleetune.objectives import loss_tensor
 from fleetune.rounds import peak_rss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -333,11 +334,41 @@ def test_the_command_says_that_nothing_fits_after_the_table(folder: str, capsys:
 
 # --- memory -----------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("method", ["fedit", "full SGD"])
+def test_what_autograd_keeps_is_counted(method: str, batch: int, dtype: str) -> None:
+    model = tiny_llama(hidden=48, layers=12, heads=6, kv_heads=2)
+    model.net.to(models.DTYPES[dtype])
+    if method == "fedit":
+        adapters.attach_lora(model, r=16, alpha=16, dropout=0.05, seed=1)
+    else:
+        model.net.requires_grad_(True)
+    model.net.train()
+    rows = [
+        Encoded(np.arange(40 - 3 * i, dtype=np.int32), 39 - 3 * i) for i in range(batch)
+    ]  # one scored token
+    stored = {p.untyped_storage().data_ptr() for p in model.net.parameters()}
+    seen: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in stored:
+            seen[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_tensor(model, collate(rows, 0))
+    bytes_kept = sum(t.untyped_storage().nbytes() for t in seen.values())
+    expected = costs.kept(shapes.shape_of(model.net.config), plan.Work(batch, 40, 1, dtype), method, 16)
+    assert expected == pytest.approx(bytes_kept, rel=0.03)
+
+
 SHAPES = {
     "wide": {"vocab": 8192, "hidden": 768, "layers": 7, "heads": 12, "kv_heads": 4},
     "deep": {"vocab": 12288, "hidden": 384, "layers": 14, "heads": 6, "kv_heads": 6},
 }
-WORK = {"wide": (1, 160), "deep": (3, 96)}  # batch, length
+WORK = {"wide": (1, 160), "deep": (4, 144)}  # batch, length
 
 
 @pytest.fixture(scope="module")

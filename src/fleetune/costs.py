@@ -117,27 +117,30 @@ def _logits(shape: Shape, work: Work) -> tuple[int, float]:
 
 
 def _backward(shape: Shape, work: Work, method: str, rank: int) -> dict[str, int]:
-    n, s, lora = work.tokens, work.size, 4 * shape.lora(rank)
-    kept = n * (s * shape.kept + 4 * shape.norms)
-    if work.batch > 1:  # rows of different lengths: a mask for every layer, keys and values for every head
-        kept += n * s * shape.padded + shape.layers * n * work.length * s
+    lora, weights = 4 * shape.lora(rank), shape.params * work.size
     if method == "fedit":
-        # an adapted layer keeps its input after dropout, the dropout's noise, and A's output, all in fp32
-        kept += 4 * n * (2 * shape.inputs + rank * len(shape.linears))
         own = {"gradients": lora, "optimizer": 2 * lora, "adapter": 4 * lora}
     else:
-        # a trained layer keeps its input, a trained norm its result
-        kept += (
-            n
-            * s
-            * (shape.norms + sum(i for _, i in {(x.name.rpartition(".")[0], x.into) for x in shape.linears}))
-        )
-        weights = shape.params * s
         own = {"gradients": weights, "optimizer": 2 * weights * (method == "full Adam")}
+    needed = kept(shape, work, method, rank)
+    left = (HEAP - 1) * max(0, needed - own["gradients"])  # gradients fill what freed activations leave
     chunk, chunks = _logits(shape, work)
     logits = (LOGITS_BACKWARD + LOGITS_CHUNK * (chunks - 1)) * chunk
-    left = (HEAP - 1) * max(0, kept - own["gradients"])  # gradients fill what freed activations leave
-    return {"activations": int(kept + left), "logits": int(logits), **own}
+    return {"activations": int(needed + left), "logits": int(logits), **own}
+
+
+def kept(shape: Shape, work: Work, method: str, rank: int) -> int:
+    """Bytes that autograd keeps between a step's forward and its backward, but for the logits."""
+    n, s = work.tokens, work.size
+    total = n * (s * shape.kept + 4 * shape.norms)
+    if work.batch > 1:  # rows of different lengths: a mask for every layer, keys and values for every head
+        total += n * s * shape.padded + shape.layers * n * work.length * s
+    if method == "fedit":
+        # an adapted layer keeps its input after dropout, the dropout's noise, and A's output, all in fp32
+        return total + 4 * n * (2 * shape.inputs + rank * len(shape.linears))
+    # a trained layer keeps its input, a trained norm its result
+    shared = {(linear.name.rpartition(".")[0], linear.into) for linear in shape.linears}
+    return total + n * s * (shape.norms + sum(into for _, into in shared))
 
 
 # Traffic --------------------------------------------------------------------------------------------

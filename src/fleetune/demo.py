@@ -17,15 +17,15 @@ MODEL = "smollm2-135m"
 def recipes(*, quick: bool = False) -> list[Recipe]:
     """The demo's recipes, in order; `quick` takes a few steps of each, to see the path."""
     shared: dict[str, Any] = {
-        "model": MODEL, "data": "demo", "partition": "column:client", "held_out": 48, "max_length": 256,
-        "samples": 3, "answer_tokens": 80,
+        "model": MODEL, "data": "demo", "partition": "column:client", "held_out": 32, "max_length": 256,
+        "samples": 2, "answer_tokens": 72,
     }  # fmt: skip
     fedit = shared | {
-        "method": "fedit", "rounds": 1 if quick else 3, "participation": 0.125 if quick else 0.5,
+        "method": "fedit", "rounds": 1 if quick else 2, "participation": 0.125 if quick else 0.5,
         "set": {"r": 8, "alpha": 16, "lr": 1e-3, "batch_size": 4, "epochs": 1},
     }  # fmt: skip
     fedkseed = shared | {
-        "method": "fedkseed", "rounds": 1 if quick else 2, "participation": 0.125 if quick else 0.17,
-        "samples": 0, "set": {"K": 1024, "tau": 4 if quick else 20, "lr": 1e-6, "eps": 1e-3, "batch_size": 4},
+        "method": "fedkseed", "rounds": 1 if quick else 2, "participation": 0.125, "samples": 0,
+        "set": {"K": 1024, "tau": 4 if quick else 8, "lr": 3e-6, "eps": 1e-3, "batch_size": 4},
     }  # fmt: skip
     return [make(fedit), make(fedkseed)]

@@ -231,7 +231,7 @@ def _tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
 
     def begin() -> None:
         listener.event(run.record({"event": "start", **_start(job)}))
-        base = measure(state) | answers(job, state, run, "base")
+        base = answers(job, state, run, "base", measure(state))
         listener.event(run.record({"event": "eval", "round": 0, **base}))
 
     plan = rounds.Plan(
@@ -247,7 +247,7 @@ def _finish(
     job: Job, run: RunDir, state: Any, totals: Totals, listener: Listener, wall: float
 ) -> dict[str, Any]:
     job.method.apply(job.model, state)
-    tuned = _last_loss(run) | answers(job, state, run, "tuned")
+    tuned = answers(job, state, run, "tuned", _last_loss(run))
     result = ARTEFACTS[job.entry.kind](job, run, state)
     evaluation = json.loads((run.path / "eval.json").read_text())
     run.write("samples.md", _samples_page(evaluation))
@@ -269,25 +269,27 @@ def _last_loss(run: RunDir) -> dict[str, float]:
     return {"loss": losses[-1]}
 
 
-def answers(job: Job, state: Any, run: RunDir, which: str) -> dict[str, float]:
-    """Answer the fixed prompts at `state`, put the answers into eval.json, and give Rouge-L if it was asked for."""
+def answers(job: Job, state: Any, run: RunDir, which: str, measured: dict[str, float]) -> dict[str, float]:
+    """Answer the fixed prompts at `state` (`which` is base or tuned) and put answers and measures into eval.json.
+
+    Gives the measures, with Rouge-L if the recipe asks for it.
+    """
     job.method.apply(job.model, state)
     recipe = job.recipe
-    made = generate(job.model, job.prompts, max_new_tokens=recipe.answer_tokens) if job.prompts else []
-    scores: dict[str, float] = {}
+    prompts = job.prompts
+    made = generate(job.model, prompts, max_new_tokens=recipe.answer_tokens) if prompts else []
     if recipe.rouge_rows:
-        references = [e.response for e in job.prompts[: recipe.rouge_rows]]
-        scores["rouge_l"] = rouge_l(made[: recipe.rouge_rows], references)
+        references = [e.response for e in prompts[: recipe.rouge_rows]]
+        measured = measured | {"rouge_l": rouge_l(made[: recipe.rouge_rows], references)}
     file = run.path / "eval.json"
     content: dict[str, Any] = {"rows": len(job.held), "samples": _prompts(job)}
     if which == "tuned":
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     for sample, answer in zip(content["samples"], made, strict=False):
         sample[which] = answer
-    loss = _last_loss(run) if which == "tuned" else {"loss": response_loss(job.model, job.held)}
-    content[which] = loss | scores
+    content[which] = measured
     run.write("eval.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    return scores
+    return measured
 
 
 def _prompts(job: Job) -> list[dict[str, str]]:
