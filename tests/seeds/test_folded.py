@@ -19,7 +19,9 @@ def view_of(model: models.Model, law: str = "rademacher") -> View:
 
 def point(law: str, K: int, count: int, seed: int, scale: int = 3000):
     rng = np.random.default_rng(seed)
-    ids = (rng.integers(0, count, 3 * count).astype(np.uint64) << np.uint64(32)) | rng.integers(0, K, 3 * count).astype(np.uint64)
+    ids = (rng.integers(0, count, 3 * count).astype(np.uint64) << np.uint64(32)) | rng.integers(
+        0, K, 3 * count
+    ).astype(np.uint64)
     return passes(law, K, ids, rng.integers(-scale, scale, 3 * count))
 
 
