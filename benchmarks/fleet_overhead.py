@@ -137,7 +137,7 @@ def _memory(result: Result, setting: Setting) -> Result:
     few, many = (child("fleet_overhead", n, int(setting.quick)) for n in (8, 20 if setting.quick else 200))
     result.raw["memory"] = {"few": few, "many": many}
     name = f"Fleet memory: {many['clients']} clients against 8"
-    note = f"peak resident memory of a FedKSeed round, each fleet in its own process; its rows are {many['data'] / 1e6:.1f} MB of it"
+    note = f"peak RSS of a FedKSeed round, each fleet in its own process; its rows are {many['data'] / 1e6:.1f} MB of it"
     ratio = many["peak"] / few["peak"]
     result.rows.append(Row(name, many["peak"], few["peak"], "MB", ratio, "cost", 1.02, note=note))
     return result
