@@ -7,7 +7,6 @@ before the model, since it is read faster.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import time
@@ -128,8 +127,7 @@ def split(recipe: Recipe, entry: Entry, *, offline: bool = False) -> Split:
 
 def prepare(recipe: Recipe, *, offline: bool = False) -> Job:
     """Check a recipe and load what it names."""
-    gc.collect()  # an earlier job's model, so that the peak is this one's
-    rounds.reset_peak()
+    rounds.release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
     parts = split(recipe, entry, offline=offline)
     model = models.load(recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline)

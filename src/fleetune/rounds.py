@@ -7,6 +7,8 @@ The same function for every method and every fleet.  It knows nothing of models:
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import logging
 import resource
 import sys
@@ -199,7 +201,10 @@ def peak_rss() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def reset_peak() -> None:
-    """Start `peak_rss` anew where the system can (Linux)."""
+def release_memory() -> None:
+    """Give freed memory back to the system and start `peak_rss` anew, where that can be done (Linux, glibc)."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
