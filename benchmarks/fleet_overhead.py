@@ -27,7 +27,7 @@ from fleetune.fleets.local import LocalFleet
 from fleetune.messages import Payload
 from fleetune.methods import Method
 from fleetune.models import Model
-from fleetune.rounds import Hooks, Plan, peak_rss, reset_peak
+from fleetune.rounds import Hooks, Plan, peak_rss, release_memory
 from fleetune.rounds import run as run_rounds
 from fleetune.rundir import create
 from fleetune.seeds.noise import derive
@@ -148,7 +148,7 @@ def main(clients: int, quick: bool) -> None:
     torch.set_num_threads(1)
     model = shape.model(quick)
     method = methods.make("fedkseed", {"tau": 1})
-    reset_peak()
+    release_memory()
     with _fleet(model, method, clients, 8) as play:
         play(1)
         peak = peak_rss()

@@ -20,7 +20,7 @@ from benchmarks.harness import Result, Row, Setting, child
 from fleetune import objectives
 from fleetune.data import Batch
 from fleetune.models import Model, named_tensors
-from fleetune.rounds import peak_rss, reset_peak, rss
+from fleetune.rounds import peak_rss, release_memory, rss
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.spsa import Position, two_point
 from fleetune.seeds.view import View
@@ -70,7 +70,7 @@ def main(mode: str, dtype: str, quick: bool) -> None:
     batch = shape.batch(quick, 16, 64)
     if mode in MODES[1:3]:
         _load_kernels(dtype)
-    reset_peak()
+    release_memory()
     loaded = rss()
     WORK[mode](model, batch)
     print(json.dumps({"loaded": loaded, "peak": peak_rss()}))
