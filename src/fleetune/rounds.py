@@ -192,7 +192,7 @@ def rss() -> int:
 
 
 def peak_rss() -> int:
-    """The most bytes of memory this process held since its start, or since `reset_peak`."""
+    """The most bytes of memory this process held since its start, or since `release_memory`."""
     try:
         with open("/proc/self/status", "rb") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith(b"VmHWM"))
