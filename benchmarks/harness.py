@@ -168,7 +168,7 @@ def table(rows: Sequence[Row]) -> str:
         mark = f" [{notes.index(r.note) + 1}]" if r.note else ""
         sign = {"cost": "<=", "gain": ">=", "plain": ""}[r.sense]
         met = {True: "yes", False: "NO", None: ""}[r.met]
-        target = f"{sign} {_times(r.target)}" if r.target is not None else ""
+        target = f"{sign} {r.target:,g}x" if r.target is not None else ""
         ratios = (_times(x) if x is not None else "" for x in (r.ratio, r.ratio_least, r.ratio_cpu))
         lines.append(
             (r.name + mark, _amount(r.ours, r.unit), _amount(r.baseline, r.unit), *ratios, target, met)
