@@ -62,14 +62,14 @@ def run(setting: Setting) -> Result:
     result = Result()
     big = shape.model(setting.quick)
     cases = (
-        ("fedkseed, 135M, 10 clients x 4 steps", big, "fedkseed", {"tau": 4}, 10, 4),
-        ("fedit, 135M, 4 clients x 4 steps", big, "fedit", {"steps": 4, "batch_size": 1}, 4, 4),
-        ("fedkseed, tiny model, 200 clients x 20 steps", tiny(), "fedkseed", {"tau": 20}, 200, 4),
+        ("fedkseed, 135M, 10 clients x 4 steps", big, "fedkseed", {"tau": 4}, 10, 4, 1),
+        ("fedit, 135M, 4 clients x 2 steps of 8 rows", big, "fedit", {"steps": 2}, 4, 16, 1),
+        ("fedkseed, tiny model, 200 clients x 5 steps", tiny(), "fedkseed", {"tau": 5}, 200, 4, 2),
     )
-    for name, model, method, values, clients, rows in cases:
+    for name, model, method, values, clients, rows, rounds in cases:
         if setting.quick:
             name, clients = name.replace("135M", "4M").replace("200 clients", "20 clients"), min(clients, 20)
-        spent = _overhead(model, method, values, clients, rows, 1 if setting.quick else 2)
+        spent = _overhead(model, method, values, clients, rows, setting.repeats(rounds))
         result.raw[name] = spent
         ratio, cpu = spent["wall"] / spent["local"], spent["cpu"] / spent["local_cpu"]
         row = Row(f"Fleet: {name}", spent["wall"], spent["local"], "s", ratio, "cost", 1.05, None, cpu, NOTE)
@@ -149,10 +149,10 @@ def main(clients: int, quick: bool) -> None:
     model = shape.model(quick)
     method = methods.make("fedkseed", {"tau": 1})
     release_memory()
-    with _fleet(model, method, clients, 8) as play:
+    with _fleet(model, method, clients, 8, 16) as play:
         play(1)
         peak = peak_rss()
-    print(json.dumps({"clients": clients, "peak": peak, "data": clients * 8 * 64 * 4}))
+    print(json.dumps({"clients": clients, "peak": peak, "data": clients * 8 * 16 * 4}))
 
 
 if __name__ == "__main__":

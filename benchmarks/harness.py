@@ -32,8 +32,8 @@ class Setting:
     quick: bool = False
 
     def repeats(self, count: int) -> int:
-        """`count`, or 2 for a quick look."""
-        return 2 if self.quick else count
+        """`count`, or at most 2 for a quick look."""
+        return min(count, 2) if self.quick else count
 
 
 @dataclass(frozen=True)

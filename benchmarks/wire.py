@@ -40,30 +40,23 @@ def run(setting: Setting) -> Result:
     head = up - sum(a.nbytes for a in reply.arrays.values())
     sent = len(encode(Message(2, BASE, down)))
     result.raw["bytes"] = {"tau": tau, "K": K, "up": up, "up_head": head, "down": sent}
-    note = (
-        f"the reply's {up} bytes are {tau} of steps and {head} of head (checksum, round, base, names, loss)"
-    )
-    result.rows += [
-        Row(
-            f"Wire: FedKSeed reply, tau = {tau}, a step",
-            up / tau,
-            8,
-            "B/step",
-            up / tau / 2,
+    note = f"{tau} bytes of steps and {head} of head (checksum, round, base, names, loss); 2 bytes a step are 0.25x"
+    published = PUBLISHED_UP * tau // TAU
+    for name, ours, theirs, unit, target in (
+        (f"reply of {tau} steps, a step", up / tau, published / tau, "B/step", 2 / 8),
+        (f"reply of {tau} steps", up, published, "B", None),
+        (f"announcement, K = {K}", sent, PUBLISHED_DOWN, "B", None),
+        ("a client's round, both ways", up + sent, published + PUBLISHED_DOWN, "B", 1.0),
+    ):
+        row = Row(
+            f"Wire: {name}",
+            ours,
+            theirs,
+            unit,
+            ours / theirs,
             "cost",
-            1.0,
-            note=f"ratio to the target of 2 bytes a step, head included; {note}",
-        ),
-        Row(f"Wire: up, tau = {tau}", up, 8 * tau, "B", up / (8 * tau), "cost"),
-        Row(f"Wire: down, K = {K}", sent, PUBLISHED_DOWN, "B", sent / PUBLISHED_DOWN, "cost"),
-        Row(
-            "Wire: a client's round, both ways",
-            up + sent,
-            8 * tau + PUBLISHED_DOWN,
-            "B",
-            (up + sent) / (8 * tau + PUBLISHED_DOWN),
-            "cost",
-            1.0,
-        ),
-    ]
+            target,
+            note=note if target == 0.25 else "",
+        )
+        result.rows.append(row)
     return result
