@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server does with the mean update of a round: one rule a few lines, numpy only.
+
+A round moves the model w by `Delta = mean_k w_k - w`.  Plain averaging takes it as it is; the others treat
+-Delta as a gradient (a "pseudo-gradient") and keep moments of it:
+
+    avg      w <- w + eta Delta                                     McMahan et al. 2017, arXiv 1602.05629
+    avgm     m <- beta m + Delta;  w <- w + eta m                   Hsu et al. 2019, arXiv 1909.06335
+    adagrad, yogi, adam: Reddi et al. 2021, arXiv 2003.00295, Algorithm 2
+             m <- beta_1 m + (1 - beta_1) Delta
+             v <- v + Delta^2                                       adagrad (line 11)
+             v <- v - (1 - beta_2) Delta^2 sign(v - Delta^2)        yogi (line 12)
+             v <- beta_2 v + (1 - beta_2) Delta^2                   adam (line 13)
+             w <- w + eta m / (sqrt(v) + tau)                       from m = 0, v = tau^2, no bias correction
+
+w is a dict of arrays of any shapes: an adapter, or a ledger's K coefficients (pass zeros to get the step
+alone).  Everything is float64 inside and out; the caller rounds once.  Defaults are the papers'
+(beta = beta_1 = 0.9, beta_2 = 0.99, tau = 1e-3, momentum with eta = 1).  Reddi et al. search eta for every
+task; 1e-3 is what OpenFedLLM (arXiv 2402.06954) sets for LoRA.
+
+`control` is SCAFFOLD's client variate (Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+
+Tensors = dict[str, np.ndarray]
+Second = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+
+ETA: Final[Mapping[str, float]] = MappingProxyType(
+    {"avg": 1.0, "avgm": 1.0, "adagrad": 1e-3, "yogi": 1e-3, "adam": 1e-3}
+)  # every rule, and its usual server learning rate
+SECOND: Final[Mapping[str, Second]] = MappingProxyType(
+    {
+        "adagrad": lambda v, d2, beta2: v + d2,
+        "yogi": lambda v, d2, beta2: v - (1 - beta2) * d2 * np.sign(v - d2),
+        "adam": lambda v, d2, beta2: beta2 * v + (1 - beta2) * d2,
+    }
+)
+
+
+def check(rule: str, *, lr: float = 0.0, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> None:
+    """ValueError, in plain words, for a rule or number that cannot be."""
+    if rule not in ETA:
+        raise ValueError(f"server = {rule!r} is none of {', '.join(ETA)}")
+    if not (0 <= lr < 1e3 and 0 <= beta1 < 1 and 0 <= beta2 < 1 and tau > 0):
+        raise ValueError(
+            f"server lr = {lr}, beta1 = {beta1}, beta2 = {beta2}, tau = {tau}: lr must be 0 (the rule's own) "
+            "or positive, the betas in [0, 1), tau positive"
+        )
+
+
+def step(
+    rule: str,
+    w: Mapping[str, np.ndarray],
+    delta: Mapping[str, np.ndarray],
+    moments: Mapping[str, np.ndarray],
+    *,
+    lr: float = 0.0,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    tau: float = 1e-3,
+) -> tuple[Tensors, Tensors]:
+    """(w, moments) after one server step along `delta` = mean_k w_k - w, both by tensor name, float64.
+
+    `moments` is {} before the first step; afterwards it holds "m/NAME" and "v/NAME" where the rule has them.
+    `lr` 0 stands for the rule's own (`ETA`).
+    """
+    eta = lr or ETA[rule]
+    moved: Tensors = {}
+    kept: Tensors = {}
+    for name, value in w.items():
+        d = delta[name].astype(np.float64)
+        if rule == "avg":
+            change = d
+        elif rule == "avgm":
+            change = kept[f"m/{name}"] = beta1 * moments.get(f"m/{name}", 0.0) + d
+        else:
+            m = beta1 * moments.get(f"m/{name}", 0.0) + (1 - beta1) * d
+            v = SECOND[rule](moments.get(f"v/{name}", np.full(d.shape, tau**2)), d * d, beta2)
+            kept[f"m/{name}"], kept[f"v/{name}"] = m, v
+            change = m / (np.sqrt(v) + tau)
+        moved[name] = value.astype(np.float64) + eta * change
+    return moved, kept
+
+
+def control(
+    c_k: Mapping[str, np.ndarray],
+    c: Mapping[str, np.ndarray],
+    w: Mapping[str, np.ndarray],
+    w_k: Mapping[str, np.ndarray],
+    travelled: float,
+) -> Tensors:
+    """SCAFFOLD's c_k' = c_k - c + (w - w_k) / (tau eta), float64; `travelled` is tau eta, the sum of the steps' lr.
+
+    A missing name of `c_k` or `c` counts as zeros (nobody has a variate before round 1).
+    """
+    return {
+        name: c_k.get(name, 0.0)
+        - np.asarray(c.get(name, 0.0), np.float64)
+        + (value.astype(np.float64) - w_k[name].astype(np.float64)) / travelled
+        for name, value in w.items()
+    }
