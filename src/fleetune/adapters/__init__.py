@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trainable when the weights are not.  PEFT is imported in this package alone.
+
+`attach(model, spec, seed=..)` puts one of the modules on a model, `trainable`, `export`, `load_` and
+`training` are its numbers and their training, `detach` gives the base back bit for bit.  One file for each
+kind of module; what they share is `core.py`.
+"""
+
+from fleetune.adapters.core import (
+    Attached,
+    Part,
+    Spec,
+    attach,
+    attached,
+    detach,
+    digest,
+    export,
+    load_,
+    merge,
+    trainable,
+    training,
+)
+from fleetune.adapters.lora import Lora, attach_lora, load_peft, pairs, save_peft
+
+__all__ = [
+    "Attached", "Lora", "Part", "Spec", "attach", "attach_lora", "attached", "detach", "digest", "export", "load_",
+    "load_peft", "merge", "pairs", "save_peft", "trainable", "training",
+]  # fmt: skip

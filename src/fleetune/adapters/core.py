@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every trainable module has in common: put it on, take it off, its numbers in and out, a training block.
+
+A module is described by a small frozen dataclass (a `Spec`: `Lora(r=8, ..)`, `Prefix(tokens=20, ..)`), which
+knows how to put itself on a model.  What it then is (`model.attachment`) is one or two `Part`s: the module's
+own, and the classification head's where the model has one, since that is always trained too.
+
+Trainable numbers are fp32 also on a 16-bit base: their steps are far smaller than a bf16 step.  Where they
+start is a function of a seed and their names alone (Philox words), equal on every machine, in any order, and
+no global generator moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from fleetune import models
+from fleetune.errors import MessageError, ModelError
+from fleetune.models import Model
+
+
+class Part(Protocol):
+    """Trainable numbers that hang on a net."""
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """fp32, by name."""
+        ...
+
+    def remove(self) -> None:
+        """Take them off: the net is what it was, bit for bit."""
+        ...
+
+    def fold(self) -> None:
+        """Write what they mean into the stored weights (call `remove` after); ModelError if that cannot be."""
+        ...
+
+
+class Spec(Protocol):
+    """The description of a module: its sizes, and how it gets on a model."""
+
+    def put_on(self, model: Model, seed: int) -> Part:
+        """Hang it on `model.net`, in place; ModelError, with nothing changed, when it cannot be."""
+        ...
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What a model carries (`model.attachment`): the spec, and all that is trainable, by name, sorted."""
+
+    spec: Spec
+    parameters: Mapping[str, nn.Parameter]
+    parts: tuple[Part, ...]
+
+
+def attach(model: Model, spec: Spec, *, seed: int) -> None:
+    """Give `model.net` the module that `spec` describes, in place; only its numbers become trainable.
+
+    ModelError when the model already carries something, or a value of `spec` cannot be used.
+    """
+    if model.attachment is not None:
+        held = model.attachment
+        name = type(held.spec if isinstance(held, Attached) else held).__name__
+        raise ModelError(f"the model already carries a {name}", hint="detach or merge it first")
+    parts = (spec.put_on(model, seed),)
+    model.net.eval()
+    parameters = {n: p for part in parts for n, p in part.parameters.items()}
+    model.attachment = Attached(spec, dict(sorted(parameters.items())), parts)
+
+
+def attached(model: Model) -> Attached:
+    """What `model` carries; ModelError when that is no adapter."""
+    if not isinstance(model.attachment, Attached):
+        raise ModelError("the model carries no adapter", hint="attach one first")
+    return model.attachment
+
+
+def detach(model: Model) -> None:
+    """Take the adapter off: `model.net` is the base again, bit for bit."""
+    for part in reversed(attached(model).parts):
+        part.remove()
+    model.attachment = None
+
+
+def merge(model: Model) -> None:
+    """Fold the adapter into the stored weights, rounded once, where its kind can be.
+
+    The net then has the base's shape but other weights; `model.digest` is theirs.  ModelError, with nothing
+    changed, for a module that is more than other weights (a prefix, say).
+    """
+    for part in attached(model).parts:
+        part.fold()
+    detach(model)
+    model.digest = models.digest(models.named_tensors(model.net))
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+def trainable(model: Model) -> dict[str, nn.Parameter]:
+    """The trainable parameters, fp32, by name in name order.  ModelError when there is no adapter."""
+    return dict(attached(model).parameters)
+
+
+def export(model: Model) -> dict[str, np.ndarray]:
+    """A copy of the adapter as fp32 arrays, by name in name order."""
+    return {n: p.detach().cpu().numpy().copy() for n, p in attached(model).parameters.items()}
+
+
+def load_(model: Model, arrays: Mapping[str, np.ndarray]) -> None:
+    """Set the adapter.  MessageError, with nothing changed, unless names, shapes and dtype (fp32) agree."""
+    parameters = attached(model).parameters
+    if arrays.keys() != parameters.keys():
+        odd = sorted(arrays.keys() ^ parameters.keys())
+        raise MessageError(f"adapter tensors differ in {len(odd)} names from this model's, e.g. '{odd[0]}'")
+    for name, parameter in parameters.items():
+        array = arrays[name]
+        if array.shape != tuple(parameter.shape) or array.dtype != np.float32:
+            raise MessageError(
+                f"adapter tensor '{name}' is {array.dtype.name} {list(array.shape)}, "
+                f"this model's is float32 {list(parameter.shape)}"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+
+
+def digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 (hex) of an adapter's tensors, as `models.digest` of weights."""
+    return models.digest((n, torch.from_numpy(np.ascontiguousarray(tensors[n]))) for n in sorted(tensors))
+
+
+# ---------------------------------------------------------------- training
+
+
+@contextmanager
+def private_rng(device: str) -> Iterator[None]:
+    """The global generators are afterwards what they were before."""
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def training(model: Model, key: int) -> Iterator[None]:
+    """Train mode and gradients while the block runs; dropout is a function of `key` (64 bits) alone.
+
+    Global generators are put back and the net is in eval mode without gradients afterwards.
+    """
+    parameters = attached(model).parameters.values()
+    with private_rng(model.device), torch.enable_grad():
+        torch.manual_seed(key)
+        model.net.train()
+        try:
+            yield
+        finally:
+            model.net.eval()
+            for parameter in parameters:
+                parameter.grad = None
