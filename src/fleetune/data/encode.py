@@ -23,6 +23,7 @@ the end with the marker stay), down to a quarter of `max_length`; only then the 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -179,6 +180,16 @@ class Batches:
             order = self._order(epoch)
             for start in range(0, self.n, batch_size):
                 yield self._batch(order[start : start + batch_size])
+
+    def held(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
+        """Batch `number` of this client, `count` times: the same rows in whatever round it is asked for.
+
+        Batches follow one another as in `steps`, in orders that no round's key has a part in.
+        """
+        size = min(batch_size, self.n)
+        places = range(number * size, (number + 1) * size)
+        batch = self._batch([int(keyed_order(0, i // self.n, self.n)[i % self.n]) for i in places])
+        yield from itertools.repeat(batch, count)
 
     def _order(self, number: int) -> list[int]:
         order: list[int] = keyed_order(self._key, number, self.n).tolist()

@@ -120,6 +120,10 @@ class Watched:
         """As `Batches.epochs`."""
         return self._watch(self.batches.epochs(epochs, batch_size))
 
+    def held(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
+        """As `Batches.held`."""
+        return self._watch(self.batches.held(number, batch_size, count))
+
     def _watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for step, batch in enumerate(batches):
             self.on_step(self.client, step)

@@ -43,7 +43,11 @@ class Reply(NamedTuple):
 
 
 class Method(Protocol):
-    """What a method is; `State` is the method's own NamedTuple (arrays, dicts of arrays, numbers, a Ledger)."""
+    """What a method is; `State` is the method's own NamedTuple (arrays, dicts of arrays, numbers, a Ledger).
+
+    A method may also have `report(state) -> dict[str, float]`: its own figures, which go into the event of
+    every round under "report".
+    """
 
     def init(self, model: Model, key: int) -> Any:
         """The global state before round 1; may attach what it trains to `model`, never changes base weights."""
