@@ -21,8 +21,8 @@ def recipes(*, quick: bool = False) -> list[Recipe]:
         "samples": 2, "answer_tokens": 72,
     }  # fmt: skip
     fedit = shared | {
-        "method": "fedit", "rounds": 1 if quick else 2, "participation": 0.125 if quick else 0.5,
-        "set": {"r": 8, "alpha": 16, "lr": 1e-3, "batch_size": 4, "epochs": 1},
+        "method": "fedit", "rounds": 1 if quick else 3, "participation": 0.125 if quick else 0.5,
+        "set": {"r": 8, "alpha": 16, "dropout": 0.0, "lr": 1e-3, "batch_size": 4, "epochs": 1},
     }  # fmt: skip
     fedkseed = shared | {
         "method": "fedkseed", "rounds": 1 if quick else 2, "participation": 0.125, "samples": 0,
