@@ -27,12 +27,15 @@ from fleetune.seeds.noise import derive
 QUICK: dict[str, dict[str, Any]] = {
     "fedit": {"r": 4, "alpha": 8, "lr": 1e-2, "batch_size": 5, "epochs": 1, "dropout": 0.1},
     "fedkseed": {"K": 64, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
+    "onebyte": {"K": 256, "directions": 40, "lr": 0.08, "eps": 1e-3, "batch_size": 5},
+    "zosgd": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
     "mezo": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
 }
 # Options that change what travels or how a direction is made keep the contract too.
 VARIANTS = [
     "fedit:average=product", "fedit:wire=fp16", "fedkseed:law=rademacher", "fedkseed:law=gaussian",
     "fedkseed:wire=sums", "fedkseed:pro=true", "fedkseed:epoch_rounds=1", "mezo:law=rademacher", "mezo:K=32,decay=200",
+    "onebyte:wire=sign", "onebyte:law=rademacher", "onebyte:law=gaussian", "zosgd:law=rademacher", "zosgd:law=gaussian",
 ]  # fmt: skip
 NAMES = sorted(methods.entries()) + VARIANTS
 COLOURS = ("red", "green", "blue")

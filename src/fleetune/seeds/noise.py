@@ -74,6 +74,9 @@ class Passes(NamedTuple):
     tables: NDArray[Any]
 
 
+EMPTY = Passes(np.zeros(0, np.uint64), np.zeros((0, 1), np.int32))
+
+
 def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
     """Philox4x32-10: counter uint32 [..., 4], key uint32 [2] -> uint32 [..., 4] (Salmon et al. 2011)."""
     x0: Any

@@ -37,6 +37,27 @@ def two_point(
         view.probe(None)
 
 
+def slope(
+    model: Model,
+    view: View,
+    direction: tuple[int, np.ndarray],
+    batch: Batch,
+    objective: Objective,
+    *,
+    eps: float,
+    clip: float,
+) -> tuple[float, float]:
+    """(g, l): the slope along a direction at the view's point, |g| cut to `clip` (0: not), and the mean loss.
+
+    g is not finite where a loss was not.
+    """
+    plus, minus = two_point(view, direction, eps, functools.partial(objective, model, batch))
+    g = (plus - minus) / (2 * eps)
+    if clip and math.isfinite(g):
+        g = max(-clip, min(clip, g))
+    return g, (plus + minus) / 2
+
+
 class Position:
     """A point of weight space as a growing list of (direction id, integer coefficient)."""
 
@@ -84,19 +105,16 @@ def descend(
     coefficients, losses, skipped = [], [], 0
     for step, (id, batch) in enumerate(zip(ids, batches, strict=False)):
         position.place(view)
-        loss = functools.partial(objective, model, batch)
-        plus, minus = two_point(view, probe(view.law, position.K, id), eps, loss)
-        g = (plus - minus) / (2 * eps)
+        direction = probe(view.law, position.K, id)
+        g, loss = slope(model, view, direction, batch, objective, eps=eps, clip=clip)
         if not math.isfinite(g):
             coefficients.append(0)
             skipped += 1
             continue
-        if clip:
-            g = max(-clip, min(clip, g))
         c = to_units(step, g)
         position.move(id, c)
         coefficients.append(c)
-        losses.append((plus + minus) / 2)
+        losses.append(loss)
     position.place(view)
     view.warn_unreached()
     return Steps(np.array(coefficients, np.int64), float(np.mean(losses)) if losses else math.inf, skipped)

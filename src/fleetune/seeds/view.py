@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,7 +31,8 @@ from torch.nn import functional as F
 
 from fleetune.errors import ModelError
 from fleetune.seeds.folded import Folded
-from fleetune.seeds.noise import TILE, Passes
+from fleetune.seeds.noise import EMPTY, TILE, Passes
+from fleetune.seeds.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Slot(NamedTuple):
 
 
 Read = Callable[[Slot, int, int], Tensor]
+Direction = tuple[int, np.ndarray]  # Philox id, table
 
 
 def read_stored(slot: Slot, first: int, last: int) -> Tensor:
@@ -102,7 +105,8 @@ class View:
         self.device = self.slots[0].tensor.device
         self.kernels = kernels(self.device, backend)
         self.point: Passes | None = None
-        self.direction: tuple[int, np.ndarray] | None = None
+        self.direction: Direction | None = None
+        self.stored: Stored | None = None  # where a probe's direction is written out, if anywhere
         self.reached: set[str] = set()
         self.folded = Folded(self.slots, run_key, self.kernels, threads)
         self._scratch = torch.empty(0)
@@ -121,9 +125,20 @@ class View:
         elif self.law != "gaussian":  # whose sums are floats, in a stated order
             self.point = self.folded.rest(self.point)
 
-    def probe(self, direction: tuple[int, np.ndarray] | None, eps: float = 0.0) -> None:
+    def probe(self, direction: Direction | None, eps: float = 0.0) -> None:
         """Add `eps * z` to the point, for the direction (Philox id, table [K]) of `noise.probe`; None: stop."""
         self.direction = direction and (direction[0], (direction[1] * np.float32(eps)).astype(np.float32))
+        if self.stored is not None and direction is not None:
+            self.stored.hold(direction, eps)
+
+    @contextmanager
+    def storing(self) -> Iterator[None]:
+        """Meanwhile probes read their direction from memory, one number a weight, as classical methods do."""
+        self.stored = Stored(self.slots, self.run_key, self.law, self.kernels, self.threads)
+        try:
+            yield
+        finally:
+            self.stored = None
 
     def piece(self, slot: Slot, first: int, last: int, out: Tensor | None = None) -> Tensor:
         """Elements first..last of a tensor as seen from here: 1-D, the stored dtype.
@@ -138,10 +153,13 @@ class View:
             return base if out is None else out.copy_(base)
         if out is None:
             out = self._take(last - first, base.dtype)
-        if sums is None:
-            sweep(self, out, base, slot.start + first)
-        else:
-            _sweep_with_sums(self, out, base, slot.start + first, sums[first:last])
+        part = None if sums is None else sums[first:last]
+        if self.stored is not None and self.direction is not None:
+            x = torch.empty_like(base, dtype=torch.float32)
+            _move(self, x, base.float(), slot.start + first, part, None)
+            self.stored.add(x, slot.name, first)
+            return out.copy_(x)
+        _move(self, out, base, slot.start + first, part, self.direction)
         return out
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -194,31 +212,38 @@ class View:
             self._modules.append(module)
 
 
-def sweep(view: View, out: Tensor, base: Tensor, start: int) -> None:
-    """One fused pass over a piece: the law's kernel with the view's point and probe."""
-    if view.law == "gaussian":
-        point = view.point
-        ids = point.ids if point is not None else np.zeros(0, np.uint64)
-        coefficients = point.tables[:, 0].astype(np.float32) if point is not None else np.zeros(0, np.float32)
-        probe = view.direction and (view.direction[0], float(view.direction[1][0]))
-        view.kernels.sweep_gaussian(out, base, start, view.run_key, ids, coefficients, view.grid, probe)
-        return
+def _move(
+    view: View, out: Tensor, base: Tensor, start: int, sums: Tensor | None, probe: Direction | None
+) -> None:
+    """out = base at the view's point, moved by the probe; `sums` are the part of the integer sum that is kept."""
+    if sums is None:
+        sweep(view, out, base, start, probe)
+    else:
+        _sweep_with_sums(view, out, base, start, sums, probe)
+
+
+def sweep(view: View, out: Tensor, base: Tensor, start: int, probe: Direction | None) -> None:
+    """One fused pass over a piece: the law's kernel with the view's point and a probe."""
     point = view.point if view.point is not None else EMPTY
-    view.kernels.sweep(out, base, start, view.run_key, point, view.grid, view.direction, threads=view.threads)
+    if view.law == "gaussian":
+        c = point.tables[:, 0].astype(np.float32)
+        scaled = probe and (probe[0], float(probe[1][0]))
+        view.kernels.sweep_gaussian(out, base, start, view.run_key, point.ids, c, view.grid, scaled)
+        return
+    view.kernels.sweep(out, base, start, view.run_key, point, view.grid, probe, threads=view.threads)
 
 
-def _sweep_with_sums(view: View, out: Tensor, base: Tensor, start: int, sums: Tensor) -> None:
+def _sweep_with_sums(
+    view: View, out: Tensor, base: Tensor, start: int, sums: Tensor, probe: Direction | None
+) -> None:
     """The same point with a part of its integer sum given; integers first, then one product and one add."""
     at, key, kernels = view.point or EMPTY, view.run_key, view.kernels
     x = torch.empty_like(sums)
     kernels.sweep(x, sums, start, key, at, 1.0, threads=view.threads)
     x.mul_(view.grid).add_(base.float())
-    if view.direction is not None:
-        kernels.sweep(x, x, start, key, EMPTY, view.grid, view.direction, threads=view.threads)
+    if probe is not None:
+        kernels.sweep(x, x, start, key, EMPTY, view.grid, probe, threads=view.threads)
     out.copy_(x)
-
-
-EMPTY = Passes(np.zeros(0, np.uint64), np.zeros((0, 1), np.int32))
 
 
 def _forward_for(view: View, module: nn.Module, own: dict[str, Slot]) -> Callable[..., Any]:
