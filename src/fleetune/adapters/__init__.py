@@ -21,8 +21,13 @@ from fleetune.adapters.core import (
     training,
 )
 from fleetune.adapters.lora import Lora, attach_lora, load_peft, pairs, save_peft
+from fleetune.adapters.prefix import Prefix
+from fleetune.adapters.prompt import Prompt
+from fleetune.adapters.selective import Bitfit, Full
+from fleetune.adapters.serial import Bottleneck
 
 __all__ = [
-    "Attached", "Lora", "Part", "Spec", "attach", "attach_lora", "attached", "detach", "digest", "export", "load_",
-    "load_peft", "merge", "pairs", "save_peft", "trainable", "training",
+    "Attached", "Bitfit", "Bottleneck", "Full", "Lora", "Part", "Prefix", "Prompt", "Spec", "attach", "attach_lora",
+    "attached", "detach", "digest", "export", "load_", "load_peft", "merge", "pairs", "save_peft", "trainable",
+    "training",
 ]  # fmt: skip

@@ -22,6 +22,8 @@ import torch
 from torch import nn
 
 from fleetune import models
+from fleetune.adapters.layers import head_of
+from fleetune.adapters.selective import Replaced
 from fleetune.errors import MessageError, ModelError
 from fleetune.models import Model
 
@@ -69,7 +71,9 @@ def attach(model: Model, spec: Spec, *, seed: int) -> None:
         held = model.attachment
         name = type(held.spec if isinstance(held, Attached) else held).__name__
         raise ModelError(f"the model already carries a {name}", hint="detach or merge it first")
-    parts = (spec.put_on(model, seed),)
+    own = spec.put_on(model, seed)
+    head = Replaced(model.net, set(head_of(model.net)) - own.parameters.keys())
+    parts = (own, head) if head.parameters else (own,)
     model.net.eval()
     parameters = {n: p for part in parts for n, p in part.parameters.items()}
     model.attachment = Attached(spec, dict(sorted(parameters.items())), parts)

@@ -28,12 +28,14 @@ from torch import Tensor, nn
 
 from fleetune import fetch, models
 from fleetune.adapters.core import attach, attached, load_, private_rng
+from fleetune.adapters.layers import head_of, layers_of
 from fleetune.errors import ModelError
 from fleetune.folders import staged
 from fleetune.models import Model
 
 ADAPTER: Final = "default"  # PEFT's name for a model's only adapter
 ALL_LINEAR: Final = "all-linear"
+QUERY_VALUE: Final = "query-value"
 INITS: Final = ("default",)
 
 
@@ -41,8 +43,9 @@ INITS: Final = ("default",)
 class Lora:
     """LoRA of rank `r` on the linear layers `targets`.
 
-    `targets` is "all-linear" (every linear layer but the output head) or the last parts of module names, as
-    a sequence or separated by commas.  `init` is "default".
+    `targets` is "all-linear" (every linear layer but the output head), "query-value" (these projections of
+    attention, the LoRA paper's choice) or the last parts of module names, as a sequence or separated by commas.
+    `init` is "default".
     """
 
     r: int
@@ -115,14 +118,17 @@ def attach_lora(
 
 def _targets(net: Any, targets: str | Sequence[str]) -> list[str]:
     head = net.get_output_embeddings()
+    apart = {n.rpartition(".")[0] for n in head_of(net)}  # trained itself, in full
     linear = {
         n
         for n, m in net.named_modules()
-        if m is not head and (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
+        if m is not head and n not in apart and (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
     }
     leaves = sorted({name.rpartition(".")[2] for name in linear})
     if targets == ALL_LINEAR:
         return leaves
+    if targets == QUERY_VALUE:
+        return sorted({n.rpartition(".")[2] for layer in layers_of(net) for n in (layer.query, layer.value)})
     wanted = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
     unknown = [t for t in wanted if not any(n == t or n.endswith("." + t) for n in linear)]
     if unknown or not wanted:

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefixes: trained keys and values that every token of a layer attends to.
+
+Prefix-Tuning (Li and Liang, ACL 2021, arXiv 2101.00190), in the form of P-Tuning v2 (Liu et al., ACL 2022,
+arXiv 2110.07602, section 3.2): the keys P_k and values P_v of T virtual tokens in each layer are trained
+themselves, without a network that makes them.  For a query q and the layer's own keys K and values V,
+
+    softmax( q [P_k; K]^T / sqrt(d) ) [P_v; V]
+
+where no mask hides the prefix.  Both are sized by the heads of keys and values, which are fewer than the
+queries' under grouped-query attention, and are already in the frame of rotated keys.
+
+In a decoder the prefix is a past of T tokens, as in PEFT: the first real token is at position T.  An encoder's
+positions are learned one by one and stay where they were.  transformers refuses a past for encoders; here the
+attention function itself is wrapped, so both kinds take the same path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fleetune import models
+from fleetune.adapters.layers import Layer, is_causal, layers_of
+from fleetune.errors import ModelError
+from fleetune.models import Model
+
+SPREAD: Final = 0.02
+HOME: Final = "_fleetune_prefix"  # the attribute of an attention module that holds its prefix
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """`tokens` (T) virtual tokens in the layers `layers` (indices; None: all); `dropout` on both in training."""
+
+    tokens: int = 20
+    layers: Sequence[int] | None = None
+    dropout: float = 0.0
+
+    def put_on(self, model: Model, seed: int) -> PrefixPart:
+        """Give the attention of these layers keys and values of their own."""
+        every = layers_of(model.net)
+        wanted = range(len(every)) if self.layers is None else sorted(set(self.layers))
+        if self.tokens < 1 or not wanted or not set(wanted) <= set(range(len(every))):
+            raise ModelError(
+                f"a prefix of {self.tokens} tokens in layers {list(wanted)} cannot be",
+                hint=f"1 token or more; layers among 0 to {len(every) - 1}",
+            )
+        parameters: dict[str, nn.Parameter] = {}
+        for layer in (every[i] for i in wanted):
+            for which in ("key", "value"):
+                name = f"{layer.attention}.prefix.{which}"
+                shape = (self.tokens, layer.heads * layer.width)
+                values = models.uniform(f"prefix/{seed}/{name}", shape, SPREAD * 3**0.5)
+                parameters[name] = nn.Parameter(torch.from_numpy(values).to(model.device))
+        return PrefixPart(model.net, [every[i] for i in wanted], parameters, self.tokens, self.dropout)
+
+
+class PrefixPart:
+    """The prefixes of a net's layers."""
+
+    def __init__(
+        self,
+        net: Any,
+        layers: list[Layer],
+        parameters: Mapping[str, nn.Parameter],
+        tokens: int,
+        dropout: float,
+    ) -> None:
+        self.parameters = parameters
+        self._config = net.config
+        self._before = net.config._attn_implementation
+        if self._before not in IMPLEMENTATIONS:
+            raise ModelError(
+                f"a prefix cannot be put on '{self._before}' attention", hint="use sdpa or eager"
+            )
+        net.config._attn_implementation = IMPLEMENTATIONS[self._before]
+        self._modules = [net.get_submodule(layer.attention) for layer in layers]
+        for layer, module in zip(layers, self._modules, strict=True):
+            own = [parameters[f"{layer.attention}.prefix.{which}"] for which in ("key", "value")]
+            setattr(module, HOME, Own(own[0], own[1], layer.heads, dropout))
+        self._hook = None
+        if is_causal(net):
+            self._hook = net.base_model.register_forward_pre_hook(_later(tokens), with_kwargs=True)
+
+    def remove(self) -> None:
+        """Take them off."""
+        for module in self._modules:
+            delattr(module, HOME)
+        self._config._attn_implementation = self._before
+        if self._hook is not None:
+            self._hook.remove()
+
+    def fold(self) -> None:
+        """Not possible: a prefix is no weight."""
+        raise ModelError(
+            "a prefix cannot be folded into the weights",
+            hint="fleetune export --to peft, or use the run's folder",
+        )
+
+
+@dataclass(frozen=True)
+class Own:
+    """One layer's prefix: key and value [T, heads * width]."""
+
+    key: Tensor
+    value: Tensor
+    heads: int
+    dropout: float
+
+    def heads_of(self, flat: Tensor, like: Tensor, training: bool) -> Tensor:
+        """[T, heads * width] as [B, heads, T, width] in `like`'s type."""
+        split = flat.view(flat.shape[0], self.heads, -1).transpose(0, 1).to(like.dtype)
+        return F.dropout(split, self.dropout, training).expand(like.shape[0], -1, -1, -1)
+
+
+def _later(tokens: int) -> Any:
+    """A hook that moves the positions of a decoder's tokens behind the prefix."""
+
+    def move(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            ids = args[0] if args else kwargs.get("input_ids")
+            shown = ids if ids is not None else kwargs["inputs_embeds"]
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            past = cache.get_seq_length() if cache is not None else 0
+            positions = torch.arange(past, past + shown.shape[1], device=shown.device)[None]
+        return args, {**kwargs, "position_ids": positions + tokens}
+
+    return move
+
+
+def _attend(
+    inner: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any
+) -> Any:
+    """An attention function with the module's prefix, if it has one, in front of keys and values."""
+    own: Own | None = getattr(module, HOME, None)
+    if own is not None:
+        causal = options.get("is_causal")
+        causal = getattr(module, "is_causal", False) if causal is None else causal
+        if mask is None and causal and q.shape[2] > 1:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+            mask = mask.tril(k.shape[2] - q.shape[2])[None, None]
+        if mask is not None:  # nothing hides the prefix: True, or 0 in a mask that is added
+            seen = mask.new_full((*mask.shape[:-1], own.key.shape[0]), mask.dtype == torch.bool)
+            mask = torch.cat([seen, mask], dim=-1)
+        k = torch.cat([own.heads_of(own.key, k, module.training), k], dim=2)
+        v = torch.cat([own.heads_of(own.value, v, module.training), v], dim=2)
+    return inner(module, q, k, v, mask, **options)
+
+
+def _sdpa(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    return _attend(ALL_ATTENTION_FUNCTIONS["sdpa"], module, q, k, v, mask, **options)
+
+
+def _eager(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    return _attend(_plain, module, q, k, v, mask, **options)
+
+
+def _plain(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None,
+    dropout: float = 0.0, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention as written (twice differentiable), with keys and values repeated for grouped queries."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    shares = F.dropout(scores.softmax(-1, torch.float32).to(q.dtype), dropout, module.training)
+    return (shares @ v).transpose(1, 2).contiguous(), shares
+
+
+IMPLEMENTATIONS: Final = {"sdpa": "fleetune_prefix_sdpa", "eager": "fleetune_prefix_eager"}
+for _before, _function in (("sdpa", _sdpa), ("eager", _eager)):
+    AttentionInterface.register(IMPLEMENTATIONS[_before], _function)
+    AttentionMaskInterface.register(IMPLEMENTATIONS[_before], ALL_MASK_ATTENTION_FUNCTIONS[_before])

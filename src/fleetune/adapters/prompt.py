@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Soft prompts: T trained embeddings among those of the words.
+
+Prompt Tuning (Lester, Al-Rfou, Constant, EMNLP 2021, arXiv 2104.08691, section 2).  They start as the
+embeddings of T pieces of the vocabulary (section 2.2: better than random vectors), drawn by the seed.
+
+In a decoder they come first, as in PEFT.  In an encoder they come behind the first token, whose output is what
+the classifier reads.  What the base model hands on is without them, so a text has its usual length outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fleetune import models
+from fleetune.adapters.layers import is_causal
+from fleetune.errors import ModelError
+from fleetune.models import Model
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`tokens` (T) virtual tokens."""
+
+    tokens: int = 20
+
+    def put_on(self, model: Model, seed: int) -> PromptPart:
+        """Hook the base model's input and output."""
+        if self.tokens < 1:
+            raise ModelError(f"a prompt of {self.tokens} tokens cannot be", hint="1 token or more")
+        table = model.net.get_input_embeddings().weight
+        u = models.uniform(f"prompt/{seed}", (self.tokens,), 1.0)
+        pieces = torch.from_numpy(((u.astype("float64") + 1) / 2 * len(model.tokenizer)).astype("int64"))
+        start = table.detach()[pieces.to(table.device)].to(torch.float32, copy=True)
+        return PromptPart(model.net, nn.Parameter(start))
+
+
+class PromptPart:
+    """The embeddings, and the hooks that put them in and take their outputs out."""
+
+    def __init__(self, net: Any, prompt: nn.Parameter) -> None:
+        self.parameters: Mapping[str, nn.Parameter] = {"prompt.embeddings": prompt}
+        self._prompt = prompt
+        self._table = net.get_input_embeddings()
+        self._at = 0 if is_causal(net) else 1
+        self._went_in = False
+        self._hooks: list[Any] = [
+            net.base_model.register_forward_pre_hook(self._before, with_kwargs=True),
+            net.base_model.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Unhook them."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def fold(self) -> None:
+        """Not possible: a prompt is no weight."""
+        raise ModelError(
+            "a soft prompt cannot be folded into the weights",
+            hint="fleetune export --to peft, or use the run's folder",
+        )
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The prompt goes in unless a cache holds it; masks and positions make room for it in any case."""
+        kwargs = dict(kwargs)
+        ids = args[0] if args else kwargs.pop("input_ids", None)
+        words = kwargs.pop("inputs_embeds", None)
+        words = self._table(ids) if words is None else words
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        self._went_in = cache is None or not cache.get_seq_length()
+        rows, tokens = words.shape[0], self._prompt.shape[0]
+        if self._went_in:
+            words = self._put(words, self._prompt.to(words.dtype).expand(rows, -1, -1))
+        for name, filler in (("attention_mask", 1), ("token_type_ids", 0)):
+            if (given := kwargs.get(name)) is not None:
+                kwargs[name] = self._put(given, given.new_full((rows, tokens), filler))
+        if (positions := kwargs.get("position_ids")) is not None:
+            first = torch.arange(tokens, device=positions.device).expand(positions.shape[0], -1)
+            kwargs["position_ids"] = (
+                torch.cat([first, positions + tokens], 1) if self._went_in else positions + tokens
+            )
+        return (), {**kwargs, "inputs_embeds": words}
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._went_in:
+            hidden, end = output.last_hidden_state, self._at + self._prompt.shape[0]
+            output.last_hidden_state = torch.cat([hidden[:, : self._at], hidden[:, end:]], 1)
+
+    def _put(self, given: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([given[:, : self._at], new, given[:, self._at :]], 1)
