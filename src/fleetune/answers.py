@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model answers: greedy answers to prompts, and which of some given answers it holds likeliest.
 
+An encoder writes nothing: its answer is the label word that it chooses.
+
 As in `losses.py` nothing is random, and the model is called as a module (`net.generate(...)`), so that
 forward hooks and PEFT layers take part.  Label words are scored by their mean log-probability as in MeZO
 (arXiv 2305.17333, section 2.1 of its code's `get_score`).
@@ -20,11 +22,11 @@ from transformers import GenerationConfig
 from fleetune.data.encode import Encoded, encode, prompt_ids
 from fleetune.data.encode import stop_ids as tokenizer_stop_ids
 from fleetune.data.examples import Example
-from fleetune.errors import DataError
-from fleetune.losses import all_row_losses, base_of, context, frozen, pad_id
+from fleetune.data.labelled import encode_texts
+from fleetune.encoders import MAX_LABELS
+from fleetune.errors import DataError, RecipeError
+from fleetune.losses import all_class_logits, all_row_losses, base_of, context, frozen, pad_id
 from fleetune.models import Model
-
-MAX_LABELS = 64  # more different answers than this are free text, not label words
 
 
 def generate(
@@ -33,11 +35,35 @@ def generate(
     """The model's greedy answer to each example's prompt, without special tokens and outer white space.
 
     128 new tokens is FedKSeed's evaluation.  A prompt too long for the context less `max_new_tokens` is cut
-    as `prompt_ids` does.
+    as `prompt_ids` does.  An encoder's answers are its label words.
     """
+    if model.labels:
+        return predict(model, examples, batch_size=batch_size)
     room = max(1, context(model) - max_new_tokens)
     prompts = [prompt_ids(example, model.tokenizer, room) for example in examples]
     return generate_from_ids(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+def predict(
+    model: Model, examples: Sequence[Example], *, max_length: int = 1 << 20, batch_size: int = 8
+) -> list[str]:
+    """The label word that an encoder chooses for each example, the first of equals."""
+    rows = [
+        Encoded(ids, len(ids), segments, 0) for ids, segments in encode_texts(model, examples, max_length)
+    ]
+    best = all_class_logits(model, rows, batch_size).argmax(1)
+    return [model.labels[int(i)] for i in best]
+
+
+def must_write(model: Model, what: str) -> None:
+    """RecipeError when `what` needs a text that `model` writes and it is an encoder."""
+    if model.labels:
+        raise RecipeError(
+            [
+                f"{what} needs a model that writes text, and '{model.name}' is an encoder: it chooses a label word"
+            ],
+            hint="measure loss and accuracy, or use a causal language model",
+        )
 
 
 def generate_from_ids(
@@ -47,8 +73,9 @@ def generate_from_ids(
 
     Stops at the tokenizer's or the model's end of sequence or the chat template's end of turn, or after
     `max_new_tokens`.  Prompts of like length share a batch, padded on the left; the attention mask hides the
-    padding and positions count from the first real token.
+    padding and positions count from the first real token.  RecipeError for an encoder.
     """
+    must_write(model, "generation")
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -156,10 +183,12 @@ def label_accuracy(
     """The share of examples, in percent, whose own label scores best among all label words.
 
     An example's label is its response.  `labels` defaults to the different responses of `examples`, sorted.
-    The choice is the argmax of the labels' mean log-probability after the prompt, the first of equals.
+    The choice is the argmax of the labels' mean log-probability after the prompt, the first of equals; an
+    encoder has its own label words and chooses with its head.
     DataError when a response is not among the labels, or the responses look like free text.
     """
     own = [example.response.strip() for example in examples]
+    labels = model.labels or labels
     words = [label.strip() for label in labels] or sorted(set(own))
     unknown = sorted(set(own) - set(words))
     if unknown or not words or "" in words or len(words) > MAX_LABELS:
@@ -168,6 +197,9 @@ def label_accuracy(
             f" {len(unknown)} other response(s) such as {unknown[:1]}",
             hint=f"give at most {MAX_LABELS} label words that cover the data, or measure rouge_l instead",
         )
+    if model.labels:
+        chosen = predict(model, examples, max_length=max_length, batch_size=batch_size)
+        return 100.0 * sum(a == b for a, b in zip(chosen, own, strict=True)) / len(own)
     tokens = [answer_ids(model, word) for word in words]
     room = max(1, max_length - max(map(len, tokens)))
     prompts = [prompt_ids(example, model.tokenizer, room) for example in examples]

@@ -129,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
         "data", metavar="DATA", nargs="?", help="rows to measure on (a run: its own held-out rows)"
     )
     sub.add_argument(
-        "--tasks", default="loss,rouge", help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge)"
+        "--tasks",
+        default="",
+        help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge; of an encoder loss,accuracy)",
     )
     sub.add_argument("--limit", type=int, default=200, help="rows at most (default 200)")
     sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
@@ -253,13 +255,18 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
 def _subject(args: argparse.Namespace) -> tuple[Any, Sequence[Any]]:
     """(model, rows) of `eval`: a run with its own held-out rows, or a model with given ones."""
     from fleetune import data, job, methods, models, tuned
+    from fleetune.recipe import label_words
 
     run = _run_or_none(args.model, args.out)
     if run is None:
         if not args.data and not args.text:
             raise UsageError("eval of a model needs DATA", hint=f"fleetune eval {args.model} data.jsonl")
         examples = data.read(args.data, offline=args.offline) if args.data else []
-        return models.load(args.model, dtype=args.dtype, device=args.device, offline=args.offline), examples
+        labels = label_words(args.labels or "") or sorted({e.response.strip() for e in examples})
+        model = models.load(
+            args.model, dtype=args.dtype, device=args.device, offline=args.offline, labels=labels
+        )
+        return model, examples
     recipe = tuned.recipe_of(run)
     if args.data:
         examples = data.read(args.data, offline=args.offline)

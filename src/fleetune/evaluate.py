@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from fleetune.answers import generate, label_accuracy
-from fleetune.data.encode import encode_all
+from fleetune.answers import generate, label_accuracy, must_write
+from fleetune.data.encode import Encoded
 from fleetune.data.examples import Example
+from fleetune.data.labelled import encode_rows
 from fleetune.errors import RecipeError
-from fleetune.losses import perplexity, response_loss
+from fleetune.losses import class_measures, perplexity, response_loss
 from fleetune.models import Model
 from fleetune.scores import exact_match, rouge_l, token_f1
 
@@ -44,7 +45,7 @@ class _Work:
 
 
 def _loss_task(work: _Work) -> float:
-    rows, _ = encode_all(work.examples, work.model.tokenizer, work.max_length)
+    rows, _ = encode_rows(work.model, work.examples, work.max_length)
     return response_loss(work.model, rows, batch_size=work.batch_size)
 
 
@@ -87,7 +88,7 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
 def evaluate(
     model: Model,
     examples: Sequence[Example],
-    tasks: Sequence[str] = ("loss", "rouge_l"),
+    tasks: Sequence[str] = (),
     *,
     max_length: int = 512,
     batch_size: int = 8,
@@ -98,16 +99,36 @@ def evaluate(
 ) -> dict[str, float]:
     """Task name -> value on held-out `examples`: loss in nats, perplexity, the rest in percent.
 
-    `tasks` are keys of `TASKS` or their short names (rouge, em, acc, ppl).  `answer_rows`: how many examples,
+    `tasks` are keys of `TASKS` or their short names (rouge, em, acc, ppl); by default loss and rouge_l, of an
+    encoder loss and accuracy, which are all that it has.  `answer_rows`: how many examples,
     from the first, are answered for rouge_l, f1 and exact_match (default: all; answers are the slow part).
     `labels`: the label words of "accuracy" (default: the different responses).  `texts`: what "perplexity"
     reads (default: the responses).  RecipeError for an unknown task, DataError for rows that do not fit one.
     """
-    names = check_tasks(tasks)
+    names = check_tasks(tasks or ("loss", "accuracy" if model.labels else "rouge_l"))
+    for name in names:
+        if name not in ("loss", "accuracy"):
+            must_write(model, f"task '{name}'")
     work = _Work(model, examples, max_length, batch_size, max_new_tokens, labels, texts)
     answered = replace(work, examples=examples[:answer_rows])
     of_answers = {"rouge_l", "f1", "exact_match"}
     return {name: TASKS[name](answered if name in of_answers else work) for name in names}
+
+
+def measure(
+    model: Model, rows: Sequence[Encoded], examples: Sequence[Example], labels: Sequence[str], max_length: int
+) -> dict[str, float]:
+    """What a run measures at every evaluation: the loss of held-out rows, and their accuracy by label words.
+
+    The accuracy is always an encoder's; a causal model's where `labels` are given.  `rows` are the encoded
+    `examples`.
+    """
+    if model.labels:
+        return dict(zip(("loss", "accuracy"), class_measures(model, rows), strict=True))
+    measured = {"loss": response_loss(model, rows)}
+    if labels:
+        measured["accuracy"] = label_accuracy(model, examples, labels, max_length=max_length)
+    return measured
 
 
 class Sample(NamedTuple):

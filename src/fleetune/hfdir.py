@@ -13,7 +13,11 @@ from typing import Any, Final
 
 import transformers
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from fleetune.errors import ModelError
 
@@ -50,7 +54,7 @@ def check_folder(folder: Path) -> None:
 
 
 def config_of(folder: Path) -> Any:
-    """A directory's transformers configuration; ModelError unless it is a plain causal language model."""
+    """A directory's transformers configuration; ModelError unless it is a causal language model or an encoder."""
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"'{folder}' is not a model directory: it has no config.json", hint=_instead(folder))
@@ -61,18 +65,19 @@ def config_of(folder: Path) -> Any:
         raise ModelError(
             f"{file} is not a model configuration ({error!r})", hint="fetch the model again"
         ) from error
-    again = "use a causal language model, such as: fleetune models"
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    again = "use a causal language model or a BERT-style encoder, such as: fleetune models"
+    stated = raw.get("architectures") or []
+    encoder = _is_encoder(kind, stated)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder:
         own = (
             "needs code of its own, which is never run"
             if "auto_map" in raw
-            else "is not a causal language model"
+            else "is not a causal language model or an encoder"
         )
         raise ModelError(
             f"{folder} is of type '{kind}', which {own} (transformers {transformers.__version__})", hint=again
         )
-    stated = raw.get("architectures") or []
-    if stated and not set(stated) & _causal_classes():
+    if stated and not encoder and not set(stated) & _causal_classes():
         raise ModelError(
             f"{folder} holds a {stated[0]}, which does not generate text from left to right", hint=again
         )
@@ -87,6 +92,19 @@ def config_of(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a configuration class may raise anything for a wrong value
         raise ModelError(f"{file} cannot be used: {short(error)}", hint="fetch the model again") from error
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a configuration is of an encoder, which gets a classification head (else: a causal model)."""
+    return _is_encoder(config.model_type, config.architectures or [])
+
+
+def _is_encoder(kind: str, stated: list[str]) -> bool:
+    """Masked language modelling is what tells the encoders; some of their types can also be made causal."""
+    encoders = (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys()
+    )
+    return kind in encoders and not set(stated) & _causal_classes()
 
 
 def _causal_classes() -> set[str]:

@@ -7,6 +7,7 @@ before the model, since it is read faster.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -20,13 +21,14 @@ import torch
 
 from fleetune import adapters, data, methods, models, report, rounds, rundir
 from fleetune import recipe as recipes
-from fleetune.answers import generate
+from fleetune.answers import generate, must_write
 from fleetune.data import Encoded, Example
-from fleetune.data.encode import encode_all
+from fleetune.data.labelled import encode_rows
 from fleetune.data.partition import check_partition_spec, hold_out, partition
 from fleetune.errors import DataError, RecipeError
+from fleetune.evaluate import measure as measured_on
 from fleetune.fleets.local import LocalFleet, Weather
-from fleetune.losses import pad_id, response_loss
+from fleetune.losses import pad_id
 from fleetune.methods import Entry, Method
 from fleetune.models import Model
 from fleetune.recipe import Recipe
@@ -80,6 +82,7 @@ class Job:
     split: Split
     rows: list[list[Encoded]]  # per client
     held: list[Encoded]
+    examples: list[Example]  # of the held rows
     prompts: list[Example]  # held out, for generated answers
     dropped: int  # rows that do not fit max_length
 
@@ -130,9 +133,12 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Job:
     rounds.release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
     parts = split(recipe, entry, offline=offline)
-    model = models.load(recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline)
+    model = models.load(
+        recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts)
+    )
+    recipe = _for_encoder(recipe, method, model) if model.labels else recipe
     torch.set_num_threads(recipe.threads or _usual_threads(model.n_params))
-    encoded, kept = encode_all(parts.examples, model.tokenizer, recipe.max_length)
+    encoded, kept = encode_rows(model, parts.examples, recipe.max_length)
     place = {int(i): row for row, i in enumerate(kept)}
     rows = [[encoded[place[i]] for i in part.tolist() if i in place] for part in parts.clients]
     empty = [c for c, part in enumerate(rows) if not part]
@@ -147,9 +153,26 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> Job:
     return Job(
         recipe, entry, method, model, parts, rows,
         held=[encoded[place[i]] for i in held[: recipe.eval_rows]],
+        examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
         prompts=[parts.examples[i] for i in held[: max(recipe.rouge_rows, recipe.samples)]],
         dropped=len(parts.examples) - len(kept),
     )  # fmt: skip
+
+
+def _labels(recipe: Recipe, parts: Split) -> Sequence[str]:
+    """The label words that an encoder would choose among: the recipe's, else all different answers."""
+    return recipes.label_words(recipe.labels) or sorted({e.response.strip() for e in parts.examples})
+
+
+def _for_encoder(recipe: Recipe, method: Method, model: Model) -> Recipe:
+    """The recipe with the label words written out; RecipeError for what an encoder cannot do."""
+    if recipe.rouge_rows:
+        must_write(model, f"rouge_rows = {recipe.rouge_rows}")
+    if (objective := str(getattr(method, "objective", "loss"))).partition(":")[0] in ("rouge_l", "f1"):
+        must_write(model, f"objective {objective!r}")
+    if odd := [word for word in model.labels if "," in word]:
+        raise RecipeError([f"the label word {odd[0]!r} has a comma"], hint="rename it in the data")
+    return dataclasses.replace(recipe, labels=",".join(model.labels))
 
 
 class Silent:
@@ -225,7 +248,9 @@ def _tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
 
     def measure(state: Any) -> dict[str, float]:
         method.apply(model, state)
-        return {"loss": response_loss(model, job.held)}
+        return measured_on(
+            model, job.held, job.examples, recipes.label_words(recipe.labels), recipe.max_length
+        )
 
     def begin() -> None:
         listener.event(run.record({"event": "start", **_start(job)}))
@@ -245,7 +270,7 @@ def _finish(
     job: Job, run: RunDir, state: Any, totals: Totals, listener: Listener, wall: float
 ) -> dict[str, Any]:
     job.method.apply(job.model, state)
-    tuned = answers(job, state, run, "tuned", _last_loss(run))
+    tuned = answers(job, state, run, "tuned", _last_measures(run))
     result = ARTEFACTS[job.entry.kind](job, run, state)
     evaluation = json.loads((run.path / "eval.json").read_text())
     run.write("samples.md", _samples_page(evaluation))
@@ -262,9 +287,9 @@ def _finish(
     return event
 
 
-def _last_loss(run: RunDir) -> dict[str, float]:
-    losses = [e["loss"] for e in rundir.events(run.path) if e["event"] == "eval"]
-    return {"loss": losses[-1]}
+def _last_measures(run: RunDir) -> dict[str, float]:
+    last = [e for e in rundir.events(run.path) if e["event"] == "eval"][-1]
+    return {name: last[name] for name in ("loss", "accuracy") if name in last}
 
 
 def answers(job: Job, state: Any, run: RunDir, which: str, measured: dict[str, float]) -> dict[str, float]:

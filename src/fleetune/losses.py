@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses of a model on rows and on plain text: cross-entropy of the response tokens, perplexity.
 
+For an encoder with a classification head the response is one choice: the cross-entropy of its label word, so
+that every row counts once.
+
 Every number is a function of the weights and the rows alone: the model runs in eval mode under
 `torch.inference_mode`, nothing draws random numbers, sums are float64, and neither the batch size nor the
 padding changes a value by more than float noise.  The model is always called as a module (`net(...)`), so
@@ -108,14 +111,26 @@ def _head_nll(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
     return _nll(head(rows.unsqueeze(0))[0], targets)
 
 
+def class_logits(net: nn.Module, batch: Batch) -> Tensor:
+    """What an encoder says of each row's label words: float32 [B, C]."""
+    more = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+    out = net(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
+    return cast(Tensor, out.logits.float())
+
+
 def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The cross-entropy (nats) of each scored token, and its row: float32 [N], int64 [N], in row order.
+
+    A row for an encoder scores one thing, its label word.
 
     The label at position t is predicted at t-1, so a label at position 0 is never scored.  The head runs over
     the N predicting positions in chunks; a model that does more after its head than hand the logits on (a
     soft cap, a scale) is run again with all N in one chunk, which is slower and always right.  With gradients
     enabled the result can be back-propagated; later chunks are then recomputed rather than kept.
     """
+    if batch.labels.ndim == 1:
+        rows = torch.arange(len(batch.labels), device=batch.labels.device)
+        return _nll(class_logits(net, batch), batch.labels), rows
     wanted = F.pad(batch.labels[:, 1:] != MASKED, (0, 1))
     targets = batch.labels[:, 1:][wanted[:, :-1]]
     places = wanted.nonzero()
@@ -174,14 +189,38 @@ def pad_id(model: Model) -> int:
 
 
 def all_row_losses(model: Model, rows: Sequence[Encoded], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`row_losses` over any number of rows, longest first (little padding, and memory peaks at the start)."""
+    """`row_losses` over any number of rows."""
     sums, counts = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+    for at, batch in _longest_first(model, rows, batch_size):
+        sums[at], counts[at] = row_losses(model, batch)
+    return sums, counts
+
+
+def _longest_first(
+    model: Model, rows: Sequence[Encoded], batch_size: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of all rows and whose they are: little padding, and memory peaks at the start."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     for start in range(0, len(order), batch_size):
         at = order[start : start + batch_size]
-        batch = collate([rows[i] for i in at], pad_id(model), model.device)
-        sums[at], counts[at] = row_losses(model, batch)
-    return sums, counts
+        yield at, collate([rows[i] for i in at], pad_id(model), model.device)
+
+
+def all_class_logits(model: Model, rows: Sequence[Encoded], batch_size: int = 8) -> np.ndarray:
+    """`class_logits` of any number of rows, in their order: float64 [N, C]."""
+    logits = np.zeros((len(rows), len(model.labels)))
+    with frozen(model.net):
+        for at, batch in _longest_first(model, rows, batch_size):
+            logits[at] = class_logits(model.net, batch).cpu().numpy()
+    return logits
+
+
+def class_measures(model: Model, rows: Sequence[Encoded], *, batch_size: int = 8) -> tuple[float, float]:
+    """Mean cross-entropy (nats) and accuracy (percent) of an encoder on rows, from one forward of each."""
+    logits, targets = all_class_logits(model, rows, batch_size), np.array([row.target for row in rows])
+    top = logits.max(1)
+    losses = top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(len(rows)), targets]
+    return float(losses.mean()), 100.0 * float((logits.argmax(1) == targets).mean())
 
 
 def response_loss(model: Model, rows: Sequence[Encoded], *, batch_size: int = 8) -> float:

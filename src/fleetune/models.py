@@ -1,85 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model in memory: find it by name, load it, know exactly which one it is, save it.
+"""Models: find one by name, load it, save it.
 
-A name is a built-in (`smollm2-135m`), a local Hugging Face directory, a `.gguf` file, or a hub id.
+A name is a built-in (`smollm2-135m`), a local Hugging Face directory, a `.gguf` file, or a hub id.  There are
+two kinds: causal language models, which write their answers, and encoders, which choose among label words
+(`encoders.py`; `Model.labels` tells them apart).
 
-The **base digest** says which weights a run stands on.  It is SHA-256 over all parameters in name order
-(tied tensors once, under the first of their names), for each tensor
-
-    name, NUL, dtype ("float32", "bfloat16", ..), NUL, shape ("576,1536"), NUL, raw little-endian values
-
-of the weights as loaded, so another dtype is another base.  Loading maps safetensors files into memory and
-converts one tensor at a time: the peak is one copy of the weights in the chosen dtype.  With the file's own
-dtype the weights stay a private mapping of it (writes go to memory, never to the file); such a file must
-not be overwritten in place while a model is loaded from it; `save` never does that.
+Loading maps safetensors files into memory and converts one tensor at a time: the peak is one copy of the
+weights in the chosen dtype.  With the file's own dtype the weights stay a private mapping of it (writes go to
+memory, never to the file); such a file must not be overwritten in place while a model is loaded from it;
+`save` never does that.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
-from fleetune import fetch
+from fleetune import encoders, fetch
 from fleetune.download import Progress
 from fleetune.errors import FitError, ModelError, StorageError
 from fleetune.fetch import BuiltIn
 from fleetune.folders import staged
-from fleetune.hfdir import NAME_HINT, check_folder, config_of, short
+from fleetune.hfdir import NAME_HINT, check_folder, config_of, is_encoder, short
+from fleetune.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
+from fleetune.weights import Model, digest, named_tensors, tokenizer_digest, uniform
+
+__all__ = [
+    "DEVICES", "DTYPES", "Model", "builtin", "digest", "disk_errors", "load", "load_config", "named_tensors", "pull",
+    "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer", "tokenizer_digest", "uniform",
+]  # fmt: skip
 
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 )
 DEVICES: Final = ("auto", "cpu", "cuda", "mps")
-CHUNK: Final = 1 << 24  # bytes that a digest brings to the CPU at a time
-
-
-@dataclass
-class Model:
-    """A model in memory, the handle that everything passes around."""
-
-    net: PreTrainedModel  # eval mode, requires_grad False everywhere
-    tokenizer: PreTrainedTokenizerBase
-    name: str  # as the user gave it
-    path: Path  # the directory it was loaded from (a tiny model: its name, no directory)
-    digest: str  # base digest, 64 hex digits
-    tokenizer_digest: str
-    dtype: str  # "fp32", "bf16" or "fp16"
-    device: str  # "cpu", "cuda" or "mps"
-    attachment: Any = None  # what a method hung on the net: a view of moved weights, or an adapter
-
-    @property
-    def n_params(self) -> int:
-        """Number of parameters, tied ones counted once."""
-        return sum(p.numel() for p in self.net.parameters())
 
 
 # ---------------------------------------------------------------- names
@@ -197,18 +170,21 @@ def load(
     device: str = "auto",
     offline: bool = False,
     progress: Progress | None = None,
+    labels: Sequence[str] = (),
 ) -> Model:
     """Load a model and its tokenizer, ready to run: eval mode, no gradients, on the device.
 
-    `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  ModelError
-    when the name, its files, the dtype or the device cannot be used; FitError when memory does not suffice.
+    `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
+    the label words that an encoder's head chooses among; a causal model takes no notice of them.  ModelError
+    when the name, its files, the labels, the dtype or the device cannot be used; FitError when memory does
+    not suffice.
     """
     if dtype not in DTYPES:
         raise ModelError(f"no dtype named '{dtype}'", hint="choose one of " + ", ".join(DTYPES))
     chosen = _device(device, DTYPES[dtype])
     path = resolve(name, offline=offline, progress=progress)
     try:
-        net = _read_net(path, DTYPES[dtype])
+        net, words = _read_net(path, DTYPES[dtype], labels)
         base = digest(named_tensors(net))
         net.to(chosen)
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -223,21 +199,29 @@ def load(
             f"the tokenizer in {path} has {len(tokenizer)} tokens, the model {rows}",
             hint="the tokenizer belongs to another model: fetch the model again",
         )
-    return Model(net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen)
+    return Model(net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, labels=words)
 
 
-def _read_net(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _read_net(
+    path: Path, dtype: torch.dtype, labels: Sequence[str]
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The net of a directory, and its label words (none: a causal language model)."""
     config = config_of(path)
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))
+    if is_encoder(config):
+        saved = encoders.saved_labels(config)
+        words = encoders.choose_labels(config, labels, path)
+        kind = encoders.class_of(config)
+    else:
+        saved = words = ()
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))
     try:
-        with _quiet():
+        tensors = _read_tensors(path, dtype)
+        if words != saved:
+            tensors = encoders.without_head(tensors, kind, config)
+        with _quiet(), torch.random.fork_rng(devices=[]):  # what a file lacks is drawn from torch's generator
             net, found = kind.from_pretrained(
-                None,
-                config=config,
-                state_dict=_read_tensors(path, dtype),
-                dtype=dtype,
-                output_loading_info=True,
+                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
             )
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -245,7 +229,10 @@ def _read_net(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(
             f"the weights in {path} cannot be loaded: {short(error)}", hint="fetch the model again"
         ) from error
-    wrong = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
+    missing = [str(name) for name in found["missing_keys"]]
+    if words != saved:
+        missing = encoders.make_head(net, missing)
+    wrong = sorted([*missing, *map(str, found["mismatched_keys"])])
     if wrong:
         raise ModelError(
             f"{path} lacks {len(wrong)} tensors of a {kind.__name__} (or they have other shapes): "
@@ -256,7 +243,7 @@ def _read_net(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     net.eval()
     net.requires_grad_(False)
-    return net
+    return net, words
 
 
 def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -287,71 +274,17 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of transformers while the block runs."""
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    """No progress bars of transformers while the block runs, nor its remarks: we check what it loaded."""
+    logs = transformers.utils.logging
+    shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    logs.disable_progress_bar()
+    logs.set_verbosity_error()
     try:
         yield
     finally:
+        logs.set_verbosity(level)
         if shown:
-            bars.enable_progress_bar()
-
-
-# ---------------------------------------------------------------- which weights
-
-
-def named_tensors(net: PreTrainedModel) -> list[tuple[str, Tensor]]:
-    """The parameters in name order; tied ones once, under the first of their names."""
-    seen: set[int] = set()
-    kept = []
-    for name, tensor in sorted(net.named_parameters(remove_duplicate=False), key=lambda item: item[0]):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            kept.append((name, tensor))
-    return kept
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 (hex) over name, dtype, shape and raw values of each tensor, in the order of the names.
-
-    Streams: tensors may come from a generator, at most 16 MiB are copied at a time, and nothing is when
-    they lie contiguous on the CPU.  ValueError when the names are not in ascending order.
-    """
-    sha = hashlib.sha256()
-    last = ""
-    for name, tensor in tensors:
-        if name <= last:
-            raise ValueError(f"digest needs tensors in name order, '{name}' came after '{last}'")
-        last = name
-        kind = str(tensor.dtype).removeprefix("torch.")
-        sha.update(f"{name}\0{kind}\0{','.join(map(str, tensor.shape))}\0".encode())
-        for piece in _pieces(tensor.detach()):
-            sha.update(piece.view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The values in row-major order as flat CPU tensors of about CHUNK bytes."""
-    rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
-    width = rows.element_size() * (rows[0].numel() if rows.shape[0] else 0)
-    step = max(1, CHUNK // max(1, width))
-    for start in range(0, rows.shape[0], step):
-        yield rows[start : start + step].contiguous().cpu().reshape(-1)
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of the tokenizer: its tokenizer.json in canonical form, and its chat template.
-
-    Canonical: keys sorted, no padding or truncation state; so saving and loading keeps the digest.
-    """
-    if tokenizer.is_fast:
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        rules.update(padding=None, truncation=None)
-    else:
-        rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    whole = {"tokenizer": rules, "chat_template": tokenizer.chat_template}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+            logs.enable_progress_bar()
 
 
 # ---------------------------------------------------------------- save
@@ -386,70 +319,3 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"cannot write {path}: {'the disk is full' if full else short(error)}",
             hint="free some space, or choose another folder with --out",
         ) from error
-
-
-# ---------------------------------------------------------------- a model made in code
-
-_TEMPLATE: Final = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer of the 256 bytes and two turn marks, with a chat template; the end mark is eos and pad."""
-    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(BPE(vocab=letters, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|im_start|>", "<|im_end|>")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        chat_template=_TEMPLATE,
-        model_max_length=1024,
-    )
-
-
-def tiny_llama(
-    seed: int = 0, *, vocab: int = 264, hidden: int = 32, layers: int = 2, heads: int = 4, kv_heads: int = 2
-) -> Model:
-    """A random llama (grouped-query attention, tied embeddings) with `tiny_tokenizer`, made on the CPU.
-
-    The weights are uniform with the usual spread, from raw Philox words keyed by seed and name: the same on
-    every machine, whatever the version of torch, and no global generator is touched.  ValueError for sizes
-    that do not fit (vocab < 258, hidden not a multiple of 2 heads).
-    """
-    if vocab < 258 or hidden % (2 * heads) or heads % kv_heads:
-        raise ValueError(f"tiny_llama cannot have vocab {vocab}, hidden {hidden}, heads {heads}/{kv_heads}")
-    tokenizer = tiny_tokenizer()
-    config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden + 8, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1024,
-        tie_word_embeddings=True, bos_token_id=256, eos_token_id=257, pad_token_id=257,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        net = LlamaForCausalLM(config)
-    net.eval()
-    net.requires_grad_(False)
-    for name, tensor in named_tensors(net):
-        if tensor.dim() == 2:
-            spread = math.sqrt(3 / hidden) * (0.5 if "embed" in name or "lm_head" in name else 1.0)
-            tensor.copy_(torch.from_numpy(uniform(f"tiny/{seed}/{name}", tuple(tensor.shape), spread)))
-    return Model(
-        net, tokenizer, "tiny-llama", Path("tiny-llama"), digest(named_tensors(net)),
-        tokenizer_digest(tokenizer), "fp32", "cpu",
-    )  # fmt: skip
-
-
-def uniform(key: str, shape: tuple[int, ...], bound: float) -> np.ndarray:
-    """fp32 values uniform in [-bound, bound), a function of `key` alone: Philox words, 24 bits of each.
-
-    Only raw words are used, which numpy promises never to change, so the bits are equal everywhere.
-    """
-    word = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
-    raw = np.random.Philox(key=word).random_raw(int(np.prod(shape, dtype=np.int64)))
-    unit = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-    return ((unit * np.float32(2) - np.float32(1)) * np.float32(bound)).reshape(shape)

@@ -21,7 +21,8 @@ right:
 - `attention_mask`: 1 on prompt and response, 0 on padding;
 - `labels`: `input_ids` where the response is, -100 on prompt and padding.
 
-So a row's prompt is where the mask is 1 and the label -100, and its reference is `ids[labels != -100]`.
+So a row's prompt is where the mask is 1 and the label -100, and its reference is `ids[labels != -100]`.  For an
+encoder `labels` is int64 [B], the index of each row's label word, and `accuracy` is that of its head.
 A function of one's own gets the `fleetune.models.Model` (`model.net`, `model.tokenizer`), already perturbed,
 in eval mode under `torch.inference_mode`; it must be deterministic, since it is called with the same batch at
 both points, and must leave the weights alone.
@@ -45,10 +46,17 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from fleetune.answers import answer_ids, answer_scores, decode_answer, generate_from_ids, without_end
+from fleetune.answers import (
+    answer_ids,
+    answer_scores,
+    decode_answer,
+    generate_from_ids,
+    must_write,
+    without_end,
+)
 from fleetune.data.encode import MASKED, Batch
 from fleetune.errors import FleetuneError, RecipeError
-from fleetune.losses import batch_loss, frozen, token_losses
+from fleetune.losses import batch_loss, class_logits, frozen, token_losses
 from fleetune.models import Model
 from fleetune.scores import rouge_l, token_f1
 
@@ -114,6 +122,10 @@ def negative_accuracy(model: Model, batch: Batch, labels: Sequence[str] = ()) ->
     any weights: that step moves nothing.  RecipeError for a batch of one row without `labels`, and for an
     answer that is not among the labels.
     """
+    if batch.labels.ndim == 1:
+        with frozen(model.net):
+            right = class_logits(model.net, batch).argmax(1) == batch.labels
+        return -float(right.double().mean())
     prompts, references = split(batch)
     own = [tuple(without_end(model, ids).tolist()) for ids in references]
     if labels:
@@ -152,6 +164,7 @@ def negative_score(model: Model, batch: Batch, score: Score, max_new_tokens: int
     `max_new_tokens` 0: twice the longest reference, at most 128, so that rambling costs precision but not
     time.
     """
+    must_write(model, "an objective on answers (rouge_l, f1)")
     prompts, references = split(batch)
     limit = max_new_tokens or min(MAX_NEW_TOKENS, 2 * max(map(len, references)))
     answers = generate_from_ids(model, prompts, max_new_tokens=limit, batch_size=len(prompts))

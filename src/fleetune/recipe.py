@@ -54,6 +54,11 @@ class Recipe:
     eval_data: str = Field(
         default="", description="validate on these rows instead of held-out ones (file, hub id)"
     )
+    labels: str = Field(
+        default="",
+        description="label words, comma-separated: what an encoder chooses among (default: the data's answers), and "
+        "what a causal model's accuracy is measured by (default: not)",
+    )
     limit: int = Field(default=0, ge=0, description="use only the first rows of the data (0: all)")
     max_length: int = Field(
         default=512, ge=8, description="tokens a row at most; the prompt is cut, not the answer"
@@ -115,6 +120,11 @@ def make(values: Mapping[str, Any]) -> Recipe:
     if problems:
         raise RecipeError(problems, hint="all options: fleetune tune --help")
     return recipe
+
+
+def label_words(text: str) -> tuple[str, ...]:
+    """The label words of the option `labels`."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ _METRICS = {
     "loss": Metric("validation loss", 3, less=True, relative=True),
     "perplexity": Metric("perplexity", 2, less=True, relative=True),
     "rouge_l": Metric("Rouge-L", 1),
-    "accuracy": Metric("accuracy", 3),
+    "accuracy": Metric("accuracy, %", 1),
 }
 
 

@@ -36,7 +36,8 @@ def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "
         raise LedgerError(
             f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
         )
-    model = models.load(name, dtype=dtype, device=device, offline=offline)
+    labels = recipes.label_words(str(ledger.head.hyper.get("labels", "")))
+    model = models.load(name, dtype=dtype, device=device, offline=offline, labels=labels)
     tensors = (
         (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in models.named_tensors(model.net)
     )
@@ -85,7 +86,13 @@ def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Mode
 
 
 def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
-    model = models.load(recipe.model, dtype=recipe.dtype, device=device, offline=offline)
+    model = models.load(
+        recipe.model,
+        dtype=recipe.dtype,
+        device=device,
+        offline=offline,
+        labels=recipes.label_words(recipe.labels),
+    )
     made_on = json.loads((path.parent / "env.json").read_text(encoding="utf-8")).get("base_digest")
     if made_on != model.digest:
         raise ModelError(

@@ -307,7 +307,7 @@ def row(*ids: int, n_prompt: int = 1) -> Encoded:
 
 def test_collate_pads_right_and_masks_prompt_and_padding():
     batch = collate([row(5, 6, 7, 8, n_prompt=2), row(9, 3, n_prompt=1)], pad_id=3)
-    assert all(tensor.dtype == torch.int64 for tensor in batch)
+    assert all(tensor.dtype == torch.int64 for tensor in batch[:3])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 3, 3, 3]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.labels.tolist() == [

@@ -13,7 +13,7 @@ from typing import Any
 from fleetune import recipe as recipes
 from fleetune.bars import RoundBar
 from fleetune.errors import Interrupted, RecipeError, UsageError
-from fleetune.text import human_bytes, human_time
+from fleetune.text import human_bytes, human_time, show
 from fleetune.ui import Ui
 
 
@@ -63,12 +63,14 @@ class Screen:
     def _eval(self, event: Mapping[str, Any]) -> None:
         last = self.last if event["round"] else {}
         asked, good = last.get("clients", 0), last.get("accepted", 0)
+        notes = [f"accuracy {show('accuracy', event['accuracy'])}"] if "accuracy" in event else []
+        notes += [f"{good} of {asked} clients"] if good < asked else []
         self.ui.round_line(
             int(event["round"]), event["loss"],
             sent=last["bytes_up"] / max(1, good) if last else None,
             received=last["bytes_down"] / asked if last else None,
             seconds=last.get("seconds"), rounds=self.bar.rounds,
-            note=f"{good} of {asked} clients" if good < asked else "",
+            note="  ".join(notes),
         )  # fmt: skip
 
     def interrupt(self, signum: int, frame: FrameType | None) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a data source to a client's batches: read the rows, give them to clients, make tokens of them.
 
-The names of `encode.py` are loaded when first used: they need torch, and checking a recipe does not.  The
+The names of `encode.py` and `labelled.py` are loaded when first used: they need torch, and checking a recipe does not.  The
 functions `encode` and `partition` are imported from the modules of the same name, which they would hide.
 """
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         prompt_ids,
         stop_ids,
     )
+    from fleetune.data.labelled import encode_rows
 
 __all__ = [
     "Batch",
@@ -32,6 +33,7 @@ __all__ = [
     "check_partition_spec",
     "collate",
     "encode_all",
+    "encode_rows",
     "hold_out",
     "keyed_order",
     "prompt_ids",
@@ -44,4 +46,5 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("fleetune.data.encode"), name)
+    module = "labelled" if name == "encode_rows" else "encode"
+    return getattr(importlib.import_module(f"fleetune.data.{module}"), name)

@@ -52,18 +52,29 @@ PLAIN = {"system": "{}\n", "user": "{}\n", "assistant": "{}\n"}
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A row as tokens: `ids` [T] int32, of which the first `n_prompt` bear no loss."""
+    """A row as tokens: `ids` [T] int32, of which the first `n_prompt` bear no loss.
+
+    A row for an encoder (`labelled.py`) has a `target`, the index of its label word, and `segments` [T] where
+    the tokenizer tells the texts of a pair apart.
+    """
 
     ids: npt.NDArray[np.int32]
     n_prompt: int
+    segments: npt.NDArray[np.int32] | None = None
+    target: int | None = None
 
 
 class Batch(NamedTuple):
-    """Rows padded on the right to the longest: int64 [B, T] each; `labels` is -100 where there is no loss."""
+    """Rows padded on the right to the longest: int64 [B, T] each; `labels` is -100 where there is no loss.
+
+    Of rows for an encoder `labels` is the index of each row's label word, int64 [B], and `token_type_ids`
+    tells the texts of a pair apart, where the tokenizer does.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    token_type_ids: torch.Tensor | None = None
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
@@ -134,26 +145,40 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: str | torch.device = "
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)
     labels = np.full((len(rows), width), MASKED, dtype=np.int64)
+    segments = np.zeros((len(rows), width), dtype=np.int64)
     for b, row in enumerate(rows):
         ids[b, : len(row.ids)] = row.ids
         mask[b, : len(row.ids)] = 1
         labels[b, row.n_prompt : len(row.ids)] = row.ids[row.n_prompt :]
-    return Batch(*(torch.from_numpy(array).to(device) for array in (ids, mask, labels)))
+        if row.segments is not None:
+            segments[b, : len(row.ids)] = row.segments
+    arrays = [ids, mask, labels]
+    if rows[0].target is not None:
+        arrays[2] = np.array([row.target for row in rows], dtype=np.int64)
+    if rows[0].segments is not None:
+        arrays.append(segments)
+    return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
 class Batches:
     """One client's rows for one round, in an order fixed by a 64-bit key.
 
-    Pass p over the rows goes in the order `keyed_order(key, p, n)`, the same on every platform.
+    Pass p over the rows goes in the order `keyed_order(key, p, n)`, the same on every platform.  `n` is the
+    number of rows, `client` the number by which the fleet knows the client.
     """
 
     def __init__(
-        self, rows: Sequence[Encoded], pad_id: int, key: int, device: str | torch.device = "cpu"
+        self,
+        rows: Sequence[Encoded],
+        pad_id: int,
+        key: int,
+        device: str | torch.device = "cpu",
+        client: int = 0,
     ) -> None:
         """DataError if there are no rows."""
         if not rows:
             raise DataError("no rows for a client", hint="use fewer clients, more data, or a larger min_rows")
-        self.n = len(rows)
+        self.n, self.client = len(rows), client
         self._rows = rows
         self._pad_id = pad_id
         self._key = key

@@ -9,12 +9,18 @@ tell the form, and every row must have that form:
     Alpaca         instruction, input (may be empty or absent), output
     ShareGPT       conversations: a list of {from: human|gpt|system, value}
     chat messages  messages: a list of {role: user|assistant|system, content}
+    labelled       label, and one or two texts: question and sentence (QNLI), premise and hypothesis, question1
+                   and question2, sentence1 and sentence2, sentence, or text
 
 A context is joined to its instruction in one user turn: "{instruction}\\n{context}" for Dolly and
 "{instruction}\\n\\n### Input:\\n{input}", as in its own training prompt, for Alpaca
 (tatsu-lab/stanford_alpaca, train.py).  Of a
 conversation the last turn, the assistant's, is the answer; the turns before it are the prompt.  Text is
 kept as it is.
+
+The answer of a labelled row is its label, as text; QNLI's are told as "yes" (entailment) and "no", which also
+a causal model can say.  An encoder reads the texts themselves, a causal model a question about them (`LABELLED`).
+The label stays among the row's fields too, so that clients can be made to differ by it (dirichlet:0.5:label).
 """
 
 from __future__ import annotations
@@ -38,6 +44,21 @@ PAIRS = {  # name: prompt field, context field, answer field, what joins the con
     "Dolly": ("instruction", "context", "response", "\n"),
     "Alpaca": ("instruction", "input", "output", "\n\n### Input:\n"),
 }
+LABELLED = {  # name: the fields to read, and what is asked about them
+    "QNLI": (
+        ("question", "sentence"),
+        "Question: {}\nSentence: {}\nDoes the sentence contain the answer to the question, yes or no?",
+    ),
+    "premise and hypothesis": (
+        ("premise", "hypothesis"),
+        "Premise: {}\nHypothesis: {}\nHow does the hypothesis relate to the premise?",
+    ),
+    "question pair": (("question1", "question2"), "Question 1: {}\nQuestion 2: {}\nHow do the two relate?"),
+    "sentence pair": (("sentence1", "sentence2"), "Sentence 1: {}\nSentence 2: {}\nHow do the two relate?"),
+    "labelled sentence": (("sentence",), "{}\nHow is this sentence labelled?"),
+    "labelled text": (("text",), "{}\nHow is this text labelled?"),
+}
+SPOKEN = {"QNLI": {"entailment": "yes", "not_entailment": "no", "0": "yes", "1": "no"}}  # GLUE's numbers, too
 CHATS = {"ShareGPT": ("conversations", "from", "value"), "chat messages": ("messages", "role", "content")}
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 NOT_READ = (".txt", ".tsv", ".ndjson", ".xlsx", ".gz", ".zip", ".zst")  # files, not hub ids, all the same
@@ -51,6 +72,7 @@ class Example:
     messages: tuple[tuple[str, str], ...]  # (role, content); system|user|assistant, the last is user
     response: str  # the assistant's answer: the loss is on this alone
     meta: Mapping[str, str] = field(default_factory=dict)  # the row's other fields that are single values
+    texts: tuple[str, ...] = ()  # what an encoder reads, one text or a pair (none: the turns, a line each)
 
 
 class _BadRow(Exception):
@@ -74,6 +96,8 @@ def read(source: str, *, limit: int | None = None, offline: bool = False) -> lis
             raise _BadRow(f"is in {own} form, but {first} is in {form} form", "keep one form per data set")
         if not form:
             form, first = own or _no_form(row.fields), row.where
+        if form in LABELLED:
+            return [_labelled(row.fields, form)]
         return [_pair(row.fields, form) if form in PAIRS else _chat(row.fields, form)]
 
     files = _files(source, offline)
@@ -155,6 +179,8 @@ def _form(fields: Mapping[str, object]) -> str:
     fits = [name for name, (prompt, _, answer, _) in PAIRS.items() if prompt in fields and answer in fields]
     if len(fits) > 1:
         raise _BadRow("has both field 'response' (Dolly) and field 'output' (Alpaca)", "keep one of them")
+    if not fits and "label" in fields:
+        fits = [name for name, (texts, _) in LABELLED.items() if all(text in fields for text in texts)]
     return fits[0] if fits else ""
 
 
@@ -167,7 +193,7 @@ def _no_form(fields: Mapping[str, object]) -> NoReturn:
     raise _BadRow(
         f"{what} (the row has: {names_of(fields)})",
         "name the fields instruction, context, response (Dolly); instruction, input, output (Alpaca); "
-        "conversations (ShareGPT); or messages (chat)",
+        "conversations (ShareGPT); messages (chat); or label with text, with sentence1 and sentence2, ..",
     )
 
 
@@ -184,6 +210,21 @@ def _pair(fields: Mapping[str, object], form: str) -> Example:
     context = _text(fields, given, may_lack=True)
     prompt = instruction + join + context if context.strip() else instruction
     return Example((("user", prompt),), _text(fields, answer), _meta(fields, (ask, given, answer)))
+
+
+def _labelled(fields: Mapping[str, object], form: str) -> Example:
+    """A row of one or two texts and a label, which may be a number (GLUE's; -1 is none)."""
+    names, question = LABELLED[form]
+    value = fields.get("label")
+    if isinstance(value, bool | int) and value >= 0:
+        label = str(value).lower()
+    elif isinstance(value, int):
+        raise _BadRow(f"field 'label' is {value}: the row has no label", "leave out the rows without one")
+    else:
+        label = _text(fields, "label").strip()
+    texts = tuple(_text(fields, name) for name in names)
+    answer = SPOKEN.get(form, {}).get(label, label)
+    return Example((("user", question.format(*texts)),), answer, _meta(fields, names), texts)
 
 
 def _chat(fields: Mapping[str, object], form: str) -> Example:

@@ -77,7 +77,7 @@ def new_ledger(
         eps=eps,
         lr=rule,
         method=method,
-        hyper=hyper,
+        hyper={**hyper, "labels": ",".join(model.labels)} if model.labels else hyper,
         aggregation=aggregation,
     )
     return Ledger(head)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples to tokens for an encoder that chooses among label words, and which encoding a model wants.
+
+A row is what its example has to be read (`Example.texts`: one text or a pair; else its turns, a line each),
+as the tokenizer itself joins and marks texts: `[CLS] a [SEP] b [SEP]` with segments 0 and 1 for BERT,
+`<s> a </s></s> b </s>` without segments for RoBERTa.  Its target is the index of the example's response
+among the model's label words.
+
+A row longer than `max_length`, or than the model has positions for, loses tokens from the end of its longer
+text, one by one, until it fits; the marks stay, and no row is dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fleetune.data.encode import CHUNK, Encoded, encode_all
+from fleetune.data.examples import Example
+from fleetune.errors import DataError
+
+if TYPE_CHECKING:
+    from fleetune.models import Model
+
+
+def encode_rows(
+    model: Model, examples: Sequence[Example], max_length: int
+) -> tuple[list[Encoded], npt.NDArray[np.int64]]:
+    """The examples as `model` reads them, and the index of each row's example: see `encode_all` and here."""
+    if not model.labels:
+        return encode_all(examples, model.tokenizer, max_length)
+    targets = [_target(example, model.labels) for example in examples]
+    rows = [
+        Encoded(ids, len(ids), segments, target)
+        for (ids, segments), target in zip(encode_texts(model, examples, max_length), targets, strict=True)
+    ]
+    return rows, np.arange(len(rows), dtype=np.int64)
+
+
+def encode_texts(
+    model: Model, examples: Sequence[Example], max_length: int
+) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32] | None]]:
+    """The tokens of each example's texts, and their segments where the tokenizer tells them: int32 [T] each."""
+    limit = min(max_length, positions(model))
+    texts = [example.texts or ("\n".join(said for _, said in example.messages),) for example in examples]
+    for start in range(0, len(texts), CHUNK):
+        for _, run in itertools.groupby(texts[start : start + CHUNK], len):
+            columns = [list(column) for column in zip(*run, strict=True)]
+            made = model.tokenizer(*columns, truncation=True, max_length=limit, verbose=False)
+            segments = made.get("token_type_ids", itertools.repeat(None))
+            for ids, segment in zip(made["input_ids"], segments, strict=False):
+                yield np.array(ids, np.int32), None if segment is None else np.array(segment, np.int32)
+
+
+def positions(model: Model) -> int:
+    """Tokens that an encoder has positions for.  RoBERTa's begin after the padding's number."""
+    taken = 0
+    for name, module in model.net.named_modules():
+        if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            taken = int(module.padding_idx) + 1
+    table = int(getattr(model.net.config, "max_position_embeddings", 512))
+    return min(int(model.tokenizer.model_max_length), table - taken)
+
+
+def _target(example: Example, labels: Sequence[str]) -> int:
+    word = example.response.strip()
+    if word not in labels:
+        raise DataError(
+            f"the answer {word[:40]!r} is none of the label words {', '.join(labels)}",
+            hint="name all label words with --labels, or leave the option out to take them from the data",
+        )
+    return labels.index(word)
