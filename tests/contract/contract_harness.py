@@ -29,12 +29,14 @@ QUICK: dict[str, dict[str, Any]] = {
     "fedkseed": {"K": 64, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
     "onebyte": {"K": 256, "directions": 40, "lr": 0.08, "eps": 1e-3, "batch_size": 5},
     "zosgd": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
+    "fwdllm": {"r": 2, "alpha": 4, "P": 16, "lr": 0.2, "decay": 0, "batch_size": 10, "threshold": 1e3},
     "mezo": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
 }
 # Options that change what travels or how a direction is made keep the contract too.
 VARIANTS = [
     "fedit:average=product", "fedit:wire=fp16", "fedkseed:law=rademacher", "fedkseed:law=gaussian",
-    "fedkseed:wire=sums", "fedkseed:pro=true", "fedkseed:epoch_rounds=1", "mezo:law=rademacher", "mezo:K=32,decay=200",
+    "fedkseed:wire=sums", "fedkseed:pro=true", "fedkseed:epoch_rounds=1", "fwdllm:law=rademacher",
+    "fwdllm:variance_gate=false,discriminative=false", "mezo:law=rademacher", "mezo:K=32,decay=200",
     "onebyte:wire=sign", "onebyte:law=rademacher", "onebyte:law=gaussian", "zosgd:law=rademacher", "zosgd:law=gaussian",
 ]  # fmt: skip
 NAMES = sorted(methods.entries()) + VARIANTS
