@@ -11,6 +11,10 @@ What differs from the paper's code, and why:
 - LoRA on all linear layers (the code: q_proj only; its README: q, k, v, o), and the loss on the answer alone.
 - `average=product` averages what the adapters mean, sum_k p_k B_k A_k, instead of A and B apart.
 - Only trainable numbers travel, in fp16 if `wire=fp16`; the evaluation is real (theirs is a print).
+
+For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of
+taking it (`server`: FedAvgM, FedAdagrad, FedYogi, FedAdam); their papers are in `methods/_adapter.py` and
+`servers.py`.
 """
 
 from __future__ import annotations
@@ -18,32 +22,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-
-from fleetune import adapters
-from fleetune.aggregate import product_mean, weighted_mean
+from fleetune import adapters, servers
+from fleetune.aggregate import product_mean
 from fleetune.data import Batches
 from fleetune.messages import Payload, Spec
-from fleetune.methods import Reply
+from fleetune.methods import Reply, _adapter
+from fleetune.methods._adapter import State, Training
 from fleetune.models import Model
-from fleetune.objectives import loss_tensor
 
 log = logging.getLogger(__name__)
 
 KIND = "adapter"
 PAPER = "Zhang et al., ICASSP 2024, arXiv 2305.05644"
 SENDS = "the LoRA adapter, up and down"
-
-
-class State(NamedTuple):
-    """The global adapter, how it was started, and what the last product average had to leave out."""
-
-    tensors: dict[str, np.ndarray]  # float32, by parameter name
-    seed: int
-    cut: float
 
 
 @dataclass(frozen=True)
@@ -70,19 +63,56 @@ class Method:
     wire: str = field(
         default="fp32", metadata={"symbol": "wire", "help": "fp32, or fp16 to halve the traffic"}
     )
+    server: str = field(
+        default="avg",
+        metadata={
+            "symbol": "server",
+            "help": "what the server does with the mean: " + ", ".join(servers.ETA),
+        },
+    )
+    server_lr: float = field(
+        default=0.0,
+        metadata={"symbol": "η_s", "help": "the server's learning rate (0: 1 for avg and avgm, else 1e-3)"},
+    )
+    mu: float = field(
+        default=0.0,
+        metadata={"symbol": "μ", "help": "FedProx: pull towards the global adapter (0.01 is usual)"},
+    )
+    scaffold: bool = field(
+        default=False,
+        metadata={"symbol": "c", "help": "SCAFFOLD: correct a device's drift (its c goes down too)"},
+    )
+    checkpointing: bool = field(
+        default=False,
+        metadata={"symbol": "ckpt", "help": "recompute activations: less memory, a third more time"},
+    )
 
     def __post_init__(self) -> None:
-        if self.r < 1 or self.alpha < 1 or self.batch_size < 1 or self.epochs < 1 or self.steps < 0:
-            raise ValueError("r, alpha, batch_size and epochs must be at least 1, steps 0 or more")
-        if not 0 <= self.dropout < 1 or self.lr <= 0:
-            raise ValueError(f"dropout = {self.dropout} must be in [0, 1) and lr = {self.lr} positive")
-        if self.average not in ("separate", "product") or self.wire not in DTYPE:
-            raise ValueError(f"average = {self.average!r} or wire = {self.wire!r} is not one of its choices")
+        self.training().check()
+        servers.check(self.server, lr=self.server_lr)
+        if self.r < 1 or self.alpha < 1:
+            raise ValueError(f"r = {self.r} and alpha = {self.alpha} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
+        if self.average not in ("separate", "product"):
+            raise ValueError(f"average = {self.average!r} is none of separate, product")
+        if self.average == "product" and (self.server != "avg" or self.server_lr or self.scaffold):
+            raise ValueError(
+                "average=product turns the factors every round, so that what server, server_lr and scaffold "
+                "remember of them would not fit; use average=separate with these"
+            )
+
+    def training(self) -> Training:
+        """A device's round."""
+        return Training(
+            lr=self.lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size, mu=self.mu,
+            scaffold=self.scaffold, checkpointing=self.checkpointing, wire=self.wire,
+        )  # fmt: skip
 
     def init(self, model: Model, key: int) -> State:
         seed = key >> 1  # fits a signed 64-bit scalar
         self.attach(model, seed)
-        return State(adapters.export(model), seed, 0.0)
+        return State(adapters.export(model), seed)
 
     def attach(self, model: Model, seed: int) -> None:
         """Give `model` its adapter, unless it has it; every device derives the same start from the seed."""
@@ -90,47 +120,23 @@ class Method:
             adapters.attach_lora(model, r=self.r, alpha=self.alpha, dropout=self.dropout, seed=seed)
 
     def broadcast(self, state: State) -> Payload:
-        return Payload(
-            {n: t.astype(DTYPE[self.wire]) for n, t in state.tensors.items()}, {"seed": state.seed}
-        )
+        return _adapter.broadcast(state, self.wire)
 
     def expects(self, state: State) -> Spec:
-        arrays = {n: (np.dtype(DTYPE[self.wire]).name, t.shape) for n, t in state.tensors.items()}
-        return Spec(arrays, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+        return _adapter.expects(state, self.wire)
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Epochs (or steps) of AdamW on the adapter, moments fresh every round."""
         self.attach(model, payload.int("seed"))
-        adapters.load_(model, {n: a.astype(np.float32) for n, a in payload.arrays.items()})
-        optimizer = torch.optim.AdamW(adapters.trainable(model).values(), lr=self.lr, weight_decay=0.0)
-        losses = []
-        taken = (
-            batches.steps(self.steps, self.batch_size)
-            if self.steps
-            else batches.epochs(self.epochs, self.batch_size)
-        )
-        with adapters.training(model, key):
-            for batch in taken:
-                loss = loss_tensor(model, batch)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                losses.append(loss.item())
-        arrays = {n: a.astype(DTYPE[self.wire]) for n, a in adapters.export(model).items()}
-        adapters.load_(
-            model, {n: a.astype(np.float32) for n, a in arrays.items()}
-        )  # what was sent is where it is
-        return Payload(arrays, {"n": batches.n, "loss": float(np.mean(losses))})
+        return _adapter.local(model, payload, batches, key, memory, self.training())
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
-        """FedAvg of the adapters (A and B apart), or of their products."""
-        weighted = ((float(r.payload.int("n")), r.payload.arrays) for r in replies)
+        """FedAvg of the adapters (A and B apart), or of their products; then the server's rule."""
         if self.average == "separate":
-            mean = weighted_mean(weighted)
-            return state._replace(tensors=mean) if mean else state
-        taken = list(weighted)
+            return _adapter.aggregate(state, replies, self.training(), self.server, self.server_lr)
+        taken = [(float(r.payload.int("n")), r.payload.arrays) for r in replies]
         if not taken:
             return state
         tensors, cut = product_mean(taken, adapters.pairs(state.tensors))
@@ -140,6 +146,3 @@ class Method:
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)
         adapters.load_(model, state.tensors)
-
-
-DTYPE = {"fp32": np.float32, "fp16": np.float16}
