@@ -299,7 +299,7 @@ def test_a_model_with_an_adapter_is_not_saved_as_a_model(tmp_path: Path) -> None
 @PEFT_WARNS
 def test_peft_loads_what_we_save(tmp_path: Path) -> None:
     model = tuned(alpha=12)
-    adapters.save_peft(model, tmp_path / "adapter")
+    adapters.save(model, tmp_path / "adapter")
     base = tiny()
     models.save(base.net, base.tokenizer, tmp_path / "base")
     theirs = PeftModel.from_pretrained(
@@ -312,7 +312,7 @@ def test_peft_loads_what_we_save(tmp_path: Path) -> None:
 @PEFT_WARNS
 def test_the_files_are_those_that_peft_would_write(tmp_path: Path) -> None:
     model = tuned()
-    adapters.save_peft(model, tmp_path / "ours")
+    adapters.save(model, tmp_path / "ours")
     theirs = get_peft_model(
         tiny().net, LoraConfig(r=4, lora_alpha=8, target_modules=LEAVES, task_type="CAUSAL_LM")
     )
@@ -342,7 +342,7 @@ def test_the_base_is_named_so_that_others_find_it(tmp_path: Path) -> None:
     ]:
         model = tuned()
         model.name = name
-        adapters.save_peft(model, tmp_path / "adapter")
+        adapters.save(model, tmp_path / "adapter")
         config = (tmp_path / "adapter" / "adapter_config.json").read_text()
         card = (tmp_path / "adapter" / "README.md").read_text()
         assert json.loads(config)["base_model_name_or_path"] == public
@@ -356,7 +356,7 @@ def test_adapter_files_have_plain_modes_and_foreign_folders_are_left_alone(tmp_p
     model = tuned()
     old = os.umask(0o022)
     try:
-        adapters.save_peft(model, tmp_path / "adapter")
+        adapters.save(model, tmp_path / "adapter")
     finally:
         os.umask(old)
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "adapter").iterdir()} == {0o644}
@@ -366,6 +366,6 @@ def test_adapter_files_have_plain_modes_and_foreign_folders_are_left_alone(tmp_p
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").write_text("")
     with pytest.raises(StorageError, match="something else"):
-        adapters.save_peft(model, tmp_path / "other")
-    adapters.save_peft(attached(5), tmp_path / "adapter")
+        adapters.save(model, tmp_path / "other")
+    adapters.save(attached(5), tmp_path / "adapter")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "other"]

@@ -341,7 +341,7 @@ def _ledger(job: Job, run: RunDir, state: Any) -> dict[str, Any]:
 
 def _adapter(job: Job, run: RunDir, state: Any) -> dict[str, Any]:
     path = run.path / "adapter"
-    adapters.save_peft(job.model, path)
+    adapters.save(job.model, path)
     size = sum(p.stat().st_size for p in path.iterdir())
     return {"result": str(path), "result_bytes": size, "digest": adapters.digest(state.tensors)}
 

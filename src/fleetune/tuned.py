@@ -99,7 +99,7 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Mod
             f"{path} was made on base {str(made_on)[:16]}.., {recipe.model} is now {model.digest[:16]}..",
             hint="get the base it was made on (fleetune models shows sources)",
         )
-    adapters.load_peft(model, path)
+    adapters.load(model, path)
     return model
 
 

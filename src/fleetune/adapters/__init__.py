@@ -20,7 +20,8 @@ from fleetune.adapters.core import (
     trainable,
     training,
 )
-from fleetune.adapters.lora import Lora, attach_lora, load_peft, pairs, save_peft
+from fleetune.adapters.folder import load, save
+from fleetune.adapters.lora import Lora, attach_lora, pairs
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 from fleetune.adapters.selective import Bitfit, Full
@@ -28,6 +29,5 @@ from fleetune.adapters.serial import Bottleneck
 
 __all__ = [
     "Attached", "Bitfit", "Bottleneck", "Full", "Lora", "Part", "Prefix", "Prompt", "Spec", "attach", "attach_lora",
-    "attached", "detach", "digest", "export", "load_", "load_peft", "merge", "pairs", "save_peft", "trainable",
-    "training",
+    "attached", "detach", "digest", "export", "load", "load_", "merge", "pairs", "save", "trainable", "training",
 ]  # fmt: skip

@@ -11,26 +11,20 @@ names without the "base_model.model." in front, e.g. `model.layers.0.self_attn.q
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from peft import LoraConfig, LoraModel, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fleetune import fetch, models
-from fleetune.adapters.core import attach, attached, load_, private_rng
+from fleetune import models
+from fleetune.adapters.core import attach, private_rng
 from fleetune.adapters.layers import head_of, layers_of
 from fleetune.errors import ModelError
-from fleetune.folders import staged
 from fleetune.models import Model
 
 ADAPTER: Final = "default"  # PEFT's name for a model's only adapter
@@ -68,8 +62,7 @@ class Lora:
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=_targets(model.net, self.targets),
-            task_type=TaskType.CAUSAL_LM,
-            base_model_name_or_path=_public_name(model),
+            task_type=TaskType.SEQ_CLS if head_of(model.net) else TaskType.CAUSAL_LM,
         )
         with private_rng(model.device):
             tuner = LoraModel(model.net, config, ADAPTER)
@@ -151,90 +144,3 @@ def pairs(tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Layer -> the names of its (B [out, r], A [r, in]) among an adapter's tensor names."""
     layers = sorted(n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight"))
     return {layer: (f"{layer}.lora_B.weight", f"{layer}.lora_A.weight") for layer in layers}
-
-
-# ---------------------------------------------------------------- PEFT directories
-
-
-def save_peft(model: Model, path: Path) -> None:
-    """Write the adapter as a PEFT directory: adapter_config.json, adapter_model.safetensors, README.md.
-
-    `base_model_name_or_path` is the hub id (of a built-in too) or the last part of a local path, never a
-    path of this machine; `revision` the hub commit where it is known.  Whole or not at all; file modes by
-    the umask.  StorageError when the disk is full or not writable.
-    """
-    (part,) = attached(model).parts
-    if not isinstance(part, LoraPart):
-        raise ModelError("the model's adapter is no LoRA")
-    config = part.tuner.peft_config[ADAPTER].to_dict()
-    config.update(
-        inference_mode=True,
-        target_modules=sorted(config["target_modules"]),
-        base_model_name_or_path=_public_name(model),
-        revision=fetch.source_of(model.path).get("commit"),
-    )
-    tensors = {f"base_model.model.{n}": p.detach().cpu().contiguous() for n, p in part.parameters.items()}
-    with staged(path, replace="adapter_config.json") as folder, models.disk_errors(path):
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
-        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(model, config), encoding="utf-8")
-
-
-def load_peft(model: Model, path: Path) -> None:
-    """Attach the adapter of a PEFT directory that `save_peft` wrote; ModelError if it is missing or damaged."""
-    try:
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        r, alpha, targets = (
-            int(config["r"]),
-            float(config["lora_alpha"]),
-            [str(t) for t in config["target_modules"]],
-        )
-        tensors = load_file(path / "adapter_model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(
-            f"{path} is not a usable adapter ({error})", hint="finish or repeat the run"
-        ) from error
-    attach_lora(model, r=r, alpha=alpha, targets=targets, seed=0)
-    load_(model, {n.removeprefix("base_model.model."): t for n, t in tensors.items()})
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(value)
-
-
-def _public_name(model: Model) -> str:
-    """What others can find the base by: a hub id, or the bare name of a local file or directory."""
-    if model.name in fetch.ORIGINS:
-        return fetch.ORIGINS[model.name].hub
-    local = Path(model.name).expanduser()
-    return local.name if local.is_absolute() or local.exists() else model.name
-
-
-def _card(model: Model, config: Mapping[str, Any]) -> str:
-    base = config["base_model_name_or_path"]
-    source = fetch.source_of(model.path).get("source", base)
-    told = f"- base weights as loaded: {source}, {model.dtype}, SHA-256 `{model.digest}`"
-    return f"""---
-base_model: {base}
-library_name: peft
-pipeline_tag: text-generation
-tags:
-- lora
-- fleetune
----
-
-# LoRA adapter for {base}
-
-Tuned with Fleetune.
-
-{told}
-- LoRA r = {config["r"]}, alpha = {config["lora_alpha"]}, on {", ".join(config["target_modules"])}
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "PATH OF THIS FOLDER")
-```
-"""

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A module on disk: a PEFT directory where PEFT can load it, else two files of our own.
+
+| module | layout |
+|---|---|
+| LoRA | PEFT, a classification head with it (`modules_to_save`) |
+| prefix in every layer of a decoder, soft prompt of a decoder | PEFT |
+| bottleneck adapters, BitFit, full; prefixes in some layers; prefixes and prompts of encoders | ours |
+
+PEFT: adapter_config.json, adapter_model.safetensors.  Ours: module.json (the spec, and what it belongs to) and
+module.safetensors (the fp32 tensors by name).  Both with a README.md, and both hold the numbers bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+from peft import PrefixTuningConfig, PromptTuningConfig, TaskType
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fleetune import fetch, models
+from fleetune.adapters.core import Attached, Spec, attach, attached, detach, load_
+from fleetune.adapters.layers import head_of, is_causal, layers_of
+from fleetune.adapters.lora import ADAPTER, Lora, LoraPart
+from fleetune.adapters.prefix import Prefix
+from fleetune.adapters.prompt import Prompt
+from fleetune.adapters.selective import Bitfit, Full
+from fleetune.adapters.serial import Bottleneck
+from fleetune.errors import FleetuneError, ModelError
+from fleetune.folders import staged
+from fleetune.models import Model
+
+FRONT: Final = "base_model.model."  # of PEFT's tensor names
+VERSION: Final = 1
+KINDS: Final[Mapping[str, type[Any]]] = MappingProxyType(
+    {
+        "bottleneck": Bottleneck,
+        "bitfit": Bitfit,
+        "full": Full,
+        "lora": Lora,
+        "prefix": Prefix,
+        "prompt": Prompt,
+    }
+)
+
+
+def save(model: Model, path: Path) -> None:
+    """Write what `model` carries as a directory, in PEFT's layout where it has one for it.
+
+    `base_model_name_or_path` is the hub id (of a built-in too) or the last part of a local path, never a
+    path of this machine; `revision` the hub commit where it is known.  Whole or not at all; file modes by
+    the umask.  StorageError when the disk is full or not writable.
+    """
+    held = attached(model)
+    in_peft = _peft(model, held)
+    head, tensors = in_peft or _ours(model, held)
+    stem = "adapter_{}" if in_peft else "module"
+    config, file = f"{stem.format('config')}.json", f"{stem.format('model')}.safetensors"
+    with staged(path, replace=config) as folder, models.disk_errors(path):
+        kept = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        save_file(kept, folder / file, metadata={"format": "pt"})
+        text = json.dumps(head, indent=2, sort_keys=True, default=_plain)
+        (folder / config).write_text(text + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(model, held.spec, bool(in_peft)), encoding="utf-8")
+
+
+def load(model: Model, path: Path) -> None:
+    """Attach what `save` wrote; ModelError, with nothing attached, if it is missing, damaged or another model's."""
+    try:
+        ours = (path / "module.json").is_file()
+        file = "module.json" if ours else "adapter_config.json"
+        config = json.loads((path / file).read_text(encoding="utf-8"))
+        tensors = load_file(path / ("module.safetensors" if ours else "adapter_model.safetensors"))
+        spec, arrays = (
+            _from_ours(config, tensors) if ours else _FROM_PEFT[config["peft_type"]](config, tensors, model)
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(
+            f"{path} is not a usable adapter ({error})", hint="finish or repeat the run"
+        ) from error
+    attach(model, spec, seed=0)
+    try:
+        load_(model, arrays)
+    except FleetuneError:
+        detach(model)
+        raise
+
+
+# ---------------------------------------------------------------- our own layout
+
+
+def _ours(model: Model, held: Attached) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    kind = next(name for name, cls in KINDS.items() if isinstance(held.spec, cls))
+    head = {
+        "format": "fleetune-module", "version": VERSION, "module": kind, "spec": _fields(held.spec),
+        "base": _public_name(model), "base_digest": model.digest, "dtype": model.dtype,
+    }  # fmt: skip
+    return head, held.parameters
+
+
+def _from_ours(config: Mapping[str, Any], tensors: dict[str, Any]) -> tuple[Spec, dict[str, Any]]:
+    if config["version"] != VERSION:
+        raise ValueError(f"module.json has version {config['version']}, this Fleetune reads {VERSION}")
+    return KINDS[config["module"]](**config["spec"]), tensors
+
+
+# ---------------------------------------------------------------- PEFT's layout
+
+
+def _peft(model: Model, held: Attached) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
+    """(configuration, tensors) as PEFT reads them; None for what PEFT cannot load."""
+    spec, net = held.spec, model.net
+    if isinstance(spec, Lora):
+        config, tensors = _lora_in_peft(held, net)
+    elif isinstance(spec, Prefix) and is_causal(net) and not head_of(net) and spec.layers is None:
+        config, tensors = _prefix_in_peft(held, spec, net)
+    elif isinstance(spec, Prompt) and is_causal(net) and not head_of(net):
+        width = net.get_input_embeddings().weight.shape[1]
+        config = PromptTuningConfig(num_virtual_tokens=spec.tokens, token_dim=width).to_dict()
+        config.update(_sizes(net), num_transformer_submodules=1, task_type=TaskType.CAUSAL_LM)
+        tensors = {"prompt_embeddings": held.parameters["prompt.embeddings"]}
+    else:
+        return None
+    config.update(
+        inference_mode=True,
+        base_model_name_or_path=_public_name(model),
+        revision=fetch.source_of(model.path).get("commit"),
+    )
+    return config, tensors
+
+
+def _lora_in_peft(held: Attached, net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    part = held.parts[0]
+    assert isinstance(part, LoraPart)
+    config = part.tuner.peft_config[ADAPTER].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    if head := head_of(net):
+        pooler = any(".pooler." in n for n in head)
+        tops = {n.split(".")[0] for n in head if not n.startswith(net.base_model_prefix + ".")}
+        config["modules_to_save"] = sorted(tops | ({"pooler"} if pooler else set()))
+    return config, {FRONT + n: p for n, p in held.parameters.items()}
+
+
+def _prefix_in_peft(held: Attached, spec: Prefix, net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    layers = layers_of(net)
+    width = layers[0].heads * layers[0].width
+    config = PrefixTuningConfig(
+        num_virtual_tokens=spec.tokens, token_dim=width, encoder_hidden_size=width
+    ).to_dict()
+    config.update(
+        num_layers=len(layers), num_attention_heads=layers[0].heads, num_transformer_submodules=1,
+        task_type=TaskType.CAUSAL_LM,
+    )  # fmt: skip
+    order = [f"{layer.attention}.prefix.{which}" for layer in layers for which in ("key", "value")]
+    return config, {"prompt_embeddings": torch.cat([held.parameters[n].detach() for n in order], dim=1)}
+
+
+def _sizes(net: Any) -> dict[str, int]:
+    config = net.config.get_text_config()
+    return {"num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads}
+
+
+def _lora_from_peft(
+    config: Mapping[str, Any], tensors: dict[str, Any], model: Model
+) -> tuple[Spec, dict[str, Any]]:
+    targets = [str(t) for t in config["target_modules"]]
+    spec = Lora(int(config["r"]), float(config["lora_alpha"]), targets=targets)
+    return spec, {n.removeprefix(FRONT): t for n, t in tensors.items()}
+
+
+def _prefix_from_peft(
+    config: Mapping[str, Any], tensors: dict[str, Any], model: Model
+) -> tuple[Spec, dict[str, Any]]:
+    layers = layers_of(model.net)
+    table = tensors["prompt_embeddings"]
+    columns = table.reshape(table.shape[0], 2 * len(layers), -1).swapaxes(0, 1)
+    order = [f"{layer.attention}.prefix.{which}" for layer in layers for which in ("key", "value")]
+    return Prefix(int(config["num_virtual_tokens"])), dict(zip(order, columns, strict=True))
+
+
+def _prompt_from_peft(
+    config: Mapping[str, Any], tensors: dict[str, Any], model: Model
+) -> tuple[Spec, dict[str, Any]]:
+    return Prompt(int(config["num_virtual_tokens"])), {"prompt.embeddings": tensors["prompt_embeddings"]}
+
+
+_FROM_PEFT: Final = MappingProxyType(
+    {"LORA": _lora_from_peft, "PREFIX_TUNING": _prefix_from_peft, "PROMPT_TUNING": _prompt_from_peft}
+)
+
+
+# ---------------------------------------------------------------- words
+
+
+def _fields(spec: Any) -> dict[str, Any]:
+    return {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def _public_name(model: Model) -> str:
+    """What others can find the base by: a hub id, or the bare name of a local file or directory."""
+    if model.name in fetch.ORIGINS:
+        return fetch.ORIGINS[model.name].hub
+    local = Path(model.name).expanduser()
+    return local.name if local.is_absolute() or local.exists() else model.name
+
+
+def _card(model: Model, spec: Spec, in_peft: bool) -> str:
+    base = _public_name(model)
+    source = fetch.source_of(model.path).get("source", base)
+    title = "LoRA adapter" if isinstance(spec, Lora) else type(spec).__name__
+    sizes = ", ".join(f"{k} = {v}" for k, v in _fields(spec).items() if v not in (None, 0.0))
+    auto = "AutoModelForSequenceClassification" if head_of(model.net) else "AutoModelForCausalLM"
+    use = _WITH_PEFT.format(base=base, auto=auto) if in_peft else _WITH_FLEETUNE
+    return f"""---
+base_model: {base}
+library_name: {"peft" if in_peft else "fleetune"}
+tags:
+- {type(spec).__name__.lower()}
+- fleetune
+---
+
+# {title} for {base}
+
+Tuned with Fleetune.
+
+- base weights as loaded: {source}, {model.dtype}, SHA-256 `{model.digest}`
+- {title}: {sizes or "no sizes"}
+
+{use}"""
+
+
+_WITH_PEFT = """```python
+from peft import PeftModel
+from transformers import {auto}
+
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "PATH OF THIS FOLDER")
+```
+"""
+_WITH_FLEETUNE = """PEFT has no such module, so this folder is Fleetune's own: `module.json` says what it is, `module.safetensors`
+holds its fp32 tensors by name.
+
+```python
+from pathlib import Path
+
+from fleetune import adapters, models
+
+model = models.load("THE BASE")
+adapters.load(model, Path("PATH OF THIS FOLDER"))
+```
+"""
