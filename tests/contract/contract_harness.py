@@ -26,10 +26,12 @@ from fleetune.seeds.noise import derive
 # with its own defaults.
 QUICK: dict[str, dict[str, Any]] = {
     "fedit": {"r": 4, "alpha": 8, "lr": 1e-2, "batch_size": 5, "epochs": 1, "dropout": 0.1},
+    "fedpeptao": {"tokens": 2, "lr": 0.1, "epochs": 4, "batch_size": 5, "lanczos": 8, "warmup": 3},
+    "fedpetuning": {"size": 4, "lr": 1e-2, "batch_size": 5, "epochs": 2},
     "fedkseed": {"K": 64, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
     "onebyte": {"K": 256, "directions": 40, "lr": 0.08, "eps": 1e-3, "batch_size": 5},
     "zosgd": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
-    "fwdllm": {"r": 2, "alpha": 4, "P": 16, "lr": 0.2, "decay": 0, "batch_size": 10, "threshold": 1e3},
+    "fwdllm": {"r": 2, "alpha": 4, "P": 8, "lr": 0.2, "decay": 0, "batch_size": 10, "threshold": 1e3},
     "mezo": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
 }
 # Options that change what travels or how a direction is made keep the contract too.
@@ -38,6 +40,8 @@ VARIANTS = [
     "fedkseed:wire=sums", "fedkseed:pro=true", "fedkseed:epoch_rounds=1", "fwdllm:law=rademacher",
     "fwdllm:variance_gate=false,discriminative=false", "mezo:law=rademacher", "mezo:K=32,decay=200",
     "onebyte:wire=sign", "onebyte:law=rademacher", "onebyte:law=gaussian", "zosgd:law=rademacher", "zosgd:law=gaussian",
+    "fedpetuning:module=adapter", "fedpetuning:module=prefix", "fedpetuning:module=prompt",
+    "fedpetuning:module=bitfit", "fedpetuning:module=full", "fedpetuning:module=adapter,places=pfeiffer,wire=fp16",
 ]  # fmt: skip
 NAMES = sorted(methods.entries()) + VARIANTS
 COLOURS = ("red", "green", "blue")

@@ -216,6 +216,19 @@ class Batches:
         batch = self._batch([int(keyed_order(0, i // self.n, self.n)[i % self.n]) for i in places])
         yield from itertools.repeat(batch, count)
 
+    def aside(self, batch_size: int) -> tuple[Batch, Batches]:
+        """(a batch to measure on, the batches of all other rows): the same rows in every round.
+
+        A fifth of the rows, at most `batch_size`; a client's only row is in both.
+        """
+        if self.n == 1:
+            return self._batch([0]), self
+        order = [int(i) for i in keyed_order(0, 0, self.n)]
+        size = min(batch_size, max(1, self.n // 5))
+        others = [self._rows[i] for i in sorted(order[size:])]
+        rest = Batches(others, self._pad_id, self._key, self._device, self.client)
+        return self._batch(order[:size]), rest
+
     def _order(self, number: int) -> list[int]:
         order: list[int] = keyed_order(self._key, number, self.n).tolist()
         return order

@@ -98,7 +98,7 @@ class LocalFleet:
     def _work(self, client: int, key: int, message: bytes) -> bytes:
         received = decode(message)
         batches = Watched(
-            Batches(self.clients[client], self.pad_id, key, self.model.device), client, self.on_step
+            Batches(self.clients[client], self.pad_id, key, self.model.device, client), self.on_step
         )
         memory = self.memory.setdefault(client, {})
         reply = self.method.local(self.model, received.payload, batches, key, memory)  # type: ignore[arg-type]
@@ -108,9 +108,9 @@ class LocalFleet:
 class Watched:
     """Batches that report each step before it is taken (for the progress bar, and so that Ctrl-C is heard)."""
 
-    def __init__(self, batches: Batches, client: int, on_step: Callable[[int, int], None]) -> None:
-        self.batches, self.client, self.on_step = batches, client, on_step
-        self.n = batches.n
+    def __init__(self, batches: Batches, on_step: Callable[[int, int], None]) -> None:
+        self.batches, self.on_step = batches, on_step
+        self.n, self.client = batches.n, batches.client
 
     def steps(self, count: int, batch_size: int) -> Iterator[Batch]:
         """As `Batches.steps`."""
@@ -123,6 +123,11 @@ class Watched:
     def held(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
         """As `Batches.held`."""
         return self._watch(self.batches.held(number, batch_size, count))
+
+    def aside(self, batch_size: int) -> tuple[Batch, Watched]:
+        """As `Batches.aside`."""
+        batch, rest = self.batches.aside(batch_size)
+        return batch, Watched(rest, self.on_step)
 
     def _watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for step, batch in enumerate(batches):
