@@ -172,12 +172,13 @@ def _horner(coefficients: Sequence[float], x: NDArray[np.float32]) -> NDArray[np
     return y
 
 
-def fwht(a: ArrayLike) -> NDArray[np.int64]:
-    """H a with H[i, k] = (-1)^popcount(i & k), natural order: integers [K] -> int64 [K], exact.
+def fwht(a: ArrayLike) -> NDArray[Any]:
+    """H a with H[i, k] = (-1)^popcount(i & k), natural order: integers [K] -> int64 [K], exact; floats -> float64.
 
     The fast Walsh-Hadamard transform, K log2 K additions.  Raises UsageError if K is not a power of two.
     """
-    v = np.array(a, dtype=np.int64)
+    v = np.asarray(a)
+    v = v.astype(np.float64 if v.dtype.kind == "f" else np.int64)
     K = _power_of_two(len(v))
     half = 1
     while half < K:

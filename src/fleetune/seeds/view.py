@@ -110,7 +110,7 @@ class View:
         self.reached: set[str] = set()
         self.folded = Folded(self.slots, run_key, self.kernels, threads)
         self._scratch = torch.empty(0)
-        self._modules: list[nn.Module] = []
+        self.owners: list[tuple[nn.Module, dict[str, Slot]]] = []  # wrapped modules and what they own
         self._install(net)
 
     def place(self, passes: Passes | None, *, fold: bool = True) -> None:
@@ -165,29 +165,29 @@ class View:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every trainable tensor as seen from here, one at a time, in name order."""
         for slot in self.slots:
-            size = slot.tensor.numel()
-            out = torch.empty(size, dtype=slot.tensor.dtype, device=slot.tensor.device)
-            for first in range(0, size, CHUNK):
-                last = min(first + CHUNK, size)
-                self.piece(slot, first, last, out[first:last])
-            yield slot.name, out.view(slot.tensor.shape)
+            out = torch.empty(slot.tensor.numel(), dtype=slot.tensor.dtype, device=slot.tensor.device)
+            yield slot.name, self.fill(slot, out).view(slot.tensor.shape)
+
+    def fill(self, slot: Slot, out: Tensor) -> Tensor:
+        """A whole tensor as seen from here, written to `out` (1-D, its dtype and size)."""
+        for first in range(0, out.numel(), CHUNK):
+            last = min(first + CHUNK, out.numel())
+            self.piece(slot, first, last, out[first:last])
+        return out
 
     def write(self) -> None:
         """Make the point the stored weights (for export; the base is gone afterwards)."""
         with torch.inference_mode():
             for slot in self.slots:
-                flat = slot.tensor.detach().view(-1)
-                for first in range(0, flat.numel(), CHUNK):
-                    last = min(first + CHUNK, flat.numel())
-                    self.piece(slot, first, last, flat[first:last])
+                self.fill(slot, slot.tensor.detach().view(-1))
         self.folded.forget()
         self.place(None)
 
     def remove(self) -> None:
         """Take the view off: the net runs on its stored weights again."""
-        for module in self._modules:
+        for module, _ in self.owners:
             del module.forward
-        self._modules = []
+        self.owners = []
 
     def warn_unreached(self) -> None:
         """Log the trainable tensors that no forward has asked for (they are not being tuned)."""
@@ -209,7 +209,7 @@ class View:
             if "forward" in module.__dict__:
                 raise ModelError(f"{type(module).__name__} is already wrapped; remove the earlier view first")
             module.forward = _forward_for(self, module, own)
-            self._modules.append(module)
+            self.owners.append((module, own))
 
 
 def _move(
