@@ -37,7 +37,8 @@ QUICK: dict[str, dict[str, Any]] = {
 # Options that change what travels or how a direction is made keep the contract too.
 VARIANTS = [
     "fedit:average=product", "fedit:wire=fp16", "fedkseed:law=rademacher", "fedkseed:law=gaussian",
-    "fedkseed:wire=sums", "fedkseed:pro=true", "fedkseed:epoch_rounds=1", "fwdllm:law=rademacher",
+    "fedkseed:wire=sums", "fedkseed:pro=true", "fedkseed:epoch_rounds=1", "fedkseed:backprop=1,backprop_lr=0.05",
+    "fedkseed:backprop=0.5,backprop_lr=0.05", "fedkseed:backprop=1,wire=sums", "fwdllm:law=rademacher",
     "fwdllm:variance_gate=false,discriminative=false", "mezo:law=rademacher", "mezo:K=32,decay=200",
     "onebyte:wire=sign", "onebyte:law=rademacher", "onebyte:law=gaussian", "zosgd:law=rademacher", "zosgd:law=gaussian",
     "fedpetuning:module=adapter", "fedpetuning:module=prefix", "fedpetuning:module=prompt",

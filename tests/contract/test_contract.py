@@ -191,6 +191,7 @@ DEFAULTS = {  # the papers' own (specs: MeZO table and reference code; FedKSeed 
         "alpha": 16,
     },
     "fedit": {"r": 16, "alpha": 16, "dropout": 0.05, "lr": 3e-4},
+    "fedpetuning": {"module": "lora", "epochs": 1, "batch_size": 32, "clip": 1.0, "targets": "query-value"},
 }
 
 
