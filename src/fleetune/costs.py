@@ -112,7 +112,7 @@ def _logits(shape: Shape, work: Work) -> tuple[int, float]:
     """fp32 bytes of the logits of a chunk, and how many chunks a step's positions make."""
     from fleetune.losses import CHUNK_BYTES
 
-    whole = work.tokens * shape.vocab * 4
+    whole = work.tokens * shape.outputs * 4
     return min(whole, CHUNK_BYTES), max(1.0, whole / CHUNK_BYTES)
 
 
@@ -237,12 +237,12 @@ def step_seconds(shape: Shape, work: Work, method: str, rates: Rates, rank: int)
     """Matrix products, and everything else as memory traffic."""
     n, s = work.tokens, work.size
     inner = sum(linear.out * linear.into for linear in shape.linears)
-    head = 2 * n * shape.vocab * shape.hidden
+    head = 2 * n * shape.outputs * shape.hidden
     forward = 2 * n * inner + head + 4 * n * work.length * shape.hidden * shape.layers
-    moved = TOUCH * n * s * (shape.kept + shape.norms) + 3 * n * 4 * shape.vocab
+    moved = TOUCH * n * s * (shape.kept + shape.norms) + 3 * n * 4 * shape.outputs
     weights = shape.params * s
     if method in ("fedkseed", "mezo"):  # the head's moved weights are computed anew for each chunk of logits
-        swept = weights + (math.ceil(_logits(shape, work)[1]) - 1) * shape.vocab * shape.hidden * s
+        swept = weights + (math.ceil(_logits(shape, work)[1]) - 1) * shape.outputs * shape.hidden * s
         return 2 * (forward / rates.flops + (moved + SWEEP * swept) / rates.copy)
     if method == "fedit":
         lora = shape.lora(rank)

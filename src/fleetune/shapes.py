@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a language model's configuration its costs depend on: parameters, linear layers, activations.
+"""What of a model's configuration its costs depend on: parameters, linear layers, activations.
 
 Llama-like decoders (grouped-query attention, tied embeddings) are counted from the configuration itself, any
 other family by instantiating it on torch's meta device, which takes no memory: its parameters are then exact
@@ -37,6 +37,12 @@ class Shape(NamedTuple):
     norms: int  # floats that norms keep (in fp32 whatever the weights are)
     padded: int  # further floats kept when rows are padded (keys and values repeated for every head)
     largest: int  # elements of the largest tensor
+    labels: int = 0  # label words that an encoder's head chooses among (0: a causal language model)
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the head gives at a scored position."""
+        return self.labels or self.vocab
 
     @property
     def inputs(self) -> int:
@@ -102,17 +108,23 @@ def _llama(c: Mapping[str, Any], family: str) -> Shape:
 
 
 def counted(config: PretrainedConfig) -> Shape:
-    """The shape of any causal language model, from its layers on the meta device."""
+    """The shape of any causal language model or encoder, from its layers on the meta device."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.pytorch_utils import Conv1D
 
+    from fleetune.encoders import head_names
+    from fleetune.hfdir import is_encoder
+
+    encoder = is_encoder(config)
     with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(config)
+        kind = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
+        net = kind.from_config(config)
     head, table = net.get_output_embeddings(), net.get_input_embeddings().weight
+    own = {name.rpartition(".")[0] for name in head_names(net)} if encoder else set()
     linears = []
     for name, module in net.named_modules():
-        if module is not head and isinstance(module, torch.nn.Linear | Conv1D):
+        if module is not head and name not in own and isinstance(module, torch.nn.Linear | Conv1D):
             a, b = module.weight.shape
             linears.append(Linear(name, b, a) if isinstance(module, Conv1D) else Linear(name, a, b))
     # An input that several layers of one parent share is one tensor.
@@ -124,4 +136,5 @@ def counted(config: PretrainedConfig) -> Shape:
         widest=2 * h + 3 * max((linear.out for linear in linears), default=h),
         kept=sum(linear.out for linear in linears) + sum(into for _, into in shared) - 2 * layers * h,
         norms=2 * layers * h, padded=0, largest=max(p.numel() for p in net.parameters()),
+        labels=config.num_labels if encoder else 0,
     )  # fmt: skip
