@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -137,9 +137,10 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     base = base_of(net)
     head = base.get_output_embeddings()
     limit = max(1, CHUNK_BYTES // (4 * int(base.config.get_text_config().vocab_size)))
-    narrow = _Narrow(wanted, limit)
+    blocks = None if torch.is_grad_enabled() else getattr(head, "row_blocks", None)
+    narrow = _Narrow(wanted, 0 if blocks else limit)
     logits = narrow.run(net, head, batch)
-    if narrow.rows is not None and len(targets) > limit and logits is not narrow.output:
+    if narrow.rows is not None and len(targets) > narrow.limit and logits is not narrow.output:
         narrow = _Narrow(wanted, len(targets))
         logits = narrow.run(net, head, batch)
     if narrow.rows is None:
@@ -147,6 +148,8 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         pieces = zip(_split(places, limit), _split(targets, limit), strict=True)
         parts = [_nll(logits[at[:, 0], at[:, 1]], target) for at, target in pieces]
         return torch.cat(parts), places[:, 0]
+    if blocks and not narrow.limit:
+        return _streamed_nll(blocks, narrow.rows, targets), places[:, 0]
     parts = [_nll(logits[0], targets[: narrow.limit])]
     del logits
     narrow.output = None  # the chunks below take its place
@@ -157,6 +160,31 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         else:
             parts.append(_head_nll(cast(nn.Module, head), rows, target))
     return torch.cat(parts), places[:, 0]
+
+
+def _streamed_nll(
+    blocks: Callable[[], Iterable[tuple[int, Tensor]]], rows: Tensor, targets: Tensor
+) -> Tensor:
+    """`_nll` for a head whose weights are computed on the way (`seeds/view.py`): each block of them once.
+
+    The log-sum-exp is taken online over blocks of the vocabulary (Milakov and Gimelshein 2018, arXiv
+    1805.02867, Algorithm 3), so that the whole of the logits never exists, for any number of rows.
+    """
+    top = torch.full((len(rows),), -math.inf, device=rows.device)
+    total, own = torch.zeros_like(top), torch.zeros_like(top)
+    for first, weight in blocks():
+        size = max(1, CHUNK_BYTES // (4 * len(weight)))
+        for a in range(0, len(rows), size):
+            at = slice(a, a + size)
+            logits = F.linear(rows[at], weight).float()
+            here = targets[at] - first
+            inside = (here >= 0) & (here < len(weight))
+            own[at][inside] = logits[inside, here[inside]]
+            higher = torch.maximum(top[at], logits.amax(1))
+            seen = total[at] * torch.exp(top[at] - higher)
+            total[at] = seen + logits.sub_(higher[:, None]).exp_().sum(1)
+            top[at] = higher
+    return top + total.log() - own
 
 
 def row_losses(model: Model, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

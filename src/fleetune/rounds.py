@@ -20,7 +20,7 @@ from typing import Any
 from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError
 from fleetune.fleets import Answer, Fleet
-from fleetune.messages import Message, Payload, check, decode, encode
+from fleetune.messages import Message, Payload, Spec, check, decode, encode
 from fleetune.methods import Method, Reply
 from fleetune.rundir import RunDir
 from fleetune.seeds.noise import derive
@@ -69,10 +69,12 @@ def run(
         run.checkpoint(0, pack(state, totals, {}))
     for r in range(first + 1, plan.rounds + 1):
         began = time.monotonic()
-        answers = _Door(method, state, run, plan, r, hooks, fleet.rows)
+        kinds = _kinds(method, state)
+        answers = _Door([spec for _, spec in kinds], run, plan, r, hooks, fleet.rows)
         chosen = sample(len(fleet.rows), plan.participation, plan.seed, r)
-        message = encode(Message(r, plan.base, method.broadcast(state)))
-        new = method.aggregate(state, answers.replies(fleet.ask(r, chosen, message)))
+        coded = [encode(Message(r, plan.base, payload)) for payload, _ in kinds]
+        messages = {client: coded[client % len(coded)] for client in chosen}
+        new = method.aggregate(state, answers.replies(fleet.ask(r, chosen, messages)))
         state = _accept(method, state, new, answers, plan, r)
         totals.bytes_up += answers.bytes_up
         totals.bytes_down += answers.bytes_down
@@ -91,6 +93,12 @@ def run(
     return state, totals
 
 
+def _kinds(method: Method, state: Any) -> Sequence[tuple[Payload, Spec]]:
+    """What is sent, and what is expected back: client c has the (c modulo their number)-th."""
+    kinds: Callable[[Any], Sequence[tuple[Payload, Spec]]] | None = getattr(method, "kinds", None)
+    return kinds(state) if kinds else [(method.broadcast(state), method.expects(state))]
+
+
 def sample(clients: int, participation: float, seed: int, round: int) -> Sequence[int]:
     """The clients of a round: a share of all, at least one, without repeats, in order; keyed by seed and round."""
     count = max(1, min(clients, round_half_up(clients * participation)))
@@ -107,15 +115,14 @@ class _Door:
 
     def __init__(
         self,
-        method: Method,
-        state: Any,
+        specs: Sequence[Spec],
         run: RunDir,
         plan: Plan,
         round: int,
         hooks: Hooks,
         rows: Sequence[int],
     ) -> None:
-        self.spec, self.rows = method.expects(state), rows
+        self.specs, self.rows = specs, rows
         self.run, self.plan, self.round, self.hooks = run, plan, round, hooks
         self.accepted = self.failed = self.asked = 0
         self.bytes_up = self.bytes_down = 0
@@ -139,7 +146,8 @@ class _Door:
             self.reason = self.reason or answer.reason
             return None, answer.status, answer.reason
         try:
-            payload = check(decode(answer.data), self.spec, round=self.round, base=self.plan.base)
+            spec = self.specs[answer.client % len(self.specs)]
+            payload = check(decode(answer.data), spec, round=self.round, base=self.plan.base)
             _check_rows(payload, self.rows[answer.client])
         except MessageError as error:
             log.warning("round %d: reply of client %d refused: %s", self.round, answer.client, error)

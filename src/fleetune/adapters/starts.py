@@ -52,7 +52,9 @@ def gaussian(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
 def shared(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
     """Rows that are orthonormal whatever rounds them: an input belongs to one row, with a random sign; B zero."""
     key = derive("lora", seed, layer)
-    order = np.argsort(words(key, 0, np.arange(-(-into // 4096), dtype=np.uint64) * np.uint64(32)).reshape(-1)[:into])
+    order = np.argsort(
+        words(key, 0, np.arange(-(-into // 128), dtype=np.uint64) * np.uint64(32)).reshape(-1)[:into]
+    )
     row = np.empty(into, np.int64)
     row[order] = np.arange(into) % r
     a = np.zeros((r, into), np.float32)

@@ -7,7 +7,7 @@ every client asked, one at a time, as they come.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 
@@ -31,8 +31,10 @@ class Fleet(Protocol):
         """Rows of every client."""
         ...
 
-    def ask(self, round: int, clients: Sequence[int], message: bytes) -> Iterator[Answer]:
-        """Send `message` to these clients and yield their answers."""
+    def ask(
+        self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
+    ) -> Iterator[Answer]:
+        """Send `message`, or each client its own, to these clients and yield their answers."""
         ...
 
     def memories(self) -> dict[int, dict[str, Any]]:

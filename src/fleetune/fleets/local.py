@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,26 +74,29 @@ class LocalFleet:
         """Put memories back after a resume."""
         self.memory = dict(memories)
 
-    def ask(self, round: int, clients: Sequence[int], message: bytes) -> Iterator[Answer]:
+    def ask(
+        self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
+    ) -> Iterator[Answer]:
         """The answers of these clients, in turn."""
         for client in clients:
+            sent = message if isinstance(message, bytes) else message[client]
             key = derive(self.seed, "local", round, client)
             status, reason = self.weather.fate(self.seed, round, client)
             if status != "ok":
-                yield Answer(client, key, None, status, reason, 0.0, len(message))
+                yield Answer(client, key, None, status, reason, 0.0, len(sent))
                 continue
             began = time.monotonic()
             try:
-                data = self._work(client, key, message)
+                data = self._work(client, key, sent)
             except (Interrupted, StorageError, KeyboardInterrupt):
                 raise
             except (FleetuneError, RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
                 # One bad client never stops a round: it is recorded, and the others go on.
                 log.exception("client %d failed in round %d", client, round)
                 reason = f"{type(error).__name__}: {error}"
-                yield Answer(client, key, None, "failed", reason, time.monotonic() - began, len(message))
+                yield Answer(client, key, None, "failed", reason, time.monotonic() - began, len(sent))
                 continue
-            yield Answer(client, key, data, "ok", "", time.monotonic() - began, len(message))
+            yield Answer(client, key, data, "ok", "", time.monotonic() - began, len(sent))
 
     def _work(self, client: int, key: int, message: bytes) -> bytes:
         received = decode(message)

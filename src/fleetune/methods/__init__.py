@@ -46,7 +46,9 @@ class Method(Protocol):
     """What a method is; `State` is the method's own NamedTuple (arrays, dicts of arrays, numbers, a Ledger).
 
     A method may also have `report(state) -> dict[str, float]`: its own figures, which go into the event of
-    every round under "report".
+    every round under "report"; and `kinds(state) -> [(payload, spec), ..]`, where devices are of several
+    kinds: client c is then sent the (c modulo their number)-th payload instead of the broadcast, and its
+    reply must look like that spec.
     """
 
     def init(self, model: Model, key: int) -> Any:

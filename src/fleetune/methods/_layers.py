@@ -15,6 +15,7 @@ Lanczos quadrature).  With R <= lanczos prompts numbers Q is everything and the 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -35,6 +36,17 @@ SHIFT = 1e-5  # added to the eigenvalues of a similarity, so that 1/lambda stays
 SMOOTH = (
     1e-5  # variance of a node of the spectral density, times its range where that is over 1 (published code)
 )
+
+
+def layer_of(name: str) -> int | None:
+    """The layer whose prompt has this parameter name; None for what is no prompt (a classification head's)."""
+    found = re.search(r"\.(\d+)\..*\.prefix\.", name)
+    return int(found[1]) if found else None
+
+
+def prompts(model: Model) -> list[nn.Parameter]:
+    """The parameters that H is taken in: every prompt that the model carries, in name order."""
+    return [p for name, p in adapters.trainable(model).items() if layer_of(name) is not None]
 
 
 # The score of a layer ---------------------------------------------------------------------------------
@@ -133,13 +145,13 @@ def spectrum_and_change(
 
 def _start(model: Model, key: int) -> np.ndarray:
     """+1/-1 float64[R], keyed: where Lanczos begins."""
-    size = sum(p.numel() for p in adapters.trainable(model).values())
+    size = sum(p.numel() for p in prompts(model))
     return np.where(uniforms(key, "lanczos", size) < 0.5, -1.0, 1.0)
 
 
 def products(model: Model, batch: Batch) -> Product:
-    """v -> H v for the loss of `batch` in all prompts (name order): one forward, then a double backward each."""
-    parameters = list(adapters.trainable(model).values())
+    """v -> H v for the loss of `batch` in all prompts: one forward, then a double backward each."""
+    parameters = prompts(model)
     gradients = torch.autograd.grad(loss_tensor(model, batch), parameters, create_graph=True)
     g = torch.cat([x.flatten() for x in gradients])
 

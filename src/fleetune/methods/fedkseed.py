@@ -20,17 +20,30 @@ What differs from the paper's code, and why:
   directions that it favours.
 - `epoch_rounds` renews the pool every so many rounds, so that training is not confined to one
   K-dimensional space.
+- `server` lets the server step with momentum or Adam over the K sums (K or 2 K numbers of state).
+
+Mixed fleets (ours): `backprop` is the share of devices that can back-propagate.  Such a device reports its
+gradient projected on the K directions, p_k = z_k . g (`seeds/project.py`), after `backprop_steps` steps
+
+    a_k <- a_k - eta_b p_k / K
+
+which is the mean of K two-point steps, one along each direction.  Both kinds of reply are K sums and enter one
+ledger, weighted by their precision.  Of a gradient in d dimensions, n two-point samples along directions
+drawn from the pool have, over the draw of the pool, the variance d (1/K + (1 - 1/K) / n) |g|^2, the whole
+pool (n = infinity) d/K |g|^2.  So with rows n_c, a device that back-propagated weighs n_c, and one that took n
+two-point steps n_c / (1 + (K - 1) / n).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fleetune import objectives
+from fleetune import objectives, servers
 from fleetune.data import Batches
 from fleetune.messages import LogCode, Payload, Spec
 from fleetune.methods import Reply
@@ -46,8 +59,13 @@ from fleetune.methods._zeroth import (
     stand,
 )
 from fleetune.models import Model
+from fleetune.seeds import project
 from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.spsa import descend, uniforms
+from fleetune.seeds.spsa import Position, descend, uniforms
+from fleetune.seeds.view import View
+
+# The adaptive rules' own learning rate in units of lr: how far a direction's A_k moves a round, at most.
+ADAPTIVE_LR = {"adagrad": 0.1, "yogi": 0.1, "adam": 0.1}
 
 KIND = "ledger"
 PAPER = "Qin et al., ICML 2024, arXiv 2312.06353"
@@ -55,12 +73,13 @@ SENDS = "one byte a local step up; K integers down"
 
 
 class State(NamedTuple):
-    """The ledger, the rounds done, and (for Pro) the mean size of the scalars seen on each direction."""
+    """The ledger, the rounds done, (for Pro) the size of the scalars seen on each direction, the server's moments."""
 
     ledger: Ledger
     round: int
     size: np.ndarray  # float64[K] sum of |g|
     seen: np.ndarray  # int64[K] how many
+    moments: dict[str, np.ndarray]  # the server rule's, float64[K] each
 
 
 @dataclass(frozen=True)
@@ -93,6 +112,27 @@ class Method:
         default="loss",
         metadata={"symbol": "f", "help": "loss, accuracy, rouge_l, f1 or package.module:function"},
     )
+    backprop: float = field(
+        default=0.0,
+        metadata={"symbol": "β", "help": "share of the clients that back-propagate (law=pooled), 0 to 1"},
+    )
+    backprop_lr: float = field(
+        default=3e-4, metadata={"symbol": "η_b", "help": "learning rate of a client that back-propagates"}
+    )
+    backprop_steps: int = field(
+        default=10, metadata={"symbol": "τ_b", "help": "local steps of a client that back-propagates"}
+    )
+    server: str = field(
+        default="avg",
+        metadata={"symbol": "server", "help": "the server's rule: avg, avgm, adagrad, yogi or adam"},
+    )
+    server_lr: float = field(
+        default=0.0,
+        metadata={
+            "symbol": "η_s",
+            "help": "the server rule's learning rate, in units of lr (0: the rule's own)",
+        },
+    )
 
     def __post_init__(self) -> None:
         check_pool(self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size)
@@ -100,6 +140,17 @@ class Method:
             raise ValueError(f"wire = {self.wire!r} is neither byte nor sums")
         if self.epoch_rounds < 0 or self.clip < 0:
             raise ValueError("epoch_rounds and clip must be 0 or more")
+        if not 0 <= self.backprop <= 1 or not 0 < self.backprop_lr < 1e3 or self.backprop_steps < 1:
+            raise ValueError(
+                f"backprop = {self.backprop} must be 0 to 1, backprop_lr = {self.backprop_lr} positive "
+                f"and backprop_steps = {self.backprop_steps} at least 1"
+            )
+        if self.backprop and (self.law != "pooled" or self.objective != "loss" or self.pro):
+            raise ValueError(
+                "backprop projects the gradient of the loss on all directions of a pool: "
+                "it needs law=pooled, objective=loss and pro=false"
+            )
+        servers.check(self.server, lr=self.server_lr)
 
     def init(self, model: Model, key: int) -> State:
         ledger = new_ledger(
@@ -112,9 +163,9 @@ class Method:
             method="fedkseed",
             rule="constant",
             hyper=asdict(self),
-            aggregation="mean weighted by rows",
+            aggregation="mean weighted by rows" + (" and precision" if self.backprop else ""),
         )
-        return State(ledger, 0, np.zeros(self.K), np.zeros(self.K, np.int64))
+        return State(ledger, 0, np.zeros(self.K), np.zeros(self.K, np.int64), {})
 
     def epoch(self, state: State) -> int:
         """The epoch of the pool that the coming round draws from."""
@@ -143,18 +194,30 @@ class Method:
         return p
 
     def expects(self, state: State) -> Spec:
-        reply = {"codes": ("uint8", (-self.tau,))} if self.wire == "byte" else {"sums": ("int32", (self.K,))}
-        return Spec(reply, {"n": (int, 1, 1 << 31), "steps": (int, 0, self.tau), "loss": (float, -1e9, 1e9)})
+        steps = max(self.tau, self.backprop_steps)
+        scalars = {"n": (int, 1, 1 << 31), "steps": (int, 0, steps), "loss": (float, -1e9, 1e9)}
+        if self.wire == "byte":
+            walk, projected = ("uint8", (-self.tau,)), ("uint8", (self.K,))
+        else:
+            walk, projected = ("int32", (self.K,)), ("int32", (self.K,))
+        other = Spec({"projected": projected}, scalars) if self.backprop else None
+        return Spec({"codes" if self.wire == "byte" else "sums": walk}, scalars, other)
+
+    def back_propagates(self, client: int) -> bool:
+        """Whether this client is one of those that can: spread evenly over the numbers, so both sides know."""
+        return math.floor((client + 1) * self.backprop) > math.floor(client * self.backprop)
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
-        """tau steps along drawn directions; what is sent is what was stepped by."""
+        """A device's steps, by whichever way it has; what is sent is what was stepped by."""
         view, position = arrive(model, payload)
+        epoch = len(payload.array("a")) - 1
+        if self.back_propagates(batches.client):
+            return self.project(model, view, position, epoch, batches, key)
         p = payload.arrays.get("p")
         picks = draw(key, self.tau, p, self.K)
         rounding = uniforms(key, "rounding", self.tau)
-        ids = pool_ids(len(payload.array("a")) - 1, picks)
         codes = np.zeros(self.tau, np.uint8)
         top = INT32 // self.tau  # so that a sum of all steps fits its 32 bits
 
@@ -169,7 +232,7 @@ class Method:
             model,
             view,
             position,
-            ids.tolist(),
+            pool_ids(epoch, picks).tolist(),
             batches.steps(self.tau, self.batch_size),
             objectives.get(self.objective),
             eps=self.eps,
@@ -181,9 +244,35 @@ class Method:
             return Payload({"codes": codes[: len(steps.coefficients)]}, scalars)
         return Payload({"sums": self.fold(picks, steps.coefficients).astype(np.int32)}, scalars)
 
+    def project(
+        self, model: Model, view: View, position: Position, epoch: int, batches: Batches, key: int
+    ) -> Payload:
+        """The round of a device that back-propagates: steps in the space of the pool, as K integers."""
+        walk = project.descend(
+            model,
+            view,
+            position,
+            epoch,
+            batches.steps(self.backprop_steps, self.batch_size),
+            units=UNITS * self.backprop_lr / self.lr,
+            clip=self.clip,
+        )
+        if self.wire == "byte":
+            reply = LogCode.encode(walk.moved, uniforms(key, "rounding", self.K))
+        else:
+            reply = np.clip(np.rint(walk.moved), -INT32, INT32).astype(np.int32)
+        for id, c in zip(pool_ids(epoch, np.arange(self.K)), self.decoded(reply), strict=True):
+            position.move(int(id), int(c))
+        position.place(view)
+        return Payload({"projected": reply}, {"n": batches.n, "steps": walk.steps, "loss": walk.loss})
+
     def weight(self, p: np.ndarray | None, k: int) -> float:
         """1/(K p_k): keeps the mean step what uniform drawing would give."""
         return 1.0 if p is None else 1.0 / (self.K * float(p[k]))
+
+    def decoded(self, reply: np.ndarray) -> np.ndarray:
+        """int64: the integers that a reply's array stands for."""
+        return LogCode.decode(reply) if self.wire == "byte" else reply.astype(np.int64)
 
     def fold(self, picks: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         """int64[K]: a walk's coefficients summed per direction."""
@@ -191,32 +280,51 @@ class Method:
         np.add.at(sums, picks[: len(coefficients)], coefficients)
         return sums
 
+    def precision(self, payload: Payload) -> float:
+        """What a reply weighs: its rows, and in a mixed fleet its precision (see the module's text)."""
+        n, steps = payload.int("n"), payload.int("steps")
+        if not self.backprop or "projected" in payload.arrays:
+            return float(n)
+        return n * steps / (steps + self.K - 1)
+
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
-        """A_k <- A_k + sum_c (n_c / n) a_{c,k}, rounded to the grid once."""
+        """A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once."""
         p = self.probabilities(state) if self.pro else None
-        total, rows = np.zeros(self.K, np.float64), 0
+        total, weight = np.zeros(self.K, np.float64), 0.0
         fresh = self.epoch_rounds and state.round % self.epoch_rounds == 0
         size, seen = state.size * (not fresh), state.seen * (not fresh)
         unit = np.full(self.K, UNITS) if p is None else UNITS / (self.K * p.astype(np.float64))
         for reply in replies:
-            picks = draw(reply.key, self.tau, p, self.K)
-            n = reply.payload.int("n")
-            if self.wire == "byte":
-                c = LogCode.decode(reply.payload.array("codes"))
+            w = self.precision(reply.payload)
+            ((name, array),) = reply.payload.arrays.items()
+            sums = c = self.decoded(array)
+            if name == "codes":
+                picks = draw(reply.key, len(c), p, self.K)
                 sums = self.fold(picks, c)
-                np.add.at(size, picks[: len(c)], np.abs(c) / unit[picks[: len(c)]])
-                np.add.at(seen, picks[: len(c)], 1)
-            else:
-                sums = reply.payload.array("sums").astype(np.int64)
+                np.add.at(size, picks, np.abs(c) / unit[picks])
+                np.add.at(seen, picks, 1)
+            elif name == "sums":
                 size += np.abs(sums) / unit
                 seen += sums != 0
-            total += float(n) * sums
-            rows += n
-        if rows == 0:
+            total += w * sums
+            weight += w
+        if weight == 0:
             return state._replace(round=state.round + 1)
-        mean = np.rint(total / rows).astype(np.int64)
-        ledger = state.ledger.append(pool_ids(self.epoch(state), np.arange(self.K)), mean, state.round + 1)
-        return State(ledger, state.round + 1, size, seen)
+        step, moments = self.server_step(total / weight, {} if fresh else state.moments)
+        ledger = state.ledger.append(pool_ids(self.epoch(state), np.arange(self.K)), step, state.round + 1)
+        return State(ledger, state.round + 1, size, seen, moments)
+
+    def server_step(
+        self, mean: np.ndarray, moments: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """int64[K] and the new moments: the server rule on the mean reply, both in units of lr (1 = 256 of ours).
+
+        In these units the numbers are the paper's A_k, sums of slopes, of the order of 1 whatever lr is.
+        """
+        lr = self.server_lr or ADAPTIVE_LR.get(self.server, 0.0)
+        zero = {"a": np.zeros(self.K)}
+        step, kept = servers.step(self.server, zero, {"a": mean / UNITS}, moments, lr=lr)
+        return np.rint(step["a"] * UNITS).astype(np.int64), kept
 
     def apply(self, model: Model, state: State) -> None:
         stand(model, state.ledger)

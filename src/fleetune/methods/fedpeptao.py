@@ -182,7 +182,7 @@ class Method:
         scalars: dict[str, Any] = {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)}
         if state.warmup:
             arrays["scores"] = ("float64", state.scores.shape)
-            scalars["kept"] = (float, 0.0, 1.0)
+            scalars |= {"kept": (float, 0.0, 1.0)} if self.layers_rule in CURVED else {}
         elif self.personalise:
             scalars |= {"personal": (float, -1e9, 1e9), "common": (float, -1e9, 1e9)}
         return Spec(arrays, scalars)
@@ -194,9 +194,11 @@ class Method:
     ) -> Payload:
         """Train the prompts that came (and the device's own); in the warm-up, measure what the choice needs."""
         seed, warm, w = payload.int("seed"), payload.int("warmup") > 0, _adapter.group(payload.arrays)
-        layers = sorted({i for i in map(layer_of, w) if i is not None})
+        layers = sorted({i for i in map(_layers.layer_of, w) if i is not None})
         told: dict[str, float] = {}
         scores: Tensors = {}
+        if self.personalise:
+            aside, batches = batches.aside(self.batch_size)
         batch = next(batches.held(0, self.batch_size, 1))
         if warm:
             clear(model)
@@ -204,7 +206,6 @@ class Method:
         self.attach(model, seed, layers)
         adapters.load_(model, w)
         if self.personalise and not warm:
-            aside, batches = batches.aside(self.batch_size)
             told["common"] = batch_loss(model, aside)
             self.load_own(model, seed, w, memory)
             told["personal"] = batch_loss(model, aside)
@@ -267,7 +268,7 @@ class Method:
     def begin(self, state: State, layers: Iterable[int]) -> State:
         """The state from which only these layers' prompts travel: momentum and variates are zero."""
         taken = np.array(sorted(layers), np.int64)
-        tensors = {n: t for n, t in state.tensors.items() if layer_of(n) in (None, *taken.tolist())}
+        tensors = {n: t for n, t in state.tensors.items() if _layers.layer_of(n) in (None, *taken.tolist())}
         zeros = {n: np.zeros(t.shape) for n, t in tensors.items()}
         return state._replace(tensors=tensors, layers=taken, warmup=0, v=zeros, c=zeros, D=zeros)
 
@@ -316,12 +317,6 @@ class Method:
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed, state.layers)
         adapters.load_(model, state.tensors)
-
-
-def layer_of(name: str) -> int | None:
-    """The layer whose prompt has this parameter name; None for what is no prompt (a classification head)."""
-    found = re.search(r"\.(\d+)\..*\.prefix\.", name)
-    return int(found[1]) if found else None
 
 
 def clear(model: Model) -> None:

@@ -36,9 +36,10 @@ What differs from the paper's code, and why:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -86,13 +87,16 @@ class State(NamedTuple):
 class Method:
     """Hyper-parameters with the paper's symbols and the defaults of its code (DistilBERT, AG News)."""
 
-    r: int = field(default=8, metadata={"symbol": "r", "help": "rank of the adapters"})
-    alpha: int = field(
-        default=16, metadata={"symbol": "α", "help": "LoRA scale; the update is (alpha / r) B A"}
+    module: str = field(
+        default="lora", metadata={"symbol": "module", "help": "what is trained: lora, adapter or bitfit"}
     )
+    r: int = field(
+        default=8, metadata={"symbol": "r", "help": "lora: rank; adapter: numbers between its two layers"}
+    )
+    alpha: int = field(default=16, metadata={"symbol": "α", "help": "lora: the update is (alpha / r) B A"})
     targets: str = field(
-        default="all-linear",
-        metadata={"symbol": "W", "help": "layers with LoRA: all-linear, or names such as q_proj,v_proj"},
+        default="query-value",
+        metadata={"symbol": "W", "help": "lora: query-value, all-linear, or the layers' names"},
     )
     P: int = field(default=1, metadata={"symbol": "P", "help": "directions a device tries in a round"})
     h: float = field(default=0.01, metadata={"symbol": "h", "help": "size of the perturbation"})
@@ -130,8 +134,9 @@ class Method:
             raise ValueError(f"{', '.join(low)} must be at least 1")
         if not (0 < self.h < 1e3 and 0 < self.lr < 1e3 and self.threshold > 0 and self.decay >= 0):
             raise ValueError("h, lr and threshold must be positive (and sane), decay 0 or more")
-        if self.law not in LAWS:
-            raise ValueError(f"law = {self.law!r} is none of {', '.join(LAWS)}")
+        for name, choices in (("law", LAWS), ("module", tuple(MODULES))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is none of {', '.join(choices)}")
 
     def init(self, model: Model, key: int) -> State:
         seed = key >> 1  # fits a signed 64-bit scalar
@@ -143,7 +148,7 @@ class Method:
     def attach(self, model: Model, seed: int) -> None:
         """Give `model` its adapter, unless it has it; every device derives the same start from the seed."""
         if model.attachment is None:
-            adapters.attach_lora(model, r=self.r, alpha=self.alpha, targets=self.targets, seed=seed)
+            adapters.attach(model, MODULES[self.module](self), seed=seed)
 
     def rate(self, round: int) -> float:
         """The learning rate after so many rounds."""
@@ -211,7 +216,7 @@ class Method:
             g.append(reply.payload.array("g").astype(np.float64))
             rows.append(np.full(self.P, float(reply.payload.int("n"))))
         if len(ids) == 1:
-            return state._replace(round=state.round + 1)
+            return state._replace(round=state.round + 1, moved=0)
         fresh = sum(map(len, ids[1:]))
         state = state._replace(ids=np.concatenate(ids), g=np.concatenate(g), rows=np.concatenate(rows))
         total, variance = self.step(state.ids, state.g, state.rows)
@@ -251,6 +256,13 @@ class Method:
         return {"n": state.n, "variance": state.variance, "moved": state.moved, "batch": state.batch}
 
 
+MODULES: Final[Mapping[str, Callable[[Method], adapters.Spec]]] = MappingProxyType(
+    {
+        "lora": lambda method: adapters.Lora(method.r, method.alpha, targets=method.targets),
+        "adapter": lambda method: adapters.Bottleneck(method.r),
+        "bitfit": lambda method: adapters.Bitfit(),
+    }
+)
 NONE = np.zeros(0, np.uint64)
 
 

@@ -17,6 +17,7 @@ quantised base is another `Read`, nothing else.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -187,6 +188,7 @@ class View:
         """Take the view off: the net runs on its stored weights again."""
         for module, _ in self.owners:
             del module.forward
+            module.__dict__.pop("row_blocks", None)
         self.owners = []
 
     def warn_unreached(self) -> None:
@@ -209,6 +211,8 @@ class View:
             if "forward" in module.__dict__:
                 raise ModelError(f"{type(module).__name__} is already wrapped; remove the earlier view first")
             module.forward = _forward_for(self, module, own)
+            if type(module) is nn.Linear and module.bias is None and "weight" in own:
+                module.row_blocks = functools.partial(_blocks, self, own["weight"])  # for `losses`
             self.owners.append((module, own))
 
 
@@ -255,20 +259,28 @@ def _forward_for(view: View, module: nn.Module, own: dict[str, Slot]) -> Callabl
 
 
 def _linear(view: View, module: nn.Linear, own: dict[str, Slot], x: Tensor) -> Tensor:
-    # Blocks of rows: the scratch is bounded and still in the cache when the product reads it.
     weight, (n_out, n_in) = own["weight"], module.weight.shape
+    if not x.numel():
+        return x.new_empty(*x.shape[:-1], n_out)
     bias = _seen(view, own, module, "bias")
-    rows = max(1, CHUNK // n_in)
-    if rows >= n_out:
+    if n_out <= max(1, CHUNK // n_in):
         return F.linear(x, view.piece(weight, 0, n_out * n_in).view(n_out, n_in), bias)
     flat = x.reshape(-1, n_in)
     out = x.new_empty(flat.shape[0], n_out)
-    for r in range(0, n_out, rows):
-        s = min(r + rows, n_out)
-        torch.mm(flat, view.piece(weight, r * n_in, s * n_in).view(s - r, n_in).t(), out=out[:, r:s])
+    for r, block in _blocks(view, weight):
+        torch.mm(flat, block.t(), out=out[:, r : r + len(block)])
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], n_out)
+
+
+def _blocks(view: View, slot: Slot) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows [r, n_in]) of a matrix: the scratch is bounded, and in the cache when a product reads it."""
+    n_out, n_in = slot.tensor.shape
+    rows = max(1, CHUNK // n_in)
+    for r in range(0, n_out, rows):
+        s = min(r + rows, n_out)
+        yield r, view.piece(slot, r * n_in, s * n_in).view(s - r, n_in)
 
 
 def _seen(view: View, own: dict[str, Slot], module: nn.Module, name: str) -> Tensor | None:

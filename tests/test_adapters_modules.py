@@ -1,0 +1,535 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every trainable module on decoders and encoders: start, formula, numbers, training, folders, leaving."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from fleetune import adapters, models
+from fleetune.adapters import Bitfit, Bottleneck, Full, Lora, Prefix, Prompt, prefix
+from fleetune.adapters.layers import layers_of
+from fleetune.answers import generate_from_ids
+from fleetune.data.encode import Batch
+from fleetune.errors import FleetuneError, ModelError
+from fleetune.models import Model
+from fleetune.objectives import loss_tensor
+
+PEFT_WARNS = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning"),
+]
+NETS: dict[str, Callable[[], Model]] = {
+    "llama": models.tiny_llama,
+    "bert": models.tiny_bert,
+    "roberta": models.tiny_roberta,
+}
+SPECS: dict[str, Any] = {
+    "lora": Lora(4, 4.0, targets="query-value"),
+    "houlsby": Bottleneck(6),
+    "pfeiffer": Bottleneck(6, "pfeiffer", norms=False),
+    "prefix": Prefix(3),
+    "some layers": Prefix(3, layers=[1]),
+    "prompt": Prompt(3),
+    "bitfit": Bitfit(),
+    "full": Full(),
+}
+IDS = torch.arange(48).reshape(3, 16) * 5 % 250
+MASK = (torch.arange(16) < torch.tensor([[16], [11], [4]])).long()
+each = pytest.mark.parametrize(("net", "name"), [(n, s) for n in NETS for s in SPECS])
+
+
+def out(model: Model, **inputs: Any) -> torch.Tensor:
+    """Logits on rows padded on the right; a decoder's at the real tokens."""
+    given = {"input_ids": IDS, "attention_mask": MASK} | inputs
+    with torch.inference_mode():
+        logits = model.net(**given).logits
+    return logits if model.labels else logits[MASK.bool()]
+
+
+def on(net: str, spec: Any, seed: int = 1, *, tuned: bool = True) -> Model:
+    """A model with the module on it, with other numbers everywhere than at the start if `tuned`."""
+    model = NETS[net]()
+    adapters.attach(model, spec, seed=seed)
+    if tuned:
+        random = np.random.default_rng(seed)
+        moved = {
+            n: a + random.normal(0, 0.1, a.shape).astype(np.float32)
+            for n, a in adapters.export(model).items()
+        }
+        adapters.load_(model, moved)
+    return model
+
+
+def stored(model: Model) -> str:
+    return models.digest(models.named_tensors(model.net))
+
+
+# ---------------------------------------------------------------- the start
+
+
+@each
+def test_the_start_is_a_function_of_the_seed_and_moves_little(net: str, name: str) -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one = on(net, SPECS[name], tuned=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    names, arrays = list(adapters.trainable(one)), adapters.export(one)
+    assert names == sorted(names)
+    assert {a.dtype for a in arrays.values()} == {np.dtype(np.float32)}
+    torch.manual_seed(2)
+    assert adapters.digest(arrays) == adapters.digest(adapters.export(on(net, SPECS[name], tuned=False)))
+    other = adapters.digest(adapters.export(on(net, SPECS[name], 2, tuned=False)))
+    drawn = name not in ("bitfit", "full")
+    assert (other != adapters.digest(arrays)) == drawn
+    if name not in ("prefix", "some layers", "prompt"):
+        assert torch.equal(out(one), out(NETS[net]()))
+
+
+@pytest.mark.parametrize("net", ["bert", "roberta"])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_classification_head_is_trained_with_every_module(net: str, name: str) -> None:
+    model = on(net, SPECS[name])
+    head = {
+        n for n, _ in NETS[net]().net.named_parameters() if n.startswith("classifier.") or ".pooler." in n
+    }
+    assert len(head) == 4
+    assert head <= set(adapters.trainable(model))
+
+
+def test_the_numbers_are_as_many_as_the_formulas_say() -> None:
+    h, layers, kv, inner = 32, 2, 16, 72
+    want = {
+        "lora": layers * 4 * ((h + h) + (h + kv)),
+        "houlsby": layers * (2 * (2 * 6 * h + 6 + h) + 2 * h),
+        "pfeiffer": layers * (2 * 6 * h + 6 + h),
+        "prefix": 2 * layers * 3 * kv,
+        "some layers": 2 * 3 * kv,
+        "prompt": 3 * h,
+        "bitfit": (2 * layers + 1) * h,  # no biases: the norms
+        "full": 264 * h + layers * (2 * h * h + 2 * h * kv + 3 * h * inner + 2 * h) + h,
+    }
+    for name, spec in SPECS.items():
+        assert sum(a.size for a in adapters.export(on("llama", spec)).values()) == want[name], name
+
+
+def test_bitfit_takes_biases_where_there_are_some() -> None:
+    assert all(n.endswith("norm.weight") for n in adapters.trainable(on("llama", Bitfit())))
+    names = set(adapters.trainable(on("bert", Bitfit())))
+    biases = {n for n, _ in models.tiny_bert().net.named_parameters() if n.endswith("bias")}
+    assert biases < names
+    assert {n for n in names - biases} == {"bert.pooler.dense.weight", "classifier.weight"}
+
+
+# ---------------------------------------------------------------- the formulas, in float64
+
+
+def plain_attention(q: Any, k: Any, v: Any, pk: Any, pv: Any, seen: Any) -> Any:
+    """softmax(q [Pk; k]^T / sqrt d) [Pv; v], head by head, row by row: [B, heads, T, d] each."""
+    made = np.zeros_like(q)
+    batch, heads, rows, d = q.shape
+    for b in range(batch):
+        for h in range(heads):
+            g = h * k.shape[1] // heads
+            keys, values = np.concatenate([pk[g], k[b, g]]), np.concatenate([pv[g], v[b, g]])
+            for t in range(rows):
+                allowed = np.concatenate([np.ones(len(pk[g]), bool), seen[b, t]])
+                scores = keys[allowed] @ q[b, h, t] / math.sqrt(d)
+                shares = np.exp(scores - scores.max())
+                made[b, h, t] = shares @ values[allowed] / shares.sum()
+    return made
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 5), st.integers(0, 4), st.sampled_from([(4, 2), (2, 2), (4, 1)]),
+    st.sampled_from(["causal", "bool", "added", "none"]), st.sampled_from(["sdpa", "eager"]), st.integers(0, 99),
+)  # fmt: skip
+def test_attention_with_a_prefix_is_the_formula(
+    batch: int, rows: int, past: int, heads: tuple[int, int], masked: str, kind: str, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    d, tokens, length = 4, 3, rows + past
+    q = random.normal(size=(batch, heads[0], rows, d))
+    k, v = random.normal(size=(2, batch, heads[1], length, d))
+    flat = random.normal(size=(2, tokens, heads[1] * d))
+    seen = np.ones((batch, rows, length), bool)
+    mask = None
+    if masked == "causal":
+        seen &= np.tril(np.ones((rows, length), bool), past)
+    elif masked in ("bool", "added"):
+        seen &= random.random((batch, rows, length)) < 0.6
+        mask = torch.from_numpy(seen)[:, None]
+        mask = mask if masked == "bool" else torch.where(mask, 0.0, -1e30).double()
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = masked == "causal", heads[0] // heads[1]  # type: ignore[assignment]
+    pk, pv = (torch.from_numpy(x) for x in flat)
+    setattr(module, prefix.HOME, prefix.Own(pk, pv, heads[1], 0.0))
+    function = {"sdpa": prefix._sdpa, "eager": prefix._eager}[kind]
+    made, _ = function(module.eval(), *(torch.from_numpy(x) for x in (q, k, v)), mask, scaling=d**-0.5)
+    split = [x.reshape(tokens, heads[1], d).swapaxes(0, 1) for x in flat]
+    expected = plain_attention(q, k, v, *split, seen).swapaxes(1, 2)
+    np.testing.assert_allclose(made.numpy(), expected, atol=1e-12)
+
+
+def captured(model: Model, name: str, **inputs: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What the module `name` was given and what it made of it, float64."""
+    kept: list[Any] = []
+
+    def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        kept.extend((given, output[0] if isinstance(output, tuple) else output))
+
+    hook = model.net.get_submodule(name).register_forward_hook(keep, with_kwargs=True)
+    out(model, **inputs)
+    hook.remove()
+    return kept[0].double().numpy(), kept[1].double().numpy()
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+@pytest.mark.parametrize("net", NETS)
+def test_a_layer_attends_to_its_prefix(net: str, kind: str, padded: bool) -> None:
+    """The whole attention module against numpy: projections, rotation from position T on, masks, prefix."""
+    model = NETS[net]()
+    model.net.set_attn_implementation(kind)
+    adapters.attach(model, Prefix(3), seed=1)
+    adapters.load_(model, {n: a * 40 for n, a in adapters.export(model).items()})
+    layer, arrays = layers_of(model.net)[1], adapters.export(model)
+    mask = MASK if padded else torch.ones_like(MASK)
+    x, made = captured(model, layer.attention, attention_mask=mask)
+    d, heads = layer.width, 4
+    weights = {n: p.double().numpy() for n, p in model.net.named_parameters()}
+
+    def project(name: str, n: int) -> np.ndarray:
+        y = x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+        return y.reshape(*x.shape[:2], n, d).swapaxes(1, 2)
+
+    q = project(layer.query, heads)
+    k, v = (
+        project(layer.value.replace("v_proj", w[0] + "_proj").replace("value", w), layer.heads)
+        for w in ("key", "value")
+    )
+    seen = np.broadcast_to(mask.numpy()[:, None, :].astype(bool), (3, 16, 16))
+    if net == "llama":
+        angle = np.outer(np.arange(3, 19), 10000.0 ** (-np.arange(0, d, 2) / d))  # positions 3..18
+        turn = np.concatenate([angle, angle], 1)
+        q, k = (
+            y * np.cos(turn) + np.concatenate([-y[..., d // 2 :], y[..., : d // 2]], -1) * np.sin(turn)
+            for y in (q, k)
+        )
+        seen = seen & np.tril(np.ones((16, 16), bool))
+    own = [arrays[f"{layer.attention}.prefix.{w}"].astype(np.float64) for w in ("key", "value")]
+    own = [a.reshape(3, layer.heads, d).swapaxes(0, 1) for a in own]
+    expected = plain_attention(q, k, v, *own, seen).swapaxes(1, 2).reshape(3, 16, -1)
+    if net == "llama":
+        expected = expected @ weights["model.layers.1.self_attn.o_proj.weight"].T
+    real = mask.numpy().astype(bool)
+    np.testing.assert_allclose(made[real], expected[real], atol=2e-5)
+
+
+def test_layers_without_a_prefix_and_an_encoders_positions_are_as_they_were() -> None:
+    for net, first in (("llama", "model.layers.0.mlp"), ("bert", "bert.encoder.layer.0.attention.self")):
+        base, model = NETS[net](), on(net, Prefix(3, layers=[1]))
+        np.testing.assert_allclose(captured(model, first)[1], captured(base, first)[1], atol=1e-5)
+        assert (out(model) - out(base)).abs().max() > 1e-4
+
+
+def test_a_bottleneck_is_the_formula() -> None:
+    for net, end in (
+        ("llama", "model.layers.1.mlp.down_proj"),
+        ("bert", "bert.encoder.layer.0.attention.output.dense"),
+    ):
+        model = on(net, Bottleneck(6, norms=False))
+        weights = {n: p.double().numpy() for n, p in model.net.named_parameters()}
+        arrays = adapters.export(model)
+        x, made = captured(model, end)
+        h = x @ weights[f"{end}.weight"].T + weights.get(f"{end}.bias", 0.0)
+        down, d, up, u = (
+            arrays[f"{end}.adapter.{n}"].astype(np.float64)
+            for n in ("down.weight", "down.bias", "up.weight", "up.bias")
+        )
+        z = h @ down.T + d
+        gelu = 0.5 * z * (1 + np.vectorize(math.erf)(z / math.sqrt(2)))
+        np.testing.assert_allclose(made, h + gelu @ up.T + u, atol=2e-5)
+
+
+def test_a_prompt_lies_before_the_words_or_behind_the_first() -> None:
+    model, base = on("llama", Prompt(3)), models.tiny_llama()
+    e = torch.from_numpy(adapters.export(model)["prompt.embeddings"]).expand(3, -1, -1)
+    words = base.net.get_input_embeddings()(IDS)
+    ones = torch.ones(3, 3, dtype=torch.long)
+    with torch.inference_mode():
+        whole = base.net(inputs_embeds=torch.cat([e, words], 1), attention_mask=torch.cat([ones, MASK], 1))
+    torch.testing.assert_close(out(model), whole.logits[:, 3:][MASK.bool()], rtol=0, atol=1e-6)
+    types = (torch.arange(16) > 5).long().expand(3, -1)
+    model, base = on("bert", Prompt(3)), models.tiny_bert()
+    adapters.load_(model, adapters.export(on("bert", Prompt(3), tuned=False)))
+    e = torch.from_numpy(adapters.export(model)["prompt.embeddings"]).expand(3, -1, -1)
+    words = base.net.get_input_embeddings()(IDS)
+
+    def behind(first: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return torch.cat([first[:, :1], new, first[:, 1:]], 1)
+
+    with torch.inference_mode():
+        expected = base.net(
+            inputs_embeds=behind(words, e),
+            attention_mask=behind(MASK, ones),
+            token_type_ids=behind(types, ones * 0),
+        ).logits
+    torch.testing.assert_close(out(model, token_type_ids=types), expected, rtol=0, atol=1e-6)
+    assert (expected - out(base, token_type_ids=types)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt", "houlsby"])
+def test_generation_with_its_cache_and_padding_is_the_argmax_of_whole_forwards(name: str) -> None:
+    model = on("llama", SPECS[name])
+    prompts = [np.arange(7, 19), np.arange(40, 45)]  # one is padded on the left
+    answers = generate_from_ids(model, prompts, max_new_tokens=6)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = prompt.tolist()
+        for _ in range(6):
+            with torch.inference_mode():
+                ids.append(
+                    int(model.net(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+                )
+        assert answer == model.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+# ---------------------------------------------------------------- training
+
+
+def batch(model: Model) -> Batch:
+    labels = torch.tensor([0, 1, 1]) if model.labels else torch.where(MASK.bool(), IDS, -100)
+    return Batch(IDS, MASK, labels)
+
+
+@each
+def test_training_reaches_every_number_and_lowers_the_loss(net: str, name: str) -> None:
+    model = on(net, SPECS[name])
+    parameters = adapters.trainable(model)
+    optimizer = torch.optim.Adam(parameters.values(), lr=5e-3)
+    losses = []
+    with adapters.training(model, 5):
+        for _ in range(8):
+            loss = loss_tensor(model, batch(model))
+            loss.backward()
+            losses.append(loss.item())
+            assert [n for n, p in parameters.items() if p.grad is None] == []
+            others = [p for p in model.net.parameters() if not any(p is q for q in parameters.values())]
+            assert all(p.grad is None for p in others)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    adapters.detach(model)
+    assert stored(model) == model.digest
+
+
+@each
+def test_gradient_checkpointing_changes_no_gradient(net: str, name: str) -> None:
+    grads = []
+    for on_off in (False, True):
+        model = on(net, SPECS[name])
+        if on_off:
+            model.net.gradient_checkpointing_enable({"use_reentrant": False})
+        with adapters.training(model, 5):
+            loss_tensor(model, batch(model)).backward()
+            grads.append({n: p.grad.clone() for n, p in adapters.trainable(model).items()})
+    for n, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][n], grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_on_16_bits_the_numbers_stay_fp32_and_the_start_is_the_base(name: str) -> None:
+    base, model = models.tiny_llama(), models.tiny_llama()
+    base.net.to(torch.bfloat16)
+    model.net.to(torch.bfloat16)
+    before = stored(model)
+    adapters.attach(model, SPECS[name], seed=1)
+    assert {p.dtype for p in adapters.trainable(model).values()} == {torch.float32}
+    if name not in ("prefix", "some layers", "prompt"):
+        assert torch.equal(out(model), out(base))
+    with adapters.training(model, 1):
+        loss_tensor(model, batch(model)).backward()
+        assert all(
+            p.grad is not None and p.grad.dtype == torch.float32 for p in adapters.trainable(model).values()
+        )
+    adapters.detach(model)
+    assert stored(model) == before
+
+
+# ---------------------------------------------------------------- leaving the model
+
+
+@each
+def test_detach_gives_the_base_back_bit_for_bit(net: str, name: str) -> None:
+    base, model = NETS[net](), on(net, SPECS[name])
+    assert not torch.equal(out(model), out(base))
+    adapters.detach(model)
+    assert stored(model) == model.digest == base.digest
+    assert torch.equal(out(model), out(base))
+    assert model.net.config._attn_implementation == base.net.config._attn_implementation
+    for left, right in zip(model.net.modules(), base.net.modules(), strict=True):
+        assert type(left) is type(right)
+        assert set(vars(left)) == set(vars(right))
+        assert not left._forward_hooks
+        assert not left._forward_pre_hooks
+    assert not any(p.requires_grad for p in model.net.parameters())
+    adapters.attach(model, SPECS[name], seed=1)  # and it can be used again
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("name", ["lora", "bitfit", "full"])
+def test_merge_folds_what_is_a_change_of_weights(net: str, name: str) -> None:
+    model = on(net, SPECS[name])
+    before, digest = out(model), model.digest
+    adapters.merge(model)
+    torch.testing.assert_close(out(model), before, rtol=0, atol=5e-5)
+    assert model.attachment is None
+    assert model.digest == stored(model) != digest
+
+
+@pytest.mark.parametrize("net", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["houlsby", "prefix", "prompt"])
+def test_merge_refuses_what_is_more_than_weights(net: str, name: str) -> None:
+    model = on(net, SPECS[name])
+    before = out(model)
+    with pytest.raises(ModelError, match="folded") as caught:
+        adapters.merge(model)
+    assert caught.value.hint
+    assert torch.equal(out(model), before)
+    adapters.detach(model)
+    assert stored(model) == model.digest
+
+
+# ---------------------------------------------------------------- folders
+
+
+@each
+def test_a_folder_holds_the_module_bit_for_bit(net: str, name: str, tmp_path: Path) -> None:
+    model = on(net, SPECS[name])
+    adapters.save(model, tmp_path / "module")
+    other = NETS[net]()
+    adapters.load(other, tmp_path / "module")
+    assert adapters.digest(adapters.export(other)) == adapters.digest(adapters.export(model))
+    assert torch.equal(out(other), out(model))
+    files = {p.name for p in (tmp_path / "module").iterdir()}
+    peft = name == "lora" or (net == "llama" and name in ("prefix", "prompt"))
+    assert ("adapter_config.json" in files) == peft
+    text = (tmp_path / "module" / "README.md").read_text()
+    assert ("from peft import" in text) == peft
+    assert ("PEFT has no such module" in text) == (not peft)
+    assert model.digest in text
+
+
+@pytest.mark.parametrize("name", ["lora", "prefix", "prompt"])
+def test_peft_loads_decoder_modules_and_says_the_same(name: str, tmp_path: Path) -> None:
+    model = on("llama", SPECS[name])
+    adapters.save(model, tmp_path / "module")
+    base = models.tiny_llama()
+    models.save(base.net, base.tokenizer, tmp_path / "base")
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = PeftModel.from_pretrained(net, tmp_path / "module").eval()
+    for mask in (MASK, torch.ones_like(MASK)):
+        with torch.inference_mode():
+            logits = theirs(input_ids=IDS, attention_mask=mask).logits[:, -16:]
+            ours = model.net(input_ids=IDS, attention_mask=mask).logits
+        real = mask.bool()
+        torch.testing.assert_close(logits[real], ours[real], rtol=0, atol=2e-5)
+        assert (ours[real] - out(base, attention_mask=mask)[: len(ours[real])][0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("net", ["bert", "roberta"])
+def test_peft_loads_an_encoders_lora_with_its_head(net: str, tmp_path: Path) -> None:
+    model = on(net, SPECS["lora"])
+    adapters.save(model, tmp_path / "module")
+    base = NETS[net]()
+    models.save(base.net, base.tokenizer, tmp_path / "base")
+    encoder = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    theirs = PeftModel.from_pretrained(encoder, tmp_path / "module").eval()
+    with torch.inference_mode():
+        logits = theirs(input_ids=IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(logits, out(model), rtol=0, atol=1e-6)
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    adapters.save(on("llama", Bottleneck(6)), tmp_path / "module")
+    config = tmp_path / "module" / "module.json"
+    good = json.loads(config.read_text())
+    assert good["spec"] == {"size": 6, "places": "houlsby", "norms": True}
+    for change in ({"version": 2}, {"module": "magic"}, {"spec": {"length": 1}}, {"spec": {"size": 7}}):
+        config.write_text(json.dumps(good | change))
+        model = models.tiny_llama()
+        with pytest.raises(FleetuneError) as caught:
+            adapters.load(model, tmp_path / "module")
+        assert caught.value
+        assert model.attachment is None
+        assert stored(model) == model.digest
+    with pytest.raises(ModelError, match="not a usable adapter"):
+        adapters.load(models.tiny_llama(), tmp_path / "nothing")
+
+
+# ---------------------------------------------------------------- what cannot be, and other families
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (Bottleneck(0), "size 0"),
+        (Bottleneck(4, "sideways"), "sideways"),
+        (Prefix(0), "0 tokens"),
+        (Prefix(3, layers=[2]), r"layers \[2\]"),
+        (Prefix(3, layers=[]), r"layers \[\]"),
+        (Prompt(0), "0 tokens"),
+    ],
+)
+def test_what_cannot_be_attached(spec: Any, message: str) -> None:
+    model = models.tiny_llama()
+    with pytest.raises(ModelError, match=message) as caught:
+        adapters.attach(model, spec, seed=1)
+    assert caught.value.hint
+    assert model.attachment is None
+    assert stored(model) == model.digest
+
+
+def test_other_families_and_biases_of_a_few_layers() -> None:
+    qwen = models.tiny_llama()
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "vocab_size": 264}
+    with torch.random.fork_rng(devices=[]):
+        qwen.net = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, num_key_value_heads=2, **sizes)).eval()
+        distil = models.tiny_bert()
+        distil.net = DistilBertForSequenceClassification(
+            DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=40, vocab_size=264)
+        ).eval()
+    qwen.net.requires_grad_(False)
+    distil.net.requires_grad_(False)
+    adapters.attach(qwen, Bitfit(), seed=1)
+    assert {n.split(".")[-2] for n in adapters.trainable(qwen)} == {"q_proj", "k_proj", "v_proj"}
+    adapters.detach(qwen)
+    for model in (qwen, distil):
+        before = out(model)
+        for name, spec in SPECS.items():
+            adapters.attach(model, spec, seed=1)
+            assert torch.equal(out(model), before) == (name not in ("prefix", "some layers", "prompt")), name
+            adapters.detach(model)
+            assert torch.equal(out(model), before)
+    with pytest.raises(ModelError, match="named in a way"):
+        layers_of(torch.nn.Linear(1, 1))
