@@ -174,7 +174,8 @@ def _plain(
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    shares = F.dropout(scores.softmax(-1, torch.float32).to(q.dtype), dropout, module.training)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    shares = F.dropout(scores.softmax(-1, wide).to(q.dtype), dropout, module.training)
     return (shares @ v).transpose(1, 2).contiguous(), shares
 
 

@@ -16,6 +16,7 @@ What differs from SCAFFOLD's algorithm, and why:
 - Nothing more goes up than without it: c_k' - c_k = (w - w_k) / (tau eta) - c, all of which the server has.
 - c is the mean of the variates of the devices seen so far; the paper counts a device that never took part
   as a zero.  With everybody asked every round the two are the same.
+- A device does not learn whether its reply arrived.  When one is lost, its c_k has moved and c has not.
 """
 
 from __future__ import annotations
@@ -152,11 +153,13 @@ def checkpointing(net: Any, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.24 gave it a new name and warns about the old one
+    kind = "activation" if hasattr(net, "activation_checkpointing_enable") else "gradient"
+    getattr(net, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     try:
         yield
     finally:
-        net.gradient_checkpointing_disable()
+        getattr(net, f"{kind}_checkpointing_disable")()
 
 
 # ---------------------------------------------------------------- what travels
