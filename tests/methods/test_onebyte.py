@@ -135,7 +135,7 @@ def slope_by_hand(
     net: Any = copy.deepcopy(model.net).double()
     losses = []
     for sign in (1.0, -1.0):
-        weights = dict(net.named_parameters())
+        weights = dict(net.named_parameters(remove_duplicate=False))  # a tied head goes by its first name
         for name, start, size in slots(model):
             z = torch.from_numpy(direction(run_key, id, start, size))
             with torch.no_grad():

@@ -216,7 +216,7 @@ def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     xx = x * x
     log = _horner(noise.LOG_POLY, x) * x * xx + e.float() * noise.LN2_LOW
     log = x + (log - xx * 0.5) + e.float() * noise.LN2_HIGH
-    r = torch.sqrt(log * -2.0)
+    r = _sqrt(log * -2.0)
     quadrant = ((b + (1 << 29)) & LOW) >> 30
     t = (b - (quadrant << 30)).to(torch.int32).float() * noise.ANGLE
     tt = t * t
@@ -227,6 +227,12 @@ def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     c = torch.where((quadrant == 1) | (quadrant == 2), -c, c)
     s = torch.where(quadrant >= 2, -s, s)
     return r * c, r * s
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    # Where torch asks a vendor's library, one float32 root in six is a unit off.  A float64 root rounds to the
+    # right float32: no root of a float32 is nearer to a midpoint of two of them than 2^-51 of itself.
+    return torch.sqrt(x) if x.device.type == "mps" else torch.sqrt(x.double()).float()  # mps has no float64
 
 
 def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
