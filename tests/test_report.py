@@ -562,6 +562,18 @@ def test_a_round_that_stands_twice_counts_once(tmp_path: Path) -> None:
     assert len(page.table("round", "validation loss")) == 5
 
 
+def test_a_methods_own_figures_stand_beside_the_losses(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, rounds=3)
+    events = lines_of(run)
+    own = {1: {"layers": 30.0}, 2: {"layers": 12.0, "personal_loss": 1.23456, "odd": "text"}, 3: "no table"}
+    for event in events:
+        if event["event"] == "round":
+            event["report"] = own[int(str(event["round"]))]
+    (run / "metrics.jsonl").write_text("\n".join(json.dumps(e) for e in events))
+    rows = page_of(run).table("round", "validation loss", "Rouge-L", "layers", "personal loss", "replies")
+    assert [row[3:5] for row in rows] == [["-", "-"], ["30", "-"], ["12", "1.235"], ["-", "-"]]
+
+
 def test_an_end_that_was_gone_beyond_is_no_end(tmp_path: Path) -> None:
     run = fake_run(tmp_path, rounds=2)
     done = report.summary(run)

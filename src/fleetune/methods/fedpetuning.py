@@ -22,6 +22,9 @@ A classification head, where the model has one, is trained with any of them and 
 setting is 10 clients that all take part, its large-scale cross-device setting 1,000 clients of which 10 % do:
 `recipes/fedpetuning_cross_silo.toml` and `recipes/fedpetuning_cross_device.toml`.
 
+For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of taking it
+(`server`: FedAvgM, FedAdagrad, FedYogi, FedAdam); their papers are in `methods/_adapter.py` and `servers.py`.
+
 What differs from the paper's code, and why:
 - It sends the whole model, frozen weights too, and computes what it would have saved; here that is saved.
 - It takes the plain mean; here devices weigh as much as their rows.  Its devices have equally many, so it is
@@ -37,7 +40,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from fleetune import adapters
+from fleetune import adapters, servers
 from fleetune.data import Batches
 from fleetune.messages import Payload, Spec
 from fleetune.methods import Reply, _adapter
@@ -85,6 +88,25 @@ class Method:
         default="houlsby",
         metadata={"symbol": "places", "help": "adapter: houlsby (two a layer) or pfeiffer (one)"},
     )
+    server: str = field(
+        default="avg",
+        metadata={
+            "symbol": "server",
+            "help": "what the server does with the mean: " + ", ".join(servers.ETA),
+        },
+    )
+    server_lr: float = field(
+        default=0.0,
+        metadata={"symbol": "η_s", "help": "the server's learning rate (0: 1 for avg and avgm, else 1e-3)"},
+    )
+    mu: float = field(
+        default=0.0,
+        metadata={"symbol": "μ", "help": "FedProx: pull towards the global module (0.01 is usual)"},
+    )
+    scaffold: bool = field(
+        default=False,
+        metadata={"symbol": "c_k", "help": "SCAFFOLD: correct a device's drift (its c goes down too)"},
+    )
     checkpointing: bool = field(
         default=False,
         metadata={"symbol": "ckpt", "help": "compute activations again instead of keeping them: less memory"},
@@ -101,12 +123,14 @@ class Method:
         if self.size < 0 or self.lr < 0:
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
         self.training().check()
+        servers.check(self.server, lr=self.server_lr)
 
     def training(self) -> Training:
         """A device's round."""
         return Training(
             lr=self.lr or MODULES[self.module].lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size,
-            decay=True, clip=self.clip, checkpointing=self.checkpointing, wire=self.wire,
+            decay=True, clip=self.clip, mu=self.mu, scaffold=self.scaffold, checkpointing=self.checkpointing,
+            wire=self.wire,
         )  # fmt: skip
 
     def attach(self, model: Model, seed: int) -> None:
@@ -133,7 +157,7 @@ class Method:
         return _adapter.local(model, payload, batches, key, memory, self.training())
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
-        return _adapter.aggregate(state, replies, self.training(), "avg", 1.0)
+        return _adapter.aggregate(state, replies, self.training(), self.server, self.server_lr)
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)

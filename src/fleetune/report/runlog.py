@@ -238,6 +238,7 @@ class Step(NamedTuple):
     total: Number | None
     seconds: Number | None
     rss: Number | None
+    own: Mapping[str, Number]  # the method's own figures
 
 
 def steps(run: Run) -> list[Step]:
@@ -255,5 +256,7 @@ def steps(run: Run) -> list[Step]:
         losses = {n: v for n in names if (v := num_of(measured, n)) is not None}
         asked, accepted = num_of(event, "clients"), num_of(event, "accepted")
         seconds, rss = num_of(event, "seconds"), num_of(event, "rss")
-        steps.append(Step(int(number), losses, asked, accepted, up, down, total, seconds, rss))
+        told = map_of(event, "report")
+        own = {n: v for n in told if (v := num_of(told, n)) is not None}
+        steps.append(Step(int(number), losses, asked, accepted, up, down, total, seconds, rss, own))
     return steps

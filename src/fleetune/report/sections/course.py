@@ -110,9 +110,10 @@ def _cells(count: int, *values: float) -> list[Cell]:
 
 def _every_round(steps: Sequence[Step]) -> str:
     names = list(dict.fromkeys(name for s in steps for name in s.losses))
+    told = list(dict.fromkeys(name for s in steps for name in s.own))
     head = [
         "round",
-        *(metric(n).label for n in names),
+        *(metric(n).label for n in (*names, *told)),
         "replies",
         "sent",
         "received",
@@ -124,12 +125,20 @@ def _every_round(steps: Sequence[Step]) -> str:
     for s in steps:
         row: list[str | Cell] = [str(s.round)]
         row += [Cell(show(n, s.losses.get(n))) for n in names]
+        row += [Cell(_figure(s.own.get(n))) for n in told]
         used = "-" if s.accepted is None else f"{s.accepted}{f' of {s.asked}' if s.asked is not None else ''}"
         row += [Cell(used), *(Cell(human_bytes(v)) for v in (s.up, s.down, s.total))]
         rows.append([*row, Cell(human_time(s.seconds)), Cell(human_bytes(s.rss))])
     table = page.table("Every round: bytes are sums over its clients", head, rows)
     shut = len(rows) > 31
     return f"<details{'' if shut else ' open'}><summary>Every round in numbers</summary>{table}</details>"
+
+
+def _figure(value: Number | None) -> str:
+    """A method's own figure, which may be of any size: four digits, a count whole."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
 def _costs(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
