@@ -26,7 +26,7 @@ from fleetune.seeds.noise import derive
 # with its own defaults.
 QUICK: dict[str, dict[str, Any]] = {
     "fedit": {"r": 4, "alpha": 8, "lr": 1e-2, "batch_size": 5, "epochs": 1, "dropout": 0.1},
-    "fedpeptao": {"tokens": 2, "lr": 0.1, "epochs": 4, "batch_size": 5, "lanczos": 8, "warmup": 3},
+    "fedpeptao": {"tokens": 2, "lr": 0.1, "epochs": 4, "batch_size": 5, "lanczos": 3, "warmup": 3},
     "fedpetuning": {"size": 4, "lr": 1e-2, "batch_size": 5, "epochs": 2},
     "fedkseed": {"K": 64, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
     "onebyte": {"K": 256, "directions": 40, "lr": 0.08, "eps": 1e-3, "batch_size": 5},
@@ -52,7 +52,14 @@ VARIANTS = [
     "fwdllm:variance_gate=false,discriminative=false", "fwdllm:module=adapter", "fwdllm:module=bitfit", "mezo:law=rademacher", "mezo:K=32,decay=200",
     "onebyte:wire=sign", "onebyte:law=rademacher", "onebyte:law=gaussian", "zosgd:law=rademacher", "zosgd:law=gaussian",
     "fedpetuning:module=adapter", "fedpetuning:module=prefix", "fedpetuning:module=prompt",
-    "fedpetuning:module=bitfit", "fedpetuning:module=full", "fedpetuning:module=adapter,places=pfeiffer,wire=fp16",
+    "fedpetuning:module=bitfit", "fedit:scaffold=true,mu=0.1", "fedpetuning:module=bitfit,scaffold=true,wire=fp16",
+    "fedpeptao:layers_rule=all,server_lr=0,personalise=true", "fedpeptao:layers_rule=plateau",
+    "fedpetuning:module=full", "fedpetuning:module=adapter,places=pfeiffer,wire=fp16",
+]  # fmt: skip
+# Methods that remember on the server or on the devices: a run that goes on must go on with all of it.
+STATEFUL = [
+    "fedit:scaffold=true,server=adam", "fedpetuning:scaffold=true,mu=0.1,server=yogi",
+    "fedpeptao:epochs=1,warmup=1,layers_rule=1,personalise=true", "fedpeptao:epochs=1,layers_rule=all,momentum_input=delta_diff",
 ]  # fmt: skip
 NAMES = sorted(methods.entries()) + VARIANTS
 COLOURS = ("red", "green", "blue")

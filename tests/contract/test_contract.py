@@ -11,7 +11,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from contract_harness import NAMES, base_of, equal_states, fleet, key, logits, loss, method, reply, train
+from contract_harness import (
+    NAMES,
+    STATEFUL,
+    base_of,
+    equal_states,
+    fleet,
+    key,
+    logits,
+    loss,
+    method,
+    reply,
+    train,
+)
 
 from fleetune import methods, models
 from fleetune.errors import MessageError
@@ -54,7 +66,7 @@ def test_2_the_loss_falls(name, tmp_path):
     assert loss(tuned) < before - 0.15
 
 
-@plain
+@pytest.mark.parametrize("name", [n for n in NAMES if ":" not in n] + STATEFUL)
 def test_3_same_seed_same_bits_and_resume_from_any_round(name, tmp_path):
     _, whole, _ = train(name, tmp_path / "whole", 3)
     _, again, _ = train(name, tmp_path / "again", 3)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune import adapters
+from fleetune.adapters.layers import layers_of
 from fleetune.adapters.prefix import IMPLEMENTATIONS
 from fleetune.data import Batch
 from fleetune.losses import frozen
@@ -65,13 +66,26 @@ def score(outputs: Tensor, mask: Tensor) -> float:
 
 
 def scores(model: Model, batch: Batch) -> np.ndarray:
-    """float64[L]: the score of every layer on one batch; `model` must carry no prompts."""
-    with frozen(model.net):
-        out = model.net.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+    """float64[L]: the score of every layer on one batch; `model` must carry no prompts.
+
+    A layer's output is what it hands on, also the last one's (which a decoder's list of hidden states has normed).
+    """
+    outputs: list[Tensor] = []
+    hooks = [
+        model.net.get_submodule(layer.name).register_forward_hook(
+            lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
         )
+        for layer in layers_of(model.net)
+    ]
+    more = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+    try:
+        with frozen(model.net):
+            model.net.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
+    finally:
+        for hook in hooks:
+            hook.remove()
     mask = batch.attention_mask.double()
-    return np.array([score(h, mask) for h in out.hidden_states[1:]])
+    return np.array([score(h, mask) for h in outputs])
 
 
 # The spectrum of the Hessian --------------------------------------------------------------------------
