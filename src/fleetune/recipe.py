@@ -151,17 +151,21 @@ def to_toml(recipe: Recipe) -> str:
     for name, (_, _, text) in fields().items():
         value = getattr(recipe, name)
         if isinstance(value, dict):
-            table = ["", f"[{name}]  # {text}"] + [f"{_key(k)} = {_toml(v)}" for k, v in value.items()]
+            table = ["", f"[{name}]  # {text}"] + [
+                f"{toml_key(k)} = {toml_value(v)}" for k, v in value.items()
+            ]
         else:
-            lines.append(f"{name} = {_toml(value)}  # {text}")
+            lines.append(f"{name} = {toml_value(value)}  # {text}")
     return "\n".join(lines + table) + "\n"
 
 
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
+def toml_key(name: str) -> str:
+    """A key as TOML writes it."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml_value(name)
 
 
-def _toml(value: Value) -> str:
+def toml_value(value: Value) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):

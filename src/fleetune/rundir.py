@@ -129,12 +129,27 @@ def create(out: Path, method: str, model: str) -> RunDir:
 
     StorageError when `out` cannot be written.
     """
-    name = re.sub(r"[^a-z0-9.]+", "-", Path(model).name.lower()).strip("-.") or "model"
+    run = at(numbered(out, f"{method}-{slug(Path(model).name) or 'model'}"))
+    _point_latest(out, run.path)
+    return run
+
+
+def at(path: Path) -> RunDir:
+    """The run folder at `path`, made if it is not there; StorageError when it cannot be."""
+    try:
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    return RunDir(path)
+
+
+def numbered(out: Path, name: str) -> Path:
+    """A new, empty folder `NNNN-name` under `out`; StorageError when `out` cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for _ in range(1000):
             number = 1 + max((_number(p) for p in out.iterdir()), default=0)
-            path = out / f"{number:04d}-{method}-{name}"
+            path = out / f"{number:04d}-{name}"
             try:
                 path.mkdir()
             except FileExistsError:
@@ -142,12 +157,15 @@ def create(out: Path, method: str, model: str) -> RunDir:
             if sum(_number(p) == number for p in out.iterdir()) > 1:  # another process had the same idea
                 path.rmdir()
                 continue
-            (path / "checkpoints").mkdir()
-            _point_latest(out, path)
-            return RunDir(path)
+            return path
     except OSError as error:
         raise storage_error(error, out) from error
     raise StorageError(f"cannot find a free number for a run in {out}")
+
+
+def slug(text: str) -> str:
+    """A text as part of a folder's name: lower case, digits, dots and hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
 def check_writable(folder: Path) -> None:

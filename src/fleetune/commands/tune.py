@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from fleetune import recipe as recipes
 from fleetune.bars import RoundBar
+from fleetune.commands.brake import Brake
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.text import human_bytes, human_time, show
 from fleetune.ui import Ui
@@ -20,9 +19,8 @@ from fleetune.ui import Ui
 class Screen:
     """A run on the console: header, a line a round, the bar; and it hears Ctrl-C between two steps."""
 
-    def __init__(self, ui: Ui, bar: RoundBar, run: Path) -> None:
-        self.ui, self.bar, self.resume = ui, bar, f"fleetune tune --resume {run}"
-        self.stop = False
+    def __init__(self, ui: Ui, bar: RoundBar, brake: Brake, run: Path) -> None:
+        self.ui, self.bar, self.brake, self.resume = ui, bar, brake, f"fleetune tune --resume {run}"
         self.round = self.clients = 0
         self.last: Mapping[str, Any] = {}
 
@@ -44,7 +42,7 @@ class Screen:
     def step(self, client: int, step: int) -> None:
         """Move the bar; stop here if Ctrl-C was pressed."""
         self.bar.update(client=self.clients + 1, step=step)
-        if self.stop:
+        if self.brake.pulled:
             raise Interrupted(
                 f"stopped after round {self.round}; nothing that was finished is lost", hint=self.resume
             )
@@ -73,13 +71,6 @@ class Screen:
             note="  ".join(notes),
         )  # fmt: skip
 
-    def interrupt(self, signum: int, frame: FrameType | None) -> None:
-        """The handler of Ctrl-C: the first waits for the step to end, the second does not."""
-        if self.stop:
-            raise KeyboardInterrupt
-        self.stop = True
-        self.ui.note("stopping after this step (Ctrl-C again: at once)")
-
 
 def tune(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune import rundir
@@ -105,6 +96,8 @@ def _flags(args: argparse.Namespace) -> dict[str, str]:
 
 def _recipe(args: argparse.Namespace) -> recipes.Recipe:
     values: dict[str, Any] = recipes.read(Path(args.config)) if args.config else {}
+    if "sweep" in values:
+        raise RecipeError([f"{args.config} is the recipe of a sweep"], hint=f"fleetune sweep {args.config}")
     values |= {k: v for k, v in (("model", args.model), ("data", args.data)) if v}
     values |= _flags(args)
     chosen = dict(values.get("set", {}))
@@ -139,13 +132,8 @@ def _run_recipe(
         return {}
     with run or rundir.create(Path(args.out), recipe.method, recipe.model) as run:
         clients = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
-        with ui.progress(recipe.rounds, clients) as bar:
-            screen = Screen(ui, bar, run.path)
-            before = signal.signal(signal.SIGINT, screen.interrupt)
-            try:
-                done = jobs.tune(job, run, screen)
-            finally:
-                signal.signal(signal.SIGINT, before)
+        with ui.progress(recipe.rounds, clients) as bar, Brake(ui) as brake:
+            done = jobs.tune(job, run, Screen(ui, bar, brake, run.path))
     return _finished(done, ui)
 
 
