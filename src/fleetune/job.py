@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fleetune import adapters, data, methods, models, report, rounds, rundir
+from fleetune import adapters, data, methods, models, objectives, report, rounds, rundir
 from fleetune import recipe as recipes
 from fleetune.answers import generate, must_write
 from fleetune.data import Encoded, Example
@@ -91,10 +91,12 @@ def check(recipe: Recipe) -> tuple[Entry, Method]:
     """The method of a recipe; RecipeError or UsageError for anything wrong that needs no data or model."""
     entry = methods.entry(recipe.method)
     problems = []
-    for test in (
+    tests: tuple[Callable[[], object], ...] = (
         lambda: methods.make(recipe.method, recipe.set),
         lambda: check_partition_spec(recipe.partition),
-    ):
+        lambda: objectives.get(str(recipe.set.get("objective", "loss"))),
+    )
+    for test in tests:
         try:
             test()
         except RecipeError as error:
