@@ -117,7 +117,7 @@ def train(model: Model, batches: Batches, key: int, how: Training, pull: Mapping
     """The mean loss of a device's steps; `pull` is SCAFFOLD's c - c_k by name, {} for none."""
     parameters = adapters.trainable(model)
     anchor = {n: p.detach().clone() for n, p in parameters.items()} if how.mu else {}
-    away = {n: torch.as_tensor(a, dtype=torch.float32, device=model.device) for n, a in pull.items()}
+    away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in pull.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=how.lr, weight_decay=how.weight_decay)
     rows, losses = batches.steps if how.steps else batches.epochs, []
     with adapters.training(model, key), checkpointing(model.net, how.checkpointing):
