@@ -28,8 +28,10 @@ from fleetune.data.examples import Example
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluate import TASKS, check_tasks, evaluate, samples
 from fleetune.losses import batch_loss, frozen, perplexity, response_loss, row_losses, token_losses
-from fleetune.models import Model, tiny_llama
+from fleetune.models import Model, named_tensors, tiny_llama
 from fleetune.scores import exact_match, rouge_l, token_f1
+from fleetune.seeds.noise import passes
+from fleetune.seeds.view import View
 
 CHUNK_BYTES = "fleetune.losses.CHUNK_BYTES"
 VOCAB = 264
@@ -601,3 +603,60 @@ def test_samples_of_fixed_prompts(tiny: Model) -> None:
         (examples[1].messages[0][1], examples[1].response, "site 0"),
     ]
     assert [s.answer for s in got] == generate(tiny, examples, max_new_tokens=4)
+
+
+# --- a head whose weights are computed on the way ------------------------------------------------------------
+
+
+def _viewed(model: Model) -> View:
+    """The model as seen from a point that is not its base."""
+    view = View(named_tensors(model.net), model.net, run_key=9, law="pooled", grid=1e-5)
+    view.place(passes("pooled", 16, np.arange(16, dtype=np.uint64), np.arange(1, 17) * 50))
+    return view
+
+
+@pytest.mark.parametrize(
+    "rows_of_head", [1, 5, 70, 1000]
+)  # blocks that divide the vocabulary, do not, hold it all
+@pytest.mark.parametrize("chunk", [1, 3, 1000])  # tokens at a time
+def test_a_streamed_head_has_the_same_losses(
+    chunk: int, rows_of_head: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = tiny_llama(seed=3), _odd_batch()
+    base = _by_hand(model.net, batch)
+    monkeypatch.setattr("fleetune.seeds.view.CHUNK", rows_of_head * model.net.config.hidden_size)
+    monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * chunk)
+    view = _viewed(model)
+    expected = _by_hand(model.net, batch)
+    assert max(abs(a - b) for (_, a), (_, b) in zip(base, expected, strict=True)) > 1e-3
+    _same_losses(model.net, batch)
+    view.remove()
+    _same_losses(model.net, batch)
+
+
+def test_a_streamed_head_computes_its_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_llama(seed=3), _odd_batch()
+    monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB)  # one token a time, were it not for the stream
+    view, asked, piece = _viewed(model), list[tuple[str, int, int]](), View.piece
+    monkeypatch.setattr(
+        View, "piece", lambda self, slot, *at: asked.append((slot.name, *at[:2])) or piece(self, slot, *at)
+    )
+    with frozen(model.net):
+        token_losses(model.net, batch)
+    view.remove()
+    head = model.net.lm_head.weight
+    assert asked.count(("lm_head.weight", 0, head.numel())) == 1
+
+
+def test_a_streamed_head_of_a_model_that_caps_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_llama(seed=3), _odd_batch()
+    view, plain = _viewed(model), type(model.net).forward
+
+    def capped(self: Any, *args: Any, **more: Any) -> Any:
+        out = plain(self, *args, **more)
+        out.logits = 2.0 * torch.tanh(out.logits / 2.0)
+        return out
+
+    monkeypatch.setattr(type(model.net), "forward", capped)
+    _same_losses(model.net, batch)
+    view.remove()

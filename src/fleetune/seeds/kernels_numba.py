@@ -37,7 +37,7 @@ from fleetune.seeds import noise
 from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH, Passes
 
 # Numba's cache on disk knows this file's text only: whoever changes a number of `noise` must touch this file.
-SPLIT = 1 << 21  # element-passes below which waking a thread costs more than it saves
+SPLIT = 1 << 19  # element-passes below which waking a thread costs more than it saves
 CHUNK = 1 << 19  # most elements a thread takes at a time
 ROWS = TILE // WIDTH
 IN_PLACE, COPIED, BF16, FP16 = 0, 1, 2, 3  # what a kernel's weights are: the first two are float32
@@ -47,6 +47,7 @@ BITS = (np.uint64(1) << np.arange(ROWS, dtype=np.uint64)).astype(np.uint32)
 _M0, _M1, _W0, _W1, _LOW, _HALF = u64(M0), u64(M1), u64(W0), u64(W1), u64(noise.LOW), u64(32)
 
 _inner = numba.njit(nogil=True, error_model="numpy")
+_inlined = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 
 def _outer(function: Callable[..., None]) -> Callable[..., None]:
@@ -125,48 +126,48 @@ def _sum_tables(acc, tile, key, ids, tables, words):
                 row[e] += -part[e] if w[e] & bit else part[e]
 
 
-@_inner
-def _add_sums(x, acc, grid):
+@_inlined
+def _add_sums(x, y, acc, grid):
     for i in range(TILE):
-        x[i] += f32(grid * f32(acc[i]))
+        x[i] = y[i] + f32(grid * f32(acc[i]))
 
 
-@_inner
-def _add_pass(x, tile, w, table, grid):
+@_inlined
+def _add_pass(x, y, tile, w, table, grid):
     for r in range(ROWS):
-        bit, row = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH]
+        bit, row, from_ = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH], y[r * WIDTH : r * WIDTH + WIDTH]
         at = (tile * TILE + r * WIDTH) & (table.size - 1)
         part = table[at : at + WIDTH]
         for e in range(WIDTH):
-            row[e] += f32(grid * f32(i32(-part[e]) if w[e] & bit else i32(part[e])))
+            row[e] = from_[e] + f32(grid * f32(i32(-part[e]) if w[e] & bit else i32(part[e])))
 
 
-@_inner
-def _add_probe(x, tile, w, table):
+@_inlined
+def _add_probe(x, y, tile, w, table):
     for r in range(ROWS):
-        bit, row = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH]
+        bit, row, from_ = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH], y[r * WIDTH : r * WIDTH + WIDTH]
         at = (tile * TILE + r * WIDTH) & (table.size - 1)
         part = table[at : at + WIDTH]
         for e in range(WIDTH):
-            row[e] += -part[e] if w[e] & bit else part[e]
+            row[e] = from_[e] + (-part[e] if w[e] & bit else part[e])
 
 
-@_inner
-def _add_both(x, tile, w, table, grid, v, probe):
+@_inlined
+def _add_both(x, y, tile, w, table, grid, v, probe):
     for r in range(ROWS):
-        bit, row = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH]
+        bit, row, from_ = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH], y[r * WIDTH : r * WIDTH + WIDTH]
         at = (tile * TILE + r * WIDTH) & (table.size - 1)
         part = table[at : at + WIDTH]
         at = (tile * TILE + r * WIDTH) & (probe.size - 1)
         step = probe[at : at + WIDTH]
         for e in range(WIDTH):
-            moved = f32(row[e] + f32(grid * f32(i32(-part[e]) if w[e] & bit else i32(part[e]))))
+            moved = f32(from_[e] + f32(grid * f32(i32(-part[e]) if w[e] & bit else i32(part[e]))))
             row[e] = moved + (-step[e] if v[e] & bit else step[e])
 
 
-@_inner
-def _move(x, tile, key, ids, tables, grid, probe_id, probe, words, acc):
-    # One whole tile, in place.  `words` is [5, 128]: four for sums, the last for the probe.
+@_inlined
+def _move(x, y, tile, key, ids, tables, grid, probe_id, probe, words, acc):
+    # One whole tile, of y into x (which may be y).  `words` is [5, 128]: four for sums, the last for the probe.
     if probe.size:
         _philox(words[4], u64(tile) * u64(32), probe_id, key)
     if acc.size:
@@ -174,19 +175,22 @@ def _move(x, tile, key, ids, tables, grid, probe_id, probe, words, acc):
             _sum_constants(acc, tile, key, ids, tables, words)
         else:
             _sum_tables(acc, tile, key, ids, tables, words)
-        _add_sums(x, acc, grid)
+        _add_sums(x, y, acc, grid)
+        y = x
     elif ids.size:
         if probe.size and probe_id == ids[0]:
             words[0] = words[4]
         else:
             _philox(words[0], u64(tile) * u64(32), ids[0], key)
         if probe.size:
-            _add_both(x, tile, words[0], tables[0], grid, words[4], probe)
+            _add_both(x, y, tile, words[0], tables[0], grid, words[4], probe)
         else:
-            _add_pass(x, tile, words[0], tables[0], grid)
+            _add_pass(x, y, tile, words[0], tables[0], grid)
         return
     if probe.size:
-        _add_probe(x, tile, words[4], probe)
+        _add_probe(x, y, tile, words[4], probe)
+    else:
+        _copy(x, y)
 
 
 @_inner
@@ -266,12 +270,15 @@ def _sweep(out, base, out16, base16, kind, start, lo, hi, key, ids, tables, grid
         n = min(TILE - at, hi - lo)
         if kind <= COPIED and n == TILE:
             x = out[lo : lo + TILE]
+            # Two calls, so that each is compiled knowing whether x is y.
             if kind == COPIED:
-                _copy(x, base[lo : lo + TILE])
-            _move(x, tile, key, ids, tables, grid, probe_id, probe, words, acc)
+                y = base[lo : lo + TILE]
+                _move(x, y, tile, key, ids, tables, grid, probe_id, probe, words, acc)
+            else:
+                _move(x, x, tile, key, ids, tables, grid, probe_id, probe, words, acc)
         else:
             _load(edge[at : at + n], base, base16, lo, kind)
-            _move(edge, tile, key, ids, tables, grid, probe_id, probe, words, acc)
+            _move(edge, edge, tile, key, ids, tables, grid, probe_id, probe, words, acc)
             _store(out, out16, lo, edge[at : at + n], kind)
         lo += n
 

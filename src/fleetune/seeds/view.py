@@ -211,8 +211,10 @@ class View:
             if "forward" in module.__dict__:
                 raise ModelError(f"{type(module).__name__} is already wrapped; remove the earlier view first")
             module.forward = _forward_for(self, module, own)
-            if type(module) is nn.Linear and module.bias is None and "weight" in own:
-                module.row_blocks = functools.partial(_blocks, self, own["weight"])  # for `losses`
+            if type(module) is nn.Linear and getattr(module, "bias", None) is None and "weight" in own:
+                module.__dict__["row_blocks"] = functools.partial(
+                    _blocks, self, own["weight"]
+                )  # for `losses`
             self.owners.append((module, own))
 
 
