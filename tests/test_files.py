@@ -87,7 +87,8 @@ def test_the_new_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch
     fsync, replace = os.fsync, os.replace
 
     def synced(handle: int) -> None:
-        order.append(("fsync", os.fstat(handle).st_size))
+        fact = os.fstat(handle)
+        order.append(("fsync folder", 0) if stat.S_ISDIR(fact.st_mode) else ("fsync", fact.st_size))
         fsync(handle)
 
     def replaced(source: str, target: Path) -> None:
@@ -97,7 +98,7 @@ def test_the_new_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
     write_atomic(tmp_path / "file", b"12345")
-    assert order == [("fsync", 5), ("replace", 5)]
+    assert order == [("fsync", 5), ("replace", 5), ("fsync folder", 0)]
 
 
 REASONS = [

@@ -34,11 +34,24 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int | None = None) -> N
             os.fsync(file.fileno())
         os.chmod(temporary, default_mode() if mode is None else mode)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise storage_error(error, path) from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a loss of power, where the system can open a folder (Windows cannot)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except (PermissionError, IsADirectoryError):
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
