@@ -36,6 +36,7 @@ What differs from the paper's code, and why:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -78,9 +79,12 @@ class State(NamedTuple):
     asked: int  # rounds on it so far
     round: int
     seed: int
-    n: int  # of the last round: directions, their variance, and whether the server moved
+    n: int  # of the last round: directions on its batch, their variance, and whether the server moved,
     variance: float
     moved: int
+    along: float  # how far along the last gradient its directions went, in the mean (not ranked: about 0),
+    cosine: float  # and where it moved, the cosine of the gradient accepted with the one before (else 0)
+    offer: float  # `along` of the coming round
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,9 @@ class Method:
         self.attach(model, seed)
         none = np.zeros(0)
         ids = np.zeros(0, np.uint64)
-        return State(adapters.export(model), {}, ids, ids, none, none, 0, 0, 0, seed, 0, 0.0, 0)
+        return State(
+            adapters.export(model), {}, ids, ids, none, none, 0, 0, 0, seed, 0, 0.0, 0, 0.0, 0.0, 0.0
+        )
 
     def attach(self, model: Model, seed: int) -> None:
         """Give `model` its adapter, unless it has it; every device derives the same start from the seed."""
@@ -178,7 +184,7 @@ class Method:
         view = self.view(tensors, seed, payload.float("rate"), model.device)
         measure = objectives.get(self.objective)
         ids = self.directions(payload.arrays.get("seeds"), key)
-        g, losses = np.zeros(self.P, np.float32), []
+        g, losses = np.zeros(self.P, np.float32), np.full(self.P, np.inf)
         held = batches.held(payload.int("batch"), self.batch_size, self.P)
         for j, batch in enumerate(held):
 
@@ -187,11 +193,11 @@ class Method:
                 return measure(model, batch)
 
             plus, minus = two_point(view, probe(self.law, 1, int(ids[j])), self.h, seen)
-            g[j] = (plus - minus) / (2 * self.h)
-            losses.append((plus + minus) / 2)
+            if math.isfinite(plus) and math.isfinite(minus):  # else no step; with none at all it is refused
+                g[j], losses[j] = (plus - minus) / (2 * self.h), (plus + minus) / 2
         view.place(self.step(ids, g.astype(np.float64), np.full(self.P, float(batches.n)))[0])
         stand(parameters, view)
-        return Payload({"g": g}, {"n": batches.n, "loss": float(np.mean(losses))})
+        return Payload({"g": g}, {"n": batches.n, "loss": mean_loss(losses)})
 
     def view(self, tensors: Mapping[str, np.ndarray], seed: int, rate: float, device: str = "cpu") -> View:
         """The adapter's tensors, to be seen from other points."""
@@ -216,15 +222,22 @@ class Method:
             g.append(reply.payload.array("g").astype(np.float64))
             rows.append(np.full(self.P, float(reply.payload.int("n"))))
         if len(ids) == 1:
-            return state._replace(round=state.round + 1, moved=0)
+            return state._replace(round=state.round + 1, moved=0, cosine=0.0)
         fresh = sum(map(len, ids[1:]))
-        state = state._replace(ids=np.concatenate(ids), g=np.concatenate(g), rows=np.concatenate(rows))
+        state = state._replace(
+            ids=np.concatenate(ids),
+            g=np.concatenate(g),
+            rows=np.concatenate(rows),
+            along=state.offer,
+            cosine=0.0,
+        )
         total, variance = self.step(state.ids, state.g, state.rows)
         state = state._replace(n=len(np.unique(state.ids)), variance=variance, asked=state.asked + 1, moved=0)
         if not self.variance_gate or variance <= self.threshold or state.asked >= self.patience:
             state = self.move(state, total)
-        seeds = self.rank(state, fresh) if self.discriminative and state.batch % 2 and state.last else NONE
-        return state._replace(seeds=seeds, round=state.round + 1)
+        ranked = self.discriminative and state.batch % 2 and state.last
+        seeds, offer = self.rank(state, fresh) if ranked else (NONE, 0.0)
+        return state._replace(seeds=seeds, offer=offer, round=state.round + 1)
 
     def move(self, state: State, total: Passes) -> State:
         """The state after a step of SGD, on to the next batch."""
@@ -236,24 +249,30 @@ class Method:
             last = {}
         none = np.zeros(0)
         return state._replace(
-            tensors=tensors, last=last, ids=NONE, g=none, rows=none, batch=state.batch + 1, asked=0, moved=1
-        )
+            tensors=tensors, last=last, ids=NONE, g=none, rows=none, batch=state.batch + 1, asked=0, moved=1,
+            cosine=cosine(last, state.last),
+        )  # fmt: skip
 
-    def rank(self, state: State, used: int) -> np.ndarray:
-        """uint64: of fresh candidates the share 1 / `candidates` that is most like the last gradient."""
+    def rank(self, state: State, used: int) -> tuple[np.ndarray, float]:
+        """Of fresh candidates the share 1 / `candidates` that is most like the last gradient: uint64, best first.
+
+        And how far along it they go in the mean.
+        """
         keep = SPARE * used
         first = np.uint64((state.round + 1) << 32)
         ids = first + np.arange(keep * self.candidates, dtype=np.uint64)
-        cosine = cosines(state.last, ids, run_key(state.seed), self.law)
-        return ids[np.argsort(-cosine, kind="stable")[:keep]]
+        found = cosines(state.last, ids, run_key(state.seed), self.law)
+        best = np.argsort(-found, kind="stable")[:keep]
+        return ids[best], float(found[best].mean()) * math.sqrt(sum(t.size for t in state.last.values()))
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)
         adapters.load_(model, state.tensors)
 
     def report(self, state: State) -> dict[str, float]:
-        """Directions on the batch in hand, their variance, and whether the server moved in this round."""
-        return {"n": state.n, "variance": state.variance, "moved": state.moved, "batch": state.batch}
+        """What the gate and the ranking did in the round: see `State`."""
+        names = ("n", "variance", "moved", "batch", "along", "cosine")
+        return {name: float(getattr(state, name)) for name in names}
 
 
 MODULES: Final[Mapping[str, Callable[[Method], adapters.Spec]]] = MappingProxyType(
@@ -276,6 +295,21 @@ def stand(parameters: Mapping[str, nn.Parameter], view: View) -> None:
     with torch.no_grad():
         for name, seen in view.tensors():
             parameters[name].copy_(seen)
+
+
+def mean_loss(losses: np.ndarray) -> float:
+    """The mean of those that are finite; infinite, which the door refuses, where none is."""
+    finite = losses[np.isfinite(losses)]
+    return float(finite.mean()) if len(finite) else math.inf
+
+
+def cosine(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+    """The cosine of two gradients in float64; 0 where one is nothing."""
+
+    def dot(x: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray]) -> float:
+        return sum(float(np.vdot(x[n].astype(np.float64), y[n].astype(np.float64))) for n in x)
+
+    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) if a and b else 0.0
 
 
 def cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: str) -> np.ndarray:
