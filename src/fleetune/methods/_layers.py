@@ -206,7 +206,8 @@ def kept_by_plateau(spectrum: Spectrum) -> float:
     """The published code's rule: the share r(t) of the (smoothed) spectrum above t, where it stops falling.
 
     t goes up from 0 in steps of 0.1; the plateau is four values within 0.005 of their neighbours; the steps
-    are halved and t begins anew when r falls below half of r(0) first.
+    are halved and t begins anew when r falls below half of r(0) first.  (The code's grid ends 0.01 beyond the
+    outermost nodes and so cuts their tails, where the range is wide; here they are whole.)
     """
     theta, share = spectrum
     width = math.sqrt(2 * SMOOTH * max(1.0, float(np.ptp(theta))))
