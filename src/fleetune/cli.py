@@ -28,6 +28,7 @@ examples:
   fleetune plan smollm2-135m --ram 4GB --uplink 1Mbps          which method fits this device
   fleetune tune smollm2-135m data.jsonl --method fedkseed --clients 20 --rounds 10 --set K=4096
   fleetune tune --resume latest                                go on after a stop
+  fleetune sweep recipe.toml --vary K=64,512 --seeds 3         a grid of runs on one page
   fleetune eval latest --tasks loss,rouge                      measure the tuned model
   fleetune ledger verify latest                                prove what a model was made from
 """
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> UsageError:
     flag = unknown[0].split("=")[0]
     known = [
+        "--vary",
         "--set",
         "--resume",
         "--dry-run",
@@ -123,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="type of the weights")
     sub.add_argument("--steps", type=int, default=200, help="local steps a round (default 200)")
     _tune_arguments(add("tune", _tune, "fine-tune a model over a simulated fleet"))
+    _sweep_arguments(add("sweep", _sweep, "tune over a grid of values and seeds, on one page"))
     sub = add("eval", _eval, "measure a model or a finished run")
     sub.add_argument("model", metavar="RUN|MODEL")
     sub.add_argument(
@@ -177,9 +180,34 @@ def _tune_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
     )
+    _recipe_flags(sub, ("model", "data", "set"))
+
+
+def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="a TOML recipe; a table [sweep] says what varies"
+    )
+    sub.add_argument(
+        "--vary", action="append", default=[], metavar="NAME=V1,V2,..",
+        help="alpha (of the Dirichlet partition), an option, or a setting of the method (K, set.K); repeat",
+    )  # fmt: skip
+    sub.add_argument(
+        "--seeds", type=int, help="seeds of every combination, from the recipe's own on (default 1)"
+    )
+    sub.add_argument(
+        "--resume", metavar="SWEEP", help="go on with a stopped sweep (a path, a number, or latest)"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="check all runs and list them, then stop")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
+    )
+    _recipe_flags(sub, ("set",))
+
+
+def _recipe_flags(sub: argparse.ArgumentParser, without: Sequence[str]) -> None:
     group = sub.add_argument_group("recipe")
     for name, (kind, default, text) in recipes.fields().items():
-        if name in ("model", "data", "set"):
+        if name in without:
             continue
         shown = "" if default is dataclasses.MISSING else f" (default {default})"
         group.add_argument(
@@ -213,6 +241,12 @@ def _tune(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.commands import tune
 
     tune.tune(args, ui)
+
+
+def _sweep(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.commands import sweep
+
+    sweep.sweep(args, ui)
 
 
 def _demo(args: argparse.Namespace, ui: Ui) -> None:

@@ -89,16 +89,16 @@ def tune(args: argparse.Namespace, ui: Ui) -> None:
     _run_recipe(_recipe(args), args, ui, None)
 
 
-def _flags(args: argparse.Namespace) -> dict[str, str]:
-    given = {k.removeprefix("recipe_"): v for k, v in vars(args).items() if k.startswith("recipe_")}
-    return {k: v for k, v in given.items() if v is not None}
-
-
 def _recipe(args: argparse.Namespace) -> recipes.Recipe:
-    values: dict[str, Any] = recipes.read(Path(args.config)) if args.config else {}
+    values = keys_of(args, args.config)
     if "sweep" in values:
         raise RecipeError([f"{args.config} is the recipe of a sweep"], hint=f"fleetune sweep {args.config}")
-    values |= {k: v for k, v in (("model", args.model), ("data", args.data)) if v}
+    return recipes.make(values | {k: v for k, v in (("model", args.model), ("data", args.data)) if v})
+
+
+def keys_of(args: argparse.Namespace, file: str | None) -> dict[str, Any]:
+    """The keys of a recipe's file, overridden by the flags; RecipeError for a setting without a value."""
+    values: dict[str, Any] = recipes.read(Path(file)) if file else {}
     values |= _flags(args)
     chosen = dict(values.get("set", {}))
     for pair in args.set:
@@ -106,8 +106,12 @@ def _recipe(args: argparse.Namespace) -> recipes.Recipe:
         if not equals or not name:
             raise RecipeError([f"--set {pair!r} is not NAME=VALUE"], hint="for example --set K=4096")
         chosen[name.strip()] = value.strip()
-    values["set"] = chosen
-    return recipes.make(values)
+    return {**values, "set": chosen}
+
+
+def _flags(args: argparse.Namespace) -> dict[str, str]:
+    given = {k.removeprefix("recipe_"): v for k, v in vars(args).items() if k.startswith("recipe_")}
+    return {k: v for k, v in given.items() if v is not None}
 
 
 def _run_recipe(

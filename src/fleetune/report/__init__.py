@@ -6,13 +6,15 @@ network for nothing (a content policy forbids it), follows the reader's light or
 Every plot has a title and a description for those who do not see it and its numbers in a table.
 
 `runlog` reads the folder, `page` has the parts of a page, `axes`, `svg` and `charts` draw, `sections` say what
-there is to say of a run, `single` and `several` put them together.
+there is to say of a run, `single` and `several` put them together; `cells` and `grid` are the sweep's numbers and page.
 """
 
 from __future__ import annotations
 
-from fleetune.report.runlog import summary, table
+from fleetune.report.grid import grid
+from fleetune.report.grid import tables as grid_tables
+from fleetune.report.runlog import measures, read, summary, table
 from fleetune.report.several import compare
 from fleetune.report.single import write
 
-__all__ = ["compare", "summary", "table", "write"]
+__all__ = ["compare", "grid", "grid_tables", "measures", "read", "summary", "table", "write"]

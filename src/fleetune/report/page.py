@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fleetune.report.runlog import Number
-from fleetune.report.svg import escape
+from fleetune.report.svg import escape, plot_style
 
 
 def esc(value: object) -> str:
@@ -68,7 +68,7 @@ def section(ident: str, title: str, body: str) -> str:
 
 def whole(title: str, body: str) -> str:
     """The page around `body`: its policy forbids every request."""
-    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    style = plot_style() + Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -2,7 +2,7 @@
 """Plots as SVG text: lines, dots, bars, bands and levels on two axes.
 
 What is drawn is plain text for a page: no script, no font, no library.  Colours are classes `c0` ... `c7` and
-CSS variables that `style.css` defines for light and dark pages (the Okabe-Ito palette, "Color Universal
+CSS variables that `plot.css` defines for light and dark pages (the Okabe-Ito palette, "Color Universal
 Design", 2008, with lighter variants on dark), so one drawing serves both.  Series differ in marker shape as
 well as in colour.  Every text is escaped here, at the one place where text becomes markup.
 """
@@ -10,14 +10,16 @@ well as in colour.  Every text is escaped here, at the one place where text beco
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape as escape_markup
+from pathlib import Path
 
 from fleetune.report.axes import Axis, usable
 from fleetune.text import clean
 
-COLOURS = 8  # of `style.css`
+COLOURS = 8  # of `plot.css`
 CHAR = 6.1  # mean advance of an 11 px system font, used to keep labels apart
 
 
@@ -71,6 +73,34 @@ def frame(title: str, desc: str, width: float, height: float, body: str, ident: 
         f'<svg viewBox="0 0 {fixed(width)} {fixed(height)}" role="img" aria-labelledby="{ident}-t {ident}-d">'
         f'<title id="{ident}-t">{escape(title)}</title><desc id="{ident}-d">{escape(desc)}</desc>{body}</svg>'
     )
+
+
+def plot_style() -> str:
+    """The style that drawings need."""
+    return Path(__file__).with_name("plot.css").read_text(encoding="utf-8")
+
+
+def standalone(drawing: str) -> str:
+    """A drawing as a file of its own: namespace, size, and the light style without variables, on white.
+
+    Programs other than browsers do not know CSS variables, and paper is white.
+    """
+    style = re.sub(r"@media[^{]*\{([^{}]*\{[^{}]*\})*[^{}]*\}", "", plot_style())
+    rules = [(selector.strip(), body) for selector, body in re.findall(r"([^{}]+)\{([^{}]*)\}", style)]
+    values = dict(
+        pair for name, body in rules if name == ":root" for pair in re.findall(r"(--\w+):([^;]+)", body)
+    )
+    colours = {name: body.removeprefix("--k:") for name, body in rules if body.startswith("--k:")}
+    out = f"svg{{background:{values['--card']}}}"
+    for name, body in rules:
+        if name != ":root" and name not in colours:
+            each = colours.items() if "var(--k)" in body else [("", "")]
+            out += "".join(f"{name}{colour}{{{body.replace('var(--k)', value)}}}" for colour, value in each)
+    out = re.sub(r"var\((--\w+)\)", lambda match: values[match[1]].strip(), out)
+    head, rest = drawing.split(">", 1)
+    width, height = head.split('viewBox="0 0 ')[1].split('"')[0].split()
+    size = f'xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+    return f"{head.replace('<svg ', '<svg ' + size, 1)}><style>{out}</style>{rest}\n"
 
 
 @dataclass(slots=True)
