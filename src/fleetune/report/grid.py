@@ -123,12 +123,13 @@ class Line(NamedTuple):
     xs: Sequence[float]
     stats: Sequence[Stat]
     tips: Sequence[str]
+    band: bool = True
 
 
 def _lines(plot: svg.Plot, lines: Sequence[Line]) -> None:
     """Bands first, so that no line is under one."""
     for line in lines:
-        if any(s.spread for s in line.stats):
+        if line.band and any(s.spread for s in line.stats):
             edges = [(x, *_edges(s)) for x, s in zip(line.xs, line.stats, strict=True)]
             plot.band(edges, line.colour)
     for line in lines:
@@ -177,14 +178,15 @@ def _final(axis: Axis, name: str, lines: Mapping[str, Mapping[Value, Stat]]) -> 
     if not every:
         return None
     x, places = _values_axis(axis)
-    y = scales.numbers([e for s in every for e in _edges(s)], metric(name).label)
+    banded = next(iter(lines.values())).values()  # of the mean: more bands than one would hide each other
+    y = scales.numbers([s.mean for s in every] + [e for s in banded for e in _edges(s)], metric(name).label)
     title = f"{metric(name).label[:1].upper()}{metric(name).label[1:]} at the end, by {axis.name}"
     plot = _plot(f"{slug(name)}-by-{slug(axis.name)}", title, x, y, [n for n in lines if n])
     digits = metric(name).digits
     drawn = []
     for k, (label, line) in enumerate(lines.items()):
         tips = [f"{label or axis.name} at {word(v)}: {s.text(digits)}" for v, s in line.items()]
-        drawn.append(Line(k - 1, label, [places[v] for v in line], list(line.values()), tips))
+        drawn.append(Line(k - 1, label, [places[v] for v in line], list(line.values()), tips, band=k == 0))
     _lines(plot, drawn[::-1])  # the mean on top
     head = [axis.name, *(n or "mean" for n in lines)]
     rows: list[list[str | page.Cell]] = [
