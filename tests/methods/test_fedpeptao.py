@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import contract_harness
 import numpy as np
 import pytest
 import torch
 
-from fleetune import adapters, methods
+from fleetune import adapters, methods, report
 from fleetune.adapters.layers import layers_of
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import Batches, encode_all
@@ -21,6 +23,7 @@ from fleetune.messages import Payload
 from fleetune.methods import Reply, _layers
 from fleetune.methods.fedpeptao import Method, State
 from fleetune.models import tiny_bert, tiny_llama
+from fleetune.rundir import events
 
 PAD = 257
 
@@ -198,6 +201,19 @@ def test_personal_prompts_stay_and_both_metrics_are_told(rows: list[Encoded]) ->
     report = chosen.report(state)
     assert report["personal_loss"] == reply.scalars["personal"]
     assert report["global_loss"] == reply.scalars["common"]
+
+
+def test_the_round_and_the_report_show_both_metrics(tmp_path: Path) -> None:
+    name = "fedpeptao:tokens=1,epochs=1,warmup=1,layers_rule=1,personalise=true"
+    _, state, run = contract_harness.train(name, tmp_path, 2)
+    told = [e["report"] for e in events(run.path) if e["event"] == "round"]
+    assert [set(t) for t in told] == [{"layers"}, {"layers", "personal_loss", "global_loss"}]
+    assert told[1]["personal_loss"] == state.personal
+    assert told[1]["global_loss"] == state.common
+    page = report.write(run.path).read_text()
+    head = page[page.index("Every round") :]
+    assert all(f">{label}<" in head for label in ("validation loss", "personal loss", "global loss"))
+    assert f">{state.personal:.4g}<" in head
 
 
 def test_rows_that_measure_a_personal_model_are_never_trained_on(rows: list[Encoded]) -> None:
