@@ -42,6 +42,7 @@ NETS: dict[str, Callable[[], Model]] = {
 }
 SPECS: dict[str, Any] = {
     "lora": Lora(4, 4.0, targets="query-value"),
+    "lora everywhere": Lora(2, 4.0),
     "houlsby": Bottleneck(6),
     "pfeiffer": Bottleneck(6, "pfeiffer", norms=False),
     "prefix": Prefix(3),
@@ -113,10 +114,20 @@ def test_a_classification_head_is_trained_with_every_module(net: str, name: str)
     assert head <= set(adapters.trainable(model))
 
 
+@pytest.mark.parametrize("net", ["bert", "roberta"])
+def test_all_linear_layers_are_those_of_the_encoder_not_of_its_head(net: str) -> None:
+    model = on(net, Lora(4, 4.0))
+    names = [n for n in adapters.trainable(model) if ".lora_" in n]
+    assert len(names) == 2 * 6 * 2
+    assert not any(".pooler." in n or n.startswith("classifier") for n in names)
+    assert not any(".default." in n for n in adapters.trainable(model))
+
+
 def test_the_numbers_are_as_many_as_the_formulas_say() -> None:
     h, layers, kv, inner = 32, 2, 16, 72
     want = {
         "lora": layers * 4 * ((h + h) + (h + kv)),
+        "lora everywhere": layers * 2 * (2 * (h + h) + 2 * (h + kv) + 3 * (h + inner)),
         "houlsby": layers * (2 * (2 * 6 * h + 6 + h) + 2 * h),
         "pfeiffer": layers * (2 * 6 * h + 6 + h),
         "prefix": 2 * layers * 3 * kv,
@@ -428,7 +439,7 @@ def test_a_folder_holds_the_module_bit_for_bit(net: str, name: str, tmp_path: Pa
     assert adapters.digest(adapters.export(other)) == adapters.digest(adapters.export(model))
     assert torch.equal(out(other), out(model))
     files = {p.name for p in (tmp_path / "module").iterdir()}
-    peft = name == "lora" or (net == "llama" and name in ("prefix", "prompt"))
+    peft = name.startswith("lora") or (net == "llama" and name in ("prefix", "prompt"))
     assert ("adapter_config.json" in files) == peft
     text = (tmp_path / "module" / "README.md").read_text()
     assert ("from peft import" in text) == peft
@@ -457,8 +468,9 @@ def test_peft_loads_decoder_modules_and_says_the_same(name: str, tmp_path: Path)
 
 @PEFT_WARNS
 @pytest.mark.parametrize("net", ["bert", "roberta"])
-def test_peft_loads_an_encoders_lora_with_its_head(net: str, tmp_path: Path) -> None:
-    model = on(net, SPECS["lora"])
+@pytest.mark.parametrize("name", ["lora", "lora everywhere"])
+def test_peft_loads_an_encoders_lora_with_its_head(net: str, name: str, tmp_path: Path) -> None:
+    model = on(net, SPECS[name])
     adapters.save(model, tmp_path / "module")
     base = NETS[net]()
     models.save(base.net, base.tokenizer, tmp_path / "base")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetune.aggregate import product_mean, weighted_mean
+from fleetune.aggregate import cut, product_mean, weighted_mean
 
 PAIRS = {"q": ("q.B", "q.A"), "v": ("v.B", "v.A")}
 SHAPES = {"q": (12, 9), "v": (5, 14)}
@@ -27,6 +27,11 @@ def clients(seed: int, count: int, rank: int) -> list[tuple[float, dict[str, np.
             tensors[f"{layer}.A"] = rng.normal(size=(rank, into)).astype(np.float32)
         found.append((float(rng.integers(1, 50)), tensors))
     return found
+
+
+def mean_of(taken, pairs=PAIRS):
+    """`product_mean` of devices that all had the rank of what they were sent."""
+    return product_mean(taken, pairs, taken[0][1])
 
 
 def dense_mean(taken: list[tuple[float, dict[str, np.ndarray]]], layer: str) -> np.ndarray:
@@ -92,7 +97,7 @@ def test_weighted_mean_takes_replies_one_at_a_time():
 @pytest.mark.parametrize(("count", "rank"), [(1, 2), (3, 2), (6, 1), (4, 4)])
 def test_product_mean_is_the_best_of_its_rank(count, rank):
     taken = clients(count, count, rank)
-    tensors, lost = product_mean(taken, PAIRS)
+    tensors, lost = mean_of(taken)
     cut = whole = 0.0
     for layer in PAIRS:
         dense = dense_mean(taken, layer)
@@ -110,7 +115,7 @@ def test_product_mean_is_the_best_of_its_rank(count, rank):
 
 
 def test_product_mean_balances_its_factors():
-    tensors, _ = product_mean(clients(0, 3, 2), PAIRS)
+    tensors, _ = mean_of(clients(0, 3, 2))
     for b, a in PAIRS.values():
         np.testing.assert_allclose(
             tensors[b].T @ tensors[b], tensors[a] @ tensors[a].T, atol=1e-5 * np.abs(tensors[b]).max() ** 2
@@ -124,7 +129,7 @@ def test_product_mean_is_exact_when_the_rank_suffices():
     for n in (1.0, 5.0, 2.0):  # rank 3 adapters that share one column space of rank 1: the mean has rank 1
         mix = rng.normal(size=(1, 3)).astype(np.float32)
         taken.append((n, {"q.B": shared["B"] @ mix, "q.A": mix.T @ shared["A"]}))
-    tensors, lost = product_mean(taken, {"q": PAIRS["q"]})
+    tensors, lost = mean_of(taken, {"q": PAIRS["q"]})
     want = dense_mean(taken, "q")
     np.testing.assert_allclose(tensors["q.B"] @ tensors["q.A"], want, atol=1e-5 * np.abs(want).max())
     assert lost < 1e-12
@@ -134,15 +139,15 @@ def test_the_plain_average_is_something_else():
     taken = clients(2, 2, 2)
     mean = weighted_mean(taken)
     want = dense_mean(taken, "q")
-    product, _ = product_mean(taken, PAIRS)
+    product, _ = mean_of(taken)
     apart = np.linalg.norm(mean["q.B"] @ mean["q.A"] - want)
     assert np.linalg.norm(product["q.B"] @ product["q.A"] - want) < apart / 1.5
 
 
 def test_product_mean_does_not_mind_the_order():
     taken = clients(4, 5, 3)
-    first, lost = product_mean(taken, PAIRS)
-    other, lost_too = product_mean(taken[::-1], PAIRS)
+    first, lost = mean_of(taken)
+    other, lost_too = mean_of(taken[::-1])
     for b, a in PAIRS.values():
         np.testing.assert_allclose(other[b] @ other[a], first[b] @ first[a], atol=1e-5)
     assert lost == pytest.approx(lost_too, rel=1e-9)
@@ -154,7 +159,7 @@ def test_a_layer_thinner_than_the_rank_keeps_its_shape():
         (2.0, {"q.B": rng.normal(size=(3, 8)).astype(np.float32), "q.A": rng.normal(size=(8, 20)).astype(np.float32)})
         for _ in range(2)
     ]  # fmt: skip
-    tensors, lost = product_mean(taken, {"q": PAIRS["q"]})
+    tensors, lost = mean_of(taken, {"q": PAIRS["q"]})
     assert tensors["q.B"].shape == (3, 8)
     assert tensors["q.A"].shape == (8, 20)
     np.testing.assert_allclose(tensors["q.B"] @ tensors["q.A"], dense_mean(taken, "q"), atol=1e-4)
@@ -163,6 +168,90 @@ def test_a_layer_thinner_than_the_rank_keeps_its_shape():
 
 def test_adapters_of_zeros_average_to_zeros():
     taken = [(1.0, {"q.B": np.zeros((12, 2), np.float32), "q.A": np.ones((2, 9), np.float32)})] * 3
-    tensors, lost = product_mean(taken, {"q": PAIRS["q"]})
+    tensors, lost = mean_of(taken, {"q": PAIRS["q"]})
     assert lost == 0.0
     assert not (tensors["q.B"] @ tensors["q.A"]).any()
+    assert (tensors["q.A"] == 1).all()  # what a factor of zeros would need to learn again
+
+
+# --- devices of unlike ranks --------------------------------------------------------------------------------
+
+
+def mixed(
+    seed: int, ranks: list[int], top: int
+) -> tuple[dict[str, np.ndarray], list[tuple[float, dict[str, np.ndarray]]]]:
+    """(the adapter of rank `top` that they began with, what devices of these ranks send)."""
+    start = clients(seed, 1, top)[0][1]
+    return start, [clients(seed + 1 + i, 1, rank)[0] for i, rank in enumerate(ranks)]
+
+
+def exact_mean(start, taken, layer):
+    """sum_k p_k (B_k A_k + what of B A was not sent), dense, in float64."""
+    total = sum(n for n, _ in taken)
+    b, a = start[f"{layer}.B"].astype(float), start[f"{layer}.A"].astype(float)
+    mean = np.zeros((len(b), a.shape[1]))
+    for n, sent in taken:
+        rank = sent[f"{layer}.A"].shape[0]
+        mean += n / total * (sent[f"{layer}.B"].astype(float) @ sent[f"{layer}.A"].astype(float))
+        for i in range(rank, len(a)):
+            mean += n / total * np.outer(b[:, i], a[i])
+    return mean
+
+
+@given(
+    seed=st.integers(0, 50), ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4), zeros=st.booleans()
+)
+@settings(deadline=None, max_examples=40)
+def test_unlike_ranks_are_averaged_exactly(seed, ranks, zeros):
+    start, taken = mixed(seed, ranks, 4)
+    if zeros:  # a fresh adapter
+        start = {n: t * (not n.endswith(".B")) for n, t in start.items()}
+    tensors, lost = product_mean(taken, PAIRS, start)
+    kept = whole = 0.0
+    for layer in PAIRS:
+        u, s, vt = np.linalg.svd(exact_mean(start, taken, layer), full_matrices=False)
+        got = tensors[f"{layer}.B"].astype(float) @ tensors[f"{layer}.A"].astype(float)
+        np.testing.assert_allclose(got, (u[:, :4] * s[:4]) @ vt[:4], atol=1e-5 * s[0])
+        assert tensors[f"{layer}.B"].shape == start[f"{layer}.B"].shape
+        kept, whole = kept + (s[:4] ** 2).sum(), whole + (s**2).sum()
+    assert lost == pytest.approx(1 - kept / whole, abs=1e-9)
+    if zeros and sum(ranks) <= 4:
+        assert lost < 1e-12  # nothing had to go
+
+
+def test_a_device_of_low_rank_that_changes_nothing_changes_nothing():
+    start, _ = mixed(7, [], 4)
+    tensors, lost = product_mean([(3.0, cut(start, PAIRS, 1)), (5.0, cut(start, PAIRS, 3))], PAIRS, start)
+    for b, a in PAIRS.values():
+        np.testing.assert_allclose(tensors[b] @ tensors[a], start[b] @ start[a], atol=1e-5)
+    assert lost < 1e-12
+
+
+def test_idle_directions_can_still_learn():
+    start, taken = mixed(8, [2], 4)
+    start = {n: t * (not n.endswith(".B")) for n, t in start.items()}
+    tensors, _ = product_mean(taken, PAIRS, start)
+    for b, a in PAIRS.values():
+        assert not tensors[b][:, 2:].any()
+        assert (tensors[a][2:] == start[a][2:]).all()
+        assert tensors[b][:, :2].any(axis=0).all()
+
+
+def test_cut_takes_the_first_directions_and_leaves_others_whole():
+    _, ((_, tensors),) = mixed(1, [4], 4)
+    part = cut(tensors | {"head": np.arange(3.0)}, PAIRS, 2)
+    for b, a in PAIRS.values():
+        assert (part[b] == tensors[b][:, :2]).all()
+        assert (part[a] == tensors[a][:2]).all()
+        assert part[b].flags.c_contiguous
+    assert (part["head"] == np.arange(3.0)).all()
+    whole = cut(tensors, PAIRS, 9)
+    assert all((whole[n] == t).all() for n, t in tensors.items())
+
+
+def test_a_head_beside_the_factors_is_averaged_plainly():
+    taken = [(n, t | {"head": np.full(2, n, np.float32)}) for n, t in clients(9, 3, 2)]
+    tensors, _ = mean_of(taken)
+    n = np.array([n for n, _ in taken])
+    np.testing.assert_allclose(tensors["head"], (n * n).sum() / n.sum(), rtol=1e-6)
+    assert tensors.keys() == taken[0][1].keys()

@@ -15,7 +15,7 @@ from fleetune.data import Encoded, Example
 from fleetune.data.encode import encode_all
 from fleetune.fleets.local import LocalFleet, Weather
 from fleetune.losses import pad_id, response_loss
-from fleetune.messages import Message, decode, encode
+from fleetune.messages import Message, Payload, Spec, decode, encode
 from fleetune.methods import Method, Reply
 from fleetune.models import Model
 from fleetune.rounds import Hooks, Plan, run
@@ -46,7 +46,8 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 # Options that change what travels or how a direction is made keep the contract too.
 VARIANTS = [
-    "fedit:average=product", "fedit:wire=fp16", "fedkseed:law=rademacher", "fedkseed:law=gaussian",
+    "fedit:average=product", "fedit:wire=fp16", "fedit:start=orthogonal", "fedit:start=pissa,dropout=0",
+    "fedit:start=eva", "fedit:average=product,ranks=2;4", "fedkseed:law=rademacher", "fedkseed:law=gaussian",
     "fedkseed:wire=sums", "fedkseed:pro=true", "fedkseed:epoch_rounds=1", "fedkseed:backprop=1,backprop_lr=0.05",
     "fedkseed:backprop=0.5,backprop_lr=0.05", "fedkseed:backprop=1,wire=sums", "fwdllm:law=rademacher",
     "fwdllm:variance_gate=false,discriminative=false", "fwdllm:module=adapter", "fwdllm:module=bitfit", "mezo:law=rademacher", "mezo:K=32,decay=200",
@@ -69,7 +70,8 @@ def method(name: str) -> Method:
     """The method of a case such as `fedkseed` or `fedkseed:law=rademacher,pro=true`."""
     name, _, changes = name.partition(":")
     return methods.make(
-        name, QUICK.get(name, {}) | dict(pair.split("=") for pair in changes.split(",") if pair)
+        name,
+        QUICK.get(name, {}) | dict(pair.replace(";", ",").split("=") for pair in changes.split(",") if pair),
     )
 
 
@@ -96,9 +98,20 @@ def key() -> int:
     return derive(7, "init")
 
 
+def kind_of(method: Method, state: Any, client: int = 0) -> tuple[Payload, Spec]:
+    """What a client is sent, and what it must answer."""
+    kinds = (
+        method.kinds(state)
+        if hasattr(method, "kinds")
+        else [(method.broadcast(state), method.expects(state))]
+    )
+    return kinds[client % len(kinds)]
+
+
 def reply(fleet: LocalFleet, method: Method, state: Any, client: int = 0, round: int = 1) -> Reply:
     """One client's real reply, through bytes both ways."""
-    message = encode(Message(round, base_of(fleet.model), method.broadcast(state)))
+    payload, _ = kind_of(method, state, client)
+    message = encode(Message(round, base_of(fleet.model), payload))
     (answer,) = fleet.ask(round, [client], message)
     assert answer.data is not None, answer.reason
     return Reply(client, answer.key, decode(answer.data).payload)

@@ -20,14 +20,16 @@ from fleetune.adapters.core import (
     trainable,
     training,
 )
+from fleetune.adapters.eva import directions
 from fleetune.adapters.folder import load, save
-from fleetune.adapters.lora import Lora, attach_lora, pairs
+from fleetune.adapters.lora import INITS, Lora, attach_lora, pairs, take_out, taken
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 from fleetune.adapters.selective import Bitfit, Full
 from fleetune.adapters.serial import Bottleneck
 
 __all__ = [
-    "Attached", "Bitfit", "Bottleneck", "Full", "Lora", "Part", "Prefix", "Prompt", "Spec", "attach", "attach_lora",
-    "attached", "detach", "digest", "export", "load", "load_", "merge", "pairs", "save", "trainable", "training",
+    "INITS", "Attached", "Bitfit", "Bottleneck", "Full", "Lora", "Part", "Prefix", "Prompt", "Spec", "attach",
+    "attach_lora", "attached", "detach", "digest", "directions", "export", "load", "load_", "merge", "pairs", "save", "take_out",
+    "taken", "trainable", "training",
 ]  # fmt: skip

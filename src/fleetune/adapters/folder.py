@@ -142,12 +142,25 @@ def _lora_in_peft(held: Attached, net: Any) -> tuple[dict[str, Any], dict[str, T
     part = held.parts[0]
     assert isinstance(part, LoraPart)
     config = part.tuner.peft_config[ADAPTER].to_dict()
+    tensors = dict(held.parameters) | _plain_lora(part)
+    if part.taken:
+        config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
     config["target_modules"] = sorted(config["target_modules"])
     if head := head_of(net):
         pooler = any(".pooler." in n for n in head)
         tops = {n.split(".")[0] for n in head if not n.startswith(net.base_model_prefix + ".")}
         config["modules_to_save"] = sorted(tops | ({"pooler"} if pooler else set()))
-    return config, {FRONT + n: p for n, p in held.parameters.items()}
+    return config, {FRONT + n: p for n, p in tensors.items()}
+
+
+def _plain_lora(part: LoraPart) -> dict[str, Tensor]:
+    """What a start took out of the base as a LoRA on the base itself: B A - B0 A0 = [B, -B0] [A; A0], rank 2 r."""
+    made = {}
+    for name, gone in part.taken.items():
+        own = part.parameters[name].detach()
+        side_by_side = ".lora_B." in name
+        made[name] = torch.cat([own, -gone if side_by_side else gone], dim=1 if side_by_side else 0)
+    return made
 
 
 def _prefix_in_peft(held: Attached, spec: Prefix, net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,35 +2,42 @@
 """LoRA, by PEFT.
 
 Hu et al. 2021, arXiv 2106.09685: a frozen layer `W0` becomes `W0 x + (alpha / r) B A x` with `A` [r, in] and
-`B` [out, r]; `B` starts at zero, so the model starts as it was.
+`B` [out, r].  Where they start is in `starts.py`; what PEFT leaves to chance there is a function of the seed and
+the layer's name here.
 
-What PEFT leaves to chance is fixed here.  `A` starts as in PEFT (Kaiming-uniform with a = sqrt(5), that is
-uniform in +-1/sqrt(in)) but is drawn from Philox words keyed by (seed, tensor name).  Names are PEFT's file
-names without the "base_model.model." in front, e.g. `model.layers.0.self_attn.q_proj.lora_A.weight`.
+A start that takes something out of the base (pissa, olora) makes it
+
+    W0 x + (alpha / r) (B A - B0 A0) x
+
+with B0, A0 the start itself, frozen, beside the layer (`taken`).  The base is never written to.
+
+Names are PEFT's file names without the "base_model.model." in front, e.g.
+`model.layers.0.self_attn.q_proj.lora_A.weight`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 import torch
 from peft import LoraConfig, LoraModel, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fleetune import models
-from fleetune.adapters.core import attach, private_rng
+from fleetune.adapters.core import attach, attached, private_rng
 from fleetune.adapters.layers import head_of, layers_of
-from fleetune.errors import ModelError
+from fleetune.adapters.starts import DRAWN, TAKEN
+from fleetune.errors import MessageError, ModelError
 from fleetune.models import Model
 
 ADAPTER: Final = "default"  # PEFT's name for a model's only adapter
 ALL_LINEAR: Final = "all-linear"
 QUERY_VALUE: Final = "query-value"
-INITS: Final = ("default",)
+INITS: Final = (*DRAWN, *TAKEN)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Lora:
 
     `targets` is "all-linear" (every linear layer but the output head), "query-value" (these projections of
     attention, the LoRA paper's choice) or the last parts of module names, as a sequence or separated by commas.
-    `init` is "default".
+    `init` is one of `INITS` (`starts.py`).
     """
 
     r: int
@@ -62,37 +69,56 @@ class Lora:
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=_targets(model.net, self.targets),
+            exclude_modules=_apart(model.net) or None,  # a leaf's name may be that of a head's module, too
+            fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.net.modules()),
             task_type=TaskType.SEQ_CLS if head_of(model.net) else TaskType.CAUSAL_LM,
         )
         with private_rng(model.device):
             tuner = LoraModel(model.net, config, ADAPTER)
-        parameters = {}
-        for name, parameter in sorted(model.net.named_parameters(), key=lambda item: item[0]):
-            if f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name:
-                short = name.replace(f".{ADAPTER}.", ".")
-                parameter.data = _start(short, parameter, seed)
-                parameters[short] = parameter
-        return LoraPart(tuner, parameters)
+        part = _part(tuner)
+        try:
+            _begin(part, self, seed)
+        except ModelError:
+            part.remove()
+            raise
+        return part
 
 
 @dataclass(frozen=True)
 class LoraPart:
-    """The factors that PEFT has put beside the linear layers of a net."""
+    """The factors that PEFT has put beside the linear layers of a net, and those that are held fixed."""
 
     tuner: LoraModel
+    layers: Mapping[str, Any]  # PEFT's, by the name of the linear layer
     parameters: Mapping[str, nn.Parameter]
+    taken: dict[str, Tensor] = field(default_factory=dict)  # B0, A0, fp32, under the parameters' names
+    hooks: list[Any] = field(default_factory=list)
+
+    def take_out(self, factors: Mapping[str, Tensor]) -> None:
+        """Take (alpha / r) B0 A0 out of the base's layers, without touching them; {} takes nothing out."""
+        self.taken.clear()
+        self.taken.update(factors)
+        if factors and not self.hooks:
+            for name, layer in self.layers.items():
+                hook = _without(self.taken, name, layer.scaling[ADAPTER])
+                self.hooks.append(layer.get_base_layer().register_forward_hook(hook))
 
     def remove(self) -> None:
         """Put the plain layers back."""
+        for hook in self.hooks:
+            hook.remove()
         self.tuner.unload()
 
     def fold(self) -> None:
-        """w <- round(w + (alpha / r) B A), added in fp32, rounded once."""
+        """w <- round(w + (alpha / r) (B A - B0 A0)), added in fp32, rounded once."""
         with torch.no_grad():
-            for layer in self.tuner.model.modules():
-                if isinstance(layer, BaseTunerLayer):
-                    weight = layer.get_base_layer().weight
-                    weight.copy_(weight.float().add_(layer.get_delta_weight(ADAPTER).float()))
+            for name, layer in self.layers.items():
+                weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER).float()
+                if self.taken:
+                    b0, a0 = (self.taken[n] for n in _names(name))
+                    gone = layer.scaling[ADAPTER] * (b0 @ a0)
+                    delta -= gone.T if layer.fan_in_fan_out else gone
+                weight.copy_(weight.float().add_(delta))
 
 
 def attach_lora(
@@ -109,9 +135,102 @@ def attach_lora(
     attach(model, Lora(r, alpha, dropout, targets, init), seed=seed)
 
 
+def taken(model: Model) -> dict[str, np.ndarray]:
+    """fp32 copies of the factors B0, A0 that a start took out of the base, by name; {} when it took nothing."""
+    held = {
+        n: t for part in attached(model).parts if isinstance(part, LoraPart) for n, t in part.taken.items()
+    }
+    return {n: t.cpu().numpy().copy() for n, t in sorted(held.items())}
+
+
+def take_out(model: Model, factors: Mapping[str, np.ndarray]) -> None:
+    """Take these factors out of the base, as the one who started the adapter did ({}: nothing).
+
+    MessageError, with nothing changed, unless they have the names, shapes and dtype (fp32) of the adapter's own.
+    """
+    part = next((part for part in attached(model).parts if isinstance(part, LoraPart)), None)
+    own = part.parameters if part else {}
+    odd = [
+        name
+        for name in sorted(factors.keys() | (own.keys() if factors else ()))
+        if name not in factors
+        or name not in own
+        or factors[name].shape != tuple(own[name].shape)
+        or factors[name].dtype != np.float32
+    ]
+    if odd:
+        raise MessageError(
+            f"the start's tensors differ in {len(odd)} from this model's adapter, e.g. '{odd[0]}'"
+        )
+    if part:
+        part.take_out(
+            {n: torch.from_numpy(np.array(a)).to(own[n].device) for n, a in sorted(factors.items())}
+        )
+
+
+def pairs(tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Layer -> the names of its (B [out, r], A [r, in]) among an adapter's tensor names."""
+    layers = sorted(n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight"))
+    return {layer: _names(layer) for layer in layers}
+
+
+def _names(layer: str) -> tuple[str, str]:
+    return f"{layer}.lora_B.weight", f"{layer}.lora_A.weight"
+
+
+def _part(tuner: LoraModel) -> LoraPart:
+    layers = {n: m for n, m in tuner.model.named_modules() if isinstance(m, BaseTunerLayer)}
+    parameters: dict[str, nn.Parameter] = {}
+    for name, layer in layers.items():
+        b, a = _names(name)
+        parameters |= {b: layer.lora_B[ADAPTER].weight, a: layer.lora_A[ADAPTER].weight}
+    return LoraPart(tuner, layers, dict(sorted(parameters.items())))
+
+
+def _begin(part: LoraPart, spec: Lora, seed: int) -> None:
+    """Set the factors to their start, fp32; ModelError when the start does not fit a layer."""
+    start: dict[str, Tensor] = {}
+    for name, layer in part.layers.items():
+        weight = layer.get_base_layer().weight
+        weight = weight.T if layer.fan_in_fan_out else weight
+        out, into = weight.shape
+        if spec.init in TAKEN:
+            if spec.r > min(out, into):
+                raise ModelError(
+                    f"a {spec.init} start needs a rank up to the smaller side of every layer, r is {spec.r}",
+                    hint=f"use r={min(out, into)} or less: {name} is {out} x {into}",
+                )
+            factors = TAKEN[spec.init](weight.detach().float(), spec.r, layer.scaling[ADAPTER])
+        else:
+            drawn = DRAWN[spec.init](name, out, into, spec.r, seed)
+            factors = torch.from_numpy(drawn[0]), torch.from_numpy(drawn[1])
+        start |= dict(zip(_names(name), factors, strict=True))
+    for name, parameter in part.parameters.items():
+        parameter.data = start[name].to(parameter.device, torch.float32).contiguous()
+    if spec.init in TAKEN:
+        part.take_out({n: p.detach().clone() for n, p in part.parameters.items()})
+
+
+def _without(taken: Mapping[str, Tensor], layer: str, scale: float) -> Any:
+    """A hook on the base's layer that takes scale B0 A0 x off its output, while `taken` holds them."""
+    b, a = _names(layer)
+
+    def take(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if not taken:
+            return output
+        gone = F.linear(F.linear(args[0].float(), taken[a]), taken[b])
+        return output - (scale * gone).to(output.dtype)
+
+    return take
+
+
+def _apart(net: Any) -> list[str]:
+    """The modules of a classification head, which is trained itself, in full."""
+    return sorted({n.rpartition(".")[0] for n in head_of(net)})
+
+
 def _targets(net: Any, targets: str | Sequence[str]) -> list[str]:
-    head = net.get_output_embeddings()
-    apart = {n.rpartition(".")[0] for n in head_of(net)}  # trained itself, in full
+    head, apart = net.get_output_embeddings(), _apart(net)
     linear = {
         n
         for n, m in net.named_modules()
@@ -130,17 +249,3 @@ def _targets(net: Any, targets: str | Sequence[str]) -> list[str]:
             hint="choose from " + ", ".join(leaves),
         )
     return wanted
-
-
-def _start(name: str, parameter: Tensor, seed: int) -> Tensor:
-    shape = tuple(parameter.shape)
-    if ".lora_B." in name:
-        return torch.zeros(shape, dtype=torch.float32, device=parameter.device)
-    values = models.uniform(f"lora/{seed}/{name}", shape, 1 / math.sqrt(shape[1]))
-    return torch.from_numpy(values).to(parameter.device)
-
-
-def pairs(tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Layer -> the names of its (B [out, r], A [r, in]) among an adapter's tensor names."""
-    layers = sorted(n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight"))
-    return {layer: (f"{layer}.lora_B.weight", f"{layer}.lora_A.weight") for layer in layers}

@@ -14,6 +14,8 @@ with U S V' = W0 (the r largest), Q R = W0 and s = alpha / r.  A drawn start is 
 name) alone, made of Philox words without a math library: equal bits on every machine.  `orthogonal` needs
 one (so does every decomposition), so its numbers are only equal where they were sent from.
 
+`eva` (`eva.py`) is the one that looks at data.
+
 The last two start at B A != 0, so they take s B0 A0 out of the base.  Here the base is never written to: the
 part taken out hangs beside it as frozen factors (-B0, A0), so that nothing is rounded away, taking the
 adapter off gives the base back bit for bit, and all devices agree on what was taken out as soon as they
@@ -66,7 +68,7 @@ def shared(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
 def orthogonal(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
     """Both factors random, their product zero: their inner sides are halves of one orthogonal matrix."""
     if r % 2:
-        raise ModelError(f"init=orthogonal needs an even rank, r is {r}", hint=f"use r={r + 1}")
+        raise ModelError(f"an orthogonal start needs an even rank, r is {r}", hint=f"use r={r + 1}")
     q, _ = np.linalg.qr(_normal(seed, layer, "Q", r, r).astype(np.float64))
     a = _normal(seed, layer, "A", into, r // 2) @ q[0::2] / 10
     b = _normal(seed, layer, "B", out, r // 2) @ q[1::2] / 10

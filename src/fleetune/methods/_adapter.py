@@ -55,6 +55,7 @@ class State(NamedTuple):
     moments: Tensors = NOTHING
     c: Tensors = NOTHING
     seen: np.ndarray = NOBODY  # devices that c is the mean of
+    start: Tensors = NOTHING  # what a LoRA's start took out of the base (B0, A0)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,19 @@ class Training:
         return [self.lr * (1 - t / count if self.decay else 1) for t in range(count)]
 
 
+def begin(model: Model, seed: int, wire: str) -> State:
+    """The state of the module that `model` carries; what its start took out is as every device will have it."""
+    start = group(coded(adapters.taken(model), wire))
+    adapters.take_out(model, start)
+    return State(adapters.export(model), seed, start=start)
+
+
+def apply(model: Model, state: State) -> None:
+    """Make `model`, which has the module on it, the tuned one."""
+    adapters.take_out(model, state.start)
+    adapters.load_(model, state.tensors)
+
+
 # ---------------------------------------------------------------- a device
 
 
@@ -100,6 +114,7 @@ def local(
 ) -> Payload:
     """Load what came, train, and give what goes back; the module is then what was sent."""
     w, c, c_k = group(payload.arrays), group(payload.arrays, "c/"), group(memory, "c/")
+    adapters.take_out(model, group(payload.arrays, "start/"))
     adapters.load_(model, w)
     pull = {n: np.asarray(c.get(n, 0.0) - c_k.get(n, 0.0)) for n in w} if how.scaffold and (c or c_k) else {}
     loss = train(model, batches, key, how, pull)
@@ -180,8 +195,8 @@ def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
 
 
 def broadcast(state: State, wire: str) -> Payload:
-    """The module, and SCAFFOLD's c once there is one."""
-    arrays = coded(state.tensors, wire) | coded(state.c, wire, "c/")
+    """The module, what its start took out of the base, and SCAFFOLD's c once there is one."""
+    arrays = coded(state.tensors, wire) | coded(state.start, wire, "start/") | coded(state.c, wire, "c/")
     return Payload(arrays, {"seed": state.seed})
 
 
