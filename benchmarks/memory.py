@@ -69,14 +69,14 @@ def main(mode: str, dtype: str, quick: bool) -> None:
     model = shape.model(quick, dtype)
     batch = shape.batch(quick, 16, 64)
     if mode in MODES[1:3]:
-        _load_kernels(dtype)
+        load_kernels(dtype)
     release_memory()
     loaded = rss()
     WORK[mode](model, batch)
     print(json.dumps({"loaded": loaded, "peak": peak_rss()}))
 
 
-def _load_kernels(dtype: str) -> None:
+def load_kernels(dtype: str) -> None:
     # All that a process loads and compiles to tune any model: one step on a single small layer.
     layer = torch.nn.Linear(64, 128, bias=False, dtype=shape.DTYPES[dtype]).requires_grad_(False)
     view = View([("weight", layer.weight)], layer, run_key=1, law="pooled", grid=mezo_step.GRID)

@@ -4,11 +4,12 @@
 Each measurement is a process of its own that loads a model from disk and does one round of a few steps the
 way a device does: a message comes in, the method's own `local` works on it (`fleets.local`), a message goes
 out.  Full SGD and Adam, which are no methods, take the same steps through the same loss.  The peak is that of
-the whole process, interpreter and libraries with it.
+the whole process, interpreter and libraries with it; "inference with kernels" is inference in a process that
+has loaded the compiled kernels, which do not depend on the model.
 
-    python -m benchmarks.plan_memory [MODEL] [--batch B] [--length T] [--steps S] [--dtype D]
+    python -m benchmarks.plan_memory [MODEL] [--only NAME ..] [--batch B] [--length T] [--steps S] [--dtype D] [--json]
 
-prints one JSON object; MODEL is smollm2-135m unless stated.
+prints a table (or one JSON object); MODEL is smollm2-135m unless stated.
 """
 
 from __future__ import annotations
@@ -16,33 +17,60 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
 
 from benchmarks.harness import child
 
-PARTS = ("inference", "mezo", "fedkseed", "fedit", "full SGD", "full Adam")
-SETTINGS = {"mezo": "tau", "fedkseed": "tau", "fedit": "steps"}
+KERNELS: Final = "inference with kernels"
+# A method's settings for one step; the curvature of fedpeptao's first round takes fewer products than it would.
+SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "mezo": {"tau": 1}, "zosgd": {"tau": 1}, "fedkseed": {"tau": 1}, "onebyte": {"directions": 1},
+        "fwdllm": {"P": 1}, "fedit": {"steps": 1}, "fedpetuning": {"steps": 1}, "fedpeptao": {"steps": 1, "lanczos": 3},
+    }
+)  # fmt: skip
+PARTS: Final = ("inference", KERNELS, *SETTINGS, "full SGD", "full Adam")
 
 
 def compare(
-    model: str, names: tuple[str, ...], batch: int, length: int, steps: int, dtype: str
+    model: str, names: Sequence[str], batch: int, length: int, steps: int, dtype: str
 ) -> dict[str, Any]:
     """Predicted and measured peak bytes and seconds a step of the named rows of the plan, and their ratios."""
-    from fleetune import models, plan
+    from fleetune import costs, models, plan
 
     work = plan.Work(batch, length, steps, dtype)
     planned = {row.method: row for row in plan.table(models.load_config(model), work)}
-    rows = {}
+    rows: dict[str, Any] = {}
     for name in names:
         seen = child("plan_memory", model, "--one", name, "--batch", batch, "--length", length,
                      "--steps", steps, "--dtype", dtype)  # fmt: skip
-        peak, seconds = planned[name].peak, planned[name].seconds
+        row = planned["inference" if name == KERNELS else name]
+        peak = row.peak + costs.KERNELS * (name == KERNELS)
         rows[name] = {
-            "predicted": peak, "measured": seen["peak"], "ratio": round(peak / seen["peak"], 3),
-            "parts": planned[name].parts, "predicted_step_seconds": seconds and round(seconds / steps, 3),
+            "measured": seen["peak"], "predicted": peak, "ratio": round(peak / seen["peak"], 3), "parts": row.parts,
+            "predicted_step_seconds": row.seconds and round(row.seconds / steps, 3),
             "measured_step_seconds": round(seen["seconds"] / steps, 3),
         }  # fmt: skip
     return {"model": model, "batch": batch, "length": length, "steps": steps, "dtype": dtype, "rows": rows}
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """The comparison as lines: peaks in MB, and what each is of inference's, bare and with the kernels loaded."""
+    rows = found["rows"]
+    heads = ["", "measured", "of inference", "with kernels", "plan", "plan / measured"]
+    lines = [heads]
+    for name, row in rows.items():
+        of = [
+            f"{row['measured'] / rows[base]['measured']:.3f}" if base in rows else ""
+            for base in ("inference", KERNELS)
+        ]
+        mb = [f"{row[kind] / 1e6:,.0f} MB" for kind in ("measured", "predicted")]
+        lines.append([name, mb[0], *of, mb[1], f"{row['ratio']:.3f}"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    said = "{model}, {dtype}, {steps} steps of {batch} x {length} tokens".format(**found)
+    return "\n".join([said, *("  ".join(map(str.rjust, line, widths)) for line in lines)])
 
 
 def one(name: str, model_name: str, batch: int, length: int, steps: int, dtype: str) -> dict[str, float]:
@@ -52,34 +80,46 @@ def one(name: str, model_name: str, batch: int, length: int, steps: int, dtype: 
     from fleetune import models
 
     torch.set_num_threads(1)
-    model = models.load(model_name, dtype=dtype, device="cpu")
-    rows = _rows(model.net.config.vocab_size, batch, length)
+    model = models.load(model_name, dtype=dtype, device="cpu", labels=("no", "yes"))
+    if name == KERNELS:
+        from benchmarks.memory import load_kernels
+
+        load_kernels(dtype)
+    rows = _rows(model, batch, length)
     seconds = (_round if name in SETTINGS else _steps)(name, model, rows, batch, steps)
     from fleetune.rounds import peak_rss
 
     return {"peak": peak_rss(), "seconds": seconds}
 
 
-def _rows(vocab: int, batch: int, length: int) -> list[Any]:
-    """Rows of `length` random tokens and a little less, as rows of a batch are; the answer is all but the first."""
+def _rows(model: Any, batch: int, length: int) -> list[Any]:
+    """Rows of `length` random tokens and a little less, as rows of a batch are; the answer is all but the first.
+
+    For an encoder the answer is one of two labels.
+    """
     import numpy as np
 
     from fleetune.data import Encoded
 
     rng = np.random.default_rng(0)
     sizes = [length - 3 * (i % 5) if batch > 1 else length for i in range(2 * batch)]
-    return [Encoded(rng.integers(0, vocab, max(2, size), dtype=np.int32), 1) for size in sizes]
+    ids = [rng.integers(0, model.net.config.vocab_size, max(2, size), dtype=np.int32) for size in sizes]
+    if model.labels:
+        return [Encoded(row, 0, np.zeros_like(row), i % 2) for i, row in enumerate(ids)]
+    return [Encoded(row, 1) for row in ids]
 
 
 def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> float:
     """A method's own round, from bytes to bytes."""
     from fleetune import methods
     from fleetune.fleets.local import LocalFleet
+    from fleetune.losses import pad_id
     from fleetune.messages import Message, encode
 
-    method = methods.make(name, {"batch_size": batch, SETTINGS[name]: steps})
+    (counted, _), *more = SETTINGS[name].items()
+    method = methods.make(name, {"batch_size": batch, counted: steps} | dict(more))
     state = method.init(model, 7)
-    fleet = LocalFleet(model, method, [rows], 0, 0)
+    fleet = LocalFleet(model, method, [rows], 0, pad_id(model))
     message = encode(Message(1, bytes.fromhex(model.digest)[:8], method.broadcast(state)))
     (answer,) = fleet.ask(1, [0], message)
     if answer.data is None:
@@ -95,9 +135,10 @@ def _steps(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
 
     from fleetune import objectives
     from fleetune.data import Batches
+    from fleetune.losses import pad_id
 
-    began, batches = time.monotonic(), Batches(rows, 0, 1).steps(steps, batch)
-    if name == "inference":
+    began, batches = time.monotonic(), Batches(rows, pad_id(model), 1).steps(steps, batch)
+    if name in ("inference", KERNELS):
         loss = objectives.get("loss")
         for part in batches:
             loss(model, part)
@@ -119,16 +160,22 @@ def main() -> None:
         "benchmarks.plan_memory", description="The plan's peak memory against measured."
     )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help=", ".join(PARTS)
+    )
     parser.add_argument("--one", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--json", action="store_true", help="every number, as one JSON object")
     o = parser.parse_args()
     work = (o.batch, o.length, o.steps, o.dtype)
-    found = one(o.one, o.model, *work) if o.one else compare(o.model, tuple(o.only), *work)
-    print(json.dumps(found, indent=None if o.one else 1))
+    if o.one:
+        print(json.dumps(one(o.one, o.model, *work)))
+        return
+    found = compare(o.model, o.only, *work)
+    print(json.dumps(found, indent=1) if o.json else text(found))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from fleetune.costs import Rates, Work
 from fleetune.errors import FitError, UsageError
 from fleetune.shapes import shape_of
 from fleetune.text import human_bytes, human_count, human_time
+from fleetune.traffic import METHODS, traffic
+from fleetune.traffic import module as modules
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -89,27 +91,28 @@ def table(
 ) -> list[Row]:
     """The costs of every method and of the comparisons, on one device and for one of its rounds.
 
+    A method is left out where it has no place on the model (query and value projections that are not found).
     `ram` in bytes, `uplink` in bytes a second.  `rates` None measures this machine, which takes some tenths
     of a second.
     """
     shape = shape_of(config)
     speed = rates or costs.calibrate(work)
-    traffic, rank = costs.traffic(shape, work), costs.lora_rank()
     weights = shape.params * work.size
     rows = []
-    for name in (*costs.METHODS, *costs.COMPARISON):
-        up, down = traffic.get(name, (None, None) if name == "inference" else (weights, weights))
-        parts = costs.memory(shape, work, name, rank)
-        trainable = {"fedit": shape.lora(rank), "inference": 0}.get(name, shape.params)
-        seconds = (
-            None if name == "inference" else work.steps * costs.step_seconds(shape, work, name, speed, rank)
-        )
+    for name in (*METHODS, *costs.COMPARISON):
+        module = modules(shape, name)
+        if module is None:
+            continue
+        tunes, infers = name in METHODS, name == "inference"
+        up, down = traffic(shape, work, name) if tunes else (None, None) if infers else (weights, weights)
+        parts = costs.memory(shape, work, name, module)
+        trainable = 0 if infers else module.size or shape.params
+        seconds = None if infers else work.steps * costs.step_seconds(shape, work, name, speed, module)
         sending = up / uplink if up is not None and uplink else None
-        peak = sum(parts.values())
         rows.append(
             Row(
-                name, f"r={rank}" if name == "fedit" else "", name in costs.METHODS, peak, parts, trainable,
-                up, down, costs.PASSES[name], seconds, sending, ram,
+                name, module.note, tunes, sum(parts.values()), parts, trainable, up, down,
+                costs.PASSES.get(name, 2), seconds, sending, ram,
             )
         )  # fmt: skip
     return rows
@@ -133,8 +136,9 @@ def cells(row: Row) -> list[str]:
 def best(rows: Sequence[Row]) -> str:
     """The method to begin with; FitError when none fits.
 
-    FedIT learns most from a step, so it is the one where it fits with room to spare and is not longer at
-    sending than at computing; else FedKSeed (and MeZO where nothing but it fits).
+    An adapter that is back-propagated learns most from a step, so it is one of these, FedIT's on all layers
+    before FedPETuning's smaller one, where it fits with room to spare and is not longer at sending than at
+    computing; else FedKSeed (and MeZO where nothing but it fits).
     """
     fitting = [row for row in rows if row.tunes and row.spare >= 0]
     if not fitting:
@@ -144,13 +148,11 @@ def best(rows: Sequence[Row]) -> str:
             f"more ({human_bytes(least.peak)}, of which {human_bytes(least.parts['weights'])} are weights)",
             hint="--dtype bf16, a shorter --length, a smaller --batch, or a smaller model",
         )
-    for row in fitting:
-        if (
-            row.method == "fedit"
-            and row.fits != "yes, tight"
-            and (row.sending or 0.0) <= (row.seconds or 0.0)
-        ):
-            return "fedit"
+    for name in ("fedit", "fedpetuning"):
+        for row in fitting:
+            slow = (row.sending or 0.0) > (row.seconds or 0.0)
+            if row.method == name and row.fits != "yes, tight" and not slow:
+                return name
     return fitting[0].method
 
 

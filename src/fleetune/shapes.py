@@ -9,10 +9,13 @@ and its activations a fair guess.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from fleetune.adapters.layers import Layer
 
 
 class Linear(NamedTuple):
@@ -37,21 +40,15 @@ class Shape(NamedTuple):
     norms: int  # floats that norms keep (in fp32 whatever the weights are)
     padded: int  # further floats kept when rows are padded (keys and values repeated for every head)
     largest: int  # elements of the largest tensor
+    attention: tuple[tuple[str, int], ...]  # each layer's attention module, and the numbers of a token's key
+    query_value: tuple[Linear, ...]  # the projections that LoRA adapts by default
     labels: int = 0  # label words that an encoder's head chooses among (0: a causal language model)
+    head: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # of an encoder: trained with any module
 
     @property
     def outputs(self) -> int:
         """Numbers that the head gives at a scored position."""
         return self.labels or self.vocab
-
-    @property
-    def inputs(self) -> int:
-        """Inputs of all adapted layers, a token."""
-        return sum(linear.into for linear in self.linears)
-
-    def lora(self, r: int) -> int:
-        """Parameters of LoRA of rank r on all linear layers."""
-        return sum(r * (linear.out + linear.into) for linear in self.linears)
 
 
 def shape_of(config: PretrainedConfig) -> Shape:
@@ -104,6 +101,8 @@ def _llama(c: Mapping[str, Any], family: str) -> Shape:
         norms=layers * (2 * h + (q + kv) * head_norms),
         padded=layers * 2 * (q - kv),
         largest=max(vocab * h, inner * h, q * h),
+        attention=tuple((f"model.layers.{i}.self_attn", kv) for i in range(layers)),
+        query_value=tuple(x for x in linears if x.name.endswith((".q_proj", ".v_proj"))),
     )  # fmt: skip
 
 
@@ -113,7 +112,7 @@ def counted(config: PretrainedConfig) -> Shape:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.pytorch_utils import Conv1D
 
-    from fleetune.encoders import head_names
+    from fleetune.adapters.layers import head_of
     from fleetune.hfdir import is_encoder
 
     encoder = is_encoder(config)
@@ -121,12 +120,14 @@ def counted(config: PretrainedConfig) -> Shape:
         kind = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
         net = kind.from_config(config)
     head, table = net.get_output_embeddings(), net.get_input_embeddings().weight
-    own = {name.rpartition(".")[0] for name in head_names(net)} if encoder else set()
+    own = {name.rpartition(".")[0] for name in head_of(net)}
     linears = []
     for name, module in net.named_modules():
         if module is not head and name not in own and isinstance(module, torch.nn.Linear | Conv1D):
             a, b = module.weight.shape
             linears.append(Linear(name, b, a) if isinstance(module, Conv1D) else Linear(name, a, b))
+    places = _places(net)
+    projections = {name for place in places for name in (place.query, place.value)}
     # An input that several layers of one parent share is one tensor.
     shared = {(linear.name.rpartition(".")[0], linear.into) for linear in linears}
     vocab, h = table.shape
@@ -136,5 +137,19 @@ def counted(config: PretrainedConfig) -> Shape:
         widest=2 * h + 3 * max((linear.out for linear in linears), default=h),
         kept=sum(linear.out for linear in linears) + sum(into for _, into in shared) - 2 * layers * h,
         norms=2 * layers * h, padded=0, largest=max(p.numel() for p in net.parameters()),
+        attention=tuple((place.attention, place.heads * place.width) for place in places),
+        query_value=tuple(linear for linear in linears if linear.name in projections),
         labels=config.num_labels if encoder else 0,
+        head={name: tuple(net.get_parameter(name).shape) for name in head_of(net)},
     )  # fmt: skip
+
+
+def _places(net: Any) -> list[Layer]:
+    """Where modules go in each layer; [] for a family whose names are not known."""
+    from fleetune.adapters.layers import layers_of
+    from fleetune.errors import ModelError
+
+    try:
+        return layers_of(net)
+    except ModelError:
+        return []
