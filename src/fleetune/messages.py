@@ -89,14 +89,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a payload must look like.  Shapes may hold None (any length) or -n (at most n).
-
-    `other` is a second form that is as good, told from the first by the names of its arrays.
-    """
+    """What a payload must look like.  Shapes may hold None (any length) or -n (at most n)."""
 
     arrays: Mapping[str, tuple[str, tuple[int | None, ...]]]
     scalars: Mapping[str, tuple[type, float, float]]  # type, lowest, highest
-    other: Spec | None = None
 
 
 def encode(message: Message) -> bytes:
@@ -169,8 +165,6 @@ def check(message: Message, spec: Spec, *, round: int, base: bytes) -> Payload:
     if message.base != base:
         raise MessageError(f"reply was made on base {message.base.hex()}, this run's base is {base.hex()}")
     payload = message.payload
-    if spec.other is not None and set(payload.arrays) == set(spec.other.arrays):
-        spec = spec.other
     if set(payload.arrays) != set(spec.arrays):
         raise MessageError(f"arrays {sorted(payload.arrays)} differ from the agreed {sorted(spec.arrays)}")
     if set(payload.scalars) != set(spec.scalars):

@@ -39,6 +39,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,7 +115,7 @@ class Method:
     )
     backprop: float = field(
         default=0.0,
-        metadata={"symbol": "β", "help": "share of the clients that back-propagate (law=pooled), 0 to 1"},
+        metadata={"symbol": "β", "help": "share of the clients that back-propagate, in whole percent"},
     )
     backprop_lr: float = field(
         default=3e-4, metadata={"symbol": "η_b", "help": "learning rate of a client that back-propagates"}
@@ -140,9 +141,11 @@ class Method:
             raise ValueError(f"wire = {self.wire!r} is neither byte nor sums")
         if self.epoch_rounds < 0 or self.clip < 0:
             raise ValueError("epoch_rounds and clip must be 0 or more")
-        if not 0 <= self.backprop <= 1 or not 0 < self.backprop_lr < 1e3 or self.backprop_steps < 1:
+        if not 0 <= self.backprop <= 1 or abs(self.share - Fraction(self.backprop)) > 1e-9:
+            raise ValueError(f"backprop = {self.backprop} is not a share in whole percent, 0 to 1")
+        if not 0 < self.backprop_lr < 1e3 or self.backprop_steps < 1:
             raise ValueError(
-                f"backprop = {self.backprop} must be 0 to 1, backprop_lr = {self.backprop_lr} positive "
+                f"backprop_lr = {self.backprop_lr} must be positive (and sane) "
                 f"and backprop_steps = {self.backprop_steps} at least 1"
             )
         if self.backprop and (self.law != "pooled" or self.objective != "loss" or self.pro):
@@ -194,18 +197,32 @@ class Method:
         return p
 
     def expects(self, state: State) -> Spec:
-        steps = max(self.tau, self.backprop_steps)
-        scalars = {"n": (int, 1, 1 << 31), "steps": (int, 0, steps), "loss": (float, -1e9, 1e9)}
-        if self.wire == "byte":
-            walk, projected = ("uint8", (-self.tau,)), ("uint8", (self.K,))
-        else:
-            walk, projected = ("int32", (self.K,)), ("int32", (self.K,))
-        other = Spec({"projected": projected}, scalars) if self.backprop else None
-        return Spec({"codes" if self.wire == "byte" else "sums": walk}, scalars, other)
+        """What client 0 sends; `kinds` has all of them."""
+        return self.form(self.back_propagates(0))
+
+    def form(self, back_propagates: bool) -> Spec:
+        """What a reply must look like."""
+        scalars = {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)}
+        codes, dtype = self.wire == "byte", "uint8" if self.wire == "byte" else "int32"
+        if back_propagates:
+            return Spec({"projected": (dtype, (self.K,))}, scalars)
+        if codes:
+            return Spec({"codes": (dtype, (-self.tau,))}, scalars)
+        return Spec({"sums": (dtype, (self.K,))}, {**scalars, "steps": (int, 0, self.tau)})
+
+    def kinds(self, state: State) -> list[tuple[Payload, Spec]]:
+        """The same message to all; what comes back depends on what a client can (client c: number c modulo all)."""
+        payload = self.broadcast(state)
+        return [(payload, self.form(self.back_propagates(c))) for c in range(self.share.denominator)]
+
+    @property
+    def share(self) -> Fraction:
+        """`backprop` as an exact fraction."""
+        return Fraction(round(100 * self.backprop), 100)
 
     def back_propagates(self, client: int) -> bool:
         """Whether this client is one of those that can: spread evenly over the numbers, so both sides know."""
-        return math.floor((client + 1) * self.backprop) > math.floor(client * self.backprop)
+        return math.floor((client + 1) * self.share) > math.floor(client * self.share)
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
@@ -239,10 +256,12 @@ class Method:
             clip=self.clip,
             to_units=to_units,
         )
-        scalars = {"n": batches.n, "steps": len(steps.coefficients), "loss": steps.loss}
+        scalars = {"n": batches.n, "loss": steps.loss}
+        taken = len(steps.coefficients)
         if self.wire == "byte":
-            return Payload({"codes": codes[: len(steps.coefficients)]}, scalars)
-        return Payload({"sums": self.fold(picks, steps.coefficients).astype(np.int32)}, scalars)
+            return Payload({"codes": codes[:taken]}, scalars)
+        sums = self.fold(picks, steps.coefficients).astype(np.int32)
+        return Payload({"sums": sums}, {**scalars, "steps": taken})
 
     def project(
         self, model: Model, view: View, position: Position, epoch: int, batches: Batches, key: int
@@ -264,7 +283,7 @@ class Method:
         for id, c in zip(pool_ids(epoch, np.arange(self.K)), self.decoded(reply), strict=True):
             position.move(int(id), int(c))
         position.place(view)
-        return Payload({"projected": reply}, {"n": batches.n, "steps": walk.steps, "loss": walk.loss})
+        return Payload({"projected": reply}, {"n": batches.n, "loss": walk.loss})
 
     def weight(self, p: np.ndarray | None, k: int) -> float:
         """1/(K p_k): keeps the mean step what uniform drawing would give."""
@@ -282,9 +301,10 @@ class Method:
 
     def precision(self, payload: Payload) -> float:
         """What a reply weighs: its rows, and in a mixed fleet its precision (see the module's text)."""
-        n, steps = payload.int("n"), payload.int("steps")
+        n = payload.int("n")
         if not self.backprop or "projected" in payload.arrays:
             return float(n)
+        steps = len(payload.array("codes")) if self.wire == "byte" else payload.int("steps")
         return n * steps / (steps + self.K - 1)
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
@@ -308,10 +328,11 @@ class Method:
                 seen += sums != 0
             total += w * sums
             weight += w
-        if weight == 0:
-            return state._replace(round=state.round + 1)
-        step, moments = self.server_step(total / weight, {} if fresh else state.moments)
-        ledger = state.ledger.append(pool_ids(self.epoch(state), np.arange(self.K)), step, state.round + 1)
+        ledger, moments = state.ledger, {} if fresh else state.moments
+        if weight:
+            step, moments = self.server_step(total / weight, moments)
+            ids = pool_ids(self.epoch(state), np.arange(self.K))
+            ledger = ledger.append(ids, step, state.round + 1)
         return State(ledger, state.round + 1, size, seen, moments)
 
     def server_step(

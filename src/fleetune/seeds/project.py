@@ -74,7 +74,8 @@ def _add_by_residue(sums: np.ndarray, x: Tensor, first: int) -> None:
 class Copies:
     """While entered, a view's net runs on copies of the weights that it sees, with gradients.
 
-    One more copy of the weights, for as long as this object lives; `refresh` moves it to the view's point.
+    `padding_idx` is off meanwhile: torch gives that token's embedding no gradient, though in many models it is
+    the token that ends a turn as well, on which the loss does depend.  One more copy of the weights, for as long as this object lives; `refresh` moves it to the view's point.
     """
 
     def __init__(self, view: View) -> None:
@@ -92,6 +93,10 @@ class Copies:
             names = {n: module._parameters[n] for n in own}
             self._stored.append((module, module.__dict__.pop("forward"), names))
             module._parameters.update({n: self.parameters[slot.name] for n, slot in own.items()})
+        embeddings = [m for m, _ in self.view.owners if isinstance(m, nn.Embedding)]
+        self._padding = [(m, m.padding_idx) for m in embeddings]
+        for embedding in embeddings:
+            embedding.padding_idx = None
         return self
 
     def __exit__(
@@ -103,6 +108,8 @@ class Copies:
         for module, forward, names in self._stored:
             module._parameters.update(names)
             module.forward = forward
+        for embedding, index in self._padding:
+            embedding.padding_idx = index
 
 
 class Projection:
