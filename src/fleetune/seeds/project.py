@@ -74,8 +74,9 @@ def _add_by_residue(sums: np.ndarray, x: Tensor, first: int) -> None:
 class Copies:
     """While entered, a view's net runs on copies of the weights that it sees, with gradients.
 
+    One more copy of the weights, for as long as this object lives; `refresh` moves it to the view's point.
     `padding_idx` is off meanwhile: torch gives that token's embedding no gradient, though in many models it is
-    the token that ends a turn as well, on which the loss does depend.  One more copy of the weights, for as long as this object lives; `refresh` moves it to the view's point.
+    the token that ends a turn as well, on which the loss does depend.
     """
 
     def __init__(self, view: View) -> None:
