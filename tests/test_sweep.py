@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from fleetune import job as jobs
-from fleetune import models, report, rundir, sweep
+from fleetune import models, recipe, report, rundir, sweep
 from fleetune.cli import main
 from fleetune.commands.sweep import Screen
 from fleetune.errors import FleetError, RecipeError, StorageError
@@ -120,8 +120,8 @@ def test_names_are_options_settings_or_dotted_and_flags_override_the_table():
 def test_alpha_is_the_partitions_and_set_alpha_the_methods_own():
     fedit = {**BASE, "method": "fedit", "set": {"r": 2}}
     grid = sweep.make(fedit, ["alpha=0.5,1", "set.alpha=8,16"])
-    recipe = grid.points[1].recipe
-    assert (recipe.partition, recipe.set["alpha"]) == ("dirichlet:0.5:client", 16)
+    second = grid.points[1].recipe
+    assert (second.partition, second.set["alpha"]) == ("dirichlet:0.5:client", 16)
 
 
 def test_methods_can_vary_and_a_setting_of_one_of_them_is_refused_for_the_others():
@@ -174,8 +174,8 @@ def test_bad_input_is_said_before_any_work(case, at, capsys, monkeypatch):
     monkeypatch.setattr(models, "load", no_model)
     before = sorted(at.rglob("*"))
     args, text = BAD[case]
-    recipe = [] if args is None or "nosuch.toml" in args else ["recipe.toml"]
-    code, out, err = call(capsys, "sweep", *recipe, *(args or []))
+    file = [] if args is None or "nosuch.toml" in args else ["recipe.toml"]
+    code, out, err = call(capsys, "sweep", *file, *(args or []))
     assert code == 2, err
     assert text in err
     assert err.startswith("error: ")
@@ -201,6 +201,21 @@ def test_a_dry_run_lists_the_runs_and_leaves_nothing(at, capsys):
     assert "0004-k-16-seed-6" in out
     assert "4 runs" in err
     assert not (at / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["case_study", "case_study_small"])
+def test_the_case_studies_can_be_run(name):
+    grid = sweep.make(recipe.read(Path(__file__).parents[1] / "recipes" / f"{name}.toml"))
+    assert [a.name for a in grid.axes] == ["alpha", "K"]
+    assert grid.axes[0].values == (0.5, 1.0, 1.5, 2.0, 2.5)
+    for point in grid.points:
+        jobs.check(point.recipe)
+        assert (point.recipe.clients, point.recipe.participation, point.recipe.set["batch_size"]) == (
+            200,
+            0.05,
+            1,
+        )
+        assert point.recipe.rouge_rows > 0
 
 
 # Doing them ---------------------------------------------------------------------------------------
@@ -242,13 +257,14 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
         xml.dom.minidom.parseString(text.encode())
         assert "var(" not in text
 
+    assert f"fleetune runs --out {folder}" in call(capsys, "runs")[2]
     code, out, _ = call(capsys, "runs", "--out", folder, "--json")
     assert [e["name"] for e in events(out)] == [Path(e["run"]).name for e in runs]
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_result_is_that_of_no_stop(at, capsys, monkeypatch):
-    recipe, vary = at / "recipe.toml", ["--vary", "K=8,16"]
-    recipe.write_text(RECIPE.format(rounds=3))
+    file, vary = at / "recipe.toml", ["--vary", "K=8,16"]
+    file.write_text(RECIPE.format(rounds=3))
     seen: list[int] = []
     step = Screen.step
 
@@ -259,7 +275,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_result_is_that_of_no_stop(at, capsys, 
         step(self, client, number)
 
     monkeypatch.setattr(Screen, "step", stepped)
-    code, _, err = call(capsys, "sweep", recipe, *vary)
+    code, _, err = call(capsys, "sweep", file, *vary)
     monkeypatch.setattr(Screen, "step", step)
     folder = Path("runs") / "0001-sweep-recipe"
     assert code == 130
@@ -277,7 +293,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_result_is_that_of_no_stop(at, capsys, 
     assert [e["round"] for e in rundir.events(second) if e["event"] == "round"] == [1, 2, 3]
     assert len([e for e in events(out) if e["event"] == "round" and e["run"] == second.name]) == 1
 
-    assert call(capsys, "sweep", recipe, *vary, "--out", "whole", "-qq")[0] == 0
+    assert call(capsys, "sweep", file, *vary, "--out", "whole", "-qq")[0] == 0
     assert digests(Path("whole") / "0001-sweep-recipe") == digests(folder)
 
     code, out, _ = call(capsys, "sweep", "--resume", "1", "--json")
@@ -467,6 +483,7 @@ def test_the_page_draws_a_line_a_value_and_escapes_names(tmp_path):
     assert lines["loss-by-round-K"] == 2
     assert lines["loss-by-alpha"] == 1 + 2  # the mean, and a line for each K
     assert lines["loss-by-K"] == 1 + 3
+    assert figures["loss-by-K"].count('class="band') == 1  # of the mean alone
     assert "is finished" not in html
     assert report.grid("x", AXES, [], 24)[1] == {}  # nothing has begun
 

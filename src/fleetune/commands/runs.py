@@ -27,6 +27,9 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
     rows = report.table(rundir.listing(Path(args.out)))
     for row in rows:
         ui.event({"event": "run", **row})
+    for sweep in sorted(p.parent for p in Path(args.out).glob("*/sweep.toml")):
+        ui.event({"event": "sweep", "path": str(sweep)})
+        ui.note(f"{sweep} is a sweep; its runs: fleetune runs --out {sweep}")
     if ui.json:
         return
     if not rows:
