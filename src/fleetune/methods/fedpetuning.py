@@ -22,6 +22,8 @@ A classification head, where the model has one, is trained with any of them and 
 setting is 10 clients that all take part, its large-scale cross-device setting 1,000 clients of which 10 % do:
 `recipes/fedpetuning_cross_silo.toml` and `recipes/fedpetuning_cross_device.toml`.
 
+LoRA may start elsewhere than at PEFT's default (`start`): see `fedit`.
+
 For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of taking it
 (`server`: FedAvgM, FedAdagrad, FedYogi, FedAdam); their papers are in `methods/_adapter.py` and `servers.py`.
 
@@ -36,15 +38,16 @@ What differs from the paper's code, and why:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from fleetune import adapters, servers
 from fleetune.data import Batches
 from fleetune.messages import Payload, Spec
-from fleetune.methods import Reply, _adapter
+from fleetune.methods import Reply, _adapter, _lora
 from fleetune.methods._adapter import State, Training
+from fleetune.methods._lora import STARTS
 from fleetune.models import Model
 
 KIND = "adapter"
@@ -84,6 +87,17 @@ class Method:
         default="query-value",
         metadata={"symbol": "W", "help": "lora: query-value, all-linear, or the layers' names"},
     )
+    start: str = field(
+        default="default",
+        metadata={"symbol": "A₀, B₀", "help": "lora: where A and B start: " + ", ".join(STARTS)},
+    )
+    start_data: str = field(
+        default="demo",
+        metadata={
+            "symbol": "X",
+            "help": "start=eva: rows the server has, a file or demo (the first 32 are read)",
+        },
+    )
     places: str = field(
         default="houlsby",
         metadata={"symbol": "places", "help": "adapter: houlsby (two a layer) or pfeiffer (one)"},
@@ -122,6 +136,9 @@ class Method:
             raise ValueError(f"places = {self.places!r} is neither houlsby nor pfeiffer")
         if self.size < 0 or self.lr < 0:
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
+        if self.start != "default" and self.module != "lora":
+            raise ValueError(f"start = {self.start!r} is a start of LoRA; it needs module=lora")
+        _lora.check(self.start, self.size or MODULES[self.module].size, dropout=0.0, wire=self.wire)
         self.training().check()
         servers.check(self.server, lr=self.server_lr)
 
@@ -133,16 +150,21 @@ class Method:
             wire=self.wire,
         )  # fmt: skip
 
-    def attach(self, model: Model, seed: int) -> None:
-        """Give `model` its module, unless it has it; every device derives the same start from the seed."""
+    def attach(self, model: Model, seed: int, start: str = "default") -> None:
+        """Give `model` its module, unless it has it.  (A device is sent the start's numbers.)"""
         if model.attachment is None:
             kind = MODULES[self.module]
-            adapters.attach(model, kind.spec(self, self.size or kind.size), seed=seed)
+            spec = kind.spec(self, self.size or kind.size)
+            if isinstance(spec, adapters.Lora) and start in adapters.INITS:
+                spec = replace(spec, init=start)
+            adapters.attach(model, spec, seed=seed)
 
     def init(self, model: Model, key: int) -> State:
         seed = key >> 1  # fits a signed 64-bit scalar
-        self.attach(model, seed)
-        return State(adapters.export(model), seed)
+        self.attach(model, seed, self.start)
+        if self.start == "eva":
+            _lora.see(model, self.start_data)
+        return _adapter.begin(model, seed, self.wire)
 
     def broadcast(self, state: State) -> Payload:
         return _adapter.broadcast(state, self.wire)
@@ -161,7 +183,7 @@ class Method:
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)
-        adapters.load_(model, state.tensors)
+        _adapter.apply(model, state)
 
 
 class Kind(NamedTuple):
