@@ -14,19 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from fleetune import adapters, cli, costs, methods, models, plan, shapes, traffic
+from fleetune import cli, costs, methods, models, plan, shapes, traffic
 from fleetune.data import Encoded, collate
 from fleetune.errors import FitError, UsageError
 from fleetune.fleets.local import LocalFleet
-from fleetune.messages import Message, Payload, encode
-from fleetune.models import Model, tiny_llama
+from fleetune.messages import Message, encode
+from fleetune.models import tiny_llama
 from fleetune.objectives import loss_tensor
 from fleetune.rounds import peak_rss
-from fleetune.tiny import tiny_bert, tiny_roberta
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = plan.Rates(flops=1e11, copy=1e10)
@@ -79,22 +76,6 @@ def test_another_family_is_counted_on_the_meta_device() -> None:
     assert min(row.peak for row in plan.table(config, plan.Work(), rates=RATES)) > costs.FLOOR
 
 
-ADAPTED = ["fedit", "fedpetuning", "fedpeptao", "fwdllm"]
-MODELS = {"llama": tiny_llama, "bert": tiny_bert, "roberta": tiny_roberta}
-
-
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("name", ADAPTED)
-def test_what_a_method_trains_is_what_it_attaches(name: str, family: str) -> None:
-    model = MODELS[family]()
-    module = traffic.module(shapes.shape_of(model.net.config), name)
-    methods.make(name, {}).init(model, 1)
-    trained = {n: tuple(p.shape) for n, p in adapters.trainable(model).items()}
-    assert module is not None
-    assert module.tensors == trained
-    assert module.size == sum(p.numel() for p in adapters.trainable(model).values())
-
-
 def test_what_has_no_place_on_a_model_is_not_planned() -> None:
     config = AutoConfig.for_model("gpt2", vocab_size=60, n_embd=32, n_layer=2, n_head=4)
     found = {row.method for row in plan.table(config, plan.Work(), rates=RATES)}
@@ -129,65 +110,6 @@ def test_importing_it_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, fleetune.plan; print([m for m in ('torch', 'transformers', 'numba') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-# --- bytes on the wire ------------------------------------------------------------------------------------
-
-
-@given(
-    st.dictionaries(
-        st.text(min_size=1, max_size=40),
-        st.tuples(st.sampled_from(["uint8", "int16", "float32"]), st.lists(st.integers(0, 300), max_size=2)),
-        max_size=20,
-    ),
-    st.dictionaries(
-        st.text(max_size=5), st.one_of(st.integers(0, 1 << 63), st.floats(allow_nan=False)), max_size=3
-    ),
-)
-@settings(max_examples=60, deadline=None)
-def test_message_bytes_is_the_length_of_the_message(arrays: Any, scalars: Any) -> None:
-    payload = Payload({n: np.zeros(shape, kind) for n, (kind, shape) in arrays.items()}, scalars)
-    told = {n: (kind, tuple(shape)) for n, (kind, shape) in arrays.items()}
-    assert traffic.message_bytes(told, scalars) == len(encode(Message(1, bytes(8), payload)))
-
-
-def _filled(method: Any, model: Model) -> Any:
-    """A state whose sums need their full 32 bits."""
-    state = method.init(model, (1 << 63) + 5)
-    if not hasattr(state, "ledger"):
-        return state
-    ledger = state.ledger.append(np.zeros(1, np.uint64), np.array([1 << 20]), 1)
-    head = dataclasses.replace(ledger.head, run_key=(1 << 63) + 7)
-    state = state._replace(ledger=dataclasses.replace(ledger, head=head))
-    return state._replace(step=4096) if hasattr(state, "step") else state
-
-
-@pytest.mark.parametrize("family", ["llama", "bert"])
-@pytest.mark.parametrize("name", traffic.METHODS)
-def test_traffic_is_that_of_a_real_round(name: str, family: str) -> None:
-    model = MODELS[family]()
-    ids = np.arange(9, dtype=np.int32)
-    row = Encoded(ids, 0, ids * 0, 1) if model.labels else Encoded(ids, 4)
-    more = {"layers_rule": "all"} if name == "fedpeptao" else {}  # all layers travel, and nothing is measured
-    method = methods.make(name, {traffic.STEPS[name]: 3, "batch_size": 2, **more})
-    message = encode(Message(1, bytes(8), method.broadcast(_filled(method, model))))
-    (answer,) = LocalFleet(model, method, [[row] * traffic.ROWS], 0, 0).ask(1, [0], message)
-    assert answer.data is not None, answer.reason
-    table = plan.table(model.net.config, plan.Work(batch=2, length=9, steps=3), rates=RATES)
-    planned = next(r for r in table if r.method == name)
-    assert (planned.bytes_up, planned.bytes_down) == (len(answer.data), len(message))
-
-
-def test_one_byte_has_a_pool_as_large_as_its_steps_need() -> None:
-    row = next(r for r in plan.table(LLAMA_7B, plan.Work(steps=5000), rates=RATES) if r.method == "onebyte")
-    assert 5000 < (row.bytes_up or 0) < 5100
-    assert (row.bytes_down or 0) > 4 * 8192
-
-
-def test_a_step_of_fedkseed_is_one_byte() -> None:
-    up = {n: plan.table(LLAMA_7B, plan.Work(steps=n), rates=RATES)[0].bytes_up for n in (200, 250)}
-    assert up[250] - up[200] == 50
-    assert 0 < up[200] - 200 < 100
 
 
 # --- time -------------------------------------------------------------------------------------------------
@@ -393,11 +315,16 @@ def test_what_autograd_keeps_is_counted(method: str, batch: int, dtype: str) -> 
     assert expected == pytest.approx(bytes_kept, rel=0.03)
 
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "wide": {"vocab": 8192, "hidden": 768, "layers": 7, "heads": 12, "kv_heads": 4},
     "deep": {"vocab": 12288, "hidden": 384, "layers": 14, "heads": 6, "kv_heads": 6},
 }
 WORK = {"wide": (1, 160), "deep": (4, 144)}  # batch, length
+NEAR = 0.15
+measured_here = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or torch.version.cuda is not None,
+    reason="the plan's floor was measured with torch for the CPU on Linux",
+)
 
 
 @pytest.fixture(scope="module")
@@ -405,41 +332,37 @@ def compiled() -> None:
     """The kernels are compiled and cached: a process that compiles them needs more memory, once in a life."""
     model = tiny_llama()
     method = methods.make("mezo", {"tau": 2, "batch_size": 1})
-    message = encode(Message(1, bytes(8), method.broadcast(_filled("mezo", method, model))))
+    message = encode(Message(1, bytes(8), method.broadcast(method.init(model, 5))))
     list(LocalFleet(model, method, [[Encoded(np.arange(9, dtype=np.int32), 4)]], 0, 0).ask(1, [0], message))
 
 
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux") or torch.version.cuda is not None,
-    reason="the plan's floor was measured with torch for the CPU on Linux",
-)
-@pytest.mark.parametrize("which", SHAPES)
+@measured_here
+@pytest.mark.parametrize(("name", "which"), [("mezo", "wide"), ("fedit", "wide"), ("fedpetuning", "deep")])
 @pytest.mark.usefixtures("compiled")
-def test_predicted_memory_is_within_15_percent_of_measured(which: str, tmp_path: Path) -> None:
+def test_predicted_memory_is_within_15_percent_of_measured(name: str, which: str, tmp_path: Path) -> None:
     model = tiny_llama(**SHAPES[which])
     models.save(model.net, model.tokenizer, tmp_path / "model")
-    batch, length = WORK[which]
-    work = plan.Work(batch, length, 3)
+    work = plan.Work(*WORK[which], 3)
     rows = {r.method: r for r in plan.table(model.net.config, work, rates=RATES)}
     del model
-    for name in traffic.METHODS:
-        peak = _measured(name, tmp_path / "model", work)
-        predicted = rows[name]
-        assert predicted.peak == pytest.approx(peak, rel=0.15), name
+    assert rows[name].peak == pytest.approx(_measured(name, str(tmp_path / "model"), work), rel=NEAR)
 
 
-def _measured(name: str, model: Path, work: plan.Work) -> int:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.plan_memory",
-        str(model),
-        "--one",
-        name,
-        "--batch",
-        str(work.batch),
-    ]
-    command += ["--length", str(work.length), "--steps", str(work.steps), "--dtype", work.dtype]
+@measured_here
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*traffic.METHODS, *costs.COMPARISON])
+@pytest.mark.parametrize(("model", "work"), [("smollm2-135m", (4, 128)), ("minilm-l6", (16, 64))])
+@pytest.mark.usefixtures("compiled")
+def test_predicted_memory_of_real_models(model: str, work: tuple[int, int], name: str) -> None:
+    asked = plan.Work(*work, 2)
+    rows = {r.method: r for r in plan.table(models.load_config(model), asked, rates=RATES)}
+    assert rows[name].peak == pytest.approx(_measured(name, model, asked), rel=NEAR)
+
+
+def _measured(name: str, model: str, work: plan.Work) -> int:
+    command = [sys.executable, "-m", "benchmarks.plan_memory", model, "--one", name, "--dtype", work.dtype]
+    for option in ("batch", "length", "steps"):
+        command += [f"--{option}", str(getattr(work, option))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(json.loads(done.stdout.splitlines()[-1])["peak"])
