@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fleetune import adapters, data, methods, models, objectives, report, rounds, rundir
+from fleetune import adapters, data, facts, methods, models, objectives, report, rounds, rundir
 from fleetune import recipe as recipes
 from fleetune.answers import generate, must_write
 from fleetune.data import Encoded, Example
@@ -236,8 +236,8 @@ def _tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
     recipe, model, method = job.recipe, job.model, job.method
     began = time.monotonic()
     run.write("run.toml", recipes.to_toml(recipe))
-    run.write("env.json", json.dumps(rundir.environment(_facts(job)), indent=1) + "\n")
-    listener.header(f"fleetune tune · {job.entry.name}", _header(job, run))
+    run.write("env.json", json.dumps(rundir.environment(facts.of_model(job)), indent=1) + "\n")
+    listener.header(f"fleetune tune · {job.entry.name}", facts.header(job, run))
     if job.dropped:
         listener.note(
             f"{job.dropped} rows have answers that do not fit {recipe.max_length} tokens and are left out"
@@ -255,7 +255,7 @@ def _tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
         )
 
     def begin() -> None:
-        listener.event(run.record({"event": "start", **_start(job)}))
+        listener.event(run.record({"event": "start", **facts.start(job)}))
         base = answers(job, state, run, "base", measure(state))
         listener.event(run.record({"event": "eval", "round": 0, **base}))
 
@@ -275,7 +275,7 @@ def _finish(
     tuned = answers(job, state, run, "tuned", _last_measures(run))
     result = ARTEFACTS[job.entry.kind](job, run, state)
     evaluation = json.loads((run.path / "eval.json").read_text())
-    run.write("samples.md", _samples_page(evaluation))
+    run.write("samples.md", facts.samples_page(evaluation))
     done = {
         "event": "done", "base": evaluation["base"], "tuned": tuned, "rows": len(job.held), "run": str(run.path),
         "rounds": job.recipe.rounds, "bytes_up": totals.bytes_up, "bytes_down": totals.bytes_down,
@@ -348,85 +348,4 @@ def _adapter(job: Job, run: RunDir, state: Any) -> dict[str, Any]:
     return {"result": str(path), "result_bytes": size, "digest": adapters.digest(state.tensors)}
 
 
-TRAINED: dict[str, Callable[[Model], int]] = {
-    "ledger": lambda model: model.n_params,
-    "adapter": lambda model: sum(p.numel() for p in adapters.trainable(model).values()),
-}
 ARTEFACTS: dict[str, Callable[[Job, RunDir, Any], dict[str, Any]]] = {"ledger": _ledger, "adapter": _adapter}
-
-
-# Words ----------------------------------------------------------------------------------------------
-
-
-def _facts(job: Job) -> dict[str, Any]:
-    m = job.model
-    return {
-        "base_digest": m.digest,
-        "tokenizer_digest": m.tokenizer_digest,
-        "dtype": m.dtype,
-        "device": m.device,
-    }
-
-
-def _start(job: Job) -> dict[str, Any]:
-    recipe, parts = job.recipe, job.split
-    event: dict[str, Any] = {
-        "method": recipe.method, "model": recipe.model, "digest": job.model.digest, "params": job.model.n_params,
-        "trained": TRAINED[job.entry.kind](job.model),
-        "clients": len(job.rows), "rounds": recipe.rounds, "partition": recipe.partition, "column": parts.column,
-        "rows_per_client": [len(r) for r in job.rows], "held_out": len(job.held),
-    }  # fmt: skip
-    shown = parts.column if parts.column and not recipe.partition.startswith("column") else "category"
-    values = [[parts.examples[i].meta.get(shown, "") for i in part.tolist()] for part in parts.clients]
-    names = sorted({v for part in values for v in part})
-    if 1 < len(names) <= 40:
-        event["column"] = shown
-        event["counts"] = {name: [part.count(name) for part in values] for name in names}
-    return event
-
-
-def letters(method: Method, name: str) -> str:
-    """A method's hyper-parameters as `K 1,024 · τ 200 · η 3e-07`."""
-    parts = []
-    for s in methods.settings(name):
-        value = getattr(method, s.name)
-        if value in (False, "") or (value == 0 and s.default == 0):
-            continue
-        text = (
-            f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
-        )
-        parts.append(f"{s.symbol} {text}")
-    return " · ".join(parts)
-
-
-def _header(job: Job, run: RunDir) -> list[tuple[str, str]]:
-    recipe, m = job.recipe, job.model
-    sizes = np.array([len(r) for r in job.rows])
-    spread = f"{sizes.mean():,.0f} ± {sizes.std():,.0f} rows each" if len(sizes) > 1 else f"{sizes[0]:,} rows"
-    asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
-    return [
-        ("model", f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}"),
-        ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
-        ("data", f"{Path(recipe.data).name} · {recipe.partition} · {spread} · {len(job.held)} held out"),
-        (
-            "fleet",
-            f"this machine · {m.device} · {len(job.rows)} clients, {asked} a round · {recipe.rounds} rounds",
-        ),
-        ("run", f"{run.path} · seed {recipe.seed}"),
-    ]
-
-
-def _samples_page(evaluation: Mapping[str, Any]) -> str:
-    parts = ["# The same prompts before and after tuning\n"]
-    for sample in evaluation["samples"]:
-        for title, key in (
-            ("Prompt", "prompt"),
-            ("Base", "base"),
-            ("Tuned", "tuned"),
-            ("Reference", "reference"),
-        ):
-            parts.append(
-                f"**{title}**\n\n" + "\n".join("> " + line for line in sample.get(key, "").split("\n")) + "\n"
-            )
-        parts.append("---\n")
-    return "\n".join(parts)
