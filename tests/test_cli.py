@@ -297,7 +297,7 @@ BAD = {
     "more clients than rows": (["tune", "{tiny}", "demo", "--clients", "5000"], 2, "no rows for a client"),
     "a model that is none": (["tune", "./folder", "demo"], 2, "config.json"),
     "unknown model, offline": (["tune", "no/such-model", "demo", "--offline"], 2, "no/such-model"),
-    "an encoder": (["tune", "./encoder", "demo"], 2, "BertForMaskedLM"),
+    "an encoder-decoder": (["tune", "./encoder", "demo"], 2, "of type 't5'"),
     "unknown run": (["tune", "--resume", "77"], 2, "no run '77'"),
     "resume with other flags": (["tune", "--resume", "latest", "--rounds", "3"], 2, "no run 'latest'"),
     "not a ledger": (["ledger", "show", "rows.jsonl"], 1, "not a ledger"),
@@ -317,7 +317,7 @@ def test_bad_input_is_a_clear_error(case, tiny, at, capsys):
     (at / "folder").mkdir()
     (at / "encoder").mkdir()
     (at / "encoder" / "config.json").write_text(
-        '{"model_type": "bert", "architectures": ["BertForMaskedLM"]}'
+        '{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}'
     )
     (at / "encoder" / "model.safetensors").write_bytes(b"")
     before = sorted(p for p in at.rglob("*"))
