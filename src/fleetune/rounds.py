@@ -84,8 +84,8 @@ def run(
             "bytes_up": answers.bytes_up, "bytes_down": answers.bytes_down,
             "bytes_total": totals.bytes_up + totals.bytes_down, "seconds": round(seconds, 3), "rss": rss(),
         }  # fmt: skip
-        if (report := getattr(method, "report", None)) is not None:
-            event["report"] = report(state)
+        if (report := getattr(method, "report", None)) is not None and (told := report(state)):
+            event["report"] = told
         hooks.emit(run.record(event))
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
             hooks.emit(run.record({"event": "eval", "round": r, **hooks.evaluate(state)}))

@@ -18,9 +18,9 @@ rate falls to 0 within the round, and sends it back; the server averages, weight
 
 A classification head, where the model has one, is trained with any of them and travels too, as in the paper.
 
-`lr` and `size` 0 stand for the module's own: the paper's best ones for QNLI (its appendix).  Its cross-silo
-setting is 10 clients that all take part, its large-scale cross-device setting 1,000 clients of which 10 % do:
-`recipes/fedpetuning_cross_silo.toml` and `recipes/fedpetuning_cross_device.toml`.
+`lr` and `size` 0 stand for the module's own: the paper's best ones for QNLI (its appendix).  Its fleets are 100
+clients of which 10 % take part in a round; cross-silo, 10 that all do; large-scale cross-device, 1,000 of which
+10 % do: `recipes/fedpetuning_cross_silo.toml` and `recipes/fedpetuning_cross_device.toml`.
 
 LoRA may start elsewhere than at PEFT's default (`start`): see `fedit`.
 
