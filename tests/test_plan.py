@@ -24,6 +24,7 @@ from fleetune.messages import Message, encode
 from fleetune.models import tiny_llama
 from fleetune.objectives import loss_tensor
 from fleetune.rounds import peak_rss
+from fleetune.tiny import tiny_bert
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = plan.Rates(flops=1e11, copy=1e10)
@@ -286,8 +287,13 @@ def test_the_command_says_that_nothing_fits_after_the_table(folder: str, capsys:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("method", ["fedit", "fedpetuning", "fedpeptao", "full SGD"])
-def test_what_autograd_keeps_is_counted(method: str, batch: int, dtype: str) -> None:
-    model = tiny_llama(hidden=48, layers=12, heads=6, kv_heads=2)
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_what_autograd_keeps_is_counted(family: str, method: str, batch: int, dtype: str) -> None:
+    deep = {
+        "bert": lambda: tiny_bert(layers=12),
+        "llama": lambda: tiny_llama(hidden=48, layers=12, heads=6, kv_heads=2),
+    }
+    model = deep[family]()
     model.net.to(models.DTYPES[dtype])
     if method == "full SGD":
         model.net.requires_grad_(True)
@@ -297,6 +303,8 @@ def test_what_autograd_keeps_is_counted(method: str, batch: int, dtype: str) -> 
     rows = [
         Encoded(np.arange(40 - 3 * i, dtype=np.int32), 39 - 3 * i) for i in range(batch)
     ]  # one scored token
+    if model.labels:
+        rows = [Encoded(row.ids, 0, row.ids * 0, 1) for row in rows]
     stored = {p.untyped_storage().data_ptr() for p in model.net.parameters()}
     seen: dict[int, torch.Tensor] = {}
 

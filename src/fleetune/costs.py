@@ -12,13 +12,15 @@ Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batc
     logits       at the scored positions, at most `losses.CHUNK_BYTES` in fp32 at a time, a few arrays of them
     gradients    of what is trained
     optimizer    AdamW's two moments
-    adapter      LoRA's own fp32 weights, and the copies on their way from and to the wire
+    adapter      its own fp32 weights, and the copies on their way from and to the wire
+    lanczos      the vectors of FedPepTAO's measurement of curvature in its first rounds, which is its peak
 
 The constants are measured; `benchmarks/plan_memory.py` holds the sums against real rounds.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -36,10 +38,12 @@ FLOOR: Final = 392 * MIB  # python + torch + transformers + fleetune, a model cl
 PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
 KERNELS: Final = 104 * MIB  # numba and its compiled kernels (the very first run, which compiles: 90 MiB more)
 PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
-HEAP: Final = 1.7  # back-propagation holds so much for each byte kept: glibc gives freed blocks back late
+HEAP: Final = 1.6  # back-propagation holds so much for each byte kept: glibc gives freed blocks back late
 LOGITS_FORWARD: Final = 2.0  # fp32 arrays of logits alive in a forward: they and their log-softmax
 LOGITS_BACKWARD: Final = 5.0  # ... and their gradients, and the first chunk's own
 COPIES: Final = 4  # of an adapter in fp32: its own, what came, what goes, and on their way to bytes
+CURVED: Final = 4.8  # a graph that can be differentiated twice holds so much for each byte kept
+LOGITS_CURVED: Final = 3.7  # ... and so many fp32 arrays of all logits
 LOGITS_CHUNK: Final = 0.5  # what each further chunk leaves behind (freed blocks, as for `HEAP`)
 
 SIZES: Final[Mapping[str, int]] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -92,7 +96,8 @@ def memory(shape: Shape, work: Work, method: str, module: Module) -> dict[str, i
     imports = KERNELS * (method in (*FORWARD, "fwdllm")) + PEFT * bool(module.tensors)
     parts = {"floor": FLOOR + PIECE * shape.vocab + imports, "weights": shape.params * work.size}
     if method not in (*FORWARD, "fwdllm", "inference"):
-        return parts | _backward(shape, work, method, module)
+        parts |= _backward(shape, work, method, module)
+        return parts | _curvature(shape, work, module) if module.lanczos else parts
     from fleetune.seeds.view import CHUNK
 
     n, s = work.tokens, work.size
@@ -125,7 +130,8 @@ def _backward(shape: Shape, work: Work, method: str, module: Module) -> dict[str
     else:
         parts = {"gradients": weights, "optimizer": 2 * weights * (method == "full Adam")}
     needed = kept(shape, work, module)
-    left = (HEAP - 1) * max(0, needed - parts["gradients"])  # gradients fill what freed activations leave
+    # gradients and moments fill what freed activations leave
+    left = max(0.0, (HEAP - 1) * needed - parts["gradients"] - parts["optimizer"])
     chunk, chunks = _logits(shape, work)
     logits = (LOGITS_BACKWARD + LOGITS_CHUNK * (chunks - 1)) * chunk
     return {"activations": int(needed + left), "logits": int(logits), **parts}
@@ -135,22 +141,47 @@ def kept(shape: Shape, work: Work, module: Module) -> int:
     """Bytes that autograd keeps between a step's forward and its backward, but for the logits."""
     n, s = work.tokens, work.size
     total = n * (s * shape.kept + 4 * shape.norms)
-    if work.batch > 1 or module.tokens:  # a mask for every layer, keys and values for every head
-        total += n * s * shape.padded + shape.layers * n * (work.length + module.tokens) * s
-    if module.adapted:
-        # A's output, and what goes into it: the fp32 weights' own input, one for all that read it, or a copy for
-        # each of them in fp32, or that after dropout and the dropout's noise
-        inputs = {(x.name.rpartition(".")[0], x.into) for x in module.adapted}
-        into = sum(into for _, into in inputs)
-        if s < 4 or module.dropout:
-            into = sum(x.into for x in module.adapted) * (2 if module.dropout else 1)
-        return total + 4 * n * (into + module.rank * len(module.adapted))
-    if module.tokens:  # whose keys and values are repeated for every head too
-        virtual = work.batch * module.tokens
-        return total + virtual * s * (shape.padded + 2 * sum(width for _, width in shape.attention))
-    # a trained layer keeps its input, a trained norm its result
+    seen = work.length + module.tokens  # by each token
+    if work.batch > 1 or (
+        module.tokens and not shape.labels
+    ):  # a mask a layer, keys and values for every head
+        total += n * s * shape.padded + shape.layers * n * seen * s
+    if module.tensors and shape.dropped:  # in training: what is dropped, and attention written out
+        total += shape.layers * n * (2 * shape.hidden + shape.dropped * seen * (2 * s + 1))
+    return total + (_beside(work, module, shape) if module.tensors else n * s * _trained(shape))
+
+
+def _trained(shape: Shape) -> int:
+    """Floats a token that are kept for weights' own gradients: a layer's input, a norm's result."""
     shared = {(linear.name.rpartition(".")[0], linear.into) for linear in shape.linears}
-    return total + n * s * (shape.norms + sum(into for _, into in shared))
+    same = shape.layers * shape.hidden if shape.labels else 0  # an encoder keeps one of them anyway
+    return shape.norms + sum(into for _, into in shared) - same
+
+
+def _beside(work: Work, module: Module, shape: Shape) -> int:
+    """Bytes that are kept for a module: a prefix's keys and values for every head, or what LoRA works on.
+
+    That is A's output and its input in fp32: in an fp32 model the layer's own, one for all that read it; else a
+    copy for each; with dropout that and the dropout's noise.
+    """
+    if module.tokens:
+        numbers = shape.padded + 2 * sum(width for _, width in shape.attention)
+        return work.batch * module.tokens * work.size * numbers
+    into = sum(into for _, into in {(x.name.rpartition(".")[0], x.into) for x in module.adapted})
+    if work.size < 4 or module.dropout:
+        into = sum(x.into for x in module.adapted) * (2 if module.dropout else 1)
+    return 4 * work.tokens * (into + module.rank * len(module.adapted))
+
+
+def _curvature(shape: Shape, work: Work, module: Module) -> dict[str, int]:
+    """Bytes of the graph that Hessian products go through (a forward and its backward), and of their vectors."""
+    positions = work.batch if shape.labels else work.tokens
+    vectors = module.lanczos * 8 * 4 * (module.size - sum(math.prod(sizes) for sizes in shape.head.values()))
+    return {
+        "activations": int(CURVED * kept(shape._replace(dropped=0), work, module)),
+        "logits": int(LOGITS_CURVED * positions * shape.outputs * 4),
+        "lanczos": vectors,
+    }
 
 
 # Time -----------------------------------------------------------------------------------------------

@@ -44,6 +44,9 @@ class Shape(NamedTuple):
     query_value: tuple[Linear, ...]  # the projections that LoRA adapts by default
     labels: int = 0  # label words that an encoder's head chooses among (0: a causal language model)
     head: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # of an encoder: trained with any module
+    dropped: int = (
+        0  # heads of a layer whose attention is thinned out in training (0: the model has no dropout)
+    )
 
     @property
     def outputs(self) -> int:
@@ -128,19 +131,25 @@ def counted(config: PretrainedConfig) -> Shape:
             linears.append(Linear(name, b, a) if isinstance(module, Conv1D) else Linear(name, a, b))
     places = _places(net)
     projections = {name for place in places for name in (place.query, place.value)}
-    # An input that several layers of one parent share is one tensor.
-    shared = {(linear.name.rpartition(".")[0], linear.into) for linear in linears}
     vocab, h = table.shape
-    layers = int(config.get_text_config().num_hidden_layers)
+    text = config.get_text_config()
+    layers = int(text.num_hidden_layers)
+    outs, heads = sum(linear.out for linear in linears), int(text.num_attention_heads)
+    # An encoder keeps q, k, v, what its two norms and its activation work on, and a few numbers a token.
+    kept, norms = outs + layers * (h + heads + 4), 0
+    if not encoder:  # and its layers' inputs: one that several layers of one parent share is one tensor
+        shared = {(linear.name.rpartition(".")[0], linear.into) for linear in linears}
+        kept, norms = outs + sum(into for _, into in shared) - 2 * layers * h, 2 * layers * h
+    thins = bool(getattr(text, "attention_probs_dropout_prob", 0.0)) and encoder
     return Shape(
         config.model_type, sum(p.numel() for p in net.parameters()), vocab, h, tuple(linears), layers,
         widest=2 * h + 3 * max((linear.out for linear in linears), default=h),
-        kept=sum(linear.out for linear in linears) + sum(into for _, into in shared) - 2 * layers * h,
-        norms=2 * layers * h, padded=0, largest=max(p.numel() for p in net.parameters()),
+        kept=kept, norms=norms, padded=0, largest=max(p.numel() for p in net.parameters()),
         attention=tuple((place.attention, place.heads * place.width) for place in places),
         query_value=tuple(linear for linear in linears if linear.name in projections),
         labels=config.num_labels if encoder else 0,
         head={name: tuple(net.get_parameter(name).shape) for name in head_of(net)},
+        dropped=heads if thins else 0,
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Module(NamedTuple):
     rank: int = 0
     tokens: int = 0  # virtual tokens of each layer
     dropout: bool = False  # on what goes into an adapted layer
+    lanczos: int = 0  # Hessian products that a device makes in its first rounds
 
     @property
     def size(self) -> int:
@@ -64,7 +65,8 @@ def module(shape: Shape, name: str) -> Module | None:
         tokens, tensors = int(default["tokens"]), dict(shape.head)
         for layer, width in shape.attention:
             tensors |= {f"{layer}.prefix.{which}": (tokens, width) for which in ("key", "value")}
-        return Module(f"T={tokens}", tensors, tokens=tokens) if shape.attention else None
+        products = int(default["lanczos"])
+        return Module(f"T={tokens}", tensors, tokens=tokens, lanczos=products) if shape.attention else None
     return Module("", {})
 
 
