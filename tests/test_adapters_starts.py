@@ -236,6 +236,7 @@ def test_the_saved_adapter_is_a_plain_lora_on_the_plain_base(init: str, tmp_path
     adapters.save(model, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (2 * R, 2 * ALPHA, True)
+    assert "twice that rank" in (tmp_path / "adapter" / "README.md").read_text()
     base = models.tiny_llama()
     models.save(base.net, base.tokenizer, tmp_path / "base")
     net = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -30,7 +30,7 @@ from torch import Tensor
 from fleetune import fetch, models
 from fleetune.adapters.core import Attached, Spec, attach, attached, detach, load_
 from fleetune.adapters.layers import head_of, is_causal, layers_of
-from fleetune.adapters.lora import ADAPTER, Lora, LoraPart
+from fleetune.adapters.lora import ADAPTER, Lora, LoraPart, taken
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 from fleetune.adapters.selective import Bitfit, Full
@@ -250,11 +250,13 @@ tags:
 Tuned with Fleetune.
 
 - base weights as loaded: {source}, {model.dtype}, SHA-256 `{model.digest}`
-- {title}: {sizes or "no sizes"}
+- {title}: {sizes or "no sizes"}{_RESIDUAL if taken(model) else ""}
 
 {use}"""
 
 
+_RESIDUAL = """
+- the files hold twice that rank: what was learned, less what the start had taken out of the base"""
 _WITH_PEFT = """```python
 from peft import PeftModel
 from transformers import {auto}

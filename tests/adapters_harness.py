@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every trainable module on a tiny decoder and two tiny encoders, for the tests of `adapters`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fleetune import adapters, models
+from fleetune.adapters import Bitfit, Bottleneck, Full, Lora, Prefix, Prompt
+from fleetune.models import Model
+
+NETS: dict[str, Callable[[], Model]] = {
+    "llama": models.tiny_llama,
+    "bert": models.tiny_bert,
+    "roberta": models.tiny_roberta,
+}
+SPECS: dict[str, Any] = {
+    "lora": Lora(4, 4.0, targets="query-value"),
+    "lora everywhere": Lora(2, 4.0),
+    "houlsby": Bottleneck(6),
+    "pfeiffer": Bottleneck(6, "pfeiffer", norms=False),
+    "prefix": Prefix(3),
+    "some layers": Prefix(3, layers=[1]),
+    "prompt": Prompt(3),
+    "bitfit": Bitfit(),
+    "full": Full(),
+}
+IDS = torch.arange(48).reshape(3, 16) * 5 % 250
+MASK = (torch.arange(16) < torch.tensor([[16], [11], [4]])).long()
+each = pytest.mark.parametrize(("net", "name"), [(n, s) for n in NETS for s in SPECS])
+
+
+def out(model: Model, **inputs: Any) -> torch.Tensor:
+    """Logits on rows padded on the right; a decoder's at the real tokens."""
+    given = {"input_ids": IDS, "attention_mask": MASK} | inputs
+    with torch.inference_mode():
+        logits = model.net(**given).logits
+    return logits if model.labels else logits[MASK.bool()]
+
+
+def on(net: str, spec: Any, seed: int = 1, *, tuned: bool = True) -> Model:
+    """A model with the module on it, with other numbers everywhere than at the start if `tuned`."""
+    model = NETS[net]()
+    adapters.attach(model, spec, seed=seed)
+    if tuned:
+        random = np.random.default_rng(seed)
+        moved = {
+            n: a + random.normal(0, 0.1, a.shape).astype(np.float32)
+            for n, a in adapters.export(model).items()
+        }
+        adapters.load_(model, moved)
+    return model
+
+
+def stored(model: Model) -> str:
+    return models.digest(models.named_tensors(model.net))
