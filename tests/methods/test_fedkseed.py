@@ -409,11 +409,13 @@ def test_the_more_clients_back_propagate_the_lower_the_loss(tmp_path) -> None:
 def test_a_new_pool_knows_nothing_of_the_old_even_if_its_first_round_brings_no_reply() -> None:
     method = tiny(epoch_rounds=2, pro=True, server="adam", wire="sums")
     _, state = begun(method)
-    for _ in range(2):
-        state = method.aggregate(state, answers([np.arange(K) * 50], [1]))
-    assert set(state.ledger.ids >> np.uint64(32)) == {0}
+    state = method.aggregate(state, answers([np.arange(K) * 50], [1]))
     assert state.moments
     assert state.seen.any()
+    assert np.ptp(method.probabilities(state)) > 0
+    state = method.aggregate(state, answers([np.arange(K) * 50], [1]))
+    assert set(state.ledger.ids >> np.uint64(32)) == {0}
+    assert not state.moments
     assert np.ptp(method.probabilities(state)) == 0
     state = method.aggregate(state, iter(()))
     assert not state.moments

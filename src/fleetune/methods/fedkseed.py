@@ -186,8 +186,7 @@ class Method:
         The most favoured is at most e times as likely as the least.  Sizes are cut at the 95 % quantile
         first: in the reference one outlier flattens all the others.
         """
-        fresh = self.epoch_rounds and state.round % self.epoch_rounds == 0
-        if fresh or not state.seen.any():  # nothing is known of a new pool
+        if not state.seen.any():  # nothing is known of a new pool
             return np.full(self.K, 1.0 / self.K, np.float32)
         mean = state.size / np.maximum(state.seen, 1)
         mean[state.seen == 0] = np.median(mean[state.seen > 0])
@@ -311,8 +310,7 @@ class Method:
         """A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once."""
         p = self.probabilities(state) if self.pro else None
         total, weight = np.zeros(self.K, np.float64), 0.0
-        fresh = self.epoch_rounds and state.round % self.epoch_rounds == 0
-        size, seen = state.size * (not fresh), state.seen * (not fresh)
+        size, seen = state.size.copy(), state.seen.copy()
         unit = np.full(self.K, UNITS) if p is None else UNITS / (self.K * p.astype(np.float64))
         for reply in replies:
             w = self.precision(reply.payload)
@@ -328,12 +326,15 @@ class Method:
                 seen += sums != 0
             total += w * sums
             weight += w
-        ledger, moments = state.ledger, {} if fresh else state.moments
+        ledger, moments = state.ledger, state.moments
         if weight:
             step, moments = self.server_step(total / weight, moments)
             ids = pool_ids(self.epoch(state), np.arange(self.K))
             ledger = ledger.append(ids, step, state.round + 1)
-        return State(ledger, state.round + 1, size, seen, moments)
+        after = state.round + 1
+        if self.epoch_rounds and after % self.epoch_rounds == 0:  # the next round draws from a new pool
+            size, seen, moments = np.zeros_like(size), np.zeros_like(seen), {}
+        return State(ledger, after, size, seen, moments)
 
     def server_step(
         self, mean: np.ndarray, moments: dict[str, np.ndarray]

@@ -250,7 +250,7 @@ class Method:
         kept = mean(n, [r.payload.scalars.get("kept", 1.0) for r in taken])
         state = state._replace(
             tensors=rounded(w), warmup=state.warmup - 1, rows=state.rows + int(n.sum()),
-            scores=state.scores + n.sum() * scores, kept=state.kept + n.sum() * float(kept),
+            scores=state.scores + n.sum() * scores, kept=state.kept + float(n.sum() * kept),
         )  # fmt: skip
         return state if state.warmup else self.begin(state, self.chosen(state))
 
