@@ -19,7 +19,6 @@ from typing import Any
 from fleetune import __version__
 from fleetune import recipe as recipes
 from fleetune.errors import FleetuneError, Interrupted, UsageError
-from fleetune.text import human_count
 from fleetune.ui import Ui
 
 EXAMPLES = """\
@@ -355,59 +354,15 @@ def _runs(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _methods(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune import methods
+    from fleetune.commands import lists
 
-    if args.name:
-        entry = methods.entry(args.name)
-        settings = methods.settings(args.name)
-        for s in settings:
-            ui.event(
-                {"event": "setting", "method": entry.name, **dataclasses.asdict(s), "type": s.type.__name__}
-            )
-        if not ui.json:
-            ui.paths(
-                [
-                    ("method", entry.summary),
-                    ("paper", entry.paper),
-                    ("sends", entry.sends),
-                    ("leaves", entry.kind),
-                ]
-            )
-            rows = [[s.name, s.symbol, s.type.__name__, s.default, s.help] for s in settings]
-            ui.table(["--set", "symbol", "type", "default", "meaning"], rows, align="lllll")
-        return
-    found = methods.entries().values()
-    for e in found:
-        ui.event({"event": "method", "name": e.name, "kind": e.kind, "paper": e.paper, "sends": e.sends})
-    if not ui.json:
-        ui.table(["method", "leaves", "sends", "paper"], [[e.name, e.kind, e.sends, e.paper] for e in found])
-        ui.paths([("next", "fleetune methods NAME")])
+    lists.list_methods(args, ui)
 
 
 def _models(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune import models
+    from fleetune.commands import lists
 
-    if args.action == "pull":
-        if not args.name:
-            raise UsageError("pull needs the name of a model", hint="fleetune models pull smollm2-135m")
-        with ui.count(args.name, 0, size=True) as bar:
-            path = models.pull(
-                args.name, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what)
-            )
-        ui.event({"event": "pulled", "name": args.name, "path": str(path)})
-        ui.paths([("result", str(path))])
-        return
-    found = models.builtin()
-    for m in found:
-        ui.event({"event": "model", **dataclasses.asdict(m)})
-    if not ui.json:
-        ui.table(
-            ["model", "parameters", "licence", "here", "source"],
-            [
-                [m.name, human_count(m.params), m.licence, "yes" if m.cached else "no", m.source]
-                for m in found
-            ],
-        )
+    lists.list_models(args, ui)
 
 
 if __name__ == "__main__":
