@@ -372,16 +372,25 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, kind):
     assert again[1].scalars["round"] == 55
 
 
-def test_when_all_are_damaged_the_run_starts_again_and_its_new_checkpoints_stay(run):
+def test_when_all_are_damaged_it_is_said_and_nothing_is_lost(run):
     for r in (6, 7):
         run.checkpoint(r, state(r))
         (run.path / "checkpoints" / f"round-{r:06d}.ckpt").write_bytes(b"FT1")
+    with pytest.raises(StorageError, match=r"no checkpoint in .* is usable") as caught:
+        run.restore()
+    assert f"rm {run.path}/checkpoints/*.ckpt" in (caught.value.hint or "")
+    assert [r for r, _ in checkpoints(run.path)] == [6, 7]
+    for _, path in checkpoints(run.path):  # what the hint says
+        path.unlink()
     assert run.restore() is None
-    run.cut(-1)
-    run.checkpoint(0, state(0))
+
+
+def test_a_checkpoint_may_be_larger_than_any_message(run, monkeypatch):
+    monkeypatch.setattr("fleetune.messages.MAX_BYTES", 47)
+    run.checkpoint(3, state(3))
     found = run.restore()
     assert found is not None
-    assert found[0] == 0
+    assert found[0] == 3
 
 
 def test_files_that_are_no_checkpoints_are_passed_over(run):

@@ -110,15 +110,20 @@ def encode(message: Message) -> bytes:
     try:
         body: bytes = msgpack.packb([message.round, message.base, scalars, arrays])
     except (TypeError, ValueError, OverflowError) as error:
-        raise MessageError(f"round {message.round} or a scalar has no wire type ({error})") from error
+        raise MessageError(
+            f"round {message.round}, a scalar or an array has no wire type ({error})"
+        ) from error
     return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
 
 
-def decode(data: bytes) -> Message:
-    """The message that `data` holds.  MessageError for anything damaged, cut short or malformed."""
+def decode(data: bytes, *, any_size: bool = False) -> Message:
+    """The message that `data` holds; `any_size` for a file of our own, which has no limit.
+
+    MessageError for anything damaged, cut short or malformed.
+    """
     if len(data) < 7 or data[:3] != MAGIC:
         raise MessageError(f"not a Fleetune message ({len(data)} bytes, starts with {data[:3]!r})")
-    if len(data) > MAX_BYTES:
+    if len(data) > MAX_BYTES and not any_size:
         raise MessageError(f"message of {len(data)} bytes is over the limit of {MAX_BYTES}")
     body = memoryview(data)[7:]
     if zlib.crc32(body) != int.from_bytes(data[3:7], "little"):

@@ -113,14 +113,21 @@ class RunDir:
             old.unlink(missing_ok=True)
 
     def restore(self) -> tuple[int, Payload] | None:
-        """The newest checkpoint that is whole, or None."""
-        for round_, path in reversed(checkpoints(self.path)):
+        """The newest checkpoint that is whole, None if there are no checkpoints; StorageError if none is whole."""
+        found = checkpoints(self.path)
+        for round_, path in reversed(found):
             try:
-                message = decode(path.read_bytes())
+                message = decode(path.read_bytes(), any_size=True)
             except MessageError as error:
                 self.log(f"checkpoint {path.name} is not usable: {error}")
                 continue
             return round_, message.payload
+        if found:
+            folder = self.path / "checkpoints"
+            raise StorageError(
+                f"no checkpoint in {folder} is usable (the reasons are in log.txt)",
+                hint=f"put a good copy back, or start this run anew: rm {folder}/*.ckpt",
+            )
         return None
 
 
