@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleetune import methods
 from fleetune import recipe as recipes
 from fleetune.errors import RecipeError
 from fleetune.recipe import Recipe, fields, make, read, to_toml
@@ -181,6 +182,13 @@ def test_wrong_types(name, value):
     with pytest.raises(RecipeError) as caught:
         make({"model": "m", "data": "d", name: value})
     assert all(p.startswith(name) for p in caught.value.problems)
+
+
+def test_a_text_setting_may_be_written_as_a_number():
+    assert methods.make("fedpeptao", {"layers_rule": 4}).layers_rule == "4"
+    for value in (True, None, [4]):
+        with pytest.raises(RecipeError, match=r"layers_rule = .* is not a text"):
+            methods.make("fedpeptao", {"layers_rule": value})
 
 
 # --- files --------------------------------------------------------------------------------------------------

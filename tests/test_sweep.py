@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from fleetune import job as jobs
-from fleetune import models, recipe, report, rundir, sweep
+from fleetune import methods, models, recipe, report, rundir, sweep
 from fleetune.cli import main
 from fleetune.commands.sweep import Screen
-from fleetune.errors import FleetError, RecipeError, StorageError
+from fleetune.errors import FleetError, ModelError, RecipeError, StorageError
 from fleetune.report import cells
 from fleetune.report.cells import Axis, Member
 
@@ -137,6 +137,22 @@ def test_the_file_gives_the_grid_back(tmp_path):
     grid = sweep.make(values, ["alpha=0.5,1e-2", "set.law=pooled,gaussian", "set.pro=true,false"], 2)
     (tmp_path / "sweep.toml").write_text(sweep.to_toml(grid), encoding="utf-8")
     assert sweep.read(tmp_path) == grid
+
+
+def test_values_that_differ_late_are_different_runs():
+    grid = sweep.make(BASE, ["alpha=0.1234567,0.1234568", "lr=1e-3,1e-05"])
+    assert [p.recipe.partition for p in grid.points[::2]] == [
+        "dirichlet:0.1234567:client",
+        "dirichlet:0.1234568:client",
+    ]
+    assert len({p.words for p in grid.points}) == 4
+    assert grid.points[1].words == "alpha 0.1234567 · lr 1e-05 · seed 5"
+
+
+def test_a_text_setting_varies_over_numbers_too():
+    grid = sweep.make({**BASE, "method": "fedpeptao", "set": {}}, ["layers_rule=2,half"])
+    assert [methods.make("fedpeptao", p.recipe.set).layers_rule for p in grid.points] == ["2", "half"]
+    sweep.check(grid)
 
 
 BAD = {
@@ -342,6 +358,26 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_run_again(at, capsys, 
     code, out, _ = call(capsys, "sweep", "--resume", folder, "--json")
     assert code == 0
     assert [e["skipped"] for e in events(out) if e["event"] == "run"] == [False, True, True]
+
+
+@pytest.mark.parametrize("error", [ModelError("too few directions"), IndexError("too few directions")])
+def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys, monkeypatch, error):
+    prepare = jobs.prepare
+
+    def failing(recipe: recipe.Recipe, *, offline: bool) -> jobs.Job:
+        if recipe.set["K"] == 8:
+            raise error
+        return prepare(recipe, offline=offline)
+
+    monkeypatch.setattr(jobs, "prepare", failing)
+    args = ("recipe.toml", "--vary", "K=8,16", "--rounds", "1", "--json")
+    for more in (args, ("--resume", "latest", "--json")):
+        code, out, _ = call(capsys, "sweep", *more)
+        assert code == 1
+        runs = [e for e in events(out) if e["event"] == "run"]
+        assert ["too few directions" in e["failed"] for e in runs] == [True, False]
+    assert runs[1]["skipped"]
+    assert "failed: " in (at / "runs" / "0001-sweep-recipe" / "log.txt").read_text()
 
 
 def test_a_full_disk_stops_the_sweep(at, capsys, monkeypatch):

@@ -175,10 +175,10 @@ def _points(base: Recipe, axes: Sequence[Axis], seeds: int) -> tuple[Point, ...]
 
 
 def shown(value: Value) -> str:
-    """A value that varies, as it is shown."""
+    """A value that varies as text, exactly."""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _changed(plain: Mapping[str, Any], axes: Sequence[Axis], values: Sequence[Value]) -> dict[str, Any]:
@@ -324,8 +324,8 @@ class Watch(Protocol):
 def run(folder: RunDir, grid: Grid, watch: Watch, *, offline: bool = False) -> list[Point]:
     """Do what is left of a sweep, a run at a time; the runs that failed.
 
-    A run that fails for itself is noted and the others go on.  What would stop the next one as well (a
-    usage error, a full disk, Ctrl-C) stops the sweep.
+    A run that fails is noted and the others go on.  What would stop the next one as well (a full disk,
+    Ctrl-C) stops the sweep.
     """
     finished = [done(folder.path, point) for point in grid.points]
     failed = []
@@ -353,9 +353,10 @@ def _one(folder: RunDir, point: Point, begin: Callable[[Point], jobs.Listener], 
     try:
         with rundir.at(folder.path / point.name) as run:
             jobs.tune(jobs.prepare(point.recipe, offline=offline), run, listener)
-    except (UsageError, StorageError, Interrupted):
+    except (StorageError, Interrupted):
         raise
-    except FleetuneError as error:
-        folder.log(f"{point.name} failed: {error.message}")
-        return error.message
+    except Exception as error:
+        reason = error.message if isinstance(error, FleetuneError) else f"{type(error).__name__}: {error}"
+        folder.log(f"{point.name} failed: {reason}")
+        return reason
     return ""

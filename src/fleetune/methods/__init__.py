@@ -204,7 +204,7 @@ def _parse(value: Any, kind: type) -> Any:
         if number != int(number):
             raise ValueError
         return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(number)
-    if kind is str and not isinstance(value, str):
+    if kind is str and (isinstance(value, bool) or not isinstance(value, str | int | float)):
         raise ValueError
     return kind(value)
 
