@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from fleetune import models, rundir
 from fleetune.cli import main
+from fleetune.methods import fedkseed
 from fleetune.seeds import ledger as ledgers
 
 QUICK = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", "1", "--answer-tokens", "4"]
@@ -216,6 +217,68 @@ def test_bad_clients_do_not_stop_a_round(tiny, at, capsys):
     assert all(e["reason"] for e in events(out) if e["event"] == "client" and e["status"] != "ok")
 
 
+def broken(monkeypatch: pytest.MonkeyPatch, *clients: int) -> None:
+    """These clients' work ends in an error of their own."""
+    local = fedkseed.Method.local
+
+    def failing(self: Any, model: Any, payload: Any, batches: Any, key: int, memory: Any) -> Any:
+        if batches.client in clients:
+            raise IndexError(f"client {batches.client} is broken")
+        return local(self, model, payload, batches, key, memory)
+
+    monkeypatch.setattr(fedkseed.Method, "local", failing)
+
+
+def test_a_round_whose_only_client_fails_leaves_the_model_and_the_run_goes_on(tiny, at, capsys, monkeypatch):
+    broken(monkeypatch, 1)
+    args = [tiny, "demo", *ZO, *QUICK, "--participation", "0.3", "--rounds", "8", "--json"]
+    code, out, _ = call(capsys, "tune", *args)
+    assert code == 0
+    told = [e for e in events(out) if e["event"] == "client"]
+    assert {(e["client"], e["status"]) for e in told} == {(0, "ok"), (1, "failed"), (2, "ok")}
+    assert {e["reason"] for e in told} == {"", "IndexError: client 1 is broken"}
+    loss = {e["round"]: e["loss"] for e in events(out) if e["event"] == "eval"}
+    for e in told:
+        assert (loss[e["round"]] == loss[e["round"] - 1]) == (e["status"] == "failed")
+
+    real = rundir.RunDir.checkpoint
+    stop = next(e["round"] for e in told if e["status"] == "failed")
+
+    def checkpoint(self: rundir.RunDir, round: int, payload: Any) -> None:
+        if round == stop:
+            raise KeyboardInterrupt
+        real(self, round, payload)
+
+    monkeypatch.setattr(rundir.RunDir, "checkpoint", checkpoint)
+    assert call(capsys, "tune", *args, "--out", "stopped")[0] == 130
+    monkeypatch.setattr(rundir.RunDir, "checkpoint", real)
+    _, resumed, _ = call(capsys, "tune", "--resume", "latest", "--out", "stopped", "--json")
+    assert events(resumed)[-1]["digest"] == events(out)[-1]["digest"]
+
+
+@pytest.mark.parametrize(("rounds", "clients"), [("8", "1"), ("8", "3"), ("1", "3")])
+def test_a_fleet_that_cannot_work_ends_the_run(tiny, at, capsys, monkeypatch, rounds, clients):
+    broken(monkeypatch, 0, 1, 2)
+    args = [*ZO, *QUICK, "--clients", clients, "--rounds", rounds]
+    code, _, err = call(capsys, "tune", tiny, "demo", *args)
+    assert code == 4
+    last = min(3, int(rounds))
+    assert f"every client failed, {last} rounds in a row; the first of round {last}: IndexError" in err
+    assert [r for r, _ in rundir.checkpoints(at / "runs" / "latest")][-1] == last - 1
+    call(capsys, "tune", "--resume", "latest")  # gets further: the same rounds do not stop it for ever
+    assert rounds == "1" or [r for r, _ in rundir.checkpoints(at / "runs" / "latest")][-1] == 4
+
+
+def test_rounds_without_an_answer_do_not_end_the_count_of_failures(tiny, at, capsys, monkeypatch):
+    broken(monkeypatch, 0)
+    args = [*ZO, *QUICK, "--clients", "1", "--drop", "0.5", "--rounds", "40", "--json"]
+    code, out, _ = call(capsys, "tune", tiny, "demo", *args)
+    assert code == 4
+    statuses = [e["status"] for e in events(out) if e["event"] == "client"]
+    assert statuses.count("failed") == 3
+    assert "dropped" in statuses
+
+
 def test_the_runs_own_recipe_repeats_it(tiny, at, capsys):
     _, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "1", "--json")
     first = events(out)[-1]
@@ -292,6 +355,7 @@ BAD = {
     "not TOML": (["tune", "-c", "rows.jsonl"], 2, "is not TOML"),
     "missing recipe": (["tune", "-c", "nosuch.toml"], 2, "no recipe at"),
     "value out of range": (["tune", "{tiny}", "demo", "--participation", "1.5"], 2, "participation"),
+    "stragglers alone": (["tune", "{tiny}", "demo", "--stragglers", "0.5"], 2, "without a deadline"),
     "bad partition": (["tune", "{tiny}", "demo", "--partition", "dirichlet:0:category"], 2, "alpha"),
     "unknown column": (["tune", "{tiny}", "demo", "--partition", "column:nosuch"], 2, "the columns are"),
     "more clients than rows": (["tune", "{tiny}", "demo", "--clients", "5000"], 2, "no rows for a client"),
@@ -304,6 +368,19 @@ BAD = {
     "unknown task": (["eval", "{tiny}", "rows.jsonl", "--tasks", "los"], 2, "did you mean 'loss'"),
     "out is a file": (["tune", "{tiny}", "demo", "--out", "rows.jsonl"], 1, "cannot write"),
 }
+
+
+def test_rows_for_a_start_are_looked_for_before_the_model_is_loaded(tiny, at, capsys, monkeypatch):
+    def no_model(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load", no_model)
+    for method in ("fedit", "fedpetuning"):
+        args = ["--method", method, "--set", "start=eva", "--set", "start_data=nosuch.jsonl"]
+        code, _, err = call(capsys, "tune", tiny, "demo", *args)
+        assert code == 2
+        assert "nosuch.jsonl" in err
+        assert list(at.iterdir()) == []
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -88,7 +88,7 @@ class Job:
 
 
 def check(recipe: Recipe) -> tuple[Entry, Method]:
-    """The method of a recipe; RecipeError or UsageError for anything wrong that needs no data or model."""
+    """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
     entry = methods.entry(recipe.method)
     problems = []
     tests: tuple[Callable[[], object], ...] = (
@@ -101,9 +101,15 @@ def check(recipe: Recipe) -> tuple[Entry, Method]:
             test()
         except RecipeError as error:
             problems += error.problems
+    if recipe.stragglers and not recipe.deadline:
+        problems.append(f"stragglers = {recipe.stragglers} does nothing without a deadline: add --deadline 3")
     if problems:
         raise RecipeError(problems, hint=f"settings and defaults: fleetune methods {recipe.method}")
-    return entry, methods.make(recipe.method, recipe.set)
+    method = methods.make(recipe.method, recipe.set)
+    if getattr(method, "start", "") == "eva":
+        # `init` reads these rows, but only after the model is loaded
+        data.read(getattr(method, "start_data", ""), limit=1, offline=True)
+    return entry, method
 
 
 def split(recipe: Recipe, entry: Entry, *, offline: bool = False) -> Split:

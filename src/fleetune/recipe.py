@@ -72,7 +72,10 @@ class Recipe:
         default=0.0, ge=0, lt=1, description="simulate: chance that a client drops out of a round"
     )
     stragglers: float = Field(
-        default=0.0, ge=0, lt=1, description="simulate: share of clients that are 2 to 10 times slower"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="simulate: share of clients that are 2 to 10 times slower (needs a deadline)",
     )
     deadline: float = Field(
         default=0.0,

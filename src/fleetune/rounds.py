@@ -28,6 +28,8 @@ from fleetune.states import Totals, pack, unpack
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 3  # rounds in a row that fail as a whole before the run ends
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -55,9 +57,10 @@ def run(
 ) -> tuple[Any, Totals]:
     """Run (or resume) all rounds; the state after the last, and the totals.
 
-    A round counts when its checkpoint is written.  FleetError when every client of a round failed.
+    A round counts when its checkpoint is written.  FleetError when every client failed in `PATIENCE` rounds in
+    a row (or in all, of fewer); a run that is taken up again counts anew, so that it gets past them.
     """
-    first, totals = 0, Totals()
+    first, totals, failures = 0, Totals(), 0
     if (saved := run.restore()) is not None:
         first, payload = saved
         state, totals, memories = unpack(payload, state)
@@ -75,6 +78,7 @@ def run(
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in kinds]
         messages = {client: coded[client % len(coded)] for client in chosen}
         new = method.aggregate(state, answers.replies(fleet.ask(r, chosen, messages)))
+        failures = answers.failures(failures)
         state = _accept(method, state, new, answers, plan, r)
         totals.bytes_up += answers.bytes_up
         totals.bytes_down += answers.bytes_down
@@ -128,6 +132,18 @@ class _Door:
         self.bytes_up = self.bytes_down = 0
         self.reason = ""
 
+    def failures(self, before: int) -> int:
+        """Rounds in a row, `before` and this one, in which every client failed; FleetError when they are too many."""
+        if self.accepted:
+            return 0
+        count = before + (self.failed == self.asked > 0)
+        if count >= min(PATIENCE, self.plan.rounds):
+            raise FleetError(
+                f"every client failed, {count} rounds in a row; the first of round {self.round}: {self.reason}",
+                hint="see log.txt in the run folder; when the cause is gone, resume the run",
+            )
+        return count
+
     def replies(self, answers: Iterator[Answer]) -> Iterator[Reply]:
         """The replies that may enter; the others are recorded with the reason."""
         for answer in answers:
@@ -176,11 +192,6 @@ def _check_rows(payload: Payload, rows: int) -> None:
 
 def _accept(method: Method, old: Any, new: Any, door: _Door, plan: Plan, round: int) -> Any:
     """The new state, or the old one where too few replies came."""
-    if door.asked and door.failed == door.asked:
-        raise FleetError(
-            f"every client of round {round} failed; the first: {door.reason}",
-            hint="see log.txt in the run folder; when the cause is gone, resume the run",
-        )
     if door.accepted >= plan.quorum:
         return new
     log.warning(

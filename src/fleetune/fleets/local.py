@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fleetune.data import Batch, Batches, Encoded
-from fleetune.errors import FleetuneError, Interrupted, StorageError
+from fleetune.errors import Interrupted, StorageError
 from fleetune.fleets import Answer
 from fleetune.messages import Message, decode, encode
 from fleetune.methods import Method
@@ -88,9 +88,9 @@ class LocalFleet:
             began = time.monotonic()
             try:
                 data = self._work(client, key, sent)
-            except (Interrupted, StorageError, KeyboardInterrupt):
+            except (Interrupted, StorageError):
                 raise
-            except (FleetuneError, RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
+            except Exception as error:
                 # One bad client never stops a round: it is recorded, and the others go on.
                 log.exception("client %d failed in round %d", client, round)
                 reason = f"{type(error).__name__}: {error}"
