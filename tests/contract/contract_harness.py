@@ -50,7 +50,7 @@ VARIANTS = [
     "fedit:start=eva", "fedit:average=product,ranks=2;4", "fedkseed:law=rademacher", "fedkseed:law=gaussian",
     "fedkseed:wire=sums", "fedkseed:pro=true", "fedkseed:epoch_rounds=1", "fedkseed:backprop=1,backprop_lr=0.05",
     "fedkseed:backprop=0.5,backprop_lr=0.05", "fedkseed:backprop=1,wire=sums", "fwdllm:law=rademacher",
-    "fwdllm:variance_gate=false,discriminative=false", "fwdllm:module=adapter", "fwdllm:module=bitfit", "mezo:law=rademacher", "mezo:K=32,decay=200",
+    "fwdllm:variance_gate=false,discriminative=false", "fwdllm:module=adapter,targets=query-value", "fwdllm:module=bitfit,targets=query-value,r=8,alpha=16", "mezo:law=rademacher", "mezo:K=32,decay=200",
     "onebyte:wire=sign", "onebyte:law=rademacher", "onebyte:law=gaussian", "zosgd:law=rademacher", "zosgd:law=gaussian",
     "fedpetuning:module=adapter", "fedpetuning:module=prefix", "fedpetuning:module=prompt",
     "fedpetuning:module=bitfit", "fedit:scaffold=true,mu=0.1", "fedpetuning:module=bitfit,scaffold=true,wire=fp16",

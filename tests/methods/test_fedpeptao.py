@@ -17,7 +17,7 @@ from fleetune import adapters, methods, report
 from fleetune.adapters.layers import layers_of
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import Batches, encode_all
-from fleetune.errors import RecipeError
+from fleetune.errors import FleetError, RecipeError
 from fleetune.losses import batch_loss
 from fleetune.messages import Payload
 from fleetune.methods import Reply, _layers
@@ -201,6 +201,24 @@ def test_personal_prompts_stay_and_both_metrics_are_told(rows: list[Encoded]) ->
     report = chosen.report(state)
     assert report["personal_loss"] == reply.scalars["personal"]
     assert report["global_loss"] == reply.scalars["common"]
+
+
+def test_a_walk_that_ran_away_does_not_spoil_the_devices_own_prompts(rows: list[Encoded]) -> None:
+    model, memory = tiny_llama(), {}  # type: ignore[var-annotated]
+    for lr in (0.3, 1e30):
+        method = tiny(layers_rule="1", personalise=True, lr=lr)
+        state = method.init(model, 8)
+        reply = method.local(model, method.broadcast(state), Batches(rows, PAD, 1), 1, memory)
+        assert all(np.isfinite(a).all() for a in reply.arrays.values()) == (lr < 1)
+        assert memory
+        assert all(np.isfinite(a).all() for a in memory.values())
+
+
+@pytest.mark.parametrize("rule", ["lipschitz", "plateau"])
+def test_a_curvature_that_is_not_finite_is_the_devices_failure(rule: str, rows: list[Encoded]) -> None:
+    model, method = tiny_llama(), tiny(layers_rule=rule, lr=1e30, lanczos=50)
+    with pytest.raises(FleetError, match="the curvature of the loss is not finite"):
+        method.local(model, method.broadcast(method.init(model, 8)), Batches(rows, PAD, 1), 1, {})
 
 
 def test_the_round_and_the_report_show_both_metrics(tmp_path: Path) -> None:

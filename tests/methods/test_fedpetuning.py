@@ -49,7 +49,10 @@ def round_of(model: Model, method: Any, state: Any) -> tuple[list[Reply], int, i
 
 
 def made(module: str, **options: Any) -> Any:
-    return methods.make("fedpetuning", {"module": module, "size": 4, "batch_size": 4} | options)
+    return methods.make(
+        "fedpetuning",
+        {"module": module, "size": 0 if module in ("full", "bitfit") else 4, "batch_size": 4} | options,
+    )
 
 
 @each
@@ -157,6 +160,10 @@ def test_lora_has_alpha_equal_to_its_rank_on_query_and_value() -> None:
         ({"module": "magic"}, "none of full, prefix"),
         ({"places": "sideways"}, "neither houlsby nor pfeiffer"),
         ({"size": -1}, "must be positive"),
+        ({"module": "bitfit", "size": 4}, "no size to choose"),
+        ({"module": "prefix", "targets": "all-linear"}, "needs module=lora"),
+        ({"module": "lora", "places": "pfeiffer"}, "needs module=adapter"),
+        ({"module": "lora", "start_data": "rows.jsonl"}, "what start=eva looks at"),
         ({"lr": -1.0}, "must be positive"),
         ({"wire": "int8"}, "none of fp32, fp16"),
         ({"epochs": 0}, "at least 1"),

@@ -106,7 +106,7 @@ def test_the_gate_is_the_published_variance_of_the_runs_own_directions(law: str)
     assert np.abs(np.array(found) / variance - 1).max() < 0.2
 
 
-def test_a_direction_that_two_devices_tried_counts_once() -> None:
+def test_a_direction_that_two_devices_tried_has_both_shares_of_the_mean_and_one_of_the_variance() -> None:
     ids = np.array([5, 9, 5, 2], np.uint64)
     g, rows = np.array([1.0, 2.0, 3.0, 4.0]), np.array([8.0, 8.0, 24.0, 8.0])
     shares = {5: (8 * 1 + 24 * 3) / 48, 9: 8 * 2 / 48, 2: 8 * 4 / 48}
@@ -172,6 +172,24 @@ def test_more_rows_weigh_more_in_the_gradient() -> None:
         for id, x in zip(method.directions(None, answer.key).tolist(), row, strict=True):
             gradient, weight = gradient + n * x * directions(11, id), weight + n
     np.testing.assert_allclose(moved, flat(start().tensors) - 0.1 * gradient / weight, atol=1e-6)
+
+
+def test_no_slope_counts_more_than_the_clip() -> None:
+    method = Method(P=2, variance_gate=False, decay=0, lr=0.1, discriminative=False, clip=1.5)
+    g = np.array([[0.5, -3e38], [3e38, 1.0]], np.float32)
+    moved = method.aggregate(start(), iter(replies(start(), method, g, [4, 4])))
+    cut = method.aggregate(start(), iter(replies(start(), method, np.clip(g, -1.5, 1.5), [4, 4])))
+    assert harness.equal_states(moved, cut)
+    assert np.abs(flat(moved.tensors) - flat(start().tensors)).max() < 1
+
+
+def test_a_device_cuts_its_own_slopes() -> None:
+    model = models.tiny_llama()
+    for clip, largest in ((0.0, np.inf), (0.01, np.float32(0.01))):
+        method = quick(P=8, clip=clip)
+        state = method.init(model, harness.key())
+        g = harness.reply(harness.fleet(model, method), method, state).payload.array("g")
+        assert (np.abs(g).max() == largest) if clip else (np.abs(g).max() > 0.01)
 
 
 def test_the_rate_falls_linearly_to_nothing() -> None:
@@ -298,16 +316,23 @@ def test_devices_draw_different_seeds_of_the_offer_and_the_server_knows_which() 
 # ---------------------------------------------------------------- a device
 
 
+SIZELESS = {"targets": "query-value", "r": 8, "alpha": 16}  # the defaults, which are all that bitfit takes
+
+
 def quick(**changes: Any) -> Method:
     made = methods.make("fwdllm", harness.QUICK["fwdllm"] | changes)
     assert isinstance(made, Method)
     return made
 
 
-@pytest.mark.parametrize("module", ["lora", "adapter", "bitfit"])
-def test_scalars_are_central_differences_and_near_the_gradients_own(module: str) -> None:
+@pytest.mark.parametrize(
+    "module",
+    [{"module": "lora"}, {"module": "adapter", "targets": "query-value"}, {"module": "bitfit", **SIZELESS}],
+    ids=lambda m: m["module"],
+)
+def test_scalars_are_central_differences_and_near_the_gradients_own(module: dict[str, Any]) -> None:
     """Weights moved by hand, in plain torch; and <grad, v> by back-propagation at a small h."""
-    model, method = models.tiny_llama(), quick(module=module, P=3, h=2e-3)
+    model, method = models.tiny_llama(), quick(**module, P=3, h=2e-3)
     state = method.init(model, harness.key())
     rng = np.random.default_rng(4)
     w = {n: (t + rng.normal(size=t.shape) * 0.05).astype(np.float32) for n, t in state.tensors.items()}
@@ -404,6 +429,10 @@ def test_a_run_records_what_gate_and_ranking_did(tmp_path: Path, monkeypatch: py
         ({"candidates": 0}, "candidates = 0"),
         ({"h": 0}, "h, lr and threshold"),
         ({"threshold": -1}, "h, lr and threshold"),
+        ({"decay": -1}, "decay and clip"),
+        ({"clip": -1}, "decay and clip"),
+        ({"module": "bitfit", "r": 4}, "bitfit has none"),
+        ({"module": "adapter", "targets": "all-linear"}, "needs module=lora"),
         ({"law": "pooled"}, "law = 'pooled' is none of gaussian, rademacher"),
         ({"module": "prefix"}, "module = 'prefix' is none of lora, adapter, bitfit"),
     ],

@@ -28,6 +28,7 @@ from fleetune import adapters
 from fleetune.adapters.layers import layers_of
 from fleetune.adapters.prefix import IMPLEMENTATIONS
 from fleetune.data import Batch
+from fleetune.errors import FleetError
 from fleetune.losses import frozen
 from fleetune.models import Model
 from fleetune.objectives import loss_tensor
@@ -127,6 +128,11 @@ def subspace(product: Product, start: np.ndarray, count: int) -> tuple[np.ndarra
 def ritz(Q: np.ndarray, HQ: np.ndarray) -> Spectrum:
     """The eigenvalues of Q' H Q, with the share of the spectrum that each stands for."""
     T = Q.T @ HQ
+    if not np.isfinite(T).all():
+        raise FleetError(
+            "the curvature of the loss is not finite at this device's prompts",
+            hint="lower lr, or set layers_rule=half",
+        )
     theta, U = np.linalg.eigh((T + T.T) / 2)
     whole = Q.shape[0] == Q.shape[1]
     return Spectrum(theta, np.full(len(theta), 1 / len(theta)) if whole else U[0] ** 2)
@@ -199,7 +205,7 @@ def kept_by_gap(spectrum: Spectrum, L: float) -> float:
     The m flat directions below the gap cannot mix with those above it, so they may go.  No gap: all stay.
     """
     gaps = np.flatnonzero(np.diff(spectrum.theta) > 4 * L)
-    return 1.0 - float(spectrum.share[: gaps[0] + 1].sum()) if len(gaps) else 1.0
+    return max(0.0, 1.0 - float(spectrum.share[: gaps[0] + 1].sum())) if len(gaps) else 1.0
 
 
 def kept_by_plateau(spectrum: Spectrum) -> float:
@@ -221,7 +227,7 @@ def kept_by_plateau(spectrum: Spectrum) -> float:
         while r[-1] >= r[0] / 2:
             r.append(above(len(r) * step))
             if len(r) >= 4 and np.abs(np.diff(r[-4:])).max() < 0.005:
-                return r[-1]
+                return min(1.0, r[-1])  # shares add up to 1 but for rounding
         step /= 2
 
 

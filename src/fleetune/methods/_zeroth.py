@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from fleetune.errors import ModelError
 from fleetune.messages import Payload, narrow
 from fleetune.models import Model, named_tensors
+from fleetune.seeds.folded import FOLD
 from fleetune.seeds.ledger import Head, Ledger
 from fleetune.seeds.noise import run_key
 from fleetune.seeds.spsa import Position, uniforms
 from fleetune.seeds.view import View
+
+log = logging.getLogger(__name__)
 
 LAWS = ("pooled", "rademacher", "gaussian")
 INT32 = (1 << 31) - 1
@@ -63,6 +68,12 @@ def new_ledger(
     aggregation: str,
 ) -> Ledger:
     """An empty ledger on this base; `K` is the pool's size, the grid is lr / 256."""
+    if law == "gaussian" and K > FOLD:
+        log.warning(
+            "slow: every forward may compute %d gaussian directions, whose sums are not kept; "
+            "pooled or rademacher ones are kept as one sum",
+            K,
+        )
     tensors = tuple(
         (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in named_tensors(model.net)
     )

@@ -144,7 +144,7 @@ class Method:
 
     def check_start(self) -> None:
         """ValueError for a start that does not go with the rest."""
-        _lora.check(self.start, self.r, dropout=self.dropout, wire=self.wire)
+        _lora.check(self.start, self.r, dropout=self.dropout, wire=self.wire, start_data=self.start_data)
         if self.start in _lora.TAKEN and self.average == "product":
             raise ValueError(
                 f"average=product keeps the strongest directions, which after start={self.start} are the base's "

@@ -346,7 +346,7 @@ class Method:
         lr = self.server_lr or ADAPTIVE_LR.get(self.server, 0.0)
         zero = {"a": np.zeros(self.K)}
         step, kept = servers.step(self.server, zero, {"a": mean / UNITS}, moments, lr=lr)
-        return np.rint(step["a"] * UNITS).astype(np.int64), kept
+        return np.clip(np.rint(step["a"] * UNITS), -INT32, INT32).astype(np.int64), kept
 
     def apply(self, model: Model, state: State) -> None:
         stand(model, state.ledger)

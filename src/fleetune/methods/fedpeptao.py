@@ -213,7 +213,9 @@ class Method:
         if warm and self.layers_rule in CURVED:
             told["kept"] = self.kept(model, batch, w, key)
         trained = adapters.export(model)
-        if self.personalise:
+        if self.personalise and all(
+            np.isfinite(a).all() for a in trained.values()
+        ):  # else it keeps what it had
             memory.update(trained)
         sent = {name: trained[name] for name in w}
         return Payload(sent | scores, {"n": batches.n, "loss": loss} | told)

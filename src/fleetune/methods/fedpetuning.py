@@ -136,11 +136,24 @@ class Method:
             raise ValueError(f"places = {self.places!r} is neither houlsby nor pfeiffer")
         if self.size < 0 or self.lr < 0:
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
-        if self.start != "default" and self.module != "lora":
-            raise ValueError(f"start = {self.start!r} is a start of LoRA; it needs module=lora")
-        _lora.check(self.start, self.size or MODULES[self.module].size, dropout=0.0, wire=self.wire)
+        self.check_fits()
+        _lora.check(
+            self.start, self.size or MODULES[self.module].size, dropout=0.0, wire=self.wire,
+            start_data=self.start_data,
+        )  # fmt: skip
         self.training().check()
         servers.check(self.server, lr=self.server_lr)
+
+    def check_fits(self) -> None:
+        """ValueError for a setting that the module does not have."""
+        if self.start != "default" and self.module != "lora":
+            raise ValueError(f"start = {self.start!r} is a start of LoRA; it needs module=lora")
+        if self.targets != "query-value" and self.module != "lora":
+            raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
+        if self.places != "houlsby" and self.module != "adapter":
+            raise ValueError(f"places = {self.places!r} is where adapters go; it needs module=adapter")
+        if self.size and not MODULES[self.module].size:
+            raise ValueError(f"size = {self.size}, but module={self.module} has no size to choose")
 
     def training(self) -> Training:
         """A device's round."""

@@ -29,7 +29,7 @@ What differs from the paper's code, and why:
 - Seeds are ranked as whole directions; the code ranks each tensor's part apart, and above 1000 candidates keeps
   the wrong ones (it returns its last chunk).
 - Devices draw from the list that was sent, four times as long as what they use, so that few draw the same one.
-  Where two do, the scalars of a direction are averaged and it counts once.
+  Where two do, the direction's share of the mean is that of both, and the variance counts it as one.
 - The variance test ends after `patience` rounds on a batch; in the code it may ask for ever.
 - No half precision in the two inferences beyond the model's own: their difference is small.
 """
@@ -126,6 +126,7 @@ class Method:
     candidates: int = field(
         default=10, metadata={"symbol": "c", "help": "directions ranked for each that is sent"}
     )
+    clip: float = field(default=0.0, metadata={"symbol": "C", "help": "cut |g| to this (0: not)"})
     law: str = field(default="gaussian", metadata={"symbol": "law", "help": "gaussian or rademacher"})
     objective: str = field(
         default="loss",
@@ -136,8 +137,14 @@ class Method:
         whole = {n: getattr(self, n) for n in ("r", "alpha", "P", "batch_size", "patience", "candidates")}
         if low := [f"{name} = {value}" for name, value in whole.items() if value < 1]:
             raise ValueError(f"{', '.join(low)} must be at least 1")
-        if not (0 < self.h < 1e3 and 0 < self.lr < 1e3 and self.threshold > 0 and self.decay >= 0):
-            raise ValueError("h, lr and threshold must be positive (and sane), decay 0 or more")
+        if not (0 < self.h < 1e3 and 0 < self.lr < 1e3 and self.threshold > 0):
+            raise ValueError("h, lr and threshold must be positive (and sane)")
+        if self.decay < 0 or self.clip < 0:
+            raise ValueError("decay and clip must be 0 or more")
+        if self.module == "bitfit" and (self.r, self.alpha) != (8, 16):
+            raise ValueError("r and alpha are sizes of an adapter; bitfit has none")
+        if self.module != "lora" and self.targets != "query-value":
+            raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
         for name, choices in (("law", LAWS), ("module", tuple(MODULES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is none of {', '.join(choices)}")
@@ -194,10 +201,14 @@ class Method:
 
             plus, minus = two_point(view, probe(self.law, 1, int(ids[j])), self.h, seen)
             if math.isfinite(plus) and math.isfinite(minus):  # else no step; with none at all it is refused
-                g[j], losses[j] = (plus - minus) / (2 * self.h), (plus + minus) / 2
+                g[j], losses[j] = self.cut((plus - minus) / (2 * self.h)), (plus + minus) / 2
         view.place(self.step(ids, g.astype(np.float64), np.full(self.P, float(batches.n)))[0])
         stand(parameters, view)
         return Payload({"g": g}, {"n": batches.n, "loss": mean_loss(losses)})
+
+    def cut(self, g: Any) -> Any:
+        """A scalar or array of slopes with |g| at most `clip`."""
+        return np.clip(g, -self.clip, self.clip) if self.clip else g
 
     def view(self, tensors: Mapping[str, np.ndarray], seed: int, rate: float, device: str = "cpu") -> View:
         """The adapter's tensors, to be seen from other points."""
@@ -219,7 +230,7 @@ class Method:
         ids, g, rows = [state.ids], [state.g], [state.rows]
         for reply in replies:
             ids.append(self.directions(state.seeds, reply.key))
-            g.append(reply.payload.array("g").astype(np.float64))
+            g.append(self.cut(reply.payload.array("g").astype(np.float64)))
             rows.append(np.full(self.P, float(reply.payload.int("n"))))
         if len(ids) == 1:
             return state._replace(round=state.round + 1, moved=0, cosine=0.0)

@@ -135,7 +135,7 @@ class Method:
             rows += n
         if rows == 0:
             return state._replace(round=state.round + 1)
-        mean = np.rint(total / rows).astype(np.int64)
+        mean = np.clip(np.rint(total / rows), -INT32, INT32).astype(np.int64)
         ledger = state.ledger.append(self.ids(state.step), mean, state.round + 1)
         return State(ledger, state.step + self.tau, state.round + 1)
 

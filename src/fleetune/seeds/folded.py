@@ -46,8 +46,9 @@ class Folded:
         if len(left.ids) <= FOLD and self.reach + _most(left) < EXACT:
             return left
         if self.reach + _most(left) >= EXACT:
-            log.info(
-                "the sums of %d directions could pass 2^24: they are computed anew each time", len(left.ids)
+            log.warning(
+                "slow: the sums of %d directions could pass 2^24: they are computed anew each time",
+                len(left.ids),
             )
             self.forget()
             return point
