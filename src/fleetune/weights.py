@@ -85,7 +85,8 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     width = rows.element_size() * (rows[0].numel() if rows.shape[0] else 0)
     step = max(1, CHUNK // max(1, width))
     for start in range(0, rows.shape[0], step):
-        yield rows[start : start + step].contiguous().cpu().reshape(-1)
+        flat = rows[start : start + step].contiguous().cpu().reshape(-1)
+        yield flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)  # a lone value
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -53,9 +53,9 @@ VARIANTS = [
     "fwdllm:variance_gate=false,discriminative=false", "fwdllm:module=adapter,targets=query-value", "fwdllm:module=bitfit,targets=query-value,r=8,alpha=16", "mezo:law=rademacher", "mezo:K=32,decay=200",
     "onebyte:wire=sign", "onebyte:law=rademacher", "onebyte:law=gaussian", "zosgd:law=rademacher", "zosgd:law=gaussian",
     "fedpetuning:module=adapter", "fedpetuning:module=prefix", "fedpetuning:module=prompt",
-    "fedpetuning:module=bitfit", "fedit:scaffold=true,mu=0.1", "fedpetuning:module=bitfit,scaffold=true,wire=fp16",
+    "fedpetuning:module=bitfit,size=0", "fedit:scaffold=true,mu=0.1", "fedpetuning:module=bitfit,size=0,scaffold=true,wire=fp16",
     "fedpeptao:layers_rule=all,server_lr=0,personalise=true", "fedpeptao:layers_rule=plateau",
-    "fedpetuning:module=full", "fedpetuning:module=adapter,places=pfeiffer,wire=fp16",
+    "fedpetuning:module=full,size=0", "fedpetuning:module=adapter,places=pfeiffer,wire=fp16",
 ]  # fmt: skip
 # Methods that remember on the server or on the devices: a run that goes on must go on with all of it.
 STATEFUL = [
