@@ -86,7 +86,9 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     step = max(1, CHUNK // max(1, width))
     for start in range(0, rows.shape[0], step):
         flat = rows[start : start + step].contiguous().cpu().reshape(-1)
-        yield flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)  # a lone value
+        yield (
+            flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
+        )  # a lone value
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
