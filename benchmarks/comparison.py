@@ -43,8 +43,8 @@ class Scale(NamedTuple):
 TINY = Scale(
     3, 640, 8, ("--clients", str(FLEET), "--max-length", "128", "--rouge-rows", "40"),
     {
-        "fedit": {"lr": 3e-3, "r": 8}, "fedpetuning, bitfit": {"lr": 1e-2}, "fedpetuning, prefix": {"lr": 3e-2},
-        "fedpeptao": {"lr": 4e-2, **CHOICE}, "mezo": {"lr": 1e-4}, "zosgd": {"lr": 1e-4}, "fedkseed": {"lr": 3e-4},
+        "fedit": {"lr": 1e-2, "r": 8}, "fedpetuning, bitfit": {"lr": 1e-1}, "fedpetuning, prefix": {"lr": 1e-1},
+        "fedpeptao": {"lr": 1e-1, **CHOICE}, "mezo": {"lr": 1e-4}, "zosgd": {"lr": 1e-4}, "fedkseed": {"lr": 3e-4},
         "onebyte": {"lr": 3e-3}, "fwdllm": {"lr": 3e-2},
     },
 )  # fmt: skip
