@@ -49,6 +49,12 @@ def draw(key: int, count: int, p: np.ndarray | None, K: int) -> np.ndarray:
     return np.minimum(np.searchsorted(edges / edges[-1], u, side="right"), K - 1)
 
 
+def rounded(steps: np.ndarray) -> np.ndarray:
+    """int64: the nearest integers that a ledger takes, whatever a reply has made of `steps`."""
+    whole: np.ndarray = np.clip(np.rint(steps), -INT32, INT32).astype(np.int64)
+    return whole
+
+
 def pool_ids(epoch: int, k: np.ndarray) -> np.ndarray:
     """Direction ids u64 of pool members k in an epoch: epoch << 32 | k."""
     return (np.uint64(epoch) << np.uint64(32)) | k.astype(np.uint64)

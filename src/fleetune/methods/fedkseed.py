@@ -57,6 +57,7 @@ from fleetune.methods._zeroth import (
     draw,
     new_ledger,
     pool_ids,
+    rounded,
     stand,
 )
 from fleetune.models import Model
@@ -346,7 +347,7 @@ class Method:
         lr = self.server_lr or ADAPTIVE_LR.get(self.server, 0.0)
         zero = {"a": np.zeros(self.K)}
         step, kept = servers.step(self.server, zero, {"a": mean / UNITS}, moments, lr=lr)
-        return np.clip(np.rint(step["a"] * UNITS), -INT32, INT32).astype(np.int64), kept
+        return rounded(step["a"] * UNITS), kept
 
     def apply(self, model: Model, state: State) -> None:
         stand(model, state.ledger)

@@ -28,7 +28,7 @@ from fleetune import objectives
 from fleetune.data import Batches
 from fleetune.messages import Payload, Spec
 from fleetune.methods import Reply
-from fleetune.methods._zeroth import INT32, UNITS, announce, arrive, check_pool, new_ledger, stand
+from fleetune.methods._zeroth import INT32, UNITS, announce, arrive, check_pool, new_ledger, rounded, stand
 from fleetune.models import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.spsa import descend
@@ -135,7 +135,7 @@ class Method:
             rows += n
         if rows == 0:
             return state._replace(round=state.round + 1)
-        mean = np.clip(np.rint(total / rows), -INT32, INT32).astype(np.int64)
+        mean = rounded(total / rows)
         ledger = state.ledger.append(self.ids(state.step), mean, state.round + 1)
         return State(ledger, state.step + self.tau, state.round + 1)
 

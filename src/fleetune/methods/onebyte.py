@@ -42,7 +42,7 @@ from fleetune import objectives
 from fleetune.data import Batches, keyed_order
 from fleetune.messages import LogCode, Payload, Spec
 from fleetune.methods import Reply
-from fleetune.methods._zeroth import INT32, UNITS, announce, arrive, check_pool, new_ledger, pool_ids, stand
+from fleetune.methods._zeroth import UNITS, announce, arrive, check_pool, new_ledger, pool_ids, rounded, stand
 from fleetune.models import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import derive, probe
@@ -177,7 +177,7 @@ class Method:
             return state._replace(round=state.round + 1)
         steps = total / rows if self.wire == "byte" else UNITS * np.sign(total)
         ids = pool_ids(self.epoch(state.round), np.arange(self.K))
-        c = np.clip(np.rint(FINER * steps), -INT32, INT32).astype(np.int64)
+        c = rounded(FINER * steps)
         return State(state.ledger.append(ids, c, state.round + 1), state.round + 1)
 
     def apply(self, model: Model, state: State) -> None:
