@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench slow format clean help
+.PHONY: demo test check fuzz bench slow format clean help
 
 help:
 	@echo "make demo    tune a real language model over 24 simulated clients, with a report (about 10 minutes)"
 	@echo "make test    the test suite"
 	@echo "make check   lint, format and types"
+	@echo "make fuzz    the property tests, with new random examples"
 	@echo "make slow    tests that need a downloaded model or minutes"
 	@echo "make bench   ours against the papers' way, as ratios"
 
@@ -28,6 +29,9 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/ready
+	$(BIN)/pytest --hypothesis-profile=fuzz -m hypothesis
 
 slow: $(VENV)/ready
 	$(BIN)/pytest -m slow

@@ -43,7 +43,7 @@ def dense_mean(taken: list[tuple[float, dict[str, np.ndarray]]], layer: str) -> 
 
 
 @given(seed=st.integers(0, 99), count=st.integers(1, 9), scale=st.sampled_from([1e-6, 1.0, 1e6]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_weighted_mean_is_the_float64_mean_rounded_once(seed, count, scale):
     rng = np.random.default_rng(seed)
     n = rng.integers(1, 1000, count)
@@ -58,7 +58,7 @@ def test_weighted_mean_is_the_float64_mean_rounded_once(seed, count, scale):
 
 
 @given(order=st.permutations(list(range(8))))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_weighted_mean_does_not_mind_the_order(order):
     taken = clients(3, 8, 2)
     first, other = weighted_mean(taken), weighted_mean([taken[i] for i in order])
@@ -201,7 +201,7 @@ def exact_mean(start, taken, layer):
 @given(
     seed=st.integers(0, 50), ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4), zeros=st.booleans()
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_unlike_ranks_are_averaged_exactly(seed, ranks, zeros):
     start, taken = mixed(seed, ranks, 4)
     if zeros:  # a fresh adapter

@@ -327,7 +327,7 @@ def test_strided_perplexity_follows_the_guide(tiny: Model, window: int, stride: 
         assert got == pytest.approx(expected, rel=1e-6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 60), st.integers(2, 20), st.data())
 def test_windows_score_each_token_once_with_enough_context(
     length: int, window: int, data: st.DataObject

@@ -80,7 +80,7 @@ messages = st.builds(
 
 
 @given(message=messages, turn=st.booleans())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_any_payload_comes_back(message, turn):
     if turn:  # a layout that is not contiguous
         flipped = {n: a.T[::-1] if a.ndim else a for n, a in message.payload.arrays.items()}
@@ -231,7 +231,7 @@ near = st.tuples(
 
 
 @given(body=st.one_of(trees, near).map(msgpack.packb) | st.binary(max_size=60))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_any_body_is_a_message_or_a_message_error(body):
     try:
         message = decode(wrap(body))

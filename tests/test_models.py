@@ -99,7 +99,7 @@ def test_digest_wants_name_order() -> None:
             models.digest([(n, x) for n in names])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 200), st.booleans())
 @example([1, 2], 1, True)
 def test_digest_does_not_depend_on_pieces_or_strides(shape: list[int], chunk: int, transposed: bool) -> None:

@@ -17,7 +17,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fleetune import report
@@ -513,6 +513,8 @@ KEYS = (
 )
 
 
+@example([{"event": "round", "round": 0, "loss": 0, "bytes_up": 7.550206357119099e-233}], {})
+@example([{"event": "round", "round": 0, "bytes_up": 1e-10, "seconds": -9.9e17}], {})
 @given(
     st.lists(
         st.builds(

@@ -41,7 +41,7 @@ def one_number(
 
 @pytest.mark.parametrize("rule", servers.ETA)
 @given(seed=st.integers(0, 999), rounds=st.integers(1, 6), scale=st.sampled_from([1e-5, 1e-2, 3.0]))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_several_rounds_equal_the_papers_updates(rule, seed, rounds, scale):
     rng = np.random.default_rng(seed)
     w = {"a": rng.normal(size=(2, 3)).astype(np.float32), "b": rng.normal(size=4)}

@@ -49,7 +49,7 @@ def test_what_a_method_trains_is_what_it_attaches(name: str, family: str) -> Non
         st.text(max_size=5), st.one_of(st.integers(0, 1 << 63), st.floats(allow_nan=False)), max_size=3
     ),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_message_bytes_is_the_length_of_the_message(arrays: Any, scalars: Any) -> None:
     payload = Payload({n: np.zeros(shape, kind) for n, (kind, shape) in arrays.items()}, scalars)
     told = {n: (kind, tuple(shape)) for n, (kind, shape) in arrays.items()}

@@ -236,7 +236,7 @@ def test_a_long_answer_leaves_the_prompt_a_quarter_and_loses_its_end():
     assert (row.n_prompt, len(row.ids)) == (2, 2 + 101)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(asked=st.integers(1, 60), said=st.integers(1, 60), max_length=st.integers(2, 150))
 def test_cuts_fit_and_keep_the_ends(asked, said, max_length):
     tok = TOKENIZER
@@ -323,7 +323,7 @@ def firsts(batches) -> list[list[int]]:
 ROWS = [row(i, 100 + i) for i in range(10)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 12), size=st.integers(1, 15), count=st.integers(0, 20), key=st.integers(0, 2**64 - 1))
 def test_steps_take_every_row_once_a_pass_in_the_keyed_order(n, size, count, key):
     taken = firsts(Batches(ROWS[:n] if n <= 10 else [row(i, 1) for i in range(n)], 0, key).steps(count, size))
@@ -334,7 +334,7 @@ def test_steps_take_every_row_once_a_pass_in_the_keyed_order(n, size, count, key
     assert max(Counter(flat).values(), default=0) - min((flat.count(i) for i in range(n)), default=0) <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(n=st.integers(1, 10), size=st.integers(1, 15), number=st.integers(0, 8), key=st.integers(0, 2**64 - 1))
 def test_a_held_batch_is_the_same_in_every_round(n, size, number, key):
     batches = Batches(ROWS[:n], 0, key)

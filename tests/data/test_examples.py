@@ -464,7 +464,7 @@ def test_parquet_needs_pyarrow_and_parquet(tmp_path, monkeypatch):
     assert caught.value.hint == "pip install 'fleetune[parquet]'"
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.fixed_dictionaries(
@@ -480,7 +480,7 @@ def test_any_text_survives_jsonl_json_and_parquet(tmp_path, rows):
         assert read(write(tmp_path / f"a{suffix}", rows)) == expected
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=st.binary(max_size=60), at=st.integers(0, len(GOOD)), suffix=st.sampled_from(SUFFIXES[:4]))
 def test_no_bytes_raise_anything_but_a_data_error(tmp_path, raw, at, suffix):
     path = tmp_path / f"a{suffix}"

@@ -56,7 +56,7 @@ SPECS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     labels=st.lists(st.sampled_from("abcde"), min_size=1, max_size=120),
     spec=SPECS,
@@ -313,7 +313,7 @@ def test_wrong_numbers_are_refused():
             partition(balanced(10, 2), "iid", clients, 0, min_rows)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     labels=st.lists(st.sampled_from("abcd"), min_size=2, max_size=80),
     part=st.one_of(st.integers(0, 79), st.floats(0.01, 0.98)),

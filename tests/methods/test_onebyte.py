@@ -64,7 +64,7 @@ def test_a_code_is_a_byte_with_a_sign_seven_bits_of_size_and_one_zero() -> None:
 
 
 @given(st.floats(-3e4, 3e4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_slope_is_decoded_to_itself_on_average_within_an_eighth(g: float) -> None:
     u = (np.arange(4000) + 0.5) / 4000
     steps = Method().decode(Method().encode(np.full(4000, g), u))
@@ -181,7 +181,7 @@ def sums(state: State) -> np.ndarray:
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 63), st.integers(1, 999)), min_size=1, max_size=9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_server_takes_the_mean_weighted_by_rows_whoever_answers(machines: list[tuple[int, int]]) -> None:
     model, chosen = tiny_llama(), tiny()
     state = chosen.init(model, 1)
@@ -221,7 +221,7 @@ def test_directions_are_different_within_a_machine_and_between_machines_and_roun
 
 
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(1, 5)), min_size=1, max_size=7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_majority_of_rows_decides_each_direction_and_a_tie_is_no_step(votes: Any) -> None:
     model, chosen = tiny_llama(), tiny(directions=8, wire="sign")
     state = chosen.init(model, 1)

@@ -97,7 +97,7 @@ def run(kernels: ModuleType, case: dict, *, threads: int | None = None, block: i
 
 
 @given(case=cases())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_numba_equals_the_definition(case):
     base = weights(case["seed"], case["n"], case["dtype"])
     want = reference(base, case["start"], case["run_key"], case["passes"], case["grid"], case["probe"])
@@ -105,7 +105,7 @@ def test_numba_equals_the_definition(case):
 
 
 @given(case=cases())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_torch_equals_numba_whatever_the_threads_and_chunks(case):
     left = run(kernels_numba, case, threads=case["threads"], block=case["block"])
     right = run(kernels_torch, case, block=case["block"])

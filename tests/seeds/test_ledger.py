@@ -145,7 +145,7 @@ entries = st.lists(
     hyper=st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=5), st.booleans())),
     names=st.lists(st.text(max_size=9), max_size=3),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_saved_ledger_comes_back(tmp_path_factory, rows, key, law, grid, hyper, names):
     tensors = tuple((n, (i, 2), "bfloat16") for i, n in enumerate(names))
     ledger = Ledger(head(run_key=key, law=law, grid=grid, hyper=hyper, tensors=tensors))
@@ -351,7 +351,7 @@ def test_replay_is_the_formula(law, backend, threads):
         st.tuples(st.integers(0, 2), st.integers(0, K - 1), st.integers(-(2**31) + 1, 2**31 - 1)), max_size=12
     ),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_replay_is_the_formula_for_any_entries(law, rows):
     # Coefficients up to the end of their 32 bits: the sums need 64.
     ledger = Ledger(head(law=law, K=K if law == "pooled" else 1, grid=float(np.float32(1e-11))))
@@ -361,7 +361,7 @@ def test_replay_is_the_formula_for_any_entries(law, rows):
 
 
 @given(data=st.data(), law=st.sampled_from(["pooled", "rademacher"]))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_order_splitting_merging_and_compacting_do_not_change_the_weights(data, law):
     ledger = some(law=law, K=K if law == "pooled" else 1)
     want = rebuild(ledger)

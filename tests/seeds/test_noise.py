@@ -86,7 +86,7 @@ def test_philox_equals_the_slow_one(counter, key):
 
 
 @given(run_key=U64, id=U64, start=st.integers(0, 2**50), count=st.integers(0, 300))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_signs_follow_the_format(run_key, id, start, count):
     want = [slow_sign(run_key, id, i) for i in range(start, start + count)]
     signs = noise.signs(run_key, id, start, count)
@@ -174,7 +174,7 @@ def entries(draw):
 
 
 @given(case=entries(), run_key=U64, start=st.integers(0, 10_000), random=st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_passes_sum_the_directions_in_any_order(case, run_key, start, random):
     law, K, ids, coefficients = case
     passes = noise.passes(law, K, ids, coefficients)
@@ -313,7 +313,7 @@ def test_normals_of_extreme_words_are_finite():
 
 
 @given(start=st.integers(0, 5000), count=st.integers(0, 400))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_slices_are_slices_of_the_whole(start, count):
     assert np.array_equal(
         noise.normals(1, 2, start, count), noise.normals(1, 2, 0, 6000)[start : start + count]

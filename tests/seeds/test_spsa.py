@@ -103,7 +103,7 @@ def linear(view: View, weights: dict[str, np.ndarray]) -> float:
 
 
 @given(id=st.integers(0, K - 1), epoch=st.integers(0, 3), eps=st.sampled_from([0.5, 1e-1, 1e-2, 1e-3]))
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_a_linear_function_has_its_exact_slope(tiny, id, epoch, eps):
     view = view_of(tiny)
     try:

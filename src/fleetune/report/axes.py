@@ -29,8 +29,9 @@ class Axis:
 
 
 def usable(value: object) -> bool:
-    """True for a finite number of a size that can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
+    """True for a finite number of a size that can be drawn: zero, or between 1e-18 and 1e18."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and (value == 0 or 1e-18 < abs(value) < 1e18)
 
 
 def nice_step(span: float, count: int) -> float:
@@ -103,7 +104,8 @@ def _size(value: float) -> str:
 
 
 def _clock(seconds: float) -> str:
-    scale, unit = next((s, u) for s, u in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")) if seconds >= s)
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    scale, unit = next((s, u) for s, u in units if abs(seconds) >= s or s == 1)
     return f"{seconds / scale:g} {unit}"
 
 
@@ -117,7 +119,8 @@ def durations(values: Iterable[float], label: str, *, count: int = 6) -> Axis:
 
 def _linear(lo: float, hi: float, step: float, label: str, text: Callable[[float], str], snap: bool) -> Axis:
     if snap:
-        lo, hi = math.floor(lo / step + 1e-9) * step, math.ceil(hi / step - 1e-9) * step
+        lo = math.floor(lo / step + 1e-9) * step
+        hi = max(math.ceil(hi / step - 1e-9) * step, lo + step)
     return Axis(lo, hi, tuple((v, text(v)) for v in _multiples(lo, hi, step)), label)
 
 
