@@ -199,7 +199,7 @@ def exact_mean(start, taken, layer):
 
 
 @given(
-    seed=st.integers(0, 50), ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4), zeros=st.booleans()
+    seed=st.integers(0, 50), ranks=st.lists(st.integers(1, 4), min_size=1, max_size=12), zeros=st.booleans()
 )
 @settings(max_examples=40)
 def test_unlike_ranks_are_averaged_exactly(seed, ranks, zeros):

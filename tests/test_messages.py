@@ -289,7 +289,7 @@ def reply(**changes: Any) -> Message:
     [
         reply(),
         reply(a=np.zeros((2, 0), np.float32)),
-        reply(a=np.full((2, 1), np.finfo(np.float32).max)),
+        reply(a=np.full((2, 1), 1e9, np.float32)),
         reply(codes=np.zeros(0, np.uint8)),
         reply(codes=np.zeros(3, np.uint8)),
         reply(n=1, loss=-1e9),
@@ -319,6 +319,8 @@ REFUSED: list[tuple[Message, str]] = [
     (reply(a=np.array([[1, np.nan], [np.inf, 1]], np.float32)), "'a' holds 2 values that are not finite"),
     (reply(a=np.array([[np.nan], [0]], np.float32)), "'a' holds 1 values that are not finite"),
     (reply(a=np.array([[-np.inf], [0]], np.float32)), "'a' holds 1 values that are not finite"),
+    (reply(a=np.array([[0, 3e38], [0, 1]], np.float32)), r"'a' holds 3e\+38, agreed was -1e\+09 to 1e\+09"),
+    (reply(a=np.array([[0], [-1.1e9]], np.float32)), r"'a' holds 1\.1e\+09, agreed"),
     (reply(n=4.0), "scalar 'n' is float, agreed was int"),
     (reply(n=True), "scalar 'n' is bool, agreed was int"),
     (reply(n="4"), "scalar 'n' is str, agreed was int"),

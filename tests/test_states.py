@@ -84,9 +84,9 @@ def test_every_methods_state_comes_back_and_goes_on_alike(name, i):
     first = method.init(tiny_llama(), 2**64 - 5)
     for rounds in (0, 1, 4):
         state = after(method, first, range(rounds))
-        back, totals, memories = unpack(through_bytes(pack(state, Totals(7, 8, 0.25), {})), first)
+        back, totals = unpack(through_bytes(pack(state, Totals(7, 8, 0.25))), first)
         assert_same(back, state)
-        assert (totals, memories) == (Totals(7, 8, 0.25), {})
+        assert totals == Totals(7, 8, 0.25)
         sent = [encode(Message(1, b"", method.broadcast(s))) for s in (state, back)]
         assert sent[0] == sent[1]
         assert_same(after(method, back, range(4, 6)), after(method, state, range(4, 6)))
@@ -110,7 +110,7 @@ def test_no_reply_gives_the_weights_back(name, i):
 def test_a_checkpoint_that_lacks_a_field_is_refused_by_name(name, i):
     method = made(name, i)
     first = method.init(tiny_llama(), 5)
-    payload = pack(after(method, first, range(1)), Totals(), {})
+    payload = pack(after(method, first, range(1)), Totals())
     inside = tuple(f"state/{f}/" for f, v in first._asdict().items() if isinstance(v, dict))
     needed = [n for n in (*payload.scalars, *payload.arrays) if not n.startswith(inside or ("?",))]
     assert "totals" in needed
@@ -152,38 +152,27 @@ def odd() -> Odd:
 
 
 def test_every_kind_of_field_comes_back():
-    back, _, _ = unpack(through_bytes(pack(odd(), Totals(), {})), odd())
+    back, _ = unpack(through_bytes(pack(odd(), Totals())), odd())
     assert_same(back, odd())
 
 
 def test_what_comes_back_may_be_changed_and_is_nobody_elses():
-    payload = through_bytes(pack(odd(), Totals(), {3: {"m": np.zeros(2), "n": 1}}))
-    back, _, memories = unpack(payload, odd())
+    payload = through_bytes(pack(odd(), Totals()))
+    back, _ = unpack(payload, odd())
     back.array[0, 0] = 9.0
     back.tensors["a.b"][:] = 7
     back.ledger.coefficients[0] = 1
-    memories[3]["m"] += 1.0  # a method may keep a running sum in its memory
-    again, _, other = unpack(payload, odd())
+    again, _ = unpack(payload, odd())
     assert_same(again, odd())
-    assert other[3]["m"].tolist() == [0.0, 0.0]
 
 
-def test_memories_of_clients_come_back():
-    given = {
-        0: {"seen": np.arange(3), "mean/of/losses": 0.5, "name": "a"},
-        12: {"state/x": np.zeros((2, 2), np.float16), "count": 3, "on": False},
-    }
-    _, totals, memories = unpack(through_bytes(pack(odd(), Totals(2**40, 1, 1e-3), given)), odd())
+def test_totals_come_back():
+    _, totals = unpack(through_bytes(pack(odd(), Totals(2**40, 1, 1e-3))), odd())
     assert totals == Totals(2**40, 1, 1e-3)
-    assert set(memories) == {0, 12}
-    for client, memory in given.items():
-        assert set(memories[client]) == set(memory)
-        for name, value in memory.items():
-            assert_same(memories[client][name], value)
 
 
 def test_a_damaged_ledger_in_a_checkpoint_is_refused():
-    payload = pack(odd(), Totals(), {})
+    payload = pack(odd(), Totals())
     scalars = {**payload.scalars, "state/ledger": "{}"}
     with pytest.raises(LedgerError, match="head is damaged"):
         unpack(Payload(payload.arrays, scalars), odd())

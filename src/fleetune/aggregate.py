@@ -6,11 +6,31 @@ Replies are taken one at a time, so that memory does not grow with the number of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 Tensors = dict[str, np.ndarray]
+
+
+class Mean:
+    """sum_k n_k w_k / sum_k n_k, tensor by tensor, float64; (n_k, tensors) are added one at a time."""
+
+    def __init__(self) -> None:
+        self.total = 0.0  # sum_k n_k
+        self._sums: Tensors = {}
+
+    def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
+        """Count `tensors` with weight `n`."""
+        for name, value in tensors.items():
+            if name not in self._sums:
+                self._sums[name] = np.zeros(value.shape, np.float64)
+            self._sums[name] += n * value.astype(np.float64)
+        self.total += n
+
+    def tensors(self) -> Tensors:
+        """The mean; {} when nothing was added."""
+        return {name: s / self.total for name, s in self._sums.items()}
 
 
 def weighted_mean(weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]]) -> Tensors:
@@ -18,15 +38,10 @@ def weighted_mean(weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]]) ->
 
     Takes (n_k, tensors) pairs one at a time, sums in float64, gives float32; {} when there are none.
     """
-    sums: dict[str, np.ndarray] = {}
-    total = 0.0
+    mean = Mean()
     for n, tensors in weighted:
-        for name, value in tensors.items():
-            if name not in sums:
-                sums[name] = np.zeros(value.shape, np.float64)
-            sums[name] += n * value.astype(np.float64)
-        total += n
-    return {name: (s / total).astype(np.float32) for name, s in sums.items()}
+        mean.add(n, tensors)
+    return {name: m.astype(np.float32) for name, m in mean.tensors().items()}
 
 
 def cut(tensors: Mapping[str, np.ndarray], pairs: Mapping[str, tuple[str, str]], rank: int) -> Tensors:
@@ -53,38 +68,57 @@ def product_mean(
         G = sum_k p_k (B_k A_k + B[:, r_k:] A[r_k:])        p_k = n_k / sum n
 
     The mean is kept as stacked factors `[p_1 B_1 .. p_m B_m, B t] [A_1; ..; A_m; A]`, t_i the share of those
-    who were not sent direction i.  Its SVD needs only two thin QRs and an SVD of the stack's size (never out x
-    in); the best factors are B' = U sqrt(S), A' = sqrt(S) V'.  It is exact when G has rank <= r.  Directions
-    that G does not need get back the row of A that they had, with zeros in B, so that they can still learn.
+    who were not sent direction i, and as the dense product from where that is smaller.  Its SVD needs only two
+    thin QRs and an SVD of the stack's size; the best factors are B' = U sqrt(S), A' = sqrt(S) V'.  It is exact
+    when G has rank <= r.  Directions that G does not need get back the row of A that they had, with zeros in B,
+    so that they can still learn.
 
     Tensors outside `pairs` (a head's) are averaged plainly.  Returns the tensors and the share of the squared
     norm that the cut left out.  FlexLoRA (Bai et al. 2024, arXiv 2402.11505) does the same with the dense
     product, and without what low ranks were not sent.
     """
-    taken = [(n, dict(tensors)) for n, tensors in weighted]
-    total = sum(n for n, _ in taken)
     factors = {name for pair in pairs.values() for name in pair}
-    result = weighted_mean((n, {k: v for k, v in t.items() if k not in factors}) for n, t in taken)
+    stacks = {pair: _Stack(start[pair[0]], start[pair[1]]) for pair in pairs.values()}
+    plain = Mean()
+    for n, tensors in weighted:
+        plain.add(n, {k: v for k, v in tensors.items() if k not in factors})
+        for (b_name, a_name), stack in stacks.items():
+            stack.add(n, tensors[b_name], tensors[a_name])
+    if not plain.total:
+        return {}, 0.0
+    result = {name: m.astype(np.float32) for name, m in plain.tensors().items()}
     lost = kept = 0.0
-    for b_name, a_name in pairs.values():
-        stack = [(n / total, t[b_name].astype(np.float64), t[a_name].astype(np.float64)) for n, t in taken]
-        b, a, s = _best(*_stacked(stack, start[b_name], start[a_name]), start[a_name])
+    for (b_name, a_name), stack in stacks.items():
+        b, a, s = _best(*stack.factors(), start[a_name])
         result[b_name], result[a_name] = b.astype(np.float32), a.astype(np.float32)
         kept += float((s[: len(a)] ** 2).sum())
         lost += float((s[len(a) :] ** 2).sum())
     return result, lost / (kept + lost) if kept + lost else 0.0
 
 
-def _stacked(
-    stack: Sequence[tuple[float, np.ndarray, np.ndarray]], b: np.ndarray, a: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(left, right) whose product is the mean of (p_k, B_k, A_k), with what is left of B A where r_k is lower."""
-    left = np.concatenate([p * b_k for p, b_k, _ in stack], axis=1)
-    right = np.concatenate([a_k for _, _, a_k in stack], axis=0)
-    away = np.array([sum(p for p, _, a_k in stack if i >= len(a_k)) for i in range(len(a))])
-    if not away.any():
-        return left, right
-    return np.concatenate([left, b * away], axis=1), np.concatenate([right, a], axis=0)
+class _Stack:
+    """Factors of sum_k n_k (B_k A_k + B[:, r_k:] A[r_k:]) for one layer, never larger than that sum is dense."""
+
+    def __init__(self, b: np.ndarray, a: np.ndarray) -> None:
+        self.b, self.a = b.astype(np.float64), a.astype(np.float64)
+        self.left, self.right = np.zeros((len(b), 0)), np.zeros((0, a.shape[1]))
+        self.total, self.away = 0.0, np.zeros(len(a))  # away[i]: sum of n_k with r_k <= i
+
+    def add(self, n: float, b_k: np.ndarray, a_k: np.ndarray) -> None:
+        """Count a device's factors with weight `n`."""
+        self.left = np.concatenate([self.left, n * b_k.astype(np.float64)], axis=1)
+        self.right = np.concatenate([self.right, a_k.astype(np.float64)])
+        self.total += n
+        self.away[len(a_k) :] += n
+        if len(self.right) > max(self.right.shape[1], len(self.left)):
+            self.left, self.right = self.left @ self.right, np.eye(self.right.shape[1])
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """(left, right) whose product is the mean."""
+        left = np.concatenate([self.left, self.b * self.away], axis=1) / self.total
+        right = np.concatenate([self.right, self.a])
+        used = np.concatenate([np.ones(self.left.shape[1], bool), self.away > 0])
+        return left[:, used], right[used]
 
 
 def _best(

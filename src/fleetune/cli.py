@@ -69,6 +69,7 @@ def _unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> UsageEr
     known += [f"--{name.replace('_', '-')}" for name in recipes.fields()]
     close = difflib.get_close_matches(flag, known, n=1)
     guess = f" Did you mean '{close[0]}'?" if close else ""
+    guess = " It is for tune and sweep." if flag in known else guess
     return UsageError(f"unknown argument '{flag}'.{guess}", hint="all of them: fleetune COMMAND --help")
 
 
@@ -179,7 +180,7 @@ def _tune_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
     )
-    _recipe_flags(sub, ("model", "data", "set"))
+    _recipe_flags(sub)
 
 
 def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
@@ -200,13 +201,13 @@ def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
     )
-    _recipe_flags(sub, ("set",))
+    _recipe_flags(sub)
 
 
-def _recipe_flags(sub: argparse.ArgumentParser, without: Sequence[str]) -> None:
+def _recipe_flags(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("recipe")
     for name, (kind, default, text) in recipes.fields().items():
-        if name in without:
+        if name == "set":
             continue
         shown = "" if default is dataclasses.MISSING else f" (default {default})"
         group.add_argument(

@@ -28,6 +28,7 @@ from fleetune.data.partition import check_partition_spec, hold_out, partition
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluate import measure as measured_on
 from fleetune.fleets.local import LocalFleet, Weather
+from fleetune.fleets.memories import Memories
 from fleetune.losses import pad_id
 from fleetune.methods import Entry, Method
 from fleetune.models import Model
@@ -251,7 +252,7 @@ def _tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
     state = method.init(model, derive(recipe.seed, "init"))
     fleet = LocalFleet(
         model, method, job.rows, recipe.seed, pad_id(model),
-        Weather(recipe.drop, recipe.stragglers, recipe.deadline), listener.step,
+        Weather(recipe.drop, recipe.stragglers, recipe.deadline), listener.step, Memories(run.path / "memories"),
     )  # fmt: skip
 
     def measure(state: Any) -> dict[str, float]:

@@ -87,6 +87,11 @@ class Message:
     payload: Payload
 
 
+LARGEST = (
+    1e9  # of a floating-point number in an array: what a device trained is far below, and sums stay finite
+)
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a payload must look like.  Shapes may hold None (any length) or -n (at most n)."""
@@ -194,10 +199,11 @@ def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int | No
     )
     if not fits:
         raise MessageError(f"array '{name}' has shape {array.shape}, agreed was {shape}")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise MessageError(
-            f"array '{name}' holds {int((~np.isfinite(array)).sum())} values that are not finite"
-        )
+    if array.dtype.kind == "f":
+        if bad := int(np.count_nonzero(~np.isfinite(array))):
+            raise MessageError(f"array '{name}' holds {bad} values that are not finite")
+        if (top := max(abs(float(array.max(initial=0))), abs(float(array.min(initial=0))))) > LARGEST:
+            raise MessageError(f"array '{name}' holds {top:.3g}, agreed was -{LARGEST:g} to {LARGEST:g}")
 
 
 def narrow(a: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from fleetune.errors import FleetError, MessageError
 from fleetune.fleets import Answer, Fleet
 from fleetune.messages import Message, Payload, Spec, check, decode, encode
 from fleetune.methods import Method, Reply
-from fleetune.rundir import RunDir
+from fleetune.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
 from fleetune.states import Totals, pack, unpack
 
@@ -63,13 +63,14 @@ def run(
     first, totals, failures = 0, Totals(), 0
     if (saved := run.restore()) is not None:
         first, payload = saved
-        state, totals, memories = unpack(payload, state)
-        fleet.restore(memories)
+        state, totals = unpack(payload, state)
         run.cut(first)
+        fleet.rewind(first)
     else:
         run.cut(-1)
+        fleet.rewind(0)
         hooks.begin()
-        run.checkpoint(0, pack(state, totals, {}))
+        run.checkpoint(0, pack(state, totals))
     for r in range(first + 1, plan.rounds + 1):
         began = time.monotonic()
         kinds = _kinds(method, state)
@@ -93,7 +94,8 @@ def run(
         hooks.emit(run.record(event))
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
             hooks.emit(run.record({"event": "eval", "round": r, **hooks.evaluate(state)}))
-        run.checkpoint(r, pack(state, totals, fleet.memories()))
+        run.checkpoint(r, pack(state, totals))
+        fleet.settle(r + 1 - KEEP)
     return state, totals
 
 

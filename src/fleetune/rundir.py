@@ -5,6 +5,7 @@
       run.toml        every value resolved; re-runs it       env.json   versions, device, digests
       metrics.jsonl   append-only, one object a line         log.txt    status
       checkpoints/    round-000003.ckpt: the state, checksummed; the last two are kept
+      memories/       what methods keep on simulated clients, if they do (fleets/memories.py)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
 
 A round counts once its checkpoint is renamed into place.  Whatever a kill leaves beyond that (metrics of an

@@ -8,7 +8,6 @@ that `init` gives, so a checkpoint holds data only.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ class Totals:
     seconds: float = 0.0
 
 
-def pack(state: Any, totals: Totals, memories: Mapping[int, Mapping[str, Any]]) -> Payload:
+def pack(state: Any, totals: Totals) -> Payload:
     """Everything a resumed run needs, as one payload."""
     arrays: dict[str, np.ndarray] = {}
     scalars: dict[str, Scalar] = {
@@ -36,26 +35,17 @@ def pack(state: Any, totals: Totals, memories: Mapping[int, Mapping[str, Any]]) 
     }
     for name, value in state._asdict().items():
         _put(f"state/{name}", value, arrays, scalars)
-    for client, memory in memories.items():
-        for name, value in memory.items():
-            _put(f"memory/{client}/{name}", value, arrays, scalars)
     return Payload(arrays, scalars)
 
 
-def unpack(payload: Payload, like: Any) -> tuple[Any, Totals, dict[int, dict[str, Any]]]:
-    """(state, totals, memories) from a checkpoint; `like` is a state of the same method (from `init`).
+def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
+    """(state, totals) from a checkpoint; `like` is a state of the same method (from `init`).
 
     MessageError when a field is missing.
     """
     values = {name: _get(f"state/{name}", kind, payload) for name, kind in like._asdict().items()}
-    memories: dict[int, dict[str, Any]] = {}
-    for path, value in [*payload.arrays.items(), *payload.scalars.items()]:
-        if path.startswith("memory/"):
-            _, client, name = path.split("/", 2)
-            kept = value.copy() if isinstance(value, np.ndarray) else value  # decoded arrays are read-only
-            memories.setdefault(int(client), {})[name] = kept
     up, down, seconds = json.loads(_get("totals", "", payload))
-    return type(like)(**values), Totals(up, down, seconds), memories
+    return type(like)(**values), Totals(up, down, seconds)
 
 
 def _put(path: str, value: Any, arrays: dict[str, np.ndarray], scalars: dict[str, Scalar]) -> None:

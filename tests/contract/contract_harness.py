@@ -14,6 +14,7 @@ from fleetune import methods, models
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import encode_all
 from fleetune.fleets.local import LocalFleet, Weather
+from fleetune.fleets.memories import Memories
 from fleetune.losses import pad_id, response_loss
 from fleetune.messages import Message, Payload, Spec, decode, encode
 from fleetune.methods import Method, Reply
@@ -84,10 +85,18 @@ def rows(model: Model) -> list[Encoded]:
     return encode_all(examples, model.tokenizer, 64)[0]
 
 
-def fleet(model: Model, method: Method, clients: int = 3, weather: Weather | None = None) -> LocalFleet:
+def fleet(
+    model: Model,
+    method: Method,
+    clients: int = 3,
+    weather: Weather | None = None,
+    memories: Path | None = None,
+) -> LocalFleet:
     all_rows = rows(model)
     parts = [all_rows[c::clients] for c in range(clients)]
-    return LocalFleet(model, method, parts, 7, pad_id(model), weather or Weather())
+    return LocalFleet(
+        model, method, parts, 7, pad_id(model), weather or Weather(), memories=Memories(memories)
+    )
 
 
 def base_of(model: Model) -> bytes:
@@ -141,9 +150,9 @@ def train(
 
     plan = Plan(rounds, 1.0, 1, 7, 1, base_of(model))
     with opened:
-        state, _ = run(
-            chosen, fleet(model, chosen), state, opened, plan, Hooks(lambda: None, measure, lambda e: None)
-        )
+        devices = fleet(model, chosen, memories=opened.path / "memories")
+        hooks = Hooks(lambda: None, measure, lambda e: None)
+        state, _ = run(chosen, devices, state, opened, plan, hooks)
     chosen.apply(model, state)
     return model, state, opened
 

@@ -93,7 +93,13 @@ def _recipe(args: argparse.Namespace) -> recipes.Recipe:
     values = keys_of(args, args.config)
     if "sweep" in values:
         raise RecipeError([f"{args.config} is the recipe of a sweep"], hint=f"fleetune sweep {args.config}")
-    return recipes.make(values | {k: v for k, v in (("model", args.model), ("data", args.data)) if v})
+    for name in ("model", "data"):
+        if (given := getattr(args, name)) and (flag := getattr(args, f"recipe_{name}")):
+            raise UsageError(
+                f"two values of {name}: '{given}' and --{name} '{flag}'", hint="give one of them"
+            )
+        values |= {name: given} if given else {}
+    return recipes.make(values)
 
 
 def keys_of(args: argparse.Namespace, file: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ every client asked, one at a time, as they come.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 
 class Answer(NamedTuple):
@@ -37,10 +37,10 @@ class Fleet(Protocol):
         """Send `message`, or each client its own, to these clients and yield their answers."""
         ...
 
-    def memories(self) -> dict[int, dict[str, Any]]:
-        """What methods keep on the clients, for the checkpoint (a real fleet keeps it on the devices: {})."""
+    def rewind(self, round: int) -> None:
+        """Before anything is asked: what clients kept after `round` is to be forgotten (a resume)."""
         ...
 
-    def restore(self, memories: dict[int, dict[str, Any]]) -> None:
-        """Put such memories back after a resume."""
+    def settle(self, round: int) -> None:
+        """No run will go back further than `round`: what clients kept before may go where it was replaced."""
         ...

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A fleet in this process: one model in memory, the clients in turn.
 
-Clients share the model, so memory does not grow with their number.  Every message goes through bytes both
-ways, as on a network.  Drop-outs and stragglers are simulated from the recipe, as pure functions of
-(seed, round, client): a resumed run meets the same ones.
+Clients share the model, and what a method keeps on them is on the disk, so memory does not grow with their
+number.  Every message goes through bytes both ways, as on a network.  Drop-outs and stragglers are simulated
+from the recipe, as pure functions of (seed, round, client): a resumed run meets the same ones.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fleetune.data import Batch, Batches, Encoded
 from fleetune.errors import Interrupted, StorageError
 from fleetune.fleets import Answer
+from fleetune.fleets.memories import Memories
 from fleetune.messages import Message, decode, encode
 from fleetune.methods import Method
 from fleetune.models import Model
@@ -59,20 +59,20 @@ class LocalFleet:
     pad_id: int
     weather: Weather = Weather()
     on_step: Callable[[int, int], None] = lambda client, step: None
-    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    memories: Memories = field(default_factory=Memories)
 
     @property
     def rows(self) -> list[int]:
         """Rows of every client."""
         return [len(rows) for rows in self.clients]
 
-    def memories(self) -> dict[int, dict[str, Any]]:
-        """What methods keep on the clients between rounds (only of those that keep something)."""
-        return {client: memory for client, memory in self.memory.items() if memory}
+    def rewind(self, round: int) -> None:
+        """Forget what clients kept after `round`."""
+        self.memories.rewind(round)
 
-    def restore(self, memories: dict[int, dict[str, Any]]) -> None:
-        """Put memories back after a resume."""
-        self.memory = dict(memories)
+    def settle(self, round: int) -> None:
+        """Remove what clients kept before `round` and have replaced."""
+        self.memories.settle(round)
 
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
@@ -103,8 +103,9 @@ class LocalFleet:
         batches = Watched(
             Batches(self.clients[client], self.pad_id, key, self.model.device, client), self.on_step
         )
-        memory = self.memory.setdefault(client, {})
+        memory = self.memories.of(client)
         reply = self.method.local(self.model, received.payload, batches, key, memory)  # type: ignore[arg-type]
+        self.memories.keep(client, received.round, memory)
         return encode(Message(received.round, received.base, reply))
 
 

@@ -220,10 +220,10 @@ class Method:
         """FedAvg of the adapters (A and B apart), or of their products; then the server's rule."""
         if self.average == "separate":
             return _adapter.aggregate(state, replies, self.training(), self.server, self.server_lr)
-        taken = [(float(r.payload.int("n")), r.payload.arrays) for r in replies]
-        if not taken:
-            return state
+        taken = ((float(r.payload.int("n")), r.payload.arrays) for r in replies)
         tensors, left_out = product_mean(taken, adapters.pairs(state.tensors), state.tensors)
+        if not tensors:
+            return state
         log.info("the rank-%d cut of the mean product left out %.3g of its squared norm", self.r, left_out)
         return state._replace(tensors=tensors, cut=left_out)
 

@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ import numpy as np
 
 from fleetune import adapters, servers
 from fleetune.adapters.layers import layers_of
+from fleetune.aggregate import Mean
 from fleetune.data import Batch, Batches
 from fleetune.losses import batch_loss
 from fleetune.messages import Payload, Spec
@@ -81,9 +82,9 @@ class State(NamedTuple):
     v: Tensors  # float64
     c: Tensors  # float64
     D: Tensors  # float64: the last pseudo-gradient
-    c_k: Tensors  # float64, by "device/parameter name"
-    personal: float  # mean losses on rows that devices keep aside (0: not told):
-    common: float
+    c_k: Tensors  # float32, by "device/parameter name": the one thing here that grows with the devices
+    personal: float  # mean losses on rows that devices keep aside (0: not told), of their own models:
+    common: float  # and of the global one
 
 
 @dataclass(frozen=True)
@@ -239,20 +240,23 @@ class Method:
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """A round of warm-up, or of adaptive optimization."""
-        taken = list(replies)
-        if not taken:
-            return state
-        return self.warm(state, taken) if state.warmup else self.step(state, taken)
+        return self.warm(state, replies) if state.warmup else self.step(state, replies)
 
-    def warm(self, state: State, taken: Sequence[Reply]) -> State:
+    def warm(self, state: State, replies: Iterable[Reply]) -> State:
         """FedAvg, with the devices' measurements added up; the layers are chosen after the last such round."""
-        n = np.array([r.payload.int("n") for r in taken], np.float64)
-        w = {name: mean(n, [r.payload.array(name) for r in taken]) for name in state.tensors}
-        scores = mean(n, [r.payload.array("scores") for r in taken])
-        kept = mean(n, [r.payload.scalars.get("kept", 1.0) for r in taken])
+        w, told = Mean(), Mean()
+        for reply in replies:
+            n = float(reply.payload.int("n"))
+            w.add(n, {name: reply.payload.array(name) for name in state.tensors})
+            kept = np.array(reply.payload.scalars.get("kept", 1.0))
+            told.add(n, {"scores": reply.payload.array("scores"), "kept": kept})
+        if not w.total:
+            return state
+        found = told.tensors()
         state = state._replace(
-            tensors=rounded(w), warmup=state.warmup - 1, rows=state.rows + int(n.sum()),
-            scores=state.scores + n.sum() * scores, kept=state.kept + float(n.sum() * kept),
+            tensors=rounded(w.tensors()), warmup=state.warmup - 1, rows=state.rows + int(w.total),
+            scores=state.scores + w.total * found["scores"],
+            kept=state.kept + w.total * float(found["kept"]),
         )  # fmt: skip
         return state if state.warmup else self.begin(state, self.chosen(state))
 
@@ -274,40 +278,45 @@ class Method:
         zeros = {n: np.zeros(t.shape) for n, t in tensors.items()}
         return state._replace(tensors=tensors, layers=taken, warmup=0, v=zeros, c=zeros, D=zeros)
 
-    def step(self, state: State, taken: Sequence[Reply]) -> State:
+    def step(self, state: State, replies: Iterable[Reply]) -> State:
         """Adaptive optimization: the momentum step of every device from wbar, averaged (none in the first round)."""
-        n = np.array([r.payload.int("n") for r in taken], np.float64)
-        c, c_k = self.control(state, taken)
+        w_k, variates, changes, told = Mean(), Mean(), Mean(), Mean()
+        c_k, answered = dict(state.c_k), 0
+        for reply in replies:
+            answered += 1
+            n, used = reply.payload.int("n"), self.training().rates(reply.payload.int("n"))
+            old = {x: state.c_k.get(f"{reply.client}/{x}", state.c[x]) for x in state.tensors}
+            new = rounded(servers.control(old, state.c, state.tensors, reply.payload.arrays, sum(used)))
+            c_k |= {f"{reply.client}/{x}": value for x, value in new.items()}
+            w_k.add(n, {x: reply.payload.array(x) for x in state.tensors})
+            variates.add(n, new)
+            changes.add(len(used), {x: new[x] - old[x].astype(np.float64) for x in new})
+            told.add(n, {x: np.array(reply.payload.scalars.get(x, 0.0)) for x in ("personal", "common")})
+        if not answered:
+            return state
+        rho = self.rho or min(1.0, answered * len(state.tensors) / len(c_k))
+        c = {x: state.c[x] + rho * change for x, change in changes.tensors().items()}
         first = state.steps == 0
         eta_s = state.eta_s if first else max(0.99 * state.eta_s, min(1e-4, self.server_lr))
-        w, v, D = {}, {}, {}
+        wbar, mean_c_k, w, v, D = w_k.tensors(), variates.tensors(), {}, {}, {}
         for name, before in state.tensors.items():
-            wbar = mean(n, [r.payload.array(name) for r in taken])
-            D[name] = before - wbar
+            D[name] = before - wbar[name]
             g = D[name] if self.momentum_input == "delta" else state.D[name] - D[name]
-            pull = c[name] - mean(n, [c_k[f"{r.client}/{name}"] for r in taken])
+            pull = c[name] - mean_c_k[name]
             v[name] = state.v[name] if first else self.beta * state.v[name] + (1 - self.beta) * g + pull
-            w[name] = wbar - eta_s * v[name]
-        told = [
-            float(mean(n, [r.payload.scalars.get(x, 0.0) for r in taken])) for x in ("personal", "common")
-        ]
+            w[name] = wbar[name] - eta_s * v[name]
+        losses = told.tensors()
         return state._replace(
-            tensors=rounded(w), steps=state.steps + 1, eta_s=eta_s, v=v, c=c, D=D, c_k=c_k,
-            personal=told[0], common=told[1],
-        )  # fmt: skip
-
-    def control(self, state: State, taken: Sequence[Reply]) -> tuple[Tensors, Tensors]:
-        """The new c, and the variates of all devices, those of the round anew."""
-        rates = [self.training().rates(r.payload.int("n")) for r in taken]
-        c_k, changes = dict(state.c_k), []
-        for reply, used in zip(taken, rates, strict=True):
-            old = {n: state.c_k.get(f"{reply.client}/{n}", state.c[n]) for n in state.tensors}
-            new = servers.control(old, state.c, state.tensors, reply.payload.arrays, sum(used))
-            c_k |= {f"{reply.client}/{n}": value for n, value in new.items()}
-            changes.append({n: new[n] - old[n] for n in new})
-        K = np.array([len(used) for used in rates], np.float64)
-        rho = self.rho or min(1.0, len(taken) * len(state.tensors) / len(c_k))
-        return {n: state.c[n] + rho * mean(K, [d[n] for d in changes]) for n in state.tensors}, c_k
+            tensors=rounded(w),
+            steps=state.steps + 1,
+            eta_s=eta_s,
+            v=v,
+            c=c,
+            D=D,
+            c_k=c_k,
+            personal=float(losses["personal"]),
+            common=float(losses["common"]),
+        )
 
     def report(self, state: State) -> dict[str, float]:
         """How many layers travel, and what personal prompts gain."""
@@ -325,12 +334,6 @@ def clear(model: Model) -> None:
     """Take off whatever adapter the model carries."""
     if model.attachment is not None:
         adapters.detach(model)
-
-
-def mean(weights: np.ndarray, values: Sequence[Any]) -> np.ndarray:
-    """sum_k weight_k value_k / sum_k weight_k, float64."""
-    total = sum(weight * np.asarray(value, np.float64) for weight, value in zip(weights, values, strict=True))
-    return np.asarray(total / weights.sum())
 
 
 def rounded(tensors: Tensors) -> Tensors:

@@ -30,8 +30,9 @@ class Axis:
 
 def usable(value: object) -> bool:
     """True for a finite number of a size that can be drawn: zero, or between 1e-18 and 1e18."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and (value == 0 or 1e-18 < abs(value) < 1e18)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == 0 or 1e-18 < abs(value) < 1e18
 
 
 def nice_step(span: float, count: int) -> float:

@@ -42,7 +42,7 @@ from fleetune.seeds.loops_numba import (
 )
 from fleetune.seeds.noise import TILE, Passes
 
-SPLIT = 1 << 19  # element-passes below which waking a thread costs more than it saves
+SPLIT = 1 << 19  # element-passes that others must take off a thread for waking them (0.05 ms) to pay
 CHUNK = 1 << 19  # most elements a thread takes at a time
 
 
@@ -158,9 +158,9 @@ def _share(
     block: int | None,
 ) -> None:
     size = max(len(weights[0]), len(weights[2]))
-    n_threads = threads if threads is not None else torch.get_num_threads()
+    n_threads = max(1, threads if threads is not None else torch.get_num_threads())
     if block is None:
-        if n_threads <= 1 or cost < SPLIT:
+        if cost * (1 - 1 / n_threads) < SPLIT:
             kernel(*weights, start, 0, size, *move)
             return
         block = max(TILE, min(CHUNK, size // (4 * n_threads)))
