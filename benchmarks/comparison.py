@@ -52,7 +52,7 @@ SMOLLM2 = Scale(
     3, 60, 4, ("--partition", "column:client", "--participation", str(FLEET / 24), "--max-length", "256",
                "--held-out", "32", "--rouge-rows", "12", "--answer-tokens", "48"),
     {
-        "fedit": {"lr": 1e-3, "r": 8}, "fedpetuning, bitfit": {"lr": 1e-2}, "fedpetuning, prefix": {"lr": 1e-2},
+        "fedit": {"lr": 3e-3, "r": 8}, "fedpetuning, bitfit": {"lr": 1e-2}, "fedpetuning, prefix": {"lr": 1e-2},
         "fedpeptao": {"lr": 1e-2, **CHOICE}, "mezo": {"lr": 1e-4}, "zosgd": {"lr": 1e-4}, "fedkseed": {"lr": 3e-4},
         "onebyte": {"lr": 1.5e-3}, "fwdllm": {"lr": 1e-2},
     },

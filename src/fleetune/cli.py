@@ -143,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"])
     sub.add_argument("--device", default="auto")
     _ledger_arguments(add("ledger", _ledger, "show, verify, replay, compare and combine seed ledgers"))
+    _compress_arguments(add("compress", _compress, "make a model or a finished run smaller"))
     sub = add("export", _export, "write a tuned model in another format")
     sub.add_argument("run_", metavar="RUN")
     sub.add_argument("--to", default="hf", choices=["hf", "peft"], help="hf: a full model; peft: the adapter")
@@ -216,6 +217,30 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
             metavar=kind.__name__.upper(),
             help=text + shown,
         )
+
+
+def _compress_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="RUN|MODEL", nargs="?")
+    sub.add_argument("--method", default="optq", help="optq, sparsegpt or rtn (default optq)")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
+    )
+    sub.add_argument(
+        "--list", nargs="?", const="all", metavar="METHOD", help="the methods with their settings"
+    )
+    sub.add_argument("--data", help="calibrate on these rows (a run: every second held-out row of its own)")
+    sub.add_argument("--text", help="calibrate on a plain text file (a model without either writes its own)")
+    sub.add_argument("--windows", type=int, default=128, help="calibration windows at most (default 128)")
+    sub.add_argument("--length", type=int, default=512, help="tokens a window (default 512)")
+    sub.add_argument("--eval-text", help="plain text file: its perplexity before and after")
+    sub.add_argument("--seed", type=int, default=42, help="seed of the text that a model writes (default 42)")
+    sub.add_argument(
+        "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="type a model is loaded in"
+    )
+    sub.add_argument(
+        "--resume", metavar="FOLDER", help="go on with a stopped one (a path, a number, or latest)"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="check settings, model and text, then stop")
 
 
 def _ledger_arguments(sub: argparse.ArgumentParser) -> None:
@@ -327,6 +352,12 @@ def _ledger(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.commands import ledger
 
     ledger.run(args, ui, [_run_or_none(f, args.out) or Path(f) for f in args.files])
+
+
+def _compress(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.commands import compress
+
+    compress.run(args, ui, _run_or_none(args.model, args.out) if args.model else None)
 
 
 def _export(args: argparse.Namespace, ui: Ui) -> None:

@@ -156,13 +156,13 @@ def numbered(out: Path, name: str) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for _ in range(1000):
-            number = 1 + max((_number(p) for p in out.iterdir()), default=0)
-            path = out / f"{number:04d}-{name}"
+            new = 1 + max((number(p) for p in out.iterdir()), default=0)
+            path = out / f"{new:04d}-{name}"
             try:
                 path.mkdir()
             except FileExistsError:
                 continue
-            if sum(_number(p) == number for p in out.iterdir()) > 1:  # another process had the same idea
+            if sum(number(p) == new for p in out.iterdir()) > 1:  # another process had the same idea
                 path.rmdir()
                 continue
             return path
@@ -217,11 +217,12 @@ def listing(out: Path) -> list[Path]:
     """Run folders under `out`, in order of number."""
     if not out.is_dir():
         return []
-    runs = [p for p in out.iterdir() if _number(p) and (p / "run.toml").is_file()]
-    return sorted(runs, key=lambda p: (_number(p), p.name))
+    runs = [p for p in out.iterdir() if number(p) and (p / "run.toml").is_file()]
+    return sorted(runs, key=lambda p: (number(p), p.name))
 
 
-def _number(path: Path) -> int:
+def number(path: Path) -> int:
+    """The number that a run folder's name begins with, 0 for none."""
     match = re.match(r"(\d{4,})-", path.name)
     return int(match[1]) if match else 0
 

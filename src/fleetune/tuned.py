@@ -132,6 +132,13 @@ def export_hf(model: Model, out: Path, *, card: str | None = None) -> str:
     """
     if out.exists():
         raise ModelError(f"{out} exists already", hint="choose another --out: nothing is overwritten")
+    settle(model)
+    models.save(model.net, model.tokenizer, out, card=card)
+    return models.digest(models.named_tensors(model.net))
+
+
+def settle(model: Model) -> None:
+    """Make the tuned weights the stored ones of `model`, with nothing attached to it any more."""
     attached = model.attachment
     if isinstance(attached, View):
         attached.write()
@@ -139,5 +146,3 @@ def export_hf(model: Model, out: Path, *, card: str | None = None) -> str:
         model.attachment = None
     elif attached is not None:
         adapters.merge(model)
-    models.save(model.net, model.tokenizer, out, card=card)
-    return models.digest(models.named_tensors(model.net))

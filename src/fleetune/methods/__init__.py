@@ -13,7 +13,6 @@ Listing reads the files as text (`ast`): it imports nothing.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -22,10 +21,12 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from fleetune.errors import RecipeError, UsageError
+from fleetune.errors import UsageError
 from fleetune.messages import Payload, Spec
+from fleetune.settings import Setting, of
+from fleetune.settings import make as make_of
 
 if TYPE_CHECKING:
     from fleetune.data import Batches
@@ -91,17 +92,6 @@ class Entry:
     clients: int  # size of the fleet unless the recipe says otherwise
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One hyper-parameter of a method: a `--set name=value`."""
-
-    name: str
-    type: type
-    default: Any
-    symbol: str
-    help: str
-
-
 def entries() -> dict[str, Entry]:
     """Every method there is, by name: ours and those that other packages register."""
     found = {}
@@ -159,57 +149,12 @@ def module_of(name: str) -> ModuleType:
 
 def settings(name: str) -> list[Setting]:
     """The hyper-parameters of a method, in order."""
-    cls = module_of(name).Method
-    hints = get_type_hints(cls)
-    return [
-        Setting(
-            f.name, hints[f.name], f.default, f.metadata.get("symbol", f.name), f.metadata.get("help", "")
-        )
-        for f in dataclasses.fields(cls)
-    ]
+    return of(module_of(name).Method)
 
 
 def make(name: str, values: Mapping[str, Any]) -> Method:
     """The method with these hyper-parameters (strings are parsed); RecipeError lists all that is wrong."""
-    known = {s.name: s for s in settings(name)}
-    parsed, problems = {}, []
-    for key, value in values.items():
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            guess = f" Did you mean '{close[0]}'?" if close else ""
-            problems.append(f"{name} has no setting '{key}'.{guess} It has: {', '.join(known)}")
-            continue
-        try:
-            parsed[key] = _parse(value, known[key].type)
-        except ValueError:
-            problems.append(f"{name}: {key} = {value!r} is not {_article(known[key].type)}")
-    if not problems:
-        try:
-            made: Method = module_of(name).Method(**parsed)
-            return made
-        except ValueError as error:  # a method's __post_init__ says what is wrong in plain words
-            problems.append(f"{name}: {error}")
-    raise RecipeError(problems, hint=f"settings and defaults: fleetune methods {name}")
-
-
-def _parse(value: Any, kind: type) -> Any:
-    if kind is bool:
-        if str(value).lower() in ("true", "yes", "on", "1"):
-            return True
-        if str(value).lower() in ("false", "no", "off", "0"):
-            return False
-        raise ValueError
-    if kind is int:
-        number = float(value)
-        if number != int(number):
-            raise ValueError
-        return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(number)
-    if kind is str and (isinstance(value, bool) or not isinstance(value, str | int | float)):
-        raise ValueError
-    return kind(value)
-
-
-def _article(kind: type) -> str:
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(
-        kind, kind.__name__
+    made: Method = make_of(
+        module_of(name).Method, name, values, hint=f"settings and defaults: fleetune methods {name}"
     )
+    return made

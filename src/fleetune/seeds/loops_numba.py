@@ -13,12 +13,10 @@ changes a number of `noise` must touch this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numba
 import numpy as np
 
+from fleetune.compiled import kept
 from fleetune.seeds import noise
 from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH
 
@@ -31,22 +29,6 @@ _M0, _M1, _W0, _W1, _LOW, _HALF = u64(M0), u64(M1), u64(W0), u64(W1), u64(noise.
 
 _inner = numba.njit(nogil=True, error_model="numpy")
 _inlined = numba.njit(nogil=True, error_model="numpy", inline="always")
-
-
-def _outer(function: Callable[..., None]) -> Callable[..., None]:
-    # The compiled code is kept on disk where that is possible: not in a read-only home, nor on a full disk.
-    try:
-        compiled = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no folder for it
-        compiled = _inner(function)
-
-    def call(*args: Any) -> None:
-        try:
-            compiled(*args)
-        except OSError:  # compiled, but not written; the weights are untouched
-            compiled(*args)
-
-    return call
 
 
 @_inner
@@ -234,7 +216,7 @@ def _widen(table, size):
     return out
 
 
-@_outer
+@kept
 def sweep_tiles(out, base, out16, base16, kind, start, lo, hi, key, ids, tables, grid, probe_id, probe):
     # A single int32 pass needs no accumulator.  Many constants keep their one column; other tables are
     # repeated to at least a row.
@@ -303,7 +285,7 @@ def _normals(z, w):
             zs[j] = f32(r * (-s if quadrant >= 2 else s))
 
 
-@_outer
+@kept
 def sweep_groups(
     out, base, out16, base16, kind, start, lo, hi, key, ids, coefficients, grid, probe_id, scale
 ):

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver: Hessians of what a compressed model really feeds its layers, resume, memory, and several families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
+
+from fleetune import compress, models
+from fleetune.compress import Solved, calibrate
+from fleetune.compress.calibrate import Parts, linears_of, placed
+from fleetune.deploy.master import Quantised
+from fleetune.errors import DataError, RecipeError
+from fleetune.models import Model
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+FAMILIES = {
+    "qwen2": Qwen2Config(**SMALL), "qwen3": Qwen3Config(**SMALL), "mistral": MistralConfig(**SMALL, sliding_window=8),
+    "gemma2": Gemma2Config(**SMALL, sliding_window=8, query_pre_attn_scalar=8),
+}  # fmt: skip
+
+
+def model_of(family: str) -> Model:
+    model = models.tiny_llama()
+    if family != "llama":
+        torch.manual_seed(1)
+        model.net = AutoModelForCausalLM.from_config(FAMILIES[family]).eval().requires_grad_(False)
+    return model
+
+
+def text(count: int, length: int) -> Tensor:
+    return torch.randint(0, 250, (count, length), generator=torch.Generator().manual_seed(3))
+
+
+class Spy:
+    """Rounds coarsely and keeps the Hessians it was given."""
+
+    data = True
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def check(self, name: str, R: int, C: int) -> str:
+        return ""
+
+    def solve(self, W: Tensor, H: Tensor) -> Solved:
+        self.seen.append(H.clone())
+        return Solved(torch.round(W * 16) / 16)
+
+
+@pytest.mark.parametrize("family", ["llama", *FAMILIES])
+def test_hessians_are_of_the_inputs_in_the_compressed_model(family: str, tmp_path: Path) -> None:
+    """Layer by layer what the finished compressed model feeds its linear layers, but those of the block itself."""
+    model, spy, windows = model_of(family), Spy(), text(3, 20)
+    before = {n: p.clone() for n, p in model.net.named_parameters()}
+    parts = calibrate.run(model, spy, windows, tmp_path)
+    assert all(torch.equal(p, before[n]) for n, p in model.net.named_parameters())  # the model is as it was
+    blocks = linears_of(model)
+    names = [name for _, linears in blocks for name in linears]
+    assert len(spy.seen) == len(names) == len(parts)
+    for number, (_, linears) in enumerate(blocks):
+        inputs: dict[str, list[Tensor]] = {name: [] for name in linears}
+
+        def hook(name: str, into: dict[str, list[Tensor]]) -> Any:
+            return lambda module, args: into[name].append(args[0][0])
+
+        handles = [m.register_forward_pre_hook(hook(n, inputs)) for n, m in linears.items()]
+        earlier = {n: m for _, found in blocks[:number] for n, m in found.items()}
+        with torch.inference_mode(), placed(earlier, parts):
+            for window in windows:
+                model.net(input_ids=window[None], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for name in linears:
+            x = torch.cat(inputs[name]).double()
+            assert len(x) == 60
+            got = spy.seen[names.index(name)].double()
+            torch.testing.assert_close(got, 2 * x.T @ x, rtol=1e-4, atol=1e-4 * got.abs().max().item())
+
+
+def test_layers_that_read_one_tensor_share_a_hessian(tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    _, linears = linears_of(model)[0]
+    stream = calibrate._Stream(model, [block for block, _ in linears_of(model)], text(2, 8))
+    with torch.inference_mode():
+        H = stream.hessians(0, linears)
+    by = {name.rsplit(".", 1)[-1]: h for name, h in H.items()}
+    assert by["q_proj"] is by["k_proj"] is by["v_proj"]
+    assert by["gate_proj"] is by["up_proj"]
+    assert len({id(h) for h in H.values()}) == 4
+
+
+def test_a_killed_run_goes_on_with_the_next_block(tmp_path: Path) -> None:
+    solver, windows = compress.make("optq", {"group": 8}), text(4, 16)
+    whole = calibrate.run(models.tiny_llama(), solver, windows, tmp_path / "whole")
+
+    def stop(block: int, blocks: int, name: str) -> None:
+        if block == 1 and name.endswith("o_proj"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.run(models.tiny_llama(), solver, windows, tmp_path / "half", stop)
+    assert [p.name for p in (tmp_path / "half").iterdir()] == ["block-0000.safetensors"]
+    asked: list[int] = []
+    again = calibrate.run(
+        models.tiny_llama(),
+        solver,
+        windows,
+        tmp_path / "half",
+        lambda block, blocks, name: asked.append(block),
+    )
+    assert 0 not in asked
+    assert set(again) == set(whole)
+    for name in whole:
+        a, b = whole[name], again[name]
+        assert isinstance(a, Quantised)
+        assert isinstance(b, Quantised)
+        assert torch.equal(a.codes, b.codes)
+        assert torch.equal(a.scale, b.scale)
+
+
+def test_a_damaged_block_is_done_again(tmp_path: Path) -> None:
+    solver = compress.make("rtn", {"group": 8})
+    first = calibrate.run(models.tiny_llama(), solver, None, tmp_path)
+    path = tmp_path / "block-0001.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    assert not Parts(tmp_path).open(1)
+    again = calibrate.run(models.tiny_llama(), solver, None, tmp_path)
+    assert set(again) == set(first)
+    assert len(again.blocks) == len(linears_of(models.tiny_llama()))
+
+
+def test_a_part_gives_back_what_was_put(tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    for name, values in (("optq", {"bits": 3, "group": 8}), ("sparsegpt", {})):
+        folder = tmp_path / name
+        parts = calibrate.run(model, compress.make(name, values), text(4, 16), folder)
+        again = Parts(folder)
+        assert all(again.open(i) for i in range(len(linears_of(model))))
+        assert again.blocks == parts.blocks
+        for key in parts:
+            left, right = parts[key], again[key]
+            if isinstance(left, Quantised):
+                assert isinstance(right, Quantised)
+                assert torch.equal(left.dense(), right.dense())
+            else:
+                assert isinstance(right, Tensor)
+                assert torch.equal(left, right)
+                assert right.dtype == torch.float32
+
+
+def test_the_stated_error_is_that_of_the_outputs(tmp_path: Path) -> None:
+    model, windows = models.tiny_llama(), text(3, 20)
+    parts = calibrate.run(model, compress.make("rtn", {"group": 8, "bits": 3}), windows, tmp_path)
+    name = linears_of(model)[0][1].__iter__().__next__()
+    linear = dict(model.net.named_modules())[name]
+    assert isinstance(linear, nn.Linear)
+    inputs: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
+    with torch.inference_mode():
+        for window in windows:
+            model.net(input_ids=window[None], use_cache=False)
+    handle.remove()
+    x, weight = torch.cat(inputs), parts[f"{name}.weight"]
+    assert isinstance(weight, Quantised)
+    want = ((x @ (linear.weight - weight.dense()).T) ** 2).sum() / ((x @ linear.weight.T) ** 2).sum()
+    assert parts.blocks[0].matrices[0].error == pytest.approx(want.item(), rel=1e-3)
+
+
+def test_settings_that_fit_no_matrix_are_refused_before_any_work() -> None:
+    with pytest.raises(RecipeError, match="do not divide"):
+        calibrate.check(models.tiny_llama(), compress.make("optq", {"group": 7}))
+    calibrate.check(models.tiny_llama(), compress.make("optq", {"group": 0}))
+
+
+def test_windows_join_texts_and_need_one_whole() -> None:
+    ids = [np.arange(5), np.arange(5, 12)]
+    assert calibrate.windows(ids, 4, 9).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert calibrate.windows(ids, 4, 2).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(DataError, match="has 12 tokens, a window needs 13"):
+        calibrate.windows(ids, 13, 1)
+    with pytest.raises(DataError, match="has 0 tokens"):
+        calibrate.windows([], 4, 1)
+
+
+def test_a_model_writes_windows_of_its_own() -> None:
+    model = models.tiny_llama()
+    first = calibrate.written(model, 12, 10, 5)
+    assert first.shape == (10, 12)
+    assert torch.equal(first, calibrate.written(model, 12, 10, 5))
+    assert not torch.equal(first, calibrate.written(model, 12, 10, 6))
+    assert len(first[:, 1:].unique()) > 20  # sampled, not one token again and again

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune compress` as a user meets it: a model, a run, Ctrl-C and resume, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fleetune import models
+from fleetune.cli import main
+from fleetune.commands import compress as command
+from fleetune.deploy.master import Master, Quantised
+
+SMALL = ["--windows", "4", "--length", "16", "--set", "group=8"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, path)
+    return str(path)
+
+
+@pytest.fixture
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(
+        "The heron stood still in the shallow water, and the evening went on. " * 20
+    )
+    (tmp_path / "short.txt").write_text("A.")
+    return tmp_path
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    code = main(list(args))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def events(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ["--text", "text.txt", "--eval-text", "text.txt"]
+    code, out, err = call(capsys, "compress", tiny, *SMALL, *text)
+    assert code == 0, err
+    assert "block 1/" in err
+    (folder,) = (at / "runs").iterdir()
+    assert folder.name == "0001-optq-tiny"
+    assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
+    assert "perplexity" in out
+    assert f"fleetune export runs/{folder.name} --to gguf" in out
+    master = Master(folder / "model")
+    assert master.head.method == "optq"
+    assert master.head.settings["group"] == 8
+    assert master.head.calibration["windows"] == 4
+    base = models.load(tiny)
+    assert master.head.base == base.digest
+    assert master.head.tokenizer == base.tokenizer_digest
+    result = json.loads((folder / "compress.json").read_text())["result"]
+    assert result["digest"] == master.digest()
+    assert result["before"]["perplexity"] != result["after"]["perplexity"]
+    assert 0 < result["error"] < 0.1
+    code, out, _ = call(capsys, "compress", tiny, *SMALL, *text, "--json")
+    done = events(out)[-1]
+    assert (code, done["event"], done["digest"]) == (
+        0,
+        "done",
+        result["digest"],
+    )  # the same work, the same bytes
+    assert [e["block"] for e in events(out) if e["event"] == "block"] == list(range(len(events(out)) - 2))
+
+
+def test_a_tuned_run_is_compressed_from_its_ledger(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is compressed is the tuned model: rounding its weights to nearest by hand gives the same artefact."""
+    from fleetune import compress, tuned
+    from fleetune.compress import calibrate
+
+    quick = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", "0", "--rounds", "1"]
+    zo = ["--method", "fedkseed", "--clients", "2", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2"]
+    assert call(capsys, "tune", tiny, "demo", *quick, *zo)[0] == 0
+    code, out, err = call(capsys, "compress", "latest", "--method", "rtn", "--set", "group=8", "--json")
+    assert code == 0, err
+    done = events(out)[-1]
+    run = tuned.load(at / "runs" / "latest")
+    tuned.settle(run)
+    parts = calibrate.run(run, compress.make("rtn", {"group": 8}), None, at / "parts")
+    master = Master(Path(done["folder"]) / "model")
+    assert master.head.base == models.digest(models.named_tensors(run.net)) != run.digest
+    for name, weight in parts.items():
+        assert isinstance(weight, Quantised)
+        found = master.quantised(name)
+        assert found is not None
+        assert torch.equal(found.codes, weight.codes)
+        assert torch.equal(found.scale, weight.scale)
+    assert done["before"]["loss"] != done["after"]["loss"]
+    code, out, _ = call(capsys, "compress", "latest", *SMALL)  # its held-out rows are the calibration text
+    assert code == 0
+    assert "loss" in out
+
+
+def test_a_stopped_one_is_taken_up_again(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter([False] * 10 + [True] * 99)
+
+    class Pulled:
+        def __init__(self, ui: object) -> None:
+            pass
+
+        def __enter__(self) -> Pulled:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        @property
+        def pulled(self) -> bool:
+            return next(asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "Brake", Pulled)
+        code, _, err = call(capsys, "compress", tiny, *SMALL, "--seed", "7")
+    assert code == 130
+    assert "fleetune compress --resume runs/0001-optq-tiny" in err
+    folder = at / "runs" / "0001-optq-tiny"
+    assert [p.name for p in (folder / "parts").iterdir()] == ["block-0000.safetensors"]
+    assert not (folder / "model").exists()
+    code, out, err = call(capsys, "compress", "--resume", "latest", "--json")
+    assert code == 0, err
+    resumed = events(out)[-1]
+    assert resumed["folder"] == "runs/0001-optq-tiny"
+    _, out, _ = call(capsys, "compress", tiny, *SMALL, "--seed", "7", "--json")
+    assert events(out)[-1]["digest"] == resumed["digest"]
+
+
+BAD = {
+    "no model": (["compress"], 2, "needs a model or a run"),
+    "unknown method": (["compress", "{tiny}", "--method", "gptqq"], 2, "no compression method named"),
+    "unknown setting": (["compress", "{tiny}", "--set", "bit=4"], 2, "Did you mean 'bits'"),
+    "setting without a value": (["compress", "{tiny}", "--set", "bits"], 2, "NAME=VALUE"),
+    "a group that divides nothing": (["compress", "{tiny}", "--set", "group=7"], 2, "do not divide"),
+    "a pattern that makes no sense": (
+        ["compress", "{tiny}", "--method", "sparsegpt", "--set", "n=4"], 2, "0 < n < m",
+    ),
+    "too little text": (["compress", "{tiny}", *SMALL, "--text", "short.txt"], 2, "a window needs 16"),
+    "no text file": (["compress", "{tiny}", *SMALL, "--text", "no.txt"], 2, "no text file at no.txt"),
+    "no eval text": (["compress", "{tiny}", *SMALL, "--eval-text", "no.txt"], 2, "no text file at no.txt"),
+    "two texts": (["compress", "{tiny}", "--text", "text.txt", "--data", "demo"], 2, "both given"),
+    "no windows": (["compress", "{tiny}", "--windows", "0"], 2, "windows = 0 is below 1"),
+    "a model that is none": (["compress", "./nothing"], 2, "nothing"),
+    "an encoder": (["compress", "{bert}"], 2, "an encoder cannot be compressed"),
+    "nothing to resume": (["compress", "--resume", "9"], 2, "no compression '9'"),
+    "out is a file": (["compress", "{tiny}", *SMALL, "--text", "text.txt", "--out", "text.txt"], 1, "cannot write"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_clear_error(
+    case: str,
+    tiny: str,
+    at: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    bert = tmp_path_factory.mktemp("bert") / "bert"
+    if case == "an encoder":
+        model = models.tiny_bert()
+        models.save(model.net, model.tokenizer, bert)
+    args, code, text = BAD[case]
+    found, out, err = call(capsys, *[a.format(tiny=tiny, bert=bert) for a in args])
+    assert found == code, err
+    assert text in err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert out == ""
+    assert not list((at / "runs").glob("*")) if (at / "runs").exists() else True
+
+
+def test_methods_are_listed_with_their_settings(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "compress", "--list", "--json")
+    assert code == 0
+    listed = {e["name"]: e for e in events(out)}
+    assert set(listed) == {"optq", "rtn", "sparsegpt"}
+    assert {s["name"] for s in listed["sparsegpt"]["settings"]} >= {"sparsity", "n", "m"}
+    code, out, _ = call(capsys, "compress", "--list", "optq")
+    assert code == 0
+    assert "damping" in out
+    assert "sparsity" not in out
+    code, _, err = call(capsys, "compress", "--list", "nosuch")
+    assert code == 2
+    assert "nosuch" in err
+
+
+def test_a_dry_run_writes_nothing(tiny: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "compress", tiny, *SMALL, "--text", "text.txt", "--dry-run")
+    assert code == 0
+    assert "nothing was written" in err
+    assert not (at / "runs").exists()

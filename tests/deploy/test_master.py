@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The master artefact: golden bytes, exact weights, damage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from fleetune import compress, models
+from fleetune.compress import calibrate
+from fleetune.deploy.master import FILE, Head, Master, Quantised, is_master, pack, unpack, write
+from fleetune.errors import ModelError, StorageError
+
+HEAD = Head("rtn", {"bits": 4}, "a" * 64, "b" * 64)
+
+
+def made(folder: Path, **values: object) -> tuple[models.Model, Master]:
+    model = models.tiny_llama()
+    solver = compress.make("rtn", {"group": 8, **values})
+    parts = calibrate.run(model, solver, None, folder / "parts")
+    write(folder / "model", model, parts, HEAD)
+    return model, Master(folder / "model")
+
+
+def test_codes_are_packed_from_the_lowest_bit_on() -> None:
+    codes = torch.tensor([[1, 2, 3, 15], [0, 8, 7, 4]], dtype=torch.uint8)
+    assert pack(codes, 4).tolist() == [[0x21, 0xF3], [0x80, 0x47]]
+    assert pack(codes % 4, 2).tolist() == [[0b11111001], [0b00110000]]
+    assert pack(torch.tensor([[1, 7, 4]], dtype=torch.uint8), 3).tolist() == [[0b00111001, 0b1]]
+    assert pack(codes, 8).tolist() == codes.tolist()
+
+
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]),
+    R=st.integers(1, 5),
+    C=st.integers(1, 40),
+    seed=st.integers(0, 1 << 30),
+)
+def test_packing_and_back(bits: int, R: int, C: int, seed: int) -> None:
+    codes = torch.randint(
+        0, 1 << bits, (R, C), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
+    packed = pack(codes, bits)
+    assert packed.shape == (R, -(-C * bits // 8))
+    assert torch.equal(unpack(packed, bits, C), codes)
+
+
+def test_weights_are_scale_times_steps() -> None:
+    q = Quantised(
+        torch.tensor([[0, 15, 8, 9]], dtype=torch.uint8), torch.tensor([[0.5, -2.0]], dtype=torch.float16),
+        torch.tensor([[8, 8]], dtype=torch.uint8), 4, 2,
+    )  # fmt: skip
+    assert q.dense().tolist() == [[-4.0, 3.5, 0.0, -2.0]]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_an_artefact_holds_every_parameter_once(bits: int, tmp_path: Path) -> None:
+    model, master = made(tmp_path, bits=bits)
+    want = dict(models.named_tensors(model.net))
+    assert master.names == list(want)
+    linears = {f"{n}.weight" for _, found in calibrate.linears_of(model) for n in found}
+    for name, weight in master.items():
+        q = master.quantised(name)
+        assert (q is not None) == (name in linears)
+        assert weight.shape == want[name].shape
+        assert torch.equal(weight, want[name]) == (q is None)
+    assert master.head == Head(
+        **{**HEAD.__dict__, "grids": dict.fromkeys(sorted(linears), (bits, 8)), "shapes": master.head.shapes}
+    )
+
+
+def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
+    digests = {made(tmp_path / str(i))[1].digest() for i in range(4)}
+    assert len(digests) == 1
+
+
+def test_dense_weights_replace_those_of_the_model(tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    name = next(iter(calibrate.linears_of(model)[0][1])) + ".weight"
+    shape = dict(models.named_tensors(model.net))[name].shape
+    write(tmp_path / "model", model, {name: torch.zeros(shape)}, HEAD)
+    master = Master(tmp_path / "model")
+    assert master.quantised(name) is None
+    assert not master.weight(name).any()
+
+
+def test_an_older_artefact_is_replaced_and_anything_else_is_not(tmp_path: Path) -> None:
+    model, _ = made(tmp_path)
+    write(tmp_path / "model", model, {}, HEAD)
+    assert Master(tmp_path / "model").head.grids == {}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("x")
+    with pytest.raises(StorageError, match="something else"):
+        write(tmp_path / "other", model, {}, HEAD)
+
+
+def test_damage_is_said(tmp_path: Path) -> None:
+    _, master = made(tmp_path)
+    path = tmp_path / "model" / FILE
+    assert is_master(path.parent)
+    assert not is_master(tmp_path)
+    with pytest.raises(ModelError, match="no compressed model"):
+        Master(tmp_path)
+    tensors, head = load_file(path), json.loads(master.head.to_json())
+
+    def changed(more: dict[str, torch.Tensor], **into: object) -> None:
+        meta = {"format": "pt", "master": json.dumps({**head, **into})}
+        save_file(tensors | more, path, metadata=meta)
+
+    name = next(iter(master.head.grids))
+    changed({f"{name}.scale": torch.zeros(1, 1, dtype=torch.float16)})
+    with pytest.raises(ModelError, match=f"the parts of {name} do not fit"):
+        Master(path.parent).quantised(name)
+    changed({}, version=2)
+    with pytest.raises(ModelError, match="version 2, this Fleetune reads 1"):
+        Master(path.parent)
+    changed({}, grids=[1])
+    with pytest.raises(ModelError, match="head is damaged"):
+        Master(path.parent)
+    changed({}, surprise=1)
+    with pytest.raises(ModelError, match="head is damaged"):
+        Master(path.parent)
+    del tensors[f"{name}.zero"]
+    changed({})
+    with pytest.raises(ModelError, match=f"lacks parts of {name}"):
+        Master(path.parent).quantised(name)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ModelError, match="is damaged"):
+        Master(path.parent)
