@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the generated pages: docs/methods/*.md, docs/recipe.md, docs/commands.md.  `--check` only compares.
+"""Writes the generated pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md.  `--check` only compares.
 
 python docs/build.py
 """
@@ -12,7 +12,7 @@ import inspect
 import sys
 from pathlib import Path
 
-from fleetune import cli, methods, recipe
+from fleetune import cli, compress, methods, recipe, settings
 
 DOCS = Path(__file__).parent
 MADE = "<!-- made by docs/build.py; edit the source instead -->\n"
@@ -26,21 +26,25 @@ def method_page(name: str) -> str:
     """A method's page: its docstring and its settings."""
     entry = methods.entry(name)
     text = inspect.getdoc(methods.module_of(name)) or ""
+    what = f"Sends {entry.sends}. Leaves {'a seed ledger' if entry.kind == 'ledger' else 'a PEFT adapter'}."
+    return "\n".join([MADE, f"# {name}\n", what + "\n", text + "\n", *_settings(methods.settings(name))])
+
+
+def solver_page(name: str) -> str:
+    """A compression method's page."""
+    cls = compress.solver_class(name)
+    text = inspect.getdoc(inspect.getmodule(cls)) or ""
+    needs = "Needs calibration text." if cls.data else "Needs no data."
+    how = f"`fleetune compress RUN|MODEL --method {name}`. {needs}"
+    return "\n".join([MADE, f"# {name}\n", how + "\n", text + "\n", *_settings(settings.of(cls))])
+
+
+def _settings(found: list[settings.Setting]) -> list[str]:
     rows = [
-        f"| `{s.name}` | {s.symbol} | {s.type.__name__} | `{s.default}` | {_cell(s.help)} |"
-        for s in methods.settings(name)
+        f"| `{s.name}` | {s.symbol} | {s.type.__name__} | `{s.default}` | {_cell(s.help)} |" for s in found
     ]
-    return "\n".join([
-        MADE,
-        f"# {name}\n",
-        f"Sends {entry.sends}. Leaves {'a seed ledger' if entry.kind == 'ledger' else 'a PEFT adapter'}.\n",
-        text + "\n",
-        "## Settings (`--set NAME=VALUE`)\n",
-        "| name | symbol | type | default | meaning |",
-        "|---|---|---|---|---|",
-        *rows,
-        "",
-    ])  # fmt: skip
+    head = ["## Settings (`--set NAME=VALUE`)\n", "| name | symbol | type | default | meaning |"]
+    return [*head, "|---|---|---|---|---|", *rows, ""]
 
 
 def recipe_page() -> str:
@@ -75,6 +79,7 @@ def commands_page() -> str:
 def pages() -> dict[Path, str]:
     """Every generated page by its path."""
     made = {DOCS / "methods" / f"{name}.md": method_page(name) for name in methods.entries()}
+    made |= {DOCS / "compress" / f"{name}.md": solver_page(name) for name in compress.entries()}
     return made | {DOCS / "recipe.md": recipe_page(), DOCS / "commands.md": commands_page()}
 
 

@@ -74,7 +74,8 @@ def test_version_and_python_m(at):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "plan", "tune", "sweep", "eval", "ledger", "compress", "export", "runs", "methods", "models"]
+    "command",
+    ["demo", "plan", "tune", "sweep", "eval", "ledger", "compress", "export", "runs", "methods", "models"],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -172,12 +173,12 @@ def test_eval_export_and_reload_agree(tiny, at, capsys):
     done = events(out)[-1]
     code, out, _ = call(capsys, "eval", done["run"], "--tasks", "loss", "--limit", "8", "--json")
     assert code == 0
-    code, out, _ = call(capsys, "export", done["run"], "--dir", "full", "--json")
+    code, out, _ = call(capsys, "export", done["run"], "--path", "full", "--json")
     assert code == 0
     assert events(out)[0]["digest"] == done["digest"]
     assert models.load("./full").digest == done["digest"]
     assert (at / "full" / "model.safetensors").stat().st_mode & 0o044
-    code, _, err = call(capsys, "export", done["run"], "--dir", "full")
+    code, _, err = call(capsys, "export", done["run"], "--path", "full")
     assert code == 2
     assert "exists already" in err
 
@@ -190,7 +191,7 @@ def test_an_adapter_run_and_its_eval(tiny, at, capsys):
     _, out, _ = call(capsys, "eval", done["run"], "--tasks", "loss", "--json")
     # the run measures rows cut to max_length 96, eval at its own default: close, not equal
     assert events(out)[0]["loss"] == pytest.approx(done["tuned"]["loss"], abs=0.5)
-    code, _, _ = call(capsys, "export", done["run"], "--to", "peft", "--dir", "peft")
+    code, _, _ = call(capsys, "export", done["run"], "--to", "peft", "--path", "peft")
     assert code == 0
     with safe_open(at / "peft" / "adapter_model.safetensors", framework="numpy") as file:
         assert any("lora_A" in n for n in file.keys())  # noqa: SIM118

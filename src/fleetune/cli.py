@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fleetune import __version__
 from fleetune import recipe as recipes
@@ -126,8 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=200, help="local steps a round (default 200)")
     _tune_arguments(add("tune", _tune, "fine-tune a model over a simulated fleet"))
     _sweep_arguments(add("sweep", _sweep, "tune over a grid of values and seeds, on one page"))
-    sub = add("eval", _eval, "measure a model or a finished run")
-    sub.add_argument("model", metavar="RUN|MODEL")
+    sub = add("eval", _eval, "measure a model, a finished run or a compressed one")
+    sub.add_argument("model", metavar="RUN|FOLDER|MODEL")
     sub.add_argument(
         "data", metavar="DATA", nargs="?", help="rows to measure on (a run: its own held-out rows)"
     )
@@ -144,10 +143,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="auto")
     _ledger_arguments(add("ledger", _ledger, "show, verify, replay, compare and combine seed ledgers"))
     _compress_arguments(add("compress", _compress, "make a model or a finished run smaller"))
-    sub = add("export", _export, "write a tuned model in another format")
-    sub.add_argument("run_", metavar="RUN")
-    sub.add_argument("--to", default="hf", choices=["hf", "peft"], help="hf: a full model; peft: the adapter")
-    sub.add_argument("--dir", help="folder to write (default: inside the run)")
+    sub = add("export", _export, "write a run, a compressed model or a model for a runtime")
+    sub.add_argument("subject", metavar="RUN|FOLDER|MODEL")
+    sub.add_argument(
+        "--to", metavar="TARGET",
+        help="gguf (of a run or model: gguf:f16, gguf:q8_0, ..), compressed-tensors, gptq, hf (a plain model), peft "
+        "(a run's adapter); default: of a run hf, else gguf",
+    )  # fmt: skip
+    sub.add_argument("--path", help="file or folder to write (default: inside the run or folder)")
     sub = add("runs", _runs, "list, show, compare or remove runs")
     sub.add_argument("action", nargs="?", default="list", choices=["list", "show", "compare", "rm"])
     sub.add_argument("names", metavar="RUN", nargs="*")
@@ -298,44 +301,13 @@ def _plan(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _eval(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune import data, evaluate
+    from fleetune.commands import evaluate
 
-    tasks = evaluate.check_tasks([t.strip() for t in args.tasks.split(",") if t.strip()])
-    model, examples = _subject(args)
-    values = evaluate.evaluate(
-        model, examples[: args.limit], tasks, max_new_tokens=args.answer_tokens,
-        labels=args.labels.split(",") if args.labels else (), texts=data.read_text(args.text) if args.text else (),
-    )  # fmt: skip
-    ui.event({"event": "eval", "model": args.model, "rows": len(examples[: args.limit]), **values})
-    if not ui.json:
-        ui.table(["task", "value"], [[k, round(v, 4)] for k, v in values.items()])
+    evaluate.run(args, ui, _run_or_none(args.model, args.out, quiet=True))
 
 
-def _subject(args: argparse.Namespace) -> tuple[Any, Sequence[Any]]:
-    """(model, rows) of `eval`: a run with its own held-out rows, or a model with given ones."""
-    from fleetune import data, job, methods, models, tuned
-    from fleetune.recipe import label_words
-
-    run = _run_or_none(args.model, args.out)
-    if run is None:
-        if not args.data and not args.text:
-            raise UsageError("eval of a model needs DATA", hint=f"fleetune eval {args.model} data.jsonl")
-        examples = data.read(args.data, offline=args.offline) if args.data else []
-        labels = label_words(args.labels or "") or sorted({e.response.strip() for e in examples})
-        model = models.load(
-            args.model, dtype=args.dtype, device=args.device, offline=args.offline, labels=labels
-        )
-        return model, examples
-    recipe = tuned.recipe_of(run)
-    if args.data:
-        examples = data.read(args.data, offline=args.offline)
-    else:
-        parts = job.split(recipe, methods.entry(recipe.method), offline=args.offline)
-        examples = [parts.examples[i] for i in parts.held.tolist()]
-    return tuned.load(run, offline=args.offline, device=args.device), examples
-
-
-def _run_or_none(name: str, out: str) -> Path | None:
+def _run_or_none(name: str, out: str, *, quiet: bool = False) -> Path | None:
+    """The run that `name` means, None when it is no run's name; `quiet`: also where it looks like one."""
     from fleetune import rundir
 
     if (
@@ -344,7 +316,11 @@ def _run_or_none(name: str, out: str) -> Path | None:
         or (Path(name) / "run.toml").is_file()
         or (Path(out) / name / "run.toml").is_file()
     ):
-        return rundir.find(name, Path(out))
+        try:
+            return rundir.find(name, Path(out))
+        except UsageError:
+            if not quiet:
+                raise
     return None
 
 
@@ -361,22 +337,9 @@ def _compress(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _export(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune import rundir, tuned
+    from fleetune.commands import export
 
-    run = rundir.find(args.run_, Path(args.out))
-    recipe = tuned.recipe_of(run)
-    if args.to == "peft":
-        out = Path(args.dir) if args.dir else run / "peft"
-        tuned.export_peft(run, out)
-        ui.paths([("result", str(out))])
-        return
-    out = Path(args.dir) if args.dir else run / "hf"
-    card = (
-        f"# {run.name}\n\n{recipe.model} tuned by Fleetune ({recipe.method}) on {Path(recipe.data).name}.\n"
-    )
-    digest = tuned.export_hf(tuned.load(run, offline=args.offline, device="cpu"), out, card=card)
-    ui.event({"event": "export", "path": str(out), "digest": digest})
-    ui.paths([("result", str(out)), ("digest", digest)])
+    export.run(args, ui, _run_or_none(args.subject, args.out, quiet=True))
 
 
 def _runs(args: argparse.Namespace, ui: Ui) -> None:

@@ -156,9 +156,10 @@ def _plan(
 
 
 def _row_order(architecture: str, name: str, shape: tuple[int, ...], config: Any) -> np.ndarray | None:
-    if architecture != "llama" or not name.endswith((".attn_q.weight", ".attn_k.weight")):
+    part = name.rsplit(".", 2)[-2]
+    if architecture != "llama" or part not in ("attn_q", "attn_k"):
         return None
-    heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
+    heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
     return np.arange(shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -166,7 +167,8 @@ def _rows(tensor: Any, order: np.ndarray | None) -> Iterator[np.ndarray]:
     """The tensor's values in fp32, some rows at a time."""
     data = tensor.data
     if data.ndim == 1:
-        yield gguf.quants.dequantize(data, tensor.tensor_type)
+        values = gguf.quants.dequantize(data, tensor.tensor_type)
+        yield values if order is None else values[order]
         return
     step = max(1, SLAB // int(tensor.shape[0]))
     for start in range(0, data.shape[0], step):

@@ -213,6 +213,12 @@ def find(run: str, out: Path) -> Path:
     raise UsageError(f"no run '{run}' in {out}", hint="runs there are: fleetune runs")
 
 
+def check_name(name: str, out: Path) -> None:
+    """UsageError for `latest` or a number where there is no such run, before it is taken for a model's name."""
+    if name == "latest" or name.isdigit():
+        find(name, out)
+
+
 def listing(out: Path) -> list[Path]:
     """Run folders under `out`, in order of number."""
     if not out.is_dir():

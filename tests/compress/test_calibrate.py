@@ -182,6 +182,14 @@ def test_settings_that_fit_no_matrix_are_refused_before_any_work() -> None:
     calibrate.check(models.tiny_llama(), compress.make("optq", {"group": 0}))
 
 
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    model = models.tiny_llama()
+    name, linear = next(iter(linears_of(model)[1][1].items()))
+    linear.weight.data[0, 0] = float("nan")
+    with pytest.raises(RecipeError, match=f"{name}.weight holds values that are not finite"):
+        calibrate.check(model, compress.make("rtn", {"group": 8}))
+
+
 def test_windows_join_texts_and_need_one_whole() -> None:
     ids = [np.arange(5), np.arange(5, 12)]
     assert calibrate.windows(ids, 4, 9).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]

@@ -156,6 +156,7 @@ BAD = {
     "no eval text": (["compress", "{tiny}", *SMALL, "--eval-text", "no.txt"], 2, "no text file at no.txt"),
     "two texts": (["compress", "{tiny}", "--text", "text.txt", "--data", "demo"], 2, "both given"),
     "no windows": (["compress", "{tiny}", "--windows", "0"], 2, "windows = 0 is below 1"),
+    "windows beyond the context": (["compress", "{tiny}", "--length", "9999", "--set", "group=8"], 2, "longer than the model's"),
     "a model that is none": (["compress", "./nothing"], 2, "nothing"),
     "an encoder": (["compress", "{bert}"], 2, "an encoder cannot be compressed"),
     "nothing to resume": (["compress", "--resume", "9"], 2, "no compression '9'"),

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetune import compress as solvers
-from fleetune import settings
+from fleetune import rundir, settings
 from fleetune.commands.brake import Brake
+from fleetune.deploy.master import is_master
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.text import human_bytes, human_time
 from fleetune.ui import Ui
@@ -72,10 +73,13 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
         _list(args, ui)
         return
     if args.resume:
-        folder = _find(args.resume, Path(args.out))
+        folder = find(args.resume, Path(args.out))
+        if folder is None:
+            raise UsageError(f"no compression '{args.resume}' in {args.out}", hint="fleetune compress MODEL")
         work = _read(folder)
     else:
-        folder, work = None, _work(args, of_run)
+        folder = None
+        work = _work(args, of_run)
     solver = solvers.make(work.method, work.set)
     _check(work)
     subject = _subject(work, offline=args.offline)
@@ -122,7 +126,6 @@ def _check(work: Work) -> None:
 
 
 def _new(work: Work, out: Path) -> Path:
-    from fleetune import rundir
     from fleetune.files import write_atomic
 
     rundir.check_writable(out)
@@ -136,22 +139,32 @@ def _read(folder: Path) -> Work:
     return Work(**{name: raw[name] for name in Work.__dataclass_fields__})
 
 
-def _find(name: str, out: Path) -> Path:
-    from fleetune import rundir
-
-    for path in (Path(name), out / name, *out.glob(f"{name.zfill(4)}-*")):
+def find(name: str, out: Path) -> Path | None:
+    """The folder of a compression: a path, a name or number under `out`, or `latest`; None if there is none."""
+    if name == "latest":
+        return newest(out)
+    numbered = out.glob(f"{name.zfill(4)}-*") if name.isdigit() else ()
+    for path in (Path(name), out / name, *numbered):
         if (path / RECORD).is_file():
             return path
-    folders = sorted(p.parent for p in out.glob(f"*/{RECORD}"))
-    if name == "latest" and folders:
-        return max(folders, key=rundir.number)
-    raise UsageError(
-        f"no compression '{name}' in {out}", hint=f"there are: {', '.join(p.name for p in folders)}"
-    )
+    return None
+
+
+def newest(out: Path) -> Path | None:
+    """The folder with the highest number, None for none."""
+    return max((p.parent for p in out.glob(f"*/{RECORD}")), key=rundir.number, default=None)
+
+
+def artefact(folder: Path) -> Path:
+    """The master artefact in a folder; UsageError when it is not finished."""
+    if not is_master(folder / "model"):
+        raise UsageError(f"{folder} is not finished", hint=f"fleetune compress --resume {folder}")
+    return folder / "model"
 
 
 def _subject(work: Work, *, offline: bool) -> Subject:
-    from fleetune import data, job, methods, models, tuned
+    from fleetune import data, models, tuned
+    from fleetune.commands import evaluate
     from fleetune.data.encode import encode_all
 
     texts = data.read_text(work.eval_text) if work.eval_text else []
@@ -165,18 +178,32 @@ def _subject(work: Work, *, offline: bool) -> Subject:
         )
         return Subject(model, rows, [], texts, work.data or work.text or "text of its own")
     recipe = tuned.recipe_of(Path(work.model))
-    parts = job.split(recipe, methods.entry(recipe.method), offline=offline)
-    held: list[Example] = [parts.examples[i] for i in parts.held.tolist()]
+    held = evaluate.held_out(Path(work.model), offline=offline)
     model = tuned.load(work.model, offline=offline, device="cpu")
     _causal(model)
     tuned.settle(model)
-    encoded = encode_all(held, model.tokenizer, recipe.max_length)[0]
+
+    def encoded(rows: Sequence[Example]) -> list[Encoded]:
+        return encode_all(rows, model.tokenizer, recipe.max_length)[0]
+
     if work.data:
         rows = encode_all(data.read(work.data, offline=offline), model.tokenizer, work.length)[0]
-        return Subject(model, rows, encoded, texts, work.data)
+        return Subject(model, rows, encoded(held), texts, work.data)
     if work.text:
-        return Subject(model, [], encoded, texts, work.text)
-    return Subject(model, encoded[::2], encoded[1::2], texts, "every second held-out row of the run")
+        return Subject(model, [], encoded(held), texts, work.text)
+    source = "every second held-out row of the run"
+    return Subject(model, encoded(held[::2]), encoded(held[1::2]), texts, source)
+
+
+def held_out(folder: Path, *, offline: bool) -> list[Example]:
+    """The held-out rows of the run in a folder that it was not calibrated on; [] for a model that is no run."""
+    from fleetune.commands import evaluate
+
+    work = _read(folder)
+    if not work.run:
+        return []
+    held = evaluate.held_out(Path(work.model), offline=offline)
+    return held if work.data or work.text else held[1::2]
 
 
 def _causal(model: Model) -> None:
@@ -189,8 +216,14 @@ def _windows(work: Work, subject: Subject, ui: Ui) -> Tensor:
 
     from fleetune import data
     from fleetune.compress import calibrate
+    from fleetune.losses import context
 
     model = subject.model
+    if work.length > (longest := context(model)):
+        raise UsageError(
+            f"windows of {work.length} tokens are longer than the model's {longest}",
+            hint=f"--length {min(longest, 512)}",
+        )
     if subject.calibration:
         ids = [np.asarray(row.ids) for row in subject.calibration]
     elif work.text:

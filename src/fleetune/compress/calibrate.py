@@ -128,9 +128,11 @@ def check(model: Model, solver: Solver) -> None:
             R, C = linear.weight.shape
             if problem := solver.check(f"{name}.weight", R, C):
                 problems.append(problem)
+            if not torch.isfinite(linear.weight).all():
+                problems.append(f"{name}.weight holds values that are not finite")
     if problems:
         more = [f"and {len(problems) - 6} more"] if len(problems) > 6 else []
-        raise RecipeError(problems[:6] + more, hint="choose a group size that divides every row")
+        raise RecipeError(problems[:6] + more, hint="choose settings that fit every layer")
 
 
 def windows(ids: Sequence[np.ndarray], length: int, count: int) -> Tensor:

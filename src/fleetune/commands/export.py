@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune export`: a finished run, a compressed model or any model to a file or folder that a runtime reads."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from fleetune import rundir
+from fleetune.commands import compress
+from fleetune.deploy import exports
+from fleetune.deploy.master import is_master
+from fleetune.errors import UsageError
+from fleetune.text import human_bytes
+from fleetune.ui import Ui
+
+
+def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
+    """Carry out `fleetune export`; `of_run` is the folder where the subject is a tuned run."""
+    master = _master(args, of_run)
+    if master is not None:
+        folder, kind = (master.parent if master.name == "model" else master), args.to or "gguf"
+        _write(ui, master, kind, _place(args, folder, kind))
+    elif of_run is not None:
+        _of_run(args, ui, of_run)
+    else:
+        from fleetune import models
+
+        rundir.check_name(args.subject, Path(args.out))
+        source, kind = models.resolve(args.subject, offline=args.offline), args.to or "gguf"
+        _write(ui, source, kind, _place(args, Path("."), kind, rundir.slug(Path(args.subject).name)))
+
+
+def _master(args: argparse.Namespace, of_run: Path | None) -> Path | None:
+    """The artefact that is meant, None for none; `latest` is whatever is newer, a run or a compressed model."""
+    if args.subject == "latest":
+        newest = compress.newest(Path(args.out))
+        known = newest is not None and (
+            of_run is None or rundir.number(newest) > rundir.number(of_run.resolve())
+        )
+        return compress.artefact(newest) if newest is not None and known else None
+    if is_master(Path(args.subject)):
+        return Path(args.subject)
+    found = compress.find(args.subject, Path(args.out))
+    return compress.artefact(found) if found else None
+
+
+def _place(args: argparse.Namespace, folder: Path, kind: str, name: str = "") -> Path:
+    if args.path:
+        return Path(args.path)
+    if kind.startswith("gguf"):
+        return folder / f"{name or folder.name}{kind[4:].replace(':', '-')}.gguf"
+    return folder / (f"{name}-{kind}" if name else kind).replace(":", "-")
+
+
+def _of_run(args: argparse.Namespace, ui: Ui, run: Path) -> None:
+    from fleetune import tuned
+
+    recipe, kind = tuned.recipe_of(run), args.to or "hf"
+    out = _place(args, run, kind)
+    if kind == "peft":
+        tuned.export_peft(run, out)
+        ui.event({"event": "export", "path": str(out)})
+        ui.paths([("result", str(out))])
+        return
+    card = (
+        f"# {run.name}\n\n{recipe.model} tuned by Fleetune ({recipe.method}) on {Path(recipe.data).name}.\n"
+    )
+    if kind == "hf":
+        digest = tuned.export_hf(tuned.load(run, offline=args.offline, device="cpu"), out, card=card)
+        ui.event({"event": "export", "path": str(out), "digest": digest})
+        ui.paths([("result", str(out)), ("digest", digest)])
+        return
+    exports.check_target(kind, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
+        plain = Path(folder) / run.name
+        tuned.export_hf(tuned.load(run, offline=args.offline, device="cpu"), plain, card=card)
+        _write(ui, plain, kind, out)
+
+
+def _write(ui: Ui, source: Path, kind: str, out: Path) -> None:
+    if kind == "peft":
+        raise UsageError("only a run has an adapter", hint="fleetune export RUN --to peft")
+    report = exports.export(source, kind, out)
+    ui.event({"event": "export", **dataclasses.asdict(report), "path": str(report.path)})
+    for note in report.notes:
+        ui.note(f"note: {note}")
+    types = ", ".join(f"{count} {name}" for name, count in sorted(report.types.items()))
+    ui.paths([
+        ("result", f"{report.path} ({human_bytes(report.bytes)})"), ("tensors", types),
+        ("read back", f"{report.exact} of {report.tensors} tensors hold the source's values bit for bit"),
+    ])  # fmt: skip

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every target a model can be exported to, and the one function that does it: whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from fleetune import models
+from fleetune.deploy import compressed_tensors, gguf, gptq, hf
+from fleetune.deploy.source import Checkpoint, Report, open_checkpoint
+from fleetune.errors import StorageError, UsageError
+from fleetune.files import default_mode, storage_error
+from fleetune.folders import staged
+from fleetune.models import Model, disk_errors
+
+TARGETS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "gguf": "one file for llama.cpp, Ollama, LM Studio: in the type that holds the codes exactly",
+        "gguf:q4_0": "the same, 4.5 bits a weight: symmetric 4-bit codes",
+        "gguf:q4_1": "the same, 5 bits a weight: 4-bit codes with a zero",
+        "gguf:q8_0": "the same, 8.5 bits a weight: codes up to 8 bits, or plain weights rounded",
+        "gguf:f16": "the same, plain weights in fp16",
+        "gguf:bf16": "the same, plain weights in bf16",
+        "gguf:f32": "the same, plain weights in fp32",
+        "compressed-tensors": "a directory for vLLM, SGLang and transformers: 4- or 8-bit codes",
+        "gptq": "a directory in GPTQ's format: 2-, 3-, 4- or 8-bit codes",
+        "hf": "a plain directory for transformers: fp32 from codes, else as stored",
+        "hf:fp32": "the same, in fp32",
+        "hf:bf16": "the same, in bf16",
+        "hf:fp16": "the same, in fp16",
+    }
+)
+
+
+def export(source: Path, to: str, out: Path) -> Report:
+    """Write the model in the folder `source` as target `to` to the new file or folder `out`.
+
+    `source` is a master artefact or a plain Hugging Face directory.  Everything written is read back and
+    compared.  UsageError for an unknown target, an `out` that exists, or a model that the target cannot hold;
+    ModelError for a source that is none; StorageError when the disk is full.  `out` appears when it is complete.
+    """
+    check_target(to, out)
+    model = open_checkpoint(source)
+    kind = to.partition(":")[2] or None
+    if to.startswith("gguf"):
+        with _staged_file(out) as file:
+            report = gguf.write(model, file, kind, name=out.stem)
+    else:
+        with staged(out) as folder, disk_errors(out):
+            report = _write_folder(model, to, kind, folder)
+    return dataclasses.replace(report, path=out)
+
+
+def load(source: Path) -> Model:
+    """The model of a master artefact, dense in fp32, ready to run on the CPU.  ModelError when it is none."""
+    with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
+        plain = Path(folder) / source.name
+        export(source, "hf", plain)
+        model = models.load(str(plain), device="cpu")
+    return dataclasses.replace(model, name=str(source), path=source)
+
+
+def check_target(to: str, out: Path) -> None:
+    """UsageError unless `to` is a target and `out` a new place that suits it."""
+    if to not in TARGETS:
+        close = difflib.get_close_matches(to.lower(), TARGETS, n=1, cutoff=0.5)
+        raise UsageError(
+            f"no target named '{to}'" + (f". Did you mean '{close[0]}'?" if close else ""),
+            hint="choose one of " + ", ".join(TARGETS),
+        )
+    if out.exists():
+        raise UsageError(f"{out} exists already", hint="choose a new place with --path, or remove it first")
+    if to.startswith("gguf") != (out.suffix.lower() == ".gguf"):
+        what = "a file, named .gguf" if to.startswith("gguf") else "a folder, not named .gguf"
+        raise UsageError(
+            f"{to} is written as {what}; --path is {out}", hint="choose another name with --path"
+        )
+
+
+def _write_folder(model: Checkpoint, to: str, kind: str | None, folder: Path) -> Report:
+    if to == compressed_tensors.TARGET:
+        return compressed_tensors.write(model, folder)
+    if to == gptq.TARGET:
+        return gptq.write(model, folder)
+    return hf.write(model, folder, kind)
+
+
+@contextmanager
+def _staged_file(target: Path) -> Iterator[Path]:
+    """The path of a hidden file beside `target` that becomes `target` when the block ends without an error."""
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(default_mode())
+        if target.exists():
+            raise StorageError(
+                f"{target} has appeared meanwhile; it is left alone", hint="choose a new --path"
+            )
+        temporary.rename(target)
+    except OSError as error:
+        raise storage_error(error, target) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

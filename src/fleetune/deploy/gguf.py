@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as one .gguf file, for llama.cpp and what is built on it (Ollama, LM Studio, llamafile).
+
+The container is the ggml project's docs/gguf.md, version 3; tensor names are gguf.TensorNameMap's and
+metadata keys those that llama.cpp reads for architectures llama, qwen2 and qwen3.  Quantised matrices are
+repacked without loss (`blocks.py`); a target that cannot hold the codes is refused before anything is written.
+
+    target      quantised matrices             embedding, head        other matrices       norms, biases
+    gguf        Q4_0, Q4_1 or Q8_0: the        Q8_0                   F16 (BF16 stays)     F32
+                smallest that is exact
+    gguf:q4_0   Q4_0 (q4_1, q8_0 alike)        Q8_0                   F16 (BF16 stays)     F32
+    gguf:f32    F32 (f16, bf16 if exact)       F32                    F32                  F32
+
+of a plain directory: gguf:q8_0, f16, bf16, f32 for all matrices; gguf alone is F16 (BF16 stays).  Rows that
+Q8_0's blocks of 32 do not divide become F16, and the report says so.
+
+llama.cpp rotates pairs of neighbouring rows of a llama's q and k, transformers pairs of row i and i + d/2;
+so the rows of a head are interleaved, [2, d/2] -> [d/2, 2].  Groups lie along columns and are left whole.
+Llama 3's rescaled frequencies go into the tensor rope_freqs.weight; other rescalings are refused.
+
+One tensor at a time is in memory, in writing and in reading back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, LlamaFileType
+from torch import Tensor
+
+from fleetune.deploy import blocks, tokens
+from fleetune.deploy.master import Quantised
+from fleetune.deploy.source import Checkpoint, Report
+from fleetune.deploy.stream import damaged
+from fleetune.errors import UsageError
+
+KINDS: Final = ("q4_0", "q4_1", "q8_0", "f16", "bf16", "f32")
+ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
+FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
+    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+)
+ENDS: Final = ("token_embd.weight", "output.weight")
+ROPE: Final = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of the file and where it comes from."""
+
+    tensor: str  # its name in the file
+    name: str  # the parameter
+    shape: tuple[int, ...]
+    kind: str  # Q4_0, Q4_1, Q8_0, F32, F16 or BF16
+    heads: int  # in how many heads the rows are interleaved; 0: as they are
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
+        return math.prod(self.shape) // int(block) * int(size)
+
+
+def write(model: Checkpoint, path: Path, kind: str | None, *, name: str) -> Report:
+    """Write `model` to the new file `path`, read it back and compare every tensor.
+
+    `kind` is one of `KINDS`, None for what the codes are; `name` is the model's name in the metadata.
+    UsageError before anything is written when the architecture or the codes have no place in GGUF;
+    OSError when the disk is full; FleetuneError when the file does not hold what was written.
+    """
+    _check_config(model.config)
+    notes: list[str] = []
+    slots = _plan(model, kind, notes)
+    vocabulary = tokens.read(model.folder, model.shapes["model.embed_tokens.weight"][0], model.config)
+    notes.extend(vocabulary.notes)
+    factors = rope_factors(model.config)
+    writer = gguf.GGUFWriter(path, model.config.model_type)
+    try:
+        _add_metadata(writer, model.config, _file_type(slots), name)
+        vocabulary.add_to(writer)
+        _write_tensors(writer, model, slots, factors)
+    finally:
+        writer.close()
+    exact = verify(path, model, slots, factors)
+    return Report(
+        path=path,
+        to="gguf" if kind is None else f"gguf:{kind}",
+        bytes=path.stat().st_size,
+        tensors=len(slots),
+        exact=exact,
+        types=dict(Counter(slot.kind for slot in slots)),
+        notes=tuple(notes),
+    )
+
+
+# ---------------------------------------------------------------- what goes where
+
+
+def _check_config(config: Any) -> None:
+    instead = "export to a directory instead: --to hf"
+    if config.model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UsageError(f"GGUF files are written for {known}, not for '{config.model_type}'", hint=instead)
+    if config.hidden_act != "silu":
+        raise UsageError(f"GGUF has no place for the activation '{config.hidden_act}'", hint=instead)
+    if getattr(config, "use_sliding_window", False):
+        raise UsageError("GGUF files are not written for sliding-window attention", hint=instead)
+    rope = config.rope_parameters
+    scaling = rope.get("rope_type", "default")
+    if scaling not in ("default", "llama3") or (scaling == "llama3" and config.model_type != "llama"):
+        raise UsageError(f"GGUF files are not written for rotary scaling '{scaling}'", hint=instead)
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise UsageError("GGUF files are not written for partly rotated heads", hint=instead)
+
+
+def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[Slot]:
+    """The tensors of the file, in the model's order; notes get the fallbacks."""
+    if not model.compressed and kind in ("q4_0", "q4_1"):
+        raise UsageError(
+            f"{model.folder} holds plain weights, and gguf:{kind} is for compressed ones",
+            hint="compress it first (fleetune compress), or use --to gguf:q8_0",
+        )
+    config = model.config
+    arch = {text: key for key, text in gguf.MODEL_ARCH_NAMES.items()}[config.model_type]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    slots = []
+    for name, shape in model.shapes.items():
+        tensor = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if tensor is None:
+            raise UsageError(f"GGUF has no place for {name}", hint="export to a directory instead: --to hf")
+        slots.append(
+            Slot(tensor, name, shape, _kind_of(model, name, tensor, kind, notes), _heads(config, tensor))
+        )
+    return slots
+
+
+def _heads(config: Any, tensor: str) -> int:
+    if config.model_type != "llama":
+        return 0
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    return int(heads.get(tensor.split(".")[-2], 0))
+
+
+def _kind_of(model: Checkpoint, name: str, tensor: str, kind: str | None, notes: list[str]) -> str:
+    shape = model.shapes[name]
+    if len(shape) == 1:
+        return "F32"
+    plain = "BF16" if model.dtype == torch.bfloat16 else "F16"
+    if (q := model.quantised(name)) is not None:
+        return _exact_kind(name, q, kind)
+    if kind in ("f16", "bf16", "f32"):
+        return kind.upper()
+    if model.compressed and tensor not in ENDS:
+        notes.append(f"{name} was not compressed: it is {plain} in the file")
+        return plain
+    if not model.compressed and kind is None:
+        return plain
+    if shape[-1] % blocks.BLOCK:
+        notes.append(f"{name} has rows of {shape[-1]}, not a multiple of {blocks.BLOCK}: {plain}, not Q8_0")
+        return plain
+    return "Q8_0"
+
+
+def _exact_kind(name: str, q: Quantised, kind: str | None) -> str:
+    """The type that holds a quantised matrix without loss; UsageError when there is none, or not `kind`."""
+    fits = {k: blocks.misfit(q, k) for k in blocks.PACKERS}
+    possible = [k for k, why in fits.items() if why is None]
+    wanted = "Q4_0" if kind is None else kind.upper()
+    reason = _inexact(q, wanted) if wanted in FLOATS else fits[wanted]
+    if reason is None:
+        return wanted
+    if kind is None and possible:
+        return possible[0]
+    raise UsageError(
+        f"{name} does not go into {'GGUF blocks' if kind is None else f'gguf:{kind}'} without loss: {reason}",
+        hint=f"use --to {'gguf' if possible else 'gguf:f32'} or --to hf, or compress again for this target",
+    )
+
+
+def _inexact(q: Quantised, kind: str) -> str | None:
+    dense = q.dense()
+    same = bool((dense.to(FLOATS[kind]).float() == dense).all())
+    return None if same else f"scale * (code - zero) is not exact in {kind}"
+
+
+def _file_type(slots: list[Slot]) -> LlamaFileType:
+    """What llama.cpp shows as the file's type: that of most weights in the layers."""
+    weights: Counter[str] = Counter()
+    for slot in slots:
+        if len(slot.shape) == 2 and slot.tensor not in ENDS:
+            weights[slot.kind] += math.prod(slot.shape)
+    main = weights.most_common(1)[0][0]
+    return LlamaFileType.ALL_F32 if main == "F32" else LlamaFileType[f"MOSTLY_{main}"]
+
+
+def rope_factors(config: Any) -> np.ndarray | None:
+    """Llama 3's rescaling: what each of the d / 2 rotary frequencies is divided by, fp32; None without it.
+
+    Frequencies whose wavelength is above original / low are divided by `factor`, those below original / high
+    left alone, those between by a blend (Llama 3.1's reference code, apply_scaling).
+    """
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") != "llama3":
+        return None
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    width = _head_dim(config)
+    waves = 2 * np.pi * float(rope["rope_theta"]) ** (np.arange(0, width, 2) / width)
+    turns = float(rope["original_max_position_embeddings"]) / waves
+    blend = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - blend) / float(rope["factor"]) + blend)).astype(np.float32)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _add_metadata(writer: Any, config: Any, file_type: LlamaFileType, name: str) -> None:
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(int(file_type))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _write_tensors(writer: Any, model: Checkpoint, slots: list[Slot], factors: np.ndarray | None) -> None:
+    """The table of tensors first, then their values one at a time."""
+    if factors is not None:
+        writer.add_tensor_info(ROPE, factors.shape, factors.dtype, factors.nbytes)
+    for slot in slots:
+        kind = GGMLQuantizationType[slot.kind]
+        writer.add_tensor_info(slot.tensor, slot.shape, np.dtype(np.float32), slot.bytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for slot in slots:
+        writer.write_tensor_data(_encode(model, slot))
+
+
+def _encode(model: Checkpoint, slot: Slot) -> np.ndarray:
+    """The bytes of a tensor as the file has them, uint8 with rows (or values of a bias) in the file's order."""
+    if slot.kind in blocks.PACKERS and (q := model.quantised(slot.name)) is not None:
+        raw = blocks.PACKERS[slot.kind](q)
+        return np.ascontiguousarray(raw[_order(slot)]) if slot.heads else raw
+    weight = model.weight(slot.name)
+    if slot.heads:
+        weight = weight[torch.from_numpy(_order(slot))]
+    if slot.kind == "Q8_0":
+        blocks_of_rows: np.ndarray = gguf.quants.quantize(weight.float().numpy(), GGMLQuantizationType.Q8_0)
+        return blocks_of_rows
+    return _float_bytes(weight, slot)
+
+
+def _float_bytes(weight: Tensor, slot: Slot) -> np.ndarray:
+    values = weight.to(FLOATS[slot.kind]).contiguous()
+    if bool(values.isinf().any()) and not bool(weight.isinf().any()):
+        raise UsageError(f"{slot.name} has values beyond {slot.kind}'s range", hint="use --to gguf:bf16")
+    return values.view(torch.uint8).numpy()
+
+
+def _order(slot: Slot) -> np.ndarray:
+    """Which of the model's rows each row of the file is."""
+    return np.arange(slot.shape[0]).reshape(slot.heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+# ---------------------------------------------------------------- reading back
+
+
+def verify(path: Path, model: Checkpoint, slots: list[Slot], factors: np.ndarray | None = None) -> int:
+    """Compare the file with the model, tensor by tensor; how many hold the model's values exactly.
+
+    Names, types, shapes and bytes must be what was meant to be written, and the values, read by the gguf
+    package's own rules, must be those of a quantised matrix.  FleetuneError otherwise.
+    """
+    try:
+        reader = gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        raise damaged(path, str(error)) from error
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    if factors is not None:
+        rope = found.pop(ROPE, None)
+        if rope is None or not np.array_equal(rope.data, factors):
+            raise damaged(path, f"{ROPE} is not what was written")
+    if sorted(found) != sorted(slot.tensor for slot in slots):
+        raise damaged(path, "it does not hold the tensors that were written")
+    return sum(_compare(path, model, slot, found[slot.tensor]) for slot in slots)
+
+
+def _compare(path: Path, model: Checkpoint, slot: Slot, tensor: Any) -> bool:
+    """Whether a tensor of the file has the model's values; FleetuneError when its bytes are wrong."""
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    if shape != slot.shape or tensor.tensor_type.name != slot.kind:
+        raise damaged(
+            path, f"{slot.tensor} is {tensor.tensor_type.name} {shape}, not {slot.kind} {slot.shape}"
+        )
+    if not np.array_equal(np.ascontiguousarray(tensor.data).view(np.uint8), _encode(model, slot)):
+        raise damaged(path, f"{slot.tensor} does not hold the bytes that were written")
+    exact = all(bool((part == own).all()) for part, own in _value_pairs(model, slot, tensor))
+    if not exact and model.quantised(slot.name) is not None:
+        raise damaged(path, f"{slot.tensor} does not hold the values of {slot.name}")
+    return exact
+
+
+def _value_pairs(model: Checkpoint, slot: Slot, tensor: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Values in fp32 as read and as they should be, some rows at a time in the file's order."""
+    own = model.weight(slot.name)
+    order = torch.from_numpy(_order(slot)) if slot.heads else torch.arange(len(own))
+    step = max(1, (1 << 22) // max(1, own[0].numel()))
+    for start in range(0, len(own), step):
+        rows = tensor.data[start : start + step]
+        read = gguf.quants.dequantize(rows, tensor.tensor_type)
+        yield read, own[order[start : start + step]].float().numpy()

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A safetensors file written and compared one tensor at a time; the same tensors give the same bytes.
+
+The file is 8 bytes with the head's length, the head (JSON: type, shape and place of each tensor) and the raw
+little-endian values.  Tensors come from a function that can be called again and gives the same ones in turn:
+once for the head, once to write them to their places, once to compare what the disk gives back.  (The writer
+of the safetensors package wants all of them in memory, and puts metadata in an order that varies.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fleetune.errors import FleetuneError
+
+Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
+
+TYPES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
+    {
+        torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+        torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64",
+    }
+)  # fmt: skip
+
+
+def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; wide types come first, so that all values are aligned."""
+    table = {name: (tensor.dtype, tuple(tensor.shape), tensor.nbytes) for name, tensor in tensors()}
+    head: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in sorted(table, key=lambda name: (-table[name][0].itemsize, name)):
+        dtype, shape, size = table[name]
+        head[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": (end, end + size)}
+        end += size
+    raw = json.dumps(head, separators=(",", ":")).encode()
+    raw += b" " * (-(len(raw) + 8) % 64)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, tensor in tensors():
+            file.seek(8 + len(raw) + head[name]["data_offsets"][0])
+            file.write(_bytes(tensor).numpy().data)
+
+
+def compare(path: Path, tensors: Tensors) -> None:
+    """FleetuneError unless the file holds these tensors and no others, bit for bit."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            left = set(file.keys())
+            for name, tensor in tensors():
+                found = file.get_tensor(name)
+                same = (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+                if not same or not torch.equal(_bytes(found), _bytes(tensor)):
+                    raise damaged(path, f"{name} does not hold what was written")
+                left.remove(name)
+    except SafetensorError as error:
+        raise damaged(path, str(error)) from error
+    if left:
+        raise damaged(path, f"{min(left)} was not written")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def damaged(path: Path, what: str) -> FleetuneError:
+    """The error for a file that does not give back what was written."""
+    return FleetuneError(
+        f"the file just written to {path} is wrong: {what}",
+        hint="try again on another disk; if it stays, report it as a fault of Fleetune",
+    )

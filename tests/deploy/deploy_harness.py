@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models on grids, as master artefacts on the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from fleetune import models
+from fleetune.deploy import master
+from fleetune.deploy.master import Head, Quantised
+from fleetune.models import Model
+
+LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def tokenizer(pre: Any = None) -> PreTrainedTokenizerBase:
+    """256 bytes, three merges and three marks, splitting text as SmolLM does unless `pre` says otherwise."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("h", "e"), ("l", "l"), ("he", "ll")]
+    vocab = {text: i for i, text in enumerate([*letters, *("".join(m) for m in merges)])}
+    backend = Tokenizer(BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre or pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken(t, normalized=False) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
+        unk_token="<|endoftext|>", chat_template=TEMPLATE, model_max_length=1024,
+    )  # fmt: skip
+
+
+def qwen_split() -> Any:
+    """Qwen2's rule that splits text."""
+    from tokenizers import Regex
+
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def piece_tokenizer() -> PreTrainedTokenizerBase:
+    """As sentencepiece makes them: letters and merges, bytes for the rest, a space in front of a text."""
+    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))])}
+    merges = [("▁", "h"), ("l", "l"), ("e", "l"), ("▁h", "e"), ("▁he", "ll"), ("▁hell", "o")]
+    for text in [*("".join(m) for m in merges), "▁", *"hello"]:
+        vocab.setdefault(text, len(vocab))
+    backend = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=1024
+    )
+
+
+def tiny(kind: str = "llama", seed: int = 0, **sizes: Any) -> Model:
+    """A random model of architecture `kind`, 64 wide, whose rows blocks of 32 divide."""
+    if kind == "llama":
+        from transformers import LlamaConfig as Config
+    else:
+        Config = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind]
+    config = Config(
+        **{
+            "vocab_size": 264, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
+            "tie_word_embeddings": kind != "qwen2", "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261,
+            "rms_norm_eps": 1e-5,
+        }
+        | sizes
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        net = AutoModelForCausalLM.from_config(config)
+    net.eval()
+    net.requires_grad_(False)
+    rng = np.random.default_rng(seed)
+    for _, tensor in models.named_tensors(net):
+        values = rng.standard_normal(tuple(tensor.shape), dtype=np.float32)
+        tensor.copy_(torch.from_numpy(values * 0.1 + (1 if tensor.dim() == 1 else 0)))
+    words = tokenizer(qwen_split() if kind.startswith("qwen") else None)
+    return Model(
+        net, words, kind, Path(kind), models.digest(models.named_tensors(net)),
+        models.tokenizer_digest(words), "fp32", "cpu",
+    )  # fmt: skip
+
+
+def on_grid(
+    weight: torch.Tensor, bits: int, group: int, *, zero: int | None = None, scale_bits: int = 11
+) -> Quantised:
+    """Rounding to nearest; the scale has `scale_bits` significant bits, `zero` None: ggml's signed extreme."""
+    R, C = weight.shape
+    parts = weight.reshape(R, C // group, group)
+    middle = 1 << (bits - 1) if zero is None else zero
+    at = parts.abs().argmax(2, keepdim=True)
+    scale = (
+        parts.gather(2, at)[..., 0] / -middle
+        if zero is None
+        else parts.abs().amax(2) / ((1 << bits) - 1 - middle)
+    )
+    mantissa, power = torch.frexp(scale)
+    scale = torch.ldexp((mantissa * (1 << scale_bits)).round() / (1 << scale_bits), power).half()
+    codes = (parts / scale.float()[..., None]).round().add(middle).clamp(0, (1 << bits) - 1)
+    return Quantised(
+        codes.reshape(R, C).to(torch.uint8),
+        scale,
+        torch.full_like(scale, middle, dtype=torch.uint8),
+        bits,
+        group,
+    )
+
+
+def compressed(
+    model: Model, folder: Path, bits: int = 4, group: int = 32, **grid: Any
+) -> dict[str, Quantised]:
+    """Write the artefact of `model` with every matrix of the layers on a grid, which `model` takes over."""
+    quantised = {}
+    for name, tensor in models.named_tensors(model.net):
+        if name.split(".")[-2] in LAYER and tensor.dim() == 2:
+            quantised[name] = on_grid(tensor, bits, group, **grid)
+    master.write(folder, model, quantised, Head("rtn", {}, model.digest, model.tokenizer_digest))
+    for name, tensor in models.named_tensors(model.net):
+        if name in quantised:
+            tensor.copy_(quantised[name].dense())
+    return quantised
+
+
+def changed(q: Quantised, **fields: Any) -> Quantised:
+    """A copy with other fields."""
+    return dataclasses.replace(q, **fields)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The door: targets, places, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from deploy_harness import compressed, tiny
+
+from fleetune import models
+from fleetune.deploy import gguf, hf
+from fleetune.deploy.exports import TARGETS, check_target, export
+from fleetune.errors import ModelError, StorageError, UsageError
+
+
+def place(to: str) -> str:
+    return "x.gguf" if to.startswith("gguf") else "x"
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_every_target_writes_or_says_why_not(tmp_path: Path, to: str) -> None:
+    compressed(tiny(), tmp_path / "m")
+    out = tmp_path / "new" / place(to)
+    if to in ("gguf:f16", "gguf:bf16"):
+        with pytest.raises(UsageError, match="not exact"):
+            export(tmp_path / "m", to, out)
+        assert list(out.parent.iterdir()) == []
+        return
+    report = export(tmp_path / "m", to, out)
+    assert (report.path, report.to) == (out, to)
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE((out if out.is_file() else out / "config.json").stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize(
+    ("to", "close"),
+    [("gguf:q8", "gguf:q8_0"), ("GGUF", "gguf"), ("compressed_tensors", "compressed-tensors")],
+)
+def test_an_unknown_target_gets_a_suggestion(tmp_path: Path, to: str, close: str) -> None:
+    with pytest.raises(UsageError, match=f"no target named '{to}'. Did you mean '{close}'") as caught:
+        export(tmp_path, to, tmp_path / "x")
+    assert "gptq" in (caught.value.hint or "")
+
+
+def test_places_that_do_not_suit(tmp_path: Path) -> None:
+    (tmp_path / "there.gguf").write_text("mine")
+    for to, name, why in (
+        ("gguf", "there.gguf", "exists already"),
+        ("gguf", "folder", "a file, named .gguf"),
+        ("hf", "x.gguf", "a folder, not named .gguf"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            check_target(to, tmp_path / name)
+    assert (tmp_path / "there.gguf").read_text() == "mine"
+
+
+def test_a_source_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not a model directory"):
+        export(tmp_path, "hf", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_encoders_are_refused(tmp_path: Path) -> None:
+    model = models.tiny_bert()
+    models.save(model.net, model.tokenizer, tmp_path / "m")
+    with pytest.raises(UsageError, match="holds an encoder"):
+        export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
+
+
+def test_damaged_weights_are_said(tmp_path: Path) -> None:
+    model = tiny()
+    models.save(model.net, model.tokenizer, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(ModelError, match="is damaged"):
+        export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(("to", "module"), [("gguf", gguf), ("hf", hf)])
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, module: object
+) -> None:
+    compressed(tiny(), tmp_path / "m")
+
+    def full(*args: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write", full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        export(tmp_path / "m", to, tmp_path / "new" / place(to))
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_file_that_appears_meanwhile_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressed(tiny(), tmp_path / "m")
+    write = gguf.write
+
+    def slow(*args: object, **named: object) -> object:
+        (tmp_path / "x.gguf").write_text("faster")
+        return write(*args, **named)
+
+    monkeypatch.setattr(gguf, "write", slow)
+    with pytest.raises(StorageError, match="has appeared meanwhile"):
+        export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
+    assert (tmp_path / "x.gguf").read_text() == "faster"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "x.gguf"]
