@@ -30,11 +30,12 @@ def method_page(name: str) -> str:
     return "\n".join([MADE, f"# {name}\n", what + "\n", text + "\n", *_settings(methods.settings(name))])
 
 
-def solver_page(name: str) -> str:
+def compress_page(name: str) -> str:
     """A compression method's page."""
-    cls = compress.solver_class(name)
+    cls = compress.method_class(name)
     text = inspect.getdoc(inspect.getmodule(cls)) or ""
-    needs = "Needs calibration text." if cls.data else "Needs no data."
+    calibrated = "Needs calibration text." if getattr(cls, "data", False) else "Needs no data."
+    needs = "Needs rows and a teacher." if cls.__name__ == "Trainer" else calibrated
     how = f"`fleetune compress RUN|MODEL --method {name}`. {needs}"
     return "\n".join([MADE, f"# {name}\n", how + "\n", text + "\n", *_settings(settings.of(cls))])
 
@@ -79,7 +80,7 @@ def commands_page() -> str:
 def pages() -> dict[Path, str]:
     """Every generated page by its path."""
     made = {DOCS / "methods" / f"{name}.md": method_page(name) for name in methods.entries()}
-    made |= {DOCS / "compress" / f"{name}.md": solver_page(name) for name in compress.entries()}
+    made |= {DOCS / "compress" / f"{name}.md": compress_page(name) for name in compress.entries()}
     return made | {DOCS / "recipe.md": recipe_page(), DOCS / "commands.md": commands_page()}
 
 

@@ -10,7 +10,7 @@ forward hooks and PEFT layers take part.  Label words are scored by their mean l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -76,15 +76,40 @@ def generate_from_ids(
     padding and positions count from the first real token.  RecipeError for an encoder.
     """
     must_write(model, "generation")
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **_ends(model))
+    return [decode_answer(model, ids) for ids in _continued(model, prompts, config, batch_size)]
+
+
+def sample_from_ids(
+    model: Model, prompts: Sequence[np.ndarray], *, temperature: float, max_new_tokens: int, seed: int
+) -> list[np.ndarray]:
+    """A continuation of each prompt (int ids [T], not empty) drawn from the model: int32 [N] each, N >= 1.
+
+    Up to and with the first token that ends an answer, or `max_new_tokens`.  A function of the weights, the
+    prompts and `seed` alone; torch's generators are afterwards what they were.  RecipeError for an encoder.
+    """
+    must_write(model, "sampling")
     config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stop_ids(model)) or None,
-        pad_token_id=pad_id(model),
-    )
-    answers = [""] * len(prompts)
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, **_ends(model)
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if model.device == "cuda" else []):
+        torch.manual_seed(seed)
+        drawn = _continued(model, prompts, config, len(prompts))
+    stops = stop_ids(model)
+    return [until_end(np.asarray(ids, np.int32), stops) for ids in drawn]
+
+
+def _ends(model: Model) -> dict[str, Any]:
+    return {"eos_token_id": sorted(stop_ids(model)) or None, "pad_token_id": pad_id(model)}
+
+
+def _continued(
+    model: Model, prompts: Sequence[np.ndarray], config: GenerationConfig, batch_size: int
+) -> list[list[int]]:
+    """What `config` makes the model write after each prompt, padding after its end included."""
+    written: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    with frozen(model.net), _greedy(model.net, config):
+    with frozen(model.net), _settings(model.net, config):
         for start in range(0, len(order), batch_size):
             at = order[start : start + batch_size]
             ids, mask = _left_padded([prompts[i] for i in at], pad_id(model), model.device)
@@ -92,8 +117,8 @@ def generate_from_ids(
             generator = cast(Any, model.net)
             out = generator.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             for i, row in zip(at, out[:, ids.shape[1] :].tolist(), strict=True):
-                answers[i] = decode_answer(model, row)
-    return answers
+                written[i] = row
+    return written
 
 
 def decode_answer(model: Model, ids: Sequence[int]) -> str:
@@ -104,7 +129,7 @@ def decode_answer(model: Model, ids: Sequence[int]) -> str:
 
 
 @contextmanager
-def _greedy(net: nn.Module, config: GenerationConfig) -> Iterator[None]:
+def _settings(net: nn.Module, config: GenerationConfig) -> Iterator[None]:
     """Run the body with `config` as the only generation settings.
 
     `generate` fills what a given configuration leaves open from the checkpoint's own (beams, penalties, a
@@ -151,8 +176,17 @@ def answer_ids(model: Model, answer: str) -> np.ndarray:
 
 def without_end(model: Model, ids: np.ndarray) -> np.ndarray:
     """`ids` up to the first token that ends an answer."""
-    ends = np.flatnonzero(np.isin(ids, list(stop_ids(model))))
-    return ids[: ends[0]] if len(ends) else ids
+    return ids[: _end(ids, stop_ids(model))]
+
+
+def until_end(ids: np.ndarray, stops: Collection[int]) -> np.ndarray:
+    """`ids` up to and with the first of the tokens `stops`."""
+    return ids[: _end(ids, stops) + 1]
+
+
+def _end(ids: np.ndarray, stops: Collection[int]) -> int:
+    found = np.flatnonzero(np.isin(ids, list(stops)))
+    return int(found[0]) if len(found) else len(ids)
 
 
 def answer_scores(

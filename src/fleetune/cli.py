@@ -224,19 +224,28 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
 
 def _compress_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="RUN|MODEL", nargs="?")
-    sub.add_argument("--method", default="optq", help="optq, sparsegpt or rtn (default optq)")
+    sub.add_argument("--method", default="optq", help="optq, sparsegpt, rtn or gkd (default optq)")
     sub.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
     )
     sub.add_argument(
         "--list", nargs="?", const="all", metavar="METHOD", help="the methods with their settings"
     )
-    sub.add_argument("--data", help="calibrate on these rows (a run: every second held-out row of its own)")
+    sub.add_argument(
+        "--data", help="calibrate or train on these rows (a run: every second held-out row of its own)"
+    )
     sub.add_argument("--text", help="calibrate on a plain text file (a model without either writes its own)")
     sub.add_argument("--windows", type=int, default=128, help="calibration windows at most (default 128)")
-    sub.add_argument("--length", type=int, default=512, help="tokens a window (default 512)")
+    sub.add_argument(
+        "--length", type=int, default=512, help="tokens a window, or of a row at most (default 512)"
+    )
     sub.add_argument("--eval-text", help="plain text file: its perplexity before and after")
-    sub.add_argument("--seed", type=int, default=42, help="seed of the text that a model writes (default 42)")
+    sub.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        help="seed of what a model writes, and of the order of rows (default 42)",
+    )
     sub.add_argument(
         "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="type a model is loaded in"
     )

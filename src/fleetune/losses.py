@@ -162,6 +162,24 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.cat(parts), places[:, 0]
 
 
+def predictors(net: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What the N scored tokens are predicted from, and what makes logits [n, V] of any n of its rows.
+
+    These are the head's inputs [N, H] and the head or, of a model that does more after its head (see
+    `token_losses`), all the logits [N, V] as they are.  Runs under the gradient setting that it finds.
+    """
+    wanted = F.pad(batch.labels[:, 1:] != MASKED, (0, 1))
+    head = cast(nn.Module, base_of(net).get_output_embeddings())
+    narrow = _Narrow(wanted, 1)
+    logits = narrow.run(net, head, batch)
+    if narrow.rows is not None and logits is narrow.output:
+        return narrow.rows, lambda rows: cast(Tensor, head(rows.unsqueeze(0))[0])
+    narrow = _Narrow(wanted, int(wanted.sum()))
+    logits = narrow.run(net, head, batch)
+    rows = logits[:, -wanted.shape[1] :][wanted] if narrow.rows is None else logits[0]
+    return rows, lambda rows: rows
+
+
 def _streamed_nll(
     blocks: Callable[[], Iterable[tuple[int, Tensor]]], rows: Tensor, targets: Tensor
 ) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from fleetune import models
 from fleetune.cli import main
-from fleetune.commands import compress as command
+from fleetune.commands import layerwise
 from fleetune.deploy.master import Master, Quantised
 
 SMALL = ["--windows", "4", "--length", "16", "--set", "group=8"]
@@ -127,7 +127,7 @@ def test_a_stopped_one_is_taken_up_again(
             return next(asked)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command, "Brake", Pulled)
+        patch.setattr(layerwise, "Brake", Pulled)
         code, _, err = call(capsys, "compress", tiny, *SMALL, "--seed", "7")
     assert code == 130
     assert "fleetune compress --resume runs/0001-optq-tiny" in err
@@ -190,7 +190,7 @@ def test_methods_are_listed_with_their_settings(at: Path, capsys: pytest.Capture
     code, out, _ = call(capsys, "compress", "--list", "--json")
     assert code == 0
     listed = {e["name"]: e for e in events(out)}
-    assert set(listed) == {"optq", "rtn", "sparsegpt"}
+    assert set(listed) == {"gkd", "optq", "rtn", "sparsegpt"}
     assert {s["name"] for s in listed["sparsegpt"]["settings"]} >= {"sparsity", "n", "m"}
     code, out, _ = call(capsys, "compress", "--list", "optq")
     assert code == 0

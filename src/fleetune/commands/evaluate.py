@@ -48,7 +48,7 @@ def held_out(run: Path, *, offline: bool) -> list[Example]:
 
 
 def _compressed(args: argparse.Namespace) -> tuple[Model, Sequence[Example]] | None:
-    """A compressed model on given rows or, of a run, on the held-out rows that it was not calibrated on."""
+    """A compressed model on given rows or, of a run, on the held-out rows that it was not made with."""
     from fleetune.commands import compress
     from fleetune.deploy import exports
     from fleetune.deploy.master import is_master

@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making a model smaller, a linear layer at a time; the folder is the registry: `compress/optq.py` is `--method optq`.
+"""Making a model smaller; the folder is the registry: `compress/optq.py` is `--method optq`.
 
-A solver is one file: a docstring that cites the paper, a constant `PAPER`, and a frozen dataclass `Solver`
-whose fields are its settings (as a method's), with
+A method is one file: a docstring that cites the paper, a constant `PAPER`, and a frozen dataclass whose fields are its
+settings (as a tuning method's).  It is named `Solver` where it works a linear layer at a time, with
 
     data: bool                                      whether it needs calibration text (class constant)
     check(name, R, C) -> str                        what is wrong with such a matrix for it, "" for nothing
     solve(W [R, C], H [C, C]) -> Solved             the matrix as it will be; `H` is the sum of 2 x x^T
+
+and `Trainer` where it trains a whole model on rows and a teacher, with
+
+    teacher: str                                    a model, a finished run, or "same": the one that is given
+    check(model, teacher, length)                   RecipeError for what does not fit
+    student(model) -> Model                         what is trained
+    train(student, teacher, rows, seed, folder, on_step)     in place; goes on with what `folder` holds
+    distance(student, teacher, rows) -> float       how far they are from each other
 
 Listing reads the files as text and imports nothing.
 """
@@ -16,10 +24,10 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from fleetune import settings
 from fleetune.errors import UsageError
@@ -27,7 +35,9 @@ from fleetune.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fleetune.data import Encoded
     from fleetune.deploy.master import Quantised
+    from fleetune.models import Model
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,37 @@ class Solver(Protocol):
         ...
 
 
+@runtime_checkable
+class Trainer(Protocol):
+    """What a trainer is; see the module's text."""
+
+    @property
+    def teacher(self) -> str:
+        """The name of the model that it learns from."""
+
+    def check(self, model: Model, teacher: Model, length: int) -> None:
+        """RecipeError with all that is in the way of training on rows of `length` tokens."""
+
+    def student(self, model: Model) -> Model:
+        """What is trained: `model` itself or a smaller one made of it."""
+
+    def train(
+        self,
+        student: Model,
+        teacher: Model,
+        rows: Sequence[Encoded],
+        seed: int,
+        folder: Path,
+        on_step: Callable[[int, int, float], None],
+    ) -> None:
+        """Train in place; `on_step(step, steps, loss)` comes after every step and may raise Interrupted."""  # fmt: skip
+
+    def distance(self, student: Model, teacher: Model, rows: Sequence[Encoded]) -> float:
+        """What the training makes small, on rows as they are."""
+
+
 class Entry(NamedTuple):
-    """A solver as it is listed."""
+    """A method as it is listed."""
 
     name: str
     paper: str
@@ -61,7 +100,7 @@ class Entry(NamedTuple):
 
 
 def entries() -> dict[str, Entry]:
-    """Every solver there is, by name."""
+    """Every method there is, by name."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -82,8 +121,8 @@ def entries() -> dict[str, Entry]:
     return found
 
 
-def solver_class(name: str) -> type[Any]:
-    """The class of a solver; UsageError with a suggestion when there is none of that name."""
+def method_class(name: str) -> type[Any]:
+    """The class of a method; UsageError with a suggestion when there is none of that name."""
     known = entries()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
@@ -91,13 +130,14 @@ def solver_class(name: str) -> type[Any]:
         raise UsageError(
             f"no compression method named '{name}'.{guess}", hint=f"there are: {', '.join(known)}"
         )
-    cls: type[Any] = importlib.import_module(f"{__name__}.{name}").Solver
+    module = importlib.import_module(f"{__name__}.{name}")
+    cls: type[Any] = module.Solver if hasattr(module, "Solver") else module.Trainer
     return cls
 
 
-def make(name: str, values: Mapping[str, Any]) -> Solver:
-    """The solver with these settings (strings are parsed); RecipeError lists all that is wrong."""
-    made: Solver = settings.make(
-        solver_class(name), name, values, hint=f"settings and defaults: fleetune compress --list {name}"
+def make(name: str, values: Mapping[str, Any]) -> Solver | Trainer:
+    """The method with these settings (strings are parsed); RecipeError lists all that is wrong."""
+    made: Solver | Trainer = settings.make(
+        method_class(name), name, values, hint=f"settings and defaults: fleetune compress --list {name}"
     )
     return made

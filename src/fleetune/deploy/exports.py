@@ -15,6 +15,7 @@ from typing import Final
 
 from fleetune import models
 from fleetune.deploy import compressed_tensors, gguf, gptq, hf
+from fleetune.deploy.master import is_master
 from fleetune.deploy.source import Checkpoint, Report, open_checkpoint
 from fleetune.errors import StorageError, UsageError
 from fleetune.files import default_mode, storage_error
@@ -60,7 +61,9 @@ def export(source: Path, to: str, out: Path) -> Report:
 
 
 def load(source: Path) -> Model:
-    """The model of a master artefact, dense in fp32, ready to run on the CPU.  ModelError when it is none."""
+    """The model of a master artefact or a plain directory, in fp32, ready to run on the CPU; ModelError if it is none."""
+    if not is_master(source):
+        return models.load(str(source), device="cpu")
     with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
         plain = Path(folder) / source.name
         export(source, "hf", plain)

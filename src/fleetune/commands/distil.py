@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune compress` with a trainer: a student learns from a teacher; the result is a plain Hugging Face directory."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleetune.commands import subject as subjects
+from fleetune.commands.brake import Brake
+from fleetune.commands.subject import PARTS, Subject, Work
+from fleetune.compress import Trainer
+from fleetune.errors import Interrupted, RecipeError, UsageError
+from fleetune.ui import Ui
+
+if TYPE_CHECKING:
+    from fleetune.models import Model
+
+SAME = "same"  # the teacher is the model that is given
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trainer's work, checked and ready to be done."""
+
+    work: Work
+    trainer: Trainer
+    subject: Subject
+    teacher: Model
+
+    def about(self) -> list[tuple[str, str]]:
+        """What it works with, for the header."""
+        size = f"{self.teacher.n_params / 1e6:.1f} M parameters"
+        longest = _longest(self.subject)
+        rows = f"{self.subject.source} · {len(self.subject.rows)} rows of {longest} tokens at most"
+        return [("teacher", f"{self.taught_by} · {size}"), ("rows", rows)]
+
+    @property
+    def taught_by(self) -> str:
+        """The teacher as the user names it."""
+        return self.work.model if self.trainer.teacher == SAME else self.trainer.teacher
+
+    def run(self, ui: Ui, folder: Path) -> None:
+        """Do it, into `folder`; steps that are kept there are not done again."""
+        _train(ui, self, folder)
+
+
+def prepare(work: Work, trainer: Trainer, out: Path, *, offline: bool) -> Job:
+    """The job; UsageError for whatever is in its way."""
+    if work.text:
+        raise RecipeError(
+            [f"{work.method} trains on rows, not on plain text"], hint="give them with --data, without --text"
+        )
+    if not work.run and not work.data:
+        raise UsageError(
+            f"{work.method} needs rows to train on", hint="--data FILE, or compress a run, which has its own"
+        )
+    subject = subjects.load(work, offline=offline)
+    if not subject.rows:
+        raise UsageError("there are no rows to train on", hint="give some with --data")
+    same = trainer.teacher == SAME
+    teacher = subject.model if same else _teacher(trainer.teacher, work.dtype, out, offline=offline)
+    trainer.check(subject.model, teacher, _longest(subject))
+    return Job(work, trainer, subject, teacher)
+
+
+def _longest(subject: Subject) -> int:
+    return max(len(row.ids) for row in subject.rows)
+
+
+def _teacher(name: str, dtype: str, out: Path, *, offline: bool) -> Model:
+    """A finished run's model, or a model of that name."""
+    from fleetune import models, rundir, tuned
+
+    if (
+        name == "latest"
+        or name.isdigit()
+        or any((p / "run.toml").is_file() for p in (Path(name), out / name))
+    ):
+        model = tuned.load(rundir.find(name, out), offline=offline, device="cpu")
+        tuned.settle(model)
+        return model
+    return models.load(name, dtype=dtype, device="cpu", offline=offline)
+
+
+def _train(ui: Ui, job: Job, folder: Path) -> None:
+    from fleetune import models, rounds
+
+    began, teacher = time.monotonic(), job.teacher
+    taught = subjects.measure(teacher, job.subject)
+    student = job.trainer.student(job.subject.model)
+    before = _measure(job, student)
+    ui.event({
+        "event": "start", **asdict(job.work), "folder": str(folder), "before": before, "teacher": taught,
+    })  # fmt: skip
+    _steps(ui, job, student, folder)
+    models.save(student.net, student.tokenizer, folder / "model", card=_card(job))
+    after = _measure(job, student)
+    shutil.rmtree(folder / PARTS)
+    size = subjects.folder_bytes(folder / "model")
+    done = {
+        "before": before, "after": after, "teacher": taught, "bytes": size,
+        "seconds": round(time.monotonic() - began, 3), "peak_rss": rounds.peak_rss(),
+        "digest": models.digest(models.named_tensors(student.net)),
+    }  # fmt: skip
+    sizes = {"before": subjects.weight_bytes(student), "after": size}
+    subjects.finish(ui, job.work, folder, done, sizes | {"teacher": subjects.weight_bytes(teacher)})
+
+
+def _steps(ui: Ui, job: Job, student: Model, folder: Path) -> None:
+    """The training itself, told as it goes: every step to programs, ten means to people."""
+    recent: list[float] = []
+    with ui.count("steps", 0) as bar, Brake(ui) as brake:
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            bar.update(step, steps, f"divergence {loss:.4f}")
+            ui.event({"event": "step", "step": step, "steps": steps, "loss": loss})
+            recent.append(loss)
+            if step == steps or step % max(1, steps // 10) == 0:
+                ui.note(f"step {step}/{steps}  divergence {statistics.fmean(recent):.4f}")
+                recent.clear()
+            if brake.pulled:
+                raise Interrupted(
+                    f"stopped after step {step}; it is kept", hint=f"fleetune compress --resume {folder}"
+                )
+
+        job.trainer.train(student, job.teacher, job.subject.rows, job.work.seed, folder / PARTS, on_step)
+
+
+def _measure(job: Job, student: Model) -> dict[str, float]:
+    found, held = subjects.measure(student, job.subject), job.subject.held
+    return found | ({"divergence": job.trainer.distance(student, job.teacher, held)} if held else {})
+
+
+def _card(job: Job) -> str:
+    return (
+        f"# {Path(job.work.model).name}, smaller\n\n"
+        f"Made by Fleetune ({job.work.method}); its teacher was {Path(job.taught_by).name}.\n"
+    )
