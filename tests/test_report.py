@@ -669,6 +669,7 @@ def test_runs_over_each_other(run24: Path, run200: Path, tmp_path: Path) -> None
 # Axes
 
 
+@example([1.0, 8.216234970987793e-205], 2)
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20), st.integers(2, 10))
 def test_axes_hold_their_values_between_few_round_ticks(values: list[float], count: int) -> None:
     axis = axes.numbers(values, "x", count=count)

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fleetune.seeds import kernels_numba, kernels_torch, loops_numba, noise
+from fleetune import compiled
+from fleetune.seeds import kernels_numba, kernels_torch, noise
 from fleetune.seeds.noise import TILE, Passes
 
 BACKENDS = [pytest.param(m, id=m.__name__.rsplit("_", 1)[-1]) for m in (kernels_numba, kernels_torch)]
@@ -383,10 +384,10 @@ def twice(x):
 def test_compiling_needs_no_folder_and_no_disk(monkeypatch):
     x = np.ones(3)
     monkeypatch.setattr(numba.core.caching.Cache, "save_overload", full_disk)
-    loops_numba._outer(twice)(x)
+    compiled.kept(twice)(x)
     assert x.tolist() == [2.0] * 3
     monkeypatch.setattr(numba, "njit", without_folder(numba.njit))
-    loops_numba._outer(twice)(x)
+    compiled.kept(twice)(x)
     assert x.tolist() == [4.0] * 3
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+_TINY = 1e-18  # what is nearer to zero is drawn as zero
 _CLOCK = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 
 
@@ -29,10 +30,8 @@ class Axis:
 
 
 def usable(value: object) -> bool:
-    """True for a finite number of a size that can be drawn: zero, or between 1e-18 and 1e18."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return value == 0 or 1e-18 < abs(value) < 1e18
+    """True for a finite number of a size that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
 
 
 def nice_step(span: float, count: int) -> float:
@@ -48,7 +47,7 @@ def _multiples(lo: float, hi: float, step: float) -> list[float]:
 
 
 def _range(values: Iterable[float], zero: bool) -> tuple[float, float]:
-    finite = [v for v in values if usable(v)] or [0.0, 1.0]
+    finite = [v if abs(v) > _TINY else 0.0 for v in values if usable(v)] or [0.0, 1.0]
     lo, hi = min(finite), max(finite)
     if zero:
         lo, hi = min(lo, 0.0), max(hi, 0.0)
@@ -91,7 +90,7 @@ def sizes(values: Iterable[float], label: str, *, count: int = 5, snap: bool = T
 
 def log_sizes(values: Iterable[float], label: str) -> Axis:
     """A logarithmic axis of bytes; decades, or 1-2-5 where fewer than three decades show."""
-    positive = [v for v in values if usable(v) and v > 0] or [1.0, 10.0]
+    positive = [v for v in values if usable(v) and v > _TINY] or [1.0, 10.0]
     lo, hi = min(positive) / 1.25, max(positive) * 1.25
     steps = (1,) if math.log10(hi / lo) >= 3 else (1, 2, 5)
     exponents = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
@@ -127,7 +126,7 @@ def _linear(lo: float, hi: float, step: float, label: str, text: Callable[[float
 
 def sparse(values: Sequence[float]) -> bool:
     """True where a logarithmic axis reads better: positive values over more than a decade and a half."""
-    positive = [v for v in values if usable(v) and v > 0]
+    positive = [v for v in values if usable(v) and v > _TINY]
     return len(positive) > 1 and max(positive) / min(positive) > 30
 
 
