@@ -102,6 +102,7 @@ def test_a_tuned_run_is_compressed_from_its_ledger(
         assert torch.equal(found.codes, weight.codes)
         assert torch.equal(found.scale, weight.scale)
     assert done["before"]["loss"] != done["after"]["loss"]
+    assert Path(done["folder"]).name == "0002-rtn-fedkseed-tiny"
     code, out, _ = call(capsys, "compress", "latest", *SMALL)  # its held-out rows are the calibration text
     assert code == 0
     assert "loss" in out

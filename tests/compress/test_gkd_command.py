@@ -125,7 +125,7 @@ def test_a_run_with_an_adapter_teaches_its_own_half(
     assert code == 0, err
     assert done[-1]["teacher"]["loss"] == pytest.approx(whole[-1]["before"]["loss"], rel=1e-6)
     assert (
-        (at / "runs" / "0002-gkd-0001-fedit-deep" / "model" / "README.md")
+        (at / "runs" / "0002-gkd-fedit-deep" / "model" / "README.md")
         .read_text()
         .endswith("its teacher was 0001-fedit-deep.\n")
     )

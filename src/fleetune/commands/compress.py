@@ -96,7 +96,9 @@ def _new(work: Work, out: Path) -> Path:
     from fleetune.files import write_atomic
 
     rundir.check_writable(out)
-    folder = rundir.numbered(out, f"{work.method}-{rundir.slug(Path(work.model).name) or 'model'}")
+    name = Path(work.model).name
+    name = name.removeprefix(f"{rundir.number(Path(name)):04d}-")  # of a run: without its number
+    folder = rundir.numbered(out, f"{work.method}-{rundir.slug(name) or 'model'}")
     write_atomic(folder / RECORD, json.dumps({"v": 1, **asdict(work)}, indent=1) + "\n")
     return folder
 
