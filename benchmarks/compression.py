@@ -57,7 +57,6 @@ def permute(model: Model, seed: int = 0) -> None:
     config, g = net.config, torch.Generator().manual_seed(seed)
     hidden = torch.randperm(config.hidden_size, generator=g)
     width = config.hidden_size // config.num_attention_heads
-    columns, rows = [], []
     net.model.embed_tokens.weight.data = net.model.embed_tokens.weight.data[:, hidden].contiguous()
     net.model.norm.weight.data = net.model.norm.weight.data[hidden]
     for layer in net.model.layers:

@@ -115,42 +115,15 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("demo", _demo, "tune smollm2-135m over the built-in demo fleet, twice: FedIT, then FedKSeed")
     sub.add_argument("--quick", action="store_true", help="the same path in a minute, with fewer steps")
-    sub = add("plan", _plan, "memory, traffic and time of every method for a model, before any work")
-    sub.add_argument("model", metavar="MODEL")
-    sub.add_argument("--ram", help="memory of a device, e.g. 4GB: says what fits")
-    sub.add_argument("--uplink", help="its uplink, e.g. 1Mbps: says how long a round's traffic takes")
-    sub.add_argument("--batch", type=int, default=1, help="rows a step (default 1)")
-    sub.add_argument("--length", type=int, default=256, help="tokens a row (default 256)")
-    sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="type of the weights")
-    sub.add_argument("--steps", type=int, default=200, help="local steps a round (default 200)")
+    _plan_arguments(
+        add("plan", _plan, "memory, traffic and time of every method for a model, before any work")
+    )
     _tune_arguments(add("tune", _tune, "fine-tune a model over a simulated fleet"))
     _sweep_arguments(add("sweep", _sweep, "tune over a grid of values and seeds, on one page"))
-    sub = add("eval", _eval, "measure a model, a finished run or a compressed one")
-    sub.add_argument("model", metavar="RUN|FOLDER|MODEL")
-    sub.add_argument(
-        "data", metavar="DATA", nargs="?", help="rows to measure on (a run: its own held-out rows)"
-    )
-    sub.add_argument(
-        "--tasks",
-        default="",
-        help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge; of an encoder loss,accuracy)",
-    )
-    sub.add_argument("--limit", type=int, default=200, help="rows at most (default 200)")
-    sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
-    sub.add_argument("--text", help="plain text file for perplexity")
-    sub.add_argument("--labels", help="label words for accuracy, comma-separated")
-    sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"])
-    sub.add_argument("--device", default="auto")
+    _eval_arguments(add("eval", _eval, "measure a model, a finished run or a compressed one"))
     _ledger_arguments(add("ledger", _ledger, "show, verify, replay, compare and combine seed ledgers"))
     _compress_arguments(add("compress", _compress, "make a model or a finished run smaller"))
-    sub = add("export", _export, "write a run, a compressed model or a model for a runtime")
-    sub.add_argument("subject", metavar="RUN|FOLDER|MODEL")
-    sub.add_argument(
-        "--to", metavar="TARGET",
-        help="gguf (of a run or model: gguf:f16, gguf:q8_0, ..), compressed-tensors, gptq, hf (a plain model), peft "
-        "(a run's adapter); default: of a run hf, else gguf",
-    )  # fmt: skip
-    sub.add_argument("--path", help="file or folder to write (default: inside the run or folder)")
+    _export_arguments(add("export", _export, "write a run, a compressed model or a model for a runtime"))
     sub = add("runs", _runs, "list, show, compare or remove runs")
     sub.add_argument("action", nargs="?", default="list", choices=["list", "show", "compare", "rm"])
     sub.add_argument("names", metavar="RUN", nargs="*")
@@ -171,6 +144,44 @@ def _common() -> argparse.ArgumentParser:
     group.add_argument("-q", "--quiet", action="count", default=0, help="say less (-qq: errors alone)")
     group.add_argument("-v", "--verbose", action="count", default=0, help="say more (-vv: everything)")
     return common
+
+
+def _plan_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--ram", help="memory of a device, e.g. 4GB: says what fits")
+    sub.add_argument("--uplink", help="its uplink, e.g. 1Mbps: says how long a round's traffic takes")
+    sub.add_argument("--batch", type=int, default=1, help="rows a step (default 1)")
+    sub.add_argument("--length", type=int, default=256, help="tokens a row (default 256)")
+    sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="type of the weights")
+    sub.add_argument("--steps", type=int, default=200, help="local steps a round (default 200)")
+
+
+def _eval_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="RUN|FOLDER|MODEL")
+    sub.add_argument(
+        "data", metavar="DATA", nargs="?", help="rows to measure on (a run: its own held-out rows)"
+    )
+    sub.add_argument(
+        "--tasks",
+        default="",
+        help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge; of an encoder loss,accuracy)",
+    )
+    sub.add_argument("--limit", type=int, default=200, help="rows at most (default 200)")
+    sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
+    sub.add_argument("--text", help="plain text file for perplexity")
+    sub.add_argument("--labels", help="label words for accuracy, comma-separated")
+    sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"])
+    sub.add_argument("--device", default="auto")
+
+
+def _export_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("subject", metavar="RUN|FOLDER|MODEL")
+    sub.add_argument(
+        "--to", metavar="TARGET",
+        help="gguf (of a run or model: gguf:f16, gguf:q8_0, ..), compressed-tensors, gptq, hf (a plain model), peft "
+        "(a run's adapter); default: of a run hf, else gguf",
+    )  # fmt: skip
+    sub.add_argument("--path", help="file or folder to write (default: inside the run or folder)")
 
 
 def _tune_arguments(sub: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -38,6 +38,17 @@ def of(cls: type) -> list[Setting]:
         )
         for f in dataclasses.fields(cls)
     ]
+
+
+def pairs(texts: Sequence[str]) -> dict[str, str]:
+    """What `--set NAME=VALUE ..` says; RecipeError for a setting without a value."""
+    chosen = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise RecipeError([f"--set {text!r} is not NAME=VALUE"], hint="for example --set K=4096")
+        chosen[name.strip()] = value.strip()
+    return chosen
 
 
 def make(cls: type[T], name: str, values: Mapping[str, Any], *, hint: str) -> T:

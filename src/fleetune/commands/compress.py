@@ -68,12 +68,7 @@ def _prepare(args: argparse.Namespace, work: Work, ui: Ui) -> layerwise.Job | di
 def _work(args: argparse.Namespace, of_run: Path | None) -> Work:
     if not args.model:
         raise UsageError("compress needs a model or a run", hint="fleetune compress latest --method optq")
-    chosen = {}
-    for pair in args.set:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise RecipeError([f"--set {pair!r} is not NAME=VALUE"], hint="for example --set bits=4")
-        chosen[name.strip()] = value.strip()
+    chosen = settings.pairs(args.set)
     return Work(
         str(of_run or args.model), of_run is not None, args.method, chosen, args.data or "", args.text or "",
         args.windows, args.length, args.eval_text or "", args.seed, args.dtype,

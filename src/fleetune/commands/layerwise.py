@@ -8,8 +8,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fleetune.compress.calibrate import Block, Parts
-    from fleetune.models import Model
 
 
 @dataclass(frozen=True)
@@ -154,14 +152,8 @@ def _calibration(calibration: Tensor | None) -> dict[str, Any]:
 
 
 def _after(subject: Subject, parts: Parts) -> dict[str, float]:
-    with _compressed(subject.model, parts):
-        return subjects.measure(subject.model, subject)
-
-
-@contextmanager
-def _compressed(model: Model, parts: Parts) -> Iterator[None]:
     from fleetune.compress import calibrate
 
-    linears = {name: m for _, found in calibrate.linears_of(model) for name, m in found.items()}
+    linears = {name: m for _, found in calibrate.linears_of(subject.model) for name, m in found.items()}
     with calibrate.placed(linears, parts):
-        yield
+        return subjects.measure(subject.model, subject)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune import recipe as recipes
+from fleetune import settings
 from fleetune.bars import RoundBar
 from fleetune.commands.brake import Brake
 from fleetune.errors import Interrupted, RecipeError, UsageError
@@ -106,13 +107,7 @@ def keys_of(args: argparse.Namespace, file: str | None) -> dict[str, Any]:
     """The keys of a recipe's file, overridden by the flags; RecipeError for a setting without a value."""
     values: dict[str, Any] = recipes.read(Path(file)) if file else {}
     values |= _flags(args)
-    chosen = dict(values.get("set", {}))
-    for pair in args.set:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise RecipeError([f"--set {pair!r} is not NAME=VALUE"], hint="for example --set K=4096")
-        chosen[name.strip()] = value.strip()
-    return {**values, "set": chosen}
+    return {**values, "set": {**values.get("set", {}), **settings.pairs(args.set)}}
 
 
 def _flags(args: argparse.Namespace) -> dict[str, str]:

@@ -6,7 +6,7 @@
 | ggml | 2^(b-1) | the grid of ggml's Q4_0: the element of largest magnitude, signed, is code 0; scales may be negative |
 | symmetric | 2^(b-1) | the reference's symmetric grid, scale = 2 max\\|w\\| / (2^b - 1): it clips one of the extremes |
 | asymmetric | integer | from the least to the largest element, and 0 always exact |
-| universal | integer | the same with scales of 7 significant bits, so that scale * zero is exact in fp16 (Q4_1, MLX) |
+| universal | integer | the same with scales of 7 significant bits, so that scale * zero is exact in fp16 (Q4_1) |
 
 All scales are rounded to fp16 *before* codes are chosen, so that no file format has to round them again, and zero is
 on every grid: pruned weights stay zero, and small weights of a group share no error of one sign.  `search` tries
