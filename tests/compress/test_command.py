@@ -207,3 +207,25 @@ def test_a_dry_run_writes_nothing(tiny: str, at: Path, capsys: pytest.CaptureFix
     assert code == 0
     assert "nothing was written" in err
     assert not (at / "runs").exists()
+
+
+def test_runs_lists_and_removes_what_was_compressed(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for method in ("rtn", "rtn"):
+        assert call(capsys, "compress", tiny, "--method", method, "--set", "group=8")[0] == 0
+    (at / "runs" / "0002-rtn-tiny" / "compress.json").write_text(
+        json.dumps({"model": tiny, "method": "rtn"})  # as a killed one leaves it
+    )
+    _, out, _ = call(capsys, "runs", "--json")
+    rows = events(out)
+    assert [(r["event"], r["name"], r["of"], r["status"]) for r in rows] == [
+        ("compressed", "0001-rtn-tiny", "tiny", "done"),
+        ("compressed", "0002-rtn-tiny", "tiny", "stopped"),
+    ]
+    assert rows[0]["bytes"] == sum(p.stat().st_size for p in (at / "runs/0001-rtn-tiny/model").iterdir())
+    assert "0002-rtn-tiny" in call(capsys, "runs")[1]
+    assert call(capsys, "runs", "rm", "1", "9")[0] == 2
+    assert (at / "runs" / "0001-rtn-tiny").is_dir(), "nothing is removed when a name is wrong"
+    assert call(capsys, "runs", "rm", "1")[0] == 0
+    assert [p.name for p in (at / "runs").iterdir()] == ["0002-rtn-tiny"]

@@ -4,22 +4,28 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fleetune import report, rundir
+from fleetune.commands.subject import RECORD
 from fleetune.errors import UsageError
 from fleetune.files import storage_error, write_atomic
 from fleetune.text import human_bytes, human_time, show
 from fleetune.ui import Ui
 
 
-def _found(args: argparse.Namespace, least: int) -> list[Path]:
+def _at_least(args: argparse.Namespace, least: int) -> None:
     if len(args.names) < least:
         raise UsageError(
             f"runs {args.action} needs {least} RUN or more", hint="runs there are: fleetune runs"
         )
+
+
+def _found(args: argparse.Namespace, least: int) -> list[Path]:
+    _at_least(args, least)
     return [rundir.find(name, Path(args.out)) for name in args.names]
 
 
@@ -30,12 +36,23 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
     for sweep in sorted(p.parent for p in Path(args.out).glob("*/sweep.toml")):
         ui.event({"event": "sweep", "path": str(sweep)})
         ui.note(f"{sweep} is a sweep; its runs: fleetune runs --out {sweep}")
+    smaller = _compressed(Path(args.out))
+    for row in smaller:
+        ui.event({"event": "compressed", **row})
     if ui.json:
         return
-    if not rows:
+    if not rows and not smaller:
         ui.note(f"no runs in {args.out}")
         ui.paths([("next", "fleetune demo")])
         return
+    if rows:
+        _runs_table(rows, ui)
+    if smaller:
+        cells = [[r["name"], r["of"], r["status"], human_bytes(_number(r["bytes"]))] for r in smaller]
+        ui.table(["compressed", "of", "status", "size"], cells, align="lllr")
+
+
+def _runs_table(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
     ui.table(
         ["run", "status", "rounds", "base", "tuned", "bytes", "time"],
         [
@@ -46,6 +63,18 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
             for r in rows
         ],
     )  # fmt: skip
+
+
+def _compressed(out: Path) -> list[dict[str, object]]:
+    """What `fleetune compress` left under `out`, by number."""
+    found = []
+    for file in sorted(out.glob(f"*/{RECORD}"), key=lambda p: rundir.number(p.parent)):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        done = record.get("result", {})
+        status = "done" if done else "stopped"
+        found.append({"name": file.parent.name, "of": Path(record["model"]).name, "method": record["method"],
+                      "status": status, "bytes": done.get("bytes")})  # fmt: skip
+    return found
 
 
 def _number(value: object) -> float | None:
@@ -78,14 +107,22 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _rm(args: argparse.Namespace, ui: Ui) -> None:
-    for run in _found(args, 1):
-        with rundir.RunDir(run):  # refuses a run that is in use
-            try:
-                shutil.rmtree(run)
-            except OSError as error:
-                raise storage_error(error, run) from error
-        ui.note(f"removed {run}")
-        ui.event({"event": "removed", "run": str(run)})
+    from fleetune.commands import compress
+
+    _at_least(args, 1)
+    smaller = {n: p for n in args.names if n != "latest" and (p := compress.find(n, Path(args.out)))}
+    found = [smaller.get(name) or rundir.find(name, Path(args.out)) for name in args.names]
+    for folder in found:
+        try:
+            if folder in smaller.values():
+                shutil.rmtree(folder)
+            else:
+                with rundir.RunDir(folder):  # refuses a run that is in use
+                    shutil.rmtree(folder)
+        except OSError as error:
+            raise storage_error(error, folder) from error
+        ui.note(f"removed {folder}")
+        ui.event({"event": "removed", "run": str(folder)})
 
 
 ACTIONS: dict[str, Callable[[argparse.Namespace, Ui], None]] = {
