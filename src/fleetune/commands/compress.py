@@ -3,7 +3,7 @@
 
 runs/0008-optq-smollm2-135m/
   compress.json   what was asked for, and the result     parts/   what `--resume` goes on with (gone at the end)
-  model/          of a solver the master artefact, which `fleetune export` repacks; of a trainer a plain model
+  model/          of a solver the master artefact, which `fleetune export` repacks; else a plain model
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fleetune.errors import RecipeError, UsageError
 from fleetune.ui import Ui
 
 if TYPE_CHECKING:
-    from fleetune.commands import distil, layerwise
+    from fleetune.commands import distil, layerwise, prune
     from fleetune.data import Example
 
 
@@ -36,15 +36,21 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
         folder = find(args.resume, Path(args.out))
         if folder is None:
             raise UsageError(f"no compression '{args.resume}' in {args.out}", hint="fleetune compress MODEL")
-        work = _read(folder)
+        work = read(folder)
     else:
         folder = None
         work = _work(args, of_run)
-    job = _prepare(args, work, ui)
     if args.dry_run:
-        ui.note(f"the settings fit {job.subject.model.n_params:,} parameters; nothing was written")
+        model = _prepare(work, ui, Path(args.out), offline=args.offline).subject.model
+        ui.note(f"the settings fit {model.n_params:,} parameters; nothing was written")
         return
-    folder = folder or _new(work, Path(args.out))
+    carry_out(work, ui, Path(args.out), folder, offline=args.offline)
+
+
+def carry_out(work: Work, ui: Ui, out: Path, folder: Path | None = None, *, offline: bool = False) -> Path:
+    """Check it, then do it, into a new folder under `out` or on with a stopped one's; the folder."""
+    job = _prepare(work, ui, out, offline=offline)
+    folder = folder or _new(work, out)
     fields = {s.name: s.default for s in settings.of(methods.method_class(work.method))} | work.set
     ui.header("fleetune compress", [
         ("model", subjects.name_of(work, job.subject.model)),
@@ -52,17 +58,20 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
         *job.about(), ("folder", str(folder)),
     ])  # fmt: skip
     job.run(ui, folder)
+    return folder
 
 
-def _prepare(args: argparse.Namespace, work: Work, ui: Ui) -> layerwise.Job | distil.Job:
+def _prepare(work: Work, ui: Ui, out: Path, *, offline: bool) -> layerwise.Job | distil.Job | prune.Job:
     """The work, checked and ready to be done."""
-    from fleetune.commands import distil, layerwise
+    from fleetune.commands import distil, layerwise, prune
 
     method = methods.make(work.method, work.set)
     _check(work)
     if isinstance(method, methods.Trainer):
-        return distil.prepare(work, method, Path(args.out), offline=args.offline)
-    return layerwise.prepare(work, method, subjects.load(work, offline=args.offline), ui)
+        return distil.prepare(work, method, out, offline=offline)
+    if isinstance(method, methods.Pruner):
+        return prune.prepare(work, method, offline=offline, ui=ui)
+    return layerwise.prepare(work, method, subjects.load(work, offline=offline), ui)
 
 
 def _work(args: argparse.Namespace, of_run: Path | None) -> Work:
@@ -70,7 +79,7 @@ def _work(args: argparse.Namespace, of_run: Path | None) -> Work:
         raise UsageError("compress needs a model or a run", hint="fleetune compress latest --method optq")
     chosen = settings.pairs(args.set)
     return Work(
-        str(of_run or args.model), of_run is not None, args.method, chosen, args.data or "", args.text or "",
+        str(of_run or args.model), of_run is not None, args.method.replace("_", "-"), chosen, args.data or "", args.text or "",
         args.windows, args.length, args.eval_text or "", args.seed, args.dtype,
     )  # fmt: skip
 
@@ -98,7 +107,8 @@ def _new(work: Work, out: Path) -> Path:
     return folder
 
 
-def _read(folder: Path) -> Work:
+def read(folder: Path) -> Work:
+    """What a folder was asked to hold."""
     raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     return Work(**{name: raw[name] for name in Work.__dataclass_fields__})
 
@@ -131,7 +141,7 @@ def held_out(folder: Path, *, offline: bool) -> list[Example]:
     """The held-out rows of the run in a folder that it was not made with; [] for a model that is no run."""
     from fleetune.commands import evaluate
 
-    work = _read(folder)
+    work = read(folder)
     if not work.run:
         return []
     held = evaluate.held_out(Path(work.model), offline=offline)
@@ -140,7 +150,7 @@ def held_out(folder: Path, *, offline: bool) -> list[Example]:
 
 def _list(args: argparse.Namespace, ui: Ui) -> None:
     for name, entry in methods.entries().items():
-        if args.list not in ("all", name):
+        if args.list.replace("_", "-") not in ("all", name):
             continue
         found = settings.of(methods.method_class(name))
         ui.event(
