@@ -69,3 +69,7 @@ def test_a_recipe_gives_what_it_promises(path: Path, tmp_path: Path) -> None:
     done = job.run(out=tmp_path, **recipe.read(path))
     assert done["base"]["loss"] == pytest.approx(promise.base, rel=NEAR)
     assert done["tuned"]["loss"] == pytest.approx(promise.tuned, rel=NEAR)
+    change = done["tuned"]["loss"] - done["base"]["loss"]
+    assert 0.5 < change / (promise.tuned - promise.base) < 2, (
+        "small steps change little, but they must change it"
+    )
