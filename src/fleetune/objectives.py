@@ -38,7 +38,7 @@ import importlib.util
 import math
 import numbers
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, cast
@@ -76,7 +76,7 @@ def get(name: str = "loss") -> Objective:
     kind, _, argument = name.partition(":")
     if kind in BUILT_IN:
         return BUILT_IN[kind](argument)
-    return _checked(name, _imported(name))
+    return _checked(name, imported(name, "objective", BUILT_IN, "objective(model, batch)"))
 
 
 def split(batch: Batch) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -184,51 +184,53 @@ BUILT_IN: Mapping[str, Callable[[str], Objective]] = MappingProxyType(
 # --- a function of one's own ------------------------------------------------------------------------------
 
 
-def _imported(name: str) -> Callable[..., Any]:
-    """The callable at "package.module:function" or "file.py:function"."""
+def imported(name: str, kind: str, known: Iterable[str], call: str) -> Callable[..., Any]:
+    """The callable at "package.module:function" or "file.py:function".
+
+    RecipeError when there is none; it calls it a `kind`, as the names `known` are, that is called like `call`.
+    """
+    what = f"{kind} {name!r}"
     where, colon, function = name.rpartition(":")
     if not colon or not where or not function:
         raise RecipeError(
-            [f"unknown objective {name!r}"],
-            hint=f"choose {', '.join(BUILT_IN)}, or give package.module:function or file.py:function",
+            [f"unknown {what}"],
+            hint=f"choose {', '.join(known)}, or give package.module:function or file.py:function",
         )
-    module = _load_file(name, Path(where)) if where.endswith(".py") else _load_module(name, where)
+    module = _load_file(what, Path(where)) if where.endswith(".py") else _load_module(what, where)
     try:
         found = getattr(module, function)
     except AttributeError as error:
-        raise RecipeError(
-            [f"objective {name!r}: {where} has no {function!r}"], hint="check its spelling"
-        ) from error
+        raise RecipeError([f"{what}: {where} has no {function!r}"], hint="check its spelling") from error
     if not callable(found):
         raise RecipeError(
-            [f"objective {name!r}: {function} is a {type(found).__name__}, not a function"],
-            hint="it must be a function objective(model, batch) that returns a float",
+            [f"{what}: {function} is a {type(found).__name__}, not a function"],
+            hint=f"it must be a function {call} that returns a float",
         )
     return cast(Callable[..., Any], found)
 
 
-def _load_module(name: str, where: str) -> ModuleType:
+def _load_module(what: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(where)
     except Exception as error:
-        raise _import_error(name, error, "is it installed? a file is given as file.py:function") from error
+        raise _import_error(what, error, "is it installed? a file is given as file.py:function") from error
 
 
-def _load_file(name: str, path: Path) -> ModuleType:
+def _load_file(what: str, path: Path) -> ModuleType:
     if not path.is_file():
-        raise RecipeError([f"objective {name!r}: no file {path}"], hint="check the path")
+        raise RecipeError([f"{what}: no file {path}"], hint="check the path")
     # A name that no package has.  The same file is the same module, so what it keeps outlives a round.
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise _import_error(name, error, "check the file's permissions") from error
+        raise _import_error(what, error, "check the file's permissions") from error
     key = hashlib.sha256(str(path.resolve()).encode() + b"\0" + content).hexdigest()[:16]
     label = f"fleetune_objective_{key}"
     if label in sys.modules:
         return sys.modules[label]
     spec = importlib.util.spec_from_file_location(label, path)
     if spec is None or spec.loader is None:
-        raise RecipeError([f"objective {name!r}: {path} cannot be loaded"], hint="give a Python file")
+        raise RecipeError([f"{what}: {path} cannot be loaded"], hint="give a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[label] = module  # dataclasses and pickle look their module up there
     try:
@@ -236,14 +238,14 @@ def _load_file(name: str, path: Path) -> ModuleType:
     except Exception as error:
         del sys.modules[label]
         raise _import_error(
-            name, error, "run the file with Python by itself to see the whole error"
+            what, error, "run the file with Python by itself to see the whole error"
         ) from error
     return module
 
 
-def _import_error(name: str, error: Exception, hint: str) -> RecipeError:
+def _import_error(what: str, error: Exception, hint: str) -> RecipeError:
     return RecipeError(
-        [f"objective {name!r} cannot be imported: {type(error).__name__}: {error}"],
+        [f"{what} cannot be imported: {type(error).__name__}: {error}"],
         hint=hint,
     )
 
@@ -262,16 +264,21 @@ def _checked(name: str, function: Callable[..., Any]) -> Objective:
                 [f"objective {name!r} failed: {type(error).__name__}: {error}"],
                 hint="it is called as objective(model, batch); see fleetune.objectives",
             ) from error
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise RecipeError(
-                [f"objective {name!r} returned a {type(value).__name__}, not a float"],
-                hint="end it with float(...), or .item() for a tensor of one element",
-            )
-        if not math.isfinite(value):
-            raise RecipeError(
-                [f"objective {name!r} returned {float(value)}"],
-                hint="it must be finite for every batch; guard divisions and logarithms",
-            )
-        return float(value)
+        return number(value, f"objective {name!r}")
 
     return objective
+
+
+def number(value: Any, what: str) -> float:
+    """`value`, which `what` returned, as a float; RecipeError when it is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise RecipeError(
+            [f"{what} returned a {type(value).__name__}, not a float"],
+            hint="end it with float(...), or .item() for a tensor of one element",
+        )
+    if not math.isfinite(value):
+        raise RecipeError(
+            [f"{what} returned {float(value)}"],
+            hint="it must be finite whatever it is given; guard divisions and logarithms",
+        )
+    return float(value)

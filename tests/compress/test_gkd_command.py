@@ -88,6 +88,22 @@ def test_a_model_teaches_a_shallower_self(
     assert code == 0, err
 
 
+def test_a_reward_of_ones_own(
+    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (at / "mine.py").write_text("def short(prompt, answer, reference):\n    return -len(answer) / 10\n")
+    mine = ["--set", "reward=mine.py:short", "--set", "alpha=0.5", "--set", "reward_samples=2"]
+    assert main(["compress", tiny["deep"], *SELF, *ROWS, *mine, "-v"]) == 0
+    assert "step 4: mean reward -" in caplog.text
+    capsys.readouterr()
+    (at / "mine.py").write_text("def short(prompt, answer, reference):\n    return None\n")
+    assert main(["compress", tiny["deep"], *SELF, *ROWS, *mine]) == 2
+    err = capsys.readouterr().err
+    assert "reward 'mine.py:short', on the answer" in err
+    assert "returned a NoneType, not a float" in err
+    assert "Traceback" not in err
+
+
 def test_runs_as_student_and_as_teacher(
     tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +199,9 @@ BAD = {
     "answers beyond the context": (["{deep}", *SELF, *ROWS, "--set", "max_new_tokens=2000"], "beyond the context"),
     "an unknown setting": (["{deep}", *SELF, *ROWS, "--set", "betta=1"], "Did you mean 'beta'"),
     "a beta that cannot be": (["{deep}", *SELF, *ROWS, "--set", "beta=2"], "not between 0 and 1"),
+    "a reward for nothing": (["{deep}", *SELF, *ROWS, "--set", "reward=f1", "--set", "lmbda=0"], "a reward with lmbda = 0"),
+    "a reward that is not": (["{deep}", *SELF, *ROWS, "--set", "reward=mine.py:f"], "no file mine.py"),
+    "no zeros to keep": (["{deep}", *SELF, *ROWS, "--set", "keep_zeros=true"], "has a zero to keep"),
     "an encoder learns": (["{bert}", *SELF, *ROWS], "an encoder cannot be compressed"),
 }  # fmt: skip
 

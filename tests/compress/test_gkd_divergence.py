@@ -12,10 +12,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from fleetune import models
-from fleetune.compress import gkd
-from fleetune.data.encode import MASKED, collate
+from fleetune.compress import divergence
+from fleetune.data.encode import MASKED, Batch, collate
+from fleetune.losses import predictors
+from fleetune.models import Model
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+def between(student: Model, teacher: Model, batch: Batch, beta: float, *, chunk: int = 0) -> Tensor:
+    made = predictors(student.net, batch)
+    return divergence.divergences(made, teacher.net, batch, beta, chunk=chunk)
 
 
 def logits(seed: int, n: int = 7, V: int = 50) -> tuple[Tensor, Tensor]:
@@ -26,11 +33,11 @@ def logits(seed: int, n: int = 7, V: int = 50) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("beta", BETAS)
 def test_the_divergence_is_the_formula(beta: float) -> None:
     Q, P = logits(0)
-    found = gkd.divergence(Q, P, beta)
+    found = divergence.divergence(Q, P, beta)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), formula(Q, P, beta), rtol=1e-5, atol=1e-6)
-    assert gkd.divergence(P, P, beta).abs().max() < 1e-6
-    half = gkd.divergence(Q.bfloat16(), P.bfloat16(), beta)  # in fp32 whatever the models are in
+    assert divergence.divergence(P, P, beta).abs().max() < 1e-6
+    half = divergence.divergence(Q.bfloat16(), P.bfloat16(), beta)  # in fp32 whatever the models are in
     torch.testing.assert_close(half.double(), formula(Q.bfloat16(), P.bfloat16(), beta), rtol=1e-5, atol=1e-6)
 
 
@@ -39,7 +46,7 @@ def test_far_apart_and_sure_distributions_are_finite(beta: float) -> None:
     Q, P = torch.zeros(1, 5), torch.zeros(1, 5)
     Q[0, 0], P[0, 1] = 200.0, 200.0
     Q.requires_grad_(True)
-    found = gkd.divergence(Q, P, beta)
+    found = divergence.divergence(Q, P, beta)
     found.sum().backward()
     assert found.isfinite().all()
     assert Q.grad is not None
@@ -50,19 +57,21 @@ def test_the_ends_are_whole_divergences_and_the_formula_tends_to_0_like_them() -
     """The jump of 1 / beta that the docstring tells of."""
     Q, P = (x.double() for x in logits(1))
     forward, reverse = formula(Q, P, 0.0), formula(Q, P, 1.0)
-    torch.testing.assert_close(gkd.divergence(Q, P, 0.0), forward)
-    torch.testing.assert_close(gkd.divergence(Q, P, 1.0), reverse)
+    torch.testing.assert_close(divergence.divergence(Q, P, 0.0), forward)
+    torch.testing.assert_close(divergence.divergence(Q, P, 1.0), reverse)
     for tiny in (1e-4, 1e-6):
-        torch.testing.assert_close(gkd.divergence(Q, P, tiny) / tiny, forward, rtol=300 * tiny**0.5, atol=0)
         torch.testing.assert_close(
-            gkd.divergence(Q, P, 1 - tiny) / tiny, reverse, rtol=300 * tiny**0.5, atol=0
+            divergence.divergence(Q, P, tiny) / tiny, forward, rtol=300 * tiny**0.5, atol=0
+        )
+        torch.testing.assert_close(
+            divergence.divergence(Q, P, 1 - tiny) / tiny, reverse, rtol=300 * tiny**0.5, atol=0
         )
 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_gradients_by_finite_differences(beta: float) -> None:
     Q, P = (x.double() for x in logits(2, 3, 9))
-    assert torch.autograd.gradcheck(lambda x: gkd.divergence(x, P, beta), (Q.requires_grad_(True),))
+    assert torch.autograd.gradcheck(lambda x: divergence.divergence(x, P, beta), (Q.requires_grad_(True),))
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -83,7 +92,7 @@ def test_only_the_answers_tokens_count_whatever_the_chunk(beta: float) -> None:
     assert len(want) == sum(len(r.ids) - r.n_prompt for r in rows(0, 4))
     grads = slopes(want)
     for chunk in (0, 1, 5, 1000):
-        found = gkd.divergences(student.net, teacher.net, batch, beta, chunk=chunk)
+        found = between(student, teacher, batch, beta, chunk=chunk)
         torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
         other = slopes(found)
         assert all(p.grad is None for p in teacher.net.parameters())
@@ -99,7 +108,7 @@ def test_the_models_gradient_by_finite_differences(beta: float) -> None:
     batch = collate(rows(3, 3), END)
 
     def loss() -> Tensor:
-        return gkd.divergences(student.net, teacher.net, batch, beta, chunk=4).mean()
+        return between(student, teacher, batch, beta, chunk=4).mean()
 
     loss().backward()
     g = torch.Generator().manual_seed(5)
@@ -116,12 +125,12 @@ def test_the_models_gradient_by_finite_differences(beta: float) -> None:
 
 def test_the_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    real = gkd.divergence
-    monkeypatch.setattr(gkd, "divergence", lambda Q, P, beta: seen.append(len(Q)) or real(Q, P, beta))
-    monkeypatch.setattr(gkd, "CHUNK_BYTES", 16 * 264 * 5)
+    real = divergence.divergence
+    monkeypatch.setattr(divergence, "divergence", lambda Q, P, beta: seen.append(len(Q)) or real(Q, P, beta))
+    monkeypatch.setattr(divergence, "CHUNK_BYTES", 16 * 264 * 5)
     student, teacher = pair()
     student.net.requires_grad_(True)
-    found = gkd.divergences(student.net, teacher.net, collate(rows(0, 4), END), 0.5)
+    found = between(student, teacher, collate(rows(0, 4), END), 0.5)
     assert max(seen) == 5
     forward = len(seen)
     assert forward == math.ceil(len(found) / 5)
@@ -148,5 +157,5 @@ def test_a_model_that_caps_its_logits_and_a_head_with_more_rows() -> None:
     assert Q.abs().max() <= 0.5
     scored = batch.labels[:, 1:] != MASKED
     want = formula(Q[:, :-1][scored], P[:, :-1][scored][:, :264], 0.5)
-    found = gkd.divergences(student.net, teacher.net, batch, 0.5, chunk=4)
+    found = between(student, teacher, batch, 0.5, chunk=4)
     torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)

@@ -2,7 +2,7 @@
 """GKD: a small model learns from a large one, on answers that the small one writes itself.
 
 Agarwal, Vieillard, Zhou, Stanczyk, Ramos Garea, Geist, Bachem: "On-Policy Distillation of Language Models: Learning
-from Self-Generated Mistakes", ICLR 2024, arXiv 2306.13649 (algorithm 1; section 3.1 for the divergence).
+from Self-Generated Mistakes", ICLR 2024, arXiv 2306.13649 (algorithm 1; section 3.1 for the divergence and the reward).
 
 For each step a batch of prompts and a number u of [0, 1): with u < lmbda the student writes the answers; else, with
 `seq_kd`, the teacher; else they are the data's own.  No gradient goes through the writing.  Then AdamW moves all
@@ -14,17 +14,35 @@ P (teacher) and Q (student), with M = beta P + (1 - beta) Q:
 An answer's tokens are those up to and with its first end token.  `teacher=same keep_layers=N` makes a student of N of
 the model's own blocks, evenly spaced, the first and the last among them.
 
+With a `reward` r the student learns besides to write what is worth more (equation 5).  Where it has written the batch,
+it is moved up
+
+    (1 - alpha) E[r(y)] - alpha E[D]
+
+with the gradient of E[r(y)] by REINFORCE: the mean over the answers of (r - b) grad log p(y | x), where b is the mean
+reward of the other answers: `reward_samples` of each prompt, or one each of the batch's other prompts.  Batches that
+the student has not written are worth no reward, and their divergence has the weight alpha too.  The reward is the
+name of a measure, `exact_match`, `f1` or `rouge_l` (0 to 1), or a function of one's own at `package.module:function`
+or `file.py:function`, which is given three texts, prompt, answer and the data's answer, and returns a number.
+
 What to know:
 - The formula itself tends to 0 at both ends, like beta KL(P || Q) and (1 - beta) KL(Q || P).  The ends are the whole
   divergences, as in TRL, so the loss and its gradient jump there: by 1 / beta, and by 1 / (1 - beta).  AdamW divides by
   the gradient's size, so this moves little more than where `clip` begins to act.
-- `temperature` is that of the writing alone.  It does not enter the divergence.
+- `temperature` is that of the writing.  It does not enter the divergence; p(y | x) of the reward is the probability
+  with which the answer was written, at this temperature, so that the gradient is that of what is really written.
+- r(y) is of a whole answer and log p(y | x) a sum over its tokens, while D is a mean over tokens, as in the paper.  A
+  reward far from 0 to 1 shifts the balance that alpha sets.  With alpha = 1 it is measured and does nothing: the
+  same bits as without it.  `-v` tells the mean reward of every step that has one.
+- A reward that fails or is not finite ends the training before the step that it is of, and shows the row.  `--resume`
+  goes on from what was kept before; that it is the same function is not checked, its name is.
 - Teacher and student must have the same vocabulary.  Where one of them has more rows in its output head than the
   other (padding), both distributions are those over the rows they share.
-- All weights are trained, in fp32 and without dropout: zeros of a pruned model do not stay zero.
+- All weights are trained, in fp32 and without dropout.  Zeros of a pruned model stay zero with `keep_zeros` alone: the
+  entries of matrices that are exactly 0 have no gradient then.  Codes of a quantised model do not stay codes: training
+  moves every weight off its grid, so distil first and quantise the result.
 - Logits are made, compared and given up a chunk of tokens at a time and made again for the gradient, so that
   [batch, tokens, vocabulary] never exists, of either model.
-- The paper also adds a reward for what the student writes; that is not here.
 """
 
 from __future__ import annotations
@@ -33,29 +51,35 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fleetune.answers import sample_from_ids, stop_ids, until_end
+from fleetune.compress import reward
 from fleetune.compress.depth import shallow
+from fleetune.compress.divergence import divergences, log_probs
 from fleetune.compress.progress import restore, store
 from fleetune.data import Batches, Encoded
 from fleetune.data.encode import Batch, collate
 from fleetune.errors import FleetuneError, Interrupted, RecipeError
-from fleetune.losses import CHUNK_BYTES, context, frozen, pad_id, predictors
+from fleetune.losses import context, frozen, pad_id, predictors
 from fleetune.models import Model, digest, named_tensors, uniform
 from fleetune.objectives import split
 
 PAPER = "Agarwal et al., ICLR 2024, arXiv 2306.13649"
+PRUNED = (
+    0.2  # share of exact zeros from which on a model is taken for a pruned one; a 4-bit grid gives a tenth
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +107,20 @@ class Trainer:
     max_new_tokens: int = field(
         default=128, metadata={"symbol": "L", "help": "tokens of a written answer at most"}
     )
+    reward: str = field(
+        default="",
+        metadata={"symbol": "r", "help": "exact_match, f1, rouge_l or file.py:function, of answers"},
+    )
+    alpha: float = field(
+        default=1.0, metadata={"symbol": "α", "help": "weight of the divergence; the reward has the rest"}
+    )
+    reward_samples: int = field(
+        default=1,
+        metadata={"symbol": "n", "help": "answers that the student writes to a prompt, for a reward"},
+    )
+    keep_zeros: bool = field(
+        default=False, metadata={"symbol": "M", "help": "zeros of the student's matrices stay zero"}
+    )
     steps: int = field(default=200, metadata={"symbol": "K", "help": "batches"})
     batch_size: int = field(default=8, metadata={"symbol": "B", "help": "rows a batch"})
     lr: float = field(default=1e-4, metadata={"symbol": "η", "help": "AdamW's learning rate at its highest"})
@@ -97,10 +135,10 @@ class Trainer:
     def __post_init__(self) -> None:
         if not self.teacher:
             raise ValueError("no teacher is given: teacher=MODEL, teacher=RUN or teacher=same")
-        for name in ("beta", "lmbda", "warmup"):
+        for name in ("beta", "lmbda", "alpha", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)} is not between 0 and 1")
-        for name in ("max_new_tokens", "steps", "batch_size", "save_every"):
+        for name in ("max_new_tokens", "reward_samples", "steps", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} is below 1")
         for name in ("temperature", "lr"):
@@ -108,6 +146,22 @@ class Trainer:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
         if not 0 <= self.clip < math.inf or self.keep_layers < 0:
             raise ValueError(f"clip = {self.clip} and keep_layers = {self.keep_layers} cannot be negative")
+        self._check_reward()
+
+    def _check_reward(self) -> None:
+        """ValueError, or RecipeError for a function that cannot be had."""
+        if not self.reward:
+            for name, value in (("alpha", self.alpha), ("reward_samples", self.reward_samples)):
+                if value != 1:
+                    raise ValueError(
+                        f"{name} = {value} without a reward: reward=f1 or reward=file.py:function"
+                    )
+            return
+        if not self.lmbda:
+            raise ValueError("a reward with lmbda = 0: the student writes nothing that could be rewarded")
+        if not self.alpha and self.lmbda < 1:
+            raise ValueError(f"alpha = 0 with lmbda = {self.lmbda}: nothing is learnt of the other batches")
+        reward.get(self.reward)
 
     def check(self, model: Model, teacher: Model, length: int) -> None:
         """RecipeError with everything in the way of rows of `length` tokens."""
@@ -130,8 +184,15 @@ class Trainer:
             problems.append(
                 f"rows of {length} tokens and answers of {longest - length} go beyond the context of {room}"
             )
+        zeros = zero_share(model.net)
+        if self.keep_zeros and not zeros:
+            problems.append(f"keep_zeros: no matrix of {model.name} has a zero to keep")
         if problems:
             raise RecipeError(problems, hint="settings: fleetune compress --list gkd; --length cuts rows")
+        if zeros >= PRUNED and not self.keep_zeros:
+            log.warning(
+                "%.0f %% of the weights are 0 and will not stay so; keep_zeros=true does that", 100 * zeros
+            )
 
     def student(self, model: Model) -> Model:
         """What is trained, in fp32: the model itself, or some of its blocks."""
@@ -144,7 +205,8 @@ class Trainer:
         with frozen(student.net), frozen(teacher.net):
             for first in range(0, len(rows), self.batch_size):
                 batch = collate(rows[first : first + self.batch_size], pad_id(student), student.device)
-                found.append(divergences(student.net, teacher.net, batch, self.beta).double())
+                made = predictors(student.net, batch)
+                found.append(divergences(made, teacher.net, batch, self.beta).double())
         return float(torch.cat(found).mean())
 
     def train(
@@ -169,7 +231,12 @@ class Trainer:
         with _trainable(student.net):
             for t, batch in enumerate(itertools.islice(batches, done, None), done):
                 answered = self.answered(student, teacher, batch, seed, t)
-                loss = self._update(student, teacher, answered, optimizer, t)
+                gains = (
+                    self._gains(student, batch, answered, t)
+                    if self.reward and self._on_policy(seed, t)
+                    else None
+                )
+                loss = self._update(student, teacher, answered, gains, optimizer, t)
                 if (t + 1) % self.save_every == 0 or t + 1 == self.steps:
                     store(folder, origin, t + 1, parameters, optimizer)
                 try:
@@ -179,15 +246,24 @@ class Trainer:
                     raise
 
     def writer(self, student: Model, teacher: Model, seed: int, t: int) -> Model | None:
-        """Who answers the batch of step t (algorithm 1's u); None for the data."""
+        """Who answers the batch of step t; None for the data."""
+        return student if self._on_policy(seed, t) else teacher if self.seq_kd else None
+
+    def _on_policy(self, seed: int, t: int) -> bool:
+        """Whether the student answers the batch of step t (algorithm 1's u)."""
         u = float(uniform(f"gkd/{seed}/{t}", (1,), 0.5)[0]) + 0.5
-        return student if u < self.lmbda else teacher if self.seq_kd else None
+        return u < self.lmbda
 
     def answered(self, student: Model, teacher: Model, batch: Batch, seed: int, t: int) -> Batch:
-        """The batch with the answers of step t, a function of the student, the teacher, `seed` and `t` alone."""
+        """The batch with the answers of step t, a function of the student, the teacher, `seed` and `t` alone.
+
+        Of the student's own a prompt has `reward_samples`, one after the other.
+        """
         prompts, answers = split(batch)
         writer = self.writer(student, teacher, seed, t)
         if writer is not None:
+            if writer is student:
+                prompts = self._repeated(prompts)
             draw = int.from_bytes(hashlib.sha256(f"gkd/{seed}/{t}".encode()).digest()[:7])
             answers = sample_from_ids(
                 writer, prompts, temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=draw
@@ -199,17 +275,51 @@ class Trainer:
         ]
         return collate(rows, pad_id(student), student.device)
 
+    def _repeated(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [array for array in arrays for _ in range(self.reward_samples)]
+
+    def _gains(self, student: Model, batch: Batch, answered: Batch, t: int) -> np.ndarray:
+        """What the rewards of the student's answers are above their baseline: float64, one for each of them."""
+        prompts, answers = split(answered)
+        found = reward.rewards(self.reward, student, prompts, answers, self._repeated(split(batch)[1]))
+        log.info("step %d: mean reward %.4f of %d answers", t + 1, found.mean(), len(found))
+        return reward.gains(found, self.reward_samples)
+
     def rate(self, t: int) -> float:
         """The learning rate of step t (from 0): up in a line, then down in a line to 0 after the last."""
         rise = math.ceil(self.warmup * self.steps)
         return self.lr * ((t + 1) / rise if t < rise else (self.steps - t) / (self.steps - rise))
 
+    def loss(
+        self, student: Model, teacher: Model, batch: Batch, gains: np.ndarray | None
+    ) -> tuple[Tensor, Tensor]:
+        """What a step makes small, and the mean divergence that is a part of it: two scalars.
+
+        `gains` are those of the batch's rows, where the student has written them for a reward.
+        """
+        made = predictors(student.net, batch)
+        found = divergences(made, teacher.net, batch, self.beta)
+        D = found.sum() / max(1, len(found))
+        if gains is None or self.alpha == 1:
+            return self.alpha * D, D
+        log_p = log_probs(made, batch, self.temperature)
+        return self.alpha * D - (1 - self.alpha) * reward.reinforced(log_p, batch, gains), D
+
     def _update(
-        self, student: Model, teacher: Model, batch: Batch, optimizer: torch.optim.Optimizer, t: int
+        self,
+        student: Model,
+        teacher: Model,
+        batch: Batch,
+        gains: np.ndarray | None,
+        optimizer: torch.optim.Optimizer,
+        t: int,
     ) -> float:
-        found = divergences(student.net, teacher.net, batch, self.beta)
-        loss = found.sum() / max(1, len(found))
+        loss, D = self.loss(student, teacher, batch, gains)
         loss.backward()  # type: ignore[no-untyped-call]
+        if self.keep_zeros:
+            for weight in _matrices(student.net):
+                if weight.grad is not None:
+                    weight.grad.masked_fill_(weight == 0, 0.0)  # AdamW's moments, and so its step, are 0 too
         norm = nn.utils.clip_grad_norm_(student.net.parameters(), self.clip or math.inf)
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             raise FleetuneError(
@@ -219,7 +329,7 @@ class Trainer:
         optimizer.param_groups[0]["lr"] = self.rate(t)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss.item())
+        return float(D.item())
 
     def _origin(self, student: Model, teacher: Model, rows: Sequence[Encoded], seed: int) -> str:
         """SHA-256 of all that the result is a function of."""
@@ -243,48 +353,11 @@ def _trainable(net: nn.Module) -> Iterator[None]:
         net.requires_grad_(False)
 
 
-# ---------------------------------------------------------------- the divergence
+def _matrices(net: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in net.parameters() if weight.ndim == 2]
 
 
-def divergence(Q: Tensor, P: Tensor, beta: float) -> Tensor:
-    """D of each row, in nats, from logits [n, V] of student Q and teacher P: float32 [n] (float64 stays)."""
-    q, p = (logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1) for logits in (Q, P))
-    if beta == 0:
-        return _kl(p, q)
-    if beta == 1:
-        return _kl(q, p)
-    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
-    return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
-
-
-def _kl(a: Tensor, b: Tensor) -> Tensor:
-    return (a.exp() * (a - b)).sum(-1)
-
-
-def divergences(
-    student: nn.Module, teacher: nn.Module, batch: Batch, beta: float, *, chunk: int = 0
-) -> Tensor:
-    """D of each of the batch's N scored tokens, `chunk` of them at a time (0: by memory): float32 [N].
-
-    With gradients enabled it can be back-propagated to the student; nothing goes to the teacher.
-    """
-    with torch.no_grad():
-        known, teach = predictors(teacher, batch)
-    rows, head = predictors(student, batch)
-
-    def compare(rows: Tensor, known: Tensor) -> Tensor:
-        with torch.no_grad():
-            P = teach(known)
-        Q = head(rows)
-        V = min(P.shape[-1], Q.shape[-1])
-        return divergence(Q[:, :V], P[:, :V], beta)
-
-    # A chunk's backward pass has some 20 arrays [chunk, V] alive, so each is a quarter of what a lone loss may take.
-    size = chunk or max(1, CHUNK_BYTES // (16 * head(rows[:0]).shape[-1]))
-    pieces = [(rows[a : a + size], known[a : a + size]) for a in range(0, max(1, len(rows)), size)]
-    if not torch.is_grad_enabled():
-        return torch.cat([compare(*piece) for piece in pieces])
-    return torch.cat([
-        cast(Tensor, checkpoint(compare, *piece, use_reentrant=False, preserve_rng_state=False))
-        for piece in pieces
-    ])  # fmt: skip
+def zero_share(net: nn.Module) -> float:
+    """The share of exact zeros among the entries of the matrices."""
+    counts = [(int(weight.count_nonzero()), weight.numel()) for weight in _matrices(net)]
+    return 1 - sum(n for n, _ in counts) / sum(size for _, size in counts)
