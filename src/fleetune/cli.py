@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fleetune import __version__
 from fleetune import recipe as recipes
+from fleetune.commands import chat, measure, serve
 from fleetune.errors import FleetuneError, Interrupted, UsageError
 from fleetune.ui import Ui
 
@@ -113,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = add("demo", _demo, "tune smollm2-135m over the built-in demo fleet, twice: FedIT, then FedKSeed")
+    sub = add("demo", _demo, "tune smollm2-135m over the built-in demo fleet, twice, and make the result fit a device")
     sub.add_argument("--quick", action="store_true", help="the same path in a minute, with fewer steps")
     _plan_arguments(
         add("plan", _plan, "memory, traffic and time of every method for a model, before any work")
@@ -123,7 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     _eval_arguments(add("eval", _eval, "measure a model, a finished run or a compressed one"))
     _ledger_arguments(add("ledger", _ledger, "show, verify, replay, compare and combine seed ledgers"))
     _compress_arguments(add("compress", _compress, "make a model or a finished run smaller"))
+    measure.arguments(
+        add("measure", _measure, "size, speed, memory and quality of base, tuned and compressed in one table")
+    )
     _export_arguments(add("export", _export, "write a run, a compressed model or a model for a runtime"))
+    serve.arguments(add("serve", _serve, "an OpenAI-compatible endpoint and a chat page over a model"))
+    chat.arguments(add("chat", _chat, "talk to a model in the terminal, or ask it one thing"))
     sub = add("runs", _runs, "list, show, compare or remove runs")
     sub.add_argument("action", nargs="?", default="list", choices=["list", "show", "compare", "rm"])
     sub.add_argument("names", metavar="RUN", nargs="*")
@@ -178,10 +184,11 @@ def _export_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("subject", metavar="RUN|FOLDER|MODEL")
     sub.add_argument(
         "--to", metavar="TARGET",
-        help="gguf (of a run or model: gguf:f16, gguf:q8_0, ..), compressed-tensors, gptq, hf (a plain model), peft "
-        "(a run's adapter); default: of a run hf, else gguf",
+        help="gguf (of a run or model: gguf:f16, gguf:q8_0, ..), compressed-tensors, gptq, mlx, hf (a plain model), peft or "
+        "gguf:lora (a run's adapter); default: of a run hf, else gguf",
     )  # fmt: skip
     sub.add_argument("--path", help="file or folder to write (default: inside the run or folder)")
+    sub.add_argument("--text", help="plain text file: its perplexity by the source, and by the file in its runtime")
 
 
 def _tune_arguments(sub: argparse.ArgumentParser) -> None:
@@ -235,7 +242,7 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
 
 def _compress_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="RUN|MODEL", nargs="?")
-    sub.add_argument("--method", default="optq", help="optq, sparsegpt, rtn or gkd (default optq)")
+    sub.add_argument("--method", default="optq", help="optq, sparsegpt, rtn, gkd or llm-pruner (default optq)")
     sub.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
     )
@@ -249,6 +256,16 @@ def _compress_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--windows", type=int, default=128, help="calibration windows at most (default 128)")
     sub.add_argument(
         "--length", type=int, default=512, help="tokens a window, or of a row at most (default 512)"
+    )
+    sub.add_argument(
+        "--calibrate", default="server", choices=["server", "clients"],
+        help="clients: the run's own clients calibrate on their training rows and send sums over them",
+    )  # fmt: skip
+    sub.add_argument("--clients", type=int, default=0, help="so many of them (default: all)")
+    sub.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="leave the model in its files: one block in memory at a time",
     )
     sub.add_argument("--eval-text", help="plain text file: its perplexity before and after")
     sub.add_argument(
@@ -298,9 +315,9 @@ def _sweep(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _demo(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.commands import tune
+    from fleetune.commands import demo
 
-    tune.demo(args, ui)
+    demo.run(args, ui)
 
 
 def _plan(args: argparse.Namespace, ui: Ui) -> None:
@@ -356,10 +373,22 @@ def _compress(args: argparse.Namespace, ui: Ui) -> None:
     compress.run(args, ui, _run_or_none(args.model, args.out) if args.model else None)
 
 
+def _measure(args: argparse.Namespace, ui: Ui) -> None:
+    measure.run(args, ui, [_run_or_none(name, args.out, quiet=True) for name in args.subjects])
+
+
 def _export(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.commands import export
 
     export.run(args, ui, _run_or_none(args.subject, args.out, quiet=True))
+
+
+def _serve(args: argparse.Namespace, ui: Ui) -> None:
+    serve.run(args, ui, _run_or_none(args.subject, args.out, quiet=True))
+
+
+def _chat(args: argparse.Namespace, ui: Ui) -> None:
+    chat.run(args, ui, _run_or_none(args.subject, args.out, quiet=True))
 
 
 def _runs(args: argparse.Namespace, ui: Ui) -> None:

@@ -5,12 +5,14 @@ GGUF (the ggml project's docs/gguf.md, version 2 and 3) stores quantised rows.  
 of 32 (Q4_1) and its relatives give values that 16-bit floats cannot hold, so the weights are written in
 **fp32**: nothing is lost, and the same file gives the same bytes everywhere.
 
-Three things a GGUF does not carry over by itself:
+What transformers does not take over from a GGUF by itself:
   * llama's q and k rows are stored pair-wise interleaved for ggml's rotary embedding; they are put back in
     the half-split order that transformers uses (a permutation of rows, done before dequantising);
   * transformers knows no text-splitting rule for tokenizer "smollm" and falls back to GPT-2's, which joins
     the space before a digit differently; the rule is restored here;
-  * rescaled rotary frequencies (Llama 3.1) are not read by transformers: such files are refused.
+  * rescaled rotary frequencies (Llama 3.1) come as factors: taken over where Llama 3's rule gives them (`rope.py`),
+    else the file is refused;
+  * gemma's norms, caps and windows (`gemma.py`); tokenizers without an unknown token and of pieces (`gguf_tokens.py`).
 
 The model is never held in memory: names and shapes come from a model on the meta device, every tensor of
 it must be found in the file and the other way round, and rows go straight into the safetensors file.
@@ -31,6 +33,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from fleetune import gemma, gguf_tokens, rope
 from fleetune.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -38,7 +41,14 @@ log = logging.getLogger(__name__)
 SLAB: Final = 1 << 22  # elements dequantised at a time (16 MiB of fp32)
 # what the rows and values of an architecture need; an architecture that is not here was not verified
 ARCHITECTURES: Final[Mapping[str, str]] = MappingProxyType(
-    {"llama": "interleaved q, k", "qwen2": "as they are", "qwen3": "as they are"}
+    {
+        "llama": "interleaved q, k",
+        "qwen2": "as they are",
+        "qwen3": "as they are",
+        "gemma": "norms 1 + w",
+        "gemma2": "norms 1 + w",
+        "gemma3": "norms 1 + w",
+    }
 )
 KNOWN_SPLITS: Final = ("default", "gpt-2", "llama-bpe", "llama3", "qwen2", "tekken", "gpt-4o", "smollm")
 
@@ -108,14 +118,18 @@ def _config(path: Path, reader: Any) -> Any:
             f"{path} holds architecture '{architecture}'; GGUF files are read for {known}", hint=instead
         )
     scaling = _field(reader, f"{architecture}.rope.scaling.type")
-    if scaling not in (None, "none") or any(t.name.startswith("rope_") for t in reader.tensors):
+    if scaling not in (None, "none") and (architecture, scaling) != ("gemma3", "linear"):
         raise ModelError(f"{path} rescales its rotary frequencies, which cannot be taken over", hint=instead)
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        if architecture in gemma.ARCHITECTURES.values():
+            config = _gemma_config(architecture, reader)
+        else:
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
         raise ModelError(f"{path} has unusable metadata ({error})", hint=instead) from error
     if (width := _field(reader, f"{architecture}.attention.key_length")) is not None:
         config.head_dim = int(width)  # not taken over for every architecture
+    _take_factors(path, reader, config, instead)
     # metadata hold fp32: 1e-05 comes back as 9.999999747378752e-06
     config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
     if "_model_name_or_path" in config.__dict__:
@@ -124,15 +138,44 @@ def _config(path: Path, reader: Any) -> Any:
     return config
 
 
+def _gemma_config(architecture: str, reader: Any) -> Any:
+    """transformers reads no gemma, and gemma2 and gemma3 without their caps and rotary bases."""
+    tokens = _field(reader, "tokenizer.ggml.tokens") or []
+
+    def field(key: str) -> Any:
+        value = _field(reader, f"{architecture}.{key}")
+        return len(tokens) if key == "vocab_size" and value is None else value
+
+    config = gemma.config_of(architecture, field)
+    for name, key in gguf_tokens.SPECIAL.items():
+        if name != "unk":
+            setattr(config, f"{name}_token_id", _field(reader, f"tokenizer.ggml.{key}_token_id"))
+    return config
+
+
+def _take_factors(path: Path, reader: Any, config: Any, instead: str) -> None:
+    """Llama 3's rescaled frequencies into the configuration; ModelError for factors that are not Llama 3's."""
+    found = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    if not found:
+        return
+    rescaled = None
+    if config.model_type == "llama" and [tensor.name for tensor in found] == [rope.TENSOR]:
+        theta, width = float(config.rope_parameters["rope_theta"]), rope.head_dim(config)
+        rescaled = rope.parameters(np.array(found[0].data), _field(reader, rope.KEY), theta, width)
+    if rescaled is None:
+        raise ModelError(f"{path} rescales its rotary frequencies, which cannot be taken over", hint=instead)
+    config.rope_parameters = rescaled
+
+
 def _plan(
     path: Path, reader: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[Any, np.ndarray | None]]:
-    """For each tensor of the model: the file's tensor and the order in which to take its rows."""
+) -> dict[str, tuple[Any, np.ndarray | None, bool]]:
+    """For each tensor of the model: the file's tensor, the order in which to take its rows, and whether it is 1 + w."""
     architecture = str(_field(reader, "general.architecture"))
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    plan: dict[str, tuple[Any, np.ndarray | None]] = {}
+    stored = {tensor.name: tensor for tensor in reader.tensors if tensor.name != rope.TENSOR}
+    plan: dict[str, tuple[Any, np.ndarray | None, bool]] = {}
     for name, shape in shapes.items():
         found = stored.pop(str(names.get_name(name, try_suffixes=(".weight", ".bias"))), None)
         if found is None:
@@ -145,7 +188,8 @@ def _plan(
                 f"{path}: {found.name} has shape {has}, {name} needs {shape}",
                 hint="the file's metadata and tensors disagree: give another file",
             )
-        plan[name] = (found, _row_order(architecture, found.name, shape, config))
+        shifted = gemma.is_norm(architecture, found.name)
+        plan[name] = (found, _row_order(architecture, found.name, shape, config), shifted)
     if stored:
         raise ModelError(
             f"{path} has {len(stored)} tensors that architecture '{architecture}' does not: "
@@ -163,11 +207,12 @@ def _row_order(architecture: str, name: str, shape: tuple[int, ...], config: Any
     return np.arange(shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _rows(tensor: Any, order: np.ndarray | None) -> Iterator[np.ndarray]:
-    """The tensor's values in fp32, some rows at a time."""
+def _rows(tensor: Any, order: np.ndarray | None, shifted: bool) -> Iterator[np.ndarray]:
+    """The tensor's values in fp32, some rows at a time; those of a `shifted` norm are w of 1 + w."""
     data = tensor.data
     if data.ndim == 1:
         values = gguf.quants.dequantize(data, tensor.tensor_type)
+        values = gemma.minus_one(values) if shifted else values
         yield values if order is None else values[order]
         return
     step = max(1, SLAB // int(tensor.shape[0]))
@@ -177,7 +222,7 @@ def _rows(tensor: Any, order: np.ndarray | None) -> Iterator[np.ndarray]:
 
 
 def _write_weights(
-    plan: Mapping[str, tuple[Any, np.ndarray | None]],
+    plan: Mapping[str, tuple[Any, np.ndarray | None, bool]],
     shapes: Mapping[str, tuple[int, ...]],
     path: Path,
     progress: Callable[[str, int, int], None] | None,
@@ -193,8 +238,8 @@ def _write_weights(
     done = 0
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for tensor, order in plan.values():
-            for rows in _rows(tensor, order):
+        for tensor, order, shifted in plan.values():
+            for rows in _rows(tensor, order, shifted):
                 file.write(np.ascontiguousarray(rows, dtype="<f4").data)
                 done += rows.nbytes
             if progress is not None:
@@ -203,7 +248,9 @@ def _write_weights(
 
 def _tokenizer(path: Path, reader: Any, config: Any) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        tokenizer: Any = gguf_tokens.made(lambda key: _field(reader, key))
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (ValueError, KeyError, IndexError, TypeError, OSError, ImportError) as error:
         raise ModelError(
             f"{path} has a tokenizer that cannot be read ({error})",

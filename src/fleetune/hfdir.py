@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fleetune.errors import ModelError
+from fleetune.widths import KEY, base_type, config_from
 
 NAME_HINT: Final = "give a built-in name (fleetune models), a model directory, a .gguf file or a hub id"
 
@@ -60,7 +61,7 @@ def config_of(folder: Path) -> Any:
         raise ModelError(f"'{folder}' is not a model directory: it has no config.json", hint=_instead(folder))
     try:
         raw = json.loads(file.read_bytes())
-        kind = raw["model_type"]
+        kind = base_type(raw["model_type"]) if KEY in raw else raw["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{file} is not a model configuration ({error!r})", hint="fetch the model again"
@@ -89,6 +90,8 @@ def config_of(folder: Path) -> Any:
             f"{folder} is quantised ({how}); plain weights are needed", hint="use the model it was made from"
         )
     try:
+        if KEY in raw:
+            return config_from(raw)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a configuration class may raise anything for a wrong value
         raise ModelError(f"{file} cannot be used: {short(error)}", hint="fetch the model again") from error

@@ -27,7 +27,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -41,8 +40,10 @@ from fleetune.errors import FitError, ModelError, StorageError
 from fleetune.fetch import BuiltIn
 from fleetune.folders import staged
 from fleetune.hfdir import NAME_HINT, check_folder, config_of, is_encoder, short
+from fleetune.pages import Pages, stubs
 from fleetune.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
 from fleetune.weights import Model, digest, named_tensors, tokenizer_digest, uniform
+from fleetune.widths import class_of, mark
 
 __all__ = [
     "DEVICES", "DTYPES", "Model", "builtin", "digest", "disk_errors", "load", "load_config", "named_tensors", "pull",
@@ -171,21 +172,23 @@ def load(
     offline: bool = False,
     progress: Progress | None = None,
     labels: Sequence[str] = (),
+    paged: bool = False,
 ) -> Model:
     """Load a model and its tokenizer, ready to run: eval mode, no gradients, on the device.
 
     `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
-    the label words that an encoder's head chooses among; a causal model takes no notice of them.  ModelError
-    when the name, its files, the labels, the dtype or the device cannot be used; FitError when memory does
-    not suffice.
+    the label words that an encoder's head chooses among; a causal model takes no notice of them.  `paged`
+    leaves a causal model's weights in its files (`pages.py`; on the CPU).  ModelError when the name, its files,
+    the labels, the dtype or the device cannot be used; FitError when memory does not suffice.
     """
     if dtype not in DTYPES:
         raise ModelError(f"no dtype named '{dtype}'", hint="choose one of " + ", ".join(DTYPES))
     chosen = _device(device, DTYPES[dtype])
     path = resolve(name, offline=offline, progress=progress)
     try:
-        net, words = _read_net(path, DTYPES[dtype], labels)
-        base = digest(named_tensors(net))
+        net, words = _read_net(path, DTYPES[dtype], labels, paged)
+        pages = Pages(net, path, DTYPES[dtype]) if paged else None
+        base = digest(pages.items() if pages else named_tensors(net))
         net.to(chosen)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise FitError(
@@ -199,11 +202,11 @@ def load(
             f"the tokenizer in {path} has {len(tokenizer)} tokens, the model {rows}",
             hint="the tokenizer belongs to another model: fetch the model again",
         )
-    return Model(net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, labels=words)
+    return Model(net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, pages, words)
 
 
 def _read_net(
-    path: Path, dtype: torch.dtype, labels: Sequence[str]
+    path: Path, dtype: torch.dtype, labels: Sequence[str], paged: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The net of a directory, and its label words (none: a causal language model)."""
     config = config_of(path)
@@ -213,10 +216,9 @@ def _read_net(
         kind = encoders.class_of(config)
     else:
         saved = words = ()
-        with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config))
+        kind = class_of(config)
     try:
-        tensors = _read_tensors(path, dtype)
+        tensors = stubs(path, dtype) if paged else _read_tensors(path, dtype)
         if words != saved:
             tensors = encoders.without_head(tensors, kind, config)
         with _quiet(), torch.random.fork_rng(devices=[]):  # what a file lacks is drawn from torch's generator
@@ -261,8 +263,11 @@ def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    config = config_of(path)  # transformers would not know the type of one with widths of its own
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, config=config, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise ModelError(
             f"the tokenizer in {path} cannot be loaded: {short(error)}", hint="fetch the model again"
@@ -303,6 +308,7 @@ def save(
         raise ModelError("the model still carries adapters", hint="merge or detach them before saving")
     with staged(path, replace="config.json") as folder, disk_errors(path), _quiet():
         net.save_pretrained(folder)
+        mark(folder)
         tokenizer.save_pretrained(folder)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")

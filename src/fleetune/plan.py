@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 from fleetune import costs
 from fleetune.costs import Rates, Work
 from fleetune.errors import FitError, UsageError
-from fleetune.shapes import shape_of
+from fleetune.shapes import Shape, shape_of
 from fleetune.text import human_bytes, human_count, human_time
 from fleetune.traffic import METHODS, traffic
 from fleetune.traffic import module as modules
@@ -163,6 +163,7 @@ def describe(
     shape = shape_of(config)
     adam, fp16 = state_bytes(shape.params, "adam"), state_bytes(shape.params, "inference")
     sending = f", and sending at {human_bytes(uplink)} a second" if uplink else ""
+    smaller = [] if shape.labels else [("compress", _compression(shape, work))]
     return [
         ("model", f"{name} · {shape.family} · {human_count(shape.params)} parameters · {work.dtype}"),
         ("round", f"{work.steps:,} steps of {work.batch:,} x {work.length:,} tokens on every device"),
@@ -170,8 +171,22 @@ def describe(
             "state only",
             f"{human_bytes(fp16)} to run in fp16 · {human_bytes(adam)} to tune with Adam (16 bytes a weight)",
         ),
+        *smaller,
         ("time", f"computing at this machine's speed of just now{sending}"),
     ]
+
+
+def _compression(shape: Shape, work: Work) -> str:
+    """The peak memory of `fleetune compress` with its default method and windows."""
+    from fleetune.compress import costs as compress
+
+    job = compress.Work(128, 512, size=work.size)
+    whole, paged = (
+        sum(compress.memory(shape, job._replace(low_memory=low)).values()) for low in (False, True)
+    )
+    return (
+        f"optq over 128 windows of 512 tokens: {human_bytes(whole)} · with --low-memory {human_bytes(paged)}"
+    )
 
 
 def state_bytes(params: int, use: str) -> int:

@@ -11,7 +11,6 @@ import ctypes
 import gc
 import logging
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError
 from fleetune.fleets import Answer, Fleet
+from fleetune.memory import peak_rss as peak_rss
 from fleetune.messages import Message, Payload, Spec, check, decode, encode
 from fleetune.methods import Method, Reply
 from fleetune.rundir import KEEP, RunDir
@@ -212,16 +212,6 @@ def rss() -> int:
             return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:
         return peak_rss()
-
-
-def peak_rss() -> int:
-    """The most bytes of memory this process held since its start, or since `release_memory`."""
-    try:
-        with open("/proc/self/status", "rb") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(b"VmHWM"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def release_memory() -> None:

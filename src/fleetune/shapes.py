@@ -56,7 +56,7 @@ class Shape(NamedTuple):
 
 def shape_of(config: PretrainedConfig) -> Shape:
     """The shape of a configuration's model: by formula for a llama-like one, else counted on the meta device."""
-    if config.model_type in BIASES:
+    if config.model_type in BIASES and not hasattr(config, "fleetune_widths"):
         return _llama(config.to_dict(), config.model_type)
     return counted(config)
 
@@ -112,16 +112,16 @@ def _llama(c: Mapping[str, Any], family: str) -> Shape:
 def counted(config: PretrainedConfig) -> Shape:
     """The shape of any causal language model or encoder, from its layers on the meta device."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
     from transformers.pytorch_utils import Conv1D
 
     from fleetune.adapters.layers import head_of
     from fleetune.hfdir import is_encoder
+    from fleetune.widths import build
 
     encoder = is_encoder(config)
     with torch.device("meta"):
-        kind = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
-        net = kind.from_config(config)
+        net: Any = AutoModelForSequenceClassification.from_config(config) if encoder else build(config)
     head, table = net.get_output_embeddings(), net.get_input_embeddings().weight
     own = {name.rpartition(".")[0] for name in head_of(net)}
     linears = []

@@ -175,6 +175,11 @@ class Ui:
         if self.quiet < 1:
             self._say(self._err, text)
 
+    def text(self, piece: str) -> None:
+        """A piece of a text that grows, on stdout, without an end of line."""
+        if self.quiet < 2:
+            self._results.write(clean(piece))
+
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """What is about to be done: a panel of label and value on stderr (plain lines off a terminal)."""
         if self.quiet >= 1:

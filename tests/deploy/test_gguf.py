@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from deploy_harness import changed, compressed, on_grid, piece_tokenizer, tiny
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fleetune import models
-from fleetune.deploy import gguf, master
+from fleetune import models, rope
+from fleetune.deploy import gguf, master, provenance
 from fleetune.deploy.exports import export
 from fleetune.deploy.master import Head
 from fleetune.deploy.source import open_checkpoint
@@ -257,7 +258,9 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
 
     net = GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=32, n_layer=1, n_head=2))
     models.save(net, tiny().tokenizer, tmp_path / "plain")
-    with pytest.raises(UsageError, match="for llama, qwen2, qwen3, not for 'gpt2'"):
+    with pytest.raises(
+        UsageError, match="for llama, qwen2, qwen3, gemma, gemma2, gemma3_text, not for 'gpt2'"
+    ):
         export(tmp_path / "plain", "gguf", tmp_path / "x.gguf")
 
 
@@ -300,7 +303,7 @@ def test_every_damaged_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
     path = export(tmp_path / "m", "gguf", tmp_path / "x.gguf").path
     model = open_checkpoint(tmp_path / "m")
     slots = gguf._plan(model, None, [])
-    factors = gguf.rope_factors(model.config)
+    factors = rope.factors(model.config)
     whole = path.read_bytes()
     assert gguf.verify(path, model, slots, factors) == 19
     for tensor in package.GGUFReader(path).tensors:
@@ -323,3 +326,20 @@ def test_a_wrong_packer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
+    model = tiny()
+    compressed(model, tmp_path / "m")
+    base = master.Master(tmp_path / "m").head.base
+    found = fields(export(tmp_path / "m", "gguf", tmp_path / "x.gguf", made={"general.license": "mit"}).path)
+    digest = hashlib.sha256((tmp_path / "m" / "master.safetensors").read_bytes()).hexdigest()
+    assert {k: v for k, v in found.items() if k.startswith("fleetune.") or k == "general.license"} == {
+        "fleetune.method": "rtn", "fleetune.settings": "{}", "fleetune.base_digest": base,
+        "fleetune.artefact_digest": digest, "general.license": "mit",
+    }  # fmt: skip
+    models.save(model.net, model.tokenizer, tmp_path / "plain")
+    found = fields(export(tmp_path / "plain", "gguf", tmp_path / "y.gguf").path)
+    assert not [key for key in found if key.startswith("fleetune.") or key == "general.license"]
+    assert provenance.of_base("smollm2-135m") == {"general.license": "apache-2.0"}
+    assert provenance.of_base("elsewhere/model") == {}

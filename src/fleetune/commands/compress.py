@@ -41,8 +41,11 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
         folder = None
         work = _work(args, of_run)
     if args.dry_run:
-        model = _prepare(work, ui, Path(args.out), offline=args.offline).subject.model
-        ui.note(f"the settings fit {model.n_params:,} parameters; nothing was written")
+        job = _prepare(work, ui, Path(args.out), offline=args.offline)
+        ui.event({"event": "fits", "parameters": job.subject.model.n_params, **dict(job.about())})
+        for name, text in job.about():
+            ui.note(f"{name}: {text}")
+        ui.note(f"the settings fit {job.subject.model.n_params:,} parameters; nothing was written")
         return
     carry_out(work, ui, Path(args.out), folder, offline=args.offline)
 
@@ -67,6 +70,8 @@ def _prepare(work: Work, ui: Ui, out: Path, *, offline: bool) -> layerwise.Job |
 
     method = methods.make(work.method, work.set)
     _check(work)
+    if isinstance(method, methods.Trainer | methods.Pruner):
+        _whole(work)
     if isinstance(method, methods.Trainer):
         return distil.prepare(work, method, out, offline=offline)
     if isinstance(method, methods.Pruner):
@@ -81,19 +86,42 @@ def _work(args: argparse.Namespace, of_run: Path | None) -> Work:
     return Work(
         str(of_run or args.model), of_run is not None, args.method.replace("_", "-"), chosen, args.data or "", args.text or "",
         args.windows, args.length, args.eval_text or "", args.seed, args.dtype,
+        args.low_memory, args.calibrate, args.clients,
     )  # fmt: skip
 
 
 def _check(work: Work) -> None:
+    clients, given = work.calibrate == subjects.CLIENTS, work.data or work.text
     problems = [
         f"{n} = {v} is below 1" for n, v in (("windows", work.windows), ("length", work.length)) if v < 1
     ]
     problems += ["data and text are both given"] if work.data and work.text else []
+    problems += ["only a run has clients to calibrate on"] if clients and not work.run else []
+    problems += ["the clients calibrate on rows of their own: no data, no text"] if clients and given else []
+    problems += (
+        [f"clients = {work.clients} needs --calibrate clients"] if work.clients and not clients else []
+    )
+    problems += [f"clients = {work.clients} is below 0"] if work.clients < 0 else []
+    problems += (
+        [
+            f"a run's weights are made in memory, not in its files: fleetune export {work.model} --to hf, then that"
+        ]
+        if work.low_memory and work.run
+        else []
+    )
     if problems:
         raise RecipeError(problems, hint="fleetune compress --help")
     for name in (work.text, work.eval_text):
         if name and not Path(name).is_file():
             raise UsageError(f"no text file at {name}", hint="check the path")
+
+
+def _whole(work: Work) -> None:
+    """RecipeError for what only the layer-by-layer methods can do."""
+    problems = [f"{work.method} trains the whole model, which must be in memory"] if work.low_memory else []
+    problems += [f"{work.method} is not calibrated by clients"] if work.calibrate == subjects.CLIENTS else []
+    if problems:
+        raise RecipeError(problems, hint="--method optq, sparsegpt or rtn")
 
 
 def _new(work: Work, out: Path) -> Path:
@@ -110,7 +138,7 @@ def _new(work: Work, out: Path) -> Path:
 def read(folder: Path) -> Work:
     """What a folder was asked to hold."""
     raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return Work(**{name: raw[name] for name in Work.__dataclass_fields__})
+    return Work(**{name: raw[name] for name in Work.__dataclass_fields__ if name in raw})
 
 
 def find(name: str, out: Path) -> Path | None:
@@ -145,7 +173,7 @@ def held_out(folder: Path, *, offline: bool) -> list[Example]:
     if not work.run:
         return []
     held = evaluate.held_out(Path(work.model), offline=offline)
-    return held if work.data or work.text else held[1::2]
+    return held if work.data or work.text or work.calibrate == subjects.CLIENTS else held[1::2]
 
 
 def _list(args: argparse.Namespace, ui: Ui) -> None:

@@ -8,23 +8,26 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetune.commands import subject as subjects
 from fleetune.commands.brake import Brake
-from fleetune.commands.subject import PARTS, Subject, Work
+from fleetune.commands.subject import CLIENTS, PARTS, Subject, Work
 from fleetune.compress import Solver
-from fleetune.errors import Interrupted, UsageError
-from fleetune.text import human_time
+from fleetune.errors import DataError, Interrupted, StorageError, UsageError
+from fleetune.text import human_bytes, human_time
 from fleetune.ui import Ui
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fleetune.compress.calibrate import Block, Parts
+    from fleetune.compress.costs import Work as Cost
+    from fleetune.compress.federated import Clients, Reply
+    from fleetune.deploy.master import Head
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,44 @@ class Job:
     solver: Solver
     subject: Subject
     calibration: Tensor | None
+    shares: Mapping[int, Tensor]  # whose windows they are, where clients calibrate
+    replies: list[Reply] = field(default_factory=list)  # of these clients, as they come
 
     def about(self) -> list[tuple[str, str]]:
-        """What it works with, for the header."""
+        """What it works with and what that takes, for the header."""
+        memory = f"about {human_bytes(self.memory)}" + (
+            " · one block at a time, read from its file" if self.work.low_memory else ""
+        )
         if self.calibration is None:
-            return []
+            return [("memory", memory)]
         count, length = self.calibration.shape
-        return [("text", f"{self.subject.source} · {count} windows of {length} tokens")]
+        text = f"{self.subject.source} · {count} windows of {length} tokens"
+        whose = [("clients", f"{len(self.shares)} of them, in turn")] if self.shares else []
+        return [("text", text), *whose, ("memory", memory)]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the peak, as planned."""
+        from fleetune.compress import costs
+        from fleetune.shapes import shape_of
+
+        return sum(costs.memory(shape_of(self.subject.model.net.config), self.cost).values())
+
+    @property
+    def cost(self) -> Cost:
+        """What the costs depend on."""
+        from fleetune.compress import costs
+        from fleetune.costs import SIZES
+
+        count, length = (0, 0) if self.calibration is None else self.calibration.shape
+        return costs.work(self.solver, count, length)._replace(
+            size=SIZES[self.subject.model.dtype], low_memory=self.work.low_memory,
+            measured=self.subject.measured, clients=len(self.shares),
+        )  # fmt: skip
 
     def run(self, ui: Ui, folder: Path) -> None:
-        """Do it, into `folder`; finished blocks there are not done again."""
+        """Do it, into `folder`; finished blocks there are not done again.  StorageError for a disk too full."""
+        _check_room(ui, self, folder)
         _compress(ui, self, folder)
 
 
@@ -53,59 +84,155 @@ def prepare(work: Work, solver: Solver, subject: Subject, ui: Ui) -> Job:
     from fleetune.compress import calibrate
 
     calibrate.check(subject.model, solver)
-    return Job(work, solver, subject, _windows(work, subject, ui) if solver.data else None)
+    if not solver.data:
+        if work.calibrate == CLIENTS:
+            raise UsageError(f"{work.method} is not calibrated", hint="leave out --calibrate")
+        return Job(work, solver, subject, None, {})
+    import torch
+
+    shares = _shares(work, subject, ui) if work.calibrate == CLIENTS else {}
+    calibration = torch.cat(list(shares.values())) if shares else windows(work, subject, ui)
+    return Job(work, solver, subject, calibration, shares)
 
 
-def _windows(work: Work, subject: Subject, ui: Ui) -> Tensor:
+def _shares(work: Work, subject: Subject, ui: Ui) -> dict[int, Tensor]:
+    """Each client's windows, its equal part of `work.windows`, at least one; a client that fills none is left out."""
     import numpy as np
+    import torch
 
-    from fleetune import data
     from fleetune.compress import calibrate
+
+    _check_length(work, subject)
+    each, found = max(1, work.windows // len(subject.clients)), dict[int, torch.Tensor]()
+    for client, rows in subject.clients.items():
+        try:
+            found[client] = calibrate.windows([np.asarray(row.ids) for row in rows], work.length, each)
+        except DataError as error:
+            ui.note(f"client {client} is left out: {error.message}")
+    if not found:
+        raise DataError(
+            f"no client has text for a window of {work.length} tokens", hint="give a smaller --length"
+        )
+    return found
+
+
+def _check_length(work: Work, subject: Subject) -> None:
     from fleetune.losses import context
 
-    model = subject.model
-    if work.length > (longest := context(model)):
+    if work.length > (longest := context(subject.model)):
         raise UsageError(
             f"windows of {work.length} tokens are longer than the model's {longest}",
             hint=f"--length {min(longest, 512)}",
         )
+
+
+def windows(work: Work, subject: Subject, ui: Ui) -> Tensor:
+    """int64 [N, length]: the work's rows or text, or what the model writes where there is neither."""
+    import numpy as np
+
+    from fleetune import data
+    from fleetune.compress import calibrate
+
+    model = subject.model
+    _check_length(work, subject)
     if subject.rows:
         ids = [np.asarray(row.ids) for row in subject.rows]
     elif work.text:
         encode = model.tokenizer
         ids = [np.asarray(encode(text, verbose=False)["input_ids"]) for text in data.read_text(work.text)]
+    elif work.low_memory:
+        raise UsageError(
+            "with --low-memory the model cannot write its own text: each token would read all of it anew",
+            hint="give some: --text FILE or --data FILE",
+        )
     else:
         ui.note(f"no calibration text is given: the model writes {work.windows} windows itself")
         return calibrate.written(model, work.length, work.windows, work.seed)
     return calibrate.windows(ids, work.length, work.windows)
 
 
-def _compress(ui: Ui, job: Job, folder: Path) -> None:
-    from fleetune import models, rounds
-    from fleetune.compress import calibrate
-    from fleetune.deploy import master
+def solve(ui: Ui, job: Job, folder: Path, again: str) -> Parts:
+    """The blocks of the job's model; those that `folder` holds are not done again.
 
-    began, subject, solver = time.monotonic(), job.subject, job.solver
-    model, before = subject.model, subjects.measure(subject.model, subject)
-    ui.event({"event": "start", **asdict(job.work), "folder": str(folder), "before": before})
+    Interrupted after Ctrl-C, with `again` as the command that goes on.
+    """
+    from fleetune.compress import calibrate
+
     with ui.count("blocks", 0) as bar, Brake(ui) as brake:
 
         def on_matrix(block: int, blocks: int, name: str) -> None:
             bar.update(block, blocks, name.rsplit(".", 1)[-1])
             if brake.pulled:
-                raise Interrupted(
-                    f"stopped in block {block}; finished blocks are kept",
-                    hint=f"fleetune compress --resume {folder}",
-                )
+                raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=again)
 
-        parts = calibrate.run(
-            model, solver, job.calibration, folder / PARTS, on_matrix, lambda b, n: _told(ui, b, n)
+        return calibrate.run(
+            job.subject.model,
+            job.solver,
+            _source(ui, job, folder / PARTS),
+            folder / PARTS,
+            on_matrix,
+            lambda b, n: _told(ui, b, n),
         )
-    head = master.Head(
-        job.work.method, {**asdict(solver)}, models.digest(models.named_tensors(model.net)), model.tokenizer_digest,  # type: ignore[call-overload]
-        _calibration(job.calibration),
+
+
+def _source(ui: Ui, job: Job, parts: Path) -> Tensor | Clients | None:
+    from fleetune.compress.federated import WARNING, Clients
+
+    if not job.shares:
+        return job.calibration
+
+    def told(reply: Reply) -> None:
+        ui.event({"event": "client", **asdict(reply)})
+        if reply.reason:
+            ui.note(f"block {reply.block + 1}: client {reply.client} is left out: {reply.reason}")
+        job.replies.append(reply)
+
+    ui.note(WARNING)
+    return Clients(job.subject.model, job.shares, parts, told)
+
+
+def head(job: Job) -> Head:
+    """How the artefact is made."""
+    from fleetune import models
+    from fleetune.deploy.master import Head
+    from fleetune.pages import tensors_of
+
+    model = job.subject.model
+    return Head(
+        job.work.method, {**asdict(job.solver)}, models.digest(tensors_of(model)),  # type: ignore[call-overload]
+        model.tokenizer_digest, _calibration(job.calibration),
     )  # fmt: skip
-    master.write(folder / "model", model, parts, head)
+
+
+def _check_room(ui: Ui, job: Job, folder: Path) -> None:
+    """A note when memory is short; StorageError when the disk is."""
+    from fleetune.compress import costs
+    from fleetune.rounds import rss
+    from fleetune.shapes import shape_of
+
+    free, more = costs.available(), job.memory - rss()
+    if free is not None and more > free:
+        instead = "" if job.work.low_memory else "; --low-memory takes less"
+        ui.note(f"this takes {human_bytes(more)} more, {human_bytes(free)} of memory are free{instead}")
+    need, left = costs.disk(shape_of(job.subject.model.net.config), job.cost), shutil.disk_usage(folder).free
+    if need > left:
+        raise StorageError(
+            f"the finished blocks and the result take {human_bytes(need)}, {folder} has {human_bytes(left)} free",
+            hint=f"free some space, then: fleetune compress --resume {folder}",
+        )
+
+
+def _compress(ui: Ui, job: Job, folder: Path) -> None:
+    from fleetune import rounds
+    from fleetune.deploy import master
+
+    began, subject = time.monotonic(), job.subject
+    model, before = subject.model, subjects.measure(subject.model, subject)
+    ui.event(
+        {"event": "start", **asdict(job.work), "folder": str(folder), "before": before, "planned": job.memory}
+    )
+    parts = solve(ui, job, folder, f"fleetune compress --resume {folder}")
+    master.write(folder / "model", model, parts, head(job))
     after = _after(subject, parts)
     shutil.rmtree(folder / PARTS)
     size = subjects.folder_bytes(folder / "model")
@@ -113,10 +240,20 @@ def _compress(ui: Ui, job: Job, folder: Path) -> None:
         "before": before, "after": after, "bytes": size,
         "seconds": round(time.monotonic() - began, 3), "peak_rss": rounds.peak_rss(),
         "digest": master.Master(folder / "model").digest(), "error": _mean_error(parts.blocks),
-        "notes": _notes(parts.blocks),
+        "notes": _notes(parts.blocks), "planned": job.memory, **_traffic(ui, job),
     }  # fmt: skip
     sizes = {"before": subjects.weight_bytes(model), "after": size}
     subjects.finish(ui, job.work, folder, done, sizes)
+
+
+def _traffic(ui: Ui, job: Job) -> dict[str, int]:
+    """Bytes that the clients sent and got, where they calibrate."""
+    if not job.shares:
+        return {}
+    up, down = sum(r.bytes_up for r in job.replies), sum(r.bytes_down for r in job.replies)
+    count = len(job.shares)
+    ui.note(f"a client sent {human_bytes(up / count)} and got {human_bytes(down / count)}")
+    return {"bytes_up": up, "bytes_down": down}
 
 
 def _told(ui: Ui, block: Block, blocks: int) -> None:
@@ -153,7 +290,14 @@ def _calibration(calibration: Tensor | None) -> dict[str, Any]:
 
 def _after(subject: Subject, parts: Parts) -> dict[str, float]:
     from fleetune.compress import calibrate
+    from fleetune.deploy.master import dense
+    from fleetune.pages import pages_of
 
+    if not subject.measured:
+        return {}
+    if pages := pages_of(subject.model):
+        pages.changed = lambda name: dense(parts[name]) if name in parts else None
+        return subjects.measure(subject.model, subject)
     linears = {name: m for _, found in calibrate.linears_of(subject.model) for name, m in found.items()}
     with calibrate.placed(linears, parts):
         return subjects.measure(subject.model, subject)

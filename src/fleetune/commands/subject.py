@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,9 +16,11 @@ from fleetune.ui import Ui
 if TYPE_CHECKING:
     from fleetune.data import Encoded, Example
     from fleetune.models import Model
+    from fleetune.recipe import Recipe
 
 RECORD: Final = "compress.json"
 PARTS: Final = "parts"
+CLIENTS: Final = "clients"
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,17 @@ class Work:
     model: str  # a model's name, or a run's folder
     run: bool
     method: str
-    set: dict[str, str]
-    data: str
-    text: str
-    windows: int
-    length: int
-    eval_text: str
-    seed: int
-    dtype: str
+    set: dict[str, str] = field(default_factory=dict)
+    data: str = ""
+    text: str = ""
+    windows: int = 128
+    length: int = 512
+    eval_text: str = ""
+    seed: int = 42
+    dtype: str = "fp32"
+    low_memory: bool = False  # the model stays in its files
+    calibrate: str = "server"  # who calibrates: server, or clients (those of the run)
+    clients: int = 0  # how many of them, 0 for all
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,12 @@ class Subject:
     held: Sequence[Encoded]
     texts: Sequence[str]
     source: str
+    clients: Mapping[int, Sequence[Encoded]] = field(default_factory=dict)  # of the run: their training rows
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is anything to measure on."""
+        return bool(self.held or self.texts)
 
 
 def load(work: Work, *, offline: bool) -> Subject:
@@ -57,7 +68,9 @@ def load(work: Work, *, offline: bool) -> Subject:
 
     texts = data.read_text(work.eval_text) if work.eval_text else []
     if not work.run:
-        model = models.load(work.model, dtype=work.dtype, device="cpu", offline=offline)
+        model = models.load(
+            work.model, dtype=work.dtype, device="cpu", offline=offline, paged=work.low_memory
+        )
         _causal(model)
         rows = (
             encode_all(data.read(work.data, offline=offline), model.tokenizer, work.length)[0]
@@ -79,8 +92,25 @@ def load(work: Work, *, offline: bool) -> Subject:
         return Subject(model, rows, encoded(held), texts, work.data)
     if work.text:
         return Subject(model, [], encoded(held), texts, work.text)
+    if work.calibrate == CLIENTS:
+        own = {client: encoded(rows) for client, rows in _of_clients(work, recipe, offline=offline).items()}
+        return Subject(model, [], encoded(held), texts, "training rows of the run's clients", own)
     source = "every second held-out row of the run"
     return Subject(model, encoded(held[::2]), encoded(held[1::2]), texts, source)
+
+
+def _of_clients(work: Work, recipe: Recipe, *, offline: bool) -> dict[int, list[Example]]:
+    """The training rows of the clients that take part: all of the run's, or so many, drawn by the seed."""
+    from fleetune import job, methods, rounds
+
+    parts = job.split(recipe, methods.entry(recipe.method), offline=offline)
+    count = len(parts.clients)
+    if work.clients > count:
+        raise UsageError(
+            f"--clients {work.clients} are more than the run's {count}", hint="leave it out for all"
+        )
+    chosen = rounds.sample(count, (work.clients or count) / count, work.seed, 0)
+    return {c: [parts.examples[i] for i in parts.clients[c].tolist()] for c in chosen}
 
 
 def _causal(model: Model) -> None:
@@ -102,8 +132,10 @@ def name_of(work: Work, model: Model) -> str:
 
 
 def weight_bytes(model: Model) -> int:
-    """The size of a model's weights in memory."""
-    return sum(p.numel() * p.element_size() for p in model.net.parameters())
+    """The size of a model's weights in the type that they are loaded in."""
+    from fleetune.costs import SIZES
+
+    return model.n_params * SIZES[model.dtype]
 
 
 def folder_bytes(folder: Path) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune tune` and `fleetune demo`: recipes to runs, with what the user sees of them and Ctrl-C."""
+"""`fleetune tune`: recipes to runs, with what the user sees of them and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def tune(args: argparse.Namespace, ui: Ui) -> None:
                 hint=f"fleetune tune --resume {path}",
             )
         recipe = recipes.make(recipes.read(path / "run.toml"))
-        _run_recipe(recipe, args, ui, path)
+        run_recipe(recipe, args, ui, path)
         return
-    _run_recipe(_recipe(args), args, ui, None)
+    run_recipe(_recipe(args), args, ui)
 
 
 def _recipe(args: argparse.Namespace) -> recipes.Recipe:
@@ -115,9 +115,10 @@ def _flags(args: argparse.Namespace) -> dict[str, str]:
     return {k: v for k, v in given.items() if v is not None}
 
 
-def _run_recipe(
-    recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui, resume: Path | None
+def run_recipe(
+    recipe: recipes.Recipe, args: argparse.Namespace, ui: Ui, resume: Path | None = None
 ) -> Mapping[str, Any]:
+    """Tune as a recipe says, in a new run or on with a stopped one; the event that ended it ({} for a dry run)."""
     from fleetune import job as jobs
     from fleetune import rounds, rundir
 
@@ -169,15 +170,3 @@ def _finished(done: Mapping[str, Any], ui: Ui) -> Mapping[str, Any]:
     ]
     ui.paths(rows)
     return done
-
-
-def demo(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune import demo as demos
-    from fleetune import models
-
-    with ui.count("smollm2-135m", 0, size=True) as bar:
-        models.pull(
-            "smollm2-135m", offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what)
-        )
-    for recipe in demos.recipes(quick=args.quick):
-        _run_recipe(recipe, args, ui, None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making a model smaller; the folder is the registry: `compress/optq.py` is `--method optq`.
+"""Making a model smaller; the folder is the registry: `compress/llm_pruner.py` is `--method llm-pruner`.
 
 A method is one file: a docstring that cites the paper, a constant `PAPER`, and a frozen dataclass whose fields are its
 settings (as a tuning method's).  It is named `Solver` where it works a linear layer at a time, with
@@ -8,13 +8,20 @@ settings (as a tuning method's).  It is named `Solver` where it works a linear l
     check(name, R, C) -> str                        what is wrong with such a matrix for it, "" for nothing
     solve(W [R, C], H [C, C]) -> Solved             the matrix as it will be; `H` is the sum of 2 x x^T
 
-and `Trainer` where it trains a whole model on rows and a teacher, with
+`Trainer` where it trains a whole model on rows and a teacher, with
 
     teacher: str                                    a model, a finished run, or "same": the one that is given
     check(model, teacher, length)                   RecipeError for what does not fit
     student(model) -> Model                         what is trained
     train(student, teacher, rows, seed, folder, on_step)     in place; goes on with what `folder` holds
     distance(student, teacher, rows) -> float       how far they are from each other
+
+and `Pruner` where it takes parts of the model out and trains what is left, with
+
+    recover: str                                    how it trains, "none" for not
+    check(model, length, plain=)                    RecipeError for what does not fit
+    prune(model, rows, folder, on_row) -> Model     the smaller one; `folder` keeps what was decided
+    train(pruned, whole, rows, seed, folder, on_step) -> Model   goes on with what `folder` holds
 
 Listing reads the files as text and imports nothing.
 """
@@ -91,6 +98,34 @@ class Trainer(Protocol):
         """What the training makes small, on rows as they are."""
 
 
+@runtime_checkable
+class Pruner(Protocol):
+    """What a pruner is; see the module's text."""
+
+    @property
+    def recover(self) -> str:
+        """How it trains what is left; "none" for not."""
+
+    def check(self, model: Model, length: int, *, plain: bool) -> None:
+        """RecipeError with all that is in the way of rows of `length` tokens (`plain`: of windows of text)."""
+
+    def prune(
+        self, model: Model, rows: Sequence[Encoded], folder: Path, on_row: Callable[[int, int], None]
+    ) -> Model:
+        """The smaller model; `on_row(row, rows)` comes after every row that is read and may raise Interrupted."""
+
+    def train(
+        self,
+        pruned: Model,
+        whole: Model,
+        rows: Sequence[Encoded],
+        seed: int,
+        folder: Path,
+        on_step: Callable[[int, int, float], None],
+    ) -> Model:
+        """The trained one; `on_step(step, steps, loss)` comes after every step and may raise Interrupted."""  # fmt: skip
+
+
 class Entry(NamedTuple):
     """A method as it is listed."""
 
@@ -117,27 +152,30 @@ def entries() -> dict[str, Entry]:
         )
         if paper:
             summary = (ast.get_docstring(tree) or "").split("\n")[0]
-            found[path.stem] = Entry(path.stem, str(paper), summary)
+            name = path.stem.replace("_", "-")
+            found[name] = Entry(name, str(paper), summary)
     return found
 
 
 def method_class(name: str) -> type[Any]:
-    """The class of a method; UsageError with a suggestion when there is none of that name."""
-    known = entries()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+    """The class of a method; UsageError with a suggestion when there is none of that name (- and _ are alike)."""
+    known, asked = entries(), name.replace("_", "-")
+    if asked not in known:
+        close = difflib.get_close_matches(asked, known, n=1)
         guess = f" Did you mean '{close[0]}'?" if close else ""
         raise UsageError(
             f"no compression method named '{name}'.{guess}", hint=f"there are: {', '.join(known)}"
         )
-    module = importlib.import_module(f"{__name__}.{name}")
-    cls: type[Any] = module.Solver if hasattr(module, "Solver") else module.Trainer
+    module = importlib.import_module(f"{__name__}.{asked.replace('-', '_')}")
+    cls: type[Any] = next(
+        vars(module)[kind] for kind in ("Solver", "Trainer", "Pruner") if kind in vars(module)
+    )
     return cls
 
 
-def make(name: str, values: Mapping[str, Any]) -> Solver | Trainer:
+def make(name: str, values: Mapping[str, Any]) -> Solver | Trainer | Pruner:
     """The method with these settings (strings are parsed); RecipeError lists all that is wrong."""
-    made: Solver | Trainer = settings.make(
+    made: Solver | Trainer | Pruner = settings.make(
         method_class(name), name, values, hint=f"settings and defaults: fleetune compress --list {name}"
     )
     return made

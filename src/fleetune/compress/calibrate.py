@@ -5,9 +5,11 @@ For every decoder block: run the calibration windows through it and sum the Hess
 layers that read the same tensor share one), solve them, then run the windows through the compressed block, whose
 outputs are the next block's inputs.  Embedding, norms and head stay as they are.
 
-Memory is the model (mapped from its file: the system drops the pages of blocks that are done), one block's Hessians
-and dense copies, and the windows' hidden states; never a second model.  Every finished block is a file in `parts`; a
-run that was killed reads those it finds and goes on with the next.
+Memory is the model (or, of one that stays in its files, a block of it: `pages`), one block's Hessians and dense
+copies, and the windows' hidden states; never a second model (`costs` has the sum).  Every finished block is a file in
+`parts`; a run that was killed reads those it finds and goes on with the next.
+
+The Hessians come from a `Source`: the windows at hand (`Stream`), or devices that have theirs (`federated`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from fleetune.deploy.master import Quantised, stored, unpack
 from fleetune.errors import DataError, RecipeError
 from fleetune.files import write_atomic
 from fleetune.models import Model
+from fleetune.pages import held
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Block:
     seconds: float
 
 
+def part(folder: Path, number: int) -> Path:
+    """The file of a finished block."""
+    return folder / f"block-{number:04d}.safetensors"
+
+
 class Parts(Mapping[str, "Quantised | Tensor"]):
     """Finished blocks on the disk, by parameter; a weight is read when it is asked for."""
 
@@ -63,13 +71,10 @@ class Parts(Mapping[str, "Quantised | Tensor"]):
         ] = {}  # -> block, (bits, group, columns)
         self.blocks: list[Block] = []
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"block-{number:04d}.safetensors"
-
     def open(self, number: int) -> bool:
         """Take in a block's file; False when there is none that is whole."""
         try:
-            with safe_open(self._path(number), framework="pt") as opened:
+            with safe_open(part(self.folder, number), framework="pt") as opened:
                 head = json.loads((opened.metadata() or {})["block"])
         except (OSError, SafetensorError, KeyError, ValueError):
             return False
@@ -88,12 +93,12 @@ class Parts(Mapping[str, "Quantised | Tensor"]):
         matrices = [[m.name, m.error, m.notes] for m in block.matrices]
         head = json.dumps({"weights": grids, "matrices": matrices, "seconds": block.seconds})
         tensors = {k: v for n, w in weights.items() for k, v in stored(n, w).items()}
-        write_atomic(self._path(block.number), save(tensors, metadata={"format": "pt", "block": head}))
+        write_atomic(part(self.folder, block.number), save(tensors, metadata={"format": "pt", "block": head}))
         self.open(block.number)
 
     def __getitem__(self, name: str) -> Quantised | Tensor:
         number, grid = self._where[name]
-        with safe_open(self._path(number), framework="pt") as opened:
+        with safe_open(part(self.folder, number), framework="pt") as opened:
             if grid is None:
                 dense: Tensor = opened.get_tensor(name)
                 return dense
@@ -123,16 +128,22 @@ def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
 def check(model: Model, solver: Solver) -> None:
     """RecipeError with everything in the way: matrices that the settings do not fit, weights that are no numbers."""
     problems = []
-    for _, linears in linears_of(model):
-        for name, linear in linears.items():
-            R, C = linear.weight.shape
-            if problem := solver.check(f"{name}.weight", R, C):
-                problems.append(problem)
-            if not torch.isfinite(linear.weight).all():
-                problems.append(f"{name}.weight holds values that are not finite")
+    for block, linears in linears_of(model):
+        with held(model, block):
+            for name, linear in linears.items():
+                R, C = linear.weight.shape
+                if problem := solver.check(f"{name}.weight", R, C):
+                    problems.append(problem)
+                if not _finite(linear.weight):
+                    problems.append(f"{name}.weight holds values that are not finite")
     if problems:
         more = [f"and {len(problems) - 6} more"] if len(problems) > 6 else []
         raise RecipeError(problems[:6] + more, hint="choose settings that fit every layer")
+
+
+def _finite(weight: Tensor) -> bool:
+    """Whether all values are numbers, by their sum in float64: no mask as large as the weights."""
+    return bool(torch.isfinite(weight.sum(dtype=torch.float64)))
 
 
 def windows(ids: Sequence[np.ndarray], length: int, count: int) -> Tensor:
@@ -167,37 +178,52 @@ def written(model: Model, length: int, count: int, seed: int) -> Tensor:
     return torch.cat(rows)
 
 
+class Source(Protocol):
+    """Where the Hessians of a block's layers come from; blocks are asked for in order."""
+
+    def hessians(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+        """H float32 [C, C] by layer name: the sum of 2 x x^T over all tokens."""
+        ...
+
+    def advance(self, number: int) -> None:
+        """Go on to the next block; this one's layers have their compressed weights while it is called."""
+        ...
+
+
 @torch.inference_mode()
 def run(
     model: Model,
     solver: Solver,
-    calibration: Tensor | None,
+    calibration: Tensor | Source | None,
     folder: Path,
     on_matrix: Callable[[int, int, str], None] = lambda block, blocks, name: None,
     on_block: Callable[[Block, int], None] = lambda block, blocks: None,
 ) -> Parts:
     """Compress every block of `model` (which is as it was afterwards); goes on with what `folder` holds already.
 
-    calibration: int64 [N, length] windows of tokens, None for a solver that needs none.  `on_matrix(block, blocks,
-    name)` is called before every matrix and may raise to stop; finished blocks stay in `folder`.
+    calibration: int64 [N, length] windows of tokens, or where else Hessians come from; None for a solver that needs
+    none.  `on_matrix(block, blocks, name)` is called before every matrix and may raise to stop; finished blocks stay
+    in `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = Parts(folder), linears_of(model)
-    stream = None if calibration is None else _Stream(model, [block for block, _ in blocks], calibration)
-    for number, (_, linears) in enumerate(blocks):
-        if not parts.open(number):
-            began = time.monotonic()
-            H = stream.hessians(number, linears) if stream else {}
-            weights, matrices = dict[str, Quantised | Tensor](), list[Matrix]()
-            for name, linear in linears.items():
-                on_matrix(number, len(blocks), name)
-                weights[f"{name}.weight"], matrix = _solve(solver, name, linear, H.get(name))
-                matrices.append(matrix)
-            parts.put(Block(number, tuple(matrices), round(time.monotonic() - began, 3)), weights)
-        on_block(parts.blocks[-1], len(blocks))
-        if stream and number + 1 < len(blocks):
-            with placed(linears, parts):
-                stream.advance(number)
+    source = Stream(model, calibration) if isinstance(calibration, Tensor) else calibration
+    for number, (block, linears) in enumerate(blocks):
+        with held(model, block):
+            if not parts.open(number):
+                began = time.monotonic()
+                H = source.hessians(number, linears) if source else {}
+                weights, matrices = dict[str, Quantised | Tensor](), list[Matrix]()
+                for name, linear in linears.items():
+                    on_matrix(number, len(blocks), name)
+                    weights[f"{name}.weight"], matrix = _solve(solver, name, linear, H.get(name))
+                    matrices.append(matrix)
+                del H  # before the windows go through the block
+                parts.put(Block(number, tuple(matrices), round(time.monotonic() - began, 3)), weights)
+            on_block(parts.blocks[-1], len(blocks))
+            if source and number + 1 < len(blocks):
+                with placed(linears, parts):
+                    source.advance(number)
     return parts
 
 
@@ -232,19 +258,24 @@ class _Stop(Exception):
     """Ends a forward pass once its first block's input is known."""
 
 
-class _Stream:
+class Stream:
     """The windows' hidden states, moved on a block at a time."""
 
-    def __init__(self, model: Model, blocks: Sequence[nn.Module], calibration: Tensor) -> None:
-        self.blocks = blocks
-        self.states: list[Tensor] = []
-        self.kwargs = _keywords(model, blocks, calibration[:1])
-        with _caught(blocks[0], lambda args, kwargs: self.states.append(_input(args, kwargs))):
+    def __init__(self, model: Model, calibration: Tensor) -> None:
+        self.model, self.blocks = model, [block for block, _ in linears_of(model)]
+        self.kwargs = _keywords(model, self.blocks, calibration[:1])
+        self.states = self.begin(calibration)
+
+    def begin(self, calibration: Tensor) -> list[Tensor]:
+        """The states that go into the first block, for windows of the same length."""
+        states: list[Tensor] = []
+        with _caught(self.blocks[0], lambda args, kwargs: states.append(_input(args, kwargs))):
             for window in calibration:
                 try:
-                    model.net(input_ids=window[None].to(model.device), use_cache=False)
+                    self.model.net(input_ids=window[None].to(self.model.device), use_cache=False)
                 except _Stop:
                     continue
+        return states
 
     def _forward(self, number: int, state: Tensor) -> Tensor:
         out = self.blocks[number](state, **self.kwargs[number])
@@ -308,10 +339,14 @@ def _keywords(model: Model, blocks: Sequence[nn.Module], window: Tensor) -> list
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+        if len(found) == len(blocks):
+            raise _Stop  # neither the last block nor the head is needed
 
     handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
     try:
         model.net(input_ids=window.to(model.device), use_cache=False)
+    except _Stop:
+        pass
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fleetune.adapters.layers import layers_of
+from fleetune.widths import KEY, differ
 
 
 def kept_blocks(whole: int, keep: int) -> list[int]:
@@ -22,7 +23,12 @@ def kept_blocks(whole: int, keep: int) -> list[int]:
 
 
 def shallow(net: PreTrainedModel, keep: int) -> PreTrainedModel:
-    """A copy of `net` with `keep` of its decoder blocks; `net` is as it was.
+    """A copy of `net` with `keep` of its decoder blocks, evenly spaced; `net` is as it was."""
+    return with_blocks(net, kept_blocks(len(layers_of(net)), keep))
+
+
+def with_blocks(net: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
+    """A copy of `net` with the decoder blocks `kept`; `net` is as it was.
 
     What a configuration says block by block (such as `layer_types`) is cut alike.  ModelError for a family whose
     blocks are not known.
@@ -30,7 +36,6 @@ def shallow(net: PreTrainedModel, keep: int) -> PreTrainedModel:
     path = layers_of(net)[0].name.rpartition(".")[0]
     parent, _, stack = path.rpartition(".")
     owner, whole = net.get_submodule(parent), cast(nn.ModuleList, net.get_submodule(path))
-    kept = kept_blocks(len(whole), keep)
     setattr(owner, stack, nn.ModuleList(whole[i] for i in kept))
     try:
         cut = copy.deepcopy(net)
@@ -48,4 +53,7 @@ def _cut_config(config: Any, whole: int, kept: list[int]) -> None:
     for name, value in config.to_dict().items():
         if "layer" in name and isinstance(value, list) and len(value) == whole:
             setattr(config, name, [value[i] for i in kept])
+    if differ(config):
+        table = getattr(config, KEY)
+        setattr(config, KEY, {name: [found[i] for i in kept] for name, found in table.items()})
     config.num_hidden_layers = len(kept)

@@ -13,14 +13,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from fleetune import models
-from fleetune.deploy import compressed_tensors, gguf, gptq, hf
+from fleetune import gguf_import, models
+from fleetune.deploy import compressed_tensors, gguf, gguf_lora, gptq, hf, mlx, provenance
 from fleetune.deploy.master import is_master
 from fleetune.deploy.source import Checkpoint, Report, open_checkpoint
 from fleetune.errors import StorageError, UsageError
 from fleetune.files import default_mode, storage_error
 from fleetune.folders import staged
 from fleetune.models import Model, disk_errors
+from fleetune.widths import differ
 
 TARGETS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -31,42 +32,72 @@ TARGETS: Final[Mapping[str, str]] = MappingProxyType(
         "gguf:f16": "the same, plain weights in fp16",
         "gguf:bf16": "the same, plain weights in bf16",
         "gguf:f32": "the same, plain weights in fp32",
+        "gguf:lora": "a run's LoRA adapter, for llama.cpp beside a GGUF file of the base",
         "compressed-tensors": "a directory for vLLM, SGLang and transformers: 4- or 8-bit codes",
         "gptq": "a directory in GPTQ's format: 2-, 3-, 4- or 8-bit codes",
+        "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128",
         "hf": "a plain directory for transformers: fp32 from codes, else as stored",
         "hf:fp32": "the same, in fp32",
         "hf:bf16": "the same, in bf16",
         "hf:fp16": "the same, in fp16",
     }
 )
+NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 
 
-def export(source: Path, to: str, out: Path) -> Report:
+def export(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHING) -> Report:
     """Write the model in the folder `source` as target `to` to the new file or folder `out`.
 
-    `source` is a master artefact or a plain Hugging Face directory.  Everything written is read back and
-    compared.  UsageError for an unknown target, an `out` that exists, or a model that the target cannot hold;
-    ModelError for a source that is none; StorageError when the disk is full.  `out` appears when it is complete.
+    `source` is a master artefact or a plain Hugging Face directory; `made` (`provenance.py`) goes into a GGUF file's
+    header.  Everything written is read back and compared.  UsageError for an unknown target, an `out` that exists, or
+    a model that the target cannot hold; ModelError for a source that is none; StorageError when the disk is full.
+    `out` appears when it is complete.
     """
     check_target(to, out)
+    if to == gguf_lora.TARGET:
+        raise UsageError("only a run has an adapter", hint=f"fleetune export RUN --to {to}")
     model = open_checkpoint(source)
+    if differ(model.config) and not to.startswith(("gguf", "hf")):
+        raise UsageError(
+            f"{source} has blocks of different widths, which {to} has no place for",
+            hint="use --to gguf or --to hf, or prune it again with --set first=0 --set last=0",
+        )
     kind = to.partition(":")[2] or None
     if to.startswith("gguf"):
         with _staged_file(out) as file:
-            report = gguf.write(model, file, kind, name=out.stem)
+            report = gguf.write(model, file, kind, {**made, **provenance.of_artefact(model)}, name=out.stem)
     else:
         with staged(out) as folder, disk_errors(out):
             report = _write_folder(model, to, kind, folder)
     return dataclasses.replace(report, path=out)
 
 
+def export_adapter(adapter: Path, base: Path, out: Path, *, made: Mapping[str, str] = NOTHING) -> Report:
+    """Write the LoRA in the PEFT directory `adapter`, of the model in the folder `base`, to the new file `out`.
+
+    UsageError for an `out` that exists or an adapter that GGUF has no place for; ModelError for one of another base.
+    """
+    check_target(gguf_lora.TARGET, out)
+    gguf_lora.check_kind(adapter)
+    with _staged_file(out) as file:
+        report = gguf_lora.write(adapter, open_checkpoint(base), file, made, name=out.stem)
+    return dataclasses.replace(report, path=out)
+
+
 def load(source: Path) -> Model:
-    """The model of a master artefact or a plain directory, in fp32, ready to run on the CPU; ModelError if it is none."""
-    if not is_master(source):
+    """The model of a master artefact, a plain directory or a GGUF file, in fp32, ready to run on the CPU.
+
+    ModelError if it is none of them.  Nothing of it stays on the disk.
+    """
+    if not is_master(source) and source.suffix != ".gguf":
         return models.load(str(source), device="cpu")
     with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
         plain = Path(folder) / source.name
-        export(source, "hf", plain)
+        if is_master(source):
+            export(source, "hf", plain)
+        else:
+            plain.mkdir()
+            gguf_import.convert(source, plain)
         model = models.load(str(plain), device="cpu")
     return dataclasses.replace(model, name=str(source), path=source)
 
@@ -93,6 +124,8 @@ def _write_folder(model: Checkpoint, to: str, kind: str | None, folder: Path) ->
         return compressed_tensors.write(model, folder)
     if to == gptq.TARGET:
         return gptq.write(model, folder)
+    if to == mlx.TARGET:
+        return mlx.write(model, folder)
     return hf.write(model, folder, kind)
 
 

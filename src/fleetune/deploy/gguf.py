@@ -16,16 +16,19 @@ Q8_0's blocks of 32 do not divide become F16, and the report says so.
 
 llama.cpp rotates pairs of neighbouring rows of a llama's q and k, transformers pairs of row i and i + d/2;
 so the rows of a head are interleaved, [2, d/2] -> [d/2, 2].  Groups lie along columns and are left whole.
-Llama 3's rescaled frequencies go into the tensor rope_freqs.weight; other rescalings are refused.
+Gemma's norms are held as 1 + w (`gemma.py`).  Llama 3's rescaled frequencies go into the tensor rope_freqs.weight
+(`rope.py`); other rescalings are refused.  A pruned llama whose blocks differ in width is architecture "deci", whose
+numbers of heads and channels are lists.
 
 One tensor at a time is in memory, in writing and in reading back.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +40,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
+from fleetune import gemma, rope, widths
 from fleetune.deploy import blocks, tokens
 from fleetune.deploy.master import Quantised
 from fleetune.deploy.source import Checkpoint, Report
@@ -44,12 +48,11 @@ from fleetune.deploy.stream import damaged
 from fleetune.errors import UsageError
 
 KINDS: Final = ("q4_0", "q4_1", "q8_0", "f16", "bf16", "f32")
-ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
+ARCHITECTURES: Final = ("llama", "qwen2", "qwen3", *gemma.ARCHITECTURES)
 FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 )
 ENDS: Final = ("token_embd.weight", "output.weight")
-ROPE: Final = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Slot:
     shape: tuple[int, ...]
     kind: str  # Q4_0, Q4_1, Q8_0, F32, F16 or BF16
     heads: int  # in how many heads the rows are interleaved; 0: as they are
+    shifted: bool  # whether the file holds 1 + w: gemma's norms
 
     @property
     def bytes(self) -> int:
@@ -69,22 +73,25 @@ class Slot:
         return math.prod(self.shape) // int(block) * int(size)
 
 
-def write(model: Checkpoint, path: Path, kind: str | None, *, name: str) -> Report:
+def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, str], *, name: str) -> Report:
     """Write `model` to the new file `path`, read it back and compare every tensor.
 
-    `kind` is one of `KINDS`, None for what the codes are; `name` is the model's name in the metadata.
+    `kind` is one of `KINDS`, None for what the codes are; `made` are strings for the header (`provenance.py`), `name`
+    the model's name there.
     UsageError before anything is written when the architecture or the codes have no place in GGUF;
     OSError when the disk is full; FleetuneError when the file does not hold what was written.
     """
-    _check_config(model.config)
+    check_config(model.config)
     notes: list[str] = []
     slots = _plan(model, kind, notes)
     vocabulary = tokens.read(model.folder, model.shapes["model.embed_tokens.weight"][0], model.config)
     notes.extend(vocabulary.notes)
-    factors = rope_factors(model.config)
-    writer = gguf.GGUFWriter(path, model.config.model_type)
+    factors = rope.factors(model.config)
+    writer = gguf.GGUFWriter(path, architecture(model.config))
     try:
         _add_metadata(writer, model.config, _file_type(slots), name)
+        for key, text in made.items():
+            writer.add_string(key, text)
         vocabulary.add_to(writer)
         _write_tensors(writer, model, slots, factors)
     finally:
@@ -104,21 +111,36 @@ def write(model: Checkpoint, path: Path, kind: str | None, *, name: str) -> Repo
 # ---------------------------------------------------------------- what goes where
 
 
-def _check_config(config: Any) -> None:
+def check_config(config: Any) -> None:
+    """UsageError for a model that has no place in GGUF, whatever its weights."""
     instead = "export to a directory instead: --to hf"
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UsageError(f"GGUF files are written for {known}, not for '{config.model_type}'", hint=instead)
+    if widths.differ(config) and config.model_type != "llama":
+        raise UsageError(
+            f"GGUF has no place for blocks of different widths in a {config.model_type}",
+            hint="--to hf, or prune it again with --set first=0 --set last=0, which leaves all blocks alike",
+        )
+    if config.model_type in gemma.ARCHITECTURES:
+        if (why := gemma.misfit(config)) is not None:
+            raise UsageError(f"GGUF has no place for {why}", hint=instead)
+        return
     if config.hidden_act != "silu":
         raise UsageError(f"GGUF has no place for the activation '{config.hidden_act}'", hint=instead)
     if getattr(config, "use_sliding_window", False):
         raise UsageError("GGUF files are not written for sliding-window attention", hint=instead)
-    rope = config.rope_parameters
-    scaling = rope.get("rope_type", "default")
+    scaling = config.rope_parameters.get("rope_type", "default")
     if scaling not in ("default", "llama3") or (scaling == "llama3" and config.model_type != "llama"):
         raise UsageError(f"GGUF files are not written for rotary scaling '{scaling}'", hint=instead)
-    if rope.get("partial_rotary_factor", 1) != 1:
+    if config.rope_parameters.get("partial_rotary_factor", 1) != 1:
         raise UsageError("GGUF files are not written for partly rotated heads", hint=instead)
+
+
+def architecture(config: Any) -> str:
+    """llama.cpp's name for the model: deci is a llama with numbers of heads and channels for every block."""
+    kind = str(config.model_type)
+    return "deci" if widths.differ(config) else gemma.ARCHITECTURES.get(kind, kind)
 
 
 def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[Slot]:
@@ -129,24 +151,28 @@ def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[Slot]:
             hint="compress it first (fleetune compress), or use --to gguf:q8_0",
         )
     config = model.config
-    arch = {text: key for key, text in gguf.MODEL_ARCH_NAMES.items()}[config.model_type]
+    arch = {text: key for key, text in gguf.MODEL_ARCH_NAMES.items()}[architecture(config)]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     slots = []
     for name, shape in model.shapes.items():
         tensor = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if tensor is None:
             raise UsageError(f"GGUF has no place for {name}", hint="export to a directory instead: --to hf")
-        slots.append(
-            Slot(tensor, name, shape, _kind_of(model, name, tensor, kind, notes), _heads(config, tensor))
-        )
+        chosen = _kind_of(model, name, tensor, kind, notes)
+        shifted = gemma.is_norm(architecture(config), tensor)
+        slots.append(Slot(tensor, name, shape, chosen, heads_of(config, tensor), shifted))
     return slots
 
 
-def _heads(config: Any, tensor: str) -> int:
+def heads_of(config: Any, tensor: str) -> int:
+    """In how many heads the rows of a tensor of the file are interleaved; 0: they are as in the model."""
     if config.model_type != "llama":
         return 0
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    return int(heads.get(tensor.split(".")[-2], 0))
+    part = tensor.split(".")
+    if part[-2] not in ("attn_q", "attn_k"):
+        return 0
+    width = widths.listed(config)[int(part[1])]
+    return width.num_attention_heads if part[-2] == "attn_q" else width.num_key_value_heads
 
 
 def _kind_of(model: Checkpoint, name: str, tensor: str, kind: str | None, notes: list[str]) -> str:
@@ -201,27 +227,6 @@ def _file_type(slots: list[Slot]) -> LlamaFileType:
     return LlamaFileType.ALL_F32 if main == "F32" else LlamaFileType[f"MOSTLY_{main}"]
 
 
-def rope_factors(config: Any) -> np.ndarray | None:
-    """Llama 3's rescaling: what each of the d / 2 rotary frequencies is divided by, fp32; None without it.
-
-    Frequencies whose wavelength is above original / low are divided by `factor`, those below original / high
-    left alone, those between by a blend (Llama 3.1's reference code, apply_scaling).
-    """
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "llama3":
-        return None
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    width = _head_dim(config)
-    waves = 2 * np.pi * float(rope["rope_theta"]) ** (np.arange(0, width, 2) / width)
-    turns = float(rope["original_max_position_embeddings"]) / waves
-    blend = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - blend) / float(rope["factor"]) + blend)).astype(np.float32)
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -231,23 +236,35 @@ def _add_metadata(writer: Any, config: Any, file_type: LlamaFileType, name: str)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
-    writer.add_rope_dimension_count(_head_dim(config))
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    heads, kv_heads, channels = zip(*widths.listed(config), strict=True)
+    writer.add_feed_forward_length(_all_or_one(config, channels))
+    writer.add_head_count(_all_or_one(config, heads))
+    writer.add_head_count_kv(_all_or_one(config, kv_heads))
+    writer.add_key_length(rope.head_dim(config))
+    writer.add_value_length(rope.head_dim(config))
+    writer.add_rope_dimension_count(rope.head_dim(config))
+    if config.model_type in gemma.ARCHITECTURES:
+        writer.add_rope_freq_base(gemma.rope_theta(config))
+        gemma.add_to(writer, config)
+    else:
+        writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    if config.rope_parameters.get("rope_type") == "llama3":
+        writer.add_string(rope.KEY, json.dumps(config.rope_parameters, sort_keys=True))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(int(file_type))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
+def _all_or_one(config: Any, numbers: Sequence[int]) -> list[int] | int:
+    """A number of every block where blocks have widths of their own, else the one of all."""
+    return list(numbers) if widths.differ(config) else numbers[0]
+
+
 def _write_tensors(writer: Any, model: Checkpoint, slots: list[Slot], factors: np.ndarray | None) -> None:
     """The table of tensors first, then their values one at a time."""
     if factors is not None:
-        writer.add_tensor_info(ROPE, factors.shape, factors.dtype, factors.nbytes)
+        writer.add_tensor_info(rope.TENSOR, factors.shape, factors.dtype, factors.nbytes)
     for slot in slots:
         kind = GGMLQuantizationType[slot.kind]
         writer.add_tensor_info(slot.tensor, slot.shape, np.dtype(np.float32), slot.bytes, raw_dtype=kind)
@@ -265,13 +282,19 @@ def _encode(model: Checkpoint, slot: Slot) -> np.ndarray:
     if slot.kind in blocks.PACKERS and (q := model.quantised(slot.name)) is not None:
         raw = blocks.PACKERS[slot.kind](q)
         return np.ascontiguousarray(raw[_order(slot)]) if slot.heads else raw
-    weight = model.weight(slot.name)
+    weight = _values(model, slot)
     if slot.heads:
         weight = weight[torch.from_numpy(_order(slot))]
     if slot.kind == "Q8_0":
         blocks_of_rows: np.ndarray = gguf.quants.quantize(weight.float().numpy(), GGMLQuantizationType.Q8_0)
         return blocks_of_rows
     return _float_bytes(weight, slot)
+
+
+def _values(model: Checkpoint, slot: Slot) -> Tensor:
+    """What the file's tensor should hold, rows in the model's order."""
+    weight = model.weight(slot.name)
+    return torch.from_numpy(gemma.plus_one(weight.float().numpy())) if slot.shifted else weight
 
 
 def _float_bytes(weight: Tensor, slot: Slot) -> np.ndarray:
@@ -282,8 +305,12 @@ def _float_bytes(weight: Tensor, slot: Slot) -> np.ndarray:
 
 
 def _order(slot: Slot) -> np.ndarray:
-    """Which of the model's rows each row of the file is."""
-    return np.arange(slot.shape[0]).reshape(slot.heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    return interleaved(slot.shape[0], slot.heads)
+
+
+def interleaved(rows: int, heads: int) -> np.ndarray:
+    """Which of the model's rows of a q or k with so many heads each row of the file is."""
+    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 # ---------------------------------------------------------------- reading back
@@ -301,9 +328,9 @@ def verify(path: Path, model: Checkpoint, slots: list[Slot], factors: np.ndarray
         raise damaged(path, str(error)) from error
     found = {tensor.name: tensor for tensor in reader.tensors}
     if factors is not None:
-        rope = found.pop(ROPE, None)
-        if rope is None or not np.array_equal(rope.data, factors):
-            raise damaged(path, f"{ROPE} is not what was written")
+        held = found.pop(rope.TENSOR, None)
+        if held is None or not np.array_equal(held.data, factors):
+            raise damaged(path, f"{rope.TENSOR} is not what was written")
     if sorted(found) != sorted(slot.tensor for slot in slots):
         raise damaged(path, "it does not hold the tensors that were written")
     return sum(_compare(path, model, slot, found[slot.tensor]) for slot in slots)
@@ -326,7 +353,7 @@ def _compare(path: Path, model: Checkpoint, slot: Slot, tensor: Any) -> bool:
 
 def _value_pairs(model: Checkpoint, slot: Slot, tensor: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Values in fp32 as read and as they should be, some rows at a time in the file's order."""
-    own = model.weight(slot.name)
+    own = _values(model, slot)
     order = torch.from_numpy(_order(slot)) if slot.heads else torch.arange(len(own))
     step = max(1, (1 << 22) // max(1, own[0].numel()))
     for start in range(0, len(own), step):

@@ -17,6 +17,7 @@ from fleetune.deploy import safe
 from fleetune.deploy.source import Checkpoint, Report
 from fleetune.errors import UsageError
 from fleetune.models import DTYPES
+from fleetune.widths import differ
 
 
 def write(model: Checkpoint, folder: Path, kind: str | None) -> Report:
@@ -44,4 +45,6 @@ def write(model: Checkpoint, folder: Path, kind: str | None) -> Report:
     safe.write_folder(model, folder, tensors, {"dtype": str(dtype).removeprefix("torch.")})
     to = "hf" if kind is None else f"hf:{kind}"
     notes = [f"{len(rounded)} tensors are rounded to {kind}"] if rounded else []
+    if differ(model.config):
+        notes.append("its blocks differ in width: fleetune loads it, transformers does not")
     return safe.report(model, folder, to, len(rounded), notes)

@@ -31,13 +31,14 @@ from typing import Any, Final
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fleetune import models
+from fleetune.deploy.stream import write_in_turn
 from fleetune.errors import ModelError
 from fleetune.folders import staged
 from fleetune.models import Model
+from fleetune.pages import tensors_of
+from fleetune.widths import mark
 
 FILE: Final = "master.safetensors"
 VERSION: Final = 1
@@ -94,6 +95,11 @@ class Head:
             ) from error
 
 
+def dense(weight: Quantised | Tensor) -> Tensor:
+    """A weight's values, whichever way it is held."""
+    return weight.dense() if isinstance(weight, Quantised) else weight
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 [R, C] codes below 2**bits -> uint8 [R, ceil(C bits / 8)], little-endian bits within a row."""
     if 8 % bits:
@@ -130,25 +136,37 @@ def stored(name: str, weight: Quantised | Tensor) -> dict[str, Tensor]:
     }
 
 
+def _merged(
+    model: Model, changed: Mapping[str, Quantised | Tensor]
+) -> Iterator[tuple[str, Quantised | Tensor]]:
+    """(name, value) of every parameter in name order; neither side is in memory as a whole."""
+    for name, tensor in tensors_of(model):
+        yield name, changed.get(name, tensor)
+
+
 def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor], head: Head) -> None:
     """Write the artefact of `model`, of whose parameters `changed` replaces some; an older one is replaced.
 
+    One parameter is in memory at a time; the bytes are those of safetensors' own writer.
     StorageError when it cannot be written or `folder` holds something else; then it is what it was.
     """
-    tensors, grids, shapes = dict[str, Tensor](), dict[str, tuple[int, int]](), dict[str, tuple[int, int]]()
-    for name, tensor in models.named_tensors(model.net):
-        weight = changed.get(name, tensor)
-        tensors |= stored(name, weight)
+    grids, shapes = dict[str, tuple[int, int]](), dict[str, tuple[int, int]]()
+    table = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
+    for name, weight in _merged(model, changed):
+        table |= {n: (t.dtype, tuple(t.shape)) for n, t in stored(name, weight).items()}
         if isinstance(weight, Quantised):
-            grids[name], shapes[name] = (
-                (weight.bits, weight.group),
-                (len(weight.codes), weight.codes.shape[1]),
-            )
+            (R, C) = weight.codes.shape
+            grids[name], shapes[name] = (weight.bits, weight.group), (R, C)
     head = dataclasses.replace(head, grids=grids, shapes=shapes)
-    with staged(folder, replace=FILE) as new, models.disk_errors(folder):
-        # one key: safetensors writes several in any order
-        save_file(tensors, new / FILE, metadata={"master": head.to_json()})
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in _merged(model, changed):
+            yield from stored(name, weight).items()
+
+    with staged(folder, replace=FILE) as new:
+        write_in_turn(new / FILE, table, tensors(), {"master": head.to_json()})
         model.net.config.save_pretrained(new)
+        mark(new)
         if model.net.can_generate() and model.net.generation_config is not None:
             model.net.generation_config.save_pretrained(new)
         model.tokenizer.save_pretrained(new)

@@ -19,11 +19,11 @@ from typing import Any, Final, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from fleetune.deploy.master import Master, Quantised, is_master
 from fleetune.errors import ModelError, UsageError
 from fleetune.hfdir import check_folder, config_of, is_encoder
+from fleetune.widths import build
 
 BUFFERS: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
 
@@ -102,8 +102,7 @@ class Checkpoint:
                 f"{source.folder} holds an encoder; only causal language models are exported",
                 hint="save it as it is: an encoder's directory is ready for transformers",
             )
-        with torch.device("meta"):
-            net: nn.Module = AutoModelForCausalLM.from_config(self.config)
+        net = build(self.config)
         self.shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}  # tied ones once
         self.linears = frozenset(f"{n}.weight" for n, m in net.named_modules() if isinstance(m, nn.Linear))
         self._stored = _stored_names(net, source)

@@ -10,6 +10,7 @@ of the safetensors package wants all of them in memory, and puts metadata in an 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +27,7 @@ Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
 TYPES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
     {
         torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-        torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64",
+        torch.uint8: "U8", torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64",
     }
 )  # fmt: skip
 
@@ -47,6 +48,42 @@ def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> 
         for name, tensor in tensors():
             file.seek(8 + len(raw) + head[name]["data_offsets"][0])
             file.write(_bytes(tensor).numpy().data)
+
+
+# The order that safetensors' own writer has, within the wide types first.
+_RANK: Final = ("F16", "BF16", "I32", "U32", "F32", "I64")
+
+
+def write_in_turn(
+    path: Path,
+    table: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterator[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write what `safetensors.torch.save_file` would, byte for byte, with one tensor in memory at a time.
+
+    `table` says of every tensor its type and shape; `tensors` come in any order.  (One key of metadata: that
+    writer puts several in any order.)
+    """
+    head: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    ranked = [(_rank(TYPES[dtype]), name) for name, (dtype, _) in table.items()]
+    for _, name in sorted(ranked, key=lambda item: (-item[0], item[1])):
+        dtype, shape = table[name]
+        size = math.prod(shape) * dtype.itemsize
+        head[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": (end, end + size)}
+        end += size
+    raw = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, tensor in tensors:
+            file.seek(8 + len(raw) + head[name]["data_offsets"][0])
+            file.write(_bytes(tensor).numpy().data)
+
+
+def _rank(kind: str) -> int:
+    return _RANK.index(kind) if kind in _RANK else -1
 
 
 def compare(path: Path, tensors: Tensors) -> None:

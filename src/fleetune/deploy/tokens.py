@@ -20,27 +20,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 import gguf
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fleetune.errors import ModelError, UsageError
-from fleetune.hfdir import short
+from fleetune.gguf_tokens import RULES, WHOLE
+from fleetune.hfdir import config_of, short
 
-_WORDS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# the steps of a pre_tokenizer (see `_steps`) -> llama.cpp's name for the rule (llama-vocab.cpp)
-RULES: Final[Mapping[tuple[str, ...], str]] = MappingProxyType(
-    {
-        ("bytes+words",): "gpt-2",
-        ("digit", "bytes+words"): "smollm",
-        (_WORDS + r"\p{N}{1,3}" + _REST, "bytes"): "llama-bpe",
-        (_WORDS + r"\p{N}" + _REST, "bytes"): "qwen2",
-    }
-)
-WHOLE: Final = ("llama-bpe",)  # rules with which llama.cpp takes a word that is a token without merging
 SPECIAL: Final = ("bos", "eos", "unk", "pad")
 
 
@@ -125,7 +113,11 @@ def read(folder: Path, rows: int, config: Any) -> Vocabulary:
 
 def _load(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # transformers would not know the type of a model with widths of its own
+        config = config_of(folder) if (folder / "config.json").is_file() else None
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise ModelError(
             f"the tokenizer in {folder} cannot be loaded: {short(error)}", hint="fetch the model again"
@@ -219,14 +211,14 @@ def _tokens(
 
 
 def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]]) -> list[float]:
-    """Minus the rank of the first merge that makes a token; letters after all merges, the rest 0."""
+    """Minus the rank of the first merge that makes a token; letters after all merges, marks and bytes 0."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
     last = len(merges)
-    normal = int(gguf.TokenType.NORMAL)
+    normal, added = int(gguf.TokenType.NORMAL), int(gguf.TokenType.USER_DEFINED)
     return [
-        -float(ranks.get(text, last)) if kind == normal else 0.0
+        -float(ranks.get(text, last)) if kind == normal or (kind == added and text in ranks) else 0.0
         for text, kind in zip(tokens, types, strict=True)
     ]
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GGUF file's header says of where the model comes from: strings, with no time and no path among them.
+
+    fleetune.method           the tuning or compression method
+    fleetune.settings         its settings, as canonical JSON
+    fleetune.base_digest      SHA-256 of the weights it started from (`models.digest`)
+    fleetune.artefact_digest  SHA-256 of the compressed model's master.safetensors, where there is one
+    general.license           where it is known: of the built-in models
+
+So the same work gives the same bytes, and `fleetune ledger verify` or a look into the artefact proves them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fleetune import fetch, methods
+from fleetune.deploy.master import Master
+from fleetune.deploy.source import Checkpoint
+from fleetune.recipe import Recipe
+
+
+def of_artefact(model: Checkpoint) -> dict[str, str]:
+    """Of a master artefact; {} for a plain directory, which says nothing of itself."""
+    if not isinstance(model.source, Master):
+        return {}
+    head = model.source.head
+    return _made(head.method, head.settings, head.base) | {"fleetune.artefact_digest": model.source.digest()}
+
+
+def of_run(run: Path, recipe: Recipe) -> dict[str, str]:
+    """Of a tuned run, by its recipe and its env.json."""
+    try:
+        env: dict[str, Any] = json.loads((run / "env.json").read_bytes())
+    except (OSError, ValueError):
+        env = {}
+    method: Any = methods.make(recipe.method, recipe.set)
+    settings = {s.name: getattr(method, s.name) for s in methods.settings(recipe.method)}
+    return _made(recipe.method, settings, str(env.get("base_digest", ""))) | of_base(recipe.model)
+
+
+def of_base(name: str) -> dict[str, str]:
+    """The licence of a built-in model; {} for others."""
+    origin = fetch.ORIGINS.get(name)
+    return {} if origin is None else {"general.license": origin.licence}
+
+
+def _made(method: str, settings: Mapping[str, Any], base: str) -> dict[str, str]:
+    text = json.dumps(dict(settings), sort_keys=True, separators=(",", ":"))
+    found = {"fleetune.method": method, "fleetune.settings": text, "fleetune.base_digest": base}
+    return {key: value for key, value in found.items() if value}

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Llama-like nets some of whose heads and MLP channels are gone: cut in memory, written down, made again.
+
+Where all blocks are alike and transformers takes the numbers, the configuration says so in its own words
+(`num_attention_heads`, `num_key_value_heads`, `intermediate_size`, and `head_dim` in any case), and the directory is
+a plain one.  Where blocks differ no class of transformers can hold them.  Then config.json gets
+
+    "model_type": "fleetune_llama"      a name that transformers does not know: it refuses, rather than guess
+    "fleetune_widths": {"num_attention_heads": [9, 6, ..], "num_key_value_heads": [3, 2, ..], "intermediate_size": [..]}
+
+beside the numbers of the whole model, and `class_of` gives the class whose layers are narrowed once they are made.  In
+memory the configuration is transformers' own with that one more key.
+
+Attention in these families takes the number of heads from what its projections give, and repeats keys by
+`num_key_value_groups`, the query heads of one key head, which stays what it was.  Norms within heads (Qwen3) are
+shared by all heads.  So nothing but the linear layers has to change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+FAMILIES: Final = ("llama", "qwen2", "qwen3")
+KEY: Final = "fleetune_widths"
+PREFIX: Final = "fleetune_"  # of the model type
+
+
+class Width(NamedTuple):
+    """How wide a block is; the fields are the configuration's names."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+
+class Kept(NamedTuple):
+    """Which of a block's key heads (with their query heads) and MLP channels stay, in ascending order."""
+
+    heads: Sequence[int]
+    channels: Sequence[int]
+
+
+def blocks_of(net: PreTrainedModel) -> list[Any]:
+    """The decoder blocks of a net of one of the `FAMILIES`."""
+    return list(cast(Any, net).model.layers)
+
+
+def width_of(block: Any) -> Width:
+    """The widths of a decoder block, by its linear layers."""
+    attention = block.self_attn
+    heads = [
+        int(linear.out_features) // attention.head_dim for linear in (attention.q_proj, attention.k_proj)
+    ]
+    return Width(heads[0], heads[1], int(block.mlp.gate_proj.out_features))
+
+
+def differ(config: Any) -> bool:
+    """Whether a configuration's blocks have widths of their own."""
+    return hasattr(config, KEY)
+
+
+def listed(config: Any) -> list[Width]:
+    """Every block's widths, as a configuration says."""
+    count = int(config.num_hidden_layers)
+    if differ(config):
+        table = getattr(config, KEY)
+        return [Width(*(int(table[name][i]) for name in Width._fields)) for i in range(count)]
+    return [Width(*(int(getattr(config, name)) for name in Width._fields))] * count
+
+
+# ---------------------------------------------------------------- cutting
+
+
+def cut(net: PreTrainedModel, kept: Sequence[Kept]) -> None:
+    """Leave only what is `kept` of each block, in place, and say so in the configuration."""
+    blocks = blocks_of(net)
+    for block, stays in zip(blocks, kept, strict=True):
+        _cut_block(block, stays)
+    record(net.config, [width_of(block) for block in blocks], blocks[0].self_attn.head_dim)
+
+
+def _cut_block(block: Any, stays: Kept) -> None:
+    a, f, device = block.self_attn, block.mlp, block.mlp.gate_proj.weight.device
+    keys = spread(torch.tensor(stays.heads), a.head_dim).to(device)
+    queries = spread(torch.tensor(stays.heads), a.num_key_value_groups * a.head_dim).to(device)
+    channels = torch.tensor(stays.channels).to(device)
+    for linear, rows in (
+        (a.q_proj, queries), (a.k_proj, keys), (a.v_proj, keys), (f.gate_proj, channels), (f.up_proj, channels)
+    ):  # fmt: skip
+        _take(linear, rows, 0)
+    for linear, columns in ((a.o_proj, queries), (f.down_proj, channels)):
+        _take(linear, columns, 1)
+
+
+def spread(units: Tensor, size: int) -> Tensor:
+    """The places of units of `size` neighbours each: int64 [n] -> [n size]."""
+    return (units[:, None] * size + torch.arange(size)).flatten()
+
+
+def _take(linear: nn.Linear, places: Tensor, dim: int) -> None:
+    """Keep rows (dim 0, with their biases) or columns (dim 1) of a linear layer."""
+    names = ["weight"] if dim or linear.bias is None else ["weight", "bias"]
+    for name in names:
+        whole = getattr(linear, name)
+        part = whole.data.index_select(dim, places)
+        setattr(linear, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def record(config: Any, found: Sequence[Width], head_dim: int) -> None:
+    """Write the blocks' widths into a configuration: in transformers' own words where those can say it."""
+    if differ(config):
+        delattr(config, KEY)
+    config.head_dim = int(head_dim)
+    plain = found[0]._asdict()
+    if len(set(found)) == 1 and _accepted(config, plain):
+        for name, value in plain.items():
+            setattr(config, name, value)
+    else:
+        setattr(config, KEY, {name: [getattr(w, name) for w in found] for name in Width._fields})
+
+
+def _accepted(config: Any, plain: Mapping[str, int]) -> bool:
+    """Whether transformers takes these numbers (a llama's heads must divide its hidden size, for one)."""
+    try:
+        type(config).from_dict(config.to_dict() | plain)
+    except Exception:  # a configuration class may raise anything for a wrong value
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- making again
+
+
+def class_of(config: Any) -> type[PreTrainedModel]:
+    """The class of a causal language model's net: transformers' own, or one that narrows its blocks once made."""
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
+    if not differ(config):
+        return kind
+
+    def init(self: PreTrainedModel, config: Any) -> None:
+        kind.__init__(self, config)
+        cut(self, [Kept(range(w.num_key_value_heads), range(w.intermediate_size)) for w in listed(config)])
+
+    made = type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
+    return cast(type[PreTrainedModel], made)
+
+
+def build(config: Any) -> PreTrainedModel:
+    """A net of a configuration on the meta device, fp32: names and shapes without values."""
+    with torch.device("meta"):
+        return class_of(config)._from_config(config, dtype=torch.float32)
+
+
+def config_from(raw: Mapping[str, Any]) -> Any:
+    """The configuration that a config.json with widths of its own says.  ValueError when it makes no sense."""
+    base = base_type(raw["model_type"])
+    if base not in FAMILIES:
+        raise ValueError(f"blocks of different widths are read for {', '.join(FAMILIES)}")
+    config = CONFIG_MAPPING[base].from_dict({**raw, "model_type": base})
+    table, count = raw[KEY], config.num_hidden_layers
+    whole = [int(getattr(config, name)) for name in Width._fields]
+    ratio = whole[0] // whole[1]
+    for name, most in zip(Width._fields, whole, strict=True):
+        given = table.get(name) if isinstance(table, dict) else None
+        if not isinstance(given, list) or len(given) != count:
+            raise ValueError(f"{KEY} has no list of {count} numbers for {name}")
+        if any(not isinstance(n, int) or not 1 <= n <= most for n in given):
+            raise ValueError(f"{KEY}: {name} is not everywhere from 1 to {most}")
+    if any(w.num_attention_heads != ratio * w.num_key_value_heads for w in listed(config)):
+        raise ValueError(f"{KEY}: not every key head has {ratio} query heads")
+    return config
+
+
+def base_type(model_type: str) -> str:
+    """The family that a model type of ours is made of; another one as it is."""
+    return model_type.removeprefix(PREFIX)
+
+
+def mark(folder: Path) -> None:
+    """Make a freshly written config.json one that transformers refuses, where blocks have widths of their own."""
+    file = folder / "config.json"
+    raw = json.loads(file.read_bytes())
+    if KEY in raw:
+        raw["model_type"] = PREFIX + base_type(raw["model_type"])
+        file.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune measure` as a user types it: a compressed run with its kept gain, other subjects, exports, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deploy_harness import tiny
+
+from fleetune import compress, models, rundir
+from fleetune.cli import main
+from fleetune.commands import compress as compressing
+from fleetune.commands import kept, layerwise
+from fleetune.compress import calibrate
+from fleetune.data.encode import encode_all
+from fleetune.deploy import llamacpp, measure, runtimes
+from fleetune.deploy.master import Master, Quantised
+from fleetune.errors import Interrupted
+from fleetune.losses import response_loss
+from fleetune.ui import Ui
+
+RUN = [
+    "--method", "fedit", "--set", "r=2", "--set", "lr=1e-2", "--limit", "60", "--held-out", "8", "--max-length",
+    "160", "--samples", "0", "--rounds", "1", "--clients", "2", "--offline",
+]  # fmt: skip
+FAST = ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--offline"]
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
+    code = main([*args, "--json"])
+    out, err = capsys.readouterr()
+    return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a model, a run of it, the run compressed, and that as a file."""
+    at = tmp_path_factory.mktemp("work")
+    (at / "text.txt").write_text("The heron stood still in the shallow water, and the evening went on. " * 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(at)
+        model = tiny()
+        models.save(model.net, model.tokenizer, at / "little")
+        assert main(["tune", "little", "demo", *RUN, "-qq"]) == 0
+        assert main(["compress", "latest", "--windows", "4", "--length", "32", "-qq"]) == 0
+        assert main(["export", "latest", "-qq"]) == 0
+        yield at
+
+
+@pytest.fixture
+def at(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy to work in, where models are measured in this process."""
+    shutil.copytree(made, tmp_path / "work", symlinks=True)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(measure, "measured", measure.carry_out)
+    before = torch.get_num_threads()
+    yield tmp_path / "work"
+    torch.set_num_threads(before)
+
+
+def folder_of(at: Path) -> Path:
+    (folder,) = at.glob("runs/*/compress.json")
+    return folder.parent
+
+
+def test_the_kept_gain_of_a_compressed_run(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of(at)
+    code, told, err = call(
+        capsys, "measure", "latest", "--kept-gain", "--text", "text.txt", "--length", "64", *FAST
+    )
+    assert code == 0, err
+    rows = {row["name"]: row for row in told[-1]["rows"]}
+    names = ["base", "tuned", "compressed", "compressed base"]
+    file = [f"{folder.name}.gguf"] if llamacpp.available() else []
+    assert list(rows) == [*names[:3], *file, names[3]]
+    record = json.loads((folder / "compress.json").read_text())["result"]
+    assert rows["tuned"]["loss"] == pytest.approx(record["before"]["loss"], rel=1e-5)
+    assert rows["compressed"]["loss"] == pytest.approx(record["after"]["loss"], rel=1e-5)
+    base = models.load("little")
+    held = encode_all(compressing.held_out(folder, offline=True), base.tokenizer, 160)[0]
+    assert rows["base"]["loss"] == pytest.approx(response_loss(base, held), rel=1e-5)
+    b, t, c, cb = (rows[name]["loss"] for name in names)
+    assert t < b
+    value = (c - cb) / (t - b)
+    assert told[-1]["kept"]["loss"]["value"] == pytest.approx(value)
+    assert list(told[-1]["kept"]) == ["loss"]  # the text is nothing that was tuned for
+    assert rows["compressed"]["bits_linear"] == 4.75
+    assert rows["base"]["bits"] == 32
+    assert rows["tuned"]["bytes"] > rows["base"]["bytes"]  # the adapter comes on top
+    assert rows["compressed base"]["prefill"] is None
+    assert all(row["perplexity"] > 1 and row["peak_rss"] > 5e7 for row in rows.values())
+    for name in file:
+        assert rows[name]["engine"] == "llama.cpp"
+        assert rows[name]["bits_linear"] == 4.5
+        assert rows[name]["loss"] == pytest.approx(c, rel=0.01)  # its embedding is Q8_0
+    kept_down = json.loads((folder / measure.FILE).read_text())
+    assert kept_down["digest"] == Master(folder / "model").digest()
+    assert kept_down["kept"]["loss"]["value"] == pytest.approx(value)
+    assert "compressed the same way" in err
+
+
+def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
+    """By hand: the run's rows as tokens, the solver on the base; a stopped one goes on with its blocks."""
+    folder = folder_of(at)
+    shutil.rmtree(folder / "base", ignore_errors=True)
+    path = kept.base_of(Ui(quiet=2), folder, offline=True)
+    own, base = Master(folder / "model").head, models.load("little")
+    windows = calibrate.windows(
+        [row.ids for row in encode_all(_calibrated_on(folder), base.tokenizer, 160)[0]], 32, 4
+    )
+    assert layerwise._calibration(windows) == own.calibration == Master(path).head.calibration
+    parts = calibrate.run(base, compress.make("optq", {}), windows, at / "parts")
+    for name, weight in parts.items():
+        assert isinstance(weight, Quantised)
+        found = Master(path).quantised(name)
+        assert found is not None
+        assert torch.equal(found.codes, weight.codes)
+        assert torch.equal(found.scale, weight.scale)
+    assert not (folder / "base" / "parts").exists()
+    before = (path / "master.safetensors").stat().st_mtime_ns
+    assert kept.base_of(Ui(quiet=2), folder, offline=True) == path
+    assert (path / "master.safetensors").stat().st_mtime_ns == before  # made once
+
+
+def _calibrated_on(folder: Path) -> Any:
+    from fleetune.commands import evaluate
+
+    return evaluate.held_out(Path(compressing.read(folder).model), offline=True)[::2]
+
+
+def test_a_stopped_base_is_gone_on_with_and_says_how(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(at)
+    shutil.rmtree(folder / "base", ignore_errors=True)
+
+    class Pulled:
+        def __init__(self, ui: object) -> None:
+            self.asked = 0
+
+        def __enter__(self) -> Pulled:
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            pass
+
+        @property
+        def pulled(self) -> bool:
+            self.asked += 1
+            return self.asked > 9  # in the second block
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layerwise, "Brake", Pulled)
+        with pytest.raises(Interrupted) as stopped:
+            kept.base_of(Ui(quiet=2), folder, offline=True)
+    assert stopped.value.hint == f"fleetune measure {folder} --kept-gain"
+    (block,) = (folder / "base" / "parts").iterdir()
+    before = block.stat().st_mtime_ns
+    seen = list[int]()
+    run = calibrate.run
+
+    def watched(*args: Any) -> Any:
+        seen.append(block.stat().st_mtime_ns)
+        return run(*args)
+
+    monkeypatch.setattr(calibrate, "run", watched)
+    kept.base_of(Ui(quiet=2), folder, offline=True)
+    assert seen == [before]
+
+
+def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of(at)
+    shutil.rmtree(folder / "base", ignore_errors=True)
+    record = json.loads((folder / "compress.json").read_text())
+    (folder / "compress.json").write_text(json.dumps({**record, "windows": 2}))
+    code, told, _ = call(capsys, "measure", str(folder), "--kept-gain", *FAST)
+    assert code == 2
+    assert "is not what" in told[-1]["message"]
+    assert not (folder / "base").exists()
+
+
+def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, run = folder_of(at), rundir.find("1", at / "runs")
+    code, told, err = call(
+        capsys, "measure", "little", str(run), str(folder), str(folder / "model"), *FAST, "--data", "demo",
+        "--limit", "2", "--tasks", "em,loss", "--answer-tokens", "2",
+    )  # fmt: skip
+    assert code == 0, err
+    rows = told[-1]["rows"]
+    files = [f"{folder.name}.gguf"] if llamacpp.available() else []
+    assert [row["name"] for row in rows] == ["little", run.name, folder.name, *files, "model"]
+    assert all("loss" in row for row in rows)
+    assert [row["name"] for row in rows if "exact_match" in row] == ["little", run.name, folder.name, "model"]
+    assert rows[-1]["loss"] == rows[2]["loss"]
+
+
+def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = next(folder_of(at).glob("*.gguf"))
+    shutil.copy(file, "a.gguf")
+    text = ["--text", "text.txt", "--length", "64"]
+    code, told, err = call(capsys, "measure", "a.gguf", *text, *FAST)
+    assert code == 0, err
+    rows = told[-1]["rows"]
+    assert [row["engine"] for row in rows] == (["torch", "llama.cpp"] if llamacpp.available() else ["torch"])
+    assert rows[0]["bytes"] == Path("a.gguf").stat().st_size
+    assert rows[-1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=0.01)
+    monkeypatch.setattr(llamacpp, "MODULE", "no_such_engine")
+    code, told, err = call(capsys, "measure", "a.gguf", *text, *FAST)
+    assert (code, len(told[-1]["rows"])) == (0, 1)
+    assert "pip install 'fleetune[llamacpp]'" in err
+
+
+def test_the_table_on_a_terminal_says_what_is_next(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", "2", *FAST]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].split() == [
+        "engine", "size", "bits/weight", "with", "ends", "peak", "read", "tok/s", "write", "tok/s", "validation", "loss",
+    ]  # fmt: skip
+    assert [line.split()[0] for line in lines[2:5]] == ["base", "tuned", "compressed"]
+    assert f"fleetune measure {folder_of(at)} --kept-gain".replace(f"{at}/", "") in out
+    assert "threads: 1" in err
+    assert json.loads((folder_of(at) / measure.FILE).read_text())["kept"] == {}
+
+
+# ---------------------------------------------------------------- export
+
+
+def test_an_export_says_when_too_little_of_the_gain_is_kept(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of(at)
+    for value, warned in ((0.5, True), (0.95, False)):
+        record = {"digest": Master(folder / "model").digest(), "kept": {"loss": {"value": value}}}
+        (folder / measure.FILE).write_text(json.dumps(record))
+        code, told, err = call(capsys, "export", "2", "--to", "hf", "--path", f"hf-{warned}")
+        assert code == 0, err
+        assert any("50 % is kept" in note for note in told[-1]["notes"]) == warned
+        assert ("50 % is kept" in err) == warned
+
+
+def test_an_export_is_run_where_it_is_for(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = models.load("little").tokenizer
+    count = len(words(Path("text.txt").read_text())["input_ids"])
+    for to in ("hf", "gguf:f32"):
+        place = "b.gguf" if to == "gguf:f32" else to
+        code, told, err = call(capsys, "export", "2", "--to", to, "--path", place, "--text", "text.txt")
+        assert code == 0, err
+        found = told[-1]
+        assert found["event"] == "check"
+        if to == "hf" or llamacpp.available():
+            assert found["runtime"] == ("transformers" if to == "hf" else "llama.cpp")
+            assert found["ratio"] == pytest.approx(1, rel=1e-3)
+            assert found["tokens"] == count - -(-count // 512)  # the first token of each window is context
+    code, told, _ = call(capsys, "export", "1", "--to", "hf", "--path", "of-run", "--text", "text.txt")
+    assert (code, told[-1]["runtime"]) == (0, "transformers")
+    assert told[-1]["ratio"] == pytest.approx(1, rel=1e-5)
+
+
+def test_a_runtime_that_is_not_there_is_named(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = runtimes.RUNTIMES["gguf"]._replace(modules=("no_such_engine",))
+    monkeypatch.setattr(runtimes, "RUNTIMES", {"gguf": lacking})
+    code, told, err = call(capsys, "export", "2", "--to", "gguf", "--path", "c.gguf", "--text", "text.txt")
+    assert (code, told[-1]["runtime"]) == (0, None)
+    assert "not run: llama.cpp for gguf: pip install 'fleetune[llamacpp]'" in err
+
+
+# ---------------------------------------------------------------- bad input
+
+BAD = {
+    "no such run": (["measure", "12"], "no run '12'"),
+    "no threads": (["measure", "little", "--threads", "0"], "threads = 0"),
+    "no such text": (["measure", "little", "--text", "no.txt"], "no text file at no.txt"),
+    "an unknown task": (["measure", "little", "--tasks", "rogue"], "did you mean"),
+    "tasks without rows": (["measure", "little", "--tasks", "rouge"], "need rows"),
+    "perplexity without a text": (["measure", "little", "--tasks", "perplexity"], "on a text"),
+    "a kept gain of a model": (["measure", "little", "--kept-gain"], "compressed run's folder"),
+    "a kept gain of two": (["measure", "1", "2", "--kept-gain"], "of one compressed run"),
+    "windows beyond the model": (["measure", "little", "--text", "text.txt", "--length", "4096"], "made for"),
+    "an export's text that is none": (["export", "2", "--to", "hf", "--text", "no.txt"], "no text file"),
+    "an adapter's perplexity": (["export", "1", "--to", "peft", "--text", "text.txt"], "adapter alone"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_clear_error(case: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args, text = BAD[case]
+    before = sorted(at.rglob("*"))
+    code = main(args)
+    out, err = capsys.readouterr()
+    assert code == 2, err
+    assert text in err
+    assert out == ""
+    assert sorted(at.rglob("*")) == before
+
+
+def test_a_compressed_model_has_no_gain_to_keep(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", "little", "--method", "rtn", "-qq"]) == 0
+    code, told, _ = call(capsys, "measure", "latest", "--kept-gain", *FAST)
+    assert code == 2
+    assert "no tuning, no gain to keep" in told[-1]["message"]
