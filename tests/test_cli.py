@@ -75,7 +75,22 @@ def test_version_and_python_m(at):
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "plan", "tune", "sweep", "eval", "ledger", "compress", "export", "runs", "methods", "models"],
+    [
+        "demo",
+        "plan",
+        "tune",
+        "sweep",
+        "eval",
+        "ledger",
+        "compress",
+        "measure",
+        "export",
+        "serve",
+        "chat",
+        "runs",
+        "methods",
+        "models",
+    ],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:

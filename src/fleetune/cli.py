@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fleetune import __version__
 from fleetune import recipe as recipes
-from fleetune.commands import chat, measure, serve
+from fleetune.commands import chat, compress, measure, serve
 from fleetune.errors import FleetuneError, Interrupted, UsageError
 from fleetune.ui import Ui
 
@@ -30,6 +30,10 @@ examples:
   fleetune sweep recipe.toml --vary K=64,512 --seeds 3         a grid of runs on one page
   fleetune eval latest --tasks loss,rouge                      measure the tuned model
   fleetune ledger verify latest                                prove what a model was made from
+  fleetune compress latest --method optq                       4 bits a weight, solved block by block
+  fleetune export latest --to gguf                             one file for llama.cpp, read back bit for bit
+  fleetune measure latest --kept-gain                          size, speed, and what of the tuning is kept
+  fleetune serve latest                                        an OpenAI-compatible endpoint and a chat page
 """
 
 
@@ -114,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = add("demo", _demo, "tune smollm2-135m over the built-in demo fleet, twice, and make the result fit a device")
+    sub = add(
+        "demo", _demo, "tune smollm2-135m over the built-in demo fleet and make the result fit a device"
+    )
     sub.add_argument("--quick", action="store_true", help="the same path in a minute, with fewer steps")
     _plan_arguments(
         add("plan", _plan, "memory, traffic and time of every method for a model, before any work")
@@ -123,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     _sweep_arguments(add("sweep", _sweep, "tune over a grid of values and seeds, on one page"))
     _eval_arguments(add("eval", _eval, "measure a model, a finished run or a compressed one"))
     _ledger_arguments(add("ledger", _ledger, "show, verify, replay, compare and combine seed ledgers"))
-    _compress_arguments(add("compress", _compress, "make a model or a finished run smaller"))
+    compress.arguments(add("compress", _compress, "make a model or a finished run smaller"))
     measure.arguments(
         add("measure", _measure, "size, speed, memory and quality of base, tuned and compressed in one table")
     )
@@ -188,7 +194,9 @@ def _export_arguments(sub: argparse.ArgumentParser) -> None:
         "gguf:lora (a run's adapter); default: of a run hf, else gguf",
     )  # fmt: skip
     sub.add_argument("--path", help="file or folder to write (default: inside the run or folder)")
-    sub.add_argument("--text", help="plain text file: its perplexity by the source, and by the file in its runtime")
+    sub.add_argument(
+        "--text", help="plain text file: its perplexity by the source, and by the file in its runtime"
+    )
 
 
 def _tune_arguments(sub: argparse.ArgumentParser) -> None:
@@ -238,49 +246,6 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
             metavar=kind.__name__.upper(),
             help=text + shown,
         )
-
-
-def _compress_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", metavar="RUN|MODEL", nargs="?")
-    sub.add_argument("--method", default="optq", help="optq, sparsegpt, rtn, gkd or llm-pruner (default optq)")
-    sub.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
-    )
-    sub.add_argument(
-        "--list", nargs="?", const="all", metavar="METHOD", help="the methods with their settings"
-    )
-    sub.add_argument(
-        "--data", help="calibrate or train on these rows (a run: every second held-out row of its own)"
-    )
-    sub.add_argument("--text", help="calibrate on a plain text file (a model without either writes its own)")
-    sub.add_argument("--windows", type=int, default=128, help="calibration windows at most (default 128)")
-    sub.add_argument(
-        "--length", type=int, default=512, help="tokens a window, or of a row at most (default 512)"
-    )
-    sub.add_argument(
-        "--calibrate", default="server", choices=["server", "clients"],
-        help="clients: the run's own clients calibrate on their training rows and send sums over them",
-    )  # fmt: skip
-    sub.add_argument("--clients", type=int, default=0, help="so many of them (default: all)")
-    sub.add_argument(
-        "--low-memory",
-        action="store_true",
-        help="leave the model in its files: one block in memory at a time",
-    )
-    sub.add_argument("--eval-text", help="plain text file: its perplexity before and after")
-    sub.add_argument(
-        "--seed",
-        type=int,
-        default=42,
-        help="seed of what a model writes, and of the order of rows (default 42)",
-    )
-    sub.add_argument(
-        "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="type a model is loaded in"
-    )
-    sub.add_argument(
-        "--resume", metavar="FOLDER", help="go on with a stopped one (a path, a number, or latest)"
-    )
-    sub.add_argument("--dry-run", action="store_true", help="check settings, model and text, then stop")
 
 
 def _ledger_arguments(sub: argparse.ArgumentParser) -> None:
@@ -368,8 +333,6 @@ def _ledger(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _compress(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.commands import compress
-
     compress.run(args, ui, _run_or_none(args.model, args.out) if args.model else None)
 
 

@@ -202,6 +202,8 @@ class Handler(BaseHTTPRequestHandler):
         if os.path.exists(os.path.join(here, "mortal")) and "messages" not in body:
             print("out of memory", flush=True)
             os._exit(9)
+        if "messages" in body:
+            Path(here, "body").write_text(json.dumps(body))
         words = body["messages"] if "messages" in body else [{{"content": "x"}}] * 8
         if words[-1]["content"] == "wait":
             open(os.path.join(here, "asked"), "w").close()

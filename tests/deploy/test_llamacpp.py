@@ -68,6 +68,20 @@ def test_steps_write_torch_s_greedy_continuation(made: tuple[Model, Path]) -> No
 
 
 @needs_engine
+def test_a_prefill_forgets_what_was_read_before(made: tuple[Model, Path]) -> None:
+    with llamacpp.opened(made[1], 1) as engine:
+        engine.open(64)
+
+        def after(ids: list[int]) -> np.ndarray:
+            engine.prefill(ids)
+            return engine._rows(engine._lib.llama_get_logits_ith(engine._context, -1), 1)[0].copy()
+
+        first = after([5, 6])
+        after(list(range(40, 60)))
+        assert np.array_equal(after([5, 6]), first)
+
+
+@needs_engine
 def test_its_process_carries_no_torch(made: tuple[Model, Path]) -> None:
     model, file = made
     found = measure.measured(

@@ -208,6 +208,14 @@ def test_steps_write_the_greedy_continuation(artefact: Path) -> None:
         engine.step()
 
 
+def test_a_module_that_lies_in_the_folder_one_stands_in_is_not_run(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "safetensors.py").write_text("raise SystemExit('run')\n")
+    monkeypatch.chdir(tmp_path)
+    assert measure.measured(Job("artefact", str(artefact.resolve()), 1, repeats=0)).peak_rss > 0
+
+
 def test_what_goes_wrong_in_the_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError) as told:  # not installed, or no such file: either is an error of use
         measure.measured(Job("gguf", "no.gguf", 1))

@@ -263,6 +263,21 @@ def test_an_export_is_run_where_it_is_for(at: Path, capsys: pytest.CaptureFixtur
     assert told[-1]["ratio"] == pytest.approx(1, rel=1e-5)
 
 
+def test_an_export_is_checked_without_a_network_where_none_is_wanted(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = list[measure.Job]()
+
+    def measured(job: measure.Job) -> measure.Measured:
+        jobs.append(job)
+        return measure.Measured(0, None, None, {"perplexity": 2.0})
+
+    monkeypatch.setattr(measure, "measured", measured)
+    args = ["export", "1", "--to", "hf", "--path", "quiet", "--text", "text.txt", "--offline"]
+    assert call(capsys, *args)[0] == 0
+    assert [(job.kind, job.offline) for job in jobs] == [("run", True), ("transformers", True)]
+
+
 def test_a_runtime_that_is_not_there_is_named(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

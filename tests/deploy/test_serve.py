@@ -283,6 +283,19 @@ def test_bodies_that_are_refused(headers, body, status, code, front, upstream):
     assert upstream.seen == []
 
 
+@pytest.mark.parametrize("header", ["Content-Length: %d", "Transfer-Encoding: chunked\r\nX: %d"])
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models"])
+def test_a_body_where_none_belongs_is_not_taken_for_the_next_request(path, header, front, upstream):
+    inner = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    smuggled = inner.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(QUESTION), QUESTION)
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{header % len(smuggled)}\r\n\r\n"
+    answer = raw(front, head.encode() + smuggled)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert upstream.seen == []
+    assert ask(front, "GET", path, Content_Length="0")[0] == 200
+
+
 def test_a_body_of_the_largest_size_goes_through(front, upstream):
     body = QUESTION + b" " * (MAX_BODY - len(QUESTION))
     assert ask(front, "POST", CHAT, body)[0] == 200

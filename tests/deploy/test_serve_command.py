@@ -24,9 +24,12 @@ from serve_harness import Upstream, lives, running, stand_in, starts
 
 from fleetune import answers, models, tuned
 from fleetune.cli import main
-from fleetune.commands import chat
+from fleetune.commands import chat, serve
 from fleetune.data import Example
+from fleetune.data.encode import prompt_ids
 from fleetune.deploy import engines, exports, threads
+from fleetune.deploy.talk import Refused
+from fleetune.losses import context
 from fleetune.models import Model
 from fleetune.text import clean
 
@@ -110,6 +113,19 @@ def test_serve_answers_until_it_is_told_to_end_and_leaves_nothing_behind(number,
         process.send_signal(number)
         assert process.wait(20) == 0
         assert not lives(start["pid"])
+
+
+def test_a_signal_that_is_ignored_stays_so_as_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with serve.stopped_by_signals(0):
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(SystemExit):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_serve_ends_with_a_clear_error_when_the_engine_dies_also_in_a_request(at):
@@ -275,6 +291,10 @@ def test_a_finished_run_is_served_and_asked_as_it_was_tuned(at, plain, capsys):
     start = starts(at / "bin")[-1]
     assert start["magic"] == "GGUF"
     assert start["--alias"].startswith("0001-fedit")
+    assert call(capsys, "export", "1", "--to", "gguf:lora")[0] == 0  # lies in the run's folder, and is no model
+    assert list(Path("runs").glob("0001-*/*.gguf"))
+    assert call(capsys, "chat", "1", "--prompt", "hello", "--threads", "1")[0] == 0
+    assert starts(at / "bin")[-1]["--alias"] == start["--alias"]
     args = ["--engine", "torch", "--threads", "1", "--prompt", "hello", "--max-tokens", "12"]
     code, told, _ = call(capsys, "chat", "latest", *args)
     (run,) = Path("runs").glob("0001-*")
@@ -304,6 +324,15 @@ def test_chat_answers_once_to_a_prompt_or_a_pipe(at, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
     code, _, err = call(capsys, *CHAT)
     assert (code, "the prompt is empty" in err) == (2, True)
+
+
+def test_an_engine_is_told_the_seed_and_the_other_numbers(at, capsys):
+    args = ["--temperature", "1.5", "--seed", "7", "--max-tokens", "9", "--prompt", "hello"]
+    assert call(capsys, *CHAT, *args)[0] == 0
+    found = json.loads((at / "bin" / "body").read_text())
+    assert {key: found[key] for key in ("temperature", "seed", "max_tokens")} == {
+        "temperature": 1.5, "seed": 7, "max_tokens": 9,
+    }  # fmt: skip
 
 
 def test_chat_ends_with_the_engines_refusal(at, capsys):
@@ -421,6 +450,17 @@ def test_torch_answers_as_eval_does(at, plain, model, capsys, monkeypatch):
     code, out, err = call(capsys, *args)
     assert (code, out) == (0, clean(wanted) + "\n")
     assert "measured: 1 thread, " in err
+
+
+def test_torch_cuts_no_conversation_and_refuses_one_without_room_for_an_answer(model):
+    longest = context(model)
+    few, many = ([{"role": "user", "content": "ab " * n}] for n in (longest // 5, longest))
+    ids = prompt_ids(Example((("user", few[0]["content"]),), "", {}), model.tokenizer, longest)
+    assert longest // 2 < len(ids) < longest
+    (wanted,) = answers.generate_from_ids(model, [ids], max_new_tokens=longest - len(ids))
+    assert chat.generate(model, few, temperature=0, max_tokens=longest, seed=0) == wanted
+    with pytest.raises(Refused, match=rf"tokens, the model is made for {longest}"):
+        chat.generate(model, many, temperature=0, max_tokens=1, seed=0)
 
 
 def test_torch_draws_with_its_seed_above_temperature_0(at, plain, capsys):

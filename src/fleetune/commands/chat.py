@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fleetune.models import Model
 
 TORCH: Final = "torch"
+WHOLE: Final = 1 << 20  # tokens: a conversation is not cut
 HELP: Final = "/new forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 Turn = dict[str, str]  # role, content
@@ -71,7 +72,9 @@ def _answers(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> Iterator[
 
 def _engine(args: argparse.Namespace, running: Running) -> Answer:
     def answer(turns: list[Turn]) -> Generator[str, None, None]:
-        body = {"messages": turns, "max_tokens": args.max_tokens, "temperature": args.temperature}
+        body = {
+            "messages": turns, "max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed,
+        }  # fmt: skip
         with running.asked(), closing(pieces(running.address, "/v1/chat/completions", body)) as written:
             yield from written
 
@@ -110,20 +113,23 @@ def _load(args: argparse.Namespace, of_run: Path | None) -> Model:
 
 
 def generate(model: Model, turns: list[Turn], *, temperature: float, max_tokens: int, seed: int) -> str:
-    """The model's answer to a conversation; the likeliest at temperature 0, else drawn with `seed`."""
+    """The model's answer to a conversation; the likeliest at temperature 0, else drawn with `seed`.
+
+    Refused, as by an engine, when the conversation leaves no room for one.
+    """
     from fleetune import answers
     from fleetune.data import Example
     from fleetune.data.encode import prompt_ids
     from fleetune.losses import context
 
     example = Example(tuple((turn["role"], turn["content"]) for turn in turns), "", {})
-    room = max(1, context(model) - max_tokens)
-    ids = prompt_ids(example, model.tokenizer, room)
+    ids, longest = prompt_ids(example, model.tokenizer, WHOLE), context(model)
+    if len(ids) >= longest:
+        raise Refused(f"the conversation has {len(ids)} tokens, the model is made for {longest}")
+    room = min(max_tokens, longest - len(ids))
     if temperature == 0:
-        return answers.generate_from_ids(model, [ids], max_new_tokens=max_tokens)[0]
-    drawn = answers.sample_from_ids(
-        model, [ids], temperature=temperature, max_new_tokens=max_tokens, seed=seed
-    )
+        return answers.generate_from_ids(model, [ids], max_new_tokens=room)[0]
+    drawn = answers.sample_from_ids(model, [ids], temperature=temperature, max_new_tokens=room, seed=seed)
     return answers.decode_answer(model, drawn[0].tolist())
 
 

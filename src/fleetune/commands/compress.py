@@ -18,13 +18,58 @@ from fleetune import compress as methods
 from fleetune import rundir, settings
 from fleetune.commands import subject as subjects
 from fleetune.commands.subject import RECORD, Work
-from fleetune.deploy.master import is_master
 from fleetune.errors import RecipeError, UsageError
 from fleetune.ui import Ui
 
 if TYPE_CHECKING:
     from fleetune.commands import distil, layerwise, prune
     from fleetune.data import Example
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    sub.add_argument("model", metavar="RUN|MODEL", nargs="?")
+    sub.add_argument(
+        "--method", default="optq", help="optq, sparsegpt, rtn, gkd or llm-pruner (default optq)"
+    )
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
+    )
+    sub.add_argument(
+        "--list", nargs="?", const="all", metavar="METHOD", help="the methods with their settings"
+    )
+    sub.add_argument(
+        "--data", help="calibrate or train on these rows (a run: every second held-out row of its own)"
+    )
+    sub.add_argument("--text", help="calibrate on a plain text file (a model without either writes its own)")
+    sub.add_argument("--windows", type=int, default=128, help="calibration windows at most (default 128)")
+    sub.add_argument(
+        "--length", type=int, default=512, help="tokens a window, or of a row at most (default 512)"
+    )
+    sub.add_argument(
+        "--calibrate", default="server", choices=["server", "clients"],
+        help="clients: the run's own clients calibrate on their training rows and send sums over them",
+    )  # fmt: skip
+    sub.add_argument("--clients", type=int, default=0, help="so many of them (default: all)")
+    sub.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="leave the model in its files: one block in memory at a time",
+    )
+    sub.add_argument("--eval-text", help="plain text file: its perplexity before and after")
+    sub.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        help="seed of what a model writes, and of the order of rows (default 42)",
+    )
+    sub.add_argument(
+        "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="type a model is loaded in"
+    )
+    sub.add_argument(
+        "--resume", metavar="FOLDER", help="go on with a stopped one (a path, a number, or latest)"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="check settings, model and text, then stop")
 
 
 def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
@@ -159,6 +204,8 @@ def newest(out: Path) -> Path | None:
 
 def artefact(folder: Path) -> Path:
     """The master artefact or plain model in a folder; UsageError when it is not finished."""
+    from fleetune.deploy.master import is_master
+
     model = folder / "model"
     if not is_master(model) and not any(model.glob("model*.safetensors")):
         raise UsageError(f"{folder} is not finished", hint=f"fleetune compress --resume {folder}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune demo`: the whole pipeline, tune twice, compress the first result, write its GGUF file, ask that file."""
+"""`fleetune demo`: the whole pipeline.  Tune twice, compress the first result, write its GGUF file, ask that file."""
 
 from __future__ import annotations
 
@@ -24,21 +24,20 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _deploy(args: argparse.Namespace, ui: Ui, run: Path) -> None:
-    """Compress a run, write it as GGUF, and let that file answer a held-out row."""
+    """Compress a run, write it as a GGUF file, and let that file answer the first prompt of its samples."""
     from fleetune import answers
-    from fleetune.commands import compress, export
+    from fleetune.commands import compress, evaluate, export
     from fleetune.commands.subject import Work
     from fleetune.deploy import exports
 
-    out = Path(args.out)
-    folder = compress.carry_out(Work(str(run), True, "optq"), ui, out, offline=args.offline)
+    work = Work(str(run), True, "optq", length=demos.LENGTH)
+    folder = compress.carry_out(work, ui, Path(args.out), offline=args.offline)
     file = folder / f"{folder.name}.gguf"
     export.write(ui, compress.artefact(folder), "gguf", file)
-    row = compress.held_out(folder, offline=args.offline)[0]
-    (answer,) = answers.generate(exports.load(file), [row], max_new_tokens=72)
+    row = evaluate.held_out(run, offline=args.offline)[0]
+    (answer,) = answers.generate(exports.load(file), [row], max_new_tokens=demos.ANSWER)
     question = row.messages[-1][1]
     ui.event({"event": "answer", "prompt": question, "text": answer})
     ui.paths([
-        ("question", question), ("answer", answer),
-        ("next", f"fleetune serve {file}"),
+        ("question", question), (f"{file.name} says", answer), ("next", f"fleetune serve {file}"),
     ])  # fmt: skip

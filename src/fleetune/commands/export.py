@@ -84,7 +84,7 @@ def _of_run(args: argparse.Namespace, ui: Ui, run: Path) -> None:
         ui.event({"event": "export", "path": str(out), "digest": digest})
         ui.paths([("result", str(out)), ("digest", digest)])
         if args.text:
-            _compare(ui, run, kind, out, args.text)
+            _compare(ui, run, kind, out, args.text, offline=args.offline)
         return
     made = provenance.of_run(run, recipe)
     if kind == gguf_lora.TARGET:
@@ -119,7 +119,7 @@ def write(
         _compare(ui, source, kind, out, text)
 
 
-def _compare(ui: Ui, source: Path, kind: str, out: Path, text: str) -> None:
+def _compare(ui: Ui, source: Path, kind: str, out: Path, text: str, *, offline: bool = False) -> None:
     """Run what was written in the runtime that it is for, and its source in torch, on the same text."""
     from fleetune.deploy import runtimes
 
@@ -129,7 +129,7 @@ def _compare(ui: Ui, source: Path, kind: str, out: Path, text: str) -> None:
         ui.event({"event": "check", "path": str(out), "runtime": None})
         ui.note(f"not run: {why}")
         return
-    found = runtimes.compare(source, out, runtime, text)
+    found = runtimes.compare(source, out, runtime, text, offline=offline)
     ui.event({"event": "check", "path": str(out), **dataclasses.asdict(found), "ratio": found.ratio})
     ui.paths([(
         "perplexity", f"{found.source:.3f} in torch, {found.file:.3f} in {found.runtime} (x {found.ratio:.4f}), "

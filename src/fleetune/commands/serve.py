@@ -91,13 +91,17 @@ def _tell(ui: Ui, front: Front, engine: Running, made: str) -> None:
 
 @contextmanager
 def stopped_by_signals(code: int) -> Iterator[None]:
-    """While the block runs, SIGTERM and SIGHUP leave it as an exit with `code`, so that what it opened is closed."""
+    """While the block runs, SIGTERM and SIGHUP leave it as an exit with `code`, so that what it opened is closed.
+
+    One that is ignored stays so: under `nohup` it goes on when the terminal is closed.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(code)
 
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {getattr(signal, name): signal.signal(getattr(signal, name), leave) for name in names}
+    found = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = [number for number in found if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in heard}
     try:
         yield
     finally:
@@ -218,7 +222,10 @@ def _newer(folder: Path, run: Path) -> bool:
 
 
 def _newest_gguf(folder: Path) -> Path | None:
-    files = folder.glob("*.gguf") if folder.is_dir() else ()
+    """The newest file with a whole model; an exported adapter may lie beside it."""
+    from fleetune.deploy.gguf_lora import is_adapter
+
+    files = [p for p in folder.glob("*.gguf") if not is_adapter(p)] if folder.is_dir() else []
     return max(files, key=lambda p: p.stat().st_mtime, default=None)
 
 

@@ -106,10 +106,11 @@ def _solving(block: list[Linear], work: Work) -> float:
 
 
 def disk(shape: Shape, work: Work) -> int:
-    """Bytes of the artefact and of the finished blocks beside it: what must be free."""
+    """Bytes of the artefact, of the finished blocks beside it and of waiting clients' states: what must be free."""
     inner = _weights(shape.linears)
     weight = work.bits / 8 + 3 / (work.group or 1 << 30) if work.bits else float(work.size)
-    return int(2 * inner * weight + (shape.params - inner) * work.size)
+    states = work.windows * work.length * shape.hidden * work.size if work.clients else 0
+    return int(2 * inner * weight + (shape.params - inner) * work.size) + states
 
 
 def available() -> int | None:

@@ -204,9 +204,10 @@ class Running:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
-        _signal(self.process, getattr(signal, "SIGKILL", signal.SIGTERM))
-        self.process.wait()
-        self._log.close()
+        finally:  # also when a second Ctrl-C cuts the waiting short
+            _signal(self.process, getattr(signal, "SIGKILL", signal.SIGTERM))
+            self.process.wait()
+            self._log.close()
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:

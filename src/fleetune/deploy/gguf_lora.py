@@ -36,6 +36,9 @@ INSTEAD: Final = "merge it into the base: --to gguf:f16, or fleetune compress an
 PLAIN: Final[Mapping[str, Any]] = {
     "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
 }  # fmt: skip
+UNREADABLE: Final = (
+    OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
+)  # fmt: skip
 EMPTY: Final = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters")
 
 
@@ -86,6 +89,15 @@ def check_kind(adapter: Path) -> None:
         raise UsageError(
             f"GGUF has no place for this adapter: {wrong[0]} is {settings[wrong[0]]!r}", hint=INSTEAD
         )
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a .gguf file holds an adapter; False for one that cannot be read."""
+    try:
+        found = gguf.GGUFReader(path).fields.get(gguf.Keys.General.TYPE)
+    except UNREADABLE:
+        return False
+    return found is not None and found.contents() == gguf.GGUFType.ADAPTER
 
 
 def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -140,7 +152,7 @@ def _verify(path: Path, tensors: Mapping[str, np.ndarray], alpha: float) -> None
     """FleetuneError unless the file holds these tensors bit for bit, and this alpha."""
     try:
         reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except UNREADABLE as error:
         raise damaged(path, str(error)) from error
     found = {tensor.name: tensor for tensor in reader.tensors}
     if sorted(found) != sorted(tensors):

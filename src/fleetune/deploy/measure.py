@@ -184,8 +184,8 @@ def windows(texts: Sequence[Sequence[int]], length: int, count: int) -> list[Row
 def measured(job: Job) -> Measured:
     """Do a job in a process of its own; the errors of it are raised here."""
     environment = os.environ | dict.fromkeys(THREADS, str(job.threads))
-    done = subprocess.run(
-        [sys.executable, "-m", "fleetune.deploy.measure"],
+    done = subprocess.run(  # -P: a module that lies in the folder we were started in is not run
+        [sys.executable, "-P", "-m", "fleetune.deploy.measure"],
         input=json.dumps(asdict(job)), capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     if done.returncode:

@@ -80,7 +80,7 @@ class Comparison:
         return self.file / self.source
 
 
-def compare(source: Path, out: Path, runtime: Runtime, text: str) -> Comparison:
+def compare(source: Path, out: Path, runtime: Runtime, text: str, *, offline: bool = False) -> Comparison:
     """Run an export `out` and its `source` (a run, an artefact or a plain directory), each in its own process.
 
     DataError for a text without two tokens; ModelError or UsageError when the runtime does not take the file.
@@ -93,7 +93,7 @@ def compare(source: Path, out: Path, runtime: Runtime, text: str) -> Comparison:
     rows = measure.windows(ids, length, WINDOWS)
 
     def perplexity(kind: str, path: Path) -> float:
-        job = measure.Job(kind, str(path), threads=1, repeats=0, windows=rows)
+        job = measure.Job(kind, str(path), threads=1, offline=offline, repeats=0, windows=rows)
         return measure.measured(job).values["perplexity"]
 
     tokens = sum(len(row) - 1 for row, _ in rows)

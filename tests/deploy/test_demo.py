@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune demo` from its first line to its last, with a tiny model in the place of the one that it fetches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from deploy_harness import tiny
+
+from fleetune import answers, demo, evaluate, models
+from fleetune.cli import main
+from fleetune.commands.evaluate import held_out
+from fleetune.deploy import exports
+
+
+def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny()
+    models.save(model.net, model.tokenizer, tmp_path / "little")
+    monkeypatch.setattr(demo, "MODEL", "./little")
+    monkeypatch.setattr(models, "pull", lambda name, **_: tmp_path / name)  # the network's part
+    assert main(["demo", "--quick", "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    done = [event for event in told if event["event"] == "done"]
+    assert [Path(e.get("run") or e["folder"]).name for e in done] == [
+        "0001-fedit-little", "0002-fedkseed-little", "0003-optq-fedit-little"
+    ]  # fmt: skip
+    (export,) = [event for event in told if event["event"] == "export"]
+    assert export["exact"] == export["tensors"] - 1  # the embedding is rounded to Q8_0
+    (said,) = [event for event in told if event["event"] == "answer"]
+    row = held_out(tmp_path / "runs" / "0001-fedit-little", offline=True)[0]
+    assert said["prompt"] == row.messages[-1][1]
+    packed = exports.load(Path(export["path"]))
+    assert [said["text"]] == answers.generate(packed, [row], max_new_tokens=demo.ANSWER)
+    after = evaluate.evaluate(
+        packed, held_out(tmp_path / "runs" / "0001-fedit-little", offline=True)[1::2], ["loss"]
+    )
+    assert after["loss"] == pytest.approx(
+        done[2]["after"]["loss"], rel=0.02
+    )  # the embedding is Q8_0 in the file
