@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,9 @@ def test_a_tuned_run_is_compressed_from_its_ledger(
     assert "loss" in out
 
 
-def test_a_stopped_one_is_taken_up_again(
-    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = iter([False] * 10 + [True] * 99)
+def pulled_after(count: int) -> type:
+    """A brake that is pulled after so many matrices."""
+    asked = iter([False] * count + [True] * 99)
 
     class Pulled:
         def __init__(self, ui: object) -> None:
@@ -127,13 +127,19 @@ def test_a_stopped_one_is_taken_up_again(
         def pulled(self) -> bool:
             return next(asked)
 
+    return Pulled
+
+
+def test_a_stopped_one_is_taken_up_again(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(layerwise, "Brake", Pulled)
+        patch.setattr(layerwise, "Brake", pulled_after(10))
         code, _, err = call(capsys, "compress", tiny, *SMALL, "--seed", "7")
     assert code == 130
     assert "fleetune compress --resume runs/0001-optq-tiny" in err
     folder = at / "runs" / "0001-optq-tiny"
-    assert [p.name for p in (folder / "parts").iterdir()] == ["block-0000.safetensors"]
+    assert [p.name for p in (folder / "parts").glob("block-*")] == ["block-0000.safetensors"]
     assert not (folder / "model").exists()
     code, out, err = call(capsys, "compress", "--resume", "latest", "--json")
     assert code == 0, err
@@ -141,6 +147,30 @@ def test_a_stopped_one_is_taken_up_again(
     assert resumed["folder"] == "runs/0001-optq-tiny"
     _, out, _ = call(capsys, "compress", tiny, *SMALL, "--seed", "7", "--json")
     assert events(out)[-1]["digest"] == resumed["digest"]
+
+
+@pytest.mark.parametrize("change", ["text", "weights", "settings"])
+def test_a_stopped_one_does_not_go_on_with_something_else(
+    change: str, tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny, at / "mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(layerwise, "Brake", pulled_after(10))
+        assert call(capsys, "compress", "mine", *SMALL, "--text", "text.txt")[0] == 130
+    folder = Path("runs/0001-optq-mine")
+    if change == "text":
+        Path("text.txt").write_text("Another text, of which there is enough as well. " * 30)
+    elif change == "weights":
+        shutil.rmtree("mine")
+        model = models.tiny_llama(seed=5)
+        models.save(model.net, model.tokenizer, Path("mine"))
+    else:
+        record = json.loads((folder / "compress.json").read_text())
+        (folder / "compress.json").write_text(json.dumps(record | {"set": {"group": "8", "bits": "3"}}))
+    code, _, err = call(capsys, "compress", "--resume", "latest")
+    assert (code, "something has changed since" in err) == (2, True), err
+    assert "fleetune compress mine" in err
+    assert [p.name for p in (folder / "parts").glob("block-*")] == ["block-0000.safetensors"]
 
 
 BAD = {
@@ -191,7 +221,7 @@ def test_methods_are_listed_with_their_settings(at: Path, capsys: pytest.Capture
     code, out, _ = call(capsys, "compress", "--list", "--json")
     assert code == 0
     listed = {e["name"]: e for e in events(out)}
-    assert set(listed) == {"gkd", "optq", "rtn", "sparsegpt"}
+    assert set(listed) == {"gkd", "llm-pruner", "optq", "rtn", "sparsegpt"}
     assert {s["name"] for s in listed["sparsegpt"]["settings"]} >= {"sparsity", "n", "m"}
     code, out, _ = call(capsys, "compress", "--list", "optq")
     assert code == 0

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fleetune import compress, models
 from fleetune.cli import main
+from fleetune.commands import layerwise
+from fleetune.commands.brake import Brake
 from fleetune.compress import calibrate, federated
 from fleetune.compress.calibrate import Parts, linears_of
 from fleetune.compress.federated import Clients, Reply, packed, unpacked
@@ -289,6 +291,36 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
     code, events, _ = call(capsys, "latest", *SMALL, "--calibrate", "clients", "--clients", "2", *out)
     assert code == 0
     assert len({e["client"] for e in events if e["event"] == "client"}) == 2
+
+
+def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(
+    tuned_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["latest", *SMALL, "--calibrate", "clients", "--out", str(tuned_run)]
+    asked, answer = iter(range(1000)), Clients.answer
+
+    class Pulled(Brake):
+        def __getattribute__(self, name: str) -> Any:
+            return next(asked) >= 10 if name == "pulled" else super().__getattribute__(name)  # in block 1
+
+    def fail(self: Clients, client: int, number: int, linears: Any) -> bytes:
+        return b"?" if client == 1 else answer(self, client, number, linears)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layerwise, "Brake", Pulled)
+        patch.setattr(Clients, "answer", fail)
+        code, first, _ = call(capsys, *args)
+    assert code == 130
+    (log,) = tuned_run.glob("*/parts/replies.jsonl")
+    with log.open("a") as file:
+        file.write('{"block": 1, "cl')  # a kill
+    code, second, err = call(capsys, "--resume", "latest", "--out", str(tuned_run))
+    assert code == 0, err
+    before, after = ([e for e in events if e["event"] == "client"] for events in (first, second))
+    assert [r["client"] for r in before] == [0, 1, 2, 0, 2]
+    assert [r["client"] for r in after] == [0, 2]
+    assert second[-1]["bytes_up"] == sum(r["bytes_up"] for r in before + after)
+    assert second[-1]["bytes_down"] == sum(r["bytes_down"] for r in before + after)
 
 
 def test_the_warning_is_said(tuned_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

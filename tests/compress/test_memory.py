@@ -23,6 +23,7 @@ from fleetune.cli import main
 from fleetune.commands import layerwise
 from fleetune.compress import calibrate, costs
 from fleetune.compress.calibrate import linears_of
+from fleetune.compress.federated import Clients
 from fleetune.deploy.stream import write_in_turn
 from fleetune.errors import ModelError
 from fleetune.pages import Pages, held, pages_of, tensors_of
@@ -265,6 +266,15 @@ def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:
             real, rel=0.15
         )
         shutil.rmtree(tmp_path / "parts")
+
+
+def test_the_disk_holds_the_states_of_clients_that_wait(tmp_path: Path) -> None:
+    model, text = models.tiny_llama(layers=2, hidden=128), torch.randint(0, 250, (6, 16))
+    Clients(model, {0: text[:2], 1: text[2:]}, tmp_path, lambda reply: None)
+    waiting = sum(file.stat().st_size for file in (tmp_path / "devices").iterdir())
+    shape, alone = shape_of(model.net.config), costs.work(compress.make("optq", {"group": 8}), 6, 16)
+    more = costs.disk(shape, alone._replace(clients=2)) - costs.disk(shape, alone)
+    assert more == pytest.approx(waiting, rel=0.05)
 
 
 def test_what_it_takes_is_said_before_it_begins(

@@ -291,7 +291,9 @@ def test_a_finished_run_is_served_and_asked_as_it_was_tuned(at, plain, capsys):
     start = starts(at / "bin")[-1]
     assert start["magic"] == "GGUF"
     assert start["--alias"].startswith("0001-fedit")
-    assert call(capsys, "export", "1", "--to", "gguf:lora")[0] == 0  # lies in the run's folder, and is no model
+    assert (
+        call(capsys, "export", "1", "--to", "gguf:lora")[0] == 0
+    )  # lies in the run's folder, and is no model
     assert list(Path("runs").glob("0001-*/*.gguf"))
     assert call(capsys, "chat", "1", "--prompt", "hello", "--threads", "1")[0] == 0
     assert starts(at / "bin")[-1]["--alias"] == start["--alias"]

@@ -141,6 +141,24 @@ def test_what_an_engine_has_started_ends_with_it_also_what_takes_no_notice(path,
     assert not _soon(lambda: lives(child))
 
 
+def test_a_second_ctrl_c_while_it_ends_leaves_nothing_behind(path, gguf, monkeypatch):
+    (path / "stubborn").touch()
+    running = engines.Running(LLAMA, engines.Wanted(gguf, engines._free_port(), 1, 512))
+    running.wait()
+    child, wait = int(running.tail().split()[1]), running.process.wait
+
+    def interrupted(seconds=None):
+        if seconds is not None:
+            raise KeyboardInterrupt
+        return wait()
+
+    monkeypatch.setattr(running.process, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        running.stop()
+    assert not running.alive()
+    assert not _soon(lambda: lives(child))
+
+
 def test_the_tail_does_not_move_where_the_engine_writes(path, gguf):
     (path / "stubborn").touch()
     with engines.started(LLAMA, gguf, 1, 512) as engine:

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.commands import subject as subjects
 from fleetune.commands.brake import Brake
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from fleetune.compress.costs import Work as Cost
     from fleetune.compress.federated import Clients, Reply
     from fleetune.deploy.master import Head
+
+ORIGIN: Final = "origin.json"  # in the folder of finished blocks: what they are a function of
+REPLIES: Final = "replies.jsonl"  # there too: of the clients
 
 
 @dataclass(frozen=True)
@@ -154,10 +159,12 @@ def windows(work: Work, subject: Subject, ui: Ui) -> Tensor:
 def solve(ui: Ui, job: Job, folder: Path, again: str) -> Parts:
     """The blocks of the job's model; those that `folder` holds are not done again.
 
-    Interrupted after Ctrl-C, with `again` as the command that goes on.
+    Interrupted after Ctrl-C, with `again` as the command that goes on.  UsageError when those blocks were made of
+    other weights, settings or text.
     """
     from fleetune.compress import calibrate
 
+    _check_origin(job, folder / PARTS)
     with ui.count("blocks", 0) as bar, Brake(ui) as brake:
 
         def on_matrix(block: int, blocks: int, name: str) -> None:
@@ -175,20 +182,55 @@ def solve(ui: Ui, job: Job, folder: Path, again: str) -> Parts:
         )
 
 
+def _check_origin(job: Job, parts: Path) -> None:
+    from fleetune.files import write_atomic
+
+    model = job.subject.model
+    own = json.dumps([
+        job.work.method, asdict(job.solver), model.digest, model.dtype,  # type: ignore[call-overload]
+        _calibration(job.calibration), [[client, len(own)] for client, own in job.shares.items()],
+    ])  # fmt: skip
+    file = parts / ORIGIN
+    if file.is_file() and file.read_text(encoding="utf-8") != own:
+        raise UsageError(
+            f"the blocks in {parts} were made of other weights or another text: something has changed since",
+            hint=f"compress again: fleetune compress {job.work.model}",
+        )
+    parts.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, own)
+
+
 def _source(ui: Ui, job: Job, parts: Path) -> Tensor | Clients | None:
     from fleetune.compress.federated import WARNING, Clients
 
     if not job.shares:
         return job.calibration
+    log = parts / REPLIES
+    job.replies.extend(_earlier(log))
+    gone = {reply.client for reply in job.replies if reply.reason}
+    left = {client: own for client, own in job.shares.items() if client not in gone}
 
     def told(reply: Reply) -> None:
         ui.event({"event": "client", **asdict(reply)})
         if reply.reason:
             ui.note(f"block {reply.block + 1}: client {reply.client} is left out: {reply.reason}")
         job.replies.append(reply)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(reply)) + "\n")
 
     ui.note(WARNING)
-    return Clients(job.subject.model, job.shares, parts, told)
+    return Clients(job.subject.model, left or job.shares, parts, told)
+
+
+def _earlier(log: Path) -> list[Reply]:
+    """The replies before a stop: what they sent counts, and who was left out stays so."""
+    from fleetune.compress.federated import Reply
+
+    found = list[Reply]()
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+        with suppress(ValueError, TypeError):  # cut short by a kill
+            found.append(Reply(**json.loads(line)))
+    return found
 
 
 def head(job: Job) -> Head:

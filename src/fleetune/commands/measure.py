@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -354,9 +355,10 @@ def _write(args: argparse.Namespace, folder: Path, done: Sequence[Done], kept: M
     model = compress.artefact(folder)
     digest = Master(model).digest() if is_master(model) else ""
     told: dict[str, Any] = {name: asdict(k) for name, k in kept.items()}
-    if not told and (folder / FILE).is_file():
-        before = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        told = before["kept"] if before["digest"] == digest else {}
+    if not told:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
+            before = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            told = before["kept"] if before["digest"] == digest else {}
     record = {
         "v": 1, "digest": digest, "threads": args.threads, "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens, "repeats": args.repeats, "text": args.text, "windows": args.windows,

@@ -18,7 +18,7 @@ What to know:
 - The reference implementation credits query head h to key head h % n_kv.  Here it is h // n_rep, which is what
   attention does; with 9 query and 3 key heads the two choose other heads in 13 of SmolLM2-135M's 30 blocks.
 - Rows count their responses, plain text all of its tokens, in estimation and in recovery.
-- Memory: `estimation` takes one more copy of the weights that can go (`mixed` two); LoRA little more than the model;
+- Memory: estimation takes one more copy of the weights that can go (`mixed` two); LoRA little more than the model;
   gkd the whole model, the pruned one, and three times the pruned one's weights for training, all in fp32.
 """
 

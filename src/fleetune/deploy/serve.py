@@ -167,7 +167,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes | None) -> None:
         try:
             self._check_origin()
-            if body is not None and (self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers):
+            if body is not None and (
+                self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
+            ):
                 # left unread it would be taken for the next request of a connection that a proxy shares
                 raise _Refusal(400, "unexpected_body", f"a {self.command} has no body")
             path = self.path.partition("?")[0]
