@@ -34,8 +34,10 @@ def compress_page(name: str) -> str:
     """A compression method's page."""
     cls = compress.method_class(name)
     text = inspect.getdoc(inspect.getmodule(cls)) or ""
-    calibrated = "Needs calibration text." if getattr(cls, "data", False) else "Needs no data."
-    needs = "Needs rows and a teacher." if cls.__name__ == "Trainer" else calibrated
+    needs = {
+        "Trainer": "Needs rows and a teacher.",
+        "Pruner": "Needs rows or text; a model without either writes its own.",
+    }.get(cls.__name__, "Needs calibration text." if getattr(cls, "data", False) else "Needs no data.")
     how = f"`fleetune compress RUN|MODEL --method {name}`. {needs}"
     return "\n".join([MADE, f"# {name}\n", how + "\n", text + "\n", *_settings(settings.of(cls))])
 
