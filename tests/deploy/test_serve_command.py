@@ -115,6 +115,18 @@ def test_serve_answers_until_it_is_told_to_end_and_leaves_nothing_behind(number,
         assert not lives(start["pid"])
 
 
+def test_an_engine_does_not_outlive_a_fleetune_that_is_killed(at):
+    with serving("tiny.gguf", "--threads", "1") as (process, _):
+        (start,) = starts(at / "bin")
+        assert lives(start["pid"])
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 10
+        while lives(start["pid"]) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not lives(start["pid"])
+
+
 def test_a_signal_that_is_ignored_stays_so_as_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -9,6 +9,7 @@ The first two read a .gguf file.  An engine is a name, what it reads, whether it
 starts it.  The port is free by chance and known to nobody; llama.cpp's servers also ask for a key made for this one
 process, which goes through the environment, so that other users and web pages cannot go round the front's checks.
 The child leads a process group of its own, so Ctrl-C in a terminal reaches Fleetune first, which then ends the group.
+Where Fleetune itself is killed, a process that waits for just that ends the group: llama-server would not notice.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ KEY: Final = "LLAMA_API_KEY"  # llama-server's own name for it
 START_SECONDS: Final = 600.0  # a large model from a slow card takes minutes
 STOP_SECONDS: Final = 5.0
 TAIL_BYTES: Final = 2000
+# its standard input ends when Fleetune does, however that came
+WATCH: Final = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class Running:
             raise FleetuneError(
                 f"{engine.name} cannot be started: {error.strerror}", hint="choose another with --engine"
             ) from error
+        self._watch = _watch(self.process)
 
     def alive(self) -> bool:
         """Whether the process runs."""
@@ -208,6 +212,19 @@ class Running:
             _signal(self.process, getattr(signal, "SIGKILL", signal.SIGTERM))
             self.process.wait()
             self._log.close()
+            if self._watch is not None:
+                self._watch.kill()
+                self._watch.communicate()
+
+
+def _watch(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes] | None:
+    """A small process that ends the group of `process` when we are gone; None where there are no groups."""
+    if sys.platform == "win32":
+        return None
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", WATCH, str(process.pid)], stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
