@@ -104,6 +104,14 @@ def test_a_tuned_run_is_compressed_from_its_ledger(
         assert torch.equal(found.scale, weight.scale)
     assert done["before"]["loss"] != done["after"]["loss"]
     assert Path(done["folder"]).name == "0002-rtn-fedkseed-tiny"
+    values = {}
+    for name in ("latest", "1", "2"):
+        code, out, err = call(capsys, "eval", name, "--tasks", "loss", "--json")
+        assert code == 0, err
+        values[name] = events(out)[-1]["loss"]
+    assert values["latest"] == values["2"] != values["1"], "latest is the newer of run and compressed model"
+    code, _, err = call(capsys, "compress", "1", *SMALL, "--dtype", "bf16")
+    assert (code, "a run has a dtype of its own" in err) == (2, True)
     code, out, _ = call(capsys, "compress", "latest", *SMALL)  # its held-out rows are the calibration text
     assert code == 0
     assert "loss" in out

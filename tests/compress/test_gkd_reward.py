@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 import math
@@ -23,7 +24,7 @@ from fleetune import answers, models
 from fleetune.compress import gkd, reward
 from fleetune.compress.divergence import log_probs
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
-from fleetune.errors import DataError, Interrupted, RecipeError
+from fleetune.errors import DataError, FleetuneError, Interrupted, RecipeError
 from fleetune.losses import predictors
 from fleetune.models import digest, named_tensors
 
@@ -268,6 +269,39 @@ def test_a_stopped_training_with_a_reward_goes_on_bit_for_bit(own: Path, tmp_pat
     assert steps == [4, 5, 6]
 
 
+def test_a_training_keeps_its_reward_and_goes_on_with_no_other(own: Path, tmp_path: Path) -> None:
+    """A file that is edited meanwhile: nothing changes in this training, and the next one notices."""
+    given = {"reward": f"{own}:plain", "alpha": 0.5, "lmbda": 1}
+    want, other = run(tmp_path / "whole", **given), OWN.replace("sum(", "-sum(")
+
+    def edit(step: int, steps: int, loss: float) -> None:
+        own.write_text(other)
+
+    assert run(tmp_path / "edited", edit, **given) == want
+    assert run(tmp_path / "other", **given) != want
+
+    def stop(step: int, steps: int, loss: float) -> None:
+        raise Interrupted("now")
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "p", stop, **given)
+    own.write_text(OWN)
+    with pytest.raises(FleetuneError, match="was begun with other"):
+        run(tmp_path / "p", **given)
+    own.write_text(other)
+    run(tmp_path / "p", **given)
+
+
+def test_what_a_reward_is_known_by(own: Path) -> None:
+    assert reward.source("f1", reward.get("f1")) == ""
+    name = f"{own}:plain"
+    assert reward.source(name, reward.get(name)) == hashlib.sha256(OWN.encode()).hexdigest()
+    held = f"{own}:held"
+    own.write_text(own.read_text() + "class Held:\n    def __call__(self, *texts): return 1.0\nheld = Held()\n")
+    assert reward.source(held, reward.get(held)) == hashlib.sha256(own.read_bytes()).hexdigest()
+    assert reward.source("math:fsum", math.fsum) == ""  # type: ignore[arg-type]
+
+
 def test_the_reward_rises_and_the_divergence_holds_it(own: Path, tmp_path: Path) -> None:
     """The teacher is what the student was: without the divergence nothing keeps it there."""
     held, apart = rows(99, 32), {}
@@ -283,7 +317,8 @@ def test_the_reward_rises_and_the_divergence_holds_it(own: Path, tmp_path: Path)
                 student, teacher, collate(held, END), 9, 9
             )
             prompts, written = gkd.split(batch)
-            found.append(reward.rewards(t.reward, student, prompts, written, written).mean())
+            worth = reward.get(t.reward)
+            found.append(reward.rewards(t.reward, worth, student, prompts, written, written).mean())
             if train:
                 t.train(student, teacher, rows(0, 32), 0, tmp_path / str(alpha))
         assert found[1] > found[0] + 0.3, (alpha, found)
@@ -330,14 +365,13 @@ def test_a_reward_that_fails_late_leaves_the_steps_before(own: Path, tmp_path: P
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_our_own_errors_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_errors_pass_through() -> None:
     def refuse(*_: str) -> float:
         raise DataError("not this row")
 
-    monkeypatch.setattr(reward, "BUILT_IN", {"mine": refuse})
     ids = [np.array([65], np.int32)]
     with pytest.raises(DataError, match="not this row"):
-        reward.rewards("mine", models.tiny_llama(), ids, ids, ids)
+        reward.rewards("mine", refuse, models.tiny_llama(), ids, ids, ids)
 
 
 BAD = {

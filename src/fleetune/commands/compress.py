@@ -147,6 +147,7 @@ def _check(work: Work) -> None:
         [f"clients = {work.clients} needs --calibrate clients"] if work.clients and not clients else []
     )
     problems += [f"clients = {work.clients} is below 0"] if work.clients < 0 else []
+    problems += ["a run has a dtype of its own"] if work.run and work.dtype != "fp32" else []
     problems += (
         [
             f"a run's weights are made in memory, not in its files: fleetune export {work.model} --to hf, then that"
@@ -189,7 +190,7 @@ def read(folder: Path) -> Work:
 def find(name: str, out: Path) -> Path | None:
     """The folder of a compression: a path, a name or number under `out`, or `latest`; None if there is none."""
     if name == "latest":
-        return newest(out)
+        return max((p.parent for p in out.glob(f"*/{RECORD}")), key=rundir.number, default=None)
     numbered = list(out.glob(f"{name.zfill(4)}-*")) if name.isdigit() else []
     for path in [Path(name), out / name, *numbered]:
         if (path / RECORD).is_file():
@@ -197,9 +198,11 @@ def find(name: str, out: Path) -> Path | None:
     return None
 
 
-def newest(out: Path) -> Path | None:
-    """The folder with the highest number, None for none."""
-    return max((p.parent for p in out.glob(f"*/{RECORD}")), key=rundir.number, default=None)
+def named(name: str, out: Path, of_run: Path | None) -> Path | None:
+    """As `find`, but None where `latest` means the run `of_run`, which is newer."""
+    found = find(name, out)
+    older = found and of_run and rundir.number(found) < rundir.number(of_run.resolve())
+    return None if name == "latest" and older else found
 
 
 def artefact(folder: Path) -> Path:

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
     from fleetune import data, evaluate
 
     tasks = evaluate.check_tasks([t.strip() for t in args.tasks.split(",") if t.strip()])
-    model, examples = _of_run(args, of_run) if of_run else _compressed(args) or _model(args)
+    model, examples = _compressed(args, of_run) or (_of_run(args, of_run) if of_run else _model(args))
     values = evaluate.evaluate(
         model, examples[: args.limit], tasks, max_new_tokens=args.answer_tokens,
         labels=args.labels.split(",") if args.labels else (), texts=data.read_text(args.text) if args.text else (),
@@ -47,7 +47,7 @@ def held_out(run: Path, *, offline: bool) -> list[Example]:
     return [parts.examples[i] for i in parts.held.tolist()]
 
 
-def _compressed(args: argparse.Namespace) -> tuple[Model, Sequence[Example]] | None:
+def _compressed(args: argparse.Namespace, of_run: Path | None) -> tuple[Model, Sequence[Example]] | None:
     """A compressed model on given rows or, of a run, on the held-out rows that it was not made with."""
     from fleetune.commands import compress
     from fleetune.deploy import exports
@@ -55,7 +55,7 @@ def _compressed(args: argparse.Namespace) -> tuple[Model, Sequence[Example]] | N
 
     if is_master(Path(args.model)):
         folder, source = None, Path(args.model)
-    elif folder := compress.find(args.model, Path(args.out)):
+    elif folder := compress.named(args.model, Path(args.out), of_run):
         source = compress.artefact(folder)
     else:
         return None

@@ -45,16 +45,10 @@ def _check_text(args: argparse.Namespace) -> None:
 
 
 def _master(args: argparse.Namespace, of_run: Path | None) -> Path | None:
-    """The artefact that is meant, None for none; `latest` is whatever is newer, a run or a compressed model."""
-    if args.subject == "latest":
-        newest = compress.newest(Path(args.out))
-        known = newest is not None and (
-            of_run is None or rundir.number(newest) > rundir.number(of_run.resolve())
-        )
-        return compress.artefact(newest) if newest is not None and known else None
+    """The artefact that is meant, None for none."""
     if is_master(Path(args.subject)):
         return Path(args.subject)
-    found = compress.find(args.subject, Path(args.out))
+    found = compress.named(args.subject, Path(args.out), of_run)
     return compress.artefact(found) if found else None
 
 

@@ -169,9 +169,7 @@ def _subject(args: argparse.Namespace, name: str, of_run: Path | None) -> Subjec
     from fleetune.deploy.master import is_master
 
     out, path = Path(args.out), Path(name)
-    folder = compress.newest(out) if name == "latest" else compress.find(name, out)
-    if folder and of_run and name == "latest" and rundir.number(folder) < rundir.number(of_run.resolve()):
-        folder = None
+    folder = compress.named(name, out, of_run)
     if folder is not None:
         return _of_folder(folder, args.offline)
     if of_run is not None:

@@ -199,26 +199,15 @@ def _exported(args: argparse.Namespace, ui: Ui, source: Path, kind: str, out: Pa
 
 
 def compressed(args: argparse.Namespace, of_run: Path | None) -> tuple[Path, Path] | None:
-    """The folder of the compressed model that is meant, and the model in it; None for none.
-
-    `latest` is whatever is newer, a run or a compressed model.
-    """
+    """The folder of the compressed model that is meant, and the model in it; None for none."""
     from fleetune.commands import compress
     from fleetune.deploy.master import is_master
 
     path = Path(args.subject)
     if is_master(path):
         return (path.parent if path.name == "model" else path), path
-    found = compress.find(args.subject, Path(args.out))
-    if found is None or (args.subject == "latest" and of_run is not None and not _newer(found, of_run)):
-        return None
-    return found, compress.artefact(found)
-
-
-def _newer(folder: Path, run: Path) -> bool:
-    from fleetune import rundir
-
-    return rundir.number(folder) > rundir.number(run.resolve())
+    found = compress.named(args.subject, Path(args.out), of_run)
+    return (found, compress.artefact(found)) if found else None
 
 
 def _newest_gguf(folder: Path) -> Path | None:

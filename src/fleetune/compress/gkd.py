@@ -35,7 +35,7 @@ What to know:
   reward far from 0 to 1 shifts the balance that alpha sets.  With alpha = 1 it is measured and does nothing: the
   same bits as without it.  `-v` tells the mean reward of every step that has one.
 - A reward that fails or is not finite ends the training before the step that it is of, and shows the row.  `--resume`
-  goes on from what was kept before; that it is the same function is not checked, its name is.
+  goes on from what was kept before with the same function: its file may not have changed, what that imports may.
 - Teacher and student must have the same vocabulary.  Where one of them has more rows in its output head than the
   other (padding), both distributions are those over the rows they share.
 - All weights are trained, in fp32 and without dropout.  Zeros of a pruned model stay zero with `keep_zeros` alone: the
@@ -225,15 +225,16 @@ class Trainer:
         """
         parameters = dict(named_tensors(student.net))
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=0.0)
-        origin = self._origin(student, teacher, rows, seed)
+        worth = reward.get(self.reward) if self.reward else None
+        origin = self._origin(student, teacher, rows, seed, worth)
         done = restore(folder, origin, parameters, optimizer)
         batches = Batches(rows, pad_id(student), seed, student.device).steps(self.steps, self.batch_size)
         with _trainable(student.net):
             for t, batch in enumerate(itertools.islice(batches, done, None), done):
                 answered = self.answered(student, teacher, batch, seed, t)
                 gains = (
-                    self._gains(student, batch, answered, t)
-                    if self.reward and self._on_policy(seed, t)
+                    self._gains(worth, student, batch, answered, t)
+                    if worth is not None and self._on_policy(seed, t)
                     else None
                 )
                 loss = self._update(student, teacher, answered, gains, optimizer, t)
@@ -278,10 +279,13 @@ class Trainer:
     def _repeated(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [array for array in arrays for _ in range(self.reward_samples)]
 
-    def _gains(self, student: Model, batch: Batch, answered: Batch, t: int) -> np.ndarray:
+    def _gains(
+        self, worth: reward.Reward, student: Model, batch: Batch, answered: Batch, t: int
+    ) -> np.ndarray:
         """What the rewards of the student's answers are above their baseline: float64, one for each of them."""
         prompts, answers = split(answered)
-        found = reward.rewards(self.reward, student, prompts, answers, self._repeated(split(batch)[1]))
+        references = self._repeated(split(batch)[1])
+        found = reward.rewards(self.reward, worth, student, prompts, answers, references)
         log.info("step %d: mean reward %.4f of %d answers", t + 1, found.mean(), len(found))
         return reward.gains(found, self.reward_samples)
 
@@ -331,13 +335,22 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return float(D.item())
 
-    def _origin(self, student: Model, teacher: Model, rows: Sequence[Encoded], seed: int) -> str:
+    def _origin(
+        self,
+        student: Model,
+        teacher: Model,
+        rows: Sequence[Encoded],
+        seed: int,
+        worth: reward.Reward | None,
+    ) -> str:
         """SHA-256 of all that the result is a function of."""
         sha = hashlib.sha256(json.dumps([dataclasses.asdict(self), seed], sort_keys=True).encode())
         for model in (student, teacher):
             sha.update(digest(named_tensors(model.net)).encode())
         for row in rows:
             sha.update(f"{len(row.ids)} {row.n_prompt} ".encode() + row.ids.tobytes())
+        if worth is not None:
+            sha.update(reward.source(self.reward, worth).encode())
         return sha.hexdigest()
 
 

@@ -9,8 +9,9 @@
 | `package.module:function`, `file.py:function` | what `function(prompt, answer, reference)` returns |
 
 All three are texts without special tokens: the prompt as the chat template writes it, the answer up to its end, the
-data's own answer.  A function of one's own must be deterministic for a training to go on bit for bit; it is code that
-runs here: take its path from the user of this machine, never from a peer.
+data's own answer.  A function of one's own must be deterministic for a training to go on bit for bit, and a training
+has the same one from its first step to its last, whatever becomes of the file; it is code that runs here: take its path
+from the user of this machine, never from a peer.
 
 The gradient is REINFORCE's (Williams 1992): that of mean over rows of (r - b) log p(answer | prompt), where r - b is a
 number.  The baseline b is the mean reward of the *other* answers to the same prompt or, where each prompt has one, of
@@ -20,7 +21,10 @@ exactly that of the mean expected reward; the mean with the own reward in it wou
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -49,6 +53,21 @@ def get(name: str) -> Reward:
     return imported(name, "reward", BUILT_IN, "reward(prompt, answer, reference)")
 
 
+def source(name: str, reward: Reward) -> str:
+    """SHA-256 of the file that the function of that name is written in.
+
+    "" for a measure of ours, and for compiled code, of which the name is all that is known.
+    """
+    if name in BUILT_IN:
+        return ""
+    written = reward if inspect.isroutine(reward) or inspect.isclass(reward) else type(reward)
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(written))
+    except TypeError:
+        return ""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+
+
 def _of(score: Callable[[Sequence[str], Sequence[str]], float]) -> Reward:
     return lambda prompt, answer, reference: score([answer], [reference]) / 100.0
 
@@ -64,16 +83,17 @@ BUILT_IN: Mapping[str, Reward] = MappingProxyType(
 
 def rewards(
     name: str,
+    reward: Reward,
     model: Model,
     prompts: Sequence[np.ndarray],
     answers: Sequence[np.ndarray],
     references: Sequence[np.ndarray],
 ) -> np.ndarray:
-    """What reward `name` gives each answer (token ids, all three): float64 [n].
+    """What the reward of that name gives each answer (token ids, all three): float64 [n].
 
     RecipeError that shows the row where the function fails or what it returns is not a finite number.
     """
-    reward, found = get(name), []
+    found = []
     for ids, answer, reference in zip(prompts, answers, references, strict=True):
         prompt = str(model.tokenizer.decode(ids.tolist(), skip_special_tokens=True)).strip()
         texts = (prompt, *(decode_answer(model, part.tolist()) for part in (answer, reference)))
