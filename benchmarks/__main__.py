@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import catchup, fleet_overhead, memory, mezo_step, wire
+from benchmarks import catchup, fleet_overhead, memory, mezo_step, solvers, wire
 from benchmarks.harness import Others, Result, Setting, machine, table
 
 ALL = {
@@ -23,6 +23,7 @@ ALL = {
     "memory": memory.run,
     "fleet_overhead": fleet_overhead.run,
     "wire": wire.run,
+    "solvers": solvers.run,
 }
 
 

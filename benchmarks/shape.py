@@ -44,9 +44,14 @@ def config(quick: bool) -> LlamaConfig:
 
 def model(quick: bool, dtype: str = "fp32") -> Model:
     """A model with random weights; its base digest is made up, as nothing is checked against it."""
+    return model_of(config(quick), dtype)
+
+
+def model_of(config: LlamaConfig, dtype: str = "fp32") -> Model:
+    """The same of another configuration."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = LlamaForCausalLM(config(quick)).to(DTYPES[dtype])
+        net = LlamaForCausalLM(config).to(DTYPES[dtype])
     net.eval()
     net.requires_grad_(False)
     tokenizer = tiny_tokenizer()

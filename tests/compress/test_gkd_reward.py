@@ -24,7 +24,7 @@ from fleetune import answers, models
 from fleetune.compress import gkd, reward
 from fleetune.compress.divergence import log_probs
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
-from fleetune.errors import DataError, FleetuneError, Interrupted, RecipeError
+from fleetune.errors import DataError, Interrupted, RecipeError, UsageError
 from fleetune.losses import predictors
 from fleetune.models import digest, named_tensors
 
@@ -286,7 +286,7 @@ def test_a_training_keeps_its_reward_and_goes_on_with_no_other(own: Path, tmp_pa
     with pytest.raises(Interrupted):
         run(tmp_path / "p", stop, **given)
     own.write_text(OWN)
-    with pytest.raises(FleetuneError, match="was begun with other"):
+    with pytest.raises(UsageError, match="is of a training with other"):
         run(tmp_path / "p", **given)
     own.write_text(other)
     run(tmp_path / "p", **given)

@@ -66,8 +66,13 @@ def test_from_a_tuned_run_to_a_file_that_reads_back(
     code, done, err = call(capsys, "compress", "latest", "--windows", "4", "--length", "32")
     assert code == 0, err
     folder = Path(done[-1]["folder"])
+    code, exported, err = call(capsys, "export", "1", "--to", "peft")
+    if method == "fedit":
+        assert (code, exported[-1]["to"], exported[-1]["event"]) == (0, "peft", "export"), err
+        assert Path(exported[-1]["path"]).is_dir()
     code, exported, err = call(capsys, "export", "latest")  # the newer of the two: the compressed one
     assert code == 0, err
+    assert exported[-1]["to"] == "gguf"
     file = folder / f"{folder.name}.gguf"
     assert exported[-1]["path"] == str(file)
     assert exported[-1]["types"]["Q4_0"] == 14
@@ -98,6 +103,8 @@ def test_a_run_and_a_model_are_exported_as_they_are(
     assert exported[-1]["exact"] == exported[-1]["tensors"]
     code, plain, _ = call(capsys, "export", "latest")
     assert code == 0
+    assert (plain[-1]["event"], plain[-1]["to"]) == ("export", "hf")
+    assert exported[-1]["to"] == "gguf:f32"
     back = models.load(exported[-1]["path"])
     assert back.digest == plain[-1]["digest"]  # the tuned weights, byte for byte
     assert not list(at.glob("runs/*/.export-*"))

@@ -67,7 +67,7 @@ def _of_run(args: argparse.Namespace, ui: Ui, run: Path) -> None:
     out = _place(args, run, kind)
     if kind == "peft":
         tuned.export_peft(run, out)
-        ui.event({"event": "export", "path": str(out)})
+        ui.event({"event": "export", "to": kind, "path": str(out)})
         ui.paths([("result", str(out))])
         return
     card = (
@@ -75,7 +75,7 @@ def _of_run(args: argparse.Namespace, ui: Ui, run: Path) -> None:
     )
     if kind == "hf":
         digest = tuned.export_hf(tuned.load(run, offline=args.offline, device="cpu"), out, card=card)
-        ui.event({"event": "export", "path": str(out), "digest": digest})
+        ui.event({"event": "export", "to": kind, "path": str(out), "digest": digest})
         ui.paths([("result", str(out)), ("digest", digest)])
         if args.text:
             _compare(ui, run, kind, out, args.text, offline=args.offline)
@@ -85,7 +85,7 @@ def _of_run(args: argparse.Namespace, ui: Ui, run: Path) -> None:
         adapter = run / tuned.RESULT["adapter"]
         gguf_lora.check_kind(adapter)
         base = models.resolve(recipe.model, offline=args.offline)
-        _show(ui, exports.export_adapter(adapter, base, out, made=made))
+        _show(ui, kind, exports.export_adapter(adapter, base, out, made=made))
         return
     exports.check_target(kind, out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def write(
     report = exports.export(source, kind, out, made=made)
     if is_master(source) and (warning := measure.warning(Master(source))):
         report = dataclasses.replace(report, notes=(*report.notes, warning))
-    _show(ui, report)
+    _show(ui, kind, report)
     if text:
         _compare(ui, source, kind, out, text)
 
@@ -117,12 +117,11 @@ def _compare(ui: Ui, source: Path, kind: str, out: Path, text: str, *, offline: 
     """Run what was written in the runtime that it is for, and its source in torch, on the same text."""
     from fleetune.deploy import runtimes
 
-    runtime = runtimes.RUNTIMES.get(kind.partition(":")[0])
-    if runtime is None or runtimes.missing(runtime):
-        why = f"{runtime.name} for {kind}: {runtime.install}" if runtime else f"nothing here runs {kind}"
+    if why := runtimes.obstacle(kind, out):
         ui.event({"event": "check", "path": str(out), "runtime": None})
         ui.note(f"not run: {why}")
         return
+    runtime = runtimes.RUNTIMES[kind.partition(":")[0]]
     found = runtimes.compare(source, out, runtime, text, offline=offline)
     ui.event({"event": "check", "path": str(out), **dataclasses.asdict(found), "ratio": found.ratio})
     ui.paths([(
@@ -131,8 +130,8 @@ def _compare(ui: Ui, source: Path, kind: str, out: Path, text: str, *, offline: 
     )])  # fmt: skip
 
 
-def _show(ui: Ui, report: Report) -> None:
-    ui.event({"event": "export", **dataclasses.asdict(report), "path": str(report.path)})
+def _show(ui: Ui, kind: str, report: Report) -> None:
+    ui.event({"event": "export", "to": kind, **dataclasses.asdict(report), "path": str(report.path)})
     for note in report.notes:
         ui.note(f"note: {note}")
     types = ", ".join(f"{count} {name}" for name, count in sorted(report.types.items()))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from fleetune import data, models, tuned
+from fleetune import data, models, tuned, widths
 from fleetune.data import Encoded
 from fleetune.deploy import exports, llamacpp, measure
 from fleetune.errors import ModelError, UsageError
@@ -58,6 +58,19 @@ RUNTIMES: Final[Mapping[str, Runtime]] = MappingProxyType(
 def missing(runtime: Runtime) -> bool:
     """Whether something that the runtime needs is not installed."""
     return any(importlib.util.find_spec(module) is None for module in runtime.modules)
+
+
+def obstacle(target: str, out: Path) -> str:
+    """Why an export is not run here: nothing does, something is not installed, or it is for Fleetune alone; else "".
+    """
+    runtime = RUNTIMES.get(target.partition(":")[0])
+    if runtime is None:
+        return f"nothing here runs {target}"
+    if missing(runtime):
+        return f"{runtime.name} for {target}: {runtime.install}"
+    if runtime.kind == "transformers" and widths.differ(models.load_config(str(out))):
+        return f"{runtime.name} does not load blocks of different widths; llama.cpp runs them: --to gguf"
+    return ""
 
 
 def longest(folder: Path) -> int:
