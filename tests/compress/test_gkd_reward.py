@@ -297,7 +297,9 @@ def test_what_a_reward_is_known_by(own: Path) -> None:
     name = f"{own}:plain"
     assert reward.source(name, reward.get(name)) == hashlib.sha256(OWN.encode()).hexdigest()
     held = f"{own}:held"
-    own.write_text(own.read_text() + "class Held:\n    def __call__(self, *texts): return 1.0\nheld = Held()\n")
+    own.write_text(
+        own.read_text() + "class Held:\n    def __call__(self, *texts): return 1.0\nheld = Held()\n"
+    )
     assert reward.source(held, reward.get(held)) == hashlib.sha256(own.read_bytes()).hexdigest()
     assert reward.source("math:fsum", math.fsum) == ""  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from deploy_harness import tiny
 
-from fleetune import compress, models, rundir
+from fleetune import compress, models, rundir, tuned
 from fleetune.cli import main
 from fleetune.commands import compress as compressing
 from fleetune.commands import kept, layerwise
@@ -128,6 +128,26 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
     assert (path / "master.safetensors").stat().st_mtime_ns == before  # made once
 
 
+def test_the_base_is_loaded_when_the_run_s_model_is_gone(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, real_tuned = models.load, tuned.load
+    loaded, held = list[models.Model](), list[int]()
+
+    def load(*args: Any, **given: Any) -> models.Model:
+        held.append(sum(p.nbytes for model in loaded for p in model.net.parameters() if not p.is_meta))
+        return real(*args, **given)
+
+    def load_tuned(*args: Any, **given: Any) -> models.Model:
+        loaded.append(real_tuned(*args, **given))
+        return loaded[-1]
+
+    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(tuned, "load", load_tuned)
+    job = kept._job(folder_of(at), True, Ui(quiet=2))
+    assert len(loaded) == 1
+    assert held[-1] == 0
+    assert job.subject.model.digest == real("little").digest
+
+
 def _calibrated_on(folder: Path) -> Any:
     from fleetune.commands import evaluate
 
@@ -196,6 +216,15 @@ def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixtu
     assert all("loss" in row for row in rows)
     assert [row["name"] for row in rows if "exact_match" in row] == ["little", run.name, folder.name, "model"]
     assert rows[-1]["loss"] == rows[2]["loss"]
+
+
+def test_two_of_one_name_are_two(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("little", "short/little")
+    config = json.loads(Path("short/little/config.json").read_text())
+    Path("short/little/config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    code, told, _ = call(capsys, "measure", "short/little", "little", "--prompt-tokens", "64")
+    assert code == 2
+    assert "more than the 32 that little is made for" in told[-1]["message"]
 
 
 def test_a_file_is_run_by_torch_and_by_its_engine_where_there_is_one(
@@ -309,6 +338,7 @@ BAD = {
     "no such text": (["measure", "little", "--text", "no.txt"], "no text file at no.txt"),
     "an unknown task": (["measure", "little", "--tasks", "rogue"], "did you mean"),
     "tasks without rows": (["measure", "little", "--tasks", "rouge"], "need rows"),
+    "labels of nothing": (["measure", "1", "--labels", "a,b", "--tasks", "rouge"], "task accuracy alone"),
     "perplexity without a text": (["measure", "little", "--tasks", "perplexity"], "on a text"),
     "a kept gain of a model": (["measure", "little", "--kept-gain"], "compressed run's folder"),
     "a kept gain of two": (["measure", "1", "2", "--kept-gain"], "of one compressed run"),

@@ -11,7 +11,9 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from serve_harness import KEY, Upstream, ask, door, error_of, raw, running
@@ -318,6 +320,45 @@ def test_a_body_that_does_not_come_is_not_waited_for(front, monkeypatch):
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.parametrize("part", ["line", "headers", "body"])
+def test_a_request_that_trickles_in_does_not_keep_its_place(part, front, upstream, monkeypatch):
+    monkeypatch.setattr(serve, "REQUEST_SECONDS", 0.5)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n"
+    sent = {"line": "", "headers": head[:-4] + "\r\nX: ", "body": head}[part]
+    with socket.create_connection(("127.0.0.1", front.server_port), timeout=0.05) as connection:
+        connection.sendall(sent.encode())
+        began = time.monotonic()
+        answer = None
+        while answer is None and time.monotonic() - began < 10:
+            with suppress(TimeoutError, ConnectionError):
+                connection.sendall(b" ")
+            with suppress(TimeoutError):
+                answer = connection.recv(1 << 16)
+    assert answer is not None
+    assert 0.4 < time.monotonic() - began < 5
+    assert answer.startswith(b"HTTP/1.1 408") if part == "body" else answer == b""
+    assert upstream.seen == []
+
+
+def test_a_late_request_leaves_the_answer_its_time():
+    here, there = socket.socketpair()
+    with here, there:
+        reader = serve._Reader(here, 60.0)
+        reader.end = time.monotonic() + 1
+        there.sendall(b"late")
+        assert reader.readinto(bytearray(9)) == 4
+        assert here.gettimeout() == 60.0
+
+
+def test_an_answer_may_take_longer_than_its_request(front, upstream, monkeypatch):
+    monkeypatch.setattr(serve, "REQUEST_SECONDS", 0.3)
+    upstream.go.clear()
+    threading.Timer(0.6, upstream.go.set).start()
+    body = json.dumps({**json.loads(QUESTION), "stream": True}).encode()
+    status, _, answer = ask(front, "POST", CHAT, body)
+    assert (status, answer.count(b"data: ")) == (200, 5)
+
+
 # Too many, and broken ---------------------------------------------------------------------------------
 
 
@@ -337,6 +378,24 @@ def test_more_connections_than_places_are_closed_and_places_come_back(upstream, 
                 threading.Event().wait(0.02)
         else:
             pytest.fail("no place came back")
+
+
+def test_a_connection_for_which_there_is_no_thread_gives_its_place_back(upstream, monkeypatch):
+    monkeypatch.setattr(serve, "MAX_CONNECTIONS", 1)
+    start, failed = threading.Thread.start, []
+
+    def none_left(thread):
+        if not failed and thread._target == front.process_request_thread:
+            failed.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with door(upstream) as front:
+        monkeypatch.setattr(threading.Thread, "start", none_left)
+        with socket.create_connection(("127.0.0.1", front.server_port), timeout=20) as connection:
+            assert connection.recv(10) == b""
+        assert ask(front, "GET", "/health")[0] == 200
+    assert failed
 
 
 def test_an_engine_that_dies_before_its_answer_is_a_502(front, upstream):

@@ -394,6 +394,22 @@ def test_chat_remembers_and_forgets(at, capsys, terminal):
     assert not any(lives(start["pid"]) for start in starts(at / "bin"))
 
 
+def test_a_conversation_in_json_is_an_event_a_turn_and_nothing_else(at, capsys, terminal, monkeypatch):
+    prompts = []
+    made = terminal("a", "too long", "b", "/exit")
+    real = made.type
+    monkeypatch.setattr("builtins.input", lambda prompt="": prompts.append(prompt) or real())
+    code, out, err = call(capsys, *CHAT, "--json")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [(e["event"], e["prompt"], e["text"]) for e in found] == [
+        ("answer", "a", "1:a"),
+        ("answer", "b", "3:b"),
+    ]
+    assert all(0 <= e["seconds"] < 60 for e in found)
+    assert (code, prompts) == (0, [""] * 4)  # `input` writes its prompt to stdout
+    assert err.count("> ") == 4
+
+
 def test_what_the_engine_refuses_is_left_out_of_the_conversation(at, capsys, terminal):
     terminal("a", "too long", "b")
     code, out, err = call(capsys, *CHAT)

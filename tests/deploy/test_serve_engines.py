@@ -162,7 +162,11 @@ def test_a_second_ctrl_c_while_it_ends_leaves_nothing_behind(path, gguf, monkeyp
 def test_the_tail_does_not_move_where_the_engine_writes(path, gguf):
     (path / "stubborn").touch()
     with engines.started(LLAMA, gguf, 1, 512) as engine:
-        assert engine.tail() == engine.tail()
+        assert engine.tail() == engine.tail() != ""
+        log = engine._log.fileno()
+        os.lseek(log, 3, os.SEEK_SET)
+        assert engine.tail() != ""
+        assert os.lseek(log, 0, os.SEEK_CUR) == 3
         engine.process.kill()
         engine.process.wait()
         assert not engine.alive()

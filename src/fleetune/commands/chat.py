@@ -174,7 +174,7 @@ def _once(args: argparse.Namespace, ui: Ui, answer: Answer, prompt: str) -> None
             ui.text(piece)
     if not ui.json:
         ui.text("\n")
-    ui.event({"event": "answer", "prompt": prompt, "text": text, "seconds": time.monotonic() - began})
+    _tell(ui, prompt, text, began)
 
 
 def _talk(args: argparse.Namespace, ui: Ui, answer: Answer) -> None:
@@ -184,7 +184,7 @@ def _talk(args: argparse.Namespace, ui: Ui, answer: Answer) -> None:
     turns = _system(args)
     while True:
         try:
-            said = input("> ").strip()
+            said = _typed(ui).strip()
         except (EOFError, KeyboardInterrupt):
             ui.text("\n")
             return
@@ -198,9 +198,16 @@ def _talk(args: argparse.Namespace, ui: Ui, answer: Answer) -> None:
             turns = _exchange(ui, answer, [*turns, {"role": "user", "content": said}])
 
 
+def _typed(ui: Ui) -> str:
+    """The line that is typed next; stdout is for events alone where they are wanted."""
+    if ui.json:
+        ui.text("> ")
+    return input("" if ui.json else "> ")
+
+
 def _exchange(ui: Ui, answer: Answer, turns: list[Turn]) -> list[Turn]:
     """Answer the last turn; the conversation with the answer, or as it was before where there is none."""
-    text = ""
+    began, text = time.monotonic(), ""
     try:
         with closing(answer(turns)) as written:
             for piece in written:
@@ -211,7 +218,14 @@ def _exchange(ui: Ui, answer: Answer, turns: list[Turn]) -> list[Turn]:
     except Refused as error:
         ui.note(f"the engine refuses: {error.message}; /new begins a shorter conversation")
     ui.text("\n")
-    return [*turns, {"role": "assistant", "content": text}] if text else turns[:-1]
+    if not text:
+        return turns[:-1]
+    _tell(ui, turns[-1]["content"], text, began)
+    return [*turns, {"role": "assistant", "content": text}]
+
+
+def _tell(ui: Ui, prompt: str, text: str, began: float) -> None:
+    ui.event({"event": "answer", "prompt": prompt, "text": text, "seconds": time.monotonic() - began})
 
 
 def _system(args: argparse.Namespace) -> list[Turn]:

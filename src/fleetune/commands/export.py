@@ -85,7 +85,7 @@ def _of_run(args: argparse.Namespace, ui: Ui, run: Path) -> None:
         adapter = run / tuned.RESULT["adapter"]
         gguf_lora.check_kind(adapter)
         base = models.resolve(recipe.model, offline=args.offline)
-        _show(ui, kind, exports.export_adapter(adapter, base, out, made=made))
+        _show(ui, exports.export_adapter(adapter, base, out, made=made))
         return
     exports.check_target(kind, out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def write(
     report = exports.export(source, kind, out, made=made)
     if is_master(source) and (warning := measure.warning(Master(source))):
         report = dataclasses.replace(report, notes=(*report.notes, warning))
-    _show(ui, kind, report)
+    _show(ui, report)
     if text:
         _compare(ui, source, kind, out, text)
 
@@ -130,8 +130,8 @@ def _compare(ui: Ui, source: Path, kind: str, out: Path, text: str, *, offline: 
     )])  # fmt: skip
 
 
-def _show(ui: Ui, kind: str, report: Report) -> None:
-    ui.event({"event": "export", "to": kind, **dataclasses.asdict(report), "path": str(report.path)})
+def _show(ui: Ui, report: Report) -> None:
+    ui.event({"event": "export", **dataclasses.asdict(report), "path": str(report.path)})
     for note in report.notes:
         ui.note(f"note: {note}")
     types = ", ".join(f"{count} {name}" for name, count in sorted(report.types.items()))

@@ -83,5 +83,6 @@ def _job(folder: Path, offline: bool, ui: Ui) -> layerwise.Job:
 
     work = compress.read(folder)
     subject, recipe = subjects.load(work, offline=offline), tuned.recipe_of(Path(work.model))
+    subject.model.net.to("meta")  # only its rows are wanted: its weights go before the base's come
     base: Model = models.load(recipe.model, dtype=recipe.dtype, device="cpu", offline=offline)
     return layerwise.prepare(work, _solver(work), replace(subject, model=base), ui)

@@ -124,7 +124,7 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Sequence[Path | None]) -> None
     folder = found[0].folder if len(found) == 1 else None
     if folder is not None:
         _write(args, folder, done, kept)
-    _tell(ui, args, done, kept, folder)
+    _tell(ui, done, kept, folder)
 
 
 def _check(args: argparse.Namespace) -> list[str]:
@@ -141,6 +141,8 @@ def _check(args: argparse.Namespace) -> list[str]:
     tasks = evaluate.check_tasks([t.strip() for t in args.tasks.split(",") if t.strip()])
     if "perplexity" in tasks and not args.text:
         raise UsageError("perplexity is measured on a text", hint="--text FILE")
+    if args.labels and "accuracy" not in tasks:
+        raise UsageError("--labels is of the task accuracy alone", hint="--tasks accuracy")
     return [task for task in tasks if task not in ("loss", "perplexity")]  # these are measured anyway
 
 
@@ -148,15 +150,14 @@ def _row_length(args: argparse.Namespace, found: Sequence[Subject]) -> int:
     """Tokens of a row at most, the same for all; UsageError when more is asked of a model than it is made for."""
     from fleetune.deploy.runtimes import longest
 
-    most = {subject.name: longest(subject.words) for subject in found}
+    most, name = min((longest(subject.words), subject.name) for subject in found)
     asked = max(args.prompt_tokens + args.new_tokens, args.length if args.text else 0)
-    name = min(most, key=lambda name: most[name])
-    if asked > most[name]:
+    if asked > most:
         raise UsageError(
-            f"{asked} tokens are more than the {most[name]} that {name} is made for",
+            f"{asked} tokens are more than the {most} that {name} is made for",
             hint="smaller --length, --prompt-tokens or --new-tokens",
         )
-    return min(found[0].length if len(found) == 1 else ROW, most[name])
+    return min(found[0].length if len(found) == 1 else ROW, most)
 
 
 # ---------------------------------------------------------------- what was named
@@ -366,13 +367,7 @@ def _write(args: argparse.Namespace, folder: Path, done: Sequence[Done], kept: M
     write_atomic(folder / FILE, json.dumps(record, indent=1) + "\n")
 
 
-def _tell(
-    ui: Ui,
-    args: argparse.Namespace,
-    done: Sequence[Done],
-    kept: Mapping[str, Kept],
-    folder: Path | None,
-) -> None:
+def _tell(ui: Ui, done: Sequence[Done], kept: Mapping[str, Kept], folder: Path | None) -> None:
     from fleetune.deploy.measure import FILE
 
     facts = [d.facts for d in done]

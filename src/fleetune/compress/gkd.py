@@ -67,6 +67,7 @@ from fleetune.compress import reward
 from fleetune.compress.depth import shallow
 from fleetune.compress.divergence import divergences, log_probs
 from fleetune.compress.progress import restore, store
+from fleetune.compress.reward import Reward
 from fleetune.data import Batches, Encoded
 from fleetune.data.encode import Batch, collate
 from fleetune.errors import FleetuneError, Interrupted, RecipeError
@@ -279,9 +280,7 @@ class Trainer:
     def _repeated(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [array for array in arrays for _ in range(self.reward_samples)]
 
-    def _gains(
-        self, worth: reward.Reward, student: Model, batch: Batch, answered: Batch, t: int
-    ) -> np.ndarray:
+    def _gains(self, worth: Reward, student: Model, batch: Batch, answered: Batch, t: int) -> np.ndarray:
         """What the rewards of the student's answers are above their baseline: float64, one for each of them."""
         prompts, answers = split(answered)
         references = self._repeated(split(batch)[1])
@@ -341,7 +340,7 @@ class Trainer:
         teacher: Model,
         rows: Sequence[Encoded],
         seed: int,
-        worth: reward.Reward | None,
+        worth: Reward | None,
     ) -> str:
         """SHA-256 of all that the result is a function of."""
         sha = hashlib.sha256(json.dumps([dataclasses.asdict(self), seed], sort_keys=True).encode())

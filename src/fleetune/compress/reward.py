@@ -56,16 +56,16 @@ def get(name: str) -> Reward:
 def source(name: str, reward: Reward) -> str:
     """SHA-256 of the file that the function of that name is written in.
 
-    "" for a measure of ours, and for compiled code, of which the name is all that is known.
+    "" for a measure of ours, and where there is no such file (compiled code): the name is all that is known then.
     """
     if name in BUILT_IN:
         return ""
     written = reward if inspect.isroutine(reward) or inspect.isclass(reward) else type(reward)
     try:
         file = inspect.getsourcefile(inspect.unwrap(written))
-    except TypeError:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    except (TypeError, OSError):
         return ""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def _of(score: Callable[[Sequence[str], Sequence[str]], float]) -> Reward:

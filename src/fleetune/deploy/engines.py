@@ -194,9 +194,14 @@ class Running:
 
     def tail(self) -> str:
         """The last lines of what the engine said."""
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - TAIL_BYTES))  # shared with the process: reading puts it back to the end
-        return "\n".join(self._log.read().decode(errors="replace").strip().splitlines()[-5:])
+        log = self._log.fileno()
+        first = max(0, os.fstat(log).st_size - TAIL_BYTES)
+        if sys.platform == "win32":  # it has no pread, and reading puts the offset back to the end
+            self._log.seek(first)
+            said = self._log.read()
+        else:
+            said = os.pread(log, TAIL_BYTES, first)  # the offset is shared: it is where the process writes
+        return "\n".join(said.decode(errors="replace").strip().splitlines()[-5:])
 
     def stop(self) -> None:
         """End the process and all that it started; it is gone afterwards."""

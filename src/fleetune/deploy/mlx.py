@@ -32,6 +32,7 @@ from fleetune.deploy.master import Quantised
 from fleetune.deploy.source import Checkpoint, Report
 from fleetune.deploy.stream import damaged
 from fleetune.errors import UsageError
+from fleetune.rope import head_dim
 
 TARGET: Final = "mlx"
 BITS: Final = (2, 3, 4, 5, 6, 8)
@@ -121,16 +122,12 @@ def _check_config(config: Any) -> None:
         problem = f"rotary scaling '{scaling}'"
     elif config.rope_parameters.get("partial_rotary_factor", 1) != 1:
         problem = "partly rotated heads"
-    elif kind == "qwen2" and _head_dim(config) * config.num_attention_heads != config.hidden_size:
-        problem = f"qwen2 heads of {_head_dim(config)}, which do not make up its width"
+    elif kind == "qwen2" and head_dim(config) * config.num_attention_heads != config.hidden_size:
+        problem = f"qwen2 heads of {head_dim(config)}, which do not make up its width"
     elif kind == "qwen3" and config.attention_bias:
         problem = "qwen3 with biases in its attention"
     if problem is not None:
         raise UsageError(f"{TARGET} has no place for {problem}", hint=instead)
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _check_grids(model: Checkpoint, grids: Mapping[str, Quantised]) -> None:

@@ -61,15 +61,16 @@ def missing(runtime: Runtime) -> bool:
 
 
 def obstacle(target: str, out: Path) -> str:
-    """Why an export is not run here: nothing does, something is not installed, or it is for Fleetune alone; else "".
-    """
+    """Why an export is not run here, "" when it can be: no runtime, one not installed, or not a plain model."""
     runtime = RUNTIMES.get(target.partition(":")[0])
     if runtime is None:
         return f"nothing here runs {target}"
     if missing(runtime):
         return f"{runtime.name} for {target}: {runtime.install}"
     if runtime.kind == "transformers" and widths.differ(models.load_config(str(out))):
-        return f"{runtime.name} does not load blocks of different widths; llama.cpp runs them: --to gguf"
+        return (
+            f"{runtime.name} does not load blocks of different widths; llama.cpp does, a llama's: --to gguf"
+        )
     return ""
 
 

@@ -19,12 +19,14 @@ import errno
 import hashlib
 import hmac
 import http.client
+import io
 import ipaddress
 import json
 import logging
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,6 +42,7 @@ PATHS: Final = ("models", "chat/completions", "completions", "embeddings", "resp
 MAX_BODY: Final = 4 << 20
 MAX_CONNECTIONS: Final = 64
 IDLE_SECONDS: Final = 60.0  # a client that sends or takes nothing for so long is dropped
+REQUEST_SECONDS: Final = 180.0  # and one whose whole request is not here by then
 CHUNK: Final = 1 << 16
 
 
@@ -82,7 +85,11 @@ class Front(ThreadingHTTPServer):
         if not self._places.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread is to be had: the caller closes the connection
+            self._places.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Handle a connection in its thread."""
@@ -149,12 +156,46 @@ class _Refusal(Exception):
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
 
 
+class _Reader(io.RawIOBase):
+    """What a client sends, up to the time `end`: a byte now and then does not keep a place."""
+
+    def __init__(self, connection: socket.socket, idle: float) -> None:
+        self.connection, self.idle, self.end = connection, idle, 0.0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for bytes; TimeoutError when none come for `idle` seconds, or it is `end`."""
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request takes too long")
+        self.connection.settimeout(min(self.idle, left))
+        try:
+            return self.connection.recv_into(buffer)
+        finally:
+            self.connection.settimeout(self.idle)
+
+
 class _Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     server: Front
     protocol_version = "HTTP/1.1"
     timeout = IDLE_SECONDS
+
+    def setup(self) -> None:
+        """Read what comes with a time by which it must be here."""
+        super().setup()
+        self.rfile.close()
+        self._reader = _Reader(self.connection, self.timeout)
+        self.rfile = io.BufferedReader(self._reader)
+
+    def handle_one_request(self) -> None:
+        """Take a request; its time runs from now, waiting for its first byte among it."""
+        self._reader.end = time.monotonic() + REQUEST_SECONDS
+        super().handle_one_request()
 
     def do_GET(self) -> None:
         """The page, the health, or something of the engine's."""
