@@ -23,7 +23,7 @@ demo: $(VENV)/ready
 	$(BIN)/fleetune demo
 
 test: $(VENV)/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -319,7 +319,7 @@ def test_nearest_is_the_nearest_code() -> None:
 
 
 def test_solvers_are_listed_and_unknown_ones_refused() -> None:
-    assert set(compress.entries()) == {"gkd", "optq", "rtn", "sparsegpt"}
+    assert set(compress.entries()) == {"gkd", "llm-pruner", "optq", "rtn", "sparsegpt"}
     assert all("arXiv" in entry.paper and entry.summary for entry in compress.entries().values())
     with pytest.raises(UsageError, match="Did you mean 'optq'"):
         compress.make("opt", {})

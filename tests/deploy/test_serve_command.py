@@ -68,13 +68,20 @@ def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]
 # serve ------------------------------------------------------------------------------------------------
 
 
+def _hearing() -> None:
+    """Signals as in a terminal, also where these tests run in the background of a script, which ignores some."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def serving(*args: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """The command in a process of its own, and its event `serving`."""
     command = [sys.executable, "-m", "fleetune", "serve", *args, "--port", "0", "--json"]
     search = os.pathsep.join(filter(None, sys.path))
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": search}
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": search},
+        preexec_fn=_hearing,
     )  # fmt: skip
     with process:
         try:
