@@ -255,6 +255,16 @@ def test_u_holds_every_inverse() -> None:
         torch.testing.assert_close(U[i, i] * U[i, i:], left[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("C", [1, 64, 65, 200])
+def test_u_of_a_wide_layer_is_put_together_of_halves(C: int) -> None:
+    _, H = work(4, 1, C)
+    U, _, _ = hessian.inverse_cholesky(H.clone(), 0.05)
+    assert U is not None
+    assert torch.equal(U, U.triu())
+    assert (U.diagonal() > 0).all()
+    torch.testing.assert_close(U.T @ U, torch.linalg.inv(damped(H, 0.05)), rtol=1e-9, atol=1e-12)
+
+
 # --- grids ----------------------------------------------------------------------------------------------------
 
 
