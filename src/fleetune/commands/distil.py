@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from fleetune.commands import subject as subjects
 from fleetune.commands.brake import Brake
 from fleetune.commands.subject import PARTS, Subject, Work
 from fleetune.compress import Trainer
-from fleetune.errors import Interrupted, RecipeError, UsageError
+from fleetune.errors import RecipeError, UsageError
 from fleetune.ui import Ui
 
 if TYPE_CHECKING:
@@ -112,22 +111,8 @@ def _train(ui: Ui, job: Job, folder: Path) -> None:
 
 
 def _steps(ui: Ui, job: Job, student: Model, folder: Path) -> None:
-    """The training itself, told as it goes: every step to programs, ten means to people."""
-    recent: list[float] = []
-    with ui.count("steps", 0) as bar, Brake(ui) as brake:
-
-        def on_step(step: int, steps: int, loss: float) -> None:
-            bar.update(step, steps, f"divergence {loss:.4f}")
-            ui.event({"event": "step", "step": step, "steps": steps, "loss": loss})
-            recent.append(loss)
-            if step == steps or step % max(1, steps // 10) == 0:
-                ui.note(f"step {step}/{steps}  divergence {statistics.fmean(recent):.4f}")
-                recent.clear()
-            if brake.pulled:
-                raise Interrupted(
-                    f"stopped after step {step}; it is kept", hint=f"fleetune compress --resume {folder}"
-                )
-
+    """The training itself, told as it goes."""
+    with Brake(ui) as brake, subjects.told(ui, brake, folder, "divergence") as on_step:
         job.trainer.train(student, job.teacher, job.subject.rows, job.work.seed, folder / PARTS, on_step)
 
 

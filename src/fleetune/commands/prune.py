@@ -7,7 +7,6 @@ A model whose blocks differ in width is a directory that only fleetune loads (`w
 from __future__ import annotations
 
 import shutil
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -128,23 +127,9 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def _train(ui: Ui, job: Job, pruned: Model, folder: Path, brake: Brake) -> Model:
-    """The recovery, told as it goes: every step to programs, ten means to people."""
-    recent: list[float] = []
-    with ui.count("steps", 0) as bar:
-
-        def on_step(step: int, steps: int, loss: float) -> None:
-            bar.update(step, steps, f"loss {loss:.4f}")
-            ui.event({"event": "step", "step": step, "steps": steps, "loss": loss})
-            recent.append(loss)
-            if step == steps or step % max(1, steps // 10) == 0:
-                ui.note(f"step {step}/{steps}  loss {statistics.fmean(recent):.4f}")
-                recent.clear()
-            if brake.pulled:
-                raise Interrupted(
-                    f"stopped after step {step}; it is kept", hint=f"fleetune compress --resume {folder}"
-                )
-
-        at = folder / PARTS / "recovery"
+    """The recovery, told as it goes."""
+    at = folder / PARTS / "recovery"
+    with subjects.told(ui, brake, folder, "loss") as on_step:
         return job.pruner.train(pruned, job.subject.model, job.rows, job.work.seed, at, on_step)
 
 

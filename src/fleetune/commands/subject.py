@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fleetune.errors import UsageError
+from fleetune.errors import Interrupted, UsageError
 from fleetune.text import human_bytes, human_time
 from fleetune.ui import Ui
 
 if TYPE_CHECKING:
+    from fleetune.commands.brake import Brake
     from fleetune.data import Encoded, Example
     from fleetune.models import Model
     from fleetune.recipe import Recipe
@@ -124,6 +127,30 @@ def measure(model: Model, subject: Subject) -> dict[str, float]:
 
     found = {"loss": response_loss(model, subject.held)} if subject.held else {}
     return found | ({"perplexity": perplexity(model, subject.texts)} if subject.texts else {})
+
+
+@contextmanager
+def told(ui: Ui, brake: Brake, folder: Path, what: str) -> Iterator[Callable[[int, int, float], None]]:
+    """What a training calls after every step: all are told to programs, ten means of `what` to people.
+
+    It raises Interrupted once the brake is pulled.
+    """
+    recent: list[float] = []
+    with ui.count("steps", 0) as bar:
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            bar.update(step, steps, f"{what} {loss:.4f}")
+            ui.event({"event": "step", "step": step, "steps": steps, "loss": loss})
+            recent.append(loss)
+            if step == steps or step % max(1, steps // 10) == 0:
+                ui.note(f"step {step}/{steps}  {what} {statistics.fmean(recent):.4f}")
+                recent.clear()
+            if brake.pulled:
+                raise Interrupted(
+                    f"stopped after step {step}; it is kept", hint=f"fleetune compress --resume {folder}"
+                )
+
+        yield on_step
 
 
 def name_of(work: Work, model: Model) -> str:
