@@ -26,12 +26,14 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import fleetune
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.files import storage_error, write_atomic
-from fleetune.messages import Message, Payload, decode, encode
+
+if TYPE_CHECKING:
+    from fleetune.messages import Payload
 
 KEEP = 2  # checkpoints
 
@@ -108,6 +110,8 @@ class RunDir:
 
     def checkpoint(self, round: int, payload: Payload) -> None:
         """Make `round` count: write its state and flush it to the disk; older ones beyond two go."""
+        from fleetune.messages import Message, encode
+
         folder = self.path / "checkpoints"
         write_atomic(folder / f"round-{round:06d}.ckpt", encode(Message(round, b"", payload)))
         for _, old in checkpoints(self.path)[:-KEEP]:
@@ -115,6 +119,8 @@ class RunDir:
 
     def restore(self) -> tuple[int, Payload] | None:
         """The newest checkpoint that is whole, None if there are no checkpoints; StorageError if none is whole."""
+        from fleetune.messages import decode
+
         found = checkpoints(self.path)
         for round_, path in reversed(found):
             try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gkd_harness import END
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,7 +18,6 @@ from fleetune.compress import llm_pruner
 from fleetune.data import Encoded
 from fleetune.models import Model
 
-END = 257
 IDS = torch.tensor([[256, 12, 200, 7, 255, 31, 90, 63, 64, 65]])
 
 
@@ -47,19 +47,6 @@ def tiny(kind: str = "llama", seed: int = 0, **sizes: Any) -> Model:
         net, words, kind, Path(kind), models.digest(models.named_tensors(net)),
         models.tokenizer_digest(words), "fp32", "cpu",
     )  # fmt: skip
-
-
-def rows(seed: int, count: int, longest: int = 24) -> list[Encoded]:
-    """Rows of different lengths, of a few letters."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for _ in range(count):
-        prompt, answer = (
-            rng.integers(60, 70, rng.integers(2, 8)),
-            rng.integers(60, 70, rng.integers(1, longest - 8)),
-        )
-        made.append(Encoded(np.array([256, *prompt, *answer, END], np.int32), 1 + len(prompt)))
-    return made
 
 
 def pruner(**values: Any) -> llm_pruner.Pruner:

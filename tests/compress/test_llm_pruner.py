@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gkd_harness import END, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pruner_harness import END, IDS, gradients, importance, logits, pruner, rows, tiny
+from pruner_harness import IDS, gradients, importance, logits, pruner, tiny
 from torch import Tensor
 
 from fleetune import adapters, compress, models
