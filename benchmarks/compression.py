@@ -40,6 +40,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "**OPTQ**, the same, scale search": ("optq", {"search": True}),
     "**OPTQ**, the same, order static": ("optq", {"order": "static"}),
     "**OPTQ**, the same, order gar": ("optq", {"order": "gar"}),
+    "**OPTQ**, the same, true sequential": ("optq", {"true_sequential": True}),
     "RTN, symmetric grid, 4 bit g32": ("rtn", {"grid": "symmetric"}),
     "**OPTQ**, symmetric grid, 4 bit g32": ("optq", {"grid": "symmetric"}),
     "RTN, asymmetric grid, 4 bit g32": ("rtn", {"grid": "asymmetric"}),
@@ -51,6 +52,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "**OPTQ**, asymmetric grid, 3 bit g32": ("optq", {"grid": "asymmetric", "bits": 3}),
     "magnitude 50 %": ("", {}),
     "**SparseGPT** 50 %": ("sparsegpt", {}),
+    "**SparseGPT** 50 %, true sequential": ("sparsegpt", {"true_sequential": True}),
     "**SparseGPT** 2:4": ("sparsegpt", {"n": 2}),
     "**SparseGPT** 50 % + 4 bit g32": ("sparsegpt", {"bits": 4}),
     "SparseGPT 50 %, then OPTQ 4 bit g32": ("sparsegpt+optq", {}),
@@ -125,12 +127,16 @@ def row(
     """(perplexity, processor seconds of the compression) of one way."""
     linears = {n: m for _, found in calibrate.linears_of(model) for n, m in found.items()}
     dense = {n: m.weight.data for n, m in linears.items()}
+    own = {n: v for n, v in values.items() if n != "true_sequential"}
     began = time.process_time()
     try:
         for method in name.split("+") if name else ():
-            solver = compress.make(method, values)
+            solver = compress.make(method, own)
             with tempfile.TemporaryDirectory() as folder:
-                parts = calibrate.run(model, solver, calibration if solver.data else None, Path(folder))
+                parts = calibrate.run(
+                    model, solver, calibration if solver.data else None, Path(folder),
+                    true_sequential="true_sequential" in values,
+                )  # fmt: skip
                 for n, m in linears.items():
                     weight = parts[f"{n}.weight"]
                     m.weight.data = weight if isinstance(weight, Tensor) else weight.dense()

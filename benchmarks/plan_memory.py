@@ -5,9 +5,12 @@ Each measurement is a process of its own that loads a model from disk and does o
 way a device does: a message comes in, the method's own `local` works on it (`fleets.local`), a message goes
 out.  Full SGD and Adam, which are no methods, take the same steps through the same loss.  The peak is that of
 the whole process, interpreter and libraries with it; "inference with kernels" is inference in a process that
-has loaded the compiled kernels, which do not depend on the model.
+has loaded the compiled kernels, which do not depend on the model, and "mezo, torch's kernels" needs none of them
+(`FLEETUNE_KERNELS=torch`).  A step's seconds are the processor's, in the same processes: a round over its steps, with
+what it loads at first (Numba takes a second or two).
 
-    python -m benchmarks.plan_memory [MODEL] [--only NAME ..] [--batch B] [--length T] [--steps S] [--dtype D] [--json]
+    python -m benchmarks.plan_memory [MODEL] [--only NAME ..] [--repeats R] [--json]
+                                     [--batch B] [--length T] [--steps S] [--dtype D]
 
 prints a table (or one JSON object); MODEL is smollm2-135m unless stated.
 """
@@ -16,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -24,6 +29,7 @@ from typing import Any, Final
 from benchmarks.harness import child
 
 KERNELS: Final = "inference with kernels"
+TORCH: Final = "mezo, torch's kernels"  # FLEETUNE_KERNELS=torch
 PRODUCTS: Final = 3  # of fedpeptao's Hessian; they take long, and only their vectors' memory depends on it
 # A method's settings for one step.
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
@@ -32,36 +38,54 @@ SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "fwdllm": {"P": 1}, "fedit": {"steps": 1}, "fedpetuning": {"steps": 1}, "fedpeptao": {"steps": 1, "lanczos": PRODUCTS},
     }
 )  # fmt: skip
-PARTS: Final = ("inference", KERNELS, *SETTINGS, "full SGD", "full Adam")
+PARTS: Final = ("inference", KERNELS, TORCH, *SETTINGS, "full SGD", "full Adam")
 
 
 def compare(
-    model: str, names: Sequence[str], batch: int, length: int, steps: int, dtype: str
+    model: str, names: Sequence[str], batch: int, length: int, steps: int, dtype: str, repeats: int
 ) -> dict[str, Any]:
-    """Predicted and measured peak bytes and seconds a step of the named rows of the plan, and their ratios."""
-    from fleetune import costs, models, plan
+    """Predicted and measured peak bytes and seconds a step of the named rows of the plan, and their ratios.
+
+    Measured are medians of `repeats` processes, taken by turns.
+    """
+    from fleetune import models, plan
 
     work = plan.Work(batch, length, steps, dtype)
     planned = {row.method: row for row in plan.table(models.load_config(model), work)}
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for name in list(names) * repeats:
+        turns[name].append(child("plan_memory", model, "--one", name, "--batch", batch, "--length", length,
+                                 "--steps", steps, "--dtype", dtype))  # fmt: skip
     rows: dict[str, Any] = {}
-    for name in names:
-        seen = child("plan_memory", model, "--one", name, "--batch", batch, "--length", length,
-                     "--steps", steps, "--dtype", dtype)  # fmt: skip
-        row = planned["inference" if name == KERNELS else name]
+    for name, seen in turns.items():
+        measured, seconds, cpu = (
+            statistics.median(turn[key] for turn in seen) for key in ("peak", "seconds", "cpu")
+        )
+        row = planned["inference" if name == KERNELS else "mezo" if name == TORCH else name]
         unmade = row.parts.get("lanczos", 0) * (1 - PRODUCTS / 50)  # fedpeptao's default is 50
-        peak = int(row.peak + costs.KERNELS * (name == KERNELS) - unmade)
+        peak = int(row.peak + _kernels(name) - unmade)
         rows[name] = {
-            "measured": seen["peak"], "predicted": peak, "ratio": round(peak / seen["peak"], 3), "parts": row.parts,
+            "measured": measured, "predicted": peak, "ratio": round(peak / measured, 3), "parts": row.parts,
             "predicted_step_seconds": row.seconds and round(row.seconds / steps, 3),
-            "measured_step_seconds": round(seen["seconds"] / steps, 3),
+            "measured_step_seconds": round(seconds / steps, 3), "measured_step_cpu": round(cpu / steps, 3),
+            "peaks": [turn["peak"] for turn in seen],
         }  # fmt: skip
     return {"model": model, "batch": batch, "length": length, "steps": steps, "dtype": dtype, "rows": rows}
+
+
+def _kernels(name: str) -> int:
+    """Bytes of a row's kernels beside those of its row in the plan."""
+    from fleetune.costs import KERNELS as known
+    from fleetune.seeds import choice
+
+    here = known[choice.wanted()]
+    return {KERNELS: here, TORCH: known["torch"] - here}.get(name, 0)
 
 
 def text(found: Mapping[str, Any]) -> str:
     """The comparison as lines: peaks in MB, and what each is of inference's, bare and with the kernels loaded."""
     rows = found["rows"]
-    heads = ["", "measured", "of inference", "with kernels", "plan", "plan / measured"]
+    heads = ["", "measured", "of inference", "with kernels", "plan", "plan / measured", "CPU a step"]
     lines = [heads]
     for name, row in rows.items():
         of = [
@@ -69,29 +93,37 @@ def text(found: Mapping[str, Any]) -> str:
             for base in ("inference", KERNELS)
         ]
         mb = [f"{row[kind] / 1e6:,.0f} MB" for kind in ("measured", "predicted")]
-        lines.append([name, mb[0], *of, mb[1], f"{row['ratio']:.3f}"])
+        step = f"{row['measured_step_cpu']:.2f} s"
+        lines.append([name, mb[0], *of, mb[1], f"{row['ratio']:.3f}", step])
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     said = "{model}, {dtype}, {steps} steps of {batch} x {length} tokens".format(**found)
     return "\n".join([said, *("  ".join(map(str.rjust, line, widths)) for line in lines)])
 
 
 def one(name: str, model_name: str, batch: int, length: int, steps: int, dtype: str) -> dict[str, float]:
-    """In the child: one round, and the peak of this process."""
+    """In the child: one round, the peak of this process, and the round's seconds by the clock and of the processor."""
+    import time
+
     import torch
 
     from fleetune import models
 
     torch.set_num_threads(1)
+    if name == TORCH:
+        os.environ["FLEETUNE_KERNELS"] = "torch"
     model = models.load(model_name, dtype=dtype, device="cpu", labels=("no", "yes"))
     if name == KERNELS:
         from benchmarks.memory import load_kernels
 
         load_kernels(dtype)
     rows = _rows(model, batch, length)
-    seconds = (_round if name in SETTINGS else _steps)(name, model, rows, batch, steps)
+    work = _round if name in SETTINGS or name == TORCH else _steps
+    before = time.process_time()
+    seconds = work("mezo" if name == TORCH else name, model, rows, batch, steps)
+    cpu = time.process_time() - before
     from fleetune.rounds import peak_rss
 
-    return {"peak": peak_rss(), "seconds": seconds}
+    return {"peak": peak_rss(), "seconds": seconds, "cpu": cpu}
 
 
 def _rows(model: Any, batch: int, length: int) -> list[Any]:
@@ -170,13 +202,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--repeats", type=int, default=1, help="processes of each row, whose median counts")
     parser.add_argument("--json", action="store_true", help="every number, as one JSON object")
     o = parser.parse_args()
     work = (o.batch, o.length, o.steps, o.dtype)
     if o.one:
         print(json.dumps(one(o.one, o.model, *work)))
         return
-    found = compare(o.model, o.only, *work)
+    found = compare(o.model, o.only, *work, o.repeats)
     print(json.dumps(found, indent=1) if o.json else text(found))
 
 

@@ -19,6 +19,7 @@ from fleetune import __version__
 from fleetune import recipe as recipes
 from fleetune.commands import chat, compress, measure, serve
 from fleetune.errors import FleetuneError, Interrupted, UsageError
+from fleetune.seeds.choice import wanted as wanted_kernels
 from fleetune.ui import Ui
 
 EXAMPLES = """\
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if unknown:
             raise _unknown(parser, unknown)
+        wanted_kernels()
         args.run(args, ui)
     except FleetuneError as error:
         ui.error(error)
@@ -333,7 +335,7 @@ def _ledger(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _compress(args: argparse.Namespace, ui: Ui) -> None:
-    compress.run(args, ui, _run_or_none(args.model, args.out) if args.model else None)
+    compress.run(args, ui, _run_or_none(args.model, args.out, quiet=True) if args.model else None)
 
 
 def _measure(args: argparse.Namespace, ui: Ui) -> None:

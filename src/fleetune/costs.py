@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from fleetune.errors import UsageError
+from fleetune.seeds import choice
 from fleetune.shapes import Shape
 from fleetune.traffic import Module
 
@@ -36,7 +37,9 @@ MIB: Final = 1 << 20
 # Measured: peak resident memory on Linux x86-64, Python 3.11, torch 2.13 (CPU), transformers 5.24, one thread.
 FLOOR: Final = 392 * MIB  # python + torch + transformers + fleetune, a model class loaded, no weights
 PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
-KERNELS: Final = 104 * MIB  # numba and its compiled kernels (the very first run, which compiles: 90 MiB more)
+# By `seeds.choice`: numba and its compiled kernels (the very first run, which compiles: 90 MiB more), or torch's
+# pieces of words and sums.
+KERNELS: Final[Mapping[str, int]] = {"auto": 104 * MIB, "numba": 104 * MIB, "torch": 10 * MIB}
 PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
 HEAP: Final = 1.6  # back-propagation holds so much for each byte kept: glibc gives freed blocks back late
 LOGITS_FORWARD: Final = 2.0  # fp32 arrays of logits alive in a forward: they and their log-softmax
@@ -47,7 +50,8 @@ LOGITS_CURVED: Final = 3.7  # ... and so many fp32 arrays of all logits
 LOGITS_CHUNK: Final = 0.5  # what each further chunk leaves behind (freed blocks, as for `HEAP`)
 
 SIZES: Final[Mapping[str, int]] = {"fp32": 4, "bf16": 2, "fp16": 2}
-SWEEP: Final = 1.5  # a fused pass over the weights takes as long as so many copies of them
+# A pass over the weights, by `seeds.choice`, takes as long as so many copies of them.
+SWEEP: Final[Mapping[str, float]] = {"auto": 1.5, "numba": 1.5, "torch": 20.0}
 STORED: Final = 4.0  # ... and to write a direction out, and to add it twice, as so many more
 TOUCH: Final = 6  # a forward (or a backward) moves each kept activation through memory about so often
 FORWARD: Final = ("fedkseed", "mezo", "onebyte", "zosgd")  # every weight, without back-propagation
@@ -93,7 +97,8 @@ class Rates(NamedTuple):
 
 def memory(shape: Shape, work: Work, method: str, module: Module) -> dict[str, int]:
     """Bytes of a device's peak by part (see the module's text), for a method with its module, or a comparison."""
-    imports = KERNELS * (method in (*FORWARD, "fwdllm")) + PEFT * bool(module.tensors)
+    kernels = KERNELS[choice.wanted()] * (method in (*FORWARD, "fwdllm"))
+    imports = kernels + PEFT * bool(module.tensors)
     parts = {"floor": FLOOR + PIECE * shape.vocab + imports, "weights": shape.params * work.size}
     if method not in (*FORWARD, "fwdllm", "inference"):
         parts |= _backward(shape, work, method, module)
@@ -203,7 +208,8 @@ def step_seconds(shape: Shape, work: Work, method: str, rates: Rates, module: Mo
         return 2 * (forward / rates.flops + moved / rates.copy)
     if method in FORWARD:
         stored = STORED * weights * (method == "zosgd")
-        return 2 * forward / rates.flops + (2 * (moved + SWEEP * weights) + stored) / rates.copy
+        sweep = SWEEP[choice.wanted()] * weights
+        return 2 * forward / rates.flops + (2 * (moved + sweep) + stored) / rates.copy
     if module.tensors:
         own = module.size
         flops = 2 * forward + head + 6 * n * own * bool(module.adapted)

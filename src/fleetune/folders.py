@@ -16,11 +16,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from fleetune.errors import StorageError
 from fleetune.files import default_mode, storage_error
+from fleetune.locks import lock
 
 log = logging.getLogger(__name__)
+
+FLUSH: Final = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY  # it flushes what is open for writing alone
 
 
 @contextmanager
@@ -65,7 +69,7 @@ def _settle(folder: Path) -> None:
         path.chmod(enter if path.is_dir() else mode)
         if path.is_dir() and sys.platform == "win32":
             continue  # folders cannot be flushed there
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, FLUSH)
         try:
             os.fsync(handle)
         finally:
@@ -107,16 +111,10 @@ def locked(target: Path) -> Iterator[None]:
 
 
 def _acquire(handle: int, target: Path) -> bool:
-    if sys.platform == "win32":
-        return False
-    import fcntl
-
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(handle):
             log.info("another process is preparing %s; waiting for it", target)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock(handle, wait=True)
     except OSError as error:
         log.debug("no file lock for %s (%s)", target, error)
         return False

@@ -6,11 +6,7 @@ The same function for every method and every fleet.  It knows nothing of models:
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import logging
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +16,8 @@ from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError
 from fleetune.fleets import Answer, Fleet
 from fleetune.memory import peak_rss as peak_rss
+from fleetune.memory import release_memory as release_memory
+from fleetune.memory import rss as rss
 from fleetune.messages import Message, Payload, Spec, check, decode, encode
 from fleetune.methods import Method, Reply
 from fleetune.rundir import KEEP, RunDir
@@ -203,21 +201,3 @@ def _accept(method: Method, old: Any, new: Any, door: _Door, plan: Plan, round: 
         plan.quorum,
     )
     return method.aggregate(old, iter(()))
-
-
-def rss() -> int:
-    """Bytes of memory this process holds now."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return peak_rss()
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system and start `peak_rss` anew, where that can be done (Linux, glibc)."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")

@@ -10,17 +10,17 @@
 
 A round counts once its checkpoint is renamed into place.  Whatever a kill leaves beyond that (metrics of an
 unfinished round, a temporary file) is cut off at the next start, so a resumed run writes what the
-uninterrupted one would have written.  One process at a time holds a run (`flock`).
+uninterrupted one would have written.  One process at a time holds a run (`locks.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -31,11 +31,13 @@ from typing import IO, TYPE_CHECKING, Any
 import fleetune
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.files import storage_error, write_atomic
+from fleetune.locks import lock
 
 if TYPE_CHECKING:
     from fleetune.messages import Payload
 
 KEEP = 2  # checkpoints
+LOCK = ".lock"
 
 
 class RunDir:
@@ -56,6 +58,17 @@ class RunDir:
         """Release the folder."""
         self._close_metrics()
         self._lock.close()
+
+    def remove(self) -> None:
+        """Remove the folder with all in it; nobody else can have it meanwhile.  OSError as the system gives."""
+        self._close_metrics()
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:  # Windows removes no file that is open
+                path.unlink()
+        self.close()
+        shutil.rmtree(self.path)
 
     def _close_metrics(self) -> None:
         if self._metrics is not None:
@@ -278,19 +291,15 @@ def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _locked(path: Path) -> IO[str]:
+def _locked(path: Path) -> IO[bytes]:
     try:
-        file = (path / ".lock").open("a")
+        file = (path / LOCK).open("ab")
+        if lock(file.fileno()):
+            return file
+        file.close()
     except OSError as error:
         raise storage_error(error, path) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise UsageError(
-            f"{path} is in use by another process", hint="wait for it, or stop it, then try again"
-        ) from error
-    return file
+    raise UsageError(f"{path} is in use by another process", hint="wait for it, or stop it, then try again")
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen
 
 from fleetune import compress, models
 from fleetune.compress import Solved, calibrate
-from fleetune.compress.calibrate import Parts, linears_of, placed
+from fleetune.compress.calibrate import Parts, linears_of, part, placed
+from fleetune.compress.stream import Stream
 from fleetune.deploy.master import Quantised
 from fleetune.errors import DataError, RecipeError
 from fleetune.models import Model
@@ -57,41 +59,67 @@ class Spy:
         return Solved(torch.round(W * 16) / 16)
 
 
+def inputs_of(model: Model, linears: Mapping[str, nn.Linear], windows: Tensor) -> dict[str, Tensor]:
+    """float64 [tokens, C] by layer: what it reads while the model runs, window by window."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in linears}
+
+    def hook(name: str) -> Any:
+        return lambda module, args: seen[name].append(args[0][0])
+
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears.items()]
+    with torch.inference_mode():
+        for window in windows:
+            model.net(input_ids=window[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(found).double() for name, found in seen.items()}
+
+
 @pytest.mark.parametrize("family", ["llama", *FAMILIES])
-def test_hessians_are_of_the_inputs_in_the_compressed_model(family: str, tmp_path: Path) -> None:
-    """Layer by layer what the finished compressed model feeds its linear layers, but those of the block itself."""
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_hessians_are_of_the_inputs_in_the_compressed_model(
+    family: str, true_sequential: bool, tmp_path: Path
+) -> None:
+    """Layer by layer what the compressed model feeds it: with its own block as it was, or up to this layer."""
     model, spy, windows = model_of(family), Spy(), text(3, 20)
     before = {n: p.clone() for n, p in model.net.named_parameters()}
-    parts = calibrate.run(model, spy, windows, tmp_path)
+    parts = calibrate.run(model, spy, windows, tmp_path, true_sequential=true_sequential)
     assert all(torch.equal(p, before[n]) for n, p in model.net.named_parameters())  # the model is as it was
     blocks = linears_of(model)
-    names = [name for _, linears in blocks for name in linears]
+    names = [
+        matrix.name for block in parts.blocks for matrix in block.matrices
+    ]  # in the order they were solved
+    assert sorted(names) == sorted(name for _, linears in blocks for name in linears)
     assert len(spy.seen) == len(names) == len(parts)
     for number, (_, linears) in enumerate(blocks):
-        inputs: dict[str, list[Tensor]] = {name: [] for name in linears}
-
-        def hook(name: str, into: dict[str, list[Tensor]]) -> Any:
-            return lambda module, args: into[name].append(args[0][0])
-
-        handles = [m.register_forward_pre_hook(hook(n, inputs)) for n, m in linears.items()]
-        earlier = {n: m for _, found in blocks[:number] for n, m in found.items()}
-        with torch.inference_mode(), placed(earlier, parts):
-            for window in windows:
-                model.net(input_ids=window[None], use_cache=False)
-        for handle in handles:
-            handle.remove()
-        for name in linears:
-            x = torch.cat(inputs[name]).double()
+        done = {n: m for _, found in blocks[:number] for n, m in found.items()}
+        for name in [n for n in names if n in linears]:
+            with placed(done, parts):
+                x = inputs_of(model, {name: linears[name]}, windows)[name]
             assert len(x) == 60
             got = spy.seen[names.index(name)].double()
             torch.testing.assert_close(got, 2 * x.T @ x, rtol=1e-4, atol=1e-4 * got.abs().max().item())
+            if true_sequential:
+                done[name] = linears[name]
+
+
+def test_a_true_sequential_run_that_was_killed_goes_on(tmp_path: Path) -> None:
+    solver, windows = compress.make("optq", {"group": 8}), text(4, 16)
+    whole = calibrate.run(models.tiny_llama(), solver, windows, tmp_path, true_sequential=True)
+    part(tmp_path, len(whole.blocks) - 1).unlink()
+    again = calibrate.run(models.tiny_llama(), solver, windows, tmp_path, true_sequential=True)
+    for name in whole:
+        left, right = whole[name], again[name]
+        assert isinstance(left, Quantised)
+        assert isinstance(right, Quantised)
+        assert torch.equal(left.codes, right.codes)
 
 
 def test_layers_that_read_one_tensor_share_a_hessian(tmp_path: Path) -> None:
     model = models.tiny_llama()
     _, linears = linears_of(model)[0]
     with torch.inference_mode():
-        stream = calibrate.Stream(model, text(2, 8))
+        stream = Stream(model, text(2, 8))
         H = stream.hessians(0, linears)
     by = {name.rsplit(".", 1)[-1]: h for name, h in H.items()}
     assert by["q_proj"] is by["k_proj"] is by["v_proj"]

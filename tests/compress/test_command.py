@@ -157,7 +157,29 @@ def test_a_stopped_one_is_taken_up_again(
     assert events(out)[-1]["digest"] == resumed["digest"]
 
 
-@pytest.mark.parametrize("change", ["text", "weights", "settings"])
+def test_a_true_sequential_one_says_so_and_is_taken_up_as_one(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [*SMALL, "--text", "text.txt"]
+    code, out, err = call(capsys, "compress", tiny, *given, "--json")
+    assert code == 0, err
+    plain = events(out)[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(layerwise, "Brake", pulled_after(10))
+        assert call(capsys, "compress", tiny, *given, "--true-sequential")[0] == 130
+    code, out, err = call(capsys, "compress", "--resume", "latest", "--json")
+    assert code == 0, err
+    resumed = events(out)[-1]
+    code, out, err = call(capsys, "compress", tiny, *given, "--true-sequential")
+    assert code == 0, err
+    assert "true sequential" in err
+    whole = Master(at / "runs" / "0003-optq-tiny" / "model")
+    assert whole.digest() == resumed["digest"] != plain["digest"]
+    assert whole.head.calibration["true_sequential"]
+    assert resumed["planned"] > plain["planned"]
+
+
+@pytest.mark.parametrize("change", ["text", "weights", "settings", "order"])
 def test_a_stopped_one_does_not_go_on_with_something_else(
     change: str, tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +196,11 @@ def test_a_stopped_one_does_not_go_on_with_something_else(
         models.save(model.net, model.tokenizer, Path("mine"))
     else:
         record = json.loads((folder / "compress.json").read_text())
-        (folder / "compress.json").write_text(json.dumps(record | {"set": {"group": "8", "bits": "3"}}))
+        other: dict[str, Any] = {
+            "settings": {"set": {"group": "8", "bits": "3"}},
+            "order": {"true_sequential": True},
+        }
+        (folder / "compress.json").write_text(json.dumps(record | other[change]))
     code, _, err = call(capsys, "compress", "--resume", "latest")
     assert (code, "something has changed since" in err) == (2, True), err
     assert "fleetune compress mine" in err
@@ -196,6 +222,8 @@ BAD = {
     "two texts": (["compress", "{tiny}", "--text", "text.txt", "--data", "demo"], 2, "both given"),
     "no windows": (["compress", "{tiny}", "--windows", "0"], 2, "windows = 0 is below 1"),
     "windows beyond the context": (["compress", "{tiny}", "--length", "9999", "--set", "group=8"], 2, "longer than the model's"),
+    "rounding in an order": (["compress", "{tiny}", "--method", "rtn", "--set", "group=8", "--true-sequential"], 2, "not calibrated"),
+    "a student in an order": (["compress", "{tiny}", "--method", "gkd", "--set", "teacher=same", "--true-sequential"], 2, "solves no layers"),
     "a model that is none": (["compress", "./nothing"], 2, "nothing"),
     "an encoder": (["compress", "{bert}"], 2, "an encoder cannot be compressed"),
     "nothing to resume": (["compress", "--resume", "9"], 2, "no compression '9'"),

@@ -20,6 +20,7 @@ from fleetune.commands.brake import Brake
 from fleetune.compress import calibrate, federated
 from fleetune.compress.calibrate import Parts, linears_of
 from fleetune.compress.federated import Clients, Reply, packed, unpacked
+from fleetune.compress.stream import Stream
 from fleetune.deploy.master import Quantised, dense
 from fleetune.errors import FleetError
 from fleetune.messages import Message, Payload, decode, encode
@@ -81,7 +82,7 @@ def test_the_sums_are_those_of_all_text(tmp_path: Path) -> None:
     _, linears = linears_of(model)[0]
     with torch.inference_mode():
         H = Clients(model, SHARES, tmp_path, lambda reply: None).hessians(0, linears)
-        stream = calibrate.Stream(model, torch.cat(list(SHARES.values())))
+        stream = Stream(model, torch.cat(list(SHARES.values())))
         want = stream.hessians(0, linears)
     assert H["model.layers.0.self_attn.q_proj"] is H["model.layers.0.self_attn.v_proj"]
     assert set(H) == set(want)

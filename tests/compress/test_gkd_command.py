@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_harness import LORA, call, pulled_after, tuned
 
 from fleetune import models
 from fleetune.cli import main
@@ -41,21 +41,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(folder / name) for name in made}
 
 
-@pytest.fixture
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("The heron stood still in the shallow water. " * 5)
-    rows = [{"instruction": f"count to {i}", "response": " ".join(map(str, range(i)))} for i in range(1, 9)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
-    code = main([*args, "--json"])
-    out, err = capsys.readouterr()
-    return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
-
-
 def test_a_model_teaches_a_shallower_self(
     tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,7 +68,7 @@ def test_a_model_teaches_a_shallower_self(
     code, again, err = call(capsys, "compress", tiny["deep"], *SELF, *ROWS)
     assert code == 0, err
     assert again[-1]["digest"] == result["digest"]  # the same work, the same weights
-    assert [e["step"] for e in again if e["event"] == "step"] == [1, 2, 3, 4]
+    assert [e["step"] for e in again if e["event"] == "step" and "reward" not in e] == [1, 2, 3, 4]
     code, _, err = call(capsys, "compress", str(folder / "model"), "--method", "rtn", "--set", "group=8")
     assert code == 0, err
 
@@ -93,9 +78,12 @@ def test_a_reward_of_ones_own(
 ) -> None:
     (at / "mine.py").write_text("def short(prompt, answer, reference):\n    return -len(answer) / 10\n")
     mine = ["--set", "reward=mine.py:short", "--set", "alpha=0.5", "--set", "reward_samples=2"]
-    assert main(["compress", tiny["deep"], *SELF, *ROWS, *mine, "-v"]) == 0
-    assert "step 4: mean reward -" in caplog.text
-    capsys.readouterr()
+    code, told, err = call(capsys, "compress", tiny["deep"], *SELF, *ROWS, *mine, "-v")
+    assert code == 0, err
+    means = [e["reward"] for e in told if e["event"] == "step"]
+    assert len(means) == 4
+    assert f"step 4: mean reward {means[-1]:.4f} of 4 answers" in caplog.text
+    assert all(-1 < mean < 0 for mean in means)
     (at / "mine.py").write_text("def short(prompt, answer, reference):\n    return None\n")
     assert main(["compress", tiny["deep"], *SELF, *ROWS, *mine]) == 2
     err = capsys.readouterr().err
@@ -108,9 +96,7 @@ def test_runs_as_student_and_as_teacher(
     tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The held-out rows of the run that are not trained on measure both; eval finds them again."""
-    quick = ["--limit", "30", "--held-out", "8", "--max-length", "512", "--samples", "0", "--rounds", "1"]
-    zo = ["--method", "fedkseed", "--clients", "2", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2"]
-    assert call(capsys, "tune", tiny["deep"], "demo", *quick, *zo)[0] == 0
+    tuned(capsys, tiny["deep"])
     learn = ["--set", "lr=1e-2", "--set", "steps=20", "--set", "lmbda=0"]
     code, done, err = call(capsys, "compress", "latest", *GKD, *learn, "--set", f"teacher={tiny['other']}")
     assert code == 0, err
@@ -132,9 +118,7 @@ def test_a_run_with_an_adapter_teaches_its_own_half(
     tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The adapter is part of both: of the teacher's loss, and of the blocks that the student begins with."""
-    quick = ["--limit", "30", "--held-out", "8", "--max-length", "512", "--samples", "0", "--rounds", "1"]
-    lora = ["--method", "fedit", "--clients", "2", "--set", "r=2", "--set", "lr=1e-1"]
-    assert call(capsys, "tune", tiny["deep"], "demo", *quick, *lora)[0] == 0
+    tuned(capsys, tiny["deep"], LORA)
     code, done, err = call(capsys, "compress", "latest", *SELF)
     assert code == 0, err
     code, whole, err = call(capsys, "compress", "latest", "--method", "rtn", "--set", "group=8")
@@ -150,24 +134,8 @@ def test_a_run_with_an_adapter_teaches_its_own_half(
 def test_a_stopped_one_is_taken_up_again(
     tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = iter([False, False, True])
-
-    class Pulled:
-        def __init__(self, ui: object) -> None:
-            pass
-
-        def __enter__(self) -> Pulled:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        @property
-        def pulled(self) -> bool:
-            return next(asked)
-
     with monkeypatch.context() as patch:
-        patch.setattr(distil, "Brake", Pulled)
+        patch.setattr(distil, "Brake", pulled_after(2))
         code, out, _ = call(capsys, "compress", tiny["deep"], *SELF, *ROWS, "--seed", "7")
     assert code == 130
     assert "fleetune compress --resume runs/0001-gkd-deep" in json.dumps(out[-1])
@@ -184,6 +152,39 @@ def test_a_stopped_one_is_taken_up_again(
     assert whole[-1]["digest"] == resumed[-1]["digest"]
     _, other, _ = call(capsys, "compress", tiny["deep"], *SELF, *ROWS, "--seed", "8")
     assert other[-1]["digest"] != whole[-1]["digest"]
+
+
+COMPRESSED = {
+    "a student of codes": (["1", *GKD, *ROWS, "--set", "teacher={deep}"], "1 was compressed with rtn: it holds codes"),
+    "its folder": (["runs/0001-rtn-deep", *GKD, *ROWS, "--set", "teacher={deep}"], "fleetune export runs/0001-rtn-deep --to hf"),
+    "its artefact": (["runs/0001-rtn-deep/model", *GKD, *ROWS, "--set", "teacher={deep}"], "it holds codes"),
+    "latest": (["latest", *GKD, *ROWS, "--set", "teacher={deep}"], "a compression's folder, not a model's"),
+    "a teacher of codes": (["{deep}", *GKD, *ROWS, "--set", "teacher=1"], "teacher=1: 1 was compressed with rtn: it holds codes"),
+    "a pruned teacher": (["{deep}", *GKD, *ROWS, "--set", "teacher=0002-sparsegpt-deep"], "with sparsegpt: it holds zeros among"),
+    "a plain teacher": (["{deep}", *GKD, *ROWS, "--set", "teacher=3"], "give runs/0003-gkd-deep/model"),
+    "another method": (["runs/0001-rtn-deep", "--method", "optq"], "it holds codes"),
+    "a number of nothing": (["7", "--method", "rtn"], "no run '7' in runs"),
+}  # fmt: skip
+
+
+def test_compressed_models_must_be_exported_first(
+    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before any weights are read; and what is exported then learns and teaches."""
+    few = ["--set", "group=8"], ["--windows", "2", "--length", "16"], [*SELF[2:], *ROWS]
+    for method, more in zip(("rtn", "sparsegpt", "gkd"), few, strict=True):
+        code, _, err = call(capsys, "compress", tiny["deep"], "--method", method, *more)
+        assert code == 0, err
+    with monkeypatch.context() as patch:
+        patch.delattr(models, "load")
+        for case, (args, text) in COMPRESSED.items():
+            assert main(["compress", *(a.format(**tiny) for a in args)]) == 2, case
+            assert text in capsys.readouterr().err, case
+    code, told, err = call(capsys, "export", "1", "--to", "hf")
+    assert code == 0, err
+    for names in ([told[-1]["path"], tiny["deep"]], [tiny["deep"], told[-1]["path"]]):
+        code, _, err = call(capsys, "compress", names[0], *GKD, *ROWS, "--set", f"teacher={names[1]}")
+        assert code == 0, err
 
 
 BAD = {

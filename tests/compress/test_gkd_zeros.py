@@ -74,7 +74,7 @@ def test_a_stopped_training_keeps_its_zeros_bit_for_bit(tmp_path: Path) -> None:
     def run(folder: Path, last: int) -> str:
         student, teacher = pruned()
 
-        def stop(step: int, steps: int, loss: float) -> None:
+        def stop(step: int, steps: int, loss: float, mean: float | None) -> None:
             if step == last:
                 raise Interrupted("now")
 

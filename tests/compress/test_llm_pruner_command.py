@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_harness import LORA, call, pulled_after, tuned
 from pruner_harness import tiny as made
 
 from fleetune import models, widths
@@ -44,21 +44,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, model in every.items():
         models.save(model.net, model.tokenizer, folder / name)
     return {name: str(folder / name) for name in every}
-
-
-@pytest.fixture
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("The heron stood still in the shallow water. " * 8)
-    rows = [{"instruction": f"to {i}", "response": " ".join(map(str, range(i)))} for i in range(1, 9)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
-    code = main([*args, "--json"])
-    out, err = capsys.readouterr()
-    return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
 
 
 def test_a_model_is_pruned_trained_quantised_and_exported(
@@ -134,9 +119,7 @@ def test_either_dash_text_and_no_recovery(
 def test_a_run_is_pruned_on_its_own_half(
     tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick = ["--limit", "30", "--held-out", "8", "--max-length", "512", "--samples", "0", "--rounds", "1"]
-    lora = ["--method", "fedit", "--clients", "2", "--set", "r=2", "--set", "lr=1e-1"]
-    assert call(capsys, "tune", tiny["llama"], "demo", *quick, *lora)[0] == 0
+    tuned(capsys, tiny["llama"], LORA)
     code, done, err = call(
         capsys, "compress", "latest", *QUICK, *FEW, "--set", "mode=depth", "--set", "ratio=0.5"
     )
@@ -171,21 +154,9 @@ def test_ctrl_c_while_the_importance_is_measured(
 ) -> None:
     """Nothing is kept of it, and `--resume` begins anew."""
 
-    class Pulled:
-        pulled = True
-
-        def __init__(self, ui: object) -> None:
-            pass
-
-        def __enter__(self) -> Pulled:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
     args = ["compress", tiny["llama"], *QUICK, *ROWS, "--set", "recover=none"]
     with monkeypatch.context() as patch:
-        patch.setattr(prune, "Brake", Pulled)
+        patch.setattr(prune, "Brake", pulled_after(0))
         code, out, _ = call(capsys, *args)
     assert code == 130
     assert "stopped after 1 of 8 rows" in json.dumps(out[-1])

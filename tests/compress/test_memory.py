@@ -24,6 +24,7 @@ from fleetune.commands import layerwise
 from fleetune.compress import calibrate, costs
 from fleetune.compress.calibrate import linears_of
 from fleetune.compress.federated import Clients
+from fleetune.compress.stream import Stream
 from fleetune.deploy.stream import write_in_turn
 from fleetune.errors import ModelError
 from fleetune.pages import Pages, held, pages_of, tensors_of
@@ -229,7 +230,7 @@ def llama(layers: int = 2, **sizes: int) -> LlamaConfig:
 def test_hessians_are_counted_once_for_each_input() -> None:
     model = models.tiny_llama()
     with torch.inference_mode():
-        H = calibrate.Stream(model, torch.zeros(1, 4, dtype=torch.int64)).hessians(0, linears_of(model)[0][1])
+        H = Stream(model, torch.zeros(1, 4, dtype=torch.int64)).hessians(0, linears_of(model)[0][1])
     distinct = {id(h): h.nbytes for h in H.values()}
     block = next(iter(costs.blocks(shape_of(model.net.config)).values()))
     assert costs.hessians(block) == sum(distinct.values())
@@ -244,6 +245,9 @@ def test_the_plan_with_low_memory_does_not_depend_on_the_blocks() -> None:
     assert peak(20) - peak(2) == 18 * block
     assert peak(2, windows=16) - peak(2) == 8 * 64 * 64 * 4
     assert peak(2, windows=16, clients=2) == peak(2)
+    assert (
+        peak(2, together=True) > peak(2) + 7 * 64 * 2 * 160 * 4
+    )  # the other seven windows, at least twice their channels
     assert peak(2, windows=0) < peak(2)
     assert peak(20, measured=True, low_memory=True) < peak(20, measured=True)
 

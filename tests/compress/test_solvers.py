@@ -28,7 +28,7 @@ def work(seed: int, R: int, C: int, dtype: torch.dtype = torch.float64) -> tuple
     x = torch.randn(4 * C, C, generator=g, dtype=dtype) @ (spread * turn)
     H = torch.zeros(C, C, dtype=dtype)
     hessian.accumulate(H, x)
-    return torch.randn(R, C, generator=g, dtype=dtype), H
+    return torch.randn(R, C, generator=g, dtype=dtype), hessian.whole(H)
 
 
 def damped(H: Tensor, damping: float) -> Tensor:
@@ -207,15 +207,18 @@ def test_error_feedback_pays(method: str) -> None:
     assert errors[0] < 0.4 * errors[1]
 
 
-def test_relative_error_is_that_of_the_outputs() -> None:
+@pytest.mark.parametrize("C", [7, 128, 129, 300])  # less than a strip, one, and several
+def test_sums_and_errors_are_those_of_the_inputs_and_outputs(C: int) -> None:
     g = torch.Generator().manual_seed(0)
-    x, W = torch.randn(50, 7, generator=g).double(), torch.randn(3, 7, generator=g).double()
-    Q, H = torch.round(W), torch.zeros(7, 7).double()
+    x, W = torch.randn(50, C, generator=g).double(), torch.randn(3, C, generator=g).double()
+    Q, H = torch.round(W), torch.zeros(C, C).double()
     for part in x.split(20):
         hessian.accumulate(H, part[None])
+    H = hessian.whole(H)
+    torch.testing.assert_close(H, 2 * x.T @ x)
+    assert torch.equal(H, H.T)
     want = ((x @ (W - Q).T) ** 2).sum() / ((x @ W.T) ** 2).sum()
     assert hessian.relative_error(W, Q, H) == pytest.approx(want.item(), rel=1e-12)
-    torch.testing.assert_close(H, 2 * x.T @ x)
 
 
 # --- trouble --------------------------------------------------------------------------------------------------

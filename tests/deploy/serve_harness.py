@@ -184,6 +184,8 @@ with open(os.path.join(here, "started"), "a") as file:
     with open(flags["--model"], "rb") as model:
         magic = model.read(4).decode()
     file.write(json.dumps({{**flags, "pid": os.getpid(), "magic": magic}}) + "\\n")
+if os.path.exists(os.path.join(here, "noisy")):
+    print("\\n".join(f"line {{i}}" for i in range(200000)), flush=True)
 if os.path.exists(os.path.join(here, "broken")):
     sys.exit("tensor 'blk.0' is missing")
 if os.path.exists(os.path.join(here, "stubborn")):

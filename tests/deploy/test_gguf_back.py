@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fleetune import gguf_tokens, models, rope
+from fleetune.cli import main
 from fleetune.deploy.exports import export
 from fleetune.errors import ModelError
 
@@ -177,3 +178,18 @@ def test_factors_that_no_words_give_are_refused(tmp_path: Path, monkeypatch: pyt
     path.write_bytes(raw)
     with pytest.raises(ModelError, match="rescales its rotary frequencies"):
         models.load(str(path))
+
+
+def test_a_file_learns_and_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are plain ones as soon as it is read, so it can be either side of a distillation."""
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model = tiny()
+    models.save(model.net, model.tokenizer, tmp_path / "m")
+    for kind in ("f32", "f16"):
+        export(tmp_path / "m", f"gguf:{kind}", tmp_path / f"{kind}.gguf")
+    Path("rows.jsonl").write_text(json.dumps({"instruction": "say a", "response": "a b c"}) + "\n")
+    given = [f"--set={x}" for x in ("teacher=f16.gguf", "steps=1", "batch_size=1", "max_new_tokens=2")]
+    few = ["--data", "rows.jsonl", "--length", "64"]
+    assert main(["compress", "f32.gguf", "--method", "gkd", *given, *few]) == 0
+    assert models.load("runs/0001-gkd-f32.gguf/model").n_params == model.n_params

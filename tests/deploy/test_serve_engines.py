@@ -159,18 +159,29 @@ def test_a_second_ctrl_c_while_it_ends_leaves_nothing_behind(path, gguf, monkeyp
     assert not _soon(lambda: lives(child))
 
 
-def test_the_tail_does_not_move_where_the_engine_writes(path, gguf):
-    (path / "stubborn").touch()
+def test_of_what_an_engine_says_the_end_is_kept_and_it_never_waits_for_us(path, gguf):
+    (path / "noisy").touch()  # 2 MB
     with engines.started(LLAMA, gguf, 1, 512) as engine:
-        assert engine.tail() == engine.tail() != ""
-        log = engine._log.fileno()
-        os.lseek(log, 3, os.SEEK_SET)
-        assert engine.tail() != ""
-        assert os.lseek(log, 0, os.SEEK_CUR) == 3
+        (start,) = starts(path)
+        assert os.readlink(f"/proc/{start['pid']}/fd/1").startswith("pipe:"), "no file that grows"
+        assert not _soon(lambda: engine.tail().splitlines()[-1:] != ["line 199999"])
+        assert engine.tail().splitlines() == [f"line {i}" for i in range(199995, 200000)]
+        assert len(engine._words.last) == engines.TAIL_BYTES
         engine.process.kill()
         engine.process.wait()
         assert not engine.alive()
-        assert "killed by signal 9" in engine.death().message
+        death = engine.death()
+    assert "killed by signal 9" in death.message
+    assert "line 199999" in str(death.hint)
+    assert engine.process.stdout.closed
+
+
+def test_one_that_says_much_and_dies_is_heard_out(path, gguf):
+    (path / "noisy").touch()
+    (path / "broken").touch()
+    with pytest.raises(FleetuneError, match="exit code 1") as died:
+        engines.started(LLAMA, gguf, 1, 512).__enter__()
+    assert str(died.value.hint).endswith("line 199999\ntensor 'blk.0' is missing")
 
 
 def _soon(state):

@@ -150,6 +150,26 @@ def test_pieces_of_a_tensor_equal_the_whole(kernels, law):
     assert torch.equal(whole, parts)
 
 
+@pytest.mark.parametrize("law", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("units", [1, 4, 5, 100])
+def test_directions_whose_words_are_made_together_stay_apart(monkeypatch, law, units):
+    # A block's 2 tiles of 7 passes and a probe: one by one, by twos, all at once.
+    monkeypatch.setattr(kernels_torch, "UNITS", units)
+    monkeypatch.setattr(kernels_torch, "BLOCK", 2 * (TILE if law == "rademacher" else 128))
+    base = weights(8, 3 * TILE + 50, torch.float32)
+    left, right = torch.empty_like(base), torch.empty_like(base)
+    top = 2**64 - 1
+    ids = np.array([3, 5, 2**40, 2**40 + 1, 2**63 + 1, top - 1, top], np.uint64)
+    for id in (2**63 + 1, 8, top):
+        for out, kernels in ((left, kernels_numba), (right, kernels_torch)):
+            if law == "gaussian":
+                kernels.sweep_gaussian(out, base, 99, top, ids, range(1, 8), 1e-2, (id, 0.3))
+                continue
+            passes = noise.passes(law, 1, ids.tolist(), range(1, 8))
+            kernels.sweep(out, base, 99, top, passes, 1e-2, (id, np.array([0.3], np.float32)))
+        assert torch.equal(bits(left), bits(right))
+
+
 def test_threads_share_a_large_tensor():
     # Beyond the size at which work is split by default, with every kind of pass.
     n = kernels_numba.SPLIT + 12_345

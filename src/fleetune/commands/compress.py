@@ -56,6 +56,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave the model in its files: one block in memory at a time",
     )
+    sub.add_argument(
+        "--true-sequential",
+        action="store_true",
+        help="solve a layer on what those before it in its block give once compressed: one pass of all windows together, "
+        "a third faster, and memory for their activations",
+    )
     sub.add_argument("--eval-text", help="plain text file: its perplexity before and after")
     sub.add_argument(
         "--seed",
@@ -92,7 +98,8 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
             ui.note(f"{name}: {text}")
         ui.note(f"the settings fit {job.subject.model.n_params:,} parameters; nothing was written")
         return
-    carry_out(work, ui, Path(args.out), folder, offline=args.offline)
+    if folder is None or not subjects.finished(ui, folder):
+        carry_out(work, ui, Path(args.out), folder, offline=args.offline)
 
 
 def carry_out(work: Work, ui: Ui, out: Path, folder: Path | None = None, *, offline: bool = False) -> Path:
@@ -115,6 +122,8 @@ def _prepare(work: Work, ui: Ui, out: Path, *, offline: bool) -> layerwise.Job |
 
     method = methods.make(work.method, work.set)
     _check(work)
+    if not work.run:
+        check_plain(work.model, out)
     if isinstance(method, methods.Trainer | methods.Pruner):
         _whole(work)
     if isinstance(method, methods.Trainer):
@@ -131,7 +140,7 @@ def _work(args: argparse.Namespace, of_run: Path | None) -> Work:
     return Work(
         str(of_run or args.model), of_run is not None, args.method.replace("_", "-"), chosen, args.data or "", args.text or "",
         args.windows, args.length, args.eval_text or "", args.seed, args.dtype,
-        args.low_memory, args.calibrate, args.clients,
+        args.low_memory, args.calibrate, args.clients, args.true_sequential,
     )  # fmt: skip
 
 
@@ -147,6 +156,9 @@ def _check(work: Work) -> None:
         [f"clients = {work.clients} needs --calibrate clients"] if work.clients and not clients else []
     )
     problems += [f"clients = {work.clients} is below 0"] if work.clients < 0 else []
+    problems += (
+        ["clients solve a block at a time: no true_sequential"] if clients and work.true_sequential else []
+    )
     problems += ["a run has a dtype of its own"] if work.run and work.dtype != "fp32" else []
     problems += (
         [
@@ -166,6 +178,7 @@ def _whole(work: Work) -> None:
     """RecipeError for what only the layer-by-layer methods can do."""
     problems = [f"{work.method} trains the whole model, which must be in memory"] if work.low_memory else []
     problems += [f"{work.method} is not calibrated by clients"] if work.calibrate == subjects.CLIENTS else []
+    problems += [f"{work.method} solves no layers: no true_sequential"] if work.true_sequential else []
     if problems:
         raise RecipeError(problems, hint="--method optq, sparsegpt or rtn")
 
@@ -203,6 +216,24 @@ def named(name: str, out: Path, of_run: Path | None) -> Path | None:
     found = find(name, out)
     older = found and of_run and rundir.number(found) < rundir.number(of_run.resolve())
     return None if name == "latest" and older else found
+
+
+def check_plain(name: str, out: Path) -> None:
+    """UsageError where `name` is a compressed model that must be exported first, a folder around one, or nothing."""
+    from fleetune.deploy.master import Master, is_master
+
+    folder = None if name == "latest" and rundir.listing(out) else find(name, out)
+    model = folder / "model" if folder else Path(name)
+    if is_master(model):
+        head = Master(model).head
+        raise UsageError(
+            f"{name} was compressed with {head.method}: it holds {'codes' if head.grids else 'zeros among weights'} "
+            "in a file of Fleetune's own, not a plain model",
+            hint=f"fleetune export {name} --to hf   and give the folder that it writes",
+        )
+    if folder:
+        raise UsageError(f"{name} is a compression's folder, not a model's", hint=f"give {artefact(folder)}")
+    rundir.check_name(name, out)
 
 
 def artefact(folder: Path) -> Path:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,10 +57,11 @@ def prepare(work: Work, trainer: Trainer, out: Path, *, offline: bool) -> Job:
         raise UsageError(
             f"{work.method} needs rows to train on", hint="--data FILE, or compress a run, which has its own"
         )
+    if not (same := trainer.teacher == SAME):
+        _check_teacher(trainer.teacher, out)
     subject = subjects.load(work, offline=offline)
     if not subject.rows:
         raise UsageError("there are no rows to train on", hint="give some with --data")
-    same = trainer.teacher == SAME
     teacher = subject.model if same else _teacher(trainer.teacher, work.dtype, out, offline=offline)
     trainer.check(subject.model, teacher, _longest(subject))
     return Job(work, trainer, subject, teacher)
@@ -69,6 +69,16 @@ def prepare(work: Work, trainer: Trainer, out: Path, *, offline: bool) -> Job:
 
 def _longest(subject: Subject) -> int:
     return max(len(row.ids) for row in subject.rows)
+
+
+def _check_teacher(name: str, out: Path) -> None:
+    """UsageError for one that cannot be, before the student is loaded."""
+    from fleetune.commands import compress
+
+    try:
+        compress.check_plain(name, out)
+    except UsageError as error:
+        raise UsageError(f"teacher={name}: {error.message}", hint=error.hint) from error
 
 
 def _teacher(name: str, dtype: str, out: Path, *, offline: bool) -> Model:
@@ -99,7 +109,6 @@ def _train(ui: Ui, job: Job, folder: Path) -> None:
     _steps(ui, job, student, folder)
     models.save(student.net, student.tokenizer, folder / "model", card=_card(job))
     after = _measure(job, student)
-    shutil.rmtree(folder / PARTS)
     size = subjects.folder_bytes(folder / "model")
     done = {
         "before": before, "after": after, "teacher": taught, "bytes": size,

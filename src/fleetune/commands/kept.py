@@ -8,7 +8,6 @@ the same, and the artefact's head, which holds their digest, says whether they a
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +55,7 @@ def base_of(ui: Ui, folder: Path, *, offline: bool) -> Path:
     place = folder / "base"
     model, own = place / "model", Master(folder / "model").head
     if is_master(model) and _alike(Master(model).head, own):
+        subjects.drop(place / PARTS)  # a kill may have left them
         return model
     job = _job(folder, offline, ui)
     made = layerwise.head(job)
@@ -68,7 +68,7 @@ def base_of(ui: Ui, folder: Path, *, offline: bool) -> Path:
     ui.note(f"the base is compressed the same way, once: the tuned model took {human_time(seconds)}")
     parts = layerwise.solve(ui, job, place, f"fleetune measure {folder} --kept-gain")
     master.write(model, job.subject.model, parts, made)
-    shutil.rmtree(place / PARTS)
+    subjects.drop(place / PARTS)
     return model
 
 

@@ -55,6 +55,7 @@ class Job:
             return [("memory", memory)]
         count, length = self.calibration.shape
         text = f"{self.subject.source} · {count} windows of {length} tokens"
+        text += " · true sequential" if self.work.true_sequential else ""
         whose = [("clients", f"{len(self.shares)} of them, in turn")] if self.shares else []
         return [("text", text), *whose, ("memory", memory)]
 
@@ -75,7 +76,7 @@ class Job:
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
         return costs.work(self.solver, count, length)._replace(
             size=SIZES[self.subject.model.dtype], low_memory=self.work.low_memory,
-            measured=self.subject.measured, clients=len(self.shares),
+            measured=self.subject.measured, clients=len(self.shares), together=self.work.true_sequential,
         )  # fmt: skip
 
     def run(self, ui: Ui, folder: Path) -> None:
@@ -92,6 +93,8 @@ def prepare(work: Work, solver: Solver, subject: Subject, ui: Ui) -> Job:
     if not solver.data:
         if work.calibrate == CLIENTS:
             raise UsageError(f"{work.method} is not calibrated", hint="leave out --calibrate")
+        if work.true_sequential:
+            raise UsageError(f"{work.method} is not calibrated", hint="leave out --true-sequential")
         return Job(work, solver, subject, None, {})
     import torch
 
@@ -179,6 +182,7 @@ def solve(ui: Ui, job: Job, folder: Path, again: str) -> Parts:
             folder / PARTS,
             on_matrix,
             lambda b, n: _told(ui, b, n),
+            true_sequential=job.work.true_sequential,
         )
 
 
@@ -188,7 +192,7 @@ def _check_origin(job: Job, parts: Path) -> None:
     model = job.subject.model
     own = json.dumps([
         job.work.method, asdict(job.solver), model.digest, model.dtype,  # type: ignore[call-overload]
-        _calibration(job.calibration), [[client, len(own)] for client, own in job.shares.items()],
+        _calibration(job), [[client, len(own)] for client, own in job.shares.items()],
     ])  # fmt: skip
     file = parts / ORIGIN
     if file.is_file() and file.read_text(encoding="utf-8") != own:
@@ -242,7 +246,7 @@ def head(job: Job) -> Head:
     model = job.subject.model
     return Head(
         job.work.method, {**asdict(job.solver)}, models.digest(tensors_of(model)),  # type: ignore[call-overload]
-        model.tokenizer_digest, _calibration(job.calibration),
+        model.tokenizer_digest, _calibration(job),
     )  # fmt: skip
 
 
@@ -276,7 +280,6 @@ def _compress(ui: Ui, job: Job, folder: Path) -> None:
     parts = solve(ui, job, folder, f"fleetune compress --resume {folder}")
     master.write(folder / "model", model, parts, head(job))
     after = _after(subject, parts)
-    shutil.rmtree(folder / PARTS)
     size = subjects.folder_bytes(folder / "model")
     done = {
         "before": before, "after": after, "bytes": size,
@@ -322,12 +325,13 @@ def _notes(blocks: Sequence[Block]) -> dict[str, list[str]]:
     return {m.name: list(m.notes) for b in blocks for m in b.matrices if m.notes}
 
 
-def _calibration(calibration: Tensor | None) -> dict[str, Any]:
-    if calibration is None:
+def _calibration(job: Job) -> dict[str, Any]:
+    if job.calibration is None:
         return {}
-    tokens = calibration.numpy().astype("<i8").tobytes()
-    count, length = calibration.shape
-    return {"windows": count, "length": length, "sha256": hashlib.sha256(tokens).hexdigest()}
+    tokens = job.calibration.numpy().astype("<i8").tobytes()
+    count, length = job.calibration.shape
+    how = {"true_sequential": True} if job.work.true_sequential else {}
+    return {"windows": count, "length": length, "sha256": hashlib.sha256(tokens).hexdigest(), **how}
 
 
 def _after(subject: Subject, parts: Parts) -> dict[str, float]:

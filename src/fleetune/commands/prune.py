@@ -6,7 +6,6 @@ A model whose blocks differ in width is a directory that only fleetune loads (`w
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -82,7 +81,6 @@ def _prune(ui: Ui, job: Job, folder: Path) -> None:
             pruned = _train(ui, job, pruned, folder, brake)
     models.save(pruned.net, pruned.tokenizer, folder / "model", card=_card(job, pruned))
     after = subjects.measure(pruned, subject) if trained else cut
-    shutil.rmtree(folder / PARTS)
     size = subjects.folder_bytes(folder / "model")
     done = {
         "before": before, "pruned": cut, "after": after, "bytes": size,

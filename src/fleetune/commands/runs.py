@@ -117,8 +117,7 @@ def _rm(args: argparse.Namespace, ui: Ui) -> None:
             if folder in smaller.values():
                 shutil.rmtree(folder)
             else:
-                with rundir.RunDir(folder):  # refuses a run that is in use
-                    shutil.rmtree(folder)
+                rundir.RunDir(folder).remove()  # refuses a run that is in use
         except OSError as error:
             raise storage_error(error, folder) from error
         ui.note(f"removed {folder}")

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from fleetune.errors import Interrupted, UsageError
 from fleetune.text import human_bytes, human_time
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 RECORD: Final = "compress.json"
 PARTS: Final = "parts"
 CLIENTS: Final = "clients"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Work:
     low_memory: bool = False  # the model stays in its files
     calibrate: str = "server"  # who calibrates: server, or clients (those of the run)
     clients: int = 0  # how many of them, 0 for all
+    true_sequential: bool = False  # a layer also meets what its own block gives once compressed
 
 
 @dataclass(frozen=True)
@@ -129,18 +134,23 @@ def measure(model: Model, subject: Subject) -> dict[str, float]:
     return found | ({"perplexity": perplexity(model, subject.texts)} if subject.texts else {})
 
 
-@contextmanager
-def told(ui: Ui, brake: Brake, folder: Path, what: str) -> Iterator[Callable[[int, int, float], None]]:
-    """What a training calls after every step: all are told to programs, ten means of `what` to people.
+class OnStep(Protocol):
+    """What a training calls after every step."""
 
-    It raises Interrupted once the brake is pulled.
-    """
+    def __call__(self, step: int, steps: int, loss: float, reward: float | None = None, /) -> None:
+        """Interrupted ends the training; the step is kept."""
+
+
+@contextmanager
+def told(ui: Ui, brake: Brake, folder: Path, what: str) -> Iterator[OnStep]:
+    """Every step is told to programs, ten means of `what` to people; Interrupted comes once the brake is pulled."""
     recent: list[float] = []
     with ui.count("steps", 0) as bar:
 
-        def on_step(step: int, steps: int, loss: float) -> None:
+        def on_step(step: int, steps: int, loss: float, reward: float | None = None, /) -> None:
             bar.update(step, steps, f"{what} {loss:.4f}")
-            ui.event({"event": "step", "step": step, "steps": steps, "loss": loss})
+            worth = {} if reward is None else {"reward": reward}
+            ui.event({"event": "step", "step": step, "steps": steps, "loss": loss, **worth})
             recent.append(loss)
             if step == steps or step % max(1, steps // 10) == 0:
                 ui.note(f"step {step}/{steps}  {what} {statistics.fmean(recent):.4f}")
@@ -170,11 +180,39 @@ def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
+def drop(parts: Path) -> None:
+    """Remove parts that are not needed any more.  They lose their name first: no half of them is gone on with."""
+    gone = parts.with_name(f".{parts.name}.tmp")
+    shutil.rmtree(gone, ignore_errors=True)  # what a kill left
+    try:
+        parts.rename(gone)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("%s is not needed any more, but cannot be removed: %s", parts, error)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def finished(ui: Ui, folder: Path) -> bool:
+    """Whether the work in a folder is done; then that is told again, and what a kill left of its parts goes."""
+    done = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("result")
+    if done is None or not (folder / "model").is_dir():
+        return False
+    drop(folder / PARTS)
+    ui.event({"event": "done", "folder": str(folder), **done})
+    ui.note(f"{folder} is finished: there is nothing to go on with")
+    return True
+
+
 def finish(ui: Ui, work: Work, folder: Path, done: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-    """Write the result down and tell it; `sizes` in bytes are those of what `done` has measures of."""
+    """Write the result down, let go of the parts and tell it; `sizes` in bytes are those of what `done` has measures of.
+
+    In this order: a kill before it is written leaves all that `--resume` goes on with, one after it a finished folder.
+    """
     from fleetune.files import write_atomic
 
     write_atomic(folder / RECORD, json.dumps({"v": 1, **asdict(work), "result": done}, indent=1) + "\n")
+    drop(folder / PARTS)
     ui.event({"event": "done", "folder": str(folder), **done})
     columns = list(sizes)
     rows: list[list[object]] = [["size", *(human_bytes(size) for size in sizes.values())]]

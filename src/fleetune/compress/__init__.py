@@ -90,9 +90,12 @@ class Trainer(Protocol):
         rows: Sequence[Encoded],
         seed: int,
         folder: Path,
-        on_step: Callable[[int, int, float], None],
+        on_step: Callable[[int, int, float, float | None], None],
     ) -> None:
-        """Train in place; `on_step(step, steps, loss)` comes after every step and may raise Interrupted."""  # fmt: skip
+        """Train in place; `on_step(step, steps, loss, reward)` comes after every step and may raise Interrupted.
+
+        `reward` is the mean of what the student has written in the step, None where there is none.
+        """
 
     def distance(self, student: Model, teacher: Model, rows: Sequence[Encoded]) -> float:
         """What the training makes small, on rows as they are."""

@@ -5,22 +5,26 @@ For every decoder block: run the calibration windows through it and sum the Hess
 layers that read the same tensor share one), solve them, then run the windows through the compressed block, whose
 outputs are the next block's inputs.  Embedding, norms and head stay as they are.
 
+With `true_sequential` (GPTQ's name for it) a layer also meets what the layers before it in its block give once they are
+compressed: all windows go through the block together, and each layer is solved at the moment they come to it.  That is
+one pass instead of two, and holds the activations of all windows at once.
+
 Memory is the model (or, of one that stays in its files, a block of it: `pages`), one block's Hessians and dense
 copies, and the windows' hidden states; never a second model (`costs` has the sum).  Every finished block is a file in
 `parts`; a run that was killed reads those it finds and goes on with the next.
 
-The Hessians come from a `Source`: the windows at hand (`Stream`), or devices that have theirs (`federated`).
+The Hessians come from a `Source`: the windows at hand (`stream`), or devices that have theirs (`federated`).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,8 +34,9 @@ from torch import Tensor, nn
 
 from fleetune.adapters.layers import layers_of
 from fleetune.compress import Solver
-from fleetune.compress.hessian import accumulate, relative_error
-from fleetune.deploy.master import Quantised, stored, unpack
+from fleetune.compress.hessian import relative_error
+from fleetune.compress.stream import Source, Stream
+from fleetune.deploy.master import Quantised, dense, stored, unpack
 from fleetune.errors import DataError, RecipeError
 from fleetune.files import write_atomic
 from fleetune.models import Model
@@ -100,8 +105,8 @@ class Parts(Mapping[str, "Quantised | Tensor"]):
         number, grid = self._where[name]
         with safe_open(part(self.folder, number), framework="pt") as opened:
             if grid is None:
-                dense: Tensor = opened.get_tensor(name)
-                return dense
+                floats: Tensor = opened.get_tensor(name)
+                return floats
             bits, group, columns = grid
             codes, scale, zero = (opened.get_tensor(f"{name}.{x}") for x in ("codes", "scale", "zero"))
             return Quantised(unpack(codes, bits, columns), scale, zero, bits, group)
@@ -178,18 +183,6 @@ def written(model: Model, length: int, count: int, seed: int) -> Tensor:
     return torch.cat(rows)
 
 
-class Source(Protocol):
-    """Where the Hessians of a block's layers come from; blocks are asked for in order."""
-
-    def hessians(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-        """H float32 [C, C] by layer name: the sum of 2 x x^T over all tokens."""
-        ...
-
-    def advance(self, number: int) -> None:
-        """Go on to the next block; this one's layers have their compressed weights while it is called."""
-        ...
-
-
 @torch.inference_mode()
 def run(
     model: Model,
@@ -198,6 +191,8 @@ def run(
     folder: Path,
     on_matrix: Callable[[int, int, str], None] = lambda block, blocks, name: None,
     on_block: Callable[[Block, int], None] = lambda block, blocks: None,
+    *,
+    true_sequential: bool = False,
 ) -> Parts:
     """Compress every block of `model` (which is as it was afterwards); goes on with what `folder` holds already.
 
@@ -207,24 +202,42 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = Parts(folder), linears_of(model)
-    source = Stream(model, calibration) if isinstance(calibration, Tensor) else calibration
+    source = Stream(model, calibration, true_sequential) if isinstance(calibration, Tensor) else calibration
     for number, (block, linears) in enumerate(blocks):
-        with held(model, block):
+        with held(model, block), restored(linears):
             if not parts.open(number):
-                began = time.monotonic()
-                H = source.hessians(number, linears) if source else {}
-                weights, matrices = dict[str, Quantised | Tensor](), list[Matrix]()
-                for name, linear in linears.items():
-                    on_matrix(number, len(blocks), name)
-                    weights[f"{name}.weight"], matrix = _solve(solver, name, linear, H.get(name))
-                    matrices.append(matrix)
-                del H  # before the windows go through the block
-                parts.put(Block(number, tuple(matrices), round(time.monotonic() - began, 3)), weights)
+                on_name = functools.partial(on_matrix, number, len(blocks))
+                _solve_block(solver, number, linears, source, parts, on_name, true_sequential)
             on_block(parts.blocks[-1], len(blocks))
             if source and number + 1 < len(blocks):
-                with placed(linears, parts):
-                    source.advance(number)
+                place(linears, parts)
+                source.advance(number)
     return parts
+
+
+def _solve_block(
+    solver: Solver, number: int, linears: Mapping[str, nn.Linear], source: Source | None, parts: Parts,
+    on_name: Callable[[str], None], placing: bool,
+) -> None:  # fmt: skip
+    """Solve a block into `parts`; with `placing` each layer has its compressed weights as soon as it is solved."""
+    began = time.monotonic()
+    weights, matrices = dict[str, Quantised | Tensor](), list[Matrix]()
+
+    def settle(name: str, H: Tensor | None) -> None:
+        on_name(name)
+        linear = linears[name]
+        weight, matrix = _solve(solver, name, linear, H)
+        weights[f"{name}.weight"] = weight
+        matrices.append(matrix)
+        if placing:
+            linear.weight.data = dense(weight).to(linear.weight)
+
+    if source:
+        source.walk(number, linears, settle)
+    for name in linears:
+        if f"{name}.weight" not in weights:  # nothing reads it, or the solver needs no source
+            settle(name, None)
+    parts.put(Block(number, tuple(matrices), round(time.monotonic() - began, 3)), weights)
 
 
 def _solve(
@@ -233,121 +246,32 @@ def _solve(
     W = linear.weight.detach().float().cpu()
     C = W.shape[1]
     solved = solver.solve(W.clone(), torch.zeros(C, C) if H is None else H.clone())
-    dense = solved.weight.dense() if isinstance(solved.weight, Quantised) else solved.weight
-    error = float("nan") if H is None else relative_error(W, dense, H)
-    weight = solved.weight if isinstance(solved.weight, Quantised) else dense.to(linear.weight.dtype)
+    values = dense(solved.weight)
+    error = float("nan") if H is None else relative_error(W, values, H)
+    weight = solved.weight if isinstance(solved.weight, Quantised) else values.to(linear.weight.dtype)
     return weight, Matrix(name, error, solved.notes)
 
 
 @contextmanager
-def placed(linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor]) -> Iterator[None]:
-    """The linear layers with their compressed weights, while the block runs."""
+def restored(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
+    """The linear layers have the weights they had before, afterwards."""
     before = {name: linear.weight.data for name, linear in linears.items()}
     try:
-        for name, linear in linears.items():
-            weight = parts[f"{name}.weight"]
-            dense = weight.dense() if isinstance(weight, Quantised) else weight
-            linear.weight.data = dense.to(linear.weight)
         yield
     finally:
         for name, linear in linears.items():
             linear.weight.data = before[name]
 
 
-class _Stop(Exception):
-    """Ends a forward pass once its first block's input is known."""
-
-
-class Stream:
-    """The windows' hidden states, moved on a block at a time."""
-
-    def __init__(self, model: Model, calibration: Tensor) -> None:
-        self.model, self.blocks = model, [block for block, _ in linears_of(model)]
-        self.kwargs = _keywords(model, self.blocks, calibration[:1])
-        self.states = self.begin(calibration)
-
-    def begin(self, calibration: Tensor) -> list[Tensor]:
-        """The states that go into the first block, for windows of the same length."""
-        states: list[Tensor] = []
-        with _caught(self.blocks[0], lambda args, kwargs: states.append(_input(args, kwargs))):
-            for window in calibration:
-                try:
-                    self.model.net(input_ids=window[None].to(self.model.device), use_cache=False)
-                except _Stop:
-                    continue
-        return states
-
-    def _forward(self, number: int, state: Tensor) -> Tensor:
-        out = self.blocks[number](state, **self.kwargs[number])
-        return out if isinstance(out, Tensor) else out[0]
-
-    def hessians(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-        """H by layer name; layers that read one tensor have the same H."""
-        H: dict[str, Tensor] = {}
-        last: list[Any] = [None, ""]  # the tensor read last, and the first layer that read it
-
-        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                x = args[0]
-                if x is last[0]:
-                    H[name] = H[last[1]]
-                    return
-                if name not in H:
-                    H[name] = torch.zeros(x.shape[-1], x.shape[-1])
-                accumulate(H[name], x.cpu())
-                last[:] = [x, name]
-
-            return see
-
-        handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
-        try:
-            for state in self.states:
-                self._forward(number, state)
-                last[:] = [None, ""]
-        finally:
-            for handle in handles:
-                handle.remove()
-        return H
-
-    def advance(self, number: int) -> None:
-        """Make the states what comes out of the block."""
-        for i, state in enumerate(self.states):
-            self.states[i] = self._forward(number, state)
-
-
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    state: Tensor = args[0] if args else kwargs["hidden_states"]
-    return state
+def place(linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor]) -> None:
+    """Give the linear layers their compressed weights."""
+    for name, linear in linears.items():
+        linear.weight.data = dense(parts[f"{name}.weight"]).to(linear.weight)
 
 
 @contextmanager
-def _caught(block: nn.Module, take: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> Iterator[None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take(args, kwargs)
-        raise _Stop
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+def placed(linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor]) -> Iterator[None]:
+    """The linear layers with their compressed weights, for a while."""
+    with restored(linears):
+        place(linears, parts)
         yield
-    finally:
-        handle.remove()
-
-
-def _keywords(model: Model, blocks: Sequence[nn.Module], window: Tensor) -> list[dict[str, Any]]:
-    """What each block is called with beside the hidden states (masks, positions): the same for every window."""
-    found: list[dict[str, Any]] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
-        if len(found) == len(blocks):
-            raise _Stop  # neither the last block nor the head is needed
-
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
-    try:
-        model.net(input_ids=window.to(model.device), use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

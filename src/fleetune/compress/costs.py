@@ -12,6 +12,7 @@ Peak memory is a sum of parts (bytes; weights of s bytes, blocks with matrices W
                         matrix (4 R C each) and of its Hessian (4 C^2 each); the results so far, a byte a weight or,
                         where they stay floats, s
               running   a window through the block: length * s * (its widest point), and the block's compressed weights
+              (with `--true-sequential` a layer is solved while all windows are at it: both at once)
               measuring the model on rows or text, before and after: activations and logits of a batch; and
                         afterwards, but with `--low-memory`, all compressed weights
 
@@ -46,6 +47,7 @@ class Work(NamedTuple):
     low_memory: bool = False
     measured: bool = False
     clients: int = 0  # that calibrate in turn; the states of one are in memory
+    together: bool = False  # true sequential: all windows are in the block at once
 
 
 def work(solver: Solver, windows: int, length: int) -> Work:
@@ -62,7 +64,9 @@ def memory(shape: Shape, work: Work) -> dict[str, int]:
     whole = shape.params * work.size
     stages = {"solving": _solving(block, work), "running": 0, "measuring": 0}
     if work.windows:
-        stages["running"] = work.length * work.size * shape.widest + 2 * inner * 4
+        once = work.length * (work.windows if work.together else 1)
+        stages["running"] = once * work.size * shape.widest + 2 * inner * 4
+        stages["solving"] += stages["running"] if work.together else 0
     if work.measured:
         from fleetune.losses import CHUNK_BYTES
 
@@ -70,7 +74,7 @@ def memory(shape: Shape, work: Work) -> dict[str, int]:
         after = 0 if work.low_memory else 4 * _weights(shape.linears)
         stages["measuring"] = rows * length * work.size * shape.widest + 2 * CHUNK_BYTES + after
     return {
-        "floor": FLOOR + PIECE * shape.vocab + KERNELS,
+        "floor": FLOOR + PIECE * shape.vocab + KERNELS["numba"],
         "weights": max(inner * work.size, ends) if work.low_memory else whole,
         "states": work.windows // max(1, work.clients) * work.length * shape.hidden * work.size,
         "work": int(max(stages.values())),

@@ -33,7 +33,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fleetune.compress.calibrate import Stream, part
+from fleetune.compress.calibrate import part
+from fleetune.compress.stream import Settle, Stream
 from fleetune.errors import FleetError, FleetuneError, MessageError
 from fleetune.messages import Message, Payload, decode, encode
 from fleetune.models import Model
@@ -72,6 +73,11 @@ class Clients:
             self._stream = Stream(model, next(iter(windows.values())))
             for client, own in windows.items():
                 self._put(client, self._stream.begin(own))
+
+    def walk(self, number: int, linears: Mapping[str, nn.Linear], settle: Settle) -> None:
+        """Solve the block's layers with the sums over all devices that answer.  FleetError when none does."""
+        for name, H in self.hessians(number, linears).items():
+            settle(name, H)
 
     def hessians(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
         """The sums over all devices that answer.  FleetError when none does."""

@@ -33,7 +33,7 @@ What to know:
   with which the answer was written, at this temperature, so that the gradient is that of what is really written.
 - r(y) is of a whole answer and log p(y | x) a sum over its tokens, while D is a mean over tokens, as in the paper.  A
   reward far from 0 to 1 shifts the balance that alpha sets.  With alpha = 1 it is measured and does nothing: the
-  same bits as without it.  `-v` tells the mean reward of every step that has one.
+  same bits as without it.  `-v`, and the `step` events of `--json`, tell the mean reward of every step that has one.
 - A reward that fails or is not finite ends the training before the step that it is of, and shows the row.  `--resume`
   goes on from what was kept before with the same function: its file may not have changed, what that imports may.
 - Teacher and student must have the same vocabulary.  Where one of them has more rows in its output head than the
@@ -217,12 +217,13 @@ class Trainer:
         rows: Sequence[Encoded],
         seed: int,
         folder: Path,
-        on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+        on_step: Callable[[int, int, float, float | None], None] = lambda step, steps, loss, reward: None,
     ) -> None:
         """Train `student.net` in place; goes on with what `folder` holds already.
 
-        `on_step(step, steps, loss)` is called after every step and may raise Interrupted to stop, which keeps the
-        step.  FleetuneError when the loss or its gradient is not finite any more.
+        `on_step(step, steps, loss, reward)` is called after every step, with the mean reward of what the student has
+        written in it, if any, and may raise Interrupted to stop, which keeps the step.  FleetuneError when the loss or
+        its gradient is not finite any more.
         """
         parameters = dict(named_tensors(student.net))
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.lr, weight_decay=0.0)
@@ -233,16 +234,14 @@ class Trainer:
         with _trainable(student.net):
             for t, batch in enumerate(itertools.islice(batches, done, None), done):
                 answered = self.answered(student, teacher, batch, seed, t)
-                gains = (
-                    self._gains(worth, student, batch, answered, t)
-                    if worth is not None and self._on_policy(seed, t)
-                    else None
-                )
+                gains = mean = None
+                if worth is not None and self._on_policy(seed, t):
+                    gains, mean = self._gains(worth, student, batch, answered, t)
                 loss = self._update(student, teacher, answered, gains, optimizer, t)
                 if (t + 1) % self.save_every == 0 or t + 1 == self.steps:
                     store(folder, origin, t + 1, parameters, optimizer)
                 try:
-                    on_step(t + 1, self.steps, loss)
+                    on_step(t + 1, self.steps, loss, mean)
                 except Interrupted:
                     store(folder, origin, t + 1, parameters, optimizer)
                     raise
@@ -280,13 +279,16 @@ class Trainer:
     def _repeated(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [array for array in arrays for _ in range(self.reward_samples)]
 
-    def _gains(self, worth: Reward, student: Model, batch: Batch, answered: Batch, t: int) -> np.ndarray:
-        """What the rewards of the student's answers are above their baseline: float64, one for each of them."""
+    def _gains(
+        self, worth: Reward, student: Model, batch: Batch, answered: Batch, t: int
+    ) -> tuple[np.ndarray, float]:
+        """What the rewards of the student's answers are above their baseline (float64, one for each), and their mean."""
         prompts, answers = split(answered)
         references = self._repeated(split(batch)[1])
         found = reward.rewards(self.reward, worth, student, prompts, answers, references)
-        log.info("step %d: mean reward %.4f of %d answers", t + 1, found.mean(), len(found))
-        return reward.gains(found, self.reward_samples)
+        mean = float(found.mean())
+        log.info("step %d: mean reward %.4f of %d answers", t + 1, mean, len(found))
+        return reward.gains(found, self.reward_samples), mean
 
     def rate(self, t: int) -> float:
         """The learning rate of step t (from 0): up in a line, then down in a line to 0 after the last."""

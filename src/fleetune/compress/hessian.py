@@ -15,12 +15,27 @@ from torch import Tensor
 HARDER = 10.0  # damping grows by this factor while the matrix is not positive definite
 LAST = 1.0  # and ends here
 SMALL = 64  # columns of a triangle that is solved as a whole
+STRIP = 128  # columns of a symmetric product that are taken at a time
 
 
 def accumulate(H: Tensor, x: Tensor) -> None:
-    """H += 2 sum over tokens of x x^T; x [.., C] are inputs of real tokens (no padding), H float32 [C, C]."""
+    """H += 2 sum over tokens of x x^T; x [.., C] are inputs of real tokens (no padding), H float32 [C, C].
+
+    Only the lower triangle counts until `whole` completes it: little more than half the work.
+    """
     flat = x.reshape(-1, x.shape[-1]).to(H.dtype)
-    H.addmm_(flat.T, flat, alpha=2.0)
+    for first in range(0, len(H), STRIP):
+        last = first + STRIP
+        H[first:last, :last].addmm_(flat[:, first:last].T, flat[:, :last], alpha=2.0)
+
+
+def whole(H: Tensor) -> Tensor:
+    """H with its upper triangle made that of its lower one, in place."""
+    for first in range(0, len(H), STRIP):
+        last = first + STRIP
+        H[first:last, first:last] = H[first:last, first:last].tril() + H[first:last, first:last].tril(-1).T
+        H[first:last, last:] = H[last:, first:last].T
+    return H
 
 
 def inverse_cholesky(H: Tensor, damping: float) -> tuple[Tensor | None, Tensor, list[str]]:
@@ -56,10 +71,10 @@ def _factor(H: Tensor) -> Tensor | None:
     work of factoring that.
     """
     lower, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
-    if failed or not torch.isfinite(lower).all():
+    if failed or not torch.isfinite(lower.sum(dtype=torch.float64)):
         return None
     U = _inverted(lower).flip(0, 1)
-    return U if torch.isfinite(U).all() else None
+    return U if torch.isfinite(U.sum(dtype=torch.float64)) else None
 
 
 def _inverted(lower: Tensor) -> Tensor:
@@ -80,6 +95,15 @@ def _inverted(lower: Tensor) -> Tensor:
 
 def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
     """||W X - Q X||^2 / ||W X||^2 from H = 2 X X^T; 0 where there was no input."""
-    whole = ((W @ H) * W).sum().item()
-    left = W - Q
-    return ((left @ H) * left).sum().item() / whole if whole > 0 else 0.0
+    given = _trace(W, H)
+    return _trace(W - Q, H) / given if given > 0 else 0.0
+
+
+def _trace(W: Tensor, H: Tensor) -> float:
+    """tr(W H W^T) of a symmetric H: each block beside the diagonal is multiplied once and counts twice."""
+    total = 0.0
+    for first in range(0, len(H), STRIP):
+        last = first + STRIP
+        strip = (W[:, first:last] @ H[first:last, :last]) * W[:, :last]
+        total += 2 * strip[:, :first].sum().item() + strip[:, first:].sum().item()
+    return total

@@ -175,7 +175,7 @@ class Pruner:
         taught = self._gkd()
         if self.recover == "gkd":
             pruned = taught.student(pruned)
-            taught.train(pruned, whole, rows, seed, folder, on_step)
+            taught.train(pruned, whole, rows, seed, folder, lambda t, steps, loss, _: on_step(t, steps, loss))
         elif self.recover == "lora":
             rates = [taught.rate(t) for t in range(self.steps)]
             lora = Lora(self.r, self.alpha, self.dropout)

@@ -62,7 +62,10 @@ def restore(
             for name, parameter in parameters.items():
                 parameter.copy_(opened.get_tensor(f"weight/{name}"))
                 if f"{MOMENTS[0]}/{name}" in names:
-                    moments = {m: opened.get_tensor(f"{m}/{name}").to(parameter.device) for m in MOMENTS}
+                    # copies: Windows does not replace a file that is mapped into memory
+                    moments = {
+                        m: opened.get_tensor(f"{m}/{name}").to(parameter.device, copy=True) for m in MOMENTS
+                    }
                     optimizer.state[parameter] = {"step": torch.tensor(float(head["step"])), **moments}
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{file} is damaged ({error})", hint="remove it to begin anew") from error

@@ -121,13 +121,13 @@ class _Walk:
         score = Wt**2 / self.spread[begin : begin + len(Wt), None]
         count = int(score.numel() * self.how.sparsity)
         mask = torch.zeros(score.numel(), dtype=torch.bool)
-        mask[score.reshape(-1).topk(count, largest=False).indices] = True
+        mask[score.reshape(-1).topk(count, largest=False, sorted=False).indices] = True
         return mask.view_as(score)
 
     def _pattern(self, Wt: Tensor, begin: int) -> Tensor:
         score = Wt**2 / self.spread[begin : begin + len(Wt), None]
         return torch.zeros_like(score, dtype=torch.bool).scatter_(
-            0, score.topk(self.how.n, dim=0, largest=False).indices, True
+            0, score.topk(self.how.n, dim=0, largest=False, sorted=False).indices, True
         )
 
     def _fit(self, Wt: Tensor, begin: int, last: int) -> None:

@@ -10,6 +10,7 @@ starts it.  The port is free by chance and known to nobody; llama.cpp's servers 
 process, which goes through the environment, so that other users and web pages cannot go round the front's checks.
 The child leads a process group of its own, so Ctrl-C in a terminal reaches Fleetune first, which then ends the group.
 Where Fleetune itself is killed, a process that waits for just that ends the group: llama-server would not notice.
+Of what the child says the last words are kept, in memory: a server that runs for months says much.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -39,7 +40,8 @@ LOOPBACK: Final = "127.0.0.1"
 KEY: Final = "LLAMA_API_KEY"  # llama-server's own name for it
 START_SECONDS: Final = 600.0  # a large model from a slow card takes minutes
 STOP_SECONDS: Final = 5.0
-TAIL_BYTES: Final = 2000
+TAIL_BYTES: Final = 2000  # kept of what it says
+READ_SECONDS: Final = 1.0  # to hear out one that has ended
 # its standard input ends when Fleetune does, however that came
 WATCH: Final = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"
 
@@ -113,6 +115,25 @@ def choose(name: str) -> Engine:
     raise UsageError(f"{what} is{' not' if name != 'auto' else ''} installed", hint=hint)
 
 
+class _Words:
+    """What a process says, read as it comes, so that it never waits for us; the last of it is kept."""
+
+    def __init__(self, said: IO[bytes] | None) -> None:
+        self.last = b""
+        self._thread = threading.Thread(target=self._read, args=(said,), daemon=True)
+        self._thread.start()
+
+    def _read(self, said: IO[bytes] | None) -> None:
+        if said is not None:
+            with said:
+                while piece := said.read(1 << 16):
+                    self.last = (self.last + piece)[-TAIL_BYTES:]
+
+    def end(self) -> None:
+        """Hear out a process that has ended; one that it has started may go on and hold the pipe open."""
+        self._thread.join(READ_SECONDS)
+
+
 class Running:
     """A started engine."""
 
@@ -120,7 +141,6 @@ class Running:
         """Start the process; it may die at once, which `wait` tells."""
         self.engine, self.wanted = engine, wanted
         self.address = Address(LOOPBACK, wanted.port, secrets.token_urlsafe(24))
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed in `stop`)
         environment = os.environ | {
             KEY: self.address.key,
             "OMP_NUM_THREADS": str(wanted.threads),
@@ -128,14 +148,14 @@ class Running:
         }
         try:
             self.process = subprocess.Popen(
-                engine.command(wanted), stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, env=environment,
-                start_new_session=True,
+                engine.command(wanted), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                env=environment, start_new_session=True, bufsize=0,
             )  # fmt: skip
         except OSError as error:
-            self._log.close()
             raise FleetuneError(
                 f"{engine.name} cannot be started: {error.strerror}", hint="choose another with --engine"
             ) from error
+        self._words = _Words(self.process.stdout)
         self._watch = _watch(self.process)
 
     def alive(self) -> bool:
@@ -194,14 +214,9 @@ class Running:
 
     def tail(self) -> str:
         """The last lines of what the engine said."""
-        log = self._log.fileno()
-        first = max(0, os.fstat(log).st_size - TAIL_BYTES)
-        if sys.platform == "win32":  # it has no pread, and reading puts the offset back to the end
-            self._log.seek(first)
-            said = self._log.read()
-        else:
-            said = os.pread(log, TAIL_BYTES, first)  # the offset is shared: it is where the process writes
-        return "\n".join(said.decode(errors="replace").strip().splitlines()[-5:])
+        if not self.alive():
+            self._words.end()
+        return "\n".join(self._words.last.decode(errors="replace").strip().splitlines()[-5:])
 
     def stop(self) -> None:
         """End the process and all that it started; it is gone afterwards."""
@@ -216,7 +231,7 @@ class Running:
         finally:  # also when a second Ctrl-C cuts the waiting short
             _signal(self.process, getattr(signal, "SIGKILL", signal.SIGTERM))
             self.process.wait()
-            self._log.close()
+            self._words.end()
             if self._watch is not None:
                 self._watch.kill()
                 self._watch.communicate()

@@ -20,9 +20,10 @@ from torch import Tensor
 from fleetune.seeds import noise
 from fleetune.seeds.noise import LOW, M0, M1, ROUNDS, TILE, W0, W1, WIDTH, Passes
 
-BLOCK = 1 << 17  # elements at a time on a CPU, to stay in its cache
+BLOCK = 1 << 19  # elements at a time on a CPU: few for its cache, many because any call costs torch some time
 BLOCK_DEVICE = 1 << 22  # and elsewhere, to fill the device
-TOGETHER = 16  # directions whose Philox calls are made in one go
+UNITS = 256  # tiles (of all directions) whose Philox calls are made in one go on a CPU
+UNITS_DEVICE = 1 << 14  # and elsewhere
 
 Probe = tuple[int, ArrayLike]
 
@@ -51,20 +52,18 @@ def sweep(
     _check(out, base, start)
     summed = np.int32 if passes.tables.dtype == np.int32 else np.int64
     table = _period(np.array(passes.tables, summed), out.device) if len(passes.ids) else None
-    step = None if row is None else _period(row[None], out.device)
+    step = None if row is None else _period(row[None], out.device)[0]
+    ids, probed = _with_probe(passes.ids, probe)
     grid = float(np.float32(grid))
     with torch.inference_mode():
         for lo, hi, tile, n_tiles in _blocks(out, start, TILE, block):
-            x = base[lo:hi].float()
+            acc, words = _sums(run_key, ids, table, probed, tile, n_tiles, out.device)
             where = slice(start + lo - tile * TILE, start + hi - tile * TILE)
-            if table is not None:
-                acc = torch.zeros(n_tiles, TILE, dtype=table.dtype, device=out.device)
-                for p, sign in enumerate(_signs(run_key, passes.ids, tile, n_tiles, out.device)):
-                    acc += sign.to(table.dtype) * _tiled(table[p], tile, n_tiles)
-                x = x + acc.view(-1)[where].float() * grid
-            if probe is not None and step is not None:
-                (sign,) = _signs(run_key, np.array([probe[0]], np.uint64), tile, n_tiles, out.device)
-                x = x + (sign.float() * _tiled(step[0], tile, n_tiles)).view(-1)[where]
+            x = base[lo:hi].float()
+            if acc is not None:
+                x = acc.view(-1)[where].float().mul_(grid).add_(x)
+            if words is not None and step is not None:
+                x = _signed(words, step, tile).view(-1)[where].add_(x)
             out[lo:hi].copy_(x)
 
 
@@ -154,32 +153,72 @@ def _blocks(out: Tensor, start: int, unit: int, block: int | None) -> Iterator[t
         lo = hi
 
 
-def _words(run_key: int, ids: NDArray[np.uint64], first: int, n: int, device: torch.device) -> Tensor:
-    # noise.words for the ids and the n block numbers (first + t) * 32: int64 [ids, n, 128].
-    number = (first + torch.arange(n, device=device))[:, None] * 32 + torch.arange(32, device=device)
-    low = torch.from_numpy((ids & np.uint64(LOW)).astype(np.int64)).to(device)[:, None, None]
-    high = torch.from_numpy((ids >> np.uint64(32)).astype(np.int64)).to(device)[:, None, None]
-    shape = (len(ids), n, 32)
-    x0, x1, x2, x3 = (v.expand(shape) for v in (number & LOW, number >> 32, low, high))
-    k0, k1 = run_key & LOW, run_key >> 32
-    for _ in range(ROUNDS):
-        p0, p1 = x0 * M0, x2 * M1
-        x0, x1 = ((p1 >> 32) & LOW) ^ x1 ^ k0, p1 & LOW
-        x2, x3 = ((p0 >> 32) & LOW) ^ x3 ^ k1, p0 & LOW
-        k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
-    return torch.stack([x0, x1, x2, x3], dim=2).view(len(ids), n, WIDTH)
+def _with_probe(ids: NDArray[np.uint64], probe: Probe | None) -> tuple[NDArray[np.uint64], int | None]:
+    # The ids and the probe's, whose words are made once where it is one of them; and its place.
+    if probe is None:
+        return ids, None
+    (found,) = np.nonzero(ids == np.uint64(probe[0]))
+    return (ids, int(found[0])) if len(found) else (np.append(ids, np.uint64(probe[0])), len(ids))
 
 
-def _signs(
-    run_key: int, ids: NDArray[np.uint64], tile: int, n: int, device: torch.device
+def _sums(
+    run_key: int,
+    ids: NDArray[np.uint64],
+    table: Tensor | None,
+    probed: int | None,
+    tile: int,
+    n: int,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
+    # The passes' integer sum in n tiles [n, 4096], and the words of direction number `probed`.
+    acc, words = None, None
+    for p, rows in enumerate(_words(run_key, ids, tile, n, device)):
+        words = rows if p == probed else words
+        if table is not None and p < len(table):
+            signs = _bits(rows).bitwise_right_shift_(31).bitwise_or_(1)
+            term = signs.to(table.dtype).mul_(_tiled(table[p], tile, n))
+            acc = term if acc is None else acc.add_(term)
+    return acc, words
+
+
+def _words(
+    run_key: int, ids: NDArray[np.uint64], first: int, n: int, device: torch.device
 ) -> Iterator[Tensor]:
-    # The signs of each direction in n tiles: int32 [n, 4096], +1 or -1.
-    shift = torch.arange(32, dtype=torch.int32, device=device)[:, None]
-    for first in range(0, len(ids), TOGETHER):
-        words = _words(run_key, ids[first : first + TOGETHER], tile, n, device)
-        words = (words - ((words >> 31) << 32)).to(torch.int32)  # the same bits as a signed 32-bit word
-        for rows in words:
-            yield (1 - ((rows[:, None, :] >> shift) & 1) * 2).view(n, TILE)
+    # noise.words of each direction for the n block numbers (first + t) * 32, as signed words: int32 [n, 128].
+    number = (first + torch.arange(n, device=device))[:, None] * 32 + torch.arange(32, device=device)
+    together = max(1, (UNITS if device.type == "cpu" else UNITS_DEVICE) // n)
+    for lo in range(0, len(ids), together):
+        some = torch.tensor(ids[lo : lo + together].view(np.int64), device=device)[:, None, None]
+        shape = (len(some), n, 32)
+        even = torch.stack([(number & LOW).expand(shape), (some & LOW).expand(shape)])
+        odd = torch.stack([(number >> 32).expand(shape), ((some >> 32) & LOW).expand(shape)])
+        yield from _philox(even, odd, run_key).to(torch.int32).view(len(some), n, WIDTH)
+
+
+def _philox(even: Tensor, odd: Tensor, run_key: int) -> Tensor:
+    # noise.philox4x32 of the counters (even[0], odd[0], even[1], odd[1]): int64 [2, ids, n, 32] -> [ids, n, 4, 32],
+    # each word as a signed one.
+    k0, k1 = run_key & LOW, run_key >> 32
+    lanes = (2, 1, 1, 1)
+    times = torch.tensor([M0, M1], device=even.device).view(lanes)
+    keys = [[(k0 + r * W0) & LOW, (k1 + r * W1) & LOW] for r in range(ROUNDS)]
+    for key in torch.tensor(keys, device=even.device).view(ROUNDS, *lanes):
+        product = (even * times).flip(0)
+        even, odd = (product >> 32).bitwise_and_(LOW).bitwise_xor_(odd).bitwise_xor_(key), product & LOW
+    words = torch.stack([even[0], odd[0], even[1], odd[1]], dim=2)
+    return words - ((words >> 31) << 32)
+
+
+def _bits(words: Tensor) -> Tensor:
+    # Each element's own bit of n tiles' words as the sign bit, over others: int32 [n, 128] -> [n, 4096].
+    shift = torch.arange(31, -1, -1, dtype=torch.int32, device=words.device)[:, None]
+    return (words[:, None, :] << shift).view(-1, TILE)
+
+
+def _signed(words: Tensor, table: Tensor, tile: int) -> Tensor:
+    # sign * table in n tiles, float32 [n, 4096]: a float's sign bit turned is a product with -1.
+    turned = _bits(words).bitwise_and_(-(1 << 31))
+    return turned.bitwise_xor_(_tiled(table, tile, len(words)).view(torch.int32)).view(torch.float32)
 
 
 def _period(tables: NDArray[np.generic], device: torch.device) -> Tensor:
@@ -201,10 +240,9 @@ def _normals(
     run_key: int, ids: NDArray[np.uint64], group: int, n: int, device: torch.device
 ) -> Iterator[Tensor]:
     # noise.normals of each direction in n groups: float32 [n * 128].
-    for first in range(0, len(ids), TOGETHER):
-        words = _words(run_key, ids[first : first + TOGETHER], group, n, device)
-        for rows in words.view(-1, n, 2, 2, 32):
-            yield torch.stack(_box_muller(rows[:, :, 0], rows[:, :, 1]), dim=2).view(-1)
+    for words in _words(run_key, ids, group, n, device):
+        pairs = words.long().bitwise_and_(LOW).view(n, 2, 2, 32)
+        yield torch.stack(_box_muller(pairs[:, :, 0], pairs[:, :, 1]), dim=2).view(-1)
 
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fleetune.errors import ModelError
+from fleetune.errors import ModelError, UsageError
+from fleetune.seeds import choice
 from fleetune.seeds.folded import Folded
 from fleetune.seeds.noise import EMPTY, TILE, Passes
 from fleetune.seeds.stored import Stored
@@ -69,16 +70,21 @@ def layout(named: Iterable[tuple[str, Tensor]]) -> list[Slot]:
 def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
     """The kernel module for a device: Numba on a CPU that has it, plain torch everywhere else.
 
-    `backend` is auto, numba or torch; ImportError when numba is asked for and is not usable here.
+    `backend` is auto (what `choice` says), numba or torch; UsageError when numba is asked for and is not usable here.
     """
-    if backend == "numba" or (backend == "auto" and device.type == "cpu"):
-        try:
-            return importlib.import_module("fleetune.seeds.kernels_numba")
-        except ImportError:
-            if backend == "numba":
-                raise
-            log.warning("Numba is not usable here: directions are computed by torch, which is slower")
-    return importlib.import_module("fleetune.seeds.kernels_torch")
+    wanted = choice.wanted(backend)
+    if wanted == "torch" or (wanted == "auto" and device.type != "cpu"):
+        return importlib.import_module("fleetune.seeds.kernels_torch")
+    hint = f"{choice.VARIABLE}=auto takes torch's kernels there"
+    if device.type != "cpu":
+        raise UsageError(f"Numba's kernels are for a CPU, the weights are on {device.type}", hint=hint)
+    try:
+        return importlib.import_module("fleetune.seeds.kernels_numba")
+    except ImportError as error:
+        if wanted == "numba":
+            raise UsageError(f"Numba is not usable here: {error}", hint=hint) from error
+        log.warning("Numba is not usable here: directions are computed by torch, which is slower")
+        return importlib.import_module("fleetune.seeds.kernels_torch")
 
 
 class View:
