@@ -147,17 +147,11 @@ def test_a_run_is_removed_with_its_lock_last(tmp_path: Path, monkeypatch: pytest
     run.write("run.toml", "")
     run.record({"event": "start"})
     (run.path / "link").symlink_to(tmp_path)
-    real = os.unlink
+    real, opened = os.unlink, Path("/proc/self/fd")
 
     def unlink(path: str | Path, **given: Any) -> None:
-        held = [
-            os.readlink(f"/proc/self/fd/{fd}")
-            for fd in os.listdir("/proc/self/fd")
-            if fd.isdecimal() and Path(f"/proc/self/fd/{fd}").is_symlink()
-        ]
-        still.extend(
-            p for p in held if p.startswith(str(run.path)) and os.path.basename(p) == os.path.basename(path)
-        )
+        held = [os.path.realpath(fd) for fd in opened.iterdir()]
+        still.extend(p for p in held if Path(p) == run.path / Path(path).name)
         real(path, **given)
 
     monkeypatch.setattr(os, "unlink", unlink)

@@ -24,7 +24,8 @@ from fleetune.locks import lock
 
 log = logging.getLogger(__name__)
 
-FLUSH: Final = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY  # it flushes what is open for writing alone
+# how a file is opened to be flushed: Windows wants it open for writing
+FLUSH: Final = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -114,7 +115,12 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
     windows = calibrate.windows(
         [row.ids for row in encode_all(_calibrated_on(folder), base.tokenizer, 160)[0]], 32, 4
     )
-    assert layerwise._calibration(windows) == own.calibration == Master(path).head.calibration
+    told = {
+        "windows": len(windows),
+        "length": 32,
+        "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+    }
+    assert told == own.calibration == Master(path).head.calibration
     parts = calibrate.run(base, compress.make("optq", {}), windows, at / "parts")
     for name, weight in parts.items():
         assert isinstance(weight, Quantised)
@@ -183,9 +189,9 @@ def test_a_stopped_base_is_gone_on_with_and_says_how(at: Path, monkeypatch: pyte
     seen = list[int]()
     run = calibrate.run
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **given: Any) -> Any:
         seen.append(block.stat().st_mtime_ns)
-        return run(*args)
+        return run(*args, **given)
 
     monkeypatch.setattr(calibrate, "run", watched)
     kept.base_of(Ui(quiet=2), folder, offline=True)

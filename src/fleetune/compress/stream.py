@@ -14,9 +14,8 @@ from fleetune.adapters.layers import layers_of
 from fleetune.compress.hessian import accumulate, whole
 from fleetune.models import Model
 
-Settle = Callable[
-    [str, Tensor], None
-]  # solves a layer; where it is on its way, the layer then has its compressed weights
+# (layer, H): solves it.  With a true-sequential driver the layer has its compressed weights afterwards.
+Settle = Callable[[str, Tensor], None]
 
 
 class Source(Protocol):
@@ -32,7 +31,7 @@ class Source(Protocol):
 
 
 class _Stop(Exception):
-    """Ends a forward pass once its first block's input is known."""
+    """Ends a forward pass once all that is asked of it is known."""
 
 
 class Stream:
