@@ -354,6 +354,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "absurd value": (lambda f: edit_config(f, num_attention_heads="many"), "cannot be used"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+    "an artefact": (
+        lambda f: (f / "model.safetensors").rename(f / "master.safetensors"),
+        "holds a compressed model",
+    ),
     "a pickle": (only_pickle, "pytorch_model.bin is a pickle"),
     "truncated": (truncate, "cannot be loaded"),
     "a tensor missing": (lambda f: edit_weights(f, **{NORM: None}), "lacks 1 tensors of a Llama.*model.norm"),

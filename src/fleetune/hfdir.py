@@ -40,6 +40,13 @@ def check_folder(folder: Path) -> None:
                 f"{folder} lacks {len(missing)} of its weight files: {missing[0]}, ..", hint="fetch it again"
             )
     elif not (folder / "model.safetensors").is_file():
+        from fleetune.deploy.master import is_master
+
+        if is_master(folder):
+            raise ModelError(
+                f"{folder} holds a compressed model, in a file of Fleetune's own",
+                hint="fleetune export RUN --to hf",
+            )
         pickled = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
         raise ModelError(
             f"{folder} has a configuration but no weights (model.safetensors)"

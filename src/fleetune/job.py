@@ -35,6 +35,7 @@ from fleetune.models import Model
 from fleetune.recipe import Recipe
 from fleetune.rundir import RunDir
 from fleetune.scores import rouge_l
+from fleetune.seeds import choice
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
 from fleetune.states import Totals
@@ -90,6 +91,7 @@ class Job:
 
 def check(recipe: Recipe) -> tuple[Entry, Method]:
     """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
+    choice.wanted()
     entry = methods.entry(recipe.method)
     problems = []
     tests: tuple[Callable[[], object], ...] = (
