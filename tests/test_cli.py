@@ -222,6 +222,8 @@ def test_runs_list_show_compare_rm(tiny, at, capsys):
     assert (at / "runs" / "compare.html").exists()
     assert call(capsys, "runs", "rm", "1")[0] == 0
     assert len(rundir.listing(at / "runs")) == 1
+    assert call(capsys, "runs", "rm", "runs/latest")[0] == 0  # a link, by its path
+    assert not rundir.listing(at / "runs")
 
 
 def test_bad_clients_do_not_stop_a_round(tiny, at, capsys):

@@ -97,7 +97,9 @@ def test_a_lock_is_had_by_one_and_waited_for(windows: bool, tmp_path: Path) -> N
     with subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "False\n"
-        while not (tmp_path / "asked").exists():
+        for _ in range(2000):
+            if (tmp_path / "asked").exists():
+                break
             time.sleep(0.01)
         assert other.poll() is None
         os.close(handle)

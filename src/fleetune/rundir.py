@@ -61,14 +61,17 @@ class RunDir:
 
     def remove(self) -> None:
         """Remove the folder with all in it; nobody else can have it meanwhile.  OSError as the system gives."""
-        self._close_metrics()
-        for path in self.path.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != LOCK:  # Windows removes no file that is open
-                path.unlink()
-        self.close()
-        shutil.rmtree(self.path)
+        folder = self.path.resolve()  # `latest` is a link
+        try:
+            self._close_metrics()
+            for path in folder.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:  # Windows removes no file that is open
+                    path.unlink()
+        finally:
+            self.close()
+        shutil.rmtree(folder)
 
     def _close_metrics(self) -> None:
         if self._metrics is not None:
@@ -292,12 +295,15 @@ def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _locked(path: Path) -> IO[bytes]:
+    file = None
     try:
         file = (path / LOCK).open("ab")
         if lock(file.fileno()):
             return file
         file.close()
     except OSError as error:
+        if file is not None:
+            file.close()
         raise storage_error(error, path) from error
     raise UsageError(f"{path} is in use by another process", hint="wait for it, or stop it, then try again")
 

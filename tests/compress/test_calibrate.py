@@ -103,6 +103,55 @@ def test_hessians_are_of_the_inputs_in_the_compressed_model(
                 done[name] = linears[name]
 
 
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_windows_go_through_a_block_as_often_as_they_must(
+    true_sequential: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice, of the last block once; or all together once."""
+    model, windows, passes = models.tiny_llama(), text(3, 20), list[tuple[int, int]]()
+    forward = Stream.forward
+
+    def counted(self: Stream, number: int, state: Tensor) -> Tensor:
+        passes.append((number, len(state)))
+        return forward(self, number, state)
+
+    monkeypatch.setattr(Stream, "forward", counted)
+    products = list[int]()
+    last = linears_of(model)[0][1]["model.layers.0.mlp.down_proj"]
+    last.register_forward_hook(lambda module, args, out: products.append(len(out)))
+    calibrate.run(model, Spy(), windows, tmp_path, true_sequential=true_sequential)
+    blocks = len(linears_of(model))
+    if true_sequential:
+        assert passes == [(number, 3) for number in range(blocks)]
+    else:
+        assert passes == [
+            (number, 1) for number in range(blocks) for _ in range(3 if number + 1 == blocks else 6)
+        ]
+        # of the first block: what the other blocks are called with, the first window, and all after it is solved
+        assert len(products) == 1 + 1 + 3
+
+
+def test_a_layer_that_is_read_twice_counts_twice() -> None:
+    model, windows = models.tiny_llama(), text(3, 16)
+    block, linears = linears_of(model)[0]
+    mlp: Any = block.mlp
+
+    def forward(x: Tensor) -> Tensor:
+        h = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return mlp.down_proj(h) + mlp.down_proj(h / 2 + 1)
+
+    mlp.forward = forward
+    with torch.inference_mode():
+        H = Stream(model, windows).hessians(0, linears)
+    for name, x in inputs_of(model, linears, windows).items():
+        torch.testing.assert_close(H[name].double(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_an_order_for_a_source_that_has_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="true_sequential is for windows"):
+        calibrate.run(models.tiny_llama(), Spy(), None, tmp_path, true_sequential=True)
+
+
 def test_a_true_sequential_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     solver, windows = compress.make("optq", {"group": 8}), text(4, 16)
     whole = calibrate.run(models.tiny_llama(), solver, windows, tmp_path, true_sequential=True)

@@ -13,7 +13,7 @@ import pytest
 from command_harness import call, tuned
 from pruner_harness import tiny
 
-from fleetune import files, models
+from fleetune import files, folders, models
 from fleetune.commands import kept
 from fleetune.commands import subject as subjects
 from fleetune.compress import llm_pruner, optq, rtn
@@ -111,16 +111,46 @@ def test_a_kill_near_the_end_loses_nothing(
         assert json.loads((folder / "compress.json").read_text())["result"]["digest"] == want, point
 
 
+@pytest.mark.parametrize("left", ["no folder", "an empty folder"])
 def test_a_finished_one_whose_model_is_gone_is_made_anew(
-    model: str, at: Path, capsys: pytest.CaptureFixture[str]
+    left: str, model: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, first, err = call(capsys, "compress", model, *WORK["optq"])
     assert code == 0, err
-    shutil.rmtree(at / "runs" / "0001-optq-small" / "model")
+    made = at / "runs" / "0001-optq-small" / "model"
+    shutil.rmtree(made)
+    if left == "an empty folder":
+        made.mkdir()
     code, again, err = call(capsys, "compress", "--resume", "latest")
     assert code == 0, err
     assert [e["event"] for e in again] == [e["event"] for e in first]
     assert again[-1]["digest"] == first[-1]["digest"]
+
+
+def test_a_kill_while_the_model_is_written_leaves_nothing(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders, "_settle", die)
+        patch.setattr(
+            folders.shutil, "rmtree", lambda *args, **kwargs: None
+        )  # a killed process cleans nothing up
+        with pytest.raises(Killed):
+            call(capsys, "compress", model, *WORK["optq"])
+    capsys.readouterr()
+    (folder,) = (at / "runs").glob("0001-*")
+    assert list(folder.glob(".model.*.tmp"))
+    code, _, err = call(capsys, "compress", "--resume", "latest")
+    assert code == 0, err
+    assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
+
+
+def test_a_damaged_record_is_a_clear_error(model: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "compress", model, *WORK["optq"])[0] == 0
+    (at / "runs" / "0001-optq-small" / "compress.json").write_text("{")
+    code, events, _ = call(capsys, "compress", "--resume", "1")
+    assert code == 1
+    assert "compress.json is damaged" in events[-1]["message"]
 
 
 def test_parts_that_cannot_be_removed_are_said_and_do_no_harm(

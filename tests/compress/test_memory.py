@@ -248,6 +248,8 @@ def test_the_plan_with_low_memory_does_not_depend_on_the_blocks() -> None:
     assert (
         peak(2, together=True) > peak(2) + 7 * 64 * 2 * 160 * 4
     )  # the other seven windows, at least twice their channels
+    assert peak(2, heads=4) == peak(2)  # of one window they are little
+    assert peak(2, together=True, heads=4) - peak(2, together=True) == 2 * 8 * 4 * 64 * 64 * 4
     assert peak(2, windows=0) < peak(2)
     assert peak(20, measured=True, low_memory=True) < peak(20, measured=True)
 
@@ -297,7 +299,7 @@ def test_what_it_takes_is_said_before_it_begins(
     monkeypatch.setattr(rounds, "rss", lambda: 0)
     code, _, err = call(capsys, *args)
     assert code == 0
-    assert "1.0 kB of memory are free; --low-memory takes less" in err
+    assert "1.0 kB of memory are free; with --low-memory it takes less" in err
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
     code, _, err = call(capsys, *args)
     assert code == 1

@@ -77,6 +77,7 @@ class Job:
         return costs.work(self.solver, count, length)._replace(
             size=SIZES[self.subject.model.dtype], low_memory=self.work.low_memory,
             measured=self.subject.measured, clients=len(self.shares), together=self.work.true_sequential,
+            heads=_written_heads(self.subject.model.net.config),
         )  # fmt: skip
 
     def run(self, ui: Ui, folder: Path) -> None:
@@ -258,7 +259,9 @@ def _check_room(ui: Ui, job: Job, folder: Path) -> None:
 
     free, more = costs.available(), job.memory - rss()
     if free is not None and more > free:
-        instead = "" if job.work.low_memory else "; --low-memory takes less"
+        ways = [] if job.work.low_memory else ["with --low-memory"]
+        ways += ["without --true-sequential"] if job.work.true_sequential else []
+        instead = f"; {' or '.join(ways)} it takes less" if ways else ""
         ui.note(f"this takes {human_bytes(more)} more, {human_bytes(free)} of memory are free{instead}")
     need, left = costs.disk(shape_of(job.subject.model.net.config), job.cost), shutil.disk_usage(folder).free
     if need > left:
@@ -266,6 +269,11 @@ def _check_room(ui: Ui, job: Job, folder: Path) -> None:
             f"the finished blocks and the result take {human_bytes(need)}, {folder} has {human_bytes(left)} free",
             hint=f"free some space, then: fleetune compress --resume {folder}",
         )
+
+
+def _written_heads(config: Any) -> int:
+    """The heads of an attention that writes its scores down; 0 for a fused one."""
+    return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
 
 
 def _compress(ui: Ui, job: Job, folder: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from fleetune.errors import Interrupted, UsageError
+from fleetune.errors import Interrupted, StorageError, UsageError
 from fleetune.text import human_bytes, human_time
 from fleetune.ui import Ui
 
@@ -193,10 +193,37 @@ def drop(parts: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def tidy(folder: Path) -> None:
+    """Remove models that a kill left half-written."""
+    for half in folder.glob(".model.*.tmp"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def made(folder: Path) -> bool:
+    """Whether a folder holds what its work makes: a master artefact or a plain model."""
+    from fleetune.deploy.master import is_master
+
+    return is_master(folder / "model") or any((folder / "model").glob("model*.safetensors"))
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What a folder's record says.  StorageError when it is damaged."""
+    file = folder / RECORD
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{file} is damaged ({error!r})", hint="compress again: fleetune compress MODEL"
+        ) from error
+    return found
+
+
 def finished(ui: Ui, folder: Path) -> bool:
-    """Whether the work in a folder is done; then that is told again, and what a kill left of its parts goes."""
-    done = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("result")
-    if done is None or not (folder / "model").is_dir():
+    """Whether the work in a folder is done; then that is told again, and what a kill left goes."""
+    done = recorded(folder).get("result")
+    tidy(folder)
+    if done is None or not made(folder):
         return False
     drop(folder / PARTS)
     ui.event({"event": "done", "folder": str(folder), **done})

@@ -200,14 +200,17 @@ def run(
     none.  `on_matrix(block, blocks, name)` is called before every matrix and may raise to stop; finished blocks stay
     in `folder`.
     """
+    if true_sequential and not isinstance(calibration, Tensor):
+        raise ValueError("true_sequential is for windows; a source has an order of its own")
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = Parts(folder), linears_of(model)
     source = Stream(model, calibration, true_sequential) if isinstance(calibration, Tensor) else calibration
+    placing = isinstance(source, Stream) and source.true_sequential
     for number, (block, linears) in enumerate(blocks):
         with held(model, block), restored(linears):
             if not parts.open(number):
                 on_name = functools.partial(on_matrix, number, len(blocks))
-                _solve_block(solver, number, linears, source, parts, on_name, true_sequential)
+                _solve_block(solver, number, linears, source, parts, on_name, placing)
             on_block(parts.blocks[-1], len(blocks))
             if source and number + 1 < len(blocks):
                 place(linears, parts)

@@ -11,7 +11,8 @@ Peak memory is a sum of parts (bytes; weights of s bytes, blocks with matrices W
               solving   the block's Hessians, 4 C^2 for each distinct input (q, k and v share one); copies of one
                         matrix (4 R C each) and of its Hessian (4 C^2 each); the results so far, a byte a weight or,
                         where they stay floats, s
-              running   a window through the block: length * s * (its widest point), and the block's compressed weights
+              running   a window through the block: length * s * (its widest point), its scores where attention is not
+                        fused (4 heads length^2, twice), and the block's compressed weights
               (with `--true-sequential` a layer is solved while all windows are at it: both at once)
               measuring the model on rows or text, before and after: activations and logits of a batch; and
                         afterwards, but with `--low-memory`, all compressed weights
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 MATRICES: Final = 4.0  # copies of a matrix while it is solved: W, its transpose, what it was, the answer
 FACTORS: Final = 4.0  # copies of a Hessian: damped, lower factor, inverse, upper factor
 EVALUATED: Final = (8, 512)  # rows of a batch when measuring, and tokens of a row
+SCORES: Final = 2.0  # copies of attention's scores: as they are, and their softmax
 WRITTEN: Final = 2.0  # a finished block on its way to the disk: tensors and bytes
 
 
@@ -48,6 +50,7 @@ class Work(NamedTuple):
     measured: bool = False
     clients: int = 0  # that calibrate in turn; the states of one are in memory
     together: bool = False  # true sequential: all windows are in the block at once
+    heads: int = 0  # of an attention that writes its scores down; 0: none is written
 
 
 def work(solver: Solver, windows: int, length: int) -> Work:
@@ -64,8 +67,9 @@ def memory(shape: Shape, work: Work) -> dict[str, int]:
     whole = shape.params * work.size
     stages = {"solving": _solving(block, work), "running": 0, "measuring": 0}
     if work.windows:
-        once = work.length * (work.windows if work.together else 1)
-        stages["running"] = once * work.size * shape.widest + 2 * inner * 4
+        once = work.windows if work.together else 1
+        scores = SCORES * work.heads * work.length**2 * 4
+        stages["running"] = int(once * (work.length * work.size * shape.widest + scores)) + 2 * inner * 4
         stages["solving"] += stages["running"] if work.together else 0
     if work.measured:
         from fleetune.losses import CHUNK_BYTES

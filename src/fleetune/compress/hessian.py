@@ -15,6 +15,7 @@ from torch import Tensor
 HARDER = 10.0  # damping grows by this factor while the matrix is not positive definite
 LAST = 1.0  # and ends here
 SMALL = 64  # columns of a triangle that is solved as a whole
+TOKENS = 4096  # whose inputs are converted at a time
 STRIP = 128  # columns of a symmetric product that are taken at a time
 
 
@@ -23,10 +24,11 @@ def accumulate(H: Tensor, x: Tensor) -> None:
 
     Only the lower triangle counts until `whole` completes it: little more than half the work.
     """
-    flat = x.reshape(-1, x.shape[-1]).to(H.dtype)
-    for first in range(0, len(H), STRIP):
-        last = first + STRIP
-        H[first:last, :last].addmm_(flat[:, first:last].T, flat[:, :last], alpha=2.0)
+    for tokens in x.reshape(-1, x.shape[-1]).split(TOKENS):  # type: ignore[no-untyped-call]
+        flat = tokens.to(H.dtype)
+        for first in range(0, len(H), STRIP):
+            last = first + STRIP
+            H[first:last, :last].addmm_(flat[:, first:last].T, flat[:, :last], alpha=2.0)
 
 
 def whole(H: Tensor) -> Tensor:

@@ -76,7 +76,10 @@ class Stream:
         """H by layer name; layers that read one tensor have the same H."""
         H: dict[str, Tensor] = {}
         shared = _Shared()
-        final = ""  # the layer that a window comes to last: what follows it is not needed
+        called, order = (
+            list[str](),
+            list[str](),
+        )  # in this window, and in the first where that is every layer once
 
         def see(name: str, x: Tensor) -> None:
             first = shared.first(name, x)
@@ -84,14 +87,17 @@ class Stream:
                 H[name] = torch.zeros(x.shape[-1], x.shape[-1]) if first == name else H[first]
             if first == name:
                 accumulate(H[name], x.cpu())
-            if name == final:
+            called.append(name)
+            if called == order:  # what follows is not needed
                 raise _Stop
 
         with _seen(linears, see):
             for state in self.states:
                 with suppress(_Stop):
                     self.forward(number, state)
-                final = shared.name
+                if not order and sorted(called) == sorted(linears):
+                    order = called.copy()
+                called.clear()
                 shared = _Shared()
         for h in {id(h): h for h in H.values()}.values():
             whole(h)
@@ -128,14 +134,13 @@ class _Shared:
     """Which layers read one tensor: those that are called with the tensor of the layer before."""
 
     def __init__(self) -> None:
-        self.name = self.of = ""  # the layer that was called last, and the first one that read its tensor
+        self.of = ""  # the first layer that read the tensor of the last call
         self._x: Tensor | None = None
 
     def first(self, name: str, x: Tensor) -> str:
         """The first layer that read x, `name` itself where x is new."""
         if x is not self._x:
             self._x, self.of = x, name
-        self.name = name
         return self.of
 
 
