@@ -147,6 +147,43 @@ def test_a_layer_that_is_read_twice_counts_twice() -> None:
         torch.testing.assert_close(H[name].double(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
 
 
+def test_a_layer_that_only_later_windows_read_counts() -> None:
+    """As an expert that the first window has no use for."""
+    model, calls, read = models.tiny_llama(), list[int](), list[Tensor]()
+    block, linears = linears_of(model)[0]
+    mlp: Any = block.mlp
+
+    def forward(x: Tensor) -> Tensor:
+        calls.append(1)
+        out: Tensor = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
+        return out if len(calls) == 1 else out + mlp.up_proj(x).mean()
+
+    mlp.forward = forward
+    with torch.inference_mode():
+        stream = Stream(model, text(3, 16))
+        calls.clear()
+        mlp.up_proj.register_forward_pre_hook(lambda module, args: read.append(args[0][0]))
+        H = stream.hessians(0, linears)
+    x = torch.cat(read).double()
+    assert len(x) == 32
+    torch.testing.assert_close(H["model.layers.0.mlp.up_proj"].double(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_hessians_of_more_than_a_strip_are_whole(true_sequential: bool, tmp_path: Path) -> None:
+    model, spy, windows = models.tiny_llama(layers=1, hidden=160), Spy(), text(2, 12)
+    calibrate.run(model, spy, windows, tmp_path, true_sequential=true_sequential)
+    x = inputs_of(
+        model,
+        {"model.layers.0.self_attn.q_proj": linears_of(model)[0][1]["model.layers.0.self_attn.q_proj"]},
+        windows,
+    )
+    (inputs,) = x.values()
+    assert spy.seen[0].shape == (160, 160)
+    torch.testing.assert_close(spy.seen[0].double(), 2 * inputs.T @ inputs, rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(H, H.T) for H in spy.seen)
+
+
 def test_an_order_for_a_source_that_has_its_own_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="true_sequential is for windows"):
         calibrate.run(models.tiny_llama(), Spy(), None, tmp_path, true_sequential=True)
