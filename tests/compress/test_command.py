@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from fleetune import models
 from fleetune.cli import main
 from fleetune.commands import layerwise
+from fleetune.compress.stream import Stream
 from fleetune.deploy.master import Master, Quantised
 
 SMALL = ["--windows", "4", "--length", "16", "--set", "group=8"]
@@ -155,6 +157,24 @@ def test_a_stopped_one_is_taken_up_again(
     assert resumed["folder"] == "runs/0001-optq-tiny"
     _, out, _ = call(capsys, "compress", tiny, *SMALL, "--seed", "7", "--json")
     assert events(out)[-1]["digest"] == resumed["digest"]
+
+
+def test_a_layer_that_nothing_reaches_has_no_part_in_the_error(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hessians = Stream.hessians
+
+    def but_one(self: Stream, number: int, linears: Mapping[str, Any]) -> dict[str, Any]:
+        H = hessians(self, number, linears)
+        H.pop("model.layers.1.mlp.up_proj", None)
+        return H
+
+    code, out, _ = call(capsys, "compress", tiny, *SMALL, "--json")
+    whole = events(out)[-1]["error"]
+    monkeypatch.setattr(Stream, "hessians", but_one)
+    code, out, err = call(capsys, "compress", tiny, *SMALL, "--json")
+    assert code == 0, err
+    assert 0 < events(out)[-1]["error"] != whole
 
 
 def test_a_true_sequential_one_says_so_and_is_taken_up_as_one(

@@ -292,7 +292,7 @@ def _compress(ui: Ui, job: Job, folder: Path) -> None:
     done = {
         "before": before, "after": after, "bytes": size,
         "seconds": round(time.monotonic() - began, 3), "peak_rss": rounds.peak_rss(),
-        "digest": master.Master(folder / "model").digest(), "error": _mean_error(parts.blocks),
+        "digest": master.Master(folder / "model").digest(), "error": _mean(_errors(parts.blocks)),
         "notes": _notes(parts.blocks), "planned": job.memory, **_traffic(ui, job),
     }  # fmt: skip
     sizes = {"before": subjects.weight_bytes(model), "after": size}
@@ -310,23 +310,25 @@ def _traffic(ui: Ui, job: Job) -> dict[str, int]:
 
 
 def _told(ui: Ui, block: Block, blocks: int) -> None:
-    errors = [m.error for m in block.matrices]
+    errors = _errors([block])
     ui.event({
         "event": "block", "block": block.number, "blocks": blocks, "seconds": block.seconds,
         "matrices": [{"name": m.name, "error": m.error, "notes": list(m.notes)} for m in block.matrices],
     })  # fmt: skip
-    told = (
-        "" if math.isnan(errors[0]) else f"  error {statistics.fmean(errors):.4f}, at most {max(errors):.4f}"
-    )
+    told = f"  error {statistics.fmean(errors):.4f}, at most {max(errors):.4f}" if errors else ""
     ui.note(f"block {block.number + 1}/{blocks}{told}  {human_time(block.seconds)}")
     for matrix in block.matrices:
         for note in matrix.notes:
             ui.note(f"  {matrix.name}: {note}")
 
 
-def _mean_error(blocks: Sequence[Block]) -> float | None:
-    errors = [m.error for b in blocks for m in b.matrices]
-    return None if math.isnan(errors[0]) else statistics.fmean(errors)
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _errors(blocks: Sequence[Block]) -> list[float]:
+    """Those of the layers that anything has reached."""
+    return [m.error for b in blocks for m in b.matrices if not math.isnan(m.error)]
 
 
 def _notes(blocks: Sequence[Block]) -> dict[str, list[str]]:
