@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_harness import pulled_after
 
 from fleetune import models
 from fleetune.cli import main
@@ -117,27 +118,6 @@ def test_a_tuned_run_is_compressed_from_its_ledger(
     code, out, _ = call(capsys, "compress", "latest", *SMALL)  # its held-out rows are the calibration text
     assert code == 0
     assert "loss" in out
-
-
-def pulled_after(count: int) -> type:
-    """A brake that is pulled after so many matrices."""
-    asked = iter([False] * count + [True] * 99)
-
-    class Pulled:
-        def __init__(self, ui: object) -> None:
-            pass
-
-        def __enter__(self) -> Pulled:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        @property
-        def pulled(self) -> bool:
-            return next(asked)
-
-    return Pulled
 
 
 def test_a_stopped_one_is_taken_up_again(
