@@ -208,12 +208,13 @@ def run(
     placing = isinstance(source, Stream) and source.true_sequential
     for number, (block, linears) in enumerate(blocks):
         with held(model, block), restored(linears):
-            if not parts.open(number):
+            if not (kept := parts.open(number)):
                 on_name = functools.partial(on_matrix, number, len(blocks))
                 _solve_block(solver, number, linears, source, parts, on_name, placing)
             on_block(parts.blocks[-1], len(blocks))
             if source and number + 1 < len(blocks):
-                place(linears, parts)
+                if kept or not placing:
+                    place(linears, parts)
                 source.advance(number)
     return parts
 
