@@ -108,7 +108,7 @@ def test_windows_go_through_a_block_as_often_as_they_must(
     true_sequential: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice, of the last block once; or all together once."""
-    model, windows, passes = models.tiny_llama(), text(3, 20), list[tuple[int, int]]()
+    model, windows, passes = model_of("qwen2"), text(3, 20), list[tuple[int, int]]()
     forward = Stream.forward
 
     def counted(self: Stream, number: int, state: Tensor) -> Tensor:
@@ -116,19 +116,22 @@ def test_windows_go_through_a_block_as_often_as_they_must(
         return forward(self, number, state)
 
     monkeypatch.setattr(Stream, "forward", counted)
-    products = list[int]()
-    last = linears_of(model)[0][1]["model.layers.0.mlp.down_proj"]
-    last.register_forward_hook(lambda module, args, out: products.append(len(out)))
+    products: dict[int, list[int]] = {0: [], 1: [], 2: []}  # of a block's last layer, by block
+    for number, seen in products.items():
+        last = linears_of(model)[number][1][f"model.layers.{number}.mlp.down_proj"]
+        last.register_forward_hook(lambda module, args, out, seen=seen: seen.append(len(out)))
     calibrate.run(model, Spy(), windows, tmp_path, true_sequential=true_sequential)
     blocks = len(linears_of(model))
+    # the first block is run for what the other blocks are called with; nobody needs what the last one gives
     if true_sequential:
         assert passes == [(number, 3) for number in range(blocks)]
+        assert products == {0: [1, 3], 1: [3], 2: []}
     else:
         assert passes == [
             (number, 1) for number in range(blocks) for _ in range(3 if number + 1 == blocks else 6)
         ]
-        # of the first block: what the other blocks are called with, the first window, and all after it is solved
-        assert len(products) == 1 + 1 + 3
+        # and the first window, which tells the order of the layers, and all of them after the block is solved
+        assert products == {0: [1] * 5, 1: [1] * 4, 2: [1]}
 
 
 def test_a_layer_that_is_read_twice_counts_twice() -> None:

@@ -53,6 +53,7 @@ class Solved:
 
     weight: Quantised | Tensor
     notes: tuple[str, ...] = ()
+    loss: float | None = None  # tr((W - Q) H (W - Q)^T) where the solver knows it
 
 
 class Solver(Protocol):

@@ -33,8 +33,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fleetune.adapters.layers import layers_of
-from fleetune.compress import Solver
-from fleetune.compress.hessian import relative_error
+from fleetune.compress import Solved, Solver
+from fleetune.compress.hessian import share, trace
 from fleetune.compress.stream import Source, Stream
 from fleetune.deploy.master import Quantised, dense, stored, unpack
 from fleetune.errors import DataError, RecipeError
@@ -250,10 +250,13 @@ def _solve(
     W = linear.weight.detach().float().cpu()
     C = W.shape[1]
     solved = solver.solve(W.clone(), torch.zeros(C, C) if H is None else H.clone())
-    values = dense(solved.weight)
-    error = float("nan") if H is None else relative_error(W, values, H)
-    weight = solved.weight if isinstance(solved.weight, Quantised) else values.to(linear.weight.dtype)
+    error = float("nan") if H is None else share(_lost(W, solved, H), trace(W, H))
+    weight = solved.weight if isinstance(solved.weight, Quantised) else solved.weight.to(linear.weight.dtype)
     return weight, Matrix(name, error, solved.notes)
+
+
+def _lost(W: Tensor, solved: Solved, H: Tensor) -> float:
+    return trace(W - dense(solved.weight), H) if solved.loss is None else solved.loss
 
 
 @contextmanager

@@ -9,6 +9,12 @@ For column i, with q its settled values and U from `hessian.inverse_cholesky`,
 (the optimal-brain-surgeon update for all rows at once; Frantar et al. 2023, arXiv 2210.17323, equation 2 and
 algorithm 1).  The update is applied at once within a block of columns and by one matrix product to those after it.
 Rows are independent, so the compiled loop lays columns out as rows of W^T and runs along them.
+
+In all, Q = W - E U, so with H the matrix of which U is, U H U^T = I and
+
+    tr((W - Q) H (W - Q)^T) = tr(E E^T) = sum e^2
+
+which is the loss, without a product of matrices (equation 3 of the paper, summed).
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fleetune.compiled import kept
+from fleetune.compress.hessian import Factor
 
 BLOCK = 128
 
@@ -35,17 +42,18 @@ class Segment(NamedTuple):
     mask: Tensor | None  # bool [end - begin, R]: True is pruned
 
 
-def sweep(
-    W: Tensor, U: Tensor, choose: Callable[[Tensor, int, int], Segment], block: int = BLOCK
-) -> tuple[Tensor, Tensor]:
-    """(settled values, codes) of W [R, C], float32 or float64: [R, C] and uint8 [R, C].
+Choose = Callable[[Tensor, int, int], Segment]
+
+
+def sweep(W: Tensor, U: Tensor, choose: Choose, block: int = BLOCK) -> tuple[Tensor, Tensor, float]:
+    """(settled values, codes, sum e^2) of W [R, C], float32 or float64: [R, C] and uint8 [R, C].
 
     `choose(Wt, begin, block_end)` is asked for every segment; Wt [C, R] are the weights as updated so far: those of
     the block by all columns before, those after the block by the blocks before.  W is left as it was.
     """
     Wt, C = W.T.contiguous(), W.shape[1]
     codes = torch.zeros_like(Wt, dtype=torch.uint8)
-    U = U.contiguous()
+    U, squares = U.contiguous(), 0.0
     for first in range(0, C, block):
         last = min(first + block, C)
         E = torch.zeros((last - first, len(W)), dtype=W.dtype)
@@ -55,12 +63,29 @@ def sweep(
             _settle(Wt, U, E, codes, first, begin, last, part)
             begin = min(part.end, last)
         Wt[last:].addmm_(U[first:last, last:].T, E, alpha=-1.0)
-    return Wt.T.contiguous(), codes.T.contiguous()
+        squares += E.square().sum().item()
+    return Wt.T.contiguous(), codes.T.contiguous(), squares
 
 
-def nearest(W: Tensor, choose: Callable[[Tensor, int, int], Segment]) -> tuple[Tensor, Tensor]:
+def nearest(W: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
     """`sweep` without any making up for errors (round to nearest)."""
-    return sweep(W, torch.eye(W.shape[1], dtype=W.dtype), choose)
+    return sweep(W, torch.eye(W.shape[1], dtype=W.dtype), choose)[:2]
+
+
+class Loop:
+    """`sweep` by a factor, or `nearest` where there is none; `loss` is then that of the last matrix."""
+
+    def __init__(self, factor: Factor) -> None:
+        self.factor = factor
+        self.loss: float | None = None  # tr((W - Q) H (W - Q)^T) of the H before damping; None of `nearest`
+
+    def __call__(self, W: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
+        """(settled values, codes) of W [R, C]."""
+        if self.factor.U is None:
+            return nearest(W, choose)
+        settled, codes, squares = sweep(W, self.factor.U, choose)
+        self.loss = max(0.0, squares - self.factor.damping * (W - settled).square().sum().item())
+        return settled, codes
 
 
 def _settle(Wt: Any, U: Any, E: Any, codes: Any, first: int, begin: int, last: int, part: Segment) -> None:

@@ -64,10 +64,11 @@ class Grid:
 
     def _fit(self, x: Tensor, share: float) -> tuple[Tensor, Tensor]:
         half = float(1 << (self.bits - 1))
+        lo, hi = x.amin(1), x.amax(1)
         if self.kind == "ggml":
-            extreme = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
+            extreme = _extreme(x, lo, hi)
             return _fp16(share * extreme / -half), torch.full_like(extreme, half)
-        lo, hi = share * x.amin(1).clamp(max=0), share * x.amax(1).clamp(min=0)
+        lo, hi = share * lo.clamp(max=0), share * hi.clamp(min=0)
         if self.kind == "symmetric":
             return _fp16(2 * torch.maximum(-lo, hi) / self.top), torch.full_like(lo, half)
         scale = (hi - lo) / self.top
@@ -75,6 +76,15 @@ class Grid:
             scale = _significant(scale)
         scale = _fp16(scale)
         return scale, torch.round(-lo / scale).clamp(0, self.top)
+
+
+def _extreme(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """The element of largest magnitude of each row of x [R, n], the first of equals, as ggml takes it; lo and hi bound x."""
+    extreme, tied = torch.where(hi > -lo, hi, lo), hi == -lo
+    if tied.any():
+        some = x[tied]
+        extreme[tied] = some.gather(1, some.abs().argmax(1, keepdim=True))[:, 0]
+    return extreme
 
 
 def _fp16(scale: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ U_ii U[i, i:] (Frantar et al. 2023, arXiv 2210.17323, section 4, step 3).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -40,18 +42,27 @@ def whole(H: Tensor) -> Tensor:
     return H
 
 
-def inverse_cholesky(H: Tensor, damping: float) -> tuple[Tensor | None, Tensor, list[str]]:
-    """(U, dead columns, notes): H^-1 = U^T U of the damped H [C, C], which is overwritten.
+class Factor(NamedTuple):
+    """What the column loop needs of H [C, C]."""
+
+    U: Tensor | None  # [C, C]: H^-1 = U^T U of the damped H; None where it does not exist
+    dead: Tensor  # bool [C]: inputs that are always zero
+    damping: float  # what was added to the diagonal
+    notes: tuple[str, ...]  # what had to be done differently
+
+
+def inverse_cholesky(H: Tensor, damping: float) -> Factor:
+    """The factor of H [C, C], which is overwritten; `damping` is a share of its mean diagonal.
 
     Columns that no input touched get H_ii = 1; `damping` times the mean of the diagonal is added to it.  Where the
-    factor does not exist, damping grows tenfold until 1; then U is None (nothing to go by: round to nearest).
+    factor does not exist, damping grows tenfold until 1; then there is none (nothing to go by: round to nearest).
     """
     diagonal = H.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1.0
     mean = diagonal.mean().item()
     if dead.all():
-        return None, ~dead, ["nothing reached it: rounded to nearest"]
+        return Factor(None, ~dead, 0.0, ("nothing reached it: rounded to nearest",))
     notes = [f"{int(dead.sum())} of {len(dead)} inputs are always zero"] if dead.any() else []
     added = 0.0
     while True:
@@ -59,9 +70,10 @@ def inverse_cholesky(H: Tensor, damping: float) -> tuple[Tensor | None, Tensor, 
         added = damping * mean
         U = _factor(H)
         if U is not None:
-            return U, dead, notes
+            return Factor(U, dead, added, tuple(notes))
         if damping >= LAST:
-            return None, dead, [*notes, "no Cholesky factor at any damping: rounded to nearest"]
+            failed = "no Cholesky factor at any damping: rounded to nearest"
+            return Factor(None, dead, added, (*notes, failed))
         damping = min(LAST, max(damping, 1e-3) * HARDER)
         notes.append(f"no Cholesky factor: damping raised to {damping:g}")
 
@@ -97,11 +109,15 @@ def _inverted(lower: Tensor) -> Tensor:
 
 def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
     """||W X - Q X||^2 / ||W X||^2 from H = 2 X X^T; 0 where there was no input."""
-    given = _trace(W, H)
-    return _trace(W - Q, H) / given if given > 0 else 0.0
+    return share(trace(W - Q, H), trace(W, H))
 
 
-def _trace(W: Tensor, H: Tensor) -> float:
+def share(lost: float, given: float) -> float:
+    """lost / given, 0 where nothing was given."""
+    return lost / given if given > 0 else 0.0
+
+
+def trace(W: Tensor, H: Tensor) -> float:
     """tr(W H W^T) of a symmetric H: each block beside the diagonal is multiplied once and counts twice."""
     total = 0.0
     for first in range(0, len(H), STRIP):

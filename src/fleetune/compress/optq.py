@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 
 from fleetune.compress import Solved
-from fleetune.compress.columns import Segment, nearest, sweep
+from fleetune.compress.columns import Choose, Loop, Segment
 from fleetune.compress.grids import BITS, KINDS, Grid
 from fleetune.compress.hessian import inverse_cholesky
 from fleetune.deploy.master import Quantised
 
 PAPER = "Frantar et al., ICLR 2023, arXiv 2210.17323"
 
-Loop = Callable[[Tensor, Callable[[Tensor, int, int], Segment]], tuple[Tensor, Tensor]]
+Settle = Callable[[Tensor, Choose], tuple[Tensor, Tensor]]  # `Loop` or `nearest`
 Found = tuple[Tensor, Tensor, Tensor]  # codes uint8 [R, C], scale [R, G], zero [R, G]
 
 
@@ -80,12 +80,8 @@ class Solver:
         if order is not None:
             W, H = W[:, order], H[order][:, order]
             kept = None if kept is None else kept[order]
-        U, dead, notes = inverse_cholesky(H, self.damping)
-        W = W.masked_fill(dead, 0.0)
-
-        def loop(W: Tensor, choose: Callable[[Tensor, int, int], Segment]) -> tuple[Tensor, Tensor]:
-            return nearest(W, choose) if U is None else sweep(W, U, choose)
-
+        factor = inverse_cholesky(H, self.damping)
+        loop, W = Loop(factor), W.masked_fill(factor.dead, 0.0)
         if self.order == "static":
             assert order is not None
             found = static(W, grid, group, loop, order, kept)
@@ -93,7 +89,7 @@ class Solver:
             found = dynamic(W, grid, group, loop, kept)
             if order is not None:
                 found = _unsorted(found, group, order)
-        return packed(grid, group, *found, notes=tuple(notes))
+        return packed(grid, group, *found, factor.notes, loop.loss)
 
 
 def ordered(importance: Tensor, group: int, order: str) -> Tensor | None:
@@ -113,7 +109,7 @@ def _unsorted(found: Found, group: int, order: Tensor) -> Found:
     return codes[:, back], scale[:, groups], zero[:, groups]
 
 
-def dynamic(W: Tensor, grid: Grid, group: int, loop: Loop, kept: Tensor | None = None) -> Found:
+def dynamic(W: Tensor, grid: Grid, group: int, loop: Settle, kept: Tensor | None = None) -> Found:
     """The loop with each group's grid fitted when its first column comes; `kept` bool [C, R] are zeros that stay."""
     scales, zeros = list[Tensor](), list[Tensor]()
 
@@ -130,7 +126,7 @@ def dynamic(W: Tensor, grid: Grid, group: int, loop: Loop, kept: Tensor | None =
     return codes, torch.stack(scales, 1), torch.stack(zeros, 1)
 
 
-def static(W: Tensor, grid: Grid, group: int, loop: Loop, order: Tensor, kept: Tensor | None) -> Found:
+def static(W: Tensor, grid: Grid, group: int, loop: Settle, order: Tensor, kept: Tensor | None) -> Found:
     """The loop over sorted columns with grids fitted to the weights as they were, by group of the file's order."""
     back = order.argsort()
     whole = W[:, back]
@@ -148,11 +144,12 @@ def static(W: Tensor, grid: Grid, group: int, loop: Loop, order: Tensor, kept: T
 
 
 def packed(
-    grid: Grid, group: int, codes: Tensor, scale: Tensor, zero: Tensor, notes: tuple[str, ...] = ()
-) -> Solved:
+    grid: Grid, group: int, codes: Tensor, scale: Tensor, zero: Tensor, notes: tuple[str, ...] = (),
+    loss: float | None = None,
+) -> Solved:  # fmt: skip
     """The solver's answer."""
     q = Quantised(codes, scale.to(torch.float16), zero.to(torch.uint8), grid.bits, group)
-    return Solved(q, notes)
+    return Solved(q, notes, loss)
 
 
 def check_grid(kind: str, bits: int, group: int) -> None:

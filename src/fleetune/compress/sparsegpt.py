@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fleetune.compress import Solved
-from fleetune.compress.columns import BLOCK, Segment, nearest, sweep
+from fleetune.compress.columns import BLOCK, Loop, Segment
 from fleetune.compress.grids import Grid
 from fleetune.compress.hessian import inverse_cholesky
 from fleetune.compress.optq import check_damping, check_grid, check_groups, packed
@@ -79,15 +79,15 @@ class Solver:
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Algorithm 1 of the paper on one matrix."""
-        U, dead, notes = inverse_cholesky(H, self.damping)
-        loop = nearest if U is None else lambda W, choose: sweep(W, U, choose)
+        factor = inverse_cholesky(H, self.damping)
+        U, loop = factor.U, Loop(factor)
         saliency = torch.ones(W.shape[1], dtype=W.dtype) if U is None else U.diagonal() ** 2
         walk = _Walk(self, saliency, Grid(self.grid, self.bits or 4), self.group or W.shape[1])
-        settled, codes = loop(W.masked_fill(dead, 0.0), walk.choose)
+        settled, codes = loop(W.masked_fill(factor.dead, 0.0), walk.choose)
         if not self.bits:
-            return Solved(settled, tuple(notes))
+            return Solved(settled, factor.notes, loop.loss)
         scale, zero = torch.stack(walk.scales, 1), torch.stack(walk.zeros, 1)
-        return packed(walk.grid, walk.group, codes, scale, zero, notes=tuple(notes))
+        return packed(walk.grid, walk.group, codes, scale, zero, factor.notes, loop.loss)
 
 
 class _Walk:

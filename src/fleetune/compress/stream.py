@@ -103,8 +103,8 @@ class Stream:
             whole(h)
         return H
 
-    def _on_the_way(self, number: int, linears: Mapping[str, nn.Linear], settle: Settle) -> Tensor:
-        shared, done = _Shared(), set[str]()
+    def _on_the_way(self, number: int, linears: Mapping[str, nn.Linear], settle: Settle) -> Tensor | None:
+        shared, done, last = _Shared(), set[str](), number + 1 == len(self.blocks)
         H = torch.empty(0)
 
         def see(name: str, x: Tensor) -> None:
@@ -117,9 +117,12 @@ class Stream:
                 whole(H)
             settle(name, H)
             done.add(name)
+            if last and len(done) == len(linears):  # nobody reads what comes out of it
+                raise _Stop
 
-        with _seen(linears, see):
+        with _seen(linears, see), suppress(_Stop):
             return self.forward(number, self.states[0])
+        return None
 
     def advance(self, number: int) -> None:
         """Make the states what comes out of the block."""
@@ -178,15 +181,25 @@ def _caught(block: nn.Module, take: Callable[[tuple[Any, ...], Mapping[str, Any]
 
 
 def _keywords(model: Model, blocks: Sequence[nn.Module], window: Tensor) -> list[dict[str, Any]]:
-    """What each block is called with beside the hidden states (masks, positions): the same for every window."""
-    found: list[dict[str, Any]] = []
+    """What each block is called with beside the hidden states (masks, positions): the same for every window.
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    The first block is run, the others hand its output on: what they are called with does not depend on it.
+    """
+    found: list[dict[str, Any]] = []
+    given: list[Any] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
         if len(found) == len(blocks):
             raise _Stop  # neither the last block nor the head is needed
 
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
+    def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        given.append(out)
+
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    handles.append(blocks[0].register_forward_hook(after))
+    for block in blocks[1:]:
+        block.forward = lambda *args, **kwargs: given[0]
     try:
         model.net(input_ids=window.to(model.device), use_cache=False)
     except _Stop:
@@ -194,4 +207,6 @@ def _keywords(model: Model, blocks: Sequence[nn.Module], window: Tensor) -> list
     finally:
         for handle in handles:
             handle.remove()
+        for block in blocks[1:]:
+            del block.forward
     return found
