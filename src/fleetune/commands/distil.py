@@ -13,6 +13,7 @@ from fleetune.commands.brake import Brake
 from fleetune.commands.subject import PARTS, Subject, Work
 from fleetune.compress import Trainer
 from fleetune.errors import RecipeError, UsageError
+from fleetune.text import human_bytes
 from fleetune.ui import Ui
 
 if TYPE_CHECKING:
@@ -31,11 +32,17 @@ class Job:
     teacher: Model
 
     def about(self) -> list[tuple[str, str]]:
-        """What it works with, for the header."""
+        """What it works with and what that takes, for the header."""
         size = f"{self.teacher.n_params / 1e6:.1f} M parameters"
         longest = _longest(self.subject)
         rows = f"{self.subject.source} · {len(self.subject.rows)} rows of {longest} tokens at most"
-        return [("teacher", f"{self.taught_by} · {size}"), ("rows", rows)]
+        memory = f"about {human_bytes(self.memory)}"
+        return [("teacher", f"{self.taught_by} · {size}"), ("rows", rows), ("memory", memory)]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the peak, as planned."""
+        return self.trainer.memory(self.subject.model, self.teacher, _longest(self.subject))
 
     @property
     def taught_by(self) -> str:
@@ -43,7 +50,10 @@ class Job:
         return self.work.model if self.trainer.teacher == SAME else self.trainer.teacher
 
     def run(self, ui: Ui, folder: Path) -> None:
-        """Do it, into `folder`; steps that are kept there are not done again."""
+        """Do it, into `folder`; steps that are kept there are not done again.  StorageError for a disk too full."""
+        subjects.warn_of_memory(ui, self.memory, ["with a smaller batch_size"])
+        need = self.trainer.disk(self.subject.model)
+        subjects.check_disk(folder, need, "the state that is kept and the result")
         _train(ui, self, folder)
 
 
@@ -99,12 +109,13 @@ def _teacher(name: str, dtype: str, out: Path, *, offline: bool) -> Model:
 def _train(ui: Ui, job: Job, folder: Path) -> None:
     from fleetune import models, rounds
 
-    began, teacher = time.monotonic(), job.teacher
+    began, teacher, planned = time.monotonic(), job.teacher, job.memory
     taught = subjects.measure(teacher, job.subject)
     student = job.trainer.student(job.subject.model)
     before = _measure(job, student)
     ui.event({
         "event": "start", **asdict(job.work), "folder": str(folder), "before": before, "teacher": taught,
+        "planned": planned,
     })  # fmt: skip
     _steps(ui, job, student, folder)
     models.save(student.net, student.tokenizer, folder / "model", card=_card(job))
@@ -113,7 +124,7 @@ def _train(ui: Ui, job: Job, folder: Path) -> None:
     done = {
         "before": before, "after": after, "teacher": taught, "bytes": size,
         "seconds": round(time.monotonic() - began, 3), "peak_rss": rounds.peak_rss(),
-        "digest": models.digest(models.named_tensors(student.net)),
+        "digest": models.digest(models.named_tensors(student.net)), "planned": planned,
     }  # fmt: skip
     sizes = {"before": subjects.weight_bytes(student), "after": size}
     subjects.finish(ui, job.work, folder, done, sizes | {"teacher": subjects.weight_bytes(teacher)})

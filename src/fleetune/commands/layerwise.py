@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from fleetune.commands import subject as subjects
 from fleetune.commands.brake import Brake
 from fleetune.commands.subject import CLIENTS, PARTS, Subject, Work
 from fleetune.compress import Solver
-from fleetune.errors import DataError, Interrupted, StorageError, UsageError
+from fleetune.errors import DataError, Interrupted, UsageError
 from fleetune.text import human_bytes, human_time
 from fleetune.ui import Ui
 
@@ -254,21 +253,13 @@ def head(job: Job) -> Head:
 def _check_room(ui: Ui, job: Job, folder: Path) -> None:
     """A note when memory is short; StorageError when the disk is."""
     from fleetune.compress import costs
-    from fleetune.rounds import rss
     from fleetune.shapes import shape_of
 
-    free, more = costs.available(), job.memory - rss()
-    if free is not None and more > free:
-        ways = [] if job.work.low_memory else ["with --low-memory"]
-        ways += ["without --true-sequential"] if job.work.true_sequential else []
-        instead = f"; {' or '.join(ways)} it takes less" if ways else ""
-        ui.note(f"this takes {human_bytes(more)} more, {human_bytes(free)} of memory are free{instead}")
-    need, left = costs.disk(shape_of(job.subject.model.net.config), job.cost), shutil.disk_usage(folder).free
-    if need > left:
-        raise StorageError(
-            f"the finished blocks and the result take {human_bytes(need)}, {folder} has {human_bytes(left)} free",
-            hint=f"free some space, then: fleetune compress --resume {folder}",
-        )
+    ways = [] if job.work.low_memory else ["with --low-memory"]
+    ways += ["without --true-sequential"] if job.work.true_sequential else []
+    subjects.warn_of_memory(ui, job.memory, ways)
+    need = costs.disk(shape_of(job.subject.model.net.config), job.cost)
+    subjects.check_disk(folder, need, "the finished blocks and the result")
 
 
 def _written_heads(config: Any) -> int:

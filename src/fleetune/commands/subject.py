@@ -163,6 +163,27 @@ def told(ui: Ui, brake: Brake, folder: Path, what: str) -> Iterator[OnStep]:
         yield on_step
 
 
+def warn_of_memory(ui: Ui, planned: int, ways: Sequence[str]) -> None:
+    """A note when less memory is free than is planned; `ways` are those that take less."""
+    from fleetune.compress import costs
+    from fleetune.rounds import rss
+
+    free, more = costs.available(), planned - rss()
+    if free is not None and more > free:
+        instead = f"; {' or '.join(ways)} it takes less" if ways else ""
+        ui.note(f"this takes {human_bytes(more)} more, {human_bytes(free)} of memory are free{instead}")
+
+
+def check_disk(folder: Path, need: int, what: str) -> None:
+    """StorageError when less is free where `folder` is than `what` takes beyond what is in it already."""
+    more = need - folder_bytes(folder)
+    if more > (left := shutil.disk_usage(folder).free):
+        raise StorageError(
+            f"{what} take {human_bytes(more)}, {folder} has {human_bytes(left)} free",
+            hint=f"free some space, then: fleetune compress --resume {folder}",
+        )
+
+
 def name_of(work: Work, model: Model) -> str:
     """A line on the model."""
     return f"{work.model} @ {model.digest[:8]} · {model.n_params / 1e6:.1f} M parameters"

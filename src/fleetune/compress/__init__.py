@@ -12,6 +12,8 @@ settings (as a tuning method's).  It is named `Solver` where it works a linear l
 
     teacher: str                                    a model, a finished run, or "same": the one that is given
     check(model, teacher, length)                   RecipeError for what does not fit
+    memory(model, teacher, length) -> int           bytes of the peak, as planned
+    disk(model) -> int                              bytes that must be free
     student(model) -> Model                         what is trained
     train(student, teacher, rows, seed, folder, on_step)     in place; goes on with what `folder` holds
     distance(student, teacher, rows) -> float       how far they are from each other
@@ -80,6 +82,12 @@ class Trainer(Protocol):
 
     def check(self, model: Model, teacher: Model, length: int) -> None:
         """RecipeError with all that is in the way of training on rows of `length` tokens."""
+
+    def memory(self, model: Model, teacher: Model, length: int) -> int:
+        """Bytes of the peak of training on rows of `length` tokens at most, as planned."""
+
+    def disk(self, model: Model) -> int:
+        """Bytes of what is kept for going on and of the result, at their most."""
 
     def student(self, model: Model) -> Model:
         """What is trained: `model` itself or a smaller one made of it."""

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compressing a model block by block takes: peak memory and disk, from its configuration alone.
+"""What making a model smaller takes: peak memory and disk, from its configuration alone.
 
-Peak memory is a sum of parts (bytes; weights of s bytes, blocks with matrices W [R, C]):
+Training a whole student (`training`) takes what tuning all weights with AdamW does (`fleetune.costs`), and the other
+models that are in memory beside it.
+
+Peak memory of compressing block by block is a sum of parts (bytes; weights of s bytes, blocks with matrices W [R, C]):
 
     floor     the process: Python, torch, transformers, the tokenizer, the compiled column loop
     weights   all of them, mapped from their file where they have its type; with `--low-memory` the largest part that
@@ -25,8 +28,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from fleetune import costs
 from fleetune.costs import FLOOR, KERNELS, PIECE
 from fleetune.shapes import Linear, Shape
+from fleetune.traffic import Module
 
 if TYPE_CHECKING:
     from fleetune.compress import Solver
@@ -83,6 +88,21 @@ def memory(shape: Shape, work: Work) -> dict[str, int]:
         "states": work.windows // max(1, work.clients) * work.length * shape.hidden * work.size,
         "work": int(max(stages.values())),
     }
+
+
+def training(student: Shape, batch: int, length: int, beside: int) -> dict[str, int]:
+    """Bytes of the peak by part: all weights of `student` trained in fp32 on batches of `length` tokens a row.
+
+    `beside` are the bytes of the other models in memory: a teacher, and what the student was made of.
+    """
+    work = costs.Work(batch=batch, length=length)
+    return costs.memory(student, work, "full Adam", Module("", {})) | {"beside": beside}
+
+
+def training_disk(student: Shape, states: int) -> int:
+    """Bytes that must be free: the result and a state (weights and two moments), or a state beside the one it replaces."""
+    weights = 4 * student.params
+    return 3 * weights + max(weights, 3 * weights * (states > 1))
 
 
 def blocks(shape: Shape) -> Mapping[str, list[Linear]]:

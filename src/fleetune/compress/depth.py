@@ -49,6 +49,13 @@ def with_blocks(net: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     return cut
 
 
+def shallow_config(config: Any, keep: int) -> Any:
+    """The configuration that `shallow`'s copy has."""
+    cut, whole = copy.deepcopy(config), int(config.get_text_config().num_hidden_layers)
+    _cut_config(cut.get_text_config(), whole, kept_blocks(whole, keep))
+    return cut
+
+
 def _cut_config(config: Any, whole: int, kept: list[int]) -> None:
     for name, value in config.to_dict().items():
         if "layer" in name and isinstance(value, list) and len(value) == whole:

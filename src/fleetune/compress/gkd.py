@@ -63,17 +63,19 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.answers import sample_from_ids, stop_ids, until_end
-from fleetune.compress import reward
-from fleetune.compress.depth import shallow
+from fleetune.compress import costs, reward
+from fleetune.compress.depth import shallow, shallow_config
 from fleetune.compress.divergence import divergences, log_probs
 from fleetune.compress.progress import restore, store
 from fleetune.compress.reward import Reward
+from fleetune.costs import SIZES
 from fleetune.data import Batches, Encoded
 from fleetune.data.encode import Batch, collate
 from fleetune.errors import FleetuneError, Interrupted, RecipeError
 from fleetune.losses import context, frozen, pad_id, predictors
 from fleetune.models import Model, digest, named_tensors, uniform
 from fleetune.objectives import split
+from fleetune.shapes import Shape, shape_of
 
 PAPER = "Agarwal et al., ICLR 2024, arXiv 2306.13649"
 PRUNED = (
@@ -180,7 +182,7 @@ class Trainer:
                 f"{model.name} ({len(model.tokenizer)})"
             )
         room = min(context(model), context(teacher))
-        longest = length + (self.max_new_tokens if self.lmbda or self.seq_kd else 0)
+        longest = self._longest(length)
         if longest > room:
             problems.append(
                 f"rows of {length} tokens and answers of {longest - length} go beyond the context of {room}"
@@ -194,6 +196,26 @@ class Trainer:
             log.warning(
                 "%.0f %% of the weights are 0 and will not stay so; keep_zeros=true does that", 100 * zeros
             )
+
+    def _longest(self, length: int) -> int:
+        """Tokens at most of a row with its answer, where those of the data have `length`."""
+        return length + (self.max_new_tokens if self.lmbda or self.seq_kd else 0)
+
+    def memory(self, model: Model, teacher: Model, length: int) -> int:
+        """Bytes of the peak of training on rows of `length` tokens at most, as planned."""
+        others = {id(other.net): other for other in (teacher, *([model] if self.keep_layers else []))}
+        beside = sum(SIZES[other.dtype] * shape_of(other.net.config).params for other in others.values())
+        rows = self.batch_size * (self.reward_samples if self.lmbda else 1)
+        return sum(costs.training(self._shape(model), rows, self._longest(length), beside).values())
+
+    def disk(self, model: Model) -> int:
+        """Bytes of the states that are kept and of the result, at their most."""
+        return costs.training_disk(self._shape(model), math.ceil(self.steps / self.save_every))
+
+    def _shape(self, model: Model) -> Shape:
+        """The student's."""
+        config = model.net.config
+        return shape_of(shallow_config(config, self.keep_layers) if self.keep_layers else config)
 
     def student(self, model: Model) -> Model:
         """What is trained, in fp32: the model itself, or some of its blocks."""
