@@ -7,12 +7,14 @@ of 32 (Q4_1) and its relatives give values that 16-bit floats cannot hold, so th
 
 What transformers does not take over from a GGUF by itself:
   * llama's q and k rows are stored pair-wise interleaved for ggml's rotary embedding; they are put back in
-    the half-split order that transformers uses (a permutation of rows, done before dequantising);
+    the half-split order that transformers uses (a permutation of rows, done before dequantising); a llama with biases
+    has them for its own, not only in the file;
   * transformers knows no text-splitting rule for tokenizer "smollm" and falls back to GPT-2's, which joins
     the space before a digit differently; the rule is restored here;
   * rescaled rotary frequencies (Llama 3.1) come as factors: taken over where Llama 3's rule gives them (`rope.py`),
     else the file is refused;
-  * gemma's norms, caps and windows (`gemma.py`); tokenizers without an unknown token and of pieces (`gguf_tokens.py`).
+  * gemma's norms, caps and windows (`gemma.py`); llamas whose blocks differ in width (`deci.py`), which only Fleetune
+    loads again; tokenizers without an unknown token and of pieces (`gguf_tokens.py`).
 
 The model is never held in memory: names and shapes come from a model on the meta device, every tensor of
 it must be found in the file and the other way round, and rows go straight into the safetensors file.
@@ -31,9 +33,9 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from fleetune import gemma, gguf_tokens, rope
+from fleetune import deci, gemma, gguf_tokens, rope, widths
 from fleetune.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ ARCHITECTURES: Final[Mapping[str, str]] = MappingProxyType(
         "gemma": "norms 1 + w",
         "gemma2": "norms 1 + w",
         "gemma3": "norms 1 + w",
+        "deci": "interleaved q, k",
     }
 )
 KNOWN_SPLITS: Final = ("default", "gpt-2", "llama-bpe", "llama3", "qwen2", "tekken", "gpt-4o", "smollm")
@@ -56,7 +59,8 @@ KNOWN_SPLITS: Final = ("default", "gpt-2", "llama-bpe", "llama3", "qwen2", "tekk
 def load_config(path: Path) -> Any:
     """The transformers configuration that a GGUF file's metadata describes; no weights are read.
 
-    ModelError for a damaged file, an architecture not in `ARCHITECTURES`, or rescaled rotary frequencies.
+    ModelError for a damaged file, an architecture not in `ARCHITECTURES`, blocks that no class has a place for, or
+    rescaled rotary frequencies.
     """
     return _config(path, _open(path))
 
@@ -70,8 +74,7 @@ def convert(path: Path, folder: Path, *, progress: Callable[[str, int, int], Non
     """
     reader = _open(path)
     config = _config(path, reader)
-    with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    net = widths.build(config)
     config.architectures = [type(net).__name__]
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}  # tied tensors once
     plan = _plan(path, reader, config, shapes)
@@ -79,6 +82,7 @@ def convert(path: Path, folder: Path, *, progress: Callable[[str, int, int], Non
     _write_weights(plan, shapes, folder / "model.safetensors", progress)
     config.dtype = torch.float32
     config.save_pretrained(folder)
+    widths.mark(folder)
     GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(folder)
@@ -121,12 +125,12 @@ def _config(path: Path, reader: Any) -> Any:
     if scaling not in (None, "none") and (architecture, scaling) != ("gemma3", "linear"):
         raise ModelError(f"{path} rescales its rotary frequencies, which cannot be taken over", hint=instead)
     try:
-        if architecture in gemma.ARCHITECTURES.values():
-            config = _gemma_config(architecture, reader)
-        else:
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
-        raise ModelError(f"{path} has unusable metadata ({error})", hint=instead) from error
+        config = _described(path, architecture, reader)
+    except ModelError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ModelError(f"{path} has unusable metadata ({why})", hint=instead) from error
     if (width := _field(reader, f"{architecture}.attention.key_length")) is not None:
         config.head_dim = int(width)  # not taken over for every architecture
     _take_factors(path, reader, config, instead)
@@ -138,19 +142,39 @@ def _config(path: Path, reader: Any) -> Any:
     return config
 
 
-def _gemma_config(architecture: str, reader: Any) -> Any:
-    """transformers reads no gemma, and gemma2 and gemma3 without their caps and rotary bases."""
+def _described(path: Path, architecture: str, reader: Any) -> Any:
+    """What metadata and the names of tensors say; a configuration class may raise anything for a wrong value."""
+    if architecture in (*gemma.ARCHITECTURES.values(), deci.ARCHITECTURE):
+        config = _own(path, architecture, reader)
+        for name, key in gguf_tokens.SPECIAL.items():
+            if name != "unk":
+                setattr(config, f"{name}_token_id", _field(reader, f"tokenizer.ggml.{key}_token_id"))
+    else:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    if config.model_type == "llama":
+        names = {tensor.name for tensor in reader.tensors}
+        config.tie_word_embeddings = "output.weight" not in names
+        config.attention_bias = "blk.0.attn_q.bias" in names
+        config.mlp_bias = "blk.0.ffn_up.bias" in names
+    return config
+
+
+def _own(path: Path, architecture: str, reader: Any) -> Any:
+    """transformers reads no gemma and no deci, and gemma2 and gemma3 without their caps and rotary bases."""
     tokens = _field(reader, "tokenizer.ggml.tokens") or []
 
     def field(key: str) -> Any:
         value = _field(reader, f"{architecture}.{key}")
         return len(tokens) if key == "vocab_size" and value is None else value
 
-    config = gemma.config_of(architecture, field)
-    for name, key in gguf_tokens.SPECIAL.items():
-        if name != "unk":
-            setattr(config, f"{name}_token_id", _field(reader, f"tokenizer.ggml.{key}_token_id"))
-    return config
+    if architecture != deci.ARCHITECTURE:
+        return gemma.config_of(architecture, field)
+    if (why := deci.misfit(field)) is not None:
+        raise ModelError(
+            f"{path} is no llama with narrower blocks: {why}",
+            hint=f"llama.cpp runs it (fleetune serve {path}); to tune or compress, take another model",
+        )
+    return deci.config_of(field)
 
 
 def _take_factors(path: Path, reader: Any, config: Any, instead: str) -> None:
@@ -200,10 +224,11 @@ def _plan(
 
 
 def _row_order(architecture: str, name: str, shape: tuple[int, ...], config: Any) -> np.ndarray | None:
-    part = name.rsplit(".", 2)[-2]
-    if architecture != "llama" or part not in ("attn_q", "attn_k"):
+    part = name.split(".")
+    if architecture not in ("llama", deci.ARCHITECTURE) or part[-2] not in ("attn_q", "attn_k"):
         return None
-    heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+    width = widths.listed(config)[int(part[1])]
+    heads = width.num_attention_heads if part[-2] == "attn_q" else width.num_key_value_heads
     return np.arange(shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 

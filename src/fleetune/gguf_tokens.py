@@ -2,9 +2,9 @@
 """A tokenizer from GGUF metadata ("tokenizer.ggml.*"), with no token more or less than the file has.
 
 transformers reads these too, but gives a byte-level tokenizer without an unknown token one, and takes for granted that
-pieces start with a space.  So two kinds are made here:
+pieces start with a space; it reads none of an architecture that it does not know.  So two kinds are made here:
 
-    gpt2    byte-level BPE without an unknown token: merges, and the rule that the file names
+    gpt2    byte-level BPE without an unknown token, or of such a file: merges, and the rule that the file names
     llama   pieces with scores: two pieces join where the result is a piece, the highest score first, so the merges
             are all such pairs in the order of falling scores; bytes for the rest
 """
@@ -20,6 +20,8 @@ import gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fleetune import deci
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ WHOLE: Final = ("llama-bpe",)  # rules with which llama.cpp takes a word that is
 SPECIAL: Final[Mapping[str, str]] = MappingProxyType(
     {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 )  # ours -> in the key
+UNKNOWN: Final = "tokenizer.ggml.unknown_token_id"
 _JOINED: Final = (gguf.TokenType.NORMAL, gguf.TokenType.USER_DEFINED)
 
 Field = Callable[[str], Any]
@@ -52,7 +55,7 @@ def made(field: Field) -> PreTrainedTokenizerBase | None:
     kind = field("tokenizer.ggml.model")
     if kind == "llama":
         backend = _pieces(field)
-    elif kind == "gpt2" and field("tokenizer.ggml.unknown_token_id") is None:
+    elif kind == "gpt2" and (field(UNKNOWN) is None or field("general.architecture") == deci.ARCHITECTURE):
         backend = _bytes(field)
     else:
         return None
@@ -79,7 +82,10 @@ def _used(field: Field) -> dict[str, int]:
 def _bytes(field: Field) -> Tokenizer:
     name = field("tokenizer.ggml.pre")
     merges = [(left, right) for left, right in (m.split(" ", 1) for m in field("tokenizer.ggml.merges"))]
-    backend = Tokenizer(BPE(vocab=_used(field), merges=merges, ignore_merges=name in WHOLE))
+    model = BPE(vocab=_used(field), merges=merges, ignore_merges=name in WHOLE)
+    if field(UNKNOWN) is not None:  # as transformers' reader has it, to the same digest
+        model.continuing_subword_prefix = model.end_of_word_suffix = ""
+    backend = Tokenizer(model)
     steps = {rule: steps for steps, rule in RULES.items()}
     if name not in steps:
         log.warning("no rule for tokenizer '%s'; some text may be split differently", name)
