@@ -95,9 +95,9 @@ def _cut_block(block: Any, stays: Kept) -> None:
     for linear, rows in (
         (a.q_proj, queries), (a.k_proj, keys), (a.v_proj, keys), (f.gate_proj, channels), (f.up_proj, channels)
     ):  # fmt: skip
-        _take(linear, rows, 0)
+        take(linear, rows, 0)
     for linear, columns in ((a.o_proj, queries), (f.down_proj, channels)):
-        _take(linear, columns, 1)
+        take(linear, columns, 1)
 
 
 def spread(units: Tensor, size: int) -> Tensor:
@@ -105,14 +105,17 @@ def spread(units: Tensor, size: int) -> Tensor:
     return (units[:, None] * size + torch.arange(size)).flatten()
 
 
-def _take(linear: nn.Linear, places: Tensor, dim: int) -> None:
-    """Keep rows (dim 0, with their biases) or columns (dim 1) of a linear layer."""
-    names = ["weight"] if dim or linear.bias is None else ["weight", "bias"]
-    for name in names:
-        whole = getattr(linear, name)
+def take(layer: nn.Module, places: Tensor, dim: int) -> None:
+    """Keep rows (dim 0, with their biases) or columns (dim 1) of a linear layer, an embedding or a norm, in place."""
+    biased = dim == 0 and getattr(layer, "bias", None) is not None
+    for name in ["weight", "bias"] if biased else ["weight"]:
+        whole = layer.get_parameter(name)
         part = whole.data.index_select(dim, places)
-        setattr(linear, name, nn.Parameter(part, requires_grad=whole.requires_grad))
-    linear.out_features, linear.in_features = linear.weight.shape
+        setattr(layer, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.Embedding):
+        layer.num_embeddings, layer.embedding_dim = layer.weight.shape
 
 
 def record(config: Any, found: Sequence[Width], head_dim: int) -> None:
@@ -121,14 +124,14 @@ def record(config: Any, found: Sequence[Width], head_dim: int) -> None:
         delattr(config, KEY)
     config.head_dim = int(head_dim)
     plain = found[0]._asdict()
-    if len(set(found)) == 1 and _accepted(config, plain):
+    if len(set(found)) == 1 and accepted(config, plain):
         for name, value in plain.items():
             setattr(config, name, value)
     else:
         setattr(config, KEY, {name: [getattr(w, name) for w in found] for name in Width._fields})
 
 
-def _accepted(config: Any, plain: Mapping[str, int]) -> bool:
+def accepted(config: Any, plain: Mapping[str, int]) -> bool:
     """Whether transformers takes these numbers (a llama's heads must divide its hidden size, for one)."""
     try:
         type(config).from_dict(config.to_dict() | plain)

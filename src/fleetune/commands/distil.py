@@ -126,7 +126,10 @@ def _train(ui: Ui, job: Job, folder: Path) -> None:
         "seconds": round(time.monotonic() - began, 3), "peak_rss": rounds.peak_rss(),
         "digest": models.digest(models.named_tensors(student.net)), "planned": planned,
     }  # fmt: skip
-    sizes = {"before": subjects.weight_bytes(student), "after": size}
+    sizes = {
+        "before": subjects.weight_bytes(student),
+        "after": subjects.stored_bytes(folder / "model"),
+    }
     subjects.finish(ui, job.work, folder, done, sizes | {"teacher": subjects.weight_bytes(teacher)})
 
 

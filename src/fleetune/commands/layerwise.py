@@ -262,6 +262,16 @@ def _check_room(ui: Ui, job: Job, folder: Path) -> None:
     subjects.check_disk(folder, need, "the finished blocks and the result")
 
 
+def _target(parts: Parts) -> str:
+    """A form that the result can be exported to without loss: a GGUF file where its codes fit the blocks of one."""
+    from fleetune.deploy import blocks
+    from fleetune.deploy.master import Quantised
+
+    codes = next((weight for weight in parts.values() if isinstance(weight, Quantised)), None)
+    fits = codes is None or any(blocks.misfit(codes, kind) is None for kind in blocks.PACKERS)
+    return "gguf" if fits else "hf"
+
+
 def _written_heads(config: Any) -> int:
     """The heads of an attention that writes its scores down; 0 for a fused one."""
     return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
@@ -286,8 +296,8 @@ def _compress(ui: Ui, job: Job, folder: Path) -> None:
         "digest": master.Master(folder / "model").digest(), "error": _mean(_errors(parts.blocks)),
         "notes": _notes(parts.blocks), "planned": job.memory, **_traffic(ui, job),
     }  # fmt: skip
-    sizes = {"before": subjects.weight_bytes(model), "after": size}
-    subjects.finish(ui, job.work, folder, done, sizes)
+    sizes = {"before": subjects.weight_bytes(model), "after": subjects.stored_bytes(folder / "model")}
+    subjects.finish(ui, job.work, folder, done, sizes, _target(parts))
 
 
 def _traffic(ui: Ui, job: Job) -> dict[str, int]:

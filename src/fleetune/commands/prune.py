@@ -88,7 +88,7 @@ def _prune(ui: Ui, job: Job, folder: Path) -> None:
         "seconds": round(time.monotonic() - began, 3), "peak_rss": rounds.peak_rss(),
         "digest": models.digest(models.named_tensors(pruned.net)),
     }  # fmt: skip
-    subjects.finish(ui, job.work, folder, done, sizes | {"after": size})
+    subjects.finish(ui, job.work, folder, done, sizes | {"after": subjects.stored_bytes(folder / "model")})
 
 
 def _cut(ui: Ui, job: Job, folder: Path, brake: Brake) -> Model:
@@ -108,15 +108,16 @@ def _cut(ui: Ui, job: Job, folder: Path, brake: Brake) -> Model:
 def _told(ui: Ui, parameters: int, pruned: Model) -> None:
     from fleetune import widths
 
-    found = widths.listed(pruned.net.config)
+    found, wide = widths.listed(pruned.net.config), int(pruned.net.config.hidden_size)
     ui.event({
-        "event": "pruned", "parameters": pruned.n_params, "blocks": len(found), "widths": [w._asdict() for w in found],
+        "event": "pruned", "parameters": pruned.n_params, "blocks": len(found), "hidden_size": wide,
+        "widths": [w._asdict() for w in found],
     })  # fmt: skip
     heads = sorted({w.num_key_value_heads for w in found})
     channels = sorted({w.intermediate_size for w in found})
     ui.note(
         f"{1 - pruned.n_params / parameters:.1%} of the weights are gone: {len(found)} blocks with "
-        f"{_span(heads)} key heads and {_span(channels)} channels"
+        f"{_span(heads)} key heads and {_span(channels)} channels, {wide} wide"
     )
 
 

@@ -201,6 +201,11 @@ def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
+def stored_bytes(folder: Path) -> int:
+    """The size of the weights in a model's folder, without its tokenizer and configuration."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def drop(parts: Path) -> None:
     """Remove parts that are not needed any more.  They lose their name first: no half of them is gone on with."""
     gone = parts.with_name(f".{parts.name}.tmp")
@@ -252,8 +257,12 @@ def finished(ui: Ui, folder: Path) -> bool:
     return True
 
 
-def finish(ui: Ui, work: Work, folder: Path, done: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-    """Write the result down, let go of the parts and tell it; `sizes` in bytes are those of what `done` has measures of.
+def finish(
+    ui: Ui, work: Work, folder: Path, done: Mapping[str, Any], sizes: Mapping[str, int], target: str = "gguf"
+) -> None:
+    """Write the result down, let go of the parts and tell it, with an export that it can go to.
+
+    `sizes` are the bytes of the weights of what `done` has measures of.
 
     In this order: a kill before it is written leaves all that `--resume` goes on with, one after it a finished folder.
     """
@@ -263,7 +272,7 @@ def finish(ui: Ui, work: Work, folder: Path, done: Mapping[str, Any], sizes: Map
     drop(folder / PARTS)
     ui.event({"event": "done", "folder": str(folder), **done})
     columns = list(sizes)
-    rows: list[list[object]] = [["size", *(human_bytes(size) for size in sizes.values())]]
+    rows: list[list[object]] = [["weights", *(human_bytes(size) for size in sizes.values())]]
     rows += [
         [name, *(f"{done[c][name]:.3f}" if name in done[c] else "" for c in columns)]
         for name in done["before"]
@@ -273,5 +282,5 @@ def finish(ui: Ui, work: Work, folder: Path, done: Mapping[str, Any], sizes: Map
     ui.paths([
         ("result", f"{folder / 'model'} ({human_bytes(done['bytes'])})"),
         ("time · peak memory", f"{human_time(done['seconds'])} · {human_bytes(done['peak_rss'])}"),
-        ("digest", str(done["digest"])), ("next", f"fleetune export {folder} --to gguf"),
+        ("digest", str(done["digest"])), ("next", f"fleetune export {folder} --to {target}"),
     ])  # fmt: skip

@@ -41,11 +41,16 @@ KINDS: Final = ("magnitude", "first", "second", "mixed")
 
 
 class Member(NamedTuple):
-    """What the groups of one kind have in one linear layer."""
+    """What the groups of one kind have in one layer: a linear one, an embedding or a norm."""
 
-    linear: nn.Linear
+    layer: nn.Module
     rows: bool  # whether a group is rows (with their biases), or columns
     groups: int
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The weight, and the biases where rows are what goes."""
+        biased = self.rows and getattr(self.layer, "bias", None) is not None
+        return [self.layer.get_parameter(name) for name in (["weight", "bias"] if biased else ["weight"])]
 
 
 class Shares(NamedTuple):
@@ -79,32 +84,34 @@ def estimate(
     """
     blocks = blocks_of(model.net)
     found = {i: members(blocks[i]) for i in numbers}
-    parameters = [p for both in found.values() for part in both for m in part for p in _parameters(m)]
-    sums = _Sums(kind, len(rows))
+    every = [m for both in found.values() for part in both for m in part]
+    sums = Sums(kind, len(rows))
     if kind != "magnitude":
-        with _folded(parameters, sums.fold), torch.enable_grad():
-            for done, row in enumerate(rows, 1):
-                loss_tensor(model, collate([row], pad_id(model), model.device)).backward()  # type: ignore[no-untyped-call]
-                on_row(done, len(rows))
-    return {
-        i: Shares(*(torch.stack([_share(m, sums) for m in part]) for part in both))
-        for i, both in found.items()
-    }
+        sums.gather(model, rows, every, on_row)
+    return {i: Shares(*(sums.shares(part) for part in both)) for i, both in found.items()}
 
 
-def _parameters(member: Member) -> list[nn.Parameter]:
-    """The weight, and the biases where rows are what goes."""
-    names = ["weight", "bias"] if member.rows and member.linear.bias is not None else ["weight"]
-    return [member.linear.get_parameter(name) for name in names]
-
-
-class _Sums:
+class Sums:
     """g and F of parameters, as far as the kind of importance needs them."""
 
     def __init__(self, kind: str, count: int) -> None:
         self.kind, self.count = kind, count
         self.g: dict[nn.Parameter, Tensor] = {}
         self.F: dict[nn.Parameter, Tensor] = {}
+
+    def gather(
+        self,
+        model: Model,
+        rows: Sequence[Encoded],
+        members: Sequence[Member],
+        on_row: Callable[[int, int], None],
+    ) -> None:
+        """Take in the gradients of every row's mean loss."""
+        parameters = [p for member in members for p in member.parameters()]
+        with _folded(parameters, self.fold), torch.enable_grad():
+            for done, row in enumerate(rows, 1):
+                loss_tensor(model, collate([row], pad_id(model), model.device)).backward()  # type: ignore[no-untyped-call]
+                on_row(done, len(rows))
 
     def fold(self, parameter: nn.Parameter) -> None:
         """Take in the gradient of one row's loss, and free it."""
@@ -127,22 +134,25 @@ class _Sums:
         second = w.square() * self.F[parameter] / self.count
         return second if self.kind == "second" else (w * self.g[parameter] / self.count - second / 2).abs()
 
+    def shares(self, members: Sequence[Member]) -> Tensor:
+        """The importance of the groups of these members: float64 [members, groups]."""
+        return torch.stack([self._share(member) for member in members])
+
+    def _share(self, member: Member) -> Tensor:
+        """float64 [groups]: neighbours among the rows or columns are of one group."""
+        total = torch.zeros(member.groups, dtype=torch.float64)
+        for parameter in member.parameters():
+            found = self.importance(parameter)
+            along = found if found.dim() == 1 else found.sum(1 if member.rows else 0, dtype=torch.float64)
+            total += along.double().view(member.groups, -1).sum(1).cpu()
+        return total
+
 
 def _add(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, more: Tensor) -> None:
     if parameter in sums:
         sums[parameter].add_(more)
     else:
         sums[parameter] = more.clone()
-
-
-def _share(member: Member, sums: _Sums) -> Tensor:
-    """float64 [groups]: neighbours among the rows or columns are of one group."""
-    total = torch.zeros(member.groups, dtype=torch.float64)
-    for parameter in _parameters(member):
-        found = sums.importance(parameter)
-        along = found if found.dim() == 1 else found.sum(1 if member.rows else 0, dtype=torch.float64)
-        total += along.double().view(member.groups, -1).sum(1).cpu()
-    return total
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLM-Pruner: take whole heads and MLP channels (or blocks) out of a model, then train it back.
+"""LLM-Pruner: take whole heads and MLP channels (or blocks, or width) out of a model, then train it back.
 
 Ma, Fang and Wang, "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023, arXiv 2305.11627.
 Weights that only make sense together are a group: a key head with its query heads, or an MLP channel.  A few short
@@ -13,6 +13,8 @@ What to know:
 - `scope=local` takes the same share of every block; `global` takes the least important ones wherever they are, of heads
   and of channels apart (a head's sum is over far more weights than a channel's).
 - `mode=depth` takes the least important blocks out instead: `ratio` of those that are not spared.
+- `mode=hidden` takes channels of the residual stream, the same in all blocks (`hidden.py`), so it has no scope and
+  spares none.  The result is plain; a llama's width stays a multiple of its heads too, as transformers asks.
 - With `first` and `last` 0 and `scope=local` all blocks are alike and the result is a plain Hugging Face directory.
   Else it is one that fleetune loads (and transformers refuses), which goes into a GGUF file of architecture `deci`.
 - The reference implementation credits query head h to key head h % n_kv.  Here it is h // n_rep, which is what
@@ -36,15 +38,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fleetune.adapters import Lora
-from fleetune.compress import gkd
+from fleetune.compress import decided, gkd, hidden
+from fleetune.compress.decided import Decided
 from fleetune.compress.depth import with_blocks
 from fleetune.compress.importance import AGGREGATES, KINDS, Shares, choose, count_kept, estimate
 from fleetune.compress.recovery import Course
 from fleetune.data import Encoded
-from fleetune.errors import DataError, FleetuneError, RecipeError, StorageError, UsageError
-from fleetune.files import write_atomic
+from fleetune.errors import DataError, FleetuneError, RecipeError
 from fleetune.models import Model, digest, named_tensors
 from fleetune.widths import FAMILIES, Kept, blocks_of, cut, width_of
 
@@ -67,7 +70,11 @@ class Pruner:
         default="local", metadata={"symbol": "S", "help": "local: every block alike; or global"}
     )
     mode: str = field(
-        default="width", metadata={"symbol": "M", "help": "width: heads and channels; depth: blocks"}
+        default="width",
+        metadata={
+            "symbol": "M",
+            "help": "width: heads and channels; depth: blocks; hidden: the residual width",
+        },
     )
     first: int = field(default=4, metadata={"symbol": "a", "help": "first blocks that are spared"})
     last: int = field(default=2, metadata={"symbol": "z", "help": "last blocks that are spared"})
@@ -96,10 +103,13 @@ class Pruner:
     def __post_init__(self) -> None:
         for name, known in (
             ("importance", KINDS), ("aggregate", tuple(AGGREGATES)), ("scope", ("local", "global")),
-            ("mode", ("width", "depth")), ("recover", ("lora", "gkd", "none")),
+            ("mode", ("width", "depth", "hidden")), ("recover", ("lora", "gkd", "none")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(known)}")
+        for name in ("scope", "first", "last") if self.mode == "hidden" else ():
+            if getattr(self, name) != getattr(Pruner, name):
+                raise ValueError(f"{name} is not for mode=hidden: all blocks lose the same channels")
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio = {self.ratio} is not between 0 and 1")
         for name in ("round_to", "samples", "r", "steps", "batch_size", "save_every"):
@@ -128,7 +138,7 @@ class Pruner:
         if not numbers:
             problem = f"first = {self.first} and last = {self.last} spare all {len(blocks)} blocks"
             raise RecipeError([problem], hint="--set first=1 --set last=1, or less")
-        problems = self._too_little(blocks, numbers)
+        problems = self._too_little(model.net, numbers)
         if any(not torch.isfinite(p).all() for p in model.net.parameters()):
             problems.append("the model holds values that are not finite")
         if self.recover == "gkd" and plain:
@@ -152,11 +162,14 @@ class Pruner:
         """
         kept = self._kept(model, rows, folder, on_row)
         net = model.net
-        if len(kept) < len(blocks_of(net)):
+        if isinstance(kept, dict) and len(kept) < len(blocks_of(net)):
             net = with_blocks(net, sorted(kept))
         elif self.recover == "gkd":
             net = copy.deepcopy(net)
-        cut(net, [kept[i] for i in sorted(kept)])
+        if isinstance(kept, dict):
+            cut(net, [kept[i] for i in sorted(kept)])
+        else:
+            hidden.narrow(net, kept)
         return dataclasses.replace(model, net=net, digest=digest(named_tensors(net)))
 
     def train(
@@ -195,15 +208,16 @@ class Pruner:
 
     def _numbers(self, blocks: int) -> list[int]:
         """The blocks that are not spared."""
-        return list(range(self.first, blocks - self.last))
+        return list(range(blocks) if self.mode == "hidden" else range(self.first, blocks - self.last))
 
-    def _too_little(self, blocks: Sequence[Any], numbers: Sequence[int]) -> list[str]:
+    def _too_little(self, net: PreTrainedModel, numbers: Sequence[int]) -> list[str]:
         """What is wrong where nothing would go."""
+        if self.mode == "hidden":
+            return hidden.too_little(net.config, self.ratio, self.round_to)
         if self.mode == "depth":
-            gone = self._gone(len(numbers))
-            return (
-                [] if gone else [f"ratio = {self.ratio} of {len(numbers)} blocks is less than half a block"]
-            )
+            little = f"ratio = {self.ratio} of {len(numbers)} blocks is less than half a block"
+            return [] if self._gone(len(numbers)) else [little]
+        blocks = blocks_of(net)
         widths = {width_of(blocks[i]) for i in numbers}
         narrow = min(w.intermediate_size for w in widths)
         if self.round_to > narrow:
@@ -227,25 +241,33 @@ class Pruner:
 
     def _kept(
         self, model: Model, rows: Sequence[Encoded], folder: Path, on_row: Callable[[int, int], None]
-    ) -> dict[int, Kept]:
-        """What stays of each block that stays, by its number: as the file says, or found and written there."""
+    ) -> Decided:
+        """What stays: as the file says, or found and written there."""
         scored = [row for row in rows if len(row.ids) > max(1, row.n_prompt)]
         if not scored:
             raise DataError(f"none of {len(rows)} rows has a token to score", hint="give rows with responses")
         few = scored[:: max(1, len(scored) // self.samples)][: self.samples]
         origin, file = self._origin(model, few), folder / KEPT
         if file.is_file():
-            return _read(file, origin)
+            return decided.read(file, origin)
+        kept = (self._channels if self.mode == "hidden" else self._blocks)(model, few, on_row)
+        decided.write(file, origin, kept)
+        return kept
+
+    def _blocks(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decided:
+        """What stays of each block that stays, by its number."""
         blocks = blocks_of(model.net)
         shares = estimate(model, few, self.importance, self._numbers(len(blocks)), on_row)
         for i, both in shares.items():
-            if not all(bool(torch.isfinite(share).all()) for share in both):
-                raise FleetuneError(f"the importance in block {i} is not finite", hint="use --dtype fp32")
-        kept = self.select(blocks, shares)
-        folder.mkdir(parents=True, exist_ok=True)
-        said = {str(i): stays._asdict() for i, stays in kept.items()}
-        write_atomic(file, json.dumps({"origin": origin, "blocks": said}) + "\n")
-        return kept
+            _check_finite(both, f"in block {i}")
+        return self.select(blocks, shares)
+
+    def _channels(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decided:
+        """Which channels of the residual stream stay."""
+        shares = hidden.estimate(model, few, self.importance, on_row)
+        _check_finite([shares], "of the hidden channels")
+        step = hidden.step_of(model.net.config, self.round_to)
+        return hidden.select(shares, self.aggregate, self.ratio, step)
 
     def select(self, blocks: Sequence[Any], shares: Mapping[int, Shares]) -> dict[int, Kept]:
         """What stays of each of a net's blocks that stays, by its number, given the shares of those not spared."""
@@ -278,16 +300,6 @@ class Pruner:
         return sha.hexdigest()
 
 
-def _read(file: Path, origin: str) -> dict[int, Kept]:
-    """What a file says stays; UsageError when it is of other work, StorageError when it is damaged."""
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        found, kept = raw["origin"], {int(i): Kept(**stays) for i, stays in raw["blocks"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"{file} is damaged ({error!r})", hint="remove it to begin anew") from error
-    if found != origin:
-        raise UsageError(
-            f"{file} is of other weights, rows or settings",
-            hint="bring back what it began with, or begin anew without --resume",
-        )
-    return kept
+def _check_finite(shares: Sequence[Tensor], where: str) -> None:
+    if not all(bool(torch.isfinite(share).all()) for share in shares):
+        raise FleetuneError(f"the importance {where} is not finite", hint="use --dtype fp32")
