@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fleetune import compress, models
 from fleetune.compress import llm_pruner
 from fleetune.data import Encoded
+from fleetune.errors import Interrupted
 from fleetune.models import Model
 
 IDS = torch.tensor([[256, 12, 200, 7, 255, 31, 90, 63, 64, 65]])
@@ -97,3 +98,13 @@ def importance(kind: str, w: Tensor, per_row: list[Tensor]) -> Tensor:
     return {
         "magnitude": w.abs(), "first": (w * g).abs(), "second": w * w * fisher, "mixed": (w * g - w * w * fisher / 2).abs()
     }[kind]  # fmt: skip
+
+
+def stop_at(last: int) -> Any:
+    """A callback that stops the work when it is called for step or row `last`."""
+
+    def on(done: int, all_: int, *_: object) -> None:
+        if done == last:
+            raise Interrupted("stopped")
+
+    return on

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_harness import LORA, call, pulled_after, tuned
@@ -211,3 +213,29 @@ def test_a_dry_run_writes_nothing_and_settings_are_listed(
             "last",
             "recover",
         }
+
+
+@pytest.mark.parametrize(("recover", "copies"), [("lora", 1), ("gkd", 6)])
+def test_a_disk_too_small_is_said_before_any_work(
+    recover: str, copies: int, tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    args = [
+        "compress",
+        tiny["llama"],
+        *QUICK,
+        *FEW,
+        *ROWS,
+        "--set",
+        f"recover={recover}",
+        "--set",
+        "save_every=1",
+    ]
+    need = copies * 4 * made().n_params
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=need - 2000))
+    code, events, _ = call(capsys, *args)
+    assert code == 1
+    assert "the state that is kept and the result take" in events[-1]["message"]
+    assert not (at / "runs" / "0001-llm-pruner-llama" / "parts").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=need))
+    assert call(capsys, "compress", "--resume", "1")[0] == 0

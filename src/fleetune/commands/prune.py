@@ -41,7 +41,13 @@ class Job:
         return [("text", f"{self.subject.source} · {len(self.rows)} {what} of {longest} tokens at most")]
 
     def run(self, ui: Ui, folder: Path) -> None:
-        """Do it, into `folder`; what is decided and the steps that are kept there are not done again."""
+        """Do it, into `folder`; what is decided and the steps that are kept there are not done again.
+
+        StorageError for a disk too full.
+        """
+        subjects.check_disk(
+            folder, self.pruner.disk(self.subject.model), "the state that is kept and the result"
+        )
         _prune(ui, self, folder)
 
 

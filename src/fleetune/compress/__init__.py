@@ -22,6 +22,7 @@ and `Pruner` where it takes parts of the model out and trains what is left, with
 
     recover: str                                    how it trains, "none" for not
     check(model, length, plain=)                    RecipeError for what does not fit
+    disk(model) -> int                              bytes that must be free
     prune(model, rows, folder, on_row) -> Model     the smaller one; `folder` keeps what was decided
     train(pruned, whole, rows, seed, folder, on_step) -> Model   goes on with what `folder` holds
 
@@ -120,6 +121,9 @@ class Pruner(Protocol):
 
     def check(self, model: Model, length: int, *, plain: bool) -> None:
         """RecipeError with all that is in the way of rows of `length` tokens (`plain`: of windows of text)."""
+
+    def disk(self, model: Model) -> int:
+        """Bytes of what is kept for going on and of the result, at their most."""
 
     def prune(
         self, model: Model, rows: Sequence[Encoded], folder: Path, on_row: Callable[[int, int], None]

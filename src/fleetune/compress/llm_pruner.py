@@ -41,14 +41,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fleetune.adapters import Lora
-from fleetune.compress import decided, gkd, hidden
+from fleetune.compress import costs, decided, gkd, hidden
 from fleetune.compress.decided import Decided
 from fleetune.compress.depth import with_blocks
 from fleetune.compress.importance import AGGREGATES, KINDS, Shares, choose, count_kept, estimate
 from fleetune.compress.recovery import Course
+from fleetune.costs import SIZES
 from fleetune.data import Encoded
 from fleetune.errors import DataError, FleetuneError, RecipeError
 from fleetune.models import Model, digest, named_tensors
+from fleetune.shapes import shape_of
 from fleetune.widths import FAMILIES, Kept, blocks_of, cut, width_of
 
 PAPER = "Ma et al., NeurIPS 2023, arXiv 2305.11627"
@@ -148,6 +150,13 @@ class Pruner:
         if self.recover == "gkd":
             self._gkd().check(model, dataclasses.replace(model), length)
 
+    def disk(self, model: Model) -> int:
+        """Bytes of the states that are kept and of the result, at their most: those of the whole model."""
+        shape = shape_of(model.net.config)
+        if self.recover == "gkd":
+            return costs.training_disk(shape, math.ceil(self.steps / self.save_every))
+        return SIZES[model.dtype] * shape.params
+
     def prune(
         self,
         model: Model,
@@ -215,8 +224,10 @@ class Pruner:
         if self.mode == "hidden":
             return hidden.too_little(net.config, self.ratio, self.round_to)
         if self.mode == "depth":
-            little = f"ratio = {self.ratio} of {len(numbers)} blocks is less than half a block"
-            return [] if self._gone(len(numbers)) else [little]
+            gone, whole = self._gone(len(numbers)), len(blocks_of(net))
+            what = f"ratio = {self.ratio} of {len(numbers)} blocks is "
+            little = [] if gone else [f"{what}less than half a block"]
+            return [f"{what}all of them, and nothing else is spared"] if gone == whole else little
         blocks = blocks_of(net)
         widths = {width_of(blocks[i]) for i in numbers}
         narrow = min(w.intermediate_size for w in widths)
