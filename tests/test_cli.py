@@ -208,6 +208,8 @@ def test_an_adapter_run_and_its_eval(tiny, at, capsys):
     assert events(out)[0]["loss"] == pytest.approx(done["tuned"]["loss"], abs=0.5)
     code, _, _ = call(capsys, "export", done["run"], "--to", "peft", "--path", "peft")
     assert code == 0
+    code, _, err = call(capsys, "export", done["run"], "--to", "peft", "--path", "peft")
+    assert (code, "choose a new place with --path" in err) == (2, True), err
     with safe_open(at / "peft" / "adapter_model.safetensors", framework="numpy") as file:
         assert any("lora_A" in n for n in file.keys())  # noqa: SIM118
 
@@ -473,4 +475,4 @@ def test_a_read_only_folder_is_said_before_any_work(tiny, at, capsys, monkeypatc
     code, _, err = call(capsys, "tune", tiny, "demo", *ZO)
     assert code == 1
     assert "read-only" in err
-    assert "--out" in err
+    assert "can write to" in err

@@ -353,6 +353,25 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"quantised \(gptq\)",
     ),
     "absurd value": (lambda f: edit_config(f, num_attention_heads="many"), "cannot be used"),
+    "a wrong value with its reason": (
+        lambda f: edit_config(f, hidden_size=33),
+        "is not a multiple of the number",
+    ),
+    "blocks below none": (
+        lambda f: edit_config(f, num_hidden_layers=-1),
+        "says num_hidden_layers = -1, below 1",
+    ),
+    "no heads": (lambda f: edit_config(f, num_attention_heads=0), "says num_attention_heads = 0, below 1"),
+    "fewer blocks than weights": (
+        lambda f: edit_config(f, num_hidden_layers=1),
+        r"has 9 tensors that a LlamaForCausalLM .* no place for: model.layers.1.input_layernorm.weight, ",
+    ),
+    "a tensor that is none of its own": (
+        lambda f: save_file(
+            load_file(f / "model.safetensors") | {"score.weight": torch.ones(3)}, f / "model.safetensors"
+        ),
+        "has 1 tensors .*: score.weight",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
     "an artefact": (
         lambda f: (f / "model.safetensors").rename(f / "master.safetensors"),
@@ -378,6 +397,50 @@ def test_a_directory_that_cannot_be_used_is_refused_with_a_hint(saved: Path, cas
         models.load(str(saved), device="cpu")
     assert caught.value.hint
     assert caught.value.exit_code == 2
+
+
+def test_what_older_files_hold_besides_is_passed_over(saved: Path) -> None:
+    """What is computed anew, a head that is the embedding itself; of an encoder also the head of another task."""
+    digest = models.load(str(saved), device="cpu").digest
+    tensors = load_file(saved / "model.safetensors")
+    more = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(4, 4),
+        "model.layers.0.self_attn.masked_bias": torch.tensor(-1e4),
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+    }
+    save_file(tensors | more, saved / "model.safetensors")
+    assert models.load(str(saved), device="cpu").digest == digest
+
+
+def test_an_encoder_has_the_head_of_another_task_but_no_blocks_left_over(tmp_path: Path) -> None:
+    bert = models.tiny_bert()
+    models.save(bert.net, bert.tokenizer, tmp_path / "bert")
+    file = tmp_path / "bert" / "model.safetensors"
+    tensors = {n: t for n, t in load_file(file).items() if not n.startswith("classifier")}
+    other = {
+        "cls.predictions.bias": torch.ones(3), "bert.embeddings.position_ids": torch.ones(1, 3),
+        "cls.seq_relationship.weight": torch.ones(2, 3),
+    }  # fmt: skip
+    save_file(tensors | other, file)
+    edit_config(tmp_path / "bert", architectures=["BertForMaskedLM"])
+    assert models.load(str(tmp_path / "bert"), device="cpu", labels=("yes", "no")).labels == ("yes", "no")
+    edit_config(tmp_path / "bert", num_hidden_layers=1)
+    with pytest.raises(ModelError, match=r"no place for: bert\.encoder\.layer\.1\."):
+        models.load(str(tmp_path / "bert"), device="cpu", labels=("yes", "no"))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_moved_model_is_as_one_loaded_there(saved: Path, dtype: str) -> None:
+    want = models.load(str(saved), device="cpu", dtype=dtype)
+    found = models.moved(models.load(str(saved), device="cpu"), device="cpu", dtype=dtype)
+    assert (found.dtype, found.device) == (dtype, "cpu")
+    assert models.digest(models.named_tensors(found.net)) == want.digest
+    ids = torch.arange(12)[None]
+    assert torch.equal(found.net(ids).logits, want.net(ids).logits)
+    for wrong in ({"dtype": "fp8", "device": "cpu"}, {"dtype": "fp32", "device": "tpu"}):
+        with pytest.raises(ModelError, match=r"no (dtype|device) named"):
+            models.moved(found, **wrong)
 
 
 def test_a_tokenizer_of_another_model_is_refused(saved: Path) -> None:

@@ -174,6 +174,18 @@ def test_find(tmp_path, monkeypatch):
     assert find("0007-mezo-m", tmp_path / "elsewhere") == Path("0007-mezo-m")
 
 
+def test_latest_never_points_to_a_run_that_is_gone(tmp_path):
+    for model in "abc":
+        with create(tmp_path, "mezo", model) as run:
+            run.write("run.toml", "")
+    RunDir(tmp_path / "0003-mezo-c").remove()
+    assert (tmp_path / "latest").resolve().name == "0002-mezo-b"
+    RunDir(tmp_path / "0001-mezo-a").remove()
+    assert (tmp_path / "latest").resolve().name == "0002-mezo-b"
+    RunDir(tmp_path / "latest").remove()
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- one process at a time ----------------------------------------------------------------------------------
 
 HOLD = """
@@ -211,6 +223,36 @@ def test_a_second_process_is_refused_until_the_first_is_gone(run):
         other.send_signal(signal.SIGKILL)  # a killed process holds nothing
         other.wait(timeout=60)
         RunDir(run.path).close()
+
+
+def test_a_folder_is_held_by_one_and_is_left_as_it_was(tmp_path):
+    with (
+        rundir.held(tmp_path),
+        pytest.raises(UsageError, match="in use by another process"),
+        rundir.held(tmp_path),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / rundir.LOCK).write_text("")  # as a kill leaves it
+    with rundir.held(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_its_holder_has_removed_is_nobodys(tmp_path, monkeypatch):
+    """Opened before it was removed, locked after: whoever makes the file anew would have the folder as well."""
+    real, opened = rundir.lock, list[int]()
+
+    def lock(handle: int) -> bool:
+        opened.append(handle)
+        if len(opened) == 1:
+            (tmp_path / rundir.LOCK).unlink()
+        return real(handle)
+
+    monkeypatch.setattr(rundir, "lock", lock)
+    with rundir.held(tmp_path):
+        assert len(opened) == 2
+        assert (tmp_path / rundir.LOCK).is_file()
 
 
 def test_a_run_folder_that_is_gone(tmp_path):
@@ -467,7 +509,7 @@ def test_a_read_only_place_is_refused_with_what_to_do(tmp_path, monkeypatch, cod
     with pytest.raises(StorageError, match=what) as caught:
         create(tmp_path / "runs", "mezo", "m")
     monkeypatch.undo()
-    assert "--out" in (caught.value.hint or "")
+    assert "can write to" in (caught.value.hint or "")
     assert list(tmp_path.iterdir()) == []
     with create(tmp_path / "runs", "mezo", "m") as run:
         path = run.path
@@ -482,7 +524,9 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(StorageError) as caught:
         create(tmp_path / "runs", "mezo", "m")
-    assert str(tmp_path / "runs") in caught.value.message
+    assert f"{tmp_path / 'runs'}: it is a file, not a folder" in caught.value.message
+    with pytest.raises(StorageError, match="it is a file, not a folder"):
+        rundir.check_writable(tmp_path / "runs")
 
 
 def test_the_environment_names_versions_and_what_is_added():

@@ -149,6 +149,7 @@ def test_a_run_is_removed_with_its_lock_last(tmp_path: Path, monkeypatch: pytest
     run.write("run.toml", "")
     run.record({"event": "start"})
     (run.path / "link").symlink_to(tmp_path)
+    (tmp_path / "beside").write_text("")
     real, opened = os.unlink, Path("/proc/self/fd")
 
     def unlink(path: str | Path, **given: Any) -> None:
@@ -159,4 +160,4 @@ def test_a_run_is_removed_with_its_lock_last(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "unlink", unlink)
     run.remove()
     assert still == []
-    assert [p.name for p in tmp_path.iterdir()] == ["latest"], "nothing beside it has gone"
+    assert [p.name for p in tmp_path.iterdir()] == ["beside"], "nothing beside it has gone"

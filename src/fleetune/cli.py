@@ -141,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("runs", _runs, "list, show, compare or remove runs")
     sub.add_argument("action", nargs="?", default="list", choices=["list", "show", "compare", "rm"])
     sub.add_argument("names", metavar="RUN", nargs="*")
+    sub.add_argument(
+        "--force", action="store_true", help="rm: also a run that something was compressed from, which stays"
+    )
     sub = add("methods", _methods, "list the tuning methods, or one with its settings")
     sub.add_argument("name", metavar="NAME", nargs="?")
     sub = add("models", _models, "list the built-in models, or fetch one")
@@ -177,15 +180,18 @@ def _eval_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--tasks",
-        default="",
         help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge; of an encoder loss,accuracy)",
     )
     sub.add_argument("--limit", type=int, default=200, help="rows at most (default 200)")
     sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
     sub.add_argument("--text", help="plain text file for perplexity")
     sub.add_argument("--labels", help="label words for accuracy, comma-separated")
-    sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"])
-    sub.add_argument("--device", default="auto")
+    sub.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        help="type of the weights (default fp32; a run has its own)",
+    )
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
 
 
 def _export_arguments(sub: argparse.ArgumentParser) -> None:
@@ -359,7 +365,7 @@ def _chat(args: argparse.Namespace, ui: Ui) -> None:
 def _runs(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.commands import runs
 
-    runs.ACTIONS[args.action](args, ui)
+    runs.run(args, ui)
 
 
 def _methods(args: argparse.Namespace, ui: Ui) -> None:

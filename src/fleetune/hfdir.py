@@ -22,6 +22,10 @@ from transformers.models.auto.modeling_auto import (
 from fleetune.errors import ModelError
 from fleetune.widths import KEY, base_type, config_from
 
+SIZES: Final = (
+    "num_hidden_layers", "n_layer", "hidden_size", "n_embd", "num_attention_heads", "n_head", "num_key_value_heads",
+    "intermediate_size", "vocab_size",
+)  # fmt: skip
 NAME_HINT: Final = "give a built-in name (fleetune models), a model directory, a .gguf file or a hub id"
 
 
@@ -96,12 +100,20 @@ def config_of(folder: Path) -> Any:
         raise ModelError(
             f"{folder} is quantised ({how}); plain weights are needed", hint="use the model it was made from"
         )
+    _check_sizes(raw, file)
     try:
         if KEY in raw:
             return config_from(raw)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a configuration class may raise anything for a wrong value
         raise ModelError(f"{file} cannot be used: {short(error)}", hint="fetch the model again") from error
+
+
+def _check_sizes(raw: dict[str, Any], file: Path) -> None:
+    """ModelError for a number of blocks, heads and so on below 1, of which transformers makes a net all the same."""
+    for name in SIZES:
+        if type(value := raw.get(name)) is int and value < 1:
+            raise ModelError(f"{file} says {name} = {value}, below 1", hint="fetch the model again")
 
 
 def is_encoder(config: Any) -> bool:
@@ -133,5 +145,6 @@ def _instead(folder: Path) -> str:
 
 
 def short(error: BaseException) -> str:
-    """The first line of an error's text, cut to a length that fits a message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """The first line of an error's text, with the next where it ends in a colon, cut to a length that fits a message."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return (f"{first} {more[0].strip()}" if more and first.endswith(":") else first)[:300]

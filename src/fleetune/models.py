@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -53,6 +54,10 @@ __all__ = [
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 )
+COMPUTED: Final = (  # buffers that older files hold
+    "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "position_ids", "token_type_ids",
+    ".attn.bias", ".attention.bias", ".masked_bias",
+)  # fmt: skip
 DEVICES: Final = ("auto", "cpu", "cuda", "mps")
 
 
@@ -143,6 +148,25 @@ def _hub_id(name: str) -> str:
 # ---------------------------------------------------------------- load
 
 
+def check_place(device: str, dtype: str) -> str:
+    """The device that is meant, which can hold weights of this dtype; ModelError when one of them cannot be had."""
+    if dtype not in DTYPES:
+        raise ModelError(f"no dtype named '{dtype}'", hint="choose one of " + ", ".join(DTYPES))
+    return _device(device, DTYPES[dtype])
+
+
+def moved(model: Model, *, dtype: str, device: str) -> Model:
+    """A model in another dtype and on another device, as `load` would have put it there; `model` is used up.
+
+    Its digest stays that of the weights it was loaded with.  ModelError as in `check_place`.
+    """
+    chosen = check_place(device, dtype)
+    for parameter in model.net.parameters():
+        parameter.data = parameter.data.to(chosen, DTYPES[dtype])
+    model.net.config.dtype = DTYPES[dtype]
+    return replace(model, net=model.net.to(chosen), dtype=dtype, device=chosen)
+
+
 def _device(device: str, dtype: torch.dtype) -> str:
     if device not in DEVICES:
         raise ModelError(f"no device named '{device}'", hint="choose one of " + ", ".join(DEVICES))
@@ -181,9 +205,7 @@ def load(
     leaves a causal model's weights in its files (`pages.py`; on the CPU).  ModelError when the name, its files,
     the labels, the dtype or the device cannot be used; FitError when memory does not suffice.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"no dtype named '{dtype}'", hint="choose one of " + ", ".join(DTYPES))
-    chosen = _device(device, DTYPES[dtype])
+    chosen = check_place(device, dtype)
     path = resolve(name, offline=offline, progress=progress)
     try:
         net, words = _read_net(path, DTYPES[dtype], labels, paged)
@@ -241,11 +263,26 @@ def _read_net(
             + ", ".join(wrong[:3]),
             hint="the directory holds another or an incomplete model: fetch it again",
         )
+    if left := _left_over(map(str, found["unexpected_keys"]), head=bool(words)):
+        raise ModelError(
+            f"{path} has {len(left)} tensors that a {kind.__name__} of its config.json has no place for: "
+            + ", ".join(left[:3]),
+            hint="config.json is of another model than the weights (does it say fewer blocks?): fetch the model again",
+        )
     if (path / "generation_config.json").is_file():
         net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     net.eval()
     net.requires_grad_(False)
     return net, words
+
+
+def _left_over(names: Iterable[str], *, head: bool) -> list[str]:
+    """Those of a file's tensors without a place in the net that should have one, sorted.
+
+    Not what is computed anew (`COMPUTED`); where there is a head (an encoder) of blocks alone: a checkpoint has others.
+    """
+    wanted = re.compile(r"\.\d+\." if head else "")
+    return sorted(n for n in names if wanted.search(n) and not n.endswith(COMPUTED))
 
 
 def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:

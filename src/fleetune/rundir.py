@@ -72,6 +72,7 @@ class RunDir:
         finally:
             self.close()
         shutil.rmtree(folder)
+        _mend_latest(folder.parent)
 
     def _close_metrics(self) -> None:
         if self._metrics is not None:
@@ -175,6 +176,7 @@ def at(path: Path) -> RunDir:
 
 def numbered(out: Path, name: str) -> Path:
     """A new, empty folder `NNNN-name` under `out`; StorageError when `out` cannot be written."""
+    check_folder(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for _ in range(1000):
@@ -198,8 +200,17 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
+def check_folder(folder: Path) -> None:
+    """StorageError when a file stands where `folder` is to be."""
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(
+            f"cannot write into {folder}: it is a file, not a folder", hint="choose a folder with --out"
+        )
+
+
 def check_writable(folder: Path) -> None:
     """StorageError, before any slow work, when nothing can be written into `folder` (made if it is not there)."""
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -215,6 +226,17 @@ def _point_latest(out: Path, path: Path) -> None:
         link.symlink_to(path.name)
         os.replace(link, out / "latest")
     except OSError:  # a file system without links: `latest` is then found by number
+        link.unlink(missing_ok=True)
+
+
+def _mend_latest(out: Path) -> None:
+    """Let `latest` be the newest run that is left, where its own has gone; with none left it goes as well."""
+    link = out / "latest"
+    if not link.is_symlink() or link.exists():
+        return
+    if runs := listing(out):
+        _point_latest(out, runs[-1])
+    else:
         link.unlink(missing_ok=True)
 
 
@@ -294,18 +316,45 @@ def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Have a folder alone while the block runs; UsageError when another process has it.
+
+    The lock's file goes at the end; one that a kill leaves behind is nobody's.
+    """
+    file = _locked(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no file that is open
+            (folder / LOCK).unlink()
+        file.close()
+
+
 def _locked(path: Path) -> IO[bytes]:
     file = None
     try:
-        file = (path / LOCK).open("ab")
-        if lock(file.fileno()):
-            return file
-        file.close()
+        while True:
+            file = (path / LOCK).open("ab")
+            if not lock(file.fileno()):
+                file.close()
+                break
+            if _in_place(file, path / LOCK):
+                return file
+            file.close()  # who had it has removed it meanwhile
     except OSError as error:
         if file is not None:
             file.close()
         raise storage_error(error, path) from error
     raise UsageError(f"{path} is in use by another process", hint="wait for it, or stop it, then try again")
+
+
+def _in_place(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is what `path` names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,13 @@ from fleetune.seeds.view import View, kernels
 
 
 def recipe_of(run: Path) -> Recipe:
-    """The recipe that a run folder was made with."""
+    """The recipe that a run folder was made with; UsageError for a run that is gone."""
+    if not (run / "run.toml").is_file():
+        raise UsageError(
+            f"there is no run at {run}: it was removed, or lies elsewhere",
+            hint="what was compressed from it is measured on rows that are given: fleetune eval FOLDER rows.jsonl, "
+            "or fleetune measure FOLDER/model --data rows.jsonl",
+        )
     return recipes.make(recipes.read(run / "run.toml"))
 
 
@@ -111,7 +117,9 @@ def export_peft(run: Path, out: Path) -> None:
             f"{run} has no adapter", hint=f"its result is full-parameter: fleetune export {run} --to hf"
         )
     if out.exists():
-        raise UsageError(f"{out} exists already", hint="choose another --dir: nothing is overwritten")
+        raise UsageError(
+            f"{out} exists already", hint="choose a new place with --path: nothing is overwritten"
+        )
     try:
         shutil.copytree(source, out)
     except OSError as error:
@@ -131,7 +139,7 @@ def export_hf(model: Model, out: Path, *, card: str | None = None) -> str:
     The tuned weights become the stored ones of `model`.  ModelError when `out` exists.
     """
     if out.exists():
-        raise ModelError(f"{out} exists already", hint="choose another --out: nothing is overwritten")
+        raise ModelError(f"{out} exists already", hint="choose a new place: nothing is overwritten")
     settle(model)
     models.save(model.net, model.tokenizer, out, card=card)
     return models.digest(models.named_tensors(model.net))

@@ -59,7 +59,7 @@ def test_a_model_is_compressed_and_measured(tiny: str, at: Path, capsys: pytest.
     assert folder.name == "0001-optq-tiny"
     assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
     assert "perplexity" in out
-    assert f"fleetune export runs/{folder.name} --to gguf" in out
+    assert f"fleetune export runs/{folder.name} --to hf" in out, "groups of 8 fit no GGUF file"
     master = Master(folder / "model")
     assert master.head.method == "optq"
     assert master.head.settings["group"] == 8
@@ -227,7 +227,9 @@ BAD = {
     "a model that is none": (["compress", "./nothing"], 2, "nothing"),
     "an encoder": (["compress", "{bert}"], 2, "an encoder cannot be compressed"),
     "nothing to resume": (["compress", "--resume", "9"], 2, "no compression '9'"),
-    "out is a file": (["compress", "{tiny}", *SMALL, "--text", "text.txt", "--out", "text.txt"], 1, "cannot write"),
+    "out is a file": (
+        ["compress", "{tiny}", *SMALL, "--text", "text.txt", "--out", "text.txt"], 1, "text.txt: it is a file, not a folder",
+    ),
 }  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def test_a_run_with_an_adapter_teaches_its_own_half(
     tuned(capsys, tiny["deep"], LORA)
     code, done, err = call(capsys, "compress", "latest", *SELF)
     assert code == 0, err
-    code, whole, err = call(capsys, "compress", "latest", "--method", "rtn", "--set", "group=8")
+    code, whole, err = call(capsys, "compress", "1", "--method", "rtn", "--set", "group=8")
     assert code == 0, err
     assert done[-1]["teacher"]["loss"] == pytest.approx(whole[-1]["before"]["loss"], rel=1e-6)
     assert (
@@ -158,7 +158,6 @@ COMPRESSED = {
     "a student of codes": (["1", *GKD, *ROWS, "--set", "teacher={deep}"], "1 was compressed with rtn: it holds codes"),
     "its folder": (["runs/0001-rtn-deep", *GKD, *ROWS, "--set", "teacher={deep}"], "fleetune export runs/0001-rtn-deep --to hf"),
     "its artefact": (["runs/0001-rtn-deep/model", *GKD, *ROWS, "--set", "teacher={deep}"], "it holds codes"),
-    "latest": (["latest", *GKD, *ROWS, "--set", "teacher={deep}"], "a compression's folder, not a model's"),
     "a teacher of codes": (["{deep}", *GKD, *ROWS, "--set", "teacher=1"], "teacher=1: 1 was compressed with rtn: it holds codes"),
     "a pruned teacher": (["{deep}", *GKD, *ROWS, "--set", "teacher=0002-sparsegpt-deep"], "with sparsegpt: it holds zeros among"),
     "a plain teacher": (["{deep}", *GKD, *ROWS, "--set", "teacher=3"], "give runs/0003-gkd-deep/model"),

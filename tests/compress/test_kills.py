@@ -65,7 +65,7 @@ def while_parts_are_removed(patch: pytest.MonkeyPatch) -> None:
 
 
 POINTS: dict[str, tuple[bool, Callable[[pytest.MonkeyPatch], None]]] = {
-    "the result is written, nothing else": (False, lambda patch: patch.setattr(subjects, "folder_bytes", die)),
+    "the result is written, nothing else": (False, lambda patch: patch.setattr(subjects, "stored_bytes", die)),
     "before the record": (False, before_the_record),
     "after the record": (True, lambda patch: patch.setattr(subjects, "drop", die)),
     "while parts are removed": (True, while_parts_are_removed),

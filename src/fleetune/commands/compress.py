@@ -12,13 +12,13 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fleetune import compress as methods
 from fleetune import rundir, settings
 from fleetune.commands import subject as subjects
 from fleetune.commands.subject import RECORD, Work
-from fleetune.errors import RecipeError, UsageError
+from fleetune.errors import RecipeError, StorageError, UsageError
 from fleetune.ui import Ui
 
 if TYPE_CHECKING:
@@ -29,12 +29,8 @@ if TYPE_CHECKING:
 def arguments(sub: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     sub.add_argument("model", metavar="RUN|MODEL", nargs="?")
-    sub.add_argument(
-        "--method", default="optq", help="optq, sparsegpt, rtn, gkd or llm-pruner (default optq)"
-    )
-    sub.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the method; repeat"
-    )
+    sub.add_argument("--method", help="optq, sparsegpt, rtn, gkd or llm-pruner (default optq)")
+    sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the method; repeat")
     sub.add_argument(
         "--list", nargs="?", const="all", metavar="METHOD", help="the methods with their settings"
     )
@@ -42,23 +38,23 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--data", help="calibrate or train on these rows (a run: every second held-out row of its own)"
     )
     sub.add_argument("--text", help="calibrate on a plain text file (a model without either writes its own)")
-    sub.add_argument("--windows", type=int, default=128, help="calibration windows at most (default 128)")
+    sub.add_argument("--windows", type=int, help="calibration windows at most (default 128)")
+    sub.add_argument("--length", type=int, help="tokens a window, or of a row at most (default 512)")
     sub.add_argument(
-        "--length", type=int, default=512, help="tokens a window, or of a row at most (default 512)"
-    )
-    sub.add_argument(
-        "--calibrate", default="server", choices=["server", "clients"],
-        help="clients: the run's own clients calibrate on their training rows and send sums over them",
+        "--calibrate", choices=["server", "clients"],
+        help="clients: the run's own clients calibrate on their training rows and send sums over them (default server)",
     )  # fmt: skip
-    sub.add_argument("--clients", type=int, default=0, help="so many of them (default: all)")
+    sub.add_argument("--clients", type=int, help="so many of them (default: all)")
     sub.add_argument(
         "--low-memory",
         action="store_true",
+        default=None,
         help="leave the model in its files: one block in memory at a time",
     )
     sub.add_argument(
         "--true-sequential",
         action="store_true",
+        default=None,
         help="solve a layer on what those before it in its block give once compressed: one pass of all windows together, "
         "which takes a fifth less time, and memory for their activations",
     )
@@ -66,14 +62,15 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--seed",
         type=int,
-        default=42,
         help="seed of what a model writes, and of the order of rows (default 42)",
     )
     sub.add_argument(
-        "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="type a model is loaded in"
+        "--dtype", choices=["fp32", "bf16", "fp16"], help="type a model is loaded in (default fp32)"
     )
     sub.add_argument(
-        "--resume", metavar="FOLDER", help="go on with a stopped one (a path, a number, or latest)"
+        "--resume",
+        metavar="FOLDER",
+        help="go on with a stopped one (a path, a number, or latest), as it was asked for",
     )
     sub.add_argument("--dry-run", action="store_true", help="check settings, model and text, then stop")
 
@@ -83,29 +80,55 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
     if args.list:
         _list(args, ui)
         return
-    if args.resume:
-        folder = find(args.resume, Path(args.out))
-        if folder is None:
-            raise UsageError(f"no compression '{args.resume}' in {args.out}", hint="fleetune compress MODEL")
-        work = read(folder)
-    else:
-        folder = None
-        work = _work(args, of_run)
+    out = Path(args.out)
+    folder = _stopped(args, out) if args.resume is not None else None
+    work = read(folder) if folder else _work(args, of_run, out)
     if args.dry_run:
-        job = _prepare(work, ui, Path(args.out), offline=args.offline)
+        job = _prepare(work, ui, out, offline=args.offline)
         ui.event({"event": "fits", "parameters": job.subject.model.n_params, **dict(job.about())})
         for name, text in job.about():
             ui.note(f"{name}: {text}")
         ui.note(f"the settings fit {job.subject.model.n_params:,} parameters; nothing was written")
-        return
-    if folder is None or not subjects.finished(ui, folder):
-        carry_out(work, ui, Path(args.out), folder, offline=args.offline)
+    elif folder is None:
+        carry_out(work, ui, out, offline=args.offline)
+    else:
+        with rundir.held(folder):
+            if not subjects.finished(ui, folder):
+                _do(work, _prepare(work, ui, out, offline=args.offline), ui, folder)
 
 
-def carry_out(work: Work, ui: Ui, out: Path, folder: Path | None = None, *, offline: bool = False) -> Path:
-    """Check it, then do it, into a new folder under `out` or on with a stopped one's; the folder."""
+def _stopped(args: argparse.Namespace, out: Path) -> Path:
+    """The folder to go on with; UsageError for one that is none, and for whatever else is asked for with it."""
+    folder = find(args.resume, out)
+    if folder is None:
+        raise UsageError(f"no compression '{args.resume}' in {out}", hint="fleetune compress MODEL")
+    if given := _given(args):
+        flags = ", ".join("RUN|MODEL" if n == "model" else f"--{n.replace('_', '-')}" for n in given)
+        raise UsageError(
+            f"--resume goes on with what {folder / RECORD} says; {flags} cannot be given with it",
+            hint=f"fleetune compress --resume {folder}   or begin anew, without --resume",
+        )
+    return folder
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for of a work's fields, by name."""
+    names = [n for n in Work.__dataclass_fields__ if n != "run"]  # that of `args` is the command's function
+    return {n: v for n in names if (v := getattr(args, n)) is not None}
+
+
+def carry_out(work: Work, ui: Ui, out: Path, *, offline: bool = False) -> Path:
+    """Check it, then do it, into a new folder under `out`; the folder."""
+    rundir.check_folder(out)
     job = _prepare(work, ui, out, offline=offline)
-    folder = folder or _new(work, out)
+    folder = _new(work, out)
+    with rundir.held(folder):
+        _do(work, job, ui, folder)
+    return folder
+
+
+def _do(work: Work, job: layerwise.Job | distil.Job | prune.Job, ui: Ui, folder: Path) -> None:
+    """Do what is checked, into a folder that nobody else has."""
     fields = {s.name: s.default for s in settings.of(methods.method_class(work.method))} | work.set
     ui.header("fleetune compress", [
         ("model", subjects.name_of(work, job.subject.model)),
@@ -113,7 +136,6 @@ def carry_out(work: Work, ui: Ui, out: Path, folder: Path | None = None, *, offl
         *job.about(), ("folder", str(folder)),
     ])  # fmt: skip
     job.run(ui, folder)
-    return folder
 
 
 def _prepare(work: Work, ui: Ui, out: Path, *, offline: bool) -> layerwise.Job | distil.Job | prune.Job:
@@ -133,18 +155,43 @@ def _prepare(work: Work, ui: Ui, out: Path, *, offline: bool) -> layerwise.Job |
     return layerwise.prepare(work, method, subjects.load(work, offline=offline), ui)
 
 
-def _work(args: argparse.Namespace, of_run: Path | None) -> Work:
+def _work(args: argparse.Namespace, of_run: Path | None, out: Path) -> Work:
     if not args.model:
         raise UsageError("compress needs a model or a run", hint="fleetune compress latest --method optq")
-    chosen = settings.pairs(args.set)
-    return Work(
-        str(of_run or args.model), of_run is not None, args.method.replace("_", "-"), chosen, args.data or "", args.text or "",
-        args.windows, args.length, args.eval_text or "", args.seed, args.dtype,
-        args.low_memory, args.calibrate, args.clients, args.true_sequential,
+    plain = _plain(args.model, out, of_run)
+    run = None if plain or not of_run else _lasting(of_run)
+    given = _given(args) | {
+        "model": str(plain or run or args.model), "run": run is not None, "set": settings.pairs(args.set or []),
+        "method": (args.method or "optq").replace("_", "-"),
+    }  # fmt: skip
+    return Work(**given)
+
+
+def _lasting(run: Path) -> Path:
+    """A run's folder by a name that stays its own: `latest` may be a link, and `.` is another folder elsewhere."""
+    if run.is_symlink():
+        return run.parent / run.readlink()
+    return run.resolve() if run.name in ("", "..") else run
+
+
+def _plain(name: str, out: Path, of_run: Path | None) -> Path | None:
+    """The plain model in the compression's folder that is meant; None for none, which `latest` passes over."""
+    from fleetune.deploy.master import is_master
+
+    if name != "latest":
+        folder = find(name, out)
+        return artefact(folder) if folder and not is_master(folder / "model") else None
+    newest = max(
+        (p.parent for p in out.glob(f"*/{RECORD}") if subjects.made(p.parent) and not is_master(p.parent / "model")),
+        key=rundir.number, default=None,
     )  # fmt: skip
+    older = newest and of_run and rundir.number(newest) < rundir.number(of_run.resolve())
+    return newest / "model" if newest and not older else None
 
 
 def _check(work: Work) -> None:
+    if work.run and not (Path(work.model) / "run.toml").is_file():
+        raise UsageError(f"the run {work.model} is gone", hint="fleetune runs   lists what there is")
     clients, given = work.calibrate == subjects.CLIENTS, work.data or work.text
     problems = [
         f"{n} = {v} is below 1" for n, v in (("windows", work.windows), ("length", work.length)) if v < 1
@@ -187,17 +234,28 @@ def _new(work: Work, out: Path) -> Path:
     from fleetune.files import write_atomic
 
     rundir.check_writable(out)
-    name = Path(work.model).name
+    name = called(work.model)
     name = name.removeprefix(f"{rundir.number(Path(name)):04d}-")  # of a run: without its number
     folder = rundir.numbered(out, f"{work.method}-{rundir.slug(name) or 'model'}")
     write_atomic(folder / RECORD, json.dumps({"v": 1, **asdict(work)}, indent=1) + "\n")
     return folder
 
 
+def called(model: str) -> str:
+    """What a model or a run is called; of a compression's plain model that is its folder's name."""
+    path = Path(model)
+    return (path.parent if path.name == "model" and rundir.number(path.parent) else path).name
+
+
 def read(folder: Path) -> Work:
-    """What a folder was asked to hold."""
+    """What a folder was asked to hold; StorageError for a record that does not say it."""
     raw = subjects.recorded(folder)
-    return Work(**{name: raw[name] for name in Work.__dataclass_fields__ if name in raw})
+    try:
+        return Work(**{name: raw[name] for name in Work.__dataclass_fields__ if name in raw})
+    except TypeError as error:
+        raise StorageError(
+            f"{folder / RECORD} is damaged ({error})", hint="compress again: fleetune compress MODEL"
+        ) from error
 
 
 def find(name: str, out: Path) -> Path | None:
@@ -250,6 +308,11 @@ def held_out(folder: Path, *, offline: bool) -> list[Example]:
     work = read(folder)
     if not work.run:
         return []
+    if not (Path(work.model) / "run.toml").is_file():
+        raise UsageError(
+            f"{folder} was made from the run {work.model}, which is gone with its held-out rows",
+            hint=f"give rows: fleetune eval {folder} rows.jsonl",
+        )
     held = evaluate.held_out(Path(work.model), offline=offline)
     return held if work.data or work.text or work.calibrate == subjects.CLIENTS else held[1::2]
 

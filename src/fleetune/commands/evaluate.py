@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetune.errors import UsageError
+from fleetune.errors import RecipeError, UsageError
 from fleetune.ui import Ui
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
     """Carry out `fleetune eval`; `of_run` is the folder where the subject is a tuned run."""
     from fleetune import data, evaluate
 
-    tasks = evaluate.check_tasks([t.strip() for t in args.tasks.split(",") if t.strip()])
+    tasks = _check(args)
     model, examples = _compressed(args, of_run) or (_of_run(args, of_run) if of_run else _model(args))
     values = evaluate.evaluate(
         model, examples[: args.limit], tasks, max_new_tokens=args.answer_tokens,
@@ -31,9 +31,26 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
         ui.table(["task", "value"], [[k, round(v, 4)] for k, v in values.items()])
 
 
-def _of_run(args: argparse.Namespace, run: Path) -> tuple[Model, Sequence[Example]]:
-    from fleetune import tuned
+def _check(args: argparse.Namespace) -> tuple[str, ...]:
+    """The tasks; UsageError for what cannot be, before anything is loaded."""
+    from fleetune import evaluate
 
+    problems = [f"{n} = {v} is below 1" for n in ("limit", "answer_tokens") if (v := getattr(args, n)) < 1]
+    asked = [t.strip() for t in (args.tasks or "").split(",") if t.strip()]
+    problems += ["--tasks names no task"] if args.tasks is not None and not asked else []
+    problems += [f"no text file at {args.text}"] if args.text and not Path(args.text).is_file() else []
+    if problems:
+        raise RecipeError(problems, hint="fleetune eval --help")
+    return evaluate.check_tasks(asked)
+
+
+def _of_run(args: argparse.Namespace, run: Path) -> tuple[Model, Sequence[Example]]:
+    from fleetune import models, tuned
+
+    dtype = tuned.recipe_of(run).dtype
+    if args.dtype not in (None, dtype):
+        raise UsageError(f"a run has a dtype of its own, here {dtype}", hint="leave out --dtype")
+    models.check_place(args.device, dtype)
     examples = _given(args) or held_out(run, offline=args.offline)
     return tuned.load(run, offline=args.offline, device=args.device), examples
 
@@ -49,6 +66,7 @@ def held_out(run: Path, *, offline: bool) -> list[Example]:
 
 def _compressed(args: argparse.Namespace, of_run: Path | None) -> tuple[Model, Sequence[Example]] | None:
     """A compressed model on given rows or, of a run, on the held-out rows that it was not made with."""
+    from fleetune import models
     from fleetune.commands import compress
     from fleetune.deploy import exports
     from fleetune.deploy.master import is_master
@@ -59,10 +77,12 @@ def _compressed(args: argparse.Namespace, of_run: Path | None) -> tuple[Model, S
         source = compress.artefact(folder)
     else:
         return None
+    dtype = args.dtype or "fp32"
+    models.check_place(args.device, dtype)
     examples = _given(args) or (compress.held_out(folder, offline=args.offline) if folder else [])
     if not examples and not args.text:
         raise UsageError("eval of this model needs DATA", hint=f"fleetune eval {args.model} data.jsonl")
-    return exports.load(source), examples
+    return models.moved(exports.load(source), dtype=dtype, device=args.device), examples
 
 
 def _model(args: argparse.Namespace) -> tuple[Model, Sequence[Example]]:
@@ -74,7 +94,9 @@ def _model(args: argparse.Namespace) -> tuple[Model, Sequence[Example]]:
         raise UsageError("eval of a model needs DATA", hint=f"fleetune eval {args.model} data.jsonl")
     examples = _given(args)
     labels = label_words(args.labels or "") or sorted({e.response.strip() for e in examples})
-    model = models.load(args.model, dtype=args.dtype, device=args.device, offline=args.offline, labels=labels)
+    model = models.load(
+        args.model, dtype=args.dtype or "fp32", device=args.device, offline=args.offline, labels=labels
+    )
     return model, examples
 
 

@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune runs`: list, show, compare, rm."""
+"""`fleetune runs`: list, show, compare, rm; of tuned runs and of what was compressed."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fleetune import report, rundir
+from fleetune.commands import compress
+from fleetune.commands import subject as subjects
 from fleetune.commands.subject import RECORD
-from fleetune.errors import UsageError
+from fleetune.errors import StorageError, UsageError
 from fleetune.files import storage_error, write_atomic
 from fleetune.text import human_bytes, human_time, show
 from fleetune.ui import Ui
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Carry out `fleetune runs`."""
+    if args.force and args.action != "rm":
+        raise UsageError("--force is of runs rm alone", hint="leave it out")
+    ACTIONS[args.action](args, ui)
 
 
 def _at_least(args: argparse.Namespace, least: int) -> None:
@@ -24,9 +34,13 @@ def _at_least(args: argparse.Namespace, least: int) -> None:
         )
 
 
-def _found(args: argparse.Namespace, least: int) -> list[Path]:
-    _at_least(args, least)
-    return [rundir.find(name, Path(args.out)) for name in args.names]
+def _meant(name: str, out: Path) -> tuple[Path, bool]:
+    """The folder that a name means, and whether it is of a compression; `latest` is the newest of either kind."""
+    run = None
+    with suppress(UsageError):
+        run = rundir.find(name, out)
+    smaller = compress.named(name, out, run)
+    return (smaller, True) if smaller else (run or rundir.find(name, out), False)
 
 
 def _list(args: argparse.Namespace, ui: Ui) -> None:
@@ -67,14 +81,19 @@ def _runs_table(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
 
 def _compressed(out: Path) -> list[dict[str, object]]:
     """What `fleetune compress` left under `out`, by number."""
-    found = []
-    for file in sorted(out.glob(f"*/{RECORD}"), key=lambda p: rundir.number(p.parent)):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        done = record.get("result", {})
-        status = "done" if done else "stopped"
-        found.append({"name": file.parent.name, "of": Path(record["model"]).name, "method": record["method"],
-                      "status": status, "bytes": done.get("bytes")})  # fmt: skip
-    return found
+    files = sorted(out.glob(f"*/{RECORD}"), key=lambda p: rundir.number(p.parent))
+    return [_row(file.parent) for file in files]
+
+
+def _row(folder: Path) -> dict[str, object]:
+    """A compression's line in the list."""
+    try:
+        record = subjects.recorded(folder)
+    except StorageError:
+        return {"name": folder.name, "of": "", "method": "", "status": "damaged", "bytes": None}
+    done = record.get("result", {})
+    return {"name": folder.name, "of": compress.called(record["model"]), "method": record.get("method"),
+            "status": "done" if done else "stopped", "bytes": done.get("bytes")}  # fmt: skip
 
 
 def _number(value: object) -> float | None:
@@ -82,16 +101,57 @@ def _number(value: object) -> float | None:
 
 
 def _show(args: argparse.Namespace, ui: Ui) -> None:
-    for run in _found(args, 1):
-        facts = report.summary(run)
+    _at_least(args, 1)
+    for folder, smaller in [_meant(name, Path(args.out)) for name in args.names]:
+        if smaller:
+            _show_compressed(folder, ui)
+            continue
+        facts = report.summary(folder)
         ui.event({"event": "run", **facts})
         if not ui.json:
-            ui.table(["", run.name], [[k, v] for k, v in facts.items()], align="ll")
-            ui.paths([("report", str(report.write(run)))])
+            ui.table(["", folder.name], [[k, v] for k, v in facts.items()], align="ll")
+            ui.paths([("report", str(report.write(folder)))])
+
+
+def _show_compressed(folder: Path, ui: Ui) -> None:
+    """What was asked for, and what came out."""
+    work, done = asdict(compress.read(folder)), subjects.recorded(folder).get("result")
+    row = _row(folder)
+    ui.event({"event": "compressed", **row, "folder": str(folder), "asked": work, "result": done})
+    if ui.json:
+        return
+    told = {k: v for k, v in work.items() if k != "run" and v not in ("", {}, False)}
+    asked = [[k, _settings(v) if k == "set" else v] for k, v in told.items()]
+    ui.table(["", folder.name], [*asked, ["status", row["status"]], *_outcome(done or {})], align="ll")
+    next_ = f"fleetune measure {folder}" if done else f"fleetune compress --resume {folder}"
+    ui.paths([("folder", str(folder)), ("next", next_)])
+
+
+def _settings(chosen: Mapping[str, object]) -> str:
+    return " · ".join(f"{k} {v}" for k, v in chosen.items())
+
+
+def _outcome(done: Mapping[str, Any]) -> list[list[object]]:
+    """A finished compression's size, and its measures before and after."""
+    if not done:
+        return []
+    measures = {k: (v, done["after"].get(k)) for k, v in done["before"].items()}
+    return [
+        *([k, f"{show(k, before)} before, {show(k, after)} after"] for k, (before, after) in measures.items()),
+        ["size", human_bytes(_number(done["bytes"]))], ["time", human_time(_number(done["seconds"]))],
+        ["digest", done["digest"]],
+    ]  # fmt: skip
 
 
 def _compare(args: argparse.Namespace, ui: Ui) -> None:
-    runs = _found(args, 2)
+    _at_least(args, 2)
+    found = [_meant(name, Path(args.out)) for name in args.names]
+    if smaller := [name for name, (_, is_smaller) in zip(args.names, found, strict=True) if is_smaller]:
+        raise UsageError(
+            f"runs compare is of tuned runs; {smaller[0]} was compressed",
+            hint=f"fleetune measure {' '.join(args.names)} --data FILE",
+        )
+    runs = [folder for folder, _ in found]
     page = Path(args.out) / "compare.html"
     write_atomic(page, report.compare(runs))
     for row in (rows := report.table(runs)):
@@ -107,21 +167,49 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _rm(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.commands import compress
-
     _at_least(args, 1)
-    smaller = {n: p for n in args.names if n != "latest" and (p := compress.find(n, Path(args.out)))}
-    found = [smaller.get(name) or rundir.find(name, Path(args.out)) for name in args.names]
+    found = list(dict.fromkeys(_meant(name, Path(args.out))[0] for name in args.names))
+    if "latest" in args.names:
+        latest, _ = _meant("latest", Path(args.out))
+        raise UsageError(
+            f"what is removed must be named; latest is {latest} now", hint=f"fleetune runs rm {latest}"
+        )
+    if not args.force:
+        _check_needed(found, Path(args.out))
     for folder in found:
         try:
-            if folder in smaller.values():
-                shutil.rmtree(folder)
-            else:
-                rundir.RunDir(folder).remove()  # refuses a run that is in use
+            rundir.RunDir(folder).remove()  # refuses one that is in use
         except OSError as error:
             raise storage_error(error, folder) from error
         ui.note(f"removed {folder}")
         ui.event({"event": "removed", "run": str(folder)})
+
+
+def _check_needed(found: Sequence[Path], out: Path) -> None:
+    """UsageError when something that stays needs one of these folders."""
+    gone = {folder.resolve() for folder in found}
+    for folder in found:
+        records = [*folder.resolve().parent.glob(f"*/{RECORD}"), *out.glob(f"*/{RECORD}")]
+        staying = {p.parent.resolve(): p.parent for p in records if p.parent.resolve() not in gone}
+        needing = sorted(str(p) for p in staying.values() if folder.resolve() in _needs(p))
+        if needing:
+            raise UsageError(
+                f"{folder} is needed by {', '.join(needing)}: made from it, and measured against it",
+                hint=f"remove all: fleetune runs rm {' '.join([str(folder), *needing])}   or it alone, with --force",
+            )
+
+
+def _needs(folder: Path) -> set[Path]:
+    """The folders that a compression was made from; of a stopped one also its teacher's."""
+    try:
+        record = subjects.recorded(folder)
+    except StorageError:  # a damaged record needs nothing
+        return set()
+    teacher = "" if record.get("result") else record.get("set", {}).get("teacher", "")
+    names = [record["model"], teacher] if teacher else [record["model"]]
+    numbered = folder.parent.glob(f"{teacher.zfill(4)}-*") if teacher.isdigit() else []
+    paths = [*numbered, *(p for name in names for p in (Path(name), folder.parent / name))]
+    return {inside for p in paths for inside in (p.resolve(), *p.resolve().parents)}
 
 
 ACTIONS: dict[str, Callable[[argparse.Namespace, Ui], None]] = {
