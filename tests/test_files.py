@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fleetune.errors import StorageError
@@ -104,11 +105,11 @@ def test_the_new_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch
 REASONS = [
     (errno.ENOSPC, "the disk is full", "free some space"),
     (errno.EDQUOT, "quota", "free some space"),
-    (errno.EROFS, "read-only", "--out"),
-    (errno.EACCES, "permission denied", "--out"),
-    (errno.EPERM, "not permitted", "--out"),
-    (errno.ENOENT, "folder is gone", "--out"),
-    (errno.ENOTDIR, "a file stands where", "--out"),
+    (errno.EROFS, "read-only", "can write to"),
+    (errno.EACCES, "permission denied", "can write to"),
+    (errno.EPERM, "not permitted", "can write to"),
+    (errno.ENOENT, "folder is gone", "a folder that exists"),
+    (errno.ENOTDIR, "a file stands where", "another place"),
     (errno.EIO, os.strerror(errno.EIO), "check the disk"),
 ]
 
@@ -131,6 +132,7 @@ def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
     assert str(path) in caught.value.message
     assert what in caught.value.message
     assert hint in (caught.value.hint or "")
+    assert "--" not in (caught.value.hint or "")  # not every command has that option
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -155,6 +157,14 @@ def test_a_missing_folder_and_a_file_in_its_place(tmp_path):
 
 def test_an_error_without_a_number_is_still_told(tmp_path):
     assert "odd" in storage_error(OSError("odd"), tmp_path).message
+
+
+def test_numpy_s_words_for_a_full_disk_are_understood(tmp_path):
+    with open("/dev/full", "wb") as full, pytest.raises(OSError, match="written") as caught:
+        np.zeros(1 << 16).tofile(full)
+    told = storage_error(caught.value, tmp_path / "x.gguf")
+    assert "the disk is full" in told.message
+    assert "free some space" in (told.hint or "")
 
 
 WRITER = """

@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 from pathlib import Path
+from typing import Final
 
 from fleetune.errors import StorageError
+
+WRITABLE: Final = "choose a place that you can write to"
+# numpy's words where the disk takes less than it is given, without the system's number
+SHORT: Final = re.compile(r"\d+ requested and \d+ written")
 
 
 def default_mode() -> int:
@@ -62,13 +68,12 @@ def storage_error(error: OSError, path: Path) -> StorageError:
             "the disk quota is used up",
             "free some space, then resume: nothing written before is lost",
         ),
-        errno.EROFS: ("the file system is read-only", "choose a writable folder with --out"),
-        errno.EACCES: ("permission denied", "choose a writable folder with --out"),
-        errno.EPERM: ("not permitted", "choose a writable folder with --out"),
-        errno.ENOENT: ("the folder is gone", "choose an existing folder with --out"),
-        errno.ENOTDIR: ("a file stands where a folder is needed", "choose another folder with --out"),
+        errno.EROFS: ("the file system is read-only", WRITABLE),
+        errno.EACCES: ("permission denied", WRITABLE),
+        errno.EPERM: ("not permitted", WRITABLE),
+        errno.ENOENT: ("the folder is gone", "choose a folder that exists"),
+        errno.ENOTDIR: ("a file stands where a folder is needed", "choose another place"),
     }
-    what, hint = reasons.get(
-        error.errno or 0, (error.strerror or str(error), "check the disk and the folder")
-    )
+    number = errno.ENOSPC if error.errno is None and SHORT.fullmatch(str(error)) else error.errno
+    what, hint = reasons.get(number or 0, (error.strerror or str(error), "check the disk and the folder"))
     return StorageError(f"cannot write {path}: {what}", hint=hint)

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fleetune.plain import is_plain
+
 CHUNK: Final = 1 << 24  # bytes that a digest brings to the CPU at a time
 
 
@@ -94,14 +96,15 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 (hex) of the tokenizer: its tokenizer.json in canonical form, and its chat template.
 
-    Canonical: keys sorted, no padding or truncation state; so saving and loading keeps the digest.
+    Canonical: keys sorted, no padding or truncation state; so saving and loading keeps the digest.  The template
+    that an export of ours gives a tokenizer without one does not count (`plain.py`).
     """
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         rules.update(padding=None, truncation=None)
     else:
         rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    whole = {"tokenizer": rules, "chat_template": tokenizer.chat_template}
+    whole = {"tokenizer": rules, "chat_template": None if is_plain(tokenizer) else tokenizer.chat_template}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -15,6 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
+
 from fleetune.deploy.serve import Front
 from fleetune.deploy.talk import Address
 
@@ -233,6 +236,19 @@ class Handler(BaseHTTPRequestHandler):
 
 ThreadingHTTPServer((flags["--host"], int(flags["--port"])), Handler).serve_forever()
 '''
+
+
+def little_file(path: Path, kind: str = "model") -> Path:
+    """A whole .gguf file with one tensor."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type(kind)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    writer.add_tensor("token_embd.weight", np.zeros((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def stand_in(folder: Path) -> Path:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from deploy_harness import tiny
 from safetensors.torch import load_file
 
-from fleetune import models
+from fleetune import models, tuned
 from fleetune.cli import main
 from fleetune.deploy.master import Master
 
@@ -69,7 +71,9 @@ def test_from_a_tuned_run_to_a_file_that_reads_back(
     if method == "fedit":
         code, exported, err = call(capsys, "export", "1", "--to", "peft")
         assert (code, exported[-1]["to"], exported[-1]["event"]) == (0, "peft", "export"), err
-        assert Path(exported[-1]["path"]).is_dir()
+        copied = sorted(file for file in Path(exported[-1]["path"]).rglob("*") if file.is_file())
+        assert exported[-1]["files"] == len(copied) > 1
+        assert exported[-1]["bytes"] == sum(file.stat().st_size for file in copied)
     code, exported, err = call(capsys, "export", "latest")  # the newer of the two: the compressed one
     assert code == 0, err
     assert exported[-1]["to"] == "gguf"
@@ -134,6 +138,39 @@ def test_every_directory_form_of_a_compressed_model(
         assert torch.equal(dict(dense.net.named_parameters(remove_duplicate=False))[name], weight)
     packed = load_file(at / "runs" / "0001-rtn-little" / "compressed-tensors" / "model.safetensors")
     assert any(name.endswith("weight_packed") for name in packed)
+
+
+def test_a_copied_adapter_is_compared(
+    llama: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(capsys, "tune", llama, "demo", *METHODS["fedit"], *QUICK)[0] == 0
+    copy = tuned.export_peft
+
+    def careless(run: Path, out: Path) -> None:
+        copy(run, out)
+        file = out / "adapter_model.safetensors"
+        raw = file.read_bytes()
+        file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+    monkeypatch.setattr(tuned, "export_peft", careless)
+    assert main(["export", "1", "--to", "peft"]) == 1
+    assert "it is not what the run holds" in capsys.readouterr().err
+
+
+def test_a_slip_in_the_target_or_the_place_loads_nothing(at: Path) -> None:
+    """Before torch: the whole command takes less time than its import."""
+    script = "import sys; from fleetune.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    Path("there.gguf").touch()
+    for args, said in (
+        (["3", "--to", "nonsense"], "no target named 'nonsense'"),
+        (["3", "--to", "gguf", "--path", "there.gguf"], "exists already"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, "export", *args], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "2 False\n"
+        assert said in done.stderr
+        assert "peft" in done.stderr or "nonsense" not in args
 
 
 BAD = {

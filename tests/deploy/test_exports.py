@@ -12,7 +12,7 @@ from deploy_harness import compressed, tiny
 
 from fleetune import models
 from fleetune.deploy import gguf, hf
-from fleetune.deploy.exports import TARGETS, check_target, export
+from fleetune.deploy.exports import TARGETS, check_place, export
 from fleetune.errors import ModelError, StorageError, UsageError
 
 
@@ -60,7 +60,7 @@ def test_places_that_do_not_suit(tmp_path: Path) -> None:
         ("hf", "x.gguf", "a folder, not named .gguf"),
     ):
         with pytest.raises(UsageError, match=why):
-            check_target(to, tmp_path / name)
+            check_place(to, tmp_path / name)
     assert (tmp_path / "there.gguf").read_text() == "mine"
 
 

@@ -108,7 +108,9 @@ def test_a_plain_directory(tmp_path: Path, to: str, types: dict[str, int], exact
     model = tiny()
     models.save(model.net, model.tokenizer, tmp_path / "plain")
     report = export(tmp_path / "plain", to, tmp_path / "x.gguf")
-    assert (report.types, report.exact, report.notes) == (types, exact, ())
+    rounded = next(iter(types))
+    notes = () if rounded == "F32" else (f"15 tensors are rounded to {rounded}",)  # once, not a line a layer
+    assert (report.types, report.exact, report.notes) == (types, exact, notes)
     back = models.load(str(report.path))
     near = {"Q8_0": 2e-3, "BF16": 2e-3, "F16": 3e-4}.get(next(iter(types)), 0)
     for (_, own), (_, read) in zip(
@@ -198,8 +200,20 @@ def test_what_is_not_compressed_is_said(tmp_path: Path) -> None:
     }
     report = export(write(model, tmp_path / "m", **grids), "gguf", tmp_path / "x.gguf")
     assert report.types == {"F16": 13, "F32": 5, "Q4_0": 1, "Q8_0": 1}
-    assert "model.embed_tokens.weight has rows of 48, not a multiple of 32: F16, not Q8_0" in report.notes
-    assert "model.layers.0.self_attn.q_proj.weight was not compressed: it is F16 in the file" in report.notes
+    assert report.notes == (
+        "model.embed_tokens.weight is not Q8_0: blocks of 32 do not divide the rows",
+        "13 tensors are rounded to F16",
+    )
+    models.save(model.net, model.tokenizer, tmp_path / "plain")
+    report = export(tmp_path / "plain", "gguf:q8_0", tmp_path / "y.gguf")
+    assert report.notes[0] == "11 tensors are not Q8_0: blocks of 32 do not divide the rows"
+    assert len(report.notes) == 3
+
+
+def test_matrices_without_codes_are_one_line(tmp_path: Path) -> None:
+    """As SparseGPT leaves them: all were compressed, none is on a grid."""
+    report = export(write(tiny(), tmp_path / "m"), "gguf", tmp_path / "x.gguf")
+    assert report.notes == ("14 tensors are rounded to F16", "model.embed_tokens.weight is rounded to Q8_0")
 
 
 # ---------------------------------------------------------------- refusals
@@ -244,6 +258,10 @@ def test_plain_weights_are_not_quantised_here(tmp_path: Path, to: str) -> None:
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "scaling 'linear'"),
         ({"kind": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "sliding-window"),
         ({"kind": "qwen3", "rope_parameters": LLAMA3}, "scaling 'llama3'"),
+        (
+            {"kind": "qwen2", "head_dim": 32},
+            "no qwen2 whose heads are 128 wide together where the model is 64",
+        ),
     ],
 )
 def test_configurations_without_a_place(tmp_path: Path, sizes: dict[str, Any], why: str) -> None:

@@ -224,8 +224,14 @@ def test_what_goes_wrong_in_the_process_is_told(tmp_path: Path, monkeypatch: pyt
     script.write_text("#!/bin/sh\necho of thirst >&2\nexit 3\n")
     script.chmod(0o755)
     monkeypatch.setattr(measure.sys, "executable", str(script))
-    with pytest.raises(FleetuneError, match=r"measuring a\.gguf ended with 3: of thirst"):
+    with pytest.raises(FleetuneError, match=r"measuring a\.gguf ended with 3: of thirst") as ended:
         measure.measured(Job("gguf", "a.gguf", 1))
+    assert "signal" not in (ended.value.hint or "")
+    for number, hint in ((9, "memory"), (11, "a negative number is a signal")):
+        script.write_text(f"#!/bin/sh\nkill -{number} $$\n")
+        with pytest.raises(FleetuneError, match=rf"ended with -{number}") as ended:
+            measure.measured(Job("gguf", "a.gguf", 1))
+        assert hint in (ended.value.hint or "")
 
 
 def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fleetune.compress import calibrate
 from fleetune.data.encode import encode_all
 from fleetune.deploy import llamacpp, measure, runtimes
 from fleetune.deploy.master import Master, Quantised
-from fleetune.errors import Interrupted
+from fleetune.errors import FleetuneError, Interrupted
 from fleetune.losses import response_loss
 from fleetune.ui import Ui
 
@@ -277,6 +277,33 @@ def test_the_table_on_a_terminal_says_what_is_next(at: Path, capsys: pytest.Capt
     assert json.loads((folder_of(at) / measure.FILE).read_text())["kept"] == {}
 
 
+def test_a_file_that_its_engine_does_not_run_costs_no_other_row(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(job: measure.Job) -> measure.Measured:
+        if job.kind == "gguf":
+            raise FleetuneError("undefined symbol: llama_init")
+        return measure.carry_out(job)
+
+    monkeypatch.setattr(llamacpp, "available", lambda: True)
+    monkeypatch.setattr(measure, "measured", measured)
+    code, told, err = call(capsys, "measure", "2", "--limit", "1", *FAST)
+    assert code == 0, err
+    assert [row["name"] for row in told[-1]["rows"]] == ["base", "tuned", "compressed"]
+    assert ".gguf is left out, llama.cpp does not run it: undefined symbol: llama_init" in err
+
+
+def test_the_header_says_how_much_of_a_text_there_is(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("few.txt").write_text("a heron")
+    count = len(models.load("little").tokenizer("a heron")["input_ids"])
+    asked = ["--text", "few.txt", "--length", "64", *FAST]
+    assert main(["measure", "little", *asked]) == 0
+    assert f"few.txt · 1 window, {count} tokens" in capsys.readouterr().err.replace("|", "·")
+    for length, said in ((4, -(-count // 4)), (2, 3)):
+        assert main(["measure", "little", "--windows", "3", *asked, "--length", str(length)]) == 0
+        assert f"{min(3, said)} windows, {min(count, 3 * length)} tokens" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- export
 
 
@@ -339,6 +366,20 @@ def test_a_runtime_that_is_not_there_is_named(
 # ---------------------------------------------------------------- bad input
 
 BAD = {
+    "a text of one token": (["measure", "little", "--text", "one.txt"], "1 tokens: nothing to predict"),
+    "a text of nothing": (["measure", "little", "--text", "empty.txt"], "has no rows"),
+    "an export's text of one token": (
+        ["export", "2", "--to", "hf", "--path", "new", "--text", "one.txt"],
+        "nothing to predict",
+    ),
+    "a run's text of one token": (
+        ["export", "1", "--to", "gguf", "--path", "new.gguf", "--text", "one.txt"],
+        "nothing to predict",
+    ),
+    "an export's text of nothing": (
+        ["export", "2", "--path", "new.gguf", "--text", "empty.txt"],
+        "has no rows",
+    ),
     "no such run": (["measure", "12"], "no run '12'"),
     "no threads": (["measure", "little", "--threads", "0"], "threads = 0"),
     "no such text": (["measure", "little", "--text", "no.txt"], "no text file at no.txt"),
@@ -357,6 +398,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_a_clear_error(case: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args, text = BAD[case]
+    Path("one.txt").write_text("a")
+    Path("empty.txt").touch()
     before = sorted(at.rglob("*"))
     code = main(args)
     out, err = capsys.readouterr()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,13 @@ def test_what_mlx_has_no_place_for(
     compressed(tiny(**sizes), tmp_path / "m", bits, group)
     with pytest.raises(UsageError, match=why) as caught:
         export(tmp_path / "m", "mlx", tmp_path / "out" / "x")
-    assert "--to hf" in (caught.value.hint or "")
+    hint = caught.value.hint or ""
+    assert hint.startswith("use --to ")
+    named = re.findall(r"--to ([^ ,]+)", hint)
+    assert "hf" in named
     assert list((tmp_path / "out").iterdir()) == []
+    for to in named:  # what is named takes it
+        export(tmp_path / "m", to, tmp_path / ("x.gguf" if to.startswith("gguf") else to))
 
 
 def test_plain_weights_and_quantised_embeddings(tmp_path: Path) -> None:

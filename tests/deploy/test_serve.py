@@ -98,7 +98,23 @@ def test_a_stream_for_http_1_0_ends_with_the_connection(front):
 def test_an_error_of_the_engine_is_passed_on(front, upstream):
     upstream.mode = "refuse"
     status, _, body = ask(front, "POST", CHAT, QUESTION)
-    assert (status, json.loads(body)["error"]["message"]) == (400, "the context is full")
+    error = error_of(body)  # the engine's own has no "param"
+    assert (status, error["message"]) == (400, "the context is full")
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, 400)
+
+
+@pytest.mark.parametrize(
+    ("whole", "message"),
+    [
+        (b'{"detail": "no such model"}', "no such model"),
+        (b'{"error": "no such model"}', "no such model"),
+        (b"[1]", "the engine says: [1]"),
+        (b'{"error": {"type": "odd"}}', 'the engine says: {"error": {"type": "odd"}}'),
+    ],
+)
+def test_errors_of_other_forms_get_all_four_fields(whole, message):
+    error = error_of(json.dumps(serve._error(404, whole)).encode())
+    assert (error["message"], error["param"], error["code"]) == (message, None, "engine_error")
 
 
 def test_an_error_page_of_the_engine_gets_openais_form(front, upstream):
@@ -120,8 +136,8 @@ def test_other_paths_are_not_to_be_had(path, front, upstream):
 @pytest.mark.parametrize("method", ["OPTIONS", "PUT", "DELETE", "TRACE"])
 def test_other_methods_are_refused_in_openais_form(method, front, upstream):
     status, headers, body = ask(front, method, CHAT)
-    assert status == 501
-    assert error_of(body)["type"] == "server_error"
+    assert (status, headers["Allow"]) == (405, "GET, POST")
+    assert (error_of(body)["type"], error_of(body)["code"]) == ("invalid_request_error", "method_not_allowed")
     assert upstream.seen == []
     assert not any(name.lower().startswith("access-control") for name in headers)
 
@@ -308,6 +324,7 @@ def test_a_body_that_a_form_could_send_is_refused(front, upstream):
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         status, _, body = ask(front, "POST", CHAT, QUESTION, Content_Type=kind)
         assert (status, error_of(body)["code"]) == (415, "not_json")
+        assert "Content-Type: application/json" in error_of(body)["message"]
     assert upstream.seen == []
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from deploy_harness import compressed, tiny
-from serve_harness import Upstream, lives, running, stand_in, starts
+from serve_harness import Upstream, little_file, lives, running, stand_in, starts
 
 from fleetune import answers, models, tuned
 from fleetune.cli import main
@@ -43,7 +43,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{PATH}")
     monkeypatch.setattr(threads, "cores", lambda: 2)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.gguf").write_bytes(b"GGUF" + bytes(20))
+    little_file(tmp_path / "tiny.gguf")
     return tmp_path
 
 
@@ -203,6 +203,8 @@ def test_serve_takes_a_token_from_the_environment_and_does_not_show_it(at, monke
     [
         (["nothing.gguf"], "there is no file 'nothing.gguf'"),
         (["text.gguf"], "text.gguf is not a GGUF file"),
+        (["cut.gguf"], "cut.gguf is cut off: it has"),
+        (["lora.gguf"], "lora.gguf is an adapter, not a model"),
         (["tiny.gguf", "--threads", "0"], "--threads 0 is below 1"),
         (["tiny.gguf", "--context", "3"], "--context 3 is below 64"),
         (["tiny.gguf", "--token", ""], "the token is empty"),
@@ -214,6 +216,8 @@ def test_serve_takes_a_token_from_the_environment_and_does_not_show_it(at, monke
 def test_serve_refuses_before_an_engine_is_started(args, message, at, capsys, monkeypatch):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     Path("text.gguf").write_text("no model")
+    Path("cut.gguf").write_bytes(Path("tiny.gguf").read_bytes()[:-1])
+    little_file(Path("lora.gguf"), "adapter")
     code, _, err = call(capsys, "serve", "--port", "0", *args)
     assert code == 2
     assert message in err
@@ -276,6 +280,23 @@ def test_a_compressed_model_is_exported_and_an_export_that_is_there_is_taken(at,
     exports.export(folder / "model", "gguf", folder / "kept.gguf")
     assert call(capsys, "chat", "latest", "--prompt", "hello", "--threads", "1")[0] == 0
     assert starts(at / "bin")[-1]["--model"] == str(folder / "kept.gguf")
+
+
+def test_codes_that_gguf_has_no_blocks_for_are_served_in_fp32(at, capsys):
+    compressed(tiny(), at / "four", group=4)
+    code, out, err = call(capsys, "chat", str(at / "four"), "--prompt", "hello", "--threads", "1")
+    assert (code, out) == (0, "1:hello\n"), err
+    assert "GGUF has no blocks that hold these codes exactly" in err
+    assert "to keep it: fleetune export" in err
+    assert "--to gguf:f32" in err
+
+
+def test_a_file_that_gets_no_template_from_an_engine_is_said(at, capsys):
+    raw = Path("tiny.gguf").read_bytes()
+    Path("mute.gguf").write_bytes(raw.replace(b"tokenizer.chat_template", b"tokenizer.chat_templatf"))
+    for name, said in (("tiny.gguf", False), ("mute.gguf", True)):
+        code, _, err = call(capsys, "chat", name, "--prompt", "hello", "--threads", "1")
+        assert (code, "has no chat template" in err) == (0, said)
 
 
 def test_a_finished_run_is_served_and_asked_as_it_was_tuned(at, plain, capsys):
@@ -496,8 +517,16 @@ def test_torch_cuts_no_conversation_and_refuses_one_without_room_for_an_answer(m
     assert longest // 2 < len(ids) < longest
     (wanted,) = answers.generate_from_ids(model, [ids], max_new_tokens=longest - len(ids))
     assert chat.generate(model, few, temperature=0, max_tokens=longest, seed=0) == wanted
-    with pytest.raises(Refused, match=rf"tokens, the model is made for {longest}"):
+    with pytest.raises(Refused, match=rf"tokens, the model is made for {longest:,}"):
         chat.generate(model, many, temperature=0, max_tokens=1, seed=0)
+
+
+def test_torch_refuses_a_long_prompt_before_it_measures_threads(at, plain, capsys):
+    code, _, err = call(capsys, "chat", str(plain), "--engine", "torch", "--prompt", "ab " * 2000)
+    assert code == 1
+    assert "tokens, the model is made for 1,024" in err
+    assert "try: ask something shorter" in err
+    assert "measured" not in err
 
 
 def test_torch_draws_with_its_seed_above_temperature_0(at, plain, capsys):

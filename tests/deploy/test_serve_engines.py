@@ -16,7 +16,7 @@ import pytest
 from deploy_harness import tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from serve_harness import Upstream, lives, running, stand_in, starts
+from serve_harness import Upstream, little_file, lives, running, stand_in, starts
 
 from fleetune import models
 from fleetune.deploy import engines, exports, talk, threads
@@ -29,9 +29,7 @@ WANTED = Wanted(Path("/models/a b.gguf"), 4711, 3, 2048)
 
 @pytest.fixture
 def gguf(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.gguf"
-    path.write_bytes(b"GGUF" + bytes(20))
-    return path
+    return little_file(tmp_path / "tiny.gguf")
 
 
 @pytest.fixture
@@ -255,6 +253,20 @@ def test_xllamacpp_is_set_up_and_ends_with_its_parent(tmp_path):
         "port": 4711, "api_keys": ["secret"], "n_ctx": 2048, "n_parallel": 1, "cpuparams": {"n_threads": 3},
         "cpuparams_batch": {"n_threads": 3}, "ui": False, "endpoint_slots": False, "cors_origins": "", "verbosity": 2,
     }  # fmt: skip
+
+
+def test_a_package_that_does_not_take_the_model_ends_with_its_own_error(tmp_path, gguf, monkeypatch):
+    (tmp_path / "xllamacpp.py").write_text(
+        XLLAMACPP_STAND_IN.replace(
+            "    def plain", '    raise RuntimeError("no such architecture")\n    def plain'
+        )
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    started = engines.started(XLLAMACPP, gguf, 1, 512)
+    with pytest.raises(FleetuneError, match=r"xllamacpp has ended \(exit code 1\)") as caught, started:
+        pass
+    assert "no such architecture" in (caught.value.hint or "")
+    assert "Fatal" not in (caught.value.hint or "")
 
 
 # Asking -----------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from fleetune.errors import UsageError
 from fleetune.ui import Ui
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fleetune.models import Model
 
 TORCH: Final = "torch"
@@ -44,7 +46,8 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
     prompt = prompt if prompt is None else prompt.strip()
     if prompt == "":
         raise UsageError("the prompt is empty", hint='fleetune chat MODEL --prompt "What is .."')
-    with serve.stopped_by_signals(143), _answers(args, ui, of_run) as answer:
+    first = [] if prompt is None else [*_system(args), {"role": "user", "content": prompt}]
+    with serve.stopped_by_signals(143), _answers(args, ui, of_run, first) as answer:
         if prompt is not None:
             _once(args, ui, answer, prompt)
         else:
@@ -59,12 +62,12 @@ def _check(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _answers(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> Iterator[Answer]:
-    """What answers a conversation while the block runs."""
+def _answers(args: argparse.Namespace, ui: Ui, of_run: Path | None, first: list[Turn]) -> Iterator[Answer]:
+    """What answers a conversation while the block runs; `first` is what is known of it."""
     if args.engine == TORCH or (args.engine == "auto" and not any(e.available() for e in engines.ENGINES)):
         if args.engine == "auto":
             ui.note(f"no engine is installed, so torch answers, which is slower; for one: {engines.INSTALL}")
-        yield _torch(args, ui, of_run)
+        yield _torch(args, ui, of_run, first)
         return
     with serve.opened(args, ui, of_run) as running:
         yield _engine(args, running)
@@ -84,11 +87,13 @@ def _engine(args: argparse.Namespace, running: Running) -> Answer:
 # torch ------------------------------------------------------------------------------------------------------
 
 
-def _torch(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> Answer:
+def _torch(args: argparse.Namespace, ui: Ui, of_run: Path | None, first: list[Turn]) -> Answer:
     from fleetune import answers
 
     model = _load(args, of_run)
     answers.must_write(model, "chat")
+    if first:
+        _ids(model, first)  # a long one is refused before threads are measured
     count = args.threads or _torch_threads(ui, model)
     _set_threads(count)
     ui.note(f"torch with {Path(args.subject).name} on {count} thread{'s' if count > 1 else ''}")
@@ -118,6 +123,18 @@ def generate(model: Model, turns: list[Turn], *, temperature: float, max_tokens:
     Refused, as by an engine, when the conversation leaves no room for one.
     """
     from fleetune import answers
+    from fleetune.losses import context
+
+    ids = _ids(model, turns)
+    room = min(max_tokens, context(model) - len(ids))
+    if temperature == 0:
+        return answers.generate_from_ids(model, [ids], max_new_tokens=room)[0]
+    drawn = answers.sample_from_ids(model, [ids], temperature=temperature, max_new_tokens=room, seed=seed)
+    return answers.decode_answer(model, drawn[0].tolist())
+
+
+def _ids(model: Model, turns: list[Turn]) -> np.ndarray:
+    """A conversation's tokens, int32 [T].  Refused when they leave no room for an answer."""
     from fleetune.data import Example
     from fleetune.data.encode import prompt_ids
     from fleetune.losses import context
@@ -125,12 +142,11 @@ def generate(model: Model, turns: list[Turn], *, temperature: float, max_tokens:
     example = Example(tuple((turn["role"], turn["content"]) for turn in turns), "", {})
     ids, longest = prompt_ids(example, model.tokenizer, WHOLE), context(model)
     if len(ids) >= longest:
-        raise Refused(f"the conversation has {len(ids)} tokens, the model is made for {longest}")
-    room = min(max_tokens, longest - len(ids))
-    if temperature == 0:
-        return answers.generate_from_ids(model, [ids], max_new_tokens=room)[0]
-    drawn = answers.sample_from_ids(model, [ids], temperature=temperature, max_new_tokens=room, seed=seed)
-    return answers.decode_answer(model, drawn[0].tolist())
+        raise Refused(
+            f"the conversation has {len(ids):,} tokens, the model is made for {longest:,}",
+            hint="ask something shorter",
+        )
+    return ids
 
 
 def _torch_threads(ui: Ui, model: Model) -> int:

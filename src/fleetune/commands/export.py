@@ -8,20 +8,25 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
-from fleetune import rundir
 from fleetune.commands import compress
-from fleetune.deploy import exports, gguf_lora, measure, provenance
-from fleetune.deploy.master import Master, is_master
-from fleetune.deploy.source import Report
+from fleetune.deploy.targets import LORA, PEFT, check_place, check_target
 from fleetune.errors import UsageError
 from fleetune.text import human_bytes
 from fleetune.ui import Ui
 
+if TYPE_CHECKING:
+    from fleetune.deploy.measure import Row
+    from fleetune.deploy.source import Report
+
+NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
+
 
 def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
     """Carry out `fleetune export`; `of_run` is the folder where the subject is a tuned run."""
-    _check_text(args)
+    _check(args)
     master = _master(args, of_run)
     if master is not None:
         folder, kind = (master.parent if master.name == "model" else master), args.to or "gguf"
@@ -29,7 +34,8 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
     elif of_run is not None:
         _of_run(args, ui, of_run)
     else:
-        from fleetune import models
+        from fleetune import models, rundir
+        from fleetune.deploy import provenance
 
         rundir.check_name(args.subject, Path(args.out))
         source, kind = models.resolve(args.subject, offline=args.offline), args.to or "gguf"
@@ -37,15 +43,22 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
         write(ui, source, kind, place, provenance.of_base(args.subject), args.text)
 
 
-def _check_text(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> None:
+    """UsageError for a target, a place or a text that cannot be, before anything heavy is imported."""
+    if args.to and args.to != PEFT:
+        check_target(args.to)
+    if args.to and args.path:
+        check_place(args.to, Path(args.path))
     if args.text and not Path(args.text).is_file():
         raise UsageError(f"no text file at {args.text}", hint="check the path")
-    if args.text and args.to in ("peft", gguf_lora.TARGET):
+    if args.text and args.to in (PEFT, LORA):
         raise UsageError("an adapter alone has no perplexity", hint="leave out --text, or --to hf")
 
 
 def _master(args: argparse.Namespace, of_run: Path | None) -> Path | None:
     """The artefact that is meant, None for none."""
+    from fleetune.deploy.master import is_master
+
     if is_master(Path(args.subject)):
         return Path(args.subject)
     found = compress.named(args.subject, Path(args.out), of_run)
@@ -62,37 +75,58 @@ def _place(args: argparse.Namespace, folder: Path, kind: str, name: str = "") ->
 
 def _of_run(args: argparse.Namespace, ui: Ui, run: Path) -> None:
     from fleetune import models, tuned
+    from fleetune.deploy import exports, gguf_lora, provenance, tokens
 
     recipe, kind = tuned.recipe_of(run), args.to or "hf"
     out = _place(args, run, kind)
-    if kind == "peft":
-        tuned.export_peft(run, out)
-        ui.event({"event": "export", "to": kind, "path": str(out)})
-        ui.paths([("result", str(out))])
-        return
-    card = (
-        f"# {run.name}\n\n{recipe.model} tuned by Fleetune ({recipe.method}) on {Path(recipe.data).name}.\n"
-    )
-    if kind == "hf":
-        digest = tuned.export_hf(tuned.load(run, offline=args.offline, device="cpu"), out, card=card)
-        ui.event({"event": "export", "to": kind, "path": str(out), "digest": digest})
-        ui.paths([("result", str(out)), ("digest", digest)])
-        if args.text:
-            _compare(ui, run, kind, out, args.text, offline=args.offline)
+    check_place(kind, out)
+    if kind == PEFT:
+        _peft(ui, run, out)
         return
     made = provenance.of_run(run, recipe)
-    if kind == gguf_lora.TARGET:
+    if kind == LORA:
         adapter = run / tuned.RESULT["adapter"]
         gguf_lora.check_kind(adapter)
         base = models.resolve(recipe.model, offline=args.offline)
         _show(ui, exports.export_adapter(adapter, base, out, made=made))
         return
-    exports.check_target(kind, out)
+    rows = _rows(models.resolve(recipe.model, offline=args.offline), args.text)
+    card = (
+        f"# {run.name}\n\n{recipe.model} tuned by Fleetune ({recipe.method}) on {Path(recipe.data).name}.\n"
+    )
+    model = tuned.load(run, offline=args.offline, device="cpu")
+    if kind == "hf":
+        for note in tokens.give_template(model.tokenizer):
+            ui.note(f"note: {note}")
+        digest = tuned.export_hf(model, out, card=card)
+        ui.event({"event": "export", "to": kind, "path": str(out), "digest": digest})
+        ui.paths([("result", str(out)), ("digest", digest)])
+        _compare(ui, run, kind, out, rows, offline=args.offline)
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
         plain = Path(folder) / run.name
-        tuned.export_hf(tuned.load(run, offline=args.offline, device="cpu"), plain, card=card)
+        tuned.export_hf(model, plain, card=card)
+        del model
         write(ui, plain, kind, out, made, args.text)
+
+
+def _peft(ui: Ui, run: Path, out: Path) -> None:
+    """Copy a run's adapter, and compare every file."""
+    from fleetune import tuned
+    from fleetune.deploy.stream import damaged
+
+    tuned.export_peft(run, out)
+    files = sorted(file for file in out.rglob("*") if file.is_file())
+    for file in files:
+        if file.read_bytes() != (run / tuned.RESULT["adapter"] / file.relative_to(out)).read_bytes():
+            raise damaged(file, "it is not what the run holds")
+    size = sum(file.stat().st_size for file in files)
+    ui.event({"event": "export", "to": PEFT, "path": str(out), "bytes": size, "files": len(files)})
+    ui.paths([
+        ("result", f"{out} ({human_bytes(size)})"),
+        ("read back", f"{len(files)} files hold what the run's adapter does, byte for byte"),
+    ])  # fmt: skip
 
 
 def write(
@@ -100,29 +134,41 @@ def write(
     source: Path,
     kind: str,
     out: Path,
-    made: Mapping[str, str] = exports.NOTHING,
+    made: Mapping[str, str] = NOTHING,
     text: str | None = None,
 ) -> None:
-    if kind == "peft":
+    if kind == PEFT:
         raise UsageError("only a run has an adapter", hint="fleetune export RUN --to peft")
+    from fleetune.deploy import exports, measure
+    from fleetune.deploy.master import Master, is_master
+
+    rows = _rows(source, text)
     report = exports.export(source, kind, out, made=made)
     if is_master(source) and (warning := measure.warning(Master(source))):
         report = dataclasses.replace(report, notes=(*report.notes, warning))
     _show(ui, report)
-    if text:
-        _compare(ui, source, kind, out, text)
+    _compare(ui, source, kind, out, rows)
 
 
-def _compare(ui: Ui, source: Path, kind: str, out: Path, text: str, *, offline: bool = False) -> None:
-    """Run what was written in the runtime that it is for, and its source in torch, on the same text."""
+def _rows(source: Path, text: str | None) -> list[Row]:
+    """The windows of the text in the tokens of the model in `source`; none without a text."""
     from fleetune.deploy import runtimes
 
+    return runtimes.windows_of(text, source) if text else []
+
+
+def _compare(ui: Ui, source: Path, kind: str, out: Path, rows: list[Row], *, offline: bool = False) -> None:
+    """Run what was written in the runtime that it is for, and its source in torch, on the same windows of a text."""
+    from fleetune.deploy import runtimes
+
+    if not rows:
+        return
     if why := runtimes.obstacle(kind, out):
         ui.event({"event": "check", "path": str(out), "runtime": None})
         ui.note(f"not run: {why}")
         return
     runtime = runtimes.RUNTIMES[kind.partition(":")[0]]
-    found = runtimes.compare(source, out, runtime, text, offline=offline)
+    found = runtimes.compare(source, out, runtime, rows, offline=offline)
     ui.event({"event": "check", "path": str(out), **dataclasses.asdict(found), "ratio": found.ratio})
     ui.paths([(
         "perplexity", f"{found.source:.3f} in torch, {found.file:.3f} in {found.runtime} (x {found.ratio:.4f}), "

@@ -11,20 +11,18 @@ runs/0008-optq-smollm2-135m/
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-from fleetune.errors import UsageError
-from fleetune.text import human_bytes, metric, show
+from fleetune.commands.measured import Done, Line, facts, tell, write
+from fleetune.errors import FleetuneError, UsageError
 from fleetune.ui import Ui
 
 if TYPE_CHECKING:
     from fleetune.data import Example
-    from fleetune.deploy.measure import Kept, Measured
+    from fleetune.deploy.measure import Kept, Measured, Row
 
 SMALL_BASE: Final = "compressed base"
 ROW: Final = 512
@@ -32,23 +30,6 @@ NUMBERS: Final = {
     "windows": 1, "length": 2, "limit": 1, "answer_tokens": 1, "threads": 1, "prompt_tokens": 1, "new_tokens": 1,
     "repeats": 1,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the table: a model in an engine."""
-
-    name: str
-    kind: str  # of deploy.measure.KINDS
-    path: str
-    weights: Path  # whose bits are counted
-    bytes: int  # on the disk
-    dtype: str = "fp32"
-
-    @property
-    def engine(self) -> str:
-        """Who runs it."""
-        return "llama.cpp" if self.kind == "gguf" else "torch"
 
 
 @dataclass(frozen=True)
@@ -61,14 +42,6 @@ class Subject:
     folder: Path | None = None  # of a compression
     run: Path | None = None
     length: int = ROW  # tokens of a row at most: as the run had them
-
-
-class Done(NamedTuple):
-    """A line, the measures of its quality, and all that is told of it."""
-
-    line: Line
-    values: Mapping[str, float]
-    facts: Mapping[str, Any]
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -102,29 +75,39 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Sequence[Path | None]) -> None
     examples = _examples(args, found)
     if not examples and (tasks or args.kept_gain):
         raise UsageError("tasks and kept gain need rows", hint="--data FILE")
+    windows = _windows(args, found)
     ui.header("fleetune measure", [
         ("of", ", ".join(args.subjects)),
         ("speed", f"{args.prompt_tokens} tokens read, {args.new_tokens} written · median of {args.repeats} · "
          f"threads: {args.threads}"),
         ("loss", f"{len(examples)} rows" if examples else "no rows (--data)"),
-        ("text", f"{args.text} · {args.windows} windows of {args.length} tokens" if args.text else "none (--text)"),
+        ("text", f"{args.text} · {_size(windows[found[0].words])}" if args.text else "none (--text)"),
     ])  # fmt: skip
     lines = _lines(found, ui)
     if args.kept_gain:
         lines.append((found[0], _small_base(args, ui, found[0])))
     done = []
     for subject, line in lines:
-        result = _one(args, subject, line, (examples, length), tasks)
-        done.append(Done(line, result.values, _facts(line, result)))
-        ui.event({"event": "measured", **done[-1].facts})
-        ui.note(
-            f"{line.name} in {line.engine}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.values.items())
-        )
+        try:
+            result = _one(args, subject, line, (examples, length), windows[subject.words], tasks)
+        except FleetuneError as error:  # of an engine that is not ours; the other rows stay worth their time
+            if line.kind != "gguf":
+                raise
+            ui.note(f"{line.name} is left out, {line.engine} does not run it: {error.message}")
+            continue
+        done.append(_told(ui, line, result))
     kept = _kept(done) if args.kept_gain else {}
     folder = found[0].folder if len(found) == 1 else None
     if folder is not None:
-        _write(args, folder, done, kept)
-    _tell(ui, done, kept, folder)
+        write(args, folder, done, kept)
+    tell(ui, done, kept, folder)
+
+
+def _told(ui: Ui, line: Line, result: Measured) -> Done:
+    done = Done(line, result.values, facts(line, result))
+    ui.event({"event": "measured", **done.facts})
+    ui.note(f"{line.name} in {line.engine}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.values.items()))
+    return done
 
 
 def _check(args: argparse.Namespace) -> list[str]:
@@ -263,24 +246,38 @@ def _examples(args: argparse.Namespace, found: Sequence[Subject]) -> list[Exampl
     return examples[: args.limit]
 
 
+def _windows(args: argparse.Namespace, found: Sequence[Subject]) -> dict[Path, list[Row]]:
+    """The windows of the text in each subject's tokens; DataError where there is nothing to predict."""
+    from fleetune.deploy import runtimes
+
+    folders = {subject.words for subject in found}
+    if not args.text:
+        return {folder: [] for folder in folders}
+    return {f: runtimes.windows_of(args.text, f, args.length, args.windows) for f in folders}
+
+
+def _size(windows: Sequence[Row]) -> str:
+    tokens = sum(len(ids) for ids, _ in windows)
+    return f"{len(windows)} window{'s' if len(windows) > 1 else ''}, {tokens:,} tokens"
+
+
 def _one(
     args: argparse.Namespace,
     subject: Subject,
     line: Line,
     rows: tuple[Sequence[Example], int],
+    windows: list[Row],
     tasks: list[str],
 ) -> Measured:
     """A line, measured in a process of its own; rows of so many tokens at most."""
     from transformers import AutoTokenizer
 
-    from fleetune import data
     from fleetune.data.encode import encode_all
     from fleetune.deploy import measure
 
     words = AutoTokenizer.from_pretrained(subject.words, local_files_only=True)
     examples, length = rows
     encoded = encode_all(examples, words, length)[0] if examples else []
-    ids = [words(text, verbose=False)["input_ids"] for text in data.read_text(args.text)] if args.text else []
     asked = tasks if line.kind != "gguf" else []  # llama.cpp is given tokens and asked for losses alone
     return measure.measured(
         measure.Job(
@@ -293,7 +290,7 @@ def _one(
             generate=args.new_tokens,
             repeats=0 if line.name == SMALL_BASE else args.repeats,  # as fast as the compressed model
             rows=[(row.ids.tolist(), row.n_prompt) for row in encoded],
-            windows=measure.windows(ids, args.length, args.windows) if args.text else [],
+            windows=windows,
             examples=[([*e.messages], e.response) for e in examples] if asked else [],
             tasks=asked,
             answer_tokens=args.answer_tokens,
@@ -328,68 +325,3 @@ def _kept(done: Sequence[Done]) -> dict[str, Kept]:
     values = {d.line.name: d.values for d in done}
     four = [values[name] for name in ("base", "tuned", SMALL_BASE, "compressed")]
     return {name: kept_gain(name, *(v[name] for v in four)) for name in four[0] if name != "perplexity"}
-
-
-# ---------------------------------------------------------------- what is said
-
-
-def _facts(line: Line, result: Measured) -> dict[str, Any]:
-    from fleetune.deploy.measure import bits
-
-    linear, whole = bits(line.weights)
-    facts = asdict(result)
-    return {
-        "name": line.name, "engine": line.engine, "path": line.path, "bytes": line.bytes, "bits_linear": linear,
-        "bits": whole, **{k: v for k, v in facts.items() if k != "values"}, **result.values,
-    }  # fmt: skip
-
-
-def _write(args: argparse.Namespace, folder: Path, done: Sequence[Done], kept: Mapping[str, Kept]) -> None:
-    """The result beside what was measured; a kept gain that is known stays known."""
-    from fleetune.commands import compress
-    from fleetune.deploy.master import Master, is_master
-    from fleetune.deploy.measure import FILE
-    from fleetune.files import write_atomic
-
-    model = compress.artefact(folder)
-    digest = Master(model).digest() if is_master(model) else ""
-    told: dict[str, Any] = {name: asdict(k) for name, k in kept.items()}
-    if not told:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
-            before = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            told = before["kept"] if before["digest"] == digest else {}
-    record = {
-        "v": 1, "digest": digest, "threads": args.threads, "prompt_tokens": args.prompt_tokens,
-        "new_tokens": args.new_tokens, "repeats": args.repeats, "text": args.text, "windows": args.windows,
-        "length": args.length, "data": args.data, "limit": args.limit,
-        "rows": [d.facts for d in done], "kept": told,
-    }  # fmt: skip
-    write_atomic(folder / FILE, json.dumps(record, indent=1) + "\n")
-
-
-def _tell(ui: Ui, done: Sequence[Done], kept: Mapping[str, Kept], folder: Path | None) -> None:
-    from fleetune.deploy.measure import FILE
-
-    facts = [d.facts for d in done]
-    measures = list(dict.fromkeys(name for d in done for name in d.values))
-    rows = [
-        [f["name"], f["engine"], human_bytes(f["bytes"]), f"{f['bits_linear']:.2f}", f"{f['bits']:.2f}",
-         human_bytes(f["peak_rss"]), *(f"{f[k]:.1f}" if f[k] else "" for k in ("prefill", "generate")),
-         *(show(name, f[name]) if name in f else "" for name in measures)]
-        for f in facts
-    ]  # fmt: skip
-    ui.event({
-        "event": "done", "folder": str(folder) if folder else None, "rows": facts,
-        "kept": {name: asdict(k) for name, k in kept.items()},
-    })  # fmt: skip
-    if not ui.json:
-        ui.table(
-            ["", "engine", "size", "bits/weight", "with ends", "peak", "read tok/s", "write tok/s",
-             *(metric(name).label for name in measures)],
-            rows, align="ll" + "r" * (6 + len(measures)),
-        )  # fmt: skip
-    ui.paths([("kept", k.text) for k in kept.values()])
-    if folder is not None:
-        ui.paths([("result", str(folder / FILE))])
-        if not kept and any(d.line.kind == "run" for d in done):
-            ui.paths([("next", f"fleetune measure {folder} --kept-gain")])

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from fleetune.deploy import engines, threads
+from fleetune.deploy import engines, gguf_head, threads
 from fleetune.deploy.engines import Engine, Running
 from fleetune.deploy.serve import Front, is_loopback
 from fleetune.errors import ModelError, UsageError
@@ -134,9 +134,7 @@ def check(args: argparse.Namespace) -> None:
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise ModelError(f"there is no file '{path}'", hint="check the path")
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ModelError(f"{path} is not a GGUF file", hint="export the model again")
+        gguf_head.check(path)
 
 
 def _measured(ui: Ui, engine: Engine, model: Path, context: int) -> int:
@@ -162,16 +160,23 @@ def _model(args: argparse.Namespace, ui: Ui, of_run: Path | None, engine: Engine
     """The file or directory that the engine reads, exported into `folder` where there is none yet."""
     path = Path(args.subject)
     if path.is_file() and engine.reads == "gguf":
-        return path
+        return _told(ui, path)
     made = compressed(args, of_run)
     home = made[0] if made is not None else of_run if of_run is not None else path
     if engine.reads == "gguf" and (ready := _newest_gguf(home)) is not None:
         ui.note(f"serving {ready}")
-        return ready
+        return _told(ui, ready)
     source = made[1] if made is not None else _plain(args, of_run, folder / _name(home))
-    if engine.reads == "hf" and made is None:
+    if engine.reads == "hf" and made is None and _has_template(source):
         return source
     return _exported(args, ui, source, engine.reads, folder / "exported" / _name(home))
+
+
+def _told(ui: Ui, file: Path) -> Path:
+    """A file with a whole model in it, of which is said what an engine will do differently."""
+    if not gguf_head.check(file).values.get("tokenizer.chat_template"):
+        ui.note(f"{file} has no chat template, so the engine asks it in a form of its own; export it again")
+    return file
 
 
 def _plain(args: argparse.Namespace, of_run: Path | None, folder: Path) -> Path:
@@ -185,14 +190,29 @@ def _plain(args: argparse.Namespace, of_run: Path | None, folder: Path) -> Path:
     return folder
 
 
-def _exported(args: argparse.Namespace, ui: Ui, source: Path, kind: str, out: Path) -> Path:
-    """`source` exported to `kind`, "gguf" or "hf"."""
-    from fleetune.deploy import exports
+def _has_template(folder: Path) -> bool:
+    """Whether transformers' server can put a conversation into words: an export can where the model cannot."""
+    from fleetune.deploy import tokens
 
+    return tokens.load(folder).chat_template is not None
+
+
+def _exported(args: argparse.Namespace, ui: Ui, source: Path, kind: str, out: Path) -> Path:
+    """`source` exported to "hf", or to "gguf": in fp32 where that has no blocks for its codes."""
+    from fleetune.deploy import exports, others
+    from fleetune.deploy.source import open_checkpoint
+
+    if kind == "gguf":
+        kind = others.gguf_kind(open_checkpoint(source)) or kind
+        out = out.with_name(f"{out.name}.gguf")
+    if kind == "gguf:f32":
+        ui.note(
+            "GGUF has no blocks that hold these codes exactly, so the weights are fp32 there: slower, and larger"
+        )
     keep = f"to keep it: fleetune export {args.subject} --to {kind}"
     ui.note(f"exporting {args.subject} to {kind} for this session; {keep}")
     out.parent.mkdir(exist_ok=True)
-    report = exports.export(source, kind, out.with_name(f"{out.name}.gguf") if kind == "gguf" else out)
+    report = exports.export(source, kind, out)
     for note in report.notes:
         ui.note(f"note: {note}")
     return report.path

@@ -11,7 +11,7 @@ begin those of the second, the rest is the answer.  Where they do not (a token g
 template writes past turns differently), the answer's text is made into tokens on its own.
 
 A tokenizer without a chat template belongs to a base model, which knows no roles.  It gets every turn as a
-line of its own, after the tokens that the tokenizer puts at the start of a text:
+line of its own (`plain.py`), after the tokens that the tokenizer puts at the start of a text:
 
     {system}\\n{user}\\n{assistant}\\n{user}\\n...
 
@@ -37,6 +37,7 @@ from jinja2 import TemplateError
 from fleetune.data.examples import Example
 from fleetune.data.partition import keyed_order
 from fleetune.errors import DataError
+from fleetune.plain import LINE, is_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +48,6 @@ MASKED = -100  # the label that torch's cross-entropy leaves out
 CHUNK = 512  # rows given to the tokenizer at once
 # Some templates (Llama 3.2) write today's date unless told one; a run must not depend on its day.
 DATE = "26 Jul 2024"
-PLAIN = {"system": "{}\n", "user": "{}\n", "assistant": "{}\n"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +246,8 @@ def _check_length(max_length: int) -> None:
 
 def _render(example: Example, tokenizer: PreTrainedTokenizerBase, index: int) -> tuple[str, str]:
     """The prompt and the whole conversation as text."""
-    if tokenizer.chat_template is None:
-        prompt = "".join(PLAIN[role].format(content) for role, content in example.messages)
+    if is_plain(tokenizer):
+        prompt = "".join(LINE.format(content) for _, content in example.messages)
         return prompt, prompt + example.response
     turns = [{"role": role, "content": content} for role, content in example.messages]
     answer = {"role": "assistant", "content": example.response}
@@ -268,7 +268,7 @@ def _render(example: Example, tokenizer: PreTrainedTokenizerBase, index: int) ->
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Texts to tokens: as the template wrote them; plain ones with the start the tokenizer gives a text."""
-    plain = tokenizer.chat_template is None
+    plain = is_plain(tokenizer)
     lists = _raw_tokens(tokenizer, texts, special=plain)
     eos = tokenizer.eos_token_id
     return [ids[:-1] if plain and ids and ids[-1] == eos else ids for ids in lists]

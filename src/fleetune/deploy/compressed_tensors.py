@@ -28,14 +28,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fleetune.deploy import safe
+from fleetune.deploy import others, safe
 from fleetune.deploy.master import Quantised
 from fleetune.deploy.source import Checkpoint, Report
 from fleetune.deploy.stream import damaged
 from fleetune.errors import UsageError
 
 TARGET: Final = "compressed-tensors"
-BITS: Final = (4, 8)
 
 
 def write(model: Checkpoint, folder: Path) -> Report:
@@ -46,17 +45,17 @@ def write(model: Checkpoint, folder: Path) -> Report:
     """
     grids = safe.matrices(model, TARGET)
     for name, q in grids.items():
-        if q.bits not in BITS:
+        if q.bits not in others.PACKED_BITS:
             raise UsageError(
                 f"{TARGET} is written with 4 or 8 bits; {name} has {q.bits}",
-                hint="use --to gguf or --to hf, or compress again with 4 bits",
+                hint=f"use {others.instead(model)}, or compress again with 4 bits",
             )
     rounded: set[str] = set()
     tensors = partial(safe.packed, model, partial(parts, middle=symmetric(grids)), rounded)
     config: dict[str, Any] = {"dtype": "float16", "quantization_config": quantization_config(model, grids)}
-    safe.write_folder(model, folder, tensors, config)
+    notes = safe.write_folder(model, folder, tensors, config)
     _check(model, folder / safe.FILE)
-    notes = [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
+    notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
     if len(config["quantization_config"]["config_groups"]) > 1:
         notes.append("layers are on several grids, of which transformers (5.24) takes the first for all")
     return safe.report(model, folder, TARGET, len(rounded), notes)

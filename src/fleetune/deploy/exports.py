@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,34 +13,17 @@ from types import MappingProxyType
 from typing import Final
 
 from fleetune import gguf_import, models
-from fleetune.deploy import compressed_tensors, gguf, gguf_lora, gptq, hf, mlx, provenance
+from fleetune.deploy import compressed_tensors, gguf, gguf_lora, gptq, hf, mlx, others, provenance
 from fleetune.deploy.master import is_master
 from fleetune.deploy.source import Checkpoint, Report, open_checkpoint
+from fleetune.deploy.targets import TARGETS as TARGETS
+from fleetune.deploy.targets import check_place, check_target
 from fleetune.errors import StorageError, UsageError
 from fleetune.files import default_mode, storage_error
 from fleetune.folders import staged
 from fleetune.models import Model, disk_errors
 from fleetune.widths import differ
 
-TARGETS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "gguf": "one file for llama.cpp, Ollama, LM Studio: in the type that holds the codes exactly",
-        "gguf:q4_0": "the same, 4.5 bits a weight: symmetric 4-bit codes",
-        "gguf:q4_1": "the same, 5 bits a weight: 4-bit codes with a zero",
-        "gguf:q8_0": "the same, 8.5 bits a weight: codes up to 8 bits, or plain weights rounded",
-        "gguf:f16": "the same, plain weights in fp16",
-        "gguf:bf16": "the same, plain weights in bf16",
-        "gguf:f32": "the same, plain weights in fp32",
-        "gguf:lora": "a run's LoRA adapter, for llama.cpp beside a GGUF file of the base",
-        "compressed-tensors": "a directory for vLLM, SGLang and transformers: 4- or 8-bit codes",
-        "gptq": "a directory in GPTQ's format: 2-, 3-, 4- or 8-bit codes",
-        "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128",
-        "hf": "a plain directory for transformers: fp32 from codes, else as stored",
-        "hf:fp32": "the same, in fp32",
-        "hf:bf16": "the same, in bf16",
-        "hf:fp16": "the same, in fp16",
-    }
-)
 NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 
 
@@ -53,14 +35,15 @@ def export(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHIN
     a model that the target cannot hold; ModelError for a source that is none; StorageError when the disk is full.
     `out` appears when it is complete.
     """
-    check_target(to, out)
+    check_target(to)
+    check_place(to, out)
     if to == gguf_lora.TARGET:
         raise UsageError("only a run has an adapter", hint=f"fleetune export RUN --to {to}")
     model = open_checkpoint(source)
     if differ(model.config) and not to.startswith(("gguf", "hf")):
         raise UsageError(
             f"{source} has blocks of different widths, which {to} has no place for",
-            hint="use --to gguf or --to hf, or prune it again with --set first=0 --set last=0",
+            hint=f"use {others.instead(model)}, or prune it again with --set first=0 --set last=0",
         )
     kind = to.partition(":")[2] or None
     if to.startswith("gguf"):
@@ -77,7 +60,7 @@ def export_adapter(adapter: Path, base: Path, out: Path, *, made: Mapping[str, s
 
     UsageError for an `out` that exists or an adapter that GGUF has no place for; ModelError for one of another base.
     """
-    check_target(gguf_lora.TARGET, out)
+    check_place(gguf_lora.TARGET, out)
     gguf_lora.check_kind(adapter)
     with _staged_file(out) as file:
         report = gguf_lora.write(adapter, open_checkpoint(base), file, made, name=out.stem)
@@ -100,23 +83,6 @@ def load(source: Path) -> Model:
             gguf_import.convert(source, plain)
         model = models.load(str(plain), device="cpu")
     return dataclasses.replace(model, name=str(source), path=source)
-
-
-def check_target(to: str, out: Path) -> None:
-    """UsageError unless `to` is a target and `out` a new place that suits it."""
-    if to not in TARGETS:
-        close = difflib.get_close_matches(to.lower(), TARGETS, n=1, cutoff=0.5)
-        raise UsageError(
-            f"no target named '{to}'" + (f". Did you mean '{close[0]}'?" if close else ""),
-            hint="choose one of " + ", ".join(TARGETS),
-        )
-    if out.exists():
-        raise UsageError(f"{out} exists already", hint="choose a new place with --path, or remove it first")
-    if to.startswith("gguf") != (out.suffix.lower() == ".gguf"):
-        what = "a file, named .gguf" if to.startswith("gguf") else "a folder, not named .gguf"
-        raise UsageError(
-            f"{to} is written as {what}; --path is {out}", hint="choose another name with --path"
-        )
 
 
 def _write_folder(model: Checkpoint, to: str, kind: str | None, folder: Path) -> Report:

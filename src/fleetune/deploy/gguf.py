@@ -97,8 +97,7 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
     finally:
         writer.close()
     rounded = verify(path, model, slots, factors)
-    if model.compressed:
-        notes += [f"{slot.name} was not compressed: it is rounded to {slot.kind}" for slot in rounded]
+    notes += _rounded(rounded)
     return Report(
         path=path,
         to="gguf" if kind is None else f"gguf:{kind}",
@@ -108,6 +107,18 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
         types=dict(Counter(slot.kind for slot in slots)),
         notes=tuple(notes),
     )
+
+
+def _rounded(slots: Sequence[Slot]) -> list[str]:
+    """What is said of the tensors that do not hold the source's values: a line for each type."""
+    names = {
+        kind: [slot.name for slot in slots if slot.kind == kind] for kind in sorted({s.kind for s in slots})
+    }
+    return [f"{_counted(found)} rounded to {kind}" for kind, found in names.items()]
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{len(names)} tensors are"
 
 
 # ---------------------------------------------------------------- what goes where
@@ -122,7 +133,9 @@ def check_config(config: Any) -> None:
     if widths.differ(config) and config.model_type != "llama":
         raise UsageError(
             f"GGUF has no place for blocks of different widths in a {config.model_type}",
-            hint="--to hf, or prune it again with --set first=0 --set last=0, which leaves all blocks alike",
+            hint=instead
+            if config.model_type == "qwen2"
+            else "--to hf, or prune it again with --set first=0 --set last=0, which leaves all blocks alike",
         )
     if config.model_type in gemma.ARCHITECTURES:
         if (why := gemma.misfit(config)) is not None:
@@ -130,6 +143,12 @@ def check_config(config: Any) -> None:
         return
     if config.hidden_act != "silu":
         raise UsageError(f"GGUF has no place for the activation '{config.hidden_act}'", hint=instead)
+    wide = int(getattr(config, "head_dim", 0) or 0) * config.num_attention_heads
+    if config.model_type == "qwen2" and wide not in (0, config.hidden_size):
+        raise UsageError(
+            f"llama.cpp reads no qwen2 whose heads are {wide} wide together where the model is {config.hidden_size}",
+            hint=instead,
+        )
     if getattr(config, "use_sliding_window", False):
         raise UsageError("GGUF files are not written for sliding-window attention", hint=instead)
     scaling = config.rope_parameters.get("rope_type", "default")
@@ -155,14 +174,16 @@ def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[Slot]:
     config = model.config
     arch = {text: key for key, text in gguf.MODEL_ARCH_NAMES.items()}[architecture(config)]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    slots = []
+    slots, odd = list[Slot](), list[str]()
     for name, shape in model.shapes.items():
         tensor = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if tensor is None:
             raise UsageError(f"GGUF has no place for {name}", hint="export to a directory instead: --to hf")
-        chosen = _kind_of(model, name, tensor, kind, notes)
+        chosen = _kind_of(model, name, tensor, kind, odd)
         shifted = gemma.is_norm(architecture(config), tensor)
         slots.append(Slot(tensor, name, shape, chosen, heads_of(config, tensor), shifted))
+    if odd:
+        notes.append(f"{_counted(odd)} not Q8_0: blocks of {blocks.BLOCK} do not divide the rows")
     return slots
 
 
@@ -177,7 +198,8 @@ def heads_of(config: Any, tensor: str) -> int:
     return width.num_attention_heads if part[-2] == "attn_q" else width.num_key_value_heads
 
 
-def _kind_of(model: Checkpoint, name: str, tensor: str, kind: str | None, notes: list[str]) -> str:
+def _kind_of(model: Checkpoint, name: str, tensor: str, kind: str | None, odd: list[str]) -> str:
+    """The type of a tensor in the file; `odd` gets the names of those whose rows Q8_0 does not fit."""
     shape = model.shapes[name]
     if len(shape) == 1:
         return "F32"
@@ -187,12 +209,11 @@ def _kind_of(model: Checkpoint, name: str, tensor: str, kind: str | None, notes:
     if kind in ("f16", "bf16", "f32"):
         return kind.upper()
     if model.compressed and tensor not in ENDS:
-        notes.append(f"{name} was not compressed: it is {plain} in the file")
         return plain
     if not model.compressed and kind is None:
         return plain
     if shape[-1] % blocks.BLOCK:
-        notes.append(f"{name} has rows of {shape[-1]}, not a multiple of {blocks.BLOCK}: {plain}, not Q8_0")
+        odd.append(name)
         return plain
     return "Q8_0"
 

@@ -27,9 +27,10 @@ from safetensors.numpy import load_file
 from fleetune.deploy.gguf import architecture, check_config, heads_of, interleaved
 from fleetune.deploy.source import Checkpoint, Report
 from fleetune.deploy.stream import damaged
+from fleetune.deploy.targets import LORA
 from fleetune.errors import ModelError, UsageError
 
-TARGET: Final = "gguf:lora"
+TARGET: Final = LORA
 FRONT: Final = "base_model.model."  # of PEFT's tensor names
 SUFFIXES: Final = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
 INSTEAD: Final = "merge it into the base: --to gguf:f16, or fleetune compress and --to gguf"

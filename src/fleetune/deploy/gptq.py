@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fleetune.deploy import safe
+from fleetune.deploy import others, safe
 from fleetune.deploy.compressed_tensors import symmetric
 from fleetune.deploy.master import Quantised
 from fleetune.deploy.source import Checkpoint, Report
@@ -47,11 +47,11 @@ def write(model: Checkpoint, folder: Path) -> Report:
     rounded: set[str] = set()
     tensors = partial(safe.packed, model, parts, rounded)
     settings = quantize_config(grids)
-    safe.write_folder(model, folder, tensors, {"dtype": "float16", "quantization_config": settings})
+    notes = safe.write_folder(model, folder, tensors, {"dtype": "float16", "quantization_config": settings})
     text = json.dumps(settings, indent=2, sort_keys=True)
     (folder / "quantize_config.json").write_text(text + "\n", encoding="utf-8")
     _check(model, folder / safe.FILE)
-    notes = [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
+    notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
     return safe.report(model, folder, TARGET, len(rounded), notes)
 
 
@@ -75,11 +75,12 @@ def quantize_config(grids: dict[str, Quantised]) -> dict[str, Any]:
 
 
 def _check_grids(model: Checkpoint, grids: dict[str, Quantised]) -> None:
-    instead = "use --to compressed-tensors, --to gguf or --to hf, or compress again for this target"
     missing = sorted(model.linears - grids.keys() - {HEAD})
     if missing or HEAD in grids:
         what = f"{missing[0]} is not quantised" if missing else f"{HEAD} is"
-        raise UsageError(f"{TARGET} wants all linear layers but the head quantised; {what}", hint=instead)
+        raise UsageError(
+            f"{TARGET} wants all linear layers but the head quantised; {what}", hint=_instead(model)
+        )
     first, kind = next((name, (q.bits, safe.group_size(q, grids))) for name, q in grids.items())
     for name, q in grids.items():
         R, C = model.shapes[name]
@@ -95,7 +96,11 @@ def _check_grids(model: Checkpoint, grids: dict[str, Quantised]) -> None:
         elif bool((q.zero == 0).any()):
             problem = f"{name} has groups with zero 0, and the format stores zero - 1"
         if problem is not None:
-            raise UsageError(f"{TARGET} cannot hold the codes: {problem}", hint=instead)
+            raise UsageError(f"{TARGET} cannot hold the codes: {problem}", hint=_instead(model))
+
+
+def _instead(model: Checkpoint) -> str:
+    return f"use {others.instead(model)}, or compress again for this target"
 
 
 def _check(model: Checkpoint, path: Path) -> None:

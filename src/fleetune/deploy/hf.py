@@ -42,9 +42,9 @@ def write(model: Checkpoint, folder: Path, kind: str | None) -> Report:
                 )
             yield name, cast
 
-    safe.write_folder(model, folder, tensors, {"dtype": str(dtype).removeprefix("torch.")})
+    notes = safe.write_folder(model, folder, tensors, {"dtype": str(dtype).removeprefix("torch.")})
     to = "hf" if kind is None else f"hf:{kind}"
-    notes = [f"{len(rounded)} tensors are rounded to {kind}"] if rounded else []
+    notes += [f"{len(rounded)} tensors are rounded to {kind}"] if rounded else []
     if differ(model.config):
         notes.append("its blocks differ in width: fleetune loads it, transformers does not")
     return safe.report(model, folder, to, len(rounded), notes)

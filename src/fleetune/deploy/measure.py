@@ -192,13 +192,20 @@ def measured(job: Job) -> Measured:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise FleetuneError(
             f"measuring {job.path} ended with {done.returncode}: {last}",
-            hint="a negative number is a signal; -9 is usually memory: fewer or shorter rows",
+            hint=_ended(done.returncode),
         )
     answer = json.loads(done.stdout.splitlines()[-1])
     if "error" in answer:
         kind = UsageError if answer["exit_code"] == 2 else FleetuneError
         raise kind(answer["error"], hint=answer["hint"])
     return Measured(**answer)
+
+
+def _ended(code: int) -> str:
+    """The hint for a process that ended so; a negative code is a signal."""
+    if code == -9:
+        return "that signal is usually memory: give fewer or shorter rows"
+    return "a negative number is a signal" if code < 0 else "see that what it needs is installed whole"
 
 
 def main() -> None:

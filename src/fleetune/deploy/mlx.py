@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fleetune.deploy import safe
+from fleetune.deploy import others, safe
 from fleetune.deploy.master import Quantised
 from fleetune.deploy.source import Checkpoint, Report
 from fleetune.deploy.stream import damaged
@@ -48,7 +48,7 @@ def write(model: Checkpoint, folder: Path) -> Report:
     UsageError before anything is written for plain weights, or when model or grids have no place in MLX;
     FleetuneError when the files do not hold what was written.
     """
-    _check_config(model.config)
+    _check_config(model)
     grids = safe.matrices(model, TARGET)
     _check_grids(model, grids)
     dtype = torch.float16 if all(_exact(model, name) for name in grids) else torch.float32
@@ -56,9 +56,9 @@ def write(model: Checkpoint, folder: Path) -> Report:
     tensors = partial(safe.packed, model, partial(parts, dtype=dtype), rounded)
     settings = quantization(grids)
     config = {"dtype": "float16", "quantization": settings, "quantization_config": settings}
-    safe.write_folder(model, folder, tensors, config | _stated(model.config))
+    notes = safe.write_folder(model, folder, tensors, config | _stated(model.config))
     _check(model, folder / safe.FILE)
-    notes = [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
+    notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
     if dtype == torch.float32:
         notes.append(
             "scale * zero is not exact in fp16: scales and biases are fp32, in which MLX computes then"
@@ -105,8 +105,8 @@ def _stated(config: Any) -> dict[str, Any]:
     return found | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if scaled else None}
 
 
-def _check_config(config: Any) -> None:
-    instead = "export to another directory instead: --to hf or --to compressed-tensors"
+def _check_config(model: Checkpoint) -> None:
+    config: Any = model.config
     kind, problem = config.model_type, None
     if kind not in ARCHITECTURES:
         problem = f"'{kind}': it is written for {', '.join(ARCHITECTURES)}"
@@ -127,7 +127,7 @@ def _check_config(config: Any) -> None:
     elif kind == "qwen3" and config.attention_bias:
         problem = "qwen3 with biases in its attention"
     if problem is not None:
-        raise UsageError(f"{TARGET} has no place for {problem}", hint=instead)
+        raise UsageError(f"{TARGET} has no place for {problem}", hint=f"use {others.instead(model)}")
 
 
 def _check_grids(model: Checkpoint, grids: Mapping[str, Quantised]) -> None:
@@ -140,7 +140,7 @@ def _check_grids(model: Checkpoint, grids: Mapping[str, Quantised]) -> None:
         if problem is not None:
             raise UsageError(
                 f"{TARGET} cannot hold the codes: {problem}",
-                hint="use --to compressed-tensors, --to gguf or --to hf, or compress again for this target",
+                hint=f"use {others.instead(model)}, or compress again for this target",
             )
 
 

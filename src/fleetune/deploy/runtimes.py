@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from fleetune import data, models, tuned, widths
 from fleetune.data import Encoded
 from fleetune.deploy import exports, llamacpp, measure
+from fleetune.deploy.measure import Row
 from fleetune.errors import ModelError, UsageError
 from fleetune.losses import response_loss
 from fleetune.models import Model
@@ -94,17 +95,24 @@ class Comparison:
         return self.file / self.source
 
 
-def compare(source: Path, out: Path, runtime: Runtime, text: str, *, offline: bool = False) -> Comparison:
+def windows_of(text: str, folder: Path, length: int = LENGTH, count: int = WINDOWS) -> list[Row]:
+    """The first windows of a text file in the tokens of the model in `folder`, no longer than it is made for.
+
+    DataError for a text without two tokens.
+    """
+    words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = [words(part, verbose=False)["input_ids"] for part in data.read_text(text)]
+    return measure.windows(ids, min(length, longest(folder)), count)
+
+
+def compare(
+    source: Path, out: Path, runtime: Runtime, rows: list[Row], *, offline: bool = False
+) -> Comparison:
     """Run an export `out` and its `source` (a run, an artefact or a plain directory), each in its own process.
 
-    DataError for a text without two tokens; ModelError or UsageError when the runtime does not take the file.
+    ModelError or UsageError when the runtime does not take the file.
     """
     kind = "run" if (source / "run.toml").is_file() else "artefact"
-    described = out if kind == "run" else source  # a run's own tokenizer is its base's, which is elsewhere
-    words = AutoTokenizer.from_pretrained(described, local_files_only=True)
-    length = min(LENGTH, longest(described))
-    ids = [words(part, verbose=False)["input_ids"] for part in data.read_text(text)]
-    rows = measure.windows(ids, length, WINDOWS)
 
     def perplexity(kind: str, path: Path) -> float:
         job = measure.Job(kind, str(path), threads=1, offline=offline, repeats=0, windows=rows)

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fleetune.deploy import others, tokens
 from fleetune.deploy.master import Quantised, pack
 from fleetune.deploy.source import Checkpoint, Report
 from fleetune.deploy.stream import Tensors, compare, write_tensors
@@ -26,10 +27,11 @@ COMPANIONS: Final = (
 )  # fmt: skip
 
 
-def write_folder(model: Checkpoint, folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
+def write_folder(model: Checkpoint, folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> list[str]:
     """Weights, tokenizer and configuration into the existing `folder`; `config` replaces keys of config.json.
 
-    The weights are read back; FleetuneError when they differ.  OSError when the disk is full.
+    Notes on what runtimes will do differently.  The weights are read back; FleetuneError when they differ.  OSError
+    when the disk is full.
     """
     write_tensors(folder / FILE, tensors, {"format": "pt"})
     compare(folder / FILE, tensors)
@@ -41,6 +43,7 @@ def write_folder(model: Checkpoint, folder: Path, tensors: Tensors, config: Mapp
         for file in sorted(model.folder.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
+    return tokens.add_template(model.folder, folder)
 
 
 def words(codes: Tensor, bits: int) -> Tensor:
@@ -101,7 +104,7 @@ def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
         if name not in model.linears:
             raise UsageError(
                 f"{to} holds quantised linear layers; {name} is none",
-                hint="use --to gguf or --to hf, or compress again without it",
+                hint=f"use {others.instead(model)}, or compress again without it",
             )
         found[name] = Quantised(q.codes[:0], q.scale[:0], q.zero, q.bits, q.group)
     if not found:

@@ -9,7 +9,7 @@ It binds the loopback address unless told otherwise.  There the `Host` of a requ
 a stranger whose name is re-pointed to 127.0.0.1 is refused), and off it a token is asked for, compared in constant
 time.  A request that says it comes from another page (`Origin`) is refused everywhere, bodies are limited and are
 JSON, and there is no CORS header, no directory and no file to be had.  Errors have OpenAI's form:
-{"error": {"message", "type", "code"}}.
+{"error": {"message", "type", "param", "code"}}, those of the engine too.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any, Final
@@ -255,7 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
         if int(length) > MAX_BODY:
             raise _Refusal(413, "too_large", f"a request has at most {MAX_BODY} bytes, this one {length}")
         if self.headers.get_content_type() != "application/json":
-            raise _Refusal(415, "not_json", "a request is application/json")
+            raise _Refusal(415, "not_json", "a request is JSON: send Content-Type: application/json")
         try:
             body = self.rfile.read(int(length))
         except TimeoutError:
@@ -290,9 +291,9 @@ class _Handler(BaseHTTPRequestHandler):
                 whole = response.read()
             except (OSError, http.client.HTTPException) as error:
                 raise _Refusal(502, "engine_down", f"the engine's answer broke off: {error!r}") from None
-            if response.status >= 400 and "json" not in kind:
-                text = whole[:500].decode(errors="replace")
-                raise _Refusal(response.status, "engine_error", f"the engine says: {text}")
+            if response.status >= 400:
+                self._json(response.status, _error(response.status, whole))
+                return
             self._reply(response.status, kind, whole)
             return
         self._head(response.status, kind, None)
@@ -325,6 +326,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         if self.close_connection:
             self.send_header("Connection", "close")
+        if status == 405:
+            self.send_header("Allow", "GET, POST")
         if status == 401:
             self.send_header("WWW-Authenticate", "Bearer")
         self.send_header("Cache-Control", "no-store")
@@ -337,6 +340,10 @@ class _Handler(BaseHTTPRequestHandler):
         """What the standard library refuses by itself (a method, a damaged request), in the same form."""
         self.close_connection = True
         refusal = _Refusal(int(code), "bad_request", message or "the request cannot be read")
+        if code == HTTPStatus.NOT_IMPLEMENTED:  # what it says where there is no do_DELETE
+            refusal = _Refusal(
+                405, "method_not_allowed", f"there is no {self.command} here, GET and POST alone"
+            )
         self._json(refusal.status, refusal.body())
 
     def version_string(self) -> str:
@@ -346,6 +353,23 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         """To the log, not to the terminal."""
         log.debug("%s " + format, self.client_address[0], *args)
+
+
+def _error(status: int, whole: bytes) -> dict[str, object]:
+    """An engine's error in OpenAI's form: what it says of the four fields, and more of its own, stays."""
+    try:
+        found = json.loads(whole)
+    except ValueError:
+        found = None
+    found = found if isinstance(found, dict) else {}
+    given = found.get("error", found.get("detail"))
+    text = (
+        given
+        if isinstance(given, str)
+        else "the engine says: " + whole[:500].decode(errors="replace").strip()
+    )
+    fields: Any = _Refusal(status, "engine_error", text).body()["error"]
+    return {"error": fields | given if isinstance(given, dict) else fields}
 
 
 def _stream(response: http.client.HTTPResponse) -> Iterator[bytes]:

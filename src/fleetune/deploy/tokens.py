@@ -12,6 +12,9 @@ Two kinds can be written:
 llama.cpp does not normalise text: a tokenizer with NFC (Qwen's) treats letters typed in pieces differently
 there, whoever wrote the file.  Ids up to the embedding's rows that the tokenizer does not use are written
 as unused tokens "[PADi]", as converters do.
+
+A tokenizer without a chat template gets that of the form in which Fleetune tunes and asks (`plain.py`), in a GGUF file
+and, where transformers makes the same tokens of it, in a directory.
 """
 
 from __future__ import annotations
@@ -25,11 +28,21 @@ from typing import Any, Final
 import gguf
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from fleetune import plain
+from fleetune.data import Example
+from fleetune.data.encode import prompt_ids
 from fleetune.errors import ModelError, UsageError
 from fleetune.gguf_tokens import RULES, WHOLE
 from fleetune.hfdir import config_of, short
 
 SPECIAL: Final = ("bos", "eos", "unk", "pad")
+TEMPLATE_FILE: Final = "chat_template.jinja"  # transformers' own name for it
+UNSAID: Final = (
+    "the tokenizer has no chat template, and the form in which the model is tuned (each turn a line) cannot be said in "
+    "one: give a runtime the prompt as a text"
+)
+WHOLE_TALK: Final = 1 << 20  # tokens: nothing is cut
+TALK: Final = (("system", "be  brief "), ("user", " hello\n 12"), ("assistant", "he"), ("user", "a's"))
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     space_prefix: bool | None  # of "llama": whether a text gets a space in front
-    chat_template: str | Sequence[Mapping[str, str]] | None
+    chat_template: str | Sequence[Mapping[str, str]]
     notes: tuple[str, ...]
 
     def add_to(self, writer: Any) -> None:
@@ -65,8 +78,7 @@ class Vocabulary:
         writer.add_add_eos_token(self.add_eos)
         if self.space_prefix is not None:
             writer.add_add_space_prefix(self.space_prefix)
-        if self.chat_template:
-            writer.add_chat_template(self.chat_template)
+        writer.add_chat_template(self.chat_template)
 
 
 def read(folder: Path, rows: int, config: Any) -> Vocabulary:
@@ -75,7 +87,12 @@ def read(folder: Path, rows: int, config: Any) -> Vocabulary:
     ModelError when it cannot be loaded or has more tokens than rows; UsageError when it is of a kind that
     GGUF has no place for.
     """
-    tokenizer = _load(folder)
+    tokenizer = load(folder)
+    if not tokenizer.is_fast:
+        raise UsageError(
+            f"the tokenizer of {folder} has no tokenizer.json, which GGUF files are written from",
+            hint="export to a directory instead: --to hf",
+        )
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     model = rules["model"]
     if model["type"] != "BPE":
@@ -111,7 +128,8 @@ def read(folder: Path, rows: int, config: Any) -> Vocabulary:
     )
 
 
-def _load(folder: Path) -> PreTrainedTokenizerBase:
+def load(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory.  ModelError when it cannot be loaded."""
     try:
         # transformers would not know the type of a model with widths of its own
         config = config_of(folder) if (folder / "config.json").is_file() else None
@@ -122,11 +140,6 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"the tokenizer in {folder} cannot be loaded: {short(error)}", hint="fetch the model again"
         ) from error
-    if not tokenizer.is_fast:
-        raise UsageError(
-            f"the tokenizer of {folder} has no tokenizer.json, which GGUF files are written from",
-            hint="export to a directory instead: --to hf",
-        )
     return tokenizer
 
 
@@ -151,11 +164,48 @@ def _special(tokenizer: PreTrainedTokenizerBase, config: Any) -> dict[str, int]:
     return found
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]] | None:
+def add_template(source: Path, folder: Path) -> list[str]:
+    """Put the plain form into `folder` where the tokenizer, that of `source`, has no chat template.
+
+    A note where that cannot be.
+    """
+    try:
+        tokenizer = load(source)
+    except ModelError:  # who loads the directory will be told
+        return []
+    if not plain.is_plain(tokenizer):
+        return []
+    notes = give_template(tokenizer)
+    if not notes:
+        (folder / TEMPLATE_FILE).write_text(str(tokenizer.chat_template), encoding="utf-8")
+    return notes
+
+
+def give_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Give the plain form to a tokenizer that has no chat template.
+
+    A note where transformers would make other tokens of it: then it gets none.
+    """
+    if not plain.is_plain(tokenizer):
+        return []
+    template = plain.template(tokenizer)
+    turns = [{"role": role, "content": content} for role, content in TALK]
+    told = tokenizer.apply_chat_template(
+        turns, chat_template=template, add_generation_prompt=True, return_dict=False
+    )
+    if told != prompt_ids(Example(TALK, "", {}), tokenizer, WHOLE_TALK).tolist():
+        return [UNSAID]
+    tokenizer.chat_template = template
+    return []
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]]:
+    if plain.is_plain(tokenizer):
+        return plain.template(tokenizer)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         return [{"name": name, "template": text} for name, text in template.items()]
-    return None if template is None else str(template)
+    return str(template)
 
 
 def _steps(pre: Mapping[str, Any] | None) -> list[str]:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a .gguf file says of itself, and whether all of it is there (the ggml project's docs/gguf.md, version 2 and 3).
+
+An engine that is given half a file, or an adapter, ends with words of its own or with none; so a file is looked at
+before one is started.  Only the head is read, without torch and without an object for every token: the package gguf
+takes seconds for a large vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from fleetune.errors import ModelError, UsageError
+
+# the numbers of the types of values -> struct's letter; 8 is text, 9 a list
+NUMBERS: Final[Mapping[int, str]] = MappingProxyType(
+    {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+)
+TEXT, LIST = 8, 9
+KEPT: Final = 1 << 20  # bytes of the longest text that is looked at: a chat template has thousands
+AGAIN: Final = "copy, fetch or export it again"
+
+
+@dataclass(frozen=True)
+class Head:
+    """The single values by their keys, and the size that the file has by them."""
+
+    values: Mapping[str, Any]
+    tensors: int
+    size: int  # bytes up to the end of the last tensor; types that are not known here count nothing
+
+
+def check(path: Path) -> Head:
+    """The head of a file with a whole model in it.
+
+    ModelError when it is missing, damaged or cut off; UsageError for an adapter, which is no model.
+    """
+    head = read(path)
+    if head.values.get("general.type") == "adapter":
+        raise UsageError(
+            f"{path} is an adapter, not a model: it runs beside a file of its base",
+            hint=f"name the run it is of, or: llama-cli -m BASE.gguf --lora {path}",
+        )
+    has = path.stat().st_size
+    if has < head.size:
+        raise ModelError(
+            f"{path} is cut off: it has {has:,} bytes, its tensors take {head.size:,}", hint=AGAIN
+        )
+    if not head.tensors and "split.count" not in head.values:
+        raise ModelError(f"{path} holds no tensors", hint="give a file with a model")
+    return head
+
+
+def read(path: Path) -> Head:
+    """The head of a file.  ModelError when there is none, or none that can be read."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(
+                    f"{path} is not a GGUF file", hint="give a .gguf file, or export the model again"
+                )
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+                return _head(_Reader(raw))
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint="check the path") from error
+    except (struct.error, ValueError, KeyError, IndexError, OverflowError) as error:
+        raise ModelError(f"{path} is cut off or damaged: its head cannot be read", hint=AGAIN) from error
+
+
+class _Reader:
+    """Values one after the other; struct.error or ValueError beyond the end."""
+
+    def __init__(self, raw: mmap.mmap) -> None:
+        self.raw, self.at = raw, 4
+
+    def number(self, letter: str) -> Any:
+        (value,) = struct.unpack_from(f"<{letter}", self.raw, self.at)
+        self.at += struct.calcsize(f"<{letter}")
+        return value
+
+    def text(self) -> str:
+        length = self.number("Q")
+        self.skip(length)
+        return self.raw[self.at - length : self.at].decode(errors="replace") if length <= KEPT else ""
+
+    def skip(self, length: int) -> None:
+        self.at += length
+        if self.at > len(self.raw):
+            raise ValueError("beyond the end")
+
+    def value(self) -> Any:
+        """A single value; None for a list, which is passed over."""
+        kind = self.number("I")
+        if kind == TEXT:
+            return self.text()
+        if kind != LIST:
+            return self.number(NUMBERS[kind])
+        inner, count = self.number("I"), self.number("Q")
+        if inner != TEXT:
+            self.skip(count * struct.calcsize(f"<{NUMBERS[inner]}"))
+            return None
+        for _ in range(count):
+            self.skip(self.number("Q"))
+        return None
+
+
+def _head(reader: _Reader) -> Head:
+    if reader.number("I") not in (2, 3):
+        raise ValueError("another version, or big-endian")
+    tensors, keys = reader.number("Q"), reader.number("Q")
+    values = {}
+    for _ in range(keys):
+        key = reader.text()
+        values[key] = reader.value()
+    ends = [0]
+    for _ in range(tensors):
+        reader.text()
+        shape = [reader.number("Q") for _ in range(reader.number("I"))]
+        kind, offset = reader.number("I"), reader.number("Q")
+        ends.append(offset + _bytes(kind, math.prod(shape)))
+    alignment = int(values.get("general.alignment") or 32)
+    start = -(-reader.at // alignment) * alignment if tensors else reader.at
+    return Head(values, tensors, start + max(ends))
+
+
+def _bytes(kind: int, count: int) -> int:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    except (ValueError, KeyError):  # newer than the package: the engine may know it
+        return 0
+    return count // int(block) * int(size)

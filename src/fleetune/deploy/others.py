@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which targets take a model that another target has refused."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fleetune.deploy import blocks, gguf
+from fleetune.deploy.source import Checkpoint
+from fleetune.errors import UsageError
+from fleetune.widths import differ
+
+PACKED_BITS: Final = (4, 8)  # of compressed-tensors
+
+
+def instead(model: Checkpoint) -> str:
+    """The targets, as the end of a hint: "--to compressed-tensors, --to gguf or --to hf"; all of them hold the codes exactly."""
+    grids = [q for name in model.names if (q := model.quantised(name)) is not None]
+    packed = not differ(model.config) and all(q.bits in PACKED_BITS for q in grids)
+    found = ["compressed-tensors"] if packed and gridded_linears(model) else []
+    if (kind := gguf_kind(model)) is not None:
+        found.append(kind)
+    named = ", ".join(f"--to {name}" for name in found)
+    return f"{named} or --to hf" if named else "--to hf"
+
+
+def gridded_linears(model: Checkpoint) -> bool:
+    """Whether something is quantised, and linear layers alone."""
+    names = [name for name in model.names if model.quantised(name) is not None]
+    return bool(names) and all(name in model.linears for name in names)
+
+
+def gguf_kind(model: Checkpoint) -> str | None:
+    """The GGUF target that holds a model exactly: gguf:f32 where no blocks fit its codes; None for no GGUF at all."""
+    try:
+        gguf.check_config(model.config)
+    except UsageError:
+        return None
+    for name in model.names:
+        q = model.quantised(name)
+        if q is not None and all(blocks.misfit(q, kind) is not None for kind in blocks.PACKERS):
+            return "gguf:f32"
+    return "gguf"
