@@ -22,23 +22,14 @@ ZEROTH = ("--method", "fedkseed", "--set", "tau=4", "--set", "K=16", "--set", "l
 LORA = ("--method", "fedit", "--set", "r=2", "--set", "lr=1e-1")
 
 
+QUICK = (
+    "--limit", "30", "--held-out", "8", "--max-length", "512", "--samples", "0", "--rounds", "1", "--clients", "2",
+)  # fmt: skip
+
+
 def tuned(capsys: pytest.CaptureFixture[str], model: str, method: tuple[str, ...] = ZEROTH) -> None:
     """Tune a tiny model for one round."""
-    quick = [
-        "--limit",
-        "30",
-        "--held-out",
-        "8",
-        "--max-length",
-        "512",
-        "--samples",
-        "0",
-        "--rounds",
-        "1",
-        "--clients",
-        "2",
-    ]
-    code, _, err = call(capsys, "tune", model, "demo", *quick, *method)
+    code, _, err = call(capsys, "tune", model, "demo", *QUICK, *method)
     assert code == 0, err
 
 

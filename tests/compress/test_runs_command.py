@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command_harness import call
+from command_harness import QUICK, ZEROTH, call
 
 from fleetune import models, rundir
 from fleetune.cli import main
@@ -38,22 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 def made(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run's folder."""
     out = tmp_path_factory.mktemp("made")
-    quick = [
-        "--limit",
-        "30",
-        "--held-out",
-        "8",
-        "--max-length",
-        "512",
-        "--samples",
-        "0",
-        "--rounds",
-        "1",
-        "--clients",
-        "2",
-    ]
-    zo = ["--method", "fedkseed", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2"]
-    assert main(["tune", tiny, "demo", *quick, *zo, "--out", str(out), "-qq"]) == 0
+    assert main(["tune", tiny, "demo", *QUICK, *ZEROTH, "--out", str(out), "-qq"]) == 0
     return out / "0001-fedkseed-tiny"
 
 
