@@ -245,6 +245,20 @@ def test_the_loss_of_damping_that_had_to_grow_is_without_it() -> None:
     assert solved.loss == pytest.approx(torch.trace(D @ singular @ D.T).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [("optq", {}), ("optq", {"order": "gar"}), ("sparsegpt", {}), ("sparsegpt", {"bits": 4}), ("rtn", {})],
+)
+def test_a_solver_leaves_what_it_is_given(method: str, values: dict[str, object]) -> None:
+    """Layers with one input share a Hessian, and a layer's weights are its own."""
+    W, H = work(13, 6, 64)
+    H[:, 5] = H[5] = 0
+    before = W.clone(), H.clone()
+    compress.make(method, values).solve(W, H)
+    assert torch.equal(W, before[0])
+    assert torch.equal(H, before[1])
+
+
 def test_what_is_on_the_grid_already_costs_nothing() -> None:
     W, H = work(12, 4, 32, torch.float32)
     once = dense(compress.make("rtn", {}).solve(W, H))

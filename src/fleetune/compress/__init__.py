@@ -69,7 +69,7 @@ class Solver(Protocol):
         ...
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
-        """The compressed matrix.  W float32 [R, C] and H float32 [C, C] may be overwritten."""
+        """The compressed matrix.  W float32 [R, C] and H float32 [C, C] are left as they were."""
         ...
 
 

@@ -249,7 +249,7 @@ def _solve(
 ) -> tuple[Quantised | Tensor, Matrix]:
     W = linear.weight.detach().float().cpu()
     C = W.shape[1]
-    solved = solver.solve(W.clone(), torch.zeros(C, C) if H is None else H.clone())
+    solved = solver.solve(W, torch.zeros(C, C) if H is None else H)
     error = float("nan") if H is None else share(_lost(W, solved, H), trace(W, H))
     weight = solved.weight if isinstance(solved.weight, Quantised) else solved.weight.to(linear.weight.dtype)
     return weight, Matrix(name, error, solved.notes)

@@ -63,7 +63,7 @@ def sweep(W: Tensor, U: Tensor, choose: Choose, block: int = BLOCK) -> tuple[Ten
             _settle(Wt, U, E, codes, first, begin, last, part)
             begin = min(part.end, last)
         Wt[last:].addmm_(U[first:last, last:].T, E, alpha=-1.0)
-        squares += E.square().sum().item()
+        squares += torch.linalg.vector_norm(E).item() ** 2
     return Wt.T.contiguous(), codes.T.contiguous(), squares
 
 
@@ -84,7 +84,7 @@ class Loop:
         if self.factor.U is None:
             return nearest(W, choose)
         settled, codes, squares = sweep(W, self.factor.U, choose)
-        self.loss = max(0.0, squares - self.factor.damping * (W - settled).square().sum().item())
+        self.loss = max(0.0, squares - self.factor.damping * torch.dist(W, settled).item() ** 2)
         return settled, codes
 
 

@@ -52,15 +52,15 @@ class Factor(NamedTuple):
 
 
 def inverse_cholesky(H: Tensor, damping: float) -> Factor:
-    """The factor of H [C, C], which is overwritten; `damping` is a share of its mean diagonal.
+    """The factor of H [C, C]; `damping` is a share of its mean diagonal.
 
     Columns that no input touched get H_ii = 1; `damping` times the mean of the diagonal is added to it.  Where the
     factor does not exist, damping grows tenfold until 1; then there is none (nothing to go by: round to nearest).
     """
-    diagonal = H.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1.0
-    mean = diagonal.mean().item()
+    backwards, dead = H.flip(0, 1), H.diagonal() == 0
+    mean = ((H.diagonal().sum() + dead.sum()) / len(H)).item()
+    diagonal = backwards.diagonal()
+    diagonal[dead.flip(0)] = 1.0
     if dead.all():
         return Factor(None, ~dead, 0.0, ("nothing reached it: rounded to nearest",))
     notes = [f"{int(dead.sum())} of {len(dead)} inputs are always zero"] if dead.any() else []
@@ -68,7 +68,7 @@ def inverse_cholesky(H: Tensor, damping: float) -> Factor:
     while True:
         diagonal += damping * mean - added
         added = damping * mean
-        U = _factor(H)
+        U = _factor(backwards)
         if U is not None:
             return Factor(U, dead, added, tuple(notes))
         if damping >= LAST:
@@ -78,13 +78,13 @@ def inverse_cholesky(H: Tensor, damping: float) -> Factor:
         notes.append(f"no Cholesky factor: damping raised to {damping:g}")
 
 
-def _factor(H: Tensor) -> Tensor | None:
-    """U with H^-1 = U^T U, None where H is not positive definite.
+def _factor(backwards: Tensor) -> Tensor | None:
+    """U with H^-1 = U^T U, from H with its rows and columns taken backwards; None where it is not positive definite.
 
     The inverse of the Cholesky factor of H taken backwards is U backwards, so the inverse of H is never made: half the
     work of factoring that.
     """
-    lower, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(backwards)
     if failed or not torch.isfinite(lower.sum(dtype=torch.float64)):
         return None
     U = _inverted(lower).flip(0, 1)
