@@ -213,7 +213,7 @@ def _plan(
                 hint="the file's metadata and tensors disagree: give another file",
             )
         shifted = gemma.is_norm(architecture, found.name)
-        plan[name] = (found, _row_order(architecture, found.name, shape, config), shifted)
+        plan[name] = (found, _row_order(found.name, shape, config), shifted)
     if stored:
         raise ModelError(
             f"{path} has {len(stored)} tensors that architecture '{architecture}' does not: "
@@ -223,12 +223,10 @@ def _plan(
     return plan
 
 
-def _row_order(architecture: str, name: str, shape: tuple[int, ...], config: Any) -> np.ndarray | None:
-    part = name.split(".")
-    if architecture not in ("llama", deci.ARCHITECTURE) or part[-2] not in ("attn_q", "attn_k"):
+def _row_order(name: str, shape: tuple[int, ...], config: Any) -> np.ndarray | None:
+    heads = widths.heads_of(config, name)
+    if not heads:
         return None
-    width = widths.listed(config)[int(part[1])]
-    heads = width.num_attention_heads if part[-2] == "attn_q" else width.num_key_value_heads
     return np.arange(shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 

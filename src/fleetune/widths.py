@@ -76,6 +76,17 @@ def listed(config: Any) -> list[Width]:
     return [Width(*(int(getattr(config, name)) for name in Width._fields))] * count
 
 
+def heads_of(config: Any, tensor: str) -> int:
+    """In how many heads the rows of a tensor of a GGUF file are interleaved; 0: they are as in the model."""
+    if config.model_type != "llama":
+        return 0
+    part = tensor.split(".")
+    if part[-2] not in ("attn_q", "attn_k"):
+        return 0
+    width = listed(config)[int(part[1])]
+    return width.num_attention_heads if part[-2] == "attn_q" else width.num_key_value_heads
+
+
 # ---------------------------------------------------------------- cutting
 
 

@@ -30,6 +30,13 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QUICK = (
+    "--limit", "60", "--held-out", "8", "--max-length", "512", "--samples", "0", "--rounds", "1", "--clients", "2",
+)  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
 
 
 def tokenizer(pre: Any = None) -> PreTrainedTokenizerBase:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from deploy_harness import tiny
+from deploy_harness import QUICK, tiny
 from safetensors.torch import load_file
 
 from fleetune import models, tuned
@@ -39,20 +39,6 @@ def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict
     return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
 
 
-QUICK = [
-    "--limit",
-    "60",
-    "--held-out",
-    "8",
-    "--max-length",
-    "512",
-    "--samples",
-    "0",
-    "--rounds",
-    "1",
-    "--clients",
-    "2",
-]
 METHODS = {
     "fedkseed": ["--method", "fedkseed", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2"],
     "fedit": ["--method", "fedit", "--set", "r=2", "--set", "lr=1e-2"],

@@ -12,7 +12,7 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
-from deploy_harness import changed, compressed, on_grid, piece_tokenizer, tiny
+from deploy_harness import LLAMA3, changed, compressed, on_grid, piece_tokenizer, tiny
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -25,10 +25,6 @@ from fleetune.errors import FleetuneError, ModelError, UsageError
 from fleetune.models import Model
 
 IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import gguf as package
 import numpy as np
 import pytest
 import torch
 from deci_harness import logits, narrowed
-from deploy_harness import compressed, piece_tokenizer, tiny
+from deploy_harness import LLAMA3, compressed, piece_tokenizer, tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -24,11 +24,6 @@ from fleetune.cli import main
 from fleetune.deploy.exports import export
 from fleetune.models import Model
 from fleetune.widths import Width
-
-LLAMA3: Final = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

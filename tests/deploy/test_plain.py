@@ -11,7 +11,7 @@ from typing import Any
 
 import gguf as package
 import pytest
-from deploy_harness import compressed, piece_tokenizer, tiny, tokenizer
+from deploy_harness import QUICK, compressed, piece_tokenizer, tiny, tokenizer
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -157,23 +157,9 @@ def test_a_run_carries_it_and_a_server_of_directories_gets_one_that_does(
     monkeypatch.chdir(tmp_path)
     model = speechless(bytes_with_start())
     models.save(model.net, model.tokenizer, tmp_path / "base")
-    quick = [
-        "--limit",
-        "60",
-        "--held-out",
-        "8",
-        "--max-length",
-        "64",
-        "--samples",
-        "0",
-        "--rounds",
-        "1",
-        "--clients",
-        "2",
-        "--offline",
-        "-qq",
-    ]
-    assert main(["tune", "base", "demo", "--method", "fedit", "--set", "r=2", *quick]) == 0
+    assert (
+        main(["tune", "base", "demo", "--method", "fedit", "--set", "r=2", *QUICK, "--offline", "-qq"]) == 0
+    )
     assert main(["export", "latest", "--to", "hf", "--path", "tuned"]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "tuned").chat_template in plain.TEMPLATES
     asked = Namespace(subject="base", out="runs", offline=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from deploy_harness import tiny
+from transformers import MistralConfig, MistralForCausalLM
 
 from fleetune import models
 from fleetune.cli import main
@@ -43,6 +44,14 @@ def test_the_next_command_is_one_that_works(
     assert following[:2] == ["fleetune", "export"]
     assert following[3:] == ["--to", target]
     assert main(following[1:]) == 0
+
+
+def test_a_family_without_a_gguf_file_goes_elsewhere(m: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = MistralConfig(**tiny().net.config.to_dict() | {"model_type": "mistral"})
+    net = MistralForCausalLM(config)
+    models.save(net, tiny().tokenizer, m.parent / "other")
+    out = told(capsys, str(m.parent / "other"), "--method", "rtn")
+    assert out.split("next")[1].split()[3:] == ["--to", "hf"]
 
 
 def test_sizes_are_of_weights_before_and_after(m: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ class Job:
         memory = f"about {human_bytes(self.memory)}"
         return [("teacher", f"{self.taught_by} · {size}"), ("rows", rows), ("memory", memory)]
 
-    @property
+    @cached_property
     def memory(self) -> int:
         """Bytes of the peak, as planned."""
         return self.trainer.memory(self.subject.model, self.teacher, _longest(self.subject))
@@ -109,13 +110,13 @@ def _teacher(name: str, dtype: str, out: Path, *, offline: bool) -> Model:
 def _train(ui: Ui, job: Job, folder: Path) -> None:
     from fleetune import models, rounds
 
-    began, teacher, planned = time.monotonic(), job.teacher, job.memory
+    began, teacher = time.monotonic(), job.teacher
     taught = subjects.measure(teacher, job.subject)
     student = job.trainer.student(job.subject.model)
     before = _measure(job, student)
     ui.event({
         "event": "start", **asdict(job.work), "folder": str(folder), "before": before, "teacher": taught,
-        "planned": planned,
+        "planned": job.memory,
     })  # fmt: skip
     _steps(ui, job, student, folder)
     models.save(student.net, student.tokenizer, folder / "model", card=_card(job))
@@ -124,7 +125,7 @@ def _train(ui: Ui, job: Job, folder: Path) -> None:
     done = {
         "before": before, "after": after, "teacher": taught, "bytes": size,
         "seconds": round(time.monotonic() - began, 3), "peak_rss": rounds.peak_rss(),
-        "digest": models.digest(models.named_tensors(student.net)), "planned": planned,
+        "digest": models.digest(models.named_tensors(student.net)), "planned": job.memory,
     }  # fmt: skip
     sizes = {
         "before": subjects.weight_bytes(student),

@@ -8,8 +8,7 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from fleetune.commands import compress
 from fleetune.deploy.targets import LORA, PEFT, check_place, check_target
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from fleetune.deploy.measure import Row
     from fleetune.deploy.source import Report
 
-NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
-
 
 def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
     """Carry out `fleetune export`; `of_run` is the folder where the subject is a tuned run."""
@@ -30,7 +27,7 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
     master = _master(args, of_run)
     if master is not None:
         folder, kind = (master.parent if master.name == "model" else master), args.to or "gguf"
-        write(ui, master, kind, _place(args, folder, kind), text=args.text)
+        write(ui, master, kind, _place(args, folder, kind), rows=_rows(master, args.text))
     elif of_run is not None:
         _of_run(args, ui, of_run)
     else:
@@ -40,7 +37,7 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
         rundir.check_name(args.subject, Path(args.out))
         source, kind = models.resolve(args.subject, offline=args.offline), args.to or "gguf"
         place = _place(args, Path("."), kind, rundir.slug(Path(args.subject).name))
-        write(ui, source, kind, place, provenance.of_base(args.subject), args.text)
+        write(ui, source, kind, place, provenance.of_base(args.subject), _rows(source, args.text))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -99,6 +96,7 @@ def _of_run(args: argparse.Namespace, ui: Ui, run: Path) -> None:
         for note in tokens.give_template(model.tokenizer):
             ui.note(f"note: {note}")
         digest = tuned.export_hf(model, out, card=card)
+        del model
         ui.event({"event": "export", "to": kind, "path": str(out), "digest": digest})
         ui.paths([("result", str(out)), ("digest", digest)])
         _compare(ui, run, kind, out, rows, offline=args.offline)
@@ -108,7 +106,7 @@ def _of_run(args: argparse.Namespace, ui: Ui, run: Path) -> None:
         plain = Path(folder) / run.name
         tuned.export_hf(model, plain, card=card)
         del model
-        write(ui, plain, kind, out, made, args.text)
+        write(ui, plain, kind, out, made, rows)
 
 
 def _peft(ui: Ui, run: Path, out: Path) -> None:
@@ -134,20 +132,20 @@ def write(
     source: Path,
     kind: str,
     out: Path,
-    made: Mapping[str, str] = NOTHING,
-    text: str | None = None,
+    made: Mapping[str, str] | None = None,
+    rows: list[Row] | None = None,
 ) -> None:
+    """Export `source`, and run what was written and `source` on the same windows of a text, where there are any."""
     if kind == PEFT:
         raise UsageError("only a run has an adapter", hint="fleetune export RUN --to peft")
     from fleetune.deploy import exports, measure
     from fleetune.deploy.master import Master, is_master
 
-    rows = _rows(source, text)
-    report = exports.export(source, kind, out, made=made)
+    report = exports.export(source, kind, out, made=made or {})
     if is_master(source) and (warning := measure.warning(Master(source))):
         report = dataclasses.replace(report, notes=(*report.notes, warning))
     _show(ui, report)
-    _compare(ui, source, kind, out, rows)
+    _compare(ui, source, kind, out, rows or [])
 
 
 def _rows(source: Path, text: str | None) -> list[Row]:

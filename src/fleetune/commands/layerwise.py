@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -58,7 +59,7 @@ class Job:
         whose = [("clients", f"{len(self.shares)} of them, in turn")] if self.shares else []
         return [("text", text), *whose, ("memory", memory)]
 
-    @property
+    @cached_property
     def memory(self) -> int:
         """Bytes of the peak, as planned."""
         from fleetune.compress import costs
@@ -262,16 +263,6 @@ def _check_room(ui: Ui, job: Job, folder: Path) -> None:
     subjects.check_disk(folder, need, "the finished blocks and the result")
 
 
-def _target(parts: Parts) -> str:
-    """A form that the result can be exported to without loss: a GGUF file where its codes fit the blocks of one."""
-    from fleetune.deploy import blocks
-    from fleetune.deploy.master import Quantised
-
-    codes = next((weight for weight in parts.values() if isinstance(weight, Quantised)), None)
-    fits = codes is None or any(blocks.misfit(codes, kind) is None for kind in blocks.PACKERS)
-    return "gguf" if fits else "hf"
-
-
 def _written_heads(config: Any) -> int:
     """The heads of an attention that writes its scores down; 0 for a fused one."""
     return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
@@ -297,7 +288,7 @@ def _compress(ui: Ui, job: Job, folder: Path) -> None:
         "notes": _notes(parts.blocks), "planned": job.memory, **_traffic(ui, job),
     }  # fmt: skip
     sizes = {"before": subjects.weight_bytes(model), "after": subjects.stored_bytes(folder / "model")}
-    subjects.finish(ui, job.work, folder, done, sizes, _target(parts))
+    subjects.finish(ui, job.work, folder, done, sizes)
 
 
 def _traffic(ui: Ui, job: Job) -> dict[str, int]:

@@ -257,12 +257,8 @@ def finished(ui: Ui, folder: Path) -> bool:
     return True
 
 
-def finish(
-    ui: Ui, work: Work, folder: Path, done: Mapping[str, Any], sizes: Mapping[str, int], target: str = "gguf"
-) -> None:
-    """Write the result down, let go of the parts and tell it, with an export that it can go to.
-
-    `sizes` are the bytes of the weights of what `done` has measures of.
+def finish(ui: Ui, work: Work, folder: Path, done: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """Write the result down, let go of the parts and tell it; `sizes` in bytes are those of the weights that `done` measures.
 
     In this order: a kill before it is written leaves all that `--resume` goes on with, one after it a finished folder.
     """
@@ -282,5 +278,13 @@ def finish(
     ui.paths([
         ("result", f"{folder / 'model'} ({human_bytes(done['bytes'])})"),
         ("time · peak memory", f"{human_time(done['seconds'])} · {human_bytes(done['peak_rss'])}"),
-        ("digest", str(done["digest"])), ("next", f"fleetune export {folder} --to {target}"),
+        ("digest", str(done["digest"])), ("next", f"fleetune export {folder} --to {_target(folder / 'model')}"),
     ])  # fmt: skip
+
+
+def _target(model: Path) -> str:
+    """What a result can be exported to without loss: a GGUF file, where it has a place in one."""
+    from fleetune.deploy import others
+    from fleetune.deploy.source import open_checkpoint
+
+    return "gguf" if others.gguf_kind(open_checkpoint(model), sample=True) == "gguf" else "hf"

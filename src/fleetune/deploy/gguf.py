@@ -40,7 +40,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
-from fleetune import gemma, rope, widths
+from fleetune import deci, gemma, rope, widths
 from fleetune.deploy import blocks, tokens
 from fleetune.deploy.master import Quantised
 from fleetune.deploy.source import Checkpoint, Report
@@ -161,7 +161,7 @@ def check_config(config: Any) -> None:
 def architecture(config: Any) -> str:
     """llama.cpp's name for the model: deci is a llama with numbers of heads and channels for every block."""
     kind = str(config.model_type)
-    return "deci" if widths.differ(config) else gemma.ARCHITECTURES.get(kind, kind)
+    return deci.ARCHITECTURE if widths.differ(config) else gemma.ARCHITECTURES.get(kind, kind)
 
 
 def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[Slot]:
@@ -181,21 +181,10 @@ def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[Slot]:
             raise UsageError(f"GGUF has no place for {name}", hint="export to a directory instead: --to hf")
         chosen = _kind_of(model, name, tensor, kind, odd)
         shifted = gemma.is_norm(architecture(config), tensor)
-        slots.append(Slot(tensor, name, shape, chosen, heads_of(config, tensor), shifted))
+        slots.append(Slot(tensor, name, shape, chosen, widths.heads_of(config, tensor), shifted))
     if odd:
         notes.append(f"{_counted(odd)} not Q8_0: blocks of {blocks.BLOCK} do not divide the rows")
     return slots
-
-
-def heads_of(config: Any, tensor: str) -> int:
-    """In how many heads the rows of a tensor of the file are interleaved; 0: they are as in the model."""
-    if config.model_type != "llama":
-        return 0
-    part = tensor.split(".")
-    if part[-2] not in ("attn_q", "attn_k"):
-        return 0
-    width = widths.listed(config)[int(part[1])]
-    return width.num_attention_heads if part[-2] == "attn_q" else width.num_key_value_heads
 
 
 def _kind_of(model: Checkpoint, name: str, tensor: str, kind: str | None, odd: list[str]) -> str:

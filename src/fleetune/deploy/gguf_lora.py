@@ -24,11 +24,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fleetune.deploy.gguf import architecture, check_config, heads_of, interleaved
+from fleetune.deploy.gguf import architecture, check_config, interleaved
 from fleetune.deploy.source import Checkpoint, Report
 from fleetune.deploy.stream import damaged
 from fleetune.deploy.targets import LORA
 from fleetune.errors import ModelError, UsageError
+from fleetune.widths import heads_of
 
 TARGET: Final = LORA
 FRONT: Final = "base_model.model."  # of PEFT's tensor names

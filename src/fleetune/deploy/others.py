@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Final
 
 from fleetune.deploy import blocks, gguf
@@ -30,14 +31,17 @@ def gridded_linears(model: Checkpoint) -> bool:
     return bool(names) and all(name in model.linears for name in names)
 
 
-def gguf_kind(model: Checkpoint) -> str | None:
-    """The GGUF target that holds a model exactly: gguf:f32 where no blocks fit its codes; None for no GGUF at all."""
+def gguf_kind(model: Checkpoint, *, sample: bool = False) -> str | None:
+    """The GGUF target that holds a model exactly: gguf:f32 where no blocks fit its codes; None for no GGUF at all.
+
+    `sample`: as the first quantised matrix has it, without reading the others.
+    """
     try:
         gguf.check_config(model.config)
     except UsageError:
         return None
-    for name in model.names:
-        q = model.quantised(name)
-        if q is not None and all(blocks.misfit(q, kind) is not None for kind in blocks.PACKERS):
+    codes = (q for name in model.names if (q := model.quantised(name)) is not None)
+    for q in islice(codes, 1 if sample else None):
+        if all(blocks.misfit(q, kind) is not None for kind in blocks.PACKERS):
             return "gguf:f32"
     return "gguf"
