@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fleetune import compress, data, models
-from fleetune.compress import calibrate, gkd
+from fleetune import compression, data, models
+from fleetune.compression.layerwise import driver
+from fleetune.compression.methods import gkd
 from fleetune.data import Encoded
 from fleetune.models import Model
 
@@ -107,7 +108,7 @@ def windows(model: Model, path: str, length: int, count: int) -> Tensor:
         torch.tensor(model.tokenizer(text, verbose=False)["input_ids"]).numpy()
         for text in data.read_text(path)
     ]
-    return calibrate.windows(ids, length, count)
+    return driver.windows(ids, length, count)
 
 
 @torch.inference_mode()
@@ -125,15 +126,15 @@ def row(
     model: Model, name: str, values: dict[str, Any], calibration: Tensor, test: Tensor
 ) -> tuple[float, float]:
     """(perplexity, processor seconds of the compression) of one way."""
-    linears = {n: m for _, found in calibrate.linears_of(model) for n, m in found.items()}
+    linears = {n: m for _, found in driver.linears_of(model) for n, m in found.items()}
     dense = {n: m.weight.data for n, m in linears.items()}
     own = {n: v for n, v in values.items() if n != "true_sequential"}
     began = time.process_time()
     try:
         for method in name.split("+") if name else ():
-            solver = compress.make(method, own)
+            solver = compression.make(method, own)
             with tempfile.TemporaryDirectory() as folder:
-                parts = calibrate.run(
+                parts = driver.run(
                     model, solver, calibration if solver.data else None, Path(folder),
                     true_sequential="true_sequential" in values,
                 )  # fmt: skip
@@ -152,8 +153,8 @@ def row(
 
 def pruned(model: Model, values: dict[str, Any], rows: list[Encoded], test: Tensor) -> tuple[float, float]:
     """Perplexity of a smaller copy of the model after its recovery, and the processor's seconds."""
-    made = compress.make("llm-pruner", values | {"steps": STEPS, "batch_size": BATCH})
-    assert isinstance(made, compress.Pruner)
+    made = compression.make("llm-pruner", values | {"steps": STEPS, "batch_size": BATCH})
+    assert isinstance(made, compression.Pruner)
     small = dataclasses.replace(model, net=copy.deepcopy(model.net))
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:

@@ -21,16 +21,17 @@ import torch
 
 from benchmarks import shape
 from benchmarks.harness import Result, Row, Setting, child
-from fleetune import methods, models
+from fleetune import models
 from fleetune.data import Batches, Encoded
-from fleetune.fleets.local import LocalFleet
-from fleetune.messages import Payload
-from fleetune.methods import Method
 from fleetune.models import Model
-from fleetune.rounds import Hooks, Plan, peak_rss, release_memory
-from fleetune.rounds import run as run_rounds
-from fleetune.rundir import create
+from fleetune.runs.rundir import create
 from fleetune.seeds.noise import derive
+from fleetune.tuning import methods
+from fleetune.tuning.fleets.local import LocalFleet
+from fleetune.tuning.messages import Payload
+from fleetune.tuning.methods import Method
+from fleetune.tuning.rounds import Hooks, Plan, peak_rss, release_memory
+from fleetune.tuning.rounds import run as run_rounds
 
 BASE = bytes(8)
 NOTE = "whole rounds with codec, door, metrics and checkpoints, against the time inside Method.local; ratio - 1 is the overhead"

@@ -18,8 +18,8 @@ import torch
 
 from benchmarks import papers, shape
 from benchmarks.harness import Result, Setting, compare, measure
-from fleetune import objectives
 from fleetune.data import Batch
+from fleetune.evaluation import objectives
 from fleetune.models import Model, named_tensors
 from fleetune.seeds import view as views
 from fleetune.seeds.noise import passes, probe

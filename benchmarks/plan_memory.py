@@ -48,7 +48,8 @@ def compare(
 
     Measured are medians of `repeats` processes, taken by turns.
     """
-    from fleetune import models, plan
+    from fleetune import models
+    from fleetune.planning import plan
 
     work = plan.Work(batch, length, steps, dtype)
     planned = {row.method: row for row in plan.table(models.load_config(model), work)}
@@ -75,10 +76,10 @@ def compare(
 
 def _kernels(name: str) -> int:
     """Bytes of a row's kernels beside those of its row in the plan."""
-    from fleetune.costs import KERNELS as known
-    from fleetune.seeds import choice
+    from fleetune.planning.device_cost import KERNELS as known
+    from fleetune.seeds import kernel_choice
 
-    here = known[choice.wanted()]
+    here = known[kernel_choice.wanted()]
     return {KERNELS: here, TORCH: known["torch"] - here}.get(name, 0)
 
 
@@ -121,7 +122,7 @@ def one(name: str, model_name: str, batch: int, length: int, steps: int, dtype: 
     before = time.process_time()
     seconds = work("mezo" if name == TORCH else name, model, rows, batch, steps)
     cpu = time.process_time() - before
-    from fleetune.rounds import peak_rss
+    from fleetune.tuning.rounds import peak_rss
 
     return {"peak": peak_rss(), "seconds": seconds, "cpu": cpu}
 
@@ -145,10 +146,10 @@ def _rows(model: Any, batch: int, length: int) -> list[Any]:
 
 def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> float:
     """A method's own round, from bytes to bytes."""
-    from fleetune import methods
-    from fleetune.fleets.local import LocalFleet
-    from fleetune.losses import pad_id
-    from fleetune.messages import Message, encode
+    from fleetune.evaluation.losses import pad_id
+    from fleetune.tuning import methods
+    from fleetune.tuning.fleets.local import LocalFleet
+    from fleetune.tuning.messages import Message, encode
 
     (counted, _), *more = SETTINGS[name].items()
     method = methods.make(name, {"batch_size": batch, counted: steps} | dict(more))
@@ -167,9 +168,9 @@ def _steps(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
 
     import torch
 
-    from fleetune import objectives
     from fleetune.data import Batches
-    from fleetune.losses import pad_id
+    from fleetune.evaluation import objectives
+    from fleetune.evaluation.losses import pad_id
 
     began, batches = time.monotonic(), Batches(rows, pad_id(model), 1).steps(steps, batch)
     if name in ("inference", KERNELS):

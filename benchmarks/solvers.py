@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from benchmarks import shape
 from benchmarks.harness import Result, Row, Setting, compare, measure
-from fleetune.compress import Solved, Solver, calibrate, optq, sparsegpt
-from fleetune.compress.grids import Grid
-from fleetune.compress.hessian import relative_error
-from fleetune.compress.stream import Stream
-from fleetune.deploy.master import Quantised
+from fleetune.compression import Solved, Solver
+from fleetune.compression.layerwise import driver
+from fleetune.compression.layerwise.activations import Stream
+from fleetune.compression.layerwise.grids import Grid
+from fleetune.compression.layerwise.hessian import relative_error
+from fleetune.compression.methods import optq, sparsegpt
 from fleetune.models import Model
+from fleetune.models.artefact import Quantised
 
 GROUP, BLOCK, DAMPING = 32, 128, 0.01
 
@@ -160,7 +162,7 @@ def _blocks(setting: Setting, result: Result, name: str) -> list[Row]:
 
     def ours(true_sequential: bool) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            calibrate.run(model, OURS[name], windows, Path(folder), true_sequential=true_sequential)
+            driver.run(model, OURS[name], windows, Path(folder), true_sequential=true_sequential)
 
     def theirs() -> None:
         published(model, PLAIN[name], windows)
@@ -183,7 +185,7 @@ def _blocks(setting: Setting, result: Result, name: str) -> list[Row]:
 def published(model: Model, solver: Solver, windows: Tensor) -> None:
     """Compress all blocks in the published order; the model is as it was afterwards."""
     stream = Stream(model, windows)
-    for number, (_, linears) in enumerate(calibrate.linears_of(model)):
+    for number, (_, linears) in enumerate(driver.linears_of(model)):
         H = {n: torch.zeros(m.in_features, m.in_features) for n, m in linears.items()}
 
         def add(name: str, H: dict[str, Tensor] = H) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -198,7 +200,7 @@ def published(model: Model, solver: Solver, windows: Tensor) -> None:
             stream.forward(number, state)
         for handle in handles:
             handle.remove()
-        with calibrate.restored(linears):
+        with driver.restored(linears):
             for n, m in linears.items():
                 m.weight.data = dense(solver.solve(m.weight.data, H[n]))
             stream.advance(number)

@@ -16,11 +16,11 @@ import numpy as np
 from benchmarks.fleet_overhead import BASE, tiny
 from benchmarks.harness import Result, Row, Setting
 from benchmarks.shape import rows
-from fleetune import methods
 from fleetune.data import Batches, Encoded
-from fleetune.messages import Message, encode
-from fleetune.methods._zeroth import pool_ids
 from fleetune.seeds.noise import derive
+from fleetune.tuning import methods
+from fleetune.tuning.messages import Message, encode
+from fleetune.tuning.methods._zeroth import pool_ids
 
 TAU, K = 200, 4096
 PUBLISHED_UP, PUBLISHED_DOWN = 8 * TAU, 4 * K + 4

@@ -35,12 +35,12 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from fleetune import data
-from fleetune.answers import answer_ids, must_write
-from fleetune.commands import compress
+from fleetune.cli.commands import compress
 from fleetune.data import Encoded, Example, collate, keyed_order, prompt_ids
 from fleetune.data.encode import MASKED
-from fleetune.deploy import exports
-from fleetune.losses import context, frozen, pad_id, predictors
+from fleetune.deploy import export
+from fleetune.evaluation.answers import answer_ids, must_write
+from fleetune.evaluation.losses import context, frozen, pad_id, predictors
 from fleetune.models import Model
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ def make_items(text: str, rows: str, count: int, seed: int) -> Items:
 def load(name: str) -> Model:
     """A model, or what a finished `fleetune compress` made."""
     folder = compress.find(name, Path("runs"))
-    model = exports.load(compress.artefact(folder) if folder else Path(name))
+    model = export.load(compress.artefact(folder) if folder else Path(name))
     must_write(model, "a zero-shot task")
     return model
 

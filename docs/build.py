@@ -12,7 +12,10 @@ import inspect
 import sys
 from pathlib import Path
 
-from fleetune import cli, compress, methods, recipe, settings
+from fleetune import compression
+from fleetune.cli import main as cli
+from fleetune.common import settings
+from fleetune.tuning import methods, recipe
 
 DOCS = Path(__file__).parent
 MADE = "<!-- made by docs/build.py; edit the source instead -->\n"
@@ -32,7 +35,7 @@ def method_page(name: str) -> str:
 
 def compress_page(name: str) -> str:
     """A compression method's page."""
-    cls = compress.method_class(name)
+    cls = compression.method_class(name)
     text = inspect.getdoc(inspect.getmodule(cls)) or ""
     needs = {
         "Trainer": "Needs rows and a teacher.",
@@ -82,7 +85,7 @@ def commands_page() -> str:
 def pages() -> dict[Path, str]:
     """Every generated page by its path."""
     made = {DOCS / "methods" / f"{name}.md": method_page(name) for name in methods.entries()}
-    made |= {DOCS / "compress" / f"{name}.md": compress_page(name) for name in compress.entries()}
+    made |= {DOCS / "compress" / f"{name}.md": compress_page(name) for name in compression.entries()}
     return made | {DOCS / "recipe.md": recipe_page(), DOCS / "commands.md": commands_page()}
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from contract_harness import fleet, key, logits, reply
 
-from fleetune import methods, models
-from fleetune.cli import main
-from fleetune.messages import Payload
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.tuning import methods
+from fleetune.tuning.messages import Payload
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fleetune import cli, methods
+from fleetune.cli import main
+from fleetune.tuning import methods
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -37,7 +38,7 @@ def test_every_command_in_the_docs_parses(page):
     text = "\n".join([*blocks, *re.findall(r"(?m)^    (.*)$", page.read_text(encoding="utf-8"))])
     for line in re.findall(r"(?m)^\s*(?:\$ )?(fleetune [a-z].*?)(?:\s{3,}.*)?$", text):
         words = shlex.split(line, comments=True)[1:]
-        _, unknown = cli._parser().parse_known_args(words)
+        _, unknown = main._parser().parse_known_args(words)
         assert not unknown, line
 
 

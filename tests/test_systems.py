@@ -17,9 +17,11 @@ import pytest
 import torch
 
 import windows_stand_in
-from fleetune import memory, models, rundir
-from fleetune.compress import progress
-from fleetune.locks import lock
+from fleetune import models
+from fleetune.common import memory
+from fleetune.common.locks import lock
+from fleetune.compression.distillation import training_state
+from fleetune.runs import rundir
 
 EVERYTHING = """
 import importlib, pkgutil, sys
@@ -63,7 +65,7 @@ def test_every_module_and_command_works_without_what_windows_lacks(tmp_path: Pat
     model = models.tiny_llama()
     models.save(model.net, model.tokenizer, tmp_path / "tiny")
     modules, *said = stand_in(EVERYTHING, tmp_path, *COMMANDS).split("=====\n")
-    source = Path(memory.__file__).parent
+    source = Path(memory.__file__).parents[1]
     files = [".".join(p.relative_to(source.parent).with_suffix("").parts) for p in source.rglob("*.py")]
     assert set(modules.split()) == {name.removesuffix(".__init__") for name in files} - {"fleetune"}
     assert "examples:" in said[0]
@@ -78,7 +80,7 @@ def test_every_module_and_command_works_without_what_windows_lacks(tmp_path: Pat
 
 TRY = """
 import os, sys, time
-from fleetune.locks import lock
+from fleetune.common.locks import lock
 handle = os.open("file", os.O_RDWR | os.O_CREAT)
 os.lseek(handle, 7, os.SEEK_SET)
 print(lock(handle), flush=True)
@@ -136,9 +138,9 @@ def test_a_state_that_is_gone_on_with_is_no_file_in_memory(tmp_path: Path) -> No
     optimizer = torch.optim.AdamW([weight])
     weight.sum().backward()
     optimizer.step()
-    progress.store(tmp_path / "parts", "origin", 1, {"w": weight}, optimizer)
+    training_state.store(tmp_path / "parts", "origin", 1, {"w": weight}, optimizer)
     again = torch.optim.AdamW([fresh := torch.zeros(64, 64, requires_grad=True)])
-    assert progress.restore(tmp_path / "parts", "origin", {"w": fresh}, again) == 1
+    assert training_state.restore(tmp_path / "parts", "origin", {"w": fresh}, again) == 1
     assert torch.equal(again.state[fresh]["exp_avg"], optimizer.state[weight]["exp_avg"])
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 

@@ -19,12 +19,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Ledger": "fleetune.seeds.ledger:Ledger",
     "Model": "fleetune.models:Model",
-    "Recipe": "fleetune.recipe:Recipe",
+    "Recipe": "fleetune.tuning.recipe:Recipe",
     "errors": "fleetune.errors:",
     "load_ledger": "fleetune.seeds.ledger:load",
     "load_model": "fleetune.models:load",
-    "load_tuned": "fleetune.tuned:load",
-    "tune": "fleetune.job:run",
+    "load_tuned": "fleetune.tuning.finished:load",
+    "tune": "fleetune.tuning.run:run",
 }
 
 __all__ = [

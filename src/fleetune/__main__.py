@@ -3,7 +3,7 @@
 
 import sys
 
-from fleetune.cli import main
+from fleetune.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

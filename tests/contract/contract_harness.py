@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from fleetune import methods, models
+from fleetune import models
 from fleetune.data import Encoded, Example
 from fleetune.data.encode import encode_all
-from fleetune.fleets.local import LocalFleet, Weather
-from fleetune.fleets.memories import Memories
-from fleetune.losses import pad_id, response_loss
-from fleetune.messages import Message, Payload, Spec, decode, encode
-from fleetune.methods import Method, Reply
+from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.models import Model
-from fleetune.rounds import Hooks, Plan, run
-from fleetune.rundir import RunDir, create
+from fleetune.runs.rundir import RunDir, create
 from fleetune.seeds.noise import derive
+from fleetune.tuning import methods
+from fleetune.tuning.fleets.local import LocalFleet, Weather
+from fleetune.tuning.fleets.memories import Memories
+from fleetune.tuning.messages import Message, Payload, Spec, decode, encode
+from fleetune.tuning.methods import Method, Reply
+from fleetune.tuning.rounds import Hooks, Plan, run
 
 # Settings under which a method learns the small language in seconds.  A method that is not named here runs
 # with its own defaults.

@@ -26,12 +26,13 @@ from contract_harness import (
     train,
 )
 
-from fleetune import methods, models
+from fleetune import models
 from fleetune.errors import MessageError
-from fleetune.messages import Message, Payload, check, decode, encode
-from fleetune.methods import Reply
-from fleetune.rundir import RunDir
-from fleetune.states import Totals, pack, unpack
+from fleetune.runs.rundir import RunDir
+from fleetune.tuning import methods
+from fleetune.tuning.checkpoint import Totals, pack, unpack
+from fleetune.tuning.messages import Message, Payload, check, decode, encode
+from fleetune.tuning.methods import Reply
 
 every = pytest.mark.parametrize("name", NAMES)
 plain = pytest.mark.parametrize("name", [n for n in NAMES if ":" not in n])  # the slow properties

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from deploy_harness import tiny
 
-from fleetune import widths
 from fleetune.models import Model
-from fleetune.widths import Kept, Width
+from fleetune.models.families import widths
+from fleetune.models.families.widths import Kept, Width
 
 IDS: Final = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})

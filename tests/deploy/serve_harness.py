@@ -18,8 +18,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from fleetune.deploy.serve import Front
-from fleetune.deploy.talk import Address
+from fleetune.deploy.serving.front import Front
+from fleetune.deploy.serving.openai_client import Address
 
 KEY = "engine-key"
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from deploy_harness import tiny
 
-from fleetune import answers, demo, evaluate, models
-from fleetune.cli import main
-from fleetune.commands.evaluate import held_out
-from fleetune.deploy import exports
+from fleetune import models
+from fleetune.cli.commands.eval import held_out
+from fleetune.cli.main import main
+from fleetune.deploy import export as exports
+from fleetune.evaluation import answers, measures
+from fleetune.tuning import demo
 
 
 def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
@@ -37,7 +39,7 @@ def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(
     assert said["prompt"] == row.messages[-1][1]
     packed = exports.load(Path(export["path"]))
     assert [said["text"]] == answers.generate(packed, [row], max_new_tokens=demo.ANSWER)
-    after = evaluate.evaluate(
+    after = measures.evaluate(
         packed, held_out(tmp_path / "runs" / "0001-fedit-little", offline=True)[1::2], ["loss"]
     )
     assert after["loss"] == pytest.approx(

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fleetune import models
-from fleetune.deploy import compressed_tensors, gptq, master, safe, stream
-from fleetune.deploy.exports import export
-from fleetune.deploy.master import Head, Quantised
+from fleetune.deploy.export import export
+from fleetune.deploy.formats import compressed_tensors, directory, gptq
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.models import Model
+from fleetune.models import Model, artefact, tensor_file
+from fleetune.models.artefact import Head, Quantised
 
 
 def matrix(codes: list[list[int]], scale: list[list[float]], zero: list[list[int]], bits: int) -> Quantised:
@@ -36,7 +36,7 @@ def unsigned(words: torch.Tensor) -> list[list[int]]:
 
 
 def write(model: Model, folder: Path, grids: dict[str, Quantised]) -> Path:
-    master.write(folder, model, grids, Head("rtn", {}, model.digest, model.tokenizer_digest))
+    artefact.write(folder, model, grids, Head("rtn", {}, model.digest, model.tokenizer_digest))
     return folder
 
 
@@ -51,9 +51,9 @@ def grids_of(model: Model, bits: int = 4, group: int = 32) -> dict[str, Quantise
 
 def test_words_of_four_eight_and_two_bits() -> None:
     codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 15, 9]], dtype=torch.uint8)
-    assert unsigned(safe.words(codes, 4)) == [[0xF7654321, 0x9]]
-    assert unsigned(safe.words(codes, 8)) == [[0x04030201, 0x0F070605, 0x9]]
-    assert unsigned(safe.words(codes % 4, 2)) == [[0b01_11_11_10_01_00_11_10_01]]
+    assert unsigned(directory.words(codes, 4)) == [[0xF7654321, 0x9]]
+    assert unsigned(directory.words(codes, 8)) == [[0x04030201, 0x0F070605, 0x9]]
+    assert unsigned(directory.words(codes % 4, 2)) == [[0b01_11_11_10_01_00_11_10_01]]
 
 
 def test_three_bits_run_on_over_the_ends_of_words() -> None:
@@ -63,7 +63,7 @@ def test_three_bits_run_on_over_the_ends_of_words() -> None:
     first = sum(c[i] << 3 * i for i in range(10)) | (c[10] & 3) << 30
     second = c[10] >> 2 | sum(c[11 + i] << 3 * i + 1 for i in range(10)) | (c[21] & 1) << 31
     third = c[21] >> 1 | sum(c[22 + i] << 3 * i + 2 for i in range(10))
-    assert unsigned(safe.words(codes, 3)) == [[first, second, third]]
+    assert unsigned(directory.words(codes, 3)) == [[first, second, third]]
 
 
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(1, 70), st.integers(0, 2**32 - 1))
@@ -71,7 +71,7 @@ def test_words_come_back(bits: int, rows: int, columns: int, seed: int) -> None:
     codes = torch.from_numpy(
         np.random.default_rng(seed).integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
     )
-    assert torch.equal(safe.unwords(safe.words(codes, bits), bits, columns), codes)
+    assert torch.equal(directory.unwords(directory.words(codes, bits), bits, columns), codes)
 
 
 # ---------------------------------------------------------------- packers
@@ -126,10 +126,10 @@ def test_the_codes_are_in_the_file(
     for name, q in quantised.items():
         layer = name.removesuffix(".weight")
         if to == "gptq":
-            codes = safe.unwords(stored[f"{layer}.qweight"].T, bits, q.codes.shape[1])
+            codes = directory.unwords(stored[f"{layer}.qweight"].T, bits, q.codes.shape[1])
             assert torch.equal(stored[f"{layer}.scales"].T, q.scale)
         else:
-            codes = safe.unwords(stored[f"{layer}.weight_packed"], bits, q.codes.shape[1])
+            codes = directory.unwords(stored[f"{layer}.weight_packed"], bits, q.codes.shape[1])
             assert torch.equal(stored[f"{layer}.weight_scale"], q.scale)
         assert torch.equal(codes, q.codes)
     assert (f"{layer}.weight_zero_point" in stored) == (to != "gptq" and bool(grid))
@@ -326,7 +326,7 @@ def one_tensor() -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_a_safetensors_file_and_every_damaged_byte_of_it(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    stream.write_tensors(path, one_tensor, {"k": "v"})
+    tensor_file.write_tensors(path, one_tensor, {"k": "v"})
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     assert (length + 8) % 64 == 0
@@ -339,30 +339,30 @@ def test_a_safetensors_file_and_every_damaged_byte_of_it(tmp_path: Path) -> None
     assert whole[8 + length :] == bytes(
         [7, *[0] * 7, *(b for i in range(6) for b in (i, 0, 0, 0)), 0x00, 0x3E]
     )
-    stream.compare(path, one_tensor)
+    tensor_file.compare(path, one_tensor)
     for at in range(8 + length, len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(FleetuneError, match="does not hold what was written"):
-            stream.compare(path, one_tensor)
+            tensor_file.compare(path, one_tensor)
     path.write_bytes(whole[:-1])
     with pytest.raises(FleetuneError, match="is wrong"):
-        stream.compare(path, one_tensor)
+        tensor_file.compare(path, one_tensor)
 
 
 def test_too_many_and_too_few_tensors_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    stream.write_tensors(path, one_tensor, {})
+    tensor_file.write_tensors(path, one_tensor, {})
     with pytest.raises(FleetuneError, match="b was not written"):
-        stream.compare(path, lambda: (pair for pair in one_tensor() if pair[0] != "b"))
+        tensor_file.compare(path, lambda: (pair for pair in one_tensor() if pair[0] != "b"))
     with pytest.raises(FleetuneError, match="is wrong"):
-        stream.compare(path, lambda: iter([*one_tensor(), ("d", torch.ones(1))]))
+        tensor_file.compare(path, lambda: iter([*one_tensor(), ("d", torch.ones(1))]))
 
 
 @pytest.mark.parametrize("to", ["compressed-tensors", "gptq"])
 def test_a_wrong_packer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
     compressed(tiny(), tmp_path / "m")
-    right = safe.words
-    monkeypatch.setattr(safe, "words", lambda codes, bits: right(codes.flip(1), bits))
+    right = directory.words
+    monkeypatch.setattr(directory, "words", lambda codes, bits: right(codes.flip(1), bits))
     with pytest.raises(FleetuneError, match="q_proj does not decode to its weights"):
         export(tmp_path / "m", to, tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -14,9 +14,10 @@ import torch
 from deploy_harness import QUICK, tiny
 from safetensors.torch import load_file
 
-from fleetune import models, tuned
-from fleetune.cli import main
-from fleetune.deploy.master import Master
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.models.artefact import Master
+from fleetune.tuning import finished as tuned
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_a_copied_adapter_is_compared(
 
 def test_a_slip_in_the_target_or_the_place_loads_nothing(at: Path) -> None:
     """Before torch: the whole command takes less time than its import."""
-    script = "import sys; from fleetune.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    script = "import sys; from fleetune.cli.main import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
     Path("there.gguf").touch()
     for args, said in (
         (["3", "--to", "nonsense"], "no target named 'nonsense'"),

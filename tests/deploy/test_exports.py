@@ -11,8 +11,8 @@ import pytest
 from deploy_harness import compressed, tiny
 
 from fleetune import models
-from fleetune.deploy import gguf, hf
-from fleetune.deploy.exports import TARGETS, check_place, export
+from fleetune.deploy.export import TARGETS, check_place, export
+from fleetune.deploy.formats import gguf, hf
 from fleetune.errors import ModelError, StorageError, UsageError
 
 

@@ -23,10 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fleetune import gemma, models
-from fleetune.deploy.exports import export
+from fleetune import models
+from fleetune.deploy.export import export
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import Model
+from fleetune.models.families import gemma
 
 CLASSES = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
 IDS = torch.tensor([[1, *range(262, 287), *range(40, 70)]])  # longer than the windows

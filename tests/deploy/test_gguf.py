@@ -16,13 +16,15 @@ from deploy_harness import LLAMA3, changed, compressed, on_grid, piece_tokenizer
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fleetune import models, rope
-from fleetune.deploy import gguf, master, provenance
-from fleetune.deploy.exports import export
-from fleetune.deploy.master import Head
-from fleetune.deploy.source import open_checkpoint
+from fleetune import models
+from fleetune.deploy import provenance
+from fleetune.deploy.checkpoint import open_checkpoint
+from fleetune.deploy.export import export
+from fleetune.deploy.formats import gguf
 from fleetune.errors import FleetuneError, ModelError, UsageError
-from fleetune.models import Model
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import Head
+from fleetune.models.families import rope
 
 IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
 
@@ -42,10 +44,10 @@ def fields(path: Path) -> dict[str, Any]:
     return {key: field.contents() for key, field in package.GGUFReader(path).fields.items()}
 
 
-def write(model: Model, folder: Path, **quantised: master.Quantised) -> Path:
+def write(model: Model, folder: Path, **quantised: artefact.Quantised) -> Path:
     """An artefact in which the named layers ("0.self_attn.q_proj") are on grids."""
     parts = {f"model.layers.{name}.weight": q for name, q in quantised.items()}
-    master.write(folder, model, parts, Head("rtn", {}, model.digest, model.tokenizer_digest))
+    artefact.write(folder, model, parts, Head("rtn", {}, model.digest, model.tokenizer_digest))
     return folder
 
 
@@ -346,7 +348,7 @@ def test_a_wrong_packer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_header_says_where_the_model_comes_from(tmp_path: Path) -> None:
     model = tiny()
     compressed(model, tmp_path / "m")
-    base = master.Master(tmp_path / "m").head.base
+    base = artefact.Master(tmp_path / "m").head.base
     found = fields(export(tmp_path / "m", "gguf", tmp_path / "x.gguf", made={"general.license": "mit"}).path)
     digest = hashlib.sha256((tmp_path / "m" / "master.safetensors").read_bytes()).hexdigest()
     assert {k: v for k, v in found.items() if k.startswith("fleetune.") or k == "general.license"} == {

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fleetune import gguf_tokens, models, rope
-from fleetune.cli import main
-from fleetune.deploy.exports import export
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.deploy.export import export
 from fleetune.errors import ModelError
+from fleetune.models.families import rope
+from fleetune.models.gguf import tokenizer as gguf_tokens
 
 IDS = torch.tensor([[0, 12, 200, 7, 256, 258, 31, 90, 3, *range(40, 80)]])
 LLAMA3 = {

@@ -19,11 +19,12 @@ from deploy_harness import LLAMA3, compressed, piece_tokenizer, tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fleetune import models, plain, widths
-from fleetune.cli import main
-from fleetune.deploy.exports import export
-from fleetune.models import Model
-from fleetune.widths import Width
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.deploy.export import export
+from fleetune.models import Model, chat_template
+from fleetune.models.families import widths
+from fleetune.models.families.widths import Width
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +124,7 @@ def test_tokens_and_template_come_back(pieces: bool) -> None:
         model.tokenizer = piece_tokenizer()
     with exported(model, "gguf:f32") as (_, back):
         assert len(back.tokenizer) == len(model.tokenizer)
-        assert back.tokenizer.chat_template == (model.tokenizer.chat_template or plain.TEMPLATES[1])
+        assert back.tokenizer.chat_template == (model.tokenizer.chat_template or chat_template.TEMPLATES[1])
         for text in ("hello 123 he's\n\n  ll", "<|im_start|>x<|im_end|>", " hello hell"):
             ids = model.tokenizer(text).input_ids
             assert back.tokenizer(text).input_ids == ids

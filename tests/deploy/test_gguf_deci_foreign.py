@@ -12,10 +12,12 @@ import torch
 from deci_harness import FOUND, foreign, logits, narrowed, pruned
 from transformers import AutoModelForCausalLM
 
-from fleetune import gguf_import, models, widths
-from fleetune.cli import main
+from fleetune import models
+from fleetune.cli.main import main
 from fleetune.errors import ModelError
-from fleetune.widths import KEY, Width
+from fleetune.models.families import widths
+from fleetune.models.families.widths import KEY, Width
+from fleetune.models.gguf import convert
 
 HEADS: Final = "attention.head_count"
 KEYS: Final = "attention.head_count_kv"
@@ -156,5 +158,5 @@ def test_lists_that_are_not_the_tensors_are_refused(tmp_path: Path, said: dict[s
         models.load(str(path))
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match="has shape"):
-        gguf_import.convert(path, tmp_path / "out")
+        convert.convert(path, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

@@ -10,9 +10,9 @@ import pytest
 from deploy_harness import compressed, tiny
 from serve_harness import little_file
 
-from fleetune.deploy import gguf_head
-from fleetune.deploy.exports import export
+from fleetune.deploy.export import export
 from fleetune.errors import ModelError, UsageError
+from fleetune.models.gguf import header
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_says_what_the_package_reads(file: Path) -> None:
-    head, reader = gguf_head.check(file), package.GGUFReader(file)
+    head, reader = header.check(file), package.GGUFReader(file)
     single = {
         key: field.contents()
         for key, field in reader.fields.items()
@@ -41,9 +41,9 @@ def test_no_file_that_was_cut_anywhere_is_taken(file: Path, tmp_path: Path) -> N
     for length in [*range(0, start, 97), start, len(whole) // 2, len(whole) - 1]:
         cut.write_bytes(whole[:length])
         with pytest.raises(ModelError, match=r"is cut off|is not a GGUF file"):
-            gguf_head.check(cut)
+            header.check(cut)
     cut.write_bytes(whole)
-    gguf_head.check(cut)
+    header.check(cut)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_no_file_that_was_cut_anywhere_is_taken(file: Path, tmp_path: Path) -> N
 def test_what_is_no_such_file(raw: bytes, why: str, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(raw)
     with pytest.raises(ModelError, match=why):
-        gguf_head.check(tmp_path / "x.gguf")
+        header.check(tmp_path / "x.gguf")
 
 
 def test_an_adapter_is_named_as_one(tmp_path: Path) -> None:
-    gguf_head.check(little_file(tmp_path / "x.gguf"))
+    header.check(little_file(tmp_path / "x.gguf"))
     with pytest.raises(UsageError, match="is an adapter, not a model") as caught:
-        gguf_head.check(little_file(tmp_path / "y.gguf", "adapter"))
+        header.check(little_file(tmp_path / "y.gguf", "adapter"))
     assert "--lora" in (caught.value.hint or "")
 
 
@@ -76,4 +76,4 @@ def test_a_type_that_is_not_known_here_is_left_to_the_engine(tmp_path: Path) -> 
     at = raw.index(b"token_embd.weight") + 17 + 4 + 16
     assert raw[at : at + 4] == bytes(4)  # F32
     path.write_bytes(raw[:at] + b"\xe7\x03\x00\x00" + raw[at + 4 :])
-    gguf_head.check(path)
+    header.check(path)

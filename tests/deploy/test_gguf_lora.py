@@ -14,9 +14,9 @@ from deploy_harness import tiny
 from safetensors.numpy import load_file, save_file
 
 from fleetune import adapters, models
-from fleetune.cli import main
-from fleetune.deploy import gguf_lora
-from fleetune.deploy.exports import export, export_adapter
+from fleetune.cli.main import main
+from fleetune.deploy.export import export, export_adapter
+from fleetune.deploy.formats import gguf_lora
 from fleetune.errors import FleetuneError, ModelError, UsageError
 from fleetune.models import Model
 

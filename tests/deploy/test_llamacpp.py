@@ -11,9 +11,10 @@ import torch
 from deploy_harness import compressed, tiny
 
 from fleetune.data import Encoded
-from fleetune.deploy import exports, llamacpp, measure
+from fleetune.deploy import export
+from fleetune.deploy.measure import harness, llamacpp
 from fleetune.errors import ModelError, UsageError
-from fleetune.losses import response_loss
+from fleetune.evaluation.losses import response_loss
 from fleetune.models import Model
 
 needs_engine = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp is not installed")
@@ -24,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     """A compressed model as the artefact holds it, and its file in fp32."""
     folder, model = tmp_path_factory.mktemp("made"), tiny()
     compressed(model, folder / "model")
-    exports.export(folder / "model", "gguf:f32", folder / "a.gguf")
+    export.export(folder / "model", "gguf:f32", folder / "a.gguf")
     return model, folder / "a.gguf"
 
 
@@ -84,8 +85,8 @@ def test_a_prefill_forgets_what_was_read_before(made: tuple[Model, Path]) -> Non
 @needs_engine
 def test_its_process_carries_no_torch(made: tuple[Model, Path]) -> None:
     model, file = made
-    found = measure.measured(
-        measure.Job("gguf", str(file), 1, prompt=8, generate=2, repeats=1, rows=rows()[:3])
+    found = harness.measured(
+        harness.Job("gguf", str(file), 1, prompt=8, generate=2, repeats=1, rows=rows()[:3])
     )
     assert found.peak_rss < 120e6  # torch alone is more
     ours = response_loss(model, [Encoded(np.asarray(ids, np.int32), k) for ids, k in rows()[:3]])

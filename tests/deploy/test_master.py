@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fleetune import compress, models
-from fleetune.compress import calibrate
-from fleetune.deploy.master import FILE, Head, Master, Quantised, is_master, pack, unpack, write
+from fleetune import compression, models
+from fleetune.compression.layerwise import driver
 from fleetune.errors import ModelError, StorageError
+from fleetune.models.artefact import FILE, Head, Master, Quantised, is_master, pack, unpack, write
 
 HEAD = Head("rtn", {"bits": 4}, "a" * 64, "b" * 64)
 
 
 def made(folder: Path, **values: object) -> tuple[models.Model, Master]:
     model = models.tiny_llama()
-    solver = compress.make("rtn", {"group": 8, **values})
-    parts = calibrate.run(model, solver, None, folder / "parts")
+    solver = compression.make("rtn", {"group": 8, **values})
+    parts = driver.run(model, solver, None, folder / "parts")
     write(folder / "model", model, parts, HEAD)
     return model, Master(folder / "model")
 
@@ -64,7 +64,7 @@ def test_an_artefact_holds_every_parameter_once(bits: int, tmp_path: Path) -> No
     model, master = made(tmp_path, bits=bits)
     want = dict(models.named_tensors(model.net))
     assert master.names == list(want)
-    linears = {f"{n}.weight" for _, found in calibrate.linears_of(model) for n in found}
+    linears = {f"{n}.weight" for _, found in driver.linears_of(model) for n in found}
     for name, weight in master.items():
         q = master.quantised(name)
         assert (q is not None) == (name in linears)
@@ -82,7 +82,7 @@ def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_dense_weights_replace_those_of_the_model(tmp_path: Path) -> None:
     model = models.tiny_llama()
-    name = next(iter(calibrate.linears_of(model)[0][1])) + ".weight"
+    name = next(iter(driver.linears_of(model)[0][1])) + ".weight"
     shape = dict(models.named_tensors(model.net))[name].shape
     write(tmp_path / "model", model, {name: torch.zeros(shape)}, HEAD)
     master = Master(tmp_path / "model")

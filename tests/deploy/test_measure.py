@@ -15,11 +15,12 @@ from deploy_harness import compressed, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetune.deploy import exports, measure
-from fleetune.deploy.master import Master
-from fleetune.deploy.measure import KEPT_BAR, Job, kept_gain
+from fleetune.common.memory import peak_rss
+from fleetune.deploy import export
+from fleetune.deploy.measure import harness
+from fleetune.deploy.measure.harness import KEPT_BAR, Job, kept_gain
 from fleetune.errors import DataError, FleetuneError, ModelError, UsageError
-from fleetune.memory import peak_rss
+from fleetune.models.artefact import Master
 
 # ---------------------------------------------------------------- kept gain
 
@@ -71,25 +72,25 @@ def test_bits_of_artefacts_and_files_are_exact(tmp_path: Path) -> None:
     model = tiny()
     compressed(model, tmp_path / "four", bits=4, group=32)
     compressed(tiny(), tmp_path / "three", bits=3, group=64, zero=4)
-    four, three = measure.bits(tmp_path / "four"), measure.bits(tmp_path / "three")
+    four, three = harness.bits(tmp_path / "four"), harness.bits(tmp_path / "three")
     assert four.linear == 4 + (16 + 8) / 32  # an fp16 scale and a byte's zero for 32 codes
     assert three.linear == 3 + (16 + 8) / 64
     n = {name: p.numel() for name, p in model.net.named_parameters()}
     linear = sum(count for name, count in n.items() if "proj" in name)
     assert four.all == (4.75 * linear + 32 * (sum(n.values()) - linear)) / sum(n.values())
-    exports.export(tmp_path / "four", "gguf", tmp_path / "a.gguf")
-    exports.export(tmp_path / "four", "hf:bf16", tmp_path / "bf16")
-    file = measure.bits(tmp_path / "a.gguf")
+    export.export(tmp_path / "four", "gguf", tmp_path / "a.gguf")
+    export.export(tmp_path / "four", "hf:bf16", tmp_path / "bf16")
+    file = harness.bits(tmp_path / "a.gguf")
     assert file.linear == 4.5
     norms = sum(count for name, count in n.items() if "norm" in name)
     embedding = sum(n.values()) - linear - norms
     assert file.all == (4.5 * linear + 8.5 * embedding + 32 * norms) / sum(n.values())
-    assert measure.bits(tmp_path / "bf16") == (16.0, 16.0)
+    assert harness.bits(tmp_path / "bf16") == (16.0, 16.0)
 
 
 def test_an_untied_head_is_no_matrix_of_a_block(tmp_path: Path) -> None:
     compressed(tiny("qwen2"), tmp_path / "a", bits=8, group=32, zero=128)
-    assert measure.bits(tmp_path / "a").linear == 8.75
+    assert harness.bits(tmp_path / "a").linear == 8.75
 
 
 # ---------------------------------------------------------------- speed
@@ -118,7 +119,7 @@ class Paced:
     def step(self) -> None:
         self.now += self.each
 
-    def loss(self, rows: Sequence[measure.Row]) -> float:
+    def loss(self, rows: Sequence[harness.Row]) -> float:
         raise AssertionError("not asked for")
 
     def close(self) -> None:
@@ -127,7 +128,7 @@ class Paced:
 
 def test_speed_is_the_median_of_the_passes_after_the_first() -> None:
     engine = Paced([(100.0, 100.0), (2.0, 0.5), (8.0, 0.25), (4.0, 4.0)])
-    assert measure.speed(engine, 8, 3, 3, engine.clock) == (2.0, 2.0)  # 8 tokens in 4 s, one in 0.5 s
+    assert harness.speed(engine, 8, 3, 3, engine.clock) == (2.0, 2.0)  # 8 tokens in 4 s, one in 0.5 s
     assert engine.read == [[0, 1, 2, 3, 4, 0, 1, 2]] * 4
     assert engine.room == 11
 
@@ -136,14 +137,14 @@ def test_speed_is_the_median_of_the_passes_after_the_first() -> None:
 
 
 def test_windows_are_apart_and_the_last_may_be_short() -> None:
-    assert measure.windows([[1, 2, 3], [4, 5]], 2, 9) == [
+    assert harness.windows([[1, 2, 3], [4, 5]], 2, 9) == [
         ([1, 2], 1),
         ([3, 4], 1),
     ]  # one token predicts nothing
-    assert measure.windows([[1, 2, 3, 4, 5]], 3, 9) == [([1, 2, 3], 1), ([4, 5], 1)]
-    assert measure.windows([[1, 2, 3, 4, 5]], 2, 1) == [([1, 2], 1)]
+    assert harness.windows([[1, 2, 3, 4, 5]], 3, 9) == [([1, 2, 3], 1), ([4, 5], 1)]
+    assert harness.windows([[1, 2, 3, 4, 5]], 2, 1) == [([1, 2], 1)]
     with pytest.raises(DataError, match="nothing to predict"):
-        measure.windows([[1]], 8, 2)
+        harness.windows([[1]], 8, 2)
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +154,9 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def reference(folder: Path, rows: Sequence[measure.Row]) -> float:
+def reference(folder: Path, rows: Sequence[harness.Row]) -> float:
     """Mean cross-entropy by logits of whole rows, in float64."""
-    net = exports.load(folder).net
+    net = export.load(folder).net
     total, count = 0.0, 0
     for ids, n_prompt in rows:
         logits = net(input_ids=torch.tensor([ids])).logits[0].double().detach().numpy()
@@ -170,7 +171,7 @@ def test_a_process_measures_what_the_model_gives_and_its_own_memory(artefact: Pa
     rows = [(rng.integers(0, 260, n).tolist(), k) for n, k in ((9, 4), (17, 0), (6, 5))]
     windows = [(rng.integers(0, 260, 24).tolist(), 1) for _ in range(3)]
     ours = np.ones(100_000_000)  # 800 MB here are none of the child's
-    found = measure.measured(
+    found = harness.measured(
         Job("artefact", str(artefact), 1, prompt=8, generate=2, repeats=1, rows=rows, windows=windows)
     )
     assert 100e6 < found.peak_rss < peak_rss() - 400e6
@@ -187,7 +188,7 @@ def test_a_job_is_done_with_the_threads_it_says_and_without_a_clock_where_none_i
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        found = measure.carry_out(Job("artefact", str(artefact), 1, repeats=0))
+        found = harness.carry_out(Job("artefact", str(artefact), 1, repeats=0))
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -195,7 +196,7 @@ def test_a_job_is_done_with_the_threads_it_says_and_without_a_clock_where_none_i
 
 
 def test_steps_write_the_greedy_continuation(artefact: Path) -> None:
-    from fleetune.deploy.runtimes import of_artefact
+    from fleetune.deploy.measure.torch_engine import of_artefact
 
     engine = of_artefact(str(artefact), "fp32", True)
     engine.prefill([1, 2, 3])
@@ -213,30 +214,30 @@ def test_a_module_that_lies_in_the_folder_one_stands_in_is_not_run(
 ) -> None:
     (tmp_path / "safetensors.py").write_text("raise SystemExit('run')\n")
     monkeypatch.chdir(tmp_path)
-    assert measure.measured(Job("artefact", str(artefact.resolve()), 1, repeats=0)).peak_rss > 0
+    assert harness.measured(Job("artefact", str(artefact.resolve()), 1, repeats=0)).peak_rss > 0
 
 
 def test_what_goes_wrong_in_the_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError) as told:  # not installed, or no such file: either is an error of use
-        measure.measured(Job("gguf", "no.gguf", 1))
+        harness.measured(Job("gguf", "no.gguf", 1))
     assert told.value.hint
     script = tmp_path / "dies"
     script.write_text("#!/bin/sh\necho of thirst >&2\nexit 3\n")
     script.chmod(0o755)
-    monkeypatch.setattr(measure.sys, "executable", str(script))
+    monkeypatch.setattr(harness.sys, "executable", str(script))
     with pytest.raises(FleetuneError, match=r"measuring a\.gguf ended with 3: of thirst") as ended:
-        measure.measured(Job("gguf", "a.gguf", 1))
+        harness.measured(Job("gguf", "a.gguf", 1))
     assert "signal" not in (ended.value.hint or "")
     for number, hint in ((9, "memory"), (11, "a negative number is a signal")):
         script.write_text(f"#!/bin/sh\nkill -{number} $$\n")
         with pytest.raises(FleetuneError, match=rf"ended with -{number}") as ended:
-            measure.measured(Job("gguf", "a.gguf", 1))
+            harness.measured(Job("gguf", "a.gguf", 1))
         assert hint in (ended.value.hint or "")
 
 
 def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=str(tmp_path)):
-        measure.carry_out(Job("artefact", str(tmp_path), 1))
+        harness.carry_out(Job("artefact", str(tmp_path), 1))
 
 
 # ---------------------------------------------------------------- what an export says
@@ -246,16 +247,16 @@ def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
     ("value", "said"), [(KEPT_BAR, ""), (0.62, "62 %"), (-0.1, "-10 %"), (None, ""), (1.2, "")]
 )
 def test_an_export_warns_below_the_bar(value: float | None, said: str, artefact: Path) -> None:
-    file, master = artefact.parent / measure.FILE, Master(artefact)
+    file, master = artefact.parent / harness.FILE, Master(artefact)
     file.write_text(json.dumps({"digest": master.digest(), "kept": {"loss": {"value": value}}}))
-    text = measure.warning(master)
+    text = harness.warning(master)
     assert (said in text) if said else text == ""
 
 
 def test_a_measure_of_another_artefact_or_a_damaged_one_says_nothing(artefact: Path) -> None:
-    file, master = artefact.parent / measure.FILE, Master(artefact)
+    file, master = artefact.parent / harness.FILE, Master(artefact)
     for text in ('{"digest": "x", "kept": {"loss": {"value": 0.1}}}', "{", "[]", '{"kept": {}}'):
         file.write_text(text)
-        assert measure.warning(master) == ""
+        assert harness.warning(master) == ""
     file.unlink()
-    assert measure.warning(master) == ""
+    assert harness.warning(master) == ""

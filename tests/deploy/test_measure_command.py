@@ -14,17 +14,19 @@ import pytest
 import torch
 from deploy_harness import tiny
 
-from fleetune import compress, models, rundir, tuned
-from fleetune.cli import main
-from fleetune.commands import compress as compressing
-from fleetune.commands import kept, layerwise
-from fleetune.compress import calibrate
+from fleetune import compression, models
+from fleetune.cli.commands import compress as compressing
+from fleetune.cli.console import Ui
+from fleetune.cli.main import main
+from fleetune.compression.jobs import compressed_base, solve
+from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
-from fleetune.deploy import llamacpp, measure, runtimes
-from fleetune.deploy.master import Master, Quantised
+from fleetune.deploy.measure import harness, llamacpp, torch_engine
 from fleetune.errors import FleetuneError, Interrupted
-from fleetune.losses import response_loss
-from fleetune.ui import Ui
+from fleetune.evaluation.losses import response_loss
+from fleetune.models.artefact import Master, Quantised
+from fleetune.runs import rundir
+from fleetune.tuning import finished
 
 RUN = [
     "--method", "fedit", "--set", "r=2", "--set", "lr=1e-2", "--limit", "60", "--held-out", "8", "--max-length",
@@ -59,7 +61,7 @@ def at(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """A copy to work in, where models are measured in this process."""
     shutil.copytree(made, tmp_path / "work", symlinks=True)
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(measure, "measured", measure.carry_out)
+    monkeypatch.setattr(harness, "measured", harness.carry_out)
     before = torch.get_num_threads()
     yield tmp_path / "work"
     torch.set_num_threads(before)
@@ -100,7 +102,7 @@ def test_the_kept_gain_of_a_compressed_run(at: Path, capsys: pytest.CaptureFixtu
         assert rows[name]["engine"] == "llama.cpp"
         assert rows[name]["bits_linear"] == 4.5
         assert rows[name]["loss"] == pytest.approx(c, rel=0.01)  # its embedding is Q8_0
-    kept_down = json.loads((folder / measure.FILE).read_text())
+    kept_down = json.loads((folder / harness.FILE).read_text())
     assert kept_down["digest"] == Master(folder / "model").digest()
     assert kept_down["kept"]["loss"]["value"] == pytest.approx(value)
     assert "compressed the same way" in err
@@ -110,9 +112,9 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
     """By hand: the run's rows as tokens, the solver on the base; a stopped one goes on with its blocks."""
     folder = folder_of(at)
     shutil.rmtree(folder / "base", ignore_errors=True)
-    path = kept.base_of(Ui(quiet=2), folder, offline=True)
+    path = compressed_base.base_of(Ui(quiet=2), folder, offline=True)
     own, base = Master(folder / "model").head, models.load("little")
-    windows = calibrate.windows(
+    windows = driver.windows(
         [row.ids for row in encode_all(_calibrated_on(folder), base.tokenizer, 160)[0]], 32, 4
     )
     told = {
@@ -121,7 +123,7 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
         "sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
     }
     assert told == own.calibration == Master(path).head.calibration
-    parts = calibrate.run(base, compress.make("optq", {}), windows, at / "parts")
+    parts = driver.run(base, compression.make("optq", {}), windows, at / "parts")
     for name, weight in parts.items():
         assert isinstance(weight, Quantised)
         found = Master(path).quantised(name)
@@ -130,12 +132,12 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
         assert torch.equal(found.scale, weight.scale)
     assert not (folder / "base" / "parts").exists()
     before = (path / "master.safetensors").stat().st_mtime_ns
-    assert kept.base_of(Ui(quiet=2), folder, offline=True) == path
+    assert compressed_base.base_of(Ui(quiet=2), folder, offline=True) == path
     assert (path / "master.safetensors").stat().st_mtime_ns == before  # made once
 
 
 def test_the_base_is_loaded_when_the_run_s_model_is_gone(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, real_tuned = models.load, tuned.load
+    real, real_tuned = models.load, finished.load
     loaded, held = list[models.Model](), list[int]()
 
     def load(*args: Any, **given: Any) -> models.Model:
@@ -147,17 +149,17 @@ def test_the_base_is_loaded_when_the_run_s_model_is_gone(at: Path, monkeypatch: 
         return loaded[-1]
 
     monkeypatch.setattr(models, "load", load)
-    monkeypatch.setattr(tuned, "load", load_tuned)
-    job = kept._job(folder_of(at), True, Ui(quiet=2))
+    monkeypatch.setattr(finished, "load", load_tuned)
+    job = compressed_base._job(folder_of(at), True, Ui(quiet=2))
     assert len(loaded) == 1
     assert held[-1] == 0
     assert job.subject.model.digest == real("little").digest
 
 
 def _calibrated_on(folder: Path) -> Any:
-    from fleetune.commands import evaluate
+    from fleetune.cli.commands import eval
 
-    return evaluate.held_out(Path(compressing.read(folder).model), offline=True)[::2]
+    return eval.held_out(Path(compressing.read(folder).model), offline=True)[::2]
 
 
 def test_a_stopped_base_is_gone_on_with_and_says_how(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,21 +182,21 @@ def test_a_stopped_base_is_gone_on_with_and_says_how(at: Path, monkeypatch: pyte
             return self.asked > 9  # in the second block
 
     with monkeypatch.context() as patch:
-        patch.setattr(layerwise, "Brake", Pulled)
+        patch.setattr(solve, "Brake", Pulled)
         with pytest.raises(Interrupted) as stopped:
-            kept.base_of(Ui(quiet=2), folder, offline=True)
+            compressed_base.base_of(Ui(quiet=2), folder, offline=True)
     assert stopped.value.hint == f"fleetune measure {folder} --kept-gain"
     (block,) = (folder / "base" / "parts").glob("block-*")
     before = block.stat().st_mtime_ns
     seen = list[int]()
-    run = calibrate.run
+    run = driver.run
 
     def watched(*args: Any, **given: Any) -> Any:
         seen.append(block.stat().st_mtime_ns)
         return run(*args, **given)
 
-    monkeypatch.setattr(calibrate, "run", watched)
-    kept.base_of(Ui(quiet=2), folder, offline=True)
+    monkeypatch.setattr(driver, "run", watched)
+    compressed_base.base_of(Ui(quiet=2), folder, offline=True)
     assert seen == [before]
 
 
@@ -258,10 +260,10 @@ def test_a_kept_gain_stays_known_and_a_damaged_record_is_written_anew(
     known = {"loss": {"metric": "loss", "gain": 1.0, "value": 0.5, "text": "half"}}
     record = {"digest": Master(folder / "model").digest(), "kept": known}
     for text, told in ((json.dumps(record), known), ('{"kept', {}), ("[]", {}), ("{}", {})):
-        (folder / measure.FILE).write_text(text)
+        (folder / harness.FILE).write_text(text)
         code, _, err = call(capsys, "measure", str(folder), "--limit", "1", *FAST)
         assert code == 0, err
-        assert json.loads((folder / measure.FILE).read_text())["kept"] == told
+        assert json.loads((folder / harness.FILE).read_text())["kept"] == told
 
 
 def test_the_table_on_a_terminal_says_what_is_next(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,19 +276,19 @@ def test_the_table_on_a_terminal_says_what_is_next(at: Path, capsys: pytest.Capt
     assert [line.split()[0] for line in lines[2:5]] == ["base", "tuned", "compressed"]
     assert f"fleetune measure {folder_of(at)} --kept-gain".replace(f"{at}/", "") in out
     assert "threads: 1" in err
-    assert json.loads((folder_of(at) / measure.FILE).read_text())["kept"] == {}
+    assert json.loads((folder_of(at) / harness.FILE).read_text())["kept"] == {}
 
 
 def test_a_file_that_its_engine_does_not_run_costs_no_other_row(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(job: measure.Job) -> measure.Measured:
+    def measured(job: harness.Job) -> harness.Measured:
         if job.kind == "gguf":
             raise FleetuneError("undefined symbol: llama_init")
-        return measure.carry_out(job)
+        return harness.carry_out(job)
 
     monkeypatch.setattr(llamacpp, "available", lambda: True)
-    monkeypatch.setattr(measure, "measured", measured)
+    monkeypatch.setattr(harness, "measured", measured)
     code, told, err = call(capsys, "measure", "2", "--limit", "1", *FAST)
     assert code == 0, err
     assert [row["name"] for row in told[-1]["rows"]] == ["base", "tuned", "compressed"]
@@ -313,7 +315,7 @@ def test_an_export_says_when_too_little_of_the_gain_is_kept(
     folder = folder_of(at)
     for value, warned in ((0.5, True), (0.95, False)):
         record = {"digest": Master(folder / "model").digest(), "kept": {"loss": {"value": value}}}
-        (folder / measure.FILE).write_text(json.dumps(record))
+        (folder / harness.FILE).write_text(json.dumps(record))
         code, told, err = call(capsys, "export", "2", "--to", "hf", "--path", f"hf-{warned}")
         assert code == 0, err
         assert any("50 % is kept" in note for note in told[-1]["notes"]) == warned
@@ -341,13 +343,13 @@ def test_an_export_is_run_where_it_is_for(at: Path, capsys: pytest.CaptureFixtur
 def test_an_export_is_checked_without_a_network_where_none_is_wanted(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = list[measure.Job]()
+    jobs = list[harness.Job]()
 
-    def measured(job: measure.Job) -> measure.Measured:
+    def measured(job: harness.Job) -> harness.Measured:
         jobs.append(job)
-        return measure.Measured(0, None, None, {"perplexity": 2.0})
+        return harness.Measured(0, None, None, {"perplexity": 2.0})
 
-    monkeypatch.setattr(measure, "measured", measured)
+    monkeypatch.setattr(harness, "measured", measured)
     args = ["export", "1", "--to", "hf", "--path", "quiet", "--text", "text.txt", "--offline"]
     assert call(capsys, *args)[0] == 0
     assert [(job.kind, job.offline) for job in jobs] == [("run", True), ("transformers", True)]
@@ -356,8 +358,8 @@ def test_an_export_is_checked_without_a_network_where_none_is_wanted(
 def test_a_runtime_that_is_not_there_is_named(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacking = runtimes.RUNTIMES["gguf"]._replace(modules=("no_such_engine",))
-    monkeypatch.setattr(runtimes, "RUNTIMES", {"gguf": lacking})
+    lacking = torch_engine.RUNTIMES["gguf"]._replace(modules=("no_such_engine",))
+    monkeypatch.setattr(torch_engine, "RUNTIMES", {"gguf": lacking})
     code, told, err = call(capsys, "export", "2", "--to", "gguf", "--path", "c.gguf", "--text", "text.txt")
     assert (code, told[-1]["runtime"]) == (0, None)
     assert "not run: llama.cpp for gguf: pip install 'fleetune[llamacpp]'" in err

@@ -15,12 +15,12 @@ from deploy_harness import changed, compressed, on_grid, tiny
 from safetensors.torch import load_file
 
 from fleetune import models
-from fleetune.deploy import master, mlx, safe
-from fleetune.deploy.exports import export
-from fleetune.deploy.master import Head, Quantised
-from fleetune.deploy.source import open_checkpoint
+from fleetune.deploy.checkpoint import open_checkpoint
+from fleetune.deploy.export import export
+from fleetune.deploy.formats import directory, mlx
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.models import Model
+from fleetune.models import Model, artefact
+from fleetune.models.artefact import Head, Quantised
 
 IDS = [260, 12, 200, 7, 256, 258, 31, 90, 261]
 LLAMA3 = {
@@ -41,7 +41,7 @@ def unsigned(words: torch.Tensor) -> list[list[int]]:
 
 
 def write(model: Model, folder: Path, grids: dict[str, Quantised]) -> Path:
-    master.write(folder, model, grids, Head("rtn", {}, model.digest, model.tokenizer_digest))
+    artefact.write(folder, model, grids, Head("rtn", {}, model.digest, model.tokenizer_digest))
     return folder
 
 
@@ -92,7 +92,7 @@ def test_codes_scales_and_biases_are_the_masters(
     stored = load_file(tmp_path / "out" / "model.safetensors")
     for name, q in quantised.items():
         layer = name.removesuffix(".weight")
-        codes = safe.unwords(stored[name].view(torch.int32), bits, q.codes.shape[1])
+        codes = directory.unwords(stored[name].view(torch.int32), bits, q.codes.shape[1])
         assert torch.equal(codes, q.codes)
         scales, biases = stored[f"{layer}.scales"], stored[f"{layer}.biases"]
         assert torch.equal(scales.float(), q.scale.float())

@@ -16,15 +16,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fleetune import models, plain
-from fleetune.cli import main
-from fleetune.commands import serve
+from fleetune import models
+from fleetune.cli.commands import serve
+from fleetune.cli.console import Ui
+from fleetune.cli.main import main
 from fleetune.data import Example
 from fleetune.data.encode import encode_all, prompt_ids
-from fleetune.deploy import engines, tokens
-from fleetune.deploy.exports import export
-from fleetune.models import Model
-from fleetune.ui import Ui
+from fleetune.deploy.export import export
+from fleetune.deploy.formats import gguf_vocabulary
+from fleetune.deploy.serving import engines
+from fleetune.models import Model, chat_template
 
 TALKS = (
     (("user", "hello"),),
@@ -104,7 +105,7 @@ def test_the_file_read_back_has_the_same_rows_and_is_told_by_the_same_digest(
     own = WORDS[kind]()
     compressed(speechless(own), tmp_path / "m")
     back = models.load(str(export(tmp_path / "m", "gguf", tmp_path / "x.gguf").path))
-    assert back.tokenizer.chat_template in plain.TEMPLATES
+    assert back.tokenizer.chat_template in chat_template.TEMPLATES
     examples = [Example(talk, "hell. 1\n", {}) for talk in TALKS]
     for mine, read in zip(
         encode_all(examples, own, LONG)[0], encode_all(examples, back.tokenizer, LONG)[0], strict=True
@@ -147,7 +148,7 @@ def test_where_a_template_would_give_other_tokens_there_is_a_note_and_none(tmp_p
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     compressed(speechless(words), tmp_path / "m")
     report = export(tmp_path / "m", "hf", tmp_path / "x")
-    assert tokens.UNSAID in report.notes
+    assert gguf_vocabulary.UNSAID in report.notes
     assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template is None
 
 
@@ -161,13 +162,13 @@ def test_a_run_carries_it_and_a_server_of_directories_gets_one_that_does(
         main(["tune", "base", "demo", "--method", "fedit", "--set", "r=2", *QUICK, "--offline", "-qq"]) == 0
     )
     assert main(["export", "latest", "--to", "hf", "--path", "tuned"]) == 0
-    assert AutoTokenizer.from_pretrained(tmp_path / "tuned").chat_template in plain.TEMPLATES
+    assert AutoTokenizer.from_pretrained(tmp_path / "tuned").chat_template in chat_template.TEMPLATES
     asked = Namespace(subject="base", out="runs", offline=True)
     transformers = next(engine for engine in engines.ENGINES if engine.reads == "hf")
     (tmp_path / "s").mkdir()
     served = serve._model(asked, Ui(quiet=2), None, transformers, tmp_path / "s")
     assert served != tmp_path / "base"
-    assert AutoTokenizer.from_pretrained(served).chat_template in plain.TEMPLATES
+    assert AutoTokenizer.from_pretrained(served).chat_template in chat_template.TEMPLATES
     asked.subject = "tuned"
     assert serve._model(asked, Ui(quiet=2), None, transformers, tmp_path / "s") == Path("tuned")
 

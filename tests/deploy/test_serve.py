@@ -18,9 +18,9 @@ from contextlib import suppress
 import pytest
 from serve_harness import KEY, Upstream, ask, door, error_of, raw, running
 
-from fleetune.deploy import serve
-from fleetune.deploy.serve import MAX_BODY, Front
-from fleetune.deploy.talk import Address
+from fleetune.deploy.serving import front as serve
+from fleetune.deploy.serving.front import MAX_BODY, Front
+from fleetune.deploy.serving.openai_client import Address
 from fleetune.errors import UsageError
 
 CHAT = "/v1/chat/completions"

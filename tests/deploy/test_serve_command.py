@@ -22,16 +22,19 @@ import pytest
 from deploy_harness import compressed, tiny
 from serve_harness import Upstream, little_file, lives, running, stand_in, starts
 
-from fleetune import answers, models, tuned
-from fleetune.cli import main
-from fleetune.commands import chat, serve
+from fleetune import models
+from fleetune.cli.commands import chat, serve
+from fleetune.cli.main import main
+from fleetune.common.display import clean
 from fleetune.data import Example
 from fleetune.data.encode import prompt_ids
-from fleetune.deploy import engines, exports, threads
-from fleetune.deploy.talk import Refused
-from fleetune.losses import context
+from fleetune.deploy import export
+from fleetune.deploy.serving import engines, threads
+from fleetune.deploy.serving.openai_client import Refused
+from fleetune.evaluation import answers
+from fleetune.evaluation.losses import context
 from fleetune.models import Model
-from fleetune.text import clean
+from fleetune.tuning import finished
 
 PATH = os.environ["PATH"]
 
@@ -277,7 +280,7 @@ def test_a_compressed_model_is_exported_and_an_export_that_is_there_is_taken(at,
     assert {start["--alias"] for start in seen} == {"0003-rtn-tiny.gguf"}
     assert {start["magic"] for start in seen} == {"GGUF"}
     assert not any(Path(start["--model"]).exists() for start in seen)
-    exports.export(folder / "model", "gguf", folder / "kept.gguf")
+    export.export(folder / "model", "gguf", folder / "kept.gguf")
     assert call(capsys, "chat", "latest", "--prompt", "hello", "--threads", "1")[0] == 0
     assert starts(at / "bin")[-1]["--model"] == str(folder / "kept.gguf")
 
@@ -341,7 +344,7 @@ def test_a_finished_run_is_served_and_asked_as_it_was_tuned(at, plain, capsys):
     code, told, _ = call(capsys, "chat", "latest", *args)
     (run,) = Path("runs").glob("0001-*")
     (wanted,) = answers.generate(
-        tuned.load(run, device="cpu"), [Example((("user", "hello"),), "", {})], max_new_tokens=12
+        finished.load(run, device="cpu"), [Example((("user", "hello"),), "", {})], max_new_tokens=12
     )
     assert (code, told) == (0, clean(wanted) + "\n")
     assert call(capsys, "chat", str(plain), *args)[1] != told
@@ -455,7 +458,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_came(capsys):
         finally:
             closed.append(len(turns))
 
-    from fleetune.ui import Ui
+    from fleetune.cli.console import Ui
 
     turns = chat._exchange(Ui(), answer, [{"role": "user", "content": "count"}])
     assert turns[1:] == [{"role": "assistant", "content": "one"}]
@@ -550,7 +553,7 @@ def test_torch_answers_from_a_gguf_and_a_compressed_model(at, model, capsys, mon
     monkeypatch.setenv("FLEETUNE_HOME", str(at / "cache"))
     on_grid = tiny()
     compressed(on_grid, Path("small"))
-    exports.export(Path("small"), "gguf", Path("small.gguf"))
+    export.export(Path("small"), "gguf", Path("small.gguf"))
     (wanted,) = answers.generate(on_grid, [Example((("user", "hello"),), "", {})], max_new_tokens=8)
     args = ["--engine", "torch", "--threads", "1", "--prompt", "hello", "--max-tokens", "8"]
     assert call(capsys, "chat", "small", *args)[:2] == (0, clean(wanted) + "\n")

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from serve_harness import Upstream, little_file, lives, running, stand_in, starts
 
 from fleetune import models
-from fleetune.deploy import engines, exports, talk, threads
-from fleetune.deploy.engines import ENGINES, Wanted
+from fleetune.deploy import export
+from fleetune.deploy.serving import engines, openai_client, threads
+from fleetune.deploy.serving.engines import ENGINES, Wanted
 from fleetune.errors import FleetuneError, UsageError
 
 LLAMA, XLLAMACPP, TRANSFORMERS = ENGINES
@@ -54,7 +55,7 @@ def test_llama_server_is_told_all_and_the_key_is_in_no_list_of_processes(path):
 @pytest.mark.parametrize("engine", [XLLAMACPP, TRANSFORMERS])
 def test_packages_run_in_a_python_that_reads_no_modules_from_the_folder_it_stands_in(engine):
     assert engine.command(WANTED) == [
-        sys.executable, "-P", "-m", "fleetune.deploy.child", engine.name, "/models/a b.gguf", "4711", "3", "2048",
+        sys.executable, "-P", "-m", "fleetune.deploy.serving.engine_process", engine.name, "/models/a b.gguf", "4711", "3", "2048",
     ]  # fmt: skip
 
 
@@ -89,10 +90,10 @@ def test_an_engine_lives_as_long_as_the_block_and_takes_its_own_key(path, gguf):
         assert engine.healthy()
         assert (start["--host"], start["--ctx-size"], start["magic"]) == ("127.0.0.1", "512", "GGUF")
         body = {"messages": [{"role": "user", "content": "hello"}]}
-        assert "".join(talk.pieces(engine.address, "/v1/chat/completions", body)) == "1:hello"
-        stranger = talk.Address(engine.address.host, engine.address.port, "guess")
-        with pytest.raises(talk.Refused, match="no key"):
-            list(talk.pieces(stranger, "/v1/chat/completions", body))
+        assert "".join(openai_client.pieces(engine.address, "/v1/chat/completions", body)) == "1:hello"
+        stranger = openai_client.Address(engine.address.host, engine.address.port, "guess")
+        with pytest.raises(openai_client.Refused, match="no key"):
+            list(openai_client.pieces(stranger, "/v1/chat/completions", body))
         pid = start["pid"]
         assert lives(pid)
     assert not lives(pid)
@@ -200,11 +201,11 @@ def test_a_real_engine_serves_what_was_exported_for_it(engine, tmp_path):
     source = tmp_path / "plain"
     models.save(model.net, model.tokenizer, source)
     if engine.reads == "gguf":
-        exports.export(source, "gguf", tmp_path / "tiny.gguf")
+        export.export(source, "gguf", tmp_path / "tiny.gguf")
         source = tmp_path / "tiny.gguf"
     with engines.started(engine, source, 1, 512) as found:
         body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "temperature": 0}
-        assert "".join(talk.pieces(found.address, "/v1/chat/completions", body))
+        assert "".join(openai_client.pieces(found.address, "/v1/chat/completions", body))
         assert threads.speed(found.address) > 0
         request = urllib.request.Request(
             f"http://127.0.0.1:{found.address.port}/v1/models", headers=found.address.headers()
@@ -277,22 +278,22 @@ def test_an_answer_is_read_piece_by_piece_and_a_break_is_no_end():
     upstream.go.clear()
     body = {"messages": []}
     with running(upstream):
-        written = talk.pieces(upstream.address, "/v1/chat/completions", body)
+        written = openai_client.pieces(upstream.address, "/v1/chat/completions", body)
         assert next(written) == "Par"
         upstream.go.set()
         assert list(written) == ["is", "."]
         assert json.loads(upstream.seen[-1][3]) == {"messages": [], "stream": True}
         upstream.mode = "die"
-        written = talk.pieces(upstream.address, "/v1/chat/completions", body)
+        written = openai_client.pieces(upstream.address, "/v1/chat/completions", body)
         assert next(written) == "Par"
-        with pytest.raises((OSError, talk.http.client.HTTPException)):
+        with pytest.raises((OSError, openai_client.http.client.HTTPException)):
             next(written)
         upstream.mode = "refuse"
-        with pytest.raises(talk.Refused, match="the context is full"):
-            next(talk.pieces(upstream.address, "/v1/chat/completions", body))
+        with pytest.raises(openai_client.Refused, match="the context is full"):
+            next(openai_client.pieces(upstream.address, "/v1/chat/completions", body))
         upstream.mode = "plain"
-        with pytest.raises(talk.Refused, match="HTTP 500: Internal Server Error"):
-            next(talk.pieces(upstream.address, "/v1/chat/completions", body))
+        with pytest.raises(openai_client.Refused, match="HTTP 500: Internal Server Error"):
+            next(openai_client.pieces(upstream.address, "/v1/chat/completions", body))
 
 
 # Threads ----------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from deploy_harness import tiny
 from transformers import MistralConfig, MistralForCausalLM
 
 from fleetune import models
-from fleetune.cli import main
-from fleetune.text import human_bytes
+from fleetune.cli.main import main
+from fleetune.common.display import human_bytes
 
 RTN = ("--method", "rtn", "--set", "group=8")
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from deploy_harness import compressed, tiny
 
-from fleetune import models, widths
-from fleetune.deploy import exports
-from fleetune.deploy.exports import export
+from fleetune import models
+from fleetune.deploy import export as exports
+from fleetune.deploy.export import export
 from fleetune.errors import UsageError
 from fleetune.models import Model
-from fleetune.shapes import shape_of
-from fleetune.widths import Kept
+from fleetune.models.families import widths
+from fleetune.models.families.widths import Kept
+from fleetune.planning.shapes import shape_of
 
 IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
 

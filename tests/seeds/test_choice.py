@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fleetune import cli, costs, models, plan, shapes
+from fleetune import models
+from fleetune.cli import main
 from fleetune.errors import UsageError
 from fleetune.models import tiny_llama
-from fleetune.seeds import choice
+from fleetune.planning import device_cost, plan, shapes
+from fleetune.seeds import kernel_choice
 from fleetune.seeds.view import kernels
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -51,7 +53,11 @@ def _work(folder: Path, wanted: str) -> dict:
         *map(str, (folder / "model", folder / "rows.jsonl", folder / "runs")),
     ]
     done = subprocess.run(
-        command, env=os.environ | {choice.VARIABLE: wanted}, capture_output=True, text=True, timeout=300
+        command,
+        env=os.environ | {kernel_choice.VARIABLE: wanted},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -72,33 +78,33 @@ def test_either_kernels_give_the_same_digests_and_torchs_load_no_numba(tmp_path)
     ],
 )  # fmt: skip
 def test_the_environment_chooses(monkeypatch, word, device, want):
-    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    monkeypatch.delenv(kernel_choice.VARIABLE, raising=False)
     if word is not None:
-        monkeypatch.setenv(choice.VARIABLE, word)
+        monkeypatch.setenv(kernel_choice.VARIABLE, word)
     assert kernels(device).__name__ == f"fleetune.seeds.kernels_{want}"
 
 
 def test_what_a_caller_asks_for_goes_before_the_environment(monkeypatch):
     for word, other in (("numba", "torch"), ("torch", "numba")):
-        monkeypatch.setenv(choice.VARIABLE, word)
+        monkeypatch.setenv(kernel_choice.VARIABLE, word)
         assert kernels(CPU, other).__name__ == f"fleetune.seeds.kernels_{other}"
 
 
 def test_numba_where_it_cannot_be_is_refused(monkeypatch):
-    monkeypatch.setenv(choice.VARIABLE, "numba")
+    monkeypatch.setenv(kernel_choice.VARIABLE, "numba")
     with pytest.raises(UsageError, match="on meta") as error:
         kernels(META)
     assert "FLEETUNE_KERNELS=auto" in error.value.hint
     monkeypatch.setitem(sys.modules, "fleetune.seeds.kernels_numba", None)  # as if Numba were not there
     with pytest.raises(UsageError, match="not usable here"):
         kernels(CPU)
-    monkeypatch.setenv(choice.VARIABLE, "auto")
+    monkeypatch.setenv(kernel_choice.VARIABLE, "auto")
     assert kernels(CPU).__name__ == "fleetune.seeds.kernels_torch"
 
 
 def test_another_word_is_refused_before_any_work(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv(choice.VARIABLE, "moon")
-    assert cli.main(["tune", "no such model", "no such data", "--out", str(tmp_path)]) == 2
+    monkeypatch.setenv(kernel_choice.VARIABLE, "moon")
+    assert main.main(["tune", "no such model", "no such data", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "no kernels named 'moon'" in said
     assert "FLEETUNE_KERNELS to auto, numba or torch" in said
@@ -108,11 +114,11 @@ def test_another_word_is_refused_before_any_work(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(("word", "counted"), [("auto", 104), ("numba", 104), ("torch", 10)])
 def test_the_plan_counts_the_chosen_kernels(monkeypatch, word, counted):
-    monkeypatch.setenv(choice.VARIABLE, word)
+    monkeypatch.setenv(kernel_choice.VARIABLE, word)
     rows = plan.table(tiny_llama().net.config, plan.Work(), rates=plan.Rates(1e11, 1e10))
     floor = {row.method: row.parts["floor"] for row in rows}
     for name in ("mezo", "zosgd", "fedkseed", "onebyte"):
-        assert floor[name] - floor["inference"] == counted * costs.MIB
+        assert floor[name] - floor["inference"] == counted * device_cost.MIB
     assert floor["full SGD"] == floor["inference"]
 
 
@@ -120,10 +126,10 @@ def test_the_plan_counts_the_time_of_the_chosen_kernels(monkeypatch):
     config, work, rates = tiny_llama().net.config, plan.Work(steps=5), plan.Rates(1e11, 1e10)
     seconds = {}
     for word in ("auto", "numba", "torch"):
-        monkeypatch.setenv(choice.VARIABLE, word)
+        monkeypatch.setenv(kernel_choice.VARIABLE, word)
         seconds[word] = {row.method: row.seconds for row in plan.table(config, work, rates=rates)}
     assert seconds["auto"] == seconds["numba"]
-    more = costs.SWEEP["torch"] - costs.SWEEP["numba"]
+    more = device_cost.SWEEP["torch"] - device_cost.SWEEP["numba"]
     weights = 4 * shapes.shape_of(config).params
     assert seconds["torch"]["mezo"] - seconds["numba"]["mezo"] == pytest.approx(5 * 2 * more * weights / 1e10)
     assert seconds["torch"]["full SGD"] == seconds["numba"]["full SGD"]

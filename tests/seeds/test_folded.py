@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fleetune import models
-from fleetune.seeds import folded
+from fleetune.seeds import folded_sums
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.view import View
 
@@ -78,8 +78,8 @@ def test_sums_that_could_pass_2_to_24_are_not_folded(monkeypatch):
 
 def test_difference_leads_from_one_point_to_the_other():
     a, b = point("pooled", 4, 9, 0), point("pooled", 4, 9, 1)
-    left = folded.difference(b, a)
+    left = folded_sums.difference(b, a)
     for id in np.union1d(a.ids, b.ids):
         rows = [p.tables[p.ids == id].sum(axis=0) for p in (a, b, left)]
         assert np.array_equal(rows[0] + rows[2], rows[1])
-    assert len(folded.difference(a, a).ids) == 0
+    assert len(folded_sums.difference(a, a).ids) == 0

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fleetune import compiled
+from fleetune.common import numba_cache
 from fleetune.seeds import kernels_numba, kernels_torch, noise
 from fleetune.seeds.noise import TILE, Passes
 
@@ -404,10 +404,10 @@ def twice(x):
 def test_compiling_needs_no_folder_and_no_disk(monkeypatch):
     x = np.ones(3)
     monkeypatch.setattr(numba.core.caching.Cache, "save_overload", full_disk)
-    compiled.kept(twice)(x)
+    numba_cache.kept(twice)(x)
     assert x.tolist() == [2.0] * 3
     monkeypatch.setattr(numba, "njit", without_folder(numba.njit))
-    compiled.kept(twice)(x)
+    numba_cache.kept(twice)(x)
     assert x.tolist() == [4.0] * 3
 
 

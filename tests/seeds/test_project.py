@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from fleetune import models
 from fleetune.data.encode import Encoded, collate
+from fleetune.models.model import named_tensors
 from fleetune.seeds import noise
 from fleetune.seeds.project import Copies, Projection, descend, fold
 from fleetune.seeds.spsa import Position
 from fleetune.seeds.view import View, kernels
-from fleetune.weights import named_tensors
 
 KEY, EPOCH = 0x0123456789ABCDEF, 3
 SHAPES = {"a": (70, 61), "b": (4096,), "c": (1,), "d": (3, 2731), "e": (4097,)}  # 4270, 4096, 1, 8193, 4097

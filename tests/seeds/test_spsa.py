@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from fleetune.data.encode import Batch, collate, encode_all
 from fleetune.data.examples import Example
-from fleetune.methods._zeroth import draw, pool_ids
+from fleetune.evaluation.objectives import get
 from fleetune.models import Model, digest, named_tensors, tiny_llama
-from fleetune.objectives import get
 from fleetune.seeds import noise
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.spsa import Position, Steps, descend, two_point, uniforms
 from fleetune.seeds.view import View
+from fleetune.tuning.methods._zeroth import draw, pool_ids
 
 KEY, K, GRID = 0x5EED, 64, float(np.float32(1e-6))
 

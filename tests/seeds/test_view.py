@@ -25,8 +25,8 @@ from transformers import (
 from fleetune.data.encode import Batch, collate, encode_all
 from fleetune.data.examples import Example
 from fleetune.errors import ModelError
+from fleetune.evaluation.objectives import get
 from fleetune.models import DTYPES, Model, digest, named_tensors, tiny_llama, uniform
-from fleetune.objectives import get
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds import noise
 from fleetune.seeds import view as views

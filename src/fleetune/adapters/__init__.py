@@ -6,6 +6,8 @@
 kind of module; what they share is `core.py`.
 """
 
+from fleetune.adapters.bitfit import Bitfit, Full
+from fleetune.adapters.bottleneck import Bottleneck
 from fleetune.adapters.core import (
     Attached,
     Part,
@@ -20,13 +22,11 @@ from fleetune.adapters.core import (
     trainable,
     training,
 )
-from fleetune.adapters.eva import directions
 from fleetune.adapters.folder import load, save
 from fleetune.adapters.lora import INITS, Lora, attach_lora, pairs, take_out, taken
+from fleetune.adapters.lora_init_eva import directions
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
-from fleetune.adapters.selective import Bitfit, Full
-from fleetune.adapters.serial import Bottleneck
 
 __all__ = [
     "INITS", "Attached", "Bitfit", "Bottleneck", "Full", "Lora", "Part", "Prefix", "Prompt", "Spec", "attach",

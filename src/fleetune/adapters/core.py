@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from fleetune import models
-from fleetune.adapters.layers import head_of
-from fleetune.adapters.selective import Replaced
+from fleetune.adapters.bitfit import Replaced
 from fleetune.errors import MessageError, ModelError
-from fleetune.models import Model
+from fleetune.models.layers import head_of
+from fleetune.models.model import Model
 
 
 class Part(Protocol):

@@ -27,17 +27,18 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fleetune import fetch, models
+from fleetune import models
+from fleetune.adapters.bitfit import Bitfit, Full
+from fleetune.adapters.bottleneck import Bottleneck
 from fleetune.adapters.core import Attached, Spec, attach, attached, detach, load_
-from fleetune.adapters.layers import head_of, is_causal, layers_of
 from fleetune.adapters.lora import ADAPTER, Lora, LoraPart, taken
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
-from fleetune.adapters.selective import Bitfit, Full
-from fleetune.adapters.serial import Bottleneck
+from fleetune.common.folders import staged
 from fleetune.errors import FleetuneError, ModelError
-from fleetune.folders import staged
-from fleetune.models import Model
+from fleetune.models import cache
+from fleetune.models.layers import head_of, is_causal, layers_of
+from fleetune.models.model import Model
 
 FRONT: Final = "base_model.model."  # of PEFT's tensor names
 VERSION: Final = 1
@@ -133,7 +134,7 @@ def _peft(model: Model, held: Attached) -> tuple[dict[str, Any], Mapping[str, Te
     config.update(
         inference_mode=True,
         base_model_name_or_path=_public_name(model),
-        revision=fetch.source_of(model.path).get("commit"),
+        revision=cache.source_of(model.path).get("commit"),
     )
     return config, tensors
 
@@ -224,15 +225,15 @@ def _plain(value: Any) -> Any:
 
 def _public_name(model: Model) -> str:
     """What others can find the base by: a hub id, or the bare name of a local file or directory."""
-    if model.name in fetch.ORIGINS:
-        return fetch.ORIGINS[model.name].hub
+    if model.name in cache.ORIGINS:
+        return cache.ORIGINS[model.name].hub
     local = Path(model.name).expanduser()
     return local.name if local.is_absolute() or local.exists() else model.name
 
 
 def _card(model: Model, spec: Spec, in_peft: bool) -> str:
     base = _public_name(model)
-    source = fetch.source_of(model.path).get("source", base)
+    source = cache.source_of(model.path).get("source", base)
     title = "LoRA adapter" if isinstance(spec, Lora) else type(spec).__name__
     sizes = ", ".join(f"{k} = {v}" for k, v in _fields(spec).items() if v not in (None, 0.0))
     auto = "AutoModelForSequenceClassification" if head_of(model.net) else "AutoModelForCausalLM"

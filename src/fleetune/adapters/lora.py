@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fleetune.adapters.core import attach, attached, private_rng
-from fleetune.adapters.layers import head_of, layers_of
-from fleetune.adapters.starts import DRAWN, TAKEN
+from fleetune.adapters.lora_init import DRAWN, TAKEN
 from fleetune.errors import MessageError, ModelError
-from fleetune.models import Model
+from fleetune.models.layers import head_of, layers_of
+from fleetune.models.model import Model
 
 ADAPTER: Final = "default"  # PEFT's name for a model's only adapter
 ALL_LINEAR: Final = "all-linear"

@@ -29,9 +29,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleetune import models
-from fleetune.adapters.layers import Layer, is_causal, layers_of
 from fleetune.errors import ModelError
-from fleetune.models import Model
+from fleetune.models.layers import Layer, is_causal, layers_of
+from fleetune.models.model import Model
 
 SPREAD: Final = 0.02
 HOME: Final = "_fleetune_prefix"  # the attribute of an attention module that holds its prefix

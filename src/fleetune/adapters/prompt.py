@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fleetune import models
-from fleetune.adapters.layers import is_causal
 from fleetune.errors import ModelError
-from fleetune.models import Model
+from fleetune.models.layers import is_causal
+from fleetune.models.model import Model
 
 
 @dataclass(frozen=True)

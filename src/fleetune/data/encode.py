@@ -37,7 +37,7 @@ from jinja2 import TemplateError
 from fleetune.data.examples import Example
 from fleetune.data.partition import keyed_order
 from fleetune.errors import DataError
-from fleetune.plain import LINE, is_plain
+from fleetune.models.chat_template import LINE, is_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,7 +24,7 @@ from fleetune.data.examples import Example
 from fleetune.errors import DataError
 
 if TYPE_CHECKING:
-    from fleetune.models import Model
+    from fleetune.models.model import Model
 
 
 def encode_rows(

@@ -17,10 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fleetune import fetch, methods
-from fleetune.deploy.master import Master
-from fleetune.deploy.source import Checkpoint
-from fleetune.recipe import Recipe
+from fleetune.deploy.checkpoint import Checkpoint
+from fleetune.models import cache
+from fleetune.models.artefact import Master
+from fleetune.tuning import methods
+from fleetune.tuning.recipe import Recipe
 
 
 def of_artefact(model: Checkpoint) -> dict[str, str]:
@@ -44,7 +45,7 @@ def of_run(run: Path, recipe: Recipe) -> dict[str, str]:
 
 def of_base(name: str) -> dict[str, str]:
     """The licence of a built-in model; {} for others."""
-    origin = fetch.ORIGINS.get(name)
+    origin = cache.ORIGINS.get(name)
     return {} if origin is None else {"general.license": origin.licence}
 
 

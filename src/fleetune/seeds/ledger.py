@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from fleetune.common.files import write_atomic
 from fleetune.errors import LedgerError
-from fleetune.files import write_atomic
 from fleetune.seeds.noise import LAW_VERSION, Passes, passes
 
 FORMAT = 1

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from fleetune.compiled import kept
+from fleetune.common.numba_cache import kept
 from fleetune.seeds import noise
 from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH
 

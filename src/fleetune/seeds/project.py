@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.data import Batch
-from fleetune.models import Model
-from fleetune.objectives import loss_tensor
+from fleetune.evaluation.objectives import loss_tensor
+from fleetune.models.model import Model
 from fleetune.seeds.noise import EMPTY, fwht, passes
 from fleetune.seeds.spsa import Position
 from fleetune.seeds.view import CHUNK, View

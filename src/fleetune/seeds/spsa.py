@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fleetune.data import Batch
-from fleetune.models import Model
-from fleetune.objectives import Objective
+from fleetune.evaluation.objectives import Objective
+from fleetune.models.model import Model
 from fleetune.seeds.noise import derive, passes, philox4x32, probe
 from fleetune.seeds.view import View
 

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fleetune.errors import ModelError, UsageError
-from fleetune.seeds import choice
-from fleetune.seeds.folded import Folded
+from fleetune.seeds import kernel_choice
+from fleetune.seeds.folded_sums import Folded
 from fleetune.seeds.noise import EMPTY, TILE, Passes
-from fleetune.seeds.stored import Stored
+from fleetune.seeds.stored_direction import Stored
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +72,10 @@ def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
 
     `backend` is auto (what `choice` says), numba or torch; UsageError when numba is asked for and is not usable here.
     """
-    wanted = choice.wanted(backend)
+    wanted = kernel_choice.wanted(backend)
     if wanted == "torch" or (wanted == "auto" and device.type != "cpu"):
         return importlib.import_module("fleetune.seeds.kernels_torch")
-    hint = f"{choice.VARIABLE}=auto takes torch's kernels there"
+    hint = f"{kernel_choice.VARIABLE}=auto takes torch's kernels there"
     if device.type != "cpu":
         raise UsageError(f"Numba's kernels are for a CPU, the weights are on {device.type}", hint=hint)
     try:

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bottleneck adapters: small two-layer networks inside the blocks, in series with what is there.
+
+Houlsby et al., ICML 2019, arXiv 1902.00751 (section 2.1, figure 2): what the attention block and the
+feed-forward block hand to the residual stream, `h`, becomes
+
+    h + U gelu(D h + d) + u        D [m, h], U [h, m]
+
+with `U` and `u` zero at the start, so that the model starts as it was.  The layer norms are trained with them,
+as in the paper.  Pfeiffer et al., EACL 2021, arXiv 2005.00247, keep the one behind the feed-forward block
+alone (`places="pfeiffer"`): half the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fleetune import models
+from fleetune.adapters.bitfit import Replaced, norms
+from fleetune.errors import ModelError
+from fleetune.models.layers import layers_of
+from fleetune.models.model import Model
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """Adapters of inner size `size` (m); `places` is "houlsby" (two a layer) or "pfeiffer" (one)."""
+
+    size: int = 16
+    places: str = "houlsby"
+    norms: bool = True
+
+    def put_on(self, model: Model, seed: int) -> BottleneckPart:
+        """Hang an adapter behind the blocks of every layer."""
+        if self.size < 1 or self.places not in ("houlsby", "pfeiffer"):
+            raise ModelError(
+                f"adapters of size {self.size} at '{self.places}' cannot be",
+                hint="size >= 1, places houlsby or pfeiffer",
+            )
+        ends = [n for layer in layers_of(model.net) for n in layer.ends[self.places == "pfeiffer" :]]
+        parameters: dict[str, nn.Parameter] = {}
+        hooks = []
+        for end in ends:
+            dense = model.net.get_submodule(end)
+            own = _start(f"{end}.adapter", dense.weight.shape[0], self.size, seed, model.device)
+            parameters |= own
+            hooks.append(dense.register_forward_hook(_behind(list(own.values()))))
+        inside = tuple(f"{layer.name}." for layer in layers_of(model.net))
+        trained = [n for n in norms(model.net) if n.startswith(inside)] if self.norms else []
+        replaced = Replaced(model.net, trained)
+        return BottleneckPart(parameters | dict(replaced.parameters), hooks, replaced)
+
+
+@dataclass(frozen=True)
+class BottleneckPart:
+    """The adapters' numbers, the hooks that run them, and the norms."""
+
+    parameters: Mapping[str, nn.Parameter]
+    hooks: list[Any]
+    norms: Replaced
+
+    def remove(self) -> None:
+        """Unhook them."""
+        for hook in self.hooks:
+            hook.remove()
+        self.norms.remove()
+
+    def fold(self) -> None:
+        """Not possible: they are layers of their own."""
+        raise ModelError(
+            "bottleneck adapters cannot be folded into the weights", hint="use the run's folder as it is"
+        )
+
+
+def _start(name: str, width: int, size: int, seed: int, device: str) -> dict[str, nn.Parameter]:
+    down = models.uniform(f"adapter/{seed}/{name}", (size, width), 1 / math.sqrt(width))
+    tensors = {
+        f"{name}.down.weight": torch.from_numpy(down),
+        f"{name}.down.bias": torch.zeros(size),
+        f"{name}.up.weight": torch.zeros(width, size),
+        f"{name}.up.bias": torch.zeros(width),
+    }
+    return {n: nn.Parameter(t.to(device)) for n, t in tensors.items()}
+
+
+def _behind(own: list[nn.Parameter]) -> Any:
+    down, d, up, u = own
+
+    def adapt(module: nn.Module, args: Any, h: Tensor) -> Tensor:
+        return h + F.linear(F.gelu(F.linear(h.float(), down, d)), up, u).to(h.dtype)
+
+    return adapt

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EVA: LoRA's A from what its layer sees.
+
+Paischer, Hauzenberger, Schmied, Alkin, Deisenroth, Hochreiter: "One Initialization to Rule them All: Fine-tuning
+via Explained Variance Adaptation", 2024, arXiv 2410.07170 (section 3).  With the inputs of a layer as the rows
+of X and U S V' = X, A starts as the first r rows of V', the directions that explain most of X; B is zero.
+
+X is too large to keep.  Batch by batch, [S V' so far; new rows] is brought back to its best `WIDER` r rows, so
+that no more than these are held; exact as long as no more rows have come, else a close approximation.
+
+What differs from the paper: every layer keeps rank r (the paper's rho = 1), and one batch follows the other
+until the rows end, instead of until the directions stand still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fleetune.adapters.core import attached
+from fleetune.adapters.lora import LoraPart
+from fleetune.data.encode import Batch
+from fleetune.errors import ModelError
+from fleetune.models.model import Model
+
+WIDER: Final = 4  # rows held between batches, in ranks
+
+
+def directions(model: Model, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
+    """A [r, in] fp32 of every layer of the LoRA that `model` carries, by the parameter's name.
+
+    The LoRA must be at a start that changes nothing.  ModelError when a layer's inputs have fewer than r directions.
+    """
+    part = attached(model).parts[0]
+    assert isinstance(part, LoraPart)
+    rank = min(len(p) for n, p in part.parameters.items() if ".lora_A." in n)
+    held: dict[tuple[str, ...], Tensor] = {}
+    for batch in batches:
+        for layers, rows in _inputs(model, part, batch).items():
+            held[layers] = _best(torch.cat([held[layers], rows]) if layers in held else rows, WIDER * rank)
+    made = {}
+    for layers, kept in held.items():
+        size = kept.norm(dim=1, keepdim=True)
+        if len(kept) < rank or size[rank - 1] <= 1e-6 * size[0]:
+            raise ModelError(
+                f"the rows show fewer than {rank} directions to {layers[0]}",
+                hint="give it more rows, or use a smaller rank",
+            )
+        a = (kept / size)[:rank].float().cpu().numpy()
+        made.update({f"{layer}.lora_A.weight": a for layer in layers})
+    return made
+
+
+def _inputs(model: Model, part: LoraPart, batch: Batch) -> dict[tuple[str, ...], Tensor]:
+    """What layers are given at the tokens of a batch, [tokens, in] float64; layers that share an input together."""
+    seen: dict[
+        int, tuple[Tensor, list[str]]
+    ] = {}  # by the tensor's identity; it is kept, so that none is reused
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+            seen.setdefault(id(args[0]), (args[0], []))[1].append(name)
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in part.layers.items()]
+    more = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+    try:
+        with torch.inference_mode():
+            model.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    real = batch.attention_mask.bool()
+    return {tuple(names): x[real].double() for x, names in seen.values()}
+
+
+def _best(rows: Tensor, count: int) -> Tensor:
+    """The first `count` rows of S V' where U S V' = `rows`, from the smaller of rows' rows and rows rows'."""
+    if len(rows) > rows.shape[1]:
+        size, v = torch.linalg.eigh(rows.T @ rows)
+        scaled: Tensor = (v * size.clamp(min=0).sqrt()).flip(1)
+        return scaled[:, :count].T
+    u: Tensor = torch.linalg.eigh(rows @ rows.T)[1].flip(1)
+    return u[:, :count].T @ rows

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune ledger`: show, verify, replay, diff, merge, truncate, drop, scale, compact, export."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fleetune.cli.console import Ui
+from fleetune.common.display import human_bytes
+from fleetune.errors import LedgerError, UsageError
+from fleetune.seeds import ledger as ledgers
+from fleetune.seeds.ledger import Ledger
+
+
+def run(args: argparse.Namespace, ui: Ui, files: Sequence[Path]) -> None:
+    """Carry out `fleetune ledger ACTION FILE...`; a run folder stands for its ledger."""
+    wanted = 2 if args.action in ("diff", "merge") else 1
+    if len(files) != wanted:
+        raise UsageError(f"ledger {args.action} takes {wanted} FILE, {len(files)} given")
+    paths = [f / "ledger.safetensors" if f.is_dir() else f for f in files]
+    ACTIONS[args.action](args, ui, paths, [ledgers.load(p) for p in paths])
+
+
+def _base_name(args: argparse.Namespace, path: Path) -> str:
+    if args.model:
+        return str(args.model)
+    if (path.parent / "run.toml").is_file():
+        from fleetune.tuning.finished import recipe_of
+
+        return recipe_of(path.parent).model
+    raise UsageError(f"which base model does {path} belong to?", hint="give it with --model NAME")
+
+
+def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
+    ledger, path = loaded[0], paths[0]
+    head = ledger.head
+    size = path.stat().st_size
+    last = int(ledger.rounds.max(initial=0))
+    ui.event({
+        "event": "ledger", "file": str(path), "bytes": size, "entries": len(ledger), "rounds": last, "base": head.base,
+        "law": head.law, "K": head.K, "grid": head.grid, "method": head.method, "checks": head.checks,
+        "fingerprint": ledger.fingerprint(),
+    })  # fmt: skip
+    if ui.json:
+        return
+    parameters = sum(_size(shape) for _, shape, _ in head.tensors)
+    ui.table(["", ""], [
+        ["file", f"{path} ({human_bytes(size)}; compact {human_bytes(len(ledger.compact().to_bytes()))})"],
+        ["base", head.base],
+        ["weights", f"{parameters:,} in {len(head.tensors)} tensors"],
+        ["method", f"{head.method}, lr {head.lr}, eps {head.eps:g}, {head.aggregation}"],
+        ["directions", f"{head.law}, K {head.K:,}, law version {head.law_version}, grid {head.grid:.9g}"],
+        ["entries", f"{len(ledger):,} over {last} rounds, {len(ledger.passes().ids):,} passes to replay"],
+        ["privacy", head.privacy],
+        *[[f"after round {r}", d] for r, d in sorted(head.checks.items(), key=lambda c: int(c[0]))],
+        ["fingerprint", ledger.fingerprint()],
+    ], align="ll")  # fmt: skip
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def _replay(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
+    from fleetune.tuning import finished
+
+    ledger = loaded[0] if args.round is None else loaded[0].truncate(args.round)
+    model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline)
+    digest = finished.rebuild(model, ledger, threads=args.threads, backend=args.backend)
+    _digest(ui, digest)
+
+
+def _digest(ui: Ui, digest: str) -> None:
+    ui.event({"event": "digest", "digest": digest})
+    if not ui.json:
+        ui.paths([("digest", digest)])
+
+
+def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
+    from fleetune.tuning import finished
+
+    ledger = loaded[0]
+    model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline)
+    digest, checks = finished.verify(model, ledger)
+    wrong = [r for r, ok in checks.items() if not ok]
+    if wrong:
+        raise LedgerError(
+            f"after round {wrong[0]} the ledger states other weights than it rebuilds ({len(wrong)} of {len(checks)} checks)",
+            hint="the ledger was changed after it was made: get it again from its origin",
+        )
+    if not checks:
+        ui.note("the ledger states no digest to check; this is what it rebuilds")
+    ui.event({"event": "verified", "digest": digest, "checks": len(checks)})
+    if not ui.json:
+        ui.paths(
+            [("verified", f"{len(checks)} of {len(checks)} stated digests found again"), ("digest", digest)]
+        )
+
+
+def _diff(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
+    changes = loaded[0].diff(loaded[1])
+    for c in changes:
+        ui.event({"event": "difference", **c._asdict()})
+    if not ui.json:
+        ui.table(["what", paths[0].parent.name, paths[1].parent.name], changes, align="lll")
+    if not changes:
+        ui.note("no difference")
+
+
+def _export(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
+    from fleetune.tuning import finished
+
+    name = _base_name(args, paths[0])
+    out = Path(_target(args, "a folder to write"))
+    if out.exists():
+        raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
+    model = finished.base_of(loaded[0], name, offline=args.offline)
+    finished.stand(model, loaded[0])
+    card = f"# {name}, tuned\n\nBase {loaded[0].head.base}, ledger {loaded[0].fingerprint()}.\n"
+    digest = finished.export_hf(model, out, card=card)
+    ui.paths([("result", str(out))])
+    _digest(ui, digest)
+
+
+def _target(args: argparse.Namespace, what: str) -> str:
+    if not args.to:
+        raise UsageError(f"ledger {args.action} needs --to PATH, {what}")
+    return str(args.to)
+
+
+def _write(args: argparse.Namespace, ui: Ui, ledger: Ledger) -> None:
+    path = Path(_target(args, "a file to write"))
+    if path.exists():
+        raise UsageError(f"{path} exists already", hint="choose another --to: nothing is overwritten")
+    ledger.save(path)
+    ui.event(
+        {"event": "written", "file": str(path), "entries": len(ledger), "fingerprint": ledger.fingerprint()}
+    )
+    ui.paths([("result", f"{path} ({human_bytes(path.stat().st_size)}, {len(ledger):,} entries)")])
+
+
+def _needs(value: float | None, flag: str, args: argparse.Namespace) -> float:
+    if value is None:
+        raise UsageError(f"ledger {args.action} needs {flag}")
+    return value
+
+
+Action = Callable[[argparse.Namespace, Ui, Sequence[Path], Sequence[Ledger]], None]
+
+ACTIONS: dict[str, Action] = {
+    "show": _show,
+    "replay": _replay,
+    "verify": _verify,
+    "diff": _diff,
+    "export": _export,
+    "merge": lambda args, ui, paths, loaded: _write(args, ui, loaded[0].merge(loaded[1])),
+    "compact": lambda args, ui, paths, loaded: _write(args, ui, loaded[0].compact()),
+    "truncate": lambda args, ui, paths, loaded: _write(
+        args, ui, loaded[0].truncate(int(_needs(args.round, "--round N", args)))
+    ),
+    "drop": lambda args, ui, paths, loaded: _write(
+        args, ui, loaded[0].drop(int(_needs(args.round, "--round N", args)))
+    ),
+    "scale": lambda args, ui, paths, loaded: _write(
+        args, ui, loaded[0].scale(_needs(args.factor, "--factor X", args))
+    ),
+}

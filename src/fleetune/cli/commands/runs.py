@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune runs`: list, show, compare, rm; of tuned runs and of what was compressed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fleetune.cli.commands import compress
+from fleetune.cli.console import Ui
+from fleetune.common.display import human_bytes, human_time, show
+from fleetune.common.files import storage_error, write_atomic
+from fleetune.compression.jobs import work as subjects
+from fleetune.compression.jobs.work import RECORD
+from fleetune.errors import StorageError, UsageError
+from fleetune.runs import report, rundir
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Carry out `fleetune runs`."""
+    if args.force and args.action != "rm":
+        raise UsageError("--force is of runs rm alone", hint="leave it out")
+    ACTIONS[args.action](args, ui)
+
+
+def _at_least(args: argparse.Namespace, least: int) -> None:
+    if len(args.names) < least:
+        raise UsageError(
+            f"runs {args.action} needs {least} RUN or more", hint="runs there are: fleetune runs"
+        )
+
+
+def _meant(name: str, out: Path) -> tuple[Path, bool]:
+    """The folder that a name means, and whether it is of a compression; `latest` is the newest of either kind."""
+    run = None
+    with suppress(UsageError):
+        run = rundir.find(name, out)
+    smaller = compress.named(name, out, run)
+    return (smaller, True) if smaller else (run or rundir.find(name, out), False)
+
+
+def _list(args: argparse.Namespace, ui: Ui) -> None:
+    rows = report.table(rundir.listing(Path(args.out)))
+    for row in rows:
+        ui.event({"event": "run", **row})
+    for sweep in sorted(p.parent for p in Path(args.out).glob("*/sweep.toml")):
+        ui.event({"event": "sweep", "path": str(sweep)})
+        ui.note(f"{sweep} is a sweep; its runs: fleetune runs --out {sweep}")
+    smaller = _compressed(Path(args.out))
+    for row in smaller:
+        ui.event({"event": "compressed", **row})
+    if ui.json:
+        return
+    if not rows and not smaller:
+        ui.note(f"no runs in {args.out}")
+        ui.paths([("next", "fleetune demo")])
+        return
+    if rows:
+        _runs_table(rows, ui)
+    if smaller:
+        cells = [[r["name"], r["of"], r["status"], human_bytes(_number(r["bytes"]))] for r in smaller]
+        ui.table(["compressed", "of", "status", "size"], cells, align="lllr")
+
+
+def _runs_table(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
+    ui.table(
+        ["run", "status", "rounds", "base", "tuned", "bytes", "time"],
+        [
+            [
+                r["name"], r["status"], r["rounds"], show("loss", _number(r["base_loss"])),
+                show("loss", _number(r["tuned_loss"])), human_bytes(_number(r["bytes"])), human_time(_number(r["seconds"])),
+            ]
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def _compressed(out: Path) -> list[dict[str, object]]:
+    """What `fleetune compress` left under `out`, by number."""
+    files = sorted(out.glob(f"*/{RECORD}"), key=lambda p: rundir.number(p.parent))
+    return [_row(file.parent) for file in files]
+
+
+def _row(folder: Path) -> dict[str, object]:
+    """A compression's line in the list."""
+    try:
+        record = subjects.recorded(folder)
+    except StorageError:
+        return {"name": folder.name, "of": "", "method": "", "status": "damaged", "bytes": None}
+    done = record.get("result", {})
+    return {"name": folder.name, "of": compress.called(record["model"]), "method": record.get("method"),
+            "status": "done" if done else "stopped", "bytes": done.get("bytes")}  # fmt: skip
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _show(args: argparse.Namespace, ui: Ui) -> None:
+    _at_least(args, 1)
+    for folder, smaller in [_meant(name, Path(args.out)) for name in args.names]:
+        if smaller:
+            _show_compressed(folder, ui)
+            continue
+        facts = report.summary(folder)
+        ui.event({"event": "run", **facts})
+        if not ui.json:
+            ui.table(["", folder.name], [[k, v] for k, v in facts.items()], align="ll")
+            ui.paths([("report", str(report.write(folder)))])
+
+
+def _show_compressed(folder: Path, ui: Ui) -> None:
+    """What was asked for, and what came out."""
+    work, done = asdict(compress.read(folder)), subjects.recorded(folder).get("result")
+    row = _row(folder)
+    ui.event({"event": "compressed", **row, "folder": str(folder), "asked": work, "result": done})
+    if ui.json:
+        return
+    told = {k: v for k, v in work.items() if k != "run" and v not in ("", {}, False)}
+    asked = [[k, _settings(v) if k == "set" else v] for k, v in told.items()]
+    ui.table(["", folder.name], [*asked, ["status", row["status"]], *_outcome(done or {})], align="ll")
+    next_ = f"fleetune measure {folder}" if done else f"fleetune compress --resume {folder}"
+    ui.paths([("folder", str(folder)), ("next", next_)])
+
+
+def _settings(chosen: Mapping[str, object]) -> str:
+    return " · ".join(f"{k} {v}" for k, v in chosen.items())
+
+
+def _outcome(done: Mapping[str, Any]) -> list[list[object]]:
+    """A finished compression's size, and its measures before and after."""
+    if not done:
+        return []
+    measures = {k: (v, done["after"].get(k)) for k, v in done["before"].items()}
+    return [
+        *([k, f"{show(k, before)} before, {show(k, after)} after"] for k, (before, after) in measures.items()),
+        ["size", human_bytes(_number(done["bytes"]))], ["time", human_time(_number(done["seconds"]))],
+        ["digest", done["digest"]],
+    ]  # fmt: skip
+
+
+def _compare(args: argparse.Namespace, ui: Ui) -> None:
+    _at_least(args, 2)
+    found = [_meant(name, Path(args.out)) for name in args.names]
+    if smaller := [name for name, (_, is_smaller) in zip(args.names, found, strict=True) if is_smaller]:
+        raise UsageError(
+            f"runs compare is of tuned runs; {smaller[0]} was compressed",
+            hint=f"fleetune measure {' '.join(args.names)} --data FILE",
+        )
+    runs = [folder for folder, _ in found]
+    page = Path(args.out) / "compare.html"
+    write_atomic(page, report.compare(runs))
+    for row in (rows := report.table(runs)):
+        ui.event({"event": "run", **row})
+    if not ui.json:
+        keys = [k for k in rows[0] if any(row.get(k) != rows[0].get(k) for row in rows)]
+        ui.table(
+            ["", *(r.name for r in runs)],
+            [[k, *(row.get(k) for row in rows)] for k in keys],
+            align="l" + "r" * len(runs),
+        )
+    ui.paths([("report", str(page))])
+
+
+def _rm(args: argparse.Namespace, ui: Ui) -> None:
+    _at_least(args, 1)
+    found = list(dict.fromkeys(_meant(name, Path(args.out))[0] for name in args.names))
+    if "latest" in args.names:
+        latest, _ = _meant("latest", Path(args.out))
+        raise UsageError(
+            f"what is removed must be named; latest is {latest} now", hint=f"fleetune runs rm {latest}"
+        )
+    if not args.force:
+        _check_needed(found, Path(args.out))
+    for folder in found:
+        try:
+            rundir.RunDir(folder).remove()  # refuses one that is in use
+        except OSError as error:
+            raise storage_error(error, folder) from error
+        ui.note(f"removed {folder}")
+        ui.event({"event": "removed", "run": str(folder)})
+
+
+def _check_needed(found: Sequence[Path], out: Path) -> None:
+    """UsageError when something that stays needs one of these folders."""
+    gone = {folder.resolve() for folder in found}
+    for folder in found:
+        records = [*folder.resolve().parent.glob(f"*/{RECORD}"), *out.glob(f"*/{RECORD}")]
+        staying = {p.parent.resolve(): p.parent for p in records if p.parent.resolve() not in gone}
+        needing = sorted(str(p) for p in staying.values() if folder.resolve() in _needs(p))
+        if needing:
+            raise UsageError(
+                f"{folder} is needed by {', '.join(needing)}: made from it, and measured against it",
+                hint=f"remove all: fleetune runs rm {' '.join([str(folder), *needing])}   or it alone, with --force",
+            )
+
+
+def _needs(folder: Path) -> set[Path]:
+    """The folders that a compression was made from; of a stopped one also its teacher's."""
+    try:
+        record = subjects.recorded(folder)
+    except StorageError:  # a damaged record needs nothing
+        return set()
+    teacher = "" if record.get("result") else record.get("set", {}).get("teacher", "")
+    names = [record["model"], teacher] if teacher else [record["model"]]
+    numbered = folder.parent.glob(f"{teacher.zfill(4)}-*") if teacher.isdigit() else []
+    paths = [*numbered, *(p for name in names for p in (Path(name), folder.parent / name))]
+    return {inside for p in paths for inside in (p.resolve(), *p.resolve().parents)}
+
+
+ACTIONS: dict[str, Callable[[argparse.Namespace, Ui], None]] = {
+    "list": _list,
+    "show": _show,
+    "compare": _compare,
+    "rm": _rm,
+}

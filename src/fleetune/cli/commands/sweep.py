@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune sweep`: a grid of runs, what the user sees of it, and Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fleetune.cli.commands.tune import keys_of
+from fleetune.cli.console import Ui
+from fleetune.cli.interrupt import Brake
+from fleetune.cli.progress import CountBar
+from fleetune.common.display import human_time, show
+from fleetune.errors import FleetuneError, Interrupted, UsageError
+from fleetune.runs import report, rundir
+
+if TYPE_CHECKING:
+    from fleetune.tuning.sweep import Grid, Point
+
+
+class Screen:
+    """A sweep on the console: a line a run over one bar of all rounds; it hears Ctrl-C between two steps."""
+
+    def __init__(self, ui: Ui, bar: CountBar, brake: Brake, resume: str, runs: int) -> None:
+        self.ui, self.bar, self.brake, self.resume, self.runs = ui, bar, brake, resume, runs
+        self.number = self.rounds = 0  # runs that are over, and their rounds
+        self.name = self.words = ""
+        self.began = 0.0
+
+    def begin(self, point: Point) -> Screen:
+        """A run is about to start; the console is the run's own listener too."""
+        self.name, self.words, self.began = point.name, point.words, time.monotonic()
+        self.bar.update(self.rounds, note=self.words)
+        self._stop()
+        return self
+
+    def end(self, point: Point, path: Path, reason: str) -> None:
+        """A line for a run that is over."""
+        self.number += 1
+        self.rounds += point.recipe.rounds
+        self.bar.update(self.rounds)
+        base, tuned = report.measures(report.read(path))
+        had = reason == "done before"
+        event = {"event": "run", "run": str(path), "values": list(point.values), "seed": point.seed}
+        event |= {"skipped": had, "failed": "" if had else reason, "base": base, "tuned": tuned}
+        self.ui.event(event)
+        changes = "  ".join(f"{n} {show(n, base.get(n))} -> {show(n, v)}" for n, v in tuned.items())
+        words = [point.words, changes, "done before" if had else human_time(time.monotonic() - self.began)]
+        if reason and not had:
+            words = [point.words, f"failed: {reason}"]
+        self.ui.note(f"{self.number:{len(str(self.runs))}}/{self.runs}  " + "  ".join(words))
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Nothing: the sweep has its own."""
+
+    def note(self, text: str) -> None:
+        """A remark on the run at work."""
+        self.ui.note(f"{self.words}: {text}")
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """An event of the run at work, with its folder's name; its end is told by `end`."""
+        if event["event"] != "done":
+            self.ui.event({**event, "run": self.name})
+        if event["event"] == "round":
+            self.bar.update(self.rounds + int(event["round"]), note=self.words)
+
+    def step(self, client: int, step: int) -> None:
+        """Stop here if Ctrl-C was pressed."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.brake.pulled:
+            said = f"stopped in run {self.number + 1} of {self.runs}; nothing that was finished is lost"
+            raise Interrupted(said, hint=self.resume)
+
+
+def sweep(args: argparse.Namespace, ui: Ui) -> None:
+    """Begin a sweep or go on with one."""
+    from fleetune.tuning import sweep as sweeps
+
+    out = Path(args.out)
+    if args.resume:
+        path = sweeps.find(args.resume, out)
+        if args.recipe or args.vary or args.set or args.seeds or _any_flag(args):
+            raise UsageError(
+                "--resume goes on with the sweep's own recipe; it takes no other option",
+                hint=f"fleetune sweep --resume {path}",
+            )
+        grid = sweeps.read(path)
+    else:
+        if not args.recipe:
+            raise UsageError(
+                "a sweep needs a RECIPE", hint="fleetune sweep recipe.toml --vary K=64,512 --seeds 3"
+            )
+        grid = sweeps.make(keys_of(args, args.recipe), args.vary, args.seeds)
+    sweeps.check(grid, offline=args.offline)
+    if args.dry_run:
+        _plan(grid, ui)
+        return
+    rundir.check_writable(path if args.resume else out)
+    with rundir.RunDir(path) if args.resume else sweeps.create(out, Path(args.recipe).stem, grid) as folder:
+        _run(grid, folder, args, ui)
+
+
+def _any_flag(args: argparse.Namespace) -> bool:
+    return any(v is not None for k, v in vars(args).items() if k.startswith("recipe_"))
+
+
+def _plan(grid: Grid, ui: Ui) -> None:
+    for point in grid.points:
+        ui.event({"event": "planned", "name": point.name, "values": list(point.values), "seed": point.seed})
+    if not ui.json:
+        ui.table(["run", "values"], [[p.name, p.words] for p in grid.points])
+    ui.note(f"the sweep is good: {len(grid.points)} runs")
+
+
+def _run(grid: Grid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.tuning import sweep as sweeps
+
+    path, base = folder.path, grid.base
+    rows = [("model", base.model), ("data", f"{Path(base.data).name} · {base.partition}")]
+    rows += [(axis.name, ", ".join(map(sweeps.shown, axis.values))) for axis in grid.axes]
+    seeds = f"{base.seed} to {base.seed + grid.seeds - 1}" if grid.seeds > 1 else str(base.seed)
+    rows += [("seeds", seeds), ("runs", f"{len(grid.points)} · in {path}")]
+    ui.header(f"fleetune sweep · {base.method}", rows)
+    axes = {a.name: list(a.values) for a in grid.axes}
+    ui.event(
+        {"event": "sweep", "path": str(path), "runs": len(grid.points), "seeds": grid.seeds, "axes": axes}
+    )
+    resume = f"fleetune sweep --resume {path}"
+    rounds = sum(p.recipe.rounds for p in grid.points)
+    with ui.count("rounds", rounds) as bar, Brake(ui) as brake:
+        failed = sweeps.run(
+            folder, grid, Screen(ui, bar, brake, resume, len(grid.points)), offline=args.offline
+        )
+    _results(grid, path, ui)
+    if failed:
+        names = ", ".join(p.name for p in failed[:3])
+        raise FleetuneError(f"{len(failed)} of {len(grid.points)} runs failed: {names}", hint=resume)
+
+
+def _results(grid: Grid, path: Path, ui: Ui) -> None:
+    from fleetune.tuning import sweep as sweeps
+
+    table = report.grid_tables(grid.axes, sweeps.members(path, grid))
+    page = path / sweeps.PAGE
+    figures = sorted(str(p) for p in (path / "figures").glob("*.svg"))
+    ui.event({"event": "done", "path": str(path), "page": str(page), "figures": figures, **table.record})
+    if not ui.json:
+        ui.table(
+            table.head, table.rows, align="l" * len(grid.axes) + "r" * (len(table.head) - len(grid.axes))
+        )
+        if table.effects:
+            ui.table(table.effects_head, table.effects, align="llrrrr")
+    ui.paths(
+        [("report", str(page)), ("figures", str(path / "figures")), ("next", f"fleetune runs --out {path}")]
+    )

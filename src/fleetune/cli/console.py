@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the terminal shows; besides `cli.py` the only module that writes to it.
+
+Results go to stdout, progress and everything said on the way to stderr.  On a terminal there is a header
+panel, one line a round and a live bar with the time left; off a terminal (a pipe, `NO_COLOR`, `TERM=dumb`)
+there are no bars and no escape codes, one line a round.  In JSON mode stdout carries one object a line, each
+with `"v": 1`, and nothing else.  A reader that closes the pipe ends the output, not the work.
+
+Names and messages may come from strangers' models and data: control characters are taken out of every text,
+and no text is read as markup.  rich is imported when something is first drawn on a terminal, since
+`fleetune --help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import math
+import numbers
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO, cast
+
+from fleetune.cli.progress import CountBar, Live, RoundBar
+from fleetune.common.display import (
+    change,
+    clean,
+    human_bytes,
+    human_count,
+    human_time,
+    improved,
+    metric,
+    show,
+)
+from fleetune.errors import FleetuneError, Interrupted
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+VERSION = 1  # of the JSON events
+
+_PLAIN = str.maketrans({"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-"})
+
+
+def line_of(event: Mapping[str, object]) -> str:
+    """An event as one line of strict JSON; "v" comes first, numbers that are not finite become null."""
+    return jsonlib.dumps({"v": VERSION, **cast(dict[str, object], _strict(event))}, allow_nan=False)
+
+
+def _strict(value: object) -> object:
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(float(value)) else None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return str(value)
+
+
+class _Stream:
+    """A text stream that outlives its reader and never fails on a character its encoding lacks."""
+
+    def __init__(self, raw: TextIO) -> None:
+        self.raw = raw
+        self.closed_by_reader = False
+        self.encoding = raw.encoding or "utf-8"
+        self.fancy = raw.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+    def write(self, text: str) -> int:
+        if self.closed_by_reader:
+            return len(text)
+        try:
+            text.encode(self.encoding)
+        except UnicodeEncodeError:
+            text = text.translate(_PLAIN).encode(self.encoding, "replace").decode(self.encoding)
+        try:
+            self.raw.write(text)
+            self.raw.flush()
+        except BrokenPipeError:
+            self._detach()
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing to do: every write is flushed."""
+
+    def isatty(self) -> bool:
+        return self.fancy
+
+    def fileno(self) -> int:
+        return self.raw.fileno()
+
+    def _detach(self) -> None:
+        # What is still buffered would raise again when the interpreter exits: let it go to the null device.
+        self.closed_by_reader = True
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.raw.fileno())
+            os.close(null)
+
+
+class Ui:
+    """The console of one command.
+
+    `quiet` 0 says all; 1 leaves out header, rounds, bars and notes; 2 also results: errors alone (and
+    the events of JSON mode) remain.  Streams default to the process's own.
+    """
+
+    def __init__(
+        self,
+        quiet: int = 0,
+        json: bool = False,
+        stdout: TextIO | None = None,
+        stderr: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.quiet, self.json, self.clock = quiet, json, clock
+        self._out = _Stream(sys.stdout if stdout is None else stdout)
+        self._err = _Stream(sys.stderr if stderr is None else stderr)
+        self._consoles: dict[bool, Console] = {}
+        self._live: Live | None = None
+        self._before: float | None = None
+        self._headed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # Where things go
+
+    def _console(self, stream: _Stream) -> Console:
+        from rich.console import Console
+
+        key = stream is self._out
+        if key not in self._consoles:
+            self._consoles[key] = Console(file=cast(TextIO, stream), force_terminal=True, highlight=False)
+        return self._consoles[key]
+
+    def _draw(self, stream: _Stream, what: RenderableType, *, whole: bool = True) -> None:
+        # The bar lives on stderr: it steps aside while stdout of the same terminal is written.  `whole`
+        # lines are neither wrapped nor cut at the width of the terminal.
+        aside = self._live if stream is not self._err else None
+        if aside is not None:
+            aside.stop()
+        self._console(stream).print(what, markup=False, soft_wrap=whole)
+        if aside is not None:
+            aside.start()
+
+    def _say(self, stream: _Stream, text: str, style: str = "") -> None:
+        """One or more lines of plain text, with a style where the stream is a terminal; never wrapped."""
+        text = clean(text)
+        if not stream.fancy:
+            stream.write(text + "\n")
+            return
+        from rich.text import Text
+
+        self._draw(stream, Text(text, style=style))
+
+    @property
+    def _results(self) -> _Stream:
+        return self._err if self.json else self._out
+
+    # What is said
+
+    def event(self, event: Mapping[str, object]) -> None:
+        """In JSON mode one object on one line of stdout, with "v": 1; else nothing."""
+        if self.json:
+            self._out.write(line_of(event) + "\n")
+
+    def note(self, text: str) -> None:
+        """A remark on stderr, above a live bar if there is one."""
+        if self.quiet < 1:
+            self._say(self._err, text)
+
+    def text(self, piece: str) -> None:
+        """A piece of a text that grows, on stdout, without an end of line."""
+        if self.quiet < 2:
+            self._results.write(clean(piece))
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """What is about to be done: a panel of label and value on stderr (plain lines off a terminal)."""
+        if self.quiet >= 1:
+            return
+        title, rows = clean(title), [(clean(a), clean(b)) for a, b in rows]
+        wide = max((len(label) for label, _ in rows), default=0)
+        if not self._err.fancy:
+            self._err.write("".join([title + "\n"] + [f" {a:{wide}}   {b}\n" for a, b in rows]))
+            return
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 3, 0, 0))
+        grid.add_column(min_width=8, no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, value in rows:
+            grid.add_row(Text(label, style="dim"), Text(value))
+        width = min(self._console(self._err).width, 86)
+        panel = Panel(grid, title=Text(title), title_align="left", width=width)
+        self._draw(self._err, panel, whole=False)
+
+    def round_line(
+        self,
+        round: int,
+        loss: float | None,
+        *,
+        sent: float | None = None,
+        received: float | None = None,
+        seconds: float | None = None,
+        rounds: int | None = None,
+        change: float | None = None,
+        note: str = "",
+    ) -> None:
+        """One finished round (0 is the base model) on stderr.
+
+        `sent` and `received` are bytes per client, `change` the difference of the loss to the line before
+        (taken from that line when it is not given), `note` a remark such as "9 of 10 clients".
+        """
+        if round == 0:
+            self._before = None  # another run begins
+        if change is None and loss is not None and self._before is not None:
+            change = loss - self._before
+        self._before = self._before if loss is None else loss
+        if self.quiet >= 1:
+            return
+        if self._err.fancy:
+            self._round_row(round, loss, change, (sent, received, seconds), note)
+            return
+        of = f"/{rounds}" if rounds else ""
+        parts = [f"round {round}{of}", f"val loss {show('loss', loss)}"]
+        parts += [f"change {change:+.3f}"] if change is not None else []
+        parts += [f"sent/client {human_bytes(sent)}"] if sent is not None else []
+        parts += [f"received/client {human_bytes(received)}"] if received is not None else []
+        parts += [f"time {human_time(seconds)}"] if seconds is not None else []
+        self._say(self._err, "  ".join([*parts, note] if note else parts))
+
+    def _round_row(
+        self,
+        round: int,
+        loss: float | None,
+        change: float | None,
+        costs: tuple[float | None, float | None, float | None],
+        note: str,
+    ) -> None:
+        from rich.text import Text
+
+        if not self._headed:
+            self._say(self._err, " round   val loss    change   sent/client   received     time", "dim")
+            self._headed = True
+        sent, received, seconds = costs
+        arrow = (
+            "" if change is None else f"{'▼' if change < 0 else '▲' if change > 0 else '='} {abs(change):.3f}"
+        )
+        line = Text(f" {round:5d} {show('loss', loss):>10}")
+        good = "green" if change is not None and change < 0 else "yellow"
+        line.append(f"{arrow:>10}", style=good)
+        blank = [human_bytes(v) if v is not None else "" for v in (sent, received)]
+        line.append(f"{blank[0]:>14}{blank[1]:>11}{human_time(seconds) if seconds is not None else '':>9}")
+        line.append(f"   {clean(note)}" if note else "", style="yellow")
+        line.rstrip()
+        self._draw(self._err, line)
+
+    @contextmanager
+    def progress(
+        self, rounds: int, clients: int = 0, steps: int = 0, *, label: str = "rounds"
+    ) -> Iterator[RoundBar]:
+        """A live bar on stderr while the block runs: round, client, step, time left."""
+        with self._bar(label) as live:
+            yield RoundBar(live, rounds, clients, steps)
+
+    @contextmanager
+    def count(self, label: str, total: int, *, size: bool = False) -> Iterator[CountBar]:
+        """A live bar for a plain count (`size`: of bytes) while the block runs."""
+        with self._bar(label) as live:
+            yield CountBar(live, total, human_bytes if size else human_count)
+
+    @contextmanager
+    def _bar(self, label: str) -> Iterator[Live]:
+        shown = self._err.fancy and self.quiet < 1 and not self.json and self._live is None
+        live = Live(label, self._console(self._err) if shown else None, self.clock)
+        self._live = live if shown else self._live
+        live.start()
+        try:
+            yield live
+        finally:
+            live.stop()
+            self._live = None if shown else self._live
+
+    def final_table(
+        self,
+        base: Mapping[str, float | None],
+        tuned: Mapping[str, float | None],
+        *,
+        rows: int | None = None,
+        costs: Sequence[tuple[str, str, str]] = (),
+    ) -> None:
+        """Base, tuned and change of every measure, then `costs` as (label, value, remark), on stdout.
+
+        `rows` is the number of held-out rows behind the measures.
+        """
+        if self.quiet >= 2:
+            return
+        lines: list[tuple[str, str, str, str, bool | None]] = []
+        for name in [n for n in tuned if base.get(n) is not None or tuned[n] is not None]:
+            label = metric(name).label + (f", {rows:,} held-out rows" if rows and not lines else "")
+            b, t = base.get(name), tuned[name]
+            lines.append((label, show(name, b), show(name, t), change(name, b, t), improved(name, b, t)))
+        wide = max([30, *(len(line[0]) for line in lines), *(len(label) for label, _, _ in costs)])
+        stream = self._results
+        self._say(stream, f" {'':{wide}}{'base':>9}{'tuned':>9}{'change':>9}", "dim")
+        self._say(stream, " " + "─" * (wide + 27), "dim")
+        for label, b_text, t_text, diff, better in lines:
+            style = "" if better is None else "green" if better else "yellow"
+            self._say(stream, f" {clean(label):{wide}}{b_text:>9}{t_text:>9}{diff:>9}", style)
+        for label, value, remark in costs:
+            self._say(stream, f" {clean(label):{wide}}{clean(value):>18}   {clean(remark)}".rstrip())
+
+    def paths(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Where things are and what to do next, on stdout: ("report", path), ("next", command), ...
+
+        Lines are never wrapped, so that a path or command can be copied whole.
+        """
+        if self.quiet >= 2:
+            return
+        for label, text in rows:
+            self._say(self._results, f" {clean(label):9} {text}")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, align: str = "") -> None:
+        """A list on stdout.  `align` has an l or r for each column; without it columns of numbers go right.
+
+        On a terminal long cells fold within their column; off it every row is one line.
+        """
+        if self.quiet >= 2:
+            return
+        cells = [["" if cell is None else clean(str(cell)) for cell in row] for row in rows]
+        sides = align or "".join(_side([row[i] for row in rows]) for i in range(len(columns)))
+        if self._results.fancy:
+            self._rich_table(columns, cells, sides)
+            return
+        wide = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+        marks = ["<" if side == "l" else ">" for side in sides]
+        for row in [columns, ["-" * w for w in wide], *cells]:
+            text = "   ".join(f"{cell:{m}{w}}" for cell, m, w in zip(row, marks, wide, strict=True))
+            self._say(self._results, f" {text}".rstrip())
+
+    def _rich_table(self, columns: Sequence[str], cells: Sequence[Sequence[str]], sides: str) -> None:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, header_style="dim", show_edge=False, pad_edge=True)
+        for name, side in zip(columns, sides, strict=True):
+            table.add_column(Text(clean(name)), justify="left" if side == "l" else "right", overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(cell) for cell in row))
+        self._draw(self._results, table, whole=False)
+
+    def error(self, err: FleetuneError) -> None:
+        """What failed and what to try, on stderr; in JSON mode an event with the exit code as well."""
+        stopped = isinstance(err, Interrupted)
+        if self.json:
+            event = {"event": "interrupted" if stopped else "error", "type": type(err).__name__}
+            self.event({**event, "message": err.message, "hint": err.hint, "exit_code": err.exit_code})
+            return
+        self._say(
+            self._err, err.message if stopped else f"error: {err.message}", "" if stopped else "bold red"
+        )
+        if err.hint:
+            self._say(self._err, f"  {'resume' if stopped else 'try'}: {err.hint}")
+
+
+def _side(column: Sequence[object]) -> str:
+    filled = [cell for cell in column if cell not in (None, "")]
+    return "r" if filled and all(isinstance(cell, int | float) for cell in filled) else "l"

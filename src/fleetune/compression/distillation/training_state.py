@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training's weights and AdamW's moments on the disk, so that it goes on bit for bit where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fleetune.common.folders import staged
+from fleetune.errors import StorageError, UsageError
+from fleetune.models.loading import disk_errors
+
+STATE: Final = "state.safetensors"
+MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+
+
+def store(
+    folder: Path,
+    origin: str,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Make `folder` hold the state after `step` steps, whole or as it was.  StorageError when it cannot be written.
+
+    `origin` names all that the training is a function of.
+    """
+    tensors = {f"weight/{name}": p.detach() for name, p in parameters.items()}
+    for name, parameter in parameters.items():
+        for moment in MOMENTS if parameter in optimizer.state else ():
+            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+    with staged(folder, replace=STATE) as new, disk_errors(folder):
+        head = {"format": "pt", "origin": origin, "step": str(step)}
+        save_file({n: t.contiguous() for n, t in tensors.items()}, new / STATE, metadata=head)
+
+
+@torch.no_grad()
+def restore(
+    folder: Path, origin: str, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> int:
+    """Take the state from `folder` and give the number of steps done; 0 where there is none.
+
+    UsageError when it is that of another training, StorageError when it is damaged.
+    """
+    file = folder / STATE
+    if not file.is_file():
+        return 0
+    try:
+        with safe_open(file, framework="pt") as opened:
+            head, names = opened.metadata() or {}, set(opened.keys())
+            if head.get("origin") != origin:
+                raise UsageError(
+                    f"{file} is of a training with other weights, rows or settings",
+                    hint="bring back what it began with, or begin anew without --resume",
+                )
+            for name, parameter in parameters.items():
+                parameter.copy_(opened.get_tensor(f"weight/{name}"))
+                if f"{MOMENTS[0]}/{name}" in names:
+                    # copies: Windows does not replace a file that is mapped into memory
+                    moments = {
+                        m: opened.get_tensor(f"{m}/{name}").to(parameter.device, copy=True) for m in MOMENTS
+                    }
+                    optimizer.state[parameter] = {"step": torch.tensor(float(head["step"])), **moments}
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{file} is damaged ({error})", hint="remove it to begin anew") from error
+    return int(head["step"])

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver of all solvers: block after block, each with the inputs that it will meet once those before are done.
+
+For every decoder block: run the calibration windows through it and sum the Hessians of its linear layers (`hessian`;
+layers that read the same tensor share one), solve them, then run the windows through the compressed block, whose
+outputs are the next block's inputs.  Embedding, norms and head stay as they are.
+
+With `true_sequential` (GPTQ's name for it) a layer also meets what the layers before it in its block give once they are
+compressed: all windows go through the block together, and each layer is solved at the moment they come to it.  That is
+one pass instead of two, and holds the activations of all windows at once.
+
+Memory is the model (or, of one that stays in its files, a block of it: `pages`), one block's Hessians and dense
+copies, and the windows' hidden states; never a second model (`costs` has the sum).  Every finished block is a file in
+`parts`; a run that was killed reads those it finds and goes on with the next.
+
+The Hessians come from a `Source`: the windows at hand (`stream`), or devices that have theirs (`federated`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fleetune.common.files import write_atomic
+from fleetune.compression import Solved, Solver
+from fleetune.compression.layerwise.activations import Source, Stream
+from fleetune.compression.layerwise.hessian import share, trace
+from fleetune.errors import DataError, RecipeError
+from fleetune.models.artefact import Quantised, dense, stored, unpack
+from fleetune.models.layers import layers_of
+from fleetune.models.model import Model
+from fleetune.models.paged import held
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What became of one linear layer."""
+
+    name: str
+    error: float  # ||WX - QX||^2 / ||WX||^2 on the calibration windows; NaN without any
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What became of one decoder block."""
+
+    number: int
+    matrices: tuple[Matrix, ...]
+    seconds: float
+
+
+def part(folder: Path, number: int) -> Path:
+    """The file of a finished block."""
+    return folder / f"block-{number:04d}.safetensors"
+
+
+class Parts(Mapping[str, "Quantised | Tensor"]):
+    """Finished blocks on the disk, by parameter; a weight is read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._where: dict[
+            str, tuple[int, tuple[int, int, int] | None]
+        ] = {}  # -> block, (bits, group, columns)
+        self.blocks: list[Block] = []
+
+    def open(self, number: int) -> bool:
+        """Take in a block's file; False when there is none that is whole."""
+        try:
+            with safe_open(part(self.folder, number), framework="pt") as opened:
+                head = json.loads((opened.metadata() or {})["block"])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return False
+        for name, grid in head["weights"].items():
+            self._where[name] = (number, None if grid is None else tuple(grid))
+        matrices = (Matrix(n, float(e), tuple(notes)) for n, e, notes in head["matrices"])
+        self.blocks.append(Block(number, tuple(matrices), head["seconds"]))
+        return True
+
+    def put(self, block: Block, weights: Mapping[str, Quantised | Tensor]) -> None:
+        """Keep a finished block.  StorageError when it cannot be written."""
+        grids = {
+            n: (w.bits, w.group, w.codes.shape[1]) if isinstance(w, Quantised) else None
+            for n, w in weights.items()
+        }
+        matrices = [[m.name, m.error, m.notes] for m in block.matrices]
+        head = json.dumps({"weights": grids, "matrices": matrices, "seconds": block.seconds})
+        tensors = {k: v for n, w in weights.items() for k, v in stored(n, w).items()}
+        write_atomic(part(self.folder, block.number), save(tensors, metadata={"format": "pt", "block": head}))
+        self.open(block.number)
+
+    def __getitem__(self, name: str) -> Quantised | Tensor:
+        number, grid = self._where[name]
+        with safe_open(part(self.folder, number), framework="pt") as opened:
+            if grid is None:
+                floats: Tensor = opened.get_tensor(name)
+                return floats
+            bits, group, columns = grid
+            codes, scale, zero = (opened.get_tensor(f"{name}.{x}") for x in ("codes", "scale", "zero"))
+            return Quantised(unpack(codes, bits, columns), scale, zero, bits, group)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
+    """(block, its linear layers by their name in the net) for every decoder block."""
+    modules = dict(model.net.named_modules())
+    found = []
+    for layer in layers_of(model.net):
+        inside = modules[layer.name].named_modules()
+        found.append(
+            (modules[layer.name], {f"{layer.name}.{n}": m for n, m in inside if isinstance(m, nn.Linear)})
+        )
+    return found
+
+
+def check(model: Model, solver: Solver) -> None:
+    """RecipeError with everything in the way: matrices that the settings do not fit, weights that are no numbers."""
+    problems = []
+    for block, linears in linears_of(model):
+        with held(model, block):
+            for name, linear in linears.items():
+                R, C = linear.weight.shape
+                if problem := solver.check(f"{name}.weight", R, C):
+                    problems.append(problem)
+                if not _finite(linear.weight):
+                    problems.append(f"{name}.weight holds values that are not finite")
+    if problems:
+        more = [f"and {len(problems) - 6} more"] if len(problems) > 6 else []
+        raise RecipeError(problems[:6] + more, hint="choose settings that fit every layer")
+
+
+def _finite(weight: Tensor) -> bool:
+    """Whether all values are numbers, by their sum in float64: no mask as large as the weights."""
+    return bool(torch.isfinite(weight.sum(dtype=torch.float64)))
+
+
+def windows(ids: Sequence[np.ndarray], length: int, count: int) -> Tensor:
+    """int64 [count', length]: the first windows of all texts' tokens joined; DataError when they fill less than one."""
+    joined = np.concatenate([np.zeros(0, np.int64), *ids])[: length * count]
+    whole = len(joined) // length
+    if not whole:
+        raise DataError(
+            f"the calibration text has {len(joined)} tokens, a window needs {length}",
+            hint="give more text, or a smaller --length",
+        )
+    return torch.from_numpy(joined[: whole * length].astype(np.int64)).view(whole, length)
+
+
+@torch.inference_mode()
+def written(model: Model, length: int, count: int, seed: int) -> Tensor:
+    """int64 [count, length]: windows that the model writes itself, so that nobody's text is needed.
+
+    Sampled from its own distribution from the token that begins a text on, past every end of one.
+    """
+    start = next(t for t in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id, 0) if t is not None)
+    rows = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for first in range(0, count, 8):
+            begin = torch.full((min(8, count - first), 1), start, device=model.device)
+            out = model.net.generate(
+                begin, attention_mask=torch.ones_like(begin), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=start,
+            )  # fmt: skip
+            rows.append(out.cpu())
+    return torch.cat(rows)
+
+
+@torch.inference_mode()
+def run(
+    model: Model,
+    solver: Solver,
+    calibration: Tensor | Source | None,
+    folder: Path,
+    on_matrix: Callable[[int, int, str], None] = lambda block, blocks, name: None,
+    on_block: Callable[[Block, int], None] = lambda block, blocks: None,
+    *,
+    true_sequential: bool = False,
+) -> Parts:
+    """Compress every block of `model` (which is as it was afterwards); goes on with what `folder` holds already.
+
+    calibration: int64 [N, length] windows of tokens, or where else Hessians come from; None for a solver that needs
+    none.  `on_matrix(block, blocks, name)` is called before every matrix and may raise to stop; finished blocks stay
+    in `folder`.
+    """
+    if true_sequential and not isinstance(calibration, Tensor):
+        raise ValueError("true_sequential is for windows; a source has an order of its own")
+    folder.mkdir(parents=True, exist_ok=True)
+    parts, blocks = Parts(folder), linears_of(model)
+    source = Stream(model, calibration, true_sequential) if isinstance(calibration, Tensor) else calibration
+    placing = isinstance(source, Stream) and source.true_sequential
+    for number, (block, linears) in enumerate(blocks):
+        with held(model, block), restored(linears):
+            if not (kept := parts.open(number)):
+                on_name = functools.partial(on_matrix, number, len(blocks))
+                _solve_block(solver, number, linears, source, parts, on_name, placing)
+            on_block(parts.blocks[-1], len(blocks))
+            if source and number + 1 < len(blocks):
+                if kept or not placing:
+                    place(linears, parts)
+                source.advance(number)
+    return parts
+
+
+def _solve_block(
+    solver: Solver, number: int, linears: Mapping[str, nn.Linear], source: Source | None, parts: Parts,
+    on_name: Callable[[str], None], placing: bool,
+) -> None:  # fmt: skip
+    """Solve a block into `parts`; with `placing` each layer has its compressed weights as soon as it is solved."""
+    began = time.monotonic()
+    weights, matrices = dict[str, Quantised | Tensor](), list[Matrix]()
+
+    def settle(name: str, H: Tensor | None) -> None:
+        on_name(name)
+        linear = linears[name]
+        weight, matrix = _solve(solver, name, linear, H)
+        weights[f"{name}.weight"] = weight
+        matrices.append(matrix)
+        if placing:
+            linear.weight.data = dense(weight).to(linear.weight)
+
+    if source:
+        source.walk(number, linears, settle)
+    for name in linears:
+        if f"{name}.weight" not in weights:  # nothing reads it, or the solver needs no source
+            settle(name, None)
+    parts.put(Block(number, tuple(matrices), round(time.monotonic() - began, 3)), weights)
+
+
+def _solve(
+    solver: Solver, name: str, linear: nn.Linear, H: Tensor | None
+) -> tuple[Quantised | Tensor, Matrix]:
+    W = linear.weight.detach().float().cpu()
+    C = W.shape[1]
+    solved = solver.solve(W, torch.zeros(C, C) if H is None else H)
+    error = float("nan") if H is None else share(_lost(W, solved, H), trace(W, H))
+    weight = solved.weight if isinstance(solved.weight, Quantised) else solved.weight.to(linear.weight.dtype)
+    return weight, Matrix(name, error, solved.notes)
+
+
+def _lost(W: Tensor, solved: Solved, H: Tensor) -> float:
+    return trace(W - dense(solved.weight), H) if solved.loss is None else solved.loss
+
+
+@contextmanager
+def restored(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
+    """The linear layers have the weights they had before, afterwards."""
+    before = {name: linear.weight.data for name, linear in linears.items()}
+    try:
+        yield
+    finally:
+        for name, linear in linears.items():
+            linear.weight.data = before[name]
+
+
+def place(linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor]) -> None:
+    """Give the linear layers their compressed weights."""
+    for name, linear in linears.items():
+        linear.weight.data = dense(parts[f"{name}.weight"]).to(linear.weight)
+
+
+@contextmanager
+def placed(linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor]) -> Iterator[None]:
+    """The linear layers with their compressed weights, for a while."""
+    with restored(linears):
+        place(linears, parts)
+        yield

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model with fewer decoder blocks: some of its own, evenly spaced, with a configuration that says so.
+
+Dropping layers to start a student is as in DistilBERT (Sanh et al. 2019, arXiv 1910.01108, section 3).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fleetune.models.families.widths import KEY, differ
+from fleetune.models.layers import layers_of
+
+
+def kept_blocks(whole: int, keep: int) -> list[int]:
+    """`keep` of `whole` block numbers at even distances, the first and the last among them (2 <= keep <= whole)."""
+    gaps = keep - 1
+    return [(2 * k * (whole - 1) + gaps) // (2 * gaps) for k in range(keep)]
+
+
+def shallow(net: PreTrainedModel, keep: int) -> PreTrainedModel:
+    """A copy of `net` with `keep` of its decoder blocks, evenly spaced; `net` is as it was."""
+    return with_blocks(net, kept_blocks(len(layers_of(net)), keep))
+
+
+def with_blocks(net: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
+    """A copy of `net` with the decoder blocks `kept`; `net` is as it was.
+
+    What a configuration says block by block (such as `layer_types`) is cut alike.  ModelError for a family whose
+    blocks are not known.
+    """
+    path = layers_of(net)[0].name.rpartition(".")[0]
+    parent, _, stack = path.rpartition(".")
+    owner, whole = net.get_submodule(parent), cast(nn.ModuleList, net.get_submodule(path))
+    setattr(owner, stack, nn.ModuleList(whole[i] for i in kept))
+    try:
+        cut = copy.deepcopy(net)
+    finally:
+        setattr(owner, stack, whole)
+    for number, block in enumerate(cast(nn.ModuleList, cut.get_submodule(path))):
+        for module in block.modules():
+            if "layer_idx" in vars(module):
+                vars(module)["layer_idx"] = number
+    _cut_config(cut.config.get_text_config(), len(whole), kept)
+    return cut
+
+
+def shallow_config(config: Any, keep: int) -> Any:
+    """The configuration that `shallow`'s copy has."""
+    cut, whole = copy.deepcopy(config), int(config.get_text_config().num_hidden_layers)
+    _cut_config(cut.get_text_config(), whole, kept_blocks(whole, keep))
+    return cut
+
+
+def _cut_config(config: Any, whole: int, kept: list[int]) -> None:
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == whole:
+            setattr(config, name, [value[i] for i in kept])
+    if differ(config):
+        table = getattr(config, KEY)
+        setattr(config, KEY, {name: [found[i] for i in kept] for name, found in table.items()})
+    config.num_hidden_layers = len(kept)

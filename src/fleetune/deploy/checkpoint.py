@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an export takes a model from, and what it tells about what it wrote.
+
+A source is a master artefact (`master.Master`) or a plain Hugging Face directory (`Directory`).  Both give one
+tensor at a time.  A `Checkpoint` is a source with transformers' own names: a model of the configuration, on
+the meta device, says which parameters there are, which of them are one tensor (tied embeddings) and which
+belong to linear layers; every one must be in the source and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fleetune.errors import ModelError, UsageError
+from fleetune.models.artefact import Master, Quantised, is_master
+from fleetune.models.families.widths import build
+from fleetune.models.hf_folder import check_folder, config_of, is_encoder
+
+BUFFERS: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
+
+
+class Source(Protocol):
+    """A model on the disk, read a tensor at a time."""
+
+    @property
+    def folder(self) -> Path:
+        """Where config.json and the tokenizer's files are."""
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters, quantised or not."""
+
+    def quantised(self, name: str) -> Quantised | None:
+        """The codes of a parameter; None for a dense one."""
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter's values."""
+
+
+class Directory:
+    """A plain Hugging Face directory, one safetensors file or shards."""
+
+    def __init__(self, folder: Path) -> None:
+        """ModelError when the directory is incomplete or damaged."""
+        check_folder(folder)
+        self.folder = folder
+        one = folder / "model.safetensors"
+        index = folder / "model.safetensors.index.json"
+        files = [one] if one.is_file() else _shards(index)
+        self._files: dict[str, Path] = {}
+        for file in files:
+            with _opened(file) as head:
+                self._files |= dict.fromkeys(head.keys(), file)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters in name order."""
+        return sorted(name for name in self._files if not name.endswith(BUFFERS))
+
+    def quantised(self, name: str) -> None:
+        """Nothing here is quantised."""
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter's values, in the type they are stored in."""
+        with _opened(self._files[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _shards(index: Path) -> list[Path]:
+    return [
+        index.parent / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    ]
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} is damaged ({error})", hint="fetch the model again") from error
+
+
+class Checkpoint:
+    """A source by transformers' names, in the order of the model's modules."""
+
+    def __init__(self, source: Source) -> None:
+        """UsageError for an encoder; ModelError when the tensors are not those of the configuration."""
+        self.source = source
+        self.folder = source.folder
+        self.config: Any = config_of(source.folder)
+        if is_encoder(self.config):
+            raise UsageError(
+                f"{source.folder} holds an encoder; only causal language models are exported",
+                hint="save it as it is: an encoder's directory is ready for transformers",
+            )
+        net = build(self.config)
+        self.shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}  # tied ones once
+        self.linears = frozenset(f"{n}.weight" for n, m in net.named_modules() if isinstance(m, nn.Linear))
+        self._stored = _stored_names(net, source)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters; a tied one under the name of the input embedding."""
+        return list(self.shapes)
+
+    def quantised(self, name: str) -> Quantised | None:
+        """The codes of a parameter; None for a dense one."""
+        q = self.source.quantised(self._stored[name])
+        if q is not None:
+            self._check_shape(name, q.codes)
+        return q
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter's values: float32 for a quantised one, else in the type it is stored in."""
+        return self._check_shape(name, self.source.weight(self._stored[name]))
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type of what is not quantised, by its smallest tensor."""
+        return self.weight(min(self.shapes, key=lambda name: (len(self.shapes[name]), name))).dtype
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the source is a master artefact."""
+        return isinstance(self.source, Master)
+
+    def _check_shape(self, name: str, tensor: Tensor) -> Tensor:
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise ModelError(
+                f"{self.folder}: {name} has shape {tuple(tensor.shape)}, the configuration says {self.shapes[name]}",
+                hint="the weights belong to another configuration: make or fetch the model again",
+            )
+        return tensor
+
+
+def _stored_names(net: nn.Module, source: Source) -> dict[str, str]:
+    """For each parameter, which of its names the source knows it by."""
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    has = set(source.names)
+    stored = {names[0]: next((n for n in names if n in has), "") for names in aliases.values()}
+    missing = sorted(name for name, found in stored.items() if not found)
+    extra = sorted(has - {name for names in aliases.values() for name in names})
+    if missing or extra:
+        what = (
+            f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the configuration does not have"
+        )
+        raise ModelError(
+            f"{source.folder} {what}",
+            hint="the weights belong to another configuration: make or fetch the model again",
+        )
+    return stored
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The model of a folder: a master artefact or a plain directory.  ModelError when it is neither."""
+    return Checkpoint(Master(folder) if is_master(folder) else Directory(folder))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an export wrote; every tensor of it was read back and compared with the source."""
+
+    path: Path
+    to: str  # the target
+    bytes: int  # of all files
+    tensors: int
+    exact: int  # tensors whose values in the file are the source's, bit for bit
+    types: Mapping[str, int]  # how many tensors are of which type
+    notes: tuple[str, ...] = ()  # fallbacks and warnings, for the user

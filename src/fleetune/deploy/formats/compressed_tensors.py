@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory in the format "pack-quantized" of compressed-tensors, for vLLM, SGLang and transformers.
+
+A quantised layer NAME of shape [R, C] in groups of G columns (compressed-tensors 0.20, pack_quantized):
+
+    NAME.weight_packed      int32 [R, C bits / 32]    codes, the first in the lowest bits
+    NAME.weight_scale       fp16 [R, C / G]
+    NAME.weight_shape       int64 [2]
+    NAME.weight_zero_point  int32 [R bits / 32, C / G]    zeros, packed along the rows; not when symmetric
+
+The format counts from the middle: a code is q + 2^(bits-1) there, which is ours.  Symmetric is a zero of
+2^(bits-1) in every matrix: one that only some have would make two kinds of layers, and transformers (5.24)
+takes the first kind's settings for all.  Four and eight bits are written, which all readers pack alike.
+
+config.json says dtype float16, since readers bring the scales to the model's dtype: in bfloat16 they would
+lose 3 of their 11 bits, and every weight of the group would move.  Dense tensors are fp16 for the same reason;
+a model stored in bf16 keeps its dense tensors in bf16, so that the file loses nothing of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fleetune.deploy import alternatives
+from fleetune.deploy.checkpoint import Checkpoint, Report
+from fleetune.deploy.formats import directory
+from fleetune.errors import UsageError
+from fleetune.models.artefact import Quantised
+from fleetune.models.tensor_file import damaged
+
+TARGET: Final = "compressed-tensors"
+
+
+def write(model: Checkpoint, folder: Path) -> Report:
+    """Write the master artefact `model` into the existing empty `folder`.
+
+    UsageError before anything is written for plain weights, other numbers of bits, or quantised tensors that
+    are no linear layers; FleetuneError when the files do not hold what was written.
+    """
+    grids = directory.matrices(model, TARGET)
+    for name, q in grids.items():
+        if q.bits not in alternatives.PACKED_BITS:
+            raise UsageError(
+                f"{TARGET} is written with 4 or 8 bits; {name} has {q.bits}",
+                hint=f"use {alternatives.instead(model)}, or compress again with 4 bits",
+            )
+    rounded: set[str] = set()
+    tensors = partial(directory.packed, model, partial(parts, middle=symmetric(grids)), rounded)
+    config: dict[str, Any] = {"dtype": "float16", "quantization_config": quantization_config(model, grids)}
+    notes = directory.write_folder(model, folder, tensors, config)
+    _check(model, folder / directory.FILE)
+    notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
+    if len(config["quantization_config"]["config_groups"]) > 1:
+        notes.append("layers are on several grids, of which transformers (5.24) takes the first for all")
+    return directory.report(model, folder, TARGET, len(rounded), notes)
+
+
+def symmetric(grids: Mapping[str, Quantised]) -> bool:
+    """Whether every zero of every matrix is the middle of the codes."""
+    return all(bool((q.zero == 1 << (q.bits - 1)).all()) for q in grids.values())
+
+
+def parts(name: str, q: Quantised, middle: bool) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a quantised layer's weight; without the zeros when they are in the `middle`."""
+    layer = name.removesuffix(".weight")
+    yield f"{layer}.weight_packed", directory.words(q.codes, q.bits)
+    yield f"{layer}.weight_scale", q.scale
+    yield f"{layer}.weight_shape", torch.tensor(q.codes.shape)
+    if not middle:
+        yield f"{layer}.weight_zero_point", directory.words(q.zero.T.contiguous(), q.bits).T.contiguous()
+
+
+def quantization_config(model: Checkpoint, grids: dict[str, Quantised]) -> dict[str, Any]:
+    """What config.json says of the layers: those on one kind of grid are a group."""
+    kinds: dict[tuple[int, int], list[str]] = {}
+    for name, q in grids.items():
+        kind = (q.bits, directory.group_size(q, grids))
+        kinds.setdefault(kind, []).append(name.removesuffix(".weight"))
+    plain = sorted(name.removesuffix(".weight") for name in model.linears - grids.keys())
+    one = len(kinds) == 1
+    groups = {
+        f"group_{i}": {
+            "targets": ["Linear"] if one else layers,
+            "weights": {
+                "num_bits": bits, "type": "int", "symmetric": symmetric(grids), "dynamic": False,
+                "strategy": "channel" if group < 0 else "group", "group_size": None if group < 0 else group,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for i, ((bits, group), layers) in enumerate(sorted(kinds.items()))
+    }  # fmt: skip
+    return {
+        "quant_method": TARGET, "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": groups, "ignore": plain,
+    }  # fmt: skip
+
+
+def _check(model: Checkpoint, path: Path) -> None:
+    """Decode every quantised layer from the file as a runtime would, and compare it with the master's."""
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        for name in model.names:
+            if (q := model.quantised(name)) is None:
+                continue
+            layer = name.removesuffix(".weight")
+            R, C = (int(n) for n in file.get_tensor(f"{layer}.weight_shape"))
+            codes = directory.unwords(file.get_tensor(f"{layer}.weight_packed"), q.bits, C)
+            zero = torch.full_like(q.zero, 1 << (q.bits - 1))
+            if f"{layer}.weight_zero_point" in names:
+                zero = directory.unwords(file.get_tensor(f"{layer}.weight_zero_point").T, q.bits, R).T
+            read = Quantised(codes, file.get_tensor(f"{layer}.weight_scale"), zero, q.bits, q.group)
+            if not torch.equal(read.dense(), q.dense()):
+                raise damaged(path, f"{layer} does not decode to its weights")

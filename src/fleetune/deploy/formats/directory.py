@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the exports to Hugging Face directories share: their files, words of 32 bits, the dense rest in 16 bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fleetune.deploy import alternatives
+from fleetune.deploy.checkpoint import Checkpoint, Report
+from fleetune.deploy.formats import gguf_vocabulary
+from fleetune.errors import UsageError
+from fleetune.models.artefact import Quantised, pack
+from fleetune.models.tensor_file import Tensors, compare, write_tensors
+
+FILE: Final = "model.safetensors"
+COMPANIONS: Final = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "chat_template*", "generation_config.json",
+)  # fmt: skip
+
+
+def write_folder(model: Checkpoint, folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> list[str]:
+    """Weights, tokenizer and configuration into the existing `folder`; `config` replaces keys of config.json.
+
+    Notes on what runtimes will do differently.  The weights are read back; FleetuneError when they differ.  OSError
+    when the disk is full.
+    """
+    write_tensors(folder / FILE, tensors, {"format": "pt"})
+    compare(folder / FILE, tensors)
+    raw = json.loads((model.folder / "config.json").read_bytes())
+    raw.pop("torch_dtype", None)  # the older name of "dtype"
+    text = json.dumps(raw | config, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    for pattern in COMPANIONS:
+        for file in sorted(model.folder.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    return gguf_vocabulary.add_template(model.folder, folder)
+
+
+def words(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [R, C] codes -> int32 [R, ceil(C bits / 32)], little-endian bits within a row."""
+    packed = pack(codes, bits)
+    wide = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4))
+    return wide.contiguous().view(torch.int32)
+
+
+def unwords(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `words`, by shifts of whole words instead of bytes: what runtimes' kernels do."""
+    at = torch.arange(columns) * bits
+    first, shift = at // 32, at % 32
+    rows = []
+    step = max(1, (1 << 22) // max(1, columns))
+    for start in range(0, len(packed), step):
+        wide = packed[start : start + step].to(torch.int64) & 0xFFFFFFFF
+        wide = torch.nn.functional.pad(wide, (0, 1))
+        both = wide[:, first] | wide[:, first + 1] << 32
+        rows.append((both >> shift & ((1 << bits) - 1)).to(torch.uint8))
+    return torch.cat(rows)
+
+
+def half(name: str, weight: Tensor) -> Tensor:
+    """A dense tensor in 16 bits: bf16 as it is, the rest in fp16.  UsageError beyond fp16's range."""
+    if weight.dtype == torch.bfloat16:
+        return weight
+    values = weight.to(torch.float16)
+    if bool(values.isinf().any()) and not bool(weight.isinf().any()):
+        raise UsageError(f"{name} has values beyond fp16's range", hint="export with --to hf")
+    return values
+
+
+def packed(
+    model: Checkpoint, parts: Callable[[str, Quantised], Iterator[tuple[str, Tensor]]], rounded: set[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file: the `parts` of what is quantised, the rest in 16 bits; `rounded` gets what changed."""
+    for name in model.names:
+        if (q := model.quantised(name)) is not None:
+            yield from parts(name, q)
+            continue
+        weight = model.weight(name)
+        dense = half(name, weight)
+        if bool((dense.float() != weight.float()).any()):
+            rounded.add(name)
+        yield name, dense
+
+
+def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
+    """Grids of the quantised matrices, without their codes in memory.
+
+    UsageError when nothing is quantised, or something else than linear layers is.
+    """
+    found: dict[str, Quantised] = {}
+    for name in model.names:
+        if (q := model.quantised(name)) is None:
+            continue
+        if name not in model.linears:
+            raise UsageError(
+                f"{to} holds quantised linear layers; {name} is none",
+                hint=f"use {alternatives.instead(model)}, or compress again without it",
+            )
+        found[name] = Quantised(q.codes[:0], q.scale[:0], q.zero, q.bits, q.group)
+    if not found:
+        raise UsageError(
+            f"{model.folder} holds plain weights, and {to} is for compressed ones",
+            hint="compress it first (fleetune compress), or use --to hf",
+        )
+    return found
+
+
+def group_size(q: Quantised, grids: Mapping[str, Quantised]) -> int:
+    """The matrix's group; -1, a whole row, when every matrix has one group a row, however long."""
+    return -1 if all(other.zero.shape[1] == 1 for other in grids.values()) else q.group
+
+
+def report(model: Checkpoint, folder: Path, to: str, inexact: int, notes: list[str]) -> Report:
+    """What was written; `inexact` parameters have other values than the source."""
+    with safe_open(folder / FILE, framework="pt") as file:
+        names = list(file.keys())
+        types = dict(Counter(file.get_slice(name).get_dtype() for name in names))
+    return Report(
+        path=folder,
+        to=to,
+        bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        tensors=len(model.names),
+        exact=len(model.names) - inexact,
+        types=types,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of quantised matrices as ggml's blocks, without loss, and how to tell that there would be one.
+
+A block is 32 columns of a row (llama.cpp, ggml-common.h, block_q4_0 and following); numbers are
+little-endian, d and m are fp16:
+
+    Q4_0   d, 16 bytes:      byte j = u[j] | u[j + 16] << 4          w = d (u - 8)       4.5 bits a weight
+    Q4_1   d, m, 16 bytes:   the same                                w = d u + m         5.0
+    Q8_0   d, 32 bytes:      int8 q                                  w = d q             8.5
+
+With w = scale (code - zero) and t = code - zero, whole numbers:
+
+    Q4_0   d = scale, u = t + 8      needs -8 <= t <= 7 (a 4-bit symmetric grid has zero 8)
+    Q4_1   d = scale, u = code       needs code <= 15, and m = -scale zero exact in fp16
+    Q8_0   d = scale, q = t          needs -128 <= t <= 127
+
+and a group that is a multiple of 32, of which each block repeats the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fleetune.models.artefact import Quantised
+
+BLOCK: Final = 32
+RANGES: Final[Mapping[str, tuple[int, int]]] = MappingProxyType({"Q4_0": (-8, 7), "Q8_0": (-128, 127)})
+
+
+def misfit(q: Quantised, kind: str) -> str | None:
+    """Why blocks of `kind` (Q4_0, Q4_1 or Q8_0) cannot hold the matrix without loss; None when they can."""
+    if q.group % BLOCK:
+        return f"its groups of {q.group} are no multiple of {kind}'s blocks of {BLOCK}"
+    if kind == "Q4_1":
+        if int(q.codes.max()) > 15:
+            return f"{kind} has 4 bits, its codes have {q.bits}"
+        exact = -q.scale.float() * q.zero.float()
+        if bool((exact.half().float() != exact).any()):
+            return "the minimum scale * zero of some groups is not exact in fp16"
+        return None
+    low, high = RANGES[kind]
+    steps = _steps(q)
+    if int(steps.min()) < low or int(steps.max()) > high:
+        return f"{kind} holds steps {low} to {high} about the zero, it has {int(steps.min())} to {int(steps.max())}"
+    return None
+
+
+def pack_q4_0(q: Quantised) -> np.ndarray:
+    """uint8 [R, C / 32 * 18] of a matrix that fits."""
+    return _join(_per_block(q, q.scale), _nibbles((_steps(q) + 8).to(torch.uint8)))
+
+
+def pack_q4_1(q: Quantised) -> np.ndarray:
+    """uint8 [R, C / 32 * 20] of a matrix that fits."""
+    minimum = (-q.scale.float() * q.zero.float()).half()
+    return _join(_per_block(q, q.scale), _per_block(q, minimum), _nibbles(q.codes))
+
+
+def pack_q8_0(q: Quantised) -> np.ndarray:
+    """uint8 [R, C / 32 * 34] of a matrix that fits."""
+    steps = _steps(q).to(torch.int8).numpy()
+    return _join(_per_block(q, q.scale), steps.view(np.uint8).reshape(len(steps), -1, BLOCK))
+
+
+PACKERS: Final[Mapping[str, Callable[[Quantised], np.ndarray]]] = MappingProxyType(
+    {"Q4_0": pack_q4_0, "Q4_1": pack_q4_1, "Q8_0": pack_q8_0}
+)
+
+
+def _steps(q: Quantised) -> Tensor:
+    """int16 [R, C]: how many scales each weight is away from 0."""
+    return q.codes.to(torch.int16) - q.zero.to(torch.int16).repeat_interleave(q.group, 1)
+
+
+def _per_block(q: Quantised, values: Tensor) -> np.ndarray:
+    """fp16 [R, C / group] -> its bytes for each block, uint8 [R, C / 32, 2]."""
+    each: np.ndarray = values.repeat_interleave(q.group // BLOCK, 1).contiguous().numpy().astype("<f2")
+    return each[..., None].view(np.uint8)
+
+
+def _nibbles(codes: Tensor) -> np.ndarray:
+    """uint8 [R, C] below 16 -> uint8 [R, C / 32, 16], the block's first half in the low bits."""
+    halves = codes.reshape(len(codes), -1, 2, BLOCK // 2)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).numpy()
+
+
+def _join(*parts: np.ndarray) -> np.ndarray:
+    return np.concatenate(parts, axis=2).reshape(len(parts[0]), -1)

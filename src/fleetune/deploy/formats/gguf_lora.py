@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A LoRA adapter as one .gguf file that llama.cpp puts on a GGUF file of its base (llama-cli --lora FILE).
+
+The file (llama.cpp's src/llama-adapter.cpp says what it reads) has general.type "adapter", adapter.type "lora", the
+base's architecture, adapter.lora.alpha, and for each adapted matrix NAME of the base two tensors in fp32
+
+    NAME.lora_a  [r, in]      A as it is
+    NAME.lora_b  [out, r]     B, with the rows of a llama's q and k in the order of the base's file (`gguf.py`)
+
+llama.cpp adds (alpha / r) B A x with r the width of B, as LoRA does.  The base's file may be of any type; its
+weights stay what they are.  What PEFT can say and the file cannot is refused: weights instead of factors (modules to
+save, biases), other scalings (rsLoRA, ranks or alphas by layer), DoRA.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import gguf
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from fleetune.deploy.checkpoint import Checkpoint, Report
+from fleetune.deploy.formats.gguf import architecture, check_config, interleaved
+from fleetune.deploy.targets import LORA
+from fleetune.errors import ModelError, UsageError
+from fleetune.models.families.widths import heads_of
+from fleetune.models.tensor_file import damaged
+
+TARGET: Final = LORA
+FRONT: Final = "base_model.model."  # of PEFT's tensor names
+SUFFIXES: Final = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
+INSTEAD: Final = "merge it into the base: --to gguf:f16, or fleetune compress and --to gguf"
+PLAIN: Final[Mapping[str, Any]] = {
+    "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
+}  # fmt: skip
+UNREADABLE: Final = (
+    OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
+)  # fmt: skip
+EMPTY: Final = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters")
+
+
+def write(adapter: Path, base: Checkpoint, path: Path, metadata: Mapping[str, str], *, name: str) -> Report:
+    """Write the PEFT directory `adapter` of a model like `base` to the new file `path`, and read it back.
+
+    `metadata` are strings for the header, `name` the adapter's name there.  UsageError before anything is written for
+    an adapter that is no plain LoRA or a base without a place in GGUF; ModelError when the adapter is damaged or of
+    another model; FleetuneError when the file does not hold what was written.
+    """
+    check_config(base.config)
+    settings, factors = _read(adapter)
+    tensors = dict(_tensors(factors, base))
+    writer = gguf.GGUFWriter(path, architecture(base.config))
+    try:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(name)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
+        for key, text in metadata.items():
+            writer.add_string(key, text)
+        for tensor, values in tensors.items():
+            writer.add_tensor(tensor, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+    _verify(path, tensors, float(settings["lora_alpha"]))
+    return Report(
+        path=path, to=TARGET, bytes=path.stat().st_size, tensors=len(tensors), exact=len(tensors),
+        types={"F32": len(tensors)},
+    )  # fmt: skip
+
+
+def check_kind(adapter: Path) -> None:
+    """UsageError unless the directory holds a plain LoRA in PEFT's layout; ModelError when it is damaged."""
+    file = adapter / "adapter_config.json"
+    if not file.is_file():
+        raise UsageError(f"{adapter} holds no LoRA, which is all that GGUF has a place for", hint=INSTEAD)
+    try:
+        settings = json.loads(file.read_bytes())
+        wrong = [k for k, value in PLAIN.items() if (settings.get(k) or value) != value]
+        wrong += [k for k in EMPTY if settings.get(k)]
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{file} is damaged ({error})", hint="finish or repeat the run") from error
+    if wrong:
+        raise UsageError(
+            f"GGUF has no place for this adapter: {wrong[0]} is {settings[wrong[0]]!r}", hint=INSTEAD
+        )
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a .gguf file holds an adapter; False for one that cannot be read."""
+    try:
+        found = gguf.GGUFReader(path).fields.get(gguf.Keys.General.TYPE)
+    except UNREADABLE:
+        return False
+    return found is not None and found.contents() == gguf.GGUFType.ADAPTER
+
+
+def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """adapter_config.json and the factors by PEFT's names."""
+    check_kind(adapter)
+    try:
+        settings: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_bytes())
+        return settings, load_file(adapter / "adapter_model.safetensors")
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: bf16, which numpy has not
+        raise ModelError(
+            f"{adapter} is not a usable adapter ({error})", hint="finish or repeat the run"
+        ) from error
+
+
+def _tensors(factors: Mapping[str, np.ndarray], base: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of the file, in the order of the names."""
+    config = base.config
+    arch = {text: key for key, text in gguf.MODEL_ARCH_NAMES.items()}[architecture(config)]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for name in sorted(factors):
+        part = next((s for s in SUFFIXES if name.endswith(s)), None)
+        if part is None or not name.startswith(FRONT):
+            raise UsageError(f"GGUF has no place for {name} of the adapter", hint=INSTEAD)
+        layer = name.removeprefix(FRONT).removesuffix(part) + ".weight"
+        if layer not in base.shapes:
+            why = "is the input embedding too" if layer in base.linears else "is not in the base"
+            raise UsageError(f"the adapter adapts {layer}, which {why}", hint=INSTEAD)
+        tensor = str(names.get_name(layer, try_suffixes=(".weight",)))
+        values, other = (
+            factors[name],
+            factors.get(name.replace("_A.", "_B.") if "_A." in name else name.replace("_B.", "_A.")),
+        )
+        _check_shapes(layer, values, other, base.shapes[layer], part)
+        if part == ".lora_B.weight" and (heads := heads_of(config, tensor)):
+            values = values[interleaved(len(values), heads)]
+        yield tensor + SUFFIXES[part], np.ascontiguousarray(values, dtype=np.float32)
+
+
+def _check_shapes(
+    layer: str, values: np.ndarray, other: np.ndarray | None, shape: tuple[int, ...], part: str
+) -> None:
+    A, B = (values, other) if part == ".lora_A.weight" else (other, values)
+    if A is None or B is None or (len(B), A.shape[1]) != shape or len(A) != B.shape[1]:
+        found = [None if factor is None else factor.shape for factor in (A, B)]
+        raise ModelError(
+            f"the adapter's A and B of {layer} have shapes {found[0]} and {found[1]}, the matrix has {shape}",
+            hint="the adapter belongs to another model: give the run it was made in",
+        )
+
+
+def _verify(path: Path, tensors: Mapping[str, np.ndarray], alpha: float) -> None:
+    """FleetuneError unless the file holds these tensors bit for bit, and this alpha."""
+    try:
+        reader = gguf.GGUFReader(path)
+    except UNREADABLE as error:
+        raise damaged(path, str(error)) from error
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    if sorted(found) != sorted(tensors):
+        raise damaged(path, "it does not hold the tensors that were written")
+    for name, values in tensors.items():
+        read = found[name]
+        if (
+            read.tensor_type.name != "F32"
+            or read.data.shape != values.shape
+            or read.data.tobytes() != values.tobytes()
+        ):
+            raise damaged(path, f"{name} does not hold what was written")
+    if reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents() != np.float32(alpha):
+        raise damaged(path, "its alpha is not what was written")

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tokenizer as GGUF metadata (the ggml project's docs/gguf.md, "tokenizer.ggml.*").
+
+Two kinds can be written:
+
+    gpt2    byte-level BPE: tokens, merges, and under "pre" the name of the rule that splits text first.
+            llama.cpp knows rules by name only, so the name is decided by what tokenizer.json's
+            pre_tokenizer does; a rule without a name there becomes "default", with a note.
+    llama   BPE over characters with bytes as fallback, as sentencepiece makes it: tokens and scores.  Pieces
+            join in the order of falling scores; minus the rank of a merge gives the order of the merges.
+
+llama.cpp does not normalise text: a tokenizer with NFC (Qwen's) treats letters typed in pieces differently
+there, whoever wrote the file.  Ids up to the embedding's rows that the tokenizer does not use are written
+as unused tokens "[PADi]", as converters do.
+
+A tokenizer without a chat template gets that of the form in which Fleetune tunes and asks (`plain.py`), in a GGUF file
+and, where transformers makes the same tokens of it, in a directory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import gguf
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fleetune.data import Example
+from fleetune.data.encode import prompt_ids
+from fleetune.errors import ModelError, UsageError
+from fleetune.models import chat_template as plain
+from fleetune.models.gguf.tokenizer import RULES, WHOLE
+from fleetune.models.hf_folder import config_of, short
+
+SPECIAL: Final = ("bos", "eos", "unk", "pad")
+TEMPLATE_FILE: Final = "chat_template.jinja"  # transformers' own name for it
+UNSAID: Final = (
+    "the tokenizer has no chat template, and the form in which the model is tuned (each turn a line) cannot be said in "
+    "one: give a runtime the prompt as a text"
+)
+WHOLE_TALK: Final = 1 << 20  # tokens: nothing is cut
+TALK: Final = (("system", "be  brief "), ("user", " hello\n 12"), ("assistant", "he"), ("user", "a's"))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer in GGUF's terms."""
+
+    model: str  # "gpt2" or "llama"
+    pre: str
+    tokens: Sequence[str]
+    types: Sequence[int]  # gguf.TokenType
+    merges: Sequence[str]  # of "gpt2"
+    scores: Sequence[float]  # of "llama"
+    special: Mapping[str, int]  # bos, eos, unk, pad -> id
+    add_bos: bool
+    add_eos: bool
+    space_prefix: bool | None  # of "llama": whether a text gets a space in front
+    chat_template: str | Sequence[Mapping[str, str]]
+    notes: tuple[str, ...]
+
+    def add_to(self, writer: Any) -> None:
+        """Put it into the metadata of a gguf.GGUFWriter."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        if self.merges:
+            writer.add_token_merges(self.merges)
+        if self.scores:
+            writer.add_token_scores(self.scores)
+        for kind, token in self.special.items():
+            getattr(writer, f"add_{kind}_token_id")(token)
+        writer.add_add_bos_token(self.add_bos)
+        writer.add_add_eos_token(self.add_eos)
+        if self.space_prefix is not None:
+            writer.add_add_space_prefix(self.space_prefix)
+        writer.add_chat_template(self.chat_template)
+
+
+def read(folder: Path, rows: int, config: Any) -> Vocabulary:
+    """The tokenizer of a Hugging Face directory for an embedding of `rows` rows.
+
+    ModelError when it cannot be loaded or has more tokens than rows; UsageError when it is of a kind that
+    GGUF has no place for.
+    """
+    tokenizer = load(folder)
+    if not tokenizer.is_fast:
+        raise UsageError(
+            f"the tokenizer of {folder} has no tokenizer.json, which GGUF files are written from",
+            hint="export to a directory instead: --to hf",
+        )
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = rules["model"]
+    if model["type"] != "BPE":
+        raise UsageError(
+            f"the tokenizer of {folder} is a {model['type']} model; GGUF files are written for BPE",
+            hint="export to a directory instead: --to hf",
+        )
+    ids = tokenizer.get_vocab()
+    if ids and max(ids.values()) >= rows:
+        raise ModelError(
+            f"the tokenizer in {folder} has ids up to {max(ids.values())}, the model {rows} rows",
+            hint="the tokenizer belongs to another model: fetch the model again",
+        )
+    merges = _merges(model, folder)
+    fallback = bool(model["byte_fallback"])
+    pre, notes = ("default", []) if fallback else _rule(rules)
+    special = _special(tokenizer, config)
+    marked = tokenizer("a")["input_ids"]
+    tokens, types = _tokens(ids, rules["added_tokens"], rows, special.get("unk") if fallback else None)
+    return Vocabulary(
+        model="llama" if fallback else "gpt2",
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        merges=[] if fallback else [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges],
+        scores=_scores(tokens, types, merges) if fallback else [],
+        special=special,
+        add_bos=marked[0] == special.get("bos"),
+        add_eos=marked[-1] == special.get("eos"),
+        space_prefix=_space_prefix(rules) if fallback else None,
+        chat_template=_template(tokenizer),
+        notes=tuple(notes),
+    )
+
+
+def load(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory.  ModelError when it cannot be loaded."""
+    try:
+        # transformers would not know the type of a model with widths of its own
+        config = config_of(folder) if (folder / "config.json").is_file() else None
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be loaded: {short(error)}", hint="fetch the model again"
+        ) from error
+    return tokenizer
+
+
+def _merges(model: Mapping[str, Any], folder: Path) -> list[list[str]]:
+    merges = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
+    if not merges:
+        raise UsageError(
+            f"the tokenizer of {folder} has no merges, and llama.cpp reads none without",
+            hint="export to a directory instead: --to hf",
+        )
+    return merges
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, config: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for kind in SPECIAL:
+        token = getattr(tokenizer, f"{kind}_token_id", None)
+        if token is None:
+            token = getattr(config, f"{kind}_token_id", None)
+        if isinstance(token, int):
+            found[kind] = token
+    return found
+
+
+def add_template(source: Path, folder: Path) -> list[str]:
+    """Put the plain form into `folder` where the tokenizer, that of `source`, has no chat template.
+
+    A note where that cannot be.
+    """
+    try:
+        tokenizer = load(source)
+    except ModelError:  # who loads the directory will be told
+        return []
+    if not plain.is_plain(tokenizer):
+        return []
+    notes = give_template(tokenizer)
+    if not notes:
+        (folder / TEMPLATE_FILE).write_text(str(tokenizer.chat_template), encoding="utf-8")
+    return notes
+
+
+def give_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Give the plain form to a tokenizer that has no chat template.
+
+    A note where transformers would make other tokens of it: then it gets none.
+    """
+    if not plain.is_plain(tokenizer):
+        return []
+    template = plain.template(tokenizer)
+    turns = [{"role": role, "content": content} for role, content in TALK]
+    told = tokenizer.apply_chat_template(
+        turns, chat_template=template, add_generation_prompt=True, return_dict=False
+    )
+    if told != prompt_ids(Example(TALK, "", {}), tokenizer, WHOLE_TALK).tolist():
+        return [UNSAID]
+    tokenizer.chat_template = template
+    return []
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]]:
+    if plain.is_plain(tokenizer):
+        return plain.template(tokenizer)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        return [{"name": name, "template": text} for name, text in template.items()]
+    return str(template)
+
+
+def _steps(pre: Mapping[str, Any] | None) -> list[str]:
+    """What a pre_tokenizer does, step by step; a step that llama.cpp has in no rule starts with "?"."""
+    if pre is None:
+        return []
+    match pre:
+        case {"type": "Sequence"}:
+            return [step for part in pre["pretokenizers"] for step in _steps(part)]
+        case {"type": "Digits", "individual_digits": True}:
+            return ["digit"]
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return ["bytes+words" if pre.get("use_regex", True) else "bytes"]
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
+            return [pattern]
+    return [f"?{pre.get('type')}"]
+
+
+def _rule(rules: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """llama.cpp's name of the rule that splits text, and what it will do differently."""
+    notes = []
+    pre = RULES.get(tuple(_steps(rules["pre_tokenizer"])))
+    if pre is None:
+        notes.append(
+            "llama.cpp has no name for the tokenizer's splitting rule: some text may split differently"
+        )
+    elif bool(rules["model"].get("ignore_merges")) != (pre in WHOLE):
+        notes.append(f"llama.cpp's rule '{pre}' merges words that are tokens themselves differently")
+    if (rules["normalizer"] or {}).get("type") not in (None, "NFC"):
+        notes.append(
+            "llama.cpp leaves the tokenizer's text normalisation out: some text may split differently"
+        )
+    return pre or "default", notes
+
+
+def _tokens(
+    ids: Mapping[str, int], added: Sequence[Mapping[str, Any]], rows: int, unknown: int | None
+) -> tuple[list[str], list[int]]:
+    """Texts and types of the ids 0 to rows - 1; `unknown` is given when "<0x41>" are bytes."""
+    kinds = gguf.TokenType
+    tokens = [f"[PAD{i}]" for i in range(rows)]
+    types = [int(kinds.UNUSED)] * rows
+    for text, i in ids.items():
+        byte = unknown is not None and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+        tokens[i], types[i] = text, int(kinds.BYTE if byte else kinds.NORMAL)
+    for token in added:
+        text, i = token["content"], token["id"]
+        control = token["special"] or (text.startswith("<|") and text.endswith("|>"))
+        tokens[i], types[i] = text, int(kinds.CONTROL if control else kinds.USER_DEFINED)
+    if unknown is not None:
+        types[unknown] = int(kinds.UNKNOWN)
+    return tokens, types
+
+
+def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]]) -> list[float]:
+    """Minus the rank of the first merge that makes a token; letters after all merges, marks and bytes 0."""
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), rank)
+    last = len(merges)
+    normal, added = int(gguf.TokenType.NORMAL), int(gguf.TokenType.USER_DEFINED)
+    return [
+        -float(ranks.get(text, last)) if kind == normal or (kind == added and text in ranks) else 0.0
+        for text, kind in zip(tokens, types, strict=True)
+    ]
+
+
+def _space_prefix(rules: Mapping[str, Any]) -> bool:
+    """Whether the normalizer or the pre_tokenizer puts a space in front of a text."""
+    whole = json.dumps([rules["normalizer"], rules["pre_tokenizer"]])
+    return (
+        '"Prepend"' in whole or '"prepend_scheme": "first"' in whole or '"prepend_scheme": "always"' in whole
+    )

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory in the GPTQ format, for GPTQModel, vLLM, ONNX Runtime's builder and what else reads it.
+
+A quantised layer NAME of shape [R, C] = [out, in] in groups of G inputs (AutoGPTQ; checkpoint format "gptq"):
+
+    NAME.qweight  int32 [C bits / 32, R]        the codes of an output down its column, the first in the lowest bits
+    NAME.qzeros   int32 [C / G, R bits / 32]    zero - 1 of each output along the row
+    NAME.scales   fp16 [C / G, R]
+    NAME.g_idx    int32 [C]                     c // G: groups are in the order of the inputs
+
+Three bits run on over the ends of words: 32 codes are 3 words.  Since zero - 1 is stored, a zero of 0 has no
+place; all layers of the blocks must be on one kind of grid.  dtype float16 as in `compressed_tensors.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fleetune.deploy import alternatives
+from fleetune.deploy.checkpoint import Checkpoint, Report
+from fleetune.deploy.formats import directory
+from fleetune.deploy.formats.compressed_tensors import symmetric
+from fleetune.errors import UsageError
+from fleetune.models.artefact import Quantised
+from fleetune.models.tensor_file import damaged
+
+TARGET: Final = "gptq"
+BITS: Final = (2, 3, 4, 8)
+HEAD: Final = "lm_head.weight"
+
+
+def write(model: Checkpoint, folder: Path) -> Report:
+    """Write the master artefact `model` into the existing empty `folder`.
+
+    UsageError before anything is written when the grids have no place in the format; FleetuneError when the
+    files do not hold what was written.
+    """
+    grids = directory.matrices(model, TARGET)
+    _check_grids(model, grids)
+    rounded: set[str] = set()
+    tensors = partial(directory.packed, model, parts, rounded)
+    settings = quantize_config(grids)
+    notes = directory.write_folder(
+        model, folder, tensors, {"dtype": "float16", "quantization_config": settings}
+    )
+    text = json.dumps(settings, indent=2, sort_keys=True)
+    (folder / "quantize_config.json").write_text(text + "\n", encoding="utf-8")
+    _check(model, folder / directory.FILE)
+    notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
+    return directory.report(model, folder, TARGET, len(rounded), notes)
+
+
+def parts(name: str, q: Quantised) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a quantised layer's weight."""
+    layer = name.removesuffix(".weight")
+    yield f"{layer}.qweight", directory.words(q.codes, q.bits).T.contiguous()
+    yield f"{layer}.qzeros", directory.words((q.zero - 1).T.contiguous(), q.bits)
+    yield f"{layer}.scales", q.scale.T.contiguous()
+    yield f"{layer}.g_idx", (torch.arange(q.codes.shape[1]) // q.group).to(torch.int32)
+
+
+def quantize_config(grids: dict[str, Quantised]) -> dict[str, Any]:
+    """What config.json and quantize_config.json say of grids that are all of one kind."""
+    first = next(iter(grids.values()))
+    return {
+        "quant_method": TARGET, "checkpoint_format": "gptq", "bits": first.bits, "group_size": directory.group_size(first, grids),
+        "sym": symmetric(grids), "desc_act": False, "lm_head": False,
+        "true_sequential": False,
+    }  # fmt: skip
+
+
+def _check_grids(model: Checkpoint, grids: dict[str, Quantised]) -> None:
+    missing = sorted(model.linears - grids.keys() - {HEAD})
+    if missing or HEAD in grids:
+        what = f"{missing[0]} is not quantised" if missing else f"{HEAD} is"
+        raise UsageError(
+            f"{TARGET} wants all linear layers but the head quantised; {what}", hint=_instead(model)
+        )
+    first, kind = next((name, (q.bits, directory.group_size(q, grids))) for name, q in grids.items())
+    for name, q in grids.items():
+        R, C = model.shapes[name]
+        problem, group = None, directory.group_size(q, grids)
+        if q.bits not in BITS:
+            problem = f"{name} has {q.bits} bits, the format has {', '.join(map(str, BITS))}"
+        elif (q.bits, group) != kind:
+            problem = (
+                f"{first} has {kind[0]} bits in groups of {kind[1]}, {name} {q.bits} in groups of {group}"
+            )
+        elif R * q.bits % 32 or C * q.bits % 32:
+            problem = f"{name} of shape [{R}, {C}] does not fill words of 32 bits with codes of {q.bits}"
+        elif bool((q.zero == 0).any()):
+            problem = f"{name} has groups with zero 0, and the format stores zero - 1"
+        if problem is not None:
+            raise UsageError(f"{TARGET} cannot hold the codes: {problem}", hint=_instead(model))
+
+
+def _instead(model: Checkpoint) -> str:
+    return f"use {alternatives.instead(model)}, or compress again for this target"
+
+
+def _check(model: Checkpoint, path: Path) -> None:
+    """Decode every quantised layer from the file as a runtime would, and compare it with the master's."""
+    with safe_open(path, framework="pt") as file:
+        for name in model.names:
+            if (q := model.quantised(name)) is None:
+                continue
+            layer = name.removesuffix(".weight")
+            R, C = q.codes.shape
+            codes = directory.unwords(file.get_tensor(f"{layer}.qweight").T, q.bits, C)
+            zero = directory.unwords(file.get_tensor(f"{layer}.qzeros"), q.bits, R).T.float() + 1
+            scale = file.get_tensor(f"{layer}.scales").T.float()
+            at = file.get_tensor(f"{layer}.g_idx").long()
+            if not torch.equal(scale[:, at] * (codes.float() - zero[:, at]), q.dense()):
+                raise damaged(path, f"{layer} does not decode to its weights")

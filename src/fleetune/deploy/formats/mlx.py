@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory for MLX (mlx-lm) on Apple computers: the codes in its "affine" quantisation.
+
+A quantised layer NAME of shape [R, C] in groups of G columns (mlx.core.quantize, mlx 0.32):
+
+    NAME.weight  uint32 [R, C bits / 32]    codes, the first in the lowest bits; 3, 5 and 6 bits run on over words
+    NAME.scales  [R, C / G]
+    NAME.biases  [R, C / G]                 w = scales * code + biases, so biases = -scale * zero
+
+Both are fp16 where every scale * zero of the model is exact in it (a zero in the middle of the codes, or scales
+of few bits: grids `ggml` and `universal`), else both are fp32, and mlx computes in fp32 then.  config.json names
+group and bits, and the layers that have others.
+
+mlx-lm (0.32) does not read transformers 5's "rope_parameters", and what config.json leaves out it fills with
+defaults that are not transformers'; so what it needs is written out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fleetune.deploy import alternatives as others
+from fleetune.deploy.checkpoint import Checkpoint, Report
+from fleetune.deploy.formats import directory
+from fleetune.errors import UsageError
+from fleetune.models.artefact import Quantised
+from fleetune.models.families.rope import head_dim
+from fleetune.models.tensor_file import damaged
+
+TARGET: Final = "mlx"
+BITS: Final = (2, 3, 4, 5, 6, 8)
+GROUPS: Final = (32, 64, 128)
+ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
+# fields that config.json may leave to transformers' defaults
+STATED: Final = ("head_dim", "num_key_value_heads", "tie_word_embeddings", "attention_bias", "mlp_bias")
+
+
+def write(model: Checkpoint, folder: Path) -> Report:
+    """Write the master artefact `model` into the existing empty `folder`.
+
+    UsageError before anything is written for plain weights, or when model or grids have no place in MLX;
+    FleetuneError when the files do not hold what was written.
+    """
+    _check_config(model)
+    grids = directory.matrices(model, TARGET)
+    _check_grids(model, grids)
+    dtype = torch.float16 if all(_exact(model, name) for name in grids) else torch.float32
+    rounded: set[str] = set()
+    tensors = partial(directory.packed, model, partial(parts, dtype=dtype), rounded)
+    settings = quantization(grids)
+    config = {"dtype": "float16", "quantization": settings, "quantization_config": settings}
+    notes = directory.write_folder(model, folder, tensors, config | _stated(model.config))
+    _check(model, folder / directory.FILE)
+    notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
+    if dtype == torch.float32:
+        notes.append(
+            "scale * zero is not exact in fp16: scales and biases are fp32, in which MLX computes then"
+        )
+    return directory.report(model, folder, TARGET, len(rounded), notes)
+
+
+def parts(name: str, q: Quantised, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a quantised layer's weight."""
+    layer = name.removesuffix(".weight")
+    yield f"{layer}.weight", directory.words(q.codes, q.bits).view(torch.uint32)
+    yield f"{layer}.scales", q.scale.to(dtype)
+    yield f"{layer}.biases", _biases(q).to(dtype)
+
+
+def quantization(grids: Mapping[str, Quantised]) -> dict[str, Any]:
+    """What config.json says of the layers: the commonest group and bits, and each layer that has others."""
+    kinds = {name.removesuffix(".weight"): (q.group, q.bits) for name, q in grids.items()}
+    main = Counter(kinds.values()).most_common(1)[0][0]
+    others = {layer: _kind(kind) for layer, kind in kinds.items() if kind != main}
+    return _kind(main) | others
+
+
+def _kind(kind: tuple[int, int]) -> dict[str, Any]:
+    return {"group_size": kind[0], "bits": kind[1]}
+
+
+def _biases(q: Quantised) -> Tensor:
+    """fp32 [R, C / group], exact: 11 bits times 8."""
+    return -q.scale.float() * q.zero.float()
+
+
+def _exact(model: Checkpoint, name: str) -> bool:
+    q = model.quantised(name)
+    assert q is not None
+    return bool((_biases(q).half().float() == _biases(q)).all())
+
+
+def _stated(config: Any) -> dict[str, Any]:
+    """The fields that mlx-lm reads, under its names."""
+    rope = dict(config.rope_parameters)
+    found = {key: value for key in STATED if (value := getattr(config, key, None)) is not None}
+    scaled = rope.get("rope_type", "default") != "default"
+    return found | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if scaled else None}
+
+
+def _check_config(model: Checkpoint) -> None:
+    config: Any = model.config
+    kind, problem = config.model_type, None
+    if kind not in ARCHITECTURES:
+        problem = f"'{kind}': it is written for {', '.join(ARCHITECTURES)}"
+    elif config.hidden_act != "silu":
+        problem = f"the activation '{config.hidden_act}'"
+    elif getattr(config, "use_sliding_window", False):
+        problem = "sliding-window attention"
+    elif (scaling := config.rope_parameters.get("rope_type", "default")) not in (
+        "default",
+        "linear",
+        "llama3",
+    ):
+        problem = f"rotary scaling '{scaling}'"
+    elif config.rope_parameters.get("partial_rotary_factor", 1) != 1:
+        problem = "partly rotated heads"
+    elif kind == "qwen2" and head_dim(config) * config.num_attention_heads != config.hidden_size:
+        problem = f"qwen2 heads of {head_dim(config)}, which do not make up its width"
+    elif kind == "qwen3" and config.attention_bias:
+        problem = "qwen3 with biases in its attention"
+    if problem is not None:
+        raise UsageError(f"{TARGET} has no place for {problem}", hint=f"use {others.instead(model)}")
+
+
+def _check_grids(model: Checkpoint, grids: Mapping[str, Quantised]) -> None:
+    for name, q in grids.items():
+        problem = None
+        if q.bits not in BITS:
+            problem = f"{name} has {q.bits} bits, MLX has {', '.join(map(str, BITS))}"
+        elif q.group not in GROUPS:
+            problem = f"{name} has groups of {q.group}, MLX has {', '.join(map(str, GROUPS))}"
+        if problem is not None:
+            raise UsageError(
+                f"{TARGET} cannot hold the codes: {problem}",
+                hint=f"use {others.instead(model)}, or compress again for this target",
+            )
+
+
+def _check(model: Checkpoint, path: Path) -> None:
+    """Decode every quantised layer from the file as mlx does, and compare it with the master's."""
+    with safe_open(path, framework="pt") as file:
+        for name in model.names:
+            if (q := model.quantised(name)) is None:
+                continue
+            layer = name.removesuffix(".weight")
+            packed = file.get_tensor(f"{layer}.weight").view(torch.int32)
+            codes = directory.unwords(packed, q.bits, q.codes.shape[1]).float()
+            scales, biases = (
+                file.get_tensor(f"{layer}.{part}").float().repeat_interleave(q.group, 1)
+                for part in ("scales", "biases")
+            )
+            if not torch.equal(scales * codes + biases, q.dense()):
+                raise damaged(path, f"{layer} does not decode to its weights")

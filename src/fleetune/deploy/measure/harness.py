@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model costs and how good it is, each in a process of its own; and how much of a tuning survives compression.
+
+A `Job` is one model in one engine.  The child process (`python -m fleetune.deploy.measure.harness`, JSON in and out) loads it,
+runs it against the clock, notes its peak memory, and only then measures losses, which need more memory:
+
+    peak       the most resident memory of the process until then: interpreter, libraries, weights (mapped pages of the
+               file that were read count), cache and logits of one sequence.  Nothing is subtracted.
+    prefill    prompt tokens a second: one forward of the prompt, logits of its last token
+    generate   tokens a second, one greedy step each, after that prompt
+
+both the median of the repeats, after one pass that is not counted.  Nothing heavy is imported at the top, so the process
+of an engine that is not torch's does not carry torch.
+
+Kept gain: with base b, tuned t and both compressed the same way, cb and ct, on one measure,
+
+    kept = (ct - cb) / (t - b)
+
+which is 1 when compression takes nothing of what tuning gained, whether less or more of the measure is better.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from fleetune.common.display import metric
+from fleetune.common.memory import peak_rss
+from fleetune.errors import DataError, FleetuneError, UsageError
+
+if TYPE_CHECKING:
+    from fleetune.models.artefact import Master
+
+FILE: Final = "measure.json"  # in a compression's folder
+# Export warns below it.  A convention: who deploys should know that a tenth of the gain is lost.
+KEPT_BAR: Final = 0.9
+KINDS: Final = ("model", "run", "artefact", "gguf", "transformers")
+THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+Row = tuple[list[int], int]  # tokens, and how many of the first are context only
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured, and on what."""
+
+    kind: str  # of KINDS: which loader or engine reads `path`
+    path: str
+    threads: int
+    dtype: str = "fp32"  # of a model by name
+    offline: bool = False
+    prompt: int = 128
+    generate: int = 32
+    repeats: int = 3  # 0: no speed
+    rows: list[Row] = field(default_factory=list)  # held-out rows: their loss
+    windows: list[Row] = field(default_factory=list)  # of a text: its perplexity
+    examples: list[tuple[list[tuple[str, str]], str]] = field(default_factory=list)  # for the tasks
+    tasks: list[str] = field(default_factory=list)
+    answer_tokens: int = 96
+    labels: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came out; tokens a second, bytes, and each measure by name."""
+
+    peak_rss: int
+    prefill: float | None
+    generate: float | None
+    values: dict[str, float]
+
+
+class Engine(Protocol):
+    """A loaded model."""
+
+    vocab: int
+
+    def open(self, length: int) -> None:
+        """Make room for sequences of `length` tokens."""
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Forget everything, read `ids`, predict the next token."""
+
+    def step(self) -> None:
+        """Append the likeliest token, predict the next."""
+
+    def loss(self, rows: Sequence[Row]) -> float:
+        """Mean cross-entropy in nats of the tokens after each row's context."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+
+
+# ---------------------------------------------------------------- speed and quality, in the child
+
+
+def speed(
+    engine: Engine, prompt: int, generate: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, float]:
+    """(prefill, generation) in tokens a second: medians of `repeats` passes after one that is not counted."""
+    ids = [i % engine.vocab for i in range(prompt)]
+    engine.open(prompt + generate)
+    reads, writes = list[float](), list[float]()
+    for _ in range(repeats + 1):
+        began = clock()
+        engine.prefill(ids)
+        read = clock()
+        for _ in range(generate):
+            engine.step()
+        reads.append(prompt / (read - began))
+        writes.append(generate / (clock() - read))
+    return statistics.median(reads[1:]), statistics.median(writes[1:])
+
+
+def carry_out(job: Job) -> Measured:
+    """Do a job in this process."""
+    with _engine(job) as engine:
+        prefill, generate = (
+            speed(engine, job.prompt, job.generate, job.repeats) if job.repeats else (None, None)
+        )
+        peak = peak_rss()
+        values = {"loss": engine.loss(job.rows)} if job.rows else {}
+        if job.windows:
+            values["perplexity"] = math.exp(min(engine.loss(job.windows), 700))
+        return Measured(peak, prefill, generate, values | _tasks(job, engine))
+
+
+@contextmanager
+def _engine(job: Job) -> Iterator[Engine]:
+    if job.kind == "gguf":
+        from fleetune.deploy.measure import llamacpp
+
+        with llamacpp.opened(Path(job.path), job.threads) as engine:
+            yield engine
+        return
+    import torch
+
+    from fleetune.deploy.measure import torch_engine
+
+    torch.set_num_threads(job.threads)
+    yield torch_engine.OPEN[job.kind](job.path, job.dtype, job.offline)
+
+
+def _tasks(job: Job, engine: Engine) -> dict[str, float]:
+    if not job.tasks:
+        return {}
+    from fleetune.data import Example
+    from fleetune.deploy.measure.torch_engine import Torch
+    from fleetune.evaluation import measures
+
+    if not isinstance(engine, Torch):
+        raise UsageError("tasks are measured in torch alone", hint="leave out --tasks")
+    examples = [Example(tuple((who, text) for who, text in turns), answer) for turns, answer in job.examples]
+    return measures.evaluate(
+        engine.model, examples, job.tasks, max_new_tokens=job.answer_tokens, labels=job.labels
+    )
+
+
+def windows(texts: Sequence[Sequence[int]], length: int, count: int) -> list[Row]:
+    """The first windows of all texts' tokens joined; the first token of each is context only.
+
+    DataError when there is nothing to predict.
+    """
+    ids = [token for text in texts for token in text][: length * count]
+    if len(ids) < 2:
+        raise DataError(f"the text has {len(ids)} tokens: nothing to predict", hint="give a longer text")
+    return [(ids[a : a + length], 1) for a in range(0, len(ids) - 1, length)]
+
+
+# ---------------------------------------------------------------- the child
+
+
+def measured(job: Job) -> Measured:
+    """Do a job in a process of its own; the errors of it are raised here."""
+    environment = os.environ | dict.fromkeys(THREADS, str(job.threads))
+    done = subprocess.run(  # -P: a module that lies in the folder we were started in is not run
+        [sys.executable, "-P", "-m", "fleetune.deploy.measure.harness"],
+        input=json.dumps(asdict(job)), capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise FleetuneError(
+            f"measuring {job.path} ended with {done.returncode}: {last}",
+            hint=_ended(done.returncode),
+        )
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "error" in answer:
+        kind = UsageError if answer["exit_code"] == 2 else FleetuneError
+        raise kind(answer["error"], hint=answer["hint"])
+    return Measured(**answer)
+
+
+def _ended(code: int) -> str:
+    """The hint for a process that ended so; a negative code is a signal."""
+    if code == -9:
+        return "that signal is usually memory: give fewer or shorter rows"
+    return "a negative number is a signal" if code < 0 else "see that what it needs is installed whole"
+
+
+def main() -> None:
+    """The child: a job on stdin, what came out on the last line of stdout."""
+    job = Job(**json.load(sys.stdin))
+    try:
+        answer = asdict(carry_out(job))
+    except FleetuneError as error:
+        answer = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+    sys.stdout.write("\n" + json.dumps(answer) + "\n")
+
+
+# ---------------------------------------------------------------- bits
+
+
+class Bits(NamedTuple):
+    """Bits a weight on the disk, scales and zeros included."""
+
+    linear: float  # of the matrices of the blocks
+    all: float
+
+
+def bits(source: Path) -> Bits:
+    """Of a .gguf file, a master artefact or a plain directory.  ModelError when it is damaged."""
+    found = list(_of_gguf(source) if source.is_file() else _of_folder(source))
+
+    def mean(parts: list[tuple[bool, int, int]]) -> float:
+        return 8 * sum(size for _, _, size in parts) / sum(count for _, count, _ in parts)
+
+    return Bits(mean([p for p in found if p[0]] or found), mean(found))
+
+
+def _of_gguf(file: Path) -> Iterator[tuple[bool, int, int]]:
+    from gguf import GGUFReader
+
+    for tensor in GGUFReader(file).tensors:
+        linear = len(tensor.shape) == 2 and tensor.name.startswith("blk.")
+        yield linear, int(tensor.n_elements), int(tensor.n_bytes)
+
+
+def _of_folder(folder: Path) -> Iterator[tuple[bool, int, int]]:
+    """(whether it is a matrix of a block, weights, bytes) of every parameter."""
+    from fleetune.deploy.checkpoint import open_checkpoint
+
+    model = open_checkpoint(folder)
+    for name, shape in model.shapes.items():
+        inside = any(part.isdigit() for part in name.split("."))  # a block has a number
+        q, count = model.quantised(name), math.prod(shape)
+        if q is None:
+            size = count * model.weight(name).element_size()
+        else:
+            size = len(q.codes) * -(-q.codes.shape[1] * q.bits // 8) + q.scale.numel() * 2 + q.zero.numel()
+        yield name in model.linears and inside, count, size
+
+
+# ---------------------------------------------------------------- kept gain
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of a tuning's gain a compression keeps; `value` is None where there is none to keep."""
+
+    metric: str
+    gain: float  # of the tuning, positive for better
+    value: float | None
+    text: str
+
+
+def kept_gain(name: str, base: float, tuned: float, small_base: float, small_tuned: float) -> Kept:
+    """Of the measure `name` of base and tuned, and of both compressed."""
+    sign = -1 if metric(name).less else 1
+    gain, small = sign * (tuned - base), sign * (small_tuned - small_base)
+    label = metric(name).label
+    if not (math.isfinite(gain) and math.isfinite(small)):
+        return Kept(name, gain, None, f"{label}: a value is not finite, so the kept gain is unknown")
+    if gain == 0:
+        return Kept(name, gain, None, f"{label}: tuning changed nothing, so there is no gain to keep")
+    if gain < 0:
+        return Kept(name, gain, None, f"{label}: tuning made it worse, so there is no gain to keep")
+    value = small / gain
+    text = f"{label}: {100 * value:.0f} % of what tuning gained is kept"
+    return Kept(name, gain, value, text + (": tuning helps no more" if value <= 0 else ""))
+
+
+def warning(artefact: Master) -> str:
+    """What an export says of an artefact whose kept gain is known and below the bar; else ""."""
+    try:
+        raw = json.loads((artefact.folder.parent / FILE).read_text(encoding="utf-8"))
+        value = raw["kept"]["loss"]["value"]
+        known = raw["digest"] == artefact.digest() and value is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    if not known or value >= KEPT_BAR:
+        return ""
+    return (
+        f"of what tuning gained on held-out rows {100 * value:.0f} % is kept after compression, "
+        f"below {100 * KEPT_BAR:.0f} %: try more bits, a smaller group, or other calibration rows"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many threads an engine is given: measured, never "all cores".
+
+On a busy device more threads can be eight times slower: the threads of a matrix product wait for the slowest of
+them, in a spin.  So a short text is written with 1, 2, 4, .. threads, for as long as more of them pay.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Final
+
+from fleetune.deploy.serving.openai_client import Address, pieces
+
+GAIN: Final = 1.05  # a step up in threads must be worth 5 %: less is noise, and somebody else's core
+TOKENS: Final = 32
+SECONDS: Final = 3.0
+TEXT: Final = "The lighthouse keeper wrote down the weather every evening, and one day he began"
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def candidates(cores: int) -> list[int]:
+    """1, 2, 4, .. below `cores`, and `cores`."""
+    return [1 << i for i in range(cores.bit_length()) if 1 << i < cores] + [cores]
+
+
+def fastest(counts: Sequence[int], rate: Callable[[int], float]) -> tuple[int, dict[int, float]]:
+    """The number of threads to use, and the rate (tokens/s) of each that was tried.
+
+    Climbs `counts` while a step is at least `GAIN` times as fast as the best so far; the step that is not is the last.
+    """
+    rates = {counts[0]: rate(counts[0])}
+    best = counts[0]
+    for count in counts[1:]:
+        rates[count] = rate(count)
+        if rates[count] < GAIN * rates[best]:
+            break
+        best = count
+    return best, rates
+
+
+def speed(at: Address, clock: Callable[[], float] = time.monotonic) -> float:
+    """Pieces (tokens, nearly) a second that an engine writes, the reading of a short text included.
+
+    At most `TOKENS` of them or about `SECONDS` seconds.
+    """
+    began, count = clock(), 0
+    body = {"prompt": TEXT, "temperature": 0, "max_tokens": TOKENS}
+    with closing(pieces(at, "/v1/completions", body)) as written:
+        for _ in written:
+            count += 1
+            if clock() - began > SECONDS:
+                break
+    return count / max(clock() - began, 1e-9)

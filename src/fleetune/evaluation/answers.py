@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model answers: greedy answers to prompts, and which of some given answers it holds likeliest.
+
+An encoder writes nothing: its answer is the label word that it chooses.
+
+As in `losses.py` nothing is random, and the model is called as a module (`net.generate(...)`), so that
+forward hooks and PEFT layers take part.  Label words are scored by their mean log-probability as in MeZO
+(arXiv 2305.17333, section 2.1 of its code's `get_score`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from fleetune.data.encode import Encoded, encode, prompt_ids
+from fleetune.data.encode import stop_ids as tokenizer_stop_ids
+from fleetune.data.examples import Example
+from fleetune.data.labelled import encode_texts
+from fleetune.errors import DataError, RecipeError
+from fleetune.evaluation.losses import all_class_logits, all_row_losses, base_of, context, frozen, pad_id
+from fleetune.models.encoders import MAX_LABELS
+from fleetune.models.model import Model
+
+
+def generate(
+    model: Model, examples: Sequence[Example], *, max_new_tokens: int = 128, batch_size: int = 8
+) -> list[str]:
+    """The model's greedy answer to each example's prompt, without special tokens and outer white space.
+
+    128 new tokens is FedKSeed's evaluation.  A prompt too long for the context less `max_new_tokens` is cut
+    as `prompt_ids` does.  An encoder's answers are its label words.
+    """
+    if model.labels:
+        return predict(model, examples, batch_size=batch_size)
+    room = max(1, context(model) - max_new_tokens)
+    prompts = [prompt_ids(example, model.tokenizer, room) for example in examples]
+    return generate_from_ids(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+def predict(
+    model: Model, examples: Sequence[Example], *, max_length: int = 1 << 20, batch_size: int = 8
+) -> list[str]:
+    """The label word that an encoder chooses for each example, the first of equals."""
+    rows = [
+        Encoded(ids, len(ids), segments, 0) for ids, segments in encode_texts(model, examples, max_length)
+    ]
+    best = all_class_logits(model, rows, batch_size).argmax(1)
+    return [model.labels[int(i)] for i in best]
+
+
+def must_write(model: Model, what: str) -> None:
+    """RecipeError when `what` needs a text that `model` writes and it is an encoder."""
+    if model.labels:
+        raise RecipeError(
+            [
+                f"{what} needs a model that writes text, and '{model.name}' is an encoder: it chooses a label word"
+            ],
+            hint="measure loss and accuracy, or use a causal language model",
+        )
+
+
+def generate_from_ids(
+    model: Model, prompts: Sequence[np.ndarray], *, max_new_tokens: int = 128, batch_size: int = 8
+) -> list[str]:
+    """The greedy continuation of each prompt (int ids [T], not empty) as text, in the order of the prompts.
+
+    Stops at the tokenizer's or the model's end of sequence or the chat template's end of turn, or after
+    `max_new_tokens`.  Prompts of like length share a batch, padded on the left; the attention mask hides the
+    padding and positions count from the first real token.  RecipeError for an encoder.
+    """
+    must_write(model, "generation")
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **_ends(model))
+    return [decode_answer(model, ids) for ids in _continued(model, prompts, config, batch_size)]
+
+
+def sample_from_ids(
+    model: Model, prompts: Sequence[np.ndarray], *, temperature: float, max_new_tokens: int, seed: int
+) -> list[np.ndarray]:
+    """A continuation of each prompt (int ids [T], not empty) drawn from the model: int32 [N] each, N >= 1.
+
+    Up to and with the first token that ends an answer, or `max_new_tokens`.  A function of the weights, the
+    prompts and `seed` alone; torch's generators are afterwards what they were.  RecipeError for an encoder.
+    """
+    must_write(model, "sampling")
+    config = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, **_ends(model)
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if model.device == "cuda" else []):
+        torch.manual_seed(seed)
+        drawn = _continued(model, prompts, config, len(prompts))
+    stops = stop_ids(model)
+    return [until_end(np.asarray(ids, np.int32), stops) for ids in drawn]
+
+
+def _ends(model: Model) -> dict[str, Any]:
+    return {"eos_token_id": sorted(stop_ids(model)) or None, "pad_token_id": pad_id(model)}
+
+
+def _continued(
+    model: Model, prompts: Sequence[np.ndarray], config: GenerationConfig, batch_size: int
+) -> list[list[int]]:
+    """What `config` makes the model write after each prompt, padding after its end included."""
+    written: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    with frozen(model.net), _settings(model.net, config):
+        for start in range(0, len(order), batch_size):
+            at = order[start : start + batch_size]
+            ids, mask = _left_padded([prompts[i] for i in at], pad_id(model), model.device)
+            # PEFT and Hugging Face both type `generate` loosely
+            generator = cast(Any, model.net)
+            out = generator.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            for i, row in zip(at, out[:, ids.shape[1] :].tolist(), strict=True):
+                written[i] = row
+    return written
+
+
+def decode_answer(model: Model, ids: Sequence[int]) -> str:
+    """The text of an answer's tokens up to its end, without special tokens and outer white space."""
+    stops = stop_ids(model)
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    return str(model.tokenizer.decode(list(ids[:end]), skip_special_tokens=True)).strip()
+
+
+@contextmanager
+def _settings(net: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Run the body with `config` as the only generation settings.
+
+    `generate` fills what a given configuration leaves open from the checkpoint's own (beams, penalties, a
+    temperature), so these are put aside; PEFT keeps a second copy on its wrapper.
+    """
+    modules = [module for module in net.modules() if "generation_config" in vars(module)]
+    owners = {module: vars(module)["generation_config"] for module in modules}
+    for module in owners:
+        vars(module)["generation_config"] = config
+    try:
+        yield
+    finally:
+        for module, own in owners.items():
+            vars(module)["generation_config"] = own
+
+
+def _left_padded(prompts: Sequence[np.ndarray], pad_id: int, device: str) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 [B, T] both, the prompts flush right."""
+    length = max(len(prompt) for prompt in prompts)
+    ids = np.full((len(prompts), length), pad_id, np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def stop_ids(model: Model) -> frozenset[int]:
+    """The tokens that end an answer: end of turn (template), end of text (tokenizer and model)."""
+    own = base_of(model.net).generation_config
+    ends = own.eos_token_id if own is not None else None
+    found = {*tokenizer_stop_ids(model.tokenizer), *(ends if isinstance(ends, list) else [ends])}
+    return frozenset(int(token) for token in found if token is not None)
+
+
+# --- label words ------------------------------------------------------------------------------------------
+
+
+def answer_ids(model: Model, answer: str) -> np.ndarray:
+    """The tokens of `answer` as an assistant's turn has them, without the end of the turn: int ids [T]."""
+    row = encode(Example((("user", "question"),), answer, {}), model.tokenizer, context(model))
+    return without_end(model, row.ids[row.n_prompt :])
+
+
+def without_end(model: Model, ids: np.ndarray) -> np.ndarray:
+    """`ids` up to the first token that ends an answer."""
+    return ids[: _end(ids, stop_ids(model))]
+
+
+def until_end(ids: np.ndarray, stops: Collection[int]) -> np.ndarray:
+    """`ids` up to and with the first of the tokens `stops`."""
+    return ids[: _end(ids, stops) + 1]
+
+
+def _end(ids: np.ndarray, stops: Collection[int]) -> int:
+    found = np.flatnonzero(np.isin(ids, list(stops)))
+    return int(found[0]) if len(found) else len(ids)
+
+
+def answer_scores(
+    model: Model, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray], *, batch_size: int = 8
+) -> np.ndarray:
+    """The mean log-probability (nats) of each answer's tokens after each prompt: float64 [prompts, answers].
+
+    The mean, not the sum, so that a label of more tokens is not at a disadvantage (MeZO's score).
+    """
+    rows = [
+        Encoded(ids=np.concatenate([prompt, answer]).astype(np.int32), n_prompt=len(prompt))
+        for prompt in prompts
+        for answer in answers
+    ]
+    sums, counts = all_row_losses(model, rows, batch_size)
+    means: np.ndarray = -sums / np.maximum(counts, 1)
+    return means.reshape(len(prompts), len(answers))
+
+
+def label_accuracy(
+    model: Model,
+    examples: Sequence[Example],
+    labels: Sequence[str] = (),
+    *,
+    max_length: int = 512,
+    batch_size: int = 8,
+) -> float:
+    """The share of examples, in percent, whose own label scores best among all label words.
+
+    An example's label is its response.  `labels` defaults to the different responses of `examples`, sorted.
+    The choice is the argmax of the labels' mean log-probability after the prompt, the first of equals; an
+    encoder has its own label words and chooses with its head.
+    DataError when a response is not among the labels, or the responses look like free text.
+    """
+    own = [example.response.strip() for example in examples]
+    labels = model.labels or labels
+    words = [label.strip() for label in labels] or sorted(set(own))
+    unknown = sorted(set(own) - set(words))
+    if unknown or not words or "" in words or len(words) > MAX_LABELS:
+        raise DataError(
+            f"accuracy needs rows whose response is one of the labels; {len(words)} label(s), and"
+            f" {len(unknown)} other response(s) such as {unknown[:1]}",
+            hint=f"give at most {MAX_LABELS} label words that cover the data, or measure rouge_l instead",
+        )
+    if model.labels:
+        chosen = predict(model, examples, max_length=max_length, batch_size=batch_size)
+        return 100.0 * sum(a == b for a, b in zip(chosen, own, strict=True)) / len(own)
+    tokens = [answer_ids(model, word) for word in words]
+    room = max(1, max_length - max(map(len, tokens)))
+    prompts = [prompt_ids(example, model.tokenizer, room) for example in examples]
+    best = answer_scores(model, prompts, tokens, batch_size=batch_size).argmax(1)
+    return 100.0 * sum(words[int(i)] == word for i, word in zip(best, own, strict=True)) / len(own)

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of a model on rows and on plain text: cross-entropy of the response tokens, perplexity.
+
+For an encoder with a classification head the response is one choice: the cross-entropy of its label word, so
+that every row counts once.
+
+Every number is a function of the weights and the rows alone: the model runs in eval mode under
+`torch.inference_mode`, nothing draws random numbers, sums are float64, and neither the batch size nor the
+padding changes a value by more than float noise.  The model is always called as a module (`net(...)`), so
+forward hooks and PEFT layers take part.  Losses are in nats a token.
+
+The logits are the memory of an evaluation: 8 rows of 512 tokens over 49,152 pieces are 805 MB in float32,
+and a loss over all of them takes two such arrays.  Here a short-lived hook hands the output head only the
+positions whose next token is scored, at most `CHUNK_BYTES` of logits at a time (`token_losses`).
+
+Source: strided perplexity as in the Hugging Face guide "Perplexity of fixed-length models".
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from fleetune.data.encode import MASKED, Batch, Encoded, collate
+from fleetune.errors import DataError, RecipeError
+from fleetune.models.model import Model
+
+CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time
+
+
+@contextmanager
+def frozen(net: nn.Module) -> Iterator[None]:
+    """Run the body in eval mode without gradients; afterwards every module's training flag is what it was."""
+    training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Narrow:
+    """Two hooks on the output head: only the `wanted` positions go in, and only the first `limit` of them.
+
+    After the forward `rows` holds the head's input at all wanted positions, float [N, H], and `output` what
+    the head made of the first `limit` of them.  `rows` stays None when the head was not called on [B, T, H].
+    """
+
+    def __init__(self, wanted: Tensor, limit: int) -> None:
+        self.wanted = wanted
+        self.limit = limit
+        self.rows: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        batch, length = self.wanted.shape
+        if not args or args[0].ndim != 3 or args[0].shape[0] != batch or args[0].shape[1] < length:
+            return None
+        # A soft prompt puts its virtual tokens in front, so positions count from the right.
+        self.rows = args[0][:, -length:][self.wanted]
+        return (self.rows[: self.limit].unsqueeze(0), *args[1:])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.output = output
+
+    def run(self, net: nn.Module, head: nn.Module | None, batch: Batch) -> Tensor:
+        """The logits of one forward: [1, min(N, limit), V], or [B, T, V] where the head was not caught."""
+        hooks = []
+        if head is not None:
+            # First in, last out: hooks that others have put on the head see exactly what the head sees.
+            hooks.append(head.register_forward_pre_hook(self.before, prepend=True))
+            hooks.append(head.register_forward_hook(self.after))
+        try:
+            out = net(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return cast(Tensor, out.logits)
+
+
+def base_of(net: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside `net` (which PEFT may have wrapped)."""
+    for module in net.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise TypeError(f"{type(net).__name__} holds no Hugging Face model")
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target] in float32: logits [n, V], targets int64 [n] -> [n]."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _split(rows: Tensor, size: int) -> list[Tensor]:
+    return [rows[start : start + size] for start in range(0, max(1, len(rows)), size)]
+
+
+def _head_nll(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    return _nll(head(rows.unsqueeze(0))[0], targets)
+
+
+def class_logits(net: nn.Module, batch: Batch) -> Tensor:
+    """What an encoder says of each row's label words: float32 [B, C]."""
+    more = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+    out = net(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
+    return cast(Tensor, out.logits.float())
+
+
+def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The cross-entropy (nats) of each scored token, and its row: float32 [N], int64 [N], in row order.
+
+    A row for an encoder scores one thing, its label word.
+
+    The label at position t is predicted at t-1, so a label at position 0 is never scored.  The head runs over
+    the N predicting positions in chunks; a model that does more after its head than hand the logits on (a
+    soft cap, a scale) is run again with all N in one chunk, which is slower and always right.  With gradients
+    enabled the result can be back-propagated; later chunks are then recomputed rather than kept.
+    """
+    if batch.labels.ndim == 1:
+        rows = torch.arange(len(batch.labels), device=batch.labels.device)
+        return _nll(class_logits(net, batch), batch.labels), rows
+    wanted = F.pad(batch.labels[:, 1:] != MASKED, (0, 1))
+    targets = batch.labels[:, 1:][wanted[:, :-1]]
+    places = wanted.nonzero()
+    base = base_of(net)
+    head = base.get_output_embeddings()
+    limit = max(1, CHUNK_BYTES // (4 * int(base.config.get_text_config().vocab_size)))
+    blocks = None if torch.is_grad_enabled() else getattr(head, "row_blocks", None)
+    narrow = _Narrow(wanted, 0 if blocks else limit)
+    logits = narrow.run(net, head, batch)
+    if narrow.rows is not None and len(targets) > narrow.limit and logits is not narrow.output:
+        narrow = _Narrow(wanted, len(targets))
+        logits = narrow.run(net, head, batch)
+    if narrow.rows is None:
+        logits = logits[:, -wanted.shape[1] :]
+        pieces = zip(_split(places, limit), _split(targets, limit), strict=True)
+        parts = [_nll(logits[at[:, 0], at[:, 1]], target) for at, target in pieces]
+        return torch.cat(parts), places[:, 0]
+    if blocks and not narrow.limit:
+        return _streamed_nll(blocks, narrow.rows, targets), places[:, 0]
+    parts = [_nll(logits[0], targets[: narrow.limit])]
+    del logits
+    narrow.output = None  # the chunks below take its place
+    pieces = zip(_split(narrow.rows, narrow.limit), _split(targets, narrow.limit), strict=True)
+    for rows, target in itertools.islice(pieces, 1, None):
+        if torch.is_grad_enabled():
+            parts.append(cast(Tensor, checkpoint(_head_nll, head, rows, target, use_reentrant=False)))
+        else:
+            parts.append(_head_nll(cast(nn.Module, head), rows, target))
+    return torch.cat(parts), places[:, 0]
+
+
+def predictors(net: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What the N scored tokens are predicted from, and what makes logits [n, V] of any n of its rows.
+
+    These are the head's inputs [N, H] and the head or, of a model that does more after its head (see
+    `token_losses`), all the logits [N, V] as they are.  Runs under the gradient setting that it finds.
+    """
+    wanted = F.pad(batch.labels[:, 1:] != MASKED, (0, 1))
+    head = cast(nn.Module, base_of(net).get_output_embeddings())
+    narrow = _Narrow(wanted, 1)
+    logits = narrow.run(net, head, batch)
+    if narrow.rows is not None and logits is narrow.output:
+        return narrow.rows, lambda rows: cast(Tensor, head(rows.unsqueeze(0))[0])
+    narrow = _Narrow(wanted, int(wanted.sum()))
+    logits = narrow.run(net, head, batch)
+    rows = logits[:, -wanted.shape[1] :][wanted] if narrow.rows is None else logits[0]
+    return rows, lambda rows: rows
+
+
+def _streamed_nll(
+    blocks: Callable[[], Iterable[tuple[int, Tensor]]], rows: Tensor, targets: Tensor
+) -> Tensor:
+    """`_nll` for a head whose weights are computed on the way (`seeds/view.py`): each block of them once.
+
+    The log-sum-exp is taken online over blocks of the vocabulary (Milakov and Gimelshein 2018, arXiv
+    1805.02867, Algorithm 3), so that the whole of the logits never exists, for any number of rows.
+    """
+    top = torch.full((len(rows),), -math.inf, device=rows.device)
+    total, own = torch.zeros_like(top), torch.zeros_like(top)
+    for first, weight in blocks():
+        size = max(1, CHUNK_BYTES // (4 * len(weight)))
+        for a in range(0, len(rows), size):
+            at = slice(a, a + size)
+            logits = F.linear(rows[at], weight).float()
+            here = targets[at] - first
+            inside = (here >= 0) & (here < len(weight))
+            own[at][inside] = logits[inside, here[inside]]
+            higher = torch.maximum(top[at], logits.amax(1))
+            seen = total[at] * torch.exp(top[at] - higher)
+            total[at] = seen + logits.sub_(higher[:, None]).exp_().sum(1)
+            top[at] = higher
+    return top + total.log() - own
+
+
+def row_losses(model: Model, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """The summed cross-entropy (nats) and the number of scored tokens of each row: float64 [B], int64 [B].
+
+    Scored are the positions with a label other than -100, except position 0, which nothing predicts.
+    """
+    with frozen(model.net):
+        losses, rows = token_losses(model.net, batch)
+    size, at = len(batch.labels), rows.cpu().numpy()
+    sums = np.bincount(at, weights=losses.cpu().numpy().astype(np.float64), minlength=size)
+    return sums, np.bincount(at, minlength=size)
+
+
+def batch_loss(model: Model, batch: Batch) -> float:
+    """Mean cross-entropy over the response tokens of one batch, in nats (one forward, float64 sum).
+
+    NaN when the batch has no scored token.
+    """
+    sums, counts = row_losses(model, batch)
+    return float(sums.sum() / counts.sum()) if counts.sum() else math.nan
+
+
+def pad_id(model: Model) -> int:
+    """What to fill up rows with; masked everywhere, so any id in the vocabulary would do."""
+    for token in (model.tokenizer.pad_token_id, model.tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def all_row_losses(model: Model, rows: Sequence[Encoded], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`row_losses` over any number of rows."""
+    sums, counts = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+    for at, batch in _longest_first(model, rows, batch_size):
+        sums[at], counts[at] = row_losses(model, batch)
+    return sums, counts
+
+
+def _longest_first(
+    model: Model, rows: Sequence[Encoded], batch_size: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of all rows and whose they are: little padding, and memory peaks at the start."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    for start in range(0, len(order), batch_size):
+        at = order[start : start + batch_size]
+        yield at, collate([rows[i] for i in at], pad_id(model), model.device)
+
+
+def all_class_logits(model: Model, rows: Sequence[Encoded], batch_size: int = 8) -> np.ndarray:
+    """`class_logits` of any number of rows, in their order: float64 [N, C]."""
+    logits = np.zeros((len(rows), len(model.labels)))
+    with frozen(model.net):
+        for at, batch in _longest_first(model, rows, batch_size):
+            logits[at] = class_logits(model.net, batch).cpu().numpy()
+    return logits
+
+
+def class_measures(model: Model, rows: Sequence[Encoded], *, batch_size: int = 8) -> tuple[float, float]:
+    """Mean cross-entropy (nats) and accuracy (percent) of an encoder on rows, from one forward of each."""
+    logits, targets = all_class_logits(model, rows, batch_size), np.array([row.target for row in rows])
+    top = logits.max(1)
+    losses = top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(len(rows)), targets]
+    return float(losses.mean()), 100.0 * float((logits.argmax(1) == targets).mean())
+
+
+def response_loss(model: Model, rows: Sequence[Encoded], *, batch_size: int = 8) -> float:
+    """Mean cross-entropy over all response tokens of `rows`, in nats.
+
+    Token-weighted: a long answer counts for more than a short one, as in training.  DataError when there is
+    no response token at all.
+    """
+    sums, counts = all_row_losses(model, rows, batch_size)
+    if not counts.sum():
+        raise DataError(
+            f"no response tokens to score in {len(rows)} row(s)",
+            hint="give rows with an answer, or a larger maximum length",
+        )
+    return float(sums.sum() / counts.sum())
+
+
+def perplexity(
+    model: Model,
+    texts: Sequence[str],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 1,
+) -> float:
+    """exp(mean cross-entropy a token) of plain text, by windows of `window` tokens that move by `stride`.
+
+    As in the Hugging Face guide: a window scores only the tokens that no window before it has, and the rest
+    of it is their context, so each token is scored once with at least window - stride tokens before it.
+    Defaults: window = the model's context, at most 1,024; stride = half of it.  Texts are separate documents:
+    no window spans two.  A text is tokenised as the tokenizer does by itself: where that puts a beginning-of-
+    sequence token in front, it is context only and every token of the text is scored; where it puts none,
+    the text's first token is context only.  DataError when nothing is left to score.
+    """
+    length = window or min(context(model), 1024)
+    step = stride or max(1, length // 2)
+    if length < 2 or not 1 <= step < length:
+        raise RecipeError(
+            [f"perplexity: window {length} and stride {step} do not fit together"],
+            hint="choose a window of at least 2 tokens and a stride from 1 to window - 1",
+        )
+    rows = [row for text in texts for row in _windows(_text_ids(model, text), length, step)]
+    if not rows:
+        raise DataError(f"no token to score in {len(texts)} text(s)", hint="give a longer text")
+    mean = response_loss(model, rows, batch_size=batch_size)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _windows(ids: np.ndarray, window: int, stride: int) -> Iterator[Encoded]:
+    """A text's windows as rows whose "prompt" is the context: what an earlier window has scored."""
+    scored = 1
+    for start in range(0, len(ids), stride):
+        end = min(start + window, len(ids))
+        if end <= scored:
+            return
+        yield Encoded(ids=ids[start:end], n_prompt=scored - start)
+        scored = end
+
+
+def _text_ids(model: Model, text: str) -> np.ndarray:
+    # verbose=False: a text longer than the context is what the windows are for, not worth a warning
+    return np.asarray(model.tokenizer(text, verbose=False)["input_ids"], np.int32)
+
+
+def context(model: Model) -> int:
+    """The longest sequence the model is made for; 2,048 where its configuration does not say."""
+    return int(getattr(base_of(model.net).config.get_text_config(), "max_position_embeddings", None) or 2048)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good a model is: the measures by name, on held-out rows, and samples of its answers.
+
+Losses are in nats a token (`losses.py`), scores of answers (`answers.py`, `scores.py`) in percent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import NamedTuple
+
+from fleetune.data.encode import Encoded
+from fleetune.data.examples import Example
+from fleetune.data.labelled import encode_rows
+from fleetune.errors import RecipeError
+from fleetune.evaluation.answers import generate, label_accuracy, must_write
+from fleetune.evaluation.losses import class_measures, perplexity, response_loss
+from fleetune.evaluation.scores import exact_match, rouge_l, token_f1
+from fleetune.models.model import Model
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the tasks measure on; the greedy answers are made once for all tasks that want them."""
+
+    model: Model
+    examples: Sequence[Example]
+    max_length: int
+    batch_size: int
+    max_new_tokens: int
+    labels: Sequence[str]
+    texts: Sequence[str]
+
+    @functools.cached_property
+    def answers(self) -> tuple[list[str], list[str]]:
+        """The model's answers and the references."""
+        made = generate(
+            self.model, self.examples, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
+        )
+        return made, [example.response for example in self.examples]
+
+
+def _loss_task(work: _Work) -> float:
+    rows, _ = encode_rows(work.model, work.examples, work.max_length)
+    return response_loss(work.model, rows, batch_size=work.batch_size)
+
+
+def _perplexity_task(work: _Work) -> float:
+    return perplexity(work.model, work.texts or [example.response for example in work.examples])
+
+
+def _accuracy_task(work: _Work) -> float:
+    return label_accuracy(
+        work.model, work.examples, work.labels, max_length=work.max_length, batch_size=work.batch_size
+    )
+
+
+TASKS: Mapping[str, Callable[[_Work], float]] = MappingProxyType(
+    {
+        "loss": _loss_task,
+        "rouge_l": lambda work: rouge_l(*work.answers),
+        "f1": lambda work: token_f1(*work.answers),
+        "exact_match": lambda work: exact_match(*work.answers),
+        "accuracy": _accuracy_task,
+        "perplexity": _perplexity_task,
+    }
+)
+_SHORT = MappingProxyType({"rouge": "rouge_l", "em": "exact_match", "acc": "accuracy", "ppl": "perplexity"})
+
+
+def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks' full names, each once; RecipeError naming every unknown one, with the nearest known."""
+    names = tuple(dict.fromkeys(_SHORT.get(task, task) for task in tasks))
+    problems = []
+    for name in names:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name, TASKS, n=1)
+            problems.append(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if problems:
+        raise RecipeError(problems, hint=f"the tasks are {', '.join(TASKS)}")
+    return names
+
+
+def evaluate(
+    model: Model,
+    examples: Sequence[Example],
+    tasks: Sequence[str] = (),
+    *,
+    max_length: int = 512,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    answer_rows: int | None = None,
+    labels: Sequence[str] = (),
+    texts: Sequence[str] = (),
+) -> dict[str, float]:
+    """Task name -> value on held-out `examples`: loss in nats, perplexity, the rest in percent.
+
+    `tasks` are keys of `TASKS` or their short names (rouge, em, acc, ppl); by default loss and rouge_l, of an
+    encoder loss and accuracy, which are all that it has.  `answer_rows`: how many examples,
+    from the first, are answered for rouge_l, f1 and exact_match (default: all; answers are the slow part).
+    `labels`: the label words of "accuracy" (default: the different responses).  `texts`: what "perplexity"
+    reads (default: the responses).  RecipeError for an unknown task, DataError for rows that do not fit one.
+    """
+    names = check_tasks(tasks or ("loss", "accuracy" if model.labels else "rouge_l"))
+    for name in names:
+        if name not in ("loss", "accuracy"):
+            must_write(model, f"task '{name}'")
+    work = _Work(model, examples, max_length, batch_size, max_new_tokens, labels, texts)
+    answered = replace(work, examples=examples[:answer_rows])
+    of_answers = {"rouge_l", "f1", "exact_match"}
+    return {name: TASKS[name](answered if name in of_answers else work) for name in names}
+
+
+def measure(
+    model: Model, rows: Sequence[Encoded], examples: Sequence[Example], labels: Sequence[str], max_length: int
+) -> dict[str, float]:
+    """What a run measures at every evaluation: the loss of held-out rows, and their accuracy by label words.
+
+    The accuracy is always an encoder's; a causal model's where `labels` are given.  `rows` are the encoded
+    `examples`.
+    """
+    if model.labels:
+        return dict(zip(("loss", "accuracy"), class_measures(model, rows), strict=True))
+    measured = {"loss": response_loss(model, rows)}
+    if labels:
+        measured["accuracy"] = label_accuracy(model, examples, labels, max_length=max_length)
+    return measured
+
+
+class Sample(NamedTuple):
+    """One fixed prompt and what the model says to it."""
+
+    prompt: str
+    reference: str
+    answer: str
+    client: str
+
+
+def samples(
+    model: Model, examples: Sequence[Example], *, max_new_tokens: int = 128, batch_size: int = 8
+) -> list[Sample]:
+    """The model's greedy answers to fixed examples, to be set beside another model's on the same ones.
+
+    `prompt` is the last user turn; `client` is the row's field of that name, or empty.
+    """
+    answers = generate(model, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return [
+        Sample(example.messages[-1][1], example.response, answer, example.meta.get("client", ""))
+        for example, answer in zip(examples, answers, strict=True)
+    ]

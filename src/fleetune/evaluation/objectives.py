@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a back-propagation-free method minimises: any function `objective(model, batch) -> float`.
+
+A two-point estimate needs only the value, so the objective may be what one really wants and cannot be
+differentiated: accuracy, or the score of generated text (MeZO, arXiv 2305.17333, section 3.3; its code
+minimises -accuracy and -F1).
+
+| name | value to minimise | argument |
+|---|---|---|
+| loss | mean cross-entropy of the response tokens, nats (the default) | none |
+| accuracy | -(share of rows whose own label word scores best), 0 to -1 | `accuracy:yes,no`: the label words |
+| rouge_l | -(mean Rouge-L F1 of greedy answers), 0 to -1 | `rouge_l:64`: new tokens at most |
+| f1 | -(mean SQuAD F1 of greedy answers), 0 to -1 | `f1:64`: new tokens at most |
+| `package.module:function`, `file.py:function` | what the function returns | |
+
+A batch is a `fleetune.data.encode.Batch` of three int64 tensors [B, T] on the model's device, padded on the
+right:
+
+- `input_ids`: the prompt (chat template included), then the response with the template's end of turn, then
+  padding;
+- `attention_mask`: 1 on prompt and response, 0 on padding;
+- `labels`: `input_ids` where the response is, -100 on prompt and padding.
+
+So a row's prompt is where the mask is 1 and the label -100, and its reference is `ids[labels != -100]`.  For an
+encoder `labels` is int64 [B], the index of each row's label word, and `accuracy` is that of its head.
+A function of one's own gets the `fleetune.models.Model` (`model.net`, `model.tokenizer`), already perturbed,
+in eval mode under `torch.inference_mode`; it must be deterministic, since it is called with the same batch at
+both points, and must leave the weights alone.
+
+The function is code that runs here: take an import path from the user of this machine, never from a peer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import math
+import numbers
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
+
+from fleetune.data.encode import MASKED, Batch
+from fleetune.errors import FleetuneError, RecipeError
+from fleetune.evaluation.answers import (
+    answer_ids,
+    answer_scores,
+    decode_answer,
+    generate_from_ids,
+    must_write,
+    without_end,
+)
+from fleetune.evaluation.losses import batch_loss, class_logits, frozen, token_losses
+from fleetune.evaluation.scores import rouge_l, token_f1
+from fleetune.models.model import Model
+
+Objective = Callable[[Model, Batch], float]
+Score = Callable[[Sequence[str], Sequence[str]], float]
+
+MAX_NEW_TOKENS = 128  # FedKSeed's evaluation
+
+
+def get(name: str = "loss") -> Objective:
+    """The objective of that name (see the module's table), or the function at that import path.
+
+    RecipeError when there is none, its argument is wrong, or the path cannot be imported or is not callable:
+    call this before any slow work.  What an imported function raises or returns that is not a finite number
+    is a RecipeError too, when it happens.
+    """
+    kind, _, argument = name.partition(":")
+    if kind in BUILT_IN:
+        return BUILT_IN[kind](argument)
+    return _checked(name, imported(name, "objective", BUILT_IN, "objective(model, batch)"))
+
+
+def split(batch: Batch) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Each row's prompt ids and reference ids (its end of turn included), without padding: int [T] each."""
+    ids, labels = batch.input_ids.cpu().numpy(), batch.labels.cpu().numpy()
+    real, scored = batch.attention_mask.cpu().numpy() != 0, labels != MASKED
+    rows = range(len(ids))
+    return [ids[i][real[i] & ~scored[i]] for i in rows], [ids[i][scored[i]] for i in rows]
+
+
+def loss_tensor(model: Model, batch: Batch) -> Tensor:
+    """The "loss" objective as a tensor to back-propagate: float32 scalar, mean over the response tokens.
+
+    Runs in the mode and under the gradient setting that it finds.
+    """
+    losses, _ = token_losses(model.net, batch)
+    return losses.mean()
+
+
+# --- built in ---------------------------------------------------------------------------------------------
+
+
+def _loss(argument: str) -> Objective:
+    if argument:
+        raise RecipeError([f"objective 'loss' takes no argument, got {argument!r}"], hint="write just loss")
+    return batch_loss
+
+
+def _accuracy(argument: str) -> Objective:
+    words = [word.strip() for word in argument.split(",")] if argument else []
+    if argument and (len(set(words)) < 2 or len(set(words)) < len(words) or "" in words):
+        raise RecipeError(
+            [f"objective 'accuracy:{argument}' needs two or more different label words"],
+            hint="for example accuracy:yes,no",
+        )
+    return lambda model, batch: negative_accuracy(model, batch, words)
+
+
+def negative_accuracy(model: Model, batch: Batch, labels: Sequence[str] = ()) -> float:
+    """-(share of rows whose own answer has the best mean log-probability among the labels), from 0 to -1.
+
+    `labels` defaults to the different answers of the batch.  A batch in which all are equal then scores -1 at
+    any weights: that step moves nothing.  RecipeError for a batch of one row without `labels`, and for an
+    answer that is not among the labels.
+    """
+    if batch.labels.ndim == 1:
+        with frozen(model.net):
+            right = class_logits(model.net, batch).argmax(1) == batch.labels
+        return -float(right.double().mean())
+    prompts, references = split(batch)
+    own = [tuple(without_end(model, ids).tolist()) for ids in references]
+    if labels:
+        choices = [tuple(answer_ids(model, label).tolist()) for label in labels]
+    else:
+        choices = sorted(set(own))
+    missing = sorted(set(own) - set(choices))
+    if missing or (not labels and len(own) < 2):
+        seen = decode_answer(model, (missing or choices)[0])
+        raise RecipeError(
+            [f"objective 'accuracy': the label words {list(labels)} do not cover the answer {seen!r}"],
+            hint="name all label words, for example accuracy:yes,no; free text needs rouge_l or f1",
+        )
+    words = [np.asarray(choice, np.int32) for choice in choices]
+    best = answer_scores(model, prompts, words, batch_size=max(8, len(prompts))).argmax(1)
+    return -sum(choices[int(i)] == mine for i, mine in zip(best, own, strict=True)) / len(own)
+
+
+def _of_answers(name: str, score: Score) -> Callable[[str], Objective]:
+    """The maker of an objective on greedy answers: -(score in percent) / 100."""
+
+    def make(argument: str) -> Objective:
+        if argument and not (argument.isdecimal() and int(argument) > 0):
+            raise RecipeError(
+                [f"objective '{name}:{argument}': {argument!r} is not a number of new tokens"],
+                hint=f"for example {name}:64",
+            )
+        return lambda model, batch: negative_score(model, batch, score, int(argument or 0))
+
+    return make
+
+
+def negative_score(model: Model, batch: Batch, score: Score, max_new_tokens: int = 0) -> float:
+    """-(score of the greedy answers to the batch's prompts against its references), from 0 to -1.
+
+    `max_new_tokens` 0: twice the longest reference, at most 128, so that rambling costs precision but not
+    time.
+    """
+    must_write(model, "an objective on answers (rouge_l, f1)")
+    prompts, references = split(batch)
+    limit = max_new_tokens or min(MAX_NEW_TOKENS, 2 * max(map(len, references)))
+    answers = generate_from_ids(model, prompts, max_new_tokens=limit, batch_size=len(prompts))
+    return -score(answers, [decode_answer(model, ids.tolist()) for ids in references]) / 100.0
+
+
+BUILT_IN: Mapping[str, Callable[[str], Objective]] = MappingProxyType(
+    {
+        "loss": _loss,
+        "accuracy": _accuracy,
+        "rouge_l": _of_answers("rouge_l", rouge_l),
+        "f1": _of_answers("f1", token_f1),
+    }
+)
+
+
+# --- a function of one's own ------------------------------------------------------------------------------
+
+
+def imported(name: str, kind: str, known: Iterable[str], call: str) -> Callable[..., Any]:
+    """The callable at "package.module:function" or "file.py:function".
+
+    RecipeError when there is none; it calls it a `kind`, as the names `known` are, that is called like `call`.
+    """
+    what = f"{kind} {name!r}"
+    where, colon, function = name.rpartition(":")
+    if not colon or not where or not function:
+        raise RecipeError(
+            [f"unknown {what}"],
+            hint=f"choose {', '.join(known)}, or give package.module:function or file.py:function",
+        )
+    module = _load_file(what, Path(where)) if where.endswith(".py") else _load_module(what, where)
+    try:
+        found = getattr(module, function)
+    except AttributeError as error:
+        raise RecipeError([f"{what}: {where} has no {function!r}"], hint="check its spelling") from error
+    if not callable(found):
+        raise RecipeError(
+            [f"{what}: {function} is a {type(found).__name__}, not a function"],
+            hint=f"it must be a function {call} that returns a float",
+        )
+    return cast(Callable[..., Any], found)
+
+
+def _load_module(what: str, where: str) -> ModuleType:
+    try:
+        return importlib.import_module(where)
+    except Exception as error:
+        raise _import_error(what, error, "is it installed? a file is given as file.py:function") from error
+
+
+def _load_file(what: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise RecipeError([f"{what}: no file {path}"], hint="check the path")
+    # A name that no package has.  The same file is the same module, so what it keeps outlives a round.
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _import_error(what, error, "check the file's permissions") from error
+    key = hashlib.sha256(str(path.resolve()).encode() + b"\0" + content).hexdigest()[:16]
+    label = f"fleetune_objective_{key}"
+    if label in sys.modules:
+        return sys.modules[label]
+    spec = importlib.util.spec_from_file_location(label, path)
+    if spec is None or spec.loader is None:
+        raise RecipeError([f"{what}: {path} cannot be loaded"], hint="give a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[label] = module  # dataclasses and pickle look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[label]
+        raise _import_error(
+            what, error, "run the file with Python by itself to see the whole error"
+        ) from error
+    return module
+
+
+def _import_error(what: str, error: Exception, hint: str) -> RecipeError:
+    return RecipeError(
+        [f"{what} cannot be imported: {type(error).__name__}: {error}"],
+        hint=hint,
+    )
+
+
+def _checked(name: str, function: Callable[..., Any]) -> Objective:
+    """`function` run without gradients, its result checked to be a finite number."""
+
+    def objective(model: Model, batch: Batch) -> float:
+        try:
+            with frozen(model.net):
+                value = function(model, batch)
+        except FleetuneError:
+            raise
+        except Exception as error:
+            raise RecipeError(
+                [f"objective {name!r} failed: {type(error).__name__}: {error}"],
+                hint="it is called as objective(model, batch); see fleetune.evaluation.objectives",
+            ) from error
+        return number(value, f"objective {name!r}")
+
+    return objective
+
+
+def number(value: Any, what: str) -> float:
+    """`value`, which `what` returned, as a float; RecipeError when it is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise RecipeError(
+            [f"{what} returned a {type(value).__name__}, not a float"],
+            hint="end it with float(...), or .item() for a tensor of one element",
+        )
+    if not math.isfinite(value):
+        raise RecipeError(
+            [f"{what} returned {float(value)}"],
+            hint="it must be finite whatever it is given; guard divisions and logarithms",
+        )
+    return float(value)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find, load and save models.
+
+The names below are imported when they are first used, so that `models.download` or `models.gguf.header` load no torch.
+Modules of this folder import each other, never this facade.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fleetune.models.loading import (
+        DEVICES,
+        DTYPES,
+        builtin,
+        check_place,
+        disk_errors,
+        load,
+        load_config,
+        moved,
+        pull,
+        resolve,
+        save,
+    )  # fmt: skip
+    from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
+    from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
+
+__all__ = [
+    "DEVICES", "DTYPES", "Model", "builtin", "check_place", "digest", "disk_errors", "load", "load_config", "moved",
+    "named_tensors", "pull", "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer",
+    "tokenizer_digest", "uniform",
+]  # fmt: skip
+
+_MODEL = ("Model", "digest", "named_tensors", "tokenizer_digest", "uniform")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "tiny" if name.startswith("tiny_") else "model" if name in _MODEL else "loading"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

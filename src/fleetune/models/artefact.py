@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The master artefact: codes, scales and zeros as the solver decided them; every export is a repacking of it.
+
+A folder with the model's configuration and tokenizer (transformers' own files) and
+
+    master.safetensors      NAME.codes   uint8 [R, ceil(C bits / 8)]: a row's codes, bits in little-endian order
+                            NAME.scale   float16 [R, C / group], may be negative
+                            NAME.zero    uint8 [R, C / group]
+                            NAME         every tensor that is not quantised, in the type it had
+
+for each quantised matrix NAME (a parameter's name, [R, C] = [out, in]), which is
+
+    w[r, c] = scale[r, c // group] * (codes[r, c] - zero[r, c // group])            in float32, exact
+
+since a scale has 11 significant bits and the difference at most 9.  A pruned weight is one whose code is its
+zero.  The head (JSON under "master" in the file's metadata) says how it was made and from which base; there
+is no time in it and no path, so the same work gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fleetune.common.folders import staged
+from fleetune.errors import ModelError
+from fleetune.models.families.widths import mark
+from fleetune.models.model import Model
+from fleetune.models.paged import tensors_of
+from fleetune.models.tensor_file import write_in_turn
+
+FILE: Final = "master.safetensors"
+VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix on a grid: w[r, c] = scale[r, c // group] * (codes[r, c] - zero[r, c // group])."""
+
+    codes: Tensor  # uint8 [R, C], below 2**bits
+    scale: Tensor  # float16 [R, C / group]
+    zero: Tensor  # uint8 [R, C / group]
+    bits: int
+    group: int  # columns that share a scale and a zero
+
+    def dense(self) -> Tensor:
+        """The weights, float32 [R, C]."""
+        steps = self.codes.float() - self.zero.float().repeat_interleave(self.group, 1)
+        return steps * self.scale.float().repeat_interleave(self.group, 1)
+
+
+@dataclass(frozen=True)
+class Head:
+    """How an artefact was made."""
+
+    method: str
+    settings: Mapping[str, Any]
+    base: str  # digest of the weights that were compressed: the base model's, or a tuned run's
+    tokenizer: str  # tokenizer digest
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # source, rows, tokens, sha256
+    grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # quantised NAME -> (bits, group)
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # quantised NAME -> (R, C)
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Head:
+        """ModelError when it is not the head of a master artefact of this version."""
+        try:
+            raw = json.loads(text)
+            if raw["version"] != VERSION:
+                raise ModelError(
+                    f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION}",
+                    hint="update Fleetune, or compress the model again",
+                )
+            pairs = {k: {n: (int(a), int(b)) for n, (a, b) in raw[k].items()} for k in ("grids", "shapes")}
+            return Head(**{**raw, **pairs})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"the artefact's head is damaged ({error!r})", hint="compress the model again"
+            ) from error
+
+
+def dense(weight: Quantised | Tensor) -> Tensor:
+    """A weight's values, whichever way it is held."""
+    return weight.dense() if isinstance(weight, Quantised) else weight
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [R, C] codes below 2**bits -> uint8 [R, ceil(C bits / 8)], little-endian bits within a row."""
+    if 8 % bits:
+        planes = np.unpackbits(codes.numpy()[..., None], axis=-1, bitorder="little")[..., :bits]
+        return torch.from_numpy(np.packbits(planes.reshape(len(codes), -1), axis=1, bitorder="little"))
+    each = 8 // bits  # codes of a byte
+    R, C = len(codes), -(-codes.shape[1] // each)
+    whole = torch.nn.functional.pad(codes, (0, C * each - codes.shape[1])).reshape(R, C, each)
+    packed = whole[..., 0].clone()
+    for i in range(1, each):
+        packed |= whole[..., i] << bits * i
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack`."""
+    if 8 % bits:
+        flat = np.unpackbits(packed.numpy(), axis=1, bitorder="little")[:, : columns * bits]
+        planes = flat.reshape(len(packed), columns, bits)
+        return torch.from_numpy(np.packbits(planes, axis=2, bitorder="little")[..., 0])
+    each = 8 // bits
+    codes = torch.stack([packed >> bits * i & (1 << bits) - 1 for i in range(each)], 2)
+    return codes.flatten(1)[:, :columns].contiguous()
+
+
+def stored(name: str, weight: Quantised | Tensor) -> dict[str, Tensor]:
+    """A parameter as the file holds it."""
+    if isinstance(weight, Tensor):
+        return {name: weight.detach().cpu().contiguous()}
+    return {
+        f"{name}.codes": pack(weight.codes.cpu(), weight.bits),
+        f"{name}.scale": weight.scale.cpu().contiguous(),
+        f"{name}.zero": weight.zero.cpu().contiguous(),
+    }
+
+
+def _merged(
+    model: Model, changed: Mapping[str, Quantised | Tensor]
+) -> Iterator[tuple[str, Quantised | Tensor]]:
+    """(name, value) of every parameter in name order; neither side is in memory as a whole."""
+    for name, tensor in tensors_of(model):
+        yield name, changed.get(name, tensor)
+
+
+def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor], head: Head) -> None:
+    """Write the artefact of `model`, of whose parameters `changed` replaces some; an older one is replaced.
+
+    One parameter is in memory at a time; the bytes are those of safetensors' own writer.
+    StorageError when it cannot be written or `folder` holds something else; then it is what it was.
+    """
+    grids, shapes = dict[str, tuple[int, int]](), dict[str, tuple[int, int]]()
+    table = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
+    for name, weight in _merged(model, changed):
+        table |= {n: (t.dtype, tuple(t.shape)) for n, t in stored(name, weight).items()}
+        if isinstance(weight, Quantised):
+            (R, C) = weight.codes.shape
+            grids[name], shapes[name] = (weight.bits, weight.group), (R, C)
+    head = dataclasses.replace(head, grids=grids, shapes=shapes)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in _merged(model, changed):
+            yield from stored(name, weight).items()
+
+    with staged(folder, replace=FILE) as new:
+        write_in_turn(new / FILE, table, tensors(), {"master": head.to_json()})
+        model.net.config.save_pretrained(new)
+        mark(new)
+        if model.net.can_generate() and model.net.generation_config is not None:
+            model.net.generation_config.save_pretrained(new)
+        model.tokenizer.save_pretrained(new)
+
+
+def is_master(path: Path) -> bool:
+    """Whether this is the folder of an artefact."""
+    return (path / FILE).is_file()
+
+
+class Master:
+    """An artefact on the disk, read a tensor at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """ModelError when the folder holds no artefact or a damaged one."""
+        self.folder = folder
+        if not is_master(folder):
+            raise ModelError(
+                f"{folder} holds no compressed model ({FILE})", hint="make one: fleetune compress MODEL"
+            )
+        try:
+            opened: Any = safe_open(folder / FILE, framework="pt")
+            head = (opened.metadata() or {})["master"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ModelError(
+                f"{folder / FILE} is damaged ({error})", hint="compress the model again"
+            ) from error
+        self._file = opened
+        self.head = Head.from_json(head)
+        self._stored = set(self._file.keys())
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The parameters in name order, quantised or not."""
+        parts = {f"{n}.{part}" for n in self.head.grids for part in ("codes", "scale", "zero")}
+        return sorted((self._stored - parts) | set(self.head.grids))
+
+    def quantised(self, name: str) -> Quantised | None:
+        """The codes of a parameter, None for one that is stored as it is.  ModelError for wrong shapes."""
+        if name not in self.head.grids:
+            return None
+        (bits, group), (R, C) = self.head.grids[name], self.head.shapes[name]
+        try:
+            packed, scale, zero = (
+                self._file.get_tensor(f"{name}.{part}") for part in ("codes", "scale", "zero")
+            )
+        except SafetensorError as error:
+            raise ModelError(
+                f"{self.folder / FILE} lacks parts of {name}", hint="compress the model again"
+            ) from error
+        groups = (R, C // group)
+        if (
+            C % group
+            or scale.shape != groups
+            or zero.shape != groups
+            or packed.shape != (R, -(-C * bits // 8))
+        ):
+            raise ModelError(
+                f"{self.folder / FILE}: the parts of {name} do not fit [{R}, {C}] in groups of {group}",
+                hint="compress the model again",
+            )
+        return Quantised(unpack(packed, bits, C), scale, zero, bits, group)
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter's values: float32 for a quantised one, else in the type it is stored in."""
+        q = self.quantised(name)
+        return self._file.get_tensor(name) if q is None else q.dense()
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, values) of every parameter, in name order."""
+        for name in self.names:
+            yield name, self.weight(name)
+
+    def digest(self) -> str:
+        """SHA-256 of the file: which artefact an export was made from."""
+        with (self.folder / FILE).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()

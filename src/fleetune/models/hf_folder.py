@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is this folder a Hugging Face directory that can be used?  Said before any weights are read.
+
+The layout is transformers' own: config.json, model.safetensors (or shards and their index), tokenizer.json,
+tokenizer_config.json, generation_config.json, chat_template.jinja.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import transformers
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from fleetune.errors import ModelError
+from fleetune.models.families.widths import KEY, base_type, config_from
+
+SIZES: Final = (
+    "num_hidden_layers", "n_layer", "hidden_size", "n_embd", "num_attention_heads", "n_head", "num_key_value_heads",
+    "intermediate_size", "vocab_size",
+)  # fmt: skip
+NAME_HINT: Final = "give a built-in name (fleetune models), a model directory, a .gguf file or a hub id"
+
+
+def check_folder(folder: Path) -> None:
+    """ModelError unless the directory holds a configuration, safetensors weights and a tokenizer."""
+    config_of(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} is damaged ({error})", hint="fetch the model again") from error
+        missing = sorted(s for s in shards if not (folder / s).is_file())
+        if missing:
+            raise ModelError(
+                f"{folder} lacks {len(missing)} of its weight files: {missing[0]}, ..", hint="fetch it again"
+            )
+    elif not (folder / "model.safetensors").is_file():
+        from fleetune.models.artefact import is_master
+
+        if is_master(folder):
+            raise ModelError(
+                f"{folder} holds a compressed model, in a file of Fleetune's own",
+                hint="fleetune export RUN --to hf",
+            )
+        pickled = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
+        raise ModelError(
+            f"{folder} has a configuration but no weights (model.safetensors)"
+            + (f"; {pickled[0]} is a pickle, which is never read" if pickled else ""),
+            hint="save it as safetensors (save_pretrained does)" if pickled else "fetch the model again",
+        )
+    if not any(
+        (folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
+        raise ModelError(
+            f"{folder} has no tokenizer (tokenizer.json)", hint="save the tokenizer beside the model"
+        )
+
+
+def config_of(folder: Path) -> Any:
+    """A directory's transformers configuration; ModelError unless it is a causal language model or an encoder."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"'{folder}' is not a model directory: it has no config.json", hint=_instead(folder))
+    try:
+        raw = json.loads(file.read_bytes())
+        kind = base_type(raw["model_type"]) if KEY in raw else raw["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{file} is not a model configuration ({error!r})", hint="fetch the model again"
+        ) from error
+    again = "use a causal language model or a BERT-style encoder, such as: fleetune models"
+    stated = raw.get("architectures") or []
+    encoder = _is_encoder(kind, stated)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder:
+        own = (
+            "needs code of its own, which is never run"
+            if "auto_map" in raw
+            else "is not a causal language model or an encoder"
+        )
+        raise ModelError(
+            f"{folder} is of type '{kind}', which {own} (transformers {transformers.__version__})", hint=again
+        )
+    if stated and not encoder and not set(stated) & _causal_classes():
+        raise ModelError(
+            f"{folder} holds a {stated[0]}, which does not generate text from left to right", hint=again
+        )
+    if raw.get("is_encoder_decoder"):
+        raise ModelError(f"{folder} holds an encoder-decoder ({kind})", hint=again)
+    if quantised := raw.get("quantization_config"):
+        how = quantised.get("quant_method", "?") if isinstance(quantised, dict) else "?"
+        raise ModelError(
+            f"{folder} is quantised ({how}); plain weights are needed", hint="use the model it was made from"
+        )
+    _check_sizes(raw, file)
+    try:
+        if KEY in raw:
+            return config_from(raw)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a configuration class may raise anything for a wrong value
+        raise ModelError(f"{file} cannot be used: {short(error)}", hint="fetch the model again") from error
+
+
+def _check_sizes(raw: dict[str, Any], file: Path) -> None:
+    """ModelError for a number of blocks, heads and so on below 1, of which transformers makes a net all the same."""
+    for name in SIZES:
+        if type(value := raw.get(name)) is int and value < 1:
+            raise ModelError(f"{file} says {name} = {value}, below 1", hint="fetch the model again")
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a configuration is of an encoder, which gets a classification head (else: a causal model)."""
+    return _is_encoder(config.model_type, config.architectures or [])
+
+
+def _is_encoder(kind: str, stated: list[str]) -> bool:
+    """Masked language modelling is what tells the encoders; some of their types can also be made causal."""
+    encoders = (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys()
+    )
+    return kind in encoders and not set(stated) & _causal_classes()
+
+
+def _causal_classes() -> set[str]:
+    names: set[str] = set()
+    for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        names.update((entry,) if isinstance(entry, str) else entry)
+    return names
+
+
+def _instead(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter: give the base model that its adapter_config.json names"
+    if files := sorted(folder.glob("*.gguf")):
+        return f"give the file: {files[0]}"
+    return NAME_HINT
+
+
+def short(error: BaseException) -> str:
+    """The first line of an error's text, with the next where it ends in a colon, cut to a length that fits a message."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return (f"{first} {more[0].strip()}" if more and first.endswith(":") else first)[:300]

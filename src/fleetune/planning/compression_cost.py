@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What making a model smaller takes: peak memory and disk, from its configuration alone.
+
+Training a whole student (`training`) takes what tuning all weights with AdamW does (`device_cost`), and the other models
+that are in memory beside it.
+
+Peak memory of compressing block by block is a sum of parts (bytes; weights of s bytes, blocks with matrices W [R, C]):
+
+    floor     the process: Python, torch, transformers, the tokenizer, the compiled column loop
+    weights   all of them, mapped from their file where they have its type; with `--low-memory` the largest part that
+              is in memory at a time: a block, or the embedding
+    states    what the windows are in front of the next block: windows * length * hidden * s
+    work      the largest of three stages, which follow each other:
+              solving   the block's Hessians, 4 C^2 for each distinct input (q, k and v share one); copies of one
+                        matrix (4 R C each) and of its Hessian (4 C^2 each); the results so far, a byte a weight or,
+                        where they stay floats, s
+              running   a window through the block: length * s * (its widest point), its scores where attention is not
+                        fused (4 heads length^2, twice), and the block's compressed weights
+              (with `--true-sequential` a layer is solved while all windows are at it: both at once)
+              measuring the model on rows or text, before and after: activations and logits of a batch; and
+                        afterwards, but with `--low-memory`, all compressed weights
+
+Constants are measured like those of `fleetune.planning.device_cost`: Linux x86-64, torch 2.13 (CPU), one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from fleetune.planning import device_cost
+from fleetune.planning.device_cost import FLOOR, KERNELS, PIECE
+from fleetune.planning.shapes import Linear, Shape
+from fleetune.planning.traffic import Module
+
+if TYPE_CHECKING:
+    from fleetune.compression import Solver
+
+MATRICES: Final = 4.0  # copies of a matrix while it is solved: W, its transpose, what it was, the answer
+FACTORS: Final = 4.0  # copies of a Hessian: damped, lower factor, inverse, upper factor
+EVALUATED: Final = (8, 512)  # rows of a batch when measuring, and tokens of a row
+SCORES: Final = 2.0  # copies of attention's scores: as they are, and their softmax
+WRITTEN: Final = 2.0  # a finished block on its way to the disk: tensors and bytes
+
+
+class Work(NamedTuple):
+    """A compression as its costs depend on it."""
+
+    windows: int  # 0: the solver needs none
+    length: int
+    size: int = 4  # bytes of a weight in memory
+    bits: int = 4  # of a code; 0: the result stays floats
+    group: int = 32
+    low_memory: bool = False
+    measured: bool = False
+    clients: int = 0  # that calibrate in turn; the states of one are in memory
+    together: bool = False  # true sequential: all windows are in the block at once
+    heads: int = 0  # of an attention that writes its scores down; 0: none is written
+
+
+def work(solver: Solver, windows: int, length: int) -> Work:
+    """The work of a solver with its settings."""
+    bits, group = int(getattr(solver, "bits", 0)), int(getattr(solver, "group", 0))
+    return Work(windows if solver.data else 0, length, bits=bits, group=group)
+
+
+def memory(shape: Shape, work: Work) -> dict[str, int]:
+    """Bytes of the peak by part; see the module's text."""
+    block = max(blocks(shape).values(), key=_weights)  # after pruning they differ
+    inner = _weights(block)
+    ends = shape.largest * work.size
+    whole = shape.params * work.size
+    stages = {"solving": _solving(block, work), "running": 0, "measuring": 0}
+    if work.windows:
+        once = work.windows if work.together else 1
+        scores = SCORES * work.heads * work.length**2 * 4
+        stages["running"] = int(once * (work.length * work.size * shape.widest + scores)) + 2 * inner * 4
+        stages["solving"] += stages["running"] if work.together else 0
+    if work.measured:
+        from fleetune.evaluation.losses import CHUNK_BYTES
+
+        rows, length = EVALUATED
+        after = 0 if work.low_memory else 4 * _weights(shape.linears)
+        stages["measuring"] = rows * length * work.size * shape.widest + 2 * CHUNK_BYTES + after
+    return {
+        "floor": FLOOR + PIECE * shape.vocab + KERNELS["numba"],
+        "weights": max(inner * work.size, ends) if work.low_memory else whole,
+        "states": work.windows // max(1, work.clients) * work.length * shape.hidden * work.size,
+        "work": int(max(stages.values())),
+    }
+
+
+def training(student: Shape, batch: int, length: int, beside: int) -> dict[str, int]:
+    """Bytes of the peak by part: all weights of `student` trained in fp32 on batches of `length` tokens a row.
+
+    `beside` are the bytes of the other models in memory: a teacher, and what the student was made of.
+    """
+    work = device_cost.Work(batch=batch, length=length)
+    return device_cost.memory(student, work, "full Adam", Module("", {})) | {"beside": beside}
+
+
+def training_disk(student: Shape, states: int) -> int:
+    """Bytes that must be free: the result and a state (weights and two moments), or a state beside the one it replaces."""
+    weights = 4 * student.params
+    return 3 * weights + max(weights, 3 * weights * (states > 1))
+
+
+def blocks(shape: Shape) -> Mapping[str, list[Linear]]:
+    """The linear layers of each decoder block, by its name."""
+    found: dict[str, list[Linear]] = {}
+    for linear in shape.linears:
+        found.setdefault(".".join(linear.name.split(".")[:3]), []).append(linear)
+    return found
+
+
+def _weights(linears: Iterable[Linear]) -> int:
+    return sum(x.out * x.into for x in linears)
+
+
+def hessians(block: list[Linear]) -> int:
+    """Bytes of a block's Hessians: one for each distinct input."""
+    inputs = {(x.name.rpartition(".")[0], x.name.endswith(("o_proj", "down_proj")), x.into) for x in block}
+    return sum(4 * into * into for _, _, into in inputs)
+
+
+def _solving(block: list[Linear], work: Work) -> float:
+    kept = work.size if not work.bits else 1
+    done = _weights(block) * kept
+    own = max(
+        4 * (MATRICES * x.out * x.into + (FACTORS * x.into * x.into if work.windows else 0)) for x in block
+    )
+    written = WRITTEN * done * (work.bits / 8 if work.bits else 1)
+    return (hessians(block) if work.windows else 0) + done + max(own, written)
+
+
+def disk(shape: Shape, work: Work) -> int:
+    """Bytes of the artefact, of the finished blocks beside it and of waiting clients' states: what must be free."""
+    inner = _weights(shape.linears)
+    weight = work.bits / 8 + 3 / (work.group or 1 << 30) if work.bits else float(work.size)
+    states = work.windows * work.length * shape.hidden * work.size if work.clients else 0
+    return int(2 * inner * weight + (shape.params - inner) * work.size) + states
+
+
+def available() -> int | None:
+    """Bytes of memory that the system can still give; None where it does not say."""
+    try:
+        with open("/proc/meminfo", "rb") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(b"MemAvailable"))
+    except (OSError, StopIteration):
+        return None

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a device's round costs: peak memory, passes over the weights, seconds (`traffic` has the bytes sent).
+
+Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batch * length tokens a step):
+
+    floor        the process: Python, torch, transformers, the tokenizer, and what the method imports
+    weights      P s
+    direction    zosgd's z, written out: P s once more
+    scratch      the piece of moved weights that a zeroth-order forward holds (`seeds/view.py`)
+    activations  forward alone: the widest point of one layer, N s (3 I + 2 h) for a llama.  With
+                 back-propagation: all that autograd keeps, over all layers, times `HEAP`
+    logits       at the scored positions, at most `losses.CHUNK_BYTES` in fp32 at a time, a few arrays of them
+    gradients    of what is trained
+    optimizer    AdamW's two moments
+    adapter      its own fp32 weights, and the copies on their way from and to the wire
+    lanczos      the vectors of FedPepTAO's measurement of curvature in its first rounds, which is its peak
+
+The constants are measured; `benchmarks/plan_memory.py` holds the sums against real rounds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from fleetune.errors import UsageError
+from fleetune.planning.shapes import Shape
+from fleetune.planning.traffic import Module
+from fleetune.seeds import kernel_choice
+
+MIB: Final = 1 << 20
+
+# Measured: peak resident memory on Linux x86-64, Python 3.11, torch 2.13 (CPU), transformers 5.24, one thread.
+FLOOR: Final = 392 * MIB  # python + torch + transformers + fleetune, a model class loaded, no weights
+PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
+# By `seeds.choice`: numba and its compiled kernels (the very first run, which compiles: 90 MiB more), or torch's
+# pieces of words and sums.
+KERNELS: Final[Mapping[str, int]] = {"auto": 104 * MIB, "numba": 104 * MIB, "torch": 10 * MIB}
+PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
+HEAP: Final = 1.6  # back-propagation holds so much for each byte kept: glibc gives freed blocks back late
+LOGITS_FORWARD: Final = 2.0  # fp32 arrays of logits alive in a forward: they and their log-softmax
+LOGITS_BACKWARD: Final = 5.0  # ... and their gradients, and the first chunk's own
+COPIES: Final = 4  # of an adapter in fp32: its own, what came, what goes, and on their way to bytes
+CURVED: Final = 4.8  # a graph that can be differentiated twice holds so much for each byte kept
+LOGITS_CURVED: Final = 3.7  # ... and so many fp32 arrays of all logits
+LOGITS_CHUNK: Final = 0.5  # what each further chunk leaves behind (freed blocks, as for `HEAP`)
+
+SIZES: Final[Mapping[str, int]] = {"fp32": 4, "bf16": 2, "fp16": 2}
+# A pass over the weights, by `seeds.choice`, takes as long as so many copies of them.
+SWEEP: Final[Mapping[str, float]] = {"auto": 1.5, "numba": 1.5, "torch": 20.0}
+STORED: Final = 4.0  # ... and to write a direction out, and to add it twice, as so many more
+TOUCH: Final = 6  # a forward (or a backward) moves each kept activation through memory about so often
+FORWARD: Final = ("fedkseed", "mezo", "onebyte", "zosgd")  # every weight, without back-propagation
+COMPARISON: Final = ("inference", "full SGD", "full Adam")  # not methods of ours
+
+
+@dataclass(frozen=True)
+class Work:
+    """A device's round: `steps` steps on `batch` rows of `length` tokens, weights in `dtype`."""
+
+    batch: int = 1
+    length: int = 256
+    steps: int = 200
+    dtype: str = "fp32"
+
+    def __post_init__(self) -> None:
+        wrong = [n for n in ("batch", "length", "steps") if getattr(self, n) < 1]
+        if wrong:
+            raise UsageError(f"--{wrong[0]} {getattr(self, wrong[0])} must be at least 1")
+        if self.dtype not in SIZES:
+            raise UsageError(f"no dtype named '{self.dtype}'", hint="choose one of " + ", ".join(SIZES))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.length
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight."""
+        return SIZES[self.dtype]
+
+
+class Rates(NamedTuple):
+    """Speed of a machine: matrix products in the weights' dtype, and copies from memory to memory."""
+
+    flops: float  # floating-point operations a second
+    copy: float  # bytes copied a second
+
+
+# Memory ---------------------------------------------------------------------------------------------
+
+
+def memory(shape: Shape, work: Work, method: str, module: Module) -> dict[str, int]:
+    """Bytes of a device's peak by part (see the module's text), for a method with its module, or a comparison."""
+    kernels = KERNELS[kernel_choice.wanted()] * (method in (*FORWARD, "fwdllm"))
+    imports = kernels + PEFT * bool(module.tensors)
+    parts = {"floor": FLOOR + PIECE * shape.vocab + imports, "weights": shape.params * work.size}
+    if method not in (*FORWARD, "fwdllm", "inference"):
+        parts |= _backward(shape, work, method, module)
+        return parts | _curvature(shape, work, module) if module.lanczos else parts
+    from fleetune.seeds.view import CHUNK
+
+    n, s = work.tokens, work.size
+    if method == "zosgd":
+        parts["direction"] = parts["weights"]
+    if method in FORWARD:
+        parts["scratch"] = min(CHUNK, shape.largest) * s
+    if module.tensors:
+        parts["adapter"] = COPIES * 4 * module.size
+    narrow = s / 4 if s < 4 else 0.0  # logits come in the weights' type first
+    if method in FORWARD and not shape.labels:  # the head's weights go by in blocks
+        logits = min(_logits(shape, work)[0], n * (CHUNK // shape.hidden) * 4) * (1 + narrow)
+    else:
+        logits = _logits(shape, work)[0] * (LOGITS_FORWARD + narrow)
+    return parts | {"activations": n * (s * shape.widest + 8 * module.rank), "logits": int(logits)}
+
+
+def _logits(shape: Shape, work: Work) -> tuple[int, float]:
+    """fp32 bytes of the logits of a chunk, and how many chunks a step's positions make."""
+    from fleetune.evaluation.losses import CHUNK_BYTES
+
+    whole = (work.batch if shape.labels else work.tokens) * shape.outputs * 4
+    return min(whole, CHUNK_BYTES), max(1.0, whole / CHUNK_BYTES)
+
+
+def _backward(shape: Shape, work: Work, method: str, module: Module) -> dict[str, int]:
+    own, weights = 4 * module.size, shape.params * work.size
+    if own:
+        parts = {"gradients": own, "optimizer": 2 * own, "adapter": COPIES * own}
+    else:
+        parts = {"gradients": weights, "optimizer": 2 * weights * (method == "full Adam")}
+    needed = kept(shape, work, module)
+    # gradients and moments fill what freed activations leave
+    left = max(0.0, (HEAP - 1) * needed - parts["gradients"] - parts["optimizer"])
+    chunk, chunks = _logits(shape, work)
+    logits = (LOGITS_BACKWARD + LOGITS_CHUNK * (chunks - 1)) * chunk
+    return {"activations": int(needed + left), "logits": int(logits), **parts}
+
+
+def kept(shape: Shape, work: Work, module: Module) -> int:
+    """Bytes that autograd keeps between a step's forward and its backward, but for the logits."""
+    n, s = work.tokens, work.size
+    total = n * (s * shape.kept + 4 * shape.norms)
+    seen = work.length + module.tokens  # by each token
+    if work.batch > 1 or (
+        module.tokens and not shape.labels
+    ):  # a mask a layer, keys and values for every head
+        total += n * s * shape.padded + shape.layers * n * seen * s
+    if module.tensors and shape.dropped:  # in training: what is dropped, and attention written out
+        total += shape.layers * n * (2 * shape.hidden + shape.dropped * seen * (2 * s + 1))
+    return total + (_beside(work, module, shape) if module.tensors else n * s * _trained(shape))
+
+
+def _trained(shape: Shape) -> int:
+    """Floats a token that are kept for weights' own gradients: a layer's input, a norm's result."""
+    shared = {(linear.name.rpartition(".")[0], linear.into) for linear in shape.linears}
+    same = shape.layers * shape.hidden if shape.labels else 0  # an encoder keeps one of them anyway
+    return shape.norms + sum(into for _, into in shared) - same
+
+
+def _beside(work: Work, module: Module, shape: Shape) -> int:
+    """Bytes that are kept for a module: a prefix's keys and values for every head, or what LoRA works on.
+
+    That is A's output and its input in fp32: in an fp32 model the layer's own, one for all that read it; else a
+    copy for each; with dropout that and the dropout's noise.
+    """
+    if module.tokens:
+        numbers = shape.padded + 2 * sum(width for _, width in shape.attention)
+        return work.batch * module.tokens * work.size * numbers
+    into = sum(into for _, into in {(x.name.rpartition(".")[0], x.into) for x in module.adapted})
+    if work.size < 4 or module.dropout:
+        into = sum(x.into for x in module.adapted) * (2 if module.dropout else 1)
+    return 4 * work.tokens * (into + module.rank * len(module.adapted))
+
+
+def _curvature(shape: Shape, work: Work, module: Module) -> dict[str, int]:
+    """Bytes of the graph that Hessian products go through (a forward and its backward), and of their vectors."""
+    positions = work.batch if shape.labels else work.tokens
+    vectors = module.lanczos * 8 * 4 * (module.size - sum(math.prod(sizes) for sizes in shape.head.values()))
+    return {
+        "activations": int(CURVED * kept(shape._replace(dropped=0), work, module)),
+        "logits": int(LOGITS_CURVED * positions * shape.outputs * 4),
+        "lanczos": vectors,
+    }
+
+
+# Time -----------------------------------------------------------------------------------------------
+
+# Times that a step goes through all weights: two forwards; a forward and a backward; and an update.
+PASSES: Final[Mapping[str, int]] = {"inference": 1, "full SGD": 3, "full Adam": 3}  # methods: 2
+
+
+def step_seconds(shape: Shape, work: Work, method: str, rates: Rates, module: Module) -> float:
+    """Matrix products, and everything else as memory traffic."""
+    n, s = work.tokens, work.size
+    inner = sum(linear.out * linear.into for linear in shape.linears)
+    scored = work.batch if shape.labels else n
+    head = 2 * scored * shape.outputs * shape.hidden
+    forward = 2 * n * inner + head + 4 * n * work.length * shape.hidden * shape.layers
+    moved = TOUCH * n * s * (shape.kept + shape.norms) + 3 * scored * 4 * shape.outputs
+    weights = shape.params * s
+    if method == "fwdllm":
+        return 2 * (forward / rates.flops + moved / rates.copy)
+    if method in FORWARD:
+        stored = STORED * weights * (method == "zosgd")
+        sweep = SWEEP[kernel_choice.wanted()] * weights
+        return 2 * forward / rates.flops + (2 * (moved + sweep) + stored) / rates.copy
+    if module.tensors:
+        own = module.size
+        flops = 2 * forward + head + 6 * n * own * bool(module.adapted)
+        if module.dropout:
+            moved += TOUCH * n * 4 * 2 * sum(x.into for x in module.adapted)
+        return flops / rates.flops + (2 * moved + 7 * 4 * own) / rates.copy
+    update = {"full SGD": 2, "full Adam": 6}[method]
+    return (3 * forward + head) / rates.flops + (2 * moved + update * weights) / rates.copy
+
+
+def calibrate(work: Work) -> Rates:
+    """This machine's rates with torch's present number of threads and load: medians, in about 0.3 s."""
+    import torch
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[work.dtype]
+    rows, width = max(16, min(work.tokens, 1024)), 1024
+    x, w = torch.zeros(rows, width, dtype=dtype), torch.zeros(width, width, dtype=dtype)
+    product = _usual(lambda: torch.mm(x, w))
+    source = torch.zeros(16 * MIB)
+    target = torch.zeros_like(source)
+    copy = _usual(lambda: target.copy_(source))
+    return Rates(2.0 * rows * width * width / product, source.numel() * 4 / copy)
+
+
+def _usual(work: Callable[[], object], budget: float = 0.12) -> float:
+    """The median seconds of the calls within about `budget` seconds, after one that warms up."""
+    work()
+    end = time.perf_counter() + budget
+    taken: list[float] = []
+    while time.perf_counter() < end or not taken:
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)

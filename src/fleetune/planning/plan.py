@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tuning a model will cost, from its configuration alone: memory, traffic, passes and time.
+
+Nothing is loaded and nothing is downloaded but the configuration.  `shapes` says what of it matters, `costs`
+what that comes to; here it becomes a table, with what fits a device.  Traffic is what `messages.encode` makes
+of the methods' own payloads.  Time comes from a short measurement of this machine, so it is for devices like
+this one.
+
+State alone (weights, gradients, moments; no activations, no process) is the comparison of MeZO (arXiv
+2305.17333) and of Adam's 16 bytes a parameter: 14 GB to run LLaMA-7B in fp16, 112 GB to tune it with Adam.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from fleetune.common.display import human_bytes, human_count, human_time
+from fleetune.errors import FitError, UsageError
+from fleetune.planning import device_cost
+from fleetune.planning.device_cost import Rates, Work
+from fleetune.planning.shapes import Shape, shape_of
+from fleetune.planning.traffic import METHODS, traffic
+from fleetune.planning.traffic import module as modules
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = [
+    "Rates",
+    "Row",
+    "Work",
+    "best",
+    "cells",
+    "columns",
+    "describe",
+    "parse_bytes",
+    "parse_rate",
+    "state_bytes",
+    "table",
+]
+
+TIGHT: Final = 0.9  # fuller than this is a tight fit
+
+
+@dataclass(frozen=True)
+class Row:
+    """The costs of one way to use a model, a device and round; bytes and seconds."""
+
+    method: str
+    note: str
+    tunes: bool  # a method of `fleetune tune` (else a comparison)
+    peak: int
+    parts: dict[str, int]  # what the peak is made of
+    trainable: int
+    bytes_up: int | None
+    bytes_down: int | None
+    passes: int  # times that a step goes through all weights
+    seconds: float | None  # computing; None for inference
+    sending: float | None  # bytes_up at the stated uplink
+    ram: int | None
+
+    @property
+    def spare(self) -> int:
+        """Bytes of the stated memory left over (negative: missing)."""
+        return (self.ram or self.peak) - self.peak
+
+    @property
+    def fits(self) -> str:
+        """ "yes", "yes, tight" (within a tenth), or "no: 3.9 GB short"; "" when no memory was stated."""
+        if self.ram is None:
+            return ""
+        if self.spare < 0:
+            return f"no: {human_bytes(-self.spare)} short"
+        return "yes" if self.peak <= TIGHT * self.ram else "yes, tight"
+
+
+# The table ------------------------------------------------------------------------------------------
+
+
+def table(
+    config: PretrainedConfig,
+    work: Work,
+    *,
+    ram: int | None = None,
+    uplink: float | None = None,
+    rates: Rates | None = None,
+) -> list[Row]:
+    """The costs of every method and of the comparisons, on one device and for one of its rounds.
+
+    A method is left out where it has no place on the model (query and value projections that are not found).
+    `ram` in bytes, `uplink` in bytes a second.  `rates` None measures this machine, which takes some tenths
+    of a second.
+    """
+    shape = shape_of(config)
+    speed = rates or device_cost.calibrate(work)
+    weights = shape.params * work.size
+    rows = []
+    for name in (*METHODS, *device_cost.COMPARISON):
+        module = modules(shape, name)
+        if module is None:
+            continue
+        tunes, infers = name in METHODS, name == "inference"
+        up, down = traffic(shape, work, name) if tunes else (None, None) if infers else (weights, weights)
+        parts = device_cost.memory(shape, work, name, module)
+        trainable = 0 if infers else module.size or shape.params
+        seconds = None if infers else work.steps * device_cost.step_seconds(shape, work, name, speed, module)
+        sending = up / uplink if up is not None and uplink else None
+        rows.append(
+            Row(
+                name, module.note, tunes, sum(parts.values()), parts, trainable, up, down,
+                device_cost.PASSES.get(name, 2), seconds, sending, ram,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """The headings of `cells`."""
+    heads = ["method", "peak RAM", "up/round", "down/round", "passes/step", "round time"]
+    ram = rows[0].ram
+    return heads if ram is None else [*heads, f"fits {human_bytes(ram)}"]
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text.  The round's time includes the sending where an uplink was stated."""
+    name = f"{row.method} ({row.note})" if row.note else row.method
+    time = None if row.seconds is None else row.seconds + (row.sending or 0.0)
+    shown = [name, human_bytes(row.peak), human_bytes(row.bytes_up), human_bytes(row.bytes_down)]
+    return [*shown, str(row.passes), human_time(time), *([row.fits] if row.ram is not None else [])]
+
+
+def best(rows: Sequence[Row]) -> str:
+    """The method to begin with; FitError when none fits.
+
+    An adapter that is back-propagated learns most from a step, so it is one of these, FedIT's on all layers
+    before FedPETuning's smaller one, where it fits with room to spare and is not longer at sending than at
+    computing; else FedKSeed (and MeZO where nothing but it fits).
+    """
+    fitting = [row for row in rows if row.tunes and row.spare >= 0]
+    if not fitting:
+        least = min((row for row in rows if row.tunes), key=lambda row: row.peak)
+        raise FitError(
+            f"no method fits {human_bytes(least.ram)}: the smallest, {least.method}, needs {human_bytes(-least.spare)} "
+            f"more ({human_bytes(least.peak)}, of which {human_bytes(least.parts['weights'])} are weights)",
+            hint="--dtype bf16, a shorter --length, a smaller --batch, or a smaller model",
+        )
+    for name in ("fedit", "fedpetuning"):
+        for row in fitting:
+            slow = (row.sending or 0.0) > (row.seconds or 0.0)
+            if row.method == name and row.fits != "yes, tight" and not slow:
+                return name
+    return fitting[0].method
+
+
+def describe(
+    config: PretrainedConfig, name: str, work: Work, *, uplink: float | None = None
+) -> list[tuple[str, str]]:
+    """(label, text) lines over the table: model, work, the state alone of running and of tuning it, and time."""
+    shape = shape_of(config)
+    adam, fp16 = state_bytes(shape.params, "adam"), state_bytes(shape.params, "inference")
+    sending = f", and sending at {human_bytes(uplink)} a second" if uplink else ""
+    smaller = [] if shape.labels else [("compress", _compression(shape, work))]
+    return [
+        ("model", f"{name} · {shape.family} · {human_count(shape.params)} parameters · {work.dtype}"),
+        ("round", f"{work.steps:,} steps of {work.batch:,} x {work.length:,} tokens on every device"),
+        (
+            "state only",
+            f"{human_bytes(fp16)} to run in fp16 · {human_bytes(adam)} to tune with Adam (16 bytes a weight)",
+        ),
+        *smaller,
+        ("time", f"computing at this machine's speed of just now{sending}"),
+    ]
+
+
+def _compression(shape: Shape, work: Work) -> str:
+    """The peak memory of `fleetune compress` with its default method and windows."""
+    from fleetune.planning import compression_cost as compress
+
+    job = compress.Work(128, 512, size=work.size)
+    whole, paged = (
+        sum(compress.memory(shape, job._replace(low_memory=low)).values()) for low in (False, True)
+    )
+    return (
+        f"optq over 128 windows of 512 tokens: {human_bytes(whole)} · with --low-memory {human_bytes(paged)}"
+    )
+
+
+def state_bytes(params: int, use: str) -> int:
+    """Bytes of state alone: "inference" is fp16 weights; "adam" fp32 weights, gradients and two moments."""
+    return params * {"inference": 2, "adam": 16}[use]
+
+
+# Sizes and speeds as people write them ---------------------------------------------------------------
+
+_NUMBER = r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*"
+_BYTES = re.compile(_NUMBER + r"(?:([kmgt]i?)?b?)\s*", re.IGNORECASE)
+_RATE = re.compile(_NUMBER + r"([kKmMgG]i?)?(bits?|b|B)(?:/s|ps|/sec)\s*")
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """A size as bytes: 4GB, 512 MB, 2GiB, 8e9.  None stays None; UsageError for anything else."""
+    if text is None:
+        return None
+    found = _BYTES.fullmatch(text)
+    value = float(found[1]) * _factor(found[2]) if found else 0.0
+    if not 1 <= value < math.inf:
+        raise UsageError(f"--ram {text!r} is not a size", hint="write 4GB, 512 MB, 2GiB or a number of bytes")
+    return int(value)
+
+
+def parse_rate(text: str | None) -> float | None:
+    """A speed as bytes a second: 1Mbps, 500kbit/s, 2 MB/s (b is a bit, B a byte).  None stays None; UsageError else."""
+    if text is None:
+        return None
+    found = _RATE.fullmatch(text)
+    value = float(found[1]) * _factor(found[2]) / (1 if found[3] == "B" else 8) if found else 0.0
+    if not 0 < value < math.inf:
+        raise UsageError(f"--uplink {text!r} is not a speed", hint="write 1Mbps, 500kbit/s or 2 MB/s")
+    return value
+
+
+def _factor(prefix: str | None) -> int:
+    """What a prefix stands for: k 1000, Ki 1024, .."""
+    if not prefix:
+        return 1
+    power = "kmgt".index(prefix[0].lower()) + 1
+    return int(1024**power if len(prefix) == 2 else 1000**power)

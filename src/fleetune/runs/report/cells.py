@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of a sweep in numbers: means and spreads over seeds, for every combination and along every axis.
+
+Seeds draw their own held-out rows, clients and directions, so all runs of one seed share a level of their own.
+The mean of a value along an axis is therefore taken seed by seed (over the other axes), then over the seeds;
+in plots the spread is the standard deviation of how far tuning moved it.  `effect` judges an axis within the
+seeds: the seed's own level is taken out, as in the analysis of a randomised block design (Fisher, "The Design
+of Experiments", 1935).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fleetune.runs.report import runlog
+from fleetune.runs.report.runlog import Number, Run, Step
+from fleetune.tuning.recipe import Value
+
+BASE, TUNED = 0, 1  # of `runlog.measures`
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What varies: the name the user gave it, the key it stands for, and its values."""
+
+    name: str
+    key: str  # alpha, an option of the recipe, or set.NAME
+    values: tuple[Value, ...]
+
+
+class Member(NamedTuple):
+    """A run of a sweep, at the values of the axes in their order."""
+
+    values: tuple[Value, ...]
+    seed: int
+    run: Run
+
+
+class Stat(NamedTuple):
+    """Mean, standard deviation (None of a single number), how many numbers."""
+
+    mean: float
+    spread: float | None
+    number: int
+
+    def text(self, digits: int) -> str:
+        """As 3.912 ± 0.020."""
+        more = "" if self.spread is None else f" ± {self.spread:.{digits}f}"
+        return f"{self.mean:.{digits}f}{more}"
+
+
+def stat(values: Sequence[Number]) -> Stat | None:
+    """Mean and sample standard deviation; None of nothing."""
+    if not values:
+        return None
+    return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def finished(members: Sequence[Member]) -> list[Member]:
+    """The runs that came to their end."""
+    return [m for m in members if runlog.kind_of(m.run.status) == "done"]
+
+
+def whole(axes: Sequence[Axis], members: Sequence[Member]) -> list[Member]:
+    """The finished runs of those seeds that have every combination, so that means compare; else all there are."""
+    ready = finished(members)
+    size = math.prod(len(a.values) for a in axes)
+    full = [s for s in {m.seed for m in ready} if sum(m.seed == s for m in ready) == size]
+    return [m for m in ready if m.seed in full] if full else ready
+
+
+def metrics(members: Sequence[Member]) -> list[str]:
+    """The measures that every finished run ends with; the loss first."""
+    names = [list(runlog.measures(m.run)[1]) for m in finished(members)]
+    common = [n for n in (names[0] if names else []) if all(n in other for other in names)]
+    return sorted(common, key=lambda name: name != "loss")
+
+
+class Cell(NamedTuple):
+    """A combination of values: its finished runs over the seeds."""
+
+    values: tuple[Value, ...]
+    base: dict[str, Stat]
+    tuned: dict[str, Stat]
+    bytes: Stat | None
+    seconds: Stat | None
+    runs: int
+
+
+def cells(axes: Sequence[Axis], members: Sequence[Member]) -> list[Cell]:
+    """Every combination that has a finished run, in the order of the grid."""
+    names, ready = metrics(members), finished(members)
+    out = []
+    for values in dict.fromkeys(m.values for m in ready):
+        here = [m for m in ready if m.values == values]
+        both = [runlog.measures(m.run) for m in here]
+        facts = [runlog.summarise(m.run) for m in here]
+        cost = [
+            stat([v for f in facts if (v := runlog.number(f[k])) is not None]) for k in ("bytes", "seconds")
+        ]
+        sides = [
+            {n: s for n in names if (s := stat([b[side][n] for b in both if n in b[side]])) is not None}
+            for side in (0, 1)
+        ]
+        out.append(Cell(values, sides[0], sides[1], cost[0], cost[1], len(here)))
+    order = [{v: i for i, v in enumerate(a.values)} for a in axes]
+    return sorted(out, key=lambda c: [place[v] for place, v in zip(order, c.values, strict=True)])
+
+
+def by_seed(
+    axis: int, value: Value, metric: str, members: Sequence[Member], side: int = TUNED
+) -> dict[int, float]:
+    """Seed -> the mean measure of its finished runs at `value` of an axis, over the other axes.
+
+    `side` is BASE or TUNED; a seed whose runs do not have the measure there is left out.
+    """
+    found: dict[int, list[float]] = {}
+    for m in finished(members):
+        if m.values[axis] == value and metric in (measured := runlog.measures(m.run)[side]):
+            found.setdefault(m.seed, []).append(float(measured[metric]))
+    return {seed: statistics.fmean(values) for seed, values in found.items()}
+
+
+def ends(axis: int, value: Value, metric: str, members: Sequence[Member]) -> Stat | None:
+    """A final measure at `value` of an axis: its mean, and the spread over the seeds of its change by tuning."""
+    tuned, base = (by_seed(axis, value, metric, members, side) for side in (TUNED, BASE))
+    return moved([(base.get(seed, 0.0), v) for seed, v in tuned.items()])
+
+
+def moved(pairs: Sequence[tuple[float, float]]) -> Stat | None:
+    """The mean of the second numbers, and the standard deviation of how far they are from the first."""
+    mean, change = stat([after for _, after in pairs]), stat([after - before for before, after in pairs])
+    return Stat(mean.mean, change.spread, mean.number) if mean and change else None
+
+
+class Effect(NamedTuple):
+    """What an axis does to a measure: its lowest and highest mean, and the noise of such a mean (None: unknown)."""
+
+    low: tuple[Value, float]
+    high: tuple[Value, float]
+    noise: float | None
+
+    @property
+    def range(self) -> float:
+        """Highest mean less lowest."""
+        return self.high[1] - self.low[1]
+
+
+def effect(number: int, axis: Axis, metric: str, members: Sequence[Member]) -> Effect | None:
+    """The effect of axis `number` over `members`, as `whole` chose them; None before two of its values are finished.
+
+    Over the seeds that have every value, y[v, s] = mean + value's part + seed's part + rest.  The noise of a
+    value's mean is sqrt(sum rest^2 / ((V - 1)(S - 1)) / S).
+    """
+    table = {v: row for v in axis.values if (row := by_seed(number, v, metric, members))}
+    if len(table) < 2:
+        return None
+    seeds = sorted(set.intersection(*(set(row) for row in table.values())))
+    means = {v: statistics.fmean(row[s] for s in seeds or row) for v, row in table.items()}
+    low, high = min(means.items(), key=lambda i: i[1]), max(means.items(), key=lambda i: i[1])
+    if len(seeds) < 2:
+        return Effect(low, high, None)
+    level = {s: statistics.fmean(row[s] for row in table.values()) for s in seeds}
+    middle = statistics.fmean(level.values())
+    rest = [row[s] - means[v] - level[s] + middle for v, row in table.items() for s in seeds]
+    variance = math.fsum(r * r for r in rest) / ((len(table) - 1) * (len(seeds) - 1))
+    return Effect(low, high, math.sqrt(variance / len(seeds)))
+
+
+class Course(NamedTuple):
+    """A point of a curve over rounds: the loss (see `course`) and the mean bytes so far."""
+
+    round: int
+    loss: Stat
+    bytes: float
+
+
+def course(axis: int, value: Value, members: Sequence[Member]) -> list[Course]:
+    """The loss by round at `value` of an axis, at the rounds that all its finished runs measured.
+
+    Its spread is that of the change since the first of those rounds, over the seeds.
+    """
+    every: dict[int, list[dict[int, Step]]] = {}
+    for m in finished(members):
+        if m.values[axis] == value:
+            measured = {s.round: s for s in runlog.steps(m.run) if "loss" in s.losses}
+            every.setdefault(m.seed, []).append(measured)
+    curves = [steps for of_seed in every.values() for steps in of_seed]
+    rounds = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
+    by_round = {
+        r: [statistics.fmean(c[r].losses["loss"] for c in of_seed) for of_seed in every.values()]
+        for r in rounds
+    }
+    out = []
+    for r, losses in by_round.items():
+        found = moved(list(zip(by_round[rounds[0]], losses, strict=True)))
+        if found is not None:
+            out.append(Course(r, found, statistics.fmean(c[r].total or 0 for c in curves)))
+    return out

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole drawings of counts by column: stacked bars, and a heat map where bars would be too many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fleetune.runs.report.axes import Axis, counts, nice_step
+from fleetune.runs.report.svg import CHAR, COLOURS, Plot, fixed, frame, rect_at, text_at, tipped
+
+
+def stacked_bars(
+    ident: str,
+    title: str,
+    desc: str,
+    columns: Sequence[str],
+    series: Sequence[tuple[str, Sequence[float]]],
+    tips: Sequence[str],
+    *,
+    labels: tuple[str, str],
+    width: float = 1080.0,
+    height: float = 300.0,
+    colours: Sequence[int] = (),
+) -> str:
+    """Vertical bars, one a column, each the stack of its series; the legend stands right in stacking order.
+
+    `labels` names the x and the y axis.  Column names are written where each of them fits, else thinned.
+    """
+    totals = [sum(values[i] for _, values in series) for i in range(len(columns))]
+    x = Axis(-0.6, len(columns) - 0.4, _named_ticks(columns, width - 240), labels[0])
+    right = 190.0 if len(series) > 1 else 18.0
+    plot = Plot(ident, title, desc, x, counts(totals, labels[1]), width, height, right)
+    kind = "stack" if (width - right - plot.left) / max(len(columns), 1) > 8 else "bar"
+    shades = list(colours) or [i % COLOURS for i in range(len(series))]
+    for i in range(len(columns)):
+        base, cut = 0.0, len(plot.marks)
+        for (_, values), colour in zip(series, shades, strict=True):
+            if values[i]:
+                plot.bar(i, base + values[i], colour, "", base, kind)
+            base += values[i]
+        plot.marks[cut:] = [tipped(tips[i], "".join(plot.marks[cut:]))]
+    if len(series) > 1:
+        names = [(name, c) for (name, _), c in zip(series, shades, strict=True)]
+        plot.marks.append(_legend(names[::-1], width - right + 20, 30.0, 26))
+    return plot.svg()
+
+
+def _legend(names: Sequence[tuple[str, int]], x: float, y: float, room: int) -> str:
+    rows = []
+    for i, (name, colour) in enumerate(names):
+        shown = name if len(name) <= room else name[: room - 1] + "…"
+        top = y + 18 * i
+        rows.append(
+            tipped(name, rect_at(x, top, 11, 11, f"bar c{colour}") + text_at(x + 17, top + 9.5, shown))
+        )
+    return "".join(rows)
+
+
+def _named_ticks(names: Sequence[str], room: float) -> tuple[tuple[float, str], ...]:
+    """A tick for every name, or where they do not fit for numbers that are multiples of 2, 5, 10, ..."""
+    each = max(map(len, names), default=1) * CHAR + 8
+    most = max(int(room / each), 1)
+    step = 1 if len(names) <= most else math.ceil(max(nice_step(len(names), most), 1.0))
+    places = [int(name) if name.isdecimal() else i for i, name in enumerate(names)]
+    return tuple((float(i), name) for i, name in enumerate(names) if places[i] % step == 0)
+
+
+def heat_map(
+    ident: str,
+    title: str,
+    desc: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[float]]],
+    tips: Sequence[str],
+    *,
+    label: str,
+    width: float = 1080.0,
+) -> str:
+    """A heat map of counts, shaded by each row's share of its column; above it a strip of column totals.
+
+    Cells are drawn as one path a shade (10 of them), so 200 columns stay small; a tip tells a column.
+    """
+    totals = [sum(values[i] for _, values in rows) for i in range(len(columns))]
+    names = [name if len(name) <= 26 else name[:25] + "…" for name, _ in rows]
+    left = 16.0 + CHAR * max(map(len, names), default=1)
+    cell = (width - left - 20.0) / max(len(columns), 1)
+    tall = 22.0 if len(rows) <= 12 else 16.0
+    strip, gap = 56.0, 0.0 if cell < 6 else 1.0
+    top, peak = 20.0 + strip + 8.0, max(totals, default=0.0) or 1.0
+    shades: dict[int, str] = {}
+    for r, (_, values) in enumerate(rows):
+        for c, value in enumerate(values):
+            level = math.ceil(10 * value / totals[c]) if totals[c] and value > 0 else 0
+            corner = f"M{left + c * cell:.1f} {fixed(top + r * tall)}"
+            shades[level] = (
+                shades.get(level, "") + f"{corner}h{cell - gap:.2f}v{tall - 1:.0f}h-{cell - gap:.2f}z"
+            )
+    body = [text_at(2, 12, f"rows in each column (largest {peak:,.0f})", "strong")]
+    for c, total in enumerate(totals):
+        h = strip * total / peak
+        body.append(rect_at(left + c * cell, 20 + strip - h, cell - gap, h, "bar c7"))
+    body += [
+        f'<path class="bar c0" fill-opacity="{0.03 + 0.097 * level:.2f}" d="{path}"/>'
+        for level, path in sorted(shades.items())
+    ]
+    body += [text_at(left - 8, top + r * tall + tall / 2 + 3.5, n, anchor="end") for r, n in enumerate(names)]
+    bottom = top + len(rows) * tall
+    wide = CHAR * max(map(len, columns), default=1) + 6 <= cell
+    if wide:
+        body += [
+            text_at(left + (c + 0.5) * cell, bottom + 14, n, anchor="middle") for c, n in enumerate(columns)
+        ]
+    for c, tip in enumerate(tips):
+        body.append(tipped(tip, rect_at(left + c * cell, 20, cell, bottom - 20, "hit")))
+    foot = bottom + (34 if wide else 18)
+    body.append(text_at(left, foot, label, "strong"))
+    body.append(_scale(width - 20, foot))
+    return frame(title, desc, width, foot + 8, "".join(body), ident)
+
+
+def _scale(right: float, y: float) -> str:
+    cells = "".join(
+        rect_at(
+            right - 160 + 10 * level, y - 10, 10, 10, "bar c0", f' fill-opacity="{0.03 + 0.097 * level:.2f}"'
+        )
+        for level in range(11)
+    )
+    left = text_at(right - 168, y, "share of the client's rows  0 %", anchor="end")
+    return left + cells + text_at(right - 160 + 118, y, "100 %")

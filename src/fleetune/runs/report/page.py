@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts that every page is made of: tables, figures with their numbers, sections, the page around them.
+
+A page is one HTML file with its style and its plots inside.  All text is escaped, for samples and names come
+from strangers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fleetune.runs.report.runlog import Number
+from fleetune.runs.report.svg import escape, plot_style
+
+
+def esc(value: object) -> str:
+    """A value as markup: escaped text."""
+    return escape(str(value))
+
+
+class Cell(NamedTuple):
+    """A table cell with its class: "r" stands right (numbers), "r good" and "r bad" colour it as well."""
+
+    text: str
+    kind: str = "r"
+
+
+def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str | Cell]], kind: str = "") -> str:
+    """A table whose first column names the rows; the head of a column goes right when a cell of it does."""
+    right = [any(isinstance(row[i], Cell) for row in rows) for i in range(len(head))]
+    top = "".join(f'<th scope="col"{_css(r)}>{esc(h)}</th>' for h, r in zip(head, right, strict=True))
+    body = "".join(f"<tr>{''.join(_cell(c, i == 0) for i, c in enumerate(row))}</tr>" for row in rows)
+    return (
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{esc(caption)}"><table class="{kind}">'
+        f"<caption>{esc(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _css(right: bool) -> str:
+    return ' class="r"' if right else ""
+
+
+def _cell(cell: str | Cell, first: bool) -> str:
+    text, css = (cell.text, f' class="{cell.kind}"') if isinstance(cell, Cell) else (cell, "")
+    return f'<th scope="row"{css}>{esc(text)}</th>' if first else f"<td{css}>{esc(text)}</td>"
+
+
+def facts(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
+    """A list of names and values without those that are empty; nothing when all are."""
+    pairs = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in rows if v)
+    return f'<dl class="{kind}">{pairs}</dl>' if pairs else ""
+
+
+def figure(drawing: str, title: str, words: str, wide: bool = False, data: str = "") -> str:
+    """A drawing with its caption, and `data`, its numbers as a table, folded away below it."""
+    kind = ' class="wide"' if wide else ""
+    more = f"<details><summary>the numbers</summary>{data}</details>" if data else ""
+    caption = f"<figcaption><strong>{esc(title)}</strong> <span>{esc(words)}</span></figcaption>"
+    return f"<figure{kind}>{caption}{drawing}{more}</figure>"
+
+
+def section(ident: str, title: str, body: str) -> str:
+    """A section of the page; nothing where there is nothing in it."""
+    return f'<section id="{ident}"><h2>{esc(title)}</h2>{body}</section>' if body else ""
+
+
+def whole(title: str, body: str) -> str:
+    """The page around `body`: its policy forbids every request."""
+    style = plot_style() + Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{esc(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n"
+        "</main>\n</body>\n</html>\n"
+    )
+
+
+def flat(source: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested tables as (dotted key, value) with values as text."""
+    out: list[tuple[str, str]] = []
+    for key, value in source.items():
+        if isinstance(value, dict):
+            out += flat(value, f"{prefix}{key}.")
+        else:
+            out.append((f"{prefix}{key}", _value(value)))
+    return out
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return "none" if value is None else str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ", ".join(map(_value, value)) or "(empty)"
+    return str(value) or '""'
+
+
+def minus(text: str) -> str:
+    """`text` with a minus sign in place of a leading hyphen."""
+    return "\u2212" + text[1:] if text.startswith("-") and len(text) > 1 else text
+
+
+def many(count: object, word: str) -> str:
+    """A count with its noun: "1 round", "24 clients"."""
+    shown = f"{count:,}" if isinstance(count, int) else str(count)
+    return f"{shown} {word}{'' if count == 1 else 's'}"
+
+
+def span(values: Sequence[Number]) -> str:
+    """The range of values: "3 to 12", or one number where all are equal."""
+    low, high = min(values), max(values)
+    return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run folder says: its files read as far as they can be, and the run in a few numbers.
+
+A run may still be going on or may have been killed, so everything is optional: a missing file is an empty
+part, a torn line of metrics.jsonl is skipped and counted.  After a resume a round may stand in the file
+twice; the later one holds.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from fleetune.common.display import clean
+from fleetune.errors import UsageError
+from fleetune.runs.report.axes import usable
+
+Event = Mapping[str, object]
+Number = int | float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run folder says, as far as it could be read."""
+
+    path: Path
+    config: Mapping[str, object]
+    env: Mapping[str, object]
+    start: Event
+    evals: Sequence[Event]
+    clients: Sequence[Event]
+    rounds: Sequence[Event]
+    done: Event
+    final: Mapping[str, object]
+    status: str
+    skipped: int
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def shown_path(self) -> str:
+        """The folder as a command takes it, without the machine's own folders before it."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+
+def read(path: Path) -> Run:
+    """Read a run folder; missing or damaged files give empty parts.  UsageError when there is no folder."""
+    if not path.is_dir():
+        raise UsageError(f"no run folder at {path}", hint="fleetune runs   lists them")
+    events, skipped = _events(path / "metrics.jsonl")
+    rounds = _latest(events, "round", ("round",))
+    done = next((e for e in reversed(events) if e["event"] == "done"), {})
+    if done and any(e["event"] == "round" for e in events[events.index(done) :]):
+        done = {}  # the run was taken up again after it had ended
+    return Run(
+        path=path.absolute(),
+        config=_toml(path / "run.toml"),
+        env=_json(path / "env.json"),
+        start=next((e for e in reversed(events) if e["event"] == "start"), {}),
+        evals=_latest(events, "eval", ("round",)),
+        clients=_latest(events, "client", ("round", "client")),
+        rounds=rounds,
+        done=done,
+        final=_json(path / "eval.json"),
+        status=clean(_read(path / "status")).strip() or ("done" if done else "unknown"),
+        skipped=skipped,
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _json(path: Path) -> Mapping[str, object]:
+    try:
+        value = json.loads(_read(path) or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _toml(path: Path) -> Mapping[str, object]:
+    try:
+        return tomllib.loads(_read(path))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _events(path: Path) -> tuple[list[dict[str, object]], int]:
+    good: list[dict[str, object]] = []
+    bad = 0
+    for line in _read(path).splitlines():
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            bad += bool(line.strip())
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            good.append(event)
+        else:
+            bad += 1
+    return good, bad
+
+
+def _latest(events: Iterable[Event], kind: str, keys: tuple[str, ...]) -> list[Event]:
+    """Events of one kind in order of their round, the last one of each key."""
+    kept: dict[tuple[str, ...], Event] = {}
+    for event in events:
+        if event["event"] == kind and usable(event.get("round")):
+            kept[tuple(str(event.get(key)) for key in keys)] = event
+    return sorted(kept.values(), key=lambda event: num_of(event, "round") or 0.0)
+
+
+def number(value: object) -> Number | None:
+    """A value that is a finite number; None for any other."""
+    return value if isinstance(value, int | float) and usable(value) else None
+
+
+def num_of(source: Mapping[str, object], key: str) -> Number | None:
+    """A number of a record; None when it is missing, null, not finite or no number."""
+    return number(source.get(key))
+
+
+def map_of(source: Mapping[str, object], key: str) -> Mapping[str, object]:
+    """A table of a record; empty when it is missing or no table."""
+    value = source.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def list_of(source: Mapping[str, object], key: str) -> list[object]:
+    """A list of a record; empty when it is missing or no list."""
+    value = source.get(key)
+    return value if isinstance(value, list) else []
+
+
+def text_of(key: str, *sources: Mapping[str, object]) -> str:
+    """The first scalar called `key`, as text; a table of that name gives its own `name`."""
+    for source in sources:
+        value = source.get(key)
+        if isinstance(value, dict):
+            value = value.get("name")
+        if isinstance(value, str | int | float) and value != "":
+            return clean(str(value))
+    return ""
+
+
+def sum_of(events: Iterable[Event], key: str) -> Number | None:
+    """The sum of a number over those records that have it; None when none has."""
+    values = [v for e in events if (v := num_of(e, key)) is not None]
+    return sum(values) if values else None
+
+
+def kind_of(status: str) -> str:
+    """The first word of a status: done, running, failed, interrupted, else unknown."""
+    word = status.split(":")[0].split()[0] if status else "unknown"
+    return word if word in {"done", "running", "failed", "interrupted"} else "unknown"
+
+
+def measures(run: Run) -> tuple[dict[str, Number], dict[str, Number]]:
+    """Base and tuned measures: of the end when there is one, else of round 0 and of the latest evaluation."""
+    early = run.evals[0] if run.evals and num_of(run.evals[0], "round") == 0 else {}
+    late = run.evals[-1] if len(run.evals) > 1 else {}
+    found: list[dict[str, Number]] = []
+    for key, event in (("base", early), ("tuned", late)):
+        source = map_of(run.done, key) or map_of(run.final, key) or event
+        names = [n for n in source if n not in {"v", "t", "event", "round", "seconds", "rows", "rss"}]
+        found.append({n: v for n in names if (v := num_of(source, n)) is not None})
+    return found[0], found[1]
+
+
+def summary(run: Path) -> dict[str, object]:
+    """The run in a few numbers, for the console and for `fleetune runs --json`.
+
+    Keys: name, path, method, model, status, rounds (done), rounds_planned, clients, base_loss, tuned_loss,
+    bytes_up, bytes_down, bytes (their sum), seconds (wall time), peak_rss (bytes); None where the folder
+    does not say.
+    """
+    return summarise(read(run))
+
+
+def table(runs: Iterable[Path]) -> list[dict[str, object]]:
+    """`summary` of several run folders, in their order."""
+    return [summary(run) for run in runs]
+
+
+def summarise(run: Run) -> dict[str, object]:
+    """The keys of `summary`, of a run that has been read."""
+    base, tuned = measures(run)
+    both = [
+        run.done,
+        {"bytes_up": sum_of(run.rounds, "bytes_up"), "bytes_down": sum_of(run.rounds, "bytes_down")},
+    ]
+    up, down = (
+        next((v for s in both if (v := num_of(s, k)) is not None), None) for k in ("bytes_up", "bytes_down")
+    )
+    seen = [v for e in (*run.rounds, *run.clients) if (v := num_of(e, "rss")) is not None]
+    peak = num_of(run.done, "peak_rss")
+    # `seconds` are the rounds of all sittings, `wall` the last sitting with its evaluations: a resumed run
+    # may have more of the former.
+    clocks = [v for key in ("seconds", "wall") if (v := num_of(run.done, key)) is not None]
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "method": text_of("method", run.start, run.config) or None,
+        "model": text_of("model", run.start, run.config) or None,
+        "status": run.status,
+        "rounds": len(run.rounds),
+        "rounds_planned": num_of(run.start, "rounds") or num_of(run.config, "rounds"),
+        "clients": num_of(run.start, "clients") or num_of(run.config, "clients"),
+        "base_loss": base.get("loss"),
+        "tuned_loss": tuned.get("loss"),
+        "bytes_up": up,
+        "bytes_down": down,
+        "bytes": None if up is None and down is None else (up or 0) + (down or 0),
+        "seconds": max(clocks, default=None) or sum_of(run.rounds, "seconds"),
+        "peak_rss": peak if peak is not None else max(seen, default=None),
+    }
+
+
+class Step(NamedTuple):
+    """One round joined from its events; `total` is the bytes both ways up to and with this round."""
+
+    round: int
+    losses: Mapping[str, Number]
+    asked: Number | None
+    accepted: Number | None
+    up: Number | None
+    down: Number | None
+    total: Number | None
+    seconds: Number | None
+    rss: Number | None
+    own: Mapping[str, Number]  # the method's own figures
+
+
+def steps(run: Run) -> list[Step]:
+    """The rounds that were run or measured, in order."""
+    evals = {num_of(e, "round"): e for e in run.evals}
+    rounds = {num_of(e, "round"): e for e in run.rounds}
+    steps: list[Step] = []
+    total: Number = 0
+    for number in sorted(key for key in evals.keys() | rounds.keys() if key is not None):
+        event, measured = rounds.get(number, {}), evals.get(number, {})
+        up, down = num_of(event, "bytes_up"), num_of(event, "bytes_down")
+        said = num_of(event, "bytes_total")
+        total = said if said is not None else total + (up or 0) + (down or 0)
+        names = [n for n in measured if n not in {"v", "t", "event", "round", "seconds", "rows", "rss"}]
+        losses = {n: v for n in names if (v := num_of(measured, n)) is not None}
+        asked, accepted = num_of(event, "clients"), num_of(event, "accepted")
+        seconds, rss = num_of(event, "seconds"), num_of(event, "rss")
+        told = map_of(event, "report")
+        own = {n: v for n in told if (v := num_of(told, n)) is not None}
+        steps.append(Step(int(number), losses, asked, accepted, up, down, total, seconds, rss, own))
+    return steps

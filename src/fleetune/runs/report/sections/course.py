@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Round by round: the loss, its spread over the clients, memory and bytes, and every number in a table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from fleetune.common.display import human_bytes, human_time, metric, show
+from fleetune.runs.report import axes, page, svg
+from fleetune.runs.report.page import Cell
+from fleetune.runs.report.runlog import Event, Number, Run, Step, num_of, number, text_of
+
+MAX_DOTS = 4000  # above it the spread plot shows ranges in place of single clients
+
+
+def course(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
+    """Plots of loss, spread, memory and bytes, and the table of all rounds."""
+    measured = [s for s in steps if "loss" in s.losses]
+    figures = ""
+    if len(measured) > 1:
+        points = [(float(s.round), s.losses["loss"]) for s in measured]
+        tips = [
+            f"round {s.round}: {show('loss', s.losses['loss'])}, {human_bytes(s.total)}" for s in measured
+        ]
+        first, last = measured[0].round, measured[-1].round
+        desc = f"From {points[0][1]:.3f} in round {first} to {points[-1][1]:.3f} in round {last}."
+        y = axes.numbers([p[1] for p in points], "validation loss")
+        plot = svg.Plot(
+            "loss-round",
+            "Validation loss against round",
+            desc,
+            axes.whole([p[0] for p in points], "round"),
+            y,
+        )
+        moved = [float(s.total or 0) for s in measured]
+        x, at = axes.bytes_axis([moved])
+        by = svg.Plot("loss-bytes", "Validation loss against bytes", desc, x, y)
+        for drawing, xs in ((plot, [p[0] for p in points]), (by, [at(v) for v in moved])):
+            drawing.right = 50.0
+            drawing.end((xs[-1], points[-1][1]), f"{points[-1][1]:.3f}", 0)
+            if first == 0:
+                drawing.reference(points[0][1], f"base {points[0][1]:.3f}")
+            drawing.line(list(zip(xs, [p[1] for p in points], strict=True)), 0, tips)
+        figures = page.figure(plot.svg(), "Validation loss by round", "Round 0 is the model before tuning.")
+        words = "Cumulative, both ways, all clients."
+        figures += page.figure(by.svg(), "Validation loss by bytes exchanged", words)
+    figures += _spread(run) + _costs(run, steps, facts)
+    body = f'<div class="figures">{figures}</div>' if figures else ""
+    return body + (_every_round(steps) if run.rounds else "")
+
+
+def _spread(run: Run) -> str:
+    rounds: dict[int, list[Event]] = {}
+    for event in run.clients:
+        if num_of(event, "loss") is not None:
+            rounds.setdefault(int(num_of(event, "round") or 0), []).append(event)
+    if not rounds:
+        return ""
+    losses = {r: sorted(num_of(e, "loss") or 0.0 for e in events) for r, events in rounds.items()}
+    every = [v for values in losses.values() for v in values]
+    desc = f"{len(every)} losses of clients in {len(rounds)} rounds, {min(every):.3f} to {max(every):.3f}."
+    x = axes.whole(list(map(float, rounds)), "round", pad=0.6)
+    plot = svg.Plot(
+        "spread", "Training loss of each client by round", desc, x, axes.numbers(every, "client loss")
+    )
+    slot = (plot.width - plot.left - plot.right) / (x.hi - x.lo)
+    alone = len(every) == len(rounds)
+    if alone:
+        tips = [f"round {r}: {v[0]:.3f}" for r, v in losses.items()]
+        plot.line([(float(r), v[0]) for r, v in losses.items()], 0, tips)
+    elif len(every) > MAX_DOTS:
+        plot.band([(float(r), v[0], v[-1]) for r, v in losses.items()])
+        plot.band([(float(r), *_quartiles(v)[::2]) for r, v in losses.items()])
+    else:
+        for r, events in rounds.items():
+            for i, event in enumerate(events):
+                loss = num_of(event, "loss") or 0.0
+                aside = ((i * 0.618034 + 0.5) % 1 - 0.5) * min(0.6 * slot, 70.0)
+                plot.dot(r, loss, 0, f"round {r}, client {event.get('client')}: {loss:.3f}", aside)
+    medians = [(float(r), statistics.median(v)) for r, v in losses.items() if not alone]
+    if slot > 8:
+        for at, median in medians:
+            plot.dash(at, median, min(0.36 * slot, 40.0), -1, f"round {at:.0f}: median {median:.3f}")
+    else:
+        plot.line(medians, -1, markers=False)
+    rows: list[list[str | Cell]] = [
+        [str(r), *_cells(len(v), v[0], *_quartiles(v), v[-1])] for r, v in losses.items()
+    ]
+    head = ["round", "clients", "lowest", "quarter", "median", "three quarters", "highest"]
+    words = "One dot a client. Bar: median."
+    if len(every) > MAX_DOTS:
+        words = "Bands: all clients and their middle half. Line: median."
+    words = "One client in each round." if alone else words
+    data = page.table("Training loss over the clients of a round", head, rows)
+    title = "Training loss of the client" if alone else "Spread over the clients"
+    return page.figure(plot.svg(), title, words, data=data)
+
+
+def _quartiles(ordered: Sequence[Number]) -> tuple[float, float, float]:
+    if len(ordered) < 2:
+        return (float(ordered[0]),) * 3
+    low, mid, high = statistics.quantiles(ordered, n=4, method="inclusive")
+    return low, mid, high
+
+
+def _cells(count: int, *values: float) -> list[Cell]:
+    return [Cell(str(count)), *(Cell(f"{v:.3f}") for v in values)]
+
+
+def _every_round(steps: Sequence[Step]) -> str:
+    names = list(dict.fromkeys(name for s in steps for name in s.losses))
+    told = list(dict.fromkeys(name for s in steps for name in s.own))
+    head = [
+        "round",
+        *(metric(n).label for n in (*names, *told)),
+        "replies",
+        "sent",
+        "received",
+        "so far",
+        "time",
+        "memory",
+    ]
+    rows: list[list[str | Cell]] = []
+    for s in steps:
+        row: list[str | Cell] = [str(s.round)]
+        row += [Cell(show(n, s.losses.get(n))) for n in names]
+        row += [Cell(_figure(s.own.get(n))) for n in told]
+        used = "-" if s.accepted is None else f"{s.accepted}{f' of {s.asked}' if s.asked is not None else ''}"
+        row += [Cell(used), *(Cell(human_bytes(v)) for v in (s.up, s.down, s.total))]
+        rows.append([*row, Cell(human_time(s.seconds)), Cell(human_bytes(s.rss))])
+    table = page.table("Every round: bytes are sums over its clients", head, rows)
+    shut = len(rows) > 31
+    return f"<details{'' if shut else ' open'}><summary>Every round in numbers</summary>{table}</details>"
+
+
+def _figure(value: Number | None) -> str:
+    """A method's own figure, which may be of any size: four digits, a count whole."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+
+
+def _costs(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
+    figures = _memory(run, steps, facts)
+    asked = {s.round: s.asked for s in steps}
+    for ident, word, pick in (("up", "sent", 3), ("down", "received", 4)):
+        values = [(s.round, v) for s in steps if (v := (s.up if pick == 3 else s.down)) is not None]
+        if not values:
+            continue
+        rounds = [float(r) for r, _ in values]
+        most = max(v for _, v in values)
+        desc = f"At most {human_bytes(most)} in a round, {human_bytes(sum(v for _, v in values))} in all."
+        title = f"Bytes {word} by the clients"
+        y = axes.sizes([v for _, v in values], f"{word} in a round")
+        plot = svg.Plot(f"bytes-{ident}", title, desc, axes.whole(rounds, "round", pad=0.6), y)
+        for r, v in values:
+            n = asked[r]
+            tip = f"round {r}: {human_bytes(v)}" + (f", {human_bytes(v / n)} a client" if n else "")
+            plot.bar(r, v, 0 if pick == 3 else 2, tip)
+        figures += page.figure(plot.svg(), title, desc)
+    return figures
+
+
+def _memory(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
+    values = [(float(s.round), float(s.rss)) for s in steps if s.rss is not None]
+    peak = number(facts["peak_rss"])
+    if not values or peak is None:
+        return ""
+    params = num_of(run.start, "params")
+    width = {"fp32": 4, "bf16": 2, "fp16": 2}.get(text_of("dtype", run.config, run.env))
+    bare = params * width if params is not None and width else None
+    desc = f"Peak {human_bytes(peak)}" + (f"; the weights alone are {human_bytes(bare)}." if bare else ".")
+    y = axes.sizes([peak, bare or 0, *(v for _, v in values)], "resident memory")
+    plot = svg.Plot(
+        "memory", "Memory by round", desc, axes.whole([r for r, _ in values], "round", pad=0.4), y
+    )
+    if bare and bare > 0.15 * peak:  # lower down its text would stand on the axis
+        plot.reference(bare, f"weights alone {human_bytes(bare)}", below=True)
+    plot.reference(peak, f"peak {human_bytes(peak)}")
+    plot.line(values, 3, [f"round {r:.0f}: {human_bytes(v)}" for r, v in values])
+    return page.figure(plot.svg(), "Memory of the process", desc)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The clients: which data each of them has, and what became of their replies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fleetune.runs.report import charts, page, svg
+from fleetune.runs.report.page import Cell, many, span
+from fleetune.runs.report.runlog import Event, Run, list_of, map_of, num_of, number, text_of
+
+MAX_COLUMNS = 60  # above it, or above `svg.COLOURS` categories, the partition is a heat map
+
+
+class Split(NamedTuple):
+    """Rows of each client by category: `names` of clients, then (category, rows of each client)."""
+
+    names: list[str]
+    rows: list[tuple[str, list[float]]]
+
+    def sizes(self) -> list[float]:
+        return [sum(values[i] for _, values in self.rows) for i in range(len(self.names))]
+
+    def tip(self, i: int) -> str:
+        parts = [f"{name} {values[i]:g}" for name, values in self.rows if values[i] and len(self.rows) > 1]
+        return f"client {self.names[i]}: {self.sizes()[i]:g} rows{': ' if parts else ''}{', '.join(parts)}"
+
+    def take(self, order: Sequence[int]) -> Split:
+        return Split([self.names[i] for i in order], [(n, [v[i] for i in order]) for n, v in self.rows])
+
+
+def _split(run: Run, most: int) -> Split:
+    """The data partition of the start event, its `most` largest categories and the others as one."""
+    counts: dict[str, list[float]] = {}
+    for name, values in map_of(run.start, "counts").items():
+        if isinstance(values, list):
+            counts[str(name)] = [number(v) or 0 for v in values]
+    if not counts:
+        counts = {"rows": [number(v) or 0 for v in list_of(run.start, "rows_per_client")]}
+    clients = max(map(len, counts.values()))
+    padded = {name: values + [0] * (clients - len(values)) for name, values in counts.items()}
+    ordered = sorted((n for n in padded if any(padded[n])), key=lambda name: (-sum(padded[name]), name))
+    rows = [(name, padded[name]) for name in ordered[:most]]
+    if rest := ordered[most:]:
+        others = [sum(padded[name][i] for name in rest) for i in range(clients)]
+        rows = [
+            *rows[:-1],
+            (f"{len(rest) + 1} others", [a + b for a, b in zip(rows[-1][1], others, strict=True)]),
+        ]
+    return Split([str(i) for i in range(clients)], rows)
+
+
+def partition(run: Run) -> str:
+    """The rows of each client: bars, or a heat map of many clients or categories."""
+    split = _split(run, 24)
+    clients = len(split.names)
+    if not clients:
+        return ""
+    column = text_of("column", run.start) or "category"
+    title = f"Data of the clients: {partition_words(run) or 'rows'}"
+    sizes = split.sizes()
+    each = f", {span(sizes)} each" if clients > 1 else ""
+    desc = f"{many(clients, 'client')}, {sum(sizes):,.0f} rows{each}."
+    words = f"{desc} Coloured by {column}." if len(split.rows) > 1 else desc
+    if len(split.rows) <= svg.COLOURS and (clients <= MAX_COLUMNS or len(split.rows) == 1):
+        tips = [split.tip(i) for i in range(clients)]
+        axes = ("client", "rows")
+        drawing = charts.stacked_bars("partition", title, desc, split.names, split.rows, tips, labels=axes)
+    else:
+        drawing, words = _heat(split, title, desc), f"{desc} A stronger shade is a larger share."
+    head = ["client", *(name for name, _ in split.rows), "all"]
+    body: list[list[str | Cell]] = [
+        [split.names[i], *(Cell(f"{v[i]:g}") for _, v in split.rows), Cell(f"{sizes[i]:g}")]
+        for i in range(min(clients, 1000))
+    ]
+    return page.figure(
+        drawing, title, words, True, page.table(f"Rows of each client by {column}", head, body)
+    )
+
+
+def _heat(split: Split, title: str, desc: str) -> str:
+    """Clients side by side, sorted by their main category so that equal ones stand together."""
+    sizes = split.sizes()
+
+    def place(i: int) -> tuple[float, float]:
+        values = [v[i] for _, v in split.rows]
+        main = max(range(len(values)), key=values.__getitem__)
+        return main, -values[main] / (sizes[i] or 1)
+
+    order = sorted(range(len(split.names)), key=place)
+    held = split.take(order)
+    chunk = math.ceil(len(order) / 500)
+    label = f"{len(order)} clients, sorted by their main category"
+    if chunk > 1:
+        label += f", {chunk} to a column"
+        groups = [range(i, min(i + chunk, len(order))) for i in range(0, len(order), chunk)]
+        names = [f"{held.names[g[0]]}+" for g in groups]
+        held = Split(names, [(n, [sum(v[i] for i in g) for g in groups]) for n, v in held.rows])
+    tips = [held.tip(i) for i in range(len(held.names))]
+    return charts.heat_map("partition", title, desc, held.names, held.rows, tips, label=label)
+
+
+def partition_words(run: Run) -> str:
+    """The partition in words: "dirichlet:0.5:category" is "Dirichlet α 0.5 over category"."""
+    spec = text_of("partition", run.start, run.config)
+    kind, *rest = spec.split(":")
+    if kind == "dirichlet" and len(rest) == 2:
+        return f"Dirichlet α {rest[0]} over {rest[1]}"
+    if kind == "column" and len(rest) == 1:
+        return f"one client for each {rest[0]}"
+    if kind == "shards" and rest:
+        return f"shards of {rest[0]}"
+    return spec
+
+
+def replies(run: Run) -> str:
+    """What became of the clients' replies: a sentence when all counted, else bars and reasons."""
+    if not run.clients:
+        return ""
+    lost = [e for e in run.clients if str(e.get("status", "ok")) != "ok"]
+    if not lost:
+        return f"<p>All {len(run.clients)} replies were accepted.</p>"
+    kinds = {"ok": 0, "late": 4, "dropped": 7, "failed": 3, "refused": 1}
+    rounds = sorted({int(num_of(e, "round") or 0) for e in run.clients})
+    tally = {kind: [0.0] * len(rounds) for kind in kinds}
+    reasons: dict[tuple[str, str], list[Event]] = {}
+    for event in run.clients:
+        status = str(event.get("status", "ok"))
+        status = status if status in kinds else "refused"
+        tally[status][rounds.index(int(num_of(event, "round") or 0))] += 1
+        if status != "ok":
+            reasons.setdefault((status, str(event.get("reason") or "no reason given")), []).append(event)
+    series = [(("accepted" if k == "ok" else k), v) for k, v in tally.items() if any(v)]
+    shades = [colour for kind, colour in kinds.items() if any(tally[kind])]
+    tips = [f"round {r}: " + ", ".join(f"{v[i]:g} {n}" for n, v in series) for i, r in enumerate(rounds)]
+    desc = f"{len(lost)} of {len(run.clients)} replies did not count."
+    drawing = charts.stacked_bars(
+        "replies", "Replies by round", desc, [str(r) for r in rounds], series, tips,
+        labels=("round", "clients"), height=220, colours=shades,
+    )  # fmt: skip
+    ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    rows: list[list[str | Cell]] = [
+        [status, reason, Cell(str(len(events))), _some(events, "client"), _some(events, "round")]
+        for (status, reason), events in ordered[:100]
+    ]
+    table = page.table("Replies that did not count", ["what", "why", "times", "clients", "rounds"], rows)
+    return page.figure(drawing, "Replies by round", desc, True) + table
+
+
+def _some(events: Sequence[Event], key: str) -> str:
+    """Distinct values of a key, the first twelve of them."""
+    names = {str(event.get(key)) for event in events}
+    found = sorted(names, key=lambda name: (len(name), name) if name.isdecimal() else (99, name))
+    return ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The head of a report: what was run, how it stands, and what came of it in one sentence."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fleetune.common.display import change, human_bytes, human_count, human_time, show
+from fleetune.runs.report import page
+from fleetune.runs.report.page import esc, flat, many, minus, span
+from fleetune.runs.report.runlog import Run, kind_of, list_of, num_of, number, text_of
+from fleetune.runs.report.sections.fleet import partition_words
+
+
+def header(run: Run, facts: Mapping[str, object]) -> str:
+    """Title, state, the result in a sentence, and what the run was made of."""
+    kind = kind_of(run.status)
+    mark = {"done": "✓", "running": "●", "failed": "✕", "interrupted": "❙❙"}.get(kind, "?")
+    method, model = str(facts["method"] or "tuning"), str(facts["model"] or "an unnamed model")
+    alert = ""
+    if kind in {"failed", "interrupted"}:
+        resume = f"fleetune tune --resume {shlex.quote(run.shown_path)}"
+        alert = f'<p class="alert">{esc(run.status)}. To go on: <code>{esc(resume)}</code></p>'
+    pill = f'<span class="pill {kind}">{mark} {esc(kind)}</span>'
+    return (
+        f'<header><p class="over">fleetune · {esc(run.name)} {pill}</p>'
+        f"<h1>{esc(method)} <small>on</small> {esc(_base_name(model))}</h1>"
+        f'<p class="lead">{esc(_sentence(facts))}</p>{alert}{page.facts(_identity(run, facts))}</header>'
+    )
+
+
+def _base_name(model: str) -> str:
+    """A hub id as it is; of a path only the last part."""
+    return Path(model).name or model if model.startswith(("/", ".", "~")) else model
+
+
+def _sentence(facts: Mapping[str, object]) -> str:
+    base, tuned = number(facts["base_loss"]), number(facts["tuned_loss"])
+    rounds, moved, seconds = facts["rounds"], number(facts["bytes"]), number(facts["seconds"])
+    spent = f" {human_bytes(moved)} were exchanged" if moved is not None else ""
+    spent += f" in {human_time(seconds)}" if spent and seconds is not None else ""
+    done = many(rounds, "round")
+    if base is None or tuned is None:
+        return f"{done} so far; no loss to compare yet.{spent + '.' if spent else ''}"
+    before, after = show("loss", base), show("loss", tuned)
+    moves = f"{'fell' if tuned < base else 'rose'} from {before} to {after}"
+    loss = f"{moves} ({minus(change('loss', base, tuned))})" if tuned != base else f"stayed at {before}"
+    return f"Validation loss {loss} in {done}.{spent + '.' if spent else ''}"
+
+
+def _identity(run: Run, facts: Mapping[str, object]) -> list[tuple[str, str]]:
+    digest, params = text_of("digest", run.start, run.env), num_of(run.start, "params")
+    trained, dtype = num_of(run.start, "trained"), text_of("dtype", run.config, run.env)
+    model = [f"{facts['model'] or ''}{f' @ {digest[:12]}' if digest else ''}"]
+    model += [f"{human_count(params)} params"] if params is not None else []
+    model += [dtype] if dtype else []
+    share = f"trains {human_count(trained)}" if trained is not None and trained != params else ""
+    method = [str(facts["method"] or ""), _letters(run.config, str(facts["method"])), share]
+    sizes = [n for v in list_of(run.start, "rows_per_client") if (n := number(v)) is not None]
+    clients, partition = facts["clients"], partition_words(run)
+    data = [text_of("data", run.config), many(clients, "client") if clients is not None else "", partition]
+    if sizes:
+        middle = f", median {statistics.median(sizes):g}" if min(sizes) != max(sizes) else ""
+        data.append(f"{span(sizes)} rows{' each' if len(sizes) > 1 else ''}{middle}")
+    asked = [v for e in run.rounds if (v := num_of(e, "clients")) is not None]
+    fleet = f" · {span(asked)} client{'' if max(asked) == 1 else 's'} in each" if asked else ""
+    began = num_of(run.start, "t") or 0
+    when = datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%d %H:%M UTC") if 0 < began < 1e11 else ""
+    planned = facts["rounds_planned"]
+    rounds = f"{facts['rounds']}{f' of {planned}' if planned is not None else ''}"
+    return [
+        ("model", " · ".join(model)),
+        ("method", " · ".join(part for part in method if part)),
+        ("data", " · ".join(part for part in data if part)),
+        ("rounds", f"{rounds}{fleet}"),
+        ("seed", text_of("seed", run.config, run.start)),
+        ("started", when),
+    ]
+
+
+def _letters(config: Mapping[str, object], method: str) -> str:
+    """The method's own options: the table of the recipe that is called after it, or `set`."""
+    sources = [v for key in (method, "set", "method", "fields") if isinstance(v := config.get(key), dict)]
+    return " · ".join(f"{k} {v}" for k, v in (flat(sources[0]) if sources else []) if k != "name")

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base against tuned, what the run cost, and what it left in its folder."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from fleetune.common.display import change, human_bytes, human_time, improved, metric, show
+from fleetune.runs.report import page
+from fleetune.runs.report.page import Cell, esc, minus
+from fleetune.runs.report.runlog import Number, Run, Step, measures, num_of, number, sum_of, text_of
+
+
+def result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
+    """The measures before and after beside what the run took."""
+    base, tuned = measures(run)
+    rows: list[list[str | Cell]] = []
+    for name in dict.fromkeys([*base, *tuned]):
+        b, t = base.get(name), tuned.get(name)
+        better = improved(name, b, t)
+        word = "" if better is None else ", better" if better else ", worse"
+        kind = "r" if better is None else "r good" if better else "r bad"
+        diff = Cell(minus(change(name, b, t)) + word, kind)
+        rows.append([metric(name).label, Cell(show(name, b)), Cell(show(name, t)), diff])
+    held = num_of(run.final, "rows") or num_of(run.done, "rows")
+    caption = f"Measured on {held:,} held-out rows" if held else "Measured on held-out rows"
+    measured = page.table(caption, ["", "base", "tuned", "change"], rows, "result") if rows else ""
+    up, down = number(facts["bytes_up"]), number(facts["bytes_down"])
+    asked, taken = sum_of(run.rounds, "clients"), sum_of(run.rounds, "accepted")
+    each = [human_bytes(_each(run, *pair)) for pair in (("bytes_up", up), ("bytes_down", down))]
+    spent: list[list[str | Cell]] = [
+        ["bytes over the fleet", Cell(human_bytes(number(facts["bytes"])))],
+        ["sent by a client, per round", Cell(each[0])],
+        ["received by a client, per round", Cell(each[1])],
+        ["wall time", Cell(human_time(number(facts["seconds"])))],
+        ["peak memory", Cell(human_bytes(number(facts["peak_rss"])))],
+        ["replies accepted", Cell(f"{taken:,} of {asked:,}" if taken is not None and asked else "-")],
+    ]
+    if not rows and not run.rounds:
+        return "<p>Nothing has been measured yet.</p>"
+    files = "".join(f"<li><code>{esc(name)}</code> {esc(size)}</li>" for name, size in _artefacts(run))
+    digest = text_of("digest", run.done)
+    files += f"<li>SHA-256 <code>{esc(digest)}</code></li>" if digest else ""
+    left = measured + (f'<ul class="files">{files}</ul>' if files else "")
+    costs = page.table("What it took", ["", ""], spent, "result plainhead")
+    return f'<div class="pair"><div>{left}</div>{costs}</div>'
+
+
+def _each(run: Run, key: str, total: Number | None) -> float | None:
+    """Bytes of a client in a round: the mean over those that moved any, else the total over those asked."""
+    moved = [v for e in run.clients if (v := num_of(e, key))]
+    if moved:
+        return statistics.fmean(moved)
+    asked = sum_of(run.rounds, "clients")
+    return total / asked if total is not None and asked else None
+
+
+def _artefacts(run: Run) -> list[tuple[str, str]]:
+    """Results in the run folder, with their sizes."""
+    out = []
+    for name in ("ledger.safetensors", "adapter/adapter_model.safetensors"):
+        path = run.path / name
+        if path.is_file():
+            out.append((name, human_bytes(path.stat().st_size)))
+    return out

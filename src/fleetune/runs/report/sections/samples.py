@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the model says to fixed prompts, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fleetune.runs.report.page import esc
+from fleetune.runs.report.runlog import Run, list_of
+
+SHOWN_SAMPLES = 8
+
+
+def samples(run: Run) -> str:
+    """The prompts with their answers; those past the first eight are folded away."""
+    samples = [s for s in list_of(run.final, "samples") if isinstance(s, dict)]
+    drawn = [_sample(s, i + 1) for i, s in enumerate(samples)]
+    shown, more = "".join(drawn[:SHOWN_SAMPLES]), "".join(drawn[SHOWN_SAMPLES:])
+    rest = f"<details><summary>{len(drawn) - SHOWN_SAMPLES} more</summary>{more}</details>" if more else ""
+    return shown + rest
+
+
+def _sample(sample: Mapping[str, object], number: int) -> str:
+    owner = sample.get("client")
+    title = f"Prompt {number}" + (f" · client {owner}" if owner not in (None, "") else "")
+    parts = [
+        f"<div><h4>{esc(label)}</h4><p>{esc(sample.get(key) or '(nothing)')}</p></div>"
+        for key, label in (("base", "before"), ("tuned", "after"), ("reference", "reference"))
+        if sample.get(key) is not None
+    ]
+    prompt = esc(sample.get("prompt") or "")
+    return (
+        f'<article class="sample"><h3>{esc(title)}</h3><p class="prompt">{prompt}</p>'
+        f'<div class="answers">{"".join(parts)}</div></article>'
+    )

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several runs on one page: their losses over each other, results, costs and what differs in their recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fleetune.common.display import change, human_bytes, human_time, improved, show
+from fleetune.runs.report import axes, page, runlog, svg
+from fleetune.runs.report.page import Cell, esc, flat, minus
+from fleetune.runs.report.runlog import Number, Run, Step, kind_of, number, read, text_of
+
+
+def compare(runs: Sequence[Path]) -> str:
+    """One page with several runs over each other: loss by rounds, by bytes and by time, results, differences.
+
+    UsageError when one of the folders does not exist.
+    """
+    seen = [read(path) for path in runs]
+    names = _short([run.name for run in seen])
+    facts = [runlog.summarise(run) for run in seen]
+    body = [
+        f'<header><p class="over">fleetune · comparison</p><h1>{len(seen)} runs side by side</h1>'
+        f'<p class="lead">{esc(_closest(names, facts))}</p>{_warnings(seen)}</header>',
+        page.section("result", "Results", _results(seen, names, facts)),
+        page.section("course", "Course", _overlaid(seen, names)),
+        page.section("differences", "What differs in their configuration", _differences(seen, names)),
+    ]
+    return page.whole("fleetune: comparison of " + ", ".join(names), "\n".join(body))
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Run names as far as they fit beside a line: number and method, if that tells them apart."""
+    short = ["-".join(name.split("-")[:2])[:22] for name in names]
+    return short if len(set(short)) == len(short) else list(names)
+
+
+def _closest(names: Sequence[str], facts: Sequence[Mapping[str, object]]) -> str:
+    known = [(v, n) for n, f in zip(names, facts, strict=True) if (v := number(f["tuned_loss"])) is not None]
+    sizes = [(v, n) for n, f in zip(names, facts, strict=True) if (v := number(f["bytes"])) is not None]
+    best = f"Lowest validation loss: {min(known)[1]} ({min(known)[0]:.3f}). " if known else ""
+    return best + (f"Fewest bytes: {min(sizes)[1]} ({human_bytes(min(sizes)[0])})." if sizes else "")
+
+
+def _warnings(runs: Sequence[Run]) -> str:
+    out = ""
+    for key, what in (("digest", "base models"), ("data", "data")):
+        values = {text_of(key, run.start, run.config) for run in runs} - {""}
+        if len(values) > 1:
+            text = f"These runs have different {what}: their losses do not compare directly."
+            out += f'<p class="alert">{text}</p>'
+    return out
+
+
+def _results(runs: Sequence[Run], names: Sequence[str], facts: Sequence[Mapping[str, object]]) -> str:
+    head = ["run", "method", "model", "status", "rounds", "base", "tuned", "change"]
+    head += ["sent", "received", "time", "peak memory"]
+    rows: list[list[str | Cell]] = []
+    for name, f in zip(names, facts, strict=True):
+        base, tuned = number(f["base_loss"]), number(f["tuned_loss"])
+        better = improved("loss", base, tuned)
+        kind = "r" if better is None else "r good" if better else "r bad"
+        row: list[str | Cell] = [
+            name,
+            str(f["method"] or "-"),
+            str(f["model"] or "-"),
+            kind_of(str(f["status"])),
+        ]
+        row += [Cell(str(f["rounds"])), Cell(show("loss", base)), Cell(show("loss", tuned))]
+        row.append(Cell(minus(change("loss", base, tuned)) or "-", kind))
+        row += [Cell(human_bytes(number(f[key]))) for key in ("bytes_up", "bytes_down")]
+        row += [Cell(human_time(number(f["seconds"]))), Cell(human_bytes(number(f["peak_rss"])))]
+        rows.append(row)
+    keys = "".join(
+        f'<li class="c{i % svg.COLOURS}"><span></span>{esc(run.name)}</li>' for i, run in enumerate(runs)
+    )
+    return page.table("Validation loss and costs", head, rows, "names") + f'<ul class="key">{keys}</ul>'
+
+
+def _overlaid(runs: Sequence[Run], names: Sequence[str]) -> str:
+    every = [[s for s in runlog.steps(run) if "loss" in s.losses] for run in runs]
+    losses = [s.losses["loss"] for steps in every for s in steps]
+    if not losses:
+        return "<p>No run has been measured yet.</p>"
+    y = axes.numbers(losses, "validation loss")
+    moved = [[float(s.total or 0) for s in steps] for steps in every]
+    spent = [_elapsed(runlog.steps(run)) for run in runs]
+    clocks = [[clock[s.round] for s in steps] for clock, steps in zip(spent, every, strict=True)]
+    bytes_axis, at = axes.bytes_axis(moved)
+    views = [
+        (
+            "round",
+            axes.whole([s.round for t in every for s in t], "round"),
+            [[float(s.round) for s in t] for t in every],
+        ),
+        ("bytes exchanged", bytes_axis, [[at(v) for v in values] for values in moved]),
+        ("time", axes.durations([v for c in clocks for v in c], "time in rounds"), clocks),
+    ]
+    said = ["Round 0 is the model before tuning.", "Cumulative, both ways, all clients."]
+    said.append("The rounds alone, without the evaluations between them.")
+    right = 20 + svg.CHAR * max(map(len, names))
+    figures = ""
+    for i, (what, x, xs) in enumerate(views):
+        title = f"Validation loss by {what}"
+        plot = svg.Plot(f"overlay-{i}", title, f"{len(runs)} runs.", x, y, right=right, height=300)
+        for k, (name, steps) in enumerate(zip(names, every, strict=True)):
+            points = [(at_x, s.losses["loss"]) for at_x, s in zip(xs[k], steps, strict=True)]
+            tips = [f"{name}, round {s.round}: {s.losses['loss']:.3f}, {human_bytes(s.total)}" for s in steps]
+            plot.line(points, k, tips, dash=k >= svg.COLOURS)
+            if points:
+                plot.end(points[-1], name, k)
+        figures += page.figure(plot.svg(), title, said[i])
+    figures += _peaks(names, [number(runlog.summarise(run)["peak_rss"]) for run in runs])
+    rounds = sorted({s.round for steps in every for s in steps})
+    by = [{s.round: s.losses["loss"] for s in steps} for steps in every]
+    rows: list[list[str | Cell]] = [[str(r), *(Cell(show("loss", b.get(r))) for b in by)] for r in rounds]
+    data = page.table("Validation loss by round", ["round", *names], rows)
+    return f'<div class="figures">{figures}</div><details><summary>the numbers</summary>{data}</details>'
+
+
+def _peaks(names: Sequence[str], peaks: Sequence[Number | None]) -> str:
+    known = [(name, v, i) for i, (name, v) in enumerate(zip(names, peaks, strict=True)) if v is not None]
+    if not known:
+        return ""
+    ticks = tuple((float(k), name) for k, (name, _, _) in enumerate(known))
+    x = axes.Axis(-0.6, len(known) - 0.4, ticks, "run")
+    y = axes.sizes([v for _, v, _ in known], "peak memory")
+    plot = svg.Plot("peaks", "Peak memory of each run", f"{len(known)} runs.", x, y, height=300)
+    for k, (name, value, colour) in enumerate(known):
+        plot.bar(k, value, colour, f"{name}: {human_bytes(value)}")
+    return page.figure(plot.svg(), "Peak memory", "Resident memory of the process that ran the fleet.")
+
+
+def _elapsed(steps: Sequence[Step]) -> dict[int, float]:
+    """Seconds from the start to the end of each round."""
+    total, out = 0.0, {}
+    for step in steps:
+        total += step.seconds or 0.0
+        out[step.round] = total
+    return out
+
+
+def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
+    configs = [dict(flat(run.config)) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    rows: list[list[str | Cell]] = []
+    for key in keys:
+        values = [config.get(key, "-") for config in configs]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
+    same = len(keys) - len(rows)
+    if not rows:
+        return f"<p>Nothing: all {same} options are equal.</p>"
+    return (
+        page.table("Options that are not equal", ["option", *names], rows)
+        + f"<p>{same} other options are equal.</p>"
+    )

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says of itself: its header, its first event, its environment, its page of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fleetune import adapters
+from fleetune.models.model import Model
+from fleetune.runs.rundir import RunDir
+from fleetune.tuning import methods, rounds
+from fleetune.tuning.methods import Method
+
+if TYPE_CHECKING:
+    from fleetune.tuning.run import Job
+
+TRAINED: dict[str, Callable[[Model], int]] = {
+    "ledger": lambda model: model.n_params,
+    "adapter": lambda model: sum(p.numel() for p in adapters.trainable(model).values()),
+}
+
+
+def of_model(job: Job) -> dict[str, Any]:
+    """What env.json says of the model."""
+    m = job.model
+    return {
+        "base_digest": m.digest,
+        "tokenizer_digest": m.tokenizer_digest,
+        "dtype": m.dtype,
+        "device": m.device,
+    }
+
+
+def start(job: Job) -> dict[str, Any]:
+    """The first event: who takes part with what."""
+    recipe, parts = job.recipe, job.split
+    event: dict[str, Any] = {
+        "method": recipe.method, "model": recipe.model, "digest": job.model.digest, "params": job.model.n_params,
+        "trained": TRAINED[job.entry.kind](job.model),
+        "clients": len(job.rows), "rounds": recipe.rounds, "partition": recipe.partition, "column": parts.column,
+        "rows_per_client": [len(r) for r in job.rows], "held_out": len(job.held),
+    }  # fmt: skip
+    shown = parts.column if parts.column and not recipe.partition.startswith("column") else "category"
+    values = [[parts.examples[i].meta.get(shown, "") for i in part.tolist()] for part in parts.clients]
+    names = sorted({v for part in values for v in part})
+    if 1 < len(names) <= 40:
+        event["column"] = shown
+        event["counts"] = {name: [part.count(name) for part in values] for name in names}
+    return event
+
+
+def letters(method: Method, name: str) -> str:
+    """A method's hyper-parameters as `K 1,024 · τ 200 · η 3e-07`."""
+    parts = []
+    for s in methods.settings(name):
+        value = getattr(method, s.name)
+        if value in (False, "") or (value == 0 and s.default == 0):
+            continue
+        text = (
+            f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        )
+        parts.append(f"{s.symbol} {text}")
+    return " · ".join(parts)
+
+
+def header(job: Job, run: RunDir) -> list[tuple[str, str]]:
+    """What is about to run, for the console."""
+    recipe, m = job.recipe, job.model
+    sizes = np.array([len(r) for r in job.rows])
+    spread = f"{sizes.mean():,.0f} ± {sizes.std():,.0f} rows each" if len(sizes) > 1 else f"{sizes[0]:,} rows"
+    asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
+    return [
+        ("model", f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}"),
+        ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
+        ("data", f"{Path(recipe.data).name} · {recipe.partition} · {spread} · {len(job.held)} held out"),
+        (
+            "fleet",
+            f"this machine · {m.device} · {len(job.rows)} clients, {asked} a round · {recipe.rounds} rounds",
+        ),
+        ("run", f"{run.path} · seed {recipe.seed}"),
+    ]
+
+
+def samples_page(evaluation: Mapping[str, Any]) -> str:
+    """samples.md: each fixed prompt with the base's answer, the tuned one and the data's."""
+    parts = ["# The same prompts before and after tuning\n"]
+    for sample in evaluation["samples"]:
+        for title, key in (
+            ("Prompt", "prompt"),
+            ("Base", "base"),
+            ("Tuned", "tuned"),
+            ("Reference", "reference"),
+        ):
+            parts.append(
+                f"**{title}**\n\n" + "\n".join("> " + line for line in sample.get(key, "").split("\n")) + "\n"
+            )
+        parts.append("---\n")
+    return "\n".join(parts)

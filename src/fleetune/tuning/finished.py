@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finished runs as models: base plus ledger, or base plus adapter; and their export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fleetune import adapters, models
+from fleetune.common.files import storage_error
+from fleetune.errors import LedgerError, ModelError, UsageError
+from fleetune.models.model import Model
+from fleetune.seeds import ledger as ledgers
+from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.view import View, kernels
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.methods import entry
+from fleetune.tuning.methods._zeroth import look
+from fleetune.tuning.methods._zeroth import stand as stand
+from fleetune.tuning.recipe import Recipe
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe that a run folder was made with; UsageError for a run that is gone."""
+    if not (run / "run.toml").is_file():
+        raise UsageError(
+            f"there is no run at {run}: it was removed, or lies elsewhere",
+            hint="what was compressed from it is measured on rows that are given: fleetune eval FOLDER rows.jsonl, "
+            "or fleetune measure FOLDER/model --data rows.jsonl",
+        )
+    return recipes.make(recipes.read(run / "run.toml"))
+
+
+def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "cpu") -> Model:
+    """The base model `name`, loaded as the ledger needs it; LedgerError when it is not the ledger's base."""
+    if not ledger.head.tensors:
+        raise LedgerError("the ledger names no tensors, so it is no model's")
+    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(ledger.head.tensors[0][2])
+    if dtype is None:
+        raise LedgerError(
+            f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
+        )
+    labels = recipes.label_words(str(ledger.head.hyper.get("labels", "")))
+    model = models.load(name, dtype=dtype, device=device, offline=offline, labels=labels)
+    tensors = (
+        (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in models.named_tensors(model.net)
+    )
+    ledgers.require_base(ledger.head, model.digest, model.tokenizer_digest, tensors)
+    return model
+
+
+def rebuild(model: Model, ledger: Ledger, *, threads: int | None = None, backend: str = "auto") -> str:
+    """Put `model` at the ledger's point and give the SHA-256 of the rebuilt weights (the base stays as it was)."""
+    view = look(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
+    view.threads, view.kernels = threads, kernels(view.device, backend)
+    view.place(ledger.passes(), fold=False)
+    return models.digest(view.tensors())
+
+
+def verify(model: Model, ledger: Ledger) -> tuple[str, dict[int, bool]]:
+    """(digest of the rebuilt weights, round -> whether its stated digest was found again)."""
+    last = int(ledger.rounds.max(initial=0))
+    found: dict[int, str] = {}
+    for r in sorted({int(r) for r in ledger.head.checks} | {last}):
+        found[r] = rebuild(model, ledger if r >= last else ledger.truncate(r))
+    digest = found[max(found)]
+    return digest, {int(r): found[int(r)] == stated for r, stated in ledger.head.checks.items()}
+
+
+def load(run: str | Path, *, offline: bool = False, device: str | None = None) -> Model:
+    """The tuned model of a finished run; its stored weights stay the base's.
+
+    UsageError when the run has no result yet, LedgerError when the base is another now.
+    """
+    run = Path(run)
+    recipe = recipe_of(run)
+    device = device or recipe.device
+    kind = entry(recipe.method).kind
+    result = run / RESULT[kind]
+    if not result.exists():
+        raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {run}")
+    return _LOAD[kind](result, recipe, offline, device)
+
+
+def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
+    ledger = ledgers.load(path)
+    model = base_of(ledger, recipe.model, offline=offline, device=device)
+    stand(model, ledger)
+    return model
+
+
+def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
+    model = models.load(
+        recipe.model,
+        dtype=recipe.dtype,
+        device=device,
+        offline=offline,
+        labels=recipes.label_words(recipe.labels),
+    )
+    made_on = json.loads((path.parent / "env.json").read_text(encoding="utf-8")).get("base_digest")
+    if made_on != model.digest:
+        raise ModelError(
+            f"{path} was made on base {str(made_on)[:16]}.., {recipe.model} is now {model.digest[:16]}..",
+            hint="get the base it was made on (fleetune models shows sources)",
+        )
+    adapters.load(model, path)
+    return model
+
+
+def export_peft(run: Path, out: Path) -> None:
+    """Copy a run's adapter directory; UsageError when the run has none or `out` exists."""
+    source = run / RESULT["adapter"]
+    if not source.is_dir():
+        raise UsageError(
+            f"{run} has no adapter", hint=f"its result is full-parameter: fleetune export {run} --to hf"
+        )
+    if out.exists():
+        raise UsageError(
+            f"{out} exists already", hint="choose a new place with --path: nothing is overwritten"
+        )
+    try:
+        shutil.copytree(source, out)
+    except OSError as error:
+        raise storage_error(error, out) from error
+
+
+RESULT: Mapping[str, str] = {"ledger": "ledger.safetensors", "adapter": "adapter"}
+_LOAD: Mapping[str, Callable[[Path, Recipe, bool, str], Model]] = {
+    "ledger": _load_ledger,
+    "adapter": _load_adapter,
+}
+
+
+def export_hf(model: Model, out: Path, *, card: str | None = None) -> str:
+    """Write a tuned model as a Hugging Face directory; the digest of its weights.
+
+    The tuned weights become the stored ones of `model`.  ModelError when `out` exists.
+    """
+    if out.exists():
+        raise ModelError(f"{out} exists already", hint="choose a new place: nothing is overwritten")
+    settle(model)
+    models.save(model.net, model.tokenizer, out, card=card)
+    return models.digest(models.named_tensors(model.net))
+
+
+def settle(model: Model) -> None:
+    """Make the tuned weights the stored ones of `model`, with nothing attached to it any more."""
+    attached = model.attachment
+    if isinstance(attached, View):
+        attached.write()
+        attached.remove()
+        model.attachment = None
+    elif attached is not None:
+        adapters.merge(model)

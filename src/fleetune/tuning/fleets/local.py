@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fleet in this process: one model in memory, the clients in turn.
+
+Clients share the model, and what a method keeps on them is on the disk, so memory does not grow with their
+number.  Every message goes through bytes both ways, as on a network.  Drop-outs and stragglers are simulated
+from the recipe, as pure functions of (seed, round, client): a resumed run meets the same ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fleetune.data import Batch, Batches, Encoded
+from fleetune.errors import Interrupted, StorageError
+from fleetune.models.model import Model
+from fleetune.seeds.noise import derive
+from fleetune.tuning.fleets import Answer
+from fleetune.tuning.fleets.memories import Memories
+from fleetune.tuning.messages import Message, decode, encode
+from fleetune.tuning.methods import Method
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weather:
+    """What goes wrong in a simulated fleet; see the recipe's `drop`, `stragglers` and `deadline`."""
+
+    drop: float = 0.0
+    stragglers: float = 0.0
+    deadline: float = 0.0
+
+    def fate(self, seed: int, round: int, client: int) -> tuple[str, str]:
+        """(status, reason) of a client in a round: ok, dropped or late."""
+        if _chance(seed, "drop", round, client) < self.drop:
+            return "dropped", "simulated drop-out"
+        if self.deadline and _chance(seed, "slow", client) < self.stragglers:
+            slower = 2.0 + 8.0 * _chance(seed, "slower", round, client)
+            if slower > self.deadline:
+                return "late", f"simulated straggler, {slower:.1f} times slower"
+        return "ok", ""
+
+
+def _chance(seed: int, what: str, *parts: int) -> float:
+    return derive(seed, what, *parts) / 2.0**64
+
+
+@dataclass
+class LocalFleet:
+    """`clients[c]` are the encoded rows of client c; `on_step(client, step)` is called before every local step."""
+
+    model: Model
+    method: Method
+    clients: Sequence[Sequence[Encoded]]
+    seed: int
+    pad_id: int
+    weather: Weather = Weather()
+    on_step: Callable[[int, int], None] = lambda client, step: None
+    memories: Memories = field(default_factory=Memories)
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of every client."""
+        return [len(rows) for rows in self.clients]
+
+    def rewind(self, round: int) -> None:
+        """Forget what clients kept after `round`."""
+        self.memories.rewind(round)
+
+    def settle(self, round: int) -> None:
+        """Remove what clients kept before `round` and have replaced."""
+        self.memories.settle(round)
+
+    def ask(
+        self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
+    ) -> Iterator[Answer]:
+        """The answers of these clients, in turn."""
+        for client in clients:
+            sent = message if isinstance(message, bytes) else message[client]
+            key = derive(self.seed, "local", round, client)
+            status, reason = self.weather.fate(self.seed, round, client)
+            if status != "ok":
+                yield Answer(client, key, None, status, reason, 0.0, len(sent))
+                continue
+            began = time.monotonic()
+            try:
+                data = self._work(client, key, sent)
+            except (Interrupted, StorageError):
+                raise
+            except Exception as error:
+                # One bad client never stops a round: it is recorded, and the others go on.
+                log.exception("client %d failed in round %d", client, round)
+                reason = f"{type(error).__name__}: {error}"
+                yield Answer(client, key, None, "failed", reason, time.monotonic() - began, len(sent))
+                continue
+            yield Answer(client, key, data, "ok", "", time.monotonic() - began, len(sent))
+
+    def _work(self, client: int, key: int, message: bytes) -> bytes:
+        received = decode(message)
+        batches = Watched(
+            Batches(self.clients[client], self.pad_id, key, self.model.device, client), self.on_step
+        )
+        memory = self.memories.of(client)
+        reply = self.method.local(self.model, received.payload, batches, key, memory)  # type: ignore[arg-type]
+        self.memories.keep(client, received.round, memory)
+        return encode(Message(received.round, received.base, reply))
+
+
+class Watched:
+    """Batches that report each step before it is taken (for the progress bar, and so that Ctrl-C is heard)."""
+
+    def __init__(self, batches: Batches, on_step: Callable[[int, int], None]) -> None:
+        self.batches, self.on_step = batches, on_step
+        self.n, self.client = batches.n, batches.client
+
+    def steps(self, count: int, batch_size: int) -> Iterator[Batch]:
+        """As `Batches.steps`."""
+        return self._watch(self.batches.steps(count, batch_size))
+
+    def epochs(self, epochs: int, batch_size: int) -> Iterator[Batch]:
+        """As `Batches.epochs`."""
+        return self._watch(self.batches.epochs(epochs, batch_size))
+
+    def held(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
+        """As `Batches.held`."""
+        return self._watch(self.batches.held(number, batch_size, count))
+
+    def aside(self, batch_size: int) -> tuple[Batch, Watched]:
+        """As `Batches.aside`."""
+        batch, rest = self.batches.aside(batch_size)
+        return batch, Watched(rest, self.on_step)
+
+    def _watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for step, batch in enumerate(batches):
+            self.on_step(self.client, step)
+            yield batch

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What methods keep on simulated clients between rounds (SCAFFOLD's variates, personal prompts): on the disk.
+
+    memories/client-000017.round-000005.ckpt        what client 17 kept at the end of its work in round 5
+
+One client's memory is read when it works and written when it is done, so the process holds one however many
+clients there are, and a round writes those of its own clients only.  A round counts with the run's checkpoint:
+`rewind` forgets what a kill left beyond it, `settle` removes what no resume can ask for any more.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fleetune.common.files import storage_error, write_atomic
+from fleetune.errors import MessageError
+from fleetune.tuning.messages import Message, Payload, decode, encode
+
+
+class Memories:
+    """The memories of a fleet's clients, in `folder` (made when the first is kept; None: a temporary one)."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="fleetune-"))
+        if folder is None:
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._rounds: dict[int, list[int]] = {}  # client -> rounds in which it kept something, ascending
+        for path in self.folder.glob("client-*.ckpt"):
+            if match := re.fullmatch(r"client-(\d+)\.round-(\d+)\.ckpt", path.name):
+                self._rounds.setdefault(int(match[1]), []).append(int(match[2]))
+        for rounds in self._rounds.values():
+            rounds.sort()
+
+    def of(self, client: int) -> dict[str, Any]:
+        """What the client kept last, {} for nothing; it may be changed, and counts when it is given to `keep`.
+
+        MessageError when the file is damaged or gone.
+        """
+        if not (rounds := self._rounds.get(client)):
+            return {}
+        path = self._path(client, rounds[-1])
+        try:
+            payload = decode(path.read_bytes(), any_size=True).payload
+        except (OSError, MessageError) as error:
+            raise MessageError(
+                f"what the client kept ({path.name}) cannot be read: {error}; without that file it starts anew"
+            ) from error
+        return {**{name: array.copy() for name, array in payload.arrays.items()}, **payload.scalars}
+
+    def keep(self, client: int, round: int, memory: dict[str, Any]) -> None:
+        """Keep what the client has at the end of its work in `round`.  StorageError when it cannot be written."""
+        arrays = {name: value for name, value in memory.items() if isinstance(value, np.ndarray)}
+        scalars = {name: value for name, value in memory.items() if name not in arrays}
+        if not memory:
+            return
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, self.folder) from error
+        write_atomic(self._path(client, round), encode(Message(round, b"", Payload(arrays, scalars))))
+        rounds = self._rounds.setdefault(client, [])
+        rounds[:] = [r for r in rounds if r < round] + [round]
+
+    def rewind(self, round: int) -> None:
+        """Forget what was kept after `round`, and what a kill left half written."""
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        for client, rounds in self._rounds.items():
+            self._drop(client, [r for r in rounds if r > round])
+
+    def settle(self, round: int) -> None:
+        """Remove what was kept before `round` and again until it: no run goes back further than `round`."""
+        for client, rounds in self._rounds.items():
+            self._drop(client, [r for r in rounds if r <= round][:-1])
+
+    def _drop(self, client: int, gone: list[int]) -> None:
+        for round in gone:
+            self._path(client, round).unlink(missing_ok=True)
+        self._rounds[client] = [r for r in self._rounds[client] if r not in gone]
+
+    def _path(self, client: int, round: int) -> Path:
+        return self.folder / f"client-{client:06d}.round-{round:06d}.ckpt"

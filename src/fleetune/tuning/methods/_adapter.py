@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What methods with a trainable module share: a device's training, and the server's step on the mean of it.
+
+A device: AdamW on the module's numbers, moments fresh every round, with what keeps devices of unlike data
+together (both are off unless asked for):
+
+- FedProx (Li et al. 2020, arXiv 1812.06127, equation 2): the loss has mu/2 |w - w_global|^2 added.
+- SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II): every step also moves by
+  -eta (c - c_k), where the device's variate c_k is what its own steps were last time and c the mean of all.
+
+A server: the mean weighted by rows, then a rule of `servers`.
+
+What differs from SCAFFOLD's algorithm, and why:
+- The steps are AdamW's, so the variates are means of AdamW's steps, not of gradients; the correction is
+  taken after the step, as OpenFedLLM does.
+- Nothing more goes up than without it: c_k' - c_k = (w - w_k) / (tau eta) - c, all of which the server has.
+- c is the mean of the variates of the devices seen so far; the paper counts a device that never took part
+  as a zero.  With everybody asked every round the two are the same.
+- A device does not learn whether its reply arrived.  When one is lost, its c_k has moved and c has not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from fleetune import adapters
+from fleetune.data import Batches
+from fleetune.evaluation.objectives import loss_tensor
+from fleetune.models.model import Model
+from fleetune.tuning import server_rules
+from fleetune.tuning.averaging import weighted_mean
+from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.methods import Reply
+from fleetune.tuning.server_rules import Tensors
+
+DTYPE: Final[Mapping[str, Any]] = MappingProxyType({"fp32": np.float32, "fp16": np.float16})
+NOBODY: Final = np.zeros(0, np.int64)
+NOTHING: Final[Tensors] = {}  # never written to: a state is replaced
+
+
+class State(NamedTuple):
+    """The global module, how it was started, and what the server's rule and SCAFFOLD remember."""
+
+    tensors: Tensors  # float32, by parameter name
+    seed: int
+    cut: float = 0.0  # share of the squared norm that the last product average had to leave out
+    moments: Tensors = NOTHING
+    c: Tensors = NOTHING
+    seen: np.ndarray = NOBODY  # devices that c is the mean of
+    start: Tensors = NOTHING  # what a LoRA's start took out of the base (B0, A0)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A device's round."""
+
+    lr: float
+    epochs: int = 1
+    steps: int = 0  # instead of epochs, unless 0
+    batch_size: int = 8
+    decay: bool = False  # linear to 0 within the round
+    clip: float = 0.0  # of the gradient's norm; 0: not
+    weight_decay: float = 0.0
+    mu: float = 0.0  # FedProx
+    scaffold: bool = False
+    checkpointing: bool = False
+    wire: str = "fp32"
+
+    def check(self) -> None:
+        """ValueError, in plain words, for numbers that cannot be."""
+        if self.batch_size < 1 or self.epochs < 1 or self.steps < 0:
+            raise ValueError("batch_size and epochs must be at least 1, steps 0 or more")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr = {self.lr} must be positive")
+        if not all(0 <= x < math.inf for x in (self.clip, self.weight_decay, self.mu)):
+            raise ValueError(
+                f"clip = {self.clip}, weight_decay = {self.weight_decay}, mu = {self.mu} cannot be negative"
+            )
+        if self.wire not in DTYPE:
+            raise ValueError(f"wire = {self.wire!r} is none of {', '.join(DTYPE)}")
+
+    def rates(self, n: int) -> list[float]:
+        """The learning rate of every step of a device with n rows."""
+        count = self.steps or self.epochs * -(-n // self.batch_size)
+        return [self.lr * (1 - t / count if self.decay else 1) for t in range(count)]
+
+
+def begin(model: Model, seed: int, wire: str) -> State:
+    """The state of the module that `model` carries; what its start took out is as every device will have it."""
+    start = group(coded(adapters.taken(model), wire))
+    adapters.take_out(model, start)
+    return State(adapters.export(model), seed, start=start)
+
+
+def apply(model: Model, state: State) -> None:
+    """Make `model`, which has the module on it, the tuned one."""
+    adapters.take_out(model, state.start)
+    adapters.load_(model, state.tensors)
+
+
+# ---------------------------------------------------------------- a device
+
+
+def local(
+    model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any], how: Training
+) -> Payload:
+    """Load what came, train, and give what goes back; the module is then what was sent."""
+    w, c, c_k = group(payload.arrays), group(payload.arrays, "c/"), group(memory, "c/")
+    adapters.take_out(model, group(payload.arrays, "start/"))
+    adapters.load_(model, w)
+    pull = {n: np.asarray(c.get(n, 0.0) - c_k.get(n, 0.0)) for n in w} if how.scaffold and (c or c_k) else {}
+    loss = train(model, batches, key, how, pull)
+    sent = coded(adapters.export(model), how.wire)
+    w_k = group(sent)
+    adapters.load_(model, w_k)
+    if how.scaffold:
+        variate = server_rules.control(c_k, c, w, w_k, sum(how.rates(batches.n)))
+        if all(np.isfinite(v).all() for v in variate.values()):  # a walk that ran away is refused at the door
+            memory.update({f"c/{n}": v.astype(np.float32) for n, v in variate.items()})
+    return Payload(sent, {"n": batches.n, "loss": loss})
+
+
+def train(model: Model, batches: Batches, key: int, how: Training, pull: Mapping[str, np.ndarray]) -> float:
+    """The mean loss of a device's steps; `pull` is SCAFFOLD's c - c_k by name, {} for none."""
+    parameters = adapters.trainable(model)
+    anchor = {n: p.detach().clone() for n, p in parameters.items()} if how.mu else {}
+    away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in pull.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=how.lr, weight_decay=how.weight_decay)
+    rows, losses = batches.steps if how.steps else batches.epochs, []
+    with adapters.training(model, key), checkpointing(model.net, how.checkpointing):
+        for batch, rate in zip(
+            rows(how.steps or how.epochs, how.batch_size), how.rates(batches.n), strict=True
+        ):
+            loss = loss_tensor(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            prox_(parameters, anchor, how.mu)
+            if how.clip:
+                torch.nn.utils.clip_grad_norm_(parameters.values(), how.clip)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for name, direction in away.items():
+                    parameters[name].sub_(direction, alpha=rate)
+            losses.append(loss.item())
+    return float(np.mean(losses))
+
+
+def prox_(parameters: Mapping[str, nn.Parameter], anchor: Mapping[str, torch.Tensor], mu: float) -> None:
+    """Add FedProx's mu (w - w_global) to the gradients."""
+    for name, origin in anchor.items():
+        parameter = parameters[name]
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+
+
+@contextmanager
+def checkpointing(net: Any, on: bool) -> Iterator[None]:
+    """Compute activations again in the backward pass instead of keeping them; off again afterwards."""
+    if not on:
+        yield
+        return
+    # transformers 5.24 gave it a new name and warns about the old one
+    kind = "activation" if hasattr(net, "activation_checkpointing_enable") else "gradient"
+    getattr(net, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(net, f"{kind}_checkpointing_disable")()
+
+
+# ---------------------------------------------------------------- what travels
+
+
+def coded(tensors: Mapping[str, np.ndarray], wire: str, prefix: str = "") -> Tensors:
+    """Tensors in the wire's type, their names after `prefix`."""
+    return {prefix + n: t.astype(DTYPE[wire]) for n, t in tensors.items()}
+
+
+def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
+    """float32 tensors of the names that begin with `prefix` ("" is those without a "/"), without it."""
+    return {
+        n[len(prefix) :]: a.astype(np.float32)
+        for n, a in arrays.items()
+        if (n.startswith(prefix) if prefix else "/" not in n)
+    }
+
+
+def broadcast(state: State, wire: str) -> Payload:
+    """The module, what its start took out of the base, and SCAFFOLD's c once there is one."""
+    arrays = coded(state.tensors, wire) | coded(state.start, wire, "start/") | coded(state.c, wire, "c/")
+    return Payload(arrays, {"seed": state.seed})
+
+
+def expects(state: State, wire: str) -> Spec:
+    """The module's tensors in the wire's type, rows and loss."""
+    arrays = {n: (np.dtype(DTYPE[wire]).name, t.shape) for n, t in state.tensors.items()}
+    return Spec(arrays, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+
+
+# ---------------------------------------------------------------- a server
+
+
+def aggregate(state: State, replies: Iterable[Reply], how: Training, rule: str, lr: float) -> State:
+    """The mean weighted by rows, the rule's step, and SCAFFOLD's c if it is on; no reply gives the state back."""
+    sent = broadcast(state, how.wire).arrays
+    variates = Variates(state, sent, how)
+    taken = variates.watch(replies) if how.scaffold else replies
+    mean = weighted_mean((float(r.payload.int("n")), r.payload.arrays) for r in taken)
+    if not mean:
+        return state
+    new = advance(state, mean, group(sent), rule, lr)
+    return new._replace(c=variates.mean(), seen=variates.seen()) if how.scaffold else new
+
+
+def advance(state: State, mean: Tensors, sent: Tensors, rule: str, lr: float) -> State:
+    """The state after the rule's step from the module as it was `sent`; plain averaging takes the mean itself."""
+    if rule == "avg" and lr in (0.0, 1.0):
+        return state._replace(tensors=mean)
+    delta = {n: m.astype(np.float64) - sent[n].astype(np.float64) for n, m in mean.items()}
+    w, moments = server_rules.step(rule, state.tensors, delta, state.moments, lr=lr)
+    return state._replace(tensors={n: a.astype(np.float32) for n, a in w.items()}, moments=moments)
+
+
+class Variates:
+    """SCAFFOLD's c through a round: (sum of c_k of the devices seen) / (number of them)."""
+
+    def __init__(self, state: State, sent: Mapping[str, np.ndarray], how: Training) -> None:
+        self.w, self.c, self.how = group(sent), group(sent, "c/"), how
+        self.clients = set(state.seen.tolist())
+        self.sums = {
+            n: len(self.clients) * np.asarray(state.c.get(n, 0.0), np.float64) + np.zeros(t.shape)
+            for n, t in self.w.items()
+        }
+
+    def watch(self, replies: Iterable[Reply]) -> Iterator[Reply]:
+        """The replies, each added on its way."""
+        for reply in replies:
+            walked = sum(self.how.rates(reply.payload.int("n")))
+            change = server_rules.control({}, self.c, self.w, reply.payload.arrays, walked)  # c_k' - c_k
+            for name, d in change.items():
+                self.sums[name] += d
+            self.clients.add(reply.client)
+            yield reply
+
+    def mean(self) -> Tensors:
+        """The new c, float64."""
+        return {name: s / len(self.clients) for name, s in self.sums.items()}
+
+    def seen(self) -> np.ndarray:
+        """int64: the devices that have a variate, in order."""
+        return np.array(sorted(self.clients), np.int64)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a method's LoRA starts: what goes together, and the start that looks at data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+from fleetune import adapters, data
+from fleetune.adapters.lora_init import TAKEN as TAKEN
+from fleetune.data import Batch, collate, encode_rows
+from fleetune.evaluation.losses import pad_id
+from fleetune.models.model import Model
+
+STARTS: Final = (*adapters.INITS, "eva")
+ROWS: Final = 32  # that eva looks at
+LENGTH: Final = 128  # tokens of each at most
+
+
+def check(start: str, r: int, *, dropout: float, wire: str, start_data: str = "demo") -> None:
+    """ValueError, in plain words, for a start that is not known or does not go with the rest."""
+    if start not in STARTS:
+        raise ValueError(f"start = {start!r} is none of {', '.join(STARTS)}")
+    if start_data != "demo" and start != "eva":
+        raise ValueError(f"start_data = {start_data!r} is what start=eva looks at; start is {start}")
+    if start == "orthogonal" and r % 2:
+        raise ValueError(f"start=orthogonal needs an even rank, r is {r}")
+    if start in TAKEN and (dropout or wire != "fp32"):
+        raise ValueError(
+            f"start={start} moves a part of the base's weights into A and B, which dropout would drop and fp16 "
+            f"would round; use dropout=0 and wire=fp32 (they are {dropout:g} and {wire})"
+        )
+
+
+def see(model: Model, source: str) -> None:
+    """Set the A of `model`'s LoRA to what its layers see on the first rows of `source`.
+
+    DataError when they cannot be read, ModelError when they show too little.
+    """
+    adapters.load_(model, adapters.export(model) | adapters.directions(model, _batches(model, source)))
+
+
+def _batches(model: Model, source: str) -> Iterator[Batch]:
+    examples = data.read(source, limit=ROWS, offline=True)
+    if model.labels:  # the answers do not matter
+        examples = [replace(example, response=model.labels[0]) for example in examples]
+    rows, _ = encode_rows(model, examples, LENGTH)
+    for i in range(0, len(rows), 4):
+        yield collate(rows[i : i + 4], pad_id(model), model.device)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the zeroth-order methods share: the ledger as the server's state and as the message to a device."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from fleetune.errors import ModelError
+from fleetune.models.model import Model, named_tensors
+from fleetune.seeds.folded_sums import FOLD
+from fleetune.seeds.ledger import Head, Ledger
+from fleetune.seeds.noise import run_key
+from fleetune.seeds.spsa import Position, uniforms
+from fleetune.seeds.view import View
+from fleetune.tuning.messages import Payload, narrow
+
+log = logging.getLogger(__name__)
+
+LAWS = ("pooled", "rademacher", "gaussian")
+INT32 = (1 << 31) - 1
+UNITS = 256  # grid = lr / 256: a slope of 1 is 256 units, so a usual step is hundreds to thousands
+
+
+def check_pool(law: str, K: int, *, lr: float, eps: float, tau: int, batch_size: int) -> None:
+    """ValueError, in plain words, for hyper-parameters that cannot be."""
+    if law not in LAWS:
+        raise ValueError(f"law = {law!r} is none of {', '.join(LAWS)}")
+    if not 1 <= K <= 1 << 20:
+        raise ValueError(f"K = {K} is not between 1 and {1 << 20}")
+    if law == "pooled" and K & (K - 1):
+        raise ValueError(
+            f"K = {K} is not a power of two, which the pooled law needs; "
+            f"try K={1 << K.bit_length() - 1} or K={1 << K.bit_length()}, or law=rademacher"
+        )
+    if not (0 < lr < 1e3 and 0 < eps < 1e3):
+        raise ValueError(f"lr = {lr} and eps = {eps} must be positive (and sane)")
+    if tau < 1 or batch_size < 1:
+        raise ValueError(f"tau = {tau} and batch_size = {batch_size} must be at least 1")
+
+
+def draw(key: int, count: int, p: np.ndarray | None, K: int) -> np.ndarray:
+    """int64[count] indices of 0..K-1, uniform or with the probabilities p [K]: the walk through a pool."""
+    u = uniforms(key, "walk", count)
+    if p is None:
+        return (u * K).astype(np.int64)
+    edges = np.cumsum(p.astype(np.float64))
+    return np.minimum(np.searchsorted(edges / edges[-1], u, side="right"), K - 1)
+
+
+def rounded(steps: np.ndarray) -> np.ndarray:
+    """int64: the nearest integers that a ledger takes, whatever a reply has made of `steps`."""
+    whole: np.ndarray = np.clip(np.rint(steps), -INT32, INT32).astype(np.int64)
+    return whole
+
+
+def pool_ids(epoch: int, k: np.ndarray) -> np.ndarray:
+    """Direction ids u64 of pool members k in an epoch: epoch << 32 | k."""
+    return (np.uint64(epoch) << np.uint64(32)) | k.astype(np.uint64)
+
+
+def new_ledger(
+    model: Model,
+    key: int,
+    *,
+    law: str,
+    K: int,
+    lr: float,
+    eps: float,
+    rule: str,
+    method: str,
+    hyper: dict[str, object],
+    aggregation: str,
+) -> Ledger:
+    """An empty ledger on this base; `K` is the pool's size, the grid is lr / 256."""
+    if law == "gaussian" and K > FOLD:
+        log.warning(
+            "slow: every forward may compute %d gaussian directions, whose sums are not kept; "
+            "pooled or rademacher ones are kept as one sum",
+            K,
+        )
+    tensors = tuple(
+        (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in named_tensors(model.net)
+    )
+    head = Head(
+        base=model.digest,
+        tokenizer=model.tokenizer_digest,
+        tensors=tensors,
+        run_key=run_key(key.to_bytes(8, "little")),
+        law=law,
+        K=K if law == "pooled" else 1,
+        grid=float(np.float32(lr) / np.float32(UNITS)),
+        eps=eps,
+        lr=rule,
+        method=method,
+        hyper={**hyper, "labels": ",".join(model.labels)} if model.labels else hyper,
+        aggregation=aggregation,
+    )
+    return Ledger(head)
+
+
+def announce(ledger: Ledger, pool: int, epoch: int) -> Payload:
+    """The ledger as what a device needs: the sums of all epochs, `a` int[epochs, pool], and the head's numbers."""
+    sums = np.zeros((epoch + 1, pool), np.int64)
+    epochs, k = ledger.ids >> np.uint64(32), ledger.ids & np.uint64(0xFFFFFFFF)
+    np.add.at(sums, (epochs.astype(np.int64), k.astype(np.int64)), ledger.coefficients.astype(np.int64))
+    head = ledger.head
+    return Payload({"a": narrow(sums)}, {"run_key": head.run_key, "law": head.law, "grid": head.grid})
+
+
+def arrive(model: Model, payload: Payload) -> tuple[View, Position]:
+    """On a device: a view of `model` and the position that an announcement stands for."""
+    a = payload.array("a")
+    epochs, k = np.nonzero(a)
+    ids = (epochs.astype(np.uint64) << np.uint64(32)) | k.astype(np.uint64)
+    law = str(payload.scalars["law"])
+    view = look(model, payload.int("run_key"), law, payload.float("grid"))
+    return view, Position(law, a.shape[1] if law == "pooled" else 1, ids, a[epochs, k].astype(np.int64))
+
+
+def look(model: Model, run_key: int, law: str, grid: float) -> View:
+    """The view that `model` carries, made anew if it has none or one of another key, law or grid."""
+    view = model.attachment
+    if isinstance(view, View):
+        if (view.run_key, view.law, view.grid) == (run_key, law, grid):
+            return view
+        view.remove()
+    elif view is not None:
+        raise ModelError(
+            f"the model carries a {type(view).__name__}; detach it before a zeroth-order method uses it"
+        )
+    view = View(named_tensors(model.net), model.net, run_key=run_key, law=law, grid=grid)
+    model.attachment = view
+    return view
+
+
+def stand(model: Model, ledger: Ledger) -> View:
+    """Put `model` at the point of a ledger (its stored weights stay the base's)."""
+    view = look(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
+    view.place(ledger.passes())
+    return view

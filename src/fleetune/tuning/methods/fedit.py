@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FedIT: federated instruction tuning of LoRA adapters by FedAvg.
+
+Zhang, Vahidian, Kuo, Li, Zhang, Yu, Wang, Chen: "Towards Building the Federated GPT: Federated Instruction
+Tuning", ICASSP 2024, arXiv 2305.05644 (Algorithm 1; its code is "Shepherd").
+
+A round: the server sends the adapter; a device trains it for some epochs on its own rows with a fresh AdamW
+and sends it back; the server averages, weighted by rows: A <- sum_k p_k A_k and B <- sum_k p_k B_k.
+
+What differs from the paper's code, and why:
+- LoRA on all linear layers (the code: q_proj only; its README: q, k, v, o), and the loss on the answer alone.
+- `average=product` averages what the adapters mean, sum_k p_k B_k A_k, instead of A and B apart
+  (`aggregate.product_mean`).  Then devices may also have unlike ranks: with `ranks=4,8,16` device k has the
+  (k modulo 3)-th of them, is sent the strongest directions of the global adapter (of rank r), up to its rank,
+  and sends as many back; the average is exact over all of them.
+- Only trainable numbers travel, in fp16 if `wire=fp16`; the evaluation is real (theirs is a print).
+
+Where A and B start is the server's choice (`start`), and every device gets it from the server:
+
+| start | A and B |
+|---|---|
+| default | A uniform, B zero, as in PEFT |
+| gaussian | A normal with deviation 1/r, B zero |
+| shared | A a signed sketch with orthonormal rows, equal bits on every machine; B zero (ours) |
+| orthogonal | both random, with B A = 0; r must be even |
+| pissa, olora | the strongest directions (or the first of Q R) of each weight W0; what they hold of it is taken out |
+| eva | A the directions that explain most of what the layer sees on rows of the server's (`start_data`); B zero |
+
+Sources and formulas: `adapters/starts.py`, `adapters/eva.py`.  The base is never written to: for pissa and olora
+the start itself, B0 A0, is subtracted beside each layer, so it goes down with every broadcast (twice the bytes
+down, none up), and the saved adapter is a plain LoRA of rank 2 r on the plain base.
+
+For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of
+taking it (`server`: FedAvgM, FedAdagrad, FedYogi, FedAdam); their papers are in `methods/_adapter.py` and
+`servers.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fleetune import adapters
+from fleetune.data import Batches
+from fleetune.models.model import Model
+from fleetune.tuning import server_rules
+from fleetune.tuning.averaging import cut, product_mean
+from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.methods import Reply, _adapter, _lora
+from fleetune.tuning.methods._adapter import State, Training
+from fleetune.tuning.methods._lora import STARTS
+
+log = logging.getLogger(__name__)
+
+KIND = "adapter"
+PAPER = "Zhang et al., ICASSP 2024, arXiv 2305.05644"
+SENDS = "the LoRA adapter, up and down"
+
+
+@dataclass(frozen=True)
+class Method:
+    """Hyper-parameters with the defaults of the paper's code (Shepherd)."""
+
+    r: int = field(default=16, metadata={"symbol": "r", "help": "rank of the adapters"})
+    alpha: int = field(
+        default=16, metadata={"symbol": "α", "help": "LoRA scale; the update is (alpha / r) B A"}
+    )
+    dropout: float = field(default=0.05, metadata={"symbol": "p", "help": "LoRA dropout"})
+    lr: float = field(default=3e-4, metadata={"symbol": "η", "help": "AdamW learning rate"})
+    epochs: int = field(
+        default=1, metadata={"symbol": "E", "help": "local epochs a round (Shepherd's code: 10)"}
+    )
+    batch_size: int = field(default=8, metadata={"symbol": "B", "help": "rows a step"})
+    steps: int = field(
+        default=0, metadata={"symbol": "τ", "help": "local steps a round instead of epochs (0: epochs)"}
+    )
+    average: str = field(
+        default="separate",
+        metadata={"symbol": "avg", "help": "separate: A and B (as published); product: B A"},
+    )
+    ranks: str = field(
+        default="",
+        metadata={
+            "symbol": "r_k",
+            "help": "the devices' ranks in turn, as 4,8,16 (average=product; none: r)",
+        },
+    )
+    start: str = field(
+        default="default",
+        metadata={"symbol": "A₀, B₀", "help": "where A and B start: " + ", ".join(STARTS)},
+    )
+    start_data: str = field(
+        default="demo",
+        metadata={
+            "symbol": "X",
+            "help": "start=eva: rows the server has, a file or demo (the first 32 are read)",
+        },
+    )
+    wire: str = field(
+        default="fp32", metadata={"symbol": "wire", "help": "fp32, or fp16 to halve the traffic"}
+    )
+    server: str = field(
+        default="avg",
+        metadata={
+            "symbol": "server",
+            "help": "what the server does with the mean: " + ", ".join(server_rules.ETA),
+        },
+    )
+    server_lr: float = field(
+        default=0.0,
+        metadata={"symbol": "η_s", "help": "the server's learning rate (0: 1 for avg and avgm, else 1e-3)"},
+    )
+    mu: float = field(
+        default=0.0,
+        metadata={"symbol": "μ", "help": "FedProx: pull towards the global adapter (0.01 is usual)"},
+    )
+    scaffold: bool = field(
+        default=False,
+        metadata={"symbol": "c", "help": "SCAFFOLD: correct a device's drift (its c goes down too)"},
+    )
+    checkpointing: bool = field(
+        default=False,
+        metadata={"symbol": "ckpt", "help": "recompute activations: less memory, a third more time"},
+    )
+
+    def __post_init__(self) -> None:
+        self.training().check()
+        server_rules.check(self.server, lr=self.server_lr)
+        if self.r < 1 or self.alpha < 1:
+            raise ValueError(f"r = {self.r} and alpha = {self.alpha} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
+        self.check_start()
+        self.check_ranks()
+        if self.average not in ("separate", "product"):
+            raise ValueError(f"average = {self.average!r} is none of separate, product")
+        if self.average == "product" and (self.server != "avg" or self.server_lr or self.scaffold):
+            raise ValueError(
+                "average=product turns the factors every round, so that what server, server_lr and scaffold "
+                "remember of them would not fit; use average=separate with these"
+            )
+
+    def check_start(self) -> None:
+        """ValueError for a start that does not go with the rest."""
+        _lora.check(self.start, self.r, dropout=self.dropout, wire=self.wire, start_data=self.start_data)
+        if self.start in _lora.TAKEN and self.average == "product":
+            raise ValueError(
+                f"average=product keeps the strongest directions, which after start={self.start} are the base's "
+                "own and not what was learned; use average=separate"
+            )
+
+    def check_ranks(self) -> None:
+        """ValueError for ranks that cannot be."""
+        if not self.ranks:
+            return
+        if not re.fullmatch(r" *\d+ *(, *\d+ *)*", self.ranks) or not all(
+            1 <= rank <= self.r for rank in self.each_rank()
+        ):
+            raise ValueError(f"ranks = {self.ranks!r} must be numbers from 1 to r = {self.r}, as 4,8,16")
+        if self.average != "product" or self.start == "orthogonal":
+            raise ValueError(
+                "ranks needs average=product (A and B of unlike ranks have no mean of their own), and a start "
+                "other than orthogonal, whose B A is only zero as a whole"
+            )
+
+    def each_rank(self) -> list[int]:
+        """The ranks of devices 0, 1, .. in turn."""
+        return [int(rank) for rank in self.ranks.split(",")] if self.ranks else [self.r]
+
+    def training(self) -> Training:
+        """A device's round."""
+        return Training(
+            lr=self.lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size, mu=self.mu,
+            scaffold=self.scaffold, checkpointing=self.checkpointing, wire=self.wire,
+        )  # fmt: skip
+
+    def init(self, model: Model, key: int) -> State:
+        seed = key >> 1  # fits a signed 64-bit scalar
+        self.attach(model, seed, self.r, self.start)
+        if self.start == "eva":
+            _lora.see(model, self.start_data)
+        return _adapter.begin(model, seed, self.wire)
+
+    def attach(self, model: Model, seed: int, r: int, start: str = "default") -> None:
+        """Give `model` an adapter of rank `r`, unless it has one.  (A device is sent the start's numbers.)"""
+        if model.attachment is not None:
+            spec = adapters.attached(model).spec
+            if isinstance(spec, adapters.Lora) and spec.r == r:
+                return
+            adapters.detach(model)
+        alpha = (
+            self.alpha if r == self.r else self.alpha * r / self.r
+        )  # so that alpha / r is the same for all
+        init = start if start in adapters.INITS else "default"
+        adapters.attach_lora(model, r=r, alpha=alpha, dropout=self.dropout, init=init, seed=seed)
+
+    def broadcast(self, state: State) -> Payload:
+        return _adapter.broadcast(state, self.wire)
+
+    def expects(self, state: State) -> Spec:
+        return _adapter.expects(state, self.wire)
+
+    def kinds(self, state: State) -> list[tuple[Payload, Spec]]:
+        """One a rank: the strongest directions of the adapter, and as many back."""
+        pairs = adapters.pairs(state.tensors)
+        cuts = [state._replace(tensors=cut(state.tensors, pairs, rank)) for rank in self.each_rank()]
+        return [(self.broadcast(part), self.expects(part)) for part in cuts]
+
+    def local(
+        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
+    ) -> Payload:
+        """Epochs (or steps) of AdamW on the adapter, of the rank that came, moments fresh every round."""
+        rank = next(len(a) for n, a in payload.arrays.items() if n.endswith(".lora_A.weight"))
+        self.attach(model, payload.int("seed"), rank)
+        return _adapter.local(model, payload, batches, key, memory, self.training())
+
+    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+        """FedAvg of the adapters (A and B apart), or of their products; then the server's rule."""
+        if self.average == "separate":
+            return _adapter.aggregate(state, replies, self.training(), self.server, self.server_lr)
+        taken = ((float(r.payload.int("n")), r.payload.arrays) for r in replies)
+        tensors, left_out = product_mean(taken, adapters.pairs(state.tensors), state.tensors)
+        if not tensors:
+            return state
+        log.info("the rank-%d cut of the mean product left out %.3g of its squared norm", self.r, left_out)
+        return state._replace(tensors=tensors, cut=left_out)
+
+    def report(self, state: State) -> dict[str, float]:
+        """What the last average had to leave out."""
+        return {"cut": state.cut} if self.average == "product" else {}
+
+    def apply(self, model: Model, state: State) -> None:
+        self.attach(model, state.seed, self.r)
+        _adapter.apply(model, state)

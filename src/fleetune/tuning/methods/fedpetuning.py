@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FedPETuning: any parameter-efficient module, tuned by FedAvg, and only its numbers travel.
+
+Zhang, Yang, Dai, Wang, Yu, Qu, Xu: "FedPETuning: When Federated Learning Meets the Parameter-Efficient Tuning
+Methods of Pre-trained Language Models", ACL Findings 2023, arXiv 2212.10025 (section 3, Algorithm 1).
+
+A round: the server sends the module; a device trains it for an epoch on its own rows with a fresh AdamW, whose
+rate falls to 0 within the round, and sends it back; the server averages, weighted by rows.
+
+| module | what is trained | size | traffic |
+|---|---|---|---|
+| full | every weight | | most |
+| prefix | keys and values of virtual tokens in each layer | tokens | |
+| adapter | two bottlenecks a layer, in series, and the norms | inner size | |
+| lora | B A beside the query and value projections | rank (alpha = rank) | |
+| bitfit | the biases; in a model without biases the norms' weights | | |
+| prompt | embeddings of virtual tokens at the input (not in the paper) | tokens | least |
+
+A classification head, where the model has one, is trained with any of them and travels too, as in the paper.
+
+`lr` and `size` 0 stand for the module's own: the paper's best ones for QNLI (its appendix).  Its fleets are 100
+clients of which 10 % take part in a round; cross-silo, 10 that all do; large-scale cross-device, 1,000 of which
+10 % do: `recipes/fedpetuning_cross_silo.toml` and `recipes/fedpetuning_cross_device.toml`.
+
+LoRA may start elsewhere than at PEFT's default (`start`): see `fedit`.
+
+For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of taking it
+(`server`: FedAvgM, FedAdagrad, FedYogi, FedAdam); their papers are in `methods/_adapter.py` and `servers.py`.
+
+What differs from the paper's code, and why:
+- It sends the whole model, frozen weights too, and computes what it would have saved; here that is saved.
+- It takes the plain mean; here devices weigh as much as their rows.  Its devices have equally many, so it is
+  the same there.
+- Its prefixes come from a network of 10 M numbers, which travels; here the keys and values are trained
+  themselves (P-Tuning v2), and travel alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+from fleetune import adapters
+from fleetune.data import Batches
+from fleetune.models.model import Model
+from fleetune.tuning import server_rules
+from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.methods import Reply, _adapter, _lora
+from fleetune.tuning.methods._adapter import State, Training
+from fleetune.tuning.methods._lora import STARTS
+
+KIND = "adapter"
+PAPER = "Zhang et al., ACL Findings 2023, arXiv 2212.10025"
+SENDS = "the module's numbers (and a classification head's), up and down"
+
+
+@dataclass(frozen=True)
+class Method:
+    """Hyper-parameters with the paper's defaults for QNLI."""
+
+    module: str = field(
+        default="lora",
+        metadata={"symbol": "module", "help": "full, prefix, adapter, lora, bitfit or prompt"},
+    )
+    size: int = field(
+        default=0,
+        metadata={
+            "symbol": "r",
+            "help": "rank, inner size or tokens (0: lora 16, adapter 16, prefix 64, prompt 20)",
+        },
+    )
+    lr: float = field(
+        default=0.0,
+        metadata={
+            "symbol": "η",
+            "help": "AdamW learning rate (0: lora, adapter, bitfit 1e-3, prefix 5e-4, full 5e-5, prompt 3e-2)",
+        },
+    )
+    epochs: int = field(default=1, metadata={"symbol": "E", "help": "local epochs a round"})
+    batch_size: int = field(default=32, metadata={"symbol": "B", "help": "rows a step"})
+    steps: int = field(
+        default=0, metadata={"symbol": "τ", "help": "local steps a round instead of epochs (0: epochs)"}
+    )
+    clip: float = field(default=1.0, metadata={"symbol": "c", "help": "largest norm of a gradient (0: any)"})
+    targets: str = field(
+        default="query-value",
+        metadata={"symbol": "W", "help": "lora: query-value, all-linear, or the layers' names"},
+    )
+    start: str = field(
+        default="default",
+        metadata={"symbol": "A₀, B₀", "help": "lora: where A and B start: " + ", ".join(STARTS)},
+    )
+    start_data: str = field(
+        default="demo",
+        metadata={
+            "symbol": "X",
+            "help": "start=eva: rows the server has, a file or demo (the first 32 are read)",
+        },
+    )
+    places: str = field(
+        default="houlsby",
+        metadata={"symbol": "places", "help": "adapter: houlsby (two a layer) or pfeiffer (one)"},
+    )
+    server: str = field(
+        default="avg",
+        metadata={
+            "symbol": "server",
+            "help": "what the server does with the mean: " + ", ".join(server_rules.ETA),
+        },
+    )
+    server_lr: float = field(
+        default=0.0,
+        metadata={"symbol": "η_s", "help": "the server's learning rate (0: 1 for avg and avgm, else 1e-3)"},
+    )
+    mu: float = field(
+        default=0.0,
+        metadata={"symbol": "μ", "help": "FedProx: pull towards the global module (0.01 is usual)"},
+    )
+    scaffold: bool = field(
+        default=False,
+        metadata={"symbol": "c_k", "help": "SCAFFOLD: correct a device's drift (its c goes down too)"},
+    )
+    checkpointing: bool = field(
+        default=False,
+        metadata={"symbol": "ckpt", "help": "compute activations again instead of keeping them: less memory"},
+    )
+    wire: str = field(
+        default="fp32", metadata={"symbol": "wire", "help": "fp32, or fp16 to halve the traffic"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.module not in MODULES:
+            raise ValueError(f"module = {self.module!r} is none of {', '.join(MODULES)}")
+        if self.places not in ("houlsby", "pfeiffer"):
+            raise ValueError(f"places = {self.places!r} is neither houlsby nor pfeiffer")
+        if self.size < 0 or self.lr < 0:
+            raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
+        self.check_fits()
+        _lora.check(
+            self.start, self.size or MODULES[self.module].size, dropout=0.0, wire=self.wire,
+            start_data=self.start_data,
+        )  # fmt: skip
+        self.training().check()
+        server_rules.check(self.server, lr=self.server_lr)
+
+    def check_fits(self) -> None:
+        """ValueError for a setting that the module does not have."""
+        if self.start != "default" and self.module != "lora":
+            raise ValueError(f"start = {self.start!r} is a start of LoRA; it needs module=lora")
+        if self.targets != "query-value" and self.module != "lora":
+            raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
+        if self.places != "houlsby" and self.module != "adapter":
+            raise ValueError(f"places = {self.places!r} is where adapters go; it needs module=adapter")
+        if self.size and not MODULES[self.module].size:
+            raise ValueError(f"size = {self.size}, but module={self.module} has no size to choose")
+
+    def training(self) -> Training:
+        """A device's round."""
+        return Training(
+            lr=self.lr or MODULES[self.module].lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size,
+            decay=True, clip=self.clip, mu=self.mu, scaffold=self.scaffold, checkpointing=self.checkpointing,
+            wire=self.wire,
+        )  # fmt: skip
+
+    def attach(self, model: Model, seed: int, start: str = "default") -> None:
+        """Give `model` its module, unless it has it.  (A device is sent the start's numbers.)"""
+        if model.attachment is None:
+            kind = MODULES[self.module]
+            spec = kind.spec(self, self.size or kind.size)
+            if isinstance(spec, adapters.Lora) and start in adapters.INITS:
+                spec = replace(spec, init=start)
+            adapters.attach(model, spec, seed=seed)
+
+    def init(self, model: Model, key: int) -> State:
+        seed = key >> 1  # fits a signed 64-bit scalar
+        self.attach(model, seed, self.start)
+        if self.start == "eva":
+            _lora.see(model, self.start_data)
+        return _adapter.begin(model, seed, self.wire)
+
+    def broadcast(self, state: State) -> Payload:
+        return _adapter.broadcast(state, self.wire)
+
+    def expects(self, state: State) -> Spec:
+        return _adapter.expects(state, self.wire)
+
+    def local(
+        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
+    ) -> Payload:
+        self.attach(model, payload.int("seed"))
+        return _adapter.local(model, payload, batches, key, memory, self.training())
+
+    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+        return _adapter.aggregate(state, replies, self.training(), self.server, self.server_lr)
+
+    def apply(self, model: Model, state: State) -> None:
+        self.attach(model, state.seed)
+        _adapter.apply(model, state)
+
+
+class Kind(NamedTuple):
+    """A module: its usual learning rate and size, and how it is described to `adapters`."""
+
+    lr: float
+    size: int
+    spec: Callable[[Method, int], adapters.Spec]
+
+
+MODULES: Final[Mapping[str, Kind]] = MappingProxyType(
+    {
+        "full": Kind(5e-5, 0, lambda method, size: adapters.Full()),
+        "prefix": Kind(5e-4, 64, lambda method, size: adapters.Prefix(size)),
+        "adapter": Kind(1e-3, 16, lambda method, size: adapters.Bottleneck(size, method.places)),
+        "lora": Kind(1e-3, 16, lambda method, size: adapters.Lora(size, size, targets=method.targets)),
+        "bitfit": Kind(1e-3, 0, lambda method, size: adapters.Bitfit()),
+        "prompt": Kind(3e-2, 20, lambda method, size: adapters.Prompt(size)),
+    }
+)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MeZO: full-parameter tuning with two forward passes a step and the memory of inference.
+
+Malladi, Gao, Nichani, Damian, Lee, Chen, Arora: "Fine-Tuning Language Models with Just Forward Passes",
+NeurIPS 2023, arXiv 2305.17333 (Algorithm 1).
+
+    g = (L(w + eps z; B) - L(w - eps z; B)) / (2 eps),   w <- w - eta g z,   z fresh every step
+
+By default a fleet of one: this machine.  With more clients every device walks the same directions on its
+own data and the server takes the mean of their scalars, direction by direction.
+
+What differs from the paper's code, and why:
+- Stored weights are never written (`seeds/view.py`): no drift, no restore pass, and a run in bf16 is
+  bit-equal to a replay of its own ledger.  In the paper's way it is not even near (see docs/results.md).
+- A fresh direction every step is the next member of a pool of K orthogonal ones, a new pool every K steps.
+- Any objective, differentiable or not: `objective=accuracy`, `rouge_l`, `f1` or your own function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fleetune.data import Batches
+from fleetune.evaluation import objectives
+from fleetune.models.model import Model
+from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.spsa import descend
+from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.methods import Reply
+from fleetune.tuning.methods._zeroth import (
+    INT32,
+    UNITS,
+    announce,
+    arrive,
+    check_pool,
+    new_ledger,
+    rounded,
+    stand,
+)
+
+KIND = "ledger"
+PAPER = "Malladi et al., NeurIPS 2023, arXiv 2305.17333"
+SENDS = "one integer a step up; the ledger's sums down"
+CLIENTS = 1
+
+
+class State(NamedTuple):
+    """The ledger and the number of steps taken so far."""
+
+    ledger: Ledger
+    step: int
+    round: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """Hyper-parameters with the paper's symbols and defaults (full-parameter setting, Table 15)."""
+
+    lr: float = field(default=1e-6, metadata={"symbol": "η", "help": "learning rate"})
+    eps: float = field(default=1e-3, metadata={"symbol": "ε", "help": "size of the perturbation"})
+    batch_size: int = field(default=16, metadata={"symbol": "B", "help": "rows a step"})
+    tau: int = field(default=50, metadata={"symbol": "τ", "help": "steps a round (between two evaluations)"})
+    decay: int = field(
+        default=0,
+        metadata={"symbol": "T", "help": "steps over which the rate falls linearly to 0 (0: constant)"},
+    )
+    K: int = field(
+        default=4096, metadata={"symbol": "K", "help": "orthogonal directions before a new pool is drawn"}
+    )
+    law: str = field(
+        default="pooled", metadata={"symbol": "law", "help": "directions: pooled, rademacher or gaussian"}
+    )
+    clip: float = field(default=0.0, metadata={"symbol": "C", "help": "cut |g| to this (0: not)"})
+    objective: str = field(
+        default="loss",
+        metadata={"symbol": "L", "help": "loss, accuracy, rouge_l, f1 or package.module:function"},
+    )
+
+    def __post_init__(self) -> None:
+        check_pool(self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size)
+        if self.clip < 0 or self.decay < 0:
+            raise ValueError("clip and decay must be 0 or more")
+
+    def init(self, model: Model, key: int) -> State:
+        ledger = new_ledger(
+            model,
+            key,
+            law=self.law,
+            K=self.K,
+            lr=self.lr,
+            eps=self.eps,
+            method="mezo",
+            rule="linear to 0" if self.decay else "constant",
+            hyper=asdict(self),
+            aggregation="mean weighted by rows",
+        )
+        return State(ledger, 0, 0)
+
+    def ids(self, step: int) -> np.ndarray:
+        """Direction ids u64[tau] of the steps from `step` on: (pool, place in the pool)."""
+        steps = np.arange(step, step + self.tau, dtype=np.uint64)
+        return (steps // np.uint64(self.K) << np.uint64(32)) | steps % np.uint64(self.K)
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step, as a share of `lr`."""
+        return max(0.0, 1.0 - step / self.decay) if self.decay else 1.0
+
+    def broadcast(self, state: State) -> Payload:
+        payload = announce(state.ledger, self.K, max(0, state.step - 1) // self.K)
+        return Payload(payload.arrays, {**payload.scalars, "step": state.step})
+
+    def expects(self, state: State) -> Spec:
+        return Spec({"c": ("int32", (self.tau,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+
+    def local(
+        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
+    ) -> Payload:
+        """tau steps along fresh directions; the integers that were stepped by are the reply."""
+        view, position = arrive(model, payload)
+        first = payload.int("step")
+        steps = descend(
+            model,
+            view,
+            position,
+            self.ids(first).tolist(),
+            batches.steps(self.tau, self.batch_size),
+            objectives.get(self.objective),
+            eps=self.eps,
+            clip=self.clip,
+            to_units=lambda step, g: max(-INT32, min(INT32, round(-g * UNITS * self.rate(first + step)))),
+        )
+        return Payload({"c": steps.coefficients.astype(np.int32)}, {"n": batches.n, "loss": steps.loss})
+
+    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+        """The mean over devices of each step's integer, weighted by rows."""
+        total, rows = np.zeros(self.tau, np.float64), 0
+        for reply in replies:
+            n = reply.payload.int("n")
+            total += float(n) * reply.payload.array("c")
+            rows += n
+        if rows == 0:
+            return state._replace(round=state.round + 1)
+        mean = rounded(total / rows)
+        ledger = state.ledger.append(self.ids(state.step), mean, state.round + 1)
+        return State(ledger, state.step + self.tau, state.round + 1)
+
+    def apply(self, model: Model, state: State) -> None:
+        stand(model, state.ledger)

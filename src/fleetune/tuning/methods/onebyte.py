@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Just One Byte: machines that share seeds send one byte for each direction they tried, and nothing else.
+
+Zelikman, Huang, Liang, Haber, Goodman: "Just One Byte (per gradient): A Note on Low-Bandwidth Decentralized
+Language Model Finetuning Using Shared Randomness", 2023, arXiv 2306.10015 (section 2, and its code).  With
+`wire=sign`: FeedSign, arXiv 2501.17610 (Algorithm 1), one bit and a majority vote.
+
+A round is one step.  Each of N machines measures the slope g along n directions at the same point, on its own
+data, and sends n bytes; then
+
+    w <- w - eta / (n N) * sum over machines c and directions j of g_cj z_cj
+
+Every machine has directions of its own, which follow from the key that the server gives it for the round, so
+what it sends needs no seeds.  In the vote all machines try the same n directions and send the sign of g; w
+moves by eta / n along each, the way the majority says.
+
+What differs from the paper's code, and why:
+- The byte is a byte, and is what travels and what both sides step by (`messages.LogCode`: sign, 7 bits of
+  log magnitude, a code for zero, unbiased).  In the code it has 510 words and none for zero, and is computed
+  and dropped: the floats are sent as text.
+- The mean over all N n slopes.  The code divides their sum by sqrt(N n), so that a step is sqrt(N n) times as
+  long as one machine's, and joining or leaving changes the learning rate.  A mean estimates the gradient
+  whatever N is; more machines only make it less noisy.
+- A machine has no history.  Each message holds the ledger's sums, so whoever receives it stands where all the
+  others stand: it joins late by replaying them, and leaves whenever it likes.  In the code a late machine
+  loads the weights of a peer, and one that hears not all of the others drifts away from them.
+- `eta` is the code's learning rate times its eps (0.1 and 1e-3), which its update multiplies in.
+- A vote weighs as much as its machine has rows (FeedSign: one machine, one vote).  A bit has no zero: a slope
+  of exactly zero tosses a coin, so that it says nothing on average.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fleetune.data import Batches, keyed_order
+from fleetune.evaluation import objectives
+from fleetune.models.model import Model
+from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.noise import derive, probe
+from fleetune.seeds.spsa import slope, uniforms
+from fleetune.tuning.messages import LogCode, Payload, Spec
+from fleetune.tuning.methods import Reply
+from fleetune.tuning.methods._zeroth import (
+    UNITS,
+    announce,
+    arrive,
+    check_pool,
+    new_ledger,
+    pool_ids,
+    rounded,
+    stand,
+)
+
+KIND = "ledger"
+PAPER = "Zelikman et al., 2023, arXiv 2306.10015"
+SENDS = "one byte (or one bit) a direction up; the ledger's sums down"
+
+FINER = 16  # ledger units in a unit of a code, so that a mean over many machines is not rounded away
+
+
+class State(NamedTuple):
+    """The ledger and the rounds done."""
+
+    ledger: Ledger
+    round: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """Hyper-parameters with the defaults of the paper's code."""
+
+    lr: float = field(default=1e-4, metadata={"symbol": "η", "help": "learning rate"})
+    eps: float = field(default=1e-3, metadata={"symbol": "ε", "help": "size of the perturbation"})
+    batch_size: int = field(default=64, metadata={"symbol": "B", "help": "rows a direction"})
+    directions: int = field(
+        default=30, metadata={"symbol": "n", "help": "directions that a machine tries in a step"}
+    )
+    K: int = field(
+        default=4096, metadata={"symbol": "K", "help": "size of the pool; a new one when K have been tried"}
+    )
+    law: str = field(
+        default="pooled", metadata={"symbol": "law", "help": "directions: pooled, rademacher or gaussian"}
+    )
+    wire: str = field(
+        default="byte",
+        metadata={"symbol": "wire", "help": "byte: a slope as one byte; sign: as one bit, majority vote"},
+    )
+    clip: float = field(default=0.0, metadata={"symbol": "C", "help": "cut |g| to this (0: not)"})
+    objective: str = field(
+        default="loss",
+        metadata={"symbol": "L", "help": "loss, accuracy, rouge_l, f1 or package.module:function"},
+    )
+
+    def __post_init__(self) -> None:
+        n = self.directions
+        check_pool(self.law, self.K, lr=self.lr, eps=self.eps, tau=1, batch_size=self.batch_size)
+        if not 1 <= n <= self.K:
+            raise ValueError(f"directions = {n} is not between 1 and the {self.K} of the pool")
+        if self.wire not in ("byte", "sign"):
+            raise ValueError(f"wire = {self.wire!r} is neither byte nor sign")
+        if self.clip < 0:
+            raise ValueError(f"clip = {self.clip} must be 0 or more")
+
+    def init(self, model: Model, key: int) -> State:
+        vote = self.wire == "sign"
+        ledger = new_ledger(
+            model,
+            key,
+            law=self.law,
+            K=self.K,
+            lr=self.lr / (self.directions * FINER),
+            eps=self.eps,
+            method="onebyte",
+            rule="constant",
+            hyper=asdict(self),
+            aggregation="majority vote weighted by rows" if vote else "mean weighted by rows",
+        )
+        return State(ledger, 0)
+
+    def epoch(self, round: int) -> int:
+        """The pool that a round draws from."""
+        return round * self.directions // self.K
+
+    def draw(self, round: int, run_key: int, own: int) -> np.ndarray:
+        """int64[n] different members of the round's pool: a machine's own, or those that all vote on."""
+        key = derive(own, "directions") if self.wire == "byte" else derive(run_key, "vote", round)
+        return keyed_order(key, 0, self.K)[: self.directions]
+
+    def broadcast(self, state: State) -> Payload:
+        payload = announce(state.ledger, self.K, self.epoch(state.round))
+        return Payload(payload.arrays, {**payload.scalars, "round": state.round})
+
+    def expects(self, state: State) -> Spec:
+        size = self.directions if self.wire == "byte" else -(-self.directions // 8)
+        return Spec({"codes": ("uint8", (size,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+
+    def local(
+        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
+    ) -> Payload:
+        """n slopes at one point; then this machine steps by what it sends, as if it were alone."""
+        view, position = arrive(model, payload)
+        position.place(view)
+        round = payload.int("round")
+        ids = pool_ids(self.epoch(round), self.draw(round, payload.int("run_key"), key)).tolist()
+        f, slopes, losses = objectives.get(self.objective), np.zeros(self.directions), []
+        for j, batch in enumerate(batches.steps(self.directions, self.batch_size)):
+            direction = probe(view.law, position.K, ids[j])
+            g, loss = slope(model, view, direction, batch, f, eps=self.eps, clip=self.clip)
+            if math.isfinite(g):
+                slopes[j] = g
+                losses.append(loss)
+        codes = self.encode(slopes, uniforms(key, "rounding", self.directions))
+        for id, c in zip(ids, self.decode(codes).tolist(), strict=True):
+            position.move(id, FINER * c)
+        position.place(view)
+        view.warn_unreached()
+        return Payload({"codes": codes}, {"n": batches.n, "loss": float(np.mean(losses or [math.inf]))})
+
+    def encode(self, slopes: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """uint8: what is sent for slopes float64[n]; u[n], uniform in [0, 1), are this machine's coins."""
+        if self.wire == "byte":
+            return LogCode.encode(-slopes * UNITS, u)
+        return np.packbits(np.where(slopes == 0, u < 0.5, slopes < 0))
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """int64[n]: the steps that codes stand for, a slope of -1 being UNITS."""
+        if self.wire == "byte":
+            return LogCode.decode(codes)
+        return UNITS * (2 * np.unpackbits(codes, count=self.directions).astype(np.int64) - 1)
+
+    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+        """The mean over whoever answered, or their majority, for each direction of the pool."""
+        run_key, total, rows = state.ledger.head.run_key, np.zeros(self.K), 0
+        for reply in replies:
+            n = reply.payload.int("n")
+            k = self.draw(state.round, run_key, reply.key)
+            total[k] += float(n) * self.decode(reply.payload.array("codes"))
+            rows += n
+        if rows == 0:
+            return state._replace(round=state.round + 1)
+        steps = total / rows if self.wire == "byte" else UNITS * np.sign(total)
+        ids = pool_ids(self.epoch(state.round), np.arange(self.K))
+        c = rounded(FINER * steps)
+        return State(state.ledger.append(ids, c, state.round + 1), state.round + 1)
+
+    def apply(self, model: Model, state: State) -> None:
+        stand(model, state.ledger)

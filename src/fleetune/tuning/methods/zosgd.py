@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ZO-SGD: zeroth-order descent as it was before MeZO, which keeps its direction in memory.
+
+Ghadimi, Lan: "Stochastic First- and Zeroth-Order Methods for Nonconvex Stochastic Programming", SIAM J. Optim.
+2013, arXiv 1309.5549 (section 3, the RSGF method), with the two-sided estimate of Spall: "Multivariate
+Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation", IEEE TAC 1992 (equation 2.2).
+
+    g = (L(w + eps z; B) - L(w - eps z; B)) / (2 eps),   w <- w - eta g z
+
+The step of MeZO (arXiv 2305.17333, whose section 2 names this the baseline with twice the memory of
+inference), and the same numbers bit for bit: but z, one number a weight in the weights' type, is written out
+before the step and read from memory by both evaluations.  It is here so that the survey's memory table can be
+measured instead of quoted; there is no reason to train with it.
+
+What differs from the classical method, and why:
+- Stored weights are not written and the step is a ledger entry, as for every zeroth-order method here; so the
+  update itself is no pass over z.
+- Rademacher directions (Spall's own) by default.  `law=gaussian` is Ghadimi and Lan's; in a 16-bit model the
+  z that is stored is rounded to 16 bits, the ledger's is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from fleetune.data import Batches
+from fleetune.models.model import Model
+from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.methods import Reply, mezo
+from fleetune.tuning.methods._zeroth import arrive
+
+KIND = "ledger"
+PAPER = "Ghadimi and Lan, SIAM J. Optim. 2013, arXiv 1309.5549"
+SENDS = "one integer a step up; the ledger's sums down"
+CLIENTS = 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """Hyper-parameters, with MeZO's defaults, since the two are compared."""
+
+    lr: float = field(default=1e-6, metadata={"symbol": "η", "help": "learning rate"})
+    eps: float = field(default=1e-3, metadata={"symbol": "ε", "help": "size of the perturbation"})
+    batch_size: int = field(default=16, metadata={"symbol": "B", "help": "rows a step"})
+    tau: int = field(default=50, metadata={"symbol": "τ", "help": "steps a round (between two evaluations)"})
+    K: int = field(
+        default=4096, metadata={"symbol": "K", "help": "orthogonal directions before a new pool is drawn"}
+    )
+    law: str = field(
+        default="pooled", metadata={"symbol": "law", "help": "directions: pooled, rademacher or gaussian"}
+    )
+    clip: float = field(default=0.0, metadata={"symbol": "C", "help": "cut |g| to this (0: not)"})
+    objective: str = field(
+        default="loss",
+        metadata={"symbol": "L", "help": "loss, accuracy, rouge_l, f1 or package.module:function"},
+    )
+
+    def __post_init__(self) -> None:
+        self.step()
+
+    def step(self) -> mezo.Method:
+        """MeZO with these settings: the same step, with z computed where it is used."""
+        return mezo.Method(**asdict(self))
+
+    def init(self, model: Model, key: int) -> mezo.State:
+        state = self.step().init(model, key)
+        head = replace(state.ledger.head, method="zosgd", hyper=asdict(self))
+        return state._replace(ledger=replace(state.ledger, head=head))
+
+    def broadcast(self, state: mezo.State) -> Payload:
+        return self.step().broadcast(state)
+
+    def expects(self, state: mezo.State) -> Spec:
+        return self.step().expects(state)
+
+    def local(
+        self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
+    ) -> Payload:
+        """MeZO's round with every direction stored."""
+        view, _ = arrive(model, payload)
+        with view.storing():
+            return self.step().local(model, payload, batches, key, memory)
+
+    def aggregate(self, state: mezo.State, replies: Iterable[Reply]) -> mezo.State:
+        return self.step().aggregate(state, replies)
+
+    def apply(self, model: Model, state: mezo.State) -> None:
+        self.step().apply(model, state)

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""THE round loop: sample, broadcast, local, aggregate, record, evaluate, checkpoint.
+
+The same function for every method and every fleet.  It knows nothing of models: `evaluate` is handed in.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fleetune.common.memory import peak_rss as peak_rss
+from fleetune.common.memory import release_memory as release_memory
+from fleetune.common.memory import rss as rss
+from fleetune.data import keyed_order
+from fleetune.errors import FleetError, MessageError
+from fleetune.runs.rundir import KEEP, RunDir
+from fleetune.seeds.noise import derive
+from fleetune.tuning.checkpoint import Totals, pack, unpack
+from fleetune.tuning.fleets import Answer, Fleet
+from fleetune.tuning.messages import Message, Payload, Spec, check, decode, encode
+from fleetune.tuning.methods import Method, Reply
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 3  # rounds in a row that fail as a whole before the run ends
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop needs of a recipe."""
+
+    rounds: int
+    participation: float
+    quorum: int
+    seed: int
+    eval_every: int
+    base: bytes  # first 8 bytes of the base digest
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls outwards: `begin()` once before round 1, `evaluate(state)`, `emit(event)`."""
+
+    begin: Callable[[], None]
+    evaluate: Callable[[Any], Mapping[str, float]]
+    emit: Callable[[dict[str, Any]], None]
+
+
+def run(
+    method: Method, fleet: Fleet, state: Any, run: RunDir, plan: Plan, hooks: Hooks
+) -> tuple[Any, Totals]:
+    """Run (or resume) all rounds; the state after the last, and the totals.
+
+    A round counts when its checkpoint is written.  FleetError when every client failed in `PATIENCE` rounds in
+    a row (or in all, of fewer); a run that is taken up again counts anew, so that it gets past them.
+    """
+    first, totals, failures = 0, Totals(), 0
+    if (saved := run.restore()) is not None:
+        first, payload = saved
+        state, totals = unpack(payload, state)
+        run.cut(first)
+        fleet.rewind(first)
+    else:
+        run.cut(-1)
+        fleet.rewind(0)
+        hooks.begin()
+        run.checkpoint(0, pack(state, totals))
+    for r in range(first + 1, plan.rounds + 1):
+        began = time.monotonic()
+        kinds = _kinds(method, state)
+        answers = _Door([spec for _, spec in kinds], run, plan, r, hooks, fleet.rows)
+        chosen = sample(len(fleet.rows), plan.participation, plan.seed, r)
+        coded = [encode(Message(r, plan.base, payload)) for payload, _ in kinds]
+        messages = {client: coded[client % len(coded)] for client in chosen}
+        new = method.aggregate(state, answers.replies(fleet.ask(r, chosen, messages)))
+        failures = answers.failures(failures)
+        state = _accept(method, state, new, answers, plan, r)
+        totals.bytes_up += answers.bytes_up
+        totals.bytes_down += answers.bytes_down
+        totals.seconds += (seconds := time.monotonic() - began)
+        event = {
+            "event": "round", "round": r, "clients": len(chosen), "accepted": answers.accepted,
+            "bytes_up": answers.bytes_up, "bytes_down": answers.bytes_down,
+            "bytes_total": totals.bytes_up + totals.bytes_down, "seconds": round(seconds, 3), "rss": rss(),
+        }  # fmt: skip
+        if (report := getattr(method, "report", None)) is not None and (told := report(state)):
+            event["report"] = told
+        hooks.emit(run.record(event))
+        if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
+            hooks.emit(run.record({"event": "eval", "round": r, **hooks.evaluate(state)}))
+        run.checkpoint(r, pack(state, totals))
+        fleet.settle(r + 1 - KEEP)
+    return state, totals
+
+
+def _kinds(method: Method, state: Any) -> Sequence[tuple[Payload, Spec]]:
+    """What is sent, and what is expected back: client c has the (c modulo their number)-th."""
+    kinds: Callable[[Any], Sequence[tuple[Payload, Spec]]] | None = getattr(method, "kinds", None)
+    return kinds(state) if kinds else [(method.broadcast(state), method.expects(state))]
+
+
+def sample(clients: int, participation: float, seed: int, round: int) -> Sequence[int]:
+    """The clients of a round: a share of all, at least one, without repeats, in order; keyed by seed and round."""
+    count = max(1, min(clients, round_half_up(clients * participation)))
+    return sorted(keyed_order(derive(seed, "sample", round), 0, clients)[:count].tolist())
+
+
+def round_half_up(x: float) -> int:
+    """The nearest integer, halves up."""
+    return int(x + 0.5)
+
+
+class _Door:
+    """Lets good replies of a round through, one at a time, and records every client's outcome."""
+
+    def __init__(
+        self,
+        specs: Sequence[Spec],
+        run: RunDir,
+        plan: Plan,
+        round: int,
+        hooks: Hooks,
+        rows: Sequence[int],
+    ) -> None:
+        self.specs, self.rows = specs, rows
+        self.run, self.plan, self.round, self.hooks = run, plan, round, hooks
+        self.accepted = self.failed = self.asked = 0
+        self.bytes_up = self.bytes_down = 0
+        self.reason = ""
+
+    def failures(self, before: int) -> int:
+        """Rounds in a row, `before` and this one, in which every client failed; FleetError when they are too many."""
+        if self.accepted:
+            return 0
+        count = before + (self.failed == self.asked > 0)
+        if count >= min(PATIENCE, self.plan.rounds):
+            raise FleetError(
+                f"every client failed, {count} rounds in a row; the first of round {self.round}: {self.reason}",
+                hint="see log.txt in the run folder; when the cause is gone, resume the run",
+            )
+        return count
+
+    def replies(self, answers: Iterator[Answer]) -> Iterator[Reply]:
+        """The replies that may enter; the others are recorded with the reason."""
+        for answer in answers:
+            self.asked += 1
+            self.bytes_down += answer.sent
+            self.bytes_up += len(answer.data or b"")
+            payload, status, reason = self._open(answer)
+            self._record(answer, payload, status, reason)
+            if payload is not None:
+                self.accepted += 1
+                yield Reply(answer.client, answer.key, payload)
+
+    def _open(self, answer: Answer) -> tuple[Payload | None, str, str]:
+        if answer.data is None:
+            self.failed += answer.status == "failed"
+            self.reason = self.reason or answer.reason
+            return None, answer.status, answer.reason
+        try:
+            spec = self.specs[answer.client % len(self.specs)]
+            payload = check(decode(answer.data), spec, round=self.round, base=self.plan.base)
+            _check_rows(payload, self.rows[answer.client])
+        except MessageError as error:
+            log.warning("round %d: reply of client %d refused: %s", self.round, answer.client, error)
+            self.failed += 1
+            self.reason = self.reason or str(error)
+            return None, "refused", str(error)
+        return payload, "ok", ""
+
+    def _record(self, answer: Answer, payload: Payload | None, status: str, reason: str) -> None:
+        loss = payload.scalars.get("loss") if payload else None
+        n = payload.scalars.get("n") if payload else None
+        event = {
+            "event": "client", "round": self.round, "client": answer.client, "n": n, "loss": loss,
+            "bytes_up": len(answer.data or b""), "bytes_down": answer.sent, "seconds": round(answer.seconds, 3),
+            "rss": rss(), "status": status, "reason": reason,
+        }  # fmt: skip
+        self.hooks.emit(self.run.record(event))
+
+
+def _check_rows(payload: Payload, rows: int) -> None:
+    """A client weighs as much as its rows; MessageError for one that claims more than it is known to have."""
+    claimed = payload.scalars.get("n")
+    if isinstance(claimed, int) and claimed > rows:
+        raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
+
+
+def _accept(method: Method, old: Any, new: Any, door: _Door, plan: Plan, round: int) -> Any:
+    """The new state, or the old one where too few replies came."""
+    if door.accepted >= plan.quorum:
+        return new
+    log.warning(
+        "round %d: %d good replies are under the quorum of %d; the model stays",
+        round,
+        door.accepted,
+        plan.quorum,
+    )
+    return method.aggregate(old, iter(()))

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every trainable module on decoders and encoders: start, formula, numbers, training, folders, leaving."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapters_harness import IDS, MASK, NETS, SPECS, each, on, out, stored
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from fleetune import adapters, models
+from fleetune.adapters import Bitfit, Bottleneck, Lora, Prefix, Prompt
+from fleetune.data.encode import Batch
+from fleetune.errors import FleetuneError, ModelError
+from fleetune.evaluation.objectives import loss_tensor
+from fleetune.models import Model
+from fleetune.models.layers import layers_of
+from fleetune.tuning.methods._adapter import checkpointing
+
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# ---------------------------------------------------------------- the start
+
+
+@each
+def test_the_start_is_a_function_of_the_seed_and_moves_little(net: str, name: str) -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one = on(net, SPECS[name], tuned=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    names, arrays = list(adapters.trainable(one)), adapters.export(one)
+    assert names == sorted(names)
+    assert {a.dtype for a in arrays.values()} == {np.dtype(np.float32)}
+    torch.manual_seed(2)
+    assert adapters.digest(arrays) == adapters.digest(adapters.export(on(net, SPECS[name], tuned=False)))
+    other = adapters.digest(adapters.export(on(net, SPECS[name], 2, tuned=False)))
+    drawn = name not in ("bitfit", "full")
+    assert (other != adapters.digest(arrays)) == drawn
+    if name not in ("prefix", "some layers", "prompt"):
+        assert torch.equal(out(one), out(NETS[net]()))
+
+
+@pytest.mark.parametrize("net", ["bert", "roberta"])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_classification_head_is_trained_with_every_module(net: str, name: str) -> None:
+    model = on(net, SPECS[name])
+    head = {
+        n for n, _ in NETS[net]().net.named_parameters() if n.startswith("classifier.") or ".pooler." in n
+    }
+    assert len(head) == 4
+    assert head <= set(adapters.trainable(model))
+
+
+@pytest.mark.parametrize("net", ["bert", "roberta"])
+def test_all_linear_layers_are_those_of_the_encoder_not_of_its_head(net: str) -> None:
+    model = on(net, Lora(4, 4.0))
+    names = [n for n in adapters.trainable(model) if ".lora_" in n]
+    assert len(names) == 2 * 6 * 2
+    assert not any(".pooler." in n or n.startswith("classifier") for n in names)
+    assert not any(".default." in n for n in adapters.trainable(model))
+
+
+def test_the_numbers_are_as_many_as_the_formulas_say() -> None:
+    h, layers, kv, inner = 32, 2, 16, 72
+    want = {
+        "lora": layers * 4 * ((h + h) + (h + kv)),
+        "lora everywhere": layers * 2 * (2 * (h + h) + 2 * (h + kv) + 3 * (h + inner)),
+        "houlsby": layers * (2 * (2 * 6 * h + 6 + h) + 2 * h),
+        "pfeiffer": layers * (2 * 6 * h + 6 + h),
+        "prefix": 2 * layers * 3 * kv,
+        "some layers": 2 * 3 * kv,
+        "prompt": 3 * h,
+        "bitfit": (2 * layers + 1) * h,  # no biases: the norms
+        "full": 264 * h + layers * (2 * h * h + 2 * h * kv + 3 * h * inner + 2 * h) + h,
+    }
+    for name, spec in SPECS.items():
+        assert sum(a.size for a in adapters.export(on("llama", spec)).values()) == want[name], name
+
+
+def test_bitfit_takes_biases_where_there_are_some() -> None:
+    assert all(n.endswith("norm.weight") for n in adapters.trainable(on("llama", Bitfit())))
+    names = set(adapters.trainable(on("bert", Bitfit())))
+    biases = {n for n, _ in models.tiny_bert().net.named_parameters() if n.endswith("bias")}
+    assert biases < names
+    assert names - biases == {"bert.pooler.dense.weight", "classifier.weight"}
+
+
+# ---------------------------------------------------------------- training
+
+
+def batch(model: Model) -> Batch:
+    labels = torch.tensor([0, 1, 1]) if model.labels else torch.where(MASK.bool(), IDS, -100)
+    return Batch(IDS, MASK, labels)
+
+
+@each
+def test_training_reaches_every_number_and_lowers_the_loss(net: str, name: str) -> None:
+    model = on(net, SPECS[name])
+    parameters = adapters.trainable(model)
+    optimizer = torch.optim.Adam(parameters.values(), lr=5e-3)
+    losses = []
+    with adapters.training(model, 5):
+        for _ in range(8):
+            loss = loss_tensor(model, batch(model))
+            loss.backward()
+            losses.append(loss.item())
+            assert [n for n, p in parameters.items() if p.grad is None] == []
+            others = [p for p in model.net.parameters() if not any(p is q for q in parameters.values())]
+            assert all(p.grad is None for p in others)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    adapters.detach(model)
+    assert stored(model) == model.digest
+
+
+@each
+def test_gradient_checkpointing_changes_no_gradient(net: str, name: str) -> None:
+    grads = []
+    for on_off in (False, True):
+        model = on(net, SPECS[name])
+        with adapters.training(model, 5), checkpointing(model.net, on_off):
+            loss_tensor(model, batch(model)).backward()
+            grads.append({n: p.grad.clone() for n, p in adapters.trainable(model).items()})
+    for n, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][n], grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_on_16_bits_the_numbers_stay_fp32_and_the_start_is_the_base(name: str) -> None:
+    base, model = models.tiny_llama(), models.tiny_llama()
+    base.net.to(torch.bfloat16)
+    model.net.to(torch.bfloat16)
+    before = stored(model)
+    adapters.attach(model, SPECS[name], seed=1)
+    assert {p.dtype for p in adapters.trainable(model).values()} == {torch.float32}
+    if name not in ("prefix", "some layers", "prompt"):
+        assert torch.equal(out(model), out(base))
+    with adapters.training(model, 1):
+        loss_tensor(model, batch(model)).backward()
+        assert all(
+            p.grad is not None and p.grad.dtype == torch.float32 for p in adapters.trainable(model).values()
+        )
+    adapters.detach(model)
+    assert stored(model) == before
+
+
+# ---------------------------------------------------------------- leaving the model
+
+
+@each
+def test_detach_gives_the_base_back_bit_for_bit(net: str, name: str) -> None:
+    base, model = NETS[net](), on(net, SPECS[name])
+    assert not torch.equal(out(model), out(base))
+    adapters.detach(model)
+    assert stored(model) == model.digest == base.digest
+    assert torch.equal(out(model), out(base))
+    assert model.net.config._attn_implementation == base.net.config._attn_implementation
+    for left, right in zip(model.net.modules(), base.net.modules(), strict=True):
+        assert type(left) is type(right)
+        assert set(vars(left)) == set(vars(right))
+        assert not left._forward_hooks
+        assert not left._forward_pre_hooks
+    assert not any(p.requires_grad for p in model.net.parameters())
+    adapters.attach(model, SPECS[name], seed=1)  # and it can be used again
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("name", ["lora", "bitfit", "full"])
+def test_merge_folds_what_is_a_change_of_weights(net: str, name: str) -> None:
+    model = on(net, SPECS[name])
+    before, digest = out(model), model.digest
+    adapters.merge(model)
+    torch.testing.assert_close(out(model), before, rtol=0, atol=5e-5)
+    assert model.attachment is None
+    assert model.digest == stored(model) != digest
+
+
+@pytest.mark.parametrize("net", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["houlsby", "prefix", "prompt"])
+def test_merge_refuses_what_is_more_than_weights(net: str, name: str) -> None:
+    model = on(net, SPECS[name])
+    before = out(model)
+    with pytest.raises(ModelError, match="folded") as caught:
+        adapters.merge(model)
+    assert caught.value.hint
+    assert torch.equal(out(model), before)
+    adapters.detach(model)
+    assert stored(model) == model.digest
+
+
+# ---------------------------------------------------------------- folders
+
+
+@each
+def test_a_folder_holds_the_module_bit_for_bit(net: str, name: str, tmp_path: Path) -> None:
+    model = on(net, SPECS[name])
+    adapters.save(model, tmp_path / "module")
+    other = NETS[net]()
+    adapters.load(other, tmp_path / "module")
+    assert adapters.digest(adapters.export(other)) == adapters.digest(adapters.export(model))
+    assert torch.equal(out(other), out(model))
+    files = {p.name for p in (tmp_path / "module").iterdir()}
+    peft = name.startswith("lora") or (net == "llama" and name in ("prefix", "prompt"))
+    assert ("adapter_config.json" in files) == peft
+    text = (tmp_path / "module" / "README.md").read_text()
+    assert ("from peft import" in text) == peft
+    assert ("PEFT has no such module" in text) == (not peft)
+    assert model.digest in text
+
+
+@PEFT_WARNS
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's prefix uses it
+@pytest.mark.parametrize("name", ["lora", "prefix", "prompt"])
+def test_peft_loads_decoder_modules_and_says_the_same(name: str, tmp_path: Path) -> None:
+    model = on("llama", SPECS[name])
+    adapters.save(model, tmp_path / "module")
+    base = models.tiny_llama()
+    models.save(base.net, base.tokenizer, tmp_path / "base")
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = PeftModel.from_pretrained(net, tmp_path / "module").eval()
+    for mask in (MASK, torch.ones_like(MASK)):
+        with torch.inference_mode():
+            logits = theirs(input_ids=IDS, attention_mask=mask).logits[:, -16:]
+            ours = model.net(input_ids=IDS, attention_mask=mask).logits
+        real = mask.bool()
+        torch.testing.assert_close(logits[real], ours[real], rtol=0, atol=2e-5)
+        assert (ours[real] - out(base, attention_mask=mask)[: len(ours[real])][0]).abs().max() > 1e-2
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize("net", ["bert", "roberta"])
+@pytest.mark.parametrize("name", ["lora", "lora everywhere"])
+def test_peft_loads_an_encoders_lora_with_its_head(net: str, name: str, tmp_path: Path) -> None:
+    model = on(net, SPECS[name])
+    adapters.save(model, tmp_path / "module")
+    base = NETS[net]()
+    models.save(base.net, base.tokenizer, tmp_path / "base")
+    encoder = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    theirs = PeftModel.from_pretrained(encoder, tmp_path / "module").eval()
+    with torch.inference_mode():
+        logits = theirs(input_ids=IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(logits, out(model), rtol=0, atol=1e-6)
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    adapters.save(on("llama", Bottleneck(6)), tmp_path / "module")
+    config = tmp_path / "module" / "module.json"
+    good = json.loads(config.read_text())
+    assert good["spec"] == {"size": 6, "places": "houlsby", "norms": True}
+    for change in ({"version": 2}, {"module": "magic"}, {"spec": {"length": 1}}, {"spec": {"size": 7}}):
+        config.write_text(json.dumps(good | change))
+        model = models.tiny_llama()
+        with pytest.raises(FleetuneError) as caught:
+            adapters.load(model, tmp_path / "module")
+        assert caught.value
+        assert model.attachment is None
+        assert stored(model) == model.digest
+    with pytest.raises(ModelError, match="not a usable adapter"):
+        adapters.load(models.tiny_llama(), tmp_path / "nothing")
+
+
+# ---------------------------------------------------------------- what cannot be, and other families
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (Bottleneck(0), "size 0"),
+        (Bottleneck(4, "sideways"), "sideways"),
+        (Prefix(0), "0 tokens"),
+        (Prefix(3, layers=[2]), r"layers \[2\]"),
+        (Prefix(3, layers=[]), r"layers \[\]"),
+        (Prompt(0), "0 tokens"),
+    ],
+)
+def test_what_cannot_be_attached(spec: Any, message: str) -> None:
+    model = models.tiny_llama()
+    with pytest.raises(ModelError, match=message) as caught:
+        adapters.attach(model, spec, seed=1)
+    assert caught.value.hint
+    assert model.attachment is None
+    assert stored(model) == model.digest
+
+
+def test_other_families_and_biases_of_a_few_layers() -> None:
+    qwen = models.tiny_llama()
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "vocab_size": 264}
+    with torch.random.fork_rng(devices=[]):
+        qwen.net = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, num_key_value_heads=2, **sizes)).eval()
+        distil = models.tiny_bert()
+        distil.net = DistilBertForSequenceClassification(
+            DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=40, vocab_size=264)
+        ).eval()
+    qwen.net.requires_grad_(False)
+    distil.net.requires_grad_(False)
+    adapters.attach(qwen, Bitfit(), seed=1)
+    assert {n.split(".")[-2] for n in adapters.trainable(qwen)} == {"q_proj", "k_proj", "v_proj"}
+    adapters.detach(qwen)
+    for model in (qwen, distil):
+        before = out(model)
+        for name, spec in SPECS.items():
+            adapters.attach(model, spec, seed=1)
+            assert torch.equal(out(model), before) == (name not in ("prefix", "some layers", "prompt")), name
+            adapters.detach(model)
+            assert torch.equal(out(model), before)
+    with pytest.raises(ModelError, match="named in a way"):
+        layers_of(torch.nn.Linear(1, 1))

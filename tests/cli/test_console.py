@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console: results on stdout, talk on stderr, no escape codes off a terminal, strict JSON on request."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetune.cli.console import Ui, line_of
+from fleetune.common.display import (
+    change,
+    clean,
+    human_bytes,
+    human_count,
+    human_time,
+    improved,
+    metric,
+    show,
+)
+from fleetune.errors import FitError, Interrupted, RecipeError, UsageError
+
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """Time that moves only when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain(json: bool = False, quiet: int = 0) -> tuple[Ui, io.StringIO, io.StringIO]:
+    out, err = io.StringIO(), io.StringIO()
+    return Ui(quiet, json, out, err, Clock()), out, err
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Ui, Terminal, Terminal]]:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "86")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+    def make(json: bool = False, clock: Clock | None = None) -> tuple[Ui, Terminal, Terminal]:
+        out, err = Terminal(), Terminal()
+        return Ui(0, json, out, err, clock or Clock()), out, err
+
+    return make
+
+
+def everything(ui: Ui) -> None:
+    """A whole run on the console."""
+    ui.header("fleetune tune", [("model", "smollm2-135m @ 9f2c"), ("run", "runs/0007 · seed 42")])
+    ui.round_line(0, 2.914, rounds=2)
+    with ui.progress(2, clients=8, steps=200) as bar:
+        bar.update(client=5, step=131)
+        ui.event({"event": "client", "round": 1})
+        bar.update(round=1)
+    ui.round_line(1, 2.861, sent=1200, received=16400, seconds=124, rounds=2, note="7 of 8 clients")
+    ui.note("a remark")
+    costs = [("bytes over the fleet", "2.8 MB", "(FedIT here: 2.9 GB)")]
+    ui.final_table({"loss": 2.914, "rouge_l": 12.6}, {"loss": 2.377, "rouge_l": 24.9}, rows=200, costs=costs)
+    ui.paths([("report", "runs/0007/report.html"), ("next", "fleetune chat runs/0007")])
+    ui.table(["method", "rounds"], [["fedkseed", 20], ["mezo", 5]])
+    ui.error(UsageError("no method named 'fedkseeed'", hint="fleetune methods"))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"), (260, "260 B"), (999, "999 B"), (999.6, "1.0 kB"), (1200, "1.2 kB"), (16_400, "16.4 kB"),
+        (99_960, "100 kB"), (999_499, "999 kB"), (999_500, "1.0 MB"), (2_800_000, "2.8 MB"),
+        (1.19e9, "1.19 GB"), (24e9, "24.0 GB"), (3e15, "3.00 PB"), (5e18, "5000 PB"), (None, "-"),
+        (float("nan"), "-"),
+    ],
+)  # fmt: skip
+def test_bytes_for_people(count: float | None, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"), (3.2, "3.2 s"), (9.96, "10 s"), (42.4, "42 s"), (59.6, "1m00s"), (124, "2m04s"),
+        (3599.6, "1h00m"), (4020, "1h07m"), (86_399, "1d00h"), (183_600, "2d03h"), (None, "-"),
+    ],
+)  # fmt: skip
+def test_time_for_people(seconds: float | None, text: str) -> None:
+    assert human_time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(7, "7"), (4096, "4,096"), (99_999, "99,999"), (150_000, "150 k"), (134_515_008, "135 M"),
+     (1.235e9, "1.24 B"), (999_600, "1.00 M"), (4e15, "4000 T"), (None, "-")],
+)  # fmt: skip
+def test_counts_for_people(count: float | None, text: str) -> None:
+    assert human_count(count) == text
+
+
+@given(st.floats(min_value=0.5, max_value=1e17))
+def test_bytes_keep_their_size(count: float) -> None:
+    number, unit = human_bytes(count).split()
+    scale = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}[unit]
+    assert abs(float(number) * scale - count) <= max(0.05 * count, 0.5)
+    assert unit == "PB" or float(number) < 1000
+
+
+def test_change_is_in_percent_for_losses_and_in_points_else() -> None:
+    assert change("loss", 2.914, 2.377) == "-18.4 %"
+    assert change("rouge_l", 12.6, 24.9) == "+12.3"
+    assert change("loss", None, 2.0) == change("loss", 0.0, 2.0) == change("loss", float("nan"), 1.0) == ""
+    assert improved("loss", 2.9, 2.3) is True
+    assert improved("rouge_l", 12.6, 9.0) is False
+    assert improved("loss", 2.0, 2.0) is None
+    assert show("loss", 2.37749) == "2.377"
+    assert show("rouge_l", None) == "-"
+    assert metric("gsm8k_acc").label == "gsm8k acc"
+
+
+def test_off_a_terminal_there_is_no_escape_code_and_one_line_a_round() -> None:
+    ui, out, err = plain()
+    everything(ui)
+    assert "\x1b" not in out.getvalue() + err.getvalue()
+    assert "\r" not in out.getvalue() + err.getvalue()
+    lines = [line for line in err.getvalue().splitlines() if line.startswith("round ")]
+    assert lines == [
+        "round 0/2  val loss 2.914",
+        "round 1/2  val loss 2.861  change -0.053  sent/client 1.2 kB  received/client 16.4 kB  time 2m04s"
+        "  7 of 8 clients",
+    ]
+    assert "report    runs/0007/report.html\n" in out.getvalue()
+    assert "round" not in out.getvalue().replace("rounds", "")
+    assert " model   smollm2-135m @ 9f2c\n" in err.getvalue()
+
+
+def test_the_final_table_lines_up() -> None:
+    ui, out, _ = plain()
+    everything(ui)
+    lines = out.getvalue().splitlines()
+    assert lines[0].split() == ["base", "tuned", "change"]
+    assert lines[2].split() == [
+        "validation",
+        "loss,",
+        "200",
+        "held-out",
+        "rows",
+        "2.914",
+        "2.377",
+        "-18.4",
+        "%",
+    ]
+    assert lines[3].split() == ["Rouge-L", "12.6", "24.9", "+12.3"]
+    assert len(lines[0]) == len(lines[2]) == len(lines[3]) == len(lines[1])
+    assert lines[4].endswith("2.8 MB   (FedIT here: 2.9 GB)")
+    assert lines[4].index("2.8 MB") + 6 == lines[3].index("24.9") + 4
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_the_environment_can_ask_for_plain_text(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(name, value)
+    out, err = Terminal(), Terminal()
+    everything(Ui(0, False, out, err))
+    assert "\x1b" not in out.getvalue() + err.getvalue()
+
+
+def test_on_a_terminal_there_is_a_panel_a_table_and_a_bar(
+    terminal: Callable[..., tuple[Ui, Terminal, Terminal]],
+) -> None:
+    ui, out, err = terminal()
+    everything(ui)
+    drawn = ESCAPE.sub("", err.getvalue())
+    assert "\x1b[" in err.getvalue()
+    assert "╭─ fleetune tune " in drawn
+    assert " round   val loss    change   sent/client   received     time\n" in drawn
+    assert "     1      2.861   ▼ 0.053        1.2 kB    16.4 kB    2m04s   7 of 8 clients\n" in drawn
+    assert re.search(r" rounds [━╸╺]+ 1/2", drawn)
+    assert drawn.count(" round   val loss") == 1
+    assert "validation loss, 200 held-out rows    2.914    2.377  -18.4 %\n" in ESCAPE.sub("", out.getvalue())
+    assert err.getvalue().count("\x1b[?25l") == err.getvalue().count("\x1b[?25h")  # the cursor comes back
+
+
+def test_paths_are_never_cut(terminal: Callable[..., tuple[Ui, Terminal, Terminal]]) -> None:
+    ui, out, err = terminal()
+    long = "runs/" + "x" * 200 + "/report.html"
+    ui.paths([("report", long)])
+    ui.error(UsageError(long))
+    assert long in out.getvalue()
+    assert long in err.getvalue()
+
+
+def test_a_result_written_while_a_bar_is_up_leaves_it_alive(
+    terminal: Callable[..., tuple[Ui, Terminal, Terminal]],
+) -> None:
+    ui, out, err = terminal()
+    with ui.progress(4) as bar:
+        ui.paths([("report", "here")])
+        bar.update(round=2)
+    assert "here" in out.getvalue()
+    assert "2/4" in err.getvalue()
+
+
+def test_names_are_neither_markup_nor_escape_codes(
+    terminal: Callable[..., tuple[Ui, Terminal, Terminal]],
+) -> None:
+    ui, out, err = terminal()
+    bad = "[red]m[/red]\x1b[2J\x07\u202e"
+    ui.header(bad, [(bad, bad)])
+    ui.note(bad)
+    ui.round_line(1, 2.0, note=bad)
+    ui.table([bad], [[bad]])
+    ui.paths([(bad, bad)])
+    with ui.count(bad, 2) as bar:
+        bar.update(1, note=bad)
+    text = out.getvalue() + err.getvalue()
+    assert "\x1b[2J" not in text
+    assert "\x07" not in text
+    assert "\u202e" not in text
+    assert ESCAPE.sub("", text).count("[red]m[/red][2J") >= 8
+    assert clean("a\tb\nc\x00\x9b") == "a\tb\nc"
+
+
+def test_json_mode_puts_events_and_nothing_else_on_stdout() -> None:
+    ui, out, err = plain(json=True)
+    everything(ui)
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [e["event"] for e in events] == ["client", "error"]
+    assert all(e["v"] == 1 and next(iter(e)) == "v" for e in events)
+    assert events[1] == {
+        "v": 1, "event": "error", "type": "UsageError", "message": "no method named 'fedkseeed'",
+        "hint": "fleetune methods", "exit_code": 2,
+    }  # fmt: skip
+    assert "report.html" in err.getvalue()
+    assert "fedkseed" in err.getvalue()
+
+
+def test_json_is_strict_whatever_the_numbers_are() -> None:
+    event = {"event": "x", "a": float("nan"), "b": np.float32(0.5), "c": np.int64(7),
+             "d": [float("inf"), "\n\ud800"], "e": {"f": True, "g": None, 3: (1, 2)}}  # fmt: skip
+    line = line_of(event)
+    assert "\n" not in line
+    back = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert back["a"] is None
+    assert (back["b"], back["c"], back["d"][0]) == (0.5, 7, None)
+    assert back["e"] == {"f": True, "g": None, "3": [1, 2]}
+    assert type(back["c"]) is int
+
+
+def test_events_say_nothing_without_json_mode() -> None:
+    ui, out, err = plain()
+    ui.event({"event": "round"})
+    assert out.getvalue() == err.getvalue() == ""
+
+
+def test_errors_say_what_failed_and_what_to_try() -> None:
+    ui, out, err = plain(quiet=2)
+    ui.error(UsageError("no method named 'fedkseeed'", hint="fleetune methods"))
+    ui.error(RecipeError(["a is wrong", "b is wrong"]))
+    ui.error(FitError("3.9 GB short"))
+    assert out.getvalue() == ""
+    assert err.getvalue() == (
+        "error: no method named 'fedkseeed'\n  try: fleetune methods\n"
+        "error: a is wrong\n  b is wrong\nerror: 3.9 GB short\n"
+    )
+
+
+def test_an_interrupt_is_no_error_but_says_how_to_resume() -> None:
+    ui, _, err = plain()
+    stop = Interrupted("stopped after round 7; nothing lost", hint="fleetune tune --resume runs/0007")
+    ui.error(stop)
+    assert (
+        err.getvalue() == "stopped after round 7; nothing lost\n  resume: fleetune tune --resume runs/0007\n"
+    )
+    ui, out, _ = plain(json=True)
+    ui.error(stop)
+    assert json.loads(out.getvalue())["event"] == "interrupted"
+    assert json.loads(out.getvalue())["exit_code"] == 130
+
+
+@pytest.mark.parametrize(("quiet", "on_out", "on_err"), [(1, True, False), (2, False, False)])
+def test_quiet(quiet: int, on_out: bool, on_err: bool) -> None:
+    ui, out, err = plain(quiet=quiet)
+    everything(ui)
+    assert bool(out.getvalue()) is on_out
+    assert ("remark" in err.getvalue()) is on_err
+    assert "error: " in err.getvalue()
+
+
+def test_the_change_of_a_round_is_against_the_line_before() -> None:
+    ui, _, err = plain(quiet=0)
+    ui.round_line(4, 2.5, change=-0.1)
+    ui.round_line(5, None, seconds=3.0)
+    ui.round_line(6, 2.75)
+    lines = err.getvalue().splitlines()
+    assert "change -0.100" in lines[0]
+    assert "val loss -" in lines[1]
+    assert "change" not in lines[1]
+    assert "change +0.250" in lines[2]
+
+
+def test_the_bar_knows_where_it_is_and_how_long_it_takes() -> None:
+    clock = Clock()
+    ui = Ui(0, False, io.StringIO(), io.StringIO(), clock)
+    with ui.progress(20, clients=8, steps=200) as bar:
+        bar.update(round=0)
+        assert bar.text == "0/20"
+        clock.now += 240
+        bar.update(round=2)
+        assert bar.live.fraction == pytest.approx(0.1)
+        assert bar.text == "2/20 · 36 min left"
+        bar.update(client=5, step=131)
+        assert bar.live.fraction == pytest.approx((2 + (4 + 131 / 200) / 8) / 20)
+        assert bar.text.startswith("2/20 · client 5/8 · step 131/200 · ")
+        bar.update(client=6)
+        assert bar.step == 0
+        bar.update(round=3)
+        assert (bar.client, bar.step) == (0, 0)
+        bar.update(round=20)
+        assert bar.text == "20/20"
+
+
+def test_time_left_after_a_resume_counts_from_there() -> None:
+    clock = Clock()
+    ui = Ui(0, False, io.StringIO(), io.StringIO(), clock)
+    with ui.progress(10) as bar:
+        bar.update(round=8)
+        clock.now += 30
+        bar.update(round=9)
+        assert bar.text == "9/10 · 30 s left"
+
+
+def test_a_count_shows_bytes_or_numbers() -> None:
+    ui, _, _ = plain()
+    with ui.count("fetch", 270_000_000, size=True) as bar:
+        bar.update(135_000_000, note="model.gguf")
+        assert bar.text == "135 MB/270 MB · model.gguf"
+    with ui.count("layers", 0) as bar:
+        bar.update(3)
+        assert bar.text == "3"
+        bar.update(7, total=28)
+        assert bar.text == "7/28"
+
+
+def test_bars_end_when_the_work_fails(terminal: Callable[..., tuple[Ui, Terminal, Terminal]]) -> None:
+    ui, _, err = terminal()
+    with pytest.raises(KeyboardInterrupt), ui.progress(3):
+        raise KeyboardInterrupt
+    assert err.getvalue().count("\x1b[?25l") == err.getvalue().count("\x1b[?25h") == 1
+    with ui.progress(3) as bar:
+        bar.update(round=1)
+    assert err.getvalue().count("\x1b[?25h") == 2
+
+
+def test_tables_put_numbers_right_and_keep_rows_whole() -> None:
+    ui, out, _ = plain()
+    ui.table(["run", "rounds", "note"], [["0007-a", 3, "x" * 200], ["0008", 12, None]])
+    lines = out.getvalue().splitlines()
+    assert lines[0].rstrip() == " run      rounds   note"
+    assert lines[2] == " 0007-a        3   " + "x" * 200
+    assert lines[3] == " 0008         12"
+    ui, out, _ = plain()
+    ui.table(["method", "peak"], [["mezo", "1.4 GB"]], align="lr")
+    assert out.getvalue().splitlines()[2] == " mezo     1.4 GB"
+    ui.table(["run"], [])
+    assert out.getvalue().splitlines()[-2:] == [" run", " ---"]
+
+
+def test_a_terminal_without_unicode_is_not_an_error() -> None:
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="ascii")
+    Ui(0, False, out, io.StringIO()).paths([("next", "a · b — 温")])
+    assert raw.getvalue() == b" next      a | b ? ?\n"
+
+
+SCRIPT = """
+import sys
+from fleetune.cli.console import Ui
+ui = Ui(json={json})
+sys.stdin.readline()
+for i in range(3000):
+    ui.event({{"event": "x", "i": i}})
+    ui.table(["a"], [["b" * 100]])
+ui.note("still here")
+"""
+
+
+@pytest.mark.parametrize("json_mode", [False, True])
+def test_a_closed_pipe_ends_the_output_not_the_work(json_mode: bool) -> None:
+    pipe = subprocess.PIPE
+    script = SCRIPT.format(json=json_mode)
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as run:
+        assert run.stdout is not None
+        run.stdout.close()
+        run.stdout = None
+        _, err = run.communicate("go\n", timeout=60)
+    assert run.returncode == 0
+    assert err.endswith("still here\n")
+    assert "Error" not in err
+    assert "Traceback" not in err
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    check = (
+        "import sys, fleetune.cli.console, fleetune.runs.report; ui = fleetune.cli.console.Ui(); ui.paths([('a', 'b')]);"
+        "assert not {'rich', 'torch', 'numpy', 'transformers'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, timeout=60)

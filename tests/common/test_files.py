@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Atomic files: whatever goes wrong, and whenever, a file is the old one or the new one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fleetune.common.files import default_mode, storage_error, write_atomic
+from fleetune.errors import StorageError
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """The kernel refuses to let any file grow beyond `size`: a real failing write, on any file system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_it_writes_bytes_and_text_and_replaces(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    write_atomic(path, "äß\n")
+    assert path.read_bytes() == "äß\n".encode()
+    write_atomic(path, b"")
+    assert path.read_bytes() == b""
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002, 0o000])
+def test_the_mode_follows_the_umask_unless_it_is_given(tmp_path, mask):
+    with umask(mask):
+        assert default_mode() == 0o666 & ~mask
+        write_atomic(tmp_path / "usual", b"x")
+        write_atomic(tmp_path / "secret", b"x", mode=0o600)
+        assert os.umask(mask) == mask  # left as it was
+    assert mode(tmp_path / "usual") == 0o666 & ~mask
+    assert mode(tmp_path / "secret") == 0o600
+
+
+def test_a_secret_is_never_readable_by_others_not_even_before_its_rename(tmp_path, monkeypatch):
+    seen = []
+    real = os.replace
+
+    def watched(source: str, target: Path) -> None:
+        seen.append(mode(Path(source)))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    with umask(0):
+        write_atomic(tmp_path / "secret", b"x", mode=0o600)
+    assert seen == [0o600]
+
+
+def test_the_new_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        fact = os.fstat(handle)
+        order.append(("fsync folder", 0) if stat.S_ISDIR(fact.st_mode) else ("fsync", fact.st_size))
+        fsync(handle)
+
+    def replaced(source: str, target: Path) -> None:
+        order.append(("replace", os.stat(source).st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_atomic(tmp_path / "file", b"12345")
+    assert order == [("fsync", 5), ("replace", 5), ("fsync folder", 0)]
+
+
+REASONS = [
+    (errno.ENOSPC, "the disk is full", "free some space"),
+    (errno.EDQUOT, "quota", "free some space"),
+    (errno.EROFS, "read-only", "can write to"),
+    (errno.EACCES, "permission denied", "can write to"),
+    (errno.EPERM, "not permitted", "can write to"),
+    (errno.ENOENT, "folder is gone", "a folder that exists"),
+    (errno.ENOTDIR, "a file stands where", "another place"),
+    (errno.EIO, os.strerror(errno.EIO), "check the disk"),
+]
+
+
+@pytest.mark.parametrize(("code", "what", "hint"), REASONS)
+@pytest.mark.parametrize("step", ["tempfile.mkstemp", "os.fsync", "os.chmod", "os.replace"])
+def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
+    tmp_path, monkeypatch, step, code, what, hint
+):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr({"tempfile": tempfile, "os": os}[step.split(".")[0]], step.split(".")[1], fail)
+    with pytest.raises(StorageError) as caught:
+        write_atomic(path, b"new")
+    monkeypatch.undo()
+    assert str(path) in caught.value.message
+    assert what in caught.value.message
+    assert hint in (caught.value.hint or "")
+    assert "--" not in (caught.value.hint or "")  # not every command has that option
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_write_that_really_fails_halfway_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    with file_size_limit(100_000), pytest.raises(StorageError, match=str(path)):
+        write_atomic(path, b"n" * 300_000)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_missing_folder_and_a_file_in_its_place(tmp_path):
+    with pytest.raises(StorageError, match="the folder is gone"):
+        write_atomic(tmp_path / "none" / "file", b"x")
+    (tmp_path / "plain").write_bytes(b"")
+    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+        write_atomic(tmp_path / "plain" / "file", b"x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plain"]
+
+
+def test_an_error_without_a_number_is_still_told(tmp_path):
+    assert "odd" in storage_error(OSError("odd"), tmp_path).message
+
+
+def test_numpy_s_words_for_a_full_disk_are_understood(tmp_path):
+    with open("/dev/full", "wb") as full, pytest.raises(OSError, match="written") as caught:
+        np.zeros(1 << 16).tofile(full)
+    told = storage_error(caught.value, tmp_path / "x.gguf")
+    assert "the disk is full" in told.message
+    assert "free some space" in (told.hint or "")
+
+
+WRITER = """
+import itertools, sys
+from pathlib import Path
+from fleetune.common.files import write_atomic
+for i in itertools.count():
+    write_atomic(Path(sys.argv[1]), b"ab"[i % 2 : i % 2 + 1] * 400_000)
+    if i == 1:
+        print("going", flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "file"
+    for wait in (0.0, 0.003, 0.011, 0.029, 0.05):
+        with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"going\n"
+            time.sleep(wait)
+            writer.send_signal(signal.SIGKILL)
+        assert writer.returncode == -signal.SIGKILL
+        content = path.read_bytes()
+        assert content in (b"a" * 400_000, b"b" * 400_000)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of `fleetune compress` share: a call of the command line, a quick run, and a brake that is pulled."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fleetune.cli.main import main
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
+    """The exit code, the events and what was said of a command with --json."""
+    code = main([*args, "--json"])
+    out, err = capsys.readouterr()
+    return code, [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
+
+
+ZEROTH = ("--method", "fedkseed", "--set", "tau=4", "--set", "K=16", "--set", "lr=1e-2")
+LORA = ("--method", "fedit", "--set", "r=2", "--set", "lr=1e-1")
+
+
+QUICK = (
+    "--limit", "30", "--held-out", "8", "--max-length", "512", "--samples", "0", "--rounds", "1", "--clients", "2",
+)  # fmt: skip
+
+
+def tuned(capsys: pytest.CaptureFixture[str], model: str, method: tuple[str, ...] = ZEROTH) -> None:
+    """Tune a tiny model for one round."""
+    code, _, err = call(capsys, "tune", model, "demo", *QUICK, *method)
+    assert code == 0, err
+
+
+def pulled_after(count: int) -> type:
+    """A brake that is pulled after it was asked so many times."""
+    asked = iter([False] * count + [True] * 99)
+
+    class Pulled:
+        def __init__(self, ui: object) -> None:
+            pass
+
+        def __enter__(self) -> Pulled:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        @property
+        def pulled(self) -> bool:
+            return next(asked)
+
+    return Pulled

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune eval`: every option does what it says or is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_harness import call, tuned
+
+from fleetune import models
+from fleetune.cli.main import main
+
+RTN = ["--method", "rtn", "--set", "group=8"]
+LOSS = ["rows.jsonl", "--tasks", "loss"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, path)
+    return str(path)
+
+
+BAD = {
+    "no rows": (["--limit", "0"], "limit = 0 is below 1"),
+    "rows from the end": (["--limit", "-1"], "limit = -1 is below 1"),
+    "no answer": (["--answer-tokens", "0"], "answer_tokens = 0 is below 1"),
+    "less than no answer": (["--answer-tokens", "-5", "--limit", "-2"], "answer_tokens = -5 is below 1"),
+    "no tasks": (["--tasks", ""], "--tasks names no task"),
+    "a comma for tasks": (["--tasks", " ,"], "--tasks names no task"),
+    "no text file": (["--text", "no.txt"], "no text file at no.txt"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_clear_error_before_a_model_is_loaded(
+    case: str, tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_model(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load", no_model)
+    args, text = BAD[case]
+    assert main(["eval", tiny, "rows.jsonl", *args]) == 2
+    out, err = capsys.readouterr()
+    assert text in err
+    assert out == ""
+
+
+def test_a_compressed_model_is_measured_in_the_type_and_on_the_device_that_are_named(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(capsys, "compress", tiny, *RTN)[0] == 0
+    assert call(capsys, "export", "1", "--to", "hf", "--path", "plain")[0] == 0
+    losses = {}
+    for dtype in ("fp32", "bf16"):
+        for subject in ("1", "runs/0001-rtn-tiny/model", "plain"):
+            code, seen, err = call(capsys, "eval", subject, *LOSS, "--dtype", dtype, "--device", "cpu")
+            assert code == 0, err
+            losses[subject, dtype] = seen[-1]["loss"]
+        assert losses["1", dtype] == losses["runs/0001-rtn-tiny/model", dtype] == losses["plain", dtype]
+    assert losses["1", "fp32"] != losses["1", "bf16"]
+    assert main(["eval", "1", *LOSS, "--device", "foo"]) == 2
+    assert "no device named 'foo'" in capsys.readouterr().err
+
+
+def test_a_run_has_a_dtype_of_its_own(tiny: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned(capsys, tiny)
+    assert main(["eval", "1", *LOSS, "--dtype", "bf16"]) == 2
+    assert "a run has a dtype of its own, here fp32" in capsys.readouterr().err
+    assert main(["eval", "1", *LOSS, "--device", "foo"]) == 2
+    assert "no device named 'foo'" in capsys.readouterr().err
+    for own in ([], ["--dtype", "fp32"]):
+        assert call(capsys, "eval", "1", *LOSS, *own)[0] == 0

@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration on the devices: the central result from sums alone, and what becomes of devices that fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fleetune import compression, models
+from fleetune.cli.interrupt import Brake
+from fleetune.cli.main import main
+from fleetune.compression.jobs import solve
+from fleetune.compression.layerwise import driver, federated
+from fleetune.compression.layerwise.activations import Stream
+from fleetune.compression.layerwise.driver import Parts, linears_of
+from fleetune.compression.layerwise.federated import Clients, Reply, packed, unpacked
+from fleetune.errors import FleetError
+from fleetune.models import Model
+from fleetune.models.artefact import Quantised, dense
+from fleetune.tuning.messages import Message, Payload, decode, encode
+
+
+def text(count: int, length: int = 16, seed: int = 3) -> Tensor:
+    return torch.randint(0, 250, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+SHARES = {0: text(3, seed=1), 2: text(1, seed=2), 5: text(4, seed=3)}
+SOLVER: Any = compression.make("optq", {"group": 8})
+
+
+def by_clients(
+    model: Model, shares: dict[int, Tensor], folder: Path, change: Callable[[Clients], None] = lambda c: None,
+    solver: Any = SOLVER,
+) -> tuple[Parts, list[Reply]]:  # fmt: skip
+    replies: list[Reply] = []
+    clients = Clients(model, shares, folder, replies.append)
+    change(clients)
+    return driver.run(model, solver, clients, folder), replies
+
+
+def same(a: Parts, b: Parts) -> None:
+    assert set(a) == set(b)
+    for name in a:
+        assert torch.equal(dense(a[name]), dense(b[name])), name
+
+
+@pytest.mark.parametrize("method", ["optq", "sparsegpt"])
+def test_one_client_gives_the_central_result_bit_for_bit(method: str, tmp_path: Path) -> None:
+    solver: Any = compression.make(method, {"group": 8, "bits": 4})
+    model, windows = models.tiny_llama(), text(4)
+    central = driver.run(model, solver, windows, tmp_path / "central")
+    parts, _ = by_clients(model, {7: windows}, tmp_path / "clients", solver=solver)
+    same(central, parts)
+    assert [b.matrices for b in parts.blocks] == [b.matrices for b in central.blocks]
+
+
+def test_many_clients_give_the_central_result_on_the_union(tmp_path: Path) -> None:
+    """In another order too; sums in float32 (the central ones) are rounded otherwise, codes may differ by that."""
+    model = models.tiny_llama()
+    central = driver.run(model, SOLVER, torch.cat(list(SHARES.values())), tmp_path / "central")
+    parts, _ = by_clients(model, SHARES, tmp_path / "clients")
+    back = {client: SHARES[client] for client in reversed(SHARES)}
+    again, _ = by_clients(model, back, tmp_path / "again")
+    same(parts, again)
+    for name in central:
+        a, b = central[name], parts[name]
+        assert isinstance(a, Quantised)
+        assert isinstance(b, Quantised)
+        assert (a.codes != b.codes).float().mean() < 0.002
+        assert torch.allclose(a.scale.float(), b.scale.float(), rtol=1e-2)
+
+
+def test_the_sums_are_those_of_all_text(tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    _, linears = linears_of(model)[0]
+    with torch.inference_mode():
+        H = Clients(model, SHARES, tmp_path, lambda reply: None).hessians(0, linears)
+        stream = Stream(model, torch.cat(list(SHARES.values())))
+        want = stream.hessians(0, linears)
+    assert H["model.layers.0.self_attn.q_proj"] is H["model.layers.0.self_attn.v_proj"]
+    assert set(H) == set(want)
+    for name in H:
+        torch.testing.assert_close(H[name], want[name], rtol=1e-6, atol=1e-6 * want[name].abs().max().item())
+
+
+def test_a_triangle_holds_the_matrix() -> None:
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    H = x.T @ x
+    H = (H + H.T) / 2
+    assert packed(H).shape == (15,)
+    assert torch.equal(unpacked(packed(H), 5), H)
+    assert packed(H)[federated._diagonal(5)].tolist() == H.diagonal().tolist()
+
+
+def broken(kind: str, data: bytes) -> bytes:
+    message = decode(data)
+    arrays, scalars = dict(message.payload.arrays), dict(message.payload.scalars)
+    name = next(iter(arrays))
+    values = arrays[name].copy()
+    if kind == "not finite":
+        values[3] = np.nan
+    elif kind == "below zero":
+        values[0] = -1.0
+    elif kind == "other shape":
+        values = values[:-1]
+    elif kind == "other type":
+        values = values.astype(np.float64)
+    elif kind == "other tokens":
+        scalars["tokens"] = 10**6
+    elif kind == "other layers":
+        scalars["model.layers.1.mlp.up_proj"] = name
+    elif kind == "damaged":
+        return data[:-1] + bytes([data[-1] ^ 1])
+    arrays[name] = values
+    base = bytes(8) if kind == "other model" else message.base
+    number = message.round + (kind == "other block")
+    return encode(Message(number, base, Payload(arrays, scalars)))
+
+
+WRONG = {
+    "not finite": "holds 1 values that are not finite", "below zero": "1 sums of squares below zero",
+    "other shape": "agreed was float32", "other type": "agreed was float32", "other tokens": "of 1000000 tokens",
+    "other layers": "not about the layers", "damaged": "checksum", "other model": "this is block",
+    "other block": "reply is for block 2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_reply_is_refused_and_the_others_go_on(kind: str, tmp_path: Path) -> None:
+    """Nothing of it is in the sums: the rest of the run is as if the device had left after block 0."""
+
+    def change(clients: Clients) -> None:
+        real = clients.answer
+        clients.answer = lambda client, number, linears: (  # type: ignore[method-assign]
+            broken(kind, real(client, number, linears))
+            if (client, number) == (2, 1)
+            else real(client, number, linears)
+        )
+
+    def leaves(clients: Clients) -> None:
+        real = clients.answer
+
+        def answer(client: int, number: int, linears: Any) -> bytes:
+            if (client, number) == (2, 1):
+                raise OSError("the line is dead")
+            return real(client, number, linears)
+
+        clients.answer = answer  # type: ignore[method-assign]
+
+    model = models.tiny_llama(layers=3)
+    parts, replies = by_clients(model, SHARES, tmp_path / "wrong", change)
+    refused = [r for r in replies if r.status == "refused"]
+    assert [(r.block, r.client) for r in refused] == [(1, 2)]
+    assert WRONG[kind] in refused[0].reason
+    assert [r.client for r in replies if r.block == 2] == [0, 5]
+    dead, replies = by_clients(model, SHARES, tmp_path / "dead", leaves)
+    assert [r.reason for r in replies if r.status != "ok"] == ["the line is dead"]
+    same(parts, dead)
+    whole, _ = by_clients(model, SHARES, tmp_path / "whole")
+    assert any(not torch.equal(dense(whole[n]), dense(parts[n])) for n in parts)
+
+
+def test_without_any_device_it_stops(tmp_path: Path) -> None:
+    def change(clients: Clients) -> None:
+        clients.answer = lambda client, number, linears: b""  # type: ignore[method-assign]
+
+    with pytest.raises(FleetError, match="no device is left in block 0"):
+        by_clients(models.tiny_llama(), SHARES, tmp_path, change)
+
+
+def test_bytes_are_those_of_the_messages(tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    _, replies = by_clients(model, SHARES, tmp_path)
+    C = [
+        m.in_features
+        for n, m in linears_of(model)[0][1].items()
+        if n.endswith(("q_proj", "o_proj", "up_proj", "down_proj"))
+    ]
+    sums = sum(4 * c * (c + 1) // 2 for c in C)
+    for reply in replies:
+        assert sums < reply.bytes_up < sums + 700
+        block = 0 if reply.block == 0 else len(Clients.block(_in(tmp_path, model), reply.block - 1))
+        assert reply.bytes_down == block
+
+
+def _in(folder: Path, model: Model) -> Clients:
+    return Clients(model, {0: SHARES[2]}, folder, lambda reply: None)
+
+
+def test_a_stopped_one_goes_on_and_counts_no_block_twice(tmp_path: Path) -> None:
+    model = models.tiny_llama(layers=3)
+    whole, all_replies = by_clients(model, SHARES, tmp_path / "whole")
+
+    def stop(block: int, blocks: int, name: str) -> None:
+        if block == 2:
+            raise KeyboardInterrupt
+
+    replies: list[Reply] = []
+    with pytest.raises(KeyboardInterrupt):
+        driver.run(
+            model, SOLVER, Clients(model, SHARES, tmp_path / "half", replies.append), tmp_path / "half", stop
+        )
+    more: list[Reply] = []
+    again = driver.run(
+        model, SOLVER, Clients(model, SHARES, tmp_path / "half", more.append), tmp_path / "half"
+    )
+    same(whole, again)
+    assert {r.block for r in more} == {2}
+    assert all(r.bytes_down == 0 for r in more)  # they had the block already
+    assert all_replies[-1].bytes_down > 0
+
+
+def test_a_bf16_model_and_dense_results_travel_too(tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    model.net.to(torch.bfloat16)
+    parts, replies = by_clients(model, SHARES, tmp_path, solver=compression.make("sparsegpt", {}))
+    weights = [parts[n] for n in parts]
+    assert all(isinstance(w, Tensor) and w.dtype == torch.bfloat16 for w in weights)
+    assert all(r.status == "ok" for r in replies)
+    assert replies[-1].bytes_down > sum(w.nbytes for w in weights if isinstance(w, Tensor)) / 2
+
+
+def test_memory_does_not_grow_with_the_devices(tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    clients = Clients(model, {i: text(2, seed=i) for i in range(20)}, tmp_path, lambda reply: None)
+    with torch.inference_mode():
+        clients.hessians(0, linears_of(model)[0][1])
+    assert len(clients._stream.states) <= 2
+    assert len(list((tmp_path / "devices").iterdir())) == 20
+
+
+# The command ----------------------------------------------------------------------------------------
+
+QUICK = ["--limit", "60", "--held-out", "8", "--max-length", "96", "--samples", "0", "--rounds", "1"]
+ZO = ["--method", "fedkseed", "--clients", "3", "--set", "tau=2", "--set", "K=16", "--set", "lr=1e-2"]
+SMALL = ["--set", "group=8", "--windows", "6", "--length", "32"]
+
+
+@pytest.fixture(scope="module")
+def tuned_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    at = tmp_path_factory.mktemp("run")
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, at / "tiny")
+    assert main(["tune", str(at / "tiny"), "demo", *QUICK, *ZO, "--out", str(at / "runs"), "-qq"]) == 0
+    return at / "runs"
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
+    capsys.readouterr()
+    code = main(["compress", *args, "--json"])
+    out, err = capsys.readouterr()
+    return code, [json.loads(line) for line in out.splitlines()], err
+
+
+def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On training rows: every client's first windows of its own, none of the held-out ones."""
+    from fleetune.tuning import finished, methods, run
+
+    out = ["--out", str(tuned_run)]
+    code, events, err = call(capsys, "latest", *SMALL, "--calibrate", "clients", *out)
+    assert code == 0, err
+    done = events[-1]
+    replies = [e for e in events if e["event"] == "client"]
+    assert {r["client"] for r in replies} == {0, 1, 2}
+    assert done["bytes_up"] == sum(r["bytes_up"] for r in replies)
+    assert done["bytes_down"] == sum(r["bytes_down"] for r in replies) > 0
+    recipe = finished.recipe_of(tuned_run / "latest")
+    parts = run.split(recipe, methods.entry(recipe.method))
+    model = finished.load(tuned_run / "latest")
+    finished.settle(model)
+    from fleetune.data.encode import encode_all
+
+    shares = {}
+    for client, rows in enumerate(parts.clients):
+        encoded = encode_all([parts.examples[i] for i in rows.tolist()], model.tokenizer, recipe.max_length)[
+            0
+        ]
+        shares[client] = driver.windows([row.ids for row in encoded], 32, 2)
+    want, _ = by_clients(model, shares, tuned_run / "parts")
+    from fleetune.models.artefact import Master
+
+    master = Master(Path(done["folder"]) / "model")
+    for name in want:
+        assert torch.equal(master.weight(name), dense(want[name]))
+    code, events, _ = call(capsys, "latest", *SMALL, "--calibrate", "clients", "--clients", "2", *out)
+    assert code == 0
+    assert len({e["client"] for e in events if e["event"] == "client"}) == 2
+
+
+def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(
+    tuned_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["latest", *SMALL, "--calibrate", "clients", "--out", str(tuned_run)]
+    asked, answer = iter(range(1000)), Clients.answer
+
+    class Pulled(Brake):
+        def __getattribute__(self, name: str) -> Any:
+            return next(asked) >= 10 if name == "pulled" else super().__getattribute__(name)  # in block 1
+
+    def fail(self: Clients, client: int, number: int, linears: Any) -> bytes:
+        return b"?" if client == 1 else answer(self, client, number, linears)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(solve, "Brake", Pulled)
+        patch.setattr(Clients, "answer", fail)
+        code, first, _ = call(capsys, *args)
+    assert code == 130
+    (log,) = tuned_run.glob("*/parts/replies.jsonl")
+    with log.open("a") as file:
+        file.write('{"block": 1, "cl')  # a kill
+    code, second, err = call(capsys, "--resume", "latest", "--out", str(tuned_run))
+    assert code == 0, err
+    before, after = ([e for e in events if e["event"] == "client"] for events in (first, second))
+    assert [r["client"] for r in before] == [0, 1, 2, 0, 2]
+    assert [r["client"] for r in after] == [0, 2]
+    assert second[-1]["bytes_up"] == sum(r["bytes_up"] for r in before + after)
+    assert second[-1]["bytes_down"] == sum(r["bytes_down"] for r in before + after)
+
+
+def test_the_warning_is_said(tuned_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", "latest", *SMALL, "--calibrate", "clients", "--out", str(tuned_run)]) == 0
+    err = capsys.readouterr().err
+    assert "treat them as private data" in err
+    assert "secure aggregation" in err
+    assert "a client sent" in err
+
+
+BAD = {
+    "no run": (["{tiny}", "--calibrate", "clients"], "only a run has clients"),
+    "text too": (["latest", "--calibrate", "clients", "--data", "demo"], "rows of their own"),
+    "a count alone": (["latest", "--clients", "2"], "needs --calibrate clients"),
+    "too many": (["latest", "--calibrate", "clients", "--clients", "9"], "more than the run's 3"),
+    "below zero": (["latest", "--calibrate", "clients", "--clients", "-1"], "below 0"),
+    "no calibration": (["latest", "--calibrate", "clients", "--method", "rtn", "--set", "group=8"], "is not calibrated"),
+    "a trainer": (["latest", "--calibrate", "clients", "--method", "gkd", "--set", "teacher=same"], "not calibrated by clients"),
+    "a tuned one in its files": (["latest", "--low-memory"], "a run's weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_clear(case: str, tuned_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args, want = BAD[case]
+    tiny = str(tuned_run.parent / "tiny")
+    capsys.readouterr()
+    before = sorted(tuned_run.iterdir())
+    code = main(["compress", *[a.format(tiny=tiny) for a in args], "--out", str(tuned_run)])
+    out, err = capsys.readouterr()
+    assert code == 2, err
+    assert want in err
+    assert out == ""
+    assert sorted(tuned_run.iterdir()) == before
+
+
+def test_a_client_with_too_little_text_is_left_out() -> None:
+    from types import SimpleNamespace
+
+    from fleetune.compression.jobs import solve
+    from fleetune.errors import DataError
+
+    rows = {1: [SimpleNamespace(ids=np.arange(40))] * 2, 4: [SimpleNamespace(ids=np.arange(9))]}
+    subject: Any = SimpleNamespace(model=models.tiny_llama(), clients=rows)
+    notes: list[str] = []
+    ui: Any = SimpleNamespace(note=notes.append)
+    found = solve._shares(SimpleNamespace(length=10, windows=7), subject, ui)  # type: ignore[arg-type]
+    assert {client: tuple(own.shape) for client, own in found.items()} == {1: (3, 10)}
+    assert notes == ["client 4 is left out: the calibration text has 9 tokens, a window needs 10"]
+    with pytest.raises(DataError, match="no client has text for a window of 90"):
+        solve._shares(SimpleNamespace(length=90, windows=7), subject, ui)  # type: ignore[arg-type]

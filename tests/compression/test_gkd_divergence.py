@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GKD's divergence against the formulas in float64: values, gradients, masks, chunks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from gkd_harness import END, direct, formula, pair, rows
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma2Config
+
+from fleetune import models
+from fleetune.compression.distillation import divergence
+from fleetune.data.encode import MASKED, Batch, collate
+from fleetune.evaluation.losses import predictors
+from fleetune.models import Model
+
+BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+def between(student: Model, teacher: Model, batch: Batch, beta: float, *, chunk: int = 0) -> Tensor:
+    made = predictors(student.net, batch)
+    return divergence.divergences(made, teacher.net, batch, beta, chunk=chunk)
+
+
+def logits(seed: int, n: int = 7, V: int = 50) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(n, V, generator=g), 3 * torch.randn(n, V, generator=g)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_divergence_is_the_formula(beta: float) -> None:
+    Q, P = logits(0)
+    found = divergence.divergence(Q, P, beta)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), formula(Q, P, beta), rtol=1e-5, atol=1e-6)
+    assert divergence.divergence(P, P, beta).abs().max() < 1e-6
+    half = divergence.divergence(Q.bfloat16(), P.bfloat16(), beta)  # in fp32 whatever the models are in
+    torch.testing.assert_close(half.double(), formula(Q.bfloat16(), P.bfloat16(), beta), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_far_apart_and_sure_distributions_are_finite(beta: float) -> None:
+    Q, P = torch.zeros(1, 5), torch.zeros(1, 5)
+    Q[0, 0], P[0, 1] = 200.0, 200.0
+    Q.requires_grad_(True)
+    found = divergence.divergence(Q, P, beta)
+    found.sum().backward()
+    assert found.isfinite().all()
+    assert Q.grad is not None
+    assert Q.grad.isfinite().all()
+
+
+def test_the_ends_are_whole_divergences_and_the_formula_tends_to_0_like_them() -> None:
+    """The jump of 1 / beta that the docstring tells of."""
+    Q, P = (x.double() for x in logits(1))
+    forward, reverse = formula(Q, P, 0.0), formula(Q, P, 1.0)
+    torch.testing.assert_close(divergence.divergence(Q, P, 0.0), forward)
+    torch.testing.assert_close(divergence.divergence(Q, P, 1.0), reverse)
+    for tiny in (1e-4, 1e-6):
+        torch.testing.assert_close(
+            divergence.divergence(Q, P, tiny) / tiny, forward, rtol=300 * tiny**0.5, atol=0
+        )
+        torch.testing.assert_close(
+            divergence.divergence(Q, P, 1 - tiny) / tiny, reverse, rtol=300 * tiny**0.5, atol=0
+        )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradients_by_finite_differences(beta: float) -> None:
+    Q, P = (x.double() for x in logits(2, 3, 9))
+    assert torch.autograd.gradcheck(lambda x: divergence.divergence(x, P, beta), (Q.requires_grad_(True),))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_only_the_answers_tokens_count_whatever_the_chunk(beta: float) -> None:
+    """Values, and gradients of every weight, against whole arrays; the teacher gets none."""
+    student, teacher = pair()
+    batch = collate(rows(0, 4), END)
+    for model in (student, teacher):
+        model.net.requires_grad_(True)
+
+    def slopes(found: Tensor) -> dict[str, Tensor]:
+        teacher.net.zero_grad()
+        student.net.zero_grad()
+        found.mean().backward()
+        return {n: p.grad.clone() for n, p in student.net.named_parameters() if p.grad is not None}
+
+    want = direct(student, teacher, batch, beta)
+    assert len(want) == sum(len(r.ids) - r.n_prompt for r in rows(0, 4))
+    grads = slopes(want)
+    for chunk in (0, 1, 5, 1000):
+        found = between(student, teacher, batch, beta, chunk=chunk)
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)
+        other = slopes(found)
+        assert all(p.grad is None for p in teacher.net.parameters())
+        assert other.keys() == grads.keys()
+        for name, grad in other.items():
+            torch.testing.assert_close(grad, grads[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_models_gradient_by_finite_differences(beta: float) -> None:
+    student, teacher = pair()
+    student.net.double().requires_grad_(True)
+    batch = collate(rows(3, 3), END)
+
+    def loss() -> Tensor:
+        return between(student, teacher, batch, beta, chunk=4).mean()
+
+    loss().backward()
+    g = torch.Generator().manual_seed(5)
+    way = {p: torch.randn(p.shape, generator=g).double() for p in student.net.parameters()}
+    slope = sum(float((p.grad * d).sum()) for p, d in way.items() if p.grad is not None)
+    values = []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, d in way.items():
+                p.add_(d, alpha=sign * 1e-3)
+            values.append(loss().item())
+    assert (values[0] - values[1]) / 2e-3 == pytest.approx(slope, rel=5e-3)  # norms are fp32
+
+
+def test_the_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = divergence.divergence
+    monkeypatch.setattr(divergence, "divergence", lambda Q, P, beta: seen.append(len(Q)) or real(Q, P, beta))
+    monkeypatch.setattr(divergence, "CHUNK_BYTES", 16 * 264 * 5)
+    student, teacher = pair()
+    student.net.requires_grad_(True)
+    found = between(student, teacher, collate(rows(0, 4), END), 0.5)
+    assert max(seen) == 5
+    forward = len(seen)
+    assert forward == math.ceil(len(found) / 5)
+    found.sum().backward()
+    assert len(seen) == 2 * forward  # made again, not kept
+
+
+def test_a_model_that_caps_its_logits_and_a_head_with_more_rows() -> None:
+    """What a model does after its head counts; rows of padding in one head do not."""
+    teacher = models.tiny_llama(1, vocab=300)
+    config = Gemma2Config(
+        vocab_size=264, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5, sliding_window=8, pad_token_id=END,
+        eos_token_id=END, bos_token_id=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    student = models.tiny_llama()
+    student.net = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    batch = collate(rows(1, 3), END)
+    Q, P = (
+        m.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        for m in (student, teacher)
+    )
+    assert Q.abs().max() <= 0.5
+    scored = batch.labels[:, 1:] != MASKED
+    want = formula(Q[:, :-1][scored], P[:, :-1][scored][:, :264], 0.5)
+    found = between(student, teacher, batch, 0.5, chunk=4)
+    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A compression that is killed near its end: what is left is finished, or gone on with without doing anything again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_harness import call, tuned
+from pruner_harness import tiny
+
+from fleetune import models
+from fleetune.cli.console import Ui
+from fleetune.common import files, folders
+from fleetune.compression.jobs import compressed_base
+from fleetune.compression.jobs import work as subjects
+from fleetune.compression.methods import llm_pruner, optq, rtn
+from fleetune.models import artefact
+
+WORK = {
+    "optq": ["--method", "optq", "--set", "group=4", "--windows", "2", "--length", "16", "--text", "text.txt"],
+    "gkd": [
+        "--method", "gkd", "--set", "teacher=same", "--set", "keep_layers=2", "--set", "steps=2", "--set", "lmbda=0",
+        "--set", "batch_size=2", "--data", "rows.jsonl", "--length", "64",
+    ],
+    "llm-pruner": [
+        "--method", "llm-pruner", "--set", "first=1", "--set", "last=1", "--set", "round_to=4", "--set", "ratio=0.34",
+        "--set", "steps=2", "--set", "batch_size=2", "--data", "rows.jsonl", "--length", "64",
+    ],
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+def die(*args: object, **kwargs: object) -> None:
+    raise Killed
+
+
+def before_the_record(patch: pytest.MonkeyPatch) -> None:
+    write = files.write_atomic
+
+    def watched(path: Path, data: bytes | str, **mode: Any) -> None:
+        if path.name == subjects.RECORD and '"result"' in str(data):
+            raise Killed
+        write(path, data, **mode)
+
+    patch.setattr(files, "write_atomic", watched)
+
+
+def while_parts_are_removed(patch: pytest.MonkeyPatch) -> None:
+    real = shutil.rmtree
+
+    def rmtree(path: Path, *args: Any, **kwargs: Any) -> None:
+        if "parts" in path.name and path.exists():
+            next(p for p in sorted(path.rglob("*")) if p.is_file()).unlink()
+            raise Killed
+        real(path, *args, **kwargs)
+
+    patch.setattr(shutil, "rmtree", rmtree)
+
+
+POINTS: dict[str, tuple[bool, Callable[[pytest.MonkeyPatch], None]]] = {
+    "the result is written, nothing else": (False, lambda patch: patch.setattr(subjects, "stored_bytes", die)),
+    "before the record": (False, before_the_record),
+    "after the record": (True, lambda patch: patch.setattr(subjects, "drop", die)),
+    "while parts are removed": (True, while_parts_are_removed),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path, made = tmp_path_factory.mktemp("models") / "small", tiny()
+    models.save(made.net, made.tokenizer, path)
+    return str(path)
+
+
+def nothing_is_done_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(optq.Solver, "solve", die)
+    patch.setattr(llm_pruner, "estimate", die)
+
+
+@pytest.mark.parametrize("method", WORK)
+def test_a_kill_near_the_end_loses_nothing(
+    method: str, model: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, events, err = call(capsys, "compress", model, *WORK[method])
+    assert code == 0, err
+    want = events[-1]["digest"]
+    for number, (point, (done, kill)) in enumerate(POINTS.items(), 2):
+        with pytest.MonkeyPatch.context() as patch:
+            kill(patch)
+            with pytest.raises(Killed):
+                call(capsys, "compress", model, *WORK[method])
+        capsys.readouterr()
+        (folder,) = (at / "runs").glob(f"000{number}-*")
+        _, told, _ = call(capsys, "runs")
+        assert told[-1]["status"] == ("done" if done else "stopped"), point
+        with pytest.MonkeyPatch.context() as patch:
+            nothing_is_done_again(patch)
+            code, events, err = call(capsys, "compress", "--resume", "latest")
+        assert code == 0, (point, err)
+        assert not [e for e in events if e["event"] == "step"], point
+        assert (events[-1]["event"], events[-1]["digest"]) == ("done", want), point
+        assert ("there is nothing to go on with" in err) == done, point
+        assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"], point
+        assert json.loads((folder / "compress.json").read_text())["result"]["digest"] == want, point
+
+
+@pytest.mark.parametrize("left", ["no folder", "an empty folder"])
+def test_a_finished_one_whose_model_is_gone_is_made_anew(
+    left: str, model: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, first, err = call(capsys, "compress", model, *WORK["optq"])
+    assert code == 0, err
+    made = at / "runs" / "0001-optq-small" / "model"
+    shutil.rmtree(made)
+    if left == "an empty folder":
+        made.mkdir()
+    code, again, err = call(capsys, "compress", "--resume", "latest")
+    assert code == 0, err
+    assert [e["event"] for e in again] == [e["event"] for e in first]
+    assert again[-1]["digest"] == first[-1]["digest"]
+
+
+def test_a_kill_while_the_model_is_written_leaves_nothing(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders, "_settle", die)
+        patch.setattr(
+            folders.shutil, "rmtree", lambda *args, **kwargs: None
+        )  # a killed process cleans nothing up
+        with pytest.raises(Killed):
+            call(capsys, "compress", model, *WORK["optq"])
+    capsys.readouterr()
+    (folder,) = (at / "runs").glob("0001-*")
+    assert list(folder.glob(".model.*.tmp"))
+    code, _, err = call(capsys, "compress", "--resume", "latest")
+    assert code == 0, err
+    assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
+
+
+def test_a_damaged_record_is_a_clear_error(model: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "compress", model, *WORK["optq"])[0] == 0
+    (at / "runs" / "0001-optq-small" / "compress.json").write_text("{")
+    code, events, _ = call(capsys, "compress", "--resume", "1")
+    assert code == 1
+    assert "compress.json is damaged" in events[-1]["message"]
+
+
+def test_parts_that_cannot_be_removed_are_said_and_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on Windows, where one of their files is open."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    with monkeypatch.context() as patch:
+
+        def rename(self: Path, target: Path) -> None:
+            raise PermissionError(13, "in use")
+
+        patch.setattr(Path, "rename", rename)
+        subjects.drop(parts)
+    assert "is not needed any more, but cannot be removed" in caplog.text
+    subjects.drop(parts)
+    subjects.drop(parts)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("point", ["before it is written", "after it is written", "while parts are removed"])
+def test_a_kill_while_the_base_is_compressed(
+    point: str, model: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned(capsys, model)
+    code, _, err = call(capsys, "compress", "latest", "--method", "rtn", "--set", "group=4")
+    assert code == 0, err
+    folder = next((at / "runs").glob("0002-*"))
+    with pytest.MonkeyPatch.context() as patch:
+        if point == "before it is written":
+            patch.setattr(artefact, "write", die)
+        elif point == "after it is written":
+            patch.setattr(subjects, "drop", die)
+        else:
+            while_parts_are_removed(patch)
+        with pytest.raises(Killed):
+            compressed_base.base_of(Ui(quiet=2), folder, offline=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rtn.Solver, "solve", die)
+        made = compressed_base.base_of(Ui(quiet=2), folder, offline=True)
+        assert compressed_base.base_of(Ui(quiet=2), folder, offline=True) == made
+    assert [p.name for p in (folder / "base").iterdir()] == ["model"]
+    artefact.Master(made).digest()

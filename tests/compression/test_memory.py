@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One block in memory at a time: the same bytes, a peak that blocks do not add to, and what the plan says of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fleetune import compression, models
+from fleetune.cli.main import main
+from fleetune.compression.jobs import solve
+from fleetune.compression.layerwise import driver
+from fleetune.compression.layerwise.activations import Stream
+from fleetune.compression.layerwise.driver import linears_of
+from fleetune.compression.layerwise.federated import Clients
+from fleetune.errors import ModelError
+from fleetune.models.paged import Pages, held, pages_of, tensors_of
+from fleetune.models.tensor_file import write_in_turn
+from fleetune.planning import compression_cost, plan
+from fleetune.planning.shapes import shape_of
+from fleetune.tuning import rounds
+
+TYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]
+
+
+def saved(
+    folder: Path, dtype: torch.dtype = torch.float32, *, layers: int = 3, hidden: int = 32, tied: bool = True,
+    shard: str = "5GB",
+) -> str:  # fmt: skip
+    tiny = models.tiny_llama(layers=layers, hidden=hidden)
+    if not tied:
+        config = LlamaConfig(**{**tiny.net.config.to_dict(), "tie_word_embeddings": False})
+        torch.manual_seed(0)
+        tiny.net = LlamaForCausalLM(config).eval().requires_grad_(False)
+    tiny.net.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    tiny.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def room(net: nn.Module) -> int:
+    """Bytes of the weights that are in memory."""
+    return sum(p.nbytes for p in net.parameters() if p.untyped_storage().nbytes() > 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_in_its_files_is_the_one_in_memory(dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
+    name = saved(tmp_path / "m", dtype, tied=tied, shard="20KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 2
+    whole, paged = (models.load(name, device="cpu", paged=p) for p in (False, True))
+    assert paged.digest == whole.digest
+    assert room(paged.net) == 0
+    ids = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(paged.net(input_ids=ids).logits, whole.net(input_ids=ids).logits)
+    assert room(paged.net) == 0  # everything is dropped again
+    for (a, x), (b, y) in zip(tensors_of(paged), tensors_of(whole), strict=True):
+        assert a == b
+        assert torch.equal(x, y)
+
+
+def test_a_part_is_held_for_as_long_as_it_is_asked_for(tmp_path: Path) -> None:
+    model = models.load(saved(tmp_path / "m", torch.bfloat16), device="cpu", paged=True)
+    block = linears_of(model)[1][0]
+    with torch.inference_mode(), held(model, block):
+        model.net(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+        assert room(block) == sum(4 * p.numel() for p in block.parameters()) == room(model.net)
+    assert room(model.net) == 0
+    with pytest.raises(IndexError):  # a forward that fails leaves nothing behind
+        model.net(input_ids=torch.full((1, 4), 10**6))
+    assert room(model.net) == 0
+
+
+def test_files_with_other_names_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = {n.removeprefix("model."): t for n, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    models.load(str(tmp_path / "m"), device="cpu")  # transformers knows what is meant
+    with pytest.raises(ModelError, match="name their tensors in another way"):
+        models.load(str(tmp_path / "m"), device="cpu", paged=True)
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
+    code = main(["compress", *args, "--json"])
+    out, err = capsys.readouterr()
+    return code, [json.loads(line) for line in out.splitlines()], err + out
+
+
+@pytest.fixture
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("The heron stood still in the shallow water, as before. " * 30)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["optq", "sparsegpt", "rtn"])
+def test_low_memory_gives_the_same_bytes(
+    method: str, dtype: torch.dtype, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = saved(at / "m", dtype, shard="20KB")
+    text = ["--text", "text.txt", "--windows", "4", "--length", "16", "--eval-text", "text.txt"]
+    group = [] if method == "sparsegpt" else ["--set", "group=8"]
+    done = []
+    for more in ([], ["--low-memory"]):
+        code, events, err = call(capsys, name, "--method", method, *group, *text, *more)
+        assert code == 0, err
+        done.append(events[-1])
+    same = ("before", "after", "error", "digest", "bytes")
+    assert [done[0][k] for k in same if k != "error" or method != "rtn"] == [
+        done[1][k] for k in same if k != "error" or method != "rtn"
+    ]
+    folders = [Path(d["folder"]) / "model" for d in done]
+    for file in folders[0].iterdir():
+        assert file.read_bytes() == (folders[1] / file.name).read_bytes(), file.name
+
+
+def test_low_memory_is_refused_where_it_cannot_be(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = saved(at / "m")
+    for args, want in (
+        (["--set", "group=8"], "cannot write its own text"),
+        (["--method", "gkd", "--data", "demo", "--set", "teacher=same"], "must be in memory"),
+    ):
+        code, _, err = call(capsys, name, "--low-memory", *args)
+        assert code == 2
+        assert want in err
+    assert not (at / "runs").exists()
+
+
+def most_alive(folder: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """(the most bytes of weights that were read and not yet dropped, bytes of all) while a model is compressed."""
+    model = models.load(saved(folder / "m", torch.bfloat16, layers=layers), device="cpu", paged=True)
+    alive: dict[int, int] = {}
+    seen, read = [0], Pages.weight
+
+    def weight(self: Pages, name: str) -> Tensor:
+        tensor = read(self, name)
+        alive[id(tensor)] = tensor.nbytes
+        weakref.finalize(tensor, alive.pop, id(tensor), None)
+        seen[0] = max(seen[0], sum(alive.values()))
+        return tensor
+
+    solver: Any = compression.make("optq", {"group": 8})
+    with monkeypatch.context() as patch:
+        patch.setattr(Pages, "weight", weight)
+        driver.check(model, solver)
+        windows = torch.zeros(3, 12, dtype=torch.int64) + torch.arange(12)
+        parts = driver.run(model, solver, windows, folder / "parts")
+        job = SimpleNamespace(held=[], texts=["a text to measure on"], measured=True, model=model)
+        solve._after(job, parts)  # type: ignore[arg-type]
+        from fleetune.models import artefact
+
+        artefact.write(
+            folder / "model", model, parts, artefact.Head("optq", {}, model.digest, model.tokenizer_digest)
+        )
+    return seen[0], sum(4 * p.numel() for p in model.net.parameters())
+
+
+def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, _ = most_alive(tmp_path / "few", 2, monkeypatch)
+    many, whole = most_alive(tmp_path / "many", 6, monkeypatch)
+    assert few == many
+    assert many < whole / 3
+
+
+def test_the_peak_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
+    """Of the real process: 4 blocks of 2.4 MB or 12 of them, converted from bf16, leave the same mark."""
+    solver: Any = compression.make("rtn", {"group": 8})
+    peaks: list[int] = []
+    for layers in (4, 4, 12):  # the first one warms up
+        name = saved(tmp_path / f"m{len(peaks)}", torch.bfloat16, layers=layers, hidden=256)
+        rounds.release_memory()
+        before = rounds.rss()
+        model = models.load(name, device="cpu", paged=True)
+        driver.check(model, solver)
+        parts = driver.run(model, solver, None, tmp_path / f"p{len(peaks)}")
+        from fleetune.models import artefact
+
+        artefact.write(tmp_path / f"a{len(peaks)}", model, parts, artefact.Head("rtn", {}, "", ""))
+        peaks.append(rounds.peak_rss() - before)
+        del model, parts
+    block = 2.4e6
+    assert peaks[2] - peaks[1] < 3 * block  # a model in memory would add 8 blocks, two copies 16
+
+
+# The file -------------------------------------------------------------------------------------------
+
+
+@given(
+    kinds=st.lists(st.sampled_from(TYPES), min_size=1, max_size=8),
+    names=st.lists(st.text('abxyz.é"\\ ', min_size=1, max_size=6), min_size=8, max_size=8, unique=True),
+    note=st.text(max_size=20),
+)
+def test_the_file_is_what_safetensors_writes(kinds: list[torch.dtype], names: list[str], note: str) -> None:
+    import tempfile
+
+    tensors = {
+        n: torch.arange(3 * (i + 1)).reshape(3, -1).to(k)
+        for i, (n, k) in enumerate(zip(names, kinds, strict=False))
+    }
+    table = {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = Path(folder) / "a", Path(folder) / "b"
+        write_in_turn(ours, table, reversed(list(tensors.items())), {"master": note})
+        save_file(tensors, theirs, metadata={"master": note})
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+# The plan -------------------------------------------------------------------------------------------
+
+
+def llama(layers: int = 2, **sizes: int) -> LlamaConfig:
+    return LlamaConfig(
+        **{"vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
+           "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": layers, **sizes}
+    )  # fmt: skip
+
+
+def test_hessians_are_counted_once_for_each_input() -> None:
+    model = models.tiny_llama()
+    with torch.inference_mode():
+        H = Stream(model, torch.zeros(1, 4, dtype=torch.int64)).hessians(0, linears_of(model)[0][1])
+    distinct = {id(h): h.nbytes for h in H.values()}
+    block = next(iter(compression_cost.blocks(shape_of(model.net.config)).values()))
+    assert compression_cost.hessians(block) == sum(distinct.values())
+
+
+def test_the_plan_with_low_memory_does_not_depend_on_the_blocks() -> None:
+    def peak(layers: int, **work: Any) -> int:
+        return sum(
+            compression_cost.memory(
+                shape_of(llama(layers)), compression_cost.Work(8, 64)._replace(**work)
+            ).values()
+        )
+
+    assert peak(2, low_memory=True) == peak(20, low_memory=True)
+    block = 4 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 160 + 2 * 64)
+    assert peak(20) - peak(2) == 18 * block
+    assert peak(2, windows=16) - peak(2) == 8 * 64 * 64 * 4
+    assert peak(2, windows=16, clients=2) == peak(2)
+    assert (
+        peak(2, together=True) > peak(2) + 7 * 64 * 2 * 160 * 4
+    )  # the other seven windows, at least twice their channels
+    assert peak(2, heads=4) == peak(2)  # of one window they are little
+    assert peak(2, together=True, heads=4) - peak(2, together=True) == 2 * 8 * 4 * 64 * 64 * 4
+    assert peak(2, windows=0) < peak(2)
+    assert peak(20, measured=True, low_memory=True) < peak(20, measured=True)
+
+
+def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:
+    model = models.tiny_llama(layers=4, hidden=128)
+    for values in ({"group": 8}, {"bits": 8, "group": 8}, {"bits": 3, "group": 0}):
+        solver: Any = compression.make("rtn", values)
+        parts = driver.run(model, solver, None, tmp_path / "parts")
+        from fleetune.models import artefact
+
+        artefact.write(tmp_path / "model", model, parts, artefact.Head("rtn", {}, "", ""))
+        real = sum(
+            f.stat().st_size
+            for d in ("parts", "model")
+            for f in (tmp_path / d).iterdir()
+            if f.suffix == ".safetensors"
+        )
+        assert compression_cost.disk(
+            shape_of(model.net.config), compression_cost.work(solver, 0, 0)
+        ) == pytest.approx(real, rel=0.15)
+        shutil.rmtree(tmp_path / "parts")
+
+
+def test_the_disk_holds_the_states_of_clients_that_wait(tmp_path: Path) -> None:
+    model, text = models.tiny_llama(layers=2, hidden=128), torch.randint(0, 250, (6, 16))
+    Clients(model, {0: text[:2], 1: text[2:]}, tmp_path, lambda reply: None)
+    waiting = sum(file.stat().st_size for file in (tmp_path / "devices").iterdir())
+    shape, alone = (
+        shape_of(model.net.config),
+        compression_cost.work(compression.make("optq", {"group": 8}), 6, 16),
+    )
+    more = compression_cost.disk(shape, alone._replace(clients=2)) - compression_cost.disk(shape, alone)
+    assert more == pytest.approx(waiting, rel=0.05)
+
+
+def test_what_it_takes_is_said_before_it_begins(
+    at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = saved(at / "m")
+    args = [name, "--set", "group=8", "--text", "text.txt", "--windows", "4", "--length", "16"]
+    code, events, err = call(capsys, *args, "--dry-run")
+    assert code == 0
+    assert events[0]["memory"].startswith("about 5")  # MB, hundreds
+    assert "memory: about 5" in err
+    code, events, err = call(capsys, *args)
+    assert events[-1]["planned"] == events[0]["planned"] > 4e8
+    assert "of memory are free" not in err
+    monkeypatch.setattr(compression_cost, "available", lambda: 1000)
+    monkeypatch.setattr(rounds, "rss", lambda: 0)
+    code, _, err = call(capsys, *args)
+    assert code == 0
+    assert "1.0 kB of memory are free; with --low-memory it takes less" in err
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    code, _, err = call(capsys, *args)
+    assert code == 1
+    assert "has 10 B free" in err
+    assert "fleetune compress --resume runs/0003-optq-m" in err
+    assert not (at / "runs" / "0003-optq-m" / "parts").exists()
+
+
+def test_plan_says_what_compressing_takes() -> None:
+    text = dict(plan.describe(llama(), "m", plan.Work()))["compress"]
+    assert "optq over 128 windows of 512 tokens" in text
+    assert "with --low-memory" in text
+
+
+def test_an_ordinary_model_has_no_pages() -> None:
+    assert pages_of(models.tiny_llama()) is None

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives: the built-in ones against the same number reached another way, and functions by import path."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fleetune.data.encode import Batch, collate, encode_all, prompt_ids
+from fleetune.data.examples import Example
+from fleetune.errors import DataError, RecipeError
+from fleetune.evaluation import objectives
+from fleetune.evaluation.answers import generate, label_accuracy
+from fleetune.evaluation.objectives import BUILT_IN, get, loss_tensor, negative_score, split
+from fleetune.evaluation.scores import rouge_l, token_f1
+from fleetune.models import Model, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Model:
+    return tiny_llama(seed=3)
+
+
+def _examples(*labels: str) -> list[Example]:
+    return [Example((("user", "why " * (i + 1)),), label, {}) for i, label in enumerate(labels)]
+
+
+def _batch(model: Model, examples: list[Example]) -> Batch:
+    return collate(encode_all(examples, model.tokenizer, 256)[0], 257)
+
+
+# --- built in ---------------------------------------------------------------------------------------------
+
+
+def test_a_batch_splits_into_prompts_and_references(tiny: Model) -> None:
+    examples = _examples("yes", "no, never", "maybe")
+    prompts, references = split(_batch(tiny, examples))
+    for example, prompt, reference in zip(examples, prompts, references, strict=True):
+        assert prompt.tolist() == prompt_ids(example, tiny.tokenizer, 256).tolist()
+        assert tiny.tokenizer.decode(reference.tolist()) == example.response + "<|im_end|>"
+
+
+def test_loss_is_the_models_own(tiny: Model) -> None:
+    batch = _batch(tiny, _examples("yes", "no, never", "maybe"))
+    with torch.no_grad():
+        expected = float(tiny.net(**batch._asdict()).loss)
+    assert get()(tiny, batch) == pytest.approx(expected, abs=1e-6)
+    assert get("loss")(tiny, batch) == get()(tiny, batch)
+    assert isinstance(get()(tiny, batch), float)
+
+
+def test_loss_tensor_has_the_models_own_gradient() -> None:
+    model = tiny_llama(seed=1)
+    model.net.requires_grad_(True)
+    batch = _batch(model, _examples("yes", "no, never"))
+    model.net(**batch._asdict()).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.net.named_parameters()}
+    model.net.zero_grad()
+    loss = loss_tensor(model, batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(get()(model, batch), abs=1e-6)
+    for name, p in model.net.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def _says(model: Model, chances: dict[str, float]) -> None:
+    scores = torch.full((264,), -30.0)
+    for char, chance in chances.items():
+        scores[model.tokenizer(char)["input_ids"][0]] = math.log(chance)
+    model.net.lm_head.register_forward_hook(lambda module, args, out: scores.expand(out.shape))
+
+
+def test_accuracy_of_a_rigged_model() -> None:
+    model = tiny_llama()
+    _says(model, {"y": 0.4, "e": 0.2, "s": 0.2, "n": 0.1, "o": 0.1})
+    batch = _batch(model, _examples("yes", "no", "no", "yes", "yes"))
+    assert get("accuracy")(model, batch) == pytest.approx(-0.6)
+    assert get("accuracy:no,yes")(model, batch) == pytest.approx(-0.6)
+    assert get("accuracy:no, yes, sey")(model, _batch(model, _examples("yes"))) == -1.0
+    assert get("accuracy:no,yes")(model, _batch(model, _examples("no"))) == 0.0
+
+
+def test_accuracy_is_evaluates_accuracy(tiny: Model) -> None:
+    examples = _examples("yes", "no", "maybe", "no", "yes", "maybe")
+    percent = label_accuracy(tiny, examples, ["maybe", "no", "yes"])
+    assert get("accuracy:maybe,no,yes")(tiny, _batch(tiny, examples)) == pytest.approx(-percent / 100)
+    assert 0 < percent < 100
+
+
+def test_accuracy_says_what_words_it_misses(tiny: Model) -> None:
+    with pytest.raises(RecipeError, match="do not cover the answer 'maybe'"):
+        get("accuracy:yes,no")(tiny, _batch(tiny, _examples("yes", "maybe")))
+    with pytest.raises(RecipeError, match="do not cover the answer 'yes'") as caught:
+        get("accuracy")(tiny, _batch(tiny, _examples("yes")))
+    assert "accuracy:yes,no" in str(caught.value.hint)
+    assert get("accuracy")(tiny, _batch(tiny, _examples("yes", "yes"))) == -1.0
+
+
+@pytest.mark.parametrize(("name", "score"), [("rouge_l", rouge_l), ("f1", token_f1)])
+def test_scores_of_greedy_answers(name: str, score: objectives.Score) -> None:
+    model = tiny_llama()
+    a, b, c = model.tokenizer("a b")["input_ids"]
+    # whatever the prompt, the model says "a b" and ends its turn
+    follows = {b: c, c: 257}
+    state = {"last": -1}
+
+    def hook(module: torch.nn.Module, args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        state["last"] = (
+            a if out.shape[0] > 0 and state["last"] in (-1, 257) else follows.get(state["last"], b)
+        )
+        made = torch.zeros_like(out)
+        made[..., state["last"]] = 1.0
+        return made
+
+    model.net.lm_head.register_forward_hook(hook)
+    examples = _examples("a b", "b", "x", "a b c")
+    answers = generate(model, examples, max_new_tokens=9)
+    assert answers == ["a b"] * 4
+    expected = score(answers, [example.response for example in examples]) / 100
+    assert 0.3 < expected < 0.9
+    assert get(name)(model, _batch(model, examples)) == pytest.approx(-expected)
+
+
+@pytest.mark.parametrize("name", ["rouge_l", "f1"])
+def test_prompts_are_answered_as_in_evaluation(
+    tiny: Model, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = _examples("yes", "no, never", "maybe")
+    seen: list[list[str]] = []
+
+    def score(answers: list[str], references: list[str]) -> float:
+        seen.append(answers)
+        assert references == [example.response for example in examples]
+        return 25.0
+
+    assert negative_score(tiny, _batch(tiny, examples), score, 7) == -0.25
+    assert seen == [generate(tiny, examples, max_new_tokens=7)]
+    lengths: list[int] = []
+    monkeypatch.setattr(
+        objectives,
+        "generate_from_ids",
+        lambda model, prompts, max_new_tokens, batch_size: lengths.append(max_new_tokens) or [""] * 3,
+    )
+    batch = _batch(tiny, examples)
+    get(name)(tiny, batch)
+    get(f"{name}:50")(tiny, batch)
+    get(name)(tiny, _batch(tiny, _examples("a" * 99, "b", "c")))
+    assert lengths == [2 * len("no, never_"), 50, 128]
+
+
+def test_values_repeat_and_the_model_is_left_as_it_was() -> None:
+    model = tiny_llama(seed=3)
+    batch = _batch(model, _examples("yes", "no", "no"))
+    before = [p.clone() for p in model.net.parameters()]
+    model.net.train()
+    state = torch.get_rng_state()
+    for name in BUILT_IN:
+        assert get(name)(model, batch) == get(name)(model, batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.net.modules())
+    assert all(torch.equal(p, q) for p, q in zip(model.net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["loss:3", "accuracy:yes", "accuracy:yes,yes", "accuracy:yes,,no", "f1:0", "f1:x", "rouge_l:-3"]
+)
+def test_wrong_arguments_of_built_in_ones(name: str) -> None:
+    with pytest.raises(RecipeError, match="objective") as caught:
+        get(name)
+    assert caught.value.hint
+
+
+# --- a function of one's own ------------------------------------------------------------------------------
+
+OWN = """
+import torch
+from dataclasses import dataclass
+
+CONSTANT = 3
+calls = []
+
+@dataclass
+class Weight:
+    value: "float" = 2.0
+
+def mine(model, batch):
+    calls.append((torch.is_inference_mode_enabled(), model.net.training))
+    return Weight().value * float((batch.labels != -100).sum())
+
+def count(model, batch):
+    return float(len(calls))
+
+def tensor(model, batch):
+    return torch.tensor(1.0)
+
+def nothing(model, batch):
+    pass
+
+def flag(model, batch):
+    return True
+
+def nan(model, batch):
+    return float("nan")
+
+def infinite(model, batch):
+    return -float("inf")
+
+def numpy_number(model, batch):
+    import numpy
+    return numpy.float32(0.5)
+
+def fails(model, batch):
+    return 1 / 0
+
+def refuses(model, batch):
+    from fleetune.errors import DataError
+    raise DataError("not these rows")
+
+def one(model):
+    return 1.0
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    file = tmp_path / "my objectives.py"
+    file.write_text(OWN)
+    return file
+
+
+def test_a_function_in_a_file(tiny: Model, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = _batch(tiny, _examples("yes", "no"))
+    objective = get(f"{own}:mine")
+    assert objective(tiny, batch) == 2.0 * (4 + 3)
+    monkeypatch.chdir(own.parent)
+    assert get(f"{own.name}:mine")(tiny, batch) == 14.0
+    own.write_text(OWN.replace("2.0", "3.0"))
+    assert get(f"{own}:mine")(tiny, batch) == 21.0  # an edited file is read again
+    assert objective(tiny, batch) == 14.0
+
+
+def test_a_file_is_one_module_however_often_it_is_asked_for(tiny: Model, own: Path) -> None:
+    batch = _batch(tiny, _examples("yes"))
+    for _ in range(3):
+        get(f"{own}:mine")(tiny, batch)
+    assert get(f"{own}:count")(tiny, batch) == 3.0
+
+
+def test_a_function_in_a_package(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "some_objectives"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "text.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    batch = _batch(tiny, _examples("yes"))
+    assert get("some_objectives.text:mine")(tiny, batch) == 8.0
+    assert vars(sys.modules["some_objectives.text"])["calls"] == [(True, False)]
+    value = get("some_objectives.text:numpy_number")(tiny, batch)
+    assert value == 0.5
+    assert type(value) is float
+    assert get("fleetune.evaluation.losses:batch_loss")(tiny, batch) == get("loss")(tiny, batch)
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("tensor", "returned a Tensor, not a float"),
+        ("nothing", "returned a NoneType"),
+        ("flag", "returned a bool"),
+        ("nan", "returned nan"),
+        ("infinite", "returned -inf"),
+        ("fails", "failed: ZeroDivisionError: division by zero"),
+        ("one", "failed: TypeError"),
+    ],
+)
+def test_bad_results_are_recipe_errors(tiny: Model, own: Path, function: str, says: str) -> None:
+    objective = get(f"{own}:{function}")
+    with pytest.raises(RecipeError, match=says) as caught:
+        objective(tiny, _batch(tiny, _examples("yes")))
+    assert f"{own.name}:{function}" in caught.value.message
+    assert caught.value.hint
+
+
+def test_our_own_errors_pass_through(tiny: Model, own: Path) -> None:
+    with pytest.raises(DataError, match="not these rows"):
+        get(f"{own}:refuses")(tiny, _batch(tiny, _examples("yes")))
+
+
+def test_paths_that_give_no_function(own: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("def f(:\n")
+    for name, says in [
+        ("lsos", "unknown objective 'lsos'"),
+        (":f", "unknown objective"),
+        ("module:", "unknown objective"),
+        (f"{own}:missing", "has no 'missing'"),
+        (f"{own}:CONSTANT", "CONSTANT is a int, not a function"),
+        (f"{tmp_path / 'none.py'}:f", "no file"),
+        (f"{broken}:f", "cannot be imported: SyntaxError"),
+        ("no_such_package_here.sub:f", "cannot be imported: ModuleNotFoundError"),
+        ("fleetune.evaluation.losses:missing", "has no 'missing'"),
+    ]:
+        with pytest.raises(RecipeError, match=says) as caught:
+            get(name)
+        assert caught.value.hint
+    assert not [name for name in sys.modules if vars(sys.modules[name]).get("__file__") == str(broken)]

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders: whose head a directory gets, accuracy by head and by label words, and a whole run of one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    DistilBertModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaModel,
+)
+
+from fleetune import models
+from fleetune.data import Example
+from fleetune.data.encode import collate, encode
+from fleetune.data.labelled import encode_rows
+from fleetune.errors import DataError, ModelError, RecipeError
+from fleetune.evaluation.answers import answer_ids, label_accuracy, predict
+from fleetune.evaluation.losses import class_measures, row_losses
+from fleetune.evaluation.measures import evaluate, measure
+from fleetune.models.encoders import MAX_LABELS, head_names
+from fleetune.models.layers import head_of
+from fleetune.models.tiny import tiny_pair_tokenizer
+from fleetune.runs.rundir import events
+from fleetune.tuning import run as job
+
+SIZES: dict[str, Any] = {"vocab_size": 264, "pad_token_id": 258}
+SMALL = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 1, "num_attention_heads": 4}
+DISTIL = {"dim": 32, "hidden_dim": 72, "n_layers": 1, "n_heads": 4}
+KINDS: dict[str, tuple[Callable[[], PreTrainedModel], set[str]]] = {
+    "bert": (lambda: BertModel(BertConfig(**SIZES, **SMALL)), {"classifier"}),
+    "bert, masked": (lambda: BertForMaskedLM(BertConfig(**SIZES, **SMALL)), {"classifier", "bert.pooler.dense"}),
+    "roberta": (lambda: RobertaModel(RobertaConfig(**SIZES, **SMALL)), {"classifier.dense", "classifier.out_proj"}),
+    "roberta, masked": (
+        lambda: RobertaForMaskedLM(RobertaConfig(**SIZES, **SMALL)),
+        {"classifier.dense", "classifier.out_proj"},
+    ),
+    "distilbert": (lambda: DistilBertModel(DistilBertConfig(**SIZES, **DISTIL)), {"pre_classifier", "classifier"}),
+    "distilbert, masked": (
+        lambda: DistilBertForMaskedLM(DistilBertConfig(**SIZES, **DISTIL)),
+        {"pre_classifier", "classifier"},
+    ),
+}  # fmt: skip
+
+
+def folder(path: Path, net: PreTrainedModel, kind: str = "bert") -> Path:
+    models.save(net, tiny_pair_tokenizer("bert" if kind.startswith("bert") else "roberta"), path)
+    return path
+
+
+def trained_head(path: Path, labels: tuple[str, ...] = ("no", "yes")) -> models.Model:
+    """A classifier whose head is like no start, as a directory; the model in memory."""
+    model = models.tiny_bert(3, labels=labels)
+    with torch.no_grad():
+        model.net.classifier.bias.copy_(torch.arange(float(len(labels))) - 0.3)
+    models.save(model.net, model.tokenizer, path)
+    return model
+
+
+# ---------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_bare_encoder_gets_a_new_head_and_keeps_everything_else(tmp_path: Path, kind: str) -> None:
+    make, new = KINDS[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = make()
+    path = folder(tmp_path / "bare", net, kind)
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    model = models.load(str(path), labels=("no", "yes", "perhaps"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.labels == ("no", "yes", "perhaps")
+    prefix = model.net.base_model_prefix + "."
+    old = {n if n.startswith(prefix) else prefix + n: p for n, p in net.named_parameters()}
+    fresh = set()
+    for name, parameter in model.net.named_parameters():
+        if name in old:
+            assert torch.equal(parameter, old[name]), name
+        else:
+            fresh.add(name.rpartition(".")[0])
+            if name.endswith("bias"):
+                assert not parameter.any()
+            else:
+                assert 0 < parameter.abs().max() <= 0.02 * math.sqrt(3)  # uniform with deviation 0.02
+    assert fresh == new
+    torch.manual_seed(2)
+    again = models.load(str(path), labels=("no", "yes", "perhaps"))
+    assert again.digest == model.digest  # the same head, whatever the generators
+    assert again.net.config.id2label == {0: "no", 1: "yes", 2: "perhaps"}
+
+
+def test_a_new_head_has_the_usual_spread(tmp_path: Path) -> None:
+    net = BertModel(BertConfig(**SIZES, **SMALL | {"hidden_size": 256}, initializer_range=0.05))
+    model = models.load(str(folder(tmp_path / "wide", net)), labels=tuple(f"l{i}" for i in range(MAX_LABELS)))
+    weight = model.net.classifier.weight
+    assert weight.shape == (64, 256)
+    assert weight.std().item() == pytest.approx(0.05, rel=0.02)
+    assert weight.mean().item() == pytest.approx(0, abs=0.002)
+
+
+def test_a_saved_classifier_keeps_its_head_and_the_order_of_its_labels(tmp_path: Path) -> None:
+    saved = trained_head(tmp_path / "own", ("zebra", "ant", "fox"))
+    for labels in ((), ("ant", "fox"), ("fox", "ant", "zebra")):
+        model = models.load(str(tmp_path / "own"), labels=labels)
+        assert model.labels == ("zebra", "ant", "fox")
+        assert model.digest == models.digest(models.named_tensors(saved.net))
+        assert torch.equal(model.net.classifier.bias, saved.net.classifier.bias)
+
+
+def test_other_labels_mean_a_new_head_and_a_warning(tmp_path: Path, caplog: Any) -> None:
+    saved = trained_head(tmp_path / "own")
+    with caplog.at_level(logging.WARNING):
+        model = models.load(str(tmp_path / "own"), labels=("north", "south"))
+    assert "it gets a new head" in caplog.text
+    assert model.labels == ("north", "south")
+    assert not model.net.classifier.bias.any()
+    assert not torch.equal(model.net.classifier.weight, saved.net.classifier.weight)
+    assert torch.equal(model.net.bert.pooler.dense.weight, saved.net.bert.pooler.dense.weight)
+    assert models.load(str(tmp_path / "own"), labels=("a", "b", "c", "d")).net.classifier.weight.shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ((), "chooses among 2 to 64 label words; 0 were given"),
+        (("yes",), "1 were given, such as 'yes'"),
+        (("yes", "yes"), "2 were given"),
+        (("yes", ""), "2 were given"),
+        (tuple(f"answer {i}" for i in range(65)), "65 were given, such as 'answer 0'"),
+    ],
+)
+def test_what_cannot_be_label_words_is_said_with_what_to_do(
+    tmp_path: Path, labels: tuple[str, ...], said: str
+) -> None:
+    path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
+    with pytest.raises(ModelError, match=said) as failed:
+        models.load(str(path), labels=labels)
+    assert "--labels yes,no" in str(failed.value.hint)
+
+
+def test_an_encoder_that_lacks_more_than_its_head_is_refused(tmp_path: Path) -> None:
+    path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
+    tensors = load_file(path / "model.safetensors")
+    del tensors["encoder.layer.0.output.dense.weight"]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 tensors .*bert\.encoder\.layer\.0\.output\.dense\.weight"):
+        models.load(str(path), labels=("no", "yes"))
+
+
+def test_the_names_of_a_head() -> None:
+    net = models.tiny_bert().net
+    assert head_names(net) == ["classifier.bias", "classifier.weight"]
+    assert sorted(head_of(net)) == [  # what is trained with any module: the pooler comes after the layers
+        "bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight",
+    ]  # fmt: skip
+    assert head_of(models.tiny_llama().net) == []
+
+
+# ---------------------------------------------------------------- accuracy
+
+PAIRS = [
+    Example((("user", f"{q}|{s}"),), "yes" if s in q else "no", {}, (q, s))
+    for q, s in [("what a", "a"), ("b?", "cc" * 20), ("abc", "b"), ("x" * 9, "y"), ("is z", "z"), ("m", "nn")]
+]
+
+
+def by_hand(model: models.Model, example: Example) -> np.ndarray:
+    """One row by itself through the net, float64 log-probabilities of the label words."""
+    made = model.tokenizer(*example.texts, return_tensors="pt")
+    with torch.no_grad():
+        return F.log_softmax(model.net(**made).logits[0].double(), 0).numpy()
+
+
+@pytest.mark.parametrize("make", [models.tiny_bert, models.tiny_roberta])
+def test_loss_and_accuracy_of_a_head(make: Any) -> None:
+    """Each row alone, by plain transformers; neither padding nor the batch size has a part in it."""
+    model = make(5)
+    said = [by_hand(model, e) for e in PAIRS]
+    targets = [model.labels.index(e.response) for e in PAIRS]
+    accuracy = 100 * np.mean([int(p.argmax()) == t for p, t in zip(said, targets, strict=True)])
+    loss = -np.mean([p[t] for p, t in zip(said, targets, strict=True)])
+    assert 0 < accuracy < 100
+    rows, _ = encode_rows(model, PAIRS, 512)
+    for size in (1, 4, 8):
+        assert class_measures(model, rows, batch_size=size) == pytest.approx((loss, accuracy), abs=1e-5)
+        assert label_accuracy(model, PAIRS, batch_size=size) == pytest.approx(accuracy)
+    assert measure(model, rows, PAIRS, (), 512) == pytest.approx(
+        {"loss": loss, "accuracy": accuracy}, abs=1e-5
+    )
+    assert evaluate(model, PAIRS) == pytest.approx({"loss": loss, "accuracy": accuracy}, abs=1e-5)
+    assert predict(model, PAIRS) == [model.labels[int(p.argmax())] for p in said]
+
+
+def test_accuracy_by_label_words_of_a_causal_model_on_the_same_rows() -> None:
+    """Mean log-probability of each word's tokens after the question, one row at a time."""
+    model, right = models.tiny_llama(2), 0
+    for example in PAIRS:
+        scores = []
+        for word in ("no", "yes"):
+            row = encode(Example(example.messages, word), model.tokenizer, 512)
+            n = row.n_prompt + len(answer_ids(model, word))
+            with torch.no_grad():
+                logits = model.net(torch.tensor([row.ids.tolist()])).logits[0].double()
+            said = F.log_softmax(logits, -1)
+            scores.append(np.mean([said[t - 1, int(row.ids[t])].item() for t in range(row.n_prompt, n)]))
+        right += ("no", "yes")[int(np.argmax(scores))] == example.response
+    accuracy = 100 * right / len(PAIRS)
+    assert label_accuracy(model, PAIRS, ["no", "yes"]) == pytest.approx(accuracy)
+    rows, _ = encode_rows(model, PAIRS, 512)
+    assert measure(model, rows, PAIRS, ("no", "yes"), 512)["accuracy"] == pytest.approx(accuracy)
+    assert set(measure(model, rows, PAIRS, (), 512)) == {"loss"}  # no words, no accuracy
+
+
+def test_each_row_of_an_encoder_counts_once() -> None:
+    model = models.tiny_bert(5)
+    rows, _ = encode_rows(model, PAIRS, 512)
+    sums, counts = row_losses(model, collate(rows, 258))
+    assert counts.tolist() == [1] * 6
+    np.testing.assert_allclose(
+        sums, [-by_hand(model, e)[model.labels.index(e.response)] for e in PAIRS], atol=1e-5
+    )
+
+
+def test_what_an_encoder_cannot_do_is_refused() -> None:
+    model = models.tiny_bert()
+    for task in ("rouge_l", "perplexity", "exact_match"):
+        with pytest.raises(RecipeError, match=f"task '{task}' needs a model that writes text"):
+            evaluate(model, PAIRS, [task])
+    with pytest.raises(DataError, match=r"1 other response\(s\) such as \['maybe'\]"):
+        label_accuracy(model, [Example((("user", "q"),), "maybe", {}, ("q",))])
+
+
+# ---------------------------------------------------------------- a run
+
+
+def data(path: Path, label: str = "label") -> str:
+    rows = [
+        {"question": f"what {c}", "sentence": f"it is {c if i % 2 else 'q'}", label: ["not_entailment", "entailment"][i % 2]}
+        for i, c in enumerate("abcdefghijklmnop")
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_run_of_an_encoder_on_labelled_rows(tmp_path: Path) -> None:
+    path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
+    done = job.run(
+        out=tmp_path / "runs", model=str(path), data=data(tmp_path / "qnli.jsonl"), method="fedpetuning",
+        clients=2, rounds=2, held_out=6, samples=2, max_length=32, set={"module": "bitfit", "batch_size": 4},
+    )  # fmt: skip
+    assert set(done["base"]) == set(done["tuned"]) == {"loss", "accuracy"}
+    run = Path(done["run"])
+    assert 'labels = "no,yes"' in (run / "run.toml").read_text()  # written out, so that a resume has them
+    measured = [e for e in events(run) if e["event"] == "eval"]
+    assert [e["round"] for e in measured] == [0, 1, 2]
+    assert all(0 <= e["accuracy"] <= 100 for e in measured)
+    assert measured[0]["loss"] == pytest.approx(math.log(2), abs=0.05)  # a new head knows nothing
+    samples = json.loads((run / "eval.json").read_text())["samples"]
+    assert {s["base"] for s in samples} <= {"no", "yes"}
+    assert (run / "adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"rouge_rows": 4}, RecipeError, "rouge_rows = 4 needs a model that writes text"),
+        (
+            {"method": "fwdllm", "set": {"objective": "rouge_l"}},
+            RecipeError,
+            "objective 'rouge_l' needs a model",
+        ),
+        ({"labels": "left,right"}, DataError, "the answer '(no|yes)' is none of the label words left, right"),
+        ({"labels": "yes"}, ModelError, "chooses among 2 to 64 label words; 1 were given"),
+        ({"data": "demo", "limit": 80}, ModelError, "chooses among 2 to 64 label words; 80 were given"),
+    ],
+)
+def test_a_run_that_an_encoder_cannot_do_ends_before_any_work(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
+    options = {
+        "model": str(path),
+        "data": data(tmp_path / "qnli.jsonl"),
+        "method": "fedpetuning",
+        "clients": 2,
+    }
+    with pytest.raises(error, match=said):
+        job.run(out=tmp_path / "runs", **options | changes)
+
+
+def test_a_label_word_with_a_comma_is_refused(tmp_path: Path) -> None:
+    path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
+    rows = [{"text": f"t{i}", "label": ["a, b", "c"][i % 2]} for i in range(12)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RecipeError, match="the label word 'a, b' has a comma"):
+        job.run(
+            out=tmp_path / "runs",
+            model=str(path),
+            data=str(tmp_path / "a.jsonl"),
+            method="fedpetuning",
+            clients=2,
+        )

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: counts against real models, bytes against real messages, memory against real rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from fleetune import models
+from fleetune.cli import main
+from fleetune.data import Encoded, collate
+from fleetune.errors import FitError, UsageError
+from fleetune.evaluation.objectives import loss_tensor
+from fleetune.models import tiny_llama
+from fleetune.models.tiny import tiny_bert
+from fleetune.planning import device_cost, plan, shapes, traffic
+from fleetune.tuning import methods
+from fleetune.tuning.fleets.local import LocalFleet
+from fleetune.tuning.messages import Message, encode
+from fleetune.tuning.rounds import peak_rss
+
+ROOT = Path(__file__).resolve().parents[2]
+RATES = plan.Rates(flops=1e11, copy=1e10)
+LLAMA_7B = LlamaConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+SMALL: dict[str, Any] = {
+    "vocab_size": 60, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+# --- counting a model -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+        ("llama", {"num_key_value_heads": 6, "vocab_size": 90}),
+        ("mistral", {"head_dim": 4}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 16}),
+        ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    ],
+)
+def test_a_llama_is_counted_from_its_configuration(family: str, more: dict[str, Any], tied: bool) -> None:
+    config = AutoConfig.for_model(family, **(SMALL | more), tie_word_embeddings=tied)
+    shape = shapes.shape_of(config)
+    net = AutoModelForCausalLM.from_config(config)
+    assert shape.params == sum(p.numel() for p in net.parameters())
+    assert shape.largest == max(p.numel() for p in net.parameters())
+    counted = shapes.counted(config)  # the other way to the same layers
+    assert sorted(shape.linears) == sorted(counted.linears)
+    assert (shape.vocab, shape.hidden, shape.layers) == (counted.vocab, counted.hidden, counted.layers)
+
+
+def test_another_family_is_counted_on_the_meta_device() -> None:
+    config = AutoConfig.for_model("gpt2", vocab_size=60, n_embd=32, n_layer=2, n_head=4)
+    shape = shapes.shape_of(config)
+    net = AutoModelForCausalLM.from_config(config)
+    assert shape.params == sum(p.numel() for p in net.parameters())
+    assert [(x.name, x.out, x.into) for x in shape.linears[:2]] == [
+        ("transformer.h.0.attn.c_attn", 96, 32),
+        ("transformer.h.0.attn.c_proj", 32, 32),
+    ]
+    assert len(shape.linears) == 8
+    assert min(row.peak for row in plan.table(config, plan.Work(), rates=RATES)) > device_cost.FLOOR
+
+
+def test_what_has_no_place_on_a_model_is_not_planned() -> None:
+    config = AutoConfig.for_model("gpt2", vocab_size=60, n_embd=32, n_layer=2, n_head=4)
+    found = {row.method for row in plan.table(config, plan.Work(), rates=RATES)}
+    assert {*traffic.METHODS, *device_cost.COMPARISON} - found == {"fedpetuning", "fedpeptao", "fwdllm"}
+
+
+def test_llama_7b_gives_the_figures_of_the_papers() -> None:
+    params = shapes.shape_of(LLAMA_7B).params
+    assert params == 6_738_415_616
+    run, tune = plan.state_bytes(params, "inference"), plan.state_bytes(params, "adam")
+    assert run == pytest.approx(14e9, rel=0.05)
+    assert tune == pytest.approx(112e9, rel=0.05)
+    assert tune == 8 * run
+    text = dict(plan.describe(LLAMA_7B, "llama-7b", plan.Work()))["state only"]
+    assert "13.5 GB to run in fp16" in text
+    assert "108 GB to tune with Adam" in text
+
+
+def test_a_large_model_is_planned_in_little_memory() -> None:
+    plan.table(tiny_llama().net.config, plan.Work(), rates=RATES)  # imports
+    tracemalloc.start()
+    try:
+        rows = plan.table(LLAMA_7B, plan.Work(), rates=RATES)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20e6
+    assert next(r for r in rows if r.method == "full Adam").peak > 16 * 6.7e9
+
+
+def test_importing_it_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys, fleetune.plan; print([m for m in ('torch', 'transformers', 'numba') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- time -------------------------------------------------------------------------------------------------
+
+
+def test_time_follows_the_rates() -> None:
+    config = AutoConfig.for_model("llama", **SMALL, tie_word_embeddings=True)
+    work = plan.Work(batch=2, length=10, steps=7)
+    only_products = plan.Rates(flops=1e6, copy=1e30)
+    seconds = {r.method: r.seconds for r in plan.table(config, work, rates=only_products)}
+    block = 2 * 48 * 48 + 2 * 16 * 48 + 3 * 48 * 72
+    head = 2 * 20 * 60 * 48
+    forward = 2 * 20 * 3 * block + head + 4 * 20 * 10 * 48 * 3
+    assert seconds["fedkseed"] == seconds["mezo"] == pytest.approx(7 * 2 * forward / 1e6)
+    assert seconds["full Adam"] == pytest.approx(7 * (3 * forward + head) / 1e6)
+    assert seconds["inference"] is None
+    slow, fast = (
+        [r.seconds for r in plan.table(config, work, rates=plan.Rates(f * 1e9, f * 1e9))] for f in (1, 4)
+    )
+    assert [s / 4 for s in slow if s] == pytest.approx([s for s in fast if s])
+
+
+def test_sending_is_added_where_an_uplink_is_stated() -> None:
+    config = tiny_llama().net.config
+    bare, told = (plan.table(config, plan.Work(), rates=RATES, uplink=u) for u in (None, 100.0))
+    for before, after in zip(bare, told, strict=True):
+        assert before.sending is None
+        assert after.sending == (None if after.bytes_up is None else after.bytes_up / 100)
+        assert before.seconds == after.seconds
+    shown = plan.cells(dataclasses.replace(told[0], seconds=10.0, sending=32.0))
+    assert shown[5] == "42 s"
+    assert "100 B a second" in dict(plan.describe(config, "x", plan.Work(), uplink=100.0))["time"]
+
+
+def test_calibration_measures_something_sane() -> None:
+    rates = device_cost.calibrate(plan.Work(length=64))
+    assert 1e8 < rates.flops < 1e16
+    assert 1e8 < rates.copy < 1e14
+
+
+# --- what fits --------------------------------------------------------------------------------------------
+
+
+def _rows(ram: int | None, **peaks: int) -> list[plan.Row]:
+    return [
+        plan.Row(name, "", name in traffic.METHODS, peak, {"weights": 5}, 1, 1, 1, 2, 60.0, None, ram)
+        for name, peak in peaks.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("peak", "text"),
+    [
+        (3_600_000_000, "yes"),
+        (3_600_000_001, "yes, tight"),
+        (4_000_000_000, "yes, tight"),
+        (7_900_000_000, "no: 3.90 GB short"),
+    ],
+)
+def test_fit_in_words(peak: int, text: str) -> None:
+    (row,) = _rows(4_000_000_000, mezo=peak)
+    assert row.fits == text
+    assert plan.cells(row)[-1] == text
+    assert plan.columns([row])[-1] == "fits 4.00 GB"
+
+
+def test_without_a_memory_nothing_is_said_of_fitting() -> None:
+    rows = _rows(None, fedkseed=1, fedit=2)
+    assert rows[0].fits == ""
+    assert len(plan.cells(rows[0])) == len(plan.columns(rows)) == 6
+    assert plan.best(rows) == "fedit"
+
+
+def test_best_prefers_the_adapter_only_with_room_to_spare_and_a_line_fast_enough() -> None:
+    assert plan.best(_rows(100, fedkseed=50, mezo=50, fedit=90)) == "fedit"
+    assert plan.best(_rows(100, fedkseed=50, mezo=50, fedit=91)) == "fedkseed"
+    assert plan.best(_rows(100, fedkseed=50, mezo=50, fedit=101)) == "fedkseed"
+    assert plan.best(_rows(100, fedkseed=50, fedit=91, fedpetuning=80)) == "fedpetuning"
+    assert plan.best(_rows(100, fedkseed=50, fedit=101, fedpetuning=91)) == "fedkseed"
+    slow = [
+        dataclasses.replace(r, sending=61.0) if r.method == "fedit" else r
+        for r in _rows(100, fedkseed=50, fedit=60)
+    ]
+    assert plan.best(slow) == "fedkseed"
+
+
+def test_only_when_nothing_fits_is_it_an_error() -> None:
+    assert plan.best(_rows(100, fedkseed=101, mezo=100, fedit=300)) == "mezo"
+    rows = [dataclasses.replace(r, tunes=False) if r.method == "inference" else r
+            for r in _rows(100, fedkseed=120, mezo=110, fedit=300, inference=10)]  # fmt: skip
+    with pytest.raises(FitError, match="mezo, needs 10 B more") as error:
+        plan.best(rows)
+    assert error.value.exit_code == 3
+
+
+# --- sizes and speeds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GB", 4 * 10**9), ("512 MB", 512 * 10**6), ("2GiB", 1 << 31), ("8e9", 8 * 10**9), ("1.5g", 1_500_000_000),
+     (" 640 kb ", 640_000), ("16 KiB", 16384), ("1TB", 10**12), ("123", 123), ("2E3MB", 2 * 10**9)],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert plan.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-4GB", "4 XB", "4GBs", "0", "0GB", "nan", "inf", "1e999", "4,5GB", "4 4GB", "4ib"]
+)
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match="--ram"):
+        plan.parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [("1Mbps", 125_000), ("500kbit/s", 62_500), ("2 MB/s", 2e6), ("1 Gbit/s", 125e6), ("9600bps", 1200),
+     ("1.5 MiB/s", 1.5 * 2**20), ("3Kb/s", 375), ("10 Mbits/s", 1.25e6)],
+)  # fmt: skip
+def test_speeds(text: str, rate: float) -> None:
+    assert plan.parse_rate(text) == rate
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1M", "1e6", "Mbps", "-1Mbps", "0 Mbps", "1 Mbp", "fast", "1Mb", "1 parsec/s", "1e999bps"]
+)
+def test_what_is_no_speed(text: str) -> None:
+    with pytest.raises(UsageError, match="--uplink"):
+        plan.parse_rate(text)
+
+
+def test_nothing_stays_nothing() -> None:
+    assert plan.parse_bytes(None) is None
+    assert plan.parse_rate(None) is None
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"length": -1}, {"steps": 0}, {"dtype": "int4"}])
+def test_work_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
+        plan.Work(**wrong)
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    model, path = tiny_llama(), tmp_path_factory.mktemp("plan") / "tiny"
+    models.save(model.net, model.tokenizer, path)
+    return str(path)
+
+
+def test_the_command_prints_a_row_for_every_method_and_what_to_do_next(folder: str, capsys: Any) -> None:
+    assert main.main(["plan", folder, "--ram", "4GB", "--uplink", "10kbps", "--steps", "50"]) == 0
+    out = capsys.readouterr().out
+    notes = ("fedit (r=16)", "fedpetuning (r=16)", "fedpeptao (T=20)", "fwdllm (r=8)", "fits 4.00 GB")
+    for name in (*traffic.METHODS, *device_cost.COMPARISON, *notes):
+        assert name in out
+    assert f"fleetune tune {folder} DATA --method fedkseed" in out  # whose sending takes no time
+
+
+def test_the_command_says_that_nothing_fits_after_the_table(folder: str, capsys: Any) -> None:
+    assert main.main(["plan", folder, "--ram", "100MB", "--json"]) == 3
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [e["event"] for e in events] == ["plan"] * 11 + ["error"]
+    assert events[0]["fits"].startswith("no: ")
+    assert events[0]["peak"] == sum(events[0]["parts"].values())
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("method", ["fedit", "fedpetuning", "fedpeptao", "full SGD"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_what_autograd_keeps_is_counted(family: str, method: str, batch: int, dtype: str) -> None:
+    deep = {
+        "bert": lambda: tiny_bert(layers=12),
+        "llama": lambda: tiny_llama(hidden=48, layers=12, heads=6, kv_heads=2),
+    }
+    model = deep[family]()
+    model.net.to(models.DTYPES[dtype])
+    if method == "full SGD":
+        model.net.requires_grad_(True)
+    else:
+        methods.make(method, {}).init(model, 1)
+    model.net.train()
+    rows = [
+        Encoded(np.arange(40 - 3 * i, dtype=np.int32), 39 - 3 * i) for i in range(batch)
+    ]  # one scored token
+    if model.labels:
+        rows = [Encoded(row.ids, 0, row.ids * 0, 1) for row in rows]
+    stored = {p.untyped_storage().data_ptr() for p in model.net.parameters()}
+    seen: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in stored:
+            seen[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_tensor(model, collate(rows, 0))
+    bytes_kept = sum(t.untyped_storage().nbytes() for t in seen.values())
+    shape = shapes.shape_of(model.net.config)
+    module = traffic.module(shape, method)
+    assert module is not None
+    expected = device_cost.kept(shape, plan.Work(batch, 40, 1, dtype), module)
+    assert expected == pytest.approx(bytes_kept, rel=0.03)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "wide": {"vocab": 8192, "hidden": 768, "layers": 7, "heads": 12, "kv_heads": 4},
+    "deep": {"vocab": 12288, "hidden": 384, "layers": 14, "heads": 6, "kv_heads": 6},
+}
+WORK = {"wide": (1, 160), "deep": (4, 144)}  # batch, length
+NEAR = 0.15
+measured_here = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or torch.version.cuda is not None,
+    reason="the plan's floor was measured with torch for the CPU on Linux",
+)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """The kernels are compiled and cached: a process that compiles them needs more memory, once in a life."""
+    model = tiny_llama()
+    method = methods.make("mezo", {"tau": 2, "batch_size": 1})
+    message = encode(Message(1, bytes(8), method.broadcast(method.init(model, 5))))
+    list(LocalFleet(model, method, [[Encoded(np.arange(9, dtype=np.int32), 4)]], 0, 0).ask(1, [0], message))
+
+
+@measured_here
+@pytest.mark.parametrize(("name", "which"), [("mezo", "wide"), ("fedit", "wide"), ("fedpetuning", "deep")])
+@pytest.mark.usefixtures("compiled")
+def test_predicted_memory_is_within_15_percent_of_measured(name: str, which: str, tmp_path: Path) -> None:
+    model = tiny_llama(**SHAPES[which])
+    models.save(model.net, model.tokenizer, tmp_path / "model")
+    work = plan.Work(*WORK[which], 3)
+    rows = {r.method: r for r in plan.table(model.net.config, work, rates=RATES)}
+    del model
+    assert rows[name].peak == pytest.approx(_measured(name, str(tmp_path / "model"), work), rel=NEAR)
+
+
+@measured_here
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*traffic.METHODS, *device_cost.COMPARISON])
+@pytest.mark.parametrize(("model", "work"), [("smollm2-135m", (4, 128)), ("minilm-l6", (16, 64))])
+@pytest.mark.usefixtures("compiled")
+def test_predicted_memory_of_real_models(model: str, work: tuple[int, int], name: str) -> None:
+    asked = plan.Work(*work, 2)
+    found = json.loads(_child(model, asked, "--only", name, "--json"))["rows"][name]
+    assert found["predicted"] == pytest.approx(found["measured"], rel=NEAR)
+
+
+def _measured(name: str, model: str, work: plan.Work) -> int:
+    return int(json.loads(_child(model, work, "--one", name).splitlines()[-1])["peak"])
+
+
+def _child(model: str, work: plan.Work, *more: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.plan_memory", model, *more, "--dtype", work.dtype]
+    for option in ("batch", "length", "steps"):
+        command += [f"--{option}", str(getattr(work, option))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_peak_can_be_measured_here() -> None:
+    assert peak_rss() > 50e6

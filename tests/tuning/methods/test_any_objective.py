@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every zeroth-order method minimises any function: each steps by the values that the function gave it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fleetune.data import Encoded, Example
+from fleetune.data.encode import Batches, encode_all
+from fleetune.errors import RecipeError
+from fleetune.evaluation import objectives
+from fleetune.models import Model, tiny_llama
+from fleetune.tuning import methods, recipe, run
+from fleetune.tuning.messages import LogCode, Payload
+from fleetune.tuning.methods import Reply
+from fleetune.tuning.methods._zeroth import UNITS
+
+# Few steps, on all six rows at once; perturbations so large that a step function is no constant.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mezo": {"K": 64, "tau": 40, "lr": 1e-3, "eps": 0.02, "batch_size": 6},
+    "zosgd": {"K": 64, "tau": 40, "lr": 1e-3, "eps": 0.02, "batch_size": 6},
+    "fedkseed": {"K": 64, "tau": 40, "lr": 1e-3, "eps": 0.02, "batch_size": 6},
+    "onebyte": {"K": 64, "directions": 40, "lr": 2e-3, "eps": 0.02, "batch_size": 6},
+    "fwdllm": {
+        "targets": "all-linear", "P": 40, "lr": 5e-3, "decay": 0, "h": 0.02, "batch_size": 6, "variance_gate": False,
+    },
+}  # fmt: skip
+FEW = {"tau": 2, "directions": 2, "P": 2, "batch_size": 3}
+
+# How many tokens the model prefers to the right one, a token: whole numbers, so no gradient anywhere.
+RANKS = """
+values = []
+
+def rank(model, batch):
+    logits = model.net(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+    labels, scored = batch.labels[:, 1:].clamp(min=0), batch.labels[:, 1:] >= 0
+    right = logits.gather(2, labels.unsqueeze(2))
+    values.append(float((logits > right).sum(2)[scored].double().mean()) / 10)
+    return values[-1]
+"""
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The values that `ranks_of_tokens:rank` returned, in order."""
+    (tmp_path / "ranks_of_tokens.py").write_text(RANKS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("ranks_of_tokens", None)
+    import ranks_of_tokens
+
+    found: list[float] = ranks_of_tokens.values
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Encoded]:
+    examples = [Example((("user", f"say {n}"),), "yes" if n % 2 else "no", {}) for n in range(6)]
+    return encode_all(examples, tiny_llama().tokenizer, 48)[0]
+
+
+def one_round(method: Any, model: Model, rows: list[Encoded]) -> tuple[Any, Payload]:
+    """(the state after a round of one device, the device's reply)."""
+    state = method.init(model, 5)
+    reply = method.local(model, method.broadcast(state), Batches(rows, 257, 9), 9, {})
+    return method.aggregate(state, [Reply(0, 9, reply)]), reply
+
+
+def slopes(method: Any, reply: Payload) -> np.ndarray:
+    """What a reply says of the slopes."""
+    ((name, sent),) = reply.arrays.items()
+    if name == "g":
+        return sent.astype(np.float64)
+    return -(LogCode.decode(sent) if name == "codes" else sent) / UNITS
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_round_steps_by_what_a_function_without_gradient_says(
+    name: str, rows: Any, ranks: list[float]
+) -> None:
+    method = methods.make(name, SETTINGS[name] | {"objective": "ranks_of_tokens:rank"})
+    model = tiny_llama()
+    state, reply = one_round(method, model, rows)
+    pairs = np.array(ranks).reshape(40, 2)
+    g = (pairs[:, 0] - pairs[:, 1]) / (2 * 0.02)
+    assert np.count_nonzero(g) > 30
+    assert np.all(np.abs(slopes(method, reply) - g) <= np.abs(g) / 8 + 1 / UNITS)  # a byte's step
+    assert reply.scalars["loss"] == pytest.approx(pairs.mean())
+    method.apply(model, state)
+    (batch,) = Batches(rows, 257, 9).steps(1, len(rows))
+    assert objectives.get(method.objective)(model, batch) < pairs[0].mean() - 1
+
+
+@pytest.mark.parametrize("objective", ["accuracy:yes,no", "rouge_l:3", "f1:3"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_round_on_accuracy_and_on_scores_of_answers(name: str, objective: str, rows: Any) -> None:
+    few = {key: value for key, value in FEW.items() if key in SETTINGS[name]}
+    method = methods.make(name, SETTINGS[name] | few | {"objective": objective})
+    state, reply = one_round(method, tiny_llama(), rows)
+    assert len(slopes(method, reply)) == 2
+    assert -1 <= reply.scalars["loss"] <= 0
+    assert math.isfinite(slopes(method, reply).sum())
+    assert state.round == 1
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_objective_that_is_none_is_said_before_anything_is_loaded(name: str) -> None:
+    wrong = recipe.make({"model": "none", "data": "none", "method": name, "set": {"objective": "acuracy"}})
+    with pytest.raises(RecipeError, match="unknown objective 'acuracy'"):
+        run.check(wrong)

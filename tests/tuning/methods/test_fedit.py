@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fedit (and fedpetuning's LoRA) beyond the contract: devices of unlike ranks, starts that the server owns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fleetune import adapters, models
+from fleetune.data import Batches, Encoded
+from fleetune.errors import DataError, MessageError, RecipeError
+from fleetune.models import Model
+from fleetune.tuning import methods
+from fleetune.tuning.fleets.local import LocalFleet
+from fleetune.tuning.messages import Message, check, decode, encode
+from fleetune.tuning.methods import Reply
+
+BASE = b"12345678"
+IDS = torch.arange(40).reshape(2, 20)
+FAST: dict[str, Any] = {"lr": 1e-2, "batch_size": 3, "dropout": 0.0}
+
+
+def rows(count: int, seed: int, labels: int = 0) -> list[Encoded]:
+    random = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        ids = random.integers(0, 250, 12).astype(np.int32)
+        made.append(Encoded(ids, 12, None, i % labels) if labels else Encoded(ids, 4))
+    return made
+
+
+def fleet_of(model: Model, method: Any, sizes: tuple[int, ...] = (6, 9, 3)) -> LocalFleet:
+    parts = [rows(n, seed, len(model.labels)) for seed, n in enumerate(sizes)]
+    return LocalFleet(model, method, parts, 7, 0)
+
+
+def batches_of(client: int) -> Any:
+    return Batches(rows((6, 9, 3)[client], client), 0, 99, "cpu", client)
+
+
+def round_of(model: Model, method: Any, state: Any, r: int = 1) -> tuple[list[Reply], list[int], list[int]]:
+    """(replies, bytes down, bytes up) of everybody in a round, each through the door."""
+    fleet = fleet_of(model, method)
+    kinds = (
+        method.kinds(state)
+        if hasattr(method, "kinds")
+        else [(method.broadcast(state), method.expects(state))]
+    )
+    clients = range(len(fleet.rows))
+    sent = {c: encode(Message(r, BASE, kinds[c % len(kinds)][0])) for c in clients}
+    replies, up = [], []
+    for answer in fleet.ask(r, clients, sent):
+        assert answer.data is not None, answer.reason
+        payload = check(decode(answer.data), kinds[answer.client % len(kinds)][1], round=r, base=BASE)
+        replies.append(Reply(answer.client, answer.key, payload))
+        up.append(len(answer.data))
+    return replies, [len(m) for m in sent.values()], up
+
+
+def logits(model: Model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.net(input_ids=IDS).logits.double()
+
+
+def weights(model: Model) -> dict[str, np.ndarray]:
+    return {n: p.detach().double().numpy() for n, p in model.net.named_parameters()}
+
+
+# ---------------------------------------------------------------- unlike ranks
+
+
+def test_devices_of_unlike_ranks_are_sent_and_send_their_own() -> None:
+    model = models.tiny_llama()
+    method = methods.make("fedit", FAST | {"r": 4, "alpha": 8, "average": "product", "ranks": "1,4"})
+    state = method.init(model, 5)
+    replies, down, up = round_of(model, method, state)
+    for reply in replies:
+        rank = (1, 4)[reply.client % 2]
+        for b, a in adapters.pairs(reply.payload.arrays).values():
+            assert reply.payload.arrays[b].shape[1] == reply.payload.arrays[a].shape[0] == rank
+    assert max(down[0], down[2], up[0], up[2]) < 0.5 * min(down[1], up[1])
+    kinds = method.kinds(state)
+    wrong = Message(1, BASE, replies[0].payload)
+    with pytest.raises(MessageError, match="shape"):
+        check(wrong, kinds[1][1], round=1, base=BASE)
+
+
+def test_a_device_of_low_rank_trains_under_the_same_scale() -> None:
+    """The factor before B A is alpha / r of the recipe, whatever the device's rank: else B A mean other things."""
+    model = models.tiny_llama()
+    method = methods.make("fedit", FAST | {"r": 4, "alpha": 12, "average": "product", "ranks": "1,4"})
+    state = method.init(model, 5)
+    base = weights(models.tiny_llama())
+    for client in (0, 1):
+        alone = models.tiny_llama()
+        arrays = method.local(alone, method.kinds(state)[client][0], batches_of(client), 3, {}).arrays
+        adapters.merge(alone)
+        now = weights(alone)
+        for layer, (b, a) in adapters.pairs(arrays).items():
+            assert len(arrays[a]) == (1, 4)[client]
+            want = base[f"{layer}.weight"] + 12 / 4 * arrays[b].astype(np.float64) @ arrays[a]
+            np.testing.assert_allclose(now[f"{layer}.weight"], want, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", ["1,4", "2,1,1", "3"])
+def test_the_tuned_weights_are_the_exact_mean_over_unlike_ranks(ranks: str) -> None:
+    """Two rounds; the server's model against dense weights in float64: w0 + s sum_k p_k (B_k A_k + what k was not sent)."""
+    model = models.tiny_llama()
+    method = methods.make("fedit", FAST | {"r": 16, "alpha": 32, "average": "product", "ranks": ranks})
+    state = method.init(model, 5)
+    base = weights(models.tiny_llama())
+    for r in (1, 2):
+        replies, _, _ = round_of(model, method, state, r)
+        total = sum(reply.payload.int("n") for reply in replies)
+        before, state = state.tensors, method.aggregate(state, iter(replies))
+        server = models.tiny_llama()
+        method.apply(server, state)
+        adapters.merge(server)
+        now = weights(server)
+        for layer, (b, a) in adapters.pairs(before).items():
+            mean = np.zeros_like(base[f"{layer}.weight"])
+            for reply in replies:
+                own_b, own_a = (reply.payload.arrays[n].astype(np.float64) for n in (b, a))
+                rank = len(own_a)
+                unsent = before[b][:, rank:].astype(np.float64) @ before[a][rank:].astype(np.float64)
+                mean += reply.payload.int("n") / total * (own_b @ own_a + unsent)
+            want = base[f"{layer}.weight"] + 32 / 16 * mean
+            np.testing.assert_allclose(now[f"{layer}.weight"], want, atol=3e-6)
+            assert np.abs(mean).max() > 1e-3
+        # rank 16 holds all that three devices of these ranks can say in two rounds
+        assert state.cut < 1e-9
+    assert method.report(state) == {"cut": state.cut}
+
+
+def test_what_does_not_fit_the_global_rank_is_told() -> None:
+    model = models.tiny_llama()
+    method = methods.make("fedit", FAST | {"r": 2, "alpha": 4, "average": "product", "ranks": "2,1"})
+    state = method.init(model, 5)
+    replies, _, _ = round_of(model, method, state)
+    assert method.aggregate(state, iter(replies)).cut > 1e-4
+    assert method.aggregate(state, iter(replies[:1])).cut < 1e-9
+
+
+@pytest.mark.parametrize("average", ["separate", "product"])
+def test_an_encoders_head_is_averaged_with_its_lora(average: str) -> None:
+    model = models.tiny_bert()
+    method = methods.make("fedit", FAST | {"r": 2, "alpha": 4, "average": average})
+    state = method.init(model, 5)
+    replies, _, _ = round_of(model, method, state)
+    after = method.aggregate(state, iter(replies))
+    assert after.tensors.keys() == state.tensors.keys()
+    n = np.array([reply.payload.int("n") for reply in replies], np.float64)
+    head = np.stack([reply.payload.arrays["classifier.weight"] for reply in replies]).astype(np.float64)
+    np.testing.assert_allclose(
+        after.tensors["classifier.weight"], np.tensordot(n / n.sum(), head, 1), atol=1e-7
+    )
+    method.apply(model, after)
+    assert np.array_equal(adapters.export(model)["classifier.weight"], after.tensors["classifier.weight"])
+
+
+# ---------------------------------------------------------------- starts
+
+
+CASES = [("fedit", {"r": 4, "alpha": 12, "dropout": 0.0}), ("fedpetuning", {"size": 4})]
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize(("name", "sizes"), CASES)
+def test_server_and_devices_agree_on_what_was_taken_out(name: str, sizes: dict[str, Any], start: str) -> None:
+    """Before, the model is the base; after a round everybody's weights are w0 + s (B A - B0 A0), in float64."""
+    options = {"lr": 1e-2, "batch_size": 3} | sizes
+    model, method = models.tiny_llama(), methods.make(name, options | {"start": start})
+    state = method.init(model, 5)
+    method.apply(model, state)
+    base = models.tiny_llama()
+    torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=2e-5)
+    replies, _, _ = round_of(model, method, state)
+    one = method.aggregate(state, iter(replies[:1]))
+    device, server = models.tiny_llama(), models.tiny_llama()
+    method.local(device, method.broadcast(state), batches_of(0), replies[0].key, {})
+    adapters.load_(device, {n: a.copy() for n, a in replies[0].payload.arrays.items()})
+    method.apply(server, one)
+    assert torch.equal(logits(server), logits(device))
+    stored, scale = weights(base), (12 / 4 if name == "fedit" else 1.0)
+    adapters.merge(server)
+    now = weights(server)
+    moved = 0.0
+    for layer, (b, a) in adapters.pairs(one.tensors).items():
+        w = stored[f"{layer}.weight"]
+        change = one.tensors[b].astype(np.float64) @ one.tensors[a]
+        change -= state.start[b].astype(np.float64) @ state.start[a]
+        np.testing.assert_allclose(now[f"{layer}.weight"], w + scale * change, atol=3e-6)
+        moved = max(moved, float(np.abs(change).max()))
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize(("name", "sizes"), CASES)
+def test_what_a_start_takes_out_goes_down_with_every_broadcast_and_never_up(
+    name: str, sizes: dict[str, Any]
+) -> None:
+    model = models.tiny_llama()
+    plain = methods.make(name, {"lr": 1e-2, "batch_size": 3} | sizes)
+    usual = round_of(models.tiny_llama(), plain, plain.init(models.tiny_llama(), 5))
+    method = methods.make(name, {"lr": 1e-2, "batch_size": 3, "start": "pissa"} | sizes)
+    state = method.init(model, 5)
+    for r in (1, 2):
+        replies, down, up = round_of(model, method, state, r)
+        state = method.aggregate(state, iter(replies))
+        assert 1.9 * usual[1][0] < down[0] < 2.1 * usual[1][0]
+        assert up == usual[2]
+
+
+def test_a_saved_run_is_a_plain_lora_of_the_base(tmp_path: Path) -> None:
+    model, method = models.tiny_llama(), methods.make("fedit", FAST | {"r": 4, "start": "olora"})
+    state = method.init(model, 5)
+    state = method.aggregate(state, iter(round_of(model, method, state)[0]))
+    method.apply(model, state)
+    adapters.save(model, tmp_path / "adapter")
+    other = models.tiny_llama()
+    adapters.load(other, tmp_path / "adapter")
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=2e-5)
+    assert (logits(other) - logits(models.tiny_llama())).abs().max() > 1e-2
+
+
+def test_eva_starts_from_the_servers_rows(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    line = '{"instruction": "say red", "response": "red red red"}\n'
+    mine.write_text("".join(line.replace("red", f"red{i}") for i in range(40)))
+    starts = {}
+    for source in ("demo", str(mine)):
+        method = methods.make("fedit", FAST | {"r": 4, "start": "eva", "start_data": source})
+        model = models.tiny_llama()
+        state = method.init(model, 5)
+        assert state.start == {}
+        assert torch.equal(logits(model), logits(models.tiny_llama()))
+        starts[source] = state.tensors["model.layers.0.self_attn.q_proj.lora_A.weight"].astype(np.float64)
+        np.testing.assert_allclose(starts[source] @ starts[source].T, np.eye(4), atol=1e-5)
+    assert np.abs(starts["demo"] @ starts[str(mine)].T - np.eye(4)).max() > 0.1
+    method = methods.make("fedit", FAST | {"start": "eva", "start_data": str(tmp_path / "none.jsonl")})
+    with pytest.raises(DataError):
+        method.init(models.tiny_llama(), 5)
+
+
+def test_eva_reads_rows_for_an_encoder_too() -> None:
+    method = methods.make("fedpetuning", {"size": 2, "start": "eva"})
+    state = method.init(models.tiny_bert(), 5)
+    a = state.tensors["bert.encoder.layer.1.attention.self.query.lora_A.weight"]
+    np.testing.assert_allclose(a @ a.T, np.eye(2), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("fedit", {"start": "magic"}, "none of default, gaussian"),
+        ("fedit", {"start": "orthogonal", "r": 3}, "even rank"),
+        ("fedit", {"start": "pissa"}, "dropout=0"),
+        ("fedit", {"start": "olora", "dropout": 0, "wire": "fp16"}, "wire=fp32"),
+        ("fedit", {"start": "pissa", "dropout": 0, "average": "product"}, "average=separate"),
+        ("fedit", {"ranks": "2,4"}, "average=product"),
+        ("fedit", {"ranks": "2,17", "average": "product"}, "1 to r = 16"),
+        ("fedit", {"ranks": "0", "average": "product"}, "1 to r = 16"),
+        ("fedit", {"ranks": "2;4", "average": "product"}, "1 to r = 16"),
+        ("fedit", {"ranks": "2", "average": "product", "start": "orthogonal"}, "orthogonal"),
+        ("fedpetuning", {"start": "pissa", "module": "adapter"}, "module=lora"),
+        ("fedpetuning", {"start": "pissa", "wire": "fp16"}, "wire=fp32"),
+        ("fedpetuning", {"start": "orthogonal", "size": 5}, "even rank"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_said_at_once(
+    name: str, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        methods.make(name, values)

@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FedKSeed: a device's walk and the server's step in float64, Pro's weights, mixed fleets, renewed pools."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import contract_harness as harness
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fleetune import models
+from fleetune.data.encode import Batch, Batches
+from fleetune.errors import MessageError, RecipeError
+from fleetune.seeds import noise
+from fleetune.seeds.ledger import Ledger, load
+from fleetune.seeds.view import View, layout
+from fleetune.tuning.messages import LogCode, Message, Payload, check
+from fleetune.tuning.methods import Reply, make
+from fleetune.tuning.methods._zeroth import UNITS, draw
+from fleetune.tuning.methods.fedkseed import Method, State
+
+K = 64
+
+
+def tiny(**changes: Any) -> Method:
+    return Method(**({"K": K, "tau": 6, "lr": 2e-3, "eps": 1e-3, "batch_size": 5} | changes))
+
+
+def begun(method: Method) -> tuple[models.Model, State]:
+    model = models.tiny_llama()
+    return model, method.init(model, harness.key())
+
+
+# --- an ordinary model in float64, whose weights are written --------------------------------------------------
+
+
+class Norm(torch.nn.Module):
+    """x / rms(x) * w in the type it is given; the library's norm goes through float32."""
+
+    def __init__(self, weight: torch.nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight
+
+
+class Reference:
+    """The tiny model in float64 at w0 + sum_k x_k z_k, with every z_k written out."""
+
+    def __init__(self, run_key: int, epoch: int = 0) -> None:
+        self.net = models.tiny_llama().net.double()
+        self.net.get_input_embeddings().padding_idx = None  # else its token has no gradient, unlike a slope
+        for name, module in list(self.net.named_modules()):
+            if name.endswith("norm"):
+                self.net.set_submodule(name, Norm(module.weight, module.variance_epsilon))
+        self.base = {n: t.detach().clone() for n, t in models.named_tensors(self.net)}
+        self.z = {
+            slot.name: directions(run_key, epoch, slot.start, slot.tensor.numel())
+            for slot in layout(models.named_tensors(models.tiny_llama().net))
+        }
+
+    def at(self, x: np.ndarray) -> Reference:
+        with torch.no_grad():
+            for name, tensor in models.named_tensors(self.net):
+                moved = torch.from_numpy(self.z[name] @ x).view_as(tensor)
+                tensor.copy_(self.base[name] + moved)
+        return self
+
+    def loss(self, b: Batch) -> torch.Tensor:
+        out = self.net(input_ids=b.input_ids, attention_mask=b.attention_mask).logits
+        return F.cross_entropy(out[:, :-1].flatten(0, 1), b.labels[:, 1:].flatten(), ignore_index=-100)
+
+    def slopes(self, x: np.ndarray, b: Batch) -> np.ndarray:
+        """p_k = z_k . g for all k, g from backward."""
+        self.at(x)
+        for _, tensor in models.named_tensors(self.net):
+            tensor.grad = None
+            tensor.requires_grad_(True)
+        self.loss(b).backward()
+        return sum(self.z[n].T @ t.grad.numpy().ravel() for n, t in models.named_tensors(self.net))
+
+    def two_point(self, x: np.ndarray, k: int, eps: float, b: Batch) -> float:
+        step = eps * np.eye(K)[k]
+        with torch.inference_mode():
+            return (self.at(x + step).loss(b).item() - self.at(x - step).loss(b).item()) / (2 * eps)
+
+
+def directions(run_key: int, epoch: int, start: int, count: int) -> np.ndarray:
+    """float64 [count, K]: z_k[i] = D[i] H[i mod K, k], H after Sylvester."""
+    H = np.ones((1, 1))
+    while len(H) < K:
+        H = np.block([[H, H], [H, -H]])
+    D = noise.signs(run_key, epoch, start, count).astype(np.float64)
+    return D[:, None] * H[np.arange(start, start + count) % K]
+
+
+def batches(model: models.Model, count: int, size: int, key: int, client: int) -> list[Batch]:
+    """The batches that a client of the harness's fleet meets."""
+    fleet = harness.fleet(model, tiny())
+    return list(Batches(fleet.clients[client], fleet.pad_id, key, client=client).steps(count, size))
+
+
+# --- a device -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"pro": True}, {"clip": 0.3}])
+def test_a_devices_walk_is_algorithm_1_in_float64(changes: dict[str, Any]) -> None:
+    """a_k <- a_k - g / (K p_k) along drawn directions, from a point that is not the base."""
+    method = tiny(wire="sums", **changes)
+    model, state = begun(method)
+    rng = np.random.default_rng(1)
+    state = state._replace(
+        ledger=state.ledger.append(np.arange(K, dtype=np.uint64), rng.integers(-300, 300, K), 1),
+        round=1, size=rng.uniform(0.0, 4.0, K), seen=np.ones(K, np.int64),
+    )  # fmt: skip
+    reply = harness.reply(harness.fleet(model, method), method, state, client=1, round=2)
+    p = method.probabilities(state) if method.pro else np.full(K, 1 / K)
+    if method.pro:
+        assert p.max() > 1.5 * p.min()
+    reference, unit = Reference(state.ledger.head.run_key), method.lr
+    x, moved = unit / UNITS * state.ledger.coefficients.astype(np.float64), np.zeros(K)
+    picks = draw(reply.key, method.tau, p if method.pro else None, K)
+    for k, b in zip(picks, batches(model, method.tau, method.batch_size, reply.key, 1), strict=True):
+        g = reference.two_point(x + unit * moved, int(k), method.eps, b)
+        g = max(-0.3, min(0.3, g)) if method.clip else g
+        moved[k] -= g / (K * p[k])
+    assert np.abs(moved).max() > 0.2
+    np.testing.assert_allclose(reply.payload.array("sums") / UNITS, moved, rtol=0, atol=0.02)
+
+
+def test_a_device_that_back_propagates_walks_by_projected_gradients_in_float64() -> None:
+    method = tiny(backprop=1.0, backprop_lr=0.05, backprop_steps=3, wire="sums")
+    model, state = begun(method)
+    reply = harness.reply(harness.fleet(model, method), method, state, client=2)
+    reference, a = Reference(state.ledger.head.run_key), np.zeros(K)
+    for b in batches(model, 3, method.batch_size, reply.key, 2):
+        a -= 0.05 / K * reference.slopes(a, b)
+    sent = reply.payload.array("projected") * method.lr / UNITS
+    assert np.abs(a).max() > 100 * method.lr / UNITS
+    np.testing.assert_allclose(sent, a, rtol=0, atol=2 * method.lr / UNITS)
+
+
+def test_the_mean_two_point_step_is_the_projected_gradient() -> None:
+    """(1/K) sum_k g_k z_k over a whole pool, on one batch, is one step of a device that back-propagates."""
+    model, state = begun(tiny())
+    (b,) = batches(model, 1, 5, 1, 0)
+    reference = Reference(state.ledger.head.run_key)
+    x = np.random.default_rng(0).normal(size=K) * 0.01
+    two_point = np.array([reference.two_point(x, k, 1e-5, b) for k in range(K)])
+    assert np.abs(two_point).max() > 10
+    np.testing.assert_allclose(two_point, reference.slopes(x, b), rtol=0, atol=2e-5)
+
+
+# --- the server -----------------------------------------------------------------------------------------------
+
+
+def answers(sums: list[np.ndarray], rows: list[int], name: str = "sums") -> list[Reply]:
+    more = {"steps": 6} if name == "sums" else {}
+    return [
+        Reply(c, c, Payload({name: s.astype(np.int32)}, {"n": n, "loss": 1.0, **more}))
+        for c, (s, n) in enumerate(zip(sums, rows, strict=True))
+    ]
+
+
+def of_round(ledger: Ledger, number: int) -> np.ndarray:
+    """float64 [K]: the coefficients of a round, in units of lr."""
+    at, out = ledger.rounds == number, np.zeros(K)
+    out[(ledger.ids[at] & np.uint64(0xFFFFFFFF)).astype(int)] = ledger.coefficients[at] / UNITS
+    return out
+
+
+def avg(deltas: list[np.ndarray], lr: float) -> list[np.ndarray]:
+    return [lr * d for d in deltas]
+
+
+def avgm(deltas: list[np.ndarray], lr: float) -> list[np.ndarray]:
+    return [lr * sum(0.9 ** (t - s) * deltas[s] for s in range(t + 1)) for t in range(len(deltas))]
+
+
+def adaptive(rule: str) -> Callable[[list[np.ndarray], float], list[np.ndarray]]:
+    """Algorithm 2 of Reddi et al., number by number; m unrolled, v as the paper's lines 11 to 13."""
+
+    def steps(deltas: list[np.ndarray], lr: float) -> list[np.ndarray]:
+        out = []
+        for t in range(len(deltas)):
+            m = sum(0.1 * 0.9 ** (t - s) * deltas[s] for s in range(t + 1))
+            step = np.zeros(K)
+            for k in range(K):
+                v = 1e-3**2
+                for d in (deltas[s][k] ** 2 for s in range(t + 1)):
+                    if rule == "adagrad":
+                        v = v + d
+                    elif rule == "adam":
+                        v = 0.99 * v + 0.01 * d
+                    else:
+                        v = v - 0.01 * d * (1 if v > d else -1 if v < d else 0)
+                step[k] = lr * m[k] / (math.sqrt(v) + 1e-3)
+            out.append(step)
+        return out
+
+    return steps
+
+
+RULES = {"avg": avg, "avgm": avgm, "adagrad": adaptive("adagrad"), "yogi": adaptive("yogi"),
+         "adam": adaptive("adam")}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("lr", [0.0, 0.5])
+def test_server_rules_over_the_K_sums_in_float64(rule: str, lr: float) -> None:
+    method = tiny(wire="sums", server=rule, server_lr=lr)
+    _, state = begun(method)
+    rng, rows, deltas = np.random.default_rng(3), [3, 1, 6], []
+    for _ in range(4):
+        sums = [rng.integers(-2000, 2000, K) * (rng.random(K) < 0.6) for _ in rows]
+        deltas.append(sum(n * s for n, s in zip(rows, sums, strict=True)) / sum(rows) / UNITS)
+        state = method.aggregate(state, answers(sums, rows))
+    expected = RULES[rule](deltas, lr or {"avg": 1.0, "avgm": 1.0}.get(rule, 0.1))
+    for number, step in enumerate(expected, 1):
+        assert np.abs(step).max() > 2 / UNITS
+        np.testing.assert_allclose(of_round(state.ledger, number), step, rtol=0, atol=0.5 / UNITS + 1e-9)
+
+
+@pytest.mark.parametrize("changes", ["server=adam", "server=avgm,server_lr=0.5", "server=yogi,wire=sums",
+                                     "pro=true,server=adagrad", "epoch_rounds=2,pro=true,server=adam",
+                                     "backprop=0.5,backprop_lr=0.05,server=avgm"])  # fmt: skip
+def test_resume_is_bit_equal_and_the_ledger_file_alone_rebuilds_the_weights(changes: str, tmp_path) -> None:
+    name = f"fedkseed:tau=6,{changes}"
+    model, whole, _ = harness.train(name, tmp_path / "whole", 3)
+    _, _, run = harness.train(name, tmp_path / "cut", 2)
+    _, resumed, _ = harness.train(name, tmp_path, 3, run_dir=type(run)(run.path))
+    assert harness.equal_states(whole, resumed)
+    assert isinstance(view := model.attachment, View)
+    whole.ledger.save(tmp_path / "ledger.safetensors")
+    ledger = load(tmp_path / "ledger.safetensors")
+    assert len(ledger)
+    fresh = models.tiny_llama()
+    head, named = ledger.head, models.named_tensors(fresh.net)
+    again = View(named, fresh.net, run_key=head.run_key, law=head.law, grid=head.grid, backend="torch")
+    again.place(ledger.passes())
+    assert models.digest(again.tensors()) == models.digest(view.tensors()) != models.digest(named)
+
+
+# --- Pro ------------------------------------------------------------------------------------------------------
+
+
+def test_pro_probabilities_are_the_softmax_of_scaled_sizes() -> None:
+    """Section 3.3 by hand: unseen directions count as the median, an outlier as the 95 % quantile."""
+    method = tiny(pro=True)
+    _, state = begun(method)
+    np.testing.assert_array_equal(method.probabilities(state), np.full(K, 1 / K, np.float32))
+    size, seen = np.arange(K, dtype=np.float64), np.full(K, 2)
+    size[0], seen[0] = 0.0, 0
+    size[63] = 1e6
+    mean = [s / 2 for s in size]
+    mean[0] = sorted(mean[1:])[31]
+    ordered = sorted(mean)
+    top = ordered[59] + 0.85 * (ordered[60] - ordered[59])  # 0.95 of the way along 63 gaps
+    mean = [min(m, top) for m in mean]
+    scaled = [(m - min(mean)) / (max(mean) - min(mean)) for m in mean]
+    expected = [math.exp(s) / sum(map(math.exp, scaled)) for s in scaled]
+    p = method.probabilities(state._replace(size=size, seen=seen))
+    np.testing.assert_allclose(p, expected, rtol=1e-5)
+    assert p.max() / p.min() == pytest.approx(math.e, rel=1e-5)
+
+
+def test_pro_draws_with_p_and_its_weights_make_the_mean_step_that_of_uniform_drawing() -> None:
+    rng = np.random.default_rng(7)
+    p = np.exp(rng.random(K)).astype(np.float32)
+    p /= p.sum()
+    n = 200_000
+    picks = draw(99, n, p, K)
+    share = np.bincount(picks, minlength=K) / n
+    assert np.abs((share - p) / np.sqrt(p * (1 - p) / n)).max() < 4.5  # standard deviations, of 64
+    g = rng.normal(size=K) + 1.0
+    weights = np.array([tiny(pro=True).weight(p, k) for k in range(K)])
+    exact = float((p.astype(np.float64) * weights * g).sum())
+    assert exact == pytest.approx(g.mean(), rel=1e-6)
+    drawn = weights[picks] * g[picks]
+    assert drawn.mean() == pytest.approx(g.mean(), abs=4.5 * drawn.std() / math.sqrt(n))
+    assert g[picks].mean() > g.mean() + 4.5 * g.std() / math.sqrt(n) or g[picks].mean() < g.mean()
+
+
+@pytest.mark.parametrize("wire", ["byte", "sums"])
+def test_pro_learns_the_sizes_of_the_slopes_that_devices_saw(wire: str) -> None:
+    """The weight 1/(K p_k) is taken off again: a size is the |g| that a device measured."""
+    method = tiny(pro=True, wire=wire, tau=4)
+    _, state = begun(method)
+    state = state._replace(size=np.linspace(1.0, 3.0, K), seen=np.ones(K, np.int64), round=1)
+    p = method.probabilities(state).astype(np.float64)
+    key = next(k for k in range(50) if len(set(draw(k, 4, p, K).tolist())) == 4)
+    picks, g = draw(key, 4, p, K), np.array([0.5, -2.0, 8.0, -0.25])
+    units = -g * UNITS / (K * p[picks])
+    if wire == "byte":
+        codes = LogCode.encode(units, np.zeros(4))
+        payload, near = Payload({"codes": codes}, {"n": 3, "loss": 1.0}), 0.13
+    else:
+        sums = np.zeros(K, np.int32)
+        sums[picks] = np.rint(units)
+        payload, near = Payload({"sums": sums}, {"n": 3, "loss": 1.0, "steps": 4}), 0.01
+    new = method.aggregate(state, [Reply(0, key, payload)])
+    np.testing.assert_allclose((new.size - state.size)[picks], np.abs(g), rtol=near)
+    assert (new.seen - state.seen)[picks].tolist() == [1] * 4
+    assert (new.seen - state.seen).sum() == 4
+
+
+# --- mixed fleets ---------------------------------------------------------------------------------------------
+
+
+def test_the_share_that_back_propagates_is_spread_over_the_clients() -> None:
+    for percent in (0, 1, 10, 25, 29, 50, 57, 75, 100):  # 0.29 and 0.57 are not exact in binary
+        method = tiny(backprop=percent / 100)
+        kinds = [method.back_propagates(c) for c in range(400)]
+        assert all(sum(kinds[: 100 * n]) == percent * n for n in (1, 2, 4))
+        _, state = begun(method)
+        specs = [spec for _, spec in method.kinds(state)]
+        for c in range(100):
+            assert ("projected" in specs[c % len(specs)].arrays) == kinds[c]
+    assert [tiny(backprop=0.5).back_propagates(c) for c in range(4)] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("wire", ["byte", "sums"])
+def test_a_client_may_not_send_what_the_other_kind_sends(wire: str) -> None:
+    method = tiny(backprop=0.5, backprop_lr=0.05, wire=wire)
+    model, state = begun(method)
+    fleet, base = harness.fleet(model, method), harness.base_of(model)
+    specs = [spec for _, spec in method.kinds(state)]
+    for client in (0, 1):
+        message = Message(1, base, harness.reply(fleet, method, state, client=client).payload)
+        check(message, specs[client], round=1, base=base)
+        with pytest.raises(MessageError, match="agreed"):
+            check(message, specs[1 - client], round=1, base=base)
+
+
+def test_precision_is_one_over_the_variance() -> None:
+    """Of a gradient, over the draw of the pool and of the walk: d (1/K + (1 - 1/K)/n) |g|^2, times 1 - O(1/d).
+
+    Checked by drawing; and mixing by `precision` beats mixing by rows and by either kind alone.
+    """
+    d, n, trials = 256, 12, 3000
+    rng = np.random.default_rng(11)
+    H = np.array([[(-1) ** bin(i & k).count("1") for k in range(K)] for i in range(K)], np.float64)
+    g = rng.normal(size=d)
+    errors: dict[str, list[np.ndarray]] = {"projected": [], "walk": []}
+    for _ in range(trials):
+        for kind in errors:
+            z = rng.choice([-1.0, 1.0], d)[:, None] * H[np.arange(d) % K]
+            picks = np.arange(K) if kind == "projected" else rng.integers(0, K, n)
+            errors[kind].append((z[:, picks] * (g @ z[:, picks])).mean(1) - g)
+    variance = {kind: float(np.mean([e @ e for e in found])) for kind, found in errors.items()}
+    method, size = tiny(backprop=0.5, tau=n), d * float(g @ g)
+    assert variance["projected"] == pytest.approx(size / K, rel=0.05 + K / d)
+    assert variance["walk"] == pytest.approx(size * (1 / K + (1 - 1 / K) / n), rel=0.1)
+    walk = Payload({"codes": np.zeros(n, np.uint8)}, {"n": 10, "loss": 1.0})
+    projected = Payload({"projected": np.zeros(K, np.uint8)}, {"n": 10, "loss": 1.0})
+    assert method.precision(projected) == 10
+    assert method.precision(walk) / 10 == pytest.approx((1 / K) / (1 / K + (1 - 1 / K) / n), rel=1e-12)
+    share = method.precision(walk) / (method.precision(walk) + 10)
+    pairs = list(zip(errors["walk"], errors["projected"], strict=True))
+    mixed = {s: float(np.mean([np.sum((s * w + (1 - s) * p) ** 2) for w, p in pairs]))
+             for s in (0.0, share, 0.5, 1.0)}  # fmt: skip
+    assert min(mixed, key=lambda s: mixed[s]) == share
+
+
+@pytest.mark.parametrize("wire", ["byte", "sums"])
+def test_both_kinds_enter_one_ledger_by_precision(wire: str) -> None:
+    method = tiny(backprop=0.5, wire=wire)
+    _, state = begun(method)
+    rng = np.random.default_rng(5)
+    codes = rng.integers(1, 120, K).astype(np.uint8)
+    projected = codes if wire == "byte" else rng.integers(-900, 900, K).astype(np.int32)
+    if wire == "byte":
+        walk = Payload({"codes": codes[:6]}, {"n": 30, "loss": 1.0})
+        summed = np.zeros(K)
+        for k, c in zip(draw(77, 6, None, K), LogCode.decode(codes[:6]), strict=True):
+            summed[k] += c
+    else:
+        summed = rng.integers(-900, 900, K)
+        walk = Payload({"sums": summed.astype(np.int32)}, {"n": 30, "loss": 1.0, "steps": 6})
+    whole = LogCode.decode(projected) if wire == "byte" else projected
+    other = Payload({"projected": projected}, {"n": 20, "loss": 1.0})
+    new = method.aggregate(state, [Reply(0, 77, walk), Reply(1, 78, other)])
+    w = 30 / (1 + (K - 1) / 6)
+    expected = (w * summed + 20 * whole) / (w + 20)
+    np.testing.assert_allclose(of_round(new.ledger, 1) * UNITS, expected, rtol=0, atol=0.5 + 1e-9)
+
+
+def test_the_more_clients_back_propagate_the_lower_the_loss(tmp_path) -> None:
+    """0, 50 and 100 % under one recipe; all leave a ledger of at most K numbers a round."""
+    end = []
+    for share in (0, 0.5, 1):
+        name = f"fedkseed:tau=20,backprop={share},backprop_lr=0.03"
+        model, state, _ = harness.train(name, tmp_path / str(share), 3)
+        assert 0 < len(state.ledger) <= 3 * K
+        end.append(harness.loss(model))
+    begin = harness.loss(models.tiny_llama())
+    assert end[2] < end[1] < end[0] < begin
+
+
+# --- renewed pools, and what cannot be ------------------------------------------------------------------------
+
+
+def test_a_new_pool_knows_nothing_of_the_old_even_if_its_first_round_brings_no_reply() -> None:
+    method = tiny(epoch_rounds=2, pro=True, server="adam", wire="sums")
+    _, state = begun(method)
+    state = method.aggregate(state, answers([np.arange(K) * 50], [1]))
+    assert state.moments
+    assert state.seen.any()
+    assert np.ptp(method.probabilities(state)) > 0
+    state = method.aggregate(state, answers([np.arange(K) * 50], [1]))
+    assert set(state.ledger.ids >> np.uint64(32)) == {0}
+    assert not state.moments
+    assert np.ptp(method.probabilities(state)) == 0
+    state = method.aggregate(state, iter(()))
+    assert not state.moments
+    assert not state.seen.any()
+    assert np.ptp(method.probabilities(state)) == 0
+    state = method.aggregate(state, answers([np.arange(K) * 50], [1]))
+    assert set(state.ledger.ids >> np.uint64(32)) == {0, 1}
+    assert (state.seen <= 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"K": 100}, "power of two"),
+        ({"wire": "json"}, "neither byte nor sums"),
+        ({"backprop": 0.125}, "whole percent"),
+        ({"backprop": 1.5}, "whole percent"),
+        ({"backprop": -0.1}, "whole percent"),
+        ({"backprop": 0.5, "law": "rademacher"}, "law=pooled"),
+        ({"backprop": 0.5, "objective": "accuracy"}, "objective=loss"),
+        ({"backprop": 0.5, "pro": True}, "pro=false"),
+        ({"backprop_lr": 0.0}, "backprop_lr"),
+        ({"backprop_steps": 0}, "backprop_steps"),
+        ({"server": "sgd"}, "none of avg"),
+        ({"server_lr": -1.0}, "server lr"),
+        ({"epoch_rounds": -1}, "epoch_rounds"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_plain_words(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        make("fedkseed", changes)
+    assert words in str(error.value)

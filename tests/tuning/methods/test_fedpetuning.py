@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fedpetuning on a decoder with grouped queries and on an encoder with a head: what travels, averages, paper's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fleetune import adapters, models
+from fleetune.data import Encoded
+from fleetune.data.encode import collate
+from fleetune.errors import RecipeError
+from fleetune.evaluation.objectives import loss_tensor
+from fleetune.models import Model
+from fleetune.tuning import methods
+from fleetune.tuning.fleets.local import LocalFleet
+from fleetune.tuning.messages import Message, check, decode, encode
+from fleetune.tuning.methods import Reply
+from fleetune.tuning.methods.fedpetuning import MODULES
+
+NETS: dict[str, Callable[[], Model]] = {"llama": models.tiny_llama, "bert": models.tiny_bert}
+BASE = b"12345678"
+SIZES = (6, 9, 3)
+each = pytest.mark.parametrize(("net", "module"), [(n, m) for n in NETS for m in MODULES])
+
+
+def rows(model: Model, count: int, seed: int) -> list[Encoded]:
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, 250, (count, 12)).astype(np.int32)
+    if model.labels:
+        return [Encoded(row, 12, None, int(row[0] > 125)) for row in ids]
+    return [Encoded(row, 4) for row in ids]
+
+
+def round_of(model: Model, method: Any, state: Any) -> tuple[list[Reply], int, int]:
+    """(everybody's replies, bytes down to one, bytes up from one)."""
+    fleet = LocalFleet(model, method, [rows(model, n, c) for c, n in enumerate(SIZES)], 7, 0)
+    message = encode(Message(1, BASE, method.broadcast(state)))
+    replies, up = [], 0
+    for answer in fleet.ask(1, range(len(SIZES)), message):
+        assert answer.data is not None, answer.reason
+        payload = check(decode(answer.data), method.expects(state), round=1, base=BASE)
+        replies.append(Reply(answer.client, answer.key, payload))
+        up = len(answer.data)
+    return replies, len(message), up
+
+
+def made(module: str, **options: Any) -> Any:
+    return methods.make(
+        "fedpetuning",
+        {"module": module, "size": 0 if module in ("full", "bitfit") else 4, "batch_size": 4} | options,
+    )
+
+
+@each
+def test_only_the_modules_numbers_travel(net: str, module: str) -> None:
+    model, method = NETS[net](), made(module)
+    state = method.init(model, 5)
+    replies, down, up = round_of(model, method, state)
+    names = set(adapters.trainable(model))
+    for payload in (method.broadcast(state), replies[0].payload):
+        assert set(payload.arrays) == names
+    base = {n for n, _ in models.named_tensors(NETS[net]().net)}
+    head = {n for n in base if n.startswith("classifier.") or ".pooler." in n}
+    assert head <= names
+    touched = {"full": "", "adapter": "norm", "bitfit": "bias" if net == "bert" else "norm"}.get(
+        module, "none"
+    )
+    assert {n for n in (base & names) - head if touched not in n.lower()} == set()
+    numbers = sum(p.numel() for p in adapters.trainable(model).values())
+    names_cost = sum(len(n) + 32 for n in names) + 200
+    for traffic in (down, up):
+        assert 4 * numbers <= traffic <= 4 * numbers + names_cost
+
+
+def test_traffic_is_in_the_published_order() -> None:
+    """Full first, then prefix, adapter, LoRA, BitFit at the paper's sizes (its table)."""
+    numbers = {}
+    for module in PAPERS:
+        model = models.tiny_bert()
+        method = methods.make("fedpetuning", {"module": module})
+        state = method.init(model, 5)
+        head = {n for n in state.tensors if n.startswith("classifier.") or ".pooler." in n}
+        assert len(head) == 4
+        numbers[module] = sum(t.size for n, t in state.tensors.items() if n not in head)
+    order = sorted(numbers, key=lambda m: -numbers[m])
+    assert order == ["full", "prefix", "adapter", "lora", "bitfit"], numbers
+
+
+@each
+def test_the_server_takes_the_mean_by_rows_and_the_model_follows(net: str, module: str) -> None:
+    model, method = NETS[net](), made(module)
+    state = method.init(model, 5)
+    replies, _, _ = round_of(model, method, state)
+    after = method.aggregate(state, iter(replies))
+    p = np.array(SIZES, np.float64) / sum(SIZES)
+    for name, tensor in after.tensors.items():
+        sent = [r.payload.arrays[name].astype(np.float64) for r in replies]
+        mean = sum(w * s for w, s in zip(p, sent, strict=True))
+        np.testing.assert_allclose(tensor, mean, rtol=0, atol=1e-7 * max(1.0, float(np.abs(mean).max())))
+    other = NETS[net]()
+    method.apply(other, after)
+    assert adapters.digest(adapters.export(other)) == adapters.digest(after.tensors)
+    assert any(not np.array_equal(after.tensors[n], state.tensors[n]) for n in after.tensors)
+
+
+@each
+def test_rounds_lower_the_loss_of_decoder_and_encoder(net: str, module: str) -> None:
+    model, method = NETS[net](), made(module, lr=1e-2, epochs=4)
+    state = method.init(model, 5)
+    batch = collate([row for c, n in enumerate(SIZES) for row in rows(model, n, c)], 0)
+
+    def loss() -> float:
+        method.apply(model, state)
+        with torch.inference_mode():
+            return float(loss_tensor(model, batch))
+
+    before = loss()
+    for _ in range(2):
+        state = method.aggregate(state, iter(round_of(model, method, state)[0]))
+    assert loss() < before - 0.02
+
+
+PAPERS = {  # section 1.3 of the notes on its code: the best federated lr and size for QNLI
+    "full": (5e-5, 0),
+    "prefix": (5e-4, 64),
+    "adapter": (1e-3, 16),
+    "lora": (1e-3, 16),
+    "bitfit": (1e-3, 0),
+}
+
+
+@pytest.mark.parametrize("module", PAPERS)
+def test_lr_and_size_zero_are_the_papers(module: str) -> None:
+    lr, size = PAPERS[module]
+    kind = MODULES[module]
+    assert (kind.lr, kind.size) == (lr, size)
+    rates = methods.make("fedpetuning", {"module": module, "batch_size": 10}).training().rates(40)
+    np.testing.assert_allclose(rates, [lr, lr * 3 / 4, lr / 2, lr / 4])  # falls to 0 within the round
+    own = methods.make("fedpetuning", {"module": module, "lr": 0.5, "steps": 2}).training().rates(40)
+    np.testing.assert_allclose(own, [0.5, 0.25])
+
+
+def test_lora_has_alpha_equal_to_its_rank_on_query_and_value() -> None:
+    model = models.tiny_bert()
+    made("lora").init(model, 5)
+    spec = adapters.attached(model).spec
+    assert isinstance(spec, adapters.Lora)
+    assert (spec.r, spec.alpha, spec.dropout) == (4, 4, 0.0)
+    layers = {n.split(".")[-3] for n in adapters.trainable(model) if ".lora_A." in n}
+    assert layers == {"query", "value"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"module": "magic"}, "none of full, prefix"),
+        ({"places": "sideways"}, "neither houlsby nor pfeiffer"),
+        ({"size": -1}, "must be positive"),
+        ({"module": "bitfit", "size": 4}, "no size to choose"),
+        ({"module": "prefix", "targets": "all-linear"}, "needs module=lora"),
+        ({"module": "lora", "places": "pfeiffer"}, "needs module=adapter"),
+        ({"module": "lora", "start_data": "rows.jsonl"}, "what start=eva looks at"),
+        ({"lr": -1.0}, "must be positive"),
+        ({"wire": "int8"}, "none of fp32, fp16"),
+        ({"epochs": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        methods.make("fedpetuning", values)

@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FwdLLM: scalars, forward gradient, gate and ranking against the published vector arithmetic in float64."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import contract_harness as harness
+import numpy as np
+import pytest
+import torch
+
+from fleetune import adapters, models
+from fleetune.data import Batches, Example
+from fleetune.data.labelled import encode_rows
+from fleetune.evaluation import objectives
+from fleetune.evaluation.losses import pad_id
+from fleetune.runs.rundir import events
+from fleetune.seeds import noise
+from fleetune.tuning import methods
+from fleetune.tuning.messages import Message, MessageError, Payload, check
+from fleetune.tuning.methods import Reply, fwdllm
+from fleetune.tuning.methods.fwdllm import Method, State
+
+SIZES = {"a.weight": (40, 60), "b.weight": (25, 40)}  # an adapter of 3,400 numbers, for what needs no model
+NORMAL = NormalDist()
+
+
+def directions(seed: int, id: int, law: str = "gaussian") -> np.ndarray:
+    """A direction over `SIZES` as one float64 vector: tensors in name order, each from a multiple of 4096 on."""
+    draw = noise.normals if law == "gaussian" else noise.signs
+    parts, start = [], 0
+    for shape in SIZES.values():
+        parts.append(draw(fwdllm.run_key(seed), id, start, math.prod(shape)).astype(np.float64))
+        start += 4096
+    return np.concatenate(parts)
+
+
+def flat(tensors: dict[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([tensors[n].reshape(-1) for n in SIZES]).astype(np.float64)
+
+
+def named(vector: np.ndarray) -> dict[str, np.ndarray]:
+    cuts = np.split(vector, np.cumsum([math.prod(s) for s in SIZES.values()])[:-1])
+    return {n: c.reshape(s).astype(np.float32) for (n, s), c in zip(SIZES.items(), cuts, strict=True)}
+
+
+def start(seed: int = 11, **changes: Any) -> State:
+    none, ids = np.zeros(0), np.zeros(0, np.uint64)
+    w = np.random.default_rng(3).normal(size=sum(map(math.prod, SIZES.values())))
+    state = State(named(w), {}, ids, ids, none, none, 0, 0, 0, seed, 0, 0.0, 0, 0.0, 0.0, 0.0)
+    return state._replace(**changes)
+
+
+def replies(state: State, method: Method, g: np.ndarray, rows: Any = 8, round: int = 0) -> list[Reply]:
+    """Devices that report the scalars g [devices, P]."""
+    rows = np.broadcast_to(rows, len(g)).tolist()
+    return [
+        Reply(c, 1000 * round + c, Payload({"g": row.astype(np.float32)}, {"n": n, "loss": 1.0}))
+        for c, (row, n) in enumerate(zip(g, rows, strict=True))
+    ]
+
+
+def published_variance(gradients: list[np.ndarray]) -> float:
+    """The code's test: the unbiased variance of the two half means of one tensor's g v, averaged over elements."""
+    half = len(gradients) // 2
+    means = np.stack([np.mean(gradients[:half], axis=0), np.mean(gradients[half:], axis=0)])
+    return float(means.var(axis=0, ddof=1).mean())
+
+
+def hadamard(n: int) -> np.ndarray:
+    """Orthogonal rows of +1 and -1 (Sylvester)."""
+    rows = np.ones((1, 1))
+    while len(rows) < n:
+        rows = np.block([[rows, rows], [rows, -rows]])
+    return rows
+
+
+# ---------------------------------------------------------------- the gate
+
+
+@pytest.mark.parametrize("n", [2, 8, 30])
+def test_the_gate_is_the_published_variance_exactly_for_orthogonal_signs(n: int) -> None:
+    """|sum of g_k v_k over a half|^2 is then d sum g_k^2, so nothing is left to chance."""
+    g = np.random.default_rng(n).normal(size=n) * 3
+    vectors = [x * v for x, v in zip(g, hadamard(n), strict=False)]
+    _, variance = Method().step(np.arange(n, dtype=np.uint64), g, np.full(n, 8.0))
+    assert variance == pytest.approx(published_variance(vectors), rel=1e-12)
+
+
+@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
+def test_the_gate_is_the_published_variance_of_the_runs_own_directions(law: str) -> None:
+    """Over 200 splits of 32 directions of 3,400 numbers: their mean within 3 %, each within 20 %.
+
+    By chance |v|^2 differs from d: by 0.7 % (one sigma) of the sum for normals.  Halves add <v_j, v_k>.
+    """
+    ids = np.arange(32, dtype=np.uint64)
+    v = np.stack([directions(11, int(id), law) for id in ids])
+    gradient = np.random.default_rng(5).normal(size=v.shape[1]) * 0.1
+    g = v @ gradient
+    _, variance = Method(law=law).step(ids, g, np.full(32, 8.0))
+    rng = np.random.default_rng(7)
+    found = [published_variance(list((g[:, None] * v)[rng.permutation(32)])) for _ in range(200)]
+    assert variance == pytest.approx(np.mean(found), rel=0.03)
+    assert np.abs(np.array(found) / variance - 1).max() < 0.2
+
+
+def test_a_direction_that_two_devices_tried_has_both_shares_of_the_mean_and_one_of_the_variance() -> None:
+    ids = np.array([5, 9, 5, 2], np.uint64)
+    g, rows = np.array([1.0, 2.0, 3.0, 4.0]), np.array([8.0, 8.0, 24.0, 8.0])
+    shares = {5: (8 * 1 + 24 * 3) / 48, 9: 8 * 2 / 48, 2: 8 * 4 / 48}
+    total, variance = Method().step(ids, g, rows)
+    assert variance == pytest.approx(2 * sum(a * a for a in shares.values()), rel=1e-12)
+    assert dict(zip(total.ids.tolist(), total.tables[:, 0].tolist(), strict=True)) == {
+        id: round(-a * 2**20) for id, a in shares.items()
+    }
+
+
+def test_the_server_keeps_the_adapter_and_asks_until_the_directions_agree() -> None:
+    """Three rounds of 4 devices: variances 2 sum g^2 / n^2 fall to the threshold, then all twelve count."""
+    method = Method(threshold=0.2, decay=0, lr=0.5, discriminative=False, h=1e-3)
+    state, all_g, all_v = start(), [], []
+    for round_ in range(3):
+        g = np.full((4, 1), 1.0) * [[1], [-1], [1], [-1]]
+        answers = replies(state, method, g, round=round_)
+        all_v += [directions(11, int(method.directions(None, r.key)[0])) for r in answers]
+        all_g += g[:, 0].tolist()
+        new = method.aggregate(state, iter(answers))
+        n = 4 * (round_ + 1)
+        report = method.report(new)
+        assert report["n"] == n
+        assert report["variance"] == pytest.approx(2 / n)
+        if 2 / n > 0.2:
+            assert report["moved"] == 0
+            assert new.tensors is state.tensors  # kept
+            assert method.broadcast(new).int("batch") == 0  # the same rows again
+        state = new
+    assert (state.moved, state.batch, state.asked, len(state.ids)) == (1, 1, 0, 0)
+    expected = flat(start().tensors) - 0.5 * np.mean(
+        [x * v for x, v in zip(all_g, all_v, strict=True)], axis=0
+    )
+    np.testing.assert_allclose(flat(state.tensors), expected, atol=3e-6)
+
+
+def test_patience_ends_a_batch_and_without_the_gate_every_round_moves() -> None:
+    g = np.full((3, 2), 50.0)
+    for changes, moves in (({"patience": 3}, [0, 0, 1, 0, 0, 1]), ({"variance_gate": False}, [1] * 6)):
+        method, state, seen = Method(P=2, discriminative=False, **changes), start(), []
+        for round_ in range(6):
+            state = method.aggregate(state, iter(replies(state, method, g, round=round_)))
+            seen.append(state.moved)
+        assert seen == moves
+
+
+def test_no_reply_keeps_what_is_known_of_the_batch() -> None:
+    method = Method(threshold=1e-6)
+    state = method.aggregate(start(), iter(replies(start(), method, np.ones((3, 1)))))
+    idle = method.aggregate(state, iter(()))
+    assert idle.round == state.round + 1
+    assert harness.equal_states(idle._replace(round=state.round, moved=state.moved), state)
+
+
+def test_more_rows_weigh_more_in_the_gradient() -> None:
+    method = Method(P=2, variance_gate=False, decay=0, lr=0.1, discriminative=False)
+    g = np.random.default_rng(1).normal(size=(3, 2)).astype(np.float32)
+    rows = [8, 2, 5]
+    answers = replies(start(), method, g, rows)
+    moved = flat(method.aggregate(start(), iter(answers)).tensors)
+    gradient, weight = np.zeros(len(moved)), 0.0
+    for answer, row, n in zip(answers, g.astype(np.float64), rows, strict=True):
+        for id, x in zip(method.directions(None, answer.key).tolist(), row, strict=True):
+            gradient, weight = gradient + n * x * directions(11, id), weight + n
+    np.testing.assert_allclose(moved, flat(start().tensors) - 0.1 * gradient / weight, atol=1e-6)
+
+
+def test_no_slope_counts_more_than_the_clip() -> None:
+    method = Method(P=2, variance_gate=False, decay=0, lr=0.1, discriminative=False, clip=1.5)
+    g = np.array([[0.5, -3e38], [3e38, 1.0]], np.float32)
+    moved = method.aggregate(start(), iter(replies(start(), method, g, [4, 4])))
+    cut = method.aggregate(start(), iter(replies(start(), method, np.clip(g, -1.5, 1.5), [4, 4])))
+    assert harness.equal_states(moved, cut)
+    assert np.abs(flat(moved.tensors) - flat(start().tensors)).max() < 1
+
+
+def test_a_device_cuts_its_own_slopes() -> None:
+    model = models.tiny_llama()
+    for clip, largest in ((0.0, np.inf), (0.01, np.float32(0.01))):
+        method = quick(P=8, clip=clip)
+        state = method.init(model, harness.key())
+        g = harness.reply(harness.fleet(model, method), method, state).payload.array("g")
+        assert (np.abs(g).max() == largest) if clip else (np.abs(g).max() > 0.01)
+
+
+def test_the_rate_falls_linearly_to_nothing() -> None:
+    method = Method(lr=0.2, decay=50)
+    assert [method.rate(r) for r in (0, 10, 25, 50, 60)] == pytest.approx([0.2, 0.16, 0.1, 0.0, 0.0])
+    assert Method(lr=0.2, decay=0).rate(10**6) == 0.2
+    assert method.broadcast(start(round=25)).float("rate") == pytest.approx(0.1)
+
+
+# ---------------------------------------------------------------- the ranking
+
+LAST = np.random.default_rng(8).normal(size=3400)
+U = LAST / np.linalg.norm(LAST)
+
+
+def cut_normal(x: np.ndarray) -> np.ndarray:
+    """The distribution function of a standard normal cut off below at its 90 % quantile."""
+    return np.maximum(0.0, (np.array([NORMAL.cdf(v) for v in x]) - 0.9) / 0.1)
+
+
+def distance(sample: np.ndarray, cdf: np.ndarray) -> float:
+    """Kolmogorov and Smirnov's: the largest difference to the sample's own distribution function."""
+    n = len(sample)
+    return float(max((np.arange(1, n + 1) / n - cdf).max(), (cdf - np.arange(n) / n).max()))
+
+
+@pytest.fixture(scope="module")
+def ranked() -> np.ndarray:
+    """The 2,000 best of 20,000 candidates, as vectors, best first: float64 [2000, 3400]."""
+    seeds, _ = Method().rank(start(last=named(LAST), round=4), 500)
+    return np.stack([directions(11, int(id)) for id in seeds])
+
+
+def test_what_ranked_directions_have_along_the_old_gradient_is_a_cut_normal(ranked: np.ndarray) -> None:
+    a = np.sort(ranked @ U)
+    # 0.0364 is the 1 % bound for 2,000 draws; the cut itself is a quantile of 20,000 draws: + 2.3 x 0.021
+    assert distance(a, cut_normal(a)) < 0.0364 + 0.049
+    cut, density = NORMAL.inv_cdf(0.9), NORMAL.pdf(NORMAL.inv_cdf(0.9))
+    mean, square = density / 0.1, 1 + cut * density / 0.1  # of the cut normal, by parts
+    assert (mean, square) == (pytest.approx(1.755, abs=1e-3), pytest.approx(3.249, abs=1e-3))
+    assert a.mean() == pytest.approx(mean, abs=4 * math.sqrt((square - mean**2) / 2000))
+    assert (a * a).mean() == pytest.approx(square, rel=0.03)
+
+
+def test_across_the_old_gradient_they_are_normal(ranked: np.ndarray) -> None:
+    across = np.random.default_rng(9).normal(size=3400)
+    across -= (across @ U) * U
+    b = np.sort(ranked @ (across / np.linalg.norm(across)))
+    assert distance(b, np.array([NORMAL.cdf(x) for x in b])) < 0.0364
+
+
+def test_the_bias_is_the_one_that_the_docstring_states(ranked: np.ndarray) -> None:
+    """mean of g v = grad + (E[a^2] - 1) <grad, u> u, for a gradient of which half is along u."""
+    gradient = 0.5 * U + 0.5 * np.roll(U, 1)
+    estimate = np.mean((ranked @ gradient)[:, None] * ranked, axis=0)
+    expected = gradient + (3.249 - 1) * (gradient @ U) * U
+    for axis in (U, np.roll(U, 1)):
+        assert estimate @ axis == pytest.approx(expected @ axis, abs=0.1)
+
+
+@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
+def test_the_best_tenth_of_the_candidates_is_offered_in_order(law: str) -> None:
+    method, state = Method(law=law, candidates=5), start(last=named(LAST), round=6)
+    seeds, offer = method.rank(state, 3)
+    assert len(seeds) == 3 * fwdllm.SPARE
+    ids = [(7 << 32) + i for i in range(5 * len(seeds))]
+    v = np.stack([directions(11, id, law) for id in ids])
+    cosine = v @ U / np.linalg.norm(v, axis=1)
+    order = np.argsort(-cosine)[: len(seeds)]
+    assert seeds.tolist() == [ids[i] for i in order]
+    assert offer == pytest.approx(cosine[order].mean() * math.sqrt(3400), rel=1e-5)
+
+
+def test_ranks_are_keyed_by_run_and_round() -> None:
+    state = start(last=named(LAST))
+    again, other = Method().rank(state, 4)[0], Method().rank(state._replace(round=1), 4)[0]
+    assert np.array_equal(Method().rank(state, 4)[0], again)
+    assert not set(again.tolist()) & set(other.tolist())
+    assert not np.array_equal(Method().rank(state._replace(seed=12), 4)[0], again)
+
+
+def test_only_odd_batches_are_ranked_and_the_effect_is_reported() -> None:
+    method = Method(P=4, variance_gate=False, lr=0.1, decay=0)
+    state, gradient = start(), np.random.default_rng(2).normal(size=3400)
+    lasts = []
+    for batch in range(6):
+        assert bool(len(state.seeds)) == (batch % 2 == 1)
+        assert ("seeds" in method.broadcast(state).arrays) == (batch % 2 == 1)
+        keys = [7 * batch + c for c in range(5)]
+        ids = [method.directions(state.seeds, key) for key in keys]
+        g = [np.array([directions(11, int(i)) @ gradient for i in row], np.float32) for row in ids]
+        answers = [
+            Reply(c, k, Payload({"g": x}, {"n": 8, "loss": 1.0}))
+            for c, (k, x) in enumerate(zip(keys, g, strict=True))
+        ]
+        state = method.aggregate(state, iter(answers))
+        lasts.append(flat(state.last))
+        report = method.report(state)
+        assert (report["batch"], report["moved"]) == (batch + 1, 1)
+        if batch % 2:
+            assert 1.4 < report["along"] < 2.2  # 80 of 800: about 1.755
+        else:
+            assert report["along"] == 0
+        if batch:
+            a, b = lasts[-2:]
+            assert report["cosine"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-6)
+    off = Method(P=4, variance_gate=False, discriminative=False)
+    state = start()
+    for batch in range(3):
+        state = off.aggregate(state, iter(replies(state, off, np.ones((5, 4)), round=batch)))
+        assert not len(state.seeds)
+        assert off.report(state)["along"] == 0
+
+
+def test_devices_draw_different_seeds_of_the_offer_and_the_server_knows_which() -> None:
+    method, seeds = Method(P=6), np.arange(100, 140, dtype=np.uint64)
+    drawn = [method.directions(seeds, key).tolist() for key in range(50)]
+    assert all(len(set(ids)) == 6 and set(ids) <= set(seeds.tolist()) for ids in drawn)
+    assert drawn == [method.directions(seeds, key).tolist() for key in range(50)]
+    assert len({id for ids in drawn for id in ids}) == 40  # all of the offer is used
+    assert len({tuple(method.directions(None, key).tolist()) for key in range(50)}) == 50
+
+
+# ---------------------------------------------------------------- a device
+
+
+SIZELESS = {"targets": "query-value", "r": 8, "alpha": 16}  # the defaults, which are all that bitfit takes
+
+
+def quick(**changes: Any) -> Method:
+    made = methods.make("fwdllm", harness.QUICK["fwdllm"] | changes)
+    assert isinstance(made, Method)
+    return made
+
+
+@pytest.mark.parametrize(
+    "module",
+    [{"module": "lora"}, {"module": "adapter", "targets": "query-value"}, {"module": "bitfit", **SIZELESS}],
+    ids=lambda m: m["module"],
+)
+def test_scalars_are_central_differences_and_near_the_gradients_own(module: dict[str, Any]) -> None:
+    """Weights moved by hand, in plain torch; and <grad, v> by back-propagation at a small h."""
+    model, method = models.tiny_llama(), quick(**module, P=3, h=2e-3)
+    state = method.init(model, harness.key())
+    rng = np.random.default_rng(4)
+    w = {n: (t + rng.normal(size=t.shape) * 0.05).astype(np.float32) for n, t in state.tensors.items()}
+    batches = Batches(harness.rows(model), pad_id(model), 1)
+    reply = method.local(model, method.broadcast(state._replace(tensors=w)), batches, 77, {})
+    (batch,) = batches.held(0, 10, 1)
+    adapters.load_(model, w)
+    with adapters.training(model, 0):
+        objectives.loss_tensor(model, batch).backward()
+        grads = {
+            n: p.grad.double().numpy() for n, p in adapters.trainable(model).items() if p.grad is not None
+        }
+    for id, g in zip(method.directions(None, 77).tolist(), reply.array("g"), strict=True):
+        v, first = {}, 0
+        for n in sorted(w):
+            v[n] = noise.normals(fwdllm.run_key(state.seed), id, first, w[n].size).reshape(w[n].shape)
+            first += -(-w[n].size // 4096) * 4096
+        sides = []
+        for sign in (1, -1):
+            adapters.load_(model, {n: (t + np.float32(sign * 2e-3) * v[n]) for n, t in w.items()})
+            sides.append(objectives.get("loss")(model, batch))
+        assert g == pytest.approx((sides[0] - sides[1]) / 4e-3, rel=2e-3, abs=2e-3)
+        assert g == pytest.approx(sum((grads[n] * v[n]).sum() for n in grads), rel=0.02, abs=0.02)
+
+
+def test_more_directions_are_asked_on_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, method, seen = models.tiny_llama(), quick(P=1, batch_size=4), []
+
+    def watched(model: Any, batch: Any) -> float:
+        seen.append(batch.input_ids.numpy().tobytes())
+        return float(len(seen))
+
+    monkeypatch.setattr(objectives, "get", lambda name: watched)
+    state = method.init(model, harness.key())
+    for key, number in ((1, 0), (2, 0), (3, 1)):
+        payload = method.broadcast(state._replace(batch=number))
+        method.local(model, payload, Batches(harness.rows(model), pad_id(model), key), key, {})
+    assert seen[0] == seen[1] == seen[2] == seen[3]
+    assert seen[4] == seen[5] != seen[0]
+
+
+def test_a_loss_that_is_not_finite_is_no_step_and_none_at_all_is_refused(monkeypatch: Any) -> None:
+    model, method = models.tiny_llama(), quick(P=3)
+    values = iter([1.0, 0.5, math.nan, 1.0, 2.0, math.inf] + [math.nan] * 6)
+    monkeypatch.setattr(objectives, "get", lambda name: lambda model, batch: next(values))
+    state = method.init(model, harness.key())
+
+    def answer() -> Payload:
+        batches = Batches(harness.rows(model), pad_id(model), 1)
+        return method.local(model, method.broadcast(state), batches, 1, {})
+
+    first = answer()
+    np.testing.assert_allclose(first.array("g"), [0.5 / 0.02, 0, 0], rtol=1e-6)
+    assert first.float("loss") == 0.75
+    with pytest.raises(MessageError, match="loss"):
+        check(Message(1, b"", answer()), method.expects(state), round=1, base=b"")
+
+
+def test_accuracy_needs_no_gradient() -> None:
+    """An encoder's share of right rows moves its head: what it reports are differences of such shares."""
+    model, method = models.tiny_bert(), quick(P=4, h=0.5, objective="accuracy", batch_size=8)
+    examples = [
+        Example((("user", c),), "yes" if c in "aeiou" else "no", {}, (c,)) for c in "abcdefghijklmnop"
+    ]
+    rows, _ = encode_rows(model, examples, 32)
+    state = method.init(model, 5)
+    assert {"classifier.bias", "classifier.weight"} < state.tensors.keys()
+    g = method.local(model, method.broadcast(state), Batches(rows, 258, 1), 1, {}).array("g")
+    assert np.any(g)
+    np.testing.assert_allclose(g * 8, np.rint(g * 8), atol=1e-5)  # eighths / (2 h), h = 1/2
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_run_records_what_gate_and_ranking_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(harness.QUICK, "fwdllm", harness.QUICK["fwdllm"] | {"threshold": 0.5, "P": 2})
+    _, state, run = harness.train("fwdllm", tmp_path, 8)
+    told = [e["report"] for e in events(run.path) if e["event"] == "round"]
+    assert [set(r) for r in told] == [{"n", "variance", "moved", "batch", "along", "cosine"}] * 8
+    asked = 0
+    for report in told:
+        asked += 1
+        assert report["moved"] == (report["variance"] <= 0.5 or asked == 10)
+        asked = 0 if report["moved"] else asked
+    assert {r["moved"] for r in told} == {0, 1}  # it asked for more, and it moved
+    assert told[-1]["batch"] == state.batch
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"P": 0}, "P = 0"),
+        ({"candidates": 0}, "candidates = 0"),
+        ({"h": 0}, "h, lr and threshold"),
+        ({"threshold": -1}, "h, lr and threshold"),
+        ({"decay": -1}, "decay and clip"),
+        ({"clip": -1}, "decay and clip"),
+        ({"module": "bitfit", "r": 4}, "bitfit has none"),
+        ({"module": "adapter", "targets": "all-linear"}, "needs module=lora"),
+        ({"law": "pooled"}, "law = 'pooled' is none of gaussian, rademacher"),
+        ({"module": "prefix"}, "module = 'prefix' is none of lora, adapter, bitfit"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(Exception, match=said):
+        methods.make("fwdllm", settings)
+
+
+def test_a_reply_is_four_bytes_a_direction() -> None:
+    model, method = models.tiny_llama(), quick(P=16)
+    state = method.init(model, harness.key())
+    answer = harness.reply(harness.fleet(model, method), method, state)
+    assert answer.payload.array("g").nbytes == 64
+    assert torch.is_grad_enabled()

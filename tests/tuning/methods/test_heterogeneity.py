@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FedProx, SCAFFOLD and the server rules inside the adapter methods, against the papers' formulas in numpy float64.
+
+The devices here train a toy: two tensors in double precision whose loss is a quadratic of the rows, so that
+every step can be written down by hand.  The code under test is all but that loss.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fleetune.adapters.core import Attached
+from fleetune.data import Encoded
+from fleetune.data.encode import Batch, Batches
+from fleetune.errors import RecipeError
+from fleetune.tuning import methods, server_rules
+from fleetune.tuning.messages import Message, Payload, check
+from fleetune.tuning.methods import Reply, _adapter
+from fleetune.tuning.methods._adapter import State, Training
+
+SIZES = {"a": (2, 2), "b": (3,)}
+CURVATURE = {"a": np.array([[0.5, 2.0], [1.0, 3.0]]), "b": np.array([4.0, 0.1, 1.0])}
+
+
+# --- the toy ----------------------------------------------------------------------------------------------
+
+
+def pole(name: str, token: float) -> np.ndarray:
+    """Where a row pulls a tensor to."""
+    return np.sin(token + np.arange(math.prod(SIZES[name]))).reshape(SIZES[name])
+
+
+def quadratic(model: Any, batch: Batch) -> torch.Tensor:
+    """mean over rows of sum_n 1/2 C (w - pole)^2, float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for token in batch.input_ids[:, 0].tolist():
+        for name, w in model.attachment.parameters.items():
+            away = w - torch.from_numpy(pole(name, token))
+            total = total + 0.5 * (torch.from_numpy(CURVATURE[name]) * away**2).sum()
+    return total / len(batch.input_ids)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(_adapter, "loss_tensor", quadratic)
+    parameters = {n: nn.Parameter(torch.zeros(s, dtype=torch.float64)) for n, s in SIZES.items()}
+    attached = Attached(spec=None, parameters=parameters, parts=())  # type: ignore[arg-type]
+    return SimpleNamespace(attachment=attached, net=nn.Module(), device="cpu")
+
+
+def batches(tokens: list[int]) -> Batches:
+    """A device whose every step sees all its rows, so that their order does not matter."""
+    return Batches([Encoded(np.array([t, 1], np.int32), 1) for t in tokens], 0, 3)
+
+
+def start() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {n: rng.normal(size=s).astype(np.float32) for n, s in SIZES.items()}
+
+
+# --- the reference ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class AdamW:
+    """Loshchilov and Hutter 2019, Algorithm 2, with torch's usual betas and eps; one object a round."""
+
+    m: dict[str, Any]
+    v: dict[str, Any]
+    t: int = 0
+
+    def step(self, y: dict[str, Any], g: dict[str, Any], eta: float, decay: float) -> dict[str, Any]:
+        self.t += 1
+        new = {}
+        for n in y:
+            self.m[n] = 0.9 * self.m[n] + 0.1 * g[n]
+            self.v[n] = 0.999 * self.v[n] + 0.001 * g[n] ** 2
+            mhat, vhat = self.m[n] / (1 - 0.9**self.t), self.v[n] / (1 - 0.999**self.t)
+            new[n] = y[n] - eta * decay * y[n] - eta * mhat / (np.sqrt(vhat) + 1e-8)
+        return new
+
+
+def device(
+    w: dict[str, np.ndarray], tokens: list[int], how: Training, pull: dict[str, Any] | None = None
+) -> dict[str, np.ndarray]:
+    """A device's round as the papers write it: FedProx's gradient, clipping, AdamW, SCAFFOLD's correction."""
+    count = how.epochs
+    y = {n: x.astype(np.float64) for n, x in w.items()}
+    adam = AdamW(dict.fromkeys(y, 0.0), dict.fromkeys(y, 0.0))
+    for t in range(count):
+        eta = how.lr * ((count - t) / count if how.decay else 1.0)
+        g = {n: CURVATURE[n] * np.mean([y[n] - pole(n, k) for k in tokens], axis=0) for n in y}
+        g = {n: g[n] + how.mu * (y[n] - w[n]) for n in y}
+        norm = math.sqrt(sum((x**2).sum() for x in g.values()))
+        scale = min(1.0, how.clip / (norm + 1e-6)) if how.clip else 1.0
+        y = adam.step(y, {n: scale * x for n, x in g.items()}, eta, how.weight_decay)
+        y = {n: x - eta * pull[n].astype(np.float64) for n, x in y.items()} if pull else y
+    return y
+
+
+# --- a device ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Training(lr=0.1, epochs=5),
+        Training(lr=0.1, epochs=5, decay=True),
+        Training(lr=0.1, epochs=5, mu=3.0),
+        Training(lr=0.05, epochs=7, weight_decay=0.3, clip=0.5, mu=0.7, decay=True),
+    ],
+)
+@pytest.mark.parametrize("pulled", [False, True])
+def test_a_devices_round_is_the_papers(toy: Any, how: Training, pulled: bool) -> None:
+    w, rng = start(), np.random.default_rng(2)
+    pull = {n: rng.normal(size=s).astype(np.float32) for n, s in SIZES.items()} if pulled else {}
+    for name, parameter in toy.attachment.parameters.items():
+        parameter.data = torch.from_numpy(w[name]).double()
+    _adapter.train(toy, batches([1, 4]), 0, how, pull)
+    want = device(w, [1, 4], how, pull)
+    for name, parameter in toy.attachment.parameters.items():
+        np.testing.assert_allclose(parameter.detach().numpy(), want[name], rtol=0, atol=1e-12)
+
+
+def test_fedproxs_gradient_is_that_of_the_loss_with_the_pull() -> None:
+    rng = np.random.default_rng(3)
+    w, origin = (torch.from_numpy(rng.normal(size=6)) for _ in range(2))
+    mu, plain, whole = 0.37, nn.Parameter(w.clone()), nn.Parameter(w.clone())
+    plain.cos().sum().backward()
+    _adapter.prox_({"w": plain}, {"w": origin}, mu)
+    (whole.cos().sum() + mu / 2 * ((whole - origin) ** 2).sum()).backward()
+    assert plain.grad is not None
+    assert whole.grad is not None
+    torch.testing.assert_close(plain.grad, whole.grad, rtol=0, atol=1e-14)
+
+
+def test_the_pull_keeps_a_device_near(toy: Any) -> None:
+    """With a large mu a device hardly leaves the global model; with none it goes on."""
+    gone = []
+    for mu in (0.0, 1.0, 100.0):
+        payload = Payload(start(), {"seed": 1})
+        reply = _adapter.local(toy, payload, batches([2]), 0, {}, Training(lr=0.05, epochs=40, mu=mu))
+        gone.append(float(sum(((reply.arrays[n] - w) ** 2).sum() for n, w in start().items())))
+    assert gone[2] < 0.05 * gone[0]
+    assert gone[2] < gone[1] < gone[0]
+
+
+# --- SCAFFOLD ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [Training(lr=0.1, epochs=4), Training(lr=0.2, epochs=3, decay=True, clip=2)])
+def test_scaffold_by_hand(toy: Any, how: Training) -> None:
+    """Two rounds of devices 0 and 1, then one of 1 and a newcomer 2 (Algorithm 1, option II)."""
+    how = Training(**(vars(how) | {"scaffold": True}))
+    rows = {0: [1, 2, 3], 1: [7], 2: [5, 6]}
+    walked = sum(how.lr * ((how.epochs - t) / how.epochs if how.decay else 1) for t in range(how.epochs))
+    state, memories = State(start(), 1), {k: {} for k in rows}  # type: ignore[var-annotated]
+    w = {n: x.astype(np.float64) for n, x in start().items()}
+    zero = {n: np.zeros(s) for n, s in SIZES.items()}
+    c, c_k = zero, {}  # type: ignore[var-annotated]
+    for taking in ([0, 1], [0, 1], [1, 2]):
+        payload, replies, ends = _adapter.broadcast(state, "fp32"), [], {}
+        for k in taking:
+            reply = _adapter.local(toy, payload, batches(rows[k]), 0, memories[k], how)
+            assert reply.arrays.keys() == SIZES.keys()  # nothing more goes up
+            replies.append(Reply(k, 0, reply))
+            own = c_k.get(k, zero)
+            ends[k] = device(w, rows[k], how, {n: c[n] - own[n] for n in w})
+            c_k[k] = {n: own[n] - c[n] + (w[n] - ends[k][n]) / walked for n in w}
+        state = _adapter.aggregate(state, iter(replies), how, "avg", 0.0)
+        c = {n: sum(own[n] for own in c_k.values()) / len(c_k) for n in w}
+        size = sum(len(rows[k]) for k in taking)
+        w = {n: sum(len(rows[k]) * ends[k][n] for k in taking) / size for n in w}
+        for n in w:
+            np.testing.assert_allclose(state.tensors[n], w[n], rtol=0, atol=3e-6)
+            np.testing.assert_allclose(state.c[n], c[n], rtol=0, atol=3e-5)  # a difference of w over 0.4
+            for k, own in c_k.items():
+                np.testing.assert_allclose(memories[k][f"c/{n}"], own[n], rtol=0, atol=3e-5)
+        assert state.seen.tolist() == sorted(c_k)
+
+
+def test_only_scaffolds_mean_goes_down_and_it_is_refused_going_up(toy: Any) -> None:
+    how = Training(lr=0.1, scaffold=True)
+    state = State(start(), 1)
+    assert _adapter.broadcast(state, "fp32").arrays.keys() == SIZES.keys()  # nobody has a variate yet
+    reply = _adapter.local(toy, _adapter.broadcast(state, "fp32"), batches([1]), 0, {}, how)
+    state = _adapter.aggregate(state, [Reply(0, 0, reply)], how, "avg", 0.0)
+    down = _adapter.broadcast(state, "fp32")
+    assert down.arrays.keys() == SIZES.keys() | {f"c/{n}" for n in SIZES}
+    check(Message(1, b"", reply), _adapter.expects(state, "fp32"), round=1, base=b"")
+    with pytest.raises(Exception, match="c/a"):
+        check(Message(1, b"", down), _adapter.expects(state, "fp32"), round=1, base=b"")
+
+
+def test_a_walk_that_ran_away_leaves_no_variate(toy: Any) -> None:
+    memory: dict[str, Any] = {}
+    with np.errstate(all="ignore"):
+        how = Training(lr=1e300, epochs=3, scaffold=True)
+        _adapter.local(toy, Payload(start(), {"seed": 1}), batches([1]), 0, memory, how)
+    assert memory == {}
+
+
+# --- the server's rules in the methods ---------------------------------------------------------------------
+
+
+def reference(rule: str, w: np.ndarray, deltas: list[np.ndarray], eta: float) -> np.ndarray:
+    """Reddi et al. 2021, Algorithm 2, and Hsu et al. 2019, with the published numbers."""
+    m, v = np.zeros_like(w), np.full_like(w, 1e-3**2)
+    for d in deltas:
+        if rule in ("avg", "avgm"):
+            m = 0.9 * m + d if rule == "avgm" else d
+            w = w + eta * m
+            continue
+        m = 0.9 * m + 0.1 * d
+        if rule == "adagrad":
+            v = v + d**2
+        elif rule == "yogi":
+            v = v - 0.01 * d**2 * np.sign(v - d**2)
+        else:
+            v = 0.99 * v + 0.01 * d**2
+        w = w + eta * m / (np.sqrt(v) + 1e-3)
+    return w
+
+
+@pytest.mark.parametrize("name", ["fedit", "fedpetuning"])
+@pytest.mark.parametrize("rule", server_rules.ETA)
+@pytest.mark.parametrize("lr", [0.0, 0.05])
+def test_a_methods_server_takes_the_rules_steps(name: str, rule: str, lr: float) -> None:
+    chosen, rng = methods.make(name, {"server": rule, "server_lr": lr}), np.random.default_rng(4)
+    state, deltas = State(start(), 1), {n: [] for n in SIZES}  # type: ignore[var-annotated]
+    for _ in range(3):
+        sent = {k: {n: rng.normal(size=s).astype(np.float32) for n, s in SIZES.items()} for k in (0, 1)}
+        for n in SIZES:
+            mean = (5 * sent[0][n].astype(np.float64) + 3 * sent[1][n]) / 8
+            deltas[n].append(mean - state.tensors[n])
+        replies = [Reply(k, 0, Payload(sent[k], {"n": rows, "loss": 1.0})) for k, rows in ((0, 5), (1, 3))]
+        state = chosen.aggregate(state, iter(replies))
+        for n, w in start().items():
+            eta = lr or (1.0 if rule in ("avg", "avgm") else 1e-3)
+            want = reference(rule, w.astype(np.float64), deltas[n], eta)
+            np.testing.assert_allclose(state.tensors[n], want, rtol=0, atol=2e-6)
+            assert state.tensors[n].dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["fedit", "fedpetuning"])
+def test_what_cannot_be_is_said_before_the_run(name: str) -> None:
+    for settings, words in (
+        ({"server": "fedadagrd"}, "avg, avgm, adagrad, yogi, adam"),
+        ({"server_lr": -1}, "server lr"),
+        ({"mu": -0.1}, "mu = -0.1"),
+        ({"mu": math.nan}, "mu = nan"),
+        ({"scafold": True}, "Did you mean 'scaffold'"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            methods.make(name, settings)
+
+
+def test_products_do_not_go_with_what_remembers_factors() -> None:
+    for settings in ({"server": "adam"}, {"scaffold": True}, {"server_lr": 0.5}):
+        with pytest.raises(RecipeError, match="average=separate"):
+            methods.make("fedit", {"average": "product", **settings})

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One byte: the code table, the step against the formula in float64, votes, and machines that come and go."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetune.data import Encoded, Example
+from fleetune.data.encode import Batches, collate, encode_all
+from fleetune.models import Model, named_tensors, tiny_llama
+from fleetune.seeds import noise
+from fleetune.seeds.noise import derive
+from fleetune.seeds.view import View
+from fleetune.tuning.messages import LogCode, Message, Payload, decode, encode
+from fleetune.tuning.methods import Reply
+from fleetune.tuning.methods._zeroth import UNITS
+from fleetune.tuning.methods.onebyte import FINER, Method, State
+
+K = 64
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Encoded]:
+    examples = [Example((("user", f"say {n}"),), "yes" if n % 2 else "a number", {}) for n in range(12)]
+    return encode_all(examples, tiny_llama().tokenizer, 48)[0]
+
+
+def tiny(**changes: Any) -> Method:
+    return Method(**({"K": K, "directions": 5, "lr": 1e-3, "eps": 1e-3, "batch_size": 3} | changes))
+
+
+# --- the byte ---------------------------------------------------------------------------------------------
+
+
+def table() -> list[int]:
+    """The code's magnitudes by its rule, in other arithmetic: 0, 1, .., then 9/8 of the last, cut to integers."""
+    sizes = [0, 1]
+    for _ in range(126):
+        sizes.append(max(sizes[-1] + 1, int(np.floor(np.float64(sizes[-1]) * 1.125))))
+    return sizes
+
+
+def test_a_code_is_a_byte_with_a_sign_seven_bits_of_size_and_one_zero() -> None:
+    sizes, chosen = table(), Method()
+    every = np.arange(256, dtype=np.uint8)
+    assert chosen.decode(every).tolist() == sizes + [-s for s in sizes]
+    words = np.array([*sizes, *(-s for s in sizes[1:])])
+    assert len(set(words.tolist())) == 255
+    back = chosen.encode(-words / UNITS, np.zeros(255))  # slopes: a step goes against them
+    assert back.dtype == np.uint8
+    assert chosen.decode(back).tolist() == words.tolist()
+    assert sizes[-1] / UNITS > 2e4  # slopes of a language model are 1 to 1000
+    assert sizes[1] / UNITS < 4e-3
+
+
+@given(st.floats(-3e4, 3e4))
+@settings(max_examples=50)
+def test_a_slope_is_decoded_to_itself_on_average_within_an_eighth(g: float) -> None:
+    u = (np.arange(4000) + 0.5) / 4000
+    steps = Method().decode(Method().encode(np.full(4000, g), u))
+    size = min(abs(g) * UNITS, table()[-1])
+    above = next((s for s in table() if s >= size), table()[-1])
+    below = max(s for s in table() if s <= size)
+    assert set(np.abs(steps)) <= {above, below}
+    assert np.all(steps * g <= 0)  # downhill
+    assert abs(np.abs(steps).mean() - size) <= (above - below) / 2000
+    assert above - below <= max(1, below / 8)
+
+
+def test_the_error_of_a_byte_is_five_percent() -> None:
+    rng = np.random.default_rng(0)
+    g = np.exp(rng.uniform(np.log(0.5), np.log(5e3), 200_000))
+    error = LogCode.decode(Method().encode(g, rng.random(len(g)))) / (-g * UNITS) - 1
+    assert abs(error.mean()) < 5e-4
+    assert 0.047 < np.sqrt(np.mean(error**2)) < 0.052  # sqrt(1/6)/8 and a little less
+
+
+@pytest.mark.parametrize(("wire", "size"), [("byte", lambda n: n), ("sign", lambda n: -(-n // 8))])
+def test_a_direction_is_one_byte_or_one_bit_of_the_message(wire: str, size: Any, rows: Any) -> None:
+    model, lengths = tiny_llama(), {}
+    for n in (8, 24, 41):
+        chosen = tiny(directions=n, wire=wire, batch_size=1)
+        reply = answer(model, chosen, chosen.init(model, 1), rows, 5)
+        lengths[n] = len(encode(Message(1, bytes(8), reply.payload)))
+        assert reply.payload.array("codes").nbytes == size(n)
+    assert lengths[41] - lengths[8] == size(41) - size(8)
+    assert lengths[8] - size(8) < 60
+
+
+# --- the step ---------------------------------------------------------------------------------------------
+
+
+def answer(model: Model, chosen: Method, state: State, rows: Sequence[Encoded], key: int) -> Reply:
+    """A machine's reply, from bytes to bytes."""
+    down = decode(encode(Message(1, bytes(8), chosen.broadcast(state)))).payload
+    up = chosen.local(model, down, Batches(rows, 257, key), key, {})
+    return Reply(0, key, decode(encode(Message(1, bytes(8), up))).payload)
+
+
+def direction(run_key: int, id: int, start: int, size: int) -> np.ndarray:
+    """z of a pool's member from its definition: float64 [size]."""
+    i = np.arange(start, start + size)
+    bits = np.array([bin(v).count("1") for v in (i % K) & (id & 0xFFFFFFFF)])
+    return noise.signs(run_key, id >> 32, start, size) * (-1.0) ** bits
+
+
+def slots(model: Model) -> list[tuple[str, int, int]]:
+    """(name, first index, size) of every tensor in name order, each from a multiple of 4096."""
+    found, start = [], 0
+    for name, tensor in sorted(named_tensors(model.net)):
+        found.append((name, start, tensor.numel()))
+        start += -(-tensor.numel() // 4096) * 4096
+    return found
+
+
+def loss_at(net: Any, batch: Any) -> float:
+    logits = net(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels[:, 1:]))
+
+
+def slope_by_hand(
+    model: Model, run_key: int, id: int, rows: Sequence[Encoded], at: dict[str, Any], eps: float
+) -> float:
+    """(L(w + eps z) - L(w - eps z)) / 2 eps with weights written, in float64."""
+    net: Any = copy.deepcopy(model.net).double()
+    losses = []
+    for sign in (1.0, -1.0):
+        weights = dict(net.named_parameters(remove_duplicate=False))  # a tied head goes by its first name
+        for name, start, size in slots(model):
+            z = torch.from_numpy(direction(run_key, id, start, size))
+            with torch.no_grad():
+                weights[name].copy_((at[name].double().view(-1) + sign * eps * z).view_as(weights[name]))
+        losses.append(loss_at(net, collate(rows, 257)))
+    return (losses[0] - losses[1]) / (2 * eps)
+
+
+def test_a_round_is_the_formula() -> None:
+    """w <- w - lr/(n N) sum of g z: wrong signs, sqrt(N), a forgotten n or other directions all end here."""
+    model, chosen = tiny_llama(), tiny(directions=3, batch_size=8, lr=0.05)
+    texts = [Example((("user", f"say {n}"),), "yes", {}) for n in range(4)]
+    few = encode_all(texts, model.tokenizer, 48)[0]  # every batch is all four rows
+    state = chosen.init(model, 3)
+    run_key = state.ledger.head.run_key
+    state = chosen.aggregate(state, [answer(model, chosen, state, few, 11)])  # not from the base itself
+    chosen.apply(model, state)
+    before = {name: t.clone() for name, t in model.attachment.tensors()}
+    keys = (101, 102)
+    after = chosen.aggregate(state, [answer(model, chosen, state, few, key) for key in keys])
+    chosen.apply(model, after)
+    moved = {name: t.double() - before[name].double() for name, t in model.attachment.tensors()}
+    model.attachment.remove()
+    expected = {name: np.zeros(size) for name, _, size in slots(model)}
+    for key in keys:
+        for k in chosen.draw(1, run_key, key).tolist():
+            g = slope_by_hand(model, run_key, k, few, before, chosen.eps)
+            for name, start, size in slots(model):
+                expected[name] -= chosen.lr / (3 * 2) * g * direction(run_key, k, start, size)
+    a = np.concatenate([moved[name].reshape(-1).numpy() for name in expected])
+    b = np.concatenate(list(expected.values()))
+    assert np.linalg.norm(a - b) < 0.12 * np.linalg.norm(b)  # a byte's error
+
+
+def fake(key: int, codes: np.ndarray, n: int = 10) -> Reply:
+    return Reply(0, key, Payload({"codes": codes.astype(np.uint8)}, {"n": n, "loss": 1.0}))
+
+
+def sums(state: State) -> np.ndarray:
+    found = np.zeros(K, np.int64)
+    found[(state.ledger.ids & np.uint64(0xFFFFFFFF)).astype(int)] = state.ledger.coefficients
+    return found
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 63), st.integers(1, 999)), min_size=1, max_size=9))
+@settings(max_examples=30)
+def test_the_server_takes_the_mean_weighted_by_rows_whoever_answers(machines: list[tuple[int, int]]) -> None:
+    model, chosen = tiny_llama(), tiny()
+    state = chosen.init(model, 1)
+    codes = [np.random.default_rng(key).integers(0, 256, 5) for key, _ in machines]
+    replies = [fake(key, c, n) for (key, n), c in zip(machines, codes, strict=True)]
+    got = sums(chosen.aggregate(state, iter(replies)))
+    total, sizes = np.zeros(K), table()
+    for (key, n), c in zip(machines, codes, strict=True):
+        for k, code in zip(chosen.draw(0, state.ledger.head.run_key, key), c, strict=True):
+            total[k] += n * (-1 if code & 128 else 1) * sizes[code & 127]
+    assert np.array_equal(got, np.rint(16 * total / sum(n for _, n in machines)))
+    assert state.ledger.head.grid == pytest.approx(chosen.lr / (5 * 16 * 256))
+
+
+def test_more_machines_do_not_make_a_step_longer() -> None:
+    """With sqrt(N), as published, four machines that agree step twice as far as one."""
+    model, chosen = tiny_llama(), tiny()
+    state, codes = chosen.init(model, 1), np.full(5, 60)
+    one = sums(chosen.aggregate(state, [fake(1, codes)]))
+    four = sums(chosen.aggregate(state, [fake(key, codes) for key in (1, 2, 3, 4)]))
+    assert np.abs(four).sum() == np.abs(one).sum()
+
+
+def test_directions_are_different_within_a_machine_and_between_machines_and_rounds() -> None:
+    chosen = tiny(directions=K)
+    assert sorted(chosen.draw(0, 1, 2)) == list(range(K))
+    few = tiny(directions=8)
+    drawn = {tuple(few.draw(0, 1, key)) for key in range(20)}
+    assert len(drawn) == 20
+    assert [few.epoch(r) for r in (0, 7, 8, 16)] == [0, 0, 1, 2]  # a pool of 64 lasts 8 rounds of 8
+    vote = tiny(directions=8, wire="sign")
+    assert {tuple(vote.draw(3, 1, key)) for key in range(20)} == {tuple(vote.draw(3, 1, 0))}
+    assert len({tuple(vote.draw(r, 1, 0)) for r in range(20)}) == 20
+
+
+# --- the vote ---------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 255), st.integers(1, 5)), min_size=1, max_size=7))
+@settings(max_examples=60)
+def test_the_majority_of_rows_decides_each_direction_and_a_tie_is_no_step(votes: Any) -> None:
+    model, chosen = tiny_llama(), tiny(directions=8, wire="sign")
+    state = chosen.init(model, 1)
+    got = sums(chosen.aggregate(state, [fake(i, np.array([bits]), n) for i, (bits, n) in enumerate(votes)]))
+    for j, k in enumerate(chosen.draw(0, state.ledger.head.run_key, 0)):
+        balance = sum(n if bits >> (7 - j) & 1 else -n for bits, n in votes)
+        assert got[k] == FINER * UNITS * np.sign(balance)
+    assert np.count_nonzero(got) <= 8
+
+
+def test_a_bit_is_the_sign_of_the_slope_and_a_zero_slope_tosses_a_coin() -> None:
+    chosen = tiny(directions=10, wire="sign")
+    slopes = np.array([1.0, -1e-9, 3.0, -7.0, 5e4, -5e4, 0.1, 0.2, -0.3, -0.4])
+    codes = chosen.encode(slopes, np.full(10, 0.9))
+    assert codes.nbytes == 2
+    assert np.array_equal(chosen.decode(codes), -UNITS * np.sign(slopes))
+    coins = [chosen.decode(chosen.encode(np.zeros(10), np.full(10, u))).sum() for u in (0.49, 0.51)]
+    assert coins == [10 * UNITS, -10 * UNITS]
+
+
+def test_one_liar_moves_a_mean_but_not_a_vote(rows: Any) -> None:
+    model = tiny_llama()
+    for wire, bounded in (("byte", False), ("sign", True)):
+        chosen = tiny(wire=wire)
+        state = chosen.init(model, 2)
+        honest = [answer(model, chosen, state, rows, 5)._replace(client=c) for c in range(4)]
+        lie = np.full(5, 255) if wire == "byte" else ~honest[0].payload.array("codes")
+        with_liar = chosen.aggregate(state, [*honest, fake(honest[0].key, lie, 12)])
+        without = chosen.aggregate(state, honest)
+        assert np.array_equal(sums(with_liar), sums(without)) == bounded
+
+
+# --- machines that come and go ------------------------------------------------------------------------------
+
+
+class Machine:
+    """A machine with a model of its own (its own view, caches and kernels): it shares nothing but messages."""
+
+    def __init__(self, number: int, rows: Sequence[Encoded], state: State, dtype: torch.dtype) -> None:
+        self.model, self.rows, self.number = tiny_llama(layers=1), rows, number
+        self.model.net.to(dtype)
+        head = state.ledger.head
+        self.model.attachment = View(
+            named_tensors(self.model.net), self.model.net, run_key=head.run_key, law=head.law, grid=head.grid,
+            backend="numba" if number % 3 else "torch",
+        )  # fmt: skip
+
+    def reply(self, chosen: Method, message: bytes, round: int) -> Reply:
+        key = derive(9, "local", round, self.number)
+        payload = chosen.local(
+            self.model, decode(message).payload, Batches(self.rows[self.number % 4 :: 4], 257, key), key, {}
+        )
+        return Reply(self.number, key, decode(encode(Message(round, bytes(8), payload))).payload)
+
+    def stands_at(self, chosen: Method, message: bytes) -> str:
+        """SHA-256 of all weights after the last message."""
+        from fleetune.tuning.methods._zeroth import arrive
+
+        view, position = arrive(self.model, decode(message).payload)
+        position.place(view)
+        return weights(view)
+
+
+def weights(view: View) -> str:
+    h = hashlib.sha256()
+    for name, tensor in view.tensors():
+        h.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [({"K": 16}, torch.float32), ({"law": "rademacher"}, torch.bfloat16), ({"wire": "sign"}, torch.float32)],
+)
+def test_machines_join_and_leave_at_random_and_all_stand_at_the_servers_replay(
+    changes: Any, dtype: torch.dtype, rows: Any
+) -> None:
+    """Each round 30 % of those present leave, before or after their work, and as many join with nothing but the base."""
+    rng = np.random.default_rng(1)
+    chosen = tiny(directions=2, batch_size=1, **changes)
+    base = tiny_llama(layers=1)
+    base.net.to(dtype)
+    state, present, met = chosen.init(base, 4), [], 0
+    for round in range(15):
+        stay = [m for m in present if rng.random() > 0.3]
+        left = [m for m in present if m not in stay]
+        while len(stay) < 4:
+            stay.append(Machine(met, rows, state, dtype))
+            met += 1
+        message = encode(Message(round, bytes(8), chosen.broadcast(state)))
+        replies = [m.reply(chosen, message, round) for m in stay]
+        for machine in left[: len(left) // 2]:  # these do their work, and their reply is lost
+            machine.reply(chosen, message, round)
+        state, present = chosen.aggregate(state, iter(replies)), stay
+    message = encode(Message(15, bytes(8), chosen.broadcast(state)))
+    chosen.apply(base, state)
+    server = weights(base.attachment)
+    assert met > 15
+    assert [m.stands_at(chosen, message) for m in present] == [server] * len(present)
+    replayed = tiny_llama(layers=1)
+    replayed.net.to(dtype)
+    chosen.apply(replayed, state._replace(ledger=replace(state.ledger)))
+    assert weights(replayed.attachment) == server
+    untouched = tiny_llama(layers=1)
+    assert all(
+        torch.equal(a.to(dtype), b)
+        for a, b in zip(untouched.net.parameters(), present[0].model.net.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"directions": 0}, "directions = 0"), ({"directions": 65}, "65 is not between 1 and the 64"), ({"wire": "bit"}, "'bit'"),
+     ({"clip": -1.0}, "clip"), ({"K": 48}, "power of two"), ({"lr": 0.0}, "lr")],
+)  # fmt: skip
+def test_settings_that_cannot_be(wrong: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        tiny(**wrong)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: there and back through TOML, every problem at once, suggestions, bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetune.errors import RecipeError
+from fleetune.tuning import methods
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import Recipe, fields, make, read, to_toml
+
+texts = st.text(max_size=20) | st.sampled_from(
+    ['a "quoted" name', "back\\slash", "line\nbreak", "\r\n", "tab\t", "nul\0", "del\x7f", "\x85\u2028", "é🦊",
+     "# no comment", "'''", '"""', "[set]", "a = 1", "\ufeffmark", ""]
+)  # fmt: skip
+values = texts | st.booleans() | st.integers() | st.floats(allow_nan=False)
+shares = st.floats(0, 1, exclude_max=True)
+whole = st.fixed_dictionaries(
+    {"model": texts, "data": texts},
+    optional={
+        "method": texts, "set": st.dictionaries(texts, values, max_size=4), "clients": st.integers(0, 10**6),
+        "rounds": st.integers(1, 10**6), "participation": st.floats(0, 1, exclude_min=True), "partition": texts,
+        "held_out": st.floats(0, exclude_min=True, allow_infinity=False), "limit": st.integers(0, 2**60),
+        "seed": st.integers(0, 2**63 - 1), "dtype": st.sampled_from(["fp32", "bf16", "fp16"]),
+        "device": st.sampled_from(["auto", "cpu", "cuda", "mps"]), "drop": shares, "stragglers": shares,
+        "deadline": st.floats(0), "eval_every": st.integers(0, 99), "max_length": st.integers(8, 99),
+    },
+)  # fmt: skip
+
+
+def typed(recipe: Recipe) -> dict[str, Any]:
+    """The values with their types: True is not 1 here, nor 1 1.0, nor 0.0 -0.0."""
+    found = asdict(recipe)
+    return {
+        k: {n: repr(x) for n, x in v.items()} if isinstance(v, dict) else repr(v) for k, v in found.items()
+    }
+
+
+@given(given_values=whole)
+@settings(max_examples=200)
+def test_any_recipe_comes_back_from_its_toml(tmp_path_factory, given_values):
+    recipe = make(given_values)
+    text = to_toml(recipe)
+    path: Path = tmp_path_factory.getbasetemp() / "run.toml"
+    path.write_bytes(text.encode())
+    again = make(read(path))
+    assert typed(again) == typed(recipe)
+    assert to_toml(again) == text
+    for name, value in given_values.items():
+        assert getattr(recipe, name) == value
+
+
+def test_run_toml_states_every_option_with_its_help():
+    text = to_toml(
+        make({"model": "m", "data": "d", "set": {"K": 64, "lr": 3e-7, "wire": "byte", "pro": True}})
+    )
+    for name, (_, _, help) in fields().items():
+        assert help
+        assert help in text
+        assert f"\n{name} = " in text or f"\n[{name}]" in text
+    parsed = tomllib.loads(text)
+    assert parsed["set"] == {"K": 64, "lr": 3e-7, "wire": "byte", "pro": True}
+    assert set(parsed) == set(fields())
+    assert '\n"a b" = 1\n' in to_toml(make({"model": "m", "data": "d", "set": {"a b": 1}}))
+
+
+def test_fields_have_types_defaults_and_help():
+    found = fields()
+    assert list(found) == [f.name for f in dataclasses.fields(Recipe)]
+    assert found["model"][1] is dataclasses.MISSING
+    assert found["rounds"][:2] == (int, 10)
+    assert found["participation"][:2] == (float, 1.0)
+    assert found["set"][1] == {}
+    found["set"][1]["x"] = 1  # a default is nobody's to change
+    assert fields()["set"][1] == {}
+    assert make({"model": "m", "data": "d"}).set == {}
+
+
+def test_the_defaults_of_a_recipe_are_what_fields_says():
+    recipe = make({"model": "m", "data": "d"})
+    for name, (_, default, _) in fields().items():
+        if default is not dataclasses.MISSING:
+            assert getattr(recipe, name) == default
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make({"model": "m", "data": "d"}).rounds = 3
+    assert replace(make({"model": "m", "data": "d"}), rounds=3).rounds == 3
+
+
+# --- problems -----------------------------------------------------------------------------------------------
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(RecipeError) as caught:
+        make(
+            {
+                "modle": "x",
+                "data": "d",
+                "rounds": 0,
+                "dtype": "int8",
+                "participation": 2,
+                "zzz": 1,
+                "seed": "a",
+            }
+        )
+    problems = caught.value.problems
+    assert len(problems) == 7
+    assert "unknown option 'modle'. Did you mean 'model'?" in problems
+    assert "unknown option 'zzz'." in problems
+    assert "model is missing" in problems
+    for start in ("rounds = 0: ", "dtype = 'int8': ", "participation = 2: ", "seed = 'a': "):
+        assert sum(p.startswith(start) for p in problems) == 1, start
+    assert all(p in caught.value.message for p in problems)
+    assert "fleetune tune --help" in (caught.value.hint or "")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("round", "rounds"), ("Clients", "clients"), ("heldout", "held_out"), ("learning_rate", None),
+     ("devise", "device"), ("eval-every", "eval_every"), ("dropp", "drop")],
+)  # fmt: skip
+def test_a_typo_gets_a_suggestion(typo, meant):
+    with pytest.raises(RecipeError) as caught:
+        make({"model": "m", "data": "d", typo: 1})
+    want = f"unknown option '{typo}'." + (f" Did you mean '{meant}'?" if meant else "")
+    assert caught.value.problems == [want]
+
+
+BOUNDS = [  # option, values at the edge that are good, values just beyond
+    ("clients", (0, 1_000_000), (-1, 1_000_001)),
+    ("rounds", (1, 1_000_000), (0, 1_000_001)),
+    ("participation", (1e-9, 1), (0, -0.1, 1.0001, math.nan)),
+    ("held_out", (1e-9, 0.5, 500), (0, -1, math.nan, math.inf)),
+    ("limit", (0,), (-1,)),
+    ("max_length", (8,), (7,)),
+    ("seed", (0, 2**63 - 1), (-1, 2**63)),
+    ("dtype", ("fp32", "bf16", "fp16"), ("FP32", "float32", "", "fp32 ", "fp32\n", 32)),
+    ("device", ("auto", "cpu", "cuda", "mps"), ("cuda:0", "tpu", "")),
+    ("drop", (0, 0.99), (-0.1, 1, math.nan)),
+    ("stragglers", (0, 0.99), (-0.1, 1, math.nan)),
+    ("deadline", (0, 2.5), (-1, math.nan)),
+    ("quorum", (1,), (0,)),
+    ("eval_every", (0,), (-1,)),
+    ("eval_rows", (1,), (0,)),
+    ("rouge_rows", (0,), (-1,)),
+    ("samples", (0,), (-1,)),
+    ("answer_tokens", (1,), (0,)),
+    ("threads", (0,), (-1,)),
+]
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), BOUNDS, ids=[b[0] for b in BOUNDS])
+def test_bounds(name, good, bad):
+    for value in good:
+        assert getattr(make({"model": "m", "data": "d", name: value}), name) == value
+    for value in bad:
+        with pytest.raises(RecipeError) as caught:
+            make({"model": "m", "data": "d", name: value})
+        assert [p.split(" = ")[0] for p in caught.value.problems] == [name], value
+        assert repr(value) in caught.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model", 3), ("rounds", 2.5), ("rounds", "many"), ("rounds", None), ("set", 3), ("set", ["K"]),
+     ("set", {"K": [1]}), ("set", {"K": None})],
+)  # fmt: skip
+def test_wrong_types(name, value):
+    with pytest.raises(RecipeError) as caught:
+        make({"model": "m", "data": "d", name: value})
+    assert all(p.startswith(name) for p in caught.value.problems)
+
+
+def test_a_text_setting_may_be_written_as_a_number():
+    assert methods.make("fedpeptao", {"layers_rule": 4}).layers_rule == "4"
+    for value in (True, None, [4]):
+        with pytest.raises(RecipeError, match=r"layers_rule = .* is not a text"):
+            methods.make("fedpeptao", {"layers_rule": value})
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def test_reading_says_what_is_wrong_with_a_file(tmp_path):
+    with pytest.raises(RecipeError, match=r"no recipe at .*none\.toml"):
+        read(tmp_path / "none.toml")
+    with pytest.raises(RecipeError, match=f"cannot read {tmp_path}"):
+        read(tmp_path)
+    bad = tmp_path / "bad.toml"
+    for content in (b"model = smollm2", b"model = 'a'\nmodel = 'b'", b"\xff\xfe", b"[set"):
+        bad.write_bytes(content)
+        with pytest.raises(RecipeError, match=r"bad\.toml is not TOML") as caught:
+            read(bad)
+        assert caught.value.hint
+
+
+def test_a_file_by_hand(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text('model = "smollm2-135m"\ndata = "demo"\nrounds = 3\n[set]\nK = 64\nlr = 1e-5\n')
+    recipe = make(recipes.read(file))
+    assert (recipe.model, recipe.data, recipe.rounds, recipe.set) == (
+        "smollm2-135m",
+        "demo",
+        3,
+        {"K": 64, "lr": 1e-5},
+    )

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every recipe names what exists, and those that state an outcome give it.
+
+A recipe that needs only what comes built in begins with a line such as
+
+    # Expected: validation loss 3.857 -> 3.112.
+
+which `make slow` runs and compares.  Recipes that need other data or models say nothing they would be held to.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from fleetune.tuning import recipe, run
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+LINE = re.compile(r"# Expected: validation loss (\d+\.\d{3}) -> (\d+\.\d{3})\.")
+NEAR = 0.03  # processors and versions of torch round differently, and thirty steps later that is seen
+
+
+class Expected(NamedTuple):
+    """Validation loss before and after."""
+
+    base: float
+    tuned: float
+
+
+def expected(path: Path) -> Expected | None:
+    """What the recipe's first line promises; None when it promises nothing."""
+    found = LINE.fullmatch(path.read_text(encoding="utf-8").split("\n", 1)[0])
+    return Expected(float(found[1]), float(found[2])) if found else None
+
+
+PROMISING = [path for path in RECIPES if expected(path)]
+
+
+def named(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=named)
+def test_a_recipe_names_options_settings_and_a_method_that_exist(path: Path) -> None:
+    values = recipe.read(path)
+    values.pop("sweep", None)  # what `fleetune sweep` varies
+    made = recipe.make(values)
+    entry, _ = run.check(made)
+    assert entry.name == made.method
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=named)
+def test_an_outcome_is_promised_in_the_first_line_or_not_at_all(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    promises = [line for line in text.splitlines() if "Expected" in line]
+    assert len(promises) == (expected(path) is not None), "write it as the docstring of this test does"
+    if promises:
+        assert recipe.read(path)["data"] == "demo", "only what comes built in can be run anywhere"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PROMISING, ids=named)
+def test_a_recipe_gives_what_it_promises(path: Path, tmp_path: Path) -> None:
+    promise = expected(path)
+    assert promise is not None
+    done = run.run(out=tmp_path, **recipe.read(path))
+    assert done["base"]["loss"] == pytest.approx(promise.base, rel=NEAR)
+    assert done["tuned"]["loss"] == pytest.approx(promise.tuned, rel=NEAR)
+    change = done["tuned"]["loss"] - done["base"]["loss"]
+    assert 0.5 < change / (promise.tuned - promise.base) < 2, (
+        "small steps change little, but they must change it"
+    )

@@ -1,0 +1,540 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sweep: which runs it is, what it refuses before any work, what a kill leaves, and what its page says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import xml.dom.minidom
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fleetune import models
+from fleetune.cli.commands.sweep import Screen
+from fleetune.cli.main import main
+from fleetune.errors import FleetError, ModelError, RecipeError, StorageError
+from fleetune.runs import report, rundir
+from fleetune.runs.report import cells
+from fleetune.runs.report.cells import Axis, Member
+from fleetune.tuning import methods, recipe, sweep
+from fleetune.tuning import run as jobs
+
+BASE: dict[str, Any] = {
+    "model": "./tiny", "data": "demo", "method": "fedkseed", "partition": "dirichlet:0.5:client", "clients": 3,
+    "rounds": 2, "limit": 60, "held_out": 8, "max_length": 64, "samples": 0, "seed": 5,
+    "set": {"K": 16, "tau": 2, "lr": 1e-3, "law": "rademacher"},
+}  # fmt: skip
+RECIPE = """\
+model = "./tiny"
+data = "demo"
+method = "fedkseed"
+partition = "dirichlet:0.5:client"
+clients = 3
+rounds = {rounds}
+limit = 60
+held_out = 8
+max_length = 64
+samples = 0
+seed = 5
+[set]
+K = 16
+tau = 2
+lr = 1e-3
+law = "rademacher"
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, path)
+    return path
+
+
+@pytest.fixture
+def at(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the tiny model and a recipe in it, as the working folder."""
+    (tmp_path / "tiny").symlink_to(tiny)
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(rounds=2))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    code = main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def events(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Run folder -> digest of the tuned weights, from the record of each run."""
+    found = {}
+    for run in rundir.listing(folder):
+        found[run.name] = next(e["digest"] for e in rundir.events(run) if e["event"] == "done")
+    return found
+
+
+# Which runs ---------------------------------------------------------------------------------------
+
+
+def test_every_combination_once_and_whole_seeds_first():
+    grid = sweep.make({**BASE, "sweep": {"seeds": 2, "alpha": [0.5, 2.0], "K": [8, 16, 64]}})
+    assert [(p.seed, *p.values) for p in grid.points] == [
+        (seed, alpha, K) for seed in (5, 6) for alpha in (0.5, 2.0) for K in (8, 16, 64)
+    ]
+    last = grid.points[-1]
+    assert last.recipe.partition == "dirichlet:2:client"
+    assert last.recipe.set == {**BASE["set"], "K": 64}
+    assert (last.recipe.seed, last.recipe.rounds, last.recipe.clients) == (6, 2, 3)
+    assert last.name == "0012-alpha-2-k-64-seed-6"
+    assert len({p.name for p in grid.points}) == 12
+    assert BASE["set"]["K"] == 16  # the base is not written into
+
+
+def test_names_are_options_settings_or_dotted_and_flags_override_the_table():
+    values = {**BASE, "sweep": {"K": [8], "rounds": [1]}}
+    grid = sweep.make(values, ["K=32,64", "set.lr=1e-3,1e-4", "dtype=fp32,bf16"], 3)
+    assert [(a.name, a.key, a.values) for a in grid.axes] == [
+        ("K", "set.K", (32, 64)),
+        ("rounds", "rounds", (1,)),
+        ("set.lr", "set.lr", (1e-3, 1e-4)),
+        ("dtype", "dtype", ("fp32", "bf16")),
+    ]
+    assert len(grid.points) == 3 * 2 * 1 * 2 * 2
+    dotted = sweep.make({**BASE, "sweep": {"set": {"K": [8, 16]}}})  # set.K = [..] in TOML
+    assert dotted.axes[0].key == "set.K"
+
+
+def test_alpha_is_the_partitions_and_set_alpha_the_methods_own():
+    fedit = {**BASE, "method": "fedit", "set": {"r": 2}}
+    grid = sweep.make(fedit, ["alpha=0.5,1", "set.alpha=8,16"])
+    second = grid.points[1].recipe
+    assert (second.partition, second.set["alpha"]) == ("dirichlet:0.5:client", 16)
+
+
+def test_methods_can_vary_and_a_setting_of_one_of_them_is_refused_for_the_others():
+    grid = sweep.make({**BASE, "set": {}}, ["method=fedkseed,fedit", "lr=1e-3,1e-4"])
+    sweep.check(grid)
+    assert [p.recipe.method for p in grid.points] == ["fedkseed", "fedkseed", "fedit", "fedit"]
+    with pytest.raises(RecipeError, match="fedit has no setting 'K'"):
+        sweep.check(sweep.make({**BASE, "set": {}}, ["method=fedkseed,fedit", "K=16,32"]))
+
+
+def test_the_file_gives_the_grid_back(tmp_path):
+    values = {**BASE, "eval_data": 'a "b"\\c.jsonl'}
+    grid = sweep.make(values, ["alpha=0.5,1e-2", "set.law=pooled,gaussian", "set.pro=true,false"], 2)
+    (tmp_path / "sweep.toml").write_text(sweep.to_toml(grid), encoding="utf-8")
+    assert sweep.read(tmp_path) == grid
+
+
+def test_values_that_differ_late_are_different_runs():
+    grid = sweep.make(BASE, ["alpha=0.1234567,0.1234568", "lr=1e-3,1e-05"])
+    assert [p.recipe.partition for p in grid.points[::2]] == [
+        "dirichlet:0.1234567:client",
+        "dirichlet:0.1234568:client",
+    ]
+    assert len({p.words for p in grid.points}) == 4
+    assert grid.points[1].words == "alpha 0.1234567 · lr 1e-05 · seed 5"
+
+
+def test_a_text_setting_varies_over_numbers_too():
+    grid = sweep.make({**BASE, "method": "fedpeptao", "set": {}}, ["layers_rule=2,half"])
+    assert [methods.make("fedpeptao", p.recipe.set).layers_rule for p in grid.points] == ["2", "half"]
+    sweep.check(grid)
+
+
+BAD = {
+    "unknown name": (["--vary", "roundz=1,2"], "Did you mean 'rounds'"),
+    "unknown setting": (["--vary", "set.taus=1,2"], "Did you mean 'tau'"),
+    "no values": (["--vary", "K="], "is not a list of values"),
+    "no equals sign": (["--vary", "K"], "is not NAME=VALUE,VALUE"),
+    "a value twice": (["--vary", "K=16,16"], "16 stands twice"),
+    "one thing by two names": (["--vary", "K=16,32", "--vary", "set.K=64"], "varies twice"),
+    "a setting of a wrong type": (["--vary", "K=16,many"], "K = 'many' is not an integer"),
+    "an option of a wrong type": (["--vary", "rounds=2,few"], "rounds = 'few'"),
+    "an option out of range": (["--vary", "participation=0.5,1.5"], "participation = 1.5"),
+    "what a method refuses": (["--vary", "law=pooled,rademacher", "--vary", "K=16,700"], "K=512 or K=1024"),
+    "an alpha of nothing": (["--vary", "alpha=0.5,0"], "alpha must be a number greater than 0"),
+    "alpha of no Dirichlet": (["--vary", "alpha=0.5,1", "--partition", "iid"], "partition = 'iid'"),
+    "alpha and partition": (["--vary", "alpha=1,2", "--vary", "partition=iid"], "a part of partition"),
+    "unknown method": (["--vary", "method=fedkseed,fedkseeed"], "Did you mean 'fedkseed'"),
+    "the seed by name": (["--vary", "seed=1,2"], "--seeds N"),
+    "no seeds": (["--seeds", "0"], "seeds = 0"),
+    "nothing varies": ([], "nothing varies"),
+    "too many runs": (["--vary", "K=16,32", "--seeds", "9999"], "are more than 10,000"),
+    "more clients than rows": (["--vary", "clients=2,500"], "clients 500 · seed 5: no rows for a client"),
+    "an unknown column": (["--vary", "partition=iid,column:nosuch"], "no column 'nosuch'"),
+    "data that is not there": (["--vary", "K=16,32", "--data", "nosuch.jsonl"], "nosuch.jsonl"),
+    "a recipe that is not there": (["nosuch.toml"], "no recipe at"),
+    "no recipe": (None, "needs a RECIPE"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_said_before_any_work(case, at, capsys, monkeypatch):
+    def no_model(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load", no_model)
+    before = sorted(at.rglob("*"))
+    args, text = BAD[case]
+    file = [] if args is None or "nosuch.toml" in args else ["recipe.toml"]
+    code, out, err = call(capsys, "sweep", *file, *(args or []))
+    assert code == 2, err
+    assert text in err
+    assert err.startswith("error: ")
+    assert out == ""
+    assert sorted(at.rglob("*")) == before, "something was left behind"
+
+
+def test_all_problems_are_told_at_once(at, capsys):
+    _, _, err = call(capsys, "sweep", "recipe.toml", "--vary", "roundz=1", "--vary", "K=8,8", "--seeds", "0")
+    assert all(text in err for text in ("'roundz'", "8 stands twice", "seeds = 0"))
+
+
+def test_tune_says_that_a_sweeps_recipe_is_one(at, capsys):
+    (at / "swept.toml").write_text(RECIPE.format(rounds=1) + "[sweep]\nK = [8, 16]\n")
+    code, _, err = call(capsys, "tune", "-c", "swept.toml")
+    assert code == 2
+    assert "fleetune sweep swept.toml" in err
+
+
+def test_a_dry_run_lists_the_runs_and_leaves_nothing(at, capsys):
+    code, out, err = call(capsys, "sweep", "recipe.toml", "--vary", "K=8,16", "--seeds", "2", "--dry-run")
+    assert code == 0
+    assert "0004-k-16-seed-6" in out
+    assert "4 runs" in err
+    assert not (at / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["case_study", "case_study_small"])
+def test_the_case_studies_can_be_run(name):
+    grid = sweep.make(recipe.read(Path(__file__).parents[2] / "recipes" / f"{name}.toml"))
+    assert [a.name for a in grid.axes] == ["alpha", "K"]
+    assert grid.axes[0].values == (0.5, 1.0, 1.5, 2.0, 2.5)
+    for point in grid.points:
+        jobs.check(point.recipe)
+        assert (point.recipe.clients, point.recipe.participation, point.recipe.set["batch_size"]) == (
+            200,
+            0.05,
+            1,
+        )
+        assert point.recipe.rouge_rows > 0
+
+
+# Doing them ---------------------------------------------------------------------------------------
+
+
+def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
+    code, out, err = call(capsys, "sweep", "recipe.toml", "--vary", "alpha=0.5,2", "--seeds", "2", "--json")
+    assert code == 0, err
+    said = events(out)
+    runs = [e for e in said if e["event"] == "run"]
+    assert said[0]["event"] == "sweep"
+    assert said[0]["axes"] == {"alpha": [0.5, 2]}
+    assert [(e["values"], e["seed"]) for e in runs] == [([0.5], 5), ([2], 5), ([0.5], 6), ([2], 6)]
+    done = said[-1]
+    assert done["event"] == "done"
+    folder = Path(done["path"])
+    assert (folder / "status").read_text() == "done\n"
+
+    _, out, _ = call(
+        capsys, "tune", "-c", "recipe.toml", "--partition", "dirichlet:2:client", "--seed", "6",
+        "--json", "--out", "alone",
+    )  # fmt: skip
+    assert digests(folder)["0004-alpha-2-seed-6"] == events(out)[-1]["digest"]
+    assert len(set(digests(folder).values())) == 4
+
+    for cell in done["cells"]:  # mean and spread against the runs' own records
+        losses = [e["tuned"]["loss"] for e in runs if e["values"] == list(cell["values"].values())]
+        assert cell["tuned"]["loss"]["mean"] == pytest.approx(np.mean(losses), rel=1e-12)
+        assert cell["tuned"]["loss"]["spread"] == pytest.approx(np.std(losses, ddof=1), rel=1e-9)
+        assert cell["runs"] == 2
+
+    page = (folder / "sweep.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|<script|<link|src=", page)
+    assert "4 runs" in page
+    names = {Path(f).name for f in done["figures"]}
+    assert names == {"loss-by-round-alpha.svg", "loss-by-bytes-alpha.svg", "loss-by-alpha.svg"}
+    for name in names:
+        text = (folder / "figures" / name).read_text(encoding="utf-8")
+        xml.dom.minidom.parseString(text.encode())
+        assert "var(" not in text
+
+    assert f"fleetune runs --out {folder}" in call(capsys, "runs")[2]
+    code, out, _ = call(capsys, "runs", "--out", folder, "--json")
+    assert [e["name"] for e in events(out)] == [Path(e["run"]).name for e in runs]
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_result_is_that_of_no_stop(at, capsys, monkeypatch):
+    file, vary = at / "recipe.toml", ["--vary", "K=8,16"]
+    file.write_text(RECIPE.format(rounds=3))
+    seen: list[int] = []
+    step = Screen.step
+
+    def stepped(self: Screen, client: int, number: int) -> None:
+        seen.append(client)
+        if len(seen) == 18 + 14:  # 3 clients x 2 steps x 3 rounds a run: in the last round of the second run
+            os.kill(os.getpid(), signal.SIGINT)
+        step(self, client, number)
+
+    monkeypatch.setattr(Screen, "step", stepped)
+    code, _, err = call(capsys, "sweep", file, *vary)
+    monkeypatch.setattr(Screen, "step", step)
+    folder = Path("runs") / "0001-sweep-recipe"
+    assert code == 130
+    assert f"fleetune sweep --resume {folder}" in err
+    assert "stopped in run 2 of 2" in err
+    assert (folder / "status").read_text() == "interrupted\n"
+    (first, second) = rundir.listing(folder)
+    assert [r for r, _ in rundir.checkpoints(second)][-1] == 2
+    record = (first / "metrics.jsonl").read_bytes()
+
+    code, out, err = call(capsys, "sweep", "--resume", "latest", "--json")
+    assert code == 0, err
+    assert [e["skipped"] for e in events(out) if e["event"] == "run"] == [True, False]
+    assert (first / "metrics.jsonl").read_bytes() == record  # a finished run is not run again
+    assert [e["round"] for e in rundir.events(second) if e["event"] == "round"] == [1, 2, 3]
+    assert len([e for e in events(out) if e["event"] == "round" and e["run"] == second.name]) == 1
+
+    assert call(capsys, "sweep", file, *vary, "--out", "whole", "-qq")[0] == 0
+    assert digests(Path("whole") / "0001-sweep-recipe") == digests(folder)
+
+    code, out, _ = call(capsys, "sweep", "--resume", "1", "--json")
+    assert code == 0
+    assert all(e["skipped"] for e in events(out) if e["event"] == "run")
+
+
+def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
+    (at / "recipe.toml").write_text(RECIPE.format(rounds=8))
+    args = ["sweep", "recipe.toml", "--vary", "K=8,16"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fleetune", *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    folder = at / "runs" / "0001-sweep-recipe"
+    for _ in range(6000):  # a busy machine takes its time
+        if list(folder.glob("0002-*/checkpoints/round-000003.ckpt")):
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert list(folder.glob("0002-*/checkpoints/*.ckpt")), "the second run did not start"
+    code, out, err = call(capsys, "sweep", "--resume", folder, "--json")
+    assert code == 0, err
+    assert events(out)[-1]["event"] == "done"
+    assert call(capsys, *args, "--out", "whole", "-qq")[0] == 0
+    assert digests(Path("whole") / "0001-sweep-recipe") == digests(folder)
+
+
+def test_a_run_that_fails_does_not_stop_the_others_and_is_run_again(at, capsys, monkeypatch):
+    tune = jobs.tune
+
+    def failing(job: jobs.Job, run: rundir.RunDir, listener: jobs.Listener) -> dict[str, Any]:
+        if job.recipe.set["K"] == 8:
+            raise FleetError("every client of round 1 failed")
+        return tune(job, run, listener)
+
+    monkeypatch.setattr(jobs, "tune", failing)
+    code, _, err = call(capsys, "sweep", "recipe.toml", "--vary", "K=8,16,32")
+    assert code == 1
+    assert "1 of 3 runs failed: 0001-k-8-seed-5" in err
+    folder = Path("runs") / "0001-sweep-recipe"
+    assert f"fleetune sweep --resume {folder}" in err
+    page = (folder / "sweep.html").read_text(encoding="utf-8")
+    assert "2 of 3 runs are finished" in page
+    monkeypatch.setattr(jobs, "tune", tune)
+    code, out, _ = call(capsys, "sweep", "--resume", folder, "--json")
+    assert code == 0
+    assert [e["skipped"] for e in events(out) if e["event"] == "run"] == [False, True, True]
+
+
+@pytest.mark.parametrize("error", [ModelError("too few directions"), IndexError("too few directions")])
+def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys, monkeypatch, error):
+    prepare = jobs.prepare
+
+    def failing(recipe: recipe.Recipe, *, offline: bool) -> jobs.Job:
+        if recipe.set["K"] == 8:
+            raise error
+        return prepare(recipe, offline=offline)
+
+    monkeypatch.setattr(jobs, "prepare", failing)
+    args = ("recipe.toml", "--vary", "K=8,16", "--rounds", "1", "--json")
+    for more in (args, ("--resume", "latest", "--json")):
+        code, out, _ = call(capsys, "sweep", *more)
+        assert code == 1
+        runs = [e for e in events(out) if e["event"] == "run"]
+        assert ["too few directions" in e["failed"] for e in runs] == [True, False]
+    assert runs[1]["skipped"]
+    assert "failed: " in (at / "runs" / "0001-sweep-recipe" / "log.txt").read_text()
+
+
+def test_a_full_disk_stops_the_sweep(at, capsys, monkeypatch):
+    def full(*args: Any) -> dict[str, Any]:
+        raise StorageError("cannot write: the disk is full")
+
+    monkeypatch.setattr(jobs, "tune", full)
+    code, _, err = call(capsys, "sweep", "recipe.toml", "--vary", "K=8,16")
+    assert code == 1
+    assert "the disk is full" in err
+    assert len(list((at / "runs" / "0001-sweep-recipe").glob("0*"))) == 1
+
+
+def test_a_sweep_in_use_or_changed_is_refused(at, capsys):
+    assert call(capsys, "sweep", "recipe.toml", "--vary", "K=8,16", "--rounds", "1", "-qq")[0] == 0
+    folder = Path("runs") / "0001-sweep-recipe"
+    with rundir.RunDir(folder):
+        code, _, err = call(capsys, "sweep", "--resume", folder)
+    assert code == 2
+    assert "in use by another process" in err
+    text = (folder / "sweep.toml").read_text()
+    (folder / "sweep.toml").write_text(text.replace("rounds = 1 ", "rounds = 2 "))
+    code, _, err = call(capsys, "sweep", "--resume", folder)
+    assert code == 2
+    assert "was made by another recipe" in err
+    code, _, err = call(capsys, "sweep", "--resume", folder, "--rounds", "3")
+    assert code == 2
+    assert "takes no other option" in err
+    code, _, err = call(capsys, "sweep", "--resume", "7")
+    assert code == 2
+    assert "no sweep '7'" in err
+
+
+# The numbers --------------------------------------------------------------------------------------
+
+
+def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: list[float]) -> Member:
+    """A finished run with these losses by round, each round of 1,000 bytes."""
+    run = folder / f"{len(list(folder.iterdir())) + 1:04d}-run"
+    run.mkdir()
+    lines: list[dict[str, Any]] = [{"event": "eval", "round": 0, "loss": base}]
+    for r, loss in enumerate(losses, 1):
+        lines += [
+            {"event": "round", "round": r, "bytes_up": 400, "bytes_down": 600, "bytes_total": 1000 * r, "seconds": 2.0},
+            {"event": "eval", "round": r, "loss": loss},
+        ]  # fmt: skip
+    ends = {"base": {"loss": base}, "tuned": {"loss": losses[-1]}}
+    lines.append({"event": "done", **ends, "bytes_up": 400 * len(losses), "bytes_down": 600 * len(losses)})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "status").write_text("done\n")
+    return Member(values, seed, report.read(run))
+
+
+AXES = (Axis("alpha", "alpha", (0.5, 1.0, 2.0)), Axis("K", "set.K", (8, 512)))
+
+
+def table(
+    folder: Path, rng: np.random.Generator, shift: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, list[Member]]:
+    """(base [seeds], losses [alpha, K, seed, round], the runs) of a whole grid with 4 seeds."""
+    folder.mkdir()
+    base = 4.0 + rng.normal(size=4)
+    losses = (
+        base[None, None, :, None] - rng.uniform(0.1, 0.9, size=(3, 2, 4, 3)) + shift * np.arange(4)[:, None]
+    )
+    runs = [
+        fake(folder, (a, k), s, float(base[s]), losses[i, j, s].tolist())
+        for s in range(4)
+        for i, a in enumerate(AXES[0].values)
+        for j, k in enumerate(AXES[1].values)
+    ]
+    return base, losses, runs
+
+
+def test_the_effect_of_an_axis_is_that_of_a_block_design(tmp_path):
+    _, losses, runs = table(tmp_path / "a", np.random.default_rng(1))
+    y = losses[..., -1].mean(axis=1)  # [alpha, seed]
+    rest = y - y.mean(axis=1, keepdims=True) - y.mean(axis=0, keepdims=True) + y.mean()
+    noise = math.sqrt((rest**2).sum() / (2 * 3) / 4)
+    found = cells.effect(0, AXES[0], "loss", cells.whole(AXES, runs))
+    assert found is not None
+    means = dict(zip(AXES[0].values, y.mean(axis=1), strict=True))
+    assert found.low == (min(means, key=means.__getitem__), pytest.approx(min(means.values())))
+    assert found.high == (max(means, key=means.__getitem__), pytest.approx(max(means.values())))
+    assert found.noise == pytest.approx(noise, rel=1e-9)
+    # a seed's own level (its rows are harder) is no effect, and no noise
+    _, _, shifted = table(tmp_path / "b", np.random.default_rng(1), shift=3.0)
+    other = cells.effect(0, AXES[0], "loss", shifted)
+    assert other is not None
+    assert (other.range, other.noise) == (pytest.approx(found.range), pytest.approx(noise, rel=1e-9))
+
+
+def test_curves_are_means_over_seeds_with_the_spread_of_the_change(tmp_path):
+    base, losses, runs = table(tmp_path / "a", np.random.default_rng(2))
+    curve = cells.course(1, 512, runs)
+    assert [(p.round, p.bytes) for p in curve] == [(0, 0), (1, 1000), (2, 2000), (3, 3000)]
+    assert curve[0].loss.mean == pytest.approx(base.mean())
+    assert curve[0].loss.spread == 0.0
+    for p in curve[1:]:
+        by_seed = losses[:, 1, :, p.round - 1].mean(axis=0)  # over alpha
+        assert p.loss.mean == pytest.approx(by_seed.mean())
+        assert p.loss.spread == pytest.approx(np.std(by_seed - base, ddof=1))
+    end = cells.ends(1, 512, "loss", runs)
+    assert end is not None
+    assert end == curve[-1].loss
+
+
+def test_half_a_seed_does_not_enter_the_means(tmp_path):
+    _, losses, runs = table(tmp_path / "a", np.random.default_rng(3))
+    part = [*runs[:12], runs[12]]  # two whole seeds and one run of the third
+    used = cells.whole(AXES, part)
+    assert {m.seed for m in used} == {0, 1}
+    assert cells.course(0, 0.5, used)[-1].loss.mean == pytest.approx(losses[0, :, :2, -1].mean())
+    assert cells.whole(AXES, runs[:5]) == runs[:5]  # no seed is whole: all there are
+    assert [c.runs for c in cells.cells(AXES, part)] == [3, 2, 2, 2, 2, 2]
+
+
+def test_one_seed_has_no_spread_and_no_noise(tmp_path):
+    _, _, runs = table(tmp_path / "a", np.random.default_rng(4))
+    one = runs[:6]
+    found = cells.effect(1, AXES[1], "loss", one)
+    assert found is not None
+    assert found.noise is None
+    assert all(p.loss.spread is None for p in cells.course(0, 0.5, one))
+    html, figures = report.grid("0001-sweep-x", AXES, one, 24)
+    assert "6 of 24 runs are finished" in html
+    assert "band" not in "".join(re.findall(r'class="([^"]*)"', "".join(figures.values())))
+
+
+def test_the_page_draws_a_line_a_value_and_escapes_names(tmp_path):
+    _, _, runs = table(tmp_path / "a", np.random.default_rng(5))
+    html, figures = report.grid("<b>&", AXES, runs, 24)
+    assert "<b>&" not in html
+    assert set(figures) == {
+        f"{what}-{axis}" for what in ("loss-by-round", "loss-by-bytes", "loss-by") for axis in ("alpha", "K")
+    }
+    lines = {name: len(re.findall(r'class="line ', text)) for name, text in figures.items()}
+    assert lines["loss-by-round-alpha"] == 3
+    assert lines["loss-by-round-K"] == 2
+    assert lines["loss-by-alpha"] == 1 + 2  # the mean, and a line for each K
+    assert lines["loss-by-K"] == 1 + 3
+    assert figures["loss-by-K"].count('class="band') == 1  # of the mean alone
+    assert "is finished" not in html
+    assert report.grid("x", AXES, [], 24)[1] == {}  # nothing has begun
+
+
+def test_figures_stand_where_the_means_are(tmp_path):
+    """The last marker of a line is at the mean, by the axis' own ticks."""
+    _, losses, runs = table(tmp_path / "a", np.random.default_rng(6))
+    text = report.grid("x", AXES, runs, 24)[1]["loss-by-round-K"]
+    ticks = [
+        (float(v), float(y) - 4) for y, v in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', text)
+    ]
+    (v0, y0), (v1, y1) = ticks[0], ticks[-1]
+    last = re.search(r'class="line c0" d="[^"]*L[\d.]+ ([\d.]+)"', text)
+    assert last is not None
+    at = v0 + (float(last[1]) - y0) * (v1 - v0) / (y1 - y0)
+    assert at == pytest.approx(losses[:, 0, :, -1].mean(), abs=0.01 * abs(v1 - v0))
