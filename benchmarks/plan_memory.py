@@ -51,7 +51,7 @@ def compare(
     from fleetune import models
     from fleetune.planning import plan
 
-    work = plan.Work(batch, length, steps, dtype)
+    work = plan.Workload(batch, length, steps, dtype)
     planned = {row.method: row for row in plan.table(models.load_config(model), work)}
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for name in list(names) * repeats:

@@ -18,6 +18,9 @@ an error: it is how Ctrl-C ends a run after its last completed round.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FleetuneError(Exception):
     """Base of all errors; `message` is what failed, `hint` the next thing to try."""
@@ -80,3 +83,9 @@ class Interrupted(FleetuneError):
     """Stopped by the user between two steps; nothing that was acknowledged is lost."""
 
     exit_code = 130
+
+
+def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Give " Did you mean 'fedkseed'?" for the known name closest to `name`, or "" when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" Did you mean '{close[0]}'?" if close else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of `fleetune compress` share: a call of the command line, a quick run, and a brake that is pulled."""
+"""What the tests of `fleetune compress` share: a call of the command line, a quick run, and an interrupt after so many looks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tuned(capsys: pytest.CaptureFixture[str], model: str, method: tuple[str, ...
 
 
 def pulled_after(count: int) -> type:
-    """A brake that is pulled after it was asked so many times."""
+    """An interrupt handler that reports Ctrl-C after it was asked so many times."""
     asked = iter([False] * count + [True] * 99)
 
     class Pulled:
@@ -48,7 +48,7 @@ def pulled_after(count: int) -> type:
             pass
 
         @property
-        def pulled(self) -> bool:
+        def requested(self) -> bool:
             return next(asked)
 
     return Pulled

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fleetune import compression, models
-from fleetune.cli.interrupt import Brake
+from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.main import main
 from fleetune.compression.jobs import solve
 from fleetune.compression.layerwise import driver, federated
@@ -261,7 +261,7 @@ def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict
 
 def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On training rows: every client's first windows of its own, none of the held-out ones."""
-    from fleetune.tuning import finished, methods, run
+    from fleetune.tuning import finished, methods, prepare
 
     out = ["--out", str(tuned_run)]
     code, events, err = call(capsys, "latest", *SMALL, "--calibrate", "clients", *out)
@@ -272,7 +272,7 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
     assert done["bytes_up"] == sum(r["bytes_up"] for r in replies)
     assert done["bytes_down"] == sum(r["bytes_down"] for r in replies) > 0
     recipe = finished.recipe_of(tuned_run / "latest")
-    parts = run.split(recipe, methods.entry(recipe.method))
+    parts = prepare.split(recipe, methods.entry(recipe.method))
     model = finished.load(tuned_run / "latest")
     finished.settle(model)
     from fleetune.data.encode import encode_all
@@ -300,15 +300,15 @@ def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(
     args = ["latest", *SMALL, "--calibrate", "clients", "--out", str(tuned_run)]
     asked, answer = iter(range(1000)), Clients.answer
 
-    class Pulled(Brake):
+    class Pulled(InterruptHandler):
         def __getattribute__(self, name: str) -> Any:
-            return next(asked) >= 10 if name == "pulled" else super().__getattribute__(name)  # in block 1
+            return next(asked) >= 10 if name == "requested" else super().__getattribute__(name)  # in block 1
 
     def fail(self: Clients, client: int, number: int, linears: Any) -> bytes:
         return b"?" if client == 1 else answer(self, client, number, linears)
 
     with monkeypatch.context() as patch:
-        patch.setattr(solve, "Brake", Pulled)
+        patch.setattr(solve, "InterruptHandler", Pulled)
         patch.setattr(Clients, "answer", fail)
         code, first, _ = call(capsys, *args)
     assert code == 130

@@ -159,7 +159,7 @@ def test_ctrl_c_while_the_importance_is_measured(
 
     args = ["compress", tiny["llama"], *QUICK, *ROWS, "--set", "recover=none"]
     with monkeypatch.context() as patch:
-        patch.setattr(prune, "Brake", pulled_after(0))
+        patch.setattr(prune, "InterruptHandler", pulled_after(0))
         code, out, _ = call(capsys, *args)
     assert code == 130
     assert "stopped after 1 of 8 rows" in json.dumps(out[-1])

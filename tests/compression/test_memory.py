@@ -242,7 +242,7 @@ def test_the_plan_with_low_memory_does_not_depend_on_the_blocks() -> None:
     def peak(layers: int, **work: Any) -> int:
         return sum(
             compression_cost.memory(
-                shape_of(llama(layers)), compression_cost.Work(8, 64)._replace(**work)
+                shape_of(llama(layers)), compression_cost.CompressionSize(8, 64)._replace(**work)
             ).values()
         )
 
@@ -275,7 +275,7 @@ def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:
             if f.suffix == ".safetensors"
         )
         assert compression_cost.disk(
-            shape_of(model.net.config), compression_cost.work(solver, 0, 0)
+            shape_of(model.net.config), compression_cost.size_of(solver, 0, 0)
         ) == pytest.approx(real, rel=0.15)
         shutil.rmtree(tmp_path / "parts")
 
@@ -286,7 +286,7 @@ def test_the_disk_holds_the_states_of_clients_that_wait(tmp_path: Path) -> None:
     waiting = sum(file.stat().st_size for file in (tmp_path / "devices").iterdir())
     shape, alone = (
         shape_of(model.net.config),
-        compression_cost.work(compression.make("optq", {"group": 8}), 6, 16),
+        compression_cost.size_of(compression.make("optq", {"group": 8}), 6, 16),
     )
     more = compression_cost.disk(shape, alone._replace(clients=2)) - compression_cost.disk(shape, alone)
     assert more == pytest.approx(waiting, rel=0.05)
@@ -318,7 +318,7 @@ def test_what_it_takes_is_said_before_it_begins(
 
 
 def test_plan_says_what_compressing_takes() -> None:
-    text = dict(plan.describe(llama(), "m", plan.Work()))["compress"]
+    text = dict(plan.describe(llama(), "m", plan.Workload()))["compress"]
     assert "optq over 128 windows of 512 tokens" in text
     assert "with --low-memory" in text
 

@@ -21,7 +21,7 @@ from fleetune.cli.main import main
 from fleetune.compression.jobs import compressed_base, solve
 from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
-from fleetune.deploy.measure import harness, llamacpp, torch_engine
+from fleetune.deploy.measure import check, harness, llamacpp
 from fleetune.errors import FleetuneError, Interrupted
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.artefact import Master, Quantised
@@ -177,12 +177,12 @@ def test_a_stopped_base_is_gone_on_with_and_says_how(at: Path, monkeypatch: pyte
             pass
 
         @property
-        def pulled(self) -> bool:
+        def requested(self) -> bool:
             self.asked += 1
             return self.asked > 9  # in the second block
 
     with monkeypatch.context() as patch:
-        patch.setattr(solve, "Brake", Pulled)
+        patch.setattr(solve, "InterruptHandler", Pulled)
         with pytest.raises(Interrupted) as stopped:
             compressed_base.base_of(Ui(quiet=2), folder, offline=True)
     assert stopped.value.hint == f"fleetune measure {folder} --kept-gain"
@@ -358,8 +358,8 @@ def test_an_export_is_checked_without_a_network_where_none_is_wanted(
 def test_a_runtime_that_is_not_there_is_named(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacking = torch_engine.RUNTIMES["gguf"]._replace(modules=("no_such_engine",))
-    monkeypatch.setattr(torch_engine, "RUNTIMES", {"gguf": lacking})
+    lacking = check.RUNTIMES["gguf"]._replace(modules=("no_such_engine",))
+    monkeypatch.setattr(check, "RUNTIMES", {"gguf": lacking})
     code, told, err = call(capsys, "export", "2", "--to", "gguf", "--path", "c.gguf", "--text", "text.txt")
     assert (code, told[-1]["runtime"]) == (0, None)
     assert "not run: llama.cpp for gguf: pip install 'fleetune[llamacpp]'" in err

@@ -77,12 +77,12 @@ def test_another_family_is_counted_on_the_meta_device() -> None:
         ("transformer.h.0.attn.c_proj", 32, 32),
     ]
     assert len(shape.linears) == 8
-    assert min(row.peak for row in plan.table(config, plan.Work(), rates=RATES)) > device_cost.FLOOR
+    assert min(row.peak for row in plan.table(config, plan.Workload(), rates=RATES)) > device_cost.FLOOR
 
 
 def test_what_has_no_place_on_a_model_is_not_planned() -> None:
     config = AutoConfig.for_model("gpt2", vocab_size=60, n_embd=32, n_layer=2, n_head=4)
-    found = {row.method for row in plan.table(config, plan.Work(), rates=RATES)}
+    found = {row.method for row in plan.table(config, plan.Workload(), rates=RATES)}
     assert {*traffic.METHODS, *device_cost.COMPARISON} - found == {"fedpetuning", "fedpeptao", "fwdllm"}
 
 
@@ -93,16 +93,16 @@ def test_llama_7b_gives_the_figures_of_the_papers() -> None:
     assert run == pytest.approx(14e9, rel=0.05)
     assert tune == pytest.approx(112e9, rel=0.05)
     assert tune == 8 * run
-    text = dict(plan.describe(LLAMA_7B, "llama-7b", plan.Work()))["state only"]
+    text = dict(plan.describe(LLAMA_7B, "llama-7b", plan.Workload()))["state only"]
     assert "13.5 GB to run in fp16" in text
     assert "108 GB to tune with Adam" in text
 
 
 def test_a_large_model_is_planned_in_little_memory() -> None:
-    plan.table(tiny_llama().net.config, plan.Work(), rates=RATES)  # imports
+    plan.table(tiny_llama().net.config, plan.Workload(), rates=RATES)  # imports
     tracemalloc.start()
     try:
-        rows = plan.table(LLAMA_7B, plan.Work(), rates=RATES)
+        rows = plan.table(LLAMA_7B, plan.Workload(), rates=RATES)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -121,7 +121,7 @@ def test_importing_it_loads_neither_torch_nor_transformers() -> None:
 
 def test_time_follows_the_rates() -> None:
     config = AutoConfig.for_model("llama", **SMALL, tie_word_embeddings=True)
-    work = plan.Work(batch=2, length=10, steps=7)
+    work = plan.Workload(batch=2, length=10, steps=7)
     only_products = plan.Rates(flops=1e6, copy=1e30)
     seconds = {r.method: r.seconds for r in plan.table(config, work, rates=only_products)}
     block = 2 * 48 * 48 + 2 * 16 * 48 + 3 * 48 * 72
@@ -138,18 +138,18 @@ def test_time_follows_the_rates() -> None:
 
 def test_sending_is_added_where_an_uplink_is_stated() -> None:
     config = tiny_llama().net.config
-    bare, told = (plan.table(config, plan.Work(), rates=RATES, uplink=u) for u in (None, 100.0))
+    bare, told = (plan.table(config, plan.Workload(), rates=RATES, uplink=u) for u in (None, 100.0))
     for before, after in zip(bare, told, strict=True):
         assert before.sending is None
         assert after.sending == (None if after.bytes_up is None else after.bytes_up / 100)
         assert before.seconds == after.seconds
     shown = plan.cells(dataclasses.replace(told[0], seconds=10.0, sending=32.0))
     assert shown[5] == "42 s"
-    assert "100 B a second" in dict(plan.describe(config, "x", plan.Work(), uplink=100.0))["time"]
+    assert "100 B a second" in dict(plan.describe(config, "x", plan.Workload(), uplink=100.0))["time"]
 
 
 def test_calibration_measures_something_sane() -> None:
-    rates = device_cost.calibrate(plan.Work(length=64))
+    rates = device_cost.calibrate(plan.Workload(length=64))
     assert 1e8 < rates.flops < 1e16
     assert 1e8 < rates.copy < 1e14
 
@@ -254,7 +254,7 @@ def test_nothing_stays_nothing() -> None:
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"length": -1}, {"steps": 0}, {"dtype": "int4"}])
 def test_work_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=str(next(iter(wrong.values())))):
-        plan.Work(**wrong)
+        plan.Workload(**wrong)
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def test_what_autograd_keeps_is_counted(family: str, method: str, batch: int, dt
     shape = shapes.shape_of(model.net.config)
     module = traffic.module(shape, method)
     assert module is not None
-    expected = device_cost.kept(shape, plan.Work(batch, 40, 1, dtype), module)
+    expected = device_cost.kept(shape, plan.Workload(batch, 40, 1, dtype), module)
     assert expected == pytest.approx(bytes_kept, rel=0.03)
 
 
@@ -353,7 +353,7 @@ def compiled() -> None:
 def test_predicted_memory_is_within_15_percent_of_measured(name: str, which: str, tmp_path: Path) -> None:
     model = tiny_llama(**SHAPES[which])
     models.save(model.net, model.tokenizer, tmp_path / "model")
-    work = plan.Work(*WORK[which], 3)
+    work = plan.Workload(*WORK[which], 3)
     rows = {r.method: r for r in plan.table(model.net.config, work, rates=RATES)}
     del model
     assert rows[name].peak == pytest.approx(_measured(name, str(tmp_path / "model"), work), rel=NEAR)
@@ -365,16 +365,16 @@ def test_predicted_memory_is_within_15_percent_of_measured(name: str, which: str
 @pytest.mark.parametrize(("model", "work"), [("smollm2-135m", (4, 128)), ("minilm-l6", (16, 64))])
 @pytest.mark.usefixtures("compiled")
 def test_predicted_memory_of_real_models(model: str, work: tuple[int, int], name: str) -> None:
-    asked = plan.Work(*work, 2)
+    asked = plan.Workload(*work, 2)
     found = json.loads(_child(model, asked, "--only", name, "--json"))["rows"][name]
     assert found["predicted"] == pytest.approx(found["measured"], rel=NEAR)
 
 
-def _measured(name: str, model: str, work: plan.Work) -> int:
+def _measured(name: str, model: str, work: plan.Workload) -> int:
     return int(json.loads(_child(model, work, "--one", name).splitlines()[-1])["peak"])
 
 
-def _child(model: str, work: plan.Work, *more: str) -> str:
+def _child(model: str, work: plan.Workload, *more: str) -> str:
     command = [sys.executable, "-m", "benchmarks.plan_memory", model, *more, "--dtype", work.dtype]
     for option in ("batch", "length", "steps"):
         command += [f"--{option}", str(getattr(work, option))]

@@ -115,7 +115,7 @@ def test_another_word_is_refused_before_any_work(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(("word", "counted"), [("auto", 104), ("numba", 104), ("torch", 10)])
 def test_the_plan_counts_the_chosen_kernels(monkeypatch, word, counted):
     monkeypatch.setenv(kernel_choice.VARIABLE, word)
-    rows = plan.table(tiny_llama().net.config, plan.Work(), rates=plan.Rates(1e11, 1e10))
+    rows = plan.table(tiny_llama().net.config, plan.Workload(), rates=plan.Rates(1e11, 1e10))
     floor = {row.method: row.parts["floor"] for row in rows}
     for name in ("mezo", "zosgd", "fedkseed", "onebyte"):
         assert floor[name] - floor["inference"] == counted * device_cost.MIB
@@ -123,7 +123,7 @@ def test_the_plan_counts_the_chosen_kernels(monkeypatch, word, counted):
 
 
 def test_the_plan_counts_the_time_of_the_chosen_kernels(monkeypatch):
-    config, work, rates = tiny_llama().net.config, plan.Work(steps=5), plan.Rates(1e11, 1e10)
+    config, work, rates = tiny_llama().net.config, plan.Workload(steps=5), plan.Rates(1e11, 1e10)
     seconds = {}
     for word in ("auto", "numba", "torch"):
         monkeypatch.setenv(kernel_choice.VARIABLE, word)

@@ -25,7 +25,8 @@ from fleetune.models import digest, uniform
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds import noise
 from fleetune.seeds.ledger import Change, Head, Ledger, load, require_base
-from fleetune.seeds.view import kernels, layout
+from fleetune.seeds.slots import layout
+from fleetune.seeds.view import kernels
 
 K = 16
 TENSORS = (("a.weight", (70, 61), "float32"), ("b", (9,), "float32"))

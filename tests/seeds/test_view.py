@@ -32,8 +32,9 @@ from fleetune.seeds import noise
 from fleetune.seeds import view as views
 from fleetune.seeds.ledger import Head, Ledger
 from fleetune.seeds.noise import passes, probe
+from fleetune.seeds.slots import Slot, layout, read_stored
 from fleetune.seeds.spsa import Position, descend, two_point
-from fleetune.seeds.view import Slot, View, kernels, layout, read_stored
+from fleetune.seeds.view import View, kernels
 
 KEY, GRID, EPS, K = 0xFEEDFACE12345678, float(np.float32(3e-6)), 1e-2, 32
 IDS = np.array([3, 17, 1 << 32 | 3, 5 << 32 | 31], np.uint64)

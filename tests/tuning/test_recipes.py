@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fleetune.tuning import recipe, run
+from fleetune.tuning import prepare, recipe, run
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 LINE = re.compile(r"# Expected: validation loss (\d+\.\d{3}) -> (\d+\.\d{3})\.")
@@ -48,7 +48,7 @@ def test_a_recipe_names_options_settings_and_a_method_that_exist(path: Path) -> 
     values = recipe.read(path)
     values.pop("sweep", None)  # what `fleetune sweep` varies
     made = recipe.make(values)
-    entry, _ = run.check(made)
+    entry, _ = prepare.check(made)
     assert entry.name == made.method
 
 

@@ -23,9 +23,10 @@ from fleetune.cli.commands.sweep import Screen
 from fleetune.cli.main import main
 from fleetune.errors import FleetError, ModelError, RecipeError, StorageError
 from fleetune.runs import report, rundir
+from fleetune.runs.listener import Listener
 from fleetune.runs.report import cells
 from fleetune.runs.report.cells import Axis, Member
-from fleetune.tuning import methods, recipe, sweep
+from fleetune.tuning import methods, prepare, recipe, sweep
 from fleetune.tuning import run as jobs
 
 BASE: dict[str, Any] = {
@@ -227,7 +228,7 @@ def test_the_case_studies_can_be_run(name):
     assert [a.name for a in grid.axes] == ["alpha", "K"]
     assert grid.axes[0].values == (0.5, 1.0, 1.5, 2.0, 2.5)
     for point in grid.points:
-        jobs.check(point.recipe)
+        prepare.check(point.recipe)
         assert (point.recipe.clients, point.recipe.participation, point.recipe.set["batch_size"]) == (
             200,
             0.05,
@@ -343,7 +344,7 @@ def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
 def test_a_run_that_fails_does_not_stop_the_others_and_is_run_again(at, capsys, monkeypatch):
     tune = jobs.tune
 
-    def failing(job: jobs.Job, run: rundir.RunDir, listener: jobs.Listener) -> dict[str, Any]:
+    def failing(job: prepare.TuneJob, run: rundir.RunDir, listener: Listener) -> dict[str, Any]:
         if job.recipe.set["K"] == 8:
             raise FleetError("every client of round 1 failed")
         return tune(job, run, listener)
@@ -364,14 +365,14 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_run_again(at, capsys, 
 
 @pytest.mark.parametrize("error", [ModelError("too few directions"), IndexError("too few directions")])
 def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys, monkeypatch, error):
-    prepare = jobs.prepare
+    real = prepare.prepare
 
-    def failing(recipe: recipe.Recipe, *, offline: bool) -> jobs.Job:
+    def failing(recipe: recipe.Recipe, *, offline: bool) -> prepare.TuneJob:
         if recipe.set["K"] == 8:
             raise error
-        return prepare(recipe, offline=offline)
+        return real(recipe, offline=offline)
 
-    monkeypatch.setattr(jobs, "prepare", failing)
+    monkeypatch.setattr(prepare, "prepare", failing)
     args = ("recipe.toml", "--vary", "K=8,16", "--rounds", "1", "--json")
     for more in (args, ("--resume", "latest", "--json")):
         code, out, _ = call(capsys, "sweep", *more)

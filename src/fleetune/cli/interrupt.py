@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C: the first is heard between two steps, so that nothing finished is lost; the second stops at once."""
+"""Handle Ctrl-C: the first press stops a job at the next point that it can resume from, the second at once."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from types import FrameType, TracebackType
 from fleetune.cli.console import Ui
 
 
-class Brake:
-    """While a `with` block runs, Ctrl-C sets `pulled` and says so; a second one raises KeyboardInterrupt."""
+class InterruptHandler:
+    """While a `with` block runs, Ctrl-C sets `requested` and says so; a second one raises KeyboardInterrupt."""
 
     def __init__(self, ui: Ui) -> None:
         self.ui = ui
-        self.pulled = False
+        self.requested = False
 
-    def __enter__(self) -> Brake:
-        self.before = signal.signal(signal.SIGINT, self._pull)
+    def __enter__(self) -> InterruptHandler:
+        self.before = signal.signal(signal.SIGINT, self._request)
         return self
 
     def __exit__(
@@ -25,8 +25,8 @@ class Brake:
     ) -> None:
         signal.signal(signal.SIGINT, self.before)
 
-    def _pull(self, signum: int, frame: FrameType | None) -> None:
-        if self.pulled:
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.pulled = True
+        self.requested = True
         self.ui.note("stopping after this step (Ctrl-C again: at once)")

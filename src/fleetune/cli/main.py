@@ -298,7 +298,7 @@ def _plan(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.planning import plan
 
     config = models.load_config(args.model, offline=args.offline)
-    work = plan.Work(batch=args.batch, length=args.length, steps=args.steps, dtype=args.dtype)
+    work = plan.Workload(batch=args.batch, length=args.length, steps=args.steps, dtype=args.dtype)
     ram, uplink = plan.parse_bytes(args.ram), plan.parse_rate(args.uplink)
     rows = plan.table(config, work, ram=ram, uplink=uplink)
     for row in rows:

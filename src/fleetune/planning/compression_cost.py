@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from fleetune.planning import device_cost
+from fleetune.planning import device_cost, workload
 from fleetune.planning.device_cost import FLOOR, KERNELS, PIECE
 from fleetune.planning.shapes import Linear, Shape
 from fleetune.planning.traffic import Module
@@ -43,7 +43,7 @@ SCORES: Final = 2.0  # copies of attention's scores: as they are, and their soft
 WRITTEN: Final = 2.0  # a finished block on its way to the disk: tensors and bytes
 
 
-class Work(NamedTuple):
+class CompressionSize(NamedTuple):
     """A compression as its costs depend on it."""
 
     windows: int  # 0: the solver needs none
@@ -58,13 +58,13 @@ class Work(NamedTuple):
     heads: int = 0  # of an attention that writes its scores down; 0: none is written
 
 
-def work(solver: Solver, windows: int, length: int) -> Work:
+def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
     """The work of a solver with its settings."""
     bits, group = int(getattr(solver, "bits", 0)), int(getattr(solver, "group", 0))
-    return Work(windows if solver.data else 0, length, bits=bits, group=group)
+    return CompressionSize(windows if solver.data else 0, length, bits=bits, group=group)
 
 
-def memory(shape: Shape, work: Work) -> dict[str, int]:
+def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
     """Bytes of the peak by part; see the module's text."""
     block = max(blocks(shape).values(), key=_weights)  # after pruning they differ
     inner = _weights(block)
@@ -95,7 +95,7 @@ def training(student: Shape, batch: int, length: int, beside: int) -> dict[str, 
 
     `beside` are the bytes of the other models in memory: a teacher, and what the student was made of.
     """
-    work = device_cost.Work(batch=batch, length=length)
+    work = workload.Workload(batch=batch, length=length)
     return device_cost.memory(student, work, "full Adam", Module("", {})) | {"beside": beside}
 
 
@@ -123,7 +123,7 @@ def hessians(block: list[Linear]) -> int:
     return sum(4 * into * into for _, _, into in inputs)
 
 
-def _solving(block: list[Linear], work: Work) -> float:
+def _solving(block: list[Linear], work: CompressionSize) -> float:
     kept = work.size if not work.bits else 1
     done = _weights(block) * kept
     own = max(
@@ -133,7 +133,7 @@ def _solving(block: list[Linear], work: Work) -> float:
     return (hessians(block) if work.windows else 0) + done + max(own, written)
 
 
-def disk(shape: Shape, work: Work) -> int:
+def disk(shape: Shape, work: CompressionSize) -> int:
     """Bytes of the artefact, of the finished blocks beside it and of waiting clients' states: what must be free."""
     inner = _weights(shape.linears)
     weight = work.bits / 8 + 3 / (work.group or 1 << 30) if work.bits else float(work.size)

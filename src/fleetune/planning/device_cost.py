@@ -24,12 +24,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from fleetune.errors import UsageError
 from fleetune.planning.shapes import Shape
 from fleetune.planning.traffic import Module
+from fleetune.planning.workload import Workload
 from fleetune.seeds import kernel_choice
 
 MIB: Final = 1 << 20
@@ -49,40 +48,12 @@ CURVED: Final = 4.8  # a graph that can be differentiated twice holds so much fo
 LOGITS_CURVED: Final = 3.7  # ... and so many fp32 arrays of all logits
 LOGITS_CHUNK: Final = 0.5  # what each further chunk leaves behind (freed blocks, as for `HEAP`)
 
-SIZES: Final[Mapping[str, int]] = {"fp32": 4, "bf16": 2, "fp16": 2}
 # A pass over the weights, by `seeds.choice`, takes as long as so many copies of them.
 SWEEP: Final[Mapping[str, float]] = {"auto": 1.5, "numba": 1.5, "torch": 20.0}
 STORED: Final = 4.0  # ... and to write a direction out, and to add it twice, as so many more
 TOUCH: Final = 6  # a forward (or a backward) moves each kept activation through memory about so often
 FORWARD: Final = ("fedkseed", "mezo", "onebyte", "zosgd")  # every weight, without back-propagation
 COMPARISON: Final = ("inference", "full SGD", "full Adam")  # not methods of ours
-
-
-@dataclass(frozen=True)
-class Work:
-    """A device's round: `steps` steps on `batch` rows of `length` tokens, weights in `dtype`."""
-
-    batch: int = 1
-    length: int = 256
-    steps: int = 200
-    dtype: str = "fp32"
-
-    def __post_init__(self) -> None:
-        wrong = [n for n in ("batch", "length", "steps") if getattr(self, n) < 1]
-        if wrong:
-            raise UsageError(f"--{wrong[0]} {getattr(self, wrong[0])} must be at least 1")
-        if self.dtype not in SIZES:
-            raise UsageError(f"no dtype named '{self.dtype}'", hint="choose one of " + ", ".join(SIZES))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.batch * self.length
-
-    @property
-    def size(self) -> int:
-        """Bytes of a weight."""
-        return SIZES[self.dtype]
 
 
 class Rates(NamedTuple):
@@ -95,7 +66,7 @@ class Rates(NamedTuple):
 # Memory ---------------------------------------------------------------------------------------------
 
 
-def memory(shape: Shape, work: Work, method: str, module: Module) -> dict[str, int]:
+def memory(shape: Shape, work: Workload, method: str, module: Module) -> dict[str, int]:
     """Bytes of a device's peak by part (see the module's text), for a method with its module, or a comparison."""
     kernels = KERNELS[kernel_choice.wanted()] * (method in (*FORWARD, "fwdllm"))
     imports = kernels + PEFT * bool(module.tensors)
@@ -120,7 +91,7 @@ def memory(shape: Shape, work: Work, method: str, module: Module) -> dict[str, i
     return parts | {"activations": n * (s * shape.widest + 8 * module.rank), "logits": int(logits)}
 
 
-def _logits(shape: Shape, work: Work) -> tuple[int, float]:
+def _logits(shape: Shape, work: Workload) -> tuple[int, float]:
     """fp32 bytes of the logits of a chunk, and how many chunks a step's positions make."""
     from fleetune.evaluation.losses import CHUNK_BYTES
 
@@ -128,7 +99,7 @@ def _logits(shape: Shape, work: Work) -> tuple[int, float]:
     return min(whole, CHUNK_BYTES), max(1.0, whole / CHUNK_BYTES)
 
 
-def _backward(shape: Shape, work: Work, method: str, module: Module) -> dict[str, int]:
+def _backward(shape: Shape, work: Workload, method: str, module: Module) -> dict[str, int]:
     own, weights = 4 * module.size, shape.params * work.size
     if own:
         parts = {"gradients": own, "optimizer": 2 * own, "adapter": COPIES * own}
@@ -142,7 +113,7 @@ def _backward(shape: Shape, work: Work, method: str, module: Module) -> dict[str
     return {"activations": int(needed + left), "logits": int(logits), **parts}
 
 
-def kept(shape: Shape, work: Work, module: Module) -> int:
+def kept(shape: Shape, work: Workload, module: Module) -> int:
     """Bytes that autograd keeps between a step's forward and its backward, but for the logits."""
     n, s = work.tokens, work.size
     total = n * (s * shape.kept + 4 * shape.norms)
@@ -163,7 +134,7 @@ def _trained(shape: Shape) -> int:
     return shape.norms + sum(into for _, into in shared) - same
 
 
-def _beside(work: Work, module: Module, shape: Shape) -> int:
+def _beside(work: Workload, module: Module, shape: Shape) -> int:
     """Bytes that are kept for a module: a prefix's keys and values for every head, or what LoRA works on.
 
     That is A's output and its input in fp32: in an fp32 model the layer's own, one for all that read it; else a
@@ -178,7 +149,7 @@ def _beside(work: Work, module: Module, shape: Shape) -> int:
     return 4 * work.tokens * (into + module.rank * len(module.adapted))
 
 
-def _curvature(shape: Shape, work: Work, module: Module) -> dict[str, int]:
+def _curvature(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
     """Bytes of the graph that Hessian products go through (a forward and its backward), and of their vectors."""
     positions = work.batch if shape.labels else work.tokens
     vectors = module.lanczos * 8 * 4 * (module.size - sum(math.prod(sizes) for sizes in shape.head.values()))
@@ -195,7 +166,7 @@ def _curvature(shape: Shape, work: Work, module: Module) -> dict[str, int]:
 PASSES: Final[Mapping[str, int]] = {"inference": 1, "full SGD": 3, "full Adam": 3}  # methods: 2
 
 
-def step_seconds(shape: Shape, work: Work, method: str, rates: Rates, module: Module) -> float:
+def step_seconds(shape: Shape, work: Workload, method: str, rates: Rates, module: Module) -> float:
     """Matrix products, and everything else as memory traffic."""
     n, s = work.tokens, work.size
     inner = sum(linear.out * linear.into for linear in shape.linears)
@@ -220,7 +191,7 @@ def step_seconds(shape: Shape, work: Work, method: str, rates: Rates, module: Mo
     return (3 * forward + head) / rates.flops + (2 * moved + update * weights) / rates.copy
 
 
-def calibrate(work: Work) -> Rates:
+def calibrate(work: Workload) -> Rates:
     """This machine's rates with torch's present number of threads and load: medians, in about 0.3 s."""
     import torch
 

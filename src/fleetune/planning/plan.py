@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Final
 from fleetune.common.display import human_bytes, human_count, human_time
 from fleetune.errors import FitError, UsageError
 from fleetune.planning import device_cost
-from fleetune.planning.device_cost import Rates, Work
+from fleetune.planning.device_cost import Rates
 from fleetune.planning.shapes import Shape, shape_of
 from fleetune.planning.traffic import METHODS, traffic
 from fleetune.planning.traffic import module as modules
+from fleetune.planning.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Rates",
     "Row",
-    "Work",
+    "Workload",
     "best",
     "cells",
     "columns",
@@ -83,7 +84,7 @@ class Row:
 
 def table(
     config: PretrainedConfig,
-    work: Work,
+    work: Workload,
     *,
     ram: int | None = None,
     uplink: float | None = None,
@@ -157,7 +158,7 @@ def best(rows: Sequence[Row]) -> str:
 
 
 def describe(
-    config: PretrainedConfig, name: str, work: Work, *, uplink: float | None = None
+    config: PretrainedConfig, name: str, work: Workload, *, uplink: float | None = None
 ) -> list[tuple[str, str]]:
     """(label, text) lines over the table: model, work, the state alone of running and of tuning it, and time."""
     shape = shape_of(config)
@@ -176,11 +177,11 @@ def describe(
     ]
 
 
-def _compression(shape: Shape, work: Work) -> str:
+def _compression(shape: Shape, work: Workload) -> str:
     """The peak memory of `fleetune compress` with its default method and windows."""
     from fleetune.planning import compression_cost as compress
 
-    job = compress.Work(128, 512, size=work.size)
+    job = compress.CompressionSize(128, 512, size=work.size)
     whole, paged = (
         sum(compress.memory(shape, job._replace(low_memory=low)).values()) for low in (False, True)
     )

@@ -19,7 +19,7 @@ from fleetune.tuning import methods
 from fleetune.tuning.messages import Message, Payload, encode
 
 if TYPE_CHECKING:
-    from fleetune.planning.device_cost import Work
+    from fleetune.planning.workload import Workload
 
 # The setting of each method that is its number of steps in a round.
 STEPS: Final[Mapping[str, str]] = MappingProxyType(
@@ -78,7 +78,7 @@ def _lora(adapted: tuple[Linear, ...], rank: int) -> Sizes:
     return tensors
 
 
-def traffic(shape: Shape, work: Work, name: str) -> tuple[int, int]:
+def traffic(shape: Shape, work: Workload, name: str) -> tuple[int, int]:
     """(bytes up, bytes down) of a method's messages in one round; sums at their full 32 bits."""
     tensors = (module(shape, name) or Module("", {})).tensors
     method = _method(name, work)
@@ -95,7 +95,7 @@ def traffic(shape: Shape, work: Work, name: str) -> tuple[int, int]:
     return message_bytes(arrays, numbers), message_bytes(sent, down.scalars)
 
 
-def _method(name: str, work: Work) -> Any:
+def _method(name: str, work: Workload) -> Any:
     values = {"batch_size": work.batch, STEPS[name]: work.steps}
     if name == "onebyte":  # whose pool holds at least the directions of a step
         values["K"] = max(4096, 1 << (work.steps - 1).bit_length())

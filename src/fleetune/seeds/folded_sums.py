@@ -21,7 +21,7 @@ from torch import Tensor
 from fleetune.seeds.noise import Passes
 
 if TYPE_CHECKING:
-    from fleetune.seeds.view import Slot
+    from fleetune.seeds.slots import Slot
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fleetune.seeds.noise import EMPTY
 
 if TYPE_CHECKING:
-    from fleetune.seeds.view import Direction, Slot
+    from fleetune.seeds.slots import Direction, Slot
 
 
 class Stored:

@@ -23,7 +23,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,38 +33,13 @@ from torch.nn import functional as F
 from fleetune.errors import ModelError, UsageError
 from fleetune.seeds import kernel_choice
 from fleetune.seeds.folded_sums import Folded
-from fleetune.seeds.noise import EMPTY, TILE, Passes
+from fleetune.seeds.noise import EMPTY, Passes
+from fleetune.seeds.slots import Direction, Read, Slot, layout, read_stored
 from fleetune.seeds.stored_direction import Stored
 
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20  # elements of scratch: 4 MB in fp32, so that it stays in the cache until the product reads it
-
-
-class Slot(NamedTuple):
-    """A trainable tensor and the global index of its first element."""
-
-    name: str
-    tensor: Tensor
-    start: int
-
-
-Read = Callable[[Slot, int, int], Tensor]
-Direction = tuple[int, np.ndarray]  # Philox id, table
-
-
-def read_stored(slot: Slot, first: int, last: int) -> Tensor:
-    """Elements first..last of a tensor that lies in memory (no copy)."""
-    return slot.tensor.detach().view(-1)[first:last]
-
-
-def layout(named: Iterable[tuple[str, Tensor]]) -> list[Slot]:
-    """Slots of name-ordered tensors laid end to end, each starting at a multiple of 4096 (the spec's index)."""
-    slots, start = [], 0
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        slots.append(Slot(name, tensor, start))
-        start += -(-tensor.numel() // TILE) * TILE
-    return slots
 
 
 def kernels(device: torch.device, backend: str = "auto") -> ModuleType:

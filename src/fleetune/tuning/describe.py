@@ -16,7 +16,7 @@ from fleetune.tuning import methods, rounds
 from fleetune.tuning.methods import Method
 
 if TYPE_CHECKING:
-    from fleetune.tuning.run import Job
+    from fleetune.tuning.prepare import TuneJob
 
 TRAINED: dict[str, Callable[[Model], int]] = {
     "ledger": lambda model: model.n_params,
@@ -24,7 +24,7 @@ TRAINED: dict[str, Callable[[Model], int]] = {
 }
 
 
-def of_model(job: Job) -> dict[str, Any]:
+def of_model(job: TuneJob) -> dict[str, Any]:
     """What env.json says of the model."""
     m = job.model
     return {
@@ -35,7 +35,7 @@ def of_model(job: Job) -> dict[str, Any]:
     }
 
 
-def start(job: Job) -> dict[str, Any]:
+def start(job: TuneJob) -> dict[str, Any]:
     """The first event: who takes part with what."""
     recipe, parts = job.recipe, job.split
     event: dict[str, Any] = {
@@ -67,7 +67,7 @@ def letters(method: Method, name: str) -> str:
     return " · ".join(parts)
 
 
-def header(job: Job, run: RunDir) -> list[tuple[str, str]]:
+def header(job: TuneJob, run: RunDir) -> list[tuple[str, str]]:
     """What is about to run, for the console."""
     recipe, m = job.recipe, job.model
     sizes = np.array([len(r) for r in job.rows])

@@ -1,209 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a recipe to a finished run: load, check, split, run the loop, leave the result.
-
-Everything that can be wrong with a recipe, its data or its model is found before the first step; the data
-before the model, since it is read faster.
-"""
+"""Run a prepared job in its folder: the rounds, the answers before and after, the result and the report."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import torch
-
-from fleetune import adapters, data, models
-from fleetune.data import Encoded, Example
-from fleetune.data.labelled import encode_rows
-from fleetune.data.partition import check_partition_spec, hold_out, partition
-from fleetune.errors import DataError, RecipeError
-from fleetune.evaluation import objectives
-from fleetune.evaluation.answers import generate, must_write
+from fleetune import adapters, models
+from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.measures import measure as measured_on
 from fleetune.evaluation.scores import rouge_l
-from fleetune.models.model import Model
 from fleetune.runs import report, rundir
+from fleetune.runs.listener import Listener, Silent
 from fleetune.runs.rundir import RunDir
-from fleetune.seeds import kernel_choice
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import describe, methods, rounds
+from fleetune.tuning import describe, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import Totals
 from fleetune.tuning.fleets.local import LocalFleet, Weather
 from fleetune.tuning.fleets.memories import Memories
-from fleetune.tuning.methods import Entry, Method
-from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.prepare import TuneJob, check, prepare
 
 log = logging.getLogger(__name__)
-
-
-class Listener(Protocol):
-    """Whoever watches a run: the console, a test, nobody."""
-
-    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """What is about to run."""
-        ...
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        """Something was recorded (see `rundir`)."""
-        ...
-
-    def note(self, text: str) -> None:
-        """A remark."""
-        ...
-
-    def step(self, client: int, step: int) -> None:
-        """A client is about to take a local step; may raise Interrupted."""
-        ...
-
-
-@dataclass(frozen=True)
-class Split:
-    """The rows of a run: who holds what, and what nobody trains on."""
-
-    examples: Sequence[Example]
-    clients: Sequence[np.ndarray]  # indices of examples
-    held: np.ndarray
-    column: str | None
-
-
-@dataclass
-class Job:
-    """A checked recipe with everything in memory."""
-
-    recipe: Recipe
-    entry: Entry
-    method: Method
-    model: Model
-    split: Split
-    rows: list[list[Encoded]]  # per client
-    held: list[Encoded]
-    examples: list[Example]  # of the held rows
-    prompts: list[Example]  # held out, for generated answers
-    dropped: int  # rows that do not fit max_length
-
-
-def check(recipe: Recipe) -> tuple[Entry, Method]:
-    """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
-    kernel_choice.wanted()
-    entry = methods.entry(recipe.method)
-    problems = []
-    tests: tuple[Callable[[], object], ...] = (
-        lambda: methods.make(recipe.method, recipe.set),
-        lambda: check_partition_spec(recipe.partition),
-        lambda: objectives.get(str(recipe.set.get("objective", "loss"))),
-    )
-    for test in tests:
-        try:
-            test()
-        except RecipeError as error:
-            problems += error.problems
-    if recipe.stragglers and not recipe.deadline:
-        problems.append(f"stragglers = {recipe.stragglers} does nothing without a deadline: add --deadline 3")
-    if problems:
-        raise RecipeError(problems, hint=f"settings and defaults: fleetune methods {recipe.method}")
-    method = methods.make(recipe.method, recipe.set)
-    if getattr(method, "start", "") == "eva":
-        # `init` reads these rows, but only after the model is loaded
-        data.read(getattr(method, "start_data", ""), limit=1, offline=True)
-    return entry, method
-
-
-def split(recipe: Recipe, entry: Entry, *, offline: bool = False) -> Split:
-    """Read the data, hold rows out, and give every other row to a client."""
-    examples = data.read(recipe.data, limit=recipe.limit or None, offline=offline)
-    column = recipe.partition.split(":")[-1] if ":" in recipe.partition else None
-    kind = recipe.partition.split(":")[0]
-    if kind == "shards":
-        column = recipe.partition.split(":")[1]
-    aside = int(recipe.held_out) if recipe.held_out >= 1 else recipe.held_out
-    if recipe.eval_data:
-        train = np.arange(len(examples))
-        examples = [*examples, *data.read(recipe.eval_data, offline=offline)]
-        held = np.arange(len(train), len(examples))
-    else:
-        train, held = hold_out(examples, aside, recipe.seed, column)
-    if not len(held) or not len(train):
-        raise DataError(
-            f"{len(examples)} rows leave {len(train)} to train on and {len(held)} held out",
-            hint="use more rows, or another --held-out",
-        )
-    clients = recipe.clients or (None if kind == "column" else entry.clients)
-    parts = partition([examples[i] for i in train], recipe.partition, clients, recipe.seed)
-    return Split(examples, [train[part] for part in parts], held, column)
-
-
-def prepare(recipe: Recipe, *, offline: bool = False) -> Job:
-    """Check a recipe and load what it names."""
-    rounds.release_memory()  # an earlier job's, so that the peak is this one's
-    entry, method = check(recipe)
-    parts = split(recipe, entry, offline=offline)
-    model = models.load(
-        recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts)
-    )
-    recipe = _for_encoder(recipe, method, model) if model.labels else recipe
-    torch.set_num_threads(recipe.threads or _usual_threads(model.n_params))
-    encoded, kept = encode_rows(model, parts.examples, recipe.max_length)
-    place = {int(i): row for row, i in enumerate(kept)}
-    rows = [[encoded[place[i]] for i in part.tolist() if i in place] for part in parts.clients]
-    empty = [c for c, part in enumerate(rows) if not part]
-    if empty:
-        raise DataError(
-            f"client {empty[0]} has no rows that fit {recipe.max_length} tokens ({len(empty)} such clients)",
-            hint="raise --max-length or lower --clients",
-        )
-    held = [i for i in parts.held.tolist() if i in place]
-    if not held:
-        raise DataError(f"no held-out row fits {recipe.max_length} tokens", hint="raise --max-length")
-    return Job(
-        recipe, entry, method, model, parts, rows,
-        held=[encoded[place[i]] for i in held[: recipe.eval_rows]],
-        examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
-        prompts=[parts.examples[i] for i in held[: max(recipe.rouge_rows, recipe.samples)]],
-        dropped=len(parts.examples) - len(kept),
-    )  # fmt: skip
-
-
-def _labels(recipe: Recipe, parts: Split) -> Sequence[str]:
-    """The label words that an encoder would choose among: the recipe's, else all different answers."""
-    return recipes.label_words(recipe.labels) or sorted({e.response.strip() for e in parts.examples})
-
-
-def _for_encoder(recipe: Recipe, method: Method, model: Model) -> Recipe:
-    """The recipe with the label words written out; RecipeError for what an encoder cannot do."""
-    if recipe.rouge_rows:
-        must_write(model, f"rouge_rows = {recipe.rouge_rows}")
-    if (objective := str(getattr(method, "objective", "loss"))).partition(":")[0] in ("rouge_l", "f1"):
-        must_write(model, f"objective {objective!r}")
-    if odd := [word for word in model.labels if "," in word]:
-        raise RecipeError([f"the label word {odd[0]!r} has a comma"], hint="rename it in the data")
-    return dataclasses.replace(recipe, labels=",".join(model.labels))
-
-
-class Silent:
-    """A listener that says nothing."""
-
-    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Nothing."""
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """To the log."""
-        log.info("%s", text)
-
-    def step(self, client: int, step: int) -> None:
-        """Nothing."""
 
 
 def run(
@@ -221,15 +45,7 @@ def run(
         return tune(job, folder, listener or Silent())
 
 
-def _usual_threads(params: int) -> int:
-    """All processors, or one for a model so small that handing work out costs more than it saves."""
-    return 1 if params < SMALL else torch.get_num_threads()
-
-
-SMALL = 5_000_000  # parameters
-
-
-def tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
+def tune(job: TuneJob, run: RunDir, listener: Listener) -> dict[str, Any]:
     """Run (or resume) the job in its folder; the "done" event, which holds the final table."""
     run.status("running")
     try:
@@ -244,7 +60,7 @@ def tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
         raise
 
 
-def _tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
+def _tune(job: TuneJob, run: RunDir, listener: Listener) -> dict[str, Any]:
     recipe, model, method = job.recipe, job.model, job.method
     began = time.monotonic()
     run.write("run.toml", recipes.to_toml(recipe))
@@ -281,7 +97,7 @@ def _tune(job: Job, run: RunDir, listener: Listener) -> dict[str, Any]:
 
 
 def _finish(
-    job: Job, run: RunDir, state: Any, totals: Totals, listener: Listener, wall: float
+    job: TuneJob, run: RunDir, state: Any, totals: Totals, listener: Listener, wall: float
 ) -> dict[str, Any]:
     job.method.apply(job.model, state)
     tuned = answers(job, state, run, "tuned", _last_measures(run))
@@ -306,7 +122,9 @@ def _last_measures(run: RunDir) -> dict[str, float]:
     return {name: last[name] for name in ("loss", "accuracy") if name in last}
 
 
-def answers(job: Job, state: Any, run: RunDir, which: str, measured: dict[str, float]) -> dict[str, float]:
+def answers(
+    job: TuneJob, state: Any, run: RunDir, which: str, measured: dict[str, float]
+) -> dict[str, float]:
     """Answer the fixed prompts at `state` (`which` is base or tuned) and put answers and measures into eval.json.
 
     Gives the measures, with Rouge-L if the recipe asks for it.
@@ -329,7 +147,7 @@ def answers(job: Job, state: Any, run: RunDir, which: str, measured: dict[str, f
     return measured
 
 
-def _prompts(job: Job) -> list[dict[str, str]]:
+def _prompts(job: TuneJob) -> list[dict[str, str]]:
     return [
         {"prompt": e.messages[-1][1], "reference": e.response, "client": e.meta.get("client", "")}
         for e in job.prompts[: job.recipe.samples]
@@ -339,7 +157,7 @@ def _prompts(job: Job) -> list[dict[str, str]]:
 # What a run leaves behind, by the method's kind -----------------------------------------------------
 
 
-def _ledger(job: Job, run: RunDir, state: Any) -> dict[str, Any]:
+def _ledger(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
     view = job.model.attachment
     assert isinstance(view, View)
     digest = models.digest(view.tensors())
@@ -353,11 +171,14 @@ def _ledger(job: Job, run: RunDir, state: Any) -> dict[str, Any]:
     }
 
 
-def _adapter(job: Job, run: RunDir, state: Any) -> dict[str, Any]:
+def _adapter(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
     path = run.path / "adapter"
     adapters.save(job.model, path)
     size = sum(p.stat().st_size for p in path.iterdir())
     return {"result": str(path), "result_bytes": size, "digest": adapters.digest(state.tensors)}
 
 
-ARTEFACTS: dict[str, Callable[[Job, RunDir, Any], dict[str, Any]]] = {"ledger": _ledger, "adapter": _adapter}
+ARTEFACTS: dict[str, Callable[[TuneJob, RunDir, Any], dict[str, Any]]] = {
+    "ledger": _ledger,
+    "adapter": _adapter,
+}

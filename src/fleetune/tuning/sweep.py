@@ -26,9 +26,10 @@ from typing import Any, Protocol
 from fleetune.common.files import storage_error, write_atomic
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError
 from fleetune.runs import report, rundir
+from fleetune.runs.listener import Listener
 from fleetune.runs.report.cells import Axis, Member
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import methods
+from fleetune.tuning import methods, prepare
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning import run as jobs
 from fleetune.tuning.recipe import Recipe, Value
@@ -213,7 +214,7 @@ def check(grid: Grid, *, offline: bool = False) -> None:
     problems: list[str] = []
     for point in grid.points:
         try:
-            jobs.check(point.recipe)
+            prepare.check(point.recipe)
         except RecipeError as error:
             problems += error.problems
         except UsageError as error:
@@ -227,7 +228,7 @@ def check(grid: Grid, *, offline: bool = False) -> None:
         if of_data not in seen:
             seen.add(of_data)
             try:
-                jobs.split(r, entry, offline=offline)
+                prepare.split(r, entry, offline=offline)
             except UsageError as error:
                 error.message = f"{point.words}: {error.message}"
                 raise
@@ -313,7 +314,7 @@ def write_page(folder: Path, grid: Grid) -> None:
 class Watch(Protocol):
     """Whoever watches a sweep."""
 
-    def begin(self, point: Point) -> jobs.Listener:
+    def begin(self, point: Point) -> Listener:
         """A run is about to start or go on; may raise Interrupted.  Gives the run's own listener."""
         ...
 
@@ -348,12 +349,12 @@ def run(folder: RunDir, grid: Grid, watch: Watch, *, offline: bool = False) -> l
     return failed
 
 
-def _one(folder: RunDir, point: Point, begin: Callable[[Point], jobs.Listener], offline: bool) -> str:
+def _one(folder: RunDir, point: Point, begin: Callable[[Point], Listener], offline: bool) -> str:
     """Do one run; why it failed, or nothing."""
     listener = begin(point)
     try:
         with rundir.at(folder.path / point.name) as run:
-            jobs.tune(jobs.prepare(point.recipe, offline=offline), run, listener)
+            jobs.tune(prepare.prepare(point.recipe, offline=offline), run, listener)
     except (StorageError, Interrupted):
         raise
     except Exception as error:

@@ -16,7 +16,7 @@ from fleetune.data.encode import Batches, encode_all
 from fleetune.errors import RecipeError
 from fleetune.evaluation import objectives
 from fleetune.models import Model, tiny_llama
-from fleetune.tuning import methods, recipe, run
+from fleetune.tuning import methods, prepare, recipe
 from fleetune.tuning.messages import LogCode, Payload
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import UNITS
@@ -112,4 +112,4 @@ def test_a_round_on_accuracy_and_on_scores_of_answers(name: str, objective: str,
 def test_an_objective_that_is_none_is_said_before_anything_is_loaded(name: str) -> None:
     wrong = recipe.make({"model": "none", "data": "none", "method": name, "set": {"objective": "acuracy"}})
     with pytest.raises(RecipeError, match="unknown objective 'acuracy'"):
-        run.check(wrong)
+        prepare.check(wrong)

@@ -59,11 +59,10 @@ def _of_run(args: argparse.Namespace, run: Path) -> tuple[Model, Sequence[Exampl
 
 def held_out(run: Path, *, offline: bool) -> list[Example]:
     """The rows that a run never trains on."""
-    from fleetune.tuning import finished, methods
-    from fleetune.tuning import run as job
+    from fleetune.tuning import finished, methods, prepare
 
     recipe = finished.recipe_of(run)
-    parts = job.split(recipe, methods.entry(recipe.method), offline=offline)
+    parts = prepare.split(recipe, methods.entry(recipe.method), offline=offline)
     return [parts.examples[i] for i in parts.held.tolist()]
 
 

@@ -154,23 +154,23 @@ def write(
 
 def _rows(source: Path, text: str | None) -> list[Row]:
     """The windows of the text in the tokens of the model in `source`; none without a text."""
-    from fleetune.deploy.measure import torch_engine
+    from fleetune.deploy.measure import check
 
-    return torch_engine.windows_of(text, source) if text else []
+    return check.windows_of(text, source) if text else []
 
 
 def _compare(ui: Ui, source: Path, kind: str, out: Path, rows: list[Row], *, offline: bool = False) -> None:
     """Run what was written in the runtime that it is for, and its source in torch, on the same windows of a text."""
-    from fleetune.deploy.measure import torch_engine
+    from fleetune.deploy.measure import check
 
     if not rows:
         return
-    if why := torch_engine.obstacle(kind, out):
+    if why := check.obstacle(kind, out):
         ui.event({"event": "check", "path": str(out), "runtime": None})
         ui.note(f"not run: {why}")
         return
-    runtime = torch_engine.RUNTIMES[kind.partition(":")[0]]
-    found = torch_engine.compare(source, out, runtime, rows, offline=offline)
+    runtime = check.RUNTIMES[kind.partition(":")[0]]
+    found = check.compare(source, out, runtime, rows, offline=offline)
     ui.event({"event": "check", "path": str(out), **dataclasses.asdict(found), "ratio": found.ratio})
     ui.paths([(
         "perplexity", f"{found.source:.3f} in torch, {found.file:.3f} in {found.runtime} (x {found.ratio:.4f}), "

@@ -131,7 +131,7 @@ def _check(args: argparse.Namespace) -> list[str]:
 
 def _row_length(args: argparse.Namespace, found: Sequence[Subject]) -> int:
     """Tokens of a row at most, the same for all; UsageError when more is asked of a model than it is made for."""
-    from fleetune.deploy.measure.torch_engine import longest
+    from fleetune.deploy.measure.check import longest
 
     most, name = min((longest(subject.words), subject.name) for subject in found)
     asked = max(args.prompt_tokens + args.new_tokens, args.length if args.text else 0)
@@ -250,12 +250,12 @@ def _examples(args: argparse.Namespace, found: Sequence[Subject]) -> list[Exampl
 
 def _windows(args: argparse.Namespace, found: Sequence[Subject]) -> dict[Path, list[Row]]:
     """The windows of the text in each subject's tokens; DataError where there is nothing to predict."""
-    from fleetune.deploy.measure import torch_engine
+    from fleetune.deploy.measure import check
 
     folders = {subject.words for subject in found}
     if not args.text:
         return {folder: [] for folder in folders}
-    return {f: torch_engine.windows_of(args.text, f, args.length, args.windows) for f in folders}
+    return {f: check.windows_of(args.text, f, args.length, args.windows) for f in folders}
 
 
 def _size(windows: Sequence[Row]) -> str:

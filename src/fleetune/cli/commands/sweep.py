@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleetune.cli.commands.tune import keys_of
 from fleetune.cli.console import Ui
-from fleetune.cli.interrupt import Brake
+from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import CountBar
 from fleetune.common.display import human_time, show
 from fleetune.errors import FleetuneError, Interrupted, UsageError
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Screen:
     """A sweep on the console: a line a run over one bar of all rounds; it hears Ctrl-C between two steps."""
 
-    def __init__(self, ui: Ui, bar: CountBar, brake: Brake, resume: str, runs: int) -> None:
-        self.ui, self.bar, self.brake, self.resume, self.runs = ui, bar, brake, resume, runs
+    def __init__(self, ui: Ui, bar: CountBar, interrupt: InterruptHandler, resume: str, runs: int) -> None:
+        self.ui, self.bar, self.interrupt, self.resume, self.runs = ui, bar, interrupt, resume, runs
         self.number = self.rounds = 0  # runs that are over, and their rounds
         self.name = self.words = ""
         self.began = 0.0
@@ -71,8 +71,16 @@ class Screen:
         """Stop here if Ctrl-C was pressed."""
         self._stop()
 
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        """Do nothing: a sweep counts rounds."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self.interrupt.requested
+
     def _stop(self) -> None:
-        if self.brake.pulled:
+        if self.stop_requested:
             said = f"stopped in run {self.number + 1} of {self.runs}; nothing that was finished is lost"
             raise Interrupted(said, hint=self.resume)
 
@@ -132,9 +140,9 @@ def _run(grid: Grid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) ->
     )
     resume = f"fleetune sweep --resume {path}"
     rounds = sum(p.recipe.rounds for p in grid.points)
-    with ui.count("rounds", rounds) as bar, Brake(ui) as brake:
+    with ui.count("rounds", rounds) as bar, InterruptHandler(ui) as interrupt:
         failed = sweeps.run(
-            folder, grid, Screen(ui, bar, brake, resume, len(grid.points)), offline=args.offline
+            folder, grid, Screen(ui, bar, interrupt, resume, len(grid.points)), offline=args.offline
         )
     _results(grid, path, ui)
     if failed:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.cli.console import Ui
-from fleetune.cli.interrupt import Brake
+from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import RoundBar
 from fleetune.common import settings
 from fleetune.common.display import human_bytes, human_time, show
@@ -20,8 +20,8 @@ from fleetune.tuning import recipe as recipes
 class Screen:
     """A run on the console: header, a line a round, the bar; and it hears Ctrl-C between two steps."""
 
-    def __init__(self, ui: Ui, bar: RoundBar, brake: Brake, run: Path) -> None:
-        self.ui, self.bar, self.brake, self.resume = ui, bar, brake, f"fleetune tune --resume {run}"
+    def __init__(self, ui: Ui, bar: RoundBar, interrupt: InterruptHandler, run: Path) -> None:
+        self.ui, self.bar, self.interrupt, self.resume = ui, bar, interrupt, f"fleetune tune --resume {run}"
         self.round = self.clients = 0
         self.last: Mapping[str, Any] = {}
 
@@ -43,10 +43,18 @@ class Screen:
     def step(self, client: int, step: int) -> None:
         """Move the bar; stop here if Ctrl-C was pressed."""
         self.bar.update(client=self.clients + 1, step=step)
-        if self.brake.pulled:
+        if self.stop_requested:
             raise Interrupted(
                 f"stopped after round {self.round}; nothing that was finished is lost", hint=self.resume
             )
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        """Do nothing: a run counts rounds."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self.interrupt.requested
 
     def _client(self, event: Mapping[str, Any]) -> None:
         self.clients += 1
@@ -120,17 +128,17 @@ def run_recipe(
 ) -> Mapping[str, Any]:
     """Tune as a recipe says, in a new run or on with a stopped one; the event that ended it ({} for a dry run)."""
     from fleetune.runs import rundir
-    from fleetune.tuning import rounds
+    from fleetune.tuning import prepare, rounds
     from fleetune.tuning import run as jobs
 
-    jobs.check(recipe)
+    prepare.check(recipe)
     if resume is not None and (done := _already_done(resume)):
         ui.note(f"{resume} is finished already")
         ui.event(done)
         return _finished(done, ui)
     run = rundir.RunDir(resume) if resume else None
     rundir.check_writable(resume or Path(args.out))
-    job = jobs.prepare(recipe, offline=args.offline)
+    job = prepare.prepare(recipe, offline=args.offline)
     if getattr(args, "dry_run", False):
         ui.note(
             f"the recipe is good: {len(job.rows)} clients, {sum(map(len, job.rows))} rows, {len(job.held)} held out"
@@ -139,8 +147,8 @@ def run_recipe(
         return {}
     with run or rundir.create(Path(args.out), recipe.method, recipe.model) as run:
         clients = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
-        with ui.progress(recipe.rounds, clients) as bar, Brake(ui) as brake:
-            done = jobs.tune(job, run, Screen(ui, bar, brake, run.path))
+        with ui.progress(recipe.rounds, clients) as bar, InterruptHandler(ui) as interrupt:
+            done = jobs.tune(job, run, Screen(ui, bar, interrupt, run.path))
     return _finished(done, ui)
 
 

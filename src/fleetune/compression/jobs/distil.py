@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
-from fleetune.cli.interrupt import Brake
+from fleetune.cli.interrupt import InterruptHandler
 from fleetune.common.display import human_bytes
 from fleetune.compression import Trainer
 from fleetune.compression.jobs import work as subjects
@@ -139,7 +139,7 @@ def _train(ui: Ui, job: Job, folder: Path) -> None:
 
 def _steps(ui: Ui, job: Job, student: Model, folder: Path) -> None:
     """The training itself, told as it goes."""
-    with Brake(ui) as brake, subjects.told(ui, brake, folder, "divergence") as on_step:
+    with InterruptHandler(ui) as brake, subjects.told(ui, brake, folder, "divergence") as on_step:
         job.trainer.train(student, job.teacher, job.subject.rows, job.work.seed, folder / PARTS, on_step)
 
 

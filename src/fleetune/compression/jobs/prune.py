@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
-from fleetune.cli.interrupt import Brake
+from fleetune.cli.interrupt import InterruptHandler
 from fleetune.compression import Pruner
 from fleetune.compression.jobs import solve
 from fleetune.compression.jobs import work as subjects
@@ -78,7 +78,7 @@ def _prune(ui: Ui, job: Job, folder: Path) -> None:
     before, whole = subjects.measure(subject.model, subject), subjects.weight_bytes(subject.model)
     parameters = subject.model.n_params
     ui.event({"event": "start", **asdict(job.work), "folder": str(folder), "before": before})
-    with Brake(ui) as brake:
+    with InterruptHandler(ui) as brake:
         pruned = _cut(ui, job, folder, brake)
         _told(ui, parameters, pruned)
         cut, sizes = subjects.measure(pruned, subject), {"before": whole}
@@ -98,13 +98,13 @@ def _prune(ui: Ui, job: Job, folder: Path) -> None:
     subjects.finish(ui, job.work, folder, done, sizes | {"after": subjects.stored_bytes(folder / "model")})
 
 
-def _cut(ui: Ui, job: Job, folder: Path, brake: Brake) -> Model:
+def _cut(ui: Ui, job: Job, folder: Path, brake: InterruptHandler) -> Model:
     """The pruned model; Ctrl-C while its importance is measured leaves nothing to go on with."""
     with ui.count("rows", 0) as bar:
 
         def on_row(row: int, rows: int) -> None:
             bar.update(row, rows, "importance")
-            if brake.pulled:
+            if brake.requested:
                 raise Interrupted(
                     f"stopped after {row} of {rows} rows", hint=f"fleetune compress --resume {folder}"
                 )
@@ -132,7 +132,7 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
-def _train(ui: Ui, job: Job, pruned: Model, folder: Path, brake: Brake) -> Model:
+def _train(ui: Ui, job: Job, pruned: Model, folder: Path, brake: InterruptHandler) -> Model:
     """The recovery, told as it goes."""
     at = folder / PARTS / "recovery"
     with subjects.told(ui, brake, folder, "loss") as on_step:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.cli.console import Ui
-from fleetune.cli.interrupt import Brake
+from fleetune.cli.interrupt import InterruptHandler
 from fleetune.common.display import human_bytes, human_time
 from fleetune.compression import Solver
 from fleetune.compression.jobs import work as subjects
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fleetune.compression.layerwise.driver import Block, Parts
     from fleetune.compression.layerwise.federated import Clients, Reply
     from fleetune.models.artefact import Head
-    from fleetune.planning.compression_cost import Work as Cost
+    from fleetune.planning.compression_cost import CompressionSize as Cost
 
 ORIGIN: Final = "origin.json"  # in the folder of finished blocks: what they are a function of
 REPLIES: Final = "replies.jsonl"  # there too: of the clients
@@ -71,10 +71,10 @@ class Job:
     def cost(self) -> Cost:
         """What the costs depend on."""
         from fleetune.planning import compression_cost
-        from fleetune.planning.device_cost import SIZES
+        from fleetune.planning.workload import SIZES
 
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
-        return compression_cost.work(self.solver, count, length)._replace(
+        return compression_cost.size_of(self.solver, count, length)._replace(
             size=SIZES[self.subject.model.dtype], low_memory=self.work.low_memory,
             measured=self.subject.measured, clients=len(self.shares), together=self.work.true_sequential,
             heads=_written_heads(self.subject.model.net.config),
@@ -169,11 +169,11 @@ def solve(ui: Ui, job: Job, folder: Path, again: str) -> Parts:
     from fleetune.compression.layerwise import driver
 
     _check_origin(job, folder / PARTS)
-    with ui.count("blocks", 0) as bar, Brake(ui) as brake:
+    with ui.count("blocks", 0) as bar, InterruptHandler(ui) as brake:
 
         def on_matrix(block: int, blocks: int, name: str) -> None:
             bar.update(block, blocks, name.rsplit(".", 1)[-1])
-            if brake.pulled:
+            if brake.requested:
                 raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=again)
 
         return driver.run(

@@ -18,7 +18,7 @@ from fleetune.common.display import human_bytes, human_time
 from fleetune.errors import Interrupted, StorageError, UsageError
 
 if TYPE_CHECKING:
-    from fleetune.cli.interrupt import Brake
+    from fleetune.cli.interrupt import InterruptHandler
     from fleetune.data import Encoded, Example
     from fleetune.models.model import Model
     from fleetune.tuning.recipe import Recipe
@@ -110,10 +110,9 @@ def load(work: Work, *, offline: bool) -> Subject:
 
 def _of_clients(work: Work, recipe: Recipe, *, offline: bool) -> dict[int, list[Example]]:
     """The training rows of the clients that take part: all of the run's, or so many, drawn by the seed."""
-    from fleetune.tuning import methods, rounds
-    from fleetune.tuning import run as job
+    from fleetune.tuning import methods, prepare, rounds
 
-    parts = job.split(recipe, methods.entry(recipe.method), offline=offline)
+    parts = prepare.split(recipe, methods.entry(recipe.method), offline=offline)
     count = len(parts.clients)
     if work.clients > count:
         raise UsageError(
@@ -144,7 +143,7 @@ class OnStep(Protocol):
 
 
 @contextmanager
-def told(ui: Ui, brake: Brake, folder: Path, what: str) -> Iterator[OnStep]:
+def told(ui: Ui, brake: InterruptHandler, folder: Path, what: str) -> Iterator[OnStep]:
     """Every step is told to programs, ten means of `what` to people; Interrupted comes once the brake is pulled."""
     recent: list[float] = []
     with ui.count("steps", 0) as bar:
@@ -157,7 +156,7 @@ def told(ui: Ui, brake: Brake, folder: Path, what: str) -> Iterator[OnStep]:
             if step == steps or step % max(1, steps // 10) == 0:
                 ui.note(f"step {step}/{steps}  {what} {statistics.fmean(recent):.4f}")
                 recent.clear()
-            if brake.pulled:
+            if brake.requested:
                 raise Interrupted(
                     f"stopped after step {step}; it is kept", hint=f"fleetune compress --resume {folder}"
                 )
@@ -193,7 +192,7 @@ def name_of(work: Work, model: Model) -> str:
 
 def weight_bytes(model: Model) -> int:
     """The size of a model's weights in the type that they are loaded in."""
-    from fleetune.planning.device_cost import SIZES
+    from fleetune.planning.workload import SIZES
 
     return model.n_params * SIZES[model.dtype]
 

@@ -75,8 +75,8 @@ from fleetune.evaluation.losses import context, frozen, pad_id, predictors
 from fleetune.evaluation.objectives import split
 from fleetune.models.model import Model, digest, named_tensors, uniform
 from fleetune.planning import compression_cost
-from fleetune.planning.device_cost import SIZES
 from fleetune.planning.shapes import Shape, shape_of
+from fleetune.planning.workload import SIZES
 
 PAPER = "Agarwal et al., ICLR 2024, arXiv 2306.13649"
 PRUNED = (

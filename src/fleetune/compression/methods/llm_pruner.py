@@ -52,8 +52,8 @@ from fleetune.errors import DataError, FleetuneError, RecipeError
 from fleetune.models.families.widths import FAMILIES, Kept, blocks_of, cut, width_of
 from fleetune.models.model import Model, digest, named_tensors
 from fleetune.planning import compression_cost
-from fleetune.planning.device_cost import SIZES
 from fleetune.planning.shapes import shape_of
+from fleetune.planning.workload import SIZES
 
 PAPER = "Ma et al., NeurIPS 2023, arXiv 2305.11627"
 KEPT = "kept.json"

@@ -51,8 +51,9 @@ from fleetune.data import Batches, keyed_order
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
 from fleetune.seeds.noise import Passes, derive, passes, probe
+from fleetune.seeds.slots import Slot, layout
 from fleetune.seeds.spsa import two_point
-from fleetune.seeds.view import CHUNK, Slot, View, layout
+from fleetune.seeds.view import CHUNK, View
 from fleetune.tuning.messages import Payload, Spec
 from fleetune.tuning.methods import Reply
 

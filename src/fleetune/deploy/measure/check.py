@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run an exported file in the runtime that it is made for, and compare its perplexity with the source's.
+
+`RUNTIMES` says which runtime takes which target, and what has to be installed for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+from transformers import AutoTokenizer
+
+from fleetune import data, models
+from fleetune.deploy.measure import harness, llamacpp
+from fleetune.deploy.measure.harness import Row
+from fleetune.models.families import widths
+
+WINDOWS: Final = 8  # of the text that an export is checked on
+
+
+LENGTH: Final = 512  # tokens of one
+
+
+class Runtime(NamedTuple):
+    """What reads the files of a target."""
+
+    kind: str  # a key of `measure.KINDS`
+    name: str
+    modules: tuple[str, ...]  # that must be installed
+    install: str
+
+
+RUNTIMES: Final[Mapping[str, Runtime]] = MappingProxyType(
+    {
+        "gguf": Runtime("gguf", "llama.cpp", (llamacpp.MODULE,), llamacpp.INSTALL),
+        "hf": Runtime("transformers", "transformers", (), ""),
+        "compressed-tensors": Runtime(
+            "transformers", "transformers", ("compressed_tensors",), "pip install compressed-tensors"
+        ),
+        "gptq": Runtime(
+            "transformers", "transformers", ("gptqmodel", "optimum"), "pip install gptqmodel optimum"
+        ),
+    }
+)
+
+
+def missing(runtime: Runtime) -> bool:
+    """Whether something that the runtime needs is not installed."""
+    return any(importlib.util.find_spec(module) is None for module in runtime.modules)
+
+
+def obstacle(target: str, out: Path) -> str:
+    """Why an export is not run here, "" when it can be: no runtime, one not installed, or not a plain model."""
+    runtime = RUNTIMES.get(target.partition(":")[0])
+    if runtime is None:
+        return f"nothing here runs {target}"
+    if missing(runtime):
+        return f"{runtime.name} for {target}: {runtime.install}"
+    if runtime.kind == "transformers" and widths.differ(models.load_config(str(out))):
+        return (
+            f"{runtime.name} does not load blocks of different widths; llama.cpp does, a llama's: --to gguf"
+        )
+    return ""
+
+
+def longest(folder: Path) -> int:
+    """Tokens that the model of a directory is made for; 2,048 where its configuration does not say."""
+    return int(getattr(models.load_config(str(folder)), "max_position_embeddings", None) or 2048)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Perplexity of the same tokens by the source in torch, and by the file in its runtime."""
+
+    runtime: str
+    source: float
+    file: float
+    tokens: int  # predicted
+
+    @property
+    def ratio(self) -> float:
+        """1 for the same."""
+        return self.file / self.source
+
+
+def windows_of(text: str, folder: Path, length: int = LENGTH, count: int = WINDOWS) -> list[Row]:
+    """The first windows of a text file in the tokens of the model in `folder`, no longer than it is made for.
+
+    DataError for a text without two tokens.
+    """
+    words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = [words(part, verbose=False)["input_ids"] for part in data.read_text(text)]
+    return harness.windows(ids, min(length, longest(folder)), count)
+
+
+def compare(
+    source: Path, out: Path, runtime: Runtime, rows: list[Row], *, offline: bool = False
+) -> Comparison:
+    """Run an export `out` and its `source` (a run, an artefact or a plain directory), each in its own process.
+
+    ModelError or UsageError when the runtime does not take the file.
+    """
+    kind = "run" if (source / "run.toml").is_file() else "artefact"
+
+    def perplexity(kind: str, path: Path) -> float:
+        job = harness.Job(kind, str(path), threads=1, offline=offline, repeats=0, windows=rows)
+        return harness.measured(job).values["perplexity"]
+
+    tokens = sum(len(row) - 1 for row, _ in rows)
+    return Comparison(runtime.name, perplexity(kind, source), perplexity(runtime.kind, out), tokens)

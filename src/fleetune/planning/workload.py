@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State the work of a device in one round: steps, rows, tokens, and the type of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from fleetune.errors import UsageError
+
+SIZES: Final[Mapping[str, int]] = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A device's round: `steps` steps on `batch` rows of `length` tokens, weights in `dtype`."""
+
+    batch: int = 1
+    length: int = 256
+    steps: int = 200
+    dtype: str = "fp32"
+
+    def __post_init__(self) -> None:
+        wrong = [n for n in ("batch", "length", "steps") if getattr(self, n) < 1]
+        if wrong:
+            raise UsageError(f"--{wrong[0]} {getattr(self, wrong[0])} must be at least 1")
+        if self.dtype not in SIZES:
+            raise UsageError(f"no dtype named '{self.dtype}'", hint="choose one of " + ", ".join(SIZES))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.length
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight."""
+        return SIZES[self.dtype]

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Follow a job while it works: what the console, a test or a library user's own object is told.
+
+Tuning, compression, export and measurement take a `Listener`; none of them prints.  `Silent` is the one that says
+nothing; a class of your own may inherit from it and override what it wants to hear.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """What a job calls while it works.  Any call may raise `Interrupted`: what is finished by then is kept."""
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Show what is about to run, as (label, value) rows."""
+        ...
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Take one event; its fields are those of a class in `runs/events.py`."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Show a remark."""
+        ...
+
+    def step(self, client: int, step: int) -> None:
+        """Note that a client of a round is about to take a local step."""
+        ...
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        """Note that `done` of `total` parts (`what`: "blocks", "steps", "rows") are finished."""
+        ...
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the job should stop at the next point from which it can be resumed."""
+        ...
+
+
+class Silent:
+    """A listener that shows nothing; remarks go to the log."""
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Do nothing."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def note(self, text: str) -> None:
+        """Log the remark."""
+        log.info("%s", text)
+
+    def step(self, client: int, step: int) -> None:
+        """Do nothing."""
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        """Do nothing."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """False."""
+        return False

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lay trainable tensors end to end, and give each weight its global index.
+
+The index decides which element of a direction a weight gets, so it must not depend on device, shards or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from fleetune.seeds.noise import TILE
+
+
+class Slot(NamedTuple):
+    """A trainable tensor and the global index of its first element."""
+
+    name: str
+    tensor: Tensor
+    start: int
+
+
+Read = Callable[[Slot, int, int], Tensor]
+
+
+Direction = tuple[int, np.ndarray]  # Philox id, table
+
+
+def read_stored(slot: Slot, first: int, last: int) -> Tensor:
+    """Elements first..last of a tensor that lies in memory (no copy)."""
+    return slot.tensor.detach().view(-1)[first:last]
+
+
+def layout(named: Iterable[tuple[str, Tensor]]) -> list[Slot]:
+    """Slots of name-ordered tensors laid end to end, each starting at a multiple of 4096 (the spec's index)."""
+    slots, start = [], 0
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        slots.append(Slot(name, tensor, start))
+        start += -(-tensor.numel() // TILE) * TILE
+    return slots
