@@ -275,7 +275,7 @@ def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:
             if f.suffix == ".safetensors"
         )
         assert compression_cost.disk(
-            shape_of(model.net.config), compression_cost.size_of(solver, 0, 0)
+            shape_of(model.net.config), solve.size_of(solver, 0, 0)
         ) == pytest.approx(real, rel=0.15)
         shutil.rmtree(tmp_path / "parts")
 
@@ -286,7 +286,7 @@ def test_the_disk_holds_the_states_of_clients_that_wait(tmp_path: Path) -> None:
     waiting = sum(file.stat().st_size for file in (tmp_path / "devices").iterdir())
     shape, alone = (
         shape_of(model.net.config),
-        compression_cost.size_of(compression.make("optq", {"group": 8}), 6, 16),
+        solve.size_of(compression.make("optq", {"group": 8}), 6, 16),
     )
     more = compression_cost.disk(shape, alone._replace(clients=2)) - compression_cost.disk(shape, alone)
     assert more == pytest.approx(waiting, rel=0.05)

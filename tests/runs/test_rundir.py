@@ -22,7 +22,8 @@ import pytest
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import rundir
 from fleetune.runs.rundir import KEEP, RunDir, checkpoints, create, events, find, listing
-from fleetune.tuning.messages import Payload
+from fleetune.tuning import checkpoint
+from fleetune.tuning.messages import Message, Payload, encode
 
 
 @pytest.fixture
@@ -38,6 +39,14 @@ def folder(out: Path, name: str) -> Path:
     path.mkdir(parents=True)
     (path / "run.toml").write_text("")
     return path
+
+
+def put(run: RunDir, round: int, payload: Payload) -> None:
+    run.checkpoint(round, encode(Message(round, b"", payload)))
+
+
+def get(run: RunDir) -> tuple[int, Payload] | None:
+    return run.restore(checkpoint.decode)
 
 
 def state(value: int) -> Payload:
@@ -346,7 +355,7 @@ def test_cut_drops_later_rounds_the_end_and_what_was_torn(run):
 
 def test_cut_removes_temporary_files_and_checkpoints_of_later_rounds(run):
     for r in (1, 2):
-        run.checkpoint(r, state(r))
+        put(run, r, state(r))
     left = [run.path / ".ledger.safetensors.x1.tmp", run.path / "checkpoints" / ".round-000003.ckpt.x2.tmp"]
     for path in left:
         path.write_bytes(b"half")
@@ -360,10 +369,10 @@ def test_cut_removes_temporary_files_and_checkpoints_of_later_rounds(run):
 
 
 def test_the_last_checkpoints_are_kept_and_the_newest_is_restored(run):
-    assert run.restore() is None
+    assert get(run) is None
     for r in range(5):
-        run.checkpoint(r, state(r))
-        found = run.restore()
+        put(run, r, state(r))
+        found = get(run)
         assert found is not None
         assert found[0] == r
         assert found[1].scalars == {"round": r}
@@ -378,9 +387,9 @@ def test_the_last_checkpoints_are_kept_and_the_newest_is_restored(run):
 
 def test_rounds_count_as_numbers_beyond_six_digits(run):
     for r in (999_998, 999_999, 1_000_000, 1_000_001):
-        run.checkpoint(r, state(0))
+        put(run, r, state(0))
     assert [n for n, _ in checkpoints(run.path)] == [1_000_000, 1_000_001]
-    found = run.restore()
+    found = get(run)
     assert found is not None
     assert found[0] == 1_000_001
 
@@ -399,56 +408,56 @@ def damages(data: bytes) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", list(damages(b"x" * 300)))
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, kind):
-    run.checkpoint(4, state(4))
-    run.checkpoint(5, state(5))
+    put(run, 4, state(4))
+    put(run, 5, state(5))
     newest = run.path / "checkpoints" / "round-000005.ckpt"
     newest.write_bytes(damages(newest.read_bytes())[kind])
-    found = run.restore()
+    found = get(run)
     assert found is not None
     assert (found[0], found[1].scalars["round"]) == (4, 4)
     assert "checkpoint round-000005.ckpt is not usable" in (run.path / "log.txt").read_text()
     run.cut(4)
-    run.checkpoint(5, state(55))
-    again = run.restore()
+    put(run, 5, state(55))
+    again = get(run)
     assert again is not None
     assert again[1].scalars["round"] == 55
 
 
 def test_when_all_are_damaged_it_is_said_and_nothing_is_lost(run):
     for r in (6, 7):
-        run.checkpoint(r, state(r))
+        put(run, r, state(r))
         (run.path / "checkpoints" / f"round-{r:06d}.ckpt").write_bytes(b"FT1")
     with pytest.raises(StorageError, match=r"no checkpoint in .* is usable") as caught:
-        run.restore()
+        get(run)
     assert f"rm {run.path}/checkpoints/*.ckpt" in (caught.value.hint or "")
     assert [r for r, _ in checkpoints(run.path)] == [6, 7]
     for _, path in checkpoints(run.path):  # what the hint says
         path.unlink()
-    assert run.restore() is None
+    assert get(run) is None
 
 
 def test_a_checkpoint_may_be_larger_than_any_message(run, monkeypatch):
     monkeypatch.setattr("fleetune.tuning.messages.MAX_BYTES", 47)
-    run.checkpoint(3, state(3))
-    found = run.restore()
+    put(run, 3, state(3))
+    found = get(run)
     assert found is not None
     assert found[0] == 3
 
 
 def test_files_that_are_no_checkpoints_are_passed_over(run):
-    run.checkpoint(1, state(1))
+    put(run, 1, state(1))
     for name in ("round-x.ckpt", "around-000009.ckpt", "round-000009.ckpt.tmp", ".round-000009.ckpt.ab.tmp"):
         (run.path / "checkpoints" / name).write_bytes(b"")
     assert [n for n, _ in checkpoints(run.path)] == [1]
-    found = run.restore()
+    found = get(run)
     assert found is not None
     assert found[0] == 1
 
 
 def test_a_state_without_a_wire_type_is_refused_before_the_disk_is_touched(run):
-    run.checkpoint(1, state(1))
+    put(run, 1, state(1))
     with pytest.raises(MessageError):
-        run.checkpoint(2, Payload({}, {"x": None}))  # type: ignore[dict-item]
+        put(run, 2, Payload({}, {"x": None}))  # type: ignore[dict-item]
     assert [n for n, _ in checkpoints(run.path)] == [1]
 
 
@@ -460,24 +469,24 @@ def test_a_state_without_a_wire_type_is_refused_before_the_disk_is_touched(run):
 )
 @pytest.mark.parametrize("step", ["mkstemp", "fsync", "replace"])
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(run, monkeypatch, step, code, what):
-    run.checkpoint(1, state(1))
-    run.checkpoint(2, state(2))
+    put(run, 1, state(1))
+    put(run, 2, state(2))
     before = {p.name: p.read_bytes() for p in (run.path / "checkpoints").iterdir()}
     monkeypatch.setattr(tempfile if step == "mkstemp" else os, step, failing(code))
     with pytest.raises(StorageError, match=what) as caught:
-        run.checkpoint(3, state(3))
+        put(run, 3, state(3))
     monkeypatch.undo()
     assert "round-000003.ckpt" in caught.value.message
     assert {p.name: p.read_bytes() for p in (run.path / "checkpoints").iterdir()} == before
-    run.checkpoint(3, state(3))  # space was made: it goes on
+    put(run, 3, state(3))  # space was made: it goes on
     assert [n for n, _ in checkpoints(run.path)] == [2, 3]
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(run):
-    run.checkpoint(1, state(1))
+    put(run, 1, state(1))
     big = Payload({"w": np.zeros(100_000, np.float32)}, {})
     with file_size_limit(150_000), pytest.raises(StorageError, match=r"round-000002\.ckpt"):
-        run.checkpoint(2, big)
+        put(run, 2, big)
     assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["round-000001.ckpt"]
 
 

@@ -17,6 +17,8 @@ from fleetune.errors import RecipeError
 
 T = TypeVar("T")
 
+Value = str | int | float | bool  # of an option or a setting
+
 
 @dataclass(frozen=True)
 class Setting:

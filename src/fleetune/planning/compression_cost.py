@@ -26,15 +26,12 @@ Constants are measured like those of `fleetune.planning.device_cost`: Linux x86-
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from fleetune.planning import device_cost, workload
 from fleetune.planning.device_cost import FLOOR, KERNELS, PIECE
 from fleetune.planning.shapes import Linear, Shape
 from fleetune.planning.traffic import Module
-
-if TYPE_CHECKING:
-    from fleetune.compression import Solver
 
 MATRICES: Final = 4.0  # copies of a matrix while it is solved: W, its transpose, what it was, the answer
 FACTORS: Final = 4.0  # copies of a Hessian: damped, lower factor, inverse, upper factor
@@ -56,12 +53,6 @@ class CompressionSize(NamedTuple):
     clients: int = 0  # that calibrate in turn; the states of one are in memory
     together: bool = False  # true sequential: all windows are in the block at once
     heads: int = 0  # of an attention that writes its scores down; 0: none is written
-
-
-def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
-    """The work of a solver with its settings."""
-    bits, group = int(getattr(solver, "bits", 0)), int(getattr(solver, "group", 0))
-    return CompressionSize(windows if solver.data else 0, length, bits=bits, group=group)
 
 
 def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:

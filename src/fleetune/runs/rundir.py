@@ -23,18 +23,17 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, TypeVar
 
-import fleetune
 from fleetune.common.files import storage_error, write_atomic
 from fleetune.common.locks import lock
+from fleetune.common.version import __version__
 from fleetune.errors import MessageError, StorageError, UsageError
 
-if TYPE_CHECKING:
-    from fleetune.tuning.messages import Payload
+T = TypeVar("T")
 
 KEEP = 2  # checkpoints
 LOCK = ".lock"
@@ -125,27 +124,25 @@ class RunDir:
 
     # Checkpoints --------------------------------------------------------------------------------
 
-    def checkpoint(self, round: int, payload: Payload) -> None:
-        """Make `round` count: write its state and flush it to the disk; older ones beyond two go."""
-        from fleetune.tuning.messages import Message, encode
-
+    def checkpoint(self, round: int, data: bytes) -> None:
+        """Make `round` count: write its encoded state and flush it to the disk; keep the last two."""
         folder = self.path / "checkpoints"
-        write_atomic(folder / f"round-{round:06d}.ckpt", encode(Message(round, b"", payload)))
+        write_atomic(folder / f"round-{round:06d}.ckpt", data)
         for _, old in checkpoints(self.path)[:-KEEP]:
             old.unlink(missing_ok=True)
 
-    def restore(self) -> tuple[int, Payload] | None:
-        """The newest checkpoint that is whole, None if there are no checkpoints; StorageError if none is whole."""
-        from fleetune.tuning.messages import decode
+    def restore(self, decode: Callable[[bytes], T]) -> tuple[int, T] | None:
+        """Read the newest checkpoint that `decode` takes: (round, what it gives); None if there are no checkpoints.
 
+        `decode` raises MessageError for bytes that are damaged.  StorageError if all are.
+        """
         found = checkpoints(self.path)
         for round_, path in reversed(found):
             try:
-                message = decode(path.read_bytes(), any_size=True)
+                return round_, decode(path.read_bytes())
             except MessageError as error:
                 self.log(f"checkpoint {path.name} is not usable: {error}")
                 continue
-            return round_, message.payload
         if found:
             folder = self.path / "checkpoints"
             raise StorageError(
@@ -308,7 +305,7 @@ def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
             versions[package] = "not installed"
     machine = {"system": platform.system(), "machine": platform.machine(), "processors": os.cpu_count()}
     return {
-        "fleetune": fleetune.__version__,
+        "fleetune": __version__,
         "python": platform.python_version(),
         **versions,
         **machine,

@@ -15,7 +15,8 @@ import numpy as np
 
 from fleetune.errors import MessageError
 from fleetune.seeds.ledger import Head, Ledger
-from fleetune.tuning.messages import Payload, Scalar
+from fleetune.tuning import messages
+from fleetune.tuning.messages import Message, Payload, Scalar
 
 
 @dataclass
@@ -25,6 +26,16 @@ class Totals:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+
+
+def encode(round: int, state: Any, totals: Totals) -> bytes:
+    """Everything a resumed run needs after `round`, as the bytes of one message."""
+    return messages.encode(Message(round, b"", pack(state, totals)))
+
+
+def decode(data: bytes) -> Payload:
+    """The payload of a checkpoint's bytes; MessageError when they are damaged."""
+    return messages.decode(data, any_size=True).payload
 
 
 def pack(state: Any, totals: Totals) -> Payload:

@@ -21,9 +21,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
+from fleetune.common.settings import Value
 from fleetune.errors import RecipeError
-
-Value = str | int | float | bool
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -19,7 +19,8 @@ from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
-from fleetune.tuning.checkpoint import Totals, pack, unpack
+from fleetune.tuning import checkpoint
+from fleetune.tuning.checkpoint import Totals
 from fleetune.tuning.fleets import Answer, Fleet
 from fleetune.tuning.messages import Message, Payload, Spec, check, decode, encode
 from fleetune.tuning.methods import Method, Reply
@@ -59,16 +60,16 @@ def run(
     a row (or in all, of fewer); a run that is taken up again counts anew, so that it gets past them.
     """
     first, totals, failures = 0, Totals(), 0
-    if (saved := run.restore()) is not None:
+    if (saved := run.restore(checkpoint.decode)) is not None:
         first, payload = saved
-        state, totals = unpack(payload, state)
+        state, totals = checkpoint.unpack(payload, state)
         run.cut(first)
         fleet.rewind(first)
     else:
         run.cut(-1)
         fleet.rewind(0)
         hooks.begin()
-        run.checkpoint(0, pack(state, totals))
+        run.checkpoint(0, checkpoint.encode(0, state, totals))
     for r in range(first + 1, plan.rounds + 1):
         began = time.monotonic()
         kinds = _kinds(method, state)
@@ -92,7 +93,7 @@ def run(
         hooks.emit(run.record(event))
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
             hooks.emit(run.record({"event": "eval", "round": r, **hooks.evaluate(state)}))
-        run.checkpoint(r, pack(state, totals))
+        run.checkpoint(r, checkpoint.encode(r, state, totals))
         fleet.settle(r + 1 - KEEP)
     return state, totals
 

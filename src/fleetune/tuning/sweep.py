@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fleetune.common.files import storage_error, write_atomic
+from fleetune.common.settings import Value
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError
 from fleetune.runs import report, rundir
 from fleetune.runs.listener import Listener
@@ -32,7 +33,7 @@ from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods, prepare
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning import run as jobs
-from fleetune.tuning.recipe import Recipe, Value
+from fleetune.tuning.recipe import Recipe
 
 FILE = "sweep.toml"
 PAGE = "sweep.html"

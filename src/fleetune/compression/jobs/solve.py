@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fleetune.compression.layerwise.driver import Block, Parts
     from fleetune.compression.layerwise.federated import Clients, Reply
     from fleetune.models.artefact import Head
-    from fleetune.planning.compression_cost import CompressionSize as Cost
+    from fleetune.planning.compression_cost import CompressionSize
 
 ORIGIN: Final = "origin.json"  # in the folder of finished blocks: what they are a function of
 REPLIES: Final = "replies.jsonl"  # there too: of the clients
@@ -68,13 +68,12 @@ class Job:
         return sum(compression_cost.memory(shape_of(self.subject.model.net.config), self.cost).values())
 
     @property
-    def cost(self) -> Cost:
+    def cost(self) -> CompressionSize:
         """What the costs depend on."""
-        from fleetune.planning import compression_cost
         from fleetune.planning.workload import SIZES
 
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
-        return compression_cost.size_of(self.solver, count, length)._replace(
+        return size_of(self.solver, count, length)._replace(
             size=SIZES[self.subject.model.dtype], low_memory=self.work.low_memory,
             measured=self.subject.measured, clients=len(self.shares), together=self.work.true_sequential,
             heads=_written_heads(self.subject.model.net.config),
@@ -84,6 +83,14 @@ class Job:
         """Do it, into `folder`; finished blocks there are not done again.  StorageError for a disk too full."""
         _check_room(ui, self, folder)
         _compress(ui, self, folder)
+
+
+def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
+    """What the costs of a solver depend on, from its settings and its calibration windows."""
+    from fleetune.planning.compression_cost import CompressionSize
+
+    bits, group = int(getattr(solver, "bits", 0)), int(getattr(solver, "group", 0))
+    return CompressionSize(windows if solver.data else 0, length, bits=bits, group=group)
 
 
 def prepare(work: Work, solver: Solver, subject: Subject, ui: Ui) -> Job:

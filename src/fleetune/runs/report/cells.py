@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fleetune.common.settings import Value
 from fleetune.runs.report import runlog
 from fleetune.runs.report.runlog import Number, Run, Step
-from fleetune.tuning.recipe import Value
 
 BASE, TUNED = 0, 1  # of `runlog.measures`
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fleetune.common.display import human_bytes, human_time, metric, show
+from fleetune.common.settings import Value
 from fleetune.runs.report import axes as scales
 from fleetune.runs.report import cells as numbers
 from fleetune.runs.report import page, runlog, svg
 from fleetune.runs.report.cells import Axis, Cell, Course, Effect, Member, Stat
 from fleetune.runs.report.page import esc, flat
-from fleetune.tuning.recipe import Value
 
 SPREAD = "Mean over the seeds and the other values; band: standard deviation over the seeds of the change by tuning."
 

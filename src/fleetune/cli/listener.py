@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show a job on the console: its header, its remarks, a live bar for what it counts; and pass Ctrl-C on to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from fleetune.cli.console import Ui
+from fleetune.cli.interrupt import InterruptHandler
+from fleetune.cli.progress import CountBar
+
+
+class ConsoleListener:
+    """A `runs.listener.Listener` for jobs that count one thing at a time: blocks, steps, rows."""
+
+    def __init__(self, ui: Ui, interrupt: InterruptHandler, bars: ExitStack) -> None:
+        self.ui, self.interrupt, self.bars = ui, interrupt, bars
+        self.what = ""
+        self.bar: CountBar | None = None  # until something is counted
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Show the panel over the job."""
+        self.ui.header(title, rows)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Print the event in JSON mode."""
+        self.ui.event(event)
+
+    def note(self, text: str) -> None:
+        """Show a remark."""
+        self.ui.note(text)
+
+    def step(self, client: int, step: int) -> None:
+        """Do nothing: these jobs have no rounds."""
+
+    def progress(self, what: str, done: int, total: int, text: str = "") -> None:
+        """Move the bar of `what`; the bar of something else ends."""
+        if what != self.what:
+            self.bars.close()
+            self.what = what
+            self.bar = self.bars.enter_context(self.ui.count(what, 0))
+        assert self.bar is not None
+        self.bar.update(done, total, text)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self.interrupt.requested
+
+
+@contextmanager
+def console_listener(ui: Ui) -> Iterator[ConsoleListener]:
+    """A listener on `ui` that hears Ctrl-C while the block runs."""
+    with ExitStack() as bars, InterruptHandler(ui) as interrupt:
+        yield ConsoleListener(ui, interrupt, bars)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find what plugs into Fleetune: the modules of one folder, and what other packages register.
+
+There are four registries, all of this kind: tuning methods, compressors, export targets and commands.  A file in the
+folder *is* the member: `tuning/methods/fedkseed.py` is `--method fedkseed`.  Another package registers a module under
+the registry's entry-point group.  A member states plain constants at the top of its module (`KIND`, `PAPER`, ..), which
+are read from the file's text (`ast`), so that listing imports nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from fleetune.errors import UsageError, suggest
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of a registry, read without importing it."""
+
+    name: str  # as a user writes it, with "-" where the file has "_"
+    module: str  # dotted, to be imported
+    summary: str  # first line of the module's docstring
+    constants: Mapping[str, Any]  # the module's literal constants
+
+    def text(self, constant: str) -> str:
+        """A constant as text, "" where it is not stated."""
+        return str(self.constants.get(constant, ""))
+
+
+class Registry:
+    """The members of a folder and of an entry-point group.
+
+    A module of the folder is a member if it states all constants in `requires`; a registered module must state them.
+    """
+
+    def __init__(self, kind: str, package: str, group: str, requires: tuple[str, ...], listing: str) -> None:
+        """`kind` names a member in messages ("method"); `listing` is the command that shows them all."""
+        self.kind, self.package, self.group = kind, package, group
+        self.requires, self.listing = requires, listing
+
+    def members(self) -> dict[str, Member]:
+        """Every member by name: those of the folder in order, then those that other packages register.
+
+        UsageError when a registered module cannot be found or lacks a constant.
+        """
+        found = {}
+        spec = importlib.util.find_spec(self.package)
+        assert spec is not None
+        for folder in spec.submodule_search_locations or ():
+            for path in sorted(Path(folder).glob("[a-z]*.py")):
+                member = _read(path.stem, f"{self.package}.{path.stem}", path)
+                if all(constant in member.constants for constant in self.requires):
+                    found[member.name] = member
+        for point in entry_points(group=self.group):
+            found[point.name] = self._registered(point.name, point.module)
+        return found
+
+    def member(self, name: str) -> Member:
+        """The member called `name` ("-" and "_" are alike); UsageError with a suggestion when there is none."""
+        known, asked = self.members(), name.replace("_", "-")
+        if name in known:
+            return known[name]
+        if asked not in known:
+            raise UsageError(
+                f"no {self.kind} named '{name}'.{suggest(asked, known)}",
+                hint=f"there are: {', '.join(known)} ({self.listing})",
+            )
+        return known[asked]
+
+    def load(self, name: str) -> ModuleType:
+        """Import the module of a member."""
+        return importlib.import_module(self.member(name).module)
+
+    def _registered(self, name: str, module: str) -> Member:
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise UsageError(
+                f"the {self.kind} module {module} is registered, but cannot be found",
+                hint="reinstall or uninstall the package that registers it",
+            )
+        member = _read(name, module, Path(spec.origin))
+        if missing := [c for c in self.requires if c not in member.constants]:
+            raise UsageError(
+                f"the {self.kind} '{name}' ({module}) does not state {', '.join(missing)}",
+                hint=f"its module sets {', '.join(self.requires)} to plain values",
+            )
+        return member
+
+
+def _read(name: str, module: str, path: Path) -> Member:
+    summary, constants = _parsed(path, path.stat().st_mtime_ns)
+    return Member(name.replace("_", "-"), module, summary, constants)
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(path: Path, changed: int) -> tuple[str, Mapping[str, Any]]:
+    """(first line of the docstring, literal constants) of a file; `changed` is its time, so that an edit is seen."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    constants = {}
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        value = getattr(node, "value", None)
+        if isinstance(target, ast.Name) and target.id.isupper() and value is not None:
+            try:
+                constants[target.id] = ast.literal_eval(value)
+            except ValueError:  # it is computed
+                continue
+    summary = (ast.get_docstring(tree) or "").strip().split("\n")[0]
+    return summary, MappingProxyType(constants)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of `docs/architecture.toml` hold: arrows go down only, without circles, lazy and type-only imports included."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src"
+PACKAGE = SOURCE / "fleetune"
+LAYERS = [
+    layer["name"] for layer in tomllib.loads((ROOT / "docs" / "architecture.toml").read_text())["layer"]
+]
+DOORS = {"fleetune", "fleetune.__main__"}  # they open the house, and nothing in it may import them
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(file): file for file in PACKAGE.rglob("*.py")}
+
+
+def imported(text: str, modules: Mapping[str, object]) -> Iterator[str]:
+    """The modules of this package that a source imports, wherever in it."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fleetune":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in modules else str(node.module)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "fleetune")
+
+
+def arrows() -> dict[str, set[str]]:
+    return {
+        name: set(imported(file.read_text(encoding="utf-8"), MODULES)) - {name}
+        for name, file in MODULES.items()
+    }
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """A circle of the graph, [] for none."""
+    done: set[str] = set()
+
+    def walk(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        for below in sorted(graph.get(node, ())):
+            if found := walk(below, [*path, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := walk(node, []))), [])
+
+
+def layer_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_the_tree_is_the_table():
+    found = {p.stem for p in PACKAGE.iterdir() if not p.name.startswith("_") and p.suffix in ("", ".py")}
+    assert found == set(LAYERS)
+
+
+def test_every_import_goes_down():
+    up = [
+        f"{module} imports {below}"
+        for module, found in arrows().items()
+        if module not in DOORS
+        for below in sorted(found)
+        if below in DOORS or LAYERS.index(layer_of(below)) < LAYERS.index(layer_of(module))
+    ]
+    assert not up
+
+
+def test_there_is_no_circle_of_modules():
+    assert circle(arrows()) == []
+
+
+@pytest.mark.parametrize(
+    "folder", [p.name for p in sorted(PACKAGE.iterdir()) if p.is_dir() and p.name[0] != "_"]
+)
+def test_the_folders_of_a_layer_form_no_circle(folder: str):
+    start = f"fleetune.{folder}."
+
+    def box(module: str) -> str:
+        return module.removeprefix(start).split(".")[0]
+
+    graph: dict[str, set[str]] = {}
+    for module, found in arrows().items():
+        if module.startswith(start):
+            inside = {box(below) for below in found if below.startswith(start)}
+            graph.setdefault(box(module), set()).update(inside - {box(module)})
+    assert circle(graph) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from fleetune.b import x", "def f():\n    from fleetune import b", "import fleetune.b",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fleetune.b import X",
+    ],
+)  # fmt: skip
+def test_any_kind_of_import_is_seen(text: str):
+    modules = {"fleetune.a": 0, "fleetune.b": 0}
+    assert set(imported(text, modules)) == {"fleetune.b"} or "typing" in text
+    assert circle({"fleetune.a": set(imported(text, modules)), "fleetune.b": {"fleetune.a"}}) != []
