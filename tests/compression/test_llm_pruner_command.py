@@ -28,7 +28,7 @@ ROWS = ["--data", "rows.jsonl"]
 
 KILL = """
 import os, signal, sys
-from fleetune.cli import main
+from fleetune.cli.main import main
 from fleetune.compression.pruning import recovery
 told = recovery.Course._update
 def update(self, model, batch, optimizer, parameters, t):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fleetune import models
-from fleetune.cli import main
+from fleetune.cli.main import main
 from fleetune.errors import UsageError
 from fleetune.models import tiny_llama
 from fleetune.planning import device_cost, plan, shapes
