@@ -153,7 +153,8 @@ def test_a_narrow_net_is_the_whole_one_without_what_those_channels_carry(
     whole, narrow = copy.deepcopy(model.net).double(), copy.deepcopy(model.net).double()
     silence(whole, set(range(36)) - kept, reads=False)
     hidden_width.narrow(narrow, sorted(kept))
-    torch.testing.assert_close(logits(narrow), logits(whole), rtol=1e-4, atol=1e-5)
+    # transformers computes a norm in fp32 whatever the net is in: of two channels left, its rounding is 2e-5 of a logit
+    torch.testing.assert_close(logits(narrow), logits(whole), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["magnitude", "first", "second", "mixed"])

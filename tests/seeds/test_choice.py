@@ -104,7 +104,7 @@ def test_numba_where_it_cannot_be_is_refused(monkeypatch):
 
 def test_another_word_is_refused_before_any_work(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv(kernel_choice.VARIABLE, "moon")
-    assert main.main(["tune", "no such model", "no such data", "--out", str(tmp_path)]) == 2
+    assert main(["tune", "no such model", "no such data", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "no kernels named 'moon'" in said
     assert "FLEETUNE_KERNELS to auto, numba or torch" in said
