@@ -25,7 +25,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 # A run with a ledger and its replay; the digests, and whether Numba came in.
 WORK = """
 import contextlib, io, json, sys
-from fleetune import cli
+from fleetune.cli import main as cli
 
 model, data, out = sys.argv[1:]
 said = io.StringIO()
