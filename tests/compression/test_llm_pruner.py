@@ -23,7 +23,7 @@ from fleetune.compression.pruning.importance import AGGREGATES, Shares, choose, 
 from fleetune.data import Encoded
 from fleetune.errors import DataError, FleetuneError, Interrupted, StorageError, UsageError
 from fleetune.models import Model, digest, named_tensors
-from fleetune.models.families.widths import Kept, cut, listed
+from fleetune.models.families.widths import KeptUnits, cut, listed
 
 # --- importance -----------------------------------------------------------------------------------------------
 
@@ -199,7 +199,7 @@ def test_a_cut_net_is_the_whole_one_without_what_those_groups_add(data: st.DataO
     for block in whole.model.layers:
         heads = sorted(data.draw(st.sets(st.integers(0, 2), min_size=1)))
         channels = sorted(data.draw(st.sets(st.integers(0, 39), min_size=1, max_size=39)))
-        kept.append(Kept(heads, channels))
+        kept.append(KeptUnits(heads, channels))
         for g in {0, 1, 2} - set(heads):
             block.self_attn.o_proj.weight[:, g * 12 : (g + 1) * 12] = 0
         for c in set(range(40)) - set(channels):

@@ -404,10 +404,10 @@ def twice(x):
 def test_compiling_needs_no_folder_and_no_disk(monkeypatch):
     x = np.ones(3)
     monkeypatch.setattr(numba.core.caching.Cache, "save_overload", full_disk)
-    numba_cache.kept(twice)(x)
+    numba_cache.cached_njit(twice)(x)
     assert x.tolist() == [2.0] * 3
     monkeypatch.setattr(numba, "njit", without_folder(numba.njit))
-    numba_cache.kept(twice)(x)
+    numba_cache.cached_njit(twice)(x)
     assert x.tolist() == [4.0] * 3
 
 

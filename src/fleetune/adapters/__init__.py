@@ -9,9 +9,9 @@ kind of module; what they share is `core.py`.
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
 from fleetune.adapters.core import (
-    Attached,
+    AdapterSpec,
+    Attachment,
     Part,
-    Spec,
     attach,
     attached,
     detach,
@@ -29,7 +29,30 @@ from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 
 __all__ = [
-    "INITS", "Attached", "Bitfit", "Bottleneck", "Full", "Lora", "Part", "Prefix", "Prompt", "Spec", "attach",
-    "attach_lora", "attached", "detach", "digest", "directions", "export", "load", "load_", "merge", "pairs", "save", "take_out",
-    "taken", "trainable", "training",
+    "INITS",
+    "AdapterSpec",
+    "Attachment",
+    "Bitfit",
+    "Bottleneck",
+    "Full",
+    "Lora",
+    "Part",
+    "Prefix",
+    "Prompt",
+    "attach",
+    "attach_lora",
+    "attached",
+    "detach",
+    "digest",
+    "directions",
+    "export",
+    "load",
+    "load_",
+    "merge",
+    "pairs",
+    "save",
+    "take_out",
+    "taken",
+    "trainable",
+    "training",
 ]  # fmt: skip

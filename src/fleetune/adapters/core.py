@@ -45,7 +45,7 @@ class Part(Protocol):
         ...
 
 
-class Spec(Protocol):
+class AdapterSpec(Protocol):
     """The description of a module: its sizes, and how it gets on a model."""
 
     def put_on(self, model: Model, seed: int) -> Part:
@@ -54,34 +54,34 @@ class Spec(Protocol):
 
 
 @dataclass(frozen=True)
-class Attached:
+class Attachment:
     """What a model carries (`model.attachment`): the spec, and all that is trainable, by name, sorted."""
 
-    spec: Spec
+    spec: AdapterSpec
     parameters: Mapping[str, nn.Parameter]
     parts: tuple[Part, ...]
 
 
-def attach(model: Model, spec: Spec, *, seed: int) -> None:
+def attach(model: Model, spec: AdapterSpec, *, seed: int) -> None:
     """Give `model.net` the module that `spec` describes, in place; only its numbers become trainable.
 
     ModelError when the model already carries something, or a value of `spec` cannot be used.
     """
     if model.attachment is not None:
         held = model.attachment
-        name = type(held.spec if isinstance(held, Attached) else held).__name__
+        name = type(held.spec if isinstance(held, Attachment) else held).__name__
         raise ModelError(f"the model already carries a {name}", hint="detach or merge it first")
     own = spec.put_on(model, seed)
     head = Replaced(model.net, set(head_of(model.net)) - own.parameters.keys())
     parts = (own, head) if head.parameters else (own,)
     model.net.eval()
     parameters = {n: p for part in parts for n, p in part.parameters.items()}
-    model.attachment = Attached(spec, dict(sorted(parameters.items())), parts)
+    model.attachment = Attachment(spec, dict(sorted(parameters.items())), parts)
 
 
-def attached(model: Model) -> Attached:
+def attached(model: Model) -> Attachment:
     """What `model` carries; ModelError when that is no adapter."""
-    if not isinstance(model.attachment, Attached):
+    if not isinstance(model.attachment, Attachment):
         raise ModelError("the model carries no adapter", hint="attach one first")
     return model.attachment
 

@@ -135,7 +135,7 @@ def tensors_of(model: Model) -> Iterable[tuple[str, Tensor]]:
 
 
 @contextmanager
-def held(model: Model, part: Any) -> Iterator[None]:
+def in_memory(model: Model, part: Any) -> Iterator[None]:
     """Have a part's weights in memory while the block runs, for a model that is in its files."""
     pages = pages_of(model)
     if pages is None:

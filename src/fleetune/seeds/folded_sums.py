@@ -21,7 +21,7 @@ from torch import Tensor
 from fleetune.seeds.noise import Passes
 
 if TYPE_CHECKING:
-    from fleetune.seeds.slots import Slot
+    from fleetune.seeds.slots import WeightSlot
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +29,12 @@ FOLD = 16  # passes that are computed in each forward before they are folded
 EXACT = 1 << 24  # integers below this are exact in float32
 
 
-class Folded:
+class FoldedSums:
     """Integer sums of passes over the elements of some tensors, and which passes they hold."""
 
-    def __init__(self, slots: Sequence[Slot], run_key: int, kernels: ModuleType, threads: int | None) -> None:
+    def __init__(
+        self, slots: Sequence[WeightSlot], run_key: int, kernels: ModuleType, threads: int | None
+    ) -> None:
         self.slots, self.run_key, self.kernels, self.threads = slots, run_key, kernels, threads
         self.held: Passes | None = None
         self.reach = 0  # the largest sum anywhere

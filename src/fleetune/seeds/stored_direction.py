@@ -18,14 +18,14 @@ from torch import Tensor
 from fleetune.seeds.noise import EMPTY
 
 if TYPE_CHECKING:
-    from fleetune.seeds.slots import Direction, Slot
+    from fleetune.seeds.slots import Direction, WeightSlot
 
 
-class Stored:
+class StoredDirection:
     """One direction at a time, z[i] for every weight i, in the weights' type and on their device."""
 
     def __init__(
-        self, slots: Sequence[Slot], run_key: int, law: str, kernels: ModuleType, threads: int | None
+        self, slots: Sequence[WeightSlot], run_key: int, law: str, kernels: ModuleType, threads: int | None
     ) -> None:
         self.slots, self.run_key, self.law = slots, run_key, law
         self.kernels, self.threads = kernels, threads

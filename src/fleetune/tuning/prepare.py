@@ -56,7 +56,7 @@ class TuneJob:
 
 def check(recipe: Recipe) -> tuple[Entry, Method]:
     """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
-    kernel_choice.wanted()
+    kernel_choice.chosen_kernels()
     entry = methods.entry(recipe.method)
     problems = []
     tests: tuple[Callable[[], object], ...] = (

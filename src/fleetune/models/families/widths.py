@@ -41,7 +41,7 @@ class Width(NamedTuple):
     intermediate_size: int
 
 
-class Kept(NamedTuple):
+class KeptUnits(NamedTuple):
     """Which of a block's key heads (with their query heads) and MLP channels stay, in ascending order."""
 
     heads: Sequence[int]
@@ -90,7 +90,7 @@ def heads_of(config: Any, tensor: str) -> int:
 # ---------------------------------------------------------------- cutting
 
 
-def cut(net: PreTrainedModel, kept: Sequence[Kept]) -> None:
+def cut(net: PreTrainedModel, kept: Sequence[KeptUnits]) -> None:
     """Leave only what is `kept` of each block, in place, and say so in the configuration."""
     blocks = blocks_of(net)
     for block, stays in zip(blocks, kept, strict=True):
@@ -98,7 +98,7 @@ def cut(net: PreTrainedModel, kept: Sequence[Kept]) -> None:
     record(net.config, [width_of(block) for block in blocks], blocks[0].self_attn.head_dim)
 
 
-def _cut_block(block: Any, stays: Kept) -> None:
+def _cut_block(block: Any, stays: KeptUnits) -> None:
     a, f, device = block.self_attn, block.mlp, block.mlp.gate_proj.weight.device
     keys = spread(torch.tensor(stays.heads), a.head_dim).to(device)
     queries = spread(torch.tensor(stays.heads), a.num_key_value_groups * a.head_dim).to(device)
@@ -163,7 +163,10 @@ def class_of(config: Any) -> type[PreTrainedModel]:
 
     def init(self: PreTrainedModel, config: Any) -> None:
         kind.__init__(self, config)
-        cut(self, [Kept(range(w.num_key_value_heads), range(w.intermediate_size)) for w in listed(config)])
+        cut(
+            self,
+            [KeptUnits(range(w.num_key_value_heads), range(w.intermediate_size)) for w in listed(config)],
+        )
 
     made = type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
     return cast(type[PreTrainedModel], made)
