@@ -17,7 +17,7 @@ from fleetune.data.encode import Encoded
 from fleetune.data.examples import Example
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import RecipeError
-from fleetune.evaluation.answers import generate, label_accuracy, must_write
+from fleetune.evaluation.answers import generate, label_accuracy, require_text_model
 from fleetune.evaluation.losses import class_measures, perplexity, response_loss
 from fleetune.evaluation.scores import exact_match, rouge_l, token_f1
 from fleetune.models.model import Model
@@ -108,7 +108,7 @@ def evaluate(
     names = check_tasks(tasks or ("loss", "accuracy" if model.labels else "rouge_l"))
     for name in names:
         if name not in ("loss", "accuracy"):
-            must_write(model, f"task '{name}'")
+            require_text_model(model, f"task '{name}'")
     work = _Work(model, examples, max_length, batch_size, max_new_tokens, labels, texts)
     answered = replace(work, examples=examples[:answer_rows])
     of_answers = {"rouge_l", "f1", "exact_match"}

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fleetune.common.folders import staged
 from fleetune.errors import ModelError
-from fleetune.models.families.widths import mark
+from fleetune.models.families.widths import mark_config
 from fleetune.models.model import Model
 from fleetune.models.paged import tensors_of
 from fleetune.models.tensor_file import write_in_turn
@@ -166,7 +166,7 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
     with staged(folder, replace=FILE) as new:
         write_in_turn(new / FILE, table, tensors(), {"master": head.to_json()})
         model.net.config.save_pretrained(new)
-        mark(new)
+        mark_config(new)
         if model.net.can_generate() and model.net.generation_config is not None:
             model.net.generation_config.save_pretrained(new)
         model.tokenizer.save_pretrained(new)

@@ -238,7 +238,7 @@ def _forward_for(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> C
         return lambda input: _linear(view, module, own, input)
     if type(module) is nn.Embedding and module.max_norm is None:
         return lambda input: _embedding(view, own["weight"], input)
-    return _whole(view, module, own)
+    return _any_forward(view, module, own)
 
 
 def _linear(view: View, module: nn.Linear, own: dict[str, WeightSlot], x: Tensor) -> Tensor:
@@ -285,7 +285,7 @@ def _embedding(view: View, slot: WeightSlot, ids: Tensor) -> Tensor:
     return F.embedding(where, table)
 
 
-def _whole(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> Callable[..., Any]:
+def _any_forward(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> Callable[..., Any]:
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -133,9 +133,9 @@ def _shares(work: Work, subject: Subject, ui: Ui) -> dict[int, Tensor]:
 
 
 def _check_length(work: Work, subject: Subject) -> None:
-    from fleetune.evaluation.losses import context
+    from fleetune.evaluation.losses import context_length
 
-    if work.length > (longest := context(subject.model)):
+    if work.length > (longest := context_length(subject.model)):
         raise UsageError(
             f"windows of {work.length} tokens are longer than the model's {longest}",
             hint=f"--length {min(longest, 512)}",
