@@ -13,7 +13,7 @@ from fleetune.adapters.core import (
     Attachment,
     Part,
     attach,
-    attached,
+    attachment_of,
     detach,
     digest,
     export,
@@ -23,7 +23,7 @@ from fleetune.adapters.core import (
     training,
 )
 from fleetune.adapters.folder import load, save
-from fleetune.adapters.lora import INITS, Lora, attach_lora, pairs, take_out, taken
+from fleetune.adapters.lora import INITS, Lora, attach_lora, pairs, subtract_factors, subtracted_factors
 from fleetune.adapters.lora_init_eva import directions
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
@@ -41,7 +41,7 @@ __all__ = [
     "Prompt",
     "attach",
     "attach_lora",
-    "attached",
+    "attachment_of",
     "detach",
     "digest",
     "directions",
@@ -51,8 +51,8 @@ __all__ = [
     "merge",
     "pairs",
     "save",
-    "take_out",
-    "taken",
+    "subtract_factors",
+    "subtracted_factors",
     "trainable",
     "training",
 ]  # fmt: skip

@@ -30,8 +30,8 @@ from torch import Tensor
 from fleetune import models
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
-from fleetune.adapters.core import AdapterSpec, Attachment, attach, attached, detach, load_
-from fleetune.adapters.lora import ADAPTER, Lora, LoraPart, taken
+from fleetune.adapters.core import AdapterSpec, Attachment, attach, attachment_of, detach, load_
+from fleetune.adapters.lora import ADAPTER, Lora, LoraPart, subtracted_factors
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 from fleetune.common.folders import staged
@@ -61,7 +61,7 @@ def save(model: Model, path: Path) -> None:
     path of this machine; `revision` the hub commit where it is known.  Whole or not at all; file modes by
     the umask.  StorageError when the disk is full or not writable.
     """
-    held = attached(model)
+    held = attachment_of(model)
     in_peft = _peft(model, held)
     head, tensors = in_peft or _ours(model, held)
     stem = "adapter_{}" if in_peft else "module"
@@ -144,7 +144,7 @@ def _lora_in_peft(held: Attachment, net: Any) -> tuple[dict[str, Any], dict[str,
     assert isinstance(part, LoraPart)
     config = part.tuner.peft_config[ADAPTER].to_dict()
     tensors = dict(held.parameters) | _plain_lora(part)
-    if part.taken:
+    if part.subtracted:
         config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
     config["target_modules"] = sorted(config["target_modules"])
     if head := head_of(net):
@@ -157,7 +157,7 @@ def _lora_in_peft(held: Attachment, net: Any) -> tuple[dict[str, Any], dict[str,
 def _plain_lora(part: LoraPart) -> dict[str, Tensor]:
     """What a start took out of the base as a LoRA on the base itself: B A - B0 A0 = [B, -B0] [A; A0], rank 2 r."""
     made = {}
-    for name, gone in part.taken.items():
+    for name, gone in part.subtracted.items():
         own = part.parameters[name].detach()
         side_by_side = ".lora_B." in name
         made[name] = torch.cat([own, -gone if side_by_side else gone], dim=1 if side_by_side else 0)
@@ -251,7 +251,7 @@ tags:
 Tuned with Fleetune.
 
 - base weights as loaded: {source}, {model.dtype}, SHA-256 `{model.digest}`
-- {title}: {sizes or "no sizes"}{_RESIDUAL if taken(model) else ""}
+- {title}: {sizes or "no sizes"}{_RESIDUAL if subtracted_factors(model) else ""}
 
 {use}"""
 

@@ -111,7 +111,7 @@ class View:
         """Add `eps * z` to the point, for the direction (Philox id, table [K]) of `noise.probe`; None: stop."""
         self.direction = direction and (direction[0], (direction[1] * np.float32(eps)).astype(np.float32))
         if self.stored is not None and direction is not None:
-            self.stored.hold(direction, eps)
+            self.stored.write(direction, eps)
 
     @contextmanager
     def storing(self) -> Iterator[None]:

@@ -194,7 +194,7 @@ class Method:
         measure = objectives.get(self.objective)
         ids = self.directions(payload.arrays.get("seeds"), key)
         g, losses = np.zeros(self.P, np.float32), np.full(self.P, np.inf)
-        held = batches.held(payload.int("batch"), self.batch_size, self.P)
+        held = batches.repeat_batch(payload.int("batch"), self.batch_size, self.P)
         for j, batch in enumerate(held):
 
             def seen(batch: Any = batch) -> float:
