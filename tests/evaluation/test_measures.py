@@ -34,7 +34,7 @@ from fleetune.evaluation.losses import (
     row_losses,
     token_losses,
 )
-from fleetune.evaluation.measures import TASKS, check_tasks, evaluate, samples
+from fleetune.evaluation.measures import TASKS, check_tasks, evaluate
 from fleetune.evaluation.scores import exact_match, rouge_l, token_f1
 from fleetune.models import Model, named_tensors, tiny_llama
 from fleetune.seeds.noise import passes
@@ -599,17 +599,6 @@ def test_unknown_tasks_are_all_named() -> None:
         check_tasks(["rogue_l", "loss", "gsm8k"])
     assert len(caught.value.problems) == 2
     assert check_tasks(["rouge", "loss", "rouge_l"]) == ("rouge_l", "loss")
-
-
-def test_samples_of_fixed_prompts(tiny: Model) -> None:
-    examples = [Example((("system", "be brief"), ("user", "a"), ("assistant", "b"), ("user", "c")), "d", {})]
-    examples += _examples(1)
-    got = samples(tiny, examples, max_new_tokens=4)
-    assert [(s.prompt, s.reference, s.client) for s in got] == [
-        ("c", "d", ""),
-        (examples[1].messages[0][1], examples[1].response, "site 0"),
-    ]
-    assert [s.answer for s in got] == generate(tiny, examples, max_new_tokens=4)
 
 
 # --- a head whose weights are computed on the way ------------------------------------------------------------

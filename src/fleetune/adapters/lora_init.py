@@ -98,4 +98,3 @@ FROM_SEED: Final[Mapping[str, Callable[[str, int, int, int, int], Factors]]] = M
 FROM_WEIGHTS: Final[Mapping[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]]] = MappingProxyType(
     {"pissa": pissa, "olora": olora}
 )
-EVERYWHERE: Final = ("default", "gaussian", "shared")  # equal bits on every machine

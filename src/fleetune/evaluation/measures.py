@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import NamedTuple
 
 from fleetune.data.encode import Encoded
 from fleetune.data.examples import Example
@@ -129,26 +128,3 @@ def measure(
     if labels:
         measured["accuracy"] = label_accuracy(model, examples, labels, max_length=max_length)
     return measured
-
-
-class Sample(NamedTuple):
-    """One fixed prompt and what the model says to it."""
-
-    prompt: str
-    reference: str
-    answer: str
-    client: str
-
-
-def samples(
-    model: Model, examples: Sequence[Example], *, max_new_tokens: int = 128, batch_size: int = 8
-) -> list[Sample]:
-    """The model's greedy answers to fixed examples, to be set beside another model's on the same ones.
-
-    `prompt` is the last user turn; `client` is the row's field of that name, or empty.
-    """
-    answers = generate(model, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return [
-        Sample(example.messages[-1][1], example.response, answer, example.meta.get("client", ""))
-        for example, answer in zip(examples, answers, strict=True)
-    ]
