@@ -17,7 +17,7 @@ from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import View, kernels
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import entry
-from fleetune.tuning.methods._zeroth import place_at as stand
+from fleetune.tuning.methods._zeroth import place_at as place_at
 from fleetune.tuning.methods._zeroth import view_of
 from fleetune.tuning.recipe import Recipe
 
@@ -87,7 +87,7 @@ def load(run: str | Path, *, offline: bool = False, device: str | None = None) -
 def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
     ledger = ledgers.load(path)
     model = base_of(ledger, recipe.model, offline=offline, device=device)
-    stand(model, ledger)
+    place_at(model, ledger)
     return model
 
 
