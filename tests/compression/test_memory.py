@@ -27,9 +27,9 @@ from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import Clients
 from fleetune.errors import ModelError
 from fleetune.models.paged import Pages, in_memory, pages_of, tensors_of
+from fleetune.models.shapes import shape_of
 from fleetune.models.tensor_file import write_in_turn
 from fleetune.planning import compression_cost, plan
-from fleetune.planning.shapes import shape_of
 from fleetune.tuning import rounds
 
 TYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]

@@ -14,9 +14,9 @@ from transformers import LlamaConfig
 
 from fleetune import adapters
 from fleetune.data import Encoded
-from fleetune.models import Model, tiny_llama
+from fleetune.models import Model, shapes, tiny_llama
 from fleetune.models.tiny import tiny_bert, tiny_roberta
-from fleetune.planning import plan, shapes, traffic
+from fleetune.planning import plan, traffic
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import Message, Payload, encode

@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fleetune.common.dtypes import TORCH_NAMES
 from fleetune.common.folders import staged
 from fleetune.errors import FitError, ModelError, StorageError
 from fleetune.models import cache, encoders
@@ -52,7 +53,7 @@ __all__ = [
 ]  # fmt: skip
 
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
-    {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
 )
 COMPUTED: Final = (  # buffers that older files hold
     "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "position_ids", "token_type_ids",

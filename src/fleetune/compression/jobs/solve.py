@@ -62,15 +62,15 @@ class Job:
     @cached_property
     def memory(self) -> int:
         """Bytes of the peak, as planned."""
+        from fleetune.models.shapes import shape_of
         from fleetune.planning import compression_cost
-        from fleetune.planning.shapes import shape_of
 
         return sum(compression_cost.memory(shape_of(self.subject.model.net.config), self.cost).values())
 
     @property
     def cost(self) -> CompressionSize:
         """What the costs depend on."""
-        from fleetune.planning.workload import SIZES
+        from fleetune.common.dtypes import SIZES
 
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
         return size_of(self.solver, count, length)._replace(
@@ -260,8 +260,8 @@ def head(job: Job) -> ArtefactHead:
 
 def _check_room(ui: Ui, job: Job, folder: Path) -> None:
     """A note when memory is short; StorageError when the disk is."""
+    from fleetune.models.shapes import shape_of
     from fleetune.planning import compression_cost
-    from fleetune.planning.shapes import shape_of
 
     ways = [] if job.work.low_memory else ["with --low-memory"]
     ways += ["without --true-sequential"] if job.work.true_sequential else []

@@ -192,7 +192,7 @@ def name_of(work: Work, model: Model) -> str:
 
 def weight_bytes(model: Model) -> int:
     """The size of a model's weights in the type that they are loaded in."""
-    from fleetune.planning.workload import SIZES
+    from fleetune.common.dtypes import SIZES
 
     return model.n_params * SIZES[model.dtype]
 

@@ -62,6 +62,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fleetune.common.dtypes import SIZES
 from fleetune.compression.distillation import reward
 from fleetune.compression.distillation.divergence import divergences, log_probs
 from fleetune.compression.distillation.reward import Reward
@@ -74,9 +75,8 @@ from fleetune.evaluation.answers import sample_from_ids, stop_ids, until_end
 from fleetune.evaluation.losses import context_length, eval_mode, pad_id, predictors
 from fleetune.evaluation.objectives import split
 from fleetune.models.model import Model, digest, named_tensors, uniform
+from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import compression_cost
-from fleetune.planning.shapes import Shape, shape_of
-from fleetune.planning.workload import SIZES
 
 PAPER = "Agarwal et al., ICLR 2024, arXiv 2306.13649"
 PRUNED = (

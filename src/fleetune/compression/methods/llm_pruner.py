@@ -41,6 +41,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fleetune.adapters import Lora
+from fleetune.common.dtypes import SIZES
 from fleetune.compression.methods import gkd
 from fleetune.compression.pruning import decision, hidden_width
 from fleetune.compression.pruning.decision import Decided
@@ -51,9 +52,8 @@ from fleetune.data import Encoded
 from fleetune.errors import DataError, FleetuneError, RecipeError
 from fleetune.models.families.widths import FAMILIES, KeptUnits, blocks_of, cut, width_of
 from fleetune.models.model import Model, digest, named_tensors
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
-from fleetune.planning.shapes import shape_of
-from fleetune.planning.workload import SIZES
 
 PAPER = "Ma et al., NeurIPS 2023, arXiv 2305.11627"
 KEPT = "kept.json"
