@@ -17,7 +17,6 @@ golden test watches that they, too, stay as they are.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.data.examples import Example
-from fleetune.errors import DataError, RecipeError
+from fleetune.errors import DataError, RecipeError, closest
 
 Rows = npt.NDArray[np.int64]
 Strata = list[tuple[str, Rows]]
@@ -148,9 +147,9 @@ def _parse(spec: str) -> PartitionSpec:
     """The parts of a partition's writing; RecipeError when it is none."""
     kind, _, rest = spec.partition(":")
     if kind not in KINDS:
-        close = difflib.get_close_matches(kind, KINDS, n=1)
+        near = closest(kind, KINDS)
         raise RecipeError(
-            [f"partition {spec!r}: no kind {kind!r}" + (f"; did you mean {close[0]!r}?" if close else "")],
+            [f"partition {spec!r}: no kind {kind!r}" + (f"; did you mean {near!r}?" if near else "")],
             hint=f"write one of {FORMS}",
         )
     if kind == "iid" and not rest:
@@ -198,9 +197,9 @@ def _strata(examples: Sequence[Example], column: str) -> Strata:
             f"first in row {missing[0] + 1}",
             hint=f"fill in {column!r} in every row, or delete those rows",
         )
-    close = difflib.get_close_matches(column, columns, n=1)
+    near = closest(column, columns)
     raise DataError(
-        f"no column {column!r} in the data" + (f"; did you mean {close[0]!r}?" if close else ""),
+        f"no column {column!r} in the data" + (f"; did you mean {near!r}?" if near else ""),
         hint=f"the columns are: {', '.join(columns)}" if columns else "the rows have no columns: use iid",
     )
 

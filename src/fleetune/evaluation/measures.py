@@ -6,7 +6,6 @@ Losses are in nats a token (`losses.py`), scores of answers (`answers.py`, `scor
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from types import MappingProxyType
 from fleetune.data.encode import Encoded
 from fleetune.data.examples import Example
 from fleetune.data.labelled import encode_rows
-from fleetune.errors import RecipeError
+from fleetune.errors import RecipeError, closest
 from fleetune.evaluation.answers import generate, label_accuracy, require_text_model
 from fleetune.evaluation.losses import class_measures, perplexity, response_loss
 from fleetune.evaluation.scores import exact_match, rouge_l, token_f1
@@ -77,8 +76,8 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     problems = []
     for name in names:
         if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=1)
-            problems.append(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            near = closest(name, TASKS)
+            problems.append(f"unknown task {name!r}" + (f"; did you mean {near!r}?" if near else ""))
     if problems:
         raise RecipeError(problems, hint=f"the tasks are {', '.join(TASKS)}")
     return names

@@ -13,7 +13,6 @@ memory, never to the file); such a file must not be overwritten in place while a
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,10 +35,11 @@ from transformers import (
 )
 
 from fleetune.common.folders import staged
-from fleetune.errors import FitError, ModelError, StorageError
+from fleetune.errors import FitError, ModelError, StorageError, suggest
 from fleetune.models import cache, encoders
 from fleetune.models.cache import BuiltIn
 from fleetune.models.download import Progress
+from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families.widths import class_of, mark_config
 from fleetune.models.hf_folder import NAME_HINT, check_folder, config_of, is_encoder, short_error
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
@@ -52,7 +52,7 @@ __all__ = [
 ]  # fmt: skip
 
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
-    {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    {name: getattr(torch, dtype.full) for name, dtype in WEIGHTS.items()}
 )
 COMPUTED: Final = (  # buffers that older files hold
     "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "position_ids", "token_type_ids",
@@ -138,8 +138,8 @@ def _local(name: str) -> Path | None:
 
 
 def _hub_id(name: str) -> str:
-    if "/" not in name and (close := difflib.get_close_matches(name.lower(), cache.ORIGINS, n=1)):
-        raise ModelError(f"no model named '{name}'. Did you mean '{close[0]}'?", hint=NAME_HINT)
+    if "/" not in name and (guess := suggest(name.lower(), cache.ORIGINS)):
+        raise ModelError(f"no model named '{name}'.{guess}", hint=NAME_HINT)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or "--" in name:
         raise ModelError(f"'{name}' is not a model's name", hint=NAME_HINT)
     return name

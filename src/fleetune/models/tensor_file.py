@@ -21,15 +21,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fleetune.errors import FleetuneError
+from fleetune.models.dtypes import WEIGHTS
 
 Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
 
 TYPES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
     {
-        torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-        torch.uint8: "U8", torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64",
+        **{getattr(torch, dtype.full): dtype.tag for dtype in WEIGHTS.values()},
+        torch.uint8: "U8",
+        torch.int32: "I32",
+        torch.uint32: "U32",
+        torch.int64: "I64",
     }
-)  # fmt: skip
+)
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
