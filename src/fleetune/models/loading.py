@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models: find one by name, load it, save it.
+"""Find a model by name, load it, save it.
 
 A name is a built-in (`smollm2-135m`), a local Hugging Face directory, a `.gguf` file, or a hub id.  There are
 two kinds: causal language models, which write their answers, and encoders, which choose among label words
@@ -65,17 +65,17 @@ DEVICES: Final = ("auto", "cpu", "cuda", "mps")
 
 
 def builtin() -> list[BuiltIn]:
-    """The built-in models, and which of them lie in the cache (from which source)."""
+    """List the built-in models, and which of them lie in the cache (from which source)."""
     return cache.builtin()
 
 
 def pull(
     name: str, *, offline: bool = False, progress: Progress | None = None, source: str | None = None
 ) -> Path:
-    """Fetch a built-in model or a hub model into the cache and give its directory.
+    """Fetch a built-in model or a hub model into the cache and return its directory.
 
     `source` forces where a built-in comes from: "hub", "index" or "auto" (default: the environment's
-    FLEETUNE_MODEL_SOURCE, else auto).  Errors as in `fetch.pull_builtin` and `fetch.pull_hub`.
+    FLEETUNE_MODEL_SOURCE, else auto).  Errors as in `cache.pull_builtin` and `cache.pull_hub`.
     """
     if name in cache.ORIGINS:
         return cache.pull_builtin(cache.ORIGINS[name], offline=offline, source=source, progress=progress)
@@ -85,7 +85,7 @@ def pull(
 
 
 def resolve(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
-    """The Hugging Face directory that a name stands for, fetched or converted first where need be.
+    """Return the Hugging Face directory that a name stands for, fetched or converted first where need be.
 
     The order is: built-in name, existing path (directory or .gguf file), hub id.  The directory is checked
     for completeness, without reading weights.  ModelError with what to do when it is none of these.
@@ -102,7 +102,7 @@ def resolve(name: str, *, offline: bool = False, progress: Progress | None = Non
 
 
 def load_config(name: str, *, offline: bool = False) -> PretrainedConfig:
-    """The transformers configuration of a model without its weights.
+    """Return the transformers configuration of a model without its weights.
 
     A hub id costs the fetch of config.json alone, a GGUF file the reading of its metadata, a built-in name
     nothing.  ModelError as in `load`.
@@ -122,7 +122,7 @@ def load_config(name: str, *, offline: bool = False) -> PretrainedConfig:
 
 
 def _local(name: str) -> Path | None:
-    """The existing path that `name` is, or None when it may be a hub id."""
+    """Return the existing path that `name` is, or None when it may be a hub id."""
     if not name:
         raise ModelError("no model was named", hint=NAME_HINT)
     path = Path(name).expanduser()
@@ -149,16 +149,16 @@ def _hub_id(name: str) -> str:
 
 
 def check_device(device: str, dtype: str) -> str:
-    """The device that is meant, which can hold weights of this dtype; ModelError when one of them cannot be had."""
+    """Return the device that is meant; ModelError when there is none such, or it cannot hold this dtype."""
     if dtype not in DTYPES:
         raise ModelError(f"no dtype named '{dtype}'", hint="choose one of " + ", ".join(DTYPES))
     return _device(device, DTYPES[dtype])
 
 
 def move_model(model: Model, *, dtype: str, device: str) -> Model:
-    """A model in another dtype and on another device, as `load` would have put it there; `model` is used up.
+    """Convert a model to another dtype and device, as `load` would have put it there; `model` is used up.
 
-    Its digest stays that of the weights it was loaded with.  ModelError as in `check_place`.
+    Its digest stays that of the weights it was loaded with.  ModelError as in `check_device`.
     """
     chosen = check_device(device, dtype)
     for parameter in model.net.parameters():
@@ -201,8 +201,8 @@ def load(
     """Load a model and its tokenizer, ready to run: eval mode, no gradients, on the device.
 
     `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
-    the label words that an encoder's head chooses among; a causal model takes no notice of them.  `paged`
-    leaves a causal model's weights in its files (`pages.py`; on the CPU).  ModelError when the name, its files,
+    the label words that an encoder's head chooses among; a causal model ignores them.  `paged`
+    leaves a causal model's weights in its files (`paged.py`; on the CPU).  ModelError when the name, its files,
     the labels, the dtype or the device cannot be used; FitError when memory does not suffice.
     """
     chosen = check_device(device, dtype)
@@ -230,7 +230,7 @@ def load(
 def _read_net(
     path: Path, dtype: torch.dtype, labels: Sequence[str], paged: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The net of a directory, and its label words (none: a causal language model)."""
+    """Return the net of a directory, and its label words (none: a causal language model)."""
     config = config_of(path)
     if is_encoder(config):
         saved = encoders.saved_labels(config)
@@ -277,16 +277,17 @@ def _read_net(
 
 
 def _left_over(names: Iterable[str], *, head: bool) -> list[str]:
-    """Those of a file's tensors without a place in the net that should have one, sorted.
+    """Return the tensors of a file that should have a place in the net but have none, sorted.
 
-    Not what is computed anew (`COMPUTED`); where there is a head (an encoder) of blocks alone: a checkpoint has others.
+    Buffers that are computed anew (`COMPUTED`) do not count.  With a head (an encoder) only the blocks' tensors
+    count: a checkpoint has other ones as well.
     """
     wanted = re.compile(r"\.\d+\." if head else "")
     return sorted(n for n in names if wanted.search(n) and not n.endswith(COMPUTED))
 
 
 def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a directory in `dtype`; mapped anew for each, so that read pages are given back."""
+    """Read all tensors of a directory in `dtype`, mapping the file anew for each so that read pages are given back."""
     tensors: dict[str, Tensor] = {}
     one = path / "model.safetensors"
     for file in [one] if one.is_file() else sorted(path.glob("model-*.safetensors")):
@@ -316,7 +317,7 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of transformers while the block runs, nor its remarks: we check what it loaded."""
+    """Silence the progress bars and warnings of transformers: what it loaded is checked here."""
     logs = transformers.utils.logging
     shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
     logs.disable_progress_bar()
@@ -353,7 +354,7 @@ def save(
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """safetensors reports a full disk as an error of its own; make it the StorageError that it is."""
+    """Turn safetensors' own error for a full disk into a StorageError."""
     try:
         yield
     except SafetensorError as error:
