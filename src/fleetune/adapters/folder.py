@@ -171,9 +171,11 @@ def _prefix_in_peft(held: Attachment, spec: Prefix, net: Any) -> tuple[dict[str,
         num_virtual_tokens=spec.tokens, token_dim=width, encoder_hidden_size=width
     ).to_dict()
     config.update(
-        num_layers=len(layers), num_attention_heads=layers[0].heads, num_transformer_submodules=1,
+        num_layers=len(layers),
+        num_attention_heads=layers[0].heads,
+        num_transformer_submodules=1,
         task_type=TaskType.CAUSAL_LM,
-    )  # fmt: skip
+    )
     order = [f"{layer.attention}.prefix.{which}" for layer in layers for which in ("key", "value")]
     return config, {"prompt_embeddings": torch.cat([held.parameters[n].detach() for n in order], dim=1)}
 

@@ -166,9 +166,15 @@ def _eager(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **
 
 
 def _plain(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None,
-    dropout: float = 0.0, **options: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
     """Compute attention as written (twice differentiable), with keys and values repeated for grouped queries."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)

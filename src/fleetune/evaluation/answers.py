@@ -97,8 +97,13 @@ def sample_from_ids(
     """
     require_text_model(model, "sampling")
     config = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, **_ends(model)
-    )  # fmt: skip
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        **_ends(model),
+    )
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if model.device == "cuda" else []):
         torch.manual_seed(seed)
         drawn = _continued(model, prompts, config, len(prompts))

@@ -59,9 +59,13 @@ def tiny_pair_tokenizer(kind: str) -> PreTrainedTokenizerBase:
         )
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, cls_token=start, sep_token=end, pad_token=pad, model_max_length=128,
+        tokenizer_object=backend,
+        cls_token=start,
+        sep_token=end,
+        pad_token=pad,
+        model_max_length=128,
         model_input_names=inputs if kind == "bert" else [inputs[0], inputs[2]],
-    )  # fmt: skip
+    )
 
 
 def _bytes(*special: str) -> Tokenizer:
@@ -84,10 +88,18 @@ def tiny_llama(
     if vocab < 258 or hidden % (2 * heads) or heads % kv_heads:
         raise ValueError(f"tiny_llama cannot have vocab {vocab}, hidden {hidden}, heads {heads}/{kv_heads}")
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden + 8, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1024,
-        tie_word_embeddings=True, bos_token_id=256, eos_token_id=257, pad_token_id=257,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden + 8,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=257,
+    )
     with torch.random.fork_rng(devices=[]):
         net = LlamaForCausalLM(config)
     return _made("tiny-llama", net, tiny_tokenizer(), seed)
@@ -139,6 +151,13 @@ def _made(
             values = uniform(f"tiny/{seed}/{tensor_name}", tuple(tensor.shape), spread)
             tensor.copy_(torch.from_numpy(values))
     return Model(
-        net, tokenizer, name, Path(name), digest(named_tensors(net)), tokenizer_digest(tokenizer), "fp32", "cpu",
+        net,
+        tokenizer,
+        name,
+        Path(name),
+        digest(named_tensors(net)),
+        tokenizer_digest(tokenizer),
+        "fp32",
+        "cpu",
         labels=labels,
-    )  # fmt: skip
+    )

@@ -104,8 +104,12 @@ def _cut_block(block: Any, stays: KeptUnits) -> None:
     queries = unit_positions(torch.tensor(stays.heads), a.num_key_value_groups * a.head_dim).to(device)
     channels = torch.tensor(stays.channels).to(device)
     for linear, rows in (
-        (a.q_proj, queries), (a.k_proj, keys), (a.v_proj, keys), (f.gate_proj, channels), (f.up_proj, channels)
-    ):  # fmt: skip
+        (a.q_proj, queries),
+        (a.k_proj, keys),
+        (a.v_proj, keys),
+        (f.gate_proj, channels),
+        (f.up_proj, channels),
+    ):
         keep_positions(linear, rows, 0)
     for linear, columns in ((a.o_proj, queries), (f.down_proj, channels)):
         keep_positions(linear, columns, 1)

@@ -68,9 +68,10 @@ def build_tokenizer(field: Field) -> PreTrainedTokenizerBase | None:
     }
     _add_ends(backend, field, special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=field("tokenizer.chat_template"),
+        tokenizer_object=backend,
+        chat_template=field("tokenizer.chat_template"),
         **{f"{name}_token": text for name, text in special.items()},
-    )  # fmt: skip
+    )
 
 
 def _used(field: Field) -> dict[str, int]:
@@ -149,6 +150,7 @@ def _add_ends(backend: Tokenizer, field: Field, special: Mapping[str, str]) -> N
     if marks:
         one = f"{before + ' ' if before else ''}$A{' ' + after if after else ''}"
         backend.post_processor = processors.TemplateProcessing(
-            single=one, pair=f"{one} {one.replace('$A', '$B')}",
+            single=one,
+            pair=f"{one} {one.replace('$A', '$B')}",
             special_tokens=[(mark, backend.token_to_id(mark)) for mark in dict.fromkeys(marks)],
-        )  # fmt: skip
+        )

@@ -137,9 +137,16 @@ def replies(run: Run) -> str:
     tips = [f"round {r}: " + ", ".join(f"{v[i]:g} {n}" for n, v in series) for i, r in enumerate(rounds)]
     desc = f"{len(lost)} of {len(run.clients)} replies did not count."
     drawing = charts.stacked_bars(
-        "replies", "Replies by round", desc, [str(r) for r in rounds], series, tips,
-        labels=("round", "clients"), height=220, colours=shades,
-    )  # fmt: skip
+        "replies",
+        "Replies by round",
+        desc,
+        [str(r) for r in rounds],
+        series,
+        tips,
+        labels=("round", "clients"),
+        height=220,
+        colours=shades,
+    )
     ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
     rows: list[list[str | TableCell]] = [
         [status, reason, TableCell(str(len(events))), _some(events, "client"), _some(events, "round")]
