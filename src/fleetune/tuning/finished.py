@@ -12,6 +12,7 @@ from fleetune import adapters, models
 from fleetune.common.files import storage_error
 from fleetune.data import Example
 from fleetune.errors import LedgerError, ModelError, UsageError
+from fleetune.models import dtypes
 from fleetune.models.model import Model
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
@@ -54,7 +55,7 @@ def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "
     """The base model `name`, loaded as the ledger needs it; LedgerError when it is not the ledger's base."""
     if not ledger.head.tensors:
         raise LedgerError("the ledger names no tensors, so it is no model's")
-    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(ledger.head.tensors[0][2])
+    dtype = dtypes.from_full(ledger.head.tensors[0][2])
     if dtype is None:
         raise LedgerError(
             f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
