@@ -19,8 +19,8 @@ from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import View, kernels
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import entry
-from fleetune.tuning.methods._zeroth import look
-from fleetune.tuning.methods._zeroth import stand as stand
+from fleetune.tuning.methods._zeroth import place_at as place_at
+from fleetune.tuning.methods._zeroth import view_of
 from fleetune.tuning.prepare import split
 from fleetune.tuning.recipe import Recipe
 
@@ -71,7 +71,7 @@ def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "
 
 def rebuild(model: Model, ledger: Ledger, *, threads: int | None = None, backend: str = "auto") -> str:
     """Put `model` at the ledger's point and give the SHA-256 of the rebuilt weights (the base stays as it was)."""
-    view = look(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
+    view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
     view.threads, view.kernels = threads, kernels(view.device, backend)
     view.place(ledger.passes(), fold=False)
     return models.digest(view.tensors())
@@ -100,7 +100,7 @@ def load(run: str | Path, *, offline: bool = False, device: str | None = None) -
 def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
     ledger = ledgers.load(path)
     model = base_of(ledger, recipe.model, offline=offline, device=device)
-    stand(model, ledger)
+    place_at(model, ledger)
     return model
 
 
