@@ -316,9 +316,7 @@ def test_u_of_a_wide_layer_is_put_together_of_halves(C: int) -> None:
 # --- settings -------------------------------------------------------------------------------------------------
 
 
-def test_solvers_are_listed_and_unknown_ones_refused() -> None:
-    assert set(compression.entries()) == {"gkd", "llm-pruner", "optq", "rtn", "sparsegpt"}
-    assert all("arXiv" in entry.paper and entry.summary for entry in compression.entries().values())
+def test_unknown_solvers_are_refused() -> None:
     with pytest.raises(UsageError, match="Did you mean 'optq'"):
         compression.make("opt", {})
 
