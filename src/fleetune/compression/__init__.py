@@ -209,9 +209,8 @@ def make(name: str, values: Mapping[str, Any]) -> Compressor:
         method_class(name), name, values, hint=f"settings and defaults: fleetune compress --list {name}"
     )
     contract = CONTRACTS[kind_of(name)]
-    if not isinstance(made, contract):
-        missing = [n for n in vars(contract) if not n.startswith("_") and not hasattr(made, n)]
-        missing += [n for n in contract.__annotations__ if not hasattr(made, n)]
+    members = [*contract.__annotations__, *(n for n in vars(contract) if not n.startswith("_"))]
+    if missing := [n for n in members if not hasattr(made, n)]:
         raise UsageError(
             f"the compression method '{name}' does not define {', '.join(missing)}",
             hint=f"fleetune.compression.{contract.__name__} describes what it must define",

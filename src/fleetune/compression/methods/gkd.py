@@ -313,7 +313,7 @@ class Trainer:
         found = reward.rewards(self.reward, worth, student, prompts, answers, references)
         mean = float(found.mean())
         log.info("step %d: mean reward %.4f of %d answers", t + 1, mean, len(found))
-        return reward.gains(found, self.reward_samples), mean
+        return reward.advantages(found, self.reward_samples), mean
 
     def rate(self, t: int) -> float:
         """The learning rate of step t (from 0): up in a line, then down in a line to 0 after the last."""
@@ -333,7 +333,7 @@ class Trainer:
         if gains is None or self.alpha == 1:
             return self.alpha * D, D
         log_p = log_probs(made, batch, self.temperature)
-        return self.alpha * D - (1 - self.alpha) * reward.reinforced(log_p, batch, gains), D
+        return self.alpha * D - (1 - self.alpha) * reward.reinforce_objective(log_p, batch, gains), D
 
     def _update(
         self,
@@ -376,7 +376,7 @@ class Trainer:
         for row in rows:
             sha.update(f"{len(row.ids)} {row.n_prompt} ".encode() + row.ids.tobytes())
         if worth is not None:
-            sha.update(reward.source(self.reward, worth).encode())
+            sha.update(reward.source_digest(self.reward, worth).encode())
         return sha.hexdigest()
 
 

@@ -43,10 +43,10 @@ from transformers import PreTrainedModel
 from fleetune.adapters import Lora
 from fleetune.compression.methods import gkd
 from fleetune.compression.pruning import decision, hidden_width
-from fleetune.compression.pruning.decision import Decided
+from fleetune.compression.pruning.decision import Decision
 from fleetune.compression.pruning.depth import with_blocks
 from fleetune.compression.pruning.importance import AGGREGATES, KINDS, Shares, choose, count_kept, estimate
-from fleetune.compression.pruning.recovery import Course
+from fleetune.compression.pruning.recovery import LoraRecovery
 from fleetune.data import Encoded
 from fleetune.errors import DataError, FleetuneError, RecipeError
 from fleetune.models.families.widths import FAMILIES, Kept, blocks_of, cut, width_of
@@ -203,7 +203,7 @@ class Pruner:
         elif self.recover == "lora":
             rates = [taught.rate(t) for t in range(self.steps)]
             lora = Lora(self.r, self.alpha, self.dropout)
-            Course(lora, self.steps, self.batch_size, rates, self.save_every).train(
+            LoraRecovery(lora, self.steps, self.batch_size, rates, self.save_every).train(
                 pruned, rows, seed, folder, on_step
             )
         return pruned
@@ -224,7 +224,7 @@ class Pruner:
     def _too_little(self, net: PreTrainedModel, numbers: Sequence[int]) -> list[str]:
         """What is wrong where nothing would go."""
         if self.mode == "hidden":
-            return hidden_width.too_little(net.config, self.ratio, self.round_to)
+            return hidden_width.nothing_removed(net.config, self.ratio, self.round_to)
         if self.mode == "depth":
             gone, whole = self._gone(len(numbers)), len(blocks_of(net))
             what = f"ratio = {self.ratio} of {len(numbers)} blocks is "
@@ -254,7 +254,7 @@ class Pruner:
 
     def _kept(
         self, model: Model, rows: Sequence[Encoded], folder: Path, on_row: Callable[[int, int], None]
-    ) -> Decided:
+    ) -> Decision:
         """What stays: as the file says, or found and written there."""
         scored = [row for row in rows if len(row.ids) > max(1, row.n_prompt)]
         if not scored:
@@ -267,7 +267,7 @@ class Pruner:
         decision.write(file, origin, kept)
         return kept
 
-    def _blocks(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decided:
+    def _blocks(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decision:
         """What stays of each block that stays, by its number."""
         blocks = blocks_of(model.net)
         shares = estimate(model, few, self.importance, self._numbers(len(blocks)), on_row)
@@ -275,11 +275,11 @@ class Pruner:
             _check_finite(both, f"in block {i}")
         return self.select(blocks, shares)
 
-    def _channels(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decided:
+    def _channels(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decision:
         """Which channels of the residual stream stay."""
         shares = hidden_width.estimate(model, few, self.importance, on_row)
         _check_finite([shares], "of the hidden channels")
-        step = hidden_width.step_of(model.net.config, self.round_to)
+        step = hidden_width.width_step(model.net.config, self.round_to)
         return hidden_width.select(shares, self.aggregate, self.ratio, step)
 
     def select(self, blocks: Sequence[Any], shares: Mapping[int, Shares]) -> dict[int, Kept]:

@@ -1,8 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Round to nearest: every weight goes to the closest value of its group's grid; the baseline of all quantisation.
+"""Round every weight to the nearest value of its group's grid: the baseline of all quantisation.
 
-Needs no data.  On the grid of the runtime (`grid=ggml`) it is hard to beat by much at 4 bits; at 3 it falls apart.
-The scheme has no paper of its own; as the baseline it is in Frantar et al. 2023, arXiv 2210.17323, section 5.
+The scheme has no paper of its own.  As the baseline it is in Frantar et al., ICLR 2023, arXiv 2210.17323, section 5.
+
+## Algorithm
+
+For each group of neighbouring columns, fit a grid (`layerwise/grids.py`) and take the nearest code of every weight.
+No calibration text is read.
+
+## Differences from the paper
+
+None in the rounding; the grids are those of the runtimes that read the file.
+
+## Options
+
+`grid=ggml`, the default, is hard to improve on at 4 bits.  At 3 bits rounding to nearest breaks most models: use
+`optq` there.
 """
 
 from __future__ import annotations
@@ -14,15 +27,15 @@ from torch import Tensor
 
 from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import nearest
-from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.methods.optq import check_grid, check_groups, dynamic, packed
+from fleetune.compression.layerwise.grids import Grid, check_grid, check_groups
+from fleetune.compression.layerwise.groups import quantise
 
 PAPER = "the baseline of Frantar et al., ICLR 2023, arXiv 2210.17323"
 
 
 @dataclass(frozen=True)
 class Solver:
-    """Settings; see `grids` for the kinds of grid."""
+    """The settings of rounding to nearest."""
 
     data: ClassVar[bool] = False
 
@@ -41,9 +54,10 @@ class Solver:
         check_grid(self.grid, self.bits, self.group)
 
     def check(self, name: str, R: int, C: int) -> str:
+        """Say why rows of C columns cannot be divided into groups, or "" when they can."""
         return check_groups(name, C, self.group)
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
-        """Every group on its grid, without regard to H."""
+        """Round every group to its grid; H is not used."""
         grid, group = Grid(self.grid, self.bits, self.search), self.group or W.shape[1]
-        return packed(grid, group, *dynamic(W, grid, group, nearest))
+        return quantise(W, grid, group, nearest).solved(grid, group)
