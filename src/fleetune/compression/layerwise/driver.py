@@ -40,7 +40,7 @@ from fleetune.errors import DataError, RecipeError
 from fleetune.models.artefact import Quantised, dense, stored, unpack
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
-from fleetune.models.paged import held
+from fleetune.models.paged import in_memory
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def check(model: Model, solver: Solver) -> None:
     """Raise RecipeError with every matrix that the settings do not fit or that holds values that are not finite."""
     problems = []
     for block, linears in linears_of(model):
-        with held(model, block):
+        with in_memory(model, block):
             for name, linear in linears.items():
                 R, C = linear.weight.shape
                 if problem := solver.check(f"{name}.weight", R, C):
@@ -211,7 +211,7 @@ def run(
     )
     placing = isinstance(source, HiddenStates) and source.true_sequential
     for number, (block, linears) in enumerate(blocks):
-        with held(model, block), restored(linears):
+        with in_memory(model, block), restored(linears):
             if not (found := parts.open(number)):
                 on_name = functools.partial(on_matrix, number, len(blocks))
                 _solve_block(solver, number, linears, source, parts, on_name, placing)
