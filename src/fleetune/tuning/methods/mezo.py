@@ -19,11 +19,12 @@ What differs from the paper's code, and why:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
@@ -60,25 +61,15 @@ class State(NamedTuple):
 class Method:
     """Hyper-parameters with the paper's symbols and defaults (full-parameter setting, Table 15)."""
 
-    lr: float = field(default=1e-6, metadata={"symbol": "η", "help": "learning rate"})
-    eps: float = field(default=1e-3, metadata={"symbol": "ε", "help": "size of the perturbation"})
-    batch_size: int = field(default=16, metadata={"symbol": "B", "help": "rows a step"})
-    tau: int = field(default=50, metadata={"symbol": "τ", "help": "steps a round (between two evaluations)"})
-    decay: int = field(
-        default=0,
-        metadata={"symbol": "T", "help": "steps over which the rate falls linearly to 0 (0: constant)"},
-    )
-    K: int = field(
-        default=4096, metadata={"symbol": "K", "help": "orthogonal directions before a new pool is drawn"}
-    )
-    law: str = field(
-        default="pooled", metadata={"symbol": "law", "help": "directions: pooled, rademacher or gaussian"}
-    )
-    clip: float = field(default=0.0, metadata={"symbol": "C", "help": "cut |g| to this (0: not)"})
-    objective: str = field(
-        default="loss",
-        metadata={"symbol": "L", "help": "loss, accuracy, rouge_l, f1 or package.module:function"},
-    )
+    lr: float = setting(1e-6, "η", "learning rate")
+    eps: float = setting(1e-3, "ε", "size of the perturbation")
+    batch_size: int = setting(16, "B", "rows a step")
+    tau: int = setting(50, "τ", "steps a round (between two evaluations)")
+    decay: int = setting(0, "T", "steps over which the rate falls linearly to 0 (0: constant)")
+    K: int = setting(4096, "K", "orthogonal directions before a new pool is drawn")
+    law: str = setting("pooled", "law", "directions: pooled, rademacher or gaussian")
+    clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
+    objective: str = setting("loss", "L", "loss, accuracy, rouge_l, f1 or package.module:function")
 
     def __post_init__(self) -> None:
         check_pool(self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size)
