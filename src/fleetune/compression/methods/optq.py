@@ -36,12 +36,13 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fleetune.common.settings import setting
 from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import ColumnLoop, CompensatedLoop, Segment
 from fleetune.compression.layerwise.grids import Grid, check_grid, check_groups
@@ -57,22 +58,12 @@ class Solver:
 
     data: ClassVar[bool] = True
 
-    bits: int = field(default=4, metadata={"symbol": "b", "help": "bits of a code: 2, 3, 4 or 8"})
-    group: int = field(
-        default=32, metadata={"symbol": "g", "help": "columns that share a scale (0: the whole row)"}
-    )
-    grid: str = field(
-        default="ggml", metadata={"symbol": "grid", "help": "ggml, symmetric, asymmetric or universal"}
-    )
-    search: bool = field(
-        default=False, metadata={"symbol": "mse", "help": "try shrunken ranges, keep the best"}
-    )
-    order: str = field(
-        default="none", metadata={"symbol": "act", "help": "order of the columns: none, static or gar"}
-    )
-    damping: float = field(
-        default=0.01, metadata={"symbol": "λ", "help": "added to H's diagonal, of its mean"}
-    )
+    bits: int = setting(4, "b", "bits of a code: 2, 3, 4 or 8")
+    group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
+    grid: str = setting("ggml", "grid", "ggml, symmetric, asymmetric or universal")
+    search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
+    order: str = setting("none", "act", "order of the columns: none, static or gar")
+    damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
 
     def __post_init__(self) -> None:
         check_grid(self.grid, self.bits, self.group)

@@ -20,11 +20,12 @@ None in the rounding; the grids are those of the runtimes that read the file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from fleetune.common.settings import setting
 from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import nearest
 from fleetune.compression.layerwise.grids import Grid, check_grid, check_groups
@@ -39,16 +40,10 @@ class Solver:
 
     data: ClassVar[bool] = False
 
-    bits: int = field(default=4, metadata={"symbol": "b", "help": "bits of a code: 2, 3, 4 or 8"})
-    group: int = field(
-        default=32, metadata={"symbol": "g", "help": "columns that share a scale (0: the whole row)"}
-    )
-    grid: str = field(
-        default="ggml", metadata={"symbol": "grid", "help": "ggml, symmetric, asymmetric or universal"}
-    )
-    search: bool = field(
-        default=False, metadata={"symbol": "mse", "help": "try shrunken ranges, keep the best"}
-    )
+    bits: int = setting(4, "b", "bits of a code: 2, 3, 4 or 8")
+    group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
+    grid: str = setting("ggml", "grid", "ggml, symmetric, asymmetric or universal")
+    search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
 
     def __post_init__(self) -> None:
         check_grid(self.grid, self.bits, self.group)

@@ -29,12 +29,13 @@ set `bits`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fleetune.common.settings import setting
 from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import BLOCK, CompensatedLoop, Segment
 from fleetune.compression.layerwise.grids import Grid, check_grid, check_groups
@@ -50,21 +51,13 @@ class Solver:
 
     data: ClassVar[bool] = True
 
-    sparsity: float = field(default=0.5, metadata={"symbol": "p", "help": "share pruned, where n is 0"})
-    n: int = field(default=0, metadata={"symbol": "n", "help": "prune n of every m in a row (0: no pattern)"})
-    m: int = field(default=4, metadata={"symbol": "m", "help": "size of the pattern"})
-    bits: int = field(
-        default=0, metadata={"symbol": "b", "help": "also quantise to 2, 3, 4 or 8 bits (0: no)"}
-    )
-    group: int = field(
-        default=32, metadata={"symbol": "g", "help": "columns that share a scale (0: the whole row)"}
-    )
-    grid: str = field(
-        default="ggml", metadata={"symbol": "grid", "help": "ggml, symmetric, asymmetric or universal"}
-    )
-    damping: float = field(
-        default=0.01, metadata={"symbol": "λ", "help": "added to H's diagonal, of its mean"}
-    )
+    sparsity: float = setting(0.5, "p", "share pruned, where n is 0")
+    n: int = setting(0, "n", "prune n of every m in a row (0: no pattern)")
+    m: int = setting(4, "m", "size of the pattern")
+    bits: int = setting(0, "b", "also quantise to 2, 3, 4 or 8 bits (0: no)")
+    group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
+    grid: str = setting("ggml", "grid", "ggml, symmetric, asymmetric or universal")
+    damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
