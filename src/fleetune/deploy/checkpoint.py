@@ -28,7 +28,7 @@ from fleetune.models.hf_folder import check_folder, config_of, is_encoder
 BUFFERS: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """A model on the disk, read a tensor at a time."""
 
     @property
@@ -46,7 +46,7 @@ class Source(Protocol):
         """A parameter's values."""
 
 
-class Directory:
+class PlainFolder:
     """A plain Hugging Face directory, one safetensors file or shards."""
 
     def __init__(self, folder: Path) -> None:
@@ -92,7 +92,7 @@ def _opened(file: Path) -> Any:
 class Checkpoint:
     """A source by transformers' names, in the order of the model's modules."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: TensorSource) -> None:
         """UsageError for an encoder; ModelError when the tensors are not those of the configuration."""
         self.source = source
         self.folder = source.folder
@@ -142,7 +142,7 @@ class Checkpoint:
         return tensor
 
 
-def _stored_names(net: nn.Module, source: Source) -> dict[str, str]:
+def _stored_names(net: nn.Module, source: TensorSource) -> dict[str, str]:
     """For each parameter, which of its names the source knows it by."""
     aliases: dict[int, list[str]] = {}
     for name, parameter in net.named_parameters(remove_duplicate=False):
@@ -164,7 +164,7 @@ def _stored_names(net: nn.Module, source: Source) -> dict[str, str]:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The model of a folder: a master artefact or a plain directory.  ModelError when it is neither."""
-    return Checkpoint(Master(folder) if is_master(folder) else Directory(folder))
+    return Checkpoint(Master(folder) if is_master(folder) else PlainFolder(folder))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fleetune.deploy import alternatives
 from fleetune.deploy.checkpoint import Checkpoint, Report
-from fleetune.deploy.formats import directory
+from fleetune.deploy.formats import hf_writer
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
 from fleetune.models.tensor_file import damaged
@@ -44,7 +44,7 @@ def write(model: Checkpoint, folder: Path) -> Report:
     UsageError before anything is written for plain weights, other numbers of bits, or quantised tensors that
     are no linear layers; FleetuneError when the files do not hold what was written.
     """
-    grids = directory.matrices(model, TARGET)
+    grids = hf_writer.matrices(model, TARGET)
     for name, q in grids.items():
         if q.bits not in alternatives.PACKED_BITS:
             raise UsageError(
@@ -52,14 +52,14 @@ def write(model: Checkpoint, folder: Path) -> Report:
                 hint=f"use {alternatives.instead(model)}, or compress again with 4 bits",
             )
     rounded: set[str] = set()
-    tensors = partial(directory.packed, model, partial(parts, middle=symmetric(grids)), rounded)
+    tensors = partial(hf_writer.packed, model, partial(parts, middle=symmetric(grids)), rounded)
     config: dict[str, Any] = {"dtype": "float16", "quantization_config": quantization_config(model, grids)}
-    notes = directory.write_folder(model, folder, tensors, config)
-    _check(model, folder / directory.FILE)
+    notes = hf_writer.write_folder(model, folder, tensors, config)
+    _check(model, folder / hf_writer.FILE)
     notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
     if len(config["quantization_config"]["config_groups"]) > 1:
         notes.append("layers are on several grids, of which transformers (5.24) takes the first for all")
-    return directory.report(model, folder, TARGET, len(rounded), notes)
+    return hf_writer.report(model, folder, TARGET, len(rounded), notes)
 
 
 def symmetric(grids: Mapping[str, Quantised]) -> bool:
@@ -70,18 +70,18 @@ def symmetric(grids: Mapping[str, Quantised]) -> bool:
 def parts(name: str, q: Quantised, middle: bool) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a quantised layer's weight; without the zeros when they are in the `middle`."""
     layer = name.removesuffix(".weight")
-    yield f"{layer}.weight_packed", directory.words(q.codes, q.bits)
+    yield f"{layer}.weight_packed", hf_writer.words(q.codes, q.bits)
     yield f"{layer}.weight_scale", q.scale
     yield f"{layer}.weight_shape", torch.tensor(q.codes.shape)
     if not middle:
-        yield f"{layer}.weight_zero_point", directory.words(q.zero.T.contiguous(), q.bits).T.contiguous()
+        yield f"{layer}.weight_zero_point", hf_writer.words(q.zero.T.contiguous(), q.bits).T.contiguous()
 
 
 def quantization_config(model: Checkpoint, grids: dict[str, Quantised]) -> dict[str, Any]:
     """What config.json says of the layers: those on one kind of grid are a group."""
     kinds: dict[tuple[int, int], list[str]] = {}
     for name, q in grids.items():
-        kind = (q.bits, directory.group_size(q, grids))
+        kind = (q.bits, hf_writer.group_size(q, grids))
         kinds.setdefault(kind, []).append(name.removesuffix(".weight"))
     plain = sorted(name.removesuffix(".weight") for name in model.linears - grids.keys())
     one = len(kinds) == 1
@@ -112,10 +112,10 @@ def _check(model: Checkpoint, path: Path) -> None:
                 continue
             layer = name.removesuffix(".weight")
             R, C = (int(n) for n in file.get_tensor(f"{layer}.weight_shape"))
-            codes = directory.unwords(file.get_tensor(f"{layer}.weight_packed"), q.bits, C)
+            codes = hf_writer.unwords(file.get_tensor(f"{layer}.weight_packed"), q.bits, C)
             zero = torch.full_like(q.zero, 1 << (q.bits - 1))
             if f"{layer}.weight_zero_point" in names:
-                zero = directory.unwords(file.get_tensor(f"{layer}.weight_zero_point").T, q.bits, R).T
+                zero = hf_writer.unwords(file.get_tensor(f"{layer}.weight_zero_point").T, q.bits, R).T
             read = Quantised(codes, file.get_tensor(f"{layer}.weight_scale"), zero, q.bits, q.group)
             if not torch.equal(read.dense(), q.dense()):
                 raise damaged(path, f"{layer} does not decode to its weights")

@@ -56,7 +56,7 @@ ENDS: Final = ("token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True)
-class Slot:
+class GgufTensor:
     """A tensor of the file and where it comes from."""
 
     tensor: str  # its name in the file
@@ -111,7 +111,7 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
     )
 
 
-def _rounded(slots: Sequence[Slot]) -> list[str]:
+def _rounded(slots: Sequence[GgufTensor]) -> list[str]:
     """What is said of the tensors that do not hold the source's values: a line for each type."""
     names = {
         kind: [slot.name for slot in slots if slot.kind == kind] for kind in sorted({s.kind for s in slots})
@@ -166,7 +166,7 @@ def architecture(config: Any) -> str:
     return deci.ARCHITECTURE if widths.has_block_widths(config) else gemma.ARCHITECTURES.get(kind, kind)
 
 
-def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[Slot]:
+def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTensor]:
     """The tensors of the file, in the model's order; notes get the fallbacks."""
     if not model.compressed and kind in ("q4_0", "q4_1"):
         raise UsageError(
@@ -176,14 +176,14 @@ def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[Slot]:
     config = model.config
     arch = {text: key for key, text in gguf.MODEL_ARCH_NAMES.items()}[architecture(config)]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    slots, odd = list[Slot](), list[str]()
+    slots, odd = list[GgufTensor](), list[str]()
     for name, shape in model.shapes.items():
         tensor = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if tensor is None:
             raise UsageError(f"GGUF has no place for {name}", hint="export to a directory instead: --to hf")
         chosen = _kind_of(model, name, tensor, kind, odd)
         shifted = gemma.is_norm(architecture(config), tensor)
-        slots.append(Slot(tensor, name, shape, chosen, widths.heads_of(config, tensor), shifted))
+        slots.append(GgufTensor(tensor, name, shape, chosen, widths.heads_of(config, tensor), shifted))
     if odd:
         notes.append(f"{_counted(odd)} not Q8_0: blocks of {ggml_blocks.BLOCK} do not divide the rows")
     return slots
@@ -231,7 +231,7 @@ def _inexact(q: Quantised, kind: str) -> str | None:
     return None if same else f"scale * (code - zero) is not exact in {kind}"
 
 
-def _file_type(slots: list[Slot]) -> LlamaFileType:
+def _file_type(slots: list[GgufTensor]) -> LlamaFileType:
     """What llama.cpp shows as the file's type: that of most weights in the layers."""
     weights: Counter[str] = Counter()
     for slot in slots:
@@ -275,7 +275,7 @@ def _all_or_one(config: Any, numbers: Sequence[int]) -> list[int] | int:
     return list(numbers) if widths.has_block_widths(config) else numbers[0]
 
 
-def _write_tensors(writer: Any, model: Checkpoint, slots: list[Slot], factors: np.ndarray | None) -> None:
+def _write_tensors(writer: Any, model: Checkpoint, slots: list[GgufTensor], factors: np.ndarray | None) -> None:
     """The table of tensors first, then their values one at a time."""
     if factors is not None:
         writer.add_tensor_info(rope.TENSOR, factors.shape, factors.dtype, factors.nbytes)
@@ -291,7 +291,7 @@ def _write_tensors(writer: Any, model: Checkpoint, slots: list[Slot], factors: n
         writer.write_tensor_data(_encode(model, slot))
 
 
-def _encode(model: Checkpoint, slot: Slot) -> np.ndarray:
+def _encode(model: Checkpoint, slot: GgufTensor) -> np.ndarray:
     """The bytes of a tensor as the file has them, uint8 with rows (or values of a bias) in the file's order."""
     if slot.kind in ggml_blocks.PACKERS and (q := model.quantised(slot.name)) is not None:
         raw = ggml_blocks.PACKERS[slot.kind](q)
@@ -305,20 +305,20 @@ def _encode(model: Checkpoint, slot: Slot) -> np.ndarray:
     return _float_bytes(weight, slot)
 
 
-def _values(model: Checkpoint, slot: Slot) -> Tensor:
+def _values(model: Checkpoint, slot: GgufTensor) -> Tensor:
     """What the file's tensor should hold, rows in the model's order."""
     weight = model.weight(slot.name)
     return torch.from_numpy(gemma.plus_one(weight.float().numpy())) if slot.shifted else weight
 
 
-def _float_bytes(weight: Tensor, slot: Slot) -> np.ndarray:
+def _float_bytes(weight: Tensor, slot: GgufTensor) -> np.ndarray:
     values = weight.to(FLOATS[slot.kind]).contiguous()
     if bool(values.isinf().any()) and not bool(weight.isinf().any()):
         raise UsageError(f"{slot.name} has values beyond {slot.kind}'s range", hint="use --to gguf:bf16")
     return values.view(torch.uint8).numpy()
 
 
-def _order(slot: Slot) -> np.ndarray:
+def _order(slot: GgufTensor) -> np.ndarray:
     return interleaved(slot.shape[0], slot.heads)
 
 
@@ -330,7 +330,7 @@ def interleaved(rows: int, heads: int) -> np.ndarray:
 # ---------------------------------------------------------------- reading back
 
 
-def verify(path: Path, model: Checkpoint, slots: list[Slot], factors: np.ndarray | None = None) -> list[Slot]:
+def verify(path: Path, model: Checkpoint, slots: list[GgufTensor], factors: np.ndarray | None = None) -> list[GgufTensor]:
     """Compare the file with the model, tensor by tensor; those that do not hold the model's values exactly.
 
     Names, types, shapes and bytes must be what was meant to be written, and the values, read by the gguf
@@ -350,7 +350,7 @@ def verify(path: Path, model: Checkpoint, slots: list[Slot], factors: np.ndarray
     return [slot for slot in slots if not _compare(path, model, slot, found[slot.tensor])]
 
 
-def _compare(path: Path, model: Checkpoint, slot: Slot, tensor: Any) -> bool:
+def _compare(path: Path, model: Checkpoint, slot: GgufTensor, tensor: Any) -> bool:
     """Whether a tensor of the file has the model's values; FleetuneError when its bytes are wrong."""
     shape = tuple(int(n) for n in reversed(tensor.shape))
     if shape != slot.shape or tensor.tensor_type.name != slot.kind:
@@ -365,7 +365,7 @@ def _compare(path: Path, model: Checkpoint, slot: Slot, tensor: Any) -> bool:
     return exact
 
 
-def _value_pairs(model: Checkpoint, slot: Slot, tensor: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _value_pairs(model: Checkpoint, slot: GgufTensor, tensor: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Values in fp32 as read and as they should be, some rows at a time in the file's order."""
     own = _values(model, slot)
     order = torch.from_numpy(_order(slot)) if slot.heads else torch.arange(len(own))

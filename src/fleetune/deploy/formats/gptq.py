@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fleetune.deploy import alternatives
 from fleetune.deploy.checkpoint import Checkpoint, Report
-from fleetune.deploy.formats import directory
+from fleetune.deploy.formats import hf_writer
 from fleetune.deploy.formats.compressed_tensors import symmetric
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
@@ -43,26 +43,26 @@ def write(model: Checkpoint, folder: Path) -> Report:
     UsageError before anything is written when the grids have no place in the format; FleetuneError when the
     files do not hold what was written.
     """
-    grids = directory.matrices(model, TARGET)
+    grids = hf_writer.matrices(model, TARGET)
     _check_grids(model, grids)
     rounded: set[str] = set()
-    tensors = partial(directory.packed, model, parts, rounded)
+    tensors = partial(hf_writer.packed, model, parts, rounded)
     settings = quantize_config(grids)
-    notes = directory.write_folder(
+    notes = hf_writer.write_folder(
         model, folder, tensors, {"dtype": "float16", "quantization_config": settings}
     )
     text = json.dumps(settings, indent=2, sort_keys=True)
     (folder / "quantize_config.json").write_text(text + "\n", encoding="utf-8")
-    _check(model, folder / directory.FILE)
+    _check(model, folder / hf_writer.FILE)
     notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
-    return directory.report(model, folder, TARGET, len(rounded), notes)
+    return hf_writer.report(model, folder, TARGET, len(rounded), notes)
 
 
 def parts(name: str, q: Quantised) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a quantised layer's weight."""
     layer = name.removesuffix(".weight")
-    yield f"{layer}.qweight", directory.words(q.codes, q.bits).T.contiguous()
-    yield f"{layer}.qzeros", directory.words((q.zero - 1).T.contiguous(), q.bits)
+    yield f"{layer}.qweight", hf_writer.words(q.codes, q.bits).T.contiguous()
+    yield f"{layer}.qzeros", hf_writer.words((q.zero - 1).T.contiguous(), q.bits)
     yield f"{layer}.scales", q.scale.T.contiguous()
     yield f"{layer}.g_idx", (torch.arange(q.codes.shape[1]) // q.group).to(torch.int32)
 
@@ -71,7 +71,7 @@ def quantize_config(grids: dict[str, Quantised]) -> dict[str, Any]:
     """What config.json and quantize_config.json say of grids that are all of one kind."""
     first = next(iter(grids.values()))
     return {
-        "quant_method": TARGET, "checkpoint_format": "gptq", "bits": first.bits, "group_size": directory.group_size(first, grids),
+        "quant_method": TARGET, "checkpoint_format": "gptq", "bits": first.bits, "group_size": hf_writer.group_size(first, grids),
         "sym": symmetric(grids), "desc_act": False, "lm_head": False,
         "true_sequential": False,
     }  # fmt: skip
@@ -84,10 +84,10 @@ def _check_grids(model: Checkpoint, grids: dict[str, Quantised]) -> None:
         raise UsageError(
             f"{TARGET} wants all linear layers but the head quantised; {what}", hint=_instead(model)
         )
-    first, kind = next((name, (q.bits, directory.group_size(q, grids))) for name, q in grids.items())
+    first, kind = next((name, (q.bits, hf_writer.group_size(q, grids))) for name, q in grids.items())
     for name, q in grids.items():
         R, C = model.shapes[name]
-        problem, group = None, directory.group_size(q, grids)
+        problem, group = None, hf_writer.group_size(q, grids)
         if q.bits not in BITS:
             problem = f"{name} has {q.bits} bits, the format has {', '.join(map(str, BITS))}"
         elif (q.bits, group) != kind:
@@ -114,8 +114,8 @@ def _check(model: Checkpoint, path: Path) -> None:
                 continue
             layer = name.removesuffix(".weight")
             R, C = q.codes.shape
-            codes = directory.unwords(file.get_tensor(f"{layer}.qweight").T, q.bits, C)
-            zero = directory.unwords(file.get_tensor(f"{layer}.qzeros"), q.bits, R).T.float() + 1
+            codes = hf_writer.unwords(file.get_tensor(f"{layer}.qweight").T, q.bits, C)
+            zero = hf_writer.unwords(file.get_tensor(f"{layer}.qzeros"), q.bits, R).T.float() + 1
             scale = file.get_tensor(f"{layer}.scales").T.float()
             at = file.get_tensor(f"{layer}.g_idx").long()
             if not torch.equal(scale[:, at] * (codes.float() - zero[:, at]), q.dense()):

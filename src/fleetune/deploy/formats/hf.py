@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint, Report
-from fleetune.deploy.formats import directory
+from fleetune.deploy.formats import hf_writer
 from fleetune.errors import UsageError
 from fleetune.models.families.widths import has_block_widths
 from fleetune.models.loading import DTYPES
@@ -42,9 +42,9 @@ def write(model: Checkpoint, folder: Path, kind: str | None) -> Report:
                 )
             yield name, cast
 
-    notes = directory.write_folder(model, folder, tensors, {"dtype": str(dtype).removeprefix("torch.")})
+    notes = hf_writer.write_folder(model, folder, tensors, {"dtype": str(dtype).removeprefix("torch.")})
     to = "hf" if kind is None else f"hf:{kind}"
     notes += [f"{len(rounded)} tensors are rounded to {kind}"] if rounded else []
     if has_block_widths(model.config):
         notes.append("its blocks differ in width: fleetune loads it, transformers does not")
-    return directory.report(model, folder, to, len(rounded), notes)
+    return hf_writer.report(model, folder, to, len(rounded), notes)

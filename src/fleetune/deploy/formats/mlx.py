@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fleetune.deploy import alternatives as others
 from fleetune.deploy.checkpoint import Checkpoint, Report
-from fleetune.deploy.formats import directory
+from fleetune.deploy.formats import hf_writer
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
 from fleetune.models.families.rope import head_dim
@@ -50,27 +50,27 @@ def write(model: Checkpoint, folder: Path) -> Report:
     FleetuneError when the files do not hold what was written.
     """
     _check_config(model)
-    grids = directory.matrices(model, TARGET)
+    grids = hf_writer.matrices(model, TARGET)
     _check_grids(model, grids)
     dtype = torch.float16 if all(_exact(model, name) for name in grids) else torch.float32
     rounded: set[str] = set()
-    tensors = partial(directory.packed, model, partial(parts, dtype=dtype), rounded)
+    tensors = partial(hf_writer.packed, model, partial(parts, dtype=dtype), rounded)
     settings = quantization(grids)
     config = {"dtype": "float16", "quantization": settings, "quantization_config": settings}
-    notes = directory.write_folder(model, folder, tensors, config | _stated(model.config))
-    _check(model, folder / directory.FILE)
+    notes = hf_writer.write_folder(model, folder, tensors, config | _stated(model.config))
+    _check(model, folder / hf_writer.FILE)
     notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
     if dtype == torch.float32:
         notes.append(
             "scale * zero is not exact in fp16: scales and biases are fp32, in which MLX computes then"
         )
-    return directory.report(model, folder, TARGET, len(rounded), notes)
+    return hf_writer.report(model, folder, TARGET, len(rounded), notes)
 
 
 def parts(name: str, q: Quantised, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a quantised layer's weight."""
     layer = name.removesuffix(".weight")
-    yield f"{layer}.weight", directory.words(q.codes, q.bits).view(torch.uint32)
+    yield f"{layer}.weight", hf_writer.words(q.codes, q.bits).view(torch.uint32)
     yield f"{layer}.scales", q.scale.to(dtype)
     yield f"{layer}.biases", _biases(q).to(dtype)
 
@@ -153,7 +153,7 @@ def _check(model: Checkpoint, path: Path) -> None:
                 continue
             layer = name.removesuffix(".weight")
             packed = file.get_tensor(f"{layer}.weight").view(torch.int32)
-            codes = directory.unwords(packed, q.bits, q.codes.shape[1]).float()
+            codes = hf_writer.unwords(packed, q.bits, q.codes.shape[1]).float()
             scales, biases = (
                 file.get_tensor(f"{layer}.{part}").float().repeat_interleave(q.group, 1)
                 for part in ("scales", "biases")
