@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory in the format "pack-quantized" of compressed-tensors, for vLLM, SGLang and transformers.
+"""Write a directory in compressed-tensors' "pack-quantized" format, for vLLM, SGLang and transformers.
 
 A quantised layer NAME of shape [R, C] in groups of G columns (compressed-tensors 0.20, pack_quantized):
 
@@ -28,29 +28,42 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fleetune.deploy import alternatives
-from fleetune.deploy.checkpoint import Checkpoint, Report
-from fleetune.deploy.formats import hf_writer
+from fleetune.deploy.checkpoint import Checkpoint
+from fleetune.deploy.formats import Misfit, Report, hf_writer
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
+from fleetune.models.families.widths import has_block_widths
 from fleetune.models.tensor_file import damaged
 
+TARGETS: Final = {
+    "compressed-tensors": "a directory for vLLM, SGLang and transformers: 4- or 8-bit codes",
+}
+TAKES: Final = "codes"
+RUNTIME: Final = "transformers"
+NEEDS: Final = ("compressed_tensors",)
+INSTALL: Final = "pip install compressed-tensors"
+ORDER: Final = 30
 TARGET: Final = "compressed-tensors"
+BITS: Final = (4, 8)
 
 
-def write(model: Checkpoint, folder: Path) -> Report:
-    """Write the master artefact `model` into the existing empty `folder`.
+def check(model: Checkpoint, kind: str | None) -> None:
+    """Raise Misfit for other numbers of bits or quantised tensors of no linear layer, UsageError for plain weights."""
+    _grids(model)
 
-    UsageError before anything is written for plain weights, other numbers of bits, or quantised tensors that
-    are no linear layers; FleetuneError when the files do not hold what was written.
-    """
-    grids = hf_writer.matrices(model, TARGET)
-    for name, q in grids.items():
-        if q.bits not in alternatives.PACKED_BITS:
-            raise UsageError(
-                f"{TARGET} is written with 4 or 8 bits; {name} has {q.bits}",
-                hint=f"use {alternatives.instead(model)}, or compress again with 4 bits",
-            )
+
+def exact_target(model: Checkpoint) -> str | None:
+    """Return the target where the codes have a place in it, else None."""
+    try:
+        _grids(model)
+    except UsageError:
+        return None
+    return None if has_block_widths(model.config) else TARGET
+
+
+def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
+    """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
+    grids = _grids(model)
     rounded: set[str] = set()
     tensors = partial(hf_writer.packed, model, partial(parts, middle=symmetric(grids)), rounded)
     config: dict[str, Any] = {"dtype": "float16", "quantization_config": quantization_config(model, grids)}
@@ -62,13 +75,24 @@ def write(model: Checkpoint, folder: Path) -> Report:
     return hf_writer.report(model, folder, TARGET, len(rounded), notes)
 
 
+def _grids(model: Checkpoint) -> dict[str, Quantised]:
+    grids = hf_writer.matrices(model, TARGET)
+    for name, q in grids.items():
+        if q.bits not in BITS:
+            raise Misfit(
+                f"{TARGET} is written with 4 or 8 bits; {name} has {q.bits}",
+                remedy="compress again with 4 bits",
+            )
+    return grids
+
+
 def symmetric(grids: Mapping[str, Quantised]) -> bool:
-    """Whether every zero of every matrix is the middle of the codes."""
+    """Return whether every zero of every matrix is the middle of the codes."""
     return all(bool((q.zero == 1 << (q.bits - 1)).all()) for q in grids.values())
 
 
 def parts(name: str, q: Quantised, middle: bool) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a quantised layer's weight; without the zeros when they are in the `middle`."""
+    """Yield the tensors of a quantised layer; without the zeros when they are in the `middle`."""
     layer = name.removesuffix(".weight")
     yield f"{layer}.weight_packed", hf_writer.words(q.codes, q.bits)
     yield f"{layer}.weight_scale", q.scale
@@ -78,7 +102,7 @@ def parts(name: str, q: Quantised, middle: bool) -> Iterator[tuple[str, Tensor]]
 
 
 def quantization_config(model: Checkpoint, grids: dict[str, Quantised]) -> dict[str, Any]:
-    """What config.json says of the layers: those on one kind of grid are a group."""
+    """Return "quantization_config" of config.json: layers on one kind of grid are a group."""
     kinds: dict[tuple[int, int], list[str]] = {}
     for name, q in grids.items():
         kind = (q.bits, hf_writer.group_size(q, grids))

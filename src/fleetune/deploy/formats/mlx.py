@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory for MLX (mlx-lm) on Apple computers: the codes in its "affine" quantisation.
+"""Write a directory for MLX (mlx-lm) on Apple computers: the codes in its "affine" quantisation.
 
 A quantised layer NAME of shape [R, C] in groups of G columns (mlx.core.quantize, mlx 0.32):
 
@@ -27,14 +27,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fleetune.deploy import alternatives as others
-from fleetune.deploy.checkpoint import Checkpoint, Report
-from fleetune.deploy.formats import hf_writer
-from fleetune.errors import UsageError
+from fleetune.deploy.checkpoint import Checkpoint
+from fleetune.deploy.formats import Misfit, Report, hf_writer
 from fleetune.models.artefact import Quantised
 from fleetune.models.families.rope import head_dim
 from fleetune.models.tensor_file import damaged
 
+TARGETS: Final = {
+    "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128",
+}
+TAKES: Final = "codes"
+ORDER: Final = 50
 TARGET: Final = "mlx"
 BITS: Final = (2, 3, 4, 5, 6, 8)
 GROUPS: Final = (32, 64, 128)
@@ -43,15 +46,14 @@ ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
 STATED: Final = ("head_dim", "num_key_value_heads", "tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
-def write(model: Checkpoint, folder: Path) -> Report:
-    """Write the master artefact `model` into the existing empty `folder`.
+def check(model: Checkpoint, kind: str | None) -> None:
+    """Raise Misfit when the architecture or the codes have no place in MLX, UsageError for plain weights."""
+    _grids(model)
 
-    UsageError before anything is written for plain weights, or when model or grids have no place in MLX;
-    FleetuneError when the files do not hold what was written.
-    """
-    _check_config(model)
-    grids = hf_writer.matrices(model, TARGET)
-    _check_grids(model, grids)
+
+def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
+    """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
+    grids = _grids(model)
     dtype = torch.float16 if all(_exact(model, name) for name in grids) else torch.float32
     rounded: set[str] = set()
     tensors = partial(hf_writer.packed, model, partial(parts, dtype=dtype), rounded)
@@ -68,7 +70,7 @@ def write(model: Checkpoint, folder: Path) -> Report:
 
 
 def parts(name: str, q: Quantised, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a quantised layer's weight."""
+    """Yield the tensors of a quantised layer."""
     layer = name.removesuffix(".weight")
     yield f"{layer}.weight", hf_writer.words(q.codes, q.bits).view(torch.uint32)
     yield f"{layer}.scales", q.scale.to(dtype)
@@ -76,7 +78,7 @@ def parts(name: str, q: Quantised, dtype: torch.dtype) -> Iterator[tuple[str, Te
 
 
 def quantization(grids: Mapping[str, Quantised]) -> dict[str, Any]:
-    """What config.json says of the layers: the commonest group and bits, and each layer that has others."""
+    """Return "quantization" of config.json: the commonest group and bits, and each layer that has others."""
     kinds = {name.removesuffix(".weight"): (q.group, q.bits) for name, q in grids.items()}
     main = Counter(kinds.values()).most_common(1)[0][0]
     others = {layer: _kind(kind) for layer, kind in kinds.items() if kind != main}
@@ -99,7 +101,7 @@ def _exact(model: Checkpoint, name: str) -> bool:
 
 
 def _stated(config: Any) -> dict[str, Any]:
-    """The fields that mlx-lm reads, under its names."""
+    """Return the fields that mlx-lm reads, under its names."""
     rope = dict(config.rope_parameters)
     found = {key: value for key in STATED if (value := getattr(config, key, None)) is not None}
     scaled = rope.get("rope_type", "default") != "default"
@@ -128,10 +130,13 @@ def _check_config(model: Checkpoint) -> None:
     elif kind == "qwen3" and config.attention_bias:
         problem = "qwen3 with biases in its attention"
     if problem is not None:
-        raise UsageError(f"{TARGET} has no place for {problem}", hint=f"use {others.instead(model)}")
+        raise Misfit(f"{TARGET} has no place for {problem}")
 
 
-def _check_grids(model: Checkpoint, grids: Mapping[str, Quantised]) -> None:
+def _grids(model: Checkpoint) -> dict[str, Quantised]:
+    """Return the grids of the linear layers; Misfit when MLX cannot hold the model."""
+    _check_config(model)
+    grids = hf_writer.matrices(model, TARGET)
     for name, q in grids.items():
         problem = None
         if q.bits not in BITS:
@@ -139,10 +144,8 @@ def _check_grids(model: Checkpoint, grids: Mapping[str, Quantised]) -> None:
         elif q.group not in GROUPS:
             problem = f"{name} has groups of {q.group}, MLX has {', '.join(map(str, GROUPS))}"
         if problem is not None:
-            raise UsageError(
-                f"{TARGET} cannot hold the codes: {problem}",
-                hint=f"use {others.instead(model)}, or compress again for this target",
-            )
+            raise Misfit(f"{TARGET} cannot hold the codes: {problem}", remedy="compress again for this target")
+    return grids
 
 
 def _check(model: Checkpoint, path: Path) -> None:
