@@ -96,7 +96,7 @@ def test_a_tuned_run_is_compressed_from_its_ledger(
     assert code == 0, err
     done = events(out)[-1]
     run = finished.load(at / "runs" / "latest")
-    finished.settle(run)
+    finished.merge_weights(run)
     parts = driver.run(run, compression.make("rtn", {"group": 8}), None, at / "parts")
     master = Master(Path(done["folder"]) / "model")
     assert master.head.base == models.digest(models.named_tensors(run.net)) != run.digest

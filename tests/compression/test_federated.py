@@ -274,7 +274,7 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
     recipe = finished.recipe_of(tuned_run / "latest")
     parts = prepare.split(recipe, methods.entry(recipe.method))
     model = finished.load(tuned_run / "latest")
-    finished.settle(model)
+    finished.merge_weights(model)
     from fleetune.data.encode import encode_all
 
     shares = {}

@@ -38,6 +38,7 @@ from transformers import (
 from fleetune.common.folders import staged
 from fleetune.errors import FitError, ModelError, StorageError
 from fleetune.models import cache, encoders
+from fleetune.models.artefact import Master, is_master
 from fleetune.models.cache import BuiltIn
 from fleetune.models.download import Progress
 from fleetune.models.families.widths import class_of, mark_config
@@ -207,6 +208,20 @@ def load(
     """
     chosen = check_device(device, dtype)
     path = resolve(name, offline=offline, progress=progress)
+    return _load_folder(name, path, dtype, chosen, labels, paged)
+
+
+def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Model:
+    """Load a compressed model from its artefact of codes, each code as the value that it stands for.
+
+    In fp32 these values are exact.  ModelError when the folder holds no artefact or a damaged one; the rest as in `load`.
+    """
+    Master(folder)  # a damaged one is refused before anything else is read
+    return _load_folder(str(folder), folder, dtype, check_device(device, dtype), (), paged=False)
+
+
+def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequence[str], paged: bool) -> Model:
+    """The model of a directory that is checked, on a device that is."""
     try:
         net, words = _read_net(path, DTYPES[dtype], labels, paged)
         pages = Pages(net, path, DTYPES[dtype]) if paged else None
@@ -287,6 +302,8 @@ def _left_over(names: Iterable[str], *, head: bool) -> list[str]:
 
 def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """All tensors of a directory in `dtype`; mapped anew for each, so that read pages are given back."""
+    if is_master(path):
+        return {name: weight.to(dtype) for name, weight in Master(path).items()}
     tensors: dict[str, Tensor] = {}
     one = path / "model.safetensors"
     for file in [one] if one.is_file() else sorted(path.glob("model-*.safetensors")):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fleetune import adapters, models
 from fleetune.common.files import storage_error
+from fleetune.data import Example
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models.model import Model
 from fleetune.seeds import ledger as ledgers
@@ -19,6 +20,7 @@ from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import entry
 from fleetune.tuning.methods._zeroth import look
 from fleetune.tuning.methods._zeroth import stand as stand
+from fleetune.tuning.prepare import split
 from fleetune.tuning.recipe import Recipe
 
 
@@ -31,6 +33,21 @@ def recipe_of(run: Path) -> Recipe:
             "or fleetune measure FOLDER/model --data rows.jsonl",
         )
     return recipes.make(recipes.read(run / "run.toml"))
+
+
+def result_of(run: Path) -> Path:
+    """The ledger or adapter directory of a run; UsageError when it has no result yet."""
+    found = run / RESULT[entry(recipe_of(run).method).kind]
+    if not found.exists():
+        raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {run}")
+    return found
+
+
+def held_out(run: Path, *, offline: bool = False) -> list[Example]:
+    """The rows that a run never trained on."""
+    recipe = recipe_of(run)
+    parts = split(recipe, entry(recipe.method), offline=offline)
+    return [parts.examples[i] for i in parts.held.tolist()]
 
 
 def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "cpu") -> Model:
@@ -75,13 +92,8 @@ def load(run: str | Path, *, offline: bool = False, device: str | None = None) -
     UsageError when the run has no result yet, LedgerError when the base is another now.
     """
     run = Path(run)
-    recipe = recipe_of(run)
-    device = device or recipe.device
-    kind = entry(recipe.method).kind
-    result = run / RESULT[kind]
-    if not result.exists():
-        raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {run}")
-    return _LOAD[kind](result, recipe, offline, device)
+    recipe, result = recipe_of(run), result_of(run)
+    return _LOAD[entry(recipe.method).kind](result, recipe, offline, device or recipe.device)
 
 
 def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
@@ -140,12 +152,12 @@ def export_hf(model: Model, out: Path, *, card: str | None = None) -> str:
     """
     if out.exists():
         raise ModelError(f"{out} exists already", hint="choose a new place: nothing is overwritten")
-    settle(model)
+    merge_weights(model)
     models.save(model.net, model.tokenizer, out, card=card)
     return models.digest(models.named_tensors(model.net))
 
 
-def settle(model: Model) -> None:
+def merge_weights(model: Model) -> None:
     """Make the tuned weights the stored ones of `model`, with nothing attached to it any more."""
     attached = model.attachment
     if isinstance(attached, View):

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
     elif folder is None:
         carry_out(work, ui, out, offline=args.offline)
     else:
-        with rundir.held(folder):
+        with rundir.locked(folder):
             if not subjects.finished(ui, folder):
                 _do(work, _prepare(work, ui, out, offline=args.offline), ui, folder)
 
@@ -123,7 +123,7 @@ def carry_out(work: Work, ui: Ui, out: Path, *, offline: bool = False) -> Path:
     rundir.check_folder(out)
     job = _prepare(work, ui, out, offline=offline)
     folder = _new(work, out)
-    with rundir.held(folder):
+    with rundir.locked(folder):
         _do(work, job, ui, folder)
     return folder
 

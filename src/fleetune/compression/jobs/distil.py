@@ -104,7 +104,7 @@ def _teacher(name: str, dtype: str, out: Path, *, offline: bool) -> Model:
         or any((p / "run.toml").is_file() for p in (Path(name), out / name))
     ):
         model = finished.load(rundir.find(name, out), offline=offline, device="cpu")
-        finished.settle(model)
+        finished.merge_weights(model)
         return model
     return models.load(name, dtype=dtype, device="cpu", offline=offline)
 

@@ -91,7 +91,7 @@ def load(work: Work, *, offline: bool) -> Subject:
     held = eval.held_out(Path(work.model), offline=offline)
     model = tuned.load(work.model, offline=offline, device="cpu")
     _causal(model)
-    tuned.settle(model)
+    tuned.merge_weights(model)
 
     def encoded(rows: Sequence[Example]) -> list[Encoded]:
         return encode_all(rows, model.tokenizer, recipe.max_length)[0]
