@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 
 from fleetune import models
 from fleetune.deploy.export import export
-from fleetune.deploy.formats import compressed_tensors, gptq
-from fleetune.deploy.formats import hf_writer
+from fleetune.deploy.formats import compressed_tensors, gptq, hf_writer
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model, artefact, tensor_file
 from fleetune.models.artefact import ArtefactHead, Quantised

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from fleetune import models
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
-from fleetune.deploy.formats import mlx
-from fleetune.deploy.formats import hf_writer
+from fleetune.deploy.formats import hf_writer, mlx
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised

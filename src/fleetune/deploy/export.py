@@ -124,7 +124,9 @@ def _staged_file(out: Path) -> Iterator[Path]:
     """The path of a file in a hidden folder beside `out`, moved to `out` when the block ends without an error."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(
+            dir=out.parent, prefix=f".{out.name}.", suffix=".tmp", ignore_cleanup_errors=True
+        ) as folder:
             file = Path(folder) / out.name
             yield file
             with file.open("rb+") as written:

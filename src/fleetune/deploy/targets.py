@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -87,11 +86,11 @@ def find(to: str) -> Target:
     )
 
 
-def listed(targets: Iterable[Target]) -> str:
-    """Return the names of targets for a help text: "gguf (gguf:q4_0, gguf:q4_1), mlx"."""
+def listed() -> str:
+    """Return the names of all targets for a help text: "gguf (gguf:q4_0, gguf:q4_1), mlx"."""
     kinds: dict[str, list[str]] = {}
-    for target in targets:
-        kinds.setdefault(target.name.partition(":")[0], []).append(target.name)
+    for target in every():
+        kinds.setdefault(target.partition(":")[0], []).append(target)
     return ", ".join(
         name if found == [name] else f"{name} ({', '.join(n for n in found if n != name)})"
         for name, found in kinds.items()

@@ -285,7 +285,7 @@ def finish(ui: Ui, work: Work, folder: Path, done: Mapping[str, Any], sizes: Map
 
 def _target(model: Path) -> str:
     """What a result can be exported to without loss: a GGUF file, where it has a place in one."""
-    from fleetune.deploy import alternatives
     from fleetune.deploy.checkpoint import open_checkpoint
+    from fleetune.deploy.formats import gguf
 
-    return "gguf" if alternatives.gguf_kind(open_checkpoint(model), sample=True) == "gguf" else "hf"
+    return "gguf" if gguf.exact_target(open_checkpoint(model), sample=True) == "gguf" else "hf"

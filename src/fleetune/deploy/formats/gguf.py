@@ -25,7 +25,6 @@ One tensor at a time is in memory, in writing and in reading back.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,11 +42,11 @@ from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report, ggml_blocks, gguf_vocabulary
+from fleetune.deploy.formats.gguf_header import add_metadata, architecture, check_config, tensor_names
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
-from fleetune.models.families import deci, gemma, rope, widths
+from fleetune.models.families import gemma, rope, widths
 from fleetune.models.tensor_file import damaged
-from fleetune.deploy.formats.gguf_header import add_metadata, architecture, check_config, tensor_names
 
 TARGETS: Final = {
     "gguf": "one file for llama.cpp, Ollama, LM Studio: in the type that holds the codes exactly",
@@ -154,7 +153,8 @@ def _vocabulary(model: Checkpoint) -> gguf_vocabulary.Vocabulary:
 def _rounded(entries: Sequence[GgufTensor]) -> list[str]:
     """Return a note for each type of the tensors that do not hold the source's values."""
     names = {
-        kind: [entry.parameter for entry in entries if entry.kind == kind] for kind in sorted({entry.kind for entry in entries})
+        kind: [entry.parameter for entry in entries if entry.kind == kind]
+        for kind in sorted({entry.kind for entry in entries})
     }
     return [f"{_counted(found)} rounded to {kind}" for kind, found in names.items()]
 
@@ -164,10 +164,6 @@ def _counted(names: Sequence[str]) -> str:
 
 
 # ---------------------------------------------------------------- what goes where
-
-
-
-
 
 
 def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTensor]:
@@ -247,11 +243,9 @@ def _file_type(entries: list[GgufTensor]) -> LlamaFileType:
 # ---------------------------------------------------------------- writing
 
 
-
-
-
-
-def _write_tensors(writer: Any, model: Checkpoint, entries: list[GgufTensor], factors: np.ndarray | None) -> None:
+def _write_tensors(
+    writer: Any, model: Checkpoint, entries: list[GgufTensor], factors: np.ndarray | None
+) -> None:
     """Write the table of tensors, then their values one at a time."""
     if factors is not None:
         writer.add_tensor_info(rope.TENSOR, factors.shape, factors.dtype, factors.nbytes)
@@ -290,7 +284,9 @@ def _values(model: Checkpoint, entry: GgufTensor) -> Tensor:
 def _float_bytes(weight: Tensor, entry: GgufTensor) -> np.ndarray:
     values = weight.to(FLOATS[entry.kind]).contiguous()
     if bool(values.isinf().any()) and not bool(weight.isinf().any()):
-        raise UsageError(f"{entry.parameter} has values beyond {entry.kind}'s range", hint="use --to gguf:bf16")
+        raise UsageError(
+            f"{entry.parameter} has values beyond {entry.kind}'s range", hint="use --to gguf:bf16"
+        )
     return values.view(torch.uint8).numpy()
 
 
@@ -306,7 +302,9 @@ def interleaved(rows: int, heads: int) -> np.ndarray:
 # ---------------------------------------------------------------- reading back
 
 
-def verify(path: Path, model: Checkpoint, entries: list[GgufTensor], factors: np.ndarray | None = None) -> list[GgufTensor]:
+def verify(
+    path: Path, model: Checkpoint, entries: list[GgufTensor], factors: np.ndarray | None = None
+) -> list[GgufTensor]:
     """Compare the file with the model tensor by tensor; return those that do not hold the model's values exactly.
 
     Names, types, shapes and bytes must be what was meant to be written, and the values, read by the gguf
@@ -341,7 +339,9 @@ def _compare(path: Path, model: Checkpoint, entry: GgufTensor, tensor: Any) -> b
     return exact
 
 
-def _value_pairs(model: Checkpoint, entry: GgufTensor, tensor: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _value_pairs(
+    model: Checkpoint, entry: GgufTensor, tensor: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield values in fp32 as read and as they should be, some rows at a time in the file's order."""
     own = _values(model, entry)
     order = torch.from_numpy(_order(entry)) if entry.heads else torch.arange(len(own))

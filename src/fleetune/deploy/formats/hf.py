@@ -20,7 +20,6 @@ from fleetune.errors import UsageError
 from fleetune.models.families.widths import has_block_widths
 from fleetune.models.loading import DTYPES
 
-
 TARGETS: Final = {
     "hf": "a plain directory for transformers: fp32 from codes, else as stored",
     "hf:fp32": "the same, in fp32",

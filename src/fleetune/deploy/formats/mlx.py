@@ -144,7 +144,9 @@ def _grids(model: Checkpoint) -> dict[str, Quantised]:
         elif q.group not in GROUPS:
             problem = f"{name} has groups of {q.group}, MLX has {', '.join(map(str, GROUPS))}"
         if problem is not None:
-            raise Misfit(f"{TARGET} cannot hold the codes: {problem}", remedy="compress again for this target")
+            raise Misfit(
+                f"{TARGET} cannot hold the codes: {problem}", remedy="compress again for this target"
+            )
     return grids
 
 
