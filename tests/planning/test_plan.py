@@ -23,7 +23,7 @@ from fleetune.errors import FitError, UsageError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import shapes, tiny_llama
 from fleetune.models.tiny import tiny_bert
-from fleetune.planning import device_cost, plan, traffic
+from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import Message, encode

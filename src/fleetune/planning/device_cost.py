@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
-from fleetune.common.dtypes import TORCH_NAMES
+from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.shapes import Shape
 from fleetune.planning.workload import Workload
 from fleetune.seeds import kernel_choice
@@ -199,7 +199,7 @@ def calibrate(work: Workload) -> Rates:
     """Measure this machine's rates with torch's present number of threads and load: medians, in about 0.3 s."""
     import torch
 
-    dtype = getattr(torch, TORCH_NAMES[work.dtype])
+    dtype = getattr(torch, WEIGHTS[work.dtype].full)
     rows, width = max(16, min(work.tokens, 1024)), 1024
     x, w = torch.zeros(rows, width, dtype=dtype), torch.zeros(width, width, dtype=dtype)
     product = _usual(lambda: torch.mm(x, w))

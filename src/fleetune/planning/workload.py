@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fleetune.common.dtypes import SIZES
 from fleetune.errors import UsageError
+from fleetune.models.dtypes import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Workload:
         wrong = [n for n in ("batch", "length", "steps") if getattr(self, n) < 1]
         if wrong:
             raise UsageError(f"--{wrong[0]} {getattr(self, wrong[0])} must be at least 1")
-        if self.dtype not in SIZES:
-            raise UsageError(f"no dtype named '{self.dtype}'", hint="choose one of " + ", ".join(SIZES))
+        if self.dtype not in WEIGHTS:
+            raise UsageError(f"no dtype named '{self.dtype}'", hint="choose one of " + ", ".join(WEIGHTS))
 
     @property
     def tokens(self) -> int:
@@ -33,4 +33,4 @@ class Workload:
     @property
     def size(self) -> int:
         """Bytes of a weight."""
-        return SIZES[self.dtype]
+        return WEIGHTS[self.dtype].size

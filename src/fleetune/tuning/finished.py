@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fleetune import adapters, models
-from fleetune.common.dtypes import TORCH_NAMES
-from fleetune.common.files import storage_error
+from fleetune.data import Example
 from fleetune.errors import LedgerError, ModelError, UsageError
+from fleetune.models import dtypes
 from fleetune.models.model import Model
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
@@ -20,6 +19,7 @@ from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import entry
 from fleetune.tuning.methods._zeroth import place_at as place_at
 from fleetune.tuning.methods._zeroth import view_of
+from fleetune.tuning.prepare import split
 from fleetune.tuning.recipe import Recipe
 
 
@@ -34,11 +34,26 @@ def recipe_of(run: Path) -> Recipe:
     return recipes.make(recipes.read(run / "run.toml"))
 
 
+def result_of(run: Path) -> Path:
+    """The ledger or adapter directory of a run; UsageError when it has no result yet."""
+    found = run / RESULT[entry(recipe_of(run).method).kind]
+    if not found.exists():
+        raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {run}")
+    return found
+
+
+def held_out(run: Path, *, offline: bool = False) -> list[Example]:
+    """The rows that a run never trained on."""
+    recipe = recipe_of(run)
+    parts = split(recipe, entry(recipe.method), offline=offline)
+    return [parts.examples[i] for i in parts.held.tolist()]
+
+
 def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "cpu") -> Model:
     """The base model `name`, loaded as the ledger needs it; LedgerError when it is not the ledger's base."""
     if not ledger.head.tensors:
         raise LedgerError("the ledger names no tensors, so it is no model's")
-    dtype = {torch_name: name for name, torch_name in TORCH_NAMES.items()}.get(ledger.head.tensors[0][2])
+    dtype = dtypes.from_full(ledger.head.tensors[0][2])
     if dtype is None:
         raise LedgerError(
             f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
@@ -76,13 +91,8 @@ def load(run: str | Path, *, offline: bool = False, device: str | None = None) -
     UsageError when the run has no result yet, LedgerError when the base is another now.
     """
     run = Path(run)
-    recipe = recipe_of(run)
-    device = device or recipe.device
-    kind = entry(recipe.method).kind
-    result = run / RESULT[kind]
-    if not result.exists():
-        raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {run}")
-    return _LOAD[kind](result, recipe, offline, device)
+    recipe, result = recipe_of(run), result_of(run)
+    return _LOAD[entry(recipe.method).kind](result, recipe, offline, device or recipe.device)
 
 
 def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
@@ -110,23 +120,6 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Mod
     return model
 
 
-def export_peft(run: Path, out: Path) -> None:
-    """Copy a run's adapter directory; UsageError when the run has none or `out` exists."""
-    source = run / RESULT["adapter"]
-    if not source.is_dir():
-        raise UsageError(
-            f"{run} has no adapter", hint=f"its result is full-parameter: fleetune export {run} --to hf"
-        )
-    if out.exists():
-        raise UsageError(
-            f"{out} exists already", hint="choose a new place with --path: nothing is overwritten"
-        )
-    try:
-        shutil.copytree(source, out)
-    except OSError as error:
-        raise storage_error(error, out) from error
-
-
 RESULT: Mapping[str, str] = {"ledger": "ledger.safetensors", "adapter": "adapter"}
 _LOAD: Mapping[str, Callable[[Path, Recipe, bool, str], Model]] = {
     "ledger": _load_ledger,
@@ -141,12 +134,12 @@ def export_hf(model: Model, out: Path, *, card: str | None = None) -> str:
     """
     if out.exists():
         raise ModelError(f"{out} exists already", hint="choose a new place: nothing is overwritten")
-    settle(model)
+    merge_weights(model)
     models.save(model.net, model.tokenizer, out, card=card)
     return models.digest(models.named_tensors(model.net))
 
 
-def settle(model: Model) -> None:
+def merge_weights(model: Model) -> None:
     """Make the tuned weights the stored ones of `model`, with nothing attached to it any more."""
     attached = model.attachment
     if isinstance(attached, View):
