@@ -16,7 +16,7 @@ from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.measures import measure as measured_on
 from fleetune.evaluation.scores import rouge_l
 from fleetune.runs import report, rundir
-from fleetune.runs.events import Recorded, RoundEvaluated, TuneDone, as_dict
+from fleetune.runs.events import Recorded, TuneDone, as_dict, round_evaluated
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
@@ -74,7 +74,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
     def begin() -> None:
         emit(describe.start(job))
         base = answers(job, state, run, "base", measure(state))
-        emit(RoundEvaluated(round=0, **base))
+        emit(round_evaluated(0, base))
 
     plan = rounds.RoundPlan(
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
