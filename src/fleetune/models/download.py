@@ -57,9 +57,7 @@ def hub_commit(hub: str) -> tuple[str, int]:
             f"the hub has no model '{hub}' (or it is private)",
             hint="check the name; for a private model set HF_TOKEN; for a folder give its path, e.g. ./model",
         ) from error
-    except (
-        Exception
-    ) as error:  # the hub's client has changed its HTTP library (and its errors) more than once
+    except Exception as error:  # the hub's client has changed its HTTP library, and so its errors
         raise Unreachable(f"the hub did not answer ({first_line(error)})") from error
     sizes = (f.size or 0 for f in info.siblings or () if f.rfilename.endswith(".safetensors"))
     return str(info.sha), sum(sizes)

@@ -172,7 +172,9 @@ def _device(device: str, dtype: torch.dtype) -> str:
     if device not in DEVICES:
         raise ModelError(f"no device named '{device}'", hint="choose one of " + ", ".join(DEVICES))
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    chosen = ("cuda" if cuda else "mps" if mps else "cpu") if device == "auto" else device
+    chosen = device
+    if device == "auto":
+        chosen = next((name for name, found in (("cuda", cuda), ("mps", mps)) if found), "cpu")
     if (chosen == "cuda" and not cuda) or (chosen == "mps" and not mps):
         built = torch.version.cuda is not None if chosen == "cuda" else torch.backends.mps.is_built()
         why = "finds no such device" if built else "was built without it"

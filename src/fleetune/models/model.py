@@ -88,9 +88,9 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     step = max(1, CHUNK // max(1, width))
     for start in range(0, rows.shape[0], step):
         flat = rows[start : start + step].contiguous().cpu().reshape(-1)
-        yield (
-            flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
-        )  # a lone value
+        if flat.stride(0) != 1:  # a single value
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        yield flat
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -95,15 +95,7 @@ def _open(path: Path) -> Any:
         return gguf.GGUFReader(path)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}", hint="check the path") from error
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-        UnicodeDecodeError,
-    ) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
         raise ModelError(
             f"{path} is not a readable GGUF file ({error})", hint="fetch the file again, or give another one"
         ) from error

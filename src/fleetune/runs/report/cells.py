@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,16 +99,19 @@ def combinations(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> list
         here = [m for m in ready if m.values == values]
         both = [runlog.measures(m.run) for m in here]
         facts = [runlog.summarise(m.run) for m in here]
-        cost = [
-            stat([v for f in facts if (v := runlog.number(f[k])) is not None]) for k in ("bytes", "seconds")
-        ]
-        sides = [
-            {n: s for n in names if (s := stat([b[side][n] for b in both if n in b[side]])) is not None}
-            for side in (0, 1)
-        ]
-        out.append(Combination(values, sides[0], sides[1], cost[0], cost[1], len(here)))
+        base, tuned = (_stats([pair[side] for pair in both], names) for side in (BASE, TUNED))
+        traffic, seconds = (
+            stat([v for f in facts if (v := runlog.number(f[key])) is not None])
+            for key in ("bytes", "seconds")
+        )
+        out.append(Combination(values, base, tuned, traffic, seconds, len(here)))
     order = [{v: i for i, v in enumerate(a.values)} for a in axes]
     return sorted(out, key=lambda c: [place[v] for place, v in zip(order, c.values, strict=True)])
+
+
+def _stats(measured: Sequence[Mapping[str, Number]], names: Sequence[str]) -> dict[str, Stat]:
+    found = {name: stat([m[name] for m in measured if name in m]) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def by_seed(

@@ -59,8 +59,7 @@ def _results(runs: Sequence[Run], names: Sequence[str], facts: Sequence[Mapping[
     rows: list[list[str | TableCell]] = []
     for name, f in zip(names, facts, strict=True):
         base, tuned = number(f["base_loss"]), number(f["tuned_loss"])
-        better = improved("loss", base, tuned)
-        kind = "r" if better is None else "r good" if better else "r bad"
+        kind, _ = page.verdict(improved("loss", base, tuned))
         row: list[str | TableCell] = [
             name,
             str(f["method"] or "-"),

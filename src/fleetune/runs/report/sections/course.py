@@ -126,7 +126,9 @@ def _every_round(steps: Sequence[Step]) -> str:
         row: list[str | TableCell] = [str(s.round)]
         row += [TableCell(show(n, s.losses.get(n))) for n in names]
         row += [TableCell(_figure(s.own.get(n))) for n in told]
-        used = "-" if s.accepted is None else f"{s.accepted}{f' of {s.asked}' if s.asked is not None else ''}"
+        used = "-" if s.accepted is None else str(s.accepted)
+        if s.accepted is not None and s.asked is not None:
+            used += f" of {s.asked}"
         row += [TableCell(used), *(TableCell(human_bytes(v)) for v in (s.up, s.down, s.total))]
         rows.append([*row, TableCell(human_time(s.seconds)), TableCell(human_bytes(s.rss))])
     table = page.table("Every round: bytes are sums over its clients", head, rows)

@@ -18,10 +18,8 @@ def result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     rows: list[list[str | TableCell]] = []
     for name in dict.fromkeys([*base, *tuned]):
         b, t = base.get(name), tuned.get(name)
-        better = improved(name, b, t)
-        word = "" if better is None else ", better" if better else ", worse"
-        kind = "r" if better is None else "r good" if better else "r bad"
-        diff = TableCell(true_minus(change(name, b, t)) + word, kind)
+        kind, word = page.verdict(improved(name, b, t))
+        diff = TableCell(true_minus(change(name, b, t)) + (word and f", {word}"), kind)
         rows.append([metric(name).label, TableCell(show(name, b)), TableCell(show(name, t)), diff])
     held = num_of(run.final, "rows") or num_of(run.done, "rows")
     caption = f"Measured on {held:,} held-out rows" if held else "Measured on held-out rows"
