@@ -38,19 +38,21 @@ def directions(model: Model, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
     part = attachment_of(model).parts[0]
     assert isinstance(part, LoraPart)
     rank = min(len(p) for n, p in part.parameters.items() if ".lora_A." in n)
-    held: dict[tuple[str, ...], Tensor] = {}
+    best_rows: dict[tuple[str, ...], Tensor] = {}
     for batch in batches:
         for layers, rows in _inputs(model, part, batch).items():
-            held[layers] = _best(torch.cat([held[layers], rows]) if layers in held else rows, WIDER * rank)
+            best_rows[layers] = _best(
+                torch.cat([best_rows[layers], rows]) if layers in best_rows else rows, WIDER * rank
+            )
     made = {}
-    for layers, kept in held.items():
-        size = kept.norm(dim=1, keepdim=True)
-        if len(kept) < rank or size[rank - 1] <= 1e-6 * size[0]:
+    for layers, best in best_rows.items():
+        size = best.norm(dim=1, keepdim=True)
+        if len(best) < rank or size[rank - 1] <= 1e-6 * size[0]:
             raise ModelError(
                 f"the rows show fewer than {rank} directions to {layers[0]}",
                 hint="give it more rows, or use a smaller rank",
             )
-        a = (kept / size)[:rank].float().cpu().numpy()
+        a = (best / size)[:rank].float().cpu().numpy()
         made.update({f"{layer}.lora_A.weight": a for layer in layers})
     return made
 

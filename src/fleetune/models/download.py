@@ -131,17 +131,17 @@ def pip_download(requirement: str, folder: Path) -> Path:
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         try:
-            said = process.communicate()[0].decode(errors="replace")
+            output = process.communicate()[0].decode(errors="replace")
         except BaseException:
             process.kill()
             raise
     wheels = sorted(folder.glob("*.whl"))
     if process.returncode == 0 and len(wheels) == 1:
         return wheels[0]
-    if "No space left" in said:
+    if "No space left" in output:
         raise StorageError(f"cannot write {folder}: the disk is full", hint="free some space, then try again")
     errors = (
-        [line for line in said.splitlines() if "ERROR" in line] or said.splitlines()[-1:] or ["no output"]
+        [line for line in output.splitlines() if "ERROR" in line] or output.splitlines()[-1:] or ["no output"]
     )
     raise Unreachable(f"the package index did not give {requirement} ({errors[-1].strip()[:200]})")
 

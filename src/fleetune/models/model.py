@@ -54,12 +54,12 @@ class Model:
 def named_tensors(net: PreTrainedModel) -> list[tuple[str, Tensor]]:
     """Return the parameters in name order; tied ones once, under the first of their names."""
     seen: set[int] = set()
-    kept = []
+    found = []
     for name, tensor in sorted(net.named_parameters(remove_duplicate=False), key=lambda item: item[0]):
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            kept.append((name, tensor))
-    return kept
+            found.append((name, tensor))
+    return found
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

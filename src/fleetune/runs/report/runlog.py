@@ -112,11 +112,11 @@ def _events(path: Path) -> tuple[list[dict[str, object]], int]:
 
 def _latest(events: Iterable[Event], kind: str, keys: tuple[str, ...]) -> list[Event]:
     """Return events of one kind in order of their round, the last one of each key."""
-    kept: dict[tuple[str, ...], Event] = {}
+    latest: dict[tuple[str, ...], Event] = {}
     for event in events:
         if event["event"] == kind and usable(event.get("round")):
-            kept[tuple(str(event.get(key)) for key in keys)] = event
-    return sorted(kept.values(), key=lambda event: num_of(event, "round") or 0.0)
+            latest[tuple(str(event.get(key)) for key in keys)] = event
+    return sorted(latest.values(), key=lambda event: num_of(event, "round") or 0.0)
 
 
 def number(value: object) -> Number | None:
@@ -249,13 +249,13 @@ def steps(run: Run) -> list[Step]:
     for number in sorted(key for key in evals.keys() | rounds.keys() if key is not None):
         event, measured = rounds.get(number, {}), evals.get(number, {})
         up, down = num_of(event, "bytes_up"), num_of(event, "bytes_down")
-        said = num_of(event, "bytes_total")
-        total = said if said is not None else total + (up or 0) + (down or 0)
+        stated = num_of(event, "bytes_total")
+        total = stated if stated is not None else total + (up or 0) + (down or 0)
         names = [n for n in measured if n not in {"v", "t", "event", "round", "seconds", "rows", "rss"}]
         losses = {n: v for n in names if (v := num_of(measured, n)) is not None}
         asked, accepted = num_of(event, "clients"), num_of(event, "accepted")
         seconds, rss = num_of(event, "seconds"), num_of(event, "rss")
-        told = map_of(event, "report")
-        own = {n: v for n in told if (v := num_of(told, n)) is not None}
+        figures = map_of(event, "report")
+        own = {n: v for n in figures if (v := num_of(figures, n)) is not None}
         steps.append(Step(int(number), losses, asked, accepted, up, down, total, seconds, rss, own))
     return steps

@@ -96,8 +96,8 @@ def _overlaid(runs: Sequence[Run], names: Sequence[str]) -> str:
         ("bytes exchanged", bytes_axis, [[at(v) for v in values] for values in moved]),
         ("time", axes.durations([v for c in clocks for v in c], "time in rounds"), clocks),
     ]
-    said = ["Round 0 is the model before tuning.", "Cumulative, both ways, all clients."]
-    said.append("The rounds alone, without the evaluations between them.")
+    remarks = ["Round 0 is the model before tuning.", "Cumulative, both ways, all clients."]
+    remarks.append("The rounds alone, without the evaluations between them.")
     right = 20 + svg.CHAR * max(map(len, names))
     figures = ""
     for i, (what, x, xs) in enumerate(views):
@@ -109,7 +109,7 @@ def _overlaid(runs: Sequence[Run], names: Sequence[str]) -> str:
             plot.line(points, k, tips, dash=k >= svg.COLOURS)
             if points:
                 plot.end(points[-1], name, k)
-        figures += page.figure(plot.svg(), title, said[i])
+        figures += page.figure(plot.svg(), title, remarks[i])
     figures += _peaks(names, [number(runlog.summarise(run)["peak_rss"]) for run in runs])
     rounds = sorted({s.round for steps in every for s in steps})
     by = [{s.round: s.losses["loss"] for s in steps} for steps in every]

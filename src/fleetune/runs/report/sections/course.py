@@ -110,10 +110,10 @@ def _cells(count: int, *values: float) -> list[TableCell]:
 
 def _every_round(steps: Sequence[Step]) -> str:
     names = list(dict.fromkeys(name for s in steps for name in s.losses))
-    told = list(dict.fromkeys(name for s in steps for name in s.own))
+    own_names = list(dict.fromkeys(name for s in steps for name in s.own))
     head = [
         "round",
-        *(metric(n).label for n in (*names, *told)),
+        *(metric(n).label for n in (*names, *own_names)),
         "replies",
         "sent",
         "received",
@@ -125,7 +125,7 @@ def _every_round(steps: Sequence[Step]) -> str:
     for s in steps:
         row: list[str | TableCell] = [str(s.round)]
         row += [TableCell(show(n, s.losses.get(n))) for n in names]
-        row += [TableCell(_figure(s.own.get(n))) for n in told]
+        row += [TableCell(_figure(s.own.get(n))) for n in own_names]
         used = "-" if s.accepted is None else str(s.accepted)
         if s.accepted is not None and s.asked is not None:
             used += f" of {s.asked}"

@@ -90,16 +90,16 @@ def _heat(split: ClientRows, title: str, desc: str) -> str:
         return main, -values[main] / (sizes[i] or 1)
 
     order = sorted(range(len(split.names)), key=place)
-    held = split.take(order)
+    shown = split.take(order)
     chunk = math.ceil(len(order) / 500)
     label = f"{len(order)} clients, sorted by their main category"
     if chunk > 1:
         label += f", {chunk} to a column"
         groups = [range(i, min(i + chunk, len(order))) for i in range(0, len(order), chunk)]
-        names = [f"{held.names[g[0]]}+" for g in groups]
-        held = ClientRows(names, [(n, [sum(v[i] for i in g) for g in groups]) for n, v in held.rows])
-    tips = [held.tip(i) for i in range(len(held.names))]
-    return charts.heat_map("partition", title, desc, held.names, held.rows, tips, label=label)
+        names = [f"{shown.names[g[0]]}+" for g in groups]
+        shown = ClientRows(names, [(n, [sum(v[i] for i in g) for g in groups]) for n, v in shown.rows])
+    tips = [shown.tip(i) for i in range(len(shown.names))]
+    return charts.heat_map("partition", title, desc, shown.names, shown.rows, tips, label=label)
 
 
 def partition_words(run: Run) -> str:

@@ -21,11 +21,11 @@ def result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
         kind, word = page.verdict(improved(name, b, t))
         diff = TableCell(true_minus(change(name, b, t)) + (word and f", {word}"), kind)
         rows.append([metric(name).label, TableCell(show(name, b)), TableCell(show(name, t)), diff])
-    held = num_of(run.final, "rows") or num_of(run.done, "rows")
-    caption = f"Measured on {held:,} held-out rows" if held else "Measured on held-out rows"
+    row_count = num_of(run.final, "rows") or num_of(run.done, "rows")
+    caption = f"Measured on {row_count:,} held-out rows" if row_count else "Measured on held-out rows"
     measured = page.table(caption, ["", "base", "tuned", "change"], rows, "result") if rows else ""
     up, down = number(facts["bytes_up"]), number(facts["bytes_down"])
-    asked, taken = sum_of(run.rounds, "clients"), sum_of(run.rounds, "accepted")
+    asked, accepted = sum_of(run.rounds, "clients"), sum_of(run.rounds, "accepted")
     each = [human_bytes(_each(run, *pair)) for pair in (("bytes_up", up), ("bytes_down", down))]
     spent: list[list[str | TableCell]] = [
         ["bytes over the fleet", TableCell(human_bytes(number(facts["bytes"])))],
@@ -33,7 +33,10 @@ def result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
         ["received by a client, per round", TableCell(each[1])],
         ["wall time", TableCell(human_time(number(facts["seconds"])))],
         ["peak memory", TableCell(human_bytes(number(facts["peak_rss"])))],
-        ["replies accepted", TableCell(f"{taken:,} of {asked:,}" if taken is not None and asked else "-")],
+        [
+            "replies accepted",
+            TableCell(f"{accepted:,} of {asked:,}" if accepted is not None and asked else "-"),
+        ],
     ]
     if not rows and not run.rounds:
         return "<p>Nothing has been measured yet.</p>"
