@@ -60,7 +60,7 @@ class Lora:
             raise ModelError(f"no LoRA start named '{self.init}'", hint="choose one of " + ", ".join(INITS))
         if self.r < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
             raise ModelError(
-                f"r = {self.r}, alpha = {self.alpha}, dropout = {self.dropout} cannot be",
+                f"r = {self.r}, alpha = {self.alpha}, dropout = {self.dropout} is not possible",
                 hint="r >= 1, alpha > 0, 0 <= dropout < 1",
             )
         config = LoraConfig(

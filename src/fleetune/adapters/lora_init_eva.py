@@ -27,7 +27,7 @@ from fleetune.data.encode import Batch
 from fleetune.errors import ModelError
 from fleetune.models.model import Model
 
-WIDER: Final = 4  # rows held between batches, in ranks
+WIDER: Final = 4  # rows stored between batches, in ranks
 
 
 def directions(model: Model, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
@@ -41,15 +41,15 @@ def directions(model: Model, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
     best_rows: dict[tuple[str, ...], Tensor] = {}
     for batch in batches:
         for layers, rows in _inputs(model, part, batch).items():
-            best_rows[layers] = _best(
-                torch.cat([best_rows[layers], rows]) if layers in best_rows else rows, WIDER * rank
-            )
+            if layers in best_rows:
+                rows = torch.cat([best_rows[layers], rows])
+            best_rows[layers] = _best(rows, WIDER * rank)
     made = {}
     for layers, best in best_rows.items():
         size = best.norm(dim=1, keepdim=True)
         if len(best) < rank or size[rank - 1] <= 1e-6 * size[0]:
             raise ModelError(
-                f"the rows show fewer than {rank} directions to {layers[0]}",
+                f"the inputs of {layers[0]} have fewer than {rank} directions on these rows",
                 hint="give it more rows, or use a smaller rank",
             )
         a = (best / size)[:rank].float().cpu().numpy()
@@ -59,9 +59,8 @@ def directions(model: Model, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
 
 def _inputs(model: Model, part: LoraPart, batch: Batch) -> dict[tuple[str, ...], Tensor]:
     """Return the layers' inputs at the tokens of a batch, [tokens, in] float64; layers with the same input together."""
-    seen: dict[
-        int, tuple[Tensor, list[str]]
-    ] = {}  # by the tensor's identity; it is kept, so that none is reused
+    # by the tensor's identity; the tensor itself is stored too, so that no identity is used twice
+    seen: dict[int, tuple[Tensor, list[str]]] = {}
 
     def keep(name: str) -> Any:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:

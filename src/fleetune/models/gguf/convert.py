@@ -116,7 +116,9 @@ def _config(path: Path, reader: Any) -> Any:
         )
     scaling = _field(reader, f"{architecture}.rope.scaling.type")
     if scaling not in (None, "none") and (architecture, scaling) != ("gemma3", "linear"):
-        raise ModelError(f"{path} rescales its rotary frequencies, which cannot be taken over", hint=instead)
+        raise ModelError(
+            f"{path} rescales its rotary frequencies, which transformers cannot express", hint=instead
+        )
     try:
         config = _described(path, architecture, reader)
     except ModelError:
@@ -125,7 +127,7 @@ def _config(path: Path, reader: Any) -> Any:
         why = " ".join(str(error).split())
         raise ModelError(f"{path} has unusable metadata ({why})", hint=instead) from error
     if (width := _field(reader, f"{architecture}.attention.key_length")) is not None:
-        config.head_dim = int(width)  # not taken over for every architecture
+        config.head_dim = int(width)  # transformers does not read it for every architecture
     _take_factors(path, reader, config, instead)
     # metadata hold fp32: 1e-05 comes back as 9.999999747378752e-06
     config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
@@ -180,7 +182,9 @@ def _take_factors(path: Path, reader: Any, config: Any, instead: str) -> None:
         theta, width = float(config.rope_parameters["rope_theta"]), rope.head_dim(config)
         rescaled = rope.parameters(np.array(found[0].data), _field(reader, rope.KEY), theta, width)
     if rescaled is None:
-        raise ModelError(f"{path} rescales its rotary frequencies, which cannot be taken over", hint=instead)
+        raise ModelError(
+            f"{path} rescales its rotary frequencies, which transformers cannot express", hint=instead
+        )
     config.rope_parameters = rescaled
 
 
