@@ -358,8 +358,8 @@ def test_an_export_is_checked_without_a_network_where_none_is_wanted(
 def test_a_runtime_that_is_not_there_is_named(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacking = check.RUNTIMES["gguf"]._replace(modules=("no_such_engine",))
-    monkeypatch.setattr(check, "RUNTIMES", {"gguf": lacking})
+    lacking = check.ENGINES["llama.cpp"]._replace(modules=("no_such_engine",))
+    monkeypatch.setattr(check, "ENGINES", {"llama.cpp": lacking})
     code, told, err = call(capsys, "export", "2", "--to", "gguf", "--path", "c.gguf", "--text", "text.txt")
     assert (code, told[-1]["runtime"]) == (0, None)
     assert "not run: llama.cpp for gguf: pip install 'fleetune[llamacpp]'" in err
