@@ -35,7 +35,13 @@ class ExportResult:
 
 
 def export(
-    subject: Subject, to: str | None, path: Path | None, text: str | None, listener: Listener, *, offline: bool
+    subject: Subject,
+    to: str | None,
+    path: Path | None,
+    text: str | None,
+    listener: Listener,
+    *,
+    offline: bool,
 ) -> ExportResult:
     """Write `subject` as target `to` (default: gguf; of a run hf) to `path` (default: beside it), and read it back.
 
@@ -185,7 +191,13 @@ def _rows(source: Path, text: str | None) -> list[Row]:
 
 
 def _finish(
-    source: Path, kind: str, done: ExportDone, rows: Sequence[Row], listener: Listener, *, offline: bool = False
+    source: Path,
+    kind: str,
+    done: ExportDone,
+    rows: Sequence[Row],
+    listener: Listener,
+    *,
+    offline: bool = False,
 ) -> ExportResult:
     """Run what was written in its runtime, and its source in torch, on the same windows of a text."""
     from fleetune.deploy.measure import check as checking

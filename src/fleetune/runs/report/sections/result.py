@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from fleetune.common.display import change, human_bytes, human_time, improved, metric, show
 from fleetune.runs.report import page
 from fleetune.runs.report.page import TableCell, esc, true_minus
-from fleetune.runs.report.runlog import Number, Run, Step, measures, num_of, number, sum_of, text_of
+from fleetune.runs.report.runlog import Number, RunLog, Step, measures, num_of, number, sum_of, text_of
 
 
-def result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
+def result(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     """Return the measures before and after beside the run's cost."""
     base, tuned = measures(run)
     rows: list[list[str | TableCell]] = []
@@ -48,7 +48,7 @@ def result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     return f'<div class="pair"><div>{left}</div>{costs}</div>'
 
 
-def _each(run: Run, key: str, total: Number | None) -> float | None:
+def _each(run: RunLog, key: str, total: Number | None) -> float | None:
     """Return a client's bytes in a round: the mean over those that moved any, else the total over those asked."""
     moved = [v for e in run.clients if (v := num_of(e, key))]
     if moved:
@@ -57,7 +57,7 @@ def _each(run: Run, key: str, total: Number | None) -> float | None:
     return total / asked if total is not None and asked else None
 
 
-def _artefacts(run: Run) -> list[tuple[str, str]]:
+def _artefacts(run: RunLog) -> list[tuple[str, str]]:
     """List results in the run folder, with their sizes."""
     out = []
     for name in ("ledger.safetensors", "adapter/adapter_model.safetensors"):
