@@ -330,7 +330,11 @@ def compress(
 
 
 def start_compression(
-    request: CompressRequest, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
+    request: CompressRequest,
+    *,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
 ) -> CompressResult:
     """Carry out a request in a new folder under `out`."""
     from fleetune.compression.jobs import job
@@ -339,7 +343,11 @@ def start_compression(
 
 
 def check_request(
-    request: CompressRequest, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
+    request: CompressRequest,
+    *,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
 ) -> Job:
     """Check a request with everything loaded, and write nothing."""
     from fleetune.compression.jobs import job

@@ -120,9 +120,7 @@ def _unknown_argument(parser: argparse.ArgumentParser, command: str, argument: s
     guess = suggest(flag, by_command[command])
     if owners := [f"'{name}'" for name, flags in by_command.items() if flag in flags]:
         guess = f" It is for {' and '.join(owners)}."
-    return UsageError(
-        f"unknown argument '{flag}'.{guess}", hint=f"all of them: fleetune {command} --help"
-    )
+    return UsageError(f"unknown argument '{flag}'.{guess}", hint=f"all of them: fleetune {command} --help")
 
 
 def _set_environment(args: argparse.Namespace) -> None:

@@ -129,7 +129,9 @@ def _request(args: argparse.Namespace, out: Path) -> CompressRequest:
     from fleetune import api
 
     if not args.model:
-        raise UsageError("compress needs a model or a run", hint=f"fleetune compress latest --method {METHOD}")
+        raise UsageError(
+            "compress needs a model or a run", hint=f"fleetune compress latest --method {METHOD}"
+        )
     given = {n: v for n, v in _given(args).items() if n not in ("model", "method", "set")}
     return api.request_for(
         args.model, method=args.method or METHOD, settings=settings.pairs(args.set or []), out=out, **given

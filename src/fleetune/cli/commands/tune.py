@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from fleetune.cli.progress import RoundBar
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
-from fleetune.runs.events import ClientReply, Event, RoundDone, RoundEvaluated, TuneDone, TuneStart
+from fleetune.runs.events import ClientReply, Event, RoundDone, RoundEvaluated
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
@@ -126,7 +126,6 @@ class Screen:
 
     def __init__(self, ui: Ui, bar: RoundBar, interrupt: InterruptHandler) -> None:
         self.ui, self.bar, self.interrupt = ui, bar, interrupt
-        self.run = ""
         self.round = self.replies = 0
         self.last: RoundDone | None = None
 
@@ -138,51 +137,49 @@ class Screen:
         """A remark."""
         self.ui.note(text)
 
-    def event(self, event: Mapping[str, Any]) -> None:
-        """Show an event; JSON mode prints it as it is."""
+    def event(self, event: Event) -> None:
+        """Show an event; JSON mode prints it."""
         self.ui.event(event)
-        shown = {"client": self._client, "round": self._round, "eval": self._eval}.get(str(event["event"]))
-        if shown:
-            shown(event)
+        if isinstance(event, ClientReply):
+            self._client(event)
+        elif isinstance(event, RoundDone):
+            self.last, self.round, self.replies = event, event.round, 0
+            self.bar.update(round=event.round)
+        elif isinstance(event, RoundEvaluated):
+            self._evaluated(event)
 
     def step(self, client: int, step: int) -> None:
         """Move the bar; stop here if Ctrl-C was pressed."""
         self.bar.update(client=self.replies + 1, step=step)
         if self.stop_requested:
-            raise Interrupted(
-                f"stopped after round {self.round}; nothing that was finished is lost", hint=self.resume
-            )
+            raise Interrupted(f"stopped after round {self.round}; nothing that was finished is lost")
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
-        """Do nothing: a run counts rounds."""
+        """Note how many rounds there are, and how many clients are asked in each."""
+        if what == "rounds":
+            self.bar.rounds = total
+        elif what == "clients":
+            self.bar.update(clients=total)
 
     @property
     def stop_requested(self) -> bool:
         """Whether Ctrl-C was pressed."""
         return self.interrupt.requested
 
-    def _client(self, event: Mapping[str, Any]) -> None:
+    def _client(self, event: ClientReply) -> None:
         self.replies += 1
-        if event["status"] in ("refused", "failed"):
-            self.ui.note(
-                f"round {event['round']}: client {event['client']} {event['status']}: {event['reason']}"
-            )
+        if event.status in ("refused", "failed"):
+            self.ui.note(f"round {event.round}: client {event.client} {event.status}: {event.reason}")
 
-    def _round(self, event: Mapping[str, Any]) -> None:
-        self.last, self.round, self.replies = event, int(event["round"]), 0
-        self.bar.update(round=self.round)
-
-    def _eval(self, event: Mapping[str, Any]) -> None:
-        last = self.last if event["round"] else {}
-        asked, good = last.get("clients", 0), last.get("accepted", 0)
-        notes = [f"accuracy {show('accuracy', event['accuracy'])}"] if "accuracy" in event else []
-        notes += [f"{good} of {asked} clients"] if good < asked else []
+    def _evaluated(self, event: RoundEvaluated) -> None:
+        last = self.last if event.round else None
+        notes = [f"accuracy {show('accuracy', event.accuracy)}"] if event.accuracy is not None else []
+        if last and last.accepted < last.clients:
+            notes.append(f"{last.accepted} of {last.clients} clients")
         self.ui.round_line(
-            int(event["round"]), event["loss"],
-            sent=last["bytes_up"] / max(1, good) if last else None,
-            received=last["bytes_down"] / asked if last else None,
-            seconds=last.get("seconds"), rounds=self.bar.rounds,
+            event.round, event.loss,
+            sent=last.bytes_up / max(1, last.accepted) if last else None,
+            received=last.bytes_down / last.clients if last else None,
+            seconds=last.seconds if last else None, rounds=self.bar.rounds,
             note="  ".join(notes),
         )  # fmt: skip
-
-

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fleetune.common.display import human_bytes, human_time, metric, show
 from fleetune.common.settings import Value
@@ -229,7 +229,7 @@ class Tables(NamedTuple):
     rows: list[list[str]]
     effects_head: list[str]
     effects: list[list[str]]
-    record: dict[str, object]
+    record: dict[str, Any]
 
 
 EFFECTS = ["varied", "measure", "lowest mean", "highest mean", "difference", "noise of a mean"]

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fleetune.common.display import clean
 from fleetune.errors import UsageError
@@ -176,7 +176,7 @@ def measures(run: RunLog) -> tuple[dict[str, Number], dict[str, Number]]:
     return found[0], found[1]
 
 
-def summary(run: Path) -> dict[str, object]:
+def summary(run: Path) -> dict[str, Any]:
     """Summarise the run in a few numbers, for the console and for `fleetune runs --json`.
 
     Keys: name, path, method, model, status, rounds (done), rounds_planned, clients, base_loss, tuned_loss,
@@ -186,12 +186,12 @@ def summary(run: Path) -> dict[str, object]:
     return summarise(read(run))
 
 
-def table(runs: Iterable[Path]) -> list[dict[str, object]]:
+def table(runs: Iterable[Path]) -> list[dict[str, Any]]:
     """Return `summary` of several run folders, in their order."""
     return [summary(run) for run in runs]
 
 
-def summarise(run: RunLog) -> dict[str, object]:
+def summarise(run: RunLog) -> dict[str, Any]:
     """Return the keys of `summary`, of a run that has been read."""
     base, tuned = measures(run)
     both = [
