@@ -26,7 +26,7 @@ QUICK: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Options that change what is computed keep the contract too.
 VARIANTS = [
-    "optq:order=static", "optq:order=gar", "optq:grid=asymmetric,bits=3", "optq:grid=symmetric,search=true",
+    "optq:order=static", "optq:order=gar", "optq:grid=asymmetric,bits=3",
     "optq:grid=universal", "optq:group=0", "rtn:grid=universal,search=true", "sparsegpt:n=2", "sparsegpt:bits=4",
     "sparsegpt:sparsity=0", "gkd:lmbda=1,reward=rouge_l,alpha=0.5", "gkd:lmbda=0,seq_kd=true,beta=0",
     "llm-pruner:mode=hidden,first=4,last=2,ratio=0.5", "llm-pruner:mode=depth", "llm-pruner:recover=gkd",
@@ -124,4 +124,4 @@ def pruned(case: str, folder: Path, on_row: Callable[..., None], on_step: Callab
     """The model of a case after pruning and recovery."""
     chosen, model = pruner(case), whole()
     small = chosen.prune(model, rows(), folder, on_row)
-    return chosen.train(small, model, rows(), 7, folder, on_step)
+    return chosen.train(small, model, rows(), 7, folder / "recovery", on_step)
