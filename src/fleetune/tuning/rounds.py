@@ -17,12 +17,13 @@ from fleetune.common.memory import release_memory as release_memory
 from fleetune.common.memory import rss as rss
 from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError
+from fleetune.runs.events import ClientReply, Recorded, RoundDone, RoundEvaluated
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning import checkpoint
 from fleetune.tuning.checkpoint import Totals
 from fleetune.tuning.fleets import Answer, Fleet
-from fleetune.tuning.messages import Message, Payload, Spec, check, decode, encode
+from fleetune.tuning.messages import Message, Payload, ReplySpec, check, decode, encode
 from fleetune.tuning.methods import Method, Reply
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ PATIENCE = 3  # rounds in a row that fail as a whole before the run ends
 
 
 @dataclass(frozen=True)
-class Plan:
+class RoundPlan:
     """What the loop needs of a recipe."""
 
     rounds: int
@@ -48,11 +49,11 @@ class Hooks:
 
     begin: Callable[[], None]
     evaluate: Callable[[Any], Mapping[str, float]]
-    emit: Callable[[dict[str, Any]], None]
+    emit: Callable[[Recorded], None]
 
 
 def run(
-    method: Method, fleet: Fleet, state: Any, run: RunDir, plan: Plan, hooks: Hooks
+    method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks
 ) -> tuple[Any, Totals]:
     """Run (or resume) all rounds; the state after the last, and the totals.
 
@@ -73,7 +74,7 @@ def run(
     for r in range(first + 1, plan.rounds + 1):
         began = time.monotonic()
         kinds = _kinds(method, state)
-        answers = _Door([spec for _, spec in kinds], run, plan, r, hooks, fleet.rows)
+        answers = _ReplyCheck([spec for _, spec in kinds], run, plan, r, hooks, fleet.rows)
         chosen = sample(len(fleet.rows), plan.participation, plan.seed, r)
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in kinds]
         messages = {client: coded[client % len(coded)] for client in chosen}
@@ -83,24 +84,22 @@ def run(
         totals.bytes_up += answers.bytes_up
         totals.bytes_down += answers.bytes_down
         totals.seconds += (seconds := time.monotonic() - began)
-        event = {
-            "event": "round", "round": r, "clients": len(chosen), "accepted": answers.accepted,
-            "bytes_up": answers.bytes_up, "bytes_down": answers.bytes_down,
-            "bytes_total": totals.bytes_up + totals.bytes_down, "seconds": round(seconds, 3), "rss": rss(),
-        }  # fmt: skip
-        if (report := getattr(method, "report", None)) is not None and (told := report(state)):
-            event["report"] = told
-        hooks.emit(run.record(event))
+        report = getattr(method, "report", None)
+        hooks.emit(RoundDone(
+            round=r, clients=len(chosen), accepted=answers.accepted, bytes_up=answers.bytes_up,
+            bytes_down=answers.bytes_down, bytes_total=totals.bytes_up + totals.bytes_down,
+            seconds=round(seconds, 3), rss=rss(), report=(report(state) or None) if report else None,
+        ))  # fmt: skip
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
-            hooks.emit(run.record({"event": "eval", "round": r, **hooks.evaluate(state)}))
+            hooks.emit(RoundEvaluated(round=r, **hooks.evaluate(state)))
         run.checkpoint(r, checkpoint.encode(r, state, totals))
-        fleet.settle(r + 1 - KEEP)
+        fleet.forget_before(r + 1 - KEEP)
     return state, totals
 
 
-def _kinds(method: Method, state: Any) -> Sequence[tuple[Payload, Spec]]:
+def _kinds(method: Method, state: Any) -> Sequence[tuple[Payload, ReplySpec]]:
     """What is sent, and what is expected back: client c has the (c modulo their number)-th."""
-    kinds: Callable[[Any], Sequence[tuple[Payload, Spec]]] | None = getattr(method, "kinds", None)
+    kinds: Callable[[Any], Sequence[tuple[Payload, ReplySpec]]] | None = getattr(method, "kinds", None)
     return kinds(state) if kinds else [(method.broadcast(state), method.expects(state))]
 
 
@@ -115,14 +114,14 @@ def round_half_up(x: float) -> int:
     return int(x + 0.5)
 
 
-class _Door:
+class _ReplyCheck:
     """Lets good replies of a round through, one at a time, and records every client's outcome."""
 
     def __init__(
         self,
-        specs: Sequence[Spec],
+        specs: Sequence[ReplySpec],
         run: RunDir,
-        plan: Plan,
+        plan: RoundPlan,
         round: int,
         hooks: Hooks,
         rows: Sequence[int],
@@ -176,12 +175,10 @@ class _Door:
     def _record(self, answer: Answer, payload: Payload | None, status: str, reason: str) -> None:
         loss = payload.scalars.get("loss") if payload else None
         n = payload.scalars.get("n") if payload else None
-        event = {
-            "event": "client", "round": self.round, "client": answer.client, "n": n, "loss": loss,
-            "bytes_up": len(answer.data or b""), "bytes_down": answer.sent, "seconds": round(answer.seconds, 3),
-            "rss": rss(), "status": status, "reason": reason,
-        }  # fmt: skip
-        self.hooks.emit(self.run.record(event))
+        self.hooks.emit(ClientReply(
+            round=self.round, client=answer.client, n=n, loss=loss, bytes_up=len(answer.data or b""),
+            bytes_down=answer.sent, seconds=round(answer.seconds, 3), rss=rss(), status=status, reason=reason,
+        ))  # fmt: skip
 
 
 def _check_rows(payload: Payload, rows: int) -> None:
@@ -191,14 +188,14 @@ def _check_rows(payload: Payload, rows: int) -> None:
         raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
 
 
-def _accept(method: Method, old: Any, new: Any, door: _Door, plan: Plan, round: int) -> Any:
+def _accept(method: Method, old: Any, new: Any, checked: _ReplyCheck, plan: RoundPlan, round: int) -> Any:
     """The new state, or the old one where too few replies came."""
-    if door.accepted >= plan.quorum:
+    if checked.accepted >= plan.quorum:
         return new
     log.warning(
         "round %d: %d good replies are under the quorum of %d; the model stays",
         round,
-        door.accepted,
+        checked.accepted,
         plan.quorum,
     )
     return method.aggregate(old, iter(()))

@@ -49,7 +49,7 @@ from fleetune.data import Batches
 from fleetune.models.model import Model
 from fleetune.tuning import server_rules
 from fleetune.tuning.averaging import cut, product_mean
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _lora
 from fleetune.tuning.methods._adapter import State, Training
 from fleetune.tuning.methods._lora import STARTS
@@ -157,10 +157,10 @@ class Method:
     def broadcast(self, state: State) -> Payload:
         return _adapter.broadcast(state, self.wire)
 
-    def expects(self, state: State) -> Spec:
+    def expects(self, state: State) -> ReplySpec:
         return _adapter.expects(state, self.wire)
 
-    def kinds(self, state: State) -> list[tuple[Payload, Spec]]:
+    def kinds(self, state: State) -> list[tuple[Payload, ReplySpec]]:
         """One a rank: the strongest directions of the adapter, and as many back."""
         pairs = adapters.pairs(state.tensors)
         cuts = [state._replace(tensors=cut(state.tensors, pairs, rank)) for rank in self.each_rank()]

@@ -53,19 +53,19 @@ from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.spsa import Position, descend, uniforms
 from fleetune.seeds.view import View
 from fleetune.tuning import server_rules
-from fleetune.tuning.messages import LogCode, Payload, Spec
+from fleetune.tuning.messages import LogCode, Payload, ReplySpec
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import (
     INT32,
     UNITS,
-    announce,
-    arrive,
     check_pool,
     draw,
+    ledger_payload,
     new_ledger,
+    open_view,
+    place_at,
     pool_ids,
     rounded,
-    stand,
 )
 
 # The adaptive rules' own learning rate in units of lr: how far a direction's A_k moves a round, at most.
@@ -148,7 +148,7 @@ class Method:
 
     def broadcast(self, state: State) -> Payload:
         """The sums of every epoch so far (and the probabilities, for Pro)."""
-        payload = announce(state.ledger, self.K, self.epoch(state))
+        payload = ledger_payload(state.ledger, self.K, self.epoch(state))
         arrays = {**payload.arrays, "p": self.probabilities(state)} if self.pro else payload.arrays
         return Payload(arrays, payload.scalars)
 
@@ -167,21 +167,21 @@ class Method:
         p: np.ndarray = (np.exp(scaled) / np.exp(scaled).sum()).astype(np.float32)
         return p
 
-    def expects(self, state: State) -> Spec:
+    def expects(self, state: State) -> ReplySpec:
         """What client 0 sends; `kinds` has all of them."""
         return self.form(self.back_propagates(0))
 
-    def form(self, back_propagates: bool) -> Spec:
+    def form(self, back_propagates: bool) -> ReplySpec:
         """What a reply must look like."""
         scalars = {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)}
         codes, dtype = self.wire == "byte", "uint8" if self.wire == "byte" else "int32"
         if back_propagates:
-            return Spec({"projected": (dtype, (self.K,))}, scalars)
+            return ReplySpec({"projected": (dtype, (self.K,))}, scalars)
         if codes:
-            return Spec({"codes": (dtype, (-self.tau,))}, scalars)
-        return Spec({"sums": (dtype, (self.K,))}, {**scalars, "steps": (int, 0, self.tau)})
+            return ReplySpec({"codes": (dtype, (-self.tau,))}, scalars)
+        return ReplySpec({"sums": (dtype, (self.K,))}, {**scalars, "steps": (int, 0, self.tau)})
 
-    def kinds(self, state: State) -> list[tuple[Payload, Spec]]:
+    def kinds(self, state: State) -> list[tuple[Payload, ReplySpec]]:
         """The same message to all; what comes back depends on what a client can (client c: number c modulo all)."""
         payload = self.broadcast(state)
         return [(payload, self.form(self.back_propagates(c))) for c in range(self.share.denominator)]
@@ -199,7 +199,7 @@ class Method:
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """A device's steps, by whichever way it has; what is sent is what was stepped by."""
-        view, position = arrive(model, payload)
+        view, position = open_view(model, payload)
         epoch = len(payload.array("a")) - 1
         if self.back_propagates(batches.client):
             return self.project(model, view, position, epoch, batches, key)
@@ -321,4 +321,4 @@ class Method:
         return rounded(step["a"] * UNITS), kept
 
     def apply(self, model: Model, state: State) -> None:
-        stand(model, state.ledger)
+        place_at(model, state.ledger)

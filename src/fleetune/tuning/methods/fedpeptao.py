@@ -56,7 +56,7 @@ from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
 from fleetune.tuning import server_rules
 from fleetune.tuning.averaging import Mean
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _layers
 from fleetune.tuning.server_rules import Tensors
 
@@ -155,7 +155,7 @@ class Method:
     def broadcast(self, state: State) -> Payload:
         return Payload(state.tensors, {"seed": state.seed, "warmup": state.warmup})
 
-    def expects(self, state: State) -> Spec:
+    def expects(self, state: State) -> ReplySpec:
         arrays: dict[str, Any] = {n: ("float32", t.shape) for n, t in state.tensors.items()}
         scalars: dict[str, Any] = {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)}
         if state.warmup:
@@ -163,7 +163,7 @@ class Method:
             scalars |= {"kept": (float, 0.0, 1.0)} if self.layers_rule in CURVED else {}
         elif self.personalise:
             scalars |= {"personal": (float, -1e9, 1e9), "common": (float, -1e9, 1e9)}
-        return Spec(arrays, scalars)
+        return ReplySpec(arrays, scalars)
 
     # A device ------------------------------------------------------------------------------------------
 

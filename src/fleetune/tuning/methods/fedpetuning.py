@@ -48,7 +48,7 @@ from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.models.model import Model
 from fleetune.tuning import server_rules
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _lora
 from fleetune.tuning.methods._adapter import State, Training
 from fleetune.tuning.methods._lora import STARTS
@@ -133,7 +133,7 @@ class Method:
     def broadcast(self, state: State) -> Payload:
         return _adapter.broadcast(state, self.wire)
 
-    def expects(self, state: State) -> Spec:
+    def expects(self, state: State) -> ReplySpec:
         return _adapter.expects(state, self.wire)
 
     def local(

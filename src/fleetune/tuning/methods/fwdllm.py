@@ -55,7 +55,7 @@ from fleetune.seeds.noise import Passes, derive, passes, probe
 from fleetune.seeds.slots import WeightSlot, layout
 from fleetune.seeds.spsa import two_point
 from fleetune.seeds.view import CHUNK, View
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply
 
 KIND = "adapter"
@@ -150,8 +150,8 @@ class Method:
         arrays = state.tensors | ({"seeds": state.seeds} if len(state.seeds) else {})
         return Payload(arrays, {"seed": state.seed, "batch": state.batch, "rate": self.rate(state.round)})
 
-    def expects(self, state: State) -> Spec:
-        return Spec({"g": ("float32", (self.P,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+    def expects(self, state: State) -> ReplySpec:
+        return ReplySpec({"g": ("float32", (self.P,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
     def directions(self, seeds: np.ndarray | None, key: int) -> np.ndarray:
         """uint64[P]: a device's directions of a round, drawn with its key; the server draws them again."""

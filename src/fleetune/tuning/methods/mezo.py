@@ -30,17 +30,17 @@ from fleetune.evaluation import objectives
 from fleetune.models.model import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.spsa import descend
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import (
     INT32,
     UNITS,
-    announce,
-    arrive,
     check_pool,
+    ledger_payload,
     new_ledger,
+    open_view,
+    place_at,
     rounded,
-    stand,
 )
 
 KIND = "ledger"
@@ -101,17 +101,17 @@ class Method:
         return max(0.0, 1.0 - step / self.decay) if self.decay else 1.0
 
     def broadcast(self, state: State) -> Payload:
-        payload = announce(state.ledger, self.K, max(0, state.step - 1) // self.K)
+        payload = ledger_payload(state.ledger, self.K, max(0, state.step - 1) // self.K)
         return Payload(payload.arrays, {**payload.scalars, "step": state.step})
 
-    def expects(self, state: State) -> Spec:
-        return Spec({"c": ("int32", (self.tau,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+    def expects(self, state: State) -> ReplySpec:
+        return ReplySpec({"c": ("int32", (self.tau,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """tau steps along fresh directions; the integers that were stepped by are the reply."""
-        view, position = arrive(model, payload)
+        view, position = open_view(model, payload)
         first = payload.int("step")
         steps = descend(
             model,
@@ -140,4 +140,4 @@ class Method:
         return State(ledger, state.step + self.tau, state.round + 1)
 
     def apply(self, model: Model, state: State) -> None:
-        stand(model, state.ledger)
+        place_at(model, state.ledger)

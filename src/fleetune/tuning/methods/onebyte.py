@@ -45,17 +45,17 @@ from fleetune.models.model import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import derive, probe
 from fleetune.seeds.spsa import slope, uniforms
-from fleetune.tuning.messages import LogCode, Payload, Spec
+from fleetune.tuning.messages import LogCode, Payload, ReplySpec
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import (
     UNITS,
-    announce,
-    arrive,
     check_pool,
+    ledger_payload,
     new_ledger,
+    open_view,
+    place_at,
     pool_ids,
     rounded,
-    stand,
 )
 
 KIND = "ledger"
@@ -122,18 +122,18 @@ class Method:
         return keyed_order(key, 0, self.K)[: self.directions]
 
     def broadcast(self, state: State) -> Payload:
-        payload = announce(state.ledger, self.K, self.epoch(state.round))
+        payload = ledger_payload(state.ledger, self.K, self.epoch(state.round))
         return Payload(payload.arrays, {**payload.scalars, "round": state.round})
 
-    def expects(self, state: State) -> Spec:
+    def expects(self, state: State) -> ReplySpec:
         size = self.directions if self.wire == "byte" else -(-self.directions // 8)
-        return Spec({"codes": ("uint8", (size,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+        return ReplySpec({"codes": ("uint8", (size,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """n slopes at one point; then this machine steps by what it sends, as if it were alone."""
-        view, position = arrive(model, payload)
+        view, position = open_view(model, payload)
         position.place(view)
         round = payload.int("round")
         ids = pool_ids(self.epoch(round), self.draw(round, payload.int("run_key"), key)).tolist()
@@ -179,4 +179,4 @@ class Method:
         return State(state.ledger.append(ids, c, state.round + 1), state.round + 1)
 
     def apply(self, model: Model, state: State) -> None:
-        stand(model, state.ledger)
+        place_at(model, state.ledger)

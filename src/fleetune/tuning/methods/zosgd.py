@@ -28,9 +28,9 @@ from typing import Any
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.models.model import Model
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, mezo
-from fleetune.tuning.methods._zeroth import arrive
+from fleetune.tuning.methods._zeroth import open_view
 
 KIND = "ledger"
 PAPER = "Ghadimi and Lan, SIAM J. Optim. 2013, arXiv 1309.5549"
@@ -66,14 +66,14 @@ class Method:
     def broadcast(self, state: mezo.State) -> Payload:
         return self.step().broadcast(state)
 
-    def expects(self, state: mezo.State) -> Spec:
+    def expects(self, state: mezo.State) -> ReplySpec:
         return self.step().expects(state)
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """MeZO's round with every direction stored."""
-        view, _ = arrive(model, payload)
+        view, _ = open_view(model, payload)
         with view.storing():
             return self.step().local(model, payload, batches, key, memory)
 
