@@ -83,7 +83,9 @@ def _chunked(
     pieces = [(rows[a : a + size], other[a : a + size]) for a in range(0, max(1, len(rows)), size)]
     if not torch.is_grad_enabled():
         return torch.cat([function(*piece) for piece in pieces])
-    return torch.cat([
-        cast(Tensor, checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False))
-        for piece in pieces
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            cast(Tensor, checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False))
+            for piece in pieces
+        ]
+    )
