@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fleetune.models.loading import (  # fmt: skip
+    from fleetune.models.loading import (
         DEVICES,
         DTYPES,
         builtin,

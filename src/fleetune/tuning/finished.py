@@ -10,14 +10,15 @@ from pathlib import Path
 from fleetune import adapters, models
 from fleetune.data import Example
 from fleetune.errors import LedgerError, ModelError, UsageError
+from fleetune.models import dtypes
 from fleetune.models.model import Model
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import View, kernels
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import entry
-from fleetune.tuning.methods._zeroth import look
-from fleetune.tuning.methods._zeroth import stand as stand
+from fleetune.tuning.methods._zeroth import place_at as place_at
+from fleetune.tuning.methods._zeroth import view_of
 from fleetune.tuning.prepare import split
 from fleetune.tuning.recipe import Recipe
 
@@ -52,7 +53,7 @@ def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "
     """The base model `name`, loaded as the ledger needs it; LedgerError when it is not the ledger's base."""
     if not ledger.head.tensors:
         raise LedgerError("the ledger names no tensors, so it is no model's")
-    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(ledger.head.tensors[0][2])
+    dtype = dtypes.from_full(ledger.head.tensors[0][2])
     if dtype is None:
         raise LedgerError(
             f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
@@ -68,7 +69,7 @@ def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "
 
 def rebuild(model: Model, ledger: Ledger, *, threads: int | None = None, backend: str = "auto") -> str:
     """Put `model` at the ledger's point and give the SHA-256 of the rebuilt weights (the base stays as it was)."""
-    view = look(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
+    view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
     view.threads, view.kernels = threads, kernels(view.device, backend)
     view.place(ledger.passes(), fold=False)
     return models.digest(view.tensors())
@@ -97,7 +98,7 @@ def load(run: str | Path, *, offline: bool = False, device: str | None = None) -
 def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
     ledger = ledgers.load(path)
     model = base_of(ledger, recipe.model, offline=offline, device=device)
-    stand(model, ledger)
+    place_at(model, ledger)
     return model
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def arguments(sub: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     sub.add_argument("model", metavar="RUN|MODEL", nargs="?")
-    sub.add_argument("--method", help="optq, sparsegpt, rtn, gkd or llm-pruner (default optq)")
+    sub.add_argument("--method", help=f"{', '.join(methods.entries())} (default optq)")
     sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the method; repeat")
     sub.add_argument(
         "--list", nargs="?", const="all", metavar="METHOD", help="the methods with their settings"

@@ -45,6 +45,7 @@ from fleetune.deploy.formats import Report, ggml_blocks, gguf_vocabulary
 from fleetune.deploy.formats.gguf_header import add_metadata, architecture, check_config, tensor_names
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
+from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families import gemma, rope, widths
 from fleetune.models.tensor_file import damaged
 
@@ -63,7 +64,7 @@ PROVENANCE: Final = True
 RUNTIME: Final = "llama.cpp"
 ORDER: Final = 10
 FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
-    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    {dtype.tag: getattr(torch, dtype.full) for dtype in WEIGHTS.values()}
 )
 ENDS: Final = ("token_embd.weight", "output.weight")
 
