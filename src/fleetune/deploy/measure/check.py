@@ -111,7 +111,7 @@ def compare(
     kind = "run" if (source / "run.toml").is_file() else "artefact"
 
     def perplexity(kind: str, path: Path) -> float:
-        job = harness.Job(kind, str(path), threads=1, offline=offline, repeats=0, windows=rows)
+        job = harness.MeasureJob(kind, str(path), threads=1, offline=offline, repeats=0, windows=rows)
         return harness.measured(job).values["perplexity"]
 
     tokens = sum(len(row) - 1 for row, _ in rows)
