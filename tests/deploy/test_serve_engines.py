@@ -167,7 +167,7 @@ def test_of_what_an_engine_says_the_end_is_kept_and_it_never_waits_for_us(path, 
         assert os.readlink(f"/proc/{start['pid']}/fd/1").startswith("pipe:"), "no file that grows"
         assert not _soon(lambda: engine.tail().splitlines()[-1:] != ["line 199999"])
         assert engine.tail().splitlines() == [f"line {i}" for i in range(199995, 200000)]
-        assert len(engine._words.last) == engines.TAIL_BYTES
+        assert len(engine._output.last) == engines.TAIL_BYTES
         engine.process.kill()
         engine.process.wait()
         assert not engine.alive()
