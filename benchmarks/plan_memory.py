@@ -79,7 +79,7 @@ def _kernels(name: str) -> int:
     from fleetune.planning.device_cost import KERNELS as known
     from fleetune.seeds import kernel_choice
 
-    here = known[kernel_choice.wanted()]
+    here = known[kernel_choice.chosen_kernels()]
     return {KERNELS: here, TORCH: known["torch"] - here}.get(name, 0)
 
 

@@ -39,8 +39,8 @@ from fleetune.cli.commands import compress
 from fleetune.data import Encoded, Example, collate, keyed_order, prompt_ids
 from fleetune.data.encode import MASKED
 from fleetune.deploy import export
-from fleetune.evaluation.answers import answer_ids, must_write
-from fleetune.evaluation.losses import context, frozen, pad_id, predictors
+from fleetune.evaluation.answers import answer_ids, require_text_model
+from fleetune.evaluation.losses import context_length, eval_mode, pad_id, predictors
 from fleetune.models import Model
 
 T = TypeVar("T")
@@ -136,7 +136,7 @@ def load(name: str) -> Model:
     """A model, or what a finished `fleetune compress` made."""
     folder = compress.find(name, Path("runs"))
     model = export.load(compress.artefact(folder) if folder else Path(name))
-    must_write(model, "a zero-shot task")
+    require_text_model(model, "a zero-shot task")
     return model
 
 
@@ -178,7 +178,7 @@ def greedy(model: Model, words: Sequence[Piece]) -> Iterator[bool]:
 
 def outcomes(model: Model, items: Items) -> list[np.ndarray]:
     """Of each task whether the items were right: 0 or 100."""
-    with frozen(model.net):
+    with eval_mode(model.net):
         chosen = []
         for opening, texts in items.continuations:
             pairs = [tokens(model, opening, text) for text in texts]
@@ -186,7 +186,7 @@ def outcomes(model: Model, items: Items) -> list[np.ndarray]:
         words = [*greedy(model, items.words)]
         taken = []
         for row, texts in items.answers:
-            prompt = prompt_ids(row, model.tokenizer, context(model))
+            prompt = prompt_ids(row, model.tokenizer, context_length(model))
             taken.append(likeliest(model, prompt, [answer_ids(model, text) for text in texts]))
     return [100.0 * right for right in (np.equal(chosen, 0), np.array(words), np.equal(taken, 0))]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetune.cli import main
+from fleetune.cli.main import main
 from fleetune.tuning import methods
 
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ from fleetune.runs import rundir
 EVERYTHING = """
 import importlib, pkgutil, sys
 import fleetune
-from fleetune.cli import main
+from fleetune.cli.main import main
 for found in pkgutil.walk_packages(fleetune.__path__, "fleetune."):
     importlib.import_module(found.name)
     print(found.name)

@@ -60,7 +60,7 @@ def test_attention_with_a_prefix_is_the_formula(
     module = torch.nn.Module()
     module.is_causal, module.num_key_value_groups = masked == "causal", heads[0] // heads[1]  # type: ignore[assignment]
     pk, pv = (torch.from_numpy(x) for x in flat)
-    setattr(module, prefix.HOME, prefix.Own(pk, pv, heads[1], 0.0))
+    setattr(module, prefix.ATTRIBUTE, prefix.LayerPrefix(pk, pv, heads[1], 0.0))
     function = {"sdpa": prefix._sdpa, "eager": prefix._eager}[kind]
     made, _ = function(module.eval(), *(torch.from_numpy(x) for x in (q, k, v)), mask, scaling=d**-0.5)
     split = [x.reshape(tokens, heads[1], d).swapaxes(0, 1) for x in flat]

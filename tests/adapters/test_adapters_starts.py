@@ -25,8 +25,8 @@ LEAVES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_
 IDS = torch.arange(24).reshape(2, 12) * 7 % 250
 MASK = (torch.arange(12) < torch.tensor([[12], [5]])).long()
 R, ALPHA = 4, 12
-drawn = pytest.mark.parametrize("init", lora_init.DRAWN)
-taken = pytest.mark.parametrize("init", lora_init.TAKEN)
+drawn = pytest.mark.parametrize("init", lora_init.FROM_SEED)
+taken = pytest.mark.parametrize("init", lora_init.FROM_WEIGHTS)
 
 
 def on(init: str, seed: int = 1, *, net: Callable[[], Model] = models.tiny_llama, **options: Any) -> Model:
@@ -71,7 +71,7 @@ GOLDEN = {
 }  # equal on every machine
 
 
-@pytest.mark.parametrize("init", lora_init.EVERYWHERE)
+@pytest.mark.parametrize("init", sorted(GOLDEN))
 def test_starts_that_no_math_library_makes_have_these_bits(init: str) -> None:
     assert adapters.digest(adapters.export(on(init))) == GOLDEN[init]
 
@@ -95,7 +95,7 @@ def test_a_drawn_start_is_a_function_of_seed_and_layer(init: str) -> None:
 def test_a_drawn_start_changes_nothing(init: str) -> None:
     base, model = models.tiny_llama(), on(init)
     torch.testing.assert_close(logits(model.net), logits(base.net), rtol=0, atol=1e-5)
-    assert adapters.taken(model) == {}
+    assert adapters.subtracted_factors(model) == {}
     for b, a in factors(adapters.export(model)).values():
         assert np.abs(b @ a).max() < 1e-6
         assert b.any() == (init == "orthogonal")
@@ -151,13 +151,13 @@ def reference(init: str, w: np.ndarray, r: int) -> np.ndarray:
 def test_what_is_taken_out_is_the_formula(init: str) -> None:
     model = on(init)
     stored = weights(models.tiny_llama())
-    for layer, (b, a) in factors(adapters.taken(model)).items():
+    for layer, (b, a) in factors(adapters.subtracted_factors(model)).items():
         w = stored[f"{layer}.weight"]
         # float32's eps, times the condition of the r-th direction: |w| over the gap to the next one
         np.testing.assert_allclose(ALPHA / R * b @ a, reference(init, w, R), atol=5e-5)
         if init == "pissa":  # equation 2: both sides hold the root of the singular values
             np.testing.assert_allclose(b.T @ b, a @ a.T, atol=1e-5)
-    assert adapters.digest(adapters.taken(model)) == adapters.digest(adapters.export(model))
+    assert adapters.digest(adapters.subtracted_factors(model)) == adapters.digest(adapters.export(model))
 
 
 @PEFT_WARNS
@@ -213,7 +213,11 @@ def tiny_gpt2() -> Model:
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
 def test_merged_weights_are_the_formula(init: str, net: Callable[[], Model]) -> None:
     model, stored = on(init, net=net), weights(net())
-    start = factors(adapters.export(model)) if init == "orthogonal" else factors(adapters.taken(model))
+    start = (
+        factors(adapters.export(model))
+        if init == "orthogonal"
+        else factors(adapters.subtracted_factors(model))
+    )
     move(model)
     before, now = logits(model.net), factors(adapters.export(model))
     adapters.merge(model)
@@ -256,23 +260,23 @@ def test_the_saved_adapter_is_a_plain_lora_on_the_plain_base(init: str, tmp_path
 @taken
 def test_a_device_that_is_told_the_start_has_the_servers_model(init: str) -> None:
     server = on(init)
-    start = adapters.taken(server)
+    start = adapters.subtracted_factors(server)
     move(server)
     device = on("default", 9)
-    adapters.take_out(device, start)
+    adapters.subtract_factors(device, start)
     adapters.load_(device, adapters.export(server))
     assert torch.equal(logits(device.net), logits(server.net))
     for array in start.values():
         array += 1  # it has kept a copy
     assert torch.equal(logits(device.net), logits(server.net))
-    adapters.take_out(device, {})
+    adapters.subtract_factors(device, {})
     adapters.load_(device, {n: a * 0 for n, a in adapters.export(device).items()})
     assert torch.equal(logits(device.net), logits(models.tiny_llama().net))
 
 
 def test_a_start_of_another_adapter_is_refused() -> None:
     model = on("pissa")
-    start, before = adapters.taken(model), logits(model.net)
+    start, before = adapters.subtracted_factors(model), logits(model.net)
     name = next(iter(start))
     for bad in (
         {n: a for n, a in start.items() if n != name},
@@ -281,14 +285,14 @@ def test_a_start_of_another_adapter_is_refused() -> None:
         start | {name: start[name].astype(np.float64)},
     ):
         with pytest.raises(MessageError, match="differ in 1"):
-            adapters.take_out(model, bad)
+            adapters.subtract_factors(model, bad)
         assert torch.equal(logits(model.net), before)
     full = models.tiny_llama()
     adapters.attach(full, adapters.Bitfit(), seed=1)
-    assert adapters.taken(full) == {}
-    adapters.take_out(full, {})
+    assert adapters.subtracted_factors(full) == {}
+    adapters.subtract_factors(full, {})
     with pytest.raises(MessageError, match="differ in"):
-        adapters.take_out(full, start)
+        adapters.subtract_factors(full, start)
 
 
 def test_a_rank_that_no_start_can_have_leaves_the_model_alone() -> None:

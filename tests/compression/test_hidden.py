@@ -28,7 +28,7 @@ from fleetune.data import Encoded
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError
 from fleetune.evaluation.losses import response_loss
 from fleetune.models import Model, digest, named_tensors
-from fleetune.models.families.widths import listed
+from fleetune.models.families.widths import block_widths
 
 FAMILIES = ["llama", "biased llama", "qwen2", "qwen3"]
 READS = ("embed_tokens", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
@@ -153,7 +153,8 @@ def test_a_narrow_net_is_the_whole_one_without_what_those_channels_carry(
     whole, narrow = copy.deepcopy(model.net).double(), copy.deepcopy(model.net).double()
     silence(whole, set(range(36)) - kept, reads=False)
     hidden_width.narrow(narrow, sorted(kept))
-    torch.testing.assert_close(logits(narrow), logits(whole), rtol=1e-4, atol=1e-5)
+    # transformers computes a norm in fp32 whatever the net is in: of two channels left, its rounding is 2e-5 of a logit
+    torch.testing.assert_close(logits(narrow), logits(whole), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["magnitude", "first", "second", "mixed"])
@@ -231,9 +232,9 @@ def test_the_width_of_a_head_is_said_where_it_was_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_blocks_of_different_widths_are_narrowed_and_the_other_way_round(family: str, tmp_path: Path) -> None:
     first = pruner().prune(tiny(family), rows(0, 3), tmp_path / "a")
-    widths = listed(first.net.config)
+    widths = block_widths(first.net.config)
     both = narrower().prune(first, rows(0, 3), tmp_path / "b")
-    assert listed(both.net.config) == widths
+    assert block_widths(both.net.config) == widths
     models.save(both.net, both.tokenizer, tmp_path / "saved")
     again = models.load(str(tmp_path / "saved"), device="cpu")
     assert again.net.config.hidden_size == 27
@@ -242,7 +243,7 @@ def test_blocks_of_different_widths_are_narrowed_and_the_other_way_round(family:
     assert twice.net.config.hidden_size == (18 if family == "llama" else 19)
     narrow = narrower().prune(tiny(family), rows(0, 3), tmp_path / "d")
     other = pruner(first=0, last=0).prune(narrow, rows(0, 3), tmp_path / "e")
-    assert [tuple(w) for w in listed(other.net.config)] == [(6, 2, 28)] * 4
+    assert [tuple(w) for w in block_widths(other.net.config)] == [(6, 2, 28)] * 4
     models.save(other.net, other.tokenizer, tmp_path / "other")
     assert torch.equal(logits(models.load(str(tmp_path / "other"), device="cpu").net), logits(other.net))
 

@@ -132,7 +132,7 @@ def test_a_kill_while_the_model_is_written_leaves_nothing(
     model: str, at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folders, "_settle", die)
+        patch.setattr(folders, "_flush_tree", die)
         patch.setattr(
             folders.shutil, "rmtree", lambda *args, **kwargs: None
         )  # a killed process cleans nothing up

@@ -23,7 +23,7 @@ from fleetune.compression.pruning.importance import AGGREGATES, Shares, choose, 
 from fleetune.data import Encoded
 from fleetune.errors import DataError, FleetuneError, Interrupted, StorageError, UsageError
 from fleetune.models import Model, digest, named_tensors
-from fleetune.models.families.widths import Kept, cut, listed
+from fleetune.models.families.widths import KeptUnits, block_widths, cut
 
 # --- importance -----------------------------------------------------------------------------------------------
 
@@ -157,7 +157,12 @@ def test_spared_blocks_and_widths(tmp_path: Path) -> None:
     model = tiny()
     before = copy.deepcopy(model.net)
     pruned = pruner().prune(model, rows(0, 4), tmp_path / "a")
-    assert [tuple(w) for w in listed(pruned.net.config)] == [(9, 3, 40), (6, 2, 28), (6, 2, 28), (9, 3, 40)]
+    assert [tuple(w) for w in block_widths(pruned.net.config)] == [
+        (9, 3, 40),
+        (6, 2, 28),
+        (6, 2, 28),
+        (9, 3, 40),
+    ]
     for i in (0, 3):
         for (name, p), (_, q) in zip(
             pruned.net.model.layers[i].named_parameters(),
@@ -167,7 +172,7 @@ def test_spared_blocks_and_widths(tmp_path: Path) -> None:
             assert torch.equal(p, q), name
     assert pruned.digest == digest(named_tensors(pruned.net)) != digest(named_tensors(before))
     whole = pruner(scope="global").prune(tiny(), rows(0, 4), tmp_path / "b")
-    widths = listed(whole.net.config)[1:3]
+    widths = block_widths(whole.net.config)[1:3]
     assert sum(w.num_key_value_heads for w in widths) == 4
     assert all(w.intermediate_size % 4 == 0 for w in widths)
 
@@ -199,7 +204,7 @@ def test_a_cut_net_is_the_whole_one_without_what_those_groups_add(data: st.DataO
     for block in whole.model.layers:
         heads = sorted(data.draw(st.sets(st.integers(0, 2), min_size=1)))
         channels = sorted(data.draw(st.sets(st.integers(0, 39), min_size=1, max_size=39)))
-        kept.append(Kept(heads, channels))
+        kept.append(KeptUnits(heads, channels))
         for g in {0, 1, 2} - set(heads):
             block.self_attn.o_proj.weight[:, g * 12 : (g + 1) * 12] = 0
         for c in set(range(40)) - set(channels):
@@ -302,9 +307,14 @@ def test_a_pruned_model_is_pruned_again_and_made_shallow(tmp_path: Path) -> None
 
     odd = pruner().prune(tiny(), rows(0, 3), tmp_path / "a")
     again = pruner(first=1, last=2, ratio=0.5).prune(odd, rows(0, 3), tmp_path / "b")
-    assert [tuple(w) for w in listed(again.net.config)] == [(9, 3, 40), (3, 1, 16), (6, 2, 28), (9, 3, 40)]
+    assert [tuple(w) for w in block_widths(again.net.config)] == [
+        (9, 3, 40),
+        (3, 1, 16),
+        (6, 2, 28),
+        (9, 3, 40),
+    ]
     cut_down = depth.shallow(again.net, 3)
-    assert [tuple(w) for w in listed(cut_down.config)] == [(9, 3, 40), (6, 2, 28), (9, 3, 40)]
+    assert [tuple(w) for w in block_widths(cut_down.config)] == [(9, 3, 40), (6, 2, 28), (9, 3, 40)]
     models.save(cut_down, odd.tokenizer, tmp_path / "shallow")
     assert torch.equal(logits(models.load(str(tmp_path / "shallow"), device="cpu").net), logits(cut_down))
 

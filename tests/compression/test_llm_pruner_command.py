@@ -28,7 +28,7 @@ ROWS = ["--data", "rows.jsonl"]
 
 KILL = """
 import os, signal, sys
-from fleetune.cli import main
+from fleetune.cli.main import main
 from fleetune.compression.pruning import recovery
 told = recovery.Course._update
 def update(self, model, batch, optimizer, parameters, t):
@@ -78,8 +78,8 @@ def test_a_model_is_pruned_trained_quantised_and_exported(
     assert "not run: transformers does not load blocks of different widths" in err
     assert "--to gguf" in err
     plain = models.load(exported[-1]["path"], device="cpu")
-    assert [tuple(w) for w in widths.listed(plain.net.config)] == [
-        tuple(w) for w in widths.listed(model.net.config)
+    assert [tuple(w) for w in widths.block_widths(plain.net.config)] == [
+        tuple(w) for w in widths.block_widths(model.net.config)
     ]
     code, seen, err = call(capsys, "eval", "2", "--text", "text.txt", "--tasks", "perplexity")
     assert code == 0, err

@@ -26,7 +26,7 @@ from fleetune.compression.layerwise.activations import Stream
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import Clients
 from fleetune.errors import ModelError
-from fleetune.models.paged import Pages, held, pages_of, tensors_of
+from fleetune.models.paged import Pages, in_memory, pages_of, tensors_of
 from fleetune.models.tensor_file import write_in_turn
 from fleetune.planning import compression_cost, plan
 from fleetune.planning.shapes import shape_of
@@ -74,7 +74,7 @@ def test_a_model_in_its_files_is_the_one_in_memory(dtype: torch.dtype, tied: boo
 def test_a_part_is_held_for_as_long_as_it_is_asked_for(tmp_path: Path) -> None:
     model = models.load(saved(tmp_path / "m", torch.bfloat16), device="cpu", paged=True)
     block = linears_of(model)[1][0]
-    with torch.inference_mode(), held(model, block):
+    with torch.inference_mode(), in_memory(model, block):
         model.net(input_ids=torch.zeros(1, 4, dtype=torch.int64))
         assert room(block) == sum(4 * p.numel() for p in block.parameters()) == room(model.net)
     assert room(model.net) == 0
@@ -164,7 +164,10 @@ def most_alive(folder: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> tu
         from fleetune.models import artefact
 
         artefact.write(
-            folder / "model", model, parts, artefact.Head("optq", {}, model.digest, model.tokenizer_digest)
+            folder / "model",
+            model,
+            parts,
+            artefact.ArtefactHead("optq", {}, model.digest, model.tokenizer_digest),
         )
     return seen[0], sum(4 * p.numel() for p in model.net.parameters())
 
@@ -189,7 +192,7 @@ def test_the_peak_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
         parts = driver.run(model, solver, None, tmp_path / f"p{len(peaks)}")
         from fleetune.models import artefact
 
-        artefact.write(tmp_path / f"a{len(peaks)}", model, parts, artefact.Head("rtn", {}, "", ""))
+        artefact.write(tmp_path / f"a{len(peaks)}", model, parts, artefact.ArtefactHead("rtn", {}, "", ""))
         peaks.append(rounds.peak_rss() - before)
         del model, parts
     block = 2.4e6
@@ -267,7 +270,7 @@ def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:
         parts = driver.run(model, solver, None, tmp_path / "parts")
         from fleetune.models import artefact
 
-        artefact.write(tmp_path / "model", model, parts, artefact.Head("rtn", {}, "", ""))
+        artefact.write(tmp_path / "model", model, parts, artefact.ArtefactHead("rtn", {}, "", ""))
         real = sum(
             f.stat().st_size
             for d in ("parts", "model")

@@ -338,9 +338,9 @@ def test_steps_take_every_row_once_a_pass_in_the_keyed_order(n, size, count, key
 @given(n=st.integers(1, 10), size=st.integers(1, 15), number=st.integers(0, 8), key=st.integers(0, 2**64 - 1))
 def test_a_held_batch_is_the_same_in_every_round(n, size, number, key):
     batches = Batches(ROWS[:n], 0, key)
-    one, *again = firsts(batches.held(number, size, 3))
-    assert again == [one, one] == firsts(Batches(ROWS[:n], 0, key + 1).held(number, size, 2))
-    walk = [firsts(batches.held(b, size, 1))[0] for b in range(number + 1)]
+    one, *again = firsts(batches.repeat_batch(number, size, 3))
+    assert again == [one, one] == firsts(Batches(ROWS[:n], 0, key + 1).repeat_batch(number, size, 2))
+    walk = [firsts(batches.repeat_batch(b, size, 1))[0] for b in range(number + 1)]
     assert [i for batch in walk for i in batch] == [
         i for batch in firsts(Batches(ROWS[:n], 0, 0).steps(number + 1, size)) for i in batch
     ]

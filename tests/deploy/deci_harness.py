@@ -15,7 +15,7 @@ from deploy_harness import tiny
 
 from fleetune.models import Model
 from fleetune.models.families import widths
-from fleetune.models.families.widths import Kept, Width
+from fleetune.models.families.widths import KeptUnits, Width
 
 IDS: Final = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
@@ -44,7 +44,7 @@ def narrowed(found: list[tuple[int, int]], ratio: int = 2, whole: int = 2, **siz
 
     widths.cut(
         model.net,
-        [Kept(some(whole, heads), some(model.net.config.intermediate_size, c)) for heads, c in found],
+        [KeptUnits(some(whole, heads), some(model.net.config.intermediate_size, c)) for heads, c in found],
     )
     return model
 

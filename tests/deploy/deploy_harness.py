@@ -21,7 +21,7 @@ from transformers import (
 
 from fleetune import models
 from fleetune.models import Model, artefact
-from fleetune.models.artefact import Head, Quantised
+from fleetune.models.artefact import ArtefactHead, Quantised
 
 LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -152,7 +152,7 @@ def compressed(
     for name, tensor in models.named_tensors(model.net):
         if name.split(".")[-2] in LAYER and tensor.dim() == 2:
             quantised[name] = on_grid(tensor, bits, group, **grid)
-    artefact.write(folder, model, quantised, Head("rtn", {}, model.digest, model.tokenizer_digest))
+    artefact.write(folder, model, quantised, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
     for name, tensor in models.named_tensors(model.net):
         if name in quantised:
             tensor.copy_(quantised[name].dense())

@@ -21,7 +21,7 @@ from fleetune.deploy.export import export
 from fleetune.deploy.formats import compressed_tensors, directory, gptq
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model, artefact, tensor_file
-from fleetune.models.artefact import Head, Quantised
+from fleetune.models.artefact import ArtefactHead, Quantised
 
 
 def matrix(codes: list[list[int]], scale: list[list[float]], zero: list[list[int]], bits: int) -> Quantised:
@@ -36,7 +36,7 @@ def unsigned(words: torch.Tensor) -> list[list[int]]:
 
 
 def write(model: Model, folder: Path, grids: dict[str, Quantised]) -> Path:
-    artefact.write(folder, model, grids, Head("rtn", {}, model.digest, model.tokenizer_digest))
+    artefact.write(folder, model, grids, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
     return folder
 
 

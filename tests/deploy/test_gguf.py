@@ -23,7 +23,7 @@ from fleetune.deploy.export import export
 from fleetune.deploy.formats import gguf
 from fleetune.errors import FleetuneError, ModelError, UsageError
 from fleetune.models import Model, artefact
-from fleetune.models.artefact import Head
+from fleetune.models.artefact import ArtefactHead
 from fleetune.models.families import rope
 
 IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
@@ -47,7 +47,7 @@ def fields(path: Path) -> dict[str, Any]:
 def write(model: Model, folder: Path, **quantised: artefact.Quantised) -> Path:
     """An artefact in which the named layers ("0.self_attn.q_proj") are on grids."""
     parts = {f"model.layers.{name}.weight": q for name, q in quantised.items()}
-    artefact.write(folder, model, parts, Head("rtn", {}, model.digest, model.tokenizer_digest))
+    artefact.write(folder, model, parts, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
     return folder
 
 
@@ -335,8 +335,8 @@ def test_every_damaged_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
 
 def test_a_wrong_packer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compressed(tiny(), tmp_path / "m")
-    wrong = {**gguf.blocks.PACKERS}
-    wrong["Q4_0"] = lambda q: gguf.blocks.pack_q4_0(changed(q, codes=q.codes.flip(1)))
+    wrong = {**gguf.ggml_blocks.PACKERS}
+    wrong["Q4_0"] = lambda q: gguf.ggml_blocks.pack_q4_0(changed(q, codes=q.codes.flip(1)))
     monkeypatch.setattr(gguf.blocks, "PACKERS", wrong)
     with pytest.raises(
         FleetuneError, match=r"does not hold the values of model.layers.0.self_attn.q_proj.weight"

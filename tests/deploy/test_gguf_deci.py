@@ -81,8 +81,10 @@ def test_a_pruned_llama_comes_back_from_its_file(model: Model, to: str) -> None:
             tensor.copy_(as_stored(name, tensor, to))
         own = model.net.config
         for read in (config, back.net.config):
-            assert widths.listed(read) == widths.listed(own)
-            assert widths.differ(read) == (len(set(widths.listed(own))) > 1 or widths.differ(own))
+            assert widths.block_widths(read) == widths.block_widths(own)
+            assert widths.has_block_widths(read) == (
+                len(set(widths.block_widths(own))) > 1 or widths.has_block_widths(own)
+            )
             for name in ("head_dim", "hidden_size", "vocab_size", "rms_norm_eps", "max_position_embeddings",
                          "tie_word_embeddings", "attention_bias", "mlp_bias", "model_type", "bos_token_id",
                          "eos_token_id", "pad_token_id", "hidden_act"):  # fmt: skip
@@ -199,14 +201,14 @@ def test_what_is_compressed_from_the_file_is_that_of_the_directory(
     assert tensors(Path("a.gguf")) == tensors(Path("b.gguf"))
     assert {kind for kind, _ in tensors(Path("a.gguf")).values()} == {"Q4_0", "Q8_0", "F32"}
     back = models.load("a.gguf", device="cpu")
-    assert widths.listed(back.net.config)[1] == Width(2, 1, 96)
+    assert widths.block_widths(back.net.config)[1] == Width(2, 1, 96)
 
 
 def test_the_file_teaches_learns_and_is_tuned(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [f"--set={x}" for x in ("teacher=m.gguf", "steps=1", "batch_size=1", "max_new_tokens=2")]
     few = ["--data", "rows.jsonl", "--length", "64"]
     assert main(["compress", "m.gguf", "--method", "gkd", *given, *few]) == 0
-    assert widths.listed(models.load("runs/0001-gkd-m.gguf/model").net.config)[1] == Width(2, 1, 96)
+    assert widths.block_widths(models.load("runs/0001-gkd-m.gguf/model").net.config)[1] == Width(2, 1, 96)
     quick = ["--limit=8", "--held-out=2", "--max-length=64", "--samples=0", "--rounds=1", "--clients=2"]
     tune = ["tune", "m.gguf", "rows.jsonl", "--method=fedkseed", "--set=tau=2", "--set=K=4", *quick]
     assert main(tune) == 0, capsys.readouterr().err

@@ -33,7 +33,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_of_others_is_read_by_its_lists(tmp_path: Path) -> None:
     model = pruned()
     back = models.load(str(foreign(tmp_path / "m.gguf", model, FOUND)), device="cpu")
-    assert widths.listed(back.net.config) == FOUND
+    assert widths.block_widths(back.net.config) == FOUND
     assert torch.equal(logits(back.net), logits(model.net))
     assert back.tokenizer("hello 12").input_ids == model.tokenizer("hello 12").input_ids
     written = json.loads((back.path / "config.json").read_bytes())
@@ -52,7 +52,7 @@ def test_blocks_that_are_alike_are_a_plain_llama(tmp_path: Path, listing: Any) -
     written = json.loads((back.path / "config.json").read_bytes())
     assert written["model_type"] == "llama"
     assert KEY not in written
-    assert not widths.differ(models.load_config(str(tmp_path / "m.gguf")))
+    assert not widths.has_block_widths(models.load_config(str(tmp_path / "m.gguf")))
     theirs = AutoModelForCausalLM.from_pretrained(back.path, local_files_only=True)
     for net in (back.net, theirs):
         assert torch.equal(logits(net), logits(model.net))
@@ -88,7 +88,7 @@ def test_a_head_may_be_wider_than_its_share(tmp_path: Path, count: int) -> None:
     found = [Width(3, 3, 64)] * count
     said = {f"attention.{key}_length": 32 for key in ("key", "value")} | {"rope.dimension_count": 32}
     back = models.load(str(foreign(tmp_path / "m.gguf", model, found, said)), device="cpu")
-    assert widths.listed(back.net.config) == found
+    assert widths.block_widths(back.net.config) == found
     assert torch.equal(logits(back.net), logits(model.net))
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from fleetune import compression, models
 from fleetune.compression.layerwise import driver
 from fleetune.errors import ModelError, StorageError
-from fleetune.models.artefact import FILE, Head, Master, Quantised, is_master, pack, unpack, write
+from fleetune.models.artefact import FILE, ArtefactHead, Master, Quantised, is_master, pack, unpack, write
 
-HEAD = Head("rtn", {"bits": 4}, "a" * 64, "b" * 64)
+HEAD = ArtefactHead("rtn", {"bits": 4}, "a" * 64, "b" * 64)
 
 
 def made(folder: Path, **values: object) -> tuple[models.Model, Master]:
@@ -70,7 +70,7 @@ def test_an_artefact_holds_every_parameter_once(bits: int, tmp_path: Path) -> No
         assert (q is not None) == (name in linears)
         assert weight.shape == want[name].shape
         assert torch.equal(weight, want[name]) == (q is None)
-    assert master.head == Head(
+    assert master.head == ArtefactHead(
         **{**HEAD.__dict__, "grids": dict.fromkeys(sorted(linears), (bits, 8)), "shapes": master.head.shapes}
     )
 

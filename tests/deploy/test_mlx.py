@@ -20,7 +20,7 @@ from fleetune.deploy.export import export
 from fleetune.deploy.formats import directory, mlx
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model, artefact
-from fleetune.models.artefact import Head, Quantised
+from fleetune.models.artefact import ArtefactHead, Quantised
 
 IDS = [260, 12, 200, 7, 256, 258, 31, 90, 261]
 LLAMA3 = {
@@ -41,7 +41,7 @@ def unsigned(words: torch.Tensor) -> list[list[int]]:
 
 
 def write(model: Model, folder: Path, grids: dict[str, Quantised]) -> Path:
-    artefact.write(folder, model, grids, Head("rtn", {}, model.digest, model.tokenizer_digest))
+    artefact.write(folder, model, grids, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
     return folder
 
 

@@ -32,7 +32,7 @@ from fleetune.deploy import export
 from fleetune.deploy.serving import engines, threads
 from fleetune.deploy.serving.openai_client import Refused
 from fleetune.evaluation import answers
-from fleetune.evaluation.losses import context
+from fleetune.evaluation.losses import context_length
 from fleetune.models import Model
 from fleetune.tuning import finished
 
@@ -514,7 +514,7 @@ def test_torch_answers_as_eval_does(at, plain, model, capsys, monkeypatch):
 
 
 def test_torch_cuts_no_conversation_and_refuses_one_without_room_for_an_answer(model):
-    longest = context(model)
+    longest = context_length(model)
     few, many = ([{"role": "user", "content": "ab " * n}] for n in (longest // 5, longest))
     ids = prompt_ids(Example((("user", few[0]["content"]),), "", {}), model.tokenizer, longest)
     assert longest // 2 < len(ids) < longest

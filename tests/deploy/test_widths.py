@@ -18,7 +18,7 @@ from fleetune.deploy.export import export
 from fleetune.errors import UsageError
 from fleetune.models import Model
 from fleetune.models.families import widths
-from fleetune.models.families.widths import Kept
+from fleetune.models.families.widths import KeptUnits
 from fleetune.planning.shapes import shape_of
 
 IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
@@ -27,8 +27,8 @@ IDS = torch.tensor([[260, 12, 200, 7, 256, 258, 31, 90, 261]])
 def narrowed(kind: str, *, alike: bool = False, **sizes: Any) -> Model:
     """A model of two blocks whose second (or both) has one of two key heads and 96 of 128 channels."""
     model = tiny(kind, **sizes)
-    small = Kept([1], range(16, 112))
-    widths.cut(model.net, [small if alike else Kept([0, 1], range(128)), small])
+    small = KeptUnits([1], range(16, 112))
+    widths.cut(model.net, [small if alike else KeptUnits([0, 1], range(128)), small])
     return model
 
 

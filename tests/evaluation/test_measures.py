@@ -26,8 +26,15 @@ from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import answers as answers_module
 from fleetune.evaluation import losses as losses_module
 from fleetune.evaluation.answers import answer_ids, generate, generate_from_ids, label_accuracy, stop_ids
-from fleetune.evaluation.losses import batch_loss, frozen, perplexity, response_loss, row_losses, token_losses
-from fleetune.evaluation.measures import TASKS, check_tasks, evaluate, samples
+from fleetune.evaluation.losses import (
+    batch_loss,
+    eval_mode,
+    perplexity,
+    response_loss,
+    row_losses,
+    token_losses,
+)
+from fleetune.evaluation.measures import TASKS, check_tasks, evaluate
 from fleetune.evaluation.scores import exact_match, rouge_l, token_f1
 from fleetune.models import Model, named_tensors, tiny_llama
 from fleetune.seeds.noise import passes
@@ -82,7 +89,7 @@ def _odd_batch() -> Batch:
 
 def _same_losses(net: nn.Module, batch: Batch) -> None:
     expected = _by_hand(net, batch)
-    with frozen(net):
+    with eval_mode(net):
         losses, rows = token_losses(net, batch)
     assert rows.tolist() == [row for row, _ in expected]
     np.testing.assert_allclose(losses.numpy(), [loss for _, loss in expected], rtol=0, atol=5e-6)
@@ -246,7 +253,7 @@ def test_the_model_is_left_as_it_was(tiny: Model) -> None:
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
     assert random.getstate() == python_state
-    with pytest.raises(ValueError, match="stop"), frozen(model.net):
+    with pytest.raises(ValueError, match="stop"), eval_mode(model.net):
         raise ValueError("stop")
     assert {name: module.training for name, module in model.net.named_modules()} == before
 
@@ -573,7 +580,7 @@ def test_evaluate_gives_what_the_parts_give(tiny: Model, monkeypatch: pytest.Mon
     references = [example.response for example in examples]
     made: list[int] = []
     monkeypatch.setattr(
-        "fleetune.evaluate.generate",
+        "fleetune.evaluation.measures.generate",
         lambda model, rows, **options: made.append(len(rows)) or answers[: len(rows)],
     )
     got = evaluate(
@@ -592,17 +599,6 @@ def test_unknown_tasks_are_all_named() -> None:
         check_tasks(["rogue_l", "loss", "gsm8k"])
     assert len(caught.value.problems) == 2
     assert check_tasks(["rouge", "loss", "rouge_l"]) == ("rouge_l", "loss")
-
-
-def test_samples_of_fixed_prompts(tiny: Model) -> None:
-    examples = [Example((("system", "be brief"), ("user", "a"), ("assistant", "b"), ("user", "c")), "d", {})]
-    examples += _examples(1)
-    got = samples(tiny, examples, max_new_tokens=4)
-    assert [(s.prompt, s.reference, s.client) for s in got] == [
-        ("c", "d", ""),
-        (examples[1].messages[0][1], examples[1].response, "site 0"),
-    ]
-    assert [s.answer for s in got] == generate(tiny, examples, max_new_tokens=4)
 
 
 # --- a head whose weights are computed on the way ------------------------------------------------------------
@@ -641,7 +637,7 @@ def test_a_streamed_head_computes_its_weights_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         View, "piece", lambda self, slot, *at: asked.append((slot.name, *at[:2])) or piece(self, slot, *at)
     )
-    with frozen(model.net):
+    with eval_mode(model.net):
         token_losses(model.net, batch)
     view.remove()
     head = model.net.lm_head.weight

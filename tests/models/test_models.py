@@ -435,14 +435,14 @@ def test_an_encoder_has_the_head_of_another_task_but_no_blocks_left_over(tmp_pat
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_moved_model_is_as_one_loaded_there(saved: Path, dtype: str) -> None:
     want = models.load(str(saved), device="cpu", dtype=dtype)
-    found = models.moved(models.load(str(saved), device="cpu"), device="cpu", dtype=dtype)
+    found = models.move_model(models.load(str(saved), device="cpu"), device="cpu", dtype=dtype)
     assert (found.dtype, found.device) == (dtype, "cpu")
     assert models.digest(models.named_tensors(found.net)) == want.digest
     ids = torch.arange(12)[None]
     assert torch.equal(found.net(ids).logits, want.net(ids).logits)
     for wrong in ({"dtype": "fp8", "device": "cpu"}, {"dtype": "fp32", "device": "tpu"}):
         with pytest.raises(ModelError, match=r"no (dtype|device) named"):
-            models.moved(found, **wrong)
+            models.move_model(found, **wrong)
 
 
 def test_a_tokenizer_of_another_model_is_refused(saved: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from fleetune import models
-from fleetune.cli import main
+from fleetune.cli.main import main
 from fleetune.data import Encoded, collate
 from fleetune.errors import FitError, UsageError
 from fleetune.evaluation.objectives import loss_tensor
@@ -111,7 +111,7 @@ def test_a_large_model_is_planned_in_little_memory() -> None:
 
 
 def test_importing_it_loads_neither_torch_nor_transformers() -> None:
-    code = "import sys, fleetune.plan; print([m for m in ('torch', 'transformers', 'numba') if m in sys.modules])"
+    code = "import sys, fleetune.planning.plan; print([m for m in ('torch', 'transformers', 'numba') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

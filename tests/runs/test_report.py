@@ -700,7 +700,7 @@ def test_ticks_carry_units() -> None:
     assert [t for _, t in axes.durations([400], "x").ticks] == ["0", "2 min", "4 min", "6 min"]
     assert [t for _, t in axes.durations([9], "x").ticks] == ["0", "2 s", "4 s", "6 s", "8 s"]
     assert [t for _, t in axes.durations([5e5], "x").ticks] == ["0", "1 d", "2 d", "3 d", "4 d", "5 d"]
-    assert [t for _, t in axes.whole([0, 3], "x").ticks] == ["0", "1", "2", "3"]
+    assert [t for _, t in axes.integers([0, 3], "x").ticks] == ["0", "1", "2", "3"]
     assert next(t for _, t in axes.numbers([2.386, 2.391], "x").ticks) == "2.386"
     assert [t for _, t in axes.counts([1], "x").ticks] == ["0", "1"]
 
@@ -718,7 +718,7 @@ def test_labels_are_pushed_apart(ys: list[float]) -> None:
 
 
 def test_tick_labels_do_not_overlap() -> None:
-    x, y = axes.whole([0, 5000], "round", count=60), axes.numbers([1, 2], "loss")
+    x, y = axes.integers([0, 5000], "round", count=60), axes.numbers([1, 2], "loss")
     text = svg.Plot("a", "title", "description", x, y).svg()
     spans = [
         (float(x) - svg.CHAR * len(t) / 2, float(x) + svg.CHAR * len(t) / 2)
@@ -729,7 +729,7 @@ def test_tick_labels_do_not_overlap() -> None:
 
 
 def test_a_line_is_broken_where_a_value_is_missing() -> None:
-    x, y = axes.whole([0, 4], "round"), axes.numbers([1, 2], "loss")
+    x, y = axes.integers([0, 4], "round"), axes.numbers([1, 2], "loss")
     plot = svg.Plot("a", "title", "description", x, y)
     plot.line([(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.5), (4, 1.0)], 0, ["t"] * 5)
     path = re.search(r'class="line c0" d="([^"]*)"', plot.svg())
@@ -739,7 +739,7 @@ def test_a_line_is_broken_where_a_value_is_missing() -> None:
 
 
 def test_points_are_where_their_values_are() -> None:
-    x, y = axes.whole([0, 10], "round"), axes.numbers([0.0, 1.0], "loss", zero=True)
+    x, y = axes.integers([0, 10], "round"), axes.numbers([0.0, 1.0], "loss", zero=True)
     plot = svg.Plot("a", "title", "description", x, y)
     assert plot.px(0) == pytest.approx(plot.left)
     assert plot.px(10) == pytest.approx(plot.width - plot.right)

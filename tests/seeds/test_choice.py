@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fleetune import models
-from fleetune.cli import main
+from fleetune.cli.main import main
 from fleetune.errors import UsageError
 from fleetune.models import tiny_llama
 from fleetune.planning import device_cost, plan, shapes
@@ -25,7 +25,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 # A run with a ledger and its replay; the digests, and whether Numba came in.
 WORK = """
 import contextlib, io, json, sys
-from fleetune import cli
+from fleetune.cli import main as cli
 
 model, data, out = sys.argv[1:]
 said = io.StringIO()
@@ -104,7 +104,7 @@ def test_numba_where_it_cannot_be_is_refused(monkeypatch):
 
 def test_another_word_is_refused_before_any_work(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv(kernel_choice.VARIABLE, "moon")
-    assert main.main(["tune", "no such model", "no such data", "--out", str(tmp_path)]) == 2
+    assert main(["tune", "no such model", "no such data", "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "no kernels named 'moon'" in said
     assert "FLEETUNE_KERNELS to auto, numba or torch" in said

@@ -24,7 +24,7 @@ from fleetune.errors import FleetuneError, LedgerError, UsageError
 from fleetune.models import digest, uniform
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds import noise
-from fleetune.seeds.ledger import Change, Head, Ledger, load, require_base
+from fleetune.seeds.ledger import Change, Ledger, LedgerHead, load, require_base
 from fleetune.seeds.slots import layout
 from fleetune.seeds.view import kernels
 
@@ -32,13 +32,13 @@ K = 16
 TENSORS = (("a.weight", (70, 61), "float32"), ("b", (9,), "float32"))
 
 
-def head(**changes: Any) -> Head:
+def head(**changes: Any) -> LedgerHead:
     known: dict[str, Any] = {
         "base": "ab" * 32, "tokenizer": "cd" * 32, "tensors": TENSORS, "run_key": 0x0123456789ABCDEF,
         "law": "pooled", "K": K, "grid": float(np.float32(1e-4)), "eps": 1e-3, "lr": "constant",
         "method": "fedkseed", "hyper": {"K": 16, "lr": 3e-7, "pro": False}, "aggregation": "mean weighted by rows",
     }  # fmt: skip
-    return Head(**{**known, **changes})
+    return LedgerHead(**{**known, **changes})
 
 
 def some(**changes: Any) -> Ledger:
@@ -125,7 +125,7 @@ def test_the_head_is_canonical_json():
         "base", "tokenizer", "tensors", "run_key", "law", "law_version", "K", "grid", "format", "eps", "lr",
         "method", "hyper", "aggregation", "privacy", "checks", "previous",
     }  # fmt: skip
-    assert Head.from_json(text) == head()
+    assert LedgerHead.from_json(text) == head()
 
 
 entries = st.lists(

@@ -12,7 +12,7 @@ from fleetune import models
 from fleetune.data.encode import Encoded, collate
 from fleetune.models.model import named_tensors
 from fleetune.seeds import noise
-from fleetune.seeds.project import Copies, Projection, descend, fold
+from fleetune.seeds.project import Projection, WeightCopies, descend, fold
 from fleetune.seeds.spsa import Position
 from fleetune.seeds.view import View, kernels
 
@@ -115,7 +115,7 @@ def test_the_projection_of_backward_is_the_projection_of_the_gradient_at_the_poi
     gradient = plain_gradient(view, b)
     for slot in view.slots:
         expected += dense(K, slot.start, gradient[slot.name])
-    copies = Copies(view)
+    copies = WeightCopies(view)
     projection = Projection(copies, K, EPOCH)
     with copies:
         copies.refresh()
@@ -130,7 +130,7 @@ def test_the_projection_of_backward_is_the_projection_of_the_gradient_at_the_poi
 def test_gradients_are_freed_one_by_one():
     """While backward runs, no more than one of the copies ever has a gradient."""
     model, view, _ = moved_view()
-    copies = Copies(view)
+    copies = WeightCopies(view)
     Projection(copies, 64, EPOCH)
     alive = []
     for parameter in copies.parameters.values():
@@ -149,7 +149,7 @@ def test_copies_leave_no_trace_even_after_an_error():
     before = {n: (p, p.clone()) for n, p in model.net.named_parameters()}
     with torch.inference_mode():
         seen = loss_of(model.net, batch())
-    copies = Copies(view)
+    copies = WeightCopies(view)
     with pytest.raises(RuntimeError, match="stop"), copies:
         copies.refresh()
         assert loss_of(model.net, batch()).item() == pytest.approx(seen.item(), abs=1e-6)

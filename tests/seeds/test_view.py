@@ -30,9 +30,9 @@ from fleetune.models import DTYPES, Model, digest, named_tensors, tiny_llama, un
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds import noise
 from fleetune.seeds import view as views
-from fleetune.seeds.ledger import Head, Ledger
+from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.seeds.noise import passes, probe
-from fleetune.seeds.slots import Slot, layout, read_stored
+from fleetune.seeds.slots import WeightSlot, layout, read_stored
 from fleetune.seeds.spsa import Position, descend, two_point
 from fleetune.seeds.view import View, kernels
 
@@ -309,7 +309,7 @@ def test_tensors_that_no_forward_asks_for_are_told(caplog):
 def test_only_the_embedding_rows_in_use_are_read():
     net, asked = make("untied llama"), []
 
-    def read(slot: Slot, first: int, last: int) -> Tensor:
+    def read(slot: WeightSlot, first: int, last: int) -> Tensor:
         asked.append((slot.name, first, last))
         return read_stored(slot, first, last)
 
@@ -515,7 +515,7 @@ def our_way(dtype: str, law: str, path: Path) -> float:
     here = {name: t.clone() for name, t in view.tensors()}
 
     tensors = tuple((n, tuple(t.shape), str(t.dtype)[6:]) for n, t in named_tensors(model.net))
-    head = Head(base, "", tensors, KEY, law, pool, GRID)
+    head = LedgerHead(base, "", tensors, KEY, law, pool, GRID)
     Ledger(head).append(np.array(ids, np.uint64), steps.coefficients, 1).save(path)
     ledger = ledgers.load(path)
     assert len(ledger) > STEPS // 2

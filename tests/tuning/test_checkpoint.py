@@ -10,7 +10,7 @@ import pytest
 
 from fleetune.errors import LedgerError, MessageError
 from fleetune.models import tiny_llama
-from fleetune.seeds.ledger import Head, Ledger
+from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import methods
 from fleetune.tuning.checkpoint import Totals, pack, unpack
 from fleetune.tuning.messages import Message, Payload, Spec, decode, encode
@@ -137,7 +137,7 @@ class Odd(NamedTuple):
 
 
 def odd() -> Odd:
-    head = Head(
+    head = LedgerHead(
         "a" * 64, "b" * 64, (("w", (3,), "float32"),), 2**64 - 1, "rademacher", 1, 0.5, hyper={"é": [1, None]}
     )
     ledger = Ledger(head).append(np.array([2**64 - 1], np.uint64), np.array([-7]), 2).with_check(2, "c" * 64)

@@ -25,7 +25,7 @@ from fleetune.errors import FleetError, ModelError, RecipeError, StorageError
 from fleetune.runs import report, rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.report import cells
-from fleetune.runs.report.cells import Axis, Member
+from fleetune.runs.report.cells import SweepAxis, SweepRun
 from fleetune.tuning import methods, prepare, recipe, sweep
 from fleetune.tuning import run as jobs
 
@@ -417,7 +417,7 @@ def test_a_sweep_in_use_or_changed_is_refused(at, capsys):
 # The numbers --------------------------------------------------------------------------------------
 
 
-def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: list[float]) -> Member:
+def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: list[float]) -> SweepRun:
     """A finished run with these losses by round, each round of 1,000 bytes."""
     run = folder / f"{len(list(folder.iterdir())) + 1:04d}-run"
     run.mkdir()
@@ -431,15 +431,15 @@ def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: 
     lines.append({"event": "done", **ends, "bytes_up": 400 * len(losses), "bytes_down": 600 * len(losses)})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "status").write_text("done\n")
-    return Member(values, seed, report.read(run))
+    return SweepRun(values, seed, report.read(run))
 
 
-AXES = (Axis("alpha", "alpha", (0.5, 1.0, 2.0)), Axis("K", "set.K", (8, 512)))
+AXES = (SweepAxis("alpha", "alpha", (0.5, 1.0, 2.0)), SweepAxis("K", "set.K", (8, 512)))
 
 
 def table(
     folder: Path, rng: np.random.Generator, shift: float = 0.0
-) -> tuple[np.ndarray, np.ndarray, list[Member]]:
+) -> tuple[np.ndarray, np.ndarray, list[SweepRun]]:
     """(base [seeds], losses [alpha, K, seed, round], the runs) of a whole grid with 4 seeds."""
     folder.mkdir()
     base = 4.0 + rng.normal(size=4)
@@ -460,7 +460,7 @@ def test_the_effect_of_an_axis_is_that_of_a_block_design(tmp_path):
     y = losses[..., -1].mean(axis=1)  # [alpha, seed]
     rest = y - y.mean(axis=1, keepdims=True) - y.mean(axis=0, keepdims=True) + y.mean()
     noise = math.sqrt((rest**2).sum() / (2 * 3) / 4)
-    found = cells.effect(0, AXES[0], "loss", cells.whole(AXES, runs))
+    found = cells.effect(0, AXES[0], "loss", cells.complete_seeds(AXES, runs))
     assert found is not None
     means = dict(zip(AXES[0].values, y.mean(axis=1), strict=True))
     assert found.low == (min(means, key=means.__getitem__), pytest.approx(min(means.values())))
@@ -475,7 +475,7 @@ def test_the_effect_of_an_axis_is_that_of_a_block_design(tmp_path):
 
 def test_curves_are_means_over_seeds_with_the_spread_of_the_change(tmp_path):
     base, losses, runs = table(tmp_path / "a", np.random.default_rng(2))
-    curve = cells.course(1, 512, runs)
+    curve = cells.loss_curve(1, 512, runs)
     assert [(p.round, p.bytes) for p in curve] == [(0, 0), (1, 1000), (2, 2000), (3, 3000)]
     assert curve[0].loss.mean == pytest.approx(base.mean())
     assert curve[0].loss.spread == 0.0
@@ -483,7 +483,7 @@ def test_curves_are_means_over_seeds_with_the_spread_of_the_change(tmp_path):
         by_seed = losses[:, 1, :, p.round - 1].mean(axis=0)  # over alpha
         assert p.loss.mean == pytest.approx(by_seed.mean())
         assert p.loss.spread == pytest.approx(np.std(by_seed - base, ddof=1))
-    end = cells.ends(1, 512, "loss", runs)
+    end = cells.final_measure(1, 512, "loss", runs)
     assert end is not None
     assert end == curve[-1].loss
 
@@ -491,11 +491,11 @@ def test_curves_are_means_over_seeds_with_the_spread_of_the_change(tmp_path):
 def test_half_a_seed_does_not_enter_the_means(tmp_path):
     _, losses, runs = table(tmp_path / "a", np.random.default_rng(3))
     part = [*runs[:12], runs[12]]  # two whole seeds and one run of the third
-    used = cells.whole(AXES, part)
+    used = cells.complete_seeds(AXES, part)
     assert {m.seed for m in used} == {0, 1}
-    assert cells.course(0, 0.5, used)[-1].loss.mean == pytest.approx(losses[0, :, :2, -1].mean())
-    assert cells.whole(AXES, runs[:5]) == runs[:5]  # no seed is whole: all there are
-    assert [c.runs for c in cells.cells(AXES, part)] == [3, 2, 2, 2, 2, 2]
+    assert cells.loss_curve(0, 0.5, used)[-1].loss.mean == pytest.approx(losses[0, :, :2, -1].mean())
+    assert cells.complete_seeds(AXES, runs[:5]) == runs[:5]  # no seed is whole: all there are
+    assert [c.runs for c in cells.combinations(AXES, part)] == [3, 2, 2, 2, 2, 2]
 
 
 def test_one_seed_has_no_spread_and_no_noise(tmp_path):
@@ -504,7 +504,7 @@ def test_one_seed_has_no_spread_and_no_noise(tmp_path):
     found = cells.effect(1, AXES[1], "loss", one)
     assert found is not None
     assert found.noise is None
-    assert all(p.loss.spread is None for p in cells.course(0, 0.5, one))
+    assert all(p.loss.spread is None for p in cells.loss_curve(0, 0.5, one))
     html, figures = report.grid("0001-sweep-x", AXES, one, 24)
     assert "6 of 24 runs are finished" in html
     assert "band" not in "".join(re.findall(r'class="([^"]*)"', "".join(figures.values())))

@@ -9,11 +9,11 @@ kind of module; what they share is `core.py`.
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
 from fleetune.adapters.core import (
-    Attached,
+    AdapterSpec,
+    Attachment,
     Part,
-    Spec,
     attach,
-    attached,
+    attachment_of,
     detach,
     digest,
     export,
@@ -23,13 +23,36 @@ from fleetune.adapters.core import (
     training,
 )
 from fleetune.adapters.folder import load, save
-from fleetune.adapters.lora import INITS, Lora, attach_lora, pairs, take_out, taken
+from fleetune.adapters.lora import INITS, Lora, attach_lora, pairs, subtract_factors, subtracted_factors
 from fleetune.adapters.lora_init_eva import directions
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 
 __all__ = [
-    "INITS", "Attached", "Bitfit", "Bottleneck", "Full", "Lora", "Part", "Prefix", "Prompt", "Spec", "attach",
-    "attach_lora", "attached", "detach", "digest", "directions", "export", "load", "load_", "merge", "pairs", "save", "take_out",
-    "taken", "trainable", "training",
+    "INITS",
+    "AdapterSpec",
+    "Attachment",
+    "Bitfit",
+    "Bottleneck",
+    "Full",
+    "Lora",
+    "Part",
+    "Prefix",
+    "Prompt",
+    "attach",
+    "attach_lora",
+    "attachment_of",
+    "detach",
+    "digest",
+    "directions",
+    "export",
+    "load",
+    "load_",
+    "merge",
+    "pairs",
+    "save",
+    "subtract_factors",
+    "subtracted_factors",
+    "trainable",
+    "training",
 ]  # fmt: skip

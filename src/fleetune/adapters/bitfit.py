@@ -22,7 +22,7 @@ from fleetune.errors import ModelError
 from fleetune.models.model import Model, named_tensors
 
 
-class Replaced:
+class ParameterCopies:
     """fp32 copies in place of the parameters `names` of `net` (of tied ones: under the first of their names)."""
 
     def __init__(self, net: Any, names: Collection[str]) -> None:
@@ -83,18 +83,18 @@ def norms(net: Any) -> list[str]:
 class Bitfit:
     """The biases; in a model that has none, the weights of its norms."""
 
-    def put_on(self, model: Model, seed: int) -> Replaced:
+    def put_on(self, model: Model, seed: int) -> ParameterCopies:
         """Let copies stand in for them; they start as they are, whatever the seed."""
         names = [n for n, _ in named_tensors(model.net) if n.endswith("bias")] or norms(model.net)
         if not names:
             raise ModelError("the model has neither biases nor norms to tune", hint="choose another module")
-        return Replaced(model.net, names)
+        return ParameterCopies(model.net, names)
 
 
 @dataclass(frozen=True)
 class Full:
     """Every tensor of the model."""
 
-    def put_on(self, model: Model, seed: int) -> Replaced:
+    def put_on(self, model: Model, seed: int) -> ParameterCopies:
         """Let copies stand in for all; they start as they are, whatever the seed."""
-        return Replaced(model.net, {n for n, _ in named_tensors(model.net)})
+        return ParameterCopies(model.net, {n for n, _ in named_tensors(model.net)})

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fleetune import models
-from fleetune.adapters.bitfit import Replaced, norms
+from fleetune.adapters.bitfit import ParameterCopies, norms
 from fleetune.errors import ModelError
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
@@ -54,7 +54,7 @@ class Bottleneck:
             hooks.append(dense.register_forward_hook(_behind(list(own.values()))))
         inside = tuple(f"{layer.name}." for layer in layers_of(model.net))
         trained = [n for n in norms(model.net) if n.startswith(inside)] if self.norms else []
-        replaced = Replaced(model.net, trained)
+        replaced = ParameterCopies(model.net, trained)
         return BottleneckPart(parameters | dict(replaced.parameters), hooks, replaced)
 
 
@@ -64,7 +64,7 @@ class BottleneckPart:
 
     parameters: Mapping[str, nn.Parameter]
     hooks: list[Any]
-    norms: Replaced
+    norms: ParameterCopies
 
     def remove(self) -> None:
         """Unhook them."""

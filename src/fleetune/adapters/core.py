@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from fleetune import models
-from fleetune.adapters.bitfit import Replaced
+from fleetune.adapters.bitfit import ParameterCopies
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.layers import head_of
 from fleetune.models.model import Model
@@ -45,7 +45,7 @@ class Part(Protocol):
         ...
 
 
-class Spec(Protocol):
+class AdapterSpec(Protocol):
     """The description of a module: its sizes, and how it gets on a model."""
 
     def put_on(self, model: Model, seed: int) -> Part:
@@ -54,41 +54,41 @@ class Spec(Protocol):
 
 
 @dataclass(frozen=True)
-class Attached:
+class Attachment:
     """What a model carries (`model.attachment`): the spec, and all that is trainable, by name, sorted."""
 
-    spec: Spec
+    spec: AdapterSpec
     parameters: Mapping[str, nn.Parameter]
     parts: tuple[Part, ...]
 
 
-def attach(model: Model, spec: Spec, *, seed: int) -> None:
+def attach(model: Model, spec: AdapterSpec, *, seed: int) -> None:
     """Give `model.net` the module that `spec` describes, in place; only its numbers become trainable.
 
     ModelError when the model already carries something, or a value of `spec` cannot be used.
     """
     if model.attachment is not None:
         held = model.attachment
-        name = type(held.spec if isinstance(held, Attached) else held).__name__
+        name = type(held.spec if isinstance(held, Attachment) else held).__name__
         raise ModelError(f"the model already carries a {name}", hint="detach or merge it first")
     own = spec.put_on(model, seed)
-    head = Replaced(model.net, set(head_of(model.net)) - own.parameters.keys())
+    head = ParameterCopies(model.net, set(head_of(model.net)) - own.parameters.keys())
     parts = (own, head) if head.parameters else (own,)
     model.net.eval()
     parameters = {n: p for part in parts for n, p in part.parameters.items()}
-    model.attachment = Attached(spec, dict(sorted(parameters.items())), parts)
+    model.attachment = Attachment(spec, dict(sorted(parameters.items())), parts)
 
 
-def attached(model: Model) -> Attached:
+def attachment_of(model: Model) -> Attachment:
     """What `model` carries; ModelError when that is no adapter."""
-    if not isinstance(model.attachment, Attached):
+    if not isinstance(model.attachment, Attachment):
         raise ModelError("the model carries no adapter", hint="attach one first")
     return model.attachment
 
 
 def detach(model: Model) -> None:
     """Take the adapter off: `model.net` is the base again, bit for bit."""
-    for part in reversed(attached(model).parts):
+    for part in reversed(attachment_of(model).parts):
         part.remove()
     model.attachment = None
 
@@ -99,7 +99,7 @@ def merge(model: Model) -> None:
     The net then has the base's shape but other weights; `model.digest` is theirs.  ModelError, with nothing
     changed, for a module that is more than other weights (a prefix, say).
     """
-    for part in attached(model).parts:
+    for part in attachment_of(model).parts:
         part.fold()
     detach(model)
     model.digest = models.digest(models.named_tensors(model.net))
@@ -110,17 +110,17 @@ def merge(model: Model) -> None:
 
 def trainable(model: Model) -> dict[str, nn.Parameter]:
     """The trainable parameters, fp32, by name in name order.  ModelError when there is no adapter."""
-    return dict(attached(model).parameters)
+    return dict(attachment_of(model).parameters)
 
 
 def export(model: Model) -> dict[str, np.ndarray]:
     """A copy of the adapter as fp32 arrays, by name in name order."""
-    return {n: p.detach().cpu().numpy().copy() for n, p in attached(model).parameters.items()}
+    return {n: p.detach().cpu().numpy().copy() for n, p in attachment_of(model).parameters.items()}
 
 
 def load_(model: Model, arrays: Mapping[str, np.ndarray]) -> None:
     """Set the adapter.  MessageError, with nothing changed, unless names, shapes and dtype (fp32) agree."""
-    parameters = attached(model).parameters
+    parameters = attachment_of(model).parameters
     if arrays.keys() != parameters.keys():
         odd = sorted(arrays.keys() ^ parameters.keys())
         raise MessageError(f"adapter tensors differ in {len(odd)} names from this model's, e.g. '{odd[0]}'")
@@ -158,7 +158,7 @@ def training(model: Model, key: int) -> Iterator[None]:
 
     Global generators are put back and the net is in eval mode without gradients afterwards.
     """
-    parameters = attached(model).parameters.values()
+    parameters = attachment_of(model).parameters.values()
     with private_rng(model.device), torch.enable_grad():
         torch.manual_seed(key)
         model.net.train()

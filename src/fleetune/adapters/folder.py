@@ -30,8 +30,8 @@ from torch import Tensor
 from fleetune import models
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
-from fleetune.adapters.core import Attached, Spec, attach, attached, detach, load_
-from fleetune.adapters.lora import ADAPTER, Lora, LoraPart, taken
+from fleetune.adapters.core import AdapterSpec, Attachment, attach, attachment_of, detach, load_
+from fleetune.adapters.lora import ADAPTER, Lora, LoraPart, subtracted_factors
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 from fleetune.common.folders import staged
@@ -61,7 +61,7 @@ def save(model: Model, path: Path) -> None:
     path of this machine; `revision` the hub commit where it is known.  Whole or not at all; file modes by
     the umask.  StorageError when the disk is full or not writable.
     """
-    held = attached(model)
+    held = attachment_of(model)
     in_peft = _peft(model, held)
     head, tensors = in_peft or _ours(model, held)
     stem = "adapter_{}" if in_peft else "module"
@@ -99,7 +99,7 @@ def load(model: Model, path: Path) -> None:
 # ---------------------------------------------------------------- our own layout
 
 
-def _ours(model: Model, held: Attached) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+def _ours(model: Model, held: Attachment) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     kind = next(name for name, cls in KINDS.items() if isinstance(held.spec, cls))
     head = {
         "format": "fleetune-module", "version": VERSION, "module": kind, "spec": _fields(held.spec),
@@ -108,7 +108,7 @@ def _ours(model: Model, held: Attached) -> tuple[dict[str, Any], Mapping[str, Te
     return head, held.parameters
 
 
-def _from_ours(config: Mapping[str, Any], tensors: dict[str, Any]) -> tuple[Spec, dict[str, Any]]:
+def _from_ours(config: Mapping[str, Any], tensors: dict[str, Any]) -> tuple[AdapterSpec, dict[str, Any]]:
     if config["version"] != VERSION:
         raise ValueError(f"module.json has version {config['version']}, this Fleetune reads {VERSION}")
     return KINDS[config["module"]](**config["spec"]), tensors
@@ -117,7 +117,7 @@ def _from_ours(config: Mapping[str, Any], tensors: dict[str, Any]) -> tuple[Spec
 # ---------------------------------------------------------------- PEFT's layout
 
 
-def _peft(model: Model, held: Attached) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
+def _peft(model: Model, held: Attachment) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
     """(configuration, tensors) as PEFT reads them; None for what PEFT cannot load."""
     spec, net = held.spec, model.net
     if isinstance(spec, Lora):
@@ -139,12 +139,12 @@ def _peft(model: Model, held: Attached) -> tuple[dict[str, Any], Mapping[str, Te
     return config, tensors
 
 
-def _lora_in_peft(held: Attached, net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _lora_in_peft(held: Attachment, net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     part = held.parts[0]
     assert isinstance(part, LoraPart)
     config = part.tuner.peft_config[ADAPTER].to_dict()
     tensors = dict(held.parameters) | _plain_lora(part)
-    if part.taken:
+    if part.subtracted:
         config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
     config["target_modules"] = sorted(config["target_modules"])
     if head := head_of(net):
@@ -157,14 +157,14 @@ def _lora_in_peft(held: Attached, net: Any) -> tuple[dict[str, Any], dict[str, T
 def _plain_lora(part: LoraPart) -> dict[str, Tensor]:
     """What a start took out of the base as a LoRA on the base itself: B A - B0 A0 = [B, -B0] [A; A0], rank 2 r."""
     made = {}
-    for name, gone in part.taken.items():
+    for name, gone in part.subtracted.items():
         own = part.parameters[name].detach()
         side_by_side = ".lora_B." in name
         made[name] = torch.cat([own, -gone if side_by_side else gone], dim=1 if side_by_side else 0)
     return made
 
 
-def _prefix_in_peft(held: Attached, spec: Prefix, net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _prefix_in_peft(held: Attachment, spec: Prefix, net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     layers = layers_of(net)
     width = layers[0].heads * layers[0].width
     config = PrefixTuningConfig(
@@ -185,7 +185,7 @@ def _sizes(net: Any) -> dict[str, int]:
 
 def _lora_from_peft(
     config: Mapping[str, Any], tensors: dict[str, Any], model: Model
-) -> tuple[Spec, dict[str, Any]]:
+) -> tuple[AdapterSpec, dict[str, Any]]:
     targets = [str(t) for t in config["target_modules"]]
     spec = Lora(int(config["r"]), float(config["lora_alpha"]), targets=targets)
     return spec, {n.removeprefix(FRONT): t for n, t in tensors.items()}
@@ -193,7 +193,7 @@ def _lora_from_peft(
 
 def _prefix_from_peft(
     config: Mapping[str, Any], tensors: dict[str, Any], model: Model
-) -> tuple[Spec, dict[str, Any]]:
+) -> tuple[AdapterSpec, dict[str, Any]]:
     layers = layers_of(model.net)
     table = tensors["prompt_embeddings"]
     columns = table.reshape(table.shape[0], 2 * len(layers), -1).swapaxes(0, 1)
@@ -203,7 +203,7 @@ def _prefix_from_peft(
 
 def _prompt_from_peft(
     config: Mapping[str, Any], tensors: dict[str, Any], model: Model
-) -> tuple[Spec, dict[str, Any]]:
+) -> tuple[AdapterSpec, dict[str, Any]]:
     return Prompt(int(config["num_virtual_tokens"])), {"prompt.embeddings": tensors["prompt_embeddings"]}
 
 
@@ -231,7 +231,7 @@ def _public_name(model: Model) -> str:
     return local.name if local.is_absolute() or local.exists() else model.name
 
 
-def _card(model: Model, spec: Spec, in_peft: bool) -> str:
+def _card(model: Model, spec: AdapterSpec, in_peft: bool) -> str:
     base = _public_name(model)
     source = cache.source_of(model.path).get("source", base)
     title = "LoRA adapter" if isinstance(spec, Lora) else type(spec).__name__
@@ -251,7 +251,7 @@ tags:
 Tuned with Fleetune.
 
 - base weights as loaded: {source}, {model.dtype}, SHA-256 `{model.digest}`
-- {title}: {sizes or "no sizes"}{_RESIDUAL if taken(model) else ""}
+- {title}: {sizes or "no sizes"}{_RESIDUAL if subtracted_factors(model) else ""}
 
 {use}"""
 

@@ -9,7 +9,7 @@ A start that takes something out of the base (pissa, olora) makes it
 
     W0 x + (alpha / r) (B A - B0 A0) x
 
-with B0, A0 the start itself, frozen, beside the layer (`taken`).  The base is never written to.
+with B0, A0 the start itself, frozen, beside the layer (`subtracted`).  The base is never written to.
 
 Names are PEFT's file names without the "base_model.model." in front, e.g.
 `model.layers.0.self_attn.q_proj.lora_A.weight`.
@@ -28,8 +28,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fleetune.adapters.core import attach, attached, private_rng
-from fleetune.adapters.lora_init import DRAWN, TAKEN
+from fleetune.adapters.core import attach, attachment_of, private_rng
+from fleetune.adapters.lora_init import FROM_SEED, FROM_WEIGHTS
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.layers import head_of, layers_of
 from fleetune.models.model import Model
@@ -37,7 +37,7 @@ from fleetune.models.model import Model
 ADAPTER: Final = "default"  # PEFT's name for a model's only adapter
 ALL_LINEAR: Final = "all-linear"
 QUERY_VALUE: Final = "query-value"
-INITS: Final = (*DRAWN, *TAKEN)
+INITS: Final = (*FROM_SEED, *FROM_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Lora:
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=_targets(model.net, self.targets),
-            exclude_modules=_apart(model.net) or None,  # a leaf's name may be that of a head's module, too
+            exclude_modules=_head_modules(model.net)
+            or None,  # a leaf's name may be that of a head's module, too
             fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.net.modules()),
             task_type=TaskType.SEQ_CLS if head_of(model.net) else TaskType.CAUSAL_LM,
         )
@@ -77,7 +78,7 @@ class Lora:
             tuner = LoraModel(model.net, config, ADAPTER)
         part = _part(tuner)
         try:
-            _begin(part, self, seed)
+            _initialise(part, self, seed)
         except ModelError:
             part.remove()
             raise
@@ -91,16 +92,16 @@ class LoraPart:
     tuner: LoraModel
     layers: Mapping[str, Any]  # PEFT's, by the name of the linear layer
     parameters: Mapping[str, nn.Parameter]
-    taken: dict[str, Tensor] = field(default_factory=dict)  # B0, A0, fp32, under the parameters' names
+    subtracted: dict[str, Tensor] = field(default_factory=dict)  # B0, A0, fp32, under the parameters' names
     hooks: list[Any] = field(default_factory=list)
 
-    def take_out(self, factors: Mapping[str, Tensor]) -> None:
+    def subtract(self, factors: Mapping[str, Tensor]) -> None:
         """Take (alpha / r) B0 A0 out of the base's layers, without touching them; {} takes nothing out."""
-        self.taken.clear()
-        self.taken.update(factors)
+        self.subtracted.clear()
+        self.subtracted.update(factors)
         if factors and not self.hooks:
             for name, layer in self.layers.items():
-                hook = _without(self.taken, name, layer.scaling[ADAPTER])
+                hook = _subtracting_hook(self.subtracted, name, layer.scaling[ADAPTER])
                 self.hooks.append(layer.get_base_layer().register_forward_hook(hook))
 
     def remove(self) -> None:
@@ -114,8 +115,8 @@ class LoraPart:
         with torch.no_grad():
             for name, layer in self.layers.items():
                 weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER).float()
-                if self.taken:
-                    b0, a0 = (self.taken[n] for n in _names(name))
+                if self.subtracted:
+                    b0, a0 = (self.subtracted[n] for n in _names(name))
                     gone = layer.scaling[ADAPTER] * (b0 @ a0)
                     delta -= gone.T if layer.fan_in_fan_out else gone
                 weight.copy_(weight.float().add_(delta))
@@ -135,20 +136,23 @@ def attach_lora(
     attach(model, Lora(r, alpha, dropout, targets, init), seed=seed)
 
 
-def taken(model: Model) -> dict[str, np.ndarray]:
+def subtracted_factors(model: Model) -> dict[str, np.ndarray]:
     """fp32 copies of the factors B0, A0 that a start took out of the base, by name; {} when it took nothing."""
     held = {
-        n: t for part in attached(model).parts if isinstance(part, LoraPart) for n, t in part.taken.items()
+        n: t
+        for part in attachment_of(model).parts
+        if isinstance(part, LoraPart)
+        for n, t in part.subtracted.items()
     }
     return {n: t.cpu().numpy().copy() for n, t in sorted(held.items())}
 
 
-def take_out(model: Model, factors: Mapping[str, np.ndarray]) -> None:
+def subtract_factors(model: Model, factors: Mapping[str, np.ndarray]) -> None:
     """Take these factors out of the base, as the one who started the adapter did ({}: nothing).
 
     MessageError, with nothing changed, unless they have the names, shapes and dtype (fp32) of the adapter's own.
     """
-    part = next((part for part in attached(model).parts if isinstance(part, LoraPart)), None)
+    part = next((part for part in attachment_of(model).parts if isinstance(part, LoraPart)), None)
     own = part.parameters if part else {}
     odd = [
         name
@@ -163,7 +167,7 @@ def take_out(model: Model, factors: Mapping[str, np.ndarray]) -> None:
             f"the start's tensors differ in {len(odd)} from this model's adapter, e.g. '{odd[0]}'"
         )
     if part:
-        part.take_out(
+        part.subtract(
             {n: torch.from_numpy(np.array(a)).to(own[n].device) for n, a in sorted(factors.items())}
         )
 
@@ -187,50 +191,50 @@ def _part(tuner: LoraModel) -> LoraPart:
     return LoraPart(tuner, layers, dict(sorted(parameters.items())))
 
 
-def _begin(part: LoraPart, spec: Lora, seed: int) -> None:
+def _initialise(part: LoraPart, spec: Lora, seed: int) -> None:
     """Set the factors to their start, fp32; ModelError when the start does not fit a layer."""
     start: dict[str, Tensor] = {}
     for name, layer in part.layers.items():
         weight = layer.get_base_layer().weight
         weight = weight.T if layer.fan_in_fan_out else weight
         out, into = weight.shape
-        if spec.init in TAKEN:
+        if spec.init in FROM_WEIGHTS:
             if spec.r > min(out, into):
                 raise ModelError(
                     f"a {spec.init} start needs a rank up to the smaller side of every layer, r is {spec.r}",
                     hint=f"use r={min(out, into)} or less: {name} is {out} x {into}",
                 )
-            factors = TAKEN[spec.init](weight.detach().float(), spec.r, layer.scaling[ADAPTER])
+            factors = FROM_WEIGHTS[spec.init](weight.detach().float(), spec.r, layer.scaling[ADAPTER])
         else:
-            drawn = DRAWN[spec.init](name, out, into, spec.r, seed)
+            drawn = FROM_SEED[spec.init](name, out, into, spec.r, seed)
             factors = torch.from_numpy(drawn[0]), torch.from_numpy(drawn[1])
         start |= dict(zip(_names(name), factors, strict=True))
     for name, parameter in part.parameters.items():
         parameter.data = start[name].to(parameter.device, torch.float32).contiguous()
-    if spec.init in TAKEN:
-        part.take_out({n: p.detach().clone() for n, p in part.parameters.items()})
+    if spec.init in FROM_WEIGHTS:
+        part.subtract({n: p.detach().clone() for n, p in part.parameters.items()})
 
 
-def _without(taken: Mapping[str, Tensor], layer: str, scale: float) -> Any:
-    """A hook on the base's layer that takes scale B0 A0 x off its output, while `taken` holds them."""
+def _subtracting_hook(subtracted: Mapping[str, Tensor], layer: str, scale: float) -> Any:
+    """A hook on the base's layer that takes scale B0 A0 x off its output, while `subtracted` holds them."""
     b, a = _names(layer)
 
     def take(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if not taken:
+        if not subtracted:
             return output
-        gone = F.linear(F.linear(args[0].float(), taken[a]), taken[b])
+        gone = F.linear(F.linear(args[0].float(), subtracted[a]), subtracted[b])
         return output - (scale * gone).to(output.dtype)
 
     return take
 
 
-def _apart(net: Any) -> list[str]:
+def _head_modules(net: Any) -> list[str]:
     """The modules of a classification head, which is trained itself, in full."""
     return sorted({n.rpartition(".")[0] for n in head_of(net)})
 
 
 def _targets(net: Any, targets: str | Sequence[str]) -> list[str]:
-    head, apart = net.get_output_embeddings(), _apart(net)
+    head, apart = net.get_output_embeddings(), _head_modules(net)
     linear = {
         n
         for n, m in net.named_modules()

@@ -92,10 +92,9 @@ def _normal(seed: int, layer: str, what: str, rows: int, columns: int) -> np.nda
     return normals(derive("lora", seed, layer, what), 0, 0, rows * columns).reshape(rows, columns)
 
 
-DRAWN: Final[Mapping[str, Callable[[str, int, int, int, int], Factors]]] = MappingProxyType(
+FROM_SEED: Final[Mapping[str, Callable[[str, int, int, int, int], Factors]]] = MappingProxyType(
     {"default": default, "gaussian": gaussian, "shared": shared, "orthogonal": orthogonal}
 )
-TAKEN: Final[Mapping[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]]] = MappingProxyType(
+FROM_WEIGHTS: Final[Mapping[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]]] = MappingProxyType(
     {"pissa": pissa, "olora": olora}
 )
-EVERYWHERE: Final = ("default", "gaussian", "shared")  # equal bits on every machine

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.adapters.core import attached
+from fleetune.adapters.core import attachment_of
 from fleetune.adapters.lora import LoraPart
 from fleetune.data.encode import Batch
 from fleetune.errors import ModelError
@@ -35,7 +35,7 @@ def directions(model: Model, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
 
     The LoRA must be at a start that changes nothing.  ModelError when a layer's inputs have fewer than r directions.
     """
-    part = attached(model).parts[0]
+    part = attachment_of(model).parts[0]
     assert isinstance(part, LoraPart)
     rank = min(len(p) for n, p in part.parameters.items() if ".lora_A." in n)
     held: dict[tuple[str, ...], Tensor] = {}

@@ -34,7 +34,7 @@ from fleetune.models.layers import Layer, is_causal, layers_of
 from fleetune.models.model import Model
 
 SPREAD: Final = 0.02
-HOME: Final = "_fleetune_prefix"  # the attribute of an attention module that holds its prefix
+ATTRIBUTE: Final = "_fleetune_prefix"  # the attribute of an attention module that holds its prefix
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,15 @@ class PrefixPart:
         self._modules = [net.get_submodule(layer.attention) for layer in layers]
         for layer, module in zip(layers, self._modules, strict=True):
             own = [parameters[f"{layer.attention}.prefix.{which}"] for which in ("key", "value")]
-            setattr(module, HOME, Own(own[0], own[1], layer.heads, dropout))
+            setattr(module, ATTRIBUTE, LayerPrefix(own[0], own[1], layer.heads, dropout))
         self._hook = None
         if is_causal(net):
-            self._hook = net.base_model.register_forward_pre_hook(_later(tokens), with_kwargs=True)
+            self._hook = net.base_model.register_forward_pre_hook(_position_hook(tokens), with_kwargs=True)
 
     def remove(self) -> None:
         """Take them off."""
         for module in self._modules:
-            delattr(module, HOME)
+            delattr(module, ATTRIBUTE)
         self._config._attn_implementation = self._before
         if self._hook is not None:
             self._hook.remove()
@@ -108,7 +108,7 @@ class PrefixPart:
 
 
 @dataclass(frozen=True)
-class Own:
+class LayerPrefix:
     """One layer's prefix: key and value [T, heads * width]."""
 
     key: Tensor
@@ -122,7 +122,7 @@ class Own:
         return F.dropout(split, self.dropout, training).expand(like.shape[0], -1, -1, -1)
 
 
-def _later(tokens: int) -> Any:
+def _position_hook(tokens: int) -> Any:
     """A hook that moves the positions of a decoder's tokens behind the prefix."""
 
     def move(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -142,7 +142,7 @@ def _attend(
     inner: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any
 ) -> Any:
     """An attention function with the module's prefix, if it has one, in front of keys and values."""
-    own: Own | None = getattr(module, HOME, None)
+    own: LayerPrefix | None = getattr(module, ATTRIBUTE, None)
     if own is not None:
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", False) if causal is None else causal

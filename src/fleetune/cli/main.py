@@ -19,7 +19,7 @@ from fleetune.cli.commands import chat, compress, measure, serve
 from fleetune.cli.console import Ui
 from fleetune.common.version import __version__
 from fleetune.errors import FleetuneError, Interrupted, UsageError
-from fleetune.seeds.kernel_choice import wanted as wanted_kernels
+from fleetune.seeds.kernel_choice import chosen_kernels as wanted_kernels
 from fleetune.tuning import recipe as recipes
 
 EXAMPLES = """\

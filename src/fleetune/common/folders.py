@@ -44,7 +44,7 @@ def staged(target: Path, *, replace: str | None = None) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         yield temporary
-        _settle(temporary)
+        _flush_tree(temporary)
         _rename(temporary, target, replace)
     except OSError as error:
         raise storage_error(error, target) from error
@@ -63,7 +63,7 @@ def _check_replace(target: Path, replace: str | None) -> None:
         )
 
 
-def _settle(folder: Path) -> None:
+def _flush_tree(folder: Path) -> None:
     mode = default_mode()
     enter = mode | (mode & 0o444) >> 2  # who may read a folder may enter it
     for path in [*folder.rglob("*"), folder]:

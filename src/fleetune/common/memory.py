@@ -24,7 +24,7 @@ def peak_rss() -> int:
         with open("/proc/self/status", "rb") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith(b"VmHWM"))
     except (OSError, StopIteration):
-        return _elsewhere()[1]
+        return _without_proc()[1]
 
 
 def rss() -> int:
@@ -33,7 +33,7 @@ def rss() -> int:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * mmap.PAGESIZE
     except OSError:
-        return _elsewhere()[0]
+        return _without_proc()[0]
 
 
 def release_memory() -> None:
@@ -45,7 +45,7 @@ def release_memory() -> None:
         file.write("5")
 
 
-def _elsewhere() -> tuple[int, int]:
+def _without_proc() -> tuple[int, int]:
     """(now, peak) in bytes without /proc; macOS tells the peak alone."""
     try:
         import resource

@@ -9,7 +9,7 @@ from typing import Any
 import numba
 
 
-def kept(function: Callable[..., None]) -> Callable[..., None]:
+def cached_njit(function: Callable[..., None]) -> Callable[..., None]:
     """`function` compiled without the interpreter's lock, as numpy computes; the cache knows its file's text alone.
 
     In a read-only home, or on a full disk, it is compiled in every process.

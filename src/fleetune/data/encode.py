@@ -206,7 +206,7 @@ class Batches:
             for start in range(0, self.n, batch_size):
                 yield self._batch(order[start : start + batch_size])
 
-    def held(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
+    def repeat_batch(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
         """Batch `number` of this client, `count` times: the same rows in whatever round it is asked for.
 
         Batches follow one another as in `steps`, in orders that no round's key has a part in.
@@ -216,7 +216,7 @@ class Batches:
         batch = self._batch([int(keyed_order(0, i // self.n, self.n)[i % self.n]) for i in places])
         yield from itertools.repeat(batch, count)
 
-    def aside(self, batch_size: int) -> tuple[Batch, Batches]:
+    def split_off(self, batch_size: int) -> tuple[Batch, Batches]:
         """(a batch to measure on, the batches of all other rows): the same rows in every round.
 
         A fifth of the rows, at most `batch_size`; a client's only row is in both.

@@ -34,7 +34,17 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from fleetune.data import hub
-from fleetune.data.readers import READERS, Problem, Row, decode, names_of, no_file, rows_of, seen, unreadable
+from fleetune.data.readers import (
+    READERS,
+    FileRow,
+    Problem,
+    decode,
+    names_of,
+    no_file,
+    rows_of,
+    unreadable,
+    value_text,
+)
 from fleetune.errors import DataError
 
 T = TypeVar("T")
@@ -89,7 +99,7 @@ def read(source: str, *, limit: int | None = None, offline: bool = False) -> lis
         raise DataError(f"the limit of rows must be at least 1, got {limit}", hint="leave it out to read all")
     form, first = "", ""
 
-    def make(row: Row) -> list[Example]:
+    def make(row: FileRow) -> list[Example]:
         nonlocal form, first
         own = _form(row.fields)
         if form and own and own != form:
@@ -121,17 +131,17 @@ def read_text(path: str | Path) -> list[str]:
         text = decode(file.read_bytes(), shown)
     except OSError as error:
         raise unreadable(shown, error) from error
-    return _collect([Row(shown, {"text": text})], _blank_or_text, None, shown)
+    return _collect([FileRow(shown, {"text": text})], _blank_or_text, None, shown)
 
 
-def _blank_or_text(row: Row) -> list[str]:
+def _blank_or_text(row: FileRow) -> list[str]:
     """The field `text` of a row in a list, or an empty list where it is blank."""
     text = _text(row.fields, "text", may_lack="text" in row.fields)
     return [text] if text.strip() else []
 
 
 def _collect(
-    rows: Iterable[Row | Problem], make: Callable[[Row], list[T]], limit: int | None, source: str
+    rows: Iterable[FileRow | Problem], make: Callable[[FileRow], list[T]], limit: int | None, source: str
 ) -> list[T]:
     """What `make` makes of each row, joined; DataError with the bad rows, or when there is nothing."""
     found: list[T] = []
@@ -232,7 +242,7 @@ def _chat(fields: Mapping[str, object], form: str) -> Example:
     key, speaker, says = CHATS[form]
     turns = fields.get(key)
     if not isinstance(turns, list) or not turns:
-        what = f"is {seen(turns)}" if key in fields else "is missing"
+        what = f"is {value_text(turns)}" if key in fields else "is missing"
         raise _BadRow(
             f"field {key!r} {what}", f"make {key!r} a list of {{{speaker}, {says}}}, question first"
         )
@@ -240,11 +250,15 @@ def _chat(fields: Mapping[str, object], form: str) -> Example:
     for number, turn in enumerate(turns):
         label = f"{key}[{number}]"
         if not isinstance(turn, dict):
-            raise _BadRow(f"field {label!r} is {seen(turn)}", f"write each turn as {{{speaker}, {says}}}")
+            raise _BadRow(
+                f"field {label!r} is {value_text(turn)}", f"write each turn as {{{speaker}, {says}}}"
+            )
         role = ROLES.get(_text(turn, speaker, label=label))
         if role is None or (role == "system" and number > 0):
             roles = "system (first turn only), user (or human), assistant (or gpt)"
-            raise _BadRow(f"field '{label}.{speaker}' is {seen(turn[speaker])}", f"the roles are {roles}")
+            raise _BadRow(
+                f"field '{label}.{speaker}' is {value_text(turn[speaker])}", f"the roles are {roles}"
+            )
         messages.append((role, _text(turn, says, label=label, may_lack=role == "system")))
     *prompt, (last, response) = messages
     if last != "assistant":
@@ -270,7 +284,7 @@ def _text(fields: Mapping[str, object], name: str, *, label: str = "", may_lack:
             f"field {path!r} is missing (there are: {names_of(fields)})", f"add {name!r} to these rows"
         )
     if not isinstance(value, str):
-        raise _BadRow(f"field {path!r} is {seen(value)}, not text", f"write {name!r} as text")
+        raise _BadRow(f"field {path!r} is {value_text(value)}, not text", f"write {name!r} as text")
     if not value.strip() and not may_lack:
         raise _BadRow(f"field {path!r} is empty", f"fill in {name!r}, or delete these rows")
     try:

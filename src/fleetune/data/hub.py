@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fleetune.data.readers import READERS, meant
+from fleetune.data.readers import READERS, suggest_files
 from fleetune.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ def files(source: str, offline: bool) -> list[tuple[Path, str]]:
             raise DataError(f"the data set {repo!r} is gated", hint=hint) from error
         except errors.RepositoryNotFoundError as error:
             hint = (
-                meant(source) or "check the name, or give a file's path; a private set needs `hf auth login`"
+                suggest_files(source)
+                or "check the name, or give a file's path; a private set needs `hf auth login`"
             )
             raise DataError(f"{repo!r} is no file here and no data set on the hub", hint=hint) from error
         except DataError:
@@ -50,7 +51,7 @@ def files(source: str, offline: bool) -> list[tuple[Path, str]]:
     if cached is None:
         raise DataError(
             f"{repo!r} is no file here, and the hub cannot be asked for it: {reason}",
-            hint=meant(source)
+            hint=suggest_files(source)
             or "check the path or the connection, or download the data elsewhere and give the file's path; "
             "the set `demo` is always there",
         )

@@ -39,7 +39,7 @@ DRAWS = 10  # Dirichlet draws before rows are moved to clients that got too few
 HOLD_OUT, IID, SHARDS, DIRICHLET, TOP_UP = range(1 << 32, (1 << 32) + 5)
 
 
-class Spec(NamedTuple):
+class PartitionSpec(NamedTuple):
     """A parsed partition: `alpha` only for dirichlet, `per_client` (S) only for shards."""
 
     kind: str
@@ -144,7 +144,7 @@ def hold_out(
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def _parse(spec: str) -> Spec:
+def _parse(spec: str) -> PartitionSpec:
     """The parts of a partition's writing; RecipeError when it is none."""
     kind, _, rest = spec.partition(":")
     if kind not in KINDS:
@@ -154,19 +154,19 @@ def _parse(spec: str) -> Spec:
             hint=f"write one of {FORMS}",
         )
     if kind == "iid" and not rest:
-        return Spec(kind)
+        return PartitionSpec(kind)
     if kind == "column" and rest:
-        return Spec(kind, rest)
+        return PartitionSpec(kind, rest)
     if kind == "shards" and rest:
         column, _, last = rest.rpartition(":")
         if not column or not last.lstrip("-").isdecimal():
-            return Spec(kind, rest)
+            return PartitionSpec(kind, rest)
         if int(last) < 1:
             raise RecipeError([f"partition {spec!r}: shards per client must be at least 1, got {last}"])
-        return Spec(kind, column, per_client=int(last))
+        return PartitionSpec(kind, column, per_client=int(last))
     alpha, _, column = rest.partition(":")
     if kind == "dirichlet" and alpha and column:
-        return Spec(kind, column, _alpha(spec, alpha))
+        return PartitionSpec(kind, column, _alpha(spec, alpha))
     raise RecipeError([f"partition {spec!r} is not complete"], hint=f"write one of {FORMS}")
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from fleetune.errors import DataError
 
 
-class Row(NamedTuple):
+class FileRow(NamedTuple):
     """One row as it stands in its file."""
 
     where: str  # "file:line"
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
     fix: str
 
 
-def rows_of(path: Path, shown: str) -> Iterator[Row | Problem]:
+def rows_of(path: Path, shown: str) -> Iterator[FileRow | Problem]:
     """The rows of one file by the reader of its suffix."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -49,14 +49,14 @@ def rows_of(path: Path, shown: str) -> Iterator[Row | Problem]:
         raise unreadable(shown, error) from error
 
 
-def _row(where: str, value: object) -> Row | Problem:
+def _row(where: str, value: object) -> FileRow | Problem:
     """A JSON value as a row."""
     if isinstance(value, dict):
-        return Row(where, value)
-    return Problem(where, f"is {seen(value)}, not an object", "write each row as {...}")
+        return FileRow(where, value)
+    return Problem(where, f"is {value_text(value)}, not an object", "write each row as {...}")
 
 
-def _jsonl(path: Path, shown: str) -> Iterator[Row | Problem]:
+def _jsonl(path: Path, shown: str) -> Iterator[FileRow | Problem]:
     """One JSON object a line; blank lines are skipped."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -72,7 +72,7 @@ def _jsonl(path: Path, shown: str) -> Iterator[Row | Problem]:
                 yield Problem(where, _json_fault(error), "write one JSON object per line, in full")
 
 
-def _json(path: Path, shown: str) -> Iterator[Row | Problem]:
+def _json(path: Path, shown: str) -> Iterator[FileRow | Problem]:
     """A JSON list of objects; a file that starts with an object is read as JSON lines, as the hub does."""
     text = decode(path.read_bytes(), shown)
     blank = re.compile(r"[ \t\r\n]*")
@@ -105,7 +105,7 @@ def _json(path: Path, shown: str) -> Iterator[Row | Problem]:
         yield Problem(where, "not JSON: the list does not end where it should", fix)
 
 
-def _one_object(text: str, shown: str) -> list[Row | Problem]:
+def _one_object(text: str, shown: str) -> list[FileRow | Problem]:
     """The problem of a file that is a single object over several lines; empty for anything else."""
     try:
         value = json.loads(text) if "\n" in text.strip() else None
@@ -118,7 +118,7 @@ def _one_object(text: str, shown: str) -> list[Row | Problem]:
     return [Problem(f"{shown}:1", f"one object, not a list of rows (it has: {names_of(value)})", fix)]
 
 
-def _csv(path: Path, shown: str) -> Iterator[Row | Problem]:
+def _csv(path: Path, shown: str) -> Iterator[FileRow | Problem]:
     """Comma-separated values with a header line; a row's line is the one it starts on."""
     reader = csv.reader(io.StringIO(decode(path.read_bytes(), shown), newline=""), strict=True)
     fix = 'give every row the header\'s columns; put values that hold commas, quotes or line breaks in "..."'
@@ -141,10 +141,10 @@ def _csv(path: Path, shown: str) -> Iterator[Row | Problem]:
         elif cells and len(cells) != len(header):
             yield Problem(where, f"has {len(cells)} values for the header's {len(header)} columns", fix)
         elif cells:
-            yield Row(where, dict(zip(header, cells, strict=True)))
+            yield FileRow(where, dict(zip(header, cells, strict=True)))
 
 
-def _parquet(path: Path, shown: str) -> Iterator[Row | Problem]:
+def _parquet(path: Path, shown: str) -> Iterator[FileRow | Problem]:
     """Parquet, in batches; there are no lines, so a row is named by its number."""
     try:
         import pyarrow
@@ -157,13 +157,13 @@ def _parquet(path: Path, shown: str) -> Iterator[Row | Problem]:
             for batch in file.iter_batches(1024):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(f"{shown}:row {number}", value)
+                    yield FileRow(f"{shown}:row {number}", value)
     except pyarrow.ArrowException as error:
         first = str(error).splitlines()[0]
         raise DataError(f"{shown}: not Parquet: {first}", hint="download or write the file again") from error
 
 
-READERS: Mapping[str, Callable[[Path, str], Iterator[Row | Problem]]] = {
+READERS: Mapping[str, Callable[[Path, str], Iterator[FileRow | Problem]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
@@ -171,7 +171,7 @@ READERS: Mapping[str, Callable[[Path, str], Iterator[Row | Problem]]] = {
 }
 
 
-def seen(value: object) -> str:
+def value_text(value: object) -> str:
     """A wrong value in few words."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -231,10 +231,10 @@ def no_file(source: str) -> DataError:
         return DataError(f"no file {source}: there is no folder {path.parent}", hint="check the path")
     data = [name for name in _listing(path.parent) if Path(name).suffix.lower() in READERS][:5]
     there = f"data files there: {', '.join(data)}" if data else "check the path"
-    return DataError(f"no file {source}", hint=meant(source) or there)
+    return DataError(f"no file {source}", hint=suggest_files(source) or there)
 
 
-def meant(source: str) -> str:
+def suggest_files(source: str) -> str:
     """A question with the files whose names are close to `source`, "" if there are none."""
     path = Path(os.path.expanduser(source))
     near = difflib.get_close_matches(path.name, [*_listing(path.parent), "demo"], n=3, cutoff=0.5)

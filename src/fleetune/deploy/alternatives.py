@@ -9,7 +9,7 @@ from typing import Final
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import ggml_blocks, gguf
 from fleetune.errors import UsageError
-from fleetune.models.families.widths import differ
+from fleetune.models.families.widths import has_block_widths
 
 PACKED_BITS: Final = (4, 8)  # of compressed-tensors
 
@@ -17,7 +17,7 @@ PACKED_BITS: Final = (4, 8)  # of compressed-tensors
 def instead(model: Checkpoint) -> str:
     """The targets, as the end of a hint: "--to compressed-tensors, --to gguf or --to hf"; all of them hold the codes exactly."""
     grids = [q for name in model.names if (q := model.quantised(name)) is not None]
-    packed = not differ(model.config) and all(q.bits in PACKED_BITS for q in grids)
+    packed = not has_block_widths(model.config) and all(q.bits in PACKED_BITS for q in grids)
     found = ["compressed-tensors"] if packed and gridded_linears(model) else []
     if (kind := gguf_kind(model)) is not None:
         found.append(kind)

@@ -22,7 +22,7 @@ from fleetune.deploy.targets import TARGETS as TARGETS
 from fleetune.deploy.targets import check_place, check_target
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.artefact import is_master
-from fleetune.models.families.widths import differ
+from fleetune.models.families.widths import has_block_widths
 from fleetune.models.gguf import convert
 from fleetune.models.loading import disk_errors
 from fleetune.models.model import Model
@@ -43,7 +43,7 @@ def export(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHIN
     if to == gguf_lora.TARGET:
         raise UsageError("only a run has an adapter", hint=f"fleetune export RUN --to {to}")
     model = open_checkpoint(source)
-    if differ(model.config) and not to.startswith(("gguf", "hf")):
+    if has_block_widths(model.config) and not to.startswith(("gguf", "hf")):
         raise UsageError(
             f"{source} has blocks of different widths, which {to} has no place for",
             hint=f"use {alternatives.instead(model)}, or prune it again with --set first=0 --set last=0",

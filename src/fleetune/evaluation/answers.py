@@ -24,7 +24,14 @@ from fleetune.data.encode import stop_ids as tokenizer_stop_ids
 from fleetune.data.examples import Example
 from fleetune.data.labelled import encode_texts
 from fleetune.errors import DataError, RecipeError
-from fleetune.evaluation.losses import all_class_logits, all_row_losses, base_of, context, frozen, pad_id
+from fleetune.evaluation.losses import (
+    all_class_logits,
+    all_row_losses,
+    base_of,
+    context_length,
+    eval_mode,
+    pad_id,
+)
 from fleetune.models.encoders import MAX_LABELS
 from fleetune.models.model import Model
 
@@ -39,7 +46,7 @@ def generate(
     """
     if model.labels:
         return predict(model, examples, batch_size=batch_size)
-    room = max(1, context(model) - max_new_tokens)
+    room = max(1, context_length(model) - max_new_tokens)
     prompts = [prompt_ids(example, model.tokenizer, room) for example in examples]
     return generate_from_ids(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
@@ -55,7 +62,7 @@ def predict(
     return [model.labels[int(i)] for i in best]
 
 
-def must_write(model: Model, what: str) -> None:
+def require_text_model(model: Model, what: str) -> None:
     """RecipeError when `what` needs a text that `model` writes and it is an encoder."""
     if model.labels:
         raise RecipeError(
@@ -75,7 +82,7 @@ def generate_from_ids(
     `max_new_tokens`.  Prompts of like length share a batch, padded on the left; the attention mask hides the
     padding and positions count from the first real token.  RecipeError for an encoder.
     """
-    must_write(model, "generation")
+    require_text_model(model, "generation")
     config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **_ends(model))
     return [decode_answer(model, ids) for ids in _continued(model, prompts, config, batch_size)]
 
@@ -88,7 +95,7 @@ def sample_from_ids(
     Up to and with the first token that ends an answer, or `max_new_tokens`.  A function of the weights, the
     prompts and `seed` alone; torch's generators are afterwards what they were.  RecipeError for an encoder.
     """
-    must_write(model, "sampling")
+    require_text_model(model, "sampling")
     config = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, **_ends(model)
     )  # fmt: skip
@@ -109,7 +116,7 @@ def _continued(
     """What `config` makes the model write after each prompt, padding after its end included."""
     written: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    with frozen(model.net), _settings(model.net, config):
+    with eval_mode(model.net), _settings(model.net, config):
         for start in range(0, len(order), batch_size):
             at = order[start : start + batch_size]
             ids, mask = _left_padded([prompts[i] for i in at], pad_id(model), model.device)
@@ -170,7 +177,7 @@ def stop_ids(model: Model) -> frozenset[int]:
 
 def answer_ids(model: Model, answer: str) -> np.ndarray:
     """The tokens of `answer` as an assistant's turn has them, without the end of the turn: int ids [T]."""
-    row = encode(Example((("user", "question"),), answer, {}), model.tokenizer, context(model))
+    row = encode(Example((("user", "question"),), answer, {}), model.tokenizer, context_length(model))
     return without_end(model, row.ids[row.n_prompt :])
 
 

@@ -39,7 +39,7 @@ CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time
 
 
 @contextmanager
-def frozen(net: nn.Module) -> Iterator[None]:
+def eval_mode(net: nn.Module) -> Iterator[None]:
     """Run the body in eval mode without gradients; afterwards every module's training flag is what it was."""
     training = [module for module in net.modules() if module.training]
     net.eval()
@@ -210,7 +210,7 @@ def row_losses(model: Model, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
     Scored are the positions with a label other than -100, except position 0, which nothing predicts.
     """
-    with frozen(model.net):
+    with eval_mode(model.net):
         losses, rows = token_losses(model.net, batch)
     size, at = len(batch.labels), rows.cpu().numpy()
     sums = np.bincount(at, weights=losses.cpu().numpy().astype(np.float64), minlength=size)
@@ -255,7 +255,7 @@ def _longest_first(
 def all_class_logits(model: Model, rows: Sequence[Encoded], batch_size: int = 8) -> np.ndarray:
     """`class_logits` of any number of rows, in their order: float64 [N, C]."""
     logits = np.zeros((len(rows), len(model.labels)))
-    with frozen(model.net):
+    with eval_mode(model.net):
         for at, batch in _longest_first(model, rows, batch_size):
             logits[at] = class_logits(model.net, batch).cpu().numpy()
     return logits
@@ -301,7 +301,7 @@ def perplexity(
     sequence token in front, it is context only and every token of the text is scored; where it puts none,
     the text's first token is context only.  DataError when nothing is left to score.
     """
-    length = window or min(context(model), 1024)
+    length = window or min(context_length(model), 1024)
     step = stride or max(1, length // 2)
     if length < 2 or not 1 <= step < length:
         raise RecipeError(
@@ -331,6 +331,6 @@ def _text_ids(model: Model, text: str) -> np.ndarray:
     return np.asarray(model.tokenizer(text, verbose=False)["input_ids"], np.int32)
 
 
-def context(model: Model) -> int:
+def context_length(model: Model) -> int:
     """The longest sequence the model is made for; 2,048 where its configuration does not say."""
     return int(getattr(base_of(model.net).config.get_text_config(), "max_position_embeddings", None) or 2048)

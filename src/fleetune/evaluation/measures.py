@@ -11,13 +11,12 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import NamedTuple
 
 from fleetune.data.encode import Encoded
 from fleetune.data.examples import Example
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import RecipeError
-from fleetune.evaluation.answers import generate, label_accuracy, must_write
+from fleetune.evaluation.answers import generate, label_accuracy, require_text_model
 from fleetune.evaluation.losses import class_measures, perplexity, response_loss
 from fleetune.evaluation.scores import exact_match, rouge_l, token_f1
 from fleetune.models.model import Model
@@ -108,7 +107,7 @@ def evaluate(
     names = check_tasks(tasks or ("loss", "accuracy" if model.labels else "rouge_l"))
     for name in names:
         if name not in ("loss", "accuracy"):
-            must_write(model, f"task '{name}'")
+            require_text_model(model, f"task '{name}'")
     work = _Work(model, examples, max_length, batch_size, max_new_tokens, labels, texts)
     answered = replace(work, examples=examples[:answer_rows])
     of_answers = {"rouge_l", "f1", "exact_match"}
@@ -129,26 +128,3 @@ def measure(
     if labels:
         measured["accuracy"] = label_accuracy(model, examples, labels, max_length=max_length)
     return measured
-
-
-class Sample(NamedTuple):
-    """One fixed prompt and what the model says to it."""
-
-    prompt: str
-    reference: str
-    answer: str
-    client: str
-
-
-def samples(
-    model: Model, examples: Sequence[Example], *, max_new_tokens: int = 128, batch_size: int = 8
-) -> list[Sample]:
-    """The model's greedy answers to fixed examples, to be set beside another model's on the same ones.
-
-    `prompt` is the last user turn; `client` is the row's field of that name, or empty.
-    """
-    answers = generate(model, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return [
-        Sample(example.messages[-1][1], example.response, answer, example.meta.get("client", ""))
-        for example, answer in zip(examples, answers, strict=True)
-    ]

@@ -53,10 +53,10 @@ from fleetune.evaluation.answers import (
     answer_scores,
     decode_answer,
     generate_from_ids,
-    must_write,
+    require_text_model,
     without_end,
 )
-from fleetune.evaluation.losses import batch_loss, class_logits, frozen, token_losses
+from fleetune.evaluation.losses import batch_loss, class_logits, eval_mode, token_losses
 from fleetune.evaluation.scores import rouge_l, token_f1
 from fleetune.models.model import Model
 
@@ -76,7 +76,7 @@ def get(name: str = "loss") -> Objective:
     kind, _, argument = name.partition(":")
     if kind in BUILT_IN:
         return BUILT_IN[kind](argument)
-    return _checked(name, imported(name, "objective", BUILT_IN, "objective(model, batch)"))
+    return _checked(name, import_function(name, "objective", BUILT_IN, "objective(model, batch)"))
 
 
 def split(batch: Batch) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -123,7 +123,7 @@ def negative_accuracy(model: Model, batch: Batch, labels: Sequence[str] = ()) ->
     answer that is not among the labels.
     """
     if batch.labels.ndim == 1:
-        with frozen(model.net):
+        with eval_mode(model.net):
             right = class_logits(model.net, batch).argmax(1) == batch.labels
         return -float(right.double().mean())
     prompts, references = split(batch)
@@ -164,7 +164,7 @@ def negative_score(model: Model, batch: Batch, score: Score, max_new_tokens: int
     `max_new_tokens` 0: twice the longest reference, at most 128, so that rambling costs precision but not
     time.
     """
-    must_write(model, "an objective on answers (rouge_l, f1)")
+    require_text_model(model, "an objective on answers (rouge_l, f1)")
     prompts, references = split(batch)
     limit = max_new_tokens or min(MAX_NEW_TOKENS, 2 * max(map(len, references)))
     answers = generate_from_ids(model, prompts, max_new_tokens=limit, batch_size=len(prompts))
@@ -184,7 +184,7 @@ BUILT_IN: Mapping[str, Callable[[str], Objective]] = MappingProxyType(
 # --- a function of one's own ------------------------------------------------------------------------------
 
 
-def imported(name: str, kind: str, known: Iterable[str], call: str) -> Callable[..., Any]:
+def import_function(name: str, kind: str, known: Iterable[str], call: str) -> Callable[..., Any]:
     """The callable at "package.module:function" or "file.py:function".
 
     RecipeError when there is none; it calls it a `kind`, as the names `known` are, that is called like `call`.
@@ -255,7 +255,7 @@ def _checked(name: str, function: Callable[..., Any]) -> Objective:
 
     def objective(model: Model, batch: Batch) -> float:
         try:
-            with frozen(model.net):
+            with eval_mode(model.net):
                 value = function(model, batch)
         except FleetuneError:
             raise
@@ -264,12 +264,12 @@ def _checked(name: str, function: Callable[..., Any]) -> Objective:
                 [f"objective {name!r} failed: {type(error).__name__}: {error}"],
                 hint="it is called as objective(model, batch); see fleetune.evaluation.objectives",
             ) from error
-        return number(value, f"objective {name!r}")
+        return finite_number(value, f"objective {name!r}")
 
     return objective
 
 
-def number(value: Any, what: str) -> float:
+def finite_number(value: Any, what: str) -> float:
     """`value`, which `what` returned, as a float; RecipeError when it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RecipeError(

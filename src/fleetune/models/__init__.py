@@ -11,24 +11,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fleetune.models.loading import (
+    from fleetune.models.loading import (  # fmt: skip
         DEVICES,
         DTYPES,
         builtin,
-        check_place,
+        check_device,
         disk_errors,
         load,
         load_config,
-        moved,
+        move_model,
         pull,
         resolve,
         save,
-    )  # fmt: skip
+    )
     from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
     from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
 
 __all__ = [
-    "DEVICES", "DTYPES", "Model", "builtin", "check_place", "digest", "disk_errors", "load", "load_config", "moved",
+    "DEVICES", "DTYPES", "Model", "builtin", "check_device", "digest", "disk_errors", "load", "load_config", "move_model",
     "named_tensors", "pull", "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer",
     "tokenizer_digest", "uniform",
 ]  # fmt: skip

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fleetune.common.folders import staged
 from fleetune.errors import ModelError
-from fleetune.models.families.widths import mark
+from fleetune.models.families.widths import mark_config
 from fleetune.models.model import Model
 from fleetune.models.paged import tensors_of
 from fleetune.models.tensor_file import write_in_turn
@@ -61,7 +61,7 @@ class Quantised:
 
 
 @dataclass(frozen=True)
-class Head:
+class ArtefactHead:
     """How an artefact was made."""
 
     method: str
@@ -78,7 +78,7 @@ class Head:
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
 
     @staticmethod
-    def from_json(text: str) -> Head:
+    def from_json(text: str) -> ArtefactHead:
         """ModelError when it is not the head of a master artefact of this version."""
         try:
             raw = json.loads(text)
@@ -88,7 +88,7 @@ class Head:
                     hint="update Fleetune, or compress the model again",
                 )
             pairs = {k: {n: (int(a), int(b)) for n, (a, b) in raw[k].items()} for k in ("grids", "shapes")}
-            return Head(**{**raw, **pairs})
+            return ArtefactHead(**{**raw, **pairs})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"the artefact's head is damaged ({error!r})", hint="compress the model again"
@@ -144,7 +144,7 @@ def _merged(
         yield name, changed.get(name, tensor)
 
 
-def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor], head: Head) -> None:
+def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor], head: ArtefactHead) -> None:
     """Write the artefact of `model`, of whose parameters `changed` replaces some; an older one is replaced.
 
     One parameter is in memory at a time; the bytes are those of safetensors' own writer.
@@ -166,7 +166,7 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
     with staged(folder, replace=FILE) as new:
         write_in_turn(new / FILE, table, tensors(), {"master": head.to_json()})
         model.net.config.save_pretrained(new)
-        mark(new)
+        mark_config(new)
         if model.net.can_generate() and model.net.generation_config is not None:
             model.net.generation_config.save_pretrained(new)
         model.tokenizer.save_pretrained(new)
@@ -195,7 +195,7 @@ class Master:
                 f"{folder / FILE} is damaged ({error})", hint="compress the model again"
             ) from error
         self._file = opened
-        self.head = Head.from_json(head)
+        self.head = ArtefactHead.from_json(head)
         self._stored = set(self._file.keys())
 
     @cached_property

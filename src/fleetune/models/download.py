@@ -175,7 +175,7 @@ def unzip_folder(archive: Path, inner: str, folder: Path) -> None:
 
 
 @contextmanager
-def watched(folder: Path, what: str, total: int, progress: Progress | None) -> Iterator[None]:
+def report_download(folder: Path, what: str, total: int, progress: Progress | None) -> Iterator[None]:
     """While the block runs, report the bytes that lie in `folder`, five times a second."""
     if progress is None:
         yield

@@ -106,7 +106,9 @@ def config_of(folder: Path) -> Any:
             return config_from(raw)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a configuration class may raise anything for a wrong value
-        raise ModelError(f"{file} cannot be used: {short(error)}", hint="fetch the model again") from error
+        raise ModelError(
+            f"{file} cannot be used: {short_error(error)}", hint="fetch the model again"
+        ) from error
 
 
 def _check_sizes(raw: dict[str, Any], file: Path) -> None:
@@ -144,7 +146,7 @@ def _instead(folder: Path) -> str:
     return NAME_HINT
 
 
-def short(error: BaseException) -> str:
+def short_error(error: BaseException) -> str:
     """The first line of an error's text, with the next where it ends in a colon, cut to a length that fits a message."""
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
     return (f"{first} {more[0].strip()}" if more and first.endswith(":") else first)[:300]

@@ -40,8 +40,8 @@ from fleetune.errors import FitError, ModelError, StorageError
 from fleetune.models import cache, encoders
 from fleetune.models.cache import BuiltIn
 from fleetune.models.download import Progress
-from fleetune.models.families.widths import class_of, mark
-from fleetune.models.hf_folder import NAME_HINT, check_folder, config_of, is_encoder, short
+from fleetune.models.families.widths import class_of, mark_config
+from fleetune.models.hf_folder import NAME_HINT, check_folder, config_of, is_encoder, short_error
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
 from fleetune.models.paged import Pages, stubs
 from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
@@ -148,19 +148,19 @@ def _hub_id(name: str) -> str:
 # ---------------------------------------------------------------- load
 
 
-def check_place(device: str, dtype: str) -> str:
+def check_device(device: str, dtype: str) -> str:
     """The device that is meant, which can hold weights of this dtype; ModelError when one of them cannot be had."""
     if dtype not in DTYPES:
         raise ModelError(f"no dtype named '{dtype}'", hint="choose one of " + ", ".join(DTYPES))
     return _device(device, DTYPES[dtype])
 
 
-def moved(model: Model, *, dtype: str, device: str) -> Model:
+def move_model(model: Model, *, dtype: str, device: str) -> Model:
     """A model in another dtype and on another device, as `load` would have put it there; `model` is used up.
 
     Its digest stays that of the weights it was loaded with.  ModelError as in `check_place`.
     """
-    chosen = check_place(device, dtype)
+    chosen = check_device(device, dtype)
     for parameter in model.net.parameters():
         parameter.data = parameter.data.to(chosen, DTYPES[dtype])
     model.net.config.dtype = DTYPES[dtype]
@@ -183,7 +183,7 @@ def _device(device: str, dtype: torch.dtype) -> str:
         torch.ones(1, dtype=dtype, device=chosen).mul_(2)
     except (RuntimeError, TypeError) as error:
         raise ModelError(
-            f"device '{chosen}' cannot use {dtype}: {short(error)}", hint="use --dtype fp32"
+            f"device '{chosen}' cannot use {dtype}: {short_error(error)}", hint="use --dtype fp32"
         ) from error
     return chosen
 
@@ -205,7 +205,7 @@ def load(
     leaves a causal model's weights in its files (`pages.py`; on the CPU).  ModelError when the name, its files,
     the labels, the dtype or the device cannot be used; FitError when memory does not suffice.
     """
-    chosen = check_place(device, dtype)
+    chosen = check_device(device, dtype)
     path = resolve(name, offline=offline, progress=progress)
     try:
         net, words = _read_net(path, DTYPES[dtype], labels, paged)
@@ -251,7 +251,7 @@ def _read_net(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(
-            f"the weights in {path} cannot be loaded: {short(error)}", hint="fetch the model again"
+            f"the weights in {path} cannot be loaded: {short_error(error)}", hint="fetch the model again"
         ) from error
     missing = [str(name) for name in found["missing_keys"]]
     if words != saved:
@@ -307,7 +307,7 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise ModelError(
-            f"the tokenizer in {path} cannot be loaded: {short(error)}", hint="fetch the model again"
+            f"the tokenizer in {path} cannot be loaded: {short_error(error)}", hint="fetch the model again"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -345,7 +345,7 @@ def save(
         raise ModelError("the model still carries adapters", hint="merge or detach them before saving")
     with staged(path, replace="config.json") as folder, disk_errors(path), _quiet():
         net.save_pretrained(folder)
-        mark(folder)
+        mark_config(folder)
         tokenizer.save_pretrained(folder)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -359,6 +359,6 @@ def disk_errors(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         full = "No space left" in str(error) or "os error 28" in str(error)
         raise StorageError(
-            f"cannot write {path}: {'the disk is full' if full else short(error)}",
+            f"cannot write {path}: {'the disk is full' if full else short_error(error)}",
             hint="free some space, or choose another folder with --out",
         ) from error

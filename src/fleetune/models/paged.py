@@ -34,7 +34,7 @@ class Pages:
         self._name = {id(tensor): name for name, tensor in named_tensors(net)}
         self._place = _places(net, folder, self._name)
         self._stubs: dict[int, Tensor] = {}  # of parts that are in memory
-        self._held: set[nn.Module] = set()
+        self._loaded: set[nn.Module] = set()
         for part in _parts(net):
             part.register_forward_pre_hook(lambda part, args: self._read(part))
             part.register_forward_hook(lambda part, args, out: self._drop(part), always_call=True)
@@ -54,14 +54,14 @@ class Pages:
             yield name, self.weight(name)
 
     @contextmanager
-    def hold(self, part: nn.Module) -> Iterator[None]:
+    def keep_loaded(self, part: nn.Module) -> Iterator[None]:
         """Keep a part in memory while the block runs, however often it runs."""
         self._read(part)
-        self._held.add(part)
+        self._loaded.add(part)
         try:
             yield
         finally:
-            self._held.discard(part)
+            self._loaded.discard(part)
             self._drop(part)
 
     def _read(self, part: nn.Module) -> None:
@@ -71,7 +71,7 @@ class Pages:
                 tensor.data = self.weight(self._name[id(tensor)])
 
     def _drop(self, part: nn.Module) -> None:
-        if part not in self._held:
+        if part not in self._loaded:
             for tensor in part.parameters():
                 tensor.data = self._stubs.pop(id(tensor), tensor.data)
 
@@ -135,11 +135,11 @@ def tensors_of(model: Model) -> Iterable[tuple[str, Tensor]]:
 
 
 @contextmanager
-def held(model: Model, part: Any) -> Iterator[None]:
+def in_memory(model: Model, part: Any) -> Iterator[None]:
     """Have a part's weights in memory while the block runs, for a model that is in its files."""
     pages = pages_of(model)
     if pages is None:
         yield
     else:
-        with pages.hold(part):
+        with pages.keep_loaded(part):
             yield

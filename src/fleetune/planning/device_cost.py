@@ -68,7 +68,7 @@ class Rates(NamedTuple):
 
 def memory(shape: Shape, work: Workload, method: str, module: Module) -> dict[str, int]:
     """Bytes of a device's peak by part (see the module's text), for a method with its module, or a comparison."""
-    kernels = KERNELS[kernel_choice.wanted()] * (method in (*FORWARD, "fwdllm"))
+    kernels = KERNELS[kernel_choice.chosen_kernels()] * (method in (*FORWARD, "fwdllm"))
     imports = kernels + PEFT * bool(module.tensors)
     parts = {"floor": FLOOR + PIECE * shape.vocab + imports, "weights": shape.params * work.size}
     if method not in (*FORWARD, "fwdllm", "inference"):
@@ -179,7 +179,7 @@ def step_seconds(shape: Shape, work: Workload, method: str, rates: Rates, module
         return 2 * (forward / rates.flops + moved / rates.copy)
     if method in FORWARD:
         stored = STORED * weights * (method == "zosgd")
-        sweep = SWEEP[kernel_choice.wanted()] * weights
+        sweep = SWEEP[kernel_choice.chosen_kernels()] * weights
         return 2 * forward / rates.flops + (2 * (moved + sweep) + stored) / rates.copy
     if module.tensors:
         own = module.size

@@ -106,10 +106,10 @@ def _state(name: str, method: Any, shape: Shape, tensors: Mapping[str, tuple[int
     """What a method's `expects` and `broadcast` look at, in the round after the first; arrays of no memory."""
     import numpy as np
 
-    from fleetune.seeds.ledger import Head, Ledger
+    from fleetune.seeds.ledger import Ledger, LedgerHead
 
     size = int(getattr(method, "K", 1))
-    ledger = Ledger(Head("", "", (), BIG, "pooled", size, 1.0))
+    ledger = Ledger(LedgerHead("", "", (), BIG, "pooled", size, 1.0))
     arrays = {n: np.broadcast_to(np.float32(0), sizes) for n, sizes in tensors.items()}
     return SimpleNamespace(
         ledger=ledger.append(np.zeros(1, np.uint64), np.array([1 << 20]), 1), step=size, round=0,

@@ -21,7 +21,7 @@ from torch import Tensor
 from fleetune.seeds.noise import Passes
 
 if TYPE_CHECKING:
-    from fleetune.seeds.slots import Slot
+    from fleetune.seeds.slots import WeightSlot
 
 log = logging.getLogger(__name__)
 
@@ -29,20 +29,22 @@ FOLD = 16  # passes that are computed in each forward before they are folded
 EXACT = 1 << 24  # integers below this are exact in float32
 
 
-class Folded:
+class FoldedSums:
     """Integer sums of passes over the elements of some tensors, and which passes they hold."""
 
-    def __init__(self, slots: Sequence[Slot], run_key: int, kernels: ModuleType, threads: int | None) -> None:
+    def __init__(
+        self, slots: Sequence[WeightSlot], run_key: int, kernels: ModuleType, threads: int | None
+    ) -> None:
         self.slots, self.run_key, self.kernels, self.threads = slots, run_key, kernels, threads
-        self.held: Passes | None = None
+        self.folded: Passes | None = None
         self.reach = 0  # the largest sum anywhere
         self.sums: dict[str, Tensor] = {}
 
     def rest(self, point: Passes | None) -> Passes | None:
         """What is left of `point` beside the sums; folds first when that is many passes."""
-        if self.held is None and (point is None or len(point.ids) <= FOLD):
+        if self.folded is None and (point is None or len(point.ids) <= FOLD):
             return point
-        left = difference(point, self.held)
+        left = difference(point, self.folded)
         if len(left.ids) <= FOLD and self.reach + _most(left) < EXACT:
             return left
         if self.reach + _most(left) >= EXACT:
@@ -53,12 +55,12 @@ class Folded:
             self.forget()
             return point
         self._fold(left)
-        self.held = point
+        self.folded = point
         return None
 
     def forget(self) -> None:
         """Drop the sums and their memory."""
-        self.held, self.reach, self.sums = None, 0, {}
+        self.folded, self.reach, self.sums = None, 0, {}
 
     def _fold(self, passes: Passes) -> None:
         self.reach = 0

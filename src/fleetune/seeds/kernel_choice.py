@@ -17,7 +17,7 @@ CHOICES: Final = ("auto", "numba", "torch")
 VARIABLE: Final = "FLEETUNE_KERNELS"
 
 
-def wanted(backend: str = "auto") -> str:
+def chosen_kernels(backend: str = "auto") -> str:
     """`backend` unless it is auto, else what the environment says: auto, numba or torch.  UsageError for another word."""
     chosen = backend if backend != "auto" else os.environ.get(VARIABLE) or "auto"
     if chosen not in CHOICES:

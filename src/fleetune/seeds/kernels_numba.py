@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -98,30 +98,6 @@ def sweep_gaussian(
     move = (u64(run_key), keys, factors, f32(grid), u64(probe_id), scale)
     cost = out.numel() * 8 * max(1, len(keys))
     _share(sweep_groups, _weights(out, base, start), start, cost, move, threads, block)
-
-
-def add(
-    params: Sequence[tuple[Tensor, int]],
-    entries: Sequence[tuple[int, int]],
-    run_key: int,
-    grid: float,
-    *,
-    law: str = "rademacher",
-    K: int = 1,
-    threads: int | None = None,
-) -> None:
-    """Add grid * sum of coefficient * direction to tensors, in place.
-
-    params: (contiguous tensor, global index of its first element); entries: (direction id, coefficient).
-    """
-    passes = noise.passes(law, K, [i for i, _ in entries], [c for _, c in entries])
-    for tensor, start in params:
-        flat = tensor.detach().view(-1)
-        if law == "gaussian":
-            c = passes.tables[:, 0].astype(f32)
-            sweep_gaussian(flat, flat, start, run_key, passes.ids, c, grid, threads=threads)
-        else:
-            sweep(flat, flat, start, run_key, passes, grid, threads=threads)
 
 
 _NONE = np.zeros(0, f32)

@@ -106,29 +106,6 @@ def sweep_gaussian(
             out[lo:hi].copy_(x)
 
 
-def add(
-    params: Sequence[tuple[Tensor, int]],
-    entries: Sequence[tuple[int, int]],
-    run_key: int,
-    grid: float,
-    *,
-    law: str = "rademacher",
-    K: int = 1,
-    threads: int | None = None,
-) -> None:
-    """Add grid * sum of coefficient * direction to tensors, in place.
-
-    params: (contiguous tensor, global index of its first element); entries: (direction id, coefficient).
-    """
-    passes = noise.passes(law, K, [i for i, _ in entries], [c for _, c in entries])
-    for tensor, start in params:
-        flat = tensor.detach().view(-1)
-        if law == "gaussian":
-            sweep_gaussian(flat, flat, start, run_key, passes.ids, passes.tables[:, 0], grid)
-        else:
-            sweep(flat, flat, start, run_key, passes, grid)
-
-
 def _check(out: Tensor, base: Tensor, start: int) -> None:
     if out.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"weights of type {out.dtype}; fp32, bf16 and fp16 are known")

@@ -33,7 +33,7 @@ LAWS = ("rademacher", "pooled", "gaussian")
 
 
 @dataclass(frozen=True)
-class Head:
+class LedgerHead:
     """What a ledger belongs to and how it is replayed."""
 
     base: str  # SHA-256 of the base model's tensors
@@ -60,13 +60,13 @@ class Head:
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
-    def from_json(text: str) -> Head:
+    def from_json(text: str) -> LedgerHead:
         """The head a file holds; LedgerError if a field is missing, unknown, not canonical or of another format."""
         try:
             raw = json.loads(text)
             raw["run_key"] = int(raw["run_key"], 16)
             raw["tensors"] = tuple((str(n), tuple(int(d) for d in s), str(t)) for n, s, t in raw["tensors"])
-            head = Head(**raw)
+            head = LedgerHead(**raw)
             if head.to_json() != text:
                 raise ValueError("it is not in canonical form")
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -96,7 +96,7 @@ class Change(NamedTuple):
 class Ledger:
     """A head and its entries; every operation returns a new ledger."""
 
-    head: Head
+    head: LedgerHead
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     coefficients: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     rounds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
@@ -242,7 +242,7 @@ class Ledger:
         write_atomic(path, self.to_bytes(), mode=0o600)
 
 
-def _sound(head: Head) -> bool:
+def _sound(head: LedgerHead) -> bool:
     # Whether the values of a head that was read can be what `to_json` wrote.
     texts = (head.base, head.tokenizer, head.law, head.lr, head.method, head.aggregation, head.privacy)
     return (
@@ -282,7 +282,7 @@ def load(path: str | os.PathLike[str]) -> Ledger:
             arrays = [file.get_tensor(n) for n in ("id", "coefficient", "round")]
     except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: types numpy lacks
         raise LedgerError(f"{path} is damaged or not a ledger ({error})") from error
-    head = Head.from_json(metadata.get("head", ""))
+    head = LedgerHead.from_json(metadata.get("head", ""))
     kinds = [(a.dtype.name, a.ndim) for a in arrays]
     if kinds != [("uint64", 1), ("int32", 1), ("uint32", 1)] or len({len(a) for a in arrays}) != 1:
         raise LedgerError(f"{path} is damaged: its arrays are {kinds}")
@@ -290,7 +290,7 @@ def load(path: str | os.PathLike[str]) -> Ledger:
 
 
 def require_base(
-    head: Head, base: str, tokenizer: str, tensors: Iterable[tuple[str, tuple[int, ...], str]]
+    head: LedgerHead, base: str, tokenizer: str, tensors: Iterable[tuple[str, tuple[int, ...], str]]
 ) -> None:
     """LedgerError naming what differs, unless the ledger was made on this very base model."""
     tensors = tuple(tensors)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from fleetune.common.numba_cache import kept
+from fleetune.common.numba_cache import cached_njit
 from fleetune.seeds import noise
 from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH
 
@@ -216,7 +216,7 @@ def _widen(table, size):
     return out
 
 
-@kept
+@cached_njit
 def sweep_tiles(out, base, out16, base16, kind, start, lo, hi, key, ids, tables, grid, probe_id, probe):
     # A single int32 pass needs no accumulator.  Many constants keep their one column; other tables are
     # repeated to at least a row.
@@ -285,7 +285,7 @@ def _normals(z, w):
             zs[j] = f32(r * (-s if quadrant >= 2 else s))
 
 
-@kept
+@cached_njit
 def sweep_groups(
     out, base, out16, base16, kind, start, lo, hi, key, ids, coefficients, grid, probe_id, scale
 ):

@@ -71,7 +71,7 @@ def _add_by_residue(sums: np.ndarray, x: Tensor, first: int) -> None:
     sums[: rest.numel()] += rest.cpu().numpy()
 
 
-class Copies:
+class WeightCopies:
     """While entered, a view's net runs on copies of the weights that it sees, with gradients.
 
     One more copy of the weights, for as long as this object lives; `refresh` moves it to the view's point.
@@ -116,7 +116,7 @@ class Copies:
 class Projection:
     """Folds the gradients of `copies` as backward makes them, each freed at once; `take` is what they come to."""
 
-    def __init__(self, copies: Copies, K: int, epoch: int) -> None:
+    def __init__(self, copies: WeightCopies, K: int, epoch: int) -> None:
         self.view, self.epoch = copies.view, epoch
         self.sums = np.zeros(K)
         for slot in self.view.slots:
@@ -141,7 +141,7 @@ class Projection:
         return p
 
 
-class Walk(NamedTuple):
+class DescentResult(NamedTuple):
     """What a device that back-propagates did: how far along each direction, and the mean loss of its steps."""
 
     moved: np.ndarray  # float64 [K], in units of the grid
@@ -158,7 +158,7 @@ def descend(
     *,
     units: float,
     clip: float,
-) -> Walk:
+) -> DescentResult:
     """Steps of descent in the K-dimensional space of a pool: a_k <- a_k - units p_k / K for every batch.
 
     `units` is the learning rate over the grid; |p_k| is cut to `clip` (0: not).  A step is taken in floats and
@@ -170,7 +170,7 @@ def descend(
     pool = (np.uint64(epoch) << np.uint64(32)) | np.arange(K, dtype=np.uint64)
     ids = np.concatenate([np.array(position.ids, np.uint64), pool])
     begun = np.array(position.coefficients, np.int64)
-    copies = Copies(view)
+    copies = WeightCopies(view)
     projection = Projection(copies, K, epoch)
     with copies, torch.enable_grad():
         for batch in batches:
@@ -183,4 +183,4 @@ def descend(
                 losses.append(value)
                 moved -= units / K * (np.clip(p, -clip, clip) if clip else p)
     position.place(view)
-    return Walk(moved, len(losses), float(np.mean(losses)) if losses else math.inf)
+    return DescentResult(moved, len(losses), float(np.mean(losses)) if losses else math.inf)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fleetune.seeds.noise import TILE
 
 
-class Slot(NamedTuple):
+class WeightSlot(NamedTuple):
     """A trainable tensor and the global index of its first element."""
 
     name: str
@@ -23,21 +23,21 @@ class Slot(NamedTuple):
     start: int
 
 
-Read = Callable[[Slot, int, int], Tensor]
+Read = Callable[[WeightSlot, int, int], Tensor]
 
 
 Direction = tuple[int, np.ndarray]  # Philox id, table
 
 
-def read_stored(slot: Slot, first: int, last: int) -> Tensor:
+def read_stored(slot: WeightSlot, first: int, last: int) -> Tensor:
     """Elements first..last of a tensor that lies in memory (no copy)."""
     return slot.tensor.detach().view(-1)[first:last]
 
 
-def layout(named: Iterable[tuple[str, Tensor]]) -> list[Slot]:
+def layout(named: Iterable[tuple[str, Tensor]]) -> list[WeightSlot]:
     """Slots of name-ordered tensors laid end to end, each starting at a multiple of 4096 (the spec's index)."""
     slots, start = [], 0
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        slots.append(Slot(name, tensor, start))
+        slots.append(WeightSlot(name, tensor, start))
         start += -(-tensor.numel() // TILE) * TILE
     return slots

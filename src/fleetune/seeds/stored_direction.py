@@ -18,32 +18,32 @@ from torch import Tensor
 from fleetune.seeds.noise import EMPTY
 
 if TYPE_CHECKING:
-    from fleetune.seeds.slots import Direction, Slot
+    from fleetune.seeds.slots import Direction, WeightSlot
 
 
-class Stored:
+class StoredDirection:
     """One direction at a time, z[i] for every weight i, in the weights' type and on their device."""
 
     def __init__(
-        self, slots: Sequence[Slot], run_key: int, law: str, kernels: ModuleType, threads: int | None
+        self, slots: Sequence[WeightSlot], run_key: int, law: str, kernels: ModuleType, threads: int | None
     ) -> None:
         self.slots, self.run_key, self.law = slots, run_key, law
         self.kernels, self.threads = kernels, threads
         self.z: dict[str, Tensor] = {}
-        self.held: Direction | None = None
+        self.direction: Direction | None = None
         self.eps = 0.0
 
-    def hold(self, direction: Direction, eps: float) -> None:
-        """Write `direction` out, unless it is the one that is held, to be added `eps` times."""
+    def write(self, direction: Direction, eps: float) -> None:
+        """Write `direction` out, unless it is stored already, to be added `eps` times."""
         self.eps = float(np.float32(eps))
-        held = self.held
-        if held is not None and held[0] == direction[0] and np.array_equal(held[1], direction[1]):
+        last = self.direction
+        if last is not None and last[0] == direction[0] and np.array_equal(last[1], direction[1]):
             return
         for slot in self.slots:
             if slot.name not in self.z:
                 self.z[slot.name] = torch.empty_like(slot.tensor).view(-1)
             self._write(self.z[slot.name].zero_(), slot.start, direction)
-        self.held = direction
+        self.direction = direction
 
     def add(self, x: Tensor, name: str, first: int) -> None:
         """x += eps z, for float32 elements from `first` on of the tensor `name`."""

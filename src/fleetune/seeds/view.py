@@ -32,10 +32,10 @@ from torch.nn import functional as F
 
 from fleetune.errors import ModelError, UsageError
 from fleetune.seeds import kernel_choice
-from fleetune.seeds.folded_sums import Folded
+from fleetune.seeds.folded_sums import FoldedSums
 from fleetune.seeds.noise import EMPTY, Passes
-from fleetune.seeds.slots import Direction, Read, Slot, layout, read_stored
-from fleetune.seeds.stored_direction import Stored
+from fleetune.seeds.slots import Direction, Read, WeightSlot, layout, read_stored
+from fleetune.seeds.stored_direction import StoredDirection
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
 
     `backend` is auto (what `choice` says), numba or torch; UsageError when numba is asked for and is not usable here.
     """
-    wanted = kernel_choice.wanted(backend)
+    wanted = kernel_choice.chosen_kernels(backend)
     if wanted == "torch" or (wanted == "auto" and device.type != "cpu"):
         return importlib.import_module("fleetune.seeds.kernels_torch")
     hint = f"{kernel_choice.VARIABLE}=auto takes torch's kernels there"
@@ -88,11 +88,11 @@ class View:
         self.kernels = kernels(self.device, backend)
         self.point: Passes | None = None
         self.direction: Direction | None = None
-        self.stored: Stored | None = None  # where a probe's direction is written out, if anywhere
+        self.stored: StoredDirection | None = None  # where a probe's direction is written out, if anywhere
         self.reached: set[str] = set()
-        self.folded = Folded(self.slots, run_key, self.kernels, threads)
+        self.folded = FoldedSums(self.slots, run_key, self.kernels, threads)
         self._scratch = torch.empty(0)
-        self.owners: list[tuple[nn.Module, dict[str, Slot]]] = []  # wrapped modules and what they own
+        self.owners: list[tuple[nn.Module, dict[str, WeightSlot]]] = []  # wrapped modules and what they own
         self._install(net)
 
     def place(self, passes: Passes | None, *, fold: bool = True) -> None:
@@ -111,18 +111,18 @@ class View:
         """Add `eps * z` to the point, for the direction (Philox id, table [K]) of `noise.probe`; None: stop."""
         self.direction = direction and (direction[0], (direction[1] * np.float32(eps)).astype(np.float32))
         if self.stored is not None and direction is not None:
-            self.stored.hold(direction, eps)
+            self.stored.write(direction, eps)
 
     @contextmanager
     def storing(self) -> Iterator[None]:
         """Meanwhile probes read their direction from memory, one number a weight, as classical methods do."""
-        self.stored = Stored(self.slots, self.run_key, self.law, self.kernels, self.threads)
+        self.stored = StoredDirection(self.slots, self.run_key, self.law, self.kernels, self.threads)
         try:
             yield
         finally:
             self.stored = None
 
-    def piece(self, slot: Slot, first: int, last: int, out: Tensor | None = None) -> Tensor:
+    def piece(self, slot: WeightSlot, first: int, last: int, out: Tensor | None = None) -> Tensor:
         """Elements first..last of a tensor as seen from here: 1-D, the stored dtype.
 
         The result lives in `out`, or in shared scratch that the next call overwrites, or (when nothing is
@@ -150,7 +150,7 @@ class View:
             out = torch.empty(slot.tensor.numel(), dtype=slot.tensor.dtype, device=slot.tensor.device)
             yield slot.name, self.fill(slot, out).view(slot.tensor.shape)
 
-    def fill(self, slot: Slot, out: Tensor) -> Tensor:
+    def fill(self, slot: WeightSlot, out: Tensor) -> Tensor:
         """A whole tensor as seen from here, written to `out` (1-D, its dtype and size)."""
         for first in range(0, out.numel(), CHUNK):
             last = min(first + CHUNK, out.numel())
@@ -233,15 +233,15 @@ def _sweep_with_sums(
     out.copy_(x)
 
 
-def _forward_for(view: View, module: nn.Module, own: dict[str, Slot]) -> Callable[..., Any]:
+def _forward_for(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> Callable[..., Any]:
     if type(module) is nn.Linear and "weight" in own:
         return lambda input: _linear(view, module, own, input)
     if type(module) is nn.Embedding and module.max_norm is None:
         return lambda input: _embedding(view, own["weight"], input)
-    return _whole(view, module, own)
+    return _any_forward(view, module, own)
 
 
-def _linear(view: View, module: nn.Linear, own: dict[str, Slot], x: Tensor) -> Tensor:
+def _linear(view: View, module: nn.Linear, own: dict[str, WeightSlot], x: Tensor) -> Tensor:
     weight, (n_out, n_in) = own["weight"], module.weight.shape
     if not x.numel():
         return x.new_empty(*x.shape[:-1], n_out)
@@ -257,7 +257,7 @@ def _linear(view: View, module: nn.Linear, own: dict[str, Slot], x: Tensor) -> T
     return out.view(*x.shape[:-1], n_out)
 
 
-def _blocks(view: View, slot: Slot) -> Iterator[tuple[int, Tensor]]:
+def _blocks(view: View, slot: WeightSlot) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows [r, n_in]) of a matrix: the scratch is bounded, and in the cache when a product reads it."""
     n_out, n_in = slot.tensor.shape
     rows = max(1, CHUNK // n_in)
@@ -266,7 +266,7 @@ def _blocks(view: View, slot: Slot) -> Iterator[tuple[int, Tensor]]:
         yield r, view.piece(slot, r * n_in, s * n_in).view(s - r, n_in)
 
 
-def _seen(view: View, own: dict[str, Slot], module: nn.Module, name: str) -> Tensor | None:
+def _seen(view: View, own: dict[str, WeightSlot], module: nn.Module, name: str) -> Tensor | None:
     parameter: Tensor | None = getattr(module, name)
     if parameter is None or name not in own:
         return parameter
@@ -275,7 +275,7 @@ def _seen(view: View, own: dict[str, Slot], module: nn.Module, name: str) -> Ten
     )
 
 
-def _embedding(view: View, slot: Slot, ids: Tensor) -> Tensor:
+def _embedding(view: View, slot: WeightSlot, ids: Tensor) -> Tensor:
     # Only the rows in use are computed.
     width = slot.tensor.shape[1]
     rows, where = torch.unique(ids, return_inverse=True)
@@ -285,7 +285,7 @@ def _embedding(view: View, slot: Slot, ids: Tensor) -> Tensor:
     return F.embedding(where, table)
 
 
-def _whole(view: View, module: nn.Module, own: dict[str, Slot]) -> Callable[..., Any]:
+def _any_forward(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> Callable[..., Any]:
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fleetune.errors import MessageError
-from fleetune.seeds.ledger import Head, Ledger
+from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import messages
 from fleetune.tuning.messages import Message, Payload, Scalar
 
@@ -76,7 +76,7 @@ def _put(path: str, value: Any, arrays: dict[str, np.ndarray], scalars: dict[str
 def _get(path: str, like: Any, payload: Payload) -> Any:
     try:
         if isinstance(like, Ledger):
-            head = Head.from_json(str(payload.scalars[path]))
+            head = LedgerHead.from_json(str(payload.scalars[path]))
             return Ledger(head, *(payload.arrays[f"{path}/{name}"].copy() for name in ("id", "c", "round")))
         if isinstance(like, dict):
             prefix = path + "/"

@@ -19,7 +19,7 @@ from fleetune.data.labelled import encode_rows
 from fleetune.data.partition import check_partition_spec, hold_out, partition
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
-from fleetune.evaluation.answers import must_write
+from fleetune.evaluation.answers import require_text_model
 from fleetune.models.model import Model
 from fleetune.seeds import kernel_choice
 from fleetune.tuning import methods, rounds
@@ -56,7 +56,7 @@ class TuneJob:
 
 def check(recipe: Recipe) -> tuple[Entry, Method]:
     """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
-    kernel_choice.wanted()
+    kernel_choice.chosen_kernels()
     entry = methods.entry(recipe.method)
     problems = []
     tests: tuple[Callable[[], object], ...] = (
@@ -143,9 +143,9 @@ def _labels(recipe: Recipe, parts: Split) -> Sequence[str]:
 def _for_encoder(recipe: Recipe, method: Method, model: Model) -> Recipe:
     """The recipe with the label words written out; RecipeError for what an encoder cannot do."""
     if recipe.rouge_rows:
-        must_write(model, f"rouge_rows = {recipe.rouge_rows}")
+        require_text_model(model, f"rouge_rows = {recipe.rouge_rows}")
     if (objective := str(getattr(method, "objective", "loss"))).partition(":")[0] in ("rouge_l", "f1"):
-        must_write(model, f"objective {objective!r}")
+        require_text_model(model, f"objective {objective!r}")
     if odd := [word for word in model.labels if "," in word]:
         raise RecipeError([f"the label word {odd[0]!r} has a comma"], hint="rename it in the data")
     return dataclasses.replace(recipe, labels=",".join(model.labels))

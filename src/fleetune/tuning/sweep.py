@@ -28,7 +28,7 @@ from fleetune.common.settings import Value
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError
 from fleetune.runs import report, rundir
 from fleetune.runs.listener import Listener
-from fleetune.runs.report.cells import Axis, Member
+from fleetune.runs.report.cells import SweepAxis, SweepRun
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods, prepare
 from fleetune.tuning import recipe as recipes
@@ -57,7 +57,7 @@ class Grid:
     """A checked sweep."""
 
     base: Recipe
-    axes: tuple[Axis, ...]
+    axes: tuple[SweepAxis, ...]
     seeds: int
     points: tuple[Point, ...]
 
@@ -111,8 +111,8 @@ def _guess(text: str) -> Value:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _axes(base: Recipe, wanted: Mapping[str, Any], problems: list[str]) -> tuple[Axis, ...]:
-    axes: list[Axis] = []
+def _axes(base: Recipe, wanted: Mapping[str, Any], problems: list[str]) -> tuple[SweepAxis, ...]:
+    axes: list[SweepAxis] = []
     tried = wanted.get("method", [base.method])
     known = _names([m for m in (tried if isinstance(tried, list) else [tried]) if isinstance(m, str)])
     for name, values in wanted.items():
@@ -128,7 +128,7 @@ def _axes(base: Recipe, wanted: Mapping[str, Any], problems: list[str]) -> tuple
         elif key in [a.key for a in axes]:
             problems.append(f"{name} varies twice")
         else:
-            axes.append(Axis(name, key, tuple(values)))
+            axes.append(SweepAxis(name, key, tuple(values)))
     keys = [a.key for a in axes]
     if "alpha" in keys and "partition" in keys:
         problems.append("alpha is a part of partition: vary one of them")
@@ -156,7 +156,7 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     return f"nothing called '{name}' can vary.{guess}"
 
 
-def _points(base: Recipe, axes: Sequence[Axis], seeds: int) -> tuple[Point, ...]:
+def _points(base: Recipe, axes: Sequence[SweepAxis], seeds: int) -> tuple[Point, ...]:
     combinations = list(itertools.product(*(a.values for a in axes)))
     if len(combinations) * seeds > MANY:
         raise RecipeError([f"{len(combinations) * seeds:,} runs are more than {MANY:,}"])
@@ -184,7 +184,7 @@ def shown(value: Value) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def _changed(plain: Mapping[str, Any], axes: Sequence[Axis], values: Sequence[Value]) -> dict[str, Any]:
+def _changed(plain: Mapping[str, Any], axes: Sequence[SweepAxis], values: Sequence[Value]) -> dict[str, Any]:
     """The recipe's keys with these values in place."""
     changed = {**plain, "set": dict(plain["set"])}
     for axis, value in zip(axes, values, strict=True):
@@ -288,10 +288,10 @@ def done(folder: Path, point: Point) -> bool:
     return status.is_file() and status.read_text(encoding="utf-8").strip() == "done"
 
 
-def members(folder: Path, grid: Grid) -> list[Member]:
+def members(folder: Path, grid: Grid) -> list[SweepRun]:
     """The runs of the grid that have begun."""
     return [
-        Member(p.values, p.seed, report.read(folder / p.name))
+        SweepRun(p.values, p.seed, report.read(folder / p.name))
         for p in grid.points
         if (folder / p.name / "run.toml").is_file()
     ]

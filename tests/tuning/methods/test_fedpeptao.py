@@ -189,7 +189,7 @@ def test_personal_prompts_stay_and_both_metrics_are_told(rows: list[Encoded]) ->
     mine = f"model.layers.{1 - shared}.self_attn.prefix.value"
     assert not np.array_equal(memory[mine], kept[mine])
 
-    aside, _ = Batches(rows, PAD, 2).aside(4)
+    aside, _ = Batches(rows, PAD, 2).split_off(4)
     for told, own in (
         ("common", {}),
         ("personal", {n: a for n, a in kept.items() if n not in state.tensors}),
@@ -237,8 +237,8 @@ def test_the_round_and_the_report_show_both_metrics(tmp_path: Path) -> None:
 
 
 def test_rows_that_measure_a_personal_model_are_never_trained_on(rows: list[Encoded]) -> None:
-    aside, rest = Batches(rows, PAD, 1).aside(4)
-    again, _ = Batches(rows, PAD, 2).aside(4)
+    aside, rest = Batches(rows, PAD, 1).split_off(4)
+    again, _ = Batches(rows, PAD, 2).split_off(4)
     assert torch.equal(aside.input_ids, again.input_ids)  # the same in every round
     trained = {tuple(r[r != PAD].tolist()) for b in rest.epochs(1, 1) for r in b.input_ids}
     measured = {tuple(r[r != PAD].tolist()) for r in aside.input_ids}

@@ -148,7 +148,7 @@ def test_lr_and_size_zero_are_the_papers(module: str) -> None:
 def test_lora_has_alpha_equal_to_its_rank_on_query_and_value() -> None:
     model = models.tiny_bert()
     made("lora").init(model, 5)
-    spec = adapters.attached(model).spec
+    spec = adapters.attachment_of(model).spec
     assert isinstance(spec, adapters.Lora)
     assert (spec.r, spec.alpha, spec.dropout) == (4, 4, 0.0)
     layers = {n.split(".")[-3] for n in adapters.trainable(model) if ".lora_A." in n}

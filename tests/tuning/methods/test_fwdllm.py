@@ -340,7 +340,7 @@ def test_scalars_are_central_differences_and_near_the_gradients_own(module: dict
     w = {n: (t + rng.normal(size=t.shape) * 0.05).astype(np.float32) for n, t in state.tensors.items()}
     batches = Batches(harness.rows(model), pad_id(model), 1)
     reply = method.local(model, method.broadcast(state._replace(tensors=w)), batches, 77, {})
-    (batch,) = batches.held(0, 10, 1)
+    (batch,) = batches.repeat_batch(0, 10, 1)
     adapters.load_(model, w)
     with adapters.training(model, 0):
         objectives.loss_tensor(model, batch).backward()

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from fleetune.adapters.core import Attached
+from fleetune.adapters.core import Attachment
 from fleetune.data import Encoded
 from fleetune.data.encode import Batch, Batches
 from fleetune.errors import RecipeError
@@ -52,7 +52,7 @@ def quadratic(model: Any, batch: Batch) -> torch.Tensor:
 def toy(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(_adapter, "loss_tensor", quadratic)
     parameters = {n: nn.Parameter(torch.zeros(s, dtype=torch.float64)) for n, s in SIZES.items()}
-    attached = Attached(spec=None, parameters=parameters, parts=())  # type: ignore[arg-type]
+    attached = Attachment(spec=None, parameters=parameters, parts=())  # type: ignore[arg-type]
     return SimpleNamespace(attachment=attached, net=nn.Module(), device="cpu")
 
 

@@ -245,7 +245,7 @@ def test_a_device_measures_what_the_formulas_say(rows: list[Encoded]) -> None:
     model, chosen = tiny_llama(), Method(tokens=1, epochs=1, batch_size=4, lanczos=64, lr=1e-3)
     state = chosen.init(model, 8)
     reply = chosen.local(model, chosen.broadcast(state), Batches(rows, PAD, 5), 77, {})
-    held = next(Batches(rows, PAD, 99).held(0, 4, 1))  # the same rows in every round
+    held = next(Batches(rows, PAD, 99).repeat_batch(0, 4, 1))  # the same rows in every round
     np.testing.assert_array_equal(reply.array("scores"), _layers.scores(tiny_llama(), held))
     other = tiny_llama()
     chosen.attach(other, state.seed, range(2))

@@ -91,7 +91,7 @@ def _torch(args: argparse.Namespace, ui: Ui, of_run: Path | None, first: list[Tu
     from fleetune.evaluation import answers
 
     model = _load(args, of_run)
-    answers.must_write(model, "chat")
+    answers.require_text_model(model, "chat")
     if first:
         _ids(model, first)  # a long one is refused before threads are measured
     count = args.threads or _torch_threads(ui, model)
@@ -125,10 +125,10 @@ def generate(model: Model, turns: list[Turn], *, temperature: float, max_tokens:
     Refused, as by an engine, when the conversation leaves no room for one.
     """
     from fleetune.evaluation import answers
-    from fleetune.evaluation.losses import context
+    from fleetune.evaluation.losses import context_length
 
     ids = _ids(model, turns)
-    room = min(max_tokens, context(model) - len(ids))
+    room = min(max_tokens, context_length(model) - len(ids))
     if temperature == 0:
         return answers.generate_from_ids(model, [ids], max_new_tokens=room)[0]
     drawn = answers.sample_from_ids(model, [ids], temperature=temperature, max_new_tokens=room, seed=seed)
@@ -139,10 +139,10 @@ def _ids(model: Model, turns: list[Turn]) -> np.ndarray:
     """A conversation's tokens, int32 [T].  Refused when they leave no room for an answer."""
     from fleetune.data import Example
     from fleetune.data.encode import prompt_ids
-    from fleetune.evaluation.losses import context
+    from fleetune.evaluation.losses import context_length
 
     example = Example(tuple((turn["role"], turn["content"]) for turn in turns), "", {})
-    ids, longest = prompt_ids(example, model.tokenizer, WHOLE), context(model)
+    ids, longest = prompt_ids(example, model.tokenizer, WHOLE), context_length(model)
     if len(ids) >= longest:
         raise Refused(
             f"the conversation has {len(ids):,} tokens, the model is made for {longest:,}",

@@ -52,7 +52,7 @@ def _of_run(args: argparse.Namespace, run: Path) -> tuple[Model, Sequence[Exampl
     dtype = finished.recipe_of(run).dtype
     if args.dtype not in (None, dtype):
         raise UsageError(f"a run has a dtype of its own, here {dtype}", hint="leave out --dtype")
-    models.check_place(args.device, dtype)
+    models.check_device(args.device, dtype)
     examples = _given(args) or held_out(run, offline=args.offline)
     return finished.load(run, offline=args.offline, device=args.device), examples
 
@@ -80,11 +80,11 @@ def _compressed(args: argparse.Namespace, of_run: Path | None) -> tuple[Model, S
     else:
         return None
     dtype = args.dtype or "fp32"
-    models.check_place(args.device, dtype)
+    models.check_device(args.device, dtype)
     examples = _given(args) or (compress.held_out(folder, offline=args.offline) if folder else [])
     if not examples and not args.text:
         raise UsageError("eval of this model needs DATA", hint=f"fleetune eval {args.model} data.jsonl")
-    return models.moved(export.load(source), dtype=dtype, device=args.device), examples
+    return models.move_model(export.load(source), dtype=dtype, device=args.device), examples
 
 
 def _model(args: argparse.Namespace) -> tuple[Model, Sequence[Example]]:

@@ -35,7 +35,7 @@ from fleetune.data.encode import MASKED, Batch
 from fleetune.errors import FleetuneError, RecipeError
 from fleetune.evaluation import scores
 from fleetune.evaluation.answers import decode_answer
-from fleetune.evaluation.objectives import imported, number
+from fleetune.evaluation.objectives import finite_number, import_function
 from fleetune.models.model import Model
 
 Reward = Callable[[str, str, str], float]
@@ -50,7 +50,7 @@ def get(name: str) -> Reward:
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
-    return imported(name, "reward", BUILT_IN, "reward(prompt, answer, reference)")
+    return import_function(name, "reward", BUILT_IN, "reward(prompt, answer, reference)")
 
 
 def source(name: str, reward: Reward) -> str:
@@ -108,7 +108,7 @@ def rewards(
                 [f"{row} failed: {type(error).__name__}: {error}"],
                 hint="it is called as reward(prompt, answer, reference), three texts",
             ) from error
-        found.append(number(value, row))
+        found.append(finite_number(value, row))
     return np.array(found, np.float64)
 
 

@@ -21,7 +21,7 @@ from fleetune.compression.jobs import work as subjects
 from fleetune.compression.jobs.work import PARTS, RECORD, Work
 from fleetune.errors import UsageError
 from fleetune.models import artefact
-from fleetune.models.artefact import Head, Master, is_master
+from fleetune.models.artefact import ArtefactHead, Master, is_master
 
 if TYPE_CHECKING:
     from fleetune.models.model import Model
@@ -73,7 +73,7 @@ def base_of(ui: Ui, folder: Path, *, offline: bool) -> Path:
     return model
 
 
-def _alike(a: Head, b: Head) -> bool:
+def _alike(a: ArtefactHead, b: ArtefactHead) -> bool:
     return (a.method, a.settings, a.calibration, a.tokenizer) == (
         b.method, b.settings, b.calibration, b.tokenizer,
     )  # fmt: skip

@@ -115,7 +115,7 @@ def _cut(ui: Ui, job: Job, folder: Path, brake: InterruptHandler) -> Model:
 def _told(ui: Ui, parameters: int, pruned: Model) -> None:
     from fleetune.models.families import widths
 
-    found, wide = widths.listed(pruned.net.config), int(pruned.net.config.hidden_size)
+    found, wide = widths.block_widths(pruned.net.config), int(pruned.net.config.hidden_size)
     ui.event({
         "event": "pruned", "parameters": pruned.n_params, "blocks": len(found), "hidden_size": wide,
         "widths": [w._asdict() for w in found],
@@ -145,7 +145,7 @@ def _card(job: Job, pruned: Model) -> str:
     odd = (
         "\nIts blocks differ in width, which transformers cannot hold: it is loaded by `fleetune`, or exported with\n"
         "`fleetune export` to a GGUF file.\n"
-        if widths.differ(pruned.net.config)
+        if widths.has_block_widths(pruned.net.config)
         else ""
     )
     return f"# {Path(job.work.model).name}, smaller\n\nMade by Fleetune ({job.work.method}).\n{odd}"

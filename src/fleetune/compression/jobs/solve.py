@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from fleetune.compression.layerwise.driver import Block, Parts
     from fleetune.compression.layerwise.federated import Clients, Reply
-    from fleetune.models.artefact import Head
+    from fleetune.models.artefact import ArtefactHead
     from fleetune.planning.compression_cost import CompressionSize
 
 ORIGIN: Final = "origin.json"  # in the folder of finished blocks: what they are a function of
@@ -133,9 +133,9 @@ def _shares(work: Work, subject: Subject, ui: Ui) -> dict[int, Tensor]:
 
 
 def _check_length(work: Work, subject: Subject) -> None:
-    from fleetune.evaluation.losses import context
+    from fleetune.evaluation.losses import context_length
 
-    if work.length > (longest := context(subject.model)):
+    if work.length > (longest := context_length(subject.model)):
         raise UsageError(
             f"windows of {work.length} tokens are longer than the model's {longest}",
             hint=f"--length {min(longest, 512)}",
@@ -245,14 +245,14 @@ def _earlier(log: Path) -> list[Reply]:
     return found
 
 
-def head(job: Job) -> Head:
+def head(job: Job) -> ArtefactHead:
     """How the artefact is made."""
     from fleetune import models
-    from fleetune.models.artefact import Head
+    from fleetune.models.artefact import ArtefactHead
     from fleetune.models.paged import tensors_of
 
     model = job.subject.model
-    return Head(
+    return ArtefactHead(
         job.work.method, {**asdict(job.solver)}, models.digest(tensors_of(model)),  # type: ignore[call-overload]
         model.tokenizer_digest, _calibration(job),
     )  # fmt: skip

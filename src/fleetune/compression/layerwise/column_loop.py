@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.common.numba_cache import kept
+from fleetune.common.numba_cache import cached_njit
 from fleetune.compression.layerwise.hessian import Factor
 
 BLOCK = 128
@@ -98,7 +98,7 @@ def _settle(Wt: Any, U: Any, E: Any, codes: Any, first: int, begin: int, last: i
     _loop(Wt.numpy(), U.numpy(), E.numpy(), codes.numpy(), first, begin, end, last, scale, zero, ends, mask)
 
 
-@kept
+@cached_njit
 def _loop(Wt, U, E, codes, first, begin, end, last, scale, zero, ends, mask):
     # `ends` (0 and the largest code) has the type of the weights: a constant would widen the arithmetic.
     R = Wt.shape[1]

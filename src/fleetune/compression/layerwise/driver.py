@@ -40,7 +40,7 @@ from fleetune.errors import DataError, RecipeError
 from fleetune.models.artefact import Quantised, dense, stored, unpack
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
-from fleetune.models.paged import held
+from fleetune.models.paged import in_memory
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def check(model: Model, solver: Solver) -> None:
     """RecipeError with everything in the way: matrices that the settings do not fit, weights that are no numbers."""
     problems = []
     for block, linears in linears_of(model):
-        with held(model, block):
+        with in_memory(model, block):
             for name, linear in linears.items():
                 R, C = linear.weight.shape
                 if problem := solver.check(f"{name}.weight", R, C):
@@ -207,7 +207,7 @@ def run(
     source = Stream(model, calibration, true_sequential) if isinstance(calibration, Tensor) else calibration
     placing = isinstance(source, Stream) and source.true_sequential
     for number, (block, linears) in enumerate(blocks):
-        with held(model, block), restored(linears):
+        with in_memory(model, block), restored(linears):
             if not (kept := parts.open(number)):
                 on_name = functools.partial(on_matrix, number, len(blocks))
                 _solve_block(solver, number, linears, source, parts, on_name, placing)

@@ -71,7 +71,7 @@ from fleetune.data import Batches, Encoded
 from fleetune.data.encode import Batch, collate
 from fleetune.errors import FleetuneError, Interrupted, RecipeError
 from fleetune.evaluation.answers import sample_from_ids, stop_ids, until_end
-from fleetune.evaluation.losses import context, frozen, pad_id, predictors
+from fleetune.evaluation.losses import context_length, eval_mode, pad_id, predictors
 from fleetune.evaluation.objectives import split
 from fleetune.models.model import Model, digest, named_tensors, uniform
 from fleetune.planning import compression_cost
@@ -182,7 +182,7 @@ class Trainer:
                 f"the teacher {teacher.name} has another vocabulary ({len(teacher.tokenizer)} tokens) than "
                 f"{model.name} ({len(model.tokenizer)})"
             )
-        room = min(context(model), context(teacher))
+        room = min(context_length(model), context_length(teacher))
         longest = self._longest(length)
         if longest > room:
             problems.append(
@@ -228,7 +228,7 @@ class Trainer:
     def distance(self, student: Model, teacher: Model, rows: Sequence[Encoded]) -> float:
         """Mean divergence (nats) over the answer tokens of the rows as they are."""
         found = []
-        with frozen(student.net), frozen(teacher.net):
+        with eval_mode(student.net), eval_mode(teacher.net):
             for first in range(0, len(rows), self.batch_size):
                 batch = collate(rows[first : first + self.batch_size], pad_id(student), student.device)
                 made = predictors(student.net, batch)

@@ -49,7 +49,7 @@ from fleetune.compression.pruning.importance import AGGREGATES, KINDS, Shares, c
 from fleetune.compression.pruning.recovery import Course
 from fleetune.data import Encoded
 from fleetune.errors import DataError, FleetuneError, RecipeError
-from fleetune.models.families.widths import FAMILIES, Kept, blocks_of, cut, width_of
+from fleetune.models.families.widths import FAMILIES, KeptUnits, blocks_of, cut, width_of
 from fleetune.models.model import Model, digest, named_tensors
 from fleetune.planning import compression_cost
 from fleetune.planning.shapes import shape_of
@@ -282,11 +282,11 @@ class Pruner:
         step = hidden_width.step_of(model.net.config, self.round_to)
         return hidden_width.select(shares, self.aggregate, self.ratio, step)
 
-    def select(self, blocks: Sequence[Any], shares: Mapping[int, Shares]) -> dict[int, Kept]:
+    def select(self, blocks: Sequence[Any], shares: Mapping[int, Shares]) -> dict[int, KeptUnits]:
         """What stays of each of a net's blocks that stays, by its number, given the shares of those not spared."""
         widths = [width_of(block) for block in blocks]
         kept = {
-            i: Kept([*range(w.num_key_value_heads)], [*range(w.intermediate_size)])
+            i: KeptUnits([*range(w.num_key_value_heads)], [*range(w.intermediate_size)])
             for i, w in enumerate(widths)
         }
         scores = {i: tuple(AGGREGATES[self.aggregate](share) for share in both) for i, both in shares.items()}
@@ -299,7 +299,7 @@ class Pruner:
         heads: dict[int, Tensor] = {i: both[0] for i, both in scores.items()}
         channels: dict[int, Tensor] = {i: both[1] for i, both in scores.items()}
         stay = choose(heads, self.ratio, 1, whole), choose(channels, self.ratio, self.round_to, whole)
-        return kept | {i: Kept(stay[0][i], stay[1][i]) for i in scores}
+        return kept | {i: KeptUnits(stay[0][i], stay[1][i]) for i in scores}
 
     def _origin(self, model: Model, rows: Sequence[Encoded]) -> str:
         """SHA-256 of all that the choice is a function of."""

@@ -14,9 +14,9 @@ from typing import TypeAlias
 
 from fleetune.common.files import write_atomic
 from fleetune.errors import StorageError, UsageError
-from fleetune.models.families.widths import Kept
+from fleetune.models.families.widths import KeptUnits
 
-Decided: TypeAlias = dict[int, Kept] | list[int]  # of each block that stays; or the residual's channels
+Decided: TypeAlias = dict[int, KeptUnits] | list[int]  # of each block that stays; or the residual's channels
 
 
 def write(file: Path, origin: str, kept: Decided) -> None:
@@ -37,7 +37,7 @@ def read(file: Path, origin: str) -> Decided:
         if "hidden" in raw:
             kept = [int(c) for c in raw["hidden"]]
         else:
-            kept = {int(i): Kept(**stays) for i, stays in raw["blocks"].items()}
+            kept = {int(i): KeptUnits(**stays) for i, stays in raw["blocks"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{file} is damaged ({error!r})", hint="remove it to begin anew") from error
     if found != origin:

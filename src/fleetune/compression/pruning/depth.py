@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from fleetune.models.families.widths import KEY, differ
+from fleetune.models.families.widths import KEY, has_block_widths
 from fleetune.models.layers import layers_of
 
 
@@ -60,7 +60,7 @@ def _cut_config(config: Any, whole: int, kept: list[int]) -> None:
     for name, value in config.to_dict().items():
         if "layer" in name and isinstance(value, list) and len(value) == whole:
             setattr(config, name, [value[i] for i in kept])
-    if differ(config):
+    if has_block_widths(config):
         table = getattr(config, KEY)
         setattr(config, KEY, {name: [found[i] for i in kept] for name, found in table.items()})
     config.num_hidden_layers = len(kept)

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from fleetune.compression.pruning.importance import AGGREGATES, Member, Sums, choose, count_kept
 from fleetune.data import Encoded
-from fleetune.models.families.widths import accepted, blocks_of, take
+from fleetune.models.families.widths import blocks_of, config_accepts, keep_positions
 from fleetune.models.model import Model
 
 
@@ -78,7 +78,7 @@ def estimate(
 
 def step_of(config: Any, round_to: int) -> int:
     """What the width is left in multiples of."""
-    any_width = accepted(config, {"hidden_size": config.hidden_size - 1})
+    any_width = config_accepts(config, {"hidden_size": config.hidden_size - 1})
     return round_to if any_width else math.lcm(round_to, int(config.num_attention_heads))
 
 
@@ -109,7 +109,7 @@ def narrow(net: PreTrainedModel, kept: Sequence[int]) -> None:
     tied, scale = head.weight is table.weight, math.sqrt(config.hidden_size / len(kept))
     channels = torch.tensor(kept).to(table.weight.device)
     for member in members(net):
-        take(member.layer, channels, 0 if member.rows else 1)
+        keep_positions(member.layer, channels, 0 if member.rows else 1)
     for norm in norms(net):
         norm.get_parameter("weight").data.mul_(scale)
     if tied:

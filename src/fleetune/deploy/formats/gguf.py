@@ -132,7 +132,7 @@ def check_config(config: Any) -> None:
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UsageError(f"GGUF files are written for {known}, not for '{config.model_type}'", hint=instead)
-    if widths.differ(config) and config.model_type != "llama":
+    if widths.has_block_widths(config) and config.model_type != "llama":
         raise UsageError(
             f"GGUF has no place for blocks of different widths in a {config.model_type}",
             hint=instead
@@ -163,7 +163,7 @@ def check_config(config: Any) -> None:
 def architecture(config: Any) -> str:
     """llama.cpp's name for the model: deci is a llama with numbers of heads and channels for every block."""
     kind = str(config.model_type)
-    return deci.ARCHITECTURE if widths.differ(config) else gemma.ARCHITECTURES.get(kind, kind)
+    return deci.ARCHITECTURE if widths.has_block_widths(config) else gemma.ARCHITECTURES.get(kind, kind)
 
 
 def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[Slot]:
@@ -250,7 +250,7 @@ def _add_metadata(writer: Any, config: Any, file_type: LlamaFileType, name: str)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    heads, kv_heads, channels = zip(*widths.listed(config), strict=True)
+    heads, kv_heads, channels = zip(*widths.block_widths(config), strict=True)
     writer.add_feed_forward_length(_all_or_one(config, channels))
     writer.add_head_count(_all_or_one(config, heads))
     writer.add_head_count_kv(_all_or_one(config, kv_heads))
@@ -272,7 +272,7 @@ def _add_metadata(writer: Any, config: Any, file_type: LlamaFileType, name: str)
 
 def _all_or_one(config: Any, numbers: Sequence[int]) -> list[int] | int:
     """A number of every block where blocks have widths of their own, else the one of all."""
-    return list(numbers) if widths.differ(config) else numbers[0]
+    return list(numbers) if widths.has_block_widths(config) else numbers[0]
 
 
 def _write_tensors(writer: Any, model: Checkpoint, slots: list[Slot], factors: np.ndarray | None) -> None:

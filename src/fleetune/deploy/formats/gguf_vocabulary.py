@@ -33,7 +33,7 @@ from fleetune.data.encode import prompt_ids
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import chat_template as plain
 from fleetune.models.gguf.tokenizer import RULES, WHOLE
-from fleetune.models.hf_folder import config_of, short
+from fleetune.models.hf_folder import config_of, short_error
 
 SPECIAL: Final = ("bos", "eos", "unk", "pad")
 TEMPLATE_FILE: Final = "chat_template.jinja"  # transformers' own name for it
@@ -138,7 +138,7 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise ModelError(
-            f"the tokenizer in {folder} cannot be loaded: {short(error)}", hint="fetch the model again"
+            f"the tokenizer in {folder} cannot be loaded: {short_error(error)}", hint="fetch the model again"
         ) from error
     return tokenizer
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fleetune.deploy.checkpoint import Checkpoint, Report
 from fleetune.deploy.formats import directory
 from fleetune.errors import UsageError
-from fleetune.models.families.widths import differ
+from fleetune.models.families.widths import has_block_widths
 from fleetune.models.loading import DTYPES
 
 
@@ -45,6 +45,6 @@ def write(model: Checkpoint, folder: Path, kind: str | None) -> Report:
     notes = directory.write_folder(model, folder, tensors, {"dtype": str(dtype).removeprefix("torch.")})
     to = "hf" if kind is None else f"hf:{kind}"
     notes += [f"{len(rounded)} tensors are rounded to {kind}"] if rounded else []
-    if differ(model.config):
+    if has_block_widths(model.config):
         notes.append("its blocks differ in width: fleetune loads it, transformers does not")
     return directory.report(model, folder, to, len(rounded), notes)

@@ -61,7 +61,7 @@ def obstacle(target: str, out: Path) -> str:
         return f"nothing here runs {target}"
     if missing(runtime):
         return f"{runtime.name} for {target}: {runtime.install}"
-    if runtime.kind == "transformers" and widths.differ(models.load_config(str(out))):
+    if runtime.kind == "transformers" and widths.has_block_widths(models.load_config(str(out))):
         return (
             f"{runtime.name} does not load blocks of different widths; llama.cpp does, a llama's: --to gguf"
         )

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from transformers import LlamaConfig
 
-from fleetune.models.families.widths import Width, record
+from fleetune.models.families.widths import Width, write_widths
 
 ARCHITECTURE: Final = "deci"
 HEADS: Final = "attention.head_count"
@@ -36,7 +36,7 @@ def misfit(field: Field) -> str | None:
 
     KeyError for a key that must be there and is not; ValueError when the values make no sense.
     """
-    found = listed(field)
+    found = block_widths(field)
     first = found[0]
     for i, (heads, key_heads, channels) in enumerate(found):
         if heads == 0:
@@ -60,7 +60,7 @@ def misfit(field: Field) -> str | None:
 
 def config_of(field: Field) -> Any:
     """The configuration of a llama that `misfit` has nothing against; errors as there."""
-    found = listed(field)
+    found = block_widths(field)
     width, hidden = _head_dim(field, found), int(_need(field, "embedding_length"))
     config = LlamaConfig(
         **_whole(found, hidden, width)._asdict(),
@@ -72,11 +72,11 @@ def config_of(field: Field) -> Any:
         rms_norm_eps=float(_need(field, "attention.layer_norm_rms_epsilon")),
         rope_parameters={"rope_type": "default", "rope_theta": float(field("rope.freq_base") or 10000.0)},
     )
-    record(config, found, width)
+    write_widths(config, found, width)
     return config
 
 
-def listed(field: Field) -> list[Width]:
+def block_widths(field: Field) -> list[Width]:
     """Every block's widths, 0 for what a block has not; errors as in `misfit`."""
     count = int(_need(field, "block_count"))
     if count < 1:

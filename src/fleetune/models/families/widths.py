@@ -41,7 +41,7 @@ class Width(NamedTuple):
     intermediate_size: int
 
 
-class Kept(NamedTuple):
+class KeptUnits(NamedTuple):
     """Which of a block's key heads (with their query heads) and MLP channels stay, in ascending order."""
 
     heads: Sequence[int]
@@ -62,15 +62,15 @@ def width_of(block: Any) -> Width:
     return Width(heads[0], heads[1], int(block.mlp.gate_proj.out_features))
 
 
-def differ(config: Any) -> bool:
+def has_block_widths(config: Any) -> bool:
     """Whether a configuration's blocks have widths of their own."""
     return hasattr(config, KEY)
 
 
-def listed(config: Any) -> list[Width]:
+def block_widths(config: Any) -> list[Width]:
     """Every block's widths, as a configuration says."""
     count = int(config.num_hidden_layers)
-    if differ(config):
+    if has_block_widths(config):
         table = getattr(config, KEY)
         return [Width(*(int(table[name][i]) for name in Width._fields)) for i in range(count)]
     return [Width(*(int(getattr(config, name)) for name in Width._fields))] * count
@@ -83,40 +83,40 @@ def heads_of(config: Any, tensor: str) -> int:
     part = tensor.split(".")
     if part[-2] not in ("attn_q", "attn_k"):
         return 0
-    width = listed(config)[int(part[1])]
+    width = block_widths(config)[int(part[1])]
     return width.num_attention_heads if part[-2] == "attn_q" else width.num_key_value_heads
 
 
 # ---------------------------------------------------------------- cutting
 
 
-def cut(net: PreTrainedModel, kept: Sequence[Kept]) -> None:
+def cut(net: PreTrainedModel, kept: Sequence[KeptUnits]) -> None:
     """Leave only what is `kept` of each block, in place, and say so in the configuration."""
     blocks = blocks_of(net)
     for block, stays in zip(blocks, kept, strict=True):
         _cut_block(block, stays)
-    record(net.config, [width_of(block) for block in blocks], blocks[0].self_attn.head_dim)
+    write_widths(net.config, [width_of(block) for block in blocks], blocks[0].self_attn.head_dim)
 
 
-def _cut_block(block: Any, stays: Kept) -> None:
+def _cut_block(block: Any, stays: KeptUnits) -> None:
     a, f, device = block.self_attn, block.mlp, block.mlp.gate_proj.weight.device
-    keys = spread(torch.tensor(stays.heads), a.head_dim).to(device)
-    queries = spread(torch.tensor(stays.heads), a.num_key_value_groups * a.head_dim).to(device)
+    keys = unit_positions(torch.tensor(stays.heads), a.head_dim).to(device)
+    queries = unit_positions(torch.tensor(stays.heads), a.num_key_value_groups * a.head_dim).to(device)
     channels = torch.tensor(stays.channels).to(device)
     for linear, rows in (
         (a.q_proj, queries), (a.k_proj, keys), (a.v_proj, keys), (f.gate_proj, channels), (f.up_proj, channels)
     ):  # fmt: skip
-        take(linear, rows, 0)
+        keep_positions(linear, rows, 0)
     for linear, columns in ((a.o_proj, queries), (f.down_proj, channels)):
-        take(linear, columns, 1)
+        keep_positions(linear, columns, 1)
 
 
-def spread(units: Tensor, size: int) -> Tensor:
+def unit_positions(units: Tensor, size: int) -> Tensor:
     """The places of units of `size` neighbours each: int64 [n] -> [n size]."""
     return (units[:, None] * size + torch.arange(size)).flatten()
 
 
-def take(layer: nn.Module, places: Tensor, dim: int) -> None:
+def keep_positions(layer: nn.Module, places: Tensor, dim: int) -> None:
     """Keep rows (dim 0, with their biases) or columns (dim 1) of a linear layer, an embedding or a norm, in place."""
     biased = dim == 0 and getattr(layer, "bias", None) is not None
     for name in ["weight", "bias"] if biased else ["weight"]:
@@ -129,20 +129,20 @@ def take(layer: nn.Module, places: Tensor, dim: int) -> None:
         layer.num_embeddings, layer.embedding_dim = layer.weight.shape
 
 
-def record(config: Any, found: Sequence[Width], head_dim: int) -> None:
+def write_widths(config: Any, found: Sequence[Width], head_dim: int) -> None:
     """Write the blocks' widths into a configuration: in transformers' own words where those can say it."""
-    if differ(config):
+    if has_block_widths(config):
         delattr(config, KEY)
     config.head_dim = int(head_dim)
     plain = found[0]._asdict()
-    if len(set(found)) == 1 and accepted(config, plain):
+    if len(set(found)) == 1 and config_accepts(config, plain):
         for name, value in plain.items():
             setattr(config, name, value)
     else:
         setattr(config, KEY, {name: [getattr(w, name) for w in found] for name in Width._fields})
 
 
-def accepted(config: Any, plain: Mapping[str, int]) -> bool:
+def config_accepts(config: Any, plain: Mapping[str, int]) -> bool:
     """Whether transformers takes these numbers (a llama's heads must divide its hidden size, for one)."""
     try:
         type(config).from_dict(config.to_dict() | plain)
@@ -158,12 +158,18 @@ def class_of(config: Any) -> type[PreTrainedModel]:
     """The class of a causal language model's net: transformers' own, or one that narrows its blocks once made."""
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config))
-    if not differ(config):
+    if not has_block_widths(config):
         return kind
 
     def init(self: PreTrainedModel, config: Any) -> None:
         kind.__init__(self, config)
-        cut(self, [Kept(range(w.num_key_value_heads), range(w.intermediate_size)) for w in listed(config)])
+        cut(
+            self,
+            [
+                KeptUnits(range(w.num_key_value_heads), range(w.intermediate_size))
+                for w in block_widths(config)
+            ],
+        )
 
     made = type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
     return cast(type[PreTrainedModel], made)
@@ -190,7 +196,7 @@ def config_from(raw: Mapping[str, Any]) -> Any:
             raise ValueError(f"{KEY} has no list of {count} numbers for {name}")
         if any(not isinstance(n, int) or not 1 <= n <= most for n in given):
             raise ValueError(f"{KEY}: {name} is not everywhere from 1 to {most}")
-    if any(w.num_attention_heads != ratio * w.num_key_value_heads for w in listed(config)):
+    if any(w.num_attention_heads != ratio * w.num_key_value_heads for w in block_widths(config)):
         raise ValueError(f"{KEY}: not every key head has {ratio} query heads")
     return config
 
@@ -200,7 +206,7 @@ def base_type(model_type: str) -> str:
     return model_type.removeprefix(PREFIX)
 
 
-def mark(folder: Path) -> None:
+def mark_config(folder: Path) -> None:
     """Make a freshly written config.json one that transformers refuses, where blocks have widths of their own."""
     file = folder / "config.json"
     raw = json.loads(file.read_bytes())

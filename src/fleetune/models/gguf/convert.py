@@ -83,7 +83,7 @@ def convert(path: Path, folder: Path, *, progress: Callable[[str, int, int], Non
     _write_weights(plan, shapes, folder / "model.safetensors", progress)
     config.dtype = torch.float32
     config.save_pretrained(folder)
-    widths.mark(folder)
+    widths.mark_config(folder)
     GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(folder)
@@ -272,7 +272,7 @@ def _write_weights(
 
 def _tokenizer(path: Path, reader: Any, config: Any) -> Any:
     try:
-        tokenizer: Any = gguf_tokens.made(lambda key: _field(reader, key))
+        tokenizer: Any = gguf_tokens.build_tokenizer(lambda key: _field(reader, key))
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (ValueError, KeyError, IndexError, TypeError, OSError, ImportError) as error:

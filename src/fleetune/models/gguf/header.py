@@ -29,7 +29,7 @@ AGAIN: Final = "copy, fetch or export it again"
 
 
 @dataclass(frozen=True)
-class Head:
+class GgufHeader:
     """The single values by their keys, and the size that the file has by them."""
 
     values: Mapping[str, Any]
@@ -37,7 +37,7 @@ class Head:
     size: int  # bytes up to the end of the last tensor; types that are not known here count nothing
 
 
-def check(path: Path) -> Head:
+def check(path: Path) -> GgufHeader:
     """The head of a file with a whole model in it.
 
     ModelError when it is missing, damaged or cut off; UsageError for an adapter, which is no model.
@@ -58,7 +58,7 @@ def check(path: Path) -> Head:
     return head
 
 
-def read(path: Path) -> Head:
+def read(path: Path) -> GgufHeader:
     """The head of a file.  ModelError when there is none, or none that can be read."""
     try:
         with path.open("rb") as file:
@@ -111,7 +111,7 @@ class _Reader:
         return None
 
 
-def _head(reader: _Reader) -> Head:
+def _head(reader: _Reader) -> GgufHeader:
     if reader.number("I") not in (2, 3):
         raise ValueError("another version, or big-endian")
     tensors, keys = reader.number("Q"), reader.number("Q")
@@ -127,7 +127,7 @@ def _head(reader: _Reader) -> Head:
         ends.append(offset + _bytes(kind, math.prod(shape)))
     alignment = int(values.get("general.alignment") or 32)
     start = -(-reader.at // alignment) * alignment if tensors else reader.at
-    return Head(values, tensors, start + max(ends))
+    return GgufHeader(values, tensors, start + max(ends))
 
 
 def _bytes(kind: int, count: int) -> int:

@@ -47,7 +47,7 @@ _JOINED: Final = (gguf.TokenType.NORMAL, gguf.TokenType.USER_DEFINED)
 Field = Callable[[str], Any]
 
 
-def made(field: Field) -> PreTrainedTokenizerBase | None:
+def build_tokenizer(field: Field) -> PreTrainedTokenizerBase | None:
     """The tokenizer that metadata describe; `field` gives a value by its key, or None.
 
     None for the kinds that are left to transformers.  ValueError, KeyError or TypeError when they make no sense.

@@ -13,7 +13,7 @@ _CLOCK = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
+class PlotAxis:
     """One axis: the range shown, ticks as (value, text), its label; `log` places values by logarithm."""
 
     lo: float
@@ -59,7 +59,7 @@ def _range(values: Iterable[float], zero: bool) -> tuple[float, float]:
 
 def numbers(
     values: Iterable[float], label: str, *, zero: bool = False, count: int = 5, snap: bool = True
-) -> Axis:
+) -> PlotAxis:
     """A linear axis of plain numbers; `snap` widens the range to whole steps."""
     lo, hi = _range(values, zero)
     step = nice_step(hi - lo, count)
@@ -67,20 +67,20 @@ def numbers(
     return _linear(lo, hi, step, label, lambda v: f"{v:.{digits}f}" if abs(v) < 1e6 else f"{v:.3g}", snap)
 
 
-def counts(values: Iterable[float], label: str) -> Axis:
+def counts(values: Iterable[float], label: str) -> PlotAxis:
     """A linear axis of counts from zero: no ticks between whole numbers."""
     lo, hi = _range(values, zero=True)
     return _linear(lo, hi, max(1.0, nice_step(hi - lo, 5)), label, lambda v: f"{v:,.0f}", snap=True)
 
 
-def whole(values: Iterable[float], label: str, *, pad: float = 0.0, count: int = 10) -> Axis:
+def integers(values: Iterable[float], label: str, *, pad: float = 0.0, count: int = 10) -> PlotAxis:
     """A linear axis of whole numbers (rounds), `pad` units wider on both sides for bars."""
     lo, hi = _range(values, zero=False)
     step = max(1.0, nice_step(hi - lo, count))
     return _linear(lo - pad, hi + pad, step, label, lambda v: f"{v:.0f}", snap=False)
 
 
-def sizes(values: Iterable[float], label: str, *, count: int = 5, snap: bool = True) -> Axis:
+def sizes(values: Iterable[float], label: str, *, count: int = 5, snap: bool = True) -> PlotAxis:
     """A linear axis of bytes from zero, all ticks in one decimal unit."""
     lo, hi = _range(values, zero=True)
     scale, unit = next((s, u) for s, u in _UNITS if hi >= s or s == 1.0)
@@ -88,14 +88,14 @@ def sizes(values: Iterable[float], label: str, *, count: int = 5, snap: bool = T
     return _linear(lo, hi, step, label, lambda v: f"{v / scale:g} {unit}" if v else "0", snap)
 
 
-def log_sizes(values: Iterable[float], label: str) -> Axis:
+def log_sizes(values: Iterable[float], label: str) -> PlotAxis:
     """A logarithmic axis of bytes; decades, or 1-2-5 where fewer than three decades show."""
     positive = [v for v in values if usable(v) and v > _TINY] or [1.0, 10.0]
     lo, hi = min(positive) / 1.25, max(positive) * 1.25
     steps = (1,) if math.log10(hi / lo) >= 3 else (1, 2, 5)
     exponents = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
     ticks = [m * 10.0**e for e in exponents for m in steps if lo <= m * 10.0**e <= hi]
-    return Axis(lo, hi, tuple((t, _size(t)) for t in ticks), label, log=True)
+    return PlotAxis(lo, hi, tuple((t, _size(t)) for t in ticks), label, log=True)
 
 
 def _size(value: float) -> str:
@@ -109,7 +109,7 @@ def _clock(seconds: float) -> str:
     return f"{seconds / scale:g} {unit}"
 
 
-def durations(values: Iterable[float], label: str, *, count: int = 6) -> Axis:
+def durations(values: Iterable[float], label: str, *, count: int = 6) -> PlotAxis:
     """A linear axis of seconds from zero with ticks at round seconds, minutes or hours."""
     lo, hi = _range(values, zero=True)
     steps = (float(s) for s in _CLOCK if (hi - lo) / s <= count)
@@ -117,11 +117,13 @@ def durations(values: Iterable[float], label: str, *, count: int = 6) -> Axis:
     return _linear(lo, hi, step, label, lambda v: _clock(v) if v else "0", snap=False)
 
 
-def _linear(lo: float, hi: float, step: float, label: str, text: Callable[[float], str], snap: bool) -> Axis:
+def _linear(
+    lo: float, hi: float, step: float, label: str, text: Callable[[float], str], snap: bool
+) -> PlotAxis:
     if snap:
         lo = math.floor(lo / step + 1e-9) * step
         hi = max(math.ceil(hi / step - 1e-9) * step, lo + step)
-    return Axis(lo, hi, tuple((v, text(v)) for v in _multiples(lo, hi, step)), label)
+    return PlotAxis(lo, hi, tuple((v, text(v)) for v in _multiples(lo, hi, step)), label)
 
 
 def sparse(values: Sequence[float]) -> bool:
@@ -130,7 +132,7 @@ def sparse(values: Sequence[float]) -> bool:
     return len(positive) > 1 and max(positive) / min(positive) > 30
 
 
-def bytes_axis(series: Sequence[Sequence[float]]) -> tuple[Axis, Callable[[float], float]]:
+def bytes_axis(series: Sequence[Sequence[float]]) -> tuple[PlotAxis, Callable[[float], float]]:
     """An axis for cumulative bytes; a logarithmic one has no place for zero: there it is NaN (not drawn)."""
     label = "bytes sent and received so far"
     every = [v for values in series for v in values]

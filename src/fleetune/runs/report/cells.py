@@ -24,7 +24,7 @@ BASE, TUNED = 0, 1  # of `runlog.measures`
 
 
 @dataclass(frozen=True)
-class Axis:
+class SweepAxis:
     """What varies: the name the user gave it, the key it stands for, and its values."""
 
     name: str
@@ -32,7 +32,7 @@ class Axis:
     values: tuple[Value, ...]
 
 
-class Member(NamedTuple):
+class SweepRun(NamedTuple):
     """A run of a sweep, at the values of the axes in their order."""
 
     values: tuple[Value, ...]
@@ -60,12 +60,12 @@ def stat(values: Sequence[Number]) -> Stat | None:
     return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def finished(members: Sequence[Member]) -> list[Member]:
+def finished(members: Sequence[SweepRun]) -> list[SweepRun]:
     """The runs that came to their end."""
     return [m for m in members if runlog.kind_of(m.run.status) == "done"]
 
 
-def whole(axes: Sequence[Axis], members: Sequence[Member]) -> list[Member]:
+def complete_seeds(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> list[SweepRun]:
     """The finished runs of those seeds that have every combination, so that means compare; else all there are."""
     ready = finished(members)
     size = math.prod(len(a.values) for a in axes)
@@ -73,14 +73,14 @@ def whole(axes: Sequence[Axis], members: Sequence[Member]) -> list[Member]:
     return [m for m in ready if m.seed in full] if full else ready
 
 
-def metrics(members: Sequence[Member]) -> list[str]:
+def metrics(members: Sequence[SweepRun]) -> list[str]:
     """The measures that every finished run ends with; the loss first."""
     names = [list(runlog.measures(m.run)[1]) for m in finished(members)]
     common = [n for n in (names[0] if names else []) if all(n in other for other in names)]
     return sorted(common, key=lambda name: name != "loss")
 
 
-class Cell(NamedTuple):
+class Combination(NamedTuple):
     """A combination of values: its finished runs over the seeds."""
 
     values: tuple[Value, ...]
@@ -91,7 +91,7 @@ class Cell(NamedTuple):
     runs: int
 
 
-def cells(axes: Sequence[Axis], members: Sequence[Member]) -> list[Cell]:
+def combinations(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> list[Combination]:
     """Every combination that has a finished run, in the order of the grid."""
     names, ready = metrics(members), finished(members)
     out = []
@@ -106,13 +106,13 @@ def cells(axes: Sequence[Axis], members: Sequence[Member]) -> list[Cell]:
             {n: s for n in names if (s := stat([b[side][n] for b in both if n in b[side]])) is not None}
             for side in (0, 1)
         ]
-        out.append(Cell(values, sides[0], sides[1], cost[0], cost[1], len(here)))
+        out.append(Combination(values, sides[0], sides[1], cost[0], cost[1], len(here)))
     order = [{v: i for i, v in enumerate(a.values)} for a in axes]
     return sorted(out, key=lambda c: [place[v] for place, v in zip(order, c.values, strict=True)])
 
 
 def by_seed(
-    axis: int, value: Value, metric: str, members: Sequence[Member], side: int = TUNED
+    axis: int, value: Value, metric: str, members: Sequence[SweepRun], side: int = TUNED
 ) -> dict[int, float]:
     """Seed -> the mean measure of its finished runs at `value` of an axis, over the other axes.
 
@@ -125,13 +125,13 @@ def by_seed(
     return {seed: statistics.fmean(values) for seed, values in found.items()}
 
 
-def ends(axis: int, value: Value, metric: str, members: Sequence[Member]) -> Stat | None:
+def final_measure(axis: int, value: Value, metric: str, members: Sequence[SweepRun]) -> Stat | None:
     """A final measure at `value` of an axis: its mean, and the spread over the seeds of its change by tuning."""
     tuned, base = (by_seed(axis, value, metric, members, side) for side in (TUNED, BASE))
-    return moved([(base.get(seed, 0.0), v) for seed, v in tuned.items()])
+    return mean_and_change([(base.get(seed, 0.0), v) for seed, v in tuned.items()])
 
 
-def moved(pairs: Sequence[tuple[float, float]]) -> Stat | None:
+def mean_and_change(pairs: Sequence[tuple[float, float]]) -> Stat | None:
     """The mean of the second numbers, and the standard deviation of how far they are from the first."""
     mean, change = stat([after for _, after in pairs]), stat([after - before for before, after in pairs])
     return Stat(mean.mean, change.spread, mean.number) if mean and change else None
@@ -150,8 +150,8 @@ class Effect(NamedTuple):
         return self.high[1] - self.low[1]
 
 
-def effect(number: int, axis: Axis, metric: str, members: Sequence[Member]) -> Effect | None:
-    """The effect of axis `number` over `members`, as `whole` chose them; None before two of its values are finished.
+def effect(number: int, axis: SweepAxis, metric: str, members: Sequence[SweepRun]) -> Effect | None:
+    """The effect of axis `number` over `members`, as `complete_seeds` chose them; None before two of its values are finished.
 
     Over the seeds that have every value, y[v, s] = mean + value's part + seed's part + rest.  The noise of a
     value's mean is sqrt(sum rest^2 / ((V - 1)(S - 1)) / S).
@@ -171,15 +171,15 @@ def effect(number: int, axis: Axis, metric: str, members: Sequence[Member]) -> E
     return Effect(low, high, math.sqrt(variance / len(seeds)))
 
 
-class Course(NamedTuple):
-    """A point of a curve over rounds: the loss (see `course`) and the mean bytes so far."""
+class CurvePoint(NamedTuple):
+    """A point of a curve over rounds: the loss (see `loss_curve`) and the mean bytes so far."""
 
     round: int
     loss: Stat
     bytes: float
 
 
-def course(axis: int, value: Value, members: Sequence[Member]) -> list[Course]:
+def loss_curve(axis: int, value: Value, members: Sequence[SweepRun]) -> list[CurvePoint]:
     """The loss by round at `value` of an axis, at the rounds that all its finished runs measured.
 
     Its spread is that of the change since the first of those rounds, over the seeds.
@@ -197,7 +197,7 @@ def course(axis: int, value: Value, members: Sequence[Member]) -> list[Course]:
     }
     out = []
     for r, losses in by_round.items():
-        found = moved(list(zip(by_round[rounds[0]], losses, strict=True)))
+        found = mean_and_change(list(zip(by_round[rounds[0]], losses, strict=True)))
         if found is not None:
-            out.append(Course(r, found, statistics.fmean(c[r].total or 0 for c in curves)))
+            out.append(CurvePoint(r, found, statistics.fmean(c[r].total or 0 for c in curves)))
     return out

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fleetune.runs.report.axes import Axis, counts, nice_step
+from fleetune.runs.report.axes import PlotAxis, counts, nice_step
 from fleetune.runs.report.svg import CHAR, COLOURS, Plot, fixed, frame, rect_at, text_at, tipped
 
 
@@ -28,7 +28,7 @@ def stacked_bars(
     `labels` names the x and the y axis.  Column names are written where each of them fits, else thinned.
     """
     totals = [sum(values[i] for _, values in series) for i in range(len(columns))]
-    x = Axis(-0.6, len(columns) - 0.4, _named_ticks(columns, width - 240), labels[0])
+    x = PlotAxis(-0.6, len(columns) - 0.4, _named_ticks(columns, width - 240), labels[0])
     right = 190.0 if len(series) > 1 else 18.0
     plot = Plot(ident, title, desc, x, counts(totals, labels[1]), width, height, right)
     kind = "stack" if (width - right - plot.left) / max(len(columns), 1) > 8 else "bar"

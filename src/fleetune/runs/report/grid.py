@@ -15,17 +15,17 @@ from fleetune.common.settings import Value
 from fleetune.runs.report import axes as scales
 from fleetune.runs.report import cells as numbers
 from fleetune.runs.report import page, runlog, svg
-from fleetune.runs.report.cells import Axis, Cell, Course, Effect, Member, Stat
+from fleetune.runs.report.cells import Combination, CurvePoint, Effect, Stat, SweepAxis, SweepRun
 from fleetune.runs.report.page import esc, flat
 
 SPREAD = "Mean over the seeds and the other values; band: standard deviation over the seeds of the change by tuning."
 
 
 def grid(
-    name: str, axes: Sequence[Axis], members: Sequence[Member], planned: int
+    name: str, axes: Sequence[SweepAxis], members: Sequence[SweepRun], planned: int
 ) -> tuple[str, dict[str, str]]:
     """(the page, file name -> SVG) of a sweep of which `members` have begun and `planned` runs are to be."""
-    used, made = numbers.whole(axes, members), tables(axes, members)
+    used, made = numbers.complete_seeds(axes, members), tables(axes, members)
     figures: dict[str, str] = {}
     parts = [page.section("effects", "What each varied value does", _effects(made))]
     for i, axis in enumerate(axes):
@@ -40,11 +40,11 @@ def grid(
         page.section("runs", "Every run", _runs(axes, members)),
         page.section("configuration", "What all runs share", _shared(members)),
     ]
-    html = page.whole(f"{name} - fleetune", _header(name, axes, members, planned) + "\n".join(parts))
+    html = page.document(f"{name} - fleetune", _header(name, axes, members, planned) + "\n".join(parts))
     return html, {ident: svg.standalone(drawing) for ident, drawing in figures.items()}
 
 
-def word(value: Value) -> str:
+def value_text(value: Value) -> str:
     """A value as it is shown."""
     return dict(flat({"": value}))[""]
 
@@ -54,11 +54,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")
 
 
-def _header(name: str, axes: Sequence[Axis], members: Sequence[Member], planned: int) -> str:
+def _header(name: str, axes: Sequence[SweepAxis], members: Sequence[SweepRun], planned: int) -> str:
     ready = len(numbers.finished(members))
     seeds = len({m.seed for m in members})
-    varied = "; ".join(f"{a.name} in {', '.join(map(word, a.values))}" for a in axes)
-    lead = f"{page.many(planned, 'run')}, {page.many(seeds, 'seed')} so far. {varied}"
+    varied = "; ".join(f"{a.name} in {', '.join(map(value_text, a.values))}" for a in axes)
+    lead = f"{page.counted(planned, 'run')}, {page.counted(seeds, 'seed')} so far. {varied}"
     over = f'<p class="over">fleetune · sweep</p><h1>{esc(name)}</h1><p class="lead">{esc(lead)}</p>'
     if ready < planned:
         text = f"{ready} of {planned} runs are finished. Means are over the seeds that are whole, if there are any."
@@ -69,7 +69,7 @@ def _header(name: str, axes: Sequence[Axis], members: Sequence[Member], planned:
 # Along an axis ------------------------------------------------------------------------------------
 
 
-class Drawn(NamedTuple):
+class Figure(NamedTuple):
     """A figure: the drawing, its title, a remark, and its numbers as a table."""
 
     drawing: str
@@ -78,19 +78,19 @@ class Drawn(NamedTuple):
     data: str = ""
 
 
-def _course(number: int, axis: Axis, members: Sequence[Member]) -> dict[str, Drawn]:
+def _course(number: int, axis: SweepAxis, members: Sequence[SweepRun]) -> dict[str, Figure]:
     """File name -> the loss by round and by bytes, a line a value."""
-    found = {v: c for v in axis.values if (c := numbers.course(number, v, members))}
+    found = {v: c for v in axis.values if (c := numbers.loss_curve(number, v, members))}
     points = [p for curve in found.values() for p in curve]
     if not points:
         return {}
     y = scales.numbers([edge for p in points for edge in _edges(p.loss)], "validation loss")
     by_bytes, at = scales.bytes_axis([[p.bytes for p in curve] for curve in found.values()])
-    by_round = scales.whole([p.round for p in points], "round")
+    by_round = scales.integers([p.round for p in points], "round")
     out = {}
     for what, x in (("round", by_round), ("bytes", by_bytes)):
         ident, title = f"loss-by-{what}-{slug(axis.name)}", f"Validation loss by {what}, for each {axis.name}"
-        names = [f"{axis.name} {word(v)}" for v in found]
+        names = [f"{axis.name} {value_text(v)}" for v in found]
         plot = _plot(ident, title, x, y, names)
         places = [[float(p.round) if what == "round" else at(p.bytes) for p in c] for c in found.values()]
         tips = [
@@ -99,10 +99,11 @@ def _course(number: int, axis: Axis, members: Sequence[Member]) -> dict[str, Dra
         ]
         stats = [[p.loss for p in curve] for curve in found.values()]
         _lines(
-            plot, [Line(*parts) for parts in zip(range(len(names)), names, places, stats, tips, strict=True)]
+            plot,
+            [MeanLine(*parts) for parts in zip(range(len(names)), names, places, stats, tips, strict=True)],
         )
         data = _course_table(axis, found) if what == "round" else ""
-        out[ident] = Drawn(plot.svg(), title, SPREAD, data)
+        out[ident] = Figure(plot.svg(), title, SPREAD, data)
     return out
 
 
@@ -110,12 +111,12 @@ def _edges(value: Stat) -> tuple[float, float]:
     return value.mean - (value.spread or 0.0), value.mean + (value.spread or 0.0)
 
 
-def _plot(ident: str, title: str, x: scales.Axis, y: scales.Axis, names: Sequence[str]) -> svg.Plot:
+def _plot(ident: str, title: str, x: scales.PlotAxis, y: scales.PlotAxis, names: Sequence[str]) -> svg.Plot:
     right = 20 + svg.CHAR * max((len(n) for n in names), default=0)
     return svg.Plot(ident, title, f"Lines: {', '.join(names) or 'one'}.", x, y, right=right, height=300)
 
 
-class Line(NamedTuple):
+class MeanLine(NamedTuple):
     """A mean with its spread; `colour` -1 is the text's, without a name there is no label."""
 
     colour: int
@@ -126,7 +127,7 @@ class Line(NamedTuple):
     band: bool = True
 
 
-def _lines(plot: svg.Plot, lines: Sequence[Line]) -> None:
+def _lines(plot: svg.Plot, lines: Sequence[MeanLine]) -> None:
     """Bands first, so that no line is under one."""
     for line in lines:
         if line.band and any(s.spread for s in line.stats):
@@ -139,19 +140,19 @@ def _lines(plot: svg.Plot, lines: Sequence[Line]) -> None:
             plot.end(points[-1], line.name, line.colour)
 
 
-def _course_table(axis: Axis, found: Mapping[Value, Sequence[Course]]) -> str:
+def _course_table(axis: SweepAxis, found: Mapping[Value, Sequence[CurvePoint]]) -> str:
     by = [{p.round: p.loss for p in curve} for curve in found.values()]
     rounds = sorted({r for curve in by for r in curve})
-    head = ["round", *(f"{axis.name} {word(v)}" for v in found)]
-    rows: list[list[str | page.Cell]] = [
-        [str(r), *(page.Cell(c[r].text(3) if r in c else "-") for c in by)] for r in rounds
+    head = ["round", *(f"{axis.name} {value_text(v)}" for v in found)]
+    rows: list[list[str | page.TableCell]] = [
+        [str(r), *(page.TableCell(c[r].text(3) if r in c else "-") for c in by)] for r in rounds
     ]
     return page.table(
         "Validation loss by round: mean over the seeds, standard deviation of the change", head, rows
     )
 
 
-def _finals(number: int, axes: Sequence[Axis], members: Sequence[Member]) -> dict[str, Drawn]:
+def _finals(number: int, axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> dict[str, Figure]:
     """File name -> each final measure by the values of an axis; a line for each value of one other axis."""
     axis = axes[number]
     out = {}
@@ -162,18 +163,18 @@ def _finals(number: int, axes: Sequence[Axis], members: Sequence[Member]) -> dic
             other = axes[others[0]]
             for value in other.values:
                 here = [m for m in members if m.values[others[0]] == value]
-                lines[f"{other.name} {word(value)}"] = _by_value(number, axis, name, here)
+                lines[f"{other.name} {value_text(value)}"] = _by_value(number, axis, name, here)
         if drawn := _final(axis, name, lines):
             out[f"{slug(name)}-by-{slug(axis.name)}"] = drawn
     return out
 
 
-def _by_value(number: int, axis: Axis, name: str, members: Sequence[Member]) -> dict[Value, Stat]:
-    every = {v: numbers.ends(number, v, name, members) for v in axis.values}
+def _by_value(number: int, axis: SweepAxis, name: str, members: Sequence[SweepRun]) -> dict[Value, Stat]:
+    every = {v: numbers.final_measure(number, v, name, members) for v in axis.values}
     return {v: s for v, s in every.items() if s is not None}
 
 
-def _final(axis: Axis, name: str, lines: Mapping[str, Mapping[Value, Stat]]) -> Drawn | None:
+def _final(axis: SweepAxis, name: str, lines: Mapping[str, Mapping[Value, Stat]]) -> Figure | None:
     every = [s for line in lines.values() for s in line.values()]
     if not every:
         return None
@@ -185,21 +186,26 @@ def _final(axis: Axis, name: str, lines: Mapping[str, Mapping[Value, Stat]]) -> 
     digits = metric(name).digits
     drawn = []
     for k, (label, line) in enumerate(lines.items()):
-        tips = [f"{label or axis.name} at {word(v)}: {s.text(digits)}" for v, s in line.items()]
-        drawn.append(Line(k - 1, label, [places[v] for v in line], list(line.values()), tips, band=k == 0))
+        tips = [f"{label or axis.name} at {value_text(v)}: {s.text(digits)}" for v, s in line.items()]
+        drawn.append(
+            MeanLine(k - 1, label, [places[v] for v in line], list(line.values()), tips, band=k == 0)
+        )
     _lines(plot, drawn[::-1])  # the mean on top
     head = [axis.name, *(n or "mean" for n in lines)]
-    rows: list[list[str | page.Cell]] = [
-        [word(v), *(page.Cell(line[v].text(digits) if v in line else "-") for line in lines.values())]
+    rows: list[list[str | page.TableCell]] = [
+        [
+            value_text(v),
+            *(page.TableCell(line[v].text(digits) if v in line else "-") for line in lines.values()),
+        ]
         for v in axis.values
     ]
     data = page.table(
         f"{metric(name).label}: mean over the seeds, standard deviation of the change", head, rows
     )
-    return Drawn(plot.svg(), title, SPREAD, data)
+    return Figure(plot.svg(), title, SPREAD, data)
 
 
-def _values_axis(axis: Axis) -> tuple[scales.Axis, dict[Value, float]]:
+def _values_axis(axis: SweepAxis) -> tuple[scales.PlotAxis, dict[Value, float]]:
     """An axis with a tick at every value, and where each stands: by size (or its logarithm) for numbers."""
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in axis.values):
         at = {v: float(v) for v in axis.values}
@@ -209,8 +215,8 @@ def _values_axis(axis: Axis) -> tuple[scales.Axis, dict[Value, float]]:
     lo, hi = min(at.values()), max(at.values())
     room = 0.05 * (hi - lo) or 0.5
     lo, hi = (lo / 1.2, hi * 1.2) if log else (lo - room, hi + room)
-    ticks = tuple((at[v], word(v)) for v in sorted(axis.values, key=lambda v: at[v]))
-    return scales.Axis(lo, hi, ticks, axis.name + (" (log)" if log else ""), log), at
+    ticks = tuple((at[v], value_text(v)) for v in sorted(axis.values, key=lambda v: at[v]))
+    return scales.PlotAxis(lo, hi, ticks, axis.name + (" (log)" if log else ""), log), at
 
 
 # Tables -------------------------------------------------------------------------------------------
@@ -229,11 +235,11 @@ class Tables(NamedTuple):
 EFFECTS = ["varied", "measure", "lowest mean", "highest mean", "difference", "noise of a mean"]
 
 
-def tables(axes: Sequence[Axis], members: Sequence[Member]) -> Tables:
+def tables(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> Tables:
     """Every combination (mean ± standard deviation over the seeds), and what each varied value does."""
-    names, found = numbers.metrics(members), numbers.cells(axes, members)
+    names, found = numbers.metrics(members), numbers.combinations(axes, members)
     measured = [part for n in names for part in (f"{metric(n).label}, base", "tuned")]
-    used = numbers.whole(axes, members)
+    used = numbers.complete_seeds(axes, members)
     every = [
         (axis, name, e)
         for i, axis in enumerate(axes)
@@ -263,7 +269,7 @@ def tables(axes: Sequence[Axis], members: Sequence[Member]) -> Tables:
     )
 
 
-def _record(axes: Sequence[Axis], cell: Cell) -> dict[str, object]:
+def _record(axes: Sequence[SweepAxis], cell: Combination) -> dict[str, object]:
     values = {a.name: v for a, v in zip(axes, cell.values, strict=True)}
     sides = {"base": cell.base, "tuned": cell.tuned}
     stats = {side: {n: s._asdict() for n, s in found.items()} for side, found in sides.items()}
@@ -271,17 +277,17 @@ def _record(axes: Sequence[Axis], cell: Cell) -> dict[str, object]:
     return {"values": values, "runs": cell.runs, **stats, **costs}
 
 
-def _row(cell: Cell, names: Sequence[str]) -> list[str]:
-    out = [*map(word, cell.values), str(cell.runs)]
+def _row(cell: Combination, names: Sequence[str]) -> list[str]:
+    out = [*map(value_text, cell.values), str(cell.runs)]
     for n in names:
         out += [side[n].text(metric(n).digits) if n in side else "-" for side in (cell.base, cell.tuned)]
     spent = [s.mean if s else None for s in (cell.bytes, cell.seconds)]
     return [*out, human_bytes(spent[0]), human_time(spent[1])]
 
 
-def _effect(axis: Axis, name: str, found: Effect) -> list[str]:
+def _effect(axis: SweepAxis, name: str, found: Effect) -> list[str]:
     digits = metric(name).digits
-    ends = [f"{v:.{digits}f} at {word(value)}" for value, v in (found.low, found.high)]
+    ends = [f"{v:.{digits}f} at {value_text(value)}" for value, v in (found.low, found.high)]
     noise = "-" if found.noise is None else f"{found.noise:.{digits}f}"
     return [axis.name, metric(name).label, *ends, f"{found.range:.{digits}f}", noise]
 
@@ -293,30 +299,30 @@ def _effects(made: Tables) -> str:
         "Noise: the standard error of a mean, from how the seeds differ in what the values do. "
         "A difference of a few times the noise or less says little."
     )
-    rows: list[list[str | page.Cell]] = [[*r[:2], *map(page.Cell, r[2:])] for r in made.effects]
+    rows: list[list[str | page.TableCell]] = [[*r[:2], *map(page.TableCell, r[2:])] for r in made.effects]
     caption = "At the end of tuning, over the seeds and the other values"
     return page.table(caption, made.effects_head, rows) + f"<p>{words}</p>"
 
 
 def _combinations(made: Tables, axes: int) -> str:
-    rows: list[list[str | page.Cell]] = [[*r[:axes], *map(page.Cell, r[axes:])] for r in made.rows]
+    rows: list[list[str | page.TableCell]] = [[*r[:axes], *map(page.TableCell, r[axes:])] for r in made.rows]
     caption = "Mean and standard deviation over the seeds; bytes and time are of one run"
     return page.table(caption, made.head, rows) if rows else ""
 
 
-def _runs(axes: Sequence[Axis], members: Sequence[Member]) -> str:
-    rows: list[list[str | page.Cell]] = []
+def _runs(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> str:
+    rows: list[list[str | page.TableCell]] = []
     for m in members:
         f = runlog.summarise(m.run)
         base, tuned = (show("loss", runlog.number(f[k])) for k in ("base_loss", "tuned_loss"))
         costs = human_bytes(runlog.number(f["bytes"])), human_time(runlog.number(f["seconds"]))
-        cells = [page.Cell(t) for t in (base, tuned, *costs)]
-        rows.append([m.run.name, *map(word, m.values), str(m.seed), m.run.status, *cells])
+        cells = [page.TableCell(t) for t in (base, tuned, *costs)]
+        rows.append([m.run.name, *map(value_text, m.values), str(m.seed), m.run.status, *cells])
     titles = ["run", *(a.name for a in axes), "seed", "status", "base", "tuned", "bytes", "time"]
     return page.table("The folders of the runs, with the validation loss", titles, rows) if rows else ""
 
 
-def _shared(members: Sequence[Member]) -> str:
+def _shared(members: Sequence[SweepRun]) -> str:
     configs = [flat(m.run.config) for m in members]
     common = [pair for pair in (configs[0] if configs else []) if all(pair in c for c in configs)]
-    return page.facts(common, "config")
+    return page.fact_list(common, "config")

@@ -20,16 +20,18 @@ def esc(value: object) -> str:
     return escape(str(value))
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """A table cell with its class: "r" stands right (numbers), "r good" and "r bad" colour it as well."""
 
     text: str
     kind: str = "r"
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str | Cell]], kind: str = "") -> str:
+def table(
+    caption: str, head: Sequence[str], rows: Sequence[Sequence[str | TableCell]], kind: str = ""
+) -> str:
     """A table whose first column names the rows; the head of a column goes right when a cell of it does."""
-    right = [any(isinstance(row[i], Cell) for row in rows) for i in range(len(head))]
+    right = [any(isinstance(row[i], TableCell) for row in rows) for i in range(len(head))]
     top = "".join(f'<th scope="col"{_css(r)}>{esc(h)}</th>' for h, r in zip(head, right, strict=True))
     body = "".join(f"<tr>{''.join(_cell(c, i == 0) for i, c in enumerate(row))}</tr>" for row in rows)
     return (
@@ -42,12 +44,12 @@ def _css(right: bool) -> str:
     return ' class="r"' if right else ""
 
 
-def _cell(cell: str | Cell, first: bool) -> str:
-    text, css = (cell.text, f' class="{cell.kind}"') if isinstance(cell, Cell) else (cell, "")
+def _cell(cell: str | TableCell, first: bool) -> str:
+    text, css = (cell.text, f' class="{cell.kind}"') if isinstance(cell, TableCell) else (cell, "")
     return f'<th scope="row"{css}>{esc(text)}</th>' if first else f"<td{css}>{esc(text)}</td>"
 
 
-def facts(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
+def fact_list(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
     """A list of names and values without those that are empty; nothing when all are."""
     pairs = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in rows if v)
     return f'<dl class="{kind}">{pairs}</dl>' if pairs else ""
@@ -66,7 +68,7 @@ def section(ident: str, title: str, body: str) -> str:
     return f'<section id="{ident}"><h2>{esc(title)}</h2>{body}</section>' if body else ""
 
 
-def whole(title: str, body: str) -> str:
+def document(title: str, body: str) -> str:
     """The page around `body`: its policy forbids every request."""
     style = plot_style() + Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'"
@@ -103,12 +105,12 @@ def _value(value: object) -> str:
     return str(value) or '""'
 
 
-def minus(text: str) -> str:
+def true_minus(text: str) -> str:
     """`text` with a minus sign in place of a leading hyphen."""
     return "\u2212" + text[1:] if text.startswith("-") and len(text) > 1 else text
 
 
-def many(count: object, word: str) -> str:
+def counted(count: object, word: str) -> str:
     """A count with its noun: "1 round", "24 clients"."""
     shown = f"{count:,}" if isinstance(count, int) else str(count)
     return f"{shown} {word}{'' if count == 1 else 's'}"

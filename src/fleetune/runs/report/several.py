@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fleetune.common.display import change, human_bytes, human_time, improved, show
 from fleetune.runs.report import axes, page, runlog, svg
-from fleetune.runs.report.page import Cell, esc, flat, minus
+from fleetune.runs.report.page import TableCell, esc, flat, true_minus
 from fleetune.runs.report.runlog import Number, Run, Step, kind_of, number, read, text_of
 
 
@@ -27,7 +27,7 @@ def compare(runs: Sequence[Path]) -> str:
         page.section("course", "Course", _overlaid(seen, names)),
         page.section("differences", "What differs in their configuration", _differences(seen, names)),
     ]
-    return page.whole("fleetune: comparison of " + ", ".join(names), "\n".join(body))
+    return page.document("fleetune: comparison of " + ", ".join(names), "\n".join(body))
 
 
 def _short(names: Sequence[str]) -> list[str]:
@@ -56,21 +56,21 @@ def _warnings(runs: Sequence[Run]) -> str:
 def _results(runs: Sequence[Run], names: Sequence[str], facts: Sequence[Mapping[str, object]]) -> str:
     head = ["run", "method", "model", "status", "rounds", "base", "tuned", "change"]
     head += ["sent", "received", "time", "peak memory"]
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     for name, f in zip(names, facts, strict=True):
         base, tuned = number(f["base_loss"]), number(f["tuned_loss"])
         better = improved("loss", base, tuned)
         kind = "r" if better is None else "r good" if better else "r bad"
-        row: list[str | Cell] = [
+        row: list[str | TableCell] = [
             name,
             str(f["method"] or "-"),
             str(f["model"] or "-"),
             kind_of(str(f["status"])),
         ]
-        row += [Cell(str(f["rounds"])), Cell(show("loss", base)), Cell(show("loss", tuned))]
-        row.append(Cell(minus(change("loss", base, tuned)) or "-", kind))
-        row += [Cell(human_bytes(number(f[key]))) for key in ("bytes_up", "bytes_down")]
-        row += [Cell(human_time(number(f["seconds"]))), Cell(human_bytes(number(f["peak_rss"])))]
+        row += [TableCell(str(f["rounds"])), TableCell(show("loss", base)), TableCell(show("loss", tuned))]
+        row.append(TableCell(true_minus(change("loss", base, tuned)) or "-", kind))
+        row += [TableCell(human_bytes(number(f[key]))) for key in ("bytes_up", "bytes_down")]
+        row += [TableCell(human_time(number(f["seconds"]))), TableCell(human_bytes(number(f["peak_rss"])))]
         rows.append(row)
     keys = "".join(
         f'<li class="c{i % svg.COLOURS}"><span></span>{esc(run.name)}</li>' for i, run in enumerate(runs)
@@ -91,7 +91,7 @@ def _overlaid(runs: Sequence[Run], names: Sequence[str]) -> str:
     views = [
         (
             "round",
-            axes.whole([s.round for t in every for s in t], "round"),
+            axes.integers([s.round for t in every for s in t], "round"),
             [[float(s.round) for s in t] for t in every],
         ),
         ("bytes exchanged", bytes_axis, [[at(v) for v in values] for values in moved]),
@@ -114,7 +114,9 @@ def _overlaid(runs: Sequence[Run], names: Sequence[str]) -> str:
     figures += _peaks(names, [number(runlog.summarise(run)["peak_rss"]) for run in runs])
     rounds = sorted({s.round for steps in every for s in steps})
     by = [{s.round: s.losses["loss"] for s in steps} for steps in every]
-    rows: list[list[str | Cell]] = [[str(r), *(Cell(show("loss", b.get(r))) for b in by)] for r in rounds]
+    rows: list[list[str | TableCell]] = [
+        [str(r), *(TableCell(show("loss", b.get(r))) for b in by)] for r in rounds
+    ]
     data = page.table("Validation loss by round", ["round", *names], rows)
     return f'<div class="figures">{figures}</div><details><summary>the numbers</summary>{data}</details>'
 
@@ -124,7 +126,7 @@ def _peaks(names: Sequence[str], peaks: Sequence[Number | None]) -> str:
     if not known:
         return ""
     ticks = tuple((float(k), name) for k, (name, _, _) in enumerate(known))
-    x = axes.Axis(-0.6, len(known) - 0.4, ticks, "run")
+    x = axes.PlotAxis(-0.6, len(known) - 0.4, ticks, "run")
     y = axes.sizes([v for _, v, _ in known], "peak memory")
     plot = svg.Plot("peaks", "Peak memory of each run", f"{len(known)} runs.", x, y, height=300)
     for k, (name, value, colour) in enumerate(known):
@@ -144,7 +146,7 @@ def _elapsed(steps: Sequence[Step]) -> dict[int, float]:
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
     configs = [dict(flat(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     for key in keys:
         values = [config.get(key, "-") for config in configs]
         if len(set(values)) > 1:

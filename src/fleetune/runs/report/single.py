@@ -33,16 +33,16 @@ def _report(run: Run) -> str:
         page.section("course", "Course", course.course(run, steps, facts)),
         page.section("fleet", "Fleet", fleet.partition(run) + fleet.replies(run)),
         page.section("samples", "Samples", samples.samples(run)),
-        page.section("configuration", "Configuration", page.facts(flat(run.config), "config")),
-        page.section("versions", "Versions", page.facts(flat(run.env), "config")),
-        page.section("again", "Run it again", _again(run)),
+        page.section("configuration", "Configuration", page.fact_list(flat(run.config), "config")),
+        page.section("versions", "Versions", page.fact_list(flat(run.env), "config")),
+        page.section("again", "Run it again", _rerun_section(run)),
     ]
     if run.skipped:
         parts.append(f"<footer>{run.skipped} damaged line(s) of metrics.jsonl left out.</footer>")
-    return page.whole(f"{run.name} - fleetune", "\n".join(parts))
+    return page.document(f"{run.name} - fleetune", "\n".join(parts))
 
 
-def _again(run: Run) -> str:
+def _rerun_section(run: Run) -> str:
     where = shlex.quote(run.shown_path)
     lines = [
         (f"fleetune tune -c {shlex.quote(run.shown_path + '/run.toml')}", "the same run, in a new folder")

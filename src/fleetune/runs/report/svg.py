@@ -17,7 +17,7 @@ from html import escape as escape_markup
 from pathlib import Path
 
 from fleetune.common.display import clean
-from fleetune.runs.report.axes import Axis, usable
+from fleetune.runs.report.axes import PlotAxis, usable
 
 COLOURS = 8  # of `plot.css`
 CHAR = 6.1  # mean advance of an 11 px system font, used to keep labels apart
@@ -114,8 +114,8 @@ class Plot:
     ident: str
     title: str
     desc: str
-    x: Axis
-    y: Axis
+    x: PlotAxis
+    y: PlotAxis
     width: float = 520.0
     height: float = 280.0
     right: float = 18.0

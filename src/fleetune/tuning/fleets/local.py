@@ -124,13 +124,13 @@ class Watched:
         """As `Batches.epochs`."""
         return self._watch(self.batches.epochs(epochs, batch_size))
 
-    def held(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
-        """As `Batches.held`."""
-        return self._watch(self.batches.held(number, batch_size, count))
+    def repeat_batch(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
+        """As `Batches.repeat_batch`."""
+        return self._watch(self.batches.repeat_batch(number, batch_size, count))
 
-    def aside(self, batch_size: int) -> tuple[Batch, Watched]:
-        """As `Batches.aside`."""
-        batch, rest = self.batches.aside(batch_size)
+    def split_off(self, batch_size: int) -> tuple[Batch, Watched]:
+        """As `Batches.split_off`."""
+        batch, rest = self.batches.split_off(batch_size)
         return batch, Watched(rest, self.on_step)
 
     def _watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:

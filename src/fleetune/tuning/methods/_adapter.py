@@ -96,14 +96,14 @@ class Training:
 
 def begin(model: Model, seed: int, wire: str) -> State:
     """The state of the module that `model` carries; what its start took out is as every device will have it."""
-    start = group(coded(adapters.taken(model), wire))
-    adapters.take_out(model, start)
+    start = group(coded(adapters.subtracted_factors(model), wire))
+    adapters.subtract_factors(model, start)
     return State(adapters.export(model), seed, start=start)
 
 
 def apply(model: Model, state: State) -> None:
     """Make `model`, which has the module on it, the tuned one."""
-    adapters.take_out(model, state.start)
+    adapters.subtract_factors(model, state.start)
     adapters.load_(model, state.tensors)
 
 
@@ -115,7 +115,7 @@ def local(
 ) -> Payload:
     """Load what came, train, and give what goes back; the module is then what was sent."""
     w, c, c_k = group(payload.arrays), group(payload.arrays, "c/"), group(memory, "c/")
-    adapters.take_out(model, group(payload.arrays, "start/"))
+    adapters.subtract_factors(model, group(payload.arrays, "start/"))
     adapters.load_(model, w)
     pull = {n: np.asarray(c.get(n, 0.0) - c_k.get(n, 0.0)) for n in w} if how.scaffold and (c or c_k) else {}
     loss = train(model, batches, key, how, pull)

@@ -28,7 +28,7 @@ from fleetune import adapters
 from fleetune.adapters.prefix import IMPLEMENTATIONS
 from fleetune.data import Batch
 from fleetune.errors import FleetError
-from fleetune.evaluation.losses import frozen
+from fleetune.evaluation.losses import eval_mode
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
@@ -80,7 +80,7 @@ def scores(model: Model, batch: Batch) -> np.ndarray:
     ]
     more = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
     try:
-        with frozen(model.net):
+        with eval_mode(model.net):
             model.net.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
     finally:
         for hook in hooks:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from fleetune import adapters, data
-from fleetune.adapters.lora_init import TAKEN as TAKEN
+from fleetune.adapters.lora_init import FROM_WEIGHTS as FROM_WEIGHTS
 from fleetune.data import Batch, collate, encode_rows
 from fleetune.evaluation.losses import pad_id
 from fleetune.models.model import Model
@@ -26,7 +26,7 @@ def check(start: str, r: int, *, dropout: float, wire: str, start_data: str = "d
         raise ValueError(f"start_data = {start_data!r} is what start=eva looks at; start is {start}")
     if start == "orthogonal" and r % 2:
         raise ValueError(f"start=orthogonal needs an even rank, r is {r}")
-    if start in TAKEN and (dropout or wire != "fp32"):
+    if start in FROM_WEIGHTS and (dropout or wire != "fp32"):
         raise ValueError(
             f"start={start} moves a part of the base's weights into A and B, which dropout would drop and fp16 "
             f"would round; use dropout=0 and wire=fp32 (they are {dropout:g} and {wire})"

@@ -10,7 +10,7 @@ import numpy as np
 from fleetune.errors import ModelError
 from fleetune.models.model import Model, named_tensors
 from fleetune.seeds.folded_sums import FOLD
-from fleetune.seeds.ledger import Head, Ledger
+from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.seeds.noise import run_key
 from fleetune.seeds.spsa import Position, uniforms
 from fleetune.seeds.view import View
@@ -83,7 +83,7 @@ def new_ledger(
     tensors = tuple(
         (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in named_tensors(model.net)
     )
-    head = Head(
+    head = LedgerHead(
         base=model.digest,
         tokenizer=model.tokenizer_digest,
         tensors=tensors,

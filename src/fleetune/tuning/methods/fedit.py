@@ -146,7 +146,7 @@ class Method:
     def check_start(self) -> None:
         """ValueError for a start that does not go with the rest."""
         _lora.check(self.start, self.r, dropout=self.dropout, wire=self.wire, start_data=self.start_data)
-        if self.start in _lora.TAKEN and self.average == "product":
+        if self.start in _lora.FROM_WEIGHTS and self.average == "product":
             raise ValueError(
                 f"average=product keeps the strongest directions, which after start={self.start} are the base's "
                 "own and not what was learned; use average=separate"
@@ -187,7 +187,7 @@ class Method:
     def attach(self, model: Model, seed: int, r: int, start: str = "default") -> None:
         """Give `model` an adapter of rank `r`, unless it has one.  (A device is sent the start's numbers.)"""
         if model.attachment is not None:
-            spec = adapters.attached(model).spec
+            spec = adapters.attachment_of(model).spec
             if isinstance(spec, adapters.Lora) and spec.r == r:
                 return
             adapters.detach(model)

@@ -171,7 +171,7 @@ class Method:
         """Give these layers prompts, and no others; every device derives the same start from the seed."""
         spec = adapters.Prefix(tokens=self.tokens, layers=tuple(int(i) for i in layers))
         if model.attachment is not None:
-            if adapters.attached(model).spec == spec:
+            if adapters.attachment_of(model).spec == spec:
                 return
             adapters.detach(model)
         adapters.attach(model, spec, seed=seed)
@@ -200,8 +200,8 @@ class Method:
         told: dict[str, float] = {}
         scores: Tensors = {}
         if self.personalise:
-            aside, batches = batches.aside(self.batch_size)
-        batch = next(batches.held(0, self.batch_size, 1))
+            aside, batches = batches.split_off(self.batch_size)
+        batch = next(batches.repeat_batch(0, self.batch_size, 1))
         if warm:
             clear(model)
             scores["scores"] = _layers.scores(model, batch)

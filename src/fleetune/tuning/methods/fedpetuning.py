@@ -205,7 +205,7 @@ class Kind(NamedTuple):
 
     lr: float
     size: int
-    spec: Callable[[Method, int], adapters.Spec]
+    spec: Callable[[Method, int], adapters.AdapterSpec]
 
 
 MODULES: Final[Mapping[str, Kind]] = MappingProxyType(

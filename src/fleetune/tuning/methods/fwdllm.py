@@ -51,7 +51,7 @@ from fleetune.data import Batches, keyed_order
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
 from fleetune.seeds.noise import Passes, derive, passes, probe
-from fleetune.seeds.slots import Slot, layout
+from fleetune.seeds.slots import WeightSlot, layout
 from fleetune.seeds.spsa import two_point
 from fleetune.seeds.view import CHUNK, View
 from fleetune.tuning.messages import Payload, Spec
@@ -194,7 +194,7 @@ class Method:
         measure = objectives.get(self.objective)
         ids = self.directions(payload.arrays.get("seeds"), key)
         g, losses = np.zeros(self.P, np.float32), np.full(self.P, np.inf)
-        held = batches.held(payload.int("batch"), self.batch_size, self.P)
+        held = batches.repeat_batch(payload.int("batch"), self.batch_size, self.P)
         for j, batch in enumerate(held):
 
             def seen(batch: Any = batch) -> float:
@@ -288,7 +288,7 @@ class Method:
         return {name: float(getattr(state, name)) for name in names}
 
 
-MODULES: Final[Mapping[str, Callable[[Method], adapters.Spec]]] = MappingProxyType(
+MODULES: Final[Mapping[str, Callable[[Method], adapters.AdapterSpec]]] = MappingProxyType(
     {
         "lora": lambda method: adapters.Lora(method.r, method.alpha, targets=method.targets),
         "adapter": lambda method: adapters.Bottleneck(method.r),
@@ -335,7 +335,7 @@ def cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: s
         flat[where], real[where] = slot.tensor.view(-1), 1.0
     zeros = torch.zeros(min(size, CHUNK))
 
-    def nothing(slot: Slot, first: int, last: int) -> Tensor:
+    def nothing(slot: WeightSlot, first: int, last: int) -> Tensor:
         return zeros[: last - first]
 
     view = View([("all", flat)], nn.Module(), run_key=key, law=law, grid=0.0, read=nothing)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from fleetune.common.display import human_bytes, human_time, metric, show
 from fleetune.runs.report import axes, page, svg
-from fleetune.runs.report.page import Cell
+from fleetune.runs.report.page import TableCell
 from fleetune.runs.report.runlog import Event, Number, Run, Step, num_of, number, text_of
 
 MAX_DOTS = 4000  # above it the spread plot shows ranges in place of single clients
@@ -30,7 +30,7 @@ def course(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
             "loss-round",
             "Validation loss against round",
             desc,
-            axes.whole([p[0] for p in points], "round"),
+            axes.integers([p[0] for p in points], "round"),
             y,
         )
         moved = [float(s.total or 0) for s in measured]
@@ -60,7 +60,7 @@ def _spread(run: Run) -> str:
     losses = {r: sorted(num_of(e, "loss") or 0.0 for e in events) for r, events in rounds.items()}
     every = [v for values in losses.values() for v in values]
     desc = f"{len(every)} losses of clients in {len(rounds)} rounds, {min(every):.3f} to {max(every):.3f}."
-    x = axes.whole(list(map(float, rounds)), "round", pad=0.6)
+    x = axes.integers(list(map(float, rounds)), "round", pad=0.6)
     plot = svg.Plot(
         "spread", "Training loss of each client by round", desc, x, axes.numbers(every, "client loss")
     )
@@ -84,7 +84,7 @@ def _spread(run: Run) -> str:
             plot.dash(at, median, min(0.36 * slot, 40.0), -1, f"round {at:.0f}: median {median:.3f}")
     else:
         plot.line(medians, -1, markers=False)
-    rows: list[list[str | Cell]] = [
+    rows: list[list[str | TableCell]] = [
         [str(r), *_cells(len(v), v[0], *_quartiles(v), v[-1])] for r, v in losses.items()
     ]
     head = ["round", "clients", "lowest", "quarter", "median", "three quarters", "highest"]
@@ -104,8 +104,8 @@ def _quartiles(ordered: Sequence[Number]) -> tuple[float, float, float]:
     return low, mid, high
 
 
-def _cells(count: int, *values: float) -> list[Cell]:
-    return [Cell(str(count)), *(Cell(f"{v:.3f}") for v in values)]
+def _cells(count: int, *values: float) -> list[TableCell]:
+    return [TableCell(str(count)), *(TableCell(f"{v:.3f}") for v in values)]
 
 
 def _every_round(steps: Sequence[Step]) -> str:
@@ -121,14 +121,14 @@ def _every_round(steps: Sequence[Step]) -> str:
         "time",
         "memory",
     ]
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     for s in steps:
-        row: list[str | Cell] = [str(s.round)]
-        row += [Cell(show(n, s.losses.get(n))) for n in names]
-        row += [Cell(_figure(s.own.get(n))) for n in told]
+        row: list[str | TableCell] = [str(s.round)]
+        row += [TableCell(show(n, s.losses.get(n))) for n in names]
+        row += [TableCell(_figure(s.own.get(n))) for n in told]
         used = "-" if s.accepted is None else f"{s.accepted}{f' of {s.asked}' if s.asked is not None else ''}"
-        row += [Cell(used), *(Cell(human_bytes(v)) for v in (s.up, s.down, s.total))]
-        rows.append([*row, Cell(human_time(s.seconds)), Cell(human_bytes(s.rss))])
+        row += [TableCell(used), *(TableCell(human_bytes(v)) for v in (s.up, s.down, s.total))]
+        rows.append([*row, TableCell(human_time(s.seconds)), TableCell(human_bytes(s.rss))])
     table = page.table("Every round: bytes are sums over its clients", head, rows)
     shut = len(rows) > 31
     return f"<details{'' if shut else ' open'}><summary>Every round in numbers</summary>{table}</details>"
@@ -153,7 +153,7 @@ def _costs(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
         desc = f"At most {human_bytes(most)} in a round, {human_bytes(sum(v for _, v in values))} in all."
         title = f"Bytes {word} by the clients"
         y = axes.sizes([v for _, v in values], f"{word} in a round")
-        plot = svg.Plot(f"bytes-{ident}", title, desc, axes.whole(rounds, "round", pad=0.6), y)
+        plot = svg.Plot(f"bytes-{ident}", title, desc, axes.integers(rounds, "round", pad=0.6), y)
         for r, v in values:
             n = asked[r]
             tip = f"round {r}: {human_bytes(v)}" + (f", {human_bytes(v / n)} a client" if n else "")
@@ -173,7 +173,7 @@ def _memory(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str
     desc = f"Peak {human_bytes(peak)}" + (f"; the weights alone are {human_bytes(bare)}." if bare else ".")
     y = axes.sizes([peak, bare or 0, *(v for _, v in values)], "resident memory")
     plot = svg.Plot(
-        "memory", "Memory by round", desc, axes.whole([r for r, _ in values], "round", pad=0.4), y
+        "memory", "Memory by round", desc, axes.integers([r for r, _ in values], "round", pad=0.4), y
     )
     if bare and bare > 0.15 * peak:  # lower down its text would stand on the axis
         plot.reference(bare, f"weights alone {human_bytes(bare)}", below=True)

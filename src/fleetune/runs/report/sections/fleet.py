@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fleetune.runs.report import charts, page, svg
-from fleetune.runs.report.page import Cell, many, span
+from fleetune.runs.report.page import TableCell, counted, span
 from fleetune.runs.report.runlog import Event, Run, list_of, map_of, num_of, number, text_of
 
 MAX_COLUMNS = 60  # above it, or above `svg.COLOURS` categories, the partition is a heat map
 
 
-class Split(NamedTuple):
+class ClientRows(NamedTuple):
     """Rows of each client by category: `names` of clients, then (category, rows of each client)."""
 
     names: list[str]
@@ -27,11 +27,11 @@ class Split(NamedTuple):
         parts = [f"{name} {values[i]:g}" for name, values in self.rows if values[i] and len(self.rows) > 1]
         return f"client {self.names[i]}: {self.sizes()[i]:g} rows{': ' if parts else ''}{', '.join(parts)}"
 
-    def take(self, order: Sequence[int]) -> Split:
-        return Split([self.names[i] for i in order], [(n, [v[i] for i in order]) for n, v in self.rows])
+    def take(self, order: Sequence[int]) -> ClientRows:
+        return ClientRows([self.names[i] for i in order], [(n, [v[i] for i in order]) for n, v in self.rows])
 
 
-def _split(run: Run, most: int) -> Split:
+def _client_rows(run: Run, most: int) -> ClientRows:
     """The data partition of the start event, its `most` largest categories and the others as one."""
     counts: dict[str, list[float]] = {}
     for name, values in map_of(run.start, "counts").items():
@@ -49,12 +49,12 @@ def _split(run: Run, most: int) -> Split:
             *rows[:-1],
             (f"{len(rest) + 1} others", [a + b for a, b in zip(rows[-1][1], others, strict=True)]),
         ]
-    return Split([str(i) for i in range(clients)], rows)
+    return ClientRows([str(i) for i in range(clients)], rows)
 
 
 def partition(run: Run) -> str:
     """The rows of each client: bars, or a heat map of many clients or categories."""
-    split = _split(run, 24)
+    split = _client_rows(run, 24)
     clients = len(split.names)
     if not clients:
         return ""
@@ -62,7 +62,7 @@ def partition(run: Run) -> str:
     title = f"Data of the clients: {partition_words(run) or 'rows'}"
     sizes = split.sizes()
     each = f", {span(sizes)} each" if clients > 1 else ""
-    desc = f"{many(clients, 'client')}, {sum(sizes):,.0f} rows{each}."
+    desc = f"{counted(clients, 'client')}, {sum(sizes):,.0f} rows{each}."
     words = f"{desc} Coloured by {column}." if len(split.rows) > 1 else desc
     if len(split.rows) <= svg.COLOURS and (clients <= MAX_COLUMNS or len(split.rows) == 1):
         tips = [split.tip(i) for i in range(clients)]
@@ -71,8 +71,8 @@ def partition(run: Run) -> str:
     else:
         drawing, words = _heat(split, title, desc), f"{desc} A stronger shade is a larger share."
     head = ["client", *(name for name, _ in split.rows), "all"]
-    body: list[list[str | Cell]] = [
-        [split.names[i], *(Cell(f"{v[i]:g}") for _, v in split.rows), Cell(f"{sizes[i]:g}")]
+    body: list[list[str | TableCell]] = [
+        [split.names[i], *(TableCell(f"{v[i]:g}") for _, v in split.rows), TableCell(f"{sizes[i]:g}")]
         for i in range(min(clients, 1000))
     ]
     return page.figure(
@@ -80,7 +80,7 @@ def partition(run: Run) -> str:
     )
 
 
-def _heat(split: Split, title: str, desc: str) -> str:
+def _heat(split: ClientRows, title: str, desc: str) -> str:
     """Clients side by side, sorted by their main category so that equal ones stand together."""
     sizes = split.sizes()
 
@@ -97,7 +97,7 @@ def _heat(split: Split, title: str, desc: str) -> str:
         label += f", {chunk} to a column"
         groups = [range(i, min(i + chunk, len(order))) for i in range(0, len(order), chunk)]
         names = [f"{held.names[g[0]]}+" for g in groups]
-        held = Split(names, [(n, [sum(v[i] for i in g) for g in groups]) for n, v in held.rows])
+        held = ClientRows(names, [(n, [sum(v[i] for i in g) for g in groups]) for n, v in held.rows])
     tips = [held.tip(i) for i in range(len(held.names))]
     return charts.heat_map("partition", title, desc, held.names, held.rows, tips, label=label)
 
@@ -141,8 +141,8 @@ def replies(run: Run) -> str:
         labels=("round", "clients"), height=220, colours=shades,
     )  # fmt: skip
     ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
-    rows: list[list[str | Cell]] = [
-        [status, reason, Cell(str(len(events))), _some(events, "client"), _some(events, "round")]
+    rows: list[list[str | TableCell]] = [
+        [status, reason, TableCell(str(len(events))), _some(events, "client"), _some(events, "round")]
         for (status, reason), events in ordered[:100]
     ]
     table = page.table("Replies that did not count", ["what", "why", "times", "clients", "rounds"], rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fleetune.common.display import change, human_bytes, human_count, human_time, show
 from fleetune.runs.report import page
-from fleetune.runs.report.page import esc, flat, many, minus, span
+from fleetune.runs.report.page import counted, esc, flat, span, true_minus
 from fleetune.runs.report.runlog import Run, kind_of, list_of, num_of, number, text_of
 from fleetune.runs.report.sections.fleet import partition_words
 
@@ -29,7 +29,7 @@ def header(run: Run, facts: Mapping[str, object]) -> str:
     return (
         f'<header><p class="over">fleetune · {esc(run.name)} {pill}</p>'
         f"<h1>{esc(method)} <small>on</small> {esc(_base_name(model))}</h1>"
-        f'<p class="lead">{esc(_sentence(facts))}</p>{alert}{page.facts(_identity(run, facts))}</header>'
+        f'<p class="lead">{esc(_sentence(facts))}</p>{alert}{page.fact_list(_identity(run, facts))}</header>'
     )
 
 
@@ -43,12 +43,12 @@ def _sentence(facts: Mapping[str, object]) -> str:
     rounds, moved, seconds = facts["rounds"], number(facts["bytes"]), number(facts["seconds"])
     spent = f" {human_bytes(moved)} were exchanged" if moved is not None else ""
     spent += f" in {human_time(seconds)}" if spent and seconds is not None else ""
-    done = many(rounds, "round")
+    done = counted(rounds, "round")
     if base is None or tuned is None:
         return f"{done} so far; no loss to compare yet.{spent + '.' if spent else ''}"
     before, after = show("loss", base), show("loss", tuned)
     moves = f"{'fell' if tuned < base else 'rose'} from {before} to {after}"
-    loss = f"{moves} ({minus(change('loss', base, tuned))})" if tuned != base else f"stayed at {before}"
+    loss = f"{moves} ({true_minus(change('loss', base, tuned))})" if tuned != base else f"stayed at {before}"
     return f"Validation loss {loss} in {done}.{spent + '.' if spent else ''}"
 
 
@@ -62,7 +62,7 @@ def _identity(run: Run, facts: Mapping[str, object]) -> list[tuple[str, str]]:
     method = [str(facts["method"] or ""), _letters(run.config, str(facts["method"])), share]
     sizes = [n for v in list_of(run.start, "rows_per_client") if (n := number(v)) is not None]
     clients, partition = facts["clients"], partition_words(run)
-    data = [text_of("data", run.config), many(clients, "client") if clients is not None else "", partition]
+    data = [text_of("data", run.config), counted(clients, "client") if clients is not None else "", partition]
     if sizes:
         middle = f", median {statistics.median(sizes):g}" if min(sizes) != max(sizes) else ""
         data.append(f"{span(sizes)} rows{' each' if len(sizes) > 1 else ''}{middle}")

@@ -8,34 +8,34 @@ from collections.abc import Mapping, Sequence
 
 from fleetune.common.display import change, human_bytes, human_time, improved, metric, show
 from fleetune.runs.report import page
-from fleetune.runs.report.page import Cell, esc, minus
+from fleetune.runs.report.page import TableCell, esc, true_minus
 from fleetune.runs.report.runlog import Number, Run, Step, measures, num_of, number, sum_of, text_of
 
 
 def result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     """The measures before and after beside what the run took."""
     base, tuned = measures(run)
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     for name in dict.fromkeys([*base, *tuned]):
         b, t = base.get(name), tuned.get(name)
         better = improved(name, b, t)
         word = "" if better is None else ", better" if better else ", worse"
         kind = "r" if better is None else "r good" if better else "r bad"
-        diff = Cell(minus(change(name, b, t)) + word, kind)
-        rows.append([metric(name).label, Cell(show(name, b)), Cell(show(name, t)), diff])
+        diff = TableCell(true_minus(change(name, b, t)) + word, kind)
+        rows.append([metric(name).label, TableCell(show(name, b)), TableCell(show(name, t)), diff])
     held = num_of(run.final, "rows") or num_of(run.done, "rows")
     caption = f"Measured on {held:,} held-out rows" if held else "Measured on held-out rows"
     measured = page.table(caption, ["", "base", "tuned", "change"], rows, "result") if rows else ""
     up, down = number(facts["bytes_up"]), number(facts["bytes_down"])
     asked, taken = sum_of(run.rounds, "clients"), sum_of(run.rounds, "accepted")
     each = [human_bytes(_each(run, *pair)) for pair in (("bytes_up", up), ("bytes_down", down))]
-    spent: list[list[str | Cell]] = [
-        ["bytes over the fleet", Cell(human_bytes(number(facts["bytes"])))],
-        ["sent by a client, per round", Cell(each[0])],
-        ["received by a client, per round", Cell(each[1])],
-        ["wall time", Cell(human_time(number(facts["seconds"])))],
-        ["peak memory", Cell(human_bytes(number(facts["peak_rss"])))],
-        ["replies accepted", Cell(f"{taken:,} of {asked:,}" if taken is not None and asked else "-")],
+    spent: list[list[str | TableCell]] = [
+        ["bytes over the fleet", TableCell(human_bytes(number(facts["bytes"])))],
+        ["sent by a client, per round", TableCell(each[0])],
+        ["received by a client, per round", TableCell(each[1])],
+        ["wall time", TableCell(human_time(number(facts["seconds"])))],
+        ["peak memory", TableCell(human_bytes(number(facts["peak_rss"])))],
+        ["replies accepted", TableCell(f"{taken:,} of {asked:,}" if taken is not None and asked else "-")],
     ]
     if not rows and not run.rounds:
         return "<p>Nothing has been measured yet.</p>"
