@@ -16,7 +16,7 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.models.model import Model
 from fleetune.seeds import ledger as ledgers
-from fleetune.seeds.ledger import Head, Ledger
+from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import finished
 
 PAGE = Path(__file__).parent.parent / "docs" / "ledger.md"
@@ -47,7 +47,7 @@ def on(model: Model, law: str, K: int, entries: list[tuple[int, int]]) -> Ledger
         (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in models.named_tensors(model.net)
     )
     grid = 2.0**-18  # so that 16-bit types meet ties
-    head = Head(model.digest, model.tokenizer_digest, tensors, 0x0123456789ABCDEF, law, K, grid)
+    head = LedgerHead(model.digest, model.tokenizer_digest, tensors, 0x0123456789ABCDEF, law, K, grid)
     ids, coefficients = (np.array(column) for column in zip(*entries, strict=True))
     return Ledger(head).append(ids[:2], coefficients[:2], 1).append(ids[2:], coefficients[2:], 2)
 
