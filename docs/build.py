@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the generated pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md.  `--check` only compares.
+"""Write the generated pages, and the generated parts of hand-written ones.  `--check` only compares.
 
-python docs/build.py
+    python docs/build.py
+
+Pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md.  Parts: the tree of the layers in README.md
+and the table in docs/architecture.md, between the marks `<!-- architecture -->` and `<!-- /architecture -->`.
 """
 
 from __future__ import annotations
@@ -9,8 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import re
 import sys
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fleetune import compression
 from fleetune.cli import main as cli
@@ -18,6 +25,8 @@ from fleetune.common import settings
 from fleetune.tuning import methods, recipe
 
 DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+PACKAGE = ROOT / "src" / "fleetune"
 MADE = "<!-- made by docs/build.py; edit the source instead -->\n"
 
 
@@ -82,11 +91,75 @@ def commands_page() -> str:
     return "\n".join(parts)
 
 
+def events_page() -> str | None:
+    """Every event of `--json` with its fields; None while no module states them.
+
+    To fill: read the dataclasses of `fleetune.runs.events`; return MADE, a heading, and a table a class.
+    """
+    return None
+
+
+# The layers --------------------------------------------------------------------------------------
+
+
+def layers() -> list[dict[str, Any]]:
+    """The layers of docs/architecture.toml, from the top."""
+    found: list[dict[str, Any]] = tomllib.loads((DOCS / "architecture.toml").read_text(encoding="utf-8"))[
+        "layer"
+    ]
+    return found
+
+
+def _shown(layer: str) -> str:
+    return f"{layer}/" if (PACKAGE / layer).is_dir() else f"{layer}.py"
+
+
+def architecture_tree(found: Sequence[dict[str, Any]]) -> str:
+    """The layers as a tree of folders and files: a code block."""
+    width = max(len(_shown(layer["name"])) for layer in found) + 2
+    lines = [f"  {_shown(layer['name']):{width}}{layer['does']}" for layer in found]
+    return "\n".join(["```text", "src/fleetune/", *lines, "```"])
+
+
+def architecture_table(found: Sequence[dict[str, Any]]) -> str:
+    """The layers with what they hold: a table."""
+    rows = ["| layer | does | holds |", "|---|---|---|"]
+    for layer in found:
+        holds = [f"`{names}` {text}" for names, text in layer.get("holds", ())]
+        rows.append(f"| `{_shown(layer['name'])}` | {_cell(layer['does'])} | {_cell('<br>'.join(holds))} |")
+    return "\n".join(rows)
+
+
+def with_part(text: str, mark: str, part: str) -> str:
+    """`text` with `part` between the marks `<!-- mark -->` and `<!-- /mark -->`; as it is where it has none."""
+    between = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
+    return between.sub(lambda m: f"{m[1]}\n{part}\n\n{m[2]}", text)
+
+
+def parts() -> dict[Path, str]:
+    """Every hand-written page that has a generated part, with that part as it should be."""
+    found = layers()
+    written = {
+        ROOT / "README.md": architecture_tree(found),
+        DOCS / "architecture.md": architecture_table(found),
+    }
+    return {
+        path: with_part(path.read_text(encoding="utf-8"), "architecture", part)
+        for path, part in written.items()
+    }
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
 def pages() -> dict[Path, str]:
-    """Every generated page by its path."""
+    """Every page that is generated, whole or in part, by its path."""
     made = {DOCS / "methods" / f"{name}.md": method_page(name) for name in methods.entries()}
     made |= {DOCS / "compress" / f"{name}.md": compress_page(name) for name in compression.entries()}
-    return made | {DOCS / "recipe.md": recipe_page(), DOCS / "commands.md": commands_page()}
+    made |= {DOCS / "recipe.md": recipe_page(), DOCS / "commands.md": commands_page()}
+    if (events := events_page()) is not None:
+        made[DOCS / "events.md"] = events
+    return made | parts()
 
 
 def main() -> int:
@@ -94,7 +167,7 @@ def main() -> int:
     stale = [p for p, text in pages().items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
         for path in stale:
-            print(f"{path.relative_to(DOCS.parent)} is out of date: python docs/build.py")
+            print(f"{path.relative_to(ROOT)} is out of date: python docs/build.py")
         return bool(stale)
     for path, text in pages().items():
         path.parent.mkdir(exist_ok=True)
