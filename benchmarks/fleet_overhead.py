@@ -30,7 +30,7 @@ from fleetune.tuning import methods
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import Payload
 from fleetune.tuning.methods import Method
-from fleetune.tuning.rounds import Hooks, Plan, peak_rss, release_memory
+from fleetune.tuning.rounds import Hooks, RoundPlan, peak_rss, release_memory
 from fleetune.tuning.rounds import run as run_rounds
 
 BASE = bytes(8)
@@ -98,7 +98,7 @@ def _fleet(model: Model, method: Method, clients: int, rows: int, length: int = 
 
     def play(rounds: int) -> None:
         with tempfile.TemporaryDirectory() as folder, create(Path(folder), "bench", "model") as opened:
-            run_rounds(method, fleet, state, opened, Plan(rounds, 1.0, 1, 7, 0, BASE), hooks)
+            run_rounds(method, fleet, state, opened, RoundPlan(rounds, 1.0, 1, 7, 0, BASE), hooks)
 
     try:
         yield play

@@ -25,9 +25,9 @@ from benchmarks import shape
 from benchmarks.harness import Result, Row, Setting, compare, measure
 from fleetune.compression import Solved, Solver
 from fleetune.compression.layerwise import driver
-from fleetune.compression.layerwise.activations import Stream
+from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.grids import Grid
-from fleetune.compression.layerwise.hessian import relative_error
+from fleetune.compression.layerwise.hessian import share, trace
 from fleetune.compression.methods import optq, sparsegpt
 from fleetune.models import Model
 from fleetune.models.artefact import Quantised
@@ -144,7 +144,7 @@ def _matrix(setting: Setting, result: Result, name: str, R: int, C: int) -> list
     solvers = {"ours": OURS[name], "plain": PLAIN[name]}
     times = measure({k: functools.partial(_solve, s, W, H) for k, s in solvers.items()}, setting.repeats(5))
     result.keep(f"{name} {R}x{C}", times)
-    ours, theirs = (relative_error(W, dense(_solve(s, W, H)), H) for s in solvers.values())
+    ours, theirs = (share(trace(W - dense(_solve(s, W, H)), H), trace(W, H)) for s in solvers.values())
     of = f"{name}, a matrix of {R} x {C}"
     return [
         compare(f"{of}: time", times["ours"], times["plain"], "cost", 0.5),
@@ -184,7 +184,7 @@ def _blocks(setting: Setting, result: Result, name: str) -> list[Row]:
 @torch.inference_mode()
 def published(model: Model, solver: Solver, windows: Tensor) -> None:
     """Compress all blocks in the published order; the model is as it was afterwards."""
-    stream = Stream(model, windows)
+    stream = HiddenStates(model, windows)
     for number, (_, linears) in enumerate(driver.linears_of(model)):
         H = {n: torch.zeros(m.in_features, m.in_features) for n, m in linears.items()}
 

@@ -87,5 +87,11 @@ class Interrupted(FleetuneError):
 
 def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Give " Did you mean 'fedkseed'?" for the known name closest to `name`, or "" when none is close."""
+    near = closest(name, known, cutoff=cutoff)
+    return "" if near is None else f" Did you mean '{near}'?"
+
+
+def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the known name closest to `name`, or None when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    return close[0] if close else None

@@ -361,8 +361,10 @@ def test_adapter_files_have_plain_modes_and_foreign_folders_are_left_alone(tmp_p
         os.umask(old)
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "adapter").iterdir()} == {0o644}
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors",
-    ]  # fmt: skip
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").write_text("")
     with pytest.raises(StorageError, match="something else"):

@@ -38,9 +38,14 @@ def plain_attention(q: Any, k: Any, v: Any, pk: Any, pv: Any, seen: Any) -> Any:
 
 @settings(max_examples=40)
 @given(
-    st.integers(1, 3), st.integers(1, 5), st.integers(0, 4), st.sampled_from([(4, 2), (2, 2), (4, 1)]),
-    st.sampled_from(["causal", "bool", "added", "none"]), st.sampled_from(["sdpa", "eager"]), st.integers(0, 99),
-)  # fmt: skip
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(0, 4),
+    st.sampled_from([(4, 2), (2, 2), (4, 1)]),
+    st.sampled_from(["causal", "bool", "added", "none"]),
+    st.sampled_from(["sdpa", "eager"]),
+    st.integers(0, 99),
+)
 def test_attention_with_a_prefix_is_the_formula(
     batch: int, rows: int, past: int, heads: tuple[int, int], masked: str, kind: str, seed: int
 ) -> None:

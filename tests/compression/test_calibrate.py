@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen
 from fleetune import compression, models
 from fleetune.compression import Solved
 from fleetune.compression.layerwise import driver
-from fleetune.compression.layerwise.activations import Stream
+from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.driver import Parts, linears_of, part, placed
 from fleetune.errors import DataError, RecipeError
 from fleetune.models import Model
@@ -110,13 +110,13 @@ def test_windows_go_through_a_block_as_often_as_they_must(
 ) -> None:
     """Twice, of the last block once; or all together once."""
     model, windows, passes = model_of("qwen2"), text(3, 20), list[tuple[int, int]]()
-    forward = Stream.forward
+    forward = HiddenStates.forward
 
-    def counted(self: Stream, number: int, state: Tensor) -> Tensor:
+    def counted(self: HiddenStates, number: int, state: Tensor) -> Tensor:
         passes.append((number, len(state)))
         return forward(self, number, state)
 
-    monkeypatch.setattr(Stream, "forward", counted)
+    monkeypatch.setattr(HiddenStates, "forward", counted)
     products: dict[int, list[int]] = {0: [], 1: [], 2: []}  # of a block's last layer, by block
     for number, seen in products.items():
         last = linears_of(model)[number][1][f"model.layers.{number}.mlp.down_proj"]
@@ -146,7 +146,7 @@ def test_a_layer_that_is_read_twice_counts_twice() -> None:
 
     mlp.forward = forward
     with torch.inference_mode():
-        H = Stream(model, windows).hessians(0, linears)
+        H = HiddenStates(model, windows).hessians(0, linears)
     for name, x in inputs_of(model, linears, windows).items():
         torch.testing.assert_close(H[name].double(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
 
@@ -164,7 +164,7 @@ def test_a_layer_that_only_later_windows_read_counts() -> None:
 
     mlp.forward = forward
     with torch.inference_mode():
-        stream = Stream(model, text(3, 16))
+        stream = HiddenStates(model, text(3, 16))
         calls.clear()
         mlp.up_proj.register_forward_pre_hook(lambda module, args: read.append(args[0][0]))
         H = stream.hessians(0, linears)
@@ -209,7 +209,7 @@ def test_layers_that_read_one_tensor_share_a_hessian(tmp_path: Path) -> None:
     model = models.tiny_llama()
     _, linears = linears_of(model)[0]
     with torch.inference_mode():
-        stream = Stream(model, text(2, 8))
+        stream = HiddenStates(model, text(2, 8))
         H = stream.hessians(0, linears)
     by = {name.rsplit(".", 1)[-1]: h for name, h in H.items()}
     assert by["q_proj"] is by["k_proj"] is by["v_proj"]

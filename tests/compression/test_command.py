@@ -16,7 +16,7 @@ from command_harness import pulled_after
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.compression.jobs import solve
-from fleetune.compression.layerwise.activations import Stream
+from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.models.artefact import Master, Quantised
 
 SMALL = ["--windows", "4", "--length", "16", "--set", "group=8"]
@@ -96,7 +96,7 @@ def test_a_tuned_run_is_compressed_from_its_ledger(
     assert code == 0, err
     done = events(out)[-1]
     run = finished.load(at / "runs" / "latest")
-    finished.settle(run)
+    finished.merge_weights(run)
     parts = driver.run(run, compression.make("rtn", {"group": 8}), None, at / "parts")
     master = Master(Path(done["folder"]) / "model")
     assert master.head.base == models.digest(models.named_tensors(run.net)) != run.digest
@@ -143,16 +143,16 @@ def test_a_stopped_one_is_taken_up_again(
 def test_a_layer_that_nothing_reaches_has_no_part_in_the_error(
     tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hessians = Stream.hessians
+    hessians = HiddenStates.hessians
 
-    def but_one(self: Stream, number: int, linears: Mapping[str, Any]) -> dict[str, Any]:
+    def but_one(self: HiddenStates, number: int, linears: Mapping[str, Any]) -> dict[str, Any]:
         H = hessians(self, number, linears)
         H.pop("model.layers.1.mlp.up_proj", None)
         return H
 
     code, out, _ = call(capsys, "compress", tiny, *SMALL, "--json")
     whole = events(out)[-1]["error"]
-    monkeypatch.setattr(Stream, "hessians", but_one)
+    monkeypatch.setattr(HiddenStates, "hessians", but_one)
     code, out, err = call(capsys, "compress", tiny, *SMALL, "--json")
     assert code == 0, err
     assert 0 < events(out)[-1]["error"] != whole

@@ -18,9 +18,9 @@ from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.main import main
 from fleetune.compression.jobs import solve
 from fleetune.compression.layerwise import driver, federated
-from fleetune.compression.layerwise.activations import Stream
+from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.driver import Parts, linears_of
-from fleetune.compression.layerwise.federated import Clients, Reply, packed, unpacked
+from fleetune.compression.layerwise.federated import Clients, Reply, from_lower_triangle, lower_triangle
 from fleetune.errors import FleetError
 from fleetune.models import Model
 from fleetune.models.artefact import Quantised, dense
@@ -82,7 +82,7 @@ def test_the_sums_are_those_of_all_text(tmp_path: Path) -> None:
     _, linears = linears_of(model)[0]
     with torch.inference_mode():
         H = Clients(model, SHARES, tmp_path, lambda reply: None).hessians(0, linears)
-        stream = Stream(model, torch.cat(list(SHARES.values())))
+        stream = HiddenStates(model, torch.cat(list(SHARES.values())))
         want = stream.hessians(0, linears)
     assert H["model.layers.0.self_attn.q_proj"] is H["model.layers.0.self_attn.v_proj"]
     assert set(H) == set(want)
@@ -94,9 +94,9 @@ def test_a_triangle_holds_the_matrix() -> None:
     x = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
     H = x.T @ x
     H = (H + H.T) / 2
-    assert packed(H).shape == (15,)
-    assert torch.equal(unpacked(packed(H), 5), H)
-    assert packed(H)[federated._diagonal(5)].tolist() == H.diagonal().tolist()
+    assert lower_triangle(H).shape == (15,)
+    assert torch.equal(from_lower_triangle(lower_triangle(H), 5), H)
+    assert lower_triangle(H)[federated._diagonal_indices(5)].tolist() == H.diagonal().tolist()
 
 
 def broken(kind: str, data: bytes) -> bytes:
@@ -274,7 +274,7 @@ def test_a_run_is_calibrated_by_its_clients(tuned_run: Path, capsys: pytest.Capt
     recipe = finished.recipe_of(tuned_run / "latest")
     parts = prepare.split(recipe, methods.entry(recipe.method))
     model = finished.load(tuned_run / "latest")
-    finished.settle(model)
+    finished.merge_weights(model)
     from fleetune.data.encode import encode_all
 
     shares = {}

@@ -117,12 +117,12 @@ def test_empty_answers_do_not_divide_by_zero(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_kept_blocks_are_evenly_spaced_with_both_ends() -> None:
-    assert depth.kept_blocks(30, 15) == [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27, 29]
-    assert depth.kept_blocks(5, 3) == [0, 2, 4]
-    assert depth.kept_blocks(7, 2) == [0, 6]
+    assert depth.evenly_spaced(30, 15) == [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27, 29]
+    assert depth.evenly_spaced(5, 3) == [0, 2, 4]
+    assert depth.evenly_spaced(7, 2) == [0, 6]
     for whole in range(2, 40):
         for keep in range(2, whole + 1):
-            kept = depth.kept_blocks(whole, keep)
+            kept = depth.evenly_spaced(whole, keep)
             assert len(set(kept)) == keep
             assert kept == sorted(kept)
             assert (kept[0], kept[-1]) == (0, whole - 1)

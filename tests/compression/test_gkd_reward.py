@@ -156,15 +156,15 @@ def test_a_training_keeps_its_reward_and_goes_on_with_no_other(own: Path, tmp_pa
 
 
 def test_what_a_reward_is_known_by(own: Path) -> None:
-    assert reward.source("f1", reward.get("f1")) == ""
+    assert reward.source_digest("f1", reward.get("f1")) == ""
     name = f"{own}:plain"
-    assert reward.source(name, reward.get(name)) == hashlib.sha256(OWN.encode()).hexdigest()
+    assert reward.source_digest(name, reward.get(name)) == hashlib.sha256(OWN.encode()).hexdigest()
     held = f"{own}:held"
     own.write_text(
         own.read_text() + "class Held:\n    def __call__(self, *texts): return 1.0\nheld = Held()\n"
     )
-    assert reward.source(held, reward.get(held)) == hashlib.sha256(own.read_bytes()).hexdigest()
-    assert reward.source("math:fsum", math.fsum) == ""  # type: ignore[arg-type]
+    assert reward.source_digest(held, reward.get(held)) == hashlib.sha256(own.read_bytes()).hexdigest()
+    assert reward.source_digest("math:fsum", math.fsum) == ""  # type: ignore[arg-type]
 
 
 def test_the_reward_rises_and_the_divergence_holds_it(own: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from fleetune import models
 from fleetune.compression.methods import gkd
 from fleetune.compression.pruning import decision, hidden_width
-from fleetune.compression.pruning.importance import Sums
+from fleetune.compression.pruning.importance import GradientSums
 from fleetune.data import Encoded
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError
 from fleetune.evaluation.losses import response_loss
@@ -97,7 +97,7 @@ def test_estimation_takes_one_copy_for_the_first_order_and_two_for_mixed() -> No
     """A tied embedding's gradient comes once, whole, and none of the gradients outlives its folding."""
     model = model_of("llama")
     for kind, copies in (("first", 1), ("second", 1), ("mixed", 2)):
-        sums = Sums(kind, 2)
+        sums = GradientSums(kind, 2)
         sums.gather(model, rows(0, 2), hidden_width.members(model.net), lambda *_: None)
         assert sum(t.numel() for held in (sums.g, sums.F) for t in held.values()) == copies * model.n_params
 
@@ -123,10 +123,10 @@ def test_a_product_of_hundreds_of_shares_does_not_vanish() -> None:
 
 def test_a_llama_keeps_a_multiple_of_its_heads() -> None:
     llama, qwen = model_of("llama").net.config, model_of("qwen3").net.config
-    assert [hidden_width.step_of(llama, n) for n in (1, 2, 6, 32)] == [9, 18, 18, 288]
-    assert [hidden_width.step_of(qwen, n) for n in (1, 2, 6, 32)] == [1, 2, 6, 32]
+    assert [hidden_width.width_step(llama, n) for n in (1, 2, 6, 32)] == [9, 18, 18, 288]
+    assert [hidden_width.width_step(qwen, n) for n in (1, 2, 6, 32)] == [1, 2, 6, 32]
     four = model_of("llama", num_attention_heads=4, num_key_value_heads=2).net.config
-    assert [hidden_width.step_of(four, n) for n in (1, 8)] == [4, 8]
+    assert [hidden_width.width_step(four, n) for n in (1, 8)] == [4, 8]
 
 
 # --- what is left computes what it should ---------------------------------------------------------------------

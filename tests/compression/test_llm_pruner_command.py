@@ -30,12 +30,12 @@ KILL = """
 import os, signal, sys
 from fleetune.cli.main import main
 from fleetune.compression.pruning import recovery
-told = recovery.Course._update
+told = recovery.LoraRecovery._update
 def update(self, model, batch, optimizer, parameters, t):
     if t == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return told(self, model, batch, optimizer, parameters, t)
-recovery.Course._update = update
+recovery.LoraRecovery._update = update
 main(sys.argv[1:])
 """
 

@@ -22,7 +22,7 @@ from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.compression.jobs import solve
 from fleetune.compression.layerwise import driver
-from fleetune.compression.layerwise.activations import Stream
+from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import Clients
 from fleetune.errors import ModelError
@@ -235,7 +235,7 @@ def llama(layers: int = 2, **sizes: int) -> LlamaConfig:
 def test_hessians_are_counted_once_for_each_input() -> None:
     model = models.tiny_llama()
     with torch.inference_mode():
-        H = Stream(model, torch.zeros(1, 4, dtype=torch.int64)).hessians(0, linears_of(model)[0][1])
+        H = HiddenStates(model, torch.zeros(1, 4, dtype=torch.int64)).hessians(0, linears_of(model)[0][1])
     distinct = {id(h): h.nbytes for h in H.values()}
     block = next(iter(compression_cost.blocks(shape_of(model.net.config)).values()))
     assert compression_cost.hessians(block) == sum(distinct.values())

@@ -283,7 +283,7 @@ def test_a_compression_is_held_while_it_is_made(
 
     def solve(*args: object) -> object:
         seen.append(True)
-        with pytest.raises(Exception, match="in use by another process"), rundir.held(args[2]):  # type: ignore[arg-type]
+        with pytest.raises(Exception, match="in use by another process"), rundir.locked(args[2]):  # type: ignore[arg-type]
             pass
         return real(*args)  # type: ignore[arg-type]
 

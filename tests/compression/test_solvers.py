@@ -27,7 +27,12 @@ def work(seed: int, R: int, C: int, dtype: torch.dtype = torch.float64) -> tuple
     x = torch.randn(4 * C, C, generator=g, dtype=dtype) @ (spread * turn)
     H = torch.zeros(C, C, dtype=dtype)
     hessian.accumulate(H, x)
-    return torch.randn(R, C, generator=g, dtype=dtype), hessian.whole(H)
+    return torch.randn(R, C, generator=g, dtype=dtype), hessian.mirrored(H)
+
+
+def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
+    """||W X - Q X||^2 / ||W X||^2 from H = 2 X X^T."""
+    return hessian.share(hessian.trace(W - Q, H), hessian.trace(W, H))
 
 
 def damped(H: Tensor, damping: float) -> Tensor:
@@ -202,7 +207,7 @@ def test_error_feedback_pays(method: str) -> None:
     else:
         ours = dense(compression.make("sparsegpt", {}).solve(W.clone(), H.clone()))
         plain = W * (W.abs() > W.abs().flatten().median())
-    errors = [hessian.relative_error(W, q, H) for q in (ours, plain)]
+    errors = [relative_error(W, q, H) for q in (ours, plain)]
     assert errors[0] < 0.4 * errors[1]
 
 
@@ -213,11 +218,11 @@ def test_sums_and_errors_are_those_of_the_inputs_and_outputs(C: int) -> None:
     Q, H = torch.round(W), torch.zeros(C, C).double()
     for part in x.split(20):
         hessian.accumulate(H, part[None])
-    H = hessian.whole(H)
+    H = hessian.mirrored(H)
     torch.testing.assert_close(H, 2 * x.T @ x)
     assert torch.equal(H, H.T)
     want = ((x @ (W - Q).T) ** 2).sum() / ((x @ W.T) ** 2).sum()
-    assert hessian.relative_error(W, Q, H) == pytest.approx(want.item(), rel=1e-12)
+    assert relative_error(W, Q, H) == pytest.approx(want.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +321,7 @@ def test_u_of_a_wide_layer_is_put_together_of_halves(C: int) -> None:
 # --- settings -------------------------------------------------------------------------------------------------
 
 
-def test_solvers_are_listed_and_unknown_ones_refused() -> None:
-    assert set(compression.entries()) == {"gkd", "llm-pruner", "optq", "rtn", "sparsegpt"}
-    assert all("arXiv" in entry.paper and entry.summary for entry in compression.entries().values())
+def test_unknown_solvers_are_refused() -> None:
     with pytest.raises(UsageError, match="Did you mean 'optq'"):
         compression.make("opt", {})
 

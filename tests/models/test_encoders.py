@@ -171,8 +171,11 @@ def test_the_names_of_a_head() -> None:
     net = models.tiny_bert().net
     assert head_names(net) == ["classifier.bias", "classifier.weight"]
     assert sorted(head_of(net)) == [  # what is trained with any module: the pooler comes after the layers
-        "bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight",
-    ]  # fmt: skip
+        "bert.pooler.dense.bias",
+        "bert.pooler.dense.weight",
+        "classifier.bias",
+        "classifier.weight",
+    ]
     assert head_of(models.tiny_llama().net) == []
 
 
@@ -255,9 +258,13 @@ def test_what_an_encoder_cannot_do_is_refused() -> None:
 
 def data(path: Path, label: str = "label") -> str:
     rows = [
-        {"question": f"what {c}", "sentence": f"it is {c if i % 2 else 'q'}", label: ["not_entailment", "entailment"][i % 2]}
+        {
+            "question": f"what {c}",
+            "sentence": f"it is {c if i % 2 else 'q'}",
+            label: ["not_entailment", "entailment"][i % 2],
+        }
         for i, c in enumerate("abcdefghijklmnop")
-    ]  # fmt: skip
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -265,9 +272,17 @@ def data(path: Path, label: str = "label") -> str:
 def test_a_run_of_an_encoder_on_labelled_rows(tmp_path: Path) -> None:
     path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
     done = job.run(
-        out=tmp_path / "runs", model=str(path), data=data(tmp_path / "qnli.jsonl"), method="fedpetuning",
-        clients=2, rounds=2, held_out=6, samples=2, max_length=32, set={"module": "bitfit", "batch_size": 4},
-    )  # fmt: skip
+        out=tmp_path / "runs",
+        model=str(path),
+        data=data(tmp_path / "qnli.jsonl"),
+        method="fedpetuning",
+        clients=2,
+        rounds=2,
+        held_out=6,
+        samples=2,
+        max_length=32,
+        set={"module": "bitfit", "batch_size": 4},
+    )
     assert set(done["base"]) == set(done["tuned"]) == {"loss", "accuracy"}
     run = Path(done["run"])
     assert 'labels = "no,yes"' in (run / "run.toml").read_text()  # written out, so that a resume has them

@@ -322,7 +322,7 @@ def test_what_autograd_keeps_is_counted(family: str, method: str, batch: int, dt
     shape = shapes.shape_of(model.net.config)
     module = traffic.module(shape, method)
     assert module is not None
-    expected = device_cost.kept(shape, plan.Workload(batch, 40, 1, dtype), module)
+    expected = device_cost.activation_bytes(shape, plan.Workload(batch, 40, 1, dtype), module)
     assert expected == pytest.approx(bytes_kept, rel=0.03)
 
 

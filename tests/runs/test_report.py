@@ -76,36 +76,66 @@ def fake_run(
             luck = r.random()
             kind = "refused" if luck < 0.01 else "dropped" if luck < 0.04 else "late" if luck < 0.06 else "ok"
             reason = {
-                "refused": "array 'lora_A.3' is not finite", "dropped": "client dropped out (simulated)",
-                "late": "slower than 3 times a usual client", "ok": "",
-            }[kind]  # fmt: skip
+                "refused": "array 'lora_A.3' is not finite",
+                "dropped": "client dropped out (simulated)",
+                "late": "slower than 3 times a usual client",
+                "ok": "",
+            }[kind]
             took = r.uniform(2.2, 4.4)
             bytes_up = up if kind in ("ok", "refused") else 0
             rss = 1_180_000_000 + n * 3_000_000 + r.randrange(40_000_000)
             peak = max(peak, rss)
-            events.append({
-                "event": "client", "round": n, "client": client, "n": rows[client],
-                "loss": round(loss + r.gauss(0.02, 0.19), 4) if kind == "ok" else None, "bytes_up": bytes_up,
-                "bytes_down": down, "seconds": round(took, 3), "rss": rss, "status": kind, "reason": reason,
-            })  # fmt: skip
+            events.append(
+                {
+                    "event": "client",
+                    "round": n,
+                    "client": client,
+                    "n": rows[client],
+                    "loss": round(loss + r.gauss(0.02, 0.19), 4) if kind == "ok" else None,
+                    "bytes_up": bytes_up,
+                    "bytes_down": down,
+                    "seconds": round(took, 3),
+                    "rss": rss,
+                    "status": kind,
+                    "reason": reason,
+                }
+            )
             accepted += kind == "ok"
             sent, received, seconds = sent + bytes_up, received + down, seconds + took
         total_up, total_down, elapsed = total_up + sent, total_down + received, elapsed + seconds
         total = total_up + total_down
-        events.append({
-            "event": "round", "round": n, "clients": asked, "accepted": accepted, "bytes_up": sent,
-            "bytes_down": received, "bytes_total": total, "seconds": round(seconds, 3), "rss": rss,
-        })  # fmt: skip
+        events.append(
+            {
+                "event": "round",
+                "round": n,
+                "clients": asked,
+                "accepted": accepted,
+                "bytes_up": sent,
+                "bytes_down": received,
+                "bytes_total": total,
+                "seconds": round(seconds, 3),
+                "rss": rss,
+            }
+        )
         loss = loss - (loss - 1.86) * 0.22 + r.gauss(0, 0.008)
         rouge = rouge + (24.9 - rouge) * 0.2
         events.append({"event": "eval", "round": n, "loss": round(loss, 4), "rouge_l": round(rouge, 2)})
     base, tuned = {"loss": 2.3914, "rouge_l": 11.82}, {"loss": round(loss, 4), "rouge_l": round(rouge, 2)}
     if status == "done":
-        events.append({
-            "event": "done", "base": base, "tuned": tuned, "bytes_up": total_up, "bytes_down": total_down,
-            "seconds": round(elapsed, 3), "wall": round(elapsed + 31.5, 3), "peak_rss": peak + 12_000_000,
-            "rows": 240, "digest": "51ab" * 16,
-        })  # fmt: skip
+        events.append(
+            {
+                "event": "done",
+                "base": base,
+                "tuned": tuned,
+                "bytes_up": total_up,
+                "bytes_down": total_down,
+                "seconds": round(elapsed, 3),
+                "wall": round(elapsed + 31.5, 3),
+                "peak_rss": peak + 12_000_000,
+                "rows": 240,
+                "digest": "51ab" * 16,
+            }
+        )
         samples = [
             {"prompt": prompt, "reference": reference, "base": before, "tuned": after, "client": 5 + i}
             for i, (prompt, reference, before, after) in enumerate(SAMPLES)
@@ -599,12 +629,22 @@ def test_the_summary_of_a_run(run24: Path) -> None:
     done = lines_of(run24)[-1]
     assert done["event"] == "done"
     assert report.summary(run24) == {
-        "name": "0007-fedit-smollm2-135m", "path": str(run24), "method": "fedit", "model": "smollm2-135m",
-        "status": "done", "rounds": 10, "rounds_planned": 10, "clients": 24, "base_loss": 2.3914,
-        "tuned_loss": done["tuned"]["loss"], "bytes_up": done["bytes_up"], "bytes_down": done["bytes_down"],  # type: ignore[index]
-        "bytes": done["bytes_up"] + done["bytes_down"], "seconds": done["wall"],  # type: ignore[operator]
+        "name": "0007-fedit-smollm2-135m",
+        "path": str(run24),
+        "method": "fedit",
+        "model": "smollm2-135m",
+        "status": "done",
+        "rounds": 10,
+        "rounds_planned": 10,
+        "clients": 24,
+        "base_loss": 2.3914,
+        "tuned_loss": done["tuned"]["loss"],
+        "bytes_up": done["bytes_up"],
+        "bytes_down": done["bytes_down"],  # type: ignore[index]
+        "bytes": done["bytes_up"] + done["bytes_down"],
+        "seconds": done["wall"],  # type: ignore[operator]
         "peak_rss": done["peak_rss"],
-    }  # fmt: skip
+    }
 
 
 def test_the_summary_before_the_end_is_reckoned_from_the_rounds(tmp_path: Path) -> None:
@@ -694,8 +734,14 @@ def test_ticks_carry_units() -> None:
     assert [t for _, t in axes.sizes([1.2e6], "x").ticks] == ["0", "0.5 MB", "1 MB", "1.5 MB"]
     assert [t for _, t in axes.sizes([3], "x").ticks] == ["0", "1 B", "2 B", "3 B"]
     assert [t for _, t in axes.log_sizes([1e3, 1e9], "x").ticks] == [
-        "1 kB", "10 kB", "100 kB", "1 MB", "10 MB", "100 MB", "1 GB",
-    ]  # fmt: skip
+        "1 kB",
+        "10 kB",
+        "100 kB",
+        "1 MB",
+        "10 MB",
+        "100 MB",
+        "1 GB",
+    ]
     assert [t for _, t in axes.log_sizes([100, 900], "x").ticks] == ["100 B", "200 B", "500 B", "1 kB"]
     assert [t for _, t in axes.durations([400], "x").ticks] == ["0", "2 min", "4 min", "6 min"]
     assert [t for _, t in axes.durations([9], "x").ticks] == ["0", "2 s", "4 s", "6 s", "8 s"]

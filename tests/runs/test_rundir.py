@@ -236,14 +236,14 @@ def test_a_second_process_is_refused_until_the_first_is_gone(run):
 
 def test_a_folder_is_held_by_one_and_is_left_as_it_was(tmp_path):
     with (
-        rundir.held(tmp_path),
+        rundir.locked(tmp_path),
         pytest.raises(UsageError, match="in use by another process"),
-        rundir.held(tmp_path),
+        rundir.locked(tmp_path),
     ):
         pass
     assert list(tmp_path.iterdir()) == []
     (tmp_path / rundir.LOCK).write_text("")  # as a kill leaves it
-    with rundir.held(tmp_path):
+    with rundir.locked(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -259,7 +259,7 @@ def test_a_lock_that_its_holder_has_removed_is_nobodys(tmp_path, monkeypatch):
         return real(handle)
 
     monkeypatch.setattr(rundir, "lock", lock)
-    with rundir.held(tmp_path):
+    with rundir.locked(tmp_path):
         assert len(opened) == 2
         assert (tmp_path / rundir.LOCK).is_file()
 

@@ -122,9 +122,24 @@ def test_the_head_is_canonical_json():
     assert json.loads(text)["run_key"] == "0123456789abcdef"
     assert json.loads(head(run_key=1).to_json())["run_key"] == "0000000000000001"
     assert set(json.loads(text)) == {
-        "base", "tokenizer", "tensors", "run_key", "law", "law_version", "K", "grid", "format", "eps", "lr",
-        "method", "hyper", "aggregation", "privacy", "checks", "previous",
-    }  # fmt: skip
+        "base",
+        "tokenizer",
+        "tensors",
+        "run_key",
+        "law",
+        "law_version",
+        "K",
+        "grid",
+        "format",
+        "eps",
+        "lr",
+        "method",
+        "hyper",
+        "aggregation",
+        "privacy",
+        "checks",
+        "previous",
+    }
     assert LedgerHead.from_json(text) == head()
 
 
@@ -291,9 +306,12 @@ def test_another_version_is_refused_by_name(tmp_path, version):
 def test_arrays_of_another_kind_are_refused(tmp_path):
     good = head().to_json()
     for arrays in (
-        {"id": np.zeros(2, np.int64)}, {"coefficient": np.ones(2, np.float32)}, {"round": np.zeros(2, np.uint64)},
-        {"id": np.zeros(3, np.uint64)}, {"round": np.zeros((2, 1), np.uint32)},
-    ):  # fmt: skip
+        {"id": np.zeros(2, np.int64)},
+        {"coefficient": np.ones(2, np.float32)},
+        {"round": np.zeros(2, np.uint64)},
+        {"id": np.zeros(3, np.uint64)},
+        {"round": np.zeros((2, 1), np.uint32)},
+    ):
         (tmp_path / "l").write_bytes(file_with(good, **arrays))
         with pytest.raises(LedgerError, match="is damaged: its arrays are"):
             load(tmp_path / "l")
@@ -370,8 +388,10 @@ def test_order_splitting_merging_and_compacting_do_not_change_the_weights(data, 
     shuffled = Ledger(ledger.head, ledger.ids[order], ledger.coefficients[order], ledger.rounds[order])
     assert rebuild(shuffled) == want
     cut = data.draw(st.integers(0, len(ledger)))
-    parts = [Ledger(ledger.head, shuffled.ids[s], shuffled.coefficients[s], shuffled.rounds[s])
-             for s in (slice(cut), slice(cut, None))]  # fmt: skip
+    parts = [
+        Ledger(ledger.head, shuffled.ids[s], shuffled.coefficients[s], shuffled.rounds[s])
+        for s in (slice(cut), slice(cut, None))
+    ]
     assert rebuild(parts[0].merge(parts[1])) == want
     assert rebuild(parts[1].merge(parts[0])) == want
     assert rebuild(shuffled.compact()) == want
@@ -477,8 +497,13 @@ def test_compact_sums_each_direction_and_keeps_the_last_check():
     ledger = some()
     small = ledger.compact()
     assert rows(small) == [
-        (0, 7, 3), (3, -1, 3), (5, -200, 3), (15, 2**21, 3), (1 << 32 | 5, 11, 3), (1 << 32 | 9, -12, 3),
-    ]  # fmt: skip
+        (0, 7, 3),
+        (3, -1, 3),
+        (5, -200, 3),
+        (15, 2**21, 3),
+        (1 << 32 | 5, 11, 3),
+        (1 << 32 | 9, -12, 3),
+    ]
     assert small.head.checks == {"3": "33" * 32}
     assert small.head.previous == ledger.fingerprint()
     gone = Ledger(head()).append(np.array([5]), np.array([9]), 1).append(np.array([5]), np.array([-9]), 2)
@@ -525,8 +550,12 @@ def test_diff():
     assert [c.what for c in ledger.diff(some(base="00" * 32))] == ["base"]
     other = Ledger(head(), ledger.ids, -ledger.coefficients, ledger.rounds)
     assert {c.what for c in ledger.diff(other)} == {
-        "checks", "round 1", "round 2", "round 3", "cosine of the two fine-tunes"
-    }  # fmt: skip
+        "checks",
+        "round 1",
+        "round 2",
+        "round 3",
+        "cosine of the two fine-tunes",
+    }
 
 
 # --- the base -----------------------------------------------------------------------------------------------

@@ -49,29 +49,52 @@ TOKENS = torch.tensor([[5, 9, 200, 5, 0, 263, 44], [1, 1, 2, 3, 120, 7, 8]])
 def llama(tied: bool) -> Any:
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=264, hidden_size=32, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=264,
+            hidden_size=32,
+            intermediate_size=72,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=tied,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
 
 
 def gpt2() -> Any:  # Conv1D, LayerNorm with a bias, position embeddings, tied
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=264, n_positions=64, n_embd=24, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0
+            vocab_size=264,
+            n_positions=64,
+            n_embd=24,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
 
 
 def qwen() -> Any:  # linear layers with a bias, tied
     return Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=264, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=264,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
 
 
 NETS: dict[str, Callable[[], Any]] = {
@@ -506,9 +529,16 @@ def our_way(dtype: str, law: str, path: Path) -> float:
     batches = rows(model)
     ids = [step // K << 32 | step % K for step in range(STEPS)]
     steps = descend(
-        model, view, position, ids, [batches[i % 8] for i in range(STEPS)], get("loss"),
-        eps=DRIFT_EPS, clip=0.0, to_units=lambda step, g: round(-LR * g / GRID),
-    )  # fmt: skip
+        model,
+        view,
+        position,
+        ids,
+        [batches[i % 8] for i in range(STEPS)],
+        get("loss"),
+        eps=DRIFT_EPS,
+        clip=0.0,
+        to_units=lambda step, g: round(-LR * g / GRID),
+    )
     assert steps.skipped == 0
     assert digest(named_tensors(model.net)) == base
     position.place(view)

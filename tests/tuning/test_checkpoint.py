@@ -13,7 +13,7 @@ from fleetune.models import tiny_llama
 from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import methods
 from fleetune.tuning.checkpoint import Totals, pack, unpack
-from fleetune.tuning.messages import Message, Payload, Spec, decode, encode
+from fleetune.tuning.messages import Message, Payload, ReplySpec, decode, encode
 from fleetune.tuning.methods import Method, Reply
 
 SMALL: dict[str, list[dict[str, Any]]] = {  # settings that make each method small, one run a set
@@ -31,7 +31,7 @@ def made(name: str, i: int) -> Method:
     return methods.make(name, SMALL.get(name, [{}])[i])
 
 
-def answer(spec: Spec, seed: int) -> Payload:
+def answer(spec: ReplySpec, seed: int) -> Payload:
     """Some payload that the spec allows."""
     rng = np.random.default_rng(seed)
     arrays = {}

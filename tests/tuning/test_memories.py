@@ -47,7 +47,7 @@ def test_rewind_and_settle_against_a_dictionary(work: list[tuple[int, int]], rou
     for client, r in work:
         memories.keep(client, r, {"r": r})
         at |= {client: r} if r <= round else {}
-    memories.settle(round)
+    memories.forget_before(round)
     latest = dict(work)
     assert {c: memories.of(c).get("r") for c in range(4)} == {c: latest.get(c) for c in range(4)}
     again = Memories(memories.folder)  # the folder goes with `memories`
@@ -111,7 +111,7 @@ def test_memory_does_not_grow_with_the_clients() -> None:
     tracemalloc.start()
     for r in (1, 2):
         assert all(asked(fleet, r, range(2, 40)))
-        fleet.settle(r - 1)
+        fleet.forget_before(r - 1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8e6

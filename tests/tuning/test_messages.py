@@ -26,7 +26,7 @@ from fleetune.tuning.messages import (
     LogCode,
     Message,
     Payload,
-    Spec,
+    ReplySpec,
     check,
     decode,
     encode,
@@ -279,7 +279,7 @@ def test_payload_gives_what_it_has_and_says_what_it_lacks():
 
 # --- the door -----------------------------------------------------------------------------------------------
 
-SPEC = Spec(
+SPEC = ReplySpec(
     {"a": ("float32", (2, None)), "codes": ("uint8", (-3,))},
     {"n": (int, 1, 10), "loss": (float, -1e9, 1e9)},
 )

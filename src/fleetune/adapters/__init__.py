@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trainable when the weights are not.  PEFT is imported in this package alone.
+"""Attach small trainable modules to a frozen model (PEFT methods), train, save and remove them.
 
-`attach(model, spec, seed=..)` puts one of the modules on a model, `trainable`, `export`, `load_` and
-`training` are its numbers and their training, `detach` gives the base back bit for bit.  One file for each
-kind of module; what they share is `core.py`.
+`attach(model, spec, seed=..)` puts one of the modules on a model; `trainable`, `export`, `load_` and `training`
+handle its parameters; `detach` restores the base bit for bit.  There is one file for each kind of module; what
+they share is in `core.py`.  PEFT is imported in this package alone.
 """
 
 from fleetune.adapters.bitfit import Bitfit, Full
@@ -29,30 +29,7 @@ from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 
 __all__ = [
-    "INITS",
-    "AdapterSpec",
-    "Attachment",
-    "Bitfit",
-    "Bottleneck",
-    "Full",
-    "Lora",
-    "Part",
-    "Prefix",
-    "Prompt",
-    "attach",
-    "attach_lora",
-    "attachment_of",
-    "detach",
-    "digest",
-    "directions",
-    "export",
-    "load",
-    "load_",
-    "merge",
-    "pairs",
-    "save",
-    "subtract_factors",
-    "subtracted_factors",
-    "trainable",
-    "training",
+    "INITS", "AdapterSpec", "Attachment", "Bitfit", "Bottleneck", "Full", "Lora", "Part", "Prefix", "Prompt",
+    "attach", "attach_lora", "attachment_of", "detach", "digest", "directions", "export", "load", "load_",
+    "merge", "pairs", "save", "subtract_factors", "subtracted_factors", "trainable", "training",
 ]  # fmt: skip

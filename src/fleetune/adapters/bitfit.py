@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selective tuning: some of the model's own numbers, as fp32 copies that stand in for them.
+"""Train some of the model's own parameters (BitFit, norms, or all) as fp32 copies.
 
 BitFit (Ben Zaken, Ravfogel, Goldberg, ACL 2022, arXiv 2106.10199) trains the biases alone.  Models without
-biases (llama and its relatives) get the nearest thing that they have, one number a channel and layer: the
-weights of the norms.  `Full` trains every tensor.
+biases (llama and its relatives) train the weights of the norms instead, also one number a channel and layer.
+`Full` trains every tensor.
 
-The stored tensors are put aside, untouched, and come back when the part is removed.  On a 16-bit base the
-copies are still fp32, and each module sees them rounded to its type while it runs.
+The stored tensors are put aside, untouched, and restored when the part is removed.  On a 16-bit base the copies
+are still fp32, and each module sees them rounded to its dtype while it runs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ParameterCopies:
 
 
 def _rounded(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[Any]:
-    """Hooks under which `module` sees its parameters in these types while it runs."""
+    """Register hooks under which `module` sees its parameters in these dtypes while it runs."""
     kept: dict[str, nn.Parameter] = {}
 
     def before(module: nn.Module, args: Any) -> None:
@@ -75,7 +75,7 @@ def _rounded(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[Any]:
 
 
 def norms(net: Any) -> list[str]:
-    """The names of the norms' parameters."""
+    """Return the names of the norms' parameters."""
     return [n for n, p in named_tensors(net) if p.dim() == 1 and "norm" in n.lower()]
 
 
@@ -84,7 +84,7 @@ class Bitfit:
     """The biases; in a model that has none, the weights of its norms."""
 
     def put_on(self, model: Model, seed: int) -> ParameterCopies:
-        """Let copies stand in for them; they start as they are, whatever the seed."""
+        """Replace them by copies, which start at their values whatever the seed."""
         names = [n for n, _ in named_tensors(model.net) if n.endswith("bias")] or norms(model.net)
         if not names:
             raise ModelError("the model has neither biases nor norms to tune", hint="choose another module")
@@ -96,5 +96,5 @@ class Full:
     """Every tensor of the model."""
 
     def put_on(self, model: Model, seed: int) -> ParameterCopies:
-        """Let copies stand in for all; they start as they are, whatever the seed."""
+        """Replace all by copies, which start at their values whatever the seed."""
         return ParameterCopies(model.net, {n for n, _ in named_tensors(model.net)})

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bottleneck adapters: small two-layer networks inside the blocks, in series with what is there.
+"""Insert bottleneck adapters: small two-layer networks in series with the blocks' outputs.
 
 Houlsby et al., ICML 2019, arXiv 1902.00751 (section 2.1, figure 2): what the attention block and the
 feed-forward block hand to the residual stream, `h`, becomes
 
     h + U gelu(D h + d) + u        D [m, h], U [h, m]
 
-with `U` and `u` zero at the start, so that the model starts as it was.  The layer norms are trained with them,
-as in the paper.  Pfeiffer et al., EACL 2021, arXiv 2005.00247, keep the one behind the feed-forward block
-alone (`places="pfeiffer"`): half the numbers.
+with `U` and `u` zero at the start, so that the model starts unchanged.  The layer norms are trained with them,
+as in the paper.  Pfeiffer et al., EACL 2021, arXiv 2005.00247, have only the one behind the feed-forward block
+(`places="pfeiffer"`): half the parameters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Bottleneck:
     norms: bool = True
 
     def put_on(self, model: Model, seed: int) -> BottleneckPart:
-        """Hang an adapter behind the blocks of every layer."""
+        """Hook an adapter behind the blocks of every layer."""
         if self.size < 1 or self.places not in ("houlsby", "pfeiffer"):
             raise ModelError(
                 f"adapters of size {self.size} at '{self.places}' cannot be",
@@ -60,20 +60,20 @@ class Bottleneck:
 
 @dataclass(frozen=True)
 class BottleneckPart:
-    """The adapters' numbers, the hooks that run them, and the norms."""
+    """The adapters' parameters, the hooks that run them, and the norms."""
 
     parameters: Mapping[str, nn.Parameter]
     hooks: list[Any]
     norms: ParameterCopies
 
     def remove(self) -> None:
-        """Unhook them."""
+        """Remove the hooks."""
         for hook in self.hooks:
             hook.remove()
         self.norms.remove()
 
     def fold(self) -> None:
-        """Not possible: they are layers of their own."""
+        """Raise ModelError: adapters are layers of their own and cannot be folded."""
         raise ModelError(
             "bottleneck adapters cannot be folded into the weights", hint="use the run's folder as it is"
         )

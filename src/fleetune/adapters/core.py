@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every trainable module has in common: put it on, take it off, its numbers in and out, a training block.
+"""Attach a trainable module to a model, export and load its parameters, and run training blocks.
 
-A module is described by a small frozen dataclass (a `Spec`: `Lora(r=8, ..)`, `Prefix(tokens=20, ..)`), which
-knows how to put itself on a model.  What it then is (`model.attachment`) is one or two `Part`s: the module's
-own, and the classification head's where the model has one, since that is always trained too.
+A module is described by a small frozen dataclass (an `AdapterSpec`: `Lora(r=8, ..)`, `Prefix(tokens=20, ..)`),
+which knows how to put itself on a model.  The result (`model.attachment`) has one or two `Part`s: the module's own,
+and the classification head's where the model has one, since that is always trained too.
 
-Trainable numbers are fp32 also on a 16-bit base: their steps are far smaller than a bf16 step.  Where they
-start is a function of a seed and their names alone (Philox words), equal on every machine, in any order, and
-no global generator moves.
+Trainable parameters are fp32 also on a 16-bit base: their steps are far smaller than a bf16 step.  Their start
+depends on a seed and their names alone (Philox words): it is equal on every machine, in any order, and leaves the
+global generators alone.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from fleetune.models.model import Model
 
 
 class Part(Protocol):
-    """Trainable numbers that hang on a net."""
+    """Trainable parameters attached to a net."""
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """fp32, by name."""
+        """Return the fp32 parameters by name."""
         ...
 
     def remove(self) -> None:
-        """Take them off: the net is what it was, bit for bit."""
+        """Detach them: the net is bit for bit what it was."""
         ...
 
     def fold(self) -> None:
-        """Write what they mean into the stored weights (call `remove` after); ModelError if that cannot be."""
+        """Fold their effect into the stored weights (call `remove` after); ModelError if that is impossible."""
         ...
 
 
 class AdapterSpec(Protocol):
-    """The description of a module: its sizes, and how it gets on a model."""
+    """The description of a module: its sizes, and how to attach it to a model."""
 
     def put_on(self, model: Model, seed: int) -> Part:
-        """Hang it on `model.net`, in place; ModelError, with nothing changed, when it cannot be."""
+        """Attach it to `model.net`, in place; ModelError, with nothing changed, when it does not fit."""
         ...
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """What a model carries (`model.attachment`): the spec, and all that is trainable, by name, sorted."""
+    """What is attached to a model (`model.attachment`): the spec, and all trainable parameters sorted by name."""
 
     spec: AdapterSpec
     parameters: Mapping[str, nn.Parameter]
@@ -63,9 +63,9 @@ class Attachment:
 
 
 def attach(model: Model, spec: AdapterSpec, *, seed: int) -> None:
-    """Give `model.net` the module that `spec` describes, in place; only its numbers become trainable.
+    """Attach the module that `spec` describes to `model.net`, in place; only its parameters become trainable.
 
-    ModelError when the model already carries something, or a value of `spec` cannot be used.
+    ModelError when something is attached already, or a value of `spec` cannot be used.
     """
     if model.attachment is not None:
         held = model.attachment
@@ -80,21 +80,21 @@ def attach(model: Model, spec: AdapterSpec, *, seed: int) -> None:
 
 
 def attachment_of(model: Model) -> Attachment:
-    """What `model` carries; ModelError when that is no adapter."""
+    """Return what is attached to `model`; ModelError when that is no adapter."""
     if not isinstance(model.attachment, Attachment):
         raise ModelError("the model carries no adapter", hint="attach one first")
     return model.attachment
 
 
 def detach(model: Model) -> None:
-    """Take the adapter off: `model.net` is the base again, bit for bit."""
+    """Remove the adapter: `model.net` is bit for bit the base again."""
     for part in reversed(attachment_of(model).parts):
         part.remove()
     model.attachment = None
 
 
 def merge(model: Model) -> None:
-    """Fold the adapter into the stored weights, rounded once, where its kind can be.
+    """Fold the adapter into the stored weights, rounded once, where its kind allows it.
 
     The net then has the base's shape but other weights; `model.digest` is theirs.  ModelError, with nothing
     changed, for a module that is more than other weights (a prefix, say).
@@ -109,17 +109,17 @@ def merge(model: Model) -> None:
 
 
 def trainable(model: Model) -> dict[str, nn.Parameter]:
-    """The trainable parameters, fp32, by name in name order.  ModelError when there is no adapter."""
+    """Return the trainable parameters, fp32, in name order.  ModelError when there is no adapter."""
     return dict(attachment_of(model).parameters)
 
 
 def export(model: Model) -> dict[str, np.ndarray]:
-    """A copy of the adapter as fp32 arrays, by name in name order."""
+    """Return a copy of the adapter as fp32 arrays in name order."""
     return {n: p.detach().cpu().numpy().copy() for n, p in attachment_of(model).parameters.items()}
 
 
 def load_(model: Model, arrays: Mapping[str, np.ndarray]) -> None:
-    """Set the adapter.  MessageError, with nothing changed, unless names, shapes and dtype (fp32) agree."""
+    """Set the adapter's values.  MessageError, with nothing changed, unless names, shapes and dtype (fp32) agree."""
     parameters = attachment_of(model).parameters
     if arrays.keys() != parameters.keys():
         odd = sorted(arrays.keys() ^ parameters.keys())
@@ -137,7 +137,7 @@ def load_(model: Model, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 (hex) of an adapter's tensors, as `models.digest` of weights."""
+    """Return the SHA-256 (hex) of an adapter's tensors, as `models.digest` does of weights."""
     return models.digest((n, torch.from_numpy(np.ascontiguousarray(tensors[n]))) for n in sorted(tensors))
 
 
@@ -146,7 +146,7 @@ def digest(tensors: Mapping[str, np.ndarray]) -> str:
 
 @contextmanager
 def private_rng(device: str) -> Iterator[None]:
-    """The global generators are afterwards what they were before."""
+    """Restore the global random generators after the block."""
     devices = [torch.cuda.current_device()] if device == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
@@ -154,9 +154,9 @@ def private_rng(device: str) -> Iterator[None]:
 
 @contextmanager
 def training(model: Model, key: int) -> Iterator[None]:
-    """Train mode and gradients while the block runs; dropout is a function of `key` (64 bits) alone.
+    """Enable train mode and gradients while the block runs; dropout depends on `key` (64 bits) alone.
 
-    Global generators are put back and the net is in eval mode without gradients afterwards.
+    Afterwards the global generators are restored and the net is in eval mode without gradients.
     """
     parameters = attachment_of(model).parameters.values()
     with private_rng(model.device), torch.enable_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A module on disk: a PEFT directory where PEFT can load it, else two files of our own.
+"""Save and load an adapter as a PEFT directory where PEFT supports it, else as two files of our own.
 
 | module | layout |
 |---|---|
@@ -7,8 +7,8 @@
 | prefix in every layer of a decoder, soft prompt of a decoder | PEFT |
 | bottleneck adapters, BitFit, full; prefixes in some layers; prefixes and prompts of encoders | ours |
 
-PEFT: adapter_config.json, adapter_model.safetensors.  Ours: module.json (the spec, and what it belongs to) and
-module.safetensors (the fp32 tensors by name).  Both with a README.md, and both hold the numbers bit for bit.
+PEFT: adapter_config.json, adapter_model.safetensors.  Ours: module.json (the spec, and the base it belongs to) and
+module.safetensors (the fp32 tensors by name).  Both have a README.md, and both store the values bit for bit.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ KINDS: Final[Mapping[str, type[Any]]] = MappingProxyType(
 
 
 def save(model: Model, path: Path) -> None:
-    """Write what `model` carries as a directory, in PEFT's layout where it has one for it.
+    """Write a model's adapter as a directory, in PEFT's layout where it has one for it.
 
     `base_model_name_or_path` is the hub id (of a built-in too) or the last part of a local path, never a
     path of this machine; `revision` the hub commit where it is known.  Whole or not at all; file modes by
@@ -75,7 +75,7 @@ def save(model: Model, path: Path) -> None:
 
 
 def load(model: Model, path: Path) -> None:
-    """Attach what `save` wrote; ModelError, with nothing attached, if it is missing, damaged or another model's."""
+    """Attach a saved adapter; ModelError, with nothing attached, if it is missing, damaged or another model's."""
     try:
         ours = (path / "module.json").is_file()
         file = "module.json" if ours else "adapter_config.json"
@@ -118,7 +118,7 @@ def _from_ours(config: Mapping[str, Any], tensors: dict[str, Any]) -> tuple[Adap
 
 
 def _peft(model: Model, held: Attachment) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
-    """(configuration, tensors) as PEFT reads them; None for what PEFT cannot load."""
+    """Return (configuration, tensors) as PEFT reads them; None for what PEFT cannot load."""
     spec, net = held.spec, model.net
     if isinstance(spec, Lora):
         config, tensors = _lora_in_peft(held, net)
@@ -155,7 +155,7 @@ def _lora_in_peft(held: Attachment, net: Any) -> tuple[dict[str, Any], dict[str,
 
 
 def _plain_lora(part: LoraPart) -> dict[str, Tensor]:
-    """What a start took out of the base as a LoRA on the base itself: B A - B0 A0 = [B, -B0] [A; A0], rank 2 r."""
+    """Fold a subtracted start into a LoRA on the base itself: B A - B0 A0 = [B, -B0] [A; A0], rank 2 r."""
     made = {}
     for name, gone in part.subtracted.items():
         own = part.parameters[name].detach()
@@ -171,9 +171,11 @@ def _prefix_in_peft(held: Attachment, spec: Prefix, net: Any) -> tuple[dict[str,
         num_virtual_tokens=spec.tokens, token_dim=width, encoder_hidden_size=width
     ).to_dict()
     config.update(
-        num_layers=len(layers), num_attention_heads=layers[0].heads, num_transformer_submodules=1,
+        num_layers=len(layers),
+        num_attention_heads=layers[0].heads,
+        num_transformer_submodules=1,
         task_type=TaskType.CAUSAL_LM,
-    )  # fmt: skip
+    )
     order = [f"{layer.attention}.prefix.{which}" for layer in layers for which in ("key", "value")]
     return config, {"prompt_embeddings": torch.cat([held.parameters[n].detach() for n in order], dim=1)}
 
@@ -224,7 +226,7 @@ def _plain(value: Any) -> Any:
 
 
 def _public_name(model: Model) -> str:
-    """What others can find the base by: a hub id, or the bare name of a local file or directory."""
+    """Return a name of the base that others can find: a hub id, or the bare name of a local file or directory."""
     if model.name in cache.ORIGINS:
         return cache.ORIGINS[model.name].hub
     local = Path(model.name).expanduser()

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA, by PEFT.
+"""Attach LoRA (by PEFT) with reproducible starts, also those that subtract a part of the base.
 
 Hu et al. 2021, arXiv 2106.09685: a frozen layer `W0` becomes `W0 x + (alpha / r) B A x` with `A` [r, in] and
-`B` [out, r].  Where they start is in `starts.py`; what PEFT leaves to chance there is a function of the seed and
-the layer's name here.
+`B` [out, r].  Their start (`lora_init.py`) depends on the seed and the layer's name, where PEFT's is random.
 
-A start that takes something out of the base (pissa, olora) makes it
+A start that is a part of the base (pissa, olora) is subtracted from it:
 
     W0 x + (alpha / r) (B A - B0 A0) x
 
-with B0, A0 the start itself, frozen, beside the layer (`subtracted`).  The base is never written to.
+with B0, A0 the frozen start, stored beside the layer (`subtracted`).  The base is never written to.
 
 Names are PEFT's file names without the "base_model.model." in front, e.g.
 `model.layers.0.self_attn.q_proj.lora_A.weight`.
@@ -46,7 +45,7 @@ class Lora:
 
     `targets` is "all-linear" (every linear layer but the output head), "query-value" (these projections of
     attention, the LoRA paper's choice) or the last parts of module names, as a sequence or separated by commas.
-    `init` is one of `INITS` (`starts.py`).
+    `init` is one of `INITS` (`lora_init.py`).
     """
 
     r: int
@@ -56,7 +55,7 @@ class Lora:
     init: str = "default"
 
     def put_on(self, model: Model, seed: int) -> LoraPart:
-        """Give the linear layers of `model.net` adapters."""
+        """Attach LoRA to the linear layers of `model.net`."""
         if self.init not in INITS:
             raise ModelError(f"no LoRA start named '{self.init}'", hint="choose one of " + ", ".join(INITS))
         if self.r < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
@@ -87,7 +86,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class LoraPart:
-    """The factors that PEFT has put beside the linear layers of a net, and those that are held fixed."""
+    """The factors that PEFT has attached to the linear layers of a net, and the frozen ones that are subtracted."""
 
     tuner: LoraModel
     layers: Mapping[str, Any]  # PEFT's, by the name of the linear layer
@@ -96,7 +95,7 @@ class LoraPart:
     hooks: list[Any] = field(default_factory=list)
 
     def subtract(self, factors: Mapping[str, Tensor]) -> None:
-        """Take (alpha / r) B0 A0 out of the base's layers, without touching them; {} takes nothing out."""
+        """Subtract (alpha / r) B0 A0 from the base's layers, without writing to them; {} subtracts nothing."""
         self.subtracted.clear()
         self.subtracted.update(factors)
         if factors and not self.hooks:
@@ -105,13 +104,13 @@ class LoraPart:
                 self.hooks.append(layer.get_base_layer().register_forward_hook(hook))
 
     def remove(self) -> None:
-        """Put the plain layers back."""
+        """Restore the plain layers."""
         for hook in self.hooks:
             hook.remove()
         self.tuner.unload()
 
     def fold(self) -> None:
-        """w <- round(w + (alpha / r) (B A - B0 A0)), added in fp32, rounded once."""
+        """Set w <- round(w + (alpha / r) (B A - B0 A0)), added in fp32, rounded once."""
         with torch.no_grad():
             for name, layer in self.layers.items():
                 weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER).float()
@@ -132,12 +131,12 @@ def attach_lora(
     init: str = "default",
     seed: int,
 ) -> None:
-    """`attach(model, Lora(..), seed=seed)`."""
+    """Call `attach(model, Lora(..), seed=seed)`."""
     attach(model, Lora(r, alpha, dropout, targets, init), seed=seed)
 
 
 def subtracted_factors(model: Model) -> dict[str, np.ndarray]:
-    """fp32 copies of the factors B0, A0 that a start took out of the base, by name; {} when it took nothing."""
+    """Return fp32 copies of the frozen factors B0, A0 that are subtracted from the base, by name; {} for none."""
     held = {
         n: t
         for part in attachment_of(model).parts
@@ -148,7 +147,7 @@ def subtracted_factors(model: Model) -> dict[str, np.ndarray]:
 
 
 def subtract_factors(model: Model, factors: Mapping[str, np.ndarray]) -> None:
-    """Take these factors out of the base, as the one who started the adapter did ({}: nothing).
+    """Subtract these factors from the base, as the server that started the adapter did ({}: nothing).
 
     MessageError, with nothing changed, unless they have the names, shapes and dtype (fp32) of the adapter's own.
     """
@@ -173,7 +172,7 @@ def subtract_factors(model: Model, factors: Mapping[str, np.ndarray]) -> None:
 
 
 def pairs(tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Layer -> the names of its (B [out, r], A [r, in]) among an adapter's tensor names."""
+    """Return layer -> the names of its (B [out, r], A [r, in]) among an adapter's tensor names."""
     layers = sorted(n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight"))
     return {layer: _names(layer) for layer in layers}
 
@@ -216,7 +215,7 @@ def _initialise(part: LoraPart, spec: Lora, seed: int) -> None:
 
 
 def _subtracting_hook(subtracted: Mapping[str, Tensor], layer: str, scale: float) -> Any:
-    """A hook on the base's layer that takes scale B0 A0 x off its output, while `subtracted` holds them."""
+    """Return a hook on the base's layer that subtracts scale B0 A0 x from its output, where `subtracted` has them."""
     b, a = _names(layer)
 
     def take(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -229,7 +228,7 @@ def _subtracting_hook(subtracted: Mapping[str, Tensor], layer: str, scale: float
 
 
 def _head_modules(net: Any) -> list[str]:
-    """The modules of a classification head, which is trained itself, in full."""
+    """Return the modules of a classification head, which is trained in full."""
     return sorted({n.rpartition(".")[0] for n in head_of(net)})
 
 

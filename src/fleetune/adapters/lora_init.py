@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the factors of LoRA start: drawn from a seed, or taken out of the base's weights.
+"""Initialise the factors of LoRA: from a seed, or from the base's weights.
 
 | init | A [r, in] | B [out, r] | source |
 |---|---|---|---|
@@ -10,16 +10,15 @@
 | pissa | sqrt(S_r / s) V_r' | U_r sqrt(S_r / s) | Meng et al. 2024, arXiv 2404.02948, equations 2 and 3 |
 | olora | R_r | Q_r | Buyukakyuz 2024, arXiv 2406.01775, Algorithm 1 |
 
-with U S V' = W0 (the r largest), Q R = W0 and s = alpha / r.  A drawn start is a function of (seed, tensor
-name) alone, made of Philox words without a math library: equal bits on every machine.  `orthogonal` needs
-one (so does every decomposition), so its numbers are only equal where they were sent from.
+with U S V' = W0 (the r largest), Q R = W0 and s = alpha / r.  The first three depend on (seed, tensor name) alone
+and are made of Philox words without a math library: equal bits on every machine.  `orthogonal` and the
+decompositions need one, so the server computes them once and sends them.
 
-`eva` (`eva.py`) is the one that looks at data.
+`eva` (`lora_init_eva.py`) is the only start that depends on data.
 
-The last two start at B A != 0, so they take s B0 A0 out of the base.  Here the base is never written to: the
-part taken out hangs beside it as frozen factors (-B0, A0), so that nothing is rounded away, taking the
-adapter off gives the base back bit for bit, and all devices agree on what was taken out as soon as they
-agree on B0 and A0, which the server computes once and sends.
+The last two start at B A != 0, so s B0 A0 is subtracted from the base.  The base is never written to: B0 and A0
+stay beside it as frozen factors.  So nothing is rounded away, removing the adapter restores the base bit for bit,
+and all devices subtract the same once they have B0 and A0 from the server.
 """
 
 from __future__ import annotations
@@ -41,18 +40,18 @@ Factors = tuple[np.ndarray, np.ndarray]  # B [out, r], A [r, in], fp32
 
 
 def default(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
-    """A as PEFT starts it (Kaiming-uniform with a = sqrt(5)), B zero."""
+    """Draw A as PEFT starts it (Kaiming-uniform with a = sqrt(5)); B is zero."""
     a = models.uniform(f"lora/{seed}/{layer}.lora_A.weight", (r, into), 1 / math.sqrt(into))
     return np.zeros((out, r), np.float32), a
 
 
 def gaussian(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
-    """A normal with deviation 1/r, B zero."""
+    """Draw A from a normal with deviation 1/r; B is zero."""
     return np.zeros((out, r), np.float32), _normal(seed, layer, "A", r, into) / np.float32(r)
 
 
 def shared(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
-    """Rows that are orthonormal whatever rounds them: an input belongs to one row, with a random sign; B zero."""
+    """Draw rows that are orthonormal under any rounding: an input belongs to one row, with a random sign; B is zero."""
     key = derive("lora", seed, layer)
     order = np.argsort(
         words(key, 0, np.arange(-(-into // 128), dtype=np.uint64) * np.uint64(32)).reshape(-1)[:into]
@@ -66,7 +65,7 @@ def shared(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
 
 
 def orthogonal(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
-    """Both factors random, their product zero: their inner sides are halves of one orthogonal matrix."""
+    """Draw both factors with product zero: their inner sides are halves of one orthogonal matrix."""
     if r % 2:
         raise ModelError(f"an orthogonal start needs an even rank, r is {r}", hint=f"use r={r + 1}")
     q, _ = np.linalg.qr(_normal(seed, layer, "Q", r, r).astype(np.float64))
@@ -76,14 +75,14 @@ def orthogonal(layer: str, out: int, into: int, r: int, seed: int) -> Factors:
 
 
 def pissa(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The r principal directions of W0 [out, in], so that scale B A is their share of it."""
+    """Return the r principal directions of W0 [out, in], so that scale B A is their share of it."""
     u, s, vt = torch.linalg.svd(weight, full_matrices=False)
     root = (s[:r] / scale).sqrt()
     return u[:, :r] * root, root[:, None] * vt[:r]
 
 
 def olora(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The first r columns of Q and rows of R."""
+    """Return the first r columns of Q and rows of R."""
     q, upper = torch.linalg.qr(weight)
     return q[:, :r], upper[:r]
 

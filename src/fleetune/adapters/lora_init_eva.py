@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EVA: LoRA's A from what its layer sees.
+"""Initialise LoRA's A from the activations of its layer (EVA).
 
 Paischer, Hauzenberger, Schmied, Alkin, Deisenroth, Hochreiter: "One Initialization to Rule them All: Fine-tuning
 via Explained Variance Adaptation", 2024, arXiv 2410.07170 (section 3).  With the inputs of a layer as the rows
 of X and U S V' = X, A starts as the first r rows of V', the directions that explain most of X; B is zero.
 
-X is too large to keep.  Batch by batch, [S V' so far; new rows] is brought back to its best `WIDER` r rows, so
-that no more than these are held; exact as long as no more rows have come, else a close approximation.
+X is too large for memory.  Batch by batch, [S V' so far; new rows] is reduced to its best `WIDER` r rows: exact up
+to that many rows, else a close approximation.
 
-What differs from the paper: every layer keeps rank r (the paper's rho = 1), and one batch follows the other
-until the rows end, instead of until the directions stand still.
+Differences from the paper: every layer has rank r (the paper's rho = 1), and batches are read until the rows end,
+not until the directions converge.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ WIDER: Final = 4  # rows held between batches, in ranks
 
 
 def directions(model: Model, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
-    """A [r, in] fp32 of every layer of the LoRA that `model` carries, by the parameter's name.
+    """Return A [r, in] fp32 of every layer of the model's LoRA, by the parameter's name.
 
-    The LoRA must be at a start that changes nothing.  ModelError when a layer's inputs have fewer than r directions.
+    The LoRA must be at a start with B A = 0.  ModelError when a layer's inputs have fewer than r directions.
     """
     part = attachment_of(model).parts[0]
     assert isinstance(part, LoraPart)
@@ -56,7 +56,7 @@ def directions(model: Model, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
 
 
 def _inputs(model: Model, part: LoraPart, batch: Batch) -> dict[tuple[str, ...], Tensor]:
-    """What layers are given at the tokens of a batch, [tokens, in] float64; layers that share an input together."""
+    """Return the layers' inputs at the tokens of a batch, [tokens, in] float64; layers with the same input together."""
     seen: dict[
         int, tuple[Tensor, list[str]]
     ] = {}  # by the tensor's identity; it is kept, so that none is reused
@@ -80,7 +80,7 @@ def _inputs(model: Model, part: LoraPart, batch: Batch) -> dict[tuple[str, ...],
 
 
 def _best(rows: Tensor, count: int) -> Tensor:
-    """The first `count` rows of S V' where U S V' = `rows`, from the smaller of rows' rows and rows rows'."""
+    """Return the first `count` rows of S V' where U S V' = `rows`, from the smaller of rows' rows and rows rows'."""
     if len(rows) > rows.shape[1]:
         size, v = torch.linalg.eigh(rows.T @ rows)
         scaled: Tensor = (v * size.clamp(min=0).sqrt()).flip(1)

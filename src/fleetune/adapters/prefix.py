@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefixes: trained keys and values that every token of a layer attends to.
+"""Train prefixes: keys and values in front of a layer's own, which every token attends to.
 
 Prefix-Tuning (Li and Liang, ACL 2021, arXiv 2101.00190), in the form of P-Tuning v2 (Liu et al., ACL 2022,
 arXiv 2110.07602, section 3.2): the keys P_k and values P_v of T virtual tokens in each layer are trained
-themselves, without a network that makes them.  For a query q and the layer's own keys K and values V,
+directly, without a network that makes them.  For a query q and the layer's own keys K and values V,
 
     softmax( q [P_k; K]^T / sqrt(d) ) [P_v; V]
 
@@ -11,8 +11,8 @@ where no mask hides the prefix.  Both are sized by the heads of keys and values,
 queries' under grouped-query attention, and are already in the frame of rotated keys.
 
 In a decoder the prefix is a past of T tokens, as in PEFT: the first real token is at position T.  An encoder's
-positions are learned one by one and stay where they were.  transformers refuses a past for encoders; here the
-attention function itself is wrapped, so both kinds take the same path.
+positions are learned one by one and do not move.  transformers refuses a past for encoders; here the attention
+function itself is wrapped, so both kinds share one path.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Prefix:
     dropout: float = 0.0
 
     def put_on(self, model: Model, seed: int) -> PrefixPart:
-        """Give the attention of these layers keys and values of their own."""
+        """Attach keys and values of their own to the attention of these layers."""
         every = layers_of(model.net)
         wanted = range(len(every)) if self.layers is None else sorted(set(self.layers))
         if self.tokens < 1 or not wanted or not set(wanted) <= set(range(len(every))):
@@ -92,7 +92,7 @@ class PrefixPart:
             self._hook = net.base_model.register_forward_pre_hook(_position_hook(tokens), with_kwargs=True)
 
     def remove(self) -> None:
-        """Take them off."""
+        """Detach them."""
         for module in self._modules:
             delattr(module, ATTRIBUTE)
         self._config._attn_implementation = self._before
@@ -100,7 +100,7 @@ class PrefixPart:
             self._hook.remove()
 
     def fold(self) -> None:
-        """Not possible: a prefix is no weight."""
+        """Raise ModelError: a prefix is no weight."""
         raise ModelError(
             "a prefix cannot be folded into the weights",
             hint="fleetune export --to peft, or use the run's folder",
@@ -117,13 +117,13 @@ class LayerPrefix:
     dropout: float
 
     def heads_of(self, flat: Tensor, like: Tensor, training: bool) -> Tensor:
-        """[T, heads * width] as [B, heads, T, width] in `like`'s type."""
+        """Return [T, heads * width] as [B, heads, T, width] in `like`'s dtype."""
         split = flat.view(flat.shape[0], self.heads, -1).transpose(0, 1).to(like.dtype)
         return F.dropout(split, self.dropout, training).expand(like.shape[0], -1, -1, -1)
 
 
 def _position_hook(tokens: int) -> Any:
-    """A hook that moves the positions of a decoder's tokens behind the prefix."""
+    """Return a hook that moves the positions of a decoder's tokens behind the prefix."""
 
     def move(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         positions = kwargs.get("position_ids")
@@ -141,7 +141,7 @@ def _position_hook(tokens: int) -> Any:
 def _attend(
     inner: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any
 ) -> Any:
-    """An attention function with the module's prefix, if it has one, in front of keys and values."""
+    """Run an attention function with the module's prefix, if it has one, in front of keys and values."""
     own: LayerPrefix | None = getattr(module, ATTRIBUTE, None)
     if own is not None:
         causal = options.get("is_causal")
@@ -166,10 +166,16 @@ def _eager(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **
 
 
 def _plain(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None,
-    dropout: float = 0.0, **options: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention as written (twice differentiable), with keys and values repeated for grouped queries."""
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention as written (twice differentiable), with keys and values repeated for grouped queries."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is not None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft prompts: T trained embeddings among those of the words.
+"""Train a soft prompt: T embeddings among those of the words.
 
 Prompt Tuning (Lester, Al-Rfou, Constant, EMNLP 2021, arXiv 2104.08691, section 2).  They start as the
 embeddings of T pieces of the vocabulary (section 2.2: better than random vectors), drawn by the seed.
 
-In a decoder they come first, as in PEFT.  In an encoder they come behind the first token, whose output is what
-the classifier reads.  What the base model hands on is without them, so a text has its usual length outside.
+In a decoder they come first, as in PEFT.  In an encoder they come behind the first token, whose output the
+classifier reads.  Their outputs are removed from what the base model returns, so lengths do not change outside.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fleetune.models.model import Model
 
 @dataclass(frozen=True)
 class Prompt:
-    """`tokens` (T) virtual tokens."""
+    """A soft prompt of `tokens` (T) virtual tokens."""
 
     tokens: int = 20
 
@@ -41,7 +41,7 @@ class Prompt:
 
 
 class PromptPart:
-    """The embeddings, and the hooks that put them in and take their outputs out."""
+    """The embeddings, and the hooks that insert them and remove their outputs."""
 
     def __init__(self, net: Any, prompt: nn.Parameter) -> None:
         self.parameters: Mapping[str, nn.Parameter] = {"prompt.embeddings": prompt}
@@ -55,19 +55,19 @@ class PromptPart:
         ]
 
     def remove(self) -> None:
-        """Unhook them."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def fold(self) -> None:
-        """Not possible: a prompt is no weight."""
+        """Raise ModelError: a prompt is no weight."""
         raise ModelError(
             "a soft prompt cannot be folded into the weights",
             hint="fleetune export --to peft, or use the run's folder",
         )
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The prompt goes in unless a cache holds it; masks and positions make room for it in any case."""
+        """Insert the prompt unless a cache has it; extend masks and positions in any case."""
         kwargs = dict(kwargs)
         ids = args[0] if args else kwargs.pop("input_ids", None)
         words = kwargs.pop("inputs_embeds", None)

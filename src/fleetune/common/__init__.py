@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files, locks, memory and text: what every other folder may use."""
+"""Share what every folder needs: files, locks, memory, text, settings, the registry."""

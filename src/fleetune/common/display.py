@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers and measures as people read them, and text that is safe to show: what the console and the report share.
+"""Format numbers and measures for people, and make foreign text safe to show, in the console and the report.
 
 Names and messages may come from strangers' models and data: `clean` takes the control characters out.
 """
@@ -14,12 +14,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def clean(text: str) -> str:
-    """`text` without control characters and direction overrides (newline and tab stay)."""
+    """Return `text` without control characters and direction overrides (newline and tab stay)."""
     return _CONTROL.sub("", text)
 
 
 def human_bytes(count: float | None) -> str:
-    """Bytes in decimal units with about three digits: 260 B, 16.4 kB, 2.8 MB, 1.19 GB; "-" for None."""
+    """Format bytes in decimal units with about three digits: 260 B, 16.4 kB, 2.8 MB, 1.19 GB; "-" for None."""
     if count is None or not math.isfinite(count):
         return "-"
     value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
@@ -32,7 +32,7 @@ def human_bytes(count: float | None) -> str:
 
 
 def human_time(seconds: float | None) -> str:
-    """Seconds as 3.2 s, 42 s, 2m04s, 1h07m or 2d03h; "-" for None."""
+    """Format seconds as 3.2 s, 42 s, 2m04s, 1h07m or 2d03h; "-" for None."""
     if seconds is None or not math.isfinite(seconds):
         return "-"
     if seconds < 9.95:
@@ -50,7 +50,7 @@ def human_time(seconds: float | None) -> str:
 
 
 def human_count(count: float | None) -> str:
-    """A count: 4,096 below 100,000, else three digits with k, M, B or T (135 M, 1.24 B); "-" for None."""
+    """Format a count: 4,096 below 100,000, else three digits with k, M, B or T (135 M, 1.24 B); "-" for None."""
     if count is None or not math.isfinite(count):
         return "-"
     if abs(count) < 99_999.5:
@@ -63,7 +63,7 @@ def human_count(count: float | None) -> str:
 
 
 class Metric(NamedTuple):
-    """How a measure is named and shown: decimals, whether less is better, whether change is in percent."""
+    """The display of a measure: its label, decimals, whether less is better, whether change is in percent."""
 
     label: str
     digits: int = 3
@@ -80,7 +80,7 @@ _METRICS = {
 
 
 def metric(name: str) -> Metric:
-    """How to show the measure called `name` in metrics.jsonl and eval.json."""
+    """Return the display of the measure called `name` in metrics.jsonl and eval.json."""
     if name in _METRICS:
         return _METRICS[name]
     less = "loss" in name or "perplexity" in name
@@ -88,12 +88,12 @@ def metric(name: str) -> Metric:
 
 
 def show(name: str, value: float | None) -> str:
-    """A measured value with its measure's decimals; "-" for None."""
+    """Format a value with its measure's decimals; "-" for None."""
     return "-" if value is None else f"{value:.{metric(name).digits}f}"
 
 
 def change(name: str, base: float | None, tuned: float | None) -> str:
-    """Tuned against base: in percent for losses ("-18.4 %"), in the measure's own unit else ("+12.3")."""
+    """Format tuned against base: in percent for losses ("-18.4 %"), in the measure's own unit else ("+12.3")."""
     if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)):
         return ""
     if metric(name).relative:
@@ -102,7 +102,7 @@ def change(name: str, base: float | None, tuned: float | None) -> str:
 
 
 def improved(name: str, base: float | None, tuned: float | None) -> bool | None:
-    """Whether tuned is better than base; None when that cannot be said or they are equal."""
+    """Return whether tuned is better than base; None when that cannot be said or they are equal."""
     if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)) or base == tuned:
         return None
     return (tuned < base) == metric(name).less

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are either the old ones or the new ones, never half of either."""
+"""Write files atomically, and turn the system's errors into clear ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHORT: Final = re.compile(r"\d+ requested and \d+ written")
 
 
 def default_mode() -> int:
-    """The mode a plain `open` would give a new file under the current umask."""
+    """Return the mode that a plain `open` would give a new file under the current umask."""
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
@@ -49,7 +49,7 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int | None = None) -> N
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a loss of power, where the system can open a folder (Windows cannot)."""
+    """Flush a folder, so that a rename survives a power loss; not on Windows, which cannot open folders."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except (PermissionError, IsADirectoryError):
@@ -61,7 +61,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """The clear form of an operating-system error met while writing `path`."""
+    """Return the StorageError for an operating-system error met while writing `path`."""
     reasons = {
         errno.ENOSPC: ("the disk is full", "free some space, then resume: nothing written before is lost"),
         errno.EDQUOT: (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that appear whole or not at all, and locks so that two processes do not make the same one.
+"""Create folders that appear whole or not at all, and lock them against other processes.
 
-A model directory is made in a hidden folder beside its place, flushed to the disk, given the modes that the
-umask asks for (safetensors and tempfile make private ones), and renamed.
+A folder is made under a hidden name beside its place, flushed to the disk, given the umask's modes
+(safetensors and tempfile make private files), and renamed.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ FLUSH: Final = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY
 
 @contextmanager
 def staged(target: Path, *, replace: str | None = None) -> Iterator[Path]:
-    """A hidden folder beside `target` that becomes `target` when the block ends without an error.
+    """Give a hidden folder beside `target` that becomes `target` when the block ends without an error.
 
     Files and folders get the mode that the umask gives and are flushed to the disk before the rename.  An
-    existing `target` is kept and the new one dropped (somebody else was faster); with `replace`, a file's
-    name, it is swapped out if it is empty or holds that file, and refused with a StorageError if it is
-    something else.  An operating-system error in the block becomes a StorageError; `target` is as it was.
+    existing `target` stays and the new one is dropped (another process was faster).  With `replace`, a file's
+    name, a target that is empty or holds that file is replaced; StorageError if it is something else.  An
+    operating-system error in the block becomes a StorageError; `target` is as it was.
     A killed process leaves at most a folder named `.NAME.*.tmp`.
     """
     _check_replace(target, replace)
@@ -64,6 +64,7 @@ def _check_replace(target: Path, replace: str | None) -> None:
 
 
 def _flush_tree(folder: Path) -> None:
+    """Give files and folders the umask's modes, and flush them to the disk."""
     mode = default_mode()
     enter = mode | (mode & 0o444) >> 2  # who may read a folder may enter it
     for path in [*folder.rglob("*"), folder]:
@@ -93,7 +94,7 @@ def _rename(temporary: Path, target: Path, replace: str | None) -> None:
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Hold `target`'s lock file, waiting for another process that has it; sweep what a killed one left.
+    """Hold `target`'s lock file, waiting for another process; remove what a killed process left behind.
 
     Where the system has no file locks the block runs without one: `staged` alone is already safe.
     """
@@ -112,6 +113,7 @@ def locked(target: Path) -> Iterator[None]:
 
 
 def _acquire(handle: int, target: Path) -> bool:
+    """Take the lock, waiting for it; False where the file system has no locks."""
     try:
         if not lock(handle):
             log.info("another process is preparing %s; waiting for it", target)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lock on an open file that one process at a time has, by `flock` or, on Windows, by a lock on the first byte.
+"""Lock an open file for one process, by `flock` or, on Windows, by a lock on its first byte.
 
-It ends when the file is closed, so also with its process, however that ended.
+The lock ends when the file is closed, and so with its process, however that ended.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SECONDS: Final = 0.1  # between two tries, where the system does not wait for us
 
 
 def lock(handle: int, *, wait: bool = False) -> bool:
-    """Lock an open file, by its descriptor; False where another has it (with `wait` never: it is waited for).
+    """Lock an open file descriptor; False where another process has the lock.  With `wait`, wait for it instead.
 
     OSError where the file system has no locks.
     """

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory this process takes, as each system tells it; no heavy import, so that a bare process can ask.
+"""Measure this process's memory on each system, without heavy imports.
 
-    Linux     /proc, which also starts the peak anew when it is asked to
+    Linux     /proc, which can also restart the peak
     macOS     getrusage: the peak, in bytes there
     Windows   GetProcessMemoryInfo: the working set and its peak
 
-Nobody has run the last of them on Windows yet: the tests have a stand-in for its two libraries.
+The last has not been run on Windows yet: the tests use a stand-in for its two libraries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def peak_rss() -> int:
-    """The most bytes of memory this process held since its start, or since `release_memory`."""
+    """Return the most bytes of memory this process had since its start, or since `release_memory`."""
     try:
         with open("/proc/self/status", "rb") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith(b"VmHWM"))
@@ -28,7 +28,7 @@ def peak_rss() -> int:
 
 
 def rss() -> int:
-    """Bytes of memory this process holds now; their peak where the system tells no more."""
+    """Return the bytes of memory this process has now; their peak where the system tells no more."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * mmap.PAGESIZE
@@ -37,7 +37,7 @@ def rss() -> int:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system and start `peak_rss` anew, where that can be done (Linux, glibc)."""
+    """Give freed memory back to the system and restart `peak_rss`, where possible (Linux, glibc)."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows has no library without a name
         ctypes.CDLL(None).malloc_trim(0)
@@ -46,7 +46,7 @@ def release_memory() -> None:
 
 
 def _without_proc() -> tuple[int, int]:
-    """(now, peak) in bytes without /proc; macOS tells the peak alone."""
+    """Return (now, peak) in bytes without /proc; macOS tells the peak alone."""
     try:
         import resource
     except ImportError:  # Windows
@@ -68,7 +68,7 @@ class _Counters(ctypes.Structure):
 
 
 def _counters() -> _Counters:
-    """What Windows counts of this process; OSError when it does not tell."""
+    """Read Windows' counters of this process; OSError when it does not give them."""
     library: Any = ctypes.WinDLL("psapi")  # type: ignore[attr-defined]
     found, size = _Counters(), ctypes.sizeof(_Counters)
     this = ctypes.c_void_p(-1)  # GetCurrentProcess()

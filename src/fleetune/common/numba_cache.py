@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numba functions whose compiled code is kept on the disk, where there is a folder for it."""
+"""Compile with `numba.njit` and an on-disk cache that may fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numba
 
 
 def cached_njit(function: Callable[..., None]) -> Callable[..., None]:
-    """`function` compiled without the interpreter's lock, as numpy computes; the cache knows its file's text alone.
+    """Compile `function` without the interpreter's lock and with numpy's division; the cache key is its own file's text.
 
     In a read-only home, or on a full disk, it is compiled in every process.
     """

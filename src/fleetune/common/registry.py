@@ -62,14 +62,13 @@ class Registry:
                 if all(constant in member.constants for constant in self.requires):
                     found[member.name] = member
         for point in entry_points(group=self.group):
-            found[point.name] = self._registered(point.name, point.module)
+            member = self._registered(point.name, point.module)
+            found[member.name] = member
         return found
 
     def member(self, name: str) -> Member:
         """The member called `name` ("-" and "_" are alike); UsageError with a suggestion when there is none."""
         known, asked = self.members(), name.replace("_", "-")
-        if name in known:
-            return known[name]
         if asked not in known:
             raise UsageError(
                 f"no {self.kind} named '{name}'.{suggest(asked, known)}",

@@ -1,28 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen dataclasses whose fields are settings (`--set NAME=VALUE`): what they are, and how texts become one.
+"""Declare settings as fields of a frozen dataclass, list them, and parse `--set NAME=VALUE` into one.
 
-A field is `field(default=.., metadata={"symbol": .., "help": ..})`; a `__post_init__` raises ValueError in
-plain words for values that do not go together.
+    @dataclass(frozen=True)
+    class Method:
+        K: int = setting(1024, "K", "directions in the pool")
+
+A `__post_init__` raises ValueError, in plain words, for values that do not go together.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
-from fleetune.errors import RecipeError
+from fleetune.errors import RecipeError, suggest
 
 T = TypeVar("T")
 
 Value = str | int | float | bool  # of an option or a setting
 
 
+def setting(default: T, symbol: str, help: str) -> T:
+    """Declare a field of a settings dataclass: its default, the paper's symbol for it, and a help text."""
+    declared: T = dataclasses.field(default=default, metadata={"symbol": symbol, "help": help})
+    return declared
+
+
 @dataclass(frozen=True)
 class Setting:
-    """One field: a `--set name=value`."""
+    """A field of a settings dataclass, as it is listed and parsed."""
 
     name: str
     type: type
@@ -32,7 +40,7 @@ class Setting:
 
 
 def of(cls: type) -> list[Setting]:
-    """The settings of a class, in order."""
+    """List the settings of a class, in order."""
     hints = get_type_hints(cls)
     return [
         Setting(
@@ -43,7 +51,7 @@ def of(cls: type) -> list[Setting]:
 
 
 def pairs(texts: Sequence[str]) -> dict[str, str]:
-    """What `--set NAME=VALUE ..` says; RecipeError for a setting without a value."""
+    """Return the texts of `--set NAME=VALUE ..` by name; RecipeError for one without a value."""
     chosen = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -54,13 +62,15 @@ def pairs(texts: Sequence[str]) -> dict[str, str]:
 
 
 def make(cls: type[T], name: str, values: Mapping[str, Any], *, hint: str) -> T:
-    """A `cls` with these values (texts are parsed), called `name` in errors; RecipeError lists all that is wrong."""
+    """Return a `cls` with these values (texts are parsed), called `name` in errors.
+
+    RecipeError lists all that is wrong.
+    """
     known = {s.name: s for s in of(cls)}
     parsed, problems = {}, []
     for key, value in values.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            guess = f" Did you mean '{close[0]}'?" if close else ""
+            guess = suggest(key, known, cutoff=0.5)
             problems.append(f"{name} has no setting '{key}'.{guess} It has: {', '.join(known)}")
             continue
         try:

@@ -1,45 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making a model smaller; the folder is the registry: `compress/llm_pruner.py` is `--method llm-pruner`.
+"""Define what a compression method is, and list the methods there are.
 
-A method is one file: a docstring that cites the paper, a constant `PAPER`, and a frozen dataclass whose fields are its
-settings (as a tuning method's).  It is named `Solver` where it works a linear layer at a time, with
+A method is one file of `methods/`, and its name is the file's: `methods/llm_pruner.py` is `--method llm-pruner`.
+Another package registers a module under the entry-point group `fleetune.compressors`.  The module has a docstring that
+cites the paper, a constant `PAPER`, and a frozen dataclass whose fields are the settings
+(`fleetune.common.settings.setting`).  The name of that class says which of three contracts the method keeps:
 
-    data: bool                                      whether it needs calibration text (class constant)
-    check(name, R, C) -> str                        what is wrong with such a matrix for it, "" for nothing
-    solve(W [R, C], H [C, C]) -> Solved             the matrix as it will be; `H` is the sum of 2 x x^T
-
-`Trainer` where it trains a whole model on rows and a teacher, with
-
-    teacher: str                                    a model, a finished run, or "same": the one that is given
-    check(model, teacher, length)                   RecipeError for what does not fit
-    memory(model, teacher, length) -> int           bytes of the peak, as planned
-    disk(model) -> int                              bytes that must be free
-    student(model) -> Model                         what is trained
-    train(student, teacher, rows, seed, folder, on_step)     in place; goes on with what `folder` holds
-    distance(student, teacher, rows) -> float       how far they are from each other
-
-and `Pruner` where it takes parts of the model out and trains what is left, with
-
-    recover: str                                    how it trains, "none" for not
-    check(model, length, plain=)                    RecipeError for what does not fit
-    disk(model) -> int                              bytes that must be free
-    prune(model, rows, folder, on_row) -> Model     the smaller one; `folder` keeps what was decided
-    train(pruned, whole, rows, seed, folder, on_step) -> Model   goes on with what `folder` holds
+| class | what it does |
+|---|---|
+| `Solver` | replaces one weight matrix at a time, given the Hessian of its inputs |
+| `Trainer` | trains a whole model, or a part of its blocks, on rows and a teacher |
+| `Pruner` | removes parts of the model, then trains what is left |
 
 Listing reads the files as text and imports nothing.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Final,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeAlias,
+    runtime_checkable,
+)
 
 from fleetune.common import settings
+from fleetune.common.registry import Registry
 from fleetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,46 +46,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Solved:
-    """A matrix after compression: on a grid, or dense with zeros; and what had to be done differently."""
+    """A matrix after compression: codes on a grid, or dense with zeros."""
 
     weight: Quantised | Tensor
-    notes: tuple[str, ...] = ()
-    loss: float | None = None  # tr((W - Q) H (W - Q)^T) where the solver knows it
+    notes: tuple[str, ...] = ()  # what had to be done differently, for the report
+    loss: float | None = None  # tr((W - Q) H (W - Q)^T), where the solver knows it
 
 
+@runtime_checkable
 class Solver(Protocol):
-    """What a solver is; see the module's text."""
+    """Compress a model one weight matrix at a time."""
 
-    data: ClassVar[bool]
+    data: ClassVar[bool]  # whether it needs calibration text
 
     def check(self, name: str, R: int, C: int) -> str:
-        """Why a matrix [R, C] cannot be done as the settings say; "" when it can."""
+        """Say why a matrix [R, C] cannot be compressed with these settings, or "" when it can."""
         ...
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
-        """The compressed matrix.  W float32 [R, C] and H float32 [C, C] are left as they were."""
+        """Return the compressed matrix.
+
+        W float32 [R, C] and H float32 [C, C], the sum of 2 x x^T over the calibration tokens, are left unchanged.
+        """
         ...
 
 
 @runtime_checkable
 class Trainer(Protocol):
-    """What a trainer is; see the module's text."""
+    """Train a whole model on rows and a teacher."""
 
     @property
     def teacher(self) -> str:
-        """The name of the model that it learns from."""
+        """The name of the model to learn from: a model, a finished run, or "same" for the model itself."""
 
     def check(self, model: Model, teacher: Model, length: int) -> None:
-        """RecipeError with all that is in the way of training on rows of `length` tokens."""
+        """Raise RecipeError with every reason why the models cannot be trained on rows of `length` tokens."""
 
     def memory(self, model: Model, teacher: Model, length: int) -> int:
-        """Bytes of the peak of training on rows of `length` tokens at most, as planned."""
+        """Estimate the peak memory, in bytes, of training on rows of at most `length` tokens."""
 
     def disk(self, model: Model) -> int:
-        """Bytes of what is kept for going on and of the result, at their most."""
+        """Return how many bytes the checkpoints and the result take at most."""
 
     def student(self, model: Model) -> Model:
-        """What is trained: `model` itself or a smaller one made of it."""
+        """Return what is trained: `model` itself, or a smaller one made of it."""
 
     def train(
         self,
@@ -102,33 +100,37 @@ class Trainer(Protocol):
         folder: Path,
         on_step: Callable[[int, int, float, float | None], None],
     ) -> None:
-        """Train in place; `on_step(step, steps, loss, reward)` comes after every step and may raise Interrupted.
+        """Train in place; resume from the checkpoint in `folder`.
 
-        `reward` is the mean of what the student has written in the step, None where there is none.
+        `on_step(step, steps, loss, reward)` is called after every step.  It may raise Interrupted, which saves the
+        step.  `reward` is the mean reward of the answers that the student wrote in this step, or None.
         """
 
     def distance(self, student: Model, teacher: Model, rows: Sequence[Encoded]) -> float:
-        """What the training makes small, on rows as they are."""
+        """Return the divergence that training minimises, on rows as they are."""
 
 
 @runtime_checkable
 class Pruner(Protocol):
-    """What a pruner is; see the module's text."""
+    """Remove parts of a model, then train what is left."""
 
     @property
     def recover(self) -> str:
-        """How it trains what is left; "none" for not."""
+        """How the pruned model is trained; "none" for not at all."""
 
     def check(self, model: Model, length: int, *, plain: bool) -> None:
-        """RecipeError with all that is in the way of rows of `length` tokens (`plain`: of windows of text)."""
+        """Raise RecipeError with every reason why rows of `length` tokens (`plain`: windows of text) cannot be used."""
 
     def disk(self, model: Model) -> int:
-        """Bytes of what is kept for going on and of the result, at their most."""
+        """Return how many bytes the checkpoints and the result take at most."""
 
     def prune(
         self, model: Model, rows: Sequence[Encoded], folder: Path, on_row: Callable[[int, int], None]
     ) -> Model:
-        """The smaller model; `on_row(row, rows)` comes after every row that is read and may raise Interrupted."""
+        """Return the smaller model; the decision of what stays is written to `folder` and read again from there.
+
+        `on_row(row, rows)` is called after every row that is read.  It may raise Interrupted.
+        """
 
     def train(
         self,
@@ -139,7 +141,23 @@ class Pruner(Protocol):
         folder: Path,
         on_step: Callable[[int, int, float], None],
     ) -> Model:
-        """The trained one; `on_step(step, steps, loss)` comes after every step and may raise Interrupted."""  # fmt: skip
+        """Return the trained model; resume from the checkpoint in `folder`.
+
+        `on_step(step, steps, loss)` is called after every step.  It may raise Interrupted, which saves the step.
+        """
+
+
+Compressor: TypeAlias = Solver | Trainer | Pruner
+Kind: TypeAlias = Literal["solver", "trainer", "pruner"]
+CONTRACTS: Final[Mapping[Kind, type[Any]]] = {"solver": Solver, "trainer": Trainer, "pruner": Pruner}
+
+REGISTRY: Final = Registry(
+    "compression method",
+    package="fleetune.compression.methods",
+    group="fleetune.compressors",
+    requires=("PAPER",),
+    listing="fleetune compress --list",
+)
 
 
 class Entry(NamedTuple):
@@ -151,47 +169,50 @@ class Entry(NamedTuple):
 
 
 def entries() -> dict[str, Entry]:
-    """Every method there is, by name."""
-    found = {}
-    for path in sorted((Path(__file__).parent / "methods").glob("[a-z]*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        paper = next(
-            (
-                node.value.value
-                for node in tree.body
-                if isinstance(node, ast.Assign)
-                and isinstance(node.targets[0], ast.Name)
-                and node.targets[0].id == "PAPER"
-                and isinstance(node.value, ast.Constant)
-            ),
-            None,
+    """Return every method by name, those of other packages included."""
+    return {
+        name: Entry(name, member.text("PAPER"), member.summary) for name, member in REGISTRY.members().items()
+    }
+
+
+def kind_of(name: str) -> Kind:
+    """Tell which contract a method keeps, by the class that its module defines.
+
+    UsageError for an unknown name, and for a module that does not define exactly one such class.
+    """
+    module = REGISTRY.load(name)
+    kinds = [
+        kind
+        for kind, contract in CONTRACTS.items()
+        if vars(module).get(contract.__name__, contract) is not contract
+    ]
+    if len(kinds) != 1:
+        raise UsageError(
+            f"the compression method '{name}' ({module.__name__}) defines {len(kinds)} compressors instead of one",
+            hint="its module defines one class: Solver, Trainer or Pruner",
         )
-        if paper:
-            summary = (ast.get_docstring(tree) or "").split("\n")[0]
-            name = path.stem.replace("_", "-")
-            found[name] = Entry(name, str(paper), summary)
-    return found
+    return kinds[0]
 
 
 def method_class(name: str) -> type[Any]:
-    """The class of a method; UsageError with a suggestion when there is none of that name (- and _ are alike)."""
-    known, asked = entries(), name.replace("_", "-")
-    if asked not in known:
-        close = difflib.get_close_matches(asked, known, n=1)
-        guess = f" Did you mean '{close[0]}'?" if close else ""
-        raise UsageError(
-            f"no compression method named '{name}'.{guess}", hint=f"there are: {', '.join(known)}"
-        )
-    module = importlib.import_module(f"{__name__}.methods.{asked.replace('-', '_')}")
-    cls: type[Any] = next(
-        vars(module)[kind] for kind in ("Solver", "Trainer", "Pruner") if kind in vars(module)
-    )
+    """Return the class of a method; UsageError with a suggestion for an unknown name ("-" and "_" are alike)."""
+    cls: type[Any] = getattr(REGISTRY.load(name), CONTRACTS[kind_of(name)].__name__)
     return cls
 
 
-def make(name: str, values: Mapping[str, Any]) -> Solver | Trainer | Pruner:
-    """The method with these settings (strings are parsed); RecipeError lists all that is wrong."""
-    made: Solver | Trainer | Pruner = settings.make(
+def make(name: str, values: Mapping[str, Any]) -> Compressor:
+    """Return the method with these settings (strings are parsed).
+
+    RecipeError lists all settings that are wrong; UsageError is for a class that does not keep its contract.
+    """
+    made: Compressor = settings.make(
         method_class(name), name, values, hint=f"settings and defaults: fleetune compress --list {name}"
     )
+    contract = CONTRACTS[kind_of(name)]
+    members = [*contract.__annotations__, *(n for n in vars(contract) if not n.startswith("_"))]
+    if missing := [n for n in members if not hasattr(made, n)]:
+        raise UsageError(
+            f"the compression method '{name}' does not define {', '.join(missing)}",
+            hint=f"fleetune.compression.{contract.__name__} describes what it must define",
+        )
     return made

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a data source to a client's batches: read the rows, give them to clients, make tokens of them.
+"""Read data sets, split them over clients, and encode them as batches of tokens.
 
 The names of `encode.py` and `labelled.py` are loaded when first used: they need torch, and checking a recipe does not.  The
 functions `encode` and `partition` are imported from the modules of the same name, which they would hide.

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples to tokens with a loss mask, and a client's rows to batches.
+"""Encode examples as tokens with a loss mask, and a client's rows as batches.
 
 A row is the prompt, written by the tokenizer's own chat template up to and with the marker after which the
 assistant speaks, followed by the answer: everything the model must produce after that marker, up to and
 with one end-of-turn token.  The loss is on the answer alone.  The prompt's tokens are those that
-`generate` is given (`prompt_ids`), so the model is trained and asked in the same words.
+`generate` is given (`prompt_ids`), so the model is trained and prompted in the same form.
 
 A template is rendered twice, to the prompt and to the whole conversation.  Where the tokens of the first
-begin those of the second, the rest is the answer.  Where they do not (a token grew over the seam, or the
-template writes past turns differently), the answer's text is made into tokens on its own.
+begin those of the second, the rest is the answer.  Where they do not (a token spans the seam, or the
+template writes past turns differently), the answer's text is tokenised on its own.
 
 A tokenizer without a chat template belongs to a base model, which knows no roles.  It gets every turn as a
-line of its own (`plain.py`), after the tokens that the tokenizer puts at the start of a text:
+line of its own (`models/chat_template.py`), after the tokens that the tokenizer puts at the start of a text:
 
     {system}\\n{user}\\n{assistant}\\n{user}\\n...
 
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 MASKED = -100  # the label that torch's cross-entropy leaves out
 CHUNK = 512  # rows given to the tokenizer at once
-# Some templates (Llama 3.2) write today's date unless told one; a run must not depend on its day.
+# Some templates (Llama 3.2) write today's date unless they get one; a run must not depend on its day.
 DATE = "26 Jul 2024"
 
 
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Encode one example in at most `max_length` tokens (see the module).
+    """Encode one example in at most `max_length` tokens (see the module docstring).
 
     DataError when the chat template refuses the conversation, or no token of the answer is left.
     """
@@ -94,7 +94,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 def encode_all(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[Encoded], npt.NDArray[np.int64]]:
-    """Encode all examples: the encoded rows, and the index in `examples` of each of them.
+    """Encode all examples; return the encoded rows, and the index in `examples` of each.
 
     Rows of whose answer no token is left are dropped, and their number logged.  DataError as for `encode`.
     """
@@ -122,14 +122,14 @@ def encode_all(
 def prompt_ids(
     example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> npt.NDArray[np.int32]:
-    """The prompt's tokens [T] int32 up to and with the assistant's marker, its middle cut to `max_length`."""
+    """Return the prompt's tokens [T] int32 up to and with the assistant's marker, its middle cut to `max_length`."""
     _check_length(max_length)
     (ids,) = _tokens(tokenizer, [_render(example, tokenizer, 0)[0]])
     return np.array(_cut_middle(ids, max_length), dtype=np.int32)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end an answer: the end-of-turn token of encoded rows and the end-of-text token.
+    """Return the tokens that end an answer: the end-of-turn token of encoded rows and the end-of-text token.
 
     They differ in some families (Gemma, Phi), where generation that waits for the latter would run on.
     """
@@ -140,7 +140,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, device: str | torch.device = "cpu") -> Batch:
-    """Rows to one batch on `device`, padded on the right with `pad_id` to the longest row."""
+    """Pad rows on the right with `pad_id` to the longest, as one batch on `device`."""
     width = max(len(row.ids) for row in rows)
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)
@@ -164,7 +164,7 @@ class Batches:
     """One client's rows for one round, in an order fixed by a 64-bit key.
 
     Pass p over the rows goes in the order `keyed_order(key, p, n)`, the same on every platform.  `n` is the
-    number of rows, `client` the number by which the fleet knows the client.
+    number of rows, `client` the client's number in the fleet.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Batches:
         device: str | torch.device = "cpu",
         client: int = 0,
     ) -> None:
-        """DataError if there are no rows."""
+        """Take a client's rows; DataError if there are none."""
         if not rows:
             raise DataError("no rows for a client", hint="use fewer clients, more data, or a larger min_rows")
         self.n, self.client = len(rows), client
@@ -185,7 +185,7 @@ class Batches:
         self._device = device
 
     def steps(self, count: int, batch_size: int) -> Iterator[Batch]:
-        """Exactly `count` batches of min(batch_size, n) rows, taken from one pass after the other.
+        """Yield exactly `count` batches of min(batch_size, n) rows, taken from one pass after the other.
 
         A batch may end one pass and begin the next, so that all batches are of one size.
         """
@@ -200,16 +200,16 @@ class Batches:
             del queue[:size]
 
     def epochs(self, epochs: int, batch_size: int) -> Iterator[Batch]:
-        """Every row once per epoch; the last batch of an epoch may be smaller."""
+        """Yield batches of every row once per epoch; the last batch of an epoch may be smaller."""
         for epoch in range(epochs):
             order = self._order(epoch)
             for start in range(0, self.n, batch_size):
                 yield self._batch(order[start : start + batch_size])
 
     def repeat_batch(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
-        """Batch `number` of this client, `count` times: the same rows in whatever round it is asked for.
+        """Yield batch `number` of this client `count` times: the same rows in every round.
 
-        Batches follow one another as in `steps`, in orders that no round's key has a part in.
+        Batches follow one another as in `steps`, in an order that does not depend on the round.
         """
         size = min(batch_size, self.n)
         places = range(number * size, (number + 1) * size)
@@ -217,7 +217,7 @@ class Batches:
         yield from itertools.repeat(batch, count)
 
     def split_off(self, batch_size: int) -> tuple[Batch, Batches]:
-        """(a batch to measure on, the batches of all other rows): the same rows in every round.
+        """Return (a batch to measure on, the batches of all other rows): the same rows in every round.
 
         A fifth of the rows, at most `batch_size`; a client's only row is in both.
         """
@@ -245,7 +245,7 @@ def _check_length(max_length: int) -> None:
 
 
 def _render(example: Example, tokenizer: PreTrainedTokenizerBase, index: int) -> tuple[str, str]:
-    """The prompt and the whole conversation as text."""
+    """Return the prompt and the whole conversation as text."""
     if is_plain(tokenizer):
         prompt = "".join(LINE.format(content) for _, content in example.messages)
         return prompt, prompt + example.response
@@ -267,7 +267,7 @@ def _render(example: Example, tokenizer: PreTrainedTokenizerBase, index: int) ->
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Texts to tokens: as the template wrote them; plain ones with the start the tokenizer gives a text."""
+    """Tokenise texts: as the template wrote them; plain ones with the start the tokenizer gives a text."""
     plain = is_plain(tokenizer)
     lists = _raw_tokens(tokenizer, texts, special=plain)
     eos = tokenizer.eos_token_id
@@ -290,7 +290,7 @@ def _raw_tokens(
 def _pieces(
     examples: Sequence[Example], start: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """The prompt's and the answer's tokens of the chunk at `start`."""
+    """Yield the prompt's and the answer's tokens of each example of the chunk at `start`."""
     chunk = examples[start : start + CHUNK]
     texts = [_render(example, tokenizer, start + i) for i, example in enumerate(chunk)]
     prompts = _tokens(tokenizer, [prompt for prompt, _ in texts])
@@ -303,7 +303,7 @@ def _pieces(
 
 
 def _answer_text(example: Example, prompt: str, whole: str) -> str:
-    """The text of the answer within the whole conversation, its end marker with it."""
+    """Return the answer's text within the whole conversation, with its end marker."""
     if whole.startswith(prompt):
         return whole[len(prompt) :]
     at = whole.rfind(example.response.strip())  # templates may strip what they are given, no more
@@ -311,7 +311,7 @@ def _answer_text(example: Example, prompt: str, whole: str) -> str:
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that a template may write at the end of a turn: all special ones but 'unknown'."""
+    """Return the tokens that a template may write at the end of a turn: all special ones but 'unknown'."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset((special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id})
 
@@ -319,7 +319,7 @@ def _marks(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def _close(
     answer: list[int], tokenizer: PreTrainedTokenizerBase, marks: frozenset[int]
 ) -> tuple[list[int], bool]:
-    """The answer with one end-of-turn token as its last, and whether it has any token besides.
+    """Return the answer with one end-of-turn token as its last, and whether it has any other token.
 
     What a template writes after that token (a line break, a second end) is cut; where it writes none, the
     end-of-text token is added, if the tokenizer has one.
@@ -340,7 +340,7 @@ def _close(
 
 
 def _fit(prompt: list[int], answer: list[int], max_length: int) -> Encoded:
-    """Prompt and answer in `max_length` tokens: the prompt gives way first, down to a quarter of them."""
+    """Cut prompt and answer to `max_length` tokens: first the prompt, down to a quarter of them."""
     least = min(len(prompt), max(1, max_length // 4))
     answer = answer[: max_length - least]
     prompt = _cut_middle(prompt, max_length - len(answer))
@@ -348,7 +348,7 @@ def _fit(prompt: list[int], answer: list[int], max_length: int) -> Encoded:
 
 
 def _cut_middle(ids: list[int], room: int) -> list[int]:
-    """The first and last tokens of `ids`, `room` in all, the odd one at the end."""
+    """Return the first and last tokens of `ids`, `room` in all, the odd one at the end."""
     if len(ids) <= room:
         return ids
     return ids[: room // 2] + ids[len(ids) - (room + 1) // 2 :]

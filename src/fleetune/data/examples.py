@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read data sets of instructions and answers into one shape, `Example`, or say which row is wrong and why.
+"""Read data sets of instructions and answers as `Example`s, and report the rows that are wrong.
 
 A source is a file (.jsonl, .json, .csv, .parquet), "demo" (the set that comes with Fleetune), or a data
 set on the Hugging Face hub: "owner/name", or "owner/name:file" for one file of it.  The first row's fields
@@ -14,13 +14,12 @@ tell the form, and every row must have that form:
 
 A context is joined to its instruction in one user turn: "{instruction}\\n{context}" for Dolly and
 "{instruction}\\n\\n### Input:\\n{input}", as in its own training prompt, for Alpaca
-(tatsu-lab/stanford_alpaca, train.py).  Of a
-conversation the last turn, the assistant's, is the answer; the turns before it are the prompt.  Text is
-kept as it is.
+(tatsu-lab/stanford_alpaca, train.py).  The last turn of a conversation, the assistant's, is the answer; the
+turns before it are the prompt.  Text is not changed.
 
-The answer of a labelled row is its label, as text; QNLI's are told as "yes" (entailment) and "no", which also
-a causal model can say.  An encoder reads the texts themselves, a causal model a question about them (`LABELLED`).
-The label stays among the row's fields too, so that clients can be made to differ by it (dirichlet:0.5:label).
+The answer of a labelled row is its label, as text; QNLI's are "yes" (entailment) and "no", which a causal model
+can write too.  An encoder reads the texts themselves, a causal model a question about them (`LABELLED`).  The
+label stays among the row's fields, so that a partition can use it (dirichlet:0.5:label).
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ def read_text(path: str | Path) -> list[str]:
 
 
 def _blank_or_text(row: FileRow) -> list[str]:
-    """The field `text` of a row in a list, or an empty list where it is blank."""
+    """Return the field `text` of a row in a list, or an empty list where it is blank."""
     text = _text(row.fields, "text", may_lack="text" in row.fields)
     return [text] if text.strip() else []
 
@@ -143,7 +142,7 @@ def _blank_or_text(row: FileRow) -> list[str]:
 def _collect(
     rows: Iterable[FileRow | Problem], make: Callable[[FileRow], list[T]], limit: int | None, source: str
 ) -> list[T]:
-    """What `make` makes of each row, joined; DataError with the bad rows, or when there is nothing."""
+    """Make every row with `make` and join the results; DataError with the bad rows, or when there is nothing."""
     found: list[T] = []
     problems: list[Problem] = []
     for row in itertools.islice(rows, limit):
@@ -166,7 +165,7 @@ def _collect(
 
 
 def _files(source: str, offline: bool) -> list[tuple[Path, str]]:
-    """The files of a source, each with the name to show for it."""
+    """Return the files of a source, each with the name to show for it."""
     if source == "demo":
         return [(Path(__file__).with_name("demo.jsonl"), "demo")]
     path = Path(os.path.expanduser(source))
@@ -182,7 +181,7 @@ def _files(source: str, offline: bool) -> list[tuple[Path, str]]:
 
 
 def _form(fields: Mapping[str, object]) -> str:
-    """The form that the fields tell, "" if none."""
+    """Return the form that the fields indicate, "" if none."""
     for name, (turns, _, _) in CHATS.items():
         if turns in fields:
             return name
@@ -195,7 +194,7 @@ def _form(fields: Mapping[str, object]) -> str:
 
 
 def _no_form(fields: Mapping[str, object]) -> NoReturn:
-    """The problem of a first row that is in no form."""
+    """Return the problem of a first row that is in no form."""
     if "instruction" in fields:
         what = "field 'response' (Dolly) or 'output' (Alpaca) is missing"
     else:
@@ -208,7 +207,7 @@ def _no_form(fields: Mapping[str, object]) -> NoReturn:
 
 
 def _pair(fields: Mapping[str, object], form: str) -> Example:
-    """A Dolly or Alpaca row."""
+    """Read a Dolly or Alpaca row."""
     ask, given, answer, join = PAIRS[form]
     for other, (_, other_given, _, _) in PAIRS.items():
         if other != form and other_given in fields and given not in fields:
@@ -223,7 +222,7 @@ def _pair(fields: Mapping[str, object], form: str) -> Example:
 
 
 def _labelled(fields: Mapping[str, object], form: str) -> Example:
-    """A row of one or two texts and a label, which may be a number (GLUE's; -1 is none)."""
+    """Read a row of one or two texts and a label, which may be a number (GLUE's; -1 is none)."""
     names, question = LABELLED[form]
     value = fields.get("label")
     if isinstance(value, bool | int) and value >= 0:
@@ -238,7 +237,7 @@ def _labelled(fields: Mapping[str, object], form: str) -> Example:
 
 
 def _chat(fields: Mapping[str, object], form: str) -> Example:
-    """A ShareGPT or chat-messages row."""
+    """Read a ShareGPT or chat-messages row."""
     key, speaker, says = CHATS[form]
     turns = fields.get(key)
     if not isinstance(turns, list) or not turns:
@@ -274,7 +273,7 @@ def _chat(fields: Mapping[str, object], form: str) -> Example:
 
 
 def _text(fields: Mapping[str, object], name: str, *, label: str = "", may_lack: bool = False) -> str:
-    """The text of field `name`; `may_lack` lets it be absent, null or empty."""
+    """Return the text of field `name`; `may_lack` lets it be absent, null or empty."""
     path = f"{label}.{name}" if label else name
     value = fields.get(name)
     if value is None and may_lack:
@@ -296,7 +295,7 @@ def _text(fields: Mapping[str, object], name: str, *, label: str = "", may_lack:
 
 
 def _meta(fields: Mapping[str, object], used: Iterable[str]) -> dict[str, str]:
-    """The fields besides `used` that are single values, as text (true and false as JSON writes them)."""
+    """Return the fields besides `used` that are single values, as text (true and false as JSON writes them)."""
     return {
         name: str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in fields.items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training files of a data set on the Hugging Face hub, or of its copy in the hub's own cache."""
+"""Fetch the training files of a data set on the Hugging Face hub, or find them in the hub's own cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_DATA = re.compile(r"(^|/)(\.[^/]*|dataset_infos?\.json|dataset_dict\.json|st
 
 
 def files(source: str, offline: bool) -> list[tuple[Path, str]]:
-    """The training files of a hub data set, fetched into the hub's own cache."""
+    """Fetch the training files of a hub data set into the hub's own cache."""
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
@@ -63,7 +63,7 @@ def files(source: str, offline: bool) -> list[tuple[Path, str]]:
 
 
 def _hub_cache(cache: Path, repo: str) -> Path | None:
-    """The folder of `repo`'s cached main revision, if there is one."""
+    """Return the folder of `repo`'s cached main revision, if there is one."""
     folder = cache / f"datasets--{repo.replace('/', '--')}"
     try:
         snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
@@ -73,7 +73,7 @@ def _hub_cache(cache: Path, repo: str) -> Path | None:
 
 
 def _train_files(names: Sequence[str], repo: str, wanted: str) -> list[str]:
-    """The files, in parts or one, of `wanted` or else of the training split.
+    """Return the files (one or several parts) of `wanted`, or else of the training split.
 
     That is the one set named train, or the only one not named as another split; of several file types the
     first of `READERS`.

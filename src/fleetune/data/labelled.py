@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples to tokens for an encoder that chooses among label words, and which encoding a model wants.
+"""Encode examples for an encoder that chooses among label words, and pick the encoding that a model needs.
 
-A row is what its example has to be read (`Example.texts`: one text or a pair; else its turns, a line each),
-as the tokenizer itself joins and marks texts: `[CLS] a [SEP] b [SEP]` with segments 0 and 1 for BERT,
+A row is the example's text or pair of texts (`Example.texts`; else its turns, a line each), joined and marked by
+the tokenizer itself: `[CLS] a [SEP] b [SEP]` with segments 0 and 1 for BERT,
 `<s> a </s></s> b </s>` without segments for RoBERTa.  Its target is the index of the example's response
 among the model's label words.
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def encode_rows(
     model: Model, examples: Sequence[Example], max_length: int
 ) -> tuple[list[Encoded], npt.NDArray[np.int64]]:
-    """The examples as `model` reads them, and the index of each row's example: see `encode_all` and here."""
+    """Return the examples as `model` reads them, and the index of each row's example (see `encode_all`)."""
     if not model.labels:
         return encode_all(examples, model.tokenizer, max_length)
     targets = [_target(example, model.labels) for example in examples]
@@ -44,7 +44,7 @@ def encode_rows(
 def encode_texts(
     model: Model, examples: Sequence[Example], max_length: int
 ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32] | None]]:
-    """The tokens of each example's texts, and their segments where the tokenizer tells them: int32 [T] each."""
+    """Return the tokens of each example's texts, and their segments where the tokenizer has them: int32 [T] each."""
     limit = min(max_length, positions(model))
     texts = [example.texts or ("\n".join(said for _, said in example.messages),) for example in examples]
     for start in range(0, len(texts), CHUNK):
@@ -57,7 +57,7 @@ def encode_texts(
 
 
 def positions(model: Model) -> int:
-    """Tokens that an encoder has positions for.  RoBERTa's begin after the padding's number."""
+    """Return how many positions an encoder has.  RoBERTa's begin after the padding's number."""
     taken = 0
     for name, module in model.net.named_modules():
         if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:

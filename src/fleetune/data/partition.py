@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which client holds which rows: the splits that federated papers simulate, and the held-out rows.
+"""Partition rows over clients as federated papers do, and hold rows out for evaluation.
 
     iid                       rows at random, sizes equal to within one
     dirichlet:ALPHA:COLUMN    for each value v of COLUMN, the shares of the clients in v's rows are drawn as
@@ -12,12 +12,11 @@
 
 Everything is a function of the 64-bit seed through the Philox generator, whose words are the same on every
 platform and in every version of numpy.  Only the Dirichlet shares go through floating-point logarithms; a
-golden test watches that they, too, stay as they are.
+golden test pins them.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.data.examples import Example
-from fleetune.errors import DataError, RecipeError
+from fleetune.errors import DataError, RecipeError, closest
 
 Rows = npt.NDArray[np.int64]
 Strata = list[tuple[str, Rows]]
@@ -49,12 +48,12 @@ class PartitionSpec(NamedTuple):
 
 
 def _philox(key: int, stream: int) -> np.random.Philox:
-    """Philox with the 64-bit `key`, at a counter that belongs to `stream` alone."""
+    """Return Philox with the 64-bit `key`, at a counter that belongs to `stream` alone."""
     return np.random.Philox(key=key % 2**64, counter=np.array([0, 0, 0, stream], dtype=np.uint64))
 
 
 def keyed_order(key: int, stream: int, n: int) -> Rows:
-    """A random permutation of range(n), int64, fixed by `key` (taken mod 2^64) and `stream`.
+    """Return a random permutation of range(n), int64, fixed by `key` (taken mod 2^64) and `stream`.
 
     It sorts n raw Philox words, which no platform or numpy version changes (Generator.permutation may).
     """
@@ -62,14 +61,14 @@ def keyed_order(key: int, stream: int, n: int) -> Rows:
 
 
 def check_partition_spec(spec: str) -> None:
-    """Check the writing of a partition without any data; RecipeError says what is wrong with it."""
+    """Check a partition's spelling without any data; RecipeError says what is wrong with it."""
     _parse(spec)
 
 
 def partition(
     examples: Sequence[Example], spec: str, clients: int | None, seed: int, min_rows: int = 1
 ) -> list[Rows]:
-    """Give the rows of `examples` to clients as `spec` says (see the module): sorted int64 indices of each.
+    """Split the rows of `examples` over clients as `spec` says (see the module docstring): sorted int64 indices of each.
 
     Every row goes to exactly one of `clients` clients, and each gets at least `min_rows`: Dirichlet shares
     are drawn again up to 10 times, then rows move from the client with most rows to those with too few.
@@ -145,12 +144,12 @@ def hold_out(
 
 
 def _parse(spec: str) -> PartitionSpec:
-    """The parts of a partition's writing; RecipeError when it is none."""
+    """Parse a partition's spelling; RecipeError when it is none."""
     kind, _, rest = spec.partition(":")
     if kind not in KINDS:
-        close = difflib.get_close_matches(kind, KINDS, n=1)
+        near = closest(kind, KINDS)
         raise RecipeError(
-            [f"partition {spec!r}: no kind {kind!r}" + (f"; did you mean {close[0]!r}?" if close else "")],
+            [f"partition {spec!r}: no kind {kind!r}" + (f"; did you mean {near!r}?" if near else "")],
             hint=f"write one of {FORMS}",
         )
     if kind == "iid" and not rest:
@@ -171,7 +170,7 @@ def _parse(spec: str) -> PartitionSpec:
 
 
 def _alpha(spec: str, written: str) -> float:
-    """Dirichlet's concentration, a finite number above 0."""
+    """Parse Dirichlet's concentration, a finite number above 0."""
     try:
         alpha = float(written)
     except ValueError:
@@ -185,7 +184,7 @@ def _alpha(spec: str, written: str) -> float:
 
 
 def _strata(examples: Sequence[Example], column: str) -> Strata:
-    """The values of `column` in sorted order, each with its rows; DataError if any row lacks it."""
+    """Return the values of `column` in sorted order, each with its rows; DataError if any row lacks it."""
     missing = [i for i, example in enumerate(examples) if column not in example.meta]
     if not missing:
         values = np.array([example.meta[column] for example in examples], dtype=object)
@@ -198,9 +197,9 @@ def _strata(examples: Sequence[Example], column: str) -> Strata:
             f"first in row {missing[0] + 1}",
             hint=f"fill in {column!r} in every row, or delete those rows",
         )
-    close = difflib.get_close_matches(column, columns, n=1)
+    near = closest(column, columns)
     raise DataError(
-        f"no column {column!r} in the data" + (f"; did you mean {close[0]!r}?" if close else ""),
+        f"no column {column!r} in the data" + (f"; did you mean {near!r}?" if near else ""),
         hint=f"the columns are: {', '.join(columns)}" if columns else "the rows have no columns: use iid",
     )
 
@@ -224,7 +223,7 @@ def _quotas(sizes: Sequence[int], count: int) -> list[int]:
 
 
 def _natural(strata: Strata, column: str, clients: int | None, min_rows: int) -> list[Rows]:
-    """The column's values as clients: those with `min_rows` rows, the `clients` largest of them."""
+    """Return the column's values as clients: those with `min_rows` rows, the `clients` largest of them."""
     able = [rows for _, rows in strata if len(rows) >= min_rows]
     wanted = len(able) if clients is None else clients
     if wanted > len(able) or not able:
@@ -238,7 +237,7 @@ def _natural(strata: Strata, column: str, clients: int | None, min_rows: int) ->
 
 
 def _shards(strata: Strata, clients: int, per_client: int, seed: int) -> Rows:
-    """The owner of each row: S*K contiguous shards of the sorted rows, S of them at random per client."""
+    """Return the owner of each row: S*K contiguous shards of the sorted rows, S of them at random per client."""
     in_order = np.concatenate([rows for _, rows in strata])
     count = clients * per_client
     if count > len(in_order):
@@ -255,7 +254,7 @@ def _shards(strata: Strata, clients: int, per_client: int, seed: int) -> Rows:
 
 
 def _dirichlet(strata: Strata, clients: int, alpha: float, seed: int, min_rows: int) -> Rows:
-    """The owner of each row by label skew: the first draw that gives all `min_rows`, else the best one."""
+    """Return the owner of each row by label skew: the first draw that gives all `min_rows`, else the best one."""
     rng = np.random.Generator(_philox(seed, DIRICHLET))
     best, least = np.empty(0, dtype=np.int64), math.inf
     for _ in range(DRAWS):
@@ -270,7 +269,7 @@ def _dirichlet(strata: Strata, clients: int, alpha: float, seed: int, min_rows: 
 
 
 def _dirichlet_draw(strata: Strata, clients: int, alpha: float, rng: np.random.Generator) -> Rows:
-    """One draw: for each value of the column, p ~ Dir(alpha) over the clients with fewer than N/K rows.
+    """Draw once: for each value of the column, p ~ Dir(alpha) over the clients with fewer than N/K rows.
 
     (Zeroing the others in a draw over all clients and rescaling it, as the papers' code does, is the same
     law, but leaves nothing to rescale when alpha is small.)  A client gets p times the value's rows,
@@ -310,7 +309,7 @@ def _top_up(owner: Rows, clients: int, min_rows: int, seed: int) -> Rows:
 
 
 def _lists(owner: Rows, clients: int) -> list[Rows]:
-    """The rows of each client, sorted."""
+    """Return the rows of each client, sorted."""
     by_owner = np.argsort(owner, kind="stable")
     sizes = np.bincount(owner, minlength=clients)
     return np.split(by_owner, np.cumsum(sizes)[:-1])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of a file (.jsonl, .json, .csv, .parquet) one by one, each with the place where it stands.
+"""Read the rows of a file (.jsonl, .json, .csv, .parquet) one by one, each with its place in the file.
 
-A reader gives a `Problem` in place of a row that is not one; what is wrong with a file as a whole is a DataError.
+A reader yields a `Problem` in place of an invalid row; an invalid file as a whole is a DataError.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fleetune.errors import DataError
 
 
 class FileRow(NamedTuple):
-    """One row as it stands in its file."""
+    """One row of a file, with its place."""
 
     where: str  # "file:line"
     fields: dict[str, object]
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
 
 def rows_of(path: Path, shown: str) -> Iterator[FileRow | Problem]:
-    """The rows of one file by the reader of its suffix."""
+    """Read one file by the reader of its suffix."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
@@ -50,14 +50,14 @@ def rows_of(path: Path, shown: str) -> Iterator[FileRow | Problem]:
 
 
 def _row(where: str, value: object) -> FileRow | Problem:
-    """A JSON value as a row."""
+    """Return a JSON value as a row."""
     if isinstance(value, dict):
         return FileRow(where, value)
     return Problem(where, f"is {value_text(value)}, not an object", "write each row as {...}")
 
 
 def _jsonl(path: Path, shown: str) -> Iterator[FileRow | Problem]:
-    """One JSON object a line; blank lines are skipped."""
+    """Read one JSON object a line; blank lines are skipped."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             where = f"{shown}:{number}"
@@ -73,7 +73,7 @@ def _jsonl(path: Path, shown: str) -> Iterator[FileRow | Problem]:
 
 
 def _json(path: Path, shown: str) -> Iterator[FileRow | Problem]:
-    """A JSON list of objects; a file that starts with an object is read as JSON lines, as the hub does."""
+    """Read a JSON list of objects; a file that starts with an object is read as JSON lines, as the hub does."""
     text = decode(path.read_bytes(), shown)
     blank = re.compile(r"[ \t\r\n]*")
     decoder = json.JSONDecoder()
@@ -106,7 +106,7 @@ def _json(path: Path, shown: str) -> Iterator[FileRow | Problem]:
 
 
 def _one_object(text: str, shown: str) -> list[FileRow | Problem]:
-    """The problem of a file that is a single object over several lines; empty for anything else."""
+    """Return the problem of a file that is a single object over several lines; empty for anything else."""
     try:
         value = json.loads(text) if "\n" in text.strip() else None
     except (ValueError, RecursionError):
@@ -119,7 +119,7 @@ def _one_object(text: str, shown: str) -> list[FileRow | Problem]:
 
 
 def _csv(path: Path, shown: str) -> Iterator[FileRow | Problem]:
-    """Comma-separated values with a header line; a row's line is the one it starts on."""
+    """Read comma-separated values with a header line; a row's line is the one it starts on."""
     reader = csv.reader(io.StringIO(decode(path.read_bytes(), shown), newline=""), strict=True)
     fix = 'give every row the header\'s columns; put values that hold commas, quotes or line breaks in "..."'
     header: list[str] | None = None
@@ -145,7 +145,7 @@ def _csv(path: Path, shown: str) -> Iterator[FileRow | Problem]:
 
 
 def _parquet(path: Path, shown: str) -> Iterator[FileRow | Problem]:
-    """Parquet, in batches; there are no lines, so a row is named by its number."""
+    """Read Parquet in batches; there are no lines, so a row is named by its number."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -172,7 +172,7 @@ READERS: Mapping[str, Callable[[Path, str], Iterator[FileRow | Problem]]] = {
 
 
 def value_text(value: object) -> str:
-    """A wrong value in few words."""
+    """Describe a wrong value in few words."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
@@ -185,7 +185,7 @@ def value_text(value: object) -> str:
 
 
 def names_of(fields: Mapping[str, object]) -> str:
-    """The names of the first twelve fields."""
+    """List the names of the first twelve fields."""
     return ", ".join(map(str, itertools.islice(fields, 12))) or "no fields"
 
 
@@ -193,7 +193,7 @@ def names_of(fields: Mapping[str, object]) -> str:
 
 
 def decode(raw: bytes, shown: str) -> str:
-    """UTF-8 text, without a byte-order mark; DataError names the line that is not."""
+    """Decode UTF-8 text, without a byte-order mark; DataError names the line that is not UTF-8."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -214,14 +214,14 @@ def _json_fault(error: Exception) -> str:
 
 
 def unreadable(shown: str, error: OSError) -> DataError:
-    """The error for a file that the system will not let us read."""
+    """Return the error for a file that the system does not let us read."""
     return DataError(
         f"cannot read {shown}: {error.strerror or error}", hint="check the file and its permissions"
     )
 
 
 def no_file(source: str) -> DataError:
-    """Why `source` is no file, with the neighbours that it may have meant."""
+    """Return why `source` is no file, with the neighbours that it may have meant."""
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
         inside = [name for name in _listing(path) if Path(name).suffix.lower() in READERS]
@@ -235,7 +235,7 @@ def no_file(source: str) -> DataError:
 
 
 def suggest_files(source: str) -> str:
-    """A question with the files whose names are close to `source`, "" if there are none."""
+    """Return a question with the files whose names are close to `source`, "" if there are none."""
     path = Path(os.path.expanduser(source))
     near = difflib.get_close_matches(path.name, [*_listing(path.parent), "demo"], n=3, cutoff=0.5)
     meant = [name if name == "demo" else str(path.parent / name) for name in near]
@@ -243,7 +243,7 @@ def suggest_files(source: str) -> str:
 
 
 def _listing(folder: Path) -> list[str]:
-    """The names of the files in a folder, sorted; none of a folder that may not be listed."""
+    """Return the names of the files in a folder, sorted; none of a folder that cannot be listed."""
     try:
         return sorted(path.name for path in folder.iterdir() if path.is_file())
     except OSError:

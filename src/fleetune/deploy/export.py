@@ -75,15 +75,14 @@ def load(source: Path) -> Model:
 
     ModelError if it is none of them.  Nothing of it stays on the disk.
     """
-    if not is_master(source) and source.suffix != ".gguf":
+    if is_master(source):
+        return models.load_artefact(source)
+    if source.suffix != ".gguf":
         return models.load(str(source), device="cpu")
     with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
         plain = Path(folder) / source.name
-        if is_master(source):
-            export(source, "hf", plain)
-        else:
-            plain.mkdir()
-            convert.convert(source, plain)
+        plain.mkdir()
+        convert.convert(source, plain)
         model = models.load(str(plain), device="cpu")
     return dataclasses.replace(model, name=str(source), path=source)
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses, generated answers, scores and objectives."""
+"""Measure models: losses, generated answers, scores, objectives."""

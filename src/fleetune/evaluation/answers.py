@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model answers: greedy answers to prompts, and which of some given answers it holds likeliest.
+"""Generate answers greedily or by sampling, and score given answers by their log-probability.
 
 An encoder writes nothing: its answer is the label word that it chooses.
 
@@ -39,7 +39,7 @@ from fleetune.models.model import Model
 def generate(
     model: Model, examples: Sequence[Example], *, max_new_tokens: int = 128, batch_size: int = 8
 ) -> list[str]:
-    """The model's greedy answer to each example's prompt, without special tokens and outer white space.
+    """Return the model's greedy answer to each example's prompt, without special tokens and outer white space.
 
     128 new tokens is FedKSeed's evaluation.  A prompt too long for the context less `max_new_tokens` is cut
     as `prompt_ids` does.  An encoder's answers are its label words.
@@ -54,7 +54,7 @@ def generate(
 def predict(
     model: Model, examples: Sequence[Example], *, max_length: int = 1 << 20, batch_size: int = 8
 ) -> list[str]:
-    """The label word that an encoder chooses for each example, the first of equals."""
+    """Return the label word that an encoder chooses for each example, the first of equals."""
     rows = [
         Encoded(ids, len(ids), segments, 0) for ids, segments in encode_texts(model, examples, max_length)
     ]
@@ -63,7 +63,7 @@ def predict(
 
 
 def require_text_model(model: Model, what: str) -> None:
-    """RecipeError when `what` needs a text that `model` writes and it is an encoder."""
+    """Raise RecipeError when `what` needs generated text and `model` is an encoder."""
     if model.labels:
         raise RecipeError(
             [
@@ -76,7 +76,7 @@ def require_text_model(model: Model, what: str) -> None:
 def generate_from_ids(
     model: Model, prompts: Sequence[np.ndarray], *, max_new_tokens: int = 128, batch_size: int = 8
 ) -> list[str]:
-    """The greedy continuation of each prompt (int ids [T], not empty) as text, in the order of the prompts.
+    """Return the greedy continuation of each prompt (int ids [T], not empty) as text, in the order of the prompts.
 
     Stops at the tokenizer's or the model's end of sequence or the chat template's end of turn, or after
     `max_new_tokens`.  Prompts of like length share a batch, padded on the left; the attention mask hides the
@@ -90,15 +90,20 @@ def generate_from_ids(
 def sample_from_ids(
     model: Model, prompts: Sequence[np.ndarray], *, temperature: float, max_new_tokens: int, seed: int
 ) -> list[np.ndarray]:
-    """A continuation of each prompt (int ids [T], not empty) drawn from the model: int32 [N] each, N >= 1.
+    """Sample a continuation of each prompt (int ids [T], not empty): int32 [N] each, N >= 1.
 
     Up to and with the first token that ends an answer, or `max_new_tokens`.  A function of the weights, the
     prompts and `seed` alone; torch's generators are afterwards what they were.  RecipeError for an encoder.
     """
     require_text_model(model, "sampling")
     config = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, **_ends(model)
-    )  # fmt: skip
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        **_ends(model),
+    )
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if model.device == "cuda" else []):
         torch.manual_seed(seed)
         drawn = _continued(model, prompts, config, len(prompts))
@@ -113,7 +118,7 @@ def _ends(model: Model) -> dict[str, Any]:
 def _continued(
     model: Model, prompts: Sequence[np.ndarray], config: GenerationConfig, batch_size: int
 ) -> list[list[int]]:
-    """What `config` makes the model write after each prompt, padding after its end included."""
+    """Return what `config` makes the model write after each prompt, padding after its end included."""
     written: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with eval_mode(model.net), _settings(model.net, config):
@@ -129,7 +134,7 @@ def _continued(
 
 
 def decode_answer(model: Model, ids: Sequence[int]) -> str:
-    """The text of an answer's tokens up to its end, without special tokens and outer white space."""
+    """Return the text of an answer's tokens up to its end, without special tokens and outer white space."""
     stops = stop_ids(model)
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     return str(model.tokenizer.decode(list(ids[:end]), skip_special_tokens=True)).strip()
@@ -154,7 +159,7 @@ def _settings(net: nn.Module, config: GenerationConfig) -> Iterator[None]:
 
 
 def _left_padded(prompts: Sequence[np.ndarray], pad_id: int, device: str) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 [B, T] both, the prompts flush right."""
+    """Return token ids and attention mask, int64 [B, T] both, the prompts flush right."""
     length = max(len(prompt) for prompt in prompts)
     ids = np.full((len(prompts), length), pad_id, np.int64)
     mask = np.zeros_like(ids)
@@ -165,7 +170,7 @@ def _left_padded(prompts: Sequence[np.ndarray], pad_id: int, device: str) -> tup
 
 
 def stop_ids(model: Model) -> frozenset[int]:
-    """The tokens that end an answer: end of turn (template), end of text (tokenizer and model)."""
+    """Return the tokens that end an answer: end of turn (template), end of text (tokenizer and model)."""
     own = base_of(model.net).generation_config
     ends = own.eos_token_id if own is not None else None
     found = {*tokenizer_stop_ids(model.tokenizer), *(ends if isinstance(ends, list) else [ends])}
@@ -176,18 +181,18 @@ def stop_ids(model: Model) -> frozenset[int]:
 
 
 def answer_ids(model: Model, answer: str) -> np.ndarray:
-    """The tokens of `answer` as an assistant's turn has them, without the end of the turn: int ids [T]."""
+    """Return the tokens of `answer` as an assistant's turn, without the end of the turn: int ids [T]."""
     row = encode(Example((("user", "question"),), answer, {}), model.tokenizer, context_length(model))
     return without_end(model, row.ids[row.n_prompt :])
 
 
 def without_end(model: Model, ids: np.ndarray) -> np.ndarray:
-    """`ids` up to the first token that ends an answer."""
+    """Return `ids` up to the first token that ends an answer."""
     return ids[: _end(ids, stop_ids(model))]
 
 
 def until_end(ids: np.ndarray, stops: Collection[int]) -> np.ndarray:
-    """`ids` up to and with the first of the tokens `stops`."""
+    """Return `ids` up to and with the first of the tokens `stops`."""
     return ids[: _end(ids, stops) + 1]
 
 
@@ -199,7 +204,7 @@ def _end(ids: np.ndarray, stops: Collection[int]) -> int:
 def answer_scores(
     model: Model, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray], *, batch_size: int = 8
 ) -> np.ndarray:
-    """The mean log-probability (nats) of each answer's tokens after each prompt: float64 [prompts, answers].
+    """Return the mean log-probability (nats) of each answer's tokens after each prompt: float64 [prompts, answers].
 
     The mean, not the sum, so that a label of more tokens is not at a disadvantage (MeZO's score).
     """
@@ -221,7 +226,7 @@ def label_accuracy(
     max_length: int = 512,
     batch_size: int = 8,
 ) -> float:
-    """The share of examples, in percent, whose own label scores best among all label words.
+    """Return the share of examples, in percent, whose own label scores best among all label words.
 
     An example's label is its response.  `labels` defaults to the different responses of `examples`, sorted.
     The choice is the argmax of the labels' mean log-probability after the prompt, the first of equals; an

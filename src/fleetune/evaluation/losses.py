@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of a model on rows and on plain text: cross-entropy of the response tokens, perplexity.
+"""Compute cross-entropy and perplexity of a model on rows and on plain text.
 
 For an encoder with a classification head the response is one choice: the cross-entropy of its label word, so
 that every row counts once.
@@ -40,7 +40,7 @@ CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time
 
 @contextmanager
 def eval_mode(net: nn.Module) -> Iterator[None]:
-    """Run the body in eval mode without gradients; afterwards every module's training flag is what it was."""
+    """Run the body in eval mode without gradients; restore every module's training flag afterwards."""
     training = [module for module in net.modules() if module.training]
     net.eval()
     try:
@@ -76,7 +76,7 @@ class _Narrow:
         self.output = output
 
     def run(self, net: nn.Module, head: nn.Module | None, batch: Batch) -> Tensor:
-        """The logits of one forward: [1, min(N, limit), V], or [B, T, V] where the head was not caught."""
+        """Return the logits of one forward: [1, min(N, limit), V], or [B, T, V] where the head was not caught."""
         hooks = []
         if head is not None:
             # First in, last out: hooks that others have put on the head see exactly what the head sees.
@@ -91,7 +91,7 @@ class _Narrow:
 
 
 def base_of(net: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside `net` (which PEFT may have wrapped)."""
+    """Return the Hugging Face model inside `net` (which PEFT may have wrapped)."""
     for module in net.modules():
         if isinstance(module, PreTrainedModel):
             return module
@@ -99,7 +99,7 @@ def base_of(net: nn.Module) -> PreTrainedModel:
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[target] in float32: logits [n, V], targets int64 [n] -> [n]."""
+    """Return -log softmax(logits)[target] in float32: logits [n, V], targets int64 [n] -> [n]."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
@@ -112,21 +112,21 @@ def _head_nll(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
 
 
 def class_logits(net: nn.Module, batch: Batch) -> Tensor:
-    """What an encoder says of each row's label words: float32 [B, C]."""
+    """Return an encoder's logits of each row's label words: float32 [B, C]."""
     more = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
     out = net(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **more)
     return cast(Tensor, out.logits.float())
 
 
 def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The cross-entropy (nats) of each scored token, and its row: float32 [N], int64 [N], in row order.
+    """Return the cross-entropy (nats) of each scored token, and its row: float32 [N], int64 [N], in row order.
 
     A row for an encoder scores one thing, its label word.
 
     The label at position t is predicted at t-1, so a label at position 0 is never scored.  The head runs over
-    the N predicting positions in chunks; a model that does more after its head than hand the logits on (a
-    soft cap, a scale) is run again with all N in one chunk, which is slower and always right.  With gradients
-    enabled the result can be back-propagated; later chunks are then recomputed rather than kept.
+    the N predicting positions in chunks; a model that changes the logits after its head (a soft cap, a scale) is
+    run again with all N in one chunk, which is slower and always right.  With gradients enabled the result can
+    be back-propagated; later chunks are then recomputed rather than stored.
     """
     if batch.labels.ndim == 1:
         rows = torch.arange(len(batch.labels), device=batch.labels.device)
@@ -163,10 +163,10 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def predictors(net: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What the N scored tokens are predicted from, and what makes logits [n, V] of any n of its rows.
+    """Return the inputs of the N scored tokens' prediction, and a function from any n of these to logits [n, V].
 
-    These are the head's inputs [N, H] and the head or, of a model that does more after its head (see
-    `token_losses`), all the logits [N, V] as they are.  Runs under the gradient setting that it finds.
+    These are the head's inputs [N, H] and the head or, where a model changes the logits after its head (see
+    `token_losses`), all logits [N, V] and the identity.  Runs under the current gradient setting.
     """
     wanted = F.pad(batch.labels[:, 1:] != MASKED, (0, 1))
     head = cast(nn.Module, base_of(net).get_output_embeddings())
@@ -183,10 +183,10 @@ def predictors(net: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[Tensor],
 def _streamed_nll(
     blocks: Callable[[], Iterable[tuple[int, Tensor]]], rows: Tensor, targets: Tensor
 ) -> Tensor:
-    """`_nll` for a head whose weights are computed on the way (`seeds/view.py`): each block of them once.
+    """Compute `_nll` for a head whose weights are computed on demand (`seeds/view.py`), each block of them once.
 
     The log-sum-exp is taken online over blocks of the vocabulary (Milakov and Gimelshein 2018, arXiv
-    1805.02867, Algorithm 3), so that the whole of the logits never exists, for any number of rows.
+    1805.02867, Algorithm 3), so that all logits never exist at once, for any number of rows.
     """
     top = torch.full((len(rows),), -math.inf, device=rows.device)
     total, own = torch.zeros_like(top), torch.zeros_like(top)
@@ -206,7 +206,7 @@ def _streamed_nll(
 
 
 def row_losses(model: Model, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """The summed cross-entropy (nats) and the number of scored tokens of each row: float64 [B], int64 [B].
+    """Return the summed cross-entropy (nats) and the number of scored tokens of each row: float64 [B], int64 [B].
 
     Scored are the positions with a label other than -100, except position 0, which nothing predicts.
     """
@@ -218,7 +218,7 @@ def row_losses(model: Model, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batch_loss(model: Model, batch: Batch) -> float:
-    """Mean cross-entropy over the response tokens of one batch, in nats (one forward, float64 sum).
+    """Return the mean cross-entropy over the response tokens of one batch, in nats (one forward, float64 sum).
 
     NaN when the batch has no scored token.
     """
@@ -227,7 +227,7 @@ def batch_loss(model: Model, batch: Batch) -> float:
 
 
 def pad_id(model: Model) -> int:
-    """What to fill up rows with; masked everywhere, so any id in the vocabulary would do."""
+    """Return a padding token; it is masked everywhere, so any id in the vocabulary would do."""
     for token in (model.tokenizer.pad_token_id, model.tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -235,7 +235,7 @@ def pad_id(model: Model) -> int:
 
 
 def all_row_losses(model: Model, rows: Sequence[Encoded], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`row_losses` over any number of rows."""
+    """Compute `row_losses` of any number of rows."""
     sums, counts = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     for at, batch in _longest_first(model, rows, batch_size):
         sums[at], counts[at] = row_losses(model, batch)
@@ -245,7 +245,7 @@ def all_row_losses(model: Model, rows: Sequence[Encoded], batch_size: int) -> tu
 def _longest_first(
     model: Model, rows: Sequence[Encoded], batch_size: int
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of all rows and whose they are: little padding, and memory peaks at the start."""
+    """Yield batches of all rows with their indices, longest first: little padding, and memory peaks at the start."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     for start in range(0, len(order), batch_size):
         at = order[start : start + batch_size]
@@ -253,7 +253,7 @@ def _longest_first(
 
 
 def all_class_logits(model: Model, rows: Sequence[Encoded], batch_size: int = 8) -> np.ndarray:
-    """`class_logits` of any number of rows, in their order: float64 [N, C]."""
+    """Compute `class_logits` of any number of rows, in their order: float64 [N, C]."""
     logits = np.zeros((len(rows), len(model.labels)))
     with eval_mode(model.net):
         for at, batch in _longest_first(model, rows, batch_size):
@@ -262,7 +262,7 @@ def all_class_logits(model: Model, rows: Sequence[Encoded], batch_size: int = 8)
 
 
 def class_measures(model: Model, rows: Sequence[Encoded], *, batch_size: int = 8) -> tuple[float, float]:
-    """Mean cross-entropy (nats) and accuracy (percent) of an encoder on rows, from one forward of each."""
+    """Return the mean cross-entropy (nats) and accuracy (percent) of an encoder, from one forward of each row."""
     logits, targets = all_class_logits(model, rows, batch_size), np.array([row.target for row in rows])
     top = logits.max(1)
     losses = top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(len(rows)), targets]
@@ -270,7 +270,7 @@ def class_measures(model: Model, rows: Sequence[Encoded], *, batch_size: int = 8
 
 
 def response_loss(model: Model, rows: Sequence[Encoded], *, batch_size: int = 8) -> float:
-    """Mean cross-entropy over all response tokens of `rows`, in nats.
+    """Return the mean cross-entropy over all response tokens of `rows`, in nats.
 
     Token-weighted: a long answer counts for more than a short one, as in training.  DataError when there is
     no response token at all.
@@ -292,7 +292,7 @@ def perplexity(
     stride: int | None = None,
     batch_size: int = 1,
 ) -> float:
-    """exp(mean cross-entropy a token) of plain text, by windows of `window` tokens that move by `stride`.
+    """Return exp(mean cross-entropy per token) of plain text, by windows of `window` tokens that move by `stride`.
 
     As in the Hugging Face guide: a window scores only the tokens that no window before it has, and the rest
     of it is their context, so each token is scored once with at least window - stride tokens before it.
@@ -316,7 +316,7 @@ def perplexity(
 
 
 def _windows(ids: np.ndarray, window: int, stride: int) -> Iterator[Encoded]:
-    """A text's windows as rows whose "prompt" is the context: what an earlier window has scored."""
+    """Yield a text's windows as rows whose "prompt" is the context: what an earlier window has scored."""
     scored = 1
     for start in range(0, len(ids), stride):
         end = min(start + window, len(ids))
@@ -332,5 +332,5 @@ def _text_ids(model: Model, text: str) -> np.ndarray:
 
 
 def context_length(model: Model) -> int:
-    """The longest sequence the model is made for; 2,048 where its configuration does not say."""
+    """Return the longest sequence the model is made for; 2,048 where its configuration does not say."""
     return int(getattr(base_of(model.net).config.get_text_config(), "max_position_embeddings", None) or 2048)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a model is: the measures by name, on held-out rows, and samples of its answers.
+"""Evaluate a model on held-out rows by named tasks: loss, perplexity, accuracy, scores of answers.
 
 Losses are in nats a token (`losses.py`), scores of answers (`answers.py`, `scores.py`) in percent.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from types import MappingProxyType
 from fleetune.data.encode import Encoded
 from fleetune.data.examples import Example
 from fleetune.data.labelled import encode_rows
-from fleetune.errors import RecipeError
+from fleetune.errors import RecipeError, closest
 from fleetune.evaluation.answers import generate, label_accuracy, require_text_model
 from fleetune.evaluation.losses import class_measures, perplexity, response_loss
 from fleetune.evaluation.scores import exact_match, rouge_l, token_f1
@@ -24,7 +23,7 @@ from fleetune.models.model import Model
 
 @dataclass(frozen=True)
 class _Work:
-    """What the tasks measure on; the greedy answers are made once for all tasks that want them."""
+    """The input of the tasks; the greedy answers are made once for all tasks that need them."""
 
     model: Model
     examples: Sequence[Example]
@@ -36,7 +35,7 @@ class _Work:
 
     @functools.cached_property
     def answers(self) -> tuple[list[str], list[str]]:
-        """The model's answers and the references."""
+        """Return the model's answers and the references."""
         made = generate(
             self.model, self.examples, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
         )
@@ -72,13 +71,13 @@ _SHORT = MappingProxyType({"rouge": "rouge_l", "em": "exact_match", "acc": "accu
 
 
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
-    """The tasks' full names, each once; RecipeError naming every unknown one, with the nearest known."""
+    """Return the tasks' full names, each once; RecipeError naming every unknown one, with the nearest known."""
     names = tuple(dict.fromkeys(_SHORT.get(task, task) for task in tasks))
     problems = []
     for name in names:
         if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=1)
-            problems.append(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            near = closest(name, TASKS)
+            problems.append(f"unknown task {name!r}" + (f"; did you mean {near!r}?" if near else ""))
     if problems:
         raise RecipeError(problems, hint=f"the tasks are {', '.join(TASKS)}")
     return names
@@ -96,11 +95,11 @@ def evaluate(
     labels: Sequence[str] = (),
     texts: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Task name -> value on held-out `examples`: loss in nats, perplexity, the rest in percent.
+    """Return task name -> value on held-out `examples`: loss in nats, perplexity, the rest in percent.
 
     `tasks` are keys of `TASKS` or their short names (rouge, em, acc, ppl); by default loss and rouge_l, of an
-    encoder loss and accuracy, which are all that it has.  `answer_rows`: how many examples,
-    from the first, are answered for rouge_l, f1 and exact_match (default: all; answers are the slow part).
+    encoder loss and accuracy (it has no others).  `answer_rows`: how many examples, from the first, are answered
+    for rouge_l, f1 and exact_match (default: all; answers are the slow part).
     `labels`: the label words of "accuracy" (default: the different responses).  `texts`: what "perplexity"
     reads (default: the responses).  RecipeError for an unknown task, DataError for rows that do not fit one.
     """
@@ -117,10 +116,9 @@ def evaluate(
 def measure(
     model: Model, rows: Sequence[Encoded], examples: Sequence[Example], labels: Sequence[str], max_length: int
 ) -> dict[str, float]:
-    """What a run measures at every evaluation: the loss of held-out rows, and their accuracy by label words.
+    """Return what a run measures at every evaluation: loss of the held-out rows, and accuracy by label words.
 
-    The accuracy is always an encoder's; a causal model's where `labels` are given.  `rows` are the encoded
-    `examples`.
+    An encoder always has an accuracy, a causal model where `labels` are given.  `rows` are the encoded `examples`.
     """
     if model.labels:
         return dict(zip(("loss", "accuracy"), class_measures(model, rows), strict=True))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a back-propagation-free method minimises: any function `objective(model, batch) -> float`.
+"""Define what zeroth-order methods minimise: any function `objective(model, batch) -> float`.
 
-A two-point estimate needs only the value, so the objective may be what one really wants and cannot be
-differentiated: accuracy, or the score of generated text (MeZO, arXiv 2305.17333, section 3.3; its code
+A two-point estimate needs only the value, so the objective may be one that cannot be differentiated: accuracy, or
+the score of generated text (MeZO, arXiv 2305.17333, section 3.3; its code
 minimises -accuracy and -F1).
 
 | name | value to minimise | argument |
@@ -67,11 +67,11 @@ MAX_NEW_TOKENS = 128  # FedKSeed's evaluation
 
 
 def get(name: str = "loss") -> Objective:
-    """The objective of that name (see the module's table), or the function at that import path.
+    """Return the objective of that name (see the module docstring), or the function at that import path.
 
     RecipeError when there is none, its argument is wrong, or the path cannot be imported or is not callable:
-    call this before any slow work.  What an imported function raises or returns that is not a finite number
-    is a RecipeError too, when it happens.
+    call this before any slow work.  Later, an imported function that fails or returns no finite number raises a
+    RecipeError too.
     """
     kind, _, argument = name.partition(":")
     if kind in BUILT_IN:
@@ -80,7 +80,7 @@ def get(name: str = "loss") -> Objective:
 
 
 def split(batch: Batch) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Each row's prompt ids and reference ids (its end of turn included), without padding: int [T] each."""
+    """Return each row's prompt ids and reference ids (its end of turn included), without padding: int [T] each."""
     ids, labels = batch.input_ids.cpu().numpy(), batch.labels.cpu().numpy()
     real, scored = batch.attention_mask.cpu().numpy() != 0, labels != MASKED
     rows = range(len(ids))
@@ -88,9 +88,9 @@ def split(batch: Batch) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 
 def loss_tensor(model: Model, batch: Batch) -> Tensor:
-    """The "loss" objective as a tensor to back-propagate: float32 scalar, mean over the response tokens.
+    """Return the "loss" objective as a tensor to back-propagate: float32 scalar, mean over the response tokens.
 
-    Runs in the mode and under the gradient setting that it finds.
+    Runs in the current mode and under the current gradient setting.
     """
     losses, _ = token_losses(model.net, batch)
     return losses.mean()
@@ -116,7 +116,7 @@ def _accuracy(argument: str) -> Objective:
 
 
 def negative_accuracy(model: Model, batch: Batch, labels: Sequence[str] = ()) -> float:
-    """-(share of rows whose own answer has the best mean log-probability among the labels), from 0 to -1.
+    """Return -(share of rows whose own answer has the best mean log-probability among the labels), from 0 to -1.
 
     `labels` defaults to the different answers of the batch.  A batch in which all are equal then scores -1 at
     any weights: that step moves nothing.  RecipeError for a batch of one row without `labels`, and for an
@@ -145,7 +145,7 @@ def negative_accuracy(model: Model, batch: Batch, labels: Sequence[str] = ()) ->
 
 
 def _of_answers(name: str, score: Score) -> Callable[[str], Objective]:
-    """The maker of an objective on greedy answers: -(score in percent) / 100."""
+    """Return the maker of an objective on greedy answers: -(score in percent) / 100."""
 
     def make(argument: str) -> Objective:
         if argument and not (argument.isdecimal() and int(argument) > 0):
@@ -159,7 +159,7 @@ def _of_answers(name: str, score: Score) -> Callable[[str], Objective]:
 
 
 def negative_score(model: Model, batch: Batch, score: Score, max_new_tokens: int = 0) -> float:
-    """-(score of the greedy answers to the batch's prompts against its references), from 0 to -1.
+    """Return -(score of the greedy answers to the batch's prompts against its references), from 0 to -1.
 
     `max_new_tokens` 0: twice the longest reference, at most 128, so that rambling costs precision but not
     time.
@@ -185,9 +185,10 @@ BUILT_IN: Mapping[str, Callable[[str], Objective]] = MappingProxyType(
 
 
 def import_function(name: str, kind: str, known: Iterable[str], call: str) -> Callable[..., Any]:
-    """The callable at "package.module:function" or "file.py:function".
+    """Import the callable at "package.module:function" or "file.py:function".
 
-    RecipeError when there is none; it calls it a `kind`, as the names `known` are, that is called like `call`.
+    RecipeError when there is none.  For its text, `kind` names the sort of function, `known` the built-in ones, and
+    `call` shows how it is called.
     """
     what = f"{kind} {name!r}"
     where, colon, function = name.rpartition(":")
@@ -251,7 +252,7 @@ def _import_error(what: str, error: Exception, hint: str) -> RecipeError:
 
 
 def _checked(name: str, function: Callable[..., Any]) -> Objective:
-    """`function` run without gradients, its result checked to be a finite number."""
+    """Wrap `function` to run without gradients, and check that its result is a finite number."""
 
     def objective(model: Model, batch: Batch) -> float:
         try:
@@ -270,7 +271,7 @@ def _checked(name: str, function: Callable[..., Any]) -> Objective:
 
 
 def finite_number(value: Any, what: str) -> float:
-    """`value`, which `what` returned, as a float; RecipeError when it is not a finite number."""
+    """Return `value`, the result of `what`, as a float; RecipeError when it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RecipeError(
             [f"{what} returned a {type(value).__name__}, not a float"],

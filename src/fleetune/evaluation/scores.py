@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of answers against their references, in percent as the papers print them.
+"""Score answers against their references, in percent: Rouge-L, token F1, exact match.
 
 Sources: Rouge-L of Lin (2004) by the `rouge-score` package with its Porter stemmer, as Natural Instructions
 (arXiv 2204.07705) and FedKSeed (arXiv 2312.06353) use it; F1 and exact match of SQuAD (arXiv 1606.05250).
@@ -30,7 +30,7 @@ def _rouge() -> Any:
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Mean Rouge-L F1 over the pairs, in percent (Lin 2004; `rouge-score`, Porter stemmer on).
+    """Return the mean Rouge-L F1 over the pairs, in percent (Lin 2004; `rouge-score`, Porter stemmer on).
 
     The package keeps only a-z and 0-9 of a lower-cased text, so text in another script scores 0.
     """
@@ -38,7 +38,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def token_f1(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Mean F1 of the two bags of words, in percent, on normalised text (SQuAD's evaluation script).
+    """Return the mean F1 of the two bags of words, in percent, on normalised text (SQuAD's evaluation script).
 
     Where either is empty after normalising, the pair scores 1 if both are, else 0 (SQuAD 2.0's rule).
     """
@@ -46,12 +46,12 @@ def token_f1(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """The share of answers equal to their reference after normalising, in percent (SQuAD's script)."""
+    """Return the share of answers equal to their reference after normalising, in percent (SQuAD's script)."""
     return _mean_score(lambda a, r: float(normalise(a) == normalise(r)), answers, references)
 
 
 def normalise(text: str) -> str:
-    """Lower case, no ASCII punctuation, no English articles, single spaces (SQuAD's `normalize_answer`)."""
+    """Lower the case; drop ASCII punctuation, English articles and extra spaces (SQuAD's `normalize_answer`)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 

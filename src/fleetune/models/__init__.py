@@ -11,13 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fleetune.models.loading import (  # fmt: skip
+    from fleetune.models.loading import (
         DEVICES,
         DTYPES,
         builtin,
         check_device,
         disk_errors,
         load,
+        load_artefact,
         load_config,
         move_model,
         pull,
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
 
 __all__ = [
-    "DEVICES", "DTYPES", "Model", "builtin", "check_device", "digest", "disk_errors", "load", "load_config", "move_model",
-    "named_tensors", "pull", "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer",
+    "DEVICES", "DTYPES", "Model", "builtin", "check_device", "digest", "disk_errors", "load", "load_artefact", "load_config",
+    "move_model", "named_tensors", "pull", "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer",
     "tokenizer_digest", "uniform",
 ]  # fmt: skip
 

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The master artefact: codes, scales and zeros as the solver decided them; every export is a repacking of it.
+"""Store a compressed model as the master artefact: codes, scales and zeros as the solver chose them.
 
 A folder with the model's configuration and tokenizer (transformers' own files) and
 
     master.safetensors      NAME.codes   uint8 [R, ceil(C bits / 8)]: a row's codes, bits in little-endian order
                             NAME.scale   float16 [R, C / group], may be negative
                             NAME.zero    uint8 [R, C / group]
-                            NAME         every tensor that is not quantised, in the type it had
+                            NAME         every tensor that is not quantised, in its own dtype
 
 for each quantised matrix NAME (a parameter's name, [R, C] = [out, in]), which is
 
     w[r, c] = scale[r, c // group] * (codes[r, c] - zero[r, c // group])            in float32, exact
 
 since a scale has 11 significant bits and the difference at most 9.  A pruned weight is one whose code is its
-zero.  The head (JSON under "master" in the file's metadata) says how it was made and from which base; there
-is no time in it and no path, so the same work gives the same bytes.
+zero.  Every export is a repacking of it.  The header (JSON under "master" in the file's metadata) says how it was
+made and from which base; it has no time and no path, so the same work gives the same bytes.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class Quantised:
     group: int  # columns that share a scale and a zero
 
     def dense(self) -> Tensor:
-        """The weights, float32 [R, C]."""
+        """Return the weights, float32 [R, C]."""
         steps = self.codes.float() - self.zero.float().repeat_interleave(self.group, 1)
         return steps * self.scale.float().repeat_interleave(self.group, 1)
 
 
 @dataclass(frozen=True)
 class ArtefactHead:
-    """How an artefact was made."""
+    """The header of an artefact: how it was made, and from which base."""
 
     method: str
     settings: Mapping[str, Any]
@@ -74,12 +74,12 @@ class ArtefactHead:
     version: int = VERSION
 
     def to_json(self) -> str:
-        """Canonical JSON."""
+        """Return canonical JSON."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> ArtefactHead:
-        """ModelError when it is not the head of a master artefact of this version."""
+        """Parse a header; ModelError when it is not that of a master artefact of this version."""
         try:
             raw = json.loads(text)
             if raw["version"] != VERSION:
@@ -96,12 +96,12 @@ class ArtefactHead:
 
 
 def dense(weight: Quantised | Tensor) -> Tensor:
-    """A weight's values, whichever way it is held."""
+    """Return a weight's values, quantised or not."""
     return weight.dense() if isinstance(weight, Quantised) else weight
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [R, C] codes below 2**bits -> uint8 [R, ceil(C bits / 8)], little-endian bits within a row."""
+    """Pack uint8 [R, C] codes below 2**bits into uint8 [R, ceil(C bits / 8)], little-endian bits within a row."""
     if 8 % bits:
         planes = np.unpackbits(codes.numpy()[..., None], axis=-1, bitorder="little")[..., :bits]
         return torch.from_numpy(np.packbits(planes.reshape(len(codes), -1), axis=1, bitorder="little"))
@@ -115,7 +115,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack`."""
+    """Undo `pack`."""
     if 8 % bits:
         flat = np.unpackbits(packed.numpy(), axis=1, bitorder="little")[:, : columns * bits]
         planes = flat.reshape(len(packed), columns, bits)
@@ -126,7 +126,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def stored(name: str, weight: Quantised | Tensor) -> dict[str, Tensor]:
-    """A parameter as the file holds it."""
+    """Return the tensors that the file holds for a parameter."""
     if isinstance(weight, Tensor):
         return {name: weight.detach().cpu().contiguous()}
     return {
@@ -139,16 +139,16 @@ def stored(name: str, weight: Quantised | Tensor) -> dict[str, Tensor]:
 def _merged(
     model: Model, changed: Mapping[str, Quantised | Tensor]
 ) -> Iterator[tuple[str, Quantised | Tensor]]:
-    """(name, value) of every parameter in name order; neither side is in memory as a whole."""
+    """Yield (name, value) of every parameter in name order, with one of them in memory at a time."""
     for name, tensor in tensors_of(model):
         yield name, changed.get(name, tensor)
 
 
 def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor], head: ArtefactHead) -> None:
-    """Write the artefact of `model`, of whose parameters `changed` replaces some; an older one is replaced.
+    """Write the artefact of `model`, with the parameters in `changed` replaced; an older artefact is overwritten.
 
     One parameter is in memory at a time; the bytes are those of safetensors' own writer.
-    StorageError when it cannot be written or `folder` holds something else; then it is what it was.
+    StorageError when it cannot be written or `folder` holds something else; then `folder` is unchanged.
     """
     grids, shapes = dict[str, tuple[int, int]](), dict[str, tuple[int, int]]()
     table = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
@@ -173,15 +173,15 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
 
 
 def is_master(path: Path) -> bool:
-    """Whether this is the folder of an artefact."""
+    """Return whether this is the folder of an artefact."""
     return (path / FILE).is_file()
 
 
 class Master:
-    """An artefact on the disk, read a tensor at a time."""
+    """An artefact on the disk, read one tensor at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """ModelError when the folder holds no artefact or a damaged one."""
+        """Open it; ModelError when the folder holds no artefact or a damaged one."""
         self.folder = folder
         if not is_master(folder):
             raise ModelError(
@@ -200,12 +200,12 @@ class Master:
 
     @cached_property
     def names(self) -> list[str]:
-        """The parameters in name order, quantised or not."""
+        """Return the parameters in name order, quantised or not."""
         parts = {f"{n}.{part}" for n in self.head.grids for part in ("codes", "scale", "zero")}
         return sorted((self._stored - parts) | set(self.head.grids))
 
     def quantised(self, name: str) -> Quantised | None:
-        """The codes of a parameter, None for one that is stored as it is.  ModelError for wrong shapes."""
+        """Read the codes of a parameter; None for one that is not quantised.  ModelError for wrong shapes."""
         if name not in self.head.grids:
             return None
         (bits, group), (R, C) = self.head.grids[name], self.head.shapes[name]
@@ -231,16 +231,16 @@ class Master:
         return Quantised(unpack(packed, bits, C), scale, zero, bits, group)
 
     def weight(self, name: str) -> Tensor:
-        """A parameter's values: float32 for a quantised one, else in the type it is stored in."""
+        """Read a parameter's values: float32 for a quantised one, else in the stored dtype."""
         q = self.quantised(name)
         return self._file.get_tensor(name) if q is None else q.dense()
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, values) of every parameter, in name order."""
+        """Yield (name, values) of every parameter, in name order."""
         for name in self.names:
             yield name, self.weight(name)
 
     def digest(self) -> str:
-        """SHA-256 of the file: which artefact an export was made from."""
+        """Return the SHA-256 of the file, which tells the artefact that an export was made from."""
         with (self.folder / FILE).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

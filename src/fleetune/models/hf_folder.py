@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is this folder a Hugging Face directory that can be used?  Said before any weights are read.
+"""Check that a folder is a complete Hugging Face directory, without reading weights.
 
 The layout is transformers' own: config.json, model.safetensors (or shards and their index), tokenizer.json,
 tokenizer_config.json, generation_config.json, chat_template.jinja.
@@ -30,7 +30,7 @@ NAME_HINT: Final = "give a built-in name (fleetune models), a model directory, a
 
 
 def check_folder(folder: Path) -> None:
-    """ModelError unless the directory holds a configuration, safetensors weights and a tokenizer."""
+    """Raise ModelError unless the directory holds a configuration, safetensors weights and a tokenizer."""
     config_of(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -66,7 +66,7 @@ def check_folder(folder: Path) -> None:
 
 
 def config_of(folder: Path) -> Any:
-    """A directory's transformers configuration; ModelError unless it is a causal language model or an encoder."""
+    """Read a directory's configuration; ModelError unless it is a causal language model or an encoder."""
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"'{folder}' is not a model directory: it has no config.json", hint=_instead(folder))
@@ -112,19 +112,19 @@ def config_of(folder: Path) -> Any:
 
 
 def _check_sizes(raw: dict[str, Any], file: Path) -> None:
-    """ModelError for a number of blocks, heads and so on below 1, of which transformers makes a net all the same."""
+    """Raise ModelError for sizes (blocks, heads, ..) below 1, which transformers itself accepts."""
     for name in SIZES:
         if type(value := raw.get(name)) is int and value < 1:
             raise ModelError(f"{file} says {name} = {value}, below 1", hint="fetch the model again")
 
 
 def is_encoder(config: Any) -> bool:
-    """Whether a configuration is of an encoder, which gets a classification head (else: a causal model)."""
+    """Return whether a configuration is of an encoder, which gets a classification head (else: a causal model)."""
     return _is_encoder(config.model_type, config.architectures or [])
 
 
 def _is_encoder(kind: str, stated: list[str]) -> bool:
-    """Masked language modelling is what tells the encoders; some of their types can also be made causal."""
+    """Return whether transformers knows the type as a masked language model; some of these can be made causal too."""
     encoders = (
         MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys()
     )
@@ -147,6 +147,6 @@ def _instead(folder: Path) -> str:
 
 
 def short_error(error: BaseException) -> str:
-    """The first line of an error's text, with the next where it ends in a colon, cut to a length that fits a message."""
+    """Return an error's first line (with the next where it ends in a colon), cut to a length that fits a message."""
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
     return (f"{first} {more[0].strip()}" if more and first.endswith(":") else first)[:300]

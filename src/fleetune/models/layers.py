@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a transformer's layers keep what the modules hang on: attention, projections, the ends of the blocks.
+"""Find the layers of a transformer, and within each its attention, projections and block outputs.
 
-A family is known by the names of its modules, so that its relatives come for free: llama's names are those of
-Mistral, Qwen, SmolLM and Gemma, BERT's those of RoBERTa, XLM-R and Electra.
+Trainable modules are attached there.  A family is known by the names of its modules, which its relatives share:
+llama's are those of Mistral, Qwen, SmolLM and Gemma, BERT's those of RoBERTa, XLM-R and Electra.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Layer(NamedTuple):
 
 
 def layers_of(net: nn.Module) -> list[Layer]:
-    """The layers of a net, in order.  ModelError for a family whose names are not known."""
+    """Return the layers of a net, in order.  ModelError for a family whose names are not known."""
     modules = dict(net.named_modules())
     for family in FAMILIES:
         suffix = "." + family.attention
@@ -60,12 +60,12 @@ def layers_of(net: nn.Module) -> list[Layer]:
 
 
 def is_causal(net: nn.Module) -> bool:
-    """Whether this is a decoder: each token sees only those before it."""
+    """Return whether this is a decoder: each token sees only those before it."""
     return any(getattr(module, "is_causal", False) for module in net.modules())
 
 
 def head_of(net: Any) -> list[str]:
-    """The names of a classifier's own parameters, all that come after the encoder's layers; [] if it is none."""
+    """Return the names of a classifier's own parameters, all that come after the encoder's layers; [] if none."""
     if not type(net).__name__.endswith("ForSequenceClassification"):
         return []
     inside = net.base_model_prefix + "."

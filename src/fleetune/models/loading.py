@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models: find one by name, load it, save it.
+"""Find a model by name, load it, save it.
 
 A name is a built-in (`smollm2-135m`), a local Hugging Face directory, a `.gguf` file, or a hub id.  There are
 two kinds: causal language models, which write their answers, and encoders, which choose among label words
@@ -13,7 +13,6 @@ memory, never to the file); such a file must not be overwritten in place while a
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,10 +35,12 @@ from transformers import (
 )
 
 from fleetune.common.folders import staged
-from fleetune.errors import FitError, ModelError, StorageError
+from fleetune.errors import FitError, ModelError, StorageError, suggest
 from fleetune.models import cache, encoders
+from fleetune.models.artefact import Master, is_master
 from fleetune.models.cache import BuiltIn
 from fleetune.models.download import Progress
+from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families.widths import class_of, mark_config
 from fleetune.models.hf_folder import NAME_HINT, check_folder, config_of, is_encoder, short_error
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
@@ -52,7 +53,7 @@ __all__ = [
 ]  # fmt: skip
 
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
-    {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    {name: getattr(torch, dtype.full) for name, dtype in WEIGHTS.items()}
 )
 COMPUTED: Final = (  # buffers that older files hold
     "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "position_ids", "token_type_ids",
@@ -65,17 +66,17 @@ DEVICES: Final = ("auto", "cpu", "cuda", "mps")
 
 
 def builtin() -> list[BuiltIn]:
-    """The built-in models, and which of them lie in the cache (from which source)."""
+    """List the built-in models, and which of them lie in the cache (from which source)."""
     return cache.builtin()
 
 
 def pull(
     name: str, *, offline: bool = False, progress: Progress | None = None, source: str | None = None
 ) -> Path:
-    """Fetch a built-in model or a hub model into the cache and give its directory.
+    """Fetch a built-in model or a hub model into the cache and return its directory.
 
     `source` forces where a built-in comes from: "hub", "index" or "auto" (default: the environment's
-    FLEETUNE_MODEL_SOURCE, else auto).  Errors as in `fetch.pull_builtin` and `fetch.pull_hub`.
+    FLEETUNE_MODEL_SOURCE, else auto).  Errors as in `cache.pull_builtin` and `cache.pull_hub`.
     """
     if name in cache.ORIGINS:
         return cache.pull_builtin(cache.ORIGINS[name], offline=offline, source=source, progress=progress)
@@ -85,7 +86,7 @@ def pull(
 
 
 def resolve(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
-    """The Hugging Face directory that a name stands for, fetched or converted first where need be.
+    """Return the Hugging Face directory that a name stands for, fetched or converted first where need be.
 
     The order is: built-in name, existing path (directory or .gguf file), hub id.  The directory is checked
     for completeness, without reading weights.  ModelError with what to do when it is none of these.
@@ -102,7 +103,7 @@ def resolve(name: str, *, offline: bool = False, progress: Progress | None = Non
 
 
 def load_config(name: str, *, offline: bool = False) -> PretrainedConfig:
-    """The transformers configuration of a model without its weights.
+    """Return the transformers configuration of a model without its weights.
 
     A hub id costs the fetch of config.json alone, a GGUF file the reading of its metadata, a built-in name
     nothing.  ModelError as in `load`.
@@ -122,7 +123,7 @@ def load_config(name: str, *, offline: bool = False) -> PretrainedConfig:
 
 
 def _local(name: str) -> Path | None:
-    """The existing path that `name` is, or None when it may be a hub id."""
+    """Return the existing path that `name` is, or None when it may be a hub id."""
     if not name:
         raise ModelError("no model was named", hint=NAME_HINT)
     path = Path(name).expanduser()
@@ -138,8 +139,8 @@ def _local(name: str) -> Path | None:
 
 
 def _hub_id(name: str) -> str:
-    if "/" not in name and (close := difflib.get_close_matches(name.lower(), cache.ORIGINS, n=1)):
-        raise ModelError(f"no model named '{name}'. Did you mean '{close[0]}'?", hint=NAME_HINT)
+    if "/" not in name and (guess := suggest(name.lower(), cache.ORIGINS)):
+        raise ModelError(f"no model named '{name}'.{guess}", hint=NAME_HINT)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or "--" in name:
         raise ModelError(f"'{name}' is not a model's name", hint=NAME_HINT)
     return name
@@ -149,16 +150,16 @@ def _hub_id(name: str) -> str:
 
 
 def check_device(device: str, dtype: str) -> str:
-    """The device that is meant, which can hold weights of this dtype; ModelError when one of them cannot be had."""
+    """Return the device that is meant; ModelError when there is none such, or it cannot hold this dtype."""
     if dtype not in DTYPES:
         raise ModelError(f"no dtype named '{dtype}'", hint="choose one of " + ", ".join(DTYPES))
     return _device(device, DTYPES[dtype])
 
 
 def move_model(model: Model, *, dtype: str, device: str) -> Model:
-    """A model in another dtype and on another device, as `load` would have put it there; `model` is used up.
+    """Convert a model to another dtype and device, as `load` would have put it there; `model` is used up.
 
-    Its digest stays that of the weights it was loaded with.  ModelError as in `check_place`.
+    Its digest stays that of the weights it was loaded with.  ModelError as in `check_device`.
     """
     chosen = check_device(device, dtype)
     for parameter in model.net.parameters():
@@ -201,12 +202,26 @@ def load(
     """Load a model and its tokenizer, ready to run: eval mode, no gradients, on the device.
 
     `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
-    the label words that an encoder's head chooses among; a causal model takes no notice of them.  `paged`
-    leaves a causal model's weights in its files (`pages.py`; on the CPU).  ModelError when the name, its files,
+    the label words that an encoder's head chooses among; a causal model ignores them.  `paged`
+    leaves a causal model's weights in its files (`paged.py`; on the CPU).  ModelError when the name, its files,
     the labels, the dtype or the device cannot be used; FitError when memory does not suffice.
     """
     chosen = check_device(device, dtype)
     path = resolve(name, offline=offline, progress=progress)
+    return _load_folder(name, path, dtype, chosen, labels, paged)
+
+
+def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Model:
+    """Load a compressed model from its artefact of codes, each code as the value that it stands for.
+
+    In fp32 these values are exact.  ModelError when the folder holds no artefact or a damaged one; the rest as in `load`.
+    """
+    Master(folder)  # a damaged one is refused before anything else is read
+    return _load_folder(str(folder), folder, dtype, check_device(device, dtype), (), paged=False)
+
+
+def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequence[str], paged: bool) -> Model:
+    """The model of a directory that is checked, on a device that is."""
     try:
         net, words = _read_net(path, DTYPES[dtype], labels, paged)
         pages = Pages(net, path, DTYPES[dtype]) if paged else None
@@ -230,7 +245,7 @@ def load(
 def _read_net(
     path: Path, dtype: torch.dtype, labels: Sequence[str], paged: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The net of a directory, and its label words (none: a causal language model)."""
+    """Return the net of a directory, and its label words (none: a causal language model)."""
     config = config_of(path)
     if is_encoder(config):
         saved = encoders.saved_labels(config)
@@ -277,16 +292,19 @@ def _read_net(
 
 
 def _left_over(names: Iterable[str], *, head: bool) -> list[str]:
-    """Those of a file's tensors without a place in the net that should have one, sorted.
+    """Return the tensors of a file that should have a place in the net but have none, sorted.
 
-    Not what is computed anew (`COMPUTED`); where there is a head (an encoder) of blocks alone: a checkpoint has others.
+    Buffers that are computed anew (`COMPUTED`) do not count.  With a head (an encoder) only the blocks' tensors
+    count: a checkpoint has other ones as well.
     """
     wanted = re.compile(r"\.\d+\." if head else "")
     return sorted(n for n in names if wanted.search(n) and not n.endswith(COMPUTED))
 
 
 def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a directory in `dtype`; mapped anew for each, so that read pages are given back."""
+    """Read all tensors of a directory in `dtype`, mapping the file anew for each so that read pages are given back."""
+    if is_master(path):
+        return {name: weight.to(dtype) for name, weight in Master(path).items()}
     tensors: dict[str, Tensor] = {}
     one = path / "model.safetensors"
     for file in [one] if one.is_file() else sorted(path.glob("model-*.safetensors")):
@@ -316,7 +334,7 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of transformers while the block runs, nor its remarks: we check what it loaded."""
+    """Silence the progress bars and warnings of transformers: what it loaded is checked here."""
     logs = transformers.utils.logging
     shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
     logs.disable_progress_bar()
@@ -353,7 +371,7 @@ def save(
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """safetensors reports a full disk as an error of its own; make it the StorageError that it is."""
+    """Turn safetensors' own error for a full disk into a StorageError."""
     try:
         yield
     except SafetensorError as error:

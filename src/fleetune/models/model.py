@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model in memory, and exactly which one it is.
+"""Hold a model in memory, and identify it by the digest of its weights.
 
-The **base digest** says which weights a run stands on.  It is SHA-256 over all parameters in name order
+The **base digest** identifies the weights that a run starts from.  It is SHA-256 over all parameters in name order
 (tied tensors once, under the first of their names), for each tensor
 
     name, NUL, dtype ("float32", "bfloat16", ..), NUL, shape ("576,1536"), NUL, raw little-endian values
@@ -30,7 +30,7 @@ CHUNK: Final = 1 << 24  # bytes that a digest brings to the CPU at a time
 
 @dataclass
 class Model:
-    """A model in memory, the handle that everything passes around."""
+    """A model in memory with its tokenizer: the handle that everything passes around."""
 
     net: PreTrainedModel  # eval mode, requires_grad False everywhere
     tokenizer: PreTrainedTokenizerBase
@@ -47,12 +47,12 @@ class Model:
 
     @property
     def n_params(self) -> int:
-        """Number of parameters, tied ones counted once."""
+        """Return the number of parameters, tied ones counted once."""
         return sum(p.numel() for p in self.net.parameters())
 
 
 def named_tensors(net: PreTrainedModel) -> list[tuple[str, Tensor]]:
-    """The parameters in name order; tied ones once, under the first of their names."""
+    """Return the parameters in name order; tied ones once, under the first of their names."""
     seen: set[int] = set()
     kept = []
     for name, tensor in sorted(net.named_parameters(remove_duplicate=False), key=lambda item: item[0]):
@@ -63,10 +63,10 @@ def named_tensors(net: PreTrainedModel) -> list[tuple[str, Tensor]]:
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 (hex) over name, dtype, shape and raw values of each tensor, in the order of the names.
+    """Return the SHA-256 (hex) over name, dtype, shape and raw values of each tensor, in the order of the names.
 
-    Streams: tensors may come from a generator, at most 16 MiB are copied at a time, and nothing is when
-    they lie contiguous on the CPU.  ValueError when the names are not in ascending order.
+    Streams: tensors may come from a generator.  At most 16 MiB are copied at a time, nothing when they lie
+    contiguous on the CPU.  ValueError when the names are not in ascending order.
     """
     sha = hashlib.sha256()
     last = ""
@@ -82,7 +82,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The values in row-major order as flat CPU tensors of about CHUNK bytes."""
+    """Yield the values in row-major order as flat CPU tensors of about CHUNK bytes."""
     rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
     width = rows.element_size() * (rows[0].numel() if rows.shape[0] else 0)
     step = max(1, CHUNK // max(1, width))
@@ -94,10 +94,10 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of the tokenizer: its tokenizer.json in canonical form, and its chat template.
+    """Return the SHA-256 (hex) of the tokenizer: its tokenizer.json in canonical form, and its chat template.
 
     Canonical: keys sorted, no padding or truncation state; so saving and loading keeps the digest.  The template
-    that an export of ours gives a tokenizer without one does not count (`plain.py`).
+    that an export of ours gives a tokenizer without one does not count (`chat_template.py`).
     """
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -109,7 +109,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def uniform(key: str, shape: tuple[int, ...], bound: float) -> np.ndarray:
-    """fp32 values uniform in [-bound, bound), a function of `key` alone: Philox words, 24 bits of each.
+    """Draw fp32 values uniform in [-bound, bound), a function of `key` alone: Philox words, 24 bits of each.
 
     Only raw words are used, which numpy promises never to change, so the bits are equal everywhere.
     """

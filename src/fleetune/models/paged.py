@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that stays in its files: a part's weights are read when it runs, and dropped when it has run.
+"""Run a model larger than memory: read a part's weights from its files when it runs, and drop them after.
 
 A part is a decoder block, or any module outside the blocks that has weights of its own (embedding, last norm, head).
 Only one is in memory at a time, in the dtype that was asked for, so that a model larger than memory can be compressed
-block by block.  What is read is mapped anew each time, so that the system gets its pages back at once; the values are
-those of `models.load` bit for bit.  The price is that every forward pass reads the whole model again.
+block by block.  The file is mapped anew for each read, so that the system gets its pages back at once; the values are
+those of `models.load` bit for bit.  The price: every forward pass reads the whole model again.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from fleetune.models.model import Model, named_tensors
 
 
 class Pages:
-    """Hooks that bring each part of a net into memory for as long as it runs; see the module's text."""
+    """Hooks that bring each part of a net into memory for as long as it runs."""
 
     def __init__(self, net: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-        """`net` is made of `stubs`.  ModelError where the files name its tensors in another way."""
+        """Hook into `net`, made of `stubs`.  ModelError where the files name its tensors in another way."""
         self.dtype = dtype
         self.changed: Callable[[str], Tensor | None] = lambda name: None  # weights that replace the files'
         self._names = [name for name, _ in named_tensors(net)]
@@ -40,7 +40,7 @@ class Pages:
             part.register_forward_hook(lambda part, args, out: self._drop(part), always_call=True)
 
     def weight(self, name: str) -> Tensor:
-        """A parameter's values in the dtype that was asked for."""
+        """Return a parameter's values in the dtype that was asked for."""
         changed = self.changed(name)
         if changed is None:
             file, stored = self._place[name]
@@ -49,13 +49,13 @@ class Pages:
         return changed.to(self.dtype)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, values) of every parameter, in name order; one is in memory at a time."""
+        """Yield (name, values) of every parameter in name order, one in memory at a time."""
         for name in self._names:
             yield name, self.weight(name)
 
     @contextmanager
     def keep_loaded(self, part: nn.Module) -> Iterator[None]:
-        """Keep a part in memory while the block runs, however often it runs."""
+        """Keep a part in memory while the block runs, however often the part runs."""
         self._read(part)
         self._loaded.add(part)
         try:
@@ -77,7 +77,7 @@ class Pages:
 
 
 def stubs(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a directory as to name and shape, each with one value that takes no room."""
+    """Return the tensors of a directory by name and shape, with one value each that takes no room."""
     found = {}
     for file in _files(folder):
         with safe_open(file, "pt") as opened:
@@ -106,7 +106,7 @@ def _parts(net: PreTrainedModel) -> list[nn.Module]:
 
 
 def _places(net: PreTrainedModel, folder: Path, names: dict[int, str]) -> dict[str, tuple[Path, str]]:
-    """Parameter -> its file, and its name there (a tied one may have its other name)."""
+    """Return each parameter's file, and its name there (a tied one may have its other name)."""
     files = dict[str, Path]()
     for file in _files(folder):
         with safe_open(file, "pt") as opened:
@@ -124,19 +124,19 @@ def _places(net: PreTrainedModel, folder: Path, names: dict[int, str]) -> dict[s
 
 
 def pages_of(model: Model) -> Pages | None:
-    """A model's pages, None for one that is in memory."""
+    """Return a model's pages; None for a model that is in memory."""
     return model.attachment if isinstance(model.attachment, Pages) else None
 
 
 def tensors_of(model: Model) -> Iterable[tuple[str, Tensor]]:
-    """(name, values) of every parameter in name order, wherever they are."""
+    """Return (name, values) of every parameter in name order, in memory or in files."""
     pages = pages_of(model)
     return named_tensors(model.net) if pages is None else pages.items()
 
 
 @contextmanager
 def in_memory(model: Model, part: Any) -> Iterator[None]:
-    """Have a part's weights in memory while the block runs, for a model that is in its files."""
+    """Keep the weights of a part in memory while the block runs, for a model that is in its files."""
     pages = pages_of(model)
     if pages is None:
         yield

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A safetensors file written and compared one tensor at a time; the same tensors give the same bytes.
+"""Write and compare a safetensors file one tensor at a time; the same tensors give the same bytes.
 
-The file is 8 bytes with the head's length, the head (JSON: type, shape and place of each tensor) and the raw
-little-endian values.  Tensors come from a function that can be called again and gives the same ones in turn:
-once for the head, once to write them to their places, once to compare what the disk gives back.  (The writer
-of the safetensors package wants all of them in memory, and puts metadata in an order that varies.)
+The file is 8 bytes with the header's length, the header (JSON: dtype, shape and offsets of each tensor) and the
+raw little-endian values.  Tensors come from a function that yields the same ones at every call: once for the
+header, once to write them, once to compare what the disk gives back.  (The writer of the safetensors package
+needs all of them in memory, and its order of metadata varies.)
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fleetune.errors import FleetuneError
+from fleetune.models.dtypes import WEIGHTS
 
 Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
 
 TYPES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
     {
-        torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-        torch.uint8: "U8", torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64",
+        **{getattr(torch, dtype.full): dtype.tag for dtype in WEIGHTS.values()},
+        torch.uint8: "U8",
+        torch.int32: "I32",
+        torch.uint32: "U32",
+        torch.int64: "I64",
     }
-)  # fmt: skip
+)
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; wide types come first, so that all values are aligned."""
+    """Write a safetensors file; wide dtypes come first, so that all values are aligned."""
     table = {name: (tensor.dtype, tuple(tensor.shape), tensor.nbytes) for name, tensor in tensors()}
     head: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -62,8 +66,8 @@ def write_in_turn(
 ) -> None:
     """Write what `safetensors.torch.save_file` would, byte for byte, with one tensor in memory at a time.
 
-    `table` says of every tensor its type and shape; `tensors` come in any order.  (One key of metadata: that
-    writer puts several in any order.)
+    `table` gives every tensor's dtype and shape; `tensors` come in any order.  (Only one key of metadata, since that
+    writer's order of several varies.)
     """
     head: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -87,7 +91,7 @@ def _rank(kind: str) -> int:
 
 
 def compare(path: Path, tensors: Tensors) -> None:
-    """FleetuneError unless the file holds these tensors and no others, bit for bit."""
+    """Raise FleetuneError unless the file holds these tensors and no others, bit for bit."""
     try:
         with safe_open(path, framework="pt") as file:
             left = set(file.keys())
@@ -108,7 +112,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def damaged(path: Path, what: str) -> FleetuneError:
-    """The error for a file that does not give back what was written."""
+    """Return the error for a file that does not give back what was written."""
     return FleetuneError(
         f"the file just written to {path} is wrong: {what}",
         hint="try again on another disk; if it stays, report it as a fault of Fleetune",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models made in code, for tests and benchmarks: random, tiny, the same on every machine, no download.
+"""Make tiny random models in code, for tests and benchmarks: the same on every machine, no download.
 
 The weights are uniform with the usual spread, from raw Philox words keyed by seed and name: whatever the
 version of torch, and no global generator is touched.
@@ -35,7 +35,7 @@ _TEMPLATE: Final = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer of the 256 bytes and two turn marks, with a chat template; the end mark is eos and pad."""
+    """Make a tokenizer of the 256 bytes and two turn marks, with a chat template; the end mark is eos and pad."""
     backend = _bytes("<|im_start|>", "<|im_end|>")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -48,7 +48,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def tiny_pair_tokenizer(kind: str) -> PreTrainedTokenizerBase:
-    """A tokenizer of the 256 bytes that marks texts and pairs as BERT's does (with segments), or RoBERTa's."""
+    """Make a tokenizer of the 256 bytes that marks texts and pairs as BERT's does (with segments), or RoBERTa's."""
     start, end, pad = ("[CLS]", "[SEP]", "[PAD]") if kind == "bert" else ("<s>", "</s>", "<pad>")
     backend = _bytes(start, end, pad)
     if kind == "bert":
@@ -59,13 +59,17 @@ def tiny_pair_tokenizer(kind: str) -> PreTrainedTokenizerBase:
         )
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, cls_token=start, sep_token=end, pad_token=pad, model_max_length=128,
+        tokenizer_object=backend,
+        cls_token=start,
+        sep_token=end,
+        pad_token=pad,
+        model_max_length=128,
         model_input_names=inputs if kind == "bert" else [inputs[0], inputs[2]],
-    )  # fmt: skip
+    )
 
 
 def _bytes(*special: str) -> Tokenizer:
-    """The 256 bytes as tokens 0 to 255, and the special ones after them."""
+    """Return the 256 bytes as tokens 0 to 255, and the special ones after them."""
     letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(BPE(vocab=letters, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,24 +81,32 @@ def _bytes(*special: str) -> Tokenizer:
 def tiny_llama(
     seed: int = 0, *, vocab: int = 264, hidden: int = 32, layers: int = 2, heads: int = 4, kv_heads: int = 2
 ) -> Model:
-    """A random llama (grouped-query attention, tied embeddings) with `tiny_tokenizer`, made on the CPU.
+    """Make a random llama (grouped-query attention, tied embeddings) with `tiny_tokenizer`, on the CPU.
 
     ValueError for sizes that do not fit (vocab < 258, hidden not a multiple of 2 heads).
     """
     if vocab < 258 or hidden % (2 * heads) or heads % kv_heads:
         raise ValueError(f"tiny_llama cannot have vocab {vocab}, hidden {hidden}, heads {heads}/{kv_heads}")
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden + 8, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1024,
-        tie_word_embeddings=True, bos_token_id=256, eos_token_id=257, pad_token_id=257,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden + 8,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=257,
+    )
     with torch.random.fork_rng(devices=[]):
         net = LlamaForCausalLM(config)
     return _made("tiny-llama", net, tiny_tokenizer(), seed)
 
 
 def tiny_bert(seed: int = 0, *, labels: tuple[str, ...] = ("no", "yes"), layers: int = 2) -> Model:
-    """A random BERT classifier of `labels`, 32 wide, with segments and a pooler."""
+    """Make a random BERT classifier of `labels`, 32 wide, with segments and a pooler."""
     sizes = _encoder_sizes(labels, layers)
     with torch.random.fork_rng(devices=[]):
         net = BertForSequenceClassification(
@@ -104,7 +116,7 @@ def tiny_bert(seed: int = 0, *, labels: tuple[str, ...] = ("no", "yes"), layers:
 
 
 def tiny_roberta(seed: int = 0, *, labels: tuple[str, ...] = ("no", "yes"), layers: int = 2) -> Model:
-    """A random RoBERTa classifier of `labels`, 32 wide: positions start after the padding's, a deeper head."""
+    """Make a random RoBERTa classifier of `labels`, 32 wide: positions start after the padding's, a deeper head."""
     sizes = _encoder_sizes(labels, layers) | {"type_vocab_size": 1}
     with torch.random.fork_rng(devices=[]):
         net = RobertaForSequenceClassification(
@@ -129,7 +141,7 @@ def _made(
     seed: int,
     labels: tuple[str, ...] = (),
 ) -> Model:
-    """The net with our own random matrices, as a model."""
+    """Return the net, with our own random matrices, as a model."""
     net.eval()
     net.requires_grad_(False)
     for tensor_name, tensor in named_tensors(net):
@@ -139,6 +151,13 @@ def _made(
             values = uniform(f"tiny/{seed}/{tensor_name}", tuple(tensor.shape), spread)
             tensor.copy_(torch.from_numpy(values))
     return Model(
-        net, tokenizer, name, Path(name), digest(named_tensors(net)), tokenizer_digest(tokenizer), "fp32", "cpu",
+        net,
+        tokenizer,
+        name,
+        Path(name),
+        digest(named_tensors(net)),
+        tokenizer_digest(tokenizer),
+        "fp32",
+        "cpu",
         labels=labels,
-    )  # fmt: skip
+    )

@@ -105,7 +105,7 @@ def _backward(shape: Shape, work: Workload, method: str, module: Module) -> dict
         parts = {"gradients": own, "optimizer": 2 * own, "adapter": COPIES * own}
     else:
         parts = {"gradients": weights, "optimizer": 2 * weights * (method == "full Adam")}
-    needed = kept(shape, work, module)
+    needed = activation_bytes(shape, work, module)
     # gradients and moments fill what freed activations leave
     left = max(0.0, (HEAP - 1) * needed - parts["gradients"] - parts["optimizer"])
     chunk, chunks = _logits(shape, work)
@@ -113,7 +113,7 @@ def _backward(shape: Shape, work: Workload, method: str, module: Module) -> dict
     return {"activations": int(needed + left), "logits": int(logits), **parts}
 
 
-def kept(shape: Shape, work: Workload, module: Module) -> int:
+def activation_bytes(shape: Shape, work: Workload, module: Module) -> int:
     """Bytes that autograd keeps between a step's forward and its backward, but for the logits."""
     n, s = work.tokens, work.size
     total = n * (s * shape.kept + 4 * shape.norms)
@@ -154,7 +154,7 @@ def _curvature(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
     positions = work.batch if shape.labels else work.tokens
     vectors = module.lanczos * 8 * 4 * (module.size - sum(math.prod(sizes) for sizes in shape.head.values()))
     return {
-        "activations": int(CURVED * kept(shape._replace(dropped=0), work, module)),
+        "activations": int(CURVED * activation_bytes(shape._replace(dropped=0), work, module)),
         "logits": int(LOGITS_CURVED * positions * shape.outputs * 4),
         "lanczos": vectors,
     }

@@ -8,8 +8,10 @@ nothing; a class of your own may inherit from it and override what it wants to h
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
+
+from fleetune.runs.events import Event
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +23,8 @@ class Listener(Protocol):
         """Show what is about to run, as (label, value) rows."""
         ...
 
-    def event(self, event: Mapping[str, Any]) -> None:
-        """Take one event; its fields are those of a class in `runs/events.py`."""
+    def event(self, event: Event) -> None:
+        """Take one event (a class of `runs/events.py`)."""
         ...
 
     def note(self, text: str) -> None:
@@ -49,7 +51,7 @@ class Silent:
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Do nothing."""
 
-    def event(self, event: Mapping[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """Do nothing."""
 
     def note(self, text: str) -> None:

@@ -314,7 +314,7 @@ def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Have a folder alone while the block runs; UsageError when another process has it.
 
     The lock's file goes at the end; one that a kill leaves behind is nobody's.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many independent directions without many passes: their integer sum, kept.
+"""Cache the integer sum of many independent directions, so that a forward computes few of them.
 
 A view computes every pass of its point anew in each forward.  For the pooled law that is one pass whatever
-K is.  Independent directions are a pass each, so beyond `FOLD` of them the sum of those that stay is kept,
-4 bytes a weight, and only what changed since is computed.  The sums are integers held in float32, exact
-below 2^24; where they could reach that, nothing is folded and the view is slow but still exact.
+K is.  Independent directions are a pass each, so beyond `FOLD` of them their sum is cached, 4 bytes a weight,
+and only what changed since is computed.  The sums are integers in float32, exact below 2^24; where they could
+reach that, nothing is cached and the view is slow but still exact.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EXACT = 1 << 24  # integers below this are exact in float32
 
 
 class FoldedSums:
-    """Integer sums of passes over the elements of some tensors, and which passes they hold."""
+    """The integer sums of some passes over the elements of tensors, and which passes were summed."""
 
     def __init__(
         self, slots: Sequence[WeightSlot], run_key: int, kernels: ModuleType, threads: int | None
@@ -41,7 +41,7 @@ class FoldedSums:
         self.sums: dict[str, Tensor] = {}
 
     def rest(self, point: Passes | None) -> Passes | None:
-        """What is left of `point` beside the sums; folds first when that is many passes."""
+        """Return the passes that `point` has beside the sums; fold them in first when they are many."""
         if self.folded is None and (point is None or len(point.ids) <= FOLD):
             return point
         left = difference(point, self.folded)
@@ -63,6 +63,7 @@ class FoldedSums:
         self.folded, self.reach, self.sums = None, 0, {}
 
     def _fold(self, passes: Passes) -> None:
+        """Add passes to the sums, and measure the largest sum."""
         self.reach = 0
         for slot in self.slots:
             if slot.name not in self.sums:
@@ -74,7 +75,7 @@ class FoldedSums:
 
 
 def difference(new: Passes | None, old: Passes | None) -> Passes:
-    """Passes that lead from `old` to `new`; those with nothing in them are left out."""
+    """Return the passes that lead from `old` to `new`, without those that cancel."""
     sides = [(p, sign) for p, sign in ((new, 1), (old, -1)) if p is not None]
     K = max(p.tables.shape[1] for p, _ in sides)
     ids, where = np.unique(np.concatenate([p.ids for p, _ in sides]), return_inverse=True)
@@ -89,5 +90,5 @@ def difference(new: Passes | None, old: Passes | None) -> Passes:
 
 
 def _most(passes: Passes) -> int:
-    """The largest sum that these passes can make anywhere."""
+    """Return the largest sum that these passes can make at any element."""
     return int(np.abs(passes.tables.astype(np.int64)).max(axis=1, initial=0).sum())

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directions on a CPU: one fused, threaded pass over the weights, the bits of `noise`.
+"""Compute directions on a CPU in one fused, threaded pass over the weights (Numba), bit-equal to `noise`.
 
-`sweep` moves weights along a sum of +1/-1 directions and along one probe direction while they go by once:
+`sweep` moves weights along a sum of +1/-1 directions and along one probe direction in a single pass:
 
     out[i] = round( (float32(base[i]) + float32(grid * float32(acc[i]))) + sign[i] * table[(start+i) mod K] )
 
 with acc the integer sum of `noise.Passes`.  Every operation is rounded to float32 and none is contracted
 (Numba leaves fused multiply-adds out unless asked for them), so `kernels_torch` gives the same bits.
-The loops are in `loops_numba`; here is what comes in, and who does which chunk.
+The loops are in `loops_numba`; this module checks the arguments and shares the work among threads.
 
-Threads are Python threads: the compiled loop holds no lock.  They take chunks from one counter, so one that
-is held up (torch's own workers spin for a while after a product) delays nothing but its chunk.
+Threads are Python threads: the compiled loop releases the interpreter's lock.  They take chunks from one
+counter, so a slow one (torch's own workers spin for a while after a product) delays only its own chunk.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def sweep(
     threads: int | None = None,
     block: int | None = None,
 ) -> None:
-    """out = base moved by grid * passes, then by sign * table of the probe; see the module's text.
+    """Set out = base moved by grid * passes, then by sign * table of the probe (formula in the module docstring).
 
     out, base: 1-D contiguous CPU tensors of one size and type (fp32, bf16, fp16), the same tensor or
     disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).
@@ -105,7 +105,7 @@ _NONE16 = np.zeros(0, u16)
 
 
 def _weights(out: Tensor, base: Tensor, start: int) -> tuple[Any, ...]:
-    # (out, base) as float32 arrays or as 16-bit codes, and the kind: so one compilation serves all types.
+    """Return (out, base) as float32 arrays or as 16-bit codes, and the kind: one compilation serves all dtypes."""
     dtype = out.dtype
     if base.dtype != dtype or base.shape != out.shape or out.dim() != 1:
         raise ValueError(f"out is {dtype} {list(out.shape)}, base is {base.dtype} {list(base.shape)}")
@@ -133,6 +133,7 @@ def _share(
     threads: int | None,
     block: int | None,
 ) -> None:
+    """Run the kernel over all elements: here when the work is small, else on threads that take chunks in turn."""
     size = max(len(weights[0]), len(weights[2]))
     n_threads = max(1, threads if threads is not None else torch.get_num_threads())
     if block is None:
@@ -161,7 +162,7 @@ def _pool(process: int, workers: int) -> ThreadPoolExecutor:
 
 
 def _native(array: NDArray[Any], dtype: Any) -> NDArray[Any]:
-    # Numba compiles anew for arrays that are read-only or strided.
+    """Return the array as Numba was compiled for: read-only or strided ones would be compiled anew."""
     if array.dtype == dtype and array.flags.carray:
         return array
     return np.array(array, dtype=dtype, order="C")

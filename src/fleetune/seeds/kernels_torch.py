@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directions on any device that torch knows: the functions of `kernels_numba`, bit for bit, in plain torch.
+"""Compute directions on any device of torch, bit-equal to `kernels_numba`.
 
     out[i] = round( (float32(base[i]) + float32(grid * float32(acc[i]))) + sign[i] * table[(start+i) mod K] )
 
@@ -40,7 +40,7 @@ def sweep(
     threads: int | None = None,
     block: int | None = None,
 ) -> None:
-    """out = base moved by grid * passes, then by sign * table of the probe; see the module's text.
+    """Set out = base moved by grid * passes, then by sign * table of the probe (formula in the module docstring).
 
     out, base: 1-D contiguous tensors of one size, type (fp32, bf16, fp16) and device, the same tensor or
     disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).

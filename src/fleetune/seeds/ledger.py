@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seed ledger: a full-parameter fine-tune as a short list of (direction, integer coefficient).
+"""Store a full-parameter fine-tune as a seed ledger: a short list of (direction, integer coefficient).
 
 With the base model a ledger *is* the tuned model: `w[i] = round(w0[i] + grid * sum_k c_k z_k[i])`, the sum
 in integers, so that any order, thread count, backend or device rebuilds the same bytes.  It is at once the
@@ -34,7 +34,7 @@ LAWS = ("rademacher", "pooled", "gaussian")
 
 @dataclass(frozen=True)
 class LedgerHead:
-    """What a ledger belongs to and how it is replayed."""
+    """The base model that a ledger belongs to, and the settings of its replay."""
 
     base: str  # SHA-256 of the base model's tensors
     tokenizer: str  # SHA-256 of the tokenizer
@@ -55,13 +55,13 @@ class LedgerHead:
     previous: str = ""  # fingerprint of the ledger this one was derived from
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces; `run_key` in hexadecimal."""
+        """Return canonical JSON: sorted keys, no spaces; `run_key` in hexadecimal."""
         fields = asdict(self) | {"run_key": f"{self.run_key:016x}"}
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> LedgerHead:
-        """The head a file holds; LedgerError if a field is missing, unknown, not canonical or of another format."""
+        """Parse a head; LedgerError if a field is missing, unknown, not canonical or of another format."""
         try:
             raw = json.loads(text)
             raw["run_key"] = int(raw["run_key"], 16)
@@ -85,7 +85,7 @@ class LedgerHead:
 
 
 class Change(NamedTuple):
-    """One difference between two ledgers: what, and its value in each."""
+    """One difference between two ledgers: its name, and the value in each."""
 
     what: str
     left: str
@@ -105,7 +105,7 @@ class Ledger:
         return len(self.ids)
 
     def append(self, ids: np.ndarray, coefficients: np.ndarray, round: int) -> Ledger:
-        """This ledger with the entries of one more round; zeros are left out.
+        """Return this ledger with the entries of one more round; zeros are left out.
 
         LedgerError if a coefficient does not fit 32 bits.
         """
@@ -122,15 +122,15 @@ class Ledger:
         )
 
     def passes(self) -> Passes:
-        """The entries as replay passes (one a direction, or one an epoch for the pooled law)."""
+        """Return the entries as replay passes (one a direction, or one an epoch for the pooled law)."""
         return passes(self.head.law, self.head.K, self.ids, self.coefficients)
 
     def with_check(self, round: int, digest: str) -> Ledger:
-        """This ledger stating that after `round` the weights have this digest."""
+        """Return this ledger with the digest that the weights have after `round`."""
         return replace(self, head=replace(self.head, checks={**self.head.checks, str(round): digest}))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the canonical head and the entries."""
+        """Return the SHA-256 over the canonical head and the entries."""
         h = hashlib.sha256(self.head.to_json().encode())
         for array in (self.ids, self.coefficients, self.rounds):
             h.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
@@ -143,17 +143,17 @@ class Ledger:
         return Ledger(head, self.ids[keep], self.coefficients[keep], self.rounds[keep])
 
     def truncate(self, round: int) -> Ledger:
-        """Only the entries of rounds up to and including `round`."""
+        """Return the ledger up to and including `round`."""
         checks = {r: d for r, d in self.head.checks.items() if int(r) <= round}
         return self._derived(self.rounds <= round, checks)
 
     def drop(self, round: int) -> Ledger:
-        """Without the entries of `round`; checks from there on no longer hold and go."""
+        """Return the ledger without the entries of `round`, and without the checks from there on."""
         checks = {r: d for r, d in self.head.checks.items() if int(r) < round}
         return self._derived(self.rounds != round, checks)
 
     def scale(self, factor: float) -> Ledger:
-        """The same fine-tune `factor` times as long (task arithmetic): the grid is scaled, checks go."""
+        """Return the fine-tune `factor` times as long (task arithmetic): the grid is scaled, checks are dropped."""
         with np.errstate(over="ignore"):
             grid = float(np.float32(self.head.grid * factor))
         if not np.isfinite(grid) or grid == 0.0:
@@ -162,7 +162,7 @@ class Ledger:
         return replace(self, head=head)
 
     def compact(self) -> Ledger:
-        """One entry a direction (its sum), in order of id; the history of rounds goes, the weights stay."""
+        """Return one entry a direction (its sum), sorted by id: the same weights, without the history of rounds."""
         ids, where = np.unique(self.ids, return_inverse=True)
         sums = np.zeros(len(ids), np.int64)
         np.add.at(sums, where, self.coefficients.astype(np.int64))
@@ -172,7 +172,7 @@ class Ledger:
         return Ledger(head).append(ids, sums, last)
 
     def merge(self, other: Ledger) -> Ledger:
-        """Both fine-tunes together: coefficients add.  LedgerError unless base, key, law and grid agree."""
+        """Return both fine-tunes together: coefficients add.  LedgerError unless base, key, law and grid agree."""
         differ = [c for c in self.head_changes(other) if c.what in MUST_AGREE]
         if differ:
             raise LedgerError(
@@ -195,12 +195,12 @@ class Ledger:
         return Ledger(replace(self.head, previous=parents, checks={}), *both)
 
     def head_changes(self, other: Ledger) -> list[Change]:
-        """Fields of the head that differ."""
+        """Return the fields of the head that differ."""
         left, right = json.loads(self.head.to_json()), json.loads(other.head.to_json())
         return [Change(k, _short(left[k]), _short(right[k])) for k in sorted(left) if left[k] != right[k]]
 
     def diff(self, other: Ledger) -> list[Change]:
-        """Differences of the heads, of the entries round by round, and of the two fine-tunes as vectors."""
+        """Return the differences of the heads, of the entries by round, and of the fine-tunes as vectors."""
         changes = self.head_changes(other)
         for r in np.union1d(self.rounds, other.rounds):
             a, b = self.rounds == r, other.rounds == r
@@ -221,7 +221,7 @@ class Ledger:
     # Files --------------------------------------------------------------------------------------
 
     def to_bytes(self) -> bytes:
-        """The file, byte for byte: equal ledgers give equal bytes (safetensors' own writer shuffles metadata)."""
+        """Return the file's bytes: equal ledgers give equal bytes (safetensors' own writer shuffles metadata)."""
         header: dict[str, Any] = {"__metadata__": {"format": "fleetune-ledger", "head": self.head.to_json()}}
         data = b""
         for name, kind, values in (
@@ -238,7 +238,7 @@ class Ledger:
         return len(text).to_bytes(8, "little") + text + data
 
     def save(self, path: Path) -> None:
-        """Write the ledger, atomically, readable by its owner alone."""
+        """Write the ledger atomically, readable by its owner alone."""
         write_atomic(path, self.to_bytes(), mode=0o600)
 
 
@@ -264,7 +264,7 @@ MUST_AGREE = ("base", "tokenizer", "tensors", "run_key", "law", "law_version", "
 
 
 def load(path: str | os.PathLike[str]) -> Ledger:
-    """The ledger in a file.  LedgerError when it is missing, damaged or of another format."""
+    """Read a ledger file.  LedgerError when it is missing, damaged or of another format."""
     path = Path(path)
     if not path.is_file():
         raise LedgerError(
@@ -292,7 +292,7 @@ def load(path: str | os.PathLike[str]) -> Ledger:
 def require_base(
     head: LedgerHead, base: str, tokenizer: str, tensors: Iterable[tuple[str, tuple[int, ...], str]]
 ) -> None:
-    """LedgerError naming what differs, unless the ledger was made on this very base model."""
+    """Raise LedgerError with what differs, unless the ledger was made on this very base model."""
     tensors = tuple(tensors)
     problems = []
     if head.tensors != tensors:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-untyped-calls
-"""The compiled loops of `kernels_numba`: Philox, sums of passes, the move, 16-bit types, normals.
+"""Compile the inner loops of `kernels_numba`: Philox, sums of passes, the move, 16-bit dtypes, normals.
 
 Tiles, one by one (4096 elements; `noise` has the layout).  A tile's row of 128 words serves all its 32 rows
 of 128 elements, so the inner loop over a row tests one fixed bit of consecutive words and vectorises on any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a direction is: the readable reference that the kernels must equal bit for bit.
+"""Define directions: the readable reference that the kernels must equal bit for bit.
 
 A direction z(id) assigns a number to every trainable weight, as a pure function of (run key, direction id,
 global element index), so two integers stand for as many numbers as the model has weights.
@@ -65,7 +65,7 @@ Sums = NDArray[np.int64]
 
 
 class Passes(NamedTuple):
-    """A sum of directions as few passes: acc[i] = sum_p sign(ids[p])[i] * tables[p, i mod K].
+    """A sum of directions in few passes: acc[i] = sum_p sign(ids[p])[i] * tables[p, i mod K].
 
     ids: uint64 [P], ascending.  tables: int32 or int64 [P, K]; K = 1 for rademacher.
     """
@@ -78,7 +78,7 @@ EMPTY = Passes(np.zeros(0, np.uint64), np.zeros((0, 1), np.int32))
 
 
 def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
-    """Philox4x32-10: counter uint32 [..., 4], key uint32 [2] -> uint32 [..., 4] (Salmon et al. 2011)."""
+    """Compute Philox4x32-10: counter uint32 [..., 4], key uint32 [2] -> uint32 [..., 4] (Salmon et al. 2011)."""
     x0: Any
     x0, x1, x2, x3 = np.moveaxis(np.asarray(counter, dtype=np.uint64), -1, 0)
     k0, k1 = (int(k) for k in np.asarray(key, dtype=np.uint64))
@@ -92,12 +92,12 @@ def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
 
 
 def run_key(secret: bytes) -> int:
-    """The run's Philox key: the first 8 bytes of SHA-256 over its secret, little-endian."""
+    """Return the run's Philox key: the first 8 bytes of SHA-256 over its secret, little-endian."""
     return int.from_bytes(hashlib.sha256(secret).digest()[:8], "little")
 
 
 def derive(*parts: int | str) -> int:
-    """A 64-bit key for one purpose, e.g. derive(seed, "local", round, client).
+    """Derive a 64-bit key for one purpose, e.g. derive(seed, "local", round, client).
 
     SHA-256 over the parts, each with its type and length, so that no two different lists collide by joining.
     """
@@ -109,7 +109,7 @@ def derive(*parts: int | str) -> int:
 
 
 def words(run_key: int, id: int, blocks: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """Rows of 128 random words for block numbers that are multiples of 32: uint64 [n] -> uint32 [n, 128]."""
+    """Return rows of 128 random words for block numbers that are multiples of 32: uint64 [n] -> uint32 [n, 128]."""
     every: NDArray[Any] = blocks[:, None] + np.arange(32, dtype=np.uint64)
     counter = np.empty((*every.shape, 4), np.uint64)
     counter[..., 0], counter[..., 1] = every & np.uint64(LOW), every >> np.uint64(32)
@@ -119,7 +119,7 @@ def words(run_key: int, id: int, blocks: NDArray[np.uint64]) -> NDArray[np.uint3
 
 
 def signs(run_key: int, id: int, start: int, count: int) -> NDArray[np.int8]:
-    """The signs of direction `id` at elements start .. start+count-1: int8 [count], +1 or -1."""
+    """Return the signs of direction `id` at elements start .. start+count-1: int8 [count], +1 or -1."""
     first, last = start // TILE, -(-(start + count) // TILE)
     rows = words(run_key, id, np.arange(first, last, dtype=np.uint64) * np.uint64(32))
     bits = (rows[:, None, :] >> np.arange(32, dtype=np.uint32)[:, None]) & np.uint32(1)
@@ -127,7 +127,7 @@ def signs(run_key: int, id: int, start: int, count: int) -> NDArray[np.int8]:
 
 
 def normals(run_key: int, id: int, start: int, count: int) -> NDArray[np.float32]:
-    """Standard normals of direction `id` at elements start .. start+count-1: float32 [count].
+    """Return standard normals of direction `id` at elements start .. start+count-1: float32 [count].
 
     A group of 128 elements takes the blocks group*32 + j; words[c*32 + j] is laid out as for signs.  Words j
     and 32+j give elements j and 32+j of the group, words 64+j and 96+j elements 64+j and 96+j:
@@ -173,7 +173,7 @@ def _horner(coefficients: Sequence[float], x: NDArray[np.float32]) -> NDArray[np
 
 
 def fwht(a: ArrayLike) -> NDArray[Any]:
-    """H a with H[i, k] = (-1)^popcount(i & k), natural order: integers [K] -> int64 [K], exact; floats -> float64.
+    """Return H a, H[i, k] = (-1)^popcount(i & k), natural order: integers [K] -> int64 [K], exact; floats -> float64.
 
     The fast Walsh-Hadamard transform, K log2 K additions.  Raises UsageError if K is not a power of two.
     """
@@ -189,7 +189,7 @@ def fwht(a: ArrayLike) -> NDArray[Any]:
 
 
 def hadamard_column(K: int, k: int) -> NDArray[np.int8]:
-    """Column k of the K x K Walsh-Hadamard matrix: int8 [K], +1 or -1."""
+    """Return column k of the K x K Walsh-Hadamard matrix: int8 [K], +1 or -1."""
     _power_of_two(K)
     if not 0 <= k < K:
         raise UsageError(f"direction {k} is outside a pool of K = {K}", hint=f"use 0 to {K - 1}")
@@ -200,7 +200,7 @@ def hadamard_column(K: int, k: int) -> NDArray[np.int8]:
 
 
 def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
-    """The sum of coefficient * direction over all entries, as the fewest passes over the weights.
+    """Return the sum of coefficient * direction over all entries in the fewest passes over the weights.
 
     ids: uint64 [n], equal ones are merged; coefficients: integers [n].  The order of the entries has no
     effect.  Tables are int32 unless an element's sum could reach 2^31, then int64.  K counts for the pooled
@@ -225,7 +225,7 @@ def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
 
 
 def probe(law: str, K: int, id: int) -> tuple[int, NDArray[np.int8]]:
-    """One direction as (Philox id, table): z[i] = sign(Philox id)[i] * table[i mod len(table)]."""
+    """Return one direction as (Philox id, table): z[i] = sign(Philox id)[i] * table[i mod len(table)]."""
     check_law(law, K)
     if law == "pooled":
         return id >> 32, hadamard_column(K, id & LOW)

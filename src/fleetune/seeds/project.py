@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Back-propagation as K numbers: the gradient projected on the directions of a pool.
+"""Project a back-propagated gradient on the K directions of a pool.
 
 A direction of the pooled law is z_k[i] = D[i] H[i mod K, k] (`noise`), so all K slopes of a gradient g are one
 fold and one fast Walsh-Hadamard transform of length K:
@@ -11,8 +11,8 @@ and (1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, witho
 directions are independent, so it pays a pass over the weights for each.
 
 A gradient never exists whole: as backward makes a tensor's, it is folded and freed (`Projection`).  The price
-is one more copy of the weights: backward needs the moved weights to stand still, where a view computes them
-anew and forgets them (`Copies`).
+is one more copy of the weights (`WeightCopies`): backward needs the moved weights to stay in memory, where a
+view computes them anew for each use.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fold(
     *,
     threads: int | None = None,
 ) -> None:
-    """sums[j] += sum over i = j (mod K) of D[i] g[i], D the signs of `epoch`; K = len(sums), a power of two.
+    """Add the fold of a gradient: sums[j] += sum over i = j (mod K) of D[i] g[i], D the signs of `epoch`, K = len(sums).
 
     sums: float64 [K]; g: a gradient of any shape and float type, row-major; start: the global index of its
     first element.  Sums within a chunk are float32, of chunks float64.
@@ -72,7 +72,7 @@ def _add_by_residue(sums: np.ndarray, x: Tensor, first: int) -> None:
 
 
 class WeightCopies:
-    """While entered, a view's net runs on copies of the weights that it sees, with gradients.
+    """A context in which a view's net runs on copies of the weights that it sees, with gradients.
 
     One more copy of the weights, for as long as this object lives; `refresh` moves it to the view's point.
     `padding_idx` is off meanwhile: torch gives that token's embedding no gradient, though in many models it is
@@ -84,7 +84,7 @@ class WeightCopies:
         self.parameters = {slot.name: nn.Parameter(torch.empty_like(slot.tensor)) for slot in view.slots}
 
     def refresh(self) -> None:
-        """Compute the copies anew, at the view's point."""
+        """Compute the copies anew at the view's point."""
         for slot in self.view.slots:
             self.view.fill(slot, self.parameters[slot.name].detach().view(-1))
 
@@ -114,7 +114,7 @@ class WeightCopies:
 
 
 class Projection:
-    """Folds the gradients of `copies` as backward makes them, each freed at once; `take` is what they come to."""
+    """Folds the gradients of `copies` as backward makes them, each freed at once; `take` returns the result."""
 
     def __init__(self, copies: WeightCopies, K: int, epoch: int) -> None:
         self.view, self.epoch = copies.view, epoch
@@ -135,14 +135,14 @@ class Projection:
         return add
 
     def take(self) -> np.ndarray:
-        """p float64 [K], p_k = z_k . g of all gradients since the last call."""
+        """Return p float64 [K], p_k = z_k . g of all gradients since the last call."""
         p = fwht(self.sums)
         self.sums[:] = 0.0
         return p
 
 
 class DescentResult(NamedTuple):
-    """What a device that back-propagates did: how far along each direction, and the mean loss of its steps."""
+    """The outcome of a device's back-propagation: how far along each direction, and the mean loss of its steps."""
 
     moved: np.ndarray  # float64 [K], in units of the grid
     steps: int
@@ -159,11 +159,11 @@ def descend(
     units: float,
     clip: float,
 ) -> DescentResult:
-    """Steps of descent in the K-dimensional space of a pool: a_k <- a_k - units p_k / K for every batch.
+    """Descend in the K-dimensional space of a pool: a_k <- a_k - units p_k / K for every batch.
 
     `units` is the learning rate over the grid; |p_k| is cut to `clip` (0: not).  A step is taken in floats and
-    seen rounded to the grid; a gradient that is not finite is no step.  The view ends where the walk began:
-    the caller rounds `moved` once and goes there.
+    seen rounded to the grid; a batch without a finite gradient is skipped.  The view ends where it began: the
+    caller rounds `moved` once and places it there.
     """
     K = position.K
     moved, losses = np.zeros(K), []

@@ -30,12 +30,12 @@ Direction = tuple[int, np.ndarray]  # Philox id, table
 
 
 def read_stored(slot: WeightSlot, first: int, last: int) -> Tensor:
-    """Elements first..last of a tensor that lies in memory (no copy)."""
+    """Return elements first..last of a tensor that lies in memory (no copy)."""
     return slot.tensor.detach().view(-1)[first:last]
 
 
 def layout(named: Iterable[tuple[str, Tensor]]) -> list[WeightSlot]:
-    """Slots of name-ordered tensors laid end to end, each starting at a multiple of 4096 (the spec's index)."""
+    """Lay name-ordered tensors end to end, each starting at a multiple of 4096 (the spec's index)."""
     slots, start = [], 0
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         slots.append(WeightSlot(name, tensor, start))

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simultaneous perturbation: the two-point estimate, and descent on it with integer coefficients.
+"""Estimate slopes from two forward passes (simultaneous perturbation), and descend by integer coefficients.
 
 Spall (1992), as MeZO uses it (Malladi et al. 2023, arXiv 2305.17333, Definition 1): with a random direction
 z and the losses at w + eps z and w - eps z on one batch, `g = (l+ - l-) / (2 eps)` is an estimate of the
 slope along z, and `w <- w - lr g z` a step of descent.  A step is recorded as the integer
-`c = -lr g / grid`, and what is taken is the recorded integer, not the float: whoever has the integers has
-the weights.
+`c = -lr g / grid`, and the step taken is that integer, not the float: the integers alone give the weights.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from fleetune.seeds.view import View
 def two_point(
     view: View, direction: tuple[int, np.ndarray], eps: float, loss: Callable[[], float]
 ) -> tuple[float, float]:
-    """(l+, l-): `loss()` at the view's point + eps z and - eps z.  The point is left as it was."""
+    """Return (l+, l-): `loss()` at the view's point + eps z and - eps z.  The point is restored."""
     try:
         view.probe(direction, eps)
         plus = loss()
@@ -47,7 +46,7 @@ def slope(
     eps: float,
     clip: float,
 ) -> tuple[float, float]:
-    """(g, l): the slope along a direction at the view's point, |g| cut to `clip` (0: not), and the mean loss.
+    """Return (g, l): the slope along a direction at the view's point, |g| cut to `clip` (0: not), and the mean loss.
 
     g is not finite where a loss was not.
     """
@@ -66,7 +65,7 @@ class Position:
         self.ids, self.coefficients = list(ids.tolist()), list(coefficients.tolist())
 
     def move(self, id: int, c: int) -> None:
-        """Take c units along direction `id`."""
+        """Add c units along direction `id`."""
         if c:
             self.ids.append(id)
             self.coefficients.append(c)
@@ -78,7 +77,7 @@ class Position:
 
 
 class Steps(NamedTuple):
-    """What a device did: the integer of every step, the mean loss, and how many steps had no finite slope."""
+    """The outcome of a device's descent: the integer of every step, the mean loss, steps without a finite slope."""
 
     coefficients: np.ndarray  # int64[steps]
     loss: float
@@ -97,10 +96,10 @@ def descend(
     clip: float,
     to_units: Callable[[int, float], int],
 ) -> Steps:
-    """One step of two-point descent for every id and batch, from `position`, which moves along.
+    """Make one step of two-point descent for every id and batch; `position` moves along.
 
     `to_units(step, g)` turns the slope into the integer that is taken and reported.  |g| is cut to `clip`
-    (0: not); a slope that is not finite is no step.  Afterwards the view stands where the steps led.
+    (0: not); a batch without a finite slope is skipped.  Afterwards the view is where the steps led.
     """
     coefficients, losses, skipped = [], [], 0
     for step, (id, batch) in enumerate(zip(ids, batches, strict=False)):
@@ -124,7 +123,7 @@ def descend(
 
 
 def uniforms(key: int, domain: str, count: int) -> np.ndarray:
-    """float64[count] in [0, 1) with 32 bits each, a pure function of (key, domain)."""
+    """Return float64[count] in [0, 1) with 32 bits each, a pure function of (key, domain)."""
     calls = -(-count // 4)
     counter = np.zeros((calls, 4), np.uint32)
     counter[:, 0] = np.arange(calls, dtype=np.uint32)

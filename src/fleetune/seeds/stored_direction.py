@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A direction written out in full: as much memory again as the weights take, which a seed saves.
+"""Write a direction out in full, as classical zeroth-order methods do, at the price of one more copy of the weights.
 
-What classical zeroth-order methods do, kept to be measured (`methods/zosgd.py`).  The numbers are those that
-the kernels compute on the fly, rounded to the weights' type: exact for directions of +1 and -1.
+It is here to be measured (`methods/zosgd.py`): a seed saves that memory.  The numbers are those that the
+kernels compute on the fly, rounded to the weights' type: exact for directions of +1 and -1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class StoredDirection:
-    """One direction at a time, z[i] for every weight i, in the weights' type and on their device."""
+    """One direction at a time, z[i] for every weight i, in the weights' dtype and on their device."""
 
     def __init__(
         self, slots: Sequence[WeightSlot], run_key: int, law: str, kernels: ModuleType, threads: int | None
@@ -34,7 +34,7 @@ class StoredDirection:
         self.eps = 0.0
 
     def write(self, direction: Direction, eps: float) -> None:
-        """Write `direction` out, unless it is stored already, to be added `eps` times."""
+        """Write `direction` out, unless it is stored already; `eps` is the factor that `add` takes."""
         self.eps = float(np.float32(eps))
         last = self.direction
         if last is not None and last[0] == direction[0] and np.array_equal(last[1], direction[1]):
@@ -46,7 +46,7 @@ class StoredDirection:
         self.direction = direction
 
     def add(self, x: Tensor, name: str, first: int) -> None:
-        """x += eps z, for float32 elements from `first` on of the tensor `name`."""
+        """Add eps z to x: float32 elements from `first` on of the tensor `name`."""
         x.add_(self.z[name][first : first + x.numel()].float() * self.eps)
 
     def _write(self, z: Tensor, start: int, direction: Direction) -> None:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model seen from another point of weight space, while its stored weights stay as they are.
+"""Run a model at another point of weight space while its stored weights stay as they are.
 
-The papers perturb the weights in place: +eps, -2 eps, +eps, update.  Four passes that, in 16-bit types,
-leave a rounding walk longer than the training itself.  Here nothing is ever written: while a module runs,
+The papers perturb the weights in place (+eps, -2 eps, +eps, update): four passes that, in 16-bit dtypes,
+leave rounding errors larger than the training itself.  Here nothing is ever written: while a module runs,
 its weights are computed into a small scratch block
 
     w[i] = round( w0[i] + grid * sum_k c_k z_k[i]  +  eps z[i] )
 
-straight from the stored base, the ledger's passes and the probe direction, and are gone when it returns.
-So restoration is exact because there is nothing to restore, the point is bit-equal to a replay of the
-ledger, and a step costs one fused pass for each of its two forwards and a few MB of memory.
+straight from the stored base, the ledger's passes and the probe direction, and are dropped when it returns.
+So there is nothing to restore, the point is bit-equal to a replay of the ledger, and a step costs one fused
+pass for each of its two forwards and a few MB of memory.
 
 The only way to the base is `Read`: one run of elements of one tensor at a time.  A memory-mapped or
 quantised base is another `Read`, nothing else.
@@ -43,9 +43,9 @@ CHUNK = 1 << 20  # elements of scratch: 4 MB in fp32, so that it stays in the ca
 
 
 def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
-    """The kernel module for a device: Numba on a CPU that has it, plain torch everywhere else.
+    """Return the kernel module for a device: Numba on a CPU that has it, plain torch everywhere else.
 
-    `backend` is auto (what `choice` says), numba or torch; UsageError when numba is asked for and is not usable here.
+    `backend` is auto (see `kernel_choice`), numba or torch; UsageError when numba is asked for and is not usable here.
     """
     wanted = kernel_choice.chosen_kernels(backend)
     if wanted == "torch" or (wanted == "auto" and device.type != "cpu"):
@@ -63,7 +63,7 @@ def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
 
 
 class View:
-    """Makes `net` run at `w0 + grid * passes (+ eps z)`; see the module's text.
+    """Makes `net` run at `w0 + grid * passes (+ eps z)`.
 
     `place` sets the point, `probe` the perturbation; with neither the net runs on its stored weights.
     `remove` takes the view off.  The net must be used through its modules (calling them, `generate`, ...).
@@ -98,8 +98,8 @@ class View:
     def place(self, passes: Passes | None, *, fold: bool = True) -> None:
         """Set the point: the ledger's passes, or None for the base.
 
-        With `fold`, the sum of many passes is kept for the next forwards (see `folded`); without, each pass
-        is computed each time, in no more memory.
+        With `fold`, the sum of many passes is cached for the next forwards (see `folded_sums`); without, each
+        pass is computed each time, in no more memory.
         """
         self.point = passes if passes is not None and len(passes.ids) else None
         if not fold:
@@ -108,14 +108,14 @@ class View:
             self.point = self.folded.rest(self.point)
 
     def probe(self, direction: Direction | None, eps: float = 0.0) -> None:
-        """Add `eps * z` to the point, for the direction (Philox id, table [K]) of `noise.probe`; None: stop."""
+        """Add `eps * z` to the point, for the direction (Philox id, table [K]) of `noise.probe`; None ends it."""
         self.direction = direction and (direction[0], (direction[1] * np.float32(eps)).astype(np.float32))
         if self.stored is not None and direction is not None:
             self.stored.write(direction, eps)
 
     @contextmanager
     def storing(self) -> Iterator[None]:
-        """Meanwhile probes read their direction from memory, one number a weight, as classical methods do."""
+        """Read the probe's direction from memory while the block runs, as classical methods do."""
         self.stored = StoredDirection(self.slots, self.run_key, self.law, self.kernels, self.threads)
         try:
             yield
@@ -123,7 +123,7 @@ class View:
             self.stored = None
 
     def piece(self, slot: WeightSlot, first: int, last: int, out: Tensor | None = None) -> Tensor:
-        """Elements first..last of a tensor as seen from here: 1-D, the stored dtype.
+        """Return elements first..last of a tensor at the view's point: 1-D, in the stored dtype.
 
         The result lives in `out`, or in shared scratch that the next call overwrites, or (when nothing is
         placed or probed) is the stored memory itself.
@@ -145,20 +145,20 @@ class View:
         return out
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every trainable tensor as seen from here, one at a time, in name order."""
+        """Yield (name, tensor) of every trainable tensor at the view's point, in name order."""
         for slot in self.slots:
             out = torch.empty(slot.tensor.numel(), dtype=slot.tensor.dtype, device=slot.tensor.device)
             yield slot.name, self.fill(slot, out).view(slot.tensor.shape)
 
     def fill(self, slot: WeightSlot, out: Tensor) -> Tensor:
-        """A whole tensor as seen from here, written to `out` (1-D, its dtype and size)."""
+        """Write a whole tensor at the view's point to `out` (1-D, its dtype and size)."""
         for first in range(0, out.numel(), CHUNK):
             last = min(first + CHUNK, out.numel())
             self.piece(slot, first, last, out[first:last])
         return out
 
     def write(self) -> None:
-        """Make the point the stored weights (for export; the base is gone afterwards)."""
+        """Overwrite the stored weights with the view's point (for export; the base is lost)."""
         with torch.inference_mode():
             for slot in self.slots:
                 self.fill(slot, slot.tensor.detach().view(-1))
@@ -173,7 +173,7 @@ class View:
         self.owners = []
 
     def warn_unreached(self) -> None:
-        """Log the trainable tensors that no forward has asked for (they are not being tuned)."""
+        """Log the trainable tensors that no forward has asked for: they are not being tuned."""
         missing = [s.name for s in self.slots if s.name not in self.reached]
         if missing:
             log.warning("%d tensors took no part in the forward pass, e.g. %s", len(missing), missing[0])
@@ -202,7 +202,7 @@ class View:
 def _move(
     view: View, out: Tensor, base: Tensor, start: int, sums: Tensor | None, probe: Direction | None
 ) -> None:
-    """out = base at the view's point, moved by the probe; `sums` are the part of the integer sum that is kept."""
+    """Set out = base at the view's point, moved by the probe; `sums` are the cached part of the integer sum."""
     if sums is None:
         sweep(view, out, base, start, probe)
     else:
@@ -210,7 +210,7 @@ def _move(
 
 
 def sweep(view: View, out: Tensor, base: Tensor, start: int, probe: Direction | None) -> None:
-    """One fused pass over a piece: the law's kernel with the view's point and a probe."""
+    """Run the law's kernel once over a piece, with the view's point and a probe."""
     point = view.point if view.point is not None else EMPTY
     if view.law == "gaussian":
         c = point.tables[:, 0].astype(np.float32)
@@ -223,7 +223,7 @@ def sweep(view: View, out: Tensor, base: Tensor, start: int, probe: Direction | 
 def _sweep_with_sums(
     view: View, out: Tensor, base: Tensor, start: int, sums: Tensor, probe: Direction | None
 ) -> None:
-    """The same point with a part of its integer sum given; integers first, then one product and one add."""
+    """Do the same with a part of the integer sum given: integers first, then one product and one addition."""
     at, key, kernels = view.point or EMPTY, view.run_key, view.kernels
     x = torch.empty_like(sums)
     kernels.sweep(x, sums, start, key, at, 1.0, threads=view.threads)
@@ -258,7 +258,7 @@ def _linear(view: View, module: nn.Linear, own: dict[str, WeightSlot], x: Tensor
 
 
 def _blocks(view: View, slot: WeightSlot) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows [r, n_in]) of a matrix: the scratch is bounded, and in the cache when a product reads it."""
+    """Yield (first row, rows [r, n_in]) of a matrix, few enough for the cache."""
     n_out, n_in = slot.tensor.shape
     rows = max(1, CHUNK // n_in)
     for r in range(0, n_out, rows):

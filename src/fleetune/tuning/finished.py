@@ -10,15 +10,18 @@ from pathlib import Path
 
 from fleetune import adapters, models
 from fleetune.common.files import storage_error
+from fleetune.data import Example
 from fleetune.errors import LedgerError, ModelError, UsageError
+from fleetune.models import dtypes
 from fleetune.models.model import Model
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import View, kernels
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import entry
-from fleetune.tuning.methods._zeroth import look
-from fleetune.tuning.methods._zeroth import stand as stand
+from fleetune.tuning.methods._zeroth import place_at as place_at
+from fleetune.tuning.methods._zeroth import view_of
+from fleetune.tuning.prepare import split
 from fleetune.tuning.recipe import Recipe
 
 
@@ -33,11 +36,26 @@ def recipe_of(run: Path) -> Recipe:
     return recipes.make(recipes.read(run / "run.toml"))
 
 
+def result_of(run: Path) -> Path:
+    """The ledger or adapter directory of a run; UsageError when it has no result yet."""
+    found = run / RESULT[entry(recipe_of(run).method).kind]
+    if not found.exists():
+        raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {run}")
+    return found
+
+
+def held_out(run: Path, *, offline: bool = False) -> list[Example]:
+    """The rows that a run never trained on."""
+    recipe = recipe_of(run)
+    parts = split(recipe, entry(recipe.method), offline=offline)
+    return [parts.examples[i] for i in parts.held.tolist()]
+
+
 def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "cpu") -> Model:
     """The base model `name`, loaded as the ledger needs it; LedgerError when it is not the ledger's base."""
     if not ledger.head.tensors:
         raise LedgerError("the ledger names no tensors, so it is no model's")
-    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(ledger.head.tensors[0][2])
+    dtype = dtypes.from_full(ledger.head.tensors[0][2])
     if dtype is None:
         raise LedgerError(
             f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
@@ -53,7 +71,7 @@ def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "
 
 def rebuild(model: Model, ledger: Ledger, *, threads: int | None = None, backend: str = "auto") -> str:
     """Put `model` at the ledger's point and give the SHA-256 of the rebuilt weights (the base stays as it was)."""
-    view = look(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
+    view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
     view.threads, view.kernels = threads, kernels(view.device, backend)
     view.place(ledger.passes(), fold=False)
     return models.digest(view.tensors())
@@ -75,19 +93,14 @@ def load(run: str | Path, *, offline: bool = False, device: str | None = None) -
     UsageError when the run has no result yet, LedgerError when the base is another now.
     """
     run = Path(run)
-    recipe = recipe_of(run)
-    device = device or recipe.device
-    kind = entry(recipe.method).kind
-    result = run / RESULT[kind]
-    if not result.exists():
-        raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {run}")
-    return _LOAD[kind](result, recipe, offline, device)
+    recipe, result = recipe_of(run), result_of(run)
+    return _LOAD[entry(recipe.method).kind](result, recipe, offline, device or recipe.device)
 
 
 def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
     ledger = ledgers.load(path)
     model = base_of(ledger, recipe.model, offline=offline, device=device)
-    stand(model, ledger)
+    place_at(model, ledger)
     return model
 
 
@@ -140,12 +153,12 @@ def export_hf(model: Model, out: Path, *, card: str | None = None) -> str:
     """
     if out.exists():
         raise ModelError(f"{out} exists already", hint="choose a new place: nothing is overwritten")
-    settle(model)
+    merge_weights(model)
     models.save(model.net, model.tokenizer, out, card=card)
     return models.digest(models.named_tensors(model.net))
 
 
-def settle(model: Model) -> None:
+def merge_weights(model: Model) -> None:
     """Make the tuned weights the stored ones of `model`, with nothing attached to it any more."""
     attached = model.attachment
     if isinstance(attached, View):

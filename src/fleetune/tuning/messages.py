@@ -93,7 +93,7 @@ LARGEST = (
 
 
 @dataclass(frozen=True)
-class Spec:
+class ReplySpec:
     """What a payload must look like.  Shapes may hold None (any length) or -n (at most n)."""
 
     arrays: Mapping[str, tuple[str, tuple[int | None, ...]]]
@@ -168,7 +168,7 @@ def _scalar(name: str, value: Any) -> Scalar:
     return value
 
 
-def check(message: Message, spec: Spec, *, round: int, base: bytes) -> Payload:
+def check(message: Message, spec: ReplySpec, *, round: int, base: bytes) -> Payload:
     """The payload of a reply that keeps its agreement; MessageError with the reason for any other."""
     if message.round != round:
         raise MessageError(f"reply is for round {message.round}, this is round {round}")

@@ -22,7 +22,7 @@ from fleetune.seeds.noise import derive
 from fleetune.tuning import checkpoint
 from fleetune.tuning.checkpoint import Totals
 from fleetune.tuning.fleets import Answer, Fleet
-from fleetune.tuning.messages import Message, Payload, Spec, check, decode, encode
+from fleetune.tuning.messages import Message, Payload, ReplySpec, check, decode, encode
 from fleetune.tuning.methods import Method, Reply
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ PATIENCE = 3  # rounds in a row that fail as a whole before the run ends
 
 
 @dataclass(frozen=True)
-class Plan:
+class RoundPlan:
     """What the loop needs of a recipe."""
 
     rounds: int
@@ -52,7 +52,7 @@ class Hooks:
 
 
 def run(
-    method: Method, fleet: Fleet, state: Any, run: RunDir, plan: Plan, hooks: Hooks
+    method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks
 ) -> tuple[Any, Totals]:
     """Run (or resume) all rounds; the state after the last, and the totals.
 
@@ -73,7 +73,7 @@ def run(
     for r in range(first + 1, plan.rounds + 1):
         began = time.monotonic()
         kinds = _kinds(method, state)
-        answers = _Door([spec for _, spec in kinds], run, plan, r, hooks, fleet.rows)
+        answers = _ReplyCheck([spec for _, spec in kinds], run, plan, r, hooks, fleet.rows)
         chosen = sample(len(fleet.rows), plan.participation, plan.seed, r)
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in kinds]
         messages = {client: coded[client % len(coded)] for client in chosen}
@@ -94,13 +94,13 @@ def run(
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
             hooks.emit(run.record({"event": "eval", "round": r, **hooks.evaluate(state)}))
         run.checkpoint(r, checkpoint.encode(r, state, totals))
-        fleet.settle(r + 1 - KEEP)
+        fleet.forget_before(r + 1 - KEEP)
     return state, totals
 
 
-def _kinds(method: Method, state: Any) -> Sequence[tuple[Payload, Spec]]:
+def _kinds(method: Method, state: Any) -> Sequence[tuple[Payload, ReplySpec]]:
     """What is sent, and what is expected back: client c has the (c modulo their number)-th."""
-    kinds: Callable[[Any], Sequence[tuple[Payload, Spec]]] | None = getattr(method, "kinds", None)
+    kinds: Callable[[Any], Sequence[tuple[Payload, ReplySpec]]] | None = getattr(method, "kinds", None)
     return kinds(state) if kinds else [(method.broadcast(state), method.expects(state))]
 
 
@@ -115,14 +115,14 @@ def round_half_up(x: float) -> int:
     return int(x + 0.5)
 
 
-class _Door:
+class _ReplyCheck:
     """Lets good replies of a round through, one at a time, and records every client's outcome."""
 
     def __init__(
         self,
-        specs: Sequence[Spec],
+        specs: Sequence[ReplySpec],
         run: RunDir,
-        plan: Plan,
+        plan: RoundPlan,
         round: int,
         hooks: Hooks,
         rows: Sequence[int],
@@ -191,14 +191,14 @@ def _check_rows(payload: Payload, rows: int) -> None:
         raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
 
 
-def _accept(method: Method, old: Any, new: Any, door: _Door, plan: Plan, round: int) -> Any:
+def _accept(method: Method, old: Any, new: Any, checked: _ReplyCheck, plan: RoundPlan, round: int) -> Any:
     """The new state, or the old one where too few replies came."""
-    if door.accepted >= plan.quorum:
+    if checked.accepted >= plan.quorum:
         return new
     log.warning(
         "round %d: %d good replies are under the quorum of %d; the model stays",
         round,
-        door.accepted,
+        checked.accepted,
         plan.quorum,
     )
     return method.aggregate(old, iter(()))

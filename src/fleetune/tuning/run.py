@@ -23,7 +23,7 @@ from fleetune.seeds.view import View
 from fleetune.tuning import describe, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import Totals
-from fleetune.tuning.fleets.local import LocalFleet, Weather
+from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.prepare import TuneJob, check, prepare
 
@@ -73,7 +73,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener) -> dict[str, Any]:
     state = method.init(model, derive(recipe.seed, "init"))
     fleet = LocalFleet(
         model, method, job.rows, recipe.seed, pad_id(model),
-        Weather(recipe.drop, recipe.stragglers, recipe.deadline), listener.step, Memories(run.path / "memories"),
+        Faults(recipe.drop, recipe.stragglers, recipe.deadline), listener.step, Memories(run.path / "memories"),
     )  # fmt: skip
 
     def measure(state: Any) -> dict[str, float]:
@@ -87,7 +87,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener) -> dict[str, Any]:
         base = answers(job, state, run, "base", measure(state))
         listener.event(run.record({"event": "eval", "round": 0, **base}))
 
-    plan = rounds.Plan(
+    plan = rounds.RoundPlan(
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
         bytes.fromhex(model.digest)[:8],
     )  # fmt: skip

@@ -278,9 +278,9 @@ class Machine:
 
     def stands_at(self, chosen: Method, message: bytes) -> str:
         """SHA-256 of all weights after the last message."""
-        from fleetune.tuning.methods._zeroth import arrive
+        from fleetune.tuning.methods._zeroth import open_view
 
-        view, position = arrive(self.model, decode(message).payload)
+        view, position = open_view(self.model, decode(message).payload)
         position.place(view)
         return weights(view)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def arguments(sub: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     sub.add_argument("model", metavar="RUN|MODEL", nargs="?")
-    sub.add_argument("--method", help="optq, sparsegpt, rtn, gkd or llm-pruner (default optq)")
+    sub.add_argument("--method", help=f"{', '.join(methods.entries())} (default optq)")
     sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the method; repeat")
     sub.add_argument(
         "--list", nargs="?", const="all", metavar="METHOD", help="the methods with their settings"
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
     elif folder is None:
         carry_out(work, ui, out, offline=args.offline)
     else:
-        with rundir.held(folder):
+        with rundir.locked(folder):
             if not subjects.finished(ui, folder):
                 _do(work, _prepare(work, ui, out, offline=args.offline), ui, folder)
 
@@ -123,7 +123,7 @@ def carry_out(work: Work, ui: Ui, out: Path, *, offline: bool = False) -> Path:
     rundir.check_folder(out)
     job = _prepare(work, ui, out, offline=offline)
     folder = _new(work, out)
-    with rundir.held(folder):
+    with rundir.locked(folder):
         _do(work, job, ui, folder)
     return folder
 

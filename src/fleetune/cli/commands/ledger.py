@@ -120,7 +120,7 @@ def _export(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     if out.exists():
         raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
     model = finished.base_of(loaded[0], name, offline=args.offline)
-    finished.stand(model, loaded[0])
+    finished.place_at(model, loaded[0])
     card = f"# {name}, tuned\n\nBase {loaded[0].head.base}, ledger {loaded[0].fingerprint()}.\n"
     digest = finished.export_hf(model, out, card=card)
     ui.paths([("result", str(out))])

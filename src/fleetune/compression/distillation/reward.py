@@ -53,7 +53,7 @@ def get(name: str) -> Reward:
     return import_function(name, "reward", BUILT_IN, "reward(prompt, answer, reference)")
 
 
-def source(name: str, reward: Reward) -> str:
+def source_digest(name: str, reward: Reward) -> str:
     """SHA-256 of the file that the function of that name is written in.
 
     "" for a measure of ours, and where there is no such file (compiled code): the name is all that is known then.
@@ -68,15 +68,15 @@ def source(name: str, reward: Reward) -> str:
         return ""
 
 
-def _of(score: Callable[[Sequence[str], Sequence[str]], float]) -> Reward:
+def _scaled(score: Callable[[Sequence[str], Sequence[str]], float]) -> Reward:
     return lambda prompt, answer, reference: score([answer], [reference]) / 100.0
 
 
 BUILT_IN: Mapping[str, Reward] = MappingProxyType(
     {
-        "exact_match": _of(scores.exact_match),
-        "f1": _of(scores.token_f1),
-        "rouge_l": _of(scores.rouge_l),
+        "exact_match": _scaled(scores.exact_match),
+        "f1": _scaled(scores.token_f1),
+        "rouge_l": _scaled(scores.rouge_l),
     }
 )
 
@@ -112,7 +112,7 @@ def rewards(
     return np.array(found, np.float64)
 
 
-def gains(rewards: np.ndarray, samples: int) -> np.ndarray:
+def advantages(rewards: np.ndarray, samples: int) -> np.ndarray:
     """Each reward less the mean of the others of its group: float64 [n].
 
     A group is the `samples` answers to one prompt, which follow one another, or all n where there is one each.  A
@@ -127,7 +127,7 @@ def gains(rewards: np.ndarray, samples: int) -> np.ndarray:
     return found
 
 
-def reinforced(log_p: Tensor, batch: Batch, gains: np.ndarray) -> Tensor:
+def reinforce_objective(log_p: Tensor, batch: Batch, gains: np.ndarray) -> Tensor:
     """Mean over the batch's rows of gain times log p of the answer, from log p of its N tokens: a scalar.
 
     Its gradient is REINFORCE's estimate of that of the mean expected reward.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune compress` with a trainer: a student learns from a teacher; the result is a plain Hugging Face directory."""
+"""Distil a student from a teacher; the result is a plain Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetune.cli.console import Ui
-from fleetune.cli.interrupt import InterruptHandler
+from fleetune import subject
 from fleetune.common.display import human_bytes
 from fleetune.compression import Trainer
-from fleetune.compression.jobs import work as subjects
-from fleetune.compression.jobs.work import PARTS, Subject, Work
+from fleetune.compression.jobs import inputs as loading
+from fleetune.compression.jobs import progress
+from fleetune.compression.jobs.contract import Outcome
+from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import RecipeError, UsageError
+from fleetune.runs import compression_folder
+from fleetune.runs.compression_folder import PARTS, CompressRequest
+from fleetune.runs.events import CompressStart
+from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from fleetune.models.model import Model
@@ -24,132 +29,121 @@ SAME = "same"  # the teacher is the model that is given
 
 
 @dataclass(frozen=True)
-class Job:
+class DistilJob:
     """A trainer's work, checked and ready to be done."""
 
-    work: Work
+    request: CompressRequest
     trainer: Trainer
-    subject: Subject
+    inputs: Inputs
     teacher: Model
 
     def about(self) -> list[tuple[str, str]]:
         """What it works with and what that takes, for the header."""
         size = f"{self.teacher.n_params / 1e6:.1f} M parameters"
-        longest = _longest(self.subject)
-        rows = f"{self.subject.source} · {len(self.subject.rows)} rows of {longest} tokens at most"
+        rows = (
+            f"{self.inputs.source} · {len(self.inputs.rows)} rows of {_longest(self.inputs)} tokens at most"
+        )
         memory = f"about {human_bytes(self.memory)}"
-        return [("teacher", f"{self.taught_by} · {size}"), ("rows", rows), ("memory", memory)]
+        return [("teacher", f"{self.teacher_name} · {size}"), ("rows", rows), ("memory", memory)]
 
     @cached_property
     def memory(self) -> int:
         """Bytes of the peak, as planned."""
-        return self.trainer.memory(self.subject.model, self.teacher, _longest(self.subject))
+        return self.trainer.memory(self.inputs.model, self.teacher, _longest(self.inputs))
 
     @property
-    def taught_by(self) -> str:
+    def teacher_name(self) -> str:
         """The teacher as the user names it."""
-        return self.work.model if self.trainer.teacher == SAME else self.trainer.teacher
+        return self.request.model if self.trainer.teacher == SAME else self.trainer.teacher
 
-    def run(self, ui: Ui, folder: Path) -> None:
-        """Do it, into `folder`; steps that are kept there are not done again.  StorageError for a disk too full."""
-        subjects.warn_of_memory(ui, self.memory, ["with a smaller batch_size"])
-        need = self.trainer.disk(self.subject.model)
-        subjects.check_disk(folder, need, "the state that is kept and the result")
-        _train(ui, self, folder)
+    def run(self, listener: Listener, folder: Path) -> Outcome:
+        """Train the student and save it; steps that are kept in `folder` are not trained again.
+
+        StorageError for a disk too full.
+        """
+        progress.warn_of_memory(listener, self.memory, ["with a smaller batch_size"])
+        need = self.trainer.disk(self.inputs.model)
+        progress.check_disk(folder, need, "the state that is kept and the result")
+        return _train(listener, self, folder)
 
 
-def prepare(work: Work, trainer: Trainer, out: Path, *, offline: bool) -> Job:
-    """The job; UsageError for whatever is in its way."""
-    if work.text:
+def prepare(request: CompressRequest, trainer: Trainer, out: Path, *, offline: bool) -> DistilJob:
+    """Load student, rows and teacher, and check that they go together; UsageError when they do not."""
+    if request.text:
         raise RecipeError(
-            [f"{work.method} trains on rows, not on plain text"], hint="give them with --data, without --text"
+            [f"{request.method} trains on rows, not on plain text"],
+            hint="give them with --data, without --text",
         )
-    if not work.run and not work.data:
+    if not request.run and not request.data:
         raise UsageError(
-            f"{work.method} needs rows to train on", hint="--data FILE, or compress a run, which has its own"
+            f"{request.method} needs rows to train on",
+            hint="--data FILE, or compress a run, which has its own",
         )
-    if not (same := trainer.teacher == SAME):
-        _check_teacher(trainer.teacher, out)
-    subject = subjects.load(work, offline=offline)
-    if not subject.rows:
+    teacher = None if trainer.teacher == SAME else _find_teacher(trainer.teacher, out)
+    inputs = loading.load(request, offline=offline)
+    if not inputs.rows:
         raise UsageError("there are no rows to train on", hint="give some with --data")
-    teacher = subject.model if same else _teacher(trainer.teacher, work.dtype, out, offline=offline)
-    trainer.check(subject.model, teacher, _longest(subject))
-    return Job(work, trainer, subject, teacher)
+    model = inputs.model if teacher is None else _load(teacher, request.dtype, offline=offline)
+    trainer.check(inputs.model, model, _longest(inputs))
+    return DistilJob(request, trainer, inputs, model)
 
 
-def _longest(subject: Subject) -> int:
-    return max(len(row.ids) for row in subject.rows)
+def _longest(inputs: Inputs) -> int:
+    return max(len(row.ids) for row in inputs.rows)
 
 
-def _check_teacher(name: str, out: Path) -> None:
-    """UsageError for one that cannot be, before the student is loaded."""
-    from fleetune.cli.commands import compress
-
+def _find_teacher(name: str, out: Path) -> subject.Run | subject.Plain:
+    """What the teacher's name means; UsageError for one that cannot teach, before the student is loaded."""
     try:
-        compress.check_plain(name, out)
+        return subject.open_weights(name, out)
     except UsageError as error:
         raise UsageError(f"teacher={name}: {error.message}", hint=error.hint) from error
 
 
-def _teacher(name: str, dtype: str, out: Path, *, offline: bool) -> Model:
-    """A finished run's model, or a model of that name."""
-    from fleetune import models
-    from fleetune.runs import rundir
+def _load(teacher: subject.Run | subject.Plain, dtype: str, *, offline: bool) -> Model:
     from fleetune.tuning import finished
 
-    if (
-        name == "latest"
-        or name.isdigit()
-        or any((p / "run.toml").is_file() for p in (Path(name), out / name))
-    ):
-        model = finished.load(rundir.find(name, out), offline=offline, device="cpu")
-        finished.settle(model)
-        return model
-    return models.load(name, dtype=dtype, device="cpu", offline=offline)
+    if isinstance(teacher, subject.Plain):
+        return teacher.load(dtype=dtype, offline=offline)
+    model = teacher.load(offline=offline)
+    finished.merge_weights(model)
+    return model
 
 
-def _train(ui: Ui, job: Job, folder: Path) -> None:
+def _train(listener: Listener, job: DistilJob, folder: Path) -> Outcome:
     from fleetune import models
-    from fleetune.tuning import rounds
+    from fleetune.common.memory import peak_rss
 
     began, teacher = time.monotonic(), job.teacher
-    taught = subjects.measure(teacher, job.subject)
-    student = job.trainer.student(job.subject.model)
+    of_teacher = job.inputs.measure(teacher)
+    student = job.trainer.student(job.inputs.model)
     before = _measure(job, student)
-    ui.event({
-        "event": "start", **asdict(job.work), "folder": str(folder), "before": before, "teacher": taught,
-        "planned": job.memory,
-    })  # fmt: skip
-    _steps(ui, job, student, folder)
-    models.save(student.net, student.tokenizer, folder / "model", card=_card(job))
+    listener.event(CompressStart(
+        **asdict(job.request), folder=str(folder), before=before, teacher=of_teacher, planned=job.memory
+    ))  # fmt: skip
+    on_step = progress.step_reporter(listener, folder, "divergence")
+    job.trainer.train(student, teacher, job.inputs.rows, job.request.seed, folder / PARTS, on_step)
+    written = folder / "model"
+    models.save(student.net, student.tokenizer, written, card=_card(job))
     after = _measure(job, student)
-    size = subjects.folder_bytes(folder / "model")
     done = {
-        "before": before, "after": after, "teacher": taught, "bytes": size,
-        "seconds": round(time.monotonic() - began, 3), "peak_rss": rounds.peak_rss(),
+        "before": before, "after": after, "teacher": of_teacher, "bytes": compression_folder.size(written),
+        "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
         "digest": models.digest(models.named_tensors(student.net)), "planned": job.memory,
     }  # fmt: skip
-    sizes = {
-        "before": subjects.weight_bytes(student),
-        "after": subjects.stored_bytes(folder / "model"),
-    }
-    subjects.finish(ui, job.work, folder, done, sizes | {"teacher": subjects.weight_bytes(teacher)})
+    return Outcome(done, {
+        "before": progress.weight_bytes(student), "after": compression_folder.weights_size(written),
+        "teacher": progress.weight_bytes(teacher),
+    })  # fmt: skip
 
 
-def _steps(ui: Ui, job: Job, student: Model, folder: Path) -> None:
-    """The training itself, told as it goes."""
-    with InterruptHandler(ui) as brake, subjects.told(ui, brake, folder, "divergence") as on_step:
-        job.trainer.train(student, job.teacher, job.subject.rows, job.work.seed, folder / PARTS, on_step)
+def _measure(job: DistilJob, student: Model) -> dict[str, float]:
+    found, rows = job.inputs.measure(student), job.inputs.held_out
+    return found | ({"divergence": job.trainer.distance(student, job.teacher, rows)} if rows else {})
 
 
-def _measure(job: Job, student: Model) -> dict[str, float]:
-    found, held = subjects.measure(student, job.subject), job.subject.held
-    return found | ({"divergence": job.trainer.distance(student, job.teacher, held)} if held else {})
-
-
-def _card(job: Job) -> str:
+def _card(job: DistilJob) -> str:
     return (
-        f"# {Path(job.work.model).name}, smaller\n\n"
-        f"Made by Fleetune ({job.work.method}); its teacher was {Path(job.taught_by).name}.\n"
+        f"# {Path(job.request.model).name}, smaller\n\n"
+        f"Made by Fleetune ({job.request.method}); its teacher was {Path(job.teacher_name).name}.\n"
     )

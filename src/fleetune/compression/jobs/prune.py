@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune compress` with a pruner: parts of a model go, what is left is trained; the result is a plain directory.
+"""Prune a model and train what is left; the result is a plain directory.
 
-A model whose blocks differ in width is a directory that only fleetune loads (`widths.py`); its README says so.
+A model whose blocks differ in width is a directory that only Fleetune loads (`families/widths.py`); its README says so.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetune.cli.console import Ui
-from fleetune.cli.interrupt import InterruptHandler
 from fleetune.compression import Pruner
-from fleetune.compression.jobs import solve
-from fleetune.compression.jobs import work as subjects
-from fleetune.compression.jobs.work import PARTS, Subject, Work
+from fleetune.compression.jobs import inputs as loading
+from fleetune.compression.jobs import progress, windows
+from fleetune.compression.jobs.contract import Outcome
+from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import Interrupted, UsageError
+from fleetune.runs import compression_folder
+from fleetune.runs.compression_folder import PARTS, CompressRequest
+from fleetune.runs.events import CompressStart, ModelPruned
+from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from fleetune.data import Encoded
@@ -26,103 +29,99 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class PruneJob:
     """A pruner's work, checked and ready to be done."""
 
-    work: Work
+    request: CompressRequest
     pruner: Pruner
-    subject: Subject
+    inputs: Inputs
     rows: Sequence[Encoded]
 
     def about(self) -> list[tuple[str, str]]:
         """What it works with, for the header."""
-        what = "rows" if self.subject.rows else "windows"
+        what = "rows" if self.inputs.rows else "windows"
         longest = max(len(row.ids) for row in self.rows)
-        return [("text", f"{self.subject.source} · {len(self.rows)} {what} of {longest} tokens at most")]
+        return [("text", f"{self.inputs.source} · {len(self.rows)} {what} of {longest} tokens at most")]
 
-    def run(self, ui: Ui, folder: Path) -> None:
-        """Do it, into `folder`; what is decided and the steps that are kept there are not done again.
+    def run(self, listener: Listener, folder: Path) -> Outcome:
+        """Prune, recover and save; a decision and steps that are kept in `folder` are not made again.
 
         StorageError for a disk too full.
         """
-        subjects.check_disk(
-            folder, self.pruner.disk(self.subject.model), "the state that is kept and the result"
-        )
-        _prune(ui, self, folder)
+        need = self.pruner.disk(self.inputs.model)
+        progress.check_disk(folder, need, "the state that is kept and the result")
+        return _prune(listener, self, folder)
 
 
-def prepare(work: Work, pruner: Pruner, *, offline: bool, ui: Ui) -> Job:
-    """The job; UsageError for whatever is in its way."""
-    subject = subjects.load(work, offline=offline)
-    if work.data and not subject.rows:
+def prepare(request: CompressRequest, pruner: Pruner, listener: Listener, *, offline: bool) -> PruneJob:
+    """Load the model and its rows, and check that the pruner takes them; UsageError when it does not."""
+    inputs = loading.load(request, offline=offline)
+    if request.data and not inputs.rows:
         raise UsageError("there are no rows to prune with", hint="give some with --data")
-    longest = max((len(row.ids) for row in subject.rows), default=work.length)
-    pruner.check(subject.model, longest, plain=not subject.rows)
-    return Job(work, pruner, subject, subject.rows or _windows(work, subject, ui))
+    longest = max((len(row.ids) for row in inputs.rows), default=request.length)
+    pruner.check(inputs.model, longest, plain=not inputs.rows)
+    return PruneJob(request, pruner, inputs, inputs.rows or _text_rows(request, inputs, listener))
 
 
-def _windows(work: Work, subject: Subject, ui: Ui) -> list[Encoded]:
-    """Text as rows whose tokens all count."""
+def _text_rows(request: CompressRequest, inputs: Inputs, listener: Listener) -> list[Encoded]:
+    """Windows of text as rows whose tokens all count."""
     import numpy as np
 
     from fleetune.data import Encoded
 
-    return [Encoded(ids.numpy().astype(np.int32), 1) for ids in solve.windows(work, subject, ui)]
+    found = windows.windows(request, inputs, listener)
+    return [Encoded(ids.numpy().astype(np.int32), 1) for ids in found]
 
 
-def _prune(ui: Ui, job: Job, folder: Path) -> None:
+def _prune(listener: Listener, job: PruneJob, folder: Path) -> Outcome:
     from fleetune import models
-    from fleetune.tuning import rounds
+    from fleetune.common.memory import peak_rss
 
-    began, subject = time.monotonic(), job.subject
-    before, whole = subjects.measure(subject.model, subject), subjects.weight_bytes(subject.model)
-    parameters = subject.model.n_params
-    ui.event({"event": "start", **asdict(job.work), "folder": str(folder), "before": before})
-    with InterruptHandler(ui) as brake:
-        pruned = _cut(ui, job, folder, brake)
-        _told(ui, parameters, pruned)
-        cut, sizes = subjects.measure(pruned, subject), {"before": whole}
-        trained = job.pruner.recover != "none"
-        if trained:
-            sizes["pruned"] = subjects.weight_bytes(pruned)
-            pruned = _train(ui, job, pruned, folder, brake)
-    models.save(pruned.net, pruned.tokenizer, folder / "model", card=_card(job, pruned))
-    after = subjects.measure(pruned, subject) if trained else cut
-    size = subjects.folder_bytes(folder / "model")
+    began, inputs = time.monotonic(), job.inputs
+    parameters, sizes = inputs.model.n_params, {"before": progress.weight_bytes(inputs.model)}
+    before = inputs.measure(inputs.model)
+    listener.event(CompressStart(**asdict(job.request), folder=str(folder), before=before))
+    pruned = _cut(listener, job, folder)
+    _report(listener, parameters, pruned)
+    after = cut = inputs.measure(pruned)
+    trained = job.pruner.recover != "none"
+    if trained:
+        sizes["pruned"] = progress.weight_bytes(pruned)
+        pruned = _recover(listener, job, pruned, folder)
+    written = folder / "model"
+    models.save(pruned.net, pruned.tokenizer, written, card=_card(job, pruned))
+    if trained:
+        after = inputs.measure(pruned)
     done = {
-        "before": before, "pruned": cut, "after": after, "bytes": size,
+        "before": before, "pruned": cut, "after": after, "bytes": compression_folder.size(written),
         "parameters": {"before": parameters, "after": pruned.n_params},
-        "seconds": round(time.monotonic() - began, 3), "peak_rss": rounds.peak_rss(),
+        "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
         "digest": models.digest(models.named_tensors(pruned.net)),
     }  # fmt: skip
-    subjects.finish(ui, job.work, folder, done, sizes | {"after": subjects.stored_bytes(folder / "model")})
+    return Outcome(done, sizes | {"after": compression_folder.weights_size(written)})
 
 
-def _cut(ui: Ui, job: Job, folder: Path, brake: InterruptHandler) -> Model:
-    """The pruned model; Ctrl-C while its importance is measured leaves nothing to go on with."""
-    with ui.count("rows", 0) as bar:
+def _cut(listener: Listener, job: PruneJob, folder: Path) -> Model:
+    """The pruned model; a stop while its importance is measured leaves nothing to resume from."""
 
-        def on_row(row: int, rows: int) -> None:
-            bar.update(row, rows, "importance")
-            if brake.requested:
-                raise Interrupted(
-                    f"stopped after {row} of {rows} rows", hint=f"fleetune compress --resume {folder}"
-                )
+    def on_row(row: int, rows: int) -> None:
+        listener.progress("rows", row, rows, "importance")
+        if listener.stop_requested:
+            raise Interrupted(f"stopped after {row} of {rows} rows", hint=progress.resume_command(folder))
 
-        return job.pruner.prune(job.subject.model, job.rows, folder / PARTS, on_row)
+    return job.pruner.prune(job.inputs.model, job.rows, folder / PARTS, on_row)
 
 
-def _told(ui: Ui, parameters: int, pruned: Model) -> None:
+def _report(listener: Listener, parameters: int, pruned: Model) -> None:
     from fleetune.models.families import widths
 
     found, wide = widths.block_widths(pruned.net.config), int(pruned.net.config.hidden_size)
-    ui.event({
-        "event": "pruned", "parameters": pruned.n_params, "blocks": len(found), "hidden_size": wide,
-        "widths": [w._asdict() for w in found],
-    })  # fmt: skip
+    listener.event(ModelPruned(
+        parameters=pruned.n_params, blocks=len(found), hidden_size=wide, widths=[w._asdict() for w in found]
+    ))  # fmt: skip
     heads = sorted({w.num_key_value_heads for w in found})
     channels = sorted({w.intermediate_size for w in found})
-    ui.note(
+    listener.note(
         f"{1 - pruned.n_params / parameters:.1%} of the weights are gone: {len(found)} blocks with "
         f"{_span(heads)} key heads and {_span(channels)} channels, {wide} wide"
     )
@@ -132,14 +131,14 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
-def _train(ui: Ui, job: Job, pruned: Model, folder: Path, brake: InterruptHandler) -> Model:
-    """The recovery, told as it goes."""
-    at = folder / PARTS / "recovery"
-    with subjects.told(ui, brake, folder, "loss") as on_step:
-        return job.pruner.train(pruned, job.subject.model, job.rows, job.work.seed, at, on_step)
+def _recover(listener: Listener, job: PruneJob, pruned: Model, folder: Path) -> Model:
+    """Train what is left, with a report of each step."""
+    on_step = progress.step_reporter(listener, folder, "loss")
+    place = folder / PARTS / "recovery"
+    return job.pruner.train(pruned, job.inputs.model, job.rows, job.request.seed, place, on_step)
 
 
-def _card(job: Job, pruned: Model) -> str:
+def _card(job: PruneJob, pruned: Model) -> str:
     from fleetune.models.families import widths
 
     odd = (
@@ -148,4 +147,4 @@ def _card(job: Job, pruned: Model) -> str:
         if widths.has_block_widths(pruned.net.config)
         else ""
     )
-    return f"# {Path(job.work.model).name}, smaller\n\nMade by Fleetune ({job.work.method}).\n{odd}"
+    return f"# {Path(job.request.model).name}, smaller\n\nMade by Fleetune ({job.request.method}).\n{odd}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune compress` with a solver: block by block to the master artefact that `fleetune export` repacks."""
+"""Compress block by block with a solver, into the artefact of codes that `fleetune export` repacks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fleetune.cli.console import Ui
-from fleetune.cli.interrupt import InterruptHandler
 from fleetune.common.display import human_bytes, human_time
 from fleetune.compression import Solver
-from fleetune.compression.jobs import work as subjects
-from fleetune.compression.jobs.work import CLIENTS, PARTS, Subject, Work
-from fleetune.errors import DataError, Interrupted, UsageError
+from fleetune.compression.jobs import progress, windows
+from fleetune.compression.jobs.contract import Outcome
+from fleetune.compression.jobs.inputs import Inputs
+from fleetune.errors import Interrupted, UsageError
+from fleetune.runs import compression_folder
+from fleetune.runs.compression_folder import CLIENTS, PARTS, CompressRequest
+from fleetune.runs.events import BlockSolved, CalibrationReply, CompressStart, MatrixSolved
+from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,17 +34,19 @@ if TYPE_CHECKING:
     from fleetune.models.artefact import ArtefactHead
     from fleetune.planning.compression_cost import CompressionSize
 
-ORIGIN: Final = "origin.json"  # in the folder of finished blocks: what they are a function of
+ORIGIN: Final = (
+    "origin.json"  # in the folder of finished blocks: the weights, settings and text that made them
+)
 REPLIES: Final = "replies.jsonl"  # there too: of the clients
 
 
 @dataclass(frozen=True)
-class Job:
+class SolveJob:
     """A solver's work, checked and ready to be done."""
 
-    work: Work
+    request: CompressRequest
     solver: Solver
-    subject: Subject
+    inputs: Inputs
     calibration: Tensor | None
     shares: Mapping[int, Tensor]  # whose windows they are, where clients calibrate
     replies: list[Reply] = field(default_factory=list)  # of these clients, as they come
@@ -49,13 +54,13 @@ class Job:
     def about(self) -> list[tuple[str, str]]:
         """What it works with and what that takes, for the header."""
         memory = f"about {human_bytes(self.memory)}" + (
-            " · one block at a time, read from its file" if self.work.low_memory else ""
+            " · one block at a time, read from its file" if self.request.low_memory else ""
         )
         if self.calibration is None:
             return [("memory", memory)]
         count, length = self.calibration.shape
-        text = f"{self.subject.source} · {count} windows of {length} tokens"
-        text += " · true sequential" if self.work.true_sequential else ""
+        text = f"{self.inputs.source} · {count} windows of {length} tokens"
+        text += " · true sequential" if self.request.true_sequential else ""
         whose = [("clients", f"{len(self.shares)} of them, in turn")] if self.shares else []
         return [("text", text), *whose, ("memory", memory)]
 
@@ -65,7 +70,7 @@ class Job:
         from fleetune.planning import compression_cost
         from fleetune.planning.shapes import shape_of
 
-        return sum(compression_cost.memory(shape_of(self.subject.model.net.config), self.cost).values())
+        return sum(compression_cost.memory(shape_of(self.inputs.model.net.config), self.cost).values())
 
     @property
     def cost(self) -> CompressionSize:
@@ -74,15 +79,18 @@ class Job:
 
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
         return size_of(self.solver, count, length)._replace(
-            size=SIZES[self.subject.model.dtype], low_memory=self.work.low_memory,
-            measured=self.subject.measured, clients=len(self.shares), together=self.work.true_sequential,
-            heads=_written_heads(self.subject.model.net.config),
+            size=SIZES[self.inputs.model.dtype], low_memory=self.request.low_memory,
+            measured=self.inputs.measured, clients=len(self.shares), together=self.request.true_sequential,
+            heads=_written_heads(self.inputs.model.net.config),
         )  # fmt: skip
 
-    def run(self, ui: Ui, folder: Path) -> None:
-        """Do it, into `folder`; finished blocks there are not done again.  StorageError for a disk too full."""
-        _check_room(ui, self, folder)
-        _compress(ui, self, folder)
+    def run(self, listener: Listener, folder: Path) -> Outcome:
+        """Solve all blocks and write the artefact; blocks that are finished in `folder` are not solved again.
+
+        StorageError for a disk too full.
+        """
+        _check_room(listener, self, folder)
+        return _compress(listener, self, folder)
 
 
 def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
@@ -93,126 +101,71 @@ def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
     return CompressionSize(windows if solver.data else 0, length, bits=bits, group=group)
 
 
-def prepare(work: Work, solver: Solver, subject: Subject, ui: Ui) -> Job:
-    """The job; UsageError for whatever is in its way."""
+def prepare(request: CompressRequest, solver: Solver, inputs: Inputs, listener: Listener) -> SolveJob:
+    """Check that the solver takes every matrix, and cut the calibration windows; UsageError when one cannot be."""
     from fleetune.compression.layerwise import driver
 
-    driver.check(subject.model, solver)
+    driver.check(inputs.model, solver)
     if not solver.data:
-        if work.calibrate == CLIENTS:
-            raise UsageError(f"{work.method} is not calibrated", hint="leave out --calibrate")
-        if work.true_sequential:
-            raise UsageError(f"{work.method} is not calibrated", hint="leave out --true-sequential")
-        return Job(work, solver, subject, None, {})
+        for asked, flag in (
+            (request.calibrate == CLIENTS, "--calibrate"), (request.true_sequential, "--true-sequential")
+        ):  # fmt: skip
+            if asked:
+                raise UsageError(f"{request.method} is not calibrated", hint=f"leave out {flag}")
+        return SolveJob(request, solver, inputs, None, {})
     import torch
 
-    shares = _shares(work, subject, ui) if work.calibrate == CLIENTS else {}
-    calibration = torch.cat(list(shares.values())) if shares else windows(work, subject, ui)
-    return Job(work, solver, subject, calibration, shares)
+    clients = request.calibrate == CLIENTS
+    shares = windows.of_clients(request, inputs, listener) if clients else {}
+    calibration = torch.cat(list(shares.values())) if clients else windows.windows(request, inputs, listener)
+    return SolveJob(request, solver, inputs, calibration, shares)
 
 
-def _shares(work: Work, subject: Subject, ui: Ui) -> dict[int, Tensor]:
-    """Each client's windows, its equal part of `work.windows`, at least one; a client that fills none is left out."""
-    import numpy as np
-    import torch
+def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> Parts:
+    """Solve the blocks of the job's model; those that `folder` holds are not solved again.
 
-    from fleetune.compression.layerwise import driver
-
-    _check_length(work, subject)
-    each, found = max(1, work.windows // len(subject.clients)), dict[int, torch.Tensor]()
-    for client, rows in subject.clients.items():
-        try:
-            found[client] = driver.windows([np.asarray(row.ids) for row in rows], work.length, each)
-        except DataError as error:
-            ui.note(f"client {client} is left out: {error.message}")
-    if not found:
-        raise DataError(
-            f"no client has text for a window of {work.length} tokens", hint="give a smaller --length"
-        )
-    return found
-
-
-def _check_length(work: Work, subject: Subject) -> None:
-    from fleetune.evaluation.losses import context_length
-
-    if work.length > (longest := context_length(subject.model)):
-        raise UsageError(
-            f"windows of {work.length} tokens are longer than the model's {longest}",
-            hint=f"--length {min(longest, 512)}",
-        )
-
-
-def windows(work: Work, subject: Subject, ui: Ui) -> Tensor:
-    """int64 [N, length]: the work's rows or text, or what the model writes where there is neither."""
-    import numpy as np
-
-    from fleetune import data
-    from fleetune.compression.layerwise import driver
-
-    model = subject.model
-    _check_length(work, subject)
-    if subject.rows:
-        ids = [np.asarray(row.ids) for row in subject.rows]
-    elif work.text:
-        encode = model.tokenizer
-        ids = [np.asarray(encode(text, verbose=False)["input_ids"]) for text in data.read_text(work.text)]
-    elif work.low_memory:
-        raise UsageError(
-            "with --low-memory the model cannot write its own text: each token would read all of it anew",
-            hint="give some: --text FILE or --data FILE",
-        )
-    else:
-        ui.note(f"no calibration text is given: the model writes {work.windows} windows itself")
-        return driver.written(model, work.length, work.windows, work.seed)
-    return driver.windows(ids, work.length, work.windows)
-
-
-def solve(ui: Ui, job: Job, folder: Path, again: str) -> Parts:
-    """The blocks of the job's model; those that `folder` holds are not done again.
-
-    Interrupted after Ctrl-C, with `again` as the command that goes on.  UsageError when those blocks were made of
-    other weights, settings or text.
+    `resume_command` is shown after Ctrl-C (Interrupted).  UsageError when the blocks in `folder` were made of other
+    weights, settings or text.
     """
     from fleetune.compression.layerwise import driver
 
     _check_origin(job, folder / PARTS)
-    with ui.count("blocks", 0) as bar, InterruptHandler(ui) as brake:
 
-        def on_matrix(block: int, blocks: int, name: str) -> None:
-            bar.update(block, blocks, name.rsplit(".", 1)[-1])
-            if brake.requested:
-                raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=again)
+    def on_matrix(block: int, blocks: int, name: str) -> None:
+        listener.progress("blocks", block, blocks, name.rsplit(".", 1)[-1])
+        if listener.stop_requested:
+            raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=resume_command)
 
-        return driver.run(
-            job.subject.model,
-            job.solver,
-            _source(ui, job, folder / PARTS),
-            folder / PARTS,
-            on_matrix,
-            lambda b, n: _told(ui, b, n),
-            true_sequential=job.work.true_sequential,
-        )
+    return driver.run(
+        job.inputs.model,
+        job.solver,
+        _source(listener, job, folder / PARTS),
+        folder / PARTS,
+        on_matrix,
+        lambda block, blocks: _report_block(listener, block, blocks),
+        true_sequential=job.request.true_sequential,
+    )
 
 
-def _check_origin(job: Job, parts: Path) -> None:
+def _check_origin(job: SolveJob, parts: Path) -> None:
     from fleetune.common.files import write_atomic
 
-    model = job.subject.model
+    model = job.inputs.model
     own = json.dumps([
-        job.work.method, asdict(job.solver), model.digest, model.dtype,  # type: ignore[call-overload]
+        job.request.method, asdict(job.solver), model.digest, model.dtype,  # type: ignore[call-overload]
         _calibration(job), [[client, len(own)] for client, own in job.shares.items()],
     ])  # fmt: skip
     file = parts / ORIGIN
     if file.is_file() and file.read_text(encoding="utf-8") != own:
         raise UsageError(
             f"the blocks in {parts} were made of other weights or another text: something has changed since",
-            hint=f"compress again: fleetune compress {job.work.model}",
+            hint=f"compress again: fleetune compress {job.request.model}",
         )
     parts.mkdir(parents=True, exist_ok=True)
     write_atomic(file, own)
 
 
-def _source(ui: Ui, job: Job, parts: Path) -> Tensor | Clients | None:
+def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | Clients | None:
     from fleetune.compression.layerwise.federated import WARNING, Clients
 
     if not job.shares:
@@ -222,20 +175,20 @@ def _source(ui: Ui, job: Job, parts: Path) -> Tensor | Clients | None:
     gone = {reply.client for reply in job.replies if reply.reason}
     left = {client: own for client, own in job.shares.items() if client not in gone}
 
-    def told(reply: Reply) -> None:
-        ui.event({"event": "client", **asdict(reply)})
+    def on_reply(reply: Reply) -> None:
+        listener.event(CalibrationReply(**asdict(reply)))
         if reply.reason:
-            ui.note(f"block {reply.block + 1}: client {reply.client} is left out: {reply.reason}")
+            listener.note(f"block {reply.block + 1}: client {reply.client} is left out: {reply.reason}")
         job.replies.append(reply)
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(reply)) + "\n")
 
-    ui.note(WARNING)
-    return Clients(job.subject.model, left or job.shares, parts, told)
+    listener.note(WARNING)
+    return Clients(job.inputs.model, left or job.shares, parts, on_reply)
 
 
 def _earlier(log: Path) -> list[Reply]:
-    """The replies before a stop: what they sent counts, and who was left out stays so."""
+    """Read the replies before a stop: what they sent counts, and a client that was left out stays out."""
     from fleetune.compression.layerwise.federated import Reply
 
     found = list[Reply]()
@@ -245,29 +198,29 @@ def _earlier(log: Path) -> list[Reply]:
     return found
 
 
-def head(job: Job) -> ArtefactHead:
-    """How the artefact is made."""
+def head(job: SolveJob) -> ArtefactHead:
+    """The artefact's head: method, settings, weights and calibration windows that it is made from."""
     from fleetune import models
     from fleetune.models.artefact import ArtefactHead
     from fleetune.models.paged import tensors_of
 
-    model = job.subject.model
+    model = job.inputs.model
     return ArtefactHead(
-        job.work.method, {**asdict(job.solver)}, models.digest(tensors_of(model)),  # type: ignore[call-overload]
+        job.request.method, {**asdict(job.solver)}, models.digest(tensors_of(model)),  # type: ignore[call-overload]
         model.tokenizer_digest, _calibration(job),
     )  # fmt: skip
 
 
-def _check_room(ui: Ui, job: Job, folder: Path) -> None:
+def _check_room(listener: Listener, job: SolveJob, folder: Path) -> None:
     """A note when memory is short; StorageError when the disk is."""
     from fleetune.planning import compression_cost
     from fleetune.planning.shapes import shape_of
 
-    ways = [] if job.work.low_memory else ["with --low-memory"]
-    ways += ["without --true-sequential"] if job.work.true_sequential else []
-    subjects.warn_of_memory(ui, job.memory, ways)
-    need = compression_cost.disk(shape_of(job.subject.model.net.config), job.cost)
-    subjects.check_disk(folder, need, "the finished blocks and the result")
+    ways = [] if job.request.low_memory else ["with --low-memory"]
+    ways += ["without --true-sequential"] if job.request.true_sequential else []
+    progress.warn_of_memory(listener, job.memory, ways)
+    need = compression_cost.disk(shape_of(job.inputs.model.net.config), job.cost)
+    progress.check_disk(folder, need, "the finished blocks and the result")
 
 
 def _written_heads(config: Any) -> int:
@@ -275,50 +228,47 @@ def _written_heads(config: Any) -> int:
     return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
 
 
-def _compress(ui: Ui, job: Job, folder: Path) -> None:
+def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
+    from fleetune.common.memory import peak_rss
     from fleetune.models import artefact
-    from fleetune.tuning import rounds
 
-    began, subject = time.monotonic(), job.subject
-    model, before = subject.model, subjects.measure(subject.model, subject)
-    ui.event(
-        {"event": "start", **asdict(job.work), "folder": str(folder), "before": before, "planned": job.memory}
-    )
-    parts = solve(ui, job, folder, f"fleetune compress --resume {folder}")
-    artefact.write(folder / "model", model, parts, head(job))
-    after = _after(subject, parts)
-    size = subjects.folder_bytes(folder / "model")
+    began, model = time.monotonic(), job.inputs.model
+    before = job.inputs.measure(model)
+    request = asdict(job.request)
+    listener.event(CompressStart(**request, folder=str(folder), before=before, planned=job.memory))
+    parts = solve(listener, job, folder, progress.resume_command(folder))
+    written = folder / "model"
+    artefact.write(written, model, parts, head(job))
+    after = _after(job.inputs, parts)
     done = {
-        "before": before, "after": after, "bytes": size,
-        "seconds": round(time.monotonic() - began, 3), "peak_rss": rounds.peak_rss(),
-        "digest": artefact.Master(folder / "model").digest(), "error": _mean(_errors(parts.blocks)),
-        "notes": _notes(parts.blocks), "planned": job.memory, **_traffic(ui, job),
+        "before": before, "after": after, "bytes": compression_folder.size(written),
+        "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
+        "digest": artefact.Master(written).digest(), "error": _mean(_errors(parts.blocks)),
+        "notes": _notes(parts.blocks), "planned": job.memory, **_traffic(listener, job),
     }  # fmt: skip
-    sizes = {"before": subjects.weight_bytes(model), "after": subjects.stored_bytes(folder / "model")}
-    subjects.finish(ui, job.work, folder, done, sizes)
+    sizes = {"before": progress.weight_bytes(model), "after": compression_folder.weights_size(written)}
+    return Outcome(done, sizes)
 
 
-def _traffic(ui: Ui, job: Job) -> dict[str, int]:
+def _traffic(listener: Listener, job: SolveJob) -> dict[str, int]:
     """Bytes that the clients sent and got, where they calibrate."""
     if not job.shares:
         return {}
     up, down = sum(r.bytes_up for r in job.replies), sum(r.bytes_down for r in job.replies)
     count = len(job.shares)
-    ui.note(f"a client sent {human_bytes(up / count)} and got {human_bytes(down / count)}")
+    listener.note(f"a client sent {human_bytes(up / count)} and got {human_bytes(down / count)}")
     return {"bytes_up": up, "bytes_down": down}
 
 
-def _told(ui: Ui, block: Block, blocks: int) -> None:
+def _report_block(listener: Listener, block: Block, blocks: int) -> None:
     errors = _errors([block])
-    ui.event({
-        "event": "block", "block": block.number, "blocks": blocks, "seconds": block.seconds,
-        "matrices": [{"name": m.name, "error": m.error, "notes": list(m.notes)} for m in block.matrices],
-    })  # fmt: skip
-    told = f"  error {statistics.fmean(errors):.4f}, at most {max(errors):.4f}" if errors else ""
-    ui.note(f"block {block.number + 1}/{blocks}{told}  {human_time(block.seconds)}")
+    matrices = [MatrixSolved(name=m.name, error=m.error, notes=list(m.notes)) for m in block.matrices]
+    listener.event(BlockSolved(block=block.number, blocks=blocks, seconds=block.seconds, matrices=matrices))
+    summary = f"  error {statistics.fmean(errors):.4f}, at most {max(errors):.4f}" if errors else ""
+    listener.note(f"block {block.number + 1}/{blocks}{summary}  {human_time(block.seconds)}")
     for matrix in block.matrices:
         for note in matrix.notes:
-            ui.note(f"  {matrix.name}: {note}")
+            listener.note(f"  {matrix.name}: {note}")
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -334,25 +284,26 @@ def _notes(blocks: Sequence[Block]) -> dict[str, list[str]]:
     return {m.name: list(m.notes) for b in blocks for m in b.matrices if m.notes}
 
 
-def _calibration(job: Job) -> dict[str, Any]:
+def _calibration(job: SolveJob) -> dict[str, Any]:
     if job.calibration is None:
         return {}
     tokens = job.calibration.numpy().astype("<i8").tobytes()
     count, length = job.calibration.shape
-    how = {"true_sequential": True} if job.work.true_sequential else {}
+    how = {"true_sequential": True} if job.request.true_sequential else {}
     return {"windows": count, "length": length, "sha256": hashlib.sha256(tokens).hexdigest(), **how}
 
 
-def _after(subject: Subject, parts: Parts) -> dict[str, float]:
+def _after(inputs: Inputs, parts: Parts) -> dict[str, float]:
     from fleetune.compression.layerwise import driver
     from fleetune.models.artefact import dense
     from fleetune.models.paged import pages_of
 
-    if not subject.measured:
+    if not inputs.measured:
         return {}
-    if pages := pages_of(subject.model):
+    model = inputs.model
+    if pages := pages_of(model):
         pages.changed = lambda name: dense(parts[name]) if name in parts else None
-        return subjects.measure(subject.model, subject)
-    linears = {name: m for _, found in driver.linears_of(subject.model) for name, m in found.items()}
+        return inputs.measure(model)
+    linears = {name: m for _, found in driver.linears_of(model) for name, m in found.items()}
     with driver.placed(linears, parts):
-        return subjects.measure(subject.model, subject)
+        return inputs.measure(model)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inputs of a block's layers: calibration windows on their way through a model that is compressed block by block."""
+"""Run calibration windows through a model block by block, and collect the Hessians of each block's linear layers."""
 
 from __future__ import annotations
 
@@ -10,47 +10,47 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fleetune.compression.layerwise.hessian import accumulate, whole
+from fleetune.compression.layerwise.hessian import accumulate, mirrored
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
 
-# (layer, H): solves it.  With a true-sequential driver the layer has its compressed weights afterwards.
-Settle = Callable[[str, Tensor], None]
+# Called with a layer's name and its H.  With a true-sequential driver it also puts the compressed weights in place.
+SolveLayer = Callable[[str, Tensor], None]
 
 
-class Source(Protocol):
-    """Where the Hessians of a block's layers come from; blocks are asked for in order."""
+class HessianSource(Protocol):
+    """Where the Hessians of a block's layers come from; blocks are visited in order."""
 
-    def walk(self, number: int, linears: Mapping[str, nn.Linear], settle: Settle) -> None:
-        """Call `settle(name, H)` for every layer that is read, H float32 [C, C] the sum of 2 x x^T over all tokens."""
+    def solve_layers(self, number: int, linears: Mapping[str, nn.Linear], solve: SolveLayer) -> None:
+        """Call `solve(name, H)` for every layer that is used, H float32 [C, C] the sum of 2 x x^T over all tokens."""
         ...
 
     def advance(self, number: int) -> None:
-        """Go on to the next block; this one's layers have their compressed weights while it is called."""
+        """Advance to the next block; called while this block's layers have their compressed weights."""
         ...
 
 
 class _Stop(Exception):
-    """Ends a forward pass once all that is asked of it is known."""
+    """Ends a forward pass early."""
 
 
-class Stream:
-    """The windows' hidden states, moved on a block at a time."""
+class HiddenStates:
+    """The hidden states of the calibration windows in front of a block."""
 
     def __init__(self, model: Model, calibration: Tensor, true_sequential: bool = False) -> None:
         modules = dict(model.net.named_modules())
         self.model, self.blocks = model, [modules[layer.name] for layer in layers_of(model.net)]
         self.true_sequential = true_sequential
-        self.kwargs = _keywords(model, self.blocks, calibration[:1])
-        self.states = self.begin(calibration)
+        self.kwargs = _block_arguments(model, self.blocks, calibration[:1])
+        self.states = self.first_block_inputs(calibration)
         if true_sequential:
             self.states = [torch.cat(self.states)]
-        self._ahead: Tensor | None = None  # the states behind a block whose layers were solved on their way
+        self._ahead: Tensor | None = None  # states after a block solved sequentially
 
-    def begin(self, calibration: Tensor) -> list[Tensor]:
-        """The states that go into the first block, for windows of the same length."""
+    def first_block_inputs(self, calibration: Tensor) -> list[Tensor]:
+        """Return the inputs of the first block, for windows of the same length."""
         states: list[Tensor] = []
-        with _caught(self.blocks[0], lambda args, kwargs: states.append(_input(args, kwargs))):
+        with _intercepted(self.blocks[0], lambda args, kwargs: states.append(_hidden_state(args, kwargs))):
             for window in calibration:
                 try:
                     self.model.net(input_ids=window[None].to(self.model.device), use_cache=False)
@@ -59,73 +59,74 @@ class Stream:
         return states
 
     def forward(self, number: int, state: Tensor) -> Tensor:
-        """What comes out of a block."""
+        """Return the output of a block."""
         out = self.blocks[number](state, **self.kwargs[number])
         return out if isinstance(out, Tensor) else out[0]
 
-    def walk(self, number: int, linears: Mapping[str, nn.Linear], settle: Settle) -> None:
-        """Solve a block's layers: each on its way through the block, or all of them after it."""
+    def solve_layers(self, number: int, linears: Mapping[str, nn.Linear], solve: SolveLayer) -> None:
+        """Solve a block's layers: during its forward pass (`true_sequential`), or all of them after it."""
         if self.true_sequential:
-            self._ahead = self._on_the_way(number, linears, settle)
+            self._ahead = self._solve_in_pass(number, linears, solve)
             return
         H = self.hessians(number, linears)
         for name in [name for name in linears if name in H]:
-            settle(name, H[name])
+            solve(name, H[name])
 
     def hessians(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-        """H by layer name; layers that read one tensor have the same H."""
+        """Return H by layer name; layers that read the same tensor share one H."""
         H: dict[str, Tensor] = {}
-        shared = _Shared()
-        called, order = (
-            list[str](),
-            list[str](),
-        )  # in this window, and in the first where that is every layer once
+        shared = _SharedInputs()
+        called = list[str]()  # in this window
+        order = list[str]()  # in the first window that calls every layer exactly once
 
-        def see(name: str, x: Tensor) -> None:
+        def observe(name: str, x: Tensor) -> None:
             first = shared.first(name, x)
             if name not in H:
                 H[name] = torch.zeros(x.shape[-1], x.shape[-1]) if first == name else H[first]
             if first == name:
                 accumulate(H[name], x.cpu())
             called.append(name)
-            if called == order:  # what follows is not needed
+            if called == order:  # the rest of the block is not needed
                 raise _Stop
 
-        with _seen(linears, see):
+        with _observed_inputs(linears, observe):
             for state in self.states:
                 with suppress(_Stop):
                     self.forward(number, state)
                 if not order and sorted(called) == sorted(linears):
                     order = called.copy()
                 called.clear()
-                shared = _Shared()
+                shared = _SharedInputs()
         for h in {id(h): h for h in H.values()}.values():
-            whole(h)
+            mirrored(h)
         return H
 
-    def _on_the_way(self, number: int, linears: Mapping[str, nn.Linear], settle: Settle) -> Tensor | None:
-        shared, done, last = _Shared(), set[str](), number + 1 == len(self.blocks)
+    def _solve_in_pass(
+        self, number: int, linears: Mapping[str, nn.Linear], solve: SolveLayer
+    ) -> Tensor | None:
+        """Solve each layer when all windows reach it; the block's output, None for the last block."""
+        shared, done, last = _SharedInputs(), set[str](), number + 1 == len(self.blocks)
         H = torch.empty(0)
 
-        def see(name: str, x: Tensor) -> None:
+        def observe(name: str, x: Tensor) -> None:
             nonlocal H
             if name in done:
                 return
             if shared.first(name, x) == name:
                 H = torch.zeros(x.shape[-1], x.shape[-1])
                 accumulate(H, x.cpu())
-                whole(H)
-            settle(name, H)
+                mirrored(H)
+            solve(name, H)
             done.add(name)
-            if last and len(done) == len(linears):  # nobody reads what comes out of it
+            if last and len(done) == len(linears):  # nothing reads the output of the last block
                 raise _Stop
 
-        with _seen(linears, see), suppress(_Stop):
+        with _observed_inputs(linears, observe), suppress(_Stop):
             return self.forward(number, self.states[0])
         return None
 
     def advance(self, number: int) -> None:
-        """Make the states what comes out of the block."""
+        """Replace the states by the output of the block."""
         if self._ahead is not None:
             self.states, self._ahead = [self._ahead], None
             return
@@ -133,26 +134,28 @@ class Stream:
             self.states[i] = self.forward(number, state)
 
 
-class _Shared:
-    """Which layers read one tensor: those that are called with the tensor of the layer before."""
+class _SharedInputs:
+    """Finds layers that read the same tensor: those called with the tensor of the layer before."""
 
     def __init__(self) -> None:
-        self.of = ""  # the first layer that read the tensor of the last call
+        self.reader = ""  # the first layer that read the last tensor
         self._x: Tensor | None = None
 
     def first(self, name: str, x: Tensor) -> str:
-        """The first layer that read x, `name` itself where x is new."""
+        """Return the first layer that read x; `name` itself where x is new."""
         if x is not self._x:
-            self._x, self.of = x, name
-        return self.of
+            self._x, self.reader = x, name
+        return self.reader
 
 
 @contextmanager
-def _seen(linears: Mapping[str, nn.Linear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """`see(name, x)` is called with what a layer is about to read."""
+def _observed_inputs(
+    linears: Mapping[str, nn.Linear], observe: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call `observe(name, x)` with the input of a layer, just before the layer runs."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: see(name, args[0])
+        return lambda module, args: observe(name, args[0])
 
     handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
     try:
@@ -162,13 +165,17 @@ def _seen(linears: Mapping[str, nn.Linear], see: Callable[[str, Tensor], None]) 
             handle.remove()
 
 
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def _hidden_state(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     state: Tensor = args[0] if args else kwargs["hidden_states"]
     return state
 
 
 @contextmanager
-def _caught(block: nn.Module, take: Callable[[tuple[Any, ...], Mapping[str, Any]], None]) -> Iterator[None]:
+def _intercepted(
+    block: nn.Module, take: Callable[[tuple[Any, ...], Mapping[str, Any]], None]
+) -> Iterator[None]:
+    """Call `take` with the arguments of a block, and end the forward pass there."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         take(args, kwargs)
         raise _Stop
@@ -180,10 +187,10 @@ def _caught(block: nn.Module, take: Callable[[tuple[Any, ...], Mapping[str, Any]
         handle.remove()
 
 
-def _keywords(model: Model, blocks: Sequence[nn.Module], window: Tensor) -> list[dict[str, Any]]:
-    """What each block is called with beside the hidden states (masks, positions): the same for every window.
+def _block_arguments(model: Model, blocks: Sequence[nn.Module], window: Tensor) -> list[dict[str, Any]]:
+    """Return the arguments of each block besides the hidden states (masks, positions); all windows share them.
 
-    The first block is run, the others hand its output on: what they are called with does not depend on it.
+    Only the first block is run.  The others pass its output on, since their other arguments do not depend on it.
     """
     found: list[dict[str, Any]] = []
     given: list[Any] = []

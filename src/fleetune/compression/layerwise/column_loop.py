@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-untyped-calls
-"""The column loop that OPTQ and SparseGPT share: settle a column, let the columns to come make up for its error.
+"""Compress a matrix column by column, and correct later columns for the error of each (the optimal brain surgeon).
 
-For column i, with q its settled values and U from `hessian.inverse_cholesky`,
+For column i, with q its compressed values and U from `hessian.inverse_cholesky`,
 
     e = (w_i - q) / U_ii            w_j <- w_j - e U_ij  for all j > i
 
-(the optimal-brain-surgeon update for all rows at once; Frantar et al. 2023, arXiv 2210.17323, equation 2 and
-algorithm 1).  The update is applied at once within a block of columns and by one matrix product to those after it.
-Rows are independent, so the compiled loop lays columns out as rows of W^T and runs along them.
+for all rows at once (Frantar et al. 2023, arXiv 2210.17323, equation 2 and algorithm 1).  The update is immediate
+within a block of columns, and one matrix product for all columns after the block.  Rows are independent, so the
+compiled loop stores columns as rows of W^T and runs along them.
 
-In all, Q = W - E U, so with H the matrix of which U is, U H U^T = I and
+Together, Q = W - E U.  With H the matrix that U was made from, U H U^T = I, so
 
     tr((W - Q) H (W - Q)^T) = tr(E E^T) = sum e^2
 
-which is the loss, without a product of matrices (equation 3 of the paper, summed).
+which gives the loss without another matrix product (equation 3 of the paper, summed).
 """
 
 from __future__ import annotations
@@ -33,23 +33,24 @@ BLOCK = 128
 
 
 class Segment(NamedTuple):
-    """How the next columns are settled: up to `end`; on a grid (scale, zero, top) or as they are; masked ones to 0."""
+    """How the next columns are compressed: rounded to a grid, or left as they are; masked weights become 0."""
 
-    end: int
-    scale: Tensor | None  # [R]
+    end: int  # the column after the last one
+    scale: Tensor | None  # [R]; None for no grid
     zero: Tensor | None  # [R]
-    top: int
+    top: int  # the largest code
     mask: Tensor | None  # bool [end - begin, R]: True is pruned
 
 
-Choose = Callable[[Tensor, int, int], Segment]
+ChooseSegment = Callable[[Tensor, int, int], Segment]
+ColumnLoop = Callable[[Tensor, ChooseSegment], tuple[Tensor, Tensor]]  # `CompensatedLoop` or `nearest`
 
 
-def sweep(W: Tensor, U: Tensor, choose: Choose, block: int = BLOCK) -> tuple[Tensor, Tensor, float]:
-    """(settled values, codes, sum e^2) of W [R, C], float32 or float64: [R, C] and uint8 [R, C].
+def sweep(W: Tensor, U: Tensor, choose: ChooseSegment, block: int = BLOCK) -> tuple[Tensor, Tensor, float]:
+    """Compress W [R, C], float32 or float64: (values [R, C], codes uint8 [R, C], sum e^2).
 
-    `choose(Wt, begin, block_end)` is asked for every segment; Wt [C, R] are the weights as updated so far: those of
-    the block by all columns before, those after the block by the blocks before.  W is left as it was.
+    `choose(Wt, begin, block_end)` returns the next segment.  Wt [C, R] are the weights as updated so far: those of the
+    block by all earlier columns, those after it by all earlier blocks.  W is left unchanged.
     """
     Wt, C = W.T.contiguous(), W.shape[1]
     codes = torch.zeros_like(Wt, dtype=torch.uint8)
@@ -60,35 +61,38 @@ def sweep(W: Tensor, U: Tensor, choose: Choose, block: int = BLOCK) -> tuple[Ten
         begin = first
         while begin < last:
             part = choose(Wt, begin, last)
-            _settle(Wt, U, E, codes, first, begin, last, part)
+            _process_columns(Wt, U, E, codes, first, begin, last, part)
             begin = min(part.end, last)
         Wt[last:].addmm_(U[first:last, last:].T, E, alpha=-1.0)
         squares += torch.linalg.vector_norm(E).item() ** 2
     return Wt.T.contiguous(), codes.T.contiguous(), squares
 
 
-def nearest(W: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
-    """`sweep` without any making up for errors (round to nearest)."""
+def nearest(W: Tensor, choose: ChooseSegment) -> tuple[Tensor, Tensor]:
+    """Run `sweep` without correcting later columns: round to nearest, or prune by magnitude."""
     return sweep(W, torch.eye(W.shape[1], dtype=W.dtype), choose)[:2]
 
 
-class Loop:
-    """`sweep` by a factor, or `nearest` where there is none; `loss` is then that of the last matrix."""
+class CompensatedLoop:
+    """Run `sweep` with the factor of a Hessian, or `nearest` where there is no factor."""
 
     def __init__(self, factor: Factor) -> None:
         self.factor = factor
-        self.loss: float | None = None  # tr((W - Q) H (W - Q)^T) of the H before damping; None of `nearest`
+        # tr((W - Q) H (W - Q)^T) of the last matrix, H before damping; None without a factor
+        self.loss: float | None = None
 
-    def __call__(self, W: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
-        """(settled values, codes) of W [R, C]."""
+    def __call__(self, W: Tensor, choose: ChooseSegment) -> tuple[Tensor, Tensor]:
+        """Return (values, codes) of W [R, C]."""
         if self.factor.U is None:
             return nearest(W, choose)
-        settled, codes, squares = sweep(W, self.factor.U, choose)
-        self.loss = max(0.0, squares - self.factor.damping * torch.dist(W, settled).item() ** 2)
-        return settled, codes
+        values, codes, squares = sweep(W, self.factor.U, choose)
+        self.loss = max(0.0, squares - self.factor.damping * torch.dist(W, values).item() ** 2)
+        return values, codes
 
 
-def _settle(Wt: Any, U: Any, E: Any, codes: Any, first: int, begin: int, last: int, part: Segment) -> None:
+def _process_columns(
+    Wt: Any, U: Any, E: Any, codes: Any, first: int, begin: int, last: int, part: Segment
+) -> None:
     none = np.zeros(0, Wt.numpy().dtype)
     scale = none if part.scale is None else part.scale.contiguous().numpy()
     zero = none if part.zero is None else part.zero.contiguous().numpy()
@@ -100,7 +104,7 @@ def _settle(Wt: Any, U: Any, E: Any, codes: Any, first: int, begin: int, last: i
 
 @cached_njit
 def _loop(Wt, U, E, codes, first, begin, end, last, scale, zero, ends, mask):
-    # `ends` (0 and the largest code) has the type of the weights: a constant would widen the arithmetic.
+    # `ends` (0 and the largest code) has the dtype of the weights: a constant would widen the arithmetic.
     R = Wt.shape[1]
     for j in range(begin, end):
         w, e, code = Wt[j], E[j - first], codes[j]

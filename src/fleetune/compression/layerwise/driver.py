@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver of all solvers: block after block, each with the inputs that it will meet once those before are done.
+"""Compress a model block by block, each block on the outputs of the compressed blocks before it.
 
-For every decoder block: run the calibration windows through it and sum the Hessians of its linear layers (`hessian`;
-layers that read the same tensor share one), solve them, then run the windows through the compressed block, whose
-outputs are the next block's inputs.  Embedding, norms and head stay as they are.
+For every decoder block: run the calibration windows through it and sum the Hessians of its linear layers
+(`hessian.py`; layers that read the same tensor share one), solve the layers, then run the windows through the compressed
+block.  Its outputs are the inputs of the next block.  Embedding, norms and head are not compressed.
 
-With `true_sequential` (GPTQ's name for it) a layer also meets what the layers before it in its block give once they are
-compressed: all windows go through the block together, and each layer is solved at the moment they come to it.  That is
-one pass instead of two, and holds the activations of all windows at once.
+With `true_sequential` (GPTQ's name for it) a layer also sees the outputs of the compressed layers before it in its own
+block: all windows go through the block together, and each layer is solved when they reach it.  That is one pass
+instead of two, but needs memory for the activations of all windows at once.
 
-Memory is the model (or, of one that stays in its files, a block of it: `pages`), one block's Hessians and dense
-copies, and the windows' hidden states; never a second model (`costs` has the sum).  Every finished block is a file in
-`parts`; a run that was killed reads those it finds and goes on with the next.
+Memory holds the model (with `--low-memory` one block of it: `models/paged.py`), the Hessians and dense copies of one
+block, and the hidden states of the windows; never a second model (`planning/compression_cost.py` adds it up).  Every
+finished block is a file.  A run that was killed reads the files it finds and resumes with the next block.
 
-The Hessians come from a `Source`: the windows at hand (`stream`), or devices that have theirs (`federated`).
+The Hessians come from a `HessianSource`: from windows on this machine (`activations.py`) or from devices (`federated.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from fleetune.common.files import write_atomic
 from fleetune.compression import Solved, Solver
-from fleetune.compression.layerwise.activations import Source, Stream
+from fleetune.compression.layerwise.activations import HessianSource, HiddenStates
 from fleetune.compression.layerwise.hessian import share, trace
 from fleetune.errors import DataError, RecipeError
 from fleetune.models.artefact import Quantised, dense, stored, unpack
@@ -45,16 +45,16 @@ from fleetune.models.paged import in_memory
 
 @dataclass(frozen=True)
 class Matrix:
-    """What became of one linear layer."""
+    """The result of one linear layer."""
 
     name: str
-    error: float  # ||WX - QX||^2 / ||WX||^2 on the calibration windows; NaN without any
+    error: float  # ||WX - QX||^2 / ||WX||^2 on the calibration windows; NaN without windows
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Block:
-    """What became of one decoder block."""
+    """The result of one decoder block."""
 
     number: int
     matrices: tuple[Matrix, ...]
@@ -62,22 +62,21 @@ class Block:
 
 
 def part(folder: Path, number: int) -> Path:
-    """The file of a finished block."""
+    """Return the file of a finished block."""
     return folder / f"block-{number:04d}.safetensors"
 
 
 class Parts(Mapping[str, "Quantised | Tensor"]):
-    """Finished blocks on the disk, by parameter; a weight is read when it is asked for."""
+    """The weights of finished blocks by parameter name, read from disk on access."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._where: dict[
-            str, tuple[int, tuple[int, int, int] | None]
-        ] = {}  # -> block, (bits, group, columns)
+        # by parameter name: (block, (bits, group, columns) or None for floats)
+        self._where: dict[str, tuple[int, tuple[int, int, int] | None]] = {}
         self.blocks: list[Block] = []
 
     def open(self, number: int) -> bool:
-        """Take in a block's file; False when there is none that is whole."""
+        """Add the file of a block; False when it is missing or damaged."""
         try:
             with safe_open(part(self.folder, number), framework="pt") as opened:
                 head = json.loads((opened.metadata() or {})["block"])
@@ -90,7 +89,7 @@ class Parts(Mapping[str, "Quantised | Tensor"]):
         return True
 
     def put(self, block: Block, weights: Mapping[str, Quantised | Tensor]) -> None:
-        """Keep a finished block.  StorageError when it cannot be written."""
+        """Write a finished block.  StorageError when it cannot be written."""
         grids = {
             n: (w.bits, w.group, w.codes.shape[1]) if isinstance(w, Quantised) else None
             for n, w in weights.items()
@@ -119,7 +118,7 @@ class Parts(Mapping[str, "Quantised | Tensor"]):
 
 
 def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
-    """(block, its linear layers by their name in the net) for every decoder block."""
+    """Return (block, its linear layers by name in the net) for every decoder block."""
     modules = dict(model.net.named_modules())
     found = []
     for layer in layers_of(model.net):
@@ -131,7 +130,7 @@ def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
 
 
 def check(model: Model, solver: Solver) -> None:
-    """RecipeError with everything in the way: matrices that the settings do not fit, weights that are no numbers."""
+    """Raise RecipeError with every matrix that the settings do not fit or that holds values that are not finite."""
     problems = []
     for block, linears in linears_of(model):
         with in_memory(model, block):
@@ -147,12 +146,15 @@ def check(model: Model, solver: Solver) -> None:
 
 
 def _finite(weight: Tensor) -> bool:
-    """Whether all values are numbers, by their sum in float64: no mask as large as the weights."""
+    """Tell whether all values are finite, by their sum in float64: no mask of the size of the weights is made."""
     return bool(torch.isfinite(weight.sum(dtype=torch.float64)))
 
 
 def windows(ids: Sequence[np.ndarray], length: int, count: int) -> Tensor:
-    """int64 [count', length]: the first windows of all texts' tokens joined; DataError when they fill less than one."""
+    """Join the tokens of all texts and return the first `count` windows or fewer, int64 [n, length].
+
+    DataError when they do not fill one window.
+    """
     joined = np.concatenate([np.zeros(0, np.int64), *ids])[: length * count]
     whole = len(joined) // length
     if not whole:
@@ -165,9 +167,9 @@ def windows(ids: Sequence[np.ndarray], length: int, count: int) -> Tensor:
 
 @torch.inference_mode()
 def written(model: Model, length: int, count: int, seed: int) -> Tensor:
-    """int64 [count, length]: windows that the model writes itself, so that nobody's text is needed.
+    """Sample calibration windows from the model itself, int64 [count, length], so that no text is needed.
 
-    Sampled from its own distribution from the token that begins a text on, past every end of one.
+    Sampling starts at the token that begins a text and continues after every end of a text.
     """
     start = next(t for t in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id, 0) if t is not None)
     rows = []
@@ -187,81 +189,83 @@ def written(model: Model, length: int, count: int, seed: int) -> Tensor:
 def run(
     model: Model,
     solver: Solver,
-    calibration: Tensor | Source | None,
+    calibration: Tensor | HessianSource | None,
     folder: Path,
     on_matrix: Callable[[int, int, str], None] = lambda block, blocks, name: None,
     on_block: Callable[[Block, int], None] = lambda block, blocks: None,
     *,
     true_sequential: bool = False,
 ) -> Parts:
-    """Compress every block of `model` (which is as it was afterwards); goes on with what `folder` holds already.
+    """Compress every block of `model`; blocks that are finished in `folder` are read from there.
 
-    calibration: int64 [N, length] windows of tokens, or where else Hessians come from; None for a solver that needs
-    none.  `on_matrix(block, blocks, name)` is called before every matrix and may raise to stop; finished blocks stay
-    in `folder`.
+    calibration: int64 [N, length] windows of tokens, or another source of Hessians; None for a solver without data.
+    `on_matrix(block, blocks, name)` is called before every matrix and may raise to stop; finished blocks stay in
+    `folder`.  The weights of `model` are restored afterwards.
     """
     if true_sequential and not isinstance(calibration, Tensor):
         raise ValueError("true_sequential is for windows; a source has an order of its own")
     folder.mkdir(parents=True, exist_ok=True)
     parts, blocks = Parts(folder), linears_of(model)
-    source = Stream(model, calibration, true_sequential) if isinstance(calibration, Tensor) else calibration
-    placing = isinstance(source, Stream) and source.true_sequential
+    source = (
+        HiddenStates(model, calibration, true_sequential) if isinstance(calibration, Tensor) else calibration
+    )
+    placing = isinstance(source, HiddenStates) and source.true_sequential
     for number, (block, linears) in enumerate(blocks):
         with in_memory(model, block), restored(linears):
-            if not (kept := parts.open(number)):
+            if not (found := parts.open(number)):
                 on_name = functools.partial(on_matrix, number, len(blocks))
                 _solve_block(solver, number, linears, source, parts, on_name, placing)
             on_block(parts.blocks[-1], len(blocks))
             if source and number + 1 < len(blocks):
-                if kept or not placing:
+                if found or not placing:
                     place(linears, parts)
                 source.advance(number)
     return parts
 
 
 def _solve_block(
-    solver: Solver, number: int, linears: Mapping[str, nn.Linear], source: Source | None, parts: Parts,
+    solver: Solver, number: int, linears: Mapping[str, nn.Linear], source: HessianSource | None, parts: Parts,
     on_name: Callable[[str], None], placing: bool,
 ) -> None:  # fmt: skip
-    """Solve a block into `parts`; with `placing` each layer has its compressed weights as soon as it is solved."""
+    """Solve a block and write it; with `placing` each layer gets its compressed weights as soon as it is solved."""
     began = time.monotonic()
     weights, matrices = dict[str, Quantised | Tensor](), list[Matrix]()
 
-    def settle(name: str, H: Tensor | None) -> None:
+    def solve(name: str, H: Tensor | None) -> None:
         on_name(name)
         linear = linears[name]
-        weight, matrix = _solve(solver, name, linear, H)
+        weight, matrix = _solve_layer(solver, name, linear, H)
         weights[f"{name}.weight"] = weight
         matrices.append(matrix)
         if placing:
             linear.weight.data = dense(weight).to(linear.weight)
 
     if source:
-        source.walk(number, linears, settle)
+        source.solve_layers(number, linears, solve)
     for name in linears:
-        if f"{name}.weight" not in weights:  # nothing reads it, or the solver needs no source
-            settle(name, None)
+        if f"{name}.weight" not in weights:  # no window used it, or the solver needs no data
+            solve(name, None)
     parts.put(Block(number, tuple(matrices), round(time.monotonic() - began, 3)), weights)
 
 
-def _solve(
+def _solve_layer(
     solver: Solver, name: str, linear: nn.Linear, H: Tensor | None
 ) -> tuple[Quantised | Tensor, Matrix]:
     W = linear.weight.detach().float().cpu()
     C = W.shape[1]
     solved = solver.solve(W, torch.zeros(C, C) if H is None else H)
-    error = float("nan") if H is None else share(_lost(W, solved, H), trace(W, H))
+    error = float("nan") if H is None else share(_loss(W, solved, H), trace(W, H))
     weight = solved.weight if isinstance(solved.weight, Quantised) else solved.weight.to(linear.weight.dtype)
     return weight, Matrix(name, error, solved.notes)
 
 
-def _lost(W: Tensor, solved: Solved, H: Tensor) -> float:
+def _loss(W: Tensor, solved: Solved, H: Tensor) -> float:
     return trace(W - dense(solved.weight), H) if solved.loss is None else solved.loss
 
 
 @contextmanager
 def restored(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
-    """The linear layers have the weights they had before, afterwards."""
+    """Restore the weights of the linear layers afterwards."""
     before = {name: linear.weight.data for name, linear in linears.items()}
     try:
         yield
@@ -278,7 +282,7 @@ def place(linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tens
 
 @contextmanager
 def placed(linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor]) -> Iterator[None]:
-    """The linear layers with their compressed weights, for a while."""
+    """Give the linear layers their compressed weights while the block runs."""
     with restored(linears):
         place(linears, parts)
         yield

@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration on the devices: their text stays with them, only sums over it travel.
+"""Calibrate on the devices: their text stays there, and only their Hessians travel.
 
-A layer's Hessian is a sum over tokens, 2 sum x x^T, so those of devices add up to that of all their text together
-(`hessian`).  Block after block: every device runs its windows through the block and sends the sums; the server adds
-them, solves the block and sends it back compressed; the devices' windows go on through it.  What a device sends:
+A layer's Hessian is a sum over tokens, 2 sum x x^T, so those of the devices add up to that of all their text together
+(`hessian.py`).  For each block, every device runs its windows through the block and sends the sums.  The server adds
+them, solves the block and sends it back compressed.  Then the devices run their windows through the compressed block.
+A device's message holds:
 
     NAME        float32 [C (C + 1) / 2]: the lower triangle of 2 sum x x^T, row by row, for the first layer of each
                 distinct input (q, k and v share one)
-    NAME (text) for every other layer: which of those it shares
+    NAME (text) for every other layer: the layer whose sums it shares
     tokens      how many tokens are in the sums
 
-The server adds in float64 in the order of the clients and rounds once, so the result is the central one but for the
-rounding of sums in float32 (with one device bit for bit).  A reply that is damaged, not finite or not what was agreed
-is refused, and its device is left out from then on; the others go on.
+The server adds in float64, in the order of the clients, and rounds once.  So the result is that of central calibration
+up to the rounding of sums in float32 (with one device bit for bit).  A reply that is damaged, not finite or not as agreed
+is refused, and its device is left out from then on; the other devices continue.
 
-`Clients` simulates the devices in turn with one model; a device's hidden states wait on the disk, so memory does not
-grow with the number of devices.
+`Clients` simulates the devices one after the other with one model.  A device's hidden states wait on disk, so memory
+does not grow with the number of devices.
 
-The sums are private data: the rows of X leak from X X^T when there are few of them.  On a real fleet they are to be
-added by secure aggregation, or come from devices of one owner.
+The sums are private data: the rows of X can be recovered from X X^T when there are few of them.  On a real fleet, add
+them by secure aggregation, or use only devices of one owner.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fleetune.compression.layerwise.activations import Settle, Stream
+from fleetune.compression.layerwise.activations import HiddenStates, SolveLayer
 from fleetune.compression.layerwise.driver import part
 from fleetune.errors import FleetError, FleetuneError, MessageError
 from fleetune.models.model import Model
@@ -47,41 +48,41 @@ WARNING: Final = (
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of a device's part in a block."""
+    """A device's answer for a block, as it is reported."""
 
     block: int
     client: int
     bytes_up: int
-    bytes_down: int  # of the block before, compressed
+    bytes_down: int  # the compressed block before this one
     status: str  # ok, or refused
     reason: str
 
 
 class Clients:
-    """Devices in turn as the source of Hessians; see the module's text."""
+    """Hessians from simulated devices, one after the other."""
 
     def __init__(
         self, model: Model, windows: Mapping[int, Tensor], folder: Path, on_reply: Callable[[Reply], None]
     ) -> None:
-        """windows: int64 [n, length] by client, one length for all.  `folder` holds the blocks that are done."""
+        """windows: int64 [n, length] by client, the same length for all.  `folder` holds the finished blocks."""
         self.base = bytes.fromhex(model.digest)[:8]
         self.folder, self.on_reply = folder, on_reply
         self.tokens = {client: own.numel() for client, own in windows.items()}
-        self._down = 0  # bytes of the block before
-        self._asked = -1
+        self._down = 0  # bytes of the compressed block before this one
+        self._answered = -1  # the last block that devices have answered for
         with torch.inference_mode():
-            self._stream = Stream(model, next(iter(windows.values())))
+            self._stream = HiddenStates(model, next(iter(windows.values())))
             for client, own in windows.items():
-                self._put(client, self._stream.begin(own))
+                self._save_states(client, self._stream.first_block_inputs(own))
 
-    def walk(self, number: int, linears: Mapping[str, nn.Linear], settle: Settle) -> None:
+    def solve_layers(self, number: int, linears: Mapping[str, nn.Linear], solve: SolveLayer) -> None:
         """Solve the block's layers with the sums over all devices that answer.  FleetError when none does."""
         for name, H in self.hessians(number, linears).items():
-            settle(name, H)
+            solve(name, H)
 
     def hessians(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-        """The sums over all devices that answer.  FleetError when none does."""
-        self._asked = number
+        """Return the sums over all devices that answer, by layer.  FleetError when none does."""
+        self._answered = number
         total: dict[str, Tensor] = {}
         shared: dict[str, str] = {}
         reason = ""
@@ -102,32 +103,32 @@ class Clients:
                 f"no device is left in block {number}; the last: {reason}",
                 hint="compress without --calibrate",
             )
-        whole = {name: unpacked(lower, linears[name].in_features) for name, lower in total.items()}
+        whole = {name: from_lower_triangle(lower, linears[name].in_features) for name, lower in total.items()}
         return {name: whole[shared[name]] for name in linears}
 
     def advance(self, number: int) -> None:
-        """Send the compressed block down and take every device's windows through it."""
-        if self._asked == number:  # else the block was done before this process began
+        """Send the compressed block to the devices and run their windows through it."""
+        if self._answered == number:  # else the block was finished before a resume
             self._down = len(self.block(number))
         for client in self.tokens:
-            self._stream.states = self._get(client)
+            self._stream.states = self._load_states(client)
             self._stream.advance(number)
-            self._put(client, self._stream.states)
+            self._save_states(client, self._stream.states)
 
     def answer(self, client: int, number: int, linears: Mapping[str, nn.Linear]) -> bytes:
-        """A device's message: the sums over its windows."""
-        self._stream.states = self._get(client)
+        """Return a device's message: the sums over its windows."""
+        self._stream.states = self._load_states(client)
         H = self._stream.hessians(number, linears)
         self._stream.states = []
         first: dict[int, str] = {}
         shared = {name: first.setdefault(id(h), name) for name, h in H.items()}
-        arrays = {name: packed(H[name]).numpy() for name in first.values()}
+        arrays = {name: lower_triangle(H[name]).numpy() for name in first.values()}
         texts = {name: of for name, of in shared.items() if name != of}
         payload = Payload(arrays, {"tokens": self.tokens[client], **texts})
         return encode(Message(number, self.base, payload))
 
     def block(self, number: int) -> bytes:
-        """The message with a compressed block, as the artefact holds it."""
+        """Return the message with a compressed block, encoded as in the artefact."""
         tensors = load_file(part(self.folder, number))
         arrays = {
             n: (t.view(torch.uint16) if t.dtype is torch.bfloat16 else t).numpy() for n, t in tensors.items()
@@ -138,7 +139,7 @@ class Clients:
         self, total: dict[str, Tensor], shared: dict[str, str], message: Message, client: int, number: int,
         linears: Mapping[str, nn.Linear],
     ) -> dict[str, str]:  # fmt: skip
-        """Add a reply to the sums; which layer has which.  MessageError before anything is added."""
+        """Add a reply to the sums, and return which layer shares which sums.  MessageError before anything is added."""
         if (message.round, message.base) != (number, self.base):
             raise MessageError(
                 f"reply is for block {message.round} of {message.base.hex()}, this is block {number} of {self.base.hex()}"
@@ -156,7 +157,7 @@ class Clients:
             or set(found.values()) - set(payload.arrays)
         ):
             raise MessageError("reply is not about the layers of the block")
-        arrays = {name: _checked(name, a, linears) for name, a in payload.arrays.items()}
+        arrays = {name: _checked_sums(name, a, linears) for name, a in payload.arrays.items()}
         for name, a in arrays.items():
             total.setdefault(name, torch.zeros(a.size, dtype=torch.float64)).add_(torch.from_numpy(a))
         return found
@@ -164,39 +165,39 @@ class Clients:
     def _path(self, client: int) -> Path:
         return self.folder / "devices" / f"{client}.safetensors"
 
-    def _put(self, client: int, states: list[Tensor]) -> None:
+    def _save_states(self, client: int, states: list[Tensor]) -> None:
         self._path(client).parent.mkdir(parents=True, exist_ok=True)
         save_file({"states": torch.cat(states).cpu()}, self._path(client))
 
-    def _get(self, client: int) -> list[Tensor]:
+    def _load_states(self, client: int) -> list[Tensor]:
         states = load_file(self._path(client))["states"]
         return [state[None] for state in states]
 
 
-def _checked(name: str, a: np.ndarray, linears: Mapping[str, nn.Linear]) -> np.ndarray:
-    """MessageError unless `a` can be the lower triangle of 2 sum x x^T for a layer."""
+def _checked_sums(name: str, a: np.ndarray, linears: Mapping[str, nn.Linear]) -> np.ndarray:
+    """Return `a` in float64; MessageError unless it can be the lower triangle of 2 sum x x^T for a layer."""
     C = linears[name].in_features
     if a.dtype != np.float32 or a.shape != (C * (C + 1) // 2,):
         raise MessageError(f"'{name}' is {a.dtype} {a.shape}, agreed was float32 ({C * (C + 1) // 2},)")
     if bad := int(np.count_nonzero(~np.isfinite(a))):
         raise MessageError(f"'{name}' holds {bad} values that are not finite")
-    if bad := int(np.count_nonzero(a[_diagonal(C)] < 0)):
+    if bad := int(np.count_nonzero(a[_diagonal_indices(C)] < 0)):
         raise MessageError(f"'{name}' holds {bad} sums of squares below zero")
     return a.astype(np.float64)
 
 
-def _diagonal(C: int) -> np.ndarray:
+def _diagonal_indices(C: int) -> np.ndarray:
     rows = np.arange(C, dtype=np.int64)
     return rows * (rows + 3) // 2
 
 
-def packed(H: Tensor) -> Tensor:
-    """The lower triangle of a matrix [C, C], row by row: what a Cholesky factor is made of."""
+def lower_triangle(H: Tensor) -> Tensor:
+    """Return the lower triangle of a matrix [C, C], row by row."""
     return torch.cat([H[i, : i + 1] for i in range(len(H))])
 
 
-def unpacked(lower: Tensor, C: int) -> Tensor:
-    """The symmetric float32 [C, C] of a lower triangle."""
+def from_lower_triangle(lower: Tensor, C: int) -> Tensor:
+    """Return the symmetric float32 [C, C] matrix with this lower triangle."""
     H, at = torch.zeros(C, C), 0
     for i in range(C):
         H[i, : i + 1] = lower[at : at + i + 1]

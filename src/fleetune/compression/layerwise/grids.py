@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grids: the few values that a group of weights may take, w = scale * (code - zero), chosen for where they will run.
+"""Fit quantisation grids, w = scale * (code - zero), to groups of weights.
 
-| name | zero | what it is for |
+| grid | zero | scale and range |
 |---|---|---|
-| ggml | 2^(b-1) | the grid of ggml's Q4_0: the element of largest magnitude, signed, is code 0; scales may be negative |
-| symmetric | 2^(b-1) | the reference's symmetric grid, scale = 2 max\\|w\\| / (2^b - 1): it clips one of the extremes |
-| asymmetric | integer | from the least to the largest element, and 0 always exact |
-| universal | integer | the same with scales of 7 significant bits, so that scale * zero is exact in fp16 (Q4_1) |
+| ggml | 2^(b-1) | that of ggml's Q4_0: the element of largest magnitude, signed, is code 0; scales may be negative |
+| symmetric | 2^(b-1) | that of the GPTQ reference code, scale = 2 max\\|w\\| / (2^b - 1): it clips one of the extremes |
+| asymmetric | integer | from the smallest to the largest element; 0 is always exact |
+| universal | integer | as asymmetric, with scales of 7 significant bits, so that scale * zero is exact in fp16 (Q4_1) |
 
-All scales are rounded to fp16 *before* codes are chosen, so that no file format has to round them again, and zero is
-on every grid: pruned weights stay zero, and small weights of a group share no error of one sign.  `search` tries
-shrunken ranges and keeps the one with the least sum |err|^2.4 (the reference's `mse`).
+All scales are rounded to fp16 *before* codes are chosen, so no file format has to round them again.  Zero is on every
+grid: pruned weights stay zero, and the small weights of a group do not all err in one direction.  `search` also tries
+smaller ranges and takes the one with the least sum |err|^2.4 (`mse` in the reference code).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIGNIFICANT: Final = 7  # bits of a universal scale; with 4 bits of zero they ar
 
 @dataclass(frozen=True)
 class Grid:
-    """A kind of grid of 2^bits values; `find` fits one to every row of a group of columns."""
+    """A kind of grid with 2^bits values."""
 
     kind: str
     bits: int
@@ -41,7 +41,10 @@ class Grid:
         return (1 << self.bits) - 1
 
     def find(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, zero) for each row of x [R, n], of x's type: scales exact in fp16, zeros whole numbers."""
+        """Fit a grid to each row of x [R, n].
+
+        Returns (scale, zero) [R] of x's dtype: scales are exact in fp16, zeros are integers.
+        """
         best = self._fit(x, 1.0)
         if not self.search:
             return best
@@ -55,7 +58,7 @@ class Grid:
         return best
 
     def codes(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """The nearest codes of x [R, n], of x's type."""
+        """Return the nearest codes of x [R, n], of x's dtype."""
         return (torch.round(x / scale[:, None]) + zero[:, None]).clamp(0, self.top)
 
     def _error(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -79,7 +82,10 @@ class Grid:
 
 
 def _extreme(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """The element of largest magnitude of each row of x [R, n], the first of equals, as ggml takes it; lo and hi bound x."""
+    """Return the element of largest magnitude of each row of x [R, n], the first among equals as in ggml.
+
+    lo and hi are the smallest and the largest element of each row.
+    """
     extreme, tied = torch.where(hi > -lo, hi, lo), hi == -lo
     if tied.any():
         some = x[tied]
@@ -88,14 +94,36 @@ def _extreme(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 
 def _fp16(scale: Tensor) -> Tensor:
-    """Rounded to fp16 and back; 1 where nothing is left (an empty group, or one below fp16's numbers)."""
+    """Round to fp16 and back; 1 where that gives 0 (a group of zeros, or of numbers too small for fp16)."""
     rounded = scale.clamp(-65504, 65504).to(torch.float16).to(scale.dtype)
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
 
 def _significant(scale: Tensor) -> Tensor:
-    """Rounded to `SIGNIFICANT` bits."""
+    """Round to `SIGNIFICANT` bits."""
     _, exponent = torch.frexp(scale)
     # fp16's subnormals have fewer bits: there the step is that of fp16 (2^-24), and zero * step is exact as well
     step = torch.ldexp(torch.ones_like(scale), (exponent - SIGNIFICANT).clamp(min=-24))
     return torch.round(scale / step) * step
+
+
+def check_grid(kind: str, bits: int, group: int) -> None:
+    """Raise ValueError for a grid that does not exist."""
+    if kind not in KINDS:
+        raise ValueError(f"grid = {kind!r} is none of {', '.join(KINDS)}")
+    if bits not in BITS:
+        raise ValueError(f"bits = {bits} is none of {', '.join(map(str, BITS))}")
+    if group < 0:
+        raise ValueError(f"group = {group} is below 0")
+    if kind == "universal" and bits > 4:
+        raise ValueError(f"a universal grid has 4 bits at most, so that scale * zero is exact; bits = {bits}")
+
+
+def check_groups(name: str, C: int, group: int) -> str:
+    """Say why rows of C columns cannot be divided into groups of this size, or "" when they can."""
+    if not group or C % group == 0:
+        return ""
+    fits = [g for g in (256, 128, 64, 32, 16, 8, 4) if C % g == 0]
+    return f"{name} has {C} columns, which groups of {group} do not divide" + (
+        f" (groups of {fits[0]} do)" if fits else " (group=0 takes the whole row)"
+    )

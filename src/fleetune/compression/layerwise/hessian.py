@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The statistics of a layer's inputs, and what the column loop needs of them.
+"""Accumulate the Hessian of a layer's output error, and factor its inverse for the column loop.
 
-min ||W X - Q X||^2 over Q has the Hessian H = 2 X X^T (per row of W the same).  Its sum over tokens adds exactly, also
-over devices; any positive factor cancels, as damping is relative.  Of H^-1 only the rows of its upper Cholesky factor
-U are used, H^-1 = U^T U: with F the columns that are not done yet, [H_F^-1]_ii = U_ii^2 and row i of H_F^-1 is
-U_ii U[i, i:] (Frantar et al. 2023, arXiv 2210.17323, section 4, step 3).
+The error ||W X - Q X||^2 as a function of Q has the Hessian H = 2 X X^T, the same for every row.  It is a sum over
+tokens, so the Hessians of several devices add up exactly.  A positive factor makes no difference, since damping is
+relative.  Of H^-1 only the upper Cholesky factor U is needed, H^-1 = U^T U: with F the columns that are still to come,
+[H_F^-1]_ii = U_ii^2 and row i of H_F^-1 is U_ii U[i, i:] (Frantar et al. 2023, arXiv 2210.17323, section 4, step 3).
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-HARDER = 10.0  # damping grows by this factor while the matrix is not positive definite
-LAST = 1.0  # and ends here
-SMALL = 64  # columns of a triangle that is solved as a whole
-TOKENS = 4096  # whose inputs are converted at a time
-STRIP = 128  # columns of a symmetric product that are taken at a time
+DAMPING_GROWTH = 10.0  # factor of damping while the matrix is not positive definite
+MAX_DAMPING = 1.0  # no factor is sought with more
+DIRECT_SIZE = 64  # columns up to which a triangle is inverted in one call
+TOKENS_AT_ONCE = 4096  # tokens whose inputs are converted to H's dtype in one piece
+STRIP = 128  # columns of a symmetric product computed in one piece
 
 
 def accumulate(H: Tensor, x: Tensor) -> None:
-    """H += 2 sum over tokens of x x^T; x [.., C] are inputs of real tokens (no padding), H float32 [C, C].
+    """Add 2 x x^T of every token to H float32 [C, C]; x [.., C] are the inputs of real tokens (no padding).
 
-    Only the lower triangle counts until `whole` completes it: little more than half the work.
+    Only the lower triangle is right until `mirrored` completes it: little more than half the work.
     """
-    for tokens in x.reshape(-1, x.shape[-1]).split(TOKENS):  # type: ignore[no-untyped-call]
+    for tokens in x.reshape(-1, x.shape[-1]).split(TOKENS_AT_ONCE):  # type: ignore[no-untyped-call]
         flat = tokens.to(H.dtype)
         for first in range(0, len(H), STRIP):
             last = first + STRIP
             H[first:last, :last].addmm_(flat[:, first:last].T, flat[:, :last], alpha=2.0)
 
 
-def whole(H: Tensor) -> Tensor:
-    """H with its upper triangle made that of its lower one, in place."""
+def mirrored(H: Tensor) -> Tensor:
+    """Copy the lower triangle of H to its upper one, in place, and return H."""
     for first in range(0, len(H), STRIP):
         last = first + STRIP
         H[first:last, first:last] = H[first:last, first:last].tril() + H[first:last, first:last].tril(-1).T
@@ -43,19 +43,19 @@ def whole(H: Tensor) -> Tensor:
 
 
 class Factor(NamedTuple):
-    """What the column loop needs of H [C, C]."""
+    """The factor of H [C, C] that the column loop works with."""
 
-    U: Tensor | None  # [C, C]: H^-1 = U^T U of the damped H; None where it does not exist
+    U: Tensor | None  # [C, C]: H^-1 = U^T U of the damped H; None where there is none
     dead: Tensor  # bool [C]: inputs that are always zero
     damping: float  # what was added to the diagonal
     notes: tuple[str, ...]  # what had to be done differently
 
 
 def inverse_cholesky(H: Tensor, damping: float) -> Factor:
-    """The factor of H [C, C]; `damping` is a share of its mean diagonal.
+    """Factor H [C, C] with `damping` times the mean of its diagonal added to the diagonal.
 
-    Columns that no input touched get H_ii = 1; `damping` times the mean of the diagonal is added to it.  Where the
-    factor does not exist, damping grows tenfold until 1; then there is none (nothing to go by: round to nearest).
+    Inputs that are always zero get H_ii = 1.  Where there is no factor, damping grows tenfold, up to 1; if there is
+    still none, U is None, and the layer is to be rounded to nearest.
     """
     backwards, dead = H.flip(0, 1), H.diagonal() == 0
     mean = ((H.diagonal().sum() + dead.sum()) / len(H)).item()
@@ -68,38 +68,38 @@ def inverse_cholesky(H: Tensor, damping: float) -> Factor:
     while True:
         diagonal += damping * mean - added
         added = damping * mean
-        U = _factor(backwards)
+        U = _inverse_factor(backwards)
         if U is not None:
             return Factor(U, dead, added, tuple(notes))
-        if damping >= LAST:
+        if damping >= MAX_DAMPING:
             failed = "no Cholesky factor at any damping: rounded to nearest"
             return Factor(None, dead, added, (*notes, failed))
-        damping = min(LAST, max(damping, 1e-3) * HARDER)
+        damping = min(MAX_DAMPING, max(damping, 1e-3) * DAMPING_GROWTH)
         notes.append(f"no Cholesky factor: damping raised to {damping:g}")
 
 
-def _factor(backwards: Tensor) -> Tensor | None:
-    """U with H^-1 = U^T U, from H with its rows and columns taken backwards; None where it is not positive definite.
+def _inverse_factor(backwards: Tensor) -> Tensor | None:
+    """Return U with H^-1 = U^T U, given H with rows and columns reversed; None if H is not positive definite.
 
-    The inverse of the Cholesky factor of H taken backwards is U backwards, so the inverse of H is never made: half the
-    work of factoring that.
+    The inverse of the Cholesky factor of the reversed H is the reversed U.  So H is never inverted, which halves the
+    work.
     """
     lower, failed = torch.linalg.cholesky_ex(backwards)
     if failed or not torch.isfinite(lower.sum(dtype=torch.float64)):
         return None
-    U = _inverted(lower).flip(0, 1)
+    U = _triangular_inverse(lower).flip(0, 1)
     return U if torch.isfinite(U.sum(dtype=torch.float64)) else None
 
 
-def _inverted(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, by halves: nearly all of it is matrix products."""
+def _triangular_inverse(lower: Tensor) -> Tensor:
+    """Invert a lower triangular matrix by halves: nearly all the work is in matrix products."""
     n = len(lower)
-    if n <= SMALL:
+    if n <= DIRECT_SIZE:
         eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
         solved: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
         return solved
     k = n // 2
-    first, last = _inverted(lower[:k, :k]), _inverted(lower[k:, k:])
+    first, last = _triangular_inverse(lower[:k, :k]), _triangular_inverse(lower[k:, k:])
     out = torch.zeros_like(lower)
     out[:k, :k], out[k:, k:] = first, last
     out[k:, :k] = last @ lower[k:, :k] @ first
@@ -107,21 +107,22 @@ def _inverted(lower: Tensor) -> Tensor:
     return out
 
 
-def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
-    """||W X - Q X||^2 / ||W X||^2 from H = 2 X X^T; 0 where there was no input."""
-    return share(trace(W - Q, H), trace(W, H))
-
-
 def share(lost: float, given: float) -> float:
-    """lost / given, 0 where nothing was given."""
+    """Return lost / given, or 0 where `given` is 0."""
     return lost / given if given > 0 else 0.0
 
 
 def trace(W: Tensor, H: Tensor) -> float:
-    """tr(W H W^T) of a symmetric H: each block beside the diagonal is multiplied once and counts twice."""
+    """Return tr(W H W^T) of a symmetric H; each block beside the diagonal is multiplied once and counted twice."""
     total = 0.0
     for first in range(0, len(H), STRIP):
         last = first + STRIP
         strip = (W[:, first:last] @ H[first:last, :last]) * W[:, :last]
         total += 2 * strip[:, :first].sum().item() + strip[:, first:].sum().item()
     return total
+
+
+def check_damping(damping: float) -> None:
+    """Raise ValueError for a damping that makes no sense."""
+    if not 0 <= damping <= 1:
+        raise ValueError(f"damping = {damping} is not between 0 and 1")

@@ -55,13 +55,14 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fleetune.common.settings import setting
 from fleetune.compression.distillation import reward
 from fleetune.compression.distillation.divergence import divergences, log_probs
 from fleetune.compression.distillation.reward import Reward
@@ -90,51 +91,23 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Settings with the paper's symbols."""
 
-    teacher: str = field(
-        default="", metadata={"symbol": "p_T", "help": "a model, a finished run, or same: the model itself"}
-    )
-    keep_layers: int = field(
-        default=0, metadata={"symbol": "N", "help": "the student has so many of the model's blocks (0: all)"}
-    )
-    beta: float = field(
-        default=0.5, metadata={"symbol": "β", "help": "0 is KL(P || Q), 1 is KL(Q || P), between: JSD"}
-    )
-    lmbda: float = field(
-        default=0.5, metadata={"symbol": "λ", "help": "share of batches that the student answers"}
-    )
-    seq_kd: bool = field(
-        default=False, metadata={"symbol": "SeqKD", "help": "the teacher answers the others, not the data"}
-    )
-    temperature: float = field(
-        default=0.9, metadata={"symbol": "γ", "help": "of the writing; it does not enter the loss"}
-    )
-    max_new_tokens: int = field(
-        default=128, metadata={"symbol": "L", "help": "tokens of a written answer at most"}
-    )
-    reward: str = field(
-        default="",
-        metadata={"symbol": "r", "help": "exact_match, f1, rouge_l or file.py:function, of answers"},
-    )
-    alpha: float = field(
-        default=1.0, metadata={"symbol": "α", "help": "weight of the divergence; the reward has the rest"}
-    )
-    reward_samples: int = field(
-        default=1,
-        metadata={"symbol": "n", "help": "answers that the student writes to a prompt, for a reward"},
-    )
-    keep_zeros: bool = field(
-        default=False, metadata={"symbol": "M", "help": "zeros of the student's matrices stay zero"}
-    )
-    steps: int = field(default=200, metadata={"symbol": "K", "help": "batches"})
-    batch_size: int = field(default=8, metadata={"symbol": "B", "help": "rows a batch"})
-    lr: float = field(default=1e-4, metadata={"symbol": "η", "help": "AdamW's learning rate at its highest"})
-    warmup: float = field(
-        default=0.1, metadata={"symbol": "w", "help": "share of the steps in which it rises, before it falls"}
-    )
-    clip: float = field(default=1.0, metadata={"symbol": "c", "help": "of the gradient's norm (0: not)"})
-    save_every: int = field(
-        default=50, metadata={"symbol": "s", "help": "steps after which all is kept for --resume"}
-    )
+    teacher: str = setting("", "p_T", "a model, a finished run, or same: the model itself")
+    keep_layers: int = setting(0, "N", "the student has so many of the model's blocks (0: all)")
+    beta: float = setting(0.5, "β", "0 is KL(P || Q), 1 is KL(Q || P), between: JSD")
+    lmbda: float = setting(0.5, "λ", "share of batches that the student answers")
+    seq_kd: bool = setting(False, "SeqKD", "the teacher answers the others, not the data")
+    temperature: float = setting(0.9, "γ", "of the writing; it does not enter the loss")
+    max_new_tokens: int = setting(128, "L", "tokens of a written answer at most")
+    reward: str = setting("", "r", "exact_match, f1, rouge_l or file.py:function, of answers")
+    alpha: float = setting(1.0, "α", "weight of the divergence; the reward has the rest")
+    reward_samples: int = setting(1, "n", "answers that the student writes to a prompt, for a reward")
+    keep_zeros: bool = setting(False, "M", "zeros of the student's matrices stay zero")
+    steps: int = setting(200, "K", "batches")
+    batch_size: int = setting(8, "B", "rows a batch")
+    lr: float = setting(1e-4, "η", "AdamW's learning rate at its highest")
+    warmup: float = setting(0.1, "w", "share of the steps in which it rises, before it falls")
+    clip: float = setting(1.0, "c", "of the gradient's norm (0: not)")
+    save_every: int = setting(50, "s", "steps after which all is kept for --resume")
 
     def __post_init__(self) -> None:
         if not self.teacher:
@@ -313,7 +286,7 @@ class Trainer:
         found = reward.rewards(self.reward, worth, student, prompts, answers, references)
         mean = float(found.mean())
         log.info("step %d: mean reward %.4f of %d answers", t + 1, mean, len(found))
-        return reward.gains(found, self.reward_samples), mean
+        return reward.advantages(found, self.reward_samples), mean
 
     def rate(self, t: int) -> float:
         """The learning rate of step t (from 0): up in a line, then down in a line to 0 after the last."""
@@ -333,7 +306,7 @@ class Trainer:
         if gains is None or self.alpha == 1:
             return self.alpha * D, D
         log_p = log_probs(made, batch, self.temperature)
-        return self.alpha * D - (1 - self.alpha) * reward.reinforced(log_p, batch, gains), D
+        return self.alpha * D - (1 - self.alpha) * reward.reinforce_objective(log_p, batch, gains), D
 
     def _update(
         self,
@@ -376,7 +349,7 @@ class Trainer:
         for row in rows:
             sha.update(f"{len(row.ids)} {row.n_prompt} ".encode() + row.ids.tobytes())
         if worth is not None:
-            sha.update(reward.source(self.reward, worth).encode())
+            sha.update(reward.source_digest(self.reward, worth).encode())
         return sha.hexdigest()
 
 

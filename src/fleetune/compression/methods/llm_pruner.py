@@ -32,7 +32,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fleetune.adapters import Lora
+from fleetune.common.settings import setting
 from fleetune.compression.methods import gkd
 from fleetune.compression.pruning import decision, hidden_width
-from fleetune.compression.pruning.decision import Decided
+from fleetune.compression.pruning.decision import Decision
 from fleetune.compression.pruning.depth import with_blocks
 from fleetune.compression.pruning.importance import AGGREGATES, KINDS, Shares, choose, count_kept, estimate
-from fleetune.compression.pruning.recovery import Course
+from fleetune.compression.pruning.recovery import LoraRecovery
 from fleetune.data import Encoded
 from fleetune.errors import DataError, FleetuneError, RecipeError
 from fleetune.models.families.widths import FAMILIES, KeptUnits, blocks_of, cut, width_of
@@ -63,46 +64,24 @@ KEPT = "kept.json"
 class Pruner:
     """Settings with the paper's symbols."""
 
-    ratio: float = field(default=0.2, metadata={"symbol": "ρ", "help": "share of the groups that goes"})
-    importance: str = field(
-        default="first", metadata={"symbol": "I", "help": "magnitude, first, second or mixed (orders in w)"}
-    )
-    aggregate: str = field(
-        default="sum", metadata={"symbol": "Σ", "help": "of a group's layers: sum, mean, max or prod"}
-    )
-    scope: str = field(
-        default="local", metadata={"symbol": "S", "help": "local: every block alike; or global"}
-    )
-    mode: str = field(
-        default="width",
-        metadata={
-            "symbol": "M",
-            "help": "width: heads and channels; depth: blocks; hidden: the residual width",
-        },
-    )
-    first: int = field(default=4, metadata={"symbol": "a", "help": "first blocks that are spared"})
-    last: int = field(default=2, metadata={"symbol": "z", "help": "last blocks that are spared"})
-    round_to: int = field(
-        default=32, metadata={"symbol": "m", "help": "channels are left in multiples of it"}
-    )
-    samples: int = field(
-        default=10, metadata={"symbol": "N", "help": "texts or rows that tell the importance"}
-    )
-    recover: str = field(
-        default="lora", metadata={"symbol": "R", "help": "lora, gkd (on rows alone) or none"}
-    )
-    r: int = field(default=8, metadata={"symbol": "r", "help": "of lora: its rank"})
-    alpha: float = field(default=16.0, metadata={"symbol": "α", "help": "of lora: factors count alpha / r"})
-    dropout: float = field(default=0.05, metadata={"symbol": "p", "help": "of lora, in training"})
-    steps: int = field(default=200, metadata={"symbol": "K", "help": "batches of the recovery"})
-    batch_size: int = field(default=8, metadata={"symbol": "B", "help": "rows a batch"})
-    lr: float = field(default=1e-4, metadata={"symbol": "η", "help": "AdamW's learning rate at its highest"})
-    warmup: float = field(
-        default=0.1, metadata={"symbol": "w", "help": "share of the steps in which it rises, before it falls"}
-    )
-    save_every: int = field(
-        default=50, metadata={"symbol": "s", "help": "steps after which all is kept for --resume"}
-    )
+    ratio: float = setting(0.2, "ρ", "share of the groups that goes")
+    importance: str = setting("first", "I", "magnitude, first, second or mixed (orders in w)")
+    aggregate: str = setting("sum", "Σ", "of a group's layers: sum, mean, max or prod")
+    scope: str = setting("local", "S", "local: every block alike; or global")
+    mode: str = setting("width", "M", "width: heads and channels; depth: blocks; hidden: the residual width")
+    first: int = setting(4, "a", "first blocks that are spared")
+    last: int = setting(2, "z", "last blocks that are spared")
+    round_to: int = setting(32, "m", "channels are left in multiples of it")
+    samples: int = setting(10, "N", "texts or rows that tell the importance")
+    recover: str = setting("lora", "R", "lora, gkd (on rows alone) or none")
+    r: int = setting(8, "r", "of lora: its rank")
+    alpha: float = setting(16.0, "α", "of lora: factors count alpha / r")
+    dropout: float = setting(0.05, "p", "of lora, in training")
+    steps: int = setting(200, "K", "batches of the recovery")
+    batch_size: int = setting(8, "B", "rows a batch")
+    lr: float = setting(1e-4, "η", "AdamW's learning rate at its highest")
+    warmup: float = setting(0.1, "w", "share of the steps in which it rises, before it falls")
+    save_every: int = setting(50, "s", "steps after which all is kept for --resume")
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -203,7 +182,7 @@ class Pruner:
         elif self.recover == "lora":
             rates = [taught.rate(t) for t in range(self.steps)]
             lora = Lora(self.r, self.alpha, self.dropout)
-            Course(lora, self.steps, self.batch_size, rates, self.save_every).train(
+            LoraRecovery(lora, self.steps, self.batch_size, rates, self.save_every).train(
                 pruned, rows, seed, folder, on_step
             )
         return pruned
@@ -224,7 +203,7 @@ class Pruner:
     def _too_little(self, net: PreTrainedModel, numbers: Sequence[int]) -> list[str]:
         """What is wrong where nothing would go."""
         if self.mode == "hidden":
-            return hidden_width.too_little(net.config, self.ratio, self.round_to)
+            return hidden_width.nothing_removed(net.config, self.ratio, self.round_to)
         if self.mode == "depth":
             gone, whole = self._gone(len(numbers)), len(blocks_of(net))
             what = f"ratio = {self.ratio} of {len(numbers)} blocks is "
@@ -254,7 +233,7 @@ class Pruner:
 
     def _kept(
         self, model: Model, rows: Sequence[Encoded], folder: Path, on_row: Callable[[int, int], None]
-    ) -> Decided:
+    ) -> Decision:
         """What stays: as the file says, or found and written there."""
         scored = [row for row in rows if len(row.ids) > max(1, row.n_prompt)]
         if not scored:
@@ -267,7 +246,7 @@ class Pruner:
         decision.write(file, origin, kept)
         return kept
 
-    def _blocks(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decided:
+    def _blocks(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decision:
         """What stays of each block that stays, by its number."""
         blocks = blocks_of(model.net)
         shares = estimate(model, few, self.importance, self._numbers(len(blocks)), on_row)
@@ -275,11 +254,11 @@ class Pruner:
             _check_finite(both, f"in block {i}")
         return self.select(blocks, shares)
 
-    def _channels(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decided:
+    def _channels(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decision:
         """Which channels of the residual stream stay."""
         shares = hidden_width.estimate(model, few, self.importance, on_row)
         _check_finite([shares], "of the hidden channels")
-        step = hidden_width.step_of(model.net.config, self.round_to)
+        step = hidden_width.width_step(model.net.config, self.round_to)
         return hidden_width.select(shares, self.aggregate, self.ratio, step)
 
     def select(self, blocks: Sequence[Any], shares: Mapping[int, Shares]) -> dict[int, KeptUnits]:

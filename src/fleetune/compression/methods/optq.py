@@ -1,43 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OPTQ (GPTQ): quantise column by column, and let the columns to come make up for each one's error.
+"""Quantise each weight matrix column by column, and correct later columns for the error of earlier ones (OPTQ, GPTQ).
 
 Frantar, Ashkboos, Hoefler, Alistarh: "OPTQ: Accurate Quantization for Generative Pre-trained Transformers",
 ICLR 2023, arXiv 2210.17323 (algorithm 1; section 4).
 
-For each linear layer, with H from `hessian` and the loop of `columns`: the columns in order, every group of columns on
-a grid (`grids`) that is fitted when its first column comes, to the weights as they have become by then.
+## Algorithm
 
-What differs from the reference code, and why:
-- Group parameters come from the updated weights of the *block* (the reference reads those from before the block, so for
-  groups under 128 all but the first see stale ones).
-- The grid is the one of the runtime that the file is for, with scales rounded to fp16 before codes are chosen (`grids`).
-  The reference's symmetric grid clips one extreme: it is `grid=symmetric`.
-- `order=static` takes columns by falling H_ii with grids fitted before the loop; `order=gar` sorts within groups and
-  then the groups (GPTQModel's group-aware reordering) and fits them as they come.  In both the groups stay contiguous
-  columns of the file: no index is ever written.  `order=none` is the default: the differences are within noise.
-- Where H has no Cholesky factor the reference stops; here damping grows tenfold to 1, then the layer is rounded to
-  nearest, and the report says so.  Inputs that are always zero are not an error: their weights become 0.
+Every linear layer is quantised on its own.  H = 2 X X^T is the Hessian of its squared output error on the calibration
+tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  The columns are taken in order
+(`layerwise/column_loop.py`):
+
+1. At the first column of a group, fit a grid to the group's weights as updated so far (`layerwise/grids.py`).
+2. Round column i to its group's grid: w_i becomes q_i.
+3. Move all later columns: w_j <- w_j - (w_i - q_i) U_ij / U_ii.
+
+## Differences from the paper
+
+- The grid of a group is fitted to the weights as updated by all columns before it.  The reference code reads the
+  weights from before the current block of 128 columns, so with smaller groups all but the first see stale ones.
+- The default grid is that of the runtime that will read the file, with scales rounded to fp16 before codes are chosen.
+  The reference's symmetric grid clips one of the extremes; it is `grid=symmetric`.
+- Where H has no Cholesky factor, the reference code stops.  Here damping grows tenfold, up to 1; if there is still no
+  factor, the layer is rounded to nearest and the report says so.
+- Inputs that are always zero are not an error: their weights become 0.
+- Weights that are exactly 0 in a pruned matrix (more than 5 % zeros) stay 0.
+
+## Options
+
+- `order=static` takes the columns by falling H_ii, with grids fitted before the loop.  `order=gar` sorts the columns
+  within each group and then the groups (the group-aware reordering of GPTQModel), and fits grids as they are reached.
+  In both, a group stays a run of neighbouring columns in the file: no index has to be written.  The default is
+  `order=none`, because the differences are within the noise.
+- `search=true` also tries smaller ranges for each grid and takes the best.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fleetune.common.settings import setting
 from fleetune.compression import Solved
-from fleetune.compression.layerwise.column_loop import Choose, Loop, Segment
-from fleetune.compression.layerwise.grids import BITS, KINDS, Grid
-from fleetune.compression.layerwise.hessian import inverse_cholesky
-from fleetune.models.artefact import Quantised
+from fleetune.compression.layerwise.column_loop import ColumnLoop, CompensatedLoop, Segment
+from fleetune.compression.layerwise.grids import Grid, check_grid, check_groups
+from fleetune.compression.layerwise.groups import Codes, quantise
+from fleetune.compression.layerwise.hessian import check_damping, inverse_cholesky
 
 PAPER = "Frantar et al., ICLR 2023, arXiv 2210.17323"
-
-Settle = Callable[[Tensor, Choose], tuple[Tensor, Tensor]]  # `Loop` or `nearest`
-Found = tuple[Tensor, Tensor, Tensor]  # codes uint8 [R, C], scale [R, G], zero [R, G]
 
 
 @dataclass(frozen=True)
@@ -46,22 +58,12 @@ class Solver:
 
     data: ClassVar[bool] = True
 
-    bits: int = field(default=4, metadata={"symbol": "b", "help": "bits of a code: 2, 3, 4 or 8"})
-    group: int = field(
-        default=32, metadata={"symbol": "g", "help": "columns that share a scale (0: the whole row)"}
-    )
-    grid: str = field(
-        default="ggml", metadata={"symbol": "grid", "help": "ggml, symmetric, asymmetric or universal"}
-    )
-    search: bool = field(
-        default=False, metadata={"symbol": "mse", "help": "try shrunken ranges, keep the best"}
-    )
-    order: str = field(
-        default="none", metadata={"symbol": "act", "help": "order of the columns: none, static or gar"}
-    )
-    damping: float = field(
-        default=0.01, metadata={"symbol": "λ", "help": "added to H's diagonal, of its mean"}
-    )
+    bits: int = setting(4, "b", "bits of a code: 2, 3, 4 or 8")
+    group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
+    grid: str = setting("ggml", "grid", "ggml, symmetric, asymmetric or universal")
+    search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
+    order: str = setting("none", "act", "order of the columns: none, static or gar")
+    damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
 
     def __post_init__(self) -> None:
         check_grid(self.grid, self.bits, self.group)
@@ -70,30 +72,31 @@ class Solver:
             raise ValueError(f"order = {self.order!r} is none of none, static, gar")
 
     def check(self, name: str, R: int, C: int) -> str:
+        """Say why rows of C columns cannot be divided into groups, or "" when they can."""
         return check_groups(name, C, self.group)
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
-        """Algorithm 1 of the paper on one matrix; exact zeros of W stay zero."""
+        """Run algorithm 1 of the paper on one matrix."""
         grid, group = Grid(self.grid, self.bits, self.search), self.group or W.shape[1]
-        kept = (W == 0).T if (W == 0).float().mean() > 0.05 else None  # a pruned matrix keeps its zeros
-        order = ordered(H.diagonal(), group, self.order)
+        zeros = (W == 0).T if (W == 0).float().mean() > 0.05 else None  # a pruned matrix stays pruned
+        order = column_order(H.diagonal(), group, self.order)
         if order is not None:
             W, H = W[:, order], H[order][:, order]
-            kept = None if kept is None else kept[order]
+            zeros = None if zeros is None else zeros[order]
         factor = inverse_cholesky(H, self.damping)
-        loop, W = Loop(factor), W.masked_fill(factor.dead, 0.0)
+        loop, W = CompensatedLoop(factor), W.masked_fill(factor.dead, 0.0)
         if self.order == "static":
             assert order is not None
-            found = static(W, grid, group, loop, order, kept)
+            found = _quantise_sorted(W, grid, group, loop, order, zeros)
         else:
-            found = dynamic(W, grid, group, loop, kept)
+            found = quantise(W, grid, group, loop, zeros)
             if order is not None:
-                found = _unsorted(found, group, order)
-        return packed(grid, group, *found, factor.notes, loop.loss)
+                found = _in_file_order(found, group, order)
+        return found.solved(grid, group, factor.notes, loop.loss)
 
 
-def ordered(importance: Tensor, group: int, order: str) -> Tensor | None:
-    """The order in which columns are taken, int64 [C]; None for as they are."""
+def column_order(importance: Tensor, group: int, order: str) -> Tensor | None:
+    """Return the order in which columns are taken, int64 [C]; None for the order of the matrix."""
     if order == "none":
         return None
     if order == "static":
@@ -103,78 +106,26 @@ def ordered(importance: Tensor, group: int, order: str) -> Tensor | None:
     return inside[groups.amax(1).argsort(stable=True, descending=True)].reshape(-1)
 
 
-def _unsorted(found: Found, group: int, order: Tensor) -> Found:
-    codes, scale, zero = found
+def _in_file_order(found: Codes, group: int, order: Tensor) -> Codes:
+    """Put the columns and groups of a reordered matrix back in their places."""
     back, groups = order.argsort(), (order.view(-1, group)[:, 0] // group).argsort()
-    return codes[:, back], scale[:, groups], zero[:, groups]
+    return Codes(found.codes[:, back], found.scale[:, groups], found.zero[:, groups])
 
 
-def dynamic(W: Tensor, grid: Grid, group: int, loop: Settle, kept: Tensor | None = None) -> Found:
-    """The loop with each group's grid fitted when its first column comes; `kept` bool [C, R] are zeros that stay."""
-    scales, zeros = list[Tensor](), list[Tensor]()
-
-    def choose(Wt: Tensor, begin: int, last: int) -> Segment:
-        if begin % group == 0:  # a group that goes beyond the block is fitted to what is known by now
-            scale, zero = grid.find(Wt[begin : begin + group].T)
-            scales.append(scale)
-            zeros.append(zero)
-        end = min(begin - begin % group + group, last)
-        mask = None if kept is None else kept[begin:end]
-        return Segment(end, scales[-1], zeros[-1], grid.top, mask)
-
-    _, codes = loop(W, choose)
-    return codes, torch.stack(scales, 1), torch.stack(zeros, 1)
-
-
-def static(W: Tensor, grid: Grid, group: int, loop: Settle, order: Tensor, kept: Tensor | None) -> Found:
-    """The loop over sorted columns with grids fitted to the weights as they were, by group of the file's order."""
+def _quantise_sorted(
+    W: Tensor, grid: Grid, group: int, loop: ColumnLoop, order: Tensor, zeros: Tensor | None
+) -> Codes:
+    """Quantise sorted columns; the grids are fitted beforehand, to groups of neighbours in the file."""
     back = order.argsort()
     whole = W[:, back]
     fits = [grid.find(whole[:, first : first + group]) for first in range(0, W.shape[1], group)]
     scale, zero = (torch.stack([fit[i] for fit in fits], 1) for i in (0, 1))
-    of = order // group
+    group_of = order // group
 
     def choose(Wt: Tensor, begin: int, last: int) -> Segment:
-        g = int(of[begin])
-        mask = None if kept is None else kept[begin : begin + 1]
+        g = int(group_of[begin])
+        mask = None if zeros is None else zeros[begin : begin + 1]
         return Segment(begin + 1, scale[:, g], zero[:, g], grid.top, mask)
 
     _, codes = loop(W, choose)
-    return codes[:, back], scale, zero
-
-
-def packed(
-    grid: Grid, group: int, codes: Tensor, scale: Tensor, zero: Tensor, notes: tuple[str, ...] = (),
-    loss: float | None = None,
-) -> Solved:  # fmt: skip
-    """The solver's answer."""
-    q = Quantised(codes, scale.to(torch.float16), zero.to(torch.uint8), grid.bits, group)
-    return Solved(q, notes, loss)
-
-
-def check_grid(kind: str, bits: int, group: int) -> None:
-    """ValueError for a grid that does not exist."""
-    if kind not in KINDS:
-        raise ValueError(f"grid = {kind!r} is none of {', '.join(KINDS)}")
-    if bits not in BITS:
-        raise ValueError(f"bits = {bits} is none of {', '.join(map(str, BITS))}")
-    if group < 0:
-        raise ValueError(f"group = {group} is below 0")
-    if kind == "universal" and bits > 4:
-        raise ValueError(f"a universal grid has 4 bits at most, so that scale * zero is exact; bits = {bits}")
-
-
-def check_groups(name: str, C: int, group: int) -> str:
-    """What is wrong with groups of this size in rows of C columns, "" for nothing."""
-    if not group or C % group == 0:
-        return ""
-    fits = [g for g in (256, 128, 64, 32, 16, 8, 4) if C % g == 0]
-    return f"{name} has {C} columns, which groups of {group} do not divide" + (
-        f" (groups of {fits[0]} do)" if fits else " (group=0 takes the whole row)"
-    )
-
-
-def check_damping(damping: float) -> None:
-    """ValueError for a damping that makes no sense."""
-    if not 0 <= damping <= 1:
-        raise ValueError(f"damping = {damping} is not between 0 and 1")
+    return Codes(codes[:, back], scale, zero)

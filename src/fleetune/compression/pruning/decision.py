@@ -16,10 +16,12 @@ from fleetune.common.files import write_atomic
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.families.widths import KeptUnits
 
-Decided: TypeAlias = dict[int, KeptUnits] | list[int]  # of each block that stays; or the residual's channels
+Decision: TypeAlias = (
+    dict[int, KeptUnits] | list[int]
+)  # the units of each block that stays, or hidden channels
 
 
-def write(file: Path, origin: str, kept: Decided) -> None:
+def write(file: Path, origin: str, kept: Decision) -> None:
     """Keep what was decided; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     said = (
@@ -28,9 +30,9 @@ def write(file: Path, origin: str, kept: Decided) -> None:
     write_atomic(file, json.dumps({"origin": origin} | said) + "\n")
 
 
-def read(file: Path, origin: str) -> Decided:
+def read(file: Path, origin: str) -> Decision:
     """What a file says stays; UsageError when it is of other work, StorageError when it is damaged."""
-    kept: Decided
+    kept: Decision
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         found = raw["origin"]

@@ -16,7 +16,7 @@ from fleetune.models.families.widths import KEY, has_block_widths
 from fleetune.models.layers import layers_of
 
 
-def kept_blocks(whole: int, keep: int) -> list[int]:
+def evenly_spaced(whole: int, keep: int) -> list[int]:
     """`keep` of `whole` block numbers at even distances, the first and the last among them (2 <= keep <= whole)."""
     gaps = keep - 1
     return [(2 * k * (whole - 1) + gaps) // (2 * gaps) for k in range(keep)]
@@ -24,7 +24,7 @@ def kept_blocks(whole: int, keep: int) -> list[int]:
 
 def shallow(net: PreTrainedModel, keep: int) -> PreTrainedModel:
     """A copy of `net` with `keep` of its decoder blocks, evenly spaced; `net` is as it was."""
-    return with_blocks(net, kept_blocks(len(layers_of(net)), keep))
+    return with_blocks(net, evenly_spaced(len(layers_of(net)), keep))
 
 
 def with_blocks(net: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
@@ -52,7 +52,7 @@ def with_blocks(net: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
 def shallow_config(config: Any, keep: int) -> Any:
     """The configuration that `shallow`'s copy has."""
     cut, whole = copy.deepcopy(config), int(config.get_text_config().num_hidden_layers)
-    _cut_config(cut.get_text_config(), whole, kept_blocks(whole, keep))
+    _cut_config(cut.get_text_config(), whole, evenly_spaced(whole, keep))
     return cut
 
 

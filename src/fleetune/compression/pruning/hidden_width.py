@@ -31,13 +31,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fleetune.compression.pruning.importance import AGGREGATES, Member, Sums, choose, count_kept
+from fleetune.compression.pruning.importance import AGGREGATES, GradientSums, LayerGroups, choose, count_kept
 from fleetune.data import Encoded
 from fleetune.models.families.widths import blocks_of, config_accepts, keep_positions
 from fleetune.models.model import Model
 
 
-def members(net: PreTrainedModel) -> list[Member]:
+def members(net: PreTrainedModel) -> list[LayerGroups]:
     """Every layer that a channel of the residual stream goes through, once."""
     whole = cast(Any, net)
     width, table, head = int(whole.config.hidden_size), whole.model.embed_tokens, whole.lm_head
@@ -48,7 +48,9 @@ def members(net: PreTrainedModel) -> list[Member]:
         writes += [a.o_proj, f.down_proj]
     if head.weight is not table.weight:
         reads.append(head)
-    return [Member(layer, False, width) for layer in reads] + [Member(layer, True, width) for layer in writes]
+    return [LayerGroups(layer, False, width) for layer in reads] + [
+        LayerGroups(layer, True, width) for layer in writes
+    ]
 
 
 def norms(net: PreTrainedModel) -> list[nn.Module]:
@@ -67,7 +69,7 @@ def estimate(
 
     `on_row(row, rows)` is called after each and may raise to stop.  Without gradients, `magnitude`, no row is read.
     """
-    found, sums = members(model.net), Sums(kind, len(rows))
+    found, sums = members(model.net), GradientSums(kind, len(rows))
     if kind != "magnitude":
         sums.gather(model, rows, found, on_row)
     return sums.shares(found)
@@ -76,20 +78,20 @@ def estimate(
 # ---------------------------------------------------------------- which stay
 
 
-def step_of(config: Any, round_to: int) -> int:
+def width_step(config: Any, round_to: int) -> int:
     """What the width is left in multiples of."""
     any_width = config_accepts(config, {"hidden_size": config.hidden_size - 1})
     return round_to if any_width else math.lcm(round_to, int(config.num_attention_heads))
 
 
-def too_little(config: Any, ratio: float, round_to: int) -> list[str]:
+def nothing_removed(config: Any, ratio: float, round_to: int) -> list[str]:
     """What is wrong where nothing would go."""
-    n, step, heads = int(config.hidden_size), step_of(config, round_to), config.num_attention_heads
+    n, step, heads = int(config.hidden_size), width_step(config, round_to), config.num_attention_heads
     if count_kept(n, n * (1 - ratio), step) < n:
         return []
     why = f" (of round_to = {round_to} and of the {heads} heads)" if step != round_to else ""
     less = max(1, round_to // 4)
-    finer = f"; round_to={less} makes steps of {step_of(config, less)}" if less < round_to else ""
+    finer = f"; round_to={less} makes steps of {width_step(config, less)}" if less < round_to else ""
     return [f"ratio = {ratio} takes nothing from {n} hidden channels in steps of {step}{why}{finer}"]
 
 

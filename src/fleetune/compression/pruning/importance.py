@@ -40,7 +40,7 @@ from fleetune.models.model import Model
 KINDS: Final = ("magnitude", "first", "second", "mixed")
 
 
-class Member(NamedTuple):
+class LayerGroups(NamedTuple):
     """What the groups of one kind have in one layer: a linear one, an embedding or a norm."""
 
     layer: nn.Module
@@ -60,13 +60,15 @@ class Shares(NamedTuple):
     channels: Tensor  # of gate, up, down
 
 
-def members(block: Any) -> tuple[list[Member], list[Member]]:
+def members(block: Any) -> tuple[list[LayerGroups], list[LayerGroups]]:
     """The linear layers of the head groups and of the channel groups of a decoder block."""
     a, f, width = block.self_attn, block.mlp, width_of(block)
     g, c = width.num_key_value_heads, width.intermediate_size
-    heads = [Member(linear, linear is not a.o_proj, g) for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj)]
+    heads = [
+        LayerGroups(linear, linear is not a.o_proj, g) for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj)
+    ]
     channels = [
-        Member(linear, linear is not f.down_proj, c) for linear in (f.gate_proj, f.up_proj, f.down_proj)
+        LayerGroups(linear, linear is not f.down_proj, c) for linear in (f.gate_proj, f.up_proj, f.down_proj)
     ]
     return heads, channels
 
@@ -85,13 +87,13 @@ def estimate(
     blocks = blocks_of(model.net)
     found = {i: members(blocks[i]) for i in numbers}
     every = [m for both in found.values() for part in both for m in part]
-    sums = Sums(kind, len(rows))
+    sums = GradientSums(kind, len(rows))
     if kind != "magnitude":
         sums.gather(model, rows, every, on_row)
     return {i: Shares(*(sums.shares(part) for part in both)) for i, both in found.items()}
 
 
-class Sums:
+class GradientSums:
     """g and F of parameters, as far as the kind of importance needs them."""
 
     def __init__(self, kind: str, count: int) -> None:
@@ -103,12 +105,12 @@ class Sums:
         self,
         model: Model,
         rows: Sequence[Encoded],
-        members: Sequence[Member],
+        members: Sequence[LayerGroups],
         on_row: Callable[[int, int], None],
     ) -> None:
         """Take in the gradients of every row's mean loss."""
         parameters = [p for member in members for p in member.parameters()]
-        with _folded(parameters, self.fold), torch.enable_grad():
+        with _hooked_gradients(parameters, self.fold), torch.enable_grad():
             for done, row in enumerate(rows, 1):
                 loss_tensor(model, collate([row], pad_id(model), model.device)).backward()  # type: ignore[no-untyped-call]
                 on_row(done, len(rows))
@@ -134,11 +136,11 @@ class Sums:
         second = w.square() * self.F[parameter] / self.count
         return second if self.kind == "second" else (w * self.g[parameter] / self.count - second / 2).abs()
 
-    def shares(self, members: Sequence[Member]) -> Tensor:
+    def shares(self, members: Sequence[LayerGroups]) -> Tensor:
         """The importance of the groups of these members: float64 [members, groups]."""
         return torch.stack([self._share(member) for member in members])
 
-    def _share(self, member: Member) -> Tensor:
+    def _share(self, member: LayerGroups) -> Tensor:
         """float64 [groups]: neighbours among the rows or columns are of one group."""
         total = torch.zeros(member.groups, dtype=torch.float64)
         for parameter in member.parameters():
@@ -156,7 +158,9 @@ def _add(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, more: Tensor
 
 
 @contextmanager
-def _folded(parameters: Sequence[nn.Parameter], fold: Callable[[nn.Parameter], None]) -> Iterator[None]:
+def _hooked_gradients(
+    parameters: Sequence[nn.Parameter], fold: Callable[[nn.Parameter], None]
+) -> Iterator[None]:
     """Gradients of `parameters` while the block runs, each handed to `fold` when it is whole."""
     handles = []
     for parameter in parameters:

@@ -33,7 +33,7 @@ CLIP = 1.0  # of the gradient's norm
 
 
 @dataclass(frozen=True)
-class Course:
+class LoraRecovery:
     """How a LoRA is trained."""
 
     lora: Lora
@@ -78,7 +78,7 @@ class Course:
         done = restore(folder, origin, parameters, optimizer)
         batches = Batches(rows, pad_id(model), seed, model.device).steps(self.steps, self.batch_size)
         for t, batch in enumerate(itertools.islice(batches, done, None), done):
-            with training(model, _key(seed, t)):
+            with training(model, _dropout_key(seed, t)):
                 loss = self._update(model, batch, optimizer, parameters, t)
             if (t + 1) % self.save_every == 0 or t + 1 == self.steps:
                 store(folder, origin, t + 1, parameters, optimizer)
@@ -116,6 +116,6 @@ class Course:
         return sha.hexdigest()
 
 
-def _key(seed: int, t: int) -> int:
+def _dropout_key(seed: int, t: int) -> int:
     """64 bits for the dropout of step t."""
     return int.from_bytes(hashlib.sha256(f"recovery/{seed}/{t}".encode()).digest()[:7])

@@ -44,13 +44,14 @@ from fleetune.deploy.checkpoint import Checkpoint, Report
 from fleetune.deploy.formats import ggml_blocks, gguf_vocabulary
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
+from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families import deci, gemma, rope, widths
 from fleetune.models.tensor_file import damaged
 
 KINDS: Final = ("q4_0", "q4_1", "q8_0", "f16", "bf16", "f32")
 ARCHITECTURES: Final = ("llama", "qwen2", "qwen3", *gemma.ARCHITECTURES)
 FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
-    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    {dtype.tag: getattr(torch, dtype.full) for dtype in WEIGHTS.values()}
 )
 ENDS: Final = ("token_embd.weight", "output.weight")
 

@@ -74,7 +74,7 @@ def of_model(name: str, dtype: str, offline: bool) -> Torch:
 def of_run(path: str, dtype: str, offline: bool) -> Torch:
     """The model that a run has tuned, its change merged into the weights."""
     model = finished.load(path, offline=offline, device="cpu")
-    finished.settle(model)
+    finished.merge_weights(model)
     return Torch(model)
 
 

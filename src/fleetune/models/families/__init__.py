@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between model families: widths, rotary embeddings, names of tensors."""
+"""Handle what differs between model families: block widths, rotary embeddings, Gemma's norms and windows."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF's architecture deci, a llama with numbers of heads and channels for every block, as a configuration.
+"""Read GGUF's architecture deci (a llama whose blocks differ in width) as a transformers configuration.
 
-llama.cpp has it for models found by a search over blocks; `deploy/gguf.py` writes pruned llamas as such.  Each of the
+llama.cpp has it for models found by a search over blocks; `deploy/formats/gguf.py` writes pruned llamas as such.  Each of the
 first three is one number for all blocks, or a list of every block's:
 
     attention.head_count       query heads; 0: the block has no attention
@@ -32,7 +32,7 @@ Field = Callable[[str], Any]  # a value by its key without the architecture, or 
 
 
 def misfit(field: Field) -> str | None:
-    """Why metadata do not describe a llama with narrower blocks; None when they do.
+    """Return why metadata do not describe a llama with narrower blocks; None when they do.
 
     KeyError for a key that must be there and is not; ValueError when the values make no sense.
     """
@@ -59,7 +59,7 @@ def misfit(field: Field) -> str | None:
 
 
 def config_of(field: Field) -> Any:
-    """The configuration of a llama that `misfit` has nothing against; errors as there."""
+    """Return the configuration of a llama that `misfit` accepts; errors as there."""
     found = block_widths(field)
     width, hidden = _head_dim(field, found), int(_need(field, "embedding_length"))
     config = LlamaConfig(
@@ -77,7 +77,7 @@ def config_of(field: Field) -> Any:
 
 
 def block_widths(field: Field) -> list[Width]:
-    """Every block's widths, 0 for what a block has not; errors as in `misfit`."""
+    """Return every block's widths, 0 for a part that a block lacks; errors as in `misfit`."""
     count = int(_need(field, "block_count"))
     if count < 1:
         raise ValueError(f"block_count is {count}")
@@ -117,9 +117,9 @@ def _ratio(width: Width) -> int:
 
 
 def _whole(found: Sequence[Width], hidden: int, head_dim: int) -> Width:
-    """Numbers that no block exceeds and whose heads divide the hidden size, as transformers wants it of a llama.
+    """Return widths that no block exceeds and whose heads divide the hidden size, as transformers requires.
 
-    The file does not say what the whole model had: nothing depends on it but what the configuration says.
+    The file does not say what the model had before it was pruned; only the configuration depends on it.
     """
     ratio = _ratio(found[0])
     most = max(width.num_key_value_heads for width in found)

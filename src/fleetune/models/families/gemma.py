@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Gemma's decoders (gemma, gemma2, gemma3's text part) have that llamas have not, as GGUF says it and back.
+"""Translate Gemma decoders (gemma, gemma2, gemma3's text part) between transformers and GGUF.
 
     norms            multiply by 1 + w; the file holds 1 + w, in fp32 as transformers adds it
     embeddings       are multiplied by sqrt(width), by the runtime
@@ -9,7 +9,7 @@
     gemma2           caps of the scores and the logits; every second block looks at a window
     gemma3           five blocks of six look at a window and rotate with a base of their own
 
-What llama.cpp fixes and a configuration may have otherwise is refused.
+A configuration that differs from what llama.cpp fixes is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ACTIVATION: Final = "gelu_pytorch_tanh"
 
 
 def misfit(config: Any) -> str | None:
-    """Why llama.cpp has no place for a configuration of these types; None when it has."""
+    """Return why llama.cpp cannot express a configuration of these types; None when it can."""
     kind = str(config.model_type)
     activation = config.hidden_act if kind == "gemma" else config.hidden_activation
     ropes = _ropes(config)
@@ -65,7 +65,7 @@ def _misfit_of_windows(config: Any) -> str | None:
 
 
 def add_to(writer: Any, config: Any) -> None:
-    """Put what llamas have not into the metadata of a gguf.GGUFWriter."""
+    """Write Gemma's own settings into the metadata of a gguf.GGUFWriter."""
     full, *local = _ropes(config)
     if local:
         writer.add_rope_freq_base_swa(float(local[0]["rope_theta"]))
@@ -80,14 +80,15 @@ def add_to(writer: Any, config: Any) -> None:
 
 
 def rope_theta(config: Any) -> float:
-    """The base of the rotary frequencies, of the blocks without a window where those have their own."""
+    """Return the base of the rotary frequencies (of the blocks without a window, where those have their own)."""
     return float(_ropes(config)[0]["rope_theta"])
 
 
 def config_of(architecture: str, field: Callable[[str], Any]) -> Any:
-    """The configuration that metadata describe; `field` gives a value by its key without the architecture, or None.
+    """Return the configuration that metadata describe; `field` gives a value by its key without the architecture.
 
-    KeyError for one that must be there and is not; ValueError when the values make no sense.
+    `field` gives None for a missing key.  KeyError for one that is required; ValueError when the values make no
+    sense.
     """
     kind = {arch: kind for kind, arch in ARCHITECTURES.items()}[architecture]
 
@@ -123,24 +124,24 @@ def config_of(architecture: str, field: Callable[[str], Any]) -> Any:
 
 
 def plus_one(values: np.ndarray) -> np.ndarray:
-    """A norm's weights as the file has them: 1 + w, fp32."""
+    """Return a norm's weights as the file stores them: 1 + w, fp32."""
     shifted: np.ndarray = np.float32(1) + values.astype(np.float32)
     return shifted
 
 
 def minus_one(values: np.ndarray) -> np.ndarray:
-    """The weights w of a norm for which 1 + w is what the file has, bit for bit."""
+    """Return the weights w of a norm for which 1 + w is what the file stores, bit for bit."""
     weights: np.ndarray = values.astype(np.float32) - np.float32(1)
     return weights
 
 
 def is_norm(architecture: str, tensor: str) -> bool:
-    """Whether a tensor of a file of this architecture is a norm's weights, held as 1 + w."""
+    """Return whether a tensor of a file of this architecture is a norm's weights, stored as 1 + w."""
     return architecture in ARCHITECTURES.values() and tensor.endswith("norm.weight")
 
 
 def _ropes(config: Any) -> list[Mapping[str, Any]]:
-    """The rotary settings of the blocks without a window, and of those with one where they have their own."""
+    """Return the rotary settings of the blocks without a window, then of those with one where they differ."""
     rope = config.rope_parameters
     return [rope["full_attention"], rope["sliding_attention"]] if "full_attention" in rope else [rope]
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama 3's rescaled rotary frequencies: as a GGUF file holds them, and back to the configuration's words.
+"""Convert Llama 3's rescaled rotary frequencies between a GGUF file's factors and transformers' settings.
 
-A file holds what each of the d / 2 frequencies is divided by (tensor rope_freqs.weight), transformers four numbers
-that these follow from.  Ours say the numbers too (key `KEY`); of others the ones that Llama 3.1 and 3.2 were
-published with are tried.  Numbers that do not give the file's factors are not taken.
+A file stores what each of the d / 2 frequencies is divided by (tensor rope_freqs.weight); transformers stores four
+numbers from which these follow.  Our files have the numbers too (key `KEY`); for others, those of Llama 3.1 and 3.2 are
+tried.  Numbers that do not give the file's factors are rejected.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ _PUBLISHED: Final = tuple(
 
 
 def head_dim(config: Any) -> int:
-    """The width of an attention head."""
+    """Return the width of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def factors(config: Any) -> np.ndarray | None:
-    """Llama 3's rescaling: what each of the d / 2 rotary frequencies is divided by, fp32; None without it."""
+    """Return what Llama 3's rescaling divides each of the d / 2 rotary frequencies by, fp32; None without it."""
     rope = config.rope_parameters
     return _factors(rope, head_dim(config)) if rope.get("rope_type", "default") == "llama3" else None
 
 
 def _factors(rope: Mapping[str, Any], width: int) -> np.ndarray:
-    """Frequencies whose wavelength is above original / low are divided by `factor`, those below original / high
-    left alone, those between by a blend (Llama 3.1's reference code, apply_scaling).
+    """Return the factors by Llama 3.1's reference code (apply_scaling).
+
+    Frequencies whose wavelength is above original / low are divided by `factor`, those below original / high are
+    left alone, and those between get a blend.
     """
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     waves = 2 * np.pi * float(rope["rope_theta"]) ** (np.arange(0, width, 2) / width)
@@ -48,7 +50,7 @@ def _factors(rope: Mapping[str, Any], width: int) -> np.ndarray:
 
 
 def parameters(found: np.ndarray, said: str | None, theta: float, width: int) -> dict[str, Any] | None:
-    """The rotary settings that give the factors `found` of a file; `said` is what its key `KEY` holds.
+    """Return rotary settings that give the factors `found` in a file; `said` is the value of its key `KEY`.
 
     None when neither these nor the published ones do.
     """

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama-like nets some of whose heads and MLP channels are gone: cut in memory, written down, made again.
+"""Narrow the heads and MLP channels of single blocks of llama-like nets, and save and load such nets.
 
-Where all blocks are alike and transformers takes the numbers, the configuration says so in its own words
+Where all blocks are alike and transformers accepts the numbers, the configuration uses its own keys
 (`num_attention_heads`, `num_key_value_heads`, `intermediate_size`, and `head_dim` in any case), and the directory is
-a plain one.  Where blocks differ no class of transformers can hold them.  Then config.json gets
+a plain one.  Where blocks differ, no class of transformers can represent them.  Then config.json gets
 
-    "model_type": "fleetune_llama"      a name that transformers does not know: it refuses, rather than guess
+    "model_type": "fleetune_llama"      a name that transformers does not know, so that it refuses rather than guesses
     "fleetune_widths": {"num_attention_heads": [9, 6, ..], "num_key_value_heads": [3, 2, ..], "intermediate_size": [..]}
 
 beside the numbers of the whole model, and `class_of` gives the class whose layers are narrowed once they are made.  In
 memory the configuration is transformers' own with that one more key.
 
 Attention in these families takes the number of heads from what its projections give, and repeats keys by
-`num_key_value_groups`, the query heads of one key head, which stays what it was.  Norms within heads (Qwen3) are
+`num_key_value_groups`, the query heads of one key head, which does not change.  Norms within heads (Qwen3) are
 shared by all heads.  So nothing but the linear layers has to change.
 """
 
@@ -34,7 +34,7 @@ PREFIX: Final = "fleetune_"  # of the model type
 
 
 class Width(NamedTuple):
-    """How wide a block is; the fields are the configuration's names."""
+    """The widths of a block; the fields are the configuration's names."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -42,19 +42,19 @@ class Width(NamedTuple):
 
 
 class KeptUnits(NamedTuple):
-    """Which of a block's key heads (with their query heads) and MLP channels stay, in ascending order."""
+    """The key heads (with their query heads) and MLP channels of a block that stay, in ascending order."""
 
     heads: Sequence[int]
     channels: Sequence[int]
 
 
 def blocks_of(net: PreTrainedModel) -> list[Any]:
-    """The decoder blocks of a net of one of the `FAMILIES`."""
+    """Return the decoder blocks of a net of one of the `FAMILIES`."""
     return list(cast(Any, net).model.layers)
 
 
 def width_of(block: Any) -> Width:
-    """The widths of a decoder block, by its linear layers."""
+    """Return the widths of a decoder block, by its linear layers."""
     attention = block.self_attn
     heads = [
         int(linear.out_features) // attention.head_dim for linear in (attention.q_proj, attention.k_proj)
@@ -63,12 +63,12 @@ def width_of(block: Any) -> Width:
 
 
 def has_block_widths(config: Any) -> bool:
-    """Whether a configuration's blocks have widths of their own."""
+    """Return whether a configuration's blocks have widths of their own."""
     return hasattr(config, KEY)
 
 
 def block_widths(config: Any) -> list[Width]:
-    """Every block's widths, as a configuration says."""
+    """Return every block's widths by the configuration."""
     count = int(config.num_hidden_layers)
     if has_block_widths(config):
         table = getattr(config, KEY)
@@ -77,7 +77,7 @@ def block_widths(config: Any) -> list[Width]:
 
 
 def heads_of(config: Any, tensor: str) -> int:
-    """In how many heads the rows of a tensor of a GGUF file are interleaved; 0: they are as in the model."""
+    """Return in how many heads the rows of a GGUF file's tensor are interleaved; 0: not at all."""
     if config.model_type != "llama":
         return 0
     part = tensor.split(".")
@@ -91,7 +91,7 @@ def heads_of(config: Any, tensor: str) -> int:
 
 
 def cut(net: PreTrainedModel, kept: Sequence[KeptUnits]) -> None:
-    """Leave only what is `kept` of each block, in place, and say so in the configuration."""
+    """Leave only the units `kept` of each block, in place, and record the widths in the configuration."""
     blocks = blocks_of(net)
     for block, stays in zip(blocks, kept, strict=True):
         _cut_block(block, stays)
@@ -104,15 +104,19 @@ def _cut_block(block: Any, stays: KeptUnits) -> None:
     queries = unit_positions(torch.tensor(stays.heads), a.num_key_value_groups * a.head_dim).to(device)
     channels = torch.tensor(stays.channels).to(device)
     for linear, rows in (
-        (a.q_proj, queries), (a.k_proj, keys), (a.v_proj, keys), (f.gate_proj, channels), (f.up_proj, channels)
-    ):  # fmt: skip
+        (a.q_proj, queries),
+        (a.k_proj, keys),
+        (a.v_proj, keys),
+        (f.gate_proj, channels),
+        (f.up_proj, channels),
+    ):
         keep_positions(linear, rows, 0)
     for linear, columns in ((a.o_proj, queries), (f.down_proj, channels)):
         keep_positions(linear, columns, 1)
 
 
 def unit_positions(units: Tensor, size: int) -> Tensor:
-    """The places of units of `size` neighbours each: int64 [n] -> [n size]."""
+    """Return the positions of units of `size` neighbours each: int64 [n] -> [n size]."""
     return (units[:, None] * size + torch.arange(size)).flatten()
 
 
@@ -130,7 +134,7 @@ def keep_positions(layer: nn.Module, places: Tensor, dim: int) -> None:
 
 
 def write_widths(config: Any, found: Sequence[Width], head_dim: int) -> None:
-    """Write the blocks' widths into a configuration: in transformers' own words where those can say it."""
+    """Write the blocks' widths into a configuration: in transformers' own keys where those can say it."""
     if has_block_widths(config):
         delattr(config, KEY)
     config.head_dim = int(head_dim)
@@ -143,7 +147,7 @@ def write_widths(config: Any, found: Sequence[Width], head_dim: int) -> None:
 
 
 def config_accepts(config: Any, plain: Mapping[str, int]) -> bool:
-    """Whether transformers takes these numbers (a llama's heads must divide its hidden size, for one)."""
+    """Return whether transformers takes these numbers (a llama's heads must divide its hidden size, for one)."""
     try:
         type(config).from_dict(config.to_dict() | plain)
     except Exception:  # a configuration class may raise anything for a wrong value
@@ -155,7 +159,7 @@ def config_accepts(config: Any, plain: Mapping[str, int]) -> bool:
 
 
 def class_of(config: Any) -> type[PreTrainedModel]:
-    """The class of a causal language model's net: transformers' own, or one that narrows its blocks once made."""
+    """Return the class of a causal language model: transformers' own, or one that narrows its blocks once made."""
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config))
     if not has_block_widths(config):
@@ -176,13 +180,13 @@ def class_of(config: Any) -> type[PreTrainedModel]:
 
 
 def build(config: Any) -> PreTrainedModel:
-    """A net of a configuration on the meta device, fp32: names and shapes without values."""
+    """Build a net of a configuration on the meta device, fp32: names and shapes without values."""
     with torch.device("meta"):
         return class_of(config)._from_config(config, dtype=torch.float32)
 
 
 def config_from(raw: Mapping[str, Any]) -> Any:
-    """The configuration that a config.json with widths of its own says.  ValueError when it makes no sense."""
+    """Return the configuration that a config.json with block widths describes.  ValueError when it makes no sense."""
     base = base_type(raw["model_type"])
     if base not in FAMILIES:
         raise ValueError(f"blocks of different widths are read for {', '.join(FAMILIES)}")
@@ -202,12 +206,12 @@ def config_from(raw: Mapping[str, Any]) -> Any:
 
 
 def base_type(model_type: str) -> str:
-    """The family that a model type of ours is made of; another one as it is."""
+    """Return the family behind a model type of ours; another type as it is."""
     return model_type.removeprefix(PREFIX)
 
 
 def mark_config(folder: Path) -> None:
-    """Make a freshly written config.json one that transformers refuses, where blocks have widths of their own."""
+    """Give a fresh config.json with block widths a model type that transformers refuses."""
     file = folder / "config.json"
     raw = json.loads(file.read_bytes())
     if KEY in raw:

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GGUF file -> a Hugging Face directory with the same numbers, one slab of rows in memory at a time.
+"""Convert a GGUF file to a Hugging Face directory with the same numbers, a few rows in memory at a time.
 
 GGUF (the ggml project's docs/gguf.md, version 2 and 3) stores quantised rows.  `w = d * q + m` per group
 of 32 (Q4_1) and its relatives give values that 16-bit floats cannot hold, so the weights are written in
 **fp32**: nothing is lost, and the same file gives the same bytes everywhere.
 
-What transformers does not take over from a GGUF by itself:
+What transformers does not read from a GGUF by itself:
   * llama's q and k rows are stored pair-wise interleaved for ggml's rotary embedding; they are put back in
     the half-split order that transformers uses (a permutation of rows, done before dequantising); a llama with biases
     has them for its own, not only in the file;
   * transformers knows no text-splitting rule for tokenizer "smollm" and falls back to GPT-2's, which joins
     the space before a digit differently; the rule is restored here;
-  * rescaled rotary frequencies (Llama 3.1) come as factors: taken over where Llama 3's rule gives them (`rope.py`),
+  * rescaled rotary frequencies (Llama 3.1) come as factors: used where Llama 3's rule gives them (`rope.py`),
     else the file is refused;
   * gemma's norms, caps and windows (`gemma.py`); llamas whose blocks differ in width (`deci.py`), which only Fleetune
-    loads again; tokenizers without an unknown token and of pieces (`gguf_tokens.py`).
+    loads again; tokenizers without an unknown token and of pieces (`tokenizer.py`).
 
-The model is never held in memory: names and shapes come from a model on the meta device, every tensor of
-it must be found in the file and the other way round, and rows go straight into the safetensors file.
+The model is never in memory as a whole: names and shapes come from a model on the meta device, every tensor of
+it must be found in the file and vice versa, and rows go straight into the safetensors file.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ KNOWN_SPLITS: Final = ("default", "gpt-2", "llama-bpe", "llama3", "qwen2", "tekk
 
 
 def load_config(path: Path) -> Any:
-    """The transformers configuration that a GGUF file's metadata describes; no weights are read.
+    """Return the transformers configuration that a GGUF file's metadata describes; no weights are read.
 
     ModelError for a damaged file, an architecture not in `ARCHITECTURES`, blocks that no class has a place for, or
     rescaled rotary frequencies.
@@ -144,7 +144,7 @@ def _config(path: Path, reader: Any) -> Any:
 
 
 def _described(path: Path, architecture: str, reader: Any) -> Any:
-    """What metadata and the names of tensors say; a configuration class may raise anything for a wrong value."""
+    """Return the configuration of metadata and tensor names; a configuration class may raise anything for a wrong value."""
     if architecture in (*gemma.ARCHITECTURES.values(), deci.ARCHITECTURE):
         config = _own(path, architecture, reader)
         for name, key in gguf_tokens.SPECIAL.items():
@@ -161,7 +161,7 @@ def _described(path: Path, architecture: str, reader: Any) -> Any:
 
 
 def _own(path: Path, architecture: str, reader: Any) -> Any:
-    """transformers reads no gemma and no deci, and gemma2 and gemma3 without their caps and rotary bases."""
+    """Return the configuration of what transformers cannot read: gemma and deci, and gemma2's and gemma3's caps and bases."""
     tokens = _field(reader, "tokenizer.ggml.tokens") or []
 
     def field(key: str) -> Any:
@@ -179,7 +179,7 @@ def _own(path: Path, architecture: str, reader: Any) -> Any:
 
 
 def _take_factors(path: Path, reader: Any, config: Any, instead: str) -> None:
-    """Llama 3's rescaled frequencies into the configuration; ModelError for factors that are not Llama 3's."""
+    """Set Llama 3's rescaled frequencies in the configuration; ModelError for factors that are not Llama 3's."""
     found = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
     if not found:
         return
@@ -195,7 +195,7 @@ def _take_factors(path: Path, reader: Any, config: Any, instead: str) -> None:
 def _plan(
     path: Path, reader: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[Any, np.ndarray | None, bool]]:
-    """For each tensor of the model: the file's tensor, the order in which to take its rows, and whether it is 1 + w."""
+    """Return for each tensor of the model: the file's tensor, the order of its rows, and whether it is 1 + w."""
     architecture = str(_field(reader, "general.architecture"))
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
@@ -232,7 +232,7 @@ def _row_order(name: str, shape: tuple[int, ...], config: Any) -> np.ndarray | N
 
 
 def _rows(tensor: Any, order: np.ndarray | None, shifted: bool) -> Iterator[np.ndarray]:
-    """The tensor's values in fp32, some rows at a time; those of a `shifted` norm are w of 1 + w."""
+    """Yield the tensor's values in fp32, some rows at a time; a `shifted` norm is given as w of 1 + w."""
     data = tensor.data
     if data.ndim == 1:
         values = gguf.quants.dequantize(data, tensor.tensor_type)
@@ -251,7 +251,7 @@ def _write_weights(
     path: Path,
     progress: Callable[[str, int, int], None] | None,
 ) -> None:
-    """A safetensors file: 8 bytes with the head's length, the head (JSON), the raw little-endian values."""
+    """Write a safetensors file: 8 bytes with the header's length, the header (JSON), the raw little-endian values."""
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a .gguf file says of itself, and whether all of it is there (the ggml project's docs/gguf.md, version 2 and 3).
+"""Read and check the header of a .gguf file (the ggml project's docs/gguf.md, versions 2 and 3).
 
-An engine that is given half a file, or an adapter, ends with words of its own or with none; so a file is looked at
-before one is started.  Only the head is read, without torch and without an object for every token: the package gguf
-takes seconds for a large vocabulary.
+An engine that is given half a file, or an adapter, fails with an unclear message or none, so files are checked before
+one is started.  Only the header is read, without torch and without an object for every token: the package gguf takes
+seconds for a large vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ AGAIN: Final = "copy, fetch or export it again"
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """The single values by their keys, and the size that the file has by them."""
+    """The single values by key, and the file size that the header implies."""
 
     values: Mapping[str, Any]
     tensors: int
@@ -38,7 +38,7 @@ class GgufHeader:
 
 
 def check(path: Path) -> GgufHeader:
-    """The head of a file with a whole model in it.
+    """Return the header of a file with a whole model in it.
 
     ModelError when it is missing, damaged or cut off; UsageError for an adapter, which is no model.
     """
@@ -59,7 +59,7 @@ def check(path: Path) -> GgufHeader:
 
 
 def read(path: Path) -> GgufHeader:
-    """The head of a file.  ModelError when there is none, or none that can be read."""
+    """Read the header of a file.  ModelError when there is none, or none that can be read."""
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -75,7 +75,7 @@ def read(path: Path) -> GgufHeader:
 
 
 class _Reader:
-    """Values one after the other; struct.error or ValueError beyond the end."""
+    """Reads values in turn; struct.error or ValueError beyond the end."""
 
     def __init__(self, raw: mmap.mmap) -> None:
         self.raw, self.at = raw, 4
@@ -96,7 +96,7 @@ class _Reader:
             raise ValueError("beyond the end")
 
     def value(self) -> Any:
-        """A single value; None for a list, which is passed over."""
+        """Read a single value; None for a list, which is skipped."""
         kind = self.number("I")
         if kind == TEXT:
             return self.text()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tokenizer from GGUF metadata ("tokenizer.ggml.*"), with no token more or less than the file has.
+"""Build a tokenizer from GGUF metadata ("tokenizer.ggml.*"), with exactly the file's tokens.
 
-transformers reads these too, but gives a byte-level tokenizer without an unknown token one, and takes for granted that
-pieces start with a space; it reads none of an architecture that it does not know.  So two kinds are made here:
+transformers reads these too, but adds an unknown token to a byte-level tokenizer without one, assumes that pieces start
+with a space, and reads no tokenizer of an architecture that it does not know.  So two kinds are built here:
 
     gpt2    byte-level BPE without an unknown token, or of such a file: merges, and the rule that the file names
     llama   pieces with scores: two pieces join where the result is a piece, the highest score first, so the merges
@@ -48,9 +48,9 @@ Field = Callable[[str], Any]
 
 
 def build_tokenizer(field: Field) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that metadata describe; `field` gives a value by its key, or None.
+    """Return the tokenizer that metadata describe; `field` gives a value by its key, or None.
 
-    None for the kinds that are left to transformers.  ValueError, KeyError or TypeError when they make no sense.
+    None for the kinds that transformers reads well.  ValueError, KeyError or TypeError when they make no sense.
     """
     kind = field("tokenizer.ggml.model")
     if kind == "llama":
@@ -68,9 +68,10 @@ def build_tokenizer(field: Field) -> PreTrainedTokenizerBase | None:
     }
     _add_ends(backend, field, special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=field("tokenizer.chat_template"),
+        tokenizer_object=backend,
+        chat_template=field("tokenizer.chat_template"),
         **{f"{name}_token": text for name, text in special.items()},
-    )  # fmt: skip
+    )
 
 
 def _used(field: Field) -> dict[str, int]:
@@ -121,7 +122,7 @@ def _pieces(field: Field) -> Tokenizer:
 
 
 def _merges(joined: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The pairs of pieces that make a piece, by the piece's falling score and then its id."""
+    """Return the pairs of pieces that make a piece, by the piece's falling score and then its id."""
     found = []
     for text in sorted(joined, key=lambda text: (-scores[joined[text]], joined[text])):
         pairs = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
@@ -130,7 +131,7 @@ def _merges(joined: Mapping[str, int], scores: Sequence[float]) -> list[tuple[st
 
 
 def _add_marks(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Marks and added words, in the order of their ids."""
+    """Add special tokens and added words, in the order of their ids."""
     kinds = gguf.TokenType
     for text, kind in zip(tokens, types, strict=True):
         if kind in (kinds.CONTROL, kinds.UNKNOWN):
@@ -140,7 +141,7 @@ def _add_marks(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int]) 
 
 
 def _add_ends(backend: Tokenizer, field: Field, special: Mapping[str, str]) -> None:
-    """What is put before and after every text: pieces have a start unless the file says otherwise."""
+    """Set what goes before and after every text: pieces have a start token unless the file says otherwise."""
     pieces = field("tokenizer.ggml.model") == "llama"
     start = field("tokenizer.ggml.add_bos_token")
     before = special.get("bos") if (pieces if start is None else start) else None
@@ -149,6 +150,7 @@ def _add_ends(backend: Tokenizer, field: Field, special: Mapping[str, str]) -> N
     if marks:
         one = f"{before + ' ' if before else ''}$A{' ' + after if after else ''}"
         backend.post_processor = processors.TemplateProcessing(
-            single=one, pair=f"{one} {one.replace('$A', '$B')}",
+            single=one,
+            pair=f"{one} {one.replace('$A', '$B')}",
             special_tokens=[(mark, backend.token_to_id(mark)) for mark in dict.fromkeys(marks)],
-        )  # fmt: skip
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Axes with few round ticks in the unit of what they measure: numbers, counts, bytes, seconds."""
+"""Lay out plot axes with few round ticks in the unit of the data: numbers, counts, bytes, seconds."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class PlotAxis:
     log: bool = False
 
     def at(self, value: float) -> float:
-        """Position of `value` along the axis, 0 at `lo` and 1 at `hi`."""
+        """Return the position of `value` along the axis, 0 at `lo` and 1 at `hi`."""
         if self.log:
             return math.log(value / self.lo) / math.log(self.hi / self.lo)
         return (value - self.lo) / (self.hi - self.lo)
 
 
 def usable(value: object) -> bool:
-    """True for a finite number of a size that can be drawn."""
+    """Return whether a value is a finite number of a size that can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
 
 
 def nice_step(span: float, count: int) -> float:
-    """The smallest 1, 2 or 5 times a power of ten that cuts `span` into at most `count` parts."""
+    """Return the smallest 1, 2 or 5 times a power of ten that cuts `span` into at most `count` parts."""
     raw = span / max(count, 1)
     power = 10.0 ** math.floor(math.log10(raw))
     return next(m * power for m in (1.0, 2.0, 5.0, 10.0) if raw <= m * power * (1 + 1e-9))
@@ -60,7 +60,7 @@ def _range(values: Iterable[float], zero: bool) -> tuple[float, float]:
 def numbers(
     values: Iterable[float], label: str, *, zero: bool = False, count: int = 5, snap: bool = True
 ) -> PlotAxis:
-    """A linear axis of plain numbers; `snap` widens the range to whole steps."""
+    """Make a linear axis of plain numbers; `snap` widens the range to whole steps."""
     lo, hi = _range(values, zero)
     step = nice_step(hi - lo, count)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -68,20 +68,20 @@ def numbers(
 
 
 def counts(values: Iterable[float], label: str) -> PlotAxis:
-    """A linear axis of counts from zero: no ticks between whole numbers."""
+    """Make a linear axis of counts from zero: no ticks between whole numbers."""
     lo, hi = _range(values, zero=True)
     return _linear(lo, hi, max(1.0, nice_step(hi - lo, 5)), label, lambda v: f"{v:,.0f}", snap=True)
 
 
 def integers(values: Iterable[float], label: str, *, pad: float = 0.0, count: int = 10) -> PlotAxis:
-    """A linear axis of whole numbers (rounds), `pad` units wider on both sides for bars."""
+    """Make a linear axis of whole numbers (rounds), `pad` units wider on both sides for bars."""
     lo, hi = _range(values, zero=False)
     step = max(1.0, nice_step(hi - lo, count))
     return _linear(lo - pad, hi + pad, step, label, lambda v: f"{v:.0f}", snap=False)
 
 
 def sizes(values: Iterable[float], label: str, *, count: int = 5, snap: bool = True) -> PlotAxis:
-    """A linear axis of bytes from zero, all ticks in one decimal unit."""
+    """Make a linear axis of bytes from zero, all ticks in one decimal unit."""
     lo, hi = _range(values, zero=True)
     scale, unit = next((s, u) for s, u in _UNITS if hi >= s or s == 1.0)
     step = max(nice_step(hi - lo, count), 1.0)
@@ -89,7 +89,7 @@ def sizes(values: Iterable[float], label: str, *, count: int = 5, snap: bool = T
 
 
 def log_sizes(values: Iterable[float], label: str) -> PlotAxis:
-    """A logarithmic axis of bytes; decades, or 1-2-5 where fewer than three decades show."""
+    """Make a logarithmic axis of bytes; decades, or 1-2-5 where fewer than three decades show."""
     positive = [v for v in values if usable(v) and v > _TINY] or [1.0, 10.0]
     lo, hi = min(positive) / 1.25, max(positive) * 1.25
     steps = (1,) if math.log10(hi / lo) >= 3 else (1, 2, 5)
@@ -110,7 +110,7 @@ def _clock(seconds: float) -> str:
 
 
 def durations(values: Iterable[float], label: str, *, count: int = 6) -> PlotAxis:
-    """A linear axis of seconds from zero with ticks at round seconds, minutes or hours."""
+    """Make a linear axis of seconds from zero with ticks at round seconds, minutes or hours."""
     lo, hi = _range(values, zero=True)
     steps = (float(s) for s in _CLOCK if (hi - lo) / s <= count)
     step = next(steps, math.ceil((hi - lo) / count / 86400) * 86400.0)
@@ -127,13 +127,13 @@ def _linear(
 
 
 def sparse(values: Sequence[float]) -> bool:
-    """True where a logarithmic axis reads better: positive values over more than a decade and a half."""
+    """Return whether a logarithmic axis reads better: positive values over more than a decade and a half."""
     positive = [v for v in values if usable(v) and v > _TINY]
     return len(positive) > 1 and max(positive) / min(positive) > 30
 
 
 def bytes_axis(series: Sequence[Sequence[float]]) -> tuple[PlotAxis, Callable[[float], float]]:
-    """An axis for cumulative bytes; a logarithmic one has no place for zero: there it is NaN (not drawn)."""
+    """Make an axis for cumulative bytes; zero has no place on a logarithmic one and becomes NaN (not drawn)."""
     label = "bytes sent and received so far"
     every = [v for values in series for v in values]
     if not sparse(every):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of a sweep in numbers: means and spreads over seeds, for every combination and along every axis.
+"""Summarise a sweep: means and spreads over seeds, for every combination and along every axis.
 
-Seeds draw their own held-out rows, clients and directions, so all runs of one seed share a level of their own.
-The mean of a value along an axis is therefore taken seed by seed (over the other axes), then over the seeds;
-in plots the spread is the standard deviation of how far tuning moved it.  `effect` judges an axis within the
-seeds: the seed's own level is taken out, as in the analysis of a randomised block design (Fisher, "The Design
+A seed draws its own held-out rows, clients and directions, so all runs of one seed share a level.  The mean of a
+value along an axis is therefore computed seed by seed (over the other axes), then over the seeds; in plots the
+spread is the standard deviation of the change by tuning.  `effect` judges an axis within the seeds: the seed's
+level is subtracted, as in the analysis of a randomised block design (Fisher, "The Design
 of Experiments", 1935).
 """
 
@@ -25,7 +25,7 @@ BASE, TUNED = 0, 1  # of `runlog.measures`
 
 @dataclass(frozen=True)
 class SweepAxis:
-    """What varies: the name the user gave it, the key it stands for, and its values."""
+    """A varied setting: the name the user gave it, the key it stands for, and its values."""
 
     name: str
     key: str  # alpha, an option of the recipe, or set.NAME
@@ -48,25 +48,25 @@ class Stat(NamedTuple):
     number: int
 
     def text(self, digits: int) -> str:
-        """As 3.912 ± 0.020."""
+        """Format as 3.912 ± 0.020."""
         more = "" if self.spread is None else f" ± {self.spread:.{digits}f}"
         return f"{self.mean:.{digits}f}{more}"
 
 
 def stat(values: Sequence[Number]) -> Stat | None:
-    """Mean and sample standard deviation; None of nothing."""
+    """Return mean and sample standard deviation; None of nothing."""
     if not values:
         return None
     return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
 def finished(members: Sequence[SweepRun]) -> list[SweepRun]:
-    """The runs that came to their end."""
+    """Return the runs that finished."""
     return [m for m in members if runlog.kind_of(m.run.status) == "done"]
 
 
 def complete_seeds(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> list[SweepRun]:
-    """The finished runs of those seeds that have every combination, so that means compare; else all there are."""
+    """Return the finished runs of seeds that have every combination (so that means compare), else all finished ones."""
     ready = finished(members)
     size = math.prod(len(a.values) for a in axes)
     full = [s for s in {m.seed for m in ready} if sum(m.seed == s for m in ready) == size]
@@ -74,7 +74,7 @@ def complete_seeds(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> li
 
 
 def metrics(members: Sequence[SweepRun]) -> list[str]:
-    """The measures that every finished run ends with; the loss first."""
+    """Return the measures that every finished run ends with; the loss first."""
     names = [list(runlog.measures(m.run)[1]) for m in finished(members)]
     common = [n for n in (names[0] if names else []) if all(n in other for other in names)]
     return sorted(common, key=lambda name: name != "loss")
@@ -92,7 +92,7 @@ class Combination(NamedTuple):
 
 
 def combinations(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> list[Combination]:
-    """Every combination that has a finished run, in the order of the grid."""
+    """Return every combination that has a finished run, in the order of the grid."""
     names, ready = metrics(members), finished(members)
     out = []
     for values in dict.fromkeys(m.values for m in ready):
@@ -114,7 +114,7 @@ def combinations(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> list
 def by_seed(
     axis: int, value: Value, metric: str, members: Sequence[SweepRun], side: int = TUNED
 ) -> dict[int, float]:
-    """Seed -> the mean measure of its finished runs at `value` of an axis, over the other axes.
+    """Return seed -> the mean measure of its finished runs at `value` of an axis, over the other axes.
 
     `side` is BASE or TUNED; a seed whose runs do not have the measure there is left out.
     """
@@ -126,13 +126,13 @@ def by_seed(
 
 
 def final_measure(axis: int, value: Value, metric: str, members: Sequence[SweepRun]) -> Stat | None:
-    """A final measure at `value` of an axis: its mean, and the spread over the seeds of its change by tuning."""
+    """Return a final measure at `value` of an axis: its mean, and the spread over the seeds of its change by tuning."""
     tuned, base = (by_seed(axis, value, metric, members, side) for side in (TUNED, BASE))
     return mean_and_change([(base.get(seed, 0.0), v) for seed, v in tuned.items()])
 
 
 def mean_and_change(pairs: Sequence[tuple[float, float]]) -> Stat | None:
-    """The mean of the second numbers, and the standard deviation of how far they are from the first."""
+    """Return the mean of the second numbers, and the standard deviation of their difference from the first."""
     mean, change = stat([after for _, after in pairs]), stat([after - before for before, after in pairs])
     return Stat(mean.mean, change.spread, mean.number) if mean and change else None
 
@@ -146,12 +146,12 @@ class Effect(NamedTuple):
 
     @property
     def range(self) -> float:
-        """Highest mean less lowest."""
+        """Return the highest mean less the lowest."""
         return self.high[1] - self.low[1]
 
 
 def effect(number: int, axis: SweepAxis, metric: str, members: Sequence[SweepRun]) -> Effect | None:
-    """The effect of axis `number` over `members`, as `complete_seeds` chose them; None before two of its values are finished.
+    """Return the effect of axis `number` over the `complete_seeds`; None before two of its values are finished.
 
     Over the seeds that have every value, y[v, s] = mean + value's part + seed's part + rest.  The noise of a
     value's mean is sqrt(sum rest^2 / ((V - 1)(S - 1)) / S).
@@ -180,7 +180,7 @@ class CurvePoint(NamedTuple):
 
 
 def loss_curve(axis: int, value: Value, members: Sequence[SweepRun]) -> list[CurvePoint]:
-    """The loss by round at `value` of an axis, at the rounds that all its finished runs measured.
+    """Return the loss by round at `value` of an axis, at the rounds that all its finished runs measured.
 
     Its spread is that of the change since the first of those rounds, over the seeds.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole drawings of counts by column: stacked bars, and a heat map where bars would be too many."""
+"""Draw counts by column: stacked bars, or a heat map where bars would be too many."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stacked_bars(
     height: float = 300.0,
     colours: Sequence[int] = (),
 ) -> str:
-    """Vertical bars, one a column, each the stack of its series; the legend stands right in stacking order.
+    """Draw vertical bars, one a column, each the stack of its series; the legend stands right in stacking order.
 
     `labels` names the x and the y axis.  Column names are written where each of them fits, else thinned.
     """
@@ -58,7 +58,7 @@ def _legend(names: Sequence[tuple[str, int]], x: float, y: float, room: int) -> 
 
 
 def _named_ticks(names: Sequence[str], room: float) -> tuple[tuple[float, str], ...]:
-    """A tick for every name, or where they do not fit for numbers that are multiples of 2, 5, 10, ..."""
+    """Return a tick for every name or, where they do not fit, for numbers that are multiples of 2, 5, 10, ..."""
     each = max(map(len, names), default=1) * CHAR + 8
     most = max(int(room / each), 1)
     step = 1 if len(names) <= most else math.ceil(max(nice_step(len(names), most), 1.0))
@@ -77,7 +77,7 @@ def heat_map(
     label: str,
     width: float = 1080.0,
 ) -> str:
-    """A heat map of counts, shaded by each row's share of its column; above it a strip of column totals.
+    """Draw a heat map of counts, shaded by each row's share of its column; above it a strip of column totals.
 
     Cells are drawn as one path a shade (10 of them), so 200 columns stay small; a tip tells a column.
     """

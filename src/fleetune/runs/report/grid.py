@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep on one page: for every axis the loss by round and by bytes and each final measure by value.
+"""Write a sweep as one page: for every axis the loss by round and by bytes, and each final measure by value.
 
 Means and spreads are those of `cells`; the drawings are also given as files of their own, for papers.
 """
@@ -24,7 +24,7 @@ SPREAD = "Mean over the seeds and the other values; band: standard deviation ove
 def grid(
     name: str, axes: Sequence[SweepAxis], members: Sequence[SweepRun], planned: int
 ) -> tuple[str, dict[str, str]]:
-    """(the page, file name -> SVG) of a sweep of which `members` have begun and `planned` runs are to be."""
+    """Return (the page, file name -> SVG) of a sweep of which `members` have begun and `planned` runs are to be."""
     used, made = numbers.complete_seeds(axes, members), tables(axes, members)
     figures: dict[str, str] = {}
     parts = [page.section("effects", "What each varied value does", _effects(made))]
@@ -45,12 +45,12 @@ def grid(
 
 
 def value_text(value: Value) -> str:
-    """A value as it is shown."""
+    """Format a value."""
     return dict(flat({"": value}))[""]
 
 
 def slug(name: str) -> str:
-    """A name as part of a file's name and of an id in the page."""
+    """Turn a name into a part of a file's name and of an id in the page."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")
 
 
@@ -79,7 +79,7 @@ class Figure(NamedTuple):
 
 
 def _course(number: int, axis: SweepAxis, members: Sequence[SweepRun]) -> dict[str, Figure]:
-    """File name -> the loss by round and by bytes, a line a value."""
+    """Return file name -> the loss by round and by bytes, a line a value."""
     found = {v: c for v in axis.values if (c := numbers.loss_curve(number, v, members))}
     points = [p for curve in found.values() for p in curve]
     if not points:
@@ -128,7 +128,7 @@ class MeanLine(NamedTuple):
 
 
 def _lines(plot: svg.Plot, lines: Sequence[MeanLine]) -> None:
-    """Bands first, so that no line is under one."""
+    """Draw the bands first, so that no line is under one."""
     for line in lines:
         if line.band and any(s.spread for s in line.stats):
             edges = [(x, *_edges(s)) for x, s in zip(line.xs, line.stats, strict=True)]
@@ -153,7 +153,7 @@ def _course_table(axis: SweepAxis, found: Mapping[Value, Sequence[CurvePoint]]) 
 
 
 def _finals(number: int, axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> dict[str, Figure]:
-    """File name -> each final measure by the values of an axis; a line for each value of one other axis."""
+    """Return file name -> each final measure by the values of an axis; a line for each value of one other axis."""
     axis = axes[number]
     out = {}
     for name in numbers.metrics(members):
@@ -206,7 +206,7 @@ def _final(axis: SweepAxis, name: str, lines: Mapping[str, Mapping[Value, Stat]]
 
 
 def _values_axis(axis: SweepAxis) -> tuple[scales.PlotAxis, dict[Value, float]]:
-    """An axis with a tick at every value, and where each stands: by size (or its logarithm) for numbers."""
+    """Return an axis with a tick at every value, and each value's position: by size (or its logarithm) for numbers."""
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in axis.values):
         at = {v: float(v) for v in axis.values}
         log = scales.sparse(list(at.values())) and min(at.values()) > 0
@@ -236,7 +236,7 @@ EFFECTS = ["varied", "measure", "lowest mean", "highest mean", "difference", "no
 
 
 def tables(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> Tables:
-    """Every combination (mean ± standard deviation over the seeds), and what each varied value does."""
+    """Return every combination (mean ± standard deviation over the seeds), and the effect of each varied setting."""
     names, found = numbers.metrics(members), numbers.combinations(axes, members)
     measured = [part for n in names for part in (f"{metric(n).label}, base", "tuned")]
     used = numbers.complete_seeds(axes, members)

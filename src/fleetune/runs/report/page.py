@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts that every page is made of: tables, figures with their numbers, sections, the page around them.
+"""Build the parts of a report page in HTML: tables, figures with their numbers, sections, the page itself.
 
-A page is one HTML file with its style and its plots inside.  All text is escaped, for samples and names come
-from strangers.
+A page is one HTML file with its style and its plots inside.  All text is escaped, for samples and names
+are untrusted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fleetune.runs.report.svg import escape, plot_style
 
 
 def esc(value: object) -> str:
-    """A value as markup: escaped text."""
+    """Return a value as escaped text."""
     return escape(str(value))
 
 
@@ -30,7 +30,7 @@ class TableCell(NamedTuple):
 def table(
     caption: str, head: Sequence[str], rows: Sequence[Sequence[str | TableCell]], kind: str = ""
 ) -> str:
-    """A table whose first column names the rows; the head of a column goes right when a cell of it does."""
+    """Return a table whose first column names the rows; a column's head goes right when one of its cells does."""
     right = [any(isinstance(row[i], TableCell) for row in rows) for i in range(len(head))]
     top = "".join(f'<th scope="col"{_css(r)}>{esc(h)}</th>' for h, r in zip(head, right, strict=True))
     body = "".join(f"<tr>{''.join(_cell(c, i == 0) for i, c in enumerate(row))}</tr>" for row in rows)
@@ -50,13 +50,13 @@ def _cell(cell: str | TableCell, first: bool) -> str:
 
 
 def fact_list(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
-    """A list of names and values without those that are empty; nothing when all are."""
+    """Return a list of names and values without those that are empty; nothing when all are."""
     pairs = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in rows if v)
     return f'<dl class="{kind}">{pairs}</dl>' if pairs else ""
 
 
 def figure(drawing: str, title: str, words: str, wide: bool = False, data: str = "") -> str:
-    """A drawing with its caption, and `data`, its numbers as a table, folded away below it."""
+    """Return a drawing with its caption, and `data`, its numbers as a table, folded away below it."""
     kind = ' class="wide"' if wide else ""
     more = f"<details><summary>the numbers</summary>{data}</details>" if data else ""
     caption = f"<figcaption><strong>{esc(title)}</strong> <span>{esc(words)}</span></figcaption>"
@@ -64,12 +64,12 @@ def figure(drawing: str, title: str, words: str, wide: bool = False, data: str =
 
 
 def section(ident: str, title: str, body: str) -> str:
-    """A section of the page; nothing where there is nothing in it."""
+    """Return a section of the page; nothing when it is empty."""
     return f'<section id="{ident}"><h2>{esc(title)}</h2>{body}</section>' if body else ""
 
 
 def document(title: str, body: str) -> str:
-    """The page around `body`: its policy forbids every request."""
+    """Return the page around `body`: its policy forbids every request."""
     style = plot_style() + Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
@@ -83,7 +83,7 @@ def document(title: str, body: str) -> str:
 
 
 def flat(source: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested tables as (dotted key, value) with values as text."""
+    """Flatten nested tables to (dotted key, value) with values as text."""
     out: list[tuple[str, str]] = []
     for key, value in source.items():
         if isinstance(value, dict):
@@ -106,17 +106,17 @@ def _value(value: object) -> str:
 
 
 def true_minus(text: str) -> str:
-    """`text` with a minus sign in place of a leading hyphen."""
+    """Return `text` with a minus sign in place of a leading hyphen."""
     return "\u2212" + text[1:] if text.startswith("-") and len(text) > 1 else text
 
 
 def counted(count: object, word: str) -> str:
-    """A count with its noun: "1 round", "24 clients"."""
+    """Return a count with its noun: "1 round", "24 clients"."""
     shown = f"{count:,}" if isinstance(count, int) else str(count)
     return f"{shown} {word}{'' if count == 1 else 's'}"
 
 
 def span(values: Sequence[Number]) -> str:
-    """The range of values: "3 to 12", or one number where all are equal."""
+    """Return the range of values: "3 to 12", or one number where all are equal."""
     low, high = min(values), max(values)
     return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run folder says: its files read as far as they can be, and the run in a few numbers.
+"""Read a run folder for the report, as far as it can be read, and summarise the run in a few numbers.
 
-A run may still be going on or may have been killed, so everything is optional: a missing file is an empty
-part, a torn line of metrics.jsonl is skipped and counted.  After a resume a round may stand in the file
-twice; the later one holds.
+A run may be unfinished or killed, so everything is optional: a missing file is an empty part, an incomplete line
+of metrics.jsonl is skipped and counted.  After a resume a round may be in the file twice; the later one counts.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Number = int | float
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run folder says, as far as it could be read."""
+    """The content of a run folder, as far as it could be read."""
 
     path: Path
     config: Mapping[str, object]
@@ -45,7 +44,7 @@ class Run:
 
     @property
     def shown_path(self) -> str:
-        """The folder as a command takes it, without the machine's own folders before it."""
+        """Return the folder as a command takes it, without the machine's own folders before it."""
         return f"{self.path.parent.name}/{self.path.name}"
 
 
@@ -112,7 +111,7 @@ def _events(path: Path) -> tuple[list[dict[str, object]], int]:
 
 
 def _latest(events: Iterable[Event], kind: str, keys: tuple[str, ...]) -> list[Event]:
-    """Events of one kind in order of their round, the last one of each key."""
+    """Return events of one kind in order of their round, the last one of each key."""
     kept: dict[tuple[str, ...], Event] = {}
     for event in events:
         if event["event"] == kind and usable(event.get("round")):
@@ -121,29 +120,29 @@ def _latest(events: Iterable[Event], kind: str, keys: tuple[str, ...]) -> list[E
 
 
 def number(value: object) -> Number | None:
-    """A value that is a finite number; None for any other."""
+    """Return a finite number as it is; None for any other value."""
     return value if isinstance(value, int | float) and usable(value) else None
 
 
 def num_of(source: Mapping[str, object], key: str) -> Number | None:
-    """A number of a record; None when it is missing, null, not finite or no number."""
+    """Return a number of a record; None when it is missing, null, not finite or no number."""
     return number(source.get(key))
 
 
 def map_of(source: Mapping[str, object], key: str) -> Mapping[str, object]:
-    """A table of a record; empty when it is missing or no table."""
+    """Return a table of a record; empty when it is missing or no table."""
     value = source.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def list_of(source: Mapping[str, object], key: str) -> list[object]:
-    """A list of a record; empty when it is missing or no list."""
+    """Return a list of a record; empty when it is missing or no list."""
     value = source.get(key)
     return value if isinstance(value, list) else []
 
 
 def text_of(key: str, *sources: Mapping[str, object]) -> str:
-    """The first scalar called `key`, as text; a table of that name gives its own `name`."""
+    """Return the first scalar called `key`, as text; a table of that name gives its own `name`."""
     for source in sources:
         value = source.get(key)
         if isinstance(value, dict):
@@ -154,19 +153,19 @@ def text_of(key: str, *sources: Mapping[str, object]) -> str:
 
 
 def sum_of(events: Iterable[Event], key: str) -> Number | None:
-    """The sum of a number over those records that have it; None when none has."""
+    """Return the sum of a number over those records that have it; None when none has."""
     values = [v for e in events if (v := num_of(e, key)) is not None]
     return sum(values) if values else None
 
 
 def kind_of(status: str) -> str:
-    """The first word of a status: done, running, failed, interrupted, else unknown."""
+    """Return the first word of a status: done, running, failed, interrupted, else unknown."""
     word = status.split(":")[0].split()[0] if status else "unknown"
     return word if word in {"done", "running", "failed", "interrupted"} else "unknown"
 
 
 def measures(run: Run) -> tuple[dict[str, Number], dict[str, Number]]:
-    """Base and tuned measures: of the end when there is one, else of round 0 and of the latest evaluation."""
+    """Return base and tuned measures: of the end when there is one, else of round 0 and the latest evaluation."""
     early = run.evals[0] if run.evals and num_of(run.evals[0], "round") == 0 else {}
     late = run.evals[-1] if len(run.evals) > 1 else {}
     found: list[dict[str, Number]] = []
@@ -178,7 +177,7 @@ def measures(run: Run) -> tuple[dict[str, Number], dict[str, Number]]:
 
 
 def summary(run: Path) -> dict[str, object]:
-    """The run in a few numbers, for the console and for `fleetune runs --json`.
+    """Summarise the run in a few numbers, for the console and for `fleetune runs --json`.
 
     Keys: name, path, method, model, status, rounds (done), rounds_planned, clients, base_loss, tuned_loss,
     bytes_up, bytes_down, bytes (their sum), seconds (wall time), peak_rss (bytes); None where the folder
@@ -188,12 +187,12 @@ def summary(run: Path) -> dict[str, object]:
 
 
 def table(runs: Iterable[Path]) -> list[dict[str, object]]:
-    """`summary` of several run folders, in their order."""
+    """Return `summary` of several run folders, in their order."""
     return [summary(run) for run in runs]
 
 
 def summarise(run: Run) -> dict[str, object]:
-    """The keys of `summary`, of a run that has been read."""
+    """Return the keys of `summary`, of a run that has been read."""
     base, tuned = measures(run)
     both = [
         run.done,
@@ -242,7 +241,7 @@ class Step(NamedTuple):
 
 
 def steps(run: Run) -> list[Step]:
-    """The rounds that were run or measured, in order."""
+    """Return the rounds that were run or measured, in order."""
     evals = {num_of(e, "round"): e for e in run.evals}
     rounds = {num_of(e, "round"): e for e in run.rounds}
     steps: list[Step] = []

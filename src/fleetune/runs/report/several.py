@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several runs on one page: their losses over each other, results, costs and what differs in their recipes."""
+"""Compare several runs on one page: losses, results, costs and the differences of their recipes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fleetune.runs.report.runlog import Number, Run, Step, kind_of, number, read
 
 
 def compare(runs: Sequence[Path]) -> str:
-    """One page with several runs over each other: loss by rounds, by bytes and by time, results, differences.
+    """Return one page with several runs overlaid: loss by rounds, by bytes and by time, results, differences.
 
     UsageError when one of the folders does not exist.
     """
@@ -31,7 +31,7 @@ def compare(runs: Sequence[Path]) -> str:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Run names as far as they fit beside a line: number and method, if that tells them apart."""
+    """Shorten run names to fit beside a line: number and method, if that tells them apart."""
     short = ["-".join(name.split("-")[:2])[:22] for name in names]
     return short if len(set(short)) == len(short) else list(names)
 
@@ -135,7 +135,7 @@ def _peaks(names: Sequence[str], peaks: Sequence[Number | None]) -> str:
 
 
 def _elapsed(steps: Sequence[Step]) -> dict[int, float]:
-    """Seconds from the start to the end of each round."""
+    """Return the seconds from the start to the end of each round."""
     total, out = 0.0, {}
     for step in steps:
         total += step.seconds or 0.0

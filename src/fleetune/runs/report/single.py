@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run folder as one page to read: what was done, what came of it, what it cost, and how to do it again."""
+"""Write the report page of one run into its folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots as SVG text: lines, dots, bars, bands and levels on two axes.
+"""Draw plots as SVG text: lines, dots, bars, bands and levels on two axes.
 
-What is drawn is plain text for a page: no script, no font, no library.  Colours are classes `c0` ... `c7` and
+A drawing is plain text for a page: no script, no font, no library.  Colours are classes `c0` ... `c7` and
 CSS variables that `plot.css` defines for light and dark pages (the Okabe-Ito palette, "Color Universal
 Design", 2008, with lighter variants on dark), so one drawing serves both.  Series differ in marker shape as
 well as in colour.  Every text is escaped here, at the one place where text becomes markup.
@@ -24,34 +24,34 @@ CHAR = 6.1  # mean advance of an 11 px system font, used to keep labels apart
 
 
 def escape(text: str) -> str:
-    """Text as markup: without control characters, with `<`, `&` and quotes escaped."""
+    """Return text as markup: without control characters, with `<`, `&` and quotes escaped."""
     return escape_markup(clean(text))
 
 
 def _kind(colour: int) -> str:
-    """The class of a colour number; -1 is the text colour."""
+    """Return the class of a colour number; -1 is the text colour."""
     return f"c{colour % COLOURS}" if colour >= 0 else "ink"
 
 
 def fixed(value: float) -> str:
-    """A coordinate with at most one decimal."""
+    """Format a coordinate with at most one decimal."""
     return f"{value:.1f}".removesuffix(".0")
 
 
 def text_at(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    """A text, escaped, with its `anchor` (start, middle, end) at a position in pixels."""
+    """Draw a text, escaped, with its `anchor` (start, middle, end) at a position in pixels."""
     css = f' class="{kind}"' if kind else ""
     side = f' text-anchor="{anchor}"' if anchor != "start" else ""
     return f'<text x="{fixed(x)}" y="{fixed(y)}"{css}{side}>{escape(text)}</text>'
 
 
 def rect_at(x: float, y: float, w: float, h: float, kind: str, more: str = "") -> str:
-    """A rectangle from its upper left corner, in pixels."""
+    """Draw a rectangle from its upper left corner, in pixels."""
     return f'<rect class="{kind}" x="{fixed(x)}" y="{y:.2f}" width="{w:.2f}" height="{max(h, 0):.2f}"{more}/>'
 
 
 def tipped(tip: str, inner: str) -> str:
-    """Marks with a text that shows when one points at them."""
+    """Return marks with a text that shows when one points at them."""
     return f"<g><title>{escape(tip)}</title>{inner}</g>"
 
 
@@ -68,7 +68,7 @@ def _marker(shape: int, x: float, y: float, kind: str) -> str:
 
 
 def frame(title: str, desc: str, width: float, height: float, body: str, ident: str) -> str:
-    """The svg element with its accessible title and description around `body`."""
+    """Return the svg element with its accessible title and description around `body`."""
     return (
         f'<svg viewBox="0 0 {fixed(width)} {fixed(height)}" role="img" aria-labelledby="{ident}-t {ident}-d">'
         f'<title id="{ident}-t">{escape(title)}</title><desc id="{ident}-d">{escape(desc)}</desc>{body}</svg>'
@@ -76,12 +76,12 @@ def frame(title: str, desc: str, width: float, height: float, body: str, ident: 
 
 
 def plot_style() -> str:
-    """The style that drawings need."""
+    """Return the style that drawings need."""
     return Path(__file__).with_name("plot.css").read_text(encoding="utf-8")
 
 
 def standalone(drawing: str) -> str:
-    """A drawing as a file of its own: namespace, size, and the light style without variables, on white.
+    """Return a drawing as a file of its own: namespace, size, and the light style without variables, on white.
 
     Programs other than browsers do not know CSS variables, and paper is white.
     """
@@ -107,7 +107,7 @@ def standalone(drawing: str) -> str:
 class Plot:
     """A plot under construction: marks are added in data units, `svg` adds axes and closes it.
 
-    `ident` makes ids unique in the page, `desc` is what a reader who does not see the plot is told, `right`
+    `ident` makes ids unique in the page, `desc` describes the plot to readers who do not see it, `right` is
     the room for labels at line ends.
     """
 
@@ -124,15 +124,15 @@ class Plot:
 
     @property
     def left(self) -> float:
-        """Where the plot area begins: after the widest tick label."""
+        """Return where the plot area begins: after the widest tick label."""
         return 14.0 + CHAR * max((len(text) for _, text in self.y.ticks), default=1)
 
     def px(self, value: float) -> float:
-        """Horizontal position of a data value."""
+        """Return the horizontal position of a data value."""
         return self.left + self.x.at(value) * (self.width - self.left - self.right)
 
     def py(self, value: float) -> float:
-        """Vertical position of a data value; 26 px above are for the axis name, 40 below for ticks."""
+        """Return the vertical position of a data value; 26 px above are for the axis name, 40 below for ticks."""
         return 26.0 + (1.0 - self.y.at(value)) * (self.height - 66.0)
 
     def line(
@@ -144,7 +144,7 @@ class Plot:
         dash: bool = False,
         markers: bool = True,
     ) -> None:
-        """A line through points, broken where a value cannot be drawn; up to 80 points get markers."""
+        """Draw a line through points, broken where a value cannot be drawn; up to 80 points get markers."""
         kind, path, pen = _kind(colour), "", "M"
         for x, y in points:
             if not (usable(x) and usable(y)):
@@ -162,13 +162,13 @@ class Plot:
                 self.marks.append(tipped(tip, hit + _marker(colour, self.px(x), self.py(y), kind)))
 
     def dot(self, x: float, y: float, colour: int, tip: str, shift: float = 0.0) -> None:
-        """One pale dot, moved `shift` pixels aside so that dots of equal x stay apart."""
+        """Draw one pale dot, moved `shift` pixels aside so that dots of equal x stay apart."""
         cx, cy = fixed(self.px(x) + shift), fixed(self.py(y))
         place = f'class="dot {_kind(colour)}" cx="{cx}" cy="{cy}" r="3"'
         self.marks.append(f"<circle {place}><title>{escape(tip)}</title></circle>")
 
     def dash(self, x: float, y: float, half: float, colour: int, tip: str) -> None:
-        """A short horizontal stroke centred on a point (a median)."""
+        """Draw a short horizontal stroke centred on a point (a median)."""
         cx, cy = self.px(x), fixed(self.py(y))
         stroke = (
             f'<path class="line median {_kind(colour)}" d="M{fixed(cx - half)} {cy}H{fixed(cx + half)}"/>'
@@ -176,7 +176,7 @@ class Plot:
         self.marks.append(tipped(tip, stroke))
 
     def band(self, points: Sequence[tuple[float, float, float]], colour: int = 0) -> None:
-        """The area between two curves: points are (x, low, high)."""
+        """Draw the area between two curves: points are (x, low, high)."""
         drawn = [p for p in points if all(usable(v) for v in p)]
         there = [f"{fixed(self.px(x))} {fixed(self.py(high))}" for x, _, high in drawn]
         back = [f"{fixed(self.px(x))} {fixed(self.py(low))}" for x, low, _ in reversed(drawn)]
@@ -184,14 +184,14 @@ class Plot:
             self.marks.append(f'<path class="band {_kind(colour)}" d="M{"L".join(there + back)}z"/>')
 
     def bar(self, x: float, y: float, colour: int, tip: str, base: float = 0.0, kind: str = "bar") -> None:
-        """A vertical bar from `base` to `y`, 0.72 units wide (at most 56 px)."""
+        """Draw a vertical bar from `base` to `y`, 0.72 units wide (at most 56 px)."""
         slot = (self.width - self.left - self.right) / max(self.x.hi - self.x.lo, 1e-9)
         w, top = min(0.72 * slot, 56.0) if slot > 8 else slot + 0.2, self.py(y)
         body = rect_at(self.px(x) - w / 2, top, w, self.py(base) - top, f"{kind} {_kind(colour)}")
         self.marks.append(tipped(tip, body) if tip else body)
 
     def reference(self, value: float, text: str, *, below: bool = False) -> None:
-        """A dashed level with its text at the right end, above the level or below it."""
+        """Draw a dashed level with its text at the right end, above the level or below it."""
         y = self.py(value)
         self.marks.append(
             f'<path class="ref" d="M{fixed(self.left)} {fixed(y)}H{fixed(self.width - self.right)}"/>'
@@ -199,12 +199,12 @@ class Plot:
         )
 
     def end(self, point: tuple[float, float], text: str, colour: int) -> None:
-        """A name for the line that ends in `point`, right of the plot; a faint leader joins the two."""
+        """Name the line that ends in `point`, right of the plot; a faint leader joins the two."""
         if usable(point[0]) and usable(point[1]):
             self.ends.append((self.py(point[1]), self.px(point[0]), text, colour % COLOURS))
 
     def _end_labels(self) -> str:
-        """Line names, pushed apart where they would overlap."""
+        """Return the line names, pushed apart where they would overlap."""
         ordered = sorted(self.ends)
         ys = spread([end[0] for end in ordered], 14.0, 20.0, self.height - 40.0)
         x, out = self.width - self.right + 8, ""
@@ -216,7 +216,7 @@ class Plot:
         return out
 
     def svg(self) -> str:
-        """The finished drawing."""
+        """Return the finished drawing."""
         x1, y0, y1 = self.width - self.right, self.py(self.y.hi), self.py(self.y.lo)
         out = [text_at(2, 12, self.y.label, "strong")]
         for value, text in self.y.ticks:

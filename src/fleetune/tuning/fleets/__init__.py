@@ -41,6 +41,6 @@ class Fleet(Protocol):
         """Before anything is asked: what clients kept after `round` is to be forgotten (a resume)."""
         ...
 
-    def settle(self, round: int) -> None:
+    def forget_before(self, round: int) -> None:
         """No run will go back further than `round`: what clients kept before may go where it was replaced."""
         ...

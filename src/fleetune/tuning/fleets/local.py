@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Weather:
+class Faults:
     """What goes wrong in a simulated fleet; see the recipe's `drop`, `stragglers` and `deadline`."""
 
     drop: float = 0.0
     stragglers: float = 0.0
     deadline: float = 0.0
 
-    def fate(self, seed: int, round: int, client: int) -> tuple[str, str]:
+    def outcome(self, seed: int, round: int, client: int) -> tuple[str, str]:
         """(status, reason) of a client in a round: ok, dropped or late."""
         if _chance(seed, "drop", round, client) < self.drop:
             return "dropped", "simulated drop-out"
@@ -57,7 +57,7 @@ class LocalFleet:
     clients: Sequence[Sequence[Encoded]]
     seed: int
     pad_id: int
-    weather: Weather = Weather()
+    faults: Faults = Faults()
     on_step: Callable[[int, int], None] = lambda client, step: None
     memories: Memories = field(default_factory=Memories)
 
@@ -70,9 +70,9 @@ class LocalFleet:
         """Forget what clients kept after `round`."""
         self.memories.rewind(round)
 
-    def settle(self, round: int) -> None:
+    def forget_before(self, round: int) -> None:
         """Remove what clients kept before `round` and have replaced."""
-        self.memories.settle(round)
+        self.memories.forget_before(round)
 
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
@@ -81,7 +81,7 @@ class LocalFleet:
         for client in clients:
             sent = message if isinstance(message, bytes) else message[client]
             key = derive(self.seed, "local", round, client)
-            status, reason = self.weather.fate(self.seed, round, client)
+            status, reason = self.faults.outcome(self.seed, round, client)
             if status != "ok":
                 yield Answer(client, key, None, status, reason, 0.0, len(sent))
                 continue

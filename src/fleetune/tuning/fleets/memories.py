@@ -5,7 +5,7 @@
 
 One client's memory is read when it works and written when it is done, so the process holds one however many
 clients there are, and a round writes those of its own clients only.  A round counts with the run's checkpoint:
-`rewind` forgets what a kill left beyond it, `settle` removes what no resume can ask for any more.
+`rewind` forgets what a kill left beyond it, `forget_before` removes what no resume can ask for any more.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Memories:
         for client, rounds in self._rounds.items():
             self._drop(client, [r for r in rounds if r > round])
 
-    def settle(self, round: int) -> None:
+    def forget_before(self, round: int) -> None:
         """Remove what was kept before `round` and again until it: no run goes back further than `round`."""
         for client, rounds in self._rounds.items():
             self._drop(client, [r for r in rounds if r <= round][:-1])

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from fleetune.common.settings import Setting, of
 from fleetune.common.settings import make as make_of
 from fleetune.errors import UsageError
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 
 if TYPE_CHECKING:
     from fleetune.data import Batches
@@ -60,7 +60,7 @@ class Method(Protocol):
         """What the server sends to every device of a round."""
         ...
 
-    def expects(self, state: Any) -> Spec:
+    def expects(self, state: Any) -> ReplySpec:
         """What a reply must look like: everything else is refused at the door."""
         ...
 

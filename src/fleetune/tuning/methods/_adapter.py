@@ -38,7 +38,7 @@ from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.model import Model
 from fleetune.tuning import server_rules
 from fleetune.tuning.averaging import weighted_mean
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.server_rules import Tensors
 
@@ -201,10 +201,10 @@ def broadcast(state: State, wire: str) -> Payload:
     return Payload(arrays, {"seed": state.seed})
 
 
-def expects(state: State, wire: str) -> Spec:
+def expects(state: State, wire: str) -> ReplySpec:
     """The module's tensors in the wire's type, rows and loss."""
     arrays = {n: (np.dtype(DTYPE[wire]).name, t.shape) for n, t in state.tensors.items()}
-    return Spec(arrays, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+    return ReplySpec(arrays, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
 
 # ---------------------------------------------------------------- a server

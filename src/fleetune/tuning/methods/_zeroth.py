@@ -100,7 +100,7 @@ def new_ledger(
     return Ledger(head)
 
 
-def announce(ledger: Ledger, pool: int, epoch: int) -> Payload:
+def ledger_payload(ledger: Ledger, pool: int, epoch: int) -> Payload:
     """The ledger as what a device needs: the sums of all epochs, `a` int[epochs, pool], and the head's numbers."""
     sums = np.zeros((epoch + 1, pool), np.int64)
     epochs, k = ledger.ids >> np.uint64(32), ledger.ids & np.uint64(0xFFFFFFFF)
@@ -109,17 +109,17 @@ def announce(ledger: Ledger, pool: int, epoch: int) -> Payload:
     return Payload({"a": narrow(sums)}, {"run_key": head.run_key, "law": head.law, "grid": head.grid})
 
 
-def arrive(model: Model, payload: Payload) -> tuple[View, Position]:
+def open_view(model: Model, payload: Payload) -> tuple[View, Position]:
     """On a device: a view of `model` and the position that an announcement stands for."""
     a = payload.array("a")
     epochs, k = np.nonzero(a)
     ids = (epochs.astype(np.uint64) << np.uint64(32)) | k.astype(np.uint64)
     law = str(payload.scalars["law"])
-    view = look(model, payload.int("run_key"), law, payload.float("grid"))
+    view = view_of(model, payload.int("run_key"), law, payload.float("grid"))
     return view, Position(law, a.shape[1] if law == "pooled" else 1, ids, a[epochs, k].astype(np.int64))
 
 
-def look(model: Model, run_key: int, law: str, grid: float) -> View:
+def view_of(model: Model, run_key: int, law: str, grid: float) -> View:
     """The view that `model` carries, made anew if it has none or one of another key, law or grid."""
     view = model.attachment
     if isinstance(view, View):
@@ -135,8 +135,8 @@ def look(model: Model, run_key: int, law: str, grid: float) -> View:
     return view
 
 
-def stand(model: Model, ledger: Ledger) -> View:
+def place_at(model: Model, ledger: Ledger) -> View:
     """Put `model` at the point of a ledger (its stored weights stay the base's)."""
-    view = look(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
+    view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
     view.place(ledger.passes())
     return view

@@ -40,15 +40,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fleetune import adapters
+from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.models.model import Model
 from fleetune.tuning import server_rules
 from fleetune.tuning.averaging import cut, product_mean
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _lora
 from fleetune.tuning.methods._adapter import State, Training
 from fleetune.tuning.methods._lora import STARTS
@@ -64,67 +65,23 @@ SENDS = "the LoRA adapter, up and down"
 class Method:
     """Hyper-parameters with the defaults of the paper's code (Shepherd)."""
 
-    r: int = field(default=16, metadata={"symbol": "r", "help": "rank of the adapters"})
-    alpha: int = field(
-        default=16, metadata={"symbol": "α", "help": "LoRA scale; the update is (alpha / r) B A"}
-    )
-    dropout: float = field(default=0.05, metadata={"symbol": "p", "help": "LoRA dropout"})
-    lr: float = field(default=3e-4, metadata={"symbol": "η", "help": "AdamW learning rate"})
-    epochs: int = field(
-        default=1, metadata={"symbol": "E", "help": "local epochs a round (Shepherd's code: 10)"}
-    )
-    batch_size: int = field(default=8, metadata={"symbol": "B", "help": "rows a step"})
-    steps: int = field(
-        default=0, metadata={"symbol": "τ", "help": "local steps a round instead of epochs (0: epochs)"}
-    )
-    average: str = field(
-        default="separate",
-        metadata={"symbol": "avg", "help": "separate: A and B (as published); product: B A"},
-    )
-    ranks: str = field(
-        default="",
-        metadata={
-            "symbol": "r_k",
-            "help": "the devices' ranks in turn, as 4,8,16 (average=product; none: r)",
-        },
-    )
-    start: str = field(
-        default="default",
-        metadata={"symbol": "A₀, B₀", "help": "where A and B start: " + ", ".join(STARTS)},
-    )
-    start_data: str = field(
-        default="demo",
-        metadata={
-            "symbol": "X",
-            "help": "start=eva: rows the server has, a file or demo (the first 32 are read)",
-        },
-    )
-    wire: str = field(
-        default="fp32", metadata={"symbol": "wire", "help": "fp32, or fp16 to halve the traffic"}
-    )
-    server: str = field(
-        default="avg",
-        metadata={
-            "symbol": "server",
-            "help": "what the server does with the mean: " + ", ".join(server_rules.ETA),
-        },
-    )
-    server_lr: float = field(
-        default=0.0,
-        metadata={"symbol": "η_s", "help": "the server's learning rate (0: 1 for avg and avgm, else 1e-3)"},
-    )
-    mu: float = field(
-        default=0.0,
-        metadata={"symbol": "μ", "help": "FedProx: pull towards the global adapter (0.01 is usual)"},
-    )
-    scaffold: bool = field(
-        default=False,
-        metadata={"symbol": "c", "help": "SCAFFOLD: correct a device's drift (its c goes down too)"},
-    )
-    checkpointing: bool = field(
-        default=False,
-        metadata={"symbol": "ckpt", "help": "recompute activations: less memory, a third more time"},
-    )
+    r: int = setting(16, "r", "rank of the adapters")
+    alpha: int = setting(16, "α", "LoRA scale; the update is (alpha / r) B A")
+    dropout: float = setting(0.05, "p", "LoRA dropout")
+    lr: float = setting(3e-4, "η", "AdamW learning rate")
+    epochs: int = setting(1, "E", "local epochs a round (Shepherd's code: 10)")
+    batch_size: int = setting(8, "B", "rows a step")
+    steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
+    average: str = setting("separate", "avg", "separate: A and B (as published); product: B A")
+    ranks: str = setting("", "r_k", "the devices' ranks in turn, as 4,8,16 (average=product; none: r)")
+    start: str = setting("default", "A₀, B₀", "where A and B start: " + ", ".join(STARTS))
+    start_data: str = setting("demo", "X", "start=eva: rows the server has, a file or demo (32 are read)")
+    wire: str = setting("fp32", "wire", "fp32, or fp16 to halve the traffic")
+    server: str = setting("avg", "server", "the server's rule: " + ", ".join(server_rules.ETA))
+    server_lr: float = setting(0.0, "η_s", "the server's learning rate (0: 1 for avg and avgm, else 1e-3)")
+    mu: float = setting(0.0, "μ", "FedProx: pull towards the global adapter (0.01 is usual)")
+    scaffold: bool = setting(False, "c", "SCAFFOLD: correct a device's drift (its c goes down too)")
+    checkpointing: bool = setting(False, "ckpt", "recompute activations: less memory, a third more time")
 
     def __post_init__(self) -> None:
         self.training().check()
@@ -200,10 +157,10 @@ class Method:
     def broadcast(self, state: State) -> Payload:
         return _adapter.broadcast(state, self.wire)
 
-    def expects(self, state: State) -> Spec:
+    def expects(self, state: State) -> ReplySpec:
         return _adapter.expects(state, self.wire)
 
-    def kinds(self, state: State) -> list[tuple[Payload, Spec]]:
+    def kinds(self, state: State) -> list[tuple[Payload, ReplySpec]]:
         """One a rank: the strongest directions of the adapter, and as many back."""
         pairs = adapters.pairs(state.tensors)
         cuts = [state._replace(tensors=cut(state.tensors, pairs, rank)) for rank in self.each_rank()]

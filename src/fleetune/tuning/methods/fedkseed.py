@@ -38,12 +38,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
@@ -52,19 +53,19 @@ from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.spsa import Position, descend, uniforms
 from fleetune.seeds.view import View
 from fleetune.tuning import server_rules
-from fleetune.tuning.messages import LogCode, Payload, Spec
+from fleetune.tuning.messages import LogCode, Payload, ReplySpec
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import (
     INT32,
     UNITS,
-    announce,
-    arrive,
     check_pool,
     draw,
+    ledger_payload,
     new_ledger,
+    open_view,
+    place_at,
     pool_ids,
     rounded,
-    stand,
 )
 
 # The adaptive rules' own learning rate in units of lr: how far a direction's A_k moves a round, at most.
@@ -89,53 +90,22 @@ class State(NamedTuple):
 class Method:
     """Hyper-parameters with the paper's symbols and defaults (README of the reference: Dolly, batch 1)."""
 
-    K: int = field(
-        default=1024,
-        metadata={"symbol": "K", "help": "directions in the pool (a power of two for law=pooled)"},
-    )
-    tau: int = field(default=200, metadata={"symbol": "τ", "help": "local steps a round"})
-    lr: float = field(default=3e-7, metadata={"symbol": "η", "help": "learning rate"})
-    eps: float = field(default=5e-4, metadata={"symbol": "ε", "help": "size of the perturbation"})
-    batch_size: int = field(default=1, metadata={"symbol": "B", "help": "rows a step"})
-    law: str = field(
-        default="pooled", metadata={"symbol": "law", "help": "directions: pooled, rademacher or gaussian"}
-    )
-    epoch_rounds: int = field(
-        default=0, metadata={"symbol": "E", "help": "renew the pool every so many rounds (0: never)"}
-    )
-    pro: bool = field(
-        default=False, metadata={"symbol": "Pro", "help": "draw directions by the size of their scalars"}
-    )
-    clip: float = field(default=0.0, metadata={"symbol": "C", "help": "cut |g| to this (0: not)"})
-    wire: str = field(
-        default="byte",
-        metadata={"symbol": "wire", "help": "byte: one byte a step; sums: exact sums, 4 bytes a direction"},
-    )
-    objective: str = field(
-        default="loss",
-        metadata={"symbol": "f", "help": "loss, accuracy, rouge_l, f1 or package.module:function"},
-    )
-    backprop: float = field(
-        default=0.0,
-        metadata={"symbol": "β", "help": "share of the clients that back-propagate, in whole percent"},
-    )
-    backprop_lr: float = field(
-        default=3e-4, metadata={"symbol": "η_b", "help": "learning rate of a client that back-propagates"}
-    )
-    backprop_steps: int = field(
-        default=10, metadata={"symbol": "τ_b", "help": "local steps of a client that back-propagates"}
-    )
-    server: str = field(
-        default="avg",
-        metadata={"symbol": "server", "help": "the server's rule: avg, avgm, adagrad, yogi or adam"},
-    )
-    server_lr: float = field(
-        default=0.0,
-        metadata={
-            "symbol": "η_s",
-            "help": "the server rule's learning rate, in units of lr (0: the rule's own)",
-        },
-    )
+    K: int = setting(1024, "K", "directions in the pool (a power of two for law=pooled)")
+    tau: int = setting(200, "τ", "local steps a round")
+    lr: float = setting(3e-7, "η", "learning rate")
+    eps: float = setting(5e-4, "ε", "size of the perturbation")
+    batch_size: int = setting(1, "B", "rows a step")
+    law: str = setting("pooled", "law", "directions: pooled, rademacher or gaussian")
+    epoch_rounds: int = setting(0, "E", "renew the pool every so many rounds (0: never)")
+    pro: bool = setting(False, "Pro", "draw directions by the size of their scalars")
+    clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
+    wire: str = setting("byte", "wire", "byte: one byte a step; sums: exact sums, 4 bytes a direction")
+    objective: str = setting("loss", "f", "loss, accuracy, rouge_l, f1 or package.module:function")
+    backprop: float = setting(0.0, "β", "share of the clients that back-propagate, in whole percent")
+    backprop_lr: float = setting(3e-4, "η_b", "learning rate of a client that back-propagates")
+    backprop_steps: int = setting(10, "τ_b", "local steps of a client that back-propagates")
+    server: str = setting("avg", "server", "the server's rule: avg, avgm, adagrad, yogi or adam")
+    server_lr: float = setting(0.0, "η_s", "the server rule's learning rate, in units of lr (0: its own)")
 
     def __post_init__(self) -> None:
         check_pool(self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size)
@@ -178,7 +148,7 @@ class Method:
 
     def broadcast(self, state: State) -> Payload:
         """The sums of every epoch so far (and the probabilities, for Pro)."""
-        payload = announce(state.ledger, self.K, self.epoch(state))
+        payload = ledger_payload(state.ledger, self.K, self.epoch(state))
         arrays = {**payload.arrays, "p": self.probabilities(state)} if self.pro else payload.arrays
         return Payload(arrays, payload.scalars)
 
@@ -197,21 +167,21 @@ class Method:
         p: np.ndarray = (np.exp(scaled) / np.exp(scaled).sum()).astype(np.float32)
         return p
 
-    def expects(self, state: State) -> Spec:
+    def expects(self, state: State) -> ReplySpec:
         """What client 0 sends; `kinds` has all of them."""
         return self.form(self.back_propagates(0))
 
-    def form(self, back_propagates: bool) -> Spec:
+    def form(self, back_propagates: bool) -> ReplySpec:
         """What a reply must look like."""
         scalars = {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)}
         codes, dtype = self.wire == "byte", "uint8" if self.wire == "byte" else "int32"
         if back_propagates:
-            return Spec({"projected": (dtype, (self.K,))}, scalars)
+            return ReplySpec({"projected": (dtype, (self.K,))}, scalars)
         if codes:
-            return Spec({"codes": (dtype, (-self.tau,))}, scalars)
-        return Spec({"sums": (dtype, (self.K,))}, {**scalars, "steps": (int, 0, self.tau)})
+            return ReplySpec({"codes": (dtype, (-self.tau,))}, scalars)
+        return ReplySpec({"sums": (dtype, (self.K,))}, {**scalars, "steps": (int, 0, self.tau)})
 
-    def kinds(self, state: State) -> list[tuple[Payload, Spec]]:
+    def kinds(self, state: State) -> list[tuple[Payload, ReplySpec]]:
         """The same message to all; what comes back depends on what a client can (client c: number c modulo all)."""
         payload = self.broadcast(state)
         return [(payload, self.form(self.back_propagates(c))) for c in range(self.share.denominator)]
@@ -229,7 +199,7 @@ class Method:
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """A device's steps, by whichever way it has; what is sent is what was stepped by."""
-        view, position = arrive(model, payload)
+        view, position = open_view(model, payload)
         epoch = len(payload.array("a")) - 1
         if self.back_propagates(batches.client):
             return self.project(model, view, position, epoch, batches, key)
@@ -351,4 +321,4 @@ class Method:
         return rounded(step["a"] * UNITS), kept
 
     def apply(self, model: Model, state: State) -> None:
-        stand(model, state.ledger)
+        place_at(model, state.ledger)

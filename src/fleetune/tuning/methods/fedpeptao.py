@@ -43,19 +43,20 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fleetune import adapters
+from fleetune.common.settings import setting
 from fleetune.data import Batch, Batches
 from fleetune.evaluation.losses import batch_loss
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
 from fleetune.tuning import server_rules
 from fleetune.tuning.averaging import Mean
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _layers
 from fleetune.tuning.server_rules import Tensors
 
@@ -92,46 +93,21 @@ class State(NamedTuple):
 class Method:
     """Hyper-parameters with the paper's symbols and its code's defaults."""
 
-    tokens: int = field(
-        default=20,
-        metadata={"symbol": "T", "help": "length of each layer's prompt (the code: 5 for decoders)"},
-    )
-    lr: float = field(
-        default=4e-2, metadata={"symbol": "η", "help": "AdamW learning rate, falling to 0 in a round"}
-    )
-    epochs: int = field(default=2, metadata={"symbol": "E", "help": "local epochs a round"})
-    steps: int = field(
-        default=0, metadata={"symbol": "τ", "help": "local steps a round instead of epochs (0: epochs)"}
-    )
-    batch_size: int = field(default=8, metadata={"symbol": "B", "help": "rows a step, and of a measurement"})
-    weight_decay: float = field(default=0.1, metadata={"symbol": "λ", "help": "AdamW weight decay"})
-    clip: float = field(default=1.0, metadata={"symbol": "C", "help": "largest norm of a gradient (0: any)"})
-    layers_rule: str = field(
-        default="lipschitz",
-        metadata={"symbol": "rule", "help": "how many layers: lipschitz, plateau, half, all or a number"},
-    )
-    warmup: int = field(
-        default=1, metadata={"symbol": "t₀", "help": "rounds with all layers before they are chosen"}
-    )
-    lanczos: int = field(
-        default=50, metadata={"symbol": "q", "help": "Hessian products of a measurement (lipschitz: twice)"}
-    )
-    beta: float = field(default=0.9, metadata={"symbol": "β", "help": "server momentum"})
-    server_lr: float = field(
-        default=0.05,
-        metadata={"symbol": "ηₛ", "help": "server step, times 0.99 each round, 1e-4 at least (0: FedAvg)"},
-    )
-    momentum_input: str = field(
-        default="delta",
-        metadata={"symbol": "g", "help": "delta: D of the round (paper); delta_diff: D before - D (code)"},
-    )
-    rho: float = field(
-        default=0.0,
-        metadata={"symbol": "ρ", "help": "weight of a round in c (0: the share of known devices)"},
-    )
-    personalise: bool = field(
-        default=False, metadata={"symbol": "pFL", "help": "the other layers' prompts stay on the device"}
-    )
+    tokens: int = setting(20, "T", "length of each layer's prompt (the code: 5 for decoders)")
+    lr: float = setting(4e-2, "η", "AdamW learning rate, falling to 0 in a round")
+    epochs: int = setting(2, "E", "local epochs a round")
+    steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
+    batch_size: int = setting(8, "B", "rows a step, and of a measurement")
+    weight_decay: float = setting(0.1, "λ", "AdamW weight decay")
+    clip: float = setting(1.0, "C", "largest norm of a gradient (0: any)")
+    layers_rule: str = setting("lipschitz", "rule", "lipschitz, plateau, half, all or a number of layers")
+    warmup: int = setting(1, "t₀", "rounds with all layers before they are chosen")
+    lanczos: int = setting(50, "q", "Hessian products of a measurement (lipschitz: twice)")
+    beta: float = setting(0.9, "β", "server momentum")
+    server_lr: float = setting(0.05, "ηₛ", "server step, times 0.99 each round, 1e-4 at least (0: FedAvg)")
+    momentum_input: str = setting("delta", "g", "delta: D of the round; delta_diff: D before - D (code)")
+    rho: float = setting(0.0, "ρ", "weight of a round in c (0: the share of known devices)")
+    personalise: bool = setting(False, "pFL", "the other layers' prompts stay on the device")
 
     def __post_init__(self) -> None:
         self.training().check()
@@ -179,7 +155,7 @@ class Method:
     def broadcast(self, state: State) -> Payload:
         return Payload(state.tensors, {"seed": state.seed, "warmup": state.warmup})
 
-    def expects(self, state: State) -> Spec:
+    def expects(self, state: State) -> ReplySpec:
         arrays: dict[str, Any] = {n: ("float32", t.shape) for n, t in state.tensors.items()}
         scalars: dict[str, Any] = {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)}
         if state.warmup:
@@ -187,7 +163,7 @@ class Method:
             scalars |= {"kept": (float, 0.0, 1.0)} if self.layers_rule in CURVED else {}
         elif self.personalise:
             scalars |= {"personal": (float, -1e9, 1e9), "common": (float, -1e9, 1e9)}
-        return Spec(arrays, scalars)
+        return ReplySpec(arrays, scalars)
 
     # A device ------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -47,6 +47,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune import adapters
+from fleetune.common.settings import setting
 from fleetune.data import Batches, keyed_order
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
@@ -54,7 +55,7 @@ from fleetune.seeds.noise import Passes, derive, passes, probe
 from fleetune.seeds.slots import WeightSlot, layout
 from fleetune.seeds.spsa import two_point
 from fleetune.seeds.view import CHUNK, View
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply
 
 KIND = "adapter"
@@ -93,47 +94,23 @@ class State(NamedTuple):
 class Method:
     """Hyper-parameters with the paper's symbols and the defaults of its code (DistilBERT, AG News)."""
 
-    module: str = field(
-        default="lora", metadata={"symbol": "module", "help": "what is trained: lora, adapter or bitfit"}
-    )
-    r: int = field(
-        default=8, metadata={"symbol": "r", "help": "lora: rank; adapter: numbers between its two layers"}
-    )
-    alpha: int = field(default=16, metadata={"symbol": "α", "help": "lora: the update is (alpha / r) B A"})
-    targets: str = field(
-        default="query-value",
-        metadata={"symbol": "W", "help": "lora: query-value, all-linear, or the layers' names"},
-    )
-    P: int = field(default=1, metadata={"symbol": "P", "help": "directions a device tries in a round"})
-    h: float = field(default=0.01, metadata={"symbol": "h", "help": "size of the perturbation"})
-    lr: float = field(default=0.01, metadata={"symbol": "η", "help": "learning rate of the server's SGD"})
-    decay: int = field(
-        default=3000,
-        metadata={"symbol": "T", "help": "rounds over which the rate falls linearly to 0 (0: stays)"},
-    )
-    batch_size: int = field(default=8, metadata={"symbol": "B", "help": "rows a device evaluates"})
-    variance_gate: bool = field(
-        default=True, metadata={"symbol": "gate", "help": "ask for more directions until they agree"}
-    )
-    threshold: float = field(
-        default=0.1, metadata={"symbol": "σ²", "help": "variance at which the server moves"}
-    )
-    patience: int = field(
-        default=10, metadata={"symbol": "R", "help": "rounds on one batch after which it moves anyway"}
-    )
-    discriminative: bool = field(
-        default=True,
-        metadata={"symbol": "rank", "help": "every second batch, directions like the last gradient"},
-    )
-    candidates: int = field(
-        default=10, metadata={"symbol": "c", "help": "directions ranked for each that is sent"}
-    )
-    clip: float = field(default=0.0, metadata={"symbol": "C", "help": "cut |g| to this (0: not)"})
-    law: str = field(default="gaussian", metadata={"symbol": "law", "help": "gaussian or rademacher"})
-    objective: str = field(
-        default="loss",
-        metadata={"symbol": "f", "help": "loss, accuracy, rouge_l, f1 or package.module:function"},
-    )
+    module: str = setting("lora", "module", "what is trained: lora, adapter or bitfit")
+    r: int = setting(8, "r", "lora: rank; adapter: numbers between its two layers")
+    alpha: int = setting(16, "α", "lora: the update is (alpha / r) B A")
+    targets: str = setting("query-value", "W", "lora: query-value, all-linear, or the layers' names")
+    P: int = setting(1, "P", "directions a device tries in a round")
+    h: float = setting(0.01, "h", "size of the perturbation")
+    lr: float = setting(0.01, "η", "learning rate of the server's SGD")
+    decay: int = setting(3000, "T", "rounds over which the rate falls linearly to 0 (0: stays)")
+    batch_size: int = setting(8, "B", "rows a device evaluates")
+    variance_gate: bool = setting(True, "gate", "ask for more directions until they agree")
+    threshold: float = setting(0.1, "σ²", "variance at which the server moves")
+    patience: int = setting(10, "R", "rounds on one batch after which it moves anyway")
+    discriminative: bool = setting(True, "rank", "every second batch, directions like the last gradient")
+    candidates: int = setting(10, "c", "directions ranked for each that is sent")
+    clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
+    law: str = setting("gaussian", "law", "gaussian or rademacher")
+    objective: str = setting("loss", "f", "loss, accuracy, rouge_l, f1 or package.module:function")
 
     def __post_init__(self) -> None:
         whole = {n: getattr(self, n) for n in ("r", "alpha", "P", "batch_size", "patience", "candidates")}
@@ -173,8 +150,8 @@ class Method:
         arrays = state.tensors | ({"seeds": state.seeds} if len(state.seeds) else {})
         return Payload(arrays, {"seed": state.seed, "batch": state.batch, "rate": self.rate(state.round)})
 
-    def expects(self, state: State) -> Spec:
-        return Spec({"g": ("float32", (self.P,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+    def expects(self, state: State) -> ReplySpec:
+        return ReplySpec({"g": ("float32", (self.P,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
     def directions(self, seeds: np.ndarray | None, key: int) -> np.ndarray:
         """uint64[P]: a device's directions of a round, drawn with its key; the server draws them again."""

@@ -19,27 +19,28 @@ What differs from the paper's code, and why:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.spsa import descend
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import (
     INT32,
     UNITS,
-    announce,
-    arrive,
     check_pool,
+    ledger_payload,
     new_ledger,
+    open_view,
+    place_at,
     rounded,
-    stand,
 )
 
 KIND = "ledger"
@@ -60,25 +61,15 @@ class State(NamedTuple):
 class Method:
     """Hyper-parameters with the paper's symbols and defaults (full-parameter setting, Table 15)."""
 
-    lr: float = field(default=1e-6, metadata={"symbol": "η", "help": "learning rate"})
-    eps: float = field(default=1e-3, metadata={"symbol": "ε", "help": "size of the perturbation"})
-    batch_size: int = field(default=16, metadata={"symbol": "B", "help": "rows a step"})
-    tau: int = field(default=50, metadata={"symbol": "τ", "help": "steps a round (between two evaluations)"})
-    decay: int = field(
-        default=0,
-        metadata={"symbol": "T", "help": "steps over which the rate falls linearly to 0 (0: constant)"},
-    )
-    K: int = field(
-        default=4096, metadata={"symbol": "K", "help": "orthogonal directions before a new pool is drawn"}
-    )
-    law: str = field(
-        default="pooled", metadata={"symbol": "law", "help": "directions: pooled, rademacher or gaussian"}
-    )
-    clip: float = field(default=0.0, metadata={"symbol": "C", "help": "cut |g| to this (0: not)"})
-    objective: str = field(
-        default="loss",
-        metadata={"symbol": "L", "help": "loss, accuracy, rouge_l, f1 or package.module:function"},
-    )
+    lr: float = setting(1e-6, "η", "learning rate")
+    eps: float = setting(1e-3, "ε", "size of the perturbation")
+    batch_size: int = setting(16, "B", "rows a step")
+    tau: int = setting(50, "τ", "steps a round (between two evaluations)")
+    decay: int = setting(0, "T", "steps over which the rate falls linearly to 0 (0: constant)")
+    K: int = setting(4096, "K", "orthogonal directions before a new pool is drawn")
+    law: str = setting("pooled", "law", "directions: pooled, rademacher or gaussian")
+    clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
+    objective: str = setting("loss", "L", "loss, accuracy, rouge_l, f1 or package.module:function")
 
     def __post_init__(self) -> None:
         check_pool(self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size)
@@ -110,17 +101,17 @@ class Method:
         return max(0.0, 1.0 - step / self.decay) if self.decay else 1.0
 
     def broadcast(self, state: State) -> Payload:
-        payload = announce(state.ledger, self.K, max(0, state.step - 1) // self.K)
+        payload = ledger_payload(state.ledger, self.K, max(0, state.step - 1) // self.K)
         return Payload(payload.arrays, {**payload.scalars, "step": state.step})
 
-    def expects(self, state: State) -> Spec:
-        return Spec({"c": ("int32", (self.tau,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+    def expects(self, state: State) -> ReplySpec:
+        return ReplySpec({"c": ("int32", (self.tau,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """tau steps along fresh directions; the integers that were stepped by are the reply."""
-        view, position = arrive(model, payload)
+        view, position = open_view(model, payload)
         first = payload.int("step")
         steps = descend(
             model,
@@ -149,4 +140,4 @@ class Method:
         return State(ledger, state.step + self.tau, state.round + 1)
 
     def apply(self, model: Model, state: State) -> None:
-        stand(model, state.ledger)
+        place_at(model, state.ledger)

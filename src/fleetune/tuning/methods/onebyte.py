@@ -33,28 +33,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fleetune.common.settings import setting
 from fleetune.data import Batches, keyed_order
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import derive, probe
 from fleetune.seeds.spsa import slope, uniforms
-from fleetune.tuning.messages import LogCode, Payload, Spec
+from fleetune.tuning.messages import LogCode, Payload, ReplySpec
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import (
     UNITS,
-    announce,
-    arrive,
     check_pool,
+    ledger_payload,
     new_ledger,
+    open_view,
+    place_at,
     pool_ids,
     rounded,
-    stand,
 )
 
 KIND = "ledger"
@@ -75,27 +76,15 @@ class State(NamedTuple):
 class Method:
     """Hyper-parameters with the defaults of the paper's code."""
 
-    lr: float = field(default=1e-4, metadata={"symbol": "η", "help": "learning rate"})
-    eps: float = field(default=1e-3, metadata={"symbol": "ε", "help": "size of the perturbation"})
-    batch_size: int = field(default=64, metadata={"symbol": "B", "help": "rows a direction"})
-    directions: int = field(
-        default=30, metadata={"symbol": "n", "help": "directions that a machine tries in a step"}
-    )
-    K: int = field(
-        default=4096, metadata={"symbol": "K", "help": "size of the pool; a new one when K have been tried"}
-    )
-    law: str = field(
-        default="pooled", metadata={"symbol": "law", "help": "directions: pooled, rademacher or gaussian"}
-    )
-    wire: str = field(
-        default="byte",
-        metadata={"symbol": "wire", "help": "byte: a slope as one byte; sign: as one bit, majority vote"},
-    )
-    clip: float = field(default=0.0, metadata={"symbol": "C", "help": "cut |g| to this (0: not)"})
-    objective: str = field(
-        default="loss",
-        metadata={"symbol": "L", "help": "loss, accuracy, rouge_l, f1 or package.module:function"},
-    )
+    lr: float = setting(1e-4, "η", "learning rate")
+    eps: float = setting(1e-3, "ε", "size of the perturbation")
+    batch_size: int = setting(64, "B", "rows a direction")
+    directions: int = setting(30, "n", "directions that a machine tries in a step")
+    K: int = setting(4096, "K", "size of the pool; a new one when K have been tried")
+    law: str = setting("pooled", "law", "directions: pooled, rademacher or gaussian")
+    wire: str = setting("byte", "wire", "byte: a slope as one byte; sign: as one bit, majority vote")
+    clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
+    objective: str = setting("loss", "L", "loss, accuracy, rouge_l, f1 or package.module:function")
 
     def __post_init__(self) -> None:
         n = self.directions
@@ -133,18 +122,18 @@ class Method:
         return keyed_order(key, 0, self.K)[: self.directions]
 
     def broadcast(self, state: State) -> Payload:
-        payload = announce(state.ledger, self.K, self.epoch(state.round))
+        payload = ledger_payload(state.ledger, self.K, self.epoch(state.round))
         return Payload(payload.arrays, {**payload.scalars, "round": state.round})
 
-    def expects(self, state: State) -> Spec:
+    def expects(self, state: State) -> ReplySpec:
         size = self.directions if self.wire == "byte" else -(-self.directions // 8)
-        return Spec({"codes": ("uint8", (size,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+        return ReplySpec({"codes": ("uint8", (size,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """n slopes at one point; then this machine steps by what it sends, as if it were alone."""
-        view, position = arrive(model, payload)
+        view, position = open_view(model, payload)
         position.place(view)
         round = payload.int("round")
         ids = pool_ids(self.epoch(round), self.draw(round, payload.int("run_key"), key)).tolist()
@@ -190,4 +179,4 @@ class Method:
         return State(state.ledger.append(ids, c, state.round + 1), state.round + 1)
 
     def apply(self, model: Model, state: State) -> None:
-        stand(model, state.ledger)
+        place_at(model, state.ledger)

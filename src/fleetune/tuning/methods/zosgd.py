@@ -22,14 +22,15 @@ What differs from the classical method, and why:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.models.model import Model
-from fleetune.tuning.messages import Payload, Spec
+from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, mezo
-from fleetune.tuning.methods._zeroth import arrive
+from fleetune.tuning.methods._zeroth import open_view
 
 KIND = "ledger"
 PAPER = "Ghadimi and Lan, SIAM J. Optim. 2013, arXiv 1309.5549"
@@ -41,21 +42,14 @@ CLIENTS = 1
 class Method:
     """Hyper-parameters, with MeZO's defaults, since the two are compared."""
 
-    lr: float = field(default=1e-6, metadata={"symbol": "η", "help": "learning rate"})
-    eps: float = field(default=1e-3, metadata={"symbol": "ε", "help": "size of the perturbation"})
-    batch_size: int = field(default=16, metadata={"symbol": "B", "help": "rows a step"})
-    tau: int = field(default=50, metadata={"symbol": "τ", "help": "steps a round (between two evaluations)"})
-    K: int = field(
-        default=4096, metadata={"symbol": "K", "help": "orthogonal directions before a new pool is drawn"}
-    )
-    law: str = field(
-        default="pooled", metadata={"symbol": "law", "help": "directions: pooled, rademacher or gaussian"}
-    )
-    clip: float = field(default=0.0, metadata={"symbol": "C", "help": "cut |g| to this (0: not)"})
-    objective: str = field(
-        default="loss",
-        metadata={"symbol": "L", "help": "loss, accuracy, rouge_l, f1 or package.module:function"},
-    )
+    lr: float = setting(1e-6, "η", "learning rate")
+    eps: float = setting(1e-3, "ε", "size of the perturbation")
+    batch_size: int = setting(16, "B", "rows a step")
+    tau: int = setting(50, "τ", "steps a round (between two evaluations)")
+    K: int = setting(4096, "K", "orthogonal directions before a new pool is drawn")
+    law: str = setting("pooled", "law", "directions: pooled, rademacher or gaussian")
+    clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
+    objective: str = setting("loss", "L", "loss, accuracy, rouge_l, f1 or package.module:function")
 
     def __post_init__(self) -> None:
         self.step()
@@ -72,14 +66,14 @@ class Method:
     def broadcast(self, state: mezo.State) -> Payload:
         return self.step().broadcast(state)
 
-    def expects(self, state: mezo.State) -> Spec:
+    def expects(self, state: mezo.State) -> ReplySpec:
         return self.step().expects(state)
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """MeZO's round with every direction stored."""
-        view, _ = arrive(model, payload)
+        view, _ = open_view(model, payload)
         with view.storing():
             return self.step().local(model, payload, batches, key, memory)
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sections of a run's page: each makes HTML of a run, or nothing where the run says nothing of it."""
+"""Write the sections of a run's page: HTML, or nothing where the run has no data for one."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Round by round: the loss, its spread over the clients, memory and bytes, and every number in a table."""
+"""Plot a run round by round: loss, spread over the clients, memory and bytes, with every number in a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_DOTS = 4000  # above it the spread plot shows ranges in place of single clie
 
 
 def course(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
-    """Plots of loss, spread, memory and bytes, and the table of all rounds."""
+    """Return plots of loss, spread, memory and bytes, and the table of all rounds."""
     measured = [s for s in steps if "loss" in s.losses]
     figures = ""
     if len(measured) > 1:
@@ -135,7 +135,7 @@ def _every_round(steps: Sequence[Step]) -> str:
 
 
 def _figure(value: Number | None) -> str:
-    """A method's own figure, which may be of any size: four digits, a count whole."""
+    """Format a method's own figure, which may be of any size: four digits, a count whole."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"

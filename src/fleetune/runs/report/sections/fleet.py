@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clients: which data each of them has, and what became of their replies."""
+"""Show each client's data, and how many of their replies counted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ClientRows(NamedTuple):
 
 
 def _client_rows(run: Run, most: int) -> ClientRows:
-    """The data partition of the start event, its `most` largest categories and the others as one."""
+    """Return the data partition of the start event, its `most` largest categories and the others as one."""
     counts: dict[str, list[float]] = {}
     for name, values in map_of(run.start, "counts").items():
         if isinstance(values, list):
@@ -53,7 +53,7 @@ def _client_rows(run: Run, most: int) -> ClientRows:
 
 
 def partition(run: Run) -> str:
-    """The rows of each client: bars, or a heat map of many clients or categories."""
+    """Return the rows of each client: bars, or a heat map of many clients or categories."""
     split = _client_rows(run, 24)
     clients = len(split.names)
     if not clients:
@@ -81,7 +81,7 @@ def partition(run: Run) -> str:
 
 
 def _heat(split: ClientRows, title: str, desc: str) -> str:
-    """Clients side by side, sorted by their main category so that equal ones stand together."""
+    """Draw clients side by side, sorted by their main category so that equal ones stand together."""
     sizes = split.sizes()
 
     def place(i: int) -> tuple[float, float]:
@@ -103,7 +103,7 @@ def _heat(split: ClientRows, title: str, desc: str) -> str:
 
 
 def partition_words(run: Run) -> str:
-    """The partition in words: "dirichlet:0.5:category" is "Dirichlet α 0.5 over category"."""
+    """Return the partition in words: "dirichlet:0.5:category" is "Dirichlet α 0.5 over category"."""
     spec = text_of("partition", run.start, run.config)
     kind, *rest = spec.split(":")
     if kind == "dirichlet" and len(rest) == 2:
@@ -116,7 +116,7 @@ def partition_words(run: Run) -> str:
 
 
 def replies(run: Run) -> str:
-    """What became of the clients' replies: a sentence when all counted, else bars and reasons."""
+    """Return a sentence when all replies counted, else bars of what became of them, and the reasons."""
     if not run.clients:
         return ""
     lost = [e for e in run.clients if str(e.get("status", "ok")) != "ok"]
@@ -137,9 +137,16 @@ def replies(run: Run) -> str:
     tips = [f"round {r}: " + ", ".join(f"{v[i]:g} {n}" for n, v in series) for i, r in enumerate(rounds)]
     desc = f"{len(lost)} of {len(run.clients)} replies did not count."
     drawing = charts.stacked_bars(
-        "replies", "Replies by round", desc, [str(r) for r in rounds], series, tips,
-        labels=("round", "clients"), height=220, colours=shades,
-    )  # fmt: skip
+        "replies",
+        "Replies by round",
+        desc,
+        [str(r) for r in rounds],
+        series,
+        tips,
+        labels=("round", "clients"),
+        height=220,
+        colours=shades,
+    )
     ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
     rows: list[list[str | TableCell]] = [
         [status, reason, TableCell(str(len(events))), _some(events, "client"), _some(events, "round")]
@@ -150,7 +157,7 @@ def replies(run: Run) -> str:
 
 
 def _some(events: Sequence[Event], key: str) -> str:
-    """Distinct values of a key, the first twelve of them."""
+    """List distinct values of a key, the first twelve of them."""
     names = {str(event.get(key)) for event in events}
     found = sorted(names, key=lambda name: (len(name), name) if name.isdecimal() else (99, name))
     return ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head of a report: what was run, how it stands, and what came of it in one sentence."""
+"""Write the head of a report: what was run, its state, and the result in one sentence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fleetune.runs.report.sections.fleet import partition_words
 
 
 def header(run: Run, facts: Mapping[str, object]) -> str:
-    """Title, state, the result in a sentence, and what the run was made of."""
+    """Return title, state, the result in a sentence, and the run's settings."""
     kind = kind_of(run.status)
     mark = {"done": "✓", "running": "●", "failed": "✕", "interrupted": "❙❙"}.get(kind, "?")
     method, model = str(facts["method"] or "tuning"), str(facts["model"] or "an unnamed model")
@@ -34,7 +34,7 @@ def header(run: Run, facts: Mapping[str, object]) -> str:
 
 
 def _base_name(model: str) -> str:
-    """A hub id as it is; of a path only the last part."""
+    """Return a hub id as it is; of a path only the last part."""
     return Path(model).name or model if model.startswith(("/", ".", "~")) else model
 
 
@@ -83,6 +83,6 @@ def _identity(run: Run, facts: Mapping[str, object]) -> list[tuple[str, str]]:
 
 
 def _letters(config: Mapping[str, object], method: str) -> str:
-    """The method's own options: the table of the recipe that is called after it, or `set`."""
+    """Return the method's own options: the table of the recipe that is called after it, or `set`."""
     sources = [v for key in (method, "set", "method", "fields") if isinstance(v := config.get(key), dict)]
     return " · ".join(f"{k} {v}" for k, v in (flat(sources[0]) if sources else []) if k != "name")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base against tuned, what the run cost, and what it left in its folder."""
+"""Compare base and tuned model, and list the run's cost and the files in its folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fleetune.runs.report.runlog import Number, Run, Step, measures, num_of, num
 
 
 def result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
-    """The measures before and after beside what the run took."""
+    """Return the measures before and after beside the run's cost."""
     base, tuned = measures(run)
     rows: list[list[str | TableCell]] = []
     for name in dict.fromkeys([*base, *tuned]):
@@ -48,7 +48,7 @@ def result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
 
 
 def _each(run: Run, key: str, total: Number | None) -> float | None:
-    """Bytes of a client in a round: the mean over those that moved any, else the total over those asked."""
+    """Return a client's bytes in a round: the mean over those that moved any, else the total over those asked."""
     moved = [v for e in run.clients if (v := num_of(e, key))]
     if moved:
         return statistics.fmean(moved)
@@ -57,7 +57,7 @@ def _each(run: Run, key: str, total: Number | None) -> float | None:
 
 
 def _artefacts(run: Run) -> list[tuple[str, str]]:
-    """Results in the run folder, with their sizes."""
+    """List results in the run folder, with their sizes."""
     out = []
     for name in ("ledger.safetensors", "adapter/adapter_model.safetensors"):
         path = run.path / name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the model says to fixed prompts, before and after."""
+"""Show the model's answers to fixed prompts, before and after tuning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHOWN_SAMPLES = 8
 
 
 def samples(run: Run) -> str:
-    """The prompts with their answers; those past the first eight are folded away."""
+    """Return the prompts with their answers; those past the first eight are folded away."""
     samples = [s for s in list_of(run.final, "samples") if isinstance(s, dict)]
     drawn = [_sample(s, i + 1) for i, s in enumerate(samples)]
     shown, more = "".join(drawn[:SHOWN_SAMPLES]), "".join(drawn[SHOWN_SAMPLES:])

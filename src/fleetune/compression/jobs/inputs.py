@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load what a compression works on: the model, the rows to calibrate or train on, and what measures the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleetune.errors import UsageError
+from fleetune.runs.compression_folder import CLIENTS, CompressRequest
+
+if TYPE_CHECKING:
+    from fleetune.data import Encoded, Example
+    from fleetune.models.model import Model
+    from fleetune.tuning.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model to compress, the rows to do it with, and what to measure it on."""
+
+    model: Model
+    rows: Sequence[Encoded]  # to calibrate or train on: of the data, or of the run's held-out half
+    held_out: Sequence[Encoded]
+    texts: Sequence[str]  # whose perplexity is measured
+    source: str  # of the rows or text, for people
+    clients: Mapping[int, Sequence[Encoded]] = field(default_factory=dict)  # of the run: their training rows
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is anything to measure on."""
+        return bool(self.held_out or self.texts)
+
+    def measure(self, model: Model) -> dict[str, float]:
+        """Measure a model: loss on the held-out rows and perplexity of the text, where there are any."""
+        from fleetune.evaluation.losses import perplexity, response_loss
+
+        found = {"loss": response_loss(model, self.held_out)} if self.held_out else {}
+        return found | ({"perplexity": perplexity(model, self.texts)} if self.texts else {})
+
+
+def load(request: CompressRequest, *, offline: bool) -> Inputs:
+    """Load the model, and the rows that the request asks for.  UsageError for an encoder, and as loading gives."""
+    from fleetune import data, models
+    from fleetune.data.encode import encode_all
+
+    texts = data.read_text(request.eval_text) if request.eval_text else []
+    if request.run:
+        return _of_run(request, texts, offline=offline)
+    model = models.load(
+        request.model, dtype=request.dtype, device="cpu", offline=offline, paged=request.low_memory
+    )
+    _require_decoder(model)
+    examples = data.read(request.data, offline=offline) if request.data else []
+    rows = encode_all(examples, model.tokenizer, request.length)[0] if examples else []
+    return Inputs(model, rows, [], texts, request.data or request.text or "text of its own")
+
+
+def _of_run(request: CompressRequest, texts: Sequence[str], *, offline: bool) -> Inputs:
+    from fleetune import data
+    from fleetune.data.encode import encode_all
+    from fleetune.tuning import finished
+
+    run = Path(request.model)
+    recipe = finished.recipe_of(run)
+    held_out = finished.held_out(run, offline=offline)
+    model = finished.load(run, offline=offline, device="cpu")
+    _require_decoder(model)
+    finished.merge_weights(model)
+
+    def encoded(rows: Sequence[Example], length: int = recipe.max_length) -> list[Encoded]:
+        return encode_all(rows, model.tokenizer, length)[0]
+
+    if request.data:
+        rows = encoded(data.read(request.data, offline=offline), request.length)
+        return Inputs(model, rows, encoded(held_out), texts, request.data)
+    if request.text:
+        return Inputs(model, [], encoded(held_out), texts, request.text)
+    if request.calibrate == CLIENTS:
+        own = {c: encoded(rows) for c, rows in _of_clients(request, recipe, offline=offline).items()}
+        return Inputs(model, [], encoded(held_out), texts, "training rows of the run's clients", own)
+    source = "every second held-out row of the run"
+    return Inputs(model, encoded(held_out[::2]), encoded(held_out[1::2]), texts, source)
+
+
+def _of_clients(request: CompressRequest, recipe: Recipe, *, offline: bool) -> dict[int, list[Example]]:
+    """The training rows of the clients that take part: all of the run's, or so many, drawn by the seed."""
+    from fleetune.tuning import methods, prepare, rounds
+
+    parts = prepare.split(recipe, methods.entry(recipe.method), offline=offline)
+    count = len(parts.clients)
+    if request.clients > count:
+        raise UsageError(
+            f"--clients {request.clients} are more than the run's {count}", hint="leave it out for all"
+        )
+    chosen = rounds.sample(count, (request.clients or count) / count, request.seed, 0)
+    return {c: [parts.examples[i] for i in parts.clients[c].tolist()] for c in chosen}
+
+
+def _require_decoder(model: Model) -> None:
+    if model.labels:
+        raise UsageError("an encoder cannot be compressed", hint="decoders can, such as: fleetune models")

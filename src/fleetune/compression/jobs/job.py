@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carry out a compression: check the request, prepare the job of its method, do it in a folder, return the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fleetune import compression, subject
+from fleetune.common import settings
+from fleetune.compression.jobs.contract import Job
+from fleetune.errors import RecipeError, UsageError
+from fleetune.runs import compression_folder, rundir
+from fleetune.runs.compression_folder import CLIENTS, CompressRequest
+from fleetune.runs.events import CompressDone
+from fleetune.runs.listener import Listener
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A finished compression."""
+
+    request: CompressRequest
+    folder: Path
+    done: CompressDone
+    sizes: Mapping[str, int]  # bytes of the weights, by what `done` measures; {} when it was finished before
+
+
+def request_for(
+    name: str, out: Path, method: str, chosen: Mapping[str, str], given: Mapping[str, Any]
+) -> CompressRequest:
+    """The request to compress what `name` means; `given` are fields of it that are not the defaults.
+
+    UsageError for a name that means no plain weights.
+    """
+    found = subject.open_weights(name, out)
+    run = isinstance(found, subject.Run)
+    model = str(_lasting(found.folder)) if isinstance(found, subject.Run) else found.name
+    return CompressRequest(model=model, run=run, method=method.replace("_", "-"), set=dict(chosen), **given)
+
+
+def _lasting(run: Path) -> Path:
+    """A run's folder by a name that stays its own: `latest` may be a link, and `.` is another folder elsewhere."""
+    if run.is_symlink():
+        return run.parent / run.readlink()
+    return run.resolve() if run.name in ("", "..") else run
+
+
+def prepare(request: CompressRequest, listener: Listener, out: Path, *, offline: bool) -> Job:
+    """Check a request and load what it names."""
+    from fleetune.compression.jobs import distil, inputs, prune, solve
+
+    method = compression.make(request.method, request.set)
+    check(request)
+    if not request.run:
+        subject.open_weights(request.model, out)  # it may hold codes by now
+    if isinstance(method, compression.Trainer | compression.Pruner):
+        _check_whole(request)
+    if isinstance(method, compression.Trainer):
+        return distil.prepare(request, method, out, offline=offline)
+    if isinstance(method, compression.Pruner):
+        return prune.prepare(request, method, listener, offline=offline)
+    return solve.prepare(request, method, inputs.load(request, offline=offline), listener)
+
+
+def start(request: CompressRequest, listener: Listener, out: Path, *, offline: bool) -> Compression:
+    """Check a request, then carry it out in a new folder under `out`."""
+    rundir.check_folder(out)
+    job = prepare(request, listener, out, offline=offline)
+    folder = compression_folder.create(request, out)
+    with rundir.locked(folder):
+        return _carry_out(request, job, listener, folder)
+
+
+def resume(folder: Path, listener: Listener, out: Path, *, offline: bool) -> Compression:
+    """Continue a stopped compression as it was requested; a finished one is left as it is."""
+    request = compression_folder.request_of(folder)
+    with rundir.locked(folder):
+        if (result := compression_folder.finished(folder)) is not None:
+            done = CompressDone(folder=str(folder), **result)
+            listener.event(done)
+            listener.note(f"{folder} is finished: there is nothing to resume")
+            return Compression(request, folder, done, {})
+        return _carry_out(request, prepare(request, listener, out, offline=offline), listener, folder)
+
+
+def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: Path) -> Compression:
+    """Do a prepared job in a folder that nobody else has."""
+    own = settings.of(compression.method_class(request.method))
+    fields = {s.name: s.default for s in own} | request.set
+    model = job.inputs.model
+    listener.header("fleetune compress", [
+        ("model", f"{request.model} @ {model.digest[:8]} · {model.n_params / 1e6:.1f} M parameters"),
+        ("method", f"{request.method} · " + " · ".join(f"{k} {v}" for k, v in fields.items())),
+        *job.about(), ("folder", str(folder)),
+    ])  # fmt: skip
+    outcome = job.run(listener, folder)
+    compression_folder.finish(folder, request, outcome.done)
+    done = CompressDone(folder=str(folder), **outcome.done)
+    listener.event(done)
+    return Compression(request, folder, done, outcome.sizes)
+
+
+# Checks ---------------------------------------------------------------------------------------------
+
+
+def check(request: CompressRequest) -> None:
+    """RecipeError with all that does not go together in a request, before anything is loaded."""
+    if request.run and not (Path(request.model) / "run.toml").is_file():
+        raise UsageError(f"the run {request.model} is gone", hint="fleetune runs   lists what there is")
+    problems = [f"{n} = {v} is below 1" for n in ("windows", "length") if (v := getattr(request, n)) < 1]
+    if request.data and request.text:
+        problems.append("data and text are both given")
+    problems += _client_problems(request)
+    if request.run and request.dtype != "fp32":
+        problems.append("a run has a dtype of its own")
+    if request.run and request.low_memory:
+        problems.append(
+            "a run's weights are made in memory, not in its files: "
+            f"fleetune export {request.model} --to hf, then that"
+        )
+    if problems:
+        raise RecipeError(problems, hint="fleetune compress --help")
+    for name in (request.text, request.eval_text):
+        if name and not Path(name).is_file():
+            raise UsageError(f"no text file at {name}", hint="check the path")
+
+
+def _client_problems(request: CompressRequest) -> list[str]:
+    problems = []
+    if request.clients < 0:
+        problems.append(f"clients = {request.clients} is below 0")
+    if request.calibrate != CLIENTS:
+        return (
+            [*problems, f"clients = {request.clients} needs --calibrate clients"]
+            if request.clients
+            else problems
+        )
+    if not request.run:
+        problems.append("only a run has clients to calibrate on")
+    if request.data or request.text:
+        problems.append("the clients calibrate on rows of their own: no data, no text")
+    if request.true_sequential:
+        problems.append("clients solve a block at a time: no true_sequential")
+    return problems
+
+
+def _check_whole(request: CompressRequest) -> None:
+    """RecipeError for what only the layer-by-layer methods can do."""
+    problems = []
+    if request.low_memory:
+        problems.append(f"{request.method} trains the whole model, which must be in memory")
+    if request.calibrate == CLIENTS:
+        problems.append(f"{request.method} is not calibrated by clients")
+    if request.true_sequential:
+        problems.append(f"{request.method} solves no layers: no true_sequential")
+    if problems:
+        raise RecipeError(problems, hint="--method optq, sparsegpt or rtn")

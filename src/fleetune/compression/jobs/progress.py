@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Report the steps of a compression, and warn of memory or disk that will not suffice."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from fleetune.common.display import human_bytes
+from fleetune.errors import Interrupted, StorageError
+from fleetune.runs import compression_folder
+from fleetune.runs.events import StepDone
+from fleetune.runs.listener import Listener
+
+if TYPE_CHECKING:
+    from fleetune.models.model import Model
+
+
+class OnStep(Protocol):
+    """What a training calls after every step."""
+
+    def __call__(self, step: int, steps: int, loss: float, reward: float | None = None, /) -> None:
+        """Interrupted ends the training; the step is kept."""
+
+
+def step_reporter(listener: Listener, folder: Path, what: str) -> OnStep:
+    """Report each step as an event, and ten averages of `what` as remarks; raise Interrupted when a stop is requested."""
+    recent: list[float] = []
+
+    def on_step(step: int, steps: int, loss: float, reward: float | None = None, /) -> None:
+        listener.progress("steps", step, steps, f"{what} {loss:.4f}")
+        listener.event(StepDone(step=step, steps=steps, loss=loss, reward=reward))
+        recent.append(loss)
+        if step == steps or step % max(1, steps // 10) == 0:
+            listener.note(f"step {step}/{steps}  {what} {statistics.fmean(recent):.4f}")
+            recent.clear()
+        if listener.stop_requested:
+            raise Interrupted(f"stopped after step {step}; it is kept", hint=resume_command(folder))
+
+    return on_step
+
+
+def resume_command(folder: Path) -> str:
+    """The command that resumes a stopped compression."""
+    return f"fleetune compress --resume {folder}"
+
+
+def warn_of_memory(listener: Listener, planned: int, ways: Sequence[str]) -> None:
+    """Remark when less memory is free than is planned; `ways` are those that take less."""
+    from fleetune.common.memory import rss
+    from fleetune.planning import compression_cost
+
+    free, more = compression_cost.available(), planned - rss()
+    if free is not None and more > free:
+        instead = f"; {' or '.join(ways)} it takes less" if ways else ""
+        listener.note(f"this takes {human_bytes(more)} more, {human_bytes(free)} of memory are free{instead}")
+
+
+def check_disk(folder: Path, need: int, what: str) -> None:
+    """StorageError when less is free where `folder` is than `what` takes beyond what is in it already."""
+    more = need - compression_folder.size(folder)
+    if more > (left := shutil.disk_usage(folder).free):
+        raise StorageError(
+            f"{what} take {human_bytes(more)}, {folder} has {human_bytes(left)} free",
+            hint=f"free some space, then: {resume_command(folder)}",
+        )
+
+
+def weight_bytes(model: Model) -> int:
+    """The size of a model's weights in the type that they are loaded in."""
+    from fleetune.planning.workload import SIZES
+
+    return model.n_params * SIZES[model.dtype]

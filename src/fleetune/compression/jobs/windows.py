@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cut calibration windows: from rows, from a text, from each client's rows, or from what the model writes itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fleetune.compression.jobs.inputs import Inputs
+from fleetune.errors import DataError, UsageError
+from fleetune.runs.compression_folder import CompressRequest
+from fleetune.runs.listener import Listener
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def windows(request: CompressRequest, inputs: Inputs, listener: Listener) -> Tensor:
+    """int64 [N, length]: of the request's rows or text, or of what the model writes where there is neither."""
+    import numpy as np
+
+    from fleetune import data
+    from fleetune.compression.layerwise import driver
+
+    model = inputs.model
+    _check_length(request, inputs)
+    if inputs.rows:
+        ids = [np.asarray(row.ids) for row in inputs.rows]
+    elif request.text:
+        encode = model.tokenizer
+        ids = [np.asarray(encode(text, verbose=False)["input_ids"]) for text in data.read_text(request.text)]
+    elif request.low_memory:
+        raise UsageError(
+            "with --low-memory the model cannot write its own text: each token would read all of it anew",
+            hint="give some: --text FILE or --data FILE",
+        )
+    else:
+        listener.note(f"no calibration text is given: the model writes {request.windows} windows itself")
+        return driver.written(model, request.length, request.windows, request.seed)
+    return driver.windows(ids, request.length, request.windows)
+
+
+def of_clients(request: CompressRequest, inputs: Inputs, listener: Listener) -> dict[int, Tensor]:
+    """Each client's windows, an equal part of the request's, at least one; a client that fills none is left out."""
+    import numpy as np
+    import torch
+
+    from fleetune.compression.layerwise import driver
+
+    _check_length(request, inputs)
+    each, found = max(1, request.windows // len(inputs.clients)), dict[int, torch.Tensor]()
+    for client, rows in inputs.clients.items():
+        try:
+            found[client] = driver.windows([np.asarray(row.ids) for row in rows], request.length, each)
+        except DataError as error:
+            listener.note(f"client {client} is left out: {error.message}")
+    if not found:
+        raise DataError(
+            f"no client has text for a window of {request.length} tokens", hint="give a smaller --length"
+        )
+    return found
+
+
+def _check_length(request: CompressRequest, inputs: Inputs) -> None:
+    from fleetune.evaluation.losses import context
+
+    if request.length > (longest := context(inputs.model)):
+        raise UsageError(
+            f"windows of {request.length} tokens are longer than the model's {longest}",
+            hint=f"--length {min(longest, 512)}",
+        )

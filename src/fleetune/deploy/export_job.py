@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export a run, a compressed model or a plain model, and check the file in the runtime that it is for."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleetune.deploy.targets import LORA, PEFT, check_place, check_target
+from fleetune.errors import UsageError
+from fleetune.runs import rundir
+from fleetune.runs.events import ExportChecked, ExportDone
+from fleetune.runs.listener import Listener
+from fleetune.subject import Compressed, Plain, Run, Subject
+
+if TYPE_CHECKING:
+    from fleetune.deploy.checkpoint import Report
+    from fleetune.deploy.measure.harness import Row
+
+DEFAULT_TARGET = "gguf"
+DEFAULT_TARGET_OF_A_RUN = "hf"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A written file or folder, and what checking it found."""
+
+    path: Path
+    done: ExportDone
+    check: ExportChecked | None = None  # where a text was given
+
+
+def export(
+    subject: Subject, to: str | None, path: Path | None, text: str | None, listener: Listener, *, offline: bool
+) -> ExportResult:
+    """Write `subject` as target `to` (default: gguf; of a run hf) to `path` (default: beside it), and read it back.
+
+    With a `text` file its perplexity is measured by the source and by what was written, in its runtime.  UsageError for
+    a target, a place or a text that cannot be, before anything heavy is imported; the rest as in `export.export`.
+    """
+    check(to, path, text)
+    if isinstance(subject, Run):
+        return _of_run(subject, to or DEFAULT_TARGET_OF_A_RUN, path, text, listener, offline=offline)
+    kind = to or DEFAULT_TARGET
+    if isinstance(subject, Compressed):
+        source = subject.model
+        out = path or _place(subject.home, kind)
+        return write(source, kind, out, listener, rows=_rows(source, text))
+    from fleetune.deploy import provenance
+
+    source = subject.directory(offline=offline)
+    out = path or _place(Path("."), kind, rundir.slug(Path(subject.name).name))
+    return write(source, kind, out, listener, provenance.of_base(subject.name), _rows(source, text))
+
+
+def check(to: str | None, path: Path | None, text: str | None) -> None:
+    """UsageError for a target, a place or a text that cannot be, before anything heavy is imported."""
+    if to and to != PEFT:
+        check_target(to)
+    if to and path:
+        check_place(to, path)
+    if text and not Path(text).is_file():
+        raise UsageError(f"no text file at {text}", hint="check the path")
+    if text and to in (PEFT, LORA):
+        raise UsageError("an adapter alone has no perplexity", hint="leave out --text, or --to hf")
+
+
+def write(
+    source: Path,
+    kind: str,
+    out: Path,
+    listener: Listener,
+    made: Mapping[str, str] | None = None,
+    rows: Sequence[Row] = (),
+) -> ExportResult:
+    """Export the folder `source`, and run what was written and `source` on the same windows of a text, if there are any."""
+    if kind == PEFT:
+        raise UsageError("only a run has an adapter", hint="fleetune export RUN --to peft")
+    from fleetune.deploy import export as exporting
+    from fleetune.deploy.measure import harness
+    from fleetune.models.artefact import Master, is_master
+
+    report = exporting.export(source, kind, out, made=made or {})
+    if is_master(source) and (warning := harness.warning(Master(source))):
+        report = dataclasses.replace(report, notes=(*report.notes, warning))
+    return _finish(source, kind, _done(report, listener), rows, listener)
+
+
+def _place(folder: Path, kind: str, name: str = "") -> Path:
+    """Where a target is written unless it is said: in `folder`, under the name of the model."""
+    if kind.startswith("gguf"):
+        return folder / f"{name or folder.name}{kind[4:].replace(':', '-')}.gguf"
+    return folder / (f"{name}-{kind}" if name else kind).replace(":", "-")
+
+
+def _of_run(
+    run: Run, kind: str, path: Path | None, text: str | None, listener: Listener, *, offline: bool
+) -> ExportResult:
+    from fleetune.deploy import export as exporting
+    from fleetune.deploy import provenance
+    from fleetune.deploy.formats import gguf_lora
+
+    recipe, out = run.recipe, path or _place(run.folder, kind)
+    check_place(kind, out)
+    if kind == PEFT:
+        return _copy_adapter(run, out, listener)
+    base = Plain(recipe.model)
+    made = provenance.of_run(run.folder, recipe)
+    if kind == LORA:
+        from fleetune.tuning import finished
+
+        adapter = run.folder / finished.RESULT["adapter"]
+        gguf_lora.check_kind(adapter)
+        report = exporting.export_adapter(adapter, base.directory(offline=offline), out, made=made)
+        return ExportResult(out, _done(report, listener))
+    rows = _rows(base.directory(offline=offline), text)
+    if kind == DEFAULT_TARGET_OF_A_RUN:
+        done = _plain_directory(run, out, listener, offline=offline)
+        return _finish(run.folder, kind, done, rows, listener, offline=offline)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
+        plain = Path(folder) / run.folder.name
+        _write_tuned(run, plain, offline=offline)
+        return write(plain, kind, out, listener, made, rows)
+
+
+def _write_tuned(run: Run, out: Path, listener: Listener | None = None, *, offline: bool) -> str:
+    """The run's tuned weights as a plain directory; the digest of its weights."""
+    from fleetune.deploy.formats import gguf_vocabulary
+    from fleetune.tuning import finished
+
+    recipe = run.recipe
+    card = (
+        f"# {run.folder.name}\n\n{recipe.model} tuned by Fleetune ({recipe.method}) "
+        f"on {Path(recipe.data).name}.\n"
+    )
+    model = run.load(offline=offline)
+    if listener is not None:
+        for note in gguf_vocabulary.give_template(model.tokenizer):
+            listener.note(f"note: {note}")
+    return finished.export_hf(model, out, card=card)
+
+
+def _plain_directory(run: Run, out: Path, listener: Listener, *, offline: bool) -> ExportDone:
+    digest = _write_tuned(run, out, listener, offline=offline)
+    done = ExportDone(to=DEFAULT_TARGET_OF_A_RUN, path=str(out), digest=digest)
+    listener.event(done)
+    return done
+
+
+def _copy_adapter(run: Run, out: Path, listener: Listener) -> ExportResult:
+    """Copy a run's adapter directory, and compare every file."""
+    from fleetune.models.tensor_file import damaged
+    from fleetune.tuning import finished
+
+    finished.export_peft(run.folder, out)
+    files = sorted(file for file in out.rglob("*") if file.is_file())
+    for file in files:
+        source = run.folder / finished.RESULT["adapter"] / file.relative_to(out)
+        if file.read_bytes() != source.read_bytes():
+            raise damaged(file, "it is not what the run holds")
+    size = sum(file.stat().st_size for file in files)
+    done = ExportDone(to=PEFT, path=str(out), bytes=size, files=len(files))
+    listener.event(done)
+    return ExportResult(out, done)
+
+
+def _done(report: Report, listener: Listener) -> ExportDone:
+    done = ExportDone(**{**dataclasses.asdict(report), "path": str(report.path)})
+    listener.event(done)
+    for note in report.notes:
+        listener.note(f"note: {note}")
+    return done
+
+
+def _rows(source: Path, text: str | None) -> list[Row]:
+    """The windows of the text in the tokens of the model in `source`; none without a text."""
+    from fleetune.deploy.measure import check as checking
+
+    return checking.windows_of(text, source) if text else []
+
+
+def _finish(
+    source: Path, kind: str, done: ExportDone, rows: Sequence[Row], listener: Listener, *, offline: bool = False
+) -> ExportResult:
+    """Run what was written in its runtime, and its source in torch, on the same windows of a text."""
+    from fleetune.deploy.measure import check as checking
+
+    out = Path(done.path)
+    if not rows:
+        return ExportResult(out, done)
+    if why := checking.obstacle(kind, out):
+        checked = ExportChecked(path=str(out), runtime=None)
+        listener.event(checked)
+        listener.note(f"not run: {why}")
+        return ExportResult(out, done, checked)
+    runtime = checking.RUNTIMES[kind.partition(":")[0]]
+    found = checking.compare(source, out, runtime, list(rows), offline=offline)
+    checked = ExportChecked(path=str(out), **dataclasses.asdict(found), ratio=found.ratio)
+    listener.event(checked)
+    return ExportResult(out, done, checked)

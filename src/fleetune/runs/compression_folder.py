@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read and write the folder that a compression leaves.
+
+runs/0008-optq-smollm2-135m/
+  compress.json   the request, and the result once there is one
+  parts/          what `--resume` continues from: finished blocks, or a training state (removed at the end)
+  model/          the compressed model: of a solver the artefact of codes, else a plain Hugging Face directory
+  base/           the base model, compressed the same way (`fleetune measure --kept-gain`)
+  measure.json    what `fleetune measure` found
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from fleetune.common.files import write_atomic
+from fleetune.errors import StorageError, UsageError
+from fleetune.runs import rundir
+
+RECORD: Final = "compress.json"
+PARTS: Final = "parts"
+CLIENTS: Final = "clients"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompressRequest:
+    """What was asked for, as `compress.json` holds it."""
+
+    model: str  # a model's name, or a run's folder
+    run: bool  # whether it is a run's folder
+    method: str
+    set: dict[str, str] = field(default_factory=dict)
+    data: str = ""
+    text: str = ""
+    windows: int = 128
+    length: int = 512
+    eval_text: str = ""
+    seed: int = 42
+    dtype: str = "fp32"
+    low_memory: bool = False  # the model stays in its files
+    calibrate: str = "server"  # who calibrates: server, or clients (those of the run)
+    clients: int = 0  # how many of them, 0 for all
+    true_sequential: bool = False  # a layer is solved on the outputs of its block's compressed layers
+
+    @property
+    def uses_held_out(self) -> bool:
+        """Whether half of the run's held-out rows were used, so that only the other half measures."""
+        return self.run and not (self.data or self.text or self.calibrate == CLIENTS)
+
+
+# Finding one ----------------------------------------------------------------------------------------
+
+
+def find(name: str, out: Path) -> Path | None:
+    """The folder of a compression: a path, a name or number under `out`, or `latest`; None if there is none."""
+    if name == "latest":
+        return max(listing(out), key=rundir.number, default=None)
+    numbered = list(out.glob(f"{name.zfill(4)}-*")) if name.isdigit() else []
+    for path in [Path(name), out / name, *numbered]:
+        if (path / RECORD).is_file():
+            return path
+    return None
+
+
+def listing(out: Path) -> list[Path]:
+    """The folders of compressions under `out`, in order of number."""
+    return sorted((file.parent for file in out.glob(f"*/{RECORD}")), key=rundir.number)
+
+
+def create(request: CompressRequest, out: Path) -> Path:
+    """Make a new folder `NNNN-method-model` under `out` with the request in it.  StorageError when it cannot be."""
+    rundir.check_writable(out)
+    name = name_of(request.model)
+    name = name.removeprefix(f"{rundir.number(Path(name)):04d}-")  # of a run: without its number
+    folder = rundir.numbered(out, f"{request.method}-{rundir.slug(name) or 'model'}")
+    write_record(folder, request, None)
+    return folder
+
+
+def name_of(model: str) -> str:
+    """What a model or a run is called; a compression's plain model has its folder's name."""
+    path = Path(model)
+    return (path.parent if path.name == "model" and rundir.number(path.parent) else path).name
+
+
+# What it holds --------------------------------------------------------------------------------------
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """The content of `compress.json`.  StorageError when it is damaged."""
+    file = folder / RECORD
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{file} is damaged ({error!r})", hint="compress again: fleetune compress MODEL"
+        ) from error
+    return found
+
+
+def request_of(folder: Path) -> CompressRequest:
+    """The request of a folder.  StorageError for a record that does not hold one."""
+    raw = record(folder)
+    try:
+        return CompressRequest(
+            **{name: raw[name] for name in CompressRequest.__dataclass_fields__ if name in raw}
+        )
+    except TypeError as error:
+        raise StorageError(
+            f"{folder / RECORD} is damaged ({error})", hint="compress again: fleetune compress MODEL"
+        ) from error
+
+
+def write_record(folder: Path, request: CompressRequest, result: Mapping[str, Any] | None) -> None:
+    """Write `compress.json`, with the result once there is one."""
+    content: dict[str, Any] = {"v": 1, **asdict(request)}
+    if result is not None:
+        content["result"] = dict(result)
+    write_atomic(folder / RECORD, json.dumps(content, indent=1) + "\n")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the compressed model is there, as an artefact of codes or as plain weights."""
+    from fleetune.models.artefact import is_master
+
+    return is_master(folder / "model") or any((folder / "model").glob("model*.safetensors"))
+
+
+def model_in(folder: Path) -> Path:
+    """The compressed model of a folder; UsageError when it is not finished."""
+    if not is_complete(folder):
+        raise UsageError(f"{folder} is not finished", hint=f"fleetune compress --resume {folder}")
+    return folder / "model"
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def weights_size(folder: Path) -> int:
+    """Bytes of the weights in a model's folder, without its tokenizer and configuration."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+# Cleaning up ----------------------------------------------------------------------------------------
+
+
+def drop_parts(parts: Path) -> None:
+    """Remove the parts of a finished compression.
+
+    They are renamed first, so that a kill leaves none that would be taken for parts to resume from.
+    """
+    gone = parts.with_name(f".{parts.name}.tmp")
+    shutil.rmtree(gone, ignore_errors=True)  # what a kill left
+    try:
+        parts.rename(gone)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("%s is not needed any more, but cannot be removed: %s", parts, error)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def drop_half_written(folder: Path) -> None:
+    """Remove models that a kill left half-written."""
+    for half in folder.glob(".model.*.tmp"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def finish(folder: Path, request: CompressRequest, result: Mapping[str, Any]) -> None:
+    """Write the result, then remove the parts.
+
+    In this order: a kill before the record is written leaves all that `--resume` needs, one after it a finished folder.
+    """
+    write_record(folder, request, result)
+    drop_parts(folder / PARTS)
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result of a finished folder, from which what a kill left is removed; None when it is not finished."""
+    done: dict[str, Any] | None = record(folder).get("result")
+    drop_half_written(folder)
+    if done is None or not is_complete(folder):
+        return None
+    drop_parts(folder / PARTS)
+    return done

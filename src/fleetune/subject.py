@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say what a name means: a run, a compressed model, or a plain model.
+
+This is the one place that knows.  In order:
+
+    a folder with an artefact of codes             `Compressed`
+    a path, name or number of a compression        `Compressed`
+    a path, name or number of a run                `Run`
+    `latest`                                       the newest of these two
+    a built-in name, a directory, a .gguf file, a hub id         `Plain`
+
+Names and numbers are looked up under `out`, the folder of the runs.  Nothing is loaded until it is asked for.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleetune.errors import UsageError
+from fleetune.runs import compression_folder, rundir
+from fleetune.runs.compression_folder import CompressRequest
+
+if TYPE_CHECKING:
+    from fleetune.data import Example
+    from fleetune.models.model import Model
+    from fleetune.seeds.ledger import Ledger
+    from fleetune.tuning.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """A tuned run (or one that is not finished yet)."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe that made it."""
+        from fleetune.tuning import finished
+
+        return finished.recipe_of(self.folder)
+
+    @property
+    def result(self) -> Path:
+        """Its ledger or adapter directory; UsageError when it has none yet."""
+        from fleetune.tuning import finished
+
+        return finished.result_of(self.folder)
+
+    def load(self, *, device: str = "cpu", offline: bool = False) -> Model:
+        """Load the base model with the change that was tuned; the base's stored weights stay as they are."""
+        from fleetune.tuning import finished
+
+        return finished.load(self.folder, device=device, offline=offline)
+
+    def held_out(self, *, offline: bool = False) -> list[Example]:
+        """Read the rows that the run never trained on."""
+        from fleetune.tuning import finished
+
+        return finished.held_out(self.folder, offline=offline)
+
+    def ledger(self) -> Ledger:
+        """Read its seed ledger; UsageError for a run that leaves an adapter."""
+        from fleetune.seeds import ledger
+        from fleetune.tuning import finished
+
+        if self.result.name != finished.RESULT["ledger"]:
+            raise UsageError(f"{self.folder} leaves an adapter, no ledger", hint=f"see {self.result}")
+        return ledger.load(self.result)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed model: of a compression's folder, or an artefact of codes by itself (`folder` is then None)."""
+
+    folder: Path | None
+    artefact: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return (self.folder or self.model).name
+
+    @property
+    def home(self) -> Path:
+        """Where exported files are written: the compression's folder, or that of the artefact."""
+        if self.folder is not None:
+            return self.folder
+        return self.model.parent if self.model.name == "model" else self.model
+
+    @property
+    def model(self) -> Path:
+        """The artefact of codes, or plain directory; UsageError when the compression is not finished."""
+        if self.artefact is not None:
+            return self.artefact
+        assert self.folder is not None
+        return compression_folder.model_in(self.folder)
+
+    @property
+    def request(self) -> CompressRequest | None:
+        """What was asked for; None for an artefact by itself."""
+        return compression_folder.request_of(self.folder) if self.folder is not None else None
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether the weights are in Fleetune's own file of codes, not in a plain directory."""
+        from fleetune.models.artefact import is_master
+
+        return is_master(self.model)
+
+    def load(self, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False) -> Model:
+        """Load its weights, codes as the values that they stand for."""
+        from fleetune import models
+
+        if self.holds_codes:
+            return models.load_artefact(self.model, dtype=dtype, device=device)
+        return models.load(str(self.model), dtype=dtype, device=device, offline=offline)
+
+    def held_out(self, *, offline: bool = False) -> list[Example]:
+        """Read the held-out rows of its run that it was not made with; [] for a model that is no run."""
+        from fleetune.tuning import finished
+
+        request = self.request
+        if request is None or not request.run:
+            return []
+        if not (Path(request.model) / "run.toml").is_file():
+            raise UsageError(
+                f"{self.folder} was made from the run {request.model}, which is gone with its held-out rows",
+                hint=f"give rows: fleetune eval {self.folder} rows.jsonl",
+            )
+        rows = finished.held_out(Path(request.model), offline=offline)
+        return rows[1::2] if request.uses_held_out else rows
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A model by its name: built in, a Hugging Face directory, a .gguf file or a hub id."""
+
+    name: str
+
+    def load(self, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False) -> Model:
+        """Load it."""
+        from fleetune import models
+
+        return models.load(self.name, dtype=dtype, device=device, offline=offline)
+
+    def directory(self, *, offline: bool = False) -> Path:
+        """Return its Hugging Face directory, fetched or converted first where need be."""
+        from fleetune import models
+
+        return models.resolve(self.name, offline=offline)
+
+
+Subject = Run | Compressed | Plain
+
+
+def open(name: str | Path, out: str | Path = "runs") -> Subject:
+    """Return what `name` means.  UsageError for `latest` or a number where there is no such run."""
+    text, runs, path = str(name), Path(out), Path(name)
+    if text != "latest" and _is_artefact(path):
+        return Compressed(None, path)
+    run, smaller = _run(text, runs), compression_folder.find(text, runs)
+    if run and smaller:  # both have a `latest`
+        run, smaller = (
+            (None, smaller) if rundir.number(smaller) > rundir.number(run.resolve()) else (run, None)
+        )
+    if smaller:
+        return Compressed(smaller)
+    if run:
+        return Run(run)
+    rundir.check_name(text, runs)
+    return Plain(text)
+
+
+def open_weights(name: str | Path, out: str | Path = "runs") -> Run | Plain:
+    """Return what `name` means where plain weights are needed: to compress them, or to teach a student.
+
+    A finished plain result of a compression counts as the model that it is; `latest` passes over compressions that hold
+    codes.  UsageError for codes, with the command that exports them.
+    """
+    text, runs = str(name), Path(out)
+    run = _run(text, runs)
+    if text == "latest":
+        plain = [p for p in compression_folder.listing(runs) if _is_plain(p)]
+        newest = max(plain, key=rundir.number, default=None)
+        if newest and not (run and rundir.number(newest) < rundir.number(run.resolve())):
+            return Plain(str(newest / "model"))
+        if run:
+            return Run(run)
+    found = open(text, runs)
+    if not isinstance(found, Compressed):
+        return found
+    if not found.holds_codes:
+        return Plain(str(found.model))
+    raise _codes(text, found)
+
+
+def _codes(name: str, found: Compressed) -> UsageError:
+    from fleetune.models.artefact import Master
+
+    head = Master(found.model).head
+    return UsageError(
+        f"{name} was compressed with {head.method}: it holds {'codes' if head.grids else 'zeros among weights'} "
+        "in a file of Fleetune's own, not a plain model",
+        hint=f"fleetune export {name} --to hf   and give the folder that it writes",
+    )
+
+
+def _run(name: str, out: Path) -> Path | None:
+    """The run's folder that `name` means, None when it means no run."""
+    like_one = name == "latest" or name.isdigit() or (Path(name) / "run.toml").is_file()
+    if like_one or (out / name / "run.toml").is_file():
+        with suppress(UsageError):
+            return rundir.find(name, out)
+    return None
+
+
+def _is_artefact(path: Path) -> bool:
+    from fleetune.models.artefact import is_master
+
+    return is_master(path)
+
+
+def _is_plain(folder: Path) -> bool:
+    return compression_folder.is_complete(folder) and not _is_artefact(folder / "model")
