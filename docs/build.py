@@ -3,15 +3,18 @@
 
     python docs/build.py
 
-Pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md.  Parts: the tree of the layers in README.md
-and the table in docs/architecture.md, between the marks `<!-- architecture -->` and `<!-- /architecture -->`.
+Pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md, docs/events.md and its JSON schema.
+Parts: the tree of the layers in README.md and the table in docs/architecture.md, between the marks
+`<!-- architecture -->` and `<!-- /architecture -->`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import inspect
+import json
 import re
 import sys
 import tomllib
@@ -19,9 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from fleetune import compression
 from fleetune.cli import main as cli
 from fleetune.common import settings
+from fleetune.runs import events
 from fleetune.tuning import methods, recipe
 
 DOCS = Path(__file__).parent
@@ -91,12 +97,84 @@ def commands_page() -> str:
     return "\n".join(parts)
 
 
-def events_page() -> str | None:
-    """Every event of `--json` with its fields; None while no module states them.
+# Events ------------------------------------------------------------------------------------------
 
-    To fill: read the dataclasses of `fleetune.runs.events`; return MADE, a heading, and a table a class.
-    """
-    return None
+
+def events_page() -> str:
+    """Every event of `--json` with its fields, under the headings of `runs/events.py`."""
+    source = (PACKAGE / "runs" / "events.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    about = (inspect.getdoc(events) or "").partition("\n\n")[2]
+    schema = "Machines read [the JSON schema](events.schema.json)."
+    out = [MADE, "# Events\n", f"The lines of `--json`. {about}\n", schema + "\n"]
+    at = 0
+    for node in ast.parse(source).body:
+        above, at = lines[at : node.lineno - 1], node.end_lineno or 0
+        out += [f"## {m[1]}\n" for line in above if (m := re.fullmatch(r"# (.*\w) -{10,}", line))]
+        if isinstance(node, ast.ClassDef) and (event := getattr(events, node.name)) in events.classes():
+            out += _event(event, node, lines)
+    return "\n".join(out)
+
+
+def _event(event: type[events.Event], node: ast.ClassDef, lines: Sequence[str]) -> list[str]:
+    rows = []
+    for field in node.body:
+        if not isinstance(field, ast.AnnAssign) or "ClassVar" in ast.unparse(field.annotation):
+            continue
+        optional, kind = field.value is not None, _json_type(field.annotation)
+        kind = kind.removesuffix(" or null") if optional else kind
+        remark = lines[(field.end_lineno or 0) - 1].partition("  # ")[2]
+        name = ast.unparse(field.target)
+        rows.append(f"| `{name}` | {_cell(kind)} | {'optional' if optional else ''} | {_cell(remark)} |")
+    if issubclass(event, events.Measures):
+        names = ", ".join(f"`{f.name}`" for f in dataclasses.fields(events.Measures))
+        rows.append(f"| {names} | float | optional | those that were asked for |")
+    title = [f"### {event.event}: {event.__name__}\n", f"{inspect.getdoc(event)}\n"]
+    return [*title, "| field | type | | meaning |", "|---|---|---|---|", *rows, ""]
+
+
+JSON_TYPES = {"int": "integer", "float": "number", "str": "text", "bool": "true or false", "Any": "anything", "None": "null",
+              "Value": "text, number, true or false", "MatrixSolved": "object (name, error, notes)"}  # fmt: skip
+
+
+def _json_type(annotation: ast.expr) -> str:
+    match annotation:
+        case ast.BinOp(left, _, right):
+            return f"{_json_type(left)} or {_json_type(right)}"
+        case ast.Subscript(ast.Name("Mapping"), ast.Tuple([_, value])):
+            return f"object of {_json_type(value)}"
+        case ast.Subscript(ast.Name("Sequence"), value):
+            return f"list of {_json_type(value)}"
+        case _:
+            return JSON_TYPES.get(ast.unparse(annotation), ast.unparse(annotation))
+
+
+def events_schema() -> str:
+    """The JSON schema of a line of `--json`: any of the events."""
+    defs, choices = {}, []
+    for event in events.classes():
+        schema = TypeAdapter(event).json_schema(ref_template="#/$defs/{model}")
+        defs |= schema.pop("$defs", {})
+        schema["properties"] = {
+            "v": {"const": events.VERSION},
+            "event": {"const": event.event},
+            **schema["properties"],
+        }
+        schema["required"] = ["v", "event", *schema.get("required", [])]
+        defs[event.__name__] = schema | {"additionalProperties": False}
+        choices.append({"$ref": f"#/$defs/{event.__name__}"})
+    whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", "anyOf": choices, "$defs": defs}
+    return json.dumps(_nullable(whole), indent=1) + "\n"
+
+
+def _nullable(schema: Any) -> Any:
+    # A number that is not finite is printed as null.
+    if isinstance(schema, list):
+        return [_nullable(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kind = ["number", "null"] if schema.get("type") == "number" else schema.get("type")
+    return {key: kind if key == "type" else _nullable(value) for key, value in schema.items()}
 
 
 # The layers --------------------------------------------------------------------------------------
@@ -157,8 +235,7 @@ def pages() -> dict[Path, str]:
     made = {DOCS / "methods" / f"{name}.md": method_page(name) for name in methods.entries()}
     made |= {DOCS / "compress" / f"{name}.md": compress_page(name) for name in compression.entries()}
     made |= {DOCS / "recipe.md": recipe_page(), DOCS / "commands.md": commands_page()}
-    if (events := events_page()) is not None:
-        made[DOCS / "events.md"] = events
+    made |= {DOCS / "events.md": events_page(), DOCS / "events.schema.json": events_schema()}
     return made | parts()
 
 
