@@ -42,6 +42,11 @@ class Run:
         """The folder's name."""
         return self.folder.resolve().name
 
+    @property
+    def argument(self) -> str:
+        """The run as a command takes it."""
+        return str(self.folder)
+
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe that made it."""
@@ -89,6 +94,11 @@ class Compressed:
     def name(self) -> str:
         """The folder's name."""
         return (self.folder or self.model).name
+
+    @property
+    def argument(self) -> str:
+        """The compressed model as a command takes it."""
+        return str(self.folder or self.model)
 
     @property
     def home(self) -> Path:
@@ -146,6 +156,11 @@ class Plain:
     """A model by its name: built in, a Hugging Face directory, a .gguf file or a hub id."""
 
     name: str
+
+    @property
+    def argument(self) -> str:
+        """The model as a command takes it."""
+        return self.name
 
     def load(self, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False) -> Model:
         """Load it."""

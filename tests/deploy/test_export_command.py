@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ from safetensors.torch import load_file
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.deploy.formats import peft
 from fleetune.models.artefact import Master
-from fleetune.tuning import finished as tuned
 
 
 @pytest.fixture(scope="module")
@@ -131,15 +132,15 @@ def test_a_copied_adapter_is_compared(
     llama: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call(capsys, "tune", llama, "demo", *METHODS["fedit"], *QUICK)[0] == 0
-    copy = tuned.export_peft
+    copy = shutil.copytree
 
-    def careless(run: Path, out: Path) -> None:
-        copy(run, out)
+    def careless(adapter: Path, out: Path, **options: Any) -> None:
+        copy(adapter, out, **options)
         file = out / "adapter_model.safetensors"
         raw = file.read_bytes()
         file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
 
-    monkeypatch.setattr(tuned, "export_peft", careless)
+    monkeypatch.setattr(peft.shutil, "copytree", careless)
     assert main(["export", "1", "--to", "peft"]) == 1
     assert "it is not what the run holds" in capsys.readouterr().err
 

@@ -11,8 +11,10 @@ import pytest
 from deploy_harness import compressed, tiny
 
 from fleetune import models
-from fleetune.deploy.export import TARGETS, check_place, export
+from fleetune.deploy import targets
+from fleetune.deploy.export import export
 from fleetune.deploy.formats import gguf, hf
+from fleetune.deploy.targets import check_place
 from fleetune.errors import ModelError, StorageError, UsageError
 
 
@@ -20,11 +22,11 @@ def place(to: str) -> str:
     return "x.gguf" if to.startswith("gguf") else "x"
 
 
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("to", targets.every())
 def test_every_target_writes_or_says_why_not(tmp_path: Path, to: str) -> None:
     compressed(tiny(), tmp_path / "m")
     out = tmp_path / "new" / place(to)
-    if to == "gguf:lora":
+    if targets.find(to).takes == "adapter":
         with pytest.raises(UsageError, match="only a run has an adapter"):
             export(tmp_path / "m", to, out)
         assert not out.parent.exists()

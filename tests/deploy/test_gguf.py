@@ -318,19 +318,19 @@ def test_every_damaged_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
     compressed(tiny(rope_parameters=LLAMA3), tmp_path / "m")
     path = export(tmp_path / "m", "gguf", tmp_path / "x.gguf").path
     model = open_checkpoint(tmp_path / "m")
-    slots = gguf._plan(model, None, [])
+    entries = gguf._plan(model, None, [])
     factors = rope.factors(model.config)
     whole = path.read_bytes()
-    rounded = gguf.verify(path, model, slots, factors)
-    assert [slot.name for slot in rounded] == ["model.embed_tokens.weight"]
+    rounded = gguf.verify(path, model, entries, factors)
+    assert [entry.parameter for entry in rounded] == ["model.embed_tokens.weight"]
     for tensor in package.GGUFReader(path).tensors:
         for at in (tensor.data_offset, tensor.data_offset + tensor.n_bytes - 1):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
             with pytest.raises(FleetuneError, match=tensor.name):
-                gguf.verify(path, model, slots, factors)
+                gguf.verify(path, model, entries, factors)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FleetuneError, match="is wrong"):
-        gguf.verify(path, model, slots, factors)
+        gguf.verify(path, model, entries, factors)
 
 
 def test_a_wrong_packer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

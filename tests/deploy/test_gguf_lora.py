@@ -39,7 +39,7 @@ def tuned(folder: Path, kind: str = "llama", sizes: dict[str, Any] | None = None
 
 
 def write(folder: Path, **made: str) -> Path:
-    return export_adapter(folder / "adapter", folder / "base", folder / "l.gguf", made=made).path
+    return export_adapter(folder / "adapter", folder / "base", "gguf:lora", folder / "l.gguf", made=made).path
 
 
 def stored(path: Path) -> dict[str, np.ndarray]:
@@ -53,7 +53,7 @@ def change(folder: Path, **settings: Any) -> None:
 
 def test_the_factors_are_peft_s_in_the_base_s_order_of_rows(tmp_path: Path) -> None:
     tuned(tmp_path)
-    report = export_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "l.gguf")
+    report = export_adapter(tmp_path / "adapter", tmp_path / "base", "gguf:lora", tmp_path / "l.gguf")
     assert (report.to, report.types, report.tensors, report.exact) == ("gguf:lora", {"F32": 28}, 28, 28)
     found, own = stored(report.path), load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     order = [h * 16 + i + half for h in range(4) for i in range(8) for half in (0, 8)]
@@ -143,7 +143,7 @@ def test_other_modules_are_refused(tmp_path: Path) -> None:
         adapters.attach(model, spec, seed=0)
         adapters.save(model, tmp_path / kind)
         with pytest.raises(UsageError) as caught:
-            export_adapter(tmp_path / kind, tmp_path / "base", tmp_path / "l.gguf")
+            export_adapter(tmp_path / kind, tmp_path / "base", "gguf:lora", tmp_path / "l.gguf")
         assert "merge it into the base" in (caught.value.hint or "")
 
 
@@ -204,7 +204,7 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
             gguf_lora._verify(path, tensors, 6.0)
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"\x00" * 9)
     with pytest.raises(ModelError, match="not a usable adapter"):
-        export_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "m.gguf")
+        export_adapter(tmp_path / "adapter", tmp_path / "base", "gguf:lora", tmp_path / "m.gguf")
 
 
 # ---------------------------------------------------------------- the command

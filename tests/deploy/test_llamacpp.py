@@ -86,7 +86,7 @@ def test_a_prefill_forgets_what_was_read_before(made: tuple[Model, Path]) -> Non
 def test_its_process_carries_no_torch(made: tuple[Model, Path]) -> None:
     model, file = made
     found = harness.measured(
-        harness.Job("gguf", str(file), 1, prompt=8, generate=2, repeats=1, rows=rows()[:3])
+        harness.MeasureJob("gguf", str(file), 1, prompt=8, generate=2, repeats=1, rows=rows()[:3])
     )
     assert found.peak_rss < 120e6  # torch alone is more
     ours = response_loss(model, [Encoded(np.asarray(ids, np.int32), k) for ids, k in rows()[:3]])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fleetune.common.memory import peak_rss
 from fleetune.deploy import export
 from fleetune.deploy.measure import harness
-from fleetune.deploy.measure.harness import KEPT_BAR, Job, kept_gain
+from fleetune.deploy.measure.harness import KEPT_BAR, MeasureJob, kept_gain
 from fleetune.errors import DataError, FleetuneError, ModelError, UsageError
 from fleetune.models.artefact import Master
 
@@ -172,7 +172,7 @@ def test_a_process_measures_what_the_model_gives_and_its_own_memory(artefact: Pa
     windows = [(rng.integers(0, 260, 24).tolist(), 1) for _ in range(3)]
     ours = np.ones(100_000_000)  # 800 MB here are none of the child's
     found = harness.measured(
-        Job("artefact", str(artefact), 1, prompt=8, generate=2, repeats=1, rows=rows, windows=windows)
+        MeasureJob("artefact", str(artefact), 1, prompt=8, generate=2, repeats=1, rows=rows, windows=windows)
     )
     assert 100e6 < found.peak_rss < peak_rss() - 400e6
     assert found.values["loss"] == pytest.approx(reference(artefact, rows), rel=1e-5)
@@ -188,7 +188,7 @@ def test_a_job_is_done_with_the_threads_it_says_and_without_a_clock_where_none_i
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        found = harness.carry_out(Job("artefact", str(artefact), 1, repeats=0))
+        found = harness.carry_out(MeasureJob("artefact", str(artefact), 1, repeats=0))
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -214,30 +214,30 @@ def test_a_module_that_lies_in_the_folder_one_stands_in_is_not_run(
 ) -> None:
     (tmp_path / "safetensors.py").write_text("raise SystemExit('run')\n")
     monkeypatch.chdir(tmp_path)
-    assert harness.measured(Job("artefact", str(artefact.resolve()), 1, repeats=0)).peak_rss > 0
+    assert harness.measured(MeasureJob("artefact", str(artefact.resolve()), 1, repeats=0)).peak_rss > 0
 
 
 def test_what_goes_wrong_in_the_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError) as told:  # not installed, or no such file: either is an error of use
-        harness.measured(Job("gguf", "no.gguf", 1))
+        harness.measured(MeasureJob("gguf", "no.gguf", 1))
     assert told.value.hint
     script = tmp_path / "dies"
     script.write_text("#!/bin/sh\necho of thirst >&2\nexit 3\n")
     script.chmod(0o755)
     monkeypatch.setattr(harness.sys, "executable", str(script))
     with pytest.raises(FleetuneError, match=r"measuring a\.gguf ended with 3: of thirst") as ended:
-        harness.measured(Job("gguf", "a.gguf", 1))
+        harness.measured(MeasureJob("gguf", "a.gguf", 1))
     assert "signal" not in (ended.value.hint or "")
     for number, hint in ((9, "memory"), (11, "a negative number is a signal")):
         script.write_text(f"#!/bin/sh\nkill -{number} $$\n")
         with pytest.raises(FleetuneError, match=rf"ended with -{number}") as ended:
-            harness.measured(Job("gguf", "a.gguf", 1))
+            harness.measured(MeasureJob("gguf", "a.gguf", 1))
         assert hint in (ended.value.hint or "")
 
 
 def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=str(tmp_path)):
-        harness.carry_out(Job("artefact", str(tmp_path), 1))
+        harness.carry_out(MeasureJob("artefact", str(tmp_path), 1))
 
 
 # ---------------------------------------------------------------- what an export says

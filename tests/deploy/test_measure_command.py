@@ -282,7 +282,7 @@ def test_the_table_on_a_terminal_says_what_is_next(at: Path, capsys: pytest.Capt
 def test_a_file_that_its_engine_does_not_run_costs_no_other_row(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(job: harness.Job) -> harness.Measured:
+    def measured(job: harness.MeasureJob) -> harness.Measurement:
         if job.kind == "gguf":
             raise FleetuneError("undefined symbol: llama_init")
         return harness.carry_out(job)
@@ -343,11 +343,11 @@ def test_an_export_is_run_where_it_is_for(at: Path, capsys: pytest.CaptureFixtur
 def test_an_export_is_checked_without_a_network_where_none_is_wanted(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = list[harness.Job]()
+    jobs = list[harness.MeasureJob]()
 
-    def measured(job: harness.Job) -> harness.Measured:
+    def measured(job: harness.MeasureJob) -> harness.Measurement:
         jobs.append(job)
-        return harness.Measured(0, None, None, {"perplexity": 2.0})
+        return harness.Measurement(0, None, None, {"perplexity": 2.0})
 
     monkeypatch.setattr(harness, "measured", measured)
     args = ["export", "1", "--to", "hf", "--path", "quiet", "--text", "text.txt", "--offline"]
@@ -358,8 +358,8 @@ def test_an_export_is_checked_without_a_network_where_none_is_wanted(
 def test_a_runtime_that_is_not_there_is_named(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacking = check.RUNTIMES["gguf"]._replace(modules=("no_such_engine",))
-    monkeypatch.setattr(check, "RUNTIMES", {"gguf": lacking})
+    lacking = check.ENGINES["llama.cpp"]._replace(modules=("no_such_engine",))
+    monkeypatch.setattr(check, "ENGINES", {"llama.cpp": lacking})
     code, told, err = call(capsys, "export", "2", "--to", "gguf", "--path", "c.gguf", "--text", "text.txt")
     assert (code, told[-1]["runtime"]) == (0, None)
     assert "not run: llama.cpp for gguf: pip install 'fleetune[llamacpp]'" in err

@@ -18,6 +18,7 @@ from pathlib import Path
 from fleetune.cli.commands import chat, compress, measure, serve
 from fleetune.cli.console import Ui
 from fleetune.common.version import __version__
+from fleetune.deploy import targets
 from fleetune.errors import FleetuneError, Interrupted, UsageError
 from fleetune.seeds.kernel_choice import chosen_kernels as wanted_kernels
 from fleetune.tuning import recipe as recipes
@@ -198,8 +199,7 @@ def _export_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("subject", metavar="RUN|FOLDER|MODEL")
     sub.add_argument(
         "--to", metavar="TARGET",
-        help="gguf (of a run or model: gguf:f16, gguf:q8_0, ..), compressed-tensors, gptq, mlx, hf (a plain model), peft or "
-        "gguf:lora (a run's adapter); default: of a run hf, else gguf",
+        help=f"{targets.listed()}; default: of a run hf, else gguf",
     )  # fmt: skip
     sub.add_argument("--path", help="file or folder to write (default: inside the run or folder)")
     sub.add_argument(

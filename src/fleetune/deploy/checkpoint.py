@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export takes a model from, and what it tells about what it wrote.
+"""Read the source of an export one tensor at a time, under transformers' parameter names.
 
-A source is a master artefact (`master.Master`) or a plain Hugging Face directory (`Directory`).  Both give one
-tensor at a time.  A `Checkpoint` is a source with transformers' own names: a model of the configuration, on
-the meta device, says which parameters there are, which of them are one tensor (tied embeddings) and which
-belong to linear layers; every one must be in the source and nothing else.
+A source is a master artefact (`artefact.Master`) or a plain Hugging Face directory (`PlainFolder`).  A `Checkpoint`
+gives either the names of transformers: a model built from the configuration on the meta device says which parameters
+there are, which of them are one tensor (tied embeddings) and which belong to linear layers.  The source must hold
+every one of them and nothing else.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -28,25 +26,25 @@ from fleetune.models.hf_folder import check_folder, config_of, is_encoder
 BUFFERS: Final = ("rotary_emb.inv_freq",)  # old checkpoints hold them; models compute them
 
 
-class Source(Protocol):
-    """A model on the disk, read a tensor at a time."""
+class TensorSource(Protocol):
+    """A model on disk, read one tensor at a time."""
 
     @property
     def folder(self) -> Path:
-        """Where config.json and the tokenizer's files are."""
+        """The folder with config.json and the tokenizer's files."""
 
     @property
     def names(self) -> list[str]:
         """The parameters, quantised or not."""
 
     def quantised(self, name: str) -> Quantised | None:
-        """The codes of a parameter; None for a dense one."""
+        """Return the codes of a parameter; None for a dense one."""
 
     def weight(self, name: str) -> Tensor:
-        """A parameter's values."""
+        """Return the values of a parameter."""
 
 
-class Directory:
+class PlainFolder:
     """A plain Hugging Face directory, one safetensors file or shards."""
 
     def __init__(self, folder: Path) -> None:
@@ -63,14 +61,14 @@ class Directory:
 
     @property
     def names(self) -> list[str]:
-        """The parameters in name order."""
+        """The parameters in the order of their names."""
         return sorted(name for name in self._files if not name.endswith(BUFFERS))
 
     def quantised(self, name: str) -> None:
-        """Nothing here is quantised."""
+        """Return None: nothing in a plain directory is quantised."""
 
     def weight(self, name: str) -> Tensor:
-        """A parameter's values, in the type they are stored in."""
+        """Return the values of a parameter in the stored dtype."""
         with _opened(self._files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
@@ -90,9 +88,9 @@ def _opened(file: Path) -> Any:
 
 
 class Checkpoint:
-    """A source by transformers' names, in the order of the model's modules."""
+    """A source under transformers' parameter names, in the order of the model's modules."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: TensorSource) -> None:
         """UsageError for an encoder; ModelError when the tensors are not those of the configuration."""
         self.source = source
         self.folder = source.folder
@@ -113,19 +111,19 @@ class Checkpoint:
         return list(self.shapes)
 
     def quantised(self, name: str) -> Quantised | None:
-        """The codes of a parameter; None for a dense one."""
+        """Return the codes of a parameter; None for a dense one."""
         q = self.source.quantised(self._stored[name])
         if q is not None:
             self._check_shape(name, q.codes)
         return q
 
     def weight(self, name: str) -> Tensor:
-        """A parameter's values: float32 for a quantised one, else in the type it is stored in."""
+        """Return the values of a parameter: float32 for a quantised one, else in the stored dtype."""
         return self._check_shape(name, self.source.weight(self._stored[name]))
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The type of what is not quantised, by its smallest tensor."""
+        """The dtype of what is not quantised, taken from its smallest tensor."""
         return self.weight(min(self.shapes, key=lambda name: (len(self.shapes[name]), name))).dtype
 
     @property
@@ -142,8 +140,8 @@ class Checkpoint:
         return tensor
 
 
-def _stored_names(net: nn.Module, source: Source) -> dict[str, str]:
-    """For each parameter, which of its names the source knows it by."""
+def _stored_names(net: nn.Module, source: TensorSource) -> dict[str, str]:
+    """Return for each parameter the name that the source stores it under."""
     aliases: dict[int, list[str]] = {}
     for name, parameter in net.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
@@ -163,18 +161,5 @@ def _stored_names(net: nn.Module, source: Source) -> dict[str, str]:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The model of a folder: a master artefact or a plain directory.  ModelError when it is neither."""
-    return Checkpoint(Master(folder) if is_master(folder) else Directory(folder))
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an export wrote; every tensor of it was read back and compared with the source."""
-
-    path: Path
-    to: str  # the target
-    bytes: int  # of all files
-    tensors: int
-    exact: int  # tensors whose values in the file are the source's, bit for bit
-    types: Mapping[str, int]  # how many tensors are of which type
-    notes: tuple[str, ...] = ()  # fallbacks and warnings, for the user
+    """Open the model of a folder, a master artefact or a plain directory; ModelError when it is neither."""
+    return Checkpoint(Master(folder) if is_master(folder) else PlainFolder(folder))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every target a model can be exported to, and the one function that does it: whole or not at all."""
+"""Export a model or an adapter to a target: the whole file or folder appears, or nothing does."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from fleetune import models
 from fleetune.common.files import default_mode, storage_error
 from fleetune.common.folders import staged
 from fleetune.deploy import alternatives, provenance
-from fleetune.deploy.checkpoint import Checkpoint, Report, open_checkpoint
-from fleetune.deploy.formats import compressed_tensors, gguf, gguf_lora, gptq, hf, mlx
-from fleetune.deploy.targets import TARGETS as TARGETS
-from fleetune.deploy.targets import check_place, check_target
+from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
+from fleetune.deploy.formats import AdapterFormat, Misfit, ModelFormat, Report
+from fleetune.deploy.targets import Target, check_place, find
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.artefact import is_master
 from fleetune.models.families.widths import has_block_widths
@@ -33,45 +32,57 @@ NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 def export(source: Path, to: str, out: Path, *, made: Mapping[str, str] = NOTHING) -> Report:
     """Write the model in the folder `source` as target `to` to the new file or folder `out`.
 
-    `source` is a master artefact or a plain Hugging Face directory; `made` (`provenance.py`) goes into a GGUF file's
-    header.  Everything written is read back and compared.  UsageError for an unknown target, an `out` that exists, or
-    a model that the target cannot hold; ModelError for a source that is none; StorageError when the disk is full.
-    `out` appears when it is complete.
+    `source` is a master artefact or a plain Hugging Face directory; `made` (`provenance.py`) goes into the file where
+    the format has a place for it.  Everything written is read back and compared.  UsageError for an unknown target, an
+    `out` that exists, or a model that the target cannot hold; ModelError for a source that is none; StorageError when
+    the disk is full.  `out` appears when it is complete.
     """
-    check_target(to)
+    target = find(to)
     check_place(to, out)
-    if to == gguf_lora.TARGET:
+    if target.takes == "adapter":
         raise UsageError("only a run has an adapter", hint=f"fleetune export RUN --to {to}")
     model = open_checkpoint(source)
-    if has_block_widths(model.config) and not to.startswith(("gguf", "hf")):
+    if has_block_widths(model.config) and not target.states("BLOCK_WIDTHS"):
         raise UsageError(
             f"{source} has blocks of different widths, which {to} has no place for",
-            hint=f"use {alternatives.instead(model)}, or prune it again with --set first=0 --set last=0",
+            hint=alternatives.hint(model, "prune it again with --set first=0 --set last=0"),
         )
-    kind = to.partition(":")[2] or None
-    if to.startswith("gguf"):
-        with _staged_file(out) as file:
-            report = gguf.write(model, file, kind, {**made, **provenance.of_artefact(model)}, name=out.stem)
-    else:
-        with staged(out) as folder, disk_errors(out):
-            report = _write_folder(model, to, kind, folder)
+    writer: ModelFormat = target.load()
+    with _staged(target, out) as place, _hinted(model):
+        facts = {**made, **provenance.of_artefact(model)} if target.states("PROVENANCE") else made
+        report = writer.write(model, place, target.kind, facts)
     return dataclasses.replace(report, path=out)
 
 
-def export_adapter(adapter: Path, base: Path, out: Path, *, made: Mapping[str, str] = NOTHING) -> Report:
-    """Write the LoRA in the PEFT directory `adapter`, of the model in the folder `base`, to the new file `out`.
+def export_adapter(
+    adapter: Path, base: Path | None, to: str, out: Path, *, made: Mapping[str, str] = NOTHING
+) -> Report:
+    """Write the adapter in the PEFT directory `adapter`, of the model in the folder `base`, to the new `out`.
 
-    UsageError for an `out` that exists or an adapter that GGUF has no place for; ModelError for one of another base.
+    A target that does not state BASE needs no `base`.  UsageError for a target that takes no adapter, an `out` that
+    exists or an adapter that the target has no place for; ModelError for one of another base.
     """
-    check_place(gguf_lora.TARGET, out)
-    gguf_lora.check_kind(adapter)
-    with _staged_file(out) as file:
-        report = gguf_lora.write(adapter, open_checkpoint(base), file, made, name=out.stem)
+    check_place(to, out)
+    check_adapter(adapter, to)
+    target = find(to)
+    writer: AdapterFormat = target.load()
+    with _staged(target, out) as place:
+        model = None if base is None else open_checkpoint(base)
+        report = writer.write(adapter, model, place, target.kind, made)
     return dataclasses.replace(report, path=out)
+
+
+def check_adapter(adapter: Path, to: str) -> None:
+    """Raise UsageError unless `to` takes adapters and has a place for that in the folder `adapter`."""
+    target = find(to)
+    if target.takes != "adapter":
+        raise UsageError(f"{to} is for whole models, not for adapters", hint="see fleetune export --help")
+    checker: AdapterFormat = target.load()
+    checker.check(adapter, target.kind)
 
 
 def load(source: Path) -> Model:
-    """The model of a master artefact, a plain directory or a GGUF file, in fp32, ready to run on the CPU.
+    """Load a master artefact, a plain directory or a GGUF file in fp32, ready to run on the CPU.
 
     ModelError if it is none of them.  Nothing of it stays on the disk.
     """
@@ -87,36 +98,44 @@ def load(source: Path) -> Model:
     return dataclasses.replace(model, name=str(source), path=source)
 
 
-def _write_folder(model: Checkpoint, to: str, kind: str | None, folder: Path) -> Report:
-    if to == compressed_tensors.TARGET:
-        return compressed_tensors.write(model, folder)
-    if to == gptq.TARGET:
-        return gptq.write(model, folder)
-    if to == mlx.TARGET:
-        return mlx.write(model, folder)
-    return hf.write(model, folder, kind)
+@contextmanager
+def _hinted(model: Checkpoint) -> Iterator[None]:
+    """Name the targets that can hold the model where the format says that it cannot."""
+    try:
+        yield
+    except Misfit as misfit:
+        hint = alternatives.hint(model, misfit.remedy)
+        raise UsageError(misfit.message, hint=hint) from misfit
 
 
 @contextmanager
-def _staged_file(target: Path) -> Iterator[Path]:
-    """The path of a hidden file beside `target` that becomes `target` when the block ends without an error."""
-    temporary: Path | None = None
+def _staged(target: Target, out: Path) -> Iterator[Path]:
+    """The place to write to: it becomes `out` when the block ends without an error."""
+    if target.suffix:
+        with _staged_file(out) as file:
+            yield file
+    else:
+        with staged(out) as folder, disk_errors(out):
+            yield folder
+
+
+@contextmanager
+def _staged_file(out: Path) -> Iterator[Path]:
+    """The path of a file in a hidden folder beside `out`, moved to `out` when the block ends without an error."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(default_mode())
-        if target.exists():
-            raise StorageError(
-                f"{target} has appeared meanwhile; it is left alone", hint="choose a new --path"
-            )
-        temporary.rename(target)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=out.parent, prefix=f".{out.name}.", suffix=".tmp", ignore_cleanup_errors=True
+        ) as folder:
+            file = Path(folder) / out.name
+            yield file
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+            file.chmod(default_mode())
+            if out.exists():
+                raise StorageError(
+                    f"{out} has appeared meanwhile; it is left alone", hint="choose a new --path"
+                )
+            file.rename(out)
     except OSError as error:
-        raise storage_error(error, target) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        raise storage_error(error, out) from error

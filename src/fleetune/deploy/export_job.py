@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetune.deploy.targets import LORA, PEFT, check_place, check_target
+from fleetune.deploy import targets
+from fleetune.deploy.targets import check_place
 from fleetune.errors import UsageError
 from fleetune.runs import rundir
 from fleetune.runs.events import ExportChecked, ExportDone
@@ -18,7 +19,7 @@ from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
 
 if TYPE_CHECKING:
-    from fleetune.deploy.checkpoint import Report
+    from fleetune.deploy.formats import Report
     from fleetune.deploy.measure.harness import Row
 
 DEFAULT_TARGET = "gguf"
@@ -35,7 +36,13 @@ class ExportResult:
 
 
 def export(
-    subject: Subject, to: str | None, path: Path | None, text: str | None, listener: Listener, *, offline: bool
+    subject: Subject,
+    to: str | None,
+    path: Path | None,
+    text: str | None,
+    listener: Listener,
+    *,
+    offline: bool,
 ) -> ExportResult:
     """Write `subject` as target `to` (default: gguf; of a run hf) to `path` (default: beside it), and read it back.
 
@@ -48,24 +55,23 @@ def export(
     kind = to or DEFAULT_TARGET
     if isinstance(subject, Compressed):
         source = subject.model
-        out = path or _place(subject.home, kind)
+        out = path or targets.find(kind).place(subject.home)
         return write(source, kind, out, listener, rows=_rows(source, text))
     from fleetune.deploy import provenance
 
     source = subject.directory(offline=offline)
-    out = path or _place(Path("."), kind, rundir.slug(Path(subject.name).name))
+    out = path or targets.find(kind).place(Path("."), rundir.slug(Path(subject.name).name))
     return write(source, kind, out, listener, provenance.of_base(subject.name), _rows(source, text))
 
 
 def check(to: str | None, path: Path | None, text: str | None) -> None:
     """UsageError for a target, a place or a text that cannot be, before anything heavy is imported."""
-    if to and to != PEFT:
-        check_target(to)
+    target = targets.find(to) if to else None
     if to and path:
         check_place(to, path)
     if text and not Path(text).is_file():
         raise UsageError(f"no text file at {text}", hint="check the path")
-    if text and to in (PEFT, LORA):
+    if text and target is not None and target.takes == "adapter":
         raise UsageError("an adapter alone has no perplexity", hint="leave out --text, or --to hf")
 
 
@@ -78,8 +84,6 @@ def write(
     rows: Sequence[Row] = (),
 ) -> ExportResult:
     """Export the folder `source`, and run what was written and `source` on the same windows of a text, if there are any."""
-    if kind == PEFT:
-        raise UsageError("only a run has an adapter", hint="fleetune export RUN --to peft")
     from fleetune.deploy import export as exporting
     from fleetune.deploy.measure import harness
     from fleetune.models.artefact import Master, is_master
@@ -90,32 +94,23 @@ def write(
     return _finish(source, kind, _done(report, listener), rows, listener)
 
 
-def _place(folder: Path, kind: str, name: str = "") -> Path:
-    """Where a target is written unless it is said: in `folder`, under the name of the model."""
-    if kind.startswith("gguf"):
-        return folder / f"{name or folder.name}{kind[4:].replace(':', '-')}.gguf"
-    return folder / (f"{name}-{kind}" if name else kind).replace(":", "-")
-
-
 def _of_run(
     run: Run, kind: str, path: Path | None, text: str | None, listener: Listener, *, offline: bool
 ) -> ExportResult:
     from fleetune.deploy import export as exporting
     from fleetune.deploy import provenance
-    from fleetune.deploy.formats import gguf_lora
 
-    recipe, out = run.recipe, path or _place(run.folder, kind)
+    recipe, target = run.recipe, targets.find(kind)
+    out = path or target.place(run.folder)
     check_place(kind, out)
-    if kind == PEFT:
-        return _copy_adapter(run, out, listener)
-    base = Plain(recipe.model)
-    made = provenance.of_run(run.folder, recipe)
-    if kind == LORA:
+    base, made = Plain(recipe.model), provenance.of_run(run.folder, recipe)
+    if target.takes == "adapter":
         from fleetune.tuning import finished
 
         adapter = run.folder / finished.RESULT["adapter"]
-        gguf_lora.check_kind(adapter)
-        report = exporting.export_adapter(adapter, base.directory(offline=offline), out, made=made)
+        exporting.check_adapter(adapter, kind)
+        source = base.directory(offline=offline) if target.states("BASE") else None
+        report = exporting.export_adapter(adapter, source, kind, out, made=made)
         return ExportResult(out, _done(report, listener))
     rows = _rows(base.directory(offline=offline), text)
     if kind == DEFAULT_TARGET_OF_A_RUN:
@@ -152,23 +147,6 @@ def _plain_directory(run: Run, out: Path, listener: Listener, *, offline: bool) 
     return done
 
 
-def _copy_adapter(run: Run, out: Path, listener: Listener) -> ExportResult:
-    """Copy a run's adapter directory, and compare every file."""
-    from fleetune.models.tensor_file import damaged
-    from fleetune.tuning import finished
-
-    finished.export_peft(run.folder, out)
-    files = sorted(file for file in out.rglob("*") if file.is_file())
-    for file in files:
-        source = run.folder / finished.RESULT["adapter"] / file.relative_to(out)
-        if file.read_bytes() != source.read_bytes():
-            raise damaged(file, "it is not what the run holds")
-    size = sum(file.stat().st_size for file in files)
-    done = ExportDone(to=PEFT, path=str(out), bytes=size, files=len(files))
-    listener.event(done)
-    return ExportResult(out, done)
-
-
 def _done(report: Report, listener: Listener) -> ExportDone:
     done = ExportDone(**{**dataclasses.asdict(report), "path": str(report.path)})
     listener.event(done)
@@ -185,7 +163,13 @@ def _rows(source: Path, text: str | None) -> list[Row]:
 
 
 def _finish(
-    source: Path, kind: str, done: ExportDone, rows: Sequence[Row], listener: Listener, *, offline: bool = False
+    source: Path,
+    kind: str,
+    done: ExportDone,
+    rows: Sequence[Row],
+    listener: Listener,
+    *,
+    offline: bool = False,
 ) -> ExportResult:
     """Run what was written in its runtime, and its source in torch, on the same windows of a text."""
     from fleetune.deploy.measure import check as checking
@@ -198,7 +182,8 @@ def _finish(
         listener.event(checked)
         listener.note(f"not run: {why}")
         return ExportResult(out, done, checked)
-    runtime = checking.RUNTIMES[kind.partition(":")[0]]
+    runtime = checking.runtime_of(kind)
+    assert runtime is not None  # or there would be an obstacle
     found = checking.compare(source, out, runtime, list(rows), offline=offline)
     checked = ExportChecked(path=str(out), **dataclasses.asdict(found), ratio=found.ratio)
     listener.event(checked)

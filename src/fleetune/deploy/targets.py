@@ -1,56 +1,110 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The targets of an export by name, and whether a place suits one: light, so that a slip is said at once."""
+"""List the export targets, and check that a place suits one; what formats state is read without importing them."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+import importlib
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Final
+from types import ModuleType
+from typing import Any, Final
 
-from fleetune.errors import UsageError
+from fleetune.common.registry import Member, Registry
+from fleetune.errors import UsageError, suggest
 
-LORA: Final = "gguf:lora"  # of a run's adapter alone
-PEFT: Final = "peft"  # of a run's adapter; copied, not repacked
-TARGETS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "gguf": "one file for llama.cpp, Ollama, LM Studio: in the type that holds the codes exactly",
-        "gguf:q4_0": "the same, 4.5 bits a weight: symmetric 4-bit codes",
-        "gguf:q4_1": "the same, 5 bits a weight: 4-bit codes with a zero",
-        "gguf:q8_0": "the same, 8.5 bits a weight: codes up to 8 bits, or plain weights rounded",
-        "gguf:f16": "the same, plain weights in fp16",
-        "gguf:bf16": "the same, plain weights in bf16",
-        "gguf:f32": "the same, plain weights in fp32",
-        LORA: "a run's LoRA adapter, for llama.cpp beside a GGUF file of the base",
-        "compressed-tensors": "a directory for vLLM, SGLang and transformers: 4- or 8-bit codes",
-        "gptq": "a directory in GPTQ's format: 2-, 3-, 4- or 8-bit codes",
-        "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128",
-        "hf": "a plain directory for transformers: fp32 from codes, else as stored",
-        "hf:fp32": "the same, in fp32",
-        "hf:bf16": "the same, in bf16",
-        "hf:fp16": "the same, in fp16",
-    }
+FORMATS: Final = Registry(
+    "export target", "fleetune.deploy.formats", "fleetune.targets", ("TARGETS",), "fleetune export --help"
 )
+LAST: Final = 1000  # in listings: formats that state no ORDER
 
 
-def check_target(to: str) -> None:
-    """UsageError unless `to` is a target."""
-    if to in TARGETS:
-        return
-    close = difflib.get_close_matches(to.lower(), TARGETS, n=1, cutoff=0.5)
+@dataclass(frozen=True)
+class Target:
+    """A value of `--to`."""
+
+    name: str
+    help: str
+    format: Member  # the file that writes it
+
+    @property
+    def kind(self) -> str | None:
+        """What follows the colon: q4_0 of gguf:q4_0."""
+        return self.name.partition(":")[2] or None
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of the file; "" for a folder."""
+        return self.format.text("SUFFIX")
+
+    @property
+    def takes(self) -> str:
+        """ "model" (any model), "codes" (compressed models) or "adapter" (of a tuned run)."""
+        return self.format.text("TAKES") or "model"
+
+    def states(self, constant: str) -> Any:
+        """A constant of the format; None where it does not state it."""
+        return self.format.constants.get(constant)
+
+    def load(self) -> ModuleType:
+        """Import the format's module."""
+        return importlib.import_module(self.format.module)
+
+    def place(self, folder: Path, name: str = "") -> Path:
+        """Where an export goes that is given no path: in `folder`, for the model `name` (default: the folder's)."""
+        if self.suffix:
+            kind = f"-{self.kind}" if self.kind else ""
+            return folder / f"{name or folder.name}{kind}{self.suffix}"
+        return folder / (f"{name}-{self.name}" if name else self.name).replace(":", "-")
+
+
+def every() -> dict[str, Target]:
+    """Return all targets by name, in the order of listings.
+
+    UsageError when a registered format cannot be read, or takes the name of another.
+    """
+    found: dict[str, Target] = {}
+    for member in sorted(FORMATS.members().values(), key=lambda m: int(m.constants.get("ORDER", LAST))):
+        for name, text in dict(member.constants["TARGETS"]).items():
+            if name in found:
+                raise UsageError(
+                    f"{member.module} and {found[name].format.module} both write the export target '{name}'",
+                    hint="uninstall the package of one of them",
+                )
+            found[name] = Target(name, text, member)
+    return found
+
+
+def find(to: str) -> Target:
+    """Return the target called `to`; UsageError with a suggestion when there is none."""
+    known = every()
+    if to in known:
+        return known[to]
+    guess = suggest(to.lower(), known, cutoff=0.5)
     raise UsageError(
-        f"no target named '{to}'" + (f". Did you mean '{close[0]}'?" if close else ""),
-        hint="choose one of " + ", ".join([*TARGETS, PEFT]),
+        f"no target named '{to}'" + (f".{guess}" if guess else ""),
+        hint="choose one of " + ", ".join(known),
+    )
+
+
+def listed() -> str:
+    """Return the names of all targets for a help text: "gguf (gguf:q4_0, gguf:q4_1), mlx"."""
+    kinds: dict[str, list[str]] = {}
+    for target in every():
+        kinds.setdefault(target.partition(":")[0], []).append(target)
+    return ", ".join(
+        name if found == [name] else f"{name} ({', '.join(n for n in found if n != name)})"
+        for name, found in kinds.items()
     )
 
 
 def check_place(to: str, out: Path) -> None:
-    """UsageError unless `out` is a new place that suits the target `to`."""
+    """Raise UsageError unless `out` is a new place that suits the target `to`."""
     if out.exists():
         raise UsageError(f"{out} exists already", hint="choose a new place with --path, or remove it first")
-    if to.startswith("gguf") != (out.suffix.lower() == ".gguf"):
-        what = "a file, named .gguf" if to.startswith("gguf") else "a folder, not named .gguf"
+    target, given = find(to), out.suffix.lower()
+    of_files = {other.suffix for other in every().values() if other.suffix}
+    if target.suffix != (given if given in of_files else ""):
+        what = f"a file, named {target.suffix}" if target.suffix else f"a folder, not named {given}"
         raise UsageError(
             f"{to} is written as {what}; --path is {out}", hint="choose another name with --path"
         )

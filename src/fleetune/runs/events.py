@@ -48,6 +48,14 @@ class Measures(Event):
         return {n: v for n in names if (v := getattr(self, n)) is not None}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recorded(Event):
+    """An event of a tuning run, which its `metrics.jsonl` holds as well."""
+
+    t: float | None = None  # when, in seconds since 1970
+    run: str | None = None  # of a sweep: the run's name
+
+
 # Tuning ---------------------------------------------------------------------------------------------
 
 
@@ -61,7 +69,7 @@ class TuneChecked(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneStart(Event):
+class TuneStart(Recorded):
     """A run begins: who takes part with what."""
 
     event: ClassVar[str] = "start"
@@ -77,12 +85,10 @@ class TuneStart(Event):
     rows_per_client: Sequence[int]
     held_out: int
     counts: Mapping[str, Sequence[int]] | None = None  # rows of each client by the value of `column`
-    t: float | None = None
-    run: str | None = None  # of a sweep
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientReply(Event):
+class ClientReply(Recorded):
     """What became of one client in a round."""
 
     event: ClassVar[str] = "client"
@@ -96,12 +102,10 @@ class ClientReply(Event):
     rss: int
     status: str  # ok, refused, failed, dropped, late
     reason: str
-    t: float | None = None
-    run: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundDone(Event):
+class RoundDone(Recorded):
     """A round has been aggregated."""
 
     event: ClassVar[str] = "round"
@@ -114,18 +118,14 @@ class RoundDone(Event):
     seconds: float
     rss: int
     report: Mapping[str, float] | None = None  # the method's own figures
-    t: float | None = None
-    run: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundEvaluated(Measures):
+class RoundEvaluated(Recorded, Measures):
     """The model after a round (0: the base), on the held-out rows."""
 
     event: ClassVar[str] = "eval"
     round: int
-    t: float | None = None
-    run: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from fleetune import adapters
 from fleetune.models.model import Model
+from fleetune.runs.events import TuneStart
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods, rounds
 from fleetune.tuning.methods import Method
@@ -35,22 +36,20 @@ def of_model(job: TuneJob) -> dict[str, Any]:
     }
 
 
-def start(job: TuneJob) -> dict[str, Any]:
-    """The first event: who takes part with what."""
+def start(job: TuneJob) -> TuneStart:
+    """Return the first event: who takes part with what."""
     recipe, parts = job.recipe, job.split
-    event: dict[str, Any] = {
-        "method": recipe.method, "model": recipe.model, "digest": job.model.digest, "params": job.model.n_params,
-        "trained": TRAINED[job.entry.kind](job.model),
-        "clients": len(job.rows), "rounds": recipe.rounds, "partition": recipe.partition, "column": parts.column,
-        "rows_per_client": [len(r) for r in job.rows], "held_out": len(job.held),
-    }  # fmt: skip
     shown = parts.column if parts.column and not recipe.partition.startswith("column") else "category"
     values = [[parts.examples[i].meta.get(shown, "") for i in part.tolist()] for part in parts.clients]
     names = sorted({v for part in values for v in part})
-    if 1 < len(names) <= 40:
-        event["column"] = shown
-        event["counts"] = {name: [part.count(name) for part in values] for name in names}
-    return event
+    few = 1 < len(names) <= 40
+    return TuneStart(
+        method=recipe.method, model=recipe.model, digest=job.model.digest, params=job.model.n_params,
+        trained=TRAINED[job.entry.kind](job.model), clients=len(job.rows), rounds=recipe.rounds,
+        partition=recipe.partition, rows_per_client=[len(r) for r in job.rows], held_out=len(job.held),
+        column=shown if few else parts.column,
+        counts={name: [part.count(name) for part in values] for name in names} if few else None,
+    )  # fmt: skip
 
 
 def letters(method: Method, name: str) -> str:

@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fleetune import adapters, models
-from fleetune.common.files import storage_error
 from fleetune.data import Example
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import dtypes
@@ -120,23 +118,6 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Mod
         )
     adapters.load(model, path)
     return model
-
-
-def export_peft(run: Path, out: Path) -> None:
-    """Copy a run's adapter directory; UsageError when the run has none or `out` exists."""
-    source = run / RESULT["adapter"]
-    if not source.is_dir():
-        raise UsageError(
-            f"{run} has no adapter", hint=f"its result is full-parameter: fleetune export {run} --to hf"
-        )
-    if out.exists():
-        raise UsageError(
-            f"{out} exists already", hint="choose a new place with --path: nothing is overwritten"
-        )
-    try:
-        shutil.copytree(source, out)
-    except OSError as error:
-        raise storage_error(error, out) from error
 
 
 RESULT: Mapping[str, str] = {"ledger": "ledger.safetensors", "adapter": "adapter"}

@@ -15,7 +15,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -92,6 +92,36 @@ class Recipe:
     samples: int = Field(default=4, ge=0, description="fixed prompts answered before and after")
     answer_tokens: int = Field(default=96, ge=1, description="tokens of a generated answer at most")
     threads: int = Field(default=0, ge=0, description="processor threads (0: all)")
+
+
+class RecipeOptions(TypedDict, total=False):
+    """The options of a recipe but model, data, method and its settings, as keyword arguments of `fleetune.tune`.
+
+    A test holds it against `Recipe`.
+    """
+
+    clients: int
+    rounds: int
+    participation: float
+    partition: str
+    held_out: float
+    eval_data: str
+    labels: str
+    limit: int
+    max_length: int
+    seed: int
+    dtype: str
+    device: str
+    drop: float
+    stragglers: float
+    deadline: float
+    quorum: int
+    eval_every: int
+    eval_rows: int
+    rouge_rows: int
+    samples: int
+    answer_tokens: int
+    threads: int
 
 
 def fields() -> dict[str, tuple[Any, Any, str]]:

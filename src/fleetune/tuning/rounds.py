@@ -17,6 +17,7 @@ from fleetune.common.memory import release_memory as release_memory
 from fleetune.common.memory import rss as rss
 from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError
+from fleetune.runs.events import ClientReply, Recorded, RoundDone, RoundEvaluated
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning import checkpoint
@@ -48,7 +49,7 @@ class Hooks:
 
     begin: Callable[[], None]
     evaluate: Callable[[Any], Mapping[str, float]]
-    emit: Callable[[dict[str, Any]], None]
+    emit: Callable[[Recorded], None]
 
 
 def run(
@@ -83,16 +84,14 @@ def run(
         totals.bytes_up += answers.bytes_up
         totals.bytes_down += answers.bytes_down
         totals.seconds += (seconds := time.monotonic() - began)
-        event = {
-            "event": "round", "round": r, "clients": len(chosen), "accepted": answers.accepted,
-            "bytes_up": answers.bytes_up, "bytes_down": answers.bytes_down,
-            "bytes_total": totals.bytes_up + totals.bytes_down, "seconds": round(seconds, 3), "rss": rss(),
-        }  # fmt: skip
-        if (report := getattr(method, "report", None)) is not None and (told := report(state)):
-            event["report"] = told
-        hooks.emit(run.record(event))
+        report = getattr(method, "report", None)
+        hooks.emit(RoundDone(
+            round=r, clients=len(chosen), accepted=answers.accepted, bytes_up=answers.bytes_up,
+            bytes_down=answers.bytes_down, bytes_total=totals.bytes_up + totals.bytes_down,
+            seconds=round(seconds, 3), rss=rss(), report=(report(state) or None) if report else None,
+        ))  # fmt: skip
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
-            hooks.emit(run.record({"event": "eval", "round": r, **hooks.evaluate(state)}))
+            hooks.emit(RoundEvaluated(round=r, **hooks.evaluate(state)))
         run.checkpoint(r, checkpoint.encode(r, state, totals))
         fleet.forget_before(r + 1 - KEEP)
     return state, totals
@@ -176,12 +175,10 @@ class _ReplyCheck:
     def _record(self, answer: Answer, payload: Payload | None, status: str, reason: str) -> None:
         loss = payload.scalars.get("loss") if payload else None
         n = payload.scalars.get("n") if payload else None
-        event = {
-            "event": "client", "round": self.round, "client": answer.client, "n": n, "loss": loss,
-            "bytes_up": len(answer.data or b""), "bytes_down": answer.sent, "seconds": round(answer.seconds, 3),
-            "rss": rss(), "status": status, "reason": reason,
-        }  # fmt: skip
-        self.hooks.emit(self.run.record(event))
+        self.hooks.emit(ClientReply(
+            round=self.round, client=answer.client, n=n, loss=loss, bytes_up=len(answer.data or b""),
+            bytes_down=answer.sent, seconds=round(answer.seconds, 3), rss=rss(), status=status, reason=reason,
+        ))  # fmt: skip
 
 
 def _check_rows(payload: Payload, rows: int) -> None:

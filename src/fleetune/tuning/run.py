@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fleetune import adapters, models
@@ -16,7 +16,8 @@ from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.measures import measure as measured_on
 from fleetune.evaluation.scores import rouge_l
 from fleetune.runs import report, rundir
-from fleetune.runs.listener import Listener, Silent
+from fleetune.runs.events import Recorded, RoundEvaluated, TuneDone, as_dict
+from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
@@ -25,28 +26,13 @@ from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import Totals
 from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
-from fleetune.tuning.prepare import TuneJob, check, prepare
+from fleetune.tuning.prepare import TuneJob
 
 log = logging.getLogger(__name__)
 
 
-def run(
-    *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None, **options: Any
-) -> dict[str, Any]:
-    """Run a recipe given as keyword arguments (the names of `Recipe`'s fields) in a new folder under `out`.
-
-    Returns the "done" event: base and tuned measures, bytes, the run's folder and its result.
-    """
-    recipe = recipes.make(options)
-    check(recipe)
-    rundir.check_writable(Path(out))
-    job = prepare(recipe, offline=offline)
-    with rundir.create(Path(out), recipe.method, recipe.model) as folder:
-        return tune(job, folder, listener or Silent())
-
-
-def tune(job: TuneJob, run: RunDir, listener: Listener) -> dict[str, Any]:
-    """Run (or resume) the job in its folder; the "done" event, which holds the final table."""
+def tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
+    """Run (or resume) the job in its folder; its last event, which holds the final table."""
     run.status("running")
     try:
         return _tune(job, run, listener)
@@ -60,7 +46,7 @@ def tune(job: TuneJob, run: RunDir, listener: Listener) -> dict[str, Any]:
         raise
 
 
-def _tune(job: TuneJob, run: RunDir, listener: Listener) -> dict[str, Any]:
+def _tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
     recipe, model, method = job.recipe, job.model, job.method
     began = time.monotonic()
     run.write("run.toml", recipes.to_toml(recipe))
@@ -82,39 +68,42 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener) -> dict[str, Any]:
             model, job.held, job.examples, recipes.label_words(recipe.labels), recipe.max_length
         )
 
+    def emit(event: Recorded) -> None:
+        listener.event(dataclasses.replace(event, t=run.record(as_dict(event))["t"]))
+
     def begin() -> None:
-        listener.event(run.record({"event": "start", **describe.start(job)}))
+        emit(describe.start(job))
         base = answers(job, state, run, "base", measure(state))
-        listener.event(run.record({"event": "eval", "round": 0, **base}))
+        emit(RoundEvaluated(round=0, **base))
 
     plan = rounds.RoundPlan(
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
         bytes.fromhex(model.digest)[:8],
     )  # fmt: skip
-    hooks = rounds.Hooks(begin, measure, listener.event)
+    hooks = rounds.Hooks(begin, measure, emit)
     state, totals = rounds.run(method, fleet, state, run, plan, hooks)
     return _finish(job, run, state, totals, listener, time.monotonic() - began)
 
 
 def _finish(
     job: TuneJob, run: RunDir, state: Any, totals: Totals, listener: Listener, wall: float
-) -> dict[str, Any]:
+) -> TuneDone:
     job.method.apply(job.model, state)
     tuned = answers(job, state, run, "tuned", _last_measures(run))
     result = ARTEFACTS[job.entry.kind](job, run, state)
     evaluation = json.loads((run.path / "eval.json").read_text())
     run.write("samples.md", describe.samples_page(evaluation))
-    done = {
-        "event": "done", "base": evaluation["base"], "tuned": tuned, "rows": len(job.held), "run": str(run.path),
-        "rounds": job.recipe.rounds, "bytes_up": totals.bytes_up, "bytes_down": totals.bytes_down,
-        "seconds": round(totals.seconds, 3), "wall": round(wall, 3), "peak_rss": rounds.peak_rss(), **result,
-    }  # fmt: skip
-    event = run.record(done)
+    done = TuneDone(
+        base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=job.recipe.rounds,
+        bytes_up=totals.bytes_up, bytes_down=totals.bytes_down, seconds=round(totals.seconds, 3),
+        wall=round(wall, 3), peak_rss=rounds.peak_rss(), **result,
+    )  # fmt: skip
+    recorded = run.record(as_dict(done))
     report.write(run.path)
     run.status("done")
-    event["report"] = str(run.path / "report.html")
-    listener.event(event)
-    return event
+    done = dataclasses.replace(done, t=recorded["t"], report=str(run.path / "report.html"))
+    listener.event(done)
+    return done
 
 
 def _last_measures(run: RunDir) -> dict[str, float]:

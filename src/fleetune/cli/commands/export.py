@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from fleetune.cli.commands import compress
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
-from fleetune.deploy.targets import LORA, PEFT, check_place, check_target
+from fleetune.deploy.targets import check_place, find
 from fleetune.errors import UsageError
 
 if TYPE_CHECKING:
-    from fleetune.deploy.checkpoint import Report
+    from fleetune.deploy.formats import Report
     from fleetune.deploy.measure.harness import Row
 
 
@@ -43,13 +43,12 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Path | None) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """UsageError for a target, a place or a text that cannot be, before anything heavy is imported."""
-    if args.to and args.to != PEFT:
-        check_target(args.to)
+    target = find(args.to) if args.to else None
     if args.to and args.path:
         check_place(args.to, Path(args.path))
     if args.text and not Path(args.text).is_file():
         raise UsageError(f"no text file at {args.text}", hint="check the path")
-    if args.text and args.to in (PEFT, LORA):
+    if args.text and target is not None and target.takes == "adapter":
         raise UsageError("an adapter alone has no perplexity", hint="leave out --text, or --to hf")
 
 
@@ -64,31 +63,24 @@ def _master(args: argparse.Namespace, of_run: Path | None) -> Path | None:
 
 
 def _place(args: argparse.Namespace, folder: Path, kind: str, name: str = "") -> Path:
-    if args.path:
-        return Path(args.path)
-    if kind.startswith("gguf"):
-        return folder / f"{name or folder.name}{kind[4:].replace(':', '-')}.gguf"
-    return folder / (f"{name}-{kind}" if name else kind).replace(":", "-")
+    return Path(args.path) if args.path else find(kind).place(folder, name)
 
 
 def _of_run(args: argparse.Namespace, ui: Ui, run: Path) -> None:
     from fleetune import models
     from fleetune.deploy import export, provenance
-    from fleetune.deploy.formats import gguf_lora, gguf_vocabulary
+    from fleetune.deploy.formats import gguf_vocabulary
     from fleetune.tuning import finished
 
     recipe, kind = finished.recipe_of(run), args.to or "hf"
     out = _place(args, run, kind)
     check_place(kind, out)
-    if kind == PEFT:
-        _peft(ui, run, out)
-        return
-    made = provenance.of_run(run, recipe)
-    if kind == LORA:
+    made, target = provenance.of_run(run, recipe), find(kind)
+    if target.takes == "adapter":
         adapter = run / finished.RESULT["adapter"]
-        gguf_lora.check_kind(adapter)
-        base = models.resolve(recipe.model, offline=args.offline)
-        _show(ui, export.export_adapter(adapter, base, out, made=made))
+        export.check_adapter(adapter, kind)
+        base = models.resolve(recipe.model, offline=args.offline) if target.states("BASE") else None
+        _show(ui, export.export_adapter(adapter, base, kind, out, made=made))
         return
     rows = _rows(models.resolve(recipe.model, offline=args.offline), args.text)
     card = (
@@ -112,24 +104,6 @@ def _of_run(args: argparse.Namespace, ui: Ui, run: Path) -> None:
         write(ui, plain, kind, out, made, rows)
 
 
-def _peft(ui: Ui, run: Path, out: Path) -> None:
-    """Copy a run's adapter, and compare every file."""
-    from fleetune.models.tensor_file import damaged
-    from fleetune.tuning import finished
-
-    finished.export_peft(run, out)
-    files = sorted(file for file in out.rglob("*") if file.is_file())
-    for file in files:
-        if file.read_bytes() != (run / finished.RESULT["adapter"] / file.relative_to(out)).read_bytes():
-            raise damaged(file, "it is not what the run holds")
-    size = sum(file.stat().st_size for file in files)
-    ui.event({"event": "export", "to": PEFT, "path": str(out), "bytes": size, "files": len(files)})
-    ui.paths([
-        ("result", f"{out} ({human_bytes(size)})"),
-        ("read back", f"{len(files)} files hold what the run's adapter does, byte for byte"),
-    ])  # fmt: skip
-
-
 def write(
     ui: Ui,
     source: Path,
@@ -139,8 +113,6 @@ def write(
     rows: list[Row] | None = None,
 ) -> None:
     """Export `source`, and run what was written and `source` on the same windows of a text, where there are any."""
-    if kind == PEFT:
-        raise UsageError("only a run has an adapter", hint="fleetune export RUN --to peft")
     from fleetune.deploy import export
     from fleetune.deploy.measure import harness
     from fleetune.models.artefact import Master, is_master
@@ -169,7 +141,8 @@ def _compare(ui: Ui, source: Path, kind: str, out: Path, rows: list[Row], *, off
         ui.event({"event": "check", "path": str(out), "runtime": None})
         ui.note(f"not run: {why}")
         return
-    runtime = check.RUNTIMES[kind.partition(":")[0]]
+    runtime = check.runtime_of(kind)
+    assert runtime is not None  # or there would be an obstacle
     found = check.compare(source, out, runtime, rows, offline=offline)
     ui.event({"event": "check", "path": str(out), **dataclasses.asdict(found), "ratio": found.ratio})
     ui.paths([(

@@ -22,7 +22,7 @@ from fleetune.errors import FleetuneError, UsageError
 
 if TYPE_CHECKING:
     from fleetune.data import Example
-    from fleetune.deploy.measure.harness import Kept, Measured, Row
+    from fleetune.deploy.measure.harness import KeptGain, Measurement, Row
 
 SMALL_BASE: Final = "compressed base"
 ROW: Final = 512
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, ui: Ui, of_run: Sequence[Path | None]) -> None
     tell(ui, done, kept, folder)
 
 
-def _told(ui: Ui, line: Line, result: Measured) -> Done:
+def _told(ui: Ui, line: Line, result: Measurement) -> Done:
     done = Done(line, result.values, facts(line, result))
     ui.event({"event": "measured", **done.facts})
     ui.note(f"{line.name} in {line.engine}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.values.items()))
@@ -270,7 +270,7 @@ def _one(
     rows: tuple[Sequence[Example], int],
     windows: list[Row],
     tasks: list[str],
-) -> Measured:
+) -> Measurement:
     """A line, measured in a process of its own; rows of so many tokens at most."""
     from transformers import AutoTokenizer
 
@@ -282,7 +282,7 @@ def _one(
     encoded = encode_all(examples, words, length)[0] if examples else []
     asked = tasks if line.kind != "gguf" else []  # llama.cpp is given tokens and asked for losses alone
     return harness.measured(
-        harness.Job(
+        harness.MeasureJob(
             kind=line.kind,
             path=line.path,
             threads=args.threads,
@@ -320,7 +320,7 @@ def _small_base(args: argparse.Namespace, ui: Ui, subject: Subject) -> Line:
     return _line(SMALL_BASE, "artefact", path, path)
 
 
-def _kept(done: Sequence[Done]) -> dict[str, Kept]:
+def _kept(done: Sequence[Done]) -> dict[str, KeptGain]:
     """By measure; not of the text's perplexity, since that is no task that was tuned for."""
     from fleetune.deploy.measure.harness import kept_gain
 

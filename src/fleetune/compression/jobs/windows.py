@@ -61,9 +61,9 @@ def of_clients(request: CompressRequest, inputs: Inputs, listener: Listener) -> 
 
 
 def _check_length(request: CompressRequest, inputs: Inputs) -> None:
-    from fleetune.evaluation.losses import context
+    from fleetune.evaluation.losses import context_length
 
-    if request.length > (longest := context(inputs.model)):
+    if request.length > (longest := context_length(inputs.model)):
         raise UsageError(
             f"windows of {request.length} tokens are longer than the model's {longest}",
             hint=f"--length {min(longest, 512)}",

@@ -1,2 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file per export format."""
+"""Define the contract of an export format; a file of this folder is one format, and the folder is the registry.
+
+`formats/mlx.py` writes `--to mlx`.  Another package registers a module of the same shape under the entry-point group
+`fleetune.targets`.  A format states plain constants, which are read without importing it:
+
+    TARGETS       {"mlx": "one line of help", ..}: the names of `--to` that it writes; after a colon stands the kind
+    TAKES         "model" (any model, the default), "codes" (compressed models alone) or "adapter" (of a tuned run)
+    SUFFIX        ".gguf" for a file of that name; "", the default, for a folder
+    BASE          True where an adapter is written with the help of its base model (default False)
+    BLOCK_WIDTHS  True where blocks of different widths have a place (default False: they are refused)
+    PROVENANCE    True where the file says where the model comes from (`provenance.py`; default False)
+    RUNTIME       "llama.cpp" or "transformers": what `--text` runs the result in; left out for none
+    NEEDS         what that runtime must have installed besides, as names of modules
+    INSTALL       the command that installs it
+    ORDER         place in listings (default: last)
+
+and has the functions of `ModelFormat` or, for TAKES = "adapter", of `AdapterFormat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fleetune.deploy.checkpoint import Checkpoint
+from fleetune.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an export wrote; every tensor of it was read back and compared with the source."""
+
+    path: Path
+    to: str  # the target
+    bytes: int  # of all files
+    tensors: int
+    exact: int  # tensors whose values in the file are the source's, bit for bit
+    types: Mapping[str, int]  # how many tensors are of which type
+    notes: tuple[str, ...] = ()  # fallbacks and warnings, for the user
+    files: int = 1
+
+
+class Misfit(UsageError):
+    """The format has no place for the model; `remedy` is what helps besides another target.
+
+    A format does not know the others: `export` adds the hint that names the targets which hold the model.
+    """
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+class ModelFormat(Protocol):
+    """The functions of a format that holds a model.  `kind` is what follows the colon of the target, None for none.
+
+    It may also have `exact_target(model) -> str | None`: its target that holds the model without loss, which is then
+    named in hints where another format refuses.
+    """
+
+    def check(self, model: Checkpoint, kind: str | None) -> None:
+        """Raise Misfit, or UsageError with a hint of its own, for a model that has no place in the format."""
+        ...
+
+    def write(self, model: Checkpoint, out: Path, kind: str | None, made: Mapping[str, str]) -> Report:
+        """Write `model` to `out`, read it back and compare it with the source.
+
+        `out` is a path for a file that does not exist yet, or an empty folder.  `made` is the provenance.  What
+        `check` raises comes before anything is written; FleetuneError when the disk gives back something else.
+        """
+        ...
+
+
+class AdapterFormat(Protocol):
+    """The functions of a format that holds the adapter of a tuned run."""
+
+    def check(self, adapter: Path, kind: str | None) -> None:
+        """Raise UsageError for an adapter folder that has no place in the format."""
+        ...
+
+    def write(
+        self, adapter: Path, base: Checkpoint | None, out: Path, kind: str | None, made: Mapping[str, str]
+    ) -> Report:
+        """Write the adapter to `out`, read it back and compare; `base` is its model where the format states BASE."""
+        ...

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory in the format "pack-quantized" of compressed-tensors, for vLLM, SGLang and transformers.
+"""Write a directory in compressed-tensors' "pack-quantized" format, for vLLM, SGLang and transformers.
 
 A quantised layer NAME of shape [R, C] in groups of G columns (compressed-tensors 0.20, pack_quantized):
 
@@ -28,60 +28,84 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fleetune.deploy import alternatives
-from fleetune.deploy.checkpoint import Checkpoint, Report
-from fleetune.deploy.formats import directory
+from fleetune.deploy.checkpoint import Checkpoint
+from fleetune.deploy.formats import Misfit, Report, hf_writer
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
+from fleetune.models.families.widths import has_block_widths
 from fleetune.models.tensor_file import damaged
 
+TARGETS: Final = {
+    "compressed-tensors": "a directory for vLLM, SGLang and transformers: 4- or 8-bit codes",
+}
+TAKES: Final = "codes"
+RUNTIME: Final = "transformers"
+NEEDS: Final = ("compressed_tensors",)
+INSTALL: Final = "pip install compressed-tensors"
+ORDER: Final = 30
 TARGET: Final = "compressed-tensors"
+BITS: Final = (4, 8)
 
 
-def write(model: Checkpoint, folder: Path) -> Report:
-    """Write the master artefact `model` into the existing empty `folder`.
+def check(model: Checkpoint, kind: str | None) -> None:
+    """Raise Misfit for other numbers of bits or quantised tensors of no linear layer, UsageError for plain weights."""
+    _grids(model)
 
-    UsageError before anything is written for plain weights, other numbers of bits, or quantised tensors that
-    are no linear layers; FleetuneError when the files do not hold what was written.
-    """
-    grids = directory.matrices(model, TARGET)
-    for name, q in grids.items():
-        if q.bits not in alternatives.PACKED_BITS:
-            raise UsageError(
-                f"{TARGET} is written with 4 or 8 bits; {name} has {q.bits}",
-                hint=f"use {alternatives.instead(model)}, or compress again with 4 bits",
-            )
+
+def exact_target(model: Checkpoint) -> str | None:
+    """Return the target where the codes have a place in it, else None."""
+    try:
+        _grids(model)
+    except UsageError:
+        return None
+    return None if has_block_widths(model.config) else TARGET
+
+
+def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
+    """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
+    grids = _grids(model)
     rounded: set[str] = set()
-    tensors = partial(directory.packed, model, partial(parts, middle=symmetric(grids)), rounded)
+    tensors = partial(hf_writer.packed, model, partial(parts, middle=symmetric(grids)), rounded)
     config: dict[str, Any] = {"dtype": "float16", "quantization_config": quantization_config(model, grids)}
-    notes = directory.write_folder(model, folder, tensors, config)
-    _check(model, folder / directory.FILE)
+    notes = hf_writer.write_folder(model, folder, tensors, config)
+    _check(model, folder / hf_writer.FILE)
     notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
     if len(config["quantization_config"]["config_groups"]) > 1:
         notes.append("layers are on several grids, of which transformers (5.24) takes the first for all")
-    return directory.report(model, folder, TARGET, len(rounded), notes)
+    return hf_writer.report(model, folder, TARGET, len(rounded), notes)
+
+
+def _grids(model: Checkpoint) -> dict[str, Quantised]:
+    grids = hf_writer.matrices(model, TARGET)
+    for name, q in grids.items():
+        if q.bits not in BITS:
+            raise Misfit(
+                f"{TARGET} is written with 4 or 8 bits; {name} has {q.bits}",
+                remedy="compress again with 4 bits",
+            )
+    return grids
 
 
 def symmetric(grids: Mapping[str, Quantised]) -> bool:
-    """Whether every zero of every matrix is the middle of the codes."""
+    """Return whether every zero of every matrix is the middle of the codes."""
     return all(bool((q.zero == 1 << (q.bits - 1)).all()) for q in grids.values())
 
 
 def parts(name: str, q: Quantised, middle: bool) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a quantised layer's weight; without the zeros when they are in the `middle`."""
+    """Yield the tensors of a quantised layer; without the zeros when they are in the `middle`."""
     layer = name.removesuffix(".weight")
-    yield f"{layer}.weight_packed", directory.words(q.codes, q.bits)
+    yield f"{layer}.weight_packed", hf_writer.words(q.codes, q.bits)
     yield f"{layer}.weight_scale", q.scale
     yield f"{layer}.weight_shape", torch.tensor(q.codes.shape)
     if not middle:
-        yield f"{layer}.weight_zero_point", directory.words(q.zero.T.contiguous(), q.bits).T.contiguous()
+        yield f"{layer}.weight_zero_point", hf_writer.words(q.zero.T.contiguous(), q.bits).T.contiguous()
 
 
 def quantization_config(model: Checkpoint, grids: dict[str, Quantised]) -> dict[str, Any]:
-    """What config.json says of the layers: those on one kind of grid are a group."""
+    """Return "quantization_config" of config.json: layers on one kind of grid are a group."""
     kinds: dict[tuple[int, int], list[str]] = {}
     for name, q in grids.items():
-        kind = (q.bits, directory.group_size(q, grids))
+        kind = (q.bits, hf_writer.group_size(q, grids))
         kinds.setdefault(kind, []).append(name.removesuffix(".weight"))
     plain = sorted(name.removesuffix(".weight") for name in model.linears - grids.keys())
     one = len(kinds) == 1
@@ -112,10 +136,10 @@ def _check(model: Checkpoint, path: Path) -> None:
                 continue
             layer = name.removesuffix(".weight")
             R, C = (int(n) for n in file.get_tensor(f"{layer}.weight_shape"))
-            codes = directory.unwords(file.get_tensor(f"{layer}.weight_packed"), q.bits, C)
+            codes = hf_writer.unwords(file.get_tensor(f"{layer}.weight_packed"), q.bits, C)
             zero = torch.full_like(q.zero, 1 << (q.bits - 1))
             if f"{layer}.weight_zero_point" in names:
-                zero = directory.unwords(file.get_tensor(f"{layer}.weight_zero_point").T, q.bits, R).T
+                zero = hf_writer.unwords(file.get_tensor(f"{layer}.weight_zero_point").T, q.bits, R).T
             read = Quantised(codes, file.get_tensor(f"{layer}.weight_scale"), zero, q.bits, q.group)
             if not torch.equal(read.dense(), q.dense()):
                 raise damaged(path, f"{layer} does not decode to its weights")

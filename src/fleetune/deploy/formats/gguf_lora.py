@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LoRA adapter as one .gguf file that llama.cpp puts on a GGUF file of its base (llama-cli --lora FILE).
+"""Write a LoRA adapter as one .gguf file, which llama.cpp adds to a GGUF file of its base (llama-cli --lora FILE).
 
 The file (llama.cpp's src/llama-adapter.cpp says what it reads) has general.type "adapter", adapter.type "lora", the
 base's architecture, adapter.lora.alpha, and for each adapted matrix NAME of the base two tensors in fp32
@@ -24,14 +24,21 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fleetune.deploy.checkpoint import Checkpoint, Report
-from fleetune.deploy.formats.gguf import architecture, check_config, interleaved
-from fleetune.deploy.targets import LORA
+from fleetune.deploy.checkpoint import Checkpoint
+from fleetune.deploy.formats import Report
+from fleetune.deploy.formats.gguf import interleaved
+from fleetune.deploy.formats.gguf_header import architecture, check_config, tensor_names
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.families.widths import heads_of
 from fleetune.models.tensor_file import damaged
 
-TARGET: Final = LORA
+TARGETS: Final = {"gguf:lora": "a run's LoRA adapter, for llama.cpp beside a GGUF file of the base"}
+TAKES: Final = "adapter"
+BASE: Final = True
+SUFFIX: Final = ".gguf"
+PROVENANCE: Final = True
+ORDER: Final = 20
+TARGET: Final = "gguf:lora"
 FRONT: Final = "base_model.model."  # of PEFT's tensor names
 SUFFIXES: Final = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
 INSTEAD: Final = "merge it into the base: --to gguf:f16, or fleetune compress and --to gguf"
@@ -44,23 +51,26 @@ UNREADABLE: Final = (
 EMPTY: Final = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters")
 
 
-def write(adapter: Path, base: Checkpoint, path: Path, metadata: Mapping[str, str], *, name: str) -> Report:
+def write(
+    adapter: Path, base: Checkpoint | None, path: Path, kind: str | None, made: Mapping[str, str]
+) -> Report:
     """Write the PEFT directory `adapter` of a model like `base` to the new file `path`, and read it back.
 
-    `metadata` are strings for the header, `name` the adapter's name there.  UsageError before anything is written for
-    an adapter that is no plain LoRA or a base without a place in GGUF; ModelError when the adapter is damaged or of
-    another model; FleetuneError when the file does not hold what was written.
+    `made` are strings for the header, which has the file's name as the adapter's.  UsageError before anything is
+    written for an adapter that is no plain LoRA or a base without a place in GGUF; ModelError when the adapter is
+    damaged or of another model; FleetuneError when the file does not hold what was written.
     """
+    assert base is not None
     check_config(base.config)
     settings, factors = _read(adapter)
     tensors = dict(_tensors(factors, base))
     writer = gguf.GGUFWriter(path, architecture(base.config))
     try:
         writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_name(name)
+        writer.add_name(path.stem)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
-        for key, text in metadata.items():
+        for key, text in made.items():
             writer.add_string(key, text)
         for tensor, values in tensors.items():
             writer.add_tensor(tensor, values)
@@ -76,8 +86,8 @@ def write(adapter: Path, base: Checkpoint, path: Path, metadata: Mapping[str, st
     )  # fmt: skip
 
 
-def check_kind(adapter: Path) -> None:
-    """UsageError unless the directory holds a plain LoRA in PEFT's layout; ModelError when it is damaged."""
+def check(adapter: Path, kind: str | None) -> None:
+    """Raise UsageError unless the directory holds a plain LoRA in PEFT's layout; ModelError when it is damaged."""
     file = adapter / "adapter_config.json"
     if not file.is_file():
         raise UsageError(f"{adapter} holds no LoRA, which is all that GGUF has a place for", hint=INSTEAD)
@@ -94,7 +104,7 @@ def check_kind(adapter: Path) -> None:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a .gguf file holds an adapter; False for one that cannot be read."""
+    """Return whether a .gguf file holds an adapter; False for one that cannot be read."""
     try:
         found = gguf.GGUFReader(path).fields.get(gguf.Keys.General.TYPE)
     except UNREADABLE:
@@ -103,8 +113,8 @@ def is_adapter(path: Path) -> bool:
 
 
 def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """adapter_config.json and the factors by PEFT's names."""
-    check_kind(adapter)
+    """Return adapter_config.json, and the factors by PEFT's names."""
+    check(adapter, None)
     try:
         settings: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_bytes())
         return settings, load_file(adapter / "adapter_model.safetensors")
@@ -115,10 +125,9 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _tensors(factors: Mapping[str, np.ndarray], base: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of the file, in the order of the names."""
+    """Yield the tensors of the file in the order of their names."""
     config = base.config
-    arch = {text: key for key, text in gguf.MODEL_ARCH_NAMES.items()}[architecture(config)]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    names = tensor_names(config)
     for name in sorted(factors):
         part = next((s for s in SUFFIXES if name.endswith(s)), None)
         if part is None or not name.startswith(FRONT):
@@ -151,7 +160,7 @@ def _check_shapes(
 
 
 def _verify(path: Path, tensors: Mapping[str, np.ndarray], alpha: float) -> None:
-    """FleetuneError unless the file holds these tensors bit for bit, and this alpha."""
+    """Raise FleetuneError unless the file holds these tensors bit for bit, and this alpha."""
     try:
         reader = gguf.GGUFReader(path)
     except UNREADABLE as error:

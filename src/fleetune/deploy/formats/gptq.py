@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory in the GPTQ format, for GPTQModel, vLLM, ONNX Runtime's builder and what else reads it.
+"""Write a directory in the GPTQ format, for GPTQModel, vLLM, ONNX Runtime's builder and other readers.
 
 A quantised layer NAME of shape [R, C] = [out, in] in groups of G inputs (AutoGPTQ; checkpoint format "gptq"):
 
@@ -15,7 +15,7 @@ place; all layers of the blocks must be on one kind of grid.  dtype float16 as i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -24,70 +24,75 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fleetune.deploy import alternatives
-from fleetune.deploy.checkpoint import Checkpoint, Report
-from fleetune.deploy.formats import directory
+from fleetune.deploy.checkpoint import Checkpoint
+from fleetune.deploy.formats import Misfit, Report, hf_writer
 from fleetune.deploy.formats.compressed_tensors import symmetric
-from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
 from fleetune.models.tensor_file import damaged
 
+TARGETS: Final = {"gptq": "a directory in GPTQ's format: 2-, 3-, 4- or 8-bit codes"}
+TAKES: Final = "codes"
+RUNTIME: Final = "transformers"
+NEEDS: Final = ("gptqmodel", "optimum")
+INSTALL: Final = "pip install gptqmodel optimum"
+ORDER: Final = 40
 TARGET: Final = "gptq"
+REMEDY: Final = "compress again for this target"
 BITS: Final = (2, 3, 4, 8)
 HEAD: Final = "lm_head.weight"
 
 
-def write(model: Checkpoint, folder: Path) -> Report:
-    """Write the master artefact `model` into the existing empty `folder`.
+def check(model: Checkpoint, kind: str | None) -> None:
+    """Raise Misfit when the codes have no place in the format, UsageError for plain weights."""
+    _grids(model)
 
-    UsageError before anything is written when the grids have no place in the format; FleetuneError when the
-    files do not hold what was written.
-    """
-    grids = directory.matrices(model, TARGET)
-    _check_grids(model, grids)
+
+def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
+    """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
+    grids = _grids(model)
     rounded: set[str] = set()
-    tensors = partial(directory.packed, model, parts, rounded)
+    tensors = partial(hf_writer.packed, model, parts, rounded)
     settings = quantize_config(grids)
-    notes = directory.write_folder(
+    notes = hf_writer.write_folder(
         model, folder, tensors, {"dtype": "float16", "quantization_config": settings}
     )
     text = json.dumps(settings, indent=2, sort_keys=True)
     (folder / "quantize_config.json").write_text(text + "\n", encoding="utf-8")
-    _check(model, folder / directory.FILE)
+    _check(model, folder / hf_writer.FILE)
     notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
-    return directory.report(model, folder, TARGET, len(rounded), notes)
+    return hf_writer.report(model, folder, TARGET, len(rounded), notes)
 
 
 def parts(name: str, q: Quantised) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a quantised layer's weight."""
+    """Yield the tensors of a quantised layer."""
     layer = name.removesuffix(".weight")
-    yield f"{layer}.qweight", directory.words(q.codes, q.bits).T.contiguous()
-    yield f"{layer}.qzeros", directory.words((q.zero - 1).T.contiguous(), q.bits)
+    yield f"{layer}.qweight", hf_writer.words(q.codes, q.bits).T.contiguous()
+    yield f"{layer}.qzeros", hf_writer.words((q.zero - 1).T.contiguous(), q.bits)
     yield f"{layer}.scales", q.scale.T.contiguous()
     yield f"{layer}.g_idx", (torch.arange(q.codes.shape[1]) // q.group).to(torch.int32)
 
 
 def quantize_config(grids: dict[str, Quantised]) -> dict[str, Any]:
-    """What config.json and quantize_config.json say of grids that are all of one kind."""
+    """Return "quantization_config" of config.json, which is quantize_config.json too, for grids of one kind."""
     first = next(iter(grids.values()))
     return {
-        "quant_method": TARGET, "checkpoint_format": "gptq", "bits": first.bits, "group_size": directory.group_size(first, grids),
+        "quant_method": TARGET, "checkpoint_format": "gptq", "bits": first.bits, "group_size": hf_writer.group_size(first, grids),
         "sym": symmetric(grids), "desc_act": False, "lm_head": False,
         "true_sequential": False,
     }  # fmt: skip
 
 
-def _check_grids(model: Checkpoint, grids: dict[str, Quantised]) -> None:
+def _grids(model: Checkpoint) -> dict[str, Quantised]:
+    """Return the grids of the linear layers; Misfit when the format cannot hold them."""
+    grids = hf_writer.matrices(model, TARGET)
     missing = sorted(model.linears - grids.keys() - {HEAD})
     if missing or HEAD in grids:
         what = f"{missing[0]} is not quantised" if missing else f"{HEAD} is"
-        raise UsageError(
-            f"{TARGET} wants all linear layers but the head quantised; {what}", hint=_instead(model)
-        )
-    first, kind = next((name, (q.bits, directory.group_size(q, grids))) for name, q in grids.items())
+        raise Misfit(f"{TARGET} wants all linear layers but the head quantised; {what}", remedy=REMEDY)
+    first, kind = next((name, (q.bits, hf_writer.group_size(q, grids))) for name, q in grids.items())
     for name, q in grids.items():
         R, C = model.shapes[name]
-        problem, group = None, directory.group_size(q, grids)
+        problem, group = None, hf_writer.group_size(q, grids)
         if q.bits not in BITS:
             problem = f"{name} has {q.bits} bits, the format has {', '.join(map(str, BITS))}"
         elif (q.bits, group) != kind:
@@ -99,11 +104,8 @@ def _check_grids(model: Checkpoint, grids: dict[str, Quantised]) -> None:
         elif bool((q.zero == 0).any()):
             problem = f"{name} has groups with zero 0, and the format stores zero - 1"
         if problem is not None:
-            raise UsageError(f"{TARGET} cannot hold the codes: {problem}", hint=_instead(model))
-
-
-def _instead(model: Checkpoint) -> str:
-    return f"use {alternatives.instead(model)}, or compress again for this target"
+            raise Misfit(f"{TARGET} cannot hold the codes: {problem}", remedy=REMEDY)
+    return grids
 
 
 def _check(model: Checkpoint, path: Path) -> None:
@@ -114,8 +116,8 @@ def _check(model: Checkpoint, path: Path) -> None:
                 continue
             layer = name.removesuffix(".weight")
             R, C = q.codes.shape
-            codes = directory.unwords(file.get_tensor(f"{layer}.qweight").T, q.bits, C)
-            zero = directory.unwords(file.get_tensor(f"{layer}.qzeros"), q.bits, R).T.float() + 1
+            codes = hf_writer.unwords(file.get_tensor(f"{layer}.qweight").T, q.bits, C)
+            zero = hf_writer.unwords(file.get_tensor(f"{layer}.qzeros"), q.bits, R).T.float() + 1
             scale = file.get_tensor(f"{layer}.scales").T.float()
             at = file.get_tensor(f"{layer}.g_idx").long()
             if not torch.equal(scale[:, at] * (codes.float() - zero[:, at]), q.dense()):

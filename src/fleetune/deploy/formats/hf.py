@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain Hugging Face directory, which transformers and `models.load` read: the weights without codes.
+"""Write a plain Hugging Face directory, which transformers and `models.load` read: weights without codes.
 
 In fp32 the weights of a quantised matrix are exact: scale * (code - zero) has at most 11 + 9 bits.  In fp16
 and bf16 they are rounded once, and the report says how many tensors kept their values.
@@ -7,24 +7,44 @@ and bf16 they are rounded once, and the report says how many tensors kept their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from fleetune.deploy.checkpoint import Checkpoint, Report
-from fleetune.deploy.formats import directory
+from fleetune.deploy.checkpoint import Checkpoint
+from fleetune.deploy.formats import Report, hf_writer
 from fleetune.errors import UsageError
 from fleetune.models.families.widths import has_block_widths
 from fleetune.models.loading import DTYPES
 
+TARGETS: Final = {
+    "hf": "a plain directory for transformers: fp32 from codes, else as stored",
+    "hf:fp32": "the same, in fp32",
+    "hf:bf16": "the same, in bf16",
+    "hf:fp16": "the same, in fp16",
+}
+BLOCK_WIDTHS: Final = True
+RUNTIME: Final = "transformers"
+ORDER: Final = 60
 
-def write(model: Checkpoint, folder: Path, kind: str | None) -> Report:
-    """Write `model` into the existing empty `folder` in dtype `kind` (fp32, bf16, fp16).
 
-    None is fp32 for a master artefact, else the type it is stored in.  UsageError when values are beyond
-    fp16's range; FleetuneError when the file does not hold what was written.
+def check(model: Checkpoint, kind: str | None) -> None:
+    """Do nothing: every model has a place.  (`write` refuses values beyond fp16's range.)"""
+
+
+def exact_target(model: Checkpoint) -> str:
+    """Return "hf", which holds every model without loss."""
+    return "hf"
+
+
+def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
+    """Write `model` into the empty `folder` in dtype `kind` (fp32, bf16, fp16).
+
+    None is fp32 for a master artefact, else the stored dtype.  UsageError, before anything is written, when values are
+    beyond fp16's range; FleetuneError when the file does not hold what was written.
     """
     fallback = torch.float32 if model.compressed else model.dtype
     dtype = fallback if kind is None else DTYPES[kind]
@@ -42,9 +62,9 @@ def write(model: Checkpoint, folder: Path, kind: str | None) -> Report:
                 )
             yield name, cast
 
-    notes = directory.write_folder(model, folder, tensors, {"dtype": str(dtype).removeprefix("torch.")})
+    notes = hf_writer.write_folder(model, folder, tensors, {"dtype": str(dtype).removeprefix("torch.")})
     to = "hf" if kind is None else f"hf:{kind}"
     notes += [f"{len(rounded)} tensors are rounded to {kind}"] if rounded else []
     if has_block_widths(model.config):
         notes.append("its blocks differ in width: fleetune loads it, transformers does not")
-    return directory.report(model, folder, to, len(rounded), notes)
+    return hf_writer.report(model, folder, to, len(rounded), notes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory for MLX (mlx-lm) on Apple computers: the codes in its "affine" quantisation.
+"""Write a directory for MLX (mlx-lm) on Apple computers: the codes in its "affine" quantisation.
 
 A quantised layer NAME of shape [R, C] in groups of G columns (mlx.core.quantize, mlx 0.32):
 
@@ -27,14 +27,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fleetune.deploy import alternatives as others
-from fleetune.deploy.checkpoint import Checkpoint, Report
-from fleetune.deploy.formats import directory
-from fleetune.errors import UsageError
+from fleetune.deploy.checkpoint import Checkpoint
+from fleetune.deploy.formats import Misfit, Report, hf_writer
 from fleetune.models.artefact import Quantised
 from fleetune.models.families.rope import head_dim
 from fleetune.models.tensor_file import damaged
 
+TARGETS: Final = {
+    "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128",
+}
+TAKES: Final = "codes"
+ORDER: Final = 50
 TARGET: Final = "mlx"
 BITS: Final = (2, 3, 4, 5, 6, 8)
 GROUPS: Final = (32, 64, 128)
@@ -43,40 +46,39 @@ ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
 STATED: Final = ("head_dim", "num_key_value_heads", "tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
-def write(model: Checkpoint, folder: Path) -> Report:
-    """Write the master artefact `model` into the existing empty `folder`.
+def check(model: Checkpoint, kind: str | None) -> None:
+    """Raise Misfit when the architecture or the codes have no place in MLX, UsageError for plain weights."""
+    _grids(model)
 
-    UsageError before anything is written for plain weights, or when model or grids have no place in MLX;
-    FleetuneError when the files do not hold what was written.
-    """
-    _check_config(model)
-    grids = directory.matrices(model, TARGET)
-    _check_grids(model, grids)
+
+def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
+    """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
+    grids = _grids(model)
     dtype = torch.float16 if all(_exact(model, name) for name in grids) else torch.float32
     rounded: set[str] = set()
-    tensors = partial(directory.packed, model, partial(parts, dtype=dtype), rounded)
+    tensors = partial(hf_writer.packed, model, partial(parts, dtype=dtype), rounded)
     settings = quantization(grids)
     config = {"dtype": "float16", "quantization": settings, "quantization_config": settings}
-    notes = directory.write_folder(model, folder, tensors, config | _stated(model.config))
-    _check(model, folder / directory.FILE)
+    notes = hf_writer.write_folder(model, folder, tensors, config | _stated(model.config))
+    _check(model, folder / hf_writer.FILE)
     notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
     if dtype == torch.float32:
         notes.append(
             "scale * zero is not exact in fp16: scales and biases are fp32, in which MLX computes then"
         )
-    return directory.report(model, folder, TARGET, len(rounded), notes)
+    return hf_writer.report(model, folder, TARGET, len(rounded), notes)
 
 
 def parts(name: str, q: Quantised, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a quantised layer's weight."""
+    """Yield the tensors of a quantised layer."""
     layer = name.removesuffix(".weight")
-    yield f"{layer}.weight", directory.words(q.codes, q.bits).view(torch.uint32)
+    yield f"{layer}.weight", hf_writer.words(q.codes, q.bits).view(torch.uint32)
     yield f"{layer}.scales", q.scale.to(dtype)
     yield f"{layer}.biases", _biases(q).to(dtype)
 
 
 def quantization(grids: Mapping[str, Quantised]) -> dict[str, Any]:
-    """What config.json says of the layers: the commonest group and bits, and each layer that has others."""
+    """Return "quantization" of config.json: the commonest group and bits, and each layer that has others."""
     kinds = {name.removesuffix(".weight"): (q.group, q.bits) for name, q in grids.items()}
     main = Counter(kinds.values()).most_common(1)[0][0]
     others = {layer: _kind(kind) for layer, kind in kinds.items() if kind != main}
@@ -99,7 +101,7 @@ def _exact(model: Checkpoint, name: str) -> bool:
 
 
 def _stated(config: Any) -> dict[str, Any]:
-    """The fields that mlx-lm reads, under its names."""
+    """Return the fields that mlx-lm reads, under its names."""
     rope = dict(config.rope_parameters)
     found = {key: value for key in STATED if (value := getattr(config, key, None)) is not None}
     scaled = rope.get("rope_type", "default") != "default"
@@ -128,10 +130,13 @@ def _check_config(model: Checkpoint) -> None:
     elif kind == "qwen3" and config.attention_bias:
         problem = "qwen3 with biases in its attention"
     if problem is not None:
-        raise UsageError(f"{TARGET} has no place for {problem}", hint=f"use {others.instead(model)}")
+        raise Misfit(f"{TARGET} has no place for {problem}")
 
 
-def _check_grids(model: Checkpoint, grids: Mapping[str, Quantised]) -> None:
+def _grids(model: Checkpoint) -> dict[str, Quantised]:
+    """Return the grids of the linear layers; Misfit when MLX cannot hold the model."""
+    _check_config(model)
+    grids = hf_writer.matrices(model, TARGET)
     for name, q in grids.items():
         problem = None
         if q.bits not in BITS:
@@ -139,10 +144,10 @@ def _check_grids(model: Checkpoint, grids: Mapping[str, Quantised]) -> None:
         elif q.group not in GROUPS:
             problem = f"{name} has groups of {q.group}, MLX has {', '.join(map(str, GROUPS))}"
         if problem is not None:
-            raise UsageError(
-                f"{TARGET} cannot hold the codes: {problem}",
-                hint=f"use {others.instead(model)}, or compress again for this target",
+            raise Misfit(
+                f"{TARGET} cannot hold the codes: {problem}", remedy="compress again for this target"
             )
+    return grids
 
 
 def _check(model: Checkpoint, path: Path) -> None:
@@ -153,7 +158,7 @@ def _check(model: Checkpoint, path: Path) -> None:
                 continue
             layer = name.removesuffix(".weight")
             packed = file.get_tensor(f"{layer}.weight").view(torch.int32)
-            codes = directory.unwords(packed, q.bits, q.codes.shape[1]).float()
+            codes = hf_writer.unwords(packed, q.bits, q.codes.shape[1]).float()
             scales, biases = (
                 file.get_tensor(f"{layer}.{part}").float().repeat_interleave(q.group, 1)
                 for part in ("scales", "biases")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run an exported file in the runtime that it is made for, and compare its perplexity with the source's.
 
-`RUNTIMES` says which runtime takes which target, and what has to be installed for it.
+A format states its runtime, and what that needs besides; `ENGINES` are the runtimes that Fleetune can run.
 """
 
 from __future__ import annotations
@@ -16,47 +16,50 @@ from typing import Final, NamedTuple
 from transformers import AutoTokenizer
 
 from fleetune import data, models
+from fleetune.deploy import targets
 from fleetune.deploy.measure import harness, llamacpp
 from fleetune.deploy.measure.harness import Row
 from fleetune.models.families import widths
 
 WINDOWS: Final = 8  # of the text that an export is checked on
-
-
 LENGTH: Final = 512  # tokens of one
 
 
 class Runtime(NamedTuple):
-    """What reads the files of a target."""
+    """A runtime that reads the files of a target."""
 
-    kind: str  # a key of `measure.KINDS`
+    kind: str  # of harness.KINDS
     name: str
     modules: tuple[str, ...]  # that must be installed
     install: str
 
 
-RUNTIMES: Final[Mapping[str, Runtime]] = MappingProxyType(
+ENGINES: Final[Mapping[str, Runtime]] = MappingProxyType(
     {
-        "gguf": Runtime("gguf", "llama.cpp", (llamacpp.MODULE,), llamacpp.INSTALL),
-        "hf": Runtime("transformers", "transformers", (), ""),
-        "compressed-tensors": Runtime(
-            "transformers", "transformers", ("compressed_tensors",), "pip install compressed-tensors"
-        ),
-        "gptq": Runtime(
-            "transformers", "transformers", ("gptqmodel", "optimum"), "pip install gptqmodel optimum"
-        ),
+        "llama.cpp": Runtime("gguf", "llama.cpp", (llamacpp.MODULE,), llamacpp.INSTALL),
+        "transformers": Runtime("transformers", "transformers", (), ""),
     }
 )
 
 
+def runtime_of(target: str) -> Runtime | None:
+    """Return the runtime that reads the files of a target, with all that it needs; None when Fleetune can run none."""
+    format = targets.find(target).format
+    engine = ENGINES.get(format.text("RUNTIME"))
+    if engine is None or "NEEDS" not in format.constants:
+        return engine
+    modules = (*engine.modules, *format.constants["NEEDS"])
+    return engine._replace(modules=modules, install=format.text("INSTALL"))
+
+
 def missing(runtime: Runtime) -> bool:
-    """Whether something that the runtime needs is not installed."""
+    """Return whether something that the runtime needs is not installed."""
     return any(importlib.util.find_spec(module) is None for module in runtime.modules)
 
 
 def obstacle(target: str, out: Path) -> str:
-    """Why an export is not run here, "" when it can be: no runtime, one not installed, or not a plain model."""
-    runtime = RUNTIMES.get(target.partition(":")[0])
+    """Return why an export cannot be run here, "" when it can: no runtime, one not installed, or not a plain model."""
+    runtime = runtime_of(target)
     if runtime is None:
         return f"nothing here runs {target}"
     if missing(runtime):
@@ -69,7 +72,7 @@ def obstacle(target: str, out: Path) -> str:
 
 
 def longest(folder: Path) -> int:
-    """Tokens that the model of a directory is made for; 2,048 where its configuration does not say."""
+    """Return the tokens that the model of a directory is made for; 2,048 where its configuration does not say."""
     return int(getattr(models.load_config(str(folder)), "max_position_embeddings", None) or 2048)
 
 
@@ -89,7 +92,7 @@ class Comparison:
 
 
 def windows_of(text: str, folder: Path, length: int = LENGTH, count: int = WINDOWS) -> list[Row]:
-    """The first windows of a text file in the tokens of the model in `folder`, no longer than it is made for.
+    """Return the first windows of a text file in the tokens of the model in `folder`, no longer than it is made for.
 
     DataError for a text without two tokens.
     """
@@ -108,7 +111,7 @@ def compare(
     kind = "run" if (source / "run.toml").is_file() else "artefact"
 
     def perplexity(kind: str, path: Path) -> float:
-        job = harness.Job(kind, str(path), threads=1, offline=offline, repeats=0, windows=rows)
+        job = harness.MeasureJob(kind, str(path), threads=1, offline=offline, repeats=0, windows=rows)
         return harness.measured(job).values["perplexity"]
 
     tokens = sum(len(row) - 1 for row, _ in rows)

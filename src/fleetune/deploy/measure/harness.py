@@ -51,7 +51,7 @@ Row = tuple[list[int], int]  # tokens, and how many of the first are context onl
 
 
 @dataclass(frozen=True)
-class Job:
+class MeasureJob:
     """What is measured, and on what."""
 
     kind: str  # of KINDS: which loader or engine reads `path`
@@ -71,7 +71,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What came out; tokens a second, bytes, and each measure by name."""
 
     peak_rss: int
@@ -123,7 +123,7 @@ def speed(
     return statistics.median(reads[1:]), statistics.median(writes[1:])
 
 
-def carry_out(job: Job) -> Measured:
+def carry_out(job: MeasureJob) -> Measurement:
     """Do a job in this process."""
     with _engine(job) as engine:
         prefill, generate = (
@@ -133,11 +133,11 @@ def carry_out(job: Job) -> Measured:
         values = {"loss": engine.loss(job.rows)} if job.rows else {}
         if job.windows:
             values["perplexity"] = math.exp(min(engine.loss(job.windows), 700))
-        return Measured(peak, prefill, generate, values | _tasks(job, engine))
+        return Measurement(peak, prefill, generate, values | _tasks(job, engine))
 
 
 @contextmanager
-def _engine(job: Job) -> Iterator[Engine]:
+def _engine(job: MeasureJob) -> Iterator[Engine]:
     if job.kind == "gguf":
         from fleetune.deploy.measure import llamacpp
 
@@ -152,7 +152,7 @@ def _engine(job: Job) -> Iterator[Engine]:
     yield torch_engine.OPEN[job.kind](job.path, job.dtype, job.offline)
 
 
-def _tasks(job: Job, engine: Engine) -> dict[str, float]:
+def _tasks(job: MeasureJob, engine: Engine) -> dict[str, float]:
     if not job.tasks:
         return {}
     from fleetune.data import Example
@@ -181,7 +181,7 @@ def windows(texts: Sequence[Sequence[int]], length: int, count: int) -> list[Row
 # ---------------------------------------------------------------- the child
 
 
-def measured(job: Job) -> Measured:
+def measured(job: MeasureJob) -> Measurement:
     """Do a job in a process of its own; the errors of it are raised here."""
     environment = os.environ | dict.fromkeys(THREADS, str(job.threads))
     done = subprocess.run(  # -P: a module that lies in the folder we were started in is not run
@@ -198,7 +198,7 @@ def measured(job: Job) -> Measured:
     if "error" in answer:
         kind = UsageError if answer["exit_code"] == 2 else FleetuneError
         raise kind(answer["error"], hint=answer["hint"])
-    return Measured(**answer)
+    return Measurement(**answer)
 
 
 def _ended(code: int) -> str:
@@ -210,7 +210,7 @@ def _ended(code: int) -> str:
 
 def main() -> None:
     """The child: a job on stdin, what came out on the last line of stdout."""
-    job = Job(**json.load(sys.stdin))
+    job = MeasureJob(**json.load(sys.stdin))
     try:
         answer = asdict(carry_out(job))
     except FleetuneError as error:
@@ -265,7 +265,7 @@ def _of_folder(folder: Path) -> Iterator[tuple[bool, int, int]]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptGain:
     """How much of a tuning's gain a compression keeps; `value` is None where there is none to keep."""
 
     metric: str
@@ -274,20 +274,20 @@ class Kept:
     text: str
 
 
-def kept_gain(name: str, base: float, tuned: float, small_base: float, small_tuned: float) -> Kept:
+def kept_gain(name: str, base: float, tuned: float, small_base: float, small_tuned: float) -> KeptGain:
     """Of the measure `name` of base and tuned, and of both compressed."""
     sign = -1 if metric(name).less else 1
     gain, small = sign * (tuned - base), sign * (small_tuned - small_base)
     label = metric(name).label
     if not (math.isfinite(gain) and math.isfinite(small)):
-        return Kept(name, gain, None, f"{label}: a value is not finite, so the kept gain is unknown")
+        return KeptGain(name, gain, None, f"{label}: a value is not finite, so the kept gain is unknown")
     if gain == 0:
-        return Kept(name, gain, None, f"{label}: tuning changed nothing, so there is no gain to keep")
+        return KeptGain(name, gain, None, f"{label}: tuning changed nothing, so there is no gain to keep")
     if gain < 0:
-        return Kept(name, gain, None, f"{label}: tuning made it worse, so there is no gain to keep")
+        return KeptGain(name, gain, None, f"{label}: tuning made it worse, so there is no gain to keep")
     value = small / gain
     text = f"{label}: {100 * value:.0f} % of what tuning gained is kept"
-    return Kept(name, gain, value, text + (": tuning helps no more" if value <= 0 else ""))
+    return KeptGain(name, gain, value, text + (": tuning helps no more" if value <= 0 else ""))
 
 
 def warning(artefact: Master) -> str:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the exports to Hugging Face directories share: their files, words of 32 bits, the dense rest in 16 bits."""
+"""Write Hugging Face directories: weights, tokenizer and config.json; pack codes into words of 32 bits.
+
+The formats that are such directories (`hf`, `compressed_tensors`, `gptq`, `mlx`) share this.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fleetune.deploy import alternatives
-from fleetune.deploy.checkpoint import Checkpoint, Report
-from fleetune.deploy.formats import gguf_vocabulary
+from fleetune.deploy.checkpoint import Checkpoint
+from fleetune.deploy.formats import Misfit, Report, gguf_vocabulary
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised, pack
 from fleetune.models.tensor_file import Tensors, compare, write_tensors
@@ -29,10 +31,10 @@ COMPANIONS: Final = (
 
 
 def write_folder(model: Checkpoint, folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> list[str]:
-    """Weights, tokenizer and configuration into the existing `folder`; `config` replaces keys of config.json.
+    """Write weights, tokenizer and configuration into `folder`; `config` replaces keys of config.json.
 
-    Notes on what runtimes will do differently.  The weights are read back; FleetuneError when they differ.  OSError
-    when the disk is full.
+    Returns notes on what runtimes will do differently.  The weights are read back; FleetuneError when they differ.
+    OSError when the disk is full.
     """
     write_tensors(folder / FILE, tensors, {"format": "pt"})
     compare(folder / FILE, tensors)
@@ -48,14 +50,14 @@ def write_folder(model: Checkpoint, folder: Path, tensors: Tensors, config: Mapp
 
 
 def words(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [R, C] codes -> int32 [R, ceil(C bits / 32)], little-endian bits within a row."""
+    """Pack uint8 [R, C] codes into int32 [R, ceil(C bits / 32)], little-endian bits within a row."""
     packed = pack(codes, bits)
     wide = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4))
     return wide.contiguous().view(torch.int32)
 
 
 def unwords(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `words`, by shifts of whole words instead of bytes: what runtimes' kernels do."""
+    """Invert `words` by shifts of whole words instead of bytes, as runtimes' kernels do."""
     at = torch.arange(columns) * bits
     first, shift = at // 32, at % 32
     rows = []
@@ -69,7 +71,7 @@ def unwords(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def half(name: str, weight: Tensor) -> Tensor:
-    """A dense tensor in 16 bits: bf16 as it is, the rest in fp16.  UsageError beyond fp16's range."""
+    """Return a dense tensor in 16 bits: bf16 as it is, the rest in fp16.  UsageError beyond fp16's range."""
     if weight.dtype == torch.bfloat16:
         return weight
     values = weight.to(torch.float16)
@@ -81,7 +83,7 @@ def half(name: str, weight: Tensor) -> Tensor:
 def packed(
     model: Checkpoint, parts: Callable[[str, Quantised], Iterator[tuple[str, Tensor]]], rounded: set[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file: the `parts` of what is quantised, the rest in 16 bits; `rounded` gets what changed."""
+    """Yield the tensors of a file: the `parts` of what is quantised, the rest in 16 bits; `rounded` gets what changed."""
     for name in model.names:
         if (q := model.quantised(name)) is not None:
             yield from parts(name, q)
@@ -94,18 +96,17 @@ def packed(
 
 
 def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
-    """Grids of the quantised matrices, without their codes in memory.
+    """Return the grids of the quantised matrices, without their codes.
 
-    UsageError when nothing is quantised, or something else than linear layers is.
+    UsageError when nothing is quantised, Misfit when something else than linear layers is.
     """
     found: dict[str, Quantised] = {}
     for name in model.names:
         if (q := model.quantised(name)) is None:
             continue
         if name not in model.linears:
-            raise UsageError(
-                f"{to} holds quantised linear layers; {name} is none",
-                hint=f"use {alternatives.instead(model)}, or compress again without it",
+            raise Misfit(
+                f"{to} holds quantised linear layers; {name} is none", remedy="compress again without it"
             )
         found[name] = Quantised(q.codes[:0], q.scale[:0], q.zero, q.bits, q.group)
     if not found:
@@ -117,19 +118,21 @@ def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
 
 
 def group_size(q: Quantised, grids: Mapping[str, Quantised]) -> int:
-    """The matrix's group; -1, a whole row, when every matrix has one group a row, however long."""
+    """Return the matrix's group; -1, a whole row, when every matrix has one group per row, however long."""
     return -1 if all(other.zero.shape[1] == 1 for other in grids.values()) else q.group
 
 
 def report(model: Checkpoint, folder: Path, to: str, inexact: int, notes: list[str]) -> Report:
-    """What was written; `inexact` parameters have other values than the source."""
+    """Report what was written; `inexact` parameters have other values than the source."""
     with safe_open(folder / FILE, framework="pt") as file:
         names = list(file.keys())
         types = dict(Counter(file.get_slice(name).get_dtype() for name in names))
+    sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
     return Report(
         path=folder,
         to=to,
-        bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        bytes=sum(sizes),
+        files=len(sizes),
         tensors=len(model.names),
         exact=len(model.names) - inexact,
         types=types,

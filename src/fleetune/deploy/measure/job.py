@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure models side by side, each in a process of its own, and what of a tuning's gain compression keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from fleetune.deploy.measure import harness, lines, record
+from fleetune.deploy.measure.harness import KeptGain, Measurement, Row
+from fleetune.deploy.measure.lines import Line, Measurable
+from fleetune.errors import FleetuneError, UsageError
+from fleetune.runs.events import Measured, MeasureDone
+from fleetune.runs.listener import Listener
+from fleetune.subject import Compressed, Run, Subject
+
+if TYPE_CHECKING:
+    from fleetune.data import Example
+
+COMPRESSED_BASE: Final = "compressed base"
+LEAST: Final = {
+    "windows": 1, "length": 2, "limit": 1, "answer_tokens": 1, "threads": 1, "prompt_tokens": 1, "new_tokens": 1,
+    "repeats": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What is measured, and on what."""
+
+    text: str | None = None  # plain text file, for perplexity
+    windows: int = 16  # of the text at most
+    length: int = 512  # tokens of a window
+    data: str | None = None  # rows for the loss
+    limit: int = 200  # rows at most
+    tasks: tuple[str, ...] = ()
+    answer_tokens: int = 96
+    labels: tuple[str, ...] = ()
+    threads: int = 1
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    repeats: int = 3
+    kept_gain: bool = False
+
+
+@dataclass(frozen=True)
+class MeasureResult:
+    """What was measured."""
+
+    rows: tuple[Measured, ...]
+    kept: Mapping[str, KeptGain]  # by measure
+    folder: Path | None  # of the compression that it is written into
+
+
+def measure(
+    subjects: Sequence[Subject], options: MeasureOptions, listener: Listener, *, offline: bool
+) -> MeasureResult:
+    """Measure every line of the subjects.  UsageError for what does not fit together, before anything is loaded."""
+    tasks = check(subjects, options)
+    found = [lines.of(subject, offline=offline) for subject in subjects]
+    if options.kept_gain:
+        _check_kept(found[0])
+    length, examples = _row_length(options, found), _examples(options, found, offline=offline)
+    if not examples and (tasks or options.kept_gain):
+        raise UsageError("tasks and kept gain need rows", hint="--data FILE")
+    windows = _windows(options, found)
+    _header(options, found, examples, windows, listener)
+    chosen = lines.chosen(found, listener)
+    if options.kept_gain:
+        chosen.append((found[0], _compressed_base(found[0], listener, offline=offline)))
+    done: list[Measured] = []
+    for measurable, line in chosen:
+        job = _job(
+            options, measurable, line, (examples, length), windows[measurable.tokenizer], tasks, offline
+        )
+        try:
+            result = harness.measured(job)
+        except FleetuneError as error:  # of an engine that is not ours; the other rows stay worth their time
+            if line.kind != "gguf":
+                raise
+            listener.note(f"{line.name} is left out, {line.engine} does not run it: {error.message}")
+            continue
+        done.append(_report(line, result, listener))
+    return _finish(options, found, done, listener)
+
+
+def check(subjects: Sequence[Subject], options: MeasureOptions) -> list[str]:
+    """The tasks; UsageError for what does not fit together, before anything is loaded."""
+    from fleetune.evaluation import measures
+
+    for name, least in LEAST.items():
+        if (value := getattr(options, name)) < least:
+            raise UsageError(f"{name} = {value} is below {least}", hint="fleetune measure --help")
+    if options.text and not Path(options.text).is_file():
+        raise UsageError(f"no text file at {options.text}", hint="check the path")
+    if options.kept_gain and len(subjects) > 1:
+        raise UsageError("--kept-gain is of one compressed run", hint="name its folder alone")
+    tasks = measures.check_tasks(list(options.tasks))
+    if "perplexity" in tasks and not options.text:
+        raise UsageError("perplexity is measured on a text", hint="--text FILE")
+    if options.labels and "accuracy" not in tasks:
+        raise UsageError("--labels is of the task accuracy alone", hint="--tasks accuracy")
+    return [task for task in tasks if task not in ("loss", "perplexity")]  # these are measured anyway
+
+
+# What it is measured on -------------------------------------------------------------------------------
+
+
+def _row_length(options: MeasureOptions, found: Sequence[Measurable]) -> int:
+    """Tokens of a row at most, the same for all; UsageError when more is asked of a model than it is made for."""
+    from fleetune.deploy.measure.check import longest
+
+    most, name = min((longest(one.tokenizer), one.name) for one in found)
+    asked = max(options.prompt_tokens + options.new_tokens, options.length if options.text else 0)
+    if asked > most:
+        raise UsageError(
+            f"{asked} tokens are more than the {most} that {name} is made for",
+            hint="smaller --length, --prompt-tokens or --new-tokens",
+        )
+    return min(found[0].length if len(found) == 1 else lines.ROW, most)
+
+
+def _examples(options: MeasureOptions, found: Sequence[Measurable], *, offline: bool) -> list[Example]:
+    from fleetune import data
+
+    examples: list[Example] = []
+    if options.data:
+        examples = data.read(options.data, offline=offline)
+    elif len(found) == 1 and isinstance(subject := found[0].subject, Run | Compressed):
+        examples = subject.held_out(offline=offline)
+    return examples[: options.limit]
+
+
+def _windows(options: MeasureOptions, found: Sequence[Measurable]) -> dict[Path, list[Row]]:
+    """The windows of the text in each subject's tokens; DataError where there is nothing to predict."""
+    from fleetune.deploy.measure.check import windows_of
+
+    folders = {one.tokenizer for one in found}
+    if not options.text:
+        return {folder: [] for folder in folders}
+    return {f: windows_of(options.text, f, options.length, options.windows) for f in folders}
+
+
+def _job(
+    options: MeasureOptions,
+    measurable: Measurable,
+    line: Line,
+    rows: tuple[Sequence[Example], int],
+    windows: list[Row],
+    tasks: list[str],
+    offline: bool,
+) -> harness.MeasureJob:
+    """A line as the process that measures it is given it; rows of so many tokens at most."""
+    from transformers import AutoTokenizer
+
+    from fleetune.data.encode import encode_all
+
+    tokenizer = AutoTokenizer.from_pretrained(measurable.tokenizer, local_files_only=True)
+    examples, length = rows
+    encoded = encode_all(examples, tokenizer, length)[0] if examples else []
+    asked = tasks if line.kind != "gguf" else []  # llama.cpp is given tokens and asked for losses alone
+    return harness.MeasureJob(
+        kind=line.kind,
+        path=line.path,
+        threads=options.threads,
+        dtype=line.dtype,
+        offline=offline,
+        prompt=options.prompt_tokens,
+        generate=options.new_tokens,
+        repeats=0 if line.name == COMPRESSED_BASE else options.repeats,  # as fast as the compressed model
+        rows=[(row.ids.tolist(), row.n_prompt) for row in encoded],
+        windows=windows,
+        examples=[([*e.messages], e.response) for e in examples] if asked else [],
+        tasks=asked,
+        answer_tokens=options.answer_tokens,
+        labels=list(options.labels),
+    )
+
+
+# What it found ----------------------------------------------------------------------------------------
+
+
+def _header(
+    options: MeasureOptions,
+    found: Sequence[Measurable],
+    examples: Sequence[Example],
+    windows: Mapping[Path, list[Row]],
+    listener: Listener,
+) -> None:
+    rows = windows[found[0].tokenizer]
+    tokens = sum(len(ids) for ids, _ in rows)
+    text = f"{options.text} · {len(rows)} window{'s' if len(rows) > 1 else ''}, {tokens:,} tokens"
+    listener.header("fleetune measure", [
+        ("of", ", ".join(one.subject.argument for one in found)),
+        ("speed", f"{options.prompt_tokens} tokens read, {options.new_tokens} written · median of {options.repeats} · "
+         f"threads: {options.threads}"),
+        ("loss", f"{len(examples)} rows" if examples else "no rows (--data)"),
+        ("text", text if options.text else "none (--text)"),
+    ])  # fmt: skip
+
+
+def _report(line: Line, result: Measurement, listener: Listener) -> Measured:
+    linear, whole = harness.bits(line.weights)
+    event = Measured(
+        name=line.name, engine=line.engine, path=line.path, bytes=line.bytes, bits_linear=linear, bits=whole,
+        peak_rss=result.peak_rss, prefill=result.prefill, generate=result.generate, **result.values,
+    )  # fmt: skip
+    listener.event(event)
+    listener.note(
+        f"{line.name} in {line.engine}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.values.items())
+    )
+    return event
+
+
+def _finish(
+    options: MeasureOptions, found: Sequence[Measurable], rows: Sequence[Measured], listener: Listener
+) -> MeasureResult:
+    kept = _kept(rows) if options.kept_gain else {}
+    folder = found[0].folder if len(found) == 1 else None
+    if folder is not None:
+        record.write(folder, {name: getattr(options, name) for name in record.RECORDED}, rows, kept)
+    listener.event(MeasureDone(
+        folder=str(folder) if folder else None, rows=[record.fields_of(row) for row in rows],
+        kept=record.kept_fields(kept),
+    ))  # fmt: skip
+    return MeasureResult(tuple(rows), kept, folder)
+
+
+# Kept gain --------------------------------------------------------------------------------------------
+
+
+def _check_kept(measurable: Measurable) -> None:
+    from fleetune.compression.jobs import compressed_base
+
+    if measurable.folder is None:
+        raise UsageError("--kept-gain is of a compressed run's folder", hint="fleetune compress RUN")
+    compressed_base.check(measurable.folder)
+
+
+def _compressed_base(measurable: Measurable, listener: Listener, *, offline: bool) -> Line:
+    from fleetune.compression.jobs import compressed_base
+
+    assert measurable.folder is not None
+    path = compressed_base.base_of(listener, measurable.folder, offline=offline)
+    return lines.line_of(COMPRESSED_BASE, "artefact", path, path)
+
+
+def _kept(rows: Sequence[Measured]) -> dict[str, KeptGain]:
+    """By measure; not of the text's perplexity, since that is no task that was tuned for."""
+    values = {row.name: row.values for row in rows}
+    four = [values[name] for name in ("base", "tuned", COMPRESSED_BASE, "compressed")]
+    return {
+        name: harness.kept_gain(name, *(v[name] for v in four)) for name in four[0] if name != "perplexity"
+    }

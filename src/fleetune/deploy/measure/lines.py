@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""List the lines of the table that `fleetune measure` makes: which models are run, and in which engine.
+
+Of a run the base and the tuned model; of a compression's folder also the compressed model and its .gguf files; of a
+plain model the model itself.  Of several subjects the last in torch of each, and its files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from fleetune.runs import compression_folder
+from fleetune.runs.listener import Listener
+from fleetune.subject import Compressed, Plain, Run, Subject
+
+ROW: Final = 512  # tokens of a row at most, unless a run says otherwise
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: a model in an engine."""
+
+    name: str
+    kind: str  # of harness.KINDS
+    path: str
+    weights: Path  # whose bits are counted
+    bytes: int  # on the disk
+    dtype: str = "fp32"
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs it."""
+        return "llama.cpp" if self.kind == "gguf" else "torch"
+
+
+@dataclass(frozen=True)
+class Measurable:
+    """A subject with its lines."""
+
+    name: str
+    lines: tuple[Line, ...]
+    tokenizer: Path  # the folder of its tokenizer
+    subject: Subject
+    length: int = ROW  # tokens of a row at most: as its run had them
+
+    @property
+    def folder(self) -> Path | None:
+        """The compression's folder, where it is one."""
+        return self.subject.folder if isinstance(self.subject, Compressed) else None
+
+
+def of(subject: Subject, *, offline: bool) -> Measurable:
+    """The lines of a subject by itself."""
+    if isinstance(subject, Run):
+        lines, tokenizer = _of_run(subject, offline=offline)
+        return Measurable(subject.name, lines, tokenizer, subject, subject.recipe.max_length)
+    if isinstance(subject, Compressed):
+        return _of_compressed(subject, offline=offline)
+    weights, path = subject.directory(offline=offline), Path(subject.name)
+    if path.is_file():
+        line = Line(path.name, "model", subject.name, path, path.stat().st_size)
+        return Measurable(path.name, (line, replace(line, kind="gguf")), weights, subject)
+    return Measurable(path.name, (line_of(path.name, "model", subject.name, weights),), weights, subject)
+
+
+def line_of(name: str, kind: str, path: Path | str, weights: Path, dtype: str = "fp32") -> Line:
+    """A line whose weights are a folder."""
+    return Line(name, kind, str(path), weights, compression_folder.size(weights), dtype)
+
+
+def chosen(found: Sequence[Measurable], listener: Listener) -> list[tuple[Measurable, Line]]:
+    """The lines that are measured: every one of one subject; of several the last in torch of each, and its files."""
+    from fleetune.deploy.measure import llamacpp
+
+    lines: list[tuple[Measurable, Line]] = []
+    for measurable in found:
+        own = [line for line in measurable.lines if line.kind != "gguf"]
+        files = [line for line in measurable.lines if line.kind == "gguf"]
+        if len(found) > 1:
+            own = [replace(own[-1], name=measurable.name)]
+        lines += [(measurable, line) for line in own + (files if llamacpp.available() else [])]
+        if files and not llamacpp.available():
+            listener.note(
+                f"{files[0].name} is not run in llama.cpp, which is not installed: {llamacpp.INSTALL}"
+            )
+    return lines
+
+
+def _of_run(run: Run, *, offline: bool) -> tuple[tuple[Line, Line], Path]:
+    """Base and tuned, and where the tokenizer is."""
+    recipe, weights = run.recipe, Plain(run.recipe.model).directory(offline=offline)
+    base, result = line_of("base", "model", recipe.model, weights, recipe.dtype), run.result
+    more = compression_folder.size(result) if result.is_dir() else result.stat().st_size
+    tuned = replace(base, name="tuned", kind="run", path=str(run.folder), bytes=base.bytes + more)
+    return (base, tuned), weights
+
+
+def _of_compressed(subject: Compressed, *, offline: bool) -> Measurable:
+    artefact, request = subject.model, subject.request
+    if request is None or subject.folder is None:
+        line = line_of(artefact.name, "artefact", artefact, artefact)
+        return Measurable(artefact.name, (line,), artefact, subject)
+    small = line_of("compressed", "artefact", artefact, artefact)
+    found = sorted(subject.folder.glob("*.gguf"))
+    files = tuple(Line(f.name, "gguf", str(f), f, f.stat().st_size) for f in found)
+    if request.run:
+        run = Run(Path(request.model))
+        lines, tokenizer = _of_run(run, offline=offline)
+        return Measurable(
+            subject.folder.name, (*lines, small, *files), tokenizer, subject, run.recipe.max_length
+        )
+    weights = Plain(request.model).directory(offline=offline)
+    base = line_of("base", "model", request.model, weights, request.dtype)
+    return Measurable(subject.folder.name, (base, small, *files), artefact, subject)

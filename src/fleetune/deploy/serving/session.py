@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open an engine with a model, and the OpenAI-compatible front before it.
+
+What the engine cannot read as it is is exported for the time of the session; an engine for .gguf files takes one that
+lies in the subject's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fleetune.deploy.serving import engines, threads
+from fleetune.deploy.serving.engines import Engine, Running
+from fleetune.deploy.serving.front import Front, is_loopback
+from fleetune.errors import ModelError, UsageError
+from fleetune.models.gguf import header
+from fleetune.runs import rundir
+from fleetune.runs.events import Serving, ThreadsChosen
+from fleetune.runs.listener import Listener
+from fleetune.subject import Compressed, Run, Subject
+
+TOKEN: Final = "FLEETUNE_TOKEN"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which engine runs the model, and how."""
+
+    engine: str = "auto"  # the first installed
+    threads: int | None = None  # measured
+    context: int = 4096  # tokens of a conversation at most (llama.cpp)
+
+
+@dataclass(frozen=True)
+class FrontOptions:
+    """Where the front listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080  # 0: any free one
+    token: str | None = (
+        None  # what a client must present; None: the environment's, or one made off this machine
+    )
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model that is being served."""
+
+    front: Front
+    engine: Running
+    started: Serving
+
+    @property
+    def url(self) -> str:
+        """The address of the front."""
+        return self.front.url
+
+
+@contextmanager
+def served(
+    subject: Subject,
+    engine: EngineOptions,
+    front: FrontOptions,
+    listener: Listener,
+    *,
+    offline: bool,
+) -> Iterator[Session]:
+    """Serve a model while the block runs.
+
+    The port is bound first, so that one in use is said before a model is loaded.  UsageError for options that cannot be.
+    """
+    token, made = _token(front)
+    check(subject, engine)
+    with _listening(front, token) as door, opened(subject, engine, listener, offline=offline) as running:
+        door.attach(running.address, running.alive)
+        started = Serving(
+            url=door.url, model=running.wanted.model.name, engine=running.engine.name,
+            threads=running.wanted.threads, token=token if made else None,
+        )  # fmt: skip
+        listener.event(started)
+        yield Session(door, running, started)
+
+
+@contextmanager
+def opened(
+    subject: Subject, options: EngineOptions, listener: Listener, *, offline: bool
+) -> Iterator[Running]:
+    """Run an engine with the subject's model, on as many threads as are fastest (or as many as asked for)."""
+    engine = engines.choose(options.engine)
+    with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
+        model = _model_for(subject, engine, Path(folder), listener, offline=offline)
+        count = options.threads or _fastest(engine, model, options.context, listener)
+        listener.note(f"{engine.name} with {model.name} on {count} thread{'s' if count > 1 else ''}")
+        with engines.started(engine, model, count, options.context) as running:
+            yield running
+
+
+def check(subject: Subject, options: EngineOptions) -> None:
+    """UsageError for numbers that mean nothing, and for a subject that is a missing or another file."""
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"--threads {options.threads} is below 1", hint="leave it out to have it measured")
+    if options.context < 64:
+        raise UsageError(f"--context {options.context} is below 64 tokens", hint="the default is 4096")
+    if isinstance(subject, Run | Compressed):
+        return
+    path = Path(subject.name)
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        if not path.is_file():
+            raise ModelError(f"there is no file '{path}'", hint="check the path")
+        header.check(path)
+
+
+@contextmanager
+def _listening(options: FrontOptions, token: str) -> Iterator[Front]:
+    front = Front("127.0.0.1" if options.host == "localhost" else options.host, options.port, token)
+    threading.Thread(target=front.serve_forever, args=(0.1,), daemon=True).start()
+    try:
+        yield front
+    finally:
+        front.shutdown()
+        front.server_close()
+
+
+def _token(options: FrontOptions) -> tuple[str, bool]:
+    """The token that a client must present, "" for none, and whether it was made here."""
+    token = options.token if options.token is not None else os.environ.get(TOKEN, "")
+    if not token.isascii() or any(not 32 < ord(c) < 127 for c in token):
+        raise UsageError("a token is of letters, digits and marks, without spaces", hint="leave --token out")
+    if options.token == "":
+        raise UsageError("the token is empty", hint=f"leave --token out, or set {TOKEN}")
+    if token or is_loopback(options.host):
+        return token, False
+    return secrets.token_urlsafe(24), True
+
+
+# The engine's model -----------------------------------------------------------------------------------
+
+
+def _fastest(engine: Engine, model: Path, context: int, listener: Listener) -> int:
+    """The fastest number of threads for a model in an engine, said with the others that were tried."""
+    counts = threads.candidates(threads.cores())
+    if len(counts) == 1:
+        return 1
+
+    def rate(count: int) -> float:
+        with engines.started(engine, model, count, context) as running, running.asked():
+            found = threads.speed(running.address)
+        listener.note(f"measured: {count} thread{'s' if count > 1 else ''}, {found:.1f} tokens/s")
+        return found
+
+    count, rates = threads.fastest(counts, rate)
+    listener.event(ThreadsChosen(chosen=count, tokens_per_second={str(n): r for n, r in rates.items()}))
+    return count
+
+
+def _model_for(subject: Subject, engine: Engine, folder: Path, listener: Listener, *, offline: bool) -> Path:
+    """The file or directory that the engine reads, exported into `folder` where there is none yet."""
+    home = _home(subject)
+    if home.is_file() and engine.reads == "gguf":
+        return _with_template(home, listener)
+    if isinstance(subject, Compressed):
+        subject.model  # noqa: B018  (an unfinished one is refused before a file of it is served)
+    if engine.reads == "gguf" and (ready := _newest_gguf(home)) is not None:
+        listener.note(f"serving {ready}")
+        return _with_template(ready, listener)
+    source = _plain(subject, folder / _name(home), offline=offline)
+    if engine.reads == "hf" and not isinstance(subject, Compressed) and _has_template(source):
+        return source
+    return _exported(subject, source, engine.reads, folder / "exported" / _name(home), listener)
+
+
+def _home(subject: Subject) -> Path:
+    """The subject's folder or file."""
+    if isinstance(subject, Run):
+        return subject.folder
+    return subject.home if isinstance(subject, Compressed) else Path(subject.name)
+
+
+def _with_template(file: Path, listener: Listener) -> Path:
+    """A file with a whole model in it, of which is said what an engine will do differently."""
+    if not header.check(file).values.get("tokenizer.chat_template"):
+        listener.note(
+            f"{file} has no chat template, so the engine asks it in a form of its own; export it again"
+        )
+    return file
+
+
+def _plain(subject: Subject, folder: Path, *, offline: bool) -> Path:
+    """The folder of the subject's weights; a run's are written to `folder`."""
+    from fleetune.tuning import finished
+
+    if isinstance(subject, Compressed):
+        return subject.model
+    if not isinstance(subject, Run):
+        return subject.directory(offline=offline)
+    finished.export_hf(subject.load(offline=offline), folder)
+    return folder
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether transformers' server can put a conversation into words: an export can where the model cannot."""
+    from fleetune.deploy.formats import gguf_vocabulary
+
+    return gguf_vocabulary.load(folder).chat_template is not None
+
+
+def _exported(subject: Subject, source: Path, kind: str, out: Path, listener: Listener) -> Path:
+    """`source` exported to "hf", or to "gguf": in fp32 where that has no blocks for its codes."""
+    from fleetune.deploy import alternatives, export
+    from fleetune.deploy.checkpoint import open_checkpoint
+
+    if kind == "gguf":
+        kind = alternatives.gguf_kind(open_checkpoint(source)) or kind
+        out = out.with_name(f"{out.name}.gguf")
+    if kind == "gguf:f32":
+        listener.note(
+            "GGUF has no blocks that hold these codes exactly, so the weights are fp32 there: slower, and larger"
+        )
+    name = subject.argument
+    keep = f"to keep it: fleetune export {name} --to {kind}"
+    listener.note(f"exporting {name} to {kind} for this session; {keep}")
+    out.parent.mkdir(exist_ok=True)
+    report = export.export(source, kind, out)
+    for note in report.notes:
+        listener.note(f"note: {note}")
+    return report.path
+
+
+def _newest_gguf(folder: Path) -> Path | None:
+    """The newest file with a whole model; an exported adapter may lie beside it."""
+    from fleetune.deploy.formats.gguf_lora import is_adapter
+
+    files = [p for p in folder.glob("*.gguf") if not is_adapter(p)] if folder.is_dir() else []
+    return max(files, key=lambda p: p.stat().st_mtime, default=None)
+
+
+def _name(home: Path) -> str:
+    return rundir.slug(home.resolve().name) or "model"
