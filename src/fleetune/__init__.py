@@ -1,43 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fleetune: fine-tune language models across a fleet of edge devices.
+"""Fine-tune language models across a fleet of edge devices, and make the result small enough to run on them.
 
     import fleetune
-    done = fleetune.tune(model="smollm2-135m", data="demo", method="fedkseed", rounds=2)
-    model = fleetune.load_tuned(done["run"])          # base + ledger, the base's weights untouched
-    ledger = fleetune.load_ledger(done["result"])     # the fine-tune itself
 
-The public names are imported when they are first used: `import fleetune` loads no torch.
+    run = fleetune.tune("smollm2-135m", "demo", method="fedkseed", rounds=2)
+    small = fleetune.compress(run, method="optq")
+    file = fleetune.export(small, to="gguf")
+    model = fleetune.open("latest").load()
+
+`fleetune.api` is the pipeline as functions.  The public names are imported when they are first used: `import fleetune`
+loads neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fleetune.common.version import __version__
 
-_PUBLIC = {
-    "Ledger": "fleetune.seeds.ledger:Ledger",
-    "Model": "fleetune.models:Model",
-    "Recipe": "fleetune.tuning.recipe:Recipe",
+if TYPE_CHECKING:
+    from fleetune import errors
+    from fleetune.api import (
+        compress,
+        compressors,
+        evaluate,
+        export,
+        measure,
+        methods,
+        open,
+        plan,
+        resume_compression,
+        resume_run,
+        serve,
+        targets,
+        tune,
+    )
+    from fleetune.compression.jobs.job import CompressResult
+    from fleetune.deploy.export_job import ExportResult
+    from fleetune.deploy.measure.job import MeasureResult
+    from fleetune.deploy.serving.session import Session
+    from fleetune.models.model import Model
+    from fleetune.planning.plan import Plan
+    from fleetune.runs import events
+    from fleetune.runs.listener import Listener, Silent
+    from fleetune.seeds.ledger import Ledger
+    from fleetune.seeds.ledger import load as load_ledger
+    from fleetune.subject import Compressed, Plain, Run
+    from fleetune.tuning.recipe import Recipe
+    from fleetune.tuning.result import TuneResult
+
+_PLACES = {
+    "fleetune.api": (
+        "compress", "compressors", "evaluate", "export", "measure", "methods", "open", "plan", "resume_compression",
+        "resume_run", "serve", "targets", "tune",
+    ),
+    "fleetune.compression.jobs.job": ("CompressResult",),
+    "fleetune.deploy.export_job": ("ExportResult",),
+    "fleetune.deploy.measure.job": ("MeasureResult",),
+    "fleetune.deploy.serving.session": ("Session",),
+    "fleetune.models.model": ("Model",),
+    "fleetune.planning.plan": ("Plan",),
+    "fleetune.runs.listener": ("Listener", "Silent"),
+    "fleetune.seeds.ledger": ("Ledger",),
+    "fleetune.subject": ("Compressed", "Plain", "Run"),
+    "fleetune.tuning.recipe": ("Recipe",),
+    "fleetune.tuning.result": ("TuneResult",),
+}  # fmt: skip
+_PUBLIC = {name: f"{module}:{name}" for module, names in _PLACES.items() for name in names} | {
     "errors": "fleetune.errors:",
+    "events": "fleetune.runs.events:",
     "load_ledger": "fleetune.seeds.ledger:load",
-    "load_model": "fleetune.models:load",
-    "load_tuned": "fleetune.tuning.finished:load",
-    "tune": "fleetune.tuning.run:run",
 }
 
 __all__ = [
-    "Ledger",
-    "Model",
-    "Recipe",
-    "__version__",
-    "errors",
-    "load_ledger",
-    "load_model",
-    "load_tuned",
-    "tune",
-]
+    "CompressResult", "Compressed", "ExportResult", "Ledger", "Listener", "MeasureResult", "Model", "Plain", "Plan",
+    "Recipe", "Run", "Session", "Silent", "TuneResult", "__version__", "compress", "compressors", "errors", "evaluate",
+    "events", "export", "load_ledger", "measure", "methods", "open", "plan", "resume_compression", "resume_run", "serve",
+    "targets", "tune",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

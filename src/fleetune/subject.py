@@ -75,12 +75,9 @@ class Run:
 
     def ledger(self) -> Ledger:
         """Read its seed ledger; UsageError for a run that leaves an adapter."""
-        from fleetune.seeds import ledger
         from fleetune.tuning import finished
 
-        if self.result.name != finished.RESULT["ledger"]:
-            raise UsageError(f"{self.folder} leaves an adapter, no ledger", hint=f"see {self.result}")
-        return ledger.load(self.result)
+        return finished.ledger_of(self.folder)
 
 
 @dataclass(frozen=True)

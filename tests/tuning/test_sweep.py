@@ -25,7 +25,7 @@ from fleetune.errors import FleetError, ModelError, RecipeError, StorageError
 from fleetune.runs import report, rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.report import cells
-from fleetune.runs.report.cells import SweepAxis, SweepRun
+from fleetune.runs.report.cells import GridRun, SweepAxis
 from fleetune.tuning import methods, prepare, recipe, sweep
 from fleetune.tuning import run as jobs
 
@@ -417,7 +417,7 @@ def test_a_sweep_in_use_or_changed_is_refused(at, capsys):
 # The numbers --------------------------------------------------------------------------------------
 
 
-def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: list[float]) -> SweepRun:
+def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: list[float]) -> GridRun:
     """A finished run with these losses by round, each round of 1,000 bytes."""
     run = folder / f"{len(list(folder.iterdir())) + 1:04d}-run"
     run.mkdir()
@@ -431,7 +431,7 @@ def fake(folder: Path, values: tuple[Any, ...], seed: int, base: float, losses: 
     lines.append({"event": "done", **ends, "bytes_up": 400 * len(losses), "bytes_down": 600 * len(losses)})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "status").write_text("done\n")
-    return SweepRun(values, seed, report.read(run))
+    return GridRun(values, seed, report.read(run))
 
 
 AXES = (SweepAxis("alpha", "alpha", (0.5, 1.0, 2.0)), SweepAxis("K", "set.K", (8, 512)))
@@ -439,7 +439,7 @@ AXES = (SweepAxis("alpha", "alpha", (0.5, 1.0, 2.0)), SweepAxis("K", "set.K", (8
 
 def table(
     folder: Path, rng: np.random.Generator, shift: float = 0.0
-) -> tuple[np.ndarray, np.ndarray, list[SweepRun]]:
+) -> tuple[np.ndarray, np.ndarray, list[GridRun]]:
     """(base [seeds], losses [alpha, K, seed, round], the runs) of a whole grid with 4 seeds."""
     folder.mkdir()
     base = 4.0 + rng.normal(size=4)

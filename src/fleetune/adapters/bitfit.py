@@ -58,15 +58,15 @@ class ParameterCopies:
 
 def _rounded(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[Any]:
     """Register hooks under which `module` sees its parameters in these dtypes while it runs."""
-    kept: dict[str, nn.Parameter] = {}
+    originals: dict[str, nn.Parameter] = {}
 
     def before(module: nn.Module, args: Any) -> None:
         for name, dtype in dtypes.items():
-            kept[name] = module._parameters[name]  # type: ignore[assignment]
-            module._parameters[name] = kept[name].to(dtype)  # type: ignore[assignment]
+            originals[name] = module._parameters[name]  # type: ignore[assignment]
+            module._parameters[name] = originals[name].to(dtype)  # type: ignore[assignment]
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters.update(kept)
+        module._parameters.update(originals)
 
     return [
         module.register_forward_pre_hook(before),

@@ -41,7 +41,7 @@ class Bottleneck:
         """Hook an adapter behind the blocks of every layer."""
         if self.size < 1 or self.places not in ("houlsby", "pfeiffer"):
             raise ModelError(
-                f"adapters of size {self.size} at '{self.places}' cannot be",
+                f"adapters of size {self.size} at '{self.places}' are not possible",
                 hint="size >= 1, places houlsby or pfeiffer",
             )
         ends = [n for layer in layers_of(model.net) for n in layer.ends[self.places == "pfeiffer" :]]

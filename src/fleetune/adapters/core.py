@@ -68,8 +68,8 @@ def attach(model: Model, spec: AdapterSpec, *, seed: int) -> None:
     ModelError when something is attached already, or a value of `spec` cannot be used.
     """
     if model.attachment is not None:
-        held = model.attachment
-        name = type(held.spec if isinstance(held, Attachment) else held).__name__
+        current = model.attachment
+        name = type(current.spec if isinstance(current, Attachment) else current).__name__
         raise ModelError(f"the model already carries a {name}", hint="detach or merge it first")
     own = spec.put_on(model, seed)
     head = ParameterCopies(model.net, set(head_of(model.net)) - own.parameters.keys())

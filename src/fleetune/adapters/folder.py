@@ -61,17 +61,17 @@ def save(model: Model, path: Path) -> None:
     path of this machine; `revision` the hub commit where it is known.  Whole or not at all; file modes by
     the umask.  StorageError when the disk is full or not writable.
     """
-    held = attachment_of(model)
-    in_peft = _peft(model, held)
-    head, tensors = in_peft or _ours(model, held)
+    attachment = attachment_of(model)
+    in_peft = _peft(model, attachment)
+    head, tensors = in_peft or _ours(model, attachment)
     stem = "adapter_{}" if in_peft else "module"
     config, file = f"{stem.format('config')}.json", f"{stem.format('model')}.safetensors"
     with staged(path, replace=config) as folder, models.disk_errors(path):
-        kept = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-        save_file(kept, folder / file, metadata={"format": "pt"})
+        contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        save_file(contiguous, folder / file, metadata={"format": "pt"})
         text = json.dumps(head, indent=2, sort_keys=True, default=_plain)
         (folder / config).write_text(text + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(model, held.spec, bool(in_peft)), encoding="utf-8")
+        (folder / "README.md").write_text(_card(model, attachment.spec, bool(in_peft)), encoding="utf-8")
 
 
 def load(model: Model, path: Path) -> None:
@@ -99,13 +99,13 @@ def load(model: Model, path: Path) -> None:
 # ---------------------------------------------------------------- our own layout
 
 
-def _ours(model: Model, held: Attachment) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    kind = next(name for name, cls in KINDS.items() if isinstance(held.spec, cls))
+def _ours(model: Model, attachment: Attachment) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    kind = next(name for name, cls in KINDS.items() if isinstance(attachment.spec, cls))
     head = {
-        "format": "fleetune-module", "version": VERSION, "module": kind, "spec": _fields(held.spec),
+        "format": "fleetune-module", "version": VERSION, "module": kind, "spec": _fields(attachment.spec),
         "base": _public_name(model), "base_digest": model.digest, "dtype": model.dtype,
     }  # fmt: skip
-    return head, held.parameters
+    return head, attachment.parameters
 
 
 def _from_ours(config: Mapping[str, Any], tensors: dict[str, Any]) -> tuple[AdapterSpec, dict[str, Any]]:
@@ -117,18 +117,18 @@ def _from_ours(config: Mapping[str, Any], tensors: dict[str, Any]) -> tuple[Adap
 # ---------------------------------------------------------------- PEFT's layout
 
 
-def _peft(model: Model, held: Attachment) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
+def _peft(model: Model, attachment: Attachment) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
     """Return (configuration, tensors) as PEFT reads them; None for what PEFT cannot load."""
-    spec, net = held.spec, model.net
+    spec, net = attachment.spec, model.net
     if isinstance(spec, Lora):
-        config, tensors = _lora_in_peft(held, net)
+        config, tensors = _lora_in_peft(attachment, net)
     elif isinstance(spec, Prefix) and is_causal(net) and not head_of(net) and spec.layers is None:
-        config, tensors = _prefix_in_peft(held, spec, net)
+        config, tensors = _prefix_in_peft(attachment, spec, net)
     elif isinstance(spec, Prompt) and is_causal(net) and not head_of(net):
         width = net.get_input_embeddings().weight.shape[1]
         config = PromptTuningConfig(num_virtual_tokens=spec.tokens, token_dim=width).to_dict()
         config.update(_sizes(net), num_transformer_submodules=1, task_type=TaskType.CAUSAL_LM)
-        tensors = {"prompt_embeddings": held.parameters["prompt.embeddings"]}
+        tensors = {"prompt_embeddings": attachment.parameters["prompt.embeddings"]}
     else:
         return None
     config.update(
@@ -139,11 +139,11 @@ def _peft(model: Model, held: Attachment) -> tuple[dict[str, Any], Mapping[str, 
     return config, tensors
 
 
-def _lora_in_peft(held: Attachment, net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    part = held.parts[0]
+def _lora_in_peft(attachment: Attachment, net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    part = attachment.parts[0]
     assert isinstance(part, LoraPart)
     config = part.tuner.peft_config[ADAPTER].to_dict()
-    tensors = dict(held.parameters) | _plain_lora(part)
+    tensors = dict(attachment.parameters) | _plain_lora(part)
     if part.subtracted:
         config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
     config["target_modules"] = sorted(config["target_modules"])
@@ -157,14 +157,16 @@ def _lora_in_peft(held: Attachment, net: Any) -> tuple[dict[str, Any], dict[str,
 def _plain_lora(part: LoraPart) -> dict[str, Tensor]:
     """Fold a subtracted start into a LoRA on the base itself: B A - B0 A0 = [B, -B0] [A; A0], rank 2 r."""
     made = {}
-    for name, gone in part.subtracted.items():
+    for name, factor in part.subtracted.items():
         own = part.parameters[name].detach()
         side_by_side = ".lora_B." in name
-        made[name] = torch.cat([own, -gone if side_by_side else gone], dim=1 if side_by_side else 0)
+        made[name] = torch.cat([own, -factor if side_by_side else factor], dim=1 if side_by_side else 0)
     return made
 
 
-def _prefix_in_peft(held: Attachment, spec: Prefix, net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _prefix_in_peft(
+    attachment: Attachment, spec: Prefix, net: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     layers = layers_of(net)
     width = layers[0].heads * layers[0].width
     config = PrefixTuningConfig(
@@ -177,7 +179,7 @@ def _prefix_in_peft(held: Attachment, spec: Prefix, net: Any) -> tuple[dict[str,
         task_type=TaskType.CAUSAL_LM,
     )
     order = [f"{layer.attention}.prefix.{which}" for layer in layers for which in ("key", "value")]
-    return config, {"prompt_embeddings": torch.cat([held.parameters[n].detach() for n in order], dim=1)}
+    return config, {"prompt_embeddings": torch.cat([attachment.parameters[n].detach() for n in order], dim=1)}
 
 
 def _sizes(net: Any) -> dict[str, int]:

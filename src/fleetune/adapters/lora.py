@@ -60,7 +60,7 @@ class Lora:
             raise ModelError(f"no LoRA start named '{self.init}'", hint="choose one of " + ", ".join(INITS))
         if self.r < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
             raise ModelError(
-                f"r = {self.r}, alpha = {self.alpha}, dropout = {self.dropout} cannot be",
+                f"r = {self.r}, alpha = {self.alpha}, dropout = {self.dropout} is not possible",
                 hint="r >= 1, alpha > 0, 0 <= dropout < 1",
             )
         config = LoraConfig(
@@ -116,8 +116,8 @@ class LoraPart:
                 weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER).float()
                 if self.subtracted:
                     b0, a0 = (self.subtracted[n] for n in _names(name))
-                    gone = layer.scaling[ADAPTER] * (b0 @ a0)
-                    delta -= gone.T if layer.fan_in_fan_out else gone
+                    base_part = layer.scaling[ADAPTER] * (b0 @ a0)
+                    delta -= base_part.T if layer.fan_in_fan_out else base_part
                 weight.copy_(weight.float().add_(delta))
 
 
@@ -137,13 +137,13 @@ def attach_lora(
 
 def subtracted_factors(model: Model) -> dict[str, np.ndarray]:
     """Return fp32 copies of the frozen factors B0, A0 that are subtracted from the base, by name; {} for none."""
-    held = {
+    found = {
         n: t
         for part in attachment_of(model).parts
         if isinstance(part, LoraPart)
         for n, t in part.subtracted.items()
     }
-    return {n: t.cpu().numpy().copy() for n, t in sorted(held.items())}
+    return {n: t.cpu().numpy().copy() for n, t in sorted(found.items())}
 
 
 def subtract_factors(model: Model, factors: Mapping[str, np.ndarray]) -> None:
@@ -221,8 +221,8 @@ def _subtracting_hook(subtracted: Mapping[str, Tensor], layer: str, scale: float
     def take(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if not subtracted:
             return output
-        gone = F.linear(F.linear(args[0].float(), subtracted[a]), subtracted[b])
-        return output - (scale * gone).to(output.dtype)
+        base_part = F.linear(F.linear(args[0].float(), subtracted[a]), subtracted[b])
+        return output - (scale * base_part).to(output.dtype)
 
     return take
 

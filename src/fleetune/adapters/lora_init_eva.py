@@ -27,7 +27,7 @@ from fleetune.data.encode import Batch
 from fleetune.errors import ModelError
 from fleetune.models.model import Model
 
-WIDER: Final = 4  # rows held between batches, in ranks
+WIDER: Final = 4  # rows stored between batches, in ranks
 
 
 def directions(model: Model, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
@@ -38,28 +38,29 @@ def directions(model: Model, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
     part = attachment_of(model).parts[0]
     assert isinstance(part, LoraPart)
     rank = min(len(p) for n, p in part.parameters.items() if ".lora_A." in n)
-    held: dict[tuple[str, ...], Tensor] = {}
+    best_rows: dict[tuple[str, ...], Tensor] = {}
     for batch in batches:
         for layers, rows in _inputs(model, part, batch).items():
-            held[layers] = _best(torch.cat([held[layers], rows]) if layers in held else rows, WIDER * rank)
+            if layers in best_rows:
+                rows = torch.cat([best_rows[layers], rows])
+            best_rows[layers] = _best(rows, WIDER * rank)
     made = {}
-    for layers, kept in held.items():
-        size = kept.norm(dim=1, keepdim=True)
-        if len(kept) < rank or size[rank - 1] <= 1e-6 * size[0]:
+    for layers, best in best_rows.items():
+        size = best.norm(dim=1, keepdim=True)
+        if len(best) < rank or size[rank - 1] <= 1e-6 * size[0]:
             raise ModelError(
-                f"the rows show fewer than {rank} directions to {layers[0]}",
+                f"the inputs of {layers[0]} have fewer than {rank} directions on these rows",
                 hint="give it more rows, or use a smaller rank",
             )
-        a = (kept / size)[:rank].float().cpu().numpy()
+        a = (best / size)[:rank].float().cpu().numpy()
         made.update({f"{layer}.lora_A.weight": a for layer in layers})
     return made
 
 
 def _inputs(model: Model, part: LoraPart, batch: Batch) -> dict[tuple[str, ...], Tensor]:
     """Return the layers' inputs at the tokens of a batch, [tokens, in] float64; layers with the same input together."""
-    seen: dict[
-        int, tuple[Tensor, list[str]]
-    ] = {}  # by the tensor's identity; it is kept, so that none is reused
+    # by the tensor's identity; the tensor itself is stored too, so that no identity is used twice
+    seen: dict[int, tuple[Tensor, list[str]]] = {}
 
     def keep(name: str) -> Any:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:

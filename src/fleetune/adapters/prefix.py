@@ -51,7 +51,7 @@ class Prefix:
         wanted = range(len(every)) if self.layers is None else sorted(set(self.layers))
         if self.tokens < 1 or not wanted or not set(wanted) <= set(range(len(every))):
             raise ModelError(
-                f"a prefix of {self.tokens} tokens in layers {list(wanted)} cannot be",
+                f"a prefix of {self.tokens} tokens in layers {list(wanted)} is not possible",
                 hint=f"1 token or more; layers among 0 to {len(every) - 1}",
             )
         parameters: dict[str, nn.Parameter] = {}

@@ -32,7 +32,7 @@ class Prompt:
     def put_on(self, model: Model, seed: int) -> PromptPart:
         """Hook the base model's input and output."""
         if self.tokens < 1:
-            raise ModelError(f"a prompt of {self.tokens} tokens cannot be", hint="1 token or more")
+            raise ModelError(f"a prompt of {self.tokens} tokens is not possible", hint="1 token or more")
         table = model.net.get_input_embeddings().weight
         u = models.uniform(f"prompt/{seed}", (self.tokens,), 1.0)
         pieces = torch.from_numpy(((u.astype("float64") + 1) / 2 * len(model.tokenizer)).astype("int64"))

@@ -36,11 +36,10 @@ from fleetune.common.display import (
     show,
 )
 from fleetune.errors import FleetuneError, Interrupted
+from fleetune.runs.events import VERSION, Event, Failed, Stopped, as_dict
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-
-VERSION = 1  # of the JSON events
 
 _PLAIN = str.maketrans({"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-"})
 
@@ -174,10 +173,10 @@ class Ui:
 
     # What is said
 
-    def event(self, event: Mapping[str, object]) -> None:
+    def event(self, event: Event) -> None:
         """In JSON mode one object on one line of stdout, with "v": 1; else nothing."""
         if self.json:
-            self._out.write(line_of(event) + "\n")
+            self._out.write(line_of(as_dict(event)) + "\n")
 
     def note(self, text: str) -> None:
         """A remark on stderr, above a live bar if there is one."""
@@ -371,8 +370,10 @@ class Ui:
         """What failed and what to try, on stderr; in JSON mode an event with the exit code as well."""
         stopped = isinstance(err, Interrupted)
         if self.json:
-            event = {"event": "interrupted" if stopped else "error", "type": type(err).__name__}
-            self.event({**event, "message": err.message, "hint": err.hint, "exit_code": err.exit_code})
+            kind = Stopped if stopped else Failed
+            self.event(kind(
+                type=type(err).__name__, message=err.message, hint=err.hint, exit_code=err.exit_code
+            ))  # fmt: skip
             return
         self._say(
             self._err, err.message if stopped else f"error: {err.message}", "" if stopped else "bold red"

@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import CountBar
+from fleetune.runs.events import Event
 
 
 class ConsoleListener:
-    """A `runs.listener.Listener` for jobs that count one thing at a time: blocks, steps, rows."""
+    """A `runs.listener.Listener` for jobs that count one thing at a time: blocks, steps, rows.
 
-    def __init__(self, ui: Ui, interrupt: InterruptHandler, bars: ExitStack) -> None:
-        self.ui, self.interrupt, self.bars = ui, interrupt, bars
+    From the first count on, Ctrl-C asks the job to stop where it can be resumed; before that it ends the command.
+    """
+
+    def __init__(self, ui: Ui, stack: ExitStack) -> None:
+        self.ui, self.stack, self.bars = ui, stack, stack.enter_context(ExitStack())
+        self.interrupt: InterruptHandler | None = None
         self.what = ""
         self.bar: CountBar | None = None  # until something is counted
 
@@ -24,7 +28,7 @@ class ConsoleListener:
         """Show the panel over the job."""
         self.ui.header(title, rows)
 
-    def event(self, event: Mapping[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """Print the event in JSON mode."""
         self.ui.event(event)
 
@@ -37,21 +41,22 @@ class ConsoleListener:
 
     def progress(self, what: str, done: int, total: int, text: str = "") -> None:
         """Move the bar of `what`; the bar of something else ends."""
-        if what != self.what:
+        if self.interrupt is None:
+            self.interrupt = self.stack.enter_context(InterruptHandler(self.ui))
+        if self.bar is None or what != self.what:
             self.bars.close()
             self.what = what
             self.bar = self.bars.enter_context(self.ui.count(what, 0))
-        assert self.bar is not None
         self.bar.update(done, total, text)
 
     @property
     def stop_requested(self) -> bool:
         """Whether Ctrl-C was pressed."""
-        return self.interrupt.requested
+        return self.interrupt is not None and self.interrupt.requested
 
 
 @contextmanager
 def console_listener(ui: Ui) -> Iterator[ConsoleListener]:
-    """A listener on `ui` that hears Ctrl-C while the block runs."""
-    with ExitStack() as bars, InterruptHandler(ui) as interrupt:
-        yield ConsoleListener(ui, interrupt, bars)
+    """A listener on `ui` for the time of the block."""
+    with ExitStack() as stack:
+        yield ConsoleListener(ui, stack)

@@ -27,7 +27,9 @@ def human_bytes(count: float | None) -> str:
         value, units = value / 1000, units[1:]
     if units[0] == "B":
         return f"{value:.0f} B"
-    digits = 0 if abs(value) >= 99.95 else 2 if units[0] in {"GB", "TB", "PB"} and abs(value) < 9.995 else 1
+    digits = _digits(value)
+    if units[0] in {"kB", "MB"}:
+        digits = min(digits, 1)
     return f"{value:.{digits}f} {units[0]}"
 
 
@@ -58,8 +60,14 @@ def human_count(count: float | None) -> str:
     value, units = count / 1000, ["k", "M", "B", "T"]
     while abs(value) >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
-    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
-    return f"{value:.{digits}f} {units[0]}"
+    return f"{value:.{_digits(value)}f} {units[0]}"
+
+
+def _digits(value: float) -> int:
+    """Return the decimals that give about three digits."""
+    if abs(value) >= 99.95:
+        return 0
+    return 1 if abs(value) >= 9.995 else 2
 
 
 class Metric(NamedTuple):

@@ -101,7 +101,7 @@ def encode_all(
     _check_length(max_length)
     marks = _marks(tokenizer)
     rows: list[Encoded] = []
-    kept: list[int] = []
+    indices: list[int] = []
     cut = 0
     for start in range(0, len(examples), CHUNK):
         for index, (prompt, answer) in enumerate(_pieces(examples, start, tokenizer), start):
@@ -109,14 +109,14 @@ def encode_all(
             if has_text:
                 cut += len(prompt) + len(answer) > max_length
                 rows.append(_fit(prompt, answer, max_length))
-                kept.append(index)
+                indices.append(index)
     if len(rows) < len(examples):
         log.warning(
             "%d of %d rows dropped: no token of the answer is left", len(examples) - len(rows), len(examples)
         )
     if cut:
         log.info("%d of %d rows cut to %d tokens", cut, len(rows), max_length)
-    return rows, np.array(kept, dtype=np.int64)
+    return rows, np.array(indices, dtype=np.int64)
 
 
 def prompt_ids(

@@ -20,8 +20,7 @@ NOT_DATA = re.compile(r"(^|/)(\.[^/]*|dataset_infos?\.json|dataset_dict\.json|st
 
 def files(source: str, offline: bool) -> list[tuple[Path, str]]:
     """Fetch the training files of a hub data set into the hub's own cache."""
-    import huggingface_hub as hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
 
     repo, _, wanted = source.partition(":")
     cached = _hub_cache(Path(constants.HF_HUB_CACHE), repo)
@@ -29,21 +28,7 @@ def files(source: str, offline: bool) -> list[tuple[Path, str]]:
     reason = "working offline"
     if not offline:
         try:
-            info = hub.HfApi().dataset_info(repo, timeout=15)
-            names = _train_files([file.rfilename for file in info.siblings or []], repo, wanted)
-            return [
-                (Path(hub.hf_hub_download(repo, name, repo_type="dataset")), f"{repo}:{name}")
-                for name in names
-            ]
-        except errors.GatedRepoError as error:
-            hint = f"accept its terms at https://huggingface.co/datasets/{repo}, then: hf auth login"
-            raise DataError(f"the data set {repo!r} is gated", hint=hint) from error
-        except errors.RepositoryNotFoundError as error:
-            hint = (
-                suggest_files(source)
-                or "check the name, or give a file's path; a private set needs `hf auth login`"
-            )
-            raise DataError(f"{repo!r} is no file here and no data set on the hub", hint=hint) from error
+            return _download(source, repo, wanted)
         except DataError:
             raise
         except Exception as error:  # the hub library's transports raise types of their own, by version
@@ -60,6 +45,27 @@ def files(source: str, offline: bool) -> list[tuple[Path, str]]:
     )
     there = [p.relative_to(cached).as_posix() for p in sorted(cached.rglob("*")) if p.is_file()]
     return [(cached / name, f"{repo}:{name}") for name in _train_files(there, repo, wanted)]
+
+
+def _download(source: str, repo: str, wanted: str) -> list[tuple[Path, str]]:
+    """Download the files; DataError when the hub refuses, the hub library's errors when it cannot be reached."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    try:
+        info = hub.HfApi().dataset_info(repo, timeout=15)
+        names = _train_files([file.rfilename for file in info.siblings or []], repo, wanted)
+        return [
+            (Path(hub.hf_hub_download(repo, name, repo_type="dataset")), f"{repo}:{name}") for name in names
+        ]
+    except errors.GatedRepoError as error:
+        hint = f"accept its terms at https://huggingface.co/datasets/{repo}, then: hf auth login"
+        raise DataError(f"the data set {repo!r} is gated", hint=hint) from error
+    except errors.RepositoryNotFoundError as error:
+        hint = "check the name, or give a file's path; a private set needs `hf auth login`"
+        raise DataError(
+            f"{repo!r} is no file here and no data set on the hub", hint=suggest_files(source) or hint
+        ) from error
 
 
 def _hub_cache(cache: Path, repo: str) -> Path | None:

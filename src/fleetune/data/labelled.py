@@ -46,7 +46,9 @@ def encode_texts(
 ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32] | None]]:
     """Return the tokens of each example's texts, and their segments where the tokenizer has them: int32 [T] each."""
     limit = min(max_length, positions(model))
-    texts = [example.texts or ("\n".join(said for _, said in example.messages),) for example in examples]
+    texts = [
+        example.texts or ("\n".join(content for _, content in example.messages),) for example in examples
+    ]
     for start in range(0, len(texts), CHUNK):
         for _, run in itertools.groupby(texts[start : start + CHUNK], len):
             columns = [list(column) for column in zip(*run, strict=True)]
@@ -58,12 +60,12 @@ def encode_texts(
 
 def positions(model: Model) -> int:
     """Return how many positions an encoder has.  RoBERTa's begin after the padding's number."""
-    taken = 0
+    reserved = 0
     for name, module in model.net.named_modules():
         if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            taken = int(module.padding_idx) + 1
+            reserved = int(module.padding_idx) + 1
     table = int(getattr(model.net.config, "max_position_embeddings", 512))
-    return min(int(model.tokenizer.model_max_length), table - taken)
+    return min(int(model.tokenizer.model_max_length), table - reserved)
 
 
 def _target(example: Example, labels: Sequence[str]) -> int:

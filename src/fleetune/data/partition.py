@@ -137,10 +137,10 @@ def hold_out(
     quotas = _quotas([len(rows) for _, rows in strata], count)
     rank = np.empty(n, dtype=np.int64)
     rank[keyed_order(seed, HOLD_OUT, n)] = np.arange(n)
-    held = np.zeros(n, dtype=bool)
+    aside = np.zeros(n, dtype=bool)
     for (_, rows), quota in zip(strata, quotas, strict=True):
-        held[rows[np.argsort(rank[rows])[:quota]]] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
+        aside[rows[np.argsort(rank[rows])[:quota]]] = True
+    return np.flatnonzero(~aside), np.flatnonzero(aside)
 
 
 def _parse(spec: str) -> PartitionSpec:
@@ -296,13 +296,13 @@ def _top_up(owner: Rows, clients: int, min_rows: int, seed: int) -> Rows:
     sizes = np.bincount(owner, minlength=clients)
     if sizes.min() >= min_rows:
         return owner
-    held: list[list[int]] = [[] for _ in range(clients)]
+    rows_of: list[list[int]] = [[] for _ in range(clients)]
     for row in keyed_order(seed, TOP_UP, len(owner)).tolist():
-        held[owner[row]].append(row)
+        rows_of[owner[row]].append(row)
     for poor in np.flatnonzero(sizes < min_rows).tolist():
         while sizes[poor] < min_rows:
             rich = int(sizes.argmax())
-            owner[held[rich].pop()] = poor
+            owner[rows_of[rich].pop()] = poor
             sizes[rich] -= 1
             sizes[poor] += 1
     return owner

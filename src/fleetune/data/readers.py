@@ -179,7 +179,11 @@ def value_text(value: object) -> str:
         return "a list" if value else "an empty list"
     if isinstance(value, dict):
         return "an object"
-    kind = "text" if isinstance(value, str) else "number" if isinstance(value, int | float) else "value"
+    kind = "value"
+    if isinstance(value, str):
+        kind = "text"
+    elif isinstance(value, int | float):
+        kind = "number"
     written = repr(value)
     return f"the {kind} {written if len(written) <= 40 else written[:37] + '...'}"
 

@@ -111,6 +111,13 @@ def _head_nll(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
     return _nll(head(rows.unsqueeze(0))[0], targets)
 
 
+def _chunk_nll(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    """Compute `_head_nll`; with gradients enabled it is recomputed in the backward pass instead of stored."""
+    if torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(_head_nll, head, rows, targets, use_reentrant=False))
+    return _head_nll(head, rows, targets)
+
+
 def class_logits(net: nn.Module, batch: Batch) -> Tensor:
     """Return an encoder's logits of each row's label words: float32 [B, C]."""
     more = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
@@ -154,11 +161,7 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     del logits
     narrow.output = None  # the chunks below take its place
     pieces = zip(_split(narrow.rows, narrow.limit), _split(targets, narrow.limit), strict=True)
-    for rows, target in itertools.islice(pieces, 1, None):
-        if torch.is_grad_enabled():
-            parts.append(cast(Tensor, checkpoint(_head_nll, head, rows, target, use_reentrant=False)))
-        else:
-            parts.append(_head_nll(cast(nn.Module, head), rows, target))
+    parts += [_chunk_nll(cast(nn.Module, head), *piece) for piece in itertools.islice(pieces, 1, None)]
     return torch.cat(parts), places[:, 0]
 
 

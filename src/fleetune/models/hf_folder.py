@@ -77,6 +77,20 @@ def config_of(folder: Path) -> Any:
         raise ModelError(
             f"{file} is not a model configuration ({error!r})", hint="fetch the model again"
         ) from error
+    _check_kind(folder, raw, kind)
+    _check_sizes(raw, file)
+    try:
+        if KEY in raw:
+            return config_from(raw)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a configuration class may raise anything for a wrong value
+        raise ModelError(
+            f"{file} cannot be used: {short_error(error)}", hint="fetch the model again"
+        ) from error
+
+
+def _check_kind(folder: Path, raw: dict[str, Any], kind: str) -> None:
+    """Raise ModelError for a model that is neither causal nor an encoder, or whose weights are quantised."""
     again = "use a causal language model or a BERT-style encoder, such as: fleetune models"
     stated = raw.get("architectures") or []
     encoder = _is_encoder(kind, stated)
@@ -100,15 +114,6 @@ def config_of(folder: Path) -> Any:
         raise ModelError(
             f"{folder} is quantised ({how}); plain weights are needed", hint="use the model it was made from"
         )
-    _check_sizes(raw, file)
-    try:
-        if KEY in raw:
-            return config_from(raw)
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a configuration class may raise anything for a wrong value
-        raise ModelError(
-            f"{file} cannot be used: {short_error(error)}", hint="fetch the model again"
-        ) from error
 
 
 def _check_sizes(raw: dict[str, Any], file: Path) -> None:

@@ -172,7 +172,9 @@ def _device(device: str, dtype: torch.dtype) -> str:
     if device not in DEVICES:
         raise ModelError(f"no device named '{device}'", hint="choose one of " + ", ".join(DEVICES))
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    chosen = ("cuda" if cuda else "mps" if mps else "cpu") if device == "auto" else device
+    chosen = device
+    if device == "auto":
+        chosen = next((name for name, found in (("cuda", cuda), ("mps", mps)) if found), "cpu")
     if (chosen == "cuda" and not cuda) or (chosen == "mps" and not mps):
         built = torch.version.cuda is not None if chosen == "cuda" else torch.backends.mps.is_built()
         why = "finds no such device" if built else "was built without it"
@@ -271,6 +273,18 @@ def _read_net(
     missing = [str(name) for name in found["missing_keys"]]
     if words != saved:
         missing = encoders.make_head(net, missing)
+    _check_tensors(path, kind, found, missing, head=bool(words))
+    if (path / "generation_config.json").is_file():
+        net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    net.eval()
+    net.requires_grad_(False)
+    return net, words
+
+
+def _check_tensors(
+    path: Path, kind: type, found: Mapping[str, Iterable[object]], missing: Sequence[str], *, head: bool
+) -> None:
+    """Raise ModelError unless the files have just the tensors that the model needs; `found` is transformers' report."""
     wrong = sorted([*missing, *map(str, found["mismatched_keys"])])
     if wrong:
         raise ModelError(
@@ -278,17 +292,12 @@ def _read_net(
             + ", ".join(wrong[:3]),
             hint="the directory holds another or an incomplete model: fetch it again",
         )
-    if left := _left_over(map(str, found["unexpected_keys"]), head=bool(words)):
+    if left := _left_over(map(str, found["unexpected_keys"]), head=head):
         raise ModelError(
             f"{path} has {len(left)} tensors that a {kind.__name__} of its config.json has no place for: "
             + ", ".join(left[:3]),
             hint="config.json is of another model than the weights (does it say fewer blocks?): fetch the model again",
         )
-    if (path / "generation_config.json").is_file():
-        net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    net.eval()
-    net.requires_grad_(False)
-    return net, words
 
 
 def _left_over(names: Iterable[str], *, head: bool) -> list[str]:

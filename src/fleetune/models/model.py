@@ -54,12 +54,12 @@ class Model:
 def named_tensors(net: PreTrainedModel) -> list[tuple[str, Tensor]]:
     """Return the parameters in name order; tied ones once, under the first of their names."""
     seen: set[int] = set()
-    kept = []
+    found = []
     for name, tensor in sorted(net.named_parameters(remove_duplicate=False), key=lambda item: item[0]):
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            kept.append((name, tensor))
-    return kept
+            found.append((name, tensor))
+    return found
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -88,9 +88,9 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     step = max(1, CHUNK // max(1, width))
     for start in range(0, rows.shape[0], step):
         flat = rows[start : start + step].contiguous().cpu().reshape(-1)
-        yield (
-            flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
-        )  # a lone value
+        if flat.stride(0) != 1:  # a single value
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        yield flat
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

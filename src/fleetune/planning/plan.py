@@ -119,6 +119,31 @@ def table(
     return rows
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The costs of every method for a model on a device."""
+
+    rows: tuple[Row, ...]
+    about: tuple[tuple[str, str], ...]  # (label, text): the model and the work
+
+    def best(self) -> str:
+        """The method to begin with; FitError when none fits."""
+        return best(self.rows)
+
+
+def make(
+    config: PretrainedConfig,
+    name: str,
+    work: Workload,
+    *,
+    ram: int | None = None,
+    uplink: float | None = None,
+) -> Plan:
+    """The plan of a model; `ram` in bytes, `uplink` in bytes a second."""
+    rows = table(config, work, ram=ram, uplink=uplink)
+    return Plan(tuple(rows), tuple(describe(config, name, work, uplink=uplink)))
+
+
 def columns(rows: Sequence[Row]) -> list[str]:
     """The headings of `cells`."""
     heads = ["method", "peak RAM", "up/round", "down/round", "passes/step", "round time"]

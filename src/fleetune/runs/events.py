@@ -39,7 +39,7 @@ class Measures(Event):
     accuracy: float | None = None
     rouge_l: float | None = None
     f1: float | None = None
-    em: float | None = None
+    exact_match: float | None = None
 
     @property
     def values(self) -> dict[str, float]:
@@ -66,6 +66,7 @@ class TuneChecked(Event):
     event: ClassVar[str] = "checked"
     clients: int
     rows: int  # of all clients
+    held_out: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +95,8 @@ class ClientReply(Recorded):
     event: ClassVar[str] = "client"
     round: int
     client: int
-    n: Value | None  # its rows, as it says
-    loss: Value | None  # its training loss, as it says
+    n: Value | bytes | None  # its rows, as it says
+    loss: Value | bytes | None  # its training loss, as it says
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -126,6 +127,12 @@ class RoundEvaluated(Recorded, Measures):
 
     event: ClassVar[str] = "eval"
     round: int
+
+
+def round_evaluated(round: int, measures: Mapping[str, float]) -> RoundEvaluated:
+    """The event for the measures after a round."""
+    values: dict[str, Any] = dict(measures)
+    return RoundEvaluated(round=round, **values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,6 +444,12 @@ class EvalDone(Measures):
     event: ClassVar[str] = "eval"
     model: str
     rows: int
+
+
+def evaluated(model: str, rows: int, measures: Mapping[str, float]) -> EvalDone:
+    """The event for the measures of one model on so many rows."""
+    values: dict[str, Any] = dict(measures)
+    return EvalDone(model=model, rows=rows, **values)
 
 
 # Planning, lists, ledgers, serving -------------------------------------------------------------------

@@ -274,6 +274,12 @@ def number(path: Path) -> int:
     return int(match[1]) if match else 0
 
 
+def status_of(path: Path) -> str:
+    """The status of a run folder: running, done, interrupted, or failed and why; "" when it has none."""
+    file = path / "status"
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+
+
 def checkpoints(path: Path) -> list[tuple[int, Path]]:
     """(round, file) of the checkpoints in a run folder, oldest first."""
     found = [(re.fullmatch(r"round-(\d+)\.ckpt", p.name), p) for p in (path / "checkpoints").glob("*.ckpt")]

@@ -84,8 +84,8 @@ def difference(new: Passes | None, old: Passes | None) -> Passes:
     for p, sign in sides:
         np.add.at(tables, where[first : first + len(p.ids)], sign * p.tables.astype(np.int64))
         first += len(p.ids)
-    kept = tables.any(axis=1)
-    left = Passes(ids[kept], tables[kept])
+    nonzero = tables.any(axis=1)
+    left = Passes(ids[nonzero], tables[nonzero])
     return Passes(left.ids, left.tables.astype(np.int32)) if _most(left) < 1 << 31 else left
 
 

@@ -118,10 +118,11 @@ def _check(out: Tensor, base: Tensor, start: int) -> None:
 
 
 def _blocks(out: Tensor, start: int, unit: int, block: int | None) -> Iterator[tuple[int, int, int, int]]:
-    # (first element, last + 1, first tile or group, number of them), cut where tiles end.
+    """Yield (first element, last + 1, first tile or group, number of them), cut where tiles end."""
     size = out.numel()
-    step = block if block is not None else BLOCK if out.device.type == "cpu" else BLOCK_DEVICE
-    step = -(-step // unit) * unit
+    if block is None:
+        block = BLOCK if out.device.type == "cpu" else BLOCK_DEVICE
+    step = -(-block // unit) * unit
     lo = 0
     while lo < size:
         hi = min(size, lo + step - (start + lo) % unit)

@@ -193,9 +193,8 @@ class View:
                 raise ModelError(f"{type(module).__name__} is already wrapped; remove the earlier view first")
             module.forward = _forward_for(self, module, own)
             if type(module) is nn.Linear and getattr(module, "bias", None) is None and "weight" in own:
-                module.__dict__["row_blocks"] = functools.partial(
-                    _blocks, self, own["weight"]
-                )  # for `losses`
+                # `losses` reads the head's weights block by block
+                module.__dict__["row_blocks"] = functools.partial(_blocks, self, own["weight"])
             self.owners.append((module, own))
 
 

@@ -42,6 +42,14 @@ def result_of(run: Path) -> Path:
     return found
 
 
+def ledger_of(run: Path) -> Ledger:
+    """The seed ledger of a run; UsageError for a run that leaves an adapter."""
+    found = result_of(run)
+    if found.name != RESULT["ledger"]:
+        raise UsageError(f"{run} leaves an adapter, no ledger", hint=f"see {found}")
+    return ledgers.load(found)
+
+
 def held_out(run: Path, *, offline: bool = False) -> list[Example]:
     """The rows that a run never trained on."""
     recipe = recipe_of(run)

@@ -17,7 +17,7 @@ from fleetune.common.memory import release_memory as release_memory
 from fleetune.common.memory import rss as rss
 from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError
-from fleetune.runs.events import ClientReply, Recorded, RoundDone, RoundEvaluated
+from fleetune.runs.events import ClientReply, Recorded, RoundDone, round_evaluated
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning import checkpoint
@@ -91,7 +91,7 @@ def run(
             seconds=round(seconds, 3), rss=rss(), report=(report(state) or None) if report else None,
         ))  # fmt: skip
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
-            hooks.emit(RoundEvaluated(round=r, **hooks.evaluate(state)))
+            hooks.emit(round_evaluated(r, hooks.evaluate(state)))
         run.checkpoint(r, checkpoint.encode(r, state, totals))
         fleet.forget_before(r + 1 - KEEP)
     return state, totals

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from fleetune import adapters, models
+from fleetune.errors import Interrupted
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.measures import measure as measured_on
 from fleetune.evaluation.scores import rouge_l
 from fleetune.runs import report, rundir
-from fleetune.runs.events import Recorded, RoundEvaluated, TuneDone, as_dict
+from fleetune.runs.events import Recorded, TuneDone, as_dict, round_evaluated
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
@@ -37,7 +38,9 @@ def tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
     try:
         return _tune(job, run, listener)
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Interrupted"
+        stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+        if isinstance(error, Interrupted):
+            error.hint = error.hint or f"fleetune tune --resume {run.path}"
         try:
             run.log(f"stopped: {type(error).__name__}: {error}")
             run.status("interrupted" if stopped else f"failed: {error}")
@@ -56,6 +59,9 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
         listener.note(
             f"{job.dropped} rows have answers that do not fit {recipe.max_length} tokens and are left out"
         )
+    asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
+    listener.progress("rounds", 0, recipe.rounds)
+    listener.progress("clients", 0, asked)
     state = method.init(model, derive(recipe.seed, "init"))
     fleet = LocalFleet(
         model, method, job.rows, recipe.seed, pad_id(model),
@@ -74,7 +80,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
     def begin() -> None:
         emit(describe.start(job))
         base = answers(job, state, run, "base", measure(state))
-        emit(RoundEvaluated(round=0, **base))
+        emit(round_evaluated(0, base))
 
     plan = rounds.RoundPlan(
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,

@@ -28,7 +28,7 @@ from fleetune.common.settings import Value
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError
 from fleetune.runs import report, rundir
 from fleetune.runs.listener import Listener
-from fleetune.runs.report.cells import SweepAxis, SweepRun
+from fleetune.runs.report.cells import GridRun, SweepAxis
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods, prepare
 from fleetune.tuning import recipe as recipes
@@ -288,10 +288,10 @@ def done(folder: Path, point: Point) -> bool:
     return status.is_file() and status.read_text(encoding="utf-8").strip() == "done"
 
 
-def members(folder: Path, grid: Grid) -> list[SweepRun]:
+def members(folder: Path, grid: Grid) -> list[GridRun]:
     """The runs of the grid that have begun."""
     return [
-        SweepRun(p.values, p.seed, report.read(folder / p.name))
+        GridRun(p.values, p.seed, report.read(folder / p.name))
         for p in grid.points
         if (folder / p.name / "run.toml").is_file()
     ]

@@ -6,38 +6,49 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fleetune.cli.commands import tune
 from fleetune.cli.console import Ui
-from fleetune.tuning import demo as demos
+from fleetune.runs.events import Answered
+from fleetune.subject import Run
+
+HELP = "tune smollm2-135m over the built-in demo fleet and make the result fit a device"
+ORDER = 10
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    sub.add_argument("--quick", action="store_true", help="the same path in a minute, with fewer steps")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Carry out `fleetune demo`."""
-    from fleetune import models
+    """Run the pipeline, each stage shown as its own command shows it."""
+    from fleetune import api, models
+    from fleetune.cli.commands import compress, export, tune
+    from fleetune.cli.listener import console_listener
+    from fleetune.tuning import demo
 
-    with ui.count(demos.MODEL, 0, size=True) as bar:
+    with ui.count(demo.MODEL, 0, size=True) as bar:
         models.pull(
-            demos.MODEL, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what)
+            demo.MODEL, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what)
         )
-    first, _ = [tune.run_recipe(recipe, args, ui) for recipe in demos.recipes(quick=args.quick)]
-    _deploy(args, ui, Path(first["run"]))
-
-
-def _deploy(args: argparse.Namespace, ui: Ui, run: Path) -> None:
-    """Compress a run, write it as a GGUF file, and let that file answer the first prompt of its samples."""
-    from fleetune.cli.commands import compress, eval, export
-    from fleetune.compression.jobs.work import Work
-    from fleetune.deploy import export as exports
-    from fleetune.evaluation import answers
-
-    work = Work(str(run), True, "optq", length=demos.LENGTH)
-    folder = compress.carry_out(work, ui, Path(args.out), offline=args.offline)
-    file = folder / f"{folder.name}.gguf"
-    export.write(ui, compress.artefact(folder), "gguf", file)
-    row = eval.held_out(run, offline=args.offline)[0]
-    (answer,) = answers.generate(exports.load(file), [row], max_new_tokens=demos.ANSWER)
-    question = row.messages[-1][1]
-    ui.event({"event": "answer", "prompt": question, "text": answer})
+    run, _ = [tune.run_recipe(recipe, args, ui) for recipe in demo.recipes(quick=args.quick)]
+    with console_listener(ui) as listener:
+        small = api.compress(run, length=demo.LENGTH, out=args.out, offline=args.offline, listener=listener)
+        compress.show(ui, small)
+        file = small.folder / f"{small.folder.name}.gguf"
+        export.show(ui, api.export(small, to="gguf", path=file, listener=listener))
+    question, answer = _ask(Run(run.folder), file, offline=args.offline)
+    ui.event(Answered(prompt=question, text=answer))
     ui.paths([
         ("question", question), (f"{file.name} says", answer), ("next", f"fleetune serve {file}"),
     ])  # fmt: skip
+
+
+def _ask(run: Run, file: Path, *, offline: bool) -> tuple[str, str]:
+    """The first prompt of the run's samples, and the file's answer."""
+    from fleetune.deploy import export
+    from fleetune.evaluation import answers
+    from fleetune.tuning import demo
+
+    row = run.held_out(offline=offline)[0]
+    (answer,) = answers.generate(export.load(file), [row], max_new_tokens=demo.ANSWER)
+    return row.messages[-1][1], answer

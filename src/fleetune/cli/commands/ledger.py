@@ -4,23 +4,59 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
 from fleetune.errors import LedgerError, UsageError
-from fleetune.seeds import ledger as ledgers
-from fleetune.seeds.ledger import Ledger
+from fleetune.runs.events import DigestFound, LedgerDifference, LedgerShown, LedgerVerified, LedgerWritten
+
+if TYPE_CHECKING:
+    from fleetune.seeds.ledger import Ledger
 
 
-def run(args: argparse.Namespace, ui: Ui, files: Sequence[Path]) -> None:
-    """Carry out `fleetune ledger ACTION FILE...`; a run folder stands for its ledger."""
+HELP = "show, verify, replay, compare and combine seed ledgers"
+ORDER = 60
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    sub.add_argument("action", choices=list(ACTIONS))
+    sub.add_argument("files", metavar="FILE|RUN", nargs="+")
+    sub.add_argument("--model", help="the base model (a run knows its own)")
+    sub.add_argument("--to", metavar="PATH", help="file (or folder, for export) to write")
+    sub.add_argument(
+        "--round", type=int, help="for truncate: the last round that stays; for drop: the round left out"
+    )
+    sub.add_argument("--factor", type=float, help="for scale")
+    sub.add_argument("--threads", type=int, help="replay with so many threads")
+    sub.add_argument(
+        "--backend", default="auto", choices=["auto", "numba", "torch"], help="replay with these kernels"
+    )
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Carry out an action on one ledger or two; a run stands for its ledger."""
+    from fleetune.seeds import ledger as ledgers
+
     wanted = 2 if args.action in ("diff", "merge") else 1
-    if len(files) != wanted:
-        raise UsageError(f"ledger {args.action} takes {wanted} FILE, {len(files)} given")
-    paths = [f / "ledger.safetensors" if f.is_dir() else f for f in files]
+    if len(args.files) != wanted:
+        raise UsageError(f"ledger {args.action} takes {wanted} FILE, {len(args.files)} given")
+    paths = [_file(name, args.out) for name in args.files]
     ACTIONS[args.action](args, ui, paths, [ledgers.load(p) for p in paths])
+
+
+def _file(name: str, out: str) -> Path:
+    """The ledger file that a name means: a file, a run's folder, or a run by name or number."""
+    from fleetune import subject
+
+    path = Path(name)
+    if not path.is_file() and isinstance(found := subject.open(name, out), subject.Run):
+        path = found.folder
+    return path / "ledger.safetensors" if path.is_dir() else path
 
 
 def _base_name(args: argparse.Namespace, path: Path) -> str:
@@ -38,14 +74,13 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
     head = ledger.head
     size = path.stat().st_size
     last = int(ledger.rounds.max(initial=0))
-    ui.event({
-        "event": "ledger", "file": str(path), "bytes": size, "entries": len(ledger), "rounds": last, "base": head.base,
-        "law": head.law, "K": head.K, "grid": head.grid, "method": head.method, "checks": head.checks,
-        "fingerprint": ledger.fingerprint(),
-    })  # fmt: skip
+    ui.event(LedgerShown(
+        file=str(path), bytes=size, entries=len(ledger), rounds=last, base=head.base, law=head.law, K=head.K,
+        grid=head.grid, method=head.method, checks=head.checks, fingerprint=ledger.fingerprint(),
+    ))  # fmt: skip
     if ui.json:
         return
-    parameters = sum(_size(shape) for _, shape, _ in head.tensors)
+    parameters = sum(math.prod(shape) for _, shape, _ in head.tensors)
     ui.table(["", ""], [
         ["file", f"{path} ({human_bytes(size)}; compact {human_bytes(len(ledger.compact().to_bytes()))})"],
         ["base", head.base],
@@ -59,13 +94,6 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
     ], align="ll")  # fmt: skip
 
 
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
-
-
 def _replay(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
     from fleetune.tuning import finished
 
@@ -76,7 +104,7 @@ def _replay(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
 
 
 def _digest(ui: Ui, digest: str) -> None:
-    ui.event({"event": "digest", "digest": digest})
+    ui.event(DigestFound(digest=digest))
     if not ui.json:
         ui.paths([("digest", digest)])
 
@@ -95,7 +123,7 @@ def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
         )
     if not checks:
         ui.note("the ledger states no digest to check; this is what it rebuilds")
-    ui.event({"event": "verified", "digest": digest, "checks": len(checks)})
+    ui.event(LedgerVerified(digest=digest, checks=len(checks)))
     if not ui.json:
         ui.paths(
             [("verified", f"{len(checks)} of {len(checks)} stated digests found again"), ("digest", digest)]
@@ -105,7 +133,7 @@ def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
 def _diff(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:
     changes = loaded[0].diff(loaded[1])
     for c in changes:
-        ui.event({"event": "difference", **c._asdict()})
+        ui.event(LedgerDifference(**c._asdict()))
     if not ui.json:
         ui.table(["what", paths[0].parent.name, paths[1].parent.name], changes, align="lll")
     if not changes:
@@ -138,9 +166,7 @@ def _write(args: argparse.Namespace, ui: Ui, ledger: Ledger) -> None:
     if path.exists():
         raise UsageError(f"{path} exists already", hint="choose another --to: nothing is overwritten")
     ledger.save(path)
-    ui.event(
-        {"event": "written", "file": str(path), "entries": len(ledger), "fingerprint": ledger.fingerprint()}
-    )
+    ui.event(LedgerWritten(file=str(path), entries=len(ledger), fingerprint=ledger.fingerprint()))
     ui.paths([("result", f"{path} ({human_bytes(path.stat().st_size)}, {len(ledger):,} entries)")])
 
 
@@ -150,7 +176,7 @@ def _needs(value: float | None, flag: str, args: argparse.Namespace) -> float:
     return value
 
 
-Action = Callable[[argparse.Namespace, Ui, Sequence[Path], Sequence[Ledger]], None]
+Action = Callable[[argparse.Namespace, Ui, Sequence[Path], Sequence["Ledger"]], None]
 
 ACTIONS: dict[str, Action] = {
     "show": _show,

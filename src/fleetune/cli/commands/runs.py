@@ -1,27 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune runs`: list, show, compare, rm; of tuned runs and of what was compressed."""
+"""`fleetune runs`: list, show, compare and remove tuned runs and compressions."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fleetune.cli.commands import compress
+from fleetune import subject
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import storage_error, write_atomic
-from fleetune.compression.jobs import work as subjects
-from fleetune.compression.jobs.work import RECORD
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import report, rundir
+from fleetune.runs import compression_folder, report, rundir
+from fleetune.runs.compression_folder import RECORD
+from fleetune.runs.events import CompressionListed, RunListed, RunRemoved, SweepListed
+from fleetune.subject import Compressed, Run
+
+HELP = "list, show, compare or remove runs"
+ORDER = 120
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    sub.add_argument("action", nargs="?", default="list", choices=list(ACTIONS))
+    sub.add_argument("names", metavar="RUN", nargs="*")
+    sub.add_argument(
+        "--force", action="store_true", help="rm: also a run that something was compressed from, which stays"
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """Carry out `fleetune runs`."""
+    """Carry out an action."""
     if args.force and args.action != "rm":
         raise UsageError("--force is of runs rm alone", hint="leave it out")
     ACTIONS[args.action](args, ui)
@@ -34,25 +46,24 @@ def _at_least(args: argparse.Namespace, least: int) -> None:
         )
 
 
-def _meant(name: str, out: Path) -> tuple[Path, bool]:
+def _folder(name: str, out: Path) -> tuple[Path, bool]:
     """The folder that a name means, and whether it is of a compression; `latest` is the newest of either kind."""
-    run = None
-    with suppress(UsageError):
-        run = rundir.find(name, out)
-    smaller = compress.named(name, out, run)
-    return (smaller, True) if smaller else (run or rundir.find(name, out), False)
+    found = subject.open(name, out)
+    if isinstance(found, Compressed) and found.folder is not None:
+        return found.folder, True
+    return (found.folder if isinstance(found, Run) else rundir.find(name, out)), False
 
 
 def _list(args: argparse.Namespace, ui: Ui) -> None:
     rows = report.table(rundir.listing(Path(args.out)))
     for row in rows:
-        ui.event({"event": "run", **row})
+        ui.event(RunListed(**row))
     for sweep in sorted(p.parent for p in Path(args.out).glob("*/sweep.toml")):
-        ui.event({"event": "sweep", "path": str(sweep)})
+        ui.event(SweepListed(path=str(sweep)))
         ui.note(f"{sweep} is a sweep; its runs: fleetune runs --out {sweep}")
     smaller = _compressed(Path(args.out))
-    for row in smaller:
-        ui.event({"event": "compressed", **row})
+    for listed in smaller:
+        ui.event(listed)
     if ui.json:
         return
     if not rows and not smaller:
@@ -62,7 +73,7 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
     if rows:
         _runs_table(rows, ui)
     if smaller:
-        cells = [[r["name"], r["of"], r["status"], human_bytes(_number(r["bytes"]))] for r in smaller]
+        cells = [[r.name, r.of, r.status, human_bytes(r.bytes)] for r in smaller]
         ui.table(["compressed", "of", "status", "size"], cells, align="lllr")
 
 
@@ -79,21 +90,22 @@ def _runs_table(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
     )  # fmt: skip
 
 
-def _compressed(out: Path) -> list[dict[str, object]]:
+def _compressed(out: Path) -> list[CompressionListed]:
     """What `fleetune compress` left under `out`, by number."""
-    files = sorted(out.glob(f"*/{RECORD}"), key=lambda p: rundir.number(p.parent))
-    return [_row(file.parent) for file in files]
+    return [_row(folder) for folder in compression_folder.listing(out)]
 
 
-def _row(folder: Path) -> dict[str, object]:
+def _row(folder: Path) -> CompressionListed:
     """A compression's line in the list."""
     try:
-        record = subjects.recorded(folder)
+        record = compression_folder.record(folder)
     except StorageError:
-        return {"name": folder.name, "of": "", "method": "", "status": "damaged", "bytes": None}
+        return CompressionListed(name=folder.name, of="", method="", status="damaged", bytes=None)
     done = record.get("result", {})
-    return {"name": folder.name, "of": compress.called(record["model"]), "method": record.get("method"),
-            "status": "done" if done else "stopped", "bytes": done.get("bytes")}  # fmt: skip
+    return CompressionListed(
+        name=folder.name, of=compression_folder.name_of(record["model"]), method=record.get("method"),
+        status="done" if done else "stopped", bytes=done.get("bytes"),
+    )  # fmt: skip
 
 
 def _number(value: object) -> float | None:
@@ -102,12 +114,12 @@ def _number(value: object) -> float | None:
 
 def _show(args: argparse.Namespace, ui: Ui) -> None:
     _at_least(args, 1)
-    for folder, smaller in [_meant(name, Path(args.out)) for name in args.names]:
+    for folder, smaller in [_folder(name, Path(args.out)) for name in args.names]:
         if smaller:
             _show_compressed(folder, ui)
             continue
         facts = report.summary(folder)
-        ui.event({"event": "run", **facts})
+        ui.event(RunListed(**facts))
         if not ui.json:
             ui.table(["", folder.name], [[k, v] for k, v in facts.items()], align="ll")
             ui.paths([("report", str(report.write(folder)))])
@@ -115,14 +127,15 @@ def _show(args: argparse.Namespace, ui: Ui) -> None:
 
 def _show_compressed(folder: Path, ui: Ui) -> None:
     """What was asked for, and what came out."""
-    work, done = asdict(compress.read(folder)), subjects.recorded(folder).get("result")
-    row = _row(folder)
-    ui.event({"event": "compressed", **row, "folder": str(folder), "asked": work, "result": done})
+    work = asdict(compression_folder.request_of(folder))
+    done = compression_folder.record(folder).get("result")
+    row = replace(_row(folder), folder=str(folder), asked=work, result=done)
+    ui.event(row)
     if ui.json:
         return
-    told = {k: v for k, v in work.items() if k != "run" and v not in ("", {}, False)}
-    asked = [[k, _settings(v) if k == "set" else v] for k, v in told.items()]
-    ui.table(["", folder.name], [*asked, ["status", row["status"]], *_outcome(done or {})], align="ll")
+    given = {k: v for k, v in work.items() if k != "run" and v not in ("", {}, False)}
+    asked = [[k, _settings(v) if k == "set" else v] for k, v in given.items()]
+    ui.table(["", folder.name], [*asked, ["status", row.status], *_outcome(done or {})], align="ll")
     next_ = f"fleetune measure {folder}" if done else f"fleetune compress --resume {folder}"
     ui.paths([("folder", str(folder)), ("next", next_)])
 
@@ -145,7 +158,7 @@ def _outcome(done: Mapping[str, Any]) -> list[list[object]]:
 
 def _compare(args: argparse.Namespace, ui: Ui) -> None:
     _at_least(args, 2)
-    found = [_meant(name, Path(args.out)) for name in args.names]
+    found = [_folder(name, Path(args.out)) for name in args.names]
     if smaller := [name for name, (_, is_smaller) in zip(args.names, found, strict=True) if is_smaller]:
         raise UsageError(
             f"runs compare is of tuned runs; {smaller[0]} was compressed",
@@ -155,7 +168,7 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
     page = Path(args.out) / "compare.html"
     write_atomic(page, report.compare(runs))
     for row in (rows := report.table(runs)):
-        ui.event({"event": "run", **row})
+        ui.event(RunListed(**row))
     if not ui.json:
         keys = [k for k in rows[0] if any(row.get(k) != rows[0].get(k) for row in rows)]
         ui.table(
@@ -168,9 +181,9 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
 
 def _rm(args: argparse.Namespace, ui: Ui) -> None:
     _at_least(args, 1)
-    found = list(dict.fromkeys(_meant(name, Path(args.out))[0] for name in args.names))
+    found = list(dict.fromkeys(_folder(name, Path(args.out))[0] for name in args.names))
     if "latest" in args.names:
-        latest, _ = _meant("latest", Path(args.out))
+        latest, _ = _folder("latest", Path(args.out))
         raise UsageError(
             f"what is removed must be named; latest is {latest} now", hint=f"fleetune runs rm {latest}"
         )
@@ -182,7 +195,7 @@ def _rm(args: argparse.Namespace, ui: Ui) -> None:
         except OSError as error:
             raise storage_error(error, folder) from error
         ui.note(f"removed {folder}")
-        ui.event({"event": "removed", "run": str(folder)})
+        ui.event(RunRemoved(run=str(folder)))
 
 
 def _check_needed(found: Sequence[Path], out: Path) -> None:
@@ -202,7 +215,7 @@ def _check_needed(found: Sequence[Path], out: Path) -> None:
 def _needs(folder: Path) -> set[Path]:
     """The folders that a compression was made from; of a stopped one also its teacher's."""
     try:
-        record = subjects.recorded(folder)
+        record = compression_folder.record(folder)
     except StorageError:  # a damaged record needs nothing
         return set()
     teacher = "" if record.get("result") else record.get("set", {}).get("teacher", "")

@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune sweep`: a grid of runs, what the user sees of it, and Ctrl-C."""
+"""`fleetune sweep`: tune over a grid of values and seeds, on one page."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fleetune.cli.commands.tune import keys_of
+from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import CountBar
 from fleetune.common.display import human_time, show
 from fleetune.errors import FleetuneError, Interrupted, UsageError
 from fleetune.runs import report, rundir
+from fleetune.runs.events import Event, Recorded, RoundDone, SweepDone, SweepPlanned, SweepRun, SweepStart
 
 if TYPE_CHECKING:
     from fleetune.tuning.sweep import Grid, Point
+
+
+HELP = "tune over a grid of values and seeds, on one page"
+ORDER = 40
 
 
 class Screen:
@@ -44,9 +50,10 @@ class Screen:
         self.bar.update(self.rounds)
         base, tuned = report.measures(report.read(path))
         had = reason == "done before"
-        event = {"event": "run", "run": str(path), "values": list(point.values), "seed": point.seed}
-        event |= {"skipped": had, "failed": "" if had else reason, "base": base, "tuned": tuned}
-        self.ui.event(event)
+        self.ui.event(SweepRun(
+            run=str(path), values=list(point.values), seed=point.seed, skipped=had,
+            failed="" if had else reason, base=base, tuned=tuned,
+        ))  # fmt: skip
         changes = "  ".join(f"{n} {show(n, base.get(n))} -> {show(n, v)}" for n, v in tuned.items())
         words = [point.words, changes, "done before" if had else human_time(time.monotonic() - self.began)]
         if reason and not had:
@@ -60,12 +67,12 @@ class Screen:
         """A remark on the run at work."""
         self.ui.note(f"{self.words}: {text}")
 
-    def event(self, event: Mapping[str, Any]) -> None:
-        """An event of the run at work, with its folder's name; its end is told by `end`."""
-        if event["event"] != "done":
-            self.ui.event({**event, "run": self.name})
-        if event["event"] == "round":
-            self.bar.update(self.rounds + int(event["round"]), note=self.words)
+    def event(self, event: Event) -> None:
+        """Report an event of the run at work, with its folder's name; `end` reports its end."""
+        if isinstance(event, Recorded):
+            self.ui.event(dataclasses.replace(event, run=self.name))
+        if isinstance(event, RoundDone):
+            self.bar.update(self.rounds + event.round, note=self.words)
 
     def step(self, client: int, step: int) -> None:
         """Stop here if Ctrl-C was pressed."""
@@ -85,14 +92,33 @@ class Screen:
             raise Interrupted(said, hint=self.resume)
 
 
-def sweep(args: argparse.Namespace, ui: Ui) -> None:
-    """Begin a sweep or go on with one."""
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    sub.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="a TOML recipe; a table [sweep] says what varies"
+    )
+    sub.add_argument(
+        "--vary", action="append", default=[], metavar="NAME=V1,V2,..",
+        help="alpha (of the Dirichlet partition), an option, or a setting of the method (K, set.K); repeat",
+    )  # fmt: skip
+    sub.add_argument(
+        "--seeds", type=int, help="seeds of every combination, from the recipe's own on (default 1)"
+    )
+    sub.add_argument(
+        "--resume", metavar="SWEEP", help="continue a stopped sweep (a path, a number, or latest)"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="check all runs and list them, then stop")
+    recipe_flags.add(sub)
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Begin a sweep or resume one."""
     from fleetune.tuning import sweep as sweeps
 
     out = Path(args.out)
     if args.resume:
         path = sweeps.find(args.resume, out)
-        if args.recipe or args.vary or args.set or args.seeds or _any_flag(args):
+        if args.recipe or args.vary or args.set or args.seeds or recipe_flags.given(args):
             raise UsageError(
                 "--resume goes on with the sweep's own recipe; it takes no other option",
                 hint=f"fleetune sweep --resume {path}",
@@ -103,29 +129,25 @@ def sweep(args: argparse.Namespace, ui: Ui) -> None:
             raise UsageError(
                 "a sweep needs a RECIPE", hint="fleetune sweep recipe.toml --vary K=64,512 --seeds 3"
             )
-        grid = sweeps.make(keys_of(args, args.recipe), args.vary, args.seeds)
+        grid = sweeps.make(recipe_flags.keys(args, args.recipe), args.vary, args.seeds)
     sweeps.check(grid, offline=args.offline)
     if args.dry_run:
         _plan(grid, ui)
         return
     rundir.check_writable(path if args.resume else out)
     with rundir.RunDir(path) if args.resume else sweeps.create(out, Path(args.recipe).stem, grid) as folder:
-        _run(grid, folder, args, ui)
-
-
-def _any_flag(args: argparse.Namespace) -> bool:
-    return any(v is not None for k, v in vars(args).items() if k.startswith("recipe_"))
+        _start(grid, folder, args, ui)
 
 
 def _plan(grid: Grid, ui: Ui) -> None:
     for point in grid.points:
-        ui.event({"event": "planned", "name": point.name, "values": list(point.values), "seed": point.seed})
+        ui.event(SweepPlanned(name=point.name, values=list(point.values), seed=point.seed))
     if not ui.json:
         ui.table(["run", "values"], [[p.name, p.words] for p in grid.points])
     ui.note(f"the sweep is good: {len(grid.points)} runs")
 
 
-def _run(grid: Grid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) -> None:
+def _start(grid: Grid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.tuning import sweep as sweeps
 
     path, base = folder.path, grid.base
@@ -135,9 +157,7 @@ def _run(grid: Grid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) ->
     rows += [("seeds", seeds), ("runs", f"{len(grid.points)} · in {path}")]
     ui.header(f"fleetune sweep · {base.method}", rows)
     axes = {a.name: list(a.values) for a in grid.axes}
-    ui.event(
-        {"event": "sweep", "path": str(path), "runs": len(grid.points), "seeds": grid.seeds, "axes": axes}
-    )
+    ui.event(SweepStart(path=str(path), runs=len(grid.points), seeds=grid.seeds, axes=axes))
     resume = f"fleetune sweep --resume {path}"
     rounds = sum(p.recipe.rounds for p in grid.points)
     with ui.count("rounds", rounds) as bar, InterruptHandler(ui) as interrupt:
@@ -156,7 +176,7 @@ def _results(grid: Grid, path: Path, ui: Ui) -> None:
     table = report.grid_tables(grid.axes, sweeps.members(path, grid))
     page = path / sweeps.PAGE
     figures = sorted(str(p) for p in (path / "figures").glob("*.svg"))
-    ui.event({"event": "done", "path": str(path), "page": str(page), "figures": figures, **table.record})
+    ui.event(SweepDone(path=str(path), page=str(page), figures=figures, **table.record))
     if not ui.json:
         ui.table(
             table.head, table.rows, align="l" * len(grid.axes) + "r" * (len(table.head) - len(grid.axes))

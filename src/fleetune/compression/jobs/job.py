@@ -19,7 +19,7 @@ from fleetune.runs.listener import Listener
 
 
 @dataclass(frozen=True)
-class Compression:
+class CompressResult:
     """A finished compression."""
 
     request: CompressRequest
@@ -65,7 +65,7 @@ def prepare(request: CompressRequest, listener: Listener, out: Path, *, offline:
     return solve.prepare(request, method, inputs.load(request, offline=offline), listener)
 
 
-def start(request: CompressRequest, listener: Listener, out: Path, *, offline: bool) -> Compression:
+def start(request: CompressRequest, listener: Listener, out: Path, *, offline: bool) -> CompressResult:
     """Check a request, then carry it out in a new folder under `out`."""
     rundir.check_folder(out)
     job = prepare(request, listener, out, offline=offline)
@@ -74,7 +74,7 @@ def start(request: CompressRequest, listener: Listener, out: Path, *, offline: b
         return _carry_out(request, job, listener, folder)
 
 
-def resume(folder: Path, listener: Listener, out: Path, *, offline: bool) -> Compression:
+def resume(folder: Path, listener: Listener, out: Path, *, offline: bool) -> CompressResult:
     """Continue a stopped compression as it was requested; a finished one is left as it is."""
     request = compression_folder.request_of(folder)
     with rundir.locked(folder):
@@ -82,11 +82,11 @@ def resume(folder: Path, listener: Listener, out: Path, *, offline: bool) -> Com
             done = CompressDone(folder=str(folder), **result)
             listener.event(done)
             listener.note(f"{folder} is finished: there is nothing to resume")
-            return Compression(request, folder, done, {})
+            return CompressResult(request, folder, done, {})
         return _carry_out(request, prepare(request, listener, out, offline=offline), listener, folder)
 
 
-def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: Path) -> Compression:
+def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: Path) -> CompressResult:
     """Do a prepared job in a folder that nobody else has."""
     own = settings.of(compression.method_class(request.method))
     fields = {s.name: s.default for s in own} | request.set
@@ -100,7 +100,7 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
     compression_folder.finish(folder, request, outcome.done)
     done = CompressDone(folder=str(folder), **outcome.done)
     listener.event(done)
-    return Compression(request, folder, done, outcome.sizes)
+    return CompressResult(request, folder, done, outcome.sizes)
 
 
 # Checks ---------------------------------------------------------------------------------------------

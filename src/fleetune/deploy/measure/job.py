@@ -58,7 +58,7 @@ def measure(
     subjects: Sequence[Subject], options: MeasureOptions, listener: Listener, *, offline: bool
 ) -> MeasureResult:
     """Measure every line of the subjects.  UsageError for what does not fit together, before anything is loaded."""
-    tasks = check(subjects, options)
+    tasks = check(len(subjects), options)
     found = [lines.of(subject, offline=offline) for subject in subjects]
     if options.kept_gain:
         _check_kept(found[0])
@@ -86,8 +86,8 @@ def measure(
     return _finish(options, found, done, listener)
 
 
-def check(subjects: Sequence[Subject], options: MeasureOptions) -> list[str]:
-    """The tasks; UsageError for what does not fit together, before anything is loaded."""
+def check(count: int, options: MeasureOptions) -> list[str]:
+    """The tasks of a measurement of `count` models; UsageError for what does not fit together, before anything is loaded."""
     from fleetune.evaluation import measures
 
     for name, least in LEAST.items():
@@ -95,7 +95,7 @@ def check(subjects: Sequence[Subject], options: MeasureOptions) -> list[str]:
             raise UsageError(f"{name} = {value} is below {least}", hint="fleetune measure --help")
     if options.text and not Path(options.text).is_file():
         raise UsageError(f"no text file at {options.text}", hint="check the path")
-    if options.kept_gain and len(subjects) > 1:
+    if options.kept_gain and count > 1:
         raise UsageError("--kept-gain is of one compressed run", hint="name its folder alone")
     tasks = measures.check_tasks(list(options.tasks))
     if "perplexity" in tasks and not options.text:

@@ -214,11 +214,12 @@ def _has_template(folder: Path) -> bool:
 
 def _exported(subject: Subject, source: Path, kind: str, out: Path, listener: Listener) -> Path:
     """`source` exported to "hf", or to "gguf": in fp32 where that has no blocks for its codes."""
-    from fleetune.deploy import alternatives, export
+    from fleetune.deploy import export
     from fleetune.deploy.checkpoint import open_checkpoint
+    from fleetune.deploy.formats import gguf
 
     if kind == "gguf":
-        kind = alternatives.gguf_kind(open_checkpoint(source)) or kind
+        kind = gguf.exact_target(open_checkpoint(source)) or kind
         out = out.with_name(f"{out.name}.gguf")
     if kind == "gguf:f32":
         listener.note(

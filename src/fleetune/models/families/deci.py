@@ -123,9 +123,7 @@ def _whole(found: Sequence[Width], hidden: int, head_dim: int) -> Width:
     """
     ratio = _ratio(found[0])
     most = max(width.num_key_value_heads for width in found)
-    usual = (
-        hidden // head_dim // ratio
-    )  # heads as wide together as the hidden size: most likely the model's own
+    usual = hidden // head_dim // ratio  # heads that fill the hidden size: most likely the model's own
     fits = (n for n in (usual, most, hidden // ratio) if n >= most and hidden % (n * ratio) == 0)
     key_heads = next(fits, most)
     return Width(ratio * key_heads, key_heads, max(width.intermediate_size for width in found))

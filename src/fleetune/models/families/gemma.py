@@ -25,9 +25,8 @@ from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
 ARCHITECTURES: Final[Mapping[str, str]] = MappingProxyType(
     {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}
 )
-PERIODS: Final[Mapping[str, int]] = MappingProxyType(
-    {"gemma2": 2, "gemma3_text": 6}
-)  # the last of so many is full
+# the last of so many blocks looks at everything, the others at a window
+PERIODS: Final[Mapping[str, int]] = MappingProxyType({"gemma2": 2, "gemma3_text": 6})
 OF_27B: Final[Mapping[str, int]] = MappingProxyType({"gemma2": 46, "gemma3_text": 62})  # blocks
 ACTIVATION: Final = "gelu_pytorch_tanh"
 

@@ -49,12 +49,12 @@ def _factors(rope: Mapping[str, Any], width: int) -> np.ndarray:
     return (1 / ((1 - blend) / float(rope["factor"]) + blend)).astype(np.float32)
 
 
-def parameters(found: np.ndarray, said: str | None, theta: float, width: int) -> dict[str, Any] | None:
-    """Return rotary settings that give the factors `found` in a file; `said` is the value of its key `KEY`.
+def parameters(found: np.ndarray, stored: str | None, theta: float, width: int) -> dict[str, Any] | None:
+    """Return rotary settings that give the factors `found` in a file; `stored` is the value of its key `KEY`.
 
     None when neither these nor the published ones do.
     """
-    tried = [_said(said), *({**rope, "rope_theta": theta} for rope in _PUBLISHED)]
+    tried = [_parsed(stored), *({**rope, "rope_theta": theta} for rope in _PUBLISHED)]
     for rope in tried:
         try:
             if rope and np.allclose(_factors(rope, width), found, rtol=1e-6, atol=0):
@@ -64,7 +64,7 @@ def parameters(found: np.ndarray, said: str | None, theta: float, width: int) ->
     return None
 
 
-def _said(text: str | None) -> dict[str, Any]:
+def _parsed(text: str | None) -> dict[str, Any]:
     try:
         rope = json.loads(text or "{}")
     except ValueError:

@@ -95,15 +95,7 @@ def _open(path: Path) -> Any:
         return gguf.GGUFReader(path)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}", hint="check the path") from error
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-        UnicodeDecodeError,
-    ) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
         raise ModelError(
             f"{path} is not a readable GGUF file ({error})", hint="fetch the file again, or give another one"
         ) from error
@@ -124,7 +116,9 @@ def _config(path: Path, reader: Any) -> Any:
         )
     scaling = _field(reader, f"{architecture}.rope.scaling.type")
     if scaling not in (None, "none") and (architecture, scaling) != ("gemma3", "linear"):
-        raise ModelError(f"{path} rescales its rotary frequencies, which cannot be taken over", hint=instead)
+        raise ModelError(
+            f"{path} rescales its rotary frequencies, which transformers cannot express", hint=instead
+        )
     try:
         config = _described(path, architecture, reader)
     except ModelError:
@@ -133,7 +127,7 @@ def _config(path: Path, reader: Any) -> Any:
         why = " ".join(str(error).split())
         raise ModelError(f"{path} has unusable metadata ({why})", hint=instead) from error
     if (width := _field(reader, f"{architecture}.attention.key_length")) is not None:
-        config.head_dim = int(width)  # not taken over for every architecture
+        config.head_dim = int(width)  # transformers does not read it for every architecture
     _take_factors(path, reader, config, instead)
     # metadata hold fp32: 1e-05 comes back as 9.999999747378752e-06
     config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
@@ -188,7 +182,9 @@ def _take_factors(path: Path, reader: Any, config: Any, instead: str) -> None:
         theta, width = float(config.rope_parameters["rope_theta"]), rope.head_dim(config)
         rescaled = rope.parameters(np.array(found[0].data), _field(reader, rope.KEY), theta, width)
     if rescaled is None:
-        raise ModelError(f"{path} rescales its rotary frequencies, which cannot be taken over", hint=instead)
+        raise ModelError(
+            f"{path} rescales its rotary frequencies, which transformers cannot express", hint=instead
+        )
     config.rope_parameters = rescaled
 
 

@@ -67,14 +67,14 @@ def read(path: Path) -> GgufHeader:
                     f"{path} is not a GGUF file", hint="give a .gguf file, or export the model again"
                 )
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:
-                return _head(_Reader(raw))
+                return _head(_HeaderReader(raw))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}", hint="check the path") from error
     except (struct.error, ValueError, KeyError, IndexError, OverflowError) as error:
         raise ModelError(f"{path} is cut off or damaged: its head cannot be read", hint=AGAIN) from error
 
 
-class _Reader:
+class _HeaderReader:
     """Reads values in turn; struct.error or ValueError beyond the end."""
 
     def __init__(self, raw: mmap.mmap) -> None:
@@ -111,7 +111,7 @@ class _Reader:
         return None
 
 
-def _head(reader: _Reader) -> GgufHeader:
+def _head(reader: _HeaderReader) -> GgufHeader:
     if reader.number("I") not in (2, 3):
         raise ValueError("another version, or big-endian")
     tensors, keys = reader.number("Q"), reader.number("Q")

@@ -38,9 +38,10 @@ RULES: Final[Mapping[tuple[str, ...], str]] = MappingProxyType(
     }
 )
 WHOLE: Final = ("llama-bpe",)  # rules with which llama.cpp takes a word that is a token without merging
+# transformers' name -> the one in GGUF's key
 SPECIAL: Final[Mapping[str, str]] = MappingProxyType(
     {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-)  # ours -> in the key
+)
 UNKNOWN: Final = "tokenizer.ggml.unknown_token_id"
 _JOINED: Final = (gguf.TokenType.NORMAL, gguf.TokenType.USER_DEFINED)
 

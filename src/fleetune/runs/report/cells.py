@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from fleetune.common.settings import Value
 from fleetune.runs.report import runlog
-from fleetune.runs.report.runlog import Number, Run, Step
+from fleetune.runs.report.runlog import Number, RunLog, Step
 
 BASE, TUNED = 0, 1  # of `runlog.measures`
 
@@ -32,12 +32,12 @@ class SweepAxis:
     values: tuple[Value, ...]
 
 
-class SweepRun(NamedTuple):
+class GridRun(NamedTuple):
     """A run of a sweep, at the values of the axes in their order."""
 
     values: tuple[Value, ...]
     seed: int
-    run: Run
+    run: RunLog
 
 
 class Stat(NamedTuple):
@@ -60,12 +60,12 @@ def stat(values: Sequence[Number]) -> Stat | None:
     return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def finished(members: Sequence[SweepRun]) -> list[SweepRun]:
+def finished(members: Sequence[GridRun]) -> list[GridRun]:
     """Return the runs that finished."""
     return [m for m in members if runlog.kind_of(m.run.status) == "done"]
 
 
-def complete_seeds(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> list[SweepRun]:
+def complete_seeds(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> list[GridRun]:
     """Return the finished runs of seeds that have every combination (so that means compare), else all finished ones."""
     ready = finished(members)
     size = math.prod(len(a.values) for a in axes)
@@ -73,7 +73,7 @@ def complete_seeds(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> li
     return [m for m in ready if m.seed in full] if full else ready
 
 
-def metrics(members: Sequence[SweepRun]) -> list[str]:
+def metrics(members: Sequence[GridRun]) -> list[str]:
     """Return the measures that every finished run ends with; the loss first."""
     names = [list(runlog.measures(m.run)[1]) for m in finished(members)]
     common = [n for n in (names[0] if names else []) if all(n in other for other in names)]
@@ -91,7 +91,7 @@ class Combination(NamedTuple):
     runs: int
 
 
-def combinations(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> list[Combination]:
+def combinations(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> list[Combination]:
     """Return every combination that has a finished run, in the order of the grid."""
     names, ready = metrics(members), finished(members)
     out = []
@@ -99,20 +99,23 @@ def combinations(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> list
         here = [m for m in ready if m.values == values]
         both = [runlog.measures(m.run) for m in here]
         facts = [runlog.summarise(m.run) for m in here]
-        cost = [
-            stat([v for f in facts if (v := runlog.number(f[k])) is not None]) for k in ("bytes", "seconds")
-        ]
-        sides = [
-            {n: s for n in names if (s := stat([b[side][n] for b in both if n in b[side]])) is not None}
-            for side in (0, 1)
-        ]
-        out.append(Combination(values, sides[0], sides[1], cost[0], cost[1], len(here)))
+        base, tuned = (_stats([pair[side] for pair in both], names) for side in (BASE, TUNED))
+        traffic, seconds = (
+            stat([v for f in facts if (v := runlog.number(f[key])) is not None])
+            for key in ("bytes", "seconds")
+        )
+        out.append(Combination(values, base, tuned, traffic, seconds, len(here)))
     order = [{v: i for i, v in enumerate(a.values)} for a in axes]
     return sorted(out, key=lambda c: [place[v] for place, v in zip(order, c.values, strict=True)])
 
 
+def _stats(measured: Sequence[Mapping[str, Number]], names: Sequence[str]) -> dict[str, Stat]:
+    found = {name: stat([m[name] for m in measured if name in m]) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def by_seed(
-    axis: int, value: Value, metric: str, members: Sequence[SweepRun], side: int = TUNED
+    axis: int, value: Value, metric: str, members: Sequence[GridRun], side: int = TUNED
 ) -> dict[int, float]:
     """Return seed -> the mean measure of its finished runs at `value` of an axis, over the other axes.
 
@@ -125,7 +128,7 @@ def by_seed(
     return {seed: statistics.fmean(values) for seed, values in found.items()}
 
 
-def final_measure(axis: int, value: Value, metric: str, members: Sequence[SweepRun]) -> Stat | None:
+def final_measure(axis: int, value: Value, metric: str, members: Sequence[GridRun]) -> Stat | None:
     """Return a final measure at `value` of an axis: its mean, and the spread over the seeds of its change by tuning."""
     tuned, base = (by_seed(axis, value, metric, members, side) for side in (TUNED, BASE))
     return mean_and_change([(base.get(seed, 0.0), v) for seed, v in tuned.items()])
@@ -150,7 +153,7 @@ class Effect(NamedTuple):
         return self.high[1] - self.low[1]
 
 
-def effect(number: int, axis: SweepAxis, metric: str, members: Sequence[SweepRun]) -> Effect | None:
+def effect(number: int, axis: SweepAxis, metric: str, members: Sequence[GridRun]) -> Effect | None:
     """Return the effect of axis `number` over the `complete_seeds`; None before two of its values are finished.
 
     Over the seeds that have every value, y[v, s] = mean + value's part + seed's part + rest.  The noise of a
@@ -179,7 +182,7 @@ class CurvePoint(NamedTuple):
     bytes: float
 
 
-def loss_curve(axis: int, value: Value, members: Sequence[SweepRun]) -> list[CurvePoint]:
+def loss_curve(axis: int, value: Value, members: Sequence[GridRun]) -> list[CurvePoint]:
     """Return the loss by round at `value` of an axis, at the rounds that all its finished runs measured.
 
     Its spread is that of the change since the first of those rounds, over the seeds.

@@ -88,22 +88,11 @@ def heat_map(
     tall = 22.0 if len(rows) <= 12 else 16.0
     strip, gap = 56.0, 0.0 if cell < 6 else 1.0
     top, peak = 20.0 + strip + 8.0, max(totals, default=0.0) or 1.0
-    shades: dict[int, str] = {}
-    for r, (_, values) in enumerate(rows):
-        for c, value in enumerate(values):
-            level = math.ceil(10 * value / totals[c]) if totals[c] and value > 0 else 0
-            corner = f"M{left + c * cell:.1f} {fixed(top + r * tall)}"
-            shades[level] = (
-                shades.get(level, "") + f"{corner}h{cell - gap:.2f}v{tall - 1:.0f}h-{cell - gap:.2f}z"
-            )
     body = [text_at(2, 12, f"rows in each column (largest {peak:,.0f})", "strong")]
     for c, total in enumerate(totals):
         h = strip * total / peak
         body.append(rect_at(left + c * cell, 20 + strip - h, cell - gap, h, "bar c7"))
-    body += [
-        f'<path class="bar c0" fill-opacity="{0.03 + 0.097 * level:.2f}" d="{path}"/>'
-        for level, path in sorted(shades.items())
-    ]
+    body += _shaded_cells(rows, totals, (left, top), (cell, tall), gap)
     body += [text_at(left - 8, top + r * tall + tall / 2 + 3.5, n, anchor="end") for r, n in enumerate(names)]
     bottom = top + len(rows) * tall
     wide = CHAR * max(map(len, columns), default=1) + 6 <= cell
@@ -117,6 +106,29 @@ def heat_map(
     body.append(text_at(left, foot, label, "strong"))
     body.append(_scale(width - 20, foot))
     return frame(title, desc, width, foot + 8, "".join(body), ident)
+
+
+def _shaded_cells(
+    rows: Sequence[tuple[str, Sequence[float]]],
+    totals: Sequence[float],
+    corner: tuple[float, float],
+    size: tuple[float, float],
+    gap: float,
+) -> list[str]:
+    """Draw the cells of a heat map, of one `size` each from the upper left `corner` on: a path for each shade."""
+    (left, top), (cell, tall) = corner, size
+    shades: dict[int, str] = {}
+    for r, (_, values) in enumerate(rows):
+        for c, value in enumerate(values):
+            level = math.ceil(10 * value / totals[c]) if totals[c] and value > 0 else 0
+            start = f"M{left + c * cell:.1f} {fixed(top + r * tall)}"
+            shades[level] = (
+                shades.get(level, "") + f"{start}h{cell - gap:.2f}v{tall - 1:.0f}h-{cell - gap:.2f}z"
+            )
+    return [
+        f'<path class="bar c0" fill-opacity="{0.03 + 0.097 * level:.2f}" d="{path}"/>'
+        for level, path in sorted(shades.items())
+    ]
 
 
 def _scale(right: float, y: float) -> str:

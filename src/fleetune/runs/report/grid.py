@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fleetune.common.display import human_bytes, human_time, metric, show
 from fleetune.common.settings import Value
 from fleetune.runs.report import axes as scales
 from fleetune.runs.report import cells as numbers
 from fleetune.runs.report import page, runlog, svg
-from fleetune.runs.report.cells import Combination, CurvePoint, Effect, Stat, SweepAxis, SweepRun
+from fleetune.runs.report.cells import Combination, CurvePoint, Effect, GridRun, Stat, SweepAxis
 from fleetune.runs.report.page import esc, flat
 
 SPREAD = "Mean over the seeds and the other values; band: standard deviation over the seeds of the change by tuning."
 
 
 def grid(
-    name: str, axes: Sequence[SweepAxis], members: Sequence[SweepRun], planned: int
+    name: str, axes: Sequence[SweepAxis], members: Sequence[GridRun], planned: int
 ) -> tuple[str, dict[str, str]]:
     """Return (the page, file name -> SVG) of a sweep of which `members` have begun and `planned` runs are to be."""
     used, made = numbers.complete_seeds(axes, members), tables(axes, members)
@@ -54,7 +54,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")
 
 
-def _header(name: str, axes: Sequence[SweepAxis], members: Sequence[SweepRun], planned: int) -> str:
+def _header(name: str, axes: Sequence[SweepAxis], members: Sequence[GridRun], planned: int) -> str:
     ready = len(numbers.finished(members))
     seeds = len({m.seed for m in members})
     varied = "; ".join(f"{a.name} in {', '.join(map(value_text, a.values))}" for a in axes)
@@ -78,7 +78,7 @@ class Figure(NamedTuple):
     data: str = ""
 
 
-def _course(number: int, axis: SweepAxis, members: Sequence[SweepRun]) -> dict[str, Figure]:
+def _course(number: int, axis: SweepAxis, members: Sequence[GridRun]) -> dict[str, Figure]:
     """Return file name -> the loss by round and by bytes, a line a value."""
     found = {v: c for v in axis.values if (c := numbers.loss_curve(number, v, members))}
     points = [p for curve in found.values() for p in curve]
@@ -152,7 +152,7 @@ def _course_table(axis: SweepAxis, found: Mapping[Value, Sequence[CurvePoint]]) 
     )
 
 
-def _finals(number: int, axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> dict[str, Figure]:
+def _finals(number: int, axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> dict[str, Figure]:
     """Return file name -> each final measure by the values of an axis; a line for each value of one other axis."""
     axis = axes[number]
     out = {}
@@ -169,7 +169,7 @@ def _finals(number: int, axes: Sequence[SweepAxis], members: Sequence[SweepRun])
     return out
 
 
-def _by_value(number: int, axis: SweepAxis, name: str, members: Sequence[SweepRun]) -> dict[Value, Stat]:
+def _by_value(number: int, axis: SweepAxis, name: str, members: Sequence[GridRun]) -> dict[Value, Stat]:
     every = {v: numbers.final_measure(number, v, name, members) for v in axis.values}
     return {v: s for v, s in every.items() if s is not None}
 
@@ -229,13 +229,13 @@ class Tables(NamedTuple):
     rows: list[list[str]]
     effects_head: list[str]
     effects: list[list[str]]
-    record: dict[str, object]
+    record: dict[str, Any]
 
 
 EFFECTS = ["varied", "measure", "lowest mean", "highest mean", "difference", "noise of a mean"]
 
 
-def tables(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> Tables:
+def tables(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> Tables:
     """Return every combination (mean ± standard deviation over the seeds), and the effect of each varied setting."""
     names, found = numbers.metrics(members), numbers.combinations(axes, members)
     measured = [part for n in names for part in (f"{metric(n).label}, base", "tuned")]
@@ -310,7 +310,7 @@ def _combinations(made: Tables, axes: int) -> str:
     return page.table(caption, made.head, rows) if rows else ""
 
 
-def _runs(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> str:
+def _runs(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> str:
     rows: list[list[str | page.TableCell]] = []
     for m in members:
         f = runlog.summarise(m.run)
@@ -322,7 +322,7 @@ def _runs(axes: Sequence[SweepAxis], members: Sequence[SweepRun]) -> str:
     return page.table("The folders of the runs, with the validation loss", titles, rows) if rows else ""
 
 
-def _shared(members: Sequence[SweepRun]) -> str:
+def _shared(members: Sequence[GridRun]) -> str:
     configs = [flat(m.run.config) for m in members]
     common = [pair for pair in (configs[0] if configs else []) if all(pair in c for c in configs)]
     return page.fact_list(common, "config")

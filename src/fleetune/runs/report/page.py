@@ -27,6 +27,13 @@ class TableCell(NamedTuple):
     kind: str = "r"
 
 
+def verdict(better: bool | None) -> tuple[str, str]:
+    """Return the class of a table cell, and the word, for a change that is better, worse or neither (None)."""
+    if better is None:
+        return "r", ""
+    return ("r good", "better") if better else ("r bad", "worse")
+
+
 def table(
     caption: str, head: Sequence[str], rows: Sequence[Sequence[str | TableCell]], kind: str = ""
 ) -> str:

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fleetune.common.display import clean
 from fleetune.errors import UsageError
@@ -23,7 +23,7 @@ Number = int | float
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunLog:
     """The content of a run folder, as far as it could be read."""
 
     path: Path
@@ -48,7 +48,7 @@ class Run:
         return f"{self.path.parent.name}/{self.path.name}"
 
 
-def read(path: Path) -> Run:
+def read(path: Path) -> RunLog:
     """Read a run folder; missing or damaged files give empty parts.  UsageError when there is no folder."""
     if not path.is_dir():
         raise UsageError(f"no run folder at {path}", hint="fleetune runs   lists them")
@@ -57,7 +57,7 @@ def read(path: Path) -> Run:
     done = next((e for e in reversed(events) if e["event"] == "done"), {})
     if done and any(e["event"] == "round" for e in events[events.index(done) :]):
         done = {}  # the run was taken up again after it had ended
-    return Run(
+    return RunLog(
         path=path.absolute(),
         config=_toml(path / "run.toml"),
         env=_json(path / "env.json"),
@@ -112,11 +112,11 @@ def _events(path: Path) -> tuple[list[dict[str, object]], int]:
 
 def _latest(events: Iterable[Event], kind: str, keys: tuple[str, ...]) -> list[Event]:
     """Return events of one kind in order of their round, the last one of each key."""
-    kept: dict[tuple[str, ...], Event] = {}
+    latest: dict[tuple[str, ...], Event] = {}
     for event in events:
         if event["event"] == kind and usable(event.get("round")):
-            kept[tuple(str(event.get(key)) for key in keys)] = event
-    return sorted(kept.values(), key=lambda event: num_of(event, "round") or 0.0)
+            latest[tuple(str(event.get(key)) for key in keys)] = event
+    return sorted(latest.values(), key=lambda event: num_of(event, "round") or 0.0)
 
 
 def number(value: object) -> Number | None:
@@ -164,7 +164,7 @@ def kind_of(status: str) -> str:
     return word if word in {"done", "running", "failed", "interrupted"} else "unknown"
 
 
-def measures(run: Run) -> tuple[dict[str, Number], dict[str, Number]]:
+def measures(run: RunLog) -> tuple[dict[str, Number], dict[str, Number]]:
     """Return base and tuned measures: of the end when there is one, else of round 0 and the latest evaluation."""
     early = run.evals[0] if run.evals and num_of(run.evals[0], "round") == 0 else {}
     late = run.evals[-1] if len(run.evals) > 1 else {}
@@ -176,7 +176,7 @@ def measures(run: Run) -> tuple[dict[str, Number], dict[str, Number]]:
     return found[0], found[1]
 
 
-def summary(run: Path) -> dict[str, object]:
+def summary(run: Path) -> dict[str, Any]:
     """Summarise the run in a few numbers, for the console and for `fleetune runs --json`.
 
     Keys: name, path, method, model, status, rounds (done), rounds_planned, clients, base_loss, tuned_loss,
@@ -186,12 +186,12 @@ def summary(run: Path) -> dict[str, object]:
     return summarise(read(run))
 
 
-def table(runs: Iterable[Path]) -> list[dict[str, object]]:
+def table(runs: Iterable[Path]) -> list[dict[str, Any]]:
     """Return `summary` of several run folders, in their order."""
     return [summary(run) for run in runs]
 
 
-def summarise(run: Run) -> dict[str, object]:
+def summarise(run: RunLog) -> dict[str, Any]:
     """Return the keys of `summary`, of a run that has been read."""
     base, tuned = measures(run)
     both = [
@@ -240,7 +240,7 @@ class Step(NamedTuple):
     own: Mapping[str, Number]  # the method's own figures
 
 
-def steps(run: Run) -> list[Step]:
+def steps(run: RunLog) -> list[Step]:
     """Return the rounds that were run or measured, in order."""
     evals = {num_of(e, "round"): e for e in run.evals}
     rounds = {num_of(e, "round"): e for e in run.rounds}
@@ -249,13 +249,13 @@ def steps(run: Run) -> list[Step]:
     for number in sorted(key for key in evals.keys() | rounds.keys() if key is not None):
         event, measured = rounds.get(number, {}), evals.get(number, {})
         up, down = num_of(event, "bytes_up"), num_of(event, "bytes_down")
-        said = num_of(event, "bytes_total")
-        total = said if said is not None else total + (up or 0) + (down or 0)
+        stated = num_of(event, "bytes_total")
+        total = stated if stated is not None else total + (up or 0) + (down or 0)
         names = [n for n in measured if n not in {"v", "t", "event", "round", "seconds", "rows", "rss"}]
         losses = {n: v for n in names if (v := num_of(measured, n)) is not None}
         asked, accepted = num_of(event, "clients"), num_of(event, "accepted")
         seconds, rss = num_of(event, "seconds"), num_of(event, "rss")
-        told = map_of(event, "report")
-        own = {n: v for n in told if (v := num_of(told, n)) is not None}
+        figures = map_of(event, "report")
+        own = {n: v for n in figures if (v := num_of(figures, n)) is not None}
         steps.append(Step(int(number), losses, asked, accepted, up, down, total, seconds, rss, own))
     return steps

@@ -9,7 +9,7 @@ from pathlib import Path
 from fleetune.common.display import change, human_bytes, human_time, improved, show
 from fleetune.runs.report import axes, page, runlog, svg
 from fleetune.runs.report.page import TableCell, esc, flat, true_minus
-from fleetune.runs.report.runlog import Number, Run, Step, kind_of, number, read, text_of
+from fleetune.runs.report.runlog import Number, RunLog, Step, kind_of, number, read, text_of
 
 
 def compare(runs: Sequence[Path]) -> str:
@@ -43,7 +43,7 @@ def _closest(names: Sequence[str], facts: Sequence[Mapping[str, object]]) -> str
     return best + (f"Fewest bytes: {min(sizes)[1]} ({human_bytes(min(sizes)[0])})." if sizes else "")
 
 
-def _warnings(runs: Sequence[Run]) -> str:
+def _warnings(runs: Sequence[RunLog]) -> str:
     out = ""
     for key, what in (("digest", "base models"), ("data", "data")):
         values = {text_of(key, run.start, run.config) for run in runs} - {""}
@@ -53,14 +53,13 @@ def _warnings(runs: Sequence[Run]) -> str:
     return out
 
 
-def _results(runs: Sequence[Run], names: Sequence[str], facts: Sequence[Mapping[str, object]]) -> str:
+def _results(runs: Sequence[RunLog], names: Sequence[str], facts: Sequence[Mapping[str, object]]) -> str:
     head = ["run", "method", "model", "status", "rounds", "base", "tuned", "change"]
     head += ["sent", "received", "time", "peak memory"]
     rows: list[list[str | TableCell]] = []
     for name, f in zip(names, facts, strict=True):
         base, tuned = number(f["base_loss"]), number(f["tuned_loss"])
-        better = improved("loss", base, tuned)
-        kind = "r" if better is None else "r good" if better else "r bad"
+        kind, _ = page.verdict(improved("loss", base, tuned))
         row: list[str | TableCell] = [
             name,
             str(f["method"] or "-"),
@@ -78,7 +77,7 @@ def _results(runs: Sequence[Run], names: Sequence[str], facts: Sequence[Mapping[
     return page.table("Validation loss and costs", head, rows, "names") + f'<ul class="key">{keys}</ul>'
 
 
-def _overlaid(runs: Sequence[Run], names: Sequence[str]) -> str:
+def _overlaid(runs: Sequence[RunLog], names: Sequence[str]) -> str:
     every = [[s for s in runlog.steps(run) if "loss" in s.losses] for run in runs]
     losses = [s.losses["loss"] for steps in every for s in steps]
     if not losses:
@@ -97,8 +96,8 @@ def _overlaid(runs: Sequence[Run], names: Sequence[str]) -> str:
         ("bytes exchanged", bytes_axis, [[at(v) for v in values] for values in moved]),
         ("time", axes.durations([v for c in clocks for v in c], "time in rounds"), clocks),
     ]
-    said = ["Round 0 is the model before tuning.", "Cumulative, both ways, all clients."]
-    said.append("The rounds alone, without the evaluations between them.")
+    remarks = ["Round 0 is the model before tuning.", "Cumulative, both ways, all clients."]
+    remarks.append("The rounds alone, without the evaluations between them.")
     right = 20 + svg.CHAR * max(map(len, names))
     figures = ""
     for i, (what, x, xs) in enumerate(views):
@@ -110,15 +109,19 @@ def _overlaid(runs: Sequence[Run], names: Sequence[str]) -> str:
             plot.line(points, k, tips, dash=k >= svg.COLOURS)
             if points:
                 plot.end(points[-1], name, k)
-        figures += page.figure(plot.svg(), title, said[i])
+        figures += page.figure(plot.svg(), title, remarks[i])
     figures += _peaks(names, [number(runlog.summarise(run)["peak_rss"]) for run in runs])
+    data = _loss_table(names, every)
+    return f'<div class="figures">{figures}</div><details><summary>the numbers</summary>{data}</details>'
+
+
+def _loss_table(names: Sequence[str], every: Sequence[Sequence[runlog.Step]]) -> str:
     rounds = sorted({s.round for steps in every for s in steps})
     by = [{s.round: s.losses["loss"] for s in steps} for steps in every]
     rows: list[list[str | TableCell]] = [
         [str(r), *(TableCell(show("loss", b.get(r))) for b in by)] for r in rounds
     ]
-    data = page.table("Validation loss by round", ["round", *names], rows)
-    return f'<div class="figures">{figures}</div><details><summary>the numbers</summary>{data}</details>'
+    return page.table("Validation loss by round", ["round", *names], rows)
 
 
 def _peaks(names: Sequence[str], peaks: Sequence[Number | None]) -> str:
@@ -143,7 +146,7 @@ def _elapsed(steps: Sequence[Step]) -> dict[int, float]:
     return out
 
 
-def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
+def _differences(runs: Sequence[RunLog], names: Sequence[str]) -> str:
     configs = [dict(flat(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     rows: list[list[str | TableCell]] = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from fleetune.common.files import write_atomic
 from fleetune.runs.report import page, runlog
 from fleetune.runs.report.page import esc, flat
-from fleetune.runs.report.runlog import Run, kind_of, read
+from fleetune.runs.report.runlog import RunLog, kind_of, read
 from fleetune.runs.report.sections import course, fleet, head, result, samples
 
 
@@ -25,7 +25,7 @@ def write(run: Path) -> Path:
     return target
 
 
-def _report(run: Run) -> str:
+def _report(run: RunLog) -> str:
     steps, facts = runlog.steps(run), runlog.summarise(run)
     parts = [
         head.header(run, facts),
@@ -42,7 +42,7 @@ def _report(run: Run) -> str:
     return page.document(f"{run.name} - fleetune", "\n".join(parts))
 
 
-def _rerun_section(run: Run) -> str:
+def _rerun_section(run: RunLog) -> str:
     where = shlex.quote(run.shown_path)
     lines = [
         (f"fleetune tune -c {shlex.quote(run.shown_path + '/run.toml')}", "the same run, in a new folder")

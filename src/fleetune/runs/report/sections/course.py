@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from fleetune.common.display import human_bytes, human_time, metric, show
 from fleetune.runs.report import axes, page, svg
 from fleetune.runs.report.page import TableCell
-from fleetune.runs.report.runlog import Event, Number, Run, Step, num_of, number, text_of
+from fleetune.runs.report.runlog import Event, Number, RunLog, Step, num_of, number, text_of
 
 MAX_DOTS = 4000  # above it the spread plot shows ranges in place of single clients
 
 
-def course(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
+def course(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     """Return plots of loss, spread, memory and bytes, and the table of all rounds."""
     measured = [s for s in steps if "loss" in s.losses]
     figures = ""
@@ -50,7 +50,7 @@ def course(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     return body + (_every_round(steps) if run.rounds else "")
 
 
-def _spread(run: Run) -> str:
+def _spread(run: RunLog) -> str:
     rounds: dict[int, list[Event]] = {}
     for event in run.clients:
         if num_of(event, "loss") is not None:
@@ -64,12 +64,31 @@ def _spread(run: Run) -> str:
     plot = svg.Plot(
         "spread", "Training loss of each client by round", desc, x, axes.numbers(every, "client loss")
     )
-    slot = (plot.width - plot.left - plot.right) / (x.hi - x.lo)
     alone = len(every) == len(rounds)
+    _draw_spread(plot, (plot.width - plot.left - plot.right) / (x.hi - x.lo), rounds, losses)
+    rows: list[list[str | TableCell]] = [
+        [str(r), *_cells(len(v), v[0], *_quartiles(v), v[-1])] for r, v in losses.items()
+    ]
+    head = ["round", "clients", "lowest", "quarter", "median", "three quarters", "highest"]
+    words = "One dot a client. Bar: median."
+    if len(every) > MAX_DOTS:
+        words = "Bands: all clients and their middle half. Line: median."
+    words = "One client in each round." if alone else words
+    data = page.table("Training loss over the clients of a round", head, rows)
+    title = "Training loss of the client" if alone else "Spread over the clients"
+    return page.figure(plot.svg(), title, words, data=data)
+
+
+def _draw_spread(
+    plot: svg.Plot, slot: float, rounds: Mapping[int, Sequence[Event]], losses: Mapping[int, Sequence[Number]]
+) -> None:
+    """Draw a dot a client or, for many, bands, with the medians; a round is `slot` pixels wide."""
+    total = sum(map(len, losses.values()))
+    alone = total == len(losses)
     if alone:
         tips = [f"round {r}: {v[0]:.3f}" for r, v in losses.items()]
         plot.line([(float(r), v[0]) for r, v in losses.items()], 0, tips)
-    elif len(every) > MAX_DOTS:
+    elif total > MAX_DOTS:
         plot.band([(float(r), v[0], v[-1]) for r, v in losses.items()])
         plot.band([(float(r), *_quartiles(v)[::2]) for r, v in losses.items()])
     else:
@@ -84,17 +103,6 @@ def _spread(run: Run) -> str:
             plot.dash(at, median, min(0.36 * slot, 40.0), -1, f"round {at:.0f}: median {median:.3f}")
     else:
         plot.line(medians, -1, markers=False)
-    rows: list[list[str | TableCell]] = [
-        [str(r), *_cells(len(v), v[0], *_quartiles(v), v[-1])] for r, v in losses.items()
-    ]
-    head = ["round", "clients", "lowest", "quarter", "median", "three quarters", "highest"]
-    words = "One dot a client. Bar: median."
-    if len(every) > MAX_DOTS:
-        words = "Bands: all clients and their middle half. Line: median."
-    words = "One client in each round." if alone else words
-    data = page.table("Training loss over the clients of a round", head, rows)
-    title = "Training loss of the client" if alone else "Spread over the clients"
-    return page.figure(plot.svg(), title, words, data=data)
 
 
 def _quartiles(ordered: Sequence[Number]) -> tuple[float, float, float]:
@@ -110,10 +118,10 @@ def _cells(count: int, *values: float) -> list[TableCell]:
 
 def _every_round(steps: Sequence[Step]) -> str:
     names = list(dict.fromkeys(name for s in steps for name in s.losses))
-    told = list(dict.fromkeys(name for s in steps for name in s.own))
+    own_names = list(dict.fromkeys(name for s in steps for name in s.own))
     head = [
         "round",
-        *(metric(n).label for n in (*names, *told)),
+        *(metric(n).label for n in (*names, *own_names)),
         "replies",
         "sent",
         "received",
@@ -125,8 +133,10 @@ def _every_round(steps: Sequence[Step]) -> str:
     for s in steps:
         row: list[str | TableCell] = [str(s.round)]
         row += [TableCell(show(n, s.losses.get(n))) for n in names]
-        row += [TableCell(_figure(s.own.get(n))) for n in told]
-        used = "-" if s.accepted is None else f"{s.accepted}{f' of {s.asked}' if s.asked is not None else ''}"
+        row += [TableCell(_figure(s.own.get(n))) for n in own_names]
+        used = "-" if s.accepted is None else str(s.accepted)
+        if s.accepted is not None and s.asked is not None:
+            used += f" of {s.asked}"
         row += [TableCell(used), *(TableCell(human_bytes(v)) for v in (s.up, s.down, s.total))]
         rows.append([*row, TableCell(human_time(s.seconds)), TableCell(human_bytes(s.rss))])
     table = page.table("Every round: bytes are sums over its clients", head, rows)
@@ -141,7 +151,7 @@ def _figure(value: Number | None) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
-def _costs(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
+def _costs(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     figures = _memory(run, steps, facts)
     asked = {s.round: s.asked for s in steps}
     for ident, word, pick in (("up", "sent", 3), ("down", "received", 4)):
@@ -162,7 +172,7 @@ def _costs(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     return figures
 
 
-def _memory(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
+def _memory(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     values = [(float(s.round), float(s.rss)) for s in steps if s.rss is not None]
     peak = number(facts["peak_rss"])
     if not values or peak is None:

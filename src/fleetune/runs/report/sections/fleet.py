@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fleetune.runs.report import charts, page, svg
 from fleetune.runs.report.page import TableCell, counted, span
-from fleetune.runs.report.runlog import Event, Run, list_of, map_of, num_of, number, text_of
+from fleetune.runs.report.runlog import Event, RunLog, list_of, map_of, num_of, number, text_of
 
 MAX_COLUMNS = 60  # above it, or above `svg.COLOURS` categories, the partition is a heat map
 
@@ -31,7 +31,7 @@ class ClientRows(NamedTuple):
         return ClientRows([self.names[i] for i in order], [(n, [v[i] for i in order]) for n, v in self.rows])
 
 
-def _client_rows(run: Run, most: int) -> ClientRows:
+def _client_rows(run: RunLog, most: int) -> ClientRows:
     """Return the data partition of the start event, its `most` largest categories and the others as one."""
     counts: dict[str, list[float]] = {}
     for name, values in map_of(run.start, "counts").items():
@@ -52,7 +52,7 @@ def _client_rows(run: Run, most: int) -> ClientRows:
     return ClientRows([str(i) for i in range(clients)], rows)
 
 
-def partition(run: Run) -> str:
+def partition(run: RunLog) -> str:
     """Return the rows of each client: bars, or a heat map of many clients or categories."""
     split = _client_rows(run, 24)
     clients = len(split.names)
@@ -90,19 +90,19 @@ def _heat(split: ClientRows, title: str, desc: str) -> str:
         return main, -values[main] / (sizes[i] or 1)
 
     order = sorted(range(len(split.names)), key=place)
-    held = split.take(order)
+    shown = split.take(order)
     chunk = math.ceil(len(order) / 500)
     label = f"{len(order)} clients, sorted by their main category"
     if chunk > 1:
         label += f", {chunk} to a column"
         groups = [range(i, min(i + chunk, len(order))) for i in range(0, len(order), chunk)]
-        names = [f"{held.names[g[0]]}+" for g in groups]
-        held = ClientRows(names, [(n, [sum(v[i] for i in g) for g in groups]) for n, v in held.rows])
-    tips = [held.tip(i) for i in range(len(held.names))]
-    return charts.heat_map("partition", title, desc, held.names, held.rows, tips, label=label)
+        names = [f"{shown.names[g[0]]}+" for g in groups]
+        shown = ClientRows(names, [(n, [sum(v[i] for i in g) for g in groups]) for n, v in shown.rows])
+    tips = [shown.tip(i) for i in range(len(shown.names))]
+    return charts.heat_map("partition", title, desc, shown.names, shown.rows, tips, label=label)
 
 
-def partition_words(run: Run) -> str:
+def partition_words(run: RunLog) -> str:
     """Return the partition in words: "dirichlet:0.5:category" is "Dirichlet α 0.5 over category"."""
     spec = text_of("partition", run.start, run.config)
     kind, *rest = spec.split(":")
@@ -115,7 +115,7 @@ def partition_words(run: Run) -> str:
     return spec
 
 
-def replies(run: Run) -> str:
+def replies(run: RunLog) -> str:
     """Return a sentence when all replies counted, else bars of what became of them, and the reasons."""
     if not run.clients:
         return ""

@@ -12,11 +12,11 @@ from pathlib import Path
 from fleetune.common.display import change, human_bytes, human_count, human_time, show
 from fleetune.runs.report import page
 from fleetune.runs.report.page import counted, esc, flat, span, true_minus
-from fleetune.runs.report.runlog import Run, kind_of, list_of, num_of, number, text_of
+from fleetune.runs.report.runlog import RunLog, kind_of, list_of, num_of, number, text_of
 from fleetune.runs.report.sections.fleet import partition_words
 
 
-def header(run: Run, facts: Mapping[str, object]) -> str:
+def header(run: RunLog, facts: Mapping[str, object]) -> str:
     """Return title, state, the result in a sentence, and the run's settings."""
     kind = kind_of(run.status)
     mark = {"done": "✓", "running": "●", "failed": "✕", "interrupted": "❙❙"}.get(kind, "?")
@@ -52,7 +52,7 @@ def _sentence(facts: Mapping[str, object]) -> str:
     return f"Validation loss {loss} in {done}.{spent + '.' if spent else ''}"
 
 
-def _identity(run: Run, facts: Mapping[str, object]) -> list[tuple[str, str]]:
+def _identity(run: RunLog, facts: Mapping[str, object]) -> list[tuple[str, str]]:
     digest, params = text_of("digest", run.start, run.env), num_of(run.start, "params")
     trained, dtype = num_of(run.start, "trained"), text_of("dtype", run.config, run.env)
     model = [f"{facts['model'] or ''}{f' @ {digest[:12]}' if digest else ''}"]

@@ -9,25 +9,23 @@ from collections.abc import Mapping, Sequence
 from fleetune.common.display import change, human_bytes, human_time, improved, metric, show
 from fleetune.runs.report import page
 from fleetune.runs.report.page import TableCell, esc, true_minus
-from fleetune.runs.report.runlog import Number, Run, Step, measures, num_of, number, sum_of, text_of
+from fleetune.runs.report.runlog import Number, RunLog, Step, measures, num_of, number, sum_of, text_of
 
 
-def result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
+def result(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     """Return the measures before and after beside the run's cost."""
     base, tuned = measures(run)
     rows: list[list[str | TableCell]] = []
     for name in dict.fromkeys([*base, *tuned]):
         b, t = base.get(name), tuned.get(name)
-        better = improved(name, b, t)
-        word = "" if better is None else ", better" if better else ", worse"
-        kind = "r" if better is None else "r good" if better else "r bad"
-        diff = TableCell(true_minus(change(name, b, t)) + word, kind)
+        kind, word = page.verdict(improved(name, b, t))
+        diff = TableCell(true_minus(change(name, b, t)) + (word and f", {word}"), kind)
         rows.append([metric(name).label, TableCell(show(name, b)), TableCell(show(name, t)), diff])
-    held = num_of(run.final, "rows") or num_of(run.done, "rows")
-    caption = f"Measured on {held:,} held-out rows" if held else "Measured on held-out rows"
+    row_count = num_of(run.final, "rows") or num_of(run.done, "rows")
+    caption = f"Measured on {row_count:,} held-out rows" if row_count else "Measured on held-out rows"
     measured = page.table(caption, ["", "base", "tuned", "change"], rows, "result") if rows else ""
     up, down = number(facts["bytes_up"]), number(facts["bytes_down"])
-    asked, taken = sum_of(run.rounds, "clients"), sum_of(run.rounds, "accepted")
+    asked, accepted = sum_of(run.rounds, "clients"), sum_of(run.rounds, "accepted")
     each = [human_bytes(_each(run, *pair)) for pair in (("bytes_up", up), ("bytes_down", down))]
     spent: list[list[str | TableCell]] = [
         ["bytes over the fleet", TableCell(human_bytes(number(facts["bytes"])))],
@@ -35,7 +33,10 @@ def result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
         ["received by a client, per round", TableCell(each[1])],
         ["wall time", TableCell(human_time(number(facts["seconds"])))],
         ["peak memory", TableCell(human_bytes(number(facts["peak_rss"])))],
-        ["replies accepted", TableCell(f"{taken:,} of {asked:,}" if taken is not None and asked else "-")],
+        [
+            "replies accepted",
+            TableCell(f"{accepted:,} of {asked:,}" if accepted is not None and asked else "-"),
+        ],
     ]
     if not rows and not run.rounds:
         return "<p>Nothing has been measured yet.</p>"
@@ -47,7 +48,7 @@ def result(run: Run, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     return f'<div class="pair"><div>{left}</div>{costs}</div>'
 
 
-def _each(run: Run, key: str, total: Number | None) -> float | None:
+def _each(run: RunLog, key: str, total: Number | None) -> float | None:
     """Return a client's bytes in a round: the mean over those that moved any, else the total over those asked."""
     moved = [v for e in run.clients if (v := num_of(e, key))]
     if moved:
@@ -56,7 +57,7 @@ def _each(run: Run, key: str, total: Number | None) -> float | None:
     return total / asked if total is not None and asked else None
 
 
-def _artefacts(run: Run) -> list[tuple[str, str]]:
+def _artefacts(run: RunLog) -> list[tuple[str, str]]:
     """List results in the run folder, with their sizes."""
     out = []
     for name in ("ledger.safetensors", "adapter/adapter_model.safetensors"):

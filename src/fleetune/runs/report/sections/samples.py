@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fleetune.runs.report.page import esc
-from fleetune.runs.report.runlog import Run, list_of
+from fleetune.runs.report.runlog import RunLog, list_of
 
 SHOWN_SAMPLES = 8
 
 
-def samples(run: Run) -> str:
+def samples(run: RunLog) -> str:
     """Return the prompts with their answers; those past the first eight are folded away."""
     samples = [s for s in list_of(run.final, "samples") if isinstance(s, dict)]
     drawn = [_sample(s, i + 1) for i, s in enumerate(samples)]

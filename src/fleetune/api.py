@@ -1,0 +1,505 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline as functions: plan, tune, evaluate, compress, export, measure, serve; and open, for what a name means.
+
+    plan = fleetune.plan("smollm2-135m", ram="2GB", uplink="1Mbps")
+    run = fleetune.tune("smollm2-135m", "demo", method="fedkseed", rounds=2)
+    small = fleetune.compress(run, method="optq", settings={"bits": 4})
+    file = fleetune.export(small, to="gguf")
+    table = fleetune.measure(small, kept_gain=True)
+
+The commands call exactly these.  A model may be a name, a path, a run's number, `latest`, or a result from before.
+Every function raises a class of `fleetune.errors` whose message says what failed and whose hint says what to do.
+`listener` follows the work (`runs/listener.py`); `offline` never uses the network; `out` is the folder of the runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from fleetune import subject as subjects
+from fleetune.common.settings import Value
+from fleetune.errors import RecipeError, UsageError
+from fleetune.runs import rundir
+from fleetune.runs.events import TuneChecked
+from fleetune.runs.listener import Listener, Silent
+from fleetune.subject import Compressed, Plain, Run, Subject
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import Recipe, RecipeOptions
+
+if TYPE_CHECKING:
+    from fleetune.compression.jobs.contract import Job
+    from fleetune.compression.jobs.job import CompressResult
+    from fleetune.data import Example
+    from fleetune.deploy.export_job import ExportResult
+    from fleetune.deploy.measure.job import MeasureResult
+    from fleetune.deploy.serving.session import Session
+    from fleetune.models.model import Model
+    from fleetune.planning.plan import Plan
+    from fleetune.runs.compression_folder import CompressRequest
+    from fleetune.tuning.prepare import TuneJob
+    from fleetune.tuning.result import TuneResult
+
+Setting = Value | Callable[..., Any]  # of a method; a function is an objective or a reward
+Rows = str | Path | Iterable[Mapping[str, Any]]  # a file, a hub id, or rows: dicts, a datasets.Dataset
+
+
+def open(name: Any, *, out: str | Path = "runs") -> Subject:
+    """Return what a name means: a `Run`, a `Compressed` model or a `Plain` one.  Nothing is loaded until it is asked for.
+
+    `name` is a path, a run's name or number under `out`, `latest`, a built-in name or a hub id; a result of `tune` or
+    `compress` is taken too.  UsageError where there is no such run.
+    """
+    if isinstance(name, Run | Compressed | Plain):
+        return name
+    if isinstance(name, str | Path):
+        return subjects.open(name, out)
+    if isinstance(folder := getattr(name, "folder", None), Path):  # a result
+        return Run(folder) if (folder / "run.toml").is_file() else Compressed(folder)
+    raise UsageError(
+        f"a {type(name).__name__} is not the name of a model", hint="give a name, a path or a result"
+    )
+
+
+def _named(method: object, modules: Mapping[str, str]) -> tuple[str, dict[str, Value]]:
+    """A method's name and its settings, from a name or from a method's own dataclass; `modules` are by name."""
+    if isinstance(method, str):
+        return method, {}
+    cls = type(method)
+    name = next((n for n, module in modules.items() if module == cls.__module__), None)
+    if name is None or not dataclasses.is_dataclass(method) or isinstance(method, type):
+        raise UsageError(f"a {cls.__name__} is not a method", hint=f"there are: {', '.join(modules)}")
+    return name, {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+
+
+# Plan -------------------------------------------------------------------------------------------------
+
+
+def plan(
+    model: str | Path,
+    *,
+    ram: str | int | None = None,
+    uplink: str | float | None = None,
+    batch: int = 1,
+    length: int = 256,
+    steps: int = 200,
+    dtype: str = "fp32",
+    offline: bool = False,
+) -> Plan:
+    """Return memory, traffic and time of every method for one device and one round, before any work.
+
+    `ram` (4GB, or bytes) says what fits, `uplink` (1Mbps, or bytes a second) how long a round's traffic takes; a round
+    is `steps` steps of `batch` rows of `length` tokens, with weights in `dtype`.
+    """
+    from fleetune import models
+    from fleetune.planning import plan as planning
+
+    config = models.load_config(str(model), offline=offline)
+    work = planning.Workload(batch=batch, length=length, steps=steps, dtype=dtype)
+    return planning.make(
+        config, str(model), work,
+        ram=planning.parse_bytes(str(ram)) if ram is not None else None,
+        uplink=planning.parse_rate(uplink) if isinstance(uplink, str) else uplink,
+    )  # fmt: skip
+
+
+# Tune -------------------------------------------------------------------------------------------------
+
+
+def tune(
+    model: object,
+    data: Rows | None = None,
+    *,
+    method: object = "fedkseed",
+    settings: Mapping[str, Setting] | None = None,
+    tokenizer: object = None,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+    **options: Unpack[RecipeOptions],
+) -> TuneResult:
+    """Tune a model over a simulated fleet in a new folder under `out`, and return the run.
+
+    `model` is a name or path, a `fleetune.Model`, a transformers or PEFT model (with its `tokenizer`), or a whole
+    `Recipe`, which then says everything.  `data` is a file, a hub id, `"demo"`, or rows as dicts.  `method` is a name or
+    a method's own dataclass (`fedkseed.Method(K=1024)`); `settings` are the method's, by name.  `options` are those of
+    `fleetune.Recipe`.  Objects are written into `OUT/objects`, so that the run can be resumed.
+    """
+    recipe = model if isinstance(model, Recipe) else None
+    if recipe is None:
+        recipe = _recipe(model, data, method, settings or {}, tokenizer, Path(out), options)
+    elif data is not None or settings or options:
+        raise UsageError(
+            "a recipe says everything; nothing is given beside it", hint="dataclasses.replace it"
+        )
+    return run_recipe(recipe, out=out, offline=offline, listener=listener)
+
+
+def run_recipe(
+    recipe: Recipe, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
+) -> TuneResult:
+    """Tune as a recipe says, in a new folder under `out`."""
+    from fleetune.tuning import prepare, run
+    from fleetune.tuning.result import TuneResult
+
+    prepare.check(recipe)
+    rundir.check_writable(Path(out))
+    job = prepare.prepare(recipe, offline=offline)
+    with rundir.create(Path(out), recipe.method, recipe.model) as folder:
+        return TuneResult(folder.path, run.tune(job, folder, listener or Silent()))
+
+
+def resume_run(
+    run: str | Path, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
+) -> TuneResult:
+    """Resume a stopped run by its own recipe, with the same bits as if it had not stopped; a finished one is returned."""
+    from fleetune.tuning import prepare, result
+    from fleetune.tuning import run as running
+
+    listener, path = listener or Silent(), rundir.find(str(run), Path(out))
+    recipe = recipes.make(recipes.read(path / "run.toml"))
+    prepare.check(recipe)
+    if rundir.status_of(path) == "done":
+        found = result.read(path)
+        listener.note(f"{path} is finished already")
+        listener.event(found.done)
+        return found
+    with rundir.RunDir(path) as folder:
+        rundir.check_writable(path)
+        job = prepare.prepare(recipe, offline=offline)
+        return result.TuneResult(path, running.tune(job, folder, listener))
+
+
+def check_recipe(recipe: Recipe, *, offline: bool = False) -> TuneChecked:
+    """Check a recipe, its data and its model, and write nothing."""
+    from fleetune.tuning import prepare
+
+    prepare.check(recipe)
+    job: TuneJob = prepare.prepare(recipe, offline=offline)
+    return TuneChecked(clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held))
+
+
+def _recipe(
+    model: object,
+    data: Rows | None,
+    method: object,
+    settings: Mapping[str, Setting],
+    tokenizer: object,
+    out: Path,
+    options: RecipeOptions,
+) -> Recipe:
+    from fleetune.tuning import methods, objects
+
+    if data is None:
+        raise RecipeError(["data is missing"], hint='give a file, rows, or "demo"')
+    name, chosen = _named(method, {n: e.module for n, e in methods.entries().items()})
+    return recipes.make({
+        **options, "model": objects.model_name(model, tokenizer, out), "data": objects.data_name(data, out),
+        "method": name, "set": chosen | objects.setting_values(settings),
+    })  # fmt: skip
+
+
+# Evaluate ---------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: object,
+    data: Rows | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    limit: int = 200,
+    answer_tokens: int = 96,
+    text: str | Path | None = None,
+    labels: Sequence[str] = (),
+    dtype: str | None = None,
+    device: str = "auto",
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+) -> dict[str, float]:
+    """Measure a model on rows (of a run or a compressed run: its own held-out ones) and return value by task.
+
+    `tasks` are loss, rouge_l, f1, exact_match, accuracy (of the words in `labels`) and perplexity (of the file `text`);
+    by default loss and rouge_l, of an encoder loss and accuracy.  At most `limit` rows count.  Losses are in nats a
+    token, the rest but perplexity in percent.
+    """
+    from fleetune import data as reading
+    from fleetune.evaluation import measures
+    from fleetune.runs.events import evaluated
+
+    wanted = _checked_tasks(tasks, limit, answer_tokens, text)
+    found = open(model, out=out)
+    given = _rows(data, Path(out), offline=offline)
+    loaded, examples = _with_rows(found, given, labels, dtype, device, bool(text), offline=offline)
+    values = measures.evaluate(
+        loaded, examples[:limit], wanted, max_new_tokens=answer_tokens, labels=labels,
+        texts=reading.read_text(str(text)) if text else (),
+    )  # fmt: skip
+    (listener or Silent()).event(evaluated(found.argument, len(examples[:limit]), values))
+    return values
+
+
+def _checked_tasks(
+    tasks: Sequence[str], limit: int, answer_tokens: int, text: str | Path | None
+) -> tuple[str, ...]:
+    """The tasks; RecipeError for what cannot be, before anything is loaded."""
+    from fleetune.evaluation import measures
+
+    problems = [
+        f"{n} = {v} is below 1" for n, v in (("limit", limit), ("answer_tokens", answer_tokens)) if v < 1
+    ]
+    if text and not Path(text).is_file():
+        problems.append(f"no text file at {text}")
+    if problems:
+        raise RecipeError(problems, hint="fleetune eval --help")
+    return measures.check_tasks(list(tasks))
+
+
+def _rows(data: Rows | None, out: Path, *, offline: bool) -> list[Example]:
+    from fleetune import data as reading
+    from fleetune.tuning import objects
+
+    return reading.read(objects.data_name(data, out), offline=offline) if data is not None else []
+
+
+def _with_rows(
+    subject: Subject, given: list[Example], labels: Sequence[str], dtype: str | None, device: str,
+    text: bool, *, offline: bool,
+) -> tuple[Model, Sequence[Example]]:  # fmt: skip
+    """The loaded model, and the rows to measure it on; what is missing or does not fit is said before it is loaded."""
+    from fleetune import models
+
+    if isinstance(subject, Run):
+        if dtype not in (None, own := subject.recipe.dtype):
+            raise UsageError(f"a run has a dtype of its own, here {own}", hint="leave out --dtype")
+        models.check_device(device, own)
+        examples = given or subject.held_out(offline=offline)
+        return subject.load(device=device, offline=offline), examples
+    models.check_device(device, dtype or "fp32")
+    examples = given or (subject.held_out(offline=offline) if isinstance(subject, Compressed) else [])
+    if not examples and not text:
+        what = "this model" if isinstance(subject, Compressed) else "a model"
+        raise UsageError(f"eval of {what} needs DATA", hint=f"fleetune eval {subject.argument} data.jsonl")
+    if isinstance(subject, Compressed):
+        return subject.load(dtype=dtype or "fp32", device=device, offline=offline), examples
+    words = list(labels) or sorted({e.response.strip() for e in examples})
+    model = models.load(subject.name, dtype=dtype or "fp32", device=device, offline=offline, labels=words)
+    return model, examples
+
+
+# Compress ---------------------------------------------------------------------------------------------
+
+
+def compress(
+    model: object,
+    *,
+    method: object = "optq",
+    settings: Mapping[str, Setting] | None = None,
+    data: Rows | None = None,
+    text: str | Path = "",
+    eval_text: str | Path = "",
+    windows: int = 128,
+    length: int = 512,
+    calibrate: str = "server",
+    clients: int = 0,
+    low_memory: bool = False,
+    true_sequential: bool = False,
+    seed: int = 42,
+    dtype: str = "fp32",
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+) -> CompressResult:
+    """Make a model or a finished run smaller in a new folder under `out`, and return it.
+
+    `method` is a name (`fleetune.compressors()`) or a method's own dataclass (`optq.Solver(bits=3)`); `settings` are the
+    method's, by name.  A solver calibrates on `windows` windows of `length` tokens, of `data` (rows) or `text` (a file),
+    of the run's held-out rows, or of text that the model writes; with `calibrate="clients"` the run's clients do it.
+    `low_memory` leaves the model in its files; `true_sequential` solves a layer on its block's compressed outputs;
+    `eval_text` is measured before and after.
+    """
+    request = request_for(
+        model, method=method, settings=settings, out=out, data=data, text=str(text), eval_text=str(eval_text),
+        windows=windows, length=length, calibrate=calibrate, clients=clients, low_memory=low_memory,
+        true_sequential=true_sequential, seed=seed, dtype=dtype,
+    )  # fmt: skip
+    return start_compression(request, out=out, offline=offline, listener=listener)
+
+
+def start_compression(
+    request: CompressRequest,
+    *,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+) -> CompressResult:
+    """Carry out a request in a new folder under `out`."""
+    from fleetune.compression.jobs import job
+
+    return job.start(request, listener or Silent(), Path(out), offline=offline)
+
+
+def check_request(
+    request: CompressRequest,
+    *,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+) -> Job:
+    """Check a request with everything loaded, and write nothing."""
+    from fleetune.compression.jobs import job
+
+    return job.prepare(request, listener or Silent(), Path(out), offline=offline)
+
+
+def request_for(
+    model: object, *, method: object, settings: Mapping[str, Setting] | None, out: str | Path,
+    data: Rows | None = None, **given: Any,
+) -> CompressRequest:  # fmt: skip
+    """Return the request that `compress` carries out, without carrying it out; `given` are fields of it."""
+    from fleetune import compression
+    from fleetune.compression.jobs import job
+    from fleetune.tuning import objects
+
+    if isinstance(model, Run | Compressed | Plain):
+        model = model.argument
+    elif isinstance(folder := getattr(model, "folder", None), Path):
+        model = str(folder)
+    name, chosen = _named(method, {n: m.module for n, m in compression.REGISTRY.members().items()})
+    values = chosen | objects.setting_values(settings or {})
+    if data is not None:
+        given["data"] = objects.data_name(data, Path(out))
+    texts = {n: v if isinstance(v, str) else repr(v) for n, v in values.items()}
+    return job.request_for(objects.model_name(model, None, Path(out)), Path(out), name, texts, given)
+
+
+def resume_compression(
+    folder: str | Path, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
+) -> CompressResult:
+    """Resume a stopped compression as it was requested; a finished one is returned."""
+    from fleetune.compression.jobs import job
+    from fleetune.runs import compression_folder
+
+    found = compression_folder.find(str(folder), Path(out))
+    if found is None:
+        raise UsageError(f"no compression '{folder}' in {out}", hint="fleetune compress MODEL")
+    return job.resume(found, listener or Silent(), Path(out), offline=offline)
+
+
+# Export, measure, serve -------------------------------------------------------------------------------
+
+
+def export(
+    model: object,
+    *,
+    to: str | None = None,
+    path: str | Path | None = None,
+    text: str | Path | None = None,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+) -> ExportResult:
+    """Write a model for a runtime, and read it back.
+
+    `to` is a target (`fleetune.targets()`; default gguf, of a run hf), `path` a new file or folder (default: beside the
+    model).  With a `text` file its perplexity is measured by the source and by what was written, in its runtime.
+    """
+    from fleetune.deploy import export_job
+
+    place, words = Path(path) if path else None, str(text) if text else None
+    export_job.check(to, place, words)
+    found = open(model, out=out)
+    return export_job.export(found, to, place, words, listener or Silent(), offline=offline)
+
+
+def measure(
+    *models: object,
+    text: str | Path | None = None,
+    windows: int = 16,
+    length: int = 512,
+    data: Rows | None = None,
+    limit: int = 200,
+    tasks: Sequence[str] = (),
+    answer_tokens: int = 96,
+    labels: Sequence[str] = (),
+    threads: int = 1,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 3,
+    kept_gain: bool = False,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+) -> MeasureResult:
+    """Measure size, speed, memory and quality of models side by side, each in a process of its own.
+
+    Of a compression's folder: base, tuned and compressed, in torch and in llama.cpp; with `kept_gain` the base is
+    compressed the same way (once), which says what of the tuning's gain is kept.
+    """
+    from fleetune.deploy.measure import job
+    from fleetune.tuning import objects
+
+    options = job.MeasureOptions(
+        text=str(text) if text else None, windows=windows, length=length,
+        data=objects.data_name(data, Path(out)) if data is not None else None, limit=limit, tasks=tuple(tasks),
+        answer_tokens=answer_tokens, labels=tuple(labels), threads=threads, prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens, repeats=repeats, kept_gain=kept_gain,
+    )  # fmt: skip
+    job.check(len(models), options)
+    found = [open(model, out=out) for model in models]
+    return job.measure(found, options, listener or Silent(), offline=offline)
+
+
+@contextmanager
+def serve(
+    model: object,
+    *,
+    engine: str = "auto",
+    threads: int | None = None,
+    context: int = 4096,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    token: str | None = None,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+) -> Iterator[Session]:
+    """Serve a model over an OpenAI-compatible endpoint and a chat page while the block runs.
+
+    `engine` is a name or auto (the first installed); `threads` are measured where none are given; `port` 0 takes any free
+    one; off the loopback address clients must present `token` (one is made where none is given).
+    """
+    from fleetune.deploy.serving import session
+
+    with session.served(
+        open(model, out=out), session.EngineOptions(engine, threads, context),
+        session.FrontOptions(host, port, token), listener or Silent(), offline=offline,
+    ) as opened:  # fmt: skip
+        yield opened
+
+
+# What there is ----------------------------------------------------------------------------------------
+
+
+def methods() -> list[str]:
+    """Return the names of all tuning methods, those of other packages included."""
+    from fleetune.tuning import methods as found
+
+    return list(found.entries())
+
+
+def compressors() -> list[str]:
+    """Return the names of all compression methods, those of other packages included."""
+    from fleetune import compression
+
+    return list(compression.entries())
+
+
+def targets() -> list[str]:
+    """Return the names of all export targets, those of other packages included."""
+    from fleetune.deploy import targets as found
+
+    return list(found.every())

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune methods`: the tuning methods, or one with its settings."""
+
+from __future__ import annotations
+
+import argparse
+
+from fleetune.cli.console import Ui
+from fleetune.runs.events import MethodListed, SettingListed
+
+HELP = "list the tuning methods, or one with its settings"
+ORDER = 130
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    sub.add_argument("name", metavar="NAME", nargs="?")
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """List the methods, or the settings of one."""
+    from fleetune.tuning import methods
+
+    if args.name:
+        _settings(args.name, ui)
+        return
+    found = methods.entries().values()
+    for e in found:
+        ui.event(MethodListed(name=e.name, kind=e.kind, paper=e.paper, sends=e.sends))
+    if not ui.json:
+        ui.table(["method", "leaves", "sends", "paper"], [[e.name, e.kind, e.sends, e.paper] for e in found])
+        ui.paths([("next", "fleetune methods NAME")])
+
+
+def _settings(name: str, ui: Ui) -> None:
+    from fleetune.tuning import methods
+
+    entry, found = methods.entry(name), methods.settings(name)
+    for s in found:
+        ui.event(SettingListed(
+            method=entry.name, name=s.name, type=s.type.__name__, default=s.default, symbol=s.symbol, help=s.help
+        ))  # fmt: skip
+    if not ui.json:
+        ui.paths([
+            ("method", entry.summary), ("paper", entry.paper), ("sends", entry.sends), ("leaves", entry.kind)
+        ])  # fmt: skip
+        rows = [[s.name, s.symbol, s.type.__name__, s.default, s.help] for s in found]
+        ui.table(["--set", "symbol", "type", "default", "meaning"], rows, align="lllll")
