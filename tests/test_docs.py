@@ -85,7 +85,7 @@ def test_links_that_leave_the_docs_are_moved():
 def fault(line: str, *, whole: bool = True) -> str:
     """What is wrong with a command line, "" for nothing; not `whole`: its command and flags alone are looked at."""
     words = shlex.split(line, comments=True)[1:]
-    known = cli.commands()
+    known = cli.command_parsers()
     if words[0] not in known:
         return f"there is no command {words[0]}"
     sub = known[words[0]]
