@@ -4,8 +4,8 @@
     python docs/build.py
 
 Pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md, docs/events.md and its JSON schema.
-Parts: the tree of the layers in README.md and the table in docs/architecture.md, between the marks
-`<!-- architecture -->` and `<!-- /architecture -->`.
+Parts, between the marks `<!-- NAME -->` and `<!-- /NAME -->`: the tree of the layers in README.md and their table in
+docs/architecture.md (`architecture`), the table in docs/export.md (`targets`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pydantic import TypeAdapter
 from fleetune import compression
 from fleetune.cli import main as cli
 from fleetune.common import settings
+from fleetune.deploy import targets
 from fleetune.runs import events
 from fleetune.tuning import methods, recipe
 
@@ -95,6 +96,17 @@ def commands_page() -> str:
             parts.append(f"| {flag} | {_cell(action.help or '')}{choices} |")
         parts.append("")
     return "\n".join(parts)
+
+
+def targets_table() -> str:
+    """Every export target: its name, what it writes, and the runtime that `--text` runs it in."""
+    rows = ["| `--to` | writes | of | run by |", "|---|---|---|---|"]
+    for target in targets.every().values():
+        needs = " ".join(f"`{module}`" for module in target.states("NEEDS") or ())
+        runtime = f"{target.states('RUNTIME') or ''}{f' with {needs}' if needs else ''}"
+        source = {"model": "any model", "codes": "a compressed model", "adapter": "a run"}[target.takes]
+        rows.append(f"| `{target.name}` | {_cell(target.help)} | {source} | {runtime} |")
+    return "\n".join(rows)
 
 
 # Events ------------------------------------------------------------------------------------------
@@ -218,13 +230,11 @@ def parts() -> dict[Path, str]:
     """Every hand-written page that has a generated part, with that part as it should be."""
     found = layers()
     written = {
-        ROOT / "README.md": architecture_tree(found),
-        DOCS / "architecture.md": architecture_table(found),
+        ROOT / "README.md": ("architecture", architecture_tree(found)),
+        DOCS / "architecture.md": ("architecture", architecture_table(found)),
+        DOCS / "export.md": ("targets", targets_table()),
     }
-    return {
-        path: with_part(path.read_text(encoding="utf-8"), "architecture", part)
-        for path, part in written.items()
-    }
+    return {path: with_part(path.read_text(encoding="utf-8"), *part) for path, part in written.items()}
 
 
 # Writing -----------------------------------------------------------------------------------------

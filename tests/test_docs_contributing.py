@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CONTRIBUTING.md's compressor, export target and command work as they stand there, registered by another package."""
+"""CONTRIBUTING.md's compressor and command work as they stand there, registered by another package."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from fleetune import models
 from fleetune.cli.main import main
@@ -19,7 +19,6 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
 EXAMPLES = {
     "fleetune.compressors": ("magnitude", "\nclass Solver"),
-    "fleetune.targets": ("npz", "\nTARGETS"),
     "fleetune.commands": ("count", "\nHELP"),
 }
 
@@ -46,18 +45,9 @@ def test_the_compressor_compresses(place: Path, capsys: pytest.CaptureFixture[st
     words = ["compress", "./tiny", "--method", "magnitude", "--set", "sparsity=0.25", "--json"]
     assert main(words) == 0
     folder = json.loads(capsys.readouterr().out.splitlines()[-1])["folder"]
-    assert main(["export", folder, "--to", "npz", "--path", "small.npz"]) == 0
-    with np.load("small.npz") as weights:
-        matrix = weights["model.layers.0.mlp.up_proj.weight"]
+    assert main(["export", folder, "--to", "hf", "--path", "small"]) == 0
+    matrix = load_file("small/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert ((matrix == 0).sum(axis=1) == matrix.shape[1] // 4).all()
-
-
-def test_the_target_holds_every_weight(place: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["export", "./tiny", "--to", "npz", "--path", "tiny.npz", "--json"]) == 0
-    done = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert done["exact"] == done["tensors"] > 0
-    assert main(["export", "./tiny", "--to", "npzz"]) == 2
-    assert "npz" in capsys.readouterr().err
 
 
 def test_the_command_counts(place: Path, capsys: pytest.CaptureFixture[str]):
