@@ -15,6 +15,7 @@ from contract_harness import fleet, key, logits, reply
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common import registry
 from fleetune.tuning import methods
 from fleetune.tuning.messages import Payload
 
@@ -23,11 +24,12 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def fedmedian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "\nclass Method" in c]
     (tmp_path / "fedmedian_example.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    point = EntryPoint("fedmedian", "fedmedian_example", methods.GROUP)
-    monkeypatch.setattr(methods, "entry_points", lambda group: [point])
+    point = EntryPoint("fedmedian", "fedmedian_example", wanted := methods.REGISTRY.group)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == wanted else [])
     return "fedmedian"
 
 
