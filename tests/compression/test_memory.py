@@ -24,7 +24,7 @@ from fleetune.compression.jobs import solve
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.driver import linears_of
-from fleetune.compression.layerwise.federated import Clients
+from fleetune.compression.layerwise.federated import ClientHessians
 from fleetune.errors import ModelError
 from fleetune.models.paged import Pages, in_memory, pages_of, tensors_of
 from fleetune.models.shapes import shape_of
@@ -285,7 +285,7 @@ def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:
 
 def test_the_disk_holds_the_states_of_clients_that_wait(tmp_path: Path) -> None:
     model, text = models.tiny_llama(layers=2, hidden=128), torch.randint(0, 250, (6, 16))
-    Clients(model, {0: text[:2], 1: text[2:]}, tmp_path, lambda reply: None)
+    ClientHessians(model, {0: text[:2], 1: text[2:]}, tmp_path, lambda reply: None)
     waiting = sum(file.stat().st_size for file in (tmp_path / "devices").iterdir())
     shape, alone = (
         shape_of(model.net.config),

@@ -217,7 +217,7 @@ def test_serve_takes_a_token_from_the_environment_and_does_not_show_it(at, monke
     ],
 )
 def test_serve_refuses_before_an_engine_is_started(args, message, at, capsys, monkeypatch):
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "_installed", lambda *modules: False)
     Path("text.gguf").write_text("no model")
     Path("cut.gguf").write_bytes(Path("tiny.gguf").read_bytes()[:-1])
     little_file(Path("lora.gguf"), "adapter")
@@ -500,7 +500,7 @@ def test_torch_answers_as_eval_does(at, plain, model, capsys, monkeypatch):
     example = Example((("system", "Be short."), ("user", "hello")), "", {})
     (wanted,) = answers.generate(model, [example], max_new_tokens=12)
     monkeypatch.setenv("PATH", "")  # no engine is installed
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "_installed", lambda *modules: False)
     args = ["chat", str(plain), "--prompt", "hello", "--system", "Be short.", "--max-tokens", "12"]
     code, out, err = call(capsys, *args, "--threads", "1")
     assert (code, out) == (0, clean(wanted) + "\n")
