@@ -21,6 +21,8 @@ from contract_harness import fleet, key, reply
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common import registry
+from fleetune.errors import FitError
+from fleetune.planning import plan
 from fleetune.tuning import methods
 from fleetune.tuning.messages import Payload
 
@@ -28,15 +30,29 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def fedmedian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
-    (tmp_path / "fedmedian_example.py").write_text(code, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    point = EntryPoint("fedmedian", "fedmedian_example", methods.REGISTRY.group)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
-    monkeypatch.setitem(contract_harness.QUICK, "fedmedian", {"lr": 1e-2})
-    yield "fedmedian"
+def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Register a module of this text as the method fedmedian, as an installed package would."""
+
+    def register(code: str) -> str:
+        (tmp_path / "fedmedian_example.py").write_text(code, encoding="utf-8")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        point = EntryPoint("fedmedian", "fedmedian_example", methods.REGISTRY.group)
+        monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
+        monkeypatch.setitem(contract_harness.QUICK, "fedmedian", {"lr": 1e-2})
+        return "fedmedian"
+
+    yield register
     sys.modules.pop("fedmedian_example", None)
+
+
+@pytest.fixture
+def fedmedian(registered: Callable[[str], str]) -> str:
+    return registered(example())
+
+
+def example() -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+    return code
 
 
 def test_the_example_tunes(fedmedian, tmp_path, monkeypatch, capsys):
@@ -99,6 +115,16 @@ def test_the_example_is_listed_and_planned(fedmedian, tmp_path, capsys):
     assert rows[fedmedian]["note"] == "r=8"
     assert rows[fedmedian]["trainable"] * 2 == rows["fedit"]["trainable"]
     assert list(rows).index(fedmedian) < list(rows).index("inference")
+
+
+def test_a_method_that_states_no_footprint_has_an_empty_row_in_the_plan(registered):
+    name = registered(example().replace("def footprint", "def unstated"))
+    rows = plan.table(models.tiny_llama().net.config, plan.Workload(), rates=plan.Rates(1e11, 1e10), ram=1000)
+    (row,) = [row for row in rows if row.method == name]
+    assert {row.peak, row.trainable, row.bytes_up, row.passes, row.seconds} == {None}
+    assert plan.cells(row) == [name, "-", "-", "-", "-", "-", ""]
+    with pytest.raises(FitError, match="the smallest"):
+        plan.best(rows)
 
 
 def test_the_example_has_a_page_in_the_docs(fedmedian):

@@ -86,17 +86,6 @@ def test_what_has_no_place_on_a_model_is_not_planned() -> None:
     assert {*methods.entries(), *device_cost.COMPARISON} - found == {"fedpetuning", "fedpeptao", "fwdllm"}
 
 
-def test_a_method_that_states_no_footprint_has_an_empty_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("fleetune.tuning.methods.onebyte.Method.footprint")
-    rows = plan.table(tiny_llama().net.config, plan.Workload(), rates=RATES, ram=1000)
-    (row,) = [row for row in rows if row.method == "onebyte"]
-    assert {row.peak, row.trainable, row.bytes_up, row.passes, row.seconds} == {None}
-    assert plan.cells(row) == ["onebyte", "-", "-", "-", "-", "-", ""]
-    assert [r.method for r in rows if r.tunes][-1] == "onebyte"
-    with pytest.raises(FitError, match="the smallest, fedkseed"):
-        plan.best(rows)
-
-
 def test_llama_7b_gives_the_figures_of_the_papers() -> None:
     params = shapes.shape_of(LLAMA_7B).params
     assert params == 6_738_415_616
