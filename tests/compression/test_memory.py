@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.compression.jobs import solve
+from fleetune.compression.jobs.inputs import Inputs
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.driver import linears_of
@@ -159,8 +160,7 @@ def most_alive(folder: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> tu
         driver.check(model, solver)
         windows = torch.zeros(3, 12, dtype=torch.int64) + torch.arange(12)
         parts = driver.run(model, solver, windows, folder / "parts")
-        job = SimpleNamespace(held=[], texts=["a text to measure on"], measured=True, model=model)
-        solve._after(job, parts)  # type: ignore[arg-type]
+        solve._after(Inputs(model, [], [], ["a text to measure on"], "a text"), parts)
         from fleetune.models import artefact
 
         artefact.write(

@@ -331,7 +331,7 @@ def test_a_compressor_of_another_package_keeps_the_contract(other: str, tmp_path
 def test_a_compressor_of_another_package_is_listed_and_compresses(
     other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert other in cli.commands()["compress"].format_help()
+    assert other in cli.command_parsers()["compress"].format_help()
     for spelling in ("row-sign", "row_sign"):
         assert cli.main(["compress", "--list", spelling]) == 0
         out = capsys.readouterr().out
