@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fleetune import compression, models
+from fleetune.cli import listener
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.main import main
 from fleetune.compression.jobs import solve
@@ -318,7 +319,7 @@ def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(
         return b"?" if client == 1 else answer(self, client, number, linears)
 
     with monkeypatch.context() as patch:
-        patch.setattr(solve, "InterruptHandler", Pulled)
+        patch.setattr(listener, "InterruptHandler", Pulled)
         patch.setattr(ClientHessians, "answer", fail)
         code, first, _ = call(capsys, *args)
     assert code == 130
@@ -371,7 +372,6 @@ def test_bad_requests_are_clear(case: str, tuned_run: Path, capsys: pytest.Captu
 def test_a_client_with_too_little_text_is_left_out() -> None:
     from types import SimpleNamespace
 
-    from fleetune.compression.jobs import solve
     from fleetune.errors import DataError
 
     rows = {1: [SimpleNamespace(ids=np.arange(40))] * 2, 4: [SimpleNamespace(ids=np.arange(9))]}

@@ -10,8 +10,8 @@ import pytest
 from command_harness import LORA, call, pulled_after, tuned
 
 from fleetune import models
+from fleetune.cli import listener
 from fleetune.cli.main import main
-from fleetune.compression.jobs import distil
 
 QUICK = [
     "--length",
@@ -135,7 +135,7 @@ def test_a_stopped_one_is_taken_up_again(
     tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(distil, "InterruptHandler", pulled_after(2))
+        patch.setattr(listener, "InterruptHandler", pulled_after(2))
         code, out, _ = call(capsys, "compress", tiny["deep"], *SELF, *ROWS, "--seed", "7")
     assert code == 130
     assert "fleetune compress --resume runs/0001-gkd-deep" in json.dumps(out[-1])
