@@ -17,7 +17,6 @@ from fleetune import compression, models
 from fleetune.cli import listener
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.main import main
-from fleetune.compression.jobs import solve
 from fleetune.compression.layerwise import driver, federated
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.blocks import FinishedBlocks
@@ -372,14 +371,15 @@ def test_bad_requests_are_clear(case: str, tuned_run: Path, capsys: pytest.Captu
 def test_a_client_with_too_little_text_is_left_out() -> None:
     from types import SimpleNamespace
 
+    from fleetune.compression.jobs import windows
     from fleetune.errors import DataError
 
     rows = {1: [SimpleNamespace(ids=np.arange(40))] * 2, 4: [SimpleNamespace(ids=np.arange(9))]}
-    subject: Any = SimpleNamespace(model=models.tiny_llama(), clients=rows)
+    inputs: Any = SimpleNamespace(model=models.tiny_llama(), clients=rows)
     notes: list[str] = []
-    ui: Any = SimpleNamespace(note=notes.append)
-    found = solve._shares(SimpleNamespace(length=10, windows=7), subject, ui)  # type: ignore[arg-type]
+    listener: Any = SimpleNamespace(note=notes.append)
+    found = windows.of_clients(SimpleNamespace(length=10, windows=7), inputs, listener)  # type: ignore[arg-type]
     assert {client: tuple(own.shape) for client, own in found.items()} == {1: (3, 10)}
     assert notes == ["client 4 is left out: the calibration text has 9 tokens, a window needs 10"]
     with pytest.raises(DataError, match="no client has text for a window of 90"):
-        solve._shares(SimpleNamespace(length=90, windows=7), subject, ui)  # type: ignore[arg-type]
+        windows.of_clients(SimpleNamespace(length=90, windows=7), inputs, listener)  # type: ignore[arg-type]
