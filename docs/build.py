@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the generated pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md.  `--check` only compares.
+"""Writes the generated pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md, and the table in
+docs/export.md.  `--check` only compares.
 
 python docs/build.py
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from fleetune import compression
 from fleetune.cli import main as cli
 from fleetune.common import settings
+from fleetune.deploy import targets
 from fleetune.tuning import methods, recipe
 
 DOCS = Path(__file__).parent
@@ -69,7 +71,7 @@ def recipe_page() -> str:
 def commands_page() -> str:
     """Every command with its arguments."""
     parts = [MADE, "# Commands\n", "```\n" + cli.EXAMPLES + "```\n"]
-    for name, sub in cli.commands().items():
+    for name, sub in cli.command_parsers().items():
         parts.append(f"## fleetune {name}\n\n{sub.description}\n")
         parts.append("| argument | meaning |\n|---|---|")
         for action in sub._actions:
@@ -82,11 +84,35 @@ def commands_page() -> str:
     return "\n".join(parts)
 
 
+def targets_table() -> str:
+    """Every export target: its name, what it writes, and the runtime that `--text` runs it in."""
+    rows = ["| `--to` | writes | of | run by |", "|---|---|---|---|"]
+    for target in targets.every().values():
+        needs = " ".join(f"`{module}`" for module in target.states("NEEDS") or ())
+        runtime = f"{target.states('RUNTIME') or ''}{f' with {needs}' if needs else ''}"
+        source = {"model": "any model", "codes": "a compressed model", "adapter": "a run"}[target.takes]
+        rows.append(f"| `{target.name}` | {_cell(target.help)} | {source} | {runtime} |")
+    return "\n".join(rows)
+
+
+def export_page() -> str:
+    """The page on exports, with the table of targets between its markers."""
+    text = (DOCS / "export.md").read_text(encoding="utf-8")
+    before, first, rest = text.partition("<!-- targets: ")
+    comment, _, rest = rest.partition("\n")
+    _, last, after = rest.partition("<!-- end of targets -->")
+    return f"{before}{first}{comment}\n{targets_table()}\n{last}{after}"
+
+
 def pages() -> dict[Path, str]:
     """Every generated page by its path."""
     made = {DOCS / "methods" / f"{name}.md": method_page(name) for name in methods.entries()}
     made |= {DOCS / "compress" / f"{name}.md": compress_page(name) for name in compression.entries()}
-    return made | {DOCS / "recipe.md": recipe_page(), DOCS / "commands.md": commands_page()}
+    return made | {
+        DOCS / "recipe.md": recipe_page(),
+        DOCS / "export.md": export_page(),
+        DOCS / "commands.md": commands_page(),
+    }
 
 
 def main() -> int:

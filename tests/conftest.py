@@ -16,7 +16,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parent / "contract"))
+for harnesses in ("contract", "deploy"):
+    sys.path.insert(0, str(Path(__file__).parent / harnesses))
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("fuzz", derandomize=False, deadline=None, max_examples=1000)
 settings.load_profile("fixed")

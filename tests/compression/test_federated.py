@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fleetune import compression, models
-from fleetune.cli import listener
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.main import main
 from fleetune.compression.layerwise import driver, federated
@@ -318,7 +317,7 @@ def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(
         return b"?" if client == 1 else answer(self, client, number, linears)
 
     with monkeypatch.context() as patch:
-        patch.setattr(listener, "InterruptHandler", Pulled)
+        patch.setattr("fleetune.cli.listener.InterruptHandler", Pulled)
         patch.setattr(ClientHessians, "answer", fail)
         code, first, _ = call(capsys, *args)
     assert code == 130
@@ -377,9 +376,9 @@ def test_a_client_with_too_little_text_is_left_out() -> None:
     rows = {1: [SimpleNamespace(ids=np.arange(40))] * 2, 4: [SimpleNamespace(ids=np.arange(9))]}
     inputs: Any = SimpleNamespace(model=models.tiny_llama(), clients=rows)
     notes: list[str] = []
-    listener: Any = SimpleNamespace(note=notes.append)
-    found = windows.of_clients(SimpleNamespace(length=10, windows=7), inputs, listener)  # type: ignore[arg-type]
+    ui: Any = SimpleNamespace(note=notes.append)
+    found = windows.of_clients(SimpleNamespace(length=10, windows=7), inputs, ui)  # type: ignore[arg-type]
     assert {client: tuple(own.shape) for client, own in found.items()} == {1: (3, 10)}
     assert notes == ["client 4 is left out: the calibration text has 9 tokens, a window needs 10"]
     with pytest.raises(DataError, match="no client has text for a window of 90"):
-        windows.of_clients(SimpleNamespace(length=90, windows=7), inputs, listener)  # type: ignore[arg-type]
+        windows.of_clients(SimpleNamespace(length=90, windows=7), inputs, ui)  # type: ignore[arg-type]

@@ -10,7 +10,6 @@ import pytest
 from command_harness import LORA, call, pulled_after, tuned
 
 from fleetune import models
-from fleetune.cli import listener
 from fleetune.cli.main import main
 
 QUICK = [
@@ -135,7 +134,7 @@ def test_a_stopped_one_is_taken_up_again(
     tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(listener, "InterruptHandler", pulled_after(2))
+        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(2))
         code, out, _ = call(capsys, "compress", tiny["deep"], *SELF, *ROWS, "--seed", "7")
     assert code == 130
     assert "fleetune compress --resume runs/0001-gkd-deep" in json.dumps(out[-1])

@@ -34,7 +34,7 @@ from compressor_harness import (
 )
 
 from fleetune import compression, models
-from fleetune.cli.main import command_parsers, main
+from fleetune.cli import main as cli
 from fleetune.common import registry, settings
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.models.artefact import Master, dense
@@ -331,24 +331,24 @@ def test_a_compressor_of_another_package_keeps_the_contract(other: str, tmp_path
 def test_a_compressor_of_another_package_is_listed_and_compresses(
     other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert other in command_parsers()["compress"].format_help()
+    assert other in cli.command_parsers()["compress"].format_help()
     for spelling in ("row-sign", "row_sign"):
-        assert main(["compress", "--list", spelling]) == 0
+        assert cli.main(["compress", "--list", spelling]) == 0
         out = capsys.readouterr().out
         assert "Rastegari" in out
         assert "factor of the mean magnitude" in out
-    assert main(["compress", "--list"]) == 0
+    assert cli.main(["compress", "--list"]) == 0
     assert other in capsys.readouterr().out
     model = models.tiny_llama()
     models.save(model.net, model.tokenizer, tmp_path / "tiny")
     args = ["compress", "./tiny", "--method", other, "--set", "scale=0.5", "--json"]
-    assert main(args) == 0
+    assert cli.main(args) == 0
     done = json.loads(capsys.readouterr().out.splitlines()[-1])
     master = Master(Path(done["folder"]) / "model")
     assert (master.head.method, master.head.settings) == (other, {"scale": 0.5})
     assert master.digest() == done["digest"]
     assert all(len(row.unique()) <= 3 for row in master.weight("model.layers.0.mlp.down_proj.weight"))
-    assert main([*args[:-2], "scale=0", "--json"]) == 2
+    assert cli.main([*args[:-2], "scale=0", "--json"]) == 2
     assert "scale = 0.0 must be positive" in capsys.readouterr().out
 
 

@@ -19,8 +19,10 @@ import pytest
 from serve_harness import KEY, Upstream, ask, door, error_of, raw, running
 
 from fleetune.deploy.serving import front as serve
-from fleetune.deploy.serving.front import MAX_BODY, Front
+from fleetune.deploy.serving import proxy, request_checks
+from fleetune.deploy.serving.front import Front
 from fleetune.deploy.serving.openai_client import Address
+from fleetune.deploy.serving.request_checks import MAX_BODY
 from fleetune.errors import UsageError
 
 CHAT = "/v1/chat/completions"
@@ -113,7 +115,7 @@ def test_an_error_of_the_engine_is_passed_on(front, upstream):
     ],
 )
 def test_errors_of_other_forms_get_all_four_fields(whole, message):
-    error = error_of(json.dumps(serve._error(404, whole)).encode())
+    error = error_of(json.dumps(proxy.error_body(404, whole)).encode())
     assert (error["message"], error["param"], error["code"]) == (message, None, "engine_error")
 
 
@@ -204,7 +206,7 @@ def test_a_token_is_compared_in_constant_time(upstream, monkeypatch):
         compared.append((a, b))
         return hmac.compare_digest(a, b)
 
-    monkeypatch.setattr(serve, "hmac", type("hmac", (), {"compare_digest": staticmethod(compare)}))
+    monkeypatch.setattr(request_checks, "hmac", type("hmac", (), {"compare_digest": staticmethod(compare)}))
     with door(upstream, "secret") as front:
         assert ask(front, "GET", "/v1/models", Authorization="Bearer wrong")[0] == 401
     assert compared == [(b"Bearer wrong", b"Bearer secret")]
@@ -270,7 +272,7 @@ def test_off_loopback_there_must_be_a_token_and_any_host_will_do(upstream):
 
 @pytest.mark.parametrize(("host", "own"), [("127.0.0.1", True), ("127.3.2.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("192.168.1.2", False), ("example.org", False)])  # fmt: skip
 def test_which_addresses_are_this_machine(host, own):
-    assert serve.is_loopback(host) is own
+    assert request_checks.is_loopback(host) is own
 
 
 # Bodies -----------------------------------------------------------------------------------------------
@@ -360,7 +362,7 @@ def test_a_request_that_trickles_in_does_not_keep_its_place(part, front, upstrea
 def test_a_late_request_leaves_the_answer_its_time():
     here, there = socket.socketpair()
     with here, there:
-        reader = serve._Reader(here, 60.0)
+        reader = request_checks.DeadlineReader(here, 60.0)
         reader.end = time.monotonic() + 1
         there.sendall(b"late")
         assert reader.readinto(bytearray(9)) == 4
@@ -442,7 +444,7 @@ def test_no_engine_at_the_port_is_a_502(upstream):
 
 
 def test_an_engine_that_says_nothing_is_a_504(front, upstream, monkeypatch):
-    monkeypatch.setattr(serve, "SECONDS", 0.2)
+    monkeypatch.setattr(proxy, "SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         front.attach(Address("127.0.0.1", mute.getsockname()[1], KEY), lambda: True)
         status, _, body = ask(front, "POST", CHAT, QUESTION)

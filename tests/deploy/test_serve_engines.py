@@ -21,11 +21,11 @@ from serve_harness import Upstream, little_file, lives, running, stand_in, start
 from fleetune import models
 from fleetune.deploy import export
 from fleetune.deploy.serving import engines, openai_client, threads
-from fleetune.deploy.serving.engines import ENGINES, Wanted
+from fleetune.deploy.serving.engines import ENGINES, LaunchOptions
 from fleetune.errors import FleetuneError, UsageError
 
 LLAMA, XLLAMACPP, TRANSFORMERS = ENGINES
-WANTED = Wanted(Path("/models/a b.gguf"), 4711, 3, 2048)
+WANTED = LaunchOptions(Path("/models/a b.gguf"), 4711, 3, 2048)
 
 
 @pytest.fixture
@@ -122,7 +122,9 @@ def test_an_engine_that_cannot_be_started_is_said(path, gguf):
 
 
 def test_an_engine_that_never_gets_ready_is_given_up(path, gguf):
-    running = engines.Running(LLAMA, Wanted(gguf, 1, 1, 512))  # port 1: it may bind it, we find nothing there
+    running = engines.Running(
+        LLAMA, LaunchOptions(gguf, 1, 1, 512)
+    )  # port 1: it may bind it, we find nothing there
     try:
         running.healthy = lambda: False  # type: ignore[method-assign]
         running.alive = lambda: True  # type: ignore[method-assign]
@@ -142,7 +144,7 @@ def test_what_an_engine_has_started_ends_with_it_also_what_takes_no_notice(path,
 
 def test_a_second_ctrl_c_while_it_ends_leaves_nothing_behind(path, gguf, monkeypatch):
     (path / "stubborn").touch()
-    running = engines.Running(LLAMA, engines.Wanted(gguf, engines._free_port(), 1, 512))
+    running = engines.Running(LLAMA, engines.LaunchOptions(gguf, engines._free_port(), 1, 512))
     running.wait()
     child, wait = int(running.tail().split()[1]), running.process.wait
 
@@ -165,7 +167,7 @@ def test_of_what_an_engine_says_the_end_is_kept_and_it_never_waits_for_us(path, 
         assert os.readlink(f"/proc/{start['pid']}/fd/1").startswith("pipe:"), "no file that grows"
         assert not _soon(lambda: engine.tail().splitlines()[-1:] != ["line 199999"])
         assert engine.tail().splitlines() == [f"line {i}" for i in range(199995, 200000)]
-        assert len(engine._words.last) == engines.TAIL_BYTES
+        assert len(engine._output.last) == engines.TAIL_BYTES
         engine.process.kill()
         engine.process.wait()
         assert not engine.alive()
@@ -237,7 +239,7 @@ def Server(params):
 def test_xllamacpp_is_set_up_and_ends_with_its_parent(tmp_path):
     (tmp_path / "xllamacpp.py").write_text(XLLAMACPP_STAND_IN)
     search = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    command = XLLAMACPP.command(Wanted(tmp_path / "tiny.gguf", 4711, 3, 2048))
+    command = XLLAMACPP.command(LaunchOptions(tmp_path / "tiny.gguf", 4711, 3, 2048))
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": search, engines.KEY: "secret"},

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the master artefact to files that runtimes read; one format a file, each a repacking of the same codes."""
+"""Take a model to the device: export it to a file or folder, measure it, serve it."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GGUF file's header says of where the model comes from: strings, with no time and no path among them.
+"""Collect where a model comes from, as strings for a GGUF header; no time and no path are among them.
 
     fleetune.method           the tuning or compression method
     fleetune.settings         its settings, as canonical JSON
@@ -7,7 +7,7 @@
     fleetune.artefact_digest  SHA-256 of the compressed model's master.safetensors, where there is one
     general.license           where it is known: of the built-in models
 
-So the same work gives the same bytes, and `fleetune ledger verify` or a look into the artefact proves them.
+So the same work gives the same bytes; `fleetune ledger verify` or the artefact itself proves the digests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fleetune.tuning.recipe import Recipe
 
 
 def of_artefact(model: Checkpoint) -> dict[str, str]:
-    """Of a master artefact; {} for a plain directory, which says nothing of itself."""
+    """Return the provenance of a master artefact; {} for a plain directory."""
     if not isinstance(model.source, Master):
         return {}
     head = model.source.head
@@ -33,7 +33,7 @@ def of_artefact(model: Checkpoint) -> dict[str, str]:
 
 
 def of_run(run: Path, recipe: Recipe) -> dict[str, str]:
-    """Of a tuned run, by its recipe and its env.json."""
+    """Return the provenance of a tuned run, from its recipe and its env.json."""
     try:
         env: dict[str, Any] = json.loads((run / "env.json").read_bytes())
     except (OSError, ValueError):
@@ -44,7 +44,7 @@ def of_run(run: Path, recipe: Recipe) -> dict[str, str]:
 
 
 def of_base(name: str) -> dict[str, str]:
-    """The licence of a built-in model; {} for others."""
+    """Return the licence of a built-in model; {} for others."""
     origin = cache.ORIGINS.get(name)
     return {} if origin is None else {"general.license": origin.licence}
 

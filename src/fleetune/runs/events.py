@@ -464,12 +464,12 @@ class PlanRow(Event):
     method: str
     note: str
     tunes: bool  # a method of ours, not a comparison
-    peak: int
+    peak: int | None  # None, as trainable and passes: the method states no footprint
     parts: Mapping[str, int]
-    trainable: int
+    trainable: int | None
     bytes_up: int | None
     bytes_down: int | None
-    passes: int
+    passes: int | None
     seconds: float | None
     sending: float | None
     ram: int | None

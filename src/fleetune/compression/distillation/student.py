@@ -9,7 +9,7 @@ from torch import nn
 
 from fleetune.compression.pruning.depth import shallow, shallow_config
 from fleetune.models.model import Model
-from fleetune.planning.shapes import Shape, shape_of
+from fleetune.models.shapes import Shape, shape_of
 
 
 def student_of(model: Model, keep_layers: int) -> Model:

@@ -67,19 +67,19 @@ class SolveJob:
     @cached_property
     def memory(self) -> int:
         """Bytes of the peak, as planned."""
+        from fleetune.models.shapes import shape_of
         from fleetune.planning import compression_cost
-        from fleetune.planning.shapes import shape_of
 
         return sum(compression_cost.memory(shape_of(self.inputs.model.net.config), self.cost).values())
 
     @property
     def cost(self) -> CompressionSize:
         """What the costs depend on."""
-        from fleetune.planning.workload import SIZES
+        from fleetune.models.dtypes import WEIGHTS
 
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
         return size_of(self.solver, count, length)._replace(
-            size=SIZES[self.inputs.model.dtype], low_memory=self.request.low_memory,
+            size=WEIGHTS[self.inputs.model.dtype].size, low_memory=self.request.low_memory,
             measured=self.inputs.measured, clients=len(self.shares), together=self.request.true_sequential,
             heads=_written_heads(self.inputs.model.net.config),
         )  # fmt: skip
@@ -213,8 +213,8 @@ def head(job: SolveJob) -> ArtefactHead:
 
 def _check_room(listener: Listener, job: SolveJob, folder: Path) -> None:
     """A note when memory is short; StorageError when the disk is."""
+    from fleetune.models.shapes import shape_of
     from fleetune.planning import compression_cost
-    from fleetune.planning.shapes import shape_of
 
     ways = [] if job.request.low_memory else ["with --low-memory"]
     ways += ["without --true-sequential"] if job.request.true_sequential else []

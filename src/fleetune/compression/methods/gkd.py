@@ -87,10 +87,10 @@ from fleetune.errors import RecipeError
 from fleetune.evaluation.answers import sample_from_ids, stop_ids, until_end
 from fleetune.evaluation.losses import context_length, eval_mode, pad_id, predictors
 from fleetune.evaluation.objectives import split
+from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.model import Model, digest, named_tensors, uniform
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
-from fleetune.planning.shapes import shape_of
-from fleetune.planning.workload import SIZES
 
 PAPER = "Agarwal et al., ICLR 2024, arXiv 2306.13649"
 PRUNED = 0.2  # a model with this share of exact zeros counts as pruned; a 4-bit grid makes a tenth
@@ -277,7 +277,9 @@ class Trainer:
     def memory(self, model: Model, teacher: Model, length: int) -> int:
         """Estimate the peak memory, in bytes, of training on rows of at most `length` tokens."""
         others = {id(other.net): other for other in (teacher, *([model] if self.keep_layers else []))}
-        beside = sum(SIZES[other.dtype] * shape_of(other.net.config).params for other in others.values())
+        beside = sum(
+            WEIGHTS[other.dtype].size * shape_of(other.net.config).params for other in others.values()
+        )
         rows = self.batch_size * (self.reward_samples if self.lmbda else 1)
         shape = student_shape(model, self.keep_layers)
         return sum(compression_cost.training(shape, rows, self._longest(length), beside).values())

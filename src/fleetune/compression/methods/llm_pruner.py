@@ -73,11 +73,11 @@ from fleetune.compression.training.checkpoint import fingerprint
 from fleetune.compression.training.steps import learning_rate
 from fleetune.data import Encoded
 from fleetune.errors import DataError, FleetuneError, RecipeError
+from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families.widths import FAMILIES, KeptUnits, blocks_of, cut, width_of
 from fleetune.models.model import Model, digest, named_tensors
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
-from fleetune.planning.shapes import shape_of
-from fleetune.planning.workload import SIZES
 
 PAPER = "Ma et al., NeurIPS 2023, arXiv 2305.11627"
 DECISION = "kept.json"  # the file of what stays
@@ -260,7 +260,7 @@ class Pruner:
         shape = shape_of(model.net.config)
         if self.recover == "gkd":
             return compression_cost.training_disk(shape, math.ceil(self.steps / self.save_every))
-        return SIZES[model.dtype] * shape.params
+        return WEIGHTS[model.dtype].size * shape.params
 
     def __post_init__(self) -> None:
         problems = []

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
@@ -33,7 +32,6 @@ from fleetune.deploy.formats import Misfit, Report, hf_writer
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
 from fleetune.models.families.widths import has_block_widths
-from fleetune.models.tensor_file import damaged
 
 TARGETS: Final = {
     "compressed-tensors": "a directory for vLLM, SGLang and transformers: 4- or 8-bit codes",
@@ -64,15 +62,17 @@ def exact_target(model: Checkpoint) -> str | None:
 def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
     """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
     grids = _grids(model)
-    rounded: set[str] = set()
-    tensors = partial(hf_writer.packed, model, partial(parts, middle=symmetric(grids)), rounded)
-    config: dict[str, Any] = {"dtype": "float16", "quantization_config": quantization_config(model, grids)}
-    notes = hf_writer.write_folder(model, folder, tensors, config)
-    _check(model, folder / hf_writer.FILE)
-    notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
-    if len(config["quantization_config"]["config_groups"]) > 1:
-        notes.append("layers are on several grids, of which transformers (5.24) takes the first for all")
-    return hf_writer.report(model, folder, TARGET, len(rounded), notes)
+    settings = quantization_config(model, grids)
+    note = "layers are on several grids, of which transformers (5.24) takes the first for all"
+    return hf_writer.write_codes(
+        model,
+        folder,
+        TARGET,
+        partial(parts, middle=symmetric(grids)),
+        _decode,
+        {"dtype": "float16", "quantization_config": settings},
+        notes=[note] if len(settings["config_groups"]) > 1 else [],
+    )
 
 
 def _grids(model: Checkpoint) -> dict[str, Quantised]:
@@ -127,19 +127,11 @@ def quantization_config(model: Checkpoint, grids: dict[str, Quantised]) -> dict[
     }  # fmt: skip
 
 
-def _check(model: Checkpoint, path: Path) -> None:
-    """Decode every quantised layer from the file as a runtime would, and compare it with the master's."""
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        for name in model.names:
-            if (q := model.quantised(name)) is None:
-                continue
-            layer = name.removesuffix(".weight")
-            R, C = (int(n) for n in file.get_tensor(f"{layer}.weight_shape"))
-            codes = hf_writer.unwords(file.get_tensor(f"{layer}.weight_packed"), q.bits, C)
-            zero = torch.full_like(q.zero, 1 << (q.bits - 1))
-            if f"{layer}.weight_zero_point" in names:
-                zero = hf_writer.unwords(file.get_tensor(f"{layer}.weight_zero_point").T, q.bits, R).T
-            read = Quantised(codes, file.get_tensor(f"{layer}.weight_scale"), zero, q.bits, q.group)
-            if not torch.equal(read.dense(), q.dense()):
-                raise damaged(path, f"{layer} does not decode to its weights")
+def _decode(file: Any, layer: str, q: Quantised) -> Tensor:
+    """Decode a layer from the file as a runtime would."""
+    R, C = (int(n) for n in file.get_tensor(f"{layer}.weight_shape"))
+    codes = hf_writer.unwords(file.get_tensor(f"{layer}.weight_packed"), q.bits, C)
+    zero = torch.full_like(q.zero, 1 << (q.bits - 1))
+    if f"{layer}.weight_zero_point" in file.keys():  # noqa: SIM118
+        zero = hf_writer.unwords(file.get_tensor(f"{layer}.weight_zero_point").T, q.bits, R).T
+    return Quantised(codes, file.get_tensor(f"{layer}.weight_scale"), zero, q.bits, q.group).dense()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of quantised matrices as ggml's blocks, without loss, and how to tell that there would be one.
+"""Pack quantised matrices into ggml blocks (Q4_0, Q4_1, Q8_0), or say why that would lose bits.
 
 A block is 32 columns of a row (llama.cpp, ggml-common.h, block_q4_0 and following); numbers are
 little-endian, d and m are fp16:
@@ -34,7 +34,7 @@ RANGES: Final[Mapping[str, tuple[int, int]]] = MappingProxyType({"Q4_0": (-8, 7)
 
 
 def misfit(q: Quantised, kind: str) -> str | None:
-    """Why blocks of `kind` (Q4_0, Q4_1 or Q8_0) cannot hold the matrix without loss; None when they can."""
+    """Return why blocks of `kind` (Q4_0, Q4_1 or Q8_0) cannot hold the matrix without loss; None when they can."""
     if q.group % BLOCK:
         return f"its groups of {q.group} are no multiple of {kind}'s blocks of {BLOCK}"
     if kind == "Q4_1":
@@ -52,18 +52,18 @@ def misfit(q: Quantised, kind: str) -> str | None:
 
 
 def pack_q4_0(q: Quantised) -> np.ndarray:
-    """uint8 [R, C / 32 * 18] of a matrix that fits."""
+    """Pack a matrix that fits into uint8 [R, C / 32 * 18]."""
     return _join(_per_block(q, q.scale), _nibbles((_steps(q) + 8).to(torch.uint8)))
 
 
 def pack_q4_1(q: Quantised) -> np.ndarray:
-    """uint8 [R, C / 32 * 20] of a matrix that fits."""
+    """Pack a matrix that fits into uint8 [R, C / 32 * 20]."""
     minimum = (-q.scale.float() * q.zero.float()).half()
     return _join(_per_block(q, q.scale), _per_block(q, minimum), _nibbles(q.codes))
 
 
 def pack_q8_0(q: Quantised) -> np.ndarray:
-    """uint8 [R, C / 32 * 34] of a matrix that fits."""
+    """Pack a matrix that fits into uint8 [R, C / 32 * 34]."""
     steps = _steps(q).to(torch.int8).numpy()
     return _join(_per_block(q, q.scale), steps.view(np.uint8).reshape(len(steps), -1, BLOCK))
 
@@ -74,18 +74,18 @@ PACKERS: Final[Mapping[str, Callable[[Quantised], np.ndarray]]] = MappingProxyTy
 
 
 def _steps(q: Quantised) -> Tensor:
-    """int16 [R, C]: how many scales each weight is away from 0."""
+    """Return int16 [R, C]: how many scales each weight is away from 0."""
     return q.codes.to(torch.int16) - q.zero.to(torch.int16).repeat_interleave(q.group, 1)
 
 
 def _per_block(q: Quantised, values: Tensor) -> np.ndarray:
-    """fp16 [R, C / group] -> its bytes for each block, uint8 [R, C / 32, 2]."""
+    """Repeat fp16 [R, C / group] for each block, as bytes: uint8 [R, C / 32, 2]."""
     each: np.ndarray = values.repeat_interleave(q.group // BLOCK, 1).contiguous().numpy().astype("<f2")
     return each[..., None].view(np.uint8)
 
 
 def _nibbles(codes: Tensor) -> np.ndarray:
-    """uint8 [R, C] below 16 -> uint8 [R, C / 32, 16], the block's first half in the low bits."""
+    """Pack uint8 [R, C] below 16 into uint8 [R, C / 32, 16], the block's first half in the low bits."""
     halves = codes.reshape(len(codes), -1, 2, BLOCK // 2)
     return (halves[:, :, 0] | halves[:, :, 1] << 4).numpy()
 

@@ -42,7 +42,13 @@ from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report, ggml_blocks, gguf_vocabulary
-from fleetune.deploy.formats.gguf_header import add_metadata, architecture, check_config, tensor_names
+from fleetune.deploy.formats.gguf_header import (
+    add_metadata,
+    architecture,
+    check_config,
+    open_written,
+    tensor_names,
+)
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised
 from fleetune.models.dtypes import WEIGHTS
@@ -311,10 +317,7 @@ def verify(
     Names, types, shapes and bytes must be what was meant to be written, and the values, read by the gguf
     package's own rules, must be those of a quantised matrix.  FleetuneError otherwise.
     """
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise damaged(path, str(error)) from error
+    reader = open_written(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     if factors is not None:
         held = found.pop(rope.TENSOR, None)

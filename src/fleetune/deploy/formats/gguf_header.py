@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check that a configuration has a place in GGUF, and write it as the metadata of the header."""
+"""Check that a configuration has a place in GGUF, and write it as the metadata of a file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import gguf
@@ -12,8 +13,21 @@ from gguf import LlamaFileType
 
 from fleetune.errors import UsageError
 from fleetune.models.families import deci, gemma, rope, widths
+from fleetune.models.tensor_file import damaged
 
 ARCHITECTURES: Final = ("llama", "qwen2", "qwen3", *gemma.ARCHITECTURES)
+
+UNREADABLE: Final = (  # what the gguf package raises for a file that is none, or is damaged
+    OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
+)  # fmt: skip
+
+
+def open_written(path: Path) -> Any:
+    """Open a file that was just written with a gguf.GGUFReader; FleetuneError when it cannot be read."""
+    try:
+        return gguf.GGUFReader(path)
+    except UNREADABLE as error:
+        raise damaged(path, str(error)) from error
 
 
 def check_config(config: Any) -> None:

@@ -27,7 +27,13 @@ from safetensors.numpy import load_file
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report
 from fleetune.deploy.formats.gguf import interleaved
-from fleetune.deploy.formats.gguf_header import architecture, check_config, tensor_names
+from fleetune.deploy.formats.gguf_header import (
+    UNREADABLE,
+    architecture,
+    check_config,
+    open_written,
+    tensor_names,
+)
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.families.widths import heads_of
 from fleetune.models.tensor_file import damaged
@@ -45,9 +51,6 @@ INSTEAD: Final = "merge it into the base: --to gguf:f16, or fleetune compress an
 PLAIN: Final[Mapping[str, Any]] = {
     "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
 }  # fmt: skip
-UNREADABLE: Final = (
-    OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
-)  # fmt: skip
 EMPTY: Final = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters")
 
 
@@ -161,10 +164,7 @@ def _check_shapes(
 
 def _verify(path: Path, tensors: Mapping[str, np.ndarray], alpha: float) -> None:
     """Raise FleetuneError unless the file holds these tensors bit for bit, and this alpha."""
-    try:
-        reader = gguf.GGUFReader(path)
-    except UNREADABLE as error:
-        raise damaged(path, str(error)) from error
+    reader = open_written(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     if sorted(found) != sorted(tensors):
         raise damaged(path, "it does not hold the tensors that were written")

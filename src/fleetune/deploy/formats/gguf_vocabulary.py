@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tokenizer as GGUF metadata (the ggml project's docs/gguf.md, "tokenizer.ggml.*").
+"""Write a tokenizer as GGUF metadata (the ggml project's docs/gguf.md, "tokenizer.ggml.*").
 
 Two kinds can be written:
 
@@ -13,8 +13,8 @@ llama.cpp does not normalise text: a tokenizer with NFC (Qwen's) treats letters 
 there, whoever wrote the file.  Ids up to the embedding's rows that the tokenizer does not use are written
 as unused tokens "[PADi]", as converters do.
 
-A tokenizer without a chat template gets that of the form in which Fleetune tunes and asks (`plain.py`), in a GGUF file
-and, where transformers makes the same tokens of it, in a directory.
+A tokenizer without a chat template gets a template of the plain form in which Fleetune tunes and asks
+(`chat_template.py`): in a GGUF file always, in a directory where transformers makes the same tokens of it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,17 @@ from fleetune.models.hf_folder import config_of, short_error
 
 SPECIAL: Final = ("bos", "eos", "unk", "pad")
 TEMPLATE_FILE: Final = "chat_template.jinja"  # transformers' own name for it
-UNSAID: Final = (
+NO_TEMPLATE: Final = (
     "the tokenizer has no chat template, and the form in which the model is tuned (each turn a line) cannot be said in "
     "one: give a runtime the prompt as a text"
 )
-WHOLE_TALK: Final = 1 << 20  # tokens: nothing is cut
-TALK: Final = (("system", "be  brief "), ("user", " hello\n 12"), ("assistant", "he"), ("user", "a's"))
+NO_LIMIT: Final = 1 << 20  # tokens: nothing is cut
+CONVERSATION: Final = (
+    ("system", "be  brief "),
+    ("user", " hello\n 12"),
+    ("assistant", "he"),
+    ("user", "a's"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Vocabulary:
     notes: tuple[str, ...]
 
     def add_to(self, writer: Any) -> None:
-        """Put it into the metadata of a gguf.GGUFWriter."""
+        """Write it into the metadata of a gguf.GGUFWriter."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -82,7 +87,7 @@ class Vocabulary:
 
 
 def read(folder: Path, rows: int, config: Any) -> Vocabulary:
-    """The tokenizer of a Hugging Face directory for an embedding of `rows` rows.
+    """Read the tokenizer of a Hugging Face directory, for an embedding of `rows` rows.
 
     ModelError when it cannot be loaded or has more tokens than rows; UsageError when it is of a kind that
     GGUF has no place for.
@@ -129,7 +134,7 @@ def read(folder: Path, rows: int, config: Any) -> Vocabulary:
 
 
 def load(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory.  ModelError when it cannot be loaded."""
+    """Load the tokenizer of a Hugging Face directory; ModelError when that fails."""
     try:
         # transformers would not know the type of a model with widths of its own
         config = config_of(folder) if (folder / "config.json").is_file() else None
@@ -165,13 +170,13 @@ def _special(tokenizer: PreTrainedTokenizerBase, config: Any) -> dict[str, int]:
 
 
 def add_template(source: Path, folder: Path) -> list[str]:
-    """Put the plain form into `folder` where the tokenizer, that of `source`, has no chat template.
+    """Write a template of the plain form into `folder` where the tokenizer of `source` has no chat template.
 
-    A note where that cannot be.
+    Returns a note where that cannot be done.
     """
     try:
         tokenizer = load(source)
-    except ModelError:  # who loads the directory will be told
+    except ModelError:  # loading the directory says so
         return []
     if not plain.is_plain(tokenizer):
         return []
@@ -182,19 +187,19 @@ def add_template(source: Path, folder: Path) -> list[str]:
 
 
 def give_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Give the plain form to a tokenizer that has no chat template.
+    """Give a template of the plain form to a tokenizer that has no chat template.
 
-    A note where transformers would make other tokens of it: then it gets none.
+    Returns a note where transformers would make other tokens of it: then it gets none.
     """
     if not plain.is_plain(tokenizer):
         return []
     template = plain.template(tokenizer)
-    turns = [{"role": role, "content": content} for role, content in TALK]
-    told = tokenizer.apply_chat_template(
+    turns = [{"role": role, "content": content} for role, content in CONVERSATION]
+    templated = tokenizer.apply_chat_template(
         turns, chat_template=template, add_generation_prompt=True, return_dict=False
     )
-    if told != prompt_ids(Example(TALK, "", {}), tokenizer, WHOLE_TALK).tolist():
-        return [UNSAID]
+    if templated != prompt_ids(Example(CONVERSATION, "", {}), tokenizer, NO_LIMIT).tolist():
+        return [NO_TEMPLATE]
     tokenizer.chat_template = template
     return []
 
@@ -209,7 +214,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]]:
 
 
 def _steps(pre: Mapping[str, Any] | None) -> list[str]:
-    """What a pre_tokenizer does, step by step; a step that llama.cpp has in no rule starts with "?"."""
+    """Return what a pre_tokenizer does, step by step; a step that llama.cpp has in no rule starts with "?"."""
     if pre is None:
         return []
     match pre:
@@ -225,7 +230,7 @@ def _steps(pre: Mapping[str, Any] | None) -> list[str]:
 
 
 def _rule(rules: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """llama.cpp's name of the rule that splits text, and what it will do differently."""
+    """Return llama.cpp's name of the rule that splits text, and notes on what it does differently."""
     notes = []
     pre = RULES.get(tuple(_steps(rules["pre_tokenizer"])))
     if pre is None:
@@ -244,7 +249,7 @@ def _rule(rules: Mapping[str, Any]) -> tuple[str, list[str]]:
 def _tokens(
     ids: Mapping[str, int], added: Sequence[Mapping[str, Any]], rows: int, unknown: int | None
 ) -> tuple[list[str], list[int]]:
-    """Texts and types of the ids 0 to rows - 1; `unknown` is given when "<0x41>" are bytes."""
+    """Return texts and types of the ids 0 to rows - 1; `unknown` is given when "<0x41>" are bytes."""
     kinds = gguf.TokenType
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [int(kinds.UNUSED)] * rows
@@ -261,7 +266,7 @@ def _tokens(
 
 
 def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]]) -> list[float]:
-    """Minus the rank of the first merge that makes a token; letters after all merges, marks and bytes 0."""
+    """Score tokens: minus the rank of the first merge that makes one; letters after all merges, marks and bytes 0."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
@@ -274,7 +279,7 @@ def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequen
 
 
 def _space_prefix(rules: Mapping[str, Any]) -> bool:
-    """Whether the normalizer or the pre_tokenizer puts a space in front of a text."""
+    """Return whether the normalizer or the pre_tokenizer puts a space in front of a text."""
     whole = json.dumps([rules["normalizer"], rules["pre_tokenizer"]])
     return (
         '"Prepend"' in whole or '"prepend_scheme": "first"' in whole or '"prepend_scheme": "always"' in whole

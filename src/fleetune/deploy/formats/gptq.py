@@ -16,19 +16,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, hf_writer
 from fleetune.deploy.formats.compressed_tensors import symmetric
 from fleetune.models.artefact import Quantised
-from fleetune.models.tensor_file import damaged
 
 TARGETS: Final = {"gptq": "a directory in GPTQ's format: 2-, 3-, 4- or 8-bit codes"}
 TAKES: Final = "codes"
@@ -50,17 +47,16 @@ def check(model: Checkpoint, kind: str | None) -> None:
 def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, str]) -> Report:
     """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
     grids = _grids(model)
-    rounded: set[str] = set()
-    tensors = partial(hf_writer.packed, model, parts, rounded)
     settings = quantize_config(grids)
-    notes = hf_writer.write_folder(
-        model, folder, tensors, {"dtype": "float16", "quantization_config": settings}
+    return hf_writer.write_codes(
+        model,
+        folder,
+        TARGET,
+        parts,
+        _decode,
+        {"dtype": "float16", "quantization_config": settings},
+        files={"quantize_config.json": json.dumps(settings, indent=2, sort_keys=True) + "\n"},
     )
-    text = json.dumps(settings, indent=2, sort_keys=True)
-    (folder / "quantize_config.json").write_text(text + "\n", encoding="utf-8")
-    _check(model, folder / hf_writer.FILE)
-    notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
-    return hf_writer.report(model, folder, TARGET, len(rounded), notes)
 
 
 def parts(name: str, q: Quantised) -> Iterator[tuple[str, Tensor]]:
@@ -108,17 +104,11 @@ def _grids(model: Checkpoint) -> dict[str, Quantised]:
     return grids
 
 
-def _check(model: Checkpoint, path: Path) -> None:
-    """Decode every quantised layer from the file as a runtime would, and compare it with the master's."""
-    with safe_open(path, framework="pt") as file:
-        for name in model.names:
-            if (q := model.quantised(name)) is None:
-                continue
-            layer = name.removesuffix(".weight")
-            R, C = q.codes.shape
-            codes = hf_writer.unwords(file.get_tensor(f"{layer}.qweight").T, q.bits, C)
-            zero = hf_writer.unwords(file.get_tensor(f"{layer}.qzeros"), q.bits, R).T.float() + 1
-            scale = file.get_tensor(f"{layer}.scales").T.float()
-            at = file.get_tensor(f"{layer}.g_idx").long()
-            if not torch.equal(scale[:, at] * (codes.float() - zero[:, at]), q.dense()):
-                raise damaged(path, f"{layer} does not decode to its weights")
+def _decode(file: Any, layer: str, q: Quantised) -> Tensor:
+    """Decode a layer from the file as a runtime would."""
+    R, C = q.codes.shape
+    codes = hf_writer.unwords(file.get_tensor(f"{layer}.qweight").T, q.bits, C)
+    zero = hf_writer.unwords(file.get_tensor(f"{layer}.qzeros"), q.bits, R).T.float() + 1
+    scale: Tensor = file.get_tensor(f"{layer}.scales").T.float()
+    at = file.get_tensor(f"{layer}.g_idx").long()
+    return scale[:, at] * (codes.float() - zero[:, at])

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -21,8 +23,11 @@ from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, gguf_vocabulary
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised, pack
-from fleetune.models.tensor_file import Tensors, compare, write_tensors
+from fleetune.models.tensor_file import Tensors, compare, damaged, write_tensors
 
+Parts = Callable[[str, Quantised], Iterator[tuple[str, Tensor]]]
+
+NO_FILES: Final[Mapping[str, str]] = MappingProxyType({})
 FILE: Final = "model.safetensors"
 COMPANIONS: Final = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -80,9 +85,38 @@ def half(name: str, weight: Tensor) -> Tensor:
     return values
 
 
-def packed(
-    model: Checkpoint, parts: Callable[[str, Quantised], Iterator[tuple[str, Tensor]]], rounded: set[str]
-) -> Iterator[tuple[str, Tensor]]:
+def write_codes(
+    model: Checkpoint,
+    folder: Path,
+    to: str,
+    parts: Parts,
+    decode: Callable[[Any, str, Quantised], Tensor],
+    config: Mapping[str, Any],
+    *,
+    notes: Sequence[str] = (),
+    files: Mapping[str, str] = NO_FILES,
+) -> Report:
+    """Write a compressed model into `folder`, and decode every quantised layer from it as a runtime would.
+
+    `parts` gives the tensors of a quantised layer, `decode` its weights from the opened file; `config` replaces keys of
+    config.json, `files` are further files.  FleetuneError when a layer does not decode to the source's weights.
+    """
+    rounded: set[str] = set()
+    of_runtimes = write_folder(model, folder, partial(packed, model, parts, rounded), config)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    with safe_open(folder / FILE, framework="pt") as file:
+        for name in model.names:
+            if (q := model.quantised(name)) is None:
+                continue
+            layer = name.removesuffix(".weight")
+            if not torch.equal(decode(file, layer, q), q.dense()):
+                raise damaged(folder / FILE, f"{layer} does not decode to its weights")
+    of_rounding = [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
+    return report(model, folder, to, len(rounded), [*of_runtimes, *of_rounding, *notes])
+
+
+def packed(model: Checkpoint, parts: Parts, rounded: set[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a file: the `parts` of what is quantised, the rest in 16 bits; `rounded` gets what changed."""
     for name in model.names:
         if (q := model.quantised(name)) is not None:

@@ -24,14 +24,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, hf_writer
 from fleetune.models.artefact import Quantised
 from fleetune.models.families.rope import head_dim
-from fleetune.models.tensor_file import damaged
 
 TARGETS: Final = {
     "mlx": "a directory for MLX on Apple computers: codes of 2 to 8 bits in groups of 32, 64 or 128",
@@ -55,18 +53,18 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
     grids = _grids(model)
     dtype = torch.float16 if all(_exact(model, name) for name in grids) else torch.float32
-    rounded: set[str] = set()
-    tensors = partial(hf_writer.packed, model, partial(parts, dtype=dtype), rounded)
     settings = quantization(grids)
     config = {"dtype": "float16", "quantization": settings, "quantization_config": settings}
-    notes = hf_writer.write_folder(model, folder, tensors, config | _stated(model.config))
-    _check(model, folder / hf_writer.FILE)
-    notes += [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
-    if dtype == torch.float32:
-        notes.append(
-            "scale * zero is not exact in fp16: scales and biases are fp32, in which MLX computes then"
-        )
-    return hf_writer.report(model, folder, TARGET, len(rounded), notes)
+    note = "scale * zero is not exact in fp16: scales and biases are fp32, in which MLX computes then"
+    return hf_writer.write_codes(
+        model,
+        folder,
+        TARGET,
+        partial(parts, dtype=dtype),
+        _decode,
+        config | _stated(model.config),
+        notes=[note] if dtype == torch.float32 else [],
+    )
 
 
 def parts(name: str, q: Quantised, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -150,18 +148,13 @@ def _grids(model: Checkpoint) -> dict[str, Quantised]:
     return grids
 
 
-def _check(model: Checkpoint, path: Path) -> None:
-    """Decode every quantised layer from the file as mlx does, and compare it with the master's."""
-    with safe_open(path, framework="pt") as file:
-        for name in model.names:
-            if (q := model.quantised(name)) is None:
-                continue
-            layer = name.removesuffix(".weight")
-            packed = file.get_tensor(f"{layer}.weight").view(torch.int32)
-            codes = hf_writer.unwords(packed, q.bits, q.codes.shape[1]).float()
-            scales, biases = (
-                file.get_tensor(f"{layer}.{part}").float().repeat_interleave(q.group, 1)
-                for part in ("scales", "biases")
-            )
-            if not torch.equal(scales * codes + biases, q.dense()):
-                raise damaged(path, f"{layer} does not decode to its weights")
+def _decode(file: Any, layer: str, q: Quantised) -> Tensor:
+    """Decode a layer from the file as mlx does."""
+    packed = file.get_tensor(f"{layer}.weight").view(torch.int32)
+    codes = hf_writer.unwords(packed, q.bits, q.codes.shape[1]).float()
+    scales, biases = (
+        file.get_tensor(f"{layer}.{part}").float().repeat_interleave(q.group, 1)
+        for part in ("scales", "biases")
+    )
+    weight: Tensor = scales * codes + biases
+    return weight

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run an engine out of a Python package in this process: `python -m fleetune.deploy.serving.engine_process KIND MODEL PORT ..`.
+"""Run an engine of a Python package in this process: `python -m fleetune.deploy.serving.engine_process KIND MODEL PORT ..`.
 
 It ends when its standard input does, so it does not outlive the Fleetune that started it, however that ended.
 """
@@ -13,15 +13,15 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from fleetune.deploy.serving.engines import KEY, LOOPBACK, Wanted
+from fleetune.deploy.serving.engines import KEY, LOOPBACK, LaunchOptions
 
 
 def main(argv: Sequence[str]) -> None:
     """Serve until killed."""
     kind, model, port, threads, context = argv
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    wanted = Wanted(Path(model).resolve(), int(port), int(threads), int(context))
-    {"xllamacpp": _xllamacpp, "transformers": _transformers}[kind](wanted)
+    options = LaunchOptions(Path(model).resolve(), int(port), int(threads), int(context))
+    {"xllamacpp": _xllamacpp, "transformers": _transformers}[kind](options)
 
 
 def _end_with_parent() -> None:
@@ -31,15 +31,15 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _xllamacpp(wanted: Wanted) -> None:
-    """llama.cpp's server, for one conversation at a time, without its page and its open door to other pages."""
+def _xllamacpp(options: LaunchOptions) -> None:
+    """Run llama.cpp's server for one conversation at a time, without its own page and without CORS."""
     package = importlib.import_module("xllamacpp")
     params = package.CommonParams()
-    params.model.path, params.model_alias = str(wanted.model), {wanted.model.name}
-    params.hostnames, params.port = [LOOPBACK], wanted.port
+    params.model.path, params.model_alias = str(options.model), {options.model.name}
+    params.hostnames, params.port = [LOOPBACK], options.port
     params.api_keys = [os.environ[KEY]]
-    params.n_ctx, params.n_parallel = wanted.context, 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = wanted.threads
+    params.n_ctx, params.n_parallel = options.context, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
     params.ui, params.endpoint_slots, params.cors_origins = False, False, ""
     params.verbosity = 2  # warnings and errors
     server = package.Server(params)  # returns when the model is loaded; ends when it is let go
@@ -47,13 +47,13 @@ def _xllamacpp(wanted: Wanted) -> None:
     del server
 
 
-def _transformers(wanted: Wanted) -> None:
-    """transformers' server, pinned to the one directory and named after it."""
+def _transformers(options: LaunchOptions) -> None:
+    """Run transformers' server, pinned to the one directory and named after it."""
     torch = importlib.import_module("torch")
-    torch.set_num_threads(wanted.threads)
-    os.chdir(wanted.model.parent)  # the name that it goes by is then that of the folder, not its whole path
+    torch.set_num_threads(options.threads)
+    os.chdir(options.model.parent)  # the name that it goes by is then that of the folder, not its whole path
     importlib.import_module("transformers.cli.serve").Serve(
-        force_model=wanted.model.name, host=LOOPBACK, port=wanted.port
+        force_model=options.model.name, host=LOOPBACK, port=options.port
     )
 
 

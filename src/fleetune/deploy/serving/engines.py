@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference engines that others keep: each a child process with an OpenAI-compatible server on a loopback port.
+"""Start inference engines, each a child process with an OpenAI-compatible server on a loopback port.
 
     llama-server   llama.cpp's own server, where its binary is on the PATH
-    xllamacpp      the same server out of a wheel (extra `fleetune[serve]`), started by `child.py`
-    transformers   transformers' own server over a plain Hugging Face directory (same extra), started by `child.py`
+    xllamacpp      the same server out of a wheel (extra `fleetune[serve]`), started by `engine_process.py`
+    transformers   transformers' own server over a plain Hugging Face directory (same extra), started likewise
 
 The first two read a .gguf file.  An engine is a name, what it reads, whether it is installed, and the command that
-starts it.  The port is free by chance and known to nobody; llama.cpp's servers also ask for a key made for this one
-process, which goes through the environment, so that other users and web pages cannot go round the front's checks.
-The child leads a process group of its own, so Ctrl-C in a terminal reaches Fleetune first, which then ends the group.
-Where Fleetune itself is killed, a process that waits for just that ends the group: llama-server would not notice.
-Of what the child says the last words are kept, in memory: a server that runs for months says much.
+starts it.
+
+The port is a random free one; llama.cpp's servers also ask for a key made for this one process.  It is passed in the
+environment, so that other users and web pages cannot bypass the front's checks.  The child leads a process group of its
+own: Ctrl-C in a terminal reaches Fleetune first, which then ends the group.  Where Fleetune itself is killed, a watching
+process ends the group, since llama-server would not notice.  The last of the child's output stays in memory.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ LOOPBACK: Final = "127.0.0.1"
 KEY: Final = "LLAMA_API_KEY"  # llama-server's own name for it
 START_SECONDS: Final = 600.0  # a large model from a slow card takes minutes
 STOP_SECONDS: Final = 5.0
-TAIL_BYTES: Final = 2000  # kept of what it says
-READ_SECONDS: Final = 1.0  # to hear out one that has ended
+TAIL_BYTES: Final = 2000  # of the output
+READ_SECONDS: Final = 1.0  # to read the rest of the output after the end
 # its standard input ends when Fleetune does, however that came
 WATCH: Final = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What an engine is started with: the model's file or directory, and how."""
+class LaunchOptions:
+    """What an engine is started with: the model's file or directory, and options."""
 
     model: Path
     port: int
@@ -58,26 +59,26 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine, and how it is started."""
+    """An engine: what it reads, whether it is installed, and the command that starts it."""
 
     name: str
     reads: str  # "gguf" or "hf"
     available: Callable[[], bool]
-    command: Callable[[Wanted], list[str]]
+    command: Callable[[LaunchOptions], list[str]]
 
 
-def _llama_server(wanted: Wanted) -> list[str]:
-    threads = str(wanted.threads)
+def _llama_server(options: LaunchOptions) -> list[str]:
+    model, threads = options.model, str(options.threads)
     return [
-        shutil.which("llama-server") or "llama-server", "--model", str(wanted.model), "--alias",
-        wanted.model.name, "--host", LOOPBACK, "--port", str(wanted.port), "--ctx-size", str(wanted.context), "--parallel", "1",
+        shutil.which("llama-server") or "llama-server", "--model", str(model), "--alias", model.name, "--host", LOOPBACK,
+        "--port", str(options.port), "--ctx-size", str(options.context), "--parallel", "1",
         "--threads", threads, "--threads-batch", threads,
     ]  # fmt: skip
 
 
-def _child(kind: str) -> Callable[[Wanted], list[str]]:
-    def command(wanted: Wanted) -> list[str]:
-        numbers = [str(n) for n in (wanted.port, wanted.threads, wanted.context)]
+def _child(kind: str) -> Callable[[LaunchOptions], list[str]]:
+    def command(options: LaunchOptions) -> list[str]:
+        numbers = [str(n) for n in (options.port, options.threads, options.context)]
         # -P: a module that lies in the folder we were started in is not run
         return [
             sys.executable,
@@ -85,7 +86,7 @@ def _child(kind: str) -> Callable[[Wanted], list[str]]:
             "-m",
             "fleetune.deploy.serving.engine_process",
             kind,
-            str(wanted.model),
+            str(options.model),
             *numbers,
         ]
 
@@ -109,7 +110,7 @@ ENGINES: Final = (
 
 
 def choose(name: str) -> Engine:
-    """The engine of a name, or for `auto` the first that is installed.  UsageError when there is none."""
+    """Return the engine of a name, or for `auto` the first that is installed.  UsageError when there is none."""
     found = [engine for engine in ENGINES if name in ("auto", engine.name)]
     if not found:
         raise UsageError(
@@ -123,8 +124,8 @@ def choose(name: str) -> Engine:
     raise UsageError(f"{what} is{' not' if name != 'auto' else ''} installed", hint=hint)
 
 
-class _Words:
-    """What a process says, read as it comes, so that it never waits for us; the last of it is kept."""
+class _OutputTail:
+    """The last output of a process, read in a thread so that the process never waits."""
 
     def __init__(self, said: IO[bytes] | None) -> None:
         self.last = b""
@@ -138,40 +139,40 @@ class _Words:
                     self.last = (self.last + piece)[-TAIL_BYTES:]
 
     def end(self) -> None:
-        """Hear out a process that has ended; one that it has started may go on and hold the pipe open."""
+        """Read the rest after the process ended; a child of it may still hold the pipe open."""
         self._thread.join(READ_SECONDS)
 
 
 class Running:
     """A started engine."""
 
-    def __init__(self, engine: Engine, wanted: Wanted) -> None:
-        """Start the process; it may die at once, which `wait` tells."""
-        self.engine, self.wanted = engine, wanted
-        self.address = Address(LOOPBACK, wanted.port, secrets.token_urlsafe(24))
+    def __init__(self, engine: Engine, options: LaunchOptions) -> None:
+        """Start the process; it may die at once, which `wait` reports."""
+        self.engine, self.wanted = engine, options
+        self.address = Address(LOOPBACK, options.port, secrets.token_urlsafe(24))
         environment = os.environ | {
             KEY: self.address.key,
-            "OMP_NUM_THREADS": str(wanted.threads),
+            "OMP_NUM_THREADS": str(options.threads),
             "HF_HUB_OFFLINE": "1",
         }
         try:
             self.process = subprocess.Popen(
-                engine.command(wanted), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                engine.command(options), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 env=environment, start_new_session=True, bufsize=0,
             )  # fmt: skip
         except OSError as error:
             raise FleetuneError(
                 f"{engine.name} cannot be started: {error.strerror}", hint="choose another with --engine"
             ) from error
-        self._words = _Words(self.process.stdout)
+        self._output = _OutputTail(self.process.stdout)
         self._watch = _watch(self.process)
 
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """Return whether the process runs."""
         return self.process.poll() is None
 
     def healthy(self) -> bool:
-        """Whether the engine answers and has its model loaded."""
+        """Return whether the engine answers and has its model loaded."""
         with suppress(OSError, http.client.HTTPException):
             connection = http.client.HTTPConnection(self.address.host, self.address.port, timeout=5)
             try:
@@ -195,7 +196,7 @@ class Running:
             time.sleep(0.05)
 
     def death(self) -> FleetuneError:
-        """The error of an engine that has ended by itself."""
+        """Return the error of an engine that has ended by itself."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_SECONDS)
         code = self.process.returncode
@@ -207,7 +208,7 @@ class Running:
 
     @contextmanager
     def asked(self) -> Iterator[None]:
-        """A request to the engine; where its connection breaks, a FleetuneError says why."""
+        """Run a request to the engine; where its connection breaks, a FleetuneError says why."""
         try:
             yield
         except (OSError, http.client.HTTPException) as error:
@@ -221,13 +222,13 @@ class Running:
             ) from error
 
     def tail(self) -> str:
-        """The last lines of what the engine said."""
+        """Return the last lines of the engine's output."""
         if not self.alive():
-            self._words.end()
-        return "\n".join(self._words.last.decode(errors="replace").strip().splitlines()[-5:])
+            self._output.end()
+        return "\n".join(self._output.last.decode(errors="replace").strip().splitlines()[-5:])
 
     def stop(self) -> None:
-        """End the process and all that it started; it is gone afterwards."""
+        """End the process and all that it started, and wait for it."""
         _signal(self.process, signal.SIGTERM)
         if self.process.stdin is not None:
             with suppress(OSError):
@@ -239,14 +240,14 @@ class Running:
         finally:  # also when a second Ctrl-C cuts the waiting short
             _signal(self.process, getattr(signal, "SIGKILL", signal.SIGTERM))
             self.process.wait()
-            self._words.end()
+            self._output.end()
             if self._watch is not None:
                 self._watch.kill()
                 self._watch.communicate()
 
 
 def _watch(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes] | None:
-    """A small process that ends the group of `process` when we are gone; None where there are no groups."""
+    """Start a small process that ends the group of `process` when this one is gone; None where there are no groups."""
     if sys.platform == "win32":
         return None
     return subprocess.Popen(
@@ -256,7 +257,7 @@ def _watch(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes] | None:
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to the process and its group, whoever of them is left."""
+    """Send a signal to the process and its group, or to what is left of them."""
     with suppress(OSError):
         if sys.platform == "win32":
             process.terminate()
@@ -266,8 +267,8 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
 
 @contextmanager
 def started(engine: Engine, model: Path, threads: int, context: int) -> Iterator[Running]:
-    """An engine that is healthy while the block runs.  FleetuneError when it does not become so."""
-    running = Running(engine, Wanted(model, _free_port(), threads, context))
+    """Run an engine for the block; FleetuneError when it does not become healthy."""
+    running = Running(engine, LaunchOptions(model, _free_port(), threads, context))
     try:
         running.wait()
         yield running

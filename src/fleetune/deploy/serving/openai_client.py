@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asking a server of OpenAI's HTTP interface for text, piece by piece (server-sent events), with the standard library."""
+"""Stream text from a server of OpenAI's HTTP interface (server-sent events), with the standard library alone."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SECONDS: Final = 600.0  # of silence from an engine until it counts as hung
 
 @dataclass(frozen=True)
 class Address:
-    """Where an engine listens, and the key that it asks for."""
+    """The host and port of an engine, and the key that it asks for."""
 
     host: str
     port: int
     key: str
 
     def headers(self) -> dict[str, str]:
-        """What every request carries."""
+        """Return the headers of every request."""
         return {"Authorization": f"Bearer {self.key}"}
 
 
@@ -32,7 +32,7 @@ class Refused(FleetuneError):
 
 
 def pieces(at: Address, path: str, body: Mapping[str, Any]) -> Generator[str, None, None]:
-    """The text of a streamed answer to `body` as it comes; closing the generator ends the request.
+    """Yield the text of a streamed answer to `body` as it comes; closing the generator ends the request.
 
     Refused when the server says no; OSError or HTTPException when the connection breaks, also in the middle.
     """
@@ -57,7 +57,7 @@ def pieces(at: Address, path: str, body: Mapping[str, Any]) -> Generator[str, No
 
 
 def _event(data: bytes) -> tuple[str, bool]:
-    """The text of one event, "" for none, and whether it is the last; Refused when it is an error."""
+    """Return the text of one event, "" for none, and whether it is the last; Refused when it is an error."""
     event = json.loads(data)
     if "error" in event:
         raise Refused(_reason(data, 500))
@@ -69,7 +69,7 @@ def _event(data: bytes) -> tuple[str, bool]:
 
 
 def _reason(raw: bytes, status: int) -> str:
-    """What a server says of its refusal: the message of an error in OpenAI's form, else the start of the body."""
+    """Return why a server refused: the message of an error in OpenAI's form, else the start of the body."""
     try:
         error = json.loads(raw)["error"]
         return str(error["message"] if isinstance(error, dict) else error)

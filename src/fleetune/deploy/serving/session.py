@@ -19,7 +19,8 @@ from typing import Final
 
 from fleetune.deploy.serving import engines, threads
 from fleetune.deploy.serving.engines import Engine, Running
-from fleetune.deploy.serving.front import Front, is_loopback
+from fleetune.deploy.serving.front import Front
+from fleetune.deploy.serving.request_checks import is_loopback
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.gguf import header
 from fleetune.runs import rundir

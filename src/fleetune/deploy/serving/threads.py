@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many threads an engine is given: measured, never "all cores".
+"""Choose the number of threads of an engine by measuring it.
 
-On a busy device more threads can be eight times slower: the threads of a matrix product wait for the slowest of
-them, in a spin.  So a short text is written with 1, 2, 4, .. threads, for as long as more of them pay.
+On a busy device more threads can be eight times slower: the threads of a matrix product spin until the slowest of them
+is done.  So a short text is generated with 1, 2, 4, .. threads, for as long as more of them pay.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ TEXT: Final = "The lighthouse keeper wrote down the weather every evening, and o
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def candidates(cores: int) -> list[int]:
-    """1, 2, 4, .. below `cores`, and `cores`."""
+    """Return 1, 2, 4, .. below `cores`, and `cores`."""
     return [1 << i for i in range(cores.bit_length()) if 1 << i < cores] + [cores]
 
 
 def fastest(counts: Sequence[int], rate: Callable[[int], float]) -> tuple[int, dict[int, float]]:
-    """The number of threads to use, and the rate (tokens/s) of each that was tried.
+    """Return the number of threads to use, and the rate (tokens/s) of each number tried.
 
     Climbs `counts` while a step is at least `GAIN` times as fast as the best so far; the step that is not is the last.
     """
@@ -49,7 +49,7 @@ def fastest(counts: Sequence[int], rate: Callable[[int], float]) -> tuple[int, d
 
 
 def speed(at: Address, clock: Callable[[], float] = time.monotonic) -> float:
-    """Pieces (tokens, nearly) a second that an engine writes, the reading of a short text included.
+    """Return how many pieces (nearly tokens) per second an engine generates, prefill of a short text included.
 
     At most `TOKENS` of them or about `SECONDS` seconds.
     """

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract, every export target x every property; the target of docs/export.md is one of them, from another package."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from deploy_harness import changed, compressed, on_grid, tiny
+
+from fleetune import adapters, models
+from fleetune.cli.main import main
+from fleetune.common import registry
+from fleetune.deploy import targets
+from fleetune.deploy.checkpoint import open_checkpoint
+from fleetune.deploy.export import export, export_adapter
+from fleetune.deploy.formats import Report
+from fleetune.errors import StorageError, UsageError
+from fleetune.models import artefact
+from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models.families import widths
+
+EXAMPLE = Path(__file__).parent.parent.parent / "docs" / "export.md"
+NAMES = [*targets.every(), "npz"]
+OF_MODELS = [name for name in NAMES if name == "npz" or targets.find(name).takes != "adapter"]
+MADE = {"fleetune.method": "a-method-of-the-contract"}
+
+every = pytest.mark.parametrize("to", NAMES)
+
+
+@pytest.fixture(autouse=True)
+def npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that another package registers: the example of docs/export.md."""
+    (code,) = re.findall(r"```python\n(.*?)```", EXAMPLE.read_text(encoding="utf-8"), re.S)
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "npz_example.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(package))
+    own = registry.entry_points
+    point = EntryPoint("npz", "npz_example", targets.FORMATS.group)
+    monkeypatch.setattr(
+        registry,
+        "entry_points",
+        lambda group: [*own(group=group), point] if group == point.group else own(group=group),
+    )
+
+
+def write(model: models.Model, folder: Path, quantised: dict[str, Quantised]) -> Path:
+    artefact.write(folder, model, quantised, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
+    return folder
+
+
+def matrices(model: models.Model, bits: int = 4, group: int = 32, **grid: int) -> dict[str, Quantised]:
+    tensors = models.named_tensors(model.net)
+    return {n: on_grid(t, bits, group, **grid) for n, t in tensors if n.endswith("proj.weight")}
+
+
+def with_zeros(model: models.Model) -> dict[str, Quantised]:
+    return {n: changed(q, zero=q.zero * 0) for n, q in matrices(model).items()}
+
+
+def mixed(model: models.Model) -> dict[str, Quantised]:
+    name = "model.layers.1.mlp.down_proj.weight"
+    return {**matrices(model), name: on_grid(dict(models.named_tensors(model.net))[name], 8, 32)}
+
+
+def with_embedding(model: models.Model) -> dict[str, Quantised]:
+    return {
+        **matrices(model),
+        "model.embed_tokens.weight": on_grid(model.net.model.embed_tokens.weight, 4, 32),
+    }
+
+
+def narrowed(kind: str) -> models.Model:
+    model = tiny(kind)
+    widths.cut(model.net, [widths.KeptUnits([0, 1], range(128)), widths.KeptUnits([1], range(16, 112))])
+    return model
+
+
+# Models that some targets hold and others do not
+ODD: dict[str, Callable[[], tuple[models.Model, dict[str, Quantised]]]] = {
+    "plain": lambda: (tiny(), {}),
+    "4 bits": lambda: ((m := tiny()), matrices(m)),
+    "8 bits in small groups": lambda: ((m := tiny("qwen3")), matrices(m, 8, 8)),
+    "5 bits": lambda: ((m := tiny()), matrices(m, 5, 64)),
+    "zeros of 0": lambda: ((m := tiny()), with_zeros(m)),
+    "two kinds of grids": lambda: ((m := tiny()), mixed(m)),
+    "a quantised embedding": lambda: ((m := tiny("qwen2")), with_embedding(m)),
+    "a plain model of different widths": lambda: (narrowed("qwen3"), {}),
+    "codes of different widths": lambda: ((m := narrowed("llama")), matrices(m)),
+    "an activation": lambda: ((m := tiny(hidden_act="gelu")), matrices(m)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders: a compressed and a plain model, an adapter of the plain one, and all of `ODD`."""
+    folder = tmp_path_factory.mktemp("sources")
+    model = tiny()
+    models.save(model.net, model.tokenizer, folder / "plain")
+    compressed(tiny(), folder / "codes")
+    adapters.attach_lora(model, r=2, alpha=4, seed=1)
+    adapters.save(model, folder / "adapter")
+    for number, make in enumerate(ODD.values()):
+        model, quantised = make()
+        at = folder / f"odd{number}"
+        if quantised:
+            write(model, at, quantised)
+        else:
+            models.save(model.net, model.tokenizer, at)
+    odd = {name: folder / f"odd{number}" for number, name in enumerate(ODD)}
+    return {**odd, **{name: folder / name for name in ("codes", "plain", "adapter")}}
+
+
+def source_of(to: str, sources: dict[str, Path]) -> Path:
+    """A model that the target holds: codes where it takes them."""
+    try:
+        checker = targets.find(to)
+        checker.load().check(open_checkpoint(sources["codes"]), checker.kind)
+    except UsageError:
+        return sources["plain"]
+    return sources["codes"]
+
+
+def exported(to: str, out: Path, sources: dict[str, Path], made: dict[str, str] | None = None) -> Report:
+    if targets.find(to).takes == "adapter":
+        return export_adapter(sources["adapter"], sources["plain"], to, out, made=made or {})
+    return export(source_of(to, sources), to, out, made=made or {})
+
+
+def place(to: str, folder: Path) -> Path:
+    return targets.find(to).place(folder, "model")
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {file.name: file.read_bytes() for file in files}
+
+
+@every
+def test_1_a_format_states_what_it_is_and_has_its_functions(to: str) -> None:
+    target = targets.find(to)
+    assert target.help
+    assert "\n" not in target.help
+    assert target.takes in ("model", "codes", "adapter")
+    assert target.suffix == "" or target.suffix.startswith(".")
+    module = target.load()
+    assert callable(module.check)
+    assert callable(module.write)
+    assert target.format.summary.endswith(".")
+
+
+@every
+def test_2_what_is_written_is_read_back_and_what_is_rounded_is_said(
+    to: str, tmp_path: Path, sources: dict[str, Path]
+) -> None:
+    out = place(to, tmp_path / "new")
+    report = exported(to, out, sources)
+    assert (report.path, report.to) == (out, to)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    written = contents(out)
+    assert (report.bytes, report.files) == (sum(map(len, written.values())), len(written))
+    assert 0 <= report.exact <= report.tensors
+    assert report.exact == report.tensors or any("rounded" in note for note in report.notes)
+    assert sum(report.types.values()) >= report.tensors
+
+
+@every
+def test_3_a_place_that_is_taken_is_left_alone(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
+    out = place(to, tmp_path)
+    for make in (out.mkdir, lambda: out.write_text("mine")):
+        make()
+        with pytest.raises(UsageError, match="exists already"):
+            exported(to, out, sources)
+        assert out.is_dir() or out.read_text() == "mine"
+        out.rmdir() if out.is_dir() else out.unlink()
+    wrong = tmp_path / ("folder" if targets.find(to).suffix else "x.gguf")
+    with pytest.raises(UsageError, match="is written as a"):
+        exported(to, wrong, sources)
+    assert not wrong.exists()
+
+
+@every
+def test_4_a_full_disk_leaves_nothing(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 1000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            with pytest.raises(StorageError, match="cannot write"):
+                exported(to, place(to, tmp_path / "new"), sources)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert list((tmp_path / "new").iterdir()) == []
+
+
+@every
+@pytest.mark.parametrize("crash", [RuntimeError, KeyboardInterrupt])
+def test_5_a_crash_leaves_nothing(
+    to: str,
+    crash: type[BaseException],
+    tmp_path: Path,
+    sources: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = targets.find(to).load()
+    whole = module.write
+
+    def crashing(*args: Any) -> Report:
+        whole(*args)
+        raise crash("at the end")
+
+    monkeypatch.setattr(module, "write", crashing)
+    with pytest.raises(crash):
+        exported(to, place(to, tmp_path / "new"), sources)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("to", OF_MODELS)
+def test_6_what_it_cannot_hold_is_refused_before_anything_is_written_with_targets_that_can(
+    to: str, tmp_path: Path, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = targets.find(to)
+    module = target.load()
+    begun: list[bool] = []
+
+    def watched(model: Any, out: Path, *args: Any) -> Report:
+        try:
+            return whole(model, out, *args)
+        except UsageError:
+            begun.append(out.is_file() or (out.is_dir() and any(out.iterdir())))
+            raise
+
+    whole = module.write
+    monkeypatch.setattr(module, "write", watched)
+    for number, name in enumerate(ODD):
+        folder = tmp_path / f"odd{number}"
+        try:
+            export(sources[name], to, place(to, folder))
+        except UsageError as refused:
+            error = refused
+        else:
+            continue
+        assert not place(to, folder).exists()
+        if target.states("BLOCK_WIDTHS") or "widths" not in name:
+            with pytest.raises(UsageError) as early:
+                module.check(open_checkpoint(sources[name]), target.kind)
+            assert early.value.message == error.message
+        named = re.findall(r"(?:--to|or) ([a-z][a-z0-9_-]*(?::[a-z0-9_]+)?)", str(error.hint))
+        instead = [other for other in named if other in targets.every()]
+        assert instead, error.hint
+        for other in instead:
+            export(sources[name], other, place(other, folder / "instead"))
+    assert not any(begun)
+
+
+@every
+def test_7_a_file_says_where_the_model_comes_from(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
+    exported(to, place(to, tmp_path), sources, made=MADE)
+    whole = b"".join(contents(place(to, tmp_path)).values())
+    stated = bool(targets.find(to).states("PROVENANCE"))
+    if targets.find(to).takes != "adapter" and source_of(to, sources) == sources["codes"]:
+        digest = artefact.Master(sources["codes"]).digest().encode()
+        assert (digest in whole) == stated
+    else:
+        assert (MADE["fleetune.method"].encode() in whole) == stated
+
+
+@every
+def test_8_the_same_work_gives_the_same_bytes(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
+    for folder in ("a", "b"):
+        exported(to, place(to, tmp_path / folder), sources, made=MADE)
+    assert contents(place(to, tmp_path / "a")) == contents(place(to, tmp_path / "b"))
+
+
+@every
+def test_9_adapters_and_models_are_not_mixed_up(to: str, tmp_path: Path, sources: dict[str, Path]) -> None:
+    out = place(to, tmp_path)
+    with pytest.raises(UsageError, match=r"only a run has an adapter|not for adapters"):
+        if targets.find(to).takes == "adapter":
+            export(sources["plain"], to, out)
+        else:
+            export_adapter(sources["adapter"], sources["plain"], to, out)
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------- a target from another package
+
+
+def test_a_registered_target_is_in_the_help_and_in_hints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(targets.every())[-1] == "npz"
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert re.search(r"\bnpz\b", capsys.readouterr().out)
+    with pytest.raises(UsageError, match="Did you mean 'npz'") as caught:
+        targets.find("npzz")
+    assert str(caught.value.hint).endswith(", npz")
+
+
+def test_the_command_exports_to_it(
+    tmp_path: Path,
+    sources: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(sources["plain"]), "--to", "npz"]) == 0
+    with np.load("plain.npz") as found:
+        model = open_checkpoint(sources["plain"])
+        assert sorted(found) == sorted(model.names)
+        assert all(np.array_equal(found[name], model.weight(name).numpy()) for name in model.names)
+    assert "bit for bit" in capsys.readouterr().out
+    assert main(["export", str(sources["codes"]), "--to", "npz", "--path", "codes.npz"]) == 2
+    said = capsys.readouterr().err
+    assert "npz has no place for codes" in said
+    assert "use --to compressed-tensors, --to gguf or --to hf, or export the model before" in said
+    assert not Path("codes.npz").exists()
+
+
+def test_two_formats_cannot_write_one_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "package" / "other_example.py").write_text('"""Another."""\n\nTARGETS = {"gguf": "mine"}\n')
+    importlib.invalidate_caches()
+    points = [EntryPoint("other", "other_example", targets.FORMATS.group)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    with pytest.raises(UsageError, match="both write the export target 'gguf'"):
+        targets.every()
