@@ -153,6 +153,7 @@ class TuneDone(Event):
     result: str  # the ledger, or the adapter directory
     result_bytes: int
     digest: str  # of the tuned weights or the adapter
+    entries: int | None = None  # of the ledger
     report: str | None = None
     t: float | None = None
 
