@@ -200,7 +200,7 @@ def published(model: Model, solver: Solver, windows: Tensor) -> None:
             stream.forward(number, state)
         for handle in handles:
             handle.remove()
-        with driver.restored(linears):
+        with driver.restored_weights(linears):
             for n, m in linears.items():
                 m.weight.data = dense(solver.solve(m.weight.data, H[n]))
             stream.advance(number)

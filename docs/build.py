@@ -71,7 +71,7 @@ def recipe_page() -> str:
 def commands_page() -> str:
     """Every command with its arguments."""
     parts = [MADE, "# Commands\n", "```\n" + cli.EXAMPLES + "```\n"]
-    for name, sub in cli.commands().items():
+    for name, sub in cli.command_parsers().items():
         parts.append(f"## fleetune {name}\n\n{sub.description}\n")
         parts.append("| argument | meaning |\n|---|---|")
         for action in sub._actions:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetune.cli.main import main
+from fleetune.cli import main as cli
 from fleetune.tuning import methods
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def test_every_command_in_the_docs_parses(page):
     text = "\n".join([*blocks, *re.findall(r"(?m)^    (.*)$", page.read_text(encoding="utf-8"))])
     for line in re.findall(r"(?m)^\s*(?:\$ )?(fleetune [a-z].*?)(?:\s{3,}.*)?$", text):
         words = shlex.split(line, comments=True)[1:]
-        _, unknown = main._parser().parse_known_args(words)
+        _, unknown = cli.build_parser().parse_known_args(words)
         assert not unknown, line
 
 

@@ -20,7 +20,7 @@ import windows_stand_in
 from fleetune import models
 from fleetune.common import memory
 from fleetune.common.locks import lock
-from fleetune.compression.distillation import training_state
+from fleetune.compression.training import checkpoint
 from fleetune.runs import rundir
 
 EVERYTHING = """
@@ -138,9 +138,9 @@ def test_a_state_that_is_gone_on_with_is_no_file_in_memory(tmp_path: Path) -> No
     optimizer = torch.optim.AdamW([weight])
     weight.sum().backward()
     optimizer.step()
-    training_state.store(tmp_path / "parts", "origin", 1, {"w": weight}, optimizer)
+    checkpoint.store(tmp_path / "parts", "origin", 1, {"w": weight}, optimizer)
     again = torch.optim.AdamW([fresh := torch.zeros(64, 64, requires_grad=True)])
-    assert training_state.restore(tmp_path / "parts", "origin", {"w": fresh}, again) == 1
+    assert checkpoint.restore(tmp_path / "parts", "origin", {"w": fresh}, again) == 1
     assert torch.equal(again.state[fresh]["exp_avg"], optimizer.state[weight]["exp_avg"])
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 

@@ -17,7 +17,8 @@ from fleetune import compression, models
 from fleetune.compression import Solved
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
-from fleetune.compression.layerwise.driver import Parts, linears_of, part, placed
+from fleetune.compression.layerwise.blocks import FinishedBlocks, block_file
+from fleetune.compression.layerwise.driver import compressed_weights, linears_of
 from fleetune.errors import DataError, RecipeError
 from fleetune.models import Model
 from fleetune.models.artefact import Quantised
@@ -95,7 +96,7 @@ def test_hessians_are_of_the_inputs_in_the_compressed_model(
     for number, (_, linears) in enumerate(blocks):
         done = {n: m for _, found in blocks[:number] for n, m in found.items()}
         for name in [n for n in names if n in linears]:
-            with placed(done, parts):
+            with compressed_weights(done, parts):
                 x = inputs_of(model, {name: linears[name]}, windows)[name]
             assert len(x) == 60
             got = spy.seen[names.index(name)].double()
@@ -196,7 +197,7 @@ def test_an_order_for_a_source_that_has_its_own_is_refused(tmp_path: Path) -> No
 def test_a_true_sequential_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     solver, windows = compression.make("optq", {"group": 8}), text(4, 16)
     whole = driver.run(models.tiny_llama(), solver, windows, tmp_path, true_sequential=True)
-    part(tmp_path, len(whole.blocks) - 1).unlink()
+    block_file(tmp_path, len(whole.blocks) - 1).unlink()
     again = driver.run(models.tiny_llama(), solver, windows, tmp_path, true_sequential=True)
     for name in whole:
         left, right = whole[name], again[name]
@@ -251,7 +252,7 @@ def test_a_damaged_block_is_done_again(tmp_path: Path) -> None:
     first = driver.run(models.tiny_llama(), solver, None, tmp_path)
     path = tmp_path / "block-0001.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    assert not Parts(tmp_path).open(1)
+    assert not FinishedBlocks(tmp_path).open(1)
     again = driver.run(models.tiny_llama(), solver, None, tmp_path)
     assert set(again) == set(first)
     assert len(again.blocks) == len(linears_of(models.tiny_llama()))
@@ -262,7 +263,7 @@ def test_a_part_gives_back_what_was_put(tmp_path: Path) -> None:
     for name, values in (("optq", {"bits": 3, "group": 8}), ("sparsegpt", {})):
         folder = tmp_path / name
         parts = driver.run(model, compression.make(name, values), text(4, 16), folder)
-        again = Parts(folder)
+        again = FinishedBlocks(folder)
         assert all(again.open(i) for i in range(len(linears_of(model))))
         assert again.blocks == parts.blocks
         for key in parts:
@@ -320,8 +321,8 @@ def test_windows_join_texts_and_need_one_whole() -> None:
 
 def test_a_model_writes_windows_of_its_own() -> None:
     model = models.tiny_llama()
-    first = driver.written(model, 12, 10, 5)
+    first = driver.sampled_windows(model, 12, 10, 5)
     assert first.shape == (10, 12)
-    assert torch.equal(first, driver.written(model, 12, 10, 5))
-    assert not torch.equal(first, driver.written(model, 12, 10, 6))
+    assert torch.equal(first, driver.sampled_windows(model, 12, 10, 5))
+    assert not torch.equal(first, driver.sampled_windows(model, 12, 10, 6))
     assert len(first[:, 1:].unique()) > 20  # sampled, not one token again and again

@@ -15,7 +15,6 @@ from command_harness import pulled_after
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.compression.jobs import solve
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.models.artefact import Master, Quantised
 
@@ -125,7 +124,7 @@ def test_a_stopped_one_is_taken_up_again(
     tiny: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(solve, "InterruptHandler", pulled_after(10))
+        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(10))
         code, _, err = call(capsys, "compress", tiny, *SMALL, "--seed", "7")
     assert code == 130
     assert "fleetune compress --resume runs/0001-optq-tiny" in err
@@ -166,7 +165,7 @@ def test_a_true_sequential_one_says_so_and_is_taken_up_as_one(
     assert code == 0, err
     plain = events(out)[-1]
     with monkeypatch.context() as patch:
-        patch.setattr(solve, "InterruptHandler", pulled_after(10))
+        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(10))
         assert call(capsys, "compress", tiny, *given, "--true-sequential")[0] == 130
     code, out, err = call(capsys, "compress", "--resume", "latest", "--json")
     assert code == 0, err
@@ -186,7 +185,7 @@ def test_a_stopped_one_does_not_go_on_with_something_else(
 ) -> None:
     shutil.copytree(tiny, at / "mine")
     with monkeypatch.context() as patch:
-        patch.setattr(solve, "InterruptHandler", pulled_after(10))
+        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(10))
         assert call(capsys, "compress", "mine", *SMALL, "--text", "text.txt")[0] == 130
     folder = Path("runs/0001-optq-mine")
     if change == "text":

@@ -16,11 +16,16 @@ from torch import Tensor
 from fleetune import compression, models
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.main import main
-from fleetune.compression.jobs import solve
 from fleetune.compression.layerwise import driver, federated
 from fleetune.compression.layerwise.activations import HiddenStates
-from fleetune.compression.layerwise.driver import Parts, linears_of
-from fleetune.compression.layerwise.federated import Clients, Reply, from_lower_triangle, lower_triangle
+from fleetune.compression.layerwise.blocks import FinishedBlocks
+from fleetune.compression.layerwise.driver import linears_of
+from fleetune.compression.layerwise.federated import (
+    ClientHessians,
+    HessianReply,
+    from_lower_triangle,
+    lower_triangle,
+)
 from fleetune.errors import FleetError
 from fleetune.models import Model
 from fleetune.models.artefact import Quantised, dense
@@ -36,16 +41,16 @@ SOLVER: Any = compression.make("optq", {"group": 8})
 
 
 def by_clients(
-    model: Model, shares: dict[int, Tensor], folder: Path, change: Callable[[Clients], None] = lambda c: None,
+    model: Model, shares: dict[int, Tensor], folder: Path, change: Callable[[ClientHessians], None] = lambda c: None,
     solver: Any = SOLVER,
-) -> tuple[Parts, list[Reply]]:  # fmt: skip
-    replies: list[Reply] = []
-    clients = Clients(model, shares, folder, replies.append)
+) -> tuple[FinishedBlocks, list[HessianReply]]:  # fmt: skip
+    replies: list[HessianReply] = []
+    clients = ClientHessians(model, shares, folder, replies.append)
     change(clients)
     return driver.run(model, solver, clients, folder), replies
 
 
-def same(a: Parts, b: Parts) -> None:
+def same(a: FinishedBlocks, b: FinishedBlocks) -> None:
     assert set(a) == set(b)
     for name in a:
         assert torch.equal(dense(a[name]), dense(b[name])), name
@@ -81,7 +86,7 @@ def test_the_sums_are_those_of_all_text(tmp_path: Path) -> None:
     model = models.tiny_llama()
     _, linears = linears_of(model)[0]
     with torch.inference_mode():
-        H = Clients(model, SHARES, tmp_path, lambda reply: None).hessians(0, linears)
+        H = ClientHessians(model, SHARES, tmp_path, lambda reply: None).hessians(0, linears)
         stream = HiddenStates(model, torch.cat(list(SHARES.values())))
         want = stream.hessians(0, linears)
     assert H["model.layers.0.self_attn.q_proj"] is H["model.layers.0.self_attn.v_proj"]
@@ -136,7 +141,7 @@ WRONG = {
 def test_a_wrong_reply_is_refused_and_the_others_go_on(kind: str, tmp_path: Path) -> None:
     """Nothing of it is in the sums: the rest of the run is as if the device had left after block 0."""
 
-    def change(clients: Clients) -> None:
+    def change(clients: ClientHessians) -> None:
         real = clients.answer
         clients.answer = lambda client, number, linears: (  # type: ignore[method-assign]
             broken(kind, real(client, number, linears))
@@ -144,7 +149,7 @@ def test_a_wrong_reply_is_refused_and_the_others_go_on(kind: str, tmp_path: Path
             else real(client, number, linears)
         )
 
-    def leaves(clients: Clients) -> None:
+    def leaves(clients: ClientHessians) -> None:
         real = clients.answer
 
         def answer(client: int, number: int, linears: Any) -> bytes:
@@ -168,7 +173,7 @@ def test_a_wrong_reply_is_refused_and_the_others_go_on(kind: str, tmp_path: Path
 
 
 def test_without_any_device_it_stops(tmp_path: Path) -> None:
-    def change(clients: Clients) -> None:
+    def change(clients: ClientHessians) -> None:
         clients.answer = lambda client, number, linears: b""  # type: ignore[method-assign]
 
     with pytest.raises(FleetError, match="no device is left in block 0"):
@@ -186,12 +191,12 @@ def test_bytes_are_those_of_the_messages(tmp_path: Path) -> None:
     sums = sum(4 * c * (c + 1) // 2 for c in C)
     for reply in replies:
         assert sums < reply.bytes_up < sums + 700
-        block = 0 if reply.block == 0 else len(Clients.block(_in(tmp_path, model), reply.block - 1))
+        block = 0 if reply.block == 0 else len(ClientHessians.block(_in(tmp_path, model), reply.block - 1))
         assert reply.bytes_down == block
 
 
-def _in(folder: Path, model: Model) -> Clients:
-    return Clients(model, {0: SHARES[2]}, folder, lambda reply: None)
+def _in(folder: Path, model: Model) -> ClientHessians:
+    return ClientHessians(model, {0: SHARES[2]}, folder, lambda reply: None)
 
 
 def test_a_stopped_one_goes_on_and_counts_no_block_twice(tmp_path: Path) -> None:
@@ -202,14 +207,18 @@ def test_a_stopped_one_goes_on_and_counts_no_block_twice(tmp_path: Path) -> None
         if block == 2:
             raise KeyboardInterrupt
 
-    replies: list[Reply] = []
+    replies: list[HessianReply] = []
     with pytest.raises(KeyboardInterrupt):
         driver.run(
-            model, SOLVER, Clients(model, SHARES, tmp_path / "half", replies.append), tmp_path / "half", stop
+            model,
+            SOLVER,
+            ClientHessians(model, SHARES, tmp_path / "half", replies.append),
+            tmp_path / "half",
+            stop,
         )
-    more: list[Reply] = []
+    more: list[HessianReply] = []
     again = driver.run(
-        model, SOLVER, Clients(model, SHARES, tmp_path / "half", more.append), tmp_path / "half"
+        model, SOLVER, ClientHessians(model, SHARES, tmp_path / "half", more.append), tmp_path / "half"
     )
     same(whole, again)
     assert {r.block for r in more} == {2}
@@ -229,7 +238,7 @@ def test_a_bf16_model_and_dense_results_travel_too(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_devices(tmp_path: Path) -> None:
     model = models.tiny_llama()
-    clients = Clients(model, {i: text(2, seed=i) for i in range(20)}, tmp_path, lambda reply: None)
+    clients = ClientHessians(model, {i: text(2, seed=i) for i in range(20)}, tmp_path, lambda reply: None)
     with torch.inference_mode():
         clients.hessians(0, linears_of(model)[0][1])
     assert len(clients._stream.states) <= 2
@@ -298,18 +307,18 @@ def test_a_stopped_one_counts_what_was_sent_before_and_leaves_out_who_was(
     tuned_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ["latest", *SMALL, "--calibrate", "clients", "--out", str(tuned_run)]
-    asked, answer = iter(range(1000)), Clients.answer
+    asked, answer = iter(range(1000)), ClientHessians.answer
 
     class Pulled(InterruptHandler):
         def __getattribute__(self, name: str) -> Any:
             return next(asked) >= 10 if name == "requested" else super().__getattribute__(name)  # in block 1
 
-    def fail(self: Clients, client: int, number: int, linears: Any) -> bytes:
+    def fail(self: ClientHessians, client: int, number: int, linears: Any) -> bytes:
         return b"?" if client == 1 else answer(self, client, number, linears)
 
     with monkeypatch.context() as patch:
-        patch.setattr(solve, "InterruptHandler", Pulled)
-        patch.setattr(Clients, "answer", fail)
+        patch.setattr("fleetune.cli.listener.InterruptHandler", Pulled)
+        patch.setattr(ClientHessians, "answer", fail)
         code, first, _ = call(capsys, *args)
     assert code == 130
     (log,) = tuned_run.glob("*/parts/replies.jsonl")
@@ -361,15 +370,15 @@ def test_bad_requests_are_clear(case: str, tuned_run: Path, capsys: pytest.Captu
 def test_a_client_with_too_little_text_is_left_out() -> None:
     from types import SimpleNamespace
 
-    from fleetune.compression.jobs import solve
+    from fleetune.compression.jobs import windows
     from fleetune.errors import DataError
 
     rows = {1: [SimpleNamespace(ids=np.arange(40))] * 2, 4: [SimpleNamespace(ids=np.arange(9))]}
-    subject: Any = SimpleNamespace(model=models.tiny_llama(), clients=rows)
+    inputs: Any = SimpleNamespace(model=models.tiny_llama(), clients=rows)
     notes: list[str] = []
     ui: Any = SimpleNamespace(note=notes.append)
-    found = solve._shares(SimpleNamespace(length=10, windows=7), subject, ui)  # type: ignore[arg-type]
+    found = windows.of_clients(SimpleNamespace(length=10, windows=7), inputs, ui)  # type: ignore[arg-type]
     assert {client: tuple(own.shape) for client, own in found.items()} == {1: (3, 10)}
     assert notes == ["client 4 is left out: the calibration text has 9 tokens, a window needs 10"]
     with pytest.raises(DataError, match="no client has text for a window of 90"):
-        solve._shares(SimpleNamespace(length=90, windows=7), subject, ui)  # type: ignore[arg-type]
+        windows.of_clients(SimpleNamespace(length=90, windows=7), inputs, ui)  # type: ignore[arg-type]

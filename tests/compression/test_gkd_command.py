@@ -11,7 +11,6 @@ from command_harness import LORA, call, pulled_after, tuned
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.compression.jobs import distil
 
 QUICK = [
     "--length",
@@ -135,7 +134,7 @@ def test_a_stopped_one_is_taken_up_again(
     tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(distil, "InterruptHandler", pulled_after(2))
+        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(2))
         code, out, _ = call(capsys, "compress", tiny["deep"], *SELF, *ROWS, "--seed", "7")
     assert code == 130
     assert "fleetune compress --resume runs/0001-gkd-deep" in json.dumps(out[-1])
@@ -175,7 +174,7 @@ def test_compressed_models_must_be_exported_first(
         code, _, err = call(capsys, "compress", tiny["deep"], "--method", method, *more)
         assert code == 0, err
     with monkeypatch.context() as patch:
-        patch.delattr(models, "load")
+        patch.setattr(models, "load", lambda *_, **__: pytest.fail("a model is loaded"))
         for case, (args, text) in COMPRESSED.items():
             assert main(["compress", *(a.format(**tiny) for a in args)]) == 2, case
             assert text in capsys.readouterr().err, case

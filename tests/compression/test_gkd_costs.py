@@ -16,8 +16,8 @@ from command_harness import call
 
 from fleetune import compression, models
 from fleetune.compression.pruning import depth
+from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
-from fleetune.planning.shapes import shape_of
 from fleetune.tuning import rounds
 
 

@@ -98,7 +98,7 @@ def test_estimation_takes_one_copy_for_the_first_order_and_two_for_mixed() -> No
     model = model_of("llama")
     for kind, copies in (("first", 1), ("second", 1), ("mixed", 2)):
         sums = GradientSums(kind, 2)
-        sums.gather(model, rows(0, 2), hidden_width.members(model.net), lambda *_: None)
+        sums.gather(model, rows(0, 2), hidden_width.residual_layers(model.net), lambda *_: None)
         assert sum(t.numel() for held in (sums.g, sums.F) for t in held.values()) == copies * model.n_params
 
 

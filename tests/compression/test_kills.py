@@ -14,12 +14,12 @@ from command_harness import call, tuned
 from pruner_harness import tiny
 
 from fleetune import models
-from fleetune.cli.console import Ui
-from fleetune.common import files, folders
+from fleetune.common import folders
 from fleetune.compression.jobs import compressed_base
-from fleetune.compression.jobs import work as subjects
 from fleetune.compression.methods import llm_pruner, optq, rtn
 from fleetune.models import artefact
+from fleetune.runs import compression_folder
+from fleetune.runs.listener import Silent
 
 WORK = {
     "optq": ["--method", "optq", "--set", "group=4", "--windows", "2", "--length", "16", "--text", "text.txt"],
@@ -43,14 +43,14 @@ def die(*args: object, **kwargs: object) -> None:
 
 
 def before_the_record(patch: pytest.MonkeyPatch) -> None:
-    write = files.write_atomic
+    write = compression_folder.write_atomic
 
     def watched(path: Path, data: bytes | str, **mode: Any) -> None:
-        if path.name == subjects.RECORD and '"result"' in str(data):
+        if path.name == compression_folder.RECORD and '"result"' in str(data):
             raise Killed
         write(path, data, **mode)
 
-    patch.setattr(files, "write_atomic", watched)
+    patch.setattr(compression_folder, "write_atomic", watched)
 
 
 def while_parts_are_removed(patch: pytest.MonkeyPatch) -> None:
@@ -66,9 +66,9 @@ def while_parts_are_removed(patch: pytest.MonkeyPatch) -> None:
 
 
 POINTS: dict[str, tuple[bool, Callable[[pytest.MonkeyPatch], None]]] = {
-    "the result is written, nothing else": (False, lambda patch: patch.setattr(subjects, "stored_bytes", die)),
+    "the result is written, nothing else": (False, lambda patch: patch.setattr(compression_folder, "weights_size", die)),
     "before the record": (False, before_the_record),
-    "after the record": (True, lambda patch: patch.setattr(subjects, "drop", die)),
+    "after the record": (True, lambda patch: patch.setattr(compression_folder, "drop_parts", die)),
     "while parts are removed": (True, while_parts_are_removed),
 }  # fmt: skip
 
@@ -166,10 +166,10 @@ def test_parts_that_cannot_be_removed_are_said_and_do_no_harm(
             raise PermissionError(13, "in use")
 
         patch.setattr(Path, "rename", rename)
-        subjects.drop(parts)
+        compression_folder.drop_parts(parts)
     assert "is not needed any more, but cannot be removed" in caplog.text
-    subjects.drop(parts)
-    subjects.drop(parts)
+    compression_folder.drop_parts(parts)
+    compression_folder.drop_parts(parts)
     assert not list(tmp_path.iterdir())
 
 
@@ -185,14 +185,14 @@ def test_a_kill_while_the_base_is_compressed(
         if point == "before it is written":
             patch.setattr(artefact, "write", die)
         elif point == "after it is written":
-            patch.setattr(subjects, "drop", die)
+            patch.setattr(compression_folder, "drop_parts", die)
         else:
             while_parts_are_removed(patch)
         with pytest.raises(Killed):
-            compressed_base.base_of(Ui(quiet=2), folder, offline=True)
+            compressed_base.base_of(Silent(), folder, offline=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rtn.Solver, "solve", die)
-        made = compressed_base.base_of(Ui(quiet=2), folder, offline=True)
-        assert compressed_base.base_of(Ui(quiet=2), folder, offline=True) == made
+        made = compressed_base.base_of(Silent(), folder, offline=True)
+        assert compressed_base.base_of(Silent(), folder, offline=True) == made
     assert [p.name for p in (folder / "base").iterdir()] == ["model"]
     artefact.Master(made).digest()

@@ -19,7 +19,8 @@ from pruner_harness import IDS, gradients, importance, logits, pruner, stop_at, 
 from torch import Tensor
 
 from fleetune import models
-from fleetune.compression.pruning.importance import AGGREGATES, Shares, choose, count_kept, estimate
+from fleetune.compression.pruning.importance import Shares, estimate
+from fleetune.compression.pruning.selection import AGGREGATES, choose, count_kept
 from fleetune.data import Encoded
 from fleetune.errors import DataError, FleetuneError, Interrupted, StorageError, UsageError
 from fleetune.models import Model, digest, named_tensors

@@ -17,7 +17,6 @@ from pruner_harness import tiny as made
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.compression.jobs import prune
 from fleetune.models.families import widths
 
 BASE = ["--method", "llm-pruner", "--length", "64"]
@@ -159,7 +158,7 @@ def test_ctrl_c_while_the_importance_is_measured(
 
     args = ["compress", tiny["llama"], *QUICK, *ROWS, "--set", "recover=none"]
     with monkeypatch.context() as patch:
-        patch.setattr(prune, "InterruptHandler", pulled_after(0))
+        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(0))
         code, out, _ = call(capsys, *args)
     assert code == 130
     assert "stopped after 1 of 8 rows" in json.dumps(out[-1])

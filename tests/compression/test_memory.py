@@ -21,15 +21,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.compression.jobs import solve
+from fleetune.compression.jobs.inputs import Inputs
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.driver import linears_of
-from fleetune.compression.layerwise.federated import Clients
+from fleetune.compression.layerwise.federated import ClientHessians
 from fleetune.errors import ModelError
 from fleetune.models.paged import Pages, in_memory, pages_of, tensors_of
+from fleetune.models.shapes import shape_of
 from fleetune.models.tensor_file import write_in_turn
 from fleetune.planning import compression_cost, plan
-from fleetune.planning.shapes import shape_of
 from fleetune.tuning import rounds
 
 TYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]
@@ -159,8 +160,7 @@ def most_alive(folder: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> tu
         driver.check(model, solver)
         windows = torch.zeros(3, 12, dtype=torch.int64) + torch.arange(12)
         parts = driver.run(model, solver, windows, folder / "parts")
-        job = SimpleNamespace(held=[], texts=["a text to measure on"], measured=True, model=model)
-        solve._after(job, parts)  # type: ignore[arg-type]
+        solve._after(Inputs(model, [], [], ["a text to measure on"], "a text"), parts)
         from fleetune.models import artefact
 
         artefact.write(
@@ -285,7 +285,7 @@ def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:
 
 def test_the_disk_holds_the_states_of_clients_that_wait(tmp_path: Path) -> None:
     model, text = models.tiny_llama(layers=2, hidden=128), torch.randint(0, 250, (6, 16))
-    Clients(model, {0: text[:2], 1: text[2:]}, tmp_path, lambda reply: None)
+    ClientHessians(model, {0: text[:2], 1: text[2:]}, tmp_path, lambda reply: None)
     waiting = sum(file.stat().st_size for file in (tmp_path / "devices").iterdir())
     shape, alone = (
         shape_of(model.net.config),

@@ -10,11 +10,11 @@ import pytest
 from deploy_harness import tiny
 
 from fleetune import models
-from fleetune.cli.commands.eval import held_out
 from fleetune.cli.main import main
 from fleetune.deploy import export as exports
 from fleetune.evaluation import answers, measures
 from fleetune.tuning import demo
+from fleetune.tuning.finished import held_out
 
 
 def test_the_demo_tunes_twice_and_ends_with_a_file_and_its_answer(

@@ -15,17 +15,17 @@ import torch
 from deploy_harness import tiny
 
 from fleetune import compression, models
-from fleetune.cli.commands import compress as compressing
-from fleetune.cli.console import Ui
 from fleetune.cli.main import main
-from fleetune.compression.jobs import compressed_base, solve
+from fleetune.compression.jobs import compressed_base
 from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
 from fleetune.deploy.measure import check, harness, llamacpp
 from fleetune.errors import FleetuneError, Interrupted
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.artefact import Master, Quantised
-from fleetune.runs import rundir
+from fleetune.runs import compression_folder, rundir
+from fleetune.runs.listener import Silent
+from fleetune.subject import Compressed
 from fleetune.tuning import finished
 
 RUN = [
@@ -86,7 +86,7 @@ def test_the_kept_gain_of_a_compressed_run(at: Path, capsys: pytest.CaptureFixtu
     assert rows["tuned"]["loss"] == pytest.approx(record["before"]["loss"], rel=1e-5)
     assert rows["compressed"]["loss"] == pytest.approx(record["after"]["loss"], rel=1e-5)
     base = models.load("little")
-    held = encode_all(compressing.held_out(folder, offline=True), base.tokenizer, 160)[0]
+    held = encode_all(Compressed(folder).held_out(offline=True), base.tokenizer, 160)[0]
     assert rows["base"]["loss"] == pytest.approx(response_loss(base, held), rel=1e-5)
     b, t, c, cb = (rows[name]["loss"] for name in names)
     assert t < b
@@ -112,7 +112,7 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
     """By hand: the run's rows as tokens, the solver on the base; a stopped one goes on with its blocks."""
     folder = folder_of(at)
     shutil.rmtree(folder / "base", ignore_errors=True)
-    path = compressed_base.base_of(Ui(quiet=2), folder, offline=True)
+    path = compressed_base.base_of(Silent(), folder, offline=True)
     own, base = Master(folder / "model").head, models.load("little")
     windows = driver.windows(
         [row.ids for row in encode_all(_calibrated_on(folder), base.tokenizer, 160)[0]], 32, 4
@@ -132,7 +132,7 @@ def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
         assert torch.equal(found.scale, weight.scale)
     assert not (folder / "base" / "parts").exists()
     before = (path / "master.safetensors").stat().st_mtime_ns
-    assert compressed_base.base_of(Ui(quiet=2), folder, offline=True) == path
+    assert compressed_base.base_of(Silent(), folder, offline=True) == path
     assert (path / "master.safetensors").stat().st_mtime_ns == before  # made once
 
 
@@ -150,41 +150,30 @@ def test_the_base_is_loaded_when_the_run_s_model_is_gone(at: Path, monkeypatch: 
 
     monkeypatch.setattr(models, "load", load)
     monkeypatch.setattr(finished, "load", load_tuned)
-    job = compressed_base._job(folder_of(at), True, Ui(quiet=2))
+    job = compressed_base._job(folder_of(at), True, Silent())
     assert len(loaded) == 1
     assert held[-1] == 0
-    assert job.subject.model.digest == real("little").digest
+    assert job.inputs.model.digest == real("little").digest
 
 
 def _calibrated_on(folder: Path) -> Any:
-    from fleetune.cli.commands import eval
-
-    return eval.held_out(Path(compressing.read(folder).model), offline=True)[::2]
+    return finished.held_out(Path(compression_folder.request_of(folder).model), offline=True)[::2]
 
 
 def test_a_stopped_base_is_gone_on_with_and_says_how(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(at)
     shutil.rmtree(folder / "base", ignore_errors=True)
 
-    class Pulled:
-        def __init__(self, ui: object) -> None:
-            self.asked = 0
-
-        def __enter__(self) -> Pulled:
-            return self
-
-        def __exit__(self, *args: object) -> None:
-            pass
+    class StopsInTheSecondBlock(Silent):
+        asked = 0
 
         @property
-        def requested(self) -> bool:
+        def stop_requested(self) -> bool:
             self.asked += 1
-            return self.asked > 9  # in the second block
+            return self.asked > 9
 
-    with monkeypatch.context() as patch:
-        patch.setattr(solve, "InterruptHandler", Pulled)
-        with pytest.raises(Interrupted) as stopped:
-            compressed_base.base_of(Ui(quiet=2), folder, offline=True)
+    with pytest.raises(Interrupted) as stopped:
+        compressed_base.base_of(StopsInTheSecondBlock(), folder, offline=True)
     assert stopped.value.hint == f"fleetune measure {folder} --kept-gain"
     (block,) = (folder / "base" / "parts").glob("block-*")
     before = block.stat().st_mtime_ns
@@ -196,7 +185,7 @@ def test_a_stopped_base_is_gone_on_with_and_says_how(at: Path, monkeypatch: pyte
         return run(*args, **given)
 
     monkeypatch.setattr(driver, "run", watched)
-    compressed_base.base_of(Ui(quiet=2), folder, offline=True)
+    compressed_base.base_of(Silent(), folder, offline=True)
     assert seen == [before]
 
 

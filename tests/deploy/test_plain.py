@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fleetune import models
-from fleetune.cli.commands import serve
-from fleetune.cli.console import Ui
 from fleetune.cli.main import main
 from fleetune.data import Example
 from fleetune.data.encode import encode_all, prompt_ids
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import gguf_vocabulary
-from fleetune.deploy.serving import engines
+from fleetune.deploy.serving import engines, session
 from fleetune.models import Model, chat_template
+from fleetune.runs.listener import Silent
+from fleetune.subject import Plain
 
 TALKS = (
     (("user", "hello"),),
@@ -163,14 +162,14 @@ def test_a_run_carries_it_and_a_server_of_directories_gets_one_that_does(
     )
     assert main(["export", "latest", "--to", "hf", "--path", "tuned"]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "tuned").chat_template in chat_template.TEMPLATES
-    asked = Namespace(subject="base", out="runs", offline=True)
     transformers = next(engine for engine in engines.ENGINES if engine.reads == "hf")
     (tmp_path / "s").mkdir()
-    served = serve._model(asked, Ui(quiet=2), None, transformers, tmp_path / "s")
+    served = session._model_for(Plain("base"), transformers, tmp_path / "s", Silent(), offline=True)
     assert served != tmp_path / "base"
     assert AutoTokenizer.from_pretrained(served).chat_template in chat_template.TEMPLATES
-    asked.subject = "tuned"
-    assert serve._model(asked, Ui(quiet=2), None, transformers, tmp_path / "s") == Path("tuned")
+    assert session._model_for(Plain("tuned"), transformers, tmp_path / "s", Silent(), offline=True) == Path(
+        "tuned"
+    )
 
 
 def _post(at: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -23,13 +23,14 @@ from deploy_harness import compressed, tiny
 from serve_harness import Upstream, little_file, lives, running, stand_in, starts
 
 from fleetune import models
-from fleetune.cli.commands import chat, serve
+from fleetune.cli import engine_flags
+from fleetune.cli.commands import chat
 from fleetune.cli.main import main
 from fleetune.common.display import clean
 from fleetune.data import Example
 from fleetune.data.encode import prompt_ids
 from fleetune.deploy import export
-from fleetune.deploy.serving import engines, threads
+from fleetune.deploy.serving import engines, threads, torch_chat
 from fleetune.deploy.serving.openai_client import Refused
 from fleetune.evaluation import answers
 from fleetune.evaluation.losses import context_length
@@ -140,7 +141,7 @@ def test_an_engine_does_not_outlive_a_fleetune_that_is_killed(at):
 def test_a_signal_that_is_ignored_stays_so_as_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with serve.stopped_by_signals(0):
+        with engine_flags.exit_on_signals(0):
             os.kill(os.getpid(), signal.SIGHUP)
             with pytest.raises(SystemExit):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -519,9 +520,9 @@ def test_torch_cuts_no_conversation_and_refuses_one_without_room_for_an_answer(m
     ids = prompt_ids(Example((("user", few[0]["content"]),), "", {}), model.tokenizer, longest)
     assert longest // 2 < len(ids) < longest
     (wanted,) = answers.generate_from_ids(model, [ids], max_new_tokens=longest - len(ids))
-    assert chat.generate(model, few, temperature=0, max_tokens=longest, seed=0) == wanted
+    assert torch_chat.generate(model, few, temperature=0, max_tokens=longest, seed=0) == wanted
     with pytest.raises(Refused, match=rf"tokens, the model is made for {longest:,}"):
-        chat.generate(model, many, temperature=0, max_tokens=1, seed=0)
+        torch_chat.generate(model, many, temperature=0, max_tokens=1, seed=0)
 
 
 def test_torch_refuses_a_long_prompt_before_it_measures_threads(at, plain, capsys):

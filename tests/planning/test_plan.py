@@ -21,9 +21,9 @@ from fleetune.cli.main import main
 from fleetune.data import Encoded, collate
 from fleetune.errors import FitError, UsageError
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models import tiny_llama
+from fleetune.models import shapes, tiny_llama
 from fleetune.models.tiny import tiny_bert
-from fleetune.planning import device_cost, plan, shapes, traffic
+from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import Message, encode
@@ -83,7 +83,7 @@ def test_another_family_is_counted_on_the_meta_device() -> None:
 def test_what_has_no_place_on_a_model_is_not_planned() -> None:
     config = AutoConfig.for_model("gpt2", vocab_size=60, n_embd=32, n_layer=2, n_head=4)
     found = {row.method for row in plan.table(config, plan.Workload(), rates=RATES)}
-    assert {*traffic.METHODS, *device_cost.COMPARISON} - found == {"fedpetuning", "fedpeptao", "fwdllm"}
+    assert {*methods.entries(), *device_cost.COMPARISON} - found == {"fedpetuning", "fedpeptao", "fwdllm"}
 
 
 def test_llama_7b_gives_the_figures_of_the_papers() -> None:
@@ -159,7 +159,7 @@ def test_calibration_measures_something_sane() -> None:
 
 def _rows(ram: int | None, **peaks: int) -> list[plan.Row]:
     return [
-        plan.Row(name, "", name in traffic.METHODS, peak, {"weights": 5}, 1, 1, 1, 2, 60.0, None, ram)
+        plan.Row(name, "", name in methods.entries(), peak, {"weights": 5}, 1, 1, 1, 2, 60.0, None, ram)
         for name, peak in peaks.items()
     ]
 
@@ -268,16 +268,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_command_prints_a_row_for_every_method_and_what_to_do_next(folder: str, capsys: Any) -> None:
-    assert main.main(["plan", folder, "--ram", "4GB", "--uplink", "10kbps", "--steps", "50"]) == 0
+    assert main(["plan", folder, "--ram", "4GB", "--uplink", "10kbps", "--steps", "50"]) == 0
     out = capsys.readouterr().out
     notes = ("fedit (r=16)", "fedpetuning (r=16)", "fedpeptao (T=20)", "fwdllm (r=8)", "fits 4.00 GB")
-    for name in (*traffic.METHODS, *device_cost.COMPARISON, *notes):
+    for name in (*methods.entries(), *device_cost.COMPARISON, *notes):
         assert name in out
     assert f"fleetune tune {folder} DATA --method fedkseed" in out  # whose sending takes no time
 
 
 def test_the_command_says_that_nothing_fits_after_the_table(folder: str, capsys: Any) -> None:
-    assert main.main(["plan", folder, "--ram", "100MB", "--json"]) == 3
+    assert main(["plan", folder, "--ram", "100MB", "--json"]) == 3
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [e["event"] for e in events] == ["plan"] * 11 + ["error"]
     assert events[0]["fits"].startswith("no: ")
@@ -320,9 +320,9 @@ def test_what_autograd_keeps_is_counted(family: str, method: str, batch: int, dt
         loss_tensor(model, collate(rows, 0))
     bytes_kept = sum(t.untyped_storage().nbytes() for t in seen.values())
     shape = shapes.shape_of(model.net.config)
-    module = traffic.module(shape, method)
-    assert module is not None
-    expected = device_cost.activation_bytes(shape, plan.Workload(batch, 40, 1, dtype), module)
+    comparisons = device_cost.COMPARISON
+    footprint = comparisons[method] if method in comparisons else methods.make(method, {}).footprint(shape)
+    expected = device_cost.activation_bytes(shape, plan.Workload(batch, 40, 1, dtype), footprint.module)
     assert expected == pytest.approx(bytes_kept, rel=0.03)
 
 
@@ -361,7 +361,7 @@ def test_predicted_memory_is_within_15_percent_of_measured(name: str, which: str
 
 @measured_here
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*traffic.METHODS, *device_cost.COMPARISON])
+@pytest.mark.parametrize("name", [*methods.entries(), *device_cost.COMPARISON])
 @pytest.mark.parametrize(("model", "work"), [("smollm2-135m", (4, 128)), ("minilm-l6", (16, 64))])
 @pytest.mark.usefixtures("compiled")
 def test_predicted_memory_of_real_models(model: str, work: tuple[int, int], name: str) -> None:

@@ -14,9 +14,9 @@ from transformers import LlamaConfig
 
 from fleetune import adapters
 from fleetune.data import Encoded
-from fleetune.models import Model, tiny_llama
+from fleetune.models import Model, shapes, tiny_llama
 from fleetune.models.tiny import tiny_bert, tiny_roberta
-from fleetune.planning import plan, shapes, traffic
+from fleetune.planning import plan, traffic
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import Message, Payload, encode
@@ -33,10 +33,10 @@ MODELS = {"llama": tiny_llama, "bert": tiny_bert, "roberta": tiny_roberta}
 @pytest.mark.parametrize("name", ADAPTED)
 def test_what_a_method_trains_is_what_it_attaches(name: str, family: str) -> None:
     model = MODELS[family]()
-    module = traffic.module(shapes.shape_of(model.net.config), name)
-    methods.make(name, {}).init(model, 1)
+    method = methods.make(name, {})
+    module = method.footprint(shapes.shape_of(model.net.config)).module
+    method.init(model, 1)
     trained = {n: tuple(p.shape) for n, p in adapters.trainable(model).items()}
-    assert module is not None
     assert module.tensors == trained
     assert module.size == sum(p.numel() for p in adapters.trainable(model).values())
 
@@ -70,13 +70,13 @@ def _filled(method: Any, model: Model) -> Any:
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-@pytest.mark.parametrize("name", traffic.METHODS)
+@pytest.mark.parametrize("name", methods.entries())
 def test_traffic_is_that_of_a_real_round(name: str, family: str) -> None:
     model = MODELS[family]()
     ids = np.arange(9, dtype=np.int32)
     row = Encoded(ids, 0, ids * 0, 1) if model.labels else Encoded(ids, 4)
     more = {"layers_rule": "all"} if name == "fedpeptao" else {}  # all layers travel, and nothing is measured
-    method = methods.make(name, {traffic.STEPS[name]: 3, "batch_size": 2, **more})
+    method = methods.make(name, more).sized(3, 2)
     message = encode(Message(1, bytes(8), method.broadcast(_filled(method, model))))
     (answer,) = LocalFleet(model, method, [[row] * traffic.ROWS], 0, 0).ask(1, [0], message)
     assert answer.data is not None, answer.reason

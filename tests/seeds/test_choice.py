@@ -15,8 +15,8 @@ import torch
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import UsageError
-from fleetune.models import tiny_llama
-from fleetune.planning import device_cost, plan, shapes
+from fleetune.models import shapes, tiny_llama
+from fleetune.planning import device_cost, plan
 from fleetune.seeds import kernel_choice
 from fleetune.seeds.view import kernels
 

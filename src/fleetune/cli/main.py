@@ -118,8 +118,8 @@ def _unknown_argument(parser: argparse.ArgumentParser, command: str, argument: s
         name: [o for a in sub._actions for o in a.option_strings] for name, sub in command_parsers().items()
     }
     guess = suggest(flag, by_command[command])
-    if owners := [f"'{name}'" for name, flags in by_command.items() if flag in flags]:
-        guess = f" It is for {' and '.join(owners)}."
+    if owners := [name for name, flags in by_command.items() if flag in flags]:
+        guess = f" It is for {', '.join(owners)}."
     return UsageError(f"unknown argument '{flag}'.{guess}", hint=f"all of them: fleetune {command} --help")
 
 

@@ -5,7 +5,7 @@
     class Method:
         K: int = setting(1024, "K", "directions in the pool")
 
-A `__post_init__` raises ValueError, in plain words, for values that do not go together.
+A `__post_init__` raises ValueError(*problems), in plain words, for values that do not go together.
 """
 
 from __future__ import annotations
@@ -75,13 +75,15 @@ def make(cls: type[T], name: str, values: Mapping[str, Any], *, hint: str) -> T:
             continue
         try:
             parsed[key] = _parse(value, known[key].type)
-        except ValueError:
+        except (ValueError, OverflowError):
             problems.append(f"{name}: {key} = {value!r} is not {_article(known[key].type)}")
     if not problems:
         try:
             return cls(**parsed)
-        except ValueError as error:  # a __post_init__ says what is wrong in plain words
-            problems.append(f"{name}: {error}")
+        except (
+            ValueError
+        ) as error:  # a __post_init__ says what is wrong in plain words, each problem an argument
+            problems.extend(f"{name}: {problem}" for problem in error.args or [error])
     raise RecipeError(problems, hint=hint)
 
 

@@ -141,7 +141,7 @@ class Pruner(Protocol):
         folder: Path,
         on_step: Callable[[int, int, float], None],
     ) -> Model:
-        """Return the trained model; resume from the checkpoint in `folder`.
+        """Return the trained model; resume from the checkpoint in `folder`, which is not that of `prune`.
 
         `on_step(step, steps, loss)` is called after every step.  It may raise Interrupted, which saves the step.
         """

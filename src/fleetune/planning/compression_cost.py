@@ -28,10 +28,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
+from fleetune.models.shapes import Linear, Shape
 from fleetune.planning import device_cost, workload
 from fleetune.planning.device_cost import FLOOR, KERNELS, PIECE
-from fleetune.planning.shapes import Linear, Shape
-from fleetune.planning.traffic import Module
 
 MATRICES: Final = 4.0  # copies of a matrix while it is solved: W, its transpose, what it was, the answer
 FACTORS: Final = 4.0  # copies of a Hessian: damped, lower factor, inverse, upper factor
@@ -87,7 +86,7 @@ def training(student: Shape, batch: int, length: int, beside: int) -> dict[str, 
     `beside` are the bytes of the other models in memory: a teacher, and what the student was made of.
     """
     work = workload.Workload(batch=batch, length=length)
-    return device_cost.memory(student, work, "full Adam", Module("", {})) | {"beside": beside}
+    return device_cost.memory(student, work, device_cost.COMPARISON["full Adam"]) | {"beside": beside}
 
 
 def training_disk(student: Shape, states: int) -> int:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device's round costs: peak memory, passes over the weights, seconds (`traffic` has the bytes sent).
+"""Estimate the peak memory and the seconds of a device's round (`traffic` has the bytes that it sends).
 
 Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batch * length tokens a step):
 
     floor        the process: Python, torch, transformers, the tokenizer, and what the method imports
     weights      P s
-    direction    zosgd's z, written out: P s once more
+    direction    of a method that writes its direction out: P s once more
     scratch      the piece of moved weights that a zeroth-order forward holds (`seeds/view.py`)
     activations  forward alone: the widest point of one layer, N s (3 I + 2 h) for a llama.  With
                  back-propagation: all that autograd keeps, over all layers, times `HEAP`
@@ -13,7 +13,7 @@ Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batc
     gradients    of what is trained
     optimizer    AdamW's two moments
     adapter      its own fp32 weights, and the copies on their way from and to the wire
-    lanczos      the vectors of FedPepTAO's measurement of curvature in its first rounds, which is its peak
+    lanczos      the vectors of a measurement of curvature, whose graph is then the peak
 
 The constants are measured; `benchmarks/plan_memory.py` holds the sums against real rounds.
 """
@@ -26,10 +26,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
-from fleetune.planning.shapes import Shape
-from fleetune.planning.traffic import Module
+from fleetune.models.dtypes import WEIGHTS
+from fleetune.models.shapes import Shape
 from fleetune.planning.workload import Workload
 from fleetune.seeds import kernel_choice
+from fleetune.tuning.footprint import Footprint, Module
 
 MIB: Final = 1 << 20
 
@@ -52,8 +53,11 @@ LOGITS_CHUNK: Final = 0.5  # what each further chunk leaves behind (freed blocks
 SWEEP: Final[Mapping[str, float]] = {"auto": 1.5, "numba": 1.5, "torch": 20.0}
 STORED: Final = 4.0  # ... and to write a direction out, and to add it twice, as so many more
 TOUCH: Final = 6  # a forward (or a backward) moves each kept activation through memory about so often
-FORWARD: Final = ("fedkseed", "mezo", "onebyte", "zosgd")  # every weight, without back-propagation
-COMPARISON: Final = ("inference", "full SGD", "full Adam")  # not methods of ours
+COMPARISON: Final[Mapping[str, Footprint]] = {  # rows of the table that are no methods
+    "inference": Footprint("none"),
+    "full SGD": Footprint("backward", moments=0),
+    "full Adam": Footprint("backward"),
+}
 
 
 class Rates(NamedTuple):
@@ -66,25 +70,27 @@ class Rates(NamedTuple):
 # Memory ---------------------------------------------------------------------------------------------
 
 
-def memory(shape: Shape, work: Workload, method: str, module: Module) -> dict[str, int]:
-    """Bytes of a device's peak by part (see the module's text), for a method with its module, or a comparison."""
-    kernels = KERNELS[kernel_choice.chosen_kernels()] * (method in (*FORWARD, "fwdllm"))
+def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:
+    """Return the bytes of a device's peak by part (see the module's text)."""
+    module = footprint.module
+    kernels = KERNELS[kernel_choice.chosen_kernels()] * (footprint.gradient == "two-point")
     imports = kernels + PEFT * bool(module.tensors)
     parts = {"floor": FLOOR + PIECE * shape.vocab + imports, "weights": shape.params * work.size}
-    if method not in (*FORWARD, "fwdllm", "inference"):
-        parts |= _backward(shape, work, method, module)
-        return parts | _curvature(shape, work, module) if module.lanczos else parts
+    if footprint.gradient == "backward":
+        parts |= _backward(shape, work, footprint)
+        return parts | _curvature(shape, work, footprint) if footprint.hessian_products else parts
     from fleetune.seeds.view import CHUNK
 
     n, s = work.tokens, work.size
-    if method == "zosgd":
+    moves_weights = footprint.gradient == "two-point" and not module.tensors
+    if footprint.stores_direction:
         parts["direction"] = parts["weights"]
-    if method in FORWARD:
+    if moves_weights:
         parts["scratch"] = min(CHUNK, shape.largest) * s
     if module.tensors:
         parts["adapter"] = COPIES * 4 * module.size
     narrow = s / 4 if s < 4 else 0.0  # logits come in the weights' type first
-    if method in FORWARD and not shape.labels:  # the head's weights go by in blocks
+    if moves_weights and not shape.labels:  # the head's weights go by in blocks
         logits = min(_logits(shape, work)[0], n * (CHUNK // shape.hidden) * 4) * (1 + narrow)
     else:
         logits = _logits(shape, work)[0] * (LOGITS_FORWARD + narrow)
@@ -99,13 +105,13 @@ def _logits(shape: Shape, work: Workload) -> tuple[int, float]:
     return min(whole, CHUNK_BYTES), max(1.0, whole / CHUNK_BYTES)
 
 
-def _backward(shape: Shape, work: Workload, method: str, module: Module) -> dict[str, int]:
-    own, weights = 4 * module.size, shape.params * work.size
+def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:
+    own, weights, moments = 4 * footprint.module.size, shape.params * work.size, footprint.moments
     if own:
-        parts = {"gradients": own, "optimizer": 2 * own, "adapter": COPIES * own}
+        parts = {"gradients": own, "optimizer": moments * own, "adapter": COPIES * own}
     else:
-        parts = {"gradients": weights, "optimizer": 2 * weights * (method == "full Adam")}
-    needed = activation_bytes(shape, work, module)
+        parts = {"gradients": weights, "optimizer": moments * weights}
+    needed = activation_bytes(shape, work, footprint.module)
     # gradients and moments fill what freed activations leave
     left = max(0.0, (HEAP - 1) * needed - parts["gradients"] - parts["optimizer"])
     chunk, chunks = _logits(shape, work)
@@ -114,7 +120,7 @@ def _backward(shape: Shape, work: Workload, method: str, module: Module) -> dict
 
 
 def activation_bytes(shape: Shape, work: Workload, module: Module) -> int:
-    """Bytes that autograd keeps between a step's forward and its backward, but for the logits."""
+    """Return the bytes that autograd keeps between a step's forward and its backward, but for the logits."""
     n, s = work.tokens, work.size
     total = n * (s * shape.kept + 4 * shape.norms)
     seen = work.length + module.tokens  # by each token
@@ -149,10 +155,11 @@ def _beside(work: Workload, module: Module, shape: Shape) -> int:
     return 4 * work.tokens * (into + module.rank * len(module.adapted))
 
 
-def _curvature(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
+def _curvature(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:
     """Bytes of the graph that Hessian products go through (a forward and its backward), and of their vectors."""
-    positions = work.batch if shape.labels else work.tokens
-    vectors = module.lanczos * 8 * 4 * (module.size - sum(math.prod(sizes) for sizes in shape.head.values()))
+    module, positions = footprint.module, work.batch if shape.labels else work.tokens
+    numbers = module.size - sum(math.prod(sizes) for sizes in shape.head.values())
+    vectors = footprint.hessian_products * 8 * 4 * numbers
     return {
         "activations": int(CURVED * activation_bytes(shape._replace(dropped=0), work, module)),
         "logits": int(LOGITS_CURVED * positions * shape.outputs * 4),
@@ -162,23 +169,20 @@ def _curvature(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
 
 # Time -----------------------------------------------------------------------------------------------
 
-# Times that a step goes through all weights: two forwards; a forward and a backward; and an update.
-PASSES: Final[Mapping[str, int]] = {"inference": 1, "full SGD": 3, "full Adam": 3}  # methods: 2
 
-
-def step_seconds(shape: Shape, work: Workload, method: str, rates: Rates, module: Module) -> float:
-    """Matrix products, and everything else as memory traffic."""
-    n, s = work.tokens, work.size
+def step_seconds(shape: Shape, work: Workload, footprint: Footprint, rates: Rates) -> float:
+    """Return the seconds of a step: matrix products, and everything else as memory traffic."""
+    n, s, module = work.tokens, work.size, footprint.module
     inner = sum(linear.out * linear.into for linear in shape.linears)
     scored = work.batch if shape.labels else n
     head = 2 * scored * shape.outputs * shape.hidden
     forward = 2 * n * inner + head + 4 * n * work.length * shape.hidden * shape.layers
     moved = TOUCH * n * s * (shape.kept + shape.norms) + 3 * scored * 4 * shape.outputs
     weights = shape.params * s
-    if method == "fwdllm":
-        return 2 * (forward / rates.flops + moved / rates.copy)
-    if method in FORWARD:
-        stored = STORED * weights * (method == "zosgd")
+    if footprint.gradient == "two-point":
+        if module.tensors:
+            return 2 * (forward / rates.flops + moved / rates.copy)
+        stored = STORED * weights * footprint.stores_direction
         sweep = SWEEP[kernel_choice.chosen_kernels()] * weights
         return 2 * forward / rates.flops + (2 * (moved + sweep) + stored) / rates.copy
     if module.tensors:
@@ -187,15 +191,15 @@ def step_seconds(shape: Shape, work: Workload, method: str, rates: Rates, module
         if module.dropout:
             moved += TOUCH * n * 4 * 2 * sum(x.into for x in module.adapted)
         return flops / rates.flops + (2 * moved + 7 * 4 * own) / rates.copy
-    update = {"full SGD": 2, "full Adam": 6}[method]
+    update = 2 + 2 * footprint.moments  # reads and writes of each weight
     return (3 * forward + head) / rates.flops + (2 * moved + update * weights) / rates.copy
 
 
 def calibrate(work: Workload) -> Rates:
-    """This machine's rates with torch's present number of threads and load: medians, in about 0.3 s."""
+    """Measure this machine's rates with torch's present number of threads and load: medians, in about 0.3 s."""
     import torch
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[work.dtype]
+    dtype = getattr(torch, WEIGHTS[work.dtype].full)
     rows, width = max(16, min(work.tokens, 1024)), 1024
     x, w = torch.zeros(rows, width, dtype=dtype), torch.zeros(width, width, dtype=dtype)
     product = _usual(lambda: torch.mm(x, w))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tuning a model will cost, from its configuration alone: memory, traffic, passes and time.
+"""Tabulate what tuning a model will cost, from its configuration alone: memory, traffic, passes and time.
 
-Nothing is loaded and nothing is downloaded but the configuration.  `shapes` says what of it matters, `costs`
-what that comes to; here it becomes a table, with what fits a device.  Traffic is what `messages.encode` makes
-of the methods' own payloads.  Time comes from a short measurement of this machine, so it is for devices like
-this one.
+Nothing is loaded and nothing is downloaded but the configuration.  A `Shape` is what of it matters, a method's
+`Footprint` is what a device does, `device_cost` and `traffic` are what that comes to; here it becomes a table, with
+what fits a device.  Traffic is what `messages.encode` makes of the methods' own payloads.  Time comes from a short
+measurement of this machine, so it is for devices like this one.
 
 State alone (weights, gradients, moments; no activations, no process) is the comparison of MeZO (arXiv
 2305.17333) and of Adam's 16 bytes a parameter: 14 GB to run LLaMA-7B in fp16, 112 GB to tune it with Adam.
@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Final
 
 from fleetune.common.display import human_bytes, human_count, human_time
 from fleetune.errors import FitError, UsageError
+from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.device_cost import Rates
-from fleetune.planning.shapes import Shape, shape_of
-from fleetune.planning.traffic import METHODS, traffic
-from fleetune.planning.traffic import module as modules
+from fleetune.planning.traffic import traffic
 from fleetune.planning.workload import Workload
+from fleetune.tuning import methods
+from fleetune.tuning.footprint import Footprint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -49,17 +50,17 @@ TIGHT: Final = 0.9  # fuller than this is a tight fit
 
 @dataclass(frozen=True)
 class Row:
-    """The costs of one way to use a model, a device and round; bytes and seconds."""
+    """The costs of one way to use a model, a device and round, in bytes and seconds; None where they are not known."""
 
     method: str
     note: str
     tunes: bool  # a method of `fleetune tune` (else a comparison)
-    peak: int
+    peak: int | None  # None: the method states no footprint
     parts: dict[str, int]  # what the peak is made of
-    trainable: int
+    trainable: int | None
     bytes_up: int | None
     bytes_down: int | None
-    passes: int  # times that a step goes through all weights
+    passes: int | None  # times that a step goes through all weights
     seconds: float | None  # computing; None for inference
     sending: float | None  # bytes_up at the stated uplink
     ram: int | None
@@ -67,12 +68,13 @@ class Row:
     @property
     def spare(self) -> int:
         """Bytes of the stated memory left over (negative: missing)."""
-        return (self.ram or self.peak) - self.peak
+        peak = self.peak or 0
+        return (self.ram or peak) - peak
 
     @property
     def fits(self) -> str:
-        """ "yes", "yes, tight" (within a tenth), or "no: 3.9 GB short"; "" when no memory was stated."""
-        if self.ram is None:
+        """ "yes", "yes, tight" (within a tenth), or "no: 3.9 GB short"; "" where the memory or the peak is not known."""
+        if self.ram is None or self.peak is None:
             return ""
         if self.spare < 0:
             return f"no: {human_bytes(-self.spare)} short"
@@ -90,7 +92,7 @@ def table(
     uplink: float | None = None,
     rates: Rates | None = None,
 ) -> list[Row]:
-    """The costs of every method and of the comparisons, on one device and for one of its rounds.
+    """Return the costs of every method and of the comparisons, on one device and for one of its rounds.
 
     A method is left out where it has no place on the model (query and value projections that are not found).
     `ram` in bytes, `uplink` in bytes a second.  `rates` None measures this machine, which takes some tenths
@@ -98,25 +100,43 @@ def table(
     """
     shape = shape_of(config)
     speed = rates or device_cost.calibrate(work)
-    weights = shape.params * work.size
-    rows = []
-    for name in (*METHODS, *device_cost.COMPARISON):
-        module = modules(shape, name)
-        if module is None:
-            continue
-        tunes, infers = name in METHODS, name == "inference"
-        up, down = traffic(shape, work, name) if tunes else (None, None) if infers else (weights, weights)
-        parts = device_cost.memory(shape, work, name, module)
-        trainable = 0 if infers else module.size or shape.params
-        seconds = None if infers else work.steps * device_cost.step_seconds(shape, work, name, speed, module)
-        sending = up / uplink if up is not None and uplink else None
-        rows.append(
-            Row(
-                name, module.note, tunes, sum(parts.values()), parts, trainable, up, down,
-                device_cost.PASSES.get(name, 2), seconds, sending, ram,
-            )
+
+    whole = shape.params * work.size
+
+    def row(name: str, footprint: Footprint, up: int | None, down: int | None) -> Row:
+        module, infers = footprint.module, footprint.gradient == "none"
+        parts = device_cost.memory(shape, work, footprint)
+        seconds = None if infers else work.steps * device_cost.step_seconds(shape, work, footprint, speed)
+        return Row(
+            name, module.note, name not in device_cost.COMPARISON, sum(parts.values()), parts,
+            0 if infers else module.size or shape.params, up, down, footprint.passes, seconds,
+            up / uplink if up is not None and uplink else None, ram,
         )  # fmt: skip
+
+    stated, unstated = _methods(shape, work)
+    rows = [row(name, footprint, *traffic(method, footprint)) for name, method, footprint in stated]
+    rows += [Row(name, "", True, None, {}, None, None, None, None, None, None, ram) for name in unstated]
+    for name, footprint in device_cost.COMPARISON.items():
+        sent = None if footprint.gradient == "none" else whole
+        rows.append(row(name, footprint, sent, sent))
     return rows
+
+
+def _methods(shape: Shape, work: Workload) -> tuple[list[tuple[str, methods.Method, Footprint]], list[str]]:
+    """(name, method, footprint) of all that have a place on a model, and the names of those that state no footprint.
+
+    Forward passes come before back-propagation, all weights before a module, then as methods are recommended.
+    """
+    found, unstated = [], []
+    for entry in methods.entries().values():
+        method = methods.sized(methods.make(entry.name, {}), work.steps, work.batch)
+        if not isinstance(method, methods.Planned):
+            unstated.append(entry.name)
+        elif (footprint := method.footprint(shape)) is not None:
+            backward, part = footprint.gradient == "backward", bool(footprint.module.tensors)
+            rank = (backward, part, entry.recommended or math.inf, entry.name)
+            found.append((rank, (entry.name, method, footprint)))
+    return [item for _, item in sorted(found, key=lambda pair: pair[0])], unstated
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,7 @@ class Plan:
     about: tuple[tuple[str, str], ...]  # (label, text): the model and the work
 
     def best(self) -> str:
-        """The method to begin with; FitError when none fits."""
+        """Return the method to begin with; FitError when none fits."""
         return best(self.rows)
 
 
@@ -139,7 +159,7 @@ def make(
     ram: int | None = None,
     uplink: float | None = None,
 ) -> Plan:
-    """The plan of a model; `ram` in bytes, `uplink` in bytes a second."""
+    """Plan a model; `ram` in bytes, `uplink` in bytes a second."""
     rows = table(config, work, ram=ram, uplink=uplink)
     return Plan(tuple(rows), tuple(describe(config, name, work, uplink=uplink)))
 
@@ -156,36 +176,37 @@ def cells(row: Row) -> list[str]:
     name = f"{row.method} ({row.note})" if row.note else row.method
     time = None if row.seconds is None else row.seconds + (row.sending or 0.0)
     shown = [name, human_bytes(row.peak), human_bytes(row.bytes_up), human_bytes(row.bytes_down)]
-    return [*shown, str(row.passes), human_time(time), *([row.fits] if row.ram is not None else [])]
+    passes = "-" if row.passes is None else str(row.passes)
+    return [*shown, passes, human_time(time), *([row.fits] if row.ram is not None else [])]
 
 
 def best(rows: Sequence[Row]) -> str:
-    """The method to begin with; FitError when none fits.
+    """Return the method to begin with; FitError when none fits.
 
-    An adapter that is back-propagated learns most from a step, so it is one of these, FedIT's on all layers
-    before FedPETuning's smaller one, where it fits with room to spare and is not longer at sending than at
-    computing; else FedKSeed (and MeZO where nothing but it fits).
+    Methods state an order in which they are recommended (`RECOMMENDED`): those that learn most from a step, where
+    they fit with room to spare and do not take longer to send than to compute.  Else the first that fits.
     """
-    fitting = [row for row in rows if row.tunes and row.spare >= 0]
+    known = [row for row in rows if row.tunes and row.peak is not None]
+    fitting = [row for row in known if row.spare >= 0]
     if not fitting:
-        least = min((row for row in rows if row.tunes), key=lambda row: row.peak)
+        least = min(known, key=lambda row: row.peak or 0)
         raise FitError(
             f"no method fits {human_bytes(least.ram)}: the smallest, {least.method}, needs {human_bytes(-least.spare)} "
             f"more ({human_bytes(least.peak)}, of which {human_bytes(least.parts['weights'])} are weights)",
             hint="--dtype bf16, a shorter --length, a smaller --batch, or a smaller model",
         )
-    for name in ("fedit", "fedpetuning"):
-        for row in fitting:
-            slow = (row.sending or 0.0) > (row.seconds or 0.0)
-            if row.method == name and row.fits != "yes, tight" and not slow:
-                return name
+    entries = methods.entries()
+    for row in sorted(fitting, key=lambda row: entries[row.method].recommended):
+        slow = (row.sending or 0.0) > (row.seconds or 0.0)
+        if entries[row.method].recommended and row.fits != "yes, tight" and not slow:
+            return row.method
     return fitting[0].method
 
 
 def describe(
     config: PretrainedConfig, name: str, work: Workload, *, uplink: float | None = None
 ) -> list[tuple[str, str]]:
-    """(label, text) lines over the table: model, work, the state alone of running and of tuning it, and time."""
+    """Return the (label, text) lines over the table: model, work, the state alone of running and tuning it, time."""
     shape = shape_of(config)
     adam, fp16 = state_bytes(shape.params, "adam"), state_bytes(shape.params, "inference")
     sending = f", and sending at {human_bytes(uplink)} a second" if uplink else ""
@@ -228,7 +249,7 @@ _RATE = re.compile(_NUMBER + r"([kKmMgG]i?)?(bits?|b|B)(?:/s|ps|/sec)\s*")
 
 
 def parse_bytes(text: str | None) -> int | None:
-    """A size as bytes: 4GB, 512 MB, 2GiB, 8e9.  None stays None; UsageError for anything else."""
+    """Parse a size as bytes: 4GB, 512 MB, 2GiB, 8e9.  None stays None; UsageError for anything else."""
     if text is None:
         return None
     found = _BYTES.fullmatch(text)
@@ -239,7 +260,7 @@ def parse_bytes(text: str | None) -> int | None:
 
 
 def parse_rate(text: str | None) -> float | None:
-    """A speed as bytes a second: 1Mbps, 500kbit/s, 2 MB/s (b is a bit, B a byte).  None stays None; UsageError else."""
+    """Parse a speed as bytes a second: 1Mbps, 500kbit/s, 2 MB/s (b is a bit, B a byte).  None stays None."""
     if text is None:
         return None
     found = _RATE.fullmatch(text)

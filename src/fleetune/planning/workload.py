@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from fleetune.errors import UsageError
-
-SIZES: Final[Mapping[str, int]] = {"fp32": 4, "bf16": 2, "fp16": 2}
+from fleetune.models.dtypes import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -25,8 +22,8 @@ class Workload:
         wrong = [n for n in ("batch", "length", "steps") if getattr(self, n) < 1]
         if wrong:
             raise UsageError(f"--{wrong[0]} {getattr(self, wrong[0])} must be at least 1")
-        if self.dtype not in SIZES:
-            raise UsageError(f"no dtype named '{self.dtype}'", hint="choose one of " + ", ".join(SIZES))
+        if self.dtype not in WEIGHTS:
+            raise UsageError(f"no dtype named '{self.dtype}'", hint="choose one of " + ", ".join(WEIGHTS))
 
     @property
     def tokens(self) -> int:
@@ -36,4 +33,4 @@ class Workload:
     @property
     def size(self) -> int:
         """Bytes of a weight."""
-        return SIZES[self.dtype]
+        return WEIGHTS[self.dtype].size

@@ -153,6 +153,7 @@ class TuneDone(Event):
     result: str  # the ledger, or the adapter directory
     result_bytes: int
     digest: str  # of the tuned weights or the adapter
+    entries: int | None = None  # of the ledger
     report: str | None = None
     t: float | None = None
 
@@ -464,12 +465,12 @@ class PlanRow(Event):
     method: str
     note: str
     tunes: bool  # a method of ours, not a comparison
-    peak: int
+    peak: int | None  # None, as trainable and passes: the method states no footprint
     parts: Mapping[str, int]
-    trainable: int
+    trainable: int | None
     bytes_up: int | None
     bytes_down: int | None
-    passes: int
+    passes: int | None
     seconds: float | None
     sending: float | None
     ram: int | None

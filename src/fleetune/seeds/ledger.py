@@ -26,10 +26,9 @@ from safetensors import SafetensorError, safe_open
 
 from fleetune.common.files import write_atomic
 from fleetune.errors import LedgerError
-from fleetune.seeds.noise import LAW_VERSION, Passes, passes
+from fleetune.seeds.noise import LAW_VERSION, LAWS, Passes, passes
 
 FORMAT = 1
-LAWS = ("rademacher", "pooled", "gaussian")
 
 
 @dataclass(frozen=True)

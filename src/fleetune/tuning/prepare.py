@@ -74,9 +74,7 @@ def check(recipe: Recipe) -> tuple[Entry, Method]:
     if problems:
         raise RecipeError(problems, hint=f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
-    if getattr(method, "start", "") == "eva":
-        # `init` reads these rows, but only after the model is loaded
-        data.read(getattr(method, "start_data", ""), limit=1, offline=True)
+    methods.check_files(method)
     return entry, method
 
 

@@ -20,7 +20,7 @@ from fleetune.errors import FleetError, MessageError
 from fleetune.runs.events import ClientReply, Recorded, RoundDone, round_evaluated
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
-from fleetune.tuning import checkpoint
+from fleetune.tuning import checkpoint, methods
 from fleetune.tuning.checkpoint import Totals
 from fleetune.tuning.fleets import Answer, Fleet
 from fleetune.tuning.messages import Message, Payload, ReplySpec, check, decode, encode
@@ -73,7 +73,7 @@ def run(
         run.checkpoint(0, checkpoint.encode(0, state, totals))
     for r in range(first + 1, plan.rounds + 1):
         began = time.monotonic()
-        kinds = _kinds(method, state)
+        kinds = methods.kinds_of(method, state)
         answers = _ReplyCheck([spec for _, spec in kinds], run, plan, r, hooks, fleet.rows)
         chosen = sample(len(fleet.rows), plan.participation, plan.seed, r)
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in kinds]
@@ -84,23 +84,16 @@ def run(
         totals.bytes_up += answers.bytes_up
         totals.bytes_down += answers.bytes_down
         totals.seconds += (seconds := time.monotonic() - began)
-        report = getattr(method, "report", None)
         hooks.emit(RoundDone(
             round=r, clients=len(chosen), accepted=answers.accepted, bytes_up=answers.bytes_up,
             bytes_down=answers.bytes_down, bytes_total=totals.bytes_up + totals.bytes_down,
-            seconds=round(seconds, 3), rss=rss(), report=(report(state) or None) if report else None,
+            seconds=round(seconds, 3), rss=rss(), report=methods.report_of(method, state) or None,
         ))  # fmt: skip
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
             hooks.emit(round_evaluated(r, hooks.evaluate(state)))
         run.checkpoint(r, checkpoint.encode(r, state, totals))
         fleet.forget_before(r + 1 - KEEP)
     return state, totals
-
-
-def _kinds(method: Method, state: Any) -> Sequence[tuple[Payload, ReplySpec]]:
-    """What is sent, and what is expected back: client c has the (c modulo their number)-th."""
-    kinds: Callable[[Any], Sequence[tuple[Payload, ReplySpec]]] | None = getattr(method, "kinds", None)
-    return kinds(state) if kinds else [(method.broadcast(state), method.expects(state))]
 
 
 def sample(clients: int, participation: float, seed: int, round: int) -> Sequence[int]:

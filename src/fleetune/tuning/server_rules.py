@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server does with the mean update of a round: one rule a few lines, numpy only.
+"""Step along the mean update of a round: plain averaging, momentum, FedAdagrad, FedYogi, FedAdam; numpy only.
 
 A round moves the model w by `Delta = mean_k w_k - w`.  Plain averaging takes it as it is; the others treat
 -Delta as a gradient (a "pseudo-gradient") and keep moments of it:
@@ -42,6 +42,10 @@ SECOND: Final[Mapping[str, Second]] = MappingProxyType(
         "adam": lambda v, d2, beta2: beta2 * v + (1 - beta2) * d2,
     }
 )
+
+
+# The adaptive rules' own learning rate for a ledger's sums of slopes: how far a direction's A_k moves a round, at most.
+SUMS_ETA: Final[Mapping[str, float]] = MappingProxyType({"adagrad": 0.1, "yogi": 0.1, "adam": 0.1})
 
 
 def check(rule: str, *, lr: float = 0.0, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> None:
@@ -87,6 +91,18 @@ def step(
             change = m / (np.sqrt(v) + tau)
         moved[name] = value.astype(np.float64) + eta * change
     return moved, kept
+
+
+def step_sums(
+    rule: str, mean: np.ndarray, moments: Mapping[str, np.ndarray], *, lr: float
+) -> tuple[np.ndarray, Tensors]:
+    """Return (step, moments): the rule's step along the mean of a round, for a ledger's sums of slopes float64[K].
+
+    `lr` 0 stands for the rule's own (`SUMS_ETA`, `ETA`).
+    """
+    zero = {"a": np.zeros(len(mean))}
+    moved, new = step(rule, zero, {"a": mean}, moments, lr=lr or SUMS_ETA.get(rule, 0.0))
+    return moved["a"], new
 
 
 def control(

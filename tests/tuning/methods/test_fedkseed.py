@@ -21,7 +21,7 @@ from fleetune.seeds.ledger import Ledger, load
 from fleetune.seeds.slots import layout
 from fleetune.seeds.view import View
 from fleetune.tuning.messages import LogCode, Message, Payload, check
-from fleetune.tuning.methods import Reply, make
+from fleetune.tuning.methods import Reply, _mixed, _pro, make
 from fleetune.tuning.methods._zeroth import UNITS, draw
 from fleetune.tuning.methods.fedkseed import Method, State
 
@@ -121,7 +121,8 @@ def test_a_devices_walk_is_algorithm_1_in_float64(changes: dict[str, Any]) -> No
         round=1, size=rng.uniform(0.0, 4.0, K), seen=np.ones(K, np.int64),
     )  # fmt: skip
     reply = harness.reply(harness.fleet(model, method), method, state, client=1, round=2)
-    p = method.probabilities(state) if method.pro else np.full(K, 1 / K)
+    p = method.probabilities(state)
+    p = np.full(K, 1 / K) if p is None else p
     if method.pro:
         assert p.max() > 1.5 * p.min()
     reference, unit = Reference(state.ledger.head.run_key), method.lr
@@ -280,7 +281,7 @@ def test_pro_draws_with_p_and_its_weights_make_the_mean_step_that_of_uniform_dra
     share = np.bincount(picks, minlength=K) / n
     assert np.abs((share - p) / np.sqrt(p * (1 - p) / n)).max() < 4.5  # standard deviations, of 64
     g = rng.normal(size=K) + 1.0
-    weights = np.array([tiny(pro=True).weight(p, k) for k in range(K)])
+    weights = _pro.weights(p, K)
     exact = float((p.astype(np.float64) * weights * g).sum())
     assert exact == pytest.approx(g.mean(), rel=1e-6)
     drawn = weights[picks] * g[picks]
@@ -317,13 +318,13 @@ def test_pro_learns_the_sizes_of_the_slopes_that_devices_saw(wire: str) -> None:
 def test_the_share_that_back_propagates_is_spread_over_the_clients() -> None:
     for percent in (0, 1, 10, 25, 29, 50, 57, 75, 100):  # 0.29 and 0.57 are not exact in binary
         method = tiny(backprop=percent / 100)
-        kinds = [method.back_propagates(c) for c in range(400)]
+        kinds = [_mixed.back_propagates(c, method.backprop) for c in range(400)]
         assert all(sum(kinds[: 100 * n]) == percent * n for n in (1, 2, 4))
         _, state = begun(method)
         specs = [spec for _, spec in method.kinds(state)]
         for c in range(100):
             assert ("projected" in specs[c % len(specs)].arrays) == kinds[c]
-    assert [tiny(backprop=0.5).back_propagates(c) for c in range(4)] == [False, True, False, True]
+    assert [_mixed.back_propagates(c, 0.5) for c in range(4)] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("wire", ["byte", "sums"])
@@ -342,7 +343,7 @@ def test_a_client_may_not_send_what_the_other_kind_sends(wire: str) -> None:
 def test_precision_is_one_over_the_variance() -> None:
     """Of a gradient, over the draw of the pool and of the walk: d (1/K + (1 - 1/K)/n) |g|^2, times 1 - O(1/d).
 
-    Checked by drawing; and mixing by `precision` beats mixing by rows and by either kind alone.
+    Checked by drawing; and mixing by weight beats mixing by rows and by either kind alone.
     """
     d, n, trials = 256, 12, 3000
     rng = np.random.default_rng(11)
@@ -360,9 +361,13 @@ def test_precision_is_one_over_the_variance() -> None:
     assert variance["walk"] == pytest.approx(size * (1 / K + (1 - 1 / K) / n), rel=0.1)
     walk = Payload({"codes": np.zeros(n, np.uint8)}, {"n": 10, "loss": 1.0})
     projected = Payload({"projected": np.zeros(K, np.uint8)}, {"n": 10, "loss": 1.0})
-    assert method.precision(projected) == 10
-    assert method.precision(walk) / 10 == pytest.approx((1 / K) / (1 / K + (1 - 1 / K) / n), rel=1e-12)
-    share = method.precision(walk) / (method.precision(walk) + 10)
+    weight = {
+        reply: _mixed.weight(payload, method.codec, K, mixed=True)
+        for reply, payload in (("projected", projected), ("walk", walk))
+    }
+    assert weight["projected"] == 10
+    assert weight["walk"] / 10 == pytest.approx((1 / K) / (1 / K + (1 - 1 / K) / n), rel=1e-12)
+    share = weight["walk"] / (weight["walk"] + 10)
     pairs = list(zip(errors["walk"], errors["projected"], strict=True))
     mixed = {s: float(np.mean([np.sum((s * w + (1 - s) * p) ** 2) for w, p in pairs]))
              for s in (0.0, share, 0.5, 1.0)}  # fmt: skip

@@ -182,11 +182,11 @@ def test_the_models_spectrum_and_change_are_the_explicit_hessians(batch: Batch) 
 def test_the_lipschitz_rule_on_a_worked_example() -> None:
     """Eigenvalues 0, 1, 2, 7, 8, 20 with L = 1: the first gap over 4 is 2 -> 7, so m = 3 of R = 6 may go."""
     spectrum = Spectrum(np.array([0.0, 1, 2, 7, 8, 20]), np.full(6, 1 / 6))
-    assert _layers.kept_by_gap(spectrum, 1.0) == pytest.approx(1 - 3 / 6)
-    assert _layers.kept_by_gap(spectrum, 1.25) == pytest.approx(1 - 5 / 6)  # 5 is not over 5; 8 -> 20 is
-    assert _layers.kept_by_gap(spectrum, 3.0) == 1.0  # no gap over 12: nothing may go
+    assert _layers.share_by_gap(spectrum, 1.0) == pytest.approx(1 - 3 / 6)
+    assert _layers.share_by_gap(spectrum, 1.25) == pytest.approx(1 - 5 / 6)  # 5 is not over 5; 8 -> 20 is
+    assert _layers.share_by_gap(spectrum, 3.0) == 1.0  # no gap over 12: nothing may go
     shares = Spectrum(spectrum.theta, np.array([0.5, 0.2, 0.1, 0.1, 0.05, 0.05]))
-    assert _layers.kept_by_gap(shares, 1.0) == pytest.approx(1 - 0.8)
+    assert _layers.share_by_gap(shares, 1.0) == pytest.approx(1 - 0.8)
 
 
 def published_plateau(theta: np.ndarray, share: np.ndarray) -> float:
@@ -219,7 +219,7 @@ def published_plateau(theta: np.ndarray, share: np.ndarray) -> float:
 )
 def test_the_plateau_is_the_published_codes(theta: list[float], kept: float) -> None:
     values, share = np.array(theta), np.full(len(theta), 1 / len(theta))
-    found = _layers.kept_by_plateau(Spectrum(values, share))
+    found = _layers.share_by_plateau(Spectrum(values, share))
     assert found == pytest.approx(published_plateau(values, share), abs=5e-3)
     assert found == pytest.approx(kept, abs=5e-3)
 
@@ -229,8 +229,8 @@ def test_what_is_kept_is_a_share_whatever_the_rounding() -> None:
     for _ in range(200):
         share = rng.random(50)
         found = Spectrum(np.sort(rng.random(50) + 0.5), share / share.sum())
-        assert 0 <= _layers.kept_by_plateau(found) <= 1
-        assert 0 <= _layers.kept_by_gap(found, 1e-3) <= 1
+        assert 0 <= _layers.share_by_plateau(found) <= 1
+        assert 0 <= _layers.share_by_gap(found, 1e-3) <= 1
 
 
 def test_shares_become_layers_that_are_enough() -> None:

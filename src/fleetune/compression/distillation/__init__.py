@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a student on a teacher: divergences, rewards, and the state that resumes."""
+"""Train a student on a teacher: the student, divergences and rewards."""

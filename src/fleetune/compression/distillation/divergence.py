@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a student's next-token distributions are from a teacher's, and how likely it is to write what stands there.
+"""Compute the divergence of a student's next-token distributions from a teacher's, and log-probabilities of answers.
 
-The divergence is GKD's (arXiv 2306.13649, section 3.1; see `gkd.py`).  Of the logits only a chunk of tokens is there at a
-time; for the gradient each chunk is made again.
+The divergence is that of arXiv 2306.13649, section 3.1.  Logits are computed for a chunk of tokens at a time, and again
+for the gradient.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from fleetune.data.encode import MASKED, Batch
 from fleetune.evaluation.losses import CHUNK_BYTES, predictors
 
-Predictors = tuple[Tensor, Callable[[Tensor], Tensor]]  # what `losses.predictors` gives
+Predictors = tuple[Tensor, Callable[[Tensor], Tensor]]  # the result of `losses.predictors`
 
 
 def divergence(Q: Tensor, P: Tensor, beta: float) -> Tensor:
-    """D of each row, in nats, from logits [n, V] of student Q and teacher P: float32 [n] (float64 stays)."""
+    """Return D of each row, in nats, from logits [n, V] of student Q and teacher P: float32 [n] (float64 stays)."""
     q, p = (logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1) for logits in (Q, P))
     if beta == 0:
         return _kl(p, q)
@@ -40,29 +40,28 @@ def _kl(a: Tensor, b: Tensor) -> Tensor:
 def divergences(
     student: Predictors, teacher: nn.Module, batch: Batch, beta: float, *, chunk: int = 0
 ) -> Tensor:
-    """D of each of the batch's N scored tokens, `chunk` of them at a time (0: by memory): float32 [N].
+    """Return D of each of the batch's N scored tokens, float32 [N], `chunk` tokens at a time (0: by memory).
 
-    `student` is what its `predictors` gave.  With gradients enabled the result can be back-propagated to it; nothing
-    goes to the teacher.
+    With gradients enabled the result can be back-propagated to the student; the teacher gets no gradient.
     """
     head = student[1]
     with torch.no_grad():
-        known, teach = predictors(teacher, batch)
+        hidden, teacher_head = predictors(teacher, batch)
 
-    def compare(rows: Tensor, known: Tensor) -> Tensor:
+    def compare(rows: Tensor, hidden: Tensor) -> Tensor:
         with torch.no_grad():
-            P = teach(known)
+            P = teacher_head(hidden)
         Q = head(rows)
         V = min(P.shape[-1], Q.shape[-1])
         return divergence(Q[:, :V], P[:, :V], beta)
 
-    return _chunked(compare, student, known, chunk)
+    return _chunked(compare, student, hidden, chunk)
 
 
 def log_probs(student: Predictors, batch: Batch, temperature: float, *, chunk: int = 0) -> Tensor:
-    """log of the probability with which each of the N scored tokens is written at `temperature`: float32 [N].
+    """Return the log-probability of each of the N scored tokens at `temperature`: float32 [N].
 
-    As `divergences`, it can be back-propagated.
+    Like `divergences`, it can be back-propagated.
     """
     head, labels = student[1], batch.labels[:, 1:]
 
@@ -77,14 +76,16 @@ def log_probs(student: Predictors, batch: Batch, temperature: float, *, chunk: i
 def _chunked(
     function: Callable[[Tensor, Tensor], Tensor], student: Predictors, other: Tensor, chunk: int
 ) -> Tensor:
-    """`function(rows, other)` [N], a chunk at a time; for a gradient each is made again rather than kept."""
+    """Return `function(rows, other)` [N], a chunk at a time; each is computed again for the gradient, not stored."""
     rows, head = student
-    # A chunk's backward pass has some 20 arrays [chunk, V] alive, so each is a quarter of what a lone loss may take.
+    # The backward pass of a chunk has some 20 arrays [chunk, V] alive, so a chunk is a quarter of a plain loss's.
     size = chunk or max(1, CHUNK_BYTES // (16 * head(rows[:0]).shape[-1]))
     pieces = [(rows[a : a + size], other[a : a + size]) for a in range(0, max(1, len(rows)), size)]
     if not torch.is_grad_enabled():
         return torch.cat([function(*piece) for piece in pieces])
-    return torch.cat([
-        cast(Tensor, checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False))
-        for piece in pieces
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            cast(Tensor, checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False))
+            for piece in pieces
+        ]
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an answer is worth, and how a model learns to write answers that are worth more.
+"""Score answers with a reward, and train a model to write better ones (REINFORCE).
 
 | name | reward |
 |---|---|
@@ -8,15 +8,15 @@
 | rouge_l | Rouge-L F1, 0 to 1 |
 | `package.module:function`, `file.py:function` | what `function(prompt, answer, reference)` returns |
 
-All three are texts without special tokens: the prompt as the chat template writes it, the answer up to its end, the
-data's own answer.  A function of one's own must be deterministic for a training to go on bit for bit, and a training
-has the same one from its first step to its last, whatever becomes of the file; it is code that runs here: take its path
-from the user of this machine, never from a peer.
+The three arguments are texts without special tokens: the prompt as the chat template writes it, the answer up to its
+end, and the data's own answer.  A function of your own must be deterministic if a resumed training is to end with the
+same bits.  It is loaded once: later changes of the file do not reach a running training.  It is code that runs here, so
+take its path only from the user of this machine, never from a peer.
 
-The gradient is REINFORCE's (Williams 1992): that of mean over rows of (r - b) log p(answer | prompt), where r - b is a
-number.  The baseline b is the mean reward of the *other* answers to the same prompt or, where each prompt has one, of
-the other rows.  It does not depend on the answer that it is set against, so that the expectation of the gradient is
-exactly that of the mean expected reward; the mean with the own reward in it would shrink it by 1 - 1 / n.
+The gradient is that of REINFORCE (Williams 1992): of the mean over rows of (r - b) log p(answer | prompt), with the
+advantage r - b a constant.  The baseline b is the mean reward of the *other* answers to the same prompt or, with one
+answer a prompt, of the other rows.  It does not depend on the answer it is subtracted from, so the expected gradient is
+exactly that of the mean expected reward.  A mean that includes the answer's own reward would shrink it by 1 - 1 / n.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ SHOWN = 80  # characters of a prompt and of an answer in an error
 
 
 def get(name: str) -> Reward:
-    """The reward of that name (see the module's table), or the function at that import path.
+    """Return the reward of that name (see the module's table), or the function at that import path.
 
-    RecipeError when there is none, or the path cannot be imported or is not callable.
+    RecipeError when there is none, or when the path cannot be imported or is not callable.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -54,9 +54,9 @@ def get(name: str) -> Reward:
 
 
 def source_digest(name: str, reward: Reward) -> str:
-    """SHA-256 of the file that the function of that name is written in.
+    """Return the SHA-256 of the file that defines a reward function.
 
-    "" for a measure of ours, and where there is no such file (compiled code): the name is all that is known then.
+    "" for a built-in reward, and where there is no such file (compiled code).
     """
     if name in BUILT_IN:
         return ""
@@ -89,9 +89,9 @@ def rewards(
     answers: Sequence[np.ndarray],
     references: Sequence[np.ndarray],
 ) -> np.ndarray:
-    """What the reward of that name gives each answer (token ids, all three): float64 [n].
+    """Return the reward of each answer, float64 [n]; prompts, answers and references are token ids.
 
-    RecipeError that shows the row where the function fails or what it returns is not a finite number.
+    RecipeError, which shows the row, where the function fails or returns something that is not a finite number.
     """
     found = []
     for ids, answer, reference in zip(prompts, answers, references, strict=True):
@@ -113,10 +113,10 @@ def rewards(
 
 
 def advantages(rewards: np.ndarray, samples: int) -> np.ndarray:
-    """Each reward less the mean of the others of its group: float64 [n].
+    """Subtract from each reward the mean of the others in its group: float64 [n].
 
-    A group is the `samples` answers to one prompt, which follow one another, or all n where there is one each.  A
-    reward that has no others is left as it is.
+    A group is the `samples` answers to one prompt, which follow one another, or all n answers with one a prompt.  A
+    reward alone in its group is returned as it is.
     """
     groups = rewards.reshape(-1, samples) if samples > 1 else rewards.reshape(1, -1)
     others = groups.shape[1] - 1
@@ -127,10 +127,10 @@ def advantages(rewards: np.ndarray, samples: int) -> np.ndarray:
     return found
 
 
-def reinforce_objective(log_p: Tensor, batch: Batch, gains: np.ndarray) -> Tensor:
-    """Mean over the batch's rows of gain times log p of the answer, from log p of its N tokens: a scalar.
+def reinforce_objective(log_p: Tensor, batch: Batch, advantages: np.ndarray) -> Tensor:
+    """Return the mean over the rows of advantage times log p of the answer, from log p of the N tokens: a scalar.
 
-    Its gradient is REINFORCE's estimate of that of the mean expected reward.
+    Its gradient is the REINFORCE estimate of the gradient of the mean expected reward.
     """
     row = (batch.labels[:, 1:] != MASKED).nonzero()[:, 0]
-    return (torch.from_numpy(gains).to(log_p)[row] * log_p).sum() / len(batch.labels)
+    return (torch.from_numpy(advantages).to(log_p)[row] * log_p).sum() / len(batch.labels)

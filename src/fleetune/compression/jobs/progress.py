@@ -71,6 +71,6 @@ def check_disk(folder: Path, need: int, what: str) -> None:
 
 def weight_bytes(model: Model) -> int:
     """The size of a model's weights in the type that they are loaded in."""
-    from fleetune.planning.workload import SIZES
+    from fleetune.models.dtypes import WEIGHTS
 
-    return model.n_params * SIZES[model.dtype]
+    return model.n_params * WEIGHTS[model.dtype].size

@@ -29,8 +29,8 @@ from fleetune.runs.listener import Listener
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fleetune.compression.layerwise.driver import Block, Parts
-    from fleetune.compression.layerwise.federated import Clients, Reply
+    from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks
+    from fleetune.compression.layerwise.federated import ClientHessians, HessianReply
     from fleetune.models.artefact import ArtefactHead
     from fleetune.planning.compression_cost import CompressionSize
 
@@ -49,7 +49,7 @@ class SolveJob:
     inputs: Inputs
     calibration: Tensor | None
     shares: Mapping[int, Tensor]  # whose windows they are, where clients calibrate
-    replies: list[Reply] = field(default_factory=list)  # of these clients, as they come
+    replies: list[HessianReply] = field(default_factory=list)  # of these clients, as they come
 
     def about(self) -> list[tuple[str, str]]:
         """What it works with and what that takes, for the header."""
@@ -67,19 +67,19 @@ class SolveJob:
     @cached_property
     def memory(self) -> int:
         """Bytes of the peak, as planned."""
+        from fleetune.models.shapes import shape_of
         from fleetune.planning import compression_cost
-        from fleetune.planning.shapes import shape_of
 
         return sum(compression_cost.memory(shape_of(self.inputs.model.net.config), self.cost).values())
 
     @property
     def cost(self) -> CompressionSize:
         """What the costs depend on."""
-        from fleetune.planning.workload import SIZES
+        from fleetune.models.dtypes import WEIGHTS
 
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
         return size_of(self.solver, count, length)._replace(
-            size=SIZES[self.inputs.model.dtype], low_memory=self.request.low_memory,
+            size=WEIGHTS[self.inputs.model.dtype].size, low_memory=self.request.low_memory,
             measured=self.inputs.measured, clients=len(self.shares), together=self.request.true_sequential,
             heads=_written_heads(self.inputs.model.net.config),
         )  # fmt: skip
@@ -121,7 +121,7 @@ def prepare(request: CompressRequest, solver: Solver, inputs: Inputs, listener: 
     return SolveJob(request, solver, inputs, calibration, shares)
 
 
-def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> Parts:
+def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> FinishedBlocks:
     """Solve the blocks of the job's model; those that `folder` holds are not solved again.
 
     `resume_command` is shown after Ctrl-C (Interrupted).  UsageError when the blocks in `folder` were made of other
@@ -165,8 +165,8 @@ def _check_origin(job: SolveJob, parts: Path) -> None:
     write_atomic(file, own)
 
 
-def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | Clients | None:
-    from fleetune.compression.layerwise.federated import WARNING, Clients
+def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | ClientHessians | None:
+    from fleetune.compression.layerwise.federated import WARNING, ClientHessians
 
     if not job.shares:
         return job.calibration
@@ -175,7 +175,7 @@ def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | Clients 
     gone = {reply.client for reply in job.replies if reply.reason}
     left = {client: own for client, own in job.shares.items() if client not in gone}
 
-    def on_reply(reply: Reply) -> None:
+    def on_reply(reply: HessianReply) -> None:
         listener.event(CalibrationReply(**asdict(reply)))
         if reply.reason:
             listener.note(f"block {reply.block + 1}: client {reply.client} is left out: {reply.reason}")
@@ -184,17 +184,17 @@ def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | Clients 
             file.write(json.dumps(asdict(reply)) + "\n")
 
     listener.note(WARNING)
-    return Clients(job.inputs.model, left or job.shares, parts, on_reply)
+    return ClientHessians(job.inputs.model, left or job.shares, parts, on_reply)
 
 
-def _earlier(log: Path) -> list[Reply]:
+def _earlier(log: Path) -> list[HessianReply]:
     """Read the replies before a stop: what they sent counts, and a client that was left out stays out."""
-    from fleetune.compression.layerwise.federated import Reply
+    from fleetune.compression.layerwise.federated import HessianReply
 
-    found = list[Reply]()
+    found = list[HessianReply]()
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
         with suppress(ValueError, TypeError):  # cut short by a kill
-            found.append(Reply(**json.loads(line)))
+            found.append(HessianReply(**json.loads(line)))
     return found
 
 
@@ -213,8 +213,8 @@ def head(job: SolveJob) -> ArtefactHead:
 
 def _check_room(listener: Listener, job: SolveJob, folder: Path) -> None:
     """A note when memory is short; StorageError when the disk is."""
+    from fleetune.models.shapes import shape_of
     from fleetune.planning import compression_cost
-    from fleetune.planning.shapes import shape_of
 
     ways = [] if job.request.low_memory else ["with --low-memory"]
     ways += ["without --true-sequential"] if job.request.true_sequential else []
@@ -260,7 +260,7 @@ def _traffic(listener: Listener, job: SolveJob) -> dict[str, int]:
     return {"bytes_up": up, "bytes_down": down}
 
 
-def _report_block(listener: Listener, block: Block, blocks: int) -> None:
+def _report_block(listener: Listener, block: BlockResult, blocks: int) -> None:
     errors = _errors([block])
     matrices = [MatrixSolved(name=m.name, error=m.error, notes=list(m.notes)) for m in block.matrices]
     listener.event(BlockSolved(block=block.number, blocks=blocks, seconds=block.seconds, matrices=matrices))
@@ -275,12 +275,12 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _errors(blocks: Sequence[Block]) -> list[float]:
+def _errors(blocks: Sequence[BlockResult]) -> list[float]:
     """Those of the layers that anything has reached."""
     return [m.error for b in blocks for m in b.matrices if not math.isnan(m.error)]
 
 
-def _notes(blocks: Sequence[Block]) -> dict[str, list[str]]:
+def _notes(blocks: Sequence[BlockResult]) -> dict[str, list[str]]:
     return {m.name: list(m.notes) for b in blocks for m in b.matrices if m.notes}
 
 
@@ -293,7 +293,7 @@ def _calibration(job: SolveJob) -> dict[str, Any]:
     return {"windows": count, "length": length, "sha256": hashlib.sha256(tokens).hexdigest(), **how}
 
 
-def _after(inputs: Inputs, parts: Parts) -> dict[str, float]:
+def _after(inputs: Inputs, parts: FinishedBlocks) -> dict[str, float]:
     from fleetune.compression.layerwise import driver
     from fleetune.models.artefact import dense
     from fleetune.models.paged import pages_of
@@ -305,5 +305,5 @@ def _after(inputs: Inputs, parts: Parts) -> dict[str, float]:
         pages.changed = lambda name: dense(parts[name]) if name in parts else None
         return inputs.measure(model)
     linears = {name: m for _, found in driver.linears_of(model) for name, m in found.items()}
-    with driver.placed(linears, parts):
+    with driver.compressed_weights(linears, parts):
         return inputs.measure(model)

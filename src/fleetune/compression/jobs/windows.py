@@ -35,7 +35,7 @@ def windows(request: CompressRequest, inputs: Inputs, listener: Listener) -> Ten
         )
     else:
         listener.note(f"no calibration text is given: the model writes {request.windows} windows itself")
-        return driver.written(model, request.length, request.windows, request.seed)
+        return driver.sampled_windows(model, request.length, request.windows, request.seed)
     return driver.windows(ids, request.length, request.windows)
 
 

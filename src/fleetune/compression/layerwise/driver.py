@@ -19,102 +19,24 @@ The Hessians come from a `HessianSource`: from windows on this machine (`activat
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from fleetune.common.files import write_atomic
 from fleetune.compression import Solved, Solver
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates
+from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks, MatrixResult
 from fleetune.compression.layerwise.hessian import share, trace
 from fleetune.errors import DataError, RecipeError
-from fleetune.models.artefact import Quantised, dense, stored, unpack
+from fleetune.models.artefact import Quantised, dense
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
 from fleetune.models.paged import in_memory
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """The result of one linear layer."""
-
-    name: str
-    error: float  # ||WX - QX||^2 / ||WX||^2 on the calibration windows; NaN without windows
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Block:
-    """The result of one decoder block."""
-
-    number: int
-    matrices: tuple[Matrix, ...]
-    seconds: float
-
-
-def part(folder: Path, number: int) -> Path:
-    """Return the file of a finished block."""
-    return folder / f"block-{number:04d}.safetensors"
-
-
-class Parts(Mapping[str, "Quantised | Tensor"]):
-    """The weights of finished blocks by parameter name, read from disk on access."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        # by parameter name: (block, (bits, group, columns) or None for floats)
-        self._where: dict[str, tuple[int, tuple[int, int, int] | None]] = {}
-        self.blocks: list[Block] = []
-
-    def open(self, number: int) -> bool:
-        """Add the file of a block; False when it is missing or damaged."""
-        try:
-            with safe_open(part(self.folder, number), framework="pt") as opened:
-                head = json.loads((opened.metadata() or {})["block"])
-        except (OSError, SafetensorError, KeyError, ValueError):
-            return False
-        for name, grid in head["weights"].items():
-            self._where[name] = (number, None if grid is None else tuple(grid))
-        matrices = (Matrix(n, float(e), tuple(notes)) for n, e, notes in head["matrices"])
-        self.blocks.append(Block(number, tuple(matrices), head["seconds"]))
-        return True
-
-    def put(self, block: Block, weights: Mapping[str, Quantised | Tensor]) -> None:
-        """Write a finished block.  StorageError when it cannot be written."""
-        grids = {
-            n: (w.bits, w.group, w.codes.shape[1]) if isinstance(w, Quantised) else None
-            for n, w in weights.items()
-        }
-        matrices = [[m.name, m.error, m.notes] for m in block.matrices]
-        head = json.dumps({"weights": grids, "matrices": matrices, "seconds": block.seconds})
-        tensors = {k: v for n, w in weights.items() for k, v in stored(n, w).items()}
-        write_atomic(part(self.folder, block.number), save(tensors, metadata={"format": "pt", "block": head}))
-        self.open(block.number)
-
-    def __getitem__(self, name: str) -> Quantised | Tensor:
-        number, grid = self._where[name]
-        with safe_open(part(self.folder, number), framework="pt") as opened:
-            if grid is None:
-                floats: Tensor = opened.get_tensor(name)
-                return floats
-            bits, group, columns = grid
-            codes, scale, zero = (opened.get_tensor(f"{name}.{x}") for x in ("codes", "scale", "zero"))
-            return Quantised(unpack(codes, bits, columns), scale, zero, bits, group)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
 
 
 def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
@@ -166,7 +88,7 @@ def windows(ids: Sequence[np.ndarray], length: int, count: int) -> Tensor:
 
 
 @torch.inference_mode()
-def written(model: Model, length: int, count: int, seed: int) -> Tensor:
+def sampled_windows(model: Model, length: int, count: int, seed: int) -> Tensor:
     """Sample calibration windows from the model itself, int64 [count, length], so that no text is needed.
 
     Sampling starts at the token that begins a text and continues after every end of a text.
@@ -178,9 +100,16 @@ def written(model: Model, length: int, count: int, seed: int) -> Tensor:
         for first in range(0, count, 8):
             begin = torch.full((min(8, count - first), 1), start, device=model.device)
             out = model.net.generate(
-                begin, attention_mask=torch.ones_like(begin), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-                min_new_tokens=length - 1, max_new_tokens=length - 1, pad_token_id=start,
-            )  # fmt: skip
+                begin,
+                attention_mask=torch.ones_like(begin),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+                pad_token_id=start,
+            )
             rows.append(out.cpu())
     return torch.cat(rows)
 
@@ -192,10 +121,10 @@ def run(
     calibration: Tensor | HessianSource | None,
     folder: Path,
     on_matrix: Callable[[int, int, str], None] = lambda block, blocks, name: None,
-    on_block: Callable[[Block, int], None] = lambda block, blocks: None,
+    on_block: Callable[[BlockResult, int], None] = lambda block, blocks: None,
     *,
     true_sequential: bool = False,
-) -> Parts:
+) -> FinishedBlocks:
     """Compress every block of `model`; blocks that are finished in `folder` are read from there.
 
     calibration: int64 [N, length] windows of tokens, or another source of Hessians; None for a solver without data.
@@ -205,31 +134,36 @@ def run(
     if true_sequential and not isinstance(calibration, Tensor):
         raise ValueError("true_sequential is for windows; a source has an order of its own")
     folder.mkdir(parents=True, exist_ok=True)
-    parts, blocks = Parts(folder), linears_of(model)
+    parts, blocks = FinishedBlocks(folder), linears_of(model)
     source = (
         HiddenStates(model, calibration, true_sequential) if isinstance(calibration, Tensor) else calibration
     )
     placing = isinstance(source, HiddenStates) and source.true_sequential
     for number, (block, linears) in enumerate(blocks):
-        with in_memory(model, block), restored(linears):
+        with in_memory(model, block), restored_weights(linears):
             if not (found := parts.open(number)):
                 on_name = functools.partial(on_matrix, number, len(blocks))
                 _solve_block(solver, number, linears, source, parts, on_name, placing)
             on_block(parts.blocks[-1], len(blocks))
             if source and number + 1 < len(blocks):
                 if found or not placing:
-                    place(linears, parts)
+                    place_weights(linears, parts)
                 source.advance(number)
     return parts
 
 
 def _solve_block(
-    solver: Solver, number: int, linears: Mapping[str, nn.Linear], source: HessianSource | None, parts: Parts,
-    on_name: Callable[[str], None], placing: bool,
-) -> None:  # fmt: skip
+    solver: Solver,
+    number: int,
+    linears: Mapping[str, nn.Linear],
+    source: HessianSource | None,
+    parts: FinishedBlocks,
+    on_name: Callable[[str], None],
+    placing: bool,
+) -> None:
     """Solve a block and write it; with `placing` each layer gets its compressed weights as soon as it is solved."""
     began = time.monotonic()
-    weights, matrices = dict[str, Quantised | Tensor](), list[Matrix]()
+    weights, matrices = dict[str, Quantised | Tensor](), list[MatrixResult]()
 
     def solve(name: str, H: Tensor | None) -> None:
         on_name(name)
@@ -245,18 +179,18 @@ def _solve_block(
     for name in linears:
         if f"{name}.weight" not in weights:  # no window used it, or the solver needs no data
             solve(name, None)
-    parts.put(Block(number, tuple(matrices), round(time.monotonic() - began, 3)), weights)
+    parts.put(BlockResult(number, tuple(matrices), round(time.monotonic() - began, 3)), weights)
 
 
 def _solve_layer(
     solver: Solver, name: str, linear: nn.Linear, H: Tensor | None
-) -> tuple[Quantised | Tensor, Matrix]:
+) -> tuple[Quantised | Tensor, MatrixResult]:
     W = linear.weight.detach().float().cpu()
     C = W.shape[1]
     solved = solver.solve(W, torch.zeros(C, C) if H is None else H)
     error = float("nan") if H is None else share(_loss(W, solved, H), trace(W, H))
     weight = solved.weight if isinstance(solved.weight, Quantised) else solved.weight.to(linear.weight.dtype)
-    return weight, Matrix(name, error, solved.notes)
+    return weight, MatrixResult(name, error, solved.notes)
 
 
 def _loss(W: Tensor, solved: Solved, H: Tensor) -> float:
@@ -264,7 +198,7 @@ def _loss(W: Tensor, solved: Solved, H: Tensor) -> float:
 
 
 @contextmanager
-def restored(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
+def restored_weights(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
     """Restore the weights of the linear layers afterwards."""
     before = {name: linear.weight.data for name, linear in linears.items()}
     try:
@@ -274,15 +208,17 @@ def restored(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
             linear.weight.data = before[name]
 
 
-def place(linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor]) -> None:
+def place_weights(linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor]) -> None:
     """Give the linear layers their compressed weights."""
     for name, linear in linears.items():
         linear.weight.data = dense(parts[f"{name}.weight"]).to(linear.weight)
 
 
 @contextmanager
-def placed(linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor]) -> Iterator[None]:
+def compressed_weights(
+    linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor]
+) -> Iterator[None]:
     """Give the linear layers their compressed weights while the block runs."""
-    with restored(linears):
-        place(linears, parts)
+    with restored_weights(linears):
+        place_weights(linears, parts)
         yield

@@ -15,7 +15,7 @@ The server adds in float64, in the order of the clients, and rounds once.  So th
 up to the rounding of sums in float32 (with one device bit for bit).  A reply that is damaged, not finite or not as agreed
 is refused, and its device is left out from then on; the other devices continue.
 
-`Clients` simulates the devices one after the other with one model.  A device's hidden states wait on disk, so memory
+`ClientHessians` simulates the devices one after the other with one model.  A device's hidden states wait on disk, so memory
 does not grow with the number of devices.
 
 The sums are private data: the rows of X can be recovered from X X^T when there are few of them.  On a real fleet, add
@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fleetune.compression.layerwise.activations import HiddenStates, SolveLayer
-from fleetune.compression.layerwise.driver import part
+from fleetune.compression.layerwise.blocks import block_file
 from fleetune.errors import FleetError, FleetuneError, MessageError
 from fleetune.models.model import Model
 from fleetune.tuning.messages import Message, Payload, decode, encode
@@ -47,7 +47,7 @@ WARNING: Final = (
 
 
 @dataclass(frozen=True)
-class Reply:
+class HessianReply:
     """A device's answer for a block, as it is reported."""
 
     block: int
@@ -58,11 +58,15 @@ class Reply:
     reason: str
 
 
-class Clients:
+class ClientHessians:
     """Hessians from simulated devices, one after the other."""
 
     def __init__(
-        self, model: Model, windows: Mapping[int, Tensor], folder: Path, on_reply: Callable[[Reply], None]
+        self,
+        model: Model,
+        windows: Mapping[int, Tensor],
+        folder: Path,
+        on_reply: Callable[[HessianReply], None],
     ) -> None:
         """windows: int64 [n, length] by client, the same length for all.  `folder` holds the finished blocks."""
         self.base = bytes.fromhex(model.digest)[:8]
@@ -97,7 +101,7 @@ class Clients:
             else:
                 reason = ""
             status = "refused" if reason else "ok"
-            self.on_reply(Reply(number, client, len(data), self._down, status, reason))
+            self.on_reply(HessianReply(number, client, len(data), self._down, status, reason))
         if not self.tokens:
             raise FleetError(
                 f"no device is left in block {number}; the last: {reason}",
@@ -129,16 +133,21 @@ class Clients:
 
     def block(self, number: int) -> bytes:
         """Return the message with a compressed block, encoded as in the artefact."""
-        tensors = load_file(part(self.folder, number))
+        tensors = load_file(block_file(self.folder, number))
         arrays = {
             n: (t.view(torch.uint16) if t.dtype is torch.bfloat16 else t).numpy() for n, t in tensors.items()
         }
         return encode(Message(number, self.base, Payload(arrays)))
 
     def _add(
-        self, total: dict[str, Tensor], shared: dict[str, str], message: Message, client: int, number: int,
+        self,
+        total: dict[str, Tensor],
+        shared: dict[str, str],
+        message: Message,
+        client: int,
+        number: int,
         linears: Mapping[str, nn.Linear],
-    ) -> dict[str, str]:  # fmt: skip
+    ) -> dict[str, str]:
         """Add a reply to the sums, and return which layer shares which sums.  MessageError before anything is added."""
         if (message.round, message.base) != (number, self.base):
             raise MessageError(

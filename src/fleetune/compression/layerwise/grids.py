@@ -107,19 +107,23 @@ def _significant(scale: Tensor) -> Tensor:
     return torch.round(scale / step) * step
 
 
-def check_grid(kind: str, bits: int, group: int) -> None:
-    """Raise ValueError for a grid that does not exist."""
+def grid_problems(kind: str, bits: int, group: int) -> list[str]:
+    """List what is wrong with the settings of a grid."""
+    problems = []
     if kind not in KINDS:
-        raise ValueError(f"grid = {kind!r} is none of {', '.join(KINDS)}")
+        problems.append(f"grid = {kind!r} is none of {', '.join(KINDS)}")
     if bits not in BITS:
-        raise ValueError(f"bits = {bits} is none of {', '.join(map(str, BITS))}")
+        problems.append(f"bits = {bits} is none of {', '.join(map(str, BITS))}")
     if group < 0:
-        raise ValueError(f"group = {group} is below 0")
+        problems.append(f"group = {group} is below 0")
     if kind == "universal" and bits > 4:
-        raise ValueError(f"a universal grid has 4 bits at most, so that scale * zero is exact; bits = {bits}")
+        problems.append(
+            f"a universal grid has 4 bits at most, so that scale * zero is exact in fp16; bits = {bits}"
+        )
+    return problems
 
 
-def check_groups(name: str, C: int, group: int) -> str:
+def group_problem(name: str, C: int, group: int) -> str:
     """Say why rows of C columns cannot be divided into groups of this size, or "" when they can."""
     if not group or C % group == 0:
         return ""

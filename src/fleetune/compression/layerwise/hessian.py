@@ -122,7 +122,6 @@ def trace(W: Tensor, H: Tensor) -> float:
     return total
 
 
-def check_damping(damping: float) -> None:
-    """Raise ValueError for a damping that makes no sense."""
-    if not 0 <= damping <= 1:
-        raise ValueError(f"damping = {damping} is not between 0 and 1")
+def damping_problems(damping: float) -> list[str]:
+    """List what is wrong with a damping."""
+    return [] if 0 <= damping <= 1 else [f"damping = {damping} is not between 0 and 1"]

@@ -45,9 +45,9 @@ from torch import Tensor
 from fleetune.common.settings import setting
 from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import ColumnLoop, CompensatedLoop, Segment
-from fleetune.compression.layerwise.grids import Grid, check_grid, check_groups
+from fleetune.compression.layerwise.grids import Grid, grid_problems, group_problem
 from fleetune.compression.layerwise.groups import Codes, quantise
-from fleetune.compression.layerwise.hessian import check_damping, inverse_cholesky
+from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
 
 PAPER = "Frantar et al., ICLR 2023, arXiv 2210.17323"
 
@@ -66,14 +66,15 @@ class Solver:
     damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
 
     def __post_init__(self) -> None:
-        check_grid(self.grid, self.bits, self.group)
-        check_damping(self.damping)
+        problems = grid_problems(self.grid, self.bits, self.group) + damping_problems(self.damping)
         if self.order not in ("none", "static", "gar"):
-            raise ValueError(f"order = {self.order!r} is none of none, static, gar")
+            problems.append(f"order = {self.order!r} is none of none, static, gar")
+        if problems:
+            raise ValueError(*problems)
 
     def check(self, name: str, R: int, C: int) -> str:
         """Say why rows of C columns cannot be divided into groups, or "" when they can."""
-        return check_groups(name, C, self.group)
+        return group_problem(name, C, self.group)
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Run algorithm 1 of the paper on one matrix."""

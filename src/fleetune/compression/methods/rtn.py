@@ -28,7 +28,7 @@ from torch import Tensor
 from fleetune.common.settings import setting
 from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import nearest
-from fleetune.compression.layerwise.grids import Grid, check_grid, check_groups
+from fleetune.compression.layerwise.grids import Grid, grid_problems, group_problem
 from fleetune.compression.layerwise.groups import quantise
 
 PAPER = "the baseline of Frantar et al., ICLR 2023, arXiv 2210.17323"
@@ -46,11 +46,12 @@ class Solver:
     search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
 
     def __post_init__(self) -> None:
-        check_grid(self.grid, self.bits, self.group)
+        if problems := grid_problems(self.grid, self.bits, self.group):
+            raise ValueError(*problems)
 
     def check(self, name: str, R: int, C: int) -> str:
         """Say why rows of C columns cannot be divided into groups, or "" when they can."""
-        return check_groups(name, C, self.group)
+        return group_problem(name, C, self.group)
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Round every group to its grid; H is not used."""

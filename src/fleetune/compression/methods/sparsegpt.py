@@ -38,9 +38,9 @@ from torch import Tensor
 from fleetune.common.settings import setting
 from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import BLOCK, CompensatedLoop, Segment
-from fleetune.compression.layerwise.grids import Grid, check_grid, check_groups
+from fleetune.compression.layerwise.grids import Grid, grid_problems, group_problem
 from fleetune.compression.layerwise.groups import Codes
-from fleetune.compression.layerwise.hessian import check_damping, inverse_cholesky
+from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
 
 PAPER = "Frantar and Alistarh, ICML 2023, arXiv 2301.00774"
 
@@ -60,23 +60,25 @@ class Solver:
     damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
 
     def __post_init__(self) -> None:
+        problems = damping_problems(self.damping)
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity = {self.sparsity} is not in [0, 1)")
-        if self.n and not (0 < self.n < self.m and BLOCK % self.m == 0):
-            raise ValueError(f"n = {self.n}, m = {self.m}: m must divide {BLOCK}, and 0 < n < m")
+            problems.append(f"sparsity = {self.sparsity} is not in [0, 1)")
         if self.n < 0:
-            raise ValueError(f"n = {self.n} is below 0")
-        check_damping(self.damping)
+            problems.append(f"n = {self.n} is below 0")
+        elif self.n and not (0 < self.n < self.m and BLOCK % self.m == 0):
+            problems.append(f"n = {self.n}, m = {self.m}: m must divide {BLOCK}, and 0 < n < m")
+        elif self.n and self.bits and self.group % self.m:
+            problems.append(f"groups of {self.group} are not whole patterns of {self.m}")
         if self.bits:
-            check_grid(self.grid, self.bits, self.group)
-            if self.n and self.group % self.m:
-                raise ValueError(f"groups of {self.group} are not whole patterns of {self.m}")
+            problems += grid_problems(self.grid, self.bits, self.group)
+        if problems:
+            raise ValueError(*problems)
 
     def check(self, name: str, R: int, C: int) -> str:
         """Say why rows of C columns cannot be divided into patterns or groups, or "" when they can."""
         if self.n and C % self.m:
             return f"{name} has {C} columns, which patterns of {self.m} do not divide"
-        return check_groups(name, C, self.group) if self.bits else ""
+        return group_problem(name, C, self.group) if self.bits else ""
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Run algorithm 1 of the paper on one matrix."""

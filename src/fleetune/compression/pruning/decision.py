@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pruner has decided to leave, as a file that a resumed run reads rather than decide again.
+"""Write and read a pruner's decision of what stays, so that a resumed run does not estimate again.
 
-    {"origin": SHA-256 of all that the choice is a function of, "blocks": {"0": {"heads": [..], "channels": [..]}, ..}}
+    {"origin": the fingerprint of weights, rows and settings, "blocks": {"0": {"heads": [..], "channels": [..]}, ..}}
 
-or, of a narrower residual stream, `"hidden": [..]` in place of `"blocks"`.
+or `"hidden": [..]` in place of `"blocks"`: the channels of the residual stream that stay.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Decision: TypeAlias = (
 
 
 def write(file: Path, origin: str, kept: Decision) -> None:
-    """Keep what was decided; its folder is made."""
+    """Write the decision; its folder is created."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    said = (
+    what = (
         {"blocks": {i: k._asdict() for i, k in kept.items()}} if isinstance(kept, dict) else {"hidden": kept}
     )
-    write_atomic(file, json.dumps({"origin": origin} | said) + "\n")
+    write_atomic(file, json.dumps({"origin": origin} | what) + "\n")
 
 
 def read(file: Path, origin: str) -> Decision:
-    """What a file says stays; UsageError when it is of other work, StorageError when it is damaged."""
+    """Read a decision; UsageError for one of other weights, rows or settings, StorageError for a damaged file."""
     kept: Decision
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))

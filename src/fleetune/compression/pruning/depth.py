@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model with fewer decoder blocks: some of its own, evenly spaced, with a configuration that says so.
+"""Copy a model with fewer decoder blocks, some of its own, and update the configuration.
 
 Dropping layers to start a student is as in DistilBERT (Sanh et al. 2019, arXiv 1910.01108, section 3).
 """
@@ -17,21 +17,21 @@ from fleetune.models.layers import layers_of
 
 
 def evenly_spaced(whole: int, keep: int) -> list[int]:
-    """`keep` of `whole` block numbers at even distances, the first and the last among them (2 <= keep <= whole)."""
+    """Return `keep` of `whole` block numbers, evenly spaced, with the first and the last (2 <= keep <= whole)."""
     gaps = keep - 1
     return [(2 * k * (whole - 1) + gaps) // (2 * gaps) for k in range(keep)]
 
 
 def shallow(net: PreTrainedModel, keep: int) -> PreTrainedModel:
-    """A copy of `net` with `keep` of its decoder blocks, evenly spaced; `net` is as it was."""
+    """Copy `net` with `keep` of its decoder blocks, evenly spaced; `net` is left unchanged."""
     return with_blocks(net, evenly_spaced(len(layers_of(net)), keep))
 
 
 def with_blocks(net: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
-    """A copy of `net` with the decoder blocks `kept`; `net` is as it was.
+    """Copy `net` with the decoder blocks `kept`; `net` is left unchanged.
 
-    What a configuration says block by block (such as `layer_types`) is cut alike.  ModelError for a family whose
-    blocks are not known.
+    Lists in the configuration with an entry a block (such as `layer_types`) are cut alike.  ModelError for a family
+    whose blocks are not known.
     """
     path = layers_of(net)[0].name.rpartition(".")[0]
     parent, _, stack = path.rpartition(".")
@@ -50,7 +50,7 @@ def with_blocks(net: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
 
 
 def shallow_config(config: Any, keep: int) -> Any:
-    """The configuration that `shallow`'s copy has."""
+    """Return the configuration that `shallow` gives its copy."""
     cut, whole = copy.deepcopy(config), int(config.get_text_config().num_hidden_layers)
     _cut_config(cut.get_text_config(), whole, evenly_spaced(whole, keep))
     return cut

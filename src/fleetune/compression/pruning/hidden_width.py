@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A narrower residual stream: LLM-Pruner's channel-wise pruning (section 4, "channel"), the same in every block.
+"""Remove channels of the residual stream, the same in every block (LLM-Pruner, section 4, "channel").
 
-What every block reads and writes has the width `hidden_size`.  A channel c of it is one group all through the model:
+Every block reads and writes vectors of width `hidden_size`.  A channel c of them is one group through the whole model:
 
     column c    of the embedding, of q, k, v, gate and up of every block, and of the head where it is not tied
     row c       of o and down of every block, with its bias
-    entry c     of every norm of the residual stream: two a block, and the last (those within Qwen3's heads are none)
+    entry c     of every norm of the residual stream: two a block, and the last (not those within Qwen3's heads)
 
-Each of these layers is a member and all are counted: a weight's importance is that of `importance.py`, its sum over a
-member's weights of the group is the member's share, and the group's score is the aggregate of the shares (of `prod` the
-logarithm, which ranks alike: a product of hundreds of them is no longer a float).  A tied embedding is counted once,
-with the gradient of both its uses.  One ranking holds for the whole model.
+All of these layers count.  The importance of a weight is that of `importance.py`; its sum over a group's weights in one
+layer is the group's share there, and the group's score is the aggregate of its shares (for `prod` the logarithm, which
+ranks alike: a product of hundreds of shares underflows).  A tied embedding counts once, with the gradient of both its
+uses.  There is one ranking for the whole model.
 
-A norm divides by the root of the mean square of what is left, n' of n channels.  Its weights are multiplied by
-sqrt(n / n'), which is exact where the channels that go are zero; scales measured on the samples (the root of the share
-of energy that stays, by norm) were no better on SmolLM2-135M (perplexity 73.7 for 71.5, where none gives 88.0), so
-nothing is measured.
+A norm divides by the root of the mean square of the n' of n channels that are left.  Its weights are multiplied by
+sqrt(n / n'), which is exact when the removed channels are zero.  Scales measured on the samples (the root of the share
+of energy that stays, per norm) were no better on SmolLM2-135M (perplexity 73.7 against 71.5; without scales 88.0).
 
-The width that stays is a multiple of `round_to`, and of the number of heads in a llama, since transformers refuses any
-other: what comes out is a plain directory, and a plain GGUF file (of a Qwen2 llama.cpp wants q as wide as the model).
+The width that stays is a multiple of `round_to`, and in a llama also of the number of heads, because transformers
+requires it.  The result is a plain directory and a plain GGUF file (for a Qwen2, llama.cpp wants q as wide as the model).
 """
 
 from __future__ import annotations
@@ -31,14 +30,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fleetune.compression.pruning.importance import AGGREGATES, GradientSums, LayerGroups, choose, count_kept
+from fleetune.compression.pruning.importance import GradientSums, LayerGroups
+from fleetune.compression.pruning.selection import AGGREGATES, choose, count_kept
 from fleetune.data import Encoded
 from fleetune.models.families.widths import blocks_of, config_accepts, keep_positions
 from fleetune.models.model import Model
 
 
-def members(net: PreTrainedModel) -> list[LayerGroups]:
-    """Every layer that a channel of the residual stream goes through, once."""
+def residual_layers(net: PreTrainedModel) -> list[LayerGroups]:
+    """Return every layer that a channel of the residual stream goes through, once."""
     whole = cast(Any, net)
     width, table, head = int(whole.config.hidden_size), whole.model.embed_tokens, whole.lm_head
     reads, writes = [table], norms(net)
@@ -54,7 +54,7 @@ def members(net: PreTrainedModel) -> list[LayerGroups]:
 
 
 def norms(net: PreTrainedModel) -> list[nn.Module]:
-    """The norms of the residual stream: two a block and the last one."""
+    """Return the norms of the residual stream: two a block and the last one."""
     pairs = [(block.input_layernorm, block.post_attention_layernorm) for block in blocks_of(net)]
     return [norm for pair in pairs for norm in pair] + [cast(Any, net).model.norm]
 
@@ -65,11 +65,11 @@ def estimate(
     kind: str,
     on_row: Callable[[int, int], None] = lambda row, rows: None,
 ) -> Tensor:
-    """The shares of all channels, from each row's mean loss: float64 [members, channels].
+    """Return the shares of all channels, from the mean loss of each row: float64 [layers, channels].
 
-    `on_row(row, rows)` is called after each and may raise to stop.  Without gradients, `magnitude`, no row is read.
+    `on_row(row, rows)` is called after each row and may raise to stop.  `magnitude` reads no row.
     """
-    found, sums = members(model.net), GradientSums(kind, len(rows))
+    found, sums = residual_layers(model.net), GradientSums(kind, len(rows))
     if kind != "magnitude":
         sums.gather(model, rows, found, on_row)
     return sums.shares(found)
@@ -79,13 +79,13 @@ def estimate(
 
 
 def width_step(config: Any, round_to: int) -> int:
-    """What the width is left in multiples of."""
+    """Return the number of which the remaining width is a multiple."""
     any_width = config_accepts(config, {"hidden_size": config.hidden_size - 1})
     return round_to if any_width else math.lcm(round_to, int(config.num_attention_heads))
 
 
-def nothing_removed(config: Any, ratio: float, round_to: int) -> list[str]:
-    """What is wrong where nothing would go."""
+def size_problems(config: Any, ratio: float, round_to: int) -> list[str]:
+    """Say why `ratio` would remove no channel; [] when it removes some."""
     n, step, heads = int(config.hidden_size), width_step(config, round_to), config.num_attention_heads
     if count_kept(n, n * (1 - ratio), step) < n:
         return []
@@ -96,7 +96,7 @@ def nothing_removed(config: Any, ratio: float, round_to: int) -> list[str]:
 
 
 def select(shares: Tensor, aggregate: str, ratio: float, step: int) -> list[int]:
-    """The channels that stay, ascending, by their shares [members, channels]."""
+    """Return the channels that stay, ascending, by their shares [layers, channels]."""
     score = shares.log().sum(0) if aggregate == "prod" else AGGREGATES[aggregate](shares)
     return choose({0: score}, ratio, step, False)[0]
 
@@ -105,13 +105,13 @@ def select(shares: Tensor, aggregate: str, ratio: float, step: int) -> list[int]
 
 
 def narrow(net: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Leave only the channels `kept`, in place, and say so in the configuration; tied weights stay tied."""
+    """Remove all channels but `kept`, in place, and update the configuration; tied weights stay tied."""
     whole = cast(Any, net)
     table, head, config = whole.model.embed_tokens, whole.lm_head, whole.config
     tied, scale = head.weight is table.weight, math.sqrt(config.hidden_size / len(kept))
     channels = torch.tensor(kept).to(table.weight.device)
-    for member in members(net):
-        keep_positions(member.layer, channels, 0 if member.rows else 1)
+    for part in residual_layers(net):
+        keep_positions(part.layer, channels, 0 if part.rows else 1)
     for norm in norms(net):
         norm.get_parameter("weight").data.mul_(scale)
     if tied:

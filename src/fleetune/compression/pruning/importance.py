@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much the loss would suffer without a coupled group of weights (LLM-Pruner, section 3.2).
+"""Estimate how much the loss would rise without each coupled group of weights (LLM-Pruner, section 3.2).
 
-What must go together in a block of a llama-like net, a group, is
+The weights that must be removed together, a group, are in a block of a llama-like net
 
     a key head g            rows of k and v, and of its n_rep query heads g n_rep .. (g + 1) n_rep - 1 the rows of q
-                            and the columns of o (half a head cannot go: rotation pairs its rows)
+                            and the columns of o (half a head cannot be removed: rotary embedding pairs its rows)
     an MLP channel c        row c of gate and of up, column c of down
 
-each with the biases of its rows.  Biases of o and down, norms, embedding and head belong to none and stay.
+each with the biases of its rows.  Biases of o and down, norms, embedding and head belong to no group and stay.
 
 A weight w with the gradient g of the mean loss and F, the mean over texts of the squared gradient of each one's
 loss (Fisher's diagonal for the Hessian's), has the importance
@@ -15,16 +15,16 @@ loss (Fisher's diagonal for the Hessian's), has the importance
     magnitude   |w|              first   |w g|
     second      w^2 F            mixed   |w g - w^2 F / 2|       the paper's element-wise equations 3 and 5
 
-The first order stays because the texts are not those the model was trained on, so g is not 0.  The weights of a
-linear layer that are in a group are summed: that is the group's share in the layer.
+The first order does not vanish: the texts are not those that the model was trained on, so g is not 0.  The importance
+of a group's weights in one linear layer is summed: that is the group's share in the layer.
 
-Memory: a parameter's gradient is folded into g and F as soon as it is whole and given up, so beside the weights
-there is one copy of the prunable ones for first (g) or second (F), two for mixed, in fp32.
+Memory: each parameter's gradient is added to g and F as soon as it is complete, then freed.  So besides the weights
+there is one fp32 copy of the prunable ones for first (g) or second (F), and two for mixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
@@ -41,27 +41,27 @@ KINDS: Final = ("magnitude", "first", "second", "mixed")
 
 
 class LayerGroups(NamedTuple):
-    """What the groups of one kind have in one layer: a linear one, an embedding or a norm."""
+    """The part of one layer (linear, embedding or norm) that belongs to groups of one kind."""
 
     layer: nn.Module
-    rows: bool  # whether a group is rows (with their biases), or columns
+    rows: bool  # whether a group is rows of the weight (with their biases), or columns
     groups: int
 
     def parameters(self) -> list[nn.Parameter]:
-        """The weight, and the biases where rows are what goes."""
+        """Return the weight, and the bias where groups are rows."""
         biased = self.rows and getattr(self.layer, "bias", None) is not None
         return [self.layer.get_parameter(name) for name in (["weight", "bias"] if biased else ["weight"])]
 
 
 class Shares(NamedTuple):
-    """The groups' importance in a block, by linear layer: float64 [layers, groups]."""
+    """The importance of the groups of a block in each linear layer: float64 [layers, groups]."""
 
     heads: Tensor  # of q, k, v, o
     channels: Tensor  # of gate, up, down
 
 
-def members(block: Any) -> tuple[list[LayerGroups], list[LayerGroups]]:
-    """The linear layers of the head groups and of the channel groups of a decoder block."""
+def group_layers(block: Any) -> tuple[list[LayerGroups], list[LayerGroups]]:
+    """Return the linear layers of the head groups, and those of the channel groups, of a decoder block."""
     a, f, width = block.self_attn, block.mlp, width_of(block)
     g, c = width.num_key_value_heads, width.intermediate_size
     heads = [
@@ -80,12 +80,12 @@ def estimate(
     numbers: Sequence[int],
     on_row: Callable[[int, int], None] = lambda row, rows: None,
 ) -> dict[int, Shares]:
-    """The shares of all groups in the blocks `numbers`, from each row's mean loss.
+    """Return the shares of all groups in the blocks `numbers`, from the mean loss of each row.
 
-    `on_row(row, rows)` is called after each and may raise to stop.  Without gradients, `magnitude`, no row is read.
+    `on_row(row, rows)` is called after each row and may raise to stop.  `magnitude` reads no row.
     """
     blocks = blocks_of(model.net)
-    found = {i: members(blocks[i]) for i in numbers}
+    found = {i: group_layers(blocks[i]) for i in numbers}
     every = [m for both in found.values() for part in both for m in part]
     sums = GradientSums(kind, len(rows))
     if kind != "magnitude":
@@ -94,7 +94,7 @@ def estimate(
 
 
 class GradientSums:
-    """g and F of parameters, as far as the kind of importance needs them."""
+    """The sums g and F of parameters, as far as the kind of importance needs them."""
 
     def __init__(self, kind: str, count: int) -> None:
         self.kind, self.count = kind, count
@@ -105,18 +105,18 @@ class GradientSums:
         self,
         model: Model,
         rows: Sequence[Encoded],
-        members: Sequence[LayerGroups],
+        layers: Sequence[LayerGroups],
         on_row: Callable[[int, int], None],
     ) -> None:
-        """Take in the gradients of every row's mean loss."""
-        parameters = [p for member in members for p in member.parameters()]
-        with _hooked_gradients(parameters, self.fold), torch.enable_grad():
+        """Add the gradients of the mean loss of every row."""
+        parameters = [p for layer in layers for p in layer.parameters()]
+        with _hooked_gradients(parameters, self.add), torch.enable_grad():
             for done, row in enumerate(rows, 1):
                 loss_tensor(model, collate([row], pad_id(model), model.device)).backward()  # type: ignore[no-untyped-call]
                 on_row(done, len(rows))
 
-    def fold(self, parameter: nn.Parameter) -> None:
-        """Take in the gradient of one row's loss, and free it."""
+    def add(self, parameter: nn.Parameter) -> None:
+        """Add the gradient of one row's loss, and free it."""
         grad = parameter.grad
         assert grad is not None
         grad = grad.float()
@@ -127,7 +127,7 @@ class GradientSums:
         parameter.grad = None
 
     def importance(self, parameter: nn.Parameter) -> Tensor:
-        """Of every weight: float32, of the parameter's shape."""
+        """Return the importance of every weight: float32, of the parameter's shape."""
         w = parameter.detach().float()
         if self.kind == "magnitude":
             return w.abs()
@@ -136,17 +136,17 @@ class GradientSums:
         second = w.square() * self.F[parameter] / self.count
         return second if self.kind == "second" else (w * self.g[parameter] / self.count - second / 2).abs()
 
-    def shares(self, members: Sequence[LayerGroups]) -> Tensor:
-        """The importance of the groups of these members: float64 [members, groups]."""
-        return torch.stack([self._share(member) for member in members])
+    def shares(self, layers: Sequence[LayerGroups]) -> Tensor:
+        """Return the importance of the groups in each of these layers: float64 [layers, groups]."""
+        return torch.stack([self._share(layer) for layer in layers])
 
-    def _share(self, member: LayerGroups) -> Tensor:
-        """float64 [groups]: neighbours among the rows or columns are of one group."""
-        total = torch.zeros(member.groups, dtype=torch.float64)
-        for parameter in member.parameters():
+    def _share(self, layer: LayerGroups) -> Tensor:
+        """Return float64 [groups]; each group is a run of neighbouring rows or columns."""
+        total = torch.zeros(layer.groups, dtype=torch.float64)
+        for parameter in layer.parameters():
             found = self.importance(parameter)
-            along = found if found.dim() == 1 else found.sum(1 if member.rows else 0, dtype=torch.float64)
-            total += along.double().view(member.groups, -1).sum(1).cpu()
+            along = found if found.dim() == 1 else found.sum(1 if layer.rows else 0, dtype=torch.float64)
+            total += along.double().view(layer.groups, -1).sum(1).cpu()
         return total
 
 
@@ -159,13 +159,13 @@ def _add(sums: dict[nn.Parameter, Tensor], parameter: nn.Parameter, more: Tensor
 
 @contextmanager
 def _hooked_gradients(
-    parameters: Sequence[nn.Parameter], fold: Callable[[nn.Parameter], None]
+    parameters: Sequence[nn.Parameter], add: Callable[[nn.Parameter], None]
 ) -> Iterator[None]:
-    """Gradients of `parameters` while the block runs, each handed to `fold` when it is whole."""
+    """Compute gradients of `parameters` while the block runs; pass each to `add` when it is complete."""
     handles = []
     for parameter in parameters:
         parameter.requires_grad_(True)
-        handles.append(parameter.register_post_accumulate_grad_hook(fold))  # type: ignore[no-untyped-call]
+        handles.append(parameter.register_post_accumulate_grad_hook(add))  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -173,39 +173,3 @@ def _hooked_gradients(
             handle.remove()
             parameter.grad = None
             parameter.requires_grad_(False)
-
-
-# ---------------------------------------------------------------- which stay
-
-AGGREGATES: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
-    "sum": lambda shares: shares.sum(0),
-    "mean": lambda shares: shares.mean(0),
-    "max": lambda shares: shares.amax(0),
-    "prod": lambda shares: shares.prod(0),
-}
-
-
-def count_kept(n: int, stay: float, step: int) -> int:
-    """How many of n groups stay where `stay` should: the nearest multiple of `step`, at least one of it, at most n."""
-    return min(n, max(1, int(stay / step + 0.5)) * step)
-
-
-def choose(scores: Mapping[int, Tensor], ratio: float, step: int, whole: bool) -> dict[int, list[int]]:
-    """The groups that stay in each block, ascending, by their scores [groups].
-
-    Each block loses the same share; or, with `whole`, all of them together do, and each keeps as many as it has
-    among the best, to the nearest multiple of `step`.  Of equal ones the first stays.
-    """
-    stay = {i: len(score) * (1 - ratio) for i, score in scores.items()}
-    if whole:
-        owner = torch.cat([torch.full((len(score),), i) for i, score in scores.items()])
-        best = _ranked(torch.cat(list(scores.values())))[: int(len(owner) * (1 - ratio) + 0.5)]
-        stay = {i: float((owner[best] == i).sum()) for i in scores}
-    return {
-        i: sorted(_ranked(score)[: count_kept(len(score), stay[i], step)].tolist())
-        for i, score in scores.items()
-    }
-
-
-def _ranked(scores: Tensor) -> Tensor:
-    return scores.argsort(descending=True, stable=True)

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training a pruned model's LoRA on rows, so that it finds back to what it was (LLM-Pruner, section 3.3).
+"""Train a pruned model with LoRA, to recover what pruning lost (LLM-Pruner, section 3.3).
 
-The loss is the cross-entropy of the responses (of plain text: of all tokens).  The factors are trained in fp32 by
-AdamW on frozen weights and folded into them at the end, so memory is the model, one batch's activations, and little
-more.  Dropout, order and start are functions of the seed and the step, so a training that goes on from its kept steps
-ends where the whole one does, bit for bit.
+The loss is the cross-entropy of the responses (of plain text: of all tokens).  AdamW trains the factors in fp32 on
+frozen weights, and they are merged into the weights at the end.  So memory is the model, the activations of one batch,
+and little more.  Dropout, the order of rows and the initial factors depend only on the seed and the step, so a training
+resumed from a checkpoint ends with the same bits.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +19,10 @@ import torch
 from torch import nn
 
 from fleetune.adapters import Lora, attach, detach, merge, trainable, training
-from fleetune.compression.distillation.training_state import restore, store
+from fleetune.compression.training.checkpoint import fingerprint
+from fleetune.compression.training.steps import Checkpoints, clipped_step
 from fleetune.data import Batches, Encoded
 from fleetune.data.encode import Batch
-from fleetune.errors import FleetuneError, Interrupted
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.model import Model
@@ -34,7 +32,7 @@ CLIP = 1.0  # of the gradient's norm
 
 @dataclass(frozen=True)
 class LoraRecovery:
-    """How a LoRA is trained."""
+    """The LoRA and how it is trained."""
 
     lora: Lora
     steps: int
@@ -50,10 +48,10 @@ class LoraRecovery:
         folder: Path,
         on_step: Callable[[int, int, float], None],
     ) -> None:
-        """Train in place and fold the factors in; goes on with what `folder` holds.
+        """Train in place and merge the factors; resume from the checkpoint in `folder`.
 
-        `on_step(step, steps, loss)` is called after every step and may raise Interrupted, which keeps the step; then
-        the weights are what they were.  FleetuneError when the loss or its gradient is not finite any more.
+        `on_step(step, steps, loss)` is called after every step.  It may raise Interrupted, which saves the step and
+        leaves the weights unchanged.  FleetuneError when the loss or its gradient is not finite.
         """
         origin = self._origin(model, rows, seed)
         attach(model, self.lora, seed=seed)
@@ -75,18 +73,16 @@ class LoraRecovery:
     ) -> None:
         parameters = trainable(model)
         optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0)
-        done = restore(folder, origin, parameters, optimizer)
-        batches = Batches(rows, pad_id(model), seed, model.device).steps(self.steps, self.batch_size)
-        for t, batch in enumerate(itertools.islice(batches, done, None), done):
+
+        def step(t: int, batch: Batch) -> float:
             with training(model, _dropout_key(seed, t)):
-                loss = self._update(model, batch, optimizer, parameters, t)
-            if (t + 1) % self.save_every == 0 or t + 1 == self.steps:
-                store(folder, origin, t + 1, parameters, optimizer)
-            try:
-                on_step(t + 1, self.steps, loss)
-            except Interrupted:
-                store(folder, origin, t + 1, parameters, optimizer)
-                raise
+                return self._update(model, batch, optimizer, parameters, t)
+
+        batches = Batches(rows, pad_id(model), seed, model.device).steps(self.steps, self.batch_size)
+        checkpoints = Checkpoints(folder, origin, self.save_every)
+        checkpoints.run(
+            batches, self.steps, parameters, optimizer, step, lambda t, loss: on_step(t, self.steps, loss)
+        )
 
     def _update(
         self,
@@ -98,24 +94,21 @@ class LoraRecovery:
     ) -> float:
         loss = loss_tensor(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-            raise FleetuneError(
-                f"the loss is {loss.item()} in step {t + 1}, its gradient's norm {norm.item()}",
-                hint="give a lower lr, or --dtype fp32",
-            )
-        optimizer.param_groups[0]["lr"] = self.rates[t]
-        optimizer.step()
+        clipped_step(
+            loss,
+            parameters.values(),
+            optimizer,
+            t=t,
+            rate=self.rates[t],
+            clip=CLIP,
+            hint="give a lower lr, or --dtype fp32",
+        )
         return float(loss.item())
 
     def _origin(self, model: Model, rows: Sequence[Encoded], seed: int) -> str:
-        """SHA-256 of all that the result is a function of."""
-        sha = hashlib.sha256(json.dumps([asdict(self), seed, model.digest], sort_keys=True).encode())
-        for row in rows:
-            sha.update(f"{len(row.ids)} {row.n_prompt} ".encode() + row.ids.tobytes())
-        return sha.hexdigest()
+        return fingerprint(json.dumps([asdict(self), seed, model.digest], sort_keys=True), rows)
 
 
 def _dropout_key(seed: int, t: int) -> int:
-    """64 bits for the dropout of step t."""
+    """Return the 64-bit key of the dropout of step t."""
     return int.from_bytes(hashlib.sha256(f"recovery/{seed}/{t}".encode()).digest()[:7])

@@ -1,42 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract every method keeps, and the registry: the folder itself.
+"""Define the contract of a tuning method, and find methods: the folder is the registry.
 
-`methods/fedkseed.py` is `--method fedkseed`.  A method is one file: a docstring that cites the paper, three
-constants (`KIND`, `PAPER`, `SENDS`; and `CLIENTS` where a usual fleet is not 8), a State (NamedTuple) and a
-frozen dataclass `Method` whose fields are the hyper-parameters, each
-`field(default, metadata={"symbol": .., "help": ..})`, with the functions below.
-Third parties register a module with the same shape under the entry-point group `fleetune.methods`.
+`methods/fedkseed.py` is `--method fedkseed`.  A method is one file: a docstring that cites the paper, the constants
+`KIND`, `PAPER` and `SENDS`, a State (NamedTuple), and a frozen dataclass `Method` whose fields are the
+hyper-parameters, each `name: type = setting(default, symbol, help)`, with the functions of the Protocol below.
+Optional: the constants `CLIENTS` (a usual fleet, 8 unless stated) and `RECOMMENDED` (1 is the first that `plan`
+considers), and the functions of the Protocols `Reports`, `Kinds`, `Reads`, `Sized` and `Planned`.
 
-Listing reads the files as text (`ast`): it imports nothing.
+Other packages register a module of the same shape under the entry-point group `fleetune.methods`.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib
-import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+from fleetune.common.registry import Member, Registry
 from fleetune.common.settings import Setting, of
 from fleetune.common.settings import make as make_of
-from fleetune.errors import UsageError
 from fleetune.tuning.messages import Payload, ReplySpec
 
 if TYPE_CHECKING:
     from fleetune.data import Batches
     from fleetune.models.model import Model
+    from fleetune.models.shapes import Shape
+    from fleetune.tuning.footprint import Footprint
 
-GROUP = "fleetune.methods"
+REGISTRY = Registry("method", __name__, "fleetune.methods", ("KIND", "PAPER", "SENDS"), "fleetune methods")
 
 
 class Reply(NamedTuple):
-    """A device's answer that passed the door: who, the key it was given for this round, and what it sent."""
+    """A device's checked answer: its number, the key it was given for this round, and what it sent."""
 
     client: int
     key: int
@@ -44,34 +40,28 @@ class Reply(NamedTuple):
 
 
 class Method(Protocol):
-    """What a method is; `State` is the method's own NamedTuple (arrays, dicts of arrays, numbers, a Ledger).
-
-    A method may also have `report(state) -> dict[str, float]`: its own figures, which go into the event of
-    every round under "report"; and `kinds(state) -> [(payload, spec), ..]`, where devices are of several
-    kinds: client c is then sent the (c modulo their number)-th payload instead of the broadcast, and its
-    reply must look like that spec.
-    """
+    """What every method does; `State` is its own NamedTuple (arrays, dicts of arrays, numbers, a Ledger)."""
 
     def init(self, model: Model, key: int) -> Any:
-        """The global state before round 1; may attach what it trains to `model`, never changes base weights."""
+        """Return the global state before round 1; may attach what it trains to `model`, never changes base weights."""
         ...
 
     def broadcast(self, state: Any) -> Payload:
-        """What the server sends to every device of a round."""
+        """Return what the server sends to every device of a round."""
         ...
 
     def expects(self, state: Any) -> ReplySpec:
-        """What a reply must look like: everything else is refused at the door."""
+        """Return what a reply must look like: every other one is refused."""
         ...
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
-        """A device's round; `memory` is its own dict, kept for it between rounds (arrays and numbers)."""
+        """Do a device's round; `memory` is its own dict, saved for it between rounds (arrays and numbers)."""
         ...
 
     def aggregate(self, state: Any, replies: Iterable[Reply]) -> Any:
-        """The server's round: replies come one at a time; none at all must give the state back."""
+        """Do the server's round: replies come one at a time; none at all must leave the weights as they were."""
         ...
 
     def apply(self, model: Model, state: Any) -> None:
@@ -79,81 +69,126 @@ class Method(Protocol):
         ...
 
 
+# What a method may also do ----------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """A method with figures of its own."""
+
+    def report(self, state: Any) -> dict[str, float]:
+        """Return the figures that go into the event of every round, under "report"."""
+        ...
+
+
+@runtime_checkable
+class Kinds(Protocol):
+    """A method whose devices are of several kinds."""
+
+    def kinds(self, state: Any) -> Sequence[tuple[Payload, ReplySpec]]:
+        """Return what each kind is sent and must reply; client c is of the (c modulo their number)-th kind."""
+        ...
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """A method whose `init` reads files."""
+
+    def check_files(self) -> None:
+        """Raise DataError when they cannot be read: called before the model is loaded."""
+        ...
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """A method with a number of local steps."""
+
+    def sized(self, steps: int, batch_size: int) -> Method:
+        """Return this method with so many local steps a round, each on so many rows."""
+        ...
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A method that `fleetune plan` can count; one that is not has an empty row in its table."""
+
+    def footprint(self, shape: Shape) -> Footprint | None:
+        """Return a device's work on a model of this shape; None where the model has no place for the module."""
+        ...
+
+
+def report_of(method: Method, state: Any) -> dict[str, float]:
+    """Return a method's own figures, {} where it has none."""
+    return method.report(state) if isinstance(method, Reports) else {}
+
+
+def kinds_of(method: Method, state: Any) -> Sequence[tuple[Payload, ReplySpec]]:
+    """Return what each kind of device is sent and must reply; one kind unless the method has more."""
+    if isinstance(method, Kinds):
+        return method.kinds(state)
+    return [(method.broadcast(state), method.expects(state))]
+
+
+def check_files(method: Method) -> None:
+    """Raise DataError when a file that `init` will read cannot be read."""
+    if isinstance(method, Reads):
+        method.check_files()
+
+
+def sized(method: Method, steps: int, batch_size: int) -> Method:
+    """Return the method with so many local steps of so many rows, or as it is where it has no such number."""
+    return method.sized(steps, batch_size) if isinstance(method, Sized) else method
+
+
+# The registry -----------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Entry:
     """A method as the registry lists it, read without importing it."""
 
     name: str
-    kind: str  # "ledger" or "adapter": what it leaves behind
+    kind: str  # of its result: "ledger" or "adapter"
     paper: str
     sends: str
     summary: str
     module: str
-    clients: int  # size of the fleet unless the recipe says otherwise
+    clients: int  # size of the fleet unless the recipe states one
+    recommended: (
+        int  # place in the order in which `plan` recommends methods; 0: only where none of these fits
+    )
 
 
 def entries() -> dict[str, Entry]:
-    """Every method there is, by name: ours and those that other packages register."""
-    found = {}
-    for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
-        found[path.stem] = _read(path.stem, f"{__name__}.{path.stem}", path.read_text(encoding="utf-8"))
-    for point in entry_points(group=GROUP):
-        found[point.name] = _read(point.name, point.module, _source(point.module))
-    return found
-
-
-def _source(module: str) -> str:
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise UsageError(
-            f"the method module {module} is registered, but cannot be found",
-            hint="reinstall or uninstall the package that registers it",
-        )
-    return Path(spec.origin).read_text(encoding="utf-8")
-
-
-def _read(name: str, module: str, text: str) -> Entry:
-    tree = ast.parse(text)
-    constants = {
-        node.targets[0].id: node.value.value
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Constant)
-    }
-    try:
-        kind, paper, sends = (str(constants[c]) for c in ("KIND", "PAPER", "SENDS"))
-    except KeyError as missing:
-        raise UsageError(
-            f"the method '{name}' ({module}) does not state {missing}",
-            hint="a method file sets KIND, PAPER and SENDS to plain strings",
-        ) from missing
-    summary = (ast.get_docstring(tree) or "").strip().split("\n")[0]
-    return Entry(name, kind, paper, sends, summary, module, int(str(constants.get("CLIENTS", 8))))
+    """Return every method by name: ours and those that other packages register."""
+    return {name: _entry(member) for name, member in REGISTRY.members().items()}
 
 
 def entry(name: str) -> Entry:
-    """The method called `name`; UsageError with a suggestion when there is none."""
-    known = entries()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        guess = f" Did you mean '{close[0]}'?" if close else ""
-        raise UsageError(f"no method named '{name}'.{guess}", hint="all methods: fleetune methods")
-    return known[name]
+    """Return the method called `name`; UsageError with a suggestion when there is none."""
+    return _entry(REGISTRY.member(name))
+
+
+def _entry(member: Member) -> Entry:
+    clients, recommended = (int(member.constants.get(c, d)) for c, d in (("CLIENTS", 8), ("RECOMMENDED", 0)))
+    return Entry(
+        member.name, member.text("KIND"), member.text("PAPER"), member.text("SENDS"),
+        member.summary, member.module, clients, recommended,
+    )  # fmt: skip
 
 
 def module_of(name: str) -> ModuleType:
-    """The imported module of a method."""
-    return importlib.import_module(entry(name).module)
+    """Import the module of a method."""
+    return REGISTRY.load(name)
 
 
 def settings(name: str) -> list[Setting]:
-    """The hyper-parameters of a method, in order."""
+    """List the hyper-parameters of a method."""
     return of(module_of(name).Method)
 
 
 def make(name: str, values: Mapping[str, Any]) -> Method:
-    """The method with these hyper-parameters (strings are parsed); RecipeError lists all that is wrong."""
+    """Return the method with these hyper-parameters (texts are parsed); RecipeError lists all that is wrong."""
     made: Method = make_of(
         module_of(name).Method, name, values, hint=f"settings and defaults: fleetune methods {name}"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods with a trainable module share: a device's training, and the server's step on the mean of it.
+"""Train a module on a device with AdamW, and step on the server along the devices' mean.
 
 A device: AdamW on the module's numbers, moments fresh every round, with what keeps devices of unlike data
 together (both are off unless asked for):
@@ -8,7 +8,7 @@ together (both are off unless asked for):
 - SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1, option II): every step also moves by
   -eta (c - c_k), where the device's variate c_k is what its own steps were last time and c the mean of all.
 
-A server: the mean weighted by rows, then a rule of `servers`.
+A server: the mean weighted by rows, then a rule of `server_rules`.
 
 What differs from SCAFFOLD's algorithm, and why:
 - The steps are AdamW's, so the variates are means of AdamW's steps, not of gradients; the correction is
@@ -38,6 +38,7 @@ from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.model import Model
 from fleetune.tuning import server_rules
 from fleetune.tuning.averaging import weighted_mean
+from fleetune.tuning.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.server_rules import Tensors
@@ -76,7 +77,7 @@ class Training:
     wire: str = "fp32"
 
     def check(self) -> None:
-        """ValueError, in plain words, for numbers that cannot be."""
+        """Raise ValueError, in plain words, for numbers that cannot be."""
         if self.batch_size < 1 or self.epochs < 1 or self.steps < 0:
             raise ValueError("batch_size and epochs must be at least 1, steps 0 or more")
         if not 0 < self.lr < math.inf:
@@ -89,13 +90,13 @@ class Training:
             raise ValueError(f"wire = {self.wire!r} is none of {', '.join(DTYPE)}")
 
     def rates(self, n: int) -> list[float]:
-        """The learning rate of every step of a device with n rows."""
+        """Return the learning rate of every step of a device with n rows."""
         count = self.steps or self.epochs * -(-n // self.batch_size)
         return [self.lr * (1 - t / count if self.decay else 1) for t in range(count)]
 
 
 def begin(model: Model, seed: int, wire: str) -> State:
-    """The state of the module that `model` carries; what its start took out is as every device will have it."""
+    """Return the state of the module that `model` carries, rounded as every device will have it."""
     start = group(coded(adapters.subtracted_factors(model), wire))
     adapters.subtract_factors(model, start)
     return State(adapters.export(model), seed, start=start)
@@ -107,13 +108,26 @@ def apply(model: Model, state: State) -> None:
     adapters.load_(model, state.tensors)
 
 
+def footprint(module: Module | None) -> Footprint | None:
+    """Return a device's work of training this module, with the state that its messages are counted by."""
+    if module is None:
+        return None
+    return Footprint("backward", module, State(placeholders(module), WIDE >> 1))
+
+
+def clear(model: Model) -> None:
+    """Take off whatever adapter the model carries."""
+    if model.attachment is not None:
+        adapters.detach(model)
+
+
 # ---------------------------------------------------------------- a device
 
 
 def local(
     model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any], how: Training
 ) -> Payload:
-    """Load what came, train, and give what goes back; the module is then what was sent."""
+    """Load what came, train, and return what goes back; the module is then what was sent."""
     w, c, c_k = group(payload.arrays), group(payload.arrays, "c/"), group(memory, "c/")
     adapters.subtract_factors(model, group(payload.arrays, "start/"))
     adapters.load_(model, w)
@@ -124,13 +138,13 @@ def local(
     adapters.load_(model, w_k)
     if how.scaffold:
         variate = server_rules.control(c_k, c, w, w_k, sum(how.rates(batches.n)))
-        if all(np.isfinite(v).all() for v in variate.values()):  # a walk that ran away is refused at the door
+        if all(np.isfinite(v).all() for v in variate.values()):  # else the reply will be refused
             memory.update({f"c/{n}": v.astype(np.float32) for n, v in variate.items()})
     return Payload(sent, {"n": batches.n, "loss": loss})
 
 
 def train(model: Model, batches: Batches, key: int, how: Training, pull: Mapping[str, np.ndarray]) -> float:
-    """The mean loss of a device's steps; `pull` is SCAFFOLD's c - c_k by name, {} for none."""
+    """Train, and return the mean loss of the steps; `pull` is SCAFFOLD's c - c_k by name, {} for none."""
     parameters = adapters.trainable(model)
     anchor = {n: p.detach().clone() for n, p in parameters.items()} if how.mu else {}
     away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in pull.items()}
@@ -182,12 +196,12 @@ def checkpointing(net: Any, on: bool) -> Iterator[None]:
 
 
 def coded(tensors: Mapping[str, np.ndarray], wire: str, prefix: str = "") -> Tensors:
-    """Tensors in the wire's type, their names after `prefix`."""
+    """Return tensors in the wire's type, their names after `prefix`."""
     return {prefix + n: t.astype(DTYPE[wire]) for n, t in tensors.items()}
 
 
 def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
-    """float32 tensors of the names that begin with `prefix` ("" is those without a "/"), without it."""
+    """Return float32 tensors of the names that begin with `prefix` ("" is those without a "/"), without it."""
     return {
         n[len(prefix) :]: a.astype(np.float32)
         for n, a in arrays.items()
@@ -196,13 +210,13 @@ def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
 
 
 def broadcast(state: State, wire: str) -> Payload:
-    """The module, what its start took out of the base, and SCAFFOLD's c once there is one."""
+    """Send the module, what its start took out of the base, and SCAFFOLD's c once there is one."""
     arrays = coded(state.tensors, wire) | coded(state.start, wire, "start/") | coded(state.c, wire, "c/")
     return Payload(arrays, {"seed": state.seed})
 
 
 def expects(state: State, wire: str) -> ReplySpec:
-    """The module's tensors in the wire's type, rows and loss."""
+    """Expect the module's tensors in the wire's type, rows and loss."""
     arrays = {n: (np.dtype(DTYPE[wire]).name, t.shape) for n, t in state.tensors.items()}
     return ReplySpec(arrays, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
@@ -211,7 +225,7 @@ def expects(state: State, wire: str) -> ReplySpec:
 
 
 def aggregate(state: State, replies: Iterable[Reply], how: Training, rule: str, lr: float) -> State:
-    """The mean weighted by rows, the rule's step, and SCAFFOLD's c if it is on; no reply gives the state back."""
+    """Take the mean weighted by rows, the rule's step, and SCAFFOLD's c if it is on; no reply gives the state back."""
     sent = broadcast(state, how.wire).arrays
     variates = Variates(state, sent, how)
     taken = variates.watch(replies) if how.scaffold else replies
@@ -223,7 +237,7 @@ def aggregate(state: State, replies: Iterable[Reply], how: Training, rule: str, 
 
 
 def advance(state: State, mean: Tensors, sent: Tensors, rule: str, lr: float) -> State:
-    """The state after the rule's step from the module as it was `sent`; plain averaging takes the mean itself."""
+    """Take the rule's step from the module as it was `sent`; plain averaging takes the mean itself."""
     if rule == "avg" and lr in (0.0, 1.0):
         return state._replace(tensors=mean)
     delta = {n: m.astype(np.float64) - sent[n].astype(np.float64) for n, m in mean.items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers' prompts are worth sending: FedPepTAO's score of a layer, and its rules for how many.
+"""Choose the layers whose prompts are sent: score each layer, and find how many the curvature of the loss needs.
 
 Che et al. 2023, arXiv 2310.15080, section 4.1 (partial prompt tuning).  Two measurements on one batch of a device:
 
@@ -14,6 +14,7 @@ Lanczos quadrature).  With R <= lanczos prompts numbers Q is everything and the 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -34,10 +35,11 @@ from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
 from fleetune.seeds.spsa import uniforms
 
+log = logging.getLogger(__name__)
+
+CURVED = ("lipschitz", "plateau")  # rules that need the Hessian
 SHIFT = 1e-5  # added to the eigenvalues of a similarity, so that 1/lambda stays below 1e5 (published code)
-SMOOTH = (
-    1e-5  # variance of a node of the spectral density, times its range where that is over 1 (published code)
-)
+SMOOTH = 1e-5  # variance of a node of the spectral density, times its range where over 1 (published code)
 
 
 def layer_of(name: str) -> int | None:
@@ -199,7 +201,23 @@ def eager(net: Any) -> Iterator[None]:
 # How many layers --------------------------------------------------------------------------------------
 
 
-def kept_by_gap(spectrum: Spectrum, L: float) -> float:
+def check_rule(rule: str) -> None:
+    """Raise ValueError for a rule that there is not."""
+    if rule not in (*CURVED, "half", "all") and not re.fullmatch("[1-9][0-9]*", rule):
+        raise ValueError(f"layers_rule = {rule!r} is none of lipschitz, plateau, half, all, nor a number")
+
+
+def needed_share(
+    model: Model, batch: Batch, came: dict[str, np.ndarray], *, rule: str, lanczos: int, key: int
+) -> float:
+    """Return the share of the layers that the curvature at the trained prompts needs, by one of the `CURVED` rules."""
+    if rule == "plateau":
+        return share_by_plateau(spectrum(model, batch, lanczos=lanczos, key=key))
+    found, L = spectrum_and_change(model, batch, came, lanczos=lanczos, key=key)
+    return share_by_gap(found, L)
+
+
+def share_by_gap(spectrum: Spectrum, L: float) -> float:
     """The paper's rule: 1 - m/R, with m the first place where theta[m+1] - theta[m] > 4 L (ascending).
 
     The m flat directions below the gap cannot mix with those above it, so they may go.  No gap: all stay.
@@ -208,7 +226,7 @@ def kept_by_gap(spectrum: Spectrum, L: float) -> float:
     return max(0.0, 1.0 - float(spectrum.share[: gaps[0] + 1].sum())) if len(gaps) else 1.0
 
 
-def kept_by_plateau(spectrum: Spectrum) -> float:
+def share_by_plateau(spectrum: Spectrum) -> float:
     """The published code's rule: the share r(t) of the (smoothed) spectrum above t, where it stops falling.
 
     t goes up from 0 in steps of 0.1; the plateau is four values within 0.005 of their neighbours; the steps
@@ -231,6 +249,15 @@ def kept_by_plateau(spectrum: Spectrum) -> float:
         step /= 2
 
 
-def count(kept: float, layers: int) -> int:
-    """So many layers that their share is at least `kept`; one at least."""
-    return max(1, min(layers, math.ceil(round(kept * layers, 9))))
+def count(share: float, layers: int) -> int:
+    """Return so many layers that their share is at least `share`; one at least."""
+    return max(1, min(layers, math.ceil(round(share * layers, 9))))
+
+
+def choose(scores: np.ndarray, rule: str, share: float) -> np.ndarray:
+    """Return the best layers by score in order, as many as the rule says; `share` is what the curvature needs."""
+    L = len(scores)
+    number = count(share, L) if rule in CURVED else min(L, -(-L // 2) if rule == "half" else int(rule))
+    order = np.argsort(-scores, kind="stable")
+    log.info("prompts of %d of %d layers travel; by score: %s", number, L, order.tolist())
+    return np.sort(order[:number])

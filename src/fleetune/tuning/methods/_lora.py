@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a method's LoRA starts: what goes together, and the start that looks at data."""
+"""Check where and how a method's LoRA starts, and start it from data (`start=eva`)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
@@ -19,7 +20,7 @@ LENGTH: Final = 128  # tokens of each at most
 
 
 def check(start: str, r: int, *, dropout: float, wire: str, start_data: str = "demo") -> None:
-    """ValueError, in plain words, for a start that is not known or does not go with the rest."""
+    """Raise ValueError, in plain words, for a start that is not known or does not go with the rest."""
     if start not in STARTS:
         raise ValueError(f"start = {start!r} is none of {', '.join(STARTS)}")
     if start_data != "demo" and start != "eva":
@@ -31,6 +32,25 @@ def check(start: str, r: int, *, dropout: float, wire: str, start_data: str = "d
             f"start={start} moves a part of the base's weights into A and B, which dropout would drop and fp16 "
             f"would round; use dropout=0 and wire=fp32 (they are {dropout:g} and {wire})"
         )
+
+
+def check_files(start: str, source: str) -> None:
+    """Raise DataError when the rows that a start looks at cannot be read."""
+    if start == "eva":
+        data.read(source, limit=1, offline=True)
+
+
+def check_ranks(ranks: str, r: int) -> None:
+    """Raise ValueError unless `ranks` is numbers from 1 to r, or nothing."""
+    if not ranks:
+        return
+    if not re.fullmatch(r" *\d+ *(, *\d+ *)*", ranks) or not all(1 <= k <= r for k in each_rank(ranks, r)):
+        raise ValueError(f"ranks = {ranks!r} must be numbers from 1 to r = {r}, as 4,8,16")
+
+
+def each_rank(ranks: str, r: int) -> list[int]:
+    """Return the ranks of devices 0, 1, .. in turn; r where none are stated."""
+    return [int(rank) for rank in ranks.split(",")] if ranks else [r]
 
 
 def see(model: Model, source: str) -> None:

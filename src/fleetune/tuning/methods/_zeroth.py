@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the zeroth-order methods share: the ledger as the server's state and as the message to a device."""
+"""Share a ledger between a server and its devices: as the state of zeroth-order methods and as their broadcast.
+
+The server's state is the ledger; a device is sent its sums (`ledger_payload`) and opens a view of its model at that
+point (`open_view`).  A direction's id is `epoch << 32 | k`, member k of a pool that is renewed every epoch.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,19 @@ from fleetune.errors import ModelError
 from fleetune.models.model import Model, named_tensors
 from fleetune.seeds.folded_sums import FOLD
 from fleetune.seeds.ledger import Ledger, LedgerHead
-from fleetune.seeds.noise import run_key
+from fleetune.seeds.noise import LAWS, run_key
 from fleetune.seeds.spsa import Position, uniforms
 from fleetune.seeds.view import View
 from fleetune.tuning.messages import Payload, narrow
 
 log = logging.getLogger(__name__)
 
-LAWS = ("pooled", "rademacher", "gaussian")
 INT32 = (1 << 31) - 1
 UNITS = 256  # grid = lr / 256: a slope of 1 is 256 units, so a usual step is hundreds to thousands
 
 
 def check_pool(law: str, K: int, *, lr: float, eps: float, tau: int, batch_size: int) -> None:
-    """ValueError, in plain words, for hyper-parameters that cannot be."""
+    """Raise ValueError, in plain words, for hyper-parameters that cannot be."""
     if law not in LAWS:
         raise ValueError(f"law = {law!r} is none of {', '.join(LAWS)}")
     if not 1 <= K <= 1 << 20:
@@ -41,7 +44,7 @@ def check_pool(law: str, K: int, *, lr: float, eps: float, tau: int, batch_size:
 
 
 def draw(key: int, count: int, p: np.ndarray | None, K: int) -> np.ndarray:
-    """int64[count] indices of 0..K-1, uniform or with the probabilities p [K]: the walk through a pool."""
+    """Draw int64[count] members of a pool of K, uniformly or with the probabilities p [K]: the walk through it."""
     u = uniforms(key, "walk", count)
     if p is None:
         return (u * K).astype(np.int64)
@@ -50,13 +53,13 @@ def draw(key: int, count: int, p: np.ndarray | None, K: int) -> np.ndarray:
 
 
 def rounded(steps: np.ndarray) -> np.ndarray:
-    """int64: the nearest integers that a ledger takes, whatever a reply has made of `steps`."""
+    """Return int64: the nearest integers that a ledger takes, whatever a reply has made of `steps`."""
     whole: np.ndarray = np.clip(np.rint(steps), -INT32, INT32).astype(np.int64)
     return whole
 
 
 def pool_ids(epoch: int, k: np.ndarray) -> np.ndarray:
-    """Direction ids u64 of pool members k in an epoch: epoch << 32 | k."""
+    """Return the direction ids u64 of pool members k in an epoch: epoch << 32 | k."""
     return (np.uint64(epoch) << np.uint64(32)) | k.astype(np.uint64)
 
 
@@ -73,7 +76,7 @@ def new_ledger(
     hyper: dict[str, object],
     aggregation: str,
 ) -> Ledger:
-    """An empty ledger on this base; `K` is the pool's size, the grid is lr / 256."""
+    """Return an empty ledger on this base; `K` is the pool's size, the grid is lr / 256."""
     if law == "gaussian" and K > FOLD:
         log.warning(
             "slow: every forward may compute %d gaussian directions, whose sums are not kept; "
@@ -101,7 +104,7 @@ def new_ledger(
 
 
 def ledger_payload(ledger: Ledger, pool: int, epoch: int) -> Payload:
-    """The ledger as what a device needs: the sums of all epochs, `a` int[epochs, pool], and the head's numbers."""
+    """Return what a device needs of a ledger: the sums of all epochs, `a` int[epochs, pool], and the head's numbers."""
     sums = np.zeros((epoch + 1, pool), np.int64)
     epochs, k = ledger.ids >> np.uint64(32), ledger.ids & np.uint64(0xFFFFFFFF)
     np.add.at(sums, (epochs.astype(np.int64), k.astype(np.int64)), ledger.coefficients.astype(np.int64))
@@ -110,7 +113,7 @@ def ledger_payload(ledger: Ledger, pool: int, epoch: int) -> Payload:
 
 
 def open_view(model: Model, payload: Payload) -> tuple[View, Position]:
-    """On a device: a view of `model` and the position that an announcement stands for."""
+    """Return, on a device, a view of `model` and the position that a `ledger_payload` stands for."""
     a = payload.array("a")
     epochs, k = np.nonzero(a)
     ids = (epochs.astype(np.uint64) << np.uint64(32)) | k.astype(np.uint64)
@@ -120,7 +123,7 @@ def open_view(model: Model, payload: Payload) -> tuple[View, Position]:
 
 
 def view_of(model: Model, run_key: int, law: str, grid: float) -> View:
-    """The view that `model` carries, made anew if it has none or one of another key, law or grid."""
+    """Return the view that `model` carries, made anew if it has none or one of another key, law or grid."""
     view = model.attachment
     if isinstance(view, View):
         if (view.run_key, view.law, view.grid) == (run_key, law, grid):

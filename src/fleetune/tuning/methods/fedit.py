@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FedIT: federated instruction tuning of LoRA adapters by FedAvg.
+"""Tune LoRA adapters on instructions in a federation, averaged by FedAvg (FedIT).
 
 Zhang, Vahidian, Kuo, Li, Zhang, Yu, Wang, Chen: "Towards Building the Federated GPT: Federated Instruction
 Tuning", ICASSP 2024, arXiv 2305.05644 (Algorithm 1; its code is "Shepherd").
 
+## Algorithm
+
 A round: the server sends the adapter; a device trains it for some epochs on its own rows with a fresh AdamW
 and sends it back; the server averages, weighted by rows: A <- sum_k p_k A_k and B <- sum_k p_k B_k.
 
-What differs from the paper's code, and why:
+## Differences from the paper
+
 - LoRA on all linear layers (the code: q_proj only; its README: q, k, v, o), and the loss on the answer alone.
-- `average=product` averages what the adapters mean, sum_k p_k B_k A_k, instead of A and B apart
-  (`aggregate.product_mean`).  Then devices may also have unlike ranks: with `ranks=4,8,16` device k has the
-  (k modulo 3)-th of them, is sent the strongest directions of the global adapter (of rank r), up to its rank,
-  and sends as many back; the average is exact over all of them.
 - Only trainable numbers travel, in fp16 if `wire=fp16`; the evaluation is real (theirs is a print).
+
+## Options
+
+`average=product` averages the products of the factors, sum_k p_k B_k A_k, instead of A and B apart
+(`averaging.product_mean`).  Then devices may also have unlike ranks: with `ranks=4,8,16` device k has the
+(k modulo 3)-th of them, is sent the strongest directions of the global adapter (of rank r), up to its rank,
+and sends as many back; the average is exact over all of them.
 
 Where A and B start is the server's choice (`start`), and every device gets it from the server:
 
@@ -26,29 +32,30 @@ Where A and B start is the server's choice (`start`), and every device gets it f
 | pissa, olora | the strongest directions (or the first of Q R) of each weight W0; what they hold of it is taken out |
 | eva | A the directions that explain most of what the layer sees on rows of the server's (`start_data`); B zero |
 
-Sources and formulas: `adapters/starts.py`, `adapters/eva.py`.  The base is never written to: for pissa and olora
+Sources and formulas: `adapters/lora_init.py`, `adapters/lora_init_eva.py`.  The base is never written to: for pissa and olora
 the start itself, B0 A0, is subtracted beside each layer, so it goes down with every broadcast (twice the bytes
 down, none up), and the saved adapter is a plain LoRA of rank 2 r on the plain base.
 
 For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of
 taking it (`server`: FedAvgM, FedAdagrad, FedYogi, FedAdam); their papers are in `methods/_adapter.py` and
-`servers.py`.
+`server_rules.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.models.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.tuning import server_rules
 from fleetune.tuning.averaging import cut, product_mean
+from fleetune.tuning.footprint import Footprint, lora_module
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _lora
 from fleetune.tuning.methods._adapter import State, Training
@@ -59,6 +66,7 @@ log = logging.getLogger(__name__)
 KIND = "adapter"
 PAPER = "Zhang et al., ICASSP 2024, arXiv 2305.05644"
 SENDS = "the LoRA adapter, up and down"
+RECOMMENDED = 1
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,12 @@ class Method:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
         self.check_start()
-        self.check_ranks()
+        _lora.check_ranks(self.ranks, self.r)
+        if self.ranks and (self.average != "product" or self.start == "orthogonal"):
+            raise ValueError(
+                "ranks needs average=product (A and B of unlike ranks have no mean of their own), and a start "
+                "other than orthogonal, whose B A is only zero as a whole"
+            )
         if self.average not in ("separate", "product"):
             raise ValueError(f"average = {self.average!r} is none of separate, product")
         if self.average == "product" and (self.server != "avg" or self.server_lr or self.scaffold):
@@ -101,7 +114,7 @@ class Method:
             )
 
     def check_start(self) -> None:
-        """ValueError for a start that does not go with the rest."""
+        """Raise ValueError for a start that does not go with the rest."""
         _lora.check(self.start, self.r, dropout=self.dropout, wire=self.wire, start_data=self.start_data)
         if self.start in _lora.FROM_WEIGHTS and self.average == "product":
             raise ValueError(
@@ -109,26 +122,8 @@ class Method:
                 "own and not what was learned; use average=separate"
             )
 
-    def check_ranks(self) -> None:
-        """ValueError for ranks that cannot be."""
-        if not self.ranks:
-            return
-        if not re.fullmatch(r" *\d+ *(, *\d+ *)*", self.ranks) or not all(
-            1 <= rank <= self.r for rank in self.each_rank()
-        ):
-            raise ValueError(f"ranks = {self.ranks!r} must be numbers from 1 to r = {self.r}, as 4,8,16")
-        if self.average != "product" or self.start == "orthogonal":
-            raise ValueError(
-                "ranks needs average=product (A and B of unlike ranks have no mean of their own), and a start "
-                "other than orthogonal, whose B A is only zero as a whole"
-            )
-
-    def each_rank(self) -> list[int]:
-        """The ranks of devices 0, 1, .. in turn."""
-        return [int(rank) for rank in self.ranks.split(",")] if self.ranks else [self.r]
-
     def training(self) -> Training:
-        """A device's round."""
+        """Return how a device trains."""
         return Training(
             lr=self.lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size, mu=self.mu,
             scaffold=self.scaffold, checkpointing=self.checkpointing, wire=self.wire,
@@ -161,21 +156,24 @@ class Method:
         return _adapter.expects(state, self.wire)
 
     def kinds(self, state: State) -> list[tuple[Payload, ReplySpec]]:
-        """One a rank: the strongest directions of the adapter, and as many back."""
+        """Send each rank the strongest directions of the adapter, and expect as many back."""
         pairs = adapters.pairs(state.tensors)
-        cuts = [state._replace(tensors=cut(state.tensors, pairs, rank)) for rank in self.each_rank()]
+        cuts = [
+            state._replace(tensors=cut(state.tensors, pairs, rank))
+            for rank in _lora.each_rank(self.ranks, self.r)
+        ]
         return [(self.broadcast(part), self.expects(part)) for part in cuts]
 
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
-        """Epochs (or steps) of AdamW on the adapter, of the rank that came, moments fresh every round."""
+        """Do epochs (or steps) of AdamW on the adapter, of the rank that came, moments fresh every round."""
         rank = next(len(a) for n, a in payload.arrays.items() if n.endswith(".lora_A.weight"))
         self.attach(model, payload.int("seed"), rank)
         return _adapter.local(model, payload, batches, key, memory, self.training())
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
-        """FedAvg of the adapters (A and B apart), or of their products; then the server's rule."""
+        """Average the adapters (A and B apart) or their products; then take the server's step."""
         if self.average == "separate":
             return _adapter.aggregate(state, replies, self.training(), self.server, self.server_lr)
         taken = ((float(r.payload.int("n")), r.payload.arrays) for r in replies)
@@ -186,9 +184,18 @@ class Method:
         return state._replace(tensors=tensors, cut=left_out)
 
     def report(self, state: State) -> dict[str, float]:
-        """What the last average had to leave out."""
+        """Return what the last average had to leave out."""
         return {"cut": state.cut} if self.average == "product" else {}
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed, self.r)
         _adapter.apply(model, state)
+
+    def check_files(self) -> None:
+        _lora.check_files(self.start, self.start_data)
+
+    def sized(self, steps: int, batch_size: int) -> Method:
+        return replace(self, steps=steps, batch_size=batch_size)
+
+    def footprint(self, shape: Shape) -> Footprint | None:
+        return _adapter.footprint(lora_module(shape.linears, shape.head, self.r, dropout=self.dropout > 0))

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FedPETuning: any parameter-efficient module, tuned by FedAvg, and only its numbers travel.
+"""Tune any parameter-efficient module in a federation, averaged by FedAvg (FedPETuning).
 
 Zhang, Yang, Dai, Wang, Yu, Qu, Xu: "FedPETuning: When Federated Learning Meets the Parameter-Efficient Tuning
 Methods of Pre-trained Language Models", ACL Findings 2023, arXiv 2212.10025 (section 3, Algorithm 1).
+
+## Algorithm
 
 A round: the server sends the module; a device trains it for an epoch on its own rows with a fresh AdamW, whose
 rate falls to 0 within the round, and sends it back; the server averages, weighted by rows.
@@ -18,6 +20,8 @@ rate falls to 0 within the round, and sends it back; the server averages, weight
 
 A classification head, where the model has one, is trained with any of them and travels too, as in the paper.
 
+## Options
+
 `lr` and `size` 0 stand for the module's own: the paper's best ones for QNLI (its appendix; `lr` 5e-5 for full,
 5e-4 for prefix, 1e-3 for adapter, lora and bitfit, 3e-2 for prompt).  Its fleets are 100
 clients of which 10 % take part in a round; cross-silo, 10 that all do; large-scale cross-device, 1,000 of which
@@ -26,9 +30,10 @@ clients of which 10 % take part in a round; cross-silo, 10 that all do; large-sc
 LoRA may start elsewhere than at PEFT's default (`start`): see `fedit`.
 
 For devices of unlike data: `mu` (FedProx), `scaffold`, and a server that steps along the mean instead of taking it
-(`server`: FedAvgM, FedAdagrad, FedYogi, FedAdam); their papers are in `methods/_adapter.py` and `servers.py`.
+(`server`: FedAvgM, FedAdagrad, FedYogi, FedAdam); their papers are in `methods/_adapter.py` and `server_rules.py`.
 
-What differs from the paper's code, and why:
+## Differences from the paper
+
 - It sends the whole model, frozen weights too, and computes what it would have saved; here that is saved.
 - It takes the plain mean; here devices weigh as much as their rows.  Its devices have equally many, so it is
   the same there.
@@ -47,7 +52,9 @@ from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.models.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.tuning import server_rules
+from fleetune.tuning.footprint import Footprint, lora_module
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _lora
 from fleetune.tuning.methods._adapter import State, Training
@@ -56,6 +63,7 @@ from fleetune.tuning.methods._lora import STARTS
 KIND = "adapter"
 PAPER = "Zhang et al., ACL Findings 2023, arXiv 2212.10025"
 SENDS = "the module's numbers (and a classification head's), up and down"
+RECOMMENDED = 2
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ class Method:
         server_rules.check(self.server, lr=self.server_lr)
 
     def check_fits(self) -> None:
-        """ValueError for a setting that the module does not have."""
+        """Raise ValueError for a setting that the module does not have."""
         if self.start != "default" and self.module != "lora":
             raise ValueError(f"start = {self.start!r} is a start of LoRA; it needs module=lora")
         if self.targets != "query-value" and self.module != "lora":
@@ -107,7 +115,7 @@ class Method:
             raise ValueError(f"size = {self.size}, but module={self.module} has no size to choose")
 
     def training(self) -> Training:
-        """A device's round."""
+        """Return how a device trains."""
         return Training(
             lr=self.lr or MODULES[self.module].lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size,
             decay=True, clip=self.clip, mu=self.mu, scaffold=self.scaffold, checkpointing=self.checkpointing,
@@ -148,6 +156,17 @@ class Method:
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)
         _adapter.apply(model, state)
+
+    def check_files(self) -> None:
+        _lora.check_files(self.start, self.start_data)
+
+    def sized(self, steps: int, batch_size: int) -> Method:
+        return replace(self, steps=steps, batch_size=batch_size)
+
+    def footprint(self, shape: Shape) -> Footprint | None:
+        if (self.module, self.targets) != ("lora", "query-value"):
+            return None  # the other modules are not counted yet
+        return _adapter.footprint(lora_module(shape.query_value, shape.head, self.size or 16))
 
 
 class Kind(NamedTuple):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FwdLLM: forward gradients of an adapter; devices run inference only and send one number a direction.
+"""Tune an adapter in a federation by forward gradients: devices run inference only (FwdLLM).
 
 Xu, Cai, Wu, Li, Wang: "FwdLLM: Efficient Federated Finetuning of Large Language Models with Perturbed
 Inferences", USENIX ATC 2024, arXiv 2308.13894 (section 3: forward gradients on PEFT modules, variance-controlled
 perturbation pacing, discriminative perturbation sampling).
+
+## Algorithm
 
 A device evaluates its batch on both sides of its point along random directions v ~ N(0, I),
 
@@ -23,7 +25,8 @@ a v along the unit vector u of the old gradient is then a normal cut off below a
 3.25), and all else is as before.  So the estimate is biased: its mean is grad + (E[a^2] - 1) <grad, u> u.  What
 the gradient has in common with the old one counts 3.25 times, which works like momentum.
 
-What differs from the paper's code, and why:
+## Differences from the paper
+
 - A direction is a seed, so a reply is 4 bytes a direction; the code sends the dense gradient, and has no seeds.
 - Rows weigh (a scalar counts n_c); the code says that it weighs and does not.
 - Seeds are ranked as whole directions; the code ranks each tensor's part apart, and above 1000 candidates keeps
@@ -32,62 +35,69 @@ What differs from the paper's code, and why:
   Where two do, the direction's share of the mean is that of both, and the variance counts it as one.
 - The variance test ends after `patience` rounds on a batch; in the code it may ask for ever.
 - No half precision in the two inferences beyond the model's own: their difference is small.
+
+## Options
+
+- `module` is what is trained: LoRA, bottleneck adapters or the biases.
+- `variance_gate=false` moves in every round; `discriminative=false` draws all directions afresh.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batches, keyed_order
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
-from fleetune.seeds.noise import Passes, derive, passes, probe
-from fleetune.seeds.slots import WeightSlot, layout
-from fleetune.seeds.spsa import two_point
-from fleetune.seeds.view import CHUNK, View
+from fleetune.models.shapes import Shape
+from fleetune.seeds.noise import Passes, derive
+from fleetune.seeds.view import View
+from fleetune.tuning.footprint import WIDE, Footprint, lora_module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply
+from fleetune.tuning.methods import Reply, _forward
+from fleetune.tuning.methods._forward import INDEPENDENT_LAWS
+from fleetune.tuning.server_rules import Tensors
 
 KIND = "adapter"
 PAPER = "Xu et al., USENIX ATC 2024, arXiv 2308.13894"
 SENDS = "the adapter down; one number a direction up"
 CLIENTS = 100
 
-LAWS = ("gaussian", "rademacher")
-UNITS = 1 << 20  # a coefficient's grid is lr / 2^20
-LIMIT = 1 << 40  # and at most 2^20 in size: whatever a device says, sums are exact
 SPARE = 4  # seeds sent for each that is used
+IDS: Final = np.zeros(0, np.uint64)
+NUMBERS: Final = np.zeros(0)
 
 
 class State(NamedTuple):
-    """The adapter, and what is known of its gradient so far: scalars of the batch in hand, and the last step."""
+    """The adapter, and what is known of its gradient so far: scalars of the current batch, and the last step."""
 
-    tensors: dict[str, np.ndarray]  # float32, by parameter name
-    last: dict[str, np.ndarray]  # lr times the last accepted gradient (empty before the first)
+    tensors: Tensors  # float32, by parameter name
+    last: Tensors  # lr times the last accepted gradient (empty before the first)
     seeds: np.ndarray  # uint64, the ranked directions that the coming round draws from (none: each its own)
     ids: np.ndarray  # uint64[m] the directions asked on this batch so far,
     g: np.ndarray  # float64[m] their scalars,
     rows: np.ndarray  # float64[m] and the rows of the device that each is from
-    batch: int  # the batch in hand
+    batch: int  # number of the current batch
     asked: int  # rounds on it so far
     round: int
     seed: int
-    n: int  # of the last round: directions on its batch, their variance, and whether the server moved,
-    variance: float
-    moved: int
-    along: float  # how far along the last gradient its directions went, in the mean (not ranked: about 0),
-    cosine: float  # and where it moved, the cosine of the gradient accepted with the one before (else 0)
-    offer: float  # `along` of the coming round
+    n: int = 0  # of the last round: directions on its batch, their variance, and whether the server moved,
+    variance: float = 0.0
+    moved: int = 0
+    along: float = (
+        0.0  # how far along the last gradient its directions went, in the mean (not ranked: about 0),
+    )
+    cosine: float = (
+        0.0  # and where it moved, the cosine of the gradient accepted with the one before (else 0)
+    )
+    offer: float = 0.0  # `along` of the coming round
 
 
 @dataclass(frozen=True)
@@ -124,18 +134,14 @@ class Method:
             raise ValueError("r and alpha are sizes of an adapter; bitfit has none")
         if self.module != "lora" and self.targets != "query-value":
             raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
-        for name, choices in (("law", LAWS), ("module", tuple(MODULES))):
+        for name, choices in (("law", INDEPENDENT_LAWS), ("module", tuple(MODULES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is none of {', '.join(choices)}")
 
     def init(self, model: Model, key: int) -> State:
         seed = key >> 1  # fits a signed 64-bit scalar
         self.attach(model, seed)
-        none = np.zeros(0)
-        ids = np.zeros(0, np.uint64)
-        return State(
-            adapters.export(model), {}, ids, ids, none, none, 0, 0, 0, seed, 0, 0.0, 0, 0.0, 0.0, 0.0
-        )
+        return State(adapters.export(model), {}, IDS, IDS, NUMBERS, NUMBERS, 0, 0, 0, seed)
 
     def attach(self, model: Model, seed: int) -> None:
         """Give `model` its adapter, unless it has it; every device derives the same start from the seed."""
@@ -143,7 +149,7 @@ class Method:
             adapters.attach(model, MODULES[self.module](self), seed=seed)
 
     def rate(self, round: int) -> float:
-        """The learning rate after so many rounds."""
+        """Return the learning rate after so many rounds."""
         return self.lr * (max(0.0, 1.0 - round / self.decay) if self.decay else 1.0)
 
     def broadcast(self, state: State) -> Payload:
@@ -154,7 +160,7 @@ class Method:
         return ReplySpec({"g": ("float32", (self.P,))}, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
 
     def directions(self, seeds: np.ndarray | None, key: int) -> np.ndarray:
-        """uint64[P]: a device's directions of a round, drawn with its key; the server draws them again."""
+        """Draw uint64[P], a device's directions of a round, with its key; the server draws them again."""
         if seeds is None or not len(seeds):
             return np.array([derive(key, "direction", j) for j in range(self.P)], np.uint64)
         return seeds[keyed_order(derive(key, "pick"), 0, len(seeds))[: self.P]]
@@ -162,107 +168,85 @@ class Method:
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
-        """P central differences on one batch; afterwards the adapter is where these alone would lead."""
-        seed = payload.int("seed")
-        self.attach(model, seed)
-        parameters = adapters.trainable(model)
+        """Measure P central differences on one batch; leave the adapter where these alone would lead."""
+        self.attach(model, payload.int("seed"))
+        parameters, measure = adapters.trainable(model), objectives.get(self.objective)
         tensors = {n: payload.array(n) for n in parameters}
-        view = self.view(tensors, seed, payload.float("rate"), model.device)
-        measure = objectives.get(self.objective)
+        view = self.view(tensors, payload.int("seed"), payload.float("rate"), model.device)
         ids = self.directions(payload.arrays.get("seeds"), key)
-        g, losses = np.zeros(self.P, np.float32), np.full(self.P, np.inf)
-        held = batches.repeat_batch(payload.int("batch"), self.batch_size, self.P)
-        for j, batch in enumerate(held):
+        same = batches.repeat_batch(payload.int("batch"), self.batch_size, self.P)
+        slopes, loss = _forward.slopes(parameters, view, ids, self.h, same, lambda b: measure(model, b))
+        g = self.cut(slopes).astype(np.float32)
+        step, _ = _forward.descent(self.law, ids, g.astype(np.float64), np.full(self.P, float(batches.n)))
+        view.place(step)
+        _forward.write_to(parameters, view)
+        return Payload({"g": g}, {"n": batches.n, "loss": loss})
 
-            def seen(batch: Any = batch) -> float:
-                stand(parameters, view)
-                return measure(model, batch)
-
-            plus, minus = two_point(view, probe(self.law, 1, int(ids[j])), self.h, seen)
-            if math.isfinite(plus) and math.isfinite(minus):  # else no step; with none at all it is refused
-                g[j], losses[j] = self.cut((plus - minus) / (2 * self.h)), (plus + minus) / 2
-        view.place(self.step(ids, g.astype(np.float64), np.full(self.P, float(batches.n)))[0])
-        stand(parameters, view)
-        return Payload({"g": g}, {"n": batches.n, "loss": mean_loss(losses)})
-
-    def cut(self, g: Any) -> Any:
-        """A scalar or array of slopes with |g| at most `clip`."""
+    def cut(self, g: np.ndarray) -> np.ndarray:
+        """Return slopes with |g| at most `clip`."""
         return np.clip(g, -self.clip, self.clip) if self.clip else g
 
     def view(self, tensors: Mapping[str, np.ndarray], seed: int, rate: float, device: str = "cpu") -> View:
-        """The adapter's tensors, to be seen from other points."""
-        named = [(n, torch.from_numpy(t.copy()).to(device)) for n, t in tensors.items()]
-        return View(named, nn.Module(), run_key=run_key(seed), law=self.law, grid=rate / UNITS)
-
-    def step(self, ids: np.ndarray, g: np.ndarray, rows: np.ndarray) -> tuple[Passes, float]:
-        """-(sum_k rows_k g_k v_k) / (sum_k rows_k) as passes, and the variance 2 sum_k a_k^2 of that mean.
-
-        a_k is the share of direction k in the mean (all its scalars together): g_k / n where rows are equal.
-        """
-        unique, where = np.unique(ids, return_inverse=True)
-        a = np.bincount(where, rows * g) / rows.sum()
-        units = np.rint(np.clip(-a * UNITS, -LIMIT, LIMIT)).astype(np.int64)
-        return passes(self.law, 1, unique, units), float(2 * (a @ a))
+        """Return a view of the adapter from other points."""
+        return _forward.view_of(tensors, run_key(seed), self.law, rate, device)
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Move along all directions asked on this batch, or keep the adapter and ask for more."""
-        ids, g, rows = [state.ids], [state.g], [state.rows]
+        parts = [(state.ids, state.g, state.rows)]
         for reply in replies:
-            ids.append(self.directions(state.seeds, reply.key))
-            g.append(self.cut(reply.payload.array("g").astype(np.float64)))
-            rows.append(np.full(self.P, float(reply.payload.int("n"))))
-        if len(ids) == 1:
+            g = self.cut(reply.payload.array("g").astype(np.float64))
+            rows = np.full(self.P, float(reply.payload.int("n")))
+            parts.append((self.directions(state.seeds, reply.key), g, rows))
+        if len(parts) == 1:
             return state._replace(round=state.round + 1, moved=0, cosine=0.0)
-        fresh = sum(map(len, ids[1:]))
+        ids, g, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+        fresh = len(ids) - len(state.ids)
+        step, variance = _forward.descent(self.law, ids, g, rows)
         state = state._replace(
-            ids=np.concatenate(ids),
-            g=np.concatenate(g),
-            rows=np.concatenate(rows),
-            along=state.offer,
-            cosine=0.0,
-        )
-        total, variance = self.step(state.ids, state.g, state.rows)
-        state = state._replace(n=len(np.unique(state.ids)), variance=variance, asked=state.asked + 1, moved=0)
+            ids=ids, g=g, rows=rows, n=len(np.unique(ids)), variance=variance, asked=state.asked + 1,
+            moved=0, along=state.offer, cosine=0.0,
+        )  # fmt: skip
         if not self.variance_gate or variance <= self.threshold or state.asked >= self.patience:
-            state = self.move(state, total)
+            state = self.move(state, step)
         ranked = self.discriminative and state.batch % 2 and state.last
-        seeds, offer = self.rank(state, fresh) if ranked else (NONE, 0.0)
+        seeds, offer = self.rank(state, fresh) if ranked else (IDS, 0.0)
         return state._replace(seeds=seeds, offer=offer, round=state.round + 1)
 
-    def move(self, state: State, total: Passes) -> State:
-        """The state after a step of SGD, on to the next batch."""
+    def move(self, state: State, step: Passes) -> State:
+        """Take a step of SGD and go on to the next batch."""
         view = self.view(state.tensors, state.seed, self.rate(state.round))
-        view.place(total, fold=False)
-        tensors = {name: t.numpy() for name, t in view.tensors()}
-        last = {name: state.tensors[name] - t for name, t in tensors.items()}
-        if not any(t.any() for t in last.values()):
-            last = {}
-        none = np.zeros(0)
+        tensors, last = _forward.moved(state.tensors, view, step)
         return state._replace(
-            tensors=tensors, last=last, ids=NONE, g=none, rows=none, batch=state.batch + 1, asked=0, moved=1,
-            cosine=cosine(last, state.last),
+            tensors=tensors, last=last, ids=IDS, g=NUMBERS, rows=NUMBERS, batch=state.batch + 1, asked=0,
+            moved=1, cosine=_forward.cosine(last, state.last),
         )  # fmt: skip
 
     def rank(self, state: State, used: int) -> tuple[np.ndarray, float]:
-        """Of fresh candidates the share 1 / `candidates` that is most like the last gradient: uint64, best first.
-
-        And how far along it they go in the mean.
-        """
-        keep = SPARE * used
-        first = np.uint64((state.round + 1) << 32)
+        """Return the fresh directions most like the last gradient, and how far along it they go in the mean."""
+        first, keep = np.uint64((state.round + 1) << 32), SPARE * used
         ids = first + np.arange(keep * self.candidates, dtype=np.uint64)
-        found = cosines(state.last, ids, run_key(state.seed), self.law)
-        best = np.argsort(-found, kind="stable")[:keep]
-        return ids[best], float(found[best].mean()) * math.sqrt(sum(t.size for t in state.last.values()))
+        return _forward.most_alike(state.last, ids, keep, key=run_key(state.seed), law=self.law)
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)
         adapters.load_(model, state.tensors)
 
     def report(self, state: State) -> dict[str, float]:
-        """What the gate and the ranking did in the round: see `State`."""
+        """Return what the gate and the ranking did in the round: see `State`."""
         names = ("n", "variance", "moved", "batch", "along", "cosine")
         return {name: float(getattr(state, name)) for name in names}
+
+    def sized(self, steps: int, batch_size: int) -> Method:
+        return replace(self, P=steps, batch_size=batch_size)
+
+    def footprint(self, shape: Shape) -> Footprint | None:
+        if (self.module, self.targets) != ("lora", "query-value"):
+            return None  # the other modules are not counted yet
+        if (module := lora_module(shape.query_value, shape.head, self.r)) is None:
+            return None
+        # ranked seeds, 3 kB in every second round, are left out
+        state = State(placeholders(module), {}, IDS, IDS, NUMBERS, NUMBERS, 0, 0, 0, WIDE >> 1)
+        return Footprint("two-point", module, state)
 
 
 MODULES: Final[Mapping[str, Callable[[Method], adapters.AdapterSpec]]] = MappingProxyType(
@@ -272,56 +256,8 @@ MODULES: Final[Mapping[str, Callable[[Method], adapters.AdapterSpec]]] = Mapping
         "bitfit": lambda method: adapters.Bitfit(),
     }
 )
-NONE = np.zeros(0, np.uint64)
 
 
 def run_key(seed: int) -> int:
-    """The key of the directions of a run."""
+    """Return the key of the directions of a run."""
     return derive(seed, "fwdllm")
-
-
-def stand(parameters: Mapping[str, nn.Parameter], view: View) -> None:
-    """Set the adapter to what the view shows."""
-    with torch.no_grad():
-        for name, seen in view.tensors():
-            parameters[name].copy_(seen)
-
-
-def mean_loss(losses: np.ndarray) -> float:
-    """The mean of those that are finite; infinite, which the door refuses, where none is."""
-    finite = losses[np.isfinite(losses)]
-    return float(finite.mean()) if len(finite) else math.inf
-
-
-def cosine(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
-    """The cosine of two gradients in float64; 0 where one is nothing."""
-
-    def dot(x: Mapping[str, np.ndarray], y: Mapping[str, np.ndarray]) -> float:
-        return sum(float(np.vdot(x[n].astype(np.float64), y[n].astype(np.float64))) for n in x)
-
-    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) if a and b else 0.0
-
-
-def cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: str) -> np.ndarray:
-    """float64[len(ids)]: the cosine of each direction with `tensors`, in the memory of one chunk of a direction."""
-    slots = layout((n, torch.from_numpy(t)) for n, t in tensors.items())
-    size = slots[-1].start + slots[-1].tensor.numel()
-    flat, real = torch.zeros(size), torch.zeros(size)
-    for slot in slots:
-        where = slice(slot.start, slot.start + slot.tensor.numel())
-        flat[where], real[where] = slot.tensor.view(-1), 1.0
-    zeros = torch.zeros(min(size, CHUNK))
-
-    def nothing(slot: WeightSlot, first: int, last: int) -> Tensor:
-        return zeros[: last - first]
-
-    view = View([("all", flat)], nn.Module(), run_key=key, law=law, grid=0.0, read=nothing)
-    dots, norms = np.zeros(len(ids)), np.zeros(len(ids))
-    for first in range(0, size, CHUNK):
-        last = min(first + CHUNK, size)
-        for k, id in enumerate(ids.tolist()):
-            view.probe(probe(law, 1, id), 1.0)
-            v = view.piece(view.slots[0], first, last)
-            dots[k] += float(v @ flat[first:last])
-            norms[k] += float(v.square() @ real[first:last])
-    return dots / np.sqrt(norms * float(flat.double().square().sum()))

@@ -1,25 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MeZO: full-parameter tuning with two forward passes a step and the memory of inference.
+"""Fine-tune all weights with two forward passes a step, in the memory of inference (MeZO).
 
 Malladi, Gao, Nichani, Damian, Lee, Chen, Arora: "Fine-Tuning Language Models with Just Forward Passes",
 NeurIPS 2023, arXiv 2305.17333 (Algorithm 1).
+
+## Algorithm
 
     g = (L(w + eps z; B) - L(w - eps z; B)) / (2 eps),   w <- w - eta g z,   z fresh every step
 
 By default a fleet of one: this machine.  With more clients every device walks the same directions on its
 own data and the server takes the mean of their scalars, direction by direction.
 
-What differs from the paper's code, and why:
+## Differences from the paper
+
 - Stored weights are never written (`seeds/view.py`): no drift, no restore pass, and a run in bf16 is
   bit-equal to a replay of its own ledger.  In the paper's way it is not even near (see docs/results.md).
 - A fresh direction every step is the next member of a pool of K orthogonal ones, a new pool every K steps.
-- Any objective, differentiable or not: `objective=accuracy`, `rouge_l`, `f1` or your own function.
+
+## Options
+
+- `objective` is any function of the model and a batch, differentiable or not: `accuracy`, `rouge_l`, `f1` or your own.
+- `decay` lets the learning rate fall linearly to 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,20 +35,13 @@ from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.spsa import descend
+from fleetune.tuning.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply
-from fleetune.tuning.methods._zeroth import (
-    INT32,
-    UNITS,
-    check_pool,
-    ledger_payload,
-    new_ledger,
-    open_view,
-    place_at,
-    rounded,
-)
+from fleetune.tuning.methods import Reply, _zeroth
+from fleetune.tuning.methods._zeroth import INT32, UNITS, rounded
 
 KIND = "ledger"
 PAPER = "Malladi et al., NeurIPS 2023, arXiv 2305.17333"
@@ -72,36 +72,31 @@ class Method:
     objective: str = setting("loss", "L", "loss, accuracy, rouge_l, f1 or package.module:function")
 
     def __post_init__(self) -> None:
-        check_pool(self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size)
+        _zeroth.check_pool(
+            self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size
+        )
         if self.clip < 0 or self.decay < 0:
             raise ValueError("clip and decay must be 0 or more")
 
     def init(self, model: Model, key: int) -> State:
-        ledger = new_ledger(
-            model,
-            key,
-            law=self.law,
-            K=self.K,
-            lr=self.lr,
-            eps=self.eps,
-            method="mezo",
-            rule="linear to 0" if self.decay else "constant",
-            hyper=asdict(self),
+        ledger = _zeroth.new_ledger(
+            model, key, law=self.law, K=self.K, lr=self.lr, eps=self.eps, method="mezo",
+            rule="linear to 0" if self.decay else "constant", hyper=asdict(self),
             aggregation="mean weighted by rows",
-        )
+        )  # fmt: skip
         return State(ledger, 0, 0)
 
     def ids(self, step: int) -> np.ndarray:
-        """Direction ids u64[tau] of the steps from `step` on: (pool, place in the pool)."""
+        """Return the direction ids u64[tau] of the steps from `step` on: (pool, place in the pool)."""
         steps = np.arange(step, step + self.tau, dtype=np.uint64)
         return (steps // np.uint64(self.K) << np.uint64(32)) | steps % np.uint64(self.K)
 
     def rate(self, step: int) -> float:
-        """The learning rate at a step, as a share of `lr`."""
+        """Return the learning rate at a step, as a share of `lr`."""
         return max(0.0, 1.0 - step / self.decay) if self.decay else 1.0
 
     def broadcast(self, state: State) -> Payload:
-        payload = ledger_payload(state.ledger, self.K, max(0, state.step - 1) // self.K)
+        payload = _zeroth.ledger_payload(state.ledger, self.K, max(0, state.step - 1) // self.K)
         return Payload(payload.arrays, {**payload.scalars, "step": state.step})
 
     def expects(self, state: State) -> ReplySpec:
@@ -110,24 +105,18 @@ class Method:
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
-        """tau steps along fresh directions; the integers that were stepped by are the reply."""
-        view, position = open_view(model, payload)
+        """Take tau steps along fresh directions; reply with the integers that were stepped by."""
+        view, position = _zeroth.open_view(model, payload)
         first = payload.int("step")
         steps = descend(
-            model,
-            view,
-            position,
-            self.ids(first).tolist(),
-            batches.steps(self.tau, self.batch_size),
-            objectives.get(self.objective),
-            eps=self.eps,
-            clip=self.clip,
+            model, view, position, self.ids(first).tolist(), batches.steps(self.tau, self.batch_size),
+            objectives.get(self.objective), eps=self.eps, clip=self.clip,
             to_units=lambda step, g: max(-INT32, min(INT32, round(-g * UNITS * self.rate(first + step)))),
-        )
+        )  # fmt: skip
         return Payload({"c": steps.coefficients.astype(np.int32)}, {"n": batches.n, "loss": steps.loss})
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
-        """The mean over devices of each step's integer, weighted by rows."""
+        """Take the mean over devices of each step's integer, weighted by rows."""
         total, rows = np.zeros(self.tau, np.float64), 0
         for reply in replies:
             n = reply.payload.int("n")
@@ -140,4 +129,10 @@ class Method:
         return State(ledger, state.step + self.tau, state.round + 1)
 
     def apply(self, model: Model, state: State) -> None:
-        place_at(model, state.ledger)
+        _zeroth.place_at(model, state.ledger)
+
+    def sized(self, steps: int, batch_size: int) -> Method:
+        return replace(self, tau=steps, batch_size=batch_size)
+
+    def footprint(self, shape: Shape) -> Footprint:
+        return Footprint("two-point", state=State(placeholder_ledger(self.K), self.K, 0))

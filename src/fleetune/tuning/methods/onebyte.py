@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Just One Byte: machines that share seeds send one byte for each direction they tried, and nothing else.
+"""Fine-tune all weights on machines that share seeds, sending one byte for each direction tried (Just One Byte).
 
 Zelikman, Huang, Liang, Haber, Goodman: "Just One Byte (per gradient): A Note on Low-Bandwidth Decentralized
 Language Model Finetuning Using Shared Randomness", 2023, arXiv 2306.10015 (section 2, and its code).  With
 `wire=sign`: FeedSign, arXiv 2501.17610 (Algorithm 1), one bit and a majority vote.
+
+## Algorithm
 
 A round is one step.  Each of N machines measures the slope g along n directions at the same point, on its own
 data, and sends n bytes; then
@@ -11,10 +13,10 @@ data, and sends n bytes; then
     w <- w - eta / (n N) * sum over machines c and directions j of g_cj z_cj
 
 Every machine has directions of its own, which follow from the key that the server gives it for the round, so
-what it sends needs no seeds.  In the vote all machines try the same n directions and send the sign of g; w
-moves by eta / n along each, the way the majority says.
+what it sends needs no seeds.
 
-What differs from the paper's code, and why:
+## Differences from the paper
+
 - The byte is a byte, and is what travels and what both sides step by (`messages.LogCode`: sign, 7 bits of
   log magnitude, a code for zero, unbiased).  In the code it has 510 words and none for zero, and is computed
   and dropped: the floats are sent as text.
@@ -25,15 +27,20 @@ What differs from the paper's code, and why:
   others stand: it joins late by replaying them, and leaves whenever it likes.  In the code a late machine
   loads the weights of a peer, and one that hears not all of the others drifts away from them.
 - `eta` is the code's learning rate times its eps (0.1 and 1e-3), which its update multiplies in.
-- A vote weighs as much as its machine has rows (FeedSign: one machine, one vote).  A bit has no zero: a slope
-  of exactly zero tosses a coin, so that it says nothing on average.
+
+## Options
+
+- `wire=sign` is FeedSign's vote: all machines try the same n directions and send the sign of g; w moves by eta / n
+  along each, the way the majority says.  A vote weighs as much as its machine has rows (FeedSign: one machine, one
+  vote).  A bit has no zero: a slope of exactly zero tosses a coin, so that it says nothing on average.
+- `objective` is any function of the model and a batch, differentiable or not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,21 +49,14 @@ from fleetune.common.settings import setting
 from fleetune.data import Batches, keyed_order
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
+from fleetune.models.shapes import Shape
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import derive, probe
 from fleetune.seeds.spsa import slope, uniforms
+from fleetune.tuning.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.messages import LogCode, Payload, ReplySpec
-from fleetune.tuning.methods import Reply
-from fleetune.tuning.methods._zeroth import (
-    UNITS,
-    check_pool,
-    ledger_payload,
-    new_ledger,
-    open_view,
-    place_at,
-    pool_ids,
-    rounded,
-)
+from fleetune.tuning.methods import Reply, _zeroth
+from fleetune.tuning.methods._zeroth import UNITS, pool_ids, rounded
 
 KIND = "ledger"
 PAPER = "Zelikman et al., 2023, arXiv 2306.10015"
@@ -88,7 +88,7 @@ class Method:
 
     def __post_init__(self) -> None:
         n = self.directions
-        check_pool(self.law, self.K, lr=self.lr, eps=self.eps, tau=1, batch_size=self.batch_size)
+        _zeroth.check_pool(self.law, self.K, lr=self.lr, eps=self.eps, tau=1, batch_size=self.batch_size)
         if not 1 <= n <= self.K:
             raise ValueError(f"directions = {n} is not between 1 and the {self.K} of the pool")
         if self.wire not in ("byte", "sign"):
@@ -98,31 +98,24 @@ class Method:
 
     def init(self, model: Model, key: int) -> State:
         vote = self.wire == "sign"
-        ledger = new_ledger(
-            model,
-            key,
-            law=self.law,
-            K=self.K,
-            lr=self.lr / (self.directions * FINER),
-            eps=self.eps,
-            method="onebyte",
-            rule="constant",
-            hyper=asdict(self),
+        ledger = _zeroth.new_ledger(
+            model, key, law=self.law, K=self.K, lr=self.lr / (self.directions * FINER), eps=self.eps,
+            method="onebyte", rule="constant", hyper=asdict(self),
             aggregation="majority vote weighted by rows" if vote else "mean weighted by rows",
-        )
+        )  # fmt: skip
         return State(ledger, 0)
 
     def epoch(self, round: int) -> int:
-        """The pool that a round draws from."""
+        """Return the number of the pool that a round draws from."""
         return round * self.directions // self.K
 
     def draw(self, round: int, run_key: int, own: int) -> np.ndarray:
-        """int64[n] different members of the round's pool: a machine's own, or those that all vote on."""
+        """Draw int64[n] different members of the round's pool: a machine's own, or those that all vote on."""
         key = derive(own, "directions") if self.wire == "byte" else derive(run_key, "vote", round)
         return keyed_order(key, 0, self.K)[: self.directions]
 
     def broadcast(self, state: State) -> Payload:
-        payload = ledger_payload(state.ledger, self.K, self.epoch(state.round))
+        payload = _zeroth.ledger_payload(state.ledger, self.K, self.epoch(state.round))
         return Payload(payload.arrays, {**payload.scalars, "round": state.round})
 
     def expects(self, state: State) -> ReplySpec:
@@ -132,8 +125,8 @@ class Method:
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
-        """n slopes at one point; then this machine steps by what it sends, as if it were alone."""
-        view, position = open_view(model, payload)
+        """Measure n slopes at one point; then step by what is sent, as if this machine were alone."""
+        view, position = _zeroth.open_view(model, payload)
         position.place(view)
         round = payload.int("round")
         ids = pool_ids(self.epoch(round), self.draw(round, payload.int("run_key"), key)).tolist()
@@ -152,19 +145,19 @@ class Method:
         return Payload({"codes": codes}, {"n": batches.n, "loss": float(np.mean(losses or [math.inf]))})
 
     def encode(self, slopes: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """uint8: what is sent for slopes float64[n]; u[n], uniform in [0, 1), are this machine's coins."""
+        """Return uint8, what is sent for slopes float64[n]; u[n], uniform in [0, 1), are this machine's coins."""
         if self.wire == "byte":
             return LogCode.encode(-slopes * UNITS, u)
         return np.packbits(np.where(slopes == 0, u < 0.5, slopes < 0))
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """int64[n]: the steps that codes stand for, a slope of -1 being UNITS."""
+        """Return int64[n], the steps that codes stand for, a slope of -1 being UNITS."""
         if self.wire == "byte":
             return LogCode.decode(codes)
         return UNITS * (2 * np.unpackbits(codes, count=self.directions).astype(np.int64) - 1)
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
-        """The mean over whoever answered, or their majority, for each direction of the pool."""
+        """Take the mean over whoever answered, or their majority, for each direction of the pool."""
         run_key, total, rows = state.ledger.head.run_key, np.zeros(self.K), 0
         for reply in replies:
             n = reply.payload.int("n")
@@ -179,4 +172,11 @@ class Method:
         return State(state.ledger.append(ids, c, state.round + 1), state.round + 1)
 
     def apply(self, model: Model, state: State) -> None:
-        place_at(model, state.ledger)
+        _zeroth.place_at(model, state.ledger)
+
+    def sized(self, steps: int, batch_size: int) -> Method:
+        pool = max(self.K, 1 << (steps - 1).bit_length())  # holds at least the directions of a step
+        return replace(self, directions=steps, batch_size=batch_size, K=pool)
+
+    def footprint(self, shape: Shape) -> Footprint:
+        return Footprint("two-point", state=State(placeholder_ledger(self.K), 0))

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZO-SGD: zeroth-order descent as it was before MeZO, which keeps its direction in memory.
+"""Fine-tune all weights by zeroth-order descent with every direction stored in memory (ZO-SGD).
 
 Ghadimi, Lan: "Stochastic First- and Zeroth-Order Methods for Nonconvex Stochastic Programming", SIAM J. Optim.
 2013, arXiv 1309.5549 (section 3, the RSGF method), with the two-sided estimate of Spall: "Multivariate
 Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation", IEEE TAC 1992 (equation 2.2).
+
+## Algorithm
 
     g = (L(w + eps z; B) - L(w - eps z; B)) / (2 eps),   w <- w - eta g z
 
@@ -12,11 +14,16 @@ inference), and the same numbers bit for bit: but z, one number a weight in the 
 before the step and read from memory by both evaluations.  It is here so that the survey's memory table can be
 measured instead of quoted; there is no reason to train with it.
 
-What differs from the classical method, and why:
+## Differences from the paper
+
 - Stored weights are not written and the step is a ledger entry, as for every zeroth-order method here; so the
   update itself is no pass over z.
-- Rademacher directions (Spall's own) by default.  `law=gaussian` is Ghadimi and Lan's; in a 16-bit model the
-  z that is stored is rounded to 16 bits, the ledger's is not.
+- Rademacher directions (Spall's own) by default.
+
+## Options
+
+- `law=gaussian` is Ghadimi and Lan's; in a 16-bit model the z that is stored is rounded to 16 bits, the ledger's is not.
+- `objective` is any function of the model and a batch, differentiable or not.
 """
 
 from __future__ import annotations
@@ -28,6 +35,8 @@ from typing import Any
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.models.model import Model
+from fleetune.models.shapes import Shape
+from fleetune.tuning.footprint import Footprint
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, mezo
 from fleetune.tuning.methods._zeroth import open_view
@@ -55,7 +64,7 @@ class Method:
         self.step()
 
     def step(self) -> mezo.Method:
-        """MeZO with these settings: the same step, with z computed where it is used."""
+        """Return MeZO with these settings: the same step, with z computed where it is used."""
         return mezo.Method(**asdict(self))
 
     def init(self, model: Model, key: int) -> mezo.State:
@@ -72,7 +81,7 @@ class Method:
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
-        """MeZO's round with every direction stored."""
+        """Do MeZO's round with every direction stored."""
         view, _ = open_view(model, payload)
         with view.storing():
             return self.step().local(model, payload, batches, key, memory)
@@ -82,3 +91,9 @@ class Method:
 
     def apply(self, model: Model, state: mezo.State) -> None:
         self.step().apply(model, state)
+
+    def sized(self, steps: int, batch_size: int) -> Method:
+        return replace(self, tau=steps, batch_size=batch_size)
+
+    def footprint(self, shape: Shape) -> Footprint:
+        return self.step().footprint(shape)._replace(stores_direction=True)

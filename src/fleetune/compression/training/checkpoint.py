@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training's weights and AdamW's moments on the disk, so that it goes on bit for bit where it stopped."""
+"""Save and restore the weights and AdamW moments of a training, so that it resumes bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,11 +14,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fleetune.common.folders import staged
+from fleetune.data import Encoded
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.loading import disk_errors
 
 STATE: Final = "state.safetensors"
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+
+
+def fingerprint(inputs: str, rows: Sequence[Encoded], more: str = "") -> str:
+    """Return the SHA-256 of everything that a result depends on: settings and weights as text, and the rows."""
+    sha = hashlib.sha256(inputs.encode())
+    for row in rows:
+        sha.update(f"{len(row.ids)} {row.n_prompt} ".encode() + row.ids.tobytes())
+    sha.update(more.encode())
+    return sha.hexdigest()
 
 
 def store(
@@ -27,9 +38,9 @@ def store(
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Make `folder` hold the state after `step` steps, whole or as it was.  StorageError when it cannot be written.
+    """Write the state after `step` steps to `folder`, atomically.  StorageError when it cannot be written.
 
-    `origin` names all that the training is a function of.
+    `origin` is the `fingerprint` of the training.
     """
     tensors = {f"weight/{name}": p.detach() for name, p in parameters.items()}
     for name, parameter in parameters.items():
@@ -44,9 +55,9 @@ def store(
 def restore(
     folder: Path, origin: str, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> int:
-    """Take the state from `folder` and give the number of steps done; 0 where there is none.
+    """Read the state in `folder` and return the number of finished steps; 0 where there is no state.
 
-    UsageError when it is that of another training, StorageError when it is damaged.
+    UsageError for the state of another training, StorageError for a damaged one.
     """
     file = folder / STATE
     if not file.is_file():

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write each compressed block to a file, and read the weights of finished blocks from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fleetune.common.files import write_atomic
+from fleetune.models.artefact import Quantised, stored, unpack
+
+
+@dataclass(frozen=True)
+class MatrixResult:
+    """The result of one linear layer."""
+
+    name: str
+    error: float  # ||WX - QX||^2 / ||WX||^2 on the calibration windows; NaN without windows
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """The result of one decoder block."""
+
+    number: int
+    matrices: tuple[MatrixResult, ...]
+    seconds: float
+
+
+def block_file(folder: Path, number: int) -> Path:
+    """Return the file of a finished block."""
+    return folder / f"block-{number:04d}.safetensors"
+
+
+class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
+    """The weights of finished blocks by parameter name, read from disk on access."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # by parameter name: (block, (bits, group, columns) or None for floats)
+        self._where: dict[str, tuple[int, tuple[int, int, int] | None]] = {}
+        self.blocks: list[BlockResult] = []
+
+    def open(self, number: int) -> bool:
+        """Add the file of a block; False when it is missing or damaged."""
+        try:
+            with safe_open(block_file(self.folder, number), framework="pt") as opened:
+                head = json.loads((opened.metadata() or {})["block"])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return False
+        for name, grid in head["weights"].items():
+            self._where[name] = (number, None if grid is None else tuple(grid))
+        matrices = (MatrixResult(n, float(e), tuple(notes)) for n, e, notes in head["matrices"])
+        self.blocks.append(BlockResult(number, tuple(matrices), head["seconds"]))
+        return True
+
+    def put(self, block: BlockResult, weights: Mapping[str, Quantised | Tensor]) -> None:
+        """Write a finished block.  StorageError when it cannot be written."""
+        grids = {
+            n: (w.bits, w.group, w.codes.shape[1]) if isinstance(w, Quantised) else None
+            for n, w in weights.items()
+        }
+        matrices = [[m.name, m.error, m.notes] for m in block.matrices]
+        head = json.dumps({"weights": grids, "matrices": matrices, "seconds": block.seconds})
+        tensors = {k: v for n, w in weights.items() for k, v in stored(n, w).items()}
+        write_atomic(
+            block_file(self.folder, block.number), save(tensors, metadata={"format": "pt", "block": head})
+        )
+        self.open(block.number)
+
+    def __getitem__(self, name: str) -> Quantised | Tensor:
+        number, grid = self._where[name]
+        with safe_open(block_file(self.folder, number), framework="pt") as opened:
+            if grid is None:
+                floats: Tensor = opened.get_tensor(name)
+                return floats
+            bits, group, columns = grid
+            codes, scale, zero = (opened.get_tensor(f"{name}.{x}") for x in ("codes", "scale", "zero"))
+            return Quantised(unpack(codes, bits, columns), scale, zero, bits, group)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Describe what a device does in a step of a method, as `fleetune plan` counts it before any work.
+
+A method states it (`footprint`, see `methods`): what is trained, how a step finds its way, and a state by which its
+messages are counted.  Nothing is loaded, and arrays take no memory: a `placeholder` has a shape and one zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+from fleetune.models.shapes import Linear
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fleetune.seeds.ledger import Ledger
+
+WIDE: Final = (1 << 64) - 1  # a 64-bit key at its full width in a message
+Sizes = Mapping[str, tuple[int, ...]]
+
+
+class Module(NamedTuple):
+    """Tensors that are trained beside frozen weights; with none, every weight is trained."""
+
+    note: str = ""  # its size, shown in the table
+    tensors: Sizes = MappingProxyType({})  # by name: what is trained, and travels
+    adapted: tuple[Linear, ...] = ()  # linear layers with LoRA
+    rank: int = 0  # of LoRA
+    tokens: int = 0  # virtual tokens of each layer
+    dropout: bool = False  # on the input of an adapted layer
+
+    @property
+    def size(self) -> int:
+        """Number of trained numbers."""
+        return sum(math.prod(sizes) for sizes in self.tensors.values())
+
+
+class Footprint(NamedTuple):
+    """A device's work on one model.
+
+    `gradient` is how a step is found: "two-point" is two forward passes along a direction, "backward" is
+    back-propagation with AdamW, "none" is inference.
+    """
+
+    gradient: Literal["two-point", "backward", "none"]
+    module: Module = Module()
+    state: Any = None  # a State as in most rounds, of placeholders, with the module in `state.tensors`
+    stores_direction: bool = False  # two-point: the direction is written out, one number a weight
+    moments: int = 2  # backward: the optimizer's numbers for each trained one
+    hessian_products: int = 0  # backward: of a Lanczos iteration, whose vectors are in memory together
+
+    @property
+    def passes(self) -> int:
+        """How often a step goes through all weights: a forward, a backward, an update of all of them."""
+        trains_all = self.gradient == "backward" and not self.module.tensors
+        return 1 if self.gradient == "none" else 3 if trains_all else 2
+
+
+def lora_module(
+    adapted: tuple[Linear, ...], head: Sizes, rank: int, *, dropout: bool = False
+) -> Module | None:
+    """Return LoRA of this rank on these layers, with a classifier's head; None where there are no such layers."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    for linear in adapted:
+        tensors[f"{linear.name}.lora_A.weight"] = (rank, linear.into)
+        tensors[f"{linear.name}.lora_B.weight"] = (linear.out, rank)
+    return Module(f"r={rank}", tensors | dict(head), adapted, rank, dropout=dropout) if adapted else None
+
+
+def placeholders(module: Module) -> dict[str, np.ndarray]:
+    """Return the module's tensors as zeros that share one number's memory."""
+    import numpy as np
+
+    return {name: np.broadcast_to(np.float32(0), sizes) for name, sizes in module.tensors.items()}
+
+
+def placeholder_ledger(K: int) -> Ledger:
+    """Return a ledger of a pool of K directions whose sums need their full 32 bits."""
+    import numpy as np
+
+    from fleetune.seeds.ledger import Ledger, LedgerHead
+
+    ledger = Ledger(LedgerHead("", "", (), WIDE, "pooled", K, 1.0))
+    return ledger.append(np.zeros(1, np.uint64), np.array([1 << 20]), 1)

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of compressors: every method x every property, those of other packages included."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from compressor_harness import (
+    VARIANTS,
+    bits,
+    distilled,
+    loss,
+    matrix,
+    pruned,
+    pruner,
+    rows,
+    solved,
+    solver,
+    stop_at,
+    trainer,
+    values,
+    whole,
+)
+
+from fleetune import compression, models
+from fleetune.cli import main as cli
+from fleetune.common import registry, settings
+from fleetune.errors import Interrupted, RecipeError, UsageError
+from fleetune.models.artefact import Master, dense
+
+ROOT = Path(__file__).parent.parent.parent
+Check = Callable[[str, Path], None]
+
+
+def ignore(*_: object) -> None:
+    pass
+
+
+# --- every method ---------------------------------------------------------------------------------------------
+
+
+def the_paper_is_cited(case: str, tmp: Path) -> None:
+    entry, cls = compression.entries()[case], compression.method_class(case)
+    text = inspect.getdoc(inspect.getmodule(cls)) or ""
+    assert re.search(r"arXiv \d{4}\.\d{4,5}", entry.paper), "PAPER has no arXiv number"
+    assert re.search(r"arXiv \d{4}\.\d{4,5}", text), "cite the paper with its arXiv number"
+    assert re.search(r"[Aa]lgorithm|[Ee]quation|[Ss]ection", text), "say where in the paper"
+    assert entry.summary == text.split("\n")[0] != ""
+
+
+def settings_are_explained(case: str, tmp: Path) -> None:
+    cls = compression.method_class(case)
+    assert dataclasses.is_dataclass(cls)
+    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    for field in dataclasses.fields(cls):
+        assert field.metadata.get("symbol"), f"{field.name} has no symbol"
+        assert field.metadata.get("help"), f"{field.name} has no help"
+
+
+def nonsense_is_refused_at_once(case: str, tmp: Path) -> None:
+    """All settings that are refused alone are named together, whatever is wrong with them."""
+    cls = compression.method_class(case)
+    numbers = [s.name for s in settings.of(cls) if s.type in (int, float)]
+    texts = {"no_such_setting": 1} | dict.fromkeys(numbers, "much")
+    with pytest.raises(RecipeError) as error:
+        compression.make(case, values(case) | texts)
+    assert len(error.value.problems) == len(texts)
+    below: dict[str, object] = {}
+    for name in numbers:
+        try:
+            compression.make(case, values(case) | {name: -1})
+        except RecipeError:
+            below[name] = -1
+    if below:
+        with pytest.raises(RecipeError) as error:
+            compression.make(case, values(case) | below)
+        assert all(name in str(error.value) for name in below)
+
+
+def it_has_a_page(case: str, tmp: Path) -> None:
+    page = docs_build().compress_page(case)
+    assert f"# {case}\n" in page
+    assert compression.entries()[case].summary in page
+    assert all(f"| `{s.name}` |" in page for s in settings.of(compression.method_class(case)))
+
+
+def docs_build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- solvers --------------------------------------------------------------------------------------------------
+
+
+def a_solver_is_deterministic_and_changes_nothing(case: str, tmp: Path) -> None:
+    """Layers with one input share a Hessian, and a layer's weights are its own."""
+    W, H = matrix(6, 64)
+    H[:, 5] = H[5] = 0
+    before = W.clone(), H.clone()
+    first = dense(solver(case).solve(W, H).weight)
+    assert torch.equal(W, before[0])
+    assert torch.equal(H, before[1])
+    torch.rand(1)
+    assert torch.equal(dense(solver(case).solve(W, H).weight), first)
+
+
+def what_is_compressed_already_costs_nothing(case: str, tmp: Path) -> None:
+    W, H = matrix(6, 64)
+    zero, answer = solved(solver(case), torch.zeros(6, 64), H)
+    assert not zero.any()
+    assert not answer.loss
+    for _ in range(10):
+        Q, answer = solved(solver(case), W, H)
+        if torch.equal(Q, W):
+            break
+        W = Q
+    assert torch.equal(Q, W), "it does not come to rest on its own results"
+    assert not answer.loss
+
+
+def the_stated_loss_is_that_of_the_matrix(case: str, tmp: Path) -> None:
+    for C in (64, 320):
+        W, H = matrix(6, C)
+        Q, answer = solved(solver(case), W, H)
+        if answer.loss is not None:
+            assert answer.loss == pytest.approx(loss(W, Q, H), rel=1e-4, abs=1e-6)
+
+
+def a_matrix_that_passes_the_check_is_solved(case: str, tmp: Path) -> None:
+    """And with default settings no other."""
+    chosen = solver(case)
+    for R, C in ((1, 1), (4, 31), (4, 32), (1, 64), (3, 100), (4, 128), (4, 130), (2, 160)):
+        problem = chosen.check("layer.weight", R, C)
+        W, H = matrix(R, C)
+        try:
+            works = all(usable(solved(chosen, W, h)[0], W) for h in (H, torch.zeros(C, C)))
+        except RuntimeError:
+            works = False
+        assert works or problem
+        assert not problem or "layer.weight" in problem
+        assert ":" in case or works == (problem == "")
+
+
+def usable(Q: torch.Tensor, W: torch.Tensor) -> bool:
+    return Q.shape == W.shape and bool(torch.isfinite(Q).all())
+
+
+# --- trainers -------------------------------------------------------------------------------------------------
+
+
+def a_trainer_calls_back_after_each_step_and_leaves_its_teacher(case: str, tmp: Path) -> None:
+    seen: list[tuple[int, int, float]] = []
+    student, teacher = distilled(case, tmp / "a", lambda step, n, loss, reward: seen.append((step, n, loss)))
+    assert [step for step, _, _ in seen] == list(range(1, len(seen) + 1))
+    assert {n for _, n, _ in seen} == {len(seen)}
+    assert bits(teacher) == bits(models.tiny_llama(1, layers=4))
+    before = bits(student)
+    assert trainer(case).distance(student, teacher, rows()) >= 0
+    assert bits(student) == before != bits(whole())
+
+
+def a_trainer_resumes_bit_for_bit(case: str, tmp: Path) -> None:
+    """A step in which it is interrupted is saved; so is the last."""
+    steps: list[int] = []
+    want = bits(distilled(case, tmp / "whole", stop_at(0, steps))[0])
+    assert bits(distilled(case, tmp / "again", ignore)[0]) == want
+    first, second = list[int](), list[int]()
+    with pytest.raises(Interrupted):
+        distilled(case, tmp / "stopped", stop_at(2, first))
+    assert bits(distilled(case, tmp / "stopped", stop_at(0, second))[0]) == want
+    assert [*first, *second] == steps
+    assert bits(distilled(case, tmp / "whole", lambda *_: pytest.fail("all steps are done"))[0]) == want
+
+
+def a_trainer_states_what_it_takes(case: str, tmp: Path) -> None:
+    chosen, teacher = trainer(case), models.tiny_llama(1, layers=4)
+    chosen.check(whole(), teacher, 32)
+    assert chosen.memory(whole(), teacher, 32) > 0
+    assert chosen.disk(whole()) > 0
+    with pytest.raises(RecipeError):
+        chosen.check(whole(), teacher, 10**6)
+
+
+# --- pruners --------------------------------------------------------------------------------------------------
+
+
+def a_pruner_makes_a_smaller_model_the_same_each_time(case: str, tmp: Path) -> None:
+    chosen = pruner(case)
+    chosen.check(whole(), 32, plain=False)
+    assert chosen.disk(whole()) > 0
+    small = pruned(case, tmp / "a", ignore, ignore)
+    assert small.n_params < whole().n_params
+    assert bits(pruned(case, tmp / "b", ignore, ignore)) == bits(small)
+
+
+def a_pruner_resumes_from_its_decision(case: str, tmp: Path) -> None:
+    with pytest.raises(Interrupted):
+        pruner(case).prune(whole(), rows(), tmp / "a", stop_at(1, []))
+    small = pruner(case).prune(whole(), rows(), tmp / "a", ignore)
+    read = lambda *_: pytest.fail("the rows are read again")  # noqa: E731
+    again = pruner(case).prune(whole(), rows(), tmp / "a", read)
+    assert bits(again) == bits(small)
+
+
+def a_pruner_resumes_its_recovery_bit_for_bit(case: str, tmp: Path) -> None:
+    if pruner(case).recover == "none":
+        return
+    steps: list[int] = []
+    want = bits(pruned(case, tmp / "whole", ignore, stop_at(0, steps)))
+    assert steps == list(range(1, len(steps) + 1))
+    first, second = list[int](), list[int]()
+    with pytest.raises(Interrupted):
+        pruned(case, tmp / "stopped", ignore, stop_at(2, first))
+    assert bits(pruned(case, tmp / "stopped", ignore, stop_at(0, second))) == want
+    assert [*first, *second] == steps
+
+
+EVERY: list[Check] = [
+    the_paper_is_cited,
+    settings_are_explained,
+    nonsense_is_refused_at_once,
+    it_has_a_page,
+]
+OF_KIND: dict[compression.Kind, list[Check]] = {
+    "solver": [
+        a_solver_is_deterministic_and_changes_nothing,
+        what_is_compressed_already_costs_nothing,
+        the_stated_loss_is_that_of_the_matrix,
+        a_matrix_that_passes_the_check_is_solved,
+    ],
+    "trainer": [
+        a_trainer_calls_back_after_each_step_and_leaves_its_teacher,
+        a_trainer_resumes_bit_for_bit,
+        a_trainer_states_what_it_takes,
+    ],
+    "pruner": [
+        a_pruner_makes_a_smaller_model_the_same_each_time,
+        a_pruner_resumes_from_its_decision,
+        a_pruner_resumes_its_recovery_bit_for_bit,
+    ],
+}
+
+
+def checks_of(case: str) -> list[Check]:
+    name, _, variant = case.partition(":")
+    return [*([] if variant else EVERY), *OF_KIND[compression.kind_of(name)]]
+
+
+CASES = [(case, check) for case in [*compression.entries(), *VARIANTS] for check in checks_of(case)]
+
+
+@pytest.mark.parametrize(("case", "check"), CASES, ids=[f"{case}-{check.__name__}" for case, check in CASES])
+def test_contract(case: str, check: Check, tmp_path: Path) -> None:
+    check(case, tmp_path)
+
+
+# --- another package ------------------------------------------------------------------------------------------
+
+XNOR = '''
+"""Replace each weight by its sign times the mean magnitude of its row.
+
+Rastegari et al., "XNOR-Net", ECCV 2016, arXiv 1603.05279 (section 3.1, equation 6).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fleetune.common.settings import setting
+from fleetune.compression import Solved
+
+PAPER = "Rastegari et al., ECCV 2016, arXiv 1603.05279"
+
+
+@dataclass(frozen=True)
+class Solver:
+    data: ClassVar[bool] = False
+    scale: float = setting(1.0, "α", "factor of the mean magnitude")
+
+    def __post_init__(self):
+        if self.scale <= 0:
+            raise ValueError(f"scale = {self.scale} must be positive")
+
+    def check(self, name, R, C):
+        return ""
+
+    def solve(self, W, H):
+        return Solved(W.sign() * (self.scale * W.abs().amax(1, keepdim=True)))
+'''
+
+
+@pytest.fixture
+def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A compressor that another package registers, its name spelt with an underscore."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    register(monkeypatch, tmp_path, "row_sign", XNOR)
+    return "row-sign"
+
+
+def register(patch: pytest.MonkeyPatch, folder: Path, name: str, code: str) -> None:
+    module = f"compressor_{name}"
+    (folder / f"{module}.py").write_text(code, encoding="utf-8")
+    point = EntryPoint(name, module, compression.REGISTRY.group)
+    patch.setattr(
+        registry, "entry_points", lambda group: [point] if group == compression.REGISTRY.group else []
+    )
+    patch.delitem(sys.modules, module, raising=False)
+
+
+def test_a_compressor_of_another_package_keeps_the_contract(other: str, tmp_path: Path) -> None:
+    assert compression.kind_of(other) == "solver"
+    for check in checks_of(other):
+        check(other, tmp_path / check.__name__)
+
+
+def test_a_compressor_of_another_package_is_listed_and_compresses(
+    other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert other in cli.command_parsers()["compress"].format_help()
+    for spelling in ("row-sign", "row_sign"):
+        assert cli.main(["compress", "--list", spelling]) == 0
+        out = capsys.readouterr().out
+        assert "Rastegari" in out
+        assert "factor of the mean magnitude" in out
+    assert cli.main(["compress", "--list"]) == 0
+    assert other in capsys.readouterr().out
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    args = ["compress", "./tiny", "--method", other, "--set", "scale=0.5", "--json"]
+    assert cli.main(args) == 0
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    master = Master(Path(done["folder"]) / "model")
+    assert (master.head.method, master.head.settings) == (other, {"scale": 0.5})
+    assert master.digest() == done["digest"]
+    assert all(len(row.unique()) <= 3 for row in master.weight("model.layers.0.mlp.down_proj.weight"))
+    assert cli.main([*args[:-2], "scale=0", "--json"]) == 2
+    assert "scale = 0.0 must be positive" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (XNOR.replace("PAPER =", "paper ="), "does not state PAPER"),
+        (XNOR.replace("class Solver", "class Compressor"), "defines 0 compressors instead of one"),
+        (XNOR + "\n\nclass Pruner:\n    pass\n", "defines 2 compressors instead of one"),
+        (XNOR.replace("def check", "def checked"), "does not define check"),
+    ],
+)
+def test_a_compressor_that_is_none_is_a_clear_error(
+    code: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    register(monkeypatch, tmp_path, f"broken_{abs(hash(text))}", code)
+    (name,) = [p.name for p in registry.entry_points(group=compression.REGISTRY.group)]
+    with pytest.raises(UsageError, match=text):
+        compression.make(name, {})
