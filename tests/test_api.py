@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python library: its public names, its functions on names and on objects, and what they give back."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import fleetune
+from fleetune import api, errors, models
+from fleetune.cli.main import main
+from fleetune.compression.methods import optq
+from fleetune.evaluation import losses
+from fleetune.runs import events
+from fleetune.tuning.methods import fedkseed
+from fleetune.tuning.recipe import Recipe, RecipeOptions
+
+ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
+FEW: dict[str, Any] = {
+    "clients": 2, "rounds": 1, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu",
+}  # fmt: skip
+SMALL = {"K": 16, "tau": 2, "lr": 1e-2, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("api")
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, folder / "tiny")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "tiny").symlink_to(place / "tiny")
+    (tmp_path / "rows.jsonl").symlink_to(place / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Log(fleetune.Silent):
+    """A listener that keeps all events."""
+
+    def __init__(self) -> None:
+        self.events: list[events.Event] = []
+
+    def event(self, event: events.Event) -> None:
+        self.events.append(event)
+
+
+def tune(model: object = "tiny", data: Any = "rows.jsonl", **given: Any) -> fleetune.TuneResult:
+    return fleetune.tune(model, data, **{"settings": SMALL, **FEW, **given})
+
+
+# The surface ------------------------------------------------------------------------------------------
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(fleetune.__all__) == {
+        "CompressResult", "Compressed", "ExportResult", "Ledger", "Listener", "MeasureResult", "Model", "Plain", "Plan",
+        "Recipe", "Run", "Session", "Silent", "TuneResult", "__version__", "compress", "compressors", "errors",
+        "evaluate", "events", "export", "load_ledger", "measure", "methods", "open", "plan", "resume_compression",
+        "resume_run", "serve", "targets", "tune",
+    }  # fmt: skip
+    assert all(getattr(fleetune, name) is not None for name in fleetune.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'tuna'"):
+        fleetune.tuna  # noqa: B018
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    script = "import sys, fleetune, fleetune.api; print([m for m in ('torch', 'transformers', 'numba') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "name", ["plan", "tune", "evaluate", "compress", "export", "measure", "serve", "open"]
+)
+def test_the_pipeline_is_typed_and_described(name: str) -> None:
+    function = getattr(api, name)
+    signature = inspect.signature(function)
+    assert signature.return_annotation is not inspect.Signature.empty
+    assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+    assert "Any" not in str(signature.parameters.get("options", ""))
+    assert (function.__doc__ or "").split("\n")[0].endswith(".")
+
+
+def test_options_of_tune_are_those_of_a_recipe() -> None:
+    recipe = {n: t for n, t in get_type_hints(Recipe).items() if n not in ("model", "data", "method", "set")}
+    assert get_type_hints(RecipeOptions) == recipe
+
+
+@pytest.mark.parametrize("cls", events.classes(), ids=lambda c: c.__name__)
+def test_events_are_frozen(cls: type[events.Event]) -> None:
+    assert dataclasses.is_dataclass(cls)
+    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+# Results ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_gives_its_model_its_ledger_and_its_history(at: Path) -> None:
+    log = Log()
+    run = tune(rounds=2, listener=log)
+    assert [type(e).__name__ for e in log.events if type(e).__name__ not in ("ClientReply",)] == [
+        "TuneStart", "RoundEvaluated", "RoundDone", "RoundEvaluated", "RoundDone", "RoundEvaluated", "TuneDone",
+    ]  # fmt: skip
+    assert run.done == log.events[-1]
+    assert run.history["round"] == [0, 1, 2]
+    assert run.history["loss"][0] == run.done.base["loss"]
+    assert run.history["loss"][2] == run.done.tuned["loss"]
+    assert sum(b for b in run.history["bytes_up"] if b) == run.done.bytes_up
+    assert len({len(column) for column in run.history.values()}) == 1
+    ledger, model = run.ledger(), run.model()
+    assert ledger.head.checks["2"] == run.digest
+    rows = [losses.response_loss(model, [row]) for row in _encoded(model)]
+    assert np.isfinite(rows).all()
+    assert len(fleetune.load_ledger(run.path)) == len(ledger)
+    with pytest.raises(errors.UsageError, match="leaves a ledger, no adapter"):
+        run.adapter()
+    opened = fleetune.open("latest")
+    assert isinstance(opened, fleetune.Run)
+    assert opened.ledger().fingerprint() == ledger.fingerprint()
+    assert len(opened.held_out()) == 4
+    assert run.report.is_file()
+
+
+def _encoded(model: Any) -> Any:
+    from fleetune.data import Example
+    from fleetune.data.encode import encode_all
+
+    return encode_all([Example((("user", "say 1"),), "1 it is", {})], model.tokenizer, 64)[0]
+
+
+def test_an_adapters_run_gives_its_tensors() -> None:
+    run = tune(method="fedit", settings={"r": 2})
+    names = run.adapter()
+    assert names
+    assert all("lora_" in name for name in names)
+    with pytest.raises(errors.UsageError, match="leaves an adapter, no ledger"):
+        run.ledger()
+
+
+def test_a_method_may_be_its_own_dataclass() -> None:
+    by_name = tune()
+    typed = tune(method=fedkseed.Method(**SMALL), settings={})
+    assert typed.digest == by_name.digest
+    with pytest.raises(errors.UsageError, match="a list is not a method"):
+        tune(method=[])
+
+
+def test_a_recipe_says_everything() -> None:
+    recipe = Recipe(model="tiny", data="rows.jsonl", method="fedkseed", set=SMALL, **FEW)
+    assert fleetune.tune(recipe).digest == tune().digest
+    with pytest.raises(errors.UsageError, match="nothing is given beside it"):
+        fleetune.tune(recipe, "rows.jsonl")
+
+
+def test_wrong_options_are_all_said_at_once() -> None:
+    with pytest.raises(errors.RecipeError) as caught:
+        fleetune.tune("tiny", "rows.jsonl", rounds=0, quorum=0)
+    assert len(caught.value.problems) == 2
+    with pytest.raises(errors.RecipeError, match="data is missing"):
+        fleetune.tune("tiny")
+
+
+def test_a_stopped_run_is_resumed_to_the_same_bits() -> None:
+    whole = tune(rounds=2)
+
+    class Stop(fleetune.Silent):
+        asked = 0
+
+        def step(self, client: int, step: int) -> None:
+            self.asked += 1
+            if self.asked > 5:
+                raise errors.Interrupted("stopped")
+
+    with pytest.raises(errors.Interrupted) as stopped:
+        tune(rounds=2, listener=Stop())
+    assert stopped.value.hint == "fleetune tune --resume runs/0002-fedkseed-tiny"
+    resumed = fleetune.resume_run("latest")
+    assert resumed.digest == whole.digest
+    assert fleetune.resume_run(2).done == resumed.done or fleetune.resume_run("2").digest == whole.digest
+
+
+# Objects ----------------------------------------------------------------------------------------------
+
+
+def test_models_and_rows_in_memory_give_what_their_files_give(at: Path) -> None:
+    net, tokenizer = (lambda m: (m.net, m.tokenizer))(models.load("tiny", device="cpu"))
+    from_files, from_objects = tune(), tune(net, ROWS, tokenizer=tokenizer)
+    assert from_objects.digest == from_files.digest
+    saved = Path(fleetune.open(from_objects.folder).recipe.model)  # type: ignore[union-attr]
+    assert saved.parent == Path("runs/objects")
+    assert tune(models.load("tiny", device="cpu"), iter(ROWS)).digest == from_files.digest
+    assert len(list(Path("runs/objects").iterdir())) == 2, "the same content is written once"
+    assert fleetune.resume_run(from_objects.folder).digest == from_files.digest
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # of PEFT's own constructor
+def test_a_peft_model_is_tuned_from_its_merged_weights(at: Path) -> None:
+    base = models.load("tiny", device="cpu")
+    adapted = get_peft_model(base.net, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        before = adapted(input_ids=ids).logits
+    run = tune(adapted, ROWS, tokenizer=base.tokenizer)
+    plain = fleetune.open(fleetune.open(run.folder).recipe.model)  # type: ignore[union-attr]
+    with torch.inference_mode():
+        torch.testing.assert_close(plain.load().net(input_ids=ids).logits, before)
+        assert torch.equal(adapted(input_ids=ids).logits, before), "the given model is left as it was"
+
+
+def shortest(model: Any, batch: Any) -> float:
+    """An objective of this module."""
+    return losses.batch_loss(model, batch) / 2
+
+
+def test_an_objective_may_be_a_function() -> None:
+    named = tune(settings=SMALL | {"objective": shortest})
+    recipe = fleetune.open(named.folder).recipe  # type: ignore[union-attr]
+    assert recipe.set["objective"] == f"{__name__}:shortest"
+    seen: list[int] = []
+
+    def local(model: Any, batch: Any) -> float:
+        seen.append(1)
+        return shortest(model, batch)
+
+    assert tune(settings=SMALL | {"objective": local}).digest == named.digest
+    assert seen
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "want"),
+    [
+        (object(), ROWS, "a object is not a model"),
+        ("tiny", 7, "a int is not data"),
+        ("tiny", ["text"], "row 1 is a str, not a dict"),
+        ("tiny", [{"response": {1, 2}}], "row 1 cannot be written as JSON"),
+    ],
+)  # fmt: skip
+def test_wrong_objects_are_clear_errors(model: object, data: Any, want: str, at: Path) -> None:
+    with pytest.raises(errors.UsageError, match=want):
+        tune(model, data, tokenizer=models.load("tiny", device="cpu").tokenizer)
+    with pytest.raises(errors.ModelError, match="needs its tokenizer"):
+        tune(models.load("tiny", device="cpu").net, ROWS)
+
+
+# The rest of the pipeline -------------------------------------------------------------------------------
+
+
+def test_the_pipeline_goes_from_a_run_to_a_file(at: Path) -> None:
+    run, log = tune(), Log()
+    small = fleetune.compress(run, settings={"group": 8}, windows=2, length=16, listener=log)
+    assert [type(e).__name__ for e in log.events] == [
+        "CompressStart",
+        "BlockSolved",
+        "BlockSolved",
+        "CompressDone",
+    ]
+    assert small.done.after["loss"] == pytest.approx(
+        fleetune.evaluate(small, tasks=["loss"], device="cpu")["loss"], rel=1e-5
+    )
+    typed = fleetune.compress(run, method=optq.Solver(group=8), windows=2, length=16)
+    assert typed.done.digest == small.done.digest
+    assert fleetune.resume_compression(small.folder).done.digest == small.done.digest
+    file = fleetune.export(small, to="hf")
+    assert file.path == small.folder / "hf"
+    assert file.done.exact == file.done.tensors
+    plain = fleetune.open(file.path)
+    assert isinstance(plain, fleetune.Plain)
+    opened = fleetune.open(small)
+    assert isinstance(opened, fleetune.Compressed)
+    for (name, a), (_, b) in zip(
+        models.named_tensors(plain.load().net), models.named_tensors(opened.load().net), strict=True
+    ):
+        assert torch.equal(a, b), name
+    table = fleetune.measure(small, prompt_tokens=8, new_tokens=2, repeats=1)
+    assert [row.name for row in table.rows] == ["base", "tuned", "compressed"]
+    assert table.rows[1].loss == pytest.approx(small.done.before["loss"], rel=1e-4)
+
+
+def test_a_plan_has_every_method_and_its_best() -> None:
+    plan = fleetune.plan("tiny", ram="4GB", uplink="1Mbps")
+    assert set(fleetune.methods()) <= {row.method for row in plan.rows}
+    assert plan.best() in fleetune.methods()
+    with pytest.raises(errors.FitError, match="no method fits"):
+        fleetune.plan("tiny", ram=1000).best()
+
+
+def test_what_there_is_can_be_listed() -> None:
+    assert {"fedkseed", "mezo"} <= set(fleetune.methods())
+    assert {"optq", "gkd"} <= set(fleetune.compressors())
+    assert {"gguf", "hf"} <= set(fleetune.targets())
+
+
+# Names ------------------------------------------------------------------------------------------------
+
+
+def test_a_name_means_the_same_everywhere(at: Path) -> None:
+    run = tune()
+    small = fleetune.compress(run, method="rtn", settings={"group": 8})
+    assert fleetune.open("latest") == fleetune.Compressed(Path("runs/0002-rtn-fedkseed-tiny"))
+    for name in ("1", "0001-fedkseed-tiny", "runs/0001-fedkseed-tiny", run):
+        assert fleetune.open(name) == fleetune.Run(Path("runs/0001-fedkseed-tiny"))
+    for name in ("2", "0002-rtn-fedkseed-tiny", "runs/0002-rtn-fedkseed-tiny", small):
+        assert fleetune.open(name) == fleetune.Compressed(small.folder)
+    artefact = small.folder / "model"
+    assert fleetune.open(artefact) == fleetune.Compressed(None, artefact)
+    assert fleetune.open("tiny") == fleetune.Plain("tiny")
+    for name in ("7", "007"):
+        with pytest.raises(errors.UsageError, match=f"no run '{name}'"):
+            fleetune.open(name)
+    with pytest.raises(errors.UsageError, match="a int is not the name of a model"):
+        fleetune.open(7)
+    tune()
+    assert fleetune.open("latest") == fleetune.Run(Path("runs/0003-fedkseed-tiny"))
+
+
+def test_latest_of_nothing_is_an_error(at: Path) -> None:
+    with pytest.raises(errors.UsageError, match="no run 'latest'"):
+        fleetune.open("latest")
+
+
+def test_the_commands_give_what_the_functions_give(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tune()
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in FEW.items()]
+    settings = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+    assert main(["tune", "tiny", "rows.jsonl", *flags, *settings, "--json", "-q"]) == 0
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert done["digest"] == run.digest

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every line that a command prints with `--json` is one of the events of `docs/events.schema.json`; none is left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from fleetune import models
+from fleetune.cli import main as cli
+from fleetune.runs import events
+
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "events.schema.json").read_text(encoding="utf-8"))
+VALIDATORS = {
+    name: Draft202012Validator({**SCHEMA, "anyOf": [{"$ref": f"#/$defs/{name}"}]}) for name in SCHEMA["$defs"]
+}
+NAMES = [cls.__name__ for cls in events.classes()]
+FEW = [
+    "--clients", "2", "--rounds", "1", "--limit", "40", "--held-out", "8", "--max-length", "256", "--samples", "0",
+    "--threads", "1", "--device", "cpu",
+]  # fmt: skip
+ZEROTH = ["--method", "fedkseed", "--set", "K=16", "--set", "tau=2", "--set", "batch_size=1"]
+GROUP = ["--set", "group=8"]
+WINDOWS = ["--windows", "2", "--length", "16"]
+GKD = [
+    "--method", "gkd", "--set", "teacher=same", "--set", "keep_layers=2", "--set", "steps=2", "--set", "batch_size=1",
+    "--set", "max_new_tokens=4", "--set", "lmbda=0",
+]  # fmt: skip
+PRUNE = [
+    "--method", "llm-pruner", "--set", "ratio=0.3", "--set", "recover=none", "--set", "mode=depth", "--set", "first=0",
+    "--set", "last=0",
+]  # fmt: skip
+
+# In order; numbers are those of the runs that the commands before have made.
+TOUR = {
+    "plan tiny --ram 4GB --uplink 1Mbps": {"PlanRow"},
+    "plan tiny --ram 10MB": {"PlanRow", "Failed"},
+    "methods": {"MethodListed"},
+    "methods mezo": {"SettingListed"},
+    "models": {"ModelListed"},
+    f"tune tiny demo {' '.join(ZEROTH + FEW)} --dry-run": {"TuneChecked"},
+    f"tune tiny demo {' '.join(ZEROTH + FEW)}": {"TuneStart", "ClientReply", "RoundDone", "RoundEvaluated", "TuneDone"},
+    f"tune tiny demo --method fedit --set r=2 {' '.join(FEW)} --partition dirichlet:1:category": {"TuneDone"},
+    "tune --resume 1": {"TuneDone"},
+    "tune tiny nowhere.jsonl": {"Failed"},
+    "eval 1 --tasks loss,rouge,f1,em,perplexity --limit 2 --answer-tokens 2 --device cpu": {"EvalDone"},
+    "ledger show 1": {"LedgerShown"},
+    "ledger verify 1": {"LedgerVerified"},
+    "ledger replay 1": {"DigestFound"},
+    "ledger compact 1 --to small.safetensors": {"LedgerWritten"},
+    "ledger scale 1 --factor 2 --to double.safetensors": {"LedgerWritten"},
+    "ledger diff 1 double.safetensors": {"LedgerDifference"},
+    "sweep sweep.toml --dry-run": {"SweepPlanned"},
+    "sweep sweep.toml": {"SweepStart", "TuneStart", "SweepRun", "SweepDone"},
+    "compress --list": {"MethodListed"},
+    f"compress 1 --dry-run {' '.join(GROUP + WINDOWS)}": {"CompressChecked"},
+    f"compress 1 {' '.join(GROUP + WINDOWS)}": {"CompressStart", "BlockSolved", "CompressDone"},
+    f"compress 1 --calibrate clients {' '.join(GROUP + WINDOWS)}": {"CalibrationReply", "CompressDone"},
+    f"compress tiny --data rows.jsonl {' '.join(GKD)}": {"CompressStart", "StepDone", "CompressDone"},
+    f"compress tiny --data rows.jsonl {' '.join(PRUNE)}": {"ModelPruned", "CompressDone"},
+    "compress --resume 4": {"CompressDone"},
+    "export 4 --to hf --text text.txt": {"ExportDone", "ExportChecked"},
+    "export 2 --to peft": {"ExportDone"},
+    "measure 4 --text text.txt --length 16 --windows 1 --limit 2 --prompt-tokens 4 --new-tokens 2 --repeats 1": {
+        "Measured", "MeasureDone",
+    },
+    "chat tiny --engine torch --prompt hello --max-tokens 2 --threads 1": {"Answered"},
+    "runs": {"RunListed", "SweepListed", "CompressionListed"},
+    "runs show 1 4": {"RunListed", "CompressionListed"},
+    "runs rm 6 7": {"RunRemoved"},
+}  # fmt: skip
+ELSEWHERE = {  # these need an engine, the network or Ctrl-C: their tests check the lines
+    "ModelPulled", "Serving", "Stopped", "ThreadsChosen",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each command of the tour prints."""
+    at = tmp_path_factory.mktemp("tour")
+    model = models.tiny_llama(layers=4)
+    models.save(model.net, model.tokenizer, at / "tiny")
+    rows = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)]
+    (at / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (at / "text.txt").write_text("a plain text of some words. " * 20, encoding="utf-8")
+    recipe = {
+        "model": "tiny",
+        "data": "rows.jsonl",
+        "method": "fedkseed",
+        "rounds": 1,
+        "clients": 2,
+        "samples": 0,
+    }
+    keys = "".join(f"{k} = {json.dumps(v)}\n" for k, v in recipe.items())
+    table = "[set]\ntau = 2\nbatch_size = 1\n[sweep]\nK = [4, 8]\n"
+    (at / "sweep.toml").write_text(f'{keys}held_out = 2\ndevice = "cpu"\n{table}', encoding="utf-8")
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(at)
+        for command in TOUR:
+            found[command] = _printed(command, patch)
+    return found
+
+
+def _printed(command: str, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        cli.main([*command.split(), "--json", "--offline", "-q"])
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def _kinds(line: dict[str, Any]) -> set[str]:
+    """The events that a line is."""
+    return {name for name in NAMES if VALIDATORS[name].is_valid(line)}
+
+
+@pytest.mark.parametrize("command", TOUR)
+def test_every_line_is_an_event(command: str, lines: dict[str, list[dict[str, Any]]]) -> None:
+    assert lines[command]
+    for line in lines[command]:
+        assert list(line)[:2] == ["v", "event"]
+        assert _kinds(line), line
+    seen = set().union(*(_kinds(line) for line in lines[command]))
+    assert seen >= TOUR[command]
+    assert "Failed" in TOUR[command] or "Failed" not in seen, lines[command][-1]
+
+
+def test_every_event_is_seen(lines: dict[str, list[dict[str, Any]]]) -> None:
+    seen = {kind for printed in lines.values() for line in printed for kind in _kinds(line)}
+    assert set(NAMES) - seen == ELSEWHERE
+
+
+def test_a_line_with_another_field_is_not_valid(lines: dict[str, list[dict[str, Any]]]) -> None:
+    line = lines["ledger verify 1"][0]
+    whole = Draft202012Validator(SCHEMA)
+    assert whole.is_valid(line)
+    assert not whole.is_valid({**line, "another": 1})
+    assert not whole.is_valid({k: v for k, v in line.items() if k != "digest"})
+    assert not whole.is_valid({**line, "checks": "two"})
+
+
+def test_nothing_prints_an_object_that_is_no_event() -> None:
+    """Event names stand in `runs/events.py` alone."""
+    source = Path(events.__file__).parents[1]
+    literal = re.compile(r'"event": "')
+    found = [p.name for p in source.rglob("*.py") if literal.search(p.read_text(encoding="utf-8"))]
+    assert found == []
+    assert get_args(events.Value) == (str, int, float, bool)
