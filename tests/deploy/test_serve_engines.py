@@ -171,7 +171,7 @@ def test_of_what_an_engine_says_the_end_is_kept_and_it_never_waits_for_us(path, 
         engine.process.kill()
         engine.process.wait()
         assert not engine.alive()
-        death = engine.death()
+        death = engine.exit_error()
     assert "killed by signal 9" in death.message
     assert "line 199999" in str(death.hint)
     assert engine.process.stdout.closed

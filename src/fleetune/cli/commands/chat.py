@@ -106,7 +106,7 @@ def _engine(args: argparse.Namespace, running: Running) -> Answer:
         body = {
             "messages": turns, "max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed,
         }  # fmt: skip
-        with running.asked(), closing(pieces(running.address, "/v1/chat/completions", body)) as written:
+        with running.request(), closing(pieces(running.address, "/v1/chat/completions", body)) as written:
             yield from written
 
     return answer

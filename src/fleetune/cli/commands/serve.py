@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             while session.engine.alive():
                 time.sleep(0.1)
             time.sleep(0.5)  # those who wait for an answer are told
-            raise session.engine.death()
+            raise session.engine.exit_error()
         except KeyboardInterrupt:
             ui.note("stopped")
 

@@ -93,18 +93,8 @@ def read(folder: Path, rows: int, config: Any) -> Vocabulary:
     GGUF has no place for.
     """
     tokenizer = load(folder)
-    if not tokenizer.is_fast:
-        raise UsageError(
-            f"the tokenizer of {folder} has no tokenizer.json, which GGUF files are written from",
-            hint="export to a directory instead: --to hf",
-        )
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = _rules(tokenizer, folder)
     model = rules["model"]
-    if model["type"] != "BPE":
-        raise UsageError(
-            f"the tokenizer of {folder} is a {model['type']} model; GGUF files are written for BPE",
-            hint="export to a directory instead: --to hf",
-        )
     ids = tokenizer.get_vocab()
     if ids and max(ids.values()) >= rows:
         raise ModelError(
@@ -131,6 +121,23 @@ def read(folder: Path, rows: int, config: Any) -> Vocabulary:
         chat_template=_template(tokenizer),
         notes=tuple(notes),
     )
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+    """Return what tokenizer.json says; UsageError unless it is there, and of a BPE model."""
+    if not tokenizer.is_fast:
+        raise UsageError(
+            f"the tokenizer of {folder} has no tokenizer.json, which GGUF files are written from",
+            hint="export to a directory instead: --to hf",
+        )
+    rules: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    kind = rules["model"]["type"]
+    if kind != "BPE":
+        raise UsageError(
+            f"the tokenizer of {folder} is a {kind} model; GGUF files are written for BPE",
+            hint="export to a directory instead: --to hf",
+        )
+    return rules
 
 
 def load(folder: Path) -> PreTrainedTokenizerBase:

@@ -148,7 +148,7 @@ class Running:
 
     def __init__(self, engine: Engine, options: LaunchOptions) -> None:
         """Start the process; it may die at once, which `wait` reports."""
-        self.engine, self.wanted = engine, options
+        self.engine, self.options = engine, options
         self.address = Address(LOOPBACK, options.port, secrets.token_urlsafe(24))
         environment = os.environ | {
             KEY: self.address.key,
@@ -187,15 +187,15 @@ class Running:
         end = time.monotonic() + seconds
         while not self.healthy():
             if not self.alive():
-                raise self.death()
+                raise self.exit_error()
             if time.monotonic() > end:
                 raise FleetuneError(
-                    f"{self.engine.name} has not loaded {self.wanted.model} within {seconds:.0f} s",
+                    f"{self.engine.name} has not loaded {self.options.model} within {seconds:.0f} s",
                     hint="see what it says: " + (self.tail() or "nothing"),
                 )
             time.sleep(0.05)
 
-    def death(self) -> FleetuneError:
+    def exit_error(self) -> FleetuneError:
         """Return the error of an engine that has ended by itself."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_SECONDS)
@@ -207,7 +207,7 @@ class Running:
         )
 
     @contextmanager
-    def asked(self) -> Iterator[None]:
+    def request(self) -> Iterator[None]:
         """Run a request to the engine; where its connection breaks, a FleetuneError says why."""
         try:
             yield
@@ -215,7 +215,7 @@ class Running:
             with suppress(subprocess.TimeoutExpired):  # a connection breaks before its process is gone
                 self.process.wait(1)
             if not self.alive():
-                raise self.death() from error
+                raise self.exit_error() from error
             raise FleetuneError(
                 f"the answer of {self.engine.name} broke off: {error!r}",
                 hint="its last words: " + (self.tail() or "none"),

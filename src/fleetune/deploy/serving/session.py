@@ -83,8 +83,8 @@ def served(
     with _listening(front, token) as door, opened(subject, engine, listener, offline=offline) as running:
         door.attach(running.address, running.alive)
         started = Serving(
-            url=door.url, model=running.wanted.model.name, engine=running.engine.name,
-            threads=running.wanted.threads, token=token if made else None,
+            url=door.url, model=running.options.model.name, engine=running.engine.name,
+            threads=running.options.threads, token=token if made else None,
         )  # fmt: skip
         listener.event(started)
         yield Session(door, running, started)
@@ -152,7 +152,7 @@ def _fastest(engine: Engine, model: Path, context: int, listener: Listener) -> i
         return 1
 
     def rate(count: int) -> float:
-        with engines.started(engine, model, count, context) as running, running.asked():
+        with engines.started(engine, model, count, context) as running, running.request():
             found = threads.speed(running.address)
         listener.note(f"measured: {count} thread{'s' if count > 1 else ''}, {found:.1f} tokens/s")
         return found
