@@ -69,9 +69,8 @@ def product_mean(
 
     The mean is kept as stacked factors `[p_1 B_1 .. p_m B_m, B t] [A_1; ..; A_m; A]`, t_i the share of those
     who were not sent direction i, and as the dense product from where that is smaller.  Its SVD needs only two
-    thin QRs and an SVD of the stack's size; the best factors are B' = U sqrt(S), A' = sqrt(S) V'.  It is exact
-    when G has rank <= r.  Directions that G does not need get back the row of A that they had, with zeros in B,
-    so that they can still learn.
+    thin QRs and an SVD of the stack's size; the best factors are B' = U sqrt(S), A' = sqrt(S) V', exact when G
+    has rank <= r.  Directions that G does not need get their row of A back, with zeros in B: they can still learn.
 
     Tensors outside `pairs` (a head's) are averaged plainly.  Returns the tensors and the share of the squared
     norm that the cut left out.  FlexLoRA (Bai et al. 2024, arXiv 2402.11505) does the same with the dense

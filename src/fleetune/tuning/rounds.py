@@ -60,18 +60,9 @@ def run(
     A round counts when its checkpoint is written.  FleetError when every client failed in `PATIENCE` rounds in
     a row (or in all, of fewer); a resumed run counts anew, so that it gets past them.
     """
-    first, totals, failures = 0, Totals(), 0
-    if (saved := run.restore(checkpoint.decode)) is not None:
-        first, payload = saved
-        state, totals = checkpoint.unpack(payload, state)
-        run.cut(first)
-        fleet.rewind(first)
-    else:
-        run.cut(-1)
-        fleet.rewind(0)
-        hooks.begin()
-        run.checkpoint(0, checkpoint.encode(0, state, totals))
-    for r in range(first + 1, plan.rounds + 1):
+    last, state, totals = _start(run, fleet, state, hooks)
+    failures = 0
+    for r in range(last + 1, plan.rounds + 1):
         began = time.monotonic()
         kinds = methods.kinds_of(method, state)
         answers = _ReplyCheck([spec for _, spec in kinds], run, plan, r, hooks, fleet.rows)
@@ -94,6 +85,22 @@ def run(
         run.checkpoint(r, checkpoint.encode(r, state, totals))
         fleet.forget_before(r + 1 - KEEP)
     return state, totals
+
+
+def _start(run: RunDir, fleet: Fleet, state: Any, hooks: Hooks) -> tuple[int, Any, Totals]:
+    """Return (the last round done, state, totals): those of the run's last checkpoint, or of a new run."""
+    totals = Totals()
+    if (saved := run.restore(checkpoint.decode)) is None:
+        run.cut(-1)
+        fleet.rewind(0)
+        hooks.begin()
+        run.checkpoint(0, checkpoint.encode(0, state, totals))
+        return 0, state, totals
+    last, payload = saved
+    state, totals = checkpoint.unpack(payload, state)
+    run.cut(last)
+    fleet.rewind(last)
+    return last, state, totals
 
 
 def sample(clients: int, participation: float, seed: int, round: int) -> Sequence[int]:

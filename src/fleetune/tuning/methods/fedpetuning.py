@@ -166,7 +166,9 @@ class Method:
     def footprint(self, shape: Shape) -> Footprint | None:
         if (self.module, self.targets) != ("lora", "query-value"):
             return None  # the other modules are not counted yet
-        return _adapter.footprint(lora_module(shape.query_value, shape.head, self.size or 16))
+        return _adapter.footprint(
+            lora_module(shape.query_value, shape.head, self.size or MODULES["lora"].size)
+        )
 
 
 class Kind(NamedTuple):
