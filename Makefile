@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check fuzz bench slow format clean help
+.PHONY: demo test check fuzz bench slow docs format clean help
 
 help:
 	@echo "make demo    tune a real language model over 24 simulated clients, with a report (8 minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make fuzz    the property tests, with new random examples"
 	@echo "make slow    tests that need a downloaded model or minutes"
 	@echo "make bench   ours against the papers' way, as ratios"
+	@echo "make docs    the documentation site; open site/index.html"
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Fleetune needs Python 3.11 or newer; try: make PYTHON=python3.12")'
@@ -39,9 +40,17 @@ slow: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json
 
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs-ready
+	$(BIN)/python docs/build.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

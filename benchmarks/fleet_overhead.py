@@ -24,6 +24,7 @@ from benchmarks.harness import Result, Row, Setting, child
 from fleetune import models
 from fleetune.data import Batches, Encoded
 from fleetune.models import Model
+from fleetune.runs.events import as_dict
 from fleetune.runs.rundir import create
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
@@ -94,10 +95,10 @@ def _fleet(model: Model, method: Method, clients: int, rows: int, length: int = 
     vocab = model.net.config.vocab_size
     fleet = LocalFleet(model, method, _data(vocab, clients, rows, length), 7, 257)
     state = method.init(model, derive(7, "init"))
-    hooks = Hooks(lambda: None, lambda state: {}, lambda event: None)
 
     def play(rounds: int) -> None:
         with tempfile.TemporaryDirectory() as folder, create(Path(folder), "bench", "model") as opened:
+            hooks = Hooks(lambda: None, lambda state: {}, lambda event: opened.record(as_dict(event)))
             run_rounds(method, fleet, state, opened, RoundPlan(rounds, 1.0, 1, 7, 0, BASE), hooks)
 
     try:

@@ -1,25 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the generated pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md, and the table in
-docs/export.md.  `--check` only compares.
+"""Write the generated pages, and the generated parts of hand-written ones.  `--check` only compares.
 
-python docs/build.py
+    python docs/build.py
+
+Pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md, docs/events.md and its JSON schema.
+Parts, between the marks `<!-- NAME -->` and `<!-- /NAME -->`: the tree of the layers in README.md and their table in
+docs/architecture.md (`architecture`), the table in docs/export.md (`targets`).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import inspect
+import json
+import re
 import sys
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from fleetune import compression
 from fleetune.cli import main as cli
 from fleetune.common import settings
 from fleetune.deploy import targets
+from fleetune.runs import events
 from fleetune.tuning import methods, recipe
 
 DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+PACKAGE = ROOT / "src" / "fleetune"
 MADE = "<!-- made by docs/build.py; edit the source instead -->\n"
 
 
@@ -95,24 +109,144 @@ def targets_table() -> str:
     return "\n".join(rows)
 
 
-def export_page() -> str:
-    """The page on exports, with the table of targets between its markers."""
-    text = (DOCS / "export.md").read_text(encoding="utf-8")
-    before, first, rest = text.partition("<!-- targets: ")
-    comment, _, rest = rest.partition("\n")
-    _, last, after = rest.partition("<!-- end of targets -->")
-    return f"{before}{first}{comment}\n{targets_table()}\n{last}{after}"
+# Events ------------------------------------------------------------------------------------------
+
+
+def events_page() -> str:
+    """Every event of `--json` with its fields, under the headings of `runs/events.py`."""
+    source = (PACKAGE / "runs" / "events.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    about = (inspect.getdoc(events) or "").partition("\n\n")[2]
+    schema = "Machines read [the JSON schema](events.schema.json)."
+    out = [MADE, "# Events\n", f"The lines of `--json`. {about}\n", schema + "\n"]
+    at = 0
+    for node in ast.parse(source).body:
+        above, at = lines[at : node.lineno - 1], node.end_lineno or 0
+        out += [f"## {m[1]}\n" for line in above if (m := re.fullmatch(r"# (.*\w) -{10,}", line))]
+        if isinstance(node, ast.ClassDef) and (event := getattr(events, node.name)) in events.classes():
+            out += _event(event, node, lines)
+    return "\n".join(out)
+
+
+def _event(event: type[events.Event], node: ast.ClassDef, lines: Sequence[str]) -> list[str]:
+    rows = []
+    for field in node.body:
+        if not isinstance(field, ast.AnnAssign) or "ClassVar" in ast.unparse(field.annotation):
+            continue
+        optional, kind = field.value is not None, _json_type(field.annotation)
+        kind = kind.removesuffix(" or null") if optional else kind
+        remark = lines[(field.end_lineno or 0) - 1].partition("  # ")[2]
+        name = ast.unparse(field.target)
+        rows.append(f"| `{name}` | {_cell(kind)} | {'optional' if optional else ''} | {_cell(remark)} |")
+    if issubclass(event, events.Measures):
+        names = ", ".join(f"`{f.name}`" for f in dataclasses.fields(events.Measures))
+        rows.append(f"| {names} | float | optional | those that were asked for |")
+    title = [f"### {event.event}: {event.__name__}\n", f"{inspect.getdoc(event)}\n"]
+    return [*title, "| field | type | | meaning |", "|---|---|---|---|", *rows, ""]
+
+
+JSON_TYPES = {"int": "integer", "float": "number", "str": "text", "bool": "true or false", "Any": "anything", "None": "null",
+              "Value": "text, number, true or false", "MatrixSolved": "object (name, error, notes)"}  # fmt: skip
+
+
+def _json_type(annotation: ast.expr) -> str:
+    match annotation:
+        case ast.BinOp(left, _, right):
+            return f"{_json_type(left)} or {_json_type(right)}"
+        case ast.Subscript(ast.Name("Mapping"), ast.Tuple([_, value])):
+            return f"object of {_json_type(value)}"
+        case ast.Subscript(ast.Name("Sequence"), value):
+            return f"list of {_json_type(value)}"
+        case _:
+            return JSON_TYPES.get(ast.unparse(annotation), ast.unparse(annotation))
+
+
+def events_schema() -> str:
+    """The JSON schema of a line of `--json`: any of the events."""
+    defs, choices = {}, []
+    for event in events.classes():
+        schema = TypeAdapter(event).json_schema(ref_template="#/$defs/{model}")
+        defs |= schema.pop("$defs", {})
+        schema["properties"] = {
+            "v": {"const": events.VERSION},
+            "event": {"const": event.event},
+            **schema["properties"],
+        }
+        schema["required"] = ["v", "event", *schema.get("required", [])]
+        defs[event.__name__] = schema | {"additionalProperties": False}
+        choices.append({"$ref": f"#/$defs/{event.__name__}"})
+    whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", "anyOf": choices, "$defs": defs}
+    return json.dumps(_nullable(whole), indent=1) + "\n"
+
+
+def _nullable(schema: Any) -> Any:
+    # A number that is not finite is printed as null.
+    if isinstance(schema, list):
+        return [_nullable(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kind = ["number", "null"] if schema.get("type") == "number" else schema.get("type")
+    return {key: kind if key == "type" else _nullable(value) for key, value in schema.items()}
+
+
+# The layers --------------------------------------------------------------------------------------
+
+
+def layers() -> list[dict[str, Any]]:
+    """The layers of docs/architecture.toml, from the top."""
+    found: list[dict[str, Any]] = tomllib.loads((DOCS / "architecture.toml").read_text(encoding="utf-8"))[
+        "layer"
+    ]
+    return found
+
+
+def _shown(layer: str) -> str:
+    return f"{layer}/" if (PACKAGE / layer).is_dir() else f"{layer}.py"
+
+
+def architecture_tree(found: Sequence[dict[str, Any]]) -> str:
+    """The layers as a tree of folders and files: a code block."""
+    width = max(len(_shown(layer["name"])) for layer in found) + 2
+    lines = [f"  {_shown(layer['name']):{width}}{layer['does']}" for layer in found]
+    return "\n".join(["```text", "src/fleetune/", *lines, "```"])
+
+
+def architecture_table(found: Sequence[dict[str, Any]]) -> str:
+    """The layers with what they hold: a table."""
+    rows = ["| layer | does | holds |", "|---|---|---|"]
+    for layer in found:
+        holds = [f"`{names}` {text}" for names, text in layer.get("holds", ())]
+        rows.append(f"| `{_shown(layer['name'])}` | {_cell(layer['does'])} | {_cell('<br>'.join(holds))} |")
+    return "\n".join(rows)
+
+
+def with_part(text: str, mark: str, part: str) -> str:
+    """`text` with `part` between the marks `<!-- mark -->` and `<!-- /mark -->`; as it is where it has none."""
+    between = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
+    return between.sub(lambda m: f"{m[1]}\n{part}\n\n{m[2]}", text)
+
+
+def parts() -> dict[Path, str]:
+    """Every hand-written page that has a generated part, with that part as it should be."""
+    found = layers()
+    written = {
+        ROOT / "README.md": ("architecture", architecture_tree(found)),
+        DOCS / "architecture.md": ("architecture", architecture_table(found)),
+        DOCS / "export.md": ("targets", targets_table()),
+    }
+    return {path: with_part(path.read_text(encoding="utf-8"), *part) for path, part in written.items()}
+
+
+# Writing -----------------------------------------------------------------------------------------
 
 
 def pages() -> dict[Path, str]:
-    """Every generated page by its path."""
+    """Every page that is generated, whole or in part, by its path."""
     made = {DOCS / "methods" / f"{name}.md": method_page(name) for name in methods.entries()}
     made |= {DOCS / "compress" / f"{name}.md": compress_page(name) for name in compression.entries()}
-    return made | {
-        DOCS / "recipe.md": recipe_page(),
-        DOCS / "export.md": export_page(),
-        DOCS / "commands.md": commands_page(),
-    }
+    made |= {DOCS / "recipe.md": recipe_page(), DOCS / "commands.md": commands_page()}
+    made |= {DOCS / "events.md": events_page(), DOCS / "events.schema.json": events_schema()}
+    return made | parts()
 
 
 def main() -> int:
@@ -120,7 +254,7 @@ def main() -> int:
     stale = [p for p, text in pages().items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
         for path in stale:
-            print(f"{path.relative_to(DOCS.parent)} is out of date: python docs/build.py")
+            print(f"{path.relative_to(ROOT)} is out of date: python docs/build.py")
         return bool(stale)
     for path, text in pages().items():
         path.parent.mkdir(exist_ok=True)

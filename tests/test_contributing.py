@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CONTRIBUTING.md's worked example is a method like any other: listed, tuned with, resumed, reported."""
+"""CONTRIBUTING.md's worked example, registered by another package, is a method like any other: everywhere."""
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
 import re
+import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import contract_harness
 import numpy as np
 import pytest
-import torch
-from contract_harness import fleet, key, logits, reply
+import test_contract
+from contract_harness import fleet, key, reply
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common import registry
+from fleetune.errors import FitError
+from fleetune.planning import plan
 from fleetune.tuning import methods
 from fleetune.tuning.messages import Payload
 
@@ -22,13 +30,30 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def fedmedian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
-    (tmp_path / "fedmedian_example.py").write_text(code, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    point = EntryPoint("fedmedian", "fedmedian_example", methods.GROUP)
-    monkeypatch.setattr(methods, "entry_points", lambda group: [point])
-    return "fedmedian"
+def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Register a module of this text as the method fedmedian, as an installed package would."""
+
+    def register(code: str) -> str:
+        (tmp_path / "fedmedian_example.py").write_text(code, encoding="utf-8")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        point = EntryPoint("fedmedian", "fedmedian_example", methods.REGISTRY.group)
+        monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
+        monkeypatch.setitem(contract_harness.QUICK, "fedmedian", {"lr": 1e-2})
+        return "fedmedian"
+
+    yield register
+    sys.modules.pop("fedmedian_example", None)
+
+
+@pytest.fixture
+def fedmedian(registered: Callable[[str], str]) -> str:
+    return registered(example())
+
+
+def example() -> str:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "\nclass Method" in c]
+    return code
 
 
 def test_the_example_tunes(fedmedian, tmp_path, monkeypatch, capsys):
@@ -56,13 +81,57 @@ def test_the_example_tunes(fedmedian, tmp_path, monkeypatch, capsys):
     assert "Yin et al." in capsys.readouterr().out
 
 
-def test_the_example_keeps_the_first_contract_and_its_promise(fedmedian):
+PROPERTIES = [
+    check
+    for name, check in vars(test_contract).items()
+    if name.startswith("test_")
+    and name != "test_5c_more_rows_weigh_more"  # of means; a median gives every client one vote
+    and name != "test_7b_defaults_are_the_papers"  # of methods whose papers' defaults are listed there
+]
+
+
+@pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
+def test_the_example_keeps_the_contract(fedmedian: str, tmp_path: Path, check: Callable[..., None]) -> None:
+    more = {"tmp_path": tmp_path} if "tmp_path" in inspect.signature(check).parameters else {}
+    check(name=fedmedian, **more)
+
+
+def test_one_bad_client_does_not_move_the_example(fedmedian):
     model, chosen = models.tiny_llama(), methods.make(fedmedian, {"lr": "1e-2"})
     state = chosen.init(model, key())
     good = reply(fleet(model, chosen), chosen, state)
-    on_the_device = logits(model)
-    chosen.apply(model, chosen.aggregate(state, iter([good])))
-    assert torch.equal(logits(model), on_the_device)
     wild = Payload({n: np.full_like(a, 1e6) for n, a in good.payload.arrays.items()}, good.payload.scalars)
     three = chosen.aggregate(state, iter([good, good._replace(payload=wild), good]))
     assert all(np.array_equal(three.tensors[n], a) for n, a in good.payload.arrays.items())
+
+
+def test_the_example_is_listed_and_planned(fedmedian, tmp_path, capsys):
+    assert main(["methods", "--json"]) == 0
+    assert fedmedian in [json.loads(line).get("name") for line in capsys.readouterr().out.splitlines()]
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    assert main(["plan", str(tmp_path / "tiny"), "--json"]) == 0
+    rows = {row["method"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert set(rows) >= {fedmedian, "fedit", "fedkseed", "inference"}
+    assert rows[fedmedian]["note"] == "r=8"
+    assert rows[fedmedian]["trainable"] * 2 == rows["fedit"]["trainable"]
+    assert list(rows).index(fedmedian) < list(rows).index("inference")
+
+
+def test_a_method_that_states_no_footprint_has_an_empty_row_in_the_plan(registered):
+    name = registered(example().replace("def footprint", "def unstated"))
+    rows = plan.table(models.tiny_llama().net.config, plan.Workload(), rates=plan.Rates(1e11, 1e10), ram=1000)
+    (row,) = [row for row in rows if row.method == name]
+    assert {row.peak, row.trainable, row.bytes_up, row.passes, row.seconds} == {None}
+    assert plan.cells(row) == [name, "-", "-", "-", "-", "-", ""]
+    with pytest.raises(FitError, match="the smallest"):
+        plan.best(rows)
+
+
+def test_the_example_has_a_page_in_the_docs(fedmedian):
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    page = build.method_page(fedmedian)
+    assert "coordinate-wise median" in page
+    assert "| `r` | r | int | `8` | rank of the adapters |" in page

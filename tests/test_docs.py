@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import re
 import shlex
 import subprocess
@@ -10,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fleetune.cli import main as cli
 from fleetune.tuning import methods
@@ -32,14 +36,98 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"(?m)^#{1,6} (.*)$", page.read_text(encoding="utf-8"))
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", h) for h in headings]
+    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", h).strip().lower()) for h in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_anchors_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+def test_the_site_names_every_page_once():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = list(leaves(site["nav"]))
+    pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
+    brought_in = {"contributing.md", "benchmarks.md"}  # by docs/hooks.py
+    assert sorted(named) == sorted(pages | brought_in)
+
+
+def leaves(nav):
+    """The pages of a navigation, however deep."""
+    for entry in nav if isinstance(nav, list) else nav.values():
+        yield from [entry] if isinstance(entry, str) else leaves(entry)
+
+
+def test_links_that_leave_the_docs_are_moved():
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    moved = hooks.moved
+    assert (
+        moved("see [it](../CONTRIBUTING.md#x), [a](a.md)", "docs/b.md")
+        == "see [it](contributing.md#x), [a](a.md)"
+    )
+    assert moved("[a](../docs/export.md)", "benchmarks/README.md") == "[a](export.md)"
+    assert moved("[a](docs/methods/mezo.md)", "CONTRIBUTING.md") == "[a](methods/mezo.md)"
+    assert moved("[up](../methods.md)", "docs/methods/mezo.md") == "[up](../methods.md)"
+    assert (
+        moved("[code](src/fleetune/errors.py) [web](https://x.org/)", "CONTRIBUTING.md")
+        == "code [web](https://x.org/)"
+    )
+    assert moved("```python\na[b](c)\n```\n", "docs/b.md") == "```python\na[b](c)\n```\n"
+
+
+def fault(line: str, *, whole: bool = True) -> str:
+    """What is wrong with a command line, "" for nothing; not `whole`: its command and flags alone are looked at."""
+    words = shlex.split(line, comments=True)[1:]
+    known = cli.command_parsers()
+    if words[0] not in known:
+        return f"there is no command {words[0]}"
+    sub = known[words[0]]
+    flags = {option for action in sub._actions for option in action.option_strings}
+    if wrong := [w for w in words[1:] if w.startswith("--") and w.partition("=")[0] not in flags]:
+        return f"{words[0]} has no {wrong[0]}"
+    if not whole:
+        return ""
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard):
+            _, unknown = sub.parse_known_args(words[1:])
+    except SystemExit as end:
+        return "" if end.code == 0 else heard.getvalue()
+    return f"{words[0]} does not take {' '.join(unknown)}" if unknown else ""
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_command_in_the_docs_parses(page):
-    blocks = re.findall(r"```(?:sh|console)?\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
-    text = "\n".join([*blocks, *re.findall(r"(?m)^    (.*)$", page.read_text(encoding="utf-8"))])
-    for line in re.findall(r"(?m)^\s*(?:\$ )?(fleetune [a-z].*?)(?:\s{3,}.*)?$", text):
-        words = shlex.split(line, comments=True)[1:]
-        _, unknown = cli.build_parser().parse_known_args(words)
-        assert not unknown, line
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"(?ms)^```(?:sh|console|text)?\n(.*?)^```", text)
+    lines = "\n".join([*blocks, *re.findall(r"(?m)^    (.*)$", text)]).replace("\\\n", " ")
+    for line in re.findall(r"(?m)^\s*(?:\$ )?(fleetune [a-z].*?)(?:\s{3,}.*)?$", lines):
+        assert not fault(line), line
+    prose = re.sub(r"(?ms)^```.*?^```", "", text)
+    for line in re.findall(r"`(fleetune [a-z][^`\n]*)`", prose):
+        assert not fault(line, whole=False), line
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "fleetune tuna smollm2-135m demo",
+        "fleetune tune smollm2-135m demo --round 3",
+        "fleetune tune a b c d",
+        "fleetune ledger prove latest",
+        "fleetune measure latest --kept",
+    ],
+)
+def test_a_wrong_command_is_seen(line):
+    assert fault(line)
+    assert not fault("fleetune tune smollm2-135m demo --rounds 3")
 
 
 def test_the_readme_lists_every_method():

@@ -15,10 +15,10 @@ import pytest
 from command_harness import call
 
 from fleetune import compression, models
+from fleetune.common import memory
 from fleetune.compression.pruning import depth
 from fleetune.models.shapes import shape_of
 from fleetune.planning import compression_cost
-from fleetune.tuning import rounds
 
 
 def test_the_plan_of_distillation_counts_every_model_and_the_training() -> None:
@@ -70,7 +70,7 @@ def test_distillation_says_what_it_takes_and_what_is_missing(
     used = SimpleNamespace(free=6 * weights - 2000)  # two states of three copies; the record is there already
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: used)
     monkeypatch.setattr(compression_cost, "available", lambda: 1000)
-    monkeypatch.setattr(rounds, "rss", lambda: 0)
+    monkeypatch.setattr(memory, "rss", lambda: 0)
     code, events, err = call(capsys, *args)
     assert code == 1
     assert "1.0 kB of memory are free; with a smaller batch_size it takes less" in err

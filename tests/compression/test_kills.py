@@ -107,7 +107,7 @@ def test_a_kill_near_the_end_loses_nothing(
         assert code == 0, (point, err)
         assert not [e for e in events if e["event"] == "step"], point
         assert (events[-1]["event"], events[-1]["digest"]) == ("done", want), point
-        assert ("there is nothing to go on with" in err) == done, point
+        assert ("there is nothing to resume" in err) == done, point
         assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"], point
         assert json.loads((folder / "compress.json").read_text())["result"]["digest"] == want, point
 

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fleetune import compression, models
 from fleetune.cli.main import main
+from fleetune.common import memory
 from fleetune.compression.jobs import solve
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.compression.layerwise import driver
@@ -31,7 +32,6 @@ from fleetune.models.paged import Pages, in_memory, pages_of, tensors_of
 from fleetune.models.shapes import shape_of
 from fleetune.models.tensor_file import write_in_turn
 from fleetune.planning import compression_cost, plan
-from fleetune.tuning import rounds
 
 TYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]
 
@@ -185,15 +185,15 @@ def test_the_peak_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
     peaks: list[int] = []
     for layers in (4, 4, 12):  # the first one warms up
         name = saved(tmp_path / f"m{len(peaks)}", torch.bfloat16, layers=layers, hidden=256)
-        rounds.release_memory()
-        before = rounds.rss()
+        memory.release_memory()
+        before = memory.rss()
         model = models.load(name, device="cpu", paged=True)
         driver.check(model, solver)
         parts = driver.run(model, solver, None, tmp_path / f"p{len(peaks)}")
         from fleetune.models import artefact
 
         artefact.write(tmp_path / f"a{len(peaks)}", model, parts, artefact.ArtefactHead("rtn", {}, "", ""))
-        peaks.append(rounds.peak_rss() - before)
+        peaks.append(memory.peak_rss() - before)
         del model, parts
     block = 2.4e6
     assert peaks[2] - peaks[1] < 3 * block  # a model in memory would add 8 blocks, two copies 16
@@ -308,7 +308,7 @@ def test_what_it_takes_is_said_before_it_begins(
     assert events[-1]["planned"] == events[0]["planned"] > 4e8
     assert "of memory are free" not in err
     monkeypatch.setattr(compression_cost, "available", lambda: 1000)
-    monkeypatch.setattr(rounds, "rss", lambda: 0)
+    monkeypatch.setattr(memory, "rss", lambda: 0)
     code, _, err = call(capsys, *args)
     assert code == 0
     assert "1.0 kB of memory are free; with --low-memory it takes less" in err

@@ -245,7 +245,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from fleetune.runs import rundir
-with rundir.held(Path(sys.argv[1])):
+with rundir.locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -15,6 +15,7 @@ from fleetune.data import Encoded, Example
 from fleetune.data.encode import encode_all
 from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.models import Model
+from fleetune.runs.events import as_dict
 from fleetune.runs.rundir import RunDir, create
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
@@ -108,11 +109,7 @@ def key() -> int:
 
 def kind_of(method: Method, state: Any, client: int = 0) -> tuple[Payload, ReplySpec]:
     """What a client is sent, and what it must answer."""
-    kinds = (
-        method.kinds(state)
-        if hasattr(method, "kinds")
-        else [(method.broadcast(state), method.expects(state))]
-    )
+    kinds = methods.kinds_of(method, state)
     return kinds[client % len(kinds)]
 
 
@@ -150,7 +147,7 @@ def train(
     plan = RoundPlan(rounds, 1.0, 1, 7, 1, base_of(model))
     with opened:
         devices = fleet(model, chosen, memories=opened.path / "memories")
-        hooks = Hooks(lambda: None, measure, lambda e: None)
+        hooks = Hooks(lambda: None, measure, lambda event: opened.record(as_dict(event)))
         state, _ = run(chosen, devices, state, opened, plan, hooks)
     chosen.apply(model, state)
     return model, state, opened

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a model's configuration its costs depend on: parameters, linear layers, activations.
+"""Count a model's parameters, linear layers and activations from its configuration alone.
 
 Llama-like decoders (grouped-query attention, tied embeddings) are counted from the configuration itself, any
 other family by instantiating it on torch's meta device, which takes no memory: its parameters are then exact
@@ -27,7 +27,7 @@ class Linear(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What of a model's configuration the costs depend on.  Floats are counted a token, over all layers."""
+    """The sizes that memory, traffic and time depend on.  Floats are counted a token, over all layers."""
 
     family: str
     params: int  # tied ones once
@@ -55,7 +55,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(config: PretrainedConfig) -> Shape:
-    """The shape of a configuration's model: by formula for a llama-like one, else counted on the meta device."""
+    """Return the shape of a configuration's model: by formula for a llama-like one, else counted on the meta device."""
     if config.model_type in BIASES and not hasattr(config, "fleetune_widths"):
         return _llama(config.to_dict(), config.model_type)
     return counted(config)
@@ -110,7 +110,7 @@ def _llama(c: Mapping[str, Any], family: str) -> Shape:
 
 
 def counted(config: PretrainedConfig) -> Shape:
-    """The shape of any causal language model or encoder, from its layers on the meta device."""
+    """Count the shape of any causal language model or encoder, from its layers on the meta device."""
     import torch
     from transformers import AutoModelForSequenceClassification
     from transformers.pytorch_utils import Conv1D
@@ -154,7 +154,7 @@ def counted(config: PretrainedConfig) -> Shape:
 
 
 def _places(net: Any) -> list[Layer]:
-    """Where modules go in each layer; [] for a family whose names are not known."""
+    """Return where modules go in each layer; [] for a family whose names are not known."""
     from fleetune.errors import ModelError
     from fleetune.models.layers import layers_of
 

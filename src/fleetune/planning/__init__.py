@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory, traffic and time of tuning and compression, before any work is done."""
+"""Estimate memory, traffic and time of tuning and compression, before any work is done."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What making a model smaller takes: peak memory and disk, from its configuration alone.
+"""Estimate the peak memory and disk of a compression, from the model's configuration alone.
 
 Training a whole student (`training`) takes what tuning all weights with AdamW does (`device_cost`), and the other models
 that are in memory beside it.
@@ -40,7 +40,7 @@ WRITTEN: Final = 2.0  # a finished block on its way to the disk: tensors and byt
 
 
 class CompressionSize(NamedTuple):
-    """A compression as its costs depend on it."""
+    """What the costs of a compression depend on."""
 
     windows: int  # 0: the solver needs none
     length: int
@@ -55,7 +55,7 @@ class CompressionSize(NamedTuple):
 
 
 def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
-    """Bytes of the peak by part; see the module's text."""
+    """Return the bytes of the peak by part; see the module's text."""
     block = max(blocks(shape).values(), key=_weights)  # after pruning they differ
     inner = _weights(block)
     ends = shape.largest * work.size
@@ -81,7 +81,7 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
 
 
 def training(student: Shape, batch: int, length: int, beside: int) -> dict[str, int]:
-    """Bytes of the peak by part: all weights of `student` trained in fp32 on batches of `length` tokens a row.
+    """Return the bytes of the peak by part: all weights of `student` trained in fp32 on batches of `length` tokens a row.
 
     `beside` are the bytes of the other models in memory: a teacher, and what the student was made of.
     """
@@ -90,13 +90,16 @@ def training(student: Shape, batch: int, length: int, beside: int) -> dict[str, 
 
 
 def training_disk(student: Shape, states: int) -> int:
-    """Bytes that must be free: the result and a state (weights and two moments), or a state beside the one it replaces."""
+    """Return the bytes that must be free: the result and a state, or a state beside the one it replaces.
+
+    A state is weights and two moments.
+    """
     weights = 4 * student.params
     return 3 * weights + max(weights, 3 * weights * (states > 1))
 
 
 def blocks(shape: Shape) -> Mapping[str, list[Linear]]:
-    """The linear layers of each decoder block, by its name."""
+    """Return the linear layers of each decoder block, by its name."""
     found: dict[str, list[Linear]] = {}
     for linear in shape.linears:
         found.setdefault(".".join(linear.name.split(".")[:3]), []).append(linear)
@@ -108,7 +111,7 @@ def _weights(linears: Iterable[Linear]) -> int:
 
 
 def hessians(block: list[Linear]) -> int:
-    """Bytes of a block's Hessians: one for each distinct input."""
+    """Return the bytes of a block's Hessians: one for each distinct input."""
     inputs = {(x.name.rpartition(".")[0], x.name.endswith(("o_proj", "down_proj")), x.into) for x in block}
     return sum(4 * into * into for _, _, into in inputs)
 
@@ -124,7 +127,7 @@ def _solving(block: list[Linear], work: CompressionSize) -> float:
 
 
 def disk(shape: Shape, work: CompressionSize) -> int:
-    """Bytes of the artefact, of the finished blocks beside it and of waiting clients' states: what must be free."""
+    """Return the bytes that must be free: the artefact, finished blocks beside it, waiting clients' states."""
     inner = _weights(shape.linears)
     weight = work.bits / 8 + 3 / (work.group or 1 << 30) if work.bits else float(work.size)
     states = work.windows * work.length * shape.hidden * work.size if work.clients else 0
@@ -132,7 +135,7 @@ def disk(shape: Shape, work: CompressionSize) -> int:
 
 
 def available() -> int | None:
-    """Bytes of memory that the system can still give; None where it does not say."""
+    """Return the bytes of memory that the system can still give; None where it does not say."""
     try:
         with open("/proc/meminfo", "rb") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith(b"MemAvailable"))

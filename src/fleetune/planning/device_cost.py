@@ -37,7 +37,7 @@ MIB: Final = 1 << 20
 # Measured: peak resident memory on Linux x86-64, Python 3.11, torch 2.13 (CPU), transformers 5.24, one thread.
 FLOOR: Final = 392 * MIB  # python + torch + transformers + fleetune, a model class loaded, no weights
 PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
-# By `seeds.choice`: numba and its compiled kernels (the very first run, which compiles: 90 MiB more), or torch's
+# By `seeds.kernel_choice`: numba and its compiled kernels (the very first run, which compiles: 90 MiB more), or torch's
 # pieces of words and sums.
 KERNELS: Final[Mapping[str, int]] = {"auto": 104 * MIB, "numba": 104 * MIB, "torch": 10 * MIB}
 PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
@@ -49,7 +49,7 @@ CURVED: Final = 4.8  # a graph that can be differentiated twice holds so much fo
 LOGITS_CURVED: Final = 3.7  # ... and so many fp32 arrays of all logits
 LOGITS_CHUNK: Final = 0.5  # what each further chunk leaves behind (freed blocks, as for `HEAP`)
 
-# A pass over the weights, by `seeds.choice`, takes as long as so many copies of them.
+# A pass over the weights, by `seeds.kernel_choice`, takes as long as so many copies of them.
 SWEEP: Final[Mapping[str, float]] = {"auto": 1.5, "numba": 1.5, "torch": 20.0}
 STORED: Final = 4.0  # ... and to write a direction out, and to add it twice, as so many more
 TOUCH: Final = 6  # a forward (or a backward) moves each kept activation through memory about so often
@@ -98,7 +98,7 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
 
 
 def _logits(shape: Shape, work: Workload) -> tuple[int, float]:
-    """fp32 bytes of the logits of a chunk, and how many chunks a step's positions make."""
+    """Return fp32 bytes of the logits of a chunk, and how many chunks a step's positions make."""
     from fleetune.evaluation.losses import CHUNK_BYTES
 
     whole = (work.batch if shape.labels else work.tokens) * shape.outputs * 4
@@ -134,14 +134,14 @@ def activation_bytes(shape: Shape, work: Workload, module: Module) -> int:
 
 
 def _trained(shape: Shape) -> int:
-    """Floats a token that are kept for weights' own gradients: a layer's input, a norm's result."""
+    """Return floats a token that are kept for weights' own gradients: a layer's input, a norm's result."""
     shared = {(linear.name.rpartition(".")[0], linear.into) for linear in shape.linears}
     same = shape.layers * shape.hidden if shape.labels else 0  # an encoder keeps one of them anyway
     return shape.norms + sum(into for _, into in shared) - same
 
 
 def _beside(work: Workload, module: Module, shape: Shape) -> int:
-    """Bytes that are kept for a module: a prefix's keys and values for every head, or what LoRA works on.
+    """Return bytes that are kept for a module: a prefix's keys and values for every head, or what LoRA works on.
 
     That is A's output and its input in fp32: in an fp32 model the layer's own, one for all that read it; else a
     copy for each; with dropout that and the dropout's noise.
@@ -156,7 +156,7 @@ def _beside(work: Workload, module: Module, shape: Shape) -> int:
 
 
 def _curvature(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:
-    """Bytes of the graph that Hessian products go through (a forward and its backward), and of their vectors."""
+    """Return bytes of the graph that Hessian products go through (a forward and its backward), and of their vectors."""
     module, positions = footprint.module, work.batch if shape.labels else work.tokens
     numbers = module.size - sum(math.prod(sizes) for sizes in shape.head.values())
     vectors = footprint.hessian_products * 8 * 4 * numbers
@@ -210,7 +210,7 @@ def calibrate(work: Workload) -> Rates:
 
 
 def _usual(work: Callable[[], object], budget: float = 0.12) -> float:
-    """The median seconds of the calls within about `budget` seconds, after one that warms up."""
+    """Return the median seconds of the calls within about `budget` seconds, after one that warms up."""
     work()
     end = time.perf_counter() + budget
     taken: list[float] = []

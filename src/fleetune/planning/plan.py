@@ -123,7 +123,7 @@ def table(
 
 
 def _methods(shape: Shape, work: Workload) -> tuple[list[tuple[str, methods.Method, Footprint]], list[str]]:
-    """(name, method, footprint) of all that have a place on a model, and the names of those that state no footprint.
+    """Return (name, method, footprint) of all with a place on a model, and the names of those that state no footprint.
 
     Forward passes come before back-propagation, all weights before a module, then as methods are recommended.
     """
@@ -165,14 +165,14 @@ def make(
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """The headings of `cells`."""
+    """Return the headings of `cells`."""
     heads = ["method", "peak RAM", "up/round", "down/round", "passes/step", "round time"]
     ram = rows[0].ram
     return heads if ram is None else [*heads, f"fits {human_bytes(ram)}"]
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text.  The round's time includes the sending where an uplink was stated."""
+    """Write a row as text.  The round's time includes the sending where an uplink was stated."""
     name = f"{row.method} ({row.note})" if row.note else row.method
     time = None if row.seconds is None else row.seconds + (row.sending or 0.0)
     shown = [name, human_bytes(row.peak), human_bytes(row.bytes_up), human_bytes(row.bytes_down)]
@@ -224,7 +224,7 @@ def describe(
 
 
 def _compression(shape: Shape, work: Workload) -> str:
-    """The peak memory of `fleetune compress` with its default method and windows."""
+    """Describe the peak memory of `fleetune compress` with its default method and windows."""
     from fleetune.planning import compression_cost as compress
 
     job = compress.CompressionSize(128, 512, size=work.size)
@@ -237,7 +237,7 @@ def _compression(shape: Shape, work: Workload) -> str:
 
 
 def state_bytes(params: int, use: str) -> int:
-    """Bytes of state alone: "inference" is fp16 weights; "adam" fp32 weights, gradients and two moments."""
+    """Return the bytes of state alone: "inference" is fp16 weights; "adam" fp32 weights, gradients and two moments."""
     return params * {"inference": 2, "adam": 16}[use]
 
 
@@ -271,7 +271,7 @@ def parse_rate(text: str | None) -> float | None:
 
 
 def _factor(prefix: str | None) -> int:
-    """What a prefix stands for: k 1000, Ki 1024, .."""
+    """Return what a prefix stands for: k 1000, Ki 1024, .."""
     if not prefix:
         return 1
     power = "kmgt".index(prefix[0].lower()) + 1

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuning from a recipe to a finished run: the round loop, the methods and the fleets."""
+"""Tune a model, from a recipe to a finished run: the round loop, the methods and the fleets."""

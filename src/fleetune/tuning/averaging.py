@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a server makes one update out of many: one function an idea, numpy only.
+"""Average the updates of devices into one: FedAvg, and LoRA averaged as products; numpy only.
 
 Replies are taken one at a time, so that memory does not grow with the number of devices.
 """
@@ -29,12 +29,12 @@ class Mean:
         self.total += n
 
     def tensors(self) -> Tensors:
-        """The mean; {} when nothing was added."""
+        """Return the mean; {} when nothing was added."""
         return {name: s / self.total for name, s in self._sums.items()}
 
 
 def weighted_mean(weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]]) -> Tensors:
-    """FedAvg (McMahan et al. 2017, Algorithm 1): sum_k n_k w_k / sum_k n_k, tensor by tensor.
+    """Average by FedAvg (McMahan et al. 2017, Algorithm 1): sum_k n_k w_k / sum_k n_k, tensor by tensor.
 
     Takes (n_k, tensors) pairs one at a time, sums in float64, gives float32; {} when there are none.
     """
@@ -45,7 +45,7 @@ def weighted_mean(weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]]) ->
 
 
 def cut(tensors: Mapping[str, np.ndarray], pairs: Mapping[str, tuple[str, str]], rank: int) -> Tensors:
-    """An adapter with only the first `rank` directions of every layer; tensors outside `pairs` as they are."""
+    """Return an adapter with only the first `rank` directions of every layer; tensors outside `pairs` as they are."""
     b_names, a_names = ({pair[i] for pair in pairs.values()} for i in (0, 1))
     return {
         n: np.ascontiguousarray(t[:, :rank] if n in b_names else t[:rank] if n in a_names else t)
@@ -58,7 +58,7 @@ def product_mean(
     pairs: Mapping[str, tuple[str, str]],
     start: Mapping[str, np.ndarray],
 ) -> tuple[Tensors, float]:
-    """LoRA averaged as what it means: per layer the B', A' nearest to sum_k p_k B_k A_k (exact before the cut).
+    """Average LoRA by its products: per layer the B', A' nearest to sum_k p_k B_k A_k (exact before the cut).
 
     The plain average of A and of B is not the average of the products: (mean B)(mean A) != mean(B A).
     `pairs` maps a layer to the names of its (B [out, r], A [r, in]), `start` is the adapter that the devices
@@ -114,7 +114,7 @@ class _Stack:
             self.left, self.right = self.left @ self.right, np.eye(self.right.shape[1])
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """(left, right) whose product is the mean."""
+        """Return (left, right) whose product is the mean."""
         left = np.concatenate([self.left, self.b * self.away], axis=1) / self.total
         right = np.concatenate([self.right, self.a])
         used = np.concatenate([np.ones(self.left.shape[1], bool), self.away > 0])
@@ -124,7 +124,7 @@ class _Stack:
 def _best(
     left: np.ndarray, right: np.ndarray, spare: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """B', A' of `spare`'s rank, and all singular values of left right; `spare` [r, in] fills idle directions."""
+    """Return B', A' of `spare`'s rank, and all singular values of left right; `spare` [r, in] fills idle directions."""
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right.T)
     u, s, vt = np.linalg.svd(r_left @ r_right.T)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method's State (a NamedTuple) to and from a payload, for checkpoints.
+"""Encode a method's state (a NamedTuple) as a checkpoint, and decode it.
 
 A field may be a number, a text, an array, a dict of arrays, or a Ledger; its kind is read off the state
 that `init` gives, so a checkpoint holds data only.
@@ -29,17 +29,17 @@ class Totals:
 
 
 def encode(round: int, state: Any, totals: Totals) -> bytes:
-    """Everything a resumed run needs after `round`, as the bytes of one message."""
+    """Encode everything that a resumed run needs after `round`, as the bytes of one message."""
     return messages.encode(Message(round, b"", pack(state, totals)))
 
 
 def decode(data: bytes) -> Payload:
-    """The payload of a checkpoint's bytes; MessageError when they are damaged."""
+    """Decode a checkpoint's payload; MessageError when it is damaged."""
     return messages.decode(data, any_size=True).payload
 
 
 def pack(state: Any, totals: Totals) -> Payload:
-    """Everything a resumed run needs, as one payload."""
+    """Return everything that a resumed run needs, as one payload."""
     arrays: dict[str, np.ndarray] = {}
     scalars: dict[str, Scalar] = {
         "totals": json.dumps([totals.bytes_up, totals.bytes_down, totals.seconds]),
@@ -50,7 +50,7 @@ def pack(state: Any, totals: Totals) -> Payload:
 
 
 def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
-    """(state, totals) from a checkpoint; `like` is a state of the same method (from `init`).
+    """Return (state, totals) from a checkpoint; `like` is a state of the same method (from `init`).
 
     MessageError when a field is missing.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The jobs of `fleetune demo`: two short real ones on smollm2-135m and the built-in data of 24 sites.
+"""Make the recipes of `fleetune demo`: two short real jobs on smollm2-135m and the built-in data of 24 sites.
 
 FedIT first, because minutes of back-propagation on an adapter show a gain; then FedKSeed, because a
 full-parameter fine-tune as some kilobytes is what no other tool has.  Its fleet is mixed: every second site
@@ -19,7 +19,7 @@ ANSWER = 72  # tokens of an answer at most
 
 
 def recipes(*, quick: bool = False) -> list[Recipe]:
-    """The demo's recipes, in order; `quick` takes a few steps of each, to see the path."""
+    """Return the demo's recipes, in order; `quick` takes a few steps of each, to see the path."""
     shared: dict[str, Any] = {
         "model": MODEL, "data": "demo", "partition": "column:client", "held_out": 32, "max_length": LENGTH,
         "samples": 2, "answer_tokens": ANSWER,

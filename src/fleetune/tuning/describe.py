@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of itself: its header, its first event, its environment, its page of samples."""
+"""Describe a tuning run: its header, its first event, its environment, its page of samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAINED: dict[str, Callable[[Model], int]] = {
 
 
 def of_model(job: TuneJob) -> dict[str, Any]:
-    """What env.json says of the model."""
+    """Return what env.json says of the model."""
     m = job.model
     return {
         "base_digest": m.digest,
@@ -53,7 +53,7 @@ def start(job: TuneJob) -> TuneStart:
 
 
 def letters(method: Method, name: str) -> str:
-    """A method's hyper-parameters as `K 1,024 · τ 200 · η 3e-07`."""
+    """Write a method's hyper-parameters as `K 1,024 · τ 200 · η 3e-07`."""
     parts = []
     for s in methods.settings(name):
         value = getattr(method, s.name)
@@ -67,7 +67,7 @@ def letters(method: Method, name: str) -> str:
 
 
 def header(job: TuneJob, run: RunDir) -> list[tuple[str, str]]:
-    """What is about to run, for the console."""
+    """Return what is about to run, for the console."""
     recipe, m = job.recipe, job.model
     sizes = np.array([len(r) for r in job.rows])
     spread = f"{sizes.mean():,.0f} ± {sizes.std():,.0f} rows each" if len(sizes) > 1 else f"{sizes[0]:,} rows"
@@ -85,7 +85,7 @@ def header(job: TuneJob, run: RunDir) -> list[tuple[str, str]]:
 
 
 def samples_page(evaluation: Mapping[str, Any]) -> str:
-    """samples.md: each fixed prompt with the base's answer, the tuned one and the data's."""
+    """Write samples.md: each fixed prompt with the base's answer, the tuned one and the data's."""
     parts = ["# The same prompts before and after tuning\n"]
     for sample in evaluation["samples"]:
         for title, key in (

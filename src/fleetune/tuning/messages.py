@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What travels between server and devices: named arrays and scalars, as exact bytes.
+"""Encode named arrays and scalars as exact bytes, decode them, and check what a device replies.
 
-One codec for every method and both fleets.  A message on the wire is
+One codec for every method and every fleet.  A message on the wire is
 
     b"FT1" | CRC-32 of the body (4 bytes, little-endian) | body
 
@@ -10,8 +10,8 @@ bytes of the base model's digest, the scalars by name, and per array `[dtype, sh
 bytes]`.  Nothing is ever unpickled, sizes are checked before memory is taken, and what is counted as
 traffic is `len()` of what was really encoded.
 
-`check` is the door: a reply that is not finite or has other names, shapes, types, round or base than was
-agreed is refused with a reason, before any method sees it.
+`check` refuses a reply that is not finite or has other names, shapes, types, round or base than was agreed, with a
+reason, before any method sees it.
 
 `LogCode` is the one-byte code of an integer coefficient (sign, 7 bits of log magnitude, a code for zero,
 unbiased rounding): the wire type of a zeroth-order step, after "Just One Byte" whose own code has 510
@@ -33,19 +33,9 @@ from fleetune.errors import MessageError
 
 MAGIC = b"FT1"
 MAX_BYTES = 1 << 32  # a message larger than 4 GiB is an attack or a mistake
-DTYPES = (
-    "uint8",
-    "int8",
-    "uint16",
-    "int16",
-    "uint32",
-    "int32",
-    "uint64",
-    "int64",
-    "float16",
-    "float32",
-    "float64",
-)
+DTYPES = (  # their places in this table are what is sent
+    "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64",
+)  # fmt: skip
 
 Scalar = int | float | str | bool | bytes
 
@@ -58,21 +48,21 @@ class Payload:
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
 
     def int(self, name: str) -> int:
-        """The scalar `name` as an integer; MessageError if it is missing or something else."""
+        """Return the scalar `name` as an integer; MessageError if it is missing or something else."""
         value = self.scalars.get(name)
         if isinstance(value, bool) or not isinstance(value, int):
             raise MessageError(f"scalar '{name}' is {value!r}, expected an integer")
         return value
 
     def float(self, name: str) -> float:
-        """The scalar `name` as a float; MessageError if it is missing or something else."""
+        """Return the scalar `name` as a float; MessageError if it is missing or something else."""
         value = self.scalars.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise MessageError(f"scalar '{name}' is {value!r}, expected a number")
         return float(value)
 
     def array(self, name: str) -> np.ndarray:
-        """The array `name`; MessageError if it is missing."""
+        """Return the array `name`; MessageError if it is missing."""
         if name not in self.arrays:
             raise MessageError(f"array '{name}' is missing; there are {', '.join(self.arrays) or 'none'}")
         return self.arrays[name]
@@ -87,9 +77,7 @@ class Message:
     payload: Payload
 
 
-LARGEST = (
-    1e9  # of a floating-point number in an array: what a device trained is far below, and sums stay finite
-)
+LARGEST = 1e9  # of a float in an array: what a device trained is far below, and sums stay finite
 
 
 @dataclass(frozen=True)
@@ -101,7 +89,7 @@ class ReplySpec:
 
 
 def encode(message: Message) -> bytes:
-    """Bytes of a message; the arrays are sent as they lie, little-endian, with no padding.
+    """Encode a message; arrays are sent as they lie in memory, little-endian, with no padding.
 
     MessageError for a dtype or a scalar that has no wire type (a numpy number, None, more than 64 bits).
     """
@@ -122,7 +110,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes, *, any_size: bool = False) -> Message:
-    """The message that `data` holds; `any_size` for a file of our own, which has no limit.
+    """Decode a message; `any_size` for a file of our own, which has no limit.
 
     MessageError for anything damaged, cut short or malformed.
     """
@@ -169,7 +157,7 @@ def _scalar(name: str, value: Any) -> Scalar:
 
 
 def check(message: Message, spec: ReplySpec, *, round: int, base: bytes) -> Payload:
-    """The payload of a reply that keeps its agreement; MessageError with the reason for any other."""
+    """Return the payload of a reply that agrees with `spec`; MessageError with the reason for any other."""
     if message.round != round:
         raise MessageError(f"reply is for round {message.round}, this is round {round}")
     if message.base != base:
@@ -207,7 +195,7 @@ def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int | No
 
 
 def narrow(a: np.ndarray) -> np.ndarray:
-    """The same integers in the narrowest signed type that holds them all (the wire type of sums)."""
+    """Return the same integers in the narrowest signed type that holds them all (the wire type of sums)."""
     top = int(np.abs(a, dtype=np.int64).max(initial=0)) if a.size else 0
     for kind in (np.int8, np.int16, np.int32):
         if top <= np.iinfo(kind).max:
@@ -234,7 +222,7 @@ class LogCode:
 
     @staticmethod
     def encode(x: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """Codes uint8[n] of the real numbers `x` [n]; `u` [n] are uniform in [0, 1), one a number."""
+        """Encode real numbers `x` [n] as codes uint8[n]; `u` [n] are uniform in [0, 1), one a number."""
         levels = LogCode.LEVELS
         size = np.minimum(np.abs(x), float(levels[-1]))
         low = np.minimum(np.searchsorted(levels, size, side="right") - 1, 126)
@@ -246,7 +234,7 @@ class LogCode:
 
     @staticmethod
     def decode(codes: np.ndarray) -> np.ndarray:
-        """Integers int64[n] that the codes uint8[n] stand for."""
+        """Return the integers int64[n] that codes uint8[n] stand for."""
         size = LogCode.LEVELS[codes & 127]
         signed: np.ndarray = np.where(codes & 128, -size, size)
         return signed

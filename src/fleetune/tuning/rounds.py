@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""THE round loop: sample, broadcast, local, aggregate, record, evaluate, checkpoint.
+"""Run the rounds of federated learning: sample, broadcast, local, aggregate, record, evaluate, checkpoint.
 
-The same function for every method and every fleet.  It knows nothing of models: `evaluate` is handed in.
+The same function for every method and every fleet.  It knows nothing of models: `evaluate` is passed in.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls outwards: `begin()` once before round 1, `evaluate(state)`, `emit(event)`."""
+    """Callbacks of the loop: `begin()` once before round 1, `evaluate(state)`, `emit(event)`."""
 
     begin: Callable[[], None]
     evaluate: Callable[[Any], Mapping[str, float]]
@@ -55,10 +55,10 @@ class Hooks:
 def run(
     method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks
 ) -> tuple[Any, Totals]:
-    """Run (or resume) all rounds; the state after the last, and the totals.
+    """Run (or resume) all rounds; return the state after the last, and the totals.
 
     A round counts when its checkpoint is written.  FleetError when every client failed in `PATIENCE` rounds in
-    a row (or in all, of fewer); a run that is taken up again counts anew, so that it gets past them.
+    a row (or in all, of fewer); a resumed run counts anew, so that it gets past them.
     """
     first, totals, failures = 0, Totals(), 0
     if (saved := run.restore(checkpoint.decode)) is not None:
@@ -97,18 +97,18 @@ def run(
 
 
 def sample(clients: int, participation: float, seed: int, round: int) -> Sequence[int]:
-    """The clients of a round: a share of all, at least one, without repeats, in order; keyed by seed and round."""
+    """Return the clients of a round: a share of all, at least one, without repeats, in order; keyed by seed and round."""
     count = max(1, min(clients, round_half_up(clients * participation)))
     return sorted(keyed_order(derive(seed, "sample", round), 0, clients)[:count].tolist())
 
 
 def round_half_up(x: float) -> int:
-    """The nearest integer, halves up."""
+    """Return the nearest integer, halves up."""
     return int(x + 0.5)
 
 
 class _ReplyCheck:
-    """Lets good replies of a round through, one at a time, and records every client's outcome."""
+    """Checks the replies of a round, one at a time, and records every client's outcome."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class _ReplyCheck:
         self.reason = ""
 
     def failures(self, before: int) -> int:
-        """Rounds in a row, `before` and this one, in which every client failed; FleetError when they are too many."""
+        """Count rounds in a row, `before` and this one, in which every client failed; FleetError when they are too many."""
         if self.accepted:
             return 0
         count = before + (self.failed == self.asked > 0)
@@ -138,7 +138,7 @@ class _ReplyCheck:
         return count
 
     def replies(self, answers: Iterator[Answer]) -> Iterator[Reply]:
-        """The replies that may enter; the others are recorded with the reason."""
+        """Yield the replies that pass; the others are recorded with the reason."""
         for answer in answers:
             self.asked += 1
             self.bytes_down += answer.sent
@@ -175,14 +175,14 @@ class _ReplyCheck:
 
 
 def _check_rows(payload: Payload, rows: int) -> None:
-    """A client weighs as much as its rows; MessageError for one that claims more than it is known to have."""
+    """Raise MessageError for a client that claims more rows, and so more weight, than it is known to have."""
     claimed = payload.scalars.get("n")
     if isinstance(claimed, int) and claimed > rows:
         raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
 
 
 def _accept(method: Method, old: Any, new: Any, checked: _ReplyCheck, plan: RoundPlan, round: int) -> Any:
-    """The new state, or the old one where too few replies came."""
+    """Return the new state, or the old one where too few replies came."""
     if checked.accepted >= plan.quorum:
         return new
     log.warning(

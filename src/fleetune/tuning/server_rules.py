@@ -49,7 +49,7 @@ SUMS_ETA: Final[Mapping[str, float]] = MappingProxyType({"adagrad": 0.1, "yogi":
 
 
 def check(rule: str, *, lr: float = 0.0, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> None:
-    """ValueError, in plain words, for a rule or number that cannot be."""
+    """Raise ValueError, in plain words, for a rule or number that cannot be."""
     if rule not in ETA:
         raise ValueError(f"server = {rule!r} is none of {', '.join(ETA)}")
     if not (0 <= lr < 1e3 and 0 <= beta1 < 1 and 0 <= beta2 < 1 and tau > 0):
@@ -70,7 +70,7 @@ def step(
     beta2: float = 0.99,
     tau: float = 1e-3,
 ) -> tuple[Tensors, Tensors]:
-    """(w, moments) after one server step along `delta` = mean_k w_k - w, both by tensor name, float64.
+    """Return (w, moments) after one server step along `delta` = mean_k w_k - w, both by tensor name, float64.
 
     `moments` is {} before the first step; afterwards it holds "m/NAME" and "v/NAME" where the rule has them.
     `lr` 0 stands for the rule's own (`ETA`).
@@ -112,7 +112,7 @@ def control(
     w_k: Mapping[str, np.ndarray],
     travelled: float,
 ) -> Tensors:
-    """SCAFFOLD's c_k' = c_k - c + (w - w_k) / (tau eta), float64; `travelled` is tau eta, the sum of the steps' lr.
+    """Return SCAFFOLD's c_k' = c_k - c + (w - w_k) / (tau eta), float64; `travelled` is tau eta, the sum of the steps' lr.
 
     A missing name of `c_k` or `c` counts as zeros (nobody has a variate before round 1).
     """

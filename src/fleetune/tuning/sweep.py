@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A grid of runs in one folder: which runs there are, what is wrong with them, and doing them in turn.
+"""Run a grid of recipes in one folder: list its runs, check them, and run or resume them in turn.
 
     runs/0007-sweep-case-study/
       sweep.toml      the recipe, and the table [sweep]: what varies, over which values, and how many seeds
@@ -7,7 +7,7 @@
       sweep.html      figures/*.svg         all runs together, written anew after every run
       status          log.txt
 
-The folder is the record: a run whose status is `done` is not run again, an unfinished one goes on from its
+The folder is the record: a run whose status is `done` is not run again, an unfinished one resumes from its
 last checkpoint, so a sweep can be killed at any time and resumed.  A name that varies is `alpha` (of the
 Dirichlet partition), an option of the recipe (`rounds`) or a setting of the method (`K`, in full `set.K`).
 All combinations of a seed are run before the next seed, so that the first pass over the grid is whole early.
@@ -16,7 +16,6 @@ All combinations of a seed are run before the next seed, so that the first pass 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any, Protocol
 
 from fleetune.common.files import storage_error, write_atomic
 from fleetune.common.settings import Value
-from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError
+from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError, suggest
 from fleetune.runs import report, rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.report.cells import GridRun, SweepAxis
@@ -37,7 +36,7 @@ from fleetune.tuning.recipe import Recipe
 
 FILE = "sweep.toml"
 PAGE = "sweep.html"
-SHOWN = 8  # problems told at once
+SHOWN = 8  # problems shown at once
 MANY = 10_000  # runs
 
 
@@ -66,7 +65,7 @@ class Grid:
 
 
 def make(values: Mapping[str, Any], vary: Sequence[str] = (), seeds: int | None = None) -> Grid:
-    """The grid of a recipe's keys with its table [sweep]; `vary` (NAME=V1,V2,..) and `seeds` override that table.
+    """Return the grid of a recipe's keys with its table [sweep]; `vary` (NAME=V1,V2,..) and `seeds` override that table.
 
     RecipeError lists every problem: unknown names, values of a wrong type, combinations a method refuses.
     """
@@ -94,7 +93,7 @@ def make(values: Mapping[str, Any], vary: Sequence[str] = (), seeds: int | None 
 
 
 def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested tables as dotted names: `set.K = [..]` in TOML is a table `set`."""
+    """Flatten nested tables to dotted names: `set.K = [..]` in TOML is a table `set`."""
     found: dict[str, Any] = {}
     for name, value in table.items():
         found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
@@ -102,7 +101,7 @@ def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _guess(text: str) -> Value:
-    """A value on the command line as TOML would type it."""
+    """Type a value of the command line as TOML would."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -140,7 +139,7 @@ def _axes(base: Recipe, wanted: Mapping[str, Any], problems: list[str]) -> tuple
 
 
 def _names(tried: Sequence[str]) -> list[str]:
-    """Every name that can vary.  An unknown method among `tried` is found when the runs are checked."""
+    """List every name that can vary.  An unknown method among `tried` is found when the runs are checked."""
     options = [n for n in recipes.fields() if n not in ("set", "seed")]
     entries = methods.entries()
     settings = [f"set.{s.name}" for m in tried if m in entries for s in methods.settings(m)]
@@ -150,9 +149,7 @@ def _names(tried: Sequence[str]) -> list[str]:
 def _unknown(name: str, known: Sequence[str]) -> str:
     if name == "seed":
         return "seed varies by seeds: --seeds N, or seeds = N in [sweep]"
-    short = {k.removeprefix("set."): k for k in known}
-    close = difflib.get_close_matches(name.removeprefix("set."), short, n=1, cutoff=0.5)
-    guess = f" Did you mean '{close[0]}'?" if close else ""
+    guess = suggest(name.removeprefix("set."), [k.removeprefix("set.") for k in known], cutoff=0.5)
     return f"nothing called '{name}' can vary.{guess}"
 
 
@@ -178,14 +175,14 @@ def _points(base: Recipe, axes: Sequence[SweepAxis], seeds: int) -> tuple[Point,
 
 
 def shown(value: Value) -> str:
-    """A value that varies as text, exactly."""
+    """Write a value that varies as text, exactly."""
     if isinstance(value, bool):
         return str(value).lower()
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _changed(plain: Mapping[str, Any], axes: Sequence[SweepAxis], values: Sequence[Value]) -> dict[str, Any]:
-    """The recipe's keys with these values in place."""
+    """Return the recipe's keys with these values in place."""
     changed = {**plain, "set": dict(plain["set"])}
     for axis, value in zip(axes, values, strict=True):
         if axis.key == "alpha":
@@ -199,7 +196,7 @@ def _changed(plain: Mapping[str, Any], axes: Sequence[SweepAxis], values: Sequen
 
 
 def _raise(problems: Sequence[str]) -> None:
-    """RecipeError with these problems, each once, if there are any."""
+    """Raise RecipeError with these problems, each once, if there are any."""
     different = list(dict.fromkeys(problems))
     if different:
         more = [f"and {len(different) - SHOWN} more problems"] if len(different) > SHOWN else []
@@ -208,7 +205,7 @@ def _raise(problems: Sequence[str]) -> None:
 
 
 def check(grid: Grid, *, offline: bool = False) -> None:
-    """Everything about the runs that needs no model: methods with their settings, and the data's split.
+    """Check everything about the runs that needs no model: methods with their settings, and the data's split.
 
     RecipeError lists what methods refuse, DataError is of the first split that cannot be.
     """
@@ -239,7 +236,7 @@ def check(grid: Grid, *, offline: bool = False) -> None:
 
 
 def to_toml(grid: Grid) -> str:
-    """The grid as `sweep.toml`: `read` and `make` give it back."""
+    """Write the grid as the text of `sweep.toml`; `read` and `make` are the inverse."""
     recipe = recipes.to_toml(grid.base).split("\n", 1)[1]
     table = {recipes.toml_key(a.name): ", ".join(map(recipes.toml_value, a.values)) for a in grid.axes}
     lines = [f"seeds = {grid.seeds}", *(f"{name} = [{values}]" for name, values in table.items())]
@@ -248,14 +245,14 @@ def to_toml(grid: Grid) -> str:
 
 
 def create(out: Path, name: str, grid: Grid) -> RunDir:
-    """A new, numbered folder under `out` with the grid in it."""
+    """Create a new, numbered folder under `out` with the grid in it."""
     folder = RunDir(rundir.numbered(out, f"sweep-{rundir.slug(name) or 'grid'}"))
     folder.write(FILE, to_toml(grid))
     return folder
 
 
 def find(name: str, out: Path) -> Path:
-    """The sweep a user means: a path, a name or number under `out`, or `latest`.  UsageError if there is none."""
+    """Find the sweep that a user means: a path, a name or number under `out`, or `latest`.  UsageError if there is none."""
     if (Path(name) / FILE).is_file():
         return Path(name)
     found = sorted((p for p in out.glob("*-sweep-*") if (p / FILE).is_file()), key=lambda p: p.name)
@@ -268,12 +265,12 @@ def find(name: str, out: Path) -> Path:
 
 
 def read(folder: Path) -> Grid:
-    """The grid of a sweep's folder."""
+    """Read the grid of a sweep's folder."""
     return make(recipes.read(folder / FILE))
 
 
 def done(folder: Path, point: Point) -> bool:
-    """Whether a run is finished.  UsageError when its folder holds another run than the sweep now says."""
+    """Tell whether a run is finished.  UsageError when its folder holds another run than the sweep now states."""
     path = folder / point.name
     if not (path / "run.toml").is_file():
         return False
@@ -289,7 +286,7 @@ def done(folder: Path, point: Point) -> bool:
 
 
 def members(folder: Path, grid: Grid) -> list[GridRun]:
-    """The runs of the grid that have begun."""
+    """Read the runs of the grid that have begun."""
     return [
         GridRun(p.values, p.seed, report.read(folder / p.name))
         for p in grid.points
@@ -313,21 +310,21 @@ def write_page(folder: Path, grid: Grid) -> None:
 
 
 class Watch(Protocol):
-    """Whoever watches a sweep."""
+    """Callbacks of a sweep."""
 
     def begin(self, point: Point) -> Listener:
-        """A run is about to start or go on; may raise Interrupted.  Gives the run's own listener."""
+        """Return the listener of a run that is about to start or resume; may raise Interrupted."""
         ...
 
     def end(self, point: Point, path: Path, reason: str) -> None:
-        """A run is over: `reason` is empty, "done before", or why it failed."""
+        """Note that a run is over: `reason` is empty, "done before", or why it failed."""
         ...
 
 
 def run(folder: RunDir, grid: Grid, watch: Watch, *, offline: bool = False) -> list[Point]:
-    """Do what is left of a sweep, a run at a time; the runs that failed.
+    """Do the unfinished runs of a sweep, one at a time; return those that failed.
 
-    A run that fails is noted and the others go on.  What would stop the next one as well (a full disk,
+    A run that fails is noted and the sweep continues.  What would stop the next one as well (a full disk,
     Ctrl-C) stops the sweep.
     """
     finished = [done(folder.path, point) for point in grid.points]
@@ -351,7 +348,7 @@ def run(folder: RunDir, grid: Grid, watch: Watch, *, offline: bool = False) -> l
 
 
 def _one(folder: RunDir, point: Point, begin: Callable[[Point], Listener], offline: bool) -> str:
-    """Do one run; why it failed, or nothing."""
+    """Do one run; return why it failed, or nothing."""
     listener = begin(point)
     try:
         with rundir.at(folder.path / point.name) as run:

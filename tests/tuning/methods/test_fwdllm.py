@@ -23,6 +23,7 @@ from fleetune.seeds import noise
 from fleetune.tuning import methods
 from fleetune.tuning.messages import Message, MessageError, Payload, check
 from fleetune.tuning.methods import Reply, fwdllm
+from fleetune.tuning.methods._forward import descent
 from fleetune.tuning.methods.fwdllm import Method, State
 
 SIZES = {"a.weight": (40, 60), "b.weight": (25, 40)}  # an adapter of 3,400 numbers, for what needs no model
@@ -87,7 +88,7 @@ def test_the_gate_is_the_published_variance_exactly_for_orthogonal_signs(n: int)
     """|sum of g_k v_k over a half|^2 is then d sum g_k^2, so nothing is left to chance."""
     g = np.random.default_rng(n).normal(size=n) * 3
     vectors = [x * v for x, v in zip(g, hadamard(n), strict=False)]
-    _, variance = Method().step(np.arange(n, dtype=np.uint64), g, np.full(n, 8.0))
+    _, variance = descent("gaussian", np.arange(n, dtype=np.uint64), g, np.full(n, 8.0))
     assert variance == pytest.approx(published_variance(vectors), rel=1e-12)
 
 
@@ -101,7 +102,7 @@ def test_the_gate_is_the_published_variance_of_the_runs_own_directions(law: str)
     v = np.stack([directions(11, int(id), law) for id in ids])
     gradient = np.random.default_rng(5).normal(size=v.shape[1]) * 0.1
     g = v @ gradient
-    _, variance = Method(law=law).step(ids, g, np.full(32, 8.0))
+    _, variance = descent(law, ids, g, np.full(32, 8.0))
     rng = np.random.default_rng(7)
     found = [published_variance(list((g[:, None] * v)[rng.permutation(32)])) for _ in range(200)]
     assert variance == pytest.approx(np.mean(found), rel=0.03)
@@ -112,7 +113,7 @@ def test_a_direction_that_two_devices_tried_has_both_shares_of_the_mean_and_one_
     ids = np.array([5, 9, 5, 2], np.uint64)
     g, rows = np.array([1.0, 2.0, 3.0, 4.0]), np.array([8.0, 8.0, 24.0, 8.0])
     shares = {5: (8 * 1 + 24 * 3) / 48, 9: 8 * 2 / 48, 2: 8 * 4 / 48}
-    total, variance = Method().step(ids, g, rows)
+    total, variance = descent("gaussian", ids, g, rows)
     assert variance == pytest.approx(2 * sum(a * a for a in shares.values()), rel=1e-12)
     assert dict(zip(total.ids.tolist(), total.tables[:, 0].tolist(), strict=True)) == {
         id: round(-a * 2**20) for id, a in shares.items()

@@ -52,9 +52,7 @@ def show(ui: Ui, result: ExportResult) -> None:
     rows = [("result", f"{done.path}{size}")]
     if done.digest:
         rows.append(("digest", done.digest))
-    if done.files is not None:
-        rows.append(("read back", f"{done.files} files hold what the run's adapter does, byte for byte"))
-    elif done.types is not None:
+    if done.types is not None:
         rows.append(("tensors", ", ".join(f"{n} {kind}" for kind, n in sorted(done.types.items()))))
         rows.append(
             ("read back", f"{done.exact} of {done.tensors} tensors hold the source's values bit for bit")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fleets: where a round's local work is done.
+"""Do a round's local work on devices: what every fleet can do.
 
 A fleet has the clients' row counts and one function: `ask(round, clients, message)` gives an `Answer` for
 every client asked, one at a time, as they come.
@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 
 class Answer(NamedTuple):
-    """What came back from one client: bytes, or why not."""
+    """The answer of one client: bytes, or why there are none."""
 
     client: int
     key: int
@@ -38,9 +38,9 @@ class Fleet(Protocol):
         ...
 
     def rewind(self, round: int) -> None:
-        """Before anything is asked: what clients kept after `round` is to be forgotten (a resume)."""
+        """Delete what clients stored after `round`; called before anything is asked (a resume)."""
         ...
 
     def forget_before(self, round: int) -> None:
-        """No run will go back further than `round`: what clients kept before may go where it was replaced."""
+        """Delete client memories that a newer one, not after `round`, replaces; no resume can need them."""
         ...

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fleet in this process: one model in memory, the clients in turn.
+"""Simulate a fleet in this process: one model in memory, the clients in turn.
 
-Clients share the model, and what a method keeps on them is on the disk, so memory does not grow with their
+Clients share the model, and what a method remembers on them is on disk, so memory does not grow with their
 number.  Every message goes through bytes both ways, as on a network.  Drop-outs and stragglers are simulated
 from the recipe, as pure functions of (seed, round, client): a resumed run meets the same ones.
 """
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong in a simulated fleet; see the recipe's `drop`, `stragglers` and `deadline`."""
+    """Faults of a simulated fleet; see the recipe's `drop`, `stragglers` and `deadline`."""
 
     drop: float = 0.0
     stragglers: float = 0.0
     deadline: float = 0.0
 
     def outcome(self, seed: int, round: int, client: int) -> tuple[str, str]:
-        """(status, reason) of a client in a round: ok, dropped or late."""
+        """Return (status, reason) of a client in a round: ok, dropped or late."""
         if _chance(seed, "drop", round, client) < self.drop:
             return "dropped", "simulated drop-out"
         if self.deadline and _chance(seed, "slow", client) < self.stragglers:
@@ -67,17 +67,17 @@ class LocalFleet:
         return [len(rows) for rows in self.clients]
 
     def rewind(self, round: int) -> None:
-        """Forget what clients kept after `round`."""
+        """Delete what clients stored after `round`."""
         self.memories.rewind(round)
 
     def forget_before(self, round: int) -> None:
-        """Remove what clients kept before `round` and have replaced."""
+        """Delete client memories that a newer one, not after `round`, replaces."""
         self.memories.forget_before(round)
 
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
     ) -> Iterator[Answer]:
-        """The answers of these clients, in turn."""
+        """Yield the answers of these clients, in turn."""
         for client in clients:
             sent = message if isinstance(message, bytes) else message[client]
             key = derive(self.seed, "local", round, client)
@@ -117,19 +117,19 @@ class Watched:
         self.n, self.client = batches.n, batches.client
 
     def steps(self, count: int, batch_size: int) -> Iterator[Batch]:
-        """As `Batches.steps`."""
+        """Like `Batches.steps`."""
         return self._watch(self.batches.steps(count, batch_size))
 
     def epochs(self, epochs: int, batch_size: int) -> Iterator[Batch]:
-        """As `Batches.epochs`."""
+        """Like `Batches.epochs`."""
         return self._watch(self.batches.epochs(epochs, batch_size))
 
     def repeat_batch(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
-        """As `Batches.repeat_batch`."""
+        """Like `Batches.repeat_batch`."""
         return self._watch(self.batches.repeat_batch(number, batch_size, count))
 
     def split_off(self, batch_size: int) -> tuple[Batch, Watched]:
-        """As `Batches.split_off`."""
+        """Like `Batches.split_off`."""
         batch, rest = self.batches.split_off(batch_size)
         return batch, Watched(rest, self.on_step)
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods keep on simulated clients between rounds (SCAFFOLD's variates, personal prompts): on the disk.
+"""Store what methods remember on simulated clients between rounds (SCAFFOLD's variates, personal prompts) on disk.
 
-    memories/client-000017.round-000005.ckpt        what client 17 kept at the end of its work in round 5
+    memories/client-000017.round-000005.ckpt        what client 17 stored at the end of its work in round 5
 
 One client's memory is read when it works and written when it is done, so the process holds one however many
 clients there are, and a round writes those of its own clients only.  A round counts with the run's checkpoint:
-`rewind` forgets what a kill left beyond it, `forget_before` removes what no resume can ask for any more.
+`rewind` deletes what a kill left beyond it, `forget_before` what no resume can need.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fleetune.tuning.messages import Message, Payload, decode, encode
 
 
 class Memories:
-    """The memories of a fleet's clients, in `folder` (made when the first is kept; None: a temporary one)."""
+    """The memories of a fleet's clients, in `folder` (made when the first is stored; None: a temporary one)."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path(tempfile.mkdtemp(prefix="fleetune-"))
         if folder is None:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        self._rounds: dict[int, list[int]] = {}  # client -> rounds in which it kept something, ascending
+        self._rounds: dict[int, list[int]] = {}  # client -> rounds in which it stored something, ascending
         for path in self.folder.glob("client-*.ckpt"):
             if match := re.fullmatch(r"client-(\d+)\.round-(\d+)\.ckpt", path.name):
                 self._rounds.setdefault(int(match[1]), []).append(int(match[2]))
@@ -39,7 +39,7 @@ class Memories:
             rounds.sort()
 
     def of(self, client: int) -> dict[str, Any]:
-        """What the client kept last, {} for nothing; it may be changed, and counts when it is given to `keep`.
+        """Load what the client stored last, {} for nothing; changes to it count when it is given to `keep`.
 
         MessageError when the file is damaged or gone.
         """
@@ -55,7 +55,7 @@ class Memories:
         return {**{name: array.copy() for name, array in payload.arrays.items()}, **payload.scalars}
 
     def keep(self, client: int, round: int, memory: dict[str, Any]) -> None:
-        """Keep what the client has at the end of its work in `round`.  StorageError when it cannot be written."""
+        """Store what the client has at the end of its work in `round`.  StorageError when it cannot be written."""
         arrays = {name: value for name, value in memory.items() if isinstance(value, np.ndarray)}
         scalars = {name: value for name, value in memory.items() if name not in arrays}
         if not memory:
@@ -69,14 +69,14 @@ class Memories:
         rounds[:] = [r for r in rounds if r < round] + [round]
 
     def rewind(self, round: int) -> None:
-        """Forget what was kept after `round`, and what a kill left half written."""
+        """Delete what was stored after `round`, and what a kill left half written."""
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
         for client, rounds in self._rounds.items():
             self._drop(client, [r for r in rounds if r > round])
 
     def forget_before(self, round: int) -> None:
-        """Remove what was kept before `round` and again until it: no run goes back further than `round`."""
+        """Delete memories that a newer one, not after `round`, replaces; no resume can need them."""
         for client, rounds in self._rounds.items():
             self._drop(client, [r for r in rounds if r <= round][:-1])
 

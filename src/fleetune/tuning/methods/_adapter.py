@@ -62,7 +62,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """A device's round."""
+    """How a device trains in a round."""
 
     lr: float
     epochs: int = 1
@@ -257,7 +257,7 @@ class Variates:
         }
 
     def watch(self, replies: Iterable[Reply]) -> Iterator[Reply]:
-        """The replies, each added on its way."""
+        """Yield the replies, each added on its way."""
         for reply in replies:
             walked = sum(self.how.rates(reply.payload.int("n")))
             change = server_rules.control({}, self.c, self.w, reply.payload.arrays, walked)  # c_k' - c_k
@@ -267,9 +267,9 @@ class Variates:
             yield reply
 
     def mean(self) -> Tensors:
-        """The new c, float64."""
+        """Return the new c, float64."""
         return {name: s / len(self.clients) for name, s in self.sums.items()}
 
     def seen(self) -> np.ndarray:
-        """int64: the devices that have a variate, in order."""
+        """Return int64: the devices that have a variate, in order."""
         return np.array(sorted(self.clients), np.int64)

@@ -105,7 +105,7 @@ def most_alike(
 
 
 def _cosines(tensors: Mapping[str, np.ndarray], ids: np.ndarray, key: int, law: str) -> np.ndarray:
-    """float64[len(ids)]: the cosine of each direction with `tensors`, in the memory of one chunk of a direction."""
+    """Return float64[len(ids)], the cosine of each direction with `tensors`, in the memory of one chunk of a direction."""
     slots = layout((n, torch.from_numpy(t)) for n, t in tensors.items())
     size = slots[-1].start + slots[-1].tensor.numel()
     flat, real = torch.zeros(size), torch.zeros(size)

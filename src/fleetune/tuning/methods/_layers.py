@@ -43,13 +43,13 @@ SMOOTH = 1e-5  # variance of a node of the spectral density, times its range whe
 
 
 def layer_of(name: str) -> int | None:
-    """The layer whose prompt has this parameter name; None for what is no prompt (a classification head's)."""
+    """Return the layer whose prompt has this parameter name; None for what is no prompt (a classification head's)."""
     found = re.search(r"\.(\d+)\..*\.prefix\.", name)
     return int(found[1]) if found else None
 
 
 def prompts(model: Model) -> list[nn.Parameter]:
-    """The parameters that H is taken in: every prompt that the model carries, in name order."""
+    """Return the parameters that H is taken in: every prompt that the model carries, in name order."""
     return [p for name, p in adapters.trainable(model).items() if layer_of(name) is not None]
 
 
@@ -57,7 +57,7 @@ def prompts(model: Model) -> list[nn.Parameter]:
 
 
 def score(outputs: Tensor, mask: Tensor) -> float:
-    """s = sum_i ln(lambda_i) + 1/lambda_i of the b rows' similarity S_ij = cos(h_i, h_j).
+    """Return s = sum_i ln(lambda_i) + 1/lambda_i of the b rows' similarity S_ij = cos(h_i, h_j).
 
     `outputs` [b, T, d] of a layer, `mask` [b, T] 1 on real tokens: padding counts as zero, so that S compares
     texts and not the amount of padding.  1/lambda rules: the more alike the rows, the higher the score.
@@ -69,7 +69,7 @@ def score(outputs: Tensor, mask: Tensor) -> float:
 
 
 def scores(model: Model, batch: Batch) -> np.ndarray:
-    """float64[L]: the score of every layer on one batch; `model` must carry no prompts.
+    """Return float64[L], the score of every layer on one batch; `model` must carry no prompts.
 
     A layer's output is what it hands on, also the last one's (which a decoder's list of hidden states has normed).
     """
@@ -105,7 +105,7 @@ Product = Callable[[np.ndarray], np.ndarray]  # v float64[R] -> H v
 
 
 def subspace(product: Product, start: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lanczos with full reorthogonalisation: orthonormal Q [R, <=count] from `start`, and H Q.
+    """Run Lanczos with full reorthogonalisation: orthonormal Q [R, <=count] from `start`, and H Q.
 
     Everything (the identity) when R <= count.
     """
@@ -128,7 +128,7 @@ def subspace(product: Product, start: np.ndarray, count: int) -> tuple[np.ndarra
 
 
 def ritz(Q: np.ndarray, HQ: np.ndarray) -> Spectrum:
-    """The eigenvalues of Q' H Q, with the share of the spectrum that each stands for."""
+    """Return the eigenvalues of Q' H Q, with the share of the spectrum that each stands for."""
     T = Q.T @ HQ
     if not np.isfinite(T).all():
         raise FleetError(
@@ -141,7 +141,7 @@ def ritz(Q: np.ndarray, HQ: np.ndarray) -> Spectrum:
 
 
 def spectrum(model: Model, batch: Batch, *, lanczos: int, key: int) -> Spectrum:
-    """The spectrum of H at the model's prompts, on one batch, in eval mode."""
+    """Return the spectrum of H at the model's prompts, on one batch, in eval mode."""
     with eager(model.net), torch.enable_grad():
         return ritz(*subspace(products(model, batch), _start(model, key), lanczos))
 
@@ -149,7 +149,7 @@ def spectrum(model: Model, batch: Batch, *, lanczos: int, key: int) -> Spectrum:
 def spectrum_and_change(
     model: Model, batch: Batch, came: dict[str, np.ndarray], *, lanczos: int, key: int
 ) -> tuple[Spectrum, float]:
-    """(spectrum of H at the model's prompts P, L), on one batch, in eval mode.
+    """Return (spectrum of H at the model's prompts P, L), on one batch, in eval mode.
 
     The paper's base function is B(D) = H D - grad F(P + D).  Its slope at D is H - H(P + D): L is the norm of
     that on the subspace, with P + D = `came`, the prompts that the device's round began from.  As a sample of
@@ -166,13 +166,13 @@ def spectrum_and_change(
 
 
 def _start(model: Model, key: int) -> np.ndarray:
-    """+1/-1 float64[R], keyed: where Lanczos begins."""
+    """Return +1/-1 float64[R], keyed: where Lanczos begins."""
     size = sum(p.numel() for p in prompts(model))
     return np.where(uniforms(key, "lanczos", size) < 0.5, -1.0, 1.0)
 
 
 def products(model: Model, batch: Batch) -> Product:
-    """v -> H v for the loss of `batch` in all prompts: one forward, then a double backward each."""
+    """Return v -> H v for the loss of `batch` in all prompts: one forward, then a double backward each."""
     parameters = prompts(model)
     gradients = torch.autograd.grad(loss_tensor(model, batch), parameters, create_graph=True)
     g = torch.cat([x.flatten() for x in gradients])
@@ -187,7 +187,7 @@ def products(model: Model, batch: Batch) -> Product:
 
 @contextmanager
 def eager(net: Any) -> Iterator[None]:
-    """Attention in plain operations while the block runs: the fused kernels cannot be differentiated twice."""
+    """Compute attention in plain operations while the block runs: the fused kernels cannot be differentiated twice."""
     usual = net.config._attn_implementation
     net.config._attn_implementation = (
         IMPLEMENTATIONS["eager"] if usual in IMPLEMENTATIONS.values() else "eager"
@@ -218,7 +218,7 @@ def needed_share(
 
 
 def share_by_gap(spectrum: Spectrum, L: float) -> float:
-    """The paper's rule: 1 - m/R, with m the first place where theta[m+1] - theta[m] > 4 L (ascending).
+    """Return the share by the paper's rule: 1 - m/R, with m the first place where theta[m+1] - theta[m] > 4 L (ascending).
 
     The m flat directions below the gap cannot mix with those above it, so they may go.  No gap: all stay.
     """
@@ -227,7 +227,7 @@ def share_by_gap(spectrum: Spectrum, L: float) -> float:
 
 
 def share_by_plateau(spectrum: Spectrum) -> float:
-    """The published code's rule: the share r(t) of the (smoothed) spectrum above t, where it stops falling.
+    """Return the share by the published code's rule: r(t) of the (smoothed) spectrum above t, where it stops falling.
 
     t goes up from 0 in steps of 0.1; the plateau is four values within 0.005 of their neighbours; the steps
     are halved and t begins anew when r falls below half of r(0) first.  (The code's grid ends 0.01 beyond the
