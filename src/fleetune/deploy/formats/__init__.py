@@ -40,7 +40,7 @@ class Report:
     exact: int  # tensors whose values in the file are the source's, bit for bit
     types: Mapping[str, int]  # how many tensors are of which type
     notes: tuple[str, ...] = ()  # fallbacks and warnings, for the user
-    files: int = 1
+    files: int | None = None  # of a copied folder: files that are the source's, byte for byte
 
 
 class Misfit(UsageError):

@@ -161,12 +161,10 @@ def report(model: Checkpoint, folder: Path, to: str, inexact: int, notes: list[s
     with safe_open(folder / FILE, framework="pt") as file:
         names = list(file.keys())
         types = dict(Counter(file.get_slice(name).get_dtype() for name in names))
-    sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
     return Report(
         path=folder,
         to=to,
-        bytes=sum(sizes),
-        files=len(sizes),
+        bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         tensors=len(model.names),
         exact=len(model.names) - inexact,
         types=types,
