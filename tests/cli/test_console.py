@@ -27,6 +27,7 @@ from fleetune.common.display import (
     show,
 )
 from fleetune.errors import FitError, Interrupted, RecipeError, UsageError
+from fleetune.runs.events import RunRemoved
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -72,7 +73,7 @@ def everything(ui: Ui) -> None:
     ui.round_line(0, 2.914, rounds=2)
     with ui.progress(2, clients=8, steps=200) as bar:
         bar.update(client=5, step=131)
-        ui.event({"event": "client", "round": 1})
+        ui.event(RunRemoved(run="1"))
         bar.update(round=1)
     ui.round_line(1, 2.861, sent=1200, received=16400, seconds=124, rounds=2, note="7 of 8 clients")
     ui.note("a remark")
@@ -245,7 +246,7 @@ def test_json_mode_puts_events_and_nothing_else_on_stdout() -> None:
     ui, out, err = plain(json=True)
     everything(ui)
     events = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert [e["event"] for e in events] == ["client", "error"]
+    assert [e["event"] for e in events] == ["removed", "error"]
     assert all(e["v"] == 1 and next(iter(e)) == "v" for e in events)
     assert events[1] == {
         "v": 1, "event": "error", "type": "UsageError", "message": "no method named 'fedkseeed'",
@@ -269,7 +270,7 @@ def test_json_is_strict_whatever_the_numbers_are() -> None:
 
 def test_events_say_nothing_without_json_mode() -> None:
     ui, out, err = plain()
-    ui.event({"event": "round"})
+    ui.event(RunRemoved(run="1"))
     assert out.getvalue() == err.getvalue() == ""
 
 
@@ -396,10 +397,11 @@ def test_a_terminal_without_unicode_is_not_an_error() -> None:
 SCRIPT = """
 import sys
 from fleetune.cli.console import Ui
+from fleetune.runs.events import RunRemoved
 ui = Ui(json={json})
 sys.stdin.readline()
 for i in range(3000):
-    ui.event({{"event": "x", "i": i}})
+    ui.event(RunRemoved(run=str(i)))
     ui.table(["a"], [["b" * 100]])
 ui.note("still here")
 """

@@ -108,9 +108,23 @@ def test_runs_as_student_and_as_teacher(
     assert seen[-1]["rows"] == 4
     code, done, err = call(capsys, "compress", tiny["other"], *GKD, *ROWS, "--set", "teacher=1")
     assert code == 0, err
-    code, named, err = call(capsys, "compress", tiny["other"], *GKD, *ROWS, "--set", "teacher=latest")
+    (run,) = at.glob("runs/0001-*")
+    code, named, err = call(capsys, "compress", tiny["other"], *GKD, *ROWS, "--set", f"teacher={run}")
     assert code == 0, err
     assert done[-1]["digest"] == named[-1]["digest"]
+
+
+def test_a_plain_result_teaches_by_number_or_as_the_latest(
+    tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(capsys, "compress", tiny["deep"], *SELF, *ROWS)
+    assert code == 0, err
+    digests = []
+    for teacher in ("latest", "1", "runs/0001-gkd-deep/model"):
+        code, done, err = call(capsys, "compress", tiny["other"], *GKD, *ROWS, "--set", f"teacher={teacher}")
+        assert code == 0, err
+        digests.append(done[-1]["digest"])
+    assert len(set(digests)) == 1
 
 
 def test_a_run_with_an_adapter_teaches_its_own_half(
@@ -159,7 +173,6 @@ COMPRESSED = {
     "its artefact": (["runs/0001-rtn-deep/model", *GKD, *ROWS, "--set", "teacher={deep}"], "it holds codes"),
     "a teacher of codes": (["{deep}", *GKD, *ROWS, "--set", "teacher=1"], "teacher=1: 1 was compressed with rtn: it holds codes"),
     "a pruned teacher": (["{deep}", *GKD, *ROWS, "--set", "teacher=0002-sparsegpt-deep"], "with sparsegpt: it holds zeros among"),
-    "a plain teacher": (["{deep}", *GKD, *ROWS, "--set", "teacher=3"], "give runs/0003-gkd-deep/model"),
     "another method": (["runs/0001-rtn-deep", "--method", "optq"], "it holds codes"),
     "a number of nothing": (["7", "--method", "rtn"], "no run '7' in runs"),
 }  # fmt: skip

@@ -243,7 +243,7 @@ def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
     done = {
         "before": before, "after": after, "bytes": compression_folder.size(written),
         "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
-        "digest": artefact.Master(written).digest(), "error": _mean(_errors(parts.blocks)),
+        "digest": artefact.Master(written).digest(), **_mean(_errors(parts.blocks)),
         "notes": _notes(parts.blocks), "planned": job.memory, **_traffic(listener, job),
     }  # fmt: skip
     sizes = {"before": progress.weight_bytes(model), "after": compression_folder.weights_size(written)}
@@ -271,8 +271,8 @@ def _report_block(listener: Listener, block: BlockResult, blocks: int) -> None:
             listener.note(f"  {matrix.name}: {note}")
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
+def _mean(errors: Sequence[float]) -> dict[str, float]:
+    return {"error": statistics.fmean(errors)} if errors else {}
 
 
 def _errors(blocks: Sequence[BlockResult]) -> list[float]:
