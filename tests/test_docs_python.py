@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fleetune import models
 from fleetune.models import cache
@@ -43,13 +42,11 @@ PAGES = [
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, and a cache that holds a tiny llama as smollm2-135m."""
-    config = LlamaConfig(
-        vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=256, eos_token_id=257, pad_token_id=257,
-    )  # fmt: skip
+    from deploy_harness import tiny
+
+    model = tiny()  # groups of 32 divide its rows, and its tokenizer has merges, as GGUF needs
     monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
-    target = cache.hub_target(cache.SMOLLM2_135M.hub)
-    models.save(LlamaForCausalLM(config), models.tiny_tokenizer(), target)
+    models.save(model.net, model.tokenizer, cache.hub_target(cache.SMOLLM2_135M.hub))
     monkeypatch.setattr(methods, "make", functools.partial(_quick, methods.make))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
