@@ -106,8 +106,9 @@ def fault(line: str, *, whole: bool = True) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_command_in_the_docs_parses(page):
     text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"(?ms)^```(?:sh|console|text)?\n(.*?)^```", text)
-    lines = "\n".join([*blocks, *re.findall(r"(?m)^    (.*)$", text)]).replace("\\\n", " ")
+    blocks = [b.replace("\\\n", " ") for b in re.findall(r"(?ms)^```(?:sh|console|text)?\n(.*?)^```", text)]
+    typed = ["\n".join(re.findall(r"(?m)^\$ .*$", b)) or b for b in blocks]  # the rest is output
+    lines = "\n".join([*typed, *re.findall(r"(?m)^    (.*)$", text)])
     for line in re.findall(r"(?m)^\s*(?:\$ )?(fleetune [a-z].*?)(?:\s{3,}.*)?$", lines):
         assert not fault(line), line
     prose = re.sub(r"(?ms)^```.*?^```", "", text)
