@@ -32,6 +32,11 @@ class FleetuneError(Exception):
         self.message = message
         self.hint = hint
 
+    @property
+    def page(self) -> str:
+        """The section of the docs on this kind of error."""
+        return f"docs/troubleshooting.md#{type(self).__name__.lower()}"
+
 
 class UsageError(FleetuneError):
     """The command cannot be carried out as it was given."""

@@ -281,7 +281,7 @@ def test_errors_say_what_failed_and_what_to_try() -> None:
     ui.error(FitError("3.9 GB short"))
     assert out.getvalue() == ""
     assert err.getvalue() == (
-        "error: no method named 'fedkseeed'\n  try: fleetune methods\n"
+        "error: no method named 'fedkseeed'\n  try: fleetune methods\n  see: docs/troubleshooting.md#usageerror\n"
         "error: a is wrong\n  b is wrong\nerror: 3.9 GB short\n"
     )
 

@@ -380,6 +380,8 @@ class Ui:
         )
         if err.hint:
             self._say(self._err, f"  {'resume' if stopped else 'try'}: {err.hint}")
+        if not stopped:
+            self._say(self._err, f"  see: {err.page}", "dim")
 
 
 def _side(column: Sequence[object]) -> str:
