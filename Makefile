@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check fuzz bench slow docs format clean help
+.PHONY: demo test check fuzz bench slow docs house format clean help
 
 help:
 	@echo "make demo    tune a real language model over 24 simulated clients, with a report (8 minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make fuzz    the property tests, with new random examples"
 	@echo "make slow    tests that need a downloaded model or minutes"
 	@echo "make bench   ours against the papers' way, as ratios"
+	@echo "make house   the structure of the source in figures"
 	@echo "make docs    the documentation site; open site/index.html"
 
 $(VENV)/ready: pyproject.toml
@@ -47,6 +48,9 @@ $(VENV)/docs-ready: $(VENV)/ready
 docs: $(VENV)/docs-ready
 	$(BIN)/python docs/build.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+house: $(VENV)/ready
+	$(BIN)/python -m benchmarks.house
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

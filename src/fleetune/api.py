@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from fleetune.deploy.export_job import ExportResult
     from fleetune.deploy.measure.job import MeasureResult
     from fleetune.deploy.serving.session import Session
-    from fleetune.models.model import Model
     from fleetune.planning.plan import Plan
     from fleetune.runs.compression_folder import CompressRequest
     from fleetune.tuning.prepare import TuneJob
@@ -233,7 +232,9 @@ def evaluate(
     wanted = _checked_tasks(tasks, limit, answer_tokens, text)
     found = open(model, out=out)
     given = _rows(data, Path(out), offline=offline)
-    loaded, examples = _with_rows(found, given, labels, dtype, device, bool(text), offline=offline)
+    loaded, examples = subjects.load_with_rows(
+        found, given, labels=labels, dtype=dtype, device=device, needs_rows=not text, offline=offline
+    )
     values = measures.evaluate(
         loaded, examples[:limit], wanted, max_new_tokens=answer_tokens, labels=labels,
         texts=reading.read_text(str(text)) if text else (),
@@ -263,31 +264,6 @@ def _rows(data: Rows | None, out: Path, *, offline: bool) -> list[Example]:
     from fleetune.tuning import objects
 
     return reading.read(objects.data_name(data, out), offline=offline) if data is not None else []
-
-
-def _with_rows(
-    subject: Subject, given: list[Example], labels: Sequence[str], dtype: str | None, device: str,
-    text: bool, *, offline: bool,
-) -> tuple[Model, Sequence[Example]]:  # fmt: skip
-    """The loaded model, and the rows to measure it on; what is missing or does not fit is said before it is loaded."""
-    from fleetune import models
-
-    if isinstance(subject, Run):
-        if dtype not in (None, own := subject.recipe.dtype):
-            raise UsageError(f"a run has a dtype of its own, here {own}", hint="leave out --dtype")
-        models.check_device(device, own)
-        examples = given or subject.held_out(offline=offline)
-        return subject.load(device=device, offline=offline), examples
-    models.check_device(device, dtype or "fp32")
-    examples = given or (subject.held_out(offline=offline) if isinstance(subject, Compressed) else [])
-    if not examples and not text:
-        what = "this model" if isinstance(subject, Compressed) else "a model"
-        raise UsageError(f"eval of {what} needs DATA", hint=f"fleetune eval {subject.argument} data.jsonl")
-    if isinstance(subject, Compressed):
-        return subject.load(dtype=dtype or "fp32", device=device, offline=offline), examples
-    words = list(labels) or sorted({e.response.strip() for e in examples})
-    model = models.load(subject.name, dtype=dtype or "fp32", device=device, offline=offline, labels=words)
-    return model, examples
 
 
 # Compress ---------------------------------------------------------------------------------------------

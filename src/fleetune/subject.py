@@ -14,6 +14,7 @@ Names and numbers are looked up under `out`, the folder of the runs.  Nothing is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -214,6 +215,41 @@ def open_weights(name: str | Path, out: str | Path = "runs") -> Run | Plain:
     if not found.holds_codes:
         return Plain(str(found.model))
     raise _codes(text, found)
+
+
+def load_with_rows(
+    subject: Subject,
+    given: list[Example],
+    *,
+    labels: Sequence[str] = (),
+    dtype: str | None = None,
+    device: str = "auto",
+    needs_rows: bool = True,
+    offline: bool = False,
+) -> tuple[Model, list[Example]]:
+    """Load a subject, with the rows to measure it on: those `given`, else its own held-out rows.
+
+    What is missing or does not fit is said before anything is loaded.  UsageError for rows that are needed and not
+    there, and for a `dtype` that a run does not have.
+    """
+    from fleetune import models
+
+    if isinstance(subject, Run):
+        if dtype not in (None, own := subject.recipe.dtype):
+            raise UsageError(f"a run has a dtype of its own, here {own}", hint="leave out --dtype")
+        models.check_device(device, own)
+        rows = given or subject.held_out(offline=offline)
+        return subject.load(device=device, offline=offline), rows
+    models.check_device(device, dtype or "fp32")
+    rows = given or (subject.held_out(offline=offline) if isinstance(subject, Compressed) else [])
+    if not rows and needs_rows:
+        what = "this model" if isinstance(subject, Compressed) else "a model"
+        raise UsageError(f"eval of {what} needs DATA", hint=f"fleetune eval {subject.argument} data.jsonl")
+    if isinstance(subject, Compressed):
+        return subject.load(dtype=dtype or "fp32", device=device, offline=offline), rows
+    words = list(labels) or sorted({e.response.strip() for e in rows})
+    model = models.load(subject.name, dtype=dtype or "fp32", device=device, offline=offline, labels=words)
+    return model, rows
 
 
 def _codes(name: str, found: Compressed) -> UsageError:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from fleetune import models
-from fleetune.cli.commands.sweep import Screen
+from fleetune.cli.commands.sweep import SweepScreen
 from fleetune.cli.main import main
 from fleetune.errors import FleetError, ModelError, RecipeError, StorageError
 from fleetune.runs import report, rundir
@@ -285,17 +285,17 @@ def test_ctrl_c_says_how_to_go_on_and_the_result_is_that_of_no_stop(at, capsys, 
     file, vary = at / "recipe.toml", ["--vary", "K=8,16"]
     file.write_text(RECIPE.format(rounds=3))
     seen: list[int] = []
-    step = Screen.step
+    step = SweepScreen.step
 
-    def stepped(self: Screen, client: int, number: int) -> None:
+    def stepped(self: SweepScreen, client: int, number: int) -> None:
         seen.append(client)
         if len(seen) == 18 + 14:  # 3 clients x 2 steps x 3 rounds a run: in the last round of the second run
             os.kill(os.getpid(), signal.SIGINT)
         step(self, client, number)
 
-    monkeypatch.setattr(Screen, "step", stepped)
+    monkeypatch.setattr(SweepScreen, "step", stepped)
     code, _, err = call(capsys, "sweep", file, *vary)
-    monkeypatch.setattr(Screen, "step", step)
+    monkeypatch.setattr(SweepScreen, "step", step)
     folder = Path("runs") / "0001-sweep-recipe"
     assert code == 130
     assert f"fleetune sweep --resume {folder}" in err

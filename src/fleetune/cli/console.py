@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the terminal shows; besides `cli.py` the only module that writes to it.
+"""Write to the terminal: headers, tables, remarks, bars, errors and JSON lines; no other module does.
 
 Results go to stdout, progress and everything said on the way to stderr.  On a terminal there is a header
 panel, one line a round and a live bar with the time left; off a terminal (a pipe, `NO_COLOR`, `TERM=dumb`)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `serve` and `chat` share: the engine's flags, and signals that end them with all that they opened."""
+"""Add the flags that `serve` and `chat` share, and end both on a signal with all that they opened."""
 
 from __future__ import annotations
 

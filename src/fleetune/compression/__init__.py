@@ -160,7 +160,7 @@ REGISTRY: Final = Registry(
 )
 
 
-class Entry(NamedTuple):
+class CompressorEntry(NamedTuple):
     """A method as it is listed."""
 
     name: str
@@ -168,10 +168,11 @@ class Entry(NamedTuple):
     summary: str
 
 
-def entries() -> dict[str, Entry]:
+def entries() -> dict[str, CompressorEntry]:
     """Return every method by name, those of other packages included."""
     return {
-        name: Entry(name, member.text("PAPER"), member.summary) for name, member in REGISTRY.members().items()
+        name: CompressorEntry(name, member.text("PAPER"), member.summary)
+        for name, member in REGISTRY.members().items()
     }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves behind, and the only writer into a run folder.
+"""Read and write the folder of a run; no other module writes into it.
 
     runs/0007-fedkseed-smollm2-135m/
       run.toml        every value resolved; re-runs it       env.json   versions, device, digests

@@ -24,7 +24,7 @@ from fleetune.models.model import Model
 from fleetune.seeds import kernel_choice
 from fleetune.tuning import methods, rounds
 from fleetune.tuning import recipe as recipes
-from fleetune.tuning.methods import Entry, Method
+from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.recipe import Recipe
 
 
@@ -43,7 +43,7 @@ class TuneJob:
     """A checked recipe with everything in memory."""
 
     recipe: Recipe
-    entry: Entry
+    entry: MethodEntry
     method: Method
     model: Model
     split: Split
@@ -54,7 +54,7 @@ class TuneJob:
     dropped: int  # rows that do not fit max_length
 
 
-def check(recipe: Recipe) -> tuple[Entry, Method]:
+def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
     kernel_choice.chosen_kernels()
     entry = methods.entry(recipe.method)
@@ -78,7 +78,7 @@ def check(recipe: Recipe) -> tuple[Entry, Method]:
     return entry, method
 
 
-def split(recipe: Recipe, entry: Entry, *, offline: bool = False) -> Split:
+def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:
     """Read the data, hold rows out, and give every other row to a client."""
     examples = data.read(recipe.data, limit=recipe.limit or None, offline=offline)
     column = recipe.partition.split(":")[-1] if ":" in recipe.partition else None

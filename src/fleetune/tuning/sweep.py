@@ -52,7 +52,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Grid:
+class SweepGrid:
     """A checked sweep."""
 
     base: Recipe
@@ -64,7 +64,7 @@ class Grid:
 # What varies --------------------------------------------------------------------------------------
 
 
-def make(values: Mapping[str, Any], vary: Sequence[str] = (), seeds: int | None = None) -> Grid:
+def make(values: Mapping[str, Any], vary: Sequence[str] = (), seeds: int | None = None) -> SweepGrid:
     """Return the grid of a recipe's keys with its table [sweep]; `vary` (NAME=V1,V2,..) and `seeds` override that table.
 
     RecipeError lists every problem: unknown names, values of a wrong type, combinations a method refuses.
@@ -89,7 +89,7 @@ def make(values: Mapping[str, Any], vary: Sequence[str] = (), seeds: int | None 
     if not problems and not axes and count == 1:
         problems.append("nothing varies: give --vary NAME=VALUE,VALUE or --seeds N")
     _raise(problems)
-    return Grid(base, axes, count, _points(base, axes, count))
+    return SweepGrid(base, axes, count, _points(base, axes, count))
 
 
 def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _raise(problems: Sequence[str]) -> None:
         raise RecipeError(different[:SHOWN] + more, hint=hint)
 
 
-def check(grid: Grid, *, offline: bool = False) -> None:
+def check(grid: SweepGrid, *, offline: bool = False) -> None:
     """Check everything about the runs that needs no model: methods with their settings, and the data's split.
 
     RecipeError lists what methods refuse, DataError is of the first split that cannot be.
@@ -235,7 +235,7 @@ def check(grid: Grid, *, offline: bool = False) -> None:
 # The folder ---------------------------------------------------------------------------------------
 
 
-def to_toml(grid: Grid) -> str:
+def to_toml(grid: SweepGrid) -> str:
     """Write the grid as the text of `sweep.toml`; `read` and `make` are the inverse."""
     recipe = recipes.to_toml(grid.base).split("\n", 1)[1]
     table = {recipes.toml_key(a.name): ", ".join(map(recipes.toml_value, a.values)) for a in grid.axes}
@@ -244,7 +244,7 @@ def to_toml(grid: Grid) -> str:
     return head + recipe + "\n[sweep]\n" + "\n".join(lines) + "\n"
 
 
-def create(out: Path, name: str, grid: Grid) -> RunDir:
+def create(out: Path, name: str, grid: SweepGrid) -> RunDir:
     """Create a new, numbered folder under `out` with the grid in it."""
     folder = RunDir(rundir.numbered(out, f"sweep-{rundir.slug(name) or 'grid'}"))
     folder.write(FILE, to_toml(grid))
@@ -264,7 +264,7 @@ def find(name: str, out: Path) -> Path:
     return matches[0]
 
 
-def read(folder: Path) -> Grid:
+def read(folder: Path) -> SweepGrid:
     """Read the grid of a sweep's folder."""
     return make(recipes.read(folder / FILE))
 
@@ -285,7 +285,7 @@ def done(folder: Path, point: Point) -> bool:
     return status.is_file() and status.read_text(encoding="utf-8").strip() == "done"
 
 
-def members(folder: Path, grid: Grid) -> list[GridRun]:
+def members(folder: Path, grid: SweepGrid) -> list[GridRun]:
     """Read the runs of the grid that have begun."""
     return [
         GridRun(p.values, p.seed, report.read(folder / p.name))
@@ -294,7 +294,7 @@ def members(folder: Path, grid: Grid) -> list[GridRun]:
     ]
 
 
-def write_page(folder: Path, grid: Grid) -> None:
+def write_page(folder: Path, grid: SweepGrid) -> None:
     """Write the page and the figures of a sweep from the runs there are."""
     html, figures = report.grid(folder.name, grid.axes, members(folder, grid), len(grid.points))
     try:
@@ -321,7 +321,7 @@ class Watch(Protocol):
         ...
 
 
-def run(folder: RunDir, grid: Grid, watch: Watch, *, offline: bool = False) -> list[Point]:
+def run(folder: RunDir, grid: SweepGrid, watch: Watch, *, offline: bool = False) -> list[Point]:
     """Do the unfinished runs of a sweep, one at a time; return those that failed.
 
     A run that fails is noted and the sweep continues.  What would stop the next one as well (a full disk,

@@ -20,14 +20,14 @@ from fleetune.runs import report, rundir
 from fleetune.runs.events import Event, Recorded, RoundDone, SweepDone, SweepPlanned, SweepRun, SweepStart
 
 if TYPE_CHECKING:
-    from fleetune.tuning.sweep import Grid, Point
+    from fleetune.tuning.sweep import Point, SweepGrid
 
 
 HELP = "tune over a grid of values and seeds, on one page"
 ORDER = 40
 
 
-class Screen:
+class SweepScreen:
     """A sweep on the console: a line a run over one bar of all rounds; it hears Ctrl-C between two steps."""
 
     def __init__(self, ui: Ui, bar: CountBar, interrupt: InterruptHandler, resume: str, runs: int) -> None:
@@ -36,7 +36,7 @@ class Screen:
         self.name = self.words = ""
         self.began = 0.0
 
-    def begin(self, point: Point) -> Screen:
+    def begin(self, point: Point) -> SweepScreen:
         """A run is about to start; the console is the run's own listener too."""
         self.name, self.words, self.began = point.name, point.words, time.monotonic()
         self.bar.update(self.rounds, note=self.words)
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         _start(grid, folder, args, ui)
 
 
-def _plan(grid: Grid, ui: Ui) -> None:
+def _plan(grid: SweepGrid, ui: Ui) -> None:
     for point in grid.points:
         ui.event(SweepPlanned(name=point.name, values=list(point.values), seed=point.seed))
     if not ui.json:
@@ -147,7 +147,7 @@ def _plan(grid: Grid, ui: Ui) -> None:
     ui.note(f"the sweep is good: {len(grid.points)} runs")
 
 
-def _start(grid: Grid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) -> None:
+def _start(grid: SweepGrid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.tuning import sweep as sweeps
 
     path, base = folder.path, grid.base
@@ -162,7 +162,7 @@ def _start(grid: Grid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) 
     rounds = sum(p.recipe.rounds for p in grid.points)
     with ui.count("rounds", rounds) as bar, InterruptHandler(ui) as interrupt:
         failed = sweeps.run(
-            folder, grid, Screen(ui, bar, interrupt, resume, len(grid.points)), offline=args.offline
+            folder, grid, SweepScreen(ui, bar, interrupt, resume, len(grid.points)), offline=args.offline
         )
     _results(grid, path, ui)
     if failed:
@@ -170,7 +170,7 @@ def _start(grid: Grid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) 
         raise FleetuneError(f"{len(failed)} of {len(grid.points)} runs failed: {names}", hint=resume)
 
 
-def _results(grid: Grid, path: Path, ui: Ui) -> None:
+def _results(grid: SweepGrid, path: Path, ui: Ui) -> None:
     from fleetune.tuning import sweep as sweeps
 
     table = report.grid_tables(grid.axes, sweeps.members(path, grid))

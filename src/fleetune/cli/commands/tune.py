@@ -116,12 +116,12 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
 
 
 @contextmanager
-def _screen(ui: Ui) -> Iterator[Screen]:
+def _screen(ui: Ui) -> Iterator[RunScreen]:
     with ui.progress(0) as bar, InterruptHandler(ui) as interrupt:
-        yield Screen(ui, bar, interrupt)
+        yield RunScreen(ui, bar, interrupt)
 
 
-class Screen:
+class RunScreen:
     """A run on the console: header, a line a round, the bar; and it hears Ctrl-C between two steps."""
 
     def __init__(self, ui: Ui, bar: RoundBar, interrupt: InterruptHandler) -> None:

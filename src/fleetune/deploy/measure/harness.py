@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model costs and how good it is, each in a process of its own; and how much of a tuning survives compression.
+"""Measure what a model costs and how good it is, in a process of its own, and what of a tuning survives compression.
 
 A `Job` is one model in one engine.  The child process (`python -m fleetune.deploy.measure.harness`, JSON in and out) loads it,
 runs it against the clock, notes its peak memory, and only then measures losses, which need more memory:
@@ -80,7 +80,7 @@ class Measurement:
     values: dict[str, float]
 
 
-class Engine(Protocol):
+class LoadedEngine(Protocol):
     """A loaded model."""
 
     vocab: int
@@ -106,7 +106,11 @@ class Engine(Protocol):
 
 
 def speed(
-    engine: Engine, prompt: int, generate: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+    engine: LoadedEngine,
+    prompt: int,
+    generate: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float]:
     """(prefill, generation) in tokens a second: medians of `repeats` passes after one that is not counted."""
     ids = [i % engine.vocab for i in range(prompt)]
@@ -137,7 +141,7 @@ def carry_out(job: MeasureJob) -> Measurement:
 
 
 @contextmanager
-def _engine(job: MeasureJob) -> Iterator[Engine]:
+def _engine(job: MeasureJob) -> Iterator[LoadedEngine]:
     if job.kind == "gguf":
         from fleetune.deploy.measure import llamacpp
 
@@ -152,7 +156,7 @@ def _engine(job: MeasureJob) -> Iterator[Engine]:
     yield torch_engine.OPEN[job.kind](job.path, job.dtype, job.offline)
 
 
-def _tasks(job: MeasureJob, engine: Engine) -> dict[str, float]:
+def _tasks(job: MeasureJob, engine: LoadedEngine) -> dict[str, float]:
     if not job.tasks:
         return {}
     from fleetune.data import Example

@@ -144,7 +144,7 @@ def sized(method: Method, steps: int, batch_size: int) -> Method:
 
 
 @dataclass(frozen=True)
-class Entry:
+class MethodEntry:
     """A method as the registry lists it, read without importing it."""
 
     name: str
@@ -159,19 +159,19 @@ class Entry:
     )
 
 
-def entries() -> dict[str, Entry]:
+def entries() -> dict[str, MethodEntry]:
     """Return every method by name: ours and those that other packages register."""
     return {name: _entry(member) for name, member in REGISTRY.members().items()}
 
 
-def entry(name: str) -> Entry:
+def entry(name: str) -> MethodEntry:
     """Return the method called `name`; UsageError with a suggestion when there is none."""
     return _entry(REGISTRY.member(name))
 
 
-def _entry(member: Member) -> Entry:
+def _entry(member: Member) -> MethodEntry:
     clients, recommended = (int(member.constants.get(c, d)) for c, d in (("CLIENTS", 8), ("RECOMMENDED", 0)))
-    return Entry(
+    return MethodEntry(
         member.name, member.text("KIND"), member.text("PAPER"), member.text("SENDS"),
         member.summary, member.module, clients, recommended,
     )  # fmt: skip

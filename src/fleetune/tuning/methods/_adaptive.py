@@ -22,7 +22,7 @@ from fleetune.tuning.methods import Reply
 from fleetune.tuning.server_rules import Tensors, control
 
 
-class Variates:
+class LayerControl:
     """The mean of a round's tensors, and the devices' variates before and after it."""
 
     def __init__(self, w: Tensors, c: Tensors, c_k: Tensors) -> None:

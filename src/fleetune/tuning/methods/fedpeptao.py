@@ -238,7 +238,7 @@ class Method:
 
     def step(self, state: State, replies: Iterable[Reply]) -> State:
         """Take every device's momentum step from wbar, averaged (no momentum in the first round)."""
-        variates, measured = _adaptive.Variates(state.tensors, state.c, state.c_k), Mean()
+        variates, measured = _adaptive.LayerControl(state.tensors, state.c, state.c_k), Mean()
         for reply in replies:
             n, scalars = reply.payload.int("n"), reply.payload.scalars
             variates.add(reply, self.training().rates(n))
