@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fleetune.compression.jobs.contract import Job
     from fleetune.compression.jobs.job import CompressResult
     from fleetune.data import Example
-    from fleetune.deploy.export_job import ExportResult
+    from fleetune.deploy.export_subject import ExportResult
     from fleetune.deploy.measure.job import MeasureResult
     from fleetune.deploy.serving.session import Session
     from fleetune.planning.plan import Plan
@@ -190,14 +190,14 @@ def _recipe(
     out: Path,
     options: RecipeOptions,
 ) -> Recipe:
-    from fleetune.tuning import methods, objects
+    from fleetune.tuning import methods, objects_to_files
 
     if data is None:
         raise RecipeError(["data is missing"], hint='give a file, rows, or "demo"')
     name, chosen = _named(method, {n: e.module for n, e in methods.entries().items()})
     return recipes.make({
-        **options, "model": objects.model_name(model, tokenizer, out), "data": objects.data_name(data, out),
-        "method": name, "set": chosen | objects.setting_values(settings),
+        **options, "model": objects_to_files.model_name(model, tokenizer, out), "data": objects_to_files.data_name(data, out),
+        "method": name, "set": chosen | objects_to_files.setting_values(settings),
     })  # fmt: skip
 
 
@@ -261,9 +261,9 @@ def _checked_tasks(
 
 def _rows(data: Rows | None, out: Path, *, offline: bool) -> list[Example]:
     from fleetune import data as reading
-    from fleetune.tuning import objects
+    from fleetune.tuning import objects_to_files
 
-    return reading.read(objects.data_name(data, out), offline=offline) if data is not None else []
+    return reading.read(objects_to_files.data_name(data, out), offline=offline) if data is not None else []
 
 
 # Compress ---------------------------------------------------------------------------------------------
@@ -338,18 +338,18 @@ def request_for(
     """Return the request that `compress` carries out, without carrying it out; `given` are fields of it."""
     from fleetune import compression
     from fleetune.compression.jobs import job
-    from fleetune.tuning import objects
+    from fleetune.tuning import objects_to_files
 
     if isinstance(model, Run | Compressed | Plain):
         model = model.argument
     elif isinstance(folder := getattr(model, "folder", None), Path):
         model = str(folder)
     name, chosen = _named(method, {n: m.module for n, m in compression.REGISTRY.members().items()})
-    values = chosen | objects.setting_values(settings or {})
+    values = chosen | objects_to_files.setting_values(settings or {})
     if data is not None:
-        given["data"] = objects.data_name(data, Path(out))
+        given["data"] = objects_to_files.data_name(data, Path(out))
     texts = {n: v if isinstance(v, str) else repr(v) for n, v in values.items()}
-    return job.request_for(objects.model_name(model, None, Path(out)), Path(out), name, texts, given)
+    return job.request_for(objects_to_files.model_name(model, None, Path(out)), Path(out), name, texts, given)
 
 
 def resume_compression(
@@ -383,12 +383,12 @@ def export(
     `to` is a target (`fleetune.targets()`; default gguf, of a run hf), `path` a new file or folder (default: beside the
     model).  With a `text` file its perplexity is measured by the source and by what was written, in its runtime.
     """
-    from fleetune.deploy import export_job
+    from fleetune.deploy import export_subject
 
     place, words = Path(path) if path else None, str(text) if text else None
-    export_job.check(to, place, words)
+    export_subject.check(to, place, words)
     found = open(model, out=out)
-    return export_job.export(found, to, place, words, listener or Silent(), offline=offline)
+    return export_subject.export(found, to, place, words, listener or Silent(), offline=offline)
 
 
 def measure(
@@ -416,11 +416,11 @@ def measure(
     compressed the same way (once), which says what of the tuning's gain is kept.
     """
     from fleetune.deploy.measure import job
-    from fleetune.tuning import objects
+    from fleetune.tuning import objects_to_files
 
     options = job.MeasureOptions(
         text=str(text) if text else None, windows=windows, length=length,
-        data=objects.data_name(data, Path(out)) if data is not None else None, limit=limit, tasks=tuple(tasks),
+        data=objects_to_files.data_name(data, Path(out)) if data is not None else None, limit=limit, tasks=tuple(tasks),
         answer_tokens=answer_tokens, labels=tuple(labels), threads=threads, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, repeats=repeats, kept_gain=kept_gain,
     )  # fmt: skip

@@ -110,7 +110,7 @@ def check(count: int, options: MeasureOptions) -> list[str]:
 
 def _row_length(options: MeasureOptions, found: Sequence[Measurable]) -> int:
     """Tokens of a row at most, the same for all; UsageError when more is asked of a model than it is made for."""
-    from fleetune.deploy.measure.check import longest
+    from fleetune.deploy.measure.exported_perplexity import longest
 
     most, name = min((longest(one.tokenizer), one.name) for one in found)
     asked = max(options.prompt_tokens + options.new_tokens, options.length if options.text else 0)
@@ -135,7 +135,7 @@ def _examples(options: MeasureOptions, found: Sequence[Measurable], *, offline: 
 
 def _windows(options: MeasureOptions, found: Sequence[Measurable]) -> dict[Path, list[Row]]:
     """The windows of the text in each subject's tokens; DataError where there is nothing to predict."""
-    from fleetune.deploy.measure.check import windows_of
+    from fleetune.deploy.measure.exported_perplexity import windows_of
 
     folders = {one.tokenizer for one in found}
     if not options.text:
