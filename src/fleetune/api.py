@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fleetune.deploy.measure.job import MeasureResult
     from fleetune.deploy.serving.session import Session
     from fleetune.planning.plan import Plan
-    from fleetune.runs.compression_folder import CompressRequest
+    from fleetune.runs.compression_folder import CompressOptions, CompressRequest
     from fleetune.tuning.prepare import TuneJob
     from fleetune.tuning.result import TuneResult
 
@@ -274,6 +274,7 @@ def compress(
     *,
     method: object = "optq",
     settings: Mapping[str, Setting] | None = None,
+    tokenizer: object = None,
     data: Rows | None = None,
     text: str | Path = "",
     eval_text: str | Path = "",
@@ -297,11 +298,14 @@ def compress(
     `low_memory` leaves the model in its files; `true_sequential` solves a layer on its block's compressed outputs;
     `eval_text` is measured before and after.
     """
-    request = request_for(
-        model, method=method, settings=settings, out=out, data=data, text=str(text), eval_text=str(eval_text),
-        windows=windows, length=length, calibrate=calibrate, clients=clients, low_memory=low_memory,
-        true_sequential=true_sequential, seed=seed, dtype=dtype,
-    )  # fmt: skip
+    from fleetune.tuning import objects_to_files
+
+    options: CompressOptions = {
+        "data": objects_to_files.data_name(data, Path(out)) if data is not None else "", "text": str(text),
+        "eval_text": str(eval_text), "windows": windows, "length": length, "calibrate": calibrate, "clients": clients,
+        "low_memory": low_memory, "true_sequential": true_sequential, "seed": seed, "dtype": dtype,
+    }  # fmt: skip
+    request = request_for(model, method, settings or {}, options, tokenizer=tokenizer, out=out)
     return start_compression(request, out=out, offline=offline, listener=listener)
 
 
@@ -332,10 +336,15 @@ def check_request(
 
 
 def request_for(
-    model: object, *, method: object, settings: Mapping[str, Setting] | None, out: str | Path,
-    data: Rows | None = None, **given: Any,
-) -> CompressRequest:  # fmt: skip
-    """Return the request that `compress` carries out, without carrying it out; `given` are fields of it."""
+    model: object,
+    method: object,
+    settings: Mapping[str, Setting],
+    options: CompressOptions,
+    *,
+    tokenizer: object = None,
+    out: str | Path = "runs",
+) -> CompressRequest:
+    """Return the request that `compress` carries out; UsageError for a model that has no plain weights."""
     from fleetune import compression
     from fleetune.compression.jobs import job
     from fleetune.tuning import objects_to_files
@@ -345,11 +354,10 @@ def request_for(
     elif isinstance(folder := getattr(model, "folder", None), Path):
         model = str(folder)
     name, chosen = _named(method, {n: m.module for n, m in compression.REGISTRY.members().items()})
-    values = chosen | objects_to_files.setting_values(settings or {})
-    if data is not None:
-        given["data"] = objects_to_files.data_name(data, Path(out))
+    values = chosen | objects_to_files.setting_values(settings)
     texts = {n: v if isinstance(v, str) else repr(v) for n, v in values.items()}
-    return job.request_for(objects_to_files.model_name(model, None, Path(out)), Path(out), name, texts, given)
+    model_name = objects_to_files.model_name(model, tokenizer, Path(out))
+    return job.request_for(model_name, Path(out), name, texts, options)
 
 
 def resume_compression(
