@@ -156,4 +156,5 @@ def _check_whole(request: CompressRequest) -> None:
     if request.true_sequential:
         problems.append(f"{request.method} solves no layers: no true_sequential")
     if problems:
-        raise RecipeError(problems, hint="--method optq, sparsegpt or rtn")
+        solvers = [name for name in compression.entries() if compression.kind_of(name) == "solver"]
+        raise RecipeError(problems, hint=f"--method {', '.join(solvers)}")
