@@ -22,6 +22,7 @@ from fleetune.cli.main import main
 from fleetune.compression.methods import optq
 from fleetune.evaluation import losses
 from fleetune.runs import events
+from fleetune.runs.compression_folder import CompressOptions, CompressRequest
 from fleetune.tuning.methods import fedkseed
 from fleetune.tuning.recipe import Recipe, RecipeOptions
 
@@ -99,6 +100,16 @@ def test_the_pipeline_is_typed_and_described(name: str) -> None:
 def test_options_of_tune_are_those_of_a_recipe() -> None:
     recipe = {n: t for n, t in get_type_hints(Recipe).items() if n not in ("model", "data", "method", "set")}
     assert get_type_hints(RecipeOptions) == recipe
+
+
+def test_options_of_compress_are_those_of_a_request() -> None:
+    asked = {
+        n: t for n, t in get_type_hints(CompressRequest).items() if n not in ("model", "run", "method", "set")
+    }
+    assert get_type_hints(CompressOptions) == asked
+    defaults = {f.name: f.default for f in dataclasses.fields(CompressRequest) if f.name in asked}
+    stated = {n: p.default for n, p in inspect.signature(api.compress).parameters.items() if n in asked}
+    assert stated | {"data": ""} == defaults
 
 
 @pytest.mark.parametrize("cls", events.classes(), ids=lambda c: c.__name__)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         tune,
     )
     from fleetune.compression.jobs.job import CompressResult
-    from fleetune.deploy.export_job import ExportResult
+    from fleetune.deploy.export_subject import ExportResult
     from fleetune.deploy.measure.job import MeasureResult
     from fleetune.deploy.serving.session import Session
     from fleetune.models.model import Model
@@ -56,7 +56,7 @@ _PLACES = {
         "resume_run", "serve", "targets", "tune",
     ),
     "fleetune.compression.jobs.job": ("CompressResult",),
-    "fleetune.deploy.export_job": ("ExportResult",),
+    "fleetune.deploy.export_subject": ("ExportResult",),
     "fleetune.deploy.measure.job": ("MeasureResult",),
     "fleetune.deploy.serving.session": ("Session",),
     "fleetune.models.model": ("Model",),

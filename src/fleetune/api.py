@@ -8,7 +8,7 @@
     table = fleetune.measure(small, kept_gain=True)
 
 The commands of the same names call these.  A model may be a name, a path, the number of a run or compression, `latest`,
-or a result of `tune` or `compress`; `plan` and `tune` take a plain model alone.
+or a result of `tune` or `compress`; `plan` and `tune` start from a plain model.
 Every function raises a class of `fleetune.errors` whose message says what failed and whose hint says what to do.
 `listener` is called with events, remarks and progress (`runs/listener.py`); with `offline` the network is never used;
 `out` is the folder of the runs.
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from fleetune.compression.jobs.contract import Job
     from fleetune.compression.jobs.job import CompressResult
     from fleetune.data import Example
-    from fleetune.deploy.export_job import ExportResult
+    from fleetune.deploy.export_subject import ExportResult
     from fleetune.deploy.measure.job import MeasureResult
     from fleetune.deploy.serving.session import Session
     from fleetune.planning.plan import Plan
-    from fleetune.runs.compression_folder import CompressRequest
+    from fleetune.runs.compression_folder import CompressOptions, CompressRequest
     from fleetune.tuning.prepare import TuneJob
     from fleetune.tuning.result import TuneResult
 
@@ -194,14 +194,14 @@ def _recipe(
     out: Path,
     options: RecipeOptions,
 ) -> Recipe:
-    from fleetune.tuning import methods, objects
+    from fleetune.tuning import methods, objects_to_files
 
     if data is None:
         raise RecipeError(["data is missing"], hint='give a file, rows, or "demo"')
     name, chosen = _named(method, {n: e.module for n, e in methods.entries().items()})
     return recipes.make({
-        **options, "model": objects.model_name(model, tokenizer, out), "data": objects.data_name(data, out),
-        "method": name, "set": chosen | objects.setting_values(settings),
+        **options, "model": objects_to_files.model_name(model, tokenizer, out), "data": objects_to_files.data_name(data, out),
+        "method": name, "set": chosen | objects_to_files.setting_values(settings),
     })  # fmt: skip
 
 
@@ -265,9 +265,9 @@ def _checked_tasks(
 
 def _rows(data: Rows | None, out: Path, *, offline: bool) -> list[Example]:
     from fleetune import data as reading
-    from fleetune.tuning import objects
+    from fleetune.tuning import objects_to_files
 
-    return reading.read(objects.data_name(data, out), offline=offline) if data is not None else []
+    return reading.read(objects_to_files.data_name(data, out), offline=offline) if data is not None else []
 
 
 # Compress ---------------------------------------------------------------------------------------------
@@ -278,6 +278,7 @@ def compress(
     *,
     method: object = "optq",
     settings: Mapping[str, Setting] | None = None,
+    tokenizer: object = None,
     data: Rows | None = None,
     text: str | Path = "",
     eval_text: str | Path = "",
@@ -302,11 +303,14 @@ def compress(
     on inputs that have passed the already compressed layers of its own block (GPTQ's option of that name).  The
     perplexity of the text file `eval_text` is measured before and after.
     """
-    request = request_for(
-        model, method=method, settings=settings, out=out, data=data, text=str(text), eval_text=str(eval_text),
-        windows=windows, length=length, calibrate=calibrate, clients=clients, low_memory=low_memory,
-        true_sequential=true_sequential, seed=seed, dtype=dtype,
-    )  # fmt: skip
+    from fleetune.tuning import objects_to_files
+
+    options: CompressOptions = {
+        "data": objects_to_files.data_name(data, Path(out)) if data is not None else "", "text": str(text),
+        "eval_text": str(eval_text), "windows": windows, "length": length, "calibrate": calibrate, "clients": clients,
+        "low_memory": low_memory, "true_sequential": true_sequential, "seed": seed, "dtype": dtype,
+    }  # fmt: skip
+    request = request_for(model, method, settings or {}, options, tokenizer=tokenizer, out=out)
     return start_compression(request, out=out, offline=offline, listener=listener)
 
 
@@ -337,24 +341,28 @@ def check_request(
 
 
 def request_for(
-    model: object, *, method: object, settings: Mapping[str, Setting] | None, out: str | Path,
-    data: Rows | None = None, **given: Any,
-) -> CompressRequest:  # fmt: skip
-    """Return the request that `compress` would carry out; `given` are fields of it."""
+    model: object,
+    method: object,
+    settings: Mapping[str, Setting],
+    options: CompressOptions,
+    *,
+    tokenizer: object = None,
+    out: str | Path = "runs",
+) -> CompressRequest:
+    """Return the request that `compress` would carry out; UsageError for a model that has no plain weights."""
     from fleetune import compression
     from fleetune.compression.jobs import job
-    from fleetune.tuning import objects
+    from fleetune.tuning import objects_to_files
 
     if isinstance(model, Run | Compressed | Plain):
         model = model.argument
     elif isinstance(folder := getattr(model, "folder", None), Path):
         model = str(folder)
     name, chosen = _named(method, {n: m.module for n, m in compression.REGISTRY.members().items()})
-    values = chosen | objects.setting_values(settings or {})
-    if data is not None:
-        given["data"] = objects.data_name(data, Path(out))
+    values = chosen | objects_to_files.setting_values(settings)
     texts = {n: v if isinstance(v, str) else repr(v) for n, v in values.items()}
-    return job.request_for(objects.model_name(model, None, Path(out)), Path(out), name, texts, given)
+    model_name = objects_to_files.model_name(model, tokenizer, Path(out))
+    return job.request_for(model_name, Path(out), name, texts, options)
 
 
 def resume_compression(
@@ -389,12 +397,12 @@ def export(
     folder of the run or compression; of a plain model here).  With a text file `text`, the perplexity of the source in
     torch and of the written file in its runtime are compared.
     """
-    from fleetune.deploy import export_job
+    from fleetune.deploy import export_subject
 
     place, words = Path(path) if path else None, str(text) if text else None
-    export_job.check(to, place, words)
+    export_subject.check(to, place, words)
     found = open(model, out=out)
-    return export_job.export(found, to, place, words, listener or Silent(), offline=offline)
+    return export_subject.export(found, to, place, words, listener or Silent(), offline=offline)
 
 
 def measure(
@@ -424,11 +432,11 @@ def measure(
     same way, to find what share of the improvement from tuning survives.
     """
     from fleetune.deploy.measure import job
-    from fleetune.tuning import objects
+    from fleetune.tuning import objects_to_files
 
     options = job.MeasureOptions(
         text=str(text) if text else None, windows=windows, length=length,
-        data=objects.data_name(data, Path(out)) if data is not None else None, limit=limit, tasks=tuple(tasks),
+        data=objects_to_files.data_name(data, Path(out)) if data is not None else None, limit=limit, tasks=tuple(tasks),
         answer_tokens=answer_tokens, labels=tuple(labels), threads=threads, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, repeats=repeats, kept_gain=kept_gain,
     )  # fmt: skip

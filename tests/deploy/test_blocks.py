@@ -11,7 +11,7 @@ from deploy_harness import changed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetune.deploy.formats import ggml_blocks
+from fleetune.deploy.formats import _ggml_blocks
 from fleetune.models.artefact import Quantised
 
 
@@ -45,52 +45,52 @@ def read(raw: np.ndarray, kind: str) -> torch.Tensor:
 
 def test_q4_0_bytes() -> None:
     codes = [*range(16), *range(15, -1, -1)]
-    raw = ggml_blocks.pack_q4_0(one_row(codes, [-0.5], [8]))
+    raw = _ggml_blocks.pack_q4_0(one_row(codes, [-0.5], [8]))
     nibbles = [0xF0, 0xE1, 0xD2, 0xC3, 0xB4, 0xA5, 0x96, 0x87, 0x78, 0x69, 0x5A, 0x4B, 0x3C, 0x2D, 0x1E, 0x0F]
     assert raw.tolist() == [[0x00, 0xB8, *nibbles]]  # -0.5 is 0xB800
 
 
 def test_q4_0_repeats_the_scale_of_a_wide_group_and_moves_other_zeros() -> None:
-    raw = ggml_blocks.pack_q4_0(one_row([1] * 64, [1.0], [8]))
+    raw = _ggml_blocks.pack_q4_0(one_row([1] * 64, [1.0], [8]))
     assert raw.tolist() == [[0x00, 0x3C, *[0x11] * 16] * 2]
-    raw = ggml_blocks.pack_q4_0(one_row([3] * 32, [1.0], [4], bits=3))  # 3 - 4 + 8 = 7
+    raw = _ggml_blocks.pack_q4_0(one_row([3] * 32, [1.0], [4], bits=3))  # 3 - 4 + 8 = 7
     assert raw.tolist() == [[0x00, 0x3C, *[0x77] * 16]]
 
 
 def test_q4_1_bytes() -> None:
-    raw = ggml_blocks.pack_q4_1(one_row([2] * 16 + [13] * 16, [0.25], [3]))
+    raw = _ggml_blocks.pack_q4_1(one_row([2] * 16 + [13] * 16, [0.25], [3]))
     assert raw.tolist() == [[0x00, 0x34, 0x00, 0xBA, *[0xD2] * 16]]  # -0.75 is 0xBA00
 
 
 def test_q8_0_bytes() -> None:
-    raw = ggml_blocks.pack_q8_0(one_row([0, 127, 128, 129, 255] + [128] * 27, [2.0], [128], bits=8))
+    raw = _ggml_blocks.pack_q8_0(one_row([0, 127, 128, 129, 255] + [128] * 27, [2.0], [128], bits=8))
     assert raw.tolist() == [[0x00, 0x40, 0x80, 0xFF, 0x00, 0x01, 0x7F, *[0] * 27]]
 
 
 @given(matrices(4, 8, 8))
 def test_q4_0_decodes_to_the_same_weights(q: Quantised) -> None:
-    assert ggml_blocks.misfit(q, "Q4_0") is None
-    assert torch.equal(read(ggml_blocks.pack_q4_0(q), "Q4_0"), q.dense())
+    assert _ggml_blocks.misfit(q, "Q4_0") is None
+    assert torch.equal(read(_ggml_blocks.pack_q4_0(q), "Q4_0"), q.dense())
 
 
 @given(matrices(4, 0, 15))
 def test_q4_1_decodes_to_the_same_weights_or_says_why_not(q: Quantised) -> None:
     bits = q.scale.view(torch.int16) & ~0x0F  # 7 significant bits: scale * zero is exact
     q = changed(q, scale=bits.view(torch.float16))
-    assert ggml_blocks.misfit(q, "Q4_1") is None
-    assert torch.equal(read(ggml_blocks.pack_q4_1(q), "Q4_1"), q.dense())
+    assert _ggml_blocks.misfit(q, "Q4_1") is None
+    assert torch.equal(read(_ggml_blocks.pack_q4_1(q), "Q4_1"), q.dense())
 
 
 @given(matrices(8, 128, 128))
 def test_q8_0_decodes_to_the_same_weights(q: Quantised) -> None:
-    assert ggml_blocks.misfit(q, "Q8_0") is None
-    assert torch.equal(read(ggml_blocks.pack_q8_0(q), "Q8_0"), q.dense())
+    assert _ggml_blocks.misfit(q, "Q8_0") is None
+    assert torch.equal(read(_ggml_blocks.pack_q8_0(q), "Q8_0"), q.dense())
 
 
 @given(matrices(4, 0, 15), st.sampled_from(["Q4_0", "Q4_1", "Q8_0"]))
 def test_what_is_said_to_fit_is_exact(q: Quantised, kind: str) -> None:
-    if ggml_blocks.misfit(q, kind) is None:
-        assert torch.equal(read(ggml_blocks.PACKERS[kind](q), kind), q.dense())
+    if _ggml_blocks.misfit(q, kind) is None:
+        assert torch.equal(read(_ggml_blocks.PACKERS[kind](q), kind), q.dense())
 
 
 @pytest.mark.parametrize(
@@ -106,4 +106,4 @@ def test_what_is_said_to_fit_is_exact(q: Quantised, kind: str) -> None:
     ],
 )
 def test_what_does_not_fit_is_said(q: Quantised, kind: str, why: str) -> None:
-    assert why in (ggml_blocks.misfit(q, kind) or "")
+    assert why in (_ggml_blocks.misfit(q, kind) or "")

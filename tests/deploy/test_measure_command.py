@@ -19,7 +19,7 @@ from fleetune.cli.main import main
 from fleetune.compression.jobs import compressed_base
 from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
-from fleetune.deploy.measure import check, harness, llamacpp
+from fleetune.deploy.measure import exported_perplexity, harness, llamacpp
 from fleetune.errors import FleetuneError, Interrupted
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.artefact import Master, Quantised
@@ -347,8 +347,8 @@ def test_an_export_is_checked_without_a_network_where_none_is_wanted(
 def test_a_runtime_that_is_not_there_is_named(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacking = check.ENGINES["llama.cpp"]._replace(modules=("no_such_engine",))
-    monkeypatch.setattr(check, "ENGINES", {"llama.cpp": lacking})
+    lacking = exported_perplexity.ENGINES["llama.cpp"]._replace(modules=("no_such_engine",))
+    monkeypatch.setattr(exported_perplexity, "ENGINES", {"llama.cpp": lacking})
     code, told, err = call(capsys, "export", "2", "--to", "gguf", "--path", "c.gguf", "--text", "text.txt")
     assert (code, told[-1]["runtime"]) == (0, None)
     assert "not run: llama.cpp for gguf: pip install 'fleetune[llamacpp]'" in err

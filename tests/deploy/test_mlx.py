@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fleetune import models
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export
-from fleetune.deploy.formats import hf_writer, mlx
+from fleetune.deploy.formats import _hf_writer, mlx
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
@@ -92,7 +92,7 @@ def test_codes_scales_and_biases_are_the_masters(
     stored = load_file(tmp_path / "out" / "model.safetensors")
     for name, q in quantised.items():
         layer = name.removesuffix(".weight")
-        codes = hf_writer.unwords(stored[name].view(torch.int32), bits, q.codes.shape[1])
+        codes = _hf_writer.unwords(stored[name].view(torch.int32), bits, q.codes.shape[1])
         assert torch.equal(codes, q.codes)
         scales, biases = stored[f"{layer}.scales"], stored[f"{layer}.biases"]
         assert torch.equal(scales.float(), q.scale.float())

@@ -20,7 +20,7 @@ from fleetune.cli.main import main
 from fleetune.data import Example
 from fleetune.data.encode import encode_all, prompt_ids
 from fleetune.deploy.export import export
-from fleetune.deploy.formats import gguf_vocabulary
+from fleetune.deploy.formats import _gguf_vocabulary
 from fleetune.deploy.serving import engines, session
 from fleetune.models import Model, chat_template
 from fleetune.runs.listener import Silent
@@ -147,7 +147,7 @@ def test_where_a_template_would_give_other_tokens_there_is_a_note_and_none(tmp_p
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     compressed(speechless(words), tmp_path / "m")
     report = export(tmp_path / "m", "hf", tmp_path / "x")
-    assert gguf_vocabulary.NO_TEMPLATE in report.notes
+    assert _gguf_vocabulary.NO_TEMPLATE in report.notes
     assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template is None
 
 

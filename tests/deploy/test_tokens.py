@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from fleetune import models
-from fleetune.deploy.formats import gguf_vocabulary
+from fleetune.deploy.formats import _gguf_vocabulary
 from fleetune.errors import ModelError, UsageError
 
 NONE = SimpleNamespace()
@@ -26,9 +26,9 @@ LLAMA3 = (
 )
 
 
-def read(words: Any, folder: Path, rows: int = 264, config: Any = NONE) -> gguf_vocabulary.Vocabulary:
+def read(words: Any, folder: Path, rows: int = 264, config: Any = NONE) -> _gguf_vocabulary.Vocabulary:
     words.save_pretrained(folder)
-    return gguf_vocabulary.read(folder, rows, config)
+    return _gguf_vocabulary.read(folder, rows, config)
 
 
 def split(pattern: str) -> Any:
@@ -58,7 +58,7 @@ def test_bytes_merges_marks_and_unused_rows(tmp_path: Path) -> None:
     assert found.special == {"bos": 260, "eos": 261, "unk": 259, "pad": 261}
     assert (found.add_bos, found.add_eos, found.space_prefix) == (False, False, None)
     assert found.chat_template == TEMPLATE
-    padded = gguf_vocabulary.read(tmp_path, 266, NONE)
+    padded = _gguf_vocabulary.read(tmp_path, 266, NONE)
     assert list(padded.tokens[264:]) == ["[PAD264]", "[PAD265]"]
     assert list(padded.types[264:]) == [KIND.UNUSED] * 2
 
@@ -124,4 +124,4 @@ def test_what_gguf_has_no_place_for(tmp_path: Path) -> None:
         read(level, tmp_path / "words")
     (tmp_path / "few" / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot be loaded"):
-        gguf_vocabulary.read(tmp_path / "few", 264, NONE)
+        _gguf_vocabulary.read(tmp_path / "few", 264, NONE)

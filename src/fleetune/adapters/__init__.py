@@ -6,9 +6,7 @@ handle its parameters; `detach` restores the base bit for bit.  There is one fil
 they share is in `core.py`.  PEFT is imported in this package alone.
 """
 
-from fleetune.adapters.bitfit import Bitfit, Full
-from fleetune.adapters.bottleneck import Bottleneck
-from fleetune.adapters.core import (
+from fleetune.adapters.attachment import (
     AdapterSpec,
     Attachment,
     Part,
@@ -22,6 +20,8 @@ from fleetune.adapters.core import (
     trainable,
     training,
 )
+from fleetune.adapters.bitfit import Bitfit, Full
+from fleetune.adapters.bottleneck import Bottleneck
 from fleetune.adapters.folder import load, save
 from fleetune.adapters.lora import INITS, Lora, attach_lora, pairs, subtract_factors, subtracted_factors
 from fleetune.adapters.lora_init_eva import directions

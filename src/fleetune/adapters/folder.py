@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fleetune import models
+from fleetune.adapters.attachment import AdapterSpec, Attachment, attach, attachment_of, detach, load_
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
-from fleetune.adapters.core import AdapterSpec, Attachment, attach, attachment_of, detach, load_
 from fleetune.adapters.lora import ADAPTER, Lora, LoraPart, subtracted_factors
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt

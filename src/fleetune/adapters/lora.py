@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fleetune.adapters.core import attach, attachment_of, private_rng
+from fleetune.adapters.attachment import attach, attachment_of, private_rng
 from fleetune.adapters.lora_init import FROM_SEED, FROM_WEIGHTS
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.layers import head_of, layers_of

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.adapters.core import attachment_of
+from fleetune.adapters.attachment import attachment_of
 from fleetune.adapters.lora import LoraPart
 from fleetune.data.encode import Batch
 from fleetune.errors import ModelError

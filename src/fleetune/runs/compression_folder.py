@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from fleetune.common.files import write_atomic
 from fleetune.errors import StorageError, UsageError
@@ -54,6 +54,22 @@ class CompressRequest:
     def uses_held_out(self) -> bool:
         """Whether half of the run's held-out rows were used to compress, so that only the other half measures."""
         return self.run and not (self.data or self.text or self.calibrate == CLIENTS)
+
+
+class CompressOptions(TypedDict, total=False):
+    """The fields of a request without model, method and settings; a test compares them with `CompressRequest`."""
+
+    data: str
+    text: str
+    windows: int
+    length: int
+    eval_text: str
+    seed: int
+    dtype: str
+    low_memory: bool
+    calibrate: str
+    clients: int
+    true_sequential: bool
 
 
 # Finding one ----------------------------------------------------------------------------------------

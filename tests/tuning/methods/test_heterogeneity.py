@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from fleetune.adapters.core import Attachment
+from fleetune.adapters.attachment import Attachment
 from fleetune.data import Encoded
 from fleetune.data.encode import Batch, Batches
 from fleetune.errors import RecipeError

@@ -6,13 +6,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fleetune.cli.console import Ui
 from fleetune.common import settings
 from fleetune.common.display import human_bytes, human_time
 from fleetune.errors import UsageError
-from fleetune.runs.compression_folder import RECORD, CompressRequest
+from fleetune.runs.compression_folder import RECORD, CompressOptions, CompressRequest
 from fleetune.runs.events import CompressChecked, MethodListed
 
 if TYPE_CHECKING:
@@ -132,10 +132,9 @@ def _request(args: argparse.Namespace, out: Path) -> CompressRequest:
         raise UsageError(
             "compress needs a model or a run", hint=f"fleetune compress latest --method {METHOD}"
         )
-    given = {n: v for n, v in _given(args).items() if n not in ("model", "method", "set")}
-    return api.request_for(
-        args.model, method=args.method or METHOD, settings=settings.pairs(args.set or []), out=out, **given
-    )
+    options: dict[str, Any] = {n: v for n, v in _given(args).items() if n in CompressOptions.__annotations__}
+    chosen = settings.pairs(args.set or [])
+    return api.request_for(args.model, args.method or METHOD, chosen, cast(CompressOptions, options), out=out)
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
 
 if TYPE_CHECKING:
-    from fleetune.deploy.export_job import ExportResult
+    from fleetune.deploy.export_subject import ExportResult
 
 HELP = "write a run, a compressed model or a model for a runtime"
 ORDER = 90

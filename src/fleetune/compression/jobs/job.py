@@ -6,14 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fleetune import compression, subject
 from fleetune.common import settings
 from fleetune.compression.jobs.contract import Job
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
-from fleetune.runs.compression_folder import CLIENTS, CompressRequest
+from fleetune.runs.compression_folder import CLIENTS, CompressOptions, CompressRequest
 from fleetune.runs.events import CompressDone
 from fleetune.runs.listener import Listener
 
@@ -29,16 +28,16 @@ class CompressResult:
 
 
 def request_for(
-    name: str, out: Path, method: str, chosen: Mapping[str, str], given: Mapping[str, Any]
+    name: str, out: Path, method: str, chosen: Mapping[str, str], options: CompressOptions
 ) -> CompressRequest:
-    """Return the request to compress what `name` means; `given` are its fields that are not the defaults.
+    """Return the request to compress what `name` means; `options` are its fields that are not the defaults.
 
     UsageError when `name` means no plain model and no run.
     """
     found = subject.open_weights(name, out)
     run = isinstance(found, subject.Run)
     model = str(_lasting(found.folder)) if isinstance(found, subject.Run) else found.name
-    return CompressRequest(model=model, run=run, method=method.replace("_", "-"), set=dict(chosen), **given)
+    return CompressRequest(model=model, run=run, method=method.replace("_", "-"), set=dict(chosen), **options)
 
 
 def _lasting(run: Path) -> Path:
@@ -157,4 +156,5 @@ def _check_whole(request: CompressRequest) -> None:
     if request.true_sequential:
         problems.append(f"{request.method} solves no layers: no true_sequential")
     if problems:
-        raise RecipeError(problems, hint="--method optq, sparsegpt or rtn")
+        solvers = [name for name in compression.entries() if compression.kind_of(name) == "solver"]
+        raise RecipeError(problems, hint=f"--method {', '.join(solvers)}")

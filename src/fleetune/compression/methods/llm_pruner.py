@@ -57,11 +57,11 @@ from transformers import PreTrainedModel
 from fleetune.adapters import Lora
 from fleetune.common.settings import setting
 from fleetune.compression.methods import gkd
-from fleetune.compression.pruning import decision, hidden_width
-from fleetune.compression.pruning.decision import Decision
+from fleetune.compression.pruning import hidden_width, saved_selection
 from fleetune.compression.pruning.depth import with_blocks
 from fleetune.compression.pruning.importance import KINDS, Shares, estimate
 from fleetune.compression.pruning.recovery import LoraRecovery
+from fleetune.compression.pruning.saved_selection import Decision
 from fleetune.compression.pruning.selection import (
     AGGREGATES,
     depth_problems,
@@ -143,9 +143,9 @@ class Pruner:
         few = scored[:: max(1, len(scored) // self.samples)][: self.samples]
         origin, file = self._origin(model, few), folder / DECISION
         if file.is_file():
-            return decision.read(file, origin)
+            return saved_selection.read(file, origin)
         kept = (self._hidden_channels if self.mode == "hidden" else self._units)(model, few, on_row)
-        decision.write(file, origin, kept)
+        saved_selection.write(file, origin, kept)
         return kept
 
     def _units(self, model: Model, few: Sequence[Encoded], on_row: Callable[[int, int], None]) -> Decision:

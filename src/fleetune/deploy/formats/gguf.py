@@ -3,7 +3,7 @@
 
 The container is the ggml project's docs/gguf.md, version 3; tensor names are gguf.TensorNameMap's and
 metadata keys those that llama.cpp reads for architectures llama, qwen2 and qwen3.  Quantised matrices are
-repacked without loss (`ggml_blocks.py`); a target that cannot hold the codes is refused before anything is written.
+repacked without loss (`_ggml_blocks.py`); a target that cannot hold the codes is refused before anything is written.
 
     target      quantised matrices             embedding, head        other matrices       norms, biases
     gguf        Q4_0, Q4_1 or Q8_0: the        Q8_0                   F16 (BF16 stays)     F32
@@ -41,8 +41,8 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Report, ggml_blocks, gguf_vocabulary
-from fleetune.deploy.formats.gguf_header import (
+from fleetune.deploy.formats import Report, _ggml_blocks, _gguf_vocabulary
+from fleetune.deploy.formats._gguf_header import (
     add_metadata,
     architecture,
     check_config,
@@ -111,7 +111,7 @@ def exact_target(model: Checkpoint, *, sample: bool = False) -> str | None:
         return None
     codes = (q for name in model.names if (q := model.quantised(name)) is not None)
     for q in islice(codes, 1 if sample else None):
-        if all(ggml_blocks.misfit(q, kind) is not None for kind in ggml_blocks.PACKERS):
+        if all(_ggml_blocks.misfit(q, kind) is not None for kind in _ggml_blocks.PACKERS):
             return "gguf:f32"
     return "gguf"
 
@@ -152,9 +152,9 @@ def write(model: Checkpoint, path: Path, kind: str | None, made: Mapping[str, st
     )
 
 
-def _vocabulary(model: Checkpoint) -> gguf_vocabulary.Vocabulary:
+def _vocabulary(model: Checkpoint) -> _gguf_vocabulary.Vocabulary:
     rows = model.shapes["model.embed_tokens.weight"][0]
-    return gguf_vocabulary.read(model.folder, rows, model.config)
+    return _gguf_vocabulary.read(model.folder, rows, model.config)
 
 
 def _rounded(entries: Sequence[GgufTensor]) -> list[str]:
@@ -191,7 +191,7 @@ def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTen
         shifted = gemma.is_norm(architecture(config), tensor)
         entries.append(GgufTensor(tensor, name, shape, chosen, widths.heads_of(config, tensor), shifted))
     if odd:
-        notes.append(f"{_counted(odd)} not Q8_0: blocks of {ggml_blocks.BLOCK} do not divide the rows")
+        notes.append(f"{_counted(odd)} not Q8_0: blocks of {_ggml_blocks.BLOCK} do not divide the rows")
     return entries
 
 
@@ -209,7 +209,7 @@ def _kind_of(model: Checkpoint, name: str, tensor: str, kind: str | None, odd: l
         return plain
     if not model.compressed and kind is None:
         return plain
-    if shape[-1] % ggml_blocks.BLOCK:
+    if shape[-1] % _ggml_blocks.BLOCK:
         odd.append(name)
         return plain
     return "Q8_0"
@@ -217,7 +217,7 @@ def _kind_of(model: Checkpoint, name: str, tensor: str, kind: str | None, odd: l
 
 def _exact_kind(name: str, q: Quantised, kind: str | None) -> str:
     """Return the type that holds a quantised matrix without loss; UsageError when there is none, or not `kind`."""
-    fits = {k: ggml_blocks.misfit(q, k) for k in ggml_blocks.PACKERS}
+    fits = {k: _ggml_blocks.misfit(q, k) for k in _ggml_blocks.PACKERS}
     possible = [k for k, why in fits.items() if why is None]
     wanted = "Q4_0" if kind is None else kind.upper()
     reason = _inexact(q, wanted) if wanted in FLOATS else fits[wanted]
@@ -270,8 +270,8 @@ def _write_tensors(
 
 def _encode(model: Checkpoint, entry: GgufTensor) -> np.ndarray:
     """Encode a tensor as the file has it: uint8, with rows (or values of a bias) in the file's order."""
-    if entry.kind in ggml_blocks.PACKERS and (q := model.quantised(entry.parameter)) is not None:
-        raw = ggml_blocks.PACKERS[entry.kind](q)
+    if entry.kind in _ggml_blocks.PACKERS and (q := model.quantised(entry.parameter)) is not None:
+        raw = _ggml_blocks.PACKERS[entry.kind](q)
         return np.ascontiguousarray(raw[_order(entry)]) if entry.heads else raw
     weight = _values(model, entry)
     if entry.heads:

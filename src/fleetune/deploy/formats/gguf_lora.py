@@ -26,14 +26,14 @@ from safetensors.numpy import load_file
 
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report
-from fleetune.deploy.formats.gguf import interleaved
-from fleetune.deploy.formats.gguf_header import (
+from fleetune.deploy.formats._gguf_header import (
     UNREADABLE,
     architecture,
     check_config,
     open_written,
     tensor_names,
 )
+from fleetune.deploy.formats.gguf import interleaved
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.families.widths import heads_of
 from fleetune.models.tensor_file import damaged

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Report, hf_writer
+from fleetune.deploy.formats import Report, _hf_writer
 from fleetune.errors import UsageError
 from fleetune.models.families.widths import has_block_widths
 from fleetune.models.loading import DTYPES
@@ -62,9 +62,9 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
                 )
             yield name, cast
 
-    notes = hf_writer.write_folder(model, folder, tensors, {"dtype": str(dtype).removeprefix("torch.")})
+    notes = _hf_writer.write_folder(model, folder, tensors, {"dtype": str(dtype).removeprefix("torch.")})
     to = "hf" if kind is None else f"hf:{kind}"
     notes += [f"{len(rounded)} tensors are rounded to {kind}"] if rounded else []
     if has_block_widths(model.config):
         notes.append("its blocks differ in width: fleetune loads it, transformers does not")
-    return hf_writer.report(model, folder, to, len(rounded), notes)
+    return _hf_writer.report(model, folder, to, len(rounded), notes)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Misfit, Report, hf_writer
+from fleetune.deploy.formats import Misfit, Report, _hf_writer
 from fleetune.models.artefact import Quantised
 from fleetune.models.families.rope import head_dim
 
@@ -56,7 +56,7 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     settings = quantization(grids)
     config = {"dtype": "float16", "quantization": settings, "quantization_config": settings}
     note = "scale * zero is not exact in fp16: scales and biases are fp32, in which MLX computes then"
-    return hf_writer.write_codes(
+    return _hf_writer.write_codes(
         model,
         folder,
         TARGET,
@@ -70,7 +70,7 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
 def parts(name: str, q: Quantised, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a quantised layer."""
     layer = name.removesuffix(".weight")
-    yield f"{layer}.weight", hf_writer.words(q.codes, q.bits).view(torch.uint32)
+    yield f"{layer}.weight", _hf_writer.words(q.codes, q.bits).view(torch.uint32)
     yield f"{layer}.scales", q.scale.to(dtype)
     yield f"{layer}.biases", _biases(q).to(dtype)
 
@@ -134,7 +134,7 @@ def _check_config(model: Checkpoint) -> None:
 def _grids(model: Checkpoint) -> dict[str, Quantised]:
     """Return the grids of the linear layers; Misfit when MLX cannot hold the model."""
     _check_config(model)
-    grids = hf_writer.matrices(model, TARGET)
+    grids = _hf_writer.matrices(model, TARGET)
     for name, q in grids.items():
         problem = None
         if q.bits not in BITS:
@@ -151,7 +151,7 @@ def _grids(model: Checkpoint) -> dict[str, Quantised]:
 def _decode(file: Any, layer: str, q: Quantised) -> Tensor:
     """Decode a layer from the file as mlx does."""
     packed = file.get_tensor(f"{layer}.weight").view(torch.int32)
-    codes = hf_writer.unwords(packed, q.bits, q.codes.shape[1]).float()
+    codes = _hf_writer.unwords(packed, q.bits, q.codes.shape[1]).float()
     scales, biases = (
         file.get_tensor(f"{layer}.{part}").float().repeat_interleave(q.group, 1)
         for part in ("scales", "biases")

@@ -110,7 +110,7 @@ def check(count: int, options: MeasureOptions) -> list[str]:
 
 def _row_length(options: MeasureOptions, found: Sequence[Measurable]) -> int:
     """Return the most tokens of a row, the same for all; UsageError when an option exceeds a model's context."""
-    from fleetune.deploy.measure.check import longest
+    from fleetune.deploy.measure.exported_perplexity import longest
 
     most, name = min((longest(one.tokenizer), one.name) for one in found)
     asked = max(options.prompt_tokens + options.new_tokens, options.length if options.text else 0)
@@ -135,7 +135,7 @@ def _examples(options: MeasureOptions, found: Sequence[Measurable], *, offline: 
 
 def _windows(options: MeasureOptions, found: Sequence[Measurable]) -> dict[Path, list[Row]]:
     """Return tokenizer -> windows of the text; DataError when the text is too short to predict anything."""
-    from fleetune.deploy.measure.check import windows_of
+    from fleetune.deploy.measure.exported_perplexity import windows_of
 
     folders = {one.tokenizer for one in found}
     if not options.text:

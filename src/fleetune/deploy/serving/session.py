@@ -208,9 +208,9 @@ def _plain(subject: Subject, folder: Path, *, offline: bool) -> Path:
 
 def _has_template(folder: Path) -> bool:
     """Whether transformers' server can put a conversation into words: an export can where the model cannot."""
-    from fleetune.deploy.formats import gguf_vocabulary
+    from fleetune.deploy.formats import _gguf_vocabulary
 
-    return gguf_vocabulary.load(folder).chat_template is not None
+    return _gguf_vocabulary.load(folder).chat_template is not None
 
 
 def _exported(subject: Subject, source: Path, kind: str, out: Path, listener: Listener) -> Path:

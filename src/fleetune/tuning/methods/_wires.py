@@ -4,7 +4,7 @@
 The steps of a client in a round are its *walk*: tau steps, step j the integer c_j along direction k_j of the pool.
 `Byte` sends one byte a step.  The directions are drawn from the client's key of the round, so the server draws them
 again and they are never sent.  `Sums` sends the exact sum along each of the K directions, 4 bytes each.  A client that
-back-propagates (`_mixed`) sends its *projection* instead: how far it moved along each direction, one integer each.
+back-propagates (`_mixed_fleet`) sends its *projection* instead: how far it moved along each direction, one integer each.
 """
 
 from __future__ import annotations

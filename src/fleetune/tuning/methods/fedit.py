@@ -57,9 +57,9 @@ from fleetune.tuning import server_rules
 from fleetune.tuning.averaging import cut, product_mean
 from fleetune.tuning.footprint import Footprint, lora_module
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _adapter, _lora
+from fleetune.tuning.methods import Reply, _adapter, _lora_start
 from fleetune.tuning.methods._adapter import State, Training
-from fleetune.tuning.methods._lora import STARTS
+from fleetune.tuning.methods._lora_start import STARTS
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Method:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
         self.check_start()
-        _lora.check_ranks(self.ranks, self.r)
+        _lora_start.check_ranks(self.ranks, self.r)
         if self.ranks and (self.average != "product" or self.start == "orthogonal"):
             raise ValueError(
                 "ranks needs average=product (A and B of unlike ranks have no mean of their own), and a start "
@@ -115,8 +115,10 @@ class Method:
 
     def check_start(self) -> None:
         """Raise ValueError for a start that does not go with the rest."""
-        _lora.check(self.start, self.r, dropout=self.dropout, wire=self.wire, start_data=self.start_data)
-        if self.start in _lora.FROM_WEIGHTS and self.average == "product":
+        _lora_start.check(
+            self.start, self.r, dropout=self.dropout, wire=self.wire, start_data=self.start_data
+        )
+        if self.start in _lora_start.FROM_WEIGHTS and self.average == "product":
             raise ValueError(
                 f"average=product keeps the strongest directions, which after start={self.start} are the base's "
                 "own and not what was learned; use average=separate"
@@ -133,7 +135,7 @@ class Method:
         seed = key >> 1  # fits a signed 64-bit scalar
         self.attach(model, seed, self.r, self.start)
         if self.start == "eva":
-            _lora.see(model, self.start_data)
+            _lora_start.see(model, self.start_data)
         return _adapter.begin(model, seed, self.wire)
 
     def attach(self, model: Model, seed: int, r: int, start: str = "default") -> None:
@@ -160,7 +162,7 @@ class Method:
         pairs = adapters.pairs(state.tensors)
         cuts = [
             state._replace(tensors=cut(state.tensors, pairs, rank))
-            for rank in _lora.each_rank(self.ranks, self.r)
+            for rank in _lora_start.each_rank(self.ranks, self.r)
         ]
         return [(self.broadcast(part), self.expects(part)) for part in cuts]
 
@@ -192,7 +194,7 @@ class Method:
         _adapter.apply(model, state)
 
     def check_files(self) -> None:
-        _lora.check_files(self.start, self.start_data)
+        _lora_start.check_files(self.start, self.start_data)
 
     def sized(self, steps: int, batch_size: int) -> Method:
         return replace(self, steps=steps, batch_size=batch_size)

@@ -52,7 +52,7 @@ from fleetune.seeds.spsa import descend, uniforms
 from fleetune.tuning import server_rules
 from fleetune.tuning.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _mixed, _pro, _zeroth
+from fleetune.tuning.methods import Reply, _mixed_fleet, _pro, _zeroth
 from fleetune.tuning.methods._wires import WIRES, Wire, summed
 from fleetune.tuning.methods._zeroth import UNITS, draw, pool_ids, rounded
 
@@ -101,7 +101,7 @@ class Method:
         if self.epoch_rounds < 0 or self.clip < 0:
             raise ValueError("epoch_rounds and clip must be 0 or more")
         plain = (self.law, self.objective, self.pro) == ("pooled", "loss", False)
-        _mixed.check(self.backprop, self.backprop_lr, self.backprop_steps, projectable=plain)
+        _mixed_fleet.check(self.backprop, self.backprop_lr, self.backprop_steps, projectable=plain)
         server_rules.check(self.server, lr=self.server_lr)
 
     def init(self, model: Model, key: int) -> State:
@@ -132,12 +132,12 @@ class Method:
     def kinds(self, state: State) -> list[tuple[Payload, ReplySpec]]:
         """Send the same to all; what comes back depends on what a client can."""
         payload = self.broadcast(state)
-        return [(payload, self.reply_spec(c)) for c in range(_mixed.share(self.backprop).denominator)]
+        return [(payload, self.reply_spec(c)) for c in range(_mixed_fleet.share(self.backprop).denominator)]
 
     def reply_spec(self, client: int) -> ReplySpec:
         """Return what a client's reply must look like."""
-        mixed = _mixed.back_propagates(client, self.backprop)
-        return _mixed.spec(self.codec, self.K) if mixed else self.codec.spec(self.K, self.tau)
+        mixed = _mixed_fleet.back_propagates(client, self.backprop)
+        return _mixed_fleet.spec(self.codec, self.K) if mixed else self.codec.spec(self.K, self.tau)
 
     @property
     def codec(self) -> Wire:
@@ -149,8 +149,8 @@ class Method:
         """Take tau two-point steps along drawn directions; reply with the integers that were stepped by."""
         view, position = _zeroth.open_view(model, payload)
         epoch = len(payload.array("a")) - 1
-        if _mixed.back_propagates(batches.client, self.backprop):
-            projected, loss = _mixed.descend(
+        if _mixed_fleet.back_propagates(batches.client, self.backprop):
+            projected, loss = _mixed_fleet.descend(
                 model, view, position, epoch, batches.steps(self.backprop_steps, self.batch_size), key,
                 wire=self.codec, units=UNITS * self.backprop_lr / self.lr, clip=self.clip,
             )  # fmt: skip
@@ -172,7 +172,7 @@ class Method:
         total, weight, sizes = np.zeros(self.K), 0.0, _pro.Sizes(state.size.copy(), state.seen.copy())
         units = UNITS * _pro.weights(p, self.K)  # of a slope of 1 along each direction
         for reply in replies:
-            w = _mixed.weight(reply.payload, self.codec, self.K, mixed=self.backprop > 0)
+            w = _mixed_fleet.weight(reply.payload, self.codec, self.K, mixed=self.backprop > 0)
             if "projected" in reply.payload.arrays:
                 sums = self.codec.integers(reply.payload.array("projected"))
             else:

@@ -56,9 +56,9 @@ from fleetune.models.shapes import Shape
 from fleetune.tuning import server_rules
 from fleetune.tuning.footprint import Footprint, lora_module
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _adapter, _lora
+from fleetune.tuning.methods import Reply, _adapter, _lora_start
 from fleetune.tuning.methods._adapter import State, Training
-from fleetune.tuning.methods._lora import STARTS
+from fleetune.tuning.methods._lora_start import STARTS
 
 KIND = "adapter"
 PAPER = "Zhang et al., ACL Findings 2023, arXiv 2212.10025"
@@ -96,7 +96,7 @@ class Method:
         if self.size < 0 or self.lr < 0:
             raise ValueError(f"size = {self.size} and lr = {self.lr} must be positive (0: the module's own)")
         self.check_fits()
-        _lora.check(
+        _lora_start.check(
             self.start, self.size or MODULES[self.module].size, dropout=0.0, wire=self.wire,
             start_data=self.start_data,
         )  # fmt: skip
@@ -135,7 +135,7 @@ class Method:
         seed = key >> 1  # fits a signed 64-bit scalar
         self.attach(model, seed, self.start)
         if self.start == "eva":
-            _lora.see(model, self.start_data)
+            _lora_start.see(model, self.start_data)
         return _adapter.begin(model, seed, self.wire)
 
     def broadcast(self, state: State) -> Payload:
@@ -158,7 +158,7 @@ class Method:
         _adapter.apply(model, state)
 
     def check_files(self) -> None:
-        _lora.check_files(self.start, self.start_data)
+        _lora_start.check_files(self.start, self.start_data)
 
     def sized(self, steps: int, batch_size: int) -> Method:
         return replace(self, steps=steps, batch_size=batch_size)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fleetune.runs.report import charts, page, svg
+from fleetune.runs.report import bars, page, svg
 from fleetune.runs.report.page import TableCell, counted, span
 from fleetune.runs.report.runlog import Event, RunLog, list_of, map_of, num_of, number, text_of
 
@@ -67,7 +67,7 @@ def partition(run: RunLog) -> str:
     if len(split.rows) <= svg.COLOURS and (clients <= MAX_COLUMNS or len(split.rows) == 1):
         tips = [split.tip(i) for i in range(clients)]
         axes = ("client", "rows")
-        drawing = charts.stacked_bars("partition", title, desc, split.names, split.rows, tips, labels=axes)
+        drawing = bars.stacked_bars("partition", title, desc, split.names, split.rows, tips, labels=axes)
     else:
         drawing, words = _heat(split, title, desc), f"{desc} A stronger shade is a larger share."
     head = ["client", *(name for name, _ in split.rows), "all"]
@@ -99,7 +99,7 @@ def _heat(split: ClientRows, title: str, desc: str) -> str:
         names = [f"{shown.names[g[0]]}+" for g in groups]
         shown = ClientRows(names, [(n, [sum(v[i] for i in g) for g in groups]) for n, v in shown.rows])
     tips = [shown.tip(i) for i in range(len(shown.names))]
-    return charts.heat_map("partition", title, desc, shown.names, shown.rows, tips, label=label)
+    return bars.heat_map("partition", title, desc, shown.names, shown.rows, tips, label=label)
 
 
 def partition_words(run: RunLog) -> str:
@@ -136,7 +136,7 @@ def replies(run: RunLog) -> str:
     shades = [colour for kind, colour in kinds.items() if any(tally[kind])]
     tips = [f"round {r}: " + ", ".join(f"{v[i]:g} {n}" for n, v in series) for i, r in enumerate(rounds)]
     desc = f"{len(lost)} of {len(run.clients)} replies did not count."
-    drawing = charts.stacked_bars(
+    drawing = bars.stacked_bars(
         "replies",
         "Replies by round",
         desc,

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.deploy.formats import Misfit, Report, gguf_vocabulary
+from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary
 from fleetune.errors import UsageError
 from fleetune.models.artefact import Quantised, pack
 from fleetune.models.tensor_file import Tensors, compare, damaged, write_tensors
@@ -51,7 +51,7 @@ def write_folder(model: Checkpoint, folder: Path, tensors: Tensors, config: Mapp
         for file in sorted(model.folder.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-    return gguf_vocabulary.add_template(model.folder, folder)
+    return _gguf_vocabulary.add_template(model.folder, folder)
 
 
 def words(codes: Tensor, bits: int) -> Tensor:

@@ -125,7 +125,7 @@ def _of_run(
 
 def _write_tuned(run: Run, out: Path, listener: Listener | None = None, *, offline: bool) -> str:
     """The run's tuned weights as a plain directory; the digest of its weights."""
-    from fleetune.deploy.formats import gguf_vocabulary
+    from fleetune.deploy.formats import _gguf_vocabulary
     from fleetune.tuning import finished
 
     recipe = run.recipe
@@ -135,7 +135,7 @@ def _write_tuned(run: Run, out: Path, listener: Listener | None = None, *, offli
     )
     model = run.load(offline=offline)
     if listener is not None:
-        for note in gguf_vocabulary.give_template(model.tokenizer):
+        for note in _gguf_vocabulary.give_template(model.tokenizer):
             listener.note(f"note: {note}")
     return finished.export_hf(model, out, card=card)
 
@@ -157,7 +157,7 @@ def _done(report: Report, listener: Listener) -> ExportDone:
 
 def _rows(source: Path, text: str | None) -> list[Row]:
     """The windows of the text in the tokens of the model in `source`; none without a text."""
-    from fleetune.deploy.measure import check as checking
+    from fleetune.deploy.measure import exported_perplexity as checking
 
     return checking.windows_of(text, source) if text else []
 
@@ -172,7 +172,7 @@ def _finish(
     offline: bool = False,
 ) -> ExportResult:
     """Run what was written in its runtime, and its source in torch, on the same windows of a text."""
-    from fleetune.deploy.measure import check as checking
+    from fleetune.deploy.measure import exported_perplexity as checking
 
     out = Path(done.path)
     if not rows:
