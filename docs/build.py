@@ -119,18 +119,23 @@ def events_page() -> str:
     about = (inspect.getdoc(events) or "").partition("\n\n")[2]
     schema = "Machines read [the JSON schema](events.schema.json)."
     out = [MADE, "# Events\n", f"The lines of `--json`. {about}\n", schema + "\n"]
-    at = 0
+    at, shared = 0, dict[str, ast.ClassDef]()
     for node in ast.parse(source).body:
         above, at = lines[at : node.lineno - 1], node.end_lineno or 0
         out += [f"## {m[1]}\n" for line in above if (m := re.fullmatch(r"# (.*\w) -{10,}", line))]
-        if isinstance(node, ast.ClassDef) and (event := getattr(events, node.name)) in events.classes():
-            out += _event(event, node, lines)
+        if not isinstance(node, ast.ClassDef):
+            continue
+        if (event := getattr(events, node.name)) in events.classes():
+            bases = [shared[base.__name__] for base in event.__bases__ if base.__name__ in shared]
+            out += _event(event, [node, *bases], lines)
+        else:
+            shared[node.name] = node
     return "\n".join(out)
 
 
-def _event(event: type[events.Event], node: ast.ClassDef, lines: Sequence[str]) -> list[str]:
+def _event(event: type[events.Event], nodes: Sequence[ast.ClassDef], lines: Sequence[str]) -> list[str]:
     rows = []
-    for field in node.body:
+    for field in (field for node in nodes for field in node.body):
         if not isinstance(field, ast.AnnAssign) or "ClassVar" in ast.unparse(field.annotation):
             continue
         optional, kind = field.value is not None, _json_type(field.annotation)
@@ -138,9 +143,6 @@ def _event(event: type[events.Event], node: ast.ClassDef, lines: Sequence[str]) 
         remark = lines[(field.end_lineno or 0) - 1].partition("  # ")[2]
         name = ast.unparse(field.target)
         rows.append(f"| `{name}` | {_cell(kind)} | {'optional' if optional else ''} | {_cell(remark)} |")
-    if issubclass(event, events.Measures):
-        names = ", ".join(f"`{f.name}`" for f in dataclasses.fields(events.Measures))
-        rows.append(f"| {names} | float | optional | those that were asked for |")
     title = [f"### {event.event}: {event.__name__}\n", f"{inspect.getdoc(event)}\n"]
     return [*title, "| field | type | | meaning |", "|---|---|---|---|", *rows, ""]
 

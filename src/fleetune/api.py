@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline as functions: plan, tune, evaluate, compress, export, measure, serve; and open, for what a name means.
+"""The pipeline as functions: plan, tune, evaluate, compress, export, measure, serve; and `open`, which looks a name up.
 
     plan = fleetune.plan("smollm2-135m", ram="2GB", uplink="1Mbps")
     run = fleetune.tune("smollm2-135m", "demo", method="fedkseed", rounds=2)
@@ -7,9 +7,11 @@
     file = fleetune.export(small, to="gguf")
     table = fleetune.measure(small, kept_gain=True)
 
-The commands call exactly these.  A model may be a name, a path, a run's number, `latest`, or a result from before.
+The commands of the same names call these.  A model may be a name, a path, the number of a run or compression, `latest`,
+or a result of `tune` or `compress`; `plan` and `tune` take a plain model alone.
 Every function raises a class of `fleetune.errors` whose message says what failed and whose hint says what to do.
-`listener` follows the work (`runs/listener.py`); `offline` never uses the network; `out` is the folder of the runs.
+`listener` is called with events, remarks and progress (`runs/listener.py`); with `offline` the network is never used;
+`out` is the folder of the runs.
 """
 
 from __future__ import annotations
@@ -47,10 +49,10 @@ Rows = str | Path | Iterable[Mapping[str, Any]]  # a file, a hub id, or rows: di
 
 
 def open(name: Any, *, out: str | Path = "runs") -> Subject:
-    """Return what a name means: a `Run`, a `Compressed` model or a `Plain` one.  Nothing is loaded until it is asked for.
+    """Return what a name means: a `Run`, a `Compressed` model or a `Plain` one.  No weights are loaded yet.
 
-    `name` is a path, a run's name or number under `out`, `latest`, a built-in name or a hub id; a result of `tune` or
-    `compress` is taken too.  UsageError where there is no such run.
+    `name` is a path, the name or number of a run or compression under `out`, `latest`, a built-in name or a hub id, or a
+    result of `tune` or `compress`.  UsageError when no run or compression has that number, or there is no latest one.
     """
     if isinstance(name, Run | Compressed | Plain):
         return name
@@ -64,7 +66,7 @@ def open(name: Any, *, out: str | Path = "runs") -> Subject:
 
 
 def _named(method: object, modules: Mapping[str, str]) -> tuple[str, dict[str, Value]]:
-    """A method's name and its settings, from a name or from a method's own dataclass; `modules` are by name."""
+    """Return a method's name and settings, from its name or its own dataclass; `modules` is name -> module."""
     if isinstance(method, str):
         return method, {}
     cls = type(method)
@@ -90,8 +92,9 @@ def plan(
 ) -> Plan:
     """Return memory, traffic and time of every method for one device and one round, before any work.
 
-    `ram` (4GB, or bytes) says what fits, `uplink` (1Mbps, or bytes a second) how long a round's traffic takes; a round
-    is `steps` steps of `batch` rows of `length` tokens, with weights in `dtype`.
+    `ram` is the device's memory (4GB, or bytes), `uplink` its upload speed (1Mbps, or bytes a second); without them
+    the plan does not say what fits, or how long sending takes.  A round is `steps` local steps of `batch` rows of
+    `length` tokens, with weights in `dtype`.
     """
     from fleetune import models
     from fleetune.planning import plan as planning
@@ -123,9 +126,10 @@ def tune(
     """Tune a model over a simulated fleet in a new folder under `out`, and return the run.
 
     `model` is a name or path, a `fleetune.Model`, a transformers or PEFT model (with its `tokenizer`), or a whole
-    `Recipe`, which then says everything.  `data` is a file, a hub id, `"demo"`, or rows as dicts.  `method` is a name or
-    a method's own dataclass (`fedkseed.Method(K=1024)`); `settings` are the method's, by name.  `options` are those of
-    `fleetune.Recipe`.  Objects are written into `OUT/objects`, so that the run can be resumed.
+    `Recipe`, which then holds all options.  `data` is a file, a hub id, `"demo"`, or rows as dicts.  `method` is a name
+    or a method's own dataclass (`fedkseed.Method(K=1024)`); `settings` are the method's, by name.  `options` are those
+    of `fleetune.Recipe`.  A model or rows given as Python objects are saved under `OUT/objects`, so that the run can be
+    resumed.
     """
     recipe = model if isinstance(model, Recipe) else None
     if recipe is None:
@@ -140,7 +144,7 @@ def tune(
 def run_recipe(
     recipe: Recipe, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
 ) -> TuneResult:
-    """Tune as a recipe says, in a new folder under `out`."""
+    """Tune by a recipe, in a new folder under `out`."""
     from fleetune.tuning import prepare, run
     from fleetune.tuning.result import TuneResult
 
@@ -154,7 +158,7 @@ def run_recipe(
 def resume_run(
     run: str | Path, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
 ) -> TuneResult:
-    """Resume a stopped run by its own recipe, with the same bits as if it had not stopped; a finished one is returned."""
+    """Resume a stopped run by its own recipe, to the same bits as without the stop; return a finished run as it is."""
     from fleetune.tuning import prepare, result
     from fleetune.tuning import run as running
 
@@ -173,7 +177,7 @@ def resume_run(
 
 
 def check_recipe(recipe: Recipe, *, offline: bool = False) -> TuneChecked:
-    """Check a recipe, its data and its model, and write nothing."""
+    """Load the model and data of a recipe and check it; write nothing."""
     from fleetune.tuning import prepare
 
     prepare.check(recipe)
@@ -219,11 +223,11 @@ def evaluate(
     offline: bool = False,
     listener: Listener | None = None,
 ) -> dict[str, float]:
-    """Measure a model on rows (of a run or a compressed run: its own held-out ones) and return value by task.
+    """Measure a model on rows and return task -> value; a run or a compressed run has held-out rows of its own.
 
-    `tasks` are loss, rouge_l, f1, exact_match, accuracy (of the words in `labels`) and perplexity (of the file `text`);
-    by default loss and rouge_l, of an encoder loss and accuracy.  At most `limit` rows count.  Losses are in nats a
-    token, the rest but perplexity in percent.
+    `tasks` are loss, rouge_l, f1, exact_match, accuracy (by the words in `labels`) and perplexity (of the file `text`);
+    the default is loss and rouge_l; for an encoder, loss and accuracy.  At most `limit` rows are measured.  Losses are
+    in nats a token (of an encoder: a row); perplexity has no unit; the others are in percent.
     """
     from fleetune import data as reading
     from fleetune.evaluation import measures
@@ -246,7 +250,7 @@ def evaluate(
 def _checked_tasks(
     tasks: Sequence[str], limit: int, answer_tokens: int, text: str | Path | None
 ) -> tuple[str, ...]:
-    """The tasks; RecipeError for what cannot be, before anything is loaded."""
+    """Return the tasks; RecipeError for bad options, before anything is loaded."""
     from fleetune.evaluation import measures
 
     problems = [
@@ -294,9 +298,10 @@ def compress(
 
     `method` is a name (`fleetune.compressors()`) or a method's own dataclass (`optq.Solver(bits=3)`); `settings` are the
     method's, by name.  A solver calibrates on `windows` windows of `length` tokens, of `data` (rows) or `text` (a file),
-    of the run's held-out rows, or of text that the model writes; with `calibrate="clients"` the run's clients do it.
-    `low_memory` leaves the model in its files; `true_sequential` solves a layer on its block's compressed outputs;
-    `eval_text` is measured before and after.
+    of the run's held-out rows, or of text that the model writes; with `calibrate="clients"` the run's clients calibrate
+    on their training rows.  `low_memory` loads one block at a time from disk.  With `true_sequential` a layer is solved
+    on inputs that have passed the already compressed layers of its own block (GPTQ's option of that name).  The
+    perplexity of the text file `eval_text` is measured before and after.
     """
     from fleetune.tuning import objects_to_files
 
@@ -316,7 +321,7 @@ def start_compression(
     offline: bool = False,
     listener: Listener | None = None,
 ) -> CompressResult:
-    """Carry out a request in a new folder under `out`."""
+    """Compress as requested, in a new folder under `out`."""
     from fleetune.compression.jobs import job
 
     return job.start(request, listener or Silent(), Path(out), offline=offline)
@@ -329,7 +334,7 @@ def check_request(
     offline: bool = False,
     listener: Listener | None = None,
 ) -> Job:
-    """Check a request with everything loaded, and write nothing."""
+    """Load the model and data and check the request; write nothing.  Return the prepared job."""
     from fleetune.compression.jobs import job
 
     return job.prepare(request, listener or Silent(), Path(out), offline=offline)
@@ -363,7 +368,7 @@ def request_for(
 def resume_compression(
     folder: str | Path, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
 ) -> CompressResult:
-    """Resume a stopped compression as it was requested; a finished one is returned."""
+    """Resume a stopped compression as it was requested; return a finished one as it is."""
     from fleetune.compression.jobs import job
     from fleetune.runs import compression_folder
 
@@ -388,8 +393,9 @@ def export(
 ) -> ExportResult:
     """Write a model for a runtime, and read it back.
 
-    `to` is a target (`fleetune.targets()`; default gguf, of a run hf), `path` a new file or folder (default: beside the
-    model).  With a `text` file its perplexity is measured by the source and by what was written, in its runtime.
+    `to` is a target (`fleetune.targets()`; default `gguf`; for a run `hf`), `path` a new file or folder (default: in the
+    folder of the run or compression; of a plain model here).  With a text file `text`, the perplexity of the source in
+    torch and of the written file in its runtime are compared.
     """
     from fleetune.deploy import export_subject
 
@@ -420,8 +426,10 @@ def measure(
 ) -> MeasureResult:
     """Measure size, speed, memory and quality of models side by side, each in a process of its own.
 
-    Of a compression's folder: base, tuned and compressed, in torch and in llama.cpp; with `kept_gain` the base is
-    compressed the same way (once), which says what of the tuning's gain is kept.
+    For a compression, three models are measured: base, tuned, compressed (without tuned if it was never tuned).  Models
+    are run in torch, exported .gguf files in llama.cpp, a model that is a .gguf file in both.  With several models, only
+    the last stage of each is measured, in torch and as its exported files.  `kept_gain` also compresses the base in the
+    same way, to find what share of the improvement from tuning survives.
     """
     from fleetune.deploy.measure import job
     from fleetune.tuning import objects_to_files
@@ -453,8 +461,9 @@ def serve(
 ) -> Iterator[Session]:
     """Serve a model over an OpenAI-compatible endpoint and a chat page while the block runs.
 
-    `engine` is a name or auto (the first installed); `threads` are measured where none are given; `port` 0 takes any free
-    one; off the loopback address clients must present `token` (one is made where none is given).
+    `engine` is a name or auto (the first installed); without `threads`, several counts are tried and the fastest is
+    used; `port` 0 takes any free one.  A client must present `token` if one is given; on a `host` beyond this machine one
+    is always needed, and made where none is given.
     """
     from fleetune.deploy.serving import session
 

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say what a name means: a run, a compressed model, or a plain model.
+"""Find what a name means: a run, a compressed model, or a plain model.
 
-This is the one place that knows.  In order:
+All name lookup is here: of every argument that may be any of the three.  The first rule that fits wins:
 
-    a folder with an artefact of codes             `Compressed`
-    a path, name or number of a compression        `Compressed`
-    a path, name or number of a run                `Run`
-    `latest`                                       the newest of these two
-    a built-in name, a directory, a .gguf file, a hub id         `Plain`
+    `latest`                                      the newest run or compression, by number
+    the folder of an artefact of codes            `Compressed`
+    a path, name or number of a compression       `Compressed`
+    a path, name or number of a run               `Run`
+    a built-in name, a directory, a .gguf file, a hub id        `Plain`
 
-Names and numbers are looked up under `out`, the folder of the runs.  Nothing is loaded until it is asked for.
+An artefact of codes is a folder with `master.safetensors`: quantised (or sparse) weights in Fleetune's own format, as
+the methods that work layer by layer write it.  Names and numbers are looked up under `out`, the folder of the runs.
+`open` loads no weights; `load` does.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """A tuned run (or one that is not finished yet)."""
+    """A tuning run, finished or not."""
 
     folder: Path
 
@@ -57,7 +59,7 @@ class Run:
 
     @property
     def result(self) -> Path:
-        """Its ledger or adapter directory; UsageError when it has none yet."""
+        """The path of its ledger or adapter directory; UsageError when it has no result yet."""
         from fleetune.tuning import finished
 
         return finished.result_of(self.folder)
@@ -83,7 +85,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compressed model: of a compression's folder, or an artefact of codes by itself (`folder` is then None)."""
+    """A compressed model: the folder of a compression, or an artefact of codes without one (`folder` is then None)."""
 
     folder: Path | None
     artefact: Path | None = None
@@ -100,14 +102,14 @@ class Compressed:
 
     @property
     def home(self) -> Path:
-        """Where exported files are written: the compression's folder, or that of the artefact."""
+        """Where exported files are written: the folder of the compression, or of the artefact."""
         if self.folder is not None:
             return self.folder
         return self.model.parent if self.model.name == "model" else self.model
 
     @property
     def model(self) -> Path:
-        """The artefact of codes, or plain directory; UsageError when the compression is not finished."""
+        """The artefact of codes, or the plain directory; UsageError when the compression is not finished."""
         if self.artefact is not None:
             return self.artefact
         assert self.folder is not None
@@ -115,18 +117,18 @@ class Compressed:
 
     @property
     def request(self) -> CompressRequest | None:
-        """What was asked for; None for an artefact by itself."""
+        """The request; None for an artefact without a compression's folder."""
         return compression_folder.request_of(self.folder) if self.folder is not None else None
 
     @property
     def holds_codes(self) -> bool:
-        """Whether the weights are in Fleetune's own file of codes, not in a plain directory."""
+        """Whether the result is an artefact of codes, not a plain directory."""
         from fleetune.models.artefact import is_master
 
         return is_master(self.model)
 
     def load(self, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False) -> Model:
-        """Load its weights, codes as the values that they stand for."""
+        """Load it with its weights dequantised to `dtype`."""
         from fleetune import models
 
         if self.holds_codes:
@@ -134,7 +136,10 @@ class Compressed:
         return models.load(str(self.model), dtype=dtype, device=device, offline=offline)
 
     def held_out(self, *, offline: bool = False) -> list[Example]:
-        """Read the held-out rows of its run that it was not made with; [] for a model that is no run."""
+        """Return the run's held-out rows, without those used to compress it; [] when the model does not come from a run.
+
+        UsageError when the run is gone.
+        """
         from fleetune.tuning import finished
 
         request = self.request
@@ -151,7 +156,7 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Plain:
-    """A model by its name: built in, a Hugging Face directory, a .gguf file or a hub id."""
+    """A plain model: a built-in name, a Hugging Face directory, a .gguf file or a hub id."""
 
     name: str
 
@@ -161,13 +166,13 @@ class Plain:
         return self.name
 
     def load(self, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False) -> Model:
-        """Load it."""
+        """Load the model."""
         from fleetune import models
 
         return models.load(self.name, dtype=dtype, device=device, offline=offline)
 
     def directory(self, *, offline: bool = False) -> Path:
-        """Return its Hugging Face directory, fetched or converted first where need be."""
+        """Return its Hugging Face directory; it is fetched or converted first if necessary."""
         from fleetune import models
 
         return models.resolve(self.name, offline=offline)
@@ -177,7 +182,7 @@ Subject = Run | Compressed | Plain
 
 
 def open(name: str | Path, out: str | Path = "runs") -> Subject:
-    """Return what `name` means.  UsageError for `latest` or a number where there is no such run."""
+    """Return what `name` means.  UsageError for `latest` or a number without such a run or compression."""
     text, runs, path = str(name), Path(out), Path(name)
     if text != "latest" and _is_artefact(path):
         return Compressed(None, path)
@@ -197,8 +202,8 @@ def open(name: str | Path, out: str | Path = "runs") -> Subject:
 def open_weights(name: str | Path, out: str | Path = "runs") -> Run | Plain:
     """Return what `name` means where plain weights are needed: to compress them, or to teach a student.
 
-    A finished plain result of a compression counts as the model that it is; `latest` passes over compressions that hold
-    codes.  UsageError for codes, with the command that exports them.
+    A finished compression whose result is a plain Hugging Face directory is returned as `Plain`.  `latest` skips
+    compressions that hold codes.  UsageError for an artefact of codes; its hint is the command that exports it.
     """
     text, runs = str(name), Path(out)
     run = _run(text, runs)
@@ -227,10 +232,9 @@ def load_with_rows(
     needs_rows: bool = True,
     offline: bool = False,
 ) -> tuple[Model, list[Example]]:
-    """Load a subject, with the rows to measure it on: those `given`, else its own held-out rows.
+    """Load a subject, and return it with the rows to measure it on: those `given`, else its own held-out rows.
 
-    What is missing or does not fit is said before anything is loaded.  UsageError for rows that are needed and not
-    there, and for a `dtype` that a run does not have.
+    UsageError, before the model is loaded, when `needs_rows` and there are none, or when `dtype` differs from a run's.
     """
     from fleetune import models
 
@@ -264,7 +268,7 @@ def _codes(name: str, found: Compressed) -> UsageError:
 
 
 def _run(name: str, out: Path) -> Path | None:
-    """The run's folder that `name` means, None when it means no run."""
+    """Return the folder of the run that `name` means; None when it means no run."""
     like_one = name == "latest" or name.isdigit() or (Path(name) / "run.toml").is_file()
     if like_one or (out / name / "run.toml").is_file():
         with suppress(UsageError):

@@ -55,7 +55,7 @@ class AdapterSpec(Protocol):
 
 @dataclass(frozen=True)
 class Attachment:
-    """What is attached to a model (`model.attachment`): the spec, and all trainable parameters sorted by name."""
+    """An adapter attached to a model (`model.attachment`): its spec, and all trainable parameters sorted by name."""
 
     spec: AdapterSpec
     parameters: Mapping[str, nn.Parameter]

@@ -189,7 +189,7 @@ class Ui:
             self._results.write(clean(piece))
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """What is about to be done: a panel of label and value on stderr (plain lines off a terminal)."""
+        """Show what is about to run: a panel of label and value on stderr (plain lines off a terminal)."""
         if self.quiet >= 1:
             return
         title, rows = clean(title), [(clean(a), clean(b)) for a, b in rows]
@@ -367,7 +367,7 @@ class Ui:
         self._draw(self._results, table, whole=False)
 
     def error(self, err: FleetuneError) -> None:
-        """What failed and what to try, on stderr; in JSON mode an event with the exit code as well."""
+        """Print what failed and what to try on stderr; in JSON mode print an event with the exit code."""
         stopped = isinstance(err, Interrupted)
         if self.json:
             kind = Stopped if stopped else Failed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find what plugs into Fleetune: the modules of one folder, and what other packages register.
+"""Find plug-ins: the modules of one folder, and modules that other packages register.
 
 There are four registries, all of this kind: tuning methods, compressors, export targets and commands.  A file in the
 folder *is* the member: `tuning/methods/fedkseed.py` is `--method fedkseed`.  Another package registers a module under
@@ -40,7 +40,8 @@ class Member:
 class Registry:
     """The members of a folder and of an entry-point group.
 
-    A module of the folder is a member if it states all constants in `requires`; a registered module must state them.
+    A module of the folder is a member if it states all constants in `requires`.  A file without them is ignored (a
+    helper); a module from another package without them is an error.
     """
 
     def __init__(self, kind: str, package: str, group: str, requires: tuple[str, ...], listing: str) -> None:

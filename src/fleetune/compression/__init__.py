@@ -116,7 +116,7 @@ class Pruner(Protocol):
 
     @property
     def recover(self) -> str:
-        """How the pruned model is trained; "none" for not at all."""
+        """The way the pruned model is trained; "none" for not at all."""
 
     def check(self, model: Model, length: int, *, plain: bool) -> None:
         """Raise RecipeError with every reason why rows of `length` tokens (`plain`: windows of text) cannot be used."""

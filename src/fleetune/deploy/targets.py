@@ -28,7 +28,7 @@ class Target:
 
     @property
     def kind(self) -> str | None:
-        """What follows the colon: q4_0 of gguf:q4_0."""
+        """The part after the colon: q4_0 of gguf:q4_0."""
         return self.name.partition(":")[2] or None
 
     @property
@@ -50,7 +50,7 @@ class Target:
         return importlib.import_module(self.format.module)
 
     def place(self, folder: Path, name: str = "") -> Path:
-        """Where an export goes that is given no path: in `folder`, for the model `name` (default: the folder's)."""
+        """Return the default path of an export: in `folder`, for the model `name` (default: the folder's name)."""
         if self.suffix:
             kind = f"-{self.kind}" if self.kind else ""
             return folder / f"{name or folder.name}{kind}{self.suffix}"

@@ -40,7 +40,7 @@ WRITTEN: Final = 2.0  # a finished block on its way to the disk: tensors and byt
 
 
 class CompressionSize(NamedTuple):
-    """What the costs of a compression depend on."""
+    """The quantities that memory and disk of a compression depend on."""
 
     windows: int  # 0: the solver needs none
     length: int
@@ -49,9 +49,9 @@ class CompressionSize(NamedTuple):
     group: int = 32
     low_memory: bool = False
     measured: bool = False
-    clients: int = 0  # that calibrate in turn; the states of one are in memory
-    together: bool = False  # true sequential: all windows are in the block at once
-    heads: int = 0  # of an attention that writes its scores down; 0: none is written
+    clients: int = 0  # that calibrate in turn; the hidden states of one are in memory
+    together: bool = False  # true_sequential: all windows go through the block at once
+    heads: int = 0  # whose attention scores are stored; 0 for fused attention
 
 
 def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tabulate what tuning a model will cost, from its configuration alone: memory, traffic, passes and time.
 
-Nothing is loaded and nothing is downloaded but the configuration.  A `Shape` is what of it matters, a method's
-`Footprint` is what a device does, `device_cost` and `traffic` are what that comes to; here it becomes a table, with
-what fits a device.  Traffic is what `messages.encode` makes of the methods' own payloads.  Time comes from a short
-measurement of this machine, so it is for devices like this one.
+Nothing is loaded and nothing is downloaded but the configuration.  A `Shape` has the sizes that matter, a method's
+`Footprint` the work of a device; `device_cost` and `traffic` compute memory, time and bytes from both.  This module
+makes a table of them, with what fits a device.  Traffic is the size of the methods' own payloads after
+`messages.encode`.  Time comes from a short measurement of this machine, so it is for devices like this one.
 
 State alone (weights, gradients, moments; no activations, no process) is the comparison of MeZO (arXiv
 2305.17333) and of Adam's 16 bytes a parameter: 14 GB to run LLaMA-7B in fp16, 112 GB to tune it with Adam.
@@ -52,18 +52,18 @@ TIGHT: Final = 0.9  # fuller than this is a tight fit
 class Row:
     """The costs of one way to use a model, a device and round, in bytes and seconds; None where they are not known."""
 
-    method: str
-    note: str
-    tunes: bool  # a method of `fleetune tune` (else a comparison)
-    peak: int | None  # None: the method states no footprint
-    parts: dict[str, int]  # what the peak is made of
-    trainable: int | None
-    bytes_up: int | None
-    bytes_down: int | None
+    method: str  # or the name of a comparison
+    note: str  # size of what is trained, such as r=8; "" for all weights
+    tunes: bool  # False for a row shown only for comparison, such as inference
+    peak: int | None  # peak memory; None (as `trainable`, `passes`) for a method without `footprint`
+    parts: dict[str, int]  # bytes of the peak, by part: weights, activations, ..
+    trainable: int | None  # number of trained weights; 0 for inference
+    bytes_up: int | None  # from the device, in a round
+    bytes_down: int | None  # to the device, in a round
     passes: int | None  # times that a step goes through all weights
-    seconds: float | None  # computing; None for inference
-    sending: float | None  # bytes_up at the stated uplink
-    ram: int | None
+    seconds: float | None  # computing of a round; None for inference
+    sending: float | None  # seconds to send bytes_up at the stated uplink
+    ram: int | None  # stated memory of the device
 
     @property
     def spare(self) -> int:

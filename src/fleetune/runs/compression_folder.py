@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CompressRequest:
-    """What was asked for, as `compress.json` holds it."""
+    """The request of a compression, as `compress.json` holds it."""
 
     model: str  # a model's name, or a run's folder
     run: bool  # whether it is a run's folder
@@ -45,14 +45,14 @@ class CompressRequest:
     eval_text: str = ""
     seed: int = 42
     dtype: str = "fp32"
-    low_memory: bool = False  # the model stays in its files
+    low_memory: bool = False  # load one block at a time from disk
     calibrate: str = "server"  # who calibrates: server, or clients (those of the run)
     clients: int = 0  # how many of them, 0 for all
-    true_sequential: bool = False  # a layer is solved on the outputs of its block's compressed layers
+    true_sequential: bool = False  # inputs of a layer have passed the compressed layers of its own block
 
     @property
     def uses_held_out(self) -> bool:
-        """Whether half of the run's held-out rows were used, so that only the other half measures."""
+        """Whether half of the run's held-out rows were used to compress, so that only the other half measures."""
         return self.run and not (self.data or self.text or self.calibrate == CLIENTS)
 
 
@@ -102,7 +102,7 @@ def create(request: CompressRequest, out: Path) -> Path:
 
 
 def name_of(model: str) -> str:
-    """What a model or a run is called; a compression's plain model has its folder's name."""
+    """Return the short name of a model or a run; a compression's plain model has its folder's name."""
     path = Path(model)
     return (path.parent if path.name == "model" and rundir.number(path.parent) else path).name
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every event that Fleetune reports: what `--json` prints a line each, and what a `Listener` is given.
 
-A line is one JSON object: `"v": 1`, `"event"` (the name below), then the fields.  A field without a default is always
-there; one that defaults to None is left out where it is None.  A number that is not finite is printed as null.  Events
-of a tuning run are also the lines of its `metrics.jsonl`, with the time `t` (seconds since 1970).
+A line is one JSON object: `"v": 1`, `"event"` (the name below), then the fields.  A name is unique within one command,
+not among all: `done` of `tune` and `done` of `compress` have different fields.  A required field is always in the line.
+An optional field is left out when it is None.  A number that is not finite is printed as null.  Events of a tuning run
+are also the lines of its `metrics.jsonl`, with the time `t` (seconds since 1970).
 
 Units: bytes, seconds, nats for losses.
 """
@@ -25,25 +26,25 @@ E = TypeVar("E", bound="Event")
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What all events share."""
+    """Base class of all events."""
 
     event: ClassVar[str] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measures(Event):
-    """Measures of quality; those that were asked for are there."""
+    """Measures of quality; those that were not asked for are None."""
 
-    loss: float | None = None
-    perplexity: float | None = None
-    accuracy: float | None = None
-    rouge_l: float | None = None
-    f1: float | None = None
-    exact_match: float | None = None
+    loss: float | None = None  # mean cross-entropy, nats a token of the answers (an encoder: nats a row)
+    perplexity: float | None = None  # exponential of the mean loss per token of a text
+    accuracy: float | None = None  # % of the rows whose label word is right
+    rouge_l: float | None = None  # Rouge-L of generated answers, %
+    f1: float | None = None  # token F1 of generated answers, %
+    exact_match: float | None = None  # % of generated answers equal to the reference
 
     @property
     def values(self) -> dict[str, float]:
-        """The measures that are there, by name."""
+        """The measures that are not None, by name."""
         names = [f.name for f in dataclasses.fields(Measures)]
         return {n: v for n in names if (v := getattr(self, n)) is not None}
 
@@ -52,8 +53,8 @@ class Measures(Event):
 class Recorded(Event):
     """An event of a tuning run, which its `metrics.jsonl` holds as well."""
 
-    t: float | None = None  # when, in seconds since 1970
-    run: str | None = None  # of a sweep: the run's name
+    t: float | None = None  # when, seconds since 1970
+    run: str | None = None  # in a sweep: the folder's name of the run
 
 
 # Tuning ---------------------------------------------------------------------------------------------
@@ -64,45 +65,45 @@ class TuneChecked(Event):
     """`tune --dry-run`: the recipe, data and model can be used."""
 
     event: ClassVar[str] = "checked"
-    clients: int
-    rows: int  # of all clients
-    held_out: int
+    clients: int  # number of clients in the fleet
+    rows: int  # training rows of all clients
+    held_out: int  # number of held-out rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneStart(Recorded):
-    """A run begins: who takes part with what."""
+    """A run begins: its model, its clients, their rows."""
 
     event: ClassVar[str] = "start"
-    method: str
-    model: str
-    digest: str  # of the base model's weights
-    params: int
-    trained: int  # numbers that are trained
-    clients: int
-    rounds: int
-    partition: str
-    column: str | None  # that the rows are divided by, or that is shown
-    rows_per_client: Sequence[int]
-    held_out: int
-    counts: Mapping[str, Sequence[int]] | None = None  # rows of each client by the value of `column`
+    method: str  # tuning method
+    model: str  # base model, as the recipe names it
+    digest: str  # SHA-256 of the base model's weights
+    params: int  # number of weights of the model
+    trained: int  # number of trained weights: all of them, or those of the adapter
+    clients: int  # number of clients in the fleet
+    rounds: int  # number of rounds to run
+    partition: str  # rule that divides the rows among the clients
+    column: str | None  # column of `counts`, or that the rows are divided by; null for none
+    rows_per_client: Sequence[int]  # training rows of each client, in order
+    held_out: int  # number of held-out rows
+    counts: Mapping[str, Sequence[int]] | None = None  # training rows of each client, by value of `column`
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientReply(Recorded):
-    """What became of one client in a round."""
+    """Outcome of one client in a round."""
 
     event: ClassVar[str] = "client"
-    round: int
-    client: int
-    n: Value | bytes | None  # its rows, as it says
-    loss: Value | bytes | None  # its training loss, as it says
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    rss: int
-    status: str  # ok, refused, failed, dropped, late
-    reason: str
+    round: int  # from 1
+    client: int  # from 0
+    n: Value | bytes | None  # training rows, as the client states; null without a good reply
+    loss: Value | bytes | None  # training loss, as the client states; null without a good reply
+    bytes_up: int  # size of the reply; 0 for none
+    bytes_down: int  # size of the message that it received
+    seconds: float  # of its local work
+    rss: int  # resident memory of the process now, bytes
+    status: str  # ok, refused (by the check of replies), failed, dropped or late
+    reason: str  # of any status but ok; else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +111,15 @@ class RoundDone(Recorded):
     """A round has been aggregated."""
 
     event: ClassVar[str] = "round"
-    round: int
-    clients: int  # that were asked
-    accepted: int
-    bytes_up: int
-    bytes_down: int
+    round: int  # from 1
+    clients: int  # number of clients that were asked
+    accepted: int  # number of replies that passed the check
+    bytes_up: int  # of all replies of the round
+    bytes_down: int  # of all messages to clients of the round
     bytes_total: int  # up and down, of all rounds so far
-    seconds: float
-    rss: int
-    report: Mapping[str, float] | None = None  # the method's own figures
+    seconds: float  # of the round, without evaluation
+    rss: int  # resident memory of the process now, bytes
+    report: Mapping[str, float] | None = None  # the method's own figures, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,7 @@ class RoundEvaluated(Recorded, Measures):
     """The model after a round (0: the base), on the held-out rows."""
 
     event: ClassVar[str] = "eval"
-    round: int
+    round: int  # 0 for the base model
 
 
 def round_evaluated(round: int, measures: Mapping[str, float]) -> RoundEvaluated:
@@ -140,22 +141,22 @@ class TuneDone(Event):
     """A run is finished."""
 
     event: ClassVar[str] = "done"
-    base: Mapping[str, float | None]
-    tuned: Mapping[str, float | None]
+    base: Mapping[str, float | None]  # measures of the base model, by name
+    tuned: Mapping[str, float | None]  # measures of the tuned model, by name
     rows: int  # held-out rows behind the measures
-    run: str  # the run's folder
-    rounds: int
-    bytes_up: int
-    bytes_down: int
-    seconds: float  # of the rounds
-    wall: float  # of this process, evaluations included
-    peak_rss: int
-    result: str  # the ledger, or the adapter directory
-    result_bytes: int
-    digest: str  # of the tuned weights or the adapter
+    run: str  # path of the run's folder
+    rounds: int  # number of rounds
+    bytes_up: int  # from all clients, all rounds
+    bytes_down: int  # to all clients, all rounds
+    seconds: float  # of all rounds, those before a resume included
+    wall: float  # seconds of this process, evaluations included
+    peak_rss: int  # peak memory of this process, bytes
+    result: str  # path of the ledger, or of the adapter's directory
+    result_bytes: int  # size of the result
+    digest: str  # SHA-256 of the tuned weights, or of the adapter
     entries: int | None = None  # of the ledger
-    report: str | None = None
-    t: float | None = None
+    report: str | None = None  # path of report.html; not in `metrics.jsonl`
+    t: float | None = None  # when, seconds since 1970
 
 
 # Sweeps and runs ------------------------------------------------------------------------------------
@@ -166,9 +167,9 @@ class SweepPlanned(Event):
     """`sweep --dry-run`: a run of the grid."""
 
     event: ClassVar[str] = "planned"
-    name: str
-    values: Sequence[Value]
-    seed: int
+    name: str  # folder of the run
+    values: Sequence[Value]  # what varies, in the order of the axes
+    seed: int  # of the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +177,10 @@ class SweepStart(Event):
     """A sweep begins."""
 
     event: ClassVar[str] = "sweep"
-    path: str
-    runs: int
-    seeds: int
-    axes: Mapping[str, Sequence[Value]]
+    path: str  # folder of the sweep
+    runs: int  # number of runs
+    seeds: int  # number of seeds of each combination
+    axes: Mapping[str, Sequence[Value]]  # what varies: its values, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,13 +188,13 @@ class SweepRun(Event):
     """A run of a sweep is over."""
 
     event: ClassVar[str] = "run"
-    run: str
-    values: Sequence[Value]
-    seed: int
-    skipped: bool  # it was finished before
-    failed: str  # why, "" if it did not
-    base: Mapping[str, float | None]
-    tuned: Mapping[str, float | None]
+    run: str  # path of the run's folder
+    values: Sequence[Value]  # what varies, in the order of the axes
+    seed: int  # of the run
+    skipped: bool  # whether it was finished before
+    failed: str  # why it failed; "" if it did not
+    base: Mapping[str, float | None]  # measures of the base model, by name
+    tuned: Mapping[str, float | None]  # measures of the tuned model, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,11 +202,11 @@ class SweepDone(Event):
     """A sweep is over, with its table."""
 
     event: ClassVar[str] = "done"
-    path: str
-    page: str
-    figures: Sequence[str]
-    cells: Sequence[Mapping[str, Any]]
-    effects: Sequence[Mapping[str, Any]]
+    path: str  # folder of the sweep
+    page: str  # path of sweep.html
+    figures: Sequence[str]  # paths of the SVG files
+    cells: Sequence[Mapping[str, Any]]  # a combination: values, runs, base, tuned, bytes, seconds
+    effects: Sequence[Mapping[str, Any]]  # an axis and a measure: low, high, difference, noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,21 +214,21 @@ class RunListed(Event):
     """`runs`: a tuned run in a few numbers; null where its folder does not say."""
 
     event: ClassVar[str] = "run"
-    name: str
-    path: str
-    method: str | None
-    model: str | None
-    status: str
-    rounds: int
-    rounds_planned: float | None
-    clients: float | None
-    base_loss: float | None
-    tuned_loss: float | None
-    bytes_up: float | None
-    bytes_down: float | None
-    bytes: float | None
-    seconds: float | None
-    peak_rss: float | None
+    name: str  # of the folder
+    path: str  # of the folder
+    method: str | None  # tuning method
+    model: str | None  # base model
+    status: str  # running, done, interrupted, failed (and why) or unknown
+    rounds: int  # finished rounds
+    rounds_planned: float | None  # rounds of the recipe
+    clients: float | None  # number of clients in the fleet
+    base_loss: float | None  # nats, before tuning
+    tuned_loss: float | None  # nats, after tuning or at the latest evaluation
+    bytes_up: float | None  # from all clients, all rounds
+    bytes_down: float | None  # to all clients, all rounds
+    bytes: float | None  # up and down together
+    seconds: float | None  # wall time
+    peak_rss: float | None  # peak memory, bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +236,7 @@ class SweepListed(Event):
     """`runs`: the folder of a sweep."""
 
     event: ClassVar[str] = "sweep"
-    path: str
+    path: str  # of the folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,22 +244,22 @@ class CompressionListed(Event):
     """`runs`: a compression."""
 
     event: ClassVar[str] = "compressed"
-    name: str
-    of: str
-    method: str | None
+    name: str  # of the folder
+    of: str  # name of the model or run that is compressed
+    method: str | None  # compression method
     status: str  # done, stopped or damaged
-    bytes: float | None
-    folder: str | None = None  # `runs show` only, as the next two
-    asked: Mapping[str, Any] | None = None
-    result: Mapping[str, Any] | None = None
+    bytes: float | None  # size of the result; null without one
+    folder: str | None = None  # path; `runs show` only, as the next two
+    asked: Mapping[str, Any] | None = None  # the request, with the fields of `CompressStart`
+    result: Mapping[str, Any] | None = None  # what `CompressDone` has, without `folder`
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRemoved(Event):
-    """`runs rm`: a folder is gone."""
+    """`runs rm`: a folder is removed."""
 
     event: ClassVar[str] = "removed"
-    run: str
+    run: str  # path of the folder
 
 
 # Compression ----------------------------------------------------------------------------------------
@@ -266,15 +267,18 @@ class RunRemoved(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CompressChecked(Event):
-    """`compress --dry-run`: the request can be carried out; the texts say with what."""
+    """`compress --dry-run`: the request is valid.
+
+    The text fields say which calibration text, clients, memory, teacher and rows would be used.
+    """
 
     event: ClassVar[str] = "fits"
-    parameters: int
-    text: str | None = None
-    clients: str | None = None
-    memory: str | None = None
-    teacher: str | None = None
-    rows: str | None = None
+    parameters: int  # number of weights of the model
+    text: str | None = None  # calibration text: source, windows, tokens
+    clients: str | None = None  # number of clients that would calibrate
+    memory: str | None = None  # planned peak memory
+    teacher: str | None = None  # name and size
+    rows: str | None = None  # training rows: source, number, longest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,58 +286,58 @@ class CompressStart(Event):
     """A compression begins: the request, and the measures before it."""
 
     event: ClassVar[str] = "start"
-    model: str
-    run: bool
-    method: str
-    set: Mapping[str, Value]
-    data: str
-    text: str
-    windows: int
-    length: int
-    eval_text: str
-    seed: int
-    dtype: str
-    low_memory: bool
-    calibrate: str
-    clients: int
-    true_sequential: bool
-    folder: str
-    before: Mapping[str, float]
-    teacher: Mapping[str, float] | None = None
-    planned: int | None = None  # peak memory
+    model: str  # name of the model, or path of the run's folder
+    run: bool  # whether `model` is a run
+    method: str  # compression method
+    set: Mapping[str, Value]  # the method's settings that were given
+    data: str  # rows: a file or hub id; "" for none
+    text: str  # plain text file; "" for none
+    windows: int  # calibration windows at most
+    length: int  # tokens of a window, or of a row at most
+    eval_text: str  # plain text file for the perplexity; "" for none
+    seed: int  # of sampled text, and of the order of rows
+    dtype: str  # type that the model is loaded in
+    low_memory: bool  # whether one block at a time is loaded from disk
+    calibrate: str  # who calibrates: server or clients
+    clients: int  # number of clients that calibrate; 0 for all
+    true_sequential: bool  # inputs of a layer have passed the compressed layers of its block
+    folder: str  # path of the compression's folder
+    before: Mapping[str, float]  # measures before compression, by name
+    teacher: Mapping[str, float] | None = None  # measures of the teacher, by name
+    planned: int | None = None  # peak memory, bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixSolved:
     """A linear layer of a block."""
 
-    name: str
-    error: float  # ||WX - QX||^2 / ||WX||^2 on the calibration windows
-    notes: Sequence[str] = ()
+    name: str  # of the layer in the model
+    error: float  # ||WX - QX||^2 / ||WX||^2 on the calibration windows; null without windows
+    notes: Sequence[str] = ()  # what the solver had to do differently
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSolved(Event):
-    """A decoder block is compressed and on the disk."""
+    """A decoder block is compressed and written to disk."""
 
     event: ClassVar[str] = "block"
     block: int  # from 0
-    blocks: int
-    seconds: float
-    matrices: Sequence[MatrixSolved]
+    blocks: int  # number of blocks in the model
+    seconds: float  # of this block
+    matrices: Sequence[MatrixSolved]  # its linear layers: name, relative error of the outputs, notes
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationReply(Event):
-    """What became of a client's part in the calibration of a block."""
+    """Outcome of one client in the calibration of a block."""
 
     event: ClassVar[str] = "client"
-    block: int
-    client: int
-    bytes_up: int
-    bytes_down: int
+    block: int  # from 0
+    client: int  # from 0
+    bytes_up: int  # size of the sums that it sent
+    bytes_down: int  # size of the compressed block that it received
     status: str  # ok or refused
-    reason: str
+    reason: str  # why it is left out from now on; else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,21 +345,21 @@ class StepDone(Event):
     """A training step of distillation or of a pruned model's recovery."""
 
     event: ClassVar[str] = "step"
-    step: int
-    steps: int
-    loss: float
-    reward: float | None = None
+    step: int  # from 1
+    steps: int  # number of steps
+    loss: float  # of this step; in distillation the divergence from the teacher
+    reward: float | None = None  # mean reward of the answers that the student wrote in this step
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPruned(Event):
-    """Parts of a model are gone; widths of each block that is left."""
+    """Parts of a model are removed."""
 
     event: ClassVar[str] = "pruned"
-    parameters: int
-    blocks: int
-    hidden_size: int
-    widths: Sequence[Mapping[str, int]]
+    parameters: int  # number of weights that are left
+    blocks: int  # number of blocks that are left
+    hidden_size: int  # numbers of a hidden state
+    widths: Sequence[Mapping[str, int]]  # of each block: its numbers of heads and channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,21 +367,21 @@ class CompressDone(Event):
     """A compression is finished."""
 
     event: ClassVar[str] = "done"
-    folder: str
-    before: Mapping[str, float]
-    after: Mapping[str, float]
-    bytes: int  # of the result's folder
-    seconds: float
-    peak_rss: int
-    digest: str  # of the artefact's file, or of the plain weights
-    planned: int | None = None
+    folder: str  # path of the compression's folder
+    before: Mapping[str, float]  # measures before compression, by name
+    after: Mapping[str, float]  # measures of the result, by name
+    bytes: int  # size of the result's folder
+    seconds: float  # of the work in this process
+    peak_rss: int  # peak memory of this process, bytes
+    digest: str  # SHA-256 of the artefact's file, or of the plain weights
+    planned: int | None = None  # peak memory as planned, bytes
     error: float | None = None  # mean over the matrices
-    notes: Mapping[str, Sequence[str]] | None = None
-    bytes_up: int | None = None  # where clients calibrate
-    bytes_down: int | None = None
-    teacher: Mapping[str, float] | None = None
-    pruned: Mapping[str, float] | None = None  # before recovery
-    parameters: Mapping[str, int] | None = None  # before and after
+    notes: Mapping[str, Sequence[str]] | None = None  # of the solver, by matrix
+    bytes_up: int | None = None  # from all clients, where clients calibrate
+    bytes_down: int | None = None  # to all clients, where clients calibrate
+    teacher: Mapping[str, float] | None = None  # measures of the teacher, by name
+    pruned: Mapping[str, float] | None = None  # measures before recovery, by name
+    parameters: Mapping[str, int] | None = None  # number of weights `before` and `after`
 
 
 # Export and measurement -----------------------------------------------------------------------------
@@ -388,28 +392,28 @@ class ExportDone(Event):
     """A file or folder is written and read back."""
 
     event: ClassVar[str] = "export"
-    to: str
-    path: str
-    digest: str | None = None  # of a run's weights as a plain directory
-    bytes: int | None = None
-    files: int | None = None  # of a copied adapter
-    tensors: int | None = None
+    to: str  # export target
+    path: str  # of the new file or folder
+    digest: str | None = None  # SHA-256 of a run's weights; only of a run as `hf`
+    bytes: int | None = None  # of all files
+    files: int | None = None  # of a copied adapter: files equal to the source's
+    tensors: int | None = None  # number of tensors
     exact: int | None = None  # tensors that hold the source's values bit for bit
-    types: Mapping[str, int] | None = None
-    notes: Sequence[str] | None = None
+    types: Mapping[str, int] | None = None  # number of tensors by their type in the file
+    notes: Sequence[str] | None = None  # fallbacks and warnings
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportChecked(Event):
-    """`export --text`: what was written, run in its runtime; `runtime` is null where none is installed."""
+    """`export --text`: perplexity of the written file, run in its runtime; `runtime` is null where none is installed."""
 
     event: ClassVar[str] = "check"
-    path: str
-    runtime: str | None
+    path: str  # of the file or folder
+    runtime: str | None  # name of the program that ran it
     source: float | None = None  # perplexity of the source in torch
-    file: float | None = None  # ... of the file in its runtime
-    tokens: int | None = None
-    ratio: float | None = None
+    file: float | None = None  # perplexity of the file in its runtime
+    tokens: int | None = None  # predicted tokens
+    ratio: float | None = None  # `file` / `source`; 1 for the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,13 +421,13 @@ class Measured(Measures):
     """A model in an engine: size, speed, memory and quality."""
 
     event: ClassVar[str] = "measured"
-    name: str
-    engine: str
-    path: str
-    bytes: int
+    name: str  # base, tuned, compressed, or the model's own
+    engine: str  # torch or llama.cpp
+    path: str  # of the model, or its name
+    bytes: int  # size on disk
     bits_linear: float  # bits a weight of the blocks' matrices, scales included
-    bits: float  # ... of all weights
-    peak_rss: int
+    bits: float  # bits a weight, of all weights
+    peak_rss: int  # peak memory of the process, bytes
     prefill: float | None  # tokens read a second
     generate: float | None  # tokens written a second
 
@@ -433,9 +437,9 @@ class MeasureDone(Event):
     """All models are measured."""
 
     event: ClassVar[str] = "done"
-    folder: str | None  # of the compression, where it is written down
-    rows: Sequence[Mapping[str, Any]]
-    kept: Mapping[str, Mapping[str, Any]]  # the share of tuning's gain that compression keeps, by measure
+    folder: str | None  # of the compression that has the table as measure.json; else null
+    rows: Sequence[Mapping[str, Any]]  # all `measured` events, without their name
+    kept: Mapping[str, Mapping[str, Any]]  # by measure: gain of tuning; value, the share that is left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,8 +447,8 @@ class EvalDone(Measures):
     """`eval`: the measures of one model."""
 
     event: ClassVar[str] = "eval"
-    model: str
-    rows: int
+    model: str  # as a command takes it
+    rows: int  # number of rows measured
 
 
 def evaluated(model: str, rows: int, measures: Mapping[str, float]) -> EvalDone:
@@ -458,23 +462,23 @@ def evaluated(model: str, rows: int, measures: Mapping[str, float]) -> EvalDone:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow(Event):
-    """`plan`: what one method (or a comparison) takes on the device."""
+    """`plan`: what one method (or a comparison) needs on the device."""
 
     event: ClassVar[str] = "plan"
-    model: str
-    method: str
-    note: str
-    tunes: bool  # a method of ours, not a comparison
-    peak: int | None  # None, as trainable and passes: the method states no footprint
-    parts: Mapping[str, int]
-    trainable: int | None
-    bytes_up: int | None
-    bytes_down: int | None
-    passes: int | None
-    seconds: float | None
-    sending: float | None
-    ram: int | None
-    fits: str
+    model: str  # name of the model
+    method: str  # tuning method, or name of the comparison
+    note: str  # size of what is trained, such as r=8; "" for all weights
+    tunes: bool  # False for a row shown only for comparison, such as inference
+    peak: int | None  # peak memory, bytes; null where the method has no `footprint`
+    parts: Mapping[str, int]  # bytes of the peak, by part: weights, activations, ..
+    trainable: int | None  # number of trained weights; 0 for inference, null as `peak`
+    bytes_up: int | None  # from the device, in a round
+    bytes_down: int | None  # to the device, in a round
+    passes: int | None  # times that a step goes through all weights; null as `peak`
+    seconds: float | None  # computing of a round, on this machine; null for inference
+    sending: float | None  # seconds to send `bytes_up` at the stated uplink
+    ram: int | None  # stated memory of the device, bytes
+    fits: str  # yes; yes, tight (over 90 % full); no: SIZE short; "" if not known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -482,12 +486,12 @@ class SettingListed(Event):
     """`methods NAME`: a setting."""
 
     event: ClassVar[str] = "setting"
-    method: str
-    name: str
-    type: str
-    default: Value
-    symbol: str
-    help: str
+    method: str  # whose setting it is
+    name: str  # as in `--set NAME=VALUE`
+    type: str  # int, float, str or bool
+    default: Value  # value unless it is set
+    symbol: str  # letter of the paper
+    help: str  # meaning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -495,12 +499,12 @@ class MethodListed(Event):
     """`methods`, and `compress --list`: a method."""
 
     event: ClassVar[str] = "method"
-    name: str
-    paper: str
-    kind: str | None = None  # of a tuning method: what a run leaves
-    sends: str | None = None
+    name: str  # of the method
+    paper: str  # authors, place, year
+    kind: str | None = None  # of a tuning method: what a run leaves, ledger or adapter
+    sends: str | None = None  # of a tuning method: what travels
     summary: str | None = None  # of a compression method, as the next one
-    settings: Sequence[Mapping[str, Any]] | None = None
+    settings: Sequence[Mapping[str, Any]] | None = None  # each with name, type, default, symbol, help
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -508,13 +512,13 @@ class ModelListed(Event):
     """`models`: a built-in model."""
 
     event: ClassVar[str] = "model"
-    name: str
-    hub: str
-    params: int
-    licence: str
-    about: str
-    cached: str | None
-    source: str
+    name: str  # built-in name
+    hub: str  # hub id
+    params: int  # number of weights
+    licence: str  # of the weights
+    about: str  # one line
+    cached: str | None  # path of its directory; null if it is not in the cache
+    source: str  # where that copy came from: hub or index; "" without one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -522,8 +526,8 @@ class ModelPulled(Event):
     """`models pull`: a model is in the cache."""
 
     event: ClassVar[str] = "pulled"
-    name: str
-    path: str
+    name: str  # built-in name
+    path: str  # of its directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -531,25 +535,25 @@ class LedgerShown(Event):
     """`ledger show`: the head of a ledger."""
 
     event: ClassVar[str] = "ledger"
-    file: str
-    bytes: int
-    entries: int
-    rounds: int
-    base: str
-    law: str
-    K: int
-    grid: float
-    method: str
-    checks: Mapping[str, str]  # round -> digest of the weights after it
-    fingerprint: str
+    file: str  # path
+    bytes: int  # size of the file
+    entries: int  # number of entries
+    rounds: int  # last round that has an entry
+    base: str  # SHA-256 of the base model's weights
+    law: str  # how an id becomes a direction: pooled, rademacher or gaussian
+    K: int  # directions of a pool; 1 for a law without pools
+    grid: float  # change of a weight that the coefficient 1 means
+    method: str  # that made it
+    checks: Mapping[str, str]  # by round: SHA-256 of the weights after it
+    fingerprint: str  # SHA-256 of the head and all entries
 
 
 @dataclass(frozen=True, kw_only=True)
 class DigestFound(Event):
-    """`ledger replay` and `export`: SHA-256 of the rebuilt weights."""
+    """`ledger replay` and `ledger export`: SHA-256 of the rebuilt weights."""
 
     event: ClassVar[str] = "digest"
-    digest: str
+    digest: str  # SHA-256, hexadecimal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -557,8 +561,8 @@ class LedgerVerified(Event):
     """`ledger verify`: every digest that the ledger states was found again."""
 
     event: ClassVar[str] = "verified"
-    digest: str
-    checks: int
+    digest: str  # SHA-256 of the rebuilt weights
+    checks: int  # number of digests that the ledger states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -566,9 +570,9 @@ class LedgerDifference(Event):
     """`ledger diff`: something that differs."""
 
     event: ClassVar[str] = "difference"
-    what: str
-    left: str
-    right: str
+    what: str  # field of the head, a round, or the cosine of both changes
+    left: str  # value in the first ledger
+    right: str  # value in the second ledger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -576,9 +580,9 @@ class LedgerWritten(Event):
     """A new ledger file."""
 
     event: ClassVar[str] = "written"
-    file: str
-    entries: int
-    fingerprint: str
+    file: str  # path
+    entries: int  # number of entries
+    fingerprint: str  # SHA-256 of the head and all entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -586,8 +590,8 @@ class ThreadsChosen(Event):
     """`serve`: the number of threads, and the speed of each that was tried."""
 
     event: ClassVar[str] = "threads"
-    chosen: int
-    tokens_per_second: Mapping[str, float]
+    chosen: int  # number of threads with the highest speed
+    tokens_per_second: Mapping[str, float]  # by number of threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -595,11 +599,11 @@ class Serving(Event):
     """`serve`: the endpoint answers."""
 
     event: ClassVar[str] = "serving"
-    url: str
-    model: str
-    engine: str
-    threads: int
-    token: str | None = None  # one that was made for this session
+    url: str  # address of the endpoint and the chat page
+    model: str  # name of the file or folder that is served
+    engine: str  # name of the engine
+    threads: int  # number of threads
+    token: str | None = None  # that clients must present; only one made for this session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -607,9 +611,9 @@ class Answered(Event):
     """`chat` and `demo`: an answer."""
 
     event: ClassVar[str] = "answer"
-    prompt: str
-    text: str
-    seconds: float | None = None
+    prompt: str  # of the user
+    text: str  # of the model
+    seconds: float | None = None  # to answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -617,10 +621,10 @@ class Failed(Event):
     """The command ends with an error."""
 
     event: ClassVar[str] = "error"
-    type: str  # the error's class
-    message: str
-    hint: str | None
-    exit_code: int
+    type: str  # class of the error
+    message: str  # what failed
+    hint: str | None  # what to do next
+    exit_code: int  # of the command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -628,17 +632,17 @@ class Stopped(Event):
     """The command was stopped by Ctrl-C; `hint` resumes it."""
 
     event: ClassVar[str] = "interrupted"
-    type: str
-    message: str
-    hint: str | None
-    exit_code: int
+    type: str  # Interrupted
+    message: str  # where it stopped
+    hint: str | None  # command that resumes
+    exit_code: int  # of the command: 130
 
 
 # ----------------------------------------------------------------------------------------------------
 
 
 def as_dict(event: Event) -> dict[str, Any]:
-    """Return an event as the object that is printed, `"event"` first; fields that are None by default are left out."""
+    """Return an event as the object that is printed, `"event"` first; optional fields that are None are left out."""
     fields = {
         f.name: value
         for f in dataclasses.fields(event)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Follow a job while it works: what the console, a test or a library user's own object is told.
+"""Follow a job while it works: the calls that it makes to the console, or to an object of your own.
 
-Tuning, compression, export and measurement take a `Listener`; none of them prints.  `Silent` is the one that says
-nothing; a class of your own may inherit from it and override what it wants to hear.
+Tuning, compression, export and measurement take a `Listener`; none of them prints.  `Silent` ignores every call (it only
+logs remarks); subclass it and override the calls you need.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """What a job calls while it works.  Any call may raise `Interrupted`: what is finished by then is kept."""
+    """Callbacks of a job.  Any call may raise `Interrupted`: finished work stays on disk, to resume from."""
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Show what is about to run, as (label, value) rows."""
+        """Show what is about to run, as (label, value) rows under a title."""
         ...
 
     def event(self, event: Event) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Store a full-parameter fine-tune as a seed ledger: a short list of (direction, integer coefficient).
+"""Store a full-parameter fine-tune as a seed ledger: a short list of (direction id, integer coefficient, round).
 
 With the base model a ledger *is* the tuned model: `w[i] = round(w0[i] + grid * sum_k c_k z_k[i])`, the sum
-in integers, so that any order, thread count, backend or device rebuilds the same bytes.  It is at once the
-server's state, the checkpoint and the artefact.
+in integers, so that any order, thread count, backend or device rebuilds the same bytes (`z_k` is the direction of
+id k).  It is at once the server's state, the checkpoint and the file that the run leaves.
 
 The file is safetensors: arrays `id` (u64), `coefficient` (i32), `round` (u32), and as metadata the head in
 canonical JSON (sorted keys, no spaces), which states everything a replay needs and what it must find.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished runs as models: base plus ledger, or base plus adapter; and their export."""
+"""Load the model of a finished run (base plus ledger, or base plus adapter), rebuild it, and write it as a directory."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describe what a device does in a step of a method, as `fleetune plan` counts it before any work.
+"""Declare what a method trains and whether a step back-propagates, so that `fleetune plan` can count its cost.
 
-A method states it (`footprint`, see `methods`): what is trained, how a step finds its way, and a state by which its
-messages are counted.  Nothing is loaded, and arrays take no memory: a `placeholder` has a shape and one zero.
+The `footprint` of a method (see `methods`) also has a placeholder state, from which the size of its messages is
+computed.  Nothing is loaded, and arrays take no memory: a placeholder has a shape and a single zero.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ class Module(NamedTuple):
 
 
 class Footprint(NamedTuple):
-    """A device's work on one model.
+    """The work of a device on one model.
 
-    `gradient` is how a step is found: "two-point" is two forward passes along a direction, "backward" is
+    `gradient` is how a step is computed: "two-point" is two forward passes along a direction, "backward" is
     back-propagation with AdamW, "none" is inference.
     """
 
     gradient: Literal["two-point", "backward", "none"]
     module: Module = Module()
-    state: Any = None  # a State as in most rounds, of placeholders, with the module in `state.tensors`
+    state: Any = None  # a State of an average round, of placeholders, with the module in `state.tensors`
     stores_direction: bool = False  # two-point: the direction is written out, one number a weight
     moments: int = 2  # backward: the optimizer's numbers for each trained one
     hessian_products: int = 0  # backward: of a Lanczos iteration, whose vectors are in memory together
 
     @property
     def passes(self) -> int:
-        """How often a step goes through all weights: a forward, a backward, an update of all of them."""
+        """Number of times that a step goes through all weights: a forward, a backward or an update of all of them."""
         trains_all = self.gradient == "backward" and not self.module.tensors
         return 1 if self.gradient == "none" else 3 if trains_all else 2
 

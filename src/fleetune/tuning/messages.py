@@ -82,7 +82,7 @@ LARGEST = 1e9  # of a float in an array: what a device trained is far below, and
 
 @dataclass(frozen=True)
 class ReplySpec:
-    """What a payload must look like.  Shapes may hold None (any length) or -n (at most n)."""
+    """The form that a payload must have.  Shapes may hold None (any length) or -n (at most n)."""
 
     arrays: Mapping[str, tuple[str, tuple[int | None, ...]]]
     scalars: Mapping[str, tuple[type, float, float]]  # type, lowest, highest

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read what a finished run holds: its measures, its course, its model, and its ledger or adapter."""
+"""Read a finished run: its measures, the history of its rounds, its model, its ledger or adapter.
+
+`TuneResult` is for users: `fleetune.tune` returns it.  `finished.py`, below it, has the functions that load a run's model
+again; commands and compression use those as well.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,7 @@ class TuneResult:
 
     @property
     def history(self) -> dict[str, list[Any]]:
-        """The run by round, as columns of equal length that `pandas.DataFrame` takes.
+        """The history of the rounds, as columns of equal length that `pandas.DataFrame` takes.
 
         `round` counts from 0, the base model; a column has None where a round was not evaluated (losses in nats, bytes
         and seconds of the round).  Columns without any value are left out.
@@ -82,7 +86,7 @@ class TuneResult:
 
 
 def read(folder: Path) -> TuneResult:
-    """The result of a finished run; UsageError when it is not finished."""
+    """Return the result of a finished run; UsageError when it is not finished."""
     known = {name for name in TuneDone.__dataclass_fields__ if name != "event"}
     for event in rundir.events(folder):
         if event["event"] == "done":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the rounds of federated learning: sample, broadcast, local, aggregate, record, evaluate, checkpoint.
 
-The same function for every method and every fleet.  It knows nothing of models: `evaluate` is passed in.
+The same function for every method and every fleet.  It does not use the model: `evaluate` is passed in.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PATIENCE = 3  # rounds in a row that fail as a whole before the run ends
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What the loop needs of a recipe."""
+    """The options of a recipe that the loop needs."""
 
     rounds: int
     participation: float

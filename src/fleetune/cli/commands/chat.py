@@ -89,7 +89,7 @@ def _check(args: argparse.Namespace) -> None:
 def _answers(
     args: argparse.Namespace, found: Subject, listener: ConsoleListener, first: list[Turn]
 ) -> Iterator[Answer]:
-    """What answers a conversation while the block runs; `first` is what is known of it."""
+    """Yield a function that answers a conversation; `first` are the turns it begins with."""
     if args.engine == TORCH or (args.engine == "auto" and not any(e.available() for e in engines.ENGINES)):
         if args.engine == "auto":
             listener.note(

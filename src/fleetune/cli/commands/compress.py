@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune compress`: a model or a finished run to a folder with a smaller one, block by block or by training."""
+"""`fleetune compress`: make a model or a finished run smaller, block by block or by training."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def show(ui: Ui, result: CompressResult) -> None:
 
 
 def _next_target(model: Path) -> str:
-    """What a result can be exported to without loss: a GGUF file, where it has a place in one."""
+    """Return a target that holds the result without loss: gguf if a GGUF file can, else hf."""
     from fleetune.deploy.checkpoint import open_checkpoint
     from fleetune.deploy.formats import gguf
 
@@ -138,13 +138,13 @@ def _request(args: argparse.Namespace, out: Path) -> CompressRequest:
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for of a request's fields, by name."""
+    """Return the fields of a request that were given on the command line, by name."""
     names = [n for n in CompressRequest.__dataclass_fields__ if n != "run"]
     return {n: v for n in names if (v := getattr(args, n)) is not None}
 
 
 def _check_resume(args: argparse.Namespace, out: Path) -> None:
-    """UsageError for anything that is asked for beside `--resume`."""
+    """Raise UsageError for any other option beside `--resume`."""
     from fleetune.runs import compression_folder
 
     folder = compression_folder.find(args.resume, out)
@@ -157,7 +157,7 @@ def _check_resume(args: argparse.Namespace, out: Path) -> None:
 
 
 def _check_only(args: argparse.Namespace, ui: Ui, out: Path) -> None:
-    """Check the request with everything loaded, and write nothing."""
+    """Load the model and data and check the request; write nothing."""
     from fleetune import api
     from fleetune.cli.listener import console_listener
     from fleetune.runs import compression_folder

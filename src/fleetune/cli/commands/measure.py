@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _show(ui: Ui, result: MeasureResult) -> None:
-    """Print the table, what is kept of the gain, and where the result is."""
+    """Print the table, the kept gain, and the path of the result."""
     from fleetune.deploy.measure.harness import FILE
 
     names = list(dict.fromkeys(name for row in result.rows for name in row.values))

@@ -47,7 +47,7 @@ def _at_least(args: argparse.Namespace, least: int) -> None:
 
 
 def _folder(name: str, out: Path) -> tuple[Path, bool]:
-    """The folder that a name means, and whether it is of a compression; `latest` is the newest of either kind."""
+    """Return the folder that a name means, and whether it is a compression's; `latest` is the newest of either kind."""
     found = subject.open(name, out)
     if isinstance(found, Compressed) and found.folder is not None:
         return found.folder, True
@@ -91,12 +91,12 @@ def _runs_table(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
 
 
 def _compressed(out: Path) -> list[CompressionListed]:
-    """What `fleetune compress` left under `out`, by number."""
+    """Return the compressions under `out`, by number."""
     return [_row(folder) for folder in compression_folder.listing(out)]
 
 
 def _row(folder: Path) -> CompressionListed:
-    """A compression's line in the list."""
+    """Return a compression's line of the list."""
     try:
         record = compression_folder.record(folder)
     except StorageError:
@@ -126,7 +126,7 @@ def _show(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _show_compressed(folder: Path, ui: Ui) -> None:
-    """What was asked for, and what came out."""
+    """Show a compression: its request and its result."""
     work = asdict(compression_folder.request_of(folder))
     done = compression_folder.record(folder).get("result")
     row = replace(_row(folder), folder=str(folder), asked=work, result=done)
@@ -213,7 +213,7 @@ def _check_needed(found: Sequence[Path], out: Path) -> None:
 
 
 def _needs(folder: Path) -> set[Path]:
-    """The folders that a compression was made from; of a stopped one also its teacher's."""
+    """Return the folders that a compression was made from; of a stopped one also its teacher's."""
     try:
         record = compression_folder.record(folder)
     except StorageError:  # a damaged record needs nothing

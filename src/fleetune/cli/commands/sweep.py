@@ -28,7 +28,7 @@ ORDER = 40
 
 
 class SweepScreen:
-    """A sweep on the console: a line a run over one bar of all rounds; it hears Ctrl-C between two steps."""
+    """Show a sweep on the console: one line per run, one bar over all rounds; Ctrl-C stops between two steps."""
 
     def __init__(self, ui: Ui, bar: CountBar, interrupt: InterruptHandler, resume: str, runs: int) -> None:
         self.ui, self.bar, self.interrupt, self.resume, self.runs = ui, bar, interrupt, resume, runs
@@ -37,14 +37,14 @@ class SweepScreen:
         self.began = 0.0
 
     def begin(self, point: Point) -> SweepScreen:
-        """A run is about to start; the console is the run's own listener too."""
+        """Begin a run; return this screen, which is the run's listener too."""
         self.name, self.words, self.began = point.name, point.words, time.monotonic()
         self.bar.update(self.rounds, note=self.words)
         self._stop()
         return self
 
     def end(self, point: Point, path: Path, reason: str) -> None:
-        """A line for a run that is over."""
+        """Print the line of a run that is over."""
         self.number += 1
         self.rounds += point.recipe.rounds
         self.bar.update(self.rounds)
@@ -61,14 +61,14 @@ class SweepScreen:
         self.ui.note(f"{self.number:{len(str(self.runs))}}/{self.runs}  " + "  ".join(words))
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Nothing: the sweep has its own."""
+        """Do nothing: the sweep has a header of its own."""
 
     def note(self, text: str) -> None:
-        """A remark on the run at work."""
+        """Show a remark on the current run."""
         self.ui.note(f"{self.words}: {text}")
 
     def event(self, event: Event) -> None:
-        """Report an event of the run at work, with its folder's name; `end` reports its end."""
+        """Report an event of the current run with its folder's name; `end` reports its end."""
         if isinstance(event, Recorded):
             self.ui.event(dataclasses.replace(event, run=self.name))
         if isinstance(event, RoundDone):

@@ -122,7 +122,7 @@ def _screen(ui: Ui) -> Iterator[RunScreen]:
 
 
 class RunScreen:
-    """A run on the console: header, a line a round, the bar; and it hears Ctrl-C between two steps."""
+    """Show a run on the console: header, one line per round, a bar; Ctrl-C stops between two steps."""
 
     def __init__(self, ui: Ui, bar: RoundBar, interrupt: InterruptHandler) -> None:
         self.ui, self.bar, self.interrupt = ui, bar, interrupt
@@ -130,11 +130,11 @@ class RunScreen:
         self.last: RoundDone | None = None
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """The panel over the run."""
+        """Show the panel over the run."""
         self.ui.header(title, rows)
 
     def note(self, text: str) -> None:
-        """A remark."""
+        """Show a remark."""
         self.ui.note(text)
 
     def event(self, event: Event) -> None:

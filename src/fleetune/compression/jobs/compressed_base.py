@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compress the base of a compressed run in the same way: with the run's method, settings and calibration windows.
+"""For `measure --kept-gain`: compress the untuned base with the same method, settings and windows as the tuned model.
 
-The windows are text, made into tokens by a tokenizer that base and tuned model share, so they are the same for both.
-The artefact's head holds their digest and says whether they are.
+Base and tuned model share a tokenizer, so the same text gives the same windows of tokens.  The head of each artefact
+has the digest of its windows, and the two digests are compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fleetune.tuning import finished
 
 
 def check(folder: Path) -> None:
-    """UsageError for a compression that has no gain to keep, or that cannot be repeated with the base."""
+    """Raise UsageError when the compressed model was never tuned, or its method cannot be run on the base."""
     request = compression_folder.request_of(folder)
     if not request.run:
         raise UsageError(
@@ -34,9 +34,9 @@ def check(folder: Path) -> None:
 
 
 def base_of(listener: Listener, folder: Path, *, offline: bool) -> Path:
-    """The artefact of the compressed base, made now if it is not there; a stopped one is resumed.
+    """Return the artefact of the compressed base; it is made now if it is missing, and resumed if it was stopped.
 
-    UsageError when the calibration text is no longer what the folder was made with.
+    UsageError when the calibration text has changed since the folder was made.
     """
     place = folder / "base"
     model, own = place / "model", Master(folder / "model").head

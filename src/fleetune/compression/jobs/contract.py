@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State what a compression job is: checked and loaded, ready to be done, whatever its method."""
+"""Define the contract of a compression job: a checked request with its model and data, ready to run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Job(Protocol):
-    """A request, checked, with everything loaded."""
+    """A checked request with its model and data loaded."""
 
     @property
     def inputs(self) -> Inputs:
@@ -23,17 +23,21 @@ class Job(Protocol):
         ...
 
     def about(self) -> list[tuple[str, str]]:
-        """What it works with and what that takes, as (label, text)."""
+        """Return rows of the header as (label, text): calibration text, clients, teacher, rows, planned memory."""
         ...
 
     def run(self, listener: Listener, folder: Path) -> Outcome:
-        """Do it, into `folder`; what is finished there is not done again.  StorageError for a disk too full."""
+        """Write the result into `folder`; finished parts there are not done again.  StorageError when the disk is too full."""
         ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job gives: the fields of `CompressDone` but the folder, and bytes of weights before and after."""
+    """The result of a job.
+
+    `done` has all fields of `CompressDone` except `folder`; `sizes` has the bytes of the weights, under the keys `before`,
+    `after` and, where there is one, `teacher` or `pruned`.
+    """
 
     done: Mapping[str, Any]
     sizes: Mapping[str, int]

@@ -25,12 +25,12 @@ from fleetune.runs.listener import Listener
 if TYPE_CHECKING:
     from fleetune.models.model import Model
 
-SAME = "same"  # the teacher is the model that is given
+SAME = "same"  # the teacher is the given model itself
 
 
 @dataclass(frozen=True)
 class DistilJob:
-    """A trainer's work, checked and ready to be done."""
+    """A checked request for a trainer, with student, rows and teacher."""
 
     request: CompressRequest
     trainer: Trainer
@@ -38,7 +38,7 @@ class DistilJob:
     teacher: Model
 
     def about(self) -> list[tuple[str, str]]:
-        """What it works with and what that takes, for the header."""
+        """Return rows of the header: teacher, rows, planned memory."""
         size = f"{self.teacher.n_params / 1e6:.1f} M parameters"
         rows = (
             f"{self.inputs.source} · {len(self.inputs.rows)} rows of {_longest(self.inputs)} tokens at most"
@@ -48,7 +48,7 @@ class DistilJob:
 
     @cached_property
     def memory(self) -> int:
-        """Bytes of the peak, as planned."""
+        """Planned peak memory, in bytes."""
         return self.trainer.memory(self.inputs.model, self.teacher, _longest(self.inputs))
 
     @property
@@ -57,9 +57,9 @@ class DistilJob:
         return self.request.model if self.trainer.teacher == SAME else self.trainer.teacher
 
     def run(self, listener: Listener, folder: Path) -> Outcome:
-        """Train the student and save it; steps that are kept in `folder` are not trained again.
+        """Train the student and save it; resume from the checkpoint in `folder`.
 
-        StorageError for a disk too full.
+        StorageError when the disk is too full.
         """
         progress.warn_of_memory(listener, self.memory, ["with a smaller batch_size"])
         need = self.trainer.disk(self.inputs.model)
@@ -68,7 +68,10 @@ class DistilJob:
 
 
 def prepare(request: CompressRequest, trainer: Trainer, out: Path, *, offline: bool) -> DistilJob:
-    """Load student, rows and teacher, and check that they go together; UsageError when they do not."""
+    """Load student, rows and teacher, and check them together.
+
+    UsageError when there are no rows, the teacher is not a plain model or a run, or student and teacher do not match.
+    """
     if request.text:
         raise RecipeError(
             [f"{request.method} trains on rows, not on plain text"],
@@ -93,7 +96,7 @@ def _longest(inputs: Inputs) -> int:
 
 
 def _find_teacher(name: str, out: Path) -> subject.Run | subject.Plain:
-    """What the teacher's name means; UsageError for one that cannot teach, before the student is loaded."""
+    """Return what the teacher's name means; UsageError when it cannot teach, before the student is loaded."""
     try:
         return subject.open_weights(name, out)
     except UsageError as error:

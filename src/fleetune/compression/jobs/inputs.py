@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load what a compression works on: the model, the rows to calibrate or train on, and what measures the result."""
+"""Load the inputs of a compression: the model, rows to calibrate or train on, and rows and text to measure on."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model to compress, the rows to do it with, and what to measure it on."""
+    """The model to compress, the rows to calibrate or train on, and the rows and texts to measure on."""
 
     model: Model
-    rows: Sequence[Encoded]  # to calibrate or train on: of the data, or of the run's held-out half
-    held_out: Sequence[Encoded]
-    texts: Sequence[str]  # whose perplexity is measured
-    source: str  # of the rows or text, for people
-    clients: Mapping[int, Sequence[Encoded]] = field(default_factory=dict)  # of the run: their training rows
+    rows: Sequence[Encoded]  # to calibrate or train on: of the data, or every second held-out row of the run
+    held_out: Sequence[Encoded]  # of the run: rows for the loss before and after
+    texts: Sequence[str]  # for the perplexity before and after
+    source: str  # where the rows or the text are from, for the header
+    clients: Mapping[int, Sequence[Encoded]] = field(default_factory=dict)  # client -> its training rows
 
     @property
     def measured(self) -> bool:
-        """Whether there is anything to measure on."""
+        """Whether there are rows or texts to measure on."""
         return bool(self.held_out or self.texts)
 
     def measure(self, model: Model) -> dict[str, float]:
@@ -42,7 +42,10 @@ class Inputs:
 
 
 def load(request: CompressRequest, *, offline: bool) -> Inputs:
-    """Load the model, and the rows that the request asks for.  UsageError for an encoder, and as loading gives."""
+    """Load the model, and the rows that the request asks for.
+
+    Raises UsageError for an encoder model, and whatever loading the model (`models.load`), the run or the rows raises.
+    """
     from fleetune import data, models
     from fleetune.data.encode import encode_all
 
@@ -86,7 +89,7 @@ def _of_run(request: CompressRequest, texts: Sequence[str], *, offline: bool) ->
 
 
 def _of_clients(request: CompressRequest, recipe: Recipe, *, offline: bool) -> dict[int, list[Example]]:
-    """The training rows of the clients that take part: all of the run's, or so many, drawn by the seed."""
+    """Return client -> training rows, of all clients of the run, or of `request.clients` of them drawn by the seed."""
     from fleetune.tuning import methods, prepare, rounds
 
     parts = prepare.split(recipe, methods.entry(recipe.method), offline=offline)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carry out a compression: check the request, prepare the job of its method, do it in a folder, return the result."""
+"""Run a compression: check the request, prepare the job of its method, run it in a folder, return the result."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from fleetune.runs.listener import Listener
 
 @dataclass(frozen=True)
 class CompressResult:
-    """A finished compression."""
+    """A finished compression; the keys of `sizes` are `before`, `after` and, where there is one, `teacher` or `pruned`."""
 
     request: CompressRequest
     folder: Path
     done: CompressDone
-    sizes: Mapping[str, int]  # bytes of the weights, by what `done` measures; {} when it was finished before
+    sizes: Mapping[str, int]  # bytes of the weights: `before`, `after`, ..; {} if finished earlier
 
 
 def request_for(
     name: str, out: Path, method: str, chosen: Mapping[str, str], options: CompressOptions
 ) -> CompressRequest:
-    """The request to compress what `name` means; `options` are fields of it that are not the defaults.
+    """Return the request to compress what `name` means; `options` are its fields that are not the defaults.
 
-    UsageError for a name that means no plain weights.
+    UsageError when `name` means no plain model and no run.
     """
     found = subject.open_weights(name, out)
     run = isinstance(found, subject.Run)
@@ -41,14 +41,14 @@ def request_for(
 
 
 def _lasting(run: Path) -> Path:
-    """A run's folder by a name that stays its own: `latest` may be a link, and `.` is another folder elsewhere."""
+    """Return a run's folder by a lasting name: `latest` may be a link, and `.` depends on the working directory."""
     if run.is_symlink():
         return run.parent / run.readlink()
     return run.resolve() if run.name in ("", "..") else run
 
 
 def prepare(request: CompressRequest, listener: Listener, out: Path, *, offline: bool) -> Job:
-    """Check a request and load what it names."""
+    """Check a request, and load its model and data."""
     from fleetune.compression.jobs import distil, inputs, prune, solve
 
     method = compression.make(request.method, request.set)
@@ -65,7 +65,7 @@ def prepare(request: CompressRequest, listener: Listener, out: Path, *, offline:
 
 
 def start(request: CompressRequest, listener: Listener, out: Path, *, offline: bool) -> CompressResult:
-    """Check a request, then carry it out in a new folder under `out`."""
+    """Check a request, then run it in a new folder under `out`."""
     rundir.check_folder(out)
     job = prepare(request, listener, out, offline=offline)
     folder = compression_folder.create(request, out)
@@ -74,7 +74,7 @@ def start(request: CompressRequest, listener: Listener, out: Path, *, offline: b
 
 
 def resume(folder: Path, listener: Listener, out: Path, *, offline: bool) -> CompressResult:
-    """Continue a stopped compression as it was requested; a finished one is left as it is."""
+    """Resume a stopped compression as it was requested; return the result of a finished one."""
     request = compression_folder.request_of(folder)
     with rundir.locked(folder):
         if (result := compression_folder.finished(folder)) is not None:
@@ -86,7 +86,7 @@ def resume(folder: Path, listener: Listener, out: Path, *, offline: bool) -> Com
 
 
 def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: Path) -> CompressResult:
-    """Do a prepared job in a folder that nobody else has."""
+    """Run a prepared job in a folder that is locked."""
     own = settings.of(compression.method_class(request.method))
     fields = {s.name: s.default for s in own} | request.set
     model = job.inputs.model
@@ -106,7 +106,7 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
 
 
 def check(request: CompressRequest) -> None:
-    """RecipeError with all that does not go together in a request, before anything is loaded."""
+    """Raise RecipeError with every contradiction in a request, before anything is loaded."""
     if request.run and not (Path(request.model) / "run.toml").is_file():
         raise UsageError(f"the run {request.model} is gone", hint="fleetune runs   lists what there is")
     problems = [f"{n} = {v} is below 1" for n in ("windows", "length") if (v := getattr(request, n)) < 1]
@@ -147,7 +147,7 @@ def _client_problems(request: CompressRequest) -> list[str]:
 
 
 def _check_whole(request: CompressRequest) -> None:
-    """RecipeError for what only the layer-by-layer methods can do."""
+    """Raise RecipeError for options that only the layer-by-layer methods have."""
     problems = []
     if request.low_memory:
         problems.append(f"{request.method} trains the whole model, which must be in memory")

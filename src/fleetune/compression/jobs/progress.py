@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report the steps of a compression, and warn of memory or disk that will not suffice."""
+"""Report the steps of a compression, and check memory and disk before it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 
 class OnStep(Protocol):
-    """What a training calls after every step."""
+    """Callback after every training step."""
 
     def __call__(self, step: int, steps: int, loss: float, reward: float | None = None, /) -> None:
-        """Interrupted ends the training; the step is kept."""
+        """Report a step; Interrupted ends the training after its checkpoint is written."""
 
 
 def step_reporter(listener: Listener, folder: Path, what: str) -> OnStep:
-    """Report each step as an event, and ten averages of `what` as remarks; raise Interrupted when a stop is requested."""
+    """Return a callback that reports each step as an event, and raises Interrupted when a stop is requested.
+
+    About ten times in all, it also reports the mean loss, labelled `what`, as a remark.
+    """
     recent: list[float] = []
 
     def on_step(step: int, steps: int, loss: float, reward: float | None = None, /) -> None:
@@ -44,12 +47,15 @@ def step_reporter(listener: Listener, folder: Path, what: str) -> OnStep:
 
 
 def resume_command(folder: Path) -> str:
-    """The command that resumes a stopped compression."""
+    """Return the command that resumes a stopped compression."""
     return f"fleetune compress --resume {folder}"
 
 
 def warn_of_memory(listener: Listener, planned: int, ways: Sequence[str]) -> None:
-    """Remark when less memory is free than is planned; `ways` are those that take less."""
+    """Remark when less memory is free than `planned` bytes, less what the process already has.
+
+    `ways` are options that would need less memory; the remark names them.
+    """
     from fleetune.common.memory import rss
     from fleetune.planning import compression_cost
 
@@ -60,7 +66,10 @@ def warn_of_memory(listener: Listener, planned: int, ways: Sequence[str]) -> Non
 
 
 def check_disk(folder: Path, need: int, what: str) -> None:
-    """StorageError when less is free where `folder` is than `what` takes beyond what is in it already."""
+    """Raise StorageError unless the disk of `folder` has room for `need` bytes, less what `folder` already holds.
+
+    `what` names in the message what would be written.
+    """
     more = need - compression_folder.size(folder)
     if more > (left := shutil.disk_usage(folder).free):
         raise StorageError(
@@ -70,7 +79,7 @@ def check_disk(folder: Path, need: int, what: str) -> None:
 
 
 def weight_bytes(model: Model) -> int:
-    """The size of a model's weights in the type that they are loaded in."""
+    """Return the bytes of a model's weights in the dtype that they are loaded in."""
     from fleetune.models.dtypes import WEIGHTS
 
     return model.n_params * WEIGHTS[model.dtype].size

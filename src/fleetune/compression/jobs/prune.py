@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prune a model and train what is left; the result is a plain directory.
+"""Prune a model and train the rest; the result is a plain Hugging Face directory.
 
-A model whose blocks differ in width is a directory that only Fleetune loads (`families/widths.py`); its README says so.
+A model whose blocks differ in width can be loaded by Fleetune alone (`families/widths.py`); its README says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruneJob:
-    """A pruner's work, checked and ready to be done."""
+    """A checked request for a pruner, with its model and rows."""
 
     request: CompressRequest
     pruner: Pruner
@@ -38,15 +38,15 @@ class PruneJob:
     rows: Sequence[Encoded]
 
     def about(self) -> list[tuple[str, str]]:
-        """What it works with, for the header."""
+        """Return the row of the header on the rows or windows that importance is measured on."""
         what = "rows" if self.inputs.rows else "windows"
         longest = max(len(row.ids) for row in self.rows)
         return [("text", f"{self.inputs.source} · {len(self.rows)} {what} of {longest} tokens at most")]
 
     def run(self, listener: Listener, folder: Path) -> Outcome:
-        """Prune, recover and save; a decision and steps that are kept in `folder` are not made again.
+        """Prune, recover and save; resume from the decision and the checkpoint in `folder`.
 
-        StorageError for a disk too full.
+        StorageError when the disk is too full.
         """
         need = self.pruner.disk(self.inputs.model)
         progress.check_disk(folder, need, "the state that is kept and the result")
@@ -54,7 +54,7 @@ class PruneJob:
 
 
 def prepare(request: CompressRequest, pruner: Pruner, listener: Listener, *, offline: bool) -> PruneJob:
-    """Load the model and its rows, and check that the pruner takes them; UsageError when it does not."""
+    """Load the model and its rows, and check the pruner on them; UsageError when it cannot use them."""
     inputs = loading.load(request, offline=offline)
     if request.data and not inputs.rows:
         raise UsageError("there are no rows to prune with", hint="give some with --data")
@@ -64,7 +64,7 @@ def prepare(request: CompressRequest, pruner: Pruner, listener: Listener, *, off
 
 
 def _text_rows(request: CompressRequest, inputs: Inputs, listener: Listener) -> list[Encoded]:
-    """Windows of text as rows whose tokens all count."""
+    """Return windows of text as rows: the loss of every token but the first counts."""
     import numpy as np
 
     from fleetune.data import Encoded
@@ -102,7 +102,7 @@ def _prune(listener: Listener, job: PruneJob, folder: Path) -> Outcome:
 
 
 def _cut(listener: Listener, job: PruneJob, folder: Path) -> Model:
-    """The pruned model; a stop while its importance is measured leaves nothing to resume from."""
+    """Return the pruned model; Ctrl-C while importance is measured leaves nothing to resume from."""
 
     def on_row(row: int, rows: int) -> None:
         listener.progress("rows", row, rows, "importance")
@@ -132,7 +132,7 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def _recover(listener: Listener, job: PruneJob, pruned: Model, folder: Path) -> Model:
-    """Train what is left, with a report of each step."""
+    """Train the pruned model, and report each step."""
     on_step = progress.step_reporter(listener, folder, "loss")
     place = folder / PARTS / "recovery"
     return job.pruner.train(pruned, job.inputs.model, job.rows, job.request.seed, place, on_step)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compress block by block with a solver, into the artefact of codes that `fleetune export` repacks."""
+"""Compress a model block by block with a solver, into the artefact of codes that `fleetune export` repacks."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ REPLIES: Final = "replies.jsonl"  # there too: of the clients
 
 @dataclass(frozen=True)
 class SolveJob:
-    """A solver's work, checked and ready to be done."""
+    """A checked request for a solver, with its model and calibration windows."""
 
     request: CompressRequest
     solver: Solver
     inputs: Inputs
     calibration: Tensor | None
-    shares: Mapping[int, Tensor]  # whose windows they are, where clients calibrate
-    replies: list[HessianReply] = field(default_factory=list)  # of these clients, as they come
+    shares: Mapping[int, Tensor]  # client -> its windows; {} unless clients calibrate
+    replies: list[HessianReply] = field(default_factory=list)  # of these clients, in order of arrival
 
     def about(self) -> list[tuple[str, str]]:
-        """What it works with and what that takes, for the header."""
+        """Return rows of the header: calibration text, clients, planned memory."""
         memory = f"about {human_bytes(self.memory)}" + (
             " · one block at a time, read from its file" if self.request.low_memory else ""
         )
@@ -66,7 +66,7 @@ class SolveJob:
 
     @cached_property
     def memory(self) -> int:
-        """Bytes of the peak, as planned."""
+        """Planned peak memory, in bytes."""
         from fleetune.models.shapes import shape_of
         from fleetune.planning import compression_cost
 
@@ -74,7 +74,7 @@ class SolveJob:
 
     @property
     def cost(self) -> CompressionSize:
-        """What the costs depend on."""
+        """The quantities that memory and disk depend on."""
         from fleetune.models.dtypes import WEIGHTS
 
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
@@ -87,14 +87,14 @@ class SolveJob:
     def run(self, listener: Listener, folder: Path) -> Outcome:
         """Solve all blocks and write the artefact; blocks that are finished in `folder` are not solved again.
 
-        StorageError for a disk too full.
+        StorageError when the disk is too full.
         """
         _check_room(listener, self, folder)
         return _compress(listener, self, folder)
 
 
 def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
-    """What the costs of a solver depend on, from its settings and its calibration windows."""
+    """Return the quantities that memory and disk depend on, from a solver's settings and its calibration windows."""
     from fleetune.planning.compression_cost import CompressionSize
 
     bits, group = int(getattr(solver, "bits", 0)), int(getattr(solver, "group", 0))
@@ -102,7 +102,11 @@ def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
 
 
 def prepare(request: CompressRequest, solver: Solver, inputs: Inputs, listener: Listener) -> SolveJob:
-    """Check that the solver takes every matrix, and cut the calibration windows; UsageError when one cannot be."""
+    """Check the solver on every matrix and cut the calibration windows.
+
+    UsageError when a matrix cannot be compressed, the text is too short for a window, or a window is longer than the
+    model's context.
+    """
     from fleetune.compression.layerwise import driver
 
     driver.check(inputs.model, solver)
@@ -124,7 +128,7 @@ def prepare(request: CompressRequest, solver: Solver, inputs: Inputs, listener: 
 def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> FinishedBlocks:
     """Solve the blocks of the job's model; those that `folder` holds are not solved again.
 
-    `resume_command` is shown after Ctrl-C (Interrupted).  UsageError when the blocks in `folder` were made of other
+    `resume_command` is shown after Ctrl-C (Interrupted).  UsageError when the blocks in `folder` were made from other
     weights, settings or text.
     """
     from fleetune.compression.layerwise import driver
@@ -199,7 +203,7 @@ def _earlier(log: Path) -> list[HessianReply]:
 
 
 def head(job: SolveJob) -> ArtefactHead:
-    """The artefact's head: method, settings, weights and calibration windows that it is made from."""
+    """Return the artefact's head: method, settings, and digests of the weights and calibration windows."""
     from fleetune import models
     from fleetune.models.artefact import ArtefactHead
     from fleetune.models.paged import tensors_of
@@ -212,7 +216,7 @@ def head(job: SolveJob) -> ArtefactHead:
 
 
 def _check_room(listener: Listener, job: SolveJob, folder: Path) -> None:
-    """A note when memory is short; StorageError when the disk is."""
+    """Remark when memory is short; raise StorageError when the disk is too full."""
     from fleetune.models.shapes import shape_of
     from fleetune.planning import compression_cost
 
@@ -224,7 +228,7 @@ def _check_room(listener: Listener, job: SolveJob, folder: Path) -> None:
 
 
 def _written_heads(config: Any) -> int:
-    """The heads of an attention that writes its scores down; 0 for a fused one."""
+    """Return the number of heads whose attention scores are stored; 0 for fused attention."""
     return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
 
 
@@ -251,7 +255,7 @@ def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
 
 
 def _traffic(listener: Listener, job: SolveJob) -> dict[str, int]:
-    """Bytes that the clients sent and got, where they calibrate."""
+    """Return the bytes that all clients sent and received; {} unless clients calibrate."""
     if not job.shares:
         return {}
     up, down = sum(r.bytes_up for r in job.replies), sum(r.bytes_down for r in job.replies)
@@ -276,7 +280,7 @@ def _mean(errors: Sequence[float]) -> dict[str, float]:
 
 
 def _errors(blocks: Sequence[BlockResult]) -> list[float]:
-    """Those of the layers that anything has reached."""
+    """Return the errors of all layers, without those that are not a number."""
     return [m.error for b in blocks for m in b.matrices if not math.isnan(m.error)]
 
 

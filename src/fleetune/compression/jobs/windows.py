@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut calibration windows: from rows, from a text, from each client's rows, or from what the model writes itself."""
+"""Cut calibration windows: from rows, a text, each client's rows, or text that the model writes itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def windows(request: CompressRequest, inputs: Inputs, listener: Listener) -> Tensor:
-    """int64 [N, length]: of the request's rows or text, or of what the model writes where there is neither."""
+    """Return int64 [N, length]: windows of the request's rows or text; without both, of text that the model writes."""
     import numpy as np
 
     from fleetune import data
@@ -40,7 +40,7 @@ def windows(request: CompressRequest, inputs: Inputs, listener: Listener) -> Ten
 
 
 def of_clients(request: CompressRequest, inputs: Inputs, listener: Listener) -> dict[int, Tensor]:
-    """Each client's windows, an equal part of the request's, at least one; a client that fills none is left out."""
+    """Return client -> its windows: an equal part of the request's, at least one; a client that fills none is left out."""
     import numpy as np
     import torch
 

@@ -14,12 +14,12 @@ from fleetune.compression.layerwise.hessian import accumulate, mirrored
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
 
-# Called with a layer's name and its H.  With a true-sequential driver it also puts the compressed weights in place.
+# Called with a layer's name and its H.  With `true_sequential` it also puts the compressed weights in place.
 SolveLayer = Callable[[str, Tensor], None]
 
 
 class HessianSource(Protocol):
-    """Where the Hessians of a block's layers come from; blocks are visited in order."""
+    """A source of the Hessians of each block's layers; blocks are visited in order."""
 
     def solve_layers(self, number: int, linears: Mapping[str, nn.Linear], solve: SolveLayer) -> None:
         """Call `solve(name, H)` for every layer that is used, H float32 [C, C] the sum of 2 x x^T over all tokens."""

@@ -33,7 +33,7 @@ BLOCK = 128
 
 
 class Segment(NamedTuple):
-    """How the next columns are compressed: rounded to a grid, or left as they are; masked weights become 0."""
+    """Rule for the next columns: round them to a grid or leave them; masked weights become 0."""
 
     end: int  # the column after the last one
     scale: Tensor | None  # [R]; None for no grid

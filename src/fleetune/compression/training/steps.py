@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where and how often a training is saved."""
+    """The folder of a training's checkpoints, and how often they are written."""
 
     folder: Path
     origin: str  # the fingerprint of the training

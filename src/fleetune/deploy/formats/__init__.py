@@ -31,7 +31,7 @@ from fleetune.errors import UsageError
 
 @dataclass(frozen=True)
 class Report:
-    """What an export wrote; every tensor of it was read back and compared with the source."""
+    """A written export; every tensor of it was read back and compared with the source."""
 
     path: Path
     to: str  # the target

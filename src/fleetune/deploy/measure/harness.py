@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure what a model costs and how good it is, in a process of its own, and what of a tuning survives compression.
+"""Measure one model in a child process: memory, speed and quality.  Also compute the kept gain.
 
-A `Job` is one model in one engine.  The child process (`python -m fleetune.deploy.measure.harness`, JSON in and out) loads it,
-runs it against the clock, notes its peak memory, and only then measures losses, which need more memory:
+A `MeasureJob` is one model in one engine.  The child process (`python -m fleetune.deploy.measure.harness`, JSON in and
+out) loads the model, measures its speed, reads its peak memory, and only then measures losses, which need more memory:
 
-    peak       the most resident memory of the process until then: interpreter, libraries, weights (mapped pages of the
+    peak       peak resident memory of the process until then: interpreter, libraries, weights (mapped pages of the
                file that were read count), cache and logits of one sequence.  Nothing is subtracted.
     prefill    prompt tokens a second: one forward of the prompt, logits of its last token
     generate   tokens a second, one greedy step each, after that prompt
 
-both the median of the repeats, after one pass that is not counted.  Nothing heavy is imported at the top, so the process
-of an engine that is not torch's does not carry torch.
+both the median of the repeats, after one pass that is not counted.  No large library is imported at the top, so a
+process that runs llama.cpp does not hold torch.
 
 Kept gain: with base b, tuned t and both compressed the same way, cb and ct, on one measure,
 
     kept = (ct - cb) / (t - b)
 
-which is 1 when compression takes nothing of what tuning gained, whether less or more of the measure is better.
+which is 1 when compression loses nothing of the gain from tuning, whether lower or higher is better.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Row = tuple[list[int], int]  # tokens, and how many of the first are context onl
 
 @dataclass(frozen=True)
 class MeasureJob:
-    """What is measured, and on what."""
+    """One model in one engine, and what to measure."""
 
     kind: str  # of KINDS: which loader or engine reads `path`
     path: str
@@ -72,7 +72,7 @@ class MeasureJob:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What came out; tokens a second, bytes, and each measure by name."""
+    """The result of a job: bytes, tokens a second, and each measure by name."""
 
     peak_rss: int
     prefill: float | None
@@ -128,7 +128,7 @@ def speed(
 
 
 def carry_out(job: MeasureJob) -> Measurement:
-    """Do a job in this process."""
+    """Run a job in this process."""
     with _engine(job) as engine:
         prefill, generate = (
             speed(engine, job.prompt, job.generate, job.repeats) if job.repeats else (None, None)
@@ -172,7 +172,7 @@ def _tasks(job: MeasureJob, engine: LoadedEngine) -> dict[str, float]:
 
 
 def windows(texts: Sequence[Sequence[int]], length: int, count: int) -> list[Row]:
-    """The first windows of all texts' tokens joined; the first token of each is context only.
+    """Return the first windows of all texts' tokens joined; the first token of each is context only.
 
     DataError when there is nothing to predict.
     """
@@ -186,7 +186,7 @@ def windows(texts: Sequence[Sequence[int]], length: int, count: int) -> list[Row
 
 
 def measured(job: MeasureJob) -> Measurement:
-    """Do a job in a process of its own; the errors of it are raised here."""
+    """Run a job in a child process, and raise its errors here."""
     environment = os.environ | dict.fromkeys(THREADS, str(job.threads))
     done = subprocess.run(  # -P: a module that lies in the folder we were started in is not run
         [sys.executable, "-P", "-m", "fleetune.deploy.measure.harness"],
@@ -206,14 +206,14 @@ def measured(job: MeasureJob) -> Measurement:
 
 
 def _ended(code: int) -> str:
-    """The hint for a process that ended so; a negative code is a signal."""
+    """Return the hint for a child's exit code; a negative one is a signal."""
     if code == -9:
         return "that signal is usually memory: give fewer or shorter rows"
     return "a negative number is a signal" if code < 0 else "see that what it needs is installed whole"
 
 
 def main() -> None:
-    """The child: a job on stdin, what came out on the last line of stdout."""
+    """Run in the child: read a job from stdin, write its result as the last line of stdout."""
     job = MeasureJob(**json.load(sys.stdin))
     try:
         answer = asdict(carry_out(job))
@@ -233,7 +233,7 @@ class Bits(NamedTuple):
 
 
 def bits(source: Path) -> Bits:
-    """Of a .gguf file, a master artefact or a plain directory.  ModelError when it is damaged."""
+    """Return the bits a weight of a .gguf file, a master artefact or a plain directory.  ModelError when it is damaged."""
     found = list(_of_gguf(source) if source.is_file() else _of_folder(source))
 
     def mean(parts: list[tuple[bool, int, int]]) -> float:
@@ -251,7 +251,7 @@ def _of_gguf(file: Path) -> Iterator[tuple[bool, int, int]]:
 
 
 def _of_folder(folder: Path) -> Iterator[tuple[bool, int, int]]:
-    """(whether it is a matrix of a block, weights, bytes) of every parameter."""
+    """Yield (whether it is a matrix of a block, number of weights, bytes) of every parameter."""
     from fleetune.deploy.checkpoint import open_checkpoint
 
     model = open_checkpoint(folder)
@@ -270,7 +270,7 @@ def _of_folder(folder: Path) -> Iterator[tuple[bool, int, int]]:
 
 @dataclass(frozen=True)
 class KeptGain:
-    """How much of a tuning's gain a compression keeps; `value` is None where there is none to keep."""
+    """The share of the gain from tuning that survives compression; `value` is None where there was no gain."""
 
     metric: str
     gain: float  # of the tuning, positive for better
@@ -279,7 +279,7 @@ class KeptGain:
 
 
 def kept_gain(name: str, base: float, tuned: float, small_base: float, small_tuned: float) -> KeptGain:
-    """Of the measure `name` of base and tuned, and of both compressed."""
+    """Return the kept gain by the measure `name`, given its values of base and tuned, and of both compressed."""
     sign = -1 if metric(name).less else 1
     gain, small = sign * (tuned - base), sign * (small_tuned - small_base)
     label = metric(name).label
@@ -295,7 +295,7 @@ def kept_gain(name: str, base: float, tuned: float, small_base: float, small_tun
 
 
 def warning(artefact: Master) -> str:
-    """What an export says of an artefact whose kept gain is known and below the bar; else ""."""
+    """Return the warning of an export for an artefact whose kept gain is known and below `KEPT_BAR`; else ""."""
     try:
         raw = json.loads((artefact.folder.parent / FILE).read_text(encoding="utf-8"))
         value = raw["kept"]["loss"]["value"]

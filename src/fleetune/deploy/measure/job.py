@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure models side by side, each in a process of its own, and what of a tuning's gain compression keeps."""
+"""Measure models side by side, each in a process of its own; and the share of tuning's gain that compression keeps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LEAST: Final = {
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """What is measured, and on what."""
+    """Options of `fleetune measure`: what to measure, and on which text and rows."""
 
     text: str | None = None  # plain text file, for perplexity
     windows: int = 16  # of the text at most
@@ -47,7 +47,7 @@ class MeasureOptions:
 
 @dataclass(frozen=True)
 class MeasureResult:
-    """What was measured."""
+    """All lines of the table, and the kept gain."""
 
     rows: tuple[Measured, ...]
     kept: Mapping[str, KeptGain]  # by measure
@@ -57,7 +57,7 @@ class MeasureResult:
 def measure(
     subjects: Sequence[Subject], options: MeasureOptions, listener: Listener, *, offline: bool
 ) -> MeasureResult:
-    """Measure every line of the subjects.  UsageError for what does not fit together, before anything is loaded."""
+    """Measure every line of the subjects.  UsageError for contradictions, before anything is loaded."""
     tasks = check(len(subjects), options)
     found = [lines.of(subject, offline=offline) for subject in subjects]
     if options.kept_gain:
@@ -87,7 +87,7 @@ def measure(
 
 
 def check(count: int, options: MeasureOptions) -> list[str]:
-    """The tasks of a measurement of `count` models; UsageError for what does not fit together, before anything is loaded."""
+    """Return the tasks to measure on `count` models; UsageError for contradictions, before anything is loaded."""
     from fleetune.evaluation import measures
 
     for name, least in LEAST.items():
@@ -109,7 +109,7 @@ def check(count: int, options: MeasureOptions) -> list[str]:
 
 
 def _row_length(options: MeasureOptions, found: Sequence[Measurable]) -> int:
-    """Tokens of a row at most, the same for all; UsageError when more is asked of a model than it is made for."""
+    """Return the most tokens of a row, the same for all; UsageError when an option exceeds a model's context."""
     from fleetune.deploy.measure.exported_perplexity import longest
 
     most, name = min((longest(one.tokenizer), one.name) for one in found)
@@ -134,7 +134,7 @@ def _examples(options: MeasureOptions, found: Sequence[Measurable], *, offline: 
 
 
 def _windows(options: MeasureOptions, found: Sequence[Measurable]) -> dict[Path, list[Row]]:
-    """The windows of the text in each subject's tokens; DataError where there is nothing to predict."""
+    """Return tokenizer -> windows of the text; DataError when the text is too short to predict anything."""
     from fleetune.deploy.measure.exported_perplexity import windows_of
 
     folders = {one.tokenizer for one in found}
@@ -152,7 +152,7 @@ def _job(
     tasks: list[str],
     offline: bool,
 ) -> harness.MeasureJob:
-    """A line as the process that measures it is given it; rows of so many tokens at most."""
+    """Return the job of the child process that measures a line; `rows` are the examples and their most tokens."""
     from transformers import AutoTokenizer
 
     from fleetune.data.encode import encode_all
@@ -248,7 +248,7 @@ def _compressed_base(measurable: Measurable, listener: Listener, *, offline: boo
 
 
 def _kept(rows: Sequence[Measured]) -> dict[str, KeptGain]:
-    """By measure; not of the text's perplexity, since that is no task that was tuned for."""
+    """Return the kept gain by measure, without perplexity: the model was not tuned on that text."""
     values = {row.name: row.values for row in rows}
     four = [values[name] for name in ("base", "tuned", COMPRESSED_BASE, "compressed")]
     return {

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""List the lines of the table that `fleetune measure` makes: which models are run, and in which engine.
+"""List the lines of the table of `fleetune measure`: which models are run, and in which engine.
 
-Of a run the base and the tuned model; of a compression's folder also the compressed model and its .gguf files; of a
-plain model the model itself.  Of several subjects the last in torch of each, and its files.
+A run has two lines, the base and the tuned model; a compression also the compressed model and its exported .gguf files;
+a plain model has one (a .gguf file one in torch and one in llama.cpp).  With several models, only the last stage of each
+is measured, in torch and as its exported files.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Line:
 
     @property
     def engine(self) -> str:
-        """The engine that runs it."""
+        """The engine that runs it: torch or llama.cpp."""
         return "llama.cpp" if self.kind == "gguf" else "torch"
 
 
@@ -44,7 +45,7 @@ class Measurable:
     lines: tuple[Line, ...]
     tokenizer: Path  # the folder of its tokenizer
     subject: Subject
-    length: int = ROW  # tokens of a row at most: as its run had them
+    length: int = ROW  # tokens of a row at most, as in its run
 
     @property
     def folder(self) -> Path | None:
@@ -53,7 +54,7 @@ class Measurable:
 
 
 def of(subject: Subject, *, offline: bool) -> Measurable:
-    """The lines of a subject by itself."""
+    """Return a subject with all its lines."""
     if isinstance(subject, Run):
         lines, tokenizer = _of_run(subject, offline=offline)
         return Measurable(subject.name, lines, tokenizer, subject, subject.recipe.max_length)
@@ -67,12 +68,12 @@ def of(subject: Subject, *, offline: bool) -> Measurable:
 
 
 def line_of(name: str, kind: str, path: Path | str, weights: Path, dtype: str = "fp32") -> Line:
-    """A line whose weights are a folder."""
+    """Return a line for weights in a folder."""
     return Line(name, kind, str(path), weights, compression_folder.size(weights), dtype)
 
 
 def chosen(found: Sequence[Measurable], listener: Listener) -> list[tuple[Measurable, Line]]:
-    """The lines that are measured: every one of one subject; of several the last in torch of each, and its files."""
+    """Return the lines to measure: all of a single subject; of several, the last in torch of each, and its .gguf files."""
     from fleetune.deploy.measure import llamacpp
 
     lines: list[tuple[Measurable, Line]] = []
@@ -90,7 +91,7 @@ def chosen(found: Sequence[Measurable], listener: Listener) -> list[tuple[Measur
 
 
 def _of_run(run: Run, *, offline: bool) -> tuple[tuple[Line, Line], Path]:
-    """Base and tuned, and where the tokenizer is."""
+    """Return the lines of base and tuned model, and the folder of the tokenizer."""
     recipe, weights = run.recipe, Plain(run.recipe.model).directory(offline=offline)
     base, result = line_of("base", "model", recipe.model, weights, recipe.dtype), run.result
     more = compression_folder.size(result) if result.is_dir() else result.stat().st_size

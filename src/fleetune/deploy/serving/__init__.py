@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a model over an engine: the front door, the engines and their client."""
+"""Serve a model: the OpenAI-compatible front, the engines behind it, and their client."""

@@ -49,7 +49,7 @@ WATCH: Final = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """What an engine is started with: the model's file or directory, and options."""
+    """Arguments of an engine's process: the model's file or directory, and options."""
 
     model: Path
     port: int

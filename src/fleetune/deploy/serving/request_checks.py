@@ -106,7 +106,7 @@ def read_body(headers: Message, file: io.BufferedIOBase) -> bytes:
 
 
 class DeadlineReader(io.RawIOBase):
-    """What a client sends, up to the time `end`: one byte now and then does not hold a connection open."""
+    """A stream of a client's bytes with a deadline `end`, so that slow single bytes cannot hold a connection open."""
 
     def __init__(self, connection: socket.socket, idle: float) -> None:
         """Wait at most `idle` seconds for the next bytes."""

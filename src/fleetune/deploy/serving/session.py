@@ -33,16 +33,16 @@ TOKEN: Final = "FLEETUNE_TOKEN"
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Which engine runs the model, and how."""
+    """Options of the engine."""
 
     engine: str = "auto"  # the first installed
-    threads: int | None = None  # measured
+    threads: int | None = None  # None: several counts are tried, the fastest is used
     context: int = 4096  # tokens of a conversation at most (llama.cpp)
 
 
 @dataclass(frozen=True)
 class FrontOptions:
-    """Where the front listens."""
+    """Options of the front: the address it listens on, and the token it asks for."""
 
     host: str = "127.0.0.1"
     port: int = 8080  # 0: any free one

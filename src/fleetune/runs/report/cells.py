@@ -141,7 +141,7 @@ def mean_and_change(pairs: Sequence[tuple[float, float]]) -> Stat | None:
 
 
 class Effect(NamedTuple):
-    """What an axis does to a measure: its lowest and highest mean, and the noise of such a mean (None: unknown)."""
+    """Effect of an axis on a measure: its lowest and highest mean, and the noise of such a mean (None: unknown)."""
 
     low: tuple[Value, float]
     high: tuple[Value, float]

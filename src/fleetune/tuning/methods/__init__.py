@@ -40,7 +40,7 @@ class Reply(NamedTuple):
 
 
 class Method(Protocol):
-    """What every method does; `State` is its own NamedTuple (arrays, dicts of arrays, numbers, a Ledger)."""
+    """The functions of every method; `State` is its own NamedTuple (arrays, dicts of arrays, numbers, a Ledger)."""
 
     def init(self, model: Model, key: int) -> Any:
         """Return the global state before round 1; may attach what it trains to `model`, never changes base weights."""

@@ -62,7 +62,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """How a device trains in a round."""
+    """Settings of a device's training in a round."""
 
     lr: float
     epochs: int = 1

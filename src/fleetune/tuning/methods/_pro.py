@@ -9,10 +9,10 @@ import numpy as np
 
 
 class Sizes(NamedTuple):
-    """What is known of the slopes along each direction."""
+    """Sums and counts of the slopes seen along each direction."""
 
     size: np.ndarray  # float64[K] sum of |g|
-    seen: np.ndarray  # int64[K] how many
+    seen: np.ndarray  # int64[K] number of slopes
 
     def add(self, k: np.ndarray, g: np.ndarray) -> None:
         """Count slopes g, seen along the directions k, in place."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encode a walk through a pool of directions as a reply: one byte a step, or exact sums of 4 bytes a direction.
+"""Encode a client's local steps (each: a direction and an integer) for sending.
 
-A walk is tau steps, step j the integer c_j along direction k_j of the pool.  The directions are drawn from the key of
-the device's round, so the server draws them again and they are never sent.  A projection is one integer a direction,
-of a device that back-propagates (`_mixed`).
+The steps of a client in a round are its *walk*: tau steps, step j the integer c_j along direction k_j of the pool.
+`Byte` sends one byte a step.  The directions are drawn from the client's key of the round, so the server draws them
+again and they are never sent.  `Sums` sends the exact sum along each of the K directions, 4 bytes each.  A client that
+back-propagates (`_mixed`) sends its *projection* instead: how far it moved along each direction, one integer each.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SCALARS: Final = MappingProxyType({"n": (int, 1, 1 << 31), "loss": (float, -1e9,
 
 
 class Wire(Protocol):
-    """A way to send integers, and with it the integers that a device can step by."""
+    """A form in which integers are sent.  It decides which integers a step may have."""
 
     dtype: str  # of the array that is sent
 

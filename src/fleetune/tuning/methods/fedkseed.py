@@ -62,7 +62,7 @@ SENDS = "one byte a local step up; K integers down"
 
 
 class State(NamedTuple):
-    """What the server knows."""
+    """The server's state."""
 
     ledger: Ledger
     round: int  # rounds done
