@@ -282,7 +282,8 @@ def test_errors_say_what_failed_and_what_to_try() -> None:
     assert out.getvalue() == ""
     assert err.getvalue() == (
         "error: no method named 'fedkseeed'\n  try: fleetune methods\n  see: docs/troubleshooting.md#usageerror\n"
-        "error: a is wrong\n  b is wrong\nerror: 3.9 GB short\n"
+        "error: a is wrong\n  b is wrong\n  see: docs/troubleshooting.md#recipeerror\n"
+        "error: 3.9 GB short\n  see: docs/troubleshooting.md#fiterror\n"
     )
 
 

@@ -28,7 +28,7 @@ from transformers import (
     RobertaModel,
 )
 
-from fleetune import models
+from fleetune import api, models
 from fleetune.data import Example
 from fleetune.data.encode import collate, encode
 from fleetune.data.labelled import encode_rows
@@ -40,7 +40,7 @@ from fleetune.models.encoders import MAX_LABELS, head_names
 from fleetune.models.layers import head_of
 from fleetune.models.tiny import tiny_pair_tokenizer
 from fleetune.runs.rundir import events
-from fleetune.tuning import run as job
+from fleetune.tuning.recipe import make
 
 SIZES: dict[str, Any] = {"vocab_size": 264, "pad_token_id": 258}
 SMALL = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -271,20 +271,20 @@ def data(path: Path, label: str = "label") -> str:
 
 def test_a_run_of_an_encoder_on_labelled_rows(tmp_path: Path) -> None:
     path = folder(tmp_path / "bare", BertModel(BertConfig(**SIZES, **SMALL)))
-    done = job.run(
+    found = api.tune(
+        path,
+        data(tmp_path / "qnli.jsonl"),
         out=tmp_path / "runs",
-        model=str(path),
-        data=data(tmp_path / "qnli.jsonl"),
         method="fedpetuning",
         clients=2,
         rounds=2,
         held_out=6,
         samples=2,
         max_length=32,
-        set={"module": "bitfit", "batch_size": 4},
+        settings={"module": "bitfit", "batch_size": 4},
     )
-    assert set(done["base"]) == set(done["tuned"]) == {"loss", "accuracy"}
-    run = Path(done["run"])
+    assert set(found.done.base) == set(found.done.tuned) == {"loss", "accuracy"}
+    run = found.folder
     assert 'labels = "no,yes"' in (run / "run.toml").read_text()  # written out, so that a resume has them
     measured = [e for e in events(run) if e["event"] == "eval"]
     assert [e["round"] for e in measured] == [0, 1, 2]
@@ -320,7 +320,7 @@ def test_a_run_that_an_encoder_cannot_do_ends_before_any_work(
         "clients": 2,
     }
     with pytest.raises(error, match=said):
-        job.run(out=tmp_path / "runs", **options | changes)
+        api.run_recipe(make(options | changes), out=tmp_path / "runs")
 
 
 def test_a_label_word_with_a_comma_is_refused(tmp_path: Path) -> None:
@@ -328,10 +328,4 @@ def test_a_label_word_with_a_comma_is_refused(tmp_path: Path) -> None:
     rows = [{"text": f"t{i}", "label": ["a, b", "c"][i % 2]} for i in range(12)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(RecipeError, match="the label word 'a, b' has a comma"):
-        job.run(
-            out=tmp_path / "runs",
-            model=str(path),
-            data=str(tmp_path / "a.jsonl"),
-            method="fedpetuning",
-            clients=2,
-        )
+        api.tune(path, tmp_path / "a.jsonl", out=tmp_path / "runs", method="fedpetuning", clients=2)
