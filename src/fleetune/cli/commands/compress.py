@@ -38,7 +38,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--text", help="calibrate on a plain text file (a model without either writes its own)")
     sub.add_argument("--windows", type=int, help="calibration windows at most (default 128)")
-    sub.add_argument("--length", type=int, help="tokens a window, or of a row at most (default 512)")
+    sub.add_argument("--length", type=int, help="tokens per window, or per row at most (default 512)")
     sub.add_argument(
         "--calibrate", choices=["server", "clients"],
         help="clients: the run's own clients calibrate on their training rows and send sums over them (default server)",
@@ -48,14 +48,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--low-memory",
         action="store_true",
         default=None,
-        help="leave the model in its files: one block in memory at a time",
+        help="load one block of the model at a time from disk",
     )
     sub.add_argument(
         "--true-sequential",
         action="store_true",
         default=None,
-        help="solve a layer on what those before it in its block give once compressed: one pass of all windows together, "
-        "which takes a fifth less time, and memory for their activations",
+        help="solve a layer on inputs that have passed the compressed layers of its own block (GPTQ's option of that name): "
+        "one pass of all windows together, a fifth less time, more memory for activations",
     )
     sub.add_argument("--eval-text", help="plain text file: its perplexity before and after")
     sub.add_argument(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For `measure --kept-gain`: compress the untuned base with the same method, settings and windows as the tuned model.
+"""Compress the untuned base for `measure --kept-gain`: with the same method, settings and windows as the tuned model.
 
 Base and tuned model share a tokenizer, so the same text gives the same windows of tokens.  The head of each artefact
 has the digest of its windows, and the two digests are compared.
