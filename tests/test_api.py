@@ -256,14 +256,14 @@ def test_an_objective_may_be_a_function() -> None:
     ("model", "data", "want"),
     [
         (object(), ROWS, "a object is not a model"),
-        ("tiny", 7, "a int is not data"),
+        ("tiny", 7, "a int is not rows"),
         ("tiny", ["text"], "row 1 is a str, not a dict"),
         ("tiny", [{"response": {1, 2}}], "row 1 cannot be written as JSON"),
     ],
 )  # fmt: skip
 def test_wrong_objects_are_clear_errors(model: object, data: Any, want: str, at: Path) -> None:
     with pytest.raises(errors.UsageError, match=want):
-        tune(model, data, tokenizer=models.load("tiny", device="cpu").tokenizer)
+        tune(model, data)
     with pytest.raises(errors.ModelError, match="needs its tokenizer"):
         tune(models.load("tiny", device="cpu").net, ROWS)
 
@@ -323,7 +323,8 @@ def test_a_name_means_the_same_everywhere(at: Path) -> None:
     run = tune()
     small = fleetune.compress(run, method="rtn", settings={"group": 8})
     assert fleetune.open("latest") == fleetune.Compressed(Path("runs/0002-rtn-fedkseed-tiny"))
-    for name in ("1", "0001-fedkseed-tiny", "runs/0001-fedkseed-tiny", run):
+    assert fleetune.open(run) == fleetune.Run(at / "runs" / "0001-fedkseed-tiny")
+    for name in ("1", "0001-fedkseed-tiny", "runs/0001-fedkseed-tiny"):
         assert fleetune.open(name) == fleetune.Run(Path("runs/0001-fedkseed-tiny"))
     for name in ("2", "0002-rtn-fedkseed-tiny", "runs/0002-rtn-fedkseed-tiny", small):
         assert fleetune.open(name) == fleetune.Compressed(small.folder)
@@ -351,3 +352,150 @@ def test_the_commands_give_what_the_functions_give(at: Path, capsys: pytest.Capt
     assert main(["tune", "tiny", "rows.jsonl", *flags, *settings, "--json", "-q"]) == 0
     done = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert done["digest"] == run.digest
+
+
+# What a careless caller does ------------------------------------------------------------------------------
+
+
+def test_another_tokenizer_or_config_is_another_model(at: Path) -> None:
+    net, words = (lambda m: (m.net, m.tokenizer))(models.load("tiny", device="cpu"))
+    first = tune(net, ROWS, tokenizer=words)
+    words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    second = tune(net, ROWS, tokenizer=words)
+    assert second.digest != first.digest
+    assert second.model().tokenizer.chat_template == words.chat_template
+    net.config.rms_norm_eps = 0.5
+    tune(net, ROWS, tokenizer=words)
+    assert len(list(Path("runs/objects").glob("model-*"))) == 3
+
+
+def test_rows_that_were_cut_are_written_again(at: Path) -> None:
+    first = tune(data=ROWS)
+    (file,) = Path("runs/objects").glob("data-*")
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:12]))
+    assert tune(data=ROWS).digest == first.digest
+
+
+class Table:
+    """What a pandas DataFrame offers, as far as it is used."""
+
+    columns = ("instruction", "response")
+
+    def to_dict(self, orient: str) -> list[dict[str, str]]:
+        assert orient == "records"
+        return ROWS
+
+
+def test_a_table_is_rows(at: Path) -> None:
+    assert tune(data=Table()).digest == tune().digest
+
+
+def test_numpy_numbers_are_numbers_and_other_objects_are_said(at: Path) -> None:
+    assert tune(settings=SMALL | {"K": np.int64(16), "lr": np.float64(1e-2)}).digest == tune().digest
+    with pytest.raises(errors.RecipeError, match=r"K = None is not a text, a number"):
+        tune(settings={"K": None})
+    with pytest.raises(errors.RecipeError, match="settings are a dict"):
+        tune(settings=["K=1"])
+
+
+class Broken(fleetune.Silent):
+    def step(self, client: int, step: int) -> None:
+        raise KeyError("my own mistake")
+
+
+class Stop(fleetune.Silent):
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self, client: int, step: int) -> None:
+        self.steps += 1
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.steps > 5
+
+
+def test_a_listeners_own_error_is_raised_and_blamed_on_no_client(at: Path) -> None:
+    whole = tune(rounds=2)
+    with pytest.raises(KeyError, match="my own mistake"):
+        tune(rounds=2, listener=Broken())
+    with pytest.raises(errors.Interrupted, match="finished rounds are kept"):
+        tune(rounds=2, listener=Stop())
+    assert fleetune.resume_run("latest").digest == whole.digest
+    with pytest.raises(errors.UsageError, match="a function is no listener: it has no header, event"):
+        tune(listener=lambda event: None)
+    assert len(list(Path("runs").glob("0*"))) == 3, "it was refused before a folder was made"
+
+
+def test_results_hold_after_another_folder_is_entered(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tune()
+    (at / "elsewhere").mkdir()
+    monkeypatch.chdir(at / "elsewhere")
+    assert run.history["round"] == [0, 1]
+
+
+def test_nothing_is_ignored_in_silence(at: Path) -> None:
+    recipe = Recipe(model="tiny", data="rows.jsonl", method="fedkseed", set=SMALL, **FEW)
+    with pytest.raises(errors.UsageError, match="nothing is given beside it"):
+        fleetune.tune(recipe, method="fedit")
+    with pytest.raises(errors.ModelError, match="has its own tokenizer"):
+        tune("tiny", tokenizer=models.load("tiny", device="cpu").tokenizer)
+    with pytest.raises(errors.RecipeError, match="calibrate = 'client' is neither server nor clients"):
+        fleetune.compress("tiny", calibrate="client")
+    with pytest.raises(errors.RecipeError, match="quorum = 3, but 2 clients are asked"):
+        tune(quorum=3)
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(errors.UsageError, match="is not a speed"):
+            fleetune.plan("tiny", uplink=wrong)
+    with pytest.raises(errors.UsageError, match="is more than 1,000,000"):
+        fleetune.plan("tiny", steps=2_000_000)
+    with pytest.raises(errors.UsageError, match="measure needs a model"):
+        fleetune.measure()
+
+
+def test_places_and_names_that_cannot_be_are_clear_errors(at: Path) -> None:
+    (at / "afile").write_text("")
+    with pytest.raises(errors.StorageError):
+        tune(data=ROWS, out="afile")
+    with pytest.raises(errors.UsageError, match="is not the name of a model"):
+        fleetune.open("x" * 300)
+    model = models.load("tiny", device="cpu")
+    with pytest.raises(errors.ModelError, match="on the meta device"):
+        tune(model.net.to("meta"), ROWS, tokenizer=model.tokenizer)
+    other = models.load("tiny", device="cpu")
+    other.tokenizer.add_tokens([f"<{i}>" for i in range(999)])
+    with pytest.raises(errors.ModelError, match="the tokenizer has"):
+        tune(other.net, ROWS, tokenizer=other.tokenizer)
+
+
+def test_a_target_for_codes_refuses_a_run_before_it_is_loaded(
+    at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tune()
+    monkeypatch.delattr(models, "load")
+    with pytest.raises(
+        errors.UsageError, match=r"0001-fedkseed-tiny holds plain weights, and gptq is for compressed"
+    ):
+        fleetune.export(run, to="gptq")
+
+
+def test_an_export_is_a_model_and_words_may_be_one_text(at: Path) -> None:
+    file = fleetune.export(tune(), to="hf")
+    found = fleetune.evaluate(file, "rows.jsonl", tasks="loss,perplexity", limit=2, device="cpu")
+    assert set(found) == {"loss", "perplexity"}
+
+
+def test_two_threads_load_and_tune_as_one_would(at: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone = [
+        tune(method="fedit", settings={"r": 2}, seed=seed, out=f"alone-{seed}").digest for seed in (0, 1)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: models.load("tiny", device="cpu"), range(6)))
+        together = list(
+            pool.map(
+                lambda s: tune(method="fedit", settings={"r": 2}, seed=s, out=f"both-{s}").digest, (0, 1)
+            )
+        )
+    assert together == alone

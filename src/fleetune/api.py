@@ -17,6 +17,7 @@ Every function raises a class of `fleetune.errors` whose message says what faile
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,8 @@ def open(name: Any, *, out: str | Path = "runs") -> Subject:
         return name
     if isinstance(name, str | Path):
         return subjects.open(name, out)
+    if isinstance(path := getattr(name, "path", None), Path) and not hasattr(name, "folder"):  # of an export
+        return Plain(str(path))
     if isinstance(folder := getattr(name, "folder", None), Path):  # a result
         return Run(folder) if (folder / "run.toml").is_file() else Compressed(folder)
     raise UsageError(
@@ -71,7 +74,12 @@ def _named(method: object, modules: Mapping[str, str]) -> tuple[str, dict[str, V
         return method, {}
     cls = type(method)
     name = next((n for n, module in modules.items() if module == cls.__module__), None)
-    if name is None or not dataclasses.is_dataclass(method) or isinstance(method, type):
+    if (
+        name is None
+        or isinstance(method, type)
+        or not dataclasses.is_dataclass(method)
+        or isinstance(method, type)
+    ):
         raise UsageError(f"a {cls.__name__} is not a method", hint=f"there are: {', '.join(modules)}")
     return name, {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
 
@@ -104,7 +112,7 @@ def plan(
     return planning.make(
         config, str(model), work,
         ram=planning.parse_bytes(str(ram)) if ram is not None else None,
-        uplink=planning.parse_rate(uplink) if isinstance(uplink, str) else uplink,
+        uplink=planning.parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink),
     )  # fmt: skip
 
 
@@ -134,11 +142,15 @@ def tune(
     recipe = model if isinstance(model, Recipe) else None
     if recipe is None:
         recipe = _recipe(model, data, method, settings or {}, tokenizer, Path(out), options)
-    elif data is not None or settings or options:
+    elif data is not None or settings or options or tokenizer is not None or method != "fedkseed":
         raise UsageError(
             "a recipe says everything; nothing is given beside it", hint="dataclasses.replace it"
         )
     return run_recipe(recipe, out=out, offline=offline, listener=listener)
+
+
+# A job seeds torch's generator and sets its threads, so two at a time in a process would disturb each other.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def run_recipe(
@@ -148,11 +160,13 @@ def run_recipe(
     from fleetune.tuning import prepare, run
     from fleetune.tuning.result import TuneResult
 
+    watching = _listener(listener)
     prepare.check(recipe)
     rundir.check_writable(Path(out))
-    job = prepare.prepare(recipe, offline=offline)
-    with rundir.create(Path(out), recipe.method, recipe.model) as folder:
-        return TuneResult(folder.path, run.tune(job, folder, listener or Silent()))
+    with _ONE_AT_A_TIME:
+        job = prepare.prepare(recipe, offline=offline)
+        with rundir.create(Path(out), recipe.method, recipe.model) as folder:
+            return TuneResult(folder.path.absolute(), run.tune(job, folder, watching))
 
 
 def resume_run(
@@ -162,18 +176,18 @@ def resume_run(
     from fleetune.tuning import prepare, result
     from fleetune.tuning import run as running
 
-    listener, path = listener or Silent(), rundir.find(str(run), Path(out))
+    watching, path = _listener(listener), _run_folder(run, Path(out))
     recipe = recipes.make(recipes.read(path / "run.toml"))
     prepare.check(recipe)
     if rundir.status_of(path) == "done":
         found = result.read(path)
-        listener.note(f"{path} is finished already")
-        listener.event(found.done)
+        watching.note(f"{path} is finished already")
+        watching.event(found.done)
         return found
-    with rundir.RunDir(path) as folder:
+    with _ONE_AT_A_TIME, rundir.RunDir(path) as folder:
         rundir.check_writable(path)
         job = prepare.prepare(recipe, offline=offline)
-        return result.TuneResult(path, running.tune(job, folder, listener))
+        return result.TuneResult(path.absolute(), running.tune(job, folder, watching))
 
 
 def check_recipe(recipe: Recipe, *, offline: bool = False) -> TuneChecked:
@@ -183,6 +197,28 @@ def check_recipe(recipe: Recipe, *, offline: bool = False) -> TuneChecked:
     prepare.check(recipe)
     job: TuneJob = prepare.prepare(recipe, offline=offline)
     return TuneChecked(clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held))
+
+
+def _listener(given: Listener | None) -> Listener:
+    """The listener to call; UsageError, before any work, for an object that is none."""
+    found = Silent() if given is None else given
+    if missing := [n for n in vars(Silent) if not n.startswith("_") and not hasattr(found, n)]:
+        raise UsageError(
+            f"a {type(found).__name__} is no listener: it has no {', '.join(missing)}",
+            hint="inherit from fleetune.Silent, and override what you want to hear",
+        )
+    return found
+
+
+def _run_folder(run: object, out: Path) -> Path:
+    """The folder of a run by its name, number, path or result."""
+    folder = getattr(run, "folder", None)
+    return folder if isinstance(folder, Path) else rundir.find(str(run), out)
+
+
+def _words(given: str | Sequence[str]) -> list[str]:
+    """Names as a list; a text may have several, with commas."""
+    return [w.strip() for w in given.split(",") if w.strip()] if isinstance(given, str) else list(given)
 
 
 def _recipe(
@@ -233,6 +269,7 @@ def evaluate(
     from fleetune.evaluation import measures
     from fleetune.runs.events import evaluated
 
+    tasks, labels = _words(tasks), _words(labels)
     wanted = _checked_tasks(tasks, limit, answer_tokens, text)
     found = open(model, out=out)
     given = _rows(data, Path(out), offline=offline)
@@ -243,7 +280,7 @@ def evaluate(
         loaded, examples[:limit], wanted, max_new_tokens=answer_tokens, labels=labels,
         texts=reading.read_text(str(text)) if text else (),
     )  # fmt: skip
-    (listener or Silent()).event(evaluated(found.argument, len(examples[:limit]), values))
+    (_listener(listener)).event(evaluated(found.argument, len(examples[:limit]), values))
     return values
 
 
@@ -324,7 +361,7 @@ def start_compression(
     """Compress as requested, in a new folder under `out`."""
     from fleetune.compression.jobs import job
 
-    return job.start(request, listener or Silent(), Path(out), offline=offline)
+    return job.start(request, _listener(listener), Path(out), offline=offline)
 
 
 def check_request(
@@ -337,7 +374,7 @@ def check_request(
     """Load the model and data and check the request; write nothing.  Return the prepared job."""
     from fleetune.compression.jobs import job
 
-    return job.prepare(request, listener or Silent(), Path(out), offline=offline)
+    return job.prepare(request, _listener(listener), Path(out), offline=offline)
 
 
 def request_for(
@@ -375,7 +412,7 @@ def resume_compression(
     found = compression_folder.find(str(folder), Path(out))
     if found is None:
         raise UsageError(f"no compression '{folder}' in {out}", hint="fleetune compress MODEL")
-    return job.resume(found, listener or Silent(), Path(out), offline=offline)
+    return job.resume(found, _listener(listener), Path(out), offline=offline)
 
 
 # Export, measure, serve -------------------------------------------------------------------------------
@@ -402,7 +439,7 @@ def export(
     place, words = Path(path) if path else None, str(text) if text else None
     export_subject.check(to, place, words)
     found = open(model, out=out)
-    return export_subject.export(found, to, place, words, listener or Silent(), offline=offline)
+    return export_subject.export(found, to, place, words, _listener(listener), offline=offline)
 
 
 def measure(
@@ -436,13 +473,15 @@ def measure(
 
     options = job.MeasureOptions(
         text=str(text) if text else None, windows=windows, length=length,
-        data=objects_to_files.data_name(data, Path(out)) if data is not None else None, limit=limit, tasks=tuple(tasks),
-        answer_tokens=answer_tokens, labels=tuple(labels), threads=threads, prompt_tokens=prompt_tokens,
+        data=objects_to_files.data_name(data, Path(out)) if data is not None else None, limit=limit, tasks=tuple(_words(tasks)),
+        answer_tokens=answer_tokens, labels=tuple(_words(labels)), threads=threads, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, repeats=repeats, kept_gain=kept_gain,
     )  # fmt: skip
+    if not models:
+        raise UsageError("measure needs a model", hint="give one or more names, paths or results")
     job.check(len(models), options)
     found = [open(model, out=out) for model in models]
-    return job.measure(found, options, listener or Silent(), offline=offline)
+    return job.measure(found, options, _listener(listener), offline=offline)
 
 
 @contextmanager
@@ -469,7 +508,7 @@ def serve(
 
     with session.served(
         open(model, out=out), session.EngineOptions(engine, threads, context),
-        session.FrontOptions(host, port, token), listener or Silent(), offline=offline,
+        session.FrontOptions(host, port, token), _listener(listener), offline=offline,
     ) as opened:  # fmt: skip
         yield opened
 

@@ -184,6 +184,10 @@ Subject = Run | Compressed | Plain
 def open(name: str | Path, out: str | Path = "runs") -> Subject:
     """Return what `name` means.  UsageError for `latest` or a number without such a run or compression."""
     text, runs, path = str(name), Path(out), Path(name)
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # too long, or a character that no path has
+        raise UsageError(f"{text[:80]!r}.. is not the name of a model: {error}") from error
     if text != "latest" and _is_artefact(path):
         return Compressed(None, path)
     run, smaller = _run(text, runs), compression_folder.find(text, runs)

@@ -324,10 +324,13 @@ def test_the_command_exports_to_it(
     assert not Path("codes.npz").exists()
 
 
-def test_two_formats_cannot_write_one_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_package_takes_the_name_of_a_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "package" / "other_example.py").write_text('"""Another."""\n\nTARGETS = {"gguf": "mine"}\n')
     importlib.invalidate_caches()
     points = [EntryPoint("other", "other_example", targets.FORMATS.group)]
     monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    with pytest.raises(UsageError, match="both write the export target 'gguf'"):
-        targets.every()
+    with caplog.at_level("WARNING"):
+        assert targets.every()["gguf"].format.module == "fleetune.deploy.formats.gguf"
+    assert "the export target 'gguf' of other_example is left out" in caplog.text

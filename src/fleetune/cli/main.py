@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 from fleetune.cli.console import Ui
@@ -24,7 +25,6 @@ from fleetune.seeds.kernel_choice import chosen_kernels
 COMMANDS: Final = Registry(
     "command", "fleetune.cli.commands", "fleetune.commands", ("HELP",), "fleetune --help"
 )
-LAST: Final = 1000  # in the listing: commands that state no ORDER
 
 EXAMPLES = """\
 examples:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_environment(args)
     try:
         if unknown:
-            raise _unknown_argument(parser, args.command, unknown[0])
+            raise _unknown_argument(args.command, unknown[0])
         chosen_kernels()  # a wrong choice is refused before any work
         COMMANDS.load(args.command).run(args, ui)
     except FleetuneError as error:
@@ -79,7 +79,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     common = _common_arguments()
     members = COMMANDS.members().values()
-    for member in sorted(members, key=lambda m: int(m.constants.get("ORDER", LAST))):
+    for member in sorted(members, key=lambda m: m.order):
         text = member.text("HELP")
         sub = subparsers.add_parser(
             member.name, parents=[common], help=text, description=text[0].upper() + text[1:] + "."
@@ -112,15 +112,22 @@ def _common_arguments() -> argparse.ArgumentParser:
     return common
 
 
-def _unknown_argument(parser: argparse.ArgumentParser, command: str, argument: str) -> UsageError:
+def _unknown_argument(command: str, argument: str) -> UsageError:
     flag = argument.split("=")[0]
-    by_command = {
-        name: [o for a in sub._actions for o in a.option_strings] for name, sub in command_parsers().items()
-    }
+    by_command = {}
+    for name in COMMANDS.members():
+        with suppress(UsageError):  # of another package, whose module cannot be imported
+            by_command[name] = _flags_of(name)
     guess = suggest(flag, by_command[command])
     if owners := [name for name, flags in by_command.items() if flag in flags]:
         guess = f" It is for {', '.join(owners)}."
     return UsageError(f"unknown argument '{flag}'.{guess}", hint=f"all of them: fleetune {command} --help")
+
+
+def _flags_of(command: str) -> list[str]:
+    parser = argparse.ArgumentParser(parents=[_common_arguments()])
+    COMMANDS.load(command).arguments(parser)
+    return [flag for action in parser._actions for flag in action.option_strings]
 
 
 def _set_environment(args: argparse.Namespace) -> None:

@@ -13,14 +13,19 @@ import ast
 import functools
 import importlib
 import importlib.util
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, Final
 
 from fleetune.errors import UsageError, suggest
+
+log = logging.getLogger(__name__)
+
+LAST: Final = 1000  # in listings: members that state no ORDER
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,16 @@ class Member:
     summary: str  # first line of the module's docstring
     constants: Mapping[str, Any]  # the module's literal constants
 
+    @property
+    def order(self) -> int:
+        """Its place in listings: the constant ORDER, at the end without one."""
+        return self.number("ORDER", LAST)
+
+    def number(self, constant: str, default: int) -> int:
+        """A constant as an integer; `default` where it is not stated, or is none."""
+        value = self.constants.get(constant)
+        return value if isinstance(value, int) else default
+
     def text(self, constant: str) -> str:
         """A constant as text, "" where it is not stated."""
         return str(self.constants.get(constant, ""))
@@ -41,7 +56,7 @@ class Registry:
     """The members of a folder and of an entry-point group.
 
     A module of the folder is a member if it states all constants in `requires`.  A file without them is ignored (a
-    helper); a module from another package without them is an error.
+    helper); a module from another package without them cannot be used.
     """
 
     def __init__(self, kind: str, package: str, group: str, requires: tuple[str, ...], listing: str) -> None:
@@ -52,8 +67,57 @@ class Registry:
     def members(self) -> dict[str, Member]:
         """Every member by name: those of the folder in order, then those that other packages register.
 
-        UsageError when a registered module cannot be found or lacks a constant.
+        A registered module that cannot be used is left out with a warning, so that it does not stop the others; `member`
+        says why.  So is one with the name of a module of the folder.
         """
+        found = self._own()
+        for point in entry_points(group=self.group):
+            try:
+                member = self._registered(point)
+            except UsageError as error:
+                log.warning("%s", error)
+                continue
+            if member.name in found:
+                log.warning(
+                    "the %s '%s' of %s is left out: %s has that name",
+                    self.kind, member.name, member.module, found[member.name].module,
+                )  # fmt: skip
+                continue
+            found[member.name] = member
+        return found
+
+    def member(self, name: str) -> Member:
+        """The member called `name` ("-" and "_" are alike).
+
+        UsageError with a suggestion when there is none, and with the reason when a registered module cannot be used.
+        """
+        known, asked = self.members(), name.replace("_", "-")
+        if asked not in known:
+            for point in entry_points(group=self.group):
+                if point.name.replace("_", "-") == asked:
+                    self._registered(point)  # raises the reason
+            raise UsageError(
+                f"no {self.kind} named '{name}'.{suggest(asked, known)}",
+                hint=f"there are: {', '.join(known)} ({self.listing})",
+            )
+        return known[asked]
+
+    def load(self, name: str) -> ModuleType:
+        """Import the module of a member; UsageError when that fails in another package's module."""
+        member = self.member(name)
+        try:
+            return importlib.import_module(member.module)
+        except Exception as error:
+            if member.module.startswith(f"{self.package}."):
+                raise
+            raise UsageError(
+                f"the {self.kind} '{member.name}' ({member.module}) cannot be imported: "
+                f"{type(error).__name__}: {error}",
+                hint="reinstall or uninstall the package that registers it",
+            ) from error
+
+    def _own(self) -> dict[str, Member]:
+        """The members of the folder."""
         found = {}
         spec = importlib.util.find_spec(self.package)
         assert spec is not None
@@ -62,33 +126,22 @@ class Registry:
                 member = _read(path.stem, f"{self.package}.{path.stem}", path)
                 if all(constant in member.constants for constant in self.requires):
                     found[member.name] = member
-        for point in entry_points(group=self.group):
-            member = self._registered(point.name, point.module)
-            found[member.name] = member
         return found
 
-    def member(self, name: str) -> Member:
-        """The member called `name` ("-" and "_" are alike); UsageError with a suggestion when there is none."""
-        known, asked = self.members(), name.replace("_", "-")
-        if asked not in known:
+    def _registered(self, point: EntryPoint) -> Member:
+        """A member of another package; UsageError when its file cannot be found or read, or lacks a constant."""
+        name, module = point.name, point.value.partition(":")[0].strip()
+        try:
+            spec = importlib.util.find_spec(module)  # imports the packages above it
+            if spec is None or spec.origin is None:
+                raise ModuleNotFoundError(f"there is no module {module}")
+            member = _read(name, module, Path(spec.origin))
+        except Exception as error:
             raise UsageError(
-                f"no {self.kind} named '{name}'.{suggest(asked, known)}",
-                hint=f"there are: {', '.join(known)} ({self.listing})",
-            )
-        return known[asked]
-
-    def load(self, name: str) -> ModuleType:
-        """Import the module of a member."""
-        return importlib.import_module(self.member(name).module)
-
-    def _registered(self, name: str, module: str) -> Member:
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            raise UsageError(
-                f"the {self.kind} module {module} is registered, but cannot be found",
+                f"the {self.kind} '{name}' is registered, but its module {module} cannot be read: "
+                f"{type(error).__name__}: {error}",
                 hint="reinstall or uninstall the package that registers it",
-            )
-        member = _read(name, module, Path(spec.origin))
+            ) from error
         if missing := [c for c in self.requires if c not in member.constants]:
             raise UsageError(
                 f"the {self.kind} '{name}' ({module}) does not state {', '.join(missing)}",

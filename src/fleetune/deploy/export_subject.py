@@ -59,9 +59,19 @@ def export(
         return write(source, kind, out, listener, rows=_rows(source, text))
     from fleetune.deploy import provenance
 
+    _require_codes(targets.find(kind), subject.name)
     source = subject.directory(offline=offline)
     out = path or targets.find(kind).place(Path("."), rundir.slug(Path(subject.name).name))
     return write(source, kind, out, listener, provenance.of_base(subject.name), _rows(source, text))
+
+
+def _require_codes(target: targets.Target, name: str) -> None:
+    """UsageError when a target is for codes alone, and the subject holds plain weights."""
+    if target.takes == "codes":
+        raise UsageError(
+            f"{name} holds plain weights, and {target.name} is for compressed ones",
+            hint="compress it first (fleetune compress), or use --to hf",
+        )
 
 
 def check(to: str | None, path: Path | None, text: str | None) -> None:
@@ -103,6 +113,7 @@ def _of_run(
     recipe, target = run.recipe, targets.find(kind)
     out = path or target.place(run.folder)
     check_place(kind, out)
+    _require_codes(target, str(run.folder))
     base, made = Plain(recipe.model), provenance.of_run(run.folder, recipe)
     if target.takes == "adapter":
         from fleetune.tuning import finished

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,10 +13,11 @@ from typing import Any, Final
 from fleetune.common.registry import Member, Registry
 from fleetune.errors import UsageError, suggest
 
+log = logging.getLogger(__name__)
+
 FORMATS: Final = Registry(
     "export target", "fleetune.deploy.formats", "fleetune.targets", ("TARGETS",), "fleetune export --help"
 )
-LAST: Final = 1000  # in listings: formats that state no ORDER
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,31 @@ class Target:
 def every() -> dict[str, Target]:
     """Return all targets by name, in the order of listings.
 
-    UsageError when a registered format cannot be read, or takes the name of another.
+    A target that takes the name of another is left out with a warning; those of Fleetune come first.
     """
     found: dict[str, Target] = {}
-    for member in sorted(FORMATS.members().values(), key=lambda m: int(m.constants.get("ORDER", LAST))):
-        for name, text in dict(member.constants["TARGETS"]).items():
+    for member in sorted(FORMATS.members().values(), key=_order):
+        for name, text in _stated(member).items():
             if name in found:
-                raise UsageError(
-                    f"{member.module} and {found[name].format.module} both write the export target '{name}'",
-                    hint="uninstall the package of one of them",
-                )
+                log.warning(
+                    "the export target '%s' of %s is left out: %s has that name",
+                    name, member.module, found[name].format.module,
+                )  # fmt: skip
+                continue
             found[name] = Target(name, text, member)
     return found
+
+
+def _order(member: Member) -> tuple[bool, int]:
+    return not member.module.startswith(f"{FORMATS.package}."), member.order
+
+
+def _stated(member: Member) -> dict[str, str]:
+    found = member.constants["TARGETS"]
+    if not isinstance(found, dict):
+        log.warning("%s is left out: TARGETS is no dict of names and helps", member.module)
+        return {}
+    return {str(name): str(text) for name, text in found.items()}
 
 
 def find(to: str) -> Target:

@@ -41,7 +41,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 from torch import Tensor
@@ -210,11 +210,19 @@ def import_function(name: str, kind: str, known: Iterable[str], call: str) -> Ca
     return cast(Callable[..., Any], found)
 
 
+GIVEN: Final = (
+    "fleetune_given_"  # modules that hold a function of this process alone (`tuning/objects_to_files.py`)
+)
+
+
 def _load_module(what: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(where)
     except Exception as error:
-        raise _import_error(what, error, "is it installed? a file is given as file.py:function") from error
+        hint = "is it installed? a file is given as file.py:function"
+        if where.startswith(GIVEN):
+            hint = "the function was given in memory to another process: put it into a file, and start anew"
+        raise _import_error(what, error, hint) from error
 
 
 def _load_file(what: str, path: Path) -> ModuleType:

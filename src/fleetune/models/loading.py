@@ -14,6 +14,7 @@ memory, never to the file); such a file must not be overwritten in place while a
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -59,6 +60,7 @@ COMPUTED: Final = (  # buffers that older files hold
     "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "position_ids", "token_type_ids",
     ".attn.bias", ".attention.bias", ".masked_bias",
 )  # fmt: skip
+_LOADING = threading.Lock()
 DEVICES: Final = ("auto", "cpu", "cuda", "mps")
 
 
@@ -260,7 +262,9 @@ def _read_net(
         tensors = stubs(path, dtype) if paged else _read_tensors(path, dtype)
         if words != saved:
             tensors = encoders.without_head(tensors, kind, config)
-        with _quiet(), torch.random.fork_rng(devices=[]):  # what a file lacks is drawn from torch's generator
+        # transformers changes classes of its own while it loads, so two threads must not load at a time; and what a file
+        # lacks is drawn from torch's generator
+        with _LOADING, _quiet(), torch.random.fork_rng(devices=[]):
             net, found = kind.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
             )

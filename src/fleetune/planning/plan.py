@@ -12,6 +12,7 @@ State alone (weights, gradients, moments; no activations, no process) is the com
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -44,6 +45,8 @@ __all__ = [
     "state_bytes",
     "table",
 ]
+
+log = logging.getLogger(__name__)
 
 TIGHT: Final = 0.9  # fuller than this is a tight fit
 
@@ -129,7 +132,11 @@ def _methods(shape: Shape, work: Workload) -> tuple[list[tuple[str, methods.Meth
     """
     found, unstated = [], []
     for entry in methods.entries().values():
-        method = methods.sized(methods.make(entry.name, {}), work.steps, work.batch)
+        try:
+            method = methods.sized(methods.make(entry.name, {}), work.steps, work.batch)
+        except UsageError as error:  # of another package's module, which does not stop the table
+            log.warning("%s is left out: %s", entry.name, error)
+            continue
         if not isinstance(method, methods.Planned):
             unstated.append(entry.name)
         elif (footprint := method.footprint(shape)) is not None:

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from fleetune.errors import UsageError
 from fleetune.models.dtypes import WEIGHTS
+
+MOST_STEPS: Final = 1_000_000  # of a round: a pool of directions holds as many
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Workload:
         wrong = [n for n in ("batch", "length", "steps") if getattr(self, n) < 1]
         if wrong:
             raise UsageError(f"--{wrong[0]} {getattr(self, wrong[0])} must be at least 1")
+        if self.steps > MOST_STEPS:
+            raise UsageError(f"--steps {self.steps} is more than {MOST_STEPS:,}")
         if self.dtype not in WEIGHTS:
             raise UsageError(f"no dtype named '{self.dtype}'", hint="choose one of " + ", ".join(WEIGHTS))
 

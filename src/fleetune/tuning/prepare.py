@@ -115,6 +115,13 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> TuneJob:
     encoded, kept = encode_rows(model, parts.examples, recipe.max_length)
     place = {int(i): row for row, i in enumerate(kept)}
     rows = [[encoded[place[i]] for i in part.tolist() if i in place] for part in parts.clients]
+    if recipe.quorum > (asked := len(rounds.sample(len(rows), recipe.participation, recipe.seed, 1))):
+        raise RecipeError(
+            [
+                f"quorum = {recipe.quorum}, but {asked} clients are asked in a round: no round would ever count"
+            ],
+            hint="lower --quorum, or raise --participation",
+        )
     empty = [c for c, part in enumerate(rows) if not part]
     if empty:
         raise DataError(

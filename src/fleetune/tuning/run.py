@@ -59,13 +59,19 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
         listener.note(
             f"{job.dropped} rows have answers that do not fit {recipe.max_length} tokens and are left out"
         )
+
+    def step(client: int, number: int) -> None:
+        listener.step(client, number)
+        if listener.stop_requested:
+            raise Interrupted("stopped between two steps; finished rounds are kept")
+
     asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
     listener.progress("rounds", 0, recipe.rounds)
     listener.progress("clients", 0, asked)
     state = method.init(model, derive(recipe.seed, "init"))
     fleet = LocalFleet(
         model, method, job.rows, recipe.seed, pad_id(model),
-        Faults(recipe.drop, recipe.stragglers, recipe.deadline), listener.step, Memories(run.path / "memories"),
+        Faults(recipe.drop, recipe.stragglers, recipe.deadline), step, Memories(run.path / "memories"),
     )  # fmt: skip
 
     def measure(state: Any) -> dict[str, float]:

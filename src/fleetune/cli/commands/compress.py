@@ -179,7 +179,11 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
     for name, entry in compression.entries().items():
         if args.list.replace("_", "-") not in ("all", name):
             continue
-        found = settings.of(compression.method_class(name))
+        try:
+            found = settings.of(compression.method_class(name))
+        except UsageError as error:  # of another package's module, which does not stop the list
+            ui.note(f"{name} is left out: {error.message}")
+            continue
         ui.event(MethodListed(
             name=entry.name, paper=entry.paper, summary=entry.summary,
             settings=[asdict(s) | {"type": s.type.__name__} for s in found],

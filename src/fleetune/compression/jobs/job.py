@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fleetune import compression, subject
 from fleetune.common import settings
@@ -16,6 +17,9 @@ from fleetune.runs.compression_folder import CLIENTS, CompressOptions, CompressR
 from fleetune.runs.events import CompressDone
 from fleetune.runs.listener import Listener
 
+if TYPE_CHECKING:
+    from fleetune.models.model import Model
+
 
 @dataclass(frozen=True)
 class CompressResult:
@@ -25,6 +29,20 @@ class CompressResult:
     folder: Path
     done: CompressDone
     sizes: Mapping[str, int]  # bytes of the weights: `before`, `after`, ..; {} if finished earlier
+
+    @property
+    def path(self) -> Path:
+        """The artefact of codes, or the plain directory."""
+        return self.folder / "model"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the artefact's file, or of the plain weights."""
+        return self.done.digest
+
+    def model(self, *, device: str = "cpu", offline: bool = False) -> Model:
+        """Load the compressed model, codes as the values that they stand for."""
+        return subject.Compressed(self.folder).load(device=device, offline=offline)
 
 
 def request_for(
@@ -109,7 +127,16 @@ def check(request: CompressRequest) -> None:
     """Raise RecipeError with every contradiction in a request, before anything is loaded."""
     if request.run and not (Path(request.model) / "run.toml").is_file():
         raise UsageError(f"the run {request.model} is gone", hint="fleetune runs   lists what there is")
-    problems = [f"{n} = {v} is below 1" for n in ("windows", "length") if (v := getattr(request, n)) < 1]
+    problems = [
+        f"{n} = {v!r} is not an integer from 1 on"
+        for n in ("windows", "length")
+        if not isinstance(v := getattr(request, n), int) or v < 1
+    ]
+    if request.calibrate not in ("server", CLIENTS):
+        problems.append(f"calibrate = {request.calibrate!r} is neither server nor clients")
+    seed: object = request.seed
+    if not isinstance(seed, int):
+        problems.append(f"seed = {seed!r} is not an integer")
     if request.data and request.text:
         problems.append("data and text are both given")
     problems += _client_problems(request)

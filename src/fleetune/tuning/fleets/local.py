@@ -25,6 +25,14 @@ from fleetune.tuning.methods import Method
 log = logging.getLogger(__name__)
 
 
+class _ListenerError(Exception):
+    """Carries what `on_step` raised past the code that works for a client."""
+
+    def __init__(self, original: Exception) -> None:
+        super().__init__(str(original))
+        self.original = original
+
+
 @dataclass(frozen=True)
 class Faults:
     """Faults of a simulated fleet; see the recipe's `drop`, `stragglers` and `deadline`."""
@@ -88,6 +96,8 @@ class LocalFleet:
             began = time.monotonic()
             try:
                 data = self._work(client, key, sent)
+            except _ListenerError as error:  # the caller's own: no client is to blame
+                raise error.original from None
             except (Interrupted, StorageError):
                 raise
             except Exception as error:
@@ -98,10 +108,16 @@ class LocalFleet:
                 continue
             yield Answer(client, key, data, "ok", "", time.monotonic() - began, len(sent))
 
+    def _step(self, client: int, step: int) -> None:
+        try:
+            self.on_step(client, step)
+        except Exception as error:
+            raise _ListenerError(error) from error
+
     def _work(self, client: int, key: int, message: bytes) -> bytes:
         received = decode(message)
         batches = Watched(
-            Batches(self.clients[client], self.pad_id, key, self.model.device, client), self.on_step
+            Batches(self.clients[client], self.pad_id, key, self.model.device, client), self._step
         )
         memory = self.memories.of(client)
         reply = self.method.local(self.model, received.payload, batches, key, memory)  # type: ignore[arg-type]

@@ -170,7 +170,7 @@ def entry(name: str) -> MethodEntry:
 
 
 def _entry(member: Member) -> MethodEntry:
-    clients, recommended = (int(member.constants.get(c, d)) for c, d in (("CLIENTS", 8), ("RECOMMENDED", 0)))
+    clients, recommended = (member.number(c, d) for c, d in (("CLIENTS", 8), ("RECOMMENDED", 0)))
     return MethodEntry(
         member.name, member.text("KIND"), member.text("PAPER"), member.text("SENDS"),
         member.summary, member.module, clients, recommended,
