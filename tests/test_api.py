@@ -23,6 +23,7 @@ from fleetune.compression.methods import optq
 from fleetune.evaluation import losses
 from fleetune.runs import events
 from fleetune.runs.compression_folder import CompressOptions, CompressRequest
+from fleetune.tuning import finished
 from fleetune.tuning.methods import fedkseed
 from fleetune.tuning.recipe import Recipe, RecipeOptions
 
@@ -472,7 +473,7 @@ def test_a_target_for_codes_refuses_a_run_before_it_is_loaded(
     at: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tune()
-    monkeypatch.delattr(models, "load")
+    monkeypatch.setattr(finished, "load", None)
     with pytest.raises(
         errors.UsageError, match=r"0001-fedkseed-tiny holds plain weights, and gptq is for compressed"
     ):
