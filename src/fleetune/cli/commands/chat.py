@@ -42,7 +42,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--prompt", metavar="TEXT", help="answer this and end (a pipe's whole text counts as one)"
     )
-    sub.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    sub.add_argument("--system", metavar="TEXT", help="system prompt of the conversation")
     sub.add_argument(
         "--temperature",
         type=float,

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         path = sweeps.find(args.resume, out)
         if args.recipe or args.vary or args.set or args.seeds or recipe_flags.given(args):
             raise UsageError(
-                "--resume goes on with the sweep's own recipe; it takes no other option",
+                "--resume follows the sweep's own recipe; it takes no other option",
                 hint=f"fleetune sweep --resume {path}",
             )
         grid = sweeps.read(path)
