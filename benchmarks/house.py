@@ -125,6 +125,8 @@ def measure(tree: Tree) -> list[tuple[str, str]]:
         ("circles of files", str(len(components(graph)))),
         ("imports that go up", _up(tree, graph)),
         ("floors of the graph of files", str(floors(graph))),
+        ("boxes at the top, floors, arrows between them", _boxes(graph, "fleetune.")),
+        ("the same inside the commands", _boxes(graph, _commands_package(tree))),
         ("file: median, p90, max lines", spread(lines)),
         ("function: median, p90, max lines", spread(length)),
         ("functions over 40, over 60", f"{sum(n > 40 for n in length)}, {sum(n > 60 for n in length)}"),
@@ -140,6 +142,23 @@ def measure(tree: Tree) -> list[tuple[str, str]]:
         ("... an export target", _named(tree, TARGETS)),
         ("lines of command files: total, max", _commands(tree)),
     ]
+
+
+def _boxes(graph: Mapping[str, set[str]], package: str) -> str:
+    """Files and folders right below a package as boxes: how many, their floors, and the arrows between them."""
+
+    def box(module: str) -> str:
+        return module.removeprefix(package).split(".")[0] or "__init__"
+
+    inside: dict[str, set[str]] = {box(m): set() for m in graph if m.startswith(package)}
+    for module, found in graph.items():
+        if module.startswith(package):
+            inside[box(module)] |= {box(b) for b in found if b.startswith(package)} - {box(module)}
+    return f"{len(inside)}, {floors(inside)}, {sum(map(len, inside.values()))}"
+
+
+def _commands_package(tree: Tree) -> str:
+    return next(name for name in tree.files if name.endswith(".commands")) + "."
 
 
 def _arguments(function: Function) -> list[ast.arg]:
