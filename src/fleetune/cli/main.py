@@ -115,9 +115,9 @@ def _common_arguments() -> argparse.ArgumentParser:
 def _unknown_argument(command: str, argument: str) -> UsageError:
     flag = argument.split("=")[0]
     by_command = {}
-    for name in COMMANDS.members():
+    for member in sorted(COMMANDS.members().values(), key=lambda m: m.order):
         with suppress(UsageError):  # of another package, whose module cannot be imported
-            by_command[name] = _flags_of(name)
+            by_command[member.name] = _flags_of(member.name)
     guess = suggest(flag, by_command[command])
     if owners := [name for name, flags in by_command.items() if flag in flags]:
         guess = f" It is for {', '.join(owners)}."

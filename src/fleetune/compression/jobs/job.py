@@ -127,16 +127,15 @@ def check(request: CompressRequest) -> None:
     """Raise RecipeError with every contradiction in a request, before anything is loaded."""
     if request.run and not (Path(request.model) / "run.toml").is_file():
         raise UsageError(f"the run {request.model} is gone", hint="fleetune runs   lists what there is")
-    problems = [
-        f"{n} = {v!r} is not an integer from 1 on"
-        for n in ("windows", "length")
-        if not isinstance(v := getattr(request, n), int) or v < 1
+    numbers: dict[str, object] = {n: getattr(request, n) for n in ("windows", "length", "clients", "seed")}
+    problems = [f"{n} = {v!r} is not an integer" for n, v in numbers.items() if not isinstance(v, int)]
+    if problems:
+        raise RecipeError(problems, hint="fleetune compress --help")
+    problems += [
+        f"{n} = {getattr(request, n)} is below 1" for n in ("windows", "length") if getattr(request, n) < 1
     ]
     if request.calibrate not in ("server", CLIENTS):
         problems.append(f"calibrate = {request.calibrate!r} is neither server nor clients")
-    seed: object = request.seed
-    if not isinstance(seed, int):
-        problems.append(f"seed = {seed!r} is not an integer")
     if request.data and request.text:
         problems.append("data and text are both given")
     problems += _client_problems(request)
