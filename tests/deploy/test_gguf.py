@@ -337,7 +337,7 @@ def test_a_wrong_packer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     compressed(tiny(), tmp_path / "m")
     wrong = {**gguf._ggml_blocks.PACKERS}
     wrong["Q4_0"] = lambda q: gguf._ggml_blocks.pack_q4_0(changed(q, codes=q.codes.flip(1)))
-    monkeypatch.setattr(gguf.ggml_blocks, "PACKERS", wrong)
+    monkeypatch.setattr(gguf._ggml_blocks, "PACKERS", wrong)
     with pytest.raises(
         FleetuneError, match=r"does not hold the values of model.layers.0.self_attn.q_proj.weight"
     ):
