@@ -450,6 +450,13 @@ def test_nothing_is_ignored_in_silence(at: Path) -> None:
             fleetune.plan("tiny", uplink=wrong)
     with pytest.raises(errors.UsageError, match="is more than 1,000,000"):
         fleetune.plan("tiny", steps=2_000_000)
+    for call, name in (
+        (fleetune.evaluate, "limit"),
+        (fleetune.measure, "windows"),
+        (fleetune.compress, "length"),
+    ):
+        with pytest.raises(errors.UsageError, match=f"{name} = '3' is not an integer"):
+            call("tiny", **{name: "3"})
     with pytest.raises(errors.UsageError, match="measure needs a model"):
         fleetune.measure()
 

@@ -290,9 +290,9 @@ def _checked_tasks(
     """Return the tasks; RecipeError for bad options, before anything is loaded."""
     from fleetune.evaluation import measures
 
-    problems = [
-        f"{n} = {v} is below 1" for n, v in (("limit", limit), ("answer_tokens", answer_tokens)) if v < 1
-    ]
+    numbers: dict[str, object] = {"limit": limit, "answer_tokens": answer_tokens}
+    problems = [f"{n} = {v!r} is not an integer" for n, v in numbers.items() if not isinstance(v, int)]
+    problems += [f"{n} = {v} is below 1" for n, v in numbers.items() if isinstance(v, int) and v < 1]
     if text and not Path(text).is_file():
         problems.append(f"no text file at {text}")
     if problems:

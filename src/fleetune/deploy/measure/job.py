@@ -91,7 +91,10 @@ def check(count: int, options: MeasureOptions) -> list[str]:
     from fleetune.evaluation import measures
 
     for name, least in LEAST.items():
-        if (value := getattr(options, name)) < least:
+        value: object = getattr(options, name)
+        if not isinstance(value, int):
+            raise UsageError(f"{name} = {value!r} is not an integer", hint="fleetune measure --help")
+        if value < least:
             raise UsageError(f"{name} = {value} is below {least}", hint="fleetune measure --help")
     if options.text and not Path(options.text).is_file():
         raise UsageError(f"no text file at {options.text}", hint="check the path")
