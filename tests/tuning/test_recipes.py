@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
-from fleetune.tuning import prepare, recipe, run
+from fleetune import api
+from fleetune.tuning import prepare, recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 LINE = re.compile(r"# Expected: validation loss (\d+\.\d{3}) -> (\d+\.\d{3})\.")
@@ -66,10 +67,13 @@ def test_an_outcome_is_promised_in_the_first_line_or_not_at_all(path: Path) -> N
 def test_a_recipe_gives_what_it_promises(path: Path, tmp_path: Path) -> None:
     promise = expected(path)
     assert promise is not None
-    done = run.run(out=tmp_path, **recipe.read(path))
-    assert done["base"]["loss"] == pytest.approx(promise.base, rel=NEAR)
-    assert done["tuned"]["loss"] == pytest.approx(promise.tuned, rel=NEAR)
-    change = done["tuned"]["loss"] - done["base"]["loss"]
+    done = api.run_recipe(recipe.make(recipe.read(path)), out=tmp_path).done
+    base, tuned = done.base["loss"], done.tuned["loss"]
+    assert base == pytest.approx(promise.base, rel=NEAR)
+    assert tuned == pytest.approx(promise.tuned, rel=NEAR)
+    assert base is not None
+    assert tuned is not None
+    change = tuned - base
     assert 0.5 < change / (promise.tuned - promise.base) < 2, (
         "small steps change little, but they must change it"
     )
