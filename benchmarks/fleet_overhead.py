@@ -22,6 +22,7 @@ import torch
 from benchmarks import shape
 from benchmarks.harness import Result, Row, Setting, child
 from fleetune import models
+from fleetune.common.memory import peak_rss, release_memory
 from fleetune.data import Batches, Encoded
 from fleetune.models import Model
 from fleetune.runs.events import as_dict
@@ -31,7 +32,7 @@ from fleetune.tuning import methods
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import Payload
 from fleetune.tuning.methods import Method
-from fleetune.tuning.rounds import Hooks, RoundPlan, peak_rss, release_memory
+from fleetune.tuning.rounds import Hooks, RoundPlan
 from fleetune.tuning.rounds import run as run_rounds
 
 BASE = bytes(8)

@@ -17,13 +17,13 @@ import torch
 
 from benchmarks import mezo_step, papers, shape
 from benchmarks.harness import Result, Row, Setting, child
+from fleetune.common.memory import peak_rss, release_memory, rss
 from fleetune.data import Batch
 from fleetune.evaluation import objectives
 from fleetune.models import Model, named_tensors
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.spsa import Position, two_point
 from fleetune.seeds.view import View
-from fleetune.tuning.rounds import peak_rss, release_memory, rss
 
 MODES = ("inference", "inference with kernels", "ours", "papers", "papers in place", "SGD", "AdamW")
 LOADED = "both processes have the compiled kernels loaded, whose size does not depend on the model"

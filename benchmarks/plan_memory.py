@@ -122,7 +122,7 @@ def one(name: str, model_name: str, batch: int, length: int, steps: int, dtype: 
     before = time.process_time()
     seconds = work("mezo" if name == TORCH else name, model, rows, batch, steps)
     cpu = time.process_time() - before
-    from fleetune.tuning.rounds import peak_rss
+    from fleetune.common.memory import peak_rss
 
     return {"peak": peak_rss(), "seconds": seconds, "cpu": cpu}
 

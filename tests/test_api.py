@@ -203,7 +203,7 @@ def test_a_stopped_run_is_resumed_to_the_same_bits() -> None:
     assert stopped.value.hint == "fleetune tune --resume runs/0002-fedkseed-tiny"
     resumed = fleetune.resume_run("latest")
     assert resumed.digest == whole.digest
-    assert fleetune.resume_run(2).done == resumed.done or fleetune.resume_run("2").digest == whole.digest
+    assert fleetune.resume_run(2).digest == fleetune.resume_run(resumed).digest == whole.digest
 
 
 # Objects ----------------------------------------------------------------------------------------------
@@ -346,6 +346,12 @@ def test_latest_of_nothing_is_an_error(at: Path) -> None:
         fleetune.open("latest")
 
 
+def test_what_is_not_there_cannot_be_resumed(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["--dry-run"]):
+        assert main(["compress", "--resume", "7", *more]) == 2
+        assert "no compression '7' in runs" in capsys.readouterr().err
+
+
 def test_the_commands_give_what_the_functions_give(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tune()
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in FEW.items()]
@@ -368,6 +374,12 @@ def test_another_tokenizer_or_config_is_another_model(at: Path) -> None:
     net.config.rms_norm_eps = 0.5
     tune(net, ROWS, tokenizer=words)
     assert len(list(Path("runs/objects").glob("model-*"))) == 3
+
+
+def test_objects_are_saved_after_the_options_are_checked(at: Path) -> None:
+    with pytest.raises(errors.RecipeError, match="rounds"):
+        tune(data=ROWS, rounds=0)
+    assert not Path("runs").exists()
 
 
 def test_rows_that_were_cut_are_written_again(at: Path) -> None:

@@ -17,7 +17,6 @@ Every function raises a class of `fleetune.errors` whose message says what faile
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,61 +26,31 @@ from fleetune import subject as subjects
 from fleetune.common.settings import Value
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import rundir
-from fleetune.runs.events import TuneChecked
-from fleetune.runs.listener import Listener, Silent
-from fleetune.subject import Compressed, Plain, Run, Subject
+from fleetune.runs.listener import Listener, checked
+from fleetune.subject import Subject
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe, RecipeOptions
 
 if TYPE_CHECKING:
-    from fleetune.compression.jobs.contract import Job
     from fleetune.compression.jobs.job import CompressResult
-    from fleetune.data import Example
     from fleetune.deploy.export_subject import ExportResult
     from fleetune.deploy.measure.job import MeasureResult
     from fleetune.deploy.serving.session import Session
     from fleetune.planning.plan import Plan
-    from fleetune.runs.compression_folder import CompressOptions, CompressRequest
-    from fleetune.tuning.prepare import TuneJob
+    from fleetune.runs.compression_folder import CompressOptions
     from fleetune.tuning.result import TuneResult
 
 Setting = Value | Callable[..., Any]  # of a method; a function is an objective or a reward
 Rows = str | Path | Iterable[Mapping[str, Any]]  # a file, a hub id, or rows: dicts, a datasets.Dataset
 
 
-def open(name: Any, *, out: str | Path = "runs") -> Subject:
+def open(name: object, *, out: str | Path = "runs") -> Subject:
     """Return what a name means: a `Run`, a `Compressed` model or a `Plain` one.  No weights are loaded yet.
 
     `name` is a path, the name or number of a run or compression under `out`, `latest`, a built-in name or a hub id, or a
     result of `tune` or `compress`.  UsageError when no run or compression has that number, or there is no latest one.
     """
-    if isinstance(name, Run | Compressed | Plain):
-        return name
-    if isinstance(name, str | Path):
-        return subjects.open(name, out)
-    if isinstance(path := getattr(name, "path", None), Path) and not hasattr(name, "folder"):  # of an export
-        return Plain(str(path))
-    if isinstance(folder := getattr(name, "folder", None), Path):  # a result
-        return Run(folder) if (folder / "run.toml").is_file() else Compressed(folder)
-    raise UsageError(
-        f"a {type(name).__name__} is not the name of a model", hint="give a name, a path or a result"
-    )
-
-
-def _named(method: object, modules: Mapping[str, str]) -> tuple[str, dict[str, Value]]:
-    """Return a method's name and settings, from its name or its own dataclass; `modules` is name -> module."""
-    if isinstance(method, str):
-        return method, {}
-    cls = type(method)
-    name = next((n for n, module in modules.items() if module == cls.__module__), None)
-    if (
-        name is None
-        or isinstance(method, type)
-        or not dataclasses.is_dataclass(method)
-        or isinstance(method, type)
-    ):
-        raise UsageError(f"a {cls.__name__} is not a method", hint=f"there are: {', '.join(modules)}")
-    return name, {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+    return subjects.open(name, out)
 
 
 # Plan -------------------------------------------------------------------------------------------------
@@ -139,86 +108,32 @@ def tune(
     of `fleetune.Recipe`.  A model or rows given as Python objects are saved under `OUT/objects`, so that the run can be
     resumed.
     """
-    recipe = model if isinstance(model, Recipe) else None
-    if recipe is None:
+    from fleetune.tuning import run
+
+    watching = checked(listener)
+    if not isinstance(model, Recipe):
         recipe = _recipe(model, data, method, settings or {}, tokenizer, Path(out), options)
-    elif data is not None or settings or options or tokenizer is not None or method != "fedkseed":
+    elif data is None and tokenizer is None and not (settings or options) and method == "fedkseed":
+        recipe = model
+    else:
         raise UsageError(
             "a recipe says everything; nothing is given beside it", hint="dataclasses.replace it"
         )
-    return run_recipe(recipe, out=out, offline=offline, listener=listener)
-
-
-# A job seeds torch's generator and sets its threads, so two at a time in a process would disturb each other.
-_ONE_AT_A_TIME = threading.RLock()
-
-
-def run_recipe(
-    recipe: Recipe, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
-) -> TuneResult:
-    """Tune by a recipe, in a new folder under `out`."""
-    from fleetune.tuning import prepare, run
-    from fleetune.tuning.result import TuneResult
-
-    watching = _listener(listener)
-    prepare.check(recipe)
-    rundir.check_writable(Path(out))
-    with _ONE_AT_A_TIME:
-        job = prepare.prepare(recipe, offline=offline)
-        with rundir.create(Path(out), recipe.method, recipe.model) as folder:
-            return TuneResult(folder.path.absolute(), run.tune(job, folder, watching))
+    return run.start(recipe, Path(out), watching, offline=offline)
 
 
 def resume_run(
-    run: str | Path, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
+    run: object, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
 ) -> TuneResult:
-    """Resume a stopped run by its own recipe, to the same bits as without the stop; return a finished run as it is."""
-    from fleetune.tuning import prepare, result
+    """Resume a stopped run by its own recipe, to the same bits as without the stop; return a finished run as it is.
+
+    `run` is a name, number, path or result.
+    """
     from fleetune.tuning import run as running
 
-    watching, path = _listener(listener), _run_folder(run, Path(out))
-    recipe = recipes.make(recipes.read(path / "run.toml"))
-    prepare.check(recipe)
-    if rundir.status_of(path) == "done":
-        found = result.read(path)
-        watching.note(f"{path} is finished already")
-        watching.event(found.done)
-        return found
-    with _ONE_AT_A_TIME, rundir.RunDir(path) as folder:
-        rundir.check_writable(path)
-        job = prepare.prepare(recipe, offline=offline)
-        return result.TuneResult(path.absolute(), running.tune(job, folder, watching))
-
-
-def check_recipe(recipe: Recipe, *, offline: bool = False) -> TuneChecked:
-    """Load the model and data of a recipe and check it; write nothing."""
-    from fleetune.tuning import prepare
-
-    prepare.check(recipe)
-    job: TuneJob = prepare.prepare(recipe, offline=offline)
-    return TuneChecked(clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held))
-
-
-def _listener(given: Listener | None) -> Listener:
-    """The listener to call; UsageError, before any work, for an object that is none."""
-    found = Silent() if given is None else given
-    if missing := [n for n in vars(Silent) if not n.startswith("_") and not hasattr(found, n)]:
-        raise UsageError(
-            f"a {type(found).__name__} is no listener: it has no {', '.join(missing)}",
-            hint="inherit from fleetune.Silent, and override what you want to hear",
-        )
-    return found
-
-
-def _run_folder(run: object, out: Path) -> Path:
-    """The folder of a run by its name, number, path or result."""
     folder = getattr(run, "folder", None)
-    return folder if isinstance(folder, Path) else rundir.find(str(run), out)
-
-
-def _words(given: str | Sequence[str]) -> list[str]:
-    """Names as a list; a text may have several, with commas."""
-    return [w.strip() for w in given.split(",") if w.strip()] if isinstance(given, str) else list(given)
+    path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))
+    return running.resume(path, checked(listener), offline=offline)
 
 
 def _recipe(
@@ -230,15 +145,25 @@ def _recipe(
     out: Path,
     options: RecipeOptions,
 ) -> Recipe:
+    """The recipe for what a caller handed over; the options are checked before any object is saved."""
+    from fleetune.common.settings import named
     from fleetune.tuning import methods, objects_to_files
 
     if data is None:
         raise RecipeError(["data is missing"], hint='give a file, rows, or "demo"')
-    name, chosen = _named(method, {n: e.module for n, e in methods.entries().items()})
-    return recipes.make({
-        **options, "model": objects_to_files.model_name(model, tokenizer, out), "data": objects_to_files.data_name(data, out),
-        "method": name, "set": chosen | objects_to_files.setting_values(settings),
-    })  # fmt: skip
+    name, chosen = named(method, {n: e.module for n, e in methods.entries().items()})
+    values = chosen | objects_to_files.setting_values(settings)
+    recipe = recipes.make({**options, "model": "model", "data": "data", "method": name, "set": values})
+    return dataclasses.replace(
+        recipe,
+        model=objects_to_files.model_name(model, tokenizer, out),
+        data=objects_to_files.data_name(data, out),
+    )
+
+
+def _words(given: str | Sequence[str]) -> list[str]:
+    """Names as a list; a text may have several, with commas."""
+    return [w.strip() for w in given.split(",") if w.strip()] if isinstance(given, str) else list(given)
 
 
 # Evaluate ---------------------------------------------------------------------------------------------
@@ -268,11 +193,13 @@ def evaluate(
     from fleetune import data as reading
     from fleetune.evaluation import measures
     from fleetune.runs.events import evaluated
+    from fleetune.tuning import objects_to_files
 
-    tasks, labels = _words(tasks), _words(labels)
+    watching, tasks, labels = checked(listener), _words(tasks), _words(labels)
     wanted = _checked_tasks(tasks, limit, answer_tokens, text)
     found = open(model, out=out)
-    given = _rows(data, Path(out), offline=offline)
+    file = objects_to_files.data_name(data, Path(out))
+    given = reading.read(file, offline=offline) if file else []
     loaded, examples = subjects.load_with_rows(
         found, given, labels=labels, dtype=dtype, device=device, needs_rows=not text, offline=offline
     )
@@ -280,7 +207,7 @@ def evaluate(
         loaded, examples[:limit], wanted, max_new_tokens=answer_tokens, labels=labels,
         texts=reading.read_text(str(text)) if text else (),
     )  # fmt: skip
-    (_listener(listener)).event(evaluated(found.argument, len(examples[:limit]), values))
+    watching.event(evaluated(found.argument, len(examples[:limit]), values))
     return values
 
 
@@ -298,13 +225,6 @@ def _checked_tasks(
     if problems:
         raise RecipeError(problems, hint="fleetune eval --help")
     return measures.check_tasks(list(tasks))
-
-
-def _rows(data: Rows | None, out: Path, *, offline: bool) -> list[Example]:
-    from fleetune import data as reading
-    from fleetune.tuning import objects_to_files
-
-    return reading.read(objects_to_files.data_name(data, out), offline=offline) if data is not None else []
 
 
 # Compress ---------------------------------------------------------------------------------------------
@@ -340,79 +260,32 @@ def compress(
     on inputs that have passed the already compressed layers of its own block (GPTQ's option of that name).  The
     perplexity of the text file `eval_text` is measured before and after.
     """
+    from fleetune.compression.jobs import job
     from fleetune.tuning import objects_to_files
 
+    watching = checked(listener)
     options: CompressOptions = {
-        "data": objects_to_files.data_name(data, Path(out)) if data is not None else "", "text": str(text),
+        "data": objects_to_files.data_name(data, Path(out)), "text": str(text),
         "eval_text": str(eval_text), "windows": windows, "length": length, "calibrate": calibrate, "clients": clients,
         "low_memory": low_memory, "true_sequential": true_sequential, "seed": seed, "dtype": dtype,
     }  # fmt: skip
-    request = request_for(model, method, settings or {}, options, tokenizer=tokenizer, out=out)
-    return start_compression(request, out=out, offline=offline, listener=listener)
-
-
-def start_compression(
-    request: CompressRequest,
-    *,
-    out: str | Path = "runs",
-    offline: bool = False,
-    listener: Listener | None = None,
-) -> CompressResult:
-    """Compress as requested, in a new folder under `out`."""
-    from fleetune.compression.jobs import job
-
-    return job.start(request, _listener(listener), Path(out), offline=offline)
-
-
-def check_request(
-    request: CompressRequest,
-    *,
-    out: str | Path = "runs",
-    offline: bool = False,
-    listener: Listener | None = None,
-) -> Job:
-    """Load the model and data and check the request; write nothing.  Return the prepared job."""
-    from fleetune.compression.jobs import job
-
-    return job.prepare(request, _listener(listener), Path(out), offline=offline)
-
-
-def request_for(
-    model: object,
-    method: object,
-    settings: Mapping[str, Setting],
-    options: CompressOptions,
-    *,
-    tokenizer: object = None,
-    out: str | Path = "runs",
-) -> CompressRequest:
-    """Return the request that `compress` would carry out; UsageError for a model that has no plain weights."""
-    from fleetune import compression
-    from fleetune.compression.jobs import job
-    from fleetune.tuning import objects_to_files
-
-    if isinstance(model, Run | Compressed | Plain):
-        model = model.argument
-    elif isinstance(folder := getattr(model, "folder", None), Path):
-        model = str(folder)
-    name, chosen = _named(method, {n: m.module for n, m in compression.REGISTRY.members().items()})
-    values = chosen | objects_to_files.setting_values(settings)
-    texts = {n: v if isinstance(v, str) else repr(v) for n, v in values.items()}
-    model_name = objects_to_files.model_name(model, tokenizer, Path(out))
-    return job.request_for(model_name, Path(out), name, texts, options)
+    request = job.request_for(model, method, settings or {}, options, tokenizer=tokenizer, out=Path(out))
+    return job.start(request, watching, Path(out), offline=offline)
 
 
 def resume_compression(
-    folder: str | Path, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
+    folder: object, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
 ) -> CompressResult:
-    """Resume a stopped compression as it was requested; return a finished one as it is."""
+    """Resume a stopped compression as it was requested; return a finished one as it is.
+
+    `folder` is a name, number, path or result.
+    """
     from fleetune.compression.jobs import job
     from fleetune.runs import compression_folder
 
-    found = compression_folder.find(str(folder), Path(out))
-    if found is None:
-        raise UsageError(f"no compression '{folder}' in {out}", hint="fleetune compress MODEL")
-    return job.resume(found, _listener(listener), Path(out), offline=offline)
+    found = getattr(folder, "folder", None)
+    path = found if isinstance(found, Path) else compression_folder.get(str(folder), Path(out))
+    return job.resume(path, checked(listener), Path(out), offline=offline)
 
 
 # Export, measure, serve -------------------------------------------------------------------------------
@@ -439,7 +312,7 @@ def export(
     place, words = Path(path) if path else None, str(text) if text else None
     export_subject.check(to, place, words)
     found = open(model, out=out)
-    return export_subject.export(found, to, place, words, _listener(listener), offline=offline)
+    return export_subject.export(found, to, place, words, checked(listener), offline=offline)
 
 
 def measure(
@@ -473,7 +346,7 @@ def measure(
 
     options = job.MeasureOptions(
         text=str(text) if text else None, windows=windows, length=length,
-        data=objects_to_files.data_name(data, Path(out)) if data is not None else None, limit=limit, tasks=tuple(_words(tasks)),
+        data=objects_to_files.data_name(data, Path(out)) or None, limit=limit, tasks=tuple(_words(tasks)),
         answer_tokens=answer_tokens, labels=tuple(_words(labels)), threads=threads, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, repeats=repeats, kept_gain=kept_gain,
     )  # fmt: skip
@@ -481,7 +354,7 @@ def measure(
         raise UsageError("measure needs a model", hint="give one or more names, paths or results")
     job.check(len(models), options)
     found = [open(model, out=out) for model in models]
-    return job.measure(found, options, _listener(listener), offline=offline)
+    return job.measure(found, options, checked(listener), offline=offline)
 
 
 @contextmanager
@@ -508,7 +381,7 @@ def serve(
 
     with session.served(
         open(model, out=out), session.EngineOptions(engine, threads, context),
-        session.FrontOptions(host, port, token), _listener(listener), offline=offline,
+        session.FrontOptions(host, port, token), checked(listener), offline=offline,
     ) as opened:  # fmt: skip
         yield opened
 

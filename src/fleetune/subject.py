@@ -181,9 +181,15 @@ class Plain:
 Subject = Run | Compressed | Plain
 
 
-def open(name: str | Path, out: str | Path = "runs") -> Subject:
-    """Return what `name` means.  UsageError for `latest` or a number without such a run or compression."""
-    text, runs, path = str(name), Path(out), Path(name)
+def open(name: object, out: str | Path = "runs") -> Subject:
+    """Return what `name` means: a text, a path, a result of `tune`, `compress` or `export`, or a subject itself.
+
+    UsageError for `latest` or a number where there is no such run, and for a text that no name can be.
+    """
+    if isinstance(name, Run | Compressed | Plain):
+        return name
+    text, runs = _text_of(name), Path(out)
+    path = Path(text)
     try:
         path.exists()
     except (OSError, ValueError) as error:  # too long, or a character that no path has
@@ -203,13 +209,15 @@ def open(name: str | Path, out: str | Path = "runs") -> Subject:
     return Plain(text)
 
 
-def open_weights(name: str | Path, out: str | Path = "runs") -> Run | Plain:
+def open_weights(name: object, out: str | Path = "runs") -> Run | Plain:
     """Return what `name` means where plain weights are needed: to compress them, or to teach a student.
 
     A finished compression whose result is a plain Hugging Face directory is returned as `Plain`.  `latest` skips
     compressions that hold codes.  UsageError for an artefact of codes; its hint is the command that exports it.
     """
-    text, runs = str(name), Path(out)
+    if isinstance(name, Run | Plain):
+        return name
+    text, runs = name.argument if isinstance(name, Compressed) else _text_of(name), Path(out)
     run = _run(text, runs)
     if text == "latest":
         plain = [p for p in compression_folder.listing(runs) if _is_plain(p)]
@@ -258,6 +266,18 @@ def load_with_rows(
     words = list(labels) or sorted({e.response.strip() for e in rows})
     model = models.load(subject.name, dtype=dtype or "fp32", device=device, offline=offline, labels=words)
     return model, rows
+
+
+def _text_of(name: object) -> str:
+    """The name or path in what a caller handed over: a result has a folder, an export's has a path."""
+    if isinstance(name, str | Path):
+        return str(name)
+    for attribute in ("folder", "path"):
+        if isinstance(found := getattr(name, attribute, None), Path):
+            return str(found)
+    raise UsageError(
+        f"a {type(name).__name__} is not the name of a model", hint="give a name, a path or a result"
+    )
 
 
 def _codes(name: str, found: Compressed) -> UsageError:

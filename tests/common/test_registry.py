@@ -20,7 +20,7 @@ from fleetune.tuning import methods
 REGISTRIES = {
     "method": methods.REGISTRY, "compressor": compression.REGISTRY, "target": targets.FORMATS, "command": cli.COMMANDS,
 }  # fmt: skip
-STATED = 'KIND = PAPER = "x"\nKIND = "ledger"\nPAPER = "A, 2026"\nSENDS = "x"\nTARGETS = {"odd": "x"}\nHELP = "odd"\n'
+STATED = 'KIND = "ledger"\nPAPER = "A, 2026"\nSENDS = "x"\nTARGETS = {"odd": "x"}\nHELP = "odd"\n'
 BROKEN = {
     "not there": None,
     "not Python": "def (",

@@ -320,7 +320,7 @@ def test_a_run_that_an_encoder_cannot_do_ends_before_any_work(
         "clients": 2,
     }
     with pytest.raises(error, match=said):
-        api.run_recipe(make(options | changes), out=tmp_path / "runs")
+        api.tune(make(options | changes), out=tmp_path / "runs")
 
 
 def test_a_label_word_with_a_comma_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common.memory import peak_rss
 from fleetune.data import Encoded, collate
 from fleetune.errors import FitError, UsageError
 from fleetune.evaluation.objectives import loss_tensor
@@ -27,7 +28,6 @@ from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import Message, encode
-from fleetune.tuning.rounds import peak_rss
 
 ROOT = Path(__file__).resolve().parents[2]
 RATES = plan.Rates(flops=1e11, copy=1e10)

@@ -63,6 +63,7 @@ class Registry:
         """`kind` names a member in messages ("method"); `listing` is the command that shows them all."""
         self.kind, self.package, self.group = kind, package, group
         self.requires, self.listing = requires, listing
+        self._warned: set[str] = set()
 
     def members(self) -> dict[str, Member]:
         """Every member by name: those of the folder in order, then those that other packages register.
@@ -75,16 +76,22 @@ class Registry:
             try:
                 member = self._registered(point)
             except UsageError as error:
-                log.warning("%s", error)
+                self._warn(str(error))
                 continue
             if member.name in found:
-                log.warning(
-                    "the %s '%s' of %s is left out: %s has that name",
-                    self.kind, member.name, member.module, found[member.name].module,
-                )  # fmt: skip
+                taken = found[member.name].module
+                self._warn(
+                    f"the {self.kind} '{member.name}' of {member.module} is left out: {taken} has that name"
+                )
                 continue
             found[member.name] = member
         return found
+
+    def _warn(self, text: str) -> None:
+        """Log a warning, once in a process."""
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning("%s", text)
 
     def member(self, name: str) -> Member:
         """The member called `name` ("-" and "_" are alike).

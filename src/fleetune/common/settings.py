@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
-from fleetune.errors import RecipeError, suggest
+from fleetune.errors import RecipeError, UsageError, suggest
 
 T = TypeVar("T")
 
@@ -48,6 +48,21 @@ def of(cls: type) -> list[Setting]:
         )
         for f in dataclasses.fields(cls)
     ]
+
+
+def named(method: object, modules: Mapping[str, str]) -> tuple[str, dict[str, Value]]:
+    """Return a method's name and settings, from its name or from its own dataclass; `modules` is name -> module.
+
+    UsageError for anything else.
+    """
+    if isinstance(method, str):
+        return method, {}
+    name = next((n for n, module in modules.items() if module == type(method).__module__), None)
+    if name is None or isinstance(method, type) or not dataclasses.is_dataclass(method):
+        raise UsageError(
+            f"a {type(method).__name__} is not a method", hint=f"there are: {', '.join(modules)}"
+        )
+    return name, {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
 
 
 def pairs(texts: Sequence[str]) -> dict[str, str]:

@@ -86,6 +86,14 @@ def find(name: str, out: Path) -> Path | None:
     return None
 
 
+def get(name: str, out: Path) -> Path:
+    """The folder of a compression, as in `find`; UsageError if there is none."""
+    found = find(name, out)
+    if found is None:
+        raise UsageError(f"no compression '{name}' in {out}", hint="fleetune compress MODEL")
+    return found
+
+
 def listing(out: Path) -> list[Path]:
     """The folders of compressions under `out`, in order of number."""
     return sorted((file.parent for file in out.glob(f"*/{RECORD}")), key=rundir.number)

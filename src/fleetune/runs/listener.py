@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+from fleetune.errors import UsageError
 from fleetune.runs.events import Event
 
 log = logging.getLogger(__name__)
@@ -68,3 +69,14 @@ class Silent:
     def stop_requested(self) -> bool:
         """False."""
         return False
+
+
+def checked(listener: Listener | None) -> Listener:
+    """Return the listener to call, a `Silent` one for None; UsageError, before any work, for an object that is none."""
+    found = Silent() if listener is None else listener
+    if missing := [n for n in vars(Silent) if not n.startswith("_") and not hasattr(found, n)]:
+        raise UsageError(
+            f"a {type(found).__name__} is no listener: it has no {', '.join(missing)}",
+            hint="inherit from fleetune.Silent, and override what you want to hear",
+        )
+    return found

@@ -47,6 +47,11 @@ def model_name(model: object, tokenizer: object, out: Path) -> str:
     return str(folder)
 
 
+def is_model(value: object) -> bool:
+    """Whether a value is a model in memory: a `Model`, or a transformers or PEFT model."""
+    return hasattr(value, "named_parameters") or (hasattr(value, "net") and hasattr(value, "tokenizer"))
+
+
 def _parts(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """The plain net and the tokenizer of a model in memory, checked."""
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,13 +112,13 @@ def _folder(out: Path) -> Path:
 
 
 def data_name(data: object, out: Path) -> str:
-    """Return the name of a data set: itself if it is one, else the JSONL file that its rows are written into.
+    """Return the name of a data set: "" for None, itself if it is one, else the JSONL file that its rows are written into.
 
     `data` may be a name, a path, or any iterable of mappings: a list of dicts, a `datasets.Dataset`, a DataFrame.
     DataError for anything else.
     """
-    if isinstance(data, str | Path):
-        return str(data)
+    if data is None or isinstance(data, str | Path):
+        return str(data or "")
     if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
         data = data.to_dict("records")
     if not isinstance(data, Iterable) or isinstance(data, Mapping | bytes):

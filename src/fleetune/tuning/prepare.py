@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fleetune import data, models
+from fleetune.common.memory import release_memory
 from fleetune.data import Encoded, Example
 from fleetune.data.labelled import encode_rows
 from fleetune.data.partition import check_partition_spec, hold_out, partition
@@ -21,6 +22,7 @@ from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
 from fleetune.models.model import Model
+from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
 from fleetune.tuning import methods, rounds
 from fleetune.tuning import recipe as recipes
@@ -104,7 +106,7 @@ def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split
 
 def prepare(recipe: Recipe, *, offline: bool = False) -> TuneJob:
     """Check a recipe and load what it names."""
-    rounds.release_memory()  # an earlier job's, so that the peak is this one's
+    release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
     parts = split(recipe, entry, offline=offline)
     model = models.load(
@@ -162,3 +164,10 @@ def _usual_threads(params: int) -> int:
 
 
 SMALL = 5_000_000  # parameters
+
+
+def dry_run(recipe: Recipe, *, offline: bool) -> TuneChecked:
+    """Load the data and model of a recipe and check it; write nothing."""
+    check(recipe)
+    job = prepare(recipe, offline=offline)
+    return TuneChecked(clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held))

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fleetune.common.memory import peak_rss as peak_rss
-from fleetune.common.memory import release_memory as release_memory
-from fleetune.common.memory import rss as rss
+from fleetune.common.memory import rss
 from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError
 from fleetune.runs.events import ClientReply, Recorded, RoundDone, round_evaluated

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a prepared job in its folder: the rounds, the answers before and after, the result and the report."""
+"""Run a recipe in a folder, or resume one: the rounds, the answers before and after, the result and the report."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fleetune import adapters, models
+from fleetune.common.memory import peak_rss
 from fleetune.errors import Interrupted
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
@@ -27,9 +30,40 @@ from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import Totals
 from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
-from fleetune.tuning.prepare import TuneJob
+from fleetune.tuning.prepare import TuneJob, check, prepare
+from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.result import TuneResult, read
 
 log = logging.getLogger(__name__)
+
+
+# A job seeds torch's generator and sets its threads, so two at a time in a process would disturb each other.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def start(recipe: Recipe, out: Path, listener: Listener, *, offline: bool) -> TuneResult:
+    """Check a recipe, then run it in a new folder under `out`."""
+    check(recipe)
+    rundir.check_writable(out)
+    with _ONE_AT_A_TIME:
+        job = prepare(recipe, offline=offline)
+        with rundir.create(out, recipe.method, recipe.model) as folder:
+            return TuneResult(folder.path.absolute(), tune(job, folder, listener))
+
+
+def resume(path: Path, listener: Listener, *, offline: bool) -> TuneResult:
+    """Resume a stopped run by its own recipe; return the result of a finished one."""
+    recipe = recipes.make(recipes.read(path / "run.toml"))
+    check(recipe)
+    if rundir.status_of(path) == "done":
+        found = read(path)
+        listener.note(f"{path} is finished already")
+        listener.event(found.done)
+        return found
+    with _ONE_AT_A_TIME, RunDir(path) as folder:
+        rundir.check_writable(path)
+        job = prepare(recipe, offline=offline)
+        return TuneResult(path.absolute(), tune(job, folder, listener))
 
 
 def tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
@@ -108,7 +142,7 @@ def _finish(
     done = TuneDone(
         base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=job.recipe.rounds,
         bytes_up=totals.bytes_up, bytes_down=totals.bytes_down, seconds=round(totals.seconds, 3),
-        wall=round(wall, 3), peak_rss=rounds.peak_rss(), **result,
+        wall=round(wall, 3), peak_rss=peak_rss(), **result,
     )  # fmt: skip
     recorded = run.record(as_dict(done))
     report.write(run.path)

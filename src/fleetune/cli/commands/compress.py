@@ -12,10 +12,12 @@ from fleetune.cli.console import Ui
 from fleetune.common import settings
 from fleetune.common.display import human_bytes, human_time
 from fleetune.errors import UsageError
+from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import RECORD, CompressOptions, CompressRequest
 from fleetune.runs.events import CompressChecked, MethodListed
 
 if TYPE_CHECKING:
+    from fleetune.cli.listener import ConsoleListener
     from fleetune.compression.jobs.job import CompressResult
 
 HELP = "make a model or a finished run smaller"
@@ -81,19 +83,23 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         _list(args, ui)
         return
     out = Path(args.out)
+    resumed = compression_folder.get(args.resume, out) if args.resume is not None else None
+    if resumed is not None:
+        _check_resume(args, resumed)
+    elif not args.model:
+        raise UsageError(
+            "compress needs a model or a run", hint=f"fleetune compress latest --method {METHOD}"
+        )
     with console_listener(ui) as listener:
-        if args.resume is not None:
-            _check_resume(args, out)
         if args.dry_run:
-            _check_only(args, ui, out)
-            return
-        if args.resume is not None:
-            result = api.resume_compression(args.resume, out=out, offline=args.offline, listener=listener)
+            _dry_run(args, ui, resumed, listener)
+        elif resumed is not None:
+            show(ui, api.resume_compression(resumed, out=out, offline=args.offline, listener=listener))
         else:
-            result = api.start_compression(
-                _request(args, out), out=out, offline=args.offline, listener=listener
-            )
-    show(ui, result)
+            show(ui, api.compress(
+                args.model, method=args.method or METHOD, settings=settings.pairs(args.set or []), out=out,
+                offline=args.offline, listener=listener, **_options(args),
+            ))  # fmt: skip
 
 
 def show(ui: Ui, result: CompressResult) -> None:
@@ -125,30 +131,19 @@ def _next_target(model: Path) -> str:
     return "gguf" if gguf.exact_target(open_checkpoint(model), sample=True) == "gguf" else "hf"
 
 
-def _request(args: argparse.Namespace, out: Path) -> CompressRequest:
-    from fleetune import api
-
-    if not args.model:
-        raise UsageError(
-            "compress needs a model or a run", hint=f"fleetune compress latest --method {METHOD}"
-        )
-    options: dict[str, Any] = {n: v for n, v in _given(args).items() if n in CompressOptions.__annotations__}
-    chosen = settings.pairs(args.set or [])
-    return api.request_for(args.model, args.method or METHOD, chosen, cast(CompressOptions, options), out=out)
-
-
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of a request that were given on the command line, by name."""
     names = [n for n in CompressRequest.__dataclass_fields__ if n != "run"]
     return {n: v for n in names if (v := getattr(args, n)) is not None}
 
 
-def _check_resume(args: argparse.Namespace, out: Path) -> None:
-    """Raise UsageError for any other option beside `--resume`."""
-    from fleetune.runs import compression_folder
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {n: v for n, v in _given(args).items() if n in CompressOptions.__annotations__}
 
-    folder = compression_folder.find(args.resume, out)
-    if folder is not None and (given := _given(args)):
+
+def _check_resume(args: argparse.Namespace, folder: Path) -> None:
+    """Raise UsageError for any other option beside `--resume`."""
+    if given := _given(args):
         flags = ", ".join("RUN|MODEL" if n == "model" else f"--{n.replace('_', '-')}" for n in given)
         raise UsageError(
             f"--resume follows what {folder / RECORD} says; {flags} cannot be given with it",
@@ -156,17 +151,18 @@ def _check_resume(args: argparse.Namespace, out: Path) -> None:
         )
 
 
-def _check_only(args: argparse.Namespace, ui: Ui, out: Path) -> None:
+def _dry_run(args: argparse.Namespace, ui: Ui, resumed: Path | None, listener: ConsoleListener) -> None:
     """Load the model and data and check the request; write nothing."""
-    from fleetune import api
-    from fleetune.cli.listener import console_listener
-    from fleetune.runs import compression_folder
+    from fleetune.compression.jobs import job
 
-    folder = compression_folder.find(args.resume, out) if args.resume is not None else None
-    request = compression_folder.request_of(folder) if folder else _request(args, out)
-    with console_listener(ui) as listener:
-        job = api.check_request(request, out=out, offline=args.offline, listener=listener)
-    about, count = job.about(), job.inputs.model.n_params
+    out = Path(args.out)
+    if resumed is not None:
+        request = compression_folder.request_of(resumed)
+    else:
+        options, chosen = cast(CompressOptions, _options(args)), settings.pairs(args.set or [])
+        request = job.request_for(args.model, args.method or METHOD, chosen, options, out=out)
+    found = job.prepare(request, listener, out, offline=args.offline)
+    about, count = found.about(), found.inputs.model.n_params
     ui.event(CompressChecked(parameters=count, **dict(about)))
     for name, text in about:
         ui.note(f"{name}: {text}")

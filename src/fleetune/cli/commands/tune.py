@@ -64,7 +64,7 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
     from fleetune import api
 
     with _screen(ui) as screen:
-        result = api.run_recipe(recipe, out=args.out, offline=args.offline, listener=screen)
+        result = api.tune(recipe, out=args.out, offline=args.offline, listener=screen)
     finish(ui, result)
     return result
 
@@ -108,9 +108,9 @@ def _check_resume(args: argparse.Namespace, path: Path) -> None:
 
 
 def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune import api
+    from fleetune.tuning import prepare
 
-    found = api.check_recipe(recipe, offline=args.offline)
+    found = prepare.dry_run(recipe, offline=args.offline)
     ui.note(f"the recipe is good: {found.clients} clients, {found.rows} rows, {found.held_out} held out")
     ui.event(found)
 

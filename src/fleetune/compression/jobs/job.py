@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fleetune import compression, subject
 from fleetune.common import settings
@@ -16,6 +16,7 @@ from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CLIENTS, CompressOptions, CompressRequest
 from fleetune.runs.events import CompressDone
 from fleetune.runs.listener import Listener
+from fleetune.tuning import objects_to_files
 
 if TYPE_CHECKING:
     from fleetune.models.model import Model
@@ -46,16 +47,28 @@ class CompressResult:
 
 
 def request_for(
-    name: str, out: Path, method: str, chosen: Mapping[str, str], options: CompressOptions
+    model: object,
+    method: object,
+    chosen: Mapping[str, Any],
+    options: CompressOptions,
+    *,
+    tokenizer: object = None,
+    out: Path,
 ) -> CompressRequest:
-    """Return the request to compress what `name` means; `options` are its fields that are not the defaults.
+    """Return the request to compress a model (a name, a result, an object) with a method and its settings.
 
-    UsageError when `name` means no plain model and no run.
+    `options` are fields of the request that are not the defaults.  UsageError when `model` means no plain weights.
     """
-    found = subject.open_weights(name, out)
+    modules = {name: member.module for name, member in compression.REGISTRY.members().items()}
+    name, own = settings.named(method, modules)
+    values = own | objects_to_files.setting_values(chosen)
+    texts = {n: v if isinstance(v, str) else repr(v) for n, v in values.items()}
+    if objects_to_files.is_model(model):
+        model = objects_to_files.model_name(model, tokenizer, out)
+    found = subject.open_weights(model, out)
     run = isinstance(found, subject.Run)
-    model = str(_lasting(found.folder)) if isinstance(found, subject.Run) else found.name
-    return CompressRequest(model=model, run=run, method=method.replace("_", "-"), set=dict(chosen), **options)
+    place = str(_lasting(found.folder)) if isinstance(found, subject.Run) else found.name
+    return CompressRequest(model=place, run=run, method=name.replace("_", "-"), set=texts, **options)
 
 
 def _lasting(run: Path) -> Path:
