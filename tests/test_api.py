@@ -56,6 +56,10 @@ class Log(fleetune.Silent):
 
     def __init__(self) -> None:
         self.events: list[events.Event] = []
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def event(self, event: events.Event) -> None:
         self.events.append(event)
@@ -168,8 +172,10 @@ def test_a_method_may_be_its_own_dataclass() -> None:
     by_name = tune()
     typed = tune(method=fedkseed.Method(**SMALL), settings={})
     assert typed.digest == by_name.digest
-    with pytest.raises(errors.UsageError, match="a list is not a method"):
+    with pytest.raises(errors.UsageError, match="a list of builtins is not a registered method"):
         tune(method=[])
+    with pytest.raises(errors.UsageError, match="the method is a class"):
+        tune(method=fedkseed.Method)
 
 
 def test_a_recipe_says_everything() -> None:
@@ -227,7 +233,9 @@ def test_a_peft_model_is_tuned_from_its_merged_weights(at: Path) -> None:
     ids = torch.tensor([[1, 2, 3]])
     with torch.inference_mode():
         before = adapted(input_ids=ids).logits
-    run = tune(adapted, ROWS, tokenizer=base.tokenizer)
+    log = Log()
+    run = tune(adapted, ROWS, tokenizer=base.tokenizer, listener=log)
+    assert "merged into a copy" in log.notes[0]
     plain = fleetune.open(fleetune.open(run.folder).recipe.model)  # type: ignore[union-attr]
     with torch.inference_mode():
         torch.testing.assert_close(plain.load().net(input_ids=ids).logits, before)
@@ -339,6 +347,21 @@ def test_a_name_means_the_same_everywhere(at: Path) -> None:
         fleetune.open(7)
     tune()
     assert fleetune.open("latest") == fleetune.Run(Path("runs/0003-fedkseed-tiny"))
+
+
+def test_a_name_is_looked_up_without_torch(at: Path) -> None:
+    tune()
+    script = "import sys, fleetune\nfor n in ('1', 'latest', 'tiny'): fleetune.open(n)\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_what_has_no_ledger_says_so(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tune(method="fedit", settings={"r": 2})
+    fleetune.compress("1", method="rtn", settings={"group": 8})
+    for name, said in (("1", "leaves an adapter, no ledger"), ("2", "is a compression, which has no ledger")):
+        assert main(["ledger", "show", name]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_latest_of_nothing_is_an_error(at: Path) -> None:
@@ -469,6 +492,8 @@ def test_nothing_is_ignored_in_silence(at: Path) -> None:
     ):
         with pytest.raises(errors.UsageError, match=f"{name} = '3' is not an integer"):
             call("tiny", **{name: "3"})
+    with pytest.raises(errors.UsageError, match="is not the name of a model"):
+        fleetune.plan(models.load("tiny", device="cpu").net)
     with pytest.raises(errors.UsageError, match="measure needs a model"):
         fleetune.measure()
 

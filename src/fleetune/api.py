@@ -76,6 +76,7 @@ def plan(
     from fleetune import models
     from fleetune.planning import plan as planning
 
+    model = model if isinstance(model, str | Path) else open(model).argument
     config = models.load_config(str(model), offline=offline)
     work = planning.Workload(batch=batch, length=length, steps=steps, dtype=dtype)
     return planning.make(
@@ -106,13 +107,13 @@ def tune(
     `Recipe`, which then holds all options.  `data` is a file, a hub id, `"demo"`, or rows as dicts.  `method` is a name
     or a method's own dataclass (`fedkseed.Method(K=1024)`); `settings` are the method's, by name.  `options` are those
     of `fleetune.Recipe`.  A model or rows given as Python objects are saved under `OUT/objects`, so that the run can be
-    resumed.
+    resumed.  A PEFT model's adapters are merged into the copy that is saved and tuned: they are not trained on.
     """
     from fleetune.tuning import run
 
     watching = checked(listener)
     if not isinstance(model, Recipe):
-        recipe = _recipe(model, data, method, settings or {}, tokenizer, Path(out), options)
+        recipe = _recipe(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
     elif data is None and tokenizer is None and not (settings or options) and method == "fedkseed":
         recipe = model
     else:
@@ -144,6 +145,7 @@ def _recipe(
     tokenizer: object,
     out: Path,
     options: RecipeOptions,
+    listener: Listener,
 ) -> Recipe:
     """The recipe for what a caller handed over; the options are checked before any object is saved."""
     from fleetune.common.settings import named
@@ -151,6 +153,11 @@ def _recipe(
 
     if data is None:
         raise RecipeError(["data is missing"], hint='give a file, rows, or "demo"')
+    if objects_to_files.is_adapted(model):
+        listener.note(
+            "the model's adapters are merged into a copy of its base, and that is tuned: rank, alpha and targets are the "
+            "method's settings"
+        )
     name, chosen = named(method, {n: e.module for n, e in methods.entries().items()})
     values = chosen | objects_to_files.setting_values(settings)
     recipe = recipes.make({**options, "model": "model", "data": "data", "method": name, "set": values})

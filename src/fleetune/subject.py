@@ -123,7 +123,7 @@ class Compressed:
     @property
     def holds_codes(self) -> bool:
         """Whether the result is an artefact of codes, not a plain directory."""
-        from fleetune.models.artefact import is_master
+        from fleetune.models.artefact_folder import is_master
 
         return is_master(self.model)
 
@@ -301,7 +301,7 @@ def _run(name: str, out: Path) -> Path | None:
 
 
 def _is_artefact(path: Path) -> bool:
-    from fleetune.models.artefact import is_master
+    from fleetune.models.artefact_folder import is_master
 
     return is_master(path)
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from fleetune import compression, models
 from fleetune.compression.layerwise import driver
 from fleetune.errors import ModelError, StorageError
-from fleetune.models.artefact import FILE, ArtefactHead, Master, Quantised, is_master, pack, unpack, write
+from fleetune.models.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
+from fleetune.models.artefact_folder import FILE, is_master
 
 HEAD = ArtefactHead("rtn", {"bits": 4}, "a" * 64, "b" * 64)
 

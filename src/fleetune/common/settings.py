@@ -57,10 +57,13 @@ def named(method: object, modules: Mapping[str, str]) -> tuple[str, dict[str, Va
     """
     if isinstance(method, str):
         return method, {}
+    if isinstance(method, type):
+        raise UsageError("the method is a class", hint=f"give an instance of it: {method.__name__}(..)")
     name = next((n for n, module in modules.items() if module == type(method).__module__), None)
-    if name is None or isinstance(method, type) or not dataclasses.is_dataclass(method):
+    if name is None or not dataclasses.is_dataclass(method):
         raise UsageError(
-            f"a {type(method).__name__} is not a method", hint=f"there are: {', '.join(modules)}"
+            f"a {type(method).__name__} of {type(method).__module__} is not a registered method",
+            hint=f"there are: {', '.join(modules)}; CONTRIBUTING.md registers one of your own",
         )
     return name, {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
 

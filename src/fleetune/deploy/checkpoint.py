@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fleetune.errors import ModelError, UsageError
-from fleetune.models.artefact import Master, Quantised, is_master
+from fleetune.models.artefact import Master, Quantised
+from fleetune.models.artefact_folder import is_master
 from fleetune.models.families.widths import build
 from fleetune.models.hf_folder import check_folder, config_of, is_encoder
 

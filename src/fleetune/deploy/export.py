@@ -20,7 +20,7 @@ from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
 from fleetune.deploy.formats import AdapterFormat, Misfit, ModelFormat, Report
 from fleetune.deploy.targets import Target, check_place, find
 from fleetune.errors import StorageError, UsageError
-from fleetune.models.artefact import is_master
+from fleetune.models.artefact_folder import is_master
 from fleetune.models.families.widths import has_block_widths
 from fleetune.models.gguf import convert
 from fleetune.models.loading import disk_errors

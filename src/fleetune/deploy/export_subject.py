@@ -96,7 +96,8 @@ def write(
     """Export the folder `source`, and run what was written and `source` on the same windows of a text, if there are any."""
     from fleetune.deploy import export as exporting
     from fleetune.deploy.measure import harness
-    from fleetune.models.artefact import Master, is_master
+    from fleetune.models.artefact import Master
+    from fleetune.models.artefact_folder import is_master
 
     report = exporting.export(source, kind, out, made=made or {})
     if is_master(source) and (warning := harness.warning(Master(source))):

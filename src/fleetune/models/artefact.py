@@ -35,12 +35,12 @@ from torch import Tensor
 
 from fleetune.common.folders import staged
 from fleetune.errors import ModelError
+from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.models.families.widths import mark_config
 from fleetune.models.model import Model
 from fleetune.models.paged import tensors_of
 from fleetune.models.tensor_file import write_in_turn
 
-FILE: Final = "master.safetensors"
 VERSION: Final = 1
 
 
@@ -170,11 +170,6 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
         if model.net.can_generate() and model.net.generation_config is not None:
             model.net.generation_config.save_pretrained(new)
         model.tokenizer.save_pretrained(new)
-
-
-def is_master(path: Path) -> bool:
-    """Return whether this is the folder of an artefact."""
-    return (path / FILE).is_file()
 
 
 class Master:

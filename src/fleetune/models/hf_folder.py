@@ -44,7 +44,7 @@ def check_folder(folder: Path) -> None:
                 f"{folder} lacks {len(missing)} of its weight files: {missing[0]}, ..", hint="fetch it again"
             )
     elif not (folder / "model.safetensors").is_file():
-        from fleetune.models.artefact import is_master
+        from fleetune.models.artefact_folder import is_master
 
         if is_master(folder):
             raise ModelError(

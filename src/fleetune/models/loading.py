@@ -38,7 +38,8 @@ from transformers import (
 from fleetune.common.folders import staged
 from fleetune.errors import FitError, ModelError, StorageError, suggest
 from fleetune.models import cache, encoders
-from fleetune.models.artefact import Master, is_master
+from fleetune.models.artefact import Master
+from fleetune.models.artefact_folder import is_master
 from fleetune.models.cache import BuiltIn
 from fleetune.models.download import Progress
 from fleetune.models.dtypes import WEIGHTS
@@ -364,7 +365,7 @@ def _quiet() -> Iterator[None]:
 
 
 def save(
-    net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, card: str | None = None
+    net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, card: str | None = None
 ) -> None:
     """Write a Hugging Face directory: configuration, safetensors, tokenizer, chat template, README (`card`).
 
@@ -372,6 +373,7 @@ def save(
     directory is replaced when the new one is complete.  StorageError when the disk is full or not writable,
     or `path` holds something that is not a model.
     """
+    path = Path(path)
     if any(".base_layer." in name for name, _ in net.named_parameters()):
         raise ModelError("the model still carries adapters", hint="merge or detach them before saving")
     with staged(path, replace="config.json") as folder, disk_errors(path), _quiet():

@@ -42,12 +42,17 @@ def result_of(run: Path) -> Path:
     return found
 
 
-def ledger_of(run: Path) -> Ledger:
-    """The seed ledger of a run; UsageError for a run that leaves an adapter."""
+def ledger_file(run: Path) -> Path:
+    """The ledger file of a run; UsageError for a run that leaves an adapter."""
     found = result_of(run)
     if found.name != RESULT["ledger"]:
         raise UsageError(f"{run} leaves an adapter, no ledger", hint=f"see {found}")
-    return ledgers.load(found)
+    return found
+
+
+def ledger_of(run: Path) -> Ledger:
+    """The seed ledger of a run; UsageError for a run that leaves an adapter."""
+    return ledgers.load(ledger_file(run))
 
 
 def held_out(run: Path, *, offline: bool = False) -> list[Example]:

@@ -52,6 +52,11 @@ def is_model(value: object) -> bool:
     return hasattr(value, "named_parameters") or (hasattr(value, "net") and hasattr(value, "tokenizer"))
 
 
+def is_adapted(model: object) -> bool:
+    """Whether a value is a PEFT model, whose adapters are merged."""
+    return hasattr(model, "merge_and_unload")
+
+
 def _parts(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     """The plain net and the tokenizer of a model in memory, checked."""
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,7 +103,7 @@ def _content_digest(net: Any, tokenizer: Any) -> str:
 
 def _plain_net(model: Any) -> Any:
     """A PEFT model as a copy with its adapters merged; anything else as it is."""
-    if not hasattr(model, "merge_and_unload"):
+    if not is_adapted(model):
         return model
     import copy
 

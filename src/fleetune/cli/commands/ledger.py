@@ -54,8 +54,15 @@ def _file(name: str, out: str) -> Path:
     from fleetune import subject
 
     path = Path(name)
-    if not path.is_file() and isinstance(found := subject.open(name, out), subject.Run):
-        path = found.folder
+    if path.is_file():
+        return path
+    found = subject.open(name, out)
+    if isinstance(found, subject.Compressed):
+        raise UsageError(f"{found.argument} is a compression, which has no ledger", hint="name the run")
+    if isinstance(found, subject.Run):
+        from fleetune.tuning import finished
+
+        return finished.ledger_file(found.folder)
     return path / "ledger.safetensors" if path.is_dir() else path
 
 

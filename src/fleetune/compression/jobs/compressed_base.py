@@ -15,7 +15,8 @@ from fleetune.common.display import human_time
 from fleetune.compression.jobs import inputs, solve
 from fleetune.errors import UsageError
 from fleetune.models import artefact
-from fleetune.models.artefact import ArtefactHead, Master, is_master
+from fleetune.models.artefact import ArtefactHead, Master
+from fleetune.models.artefact_folder import is_master
 from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import PARTS, CompressRequest
 from fleetune.runs.listener import Listener

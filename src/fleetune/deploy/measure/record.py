@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from fleetune.common.files import write_atomic
 from fleetune.deploy.measure.harness import FILE, KeptGain
-from fleetune.models.artefact import Master, is_master
+from fleetune.models.artefact import Master
+from fleetune.models.artefact_folder import is_master
 from fleetune.runs import compression_folder
 from fleetune.runs.events import Measured, as_dict
 
