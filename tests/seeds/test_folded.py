@@ -30,7 +30,7 @@ def digest(view: View) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("law", "K"), [("rademacher", 1), ("pooled", 8)])
+@pytest.mark.parametrize(("law", "K"), [("rademacher", 1), ("pooled", 8), ("hashed", 8)])
 def test_a_walk_of_points_has_the_bits_of_plain_passes(dtype, law, K):
     model = models.tiny_llama()
     model.net.to(dtype)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from law_definition import slow_places
 from safetensors.numpy import load as safetensors_load
 from safetensors.numpy import save as safetensors_save
 
@@ -60,7 +61,7 @@ def direction(law: str, run_key: int, id: int, start: int, count: int, K: int = 
         return noise.signs(run_key, id, start, count).astype(np.int64)
     epoch, k = divmod(id, 1 << 32)
     H = np.array([[(-1) ** bin(i & j).count("1") for j in range(K)] for i in range(K)])
-    place = (start + np.arange(count)) % K
+    place = slow_places(law, K, start, count)
     return noise.signs(run_key, epoch, start, count).astype(np.int64) * H[place, k]
 
 
@@ -84,7 +85,14 @@ def rebuild(ledger: Ledger, backend: str = "numba", threads: int = 1) -> str:
     for slot in layout(base().items()):
         out = slot.tensor.reshape(-1).clone()
         kernels(torch.device("cpu"), backend).sweep(
-            out, out, slot.start, h.run_key, ledger.passes(), h.grid, threads=threads
+            out,
+            out,
+            slot.start,
+            h.run_key,
+            ledger.passes(),
+            h.grid,
+            hashed=h.law == "hashed",
+            threads=threads,
         )
         found.append((slot.name, out.view(slot.tensor.shape)))
     return digest(found)
@@ -156,7 +164,7 @@ entries = st.lists(
 @given(
     rows=entries,
     key=st.integers(0, 2**64 - 1),
-    law=st.sampled_from(["rademacher", "pooled", "gaussian"]),
+    law=st.sampled_from(noise.LAWS),
     grid=st.floats(width=32, allow_nan=False, allow_infinity=False),
     hyper=st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=5), st.booleans())),
     names=st.lists(st.text(max_size=9), max_size=3),
@@ -349,23 +357,24 @@ def test_files_that_are_no_ledgers(tmp_path):
 # --- replay -------------------------------------------------------------------------------------------------
 
 REPLAY = {
+    "hashed": "7f27e1884d620d3e74694047149ccadcba96557ca0d7c9a6fd2458e0be11c8b4",
     "pooled": "2654d208b4e410a27feb2407654c4e1873859b458bf0e54507ff20748a2e8c90",
     "rademacher": "47cff9bc53919d8b8818ee50fe9c4b1c661b10b6830990672c3d219b49fe547c",
 }
 
 
-@pytest.mark.parametrize("law", ["pooled", "rademacher"])
+@pytest.mark.parametrize("law", REPLAY)
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_replay_is_the_formula(law, backend, threads):
-    ledger = some(law=law, K=K if law == "pooled" else 1)
+    ledger = some(law=law, K=K if law in noise.POOLS else 1)
     want = digest(sorted(formula(ledger).items()))
     assert want == REPLAY[law]
     assert rebuild(ledger, backend, threads) == want
 
 
 @given(
-    law=st.sampled_from(["pooled", "rademacher"]),
+    law=st.sampled_from(list(REPLAY)),
     rows=st.lists(
         st.tuples(st.integers(0, 2), st.integers(0, K - 1), st.integers(-(2**31) + 1, 2**31 - 1)), max_size=12
     ),
@@ -373,16 +382,16 @@ def test_replay_is_the_formula(law, backend, threads):
 @settings(max_examples=25)
 def test_replay_is_the_formula_for_any_entries(law, rows):
     # Coefficients up to the end of their 32 bits: the sums need 64.
-    ledger = Ledger(head(law=law, K=K if law == "pooled" else 1, grid=float(np.float32(1e-11))))
+    ledger = Ledger(head(law=law, K=K if law in noise.POOLS else 1, grid=float(np.float32(1e-11))))
     for epoch, k, c in rows:
         ledger = ledger.append(np.array([epoch << 32 | k]), np.array([c]), 1)
     assert rebuild(ledger) == digest(sorted(formula(ledger).items()))
 
 
-@given(data=st.data(), law=st.sampled_from(["pooled", "rademacher"]))
+@given(data=st.data(), law=st.sampled_from(list(REPLAY)))
 @settings(max_examples=25)
 def test_order_splitting_merging_and_compacting_do_not_change_the_weights(data, law):
-    ledger = some(law=law, K=K if law == "pooled" else 1)
+    ledger = some(law=law, K=K if law in noise.POOLS else 1)
     want = rebuild(ledger)
     order = np.array(data.draw(st.permutations(range(len(ledger)))))
     shuffled = Ledger(ledger.head, ledger.ids[order], ledger.coefficients[order], ledger.rounds[order])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from law_definition import place, slow_places
 
 from fleetune.errors import UsageError
 from fleetune.seeds import noise
@@ -150,24 +151,24 @@ def direction(law: str, K: int, run_key: int, id: int, start: int, count: int) -
     if law == "rademacher":
         return np.array([slow_sign(run_key, id, j) for j in i.tolist()])
     D = np.array([slow_sign(run_key, id >> 32, j) for j in i.tolist()])
-    return D * np.array([(-1) ** bin((j % K) & id & 0xFFFFFFFF).count("1") for j in i.tolist()])
+    return D * np.array([(-1) ** bin(place(law, K, j) & id & 0xFFFFFFFF).count("1") for j in i.tolist()])
 
 
-def total(passes: noise.Passes, run_key: int, start: int, count: int) -> np.ndarray:
+def total(law: str, passes: noise.Passes, run_key: int, start: int, count: int) -> np.ndarray:
     """acc of the passes, by their definition."""
     acc = np.zeros(count, np.int64)
     for id, table in zip(passes.ids.tolist(), passes.tables, strict=True):
-        acc += noise.signs(run_key, id, start, count) * table[np.arange(start, start + count) % len(table)]
+        acc += noise.signs(run_key, id, start, count) * table[slow_places(law, len(table), start, count)]
     return acc
 
 
 @st.composite
 def entries(draw):
-    law = draw(st.sampled_from(["rademacher", "pooled"]))
-    K = 2 ** draw(st.integers(0, 9)) if law == "pooled" else 1
+    law = draw(st.sampled_from(["rademacher", "pooled", "hashed"]))
+    K = 2 ** draw(st.integers(0, 9)) if law in noise.POOLS else 1
     one = st.tuples(st.integers(0, 3), st.integers(0, K - 1)).map(lambda p: p[0] << 32 | p[1])
     size = draw(st.integers(0, 8))
-    ids = draw(st.lists(one if law == "pooled" else st.integers(0, 5), min_size=size, max_size=size))
+    ids = draw(st.lists(one if law in noise.POOLS else st.integers(0, 5), min_size=size, max_size=size))
     big = draw(st.sampled_from([3, 1000, 2**30, 2**40]))
     coefficients = draw(st.lists(st.integers(-big, big), min_size=size, max_size=size))
     return law, K, ids, coefficients
@@ -181,8 +182,8 @@ def test_passes_sum_the_directions_in_any_order(case, run_key, start, random):
     want = np.zeros(40, np.int64)
     for id, c in zip(ids, coefficients, strict=True):
         want += c * direction(law, K, run_key, id, start, 40)
-    assert total(passes, run_key, start, 40).tolist() == want.tolist()
-    assert len(passes.ids) <= len({i >> 32 if law == "pooled" else i for i in ids})
+    assert total(law, passes, run_key, start, 40).tolist() == want.tolist()
+    assert len(passes.ids) <= len({i >> 32 if law in noise.POOLS else i for i in ids})
     pairs = list(zip(ids, coefficients, strict=True))
     random.shuffle(pairs)
     again = noise.passes(law, K, [i for i, _ in pairs], [c for _, c in pairs])
@@ -228,9 +229,46 @@ def test_pooled_directions_are_orthogonal(K):
     assert np.array_equal(np.stack(rows) @ np.stack(rows).T, n * np.eye(K, dtype=np.int64))
 
 
+@given(
+    law=st.sampled_from(noise.POOLS),
+    k=st.integers(0, 20),
+    start=st.integers(0, 2**40),
+    count=st.integers(0, 700),
+)
+def test_places_are_those_of_the_definition(law, k, start, count):
+    assert np.array_equal(noise.places(law, 2**k, start, count), slow_places(law, 2**k, start, count))
+
+
+def test_places_never_change():
+    found = [int(noise.places("hashed", 4096, 128 * run, 1)[0]) for run in (0, 1, 2, 1000, 2**33)]
+    assert found == [0, 1694, 705, 2916, 408]
+
+
+@pytest.mark.parametrize("width", [64, 576, 2048, 4096])
+def test_members_of_a_hashed_pool_differ_within_a_column(width):
+    """What the pooled law lacks: there the first directions are one or few in a column."""
+    K, rows, column = 4096, 512, 5
+    ranks = {}
+    for law in noise.POOLS:
+        i = column + width * np.arange(rows)
+        at = noise.places(law, K, 0, width * rows)[i]
+        found = [noise.hadamard_column(K, k)[at].astype(float) for k in range(256)]
+        ranks[law] = int(np.linalg.matrix_rank(np.stack(found)))
+    assert ranks["hashed"] >= 200
+    assert ranks["pooled"] <= 4
+
+
+def test_hashed_directions_are_nearly_orthogonal():
+    K, n = 512, 1 << 18
+    at = noise.places("hashed", K, 0, n)
+    H = np.stack([noise.hadamard_column(K, k)[at] for k in range(64)]).astype(np.float32)
+    cosines = np.abs(H @ H.T / n - np.eye(64))
+    assert cosines.max() < 0.1
+
+
 @pytest.mark.parametrize("id", [0, 5, 2 << 32 | 7])
 def test_a_probe_is_the_pass_of_its_direction(id):
-    for law, K in (("rademacher", 1), ("pooled", 8)):
+    for law, K in (("rademacher", 1), ("pooled", 8), ("hashed", 8)):
         key, table = noise.probe(law, K, id)
         passes = noise.passes(law, K, [id], [1])
         assert passes.ids.tolist() == [key]
@@ -273,14 +311,14 @@ def test_normals_are_frozen():
 def test_normals_follow_the_format_closely():
     start, count = 2**40 + 90, 200
     z = noise.normals(77, 5 << 32 | 1, start, count)
-    for place in range(count):
-        group, e = divmod(start + place, 128)
+    for at in range(count):
+        group, e = divmod(start + at, 128)
         c, j = divmod(e, 32)
         block = group * 32 + j
         words = slow_philox([block % 2**32, block >> 32, 1, 5], [77, 0])
         u, t = (words[c & 2] + 0.5) / 2**32, 2 * math.pi * words[c | 1] / 2**32
         want = math.sqrt(-2 * math.log(u)) * (math.sin(t) if c & 1 else math.cos(t))
-        assert abs(z[place] - want) < 1e-5 * max(1.0, abs(want))
+        assert abs(z[at] - want) < 1e-5 * max(1.0, abs(want))
 
 
 def test_normals_have_the_moments_and_tails_of_a_normal():

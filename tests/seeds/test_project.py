@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from law_definition import slow_places
 from torch.nn import functional as F
 
 from fleetune import models
@@ -20,38 +21,40 @@ KEY, EPOCH = 0x0123456789ABCDEF, 3
 SHAPES = {"a": (70, 61), "b": (4096,), "c": (1,), "d": (3, 2731), "e": (4097,)}  # 4270, 4096, 1, 8193, 4097
 
 
-def dense(K: int, start: int, g: np.ndarray) -> np.ndarray:
-    """p_k = sum_i D[i] H[i mod K, k] g[i], written out; H after Sylvester."""
+def dense(K: int, start: int, g: np.ndarray, law: str = "hashed") -> np.ndarray:
+    """p_k = sum_i D[i] H[place(i), k] g[i], written out; H after Sylvester."""
     H = np.ones((1, 1))
     while len(H) < K:
         H = np.block([[H, H], [H, -H]])
     D = noise.signs(KEY, EPOCH, start, g.size).astype(np.float64)
-    return (D * g) @ H[np.arange(start, start + g.size) % K]
+    return (D * g) @ H[slow_places(law, K, start, g.size)]
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("K", [1, 2, 64, 512])
-def test_a_fold_and_a_transform_are_the_slopes_along_all_directions(K, backend):
+@pytest.mark.parametrize("law", noise.POOLS)
+def test_a_fold_and_a_transform_are_the_slopes_along_all_directions(law, K, backend):
     rng = np.random.default_rng(K)
     sums, expected, start, size = np.zeros(K), np.zeros(K), 0, 0.0
     for shape in SHAPES.values():
         g = rng.normal(size=shape).astype(np.float32)
-        fold(sums, torch.from_numpy(g), start, KEY, EPOCH, kernels(torch.device("cpu"), backend))
-        expected += dense(K, start, g.astype(np.float64).ravel())
+        fold(sums, torch.from_numpy(g), start, KEY, EPOCH, kernels(torch.device("cpu"), backend), law=law)
+        expected += dense(K, start, g.astype(np.float64).ravel(), law)
         start, size = start + -(-g.size // 4096) * 4096, size + float((g.astype(np.float64) ** 2).sum())
     np.testing.assert_allclose(noise.fwht(sums), expected, rtol=0, atol=1e-5 * size**0.5)
 
 
 @pytest.mark.parametrize("K", [4096, 16384])
-def test_pools_wider_than_a_tile(K):
+@pytest.mark.parametrize("law", noise.POOLS)
+def test_pools_wider_than_a_tile(law, K):
     """Against single slopes of some directions: the start of a tensor is then any multiple of 4096 modulo K."""
     g = np.random.default_rng(0).normal(size=3 * K + 777).astype(np.float32)
     start, sums = 5 * 4096, np.zeros(K)
-    fold(sums, torch.from_numpy(g), start, KEY, EPOCH, kernels(torch.device("cpu")))
+    fold(sums, torch.from_numpy(g), start, KEY, EPOCH, kernels(torch.device("cpu")), law=law)
     p = noise.fwht(sums)
     D = noise.signs(KEY, EPOCH, start, g.size).astype(np.float64)
     for k in (0, 1, 4095, K // 2, K - 1):
-        column = noise.hadamard_column(K, k)[np.arange(start, start + g.size) % K]
+        column = noise.hadamard_column(K, k)[slow_places(law, K, start, g.size)]
         assert p[k] == pytest.approx(float((D * column) @ g), abs=1e-2)
 
 
@@ -62,12 +65,21 @@ def test_backends_threads_and_16_bit_gradients_agree(monkeypatch):
         seen = []
         for backend, threads in (("numba", 1), ("numba", 3), ("torch", None)):
             sums = np.zeros(256)
-            fold(sums, g.to(dtype), 8192, KEY, EPOCH, kernels(torch.device("cpu"), backend), threads=threads)
+            fold(
+                sums,
+                g.to(dtype),
+                8192,
+                KEY,
+                EPOCH,
+                kernels(torch.device("cpu"), backend),
+                law="hashed",
+                threads=threads,
+            )
             seen.append(sums)
         whole = np.zeros(256)
         np.add.at(
             whole,
-            np.arange(8192, 8192 + g.numel()) % 256,
+            slow_places("hashed", 256, 8192, g.numel()),
             g.to(dtype).double().numpy().ravel() * noise.signs(KEY, EPOCH, 8192, g.numel()),
         )
         for sums in seen:
@@ -82,10 +94,10 @@ def batch():
 def moved_view(K=64, backend="auto"):
     model = models.tiny_llama()
     view = View(
-        named_tensors(model.net), model.net, run_key=KEY, law="pooled", grid=1e-3 / 256, backend=backend
+        named_tensors(model.net), model.net, run_key=KEY, law="hashed", grid=1e-3 / 256, backend=backend
     )
     c = np.random.default_rng(5).integers(-400, 400, K)
-    position = Position("pooled", K, np.arange(K, dtype=np.uint64) + (np.uint64(EPOCH) << np.uint64(32)), c)
+    position = Position("hashed", K, np.arange(K, dtype=np.uint64) + (np.uint64(EPOCH) << np.uint64(32)), c)
     position.place(view)
     return model, view, position
 
@@ -172,13 +184,13 @@ def test_a_walk_is_gradient_descent_in_the_space_of_the_pool(clip):
         assert loss_of(model.net, b) == begun  # the view is where the walk began
     ids, moved = np.array(position.ids, np.uint64), np.zeros(K)
     for _ in range(3):
-        view.place(noise.passes("pooled", K, ids, position.coefficients + np.rint(moved).astype(np.int64)))
+        view.place(noise.passes("hashed", K, ids, position.coefficients + np.rint(moved).astype(np.int64)))
         gradient = plain_gradient(view, b)
         p = sum(dense(K, slot.start, gradient[slot.name]) for slot in view.slots)
         moved -= units / K * (np.clip(p, -clip, clip) if clip else p)
     assert walk.steps == 3
     np.testing.assert_allclose(walk.moved, moved, rtol=0, atol=0.01)
-    view.place(noise.passes("pooled", K, ids, position.coefficients + np.rint(moved).astype(np.int64)))
+    view.place(noise.passes("hashed", K, ids, position.coefficients + np.rint(moved).astype(np.int64)))
     with torch.inference_mode():
         assert loss_of(model.net, b) < begun
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from law_definition import slow_places
 
 from fleetune.data.encode import Batch, collate, encode_all
 from fleetune.data.examples import Example
@@ -56,10 +57,10 @@ def z_of(view: View, id: int) -> dict[str, np.ndarray]:
         if view.law == "gaussian":
             z = noise.normals(KEY, id, slot.start, n).astype(float)
         else:
-            z = noise.signs(KEY, id >> 32 if view.law == "pooled" else id, slot.start, n).astype(float)
-        if view.law == "pooled":
+            z = noise.signs(KEY, id >> 32 if view.law in noise.POOLS else id, slot.start, n).astype(float)
+        if view.law in noise.POOLS:
             H = np.array([[(-1) ** bin(i & j).count("1") for j in range(K)] for i in range(K)])
-            z *= H[(slot.start + np.arange(n)) % K, id & 0xFFFFFFFF]
+            z *= H[slow_places(view.law, K, slot.start, n), id & 0xFFFFFFFF]
         found[slot.name] = z.reshape(slot.tensor.shape)
     return found
 
@@ -75,7 +76,7 @@ def gradient(model: Model, batch: Batch) -> dict[str, np.ndarray]:
     return {name: tensor.grad.numpy() for name, tensor in named_tensors(net)}
 
 
-@pytest.mark.parametrize("law", ["pooled", "rademacher", "gaussian"])
+@pytest.mark.parametrize("law", noise.LAWS)
 def test_the_slope_is_the_gradient_along_z(tiny, law):
     """Fails for a wrong sign, a wrong factor, one-sided differences and points that are 3 eps apart (-2 eps)."""
     batch, objective = batch_of(tiny), get("loss")

@@ -540,7 +540,7 @@ class LedgerShown(Event):
     entries: int  # number of entries
     rounds: int  # last round that has an entry
     base: str  # SHA-256 of the base model's weights
-    law: str  # how an id becomes a direction: pooled, rademacher or gaussian
+    law: str  # how an id becomes a direction: hashed, pooled, rademacher or gaussian
     K: int  # directions of a pool; 1 for a law without pools
     grid: float  # change of a weight that the coefficient 1 means
     method: str  # that made it

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cache the integer sum of many independent directions, so that a forward computes few of them.
 
-A view computes every pass of its point anew in each forward.  For the pooled law that is one pass whatever
+A view computes every pass of its point anew in each forward.  For a pool that is one pass whatever
 K is.  Independent directions are a pass each, so beyond `FOLD` of them their sum is cached, 4 bytes a weight,
 and only what changed since is computed.  The sums are integers in float32, exact below 2^24; where they could
 reach that, nothing is cached and the view is slow but still exact.
@@ -33,9 +33,10 @@ class FoldedSums:
     """The integer sums of some passes over the elements of tensors, and which passes were summed."""
 
     def __init__(
-        self, slots: Sequence[WeightSlot], run_key: int, kernels: ModuleType, threads: int | None
+        self, slots: Sequence[WeightSlot], run_key: int, law: str, kernels: ModuleType, threads: int | None
     ) -> None:
-        self.slots, self.run_key, self.kernels, self.threads = slots, run_key, kernels, threads
+        self.slots, self.run_key, self.law = slots, run_key, law
+        self.kernels, self.threads = kernels, threads
         self.folded: Passes | None = None
         self.reach = 0  # the largest sum anywhere
         self.sums: dict[str, Tensor] = {}
@@ -69,7 +70,10 @@ class FoldedSums:
             if slot.name not in self.sums:
                 self.sums[slot.name] = torch.zeros(slot.tensor.numel(), device=slot.tensor.device)
             sums = self.sums[slot.name]
-            self.kernels.sweep(sums, sums, slot.start, self.run_key, passes, 1.0, threads=self.threads)
+            self.kernels.sweep(
+                sums, sums, slot.start, self.run_key, passes, 1.0,
+                hashed=self.law == "hashed", threads=self.threads,
+            )  # fmt: skip
             low, high = torch.aminmax(sums)
             self.reach = max(self.reach, int(-low), int(high))
 

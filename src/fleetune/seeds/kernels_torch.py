@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compute directions on any device of torch, bit-equal to `kernels_numba`.
 
-    out[i] = round( (float32(base[i]) + float32(grid * float32(acc[i]))) + sign[i] * table[(start+i) mod K] )
+    out[i] = round( (float32(base[i]) + float32(grid * float32(acc[i]))) + sign[i] * table[place(start+i)] )
 
-acc is the integer sum of `noise.Passes`, so the device's order of work has no effect; each float operation
-is a torch call of its own, so no compiler can join a product and a sum.  32-bit words travel in int64,
-whose products wrap modulo 2^64 like unsigned ones.  Denormals must not be flushed.
+acc is the integer sum of `noise.Passes` and `place` that of `noise.places`, so the device's order of work has no
+effect; each float operation is a torch call of its own, so no compiler can join a product and a sum.  32-bit
+words travel in int64, whose products wrap modulo 2^64 like unsigned ones.  Denormals must not be flushed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fleetune.seeds import noise
-from fleetune.seeds.noise import LOW, M0, M1, ROUNDS, TILE, W0, W1, WIDTH, Passes
+from fleetune.seeds.noise import LOW, M0, M1, MIX, ROUNDS, TILE, W0, W1, WIDTH, Passes
 
 BLOCK = 1 << 19  # elements at a time on a CPU: few for its cache, many because any call costs torch some time
 BLOCK_DEVICE = 1 << 22  # and elsewhere, to fill the device
 UNITS = 256  # tiles (of all directions) whose Philox calls are made in one go on a CPU
 UNITS_DEVICE = 1 << 14  # and elsewhere
+
+ROWS = TILE // WIDTH
+_MIX = MIX - (1 << 64)  # as a signed number
 
 Probe = tuple[int, ArrayLike]
 
@@ -37,6 +40,7 @@ def sweep(
     grid: float,
     probe: Probe | None = None,
     *,
+    hashed: bool = False,
     threads: int | None = None,
     block: int | None = None,
 ) -> None:
@@ -44,6 +48,7 @@ def sweep(
 
     out, base: 1-D contiguous tensors of one size, type (fp32, bf16, fp16) and device, the same tensor or
     disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).
+    hashed: tables are read at the places of the hashed law, else at i mod K.
     threads has no effect (torch has its own); block: elements at a time.  Raises ValueError for tensors or
     tables of another kind.
     """
@@ -51,8 +56,8 @@ def sweep(
     noise.check_tables(passes, row)
     _check(out, base, start)
     summed = np.int32 if passes.tables.dtype == np.int32 else np.int64
-    table = _period(np.array(passes.tables, summed), out.device) if len(passes.ids) else None
-    step = None if row is None else _period(row[None], out.device)[0]
+    table = _period(np.array(passes.tables, summed), hashed, out.device) if len(passes.ids) else None
+    step = None if row is None else _period(row[None], hashed, out.device)[0]
     ids, probed = _with_probe(passes.ids, probe)
     grid = float(np.float32(grid))
     with torch.inference_mode():
@@ -199,9 +204,13 @@ def _signed(words: Tensor, table: Tensor, tile: int) -> Tensor:
     return turned.bitwise_xor_(_tiled(table, tile, len(words)).view(torch.int32)).view(torch.float32)
 
 
-def _period(tables: NDArray[np.generic], device: torch.device) -> Tensor:
-    # Tables [P, K] repeated to at least a tile, in whole tiles: [P, K / 4096 or 1, 4096].  One column stays.
+def _period(tables: NDArray[np.generic], hashed: bool, device: torch.device) -> Tensor:
+    # Tables [P, K] as `_tiled` reads them.  For the hashed law the 128 values from each place on: [P, K, 128]
+    # (views of one line).  Else repeated to at least a tile, in whole tiles: [P, K / 4096 or 1, 4096].  One column stays.
     K = tables.shape[1]
+    if hashed and K > 1:
+        line = np.concatenate([tables, np.resize(tables.T, (WIDTH - 1, len(tables))).T], axis=1)
+        return torch.from_numpy(line).to(device).unfold(1, WIDTH, 1)
     if 1 < K < TILE:
         tables = np.tile(tables, (1, TILE // K))
     return torch.from_numpy(tables).to(device).view(len(tables), max(1, K // TILE), TILE if K > 1 else 1)
@@ -209,9 +218,19 @@ def _period(tables: NDArray[np.generic], device: torch.device) -> Tensor:
 
 def _tiled(table: Tensor, tile: int, n: int) -> Tensor:
     # The table's values in n tiles: [n, 4096], or [1, 4096] or [1, 1] to broadcast.
+    if table.shape[1] == WIDTH:
+        return table[_hashes(tile, n, table.device) % len(table)].view(n, TILE)
     if len(table) == 1:
         return table
     return table[(tile + torch.arange(n, device=table.device)) % len(table)]
+
+
+def _hashes(tile: int, n: int, device: torch.device) -> Tensor:
+    # noise.run_hashes of the runs in n tiles: int64 [n * 32].
+    x = torch.arange(tile * ROWS, (tile + n) * ROWS, device=device)
+    for _ in range(2):
+        x = (x ^ ((x >> 32) & LOW)) * _MIX
+    return (x >> 40) & 0xFFFFFF
 
 
 def _normals(

@@ -39,8 +39,8 @@ class LedgerHead:
     tokenizer: str  # SHA-256 of the tokenizer
     tensors: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype, in name order
     run_key: int  # 64-bit key of the directions
-    law: str  # rademacher | pooled | gaussian
-    K: int  # directions an epoch; 1 for rademacher and gaussian
+    law: str  # one of noise.LAWS
+    K: int  # directions an epoch of a pool; else 1
     grid: float  # the weight change that coefficient 1 means (a float32)
     law_version: int = LAW_VERSION
     format: int = FORMAT
@@ -121,7 +121,7 @@ class Ledger:
         )
 
     def passes(self) -> Passes:
-        """Return the entries as replay passes (one a direction, or one an epoch for the pooled law)."""
+        """Return the entries as replay passes (one a direction, or one an epoch for a pool)."""
         return passes(self.head.law, self.head.K, self.ids, self.coefficients)
 
     def with_check(self, round: int, digest: str) -> Ledger:
@@ -320,7 +320,7 @@ def _tensor_difference(want: Sequence[Any], have: Sequence[Any]) -> str:
 
 
 def _cosine(left: Ledger, right: Ledger) -> float:
-    # The directions of a law are orthogonal (pooled) or nearly so, so the coefficients' cosine is the moves'.
+    # The directions of a law are orthogonal or nearly so, so the coefficients' cosine is the moves'.
     ids = np.union1d(left.ids, right.ids)
     a, b = np.zeros(len(ids)), np.zeros(len(ids))
     a[np.searchsorted(ids, left.ids)] = left.coefficients

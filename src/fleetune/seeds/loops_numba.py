@@ -23,9 +23,10 @@ from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH
 ROWS = TILE // WIDTH
 IN_PLACE, COPIED, BF16, FP16 = 0, 1, 2, 3  # what a kernel's weights are: the first two are float32
 
-u16, u32, u64, i32, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.float32
+u16, u32, u64, i32, i64, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.int64, np.float32
 BITS = (np.uint64(1) << np.arange(ROWS, dtype=np.uint64)).astype(np.uint32)
 _M0, _M1, _W0, _W1, _LOW, _HALF = u64(M0), u64(M1), u64(W0), u64(W1), u64(noise.LOW), u64(32)
+_MIX = u64(noise.MIX)
 
 _inner = numba.njit(nogil=True, error_model="numpy")
 _inlined = numba.njit(nogil=True, error_model="numpy", inline="always")
@@ -44,6 +45,22 @@ def _philox(words, block, id, key):
             x2, x3 = (p0 >> _HALF) ^ x3 ^ k1, p0 & _LOW
             k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
         words[j], words[32 + j], words[64 + j], words[96 + j] = u32(x0), u32(x1), u32(x2), u32(x3)
+
+
+@_inlined
+def _part(table, run, hashed, wrapped):
+    # The table's values for the 128 elements of a run (`noise.places`); `wrapped` is room for those around its end.
+    if not hashed:
+        at = i64(run * u64(WIDTH)) & (table.size - 1)
+        return table[at : at + WIDTH]
+    x = (run ^ (run >> _HALF)) * _MIX
+    x = (x ^ (x >> _HALF)) * _MIX
+    at = i64(x >> u64(40)) & (table.size - 1)
+    if at + WIDTH <= table.size:
+        return table[at : at + WIDTH]
+    for e in range(WIDTH):
+        wrapped[e] = table[(at + e) & (table.size - 1)]
+    return wrapped
 
 
 @_inner
@@ -75,15 +92,15 @@ def _sum_constants(acc, tile, key, ids, tables, words):
 
 
 @_inner
-def _sum_tables(acc, tile, key, ids, tables, words):
+def _sum_tables(acc, tile, key, ids, tables, words, hashed):
     acc[:] = 0
+    wrapped = np.empty(WIDTH, tables.dtype)
     for p in range(ids.size):
         _philox(words[0], u64(tile) * u64(32), ids[p], key)
         table, w = tables[p], words[0]
         for r in range(ROWS):
             bit, row = BITS[r], acc[r * WIDTH : r * WIDTH + WIDTH]
-            at = (tile * TILE + r * WIDTH) & (table.size - 1)
-            part = table[at : at + WIDTH]
+            part = _part(table, u64(tile) * u64(ROWS) + u64(r), hashed, wrapped)
             for e in range(WIDTH):
                 row[e] += -part[e] if w[e] & bit else part[e]
 
@@ -95,40 +112,39 @@ def _add_sums(x, y, acc, grid):
 
 
 @_inlined
-def _add_pass(x, y, tile, w, table, grid):
+def _add_pass(x, y, tile, w, table, grid, hashed):
+    wrapped = np.empty(WIDTH, table.dtype)
     for r in range(ROWS):
         bit, row, from_ = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH], y[r * WIDTH : r * WIDTH + WIDTH]
-        at = (tile * TILE + r * WIDTH) & (table.size - 1)
-        part = table[at : at + WIDTH]
+        part = _part(table, u64(tile) * u64(ROWS) + u64(r), hashed, wrapped)
         for e in range(WIDTH):
             row[e] = from_[e] + f32(grid * f32(i32(-part[e]) if w[e] & bit else i32(part[e])))
 
 
 @_inlined
-def _add_probe(x, y, tile, w, table):
+def _add_probe(x, y, tile, w, table, hashed):
+    wrapped = np.empty(WIDTH, table.dtype)
     for r in range(ROWS):
         bit, row, from_ = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH], y[r * WIDTH : r * WIDTH + WIDTH]
-        at = (tile * TILE + r * WIDTH) & (table.size - 1)
-        part = table[at : at + WIDTH]
+        part = _part(table, u64(tile) * u64(ROWS) + u64(r), hashed, wrapped)
         for e in range(WIDTH):
             row[e] = from_[e] + (-part[e] if w[e] & bit else part[e])
 
 
 @_inlined
-def _add_both(x, y, tile, w, table, grid, v, probe):
+def _add_both(x, y, tile, w, table, grid, v, probe, hashed):
+    wrapped, around = np.empty(WIDTH, table.dtype), np.empty(WIDTH, f32)
     for r in range(ROWS):
         bit, row, from_ = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH], y[r * WIDTH : r * WIDTH + WIDTH]
-        at = (tile * TILE + r * WIDTH) & (table.size - 1)
-        part = table[at : at + WIDTH]
-        at = (tile * TILE + r * WIDTH) & (probe.size - 1)
-        step = probe[at : at + WIDTH]
+        part = _part(table, u64(tile) * u64(ROWS) + u64(r), hashed, wrapped)
+        step = _part(probe, u64(tile) * u64(ROWS) + u64(r), hashed, around)
         for e in range(WIDTH):
             moved = f32(from_[e] + f32(grid * f32(i32(-part[e]) if w[e] & bit else i32(part[e]))))
             row[e] = moved + (-step[e] if v[e] & bit else step[e])
 
 
 @_inlined
-def _move(x, y, tile, key, ids, tables, grid, probe_id, probe, words, acc):
+def _move(x, y, tile, key, ids, tables, grid, probe_id, probe, hashed, words, acc):
     # One whole tile, of y into x (which may be y).  `words` is [5, 128]: four for sums, the last for the probe.
     if probe.size:
         _philox(words[4], u64(tile) * u64(32), probe_id, key)
@@ -136,7 +152,7 @@ def _move(x, y, tile, key, ids, tables, grid, probe_id, probe, words, acc):
         if tables.shape[1] == 1:
             _sum_constants(acc, tile, key, ids, tables, words)
         else:
-            _sum_tables(acc, tile, key, ids, tables, words)
+            _sum_tables(acc, tile, key, ids, tables, words, hashed)
         _add_sums(x, y, acc, grid)
         y = x
     elif ids.size:
@@ -145,12 +161,12 @@ def _move(x, y, tile, key, ids, tables, grid, probe_id, probe, words, acc):
         else:
             _philox(words[0], u64(tile) * u64(32), ids[0], key)
         if probe.size:
-            _add_both(x, y, tile, words[0], tables[0], grid, words[4], probe)
+            _add_both(x, y, tile, words[0], tables[0], grid, words[4], probe, hashed)
         else:
-            _add_pass(x, y, tile, words[0], tables[0], grid)
+            _add_pass(x, y, tile, words[0], tables[0], grid, hashed)
         return
     if probe.size:
-        _add_probe(x, y, tile, words[4], probe)
+        _add_probe(x, y, tile, words[4], probe, hashed)
     else:
         _copy(x, y)
 
@@ -217,7 +233,9 @@ def _widen(table, size):
 
 
 @cached_njit
-def sweep_tiles(out, base, out16, base16, kind, start, lo, hi, key, ids, tables, grid, probe_id, probe):
+def sweep_tiles(
+    out, base, out16, base16, kind, start, lo, hi, key, ids, tables, grid, probe_id, probe, hashed
+):
     # A single int32 pass needs no accumulator.  Many constants keep their one column; other tables are
     # repeated to at least a row.
     summed = ids.size > 1 or (ids.size == 1 and tables.itemsize == 8)
@@ -235,12 +253,12 @@ def sweep_tiles(out, base, out16, base16, kind, start, lo, hi, key, ids, tables,
             # Two calls, so that each is compiled knowing whether x is y.
             if kind == COPIED:
                 y = base[lo : lo + TILE]
-                _move(x, y, tile, key, ids, tables, grid, probe_id, probe, words, acc)
+                _move(x, y, tile, key, ids, tables, grid, probe_id, probe, hashed, words, acc)
             else:
-                _move(x, x, tile, key, ids, tables, grid, probe_id, probe, words, acc)
+                _move(x, x, tile, key, ids, tables, grid, probe_id, probe, hashed, words, acc)
         else:
             _load(edge[at : at + n], base, base16, lo, kind)
-            _move(edge, edge, tile, key, ids, tables, grid, probe_id, probe, words, acc)
+            _move(edge, edge, tile, key, ids, tables, grid, probe_id, probe, hashed, words, acc)
             _store(out, out16, lo, edge[at : at + n], kind)
         lo += n
 

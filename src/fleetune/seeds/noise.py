@@ -12,9 +12,13 @@ the 32 blocks tile*32 + j; word c of block j is words[c*32 + j], and element e o
 Laws
 - rademacher: z(id)[i] is that sign.  E[z z'] = I, as MeZO (Malladi et al. 2023, arXiv 2305.17333) needs of z,
   and z times a coefficient is exact in any float type.
-- pooled: K orthogonal directions in one pass.  The id is epoch << 32 | k, and
-  z[i] = D[i] * H[i mod K, k], D the sign for id = epoch, H[i, k] = (-1)^popcount(i & k) (Walsh-Hadamard).
-  The sum of all K of them, sum_k a_k z_k[i] = D[i] * (H a)[i mod K], takes one pass, whatever K is.
+- hashed: a pool of K directions that are replayed in one pass, whatever K is.  The id is epoch << 32 | k, and
+  z[i] = D[i] * H[place(i), k], D the sign for id = epoch, H[j, k] = (-1)^popcount(j & k) (Walsh-Hadamard).
+  The sum of all K of them is sum_k a_k z_k[i] = D[i] * (H a)[place(i)].  place(i) = (h(i // 128) + i mod 128) mod K:
+  a run of 128 elements takes 128 places from a hashed one on.  Two members are nearly orthogonal over the whole model
+  and over any part of it, such as a column of a matrix.
+- pooled: the same with place(i) = i mod K.  Two members are exactly orthogonal over whole multiples of K, but in a
+  column of a matrix whose width shares a factor with K they are one direction up to its sign, or few (benchmarks/laws.py).
 - gaussian: Box-Muller (1958) on the words of the block group*32 + j for the 128 elements of a group; see
   `normals`.  Its sums are floats, so their order matters: ids ascend.
 """
@@ -31,7 +35,9 @@ from numpy.typing import ArrayLike, NDArray
 from fleetune.errors import UsageError
 
 LAW_VERSION = 1
-LAWS = ("rademacher", "pooled", "gaussian")
+LAWS = ("hashed", "pooled", "rademacher", "gaussian")
+POOLS = ("hashed", "pooled")  # laws with K directions in one pass
+MIX = 0x9E3779B97F4A7C15  # the multiplier of `run_hashes`: 2^64 over the golden ratio
 TILE = 4096  # elements that share 32 Philox calls: one bit each
 WIDTH = 128  # words of a tile, and elements of one row of it
 
@@ -65,7 +71,7 @@ Sums = NDArray[np.int64]
 
 
 class Passes(NamedTuple):
-    """A sum of directions in few passes: acc[i] = sum_p sign(ids[p])[i] * tables[p, i mod K].
+    """A sum of directions in few passes: acc[i] = sum_p sign(ids[p])[i] * tables[p, place(i)], see `places`.
 
     ids: uint64 [P], ascending.  tables: int32 or int64 [P, K]; K = 1 for rademacher.
     """
@@ -89,6 +95,26 @@ def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
         x2, x3 = (p0 >> half) ^ x3 ^ np.uint64(k1), p0 & low
         k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
     return np.stack([x0, x1, x2, x3], axis=-1).astype(np.uint32)
+
+
+def run_hashes(runs: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return h of the hashed law for run numbers (element // 128): uint64 [n] -> int64 [n], 24 bits each.
+
+    h(r) = m(m(r)) >> 40 with m(x) = (x xor (x >> 32)) * MIX mod 2^64.
+    """
+    half, mix = np.uint64(32), np.uint64(MIX)
+    x = (runs ^ (runs >> half)) * mix
+    x = (x ^ (x >> half)) * mix
+    hashes: NDArray[np.int64] = (x >> np.uint64(40)).astype(np.int64)
+    return hashes
+
+
+def places(law: str, K: int, start: int, count: int) -> NDArray[np.int64]:
+    """Return the row of a pool's K x K matrix that elements start .. start+count-1 take: int64 [count]."""
+    i = np.arange(start, start + count, dtype=np.uint64)
+    if law == "hashed":
+        return (run_hashes(i // np.uint64(WIDTH)) + (i % np.uint64(WIDTH)).astype(np.int64)) % K
+    return (i % np.uint64(K)).astype(np.int64)
 
 
 def run_key(secret: bytes) -> int:
@@ -203,8 +229,8 @@ def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
     """Return the sum of coefficient * direction over all entries in the fewest passes over the weights.
 
     ids: uint64 [n], equal ones are merged; coefficients: integers [n].  The order of the entries has no
-    effect.  Tables are int32 unless an element's sum could reach 2^31, then int64.  K counts for the pooled
-    law only.  Raises UsageError for an unknown law, a K that is not a power of two, a k outside the pool or
+    effect.  Tables are int32 unless an element's sum could reach 2^31, then int64.  K counts for pools
+    only.  Raises UsageError for an unknown law, a K that is not a power of two, a k outside the pool or
     sums beyond 2^62.
     """
     check_law(law, K)
@@ -218,26 +244,26 @@ def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
         raise UsageError("the coefficients sum to more than 2^62", hint="scale the ledger down")
     ids, sums = _merge(ids, coefficients.astype(np.int64))
     tables = sums[:, None]
-    if law == "pooled":
+    if law in POOLS:
         ids, tables = _pool(ids, sums, K)
     reach = int(np.abs(tables).max(axis=1, initial=0).sum())
     return Passes(ids, np.ascontiguousarray(tables, dtype=np.int32 if reach < 2**31 else np.int64))
 
 
 def probe(law: str, K: int, id: int) -> tuple[int, NDArray[np.int8]]:
-    """Return one direction as (Philox id, table): z[i] = sign(Philox id)[i] * table[i mod len(table)]."""
+    """Return one direction as (Philox id, table): z[i] = sign(Philox id)[i] * table[place(i)], see `places`."""
     check_law(law, K)
-    if law == "pooled":
+    if law in POOLS:
         return id >> 32, hadamard_column(K, id & LOW)
     return id, np.ones(1, np.int8)
 
 
 def check_law(law: str, K: int) -> None:
-    """Raise UsageError unless the law exists and, if pooled, K is a power of two of at most 2^32."""
+    """Raise UsageError unless the law exists and, for a pool, K is a power of two of at most 2^32."""
     if law not in LAWS:
         raise UsageError(f"there is no law {law!r}", hint=f"one of: {', '.join(LAWS)}")
-    if law == "pooled" and _power_of_two(K) > 2**32:
-        raise UsageError(f"K = {K} is more than 2^32 pooled directions")
+    if law in POOLS and _power_of_two(K) > 2**32:
+        raise UsageError(f"K = {K} is more than 2^32 directions")
 
 
 def check_tables(passes: Passes, probe: NDArray[Any] | None) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Project a back-propagated gradient on the K directions of a pool.
 
-A direction of the pooled law is z_k[i] = D[i] H[i mod K, k] (`noise`), so all K slopes of a gradient g are one
+A direction of a pool is z_k[i] = D[i] H[place(i), k] (`noise`), so all K slopes of a gradient g are one
 fold and one fast Walsh-Hadamard transform of length K:
 
-    s[j] = sum over i = j (mod K) of D[i] g[i],    p = H s,    p_k = z_k . g exactly
+    s[j] = sum over the i whose place is j of D[i] g[i],    p = H s,    p_k = z_k . g exactly
 
 and (1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, without their error in eps.  Ferret
 (Shu et al., ICML 2025, arXiv 2409.06277) projects first-order updates on seeded directions too; its
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fleetune.data import Batch
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.model import Model
-from fleetune.seeds.noise import EMPTY, fwht, passes
+from fleetune.seeds.noise import EMPTY, fwht, passes, places
 from fleetune.seeds.spsa import Position
 from fleetune.seeds.view import CHUNK, View
 
@@ -44,31 +44,22 @@ def fold(
     epoch: int,
     kernels: ModuleType,
     *,
+    law: str,
     threads: int | None = None,
 ) -> None:
-    """Add the fold of a gradient: sums[j] += sum over i = j (mod K) of D[i] g[i], D the signs of `epoch`, K = len(sums).
+    """Add the fold of a gradient: sums[j] += sum over place(i) = j of D[i] g[i], D the signs of `epoch`, K = len(sums).
 
     sums: float64 [K]; g: a gradient of any shape and float type, row-major; start: the global index of its
     first element.  Sums within a chunk are float32, of chunks float64.
     """
     flat, K = g.detach().reshape(-1), len(sums)
-    step = max(CHUNK, K)
-    for lo in range(0, flat.numel(), step):
-        x = flat[lo : lo + step].float()
+    for lo in range(0, flat.numel(), CHUNK):
+        x = flat[lo : lo + CHUNK].float()
         signs = torch.zeros_like(x)
         kernels.sweep(signs, signs, start + lo, run_key, EMPTY, 1.0, (epoch, ONE), threads=threads)
-        _add_by_residue(sums, signs.mul_(x), (start + lo) % K)
-
-
-def _add_by_residue(sums: np.ndarray, x: Tensor, first: int) -> None:
-    # Element 0 of x belongs to sums[first], and so on around.
-    K = len(sums)
-    head = min(x.numel(), -first % K)
-    whole = (x.numel() - head) // K
-    rest = x[head + whole * K :]
-    sums[first : first + head] += x[:head].cpu().numpy()
-    sums += x[head : head + whole * K].view(whole, K).sum(0).cpu().numpy()
-    sums[: rest.numel()] += rest.cpu().numpy()
+        where = torch.from_numpy(places(law, K, start + lo, x.numel())).to(x.device)
+        part = torch.zeros(K, device=x.device).index_add_(0, where, signs.mul_(x))
+        sums += part.cpu().numpy()
 
 
 class WeightCopies:
@@ -129,7 +120,16 @@ class Projection:
         def add(parameter: Tensor) -> None:
             if parameter.grad is not None:
                 key, at = view.run_key, self.epoch
-                fold(self.sums, parameter.grad, start, key, at, view.kernels, threads=view.threads)
+                fold(
+                    self.sums,
+                    parameter.grad,
+                    start,
+                    key,
+                    at,
+                    view.kernels,
+                    law=view.law,
+                    threads=view.threads,
+                )
             parameter.grad = None
 
         return add
@@ -174,7 +174,7 @@ def descend(
     projection = Projection(copies, K, epoch)
     with copies, torch.enable_grad():
         for batch in batches:
-            view.place(passes("pooled", K, ids, np.concatenate([begun, np.rint(moved).astype(np.int64)])))
+            view.place(passes(view.law, K, ids, np.concatenate([begun, np.rint(moved).astype(np.int64)])))
             copies.refresh()
             loss = loss_tensor(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]

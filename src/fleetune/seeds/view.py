@@ -90,7 +90,7 @@ class View:
         self.direction: Direction | None = None
         self.stored: StoredDirection | None = None  # where a probe's direction is written out, if anywhere
         self.reached: set[str] = set()
-        self.folded = FoldedSums(self.slots, run_key, self.kernels, threads)
+        self.folded = FoldedSums(self.slots, run_key, law, self.kernels, threads)
         self._scratch = torch.empty(0)
         self.owners: list[tuple[nn.Module, dict[str, WeightSlot]]] = []  # wrapped modules and what they own
         self._install(net)
@@ -216,19 +216,23 @@ def sweep(view: View, out: Tensor, base: Tensor, start: int, probe: Direction | 
         scaled = probe and (probe[0], float(probe[1][0]))
         view.kernels.sweep_gaussian(out, base, start, view.run_key, point.ids, c, view.grid, scaled)
         return
-    view.kernels.sweep(out, base, start, view.run_key, point, view.grid, probe, threads=view.threads)
+    hashed = view.law == "hashed"
+    view.kernels.sweep(
+        out, base, start, view.run_key, point, view.grid, probe, hashed=hashed, threads=view.threads
+    )
 
 
 def _sweep_with_sums(
     view: View, out: Tensor, base: Tensor, start: int, sums: Tensor, probe: Direction | None
 ) -> None:
     """Do the same with a part of the integer sum given: integers first, then one product and one addition."""
-    at, key, kernels = view.point or EMPTY, view.run_key, view.kernels
+    key, hashed = view.run_key, view.law == "hashed"
+    move = functools.partial(view.kernels.sweep, hashed=hashed, threads=view.threads)
     x = torch.empty_like(sums)
-    kernels.sweep(x, sums, start, key, at, 1.0, threads=view.threads)
+    move(x, sums, start, key, view.point or EMPTY, 1.0)
     x.mul_(view.grid).add_(base.float())
     if probe is not None:
-        kernels.sweep(x, x, start, key, EMPTY, view.grid, probe, threads=view.threads)
+        move(x, x, start, key, EMPTY, view.grid, probe)
     out.copy_(x)
 
 

@@ -84,5 +84,5 @@ def placeholder_ledger(K: int) -> Ledger:
 
     from fleetune.seeds.ledger import Ledger, LedgerHead
 
-    ledger = Ledger(LedgerHead("", "", (), WIDE, "pooled", K, 1.0))
+    ledger = Ledger(LedgerHead("", "", (), WIDE, "hashed", K, 1.0))
     return ledger.append(np.zeros(1, np.uint64), np.array([1 << 20]), 1)

@@ -36,7 +36,7 @@ def check(backprop: float, lr: float, steps: int, *, projectable: bool) -> None:
     if backprop and not projectable:
         raise ValueError(
             "backprop projects the gradient of the loss on all directions of a pool: "
-            "it needs law=pooled, objective=loss and pro=false"
+            "it needs law=hashed, objective=loss and pro=false"
         )
 
 

@@ -15,7 +15,7 @@ from fleetune.errors import ModelError
 from fleetune.models.model import Model, named_tensors
 from fleetune.seeds.folded_sums import FOLD
 from fleetune.seeds.ledger import Ledger, LedgerHead
-from fleetune.seeds.noise import LAWS, run_key
+from fleetune.seeds.noise import LAWS, POOLS, run_key
 from fleetune.seeds.spsa import Position, uniforms
 from fleetune.seeds.view import View
 from fleetune.tuning.messages import Payload, narrow
@@ -32,9 +32,9 @@ def check_pool(law: str, K: int, *, lr: float, eps: float, tau: int, batch_size:
         raise ValueError(f"law = {law!r} is none of {', '.join(LAWS)}")
     if not 1 <= K <= 1 << 20:
         raise ValueError(f"K = {K} is not between 1 and {1 << 20}")
-    if law == "pooled" and K & (K - 1):
+    if law in POOLS and K & (K - 1):
         raise ValueError(
-            f"K = {K} is not a power of two, which the pooled law needs; "
+            f"K = {K} is not a power of two, which a pool needs; "
             f"try K={1 << K.bit_length() - 1} or K={1 << K.bit_length()}, or law=rademacher"
         )
     if not (0 < lr < 1e3 and 0 < eps < 1e3):
@@ -80,7 +80,7 @@ def new_ledger(
     if law == "gaussian" and K > FOLD:
         log.warning(
             "slow: every forward may compute %d gaussian directions, whose sums are not kept; "
-            "pooled or rademacher ones are kept as one sum",
+            "those of other laws are kept as one sum",
             K,
         )
     tensors = tuple(
@@ -92,7 +92,7 @@ def new_ledger(
         tensors=tensors,
         run_key=run_key(key.to_bytes(8, "little")),
         law=law,
-        K=K if law == "pooled" else 1,
+        K=K if law in POOLS else 1,
         grid=float(np.float32(lr) / np.float32(UNITS)),
         eps=eps,
         lr=rule,
@@ -119,7 +119,7 @@ def open_view(model: Model, payload: Payload) -> tuple[View, Position]:
     ids = (epochs.astype(np.uint64) << np.uint64(32)) | k.astype(np.uint64)
     law = str(payload.scalars["law"])
     view = view_of(model, payload.int("run_key"), law, payload.float("grid"))
-    return view, Position(law, a.shape[1] if law == "pooled" else 1, ids, a[epochs, k].astype(np.int64))
+    return view, Position(law, a.shape[1] if law in POOLS else 1, ids, a[epochs, k].astype(np.int64))
 
 
 def view_of(model: Model, run_key: int, law: str, grid: float) -> View:

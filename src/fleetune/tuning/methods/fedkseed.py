@@ -15,8 +15,8 @@ whatever the number of rounds, and K numbers carry it.
 
 ## Differences from the paper
 
-- The K directions are the orthogonal +1/-1 directions of the pooled law (one pass over the weights replays
-  them all; the paper's way is K passes).  `law=rademacher` gives independent ones, `gaussian` the paper's.
+- The K directions are the +1/-1 directions of a pool (one pass over the weights replays them all; the paper's
+  way is K passes).  `law=rademacher` gives independent ones, `gaussian` the paper's.
 - Devices draw from the pool with a sampler that the server seeds, so a step is one byte (`wire=byte`) and
   the directions cost nothing; what is decoded is what the device itself steps by.
 - Pro weights a scalar with 1/(K p_k).  The reference does not, so its estimate is biased towards the
@@ -48,6 +48,7 @@ from fleetune.evaluation import objectives
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.noise import POOLS
 from fleetune.seeds.spsa import descend, uniforms
 from fleetune.tuning import server_rules
 from fleetune.tuning.footprint import Footprint, placeholder_ledger
@@ -75,12 +76,12 @@ class State(NamedTuple):
 class Method:
     """Hyper-parameters with the paper's symbols and defaults (README of the reference: Dolly, batch 1)."""
 
-    K: int = setting(1024, "K", "directions in the pool (a power of two for law=pooled)")
+    K: int = setting(1024, "K", "directions in the pool (a power of two for law=hashed)")
     tau: int = setting(200, "τ", "local steps a round")
     lr: float = setting(3e-7, "η", "learning rate")
     eps: float = setting(5e-4, "ε", "size of the perturbation")
     batch_size: int = setting(1, "B", "rows a step")
-    law: str = setting("pooled", "law", "directions: pooled, rademacher or gaussian")
+    law: str = setting("hashed", "law", "directions: hashed, pooled, rademacher or gaussian")
     epoch_rounds: int = setting(0, "E", "renew the pool every so many rounds (0: never)")
     pro: bool = setting(False, "Pro", "draw directions by the size of their scalars")
     clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
@@ -100,7 +101,7 @@ class Method:
             raise ValueError(f"wire = {self.wire!r} is neither byte nor sums")
         if self.epoch_rounds < 0 or self.clip < 0:
             raise ValueError("epoch_rounds and clip must be 0 or more")
-        plain = (self.law, self.objective, self.pro) == ("pooled", "loss", False)
+        plain = self.law in POOLS and (self.objective, self.pro) == ("loss", False)
         _mixed_fleet.check(self.backprop, self.backprop_lr, self.backprop_steps, projectable=plain)
         server_rules.check(self.server, lr=self.server_lr)
 

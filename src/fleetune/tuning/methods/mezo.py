@@ -15,7 +15,7 @@ own data and the server takes the mean of their scalars, direction by direction.
 
 - Stored weights are never written (`seeds/view.py`): no drift, no restore pass, and a run in bf16 is
   bit-equal to a replay of its own ledger.  In the paper's way it is not even near (see docs/results.md).
-- A fresh direction every step is the next member of a pool of K orthogonal ones, a new pool every K steps.
+- A fresh direction every step is the next member of a pool of K nearly orthogonal ones, a new pool every K steps.
 
 ## Options
 
@@ -66,8 +66,8 @@ class Method:
     batch_size: int = setting(16, "B", "rows a step")
     tau: int = setting(50, "τ", "steps a round (between two evaluations)")
     decay: int = setting(0, "T", "steps over which the rate falls linearly to 0 (0: constant)")
-    K: int = setting(4096, "K", "orthogonal directions before a new pool is drawn")
-    law: str = setting("pooled", "law", "directions: pooled, rademacher or gaussian")
+    K: int = setting(4096, "K", "directions before a new pool is drawn")
+    law: str = setting("hashed", "law", "directions: hashed, pooled, rademacher or gaussian")
     clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
     objective: str = setting("loss", "L", "loss, accuracy, rouge_l, f1 or package.module:function")
 

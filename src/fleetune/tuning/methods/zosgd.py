@@ -55,8 +55,8 @@ class Method:
     eps: float = setting(1e-3, "ε", "size of the perturbation")
     batch_size: int = setting(16, "B", "rows a step")
     tau: int = setting(50, "τ", "steps a round (between two evaluations)")
-    K: int = setting(4096, "K", "orthogonal directions before a new pool is drawn")
-    law: str = setting("pooled", "law", "directions: pooled, rademacher or gaussian")
+    K: int = setting(4096, "K", "directions before a new pool is drawn")
+    law: str = setting("hashed", "law", "directions: hashed, pooled, rademacher or gaussian")
     clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
     objective: str = setting("loss", "L", "loss, accuracy, rouge_l, f1 or package.module:function")
 
