@@ -3,7 +3,7 @@
 
 The papers' way is K passes; some are measured and the rest extrapolated (a pass costs the same whatever its
 seed).  Ours with independent +1/-1 directions is one pass over the weights in which every tile meets all K
-directions while it is in the cache; with the pooled law it is one pass with one direction, whatever K is.
+directions while it is in the cache; with a pool it is one pass with one direction, whatever K is.
 Ours include making the passes from the entries, and give every rebuilt tensor once, in name order, as a
 digest or an export takes them.
 """
@@ -26,11 +26,11 @@ def run(setting: Setting) -> Result:
     """Catch-up at K = 1024 and 4096."""
     result, model = Result(), shape.model(setting.quick)
     pools = (64, 256) if setting.quick else (1024, 4096)
-    one, pooled, independent = _papers(setting, model), _pooled(setting, model, (16, *pools)), {}
+    one, pool, independent = _papers(setting, model), _pool(setting, model, (16, *pools)), {}
     for K in pools:
         independent[K] = _independent(setting, model, K, 3 if min(pools) == K else 1)
     result.keep("papers, one seed", {"update": one})
-    result.keep("pooled", {str(K): t for K, t in pooled.items()})
+    result.keep("pool", {str(K): t for K, t in pool.items()})
     result.keep("independent", {str(K): t for K, t in independent.items()})
     note = f"the papers' K passes are extrapolated from {len(one.wall)} that were measured"
     for K in pools:
@@ -39,10 +39,10 @@ def run(setting: Setting) -> Result:
         of = f"FedKSeed catch-up, K = {K}"
         result.rows += [
             compare(f"{of}: independent directions", independent[K], theirs, "gain", target[0], note),
-            compare(f"{of}: pooled directions", pooled[K], theirs, "gain", target[1], note),
+            compare(f"{of}: a pool of directions", pool[K], theirs, "gain", target[1], note),
         ]
     result.rows.append(
-        compare(f"Pooled catch-up: K = {max(pools)} against 16", pooled[max(pools)], pooled[16], "cost", 1.2)
+        compare(f"Catch-up of a pool: K = {max(pools)} against 16", pool[max(pools)], pool[16], "cost", 1.2)
     )
     return result
 
@@ -59,13 +59,13 @@ def _papers(setting: Setting, model: Model) -> Timing:
 
 def _rebuild(view: View, K: int) -> None:
     ids, moves = np.arange(K, dtype=np.uint64), np.random.default_rng(1).integers(1, 2000, K)
-    view.place(passes(view.law, K if view.law == "pooled" else 1, ids, moves), fold=False)
+    view.place(passes(view.law, K if view.law == "hashed" else 1, ids, moves), fold=False)
     for _name, _tensor in view.tensors():
         pass
 
 
-def _pooled(setting: Setting, model: Model, pools: tuple[int, ...]) -> dict[int, Timing]:
-    view = View(named_tensors(model.net), model.net, run_key=1, law="pooled", grid=LR / 256)
+def _pool(setting: Setting, model: Model, pools: tuple[int, ...]) -> dict[int, Timing]:
+    view = View(named_tensors(model.net), model.net, run_key=1, law="hashed", grid=LR / 256)
     times = measure({str(K): lambda K=K: _rebuild(view, K) for K in pools}, setting.repeats(7))
     view.remove()
     return {int(K): t for K, t in times.items()}

@@ -79,11 +79,11 @@ def main(mode: str, dtype: str, quick: bool) -> None:
 def load_kernels(dtype: str) -> None:
     # All that a process loads and compiles to tune any model: one step on a single small layer.
     layer = torch.nn.Linear(64, 128, bias=False, dtype=shape.DTYPES[dtype]).requires_grad_(False)
-    view = View([("weight", layer.weight)], layer, run_key=1, law="pooled", grid=mezo_step.GRID)
-    view.place(passes("pooled", mezo_step.K, *mezo_step.moved()))
+    view = View([("weight", layer.weight)], layer, run_key=1, law="hashed", grid=mezo_step.GRID)
+    view.place(passes("hashed", mezo_step.K, *mezo_step.moved()))
     with torch.inference_mode():
         x = torch.ones(1, 64, dtype=shape.DTYPES[dtype])
-        two_point(view, probe("pooled", mezo_step.K, 5), 1e-3, lambda: float(layer(x).sum()))
+        two_point(view, probe("hashed", mezo_step.K, 5), 1e-3, lambda: float(layer(x).sum()))
 
 
 def _inference(model: Model, batch: Batch) -> None:
@@ -93,7 +93,7 @@ def _inference(model: Model, batch: Batch) -> None:
 
 
 def _ours(model: Model, batch: Batch) -> None:
-    position = Position("pooled", mezo_step.K, *mezo_step.moved())
+    position = Position("hashed", mezo_step.K, *mezo_step.moved())
     mezo_step.step(model, mezo_step.look(model), position, batch)
 
 

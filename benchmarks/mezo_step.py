@@ -50,7 +50,7 @@ def moved() -> tuple[np.ndarray, np.ndarray]:
 
 def look(model: Model) -> View:
     """A view of the model at its base."""
-    return View(named_tensors(model.net), model.net, run_key=1, law="pooled", grid=GRID)
+    return View(named_tensors(model.net), model.net, run_key=1, law="hashed", grid=GRID)
 
 
 def step(model: Model, view: View, position: Position, batch: Batch) -> None:
@@ -78,11 +78,11 @@ def sweep(view: View) -> None:
 
 def _passes(result: Result, setting: Setting, model: Model) -> None:
     view, named = look(model), papers.trained(model.net)
-    view.place(passes("pooled", K, *moved()))
+    view.place(passes("hashed", K, *moved()))
 
     def ours() -> None:
         for sign in (+1, -1):
-            view.probe(probe("pooled", K, 5), sign * EPS)
+            view.probe(probe("hashed", K, 5), sign * EPS)
             sweep(view)
 
     def theirs(in_place: bool) -> None:
@@ -110,7 +110,7 @@ def _passes(result: Result, setting: Setting, model: Model) -> None:
 
 def _step(result: Result, setting: Setting, model: Model, size: int, repeats: int) -> None:
     batch, named = shape.batch(setting.quick, size, 64), papers.trained(model.net)
-    position, views_ = Position("pooled", K, *moved()), list[View]()
+    position, views_ = Position("hashed", K, *moved()), list[View]()
     loss = functools.partial(objectives.get("loss"), model, batch)
     times = measure(
         {

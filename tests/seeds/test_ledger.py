@@ -17,7 +17,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from law_definition import slow_places
 from safetensors.numpy import load as safetensors_load
 from safetensors.numpy import save as safetensors_save
 
@@ -28,6 +27,7 @@ from fleetune.seeds import noise
 from fleetune.seeds.ledger import Change, Ledger, LedgerHead, load, require_base
 from fleetune.seeds.slots import layout
 from fleetune.seeds.view import kernels
+from law_definition import slow_places
 
 K = 16
 TENSORS = (("a.weight", (70, 61), "float32"), ("b", (9,), "float32"))

@@ -168,7 +168,7 @@ BAD = {
     "a setting of a wrong type": (["--vary", "K=16,many"], "K = 'many' is not an integer"),
     "an option of a wrong type": (["--vary", "rounds=2,few"], "rounds = 'few'"),
     "an option out of range": (["--vary", "participation=0.5,1.5"], "participation = 1.5"),
-    "what a method refuses": (["--vary", "law=pooled,rademacher", "--vary", "K=16,700"], "K=512 or K=1024"),
+    "what a method refuses": (["--vary", "law=hashed,rademacher", "--vary", "K=16,700"], "K=512 or K=1024"),
     "an alpha of nothing": (["--vary", "alpha=0.5,0"], "alpha must be a number greater than 0"),
     "alpha of no Dirichlet": (["--vary", "alpha=0.5,1", "--partition", "iid"], "partition = 'iid'"),
     "alpha and partition": (["--vary", "alpha=1,2", "--vary", "partition=iid"], "a part of partition"),

@@ -24,6 +24,7 @@ from fleetune.tuning.messages import LogCode, Message, Payload, check
 from fleetune.tuning.methods import Reply, _mixed_fleet, _pro, make
 from fleetune.tuning.methods._zeroth import UNITS, draw
 from fleetune.tuning.methods.fedkseed import Method, State
+from law_definition import slow_places
 
 K = 64
 
@@ -93,12 +94,12 @@ class Reference:
 
 
 def directions(run_key: int, epoch: int, start: int, count: int) -> np.ndarray:
-    """float64 [count, K]: z_k[i] = D[i] H[i mod K, k], H after Sylvester."""
+    """float64 [count, K]: z_k[i] = D[i] H[place(i), k], H after Sylvester."""
     H = np.ones((1, 1))
     while len(H) < K:
         H = np.block([[H, H], [H, -H]])
     D = noise.signs(run_key, epoch, start, count).astype(np.float64)
-    return D[:, None] * H[np.arange(start, start + count) % K]
+    return D[:, None] * H[slow_places("hashed", K, start, count)]
 
 
 def batches(model: models.Model, count: int, size: int, key: int, client: int) -> list[Batch]:
@@ -440,7 +441,7 @@ def test_a_new_pool_knows_nothing_of_the_old_even_if_its_first_round_brings_no_r
         ({"backprop": 0.125}, "whole percent"),
         ({"backprop": 1.5}, "whole percent"),
         ({"backprop": -0.1}, "whole percent"),
-        ({"backprop": 0.5, "law": "rademacher"}, "law=pooled"),
+        ({"backprop": 0.5, "law": "rademacher"}, "law=hashed"),
         ({"backprop": 0.5, "objective": "accuracy"}, "objective=loss"),
         ({"backprop": 0.5, "pro": True}, "pro=false"),
         ({"backprop_lr": 0.0}, "backprop_lr"),

@@ -25,6 +25,7 @@ from fleetune.tuning.messages import LogCode, Message, Payload, decode, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import UNITS
 from fleetune.tuning.methods.onebyte import FINER, Method, State
+from law_definition import slow_places
 
 K = 64
 
@@ -109,8 +110,8 @@ def answer(model: Model, chosen: Method, state: State, rows: Sequence[Encoded], 
 
 def direction(run_key: int, id: int, start: int, size: int) -> np.ndarray:
     """z of a pool's member from its definition: float64 [size]."""
-    i = np.arange(start, start + size)
-    bits = np.array([bin(v).count("1") for v in (i % K) & (id & 0xFFFFFFFF)])
+    places = slow_places("hashed", K, start, size)
+    bits = np.array([bin(v).count("1") for v in places & (id & 0xFFFFFFFF)])
     return noise.signs(run_key, id >> 32, start, size) * (-1.0) ** bits
 
 

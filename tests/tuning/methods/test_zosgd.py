@@ -17,6 +17,7 @@ from fleetune.seeds import noise
 from fleetune.seeds.view import View
 from fleetune.tuning import methods
 from fleetune.tuning.methods import Reply, mezo, zosgd
+from law_definition import slow_places
 
 SETTINGS: dict[str, Any] = {"K": 32, "tau": 9, "lr": 2e-3, "batch_size": 3}
 
@@ -43,8 +44,8 @@ def trained(method: Any, model: Model, rows: Any, rounds: int) -> Any:
 
 @pytest.mark.parametrize(
     ("dtype", "law"),
-    [(torch.float32, "pooled"), (torch.float32, "rademacher"), (torch.float32, "gaussian"),
-     (torch.bfloat16, "pooled"), (torch.float16, "rademacher")],
+    [(torch.float32, "hashed"), (torch.float32, "pooled"), (torch.float32, "rademacher"), (torch.float32, "gaussian"),
+     (torch.bfloat16, "hashed"), (torch.float16, "rademacher")],
 )  # fmt: skip
 def test_it_is_mezo_bit_for_bit(dtype: torch.dtype, law: str, rows: Any) -> None:
     """Three rounds: from the base, from few passes, and (27 independent directions) from folded sums."""
@@ -65,14 +66,14 @@ def z_of(view: View, id: int, law: str) -> dict[str, torch.Tensor]:
         if law == "gaussian":
             z = noise.normals(view.run_key, id, slot.start, n).astype(np.float64)
         else:
-            z = noise.signs(view.run_key, id >> 32 if law == "pooled" else id, slot.start, n).astype(float)
-        if law == "pooled":
-            z *= [(-1) ** bin((i % K) & k).count("1") for i in range(slot.start, slot.start + n)]
+            z = noise.signs(view.run_key, id >> 32 if law in noise.POOLS else id, slot.start, n).astype(float)
+        if law in noise.POOLS:
+            z *= [(-1) ** bin(int(j) & k).count("1") for j in slow_places(law, K, slot.start, n)]
         found[slot.name] = torch.from_numpy(z).to(slot.tensor.dtype)
     return found
 
 
-@pytest.mark.parametrize("law", ["pooled", "rademacher", "gaussian"])
+@pytest.mark.parametrize("law", noise.LAWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_whole_direction_lies_in_memory_while_the_losses_are_taken(
     dtype: torch.dtype, law: str, rows: Any, monkeypatch: pytest.MonkeyPatch
