@@ -283,11 +283,6 @@ def with_bits(bits: int) -> Callable[[dict[str, Quantised]], object]:
     return lambda grids: grids.update({n: changed(q, bits=bits) for n, q in list(grids.items())[-1:]})
 
 
-def with_zero(grids: dict[str, Quantised]) -> None:
-    name, q = next(iter(grids.items()))
-    grids[name] = changed(q, zero=torch.zeros_like(q.zero))
-
-
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
@@ -297,7 +292,6 @@ def with_zero(grids: dict[str, Quantised]) -> None:
         ),
         (with_bits(8), "in groups of 32, .* 8 in groups of 32"),
         (with_bits(5), "has 5 bits, the format has 2, 3, 4, 8"),
-        (with_zero, "has groups with zero 0"),
     ],
 )
 def test_what_gptq_does_not_hold(
