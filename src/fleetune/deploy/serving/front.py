@@ -137,6 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.0"  # of a request that cannot be read: its answer has a status line too
     timeout = IDLE_SECONDS
+    raw_requestline: bytes  # the first line, as it came
 
     def setup(self) -> None:
         """Read requests through a reader with a deadline."""
