@@ -262,10 +262,10 @@ def compress(
 
     `method` is a name (`fleetune.compressors()`) or a method's own dataclass (`optq.Solver(bits=3)`); `settings` are the
     method's, by name.  A solver calibrates on `windows` windows of `length` tokens, of `data` (rows) or `text` (a file),
-    of the run's held-out rows, or of text that the model writes; with `calibrate="clients"` the run's clients calibrate
-    on their training rows.  `low_memory` loads one block at a time from disk.  With `true_sequential` a layer is solved
-    on inputs that have passed the already compressed layers of its own block (GPTQ's option of that name).  The
-    perplexity of the text file `eval_text` is measured before and after.
+    of the run's held-out rows with text that its model writes, or of such text alone; with `calibrate="clients"` the run's
+    clients calibrate on their training rows.  `low_memory` loads one block at a time from disk.  With `true_sequential` a
+    layer is solved on inputs that have passed the already compressed layers of its own block (GPTQ's option of that
+    name).  The perplexity of the text file `eval_text` is measured before and after.
     """
     from fleetune.compression.jobs import job
     from fleetune.tuning import objects_to_files

@@ -197,6 +197,16 @@ def test_pruned_weights_stay_zero_when_they_are_quantised_later() -> None:
         assert not dense(solver.solve(pruned.clone(), H.clone()))[pruned == 0].any()
 
 
+@pytest.mark.parametrize("count", [1, 10, 200])
+def test_exact_zeros_stay_zero_however_few_they_are(count: int) -> None:
+    W, H = work(5, 16, 64, torch.float32)
+    places = torch.randperm(W.numel(), generator=torch.Generator().manual_seed(count))[:count]
+    W.view(-1)[places] = 0.0
+    for order in ("none", "static", "gar"):
+        solver = compression.make("optq", {"bits": 8, "order": order, "group": 16})
+        assert not dense(solver.solve(W.clone(), H.clone()))[W == 0].any()
+
+
 @pytest.mark.parametrize("method", ["optq", "sparsegpt"])
 def test_error_feedback_pays(method: str) -> None:
     """||WX - QX||^2 is well below that of rounding (or of magnitude pruning) on correlated inputs."""

@@ -17,6 +17,7 @@ from deploy_harness import tiny
 from fleetune import compression, models
 from fleetune.cli.main import main
 from fleetune.compression.jobs import compressed_base
+from fleetune.compression.jobs.windows import MEASURED
 from fleetune.compression.layerwise import driver
 from fleetune.data.encode import encode_all
 from fleetune.deploy.measure import exported_perplexity, harness, llamacpp
@@ -109,14 +110,16 @@ def test_the_kept_gain_of_a_compressed_run(at: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_base_is_compressed_on_the_run_s_own_windows(at: Path) -> None:
-    """By hand: the run's rows as tokens, the solver on the base; a stopped one goes on with its blocks."""
+    """By hand: the run's rows as tokens, and text of the tuned model; the solver on the base, with these windows."""
     folder = folder_of(at)
     shutil.rmtree(folder / "base", ignore_errors=True)
     path = compressed_base.base_of(Silent(), folder, offline=True)
     own, base = Master(folder / "model").head, models.load("little")
-    windows = driver.windows(
-        [row.ids for row in encode_all(_calibrated_on(folder), base.tokenizer, 160)[0]], 32, 4
-    )
+    rows = encode_all(_calibrated_on(folder), base.tokenizer, 160)[0]
+    tuned = finished.load(Path(compression_folder.request_of(folder).model), offline=True)
+    finished.merge_weights(tuned)
+    text = driver.sampled_windows(tuned, 32, 2 + MEASURED, 42, batch=2 + MEASURED)[:2]
+    windows = torch.cat([driver.windows([row.ids for row in rows], 32, 2), text])
     told = {
         "windows": len(windows),
         "length": 32,

@@ -314,6 +314,11 @@ def perplexity(
     rows = [row for text in texts for row in _windows(_text_ids(model, text), length, step)]
     if not rows:
         raise DataError(f"no token to score in {len(texts)} text(s)", hint="give a longer text")
+    return row_perplexity(model, rows, batch_size=batch_size)
+
+
+def row_perplexity(model: Model, rows: Sequence[Encoded], *, batch_size: int = 1) -> float:
+    """Return exp(mean cross-entropy per scored token) of rows; each token after a row's "prompt" is scored."""
     mean = response_loss(model, rows, batch_size=batch_size)
     return math.exp(mean) if mean < 700 else math.inf
 

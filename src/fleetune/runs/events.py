@@ -368,7 +368,7 @@ class CompressDone(Event):
 
     event: ClassVar[str] = "done"
     folder: str  # path of the compression's folder
-    before: Mapping[str, float]  # measures before compression, by name
+    before: Mapping[str, float]  # before compression: loss, own_perplexity (of text it wrote), perplexity
     after: Mapping[str, float]  # measures of the result, by name
     bytes: int  # size of the result's folder
     seconds: float  # of the work in this process

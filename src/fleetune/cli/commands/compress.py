@@ -36,7 +36,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--list", nargs="?", const="all", metavar="METHOD", help="the methods with their settings"
     )
     sub.add_argument(
-        "--data", help="calibrate or train on these rows (a run: every second held-out row of its own)"
+        "--data",
+        help="calibrate or train on these rows (a run: every second held-out row of its own, and text that it writes)",
     )
     sub.add_argument("--text", help="calibrate on a plain text file (a model without either writes its own)")
     sub.add_argument("--windows", type=int, help="calibration windows at most (default 128)")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compress the untuned base for `measure --kept-gain`: with the same method, settings and windows as the tuned model.
 
-Base and tuned model share a tokenizer, so the same text gives the same windows of tokens.  The head of each artefact
+Base and tuned model share a tokenizer, so the same text gives the same windows of tokens.  Text that the tuned model wrote
+for its calibration serves for the base as well.  The head of each artefact
 has the digest of its windows, and the two digests are compared.
 """
 
@@ -78,6 +79,7 @@ def _alike(a: ArtefactHead, b: ArtefactHead) -> bool:
 def _job(folder: Path, offline: bool, listener: Listener) -> solve.SolveJob:
     request = compression_folder.request_of(folder)
     found, recipe = inputs.load(request, offline=offline), finished.recipe_of(Path(request.model))
-    found.model.net.to("meta")  # only its rows are wanted: its weights go before the base's come
+    job = solve.prepare(request, _solver(request), found, listener)  # the tuned model writes its text again
+    found.model.net.to("meta")  # its weights go before the base's come
     base = models.load(recipe.model, dtype=recipe.dtype, device="cpu", offline=offline)
-    return solve.prepare(request, _solver(request), replace(found, model=base), listener)
+    return replace(job, inputs=replace(job.inputs, model=base))

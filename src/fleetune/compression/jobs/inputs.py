@@ -27,17 +27,19 @@ class Inputs:
     texts: Sequence[str]  # for the perplexity before and after
     source: str  # where the rows or the text are from, for the header
     clients: Mapping[int, Sequence[Encoded]] = field(default_factory=dict)  # client -> its training rows
+    own_text: Sequence[Encoded] = ()  # windows that the model wrote, for the perplexity on text of its own
 
     @property
     def measured(self) -> bool:
         """Whether there are rows or texts to measure on."""
-        return bool(self.held_out or self.texts)
+        return bool(self.held_out or self.texts or self.own_text)
 
     def measure(self, model: Model) -> dict[str, float]:
-        """Measure a model: loss on the held-out rows and perplexity of the text, where there are any."""
-        from fleetune.evaluation.losses import perplexity, response_loss
+        """Measure a model: loss on the held-out rows, perplexity of its own text and of the text, where there are any."""
+        from fleetune.evaluation.losses import perplexity, response_loss, row_perplexity
 
         found = {"loss": response_loss(model, self.held_out)} if self.held_out else {}
+        found |= {"own_perplexity": row_perplexity(model, self.own_text)} if self.own_text else {}
         return found | ({"perplexity": perplexity(model, self.texts)} if self.texts else {})
 
 

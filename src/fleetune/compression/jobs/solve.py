@@ -119,6 +119,9 @@ def prepare(request: CompressRequest, solver: Solver, inputs: Inputs, listener: 
         return SolveJob(request, solver, inputs, None, {})
     import torch
 
+    if request.uses_held_out:
+        calibration, inputs = windows.of_run(request, inputs, listener)
+        return SolveJob(request, solver, inputs, calibration, {})
     clients = request.calibrate == CLIENTS
     shares = windows.of_clients(request, inputs, listener) if clients else {}
     calibration = torch.cat(list(shares.values())) if clients else windows.windows(request, inputs, listener)

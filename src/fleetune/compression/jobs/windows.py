@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut calibration windows: from rows, a text, each client's rows, or text that the model writes itself."""
+"""Cut calibration windows: from rows, a text, each client's rows, or text that the model writes itself.
+
+A run's held-out rows are few and all of one kind.  Calibrated on them alone a model is good at rows like these and worse
+at everything else, and its loss on the other rows does not show it.  So a run is calibrated on its rows and on text that
+its model writes, and is measured on more of that text as well.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import DataError, UsageError
@@ -12,6 +18,9 @@ from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+OWN: Final = 8  # windows that the model of a run writes to be calibrated on
+MEASURED: Final = 4  # and to be measured on
 
 
 def windows(request: CompressRequest, inputs: Inputs, listener: Listener) -> Tensor:
@@ -37,6 +46,30 @@ def windows(request: CompressRequest, inputs: Inputs, listener: Listener) -> Ten
         listener.note(f"no calibration text is given: the model writes {request.windows} windows itself")
         return driver.sampled_windows(model, request.length, request.windows, request.seed)
     return driver.windows(ids, request.length, request.windows)
+
+
+def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tuple[Tensor, Inputs]:
+    """Return int64 [N, length], windows of a run's rows and of its model's text, and the inputs with more of that text.
+
+    At most half of the request's windows are the model's.  DataError when the rows do not fill one window.
+    """
+    import numpy as np
+    import torch
+
+    from fleetune.compression.layerwise import driver
+    from fleetune.data.encode import Encoded
+
+    _check_length(request, inputs)
+    own = min(OWN, request.windows // 2)
+    ids = [np.asarray(row.ids) for row in inputs.rows]
+    rows = driver.windows(ids, request.length, request.windows - own)
+    listener.note(f"the model writes {own + MEASURED} windows of text: {MEASURED} of them are measured on")
+    written = driver.sampled_windows(
+        inputs.model, request.length, own + MEASURED, request.seed, batch=own + MEASURED
+    )
+    source = f"{inputs.source}: {len(rows)} windows, and {own} that its model wrote"
+    text = [Encoded(ids=window, n_prompt=1) for window in written[own:].numpy()]
+    return torch.cat([rows, written[:own]]), replace(inputs, own_text=text, source=source)
 
 
 def of_clients(request: CompressRequest, inputs: Inputs, listener: Listener) -> dict[int, Tensor]:

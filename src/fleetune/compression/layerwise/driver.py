@@ -88,17 +88,18 @@ def windows(ids: Sequence[np.ndarray], length: int, count: int) -> Tensor:
 
 
 @torch.inference_mode()
-def sampled_windows(model: Model, length: int, count: int, seed: int) -> Tensor:
+def sampled_windows(model: Model, length: int, count: int, seed: int, *, batch: int = 8) -> Tensor:
     """Sample calibration windows from the model itself, int64 [count, length], so that no text is needed.
 
-    Sampling starts at the token that begins a text and continues after every end of a text.
+    Sampling starts at the token that begins a text and continues after every end of a text.  `batch` windows are
+    written at a time.
     """
     start = next(t for t in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id, 0) if t is not None)
     rows = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for first in range(0, count, 8):
-            begin = torch.full((min(8, count - first), 1), start, device=model.device)
+        for first in range(0, count, batch):
+            begin = torch.full((min(batch, count - first), 1), start, device=model.device)
             out = model.net.generate(
                 begin,
                 attention_mask=torch.ones_like(begin),

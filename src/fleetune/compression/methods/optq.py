@@ -23,7 +23,7 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
 - Where H has no Cholesky factor, the reference code stops.  Here damping grows tenfold, up to 1; if there is still no
   factor, the layer is rounded to nearest and the report says so.
 - Inputs that are always zero are not an error: their weights become 0.
-- Weights that are exactly 0 in a pruned matrix (more than 5 % zeros) stay 0.
+- Weights that are exactly 0 stay 0, however few they are: pruned weights are never moved by the corrections.
 
 ## Options
 
@@ -79,7 +79,7 @@ class Solver:
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Run algorithm 1 of the paper on one matrix."""
         grid, group = Grid(self.grid, self.bits, self.search), self.group or W.shape[1]
-        zeros = (W == 0).T if (W == 0).float().mean() > 0.05 else None  # a pruned matrix stays pruned
+        zeros = (W == 0).T if bool((W == 0).any()) else None
         order = column_order(H.diagonal(), group, self.order)
         if order is not None:
             W, H = W[:, order], H[order][:, order]

@@ -12,6 +12,9 @@ The format counts from the middle: a code is q + 2^(bits-1) there, which is ours
 2^(bits-1) in every matrix: one that only some have would make two kinds of layers, and transformers (5.24)
 takes the first kind's settings for all.  Four and eight bits are written, which all readers pack alike.
 
+Zeros off the middle are written as the format has them, and transformers (5.24, with compressed-tensors 0.20) does
+not load them: it makes room for zeros that are not packed.  A note says so.
+
 config.json says dtype float16, since readers bring the scales to the model's dtype: in bfloat16 they would
 lose 3 of their 11 bits, and every weight of the group would move.  Dense tensors are fp16 for the same reason;
 a model stored in bf16 keeps its dense tensors in bf16, so that the file loses nothing of them.
@@ -43,6 +46,10 @@ INSTALL: Final = "pip install compressed-tensors"
 ORDER: Final = 30
 TARGET: Final = "compressed-tensors"
 BITS: Final = (4, 8)
+ASYMMETRIC: Final = (
+    "transformers (5.24) does not load this format with zeros off the middle of the codes; "
+    "for it, compress on a symmetric grid: --set grid=ggml, or grid=symmetric"
+)
 
 
 def check(model: Checkpoint, kind: str | None) -> None:
@@ -63,15 +70,17 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
     """Write the master artefact `model` into the empty `folder`; raises what `check` does before it writes."""
     grids = _grids(model)
     settings = quantization_config(model, grids)
-    note = "layers are on several grids, of which transformers (5.24) takes the first for all"
+    notes = ["layers are on several grids, of which transformers (5.24) takes the first for all"]
+    notes = notes if len(settings["config_groups"]) > 1 else []
+    middle = symmetric(grids)
     return _hf_writer.write_codes(
         model,
         folder,
         TARGET,
-        partial(parts, middle=symmetric(grids)),
+        partial(parts, middle=middle),
         _decode,
         {"dtype": "float16", "quantization_config": settings},
-        notes=[note] if len(settings["config_groups"]) > 1 else [],
+        notes=notes if middle else [*notes, ASYMMETRIC],
     )
 
 

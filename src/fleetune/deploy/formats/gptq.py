@@ -9,13 +9,16 @@ A quantised layer NAME of shape [R, C] = [out, in] in groups of G inputs (AutoGP
     NAME.g_idx    int32 [C]                     c // G: groups are in the order of the inputs
 
 Three bits run on over the ends of words: 32 codes are 3 words.  Since zero - 1 is stored, a zero of 0 has no
-place; all layers of the blocks must be on one kind of grid.  dtype float16 as in `compressed_tensors.py`.
+place: such a group (one without a negative weight) is counted from the other end of the codes, on a negative scale,
+which gives the same weights.  All layers of the blocks must be on one kind of grid.  dtype float16 as in
+`compressed_tensors.py`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,11 +64,20 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
 
 def parts(name: str, q: Quantised) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a quantised layer."""
-    layer = name.removesuffix(".weight")
+    layer, q = name.removesuffix(".weight"), from_the_other_end(q)
     yield f"{layer}.qweight", _hf_writer.words(q.codes, q.bits).T.contiguous()
     yield f"{layer}.qzeros", _hf_writer.words((q.zero - 1).T.contiguous(), q.bits)
     yield f"{layer}.scales", q.scale.T.contiguous()
     yield f"{layer}.g_idx", (torch.arange(q.codes.shape[1]) // q.group).to(torch.int32)
+
+
+def from_the_other_end(q: Quantised) -> Quantised:
+    """Return the same weights without a zero of 0: where it is 0, code c becomes top - c, the zero top, the scale negative."""
+    top, flat = (1 << q.bits) - 1, q.zero == 0
+    codes = torch.where(flat.repeat_interleave(q.group, 1), top - q.codes, q.codes)
+    return replace(
+        q, codes=codes, scale=torch.where(flat, -q.scale, q.scale), zero=q.zero.masked_fill(flat, top)
+    )
 
 
 def quantize_config(grids: dict[str, Quantised]) -> dict[str, Any]:
@@ -98,8 +110,6 @@ def _grids(model: Checkpoint) -> dict[str, Quantised]:
             )
         elif R * q.bits % 32 or C * q.bits % 32:
             problem = f"{name} of shape [{R}, {C}] does not fill words of 32 bits with codes of {q.bits}"
-        elif bool((q.zero == 0).any()):
-            problem = f"{name} has groups with zero 0, and the format stores zero - 1"
         if problem is not None:
             raise Misfit(f"{TARGET} cannot hold the codes: {problem}", remedy=REMEDY)
     return grids

@@ -20,7 +20,6 @@ import json
 import logging
 import re
 import socket
-import threading
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -31,13 +30,14 @@ from typing import Any, Final
 from fleetune.deploy.serving import proxy
 from fleetune.deploy.serving import request_checks as checks
 from fleetune.deploy.serving.openai_client import Address
+from fleetune.deploy.serving.places import Places, Stage
 from fleetune.deploy.serving.request_checks import DeadlineReader, Refusal, is_loopback
 from fleetune.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-MAX_CONNECTIONS: Final = 64
-IDLE_SECONDS: Final = 60.0  # a client that sends or takes nothing for so long is dropped
+HEAD_SECONDS: Final = 10.0  # a client whose request's head is not here by then is dropped, an idle one too
+IDLE_SECONDS: Final = 60.0  # and one that sends or takes nothing for so long
 REQUEST_SECONDS: Final = 180.0  # and one whose whole request is not here by then
 
 
@@ -45,6 +45,7 @@ class Front(ThreadingHTTPServer):
     """The HTTP server; `serve_forever` runs it.  It answers "loading" until `attach` gives it an engine."""
 
     daemon_threads = True
+    request_queue_size = 128  # connections that the system holds until they are accepted
 
     def __init__(self, host: str, port: int, token: str) -> None:
         """Bind; `token` "" asks for none.  UsageError when the address is taken, or is no loopback address without a token."""
@@ -56,7 +57,7 @@ class Front(ThreadingHTTPServer):
             raise UsageError(f"{host} is open to others, so it needs a token", hint="give one with --token")
         self.page = resources.files("fleetune.deploy.serving").joinpath("chat.html").read_bytes()
         self.policy = content_policy(self.page.decode())
-        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.places = Places()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
@@ -76,14 +77,14 @@ class Front(ThreadingHTTPServer):
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Accept a connection, unless there are too many."""
-        if not self._places.acquire(blocking=False):
+        """Accept a connection, unless all places are held by requests at the engine."""
+        if not self.places.enter(request, client_address[0]):
             self.shutdown_request(request)
             return
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # no thread is to be had: the caller closes the connection
-            self._places.release()
+            self.places.leave(request)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -91,7 +92,7 @@ class Front(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            self.places.leave(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what breaks a connection: mostly a client that went away."""
@@ -134,7 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: Front
     protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.0"  # of a request that cannot be read: its answer has a status line too
     timeout = IDLE_SECONDS
+    raw_requestline: bytes  # the first line, as it came
 
     def setup(self) -> None:
         """Read requests through a reader with a deadline."""
@@ -145,8 +148,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Handle a request; its time runs from now, the wait for its first byte included."""
-        self._reader.end = time.monotonic() + REQUEST_SECONDS
+        self.server.places.move(self.connection, Stage.HEAD)
+        self._began = time.monotonic()
+        self._reader.end = self._began + HEAD_SECONDS
         super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        """Read the head; False when it was refused.  What follows it has more time."""
+        self.command, self.requestline, self.request_version = "", "", self.default_request_version
+        try:
+            checks.check_request_line(self.raw_requestline)
+            if not super().parse_request():
+                return False
+            checks.check_fields(self.headers)
+        except Refusal as refusal:
+            self._refuse(refusal)
+            return False
+        self._reader.end = self._began + REQUEST_SECONDS
+        self.server.places.move(self.connection, Stage.BODY)
+        return True
 
     def do_GET(self) -> None:
         """Answer with the page, the health, or what the engine says."""
@@ -181,6 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes) -> None:
         """Pass a request on, and its answer back: as it comes where it is a stream."""
+        self.server.places.move(self.connection, Stage.ENGINE)
         with proxy.answered(self.server.engine, self.command, self.path, body) as response:
             kind = response.headers.get("Content-Type", "application/json")
             if not kind.startswith("text/event-stream"):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a request before anything acts on it: host, origin, path, token, body, size and time.
+"""Check a request before anything acts on it: form, host, origin, path, token, body, size and time.
 
+    form      the request line is printable ASCII, every header line is one, and those that are decided on come once
     host      on the loopback address the `Host` must be this machine: a stranger's page whose name was re-pointed to
               127.0.0.1 (DNS rebinding) is refused
     origin    a request that another page makes (`Origin`) is refused everywhere
     path      a fixed list; there is no directory and no file
     token     compared in constant time, where the server has one
     body      JSON of at most `MAX_BODY` bytes, with one Content-Length; none for a GET
-    time      the whole request must be here within a time, however slowly it trickles in
+    time      the head and the whole request must be here within a time, however slowly they trickle in
 
 Every refusal is an error in OpenAI's form: {"error": {"message", "type", "param", "code"}}.
 """
@@ -21,11 +22,19 @@ import re
 import socket
 import time
 from contextlib import suppress
+from email import errors
 from email.message import Message
 from typing import Any, Final
 
 PATHS: Final = ("models", "chat/completions", "completions", "embeddings", "responses")  # under /v1/
 MAX_BODY: Final = 4 << 20
+LINE: Final = re.compile(rb"[!-~]+ [!-~]+ HTTP/[0-9]\.[0-9]\r?\n")
+ONCE: Final = ("Host", "Origin", "Authorization", "Content-Length", "Content-Type")
+NO_FIELD: Final = (
+    errors.MissingHeaderBodySeparatorDefect,
+    errors.FirstHeaderLineIsContinuationDefect,
+    errors.InvalidHeaderDefect,
+)
 
 
 class Refusal(Exception):
@@ -49,6 +58,21 @@ def is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return False
+
+
+def check_request_line(line: bytes) -> None:
+    """Refuse a first line that is not a method, a target and a version in printable ASCII."""
+    if not LINE.fullmatch(line):
+        raise Refusal(400, "bad_request", f"the request line cannot be read: {line[:100]!r}")
+
+
+def check_fields(headers: Message) -> None:
+    """Refuse a header with a line that is none, and two lines of a name where each reader might take another."""
+    if any(isinstance(defect, NO_FIELD) for defect in headers.defects):
+        raise Refusal(400, "bad_header", "a line of the header is not 'name: value'")
+    for name in ONCE:
+        if len(headers.get_all(name, [])) > 1:
+            raise Refusal(400, "repeated_header", f"there is more than one {name}")
 
 
 def check_host(headers: Message, *, loopback: bool) -> None:
@@ -90,7 +114,7 @@ def read_body(headers: Message, file: io.BufferedIOBase) -> bytes:
     length = headers.get("Content-Length", "")
     if "Transfer-Encoding" in headers or not length:
         raise Refusal(411, "length_required", "a request needs a Content-Length")
-    if not re.fullmatch(r"[0-9]{1,12}", length) or len(headers.get_all("Content-Length", [])) > 1:
+    if not re.fullmatch(r"[0-9]{1,12}", length):
         raise Refusal(400, "bad_length", "the Content-Length is no number")
     if int(length) > MAX_BODY:
         raise Refusal(413, "too_large", f"a request has at most {MAX_BODY} bytes, this one {length}")
