@@ -15,7 +15,10 @@ import ctypes
 import gc
 import mmap
 import sys
-from typing import Any
+from typing import Any, Final
+
+# torch's words where the CPU's memory does not suffice, and Linux' own (ENOMEM)
+NO_MEMORY: Final = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 
 def peak_rss() -> int:
@@ -43,6 +46,13 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory did not suffice; torch has a RuntimeError for it on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def _without_proc() -> tuple[int, int]:
