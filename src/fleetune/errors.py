@@ -22,7 +22,6 @@ import difflib
 from collections.abc import Iterable
 from typing import Final
 
-
 REASON: Final = 300  # characters of a reason that goes into a record, a log and on the screen
 
 

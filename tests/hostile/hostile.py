@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fleetune.errors import FleetuneError
+from fleetune.errors import FleetuneError, MessageError
 
 SECONDS = 10  # that a hostile file may cost, of this machine's time
 DEEP = 100_000  # brackets; a parser that recurses fails at a few thousand
@@ -97,8 +97,10 @@ def refusal(work: Callable[[], object], seconds: float = SECONDS) -> str | None:
     try:
         with within(seconds):
             work()
-    except FleetuneError as error:
-        assert len(error.message) < 2_000, f"a reason of {len(error.message)} characters"
-        assert error.hint, f"no word of what to do: {error}"
-        return f"{error}"
-    return None
+    except FleetuneError as found:
+        error = found
+    else:
+        return None
+    assert len(error.message) < 2_000, f"a reason of {len(error.message)} characters"
+    assert error.hint or isinstance(error, MessageError), f"no word of what to do: {error}"
+    return error.message

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hostile
 import pytest
 import torch
-from hostile import put, refusal
 from safetensors.torch import load_file, save_file
 
+import hostile
 from fleetune import data, models
 from fleetune.data.labelled import encode_rows
+from hostile import put, refusal
 
 Change = Callable[[Path], None]
 JSON = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from fleetune.errors import ModelError
 from fleetune.models.foreign import AGAIN
 
 CONFIG_BYTES: Final = 1 << 24  # of config.json; those of real models have thousands
-# what a key's name says, and the most that is built for it: transformers makes a list or a module for each
+# what a key counts, and the most that is built of it: transformers makes a list or a module for each
 MOST: Final[Mapping[str, int]] = MappingProxyType({"layer": 1_024, "expert": 4_096, "label": 65_536})
+COUNT: Final = re.compile(r"(?:^|_)(?:num|n|encoder|decoder)_(?:\w+_)?(layer|expert|label)s?$")
 EPSILON: Final = re.compile(r"(^|_)eps(ilon)?$")
 BASE: Final = re.compile(r"(^|_)(theta|rotary_emb_base|rope_local_base_freq)$")
 SLACK: Final = 1 << 22  # parameters that a net may have beyond twice those in its files: a new head
@@ -34,8 +35,8 @@ LARGEST_WEIGHT: Final = 1e9  # trained weights are far below; products of such s
 def check_config(raw: object, file: Path) -> None:
     """Raise ModelError for a count beyond `MOST`, or a constant with which no step can be computed, at any depth."""
     for key, value in _numbers(raw):
-        most = next((n for part, n in MOST.items() if part in key), None)
-        if type(value) is int and most is not None and value > most:
+        count = COUNT.search(key)
+        if count and value > (most := MOST[count[1]]):
             raise _claim(file, key, value, f"more than the {most:,} that are built")
         if math.isnan(value):
             raise _claim(file, key, value, "no number")

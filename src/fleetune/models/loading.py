@@ -67,7 +67,9 @@ COMPUTED: Final = (  # buffers that older files hold
     "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "position_ids", "token_type_ids",
     ".attn.bias", ".attention.bias", ".masked_bias",
 )  # fmt: skip
-_RANGE: Final = "fp16 holds numbers up to 65,504: try --dtype fp32 or bf16; if it stays, fetch the model again"
+_RANGE: Final = (
+    "fp16 holds numbers up to 65,504: try --dtype fp32 or bf16; if it stays, fetch the model again"
+)
 _LOADING = threading.Lock()
 DEVICES: Final = ("auto", "cpu", "cuda", "mps")
 
@@ -310,7 +312,7 @@ def _read_net(
 
 def _sizes(path: Path) -> tuple[int, int]:
     """Return how many tensors a directory's files hold, and the most elements that they can stand for."""
-    with foreign_file(path, "has weights that cannot be read"):
+    with foreign_file(path, "has weights that cannot be loaded"):
         if is_master(path):  # a byte holds 8 codes at most
             size = (path / MASTER).stat().st_size
             return size, 8 * size

@@ -83,13 +83,18 @@ def _templates(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[str]:
 
 def _start(templates: list[str], tokenizer: PreTrainedTokenizerBase) -> subprocess.Popen[bytes] | None:
     """Start the child and give it its task; None where the system starts none."""
-    places = [Path(str(spec.origin)).parents[1] for name in ("jinja2", "markupsafe") if (spec := find_spec(name))]
+    places = [
+        Path(str(spec.origin)).parents[1] for name in ("jinja2", "markupsafe") if (spec := find_spec(name))
+    ]
     command = [sys.executable, "-I", "-S", str(CHILD), *map(str, (SECONDS, MEMORY, OUTPUT, *places))]
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    special = {
+        name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
+    }
     task = {"templates": templates, "variables": {**special, "date_string": DATE}}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, **quiet)
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
     except OSError:
         return None
     with suppress(OSError):  # it is judged by its end
@@ -108,4 +113,6 @@ def _judge(child: subprocess.Popen[bytes], path: Path) -> None:
         why = WHY.get(code, f"does not end within {SECONDS} s")
         raise ModelError(f"the chat template in {path} {why} when it is rendered", hint=HINT)
     if code:
-        log.warning("the chat template of %s could not be tried (exit code %d); it is used as it is", path, code)
+        log.warning(
+            "the chat template of %s could not be tried (exit code %d); it is used as it is", path, code
+        )

@@ -32,8 +32,8 @@ from fleetune.data import Example
 from fleetune.data.encode import prompt_ids
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import chat_template as plain
-from fleetune.models.gguf.tokenizer import RULES, WHOLE
 from fleetune.models.foreign import foreign_file
+from fleetune.models.gguf.tokenizer import RULES, WHOLE
 from fleetune.models.hf_folder import config_of
 
 SPECIAL: Final = ("bos", "eos", "unk", "pad")
