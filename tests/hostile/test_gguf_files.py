@@ -66,6 +66,12 @@ class File:
     def offset(self, number: int) -> int:
         return self.reader.tensors[number].data_offset - self.reader.data_offset
 
+    def swap(self, one: int, other: int) -> None:
+        """Exchange the places of two tensors."""
+        here, there = self.offset(one), self.offset(other)
+        self.table(one, offset=there)
+        self.table(other, offset=here)
+
     def weight(self, plain: bool, value: float) -> None:
         """Overwrite a value of an F32 tensor, or the scale of a Q8_0 block."""
         wanted = gguf.GGMLQuantizationType.F32 if plain else gguf.GGMLQuantizationType.Q8_0
@@ -95,7 +101,7 @@ MUST_REFUSE: dict[str, Change] = {
     "1e30": lambda f: f.weight(True, 1e30),
     "a scale of NaN": lambda f: f.weight(False, NAN),
     "overlapping tensors": lambda f: f.table(3, offset=f.offset(2)),
-    "swapped tensors": lambda f: (f.table(3, offset=f.offset(2)), f.table(2, offset=f.offset(3))) and None,
+    "swapped tensors": lambda f: f.swap(2, 3),
     "an odd offset": lambda f: f.table(1, offset=f.offset(1) + 3),
     "an offset beyond the end": lambda f: f.table(1, offset=2**62),
     "F32 as I32": lambda f: f.table(_plain(f), kind=26),
