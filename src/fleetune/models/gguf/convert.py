@@ -270,7 +270,8 @@ def _write_weights(
     raw = json.dumps(head, separators=(",", ":")).encode()
     raw += b" " * (-(len(raw) + 8) % 64)  # values start on a cache line
     done = 0
-    with path.open("wb") as file:
+    # what is not finite is refused below, in words
+    with path.open("wb") as file, np.errstate(invalid="ignore", over="ignore"):
         file.write(len(raw).to_bytes(8, "little") + raw)
         for tensor, order, shifted in plan.values():
             for rows in _rows(tensor, order, shifted):
