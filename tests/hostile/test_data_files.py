@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hostile
 import pytest
-from hostile import put, refusal
 
+import hostile
 from fleetune import data, models
 from fleetune.data.labelled import encode_rows
 from fleetune.models.model import Model
+from hostile import put, refusal
 
 ROWS = [
     {

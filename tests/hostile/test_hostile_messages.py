@@ -9,11 +9,11 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-import hostile
 import msgpack
 import numpy as np
 import pytest
 
+import hostile
 from fleetune.errors import REASON, MessageError, cut_reason
 from fleetune.tuning.messages import MAGIC, MAX_DIMS, Message, Payload, ReplySpec, check, decode, encode
 
@@ -28,7 +28,9 @@ def wrap(body: bytes) -> bytes:
 
 
 def packed(scalars: Any = None, arrays: Any = None) -> bytes:
-    return wrap(msgpack.packb([1, BASE, {} if scalars is None else scalars, {} if arrays is None else arrays]))
+    return wrap(
+        msgpack.packb([1, BASE, {} if scalars is None else scalars, {} if arrays is None else arrays])
+    )
 
 
 def shaped(shape: Any, raw: bytes = b"") -> bytes:
@@ -121,7 +123,9 @@ def mutate(rng: random.Random, body: bytearray) -> bytes:
         elif kind == 1:
             body[at : at + rng.randint(1, 4)] = rng.randbytes(rng.randint(0, 8))
         elif kind == 2:
-            body[at : at + 1] = bytes([rng.choice((0xC1, 0xDC, 0xDD, 0xDF, 0xC6, 0xC9, 0xD9, 0x94, 0xCF, 0xCB))])
+            body[at : at + 1] = bytes(
+                [rng.choice((0xC1, 0xDC, 0xDD, 0xDF, 0xC6, 0xC9, 0xD9, 0x94, 0xCF, 0xCB))]
+            )
         else:
             del body[at : at + rng.randint(1, 6)]
         if not body:

@@ -20,7 +20,7 @@ from fleetune.cli.console import Ui
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.registry import Registry
 from fleetune.common.version import __version__
-from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, suggest
+from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, suggest
 from fleetune.seeds.kernel_choice import chosen_kernels
 
 COMMANDS: Final = Registry(
@@ -65,10 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         ui.error(Interrupted("stopped"))
         return 130
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
-        fit = FitError("memory does not suffice for this", hint="what fits: fleetune plan MODEL --ram 4GB")
+        why = cut_reason(f"memory does not suffice for this ({str(error) or type(error).__name__})")
+        fit = FitError(why, hint="what fits: fleetune plan MODEL --ram 4GB")
         ui.error(fit)
         return fit.exit_code
     return 0

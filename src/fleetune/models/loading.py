@@ -38,7 +38,7 @@ from transformers import (
 
 from fleetune.common.folders import staged
 from fleetune.common.memory import is_out_of_memory
-from fleetune.errors import FitError, ModelError, StorageError, suggest
+from fleetune.errors import FitError, FleetuneError, ModelError, StorageError, suggest
 from fleetune.models import cache, encoders
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import FILE as MASTER
@@ -246,8 +246,8 @@ def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequenc
             net.to(chosen)
             if not paged:
                 _check_step(net, path)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if isinstance(error, FleetuneError) or not is_out_of_memory(error):
             raise
         raise FitError(
             f"model '{name}' in {dtype} does not fit the memory of '{chosen}'",
