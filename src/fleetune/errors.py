@@ -20,6 +20,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Final
+
+REASON: Final = 300  # characters of a reason that goes into a record, a log and on the screen
+
+
+def cut_reason(text: str) -> str:
+    """Return a text from elsewhere in one printable line of at most `REASON` characters."""
+    line = " ".join(text[: 4 * REASON].split())
+    kept = line if len(line) <= REASON and len(text) <= 4 * REASON else line[: REASON - 3] + "..."
+    return "".join(letter if letter.isprintable() else "?" for letter in kept)
 
 
 class FleetuneError(Exception):
@@ -65,7 +75,13 @@ class LedgerError(FleetuneError):
 
 
 class MessageError(FleetuneError):
-    """Bytes that are not a payload, or a reply that breaks its agreement."""
+    """Bytes that are not a payload, or a reply that breaks its agreement.
+
+    The message may repeat what came from elsewhere, so it is cut to `REASON` characters.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(cut_reason(message), hint=hint)
 
 
 class StorageError(FleetuneError):

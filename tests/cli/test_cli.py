@@ -55,6 +55,21 @@ def events(out: str) -> list[dict[str, Any]]:
 # What it says of itself -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("error", [MemoryError(), OSError("x.so: failed to map segment from shared object")])
+def test_a_lack_of_memory_is_told_as_what_does_not_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("fleetune.cli.main.chosen_kernels", full)
+    code, _, told = call(capsys, "methods")
+    assert (code, "memory does not suffice" in told) == (3, True)
+    monkeypatch.setattr("fleetune.cli.main.chosen_kernels", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
+        main(["methods"])
+
+
 def test_help_is_quick_and_loads_no_torch():
     script = "import sys, fleetune.cli.main as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     best = 9.0

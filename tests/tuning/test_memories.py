@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetune.data import Encoded
-from fleetune.errors import MessageError, StorageError
+from fleetune.errors import FitError, MessageError, StorageError
 from fleetune.models import tiny_llama
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.fleets.memories import Memories
@@ -102,6 +102,24 @@ def test_a_client_that_fails_keeps_what_it_had_before() -> None:
     for r in range(1, 4):
         list(asked(fleet, r, range(2)))
     assert [fleet.memories.of(c)["count"] for c in range(2)] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_a_client_without_memory_ends_the_run_as_one_that_does_not_fit(error: Exception) -> None:
+    class Full(Keeper):
+        def local(self, *args: Any) -> Payload:
+            raise error
+
+    rows = [[Encoded(np.arange(3, dtype=np.int32), 1)]] * 2
+    fleet = LocalFleet(tiny_llama(), Full(1), rows, 0, 0)  # type: ignore[arg-type]
+    with pytest.raises(FitError, match="client 0 in round 1: memory does not suffice on 'cpu'"):
+        list(asked(fleet, 1, range(2)))
 
 
 def test_memory_does_not_grow_with_the_clients() -> None:

@@ -17,9 +17,10 @@ from contextlib import suppress
 from typing import Final
 
 from fleetune.cli.console import Ui
+from fleetune.common.memory import is_out_of_memory
 from fleetune.common.registry import Registry
 from fleetune.common.version import __version__
-from fleetune.errors import FleetuneError, Interrupted, UsageError, suggest
+from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, suggest
 from fleetune.seeds.kernel_choice import chosen_kernels
 
 COMMANDS: Final = Registry(
@@ -64,6 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         ui.error(Interrupted("stopped"))
         return 130
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        why = cut_reason(f"memory does not suffice for this ({str(error) or type(error).__name__})")
+        fit = FitError(why, hint="what fits: fleetune plan MODEL --ram 4GB")
+        ui.error(fit)
+        return fit.exit_code
     return 0
 
 

@@ -15,7 +15,15 @@ import ctypes
 import gc
 import mmap
 import sys
-from typing import Any
+from typing import Any, Final
+
+# torch's words where the CPU's memory does not suffice, Linux' own (ENOMEM), and its loader's
+NO_MEMORY: Final = (
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "failed to map segment",
+)
 
 
 def peak_rss() -> int:
@@ -43,6 +51,21 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, or one that led to it, says that memory did not suffice.
+
+    torch has a RuntimeError for it on the CPU; a library that cannot be mapped is an OSError.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, MemoryError) or type(found).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(found, RuntimeError | OSError) and any(words in str(found) for words in NO_MEMORY):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def _without_proc() -> tuple[int, int]:

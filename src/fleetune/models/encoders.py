@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,10 +30,14 @@ log = logging.getLogger(__name__)
 MAX_LABELS: Final = 64  # more different answers than this are free text, not label words
 
 
-def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """Return the model class that puts a classification head on such an encoder."""
+def class_of(
+    config: PretrainedConfig, inspect: Callable[[PreTrainedModel], None] = lambda net: None
+) -> type[PreTrainedModel]:
+    """Return the model class that puts a classification head on such an encoder; `inspect` as in `widths.class_of`."""
     with torch.device("meta"):
-        return type(AutoModelForSequenceClassification.from_config(config))
+        net = AutoModelForSequenceClassification.from_config(config)
+    inspect(net)
+    return type(net)
 
 
 def saved_labels(config: PretrainedConfig) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ tokenizer_config.json, generation_config.json, chat_template.jinja.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fleetune.errors import ModelError
+from fleetune.models import bounds
 from fleetune.models.families.widths import KEY, base_type, config_from
+from fleetune.models.foreign import AGAIN, foreign_file
 
 SIZES: Final = (
     "num_hidden_layers", "n_layer", "hidden_size", "n_embd", "num_attention_heads", "n_head", "num_key_value_heads",
@@ -34,10 +37,8 @@ def check_folder(folder: Path) -> None:
     config_of(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} is damaged ({error})", hint="fetch the model again") from error
+        with foreign_file(index, "is damaged"):
+            shards = {_plain_name(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
         missing = sorted(s for s in shards if not (folder / s).is_file())
         if missing:
             raise ModelError(
@@ -55,7 +56,7 @@ def check_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder} has a configuration but no weights (model.safetensors)"
             + (f"; {pickled[0]} is a pickle, which is never read" if pickled else ""),
-            hint="save it as safetensors (save_pretrained does)" if pickled else "fetch the model again",
+            hint="save it as safetensors (save_pretrained does)" if pickled else AGAIN,
         )
     if not any(
         (folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -65,28 +66,30 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def _plain_name(name: object) -> str:
+    """Return a shard's file name; ValueError for what is none, such as a path that leads elsewhere."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
+        raise ValueError(f"{name!r:.80} is no name of a weight file")
+    return name
+
+
 def config_of(folder: Path) -> Any:
     """Read a directory's configuration; ModelError unless it is a causal language model or an encoder."""
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"'{folder}' is not a model directory: it has no config.json", hint=_instead(folder))
-    try:
+    with foreign_file(file, "is not a model configuration"):
+        if (size := file.stat().st_size) > bounds.CONFIG_BYTES:
+            raise ValueError(f"{size:,} bytes")
         raw = json.loads(file.read_bytes())
         kind = base_type(raw["model_type"]) if KEY in raw else raw["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{file} is not a model configuration ({error!r})", hint="fetch the model again"
-        ) from error
-    _check_kind(folder, raw, kind)
+        _check_kind(folder, raw, kind)
     _check_sizes(raw, file)
-    try:
+    bounds.check_config(raw, file)
+    with foreign_file(file):  # a configuration class may raise anything for a wrong value
         if KEY in raw:
             return config_from(raw)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a configuration class may raise anything for a wrong value
-        raise ModelError(
-            f"{file} cannot be used: {short_error(error)}", hint="fetch the model again"
-        ) from error
 
 
 def _check_kind(folder: Path, raw: dict[str, Any], kind: str) -> None:
@@ -120,7 +123,7 @@ def _check_sizes(raw: dict[str, Any], file: Path) -> None:
     """Raise ModelError for sizes (blocks, heads, ..) below 1, which transformers itself accepts."""
     for name in SIZES:
         if type(value := raw.get(name)) is int and value < 1:
-            raise ModelError(f"{file} says {name} = {value}, below 1", hint="fetch the model again")
+            raise ModelError(f"{file} says {name} = {value}, below 1", hint=AGAIN)
 
 
 def is_encoder(config: Any) -> bool:
@@ -149,9 +152,3 @@ def _instead(folder: Path) -> str:
     if files := sorted(folder.glob("*.gguf")):
         return f"give the file: {files[0]}"
     return NAME_HINT
-
-
-def short_error(error: BaseException) -> str:
-    """Return an error's first line (with the next where it ends in a colon), cut to a length that fits a message."""
-    first, *more = str(error).strip().splitlines() or [type(error).__name__]
-    return (f"{first} {more[0].strip()}" if more and first.endswith(":") else first)[:300]

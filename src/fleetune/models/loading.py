@@ -13,6 +13,7 @@ memory, never to the file); such a file must not be overwritten in place while a
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,17 +37,22 @@ from transformers import (
 )
 
 from fleetune.common.folders import staged
-from fleetune.errors import FitError, ModelError, StorageError, suggest
+from fleetune.common.memory import is_out_of_memory
+from fleetune.errors import FitError, FleetuneError, ModelError, StorageError, suggest
 from fleetune.models import cache, encoders
 from fleetune.models.artefact import Master
+from fleetune.models.artefact_folder import FILE as MASTER
 from fleetune.models.artefact_folder import is_master
+from fleetune.models.bounds import check_blocks, check_size, check_step, finite
 from fleetune.models.cache import BuiltIn
 from fleetune.models.download import Progress
 from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families.widths import class_of, mark_config
-from fleetune.models.hf_folder import NAME_HINT, check_folder, config_of, is_encoder, short_error
+from fleetune.models.foreign import AGAIN, foreign_file, short_error
+from fleetune.models.hf_folder import NAME_HINT, check_folder, config_of, is_encoder
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
 from fleetune.models.paged import Pages, stubs
+from fleetune.models.template_trial import template_trial
 from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
 
 __all__ = [
@@ -61,6 +67,9 @@ COMPUTED: Final = (  # buffers that older files hold
     "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "position_ids", "token_type_ids",
     ".attn.bias", ".attention.bias", ".masked_bias",
 )  # fmt: skip
+_RANGE: Final = (
+    "fp16 holds numbers up to 65,504: try --dtype fp32 or bf16; if it stays, fetch the model again"
+)
 _LOADING = threading.Lock()
 DEVICES: Final = ("auto", "cpu", "cuda", "mps")
 
@@ -228,16 +237,22 @@ def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> 
 def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequence[str], paged: bool) -> Model:
     """The model of a directory that is checked, on a device that is."""
     try:
-        net, words = _read_net(path, DTYPES[dtype], labels, paged)
-        pages = Pages(net, path, DTYPES[dtype]) if paged else None
-        base = digest(pages.items() if pages else named_tensors(net))
-        net.to(chosen)
-    except (MemoryError, torch.OutOfMemoryError) as error:
+        tokenizer = _read_tokenizer(path)
+        with template_trial(tokenizer, path):
+            net, words = _read_net(path, DTYPES[dtype], labels, paged)
+            pages = Pages(net, path, DTYPES[dtype]) if paged else None
+            named = pages.items() if pages else named_tensors(net)
+            base = digest(finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
+            net.to(chosen)
+            if not paged:
+                _check_step(net, path)
+    except Exception as error:
+        if isinstance(error, FleetuneError) or not is_out_of_memory(error):
+            raise
         raise FitError(
             f"model '{name}' in {dtype} does not fit the memory of '{chosen}'",
             hint=f"see: fleetune plan {name}",
         ) from error
-    tokenizer = _read_tokenizer(path)
     rows = net.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
@@ -247,19 +262,33 @@ def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequenc
     return Model(net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, pages, words)
 
 
+def _check_step(net: PreTrainedModel, path: Path) -> None:
+    """Raise ModelError unless the net can be run, and its first outputs are finite."""
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=net.device)
+    with foreign_file(path, "holds a model that cannot be run"):
+        check_step(net, lambda: net(input_ids=ids).logits, path)
+
+
 def _read_net(
     path: Path, dtype: torch.dtype, labels: Sequence[str], paged: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return the net of a directory, and its label words (none: a causal language model)."""
     config = config_of(path)
-    if is_encoder(config):
-        saved = encoders.saved_labels(config)
-        words = encoders.choose_labels(config, labels, path)
-        kind = encoders.class_of(config)
-    else:
-        saved = words = ()
-        kind = class_of(config)
-    try:
+    count, elements = _sizes(path)
+    check_blocks(getattr(config, "num_hidden_layers", 0), count, path / "config.json")
+
+    def inspect(net: PreTrainedModel) -> None:
+        check_size(net, elements, path)
+
+    with foreign_file(path / "config.json"):
+        if is_encoder(config):
+            saved = encoders.saved_labels(config)
+            words = encoders.choose_labels(config, labels, path)
+            kind = encoders.class_of(config, inspect)
+        else:
+            saved = words = ()
+            kind = class_of(config, inspect)
+    with foreign_file(path, "has weights that cannot be loaded"):
         tensors = stubs(path, dtype) if paged else _read_tensors(path, dtype)
         if words != saved:
             tensors = encoders.without_head(tensors, kind, config)
@@ -269,21 +298,26 @@ def _read_net(
             net, found = kind.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
             )
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ModelError(
-            f"the weights in {path} cannot be loaded: {short_error(error)}", hint="fetch the model again"
-        ) from error
     missing = [str(name) for name in found["missing_keys"]]
     if words != saved:
         missing = encoders.make_head(net, missing)
     _check_tensors(path, kind, found, missing, head=bool(words))
-    if (path / "generation_config.json").is_file():
-        net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    if (file := path / "generation_config.json").is_file():
+        with foreign_file(file):
+            net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     net.eval()
     net.requires_grad_(False)
     return net, words
+
+
+def _sizes(path: Path) -> tuple[int, int]:
+    """Return how many tensors a directory's files hold, and the most elements that they can stand for."""
+    with foreign_file(path, "has weights that cannot be loaded"):
+        if is_master(path):  # a byte holds 8 codes at most
+            size = (path / MASTER).stat().st_size
+            return size, 8 * size
+        shapes = [tensor.shape for tensor in stubs(path, torch.float32).values()]
+        return len(shapes), sum(map(math.prod, shapes))
 
 
 def _check_tensors(
@@ -333,16 +367,13 @@ def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     config = config_of(path)  # transformers would not know the type of one with widths of its own
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
+    with foreign_file(path, "has a tokenizer that cannot be loaded"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, config=config, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise ModelError(
-            f"the tokenizer in {path} cannot be loaded: {short_error(error)}", hint="fetch the model again"
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer("a")["input_ids"]  # some faults show only when it is used
     return tokenizer
 
 

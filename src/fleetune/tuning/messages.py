@@ -7,8 +7,8 @@ One codec for every method and every fleet.  A message on the wire is
 
 and the body is MessagePack of `[round, base, scalars, arrays]`: the round it belongs to, the first eight
 bytes of the base model's digest, the scalars by name, and per array `[dtype, shape, raw little-endian
-bytes]`.  Nothing is ever unpickled, sizes are checked before memory is taken, and what is counted as
-traffic is `len()` of what was really encoded.
+bytes]`.  Nothing is ever unpickled, counts and sizes are checked before memory or time is taken, a name that is there
+twice is refused, and what is counted as traffic is `len()` of what was really encoded.
 
 `check` refuses a reply that is not finite or has other names, shapes, types, round or base than was agreed, with a
 reason, before any method sees it.
@@ -33,6 +33,10 @@ from fleetune.errors import MessageError
 
 MAGIC = b"FT1"
 MAX_BYTES = 1 << 32  # a message larger than 4 GiB is an attack or a mistake
+MAX_DIMS = 8  # of an array; the widest that a method sends has 4
+MAX_NAMES = 1 << 17  # of arrays or scalars; an adapter on every expert of a large mixture has 2^16
+MAX_NAME = 512  # characters
+EMPTY = 1 << 31  # of a dim of an array without values
 DTYPES = (  # their places in this table are what is sent
     "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64",
 )  # fmt: skip
@@ -122,11 +126,12 @@ def decode(data: bytes, *, any_size: bool = False) -> Message:
     if zlib.crc32(body) != int.from_bytes(data[3:7], "little"):
         raise MessageError(f"message of {len(data)} bytes is damaged (checksum differs)")
     try:
-        round_, base, scalars, arrays = msgpack.unpackb(body, strict_map_key=True, use_list=True)
+        round_, base, scalars, arrays = msgpack.unpackb(
+            body, strict_map_key=True, use_list=True, object_pairs_hook=_named,
+            max_array_len=MAX_DIMS, max_map_len=MAX_NAMES, max_ext_len=0,
+        )  # fmt: skip
         if type(round_) is not int or type(base) is not bytes or {type(scalars), type(arrays)} != {dict}:
             raise ValueError("its parts have the wrong types")
-        if not all(type(name) is str for name in (*scalars, *arrays)):
-            raise ValueError("a name is not text")
         named = {name: _array(name, value) for name, value in arrays.items()}
         kept = {name: _scalar(name, value) for name, value in scalars.items()}
     except MessageError:
@@ -136,12 +141,25 @@ def decode(data: bytes, *, any_size: bool = False) -> Message:
     return Message(round_, base, Payload(named, kept))
 
 
+def _named(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """Return the pairs of a map; ValueError where a name is no text, too long or there twice."""
+    for name, _ in pairs:
+        if type(name) is not str or len(name) > MAX_NAME:
+            raise ValueError(f"a name is not text of at most {MAX_NAME} characters")
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
 def _array(name: str, value: Any) -> np.ndarray:
     code, shape, raw = value
     if type(code) is not int or not 0 <= code < len(DTYPES) or type(raw) is not bytes:
         raise MessageError(f"array '{name}' has an unknown type")
     if type(shape) is not list or not all(type(n) is int and n >= 0 for n in shape):
         raise MessageError(f"array '{name}' has shape {shape!r}")
+    if len(shape) > MAX_DIMS or max(shape, default=0) > (EMPTY if 0 in shape else len(raw)):
+        raise MessageError(f"array '{name}' has shape {shape} for {len(raw)} bytes")
     dtype = np.dtype(DTYPES[code]).newbyteorder("<")
     if math.prod(shape) * dtype.itemsize != len(raw):
         raise MessageError(

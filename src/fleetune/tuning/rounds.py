@@ -14,7 +14,7 @@ from typing import Any
 
 from fleetune.common.memory import rss
 from fleetune.data import keyed_order
-from fleetune.errors import FleetError, MessageError
+from fleetune.errors import FleetError, MessageError, cut_reason
 from fleetune.runs.events import ClientReply, Recorded, RoundDone, round_evaluated
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
@@ -157,8 +157,9 @@ class _ReplyCheck:
     def _open(self, answer: Answer) -> tuple[Payload | None, str, str]:
         if answer.data is None:
             self.failed += answer.status == "failed"
-            self.reason = self.reason or answer.reason
-            return None, answer.status, answer.reason
+            why = cut_reason(answer.reason)
+            self.reason = self.reason or why
+            return None, answer.status, why
         try:
             spec = self.specs[answer.client % len(self.specs)]
             payload = check(decode(answer.data), spec, round=self.round, base=self.plan.base)

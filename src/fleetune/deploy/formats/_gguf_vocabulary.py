@@ -32,8 +32,9 @@ from fleetune.data import Example
 from fleetune.data.encode import prompt_ids
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import chat_template as plain
+from fleetune.models.foreign import foreign_file
 from fleetune.models.gguf.tokenizer import RULES, WHOLE
-from fleetune.models.hf_folder import config_of, short_error
+from fleetune.models.hf_folder import config_of
 
 SPECIAL: Final = ("bos", "eos", "unk", "pad")
 TEMPLATE_FILE: Final = "chat_template.jinja"  # transformers' own name for it
@@ -142,16 +143,12 @@ def _rules(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
 
 def load(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face directory; ModelError when that fails."""
-    try:
+    with foreign_file(folder, "has a tokenizer that cannot be loaded"):
         # transformers would not know the type of a model with widths of its own
         config = config_of(folder) if (folder / "config.json").is_file() else None
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise ModelError(
-            f"the tokenizer in {folder} cannot be loaded: {short_error(error)}", hint="fetch the model again"
-        ) from error
     return tokenizer
 
 

@@ -19,7 +19,7 @@ shared by all heads.  So nothing but the linear layers has to change.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
@@ -158,10 +158,17 @@ def config_accepts(config: Any, plain: Mapping[str, int]) -> bool:
 # ---------------------------------------------------------------- making again
 
 
-def class_of(config: Any) -> type[PreTrainedModel]:
-    """Return the class of a causal language model: transformers' own, or one that narrows its blocks once made."""
+def class_of(
+    config: Any, inspect: Callable[[PreTrainedModel], None] = lambda net: None
+) -> type[PreTrainedModel]:
+    """Return the class of a causal language model: transformers' own, or one that narrows its blocks once made.
+
+    `inspect` is called with a whole net of it on the meta device, before anything takes memory.
+    """
     with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))
+        net = AutoModelForCausalLM.from_config(config)
+    inspect(net)
+    kind = type(net)
     if not has_block_widths(config):
         return kind
 

@@ -36,8 +36,12 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from fleetune.errors import ModelError
+from fleetune.models.bounds import check_blocks, check_config, check_range
 from fleetune.models.families import deci, gemma, rope, widths
+from fleetune.models.foreign import foreign_file
+from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
+from fleetune.models.gguf.claims import ANOTHER, check_claims
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +79,13 @@ def convert(path: Path, folder: Path, *, progress: Callable[[str, int, int], Non
     """
     reader = _open(path)
     config = _config(path, reader)
-    net = widths.build(config)
-    config.architectures = [type(net).__name__]
-    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}  # tied tensors once
-    plan = _plan(path, reader, config, shapes)
+    with foreign_file(path, "describes a model that cannot be made", hint=ANOTHER):
+        net = widths.build(config)
+        config.architectures = [type(net).__name__]
+        shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}  # tied tensors once
+        plan = _plan(path, reader, config, shapes)
     tokenizer = _tokenizer(path, reader, config)
-    _write_weights(plan, shapes, folder / "model.safetensors", progress)
+    _write_weights(path, plan, shapes, folder / "model.safetensors", progress)
     config.dtype = torch.float32
     config.save_pretrained(folder)
     widths.mark_config(folder)
@@ -91,19 +96,26 @@ def convert(path: Path, folder: Path, *, progress: Callable[[str, int, int], Non
 
 
 def _open(path: Path) -> Any:
+    header.read(path)  # the package would loop over a list as long as the file claims
     try:
-        return gguf.GGUFReader(path)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}", hint="check the path") from error
-    except (ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
-        raise ModelError(
-            f"{path} is not a readable GGUF file ({error})", hint="fetch the file again, or give another one"
-        ) from error
+        with foreign_file(path, "is not a readable GGUF file", hint=ANOTHER):
+            reader = gguf.GGUFReader(path)
+    except MemoryError as error:  # of a length that the file claims
+        raise ModelError(f"{path} is not a readable GGUF file (it claims too much)", hint=ANOTHER) from error
+    check_claims(path, reader)
+    return reader
 
 
 def _field(reader: Any, key: str) -> Any:
     field = reader.fields.get(key)
     return None if field is None else field.contents()
+
+
+def _numbers(reader: Any) -> dict[str, Any]:
+    """Return the single values of the metadata, with names of ours for what `check_config` looks at."""
+    own = {"block_count": "num_layers", "freq_base": "theta", "freq_base_swa": "theta"}
+    found = {key: _field(reader, key) for key, field in reader.fields.items() if len(field.types) == 1}
+    return {own.get(key.rpartition(".")[2], key): value for key, value in found.items()}
 
 
 def _config(path: Path, reader: Any) -> Any:
@@ -119,18 +131,16 @@ def _config(path: Path, reader: Any) -> Any:
         raise ModelError(
             f"{path} rescales its rotary frequencies, which transformers cannot express", hint=instead
         )
-    try:
+    check_config(_numbers(reader), path)
+    check_blocks(_field(reader, f"{architecture}.block_count"), len(reader.tensors), path)
+    with foreign_file(path, "has unusable metadata", hint=instead):
         config = _described(path, architecture, reader)
-    except ModelError:
-        raise
-    except Exception as error:
-        why = " ".join(str(error).split())
-        raise ModelError(f"{path} has unusable metadata ({why})", hint=instead) from error
-    if (width := _field(reader, f"{architecture}.attention.key_length")) is not None:
-        config.head_dim = int(width)  # transformers does not read it for every architecture
-    _take_factors(path, reader, config, instead)
-    # metadata hold fp32: 1e-05 comes back as 9.999999747378752e-06
-    config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
+        if (width := _field(reader, f"{architecture}.attention.key_length")) is not None:
+            config.head_dim = int(width)  # transformers does not read it for every architecture
+        _take_factors(path, reader, config, instead)
+        # metadata hold fp32: 1e-05 comes back as 9.999999747378752e-06
+        config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
+    check_config(config.to_dict(), path)
     if "_model_name_or_path" in config.__dict__:
         del config._model_name_or_path
     config.name_or_path = ""
@@ -242,12 +252,16 @@ def _rows(tensor: Any, order: np.ndarray | None, shifted: bool) -> Iterator[np.n
 
 
 def _write_weights(
+    source: Path,
     plan: Mapping[str, tuple[Any, np.ndarray | None, bool]],
     shapes: Mapping[str, tuple[int, ...]],
     path: Path,
     progress: Callable[[str, int, int], None] | None,
 ) -> None:
-    """Write a safetensors file: 8 bytes with the header's length, the header (JSON), the raw little-endian values."""
+    """Write a safetensors file: 8 bytes with the header's length, the header (JSON), the raw little-endian values.
+
+    ModelError for values of the file `source` that are not finite.
+    """
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -256,10 +270,12 @@ def _write_weights(
     raw = json.dumps(head, separators=(",", ":")).encode()
     raw += b" " * (-(len(raw) + 8) % 64)  # values start on a cache line
     done = 0
-    with path.open("wb") as file:
+    # what is not finite is refused below, in words
+    with path.open("wb") as file, np.errstate(invalid="ignore", over="ignore"):
         file.write(len(raw).to_bytes(8, "little") + raw)
         for tensor, order, shifted in plan.values():
             for rows in _rows(tensor, order, shifted):
+                check_range(float(rows.min()), float(rows.max()), tensor.name, source, ANOTHER)
                 file.write(np.ascontiguousarray(rows, dtype="<f4").data)
                 done += rows.nbytes
             if progress is not None:
@@ -267,15 +283,11 @@ def _write_weights(
 
 
 def _tokenizer(path: Path, reader: Any, config: Any) -> Any:
-    try:
+    hint = "use the model's hub id or a Hugging Face directory of it"
+    with foreign_file(path, "has a tokenizer that cannot be read", hint=hint):
         tokenizer: Any = gguf_tokens.build_tokenizer(lambda key: _field(reader, key))
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (ValueError, KeyError, IndexError, TypeError, OSError, ImportError) as error:
-        raise ModelError(
-            f"{path} has a tokenizer that cannot be read ({error})",
-            hint="use the model's hub id or a Hugging Face directory of it",
-        ) from error
     split = _field(reader, "tokenizer.ggml.pre")
     if split == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -24,6 +24,8 @@ NUMBERS: Final[Mapping[int, str]] = MappingProxyType(
     {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 )
 TEXT, LIST = 8, 9
+DIMS: Final = 4  # of a tensor, ggml's own bound
+LISTED: Final = 1 << 22  # values in all lists; the largest vocabularies have a third of that
 KEPT: Final = 1 << 20  # bytes of the longest text that is looked at: a chat template has thousands
 AGAIN: Final = "copy, fetch or export it again"
 
@@ -78,7 +80,7 @@ class _HeaderReader:
     """Reads values in turn; struct.error or ValueError beyond the end."""
 
     def __init__(self, raw: mmap.mmap) -> None:
-        self.raw, self.at = raw, 4
+        self.raw, self.at, self.listed = raw, 4, 0
 
     def number(self, letter: str) -> Any:
         (value,) = struct.unpack_from(f"<{letter}", self.raw, self.at)
@@ -103,6 +105,9 @@ class _HeaderReader:
         if kind != LIST:
             return self.number(NUMBERS[kind])
         inner, count = self.number("I"), self.number("Q")
+        self.listed += count
+        if self.listed > LISTED:
+            raise ValueError("lists without an end")
         if inner != TEXT:
             self.skip(count * struct.calcsize(f"<{NUMBERS[inner]}"))
             return None
@@ -122,7 +127,9 @@ def _head(reader: _HeaderReader) -> GgufHeader:
     ends = [0]
     for _ in range(tensors):
         reader.text()
-        shape = [reader.number("Q") for _ in range(reader.number("I"))]
+        if (dims := reader.number("I")) > DIMS:
+            raise ValueError("more dims than a tensor has")
+        shape = [reader.number("Q") for _ in range(dims)]
         kind, offset = reader.number("I"), reader.number("Q")
         ends.append(offset + _bytes(kind, math.prod(shape)))
     alignment = int(values.get("general.alignment") or 32)

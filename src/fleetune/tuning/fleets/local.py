@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fleetune.common.memory import is_out_of_memory
 from fleetune.data import Batch, Batches, Encoded
-from fleetune.errors import Interrupted, StorageError
+from fleetune.errors import FitError, Interrupted, StorageError
 from fleetune.models.model import Model
 from fleetune.seeds.noise import derive
 from fleetune.tuning.fleets import Answer
@@ -101,6 +102,11 @@ class LocalFleet:
             except (Interrupted, StorageError):
                 raise
             except Exception as error:
+                if is_out_of_memory(error):  # the machine's, which all clients share
+                    raise FitError(
+                        f"client {client} in round {round}: memory does not suffice on '{self.model.device}'",
+                        hint=f"see: fleetune plan {self.model.name}   (less: batch_size, --max-length, --dtype bf16)",
+                    ) from error
                 # One bad client never stops a round: it is recorded, and the others go on.
                 log.exception("client %d failed in round %d", client, round)
                 reason = f"{type(error).__name__}: {error}"

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds on what a model's files claim, checked before work is done for it.
+
+A configuration is a few kilobytes, yet makes transformers build as many blocks as it says.  So counts are compared with
+what any known model has, and with the tensors that are there; and numbers with which no step can be computed (an
+epsilon of 0, a base of NaN, weights that are not finite) are refused before a run starts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from fleetune.errors import ModelError
+from fleetune.models.foreign import AGAIN
+
+CONFIG_BYTES: Final = 1 << 24  # of config.json; those of real models have thousands
+# what a key counts, and the most that is built of it: transformers makes a list or a module for each
+MOST: Final[Mapping[str, int]] = MappingProxyType({"layer": 1_024, "expert": 4_096, "label": 65_536})
+COUNT: Final = re.compile(r"(?:^|_)(?:num|n|encoder|decoder)_(?:\w+_)?(layer|expert|label)s?$")
+EPSILON: Final = re.compile(r"(^|_)eps(ilon)?$")
+BASE: Final = re.compile(r"(^|_)(theta|rotary_emb_base|rope_local_base_freq)$")
+SLACK: Final = 1 << 22  # parameters that a net may have beyond twice those in its files: a new head
+TABLES: Final = 1 << 28  # elements that a net may compute for itself: masks, sines
+LARGEST_WEIGHT: Final = 1e9  # trained weights are far below; products of such stay finite in fp32
+
+
+def check_config(raw: object, file: Path) -> None:
+    """Raise ModelError for a count beyond `MOST`, or a constant with which no step can be computed, at any depth."""
+    for key, value in _numbers(raw):
+        count = COUNT.search(key)
+        if count and value > (most := MOST[count[1]]):
+            raise _claim(file, key, value, f"more than the {most:,} that are built")
+        if math.isnan(value):
+            raise _claim(file, key, value, "no number")
+        if EPSILON.search(key) and not 0 < value < 1:
+            raise _claim(file, key, value, "not between 0 and 1")
+        if BASE.search(key) and not 0 < value < math.inf:
+            raise _claim(file, key, value, "not above 0")
+
+
+def _claim(file: Path, key: str, value: float, why: str) -> ModelError:
+    return ModelError(f"{file} says {key[:80]} = {value!s:.40}: {why}", hint=AGAIN)
+
+
+def _numbers(raw: object) -> Iterator[tuple[str, int | float]]:
+    """Yield (key, number) of all objects in a JSON value; without recursion, since it may be nested deeply."""
+    left: list[tuple[str, object]] = [("", raw)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += [(str(name), inner) for name, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            left += [(key, inner) for inner in value]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, value
+
+
+def check_blocks(blocks: object, tensors: int, file: Path) -> None:
+    """Raise ModelError when a configuration claims more blocks than there are tensors."""
+    if isinstance(blocks, int) and blocks > tensors:
+        raise ModelError(f"{file} says {blocks:,} blocks, but there are {tensors:,} tensors", hint=AGAIN)
+
+
+def check_size(net: nn.Module, elements: int, path: Path) -> None:
+    """Raise ModelError when a net (on the meta device) is much larger than what the files hold, or its tables are huge."""
+    wanted = sum(p.numel() for p in net.parameters())
+    tables = sum(b.numel() for b in net.buffers())
+    if wanted > 2 * elements + SLACK or tables > elements + TABLES:
+        raise ModelError(
+            f"config.json in {path} describes {wanted:,} parameters (and tables of {tables:,}), "
+            f"the files hold {elements:,}",
+            hint="config.json is of another model than the weights: " + AGAIN,
+        )
+
+
+def finite(
+    tensors: Iterable[tuple[str, Tensor]], path: Path, hint: str = AGAIN
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) as they come; ModelError for weights that are NaN, infinite or beyond `LARGEST_WEIGHT`.
+
+    One pass over each tensor, which takes no memory.
+    """
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta":
+            low, high = (float(end) for end in torch.aminmax(tensor.detach()))
+            check_range(low, high, name, path, hint)
+        yield name, tensor
+
+
+def check_range(low: float, high: float, name: str, path: Path, hint: str = AGAIN) -> None:
+    """Raise ModelError unless a tensor's least and largest values are finite and small enough to compute with."""
+    if not -LARGEST_WEIGHT <= low <= high <= LARGEST_WEIGHT:  # also for NaN
+        raise ModelError(
+            f"{path}: the weights of {name} go from {low:.3g} to {high:.3g}; no step can be computed with such",
+            hint=hint,
+        )
+
+
+def check_step(net: nn.Module, step: Callable[[], Tensor], path: Path) -> None:
+    """Raise ModelError unless the outputs of a first `step` are finite."""
+    with torch.no_grad():
+        if not bool(torch.isfinite(step()).all()):
+            raise ModelError(
+                f"the model in {path} gives outputs that are not finite", hint="try --dtype fp32, or " + AGAIN
+            )

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn what goes wrong with a file from elsewhere into one error that names it.
+
+Readers of other packages (transformers, tokenizers, safetensors, gguf, jinja2) may raise anything for a file that is
+damaged or meant badly: TypeError, RecursionError, KeyError, a panic of Rust code.  So whatever reads or uses such a
+file does it within `foreign_file`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from fleetune.common.memory import is_out_of_memory
+from fleetune.errors import FleetuneError, ModelError
+
+AGAIN: Final = "fetch the model again"
+PANIC: Final = "PanicException"  # of pyo3: what a Rust package raises for a fault of its own; no Exception
+
+
+@contextmanager
+def foreign_file(path: Path, what: str = "cannot be used", *, hint: str = AGAIN) -> Iterator[None]:
+    """Raise ModelError "PATH WHAT: REASON" for any error in the block that is not one of ours.
+
+    A lack of memory and an interruption pass: they say nothing about the file.
+    """
+    try:
+        yield
+    except FleetuneError:
+        raise
+    except BaseException as error:
+        panic = type(error).__name__ == PANIC
+        if is_out_of_memory(error) or not (panic or isinstance(error, Exception)):
+            raise
+        raise ModelError(f"{path} {what}: {reason(error)}", hint=hint) from error
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says, with its class where the words alone do not tell."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    said = short_error(error)
+    plain = isinstance(error, OSError | ValueError | RuntimeError) or type(error) is Exception
+    return said if plain or said == type(error).__name__ else f"{type(error).__name__}: {said}"
+
+
+def short_error(error: BaseException) -> str:
+    """Return an error's first line (with the next where it ends in a colon), cut to a length that fits a message."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return (f"{first} {more[0].strip()}" if more and first.endswith(":") else first)[:300]

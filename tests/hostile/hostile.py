@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the hostile corpus is made with: the mutations of a file, a limit of time, and the one question it asks.
+
+Nothing is stored: every hostile file is made from an honest one by a rule, so the corpus is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import random
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fleetune.errors import FleetuneError, MessageError
+
+SECONDS = 10  # that a hostile file may cost, of this machine's time
+DEEP = 100_000  # brackets; a parser that recurses fails at a few thousand
+GONE = None
+OTHER_JSON: Mapping[str, bytes] = {
+    "list": b"[]", "null": b"null", "number": b"5", "text": b'"x"', "object": b"{}", "nan": b"NaN",
+    "deep list": b"[" * DEEP, "deep object": b'{"a":' * DEEP, "deep whole": b"[" * DEEP + b"]" * DEEP,
+    "list of lists": b"[[1]]", "huge number": b"9" * 5000, "twice": b"{} {}",
+}  # fmt: skip
+OTHER_VALUES: Mapping[str, Any] = {
+    "null": None, "true": True, "zero": 0, "minus": -1, "large": 2**31 - 1, "beyond": 2**70, "real": 1e30,
+    "nan": float("nan"), "inf": float("inf"), "text": "x", "empty": "", "list": [], "nested": [[1]], "object": {},
+}  # fmt: skip
+
+
+def mutants(data: bytes, *, is_json: bool = False, seed: str = "") -> dict[str, bytes | None]:
+    """Return what becomes of a file: cut, with a bit flipped, empty, noise, gone, and other JSON."""
+    rng = random.Random(f"{seed}/{len(data)}")
+    found: dict[str, bytes | None] = {
+        "cut in half": data[: len(data) // 2],
+        "without its last byte": data[:-1],
+        "its first 9 bytes": data[:9],
+        "empty": b"",
+        "noise": rng.randbytes(300),
+        "as long, noise": rng.randbytes(len(data)),
+        "zeros": bytes(len(data)),
+        "with more at its end": data + b"\0" * 64,
+        "gone": GONE,
+    }
+    for i in range(6):
+        flipped = bytearray(data)
+        flipped[rng.randrange(min(len(data), 64 if i % 2 else len(data)))] ^= 1 << rng.randrange(8)
+        found[f"bit {i} flipped"] = bytes(flipped)
+    return {**found, **OTHER_JSON} if is_json else found
+
+
+def values(data: bytes, *, keys: Callable[[str], bool] = lambda key: True) -> dict[str, bytes]:
+    """Return a JSON object with each of its keys taken away, and with each of the other values for it."""
+    whole = json.loads(data)
+    found = {}
+    for key in filter(keys, whole):
+        found[f"{key} gone"] = json.dumps({k: v for k, v in whole.items() if k != key}).encode()
+        for name, value in OTHER_VALUES.items():
+            found[f"{key} = {name}"] = json.dumps({**whole, key: value}).encode()
+    return found
+
+
+def put(path: Path, data: bytes | None) -> None:
+    """Write a file anew, or take it away."""
+    path.unlink(missing_ok=True)
+    if data is not None:
+        path.write_bytes(data)
+
+
+class NoEnd(BaseException):
+    """The work did not end within its time."""
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise NoEnd after so many seconds; code that no signal reaches ends the whole test run later."""
+
+    def late(signum: int, frame: Any) -> None:
+        raise NoEnd(f"no end within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(6 * seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def refusal(work: Callable[[], object], seconds: float = SECONDS) -> str | None:
+    """Do the work; return our own error's text, or None when it was accepted.  Anything else is raised."""
+    try:
+        with within(seconds):
+            work()
+    except FleetuneError as found:
+        error = found
+    else:
+        return None
+    assert len(error.message) < 2_000, f"a reason of {len(error.message)} characters"
+    assert error.hint or isinstance(error, MessageError), f"no word of what to do: {error}"
+    return error.message

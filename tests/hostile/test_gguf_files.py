@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hostile GGUF files: damaged in every way, and with claims that nothing in the file stands for."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from deploy_harness import tiny
+
+import hostile
+from fleetune import models
+from fleetune.deploy.export import export
+from fleetune.models.gguf import convert, header
+from hostile import put, refusal
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="session")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as a GGUF file, with quantised and plain tensors."""
+    root = tmp_path_factory.mktemp("honest-gguf")
+    model = tiny()
+    models.save(model.net, model.tokenizer, root / "tiny")
+    return export(root / "tiny", "gguf:q8_0", root / "tiny.gguf").path
+
+
+def use(file: Path, work: Path) -> None:
+    """What `tune` and `serve` do with the file first; the cache is left out."""
+    header.check(file)
+    folder = work / "converted"
+    folder.mkdir(exist_ok=True)
+    convert.convert(file, folder)
+    models.load(str(folder), device="cpu", offline=True)
+
+
+class File:
+    """An honest file's bytes, and where its values are."""
+
+    def __init__(self, path: Path) -> None:
+        self.data = bytearray(path.read_bytes())
+        self.reader = gguf.GGUFReader(path)
+
+    def value(self, key: str, form: str, value: Any) -> None:
+        """Overwrite the single value of a key, of the same width."""
+        field = self.reader.fields[key]
+        at = field.offset + 8 + len(key) + 4
+        struct.pack_into("<I", self.data, at - 4, {"f": 6, "I": 4, "i": 5}[form])
+        struct.pack_into(f"<{form}", self.data, at, value)
+
+    def table(self, number: int, *, kind: int | None = None, offset: int | None = None) -> None:
+        """Overwrite the type or the offset of a tensor."""
+        field = self.reader.tensors[number].field
+        at = field.offset + sum(part.nbytes for part in field.parts)
+        if offset is not None:
+            struct.pack_into("<Q", self.data, at - 8, offset)
+        if kind is not None:
+            struct.pack_into("<I", self.data, at - 12, kind)
+
+    def offset(self, number: int) -> int:
+        return self.reader.tensors[number].data_offset - self.reader.data_offset
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchange the places of two tensors."""
+        here, there = self.offset(one), self.offset(other)
+        self.table(one, offset=there)
+        self.table(other, offset=here)
+
+    def weight(self, plain: bool, value: float) -> None:
+        """Overwrite a value of an F32 tensor, or the scale of a Q8_0 block."""
+        wanted = gguf.GGMLQuantizationType.F32 if plain else gguf.GGMLQuantizationType.Q8_0
+        tensor = next(t for t in self.reader.tensors if t.tensor_type == wanted)
+        struct.pack_into("<f" if plain else "<e", self.data, tensor.data_offset, value)
+
+
+Change = Callable[[File], None]
+A = "llama."
+MUST_REFUSE: dict[str, Change] = {
+    "20,000 blocks": lambda f: f.value(A + "block_count", "I", 20_000),
+    "2^31 blocks": lambda f: f.value(A + "block_count", "I", 2**31 - 1),
+    "no block": lambda f: f.value(A + "block_count", "I", 0),
+    "-1 blocks": lambda f: f.value(A + "block_count", "i", -1),
+    "100 blocks": lambda f: f.value(A + "block_count", "I", 100),
+    "a width of 2^31": lambda f: f.value(A + "embedding_length", "I", 2**31 - 32),
+    "an inner width of 2^31": lambda f: f.value(A + "feed_forward_length", "I", 2**31),
+    "2^31 heads": lambda f: f.value(A + "attention.head_count", "I", 2**31),
+    "no head": lambda f: f.value(A + "attention.head_count", "I", 0),
+    "a vocabulary of 2^31": lambda f: f.value(A + "vocab_size", "I", 2**31),
+    "epsilon NaN": lambda f: f.value(A + "attention.layer_norm_rms_epsilon", "f", NAN),
+    "epsilon 0": lambda f: f.value(A + "attention.layer_norm_rms_epsilon", "f", 0.0),
+    "base NaN": lambda f: f.value(A + "rope.freq_base", "f", NAN),
+    "base 0": lambda f: f.value(A + "rope.freq_base", "f", 0.0),
+    "a NaN": lambda f: f.weight(True, NAN),
+    "an inf": lambda f: f.weight(True, float("inf")),
+    "1e30": lambda f: f.weight(True, 1e30),
+    "a scale of NaN": lambda f: f.weight(False, NAN),
+    "overlapping tensors": lambda f: f.table(3, offset=f.offset(2)),
+    "swapped tensors": lambda f: f.swap(2, 3),
+    "an odd offset": lambda f: f.table(1, offset=f.offset(1) + 3),
+    "an offset beyond the end": lambda f: f.table(1, offset=2**62),
+    "F32 as I32": lambda f: f.table(_plain(f), kind=26),
+    "F32 as F16": lambda f: f.table(_plain(f), kind=1),
+    "an unknown type": lambda f: f.table(1, kind=999),
+    "Q8_0 as Q4_0": lambda f: f.table(_coded(f), kind=2),
+    "2^60 tensors": lambda f: struct.pack_into("<Q", f.data, 8, 2**60),
+    "2^60 keys": lambda f: struct.pack_into("<Q", f.data, 16, 2**60),
+    "version 99": lambda f: struct.pack_into("<I", f.data, 4, 99),
+    "big-endian": lambda f: struct.pack_into(">I", f.data, 4, 3),
+}  # fmt: skip
+
+
+def _plain(f: File) -> int:
+    return next(i for i, t in enumerate(f.reader.tensors) if t.tensor_type == gguf.GGMLQuantizationType.F32)
+
+
+def _coded(f: File) -> int:
+    return next(i for i, t in enumerate(f.reader.tensors) if t.tensor_type == gguf.GGMLQuantizationType.Q8_0)
+
+
+@pytest.mark.parametrize("case", list(MUST_REFUSE))
+def test_a_file_that_an_attack_found_is_refused(honest: Path, tmp_path: Path, case: str) -> None:
+    file = File(honest)
+    MUST_REFUSE[case](file)
+    put(tmp_path / "x.gguf", bytes(file.data))
+    assert refusal(lambda: use(tmp_path / "x.gguf", tmp_path)), f"{case}: accepted"
+
+
+def written(path: Path, **metadata: Any) -> None:
+    """A file of one tensor with lists of a hostile form."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    for key, value in metadata.items():
+        writer.add_array(f"tokenizer.ggml.{key}", value)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_list_that_claims_to_be_longer_than_the_file_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "x.gguf", numbers=[1, 2, 3])
+    raw = bytearray((tmp_path / "x.gguf").read_bytes())
+    at = raw.index(b"tokenizer.ggml.numbers") + len("tokenizer.ggml.numbers") + 8
+    struct.pack_into("<Q", raw, at, 2**60)
+    put(tmp_path / "x.gguf", bytes(raw))
+    assert refusal(lambda: use(tmp_path / "x.gguf", tmp_path))
+
+
+def test_a_token_as_long_as_a_book_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "x.gguf", tokens=["a", "b" * 1_000_000], scores=[0.0, 0.0], token_type=[1, 1])
+    assert "token of more than" in str(refusal(lambda: use(tmp_path / "x.gguf", tmp_path)))
+
+
+def test_the_honest_one_is_accepted(honest: Path, tmp_path: Path) -> None:
+    assert refusal(lambda: use(honest, tmp_path)) is None
+
+
+def sweep(honest: Path, work: Path, flips: int, every: int) -> None:
+    """Damage the file as a whole, and flip bits of its head, where all the claims are."""
+    raw = honest.read_bytes()
+    cases = hostile.mutants(raw, seed="gguf")
+    rng = np.random.default_rng(7)
+    head = gguf.GGUFReader(honest).data_offset
+    for number in range(flips):
+        flipped = bytearray(raw)
+        at = int(rng.integers(head))
+        flipped[at] ^= 1 << int(rng.integers(8))
+        cases[f"bit of byte {at}"] = bytes(flipped)
+        if number % 4 == 0:
+            wide = bytearray(raw)
+            wide[at : at + 4] = b"\xff" * 4
+            cases[f"four bytes at {at}"] = bytes(wide)
+    counts, faults = {"refused": 0, "accepted": 0}, []
+    for what, changed in list(cases.items())[::every]:
+        put(work / "x.gguf", changed)
+        try:
+            counts["refused" if refusal(lambda: use(work / "x.gguf", work)) else "accepted"] += 1
+        except (Exception, hostile.NoEnd) as error:
+            faults.append(f"{what}: {type(error).__name__}: {str(error)[:150]}")
+    print(f"gguf: {counts}, {len(faults)} of another kind")
+    assert not faults, f"{len(faults)}:\n" + "\n".join(faults)
+
+
+def test_a_sample_of_damaged_files(honest: Path, tmp_path: Path) -> None:
+    sweep(honest, tmp_path, flips=24, every=5)
+
+
+@pytest.mark.faults
+def test_all_damaged_files(honest: Path, tmp_path: Path) -> None:
+    sweep(honest, tmp_path, flips=300, every=1)

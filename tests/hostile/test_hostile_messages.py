@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hostile messages: what costs the server time or memory, and what would go into its records."""
+
+from __future__ import annotations
+
+import random
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+
+import hostile
+from fleetune.errors import REASON, MessageError, cut_reason
+from fleetune.tuning.messages import MAGIC, MAX_DIMS, Message, Payload, ReplySpec, check, decode, encode
+
+BASE = bytes(8)
+MANY = 1 << 20
+SPEC = ReplySpec({"a": ("float32", (4, 2))}, {"n": (int, 0, 9)})
+HONEST = Message(1, BASE, Payload({"a": np.zeros((4, 2), np.float32)}, {"n": 3}))
+
+
+def wrap(body: bytes) -> bytes:
+    return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+
+
+def packed(scalars: Any = None, arrays: Any = None) -> bytes:
+    return wrap(
+        msgpack.packb([1, BASE, {} if scalars is None else scalars, {} if arrays is None else arrays])
+    )
+
+
+def shaped(shape: Any, raw: bytes = b"") -> bytes:
+    return packed(arrays={"a": [9, shape, raw]})
+
+
+def twice(kind: str) -> bytes:
+    """A map that MessagePack writes but Python cannot hold: the name "a" two times."""
+    value = msgpack.packb([0, [1], b"x"]) if kind == "arrays" else b"\x01"
+    pair = b"\xa1a" + value
+    maps = [b"\x80", b"\x80"]
+    maps[kind == "arrays"] = b"\x82" + pair + pair
+    return wrap(b"\x94\x01\xc4\x08" + BASE + b"".join(maps))
+
+
+CASES: dict[str, Callable[[], bytes]] = {
+    "20,000 dims": lambda: shaped([2**63 - 1] * 20_000),
+    "1,600,000 dims (14 MB)": lambda: shaped([2**63 - 1] * 1_600_000),
+    "14 million small dims": lambda: shaped([1] * 14_000_000),
+    "dims beyond the bytes": lambda: shaped([2**63 - 1] * MAX_DIMS),
+    "a dim beyond memory, and none": lambda: shaped([2**64 - 1, 0]),
+    "more dims than agreed": lambda: shaped([1] * (MAX_DIMS + 1), bytes(4)),
+    "a shape that is a map": lambda: shaped({"a": 1}),
+    "a shape of reals": lambda: shaped([4.0, 2.0], bytes(32)),
+    "a shape of truths": lambda: shaped([True], bytes(4)),
+    "a negative dim": lambda: shaped([-1], bytes(4)),
+    "a million names": lambda: packed(scalars={f"n{i}": 0 for i in range(MANY)}),
+    "a name of 14 MB": lambda: packed(scalars={"n" * 14_000_000: 0}),
+    "an array's name of 14 MB": lambda: packed(arrays={"n" * 14_000_000: [9, [0], b""]}),
+    "a name that is a number": lambda: packed(scalars={5: 0}),
+    "a name that is bytes": lambda: packed(scalars={b"n": 0}),
+    "a name twice among the scalars": lambda: twice("scalars"),
+    "a name twice among the arrays": lambda: twice("arrays"),
+    "a list as a scalar": lambda: packed(scalars={"n": [1]}),
+    "a map as a scalar": lambda: packed(scalars={"n": {"m": 1}}),
+    "an extension": lambda: packed(scalars={"n": msgpack.ExtType(5, b"x")}),
+    "a date": lambda: packed(scalars={"n": msgpack.Timestamp(0)}),
+    "100,000 brackets": lambda: wrap(b"\x91" * 100_000),
+    "a list that claims 4 GB": lambda: wrap(b"\xdd\xff\xff\xff\xff"),
+    "a map that claims 4 GB": lambda: wrap(b"\xdf\xff\xff\xff\xff"),
+    "bytes that claim 4 GB": lambda: wrap(b"\x94\x01\xc6\xff\xff\xff\xff"),
+    "no list": lambda: wrap(b"\x05"),
+    "two messages": lambda: wrap(msgpack.packb([1, BASE, {}, {}]) * 2),
+    "another type": lambda: packed(arrays={"a": [99, [1], b"x"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_hostile_message_is_refused_at_once_and_shortly(case: str) -> None:
+    message = CASES[case]()
+    began = time.process_time()
+    said = hostile.refusal(lambda: decode(message), seconds=5)
+    seconds = time.process_time() - began
+    assert said, f"{case}: accepted"
+    assert len(said) <= REASON
+    assert seconds < 0.5, f"{case}: {seconds:.2f} s for {len(message):,} bytes"
+
+
+def test_a_reason_is_short_and_printable_whatever_the_names_are() -> None:
+    names = {f"\x1b[2J\n{'x' * 400}{i}": 1 for i in range(5_000)}
+    reply = decode(packed(scalars=names))
+    with pytest.raises(MessageError) as caught:
+        check(reply, SPEC, round=1, base=BASE)
+    assert len(str(caught.value)) <= REASON
+    assert str(caught.value).isprintable()
+
+
+def test_a_reason_is_cut_where_it_is_long() -> None:
+    assert cut_reason("as it is") == "as it is"
+    assert cut_reason("a\n\tb\x07") == "a b?"
+    assert cut_reason("x" * REASON) == "x" * REASON
+    assert cut_reason("x" * (REASON + 1)) == "x" * (REASON - 3) + "..."
+    assert len(cut_reason(" " * 10_000 + "x" * 10_000)) <= REASON
+
+
+def test_the_honest_message_passes() -> None:
+    assert hostile.refusal(lambda: check(decode(encode(HONEST)), SPEC, round=1, base=BASE)) is None
+    wide = Message(1, BASE, Payload({"a": np.zeros((1,) * MAX_DIMS)}, {}))
+    assert decode(encode(wide)).payload.arrays["a"].shape == (1,) * MAX_DIMS
+    none = Message(1, BASE, Payload({"a": np.zeros((5, 0, 3), np.int8)}, {}))
+    assert decode(encode(none)).payload.arrays["a"].shape == (5, 0, 3)
+
+
+def mutate(rng: random.Random, body: bytearray) -> bytes:
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(body))
+        kind = rng.randrange(4)
+        if kind == 0:
+            body[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            body[at : at + rng.randint(1, 4)] = rng.randbytes(rng.randint(0, 8))
+        elif kind == 2:
+            body[at : at + 1] = bytes(
+                [rng.choice((0xC1, 0xDC, 0xDD, 0xDF, 0xC6, 0xC9, 0xD9, 0x94, 0xCF, 0xCB))]
+            )
+        else:
+            del body[at : at + rng.randint(1, 6)]
+        if not body:
+            break
+    return wrap(bytes(body))
+
+
+def storm(count: int, seed: int) -> dict[str, int]:
+    rng = random.Random(seed)
+    body = encode(HONEST)[7:]
+    counts = {"refused": 0, "accepted": 0}
+    for _ in range(count):
+        message = mutate(rng, bytearray(body))
+        said = hostile.refusal(lambda m=message: check(decode(m), SPEC, round=1, base=BASE), seconds=5)  # type: ignore[misc]
+        counts["refused" if said else "accepted"] += 1
+    print(f"messages: {counts}")
+    return counts
+
+
+def test_mutated_messages_are_refused_or_within_what_was_agreed() -> None:
+    assert storm(2_000, seed=11)["refused"] > 1_000
+
+
+@pytest.mark.faults
+def test_a_storm_of_mutated_messages() -> None:
+    assert storm(100_000, seed=12)["refused"] > 50_000

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hostile model directories: every file damaged in every way, and those that an attack found.
+
+Loading one is either refused by an error of ours within the time, or gives a model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hostile
+from fleetune import data, models
+from fleetune.data.labelled import encode_rows
+from hostile import put, refusal
+
+Change = Callable[[Path], None]
+JSON = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+INDEX = "model.safetensors.index.json"
+FILES = (*JSON, "model.safetensors", "chat_template.jinja")
+ROWS = [data.Example((("user", "what is 2 and 2?"),), "four", {})]
+
+
+@pytest.fixture(scope="session")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as a directory, in one file and (beside it) in shards."""
+    root = tmp_path_factory.mktemp("honest")
+    tiny = models.tiny_llama()
+    models.save(tiny.net, tiny.tokenizer, root / "one")
+    shutil.copytree(root / "one", root / "shards")
+    (root / "shards" / "model.safetensors").unlink()
+    tiny.net.save_pretrained(root / "shards", max_shard_size="30KB")
+    return root
+
+
+def use(folder: Path) -> None:
+    """What every command does with a model's directory before its first step."""
+    model = models.load(str(folder), device="cpu", offline=True)
+    encode_rows(model, ROWS, 64)
+    model.net(torch.tensor([[1, 2, 3]]))
+
+
+def config(**values: Any) -> Change:
+    return edit("config.json", **values)
+
+
+def edit(name: str, **values: Any) -> Change:
+    def change(folder: Path) -> None:
+        file = folder / name
+        put(file, json.dumps({**json.loads(file.read_bytes()), **values}).encode())
+
+    return change
+
+
+def write(name: str, text: bytes | str) -> Change:
+    return lambda folder: put(folder / name, text.encode() if isinstance(text, str) else text)
+
+
+def weights(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    def apply(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        tensors = {n: t.clone() for n, t in tensors.items()}
+        tensors[name] = change(tensors[name]).contiguous()
+        file.unlink()
+        save_file(tensors, file, {"format": "pt"})
+
+    return apply
+
+
+def spoil(value: float, dtype: torch.dtype = torch.float32) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[-1] = value
+        return tensor.to(dtype)
+
+    return change
+
+
+def template(text: Any) -> Change:
+    def change(folder: Path) -> None:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        edit("tokenizer_config.json", chat_template=text)(folder)
+
+    return change
+
+
+def index(value: Any) -> Change:
+    return write(INDEX, value if isinstance(value, bytes) else json.dumps(value))
+
+
+NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+MUST_REFUSE: dict[str, Change] = {
+    # an error of another kind came out of these (D6)
+    "config.json deep": write("config.json", b"[" * hostile.DEEP),
+    "architectures = 5": config(architectures=5),
+    "architectures = [[1]]": config(architectures=[[1]]),
+    "model_type a list": config(model_type=["llama"]),
+    "hidden_act unknown": config(hidden_act="nonesuch"),
+    "an absent kernel": config(_attn_implementation="flash_attention_9"),
+    "chat_template = 5": template(5),
+    "chat_template includes": template("{% include 'x' %}"),
+    "chat_template ranges": template("{% for i in range(1000000000) %}x{% endfor %}"),
+    "generation_config.json = []": write("generation_config.json", b"[]"),
+    "generation_config.json = {": write("generation_config.json", b"{"),
+    # models without an end (D7)
+    "100,000 layers": config(num_hidden_layers=100_000),
+    "2^31 layers": config(num_hidden_layers=2**31 - 1),
+    "2^31 layers of another family": config(
+        model_type="qwen3", architectures=["Qwen3ForCausalLM"], num_hidden_layers=2**31 - 1
+    ),
+    "10^9 labels": config(num_labels=10**9),
+    "vocabulary of 2^40": config(vocab_size=2**40),
+    "width of 2^30": config(hidden_size=2**30),
+    "inner width of 2^36": config(intermediate_size=2**36),
+    "2^20 heads": config(num_attention_heads=2**20),
+    "two nested loops": template(LOOPS),
+    "4e9 letters": template("{{ 'a' * 4000000000 }}"),
+    "a format of 3e9": template("{{ '%3000000000d' % 1 }}"),
+    "a format method of 3e9": template("{{ '{:3000000000d}'.format(1) }}"),
+    "a justified text of 3e9": template("{{ 'a'.ljust(3000000000) }}"),
+    "a filter of 3e9": template("{{ 'a' | center(3000000000) }}"),
+    "a doubled text": template(
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+    ),
+    "a power": template("{{ 7 ** (10 ** 9) }}"),
+    "a recursive macro": template("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
+    "much output": template("{% for i in range(90000) %}{{ 'a' * 9000 }}{% endfor %}"),
+    "loops for a system turn": template("{% if messages|length > 2 %}" + LOOPS + "{% endif %}"),
+    "loops for an answer": template("{% if not add_generation_prompt %}" + LOOPS + "{% endif %}"),
+    "not a template": template("{% for %}"),
+    "deep template": template("{{ " + "(" * 50_000 + " }}"),
+    # weights and constants that no step survives (D9)
+    "a NaN": weights(UP, spoil(float("nan"))),
+    "an inf": weights(NORM, spoil(float("-inf"))),
+    "1e30": weights(UP, spoil(1e30)),
+    "a NaN in bf16": weights(UP, spoil(float("nan"), torch.bfloat16)),
+    "an inf in fp16": weights(UP, spoil(float("inf"), torch.float16)),
+    "rms_norm_eps NaN": config(rms_norm_eps=float("nan")),
+    "rms_norm_eps 0": config(rms_norm_eps=0.0),
+    "rms_norm_eps -1": config(rms_norm_eps=-1.0),
+    "rope_theta NaN": config(rope_parameters={"rope_theta": float("nan"), "rope_type": "default"}),
+    "rope_theta 0": config(rope_parameters={"rope_theta": 0.0, "rope_type": "default"}),
+    "rope_theta -1": config(rope_parameters={"rope_theta": -1.0, "rope_type": "default"}),
+    "rope_theta of old NaN": config(rope_parameters=None, rope_theta=float("nan")),
+}  # fmt: skip
+MUST_REFUSE_SHARDS: dict[str, Change] = {
+    "index = []": index([]),
+    "index = null": index(None),
+    "index shard 5": index({"weight_map": {NORM: 5}}),
+    "index shard a list": index({"weight_map": {NORM: [1]}}),
+    "index shard with NUL": index({"weight_map": {NORM: "a\0b"}}),
+    "index map a list": index({"weight_map": [1]}),
+    "index deep": index(b"[" * hostile.DEEP),
+    "index elsewhere": index({"weight_map": {NORM: "../one/model.safetensors"}}),
+}
+
+
+def names(cases: dict[str, Any]) -> Any:
+    return pytest.mark.parametrize("case", list(cases))
+
+
+@names(MUST_REFUSE)
+def test_a_folder_that_an_attack_found_is_refused(honest: Path, tmp_path: Path, case: str) -> None:
+    shutil.copytree(honest / "one", tmp_path / "x")
+    MUST_REFUSE[case](tmp_path / "x")
+    assert refusal(lambda: use(tmp_path / "x")), f"{case}: accepted"
+
+
+@names(MUST_REFUSE_SHARDS)
+def test_an_index_that_an_attack_found_is_refused(honest: Path, tmp_path: Path, case: str) -> None:
+    shutil.copytree(honest / "shards", tmp_path / "x")
+    MUST_REFUSE_SHARDS[case](tmp_path / "x")
+    assert refusal(lambda: use(tmp_path / "x")), f"{case}: accepted"
+
+
+def test_the_honest_ones_are_accepted(honest: Path) -> None:
+    assert refusal(lambda: use(honest / "one")) is None
+    assert refusal(lambda: use(honest / "shards")) is None
+
+
+def damaged(folder: Path) -> Iterator[tuple[str, str, bytes | None]]:
+    """(file, what was done to it, its new bytes) for every file of a model's directory."""
+    for file in sorted(folder.iterdir()):
+        is_json = file.suffix == ".json"
+        raw = file.read_bytes()
+        for what, changed in hostile.mutants(raw, is_json=is_json, seed=file.name).items():
+            yield file.name, what, changed
+        if file.name in ("config.json", "tokenizer_config.json", "generation_config.json", INDEX):
+            for what, changed in hostile.values(raw).items():
+                yield file.name, what, changed
+
+
+def sweep(folder: Path, work: Path, every: int) -> dict[str, int]:
+    """Damage each file in each way (one in `every`), and use the folder; return how many were what."""
+    counts = {"refused": 0, "accepted": 0}
+    faults = []
+    for number, (file, what, changed) in enumerate(damaged(folder)):
+        if number % every:
+            continue
+        shutil.copytree(folder, work)
+        put(work / file, changed)
+        try:
+            counts["refused" if refusal(lambda: use(work)) else "accepted"] += 1
+        except (Exception, hostile.NoEnd) as error:
+            faults.append(f"{file}, {what}: {type(error).__name__}: {str(error)[:150]}")
+        shutil.rmtree(work)
+    print(f"{folder.name}: {counts}, {len(faults)} of another kind")
+    assert not faults, f"{len(faults)} of {sum(counts.values()) + len(faults)}:\n" + "\n".join(faults)
+    return counts
+
+
+@pytest.mark.parametrize("form", ["one", "shards"])
+def test_a_sample_of_damaged_folders(honest: Path, tmp_path: Path, form: str) -> None:
+    counts = sweep(honest / form, tmp_path / "x", every=29)
+    assert counts["refused"] >= 5
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("form", ["one", "shards"])
+def test_all_damaged_folders(honest: Path, tmp_path: Path, form: str) -> None:
+    sweep(honest / form, tmp_path / "x", every=1)
