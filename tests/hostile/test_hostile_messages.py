@@ -18,7 +18,7 @@ from fleetune.errors import REASON, MessageError, cut_reason
 from fleetune.tuning.messages import MAGIC, MAX_DIMS, Message, Payload, ReplySpec, check, decode, encode
 
 BASE = bytes(8)
-MANY = 1 << 20
+MANY = 200_000
 SPEC = ReplySpec({"a": ("float32", (4, 2))}, {"n": (int, 0, 9)})
 HONEST = Message(1, BASE, Payload({"a": np.zeros((4, 2), np.float32)}, {"n": 3}))
 
@@ -49,7 +49,7 @@ def twice(kind: str) -> bytes:
 CASES: dict[str, Callable[[], bytes]] = {
     "20,000 dims": lambda: shaped([2**63 - 1] * 20_000),
     "1,600,000 dims (14 MB)": lambda: shaped([2**63 - 1] * 1_600_000),
-    "14 million small dims": lambda: shaped([1] * 14_000_000),
+    "a million small dims": lambda: shaped([1] * 1_000_000),
     "dims beyond the bytes": lambda: shaped([2**63 - 1] * MAX_DIMS),
     "a dim beyond memory, and none": lambda: shaped([2**64 - 1, 0]),
     "more dims than agreed": lambda: shaped([1] * (MAX_DIMS + 1), bytes(4)),
@@ -57,7 +57,7 @@ CASES: dict[str, Callable[[], bytes]] = {
     "a shape of reals": lambda: shaped([4.0, 2.0], bytes(32)),
     "a shape of truths": lambda: shaped([True], bytes(4)),
     "a negative dim": lambda: shaped([-1], bytes(4)),
-    "a million names": lambda: packed(scalars={f"n{i}": 0 for i in range(MANY)}),
+    "200,000 names": lambda: packed(scalars={f"n{i}": 0 for i in range(MANY)}),
     "a name of 14 MB": lambda: packed(scalars={"n" * 14_000_000: 0}),
     "an array's name of 14 MB": lambda: packed(arrays={"n" * 14_000_000: [9, [0], b""]}),
     "a name that is a number": lambda: packed(scalars={5: 0}),
