@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check fuzz bench slow docs house format clean help
+.PHONY: demo test check fuzz bench slow faults docs house format clean help
 
 help:
 	@echo "make demo    tune a real language model over 24 simulated clients, with a report (8 minutes)"
@@ -11,6 +11,7 @@ help:
 	@echo "make check   lint, format and types"
 	@echo "make fuzz    the property tests, with new random examples"
 	@echo "make slow    tests that need a downloaded model or minutes"
+	@echo "make faults  every file of every kind of job, spoilt in every form (half an hour)"
 	@echo "make bench   ours against the papers' way, as ratios"
 	@echo "make house   the structure of the source in figures"
 	@echo "make docs    the documentation site; open site/index.html"
@@ -37,6 +38,9 @@ fuzz: $(VENV)/ready
 
 slow: $(VENV)/ready
 	$(BIN)/pytest -m slow
+
+faults: $(VENV)/ready
+	$(BIN)/pytest -m faults
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json

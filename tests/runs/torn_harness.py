@@ -65,7 +65,7 @@ lr = [1e-3, 1e-2]
 """
 KINDS = (*TUNE, *COMPRESS, "sweep")
 # looks at Ctrl-C until it is pressed: after the first round, block, step or run
-STOP = {"fedkseed": 9, "fedit": 9, "scaffold": 9, "fedpeptao": 16, "optq": 8, "gkd": 1, "sweep": 11}
+STOP = {"fedkseed": 27, "fedit": 27, "scaffold": 27, "fedpeptao": 27, "optq": 8, "gkd": 1, "sweep": 23}
 CHANGES = {"t", "seconds", "wall", "rss", "peak_rss", "run", "path", "report", "result", "folder", "planned"}
 FORMS = ("half", "line", "bit", "bit2", "digit", "empty", "noise", "gone", "list", "number")
 

@@ -191,8 +191,8 @@ def _finish(
         wall=round(wall, 3), peak_rss=peak_rss(), **result,
     )  # fmt: skip
     recorded = run.record(as_dict(done), last=True)
-    report.write(run.path)
     run.status("done")
+    report.write(run.path)
     done = dataclasses.replace(done, t=recorded["t"], report=str(run.path / "report.html"))
     listener.event(done)
     return done

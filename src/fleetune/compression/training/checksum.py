@@ -16,5 +16,5 @@ def of_tensors(head: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         values = tensor.detach().cpu().contiguous()
         crc = zlib.crc32(f"{name} {values.dtype} {tuple(values.shape)} ".encode(), crc)
-        crc = zlib.crc32(memoryview(values.reshape(-1).view(torch.uint8).numpy()), crc)
+        crc = zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
