@@ -76,7 +76,7 @@ class RunDir:
 
         UsageError, with nothing removed, for a link other than `latest`.  OSError as the system gives.
         """
-        if self.path.is_symlink() and self.path.name != LATEST:
+        if is_foreign_link(self.path):
             self.close()
             raise UsageError(f"{self.path} is a link; the folder that it leads to is left alone")
         folder = self.path.resolve()
@@ -282,6 +282,11 @@ def listing(out: Path) -> list[Path]:
         return []
     runs = [p for p in out.iterdir() if number(p) and (p / "run.toml").is_file()]
     return sorted(runs, key=lambda p: (number(p), p.name))
+
+
+def is_foreign_link(path: Path) -> bool:
+    """Whether a folder's name is a link that is not ours: all but `latest`, which leads to a run beside it."""
+    return path.is_symlink() and (path.name != LATEST or path.resolve().parent != path.parent.resolve())
 
 
 def number(path: Path) -> int:

@@ -63,7 +63,12 @@ def stated_by(run: Path) -> StandsOn | None:
 def recipe_of(run: Path) -> Recipe:
     """The recipe in a run's run.toml; RecipeError, with every option that differs, when it is not the run's own any more."""
     file = run / "run.toml"
-    recipe = recipes.make(recipes.read(file))
+    values = recipes.read(file)
+    try:
+        recipe = recipes.make(values)
+    except RecipeError as error:
+        problems = [f"{file} is not the recipe of a run", *error.problems]
+        raise RecipeError(problems, hint=f"put {file} back as it was") from error
     stated = stated_by(run)
     if stated is None:
         return recipe

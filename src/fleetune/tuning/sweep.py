@@ -290,7 +290,11 @@ def find(name: str, out: Path) -> Path:
 def read(folder: Path) -> SweepGrid:
     """Read the grid of a sweep's folder; RecipeError when its sweep.toml is damaged."""
     _check_whole(folder / FILE)
-    return make(recipes.read(folder / FILE))
+    values = recipes.read(folder / FILE)
+    try:
+        return make(values)
+    except RecipeError as error:
+        raise RecipeError([f"{folder / FILE} is no sweep's", *error.problems], hint=error.hint) from error
 
 
 def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:

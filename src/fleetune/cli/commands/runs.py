@@ -195,15 +195,16 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
 def _rm(args: argparse.Namespace, ui: Ui) -> None:
     _at_least(args, 1)
     found = list(dict.fromkeys(_folder(name, Path(args.out))[0] for name in args.names))
-    if "latest" in [Path(name).name for name in args.names]:
-        latest = _folder("latest", Path(args.out))[0].resolve()
+    if "latest" in args.names:
+        latest, _ = _folder("latest", Path(args.out))
         raise UsageError(
             f"what is removed must be named; latest is {latest} now", hint=f"fleetune runs rm {latest}"
         )
+    links = [folder for folder in found if rundir.is_foreign_link(folder)]
     if not args.force:
-        _check_needed([folder for folder in found if not folder.is_symlink()], Path(args.out))
+        _check_needed([folder for folder in found if folder not in links], Path(args.out))
     for folder in found:
-        leads = f", a link; {folder.resolve()}, to which it led, stays" if folder.is_symlink() else ""
+        leads = f", a link; {folder.resolve()}, to which it led, stays" if folder in links else ""
         try:
             if leads:
                 folder.unlink()
