@@ -189,7 +189,7 @@ class State:
         ("scaffold", "done", "env.json", "list", "same"),
         ("scaffold", "done", "metrics.jsonl", "gone", "said"),
         ("fedkseed", "done", "eval.json", "bit2", "same"),
-        ("fedkseed", "done", "metrics.jsonl", "digit", "said"),
+        ("fedkseed", "done", "metrics.jsonl", "line", "said"),
     ],
 )
 def test_a_torn_folder(
