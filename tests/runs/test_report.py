@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from fleetune.common.display import human_bytes, human_time
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import report
+from fleetune.runs import report, rundir
 from fleetune.runs.report import axes, svg
 
 CATEGORIES = (
@@ -651,8 +651,11 @@ def test_the_summary_before_the_end_is_reckoned_from_the_rounds(tmp_path: Path) 
     run = fake_run(tmp_path, rounds=3, status="running")
     events = lines_of(run)
     rounds = [e for e in events if e["event"] == "round"]
-    found = report.summary(run)
+    assert report.summary(run)["status"] == "interrupted"  # nobody has the folder: it was killed
+    with rundir.locked(run):
+        found = report.summary(run)
     assert found["status"] == "running"
+    found["status"] = "interrupted"
     assert found["bytes"] == rounds[-1]["bytes_total"]
     assert found["tuned_loss"] == events[-1]["loss"]
     assert found["seconds"] == pytest.approx(sum(e["seconds"] for e in rounds))  # type: ignore[misc]
@@ -664,9 +667,7 @@ def test_the_report_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
     run = fake_run(tmp_path, rounds=2)
     report.write(run)
     old = (run / "report.html").read_bytes()
-    mask = os.umask(0o022)
-    os.umask(mask)
-    assert stat.S_IMODE((run / "report.html").stat().st_mode) == 0o666 & ~mask
+    assert stat.S_IMODE((run / "report.html").stat().st_mode) == 0o600  # it has held-out prompts
 
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")

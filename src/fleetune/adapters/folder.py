@@ -54,19 +54,19 @@ KINDS: Final[Mapping[str, type[Any]]] = MappingProxyType(
 )
 
 
-def save(model: Model, path: Path) -> None:
+def save(model: Model, path: Path, *, private: bool = False) -> None:
     """Write a model's adapter as a directory, in PEFT's layout where it has one for it.
 
     `base_model_name_or_path` is the hub id (of a built-in too) or the last part of a local path, never a
     path of this machine; `revision` the hub commit where it is known.  Whole or not at all; file modes by
-    the umask.  StorageError when the disk is full or not writable.
+    the umask, or for the owner alone (`private`).  StorageError when the disk is full or not writable.
     """
     attachment = attachment_of(model)
     in_peft = _peft(model, attachment)
     head, tensors = in_peft or _ours(model, attachment)
     stem = "adapter_{}" if in_peft else "module"
     config, file = f"{stem.format('config')}.json", f"{stem.format('model')}.safetensors"
-    with staged(path, replace=config) as folder, models.disk_errors(path):
+    with staged(path, replace=config, private=private) as folder, models.disk_errors(path):
         contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         save_file(contiguous, folder / file, metadata={"format": "pt"})
         text = json.dumps(head, indent=2, sort_keys=True, default=_plain)

@@ -13,6 +13,7 @@ from typing import Final
 from fleetune.errors import StorageError
 
 WRITABLE: Final = "choose a place that you can write to"
+PRIVATE: Final = 0o600  # the mode of a file that holds rows of people, or what was learned from them
 # numpy's words where the disk takes less than it is given, without the system's number
 SHORT: Final = re.compile(r"\d+ requested and \d+ written")
 

@@ -2,7 +2,8 @@
 """Create folders that appear whole or not at all, and lock them against other processes.
 
 A folder is made under a hidden name beside its place, flushed to the disk, given the umask's modes
-(safetensors and tempfile make private files), and renamed.
+(safetensors and tempfile make private files), and renamed.  Its process holds it locked: what a killed one leaves
+is nobody's, and `sweep` removes it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from fleetune.common.files import default_mode, storage_error
+from fleetune.common.files import PRIVATE, default_mode, storage_error
 from fleetune.common.locks import lock
 from fleetune.errors import StorageError
 
@@ -26,31 +27,85 @@ log = logging.getLogger(__name__)
 
 # how a file is opened to be flushed: Windows wants it open for writing
 FLUSH: Final = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY
+SUFFIX: Final = ".fleetune.tmp"  # of a hidden folder that is being written
 
 
 @contextmanager
-def staged(target: Path, *, replace: str | None = None) -> Iterator[Path]:
+def scratch(parent: Path, name: str) -> Iterator[Path]:
+    """Give a new hidden folder `.NAME.*.fleetune.tmp` in `parent`, which goes when the block ends; sweep `parent` first.
+
+    A killed process leaves it behind, until another one makes a hidden folder there.  OSError as the system gives.
+    """
+    sweep(parent)
+    folder, handle = _held(parent, name)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def sweep(parent: Path) -> None:
+    """Remove the hidden folders in `parent` that killed processes left; one that a process still holds stays."""
+    for folder in parent.glob(f".*{SUFFIX}"):
+        try:
+            handle = _lock_folder(folder)
+        except OSError as error:  # gone meanwhile, or folders cannot be locked here
+            log.debug("%s is left alone: %s", folder, error)
+            continue
+        if handle is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+
+
+def _held(parent: Path, name: str) -> tuple[Path, int | None]:
+    """Make a hidden folder and lock it: (folder, open handle); without a handle where folders cannot be locked."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=SUFFIX, dir=parent))
+        try:
+            handle = _lock_folder(folder)
+        except OSError:
+            if folder.exists():
+                return folder, None
+            continue  # swept before it was locked
+        if handle is not None:
+            return folder, handle
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """Lock a folder and return its open handle; None where another process has it.  OSError where it cannot be locked."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if lock(handle) and os.path.samestat(os.fstat(handle), folder.stat()):
+            return handle
+    except OSError:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
+
+
+@contextmanager
+def staged(target: Path, *, replace: str | None = None, private: bool = False) -> Iterator[Path]:
     """Give a hidden folder beside `target` that becomes `target` when the block ends without an error.
 
-    Files and folders get the mode that the umask gives and are flushed to the disk before the rename.  An
+    Files and folders get the mode that the umask gives (`private`: the owner's alone) and are flushed to the disk before
+    the rename.  An
     existing `target` stays and the new one is dropped (another process was faster).  With `replace`, a file's
     name, a target that is empty or holds that file is replaced; StorageError if it is something else.  An
     operating-system error in the block becomes a StorageError; `target` is as it was.
-    A killed process leaves at most a folder named `.NAME.*.tmp`.
+    A killed process leaves at most a folder that the next `scratch` there removes.
     """
     _check_replace(target, replace)
-    temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        yield temporary
-        _flush_tree(temporary)
-        _rename(temporary, target, replace)
+        with scratch(target.parent, target.name) as temporary:
+            yield temporary
+            _flush_tree(temporary, PRIVATE if private else default_mode())
+            _rename(temporary, target, replace)
     except OSError as error:
         raise storage_error(error, target) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_replace(target: Path, replace: str | None) -> None:
@@ -63,9 +118,8 @@ def _check_replace(target: Path, replace: str | None) -> None:
         )
 
 
-def _flush_tree(folder: Path) -> None:
-    """Give files and folders the umask's modes, and flush them to the disk."""
-    mode = default_mode()
+def _flush_tree(folder: Path, mode: int) -> None:
+    """Give files this mode and folders the one that goes with it, and flush them to the disk."""
     enter = mode | (mode & 0o444) >> 2  # who may read a folder may enter it
     for path in [*folder.rglob("*"), folder]:
         path.chmod(enter if path.is_dir() else mode)

@@ -14,7 +14,7 @@ from typing import Final
 
 from fleetune import models
 from fleetune.common.files import default_mode, storage_error
-from fleetune.common.folders import staged
+from fleetune.common.folders import scratch, staged
 from fleetune.deploy import alternatives, provenance
 from fleetune.deploy.checkpoint import Checkpoint, open_checkpoint
 from fleetune.deploy.formats import AdapterFormat, Misfit, ModelFormat, Report
@@ -124,10 +124,8 @@ def _staged_file(out: Path) -> Iterator[Path]:
     """The path of a file in a hidden folder beside `out`, moved to `out` when the block ends without an error."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=out.parent, prefix=f".{out.name}.", suffix=".tmp", ignore_cleanup_errors=True
-        ) as folder:
-            file = Path(folder) / out.name
+        with scratch(out.parent, out.name) as folder:
+            file = folder / out.name
             yield file
             with file.open("rb+") as written:
                 os.fsync(written.fileno())

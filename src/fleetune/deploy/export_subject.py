@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetune.common.files import storage_error
+from fleetune.common.folders import scratch
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
 from fleetune.errors import UsageError
@@ -128,11 +130,22 @@ def _of_run(
     if kind == DEFAULT_TARGET_OF_A_RUN:
         done = _plain_directory(run, out, listener, offline=offline)
         return _finish(run.folder, kind, done, rows, listener, offline=offline)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
-        plain = Path(folder) / run.folder.name
+    with _scratch(out) as folder:
+        plain = folder / run.folder.name
         _write_tuned(run, plain, offline=offline)
         return write(plain, kind, out, listener, made, rows)
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """Give a hidden folder beside `out`, for what is written on the way there; StorageError when it cannot be made."""
+    with ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(scratch(out.parent, "export"))
+        except OSError as error:
+            raise storage_error(error, out) from error
+        yield folder
 
 
 def _write_tuned(run: Run, out: Path, listener: Listener | None = None, *, offline: bool) -> str:

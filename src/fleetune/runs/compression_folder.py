@@ -11,7 +11,6 @@ runs/0008-optq-smollm2-135m/
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from typing import Any, Final, TypedDict
 
 from fleetune.common.files import write_atomic
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import rundir
+from fleetune.runs import rundir, sealed
 
 RECORD: Final = "compress.json"
 PARTS: Final = "parts"
@@ -122,8 +121,9 @@ def record(folder: Path) -> dict[str, Any]:
     """The content of `compress.json`.  StorageError when it is damaged."""
     file = folder / RECORD
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        found["model"]
+        found = sealed.from_text(file.read_text(encoding="utf-8"))
+        if not isinstance(found["model"], str) or not isinstance(found.get("result", {}), dict):
+            raise ValueError("a field has a wrong type")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(
             f"{file} is damaged ({error!r})", hint="compress again: fleetune compress MODEL"
@@ -149,7 +149,7 @@ def write_record(folder: Path, request: CompressRequest, result: Mapping[str, An
     content: dict[str, Any] = {"v": 1, **asdict(request)}
     if result is not None:
         content["result"] = dict(result)
-    write_atomic(folder / RECORD, json.dumps(content, indent=1) + "\n")
+    write_atomic(folder / RECORD, sealed.to_text(content) + "\n")
 
 
 def is_complete(folder: Path) -> bool:

@@ -4,19 +4,22 @@
     runs/0007-fedkseed-smollm2-135m/
       run.toml        every value resolved; re-runs it       env.json   versions, device, digests
       metrics.jsonl   append-only, one object a line         log.txt    status
-      checkpoints/    round-000003.ckpt: the state, checksummed; the last two are kept
+      checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
       memories/       what methods keep on simulated clients, if they do (fleets/memories.py)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
 
 A round counts once its checkpoint is renamed into place.  Whatever a kill leaves beyond that (metrics of an
 unfinished round, a temporary file) is cut off at the next start, so a resumed run writes what the
 uninterrupted one would have written.  One process at a time holds a run (`locks.py`).
+
+Result, checkpoints, memories, eval.json, samples.md and report.html are the owner's alone: they hold rows of clients, or
+what was learned from them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import os
 import platform
 import re
@@ -28,15 +31,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from fleetune.common.files import storage_error, write_atomic
+from fleetune.common import folders
+from fleetune.common.files import PRIVATE, storage_error, write_atomic
 from fleetune.common.locks import lock
 from fleetune.common.version import __version__
 from fleetune.errors import MessageError, StorageError, UsageError
+from fleetune.runs import sealed
+from fleetune.runs.metrics import Metrics, Tally
+from fleetune.runs.metrics import events as events
 
 T = TypeVar("T")
 
+_logger = logging.getLogger(__name__)
+
 KEEP = 2  # checkpoints
 LOCK = ".lock"
+LOOKS = 4  # tries to get the lock
+LATEST = "latest"
+ENVIRONMENT = "env.json"
+STATUSES = ("running", "done", "interrupted", "failed")
 
 
 class RunDir:
@@ -45,7 +58,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = _locked(path)
-        self._metrics: IO[bytes] | None = None
+        self.metrics = Metrics(path)
 
     def __enter__(self) -> RunDir:
         return self
@@ -55,14 +68,20 @@ class RunDir:
 
     def close(self) -> None:
         """Release the folder."""
-        self._close_metrics()
+        self.metrics.close()
         self._lock.close()
 
     def remove(self) -> None:
-        """Remove the folder with all in it; nobody else can have it meanwhile.  OSError as the system gives."""
-        folder = self.path.resolve()  # `latest` is a link
+        """Remove the folder with all in it; nobody else can have it meanwhile.
+
+        UsageError, with nothing removed, for a link other than `latest`.  OSError as the system gives.
+        """
+        if is_foreign_link(self.path):
+            self.close()
+            raise UsageError(f"{self.path} is a link; the folder that it leads to is left alone")
+        folder = self.path.resolve()
         try:
-            self._close_metrics()
+            self.metrics.close()
             for path in folder.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -73,17 +92,11 @@ class RunDir:
         shutil.rmtree(folder)
         _mend_latest(folder.parent)
 
-    def _close_metrics(self) -> None:
-        if self._metrics is not None:
-            with contextlib.suppress(OSError):  # what `record` could not write, it has raised for
-                self._metrics.close()
-            self._metrics = None
-
     # Small files --------------------------------------------------------------------------------
 
-    def write(self, name: str, data: bytes | str) -> Path:
-        """Write one file of the run, atomically."""
-        write_atomic(self.path / name, data)
+    def write(self, name: str, data: bytes | str, *, private: bool = False) -> Path:
+        """Write one file of the run, atomically; `private` for the owner alone."""
+        write_atomic(self.path / name, data, mode=PRIVATE if private else None)
         return self.path / name
 
     def status(self, text: str) -> None:
@@ -100,53 +113,55 @@ class RunDir:
 
     # Metrics ------------------------------------------------------------------------------------
 
-    def record(self, event: Mapping[str, Any]) -> dict[str, Any]:
-        """Append one event to metrics.jsonl and give it back as written; a number that is not finite is null."""
-        raw = json.dumps({"v": 1, "t": round(time.time(), 3), **event}, default=_plain)
-        line: dict[str, Any] = json.loads(raw, parse_constant=lambda _: None)
-        try:
-            if self._metrics is None:
-                self._metrics = (self.path / "metrics.jsonl").open("ab")
-            self._metrics.write(json.dumps(line).encode() + b"\n")
-            self._metrics.flush()
-        except OSError as error:
-            raise storage_error(error, self.path / "metrics.jsonl") from error
-        return line
+    def record(self, event: Mapping[str, Any], *, last: bool = False) -> dict[str, Any]:
+        """Append one event to metrics.jsonl, as `Metrics.record`."""
+        return self.metrics.record(event, last=last)
 
-    def cut(self, round: int) -> None:
-        """Drop what a kill left: metrics after `round` and of the end, a torn line, later checkpoints, temporary files."""
-        self._close_metrics()
-        kept = [e for e in events(self.path) if e.get("round", 0) <= round and e["event"] != "done"]
-        self.write("metrics.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
+    def cut(self, round: int, stated: Tally | None = None) -> str:
+        """Drop what a kill left: metrics after `round` and of the end, later checkpoints, temporary files.
+
+        `stated` is what the checkpoint of the round states of metrics.jsonl.  What of it was lost is returned as a text.
+        """
+        loss = self.metrics.cut(round, stated)
         later = [p for r, p in checkpoints(self.path) if r > round]
         for path in (*later, *self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")):
-            path.unlink(missing_ok=True)
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+        folders.sweep(self.path)
+        if loss:
+            self.log(loss)
+        return loss
 
     # Checkpoints --------------------------------------------------------------------------------
 
     def checkpoint(self, round: int, data: bytes) -> None:
         """Make `round` count: write its encoded state and flush it to the disk; keep the last two."""
         folder = self.path / "checkpoints"
-        write_atomic(folder / f"round-{round:06d}.ckpt", data)
+        write_atomic(folder / f"round-{round:06d}.ckpt", data, mode=PRIVATE)
         for _, old in checkpoints(self.path)[:-KEEP]:
             old.unlink(missing_ok=True)
 
-    def restore(self, decode: Callable[[bytes], T]) -> tuple[int, T] | None:
+    def restore(
+        self, decode: Callable[[bytes], T], note: Callable[[str], None] = _logger.info
+    ) -> tuple[int, T] | None:
         """Read the newest checkpoint that `decode` takes: (round, what it gives); None if there are no checkpoints.
 
-        `decode` raises MessageError for bytes that are damaged.  StorageError if all are.
+        `decode` raises MessageError for bytes that are damaged, or that stand on something that is; `note` is given the
+        reason.  StorageError if no checkpoint is usable.
         """
         found = checkpoints(self.path)
+        reason = ""
         for round_, path in reversed(found):
             try:
                 return round_, decode(path.read_bytes())
-            except MessageError as error:
-                self.log(f"checkpoint {path.name} is not usable: {error}")
-                continue
+            except (MessageError, OSError) as error:
+                reason = f"checkpoint {path.name} is not usable: {error}"
+                self.log(reason)
+                note(reason)
         if found:
             folder = self.path / "checkpoints"
             raise StorageError(
-                f"no checkpoint in {folder} is usable (the reasons are in log.txt)",
+                f"no checkpoint in {folder} is usable: {reason}",
                 hint=f"put a good copy back, or start this run anew: rm {folder}/*.ckpt",
             )
         return None
@@ -165,7 +180,8 @@ def create(out: Path, method: str, model: str) -> RunDir:
 def at(path: Path) -> RunDir:
     """The run folder at `path`, made if it is not there; StorageError when it cannot be."""
     try:
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "checkpoints").mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise storage_error(error, path) from error
     return RunDir(path)
@@ -268,6 +284,11 @@ def listing(out: Path) -> list[Path]:
     return sorted(runs, key=lambda p: (number(p), p.name))
 
 
+def is_foreign_link(path: Path) -> bool:
+    """Whether a folder's name is a link that is not ours: all but `latest`, which leads to a run beside it."""
+    return path.is_symlink() and (path.name != LATEST or path.resolve().parent != path.parent.resolve())
+
+
 def number(path: Path) -> int:
     """The number that a run folder's name begins with, 0 for none."""
     match = re.match(r"(\d{4,})-", path.name)
@@ -275,9 +296,28 @@ def number(path: Path) -> int:
 
 
 def status_of(path: Path) -> str:
-    """The status of a run folder: running, done, interrupted, or failed and why; "" when it has none."""
-    file = path / "status"
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    """The status of a run folder: running, done, interrupted, or failed and why; "" when it has none or a damaged one.
+
+    One that says "running" while no process has the folder was killed: it is interrupted.
+    """
+    try:
+        text = (path / "status").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+    if text.partition(":")[0] not in STATUSES or "\n" in text:
+        return ""
+    return "interrupted" if text == "running" and not held(path) else text
+
+
+def held(path: Path) -> bool:
+    """Whether a process has the folder now; True where that cannot be found out."""
+    try:
+        with (path / LOCK).open("rb") as file:
+            return not lock(file.fileno())
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def checkpoints(path: Path) -> list[tuple[int, Path]]:
@@ -286,18 +326,13 @@ def checkpoints(path: Path) -> list[tuple[int, Path]]:
     return sorted((int(m[1]), p) for m, p in found if m)
 
 
-def events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a run's metrics.jsonl; a torn last line is left out."""
-    file = path / "metrics.jsonl"
-    if not file.is_file():
-        return
-    for line in file.read_bytes().split(b"\n"):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            yield event
+def base_digest(path: Path) -> str:
+    """The digest of the base model that a run was made on, by its env.json; StorageError when that file is damaged."""
+    hint = f"fleetune tune --resume {path}   writes it anew"
+    found = sealed.read(path / ENVIRONMENT, hint).get("base_digest")
+    if not isinstance(found, str):
+        raise StorageError(f"{path / ENVIRONMENT} is damaged (it states no base_digest)", hint=hint)
+    return found
 
 
 def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -335,13 +370,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> IO[bytes]:
-    file = None
+    file, tries = None, 0
     try:
         while True:
             file = (path / LOCK).open("ab")
             if not lock(file.fileno()):
                 file.close()
-                break
+                if (tries := tries + 1) == LOOKS:
+                    break
+                time.sleep(0.05)  # somebody may only have looked (`held`)
+                continue
             if _in_place(file, path / LOCK):
                 return file
             file.close()  # who had it has removed it meanwhile
@@ -358,9 +396,3 @@ def _in_place(file: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "item"):  # a numpy number
-        return value.item()
-    raise TypeError(f"{type(value).__name__} cannot be recorded")

@@ -3,20 +3,32 @@
 
 A field may be a number, a text, an array, a dict of arrays, or a Ledger; its kind is read off the state
 that `init` gives, so a checkpoint holds data only.
+
+A checkpoint also names all that it stands on (`StandsOn`): the recipe's options, digests of the base model and of the
+rows, metrics.jsonl as it was then, and the clients' memories with round and CRC-32.  Those of earlier versions name nothing.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
 
+import msgpack
 import numpy as np
 
 from fleetune.errors import MessageError
+from fleetune.runs import sealed
+from fleetune.runs.metrics import Tally
 from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import messages
 from fleetune.tuning.messages import Message, Payload, Scalar
+
+ON: Final = "stands_on"  # the scalar with what it stands on, as JSON
+KEPT: Final = "kept"  # arrays: client, round and CRC-32 of memories
 
 
 @dataclass
@@ -28,9 +40,103 @@ class Totals:
     seconds: float = 0.0
 
 
-def encode(round: int, state: Any, totals: Totals) -> bytes:
-    """Encode everything that a resumed run needs after `round`, as the bytes of one message."""
-    return messages.encode(Message(round, b"", pack(state, totals)))
+@dataclass(frozen=True)
+class StandsOn:
+    """What a run's outcome stands on beside the state."""
+
+    recipe: Mapping[str, Any]  # its options by name, without the paths of model and data
+    base: str  # digest of the base model
+    rows: str  # digest of the clients' rows, as they are split and encoded
+    held_out: str  # digest of the rows that the run is measured on
+
+    def differences(self, now: StandsOn) -> list[str]:
+        """List what is otherwise now, in words for the user; an option of a later version has its default, and counts not."""
+        found = [
+            f"{name} = {now.recipe.get(name)!r}, and was {value!r}"
+            for name, value in self.recipe.items()
+            if now.recipe.get(name) != value
+        ]
+        found += [
+            f"{name} = {value!r}, and was not set"
+            for name, value in now.recipe.items()
+            if name not in self.recipe and name.startswith("set.")
+        ]
+        whats = (("base", "the base model"), ("rows", "the clients' rows"), ("held_out", "the held-out rows"))
+        for name, what in whats:
+            own, other = getattr(self, name), getattr(now, name)
+            found += [] if own == other else [f"{what} have the digest {other[:16]}.., and had {own[:16]}.."]
+        return found
+
+
+# client -> (round, CRC-32) of what it stored last
+Kept = Mapping[int, tuple[int, int]]
+
+
+def encode(
+    round: int,
+    state: Any,
+    totals: Totals,
+    on: StandsOn | None = None,
+    tally: Tally | None = None,
+    kept: Kept = MappingProxyType({}),
+) -> bytes:
+    """Encode everything that a resumed run needs after `round`, as the bytes of one message.
+
+    `on`, the `tally` of metrics.jsonl and the clients' memories are what it stands on.
+    """
+    payload = pack(state, totals)
+    arrays, scalars = dict(payload.arrays), dict(payload.scalars)
+    if on is not None and tally is not None:
+        scalars[ON] = sealed.to_text({**asdict(on), "metrics": tally.stated()}, indent=None)
+        pairs = sorted(kept.items())
+        for name, column in (("client", [c for c, _ in pairs]), ("round", [r for _, (r, _) in pairs])):
+            arrays[f"{KEPT}/{name}"] = np.array(column, np.int64)
+        arrays[f"{KEPT}/crc"] = np.array([crc for _, (_, crc) in pairs], np.int64)
+    return messages.encode(Message(round, b"", Payload(arrays, scalars)))
+
+
+def stands_on(payload: Payload) -> tuple[StandsOn, Tally] | None:
+    """Return what a checkpoint says that it stands on; None for one of an earlier version.
+
+    MessageError when that is damaged.
+    """
+    text = payload.scalars.get(ON)
+    return None if text is None else _stated(str(text))
+
+
+def stated_in(file: Path) -> StandsOn | None:
+    """Return what the checkpoint in a file stands on, without reading its arrays.
+
+    None for one of an earlier version, and where it cannot be read.
+    """
+    try:
+        with file.open("rb") as opened:
+            opened.seek(messages.HEAD)
+            unpacker = msgpack.Unpacker(opened, read_size=1 << 16)
+            unpacker.read_array_header()
+            unpacker.skip()  # round
+            unpacker.skip()  # base
+            scalars = unpacker.unpack()
+        return _stated(scalars[ON])[0]
+    except (OSError, ValueError, KeyError, TypeError, MessageError, msgpack.UnpackException):
+        return None
+
+
+def _stated(text: str) -> tuple[StandsOn, Tally]:
+    try:
+        found = sealed.from_text(text)
+        metrics = Tally(*found.pop("metrics"))
+        return StandsOn(**found), metrics
+    except (ValueError, KeyError, TypeError) as error:
+        raise MessageError(f"what the checkpoint stands on is damaged ({error})") from error
+
+
+def kept_in(payload: Payload) -> Kept:
+    """Return the clients' memories that a checkpoint stands on; {} for one of an earlier version."""
+    if f"{KEPT}/client" not in payload.arrays:
+        return {}
+    columns = [payload.array(f"{KEPT}/{name}").tolist() for name in ("client", "round", "crc")]
+    return {client: (round, crc) for client, round, crc in zip(*columns, strict=True)}
 
 
 def decode(data: bytes) -> Payload:

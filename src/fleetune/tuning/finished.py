@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,9 +11,11 @@ from fleetune.data import Example
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import dtypes
 from fleetune.models.model import Model
+from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import View, kernels
+from fleetune.tuning import foundations
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import entry
 from fleetune.tuning.methods._zeroth import place_at as place_at
@@ -31,7 +32,7 @@ def recipe_of(run: Path) -> Recipe:
             hint="what was compressed from it is measured on rows that are given: fleetune eval FOLDER rows.jsonl, "
             "or fleetune measure FOLDER/model --data rows.jsonl",
         )
-    return recipes.make(recipes.read(run / "run.toml"))
+    return foundations.recipe_of(run)
 
 
 def result_of(run: Path) -> Path:
@@ -123,10 +124,10 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Mod
         offline=offline,
         labels=recipes.label_words(recipe.labels),
     )
-    made_on = json.loads((path.parent / "env.json").read_text(encoding="utf-8")).get("base_digest")
+    made_on = rundir.base_digest(path.parent)
     if made_on != model.digest:
         raise ModelError(
-            f"{path} was made on base {str(made_on)[:16]}.., {recipe.model} is now {model.digest[:16]}..",
+            f"{path} was made on base {made_on[:16]}.., {recipe.model} is now {model.digest[:16]}..",
             hint="get the base it was made on (fleetune models shows sources)",
         )
     adapters.load(model, path)

@@ -32,6 +32,7 @@ import numpy as np
 from fleetune.errors import MessageError
 
 MAGIC = b"FT1"
+HEAD = 7  # bytes before the body
 MAX_BYTES = 1 << 32  # a message larger than 4 GiB is an attack or a mistake
 MAX_DIMS = 8  # of an array; the widest that a method sends has 4
 MAX_NAMES = 1 << 17  # of arrays or scalars; an adapter on every expert of a large mixture has 2^16
@@ -111,6 +112,11 @@ def encode(message: Message) -> bytes:
             f"round {message.round}, a scalar or an array has no wire type ({error})"
         ) from error
     return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+
+
+def crc_of(data: bytes) -> int:
+    """Return the CRC-32 that a message states of its body."""
+    return int.from_bytes(data[HEAD - 4 : HEAD], "little")
 
 
 def decode(data: bytes, *, any_size: bool = False) -> Message:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from fleetune.common.files import write_atomic
+from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.settings import Value
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.evaluation.objectives import GIVEN
@@ -146,7 +146,7 @@ def data_name(data: object, out: Path) -> str:
     content = b"".join(lines)
     file = _folder(out) / f"data-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
     if not file.is_file() or file.read_bytes() != content:
-        write_atomic(file, content)
+        write_atomic(file, content, mode=PRIVATE)
     return str(file)
 
 

@@ -15,11 +15,12 @@ from typing import Any
 from fleetune.common.memory import rss
 from fleetune.data import keyed_order
 from fleetune.errors import FleetError, MessageError, cut_reason
+from fleetune.runs import rundir
 from fleetune.runs.events import ClientReply, Recorded, RoundDone, round_evaluated
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning import checkpoint, methods
-from fleetune.tuning.checkpoint import Totals
+from fleetune.tuning.checkpoint import StandsOn, Totals
 from fleetune.tuning.fleets import Answer, Fleet
 from fleetune.tuning.messages import Message, Payload, ReplySpec, check, decode, encode
 from fleetune.tuning.methods import Method, Reply
@@ -39,15 +40,21 @@ class RoundPlan:
     seed: int
     eval_every: int
     base: bytes  # first 8 bytes of the base digest
+    stands_on: StandsOn | None = None  # what every checkpoint states of recipe, base and rows
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Callbacks of the loop: `begin()` once before round 1, `evaluate(state)`, `emit(event)`."""
+    """Callbacks of the loop: `begin()` once before round 1, `evaluate(state)`, `emit(event)`.
+
+    `resumed(round)` is called once where a run is taken up again, `note(text)` with what was lost of it.
+    """
 
     begin: Callable[[], None]
     evaluate: Callable[[Any], Mapping[str, float]]
     emit: Callable[[Recorded], None]
+    resumed: Callable[[int], None] = lambda round: None
+    note: Callable[[str], None] = log.warning
 
 
 def run(
@@ -58,7 +65,7 @@ def run(
     A round counts when its checkpoint is written.  FleetError when every client failed in `PATIENCE` rounds in
     a row (or in all, of fewer); a resumed run counts anew, so that it gets past them.
     """
-    last, state, totals = _start(run, fleet, state, hooks)
+    last, state, totals = _start(run, fleet, state, plan, hooks)
     failures = 0
     for r in range(last + 1, plan.rounds + 1):
         began = time.monotonic()
@@ -80,25 +87,44 @@ def run(
         ))  # fmt: skip
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
             hooks.emit(round_evaluated(r, hooks.evaluate(state)))
-        run.checkpoint(r, checkpoint.encode(r, state, totals))
+        run.checkpoint(r, _encoded(r, state, totals, plan, run, fleet))
         fleet.forget_before(r + 1 - KEEP)
     return state, totals
 
 
-def _start(run: RunDir, fleet: Fleet, state: Any, hooks: Hooks) -> tuple[int, Any, Totals]:
-    """Return (the last round done, state, totals): those of the run's last checkpoint, or of a new run."""
+def _start(run: RunDir, fleet: Fleet, state: Any, plan: RoundPlan, hooks: Hooks) -> tuple[int, Any, Totals]:
+    """Return (the last round done, state, totals): those of the run's last checkpoint, or of a new run.
+
+    A checkpoint whose client memories are gone or damaged gives way to the one before it, as a damaged one does.
+    """
+
+    def usable(data: bytes) -> Payload:
+        payload = checkpoint.decode(data)
+        fleet.check_kept(checkpoint.kept_in(payload))
+        return payload
+
     totals = Totals()
-    if (saved := run.restore(checkpoint.decode)) is None:
+    if (saved := run.restore(usable, hooks.note)) is None:
+        if any(event["event"] == "round" for event in rundir.events(run.path)):
+            hooks.note(f"{run.path} has no checkpoint left: the run begins anew")
         run.cut(-1)
         fleet.rewind(0)
         hooks.begin()
-        run.checkpoint(0, checkpoint.encode(0, state, totals))
+        run.checkpoint(0, _encoded(0, state, totals, plan, run, fleet))
         return 0, state, totals
     last, payload = saved
     state, totals = checkpoint.unpack(payload, state)
-    run.cut(last)
+    stated = checkpoint.stands_on(payload)
+    if loss := run.cut(last, stated[1] if stated else None):
+        hooks.note(loss)
     fleet.rewind(last)
+    hooks.resumed(last)
     return last, state, totals
+
+
+def _encoded(round: int, state: Any, totals: Totals, plan: RoundPlan, run: RunDir, fleet: Fleet) -> bytes:
+    """Return the checkpoint of a round, with all that it stands on."""
+    return checkpoint.encode(round, state, totals, plan.stands_on, run.metrics.tally, fleet.kept())
 
 
 def sample(clients: int, participation: float, seed: int, round: int) -> Sequence[int]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import threading
 import time
@@ -14,20 +13,20 @@ from typing import Any
 
 from fleetune import adapters, models
 from fleetune.common.memory import peak_rss
-from fleetune.errors import Interrupted
+from fleetune.errors import Interrupted, StorageError
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.measures import measure as measured_on
 from fleetune.evaluation.scores import rouge_l
-from fleetune.runs import report, rundir
+from fleetune.runs import metrics, report, rundir, sealed
 from fleetune.runs.events import Recorded, TuneDone, as_dict, round_evaluated
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import describe, rounds
+from fleetune.tuning import describe, foundations, rounds
 from fleetune.tuning import recipe as recipes
-from fleetune.tuning.checkpoint import Totals
+from fleetune.tuning.checkpoint import StandsOn, Totals
 from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.prepare import TuneJob, check, prepare
@@ -36,6 +35,7 @@ from fleetune.tuning.result import TuneResult, read
 
 log = logging.getLogger(__name__)
 
+EVALUATION = "eval.json"
 
 # A job seeds torch's generator and sets its threads, so two at a time in a process would disturb each other.
 _ONE_AT_A_TIME = threading.RLock()
@@ -52,10 +52,13 @@ def start(recipe: Recipe, out: Path, listener: Listener, *, offline: bool) -> Tu
 
 
 def resume(path: Path, listener: Listener, *, offline: bool) -> TuneResult:
-    """Resume a stopped run by its own recipe; return the result of a finished one."""
-    recipe = recipes.make(recipes.read(path / "run.toml"))
+    """Resume a stopped run by its own recipe; return the result of a finished one.
+
+    A file of a finished run that is damaged is made again from the last checkpoint.
+    """
+    recipe = foundations.recipe_of(path)
     check(recipe)
-    if rundir.status_of(path) == "done":
+    if is_done(path, listener.note):
         found = read(path)
         listener.note(f"{path} is finished already")
         listener.event(found.done)
@@ -66,11 +69,43 @@ def resume(path: Path, listener: Listener, *, offline: bool) -> TuneResult:
         return TuneResult(path.absolute(), tune(job, folder, listener))
 
 
+def is_done(path: Path, note: Callable[[str], None]) -> bool:
+    """Whether a run is finished, and its record and its answers are as they were written; if not so, it is said.
+
+    StorageError when a file of a finished run is damaged, and there is no checkpoint to make it from.
+    """
+    if rundir.status_of(path) != "done":
+        return False
+    if damaged := damaged_file(path):
+        if not rundir.checkpoints(path):
+            raise StorageError(
+                f"{path / damaged} of a finished run is damaged, and no checkpoint is left to make it from",
+                hint=f"bring it back; or tune anew: fleetune tune -c {path / 'run.toml'}",
+            )
+        note(f"{path / damaged} is damaged or gone: it is made again from the last checkpoint")
+    return not damaged
+
+
+def damaged_file(path: Path) -> str:
+    """The first small file of a finished run that is not as it was written, "" where all are."""
+    if not metrics.is_intact(path):
+        return metrics.FILE
+    try:
+        rundir.base_digest(path)
+    except StorageError:
+        return rundir.ENVIRONMENT
+    return "" if _evaluation(path, "tuned") else EVALUATION
+
+
 def tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
-    """Run (or resume) the job in its folder; its last event, which holds the final table."""
+    """Run (or resume) the job in its folder; its last event, which holds the final table.
+
+    UsageError, with nothing changed, when the folder's run was begun on another recipe, model or rows.
+    """
+    stands_on = foundations.check(job, run.path)
     run.status("running")
     try:
-        return _tune(job, run, listener)
+        return _tune(job, run, listener, stands_on)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         if isinstance(error, Interrupted):
@@ -83,11 +118,11 @@ def tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
         raise
 
 
-def _tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
+def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) -> TuneDone:
     recipe, model, method = job.recipe, job.model, job.method
     began = time.monotonic()
     run.write("run.toml", recipes.to_toml(recipe))
-    run.write("env.json", json.dumps(rundir.environment(describe.of_model(job)), indent=1) + "\n")
+    run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(describe.of_model(job))) + "\n")
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run))
     if job.dropped:
         listener.note(
@@ -102,7 +137,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
     asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
     listener.progress("rounds", 0, recipe.rounds)
     listener.progress("clients", 0, asked)
-    state = method.init(model, derive(recipe.seed, "init"))
+    first = method.init(model, derive(recipe.seed, "init"))
     fleet = LocalFleet(
         model, method, job.rows, recipe.seed, pad_id(model),
         Faults(recipe.drop, recipe.stragglers, recipe.deadline), step, Memories(run.path / "memories"),
@@ -119,42 +154,54 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
 
     def begin() -> None:
         emit(describe.start(job))
-        base = answers(job, state, run, "base", measure(state))
-        emit(round_evaluated(0, base))
+        emit(round_evaluated(0, answers(job, first, run, "base", measure(first))))
+
+    def resumed(round: int) -> None:
+        if not _evaluation(run.path, "base"):
+            listener.note(f"{run.path / EVALUATION} is damaged or gone: the base model answers again")
+            answers(job, first, run, "base", measure(first))
 
     plan = rounds.RoundPlan(
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
-        bytes.fromhex(model.digest)[:8],
+        bytes.fromhex(model.digest)[:8], stands_on,
     )  # fmt: skip
-    hooks = rounds.Hooks(begin, measure, emit)
-    state, totals = rounds.run(method, fleet, state, run, plan, hooks)
-    return _finish(job, run, state, totals, listener, time.monotonic() - began)
+    hooks = rounds.Hooks(begin, measure, emit, resumed, listener.note)
+    state, totals = rounds.run(method, fleet, first, run, plan, hooks)
+    measured = _last_measures(run, recipe.rounds) or measure(state)
+    return _finish(job, run, state, totals, measured, listener, time.monotonic() - began)
 
 
 def _finish(
-    job: TuneJob, run: RunDir, state: Any, totals: Totals, listener: Listener, wall: float
+    job: TuneJob,
+    run: RunDir,
+    state: Any,
+    totals: Totals,
+    measured: dict[str, float],
+    listener: Listener,
+    wall: float,
 ) -> TuneDone:
     job.method.apply(job.model, state)
-    tuned = answers(job, state, run, "tuned", _last_measures(run))
+    tuned = answers(job, state, run, "tuned", measured)
     result = ARTEFACTS[job.entry.kind](job, run, state)
-    evaluation = json.loads((run.path / "eval.json").read_text())
-    run.write("samples.md", describe.samples_page(evaluation))
+    evaluation = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}")
+    run.write("samples.md", describe.samples_page(evaluation), private=True)
     done = TuneDone(
         base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=job.recipe.rounds,
         bytes_up=totals.bytes_up, bytes_down=totals.bytes_down, seconds=round(totals.seconds, 3),
         wall=round(wall, 3), peak_rss=peak_rss(), **result,
     )  # fmt: skip
-    recorded = run.record(as_dict(done))
-    report.write(run.path)
+    recorded = run.record(as_dict(done), last=True)
     run.status("done")
+    report.write(run.path)
     done = dataclasses.replace(done, t=recorded["t"], report=str(run.path / "report.html"))
     listener.event(done)
     return done
 
 
-def _last_measures(run: RunDir) -> dict[str, float]:
-    last = [e for e in rundir.events(run.path) if e["event"] == "eval"][-1]
-    return {name: last[name] for name in ("loss", "accuracy") if name in last}
+def _last_measures(run: RunDir, round: int) -> dict[str, float]:
+    """The measures after the last round, as they are recorded; {} where that line was lost."""
+    last = [e for e in rundir.events(run.path) if e["event"] == "eval" and e.get("round") == round][-1:]
+    return {name: e[name] for e in last for name in ("loss", "accuracy") if name in e}
 
 
 def answers(
@@ -171,15 +218,25 @@ def answers(
     if recipe.rouge_rows:
         references = [e.response for e in prompts[: recipe.rouge_rows]]
         measured = measured | {"rouge_l": rouge_l(made[: recipe.rouge_rows], references)}
-    file = run.path / "eval.json"
     content: dict[str, Any] = {"rows": len(job.held), "samples": _prompts(job)}
     if which == "tuned":
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}")
     for sample, answer in zip(content["samples"], made, strict=False):
         sample[which] = answer
     content[which] = measured
-    run.write("eval.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    run.write(EVALUATION, sealed.to_text(content) + "\n", private=True)
     return measured
+
+
+def _evaluation(path: Path, which: str) -> dict[str, Any]:
+    """The content of a run's eval.json with the answers of `which`; {} where it is damaged or lacks them."""
+    try:
+        found = sealed.read(path / EVALUATION, "")
+    except StorageError:
+        return {}
+    samples = found.get("samples")
+    good = isinstance(samples, list) and all(isinstance(s, dict) and which in s for s in samples)
+    return found if good and isinstance(found.get(which), dict) else {}
 
 
 def _prompts(job: TuneJob) -> list[dict[str, str]]:
@@ -208,7 +265,7 @@ def _ledger(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
 
 def _adapter(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
     path = run.path / "adapter"
-    adapters.save(job.model, path)
+    adapters.save(job.model, path, private=True)
     size = sum(p.stat().st_size for p in path.iterdir())
     return {"result": str(path), "result_bytes": size, "digest": adapters.digest(state.tensors)}
 

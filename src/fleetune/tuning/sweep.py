@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +30,14 @@ from fleetune.runs import report, rundir
 from fleetune.runs.listener import Listener
 from fleetune.runs.report.cells import GridRun, SweepAxis
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import methods, prepare
+from fleetune.tuning import foundations, methods, prepare
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning import run as jobs
 from fleetune.tuning.recipe import Recipe
 
 FILE = "sweep.toml"
 PAGE = "sweep.html"
+SEAL = "# crc32 of the lines below: "
 SHOWN = 8  # problems shown at once
 MANY = 10_000  # runs
 
@@ -240,8 +242,29 @@ def to_toml(grid: SweepGrid) -> str:
     recipe = recipes.to_toml(grid.base).split("\n", 1)[1]
     table = {recipes.toml_key(a.name): ", ".join(map(recipes.toml_value, a.values)) for a in grid.axes}
     lines = [f"seeds = {grid.seeds}", *(f"{name} = [{values}]" for name, values in table.items())]
-    head = f"# The recipe of a sweep. Run it again: fleetune sweep {FILE}\n"
-    return head + recipe + "\n[sweep]\n" + "\n".join(lines) + "\n"
+    text = recipe + "\n[sweep]\n" + "\n".join(lines) + "\n"
+    return f"# The recipe of a sweep. Run it again: fleetune sweep {FILE}\n{SEAL}{_checksum(text)}\n{text}"
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _check_whole(file: Path) -> None:
+    """RecipeError when a sweep.toml was changed since it was written, by the checksum in its second line."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError):  # `recipes.read` says more
+        return
+    _, seal, rest = text.partition(SEAL)
+    stated, _, content = rest.partition("\n")
+    if seal and stated != _checksum(content):
+        raise RecipeError(
+            [
+                f"{file} was changed since the sweep began: its checksum is {_checksum(content)}, it states {stated}"
+            ],
+            hint=f"put it back as it was; the recipes of its runs are in {file.parent}/*/run.toml",
+        )
 
 
 def create(out: Path, name: str, grid: SweepGrid) -> RunDir:
@@ -265,24 +288,37 @@ def find(name: str, out: Path) -> Path:
 
 
 def read(folder: Path) -> SweepGrid:
-    """Read the grid of a sweep's folder."""
-    return make(recipes.read(folder / FILE))
+    """Read the grid of a sweep's folder; RecipeError when its sweep.toml is damaged."""
+    _check_whole(folder / FILE)
+    values = recipes.read(folder / FILE)
+    try:
+        return make(values)
+    except RecipeError as error:
+        raise RecipeError([f"{folder / FILE} is no sweep's", *error.problems], hint=error.hint) from error
 
 
-def done(folder: Path, point: Point) -> bool:
-    """Tell whether a run is finished.  UsageError when its folder holds another run than the sweep now states."""
+def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:
+    """Tell whether a run is finished.
+
+    UsageError when its folder holds another run than the sweep now states, RecipeError when its recipe is damaged.
+    """
     path = folder / point.name
     if not (path / "run.toml").is_file():
         return False
-    have = recipes.make(recipes.read(path / "run.toml"))
+    try:
+        have = foundations.recipe_of(path)
+    except RecipeError as error:
+        error.hint = (
+            f"remove {path / 'run.toml'}: the sweep writes it again, and the run goes on where it was"
+        )
+        raise
     # `labels` is written out by a run of an encoder
     if dataclasses.replace(have, labels=point.recipe.labels) != point.recipe:
         raise UsageError(
             f"{path} was made by another recipe than {folder / FILE} states now",
             hint=f"put {FILE} back as it was, or begin a new sweep with the changed one",
         )
-    status = path / "status"
-    return status.is_file() and status.read_text(encoding="utf-8").strip() == "done"
+    return jobs.is_done(path, note)
 
 
 def members(folder: Path, grid: SweepGrid) -> list[GridRun]:
@@ -316,6 +352,10 @@ class Watch(Protocol):
         """Return the listener of a run that is about to start or resume; may raise Interrupted."""
         ...
 
+    def note(self, text: str) -> None:
+        """Show a remark."""
+        ...
+
     def end(self, point: Point, path: Path, reason: str) -> None:
         """Note that a run is over: `reason` is empty, "done before", or why it failed."""
         ...
@@ -327,7 +367,7 @@ def run(folder: RunDir, grid: SweepGrid, watch: Watch, *, offline: bool = False)
     A run that fails is noted and the sweep continues.  What would stop the next one as well (a full disk,
     Ctrl-C) stops the sweep.
     """
-    finished = [done(folder.path, point) for point in grid.points]
+    finished = [done(folder.path, point, watch.note) for point in grid.points]
     failed = []
     folder.status("running")
     try:

@@ -14,7 +14,7 @@ from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import storage_error, write_atomic
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import compression_folder, report, rundir
+from fleetune.runs import compression_folder, metrics, report, rundir
 from fleetune.runs.compression_folder import RECORD
 from fleetune.runs.events import CompressionListed, RunListed, RunRemoved, SweepListed
 from fleetune.subject import Compressed, Run
@@ -102,9 +102,10 @@ def _row(folder: Path) -> CompressionListed:
     except StorageError:
         return CompressionListed(name=folder.name, of="", method="", status="damaged", bytes=None)
     done = record.get("result", {})
+    status = "done" if done else "running" if rundir.held(folder) else "stopped"
     return CompressionListed(
         name=folder.name, of=compression_folder.name_of(record["model"]), method=record.get("method"),
-        status="done" if done else "stopped", bytes=done.get("bytes"),
+        status=status, bytes=done.get("bytes"),
     )  # fmt: skip
 
 
@@ -120,9 +121,21 @@ def _show(args: argparse.Namespace, ui: Ui) -> None:
             continue
         facts = report.summary(folder)
         ui.event(RunListed(**facts))
+        if facts["status"] == "done" and not metrics.is_intact(folder):
+            ui.note(
+                f"{folder / metrics.FILE} was changed since the run ended: what is shown may not be what was measured"
+            )
         if not ui.json:
             ui.table(["", folder.name], [[k, v] for k, v in facts.items()], align="ll")
-            ui.paths([("report", str(report.write(folder)))])
+            _report(folder, ui)
+
+
+def _report(folder: Path, ui: Ui) -> None:
+    """Write the report anew; where nothing can be written, the one that is there stays."""
+    try:
+        ui.paths([("report", str(report.write(folder)))])
+    except StorageError as error:
+        ui.note(f"the report is not written anew: {error.message}")
 
 
 def _show_compressed(folder: Path, ui: Ui) -> None:
@@ -187,14 +200,19 @@ def _rm(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError(
             f"what is removed must be named; latest is {latest} now", hint=f"fleetune runs rm {latest}"
         )
+    links = [folder for folder in found if rundir.is_foreign_link(folder)]
     if not args.force:
-        _check_needed(found, Path(args.out))
+        _check_needed([folder for folder in found if folder not in links], Path(args.out))
     for folder in found:
+        leads = f", a link; {folder.resolve()}, to which it led, stays" if folder in links else ""
         try:
-            rundir.RunDir(folder).remove()  # refuses one that is in use
+            if leads:
+                folder.unlink()
+            else:
+                rundir.RunDir(folder).remove()  # refuses one that is in use
         except OSError as error:
             raise storage_error(error, folder) from error
-        ui.note(f"removed {folder}")
+        ui.note(f"removed {folder}{leads}")
         ui.event(RunRemoved(run=str(folder)))
 
 

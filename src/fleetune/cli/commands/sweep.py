@@ -65,7 +65,7 @@ class SweepScreen:
 
     def note(self, text: str) -> None:
         """Show a remark on the current run."""
-        self.ui.note(f"{self.words}: {text}")
+        self.ui.note(f"{self.words}: {text}" if self.words else text)
 
     def event(self, event: Event) -> None:
         """Report an event of the current run with its folder's name; `end` reports its end."""

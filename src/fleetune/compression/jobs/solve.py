@@ -21,7 +21,7 @@ from fleetune.compression.jobs import progress, windows
 from fleetune.compression.jobs.contract import Outcome
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import Interrupted, UsageError
-from fleetune.runs import compression_folder
+from fleetune.runs import compression_folder, sealed
 from fleetune.runs.compression_folder import CLIENTS, PARTS, CompressRequest
 from fleetune.runs.events import BlockSolved, CalibrationReply, CompressStart, MatrixSolved
 from fleetune.runs.listener import Listener
@@ -136,7 +136,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
     """
     from fleetune.compression.layerwise import driver
 
-    _check_origin(job, folder / PARTS)
+    _check_origin(listener, job, folder / PARTS)
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
         listener.progress("blocks", block, blocks, name.rsplit(".", 1)[-1])
@@ -154,7 +154,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
     )
 
 
-def _check_origin(job: SolveJob, parts: Path) -> None:
+def _check_origin(listener: Listener, job: SolveJob, parts: Path) -> None:
     from fleetune.common.files import write_atomic
 
     model = job.inputs.model
@@ -163,13 +163,29 @@ def _check_origin(job: SolveJob, parts: Path) -> None:
         _calibration(job), [[client, len(own)] for client, own in job.shares.items()],
     ])  # fmt: skip
     file = parts / ORIGIN
-    if file.is_file() and file.read_text(encoding="utf-8") != own:
+    if (found := _origin(file)) not in ("", own):
         raise UsageError(
             f"the blocks in {parts} were made of other weights or another text: something has changed since",
             hint=f"compress again: fleetune compress {job.request.model}",
         )
+    if not found and any(parts.glob("block-*")):
+        listener.note(
+            f"{file} is damaged or gone, so nothing says what the blocks there are of: they are solved again"
+        )
+        compression_folder.drop_parts(parts)
     parts.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, own)
+    write_atomic(file, sealed.to_text({"origin": own}))
+
+
+def _origin(file: Path) -> str:
+    """The origin that is written beside finished blocks; "" where it is gone or cannot be read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if isinstance(found := json.loads(text), list):  # an earlier version's, without a checksum
+            return text if len(found) == 6 else ""
+        return str(sealed.from_text(text).get("origin", ""))
+    except (OSError, ValueError):
+        return ""
 
 
 def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | ClientHessians | None:

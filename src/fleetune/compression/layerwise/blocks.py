@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fleetune.common.files import write_atomic
+from fleetune.compression.training import checksum
 from fleetune.models.artefact import Quantised, stored, unpack
 
 
@@ -52,8 +53,14 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
         """Add the file of a block; False when it is missing or damaged."""
         try:
             with safe_open(block_file(self.folder, number), framework="pt") as opened:
-                head = json.loads((opened.metadata() or {})["block"])
+                about = opened.metadata() or {}
+                crc = checksum.of_tensors(
+                    about["block"], ((n, opened.get_tensor(n)) for n in set(opened.keys()))
+                )
+            head = json.loads(about["block"])
         except (OSError, SafetensorError, KeyError, ValueError):
+            return False
+        if about.get("crc32", crc) != crc:  # of an earlier version: not stated
             return False
         for name, grid in head["weights"].items():
             self._where[name] = (number, None if grid is None else tuple(grid))
@@ -70,9 +77,8 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
         matrices = [[m.name, m.error, m.notes] for m in block.matrices]
         head = json.dumps({"weights": grids, "matrices": matrices, "seconds": block.seconds})
         tensors = {k: v for n, w in weights.items() for k, v in stored(n, w).items()}
-        write_atomic(
-            block_file(self.folder, block.number), save(tensors, metadata={"format": "pt", "block": head})
-        )
+        about = {"format": "pt", "block": head, "crc32": checksum.of_tensors(head, tensors.items())}
+        write_atomic(block_file(self.folder, block.number), save(tensors, metadata=about))
         self.open(block.number)
 
     def __getitem__(self, name: str) -> Quantised | Tensor:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fleetune.common.folders import staged
+from fleetune.compression.training import checksum
 from fleetune.data import Encoded
 from fleetune.errors import StorageError, UsageError
 from fleetune.models.loading import disk_errors
@@ -47,7 +48,8 @@ def store(
         for moment in MOMENTS if parameter in optimizer.state else ():
             tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
     with staged(folder, replace=STATE) as new, disk_errors(folder):
-        head = {"format": "pt", "origin": origin, "step": str(step)}
+        crc = checksum.of_tensors(f"{origin} {step}", tensors.items())
+        head = {"format": "pt", "origin": origin, "step": str(step), "crc32": crc}
         save_file({n: t.contiguous() for n, t in tensors.items()}, new / STATE, metadata=head)
 
 
@@ -69,6 +71,12 @@ def restore(
                 raise UsageError(
                     f"{file} is of a training with other weights, rows or settings",
                     hint="bring back what it began with, or begin anew without --resume",
+                )
+            text = f"{origin} {head.get('step')}"
+            crc = checksum.of_tensors(text, ((n, opened.get_tensor(n)) for n in names))
+            if head.get("crc32", crc) != crc:  # an earlier version states none
+                raise StorageError(
+                    f"{file} is damaged (its checksum differs)", hint="remove it to begin anew"
                 )
             for name, parameter in parameters.items():
                 parameter.copy_(opened.get_tensor(f"weight/{name}"))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from fleetune.common.display import clean
 from fleetune.errors import UsageError
+from fleetune.runs import rundir, sealed
 from fleetune.runs.report.axes import usable
 
 Event = Mapping[str, object]
@@ -67,7 +68,7 @@ def read(path: Path) -> RunLog:
         rounds=rounds,
         done=done,
         final=_json(path / "eval.json"),
-        status=clean(_read(path / "status")).strip() or ("done" if done else "unknown"),
+        status=clean(rundir.status_of(path)) or ("done" if done else "unknown"),
         skipped=skipped,
     )
 
@@ -84,7 +85,7 @@ def _json(path: Path) -> Mapping[str, object]:
         value = json.loads(_read(path) or "{}")
     except (ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return {k: v for k, v in value.items() if k != sealed.KEY} if isinstance(value, dict) else {}
 
 
 def _toml(path: Path) -> Mapping[str, object]:

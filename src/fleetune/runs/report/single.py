@@ -6,7 +6,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from fleetune.common.files import write_atomic
+from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.runs.report import page, runlog
 from fleetune.runs.report.page import esc, flat
 from fleetune.runs.report.runlog import RunLog, kind_of, read
@@ -21,7 +21,7 @@ def write(run: Path) -> Path:
     """
     seen = read(run)
     target = run / "report.html"
-    write_atomic(target, _report(seen).encode("utf-8", "replace"))
+    write_atomic(target, _report(seen).encode("utf-8", "replace"), mode=PRIVATE)  # it has held-out prompts
     return target
 
 

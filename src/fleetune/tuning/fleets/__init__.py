@@ -37,6 +37,14 @@ class Fleet(Protocol):
         """Send `message`, or each client its own, to these clients and yield their answers."""
         ...
 
+    def kept(self) -> Mapping[int, tuple[int, int]]:
+        """Return client -> (round, CRC-32) of what each client stored last."""
+        ...
+
+    def check_kept(self, stated: Mapping[int, tuple[int, int]]) -> None:
+        """Raise MessageError when what a checkpoint states of the clients' memories is not there."""
+        ...
+
     def rewind(self, round: int) -> None:
         """Delete what clients stored after `round`; called before anything is asked (a resume)."""
         ...

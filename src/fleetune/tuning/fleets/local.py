@@ -75,6 +75,14 @@ class LocalFleet:
         """Rows of every client."""
         return [len(rows) for rows in self.clients]
 
+    def kept(self) -> Mapping[int, tuple[int, int]]:
+        """Return client -> (round, CRC-32) of what each client stored last."""
+        return self.memories.kept()
+
+    def check_kept(self, stated: Mapping[int, tuple[int, int]]) -> None:
+        """Raise MessageError when what a checkpoint states of the clients' memories is not there."""
+        self.memories.check(stated)
+
     def rewind(self, round: int) -> None:
         """Delete what clients stored after `round`."""
         self.memories.rewind(round)

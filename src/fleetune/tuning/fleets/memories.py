@@ -5,7 +5,8 @@
 
 One client's memory is read when it works and written when it is done, so the process holds one however many
 clients there are, and a round writes those of its own clients only.  A round counts with the run's checkpoint:
-`rewind` deletes what a kill left beyond it, `forget_before` what no resume can need.
+`rewind` deletes what a kill left beyond it, `forget_before` what no resume can need.  The checkpoint names every memory
+that it stands on (`kept`), and a resumed run compares them before it begins (`check`).
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import re
 import shutil
 import tempfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fleetune.common.files import storage_error, write_atomic
+from fleetune.common.files import PRIVATE, storage_error, write_atomic
 from fleetune.errors import MessageError
-from fleetune.tuning.messages import Message, Payload, decode, encode
+from fleetune.tuning.messages import HEAD, Message, Payload, crc_of, decode, encode
 
 
 class Memories:
@@ -32,6 +34,7 @@ class Memories:
         if folder is None:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._rounds: dict[int, list[int]] = {}  # client -> rounds in which it stored something, ascending
+        self._crcs: dict[tuple[int, int], int] = {}  # (client, round) -> CRC-32 of the file's content
         for path in self.folder.glob("client-*.ckpt"):
             if match := re.fullmatch(r"client-(\d+)\.round-(\d+)\.ckpt", path.name):
                 self._rounds.setdefault(int(match[1]), []).append(int(match[2]))
@@ -61,12 +64,38 @@ class Memories:
         if not memory:
             return
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise storage_error(error, self.folder) from error
-        write_atomic(self._path(client, round), encode(Message(round, b"", Payload(arrays, scalars))))
+        data = encode(Message(round, b"", Payload(arrays, scalars)))
+        write_atomic(self._path(client, round), data, mode=PRIVATE)
+        self._crcs[client, round] = crc_of(data)
         rounds = self._rounds.setdefault(client, [])
         rounds[:] = [r for r in rounds if r < round] + [round]
+
+    def kept(self) -> dict[int, tuple[int, int]]:
+        """Return client -> (round, CRC-32) of what each stored last."""
+        return {c: (rounds[-1], self._crc(c, rounds[-1])) for c, rounds in self._rounds.items() if rounds}
+
+    def check(self, stated: Mapping[int, tuple[int, int]]) -> None:
+        """Raise MessageError, which names the file, when a memory that a checkpoint stands on is not there as it was."""
+        for client, (round, crc) in stated.items():
+            path = self._path(client, round)
+            try:
+                data = path.read_bytes()
+                decode(data, any_size=True)
+            except FileNotFoundError as error:
+                raise MessageError(f"what client {client} kept, {path}, is gone") from error
+            except (OSError, MessageError) as error:
+                raise MessageError(f"what client {client} kept, {path}, cannot be read: {error}") from error
+            if crc_of(data) != crc:
+                raise MessageError(f"what client {client} kept, {path}, is not what it stored in that round")
+
+    def _crc(self, client: int, round: int) -> int:
+        if (client, round) not in self._crcs:
+            with self._path(client, round).open("rb") as file:
+                self._crcs[client, round] = crc_of(file.read(HEAD))
+        return self._crcs[client, round]
 
     def rewind(self, round: int) -> None:
         """Delete what was stored after `round`, and what a kill left half written."""
@@ -83,6 +112,7 @@ class Memories:
     def _drop(self, client: int, gone: list[int]) -> None:
         for round in gone:
             self._path(client, round).unlink(missing_ok=True)
+            self._crcs.pop((client, round), None)
         self._rounds[client] = [r for r in self._rounds[client] if r not in gone]
 
     def _path(self, client: int, round: int) -> Path:

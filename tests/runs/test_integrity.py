@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run stands on is named in its checkpoints, and its files are private, swept, and said as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torn_harness
+from torn_harness import Folder, Said, call, resume
+
+from fleetune.cli.interrupt import InterruptHandler
+from fleetune.common.folders import SUFFIX, scratch, staged, sweep
+from fleetune.errors import StorageError
+from fleetune.runs import metrics, rundir, sealed
+from fleetune.runs.metrics import Metrics
+from fleetune.runs.rundir import RunDir
+from fleetune.tuning import checkpoint
+
+PRIVATE = 0o600
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Folder]]:
+    """A finished and a stopped run of two kinds, in a folder with model and data, which is the working folder."""
+    place, before = tmp_path_factory.mktemp("made"), Path.cwd()
+    os.chdir(place)
+    torn_harness.lay_out(place)
+    mask = os.umask(0)  # as open as can be: what is private is so by itself
+    try:
+        folders = [f for kind in ("scaffold", "fedkseed") for f in torn_harness.whole_and_stopped(kind)]
+        yield {(f.kind, f.state): f for f in folders}
+    finally:
+        os.umask(mask)
+        os.chdir(before)
+
+
+@pytest.fixture
+def copy(made: dict[tuple[str, str], Folder], tmp_path: Path) -> Iterator[object]:
+    """A function that copies a folder, of which the runs' own folder is the parent."""
+
+    def of(kind: str, state: str) -> tuple[Folder, Path]:
+        folder = made[kind, state]
+        path = tmp_path / "runs" / folder.path.name
+        shutil.copytree(folder.path, path)
+        return folder, path
+
+    return of
+
+
+def refused(said: Said, *words: str) -> None:
+    assert said.code in (1, 2), said.text
+    for word in words:
+        assert word in said.text, said.text
+
+
+# --- what a checkpoint stands on ------------------------------------------------------------------------------
+
+
+def only_newest(path: Path) -> list[Path]:
+    """The memories that the newest checkpoint stands on; the checkpoints before it go."""
+    *earlier, (round, _) = rundir.checkpoints(path)
+    for _, file in earlier:
+        file.unlink()
+    return sorted((path / "memories").glob(f"*.round-{round:06d}.ckpt"))
+
+
+def test_a_lost_memory_is_named_before_any_round(copy) -> None:
+    _, path = copy("scaffold", "stopped")
+    lost, *_ = only_newest(path)
+    lost.unlink()
+    before = {
+        p: p.read_bytes() for p in path.rglob("*.*") if p.is_file() and p.name not in ("log.txt", ".lock")
+    }
+    refused(resume("scaffold", path), lost.name, "is gone")
+    assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize("how", ["torn", "another client's", "an earlier one's"])
+def test_a_changed_memory_is_named(how: str, copy) -> None:
+    _, path = copy("scaffold", "stopped")
+    first, other, _ = only_newest(path)
+    earlier = min((path / "memories").glob(f"{first.name.split('.')[0]}*"))
+    assert first != earlier
+    data = {"torn": first.read_bytes()[:-3], "another client's": other.read_bytes()}
+    first.write_bytes(data.get(how, earlier.read_bytes()))
+    refused(resume("scaffold", path), first.name)
+
+
+def test_with_a_lost_memory_the_checkpoint_before_is_taken(copy) -> None:
+    folder, path = copy("scaffold", "done")
+    for name in ("status", "adapter"):
+        shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
+    newest = max((path / "memories").iterdir(), key=lambda p: p.name.split(".")[1])
+    newest.unlink()
+    said = resume("scaffold", path)
+    assert said.code == 0, said.text
+    assert f"{newest.name}, is gone" in said.text
+    assert torn_harness.digest_of("scaffold", path) == folder.digest
+    assert torn_harness.metrics_of(path) == folder.metrics
+
+
+@pytest.mark.parametrize(
+    ("line", "words"), [("rounds", "rounds = 10, and was 3"), ("seed", "seed = 42"), ("", "lr")]
+)
+def test_a_recipe_that_lost_a_line_is_refused_with_the_option(line: str, words: str, copy) -> None:
+    _, path = copy("fedkseed", "stopped")
+    file = path / "run.toml"
+    text = file.read_text()
+    if line == "seed":
+        text = text.replace("seed = 42", "seed = 43")
+        words = "seed = 43, and was 42"
+    elif line:
+        text = "".join(part for part in text.splitlines(keepends=True) if not part.startswith(f"{line} ="))
+    else:
+        text, words = text + "lr = 1e-3\n", "set.lr = 0.001, and was not set"
+    file.write_text(text)
+    refused(resume("fedkseed", path), "run.toml", words, "as they were")
+    assert file.read_text() == text
+
+
+def test_other_data_and_another_model_are_refused(copy, made, tmp_path: Path) -> None:
+    from fleetune import models
+
+    _, path = copy("fedkseed", "stopped")
+    recipe = (path / "run.toml").read_text()
+    rows = Path("data.jsonl").read_text()
+    (tmp_path / "moved.jsonl").write_text(rows)
+    (tmp_path / "other.jsonl").write_text(rows.replace("count to 7", "count to 8"))
+    other = models.tiny_llama(5, layers=3)
+    models.save(other.net, other.tokenizer, tmp_path / "other")
+    for old, new, words in (
+        ("data.jsonl", tmp_path / "other.jsonl", "the clients' rows have the digest"),
+        ('"model"', f'"{tmp_path / "other"}"', "the base model have the digest"),
+    ):
+        (path / "run.toml").write_text(recipe.replace(old, str(new)))
+        status = (path / "status").read_text()
+        refused(resume("fedkseed", path), words, str(path))
+        assert (path / "status").read_text() == status
+    (path / "run.toml").write_text(recipe.replace("data.jsonl", str(tmp_path / "moved.jsonl")))
+    assert resume("fedkseed", path).code == 0  # the same rows in another place
+
+
+def test_a_checkpoint_states_what_it_stands_on(made) -> None:
+    path = made["scaffold", "done"].path
+    round, file = rundir.checkpoints(path)[-1]
+    payload = checkpoint.decode(file.read_bytes())
+    stated = checkpoint.stands_on(payload)
+    assert stated is not None
+    assert stated[0] == checkpoint.stated_in(file)
+    assert (stated[0].recipe["rounds"], stated[0].recipe["set.scaffold"]) == (3, "true")
+    assert stated[0].base == rundir.base_digest(path)
+    data = (path / "metrics.jsonl").read_bytes()[: stated[1].size]
+    assert data.count(b"\n") == stated[1].lines == len(list(metrics.events(path))) - 1
+    kept = checkpoint.kept_in(payload)
+    assert {c: r for c, (r, _) in kept.items()} == {0: round, 1: round, 2: round}
+    encoded = checkpoint.encode(1, State(3), checkpoint.Totals())
+    (file_of_before := path.parent / "old.ckpt").write_bytes(encoded)  # as earlier versions wrote them
+    assert checkpoint.stands_on(checkpoint.decode(encoded)) is checkpoint.stated_in(file_of_before) is None
+
+
+class State:
+    """A state of one number."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def _asdict(self) -> dict[str, int]:
+        return {"n": self.n}
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "file", "form", "outcome"),
+    [
+        ("scaffold", "stopped", "eval.json", "noise", "same"),
+        ("scaffold", "stopped", "metrics.jsonl", "half", "said"),
+        ("scaffold", "stopped", "status", "noise", "same"),
+        ("scaffold", "stopped", "run.toml", "half", "refused"),
+        ("scaffold", "done", "env.json", "list", "same"),
+        ("scaffold", "done", "metrics.jsonl", "gone", "said"),
+        ("fedkseed", "done", "eval.json", "bit2", "same"),
+        ("fedkseed", "done", "metrics.jsonl", "line", "said"),
+    ],
+)
+def test_a_torn_folder(
+    kind: str, state: str, file: str, form: str, outcome: str, made, tmp_path: Path
+) -> None:
+    """A sample; all of them are in test_torn.py (make faults)."""
+    verdict = torn_harness.judge(made[kind, state], file, form, tmp_path)
+    assert verdict is not None
+    assert (verdict.fault, verdict.outcome) == ("", outcome)
+
+
+# --- metrics and sealed files ---------------------------------------------------------------------------------
+
+
+def test_lost_and_changed_lines_are_told_and_the_old_file_is_kept(tmp_path: Path) -> None:
+    record = Metrics(tmp_path)
+    for r in range(4):
+        record.record({"event": "round", "round": r, "loss": 4.5})
+    stated = record.tally
+    record.record({"event": "round", "round": 4})  # beyond the checkpoint
+    record.close()
+    data = record.file.read_bytes()
+    assert Metrics(tmp_path).cut(3, stated) == ""
+    assert record.file.read_bytes() == data[: stated.size]
+    lines = data.splitlines(keepends=True)
+    for new, words in (
+        (
+            b"".join(lines[:2]) + lines[2][:9],
+            "2 of its 4 lines are lost; the file as it was is metrics.jsonl.damaged",
+        ),
+        (b"", "4 of its 4 lines are lost"),
+        (data.replace(b"4.5", b"4.6", 1), "was changed since it was written"),
+        (lines[0] + b"\xff\xfe\n" + b"".join(lines[2:]), "1 of its 4 lines are lost"),
+    ):
+        for old in tmp_path.iterdir():
+            old.unlink()
+        record.file.write_bytes(new)
+        told = Metrics(tmp_path).cut(3, stated)
+        assert words in told
+        assert [p.read_bytes() for p in tmp_path.glob("*.damaged")] == ([new] if new else [])
+        assert all(json.loads(line)["round"] <= 3 for line in record.file.read_bytes().splitlines())
+
+
+def test_the_last_line_seals_the_file(tmp_path: Path) -> None:
+    record = Metrics(tmp_path)
+    record.record({"event": "round", "round": 1, "loss": 4.5})
+    assert not metrics.is_intact(tmp_path)
+    assert "crc" not in record.record({"event": "done", "digest": "ab", "ü": np.float32(0.5)}, last=True)
+    record.close()
+    data = record.file.read_bytes()
+    assert metrics.is_intact(tmp_path)
+    rng = np.random.default_rng(3)
+    for at in rng.permutation(len(data) - 1)[:60].tolist():  # but the last line's end
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << int(rng.integers(7))
+        record.file.write_bytes(flipped)
+        name = b'"crc"' not in flipped  # of the checksum itself: what it is of has not changed
+        assert name or not metrics.is_intact(tmp_path), (at, flipped)
+
+
+def test_a_sealed_file_is_read_back_and_a_changed_one_is_not(tmp_path: Path) -> None:
+    content = {"a": [1.5, None, {"ü": "\ud800 lone"}], "b": 1e-300}
+    file = tmp_path / "x.json"
+    file.write_bytes(
+        sealed.to_text(content).encode("utf-8", "surrogatepass").replace(b"\xed\xa0\x80", b"\\ud800")
+    )
+    assert sealed.read(file, "") == content
+    file.write_text('{"a": 1}')  # of an earlier version
+    assert sealed.read(file, "") == {"a": 1}
+    good = sealed.to_text({"n": 12, "word": "heron"})
+    for bad in (
+        good.replace("12", "13"),
+        good.replace("heron", "hErons"),
+        "[]",
+        "7",
+        "",
+        good[:-9],
+        "[" * 5000,
+    ):
+        file.write_text(bad)
+        with pytest.raises(StorageError, match="is damaged"):
+            sealed.read(file, "")
+    file.unlink()
+    with pytest.raises(StorageError, match="is gone"):
+        sealed.read(file, "")
+
+
+# --- status, signals, reports ---------------------------------------------------------------------------------
+
+
+def test_a_killed_run_is_not_said_to_be_running(made, copy) -> None:
+    _, path = copy("fedkseed", "stopped")
+    (path / "status").write_text("running\n")
+    (listed,) = call("runs", "--out", str(path.parent)).events
+    assert listed["status"] == "interrupted"
+    with RunDir(path):
+        (listed,) = call("runs", "--out", str(path.parent)).events
+    assert listed["status"] == "running"
+    for text in ("done\nmore", "ru", "\x00", "[]"):
+        (path / "status").write_text(text)
+        assert rundir.status_of(path) == ""
+
+
+def test_a_look_at_a_folder_does_not_keep_a_job_out(tmp_path: Path) -> None:
+    (tmp_path / rundir.LOCK).write_text("")
+    looking = (tmp_path / rundir.LOCK).open("rb")
+    assert rundir.lock(looking.fileno())
+    tried: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        tried.append(seconds)
+        looking.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rundir.time, "sleep", sleep)
+        RunDir(tmp_path).close()
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
+    class Ui:
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    said: list[str] = []
+    before = signal.getsignal(number)
+    with InterruptHandler(Ui()) as interrupt:  # type: ignore[arg-type]
+        signal.raise_signal(number)
+        assert interrupt.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+    assert "stopping after this step" in said[0]
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(made, copy) -> None:
+    folder, path = copy("fedkseed", "stopped")
+    program = (
+        "import os, signal, sys\nfrom fleetune.tuning.fleets import local\nreal = local.LocalFleet._step\n"
+        "def step(self, client, step):\n    client == 2 and os.kill(os.getpid(), signal.SIGTERM)\n    real(self, client, step)\n"
+        "local.LocalFleet._step = step\nfrom fleetune.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", program, "tune", "--resume", str(path), "--offline"]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 130, ended.stderr
+    assert (path / "status").read_text() == "interrupted\n"
+    assert "stopping after this step (the signal again: at once)" in ended.stderr
+    assert resume("fedkseed", path).code == 0
+    assert torn_harness.digest_of("fedkseed", path) == folder.digest
+
+
+def test_a_report_that_cannot_be_written_is_said(copy, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from fleetune.cli.main import main
+    from fleetune.runs.report import single
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise StorageError(f"cannot write {path}: the file system is read-only")
+
+    _, path = copy("fedkseed", "done")
+    monkeypatch.setattr(single, "write_atomic", refuse)
+    assert main(["runs", "show", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert "base_loss" in out
+    assert "the report is not written anew" in err
+    assert "read-only" in err
+
+
+def test_a_finished_runs_report_says_done(made) -> None:
+    assert 'class="pill done"' in (made["fedkseed", "done"].path / "report.html").read_text(encoding="utf-8")
+
+
+# --- links, modes, leftovers ----------------------------------------------------------------------------------
+
+
+def test_rm_of_a_link_leaves_what_it_leads_to(copy, tmp_path: Path) -> None:
+    _, path = copy("fedkseed", "done")
+    elsewhere = tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    (elsewhere / "others.txt").write_text("of somebody else")
+    before = sorted(elsewhere.iterdir())
+    link = path.parent / "0009-fedkseed-link"
+    link.symlink_to(elsewhere)
+    said = call("runs", "rm", "9", "--out", str(path.parent))
+    assert (said.code, link.is_symlink()) == (0, False), said.text
+    assert str(elsewhere) in said.text
+    assert sorted(elsewhere.iterdir()) == before
+    link.symlink_to(elsewhere)
+    with pytest.raises(Exception, match="is a link"):
+        RunDir(link).remove()
+    assert set(before) <= set(elsewhere.iterdir())
+    (path.parent / "latest").symlink_to(elsewhere)
+    call("runs", "rm", str(path.parent / "latest"), "--out", str(path.parent))
+    assert set(before) <= set(elsewhere.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
+def test_what_holds_rows_or_what_was_learned_is_the_owners_alone(made) -> None:
+    for folder in made.values():
+        private = ("adapter", "checkpoints", "memories")
+        names = [
+            f
+            for f in folder.files
+            if f.split("/")[0] in private or f.split(".")[0] in ("ledger", "eval", "samples", "report")
+        ]
+        assert len(names) >= 2
+        assert {stat.S_IMODE((folder.path / f).stat().st_mode) for f in names} == {PRIVATE}
+        for name in private:
+            if (folder.path / name).is_dir():
+                assert stat.S_IMODE((folder.path / name).stat().st_mode) == 0o700, name
+
+
+HOLD = "import sys, time\nfrom pathlib import Path\nfrom fleetune.common.folders import scratch\nwith scratch(Path(sys.argv[1]), 'gguf') as f:\n    (f / 'half').write_text('x'); print('held', flush=True); sys.stdin.read()"
+
+
+def test_what_a_killed_process_leaves_is_swept_and_a_living_ones_stays(tmp_path: Path) -> None:
+    foreign = tmp_path / ".other.12345678.tmp"
+    foreign.mkdir()
+    words = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        (left,) = tmp_path.glob(f"*{SUFFIX}")
+        sweep(tmp_path)
+        assert (left / "half").is_file()
+        holder.kill()
+        holder.wait(timeout=60)
+        assert (left / "half").is_file()
+    with staged(tmp_path / "out") as folder:
+        assert not left.exists()
+        (folder / "x").write_text("")
+        sweep(tmp_path)  # as another thread would
+        assert (folder / "x").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [foreign.name, "out"]
+
+
+def test_a_folder_that_was_swept_before_it_was_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fleetune.common import folders
+
+    real, made = folders._lock_folder, list[Path]()
+
+    def slow(folder: Path) -> int | None:
+        made.append(folder)
+        if len(made) == 1:
+            folder.rmdir()
+        return real(folder)
+
+    monkeypatch.setattr(folders, "_lock_folder", slow)
+    with scratch(tmp_path, "x") as folder:
+        assert len(made) == 2
+        assert folder.is_dir()
+
+
+def test_a_killed_export_is_swept_by_the_next_and_by_a_resumed_run(copy) -> None:
+    _, path = copy("fedkseed", "done")
+    for name in ("export", "exported.gguf"):
+        (path / f".{name}.abcdefgh{SUFFIX}").mkdir()
+        (path / f".{name}.abcdefgh{SUFFIX}" / "half").write_text("x")
+    call("export", str(path), "--to", "gguf")  # the tiny tokenizer is none for llama.cpp
+    assert not list(path.glob(f"*{SUFFIX}"))
+    (path / f".export.abcdefgh{SUFFIX}").mkdir()
+    (path / "status").write_text("interrupted\n")
+    assert resume("fedkseed", path).code == 0
+    assert not list(path.glob(f"*{SUFFIX}"))
+    assert time.time() - path.stat().st_mtime < 600

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make folders of every kind of job, whole and stopped, spoil one file of them, and see what the commands make of it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import random
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from fleetune import models
+from fleetune.cli.main import main
+
+SECONDS = 10  # that a command may take on a tiny folder
+SMALL = [
+    "--clients", "3", "--rounds", "3", "--limit", "24", "--held-out", "6", "--eval-rows", "4", "--samples", "2",
+    "--answer-tokens", "4", "--max-length", "48", "--device", "cpu", "--threads", "1",
+]  # fmt: skip
+TUNE = {
+    "fedkseed": ["--method", "fedkseed", "--set", "K=16", "--set", "tau=2"],
+    "fedit": ["--method", "fedit", "--set", "r=2", "--set", "steps=2"],
+    "scaffold": ["--method", "fedit", "--set", "r=2", "--set", "steps=2", "--set", "scaffold=true"],
+    "fedpeptao": [
+        "--method", "fedpeptao", "--set", "tokens=2", "--set", "epochs=1", "--set", "warmup=1", "--set", "layers_rule=1",
+        "--set", "personalise=true",
+    ],
+}  # fmt: skip
+COMPRESS = {
+    "optq": [
+        "--method", "optq", "--set", "group=4", "--windows", "2", "--length", "16", "--text", "text.txt",
+        "--eval-text", "text.txt",
+    ],
+    "gkd": [
+        "--method", "gkd", "--set", "teacher=same", "--set", "keep_layers=2", "--set", "steps=3", "--set", "lmbda=0",
+        "--set", "batch_size=2", "--data", "rows.jsonl", "--length", "48",
+    ],
+}  # fmt: skip
+SWEEP = """\
+model = "model"
+data = "data.jsonl"
+method = "fedkseed"
+clients = 2
+rounds = 2
+held_out = 6
+limit = 16
+max_length = 48
+eval_rows = 4
+samples = 1
+answer_tokens = 4
+device = "cpu"
+threads = 1
+[set]
+K = 16
+tau = 2
+[sweep]
+lr = [1e-3, 1e-2]
+"""
+KINDS = (*TUNE, *COMPRESS, "sweep")
+# looks at Ctrl-C until it is pressed: after the first round, block, step or run
+STOP = {"fedkseed": 27, "fedit": 27, "scaffold": 27, "fedpeptao": 27, "optq": 8, "gkd": 1, "sweep": 23}
+CHANGES = {"t", "seconds", "wall", "rss", "peak_rss", "run", "path", "report", "result", "folder", "planned"}
+FORMS = ("half", "line", "bit", "bit2", "digit", "empty", "noise", "gone", "list", "number")
+
+
+@dataclass
+class Folder:
+    """A folder of a job, and what its uninterrupted twin ended with."""
+
+    kind: str
+    state: str  # stopped | done
+    path: Path
+    digest: str
+    metrics: list[Any] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[str]:
+        """Every file of it, by name."""
+        found = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
+        return sorted(f for f in found if not f.endswith(".lock"))
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command returned and printed."""
+
+    code: int
+    events: list[dict[str, Any]]
+    text: str  # on stderr and stdout
+
+
+class Endless(BaseException):
+    """A command took longer than SECONDS; no client's failure, so that nobody catches it."""
+
+
+def call(*words: str, seconds: int = SECONDS * 3) -> Said:
+    """Run a command in this process; any exception that `main` does not turn into an exit code is raised."""
+    out, err = io.StringIO(), io.StringIO()
+    before = signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(seconds)  # of wall time: the processors may be shared
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _logged(err):
+            code = main([*words, "--json", "--offline"])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    lines = [json.loads(line) for line in out.getvalue().splitlines() if line.startswith("{")]
+    return Said(code, lines, err.getvalue() + out.getvalue())
+
+
+def _too_long(*_: object) -> None:
+    raise Endless
+
+
+@contextlib.contextmanager
+def _logged(stream: io.StringIO) -> Iterator[None]:
+    """The log of the package into `stream`, as the console shows it."""
+    handler = logging.StreamHandler(stream)
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("fleetune").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("fleetune").removeHandler(handler)
+
+
+@contextlib.contextmanager
+def stopped_after(looks: int) -> Iterator[None]:
+    """Ctrl-C is pressed after a job has looked for it so many times."""
+    seen = iter(range(1 << 30))
+
+    class Pressed:
+        def __init__(self, ui: object) -> None:
+            pass
+
+        def __enter__(self) -> Pressed:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        @property
+        def requested(self) -> bool:
+            return next(seen) >= looks
+
+    with contextlib.ExitStack() as stack:
+        for place in ("cli.commands.tune", "cli.commands.sweep", "cli.listener"):
+            stack.enter_context(mock.patch(f"fleetune.{place}.InterruptHandler", Pressed))
+        yield
+
+
+def lay_out(place: Path) -> None:
+    """Put the model, the rows and the texts that all jobs use into the folder `place`."""
+    made = models.tiny_llama(layers=3)
+    models.save(made.net, made.tokenizer, place / "model")
+    (place / "text.txt").write_text("The heron stood still in the shallow water. " * 8)
+    rows = [
+        {"instruction": f"count to {i}", "response": " ".join(map(str, range(1 + i % 8)))}
+        for i in range(1, 31)
+    ]
+    (place / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (place / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:8]))
+    (place / "sweep.toml").write_text(SWEEP)
+
+
+def begin(kind: str, out: str) -> Said:
+    """Begin a job of this kind, in the folder laid out; its folder is the only one under `out`."""
+    if kind == "sweep":
+        return call("sweep", "sweep.toml", "--out", out, seconds=600)
+    if kind in COMPRESS:
+        return call("compress", "model", *COMPRESS[kind], "--out", out, seconds=600)
+    return call("tune", "model", "data.jsonl", *SMALL, *TUNE[kind], "--out", out, seconds=600)
+
+
+def resume(kind: str, path: Path) -> Said:
+    """Resume a job."""
+    word = "sweep" if kind == "sweep" else "compress" if kind in COMPRESS else "tune"
+    return call(word, "--resume", str(path))
+
+
+def whole_and_stopped(kind: str) -> list[Folder]:
+    """A finished job's folder and a stopped one's; the working folder is laid out."""
+    assert (said := begin(kind, f"{kind}-done")).code == 0, said.text
+    (done,) = (p for p in Path(f"{kind}-done").iterdir() if p.is_dir() and not p.is_symlink())
+    ended = [Folder(kind, "done", done, digest_of(kind, done), metrics_of(done))]
+    with stopped_after(STOP[kind]):
+        assert (said := begin(kind, f"{kind}-stopped")).code == 130, said.text
+    (part,) = (p for p in Path(f"{kind}-stopped").iterdir() if p.is_dir() and not p.is_symlink())
+    return [*ended, Folder(kind, "stopped", part, ended[0].digest, ended[0].metrics)]
+
+
+def digest_of(kind: str, path: Path) -> str:
+    """What a finished job's result is, by the digests that it states and by its bytes."""
+    if kind == "sweep":
+        return " ".join(digest_of("fedkseed", p) for p in sorted(path.glob("0*")) if p.is_dir())
+    if kind in COMPRESS:
+        return str(json.loads((path / "compress.json").read_text())["result"]["digest"])
+    done = [e for e in _lines(path) if e["event"] == "done"]
+    return str(done[-1]["digest"]) if done else ""
+
+
+def metrics_of(path: Path) -> list[Any]:
+    """The events of a run (of a sweep: of its runs) without times and places."""
+    found = [e for p in sorted(path.rglob("metrics.jsonl")) for e in _lines(p.parent)]
+    return [{k: v for k, v in e.items() if k not in CHANGES and k != "crc"} for e in found]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    text = (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    return [e for line in text.splitlines() if (e := _event(line))]
+
+
+def _event(line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and "event" in found else {}
+
+
+def spoil(file: Path, form: str, seed: int = 0) -> bool:
+    """Spoil a file in this form; False where that would not change it."""
+    data, rng = file.read_bytes(), random.Random(f"{file.name} {form} {seed}")
+    if form == "gone":
+        file.unlink()
+        return True
+    at = rng.randrange(len(data)) if data else 0
+    digits = [i for i, b in enumerate(data) if chr(b).isdigit()]
+    number = rng.choice(digits) if digits else at
+    new: Mapping[str, bytes] = {
+        "half": data[: len(data) // 2],
+        "line": data[: data.rfind(b"\n", 0, max(0, 2 * len(data) // 3)) + 1],  # cut at the end of a line
+        "bit": data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :] if data else data,
+        "bit2": data[:number] + bytes([data[number] ^ 1]) + data[number + 1 :] if digits else data,
+        "digit": data[:number] + str((data[number] - 45) % 10).encode() + data[number + 1 :]
+        if digits
+        else data,
+        "empty": b"",
+        "noise": rng.randbytes(300),
+        "list": b"[]",
+        "number": b"7\n",
+    }
+    if new[form] == data:
+        return False
+    file.write_bytes(new[form])
+    return True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one torn folder: `fault` is empty where everything was right, refused or said."""
+
+    name: str
+    outcome: str  # same | refused | said | fault
+    fault: str = ""
+
+
+def judge(folder: Folder, file: str, form: str, place: Path, seed: int = 0) -> Verdict | None:
+    """Copy a folder to `place`, spoil a file of the copy, and run the commands on it; None where nothing was spoilt."""
+    name = f"{folder.kind} {folder.state} {file} {form}"
+    out = place / "runs"
+    shutil.rmtree(out, ignore_errors=True)
+    path = out / folder.path.name
+    shutil.copytree(folder.path, path)
+    if not spoil(path / file, form, seed):
+        return None
+    step = ""
+    try:
+        for step in _looks(folder, path, out):
+            call(*step.split())
+        step = "resume"
+        return _resumed(folder, path, name, file)
+    except Endless:
+        return Verdict(name, "fault", f"{step}: no end in {SECONDS} s")
+    except BaseException as error:
+        return Verdict(name, "fault", f"{step}: {type(error).__name__}: {error}")
+
+
+def _looks(folder: Folder, path: Path, out: Path) -> list[str]:
+    looks = [f"runs --out {out}"]
+    if folder.kind == "sweep":
+        return [*looks, f"runs --out {path}"]
+    looks.append(f"runs show {path}")
+    if folder.state == "done":
+        if folder.kind == "fedkseed":
+            looks += [f"ledger show {path}", f"ledger verify {path}"]
+        looks.append(f"export {path} --to hf --path {out / 'exported'}")
+    return looks
+
+
+def _resumed(folder: Folder, path: Path, name: str, file: str) -> Verdict:
+    said = resume(folder.kind, path)
+    if said.code:
+        named = any(part in said.text for part in (Path(file).name, str(path)))
+        return Verdict(
+            name, *(("refused", "") if named else ("fault", f"refused without a name: {said.text[-300:]}"))
+        )
+    if (found := digest_of(folder.kind, path)) != folder.digest:
+        return Verdict(
+            name, "fault", f"silent: the digest is {found[:60]}, not {folder.digest[:60]}; {said.text[-300:]}"
+        )
+    if metrics_of(path) == folder.metrics:
+        return Verdict(name, "same")
+    if Path(file).name in said.text or "lost" in said.text:
+        return Verdict(name, "said")
+    return Verdict(name, "fault", f"silent: other metrics; {said.text[-300:]}")
