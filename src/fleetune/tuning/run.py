@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fleetune import adapters, models
+from fleetune.common import sums
 from fleetune.common.memory import peak_rss
-from fleetune.errors import Interrupted
+from fleetune.errors import FleetuneError, Interrupted
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.measures import measure as measured_on
@@ -25,7 +26,7 @@ from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import describe, rounds
+from fleetune.tuning import describe, finished, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import Totals
 from fleetune.tuning.fleets.local import Faults, LocalFleet
@@ -52,10 +53,13 @@ def start(recipe: Recipe, out: Path, listener: Listener, *, offline: bool) -> Tu
 
 
 def resume(path: Path, listener: Listener, *, offline: bool) -> TuneResult:
-    """Resume a stopped run by its own recipe; return the result of a finished one."""
+    """Resume a stopped run by its own recipe; return the result of a finished one.
+
+    A result that is gone, or not what the run states, is written again from the last checkpoint.
+    """
     recipe = recipes.make(recipes.read(path / "run.toml"))
     check(recipe)
-    if rundir.status_of(path) == "done":
+    if rundir.status_of(path) == "done" and _is_whole(path, listener):
         found = read(path)
         listener.note(f"{path} is finished already")
         listener.event(found.done)
@@ -64,6 +68,16 @@ def resume(path: Path, listener: Listener, *, offline: bool) -> TuneResult:
         rundir.check_writable(path)
         job = prepare(recipe, offline=offline)
         return TuneResult(path.absolute(), tune(job, folder, listener))
+
+
+def _is_whole(path: Path, listener: Listener) -> bool:
+    """Whether a finished run's result is what the run states; if not, why is said."""
+    try:
+        finished.result_of(path)
+    except FleetuneError as error:
+        listener.note(f"{error.message}; it is written again from the last checkpoint")
+        return False
+    return True
 
 
 def tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
@@ -202,6 +216,7 @@ def _ledger(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
         "result": str(path),
         "result_bytes": path.stat().st_size,
         "digest": digest,
+        "result_sha256": sums.sha256(path),
         "entries": len(state.ledger),
     }
 
@@ -210,7 +225,12 @@ def _adapter(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
     path = run.path / "adapter"
     adapters.save(job.model, path)
     size = sum(p.stat().st_size for p in path.iterdir())
-    return {"result": str(path), "result_bytes": size, "digest": adapters.digest(state.tensors)}
+    return {
+        "result": str(path),
+        "result_bytes": size,
+        "digest": adapters.digest(state.tensors),
+        "result_sha256": sums.sha256(path / sums.FILE),
+    }
 
 
 ARTEFACTS: dict[str, Callable[[TuneJob, RunDir, Any], dict[str, Any]]] = {
