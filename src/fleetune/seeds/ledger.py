@@ -80,7 +80,8 @@ class LedgerHead:
             )
         if not _sound(head):
             raise LedgerError(
-                f"the ledger's head is damaged (law {head.law!r}, K {head.K}, grid {head.grid})"
+                f"the ledger's head is damaged (law {head.law!r}, K {head.K}, grid {head.grid})",
+                hint=f"K is at most {MOST}, a grid lies above 0 and is at most {GRID_LIMIT:g}",
             )
         return head
 

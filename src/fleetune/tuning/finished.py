@@ -174,12 +174,13 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Mod
         offline=offline,
         labels=recipes.label_words(recipe.labels),
     )
-    made_on = json.loads((path.parent / "env.json").read_text(encoding="utf-8")).get("base_digest")
-    if made_on != model.digest:
-        raise ModelError(
-            f"{path} was made on base {str(made_on)[:16]}.., {recipe.model} is now {model.digest[:16]}..",
-            hint="get the base it was made on (fleetune models shows sources)",
-        )
+    made_on = json.loads((path.parent / "env.json").read_text(encoding="utf-8"))
+    for what, now in (("base", model.digest), ("tokenizer", model.tokenizer_digest)):
+        if (then := made_on.get(f"{what}_digest")) != now:
+            raise ModelError(
+                f"{path} was made on {what} {str(then)[:16]}.., that of {recipe.model} is now {now[:16]}..",
+                hint="get the base it was made on (fleetune models shows sources)",
+            )
     adapters.load(model, path)
     return model
 
