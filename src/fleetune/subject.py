@@ -113,13 +113,14 @@ class Compressed:
     def model(self) -> Path:
         """The artefact of codes, or the plain directory.
 
-        UsageError when the compression is not finished, ModelError for codes that are not those it recorded.
+        UsageError when the compression is not finished, ModelError when a file is not what was written.
         """
         if self.artefact is not None:
+            sums.check(self.artefact, remedy=f"copy {self.artefact} again from where it was made")
             return self.artefact
         assert self.folder is not None
         found = compression_folder.model_in(self.folder)
-        _check_codes(self.folder, found / FILE)
+        _check_compressed(self.folder, found)
         return found
 
     @property
@@ -299,16 +300,15 @@ def _codes(name: str, found: Compressed) -> UsageError:
     )
 
 
-def _check_codes(folder: Path, codes: Path) -> None:
-    """ModelError for an artefact whose digest is not the one in the record of its compression."""
-    recorded = compression_folder.record(folder).get("result")
+def _check_compressed(folder: Path, model: Path) -> None:
+    """ModelError for a compressed model that is not what it states, or codes that the compression did not record."""
+    request = compression_folder.request_of(folder)
+    remedy = f"compress again: fleetune compress {request.model} --method {request.method}"
+    sums.check(model, remedy=remedy)
+    recorded, codes = compression_folder.record(folder).get("result"), model / FILE
     expected = recorded.get("digest") if isinstance(recorded, dict) else None
     if expected and codes.is_file() and (found := sums.sha256(codes)) != expected:
-        request = compression_folder.request_of(folder)
-        raise ModelError(
-            sums.differs(codes, found, str(expected), compression_folder.RECORD),
-            hint=f"compress again: fleetune compress {request.model} --method {request.method}",
-        )
+        raise ModelError(sums.differs(codes, found, str(expected), compression_folder.RECORD), hint=remedy)
 
 
 def _run(name: str, out: Path) -> Path | None:

@@ -29,6 +29,7 @@ from fleetune.errors import LedgerError
 from fleetune.seeds.noise import LAW_VERSION, LAWS, MOST, Passes, passes
 
 FORMAT = 1
+AGAIN = "get it again from its origin; a run writes its own again: fleetune tune --resume RUN"
 LARGEST = (1 << 31) - 1  # a coefficient, of either sign
 GRID_LIMIT = 1000.0  # the weight change of one unit: far above any learning rate
 
@@ -71,7 +72,7 @@ class LedgerHead:
             if head.to_json() != text:
                 raise ValueError("it is not in canonical form")
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise LedgerError(f"the ledger's head is damaged ({error})") from error
+            raise LedgerError(f"the ledger's head is damaged ({error})", hint=AGAIN) from error
         if head.format != FORMAT or head.law_version != LAW_VERSION:
             raise LedgerError(
                 f"the ledger is of format {head.format}, law version {head.law_version}; "
@@ -320,20 +321,22 @@ def load(path: str | os.PathLike[str]) -> Ledger:
             if metadata.get("format") != "fleetune-ledger" or not known or set(file.keys()) != {
                 "id", "coefficient", "round",
             }:  # fmt: skip
-                raise LedgerError(f"{path} is a safetensors file, but not a ledger")
+                raise LedgerError(f"{path} is a safetensors file, but not a ledger", hint=AGAIN)
             arrays = [file.get_tensor(n) for n in ("id", "coefficient", "round")]
     except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: types numpy lacks
-        raise LedgerError(f"{path} is damaged or not a ledger ({error})") from error
+        raise LedgerError(f"{path} is damaged or not a ledger ({error})", hint=AGAIN) from error
     head = LedgerHead.from_json(metadata.get("head", ""))
     kinds = [(a.dtype.name, a.ndim) for a in arrays]
     if kinds != [("uint64", 1), ("int32", 1), ("uint32", 1)] or len({len(a) for a in arrays}) != 1:
-        raise LedgerError(f"{path} is damaged: its arrays are {kinds}")
+        raise LedgerError(f"{path} is damaged: its arrays are {kinds}", hint=AGAIN)
+    if head.law == "pooled" and int((arrays[0] & np.uint64(0xFFFFFFFF)).max(initial=0)) >= head.K:
+        raise LedgerError(f"{path} is damaged: it names directions outside its pool of {head.K}", hint=AGAIN)
     found = Ledger(head, *arrays)
     stated = metadata.get("fingerprint")  # files of earlier versions have none
     if stated is not None and stated != found.fingerprint():
         raise LedgerError(
             f"{path} is not what was written: its fingerprint is {found.fingerprint()[:16]}.., it states {stated[:16]}..",
-            hint="get it again from its origin; a run writes its own again: fleetune tune --resume RUN",
+            hint=AGAIN,
         )
     return found
 
