@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fleetune import compression, models
-from fleetune.compression.layerwise import driver
 from fleetune.common import sums
+from fleetune.compression.layerwise import driver
 from fleetune.errors import ModelError, StorageError
 from fleetune.models.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
 from fleetune.models.artefact_folder import FILE, is_master

@@ -42,7 +42,8 @@ def recipe_of(run: Path) -> Recipe:
 def result_of(run: Path) -> Path:
     """The ledger or adapter directory of a run.
 
-    UsageError when it has no result yet, ModelError when a file of it is not what the run or its SHA256SUMS states.
+    UsageError when it has no result yet; ModelError (of a ledger LedgerError) when a file of it is not what the run or
+    its SHA256SUMS states.
     """
     found = run / RESULT[entry(recipe_of(run).method).kind]
     if not found.exists():
@@ -54,7 +55,8 @@ def result_of(run: Path) -> Path:
         if not file.is_file():
             raise ModelError(f"{file} is missing", hint=remedy)
         if (own := sums.sha256(file)) != expected:
-            raise ModelError(sums.differs(file, own, str(expected), "the run"), hint=remedy)
+            kind = ModelError if found.is_dir() else LedgerError
+            raise kind(sums.differs(file, own, str(expected), "the run"), hint=remedy)
     elif found.is_dir() and not file.is_file():
         _check_tensors(run, found, str(done.get("digest", "")))
     return found
