@@ -23,7 +23,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetune.errors import UsageError
+from fleetune.common import sums
+from fleetune.errors import ModelError, UsageError
+from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CompressRequest
 
@@ -109,11 +111,17 @@ class Compressed:
 
     @property
     def model(self) -> Path:
-        """The artefact of codes, or the plain directory; UsageError when the compression is not finished."""
+        """The artefact of codes, or the plain directory.
+
+        UsageError when the compression is not finished, ModelError when a file is not what was written.
+        """
         if self.artefact is not None:
+            sums.check(self.artefact, remedy=f"copy {self.artefact} again from where it was made")
             return self.artefact
         assert self.folder is not None
-        return compression_folder.model_in(self.folder)
+        found = compression_folder.model_in(self.folder)
+        _check_compressed(self.folder, found)
+        return found
 
     @property
     def request(self) -> CompressRequest | None:
@@ -123,8 +131,6 @@ class Compressed:
     @property
     def holds_codes(self) -> bool:
         """Whether the result is an artefact of codes, not a plain directory."""
-        from fleetune.models.artefact_folder import is_master
-
         return is_master(self.model)
 
     def load(self, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False) -> Model:
@@ -172,10 +178,13 @@ class Plain:
         return models.load(self.name, dtype=dtype, device=device, offline=offline)
 
     def directory(self, *, offline: bool = False) -> Path:
-        """Return its Hugging Face directory; it is fetched or converted first if necessary."""
+        """Return its Hugging Face directory, fetched or converted first if necessary; all its files are as it states."""
         from fleetune import models
+        from fleetune.models import stated
 
-        return models.resolve(self.name, offline=offline)
+        path = models.resolve(self.name, offline=offline)
+        stated.check(path)
+        return path
 
 
 Subject = Run | Compressed | Plain
@@ -194,7 +203,7 @@ def open(name: object, out: str | Path = "runs") -> Subject:
         path.exists()
     except (OSError, ValueError) as error:  # too long, or a character that no path has
         raise UsageError(f"{text[:80]!r}.. is not the name of a model: {error}") from error
-    if text != "latest" and _is_artefact(path):
+    if text != "latest" and is_master(path):
         return Compressed(None, path)
     run, smaller = _run(text, runs), compression_folder.find(text, runs)
     if run and smaller:  # both have a `latest`
@@ -291,6 +300,17 @@ def _codes(name: str, found: Compressed) -> UsageError:
     )
 
 
+def _check_compressed(folder: Path, model: Path) -> None:
+    """ModelError for a compressed model that is not what it states, or codes that the compression did not record."""
+    request = compression_folder.request_of(folder)
+    remedy = f"compress again: fleetune compress {request.model} --method {request.method}"
+    sums.check(model, remedy=remedy)
+    recorded, codes = compression_folder.record(folder).get("result"), model / FILE
+    expected = recorded.get("digest") if isinstance(recorded, dict) else None
+    if expected and codes.is_file() and (found := sums.sha256(codes)) != expected:
+        raise ModelError(sums.differs(codes, found, str(expected), compression_folder.RECORD), hint=remedy)
+
+
 def _run(name: str, out: Path) -> Path | None:
     """Return the folder of the run that `name` means; None when it means no run."""
     like_one = name == "latest" or name.isdigit() or (Path(name) / "run.toml").is_file()
@@ -300,11 +320,5 @@ def _run(name: str, out: Path) -> Path | None:
     return None
 
 
-def _is_artefact(path: Path) -> bool:
-    from fleetune.models.artefact_folder import is_master
-
-    return is_master(path)
-
-
 def _is_plain(folder: Path) -> bool:
-    return compression_folder.is_complete(folder) and not _is_artefact(folder / "model")
+    return compression_folder.is_complete(folder) and not is_master(folder / "model")

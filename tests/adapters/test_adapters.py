@@ -362,6 +362,7 @@ def test_adapter_files_have_plain_modes_and_foreign_folders_are_left_alone(tmp_p
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "adapter").iterdir()} == {0o644}
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
         "README.md",
+        "SHA256SUMS",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

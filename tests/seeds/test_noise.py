@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from law_definition import place, slow_places
 
 from fleetune.errors import UsageError
 from fleetune.seeds import noise
+from law_definition import place, slow_places
 
 U64 = st.integers(0, 2**64 - 1)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from law_definition import slow_places
 from torch.nn import functional as F
 
 from fleetune import models
@@ -16,6 +15,7 @@ from fleetune.seeds import noise
 from fleetune.seeds.project import Projection, WeightCopies, descend, fold
 from fleetune.seeds.spsa import Position
 from fleetune.seeds.view import View, kernels
+from law_definition import slow_places
 
 KEY, EPOCH = 0x0123456789ABCDEF, 3
 SHAPES = {"a": (70, 61), "b": (4096,), "c": (1,), "d": (3, 2731), "e": (4097,)}  # 4270, 4096, 1, 8193, 4097

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from law_definition import slow_places
 
 from fleetune.data.encode import Batch, collate, encode_all
 from fleetune.data.examples import Example
@@ -24,6 +23,7 @@ from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.spsa import Position, Steps, descend, two_point, uniforms
 from fleetune.seeds.view import View
 from fleetune.tuning.methods._zeroth import draw, pool_ids
+from law_definition import slow_places
 
 KEY, K, GRID = 0x5EED, 64, float(np.float32(1e-6))
 

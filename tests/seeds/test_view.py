@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from law_definition import slow_places
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -36,6 +35,7 @@ from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.slots import WeightSlot, layout, read_stored
 from fleetune.seeds.spsa import Position, descend, two_point
 from fleetune.seeds.view import View, kernels
+from law_definition import slow_places
 
 KEY, GRID, EPS, K = 0xFEEDFACE12345678, float(np.float32(3e-6)), 1e-2, 32
 IDS = np.array([3, 17, 1 << 32 | 3, 5 << 32 | 31], np.uint64)

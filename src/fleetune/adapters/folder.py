@@ -8,7 +8,8 @@
 | bottleneck adapters, BitFit, full; prefixes in some layers; prefixes and prompts of encoders | ours |
 
 PEFT: adapter_config.json, adapter_model.safetensors.  Ours: module.json (the spec, and the base it belongs to) and
-module.safetensors (the fp32 tensors by name).  Both have a README.md, and both store the values bit for bit.
+module.safetensors (the fp32 tensors by name).  Both have a README.md and the digests of the other files in `SHA256SUMS`,
+and both store the values bit for bit.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fleetune import models
-from fleetune.adapters.attachment import AdapterSpec, Attachment, attach, attachment_of, detach, load_
+from fleetune.adapters.attachment import AdapterSpec, Attachment, attach, attachment_of, detach, digest, load_
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
 from fleetune.adapters.lora import ADAPTER, Lora, LoraPart, subtracted_factors
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
+from fleetune.common import sums
 from fleetune.common.folders import staged
 from fleetune.errors import FleetuneError, ModelError
 from fleetune.models import cache
@@ -42,6 +44,10 @@ from fleetune.models.model import Model
 
 FRONT: Final = "base_model.model."  # of PEFT's tensor names
 VERSION: Final = 1
+REMEDY: Final = (
+    "copy the folder again from its run, which writes its own again: fleetune tune --resume RUN; "
+    f"if it was changed on purpose, remove {sums.FILE} from it"
+)
 KINDS: Final[Mapping[str, type[Any]]] = MappingProxyType(
     {
         "bottleneck": Bottleneck,
@@ -72,10 +78,15 @@ def save(model: Model, path: Path, *, private: bool = False) -> None:
         text = json.dumps(head, indent=2, sort_keys=True, default=_plain)
         (folder / config).write_text(text + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_card(model, attachment.spec, bool(in_peft)), encoding="utf-8")
+        sums.write(folder)
 
 
 def load(model: Model, path: Path) -> None:
-    """Attach a saved adapter; ModelError, with nothing attached, if it is missing, damaged or another model's."""
+    """Attach a saved adapter; ModelError, with nothing attached, if it is missing, damaged or another model's.
+
+    Damaged is also what differs from the digests that the folder states.
+    """
+    sums.check(path, remedy=REMEDY)
     try:
         ours = (path / "module.json").is_file()
         file = "module.json" if ours else "adapter_config.json"
@@ -94,6 +105,21 @@ def load(model: Model, path: Path) -> None:
     except FleetuneError:
         detach(model)
         raise
+
+
+def file_digest(path: Path) -> str | None:
+    """Return the digest of a saved adapter's tensors, as `digest` gives it of those in memory.
+
+    None where the files hold them in another form (prefixes and prompts in PEFT's layout).  ModelError for a damaged one.
+    """
+    file = path / "module.safetensors"
+    if not file.is_file():
+        file = path / "adapter_model.safetensors"
+    try:
+        tensors = {name.removeprefix(FRONT): values for name, values in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} is damaged ({error})", hint=REMEDY) from error
+    return None if "prompt_embeddings" in tensors else digest(tensors)
 
 
 # ---------------------------------------------------------------- our own layout

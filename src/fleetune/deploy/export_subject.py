@@ -121,8 +121,8 @@ def _of_run(
     if target.takes == "adapter":
         from fleetune.tuning import finished
 
-        adapter = run.folder / finished.RESULT["adapter"]
-        exporting.check_adapter(adapter, kind)
+        exporting.check_adapter(run.folder / finished.RESULT["adapter"], kind)
+        adapter = run.result
         source = base.directory(offline=offline) if target.states("BASE") else None
         report = exporting.export_adapter(adapter, source, kind, out, made=made)
         return ExportResult(out, _done(report, listener))

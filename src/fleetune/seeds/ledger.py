@@ -6,7 +6,8 @@ in integers, so that any order, thread count, backend or device rebuilds the sam
 id k).  It is at once the server's state, the checkpoint and the file that the run leaves.
 
 The file is safetensors: arrays `id` (u64), `coefficient` (i32), `round` (u32), and as metadata the head in
-canonical JSON (sorted keys, no spaces), which states everything a replay needs and what it must find.
+canonical JSON (sorted keys, no spaces), which states everything a replay needs and what it must find, and the
+fingerprint of both, which tells a damaged file.
 Mode 0600: whoever has the base and the ledger has the model.
 """
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,9 +26,12 @@ from safetensors import SafetensorError, safe_open
 
 from fleetune.common.files import write_atomic
 from fleetune.errors import LedgerError
-from fleetune.seeds.noise import LAW_VERSION, LAWS, Passes, passes
+from fleetune.seeds.noise import LAW_VERSION, LAWS, MOST, POOLS, Passes, passes
 
 FORMAT = 1
+AGAIN = "get it again from its origin; a run writes its own again: fleetune tune --resume RUN"
+LARGEST = (1 << 31) - 1  # a coefficient, of either sign
+GRID_LIMIT = 1000.0  # the weight change of one unit: far above any learning rate
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class LedgerHead:
             if head.to_json() != text:
                 raise ValueError("it is not in canonical form")
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise LedgerError(f"the ledger's head is damaged ({error})") from error
+            raise LedgerError(f"the ledger's head is damaged ({error})", hint=AGAIN) from error
         if head.format != FORMAT or head.law_version != LAW_VERSION:
             raise LedgerError(
                 f"the ledger is of format {head.format}, law version {head.law_version}; "
@@ -78,7 +81,8 @@ class LedgerHead:
             )
         if not _sound(head):
             raise LedgerError(
-                f"the ledger's head is damaged (law {head.law!r}, K {head.K}, grid {head.grid})"
+                f"the ledger's head is damaged (law {head.law!r}, K {head.K}, grid {head.grid})",
+                hint=f"K is at most {MOST}, a grid lies above 0 and is at most {GRID_LIMIT:g}",
             )
         return head
 
@@ -103,6 +107,11 @@ class Ledger:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def final_check(self) -> str | None:
+        """Return the digest that the ledger states of the weights it rebuilds as a whole; None when it states none."""
+        last = max(map(int, self.head.checks), default=-1)
+        return self.head.checks[str(last)] if last >= int(self.rounds.max(initial=0)) else None
+
     def append(self, ids: np.ndarray, coefficients: np.ndarray, round: int) -> Ledger:
         """Return this ledger with the entries of one more round; zeros are left out.
 
@@ -123,6 +132,18 @@ class Ledger:
     def passes(self) -> Passes:
         """Return the entries as replay passes (one a direction, or one an epoch for a pool)."""
         return passes(self.head.law, self.head.K, self.ids, self.coefficients)
+
+    def count_passes(self) -> int:
+        """Return the number of replay passes, without their tables."""
+        ids, _ = self._sums()
+        return len(np.unique(ids >> np.uint64(32))) if self.head.law in POOLS else len(ids)
+
+    def _sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids, ascending, whose coefficients do not sum to 0, and these sums, int64."""
+        ids, where = np.unique(self.ids, return_inverse=True)
+        sums = np.zeros(len(ids), np.int64)
+        np.add.at(sums, where, self.coefficients.astype(np.int64))
+        return ids[sums != 0], sums[sums != 0]
 
     def with_check(self, round: int, digest: str) -> Ledger:
         """Return this ledger with the digest that the weights have after `round`."""
@@ -152,23 +173,42 @@ class Ledger:
         return self._derived(self.rounds != round, checks)
 
     def scale(self, factor: float) -> Ledger:
-        """Return the fine-tune `factor` times as long (task arithmetic): the grid is scaled, checks are dropped."""
+        """Return the fine-tune `factor` times as long (task arithmetic): the grid is scaled, checks are dropped.
+
+        The coefficients are negated for a negative factor.  LedgerError when the grid or a coefficient would not fit.
+        """
         with np.errstate(over="ignore"):
-            grid = float(np.float32(self.head.grid * factor))
-        if not np.isfinite(grid) or grid == 0.0:
-            raise LedgerError(f"cannot scale by {factor}: the grid would become {grid}")
+            grid = float(np.float32(self.head.grid * abs(factor)))
+        if not 0.0 < grid <= GRID_LIMIT:  # also when it is no number
+            raise LedgerError(
+                f"cannot scale by {factor}: the grid would become {grid}",
+                hint=f"a grid lies between 0 and {GRID_LIMIT:g}",
+            )
         head = replace(self.head, previous=self.fingerprint(), checks={}, grid=grid)
-        return replace(self, head=head)
+        if factor > 0:
+            return replace(self, head=head)
+        if self.coefficients.min(initial=0) == -(1 << 31):
+            raise LedgerError(
+                f"cannot scale by {factor}: -2^31 has no negative in 32 bits", hint="compact it first"
+            )
+        return replace(self, head=head, coefficients=-self.coefficients)
 
     def compact(self) -> Ledger:
-        """Return one entry a direction (its sum), sorted by id: the same weights, without the history of rounds."""
-        ids, where = np.unique(self.ids, return_inverse=True)
-        sums = np.zeros(len(ids), np.int64)
-        np.add.at(sums, where, self.coefficients.astype(np.int64))
+        """Return one entry a direction (its sum), sorted by id: the same weights, without the history of rounds.
+
+        A sum beyond 32 bits takes as many entries as it needs, one after another.
+        """
+        ids, left = self._sums()
+        parts = []
+        while left.any():
+            parts.append(np.clip(left, -LARGEST, LARGEST))
+            left = left - parts[-1]
+        ids, sums = np.tile(ids, len(parts)), np.concatenate([*parts, np.zeros(0, np.int64)])
+        order = np.argsort(ids, kind="stable")
         last = int(self.rounds.max(initial=0))
         checks = {r: d for r, d in self.head.checks.items() if int(r) >= last}
         head = replace(self.head, previous=self.fingerprint(), checks=checks)
-        return Ledger(head).append(ids, sums, last)
+        return Ledger(head).append(ids[order], sums[order], last)
 
     def merge(self, other: Ledger) -> Ledger:
         """Return both fine-tunes together: coefficients add.  LedgerError unless base, key, law and grid agree."""
@@ -221,7 +261,12 @@ class Ledger:
 
     def to_bytes(self) -> bytes:
         """Return the file's bytes: equal ledgers give equal bytes (safetensors' own writer shuffles metadata)."""
-        header: dict[str, Any] = {"__metadata__": {"format": "fleetune-ledger", "head": self.head.to_json()}}
+        metadata = {
+            "format": "fleetune-ledger",
+            "head": self.head.to_json(),
+            "fingerprint": self.fingerprint(),
+        }
+        header: dict[str, Any] = {"__metadata__": metadata}
         data = b""
         for name, kind, values in (
             ("id", "U64", self.ids.astype("<u8")),
@@ -248,11 +293,11 @@ def _sound(head: LedgerHead) -> bool:
         all(type(text) is str for text in (*texts, head.previous))
         and head.law in LAWS
         and type(head.K) is int
-        and 1 <= head.K <= 1 << 32
+        and 1 <= head.K <= MOST
         and head.K & (head.K - 1) == 0
         and 0 <= head.run_key < 1 << 64
         and type(head.grid) is float
-        and math.isfinite(head.grid)
+        and 0.0 < head.grid <= GRID_LIMIT
         and type(head.eps) in (float, int)
         and type(head.hyper) is type(head.checks) is dict
         and all(r.isdecimal() and type(d) is str for r, d in head.checks.items())
@@ -272,20 +317,28 @@ def load(path: str | os.PathLike[str]) -> Ledger:
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != "fleetune-ledger" or set(file.keys()) != {
-                "id",
-                "coefficient",
-                "round",
-            }:
-                raise LedgerError(f"{path} is a safetensors file, but not a ledger")
+            known = metadata.keys() <= {"format", "head", "fingerprint"}
+            if metadata.get("format") != "fleetune-ledger" or not known or set(file.keys()) != {
+                "id", "coefficient", "round",
+            }:  # fmt: skip
+                raise LedgerError(f"{path} is a safetensors file, but not a ledger", hint=AGAIN)
             arrays = [file.get_tensor(n) for n in ("id", "coefficient", "round")]
     except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: types numpy lacks
-        raise LedgerError(f"{path} is damaged or not a ledger ({error})") from error
+        raise LedgerError(f"{path} is damaged or not a ledger ({error})", hint=AGAIN) from error
     head = LedgerHead.from_json(metadata.get("head", ""))
     kinds = [(a.dtype.name, a.ndim) for a in arrays]
     if kinds != [("uint64", 1), ("int32", 1), ("uint32", 1)] or len({len(a) for a in arrays}) != 1:
-        raise LedgerError(f"{path} is damaged: its arrays are {kinds}")
-    return Ledger(head, *arrays)
+        raise LedgerError(f"{path} is damaged: its arrays are {kinds}", hint=AGAIN)
+    if head.law in POOLS and int((arrays[0] & np.uint64(0xFFFFFFFF)).max(initial=0)) >= head.K:
+        raise LedgerError(f"{path} is damaged: it names directions outside its pool of {head.K}", hint=AGAIN)
+    found = Ledger(head, *arrays)
+    stated = metadata.get("fingerprint")  # files of earlier versions have none
+    if stated is not None and stated != found.fingerprint():
+        raise LedgerError(
+            f"{path} is not what was written: its fingerprint is {found.fingerprint()[:16]}.., it states {stated[:16]}..",
+            hint=AGAIN,
+        )
+    return found
 
 
 def require_base(
@@ -323,8 +376,8 @@ def _cosine(left: Ledger, right: Ledger) -> float:
     # The directions of a law are orthogonal or nearly so, so the coefficients' cosine is the moves'.
     ids = np.union1d(left.ids, right.ids)
     a, b = np.zeros(len(ids)), np.zeros(len(ids))
-    a[np.searchsorted(ids, left.ids)] = left.coefficients
-    b[np.searchsorted(ids, right.ids)] = right.coefficients
+    np.add.at(a, np.searchsorted(ids, left.ids), left.coefficients)
+    np.add.at(b, np.searchsorted(ids, right.ids), right.coefficients)
     length = float(np.linalg.norm(a) * np.linalg.norm(b))
     return 1.0 if length == 0.0 else float(a @ b) / length
 

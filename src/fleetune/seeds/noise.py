@@ -37,6 +37,8 @@ from fleetune.errors import UsageError
 LAW_VERSION = 1
 LAWS = ("hashed", "pooled", "rademacher", "gaussian")
 POOLS = ("hashed", "pooled")  # laws with K directions in one pass
+MOST = 1 << 24  # directions of a pool: the table of a pass has as many numbers
+TABLES = 1 << 28  # numbers in the tables of all passes: 2 GiB
 MIX = 0x9E3779B97F4A7C15  # the multiplier of `run_hashes`: 2^64 over the golden ratio
 TILE = 4096  # elements that share 32 Philox calls: one bit each
 WIDTH = 128  # words of a tile, and elements of one row of it
@@ -231,7 +233,7 @@ def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
     ids: uint64 [n], equal ones are merged; coefficients: integers [n].  The order of the entries has no
     effect.  Tables are int32 unless an element's sum could reach 2^31, then int64.  K counts for pools
     only.  Raises UsageError for an unknown law, a K that is not a power of two, a k outside the pool or
-    sums beyond 2^62.
+    sums beyond 2^62, or tables of more than `TABLES` numbers.
     """
     check_law(law, K)
     ids = np.asarray(ids, dtype=np.uint64).reshape(-1)
@@ -259,11 +261,11 @@ def probe(law: str, K: int, id: int) -> tuple[int, NDArray[np.int8]]:
 
 
 def check_law(law: str, K: int) -> None:
-    """Raise UsageError unless the law exists and, for a pool, K is a power of two of at most 2^32."""
+    """Raise UsageError unless the law exists and, for a pool, K is a power of two of at most `MOST`."""
     if law not in LAWS:
         raise UsageError(f"there is no law {law!r}", hint=f"one of: {', '.join(LAWS)}")
-    if law in POOLS and _power_of_two(K) > 2**32:
-        raise UsageError(f"K = {K} is more than 2^32 directions")
+    if law in POOLS and _power_of_two(K) > MOST:
+        raise UsageError(f"K = {K} is more than {MOST:,} directions", hint=f"use {MOST} or less")
 
 
 def check_tables(passes: Passes, probe: NDArray[Any] | None) -> None:
@@ -290,6 +292,11 @@ def _pool(ids: Ids, sums: Sums, K: int) -> tuple[Ids, Sums]:
     if len(k) and int(k.max()) >= K:
         raise UsageError(f"direction {int(k.max())} is outside a pool of K = {K}", hint=f"use 0 to {K - 1}")
     epochs, row = np.unique(ids >> np.uint64(32), return_inverse=True)
+    if len(epochs) * K > TABLES:
+        raise UsageError(
+            f"{len(epochs)} epochs of K = {K} directions need tables of {len(epochs) * K:,} numbers, {TABLES:,} at most",
+            hint="a run of that size takes a smaller K, or fewer epochs",
+        )
     a = np.zeros((len(epochs), K), np.int64)
     a[row, k.astype(np.int64)] = sums
     for line in a:

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fleetune import adapters, models
+from fleetune.adapters.lora_init import FROM_WEIGHTS
+from fleetune.common import sums
 from fleetune.data import Example
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import dtypes
@@ -15,7 +18,7 @@ from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import View, kernels
-from fleetune.tuning import foundations
+from fleetune.tuning import foundations, methods
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import entry
 from fleetune.tuning.methods._zeroth import place_at as place_at
@@ -36,11 +39,47 @@ def recipe_of(run: Path) -> Recipe:
 
 
 def result_of(run: Path) -> Path:
-    """The ledger or adapter directory of a run; UsageError when it has no result yet."""
+    """The ledger or adapter directory of a run.
+
+    UsageError when it has no result yet; ModelError (of a ledger LedgerError) when a file of it is not what the run or
+    its SHA256SUMS states.
+    """
     found = run / RESULT[entry(recipe_of(run).method).kind]
     if not found.exists():
         raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {run}")
+    remedy = f"write it again from the last checkpoint: fleetune tune --resume {run}"
+    sums.check(found, remedy=remedy)
+    done, file = stated_by(run), found / sums.FILE if found.is_dir() else found
+    if expected := done.get("result_sha256"):
+        if not file.is_file():
+            raise ModelError(f"{file} is missing", hint=remedy)
+        if (own := sums.sha256(file)) != expected:
+            kind = ModelError if found.is_dir() else LedgerError
+            raise kind(sums.differs(file, own, str(expected), "the run"), hint=remedy)
+    elif found.is_dir() and not file.is_file():
+        _check_tensors(run, found, str(done.get("digest", "")))
     return found
+
+
+def stated_by(run: Path) -> Mapping[str, Any]:
+    """What a run states of its result: its event `done`; {} for a run that has not finished."""
+    return next((e for e in rundir.events(run) if e["event"] == "done"), {})
+
+
+def _check_tensors(run: Path, adapter: Path, expected: str) -> None:
+    """ModelError when an adapter of an earlier version, which states no digests of files, differs from the run's digest.
+
+    A start that is subtracted from the base is folded into the file, which has twice the rank: nothing states its digest.
+    """
+    recipe = recipe_of(run)
+    folded = getattr(methods.make(recipe.method, recipe.set), "start", None) in FROM_WEIGHTS
+    found = None if folded or not expected else adapters.file_digest(adapter)
+    if found not in (None, expected):
+        raise ModelError(
+            f"the tensors in {adapter} are not what was written: their SHA-256 is {found:.16}.., "
+            f"the run states {expected[:16]}..",
+            hint=f"remove the folder, and write it again from the last checkpoint: fleetune tune --resume {run}",
+        )
 
 
 def ledger_file(run: Path) -> Path:
@@ -112,8 +151,20 @@ def load(run: str | Path, *, offline: bool = False, device: str | None = None) -
 def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
     ledger = ledgers.load(path)
     model = base_of(ledger, recipe.model, offline=offline, device=device)
-    place_at(model, ledger)
+    view = place_at(model, ledger)
+    if not stated_by(path.parent).get("result_sha256"):  # of an earlier version: only its weights are stated
+        require_digest(models.digest(view.tensors()), ledger.final_check(), path)
     return model
+
+
+def require_digest(digest: str, stated: str | None, what: Path | str) -> None:
+    """LedgerError when a ledger states (`Ledger.final_check`) another digest of its weights than the one it rebuilds."""
+    if stated not in (None, digest):
+        raise LedgerError(
+            f"{what} rebuilds other weights than it states: their SHA-256 is {digest[:16]}.., it states {stated:.16}..",
+            hint="the ledger was changed after it was made: get it again from its origin (a run's own: remove the file, "
+            "then fleetune tune --resume RUN)",
+        )
 
 
 def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
@@ -124,12 +175,13 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Mod
         offline=offline,
         labels=recipes.label_words(recipe.labels),
     )
-    made_on = rundir.base_digest(path.parent)
-    if made_on != model.digest:
-        raise ModelError(
-            f"{path} was made on base {made_on[:16]}.., {recipe.model} is now {model.digest[:16]}..",
-            hint="get the base it was made on (fleetune models shows sources)",
-        )
+    made_on = rundir.made_on(path.parent)
+    for what, now in (("base", model.digest), ("tokenizer", model.tokenizer_digest)):
+        if (then := made_on[what]) != now:
+            raise ModelError(
+                f"{path} was made on {what} {then[:16]}.., that of {recipe.model} is now {now[:16]}..",
+                hint="get the base it was made on (fleetune models shows sources)",
+            )
     adapters.load(model, path)
     return model
 
@@ -141,16 +193,19 @@ _LOAD: Mapping[str, Callable[[Path, Recipe, bool, str], Model]] = {
 }
 
 
-def export_hf(model: Model, out: Path, *, card: str | None = None) -> str:
+def export_hf(model: Model, out: Path, *, card: str | None = None, stated: str | None = None) -> str:
     """Write a tuned model as a Hugging Face directory; the digest of its weights.
 
-    The tuned weights become the stored ones of `model`.  ModelError when `out` exists.
+    The tuned weights become the stored ones of `model`.  ModelError when `out` exists; LedgerError, with nothing
+    written, when `stated` is another digest.
     """
     if out.exists():
         raise ModelError(f"{out} exists already", hint="choose a new place: nothing is overwritten")
     merge_weights(model)
+    digest = models.digest(models.named_tensors(model.net))
+    require_digest(digest, stated, "the ledger")
     models.save(model.net, model.tokenizer, out, card=card)
-    return models.digest(models.named_tensors(model.net))
+    return digest
 
 
 def merge_weights(model: Model) -> None:

@@ -76,12 +76,13 @@ class TuneResult:
         """Read the adapter's tensors, by PEFT's names; UsageError for a run that leaves a ledger."""
         from safetensors.torch import load_file
 
-        if not self.path.is_dir():
+        found = finished.result_of(self.folder)
+        if not found.is_dir():
             raise UsageError(
                 f"{self.folder} leaves a ledger, no adapter",
                 hint="its tuned model: .model(), or export to hf",
             )
-        tensors: dict[str, Tensor] = load_file(self.path / "adapter_model.safetensors")
+        tensors: dict[str, Tensor] = load_file(found / "adapter_model.safetensors")
         return tensors
 
 

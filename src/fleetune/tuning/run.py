@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fleetune import adapters, models
+from fleetune.common import sums
 from fleetune.common.memory import peak_rss
-from fleetune.errors import Interrupted, StorageError
+from fleetune.errors import FleetuneError, Interrupted, StorageError
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.measures import measure as measured_on
@@ -24,11 +25,12 @@ from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import describe, foundations, rounds
+from fleetune.tuning import describe, finished, foundations, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import StandsOn, Totals
 from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
+from fleetune.tuning.methods import entry
 from fleetune.tuning.prepare import TuneJob, check, prepare
 from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.result import TuneResult, read
@@ -54,7 +56,7 @@ def start(recipe: Recipe, out: Path, listener: Listener, *, offline: bool) -> Tu
 def resume(path: Path, listener: Listener, *, offline: bool) -> TuneResult:
     """Resume a stopped run by its own recipe; return the result of a finished one.
 
-    A file of a finished run that is damaged is made again from the last checkpoint.
+    A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
     """
     recipe = foundations.recipe_of(path)
     check(recipe)
@@ -70,7 +72,7 @@ def resume(path: Path, listener: Listener, *, offline: bool) -> TuneResult:
 
 
 def is_done(path: Path, note: Callable[[str], None]) -> bool:
-    """Whether a run is finished, and its record and its answers are as they were written; if not so, it is said.
+    """Whether a run is finished, and its record, answers and result are as they were written; if not so, it is said.
 
     StorageError when a file of a finished run is damaged, and there is no checkpoint to make it from.
     """
@@ -87,14 +89,21 @@ def is_done(path: Path, note: Callable[[str], None]) -> bool:
 
 
 def damaged_file(path: Path) -> str:
-    """The first small file of a finished run that is not as it was written, "" where all are."""
+    """The first file of a finished run that is not as it was written, "" where all are."""
     if not metrics.is_intact(path):
         return metrics.FILE
     try:
         rundir.base_digest(path)
     except StorageError:
         return rundir.ENVIRONMENT
-    return "" if _evaluation(path, "tuned") else EVALUATION
+    if not _evaluation(path, "tuned"):
+        return EVALUATION
+    try:
+        finished.result_of(path)
+    except FleetuneError as error:
+        log.warning("%s", error.message)
+        return finished.RESULT[entry(foundations.recipe_of(path).method).kind]
+    return ""
 
 
 def tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
@@ -259,6 +268,7 @@ def _ledger(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
         "result": str(path),
         "result_bytes": path.stat().st_size,
         "digest": digest,
+        "result_sha256": sums.sha256(path),
         "entries": len(state.ledger),
     }
 
@@ -267,7 +277,12 @@ def _adapter(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
     path = run.path / "adapter"
     adapters.save(job.model, path, private=True)
     size = sum(p.stat().st_size for p in path.iterdir())
-    return {"result": str(path), "result_bytes": size, "digest": adapters.digest(state.tensors)}
+    return {
+        "result": str(path),
+        "result_bytes": size,
+        "digest": adapters.digest(state.tensors),
+        "result_sha256": sums.sha256(path / sums.FILE),
+    }
 
 
 ARTEFACTS: dict[str, Callable[[TuneJob, RunDir, Any], dict[str, Any]]] = {

@@ -94,7 +94,7 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
         ["weights", f"{parameters:,} in {len(head.tensors)} tensors"],
         ["method", f"{head.method}, lr {head.lr}, eps {head.eps:g}, {head.aggregation}"],
         ["directions", f"{head.law}, K {head.K:,}, law version {head.law_version}, grid {head.grid:.9g}"],
-        ["entries", f"{len(ledger):,} over {last} rounds, {len(ledger.passes().ids):,} passes to replay"],
+        ["entries", f"{len(ledger):,} over {last} rounds, {ledger.count_passes():,} passes to replay"],
         ["privacy", head.privacy],
         *[[f"after round {r}", d] for r, d in sorted(head.checks.items(), key=lambda c: int(c[0]))],
         ["fingerprint", ledger.fingerprint()],
@@ -107,6 +107,9 @@ def _replay(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     ledger = loaded[0] if args.round is None else loaded[0].truncate(args.round)
     model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline)
     digest = finished.rebuild(model, ledger, threads=args.threads, backend=args.backend)
+    finished.require_digest(digest, ledger.final_check(), paths[0])
+    if ledger.final_check() is None:
+        ui.note("the ledger states no digest of these weights, so there was none to compare with")
     _digest(ui, digest)
 
 
@@ -120,6 +123,11 @@ def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     from fleetune.tuning import finished
 
     ledger = loaded[0]
+    if not ledger.head.checks:
+        raise LedgerError(
+            f"{paths[0]} states no digest, so there is nothing to verify",
+            hint=f"fleetune ledger replay {args.files[0]}   prints the digest of what it rebuilds, to compare yourself",
+        )
     model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline)
     digest, checks = finished.verify(model, ledger)
     wrong = [r for r, ok in checks.items() if not ok]
@@ -128,8 +136,8 @@ def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
             f"after round {wrong[0]} the ledger states other weights than it rebuilds ({len(wrong)} of {len(checks)} checks)",
             hint="the ledger was changed after it was made: get it again from its origin",
         )
-    if not checks:
-        ui.note("the ledger states no digest to check; this is what it rebuilds")
+    if ledger.final_check() is None:
+        ui.note(f"the last digest is stated after round {max(checks)}: the rounds after it are not verified")
     ui.event(LedgerVerified(digest=digest, checks=len(checks)))
     if not ui.json:
         ui.paths(
@@ -157,7 +165,7 @@ def _export(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     model = finished.base_of(loaded[0], name, offline=args.offline)
     finished.place_at(model, loaded[0])
     card = f"# {name}, tuned\n\nBase {loaded[0].head.base}, ledger {loaded[0].fingerprint()}.\n"
-    digest = finished.export_hf(model, out, card=card)
+    digest = finished.export_hf(model, out, card=card, stated=loaded[0].final_check())
     ui.paths([("result", str(out))])
     _digest(ui, digest)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune import subject
+from fleetune.common import sums
 from fleetune.common.display import human_bytes
 from fleetune.compression import Trainer
 from fleetune.compression.jobs import inputs as loading
@@ -128,6 +129,7 @@ def _train(listener: Listener, job: DistilJob, folder: Path) -> Outcome:
     job.trainer.train(student, teacher, job.inputs.rows, job.request.seed, folder / PARTS, on_step)
     written = folder / "model"
     models.save(student.net, student.tokenizer, written, card=_card(job))
+    sums.write(written)
     after = _measure(job, student)
     done = {
         "before": before, "after": after, "teacher": of_teacher, "bytes": compression_folder.size(written),

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetune.common import sums
 from fleetune.compression import Pruner
 from fleetune.compression.jobs import inputs as loading
 from fleetune.compression.jobs import progress, windows
@@ -90,6 +91,7 @@ def _prune(listener: Listener, job: PruneJob, folder: Path) -> Outcome:
         pruned = _recover(listener, job, pruned, folder)
     written = folder / "model"
     models.save(pruned.net, pruned.tokenizer, written, card=_card(job, pruned))
+    sums.write(written)
     if trained:
         after = inputs.measure(pruned)
     done = {

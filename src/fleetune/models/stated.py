@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare the folder that a model is loaded from with the digests that it states (`common/sums.py`).
+
+All files are read and compared, save in the cache, whose weights are large.  There the base digest, which loading
+computes anyway, is compared with those of earlier loads: `fleetune_loaded.json` holds the base digests of loads after
+which all files were found to be what is stated.  A new one (another dtype, another head) or one that a damaged file gives
+has all files compared once more.  So damage is found whatever the times of the file say, and loading costs no second hash.
+
+A cached folder of an earlier version states no digests.  Those of its files are written down when it is first loaded,
+after its weights are compared with what `fleetune_source.json` says of them, where it does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from fleetune.common import sums
+from fleetune.common.files import write_atomic
+from fleetune.errors import ModelError, StorageError
+from fleetune.models import cache
+
+log = logging.getLogger(__name__)
+
+LOADED: Final = "fleetune_loaded.json"
+KEPT: Final = 16  # base digests
+
+
+def check(folder: Path) -> None:
+    """Raise ModelError, with both digests, for a file that is not what the folder states; all files are read."""
+    _state(folder)
+    sums.check(folder, remedy=_remedy(folder))
+
+
+def before(folder: Path) -> None:
+    """Compare a folder that is about to be loaded, without its weights where `after` compares them."""
+    _state(folder)
+    weights = [file.name for file in folder.glob("*.safetensors")] if _loaded(folder) else []
+    sums.check(folder, remedy=_remedy(folder), skip=weights)
+
+
+def after(folder: Path, base: str) -> None:
+    """Compare the base digest of a folder that was loaded with those of earlier loads, or else all its files."""
+    known = _loaded(folder)
+    if not _is_cached(folder) or base in known:
+        return
+    check(folder)
+    with suppress(StorageError):  # a cache that cannot be written to is compared each time
+        write_atomic(folder / LOADED, json.dumps([*known, base][-KEPT:]) + "\n")
+
+
+def _is_cached(folder: Path) -> bool:
+    return folder.absolute().parent == cache.cache() / "models"
+
+
+def _loaded(folder: Path) -> list[str]:
+    """Return the base digests of earlier loads; [] outside the cache."""
+    if not _is_cached(folder):
+        return []
+    try:
+        found = json.loads((folder / LOADED).read_bytes())
+    except (OSError, ValueError):
+        return []
+    return [str(d) for d in found] if isinstance(found, list) else []
+
+
+def _state(folder: Path) -> None:
+    """Write down the digests of a cached folder that states none."""
+    if not _is_cached(folder) or (folder / sums.FILE).exists():
+        return
+    known = cache.source_of(folder).get("sha256")
+    for file in folder.glob("*.safetensors"):
+        expected = (known.get(file.name) or known.get("safetensors")) if isinstance(known, dict) else None
+        if expected and (found := sums.sha256(file)) != expected:
+            raise ModelError(
+                sums.differs(file, found, str(expected), cache.SOURCE_FILE), hint=_remedy(folder)
+            )
+    with suppress(StorageError):
+        sums.write(folder)
+        log.info("%s stated no digests: those of its files are written down now", folder)
+
+
+def _remedy(folder: Path) -> str:
+    if not _is_cached(folder):
+        return f"make or copy the folder again; if it was changed on purpose, remove {sums.FILE} from it"
+    for origin in cache.ORIGINS.values():
+        if folder.name in (cache.hub_target(origin.hub).name, cache.index_target(origin).name):
+            return f"rm -r {folder}   and then: fleetune models pull {origin.name}"
+    return f"rm -r {folder}   and repeat the command: the .gguf file is converted again"

@@ -1,0 +1,494 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One flipped bit in any file of a result, an artefact or a cached model is refused by name by whoever uses it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fleetune
+from fleetune import adapters, errors, models
+from fleetune.cli.main import main
+from fleetune.common import sums
+from fleetune.deploy.serving import session
+from fleetune.models import cache, loading, stated
+from fleetune.runs import rundir
+from fleetune.seeds import ledger as ledgers
+from fleetune.tuning import finished
+
+ROWS = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
+FEW: dict[str, Any] = {
+    "clients": 2, "rounds": 1, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu",
+}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "fedkseed": {"K": 16, "tau": 2, "lr": 1e-2, "batch_size": 2},
+    "fedit": {"r": 2, "steps": 1, "batch_size": 2},
+    "fedpetuning": {"module": "bitfit", "steps": 1, "batch_size": 2},
+}
+KEPT = Path(__file__).parent / "files_b10b172" / "runs"
+OLD = {"fedkseed": "0001-fedkseed-tiny", "fedit": "0002-fedit-tiny", "rtn": "0005-rtn-fedit-tiny"}
+CACHED = [
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "fleetune_source.json",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tiny model, a run of each kind, a compression of codes and one of plain weights."""
+    folder = tmp_path_factory.mktemp("digests")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        tiny = models.tiny_llama()
+        models.save(tiny.net, tiny.tokenizer, folder / "tiny")
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+        for method, settings in METHODS.items():
+            fleetune.tune("tiny", "rows.jsonl", method=method, settings=settings, **FEW)
+        fleetune.compress("2", method="rtn", settings={"group": 8})
+        fleetune.compress(
+            "tiny",
+            method="llm-pruner",
+            settings={"recover": "none", "mode": "depth", "ratio": 0.5, "first": 0, "last": 0},
+            data="rows.jsonl",
+            length=64,
+        )
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def at(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of all that, to be damaged, and an empty cache."""
+    shutil.copytree(place, tmp_path / "at", symlinks=True)
+    monkeypatch.chdir(tmp_path / "at")
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+    return tmp_path / "at"
+
+
+def flip(file: Path, place: float = 0.5, bit: int = 1) -> None:
+    """Flip a bit in the byte that lies at so much of a file; its times stay what they were."""
+    times, data = file.stat(), bytearray(file.read_bytes())
+    data[min(int(place * len(data)), len(data) - 1)] ^= bit
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def refused(use: Callable[[], object], *names: str) -> errors.FleetuneError:
+    with pytest.raises(errors.FleetuneError) as caught:
+        use()
+    said = caught.value
+    assert any(name in said.message for name in names), said.message
+    assert said.hint
+    return said
+
+
+# Runs -------------------------------------------------------------------------------------------------
+
+Use = Callable[[str], object]
+OF_ANY_RUN: dict[str, Use] = {
+    "eval": lambda run: fleetune.evaluate(run, tasks=["loss"], offline=True),
+    "export": lambda run: fleetune.export(run, to="hf", path="out", offline=True),
+    "compress": lambda run: fleetune.compress(run, method="rtn", settings={"group": 8}, offline=True),
+    "measure": lambda run: fleetune.measure(run, repeats=1, offline=True),
+    "teacher": lambda run: fleetune.compress(
+        "tiny", method="gkd", settings={"teacher": run}, data="rows.jsonl"
+    ),
+    "load": lambda run: finished.load(f"runs/{found(run).name}", offline=True),
+    "open": lambda run: fleetune.open(run).load(offline=True),
+    "serve": lambda run: session._plain(fleetune.open(run), Path("out"), offline=True),
+}
+OF_ADAPTERS: dict[str, Use] = {
+    "adapter": lambda run: fleetune.resume_run(run).adapter(),
+    "load alone": lambda run: adapters.load(models.load("tiny", device="cpu"), found(run) / "adapter"),
+}
+LEDGER_ACTIONS = {
+    "show": (), "verify": (), "replay": (), "compact": ("--to", "new"), "scale": ("--to", "new", "--factor", "2"),
+    "export": ("--to", "new"),
+}  # fmt: skip
+OF_LEDGERS: dict[str, Use] = {
+    action: partial(lambda action, run: command("ledger", action, run, *LEDGER_ACTIONS[action]), action)
+    for action in LEDGER_ACTIONS
+}
+
+
+def found(number: str) -> Path:
+    return next(Path("runs").glob(f"{number.zfill(4)}-*"))
+
+
+def command(*words: str) -> str:
+    """What a command line writes; when it fails, what it says as the error that it was."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = main([*words, "--offline"])
+    if code:
+        message, _, hint = err.getvalue().partition("\n  try:")
+        error = errors.FleetuneError(message, hint=hint)
+        error.exit_code = code
+        raise error
+    return out.getvalue() + err.getvalue()
+
+
+ADAPTER_FILES = {
+    "2": ["adapter_model.safetensors", "adapter_config.json", sums.FILE],
+    "3": ["module.safetensors", "module.json", sums.FILE],
+}
+
+
+@pytest.mark.parametrize("number", ADAPTER_FILES)
+def test_the_files_of_an_adapter_are_these(number: str, at: Path) -> None:
+    files = {p.name for p in (found(number) / "adapter").iterdir()}
+    assert files == {*ADAPTER_FILES[number], "README.md"}
+
+
+@pytest.mark.parametrize("use", [*OF_ANY_RUN, "peft", "load alone"])
+@pytest.mark.parametrize(("number", "file"), [(n, f) for n, files in ADAPTER_FILES.items() for f in files])
+def test_a_flipped_bit_in_an_adapter(number: str, file: str, use: str, at: Path) -> None:
+    uses = OF_ANY_RUN | OF_ADAPTERS | {"peft": lambda run: fleetune.export(run, to="peft", path="out")}
+    flip(found(number) / "adapter" / file, 0.99 if file.endswith("safetensors") else 0.3)
+    others = ADAPTER_FILES[number] if file == sums.FILE else [file]
+    said = refused(lambda: uses[use](number), *others)
+    assert "is not what was written: its SHA-256 is" in said.message or sums.FILE in said.message
+    assert "fleetune tune --resume" in (said.hint or "")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("use", [*OF_ANY_RUN, *OF_LEDGERS])
+@pytest.mark.parametrize("place_of", [0.4, 0.94])
+def test_a_flipped_bit_in_a_ledger(place_of: float, use: str, at: Path) -> None:
+    flip(found("1") / "ledger.safetensors", place_of)
+    said = refused(lambda: (OF_ANY_RUN | OF_LEDGERS)[use]("1"), "ledger.safetensors")
+    assert "fleetune tune --resume" in (said.hint or "")
+    assert not Path("out").exists()
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("use", [*OF_ANY_RUN, *OF_LEDGERS])
+def test_a_ledger_that_was_changed_and_saved_again(use: str, at: Path) -> None:
+    """Its own fingerprint is right, so only the run tells."""
+    file = found("1") / "ledger.safetensors"
+    ledger = ledgers.load(file)
+    replace(ledger, coefficients=ledger.coefficients * np.int32(1000)).save(file)
+    said = refused(lambda: (OF_ANY_RUN | OF_LEDGERS)[use]("1"), "ledger.safetensors")
+    assert "the run states" in said.message
+
+
+def test_a_ledger_alone_is_compared_with_its_own_digest(at: Path) -> None:
+    """`replay` and `export` rebuild the weights anyway, so they compare what `verify` compares."""
+    ledger = ledgers.load(found("1") / "ledger.safetensors")
+    ledger.save(Path("good.safetensors"))
+    stated = ledger.final_check()
+    assert stated
+    assert stated in command("ledger", "replay", "good.safetensors", "--model", "./tiny")
+    assert "1 of 1 stated digests" in command("ledger", "verify", "good.safetensors", "--model", "./tiny")
+    replace(ledger, coefficients=-ledger.coefficients).save(Path("bad.safetensors"))
+    for words in (("verify",), ("replay",), ("export", "--to", "new")):
+        use = partial(command, "ledger", words[0], "bad.safetensors", "--model", "./tiny", *words[1:])
+        assert "states" in refused(use, "the ledger", "bad.safetensors").message
+    assert not Path("new").exists()
+
+
+def test_nothing_is_verified_of_a_ledger_without_a_digest(at: Path) -> None:
+    command("ledger", "scale", "1", "--factor", "2", "--to", "twice.safetensors")
+    said = refused(
+        lambda: command("ledger", "verify", "twice.safetensors", "--model", "./tiny"), "states no digest"
+    )
+    assert said.exit_code == 1
+    assert "fleetune ledger replay twice.safetensors" in (said.hint or "")
+    told = command("ledger", "replay", "twice.safetensors", "--model", "./tiny")
+    assert "none to compare with" in told
+    assert "verified" not in told
+
+
+def test_rounds_after_the_last_digest_are_named(at: Path) -> None:
+    ledger = ledgers.load(found("1") / "ledger.safetensors")
+    more = ledger.append(np.array([1]), np.array([5]), 7)
+    more.save(Path("more.safetensors"))
+    told = command("ledger", "verify", "more.safetensors", "--model", "./tiny")
+    assert "the last digest is stated after round 1: the rounds after it are not verified" in told
+
+
+@pytest.mark.parametrize(
+    ("number", "file"), [("1", "ledger.safetensors"), ("2", "adapter/adapter_model.safetensors")]
+)
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_resume_writes_a_damaged_result_again(damage: str, number: str, file: str, at: Path) -> None:
+    whole = fleetune.resume_run(number)
+    before = (found(number) / file).read_bytes()
+    if damage == "flipped":
+        flip(found(number) / file, 0.99)
+    else:
+        shutil.rmtree(whole.path) if whole.path.is_dir() else whole.path.unlink()
+    again = fleetune.resume_run(number)
+    assert (found(number) / file).read_bytes() == before
+    assert again.digest == whole.digest
+    assert [e["event"] for e in rundir.events(found(number))].count("done") == 1
+    fleetune.open(number).load(offline=True)
+
+
+def test_a_tokenizer_of_another_base_is_refused(at: Path) -> None:
+    template = Path("tiny/chat_template.jinja")
+    template.write_text(template.read_text() + "!")
+    for number in ("1", "2"):
+        refused(lambda number=number: fleetune.open(number).load(offline=True), "tokenizer")
+
+
+# Earlier versions stated less -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old(at: Path) -> Path:
+    """Folders that b10b172 wrote."""
+    shutil.rmtree("runs")
+    shutil.copytree(KEPT, "runs")
+    shutil.rmtree("tiny")
+    shutil.copytree(KEPT.parent / "tiny", "tiny")
+    return at
+
+
+@pytest.mark.parametrize("use", ["eval", "export", "compress", "load", "open"])
+@pytest.mark.parametrize("number", ["1", "2"])
+def test_an_old_run_is_taken_when_it_is_whole_and_compared_with_its_digest(
+    number: str, use: str, old: Path
+) -> None:
+    OF_ANY_RUN[use](number)
+    shutil.rmtree("out", ignore_errors=True)
+    if number == "1":
+        file = found("1") / "ledger.safetensors"
+        flip(file, 0.965)
+    else:
+        file = found("2") / "adapter"
+        flip(file / "adapter_model.safetensors", 0.99)
+    assert "states" in refused(lambda: OF_ANY_RUN[use](number), str(file)).message
+
+
+def test_an_old_adapter_whose_start_is_folded_in_is_taken(old: Path) -> None:
+    """The digest is that of half of the file; nothing states the whole."""
+    run = Path("runs/0004-fedit-tiny")
+    settings = {"r": 2, "steps": 1, "batch_size": 2, "start": "pissa", "dropout": 0}
+    shutil.rmtree("runs")
+    fleetune.tune("tiny", "rows.jsonl", method="fedit", settings=settings, **FEW)
+    run = found("1")
+    (run / "adapter" / sums.FILE).unlink()
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    done = json.loads(text.splitlines()[-1])
+    del done["result_sha256"]
+    (run / "metrics.jsonl").write_text(
+        "\n".join([*text.splitlines()[:-1], json.dumps(done)]) + "\n", encoding="utf-8"
+    )
+    fleetune.open("1").load(offline=True)
+
+
+# Compressions -----------------------------------------------------------------------------------------
+
+OF_COMPRESSIONS: dict[str, Use] = {
+    "eval": lambda name: fleetune.evaluate(name, "rows.jsonl", tasks=["loss"], limit=2),
+    "export": lambda name: fleetune.export(name, to="hf", path="out"),
+    "measure": lambda name: fleetune.measure(name, data="rows.jsonl", limit=1, repeats=1),
+    "load": lambda name: fleetune.open(name).load(offline=True),
+    "serve": lambda name: session._plain(fleetune.open(name), Path("out"), offline=True),
+    "compress": lambda name: fleetune.compress(name, method="rtn"),
+}
+
+
+def files_of(number: str) -> list[str]:
+    return sorted(p.name for p in (found(number) / "model").iterdir() if p.name not in sums.LEFT_OUT)
+
+
+@pytest.mark.parametrize("use", OF_COMPRESSIONS)
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(("number", "weights"), [("4", "master.safetensors"), ("5", "model.safetensors")])
+def test_a_flipped_bit_in_any_file_of_a_compressed_model(
+    number: str, weights: str, alone: bool, use: str, at: Path
+) -> None:
+    model = found(number) / "model"
+    assert {weights, "config.json", "tokenizer.json"} <= set(files_of(number))
+    places = {weights: (0.01, 0.3, 0.6, 0.9, 0.999) if use == "load" else (0.9,)}
+    for file in [*files_of(number), sums.FILE] if use == "load" else [weights, "config.json"]:
+        for share in places.get(file, (0.4,)):
+            flip(model / file, share)
+            others = [*files_of(number), sums.FILE] if file == sums.FILE else [file]
+            said = refused(lambda: OF_COMPRESSIONS[use](str(model if alone else model.parent)), *others)
+            assert "states" in said.message or sums.FILE in said.message
+            flip(model / file, share)
+    assert not Path("out").exists()
+    if use in ("eval", "load", "export"):
+        OF_COMPRESSIONS[use](str(model if alone else model.parent))
+
+
+def test_another_artefact_in_the_folder_of_a_compression(at: Path) -> None:
+    """It states its own digests, so only the record of the compression tells."""
+    fleetune.compress("2", method="rtn", settings={"group": 8, "bits": 3})
+    shutil.rmtree(found("4") / "model")
+    shutil.copytree(found("6") / "model", found("4") / "model")
+    said = refused(lambda: fleetune.open("4").load(), "master.safetensors")
+    assert "compress.json states" in said.message
+    assert "fleetune compress runs/0002-fedit-tiny --method rtn" in (said.hint or "")
+
+
+def test_an_old_artefact_is_compared_with_its_record(old: Path) -> None:
+    fleetune.open("5").load()
+    flip(found("5") / "model" / "master.safetensors", 0.9)
+    for use in ("eval", "export", "load"):
+        refused(lambda use=use: OF_COMPRESSIONS[use]("5"), "master.safetensors")
+
+
+# The cache --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(at: Path) -> Path:
+    """The folder of a built-in model in the cache, which holds a tiny one."""
+    target = cache.index_target(cache.SMOLLM2_135M)
+    shutil.copytree("tiny", target)
+    cache._write_source(target, "index", sha256={})
+    return target
+
+
+OF_CACHED: dict[str, Callable[[], object]] = {
+    "load": lambda: models.load("smollm2-135m", device="cpu"),
+    "eval": lambda: fleetune.evaluate("smollm2-135m", "rows.jsonl", tasks=["loss"], limit=1),
+    "export": lambda: fleetune.export("smollm2-135m", to="hf", path="out"),
+    "compress": lambda: fleetune.compress("smollm2-135m", method="rtn"),
+    "measure": lambda: fleetune.measure("smollm2-135m", data="rows.jsonl", limit=1, repeats=1),
+    "serve": lambda: session._plain(fleetune.open("smollm2-135m"), Path("out"), offline=True),
+    "tune": lambda: fleetune.tune("smollm2-135m", "rows.jsonl", **FEW),
+}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("use", OF_CACHED)
+def test_a_flipped_bit_in_any_file_of_the_cache(use: str, loaded: bool, cached: Path) -> None:
+    """Also in one whose times stay what they were, and after earlier loads have found all in order."""
+    if loaded:
+        models.load("smollm2-135m", device="cpu")
+    assert set(CACHED) < {p.name for p in cached.iterdir()}
+    files = [p.name for p in cached.iterdir() if p.name != stated.LOADED]
+    for file in files if use == "load" else CACHED[:2]:
+        flip(cached / file, 0.4)
+        others = [*CACHED, sums.FILE, "chat_template", "generation_config"] if file == sums.FILE else [file]
+        said = refused(OF_CACHED[use], *others)
+        assert f"rm -r {cached}" in (said.hint or "")
+        flip(cached / file, 0.4)
+    assert not Path("out").exists()
+    models.load("smollm2-135m", device="cpu")
+
+
+def test_the_weights_in_the_cache_are_read_once_more_only_when_something_is_new(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    own = sums._sha256.__wrapped__
+
+    def counted(path: Path, *state: int) -> str:
+        read.append(path.name)
+        return own(path, *state)
+
+    def load(dtype: str = "fp32") -> int:
+        read.clear()
+        models.load("smollm2-135m", dtype=dtype, device="cpu")
+        return read.count("model.safetensors")
+
+    sums._sha256.cache_clear()
+    monkeypatch.setattr(sums, "_sha256", counted)  # as a process of its own would: nothing is remembered
+    assert load() == 2  # before and after; in one process the second is remembered
+    assert [load(), load()] == [0, 0]
+    assert load("bf16") == 1
+    assert [load("bf16"), load()] == [0, 0]
+    assert len(json.loads((cached / stated.LOADED).read_text())) == 2
+    (cached / stated.LOADED).write_text("{")
+    assert load() == 2
+    assert load() == 0
+
+
+def test_in_one_process_a_file_is_read_once_until_it_changes(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"one")
+    sums._sha256.cache_clear()
+    first = [sums.sha256(file), sums.sha256(file)]
+    assert sums._sha256.cache_info().misses == 1
+    flip(file)
+    assert sums.sha256(file) != first[0] == first[1]
+
+
+def test_an_old_folder_of_the_cache_is_taken_and_its_digests_are_written_down(cached: Path) -> None:
+    (cached / sums.FILE).unlink()
+    models.load("smollm2-135m", device="cpu")
+    assert sums.stated(cached, remedy="").keys() >= set(CACHED)
+    flip(cached / "model.safetensors", 0.9)
+    refused(OF_CACHED["load"], "model.safetensors")
+
+
+def test_an_old_folder_is_compared_with_what_its_source_states(cached: Path) -> None:
+    (cached / sums.FILE).unlink()
+    source = json.loads((cached / cache.SOURCE_FILE).read_text())
+    source["sha256"] = {"model.safetensors": sums.sha256(cached / "model.safetensors")}
+    (cached / cache.SOURCE_FILE).write_text(json.dumps(source))
+    flip(cached / "model.safetensors", 0.9)
+    assert cache.SOURCE_FILE in refused(OF_CACHED["load"], "model.safetensors").message
+    assert not (cached / sums.FILE).exists()
+
+
+def test_a_cache_that_cannot_be_written_to_is_compared_each_time(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **more: object) -> None:
+        raise errors.StorageError("the disk is full")
+
+    monkeypatch.setattr(stated, "write_atomic", full)
+    models.load("smollm2-135m", device="cpu")
+    assert not (cached / stated.LOADED).exists()
+    flip(cached / "model.safetensors", 0.9)
+    refused(OF_CACHED["load"], "model.safetensors")
+
+
+def test_pull_compares_a_copy_that_is_there(cached: Path) -> None:
+    assert loading.pull("smollm2-135m", offline=True) == cached
+    flip(cached / "config.json", 0.5)
+    said = refused(lambda: loading.pull("smollm2-135m", offline=True), "config.json")
+    assert said.hint == f"rm -r {cached}   and then: fleetune models pull smollm2-135m"
+
+
+# SHA256SUMS -------------------------------------------------------------------------------------------
+
+
+def test_the_list_is_that_of_sha256sum(tmp_path: Path) -> None:
+    for name in ("b c", "a", "README.md"):
+        (tmp_path / name).write_text(name)
+    sums.write(tmp_path)
+    assert (tmp_path / sums.FILE).read_text() == (
+        "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb  a\n"
+        "47d8a4a86c7433e263d0404a445daabd421cffeeb1d4a38315138a26c9453575  b c\n"
+    )
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "more").write_text("mine")
+    sums.check(tmp_path, remedy="")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"\xff", b"abc  a\n", b"0" * 64 + b"  ../a\n", b"0" * 64 + b"  a  "]
+)
+def test_a_damaged_list_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / sums.FILE).write_bytes(content)
+    said = refused(lambda: sums.check(tmp_path, remedy="do it again"), sums.FILE)
+    assert said.hint == "do it again"
+
+
+def test_a_folder_that_states_nothing_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    sums.check(tmp_path, remedy="")
+    assert sums.stated(tmp_path, remedy="") == {}
