@@ -127,7 +127,12 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
         bytes.fromhex(model.digest)[:8],
     )  # fmt: skip
     hooks = rounds.Hooks(begin, measure, emit)
-    state, totals = rounds.run(method, fleet, state, run, plan, hooks)
+    try:
+        state, totals = rounds.run(method, fleet, state, run, plan, hooks)
+    except rounds.ModelLostError as lost:
+        method.apply(model, lost.state)
+        ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
+        raise
     return _finish(job, run, state, totals, listener, time.monotonic() - began)
 
 
@@ -136,7 +141,7 @@ def _finish(
 ) -> TuneDone:
     job.method.apply(job.model, state)
     tuned = answers(job, state, run, "tuned", _last_measures(run))
-    result = ARTEFACTS[job.entry.kind](job, run, state)
+    result = ARTEFACTS[job.entry.kind](job, run, state, job.recipe.rounds)
     evaluation = json.loads((run.path / "eval.json").read_text())
     run.write("samples.md", describe.samples_page(evaluation))
     done = TuneDone(
@@ -192,12 +197,12 @@ def _prompts(job: TuneJob) -> list[dict[str, str]]:
 # What a run leaves behind, by the method's kind -----------------------------------------------------
 
 
-def _ledger(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
+def _ledger(job: TuneJob, run: RunDir, state: Any, round: int) -> dict[str, Any]:
     view = job.model.attachment
     assert isinstance(view, View)
     digest = models.digest(view.tensors())
     path = run.path / "ledger.safetensors"
-    state.ledger.with_check(job.recipe.rounds, digest).save(path)
+    state.ledger.with_check(round, digest).save(path)
     return {
         "result": str(path),
         "result_bytes": path.stat().st_size,
@@ -206,14 +211,14 @@ def _ledger(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
     }
 
 
-def _adapter(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
+def _adapter(job: TuneJob, run: RunDir, state: Any, round: int) -> dict[str, Any]:
     path = run.path / "adapter"
     adapters.save(job.model, path)
     size = sum(p.stat().st_size for p in path.iterdir())
     return {"result": str(path), "result_bytes": size, "digest": adapters.digest(state.tensors)}
 
 
-ARTEFACTS: dict[str, Callable[[TuneJob, RunDir, Any], dict[str, Any]]] = {
+ARTEFACTS: dict[str, Callable[[TuneJob, RunDir, Any, int], dict[str, Any]]] = {
     "ledger": _ledger,
     "adapter": _adapter,
 }

@@ -205,6 +205,9 @@ class Method:
 
     # The server ----------------------------------------------------------------------------------------
 
+    def distance(self, state: State, reply: Reply) -> float:
+        return _adapter.distance(state.tensors, reply, self.training())
+
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Do a round of warm-up, or of adaptive optimization."""
         return self.warm(state, replies) if state.warmup else self.step(state, replies)
