@@ -14,18 +14,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fleetune
+from fleetune import Silent
 from fleetune.errors import FleetError
 from fleetune.models import tiny_llama
 from fleetune.runs.events import ClientReply, Recorded, RoundDone, as_dict
 from fleetune.runs.report.runlog import read
-from fleetune.runs.rundir import RunDir, checkpoints, create, events
+from fleetune.runs.rundir import RunDir, checkpoints, create, events, listing, status_of
 from fleetune.tuning import checkpoint, methods, replies, rounds
 from fleetune.tuning.averaging import weighted_mean
 from fleetune.tuning.fleets import Answer
+from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import LogCode, Message, Payload, ReplySpec, decode, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.replies import FURTHEST, Replies, Round
+from fleetune.tuning.result import TuneResult
 from fleetune.tuning.rounds import Hooks, ModelLostError, RoundPlan
+from fleetune.tuning.run import resume
 
 BASE = bytes(8)
 ROWS = 10
@@ -451,7 +456,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_model_before(tmp_path: 
     far = lambda r, c, w: told(w + 1e7) if r == 3 else honest(r, c, w)  # noqa: E731
     run = create(tmp_path, "averaging", "toy")
     with pytest.raises(
-        ModelLostError, match=r"after round 3 .* not finite; the last good round is 2"
+        ModelLostError, match=r"loss after round 3 is not finite; the last good round is 2"
     ) as lost:
         play(tmp_path, Devices(far), rounds_=5, evaluate=worst, run=run)
     assert worst(lost.value.state)["loss"] < 1
@@ -498,6 +503,40 @@ def test_replies_that_are_not_finite_though_the_model_is_good_leave_it(tmp_path:
     good = play(tmp_path, Devices(reply), rounds_=1).state
     kept, _ = checkpoint.unpack(checkpoint.decode(checkpoints(run.path)[-1][1].read_bytes()), start())
     assert np.array_equal(kept.tensors["w"], good.tensors["w"])
+
+
+def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A majority lies in round 2, so that everybody fails in round 3: what is left is what round 1 gave."""
+
+    def tune(rounds_: int, out: str) -> TuneResult:
+        return fleetune.tune(
+            tiny_llama(), [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)], out=tmp_path / out,
+            method="fedit", settings={"r": 2, "steps": 1, "lr": 1e-2}, clients=3, rounds=rounds_, held_out=3, samples=0,
+            threads=1, device="cpu", offline=True,
+        )  # fmt: skip
+
+    work = LocalFleet._work
+
+    def lying(self: LocalFleet, client: int, key: int, message: bytes) -> bytes:
+        true = decode(work(self, client, key, message))
+        arrays = {n: np.full_like(a, 1e9) for n, a in true.payload.arrays.items()}
+        false = Message(true.round, true.base, Payload(arrays, true.payload.scalars))
+        return encode(false if true.round == 2 else true)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFleet, "_work", lying)
+        with pytest.raises(ModelLostError, match="the last good round is 1") as lost:
+            tune(4, "lost")
+    assert lost.value.exit_code == 4
+    (run,) = listing(tmp_path / "lost")
+    once = tune(1, "once")
+    assert [r for r, _ in checkpoints(run)][-1] == 1
+    assert status_of(run).startswith("failed: ")
+    weights = "adapter/adapter_model.safetensors"
+    assert (run / weights).read_bytes() == (once.folder / weights).read_bytes()
+    assert resume(run, Silent(), offline=True).digest == tune(4, "whole").digest
 
 
 def test_a_loss_that_is_not_finite_is_not_finite_too(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class ModelLostError(FleetError):
     def __init__(self, message: str, round: int, state: Any) -> None:
         super().__init__(
             f"{message}; the last good round is {round}",
-            hint="its result and checkpoint are in the run folder. A lower lr, or a method's clip, often helps",
+            hint="its result and checkpoint are in the run folder; start anew with a lower lr, or set the method's clip",
         )
         self.round, self.state = round, state
 
@@ -77,29 +77,20 @@ def run(
     failures = 0
     for r in range(last + 1, plan.rounds + 1):
         began = time.monotonic()
-        chosen = sample(len(fleet.rows), plan.participation, plan.seed, r)
-        with Replies(method, Round(r, plan.base, fleet.rows, state), run, hooks.emit) as replies:
-            coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
-            messages = {client: coded[client % len(coded)] for client in chosen}
-            replies.gather(fleet.ask(r, chosen, messages))
-            _check_model(replies, run, hooks)
-            new = _aggregated(method, replies, plan)
+        new, replies = _played(method, fleet, state, run, plan, hooks, r)
         failures = _failures(replies, failures, plan)
         totals.bytes_up += replies.bytes_up
         totals.bytes_down += replies.bytes_down
         totals.seconds += (seconds := time.monotonic() - began)
         hooks.emit(RoundDone(
-            round=r, clients=len(chosen), accepted=replies.accepted, bytes_up=replies.bytes_up,
+            round=r, clients=replies.asked, accepted=replies.accepted, bytes_up=replies.bytes_up,
             bytes_down=replies.bytes_down, bytes_total=totals.bytes_up + totals.bytes_down,
             seconds=round(seconds, 3), rss=rss(), report=methods.report_of(method, new) or None,
         ))  # fmt: skip
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
-            measures = hooks.evaluate(new)
-            hooks.emit(round_evaluated(r, measures))
-            if not math.isfinite(measures.get("loss", 0.0)):
-                raise ModelLostError(
-                    f"after round {r} the model's validation loss is not finite", r - 1, state
-                )
+            hooks.emit(evaluated := round_evaluated(r, hooks.evaluate(new)))
+            if evaluated.loss is not None and not math.isfinite(evaluated.loss):
+                raise ModelLostError(f"the model's loss after round {r} is not finite", r - 1, state)
         state = new
         run.checkpoint(r, checkpoint.encode(r, state, totals))
         fleet.forget_before(r + 1 - KEEP)
@@ -120,6 +111,19 @@ def _start(run: RunDir, fleet: Fleet, state: Any, hooks: Hooks) -> tuple[int, An
     run.cut(last)
     fleet.rewind(last)
     return last, state, totals
+
+
+def _played(
+    method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks, r: int
+) -> tuple[Any, Replies]:
+    """Return the state that a round gives, and its replies."""
+    chosen = sample(len(fleet.rows), plan.participation, plan.seed, r)
+    with Replies(method, Round(r, plan.base, fleet.rows, state), run, hooks.emit) as replies:
+        coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
+        messages = {client: coded[client % len(coded)] for client in chosen}
+        replies.gather(fleet.ask(r, chosen, messages))
+        _check_model(replies, run, hooks)
+        return _aggregated(method, replies, plan), replies
 
 
 def sample(clients: int, participation: float, seed: int, round: int) -> Sequence[int]:

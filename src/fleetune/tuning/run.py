@@ -130,8 +130,9 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
     try:
         state, totals = rounds.run(method, fleet, state, run, plan, hooks)
     except rounds.ModelLostError as lost:
-        method.apply(model, lost.state)
-        ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
+        if lost.round:  # else there is only the base
+            method.apply(model, lost.state)
+            ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
         raise
     return _finish(job, run, state, totals, listener, time.monotonic() - began)
 
