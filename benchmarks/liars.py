@@ -147,14 +147,15 @@ def losses(model: str, rows: str, name: str, lie: Lie | None) -> dict[str, Any]:
     found: dict[str, Any] = {"ended": ""}
     with tempfile.TemporaryDirectory() as folder, liar(lie, settings.get("wire") == "sign"):
         try:
-            fleetune.tune(
+            run = fleetune.tune(
                 model, rows, method=method, settings=settings, out=folder, offline=True, rounds=rounds, clients=CLIENTS,
                 limit=64, held_out=16, max_length=64, eval_every=0, samples=0, threads=1, device="cpu",
             )  # fmt: skip
+            found["digest"] = run.digest
         except FleetuneError as error:
             found["ended"] = str(error)
-        (run,) = rundir.listing(Path(folder))
-        events = list(rundir.events(run))
+        (path,) = rundir.listing(Path(folder))
+        events = list(rundir.events(path))
         evals = [e["loss"] for e in events if e["event"] == "eval"]
         outcomes = {(e["round"], e["client"]): e for e in events if e["event"] == "client"}.values()
         found["refused_liar"] = sum(e["status"] != "ok" for e in outcomes if e["client"] == LIAR)

@@ -27,7 +27,7 @@ from fleetune.tuning.fleets import Answer
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import LogCode, Message, Payload, ReplySpec, decode, encode
 from fleetune.tuning.methods import Reply
-from fleetune.tuning.replies import FURTHEST, Replies, Round
+from fleetune.tuning.replies import Replies, Round, allowed
 from fleetune.tuning.result import TuneResult
 from fleetune.tuning.rounds import Hooks, ModelLostError, RoundPlan
 from fleetune.tuning.run import resume
@@ -206,8 +206,13 @@ def test_the_report_counts_a_reply_once_as_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("factor", [0.9, 1.1])
 def test_the_bound_is_where_it_is_said_to_be(tmp_path: Path, factor: float) -> None:
     unit = np.ones(SIZE) / np.sqrt(SIZE)
-    fleet = Devices(lambda r, c, w: told(w + unit * (factor * FURTHEST if c == 0 else 1)), 5)
+    fleet = Devices(lambda r, c, w: told(w + unit * (factor * allowed(SIZE) if c == 0 else 1)), 5)
     assert (0 in play(tmp_path, fleet).refused()) == (factor > 1)
+
+
+def test_a_reply_of_few_numbers_may_go_further() -> None:
+    """The norm of one slope is often a tenth of another's, that of a thousand never."""
+    assert [round(allowed(n), 1) for n in (0, 1, 8, 1000)] == [36, 36, 8, 4]
 
 
 def test_replies_that_move_nothing_do_not_count_and_two_are_no_majority(tmp_path: Path) -> None:
@@ -326,7 +331,7 @@ def moved(before: Any, after: Any) -> float:
 def test_whatever_one_client_says_the_model_moves_no_further(
     case: str, size: float, direction: str, begun: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The mean of replies that go at most F times as far as the median does itself not go further than that."""
+    """The mean of replies that go at most so many times as far as the median does itself not go further."""
     method, state = begun[case]
     sent, spec = methods.kinds_of(method, state)[0]
     honest = [usual(sent, spec, c) for c in range(CLIENTS)]
@@ -345,7 +350,7 @@ def test_whatever_one_client_says_the_model_moves_no_further(
         taken.gather(iter(answers))
         assert taken.accepted >= CLIENTS - 1
         new = taken.aggregate()
-    assert moved(state, new) <= 1.01 * FURTHEST * furthest
+    assert moved(state, new) <= 1.01 * allowed(sum(a.size for a in lie.arrays.values())) * furthest
 
 
 class Folder(NamedTuple):

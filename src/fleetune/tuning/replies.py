@@ -2,8 +2,8 @@
 """Gather the replies of a round: check each, leave out those that go too far, and hand the rest to the method.
 
 A reply can be well formed, finite and in range, and still be a lie: a weight of 1e8, or a hundred times the honest
-change with the sign turned.  So a reply is held against the others of its round: one that goes more than `FURTHEST`
-times as far as their median is refused.  How far a reply goes is the method's to say (`methods.Measured`).  Sun et al.
+change with the sign turned.  So a reply is held against the others of its round: one that goes much further than
+their median (`allowed`) is refused.  How far a reply goes is the method's to say (`methods.Measured`).  Sun et al.
 2019, arXiv 1911.07963 ("norm thresholding"), cut such an update down to the bound; here it is left out, since what is
 known to be wrong need not be used in part.
 
@@ -51,6 +51,7 @@ class Kept(NamedTuple):
     offset: int
     size: int
     kind: frozenset[str]  # names of its arrays
+    numbers: int  # in its arrays
     distance: float
 
 
@@ -131,8 +132,10 @@ class Replies:
         except Exception as error:
             log.exception("the reply of client %d cannot be measured", answer.client)
             raise MessageError(f"it cannot be measured ({type(error).__name__}: {error})") from error
+        arrays = payload.arrays
+        numbers = sum(a.size for a in arrays.values())
         kept = Kept(
-            answer._replace(data=None), self._store(data), len(data), frozenset(payload.arrays), distance
+            answer._replace(data=None), self._store(data), len(data), frozenset(arrays), numbers, distance
         )
         self.kept.append(kept)
         return payload
@@ -216,7 +219,7 @@ def _check_rows(payload: Payload, rows: int) -> None:
 
 
 def too_far(kept: Sequence[Kept]) -> list[tuple[Kept, str]]:
-    """Return the replies that go more than `FURTHEST` times as far as the median of their kind, each with the reason.
+    """Return the replies that go too far, each with the reason: more than `allowed` times the median of their kind.
 
     The median is the lower one, of those that move anything: silence is usual where a step rounds to nothing.
     """
@@ -224,15 +227,16 @@ def too_far(kept: Sequence[Kept]) -> list[tuple[Kept, str]]:
     for kind in dict.fromkeys(k.kind for k in kept):
         same = [k for k in kept if k.kind == kind]
         usual = median([k.distance for k in same])
-        found += [
-            (
-                k,
-                f"it goes {k.distance / usual:.3g} times as far as the median of the round, {FURTHEST:g} at most",
-            )
-            for k in same
-            if not k.distance <= FURTHEST * usual
-        ]
+        for k in same:
+            if not k.distance <= (most := allowed(k.numbers)) * usual:
+                times = f"{k.distance / usual:.3g} times as far as the median of the round"
+                found.append((k, f"it goes {times}, {most:.3g} at most"))
     return found
+
+
+def allowed(numbers: int) -> float:
+    """Return how many times as far as the median an honest reply of so many numbers may go."""
+    return FURTHEST * (1 + FEW / max(1, numbers))
 
 
 def median(distances: Sequence[float]) -> float:

@@ -43,6 +43,11 @@ class ModelLostError(FleetError):
         )
         self.round, self.state = round, state
 
+    @property
+    def page(self) -> str:
+        """The section of the docs on errors of the fleet."""
+        return FleetError("").page
+
 
 @dataclass(frozen=True)
 class RoundPlan:
@@ -145,9 +150,9 @@ def _failures(replies: Replies, before: int, plan: RoundPlan) -> int:
     if not replies.failed == replies.asked > 0 and not replies.mostly_not_finite:
         return before if not replies.accepted else 0
     if before + 1 >= min(PATIENCE, plan.rounds):
-        who = "every client failed" if not replies.accepted else "most replies are not finite"
+        what = "every client failed, " if not replies.accepted else "most replies are not finite, "
         raise FleetError(
-            f"{who}, {before + 1} rounds in a row; the first of round {replies.round.number}: {replies.reason}",
+            f"{what}{before + 1} rounds in a row; the first of round {replies.round.number}: {replies.reason}",
             hint="see log.txt in the run folder; when the cause is gone, resume the run",
         )
     return before + 1
