@@ -318,8 +318,8 @@ def moved(before: Any, after: Any) -> float:
     """How far a state went: in its tensors, or in its ledger's sums."""
     if hasattr(after, "ledger"):
         last = after.ledger.rounds == after.round
-        return methods.norm({"c": after.ledger.coefficients[last].astype(np.float64)})
-    return methods.norm({n: t.astype(np.float64) - before.tensors[n] for n, t in after.tensors.items()})
+        return methods.norm([after.ledger.coefficients[last]])
+    return methods.norm(t.astype(np.float64) - before.tensors[n] for n, t in after.tensors.items())
 
 
 @pytest.mark.parametrize("case", SMALL)

@@ -39,9 +39,7 @@ log = logging.getLogger(__name__)
 
 # docs/safety.md has what honest replies reach
 FURTHEST: Final = 4.0  # times the median distance of a round's replies, for replies of many numbers
-FEW: Final = (
-    8  # numbers in a reply with which it may go twice as far: the norm of few slopes varies by chance
-)
+FEW: Final = 8  # numbers in a reply with which it may go twice as far: few slopes vary by chance
 FEWEST: Final = 3  # replies of a kind that are needed to say what is usual
 IN_MEMORY: Final = 1 << 22  # bytes of a round's replies; more lie on disk
 

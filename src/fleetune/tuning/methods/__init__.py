@@ -148,10 +148,8 @@ def distance_of(method: Method, state: Any, sent: Payload, reply: Reply) -> floa
     """Return how far a reply goes: what the method says, or else the norm of its arrays, less what was `sent`."""
     if isinstance(method, Measured):
         return method.distance(state, reply)
-    arrays = reply.payload.arrays
-    return norm(
-        {n: a - _start(sent, n, a.shape) for n, a in ((n, a.astype(np.float64)) for n, a in arrays.items())}
-    )
+    arrays = reply.payload.arrays.items()
+    return norm(a.astype(np.float64) - _start(sent, name, a.shape) for name, a in arrays)
 
 
 def _start(sent: Payload, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -159,9 +157,9 @@ def _start(sent: Payload, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.zeros(()) if begun is None or begun.shape != shape else begun.astype(np.float64)
 
 
-def norm(arrays: Mapping[str, np.ndarray]) -> float:
+def norm(arrays: Iterable[np.ndarray]) -> float:
     """Return the Euclidean norm of all arrays together."""
-    return math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in arrays.values()))
+    return math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in arrays))
 
 
 def check_files(method: Method) -> None:

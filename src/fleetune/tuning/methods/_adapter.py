@@ -227,12 +227,13 @@ def distance(tensors: Tensors, reply: Reply, how: Training) -> float:
     Such steps, and AdamW's are about that, go sqrt(sum of the steps' squared rates): with it, devices of few and of many
     rows compare.  A device of a lower rank was sent the first part of each tensor.
     """
-    arrays = reply.payload.arrays
-    begun = {n: t.astype(DTYPE[how.wire])[tuple(map(slice, arrays[n].shape))] for n, t in tensors.items()}
-    moved = norm({n: arrays[n].astype(np.float64) - w for n, w in begun.items()})
-    return moved / (
-        math.sqrt(sum(w.size for w in begun.values())) * math.hypot(*how.rates(reply.payload.int("n")))
+    w_k = reply.payload.arrays
+    moved = norm(
+        w_k[n].astype(np.float64) - t.astype(DTYPE[how.wire])[tuple(map(slice, w_k[n].shape))]
+        for n, t in tensors.items()
     )
+    walk = math.hypot(*how.rates(reply.payload.int("n")))
+    return moved / (math.sqrt(sum(w_k[n].size for n in tensors)) * walk)
 
 
 # ---------------------------------------------------------------- a server

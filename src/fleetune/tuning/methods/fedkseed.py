@@ -169,10 +169,10 @@ class Method:
     def distance(self, state: State, reply: Reply) -> float:
         """Return the norm of the K sums; MessageError for sums that no walk along the drawn directions can give."""
         if "projected" in reply.payload.arrays:
-            return norm({"sums": self.codec.integers(reply.payload.array("projected"))})
+            return norm([self.codec.integers(reply.payload.array("projected"))])
         p = self.probabilities(state)
         self.codec.check(reply, p, self.K, self.tau)
-        return norm({"sums": summed(*self.codec.walk(reply, p, self.K), self.K)})
+        return norm([summed(*self.codec.walk(reply, p, self.K), self.K)])
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Set A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once."""

@@ -191,7 +191,7 @@ class Method:
         return _forward.view_of(tensors, run_key(seed), self.law, rate, device)
 
     def distance(self, state: State, reply: Reply) -> float:
-        return norm({"g": self.cut(reply.payload.array("g"))})
+        return norm([self.cut(reply.payload.array("g"))])
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Move along all directions asked on this batch, or keep the adapter and ask for more."""

@@ -116,7 +116,7 @@ class Method:
         return Payload({"c": steps.coefficients.astype(np.int32)}, {"n": batches.n, "loss": steps.loss})
 
     def distance(self, state: State, reply: Reply) -> float:
-        return norm(reply.payload.arrays)
+        return norm([reply.payload.array("c")])
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Take the mean over devices of each step's integer, weighted by rows."""

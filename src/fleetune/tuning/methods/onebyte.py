@@ -157,7 +157,7 @@ class Method:
         return UNITS * (2 * np.unpackbits(codes, count=self.directions).astype(np.int64) - 1)
 
     def distance(self, state: State, reply: Reply) -> float:
-        return norm({"c": self.decode(reply.payload.array("codes"))})
+        return norm([self.decode(reply.payload.array("codes"))])
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Take the mean over whoever answered, or their majority, for each direction of the pool."""
