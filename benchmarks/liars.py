@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -22,14 +23,28 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 
-import fleetune
 from benchmarks.harness import machine
+from fleetune import adapters, data, models
+from fleetune.data import Encoded, encode_rows
 from fleetune.errors import FleetuneError
-from fleetune.runs import rundir
+from fleetune.evaluation.losses import pad_id, response_loss
+from fleetune.models import Model
+from fleetune.runs.events import ClientReply, RoundEvaluated
+from fleetune.runs.rundir import create
+from fleetune.seeds.noise import derive
+from fleetune.seeds.view import View
+from fleetune.tuning import checkpoint, methods
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import LogCode, Message, Payload, decode, encode
+from fleetune.tuning.rounds import Hooks, RoundPlan
+from fleetune.tuning.rounds import run as run_rounds
 
+SEED: Final = 7
+EACH: Final = 6  # rows of a client
+HELD: Final = 16  # rows of the validation loss
+LENGTH: Final = 64  # tokens of a row
 LIAR: Final = 0
 CLIENTS: Final = 8
 ZEROTH: Final = {"lr": 1e-4, "batch_size": 2}
@@ -140,28 +155,63 @@ def liar(lie: Lie | None, signs: bool) -> Iterator[None]:
 
 # The runs ---------------------------------------------------------------------------------------------
 
+Rows = list[list[Encoded]]  # of each client, then those held out
 
-def losses(model: str, rows: str, name: str, lie: Lie | None) -> dict[str, Any]:
-    """Run one case; return the losses before and after, the replies that were refused, and why it ended if it did."""
-    method, rounds, settings = CASES[name]
-    found: dict[str, Any] = {"ended": ""}
-    with tempfile.TemporaryDirectory() as folder, liar(lie, settings.get("wire") == "sign"):
+
+def prepared(name: str, file: str) -> tuple[Model, Rows]:
+    """Return the model, and the rows of each client and the held-out ones."""
+    model = models.load(name, device="cpu", offline=True)
+    rows, _ = encode_rows(model, data.read(file, limit=CLIENTS * EACH + HELD, offline=True), LENGTH)
+    rest = rows[HELD:]
+    return model, [*(rest[c::CLIENTS] for c in range(CLIENTS)), rows[:HELD]]
+
+
+def played(model: Model, rows: Rows, name: str, lie: Lie | None) -> dict[str, Any]:
+    """Run one case; return the losses before and after, what became of the replies, and why it ended if it did."""
+    method_name, count, settings = CASES[name]
+    method = methods.make(method_name, settings)
+    events: list[Any] = []
+
+    def measure(state: Any) -> dict[str, float]:
+        method.apply(model, state)
+        return {"loss": response_loss(model, rows[-1])}
+
+    found: dict[str, Any] = {"ended": "", "state": ""}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        create(Path(folder), method_name, "model") as opened,
+        liar(lie, settings.get("wire") == "sign"),
+    ):
+        state = method.init(model, derive(SEED, "init"))
+        fleet = LocalFleet(model, method, rows[:-1], SEED, pad_id(model))
+        found["before"] = measure(state)["loss"]
+        plan = RoundPlan(count, 1.0, 1, SEED, 0, bytes.fromhex(model.digest)[:8])
         try:
-            run = fleetune.tune(
-                model, rows, method=method, settings=settings, out=folder, offline=True, rounds=rounds, clients=CLIENTS,
-                limit=64, held_out=16, max_length=64, eval_every=0, samples=0, threads=1, device="cpu",
-            )  # fmt: skip
-            found["digest"] = run.digest
+            state, _ = run_rounds(
+                method, fleet, state, opened, plan, Hooks(lambda: None, measure, events.append)
+            )
+            found["state"] = hashlib.sha256(checkpoint.encode(count, state, checkpoint.Totals())).hexdigest()
         except FleetuneError as error:
             found["ended"] = str(error)
-        (path,) = rundir.listing(Path(folder))
-        events = list(rundir.events(path))
-        evals = [e["loss"] for e in events if e["event"] == "eval"]
-        outcomes = {(e["round"], e["client"]): e for e in events if e["event"] == "client"}.values()
-        found["refused_liar"] = sum(e["status"] != "ok" for e in outcomes if e["client"] == LIAR)
-        found["refused_honest"] = sum(e["status"] != "ok" for e in outcomes if e["client"] != LIAR)
-        found["reasons"] = sorted({e["reason"] for e in outcomes if e["reason"]})
-    return found | {"before": evals[0], "after": evals[-1] if len(evals) > 1 else None, "evals": evals}
+    detached(model)
+    replies = {(e.round, e.client): e for e in events if isinstance(e, ClientReply)}.values()
+    refused = [e.client for e in replies if e.status != "ok"]
+    evals = [e.loss for e in events if isinstance(e, RoundEvaluated)]
+    return found | {
+        "after": evals[-1] if evals else None,
+        "refused_liar": refused.count(LIAR),
+        "refused_honest": len(refused) - refused.count(LIAR),
+        "reasons": sorted({e.reason for e in replies if e.reason}),
+    }
+
+
+def detached(model: Model) -> None:
+    """Take off what a method has put on the model."""
+    if isinstance(model.attachment, View):
+        model.attachment.remove()
+        model.attachment = None
+    elif model.attachment is not None:
+        adapters.detach(model)
 
 
 def shown(found: Mapping[str, Any]) -> str:
@@ -184,14 +234,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
     began, every = time.monotonic(), {}
+    model, rows = prepared(options.model, options.rows)
     print("| method | before | honest | " + " | ".join(LIES) + " |", flush=True)
     print("|---" * (3 + len(LIES)) + "|", flush=True)
     for name in options.only:
-        found = {
-            lie: losses(options.model, options.rows, name, told)
-            for lie, told in [("honest", None), *LIES.items()]
-        }
+        found = {lie: played(model, rows, name, told) for lie, told in [("honest", None), *LIES.items()]}
         every[name] = found
         cells = [f"{found['honest']['before']:.3f}", *(shown(f) for f in found.values())]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
