@@ -47,7 +47,7 @@ HELD: Final = 16  # rows of the validation loss
 LENGTH: Final = 64  # tokens of a row
 LIAR: Final = 0
 CLIENTS: Final = 8
-ZEROTH: Final = {"lr": 1e-4, "batch_size": 2}
+ZEROTH: Final = {"lr": 2e-4, "batch_size": 1, "tau": 8}
 PROMPTS: Final = {"tokens": 4, "steps": 4, "layers_rule": "half"}
 CASES: Final[Mapping[str, tuple[str, int, dict[str, Any]]]] = {  # method, rounds, settings
     "fedit": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3}),
@@ -56,14 +56,14 @@ CASES: Final[Mapping[str, tuple[str, int, dict[str, Any]]]] = {  # method, round
     "fedit server=adam": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3, "server": "adam"}),
     "fedpetuning": ("fedpetuning", 2, {"size": 4, "steps": 2, "lr": 3e-3}),
     "fedpeptao": ("fedpeptao", 3, PROMPTS),
-    "fedkseed wire=byte": ("fedkseed", 3, ZEROTH | {"K": 256, "tau": 20}),
-    "fedkseed wire=sums": ("fedkseed", 3, ZEROTH | {"K": 256, "tau": 20, "wire": "sums"}),
-    "fedkseed backprop=0.5": ("fedkseed", 3, ZEROTH | {"K": 256, "tau": 20, "backprop": 0.5, "backprop_lr": 3e-3}),
-    "mezo": ("mezo", 3, ZEROTH | {"tau": 20}),
-    "zosgd": ("zosgd", 3, ZEROTH | {"tau": 20}),
-    "onebyte": ("onebyte", 3, {"lr": 3e-2, "directions": 20, "batch_size": 2}),
-    "onebyte wire=sign": ("onebyte", 3, {"lr": 3e-2, "directions": 20, "batch_size": 2, "wire": "sign"}),
-    "fwdllm": ("fwdllm", 4, {"P": 8, "lr": 0.3, "variance_gate": False}),
+    "fedkseed wire=byte": ("fedkseed", 2, ZEROTH | {"K": 64}),
+    "fedkseed wire=sums": ("fedkseed", 2, ZEROTH | {"K": 64, "wire": "sums"}),
+    "fedkseed backprop=0.5": ("fedkseed", 2, ZEROTH | {"K": 64, "backprop": 0.5, "backprop_lr": 3e-3}),
+    "mezo": ("mezo", 2, ZEROTH),
+    "zosgd": ("zosgd", 2, ZEROTH),
+    "onebyte": ("onebyte", 2, {"lr": 3e-2, "directions": 8, "batch_size": 1}),
+    "onebyte wire=sign": ("onebyte", 2, {"lr": 3e-2, "directions": 8, "batch_size": 1, "wire": "sign"}),
+    "fwdllm": ("fwdllm", 3, {"P": 8, "lr": 0.3, "variance_gate": False}),
 }  # fmt: skip
 
 
@@ -244,9 +244,9 @@ def main() -> None:
         every[name] = found
         cells = [f"{found['honest']['before']:.3f}", *(shown(f) for f in found.values())]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps({"machine": machine(), "cases": every}, indent=1) + "\n")
     print(f"\n(n): refused replies of the liar, all rounds together; {time.monotonic() - began:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "cases": every}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def _failures(replies: Replies, before: int, plan: RoundPlan) -> int:
 def _aggregated(method: Method, replies: Replies, plan: RoundPlan) -> Any:
     """Return the new state, or the old one where too few replies are good; ModelLostError when it is not finite."""
     number, state = replies.round.number, replies.round.state
-    new = state if replies.mostly_not_finite else replies.aggregate()
+    new = replies.aggregate()
     if replies.mostly_not_finite or replies.accepted < plan.quorum:
         log.warning(
             "round %d: %d good replies (quorum %d), %d not finite; the model stays",
