@@ -92,7 +92,11 @@ class TuneStart(Recorded):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientReply(Recorded):
-    """Outcome of one client in a round."""
+    """Outcome of one client in a round, when its reply has come.
+
+    A reply that is refused after all have come (for going much further than the others, or because the method fails on
+    it) has a second line, with status refused; the last line of a client counts.
+    """
 
     event: ClassVar[str] = "client"
     round: int  # from 1
@@ -114,7 +118,7 @@ class RoundDone(Recorded):
     event: ClassVar[str] = "round"
     round: int  # from 1
     clients: int  # number of clients that were asked
-    accepted: int  # number of replies that passed the check
+    accepted: int  # number of replies that count
     bytes_up: int  # of all replies of the round
     bytes_down: int  # of all messages to clients of the round
     bytes_total: int  # up and down, of all rounds so far

@@ -141,6 +141,10 @@ class RunDir:
         for _, old in checkpoints(self.path)[:-KEEP]:
             old.unlink(missing_ok=True)
 
+    def withdraw(self, round: int) -> None:
+        """Remove the checkpoint of a round that has ruined the model."""
+        (self.path / "checkpoints" / f"round-{round:06d}.ckpt").unlink(missing_ok=True)
+
     def restore(
         self, decode: Callable[[bytes], T], note: Callable[[str], None] = _logger.info
     ) -> tuple[int, T] | None:

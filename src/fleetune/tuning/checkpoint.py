@@ -23,6 +23,7 @@ import numpy as np
 from fleetune.errors import MessageError
 from fleetune.runs import sealed
 from fleetune.runs.metrics import Tally
+from fleetune.runs.rundir import RunDir, checkpoints
 from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import messages
 from fleetune.tuning.messages import Message, Payload, Scalar
@@ -163,6 +164,15 @@ def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
     values = {name: _get(f"state/{name}", kind, payload) for name, kind in like._asdict().items()}
     up, down, seconds = json.loads(_get("totals", "", payload))
     return type(like)(**values), Totals(up, down, seconds)
+
+
+def state_of(run: RunDir, round: int, like: Any) -> Any | None:
+    """Return the state after `round`, None when there is no such checkpoint (any more); `like` as for `unpack`."""
+    path = dict(checkpoints(run.path)).get(round)
+    try:
+        return None if path is None else unpack(decode(path.read_bytes()), like)[0]
+    except MessageError:
+        return None
 
 
 def _put(path: str, value: Any, arrays: dict[str, np.ndarray], scalars: dict[str, Scalar]) -> None:

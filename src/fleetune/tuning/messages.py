@@ -85,6 +85,10 @@ class Message:
 LARGEST = 1e9  # of a float in an array: what a device trained is far below, and sums stay finite
 
 
+class NotFiniteError(MessageError):
+    """A reply that holds NaN or infinity."""
+
+
 @dataclass(frozen=True)
 class ReplySpec:
     """The form that a payload must have.  Shapes may hold None (any length) or -n (at most n)."""
@@ -197,7 +201,9 @@ def check(message: Message, spec: ReplySpec, *, round: int, base: bytes) -> Payl
         value = payload.scalars[name]
         if type(value) is not kind:
             raise MessageError(f"scalar '{name}' is {type(value).__name__}, agreed was {kind.__name__}")
-        if isinstance(value, str | bytes) or not low <= value <= high:  # also refuses NaN
+        if isinstance(value, float) and not math.isfinite(value):
+            raise NotFiniteError(f"scalar '{name}' is {value!r}, agreed was {low:g} to {high:g}")
+        if isinstance(value, str | bytes) or not low <= value <= high:
             raise MessageError(f"scalar '{name}' is {value!r}, agreed was {low:g} to {high:g}")
     return payload
 
@@ -213,7 +219,7 @@ def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int | No
         raise MessageError(f"array '{name}' has shape {array.shape}, agreed was {shape}")
     if array.dtype.kind == "f":
         if bad := int(np.count_nonzero(~np.isfinite(array))):
-            raise MessageError(f"array '{name}' holds {bad} values that are not finite")
+            raise NotFiniteError(f"array '{name}' holds {bad} values that are not finite")
         if (top := max(abs(float(array.max(initial=0))), abs(float(array.min(initial=0))))) > LARGEST:
             raise MessageError(f"array '{name}' holds {top:.3g}, agreed was -{LARGEST:g} to {LARGEST:g}")
 

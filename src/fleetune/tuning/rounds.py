@@ -7,27 +7,47 @@ The same function for every method and every fleet.  It does not use the model: 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fleetune.common.memory import rss
 from fleetune.data import keyed_order
-from fleetune.errors import FleetError, MessageError, cut_reason
+from fleetune.errors import FleetError
 from fleetune.runs import rundir
-from fleetune.runs.events import ClientReply, Recorded, RoundDone, round_evaluated
+from fleetune.runs.events import Recorded, RoundDone, round_evaluated
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning import checkpoint, methods
 from fleetune.tuning.checkpoint import StandsOn, Totals
-from fleetune.tuning.fleets import Answer, Fleet
-from fleetune.tuning.messages import Message, Payload, ReplySpec, check, decode, encode
-from fleetune.tuning.methods import Method, Reply
+from fleetune.tuning.fleets import Fleet
+from fleetune.tuning.messages import Message, Payload, encode
+from fleetune.tuning.methods import Method
+from fleetune.tuning.replies import Replies, Round
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 3  # rounds in a row that fail as a whole before the run ends
+
+
+class ModelLostError(FleetError):
+    """A round has ruined the model: `state` is the one after `round`, the last good one."""
+
+    def __init__(self, message: str, round: int, state: Any) -> None:
+        super().__init__(
+            f"{message}; the last good round is {round}",
+            hint="its result and checkpoint are in the run folder; start anew with a lower lr, or set the method's clip",
+        )
+        self.round, self.state = round, state
+
+    @property
+    def page(self) -> str:
+        """The section of the docs on errors of the fleet."""
+        return FleetError("").page
 
 
 @dataclass(frozen=True)
@@ -69,24 +89,21 @@ def run(
     failures = 0
     for r in range(last + 1, plan.rounds + 1):
         began = time.monotonic()
-        kinds = methods.kinds_of(method, state)
-        answers = _ReplyCheck([spec for _, spec in kinds], run, plan, r, hooks, fleet.rows)
-        chosen = sample(len(fleet.rows), plan.participation, plan.seed, r)
-        coded = [encode(Message(r, plan.base, payload)) for payload, _ in kinds]
-        messages = {client: coded[client % len(coded)] for client in chosen}
-        new = method.aggregate(state, answers.replies(fleet.ask(r, chosen, messages)))
-        failures = answers.failures(failures)
-        state = _accept(method, state, new, answers, plan, r)
-        totals.bytes_up += answers.bytes_up
-        totals.bytes_down += answers.bytes_down
+        new, replies = _played(method, fleet, state, run, plan, hooks, r)
+        failures = _failures(replies, failures, plan)
+        totals.bytes_up += replies.bytes_up
+        totals.bytes_down += replies.bytes_down
         totals.seconds += (seconds := time.monotonic() - began)
         hooks.emit(RoundDone(
-            round=r, clients=len(chosen), accepted=answers.accepted, bytes_up=answers.bytes_up,
-            bytes_down=answers.bytes_down, bytes_total=totals.bytes_up + totals.bytes_down,
-            seconds=round(seconds, 3), rss=rss(), report=methods.report_of(method, state) or None,
+            round=r, clients=replies.asked, accepted=replies.accepted, bytes_up=replies.bytes_up,
+            bytes_down=replies.bytes_down, bytes_total=totals.bytes_up + totals.bytes_down,
+            seconds=round(seconds, 3), rss=rss(), report=methods.report_of(method, new) or None,
         ))  # fmt: skip
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
-            hooks.emit(round_evaluated(r, hooks.evaluate(state)))
+            hooks.emit(evaluated := round_evaluated(r, hooks.evaluate(new)))
+            if evaluated.loss is not None and not math.isfinite(evaluated.loss):
+                raise ModelLostError(f"the model's loss after round {r} is not finite", r - 1, state)
+        state = new
         run.checkpoint(r, _encoded(r, state, totals, plan, run, fleet))
         fleet.forget_before(r + 1 - KEEP)
     return state, totals
@@ -127,6 +144,19 @@ def _encoded(round: int, state: Any, totals: Totals, plan: RoundPlan, run: RunDi
     return checkpoint.encode(round, state, totals, plan.stands_on, run.metrics.tally, fleet.kept())
 
 
+def _played(
+    method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks, r: int
+) -> tuple[Any, Replies]:
+    """Return the state that a round gives, and its replies."""
+    chosen = sample(len(fleet.rows), plan.participation, plan.seed, r)
+    with Replies(method, Round(r, plan.base, fleet.rows, state), run, hooks.emit) as replies:
+        coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
+        messages = {client: coded[client % len(coded)] for client in chosen}
+        replies.gather(fleet.ask(r, chosen, messages))
+        _check_model(replies, run, hooks)
+        return _aggregated(method, replies, plan), replies
+
+
 def sample(clients: int, participation: float, seed: int, round: int) -> Sequence[int]:
     """Return the clients of a round: a share of all, at least one, without repeats, in order; keyed by seed and round."""
     count = max(1, min(clients, round_half_up(clients * participation)))
@@ -138,89 +168,62 @@ def round_half_up(x: float) -> int:
     return int(x + 0.5)
 
 
-class _ReplyCheck:
-    """Checks the replies of a round, one at a time, and records every client's outcome."""
+def _failures(replies: Replies, before: int, plan: RoundPlan) -> int:
+    """Count failed rounds in a row, `before` and this one; FleetError when they are too many.
 
-    def __init__(
-        self,
-        specs: Sequence[ReplySpec],
-        run: RunDir,
-        plan: RoundPlan,
-        round: int,
-        hooks: Hooks,
-        rows: Sequence[int],
-    ) -> None:
-        self.specs, self.rows = specs, rows
-        self.run, self.plan, self.round, self.hooks = run, plan, round, hooks
-        self.accepted = self.failed = self.asked = 0
-        self.bytes_up = self.bytes_down = 0
-        self.reason = ""
-
-    def failures(self, before: int) -> int:
-        """Count rounds in a row, `before` and this one, in which every client failed; FleetError when they are too many."""
-        if self.accepted:
-            return 0
-        count = before + (self.failed == self.asked > 0)
-        if count >= min(PATIENCE, self.plan.rounds):
-            raise FleetError(
-                f"every client failed, {count} rounds in a row; the first of round {self.round}: {self.reason}",
-                hint="see log.txt in the run folder; when the cause is gone, resume the run",
-            )
-        return count
-
-    def replies(self, answers: Iterator[Answer]) -> Iterator[Reply]:
-        """Yield the replies that pass; the others are recorded with the reason."""
-        for answer in answers:
-            self.asked += 1
-            self.bytes_down += answer.sent
-            self.bytes_up += len(answer.data or b"")
-            payload, status, reason = self._open(answer)
-            self._record(answer, payload, status, reason)
-            if payload is not None:
-                self.accepted += 1
-                yield Reply(answer.client, answer.key, payload)
-
-    def _open(self, answer: Answer) -> tuple[Payload | None, str, str]:
-        if answer.data is None:
-            self.failed += answer.status == "failed"
-            why = cut_reason(answer.reason)
-            self.reason = self.reason or why
-            return None, answer.status, why
-        try:
-            spec = self.specs[answer.client % len(self.specs)]
-            payload = check(decode(answer.data), spec, round=self.round, base=self.plan.base)
-            _check_rows(payload, self.rows[answer.client])
-        except MessageError as error:
-            log.warning("round %d: reply of client %d refused: %s", self.round, answer.client, error)
-            self.failed += 1
-            self.reason = self.reason or str(error)
-            return None, "refused", str(error)
-        return payload, "ok", ""
-
-    def _record(self, answer: Answer, payload: Payload | None, status: str, reason: str) -> None:
-        loss = payload.scalars.get("loss") if payload else None
-        n = payload.scalars.get("n") if payload else None
-        self.hooks.emit(ClientReply(
-            round=self.round, client=answer.client, n=n, loss=loss, bytes_up=len(answer.data or b""),
-            bytes_down=answer.sent, seconds=round(answer.seconds, 3), rss=rss(), status=status, reason=reason,
-        ))  # fmt: skip
+    A round fails when every client fails, or when more replies are not finite than are good.
+    """
+    if not replies.failed == replies.asked > 0 and not replies.mostly_not_finite:
+        return before if not replies.accepted else 0
+    if before + 1 >= min(PATIENCE, plan.rounds):
+        what = "every client failed, " if not replies.accepted else "most replies are not finite, "
+        raise FleetError(
+            f"{what}{before + 1} rounds in a row; the first of round {replies.round.number}: {replies.reason}",
+            hint="see log.txt in the run folder; when the cause is gone, resume the run",
+        )
+    return before + 1
 
 
-def _check_rows(payload: Payload, rows: int) -> None:
-    """Raise MessageError for a client that claims more rows, and so more weight, than it is known to have."""
-    claimed = payload.scalars.get("n")
-    if isinstance(claimed, int) and claimed > rows:
-        raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
+def _aggregated(method: Method, replies: Replies, plan: RoundPlan) -> Any:
+    """Return the new state, or the old one where too few replies are good; ModelLostError when it is not finite."""
+    number, state = replies.round.number, replies.round.state
+    new = replies.aggregate()
+    if replies.mostly_not_finite or replies.accepted < plan.quorum:
+        log.warning(
+            "round %d: %d good replies (quorum %d), %d not finite; the model stays",
+            number, replies.accepted, plan.quorum, replies.not_finite,
+        )  # fmt: skip
+        return method.aggregate(state, iter(()))
+    if not finite(new):
+        raise ModelLostError(f"the replies of round {number} add up to no finite model", number - 1, state)
+    return new
 
 
-def _accept(method: Method, old: Any, new: Any, checked: _ReplyCheck, plan: RoundPlan, round: int) -> Any:
-    """Return the new state, or the old one where too few replies came."""
-    if checked.accepted >= plan.quorum:
-        return new
-    log.warning(
-        "round %d: %d good replies are under the quorum of %d; the model stays",
-        round,
-        checked.accepted,
-        plan.quorum,
-    )
-    return method.aggregate(old, iter(()))
+def finite(state: Any) -> bool:
+    """Tell whether every number of a method's state is finite."""
+    for value in state:
+        parts = value.values() if isinstance(value, Mapping) else [value]
+        for part in parts:
+            if isinstance(part, np.ndarray | float) and not np.isfinite(part).all():
+                return False
+    return True
+
+
+def _check_model(replies: Replies, run: RunDir, hooks: Hooks) -> None:
+    """Raise ModelLostError when most replies are not finite because of the model that was sent.
+
+    That it is the model, and not these clients, is seen on the validation rows: its loss is not finite, or higher than that
+    of the round before.  The round before is then the last good one: its model is kept and the newer checkpoint removed.
+    """
+    if not replies.mostly_not_finite:
+        return
+    number = replies.round.number
+    loss = hooks.evaluate(replies.round.state).get("loss", 0.0)
+    before = checkpoint.state_of(run, number - 2, replies.round.state)
+    if before is not None and not loss <= hooks.evaluate(before).get("loss", 0.0):
+        run.withdraw(number - 1)
+        raise ModelLostError(
+            f"{replies.not_finite} of {replies.asked} replies of round {number} are not finite, and round {number - 1} "
+            f"had made the model worse (validation loss {loss:.3f})",
+            number - 2, before,
+        )  # fmt: skip

@@ -175,7 +175,13 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) ->
         bytes.fromhex(model.digest)[:8], stands_on,
     )  # fmt: skip
     hooks = rounds.Hooks(begin, measure, emit, resumed, listener.note)
-    state, totals = rounds.run(method, fleet, first, run, plan, hooks)
+    try:
+        state, totals = rounds.run(method, fleet, first, run, plan, hooks)
+    except rounds.ModelLostError as lost:
+        if lost.round:  # else there is only the base
+            method.apply(model, lost.state)
+            ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
+        raise
     measured = _last_measures(run, recipe.rounds) or measure(state)
     return _finish(job, run, state, totals, measured, listener, time.monotonic() - began)
 
@@ -191,7 +197,7 @@ def _finish(
 ) -> TuneDone:
     job.method.apply(job.model, state)
     tuned = answers(job, state, run, "tuned", measured)
-    result = ARTEFACTS[job.entry.kind](job, run, state)
+    result = ARTEFACTS[job.entry.kind](job, run, state, job.recipe.rounds)
     evaluation = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}")
     run.write("samples.md", describe.samples_page(evaluation), private=True)
     done = TuneDone(
@@ -258,12 +264,12 @@ def _prompts(job: TuneJob) -> list[dict[str, str]]:
 # What a run leaves behind, by the method's kind -----------------------------------------------------
 
 
-def _ledger(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
+def _ledger(job: TuneJob, run: RunDir, state: Any, round: int) -> dict[str, Any]:
     view = job.model.attachment
     assert isinstance(view, View)
     digest = models.digest(view.tensors())
     path = run.path / "ledger.safetensors"
-    state.ledger.with_check(job.recipe.rounds, digest).save(path)
+    state.ledger.with_check(round, digest).save(path)
     return {
         "result": str(path),
         "result_bytes": path.stat().st_size,
@@ -273,7 +279,7 @@ def _ledger(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
     }
 
 
-def _adapter(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
+def _adapter(job: TuneJob, run: RunDir, state: Any, round: int) -> dict[str, Any]:
     path = run.path / "adapter"
     adapters.save(job.model, path, private=True)
     size = sum(p.stat().st_size for p in path.iterdir())
@@ -285,7 +291,7 @@ def _adapter(job: TuneJob, run: RunDir, state: Any) -> dict[str, Any]:
     }
 
 
-ARTEFACTS: dict[str, Callable[[TuneJob, RunDir, Any], dict[str, Any]]] = {
+ARTEFACTS: dict[str, Callable[[TuneJob, RunDir, Any, int], dict[str, Any]]] = {
     "ledger": _ledger,
     "adapter": _adapter,
 }

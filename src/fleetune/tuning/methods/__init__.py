@@ -5,17 +5,20 @@
 `KIND`, `PAPER` and `SENDS`, a State (NamedTuple), and a frozen dataclass `Method` whose fields are the
 hyper-parameters, each `name: type = setting(default, symbol, help)`, with the functions of the Protocol below.
 Optional: the constants `CLIENTS` (a usual fleet, 8 unless stated) and `RECOMMENDED` (1 is the first that `plan`
-considers), and the functions of the Protocols `Reports`, `Kinds`, `Reads`, `Sized` and `Planned`.
+considers), and the functions of the Protocols `Reports`, `Kinds`, `Measured`, `Reads`, `Sized` and `Planned`.
 
 Other packages register a module of the same shape under the entry-point group `fleetune.methods`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from fleetune.common.registry import Member, Registry
 from fleetune.common.settings import Setting, of
@@ -91,6 +94,18 @@ class Kinds(Protocol):
 
 
 @runtime_checkable
+class Measured(Protocol):
+    """A method that says how far a reply goes, because what is sent is not the plain numbers."""
+
+    def distance(self, state: Any, reply: Reply) -> float:
+        """Return how far `reply` would move the model, 0 for not at all; honest replies are to be of one size.
+
+        MessageError for a reply that no device can have made.
+        """
+        ...
+
+
+@runtime_checkable
 class Reads(Protocol):
     """A method whose `init` reads files."""
 
@@ -127,6 +142,24 @@ def kinds_of(method: Method, state: Any) -> Sequence[tuple[Payload, ReplySpec]]:
     if isinstance(method, Kinds):
         return method.kinds(state)
     return [(method.broadcast(state), method.expects(state))]
+
+
+def distance_of(method: Method, state: Any, sent: Payload, reply: Reply) -> float:
+    """Return how far a reply goes: what the method says, or else the norm of its arrays, less what was `sent`."""
+    if isinstance(method, Measured):
+        return method.distance(state, reply)
+    arrays = reply.payload.arrays.items()
+    return norm(a.astype(np.float64) - _start(sent, name, a.shape) for name, a in arrays)
+
+
+def _start(sent: Payload, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    begun = sent.arrays.get(name)
+    return np.zeros(()) if begun is None or begun.shape != shape else begun.astype(np.float64)
+
+
+def norm(arrays: Iterable[np.ndarray]) -> float:
+    """Return the Euclidean norm of all arrays together."""
+    return math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in arrays))
 
 
 def check_files(method: Method) -> None:

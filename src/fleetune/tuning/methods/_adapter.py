@@ -40,7 +40,7 @@ from fleetune.tuning import server_rules
 from fleetune.tuning.averaging import weighted_mean
 from fleetune.tuning.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply
+from fleetune.tuning.methods import Reply, norm
 from fleetune.tuning.server_rules import Tensors
 
 DTYPE: Final[Mapping[str, Any]] = MappingProxyType({"fp32": np.float32, "fp16": np.float16})
@@ -219,6 +219,21 @@ def expects(state: State, wire: str) -> ReplySpec:
     """Expect the module's tensors in the wire's type, rows and loss."""
     arrays = {n: (np.dtype(DTYPE[wire]).name, t.shape) for n, t in state.tensors.items()}
     return ReplySpec(arrays, {"n": (int, 1, 1 << 31), "loss": (float, -1e9, 1e9)})
+
+
+def distance(tensors: Tensors, reply: Reply, how: Training) -> float:
+    """Return how far a device went from `tensors`: root mean square, over that of random steps of the learning rate's size.
+
+    Such steps, and AdamW's are about that, go sqrt(sum of the steps' squared rates): with it, devices of few and of many
+    rows compare.  A device of a lower rank was sent the first part of each tensor.
+    """
+    w_k = reply.payload.arrays
+    moved = norm(
+        w_k[n].astype(np.float64) - t.astype(DTYPE[how.wire])[tuple(map(slice, w_k[n].shape))]
+        for n, t in tensors.items()
+    )
+    walk = math.hypot(*how.rates(reply.payload.int("n")))
+    return moved / (math.sqrt(sum(w_k[n].size for n in tensors)) * walk)
 
 
 # ---------------------------------------------------------------- a server

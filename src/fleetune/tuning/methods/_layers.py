@@ -68,6 +68,11 @@ def score(outputs: Tensor, mask: Tensor) -> float:
     return float((eigenvalues.log() + 1 / eigenvalues).sum())
 
 
+def highest(rows: int) -> float:
+    """Return a bound on the score of a layer on so many rows; the least is above 0, since ln(x) + 1/x is at least 1."""
+    return rows / SHIFT
+
+
 def scores(model: Model, batch: Batch) -> np.ndarray:
     """Return float64[L], the score of every layer on one batch; `model` must carry no prompts.
 

@@ -62,7 +62,7 @@ def weight(payload: Payload, wire: Wire, K: int, *, mixed: bool) -> float:
     if not mixed or "projected" in payload.arrays:
         return float(n)
     steps = wire.steps(payload)
-    return n * steps / (steps + K - 1)
+    return n * steps / (steps + K - 1) if steps else 0.0
 
 
 def descend(

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from fleetune.errors import MessageError
 from fleetune.seeds.spsa import uniforms
 from fleetune.tuning.messages import LogCode, Payload, ReplySpec, Scalar
 from fleetune.tuning.methods import Reply
@@ -48,6 +49,10 @@ class Wire(Protocol):
         """Return (k, c) of a walk's reply, or what is equal to it in sum."""
         ...
 
+    def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
+        """Raise MessageError for a walk's reply that no steps along the drawn directions can give."""
+        ...
+
     def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
         """Return the array that is sent of a projection float64[K]."""
         ...
@@ -79,6 +84,9 @@ class Byte:
         c = self.integers(reply.payload.array("codes"))
         return draw(reply.key, len(c), p, K), c
 
+    def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
+        return  # every code is a step
+
     def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
         return LogCode.encode(moved, uniforms(key, "rounding", len(moved)))
 
@@ -107,6 +115,16 @@ class Sums:
     def walk(self, reply: Reply, p: np.ndarray | None, K: int) -> tuple[np.ndarray, np.ndarray]:
         sums = self.integers(reply.payload.array("sums"))
         return np.flatnonzero(sums), sums[sums != 0]
+
+    def check(self, reply: Reply, p: np.ndarray | None, K: int, tau: int) -> None:
+        sums, drawn = (
+            self.integers(reply.payload.array("sums")),
+            draw(reply.key, self.steps(reply.payload), p, K),
+        )
+        most = np.bincount(drawn, minlength=K) * (INT32 // tau)
+        if (beyond := np.flatnonzero(np.abs(sums) > most)).size:
+            k = int(beyond[0])
+            raise MessageError(f"the sum along direction {k} is {sums[k]}, its steps give {most[k]} at most")
 
     def projection(self, moved: np.ndarray, key: int) -> np.ndarray:
         sent: np.ndarray = np.clip(np.rint(moved), -INT32, INT32).astype(np.int32)

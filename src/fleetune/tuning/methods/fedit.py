@@ -174,6 +174,9 @@ class Method:
         self.attach(model, payload.int("seed"), rank)
         return _adapter.local(model, payload, batches, key, memory, self.training())
 
+    def distance(self, state: State, reply: Reply) -> float:
+        return _adapter.distance(state.tensors, reply, self.training())
+
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Average the adapters (A and B apart) or their products; then take the server's step."""
         if self.average == "separate":

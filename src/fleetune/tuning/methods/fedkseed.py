@@ -53,7 +53,7 @@ from fleetune.seeds.spsa import descend, uniforms
 from fleetune.tuning import server_rules
 from fleetune.tuning.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _mixed_fleet, _pro, _zeroth
+from fleetune.tuning.methods import Reply, _mixed_fleet, _pro, _zeroth, norm
 from fleetune.tuning.methods._wires import WIRES, Wire, summed
 from fleetune.tuning.methods._zeroth import UNITS, draw, pool_ids, rounded
 
@@ -166,6 +166,14 @@ class Method:
         )  # fmt: skip
         c = steps.coefficients
         return self.codec.reply(k[: len(c)], c, self.K, {"n": batches.n, "loss": steps.loss})
+
+    def distance(self, state: State, reply: Reply) -> float:
+        """Return the norm of the K sums; MessageError for sums that no walk along the drawn directions can give."""
+        if "projected" in reply.payload.arrays:
+            return norm([self.codec.integers(reply.payload.array("projected"))])
+        p = self.probabilities(state)
+        self.codec.check(reply, p, self.K, self.tau)
+        return norm([summed(*self.codec.walk(reply, p, self.K), self.K)])
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Set A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once."""

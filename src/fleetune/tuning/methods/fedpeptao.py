@@ -205,6 +205,9 @@ class Method:
 
     # The server ----------------------------------------------------------------------------------------
 
+    def distance(self, state: State, reply: Reply) -> float:
+        return _adapter.distance(state.tensors, reply, self.training())
+
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Do a round of warm-up, or of adaptive optimization."""
         return self.warm(state, replies) if state.warmup else self.step(state, replies)
@@ -216,7 +219,8 @@ class Method:
             n = float(reply.payload.int("n"))
             w.add(n, {name: reply.payload.array(name) for name in state.tensors})
             kept = np.array(reply.payload.scalars.get("kept", 1.0))
-            measured.add(n, {"scores": reply.payload.array("scores"), "kept": kept})
+            scores = np.clip(reply.payload.array("scores"), 0.0, _layers.highest(self.batch_size))
+            measured.add(n, {"scores": scores, "kept": kept})
         if not w.total:
             return state
         found = measured.tensors()

@@ -150,6 +150,9 @@ class Method:
         self.attach(model, payload.int("seed"))
         return _adapter.local(model, payload, batches, key, memory, self.training())
 
+    def distance(self, state: State, reply: Reply) -> float:
+        return _adapter.distance(state.tensors, reply, self.training())
+
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         return _adapter.aggregate(state, replies, self.training(), self.server, self.server_lr)
 

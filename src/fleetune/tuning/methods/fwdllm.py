@@ -61,7 +61,7 @@ from fleetune.seeds.noise import Passes, derive
 from fleetune.seeds.view import View
 from fleetune.tuning.footprint import WIDE, Footprint, lora_module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _forward
+from fleetune.tuning.methods import Reply, _forward, norm
 from fleetune.tuning.methods._forward import INDEPENDENT_LAWS
 from fleetune.tuning.server_rules import Tensors
 
@@ -189,6 +189,9 @@ class Method:
     def view(self, tensors: Mapping[str, np.ndarray], seed: int, rate: float, device: str = "cpu") -> View:
         """Return a view of the adapter from other points."""
         return _forward.view_of(tensors, run_key(seed), self.law, rate, device)
+
+    def distance(self, state: State, reply: Reply) -> float:
+        return norm([self.cut(reply.payload.array("g"))])
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Move along all directions asked on this batch, or keep the adapter and ask for more."""

@@ -40,7 +40,7 @@ from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.spsa import descend
 from fleetune.tuning.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _zeroth
+from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import INT32, UNITS, rounded
 
 KIND = "ledger"
@@ -114,6 +114,9 @@ class Method:
             to_units=lambda step, g: max(-INT32, min(INT32, round(-g * UNITS * self.rate(first + step)))),
         )  # fmt: skip
         return Payload({"c": steps.coefficients.astype(np.int32)}, {"n": batches.n, "loss": steps.loss})
+
+    def distance(self, state: State, reply: Reply) -> float:
+        return norm([reply.payload.array("c")])
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Take the mean over devices of each step's integer, weighted by rows."""

@@ -55,7 +55,7 @@ from fleetune.seeds.noise import derive, probe
 from fleetune.seeds.spsa import slope, uniforms
 from fleetune.tuning.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.messages import LogCode, Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _zeroth
+from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import UNITS, pool_ids, rounded
 
 KIND = "ledger"
@@ -155,6 +155,9 @@ class Method:
         if self.wire == "byte":
             return LogCode.decode(codes)
         return UNITS * (2 * np.unpackbits(codes, count=self.directions).astype(np.int64) - 1)
+
+    def distance(self, state: State, reply: Reply) -> float:
+        return norm([self.decode(reply.payload.array("codes"))])
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Take the mean over whoever answered, or their majority, for each direction of the pool."""

@@ -86,6 +86,9 @@ class Method:
         with view.storing():
             return self.step().local(model, payload, batches, key, memory)
 
+    def distance(self, state: mezo.State, reply: Reply) -> float:
+        return self.step().distance(state, reply)
+
     def aggregate(self, state: mezo.State, replies: Iterable[Reply]) -> mezo.State:
         return self.step().aggregate(state, replies)
 

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One liar in a fleet: what a client that lies in its replies does to the model, by method and by lie.
+
+    python -m benchmarks.liars MODEL ROWS.jsonl [--json FILE] [--only NAME ..]
+
+Eight clients, of which client 0 does its work and then sends something else.  Every lie is well formed and within the
+agreed ranges, so it is a real reply to the server: see `LIES`.  A line of the table is a method: the validation loss
+before, after some rounds without a liar, and after the same rounds with it under each of the lies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from benchmarks.harness import machine
+from fleetune import adapters, data, models
+from fleetune.data import Encoded, encode_rows
+from fleetune.errors import FleetuneError
+from fleetune.evaluation.losses import pad_id, response_loss
+from fleetune.models import Model
+from fleetune.runs.events import ClientReply, RoundEvaluated
+from fleetune.runs.rundir import create
+from fleetune.seeds.noise import derive
+from fleetune.seeds.view import View
+from fleetune.tuning import checkpoint, methods
+from fleetune.tuning.fleets.local import LocalFleet
+from fleetune.tuning.messages import LogCode, Message, Payload, decode, encode
+from fleetune.tuning.rounds import Hooks, RoundPlan
+from fleetune.tuning.rounds import run as run_rounds
+
+SEED: Final = 7
+EACH: Final = 6  # rows of a client
+HELD: Final = 16  # rows of the validation loss
+LENGTH: Final = 64  # tokens of a row
+LIAR: Final = 0
+CLIENTS: Final = 8
+ZEROTH: Final = {"lr": 2e-4, "batch_size": 1, "tau": 8}
+PROMPTS: Final = {"tokens": 4, "steps": 4, "layers_rule": "half"}
+CASES: Final[Mapping[str, tuple[str, int, dict[str, Any]]]] = {  # method, rounds, settings
+    "fedit": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3}),
+    "fedit scaffold=true": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3, "scaffold": True}),
+    "fedit average=product": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3, "average": "product"}),
+    "fedit server=adam": ("fedit", 2, {"r": 4, "steps": 2, "lr": 3e-3, "server": "adam"}),
+    "fedpetuning": ("fedpetuning", 2, {"size": 4, "steps": 2, "lr": 3e-3}),
+    "fedpeptao": ("fedpeptao", 3, PROMPTS),
+    "fedkseed wire=byte": ("fedkseed", 2, ZEROTH | {"K": 64}),
+    "fedkseed wire=sums": ("fedkseed", 2, ZEROTH | {"K": 64, "wire": "sums"}),
+    "fedkseed backprop=0.5": ("fedkseed", 2, ZEROTH | {"K": 64, "backprop": 0.5, "backprop_lr": 3e-3}),
+    "mezo": ("mezo", 2, ZEROTH),
+    "zosgd": ("zosgd", 2, ZEROTH),
+    "onebyte": ("onebyte", 2, {"lr": 3e-2, "directions": 8, "batch_size": 1}),
+    "onebyte wire=sign": ("onebyte", 2, {"lr": 3e-2, "directions": 8, "batch_size": 1, "wire": "sign"}),
+    "fwdllm": ("fwdllm", 3, {"P": 8, "lr": 0.3, "variance_gate": False}),
+}  # fmt: skip
+
+
+# The lies ---------------------------------------------------------------------------------------------
+
+Lie = Callable[
+    [np.ndarray, np.ndarray, int], np.ndarray
+]  # (honest move, where it began, round) -> what is sent
+
+
+def largest(move: np.ndarray, start: np.ndarray, round: int) -> np.ndarray:
+    """Return the largest number that the agreement allows, everywhere."""
+    top = 1e9 if move.dtype.kind == "f" else 2.0**40
+    return np.full(move.shape, top)
+
+
+def reversed_100(move: np.ndarray, start: np.ndarray, round: int) -> np.ndarray:
+    """Return 100 times the honest move, the other way."""
+    return start - 100.0 * move
+
+
+def flipped(move: np.ndarray, start: np.ndarray, round: int) -> np.ndarray:
+    """Return the honest move, the other way."""
+    return start - 1.0 * move
+
+
+def at_the_bound(factor: float) -> Lie:
+    """Return the lie that goes `factor` times as far as the honest move, the other way."""
+    return lambda move, start, round: start - factor * move
+
+
+def noise(factor: float) -> Lie:
+    """Return the lie that goes `factor` times as far as the honest move, in a random direction."""
+
+    def sent(move: np.ndarray, start: np.ndarray, round: int) -> np.ndarray:
+        drawn = np.random.default_rng([round, move.size]).normal(size=move.shape)
+        return start + drawn * (factor * np.linalg.norm(move) / (np.linalg.norm(drawn) or 1.0))
+
+    return sent
+
+
+LIES: Final[Mapping[str, Lie]] = {
+    "largest": largest,
+    "x -100": reversed_100,
+    "x -1": flipped,
+    "noise x 3": noise(3.0),
+    "x -3": at_the_bound(3.0),
+}
+
+
+def lied(lie: Lie, sent: Payload, honest: Payload, round: int, signs: bool) -> Payload:
+    """Return the payload with every array told by `lie`; scalars stay.  `signs`: a byte is 8 signs, not a code."""
+    arrays = {}
+    for name, array in honest.arrays.items():
+        if array.dtype == np.uint8:
+            c = 1.0 - 2.0 * np.unpackbits(array) if signs else LogCode.decode(array)
+            told = lie(c, np.zeros(c.shape), round)
+            arrays[name] = np.packbits(told < 0) if signs else LogCode.encode(told, np.full(c.shape, 0.5))
+            continue
+        start = np.asarray(sent.arrays[name], np.float64) if name in sent.arrays else np.zeros(array.shape)
+        told = lie(array - start if array.dtype.kind == "f" else array.astype(np.int64), start, round)
+        if array.dtype.kind == "f":
+            top = min(1e9, float(np.finfo(array.dtype).max))
+        else:
+            top = float(np.iinfo(array.dtype).max)
+        arrays[name] = np.clip(told, -top, top).astype(array.dtype)
+    return Payload(arrays, honest.scalars)
+
+
+@contextlib.contextmanager
+def liar(lie: Lie | None, signs: bool) -> Iterator[None]:
+    """Let client `LIAR` of every local fleet send `lie` instead of its reply; None for an honest fleet."""
+    work = LocalFleet._work
+
+    def lying(self: LocalFleet, client: int, key: int, message: bytes) -> bytes:
+        data = work(self, client, key, message)
+        if lie is None or client != LIAR:
+            return data
+        sent, told = decode(message), decode(data)
+        false = lied(lie, sent.payload, told.payload, told.round, signs)
+        return encode(Message(told.round, told.base, false))
+
+    LocalFleet._work = lying  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        LocalFleet._work = work  # type: ignore[method-assign]
+
+
+# The runs ---------------------------------------------------------------------------------------------
+
+Rows = list[list[Encoded]]  # of each client, then those held out
+
+
+def prepared(name: str, file: str) -> tuple[Model, Rows]:
+    """Return the model, and the rows of each client and the held-out ones."""
+    model = models.load(name, device="cpu", offline=True)
+    rows, _ = encode_rows(model, data.read(file, limit=CLIENTS * EACH + HELD, offline=True), LENGTH)
+    rest = rows[HELD:]
+    return model, [*(rest[c::CLIENTS] for c in range(CLIENTS)), rows[:HELD]]
+
+
+def played(model: Model, rows: Rows, name: str, lie: Lie | None) -> dict[str, Any]:
+    """Run one case; return the losses before and after, what became of the replies, and why it ended if it did."""
+    method_name, count, settings = CASES[name]
+    method = methods.make(method_name, settings)
+    events: list[Any] = []
+
+    def measure(state: Any) -> dict[str, float]:
+        method.apply(model, state)
+        return {"loss": response_loss(model, rows[-1])}
+
+    found: dict[str, Any] = {"ended": "", "state": ""}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        create(Path(folder), method_name, "model") as opened,
+        liar(lie, settings.get("wire") == "sign"),
+    ):
+        state = method.init(model, derive(SEED, "init"))
+        fleet = LocalFleet(model, method, rows[:-1], SEED, pad_id(model))
+        found["before"] = measure(state)["loss"]
+        plan = RoundPlan(count, 1.0, 1, SEED, 0, bytes.fromhex(model.digest)[:8])
+        try:
+            state, _ = run_rounds(
+                method, fleet, state, opened, plan, Hooks(lambda: None, measure, events.append)
+            )
+            found["state"] = hashlib.sha256(checkpoint.encode(count, state, checkpoint.Totals())).hexdigest()
+        except FleetuneError as error:
+            found["ended"] = str(error)
+    detached(model)
+    replies = {(e.round, e.client): e for e in events if isinstance(e, ClientReply)}.values()
+    refused = [e.client for e in replies if e.status != "ok"]
+    evals = [e.loss for e in events if isinstance(e, RoundEvaluated)]
+    return found | {
+        "after": evals[-1] if evals else None,
+        "refused_liar": refused.count(LIAR),
+        "refused_honest": len(refused) - refused.count(LIAR),
+        "reasons": sorted({e.reason for e in replies if e.reason}),
+    }
+
+
+def detached(model: Model) -> None:
+    """Take off what a method has put on the model."""
+    if isinstance(model.attachment, View):
+        model.attachment.remove()
+        model.attachment = None
+    elif model.attachment is not None:
+        adapters.detach(model)
+
+
+def shown(found: Mapping[str, Any]) -> str:
+    """Return a cell of the table."""
+    text = "NaN" if found["after"] is None else f"{found['after']:.3f}"
+    text += f" ({found['refused_liar']}" if found["refused_liar"] or found["refused_honest"] else ""
+    text += f"+{found['refused_honest']} honest" if found["refused_honest"] else ""
+    text += ")" if "(" in text else ""
+    return text + (" stopped" if found["ended"] else "")
+
+
+def main() -> None:
+    """Print the table as it grows; write every number to `--json`."""
+    parser = argparse.ArgumentParser("benchmarks.liars", description="One liar among eight clients.")
+    parser.add_argument("model")
+    parser.add_argument("rows")
+    parser.add_argument(
+        "--only", nargs="*", default=list(CASES), metavar="NAME", help=f"of: {', '.join(CASES)}"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    began, every = time.monotonic(), {}
+    model, rows = prepared(options.model, options.rows)
+    print("| method | before | honest | " + " | ".join(LIES) + " |", flush=True)
+    print("|---" * (3 + len(LIES)) + "|", flush=True)
+    for name in options.only:
+        found = {lie: played(model, rows, name, told) for lie, told in [("honest", None), *LIES.items()]}
+        every[name] = found
+        cells = [f"{found['honest']['before']:.3f}", *(shown(f) for f in found.values())]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps({"machine": machine(), "cases": every}, indent=1) + "\n")
+    print(f"\n(n): refused replies of the liar, all rounds together; {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gather the replies of a round: check each, leave out those that go too far, and hand the rest to the method.
+
+A reply can be well formed, finite and in range, and still be a lie: a weight of 1e8, or a hundred times the honest
+change with the sign turned.  So a reply is held against the others of its round: one that goes much further than
+their median (`allowed`) is refused.  How far a reply goes is the method's to say (`methods.Measured`).  Sun et al.
+2019, arXiv 1911.07963 ("norm thresholding"), cut such an update down to the bound; here it is left out, since what is
+known to be wrong need not be used in part.
+
+- With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.
+- The median is not known before the last reply has come.  Until then replies lie on disk, so memory does not grow with
+  their number.
+- They are handed over in the clients' order, so the sums do not depend on who answered first.
+- A reply on which the method fails is refused as well, and the round is added up again without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from fleetune.common.files import storage_error
+from fleetune.common.memory import rss
+from fleetune.errors import FleetError, MessageError, StorageError, cut_reason
+from fleetune.runs.events import ClientReply
+from fleetune.runs.rundir import RunDir
+from fleetune.tuning import methods
+from fleetune.tuning.fleets import Answer
+from fleetune.tuning.messages import NotFiniteError, Payload, check, decode
+from fleetune.tuning.methods import Method, Reply
+
+log = logging.getLogger(__name__)
+
+# docs/safety.md has what honest replies reach
+FURTHEST: Final = 4.0  # times the median distance of a round's replies, for replies of many numbers
+FEW: Final = 8  # numbers in a reply with which it may go twice as far: few slopes vary by chance
+FEWEST: Final = 3  # replies of a kind that are needed to say what is usual
+IN_MEMORY: Final = 1 << 22  # bytes of a round's replies; more lie on disk
+
+
+class Kept(NamedTuple):
+    """A reply that has passed its check: whose, where its bytes lie, and how far it goes."""
+
+    answer: Answer  # without its data
+    offset: int
+    size: int
+    kind: frozenset[str]  # names of its arrays
+    numbers: int  # in its arrays
+    distance: float
+
+
+class Round(NamedTuple):
+    """What the replies of a round are checked against."""
+
+    number: int
+    base: bytes  # first 8 bytes of the base digest
+    rows: Sequence[int]  # of every client
+    state: Any
+
+
+class Replies:
+    """The replies of one round, one at a time; every client's outcome is recorded by `emit`."""
+
+    def __init__(
+        self, method: Method, round: Round, run: RunDir, emit: Callable[[ClientReply], None]
+    ) -> None:
+        self.method, self.round, self.emit = method, round, emit
+        self.kinds = methods.kinds_of(method, round.state)
+        self.kept: list[Kept] = []
+        self.asked = self.failed = self.not_finite = 0  # failed: refused ones included
+        self.bytes_up = self.bytes_down = 0
+        self.reason = ""  # of the first that failed
+        self._folder = run.path
+        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY, "w+b", dir=str(run.path))  # noqa: SIM115
+        self._in_hand: Kept | None = None
+
+    def __enter__(self) -> Replies:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._file.close()
+
+    @property
+    def accepted(self) -> int:
+        """Number of replies that count."""
+        return len(self.kept)
+
+    @property
+    def mostly_not_finite(self) -> bool:
+        """Whether more replies are refused for not being finite than count."""
+        return self.not_finite > self.accepted
+
+    # As they come ---------------------------------------------------------------------------------------
+
+    def gather(self, answers: Iterator[Answer]) -> None:
+        """Take every answer of the round; afterwards `kept` holds those that count."""
+        for answer in answers:
+            self.asked += 1
+            self.bytes_down += answer.sent
+            self.bytes_up += len(answer.data or b"")
+            self._take(answer)
+        self.kept.sort(key=lambda kept: kept.answer.client)
+        for kept, reason in too_far(self.kept):
+            self._refuse(kept, reason)
+
+    def _take(self, answer: Answer) -> None:
+        payload, status, reason = None, answer.status, cut_reason(answer.reason)
+        if answer.data is not None:
+            try:
+                payload = self._checked(answer, answer.data)
+            except MessageError as error:
+                self.not_finite += isinstance(error, NotFiniteError)
+                status, reason = "refused", str(error)
+        if status in ("refused", "failed"):
+            self._count_failure(answer, status, reason)
+        self._record(answer, payload, status, reason)
+
+    def _checked(self, answer: Answer, data: bytes) -> Payload:
+        spec = self.kinds[answer.client % len(self.kinds)][1]
+        payload = check(decode(data), spec, round=self.round.number, base=self.round.base)
+        _check_rows(payload, self.round.rows[answer.client])
+        try:
+            distance = self._distance(Reply(answer.client, answer.key, payload))
+        except (MessageError, MemoryError):
+            raise
+        except Exception as error:
+            log.exception("the reply of client %d cannot be measured", answer.client)
+            raise MessageError(
+                cut_reason(f"it cannot be measured ({type(error).__name__}: {error})")
+            ) from error
+        arrays = payload.arrays
+        numbers = sum(a.size for a in arrays.values())
+        kept = Kept(
+            answer._replace(data=None), self._store(data), len(data), frozenset(arrays), numbers, distance
+        )
+        self.kept.append(kept)
+        return payload
+
+    def _distance(self, reply: Reply) -> float:
+        sent = self.kinds[reply.client % len(self.kinds)][0]
+        return methods.distance_of(self.method, self.round.state, sent, reply)
+
+    # Added up -------------------------------------------------------------------------------------------
+
+    def aggregate(self) -> Any:
+        """Return the method's new state; a reply on which it fails is refused.
+
+        FleetError when it fails on no reply in particular.
+        """
+        while True:
+            try:
+                return self.method.aggregate(self.round.state, self._each())
+            except (StorageError, MemoryError):
+                raise
+            except Exception as error:
+                if self._in_hand is None:
+                    raise FleetError(
+                        f"the replies of round {self.round.number} cannot be added up ({type(error).__name__}: {error})",
+                        hint="the model of the round before is kept; see log.txt in the run folder",
+                    ) from error
+                log.exception("the reply of client %d cannot be used", self._in_hand.answer.client)
+                reason = cut_reason(f"it cannot be used ({type(error).__name__}: {error})")
+                self._refuse(self._in_hand, reason)
+
+    def _each(self) -> Iterator[Reply]:
+        for kept in tuple(self.kept):
+            self._in_hand = kept
+            yield Reply(kept.answer.client, kept.answer.key, self._payload(kept))
+        self._in_hand = None
+
+    # One reply ------------------------------------------------------------------------------------------
+
+    def _store(self, data: bytes) -> int:
+        try:
+            offset = self._file.seek(0, 2)
+            self._file.write(data)
+        except OSError as error:
+            raise storage_error(error, self._folder) from error
+        return offset
+
+    def _payload(self, kept: Kept) -> Payload:
+        try:
+            self._file.seek(kept.offset)
+            data = self._file.read(kept.size)
+        except OSError as error:
+            raise storage_error(error, self._folder) from error
+        return decode(data).payload
+
+    def _refuse(self, kept: Kept, reason: str) -> None:
+        """Leave out a reply that had been taken; its client's event is written again."""
+        self.kept.remove(kept)
+        self._count_failure(kept.answer, "refused", reason)
+        self._record(kept.answer, None, "refused", reason, size=kept.size)
+
+    def _count_failure(self, answer: Answer, status: str, reason: str) -> None:
+        log.warning("round %d: client %d %s: %s", self.round.number, answer.client, status, reason)
+        self.failed += 1
+        self.reason = self.reason or reason
+
+    def _record(
+        self, answer: Answer, payload: Payload | None, status: str, reason: str, size: int = 0
+    ) -> None:
+        scalars = payload.scalars if payload else {}
+        self.emit(ClientReply(
+            round=self.round.number, client=answer.client, n=scalars.get("n"), loss=scalars.get("loss"),
+            bytes_up=size or len(answer.data or b""), bytes_down=answer.sent, seconds=round(answer.seconds, 3),
+            rss=rss(), status=status, reason=reason,
+        ))  # fmt: skip
+
+
+def _check_rows(payload: Payload, rows: int) -> None:
+    """Raise MessageError for a client that claims more rows, and so more weight, than it is known to have."""
+    claimed = payload.scalars.get("n")
+    if isinstance(claimed, int) and claimed > rows:
+        raise MessageError(f"reply claims {claimed} rows, the client has {rows}")
+
+
+def too_far(kept: Sequence[Kept]) -> list[tuple[Kept, str]]:
+    """Return the replies that go too far, each with the reason: more than `allowed` times the median of their kind.
+
+    The median is the lower one, of those that move anything: silence is usual where a step rounds to nothing.
+    """
+    found = []
+    for kind in dict.fromkeys(k.kind for k in kept):
+        same = [k for k in kept if k.kind == kind]
+        usual = median([k.distance for k in same])
+        for k in same:
+            if not k.distance <= (most := allowed(k.numbers)) * usual:
+                times = f"{k.distance / usual:.3g} times as far as the median of the round"
+                found.append((k, f"it goes {times}, {most:.3g} at most"))
+    return found
+
+
+def allowed(numbers: int) -> float:
+    """Return how many times as far as the median an honest reply of so many numbers may go."""
+    return FURTHEST * (1 + FEW / max(1, numbers))
+
+
+def median(distances: Sequence[float]) -> float:
+    """Return the lower median of the distances that are not 0; infinity where fewer than `FEWEST` are."""
+    moving = np.sort([d for d in distances if d > 0])
+    return float(moving[(len(moving) - 1) // 2]) if len(moving) >= FEWEST else math.inf
