@@ -75,8 +75,13 @@ def _rounded(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[Any]:
 
 
 def norms(net: Any) -> list[str]:
-    """Return the names of the norms' parameters."""
-    return [n for n, p in named_tensors(net) if p.dim() == 1 and "norm" in n.lower()]
+    """Return the names of the norms' parameters: of modules whose name or class says so (GPT-2 calls them `ln_1`)."""
+    found = {name for name, module in net.named_modules() if "norm" in type(module).__name__.lower()}
+    return [
+        n
+        for n, p in named_tensors(net)
+        if p.dim() == 1 and ("norm" in n.lower() or n.rpartition(".")[0] in found)
+    ]
 
 
 @dataclass(frozen=True)

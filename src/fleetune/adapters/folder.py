@@ -122,7 +122,7 @@ def _peft(model: Model, attachment: Attachment) -> tuple[dict[str, Any], Mapping
     spec, net = attachment.spec, model.net
     if isinstance(spec, Lora):
         config, tensors = _lora_in_peft(attachment, net)
-    elif isinstance(spec, Prefix) and is_causal(net) and not head_of(net) and spec.layers is None:
+    elif isinstance(spec, Prefix) and spec.layers is None and _prefix_fits_peft(net):
         config, tensors = _prefix_in_peft(attachment, spec, net)
     elif isinstance(spec, Prompt) and is_causal(net) and not head_of(net):
         width = net.get_input_embeddings().weight.shape[1]
@@ -137,6 +137,15 @@ def _peft(model: Model, attachment: Attachment) -> tuple[dict[str, Any], Mapping
         revision=cache.source_of(model.path).get("commit"),
     )
     return config, tensors
+
+
+def _prefix_fits_peft(net: Any) -> bool:
+    """Return whether PEFT's prefix does the same: a past, which the windows of windowed attention hide."""
+    config = net.config.get_text_config()
+    windows = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    )
+    return is_causal(net) and not head_of(net) and not windows
 
 
 def _lora_in_peft(attachment: Attachment, net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -17,6 +17,7 @@ function itself is wrapped, so both kinds share one path.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleetune import models
 from fleetune.errors import ModelError
-from fleetune.models.layers import Layer, is_causal, layers_of
+from fleetune.models.layers import Layer, attention_layers, is_causal
 from fleetune.models.model import Model
 
 SPREAD: Final = 0.02
@@ -47,7 +48,12 @@ class Prefix:
 
     def put_on(self, model: Model, seed: int) -> PrefixPart:
         """Attach keys and values of their own to the attention of these layers."""
-        every = layers_of(model.net)
+        if not model.net._supports_attention_backend:  # a class of transformers says so of itself
+            raise ModelError(
+                f"a prefix cannot be put on a {type(model.net).__name__}: its attention is not transformers' own function",
+                hint="choose another module: lora, adapter, prompt, bitfit or full",
+            )
+        every = attention_layers(model.net, "a prefix")
         wanted = range(len(every)) if self.layers is None else sorted(set(self.layers))
         if self.tokens < 1 or not wanted or not set(wanted) <= set(range(len(every))):
             raise ModelError(
@@ -162,7 +168,20 @@ def _sdpa(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **o
 
 
 def _eager(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
-    return _attend(_plain, module, q, k, v, mask, **options)
+    # a family's own function knows its sinks and caps
+    family = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return _attend(_added_mask(family) if family else _plain, module, q, k, v, mask, **options)
+
+
+def _added_mask(inner: Any) -> Any:
+    """Return an attention function that is given its mask as numbers to add."""
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        return inner(module, q, k, v, mask, **options)
+
+    return attend
 
 
 def _plain(

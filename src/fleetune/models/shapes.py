@@ -134,7 +134,7 @@ def counted(config: PretrainedConfig) -> Shape:
     vocab, h = table.shape
     text = config.get_text_config()
     layers = int(text.num_hidden_layers)
-    outs, heads = sum(linear.out for linear in linears), int(text.num_attention_heads)
+    outs, heads = sum(linear.out for linear in linears), int(getattr(text, "num_attention_heads", 0))
     # An encoder keeps q, k, v, what its two norms and its activation work on, and a few numbers a token.
     kept, norms = outs + layers * (h + heads + 4), 0
     if not encoder:  # and its layers' inputs: one that several layers of one parent share is one tensor
@@ -154,11 +154,11 @@ def counted(config: PretrainedConfig) -> Shape:
 
 
 def _places(net: Any) -> list[Layer]:
-    """Return where modules go in each layer; [] for a family whose names are not known."""
+    """Return the layers that have attention; [] for a net without a list of layers."""
     from fleetune.errors import ModelError
     from fleetune.models.layers import layers_of
 
     try:
-        return layers_of(net)
+        return [layer for layer in layers_of(net) if layer.attention]
     except ModelError:
         return []
