@@ -66,7 +66,7 @@ DECODERS: Final[dict[str, dict[str, Any]]] = {
         "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 2, "intermediate_size": 64},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 8, "intermediate_size": 64},
 }  # fmt: skip
 _ENCODER: Final = _PLAIN | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ENCODERS: Final[dict[str, dict[str, Any]]] = {

@@ -193,7 +193,8 @@ def _prefix_in_peft(
 
 def _sizes(net: Any) -> dict[str, int]:
     config = net.config.get_text_config()
-    return {"num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads}
+    heads = getattr(config, "num_attention_heads", 1)  # PEFT wants a number, a prompt has no use for it
+    return {"num_layers": config.num_hidden_layers, "num_attention_heads": heads}
 
 
 def _lora_from_peft(

@@ -48,12 +48,7 @@ class Prefix:
 
     def put_on(self, model: Model, seed: int) -> PrefixPart:
         """Attach keys and values of their own to the attention of these layers."""
-        if not model.net._supports_attention_backend:  # a class of transformers says so of itself
-            raise ModelError(
-                f"a prefix cannot be put on a {type(model.net).__name__}: its attention is not transformers' own function",
-                hint="choose another module: lora, adapter, prompt, bitfit or full",
-            )
-        every = attention_layers(model.net, "a prefix")
+        every = _layers(model.net)
         wanted = range(len(every)) if self.layers is None else sorted(set(self.layers))
         if self.tokens < 1 or not wanted or not set(wanted) <= set(range(len(every))):
             raise ModelError(
@@ -70,6 +65,20 @@ class Prefix:
         return PrefixPart(model.net, [every[i] for i in wanted], parameters, self.tokens, self.dropout)
 
 
+def _layers(net: Any) -> list[Layer]:
+    """Return the layers of a net; ModelError where its attention takes no prefix."""
+    layers, other = attention_layers(net, "a prefix"), "choose another module: lora, adapter, bitfit or full"
+    if not net._supports_attention_backend:  # a class of transformers says so of itself
+        raise ModelError(
+            f"the attention of a {type(net).__name__} is no function that a prefix can be given to", hint=other
+        )
+    if net.config._attn_implementation not in IMPLEMENTATIONS:
+        raise ModelError(
+            f"a prefix cannot be put on '{net.config._attn_implementation}' attention", hint="use sdpa or eager"
+        )
+    return layers
+
+
 class PrefixPart:
     """The prefixes of a net's layers."""
 
@@ -84,10 +93,6 @@ class PrefixPart:
         self.parameters = parameters
         self._config = net.config
         self._before = net.config._attn_implementation
-        if self._before not in IMPLEMENTATIONS:
-            raise ModelError(
-                f"a prefix cannot be put on '{self._before}' attention", hint="use sdpa or eager"
-            )
         net.config._attn_implementation = IMPLEMENTATIONS[self._before]
         self._modules = [net.get_submodule(layer.attention) for layer in layers]
         for layer, module in zip(layers, self._modules, strict=True):

@@ -62,7 +62,7 @@ def attention_layers(net: nn.Module, what: str) -> list[Layer]:
         raise ModelError(
             f"{what} needs attention in every layer, and {len(without)} of the {len(layers)} layers of a "
             f"{type(net).__name__} have none that is known here ({without[0]})",
-            hint="choose LoRA on layers that are named (targets=...), bitfit or full tuning",
+            hint="choose another module: lora, adapter, bitfit or full",
         )
     return layers
 
