@@ -110,7 +110,9 @@ def save(family: str, folder: Path) -> Path:
     path = folder / family
     if not (path / "config.json").is_file():
         roberta = family in ("roberta", "distilbert", "modernbert")  # no segments
-        words = tiny_pair_tokenizer("roberta" if roberta else "bert") if family in ENCODERS else tiny_tokenizer()
+        words = (
+            tiny_pair_tokenizer("roberta" if roberta else "bert") if family in ENCODERS else tiny_tokenizer()
+        )
         models.save(build(family), words, path)
     return path
 

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleetune import models
 from fleetune.errors import ModelError
-from fleetune.models.layers import Layer, attention_layers, is_causal
+from fleetune.models.layers import Layer, attention_layers, body_of, is_causal
 from fleetune.models.model import Model
 
 SPREAD: Final = 0.02
@@ -70,11 +70,13 @@ def _layers(net: Any) -> list[Layer]:
     layers, other = attention_layers(net, "a prefix"), "choose another module: lora, adapter, bitfit or full"
     if not net._supports_attention_backend:  # a class of transformers says so of itself
         raise ModelError(
-            f"the attention of a {type(net).__name__} is no function that a prefix can be given to", hint=other
+            f"the attention of a {type(net).__name__} is no function that a prefix can be given to",
+            hint=other,
         )
     if net.config._attn_implementation not in IMPLEMENTATIONS:
         raise ModelError(
-            f"a prefix cannot be put on '{net.config._attn_implementation}' attention", hint="use sdpa or eager"
+            f"a prefix cannot be put on '{net.config._attn_implementation}' attention",
+            hint="use sdpa or eager",
         )
     return layers
 
@@ -100,7 +102,7 @@ class PrefixPart:
             setattr(module, ATTRIBUTE, LayerPrefix(own[0], own[1], layer.heads, dropout))
         self._hook = None
         if is_causal(net):
-            self._hook = net.base_model.register_forward_pre_hook(_position_hook(tokens), with_kwargs=True)
+            self._hook = body_of(net).register_forward_pre_hook(_position_hook(tokens), with_kwargs=True)
 
     def remove(self) -> None:
         """Detach them."""

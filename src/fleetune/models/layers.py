@@ -33,7 +33,9 @@ class Layer(NamedTuple):
     """One layer of a net: names in full, and the sizes of its keys and values."""
 
     name: str
-    ends: tuple[str, ...]  # what the attention block and what follows hand to the residual stream; one for Mamba
+    ends: tuple[
+        str, ...
+    ]  # what the attention block and what follows hand to the residual stream; one for Mamba
     attention: str = ""  # the module that calls the attention function; "" for a layer without attention
     query: str = ""
     value: str = ""  # where one matrix makes queries, keys and values, `query` and `value` are that matrix
@@ -67,6 +69,16 @@ def attention_layers(net: nn.Module, what: str) -> list[Layer]:
     return layers
 
 
+def check_separate(net: Any, what: str) -> None:
+    """Raise ModelError for a net that runs one layer several times (Albert), where `what` needs layers of their own."""
+    layers, runs = len(layers_of(net)), int(net.config.get_text_config().num_hidden_layers)
+    if layers != runs:
+        raise ModelError(
+            f"{what} chooses among layers, and a {type(net).__name__} has {layers} that it runs {runs} times",
+            hint="use fedpetuning with module=prefix",
+        )
+
+
 def is_causal(net: nn.Module) -> bool:
     """Return whether this is a decoder: each token sees only those before it."""
     return not _is_classifier(net) or any(getattr(module, "is_causal", False) for module in net.modules())
@@ -78,6 +90,12 @@ def head_of(net: Any) -> list[str]:
         return []
     inside = net.base_model_prefix + "."
     return [n for n, _ in net.named_parameters() if not n.startswith(inside) or ".pooler." in n]
+
+
+def body_of(net: Any) -> nn.Module:
+    """Return the module that the net hands its inputs to, up to its head (OPT's `base_model` is never called)."""
+    body: nn.Module = net.get_decoder()
+    return body
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -331,7 +331,7 @@ def _any_forward(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> C
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        stored = {name: slot.tensor for name, slot in own.items()}
+        stored: dict[str, Any] = {name: slot.tensor for name, slot in own.items()}
         try:
             module._parameters.update({name: _whole(view, slot) for name, slot in own.items()})
             return original(*args, **kwargs)
