@@ -81,7 +81,7 @@ SOLVERS: Final[dict[str, dict[str, Any]]] = {
     "rtn": {"group": 8},
     "optq": {"group": 8},
     "sparsegpt": {},
-    "llm-pruner": {},
+    "llm-pruner": {"first": 0, "last": 0, "ratio": 0.5, "round_to": 8, "recover": "none"},
 }
 NAMES: Final = [*COLUMNS, *SOLVERS]
 FAMILIES: Final = [*DECODERS, *ENCODERS]
@@ -130,11 +130,15 @@ def peer_of(result: TuneResult, model: Path, peer: str) -> Any:
     """Export a run, and load it as its users do, without Fleetune."""
     kind = AutoModelForSequenceClassification if model.name in ENCODERS else AutoModelForCausalLM
     written = fleetune.export(result, to=peer, path=result.folder / peer)
-    if result.path.is_file() and written.done.digest != result.digest:  # a ledger's run states that of its weights
+    if (
+        result.path.is_file() and written.done.digest != result.digest
+    ):  # a ledger's run states that of its weights
         raise Fault("the directory has other weights than the run")
     if peer == "hf":
         return kind.from_pretrained(written.path).eval().requires_grad_(False)
-    return PeftModel.from_pretrained(kind.from_pretrained(model), str(written.path)).eval().requires_grad_(False)
+    return (
+        PeftModel.from_pretrained(kind.from_pretrained(model), str(written.path)).eval().requires_grad_(False)
+    )
 
 
 @torch.inference_mode()

@@ -88,10 +88,11 @@ ENCODERS: Final[dict[str, dict[str, Any]]] = {
 LABELS: Final = ("no", "yes")
 
 
-def build(family: str) -> PreTrainedModel:
-    """Make the net of a family, the same at every call."""
+def build(family: str, **changes: Any) -> PreTrainedModel:
+    """Make the net of a family, the same at every call; `changes` are of its configuration."""
     encoder = family in ENCODERS
-    config = AutoConfig.for_model(family, vocab_size=VOCAB, **_ids(family), **(DECODERS | ENCODERS)[family])
+    sizes = (DECODERS | ENCODERS)[family] | _ids(family) | changes
+    config = AutoConfig.for_model(family, vocab_size=VOCAB, **sizes)
     if encoder:
         config.id2label = dict(enumerate(LABELS))
         config.label2id = {word: i for i, word in enumerate(LABELS)}

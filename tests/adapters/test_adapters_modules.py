@@ -23,6 +23,7 @@ from transformers import (
 
 from fleetune import adapters, models
 from fleetune.adapters import Bitfit, Bottleneck, Lora, Prefix, Prompt
+from fleetune.adapters.bitfit import ParameterCopies
 from fleetune.data.encode import Batch
 from fleetune.errors import FleetuneError, ModelError
 from fleetune.evaluation.objectives import loss_tensor
@@ -293,6 +294,29 @@ def test_what_cannot_be_attached(spec: Any, message: str) -> None:
     assert caught.value.hint
     assert model.attachment is None
     assert stored(model) == model.digest
+
+
+def test_a_parent_that_reads_16_bit_parameters_sees_them_rounded() -> None:
+    class Mixer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.inner.weight.T + self.inner.bias
+
+    net = Mixer().to(torch.bfloat16).requires_grad_(False)
+    x, stored = torch.ones(1, 3, dtype=torch.bfloat16), net.inner.weight
+    before = net(x)
+    first, second = ParameterCopies(net, {"inner.bias"}), ParameterCopies(net, {"inner.weight"})
+    assert torch.equal(net(x), before)  # bf16 whoever reads
+    net(x).sum().backward()
+    for part, name in ((first, "inner.bias"), (second, "inner.weight")):
+        assert part.parameters[name].dtype == part.parameters[name].grad.dtype == torch.float32
+    second.remove()
+    first.remove()
+    assert net.inner.weight is stored
+    assert type(net.inner._parameters) is dict
 
 
 def test_other_families_and_biases_of_a_few_layers() -> None:

@@ -142,9 +142,9 @@ def _peft(model: Model, attachment: Attachment) -> tuple[dict[str, Any], Mapping
 def _prefix_fits_peft(net: Any) -> bool:
     """Return whether PEFT's prefix does the same: a past, which the windows of windowed attention hide."""
     config = net.config.get_text_config()
-    windows = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
-        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    )
+    kinds = getattr(config, "layer_types", None)
+    one = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    windows = "sliding_attention" in kinds if kinds else bool(one)
     return is_causal(net) and not head_of(net) and not windows
 
 
