@@ -23,6 +23,7 @@ from transformers import (
 
 from fleetune import adapters, models
 from fleetune.adapters import Bitfit, Bottleneck, Lora, Prefix, Prompt
+from fleetune.adapters.bitfit import ParameterCopies
 from fleetune.data.encode import Batch
 from fleetune.errors import FleetuneError, ModelError
 from fleetune.evaluation.objectives import loss_tensor
@@ -295,6 +296,29 @@ def test_what_cannot_be_attached(spec: Any, message: str) -> None:
     assert stored(model) == model.digest
 
 
+def test_a_parent_that_reads_16_bit_parameters_sees_them_rounded() -> None:
+    class Mixer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.inner.weight.T + self.inner.bias
+
+    net = Mixer().to(torch.bfloat16).requires_grad_(False)
+    x, stored = torch.ones(1, 3, dtype=torch.bfloat16), net.inner.weight
+    before = net(x)
+    first, second = ParameterCopies(net, {"inner.bias"}), ParameterCopies(net, {"inner.weight"})
+    assert torch.equal(net(x), before)  # bf16 whoever reads
+    net(x).sum().backward()
+    for part, name in ((first, "inner.bias"), (second, "inner.weight")):
+        assert part.parameters[name].dtype == part.parameters[name].grad.dtype == torch.float32
+    second.remove()
+    first.remove()
+    assert net.inner.weight is stored
+    assert type(net.inner._parameters) is dict
+
+
 def test_other_families_and_biases_of_a_few_layers() -> None:
     qwen = models.tiny_llama()
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "vocab_size": 264}
@@ -316,5 +340,5 @@ def test_other_families_and_biases_of_a_few_layers() -> None:
             assert torch.equal(out(model), before) == (name not in ("prefix", "some layers", "prompt")), name
             adapters.detach(model)
             assert torch.equal(out(model), before)
-    with pytest.raises(ModelError, match="named in a way"):
+    with pytest.raises(ModelError, match="has no list of layers"):
         layers_of(torch.nn.Linear(1, 1))

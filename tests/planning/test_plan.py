@@ -81,9 +81,18 @@ def test_another_family_is_counted_on_the_meta_device() -> None:
 
 
 def test_what_has_no_place_on_a_model_is_not_planned() -> None:
-    config = AutoConfig.for_model("gpt2", vocab_size=60, n_embd=32, n_layer=2, n_head=4)
-    found = {row.method for row in plan.table(config, plan.Workload(), rates=RATES)}
-    assert {*methods.entries(), *device_cost.COMPARISON} - found == {"fedpetuning", "fedpeptao", "fwdllm"}
+    gpt2 = AutoConfig.for_model("gpt2", vocab_size=60, n_embd=32, n_layer=2, n_head=4)
+    bloom = AutoConfig.for_model("bloom", vocab_size=60, hidden_size=32, n_layer=2, n_head=4)
+    mamba = AutoConfig.for_model("mamba", vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4)
+    everything = {*methods.entries(), *device_cost.COMPARISON}
+    for config, missing in (
+        (gpt2, set()),
+        (bloom, {"fedpeptao"}),
+        (mamba, {"fedpetuning", "fedpeptao", "fwdllm"}),
+    ):
+        found = {row.method for row in plan.table(config, plan.Workload(), rates=RATES)}
+        assert everything - found == missing
+    assert {x.name.rpartition(".")[2] for x in shapes.shape_of(mamba).linears} == {"in_proj"}
 
 
 def test_llama_7b_gives_the_figures_of_the_papers() -> None:

@@ -32,6 +32,7 @@ from fleetune.seeds import noise
 from fleetune.seeds import view as views
 from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.seeds.noise import passes, probe
+from fleetune.seeds.project import WeightCopies
 from fleetune.seeds.slots import WeightSlot, layout, read_stored
 from fleetune.seeds.spsa import Position, descend, two_point
 from fleetune.seeds.view import View, kernels
@@ -325,6 +326,34 @@ def test_tensors_that_no_forward_asks_for_are_told(caplog):
     net["idle"](torch.zeros(1, 3))
     view.warn_unreached()
     assert not caplog.records
+
+
+class Mixer(nn.Module):
+    """A module that reads its child's tensors and never calls it, as Mamba's mixer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.inner.weight.T + self.inner.bias
+
+
+def test_tensors_that_a_parent_reads_are_at_the_point():
+    net = Mixer().requires_grad_(False)
+    view = placed(View(list(net.named_parameters()), net, run_key=KEY, law="pooled", grid=GRID))
+    moved, x = dict(view.tensors()), torch.ones(1, 3)
+    assert torch.equal(net(x), x @ moved["inner.weight"].T + moved["inner.bias"])
+    assert not torch.equal(net(x), x @ net.inner.weight.T + net.inner.bias)  # nobody runs: what is stored
+    assert net.inner.weight is view.slots[1].tensor
+    with WeightCopies(view) as copies, torch.enable_grad():
+        copies.refresh()
+        assert torch.equal(net(x), x @ moved["inner.weight"].T + moved["inner.bias"])
+        net(x).sum().backward()
+    assert copies.parameters["inner.weight"].grad is not None
+    view.remove()
+    assert type(net.inner._parameters) is dict
+    assert not {"forward"} & (net.__dict__.keys() | net.inner.__dict__.keys())
 
 
 # --- the seam to the base ---------------------------------------------------------------------------------------

@@ -33,19 +33,24 @@ class ParameterCopies:
         self._pairs = [(p, self.parameters[n]) for n, p in stored.items()]
         self._places: list[tuple[nn.Module, str, Tensor]] = []
         self._hooks: list[Any] = []
+        self._reads: list[tuple[nn.Module, dict[str, Any]]] = []
         copies = {id(p): copy for p, copy in self._pairs}
         for module in net.modules():
             own = {n: p for n, p in module._parameters.items() if p is not None and id(p) in copies}
-            for name, parameter in own.items():
-                self._places.append((module, name, parameter))
-                module._parameters[name] = copies[id(parameter)]
+            wide = {n: copies[id(p)] for n, p in own.items()}
             if any(p.dtype != torch.float32 for p in own.values()):
-                self._hooks += _rounded(module, {n: p.dtype for n, p in own.items()})
+                self._reads.append((module, module._parameters))
+                module._parameters = _RoundedReads(module._parameters, {n: p.dtype for n, p in own.items()})
+                self._hooks += _rounded_once(module, wide, {n: p.dtype for n, p in own.items()})
+            self._places += [(module, n, p) for n, p in own.items()]
+            module._parameters.update(wide)
 
     def remove(self) -> None:
         """Put the stored tensors back."""
         for hook in self._hooks:
             hook.remove()
+        for module, parameters in self._reads:
+            module._parameters = parameters
         for module, name, parameter in self._places:
             module._parameters[name] = parameter  # type: ignore[assignment]
 
@@ -56,17 +61,28 @@ class ParameterCopies:
                 stored.copy_(copy)
 
 
-def _rounded(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[Any]:
-    """Register hooks under which `module` sees its parameters in these dtypes while it runs."""
-    originals: dict[str, nn.Parameter] = {}
+class _RoundedReads(dict[str, Any]):
+    """A module's parameters, each rounded to a dtype for whoever reads it: its parent may (a Mamba mixer does)."""
+
+    def __init__(self, before: dict[str, Any], dtypes: Mapping[str, torch.dtype]) -> None:
+        super().__init__(before.items())
+        self.dtypes: dict[str, torch.dtype] = {**getattr(before, "dtypes", {}), **dtypes}
+
+    def __getitem__(self, name: str) -> Any:
+        found = super().__getitem__(name)
+        return found.to(self.dtypes[name]) if name in self.dtypes else found
+
+
+def _rounded_once(
+    module: nn.Module, wide: Mapping[str, nn.Parameter], dtypes: Mapping[str, torch.dtype]
+) -> list[Any]:
+    """Register hooks that round the parameters `wide` of a module once each time it runs, however often it reads them."""
 
     def before(module: nn.Module, args: Any) -> None:
-        for name, dtype in dtypes.items():
-            originals[name] = module._parameters[name]  # type: ignore[assignment]
-            module._parameters[name] = originals[name].to(dtype)  # type: ignore[assignment]
+        module._parameters.update({n: p.to(dtypes[n]) for n, p in wide.items()})  # type: ignore[misc]
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters.update(originals)
+        module._parameters.update(wide)
 
     return [
         module.register_forward_pre_hook(before),
@@ -75,8 +91,13 @@ def _rounded(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[Any]:
 
 
 def norms(net: Any) -> list[str]:
-    """Return the names of the norms' parameters."""
-    return [n for n, p in named_tensors(net) if p.dim() == 1 and "norm" in n.lower()]
+    """Return the names of the norms' parameters: of modules whose name or class says so (GPT-2 calls them `ln_1`)."""
+    found = {name for name, module in net.named_modules() if "norm" in type(module).__name__.lower()}
+    return [
+        n
+        for n, p in named_tensors(net)
+        if p.dim() == 1 and ("norm" in n.lower() or n.rpartition(".")[0] in found)
+    ]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from fleetune import models
 from fleetune.adapters.bitfit import ParameterCopies, norms
 from fleetune.errors import ModelError
-from fleetune.models.layers import layers_of
+from fleetune.models.layers import layers_of, outputs_of
 from fleetune.models.model import Model
 
 
@@ -44,15 +44,16 @@ class Bottleneck:
                 f"adapters of size {self.size} at '{self.places}' are not possible",
                 hint="size >= 1, places houlsby or pfeiffer",
             )
-        ends = [n for layer in layers_of(model.net) for n in layer.ends[self.places == "pfeiffer" :]]
+        layers = layers_of(model.net)
+        ends = [n for layer in layers for n in (layer.ends[-1:] if self.places == "pfeiffer" else layer.ends)]
         parameters: dict[str, nn.Parameter] = {}
         hooks = []
         for end in ends:
-            dense = model.net.get_submodule(end)
-            own = _start(f"{end}.adapter", dense.weight.shape[0], self.size, seed, model.device)
+            own = _start(f"{end}.adapter", outputs_of(model.net, end), self.size, seed, model.device)
             parameters |= own
-            hooks.append(dense.register_forward_hook(_behind(list(own.values()))))
-        inside = tuple(f"{layer.name}." for layer in layers_of(model.net))
+            block = model.net.get_submodule(end)
+            hooks.append(block.register_forward_hook(_behind(list(own.values()))))
+        inside = tuple(f"{layer.name}." for layer in layers)
         trained = [n for n in norms(model.net) if n.startswith(inside)] if self.norms else []
         replaced = ParameterCopies(model.net, trained)
         return BottleneckPart(parameters | dict(replaced.parameters), hooks, replaced)
@@ -93,7 +94,9 @@ def _start(name: str, width: int, size: int, seed: int, device: str) -> dict[str
 def _behind(own: list[nn.Parameter]) -> Any:
     down, d, up, u = own
 
-    def adapt(module: nn.Module, args: Any, h: Tensor) -> Tensor:
-        return h + F.linear(F.gelu(F.linear(h.float(), down, d)), up, u).to(h.dtype)
+    def adapt(module: nn.Module, args: Any, out: Any) -> Any:
+        h: Tensor = out[0] if isinstance(out, tuple) else out  # experts give their router's scores too
+        h = h + F.linear(F.gelu(F.linear(h.float(), down, d)), up, u).to(h.dtype)
+        return (h, *out[1:]) if isinstance(out, tuple) else h
 
     return adapt

@@ -148,7 +148,7 @@ def _peft(model: Model, attachment: Attachment) -> tuple[dict[str, Any], Mapping
     spec, net = attachment.spec, model.net
     if isinstance(spec, Lora):
         config, tensors = _lora_in_peft(attachment, net)
-    elif isinstance(spec, Prefix) and is_causal(net) and not head_of(net) and spec.layers is None:
+    elif isinstance(spec, Prefix) and spec.layers is None and _prefix_fits_peft(net):
         config, tensors = _prefix_in_peft(attachment, spec, net)
     elif isinstance(spec, Prompt) and is_causal(net) and not head_of(net):
         width = net.get_input_embeddings().weight.shape[1]
@@ -163,6 +163,15 @@ def _peft(model: Model, attachment: Attachment) -> tuple[dict[str, Any], Mapping
         revision=cache.source_of(model.path).get("commit"),
     )
     return config, tensors
+
+
+def _prefix_fits_peft(net: Any) -> bool:
+    """Return whether PEFT's prefix does the same: a past, which the windows of windowed attention hide."""
+    config = net.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    one = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    windows = "sliding_attention" in kinds if kinds else bool(one)
+    return is_causal(net) and not head_of(net) and not windows
 
 
 def _lora_in_peft(attachment: Attachment, net: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -210,7 +219,8 @@ def _prefix_in_peft(
 
 def _sizes(net: Any) -> dict[str, int]:
     config = net.config.get_text_config()
-    return {"num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads}
+    heads = getattr(config, "num_attention_heads", 1)  # PEFT wants a number, a prompt has no use for it
+    return {"num_layers": config.num_hidden_layers, "num_attention_heads": heads}
 
 
 def _lora_from_peft(

@@ -30,7 +30,8 @@ from torch.nn import functional as F
 from fleetune.adapters.attachment import attach, attachment_of, private_rng
 from fleetune.adapters.lora_init import FROM_SEED, FROM_WEIGHTS
 from fleetune.errors import MessageError, ModelError
-from fleetune.models.layers import head_of, layers_of
+from fleetune.models.hf_folder import short_error
+from fleetune.models.layers import head_of, is_linear, layers_of, read_past
 from fleetune.models.model import Model
 
 ADAPTER: Final = "default"  # PEFT's name for a model's only adapter
@@ -68,13 +69,19 @@ class Lora:
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=_targets(model.net, self.targets),
-            exclude_modules=_head_modules(model.net)
-            or None,  # a leaf's name may be that of a head's module, too
+            # a leaf's name may be that of a head's module, too
+            exclude_modules=[*_head_modules(model.net), *sorted(read_past(model.net))] or None,
             fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.net.modules()),
             task_type=TaskType.SEQ_CLS if head_of(model.net) else TaskType.CAUSAL_LM,
         )
-        with private_rng(model.device):
-            tuner = LoraModel(model.net, config, ADAPTER)
+        try:
+            with private_rng(model.device):
+                tuner = LoraModel(model.net, config, ADAPTER)
+        except ValueError as error:  # a layer that PEFT does not take
+            raise ModelError(
+                f"PEFT puts no LoRA on a {type(model.net).__name__}: {short_error(error)}",
+                hint="name other layers: targets=...",
+            ) from error
         part = _part(tuner)
         try:
             _initialise(part, self, seed)
@@ -233,22 +240,30 @@ def _head_modules(net: Any) -> list[str]:
 
 
 def _targets(net: Any, targets: str | Sequence[str]) -> list[str]:
-    head, apart = net.get_output_embeddings(), _head_modules(net)
-    linear = {
-        n
-        for n, m in net.named_modules()
-        if m is not head and n not in apart and (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
-    }
+    head, apart = net.get_output_embeddings(), {*_head_modules(net), *read_past(net)}
+    linear = {n for n, m in net.named_modules() if m is not head and n not in apart and is_linear(m)}
     leaves = sorted({name.rpartition(".")[2] for name in linear})
     if targets == ALL_LINEAR:
         return leaves
     if targets == QUERY_VALUE:
-        return sorted({n.rpartition(".")[2] for layer in layers_of(net) for n in (layer.query, layer.value)})
+        return _query_value(net, leaves)
     wanted = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
     unknown = [t for t in wanted if not any(n == t or n.endswith("." + t) for n in linear)]
     if unknown or not wanted:
         raise ModelError(
-            f"the model has no linear layer named '{', '.join(unknown)}'",
+            f"the model has no linear layer named '{', '.join(unknown)}' that LoRA can be put on",
             hint="choose from " + ", ".join(leaves),
         )
     return wanted
+
+
+def _query_value(net: Any, leaves: Sequence[str]) -> list[str]:
+    """Return the last parts of the names of a net's query and value projections; ModelError when it has none."""
+    layers = [layer for layer in layers_of(net) if layer.attention]
+    if not layers:
+        raise ModelError(
+            f"a {type(net).__name__} has no query and value projections; its linear layers are "
+            + ", ".join(leaves),
+            hint=f"name some: --set targets={','.join(leaves)}, or all of them: --set targets=all-linear",
+        )
+    return sorted({n.rpartition(".")[2] for layer in layers for n in (layer.query, layer.value)})

@@ -17,6 +17,7 @@ function itself is wrapped, so both kinds share one path.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleetune import models
 from fleetune.errors import ModelError
-from fleetune.models.layers import Layer, is_causal, layers_of
+from fleetune.models.layers import Layer, attention_layers, body_of, is_causal
 from fleetune.models.model import Model
 
 SPREAD: Final = 0.02
@@ -47,7 +48,7 @@ class Prefix:
 
     def put_on(self, model: Model, seed: int) -> PrefixPart:
         """Attach keys and values of their own to the attention of these layers."""
-        every = layers_of(model.net)
+        every = _layers(model.net)
         wanted = range(len(every)) if self.layers is None else sorted(set(self.layers))
         if self.tokens < 1 or not wanted or not set(wanted) <= set(range(len(every))):
             raise ModelError(
@@ -64,6 +65,22 @@ class Prefix:
         return PrefixPart(model.net, [every[i] for i in wanted], parameters, self.tokens, self.dropout)
 
 
+def _layers(net: Any) -> list[Layer]:
+    """Return the layers of a net; ModelError where its attention takes no prefix."""
+    layers, other = attention_layers(net, "a prefix"), "choose another module: lora, adapter, bitfit or full"
+    if not net._supports_attention_backend:  # a class of transformers says so of itself
+        raise ModelError(
+            f"the attention of a {type(net).__name__} is no function that a prefix can be given to",
+            hint=other,
+        )
+    if net.config._attn_implementation not in IMPLEMENTATIONS:
+        raise ModelError(
+            f"a prefix cannot be put on '{net.config._attn_implementation}' attention",
+            hint="use sdpa or eager",
+        )
+    return layers
+
+
 class PrefixPart:
     """The prefixes of a net's layers."""
 
@@ -78,10 +95,6 @@ class PrefixPart:
         self.parameters = parameters
         self._config = net.config
         self._before = net.config._attn_implementation
-        if self._before not in IMPLEMENTATIONS:
-            raise ModelError(
-                f"a prefix cannot be put on '{self._before}' attention", hint="use sdpa or eager"
-            )
         net.config._attn_implementation = IMPLEMENTATIONS[self._before]
         self._modules = [net.get_submodule(layer.attention) for layer in layers]
         for layer, module in zip(layers, self._modules, strict=True):
@@ -89,7 +102,7 @@ class PrefixPart:
             setattr(module, ATTRIBUTE, LayerPrefix(own[0], own[1], layer.heads, dropout))
         self._hook = None
         if is_causal(net):
-            self._hook = net.base_model.register_forward_pre_hook(_position_hook(tokens), with_kwargs=True)
+            self._hook = body_of(net).register_forward_pre_hook(_position_hook(tokens), with_kwargs=True)
 
     def remove(self) -> None:
         """Detach them."""
@@ -162,7 +175,20 @@ def _sdpa(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **o
 
 
 def _eager(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
-    return _attend(_plain, module, q, k, v, mask, **options)
+    # a family's own function knows its sinks and caps
+    family = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return _attend(_added_mask(family) if family else _plain, module, q, k, v, mask, **options)
+
+
+def _added_mask(inner: Any) -> Any:
+    """Return an attention function that is given its mask as numbers to add."""
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        return inner(module, q, k, v, mask, **options)
+
+    return attend
 
 
 def _plain(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fleetune import models
 from fleetune.errors import ModelError
-from fleetune.models.layers import is_causal
+from fleetune.models.layers import body_of, is_causal
 from fleetune.models.model import Model
 
 
@@ -49,9 +49,10 @@ class PromptPart:
         self._table = net.get_input_embeddings()
         self._at = 0 if is_causal(net) else 1
         self._went_in = False
+        body = body_of(net)
         self._hooks: list[Any] = [
-            net.base_model.register_forward_pre_hook(self._before, with_kwargs=True),
-            net.base_model.register_forward_hook(self._after),
+            body.register_forward_pre_hook(self._before, with_kwargs=True),
+            body.register_forward_hook(self._after),
         ]
 
     def remove(self) -> None:

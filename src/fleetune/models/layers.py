@@ -1,91 +1,197 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the layers of a transformer, and within each its attention, projections and block outputs.
 
-Trainable modules are attached there.  A family is known by the names of its modules, which its relatives share:
-llama's are those of Mistral, Qwen, SmolLM and Gemma, BERT's those of RoBERTa, XLM-R and Electra.
+Trainable modules are attached there.  Layers are found by structure, not by a family's name:
+
+    layers       the members of the net's largest list of modules (Albert's groups: the layers within)
+    attention    the module within a layer whose own children are the projections of queries, keys and values (`SPLIT`),
+                 or one matrix of all three (`FUSED`); a layer may have none (a convolution, a state space)
+    block ends   the linear layers whose outputs go to the residual stream: the last one of the attention block and the
+                 last one of what follows; a block itself where it has no such layer (experts in one tensor, a Mamba mixer)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 from torch import nn
 
 from fleetune.errors import ModelError
 
-
-class Names(NamedTuple):
-    """Module names within one layer."""
-
-    attention: str  # the module that calls the attention function
-    query: str  # within it
-    key: str
-    value: str
-    ends: tuple[str, str]  # what attention and feed-forward block hand to the residual stream
-    stream: str  # the layer's own name ends in this list's name and a number
-
-
-FAMILIES: Final = (
-    Names("self_attn", "q_proj", "k_proj", "v_proj", ("self_attn.o_proj", "mlp.down_proj"), "layers"),
-    Names("attention.self", "query", "key", "value", ("attention.output.dense", "output.dense"), "layer"),
-    Names("attention", "q_lin", "k_lin", "v_lin", ("attention.out_lin", "ffn.lin2"), "layer"),  # DistilBERT
+# Names of the projections of queries, keys and values within attention.
+SPLIT: Final = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
 )
+FUSED: Final = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 
 
 class Layer(NamedTuple):
     """One layer of a net: names in full, and the sizes of its keys and values."""
 
     name: str
-    attention: str
-    query: str
-    value: str
-    ends: tuple[str, str]
-    heads: int  # of keys and values: fewer than the queries' under grouped-query attention
-    width: int  # of one head
+    ends: tuple[
+        str, ...
+    ]  # what the attention block and what follows hand to the residual stream; one for Mamba
+    attention: str = ""  # the module that calls the attention function; "" for a layer without attention
+    query: str = ""
+    value: str = ""  # where one matrix makes queries, keys and values, `query` and `value` are that matrix
+    heads: int = 0  # of keys and values: fewer than the queries' under grouped-query attention
+    width: int = 0  # of one head
 
 
 def layers_of(net: nn.Module) -> list[Layer]:
-    """Return the layers of a net, in order.  ModelError for a family whose names are not known."""
-    modules = dict(net.named_modules())
-    for family in FAMILIES:
-        suffix = "." + family.attention
-        names = [n.removesuffix(suffix) for n in modules if n.endswith(suffix)]
-        found = [n for n in names if n.split(".")[-2:-1] == [family.stream]]
-        if found and hasattr(modules[found[0] + suffix], family.key):
-            return [_layer(name, family, modules) for name in found]
-    raise ModelError(
-        f"the layers of a {type(net).__name__} are named in a way that is not known here",
-        hint="llama-like decoders and BERT-like encoders are; LoRA and full tuning fit any model",
-    )
+    """Return the layers of a net, in order.  ModelError for a net that has no list of layers."""
+    lists = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    if not outer:
+        raise ModelError(
+            f"a {type(net).__name__} has no list of layers, where modules could be attached",
+            hint="LoRA on layers that are named (targets=...), bitfit and full tuning fit any model",
+        )
+    name, stack = max(outer, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+    return [_layer(net, inner, block) for inner, block in _blocks(name, stack)]
+
+
+def attention_layers(net: nn.Module, what: str) -> list[Layer]:
+    """Return the layers of a net all of which have attention; ModelError otherwise (`what` needs it, in words)."""
+    layers = layers_of(net)
+    without = [layer.name for layer in layers if not layer.attention]
+    if without:
+        raise ModelError(
+            f"{what} needs attention in every layer, and {len(without)} of the {len(layers)} layers of a "
+            f"{type(net).__name__} have none that is known here ({without[0]})",
+            hint="choose another module: lora, adapter, bitfit or full",
+        )
+    return layers
+
+
+def check_separate(net: Any, what: str) -> None:
+    """Raise ModelError for a net that runs one layer several times (Albert), where `what` needs layers of their own."""
+    layers, runs = len(layers_of(net)), int(net.config.get_text_config().num_hidden_layers)
+    if layers != runs:
+        raise ModelError(
+            f"{what} chooses among layers, and a {type(net).__name__} has {layers} that it runs {runs} times",
+            hint="use fedpetuning with module=prefix",
+        )
 
 
 def is_causal(net: nn.Module) -> bool:
     """Return whether this is a decoder: each token sees only those before it."""
-    return any(getattr(module, "is_causal", False) for module in net.modules())
+    return not _is_classifier(net) or any(getattr(module, "is_causal", False) for module in net.modules())
 
 
 def head_of(net: Any) -> list[str]:
     """Return the names of a classifier's own parameters, all that come after the encoder's layers; [] if none."""
-    if not type(net).__name__.endswith("ForSequenceClassification"):
+    if not _is_classifier(net):
         return []
     inside = net.base_model_prefix + "."
     return [n for n, _ in net.named_parameters() if not n.startswith(inside) or ".pooler." in n]
 
 
-def _layer(name: str, family: Names, modules: dict[str, Any]) -> Layer:
-    attention = f"{name}.{family.attention}"
-    module = modules[attention]
+def body_of(net: Any) -> nn.Module:
+    """Return the module that the net hands its inputs to, up to its head (OPT's `base_model` is never called)."""
+    body: nn.Module = net.get_decoder()
+    return body
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer: torch's, or GPT-2's Conv1D, whose weight is stored as [in, out]."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def read_past(net: nn.Module) -> set[str]:
+    """Return the linear layers whose weights a state-space mixer may read without calling them.
+
+    Nothing that is hung on them would run.  Mamba's (and its relatives') are all but the first, `in_proj`.
+    """
+    return {
+        f"{name}.{child}"
+        for name, mixer in net.named_modules()
+        if hasattr(mixer, "A_log")
+        for child, module in mixer.named_children()
+        if is_linear(module) and not child.startswith("in_proj")
+    }
+
+
+def outputs_of(net: Any, name: str) -> int:
+    """Return the width of what a block end gives: a linear layer's outputs, or the net's residual stream."""
+    module = net.get_submodule(name)
+    if is_linear(module):
+        return int(module.out_features if isinstance(module, nn.Linear) else module.nf)
+    return int(net.config.get_text_config().hidden_size)
+
+
+def _is_classifier(net: nn.Module) -> bool:
+    return type(net).__name__.endswith("ForSequenceClassification")
+
+
+def _blocks(name: str, stack: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the members of a list by name; of one that is only a list again (Albert's groups), its members."""
+    for i, block in enumerate(stack):
+        children = dict(block.named_children())
+        inner = next(iter(children.items()), None)
+        if len(children) == 1 and inner and isinstance(inner[1], nn.ModuleList):
+            yield from _blocks(f"{name}.{i}.{inner[0]}", inner[1])
+        else:
+            yield f"{name}.{i}", block
+
+
+def _layer(net: Any, name: str, block: nn.Module) -> Layer:
+    found = next(((n, m, names) for n, m in block.named_modules() if (names := _projections(m))), None)
+    if found is None:
+        return Layer(name, _ends(name, block, ""))
+    inner, module, (query, key, value) = found
+    attention = f"{name}.{inner}" if inner else name
     width = next(
         (int(getattr(module, n)) for n in ("head_dim", "attention_head_size") if hasattr(module, n)), 0
     )
-    width = width or int(module.config.hidden_size) // int(module.config.num_attention_heads)
-    out = int(getattr(module, family.key).out_features)
-    return Layer(
-        name,
-        attention,
-        f"{attention}.{family.query}",
-        f"{attention}.{family.value}",
-        (f"{name}.{family.ends[0]}", f"{name}.{family.ends[1]}"),
-        out // width,
-        width,
+    config = net.config.get_text_config()
+    width = width or int(config.hidden_size) // int(config.num_attention_heads)
+    heads = outputs_of(net, f"{attention}.{key}") // width
+    if key == query:
+        heads = (heads - int(config.num_attention_heads)) // 2
+    ends = _ends(name, block, inner)
+    return Layer(name, ends, attention, f"{attention}.{query}", f"{attention}.{value}", heads, width)
+
+
+def _projections(module: nn.Module) -> tuple[str, str, str] | None:
+    """Return the names of the children of `module` that make queries, keys and values; None if it has none."""
+    children = dict(module.named_children())
+    for names in SPLIT:
+        if all(n in children and is_linear(children[n]) for n in names):
+            return names
+    return next(((n, n, n) for n in FUSED if n in children and is_linear(children[n])), None)
+
+
+def _ends(name: str, block: nn.Module, attention: str) -> tuple[str, ...]:
+    """Return the block ends of a layer, `attention` the name of its attention within it ("": it has none)."""
+    parts = [n for n, part in block.named_children() if any(p.dim() > 1 for p in part.parameters())]
+    first = attention.split(".")[0] if attention else parts[0] if parts else ""
+    rest = [n for n in parts if n != first]
+    ends = [_end(block, [first], whole=not attention)] if first else []
+    return tuple(f"{name}.{end}" for end in [*ends, *([_end(block, rest, whole=False)] if rest else [])])
+
+
+def _end(block: nn.Module, parts: list[str], *, whole: bool) -> str:
+    """Return the last linear layer of some parts of a block that follow each other, or the last part where it is no such.
+
+    Experts (one tensor, or a list) have no single last layer.
+    """
+    last = block.get_submodule(parts[-1])
+    experts = any(p.dim() > 2 for p in last.parameters()) or any(
+        isinstance(m, nn.ModuleList) for m in last.modules()
     )
+    inside = [n for n, m in last.named_modules() if is_linear(m) and not _projects(last, n)]
+    if whole or experts or not inside:
+        return parts[-1]
+    return f"{parts[-1]}.{inside[-1]}" if inside[-1] else parts[-1]
+
+
+def _projects(part: nn.Module, name: str) -> bool:
+    """Return whether a linear layer of a part makes queries, keys or values (GPT-J has them first or last)."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf in (_projections(part.get_submodule(owner)) or ())

@@ -40,7 +40,8 @@ class Shape(NamedTuple):
     norms: int  # floats that norms keep (in fp32 whatever the weights are)
     padded: int  # further floats kept when rows are padded (keys and values repeated for every head)
     largest: int  # elements of the largest tensor
-    attention: tuple[tuple[str, int], ...]  # each layer's attention module, and the numbers of a token's key
+    # each layer's attention module, and the numbers of a token's key; () where prefixes have no place
+    attention: tuple[tuple[str, int], ...]
     query_value: tuple[Linear, ...]  # the projections that LoRA adapts by default
     labels: int = 0  # label words that an encoder's head chooses among (0: a causal language model)
     head: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # of an encoder: trained with any module
@@ -117,13 +118,13 @@ def counted(config: PretrainedConfig) -> Shape:
 
     from fleetune.models.families.widths import build
     from fleetune.models.hf_folder import is_encoder
-    from fleetune.models.layers import head_of
+    from fleetune.models.layers import head_of, read_past
 
     encoder = is_encoder(config)
     with torch.device("meta"):
         net: Any = AutoModelForSequenceClassification.from_config(config) if encoder else build(config)
     head, table = net.get_output_embeddings(), net.get_input_embeddings().weight
-    own = {name.rpartition(".")[0] for name in head_of(net)}
+    own = {name.rpartition(".")[0] for name in head_of(net)} | read_past(net)
     linears = []
     for name, module in net.named_modules():
         if module is not head and name not in own and isinstance(module, torch.nn.Linear | Conv1D):
@@ -131,10 +132,13 @@ def counted(config: PretrainedConfig) -> Shape:
             linears.append(Linear(name, b, a) if isinstance(module, Conv1D) else Linear(name, a, b))
     places = _places(net)
     projections = {name for place in places for name in (place.query, place.value)}
+    takes_prefix = (
+        net._supports_attention_backend and len(places) == config.get_text_config().num_hidden_layers
+    )
     vocab, h = table.shape
     text = config.get_text_config()
     layers = int(text.num_hidden_layers)
-    outs, heads = sum(linear.out for linear in linears), int(text.num_attention_heads)
+    outs, heads = sum(linear.out for linear in linears), int(getattr(text, "num_attention_heads", 0))
     # An encoder keeps q, k, v, what its two norms and its activation work on, and a few numbers a token.
     kept, norms = outs + layers * (h + heads + 4), 0
     if not encoder:  # and its layers' inputs: one that several layers of one parent share is one tensor
@@ -145,7 +149,7 @@ def counted(config: PretrainedConfig) -> Shape:
         config.model_type, sum(p.numel() for p in net.parameters()), vocab, h, tuple(linears), layers,
         widest=2 * h + 3 * max((linear.out for linear in linears), default=h),
         kept=kept, norms=norms, padded=0, largest=max(p.numel() for p in net.parameters()),
-        attention=tuple((place.attention, place.heads * place.width) for place in places),
+        attention=tuple((place.attention, place.heads * place.width) for place in places) if takes_prefix else (),
         query_value=tuple(linear for linear in linears if linear.name in projections),
         labels=config.num_labels if encoder else 0,
         head={name: tuple(net.get_parameter(name).shape) for name in head_of(net)},
@@ -154,11 +158,11 @@ def counted(config: PretrainedConfig) -> Shape:
 
 
 def _places(net: Any) -> list[Layer]:
-    """Return where modules go in each layer; [] for a family whose names are not known."""
+    """Return the layers that have attention; [] for a net without a list of layers."""
     from fleetune.errors import ModelError
     from fleetune.models.layers import layers_of
 
     try:
-        return layers_of(net)
+        return [layer for layer in layers_of(net) if layer.attention]
     except ModelError:
         return []

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from types import ModuleType, TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class WeightCopies:
     def __enter__(self) -> Self:
         self._stored = []
         for module, own in self.view.owners:
-            names = {n: module._parameters[n] for n in own}
+            names: dict[str, Any] = {n: slot.tensor for n, slot in own.items()}
             self._stored.append((module, module.__dict__.pop("forward"), names))
             module._parameters.update({n: self.parameters[slot.name] for n, slot in own.items()})
         embeddings = [m for m, _ in self.view.owners if isinstance(m, nn.Embedding)]

@@ -93,6 +93,8 @@ class View:
         self.folded = FoldedSums(self.slots, run_key, law, self.kernels, threads)
         self._scratch = torch.empty(0)
         self.owners: list[tuple[nn.Module, dict[str, WeightSlot]]] = []  # wrapped modules and what they own
+        self.running = 0  # forwards of modules around those that are going on
+        self._around: list[nn.Module] = []
         self._install(net)
 
     def place(self, passes: Passes | None, *, fold: bool = True) -> None:
@@ -168,9 +170,11 @@ class View:
     def remove(self) -> None:
         """Take the view off: the net runs on its stored weights again."""
         for module, _ in self.owners:
-            del module.forward
+            module._parameters = dict(module._parameters.items())
             module.__dict__.pop("row_blocks", None)
-        self.owners = []
+        for module in [*self._around, *(module for module, _ in self.owners)]:
+            del module.forward
+        self.owners, self._around = [], []
 
     def warn_unreached(self) -> None:
         """Log the trainable tensors that no forward has asked for: they are not being tuned."""
@@ -187,11 +191,15 @@ class View:
         by_id = {id(slot.tensor): slot for slot in self.slots}
         for module in net.modules():
             own = {n: by_id[id(p)] for n, p in module.named_parameters(recurse=False) if id(p) in by_id}
-            if not own:
-                continue
             if "forward" in module.__dict__:
                 raise ModelError(f"{type(module).__name__} is already wrapped; remove the earlier view first")
+            if not own:
+                if any(module.children()):
+                    module.forward = _running(self, module.forward)
+                    self._around.append(module)
+                continue
             module.forward = _forward_for(self, module, own)
+            module._parameters = _ReadParameters(self, module, own)
             if type(module) is nn.Linear and getattr(module, "bias", None) is None and "weight" in own:
                 # `losses` reads the head's weights block by block
                 module.__dict__["row_blocks"] = functools.partial(_blocks, self, own["weight"])
@@ -236,6 +244,37 @@ def _sweep_with_sums(
     out.copy_(x)
 
 
+def _running(view: View, forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)  # `generate` reads its signature
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        view.running += 1
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            view.running -= 1
+
+    return counted
+
+
+class _ReadParameters(dict[str, Any]):
+    """A module's own parameters; while the net runs, at the view's point for whoever reads them.
+
+    A module's parent may read its weights and never call it (a Mamba mixer those of its convolution).  Reads go
+    through `__getitem__` (`nn.Module.__getattr__`); `named_parameters` and the like see what is stored.
+    """
+
+    def __init__(self, view: View, module: nn.Module, own: dict[str, WeightSlot]) -> None:
+        super().__init__(module._parameters)
+        self.view, self.own = view, own
+
+    def __getitem__(self, name: str) -> Any:
+        found, slot = super().__getitem__(name), self.own.get(name)
+        if slot is None or not self.view.running:
+            return found
+        # anything but the stored tensor was put there by the module's own forward, or by `project`
+        return found if found is not slot.tensor else _whole(self.view, slot)
+
+
 def _forward_for(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> Callable[..., Any]:
     if type(module) is nn.Linear and "weight" in own:
         return lambda input: _linear(view, module, own, input)
@@ -245,7 +284,8 @@ def _forward_for(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> C
 
 
 def _linear(view: View, module: nn.Linear, own: dict[str, WeightSlot], x: Tensor) -> Tensor:
-    weight, (n_out, n_in) = own["weight"], module.weight.shape
+    weight = own["weight"]
+    n_out, n_in = weight.tensor.shape
     if not x.numel():
         return x.new_empty(*x.shape[:-1], n_out)
     bias = _seen(view, own, module, "bias")
@@ -270,12 +310,15 @@ def _blocks(view: View, slot: WeightSlot) -> Iterator[tuple[int, Tensor]]:
 
 
 def _seen(view: View, own: dict[str, WeightSlot], module: nn.Module, name: str) -> Tensor | None:
-    parameter: Tensor | None = getattr(module, name)
-    if parameter is None or name not in own:
-        return parameter
-    return view.piece(own[name], 0, parameter.numel(), torch.empty_like(parameter).view(-1)).view_as(
-        parameter
-    )
+    parameter: Tensor | None = _whole(view, own[name]) if name in own else getattr(module, name)
+    return parameter
+
+
+def _whole(view: View, slot: WeightSlot) -> nn.Parameter:
+    """Return a whole tensor at the view's point, in memory of its own."""
+    out = torch.empty_like(slot.tensor, memory_format=torch.contiguous_format).view(-1)
+    seen = view.piece(slot, 0, out.numel(), out).view(slot.tensor.shape)
+    return nn.Parameter(seen, requires_grad=False)
 
 
 def _embedding(view: View, slot: WeightSlot, ids: Tensor) -> Tensor:
@@ -292,13 +335,9 @@ def _any_forward(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> C
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        stored = {name: module._parameters[name] for name in own}
+        stored: dict[str, Any] = {name: slot.tensor for name, slot in own.items()}
         try:
-            for name in own:
-                seen = _seen(view, own, module, name)
-                module._parameters[name] = (
-                    nn.Parameter(seen, requires_grad=False) if seen is not None else None
-                )
+            module._parameters.update({name: _whole(view, slot) for name, slot in own.items()})
             return original(*args, **kwargs)
         finally:
             module._parameters.update(stored)

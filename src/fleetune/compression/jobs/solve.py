@@ -248,7 +248,7 @@ def _check_room(listener: Listener, job: SolveJob, folder: Path) -> None:
 
 def _written_heads(config: Any) -> int:
     """Return the number of heads whose attention scores are stored; 0 for fused attention."""
-    return int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
+    return int(getattr(config, "num_attention_heads", 0)) if config._attn_implementation == "eager" else 0
 
 
 def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:

@@ -32,7 +32,7 @@ from fleetune.compression import Solved, Solver
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates
 from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks, MatrixResult
 from fleetune.compression.layerwise.hessian import share, trace
-from fleetune.errors import DataError, RecipeError
+from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.models.artefact import Quantised, dense
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
@@ -53,8 +53,14 @@ def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
 
 def check(model: Model, solver: Solver) -> None:
     """Raise RecipeError with every matrix that the settings do not fit or that holds values that are not finite."""
-    problems = []
-    for block, linears in linears_of(model):
+    problems, found = [], linears_of(model)
+    if not any(linears for _, linears in found):
+        raise ModelError(
+            f"the blocks of a {type(model.net).__name__} have no matrices of torch's linear layers, which are what is "
+            "compressed",
+            hint="GPT-2's layers store theirs the other way round",
+        )
+    for block, linears in found:
         with in_memory(model, block):
             for name, linear in linears.items():
                 R, C = linear.weight.shape

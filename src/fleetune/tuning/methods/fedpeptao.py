@@ -57,7 +57,7 @@ from fleetune import adapters
 from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.evaluation.losses import batch_loss
-from fleetune.models.layers import layers_of
+from fleetune.models.layers import check_separate, layers_of
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.tuning.averaging import Mean
@@ -135,6 +135,7 @@ class Method:
         )  # fmt: skip
 
     def init(self, model: Model, key: int) -> State:
+        check_separate(model.net, "fedpeptao")
         seed, L = key >> 1, len(layers_of(model.net))
         self.attach(model, seed, range(L))
         tensors, none = adapters.export(model), np.zeros(L)

@@ -14,7 +14,7 @@ rate falls to 0 within the round, and sends it back; the server averages, weight
 | full | every weight | | most |
 | prefix | keys and values of virtual tokens in each layer | tokens | |
 | adapter | two bottlenecks a layer, in series, and the norms | inner size | |
-| lora | B A beside the query and value projections | rank (alpha = rank) | |
+| lora | B A beside the query and value projections (or the one matrix of both) | rank (alpha = rank) | |
 | bitfit | the biases; in a model without biases the norms' weights | | |
 | prompt | embeddings of virtual tokens at the input (not in the paper) | tokens | least |
 

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method on tiny models of many families: what was trained is what is loaded again, exported and run by others.
+
+The cells that run here are those of what a family is the only one to have; `-m slow` runs them all.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))  # the benchmarks are no package of the wheel
+
+from benchmarks import families  # noqa: E402
+from benchmarks.tiny_families import build, save  # noqa: E402
+
+from fleetune import adapters, models  # noqa: E402
+from fleetune.errors import ModelError  # noqa: E402
+from fleetune.models.layers import (  # noqa: E402
+    attention_layers,
+    body_of,
+    check_separate,
+    is_causal,
+    layers_of,
+    outputs_of,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+
+# family: what makes queries and values, what writes to the residual stream (within the second layer), heads of keys
+PLACES = {
+    "llama": ("self_attn.q_proj self_attn.v_proj", "self_attn.o_proj mlp.down_proj", 2),
+    "phi": ("self_attn.q_proj self_attn.v_proj", "self_attn.dense mlp.fc2", 4),
+    "phi3": ("self_attn.qkv_proj self_attn.qkv_proj", "self_attn.o_proj mlp.down_proj", 2),
+    "gpt2": ("attn.c_attn attn.c_attn", "attn.c_proj mlp.c_proj", 4),
+    "gpt_neox": (
+        "attention.query_key_value attention.query_key_value",
+        "attention.dense mlp.dense_4h_to_h",
+        4,
+    ),
+    "gptj": ("attn.q_proj attn.v_proj", "attn.out_proj mlp.fc_out", 4),
+    "opt": ("self_attn.q_proj self_attn.v_proj", "self_attn.out_proj fc2", 4),
+    "falcon": (
+        "self_attention.query_key_value self_attention.query_key_value",
+        "self_attention.dense mlp.dense_4h_to_h",
+        1,
+    ),
+    "gpt_oss": ("self_attn.q_proj self_attn.v_proj", "self_attn.o_proj mlp", 2),
+    "lfm2": ("self_attn.q_proj self_attn.v_proj", "self_attn.out_proj feed_forward.w2", 2),
+    "mamba": (" ", "mixer", 0),
+    "bert": ("attention.self.query attention.self.value", "attention.output.dense output.dense", 4),
+    "modernbert": ("attn.Wqkv attn.Wqkv", "attn.Wo mlp.Wo", 4),
+    "deberta-v2": (
+        "attention.self.query_proj attention.self.value_proj",
+        "attention.output.dense output.dense",
+        4,
+    ),
+    "distilbert": ("attention.q_lin attention.v_lin", "attention.out_lin ffn.lin2", 4),
+    "albert": ("attention.query attention.value", "attention.dense ffn_output", 4),
+}
+
+
+@pytest.mark.parametrize("family", PLACES)
+def test_layers_are_found_by_structure(family: str) -> None:
+    net = build(family)
+    layers = layers_of(net)
+    assert len(layers) == (1 if family == "albert" else 2)
+    last, inside = layers[-1], f"{layers[-1].name}."
+    projections, ends, heads = PLACES[family]
+    assert [last.query.removeprefix(inside), last.value.removeprefix(inside)] == projections.split(" ")
+    assert [end.removeprefix(inside) for end in last.ends] == ends.split(" ")
+    assert {outputs_of(net, end) for end in last.ends} == {32}
+    assert (last.heads, last.width) == (heads, 8 if heads else 0)
+    assert is_causal(net) == (family in families.DECODERS)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_body_is_what_the_net_calls(family: str) -> None:
+    net, called = build(family), []
+    hook = body_of(net).register_forward_pre_hook(lambda module, args: called.append(module))
+    with torch.inference_mode():
+        net(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    hook.remove()
+    assert called == [body_of(net)]
+
+
+def test_what_a_family_lacks_is_said() -> None:
+    with pytest.raises(ModelError, match="1 of the 2 layers of a Lfm2ForCausalLM have none"):
+        attention_layers(build("lfm2"), "a prefix")
+    with pytest.raises(ModelError, match="has 1 that it runs 2 times"):
+        check_separate(build("albert"), "fedpeptao")
+
+
+CAPPED = {"attn_logit_softcapping": 0.5}  # so low that it shows
+
+
+@pytest.mark.parametrize(("family", "changes"), [("gemma2", CAPPED), ("gpt_oss", {})])
+def test_a_prefix_keeps_a_familys_caps_and_sinks(
+    family: str, changes: dict[str, float], tmp_path: Path
+) -> None:
+    """Attention without windows, where PEFT's prefix is the same."""
+    net = build(family, layer_types=["full_attention"] * 2, **changes)
+    models.save(net, models.tiny_tokenizer(), tmp_path / "base")
+    model = models.load(str(tmp_path / "base"))
+    adapters.attach(model, adapters.Prefix(4), seed=1)
+    adapters.load_(model, {n: a * 40 for n, a in adapters.export(model).items()})
+    adapters.save(model, tmp_path / "prefix")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = PeftModel.from_pretrained(base, str(tmp_path / "prefix")).eval()
+    ids = torch.arange(40).view(2, 20)
+    assert torch.allclose(families.logits(model.net, ids), families.logits(theirs, ids), atol=1e-4)
+
+
+# What was wrong once, or can only be wrong in such a family.
+SAMPLE = [
+    ("mamba", "fedkseed", "ok"),  # weights that are read and not called
+    ("mamba", "fedkseed, backprop", "ok"),
+    ("mamba", "fedit", "ok"),  # PEFT refuses out_proj
+    ("mamba", "lora", "a MambaForCausalLM has no query and value projections; its linear layers are in_proj"),
+    ("mamba", "adapter", "ok"),
+    ("mamba", "fedpeptao", "a prefix needs attention in every layer"),
+    ("gpt2", "lora", "ok"),  # one matrix of queries, keys and values, stored the other way round
+    ("gpt2", "prefix", "ok"),
+    ("gpt2", "rtn", "the blocks of a GPT2LMHeadModel have no matrices"),
+    ("opt", "prompt", "ok"),  # whose base_model is never called
+    ("gpt_oss", "adapter", "ok"),  # experts in one tensor, that return a tuple
+    ("gemma2", "prefix", "ok"),  # caps in its attention, and windows
+    ("stablelm", "prefix", "the attention of a StableLmForCausalLM is no function"),
+    ("deberta-v2", "fwdllm", "ok"),
+    ("albert", "prefix", "ok"),  # one layer that runs twice
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.mark.parametrize(("family", "column", "said"), SAMPLE, ids=lambda x: x.split(" ")[0])
+def test_what_was_trained_is_what_is_used(
+    family: str, column: str, said: str, folder: Path, tmp_path: Path
+) -> None:
+    found = families.cell(save(family, folder), column, tmp_path)
+    assert found == said if said == "ok" else found.startswith(said), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("column", families.NAMES)
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_cell_is_what_the_page_says(family: str, column: str, folder: Path, tmp_path: Path) -> None:
+    found = families.cell(save(family, folder), column, tmp_path)
+    assert not found.startswith("FAULT"), found
+    assert (found == "ok") == (cells()[family][families.NAMES.index(column)] == "ok"), found
+
+
+def cells() -> dict[str, list[str]]:
+    """The table of the page, by family."""
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(?m)^\| ([\w-]+) \| (.*) \|$", text.partition("<!-- matrix -->")[2])
+    return {family: row.split(" | ") for family, row in rows if family != "family"}
+
+
+def test_the_page_has_every_cell_and_no_fault() -> None:
+    table = cells()
+    assert list(table) == families.FAMILIES
+    assert {len(row) for row in table.values()} == {len(families.NAMES)}
+    assert "FAULT" not in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def test_a_fault_is_seen(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory with other weights than the run's is no `ok`."""
+    model = save("llama", folder)
+    result = families.tune(model, families.COLUMNS["bitfit"], tmp_path)
+    with pytest.raises(families.Fault, match="differs from hf"):
+        monkeypatch.setattr(families, "peer_of", lambda *args: build("llama"))
+        families.check(result, model, "hf")
