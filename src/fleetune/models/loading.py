@@ -228,7 +228,7 @@ def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> 
 def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequence[str], paged: bool) -> Model:
     """The model of a directory that is checked, on a device that is."""
     try:
-        net, words = _read_net(path, DTYPES[dtype], labels, paged)
+        net, words, new = _read_net(path, DTYPES[dtype], labels, paged)
         pages = Pages(net, path, DTYPES[dtype]) if paged else None
         base = digest(pages.items() if pages else named_tensors(net))
         net.to(chosen)
@@ -244,13 +244,15 @@ def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequenc
             f"the tokenizer in {path} has {len(tokenizer)} tokens, the model {rows}",
             hint="the tokenizer belongs to another model: fetch the model again",
         )
-    return Model(net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, pages, words)
+    return Model(
+        net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, pages, words, new
+    )
 
 
 def _read_net(
     path: Path, dtype: torch.dtype, labels: Sequence[str], paged: bool
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Return the net of a directory, and its label words (none: a causal language model)."""
+) -> tuple[PreTrainedModel, tuple[str, ...], bool]:
+    """Return the net of a directory, its label words (none: a causal language model), and whether its head is new."""
     config = config_of(path)
     if is_encoder(config):
         saved = encoders.saved_labels(config)
@@ -283,7 +285,7 @@ def _read_net(
         net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     net.eval()
     net.requires_grad_(False)
-    return net, words
+    return net, words, words != saved
 
 
 def _check_tensors(

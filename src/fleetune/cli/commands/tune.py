@@ -77,7 +77,9 @@ def finish(ui: Ui, result: TuneResult) -> None:
          f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}"),
         ("wall time · peak memory", f"{human_time(done.wall)} · {human_bytes(done.peak_rss)}", ""),
     ]  # fmt: skip
-    ui.final_table(done.base, done.tuned, rows=done.rows, costs=costs)
+    ui.final_table(
+        done.base, done.tuned, rows=done.rows, answered=done.answered, costs=costs, remarks=done.remarks
+    )
     ui.paths([
         ("report", f"{run}/report.html"), ("result", f"{done.result} ({human_bytes(done.result_bytes)})"),
         ("digest", done.digest), ("samples", f"{run}/samples.md"), ("next", f"fleetune eval {run}"),
