@@ -103,12 +103,15 @@ class Method:
     lr: float = setting(4e-2, "η", "AdamW learning rate, falling to 0 in a round")
     epochs: int = setting(2, "E", "local epochs a round")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
-    batch_size: int = setting(8, "B", "rows a step, and of a measurement")
+    batch_size: int = setting(8, "B", "rows a step, and of a score")
     weight_decay: float = setting(0.1, "λ", "AdamW weight decay")
     clip: float = setting(1.0, "C", "largest norm of a gradient (0: any)")
     layers_rule: str = setting("lipschitz", "rule", "lipschitz, plateau, half, all or a number of layers")
     warmup: int = setting(1, "t₀", "rounds with all layers before they are chosen")
-    lanczos: int = setting(50, "q", "Hessian products of a measurement (lipschitz: twice)")
+    lanczos: int = setting(20, "q", "Hessian products of a measurement (lipschitz: twice; the code: 50)")
+    curvature_rows: int = setting(
+        2, "b", "rows that curvature is measured on (0: batch_size, as in the paper)"
+    )
     beta: float = setting(0.9, "β", "server momentum")
     server_lr: float = setting(0.05, "ηₛ", "server step, times 0.99 each round, 1e-4 at least (0: FedAvg)")
     momentum_input: str = setting("delta", "g", "delta: D of the round; delta_diff: D before - D (code)")
@@ -117,8 +120,10 @@ class Method:
 
     def __post_init__(self) -> None:
         self.training().check()
-        if self.tokens < 1 or self.warmup < 1 or self.lanczos < 2:
-            raise ValueError("tokens and warmup must be at least 1, lanczos at least 2")
+        if self.tokens < 1 or self.warmup < 1 or self.lanczos < 2 or self.curvature_rows < 0:
+            raise ValueError(
+                "tokens and warmup must be at least 1, lanczos at least 2, curvature_rows 0 or more"
+            )
         if not (0 <= self.beta < 1 and 0 <= self.server_lr < 1e3 and 0 <= self.rho <= 1):
             raise ValueError(
                 f"beta = {self.beta}, server_lr = {self.server_lr}, rho = {self.rho} are not in [0, 1), [0, 1000), [0, 1]"
@@ -187,8 +192,9 @@ class Method:
             measured["personal"] = batch_loss(model, aside)
         loss = _adapter.train(model, batches, key, self.training(), {})
         if warm and self.layers_rule in _layers.CURVED:
+            few = next(batches.repeat_batch(0, self.curvature_rows or self.batch_size, 1))
             measured["kept"] = _layers.needed_share(
-                model, batch, w, rule=self.layers_rule, lanczos=self.lanczos, key=key
+                model, few, w, rule=self.layers_rule, lanczos=self.lanczos, key=key
             )
         trained = adapters.export(model)
         if self.personalise and all(np.isfinite(a).all() for a in trained.values()):
@@ -273,7 +279,7 @@ class Method:
         return replace(self, steps=steps, batch_size=batch_size)
 
     def footprint(self, shape: Shape) -> Footprint | None:
-        """Count a round after the warm-up in which all layers travel, with the memory of the warm-up's measurement."""
+        """Count a round after the warm-up in which all layers travel, with the memory of a measurement of curvature."""
         if not shape.attention:
             return None
         tensors = dict(shape.head)
@@ -281,4 +287,7 @@ class Method:
             tensors |= {f"{layer}.prefix.{which}": (self.tokens, width) for which in ("key", "value")}
         module, none = Module(f"T={self.tokens}", tensors, tokens=self.tokens), np.zeros(shape.layers)
         state = State(placeholders(module), WIDE >> 1, np.arange(shape.layers), 0, 0, none, 0.0)
-        return Footprint("backward", module, state, hessian_products=self.lanczos)
+        products = self.lanczos if self.layers_rule in _layers.CURVED else 0
+        return Footprint(
+            "backward", module, state, hessian_products=products, hessian_rows=self.curvature_rows
+        )
