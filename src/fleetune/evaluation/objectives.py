@@ -312,7 +312,7 @@ def _checked(name: str, function: Callable[..., Any]) -> Objective:
         except Exception as error:
             raise RecipeError(
                 [f"objective {name!r} failed: {type(error).__name__}: {error}"],
-                hint="it is called as objective(model, batch); see fleetune.evaluation.objectives",
+                hint="it is called as objective(model, batch); see docs/objectives.md",
             ) from error
         return finite_number(value, f"objective {name!r}")
 
