@@ -104,12 +104,12 @@ def show(name: str, value: float | None) -> str:
 def change(name: str, base: float | None, tuned: float | None) -> str:
     """Format tuned against base: in percent for losses ("-18.4 %"), in the measure's own unit else ("+12.3").
 
-    A loss whose base is not positive has no percentage, and is shown in its own unit as well.
+    A loss that begins below 0 has no percentage, and is shown in its own unit as well.
     """
     if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)):
         return ""
-    if metric(name).relative and base > 0:
-        return f"{100 * (tuned - base) / base:+.1f} %"
+    if metric(name).relative and base >= 0:
+        return "" if base == 0 else f"{100 * (tuned - base) / base:+.1f} %"
     return f"{tuned - base:+.{metric(name).digits}f}"
 
 

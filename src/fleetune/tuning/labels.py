@@ -8,7 +8,7 @@ Two options name label words: `labels` (what an encoder chooses among, and what 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from fleetune import models
 from fleetune.data import Example
@@ -19,9 +19,6 @@ from fleetune.models.encoders import MAX_LABELS
 from fleetune.models.hf_folder import is_encoder
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
-
-if TYPE_CHECKING:
-    from fleetune.tuning.prepare import Split
 
 COVER: Final = "name every label word as the data write it, or leave the option out"
 
@@ -42,18 +39,25 @@ def problems(recipe: Recipe) -> list[str]:
     return found
 
 
-def check_rows(recipe: Recipe, objective: str, batch_size: int, parts: Split, *, offline: bool) -> None:
+def check_rows(
+    recipe: Recipe,
+    objective: str,
+    batch_size: int,
+    examples: Sequence[Example],
+    held: Sequence[Example],
+    *,
+    offline: bool,
+) -> None:
     """Raise DataError for an answer that is none of the label words; RecipeError for an accuracy that needs them named.
 
     Rows that are given for validation alone are the only ones that `labels` must cover, unless an encoder is trained.
     """
     given, trained = recipes.label_words(recipe.labels), objectives.label_words(objective)
     if trained:
-        check_answers(_answers(parts.examples), trained, f"objective = {objective}", COVER)
+        check_answers(_answers(examples), trained, f"objective = {objective}", COVER)
     if given:
         every = not recipe.eval_data or _encoder(recipe, offline)
-        rows = parts.examples if every else [parts.examples[i] for i in parts.held.tolist()]
-        check_answers(_answers(rows), given, f"labels = {recipe.labels}", COVER)
+        check_answers(_answers(examples if every else held), given, f"labels = {recipe.labels}", COVER)
     if objective == "accuracy" and batch_size == 1 and not _encoder(recipe, offline):
         raise RecipeError(
             ["objective 'accuracy' compares a row's answer with the others of its batch, and batch_size = 1"],

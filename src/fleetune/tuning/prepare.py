@@ -113,7 +113,8 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> TuneJob:
     entry, method = check(recipe)
     parts = split(recipe, entry, offline=offline)
     objective, batch_size = objective_of(method), batch_size_of(method)
-    labels.check_rows(recipe, objective, batch_size, parts, offline=offline)
+    held_out = [parts.examples[i] for i in parts.held.tolist()]
+    labels.check_rows(recipe, objective, batch_size, parts.examples, held_out, offline=offline)
     model = models.load(
         recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts)
     )
