@@ -27,7 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FLEET = 8
-CHOICE = {"layers_rule": "plateau", "lanczos": 8}  # how FedPepTAO chooses its layers here: 8 Hessian products
+CHOICE = {
+    "layers_rule": "plateau",
+    "lanczos": 8,
+    "curvature_rows": 0,
+}  # FedPepTAO's choice: 8 Hessian products
 
 
 class Scale(NamedTuple):

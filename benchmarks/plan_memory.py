@@ -30,12 +30,11 @@ from benchmarks.harness import child
 
 KERNELS: Final = "inference with kernels"
 TORCH: Final = "mezo, torch's kernels"  # FLEETUNE_KERNELS=torch
-PRODUCTS: Final = 3  # of fedpeptao's Hessian; they take long, and only their vectors' memory depends on it
 # A method's settings for one step.
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "mezo": {"tau": 1}, "zosgd": {"tau": 1}, "fedkseed": {"tau": 1}, "onebyte": {"directions": 1},
-        "fwdllm": {"P": 1}, "fedit": {"steps": 1}, "fedpetuning": {"steps": 1}, "fedpeptao": {"steps": 1, "lanczos": PRODUCTS},
+        "fwdllm": {"P": 1}, "fedit": {"steps": 1}, "fedpetuning": {"steps": 1}, "fedpeptao": {"steps": 1},
     }
 )  # fmt: skip
 PARTS: Final = ("inference", KERNELS, TORCH, *SETTINGS, "full SGD", "full Adam")
@@ -63,8 +62,7 @@ def compare(
             statistics.median(turn[key] for turn in seen) for key in ("peak", "seconds", "cpu")
         )
         row = planned["inference" if name == KERNELS else "mezo" if name == TORCH else name]
-        unmade = row.parts.get("lanczos", 0) * (1 - PRODUCTS / 50)  # fedpeptao's default is 50
-        peak = int(row.peak + _kernels(name) - unmade)
+        peak = int(row.peak + _kernels(name))
         rows[name] = {
             "measured": measured, "predicted": peak, "ratio": round(peak / measured, 3), "parts": row.parts,
             "predicted_step_seconds": row.seconds and round(row.seconds / steps, 3),

@@ -198,6 +198,7 @@ def evaluate(
     in nats a token (of an encoder: a row); perplexity has no unit; the others are in percent.
     """
     from fleetune import data as reading
+    from fleetune.data.labelled import check_answers
     from fleetune.evaluation import measures
     from fleetune.runs.events import evaluated
     from fleetune.tuning import objects_to_files
@@ -207,6 +208,9 @@ def evaluate(
     found = open(model, out=out)
     file = objects_to_files.data_name(data, Path(out))
     given = reading.read(file, offline=offline) if file else []
+    if labels and "accuracy" in wanted:
+        answers = [example.response.strip() for example in given[:limit]]
+        check_answers(answers, labels, f"labels = {', '.join(labels)}", "name all label words of the data")
     loaded, examples = subjects.load_with_rows(
         found, given, labels=labels, dtype=dtype, device=device, needs_rows=not text, offline=offline
     )

@@ -431,3 +431,25 @@ def test_importing_it_loads_nothing_heavy() -> None:
         "assert not {'rich', 'torch', 'numpy', 'transformers'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, timeout=60)
+
+
+def test_a_loss_below_zero_has_no_percentage_and_float_noise_is_no_change() -> None:
+    assert change("loss", -0.5, -0.6) == "-0.100"  # in percent of a negative base it would read +20.0
+    assert change("objective", -0.25, -0.5) == "-0.2500"
+    assert improved("objective", -0.25, -0.5) is True
+    assert improved("loss", 4.669, 4.669 * (1 + 1e-9)) is None
+
+
+def test_the_final_table_counts_the_answers_and_ends_with_remarks(capsys: pytest.CaptureFixture[str]) -> None:
+    with Ui() as ui:
+        ui.final_table(
+            {"loss": 2.0, "rouge_l": 1.0},
+            {"loss": 1.0, "rouge_l": 2.0},
+            rows=200,
+            answered=20,
+            remarks=["so"],
+        )
+    lines = capsys.readouterr().out.splitlines()
+    assert "validation loss, 200 held-out rows" in lines[2]
+    assert "Rouge-L, 20 held-out rows" in lines[3]
+    assert lines[4] == " note: so"

@@ -274,7 +274,6 @@ def test_a_function_in_a_package(tiny: Model, tmp_path: Path, monkeypatch: pytes
         ("nan", "returned nan"),
         ("infinite", "returned -inf"),
         ("fails", "failed: ZeroDivisionError: division by zero"),
-        ("one", "failed: TypeError"),
     ],
 )
 def test_bad_results_are_recipe_errors(tiny: Model, own: Path, function: str, says: str) -> None:
@@ -283,6 +282,59 @@ def test_bad_results_are_recipe_errors(tiny: Model, own: Path, function: str, sa
         objective(tiny, _batch(tiny, _examples("yes")))
     assert f"{own.name}:{function}" in caught.value.message
     assert caught.value.hint
+
+
+SIGNATURES = """
+def one(model): ...
+def three(model, batch, extra): ...
+def keyword(model, batch, *, scale): ...
+def swapped(batch, model): ...
+class Reward: ...
+async def later(model, batch): ...
+def pieces(model, batch): yield 0.0
+def spare(model, batch, scale=1.0): return scale
+def any_number(*args): return 0.0
+def other_names(net, rows): return 0.0
+partial = __import__("functools").partial(spare, scale=2.0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("one", r"takes \(model\)"),
+        ("three", r"takes \(model, batch, extra\)"),
+        ("keyword", r"takes \(model, batch, \*, scale\)"),
+        ("swapped", "in another order"),
+        ("Reward", "is a class"),
+        ("later", "is async"),
+        ("pieces", "is async or a generator"),
+    ],
+)
+def test_a_signature_is_checked_when_the_function_is_found(tmp_path: Path, function: str, says: str) -> None:
+    file = tmp_path / "signatures.py"
+    file.write_text(SIGNATURES)
+    with pytest.raises(RecipeError, match=says) as caught:
+        get(f"{file}:{function}")
+    assert "it is called as objective(model, batch)" in caught.value.message
+    assert caught.value.hint == "it must be a function objective(model, batch) that returns a float"
+
+
+def test_what_can_be_called_is_a_signature_too(tiny: Model, tmp_path: Path) -> None:
+    file = tmp_path / "signatures.py"
+    file.write_text(SIGNATURES)
+    batch = _batch(tiny, _examples("yes"))
+    values = [
+        get(f"{file}:{name}")(tiny, batch) for name in ("spare", "any_number", "other_names", "partial")
+    ]
+    assert values == [1.0, 0.0, 0.0, 2.0]
+
+
+def test_the_mean_over_rows_is_weighted_by_rows(tiny: Model, tmp_path: Path) -> None:
+    (tmp_path / "rows.py").write_text("def length(model, batch): return float(len(batch.labels))")
+    rows, _ = encode_all(_examples("yes", "no", "no", "yes", "no"), tiny.tokenizer, 64)
+    # batches of 2, 2 and 1 rows, each of which says its own length
+    assert objectives.mean_value(tiny, rows, f"{tmp_path}/rows.py:length", batch_size=2) == 9 / 5
 
 
 def test_our_own_errors_pass_through(tiny: Model, own: Path) -> None:

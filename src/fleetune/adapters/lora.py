@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from fleetune.adapters.attachment import attach, attachment_of, private_rng
 from fleetune.adapters.lora_init import FROM_SEED, FROM_WEIGHTS
 from fleetune.errors import MessageError, ModelError
-from fleetune.models.hf_folder import short_error
+from fleetune.models.foreign import short_error
 from fleetune.models.layers import head_of, is_linear, layers_of, read_past
 from fleetune.models.model import Model
 

@@ -303,17 +303,21 @@ class Ui:
         tuned: Mapping[str, float | None],
         *,
         rows: int | None = None,
+        answered: int | None = None,
         costs: Sequence[tuple[str, str, str]] = (),
+        remarks: Sequence[str] = (),
     ) -> None:
-        """Base, tuned and change of every measure, then `costs` as (label, value, remark), on stdout.
+        """Base, tuned and change of every measure, then `costs` as (label, value, remark), then remarks, on stdout.
 
-        `rows` is the number of held-out rows behind the measures.
+        `rows` is the number of held-out rows behind the measures, `answered` those behind Rouge-L.
         """
         if self.quiet >= 2:
             return
         lines: list[tuple[str, str, str, str, bool | None]] = []
         for name in [n for n in tuned if base.get(n) is not None or tuned[n] is not None]:
-            label = metric(name).label + (f", {rows:,} held-out rows" if rows and not lines else "")
+            count = answered if name == "rouge_l" else rows
+            told = count and (not lines or name == "rouge_l")
+            label = metric(name).label + (f", {count:,} held-out rows" if told else "")
             b, t = base.get(name), tuned[name]
             lines.append((label, show(name, b), show(name, t), change(name, b, t), improved(name, b, t)))
         wide = max([30, *(len(line[0]) for line in lines), *(len(label) for label, _, _ in costs)])
@@ -325,6 +329,8 @@ class Ui:
             self._say(stream, f" {clean(label):{wide}}{b_text:>9}{t_text:>9}{diff:>9}", style)
         for label, value, remark in costs:
             self._say(stream, f" {clean(label):{wide}}{clean(value):>18}   {clean(remark)}".rstrip())
+        for text in remarks:
+            self._say(stream, f" note: {clean(text)}", "yellow")
 
     def paths(self, rows: Sequence[tuple[str, str]]) -> None:
         """Where things are and what to do next, on stdout: ("report", path), ("next", command), ...

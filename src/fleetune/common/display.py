@@ -84,6 +84,7 @@ _METRICS = {
     "perplexity": Metric("perplexity", 2, less=True, relative=True),
     "rouge_l": Metric("Rouge-L", 1),
     "accuracy": Metric("accuracy, %", 1),
+    "objective": Metric("objective (less is better)", 4, less=True),
 }
 
 
@@ -101,16 +102,21 @@ def show(name: str, value: float | None) -> str:
 
 
 def change(name: str, base: float | None, tuned: float | None) -> str:
-    """Format tuned against base: in percent for losses ("-18.4 %"), in the measure's own unit else ("+12.3")."""
+    """Format tuned against base: in percent for losses ("-18.4 %"), in the measure's own unit else ("+12.3").
+
+    A loss that begins below 0 has no percentage, and is shown in its own unit as well.
+    """
     if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)):
         return ""
-    if metric(name).relative:
-        return f"{100 * (tuned - base) / base:+.1f} %" if base else ""
+    if metric(name).relative and base >= 0:
+        return "" if base == 0 else f"{100 * (tuned - base) / base:+.1f} %"
     return f"{tuned - base:+.{metric(name).digits}f}"
 
 
 def improved(name: str, base: float | None, tuned: float | None) -> bool | None:
-    """Return whether tuned is better than base; None when that cannot be said or they are equal."""
-    if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)) or base == tuned:
+    """Return whether tuned is better than base; None when that cannot be said, or they are equal but for float noise."""
+    if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)):
+        return None
+    if math.isclose(base, tuned, rel_tol=1e-7):
         return None
     return (tuned < base) == metric(name).less

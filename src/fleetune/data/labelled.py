@@ -68,6 +68,17 @@ def positions(model: Model) -> int:
     return min(int(model.tokenizer.model_max_length), table - reserved)
 
 
+def check_answers(answers: Sequence[str], labels: Sequence[str], what: str, hint: str) -> None:
+    """Raise DataError for an answer that is none of the label words, which `what` names."""
+    known = set(labels)
+    if odd := [(row, word) for row, word in enumerate(answers, 1) if word not in known]:
+        row, word = odd[0]
+        raise DataError(
+            f"{what}: {len(odd):,} of {len(answers):,} rows have another answer, the first is row {row}: {word[:40]!r}",
+            hint=hint,
+        )
+
+
 def _target(example: Example, labels: Sequence[str]) -> int:
     word = example.response.strip()
     if word not in labels:

@@ -15,6 +15,7 @@ from fleetune.data.encode import Encoded
 from fleetune.data.examples import Example
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import RecipeError, closest
+from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import generate, label_accuracy, require_text_model
 from fleetune.evaluation.losses import class_measures, perplexity, response_loss
 from fleetune.evaluation.scores import exact_match, rouge_l, token_f1
@@ -114,15 +115,27 @@ def evaluate(
 
 
 def measure(
-    model: Model, rows: Sequence[Encoded], examples: Sequence[Example], labels: Sequence[str], max_length: int
+    model: Model,
+    rows: Sequence[Encoded],
+    examples: Sequence[Example],
+    labels: Sequence[str],
+    max_length: int,
+    *,
+    objective: str = "loss",
+    batch_size: int = 8,
 ) -> dict[str, float]:
-    """Return what a run measures at every evaluation: loss of the held-out rows, and accuracy by label words.
+    """Return what a run measures at every evaluation: loss of the held-out rows, accuracy by label words, its objective.
 
     An encoder always has an accuracy, a causal model where `labels` are given.  `rows` are the encoded `examples`.
+    An objective (`objectives.py`) that is neither the loss nor this accuracy is averaged over batches of `batch_size`.
     """
     if model.labels:
-        return dict(zip(("loss", "accuracy"), class_measures(model, rows), strict=True))
-    measured = {"loss": response_loss(model, rows)}
-    if labels:
-        measured["accuracy"] = label_accuracy(model, examples, labels, max_length=max_length)
+        measured = dict(zip(("loss", "accuracy"), class_measures(model, rows), strict=True))
+    else:
+        measured = {"loss": response_loss(model, rows)}
+        if labels:
+            measured["accuracy"] = label_accuracy(model, examples, labels, max_length=max_length)
+    kind = objective.partition(":")[0]
+    if kind != "loss" and (kind != "accuracy" or "accuracy" not in measured):
+        measured["objective"] = objectives.mean_value(model, rows, objective, batch_size=batch_size)
     return measured

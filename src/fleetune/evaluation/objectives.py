@@ -23,6 +23,9 @@ right:
 
 So a row's prompt is where the mask is 1 and the label -100, and its reference is `ids[labels != -100]`.  For an
 encoder `labels` is int64 [B], the index of each row's label word, and `accuracy` is that of its head.
+On the held-out rows, before and after tuning and with every validation, a run measures its objective too: `accuracy`
+over all of them, any other one as its mean over batches of the method's batch size, weighted by rows.
+
 A function of one's own gets the `fleetune.models.Model` (`model.net`, `model.tokenizer`), already perturbed,
 in eval mode under `torch.inference_mode`; it must be deterministic, since it is called with the same batch at
 both points, and must leave the weights alone.
@@ -35,6 +38,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import math
 import numbers
 import sys
@@ -46,7 +50,7 @@ from typing import Any, Final, cast
 import numpy as np
 from torch import Tensor
 
-from fleetune.data.encode import MASKED, Batch
+from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import FleetuneError, RecipeError
 from fleetune.evaluation.answers import (
     answer_ids,
@@ -56,7 +60,7 @@ from fleetune.evaluation.answers import (
     require_text_model,
     without_end,
 )
-from fleetune.evaluation.losses import batch_loss, class_logits, eval_mode, token_losses
+from fleetune.evaluation.losses import batch_loss, class_logits, eval_mode, pad_id, token_losses
 from fleetune.evaluation.scores import rouge_l, token_f1
 from fleetune.models.model import Model
 
@@ -77,6 +81,21 @@ def get(name: str = "loss") -> Objective:
     if kind in BUILT_IN:
         return BUILT_IN[kind](argument)
     return _checked(name, import_function(name, "objective", BUILT_IN, "objective(model, batch)"))
+
+
+def label_words(name: str) -> list[str]:
+    """Return the label words that an objective names: ["yes", "no"] of accuracy:yes,no, else none."""
+    kind, _, argument = name.partition(":")
+    return [word.strip() for word in argument.split(",")] if kind == "accuracy" and argument else []
+
+
+def mean_value(model: Model, rows: Sequence[Encoded], name: str, *, batch_size: int) -> float:
+    """Return an objective's mean over `rows`, taken in batches in their order and weighted by rows."""
+    function, total = get(name), 0.0
+    for start in range(0, len(rows), batch_size):
+        batch = collate(rows[start : start + batch_size], pad_id(model), model.device)
+        total += len(batch.labels) * function(model, batch)
+    return total / len(rows)
 
 
 def split(batch: Batch) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -106,7 +125,7 @@ def _loss(argument: str) -> Objective:
 
 
 def _accuracy(argument: str) -> Objective:
-    words = [word.strip() for word in argument.split(",")] if argument else []
+    words = label_words(f"accuracy:{argument}")
     if argument and (len(set(words)) < 2 or len(set(words)) < len(words) or "" in words):
         raise RecipeError(
             [f"objective 'accuracy:{argument}' needs two or more different label words"],
@@ -198,6 +217,7 @@ def import_function(name: str, kind: str, known: Iterable[str], call: str) -> Ca
             hint=f"choose {', '.join(known)}, or give package.module:function or file.py:function",
         )
     module = _load_file(what, Path(where)) if where.endswith(".py") else _load_module(what, where)
+    expected = f"it must be a function {call} that returns a float"
     try:
         found = getattr(module, function)
     except AttributeError as error:
@@ -205,9 +225,30 @@ def import_function(name: str, kind: str, known: Iterable[str], call: str) -> Ca
     if not callable(found):
         raise RecipeError(
             [f"{what}: {function} is a {type(found).__name__}, not a function"],
-            hint=f"it must be a function {call} that returns a float",
+            hint=expected,
         )
+    if fault := _call_fault(found, call):
+        raise RecipeError([f"{what}: {function} {fault}; it is called as {call}"], hint=expected)
     return cast(Callable[..., Any], found)
+
+
+def _call_fault(function: Callable[..., Any], call: str) -> str:
+    """Return why `function` cannot be called as `call` shows ("objective(model, batch)"); "" where it can, or is compiled."""
+    names = [name.strip() for name in call.partition("(")[2].rstrip(")").split(",")]
+    if inspect.isclass(function):
+        return "is a class"
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        return "is async or a generator"
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(*names)
+    except TypeError as error:
+        return f"takes {signature} ({error})"
+    taken = [name for name in signature.parameters if name in names]
+    return f"takes {signature}, in another order" if taken != sorted(taken, key=names.index) else ""
 
 
 GIVEN: Final = (
@@ -271,7 +312,7 @@ def _checked(name: str, function: Callable[..., Any]) -> Objective:
         except Exception as error:
             raise RecipeError(
                 [f"objective {name!r} failed: {type(error).__name__}: {error}"],
-                hint="it is called as objective(model, batch); see fleetune.evaluation.objectives",
+                hint="it is called as objective(model, batch); see docs/objectives.md",
             ) from error
         return finite_number(value, f"objective {name!r}")
 

@@ -247,7 +247,7 @@ def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequenc
     try:
         tokenizer = _read_tokenizer(path)
         with template_trial(tokenizer, path):
-            net, words = _read_net(path, DTYPES[dtype], labels, paged)
+            net, words, new = _read_net(path, DTYPES[dtype], labels, paged)
             pages = Pages(net, path, DTYPES[dtype]) if paged else None
             named = pages.items() if pages else named_tensors(net)
             base = digest(finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
@@ -271,7 +271,9 @@ def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequenc
             f"the tokenizer in {path} has {len(tokenizer)} tokens, the model {rows}",
             hint="the tokenizer belongs to another model: fetch the model again",
         )
-    return Model(net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, pages, words)
+    return Model(
+        net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, pages, words, new
+    )
 
 
 def _check_step(net: PreTrainedModel, path: Path) -> None:
@@ -283,8 +285,8 @@ def _check_step(net: PreTrainedModel, path: Path) -> None:
 
 def _read_net(
     path: Path, dtype: torch.dtype, labels: Sequence[str], paged: bool
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Return the net of a directory, and its label words (none: a causal language model)."""
+) -> tuple[PreTrainedModel, tuple[str, ...], bool]:
+    """Return the net of a directory, its label words (none: a causal language model), and whether its head is new."""
     config = config_of(path)
     count, elements = _sizes(path)
     check_blocks(getattr(config, "num_hidden_layers", 0), count, path / "config.json")
@@ -319,7 +321,7 @@ def _read_net(
             net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     net.eval()
     net.requires_grad_(False)
-    return net, words
+    return net, words, words != saved
 
 
 def _sizes(path: Path) -> tuple[int, int]:

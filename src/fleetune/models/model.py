@@ -44,6 +44,7 @@ class Model:
     labels: tuple[
         str, ...
     ] = ()  # an encoder's label words, in the order of its outputs (else it writes text)
+    new_head: bool = False  # whether an encoder's head is not the checkpoint's: nothing has trained it yet
 
     @property
     def n_params(self) -> int:

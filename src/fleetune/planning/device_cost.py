@@ -20,6 +20,7 @@ The constants are measured; `benchmarks/plan_memory.py` holds the sums against r
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -78,7 +79,8 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
     parts = {"floor": FLOOR + PIECE * shape.vocab + imports, "weights": shape.params * work.size}
     if footprint.gradient == "backward":
         parts |= _backward(shape, work, footprint)
-        return parts | _curvature(shape, work, footprint) if footprint.hessian_products else parts
+        curved = parts | _curvature(shape, work, footprint) if footprint.hessian_products else parts
+        return max(parts, curved, key=lambda p: sum(p.values()))
     from fleetune.seeds.view import CHUNK
 
     n, s = work.tokens, work.size
@@ -157,6 +159,7 @@ def _beside(work: Workload, module: Module, shape: Shape) -> int:
 
 def _curvature(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:
     """Return bytes of the graph that Hessian products go through (a forward and its backward), and of their vectors."""
+    work = dataclasses.replace(work, batch=min(work.batch, footprint.hessian_rows or work.batch))
     module, positions = footprint.module, work.batch if shape.labels else work.tokens
     numbers = module.size - sum(math.prod(sizes) for sizes in shape.head.values())
     vectors = footprint.hessian_products * 8 * 4 * numbers

@@ -132,7 +132,10 @@ class RoundEvaluated(Recorded, Measures):
     """The model after a round (0: the base), on the held-out rows."""
 
     event: ClassVar[str] = "eval"
-    round: int  # 0 for the base model
+    round: int  # 0 for the base model, with nothing attached to it
+    objective: float | None = (
+        None  # mean of the run's objective, which it minimises; of another than the loss
+    )
 
 
 def round_evaluated(round: int, measures: Mapping[str, float]) -> RoundEvaluated:
@@ -146,7 +149,7 @@ class TuneDone(Event):
     """A run is finished."""
 
     event: ClassVar[str] = "done"
-    base: Mapping[str, float | None]  # measures of the base model, by name
+    base: Mapping[str, float | None]  # measures of the base model with nothing attached to it, by name
     tuned: Mapping[str, float | None]  # measures of the tuned model, by name
     rows: int  # held-out rows behind the measures
     run: str  # path of the run's folder
@@ -163,6 +166,10 @@ class TuneDone(Event):
     entries: int | None = None  # of the ledger
     report: str | None = None  # path of report.html; not in `metrics.jsonl`
     t: float | None = None  # when, seconds since 1970
+    answered: int | None = None  # held-out prompts behind rouge_l
+    start: Mapping[str, float] | None = None  # measures with the untrained module attached, if not the base's
+    moved: bool | None = None  # false: no round has changed the model
+    remarks: Sequence[str] = ()  # what to know about these figures, in words
 
 
 # Sweeps and runs ------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class Footprint(NamedTuple):
     stores_direction: bool = False  # two-point: the direction is written out, one number a weight
     moments: int = 2  # backward: the optimizer's numbers for each trained one
     hessian_products: int = 0  # backward: of a Lanczos iteration, whose vectors are in memory together
+    hessian_rows: int = 0  # rows that they are taken on; 0 for those of a step
 
     @property
     def passes(self) -> int:

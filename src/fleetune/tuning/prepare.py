@@ -24,7 +24,7 @@ from fleetune.evaluation.answers import require_text_model
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
-from fleetune.tuning import methods, rounds
+from fleetune.tuning import labels, methods, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.recipe import Recipe
@@ -54,6 +54,8 @@ class TuneJob:
     examples: list[Example]  # of the held rows
     prompts: list[Example]  # held out, for generated answers
     dropped: int  # rows that do not fit max_length
+    objective: str  # what the method minimises, by name
+    words: tuple[str, ...]  # label words that a causal model's accuracy is measured by; none: it is not
 
 
 def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
@@ -71,6 +73,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
             test()
         except RecipeError as error:
             problems += error.problems
+    problems += labels.problems(recipe)
     if recipe.stragglers and not recipe.deadline:
         problems.append(f"stragglers = {recipe.stragglers} does nothing without a deadline: add --deadline 3")
     if problems:
@@ -109,6 +112,9 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> TuneJob:
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
     parts = split(recipe, entry, offline=offline)
+    objective, batch_size = objective_of(method), batch_size_of(method)
+    held_out = [parts.examples[i] for i in parts.held.tolist()]
+    labels.check_rows(recipe, objective, batch_size, parts.examples, held_out, offline=offline)
     model = models.load(
         recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts)
     )
@@ -139,7 +145,18 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> TuneJob:
         examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
         prompts=[parts.examples[i] for i in held[: max(recipe.rouge_rows, recipe.samples)]],
         dropped=len(parts.examples) - len(kept),
+        objective=objective, words=labels.measured(recipe, objective, parts.examples),
     )  # fmt: skip
+
+
+def objective_of(method: Method) -> str:
+    """What a method minimises, by name."""
+    return str(getattr(method, "objective", "loss"))
+
+
+def batch_size_of(method: Method) -> int:
+    """How many rows a method takes at a time."""
+    return int(getattr(method, "batch_size", 8))
 
 
 def _labels(recipe: Recipe, parts: Split) -> Sequence[str]:
@@ -151,7 +168,7 @@ def _for_encoder(recipe: Recipe, method: Method, model: Model) -> Recipe:
     """The recipe with the label words written out; RecipeError for what an encoder cannot do."""
     if recipe.rouge_rows:
         require_text_model(model, f"rouge_rows = {recipe.rouge_rows}")
-    if (objective := str(getattr(method, "objective", "loss"))).partition(":")[0] in ("rouge_l", "f1"):
+    if (objective := objective_of(method)).partition(":")[0] in ("rouge_l", "f1"):
         require_text_model(model, f"objective {objective!r}")
     if odd := [word for word in model.labels if "," in word]:
         raise RecipeError([f"the label word {odd[0]!r} has a comma"], hint="rename it in the data")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fleetune.seeds.ledger import Ledger
 
 COLUMNS: Final = (
-    "loss", "accuracy", "rouge_l", "clients", "accepted", "bytes_up", "bytes_down", "bytes_total", "seconds", "rss",
+    "loss", "accuracy", "objective", "rouge_l", "clients", "accepted", "bytes_up", "bytes_down", "bytes_total", "seconds", "rss",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fleetune import adapters, models
 from fleetune.common import sums
@@ -25,13 +25,13 @@ from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import describe, finished, foundations, rounds
+from fleetune.tuning import describe, finished, foundations, remarks, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import StandsOn, Totals
 from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.methods import entry
-from fleetune.tuning.prepare import TuneJob, check, prepare
+from fleetune.tuning.prepare import TuneJob, batch_size_of, check, prepare
 from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.result import TuneResult, read
 
@@ -146,6 +146,8 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) ->
     asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
     listener.progress("rounds", 0, recipe.rounds)
     listener.progress("clients", 0, asked)
+    whole = rundir.checkpoints(run.path) and _evaluation(run.path, "base")
+    base = None if whole else _base(job, run)
     first = method.init(model, derive(recipe.seed, "init"))
     fleet = LocalFleet(
         model, method, job.rows, recipe.seed, pad_id(model),
@@ -154,21 +156,28 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) ->
 
     def measure(state: Any) -> dict[str, float]:
         method.apply(model, state)
-        return measured_on(
-            model, job.held, job.examples, recipes.label_words(recipe.labels), recipe.max_length
-        )
+        return _measures(job)
 
     def emit(event: Recorded) -> None:
         listener.event(dataclasses.replace(event, t=run.record(as_dict(event))["t"]))
 
     def begin() -> None:
+        assert base is not None
         emit(describe.start(job))
-        emit(round_evaluated(0, answers(job, first, run, "base", measure(first))))
+        emit(round_evaluated(0, base.measured))
+        measure_start(base)
 
     def resumed(round: int) -> None:
-        if not _evaluation(run.path, "base"):
-            listener.note(f"{run.path / EVALUATION} is damaged or gone: the base model answers again")
-            answers(job, first, run, "base", measure(first))
+        if base is not None:
+            listener.note(f"{run.path / EVALUATION} is damaged or gone: the base model has answered again")
+            measure_start(base)
+
+    def measure_start(base: _Base) -> None:
+        method.apply(model, first)
+        if remarks.starts_elsewhere(base.probed, remarks.probe(job)):
+            found = _measures(job)
+            _add_to_evaluation(run, {"start": found})
+            listener.note(remarks.of_start(base.measured, found))
 
     plan = rounds.RoundPlan(
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
@@ -183,27 +192,49 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) ->
             ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
         raise
     measured = _last_measures(run, recipe.rounds) or measure(state)
-    return _finish(job, run, state, totals, measured, listener, time.monotonic() - began)
+    return _finish(job, run, (first, state), totals, measured, listener, time.monotonic() - began)
+
+
+class _Base(NamedTuple):
+    """The base model with nothing attached to it: its measures, and its loss on a few rows (`remarks.probe`)."""
+
+    measured: dict[str, float]
+    probed: float
+
+
+def _base(job: TuneJob, run: RunDir) -> _Base:
+    """Measure the base and let it answer; call it before the method's `init`, which may attach a module."""
+    return _Base(answers(job, run, "base", _measures(job)), remarks.probe(job))
+
+
+def _measures(job: TuneJob) -> dict[str, float]:
+    """Measure the model as it stands on the held-out rows."""
+    return measured_on(
+        job.model, job.held, job.examples, job.words, job.recipe.max_length, objective=job.objective,
+        batch_size=batch_size_of(job.method),
+    )  # fmt: skip
 
 
 def _finish(
     job: TuneJob,
     run: RunDir,
-    state: Any,
+    states: tuple[Any, Any],
     totals: Totals,
     measured: dict[str, float],
     listener: Listener,
     wall: float,
 ) -> TuneDone:
+    """Save and report the result; `states` are the first and the last."""
+    state = states[1]
     job.method.apply(job.model, state)
-    tuned = answers(job, state, run, "tuned", measured)
+    tuned = answers(job, run, "tuned", measured)
     result = ARTEFACTS[job.entry.kind](job, run, state, job.recipe.rounds)
     evaluation = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}")
     run.write("samples.md", describe.samples_page(evaluation), private=True)
     done = TuneDone(
         base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=job.recipe.rounds,
         bytes_up=totals.bytes_up, bytes_down=totals.bytes_down, seconds=round(totals.seconds, 3),
-        wall=round(wall, 3), peak_rss=peak_rss(), **result,
+        wall=round(wall, 3), peak_rss=peak_rss(), **result, **_about(job, run, states, evaluation, tuned, result["digest"]),
     )  # fmt: skip
     recorded = run.record(as_dict(done), last=True)
     run.status("done")
@@ -213,20 +244,41 @@ def _finish(
     return done
 
 
+def _about(
+    job: TuneJob,
+    run: RunDir,
+    states: tuple[Any, Any],
+    evaluation: dict[str, Any],
+    tuned: dict[str, float],
+    digest: str,
+) -> dict[str, Any]:
+    """The fields of the last event that say what its figures mean."""
+    start, base = evaluation.get("start"), evaluation["base"]
+    stays = remarks.unmoved(*states, digest, job.model.digest)
+    words = [remarks.NEW_HEAD] if job.model.new_head else []
+    words += [remarks.of_start(base, start)] if start else []
+    if stays or remarks.shows_nothing(start or base, tuned):
+        words.append(remarks.of_unmoved(job, run, stays=stays))
+    answered = min(job.recipe.rouge_rows, len(job.prompts)) or None
+    return {"start": start, "moved": not stays, "remarks": words, "answered": answered}
+
+
 def _last_measures(run: RunDir, round: int) -> dict[str, float]:
     """The measures after the last round, as they are recorded; {} where that line was lost."""
     last = [e for e in rundir.events(run.path) if e["event"] == "eval" and e.get("round") == round][-1:]
-    return {name: e[name] for e in last for name in ("loss", "accuracy") if name in e}
+    return {name: e[name] for e in last for name in ("loss", "accuracy", "objective") if name in e}
 
 
-def answers(
-    job: TuneJob, state: Any, run: RunDir, which: str, measured: dict[str, float]
-) -> dict[str, float]:
-    """Answer the fixed prompts at `state` (`which` is base or tuned) and put answers and measures into eval.json.
+def _add_to_evaluation(run: RunDir, more: dict[str, Any]) -> None:
+    content = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}") | more
+    run.write(EVALUATION, sealed.to_text(content) + "\n", private=True)
 
-    Gives the measures, with Rouge-L if the recipe asks for it.
+
+def answers(job: TuneJob, run: RunDir, which: str, measured: dict[str, float]) -> dict[str, float]:
+    """Answer the fixed prompts with the model as it stands; put answers and measures into eval.json.
+
+    `which` is base or tuned.  Gives the measures, with Rouge-L if the recipe asks for it.
     """
-    job.method.apply(job.model, state)
     recipe = job.recipe
     prompts = job.prompts
     made = generate(job.model, prompts, max_new_tokens=recipe.answer_tokens) if prompts else []

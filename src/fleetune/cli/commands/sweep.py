@@ -17,7 +17,16 @@ from fleetune.cli.progress import CountBar
 from fleetune.common.display import human_time, show
 from fleetune.errors import FleetuneError, Interrupted, UsageError
 from fleetune.runs import report, rundir
-from fleetune.runs.events import Event, Recorded, RoundDone, SweepDone, SweepPlanned, SweepRun, SweepStart
+from fleetune.runs.events import (
+    Event,
+    Recorded,
+    RoundDone,
+    SweepDone,
+    SweepPlanned,
+    SweepRun,
+    SweepStart,
+    TuneDone,
+)
 
 if TYPE_CHECKING:
     from fleetune.tuning.sweep import Point, SweepGrid
@@ -73,6 +82,8 @@ class SweepScreen:
             self.ui.event(dataclasses.replace(event, run=self.name))
         if isinstance(event, RoundDone):
             self.bar.update(self.rounds + event.round, note=self.words)
+        if isinstance(event, TuneDone) and event.moved is False:
+            self.note(event.remarks[-1])
 
     def step(self, client: int, step: int) -> None:
         """Stop here if Ctrl-C was pressed."""

@@ -75,9 +75,11 @@ def finish(ui: Ui, result: TuneResult) -> None:
     costs = [
         ("bytes over the fleet", human_bytes(done.bytes_up + done.bytes_down),
          f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}"),
-        ("wall time · peak memory", f"{human_time(done.wall)} · {human_bytes(done.peak_rss)}", ""),
+        ("wall time · peak memory", f"{human_time(max(done.wall, done.seconds))} · {human_bytes(done.peak_rss)}", ""),
     ]  # fmt: skip
-    ui.final_table(done.base, done.tuned, rows=done.rows, costs=costs)
+    ui.final_table(
+        done.base, done.tuned, rows=done.rows, answered=done.answered, costs=costs, remarks=done.remarks
+    )
     ui.paths([
         ("report", f"{run}/report.html"), ("result", f"{done.result} ({human_bytes(done.result_bytes)})"),
         ("digest", done.digest), ("samples", f"{run}/samples.md"), ("next", f"fleetune eval {run}"),
@@ -127,6 +129,7 @@ class RunScreen:
     def __init__(self, ui: Ui, bar: RoundBar, interrupt: InterruptHandler) -> None:
         self.ui, self.bar, self.interrupt = ui, bar, interrupt
         self.round = self.replies = 0
+        self.sending = self.sent = 0  # replies with any bytes, refused ones too: of this round, of the last
         self.last: RoundDone | None = None
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -144,6 +147,7 @@ class RunScreen:
             self._client(event)
         elif isinstance(event, RoundDone):
             self.last, self.round, self.replies = event, event.round, 0
+            self.sent, self.sending = self.sending, 0
             self.bar.update(round=event.round)
         elif isinstance(event, RoundEvaluated):
             self._evaluated(event)
@@ -168,6 +172,7 @@ class RunScreen:
 
     def _client(self, event: ClientReply) -> None:
         self.replies += 1
+        self.sending += event.bytes_up > 0
         if event.status in ("refused", "failed"):
             self.ui.note(f"round {event.round}: client {event.client} {event.status}: {event.reason}")
 
@@ -178,7 +183,7 @@ class RunScreen:
             notes.append(f"{last.accepted} of {last.clients} clients")
         self.ui.round_line(
             event.round, event.loss,
-            sent=last.bytes_up / max(1, last.accepted) if last else None,
+            sent=last.bytes_up / max(1, self.sent) if last else None,
             received=last.bytes_down / last.clients if last else None,
             seconds=last.seconds if last else None, rounds=self.bar.rounds,
             note="  ".join(notes),

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from fleetune import adapters
 from fleetune.adapters.prefix import IMPLEMENTATIONS
+from fleetune.common.display import human_time
 from fleetune.data import Batch
 from fleetune.errors import FleetError
 from fleetune.evaluation.losses import eval_mode
@@ -38,6 +40,7 @@ from fleetune.seeds.spsa import uniforms
 log = logging.getLogger(__name__)
 
 CURVED = ("lipschitz", "plateau")  # rules that need the Hessian
+LONG = 10.0  # seconds of a device's measurement that are worth a warning
 SHIFT = 1e-5  # added to the eigenvalues of a similarity, so that 1/lambda stays below 1e5 (published code)
 SMOOTH = 1e-5  # variance of a node of the spectral density, times its range where over 1 (published code)
 
@@ -148,7 +151,9 @@ def ritz(Q: np.ndarray, HQ: np.ndarray) -> Spectrum:
 def spectrum(model: Model, batch: Batch, *, lanczos: int, key: int) -> Spectrum:
     """Return the spectrum of H at the model's prompts, on one batch, in eval mode."""
     with eager(model.net), torch.enable_grad():
-        return ritz(*subspace(products(model, batch), _start(model, key), lanczos))
+        here, start = products(model, batch), _start(model, key)
+        _announce(here, start, min(lanczos, len(start)))
+        return ritz(*subspace(here, start, lanczos))
 
 
 def spectrum_and_change(
@@ -162,12 +167,29 @@ def spectrum_and_change(
     """
     here = adapters.export(model)
     with eager(model.net), torch.enable_grad():
-        Q, HQ = subspace(products(model, batch), _start(model, key), lanczos)
+        product, start = products(model, batch), _start(model, key)
+        _announce(product, start, 2 * min(lanczos, len(start)))
+        Q, HQ = subspace(product, start, lanczos)
         adapters.load_(model, came)
         there = products(model, batch)
         moved = np.stack([there(q) for q in Q.T], axis=1)
     adapters.load_(model, here)
     return ritz(Q, HQ), float(np.linalg.norm(HQ - moved, 2))
+
+
+def _announce(product: Product, start: np.ndarray, count: int) -> None:
+    """Warn before `count` products that will take long, by the time of one."""
+    began = time.monotonic()
+    product(start)
+    seconds = count * (time.monotonic() - began)
+    if seconds > LONG:
+        log.warning(
+            "measuring curvature takes about %s on this device: %d Hessian products on %d prompt numbers; "
+            "layers_rule=half needs none, a smaller lanczos fewer",
+            human_time(seconds),
+            count,
+            len(start),
+        )
 
 
 def _start(model: Model, key: int) -> np.ndarray:

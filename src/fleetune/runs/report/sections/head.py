@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fleetune.common.display import change, human_bytes, human_count, human_time, show
+from fleetune.common.display import change, human_bytes, human_count, human_time, improved, show
 from fleetune.runs.report import page
 from fleetune.runs.report.page import counted, esc, flat, span, true_minus
 from fleetune.runs.report.runlog import RunLog, kind_of, list_of, num_of, number, text_of
@@ -47,8 +47,8 @@ def _sentence(facts: Mapping[str, object]) -> str:
     if base is None or tuned is None:
         return f"{done} so far; no loss to compare yet.{spent + '.' if spent else ''}"
     before, after = show("loss", base), show("loss", tuned)
-    moves = f"{'fell' if tuned < base else 'rose'} from {before} to {after}"
-    loss = f"{moves} ({true_minus(change('loss', base, tuned))})" if tuned != base else f"stayed at {before}"
+    moves = f"{'fell' if tuned < base else 'rose'} from {before} to {after} ({true_minus(change('loss', base, tuned))})"
+    loss = f"stayed at {before}" if improved("loss", base, tuned) is None else moves
     return f"Validation loss {loss} in {done}.{spent + '.' if spent else ''}"
 
 

@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from fleetune.common.display import change, human_bytes, human_time, improved, metric, show
 from fleetune.runs.report import page
 from fleetune.runs.report.page import TableCell, esc, true_minus
-from fleetune.runs.report.runlog import Number, RunLog, Step, measures, num_of, number, sum_of, text_of
+from fleetune.runs.report.runlog import (
+    Number,
+    RunLog,
+    Step,
+    list_of,
+    measures,
+    num_of,
+    number,
+    sum_of,
+    text_of,
+)
 
 
 def result(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
@@ -20,7 +30,7 @@ def result(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
         b, t = base.get(name), tuned.get(name)
         kind, word = page.verdict(improved(name, b, t))
         diff = TableCell(true_minus(change(name, b, t)) + (word and f", {word}"), kind)
-        rows.append([metric(name).label, TableCell(show(name, b)), TableCell(show(name, t)), diff])
+        rows.append([_label(run, name), TableCell(show(name, b)), TableCell(show(name, t)), diff])
     row_count = num_of(run.final, "rows") or num_of(run.done, "rows")
     caption = f"Measured on {row_count:,} held-out rows" if row_count else "Measured on held-out rows"
     measured = page.table(caption, ["", "base", "tuned", "change"], rows, "result") if rows else ""
@@ -43,9 +53,16 @@ def result(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
     files = "".join(f"<li><code>{esc(name)}</code> {esc(size)}</li>" for name, size in _artefacts(run))
     digest = text_of("digest", run.done)
     files += f"<li>SHA-256 <code>{esc(digest)}</code></li>" if digest else ""
-    left = measured + (f'<ul class="files">{files}</ul>' if files else "")
+    told = "".join(f'<p class="alert">{esc(text)}</p>' for text in list_of(run.done, "remarks"))
+    left = measured + told + (f'<ul class="files">{files}</ul>' if files else "")
     costs = page.table("What it took", ["", ""], spent, "result plainhead")
     return f'<div class="pair"><div>{left}</div>{costs}</div>'
+
+
+def _label(run: RunLog, name: str) -> str:
+    """Return a measure's label; Rouge-L's with the number of its rows, which are fewer than the table's."""
+    answered = num_of(run.done, "answered") if name == "rouge_l" else None
+    return metric(name).label + (f", {answered:,} rows" if answered else "")
 
 
 def _each(run: RunLog, key: str, total: Number | None) -> float | None:

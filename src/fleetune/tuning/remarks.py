@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say what a reader must know about a run's figures: what the base is, where training began, whether anything moved.
+
+The base row is the model with nothing attached to it.  Some modules (a prefix, a soft prompt) start as random numbers that
+change what the model says; then the measures at that start are reported too, since the rounds set out from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from fleetune.common.display import show
+from fleetune.evaluation.losses import class_measures, response_loss
+from fleetune.runs import rundir
+from fleetune.runs.rundir import RunDir
+
+if TYPE_CHECKING:
+    from fleetune.tuning.prepare import TuneJob
+
+NEW_HEAD: Final = "the classification head is new and starts at random: the base row is of the encoder with that untrained head"
+PROBE: Final = 8  # held-out rows that tell whether the start is the base
+NOISE: Final = 1e-7  # of a loss, relative: kernels differ by less
+SAME: Final = 1e-3  # nats; kernels differ by less, a random module makes more
+
+
+def probe(job: TuneJob) -> float:
+    """Return the loss (nats) of the model as it stands, on a few held-out rows."""
+    few = job.held[:PROBE]
+    return class_measures(job.model, few)[0] if job.model.labels else response_loss(job.model, few)
+
+
+def starts_elsewhere(before: float, after: float) -> bool:
+    """Whether attaching the untrained module has changed the loss of `probe`."""
+    return not math.isclose(before, after, rel_tol=SAME, abs_tol=SAME)
+
+
+def of_start(base: Mapping[str, float], start: Mapping[str, float]) -> str:
+    """Say that the rounds set out from another loss than the base's."""
+    return (
+        f"the untrained module changes the model: its loss is {show('loss', start['loss'])} with it and "
+        f"{show('loss', base['loss'])} without. Training starts at the former; the base row is the latter"
+    )
+
+
+def unmoved(first: Any, last: Any, digest: str, base: str) -> bool:
+    """Whether a method's last state is its first one: the same tensors, or a ledger that leaves the base's weights.
+
+    `digest` is the result's; `base` that of the base model.
+    """
+    if not hasattr(last, "tensors"):
+        return digest == base
+    return all(np.array_equal(tensor, first.tensors.get(name)) for name, tensor in last.tensors.items())
+
+
+def shows_nothing(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    """Whether the validation loss is what it was, but for float noise."""
+    return math.isclose(before["loss"], after["loss"], rel_tol=NOISE)
+
+
+def of_unmoved(job: TuneJob, run: RunDir, *, stays: bool) -> str:
+    """Say that nothing moved (`stays`) or that nothing shows, with the cause where the events tell it, and what to do."""
+    events = list(rundir.events(run.path))
+    replies = [e for e in events if e["event"] == "client"]
+    good = [e for e in replies if e.get("status") == "ok"]
+    counted = sum(e.get("accepted", 0) >= job.recipe.quorum for e in events if e["event"] == "round")
+    if not good:
+        why, remedy = f"none of {len(replies)} clients gave a good reply", "see log.txt"
+    elif not counted:
+        why, remedy = f"no round had {job.recipe.quorum} good replies", "lower --quorum"
+    else:
+        change = "no change of any weight" if stays else "a change that the validation loss does not show"
+        why = f"{len(good)} good replies added up to {change}"
+        remedy = "raise the learning rate (--set lr=..), or the local steps and --rounds"
+        if job.objective != "loss":
+            remedy += "; an objective that gives equal values at two near points moves nothing: raise batch_size or eps"
+    return f"nothing moved: {why}; {remedy}"
