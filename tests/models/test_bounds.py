@@ -118,7 +118,7 @@ def test_sizes_are_compared_with_what_is_there() -> None:
 def test_any_error_of_a_foreign_file_becomes_ours(error: BaseException, said: str) -> None:
     with pytest.raises(ModelError) as caught, foreign_file(HERE, "is damaged"):
         raise error
-    assert caught.value.message == f"x is damaged: {said}"
+    assert caught.value.message == f"x is damaged ({said})"
     assert caught.value.hint == "fetch the model again"
 
 

@@ -22,7 +22,7 @@ PANIC: Final = "PanicException"  # of pyo3: what a Rust package raises for a fau
 
 @contextmanager
 def foreign_file(path: Path, what: str = "cannot be used", *, hint: str = AGAIN) -> Iterator[None]:
-    """Raise ModelError "PATH WHAT: REASON" for any error in the block that is not one of ours.
+    """Raise ModelError "PATH WHAT (REASON)" for any error in the block that is not one of ours.
 
     A lack of memory and an interruption pass: they say nothing about the file.
     """
@@ -34,7 +34,7 @@ def foreign_file(path: Path, what: str = "cannot be used", *, hint: str = AGAIN)
         panic = type(error).__name__ == PANIC
         if is_out_of_memory(error) or not (panic or isinstance(error, Exception)):
             raise
-        raise ModelError(f"{path} {what}: {reason(error)}", hint=hint) from error
+        raise ModelError(f"{path} {what} ({reason(error)})", hint=hint) from error
 
 
 def reason(error: BaseException) -> str:

@@ -62,6 +62,9 @@ its training in that round (0.21 s).  `python -m benchmarks.curvature stories260
 | 2 | 5 | 5, 5, 5, 5, 5, 5 | 4, 1, 4, 3, 1, 4 | 0.28 | 1.3 |
 
 The Lipschitz rule finds no gap here, however it is measured, so all layers travel; equal choices give equal models.
+After five rounds of four clients (40 rows each, base 4.800, six seeds) the loss is 3.746 by this rule, for 1.0 MB, and
+3.783 by `half`, for 0.71 MB; the noise of such a mean is 0.005.  The recipe has `clients = 4`, `rounds = 5`, `limit = 220`,
+`max_length = 64`, `held_out = 60`: `fleetune sweep choice.toml --vary layers_rule=half,lipschitz --seeds 6`
 """
 
 from __future__ import annotations
