@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Break important lines, one at a time, and see that the tests notice: mutation testing by a list.
+
+    python tests/mutants.py               every line of the list (make faults runs it too)
+    python tests/mutants.py --list        the lines and the tests that have to fail
+    python tests/mutants.py ledger 7      those whose file or number is named
+
+Each line is broken in a copy of `src`, never in place, and the tests that are named beside it run against the copy.  A mutant is
+caught when they fail.  One that is not caught, or a line that is no longer in its file, makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 600  # seconds for the tests of one mutant
+
+
+class Mutant(NamedTuple):
+    """A line of a file under src/fleetune, what it becomes, and the tests (under tests/) that have to fail."""
+
+    file: str
+    line: str
+    broken: str
+    tests: str  # paths and -k expressions, as pytest takes them
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    # directions and ledgers
+    Mutant("seeds/noise.py", "return (run_hashes(i // np.uint64(WIDTH)) + (i % np.uint64(WIDTH)).astype(np.int64)) % K", "return run_hashes(i // np.uint64(WIDTH)) % K", "seeds/test_noise.py"),
+    Mutant("seeds/loops_numba.py", "at = i64(x >> u64(40)) & (table.size - 1)", "at = i64(x >> u64(41)) & (table.size - 1)", "seeds/test_kernels.py"),
+    Mutant("seeds/kernels_torch.py", "return (x >> 40) & 0xFFFFFF", "return (x >> 41) & 0xFFFFFF", "seeds/test_kernels.py"),
+    Mutant("seeds/folded_sums.py", "return left\n        if self.reach", "return point\n        if self.reach", "seeds/test_folded.py"),
+    Mutant("seeds/spsa.py", "g = (plus - minus) / (2 * eps)", "g = (plus - minus) / eps", "seeds/test_spsa.py"),
+    Mutant("seeds/project.py", "moved -= units / K * (", "moved += units / K * (", "seeds/test_project.py"),
+    Mutant("seeds/ledger.py", "return self._derived(self.rounds <= round, checks)", "return self._derived(self.rounds < round, checks)", "seeds/test_ledger.py"),
+    Mutant("seeds/ledger.py", "write_atomic(path, self.to_bytes(), mode=0o600)", "write_atomic(path, self.to_bytes())", "seeds/test_ledger.py"),
+    Mutant("seeds/ledger.py", "    if head.base != base:", "    if False:", "seeds/test_ledger.py"),
+    # messages, replies and rounds
+    Mutant("tuning/messages.py", 'if zlib.crc32(body) != int.from_bytes(data[3:7], "little"):', "if False:", "tuning/test_messages.py"),
+    Mutant("tuning/messages.py", "    if message.round != round:", "    if message.round > round:", "tuning/test_messages.py"),
+    Mutant("tuning/messages.py", "if bad := int(np.count_nonzero(~np.isfinite(array))):", "if bad := int(np.count_nonzero(np.isnan(array))):", "tuning/test_messages.py"),
+    Mutant("tuning/messages.py", "    if len(found) < len(pairs):", "    if False:", "hostile/test_hostile_messages.py"),
+    Mutant("tuning/messages.py", "if isinstance(value, str | bytes) or not low <= value <= high:", "if isinstance(value, str | bytes) or not value <= high:", "tuning/test_messages.py"),
+    Mutant("tuning/averaging.py", "self._sums[name] += n * value.astype(np.float64)", "self._sums[name] += value.astype(np.float64)", "tuning/test_averaging.py"),
+    Mutant("tuning/server_rules.py", "v - (1 - beta2) * d2 * np.sign(v - d2)", "v + (1 - beta2) * d2 * np.sign(v - d2)", "tuning/test_server_rules.py"),
+    Mutant("tuning/replies.py", "if not k.distance <= (most := allowed(k.numbers)) * usual:", "if not k.distance <= 1e9 * (most := allowed(k.numbers)) * usual:", "tuning/test_replies.py"),
+    Mutant("tuning/replies.py", "and claimed > rows:", "and claimed > 2 * rows:", "tuning/test_replies.py"),
+    Mutant("tuning/replies.py", "self.kept.sort(key=lambda kept: kept.answer.client)", "pass", "tuning/test_replies.py"),
+    Mutant("tuning/rounds.py", "replies.accepted < plan.quorum:", "replies.accepted < 0:", "tuning/test_replies.py"),
+    Mutant("tuning/rounds.py", "    if not finite(new):", "    if False:", "tuning/test_replies.py"),
+    Mutant("tuning/rounds.py", "    fleet.rewind(last)\n    hooks.resumed", "    fleet.rewind(last + 1)\n    hooks.resumed", "tuning/test_memories.py"),
+    Mutant("tuning/methods/mezo.py", 'total += float(n) * reply.payload.array("c")', 'total += reply.payload.array("c")', "contract/test_contract.py -k mezo"),
+    # what a run stands on, and what is on the disk
+    Mutant("tuning/fleets/memories.py", "            if crc_of(data) != crc:", "            if False:", "runs/test_integrity.py"),
+    Mutant("tuning/checkpoint.py", "            if now.recipe.get(name) != value", "            if False", "runs/test_integrity.py"),
+    Mutant("runs/metrics.py", "        if round >= 0 and (stated is not None or torn or not kept):", "        if False:", "runs/test_integrity.py"),
+    Mutant("common/files.py", "            os.fsync(file.fileno())", "            pass", "common/test_files.py"),
+    Mutant("common/sums.py", "if name not in skip and (found := sha256(file)) != expected:", "if name not in skip and not (found := sha256(file)):", "test_digests.py"),
+    Mutant("models/stated.py", "    if not _is_cached(folder) or base in known:", "    if True:", "test_digests.py"),
+    Mutant("tuning/remarks.py", "        return digest == base", "        return False", "tuning/test_figures.py"),
+    # foreign files
+    Mutant("models/bounds.py", "    if not -LARGEST_WEIGHT <= low <= high <= LARGEST_WEIGHT:", "    if low > high:", "models/test_bounds.py"),
+    Mutant("models/bounds.py", "if isinstance(blocks, int) and blocks > tensors:", "if isinstance(blocks, int) and blocks > 1000 * tensors:", "models/test_bounds.py hostile/test_model_folders.py"),
+    Mutant("models/bounds.py", "if EPSILON.search(key) and not 0 < value < 1:", "if EPSILON.search(key) and not 0 <= value < 1:", "models/test_bounds.py"),
+    Mutant("models/gguf/header.py", "    if has < head.size:", "    if has < head.size - 64:", "deploy/test_gguf_head.py"),
+    # compression and export
+    Mutant("compression/layerwise/column_loop.py", "later[r] -= e[r] * u", "later[r] += e[r] * u", "compression/test_solvers.py"),
+    Mutant("compression/layerwise/hessian.py", "alpha=2.0)", "alpha=1.0)", "compression/test_solvers.py"),
+    Mutant("compression/methods/sparsegpt.py", "score.reshape(-1).topk(count, largest=False", "score.reshape(-1).topk(count, largest=True", "compression/test_solvers.py"),
+    Mutant("compression/distillation/divergence.py", "return beta * _kl(p, m) + (1 - beta) * _kl(q, m)", "return (1 - beta) * _kl(p, m) + beta * _kl(q, m)", "compression/test_gkd_divergence.py"),
+    Mutant("deploy/formats/_ggml_blocks.py", "(halves[:, :, 0] | halves[:, :, 1] << 4)", "(halves[:, :, 1] | halves[:, :, 0] << 4)", "deploy/test_blocks.py"),
+    Mutant("deploy/formats/_ggml_blocks.py", '"Q4_0": (-8, 7)', '"Q4_0": (-8, 8)', "deploy/test_blocks.py"),
+    # serving
+    Mutant("deploy/serving/request_checks.py", 'if origin is not None and origin not in (f"http://{host}", f"https://{host}"):', "if False:", "deploy/test_serve.py"),
+    Mutant("deploy/serving/request_checks.py", "    if int(length) > MAX_BODY:", "    if False:", "deploy/test_serve.py"),
+    Mutant("deploy/serving/request_checks.py", "if token and not hmac.compare_digest(", "if token and not given and hmac.compare_digest(", "deploy/test_serve.py"),
+    Mutant("deploy/serving/places.py", "        if self._open[oldest][0] == Stage.ENGINE:", "        if False:", "deploy/test_serve_hostile.py"),
+    # errors
+    Mutant("errors.py", "    exit_code = 3", "    exit_code = 1", "cli/test_cli.py"),
+)  # fmt: skip
+
+
+def caught(mutant: Mutant, folder: Path) -> bool:
+    """Tell whether the tests fail once the line is broken; SystemExit when the line is not there exactly once."""
+    source = folder / "src"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    path = source / "fleetune" / mutant.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutant.line) != 1:
+        raise SystemExit(f"{mutant.file} has {text.count(mutant.line)} times: {mutant.line}")
+    path.write_text(text.replace(mutant.line, mutant.broken), encoding="utf-8")
+    words = [f"tests/{word}" if ".py" in word else word for word in mutant.tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *words]
+    environment = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    if done.returncode not in (0, 1):
+        raise SystemExit(
+            f"the tests of {mutant.file} did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return done.returncode == 1
+
+
+def chosen(words: list[str]) -> list[tuple[int, Mutant]]:
+    """Return the mutants, with their numbers, that a word names by file or number; all without words."""
+    every = list(enumerate(MUTANTS, 1))
+    return [(n, m) for n, m in every if not words or any(w == str(n) or w in m.file for w in words)]
+
+
+def main() -> int:
+    """Break the chosen lines in turn; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python tests/mutants.py")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--list", action="store_true")
+    asked = parser.parse_args()
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for number, mutant in chosen(asked.words):
+            about = f"{number:3} {mutant.file}: {mutant.line.strip()!r} -> {mutant.broken.strip()!r}"
+            if asked.list:
+                print(f"{about}  by {mutant.tests}")
+                continue
+            began = time.monotonic()
+            found = caught(mutant, Path(folder))
+            missed += not found
+            print(f"{'caught' if found else 'MISSED'} {time.monotonic() - began:4.0f} s {about}", flush=True)
+    if not asked.list:
+        print(f"{len(chosen(asked.words)) - missed} of {len(chosen(asked.words))} caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
