@@ -128,7 +128,9 @@ def test_a_file_that_an_attack_found_is_refused(honest: Path, tmp_path: Path, ca
     file = File(honest)
     MUST_REFUSE[case](file)
     put(tmp_path / "x.gguf", bytes(file.data))
-    assert refusal(lambda: use(tmp_path / "x.gguf", tmp_path)), f"{case}: accepted"
+    said = refusal(lambda: use(tmp_path / "x.gguf", tmp_path))
+    assert said, f"{case}: accepted"
+    assert "x.gguf" in said  # and not the folder that it would be converted to
 
 
 def written(path: Path, **metadata: Any) -> None:
