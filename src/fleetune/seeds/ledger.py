@@ -325,7 +325,10 @@ def load(path: str | os.PathLike[str]) -> Ledger:
             arrays = [file.get_tensor(n) for n in ("id", "coefficient", "round")]
     except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: types numpy lacks
         raise LedgerError(f"{path} is damaged or not a ledger ({error})", hint=AGAIN) from error
-    head = LedgerHead.from_json(metadata.get("head", ""))
+    try:
+        head = LedgerHead.from_json(metadata.get("head", ""))
+    except LedgerError as error:
+        raise LedgerError(f"{path}: {error.message}", hint=error.hint) from error
     kinds = [(a.dtype.name, a.ndim) for a in arrays]
     if kinds != [("uint64", 1), ("int32", 1), ("uint32", 1)] or len({len(a) for a in arrays}) != 1:
         raise LedgerError(f"{path} is damaged: its arrays are {kinds}", hint=AGAIN)
