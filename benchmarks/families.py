@@ -20,6 +20,7 @@ and in each the model must have moved.  A solver or pruner must end.  A cell is 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import shutil
@@ -86,8 +87,11 @@ SOLVERS: Final[dict[str, dict[str, Any]]] = {
 NAMES: Final = [*COLUMNS, *SOLVERS]
 FAMILIES: Final = [*DECODERS, *ENCODERS]
 LOST: Final = re.compile(r"^every client failed.*?: (\w+Error: .*)$", re.MULTILINE)
-CLASS: Final = re.compile(
-    r"(a )?\b[A-Z]\w+(For\w+|LMHeadModel)\b|(?<=of type )'[\w-]+'|\b\w+(\.\w+)*\.\d+\.[\w.]+"
+# what of a message is of one family alone, and what a note says instead
+OWN: Final = (
+    (re.compile(r"(a )?\b[A-Z]\w+(For\w+|LMHeadModel)\b"), "this model"),
+    (re.compile(r"of type '[\w-]+'"), "of this type"),
+    (re.compile(r" \([\w.]+\.\d+\)$"), ""),
 )
 
 
@@ -172,7 +176,7 @@ def page(found: dict[str, dict[str, str]]) -> str:
     columns = list(next(iter(found.values())))
     lines = ["| family | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for family, cells in found.items():
-        words = [CLASS.sub("model", said) for said in cells.values()]
+        words = [functools.reduce(lambda said, own: own[0].sub(own[1], said), OWN, x) for x in cells.values()]
         marks = [said if said == "ok" else str(notes.setdefault(said, len(notes) + 1)) for said in words]
         lines.append(f"| {family} | " + " | ".join(marks) + " |")
     return "\n".join([*lines, "", *(f"{number}. {said}" for said, number in notes.items())])
