@@ -165,19 +165,12 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) ->
         assert base is not None
         emit(describe.start(job))
         emit(round_evaluated(0, base.measured))
-        measure_start(base)
+        _start(job, run, base, first, listener)
 
     def resumed(round: int) -> None:
         if base is not None:
             listener.note(f"{run.path / EVALUATION} is damaged or gone: the base model has answered again")
-            measure_start(base)
-
-    def measure_start(base: _Base) -> None:
-        method.apply(model, first)
-        if remarks.starts_elsewhere(base.probed, remarks.probe(job)):
-            found = _measures(job)
-            _add_to_evaluation(run, {"start": found})
-            listener.note(remarks.of_start(base.measured, found))
+            _start(job, run, base, first, listener)
 
     plan = rounds.RoundPlan(
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
@@ -205,6 +198,15 @@ class _Base(NamedTuple):
 def _base(job: TuneJob, run: RunDir) -> _Base:
     """Measure the base and let it answer; call it before the method's `init`, which may attach a module."""
     return _Base(answers(job, run, "base", _measures(job)), remarks.probe(job))
+
+
+def _start(job: TuneJob, run: RunDir, base: _Base, first: Any, listener: Listener) -> None:
+    """Where the first state is not the base model, measure it too, and say so."""
+    job.method.apply(job.model, first)
+    if remarks.starts_elsewhere(base.probed, remarks.probe(job)):
+        found = _measures(job)
+        _add_to_evaluation(run, {"start": found})
+        listener.note(remarks.of_start(base.measured, found))
 
 
 def _measures(job: TuneJob) -> dict[str, float]:
