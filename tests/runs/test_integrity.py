@@ -315,14 +315,20 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
         def note(self, text: str) -> None:
             said.append(text)
 
+    def unheard(*_: object) -> None:
+        said.append("unheard")
+
     said: list[str] = []
-    before = signal.getsignal(number)
-    with InterruptHandler(Ui()) as interrupt:  # type: ignore[arg-type]
-        signal.raise_signal(number)
-        assert interrupt.requested
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(number, unheard)
+    try:
+        with InterruptHandler(Ui()) as interrupt:  # type: ignore[arg-type]
             signal.raise_signal(number)
-    assert signal.getsignal(number) is before
+            assert interrupt.requested
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert signal.getsignal(number) is unheard
+    finally:
+        signal.signal(number, before)
     assert "stopping after this step" in said[0]
 
 
