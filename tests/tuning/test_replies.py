@@ -83,6 +83,11 @@ class Devices:
             payload = self.told(round, c, decode(sent).payload.array("w"))
             yield Answer(c, 100 * round + c, encode(Message(round, BASE, payload)), "ok", "", 0.0, len(sent))
 
+    def kept(self) -> Mapping[int, tuple[int, int]]:
+        return {}
+
+    def check_kept(self, stated: Mapping[int, tuple[int, int]]) -> None: ...
+
     def rewind(self, round: int) -> None: ...
 
     def forget_before(self, round: int) -> None: ...
