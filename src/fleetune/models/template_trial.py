@@ -37,6 +37,7 @@ OUTPUT: Final = 1 << 24  # characters of a rendered conversation; usual ones hav
 SOURCE: Final = 1 << 20  # characters of a template
 HINT: Final = "the template is at fault: take it out of the tokenizer's files, or use another model"
 DATE: Final = "26 Jul 2024"
+_PASSED: Final[set[str]] = set()  # tasks that a child of this process has passed: a template is tried once
 WHY: Final = {3: f"writes more than {OUTPUT:,} characters", 4: f"takes more than {MEMORY >> 20} MiB"}
 
 
@@ -50,7 +51,11 @@ def template_trial(tokenizer: PreTrainedTokenizerBase, path: Path) -> Iterator[N
     if not templates:
         yield
         return
-    child = _start(templates, tokenizer)
+    task = _task(templates, tokenizer)
+    if task in _PASSED:
+        yield
+        return
+    child = _start(task)
     if child is None:
         log.warning("no process could be started to try the chat template of %s; it is used as it is", path)
         yield
@@ -58,6 +63,7 @@ def template_trial(tokenizer: PreTrainedTokenizerBase, path: Path) -> Iterator[N
     try:
         yield
         _judge(child, path)
+        _PASSED.add(task)
     finally:
         child.kill()
         child.wait()
@@ -81,16 +87,20 @@ def _templates(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[str]:
     return templates
 
 
-def _start(templates: list[str], tokenizer: PreTrainedTokenizerBase) -> subprocess.Popen[bytes] | None:
+def _task(templates: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the child is given, as JSON: the templates, and the variables that they see."""
+    special = {
+        name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
+    }
+    return json.dumps({"templates": templates, "variables": {**special, "date_string": DATE}})
+
+
+def _start(task: str) -> subprocess.Popen[bytes] | None:
     """Start the child and give it its task; None where the system starts none."""
     places = [
         Path(str(spec.origin)).parents[1] for name in ("jinja2", "markupsafe") if (spec := find_spec(name))
     ]
     command = [sys.executable, "-I", "-S", str(CHILD), *map(str, (SECONDS, MEMORY, OUTPUT, *places))]
-    special = {
-        name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
-    }
-    task = {"templates": templates, "variables": {**special, "date_string": DATE}}
     try:
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -100,7 +110,7 @@ def _start(templates: list[str], tokenizer: PreTrainedTokenizerBase) -> subproce
     with suppress(OSError):  # it is judged by its end
         assert child.stdin is not None
         with child.stdin as pipe:
-            pipe.write(json.dumps(task).encode())
+            pipe.write(task.encode())
     return child
 
 
