@@ -61,9 +61,9 @@ CASES: Final[Mapping[str, tuple[str, int, dict[str, Any]]]] = {  # method, round
     "fedkseed backprop=0.5": ("fedkseed", 2, ZEROTH | {"K": 64, "backprop": 0.5, "backprop_lr": 3e-3}),
     "mezo": ("mezo", 2, ZEROTH),
     "zosgd": ("zosgd", 2, ZEROTH),
-    "onebyte": ("onebyte", 2, {"lr": 3e-2, "directions": 8, "batch_size": 1}),
-    "onebyte wire=sign": ("onebyte", 2, {"lr": 3e-2, "directions": 8, "batch_size": 1, "wire": "sign"}),
-    "fwdllm": ("fwdllm", 3, {"P": 8, "lr": 0.3, "variance_gate": False}),
+    "onebyte": ("onebyte", 2, {"lr": 2e-3, "directions": 8, "batch_size": 1}),
+    "onebyte wire=sign": ("onebyte", 2, {"lr": 2e-3, "directions": 8, "batch_size": 1, "wire": "sign"}),
+    "fwdllm": ("fwdllm", 3, {"P": 8, "lr": 0.03, "variance_gate": False}),
 }  # fmt: skip
 
 
