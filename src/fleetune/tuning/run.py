@@ -130,22 +130,13 @@ def tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
 def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) -> TuneDone:
     recipe, model, method = job.recipe, job.model, job.method
     began = time.monotonic()
-    run.write("run.toml", recipes.to_toml(recipe))
-    run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(describe.of_model(job))) + "\n")
-    listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run))
-    if job.dropped:
-        listener.note(
-            f"{job.dropped} rows have answers that do not fit {recipe.max_length} tokens and are left out"
-        )
+    _announce(job, run, listener)
 
     def step(client: int, number: int) -> None:
         listener.step(client, number)
         if listener.stop_requested:
             raise Interrupted("stopped between two steps; finished rounds are kept")
 
-    asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
-    listener.progress("rounds", 0, recipe.rounds)
-    listener.progress("clients", 0, asked)
     whole = rundir.checkpoints(run.path) and _evaluation(run.path, "base")
     base = None if whole else _base(job, run)
     first = method.init(model, derive(recipe.seed, "init"))
@@ -215,6 +206,21 @@ def _measures(job: TuneJob) -> dict[str, float]:
         job.model, job.held, job.examples, job.words, job.recipe.max_length, objective=job.objective,
         batch_size=batch_size_of(job.method),
     )  # fmt: skip
+
+
+def _announce(job: TuneJob, run: RunDir, listener: Listener) -> None:
+    """Write down what is run, and tell the listener."""
+    recipe = job.recipe
+    run.write("run.toml", recipes.to_toml(recipe))
+    run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(describe.of_model(job))) + "\n")
+    listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run))
+    if job.dropped:
+        listener.note(
+            f"{job.dropped} rows have answers that do not fit {recipe.max_length} tokens and are left out"
+        )
+    asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
+    listener.progress("rounds", 0, recipe.rounds)
+    listener.progress("clients", 0, asked)
 
 
 def _finish(

@@ -258,13 +258,10 @@ def _check_whole(file: Path) -> None:
         return
     _, seal, rest = text.partition(SEAL)
     stated, _, content = rest.partition("\n")
-    if seal and stated != _checksum(content):
-        raise RecipeError(
-            [
-                f"{file} was changed since the sweep began: its checksum is {_checksum(content)}, it states {stated}"
-            ],
-            hint=f"put it back as it was; the recipes of its runs are in {file.parent}/*/run.toml",
-        )
+    if seal and stated != (found := _checksum(content)):
+        what = f"{file} was changed since the sweep began: its checksum is {found}, it states {stated}"
+        hint = f"put it back as it was; the recipes of its runs are in {file.parent}/*/run.toml"
+        raise RecipeError([what], hint=hint)
 
 
 def create(out: Path, name: str, grid: SweepGrid) -> RunDir:
@@ -294,7 +291,7 @@ def read(folder: Path) -> SweepGrid:
     try:
         return make(values)
     except RecipeError as error:
-        raise RecipeError([f"{folder / FILE} is no sweep's", *error.problems], hint=error.hint) from error
+        raise RecipeError([f"{folder / FILE} is no sweep's", *error.problems], hint=error.hint) from None
 
 
 def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:
