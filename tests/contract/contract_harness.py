@@ -31,7 +31,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "fedit": {"r": 4, "alpha": 8, "lr": 1e-2, "batch_size": 5, "epochs": 1, "dropout": 0.1},
     "fedpeptao": {"tokens": 2, "lr": 0.1, "epochs": 4, "batch_size": 5, "lanczos": 3, "warmup": 3},
     "fedpetuning": {"size": 4, "lr": 1e-2, "batch_size": 5, "epochs": 2},
-    "fedkseed": {"K": 64, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
+    "fedkseed": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
     "onebyte": {"K": 256, "directions": 40, "lr": 0.08, "eps": 1e-3, "batch_size": 5},
     "zosgd": {"K": 128, "tau": 40, "lr": 2e-3, "eps": 1e-3, "batch_size": 5},
     # query-value, the default, is too few numbers here: AdamW on them takes 0.35 nats in four rounds, on all 0.94

@@ -24,7 +24,7 @@ from fleetune.deploy.measure import exported_perplexity, harness, llamacpp
 from fleetune.errors import FleetuneError, Interrupted
 from fleetune.evaluation.losses import response_loss
 from fleetune.models.artefact import Master, Quantised
-from fleetune.runs import compression_folder, rundir
+from fleetune.runs import compression_folder, rundir, sealed
 from fleetune.runs.listener import Silent
 from fleetune.subject import Compressed
 from fleetune.tuning import finished
@@ -195,8 +195,8 @@ def test_a_stopped_base_is_gone_on_with_and_says_how(at: Path, monkeypatch: pyte
 def test_a_base_of_other_windows_is_refused(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(at)
     shutil.rmtree(folder / "base", ignore_errors=True)
-    record = json.loads((folder / "compress.json").read_text())
-    (folder / "compress.json").write_text(json.dumps({**record, "windows": 2}))
+    record = sealed.read(folder / "compress.json", "")
+    (folder / "compress.json").write_text(sealed.to_text({**record, "windows": 2}))
     code, told, _ = call(capsys, "measure", str(folder), "--kept-gain", *FAST)
     assert code == 2
     assert "is not what" in told[-1]["message"]

@@ -304,8 +304,8 @@ def test_a_run_of_an_encoder_on_labelled_rows(tmp_path: Path) -> None:
             RecipeError,
             "objective 'rouge_l' needs a model",
         ),
-        ({"labels": "left,right"}, DataError, "the answer '(no|yes)' is none of the label words left, right"),
-        ({"labels": "yes"}, ModelError, "chooses among 2 to 64 label words; 1 were given"),
+        ({"labels": "left,right"}, DataError, "labels = left,right: 16 of 16 rows have another answer"),
+        ({"labels": "yes"}, RecipeError, r"labels = 'yes' has 1 word\(s\): 2 to 64 are possible"),
         ({"data": "demo", "limit": 80}, ModelError, "chooses among 2 to 64 label words; 80 were given"),
     ],
 )

@@ -175,7 +175,7 @@ entries = st.lists(
 def test_a_saved_ledger_comes_back(tmp_path_factory, rows, key, law, grid, hyper, names):
     tensors = tuple((n, (i, 2), "bfloat16") for i, n in enumerate(names))
     ledger = Ledger(head(run_key=key, law=law, grid=grid, hyper=hyper, tensors=tensors))
-    outside = 0xFFFFFFF0 if law == "pooled" else 0  # of a pool of 16
+    outside = 0xFFFFFFF0 if law in noise.POOLS else 0  # of a pool of 16
     rows = [(id & ~outside, c, r) for id, c, r in rows]
     for id, c, r in rows:
         ledger = ledger.append(np.array([id], np.uint64), np.array([c]), r)
