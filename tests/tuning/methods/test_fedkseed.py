@@ -402,7 +402,7 @@ def test_the_more_clients_back_propagate_the_lower_the_loss(tmp_path) -> None:
     """0, 50 and 100 % under one recipe; all leave a ledger of at most K numbers a round."""
     end = []
     for share in (0, 0.5, 1):
-        name = f"fedkseed:tau=20,backprop={share},backprop_lr=0.03"
+        name = f"fedkseed:K={K},tau=20,backprop={share},backprop_lr=0.03"
         model, state, _ = harness.train(name, tmp_path / str(share), 3)
         assert 0 < len(state.ledger) <= 3 * K
         end.append(harness.loss(model))
