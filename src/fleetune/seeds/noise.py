@@ -113,10 +113,12 @@ def run_hashes(runs: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 def places(law: str, K: int, start: int, count: int) -> NDArray[np.int64]:
     """Return the row of a pool's K x K matrix that elements start .. start+count-1 take: int64 [count]."""
-    i = np.arange(start, start + count, dtype=np.uint64)
-    if law == "hashed":
-        return (run_hashes(i // np.uint64(WIDTH)) + (i % np.uint64(WIDTH)).astype(np.int64)) % K
-    return (i % np.uint64(K)).astype(np.int64)
+    if law != "hashed":
+        return np.arange(start, start + count, dtype=np.int64) % K
+    first, last = start // WIDTH, -(-(start + count) // WIDTH)
+    h = run_hashes(np.arange(first, last, dtype=np.uint64))
+    found: NDArray[np.int64] = (h[:, None] + np.arange(WIDTH)) & (K - 1)
+    return found.reshape(-1)[start - first * WIDTH :][:count]
 
 
 def run_key(secret: bytes) -> int:
