@@ -58,7 +58,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("tuning/replies.py", "self.kept.sort(key=lambda kept: kept.answer.client)", "pass", "tuning/test_replies.py"),
     Mutant("tuning/rounds.py", "replies.accepted < plan.quorum:", "replies.accepted < 0:", "tuning/test_replies.py"),
     Mutant("tuning/rounds.py", "    if not finite(new):", "    if False:", "tuning/test_replies.py"),
-    Mutant("tuning/rounds.py", "    fleet.rewind(last)\n    hooks.resumed", "    fleet.rewind(last + 1)\n    hooks.resumed", "tuning/test_memories.py"),
+    Mutant("tuning/rounds.py", "    fleet.rewind(last)\n    hooks.resumed", "    fleet.rewind(last + 1)\n    hooks.resumed", "contract/test_contract.py -k beyond"),
     Mutant("tuning/methods/mezo.py", 'total += float(n) * reply.payload.array("c")', 'total += reply.payload.array("c")', "contract/test_contract.py -k mezo"),
     # what a run stands on, and what is on the disk
     Mutant("tuning/fleets/memories.py", "            if crc_of(data) != crc:", "            if False:", "runs/test_integrity.py"),

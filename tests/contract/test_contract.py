@@ -79,6 +79,15 @@ def test_3_same_seed_same_bits_and_resume_from_any_round(name, tmp_path):
         assert equal_states(whole, resumed)
 
 
+@pytest.mark.parametrize("name", STATEFUL)
+def test_3_what_a_kill_left_beyond_the_checkpoint_is_not_used(name, tmp_path):
+    _, whole, _ = train(name, tmp_path / "whole", 3)
+    _, _, run = train(name, tmp_path / "stopped", 2)
+    (run.path / "checkpoints" / "round-000002.ckpt").unlink()  # the clients' memories of round 2 stay
+    _, resumed, _ = train(name, tmp_path, 3, run_dir=RunDir(run.path))
+    assert equal_states(whole, resumed)
+
+
 @every
 def test_4_the_base_is_untouched(name):
     model, chosen = models.tiny_llama(), method(name)
