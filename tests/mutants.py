@@ -46,7 +46,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("seeds/ledger.py", "write_atomic(path, self.to_bytes(), mode=0o600)", "write_atomic(path, self.to_bytes())", "seeds/test_ledger.py"),
     Mutant("seeds/ledger.py", "    if head.base != base:", "    if False:", "seeds/test_ledger.py"),
     # messages, replies and rounds
-    Mutant("tuning/messages.py", 'if zlib.crc32(body) != int.from_bytes(data[3:7], "little"):', "if False:", "tuning/test_messages.py"),
+    Mutant("tuning/messages.py", "if zlib.crc32(body) != crc_of(data):", "if False:", "tuning/test_messages.py"),
     Mutant("tuning/messages.py", "    if message.round != round:", "    if message.round > round:", "tuning/test_messages.py"),
     Mutant("tuning/messages.py", "if bad := int(np.count_nonzero(~np.isfinite(array))):", "if bad := int(np.count_nonzero(np.isnan(array))):", "tuning/test_messages.py"),
     Mutant("tuning/messages.py", "    if len(found) < len(pairs):", "    if False:", "hostile/test_hostile_messages.py"),

@@ -302,11 +302,10 @@ def _codes(name: str, found: Compressed) -> UsageError:
 
 def _check_compressed(folder: Path, model: Path) -> None:
     """ModelError for a compressed model that is not what it states, or codes that the compression did not record."""
-    request = compression_folder.request_of(folder)
-    remedy = f"compress again: fleetune compress {request.model} --method {request.method}"
+    record, codes = compression_folder.record(folder), model / FILE
+    remedy = f"compress again: fleetune compress {record['model']} --method {record.get('method')}"
     sums.check(model, remedy=remedy)
-    recorded, codes = compression_folder.record(folder).get("result"), model / FILE
-    expected = recorded.get("digest") if isinstance(recorded, dict) else None
+    expected = record.get("result", {}).get("digest")
     if expected and codes.is_file() and (found := sums.sha256(codes)) != expected:
         raise ModelError(sums.differs(codes, found, str(expected), compression_folder.RECORD), hint=remedy)
 

@@ -12,11 +12,10 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
-from serve_harness import KEY, Upstream, ask, door, error_of, raw, running
+from serve_harness import KEY, ask, door, error_of, raw, running
 
 from fleetune.deploy.serving import front as serve
 from fleetune.deploy.serving import places, proxy, request_checks
@@ -28,17 +27,6 @@ from fleetune.errors import UsageError
 CHAT = "/v1/chat/completions"
 QUESTION = json.dumps({"messages": [{"role": "user", "content": "Capital of France?"}]}).encode()
 STREAM = json.dumps({"messages": [{"role": "user", "content": "Capital?"}], "stream": True}).encode()
-
-
-@pytest.fixture
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture
-def front(upstream: Upstream) -> Iterator[Front]:
-    with door(upstream) as found:
-        yield found
 
 
 # What goes through ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from serve_harness import Upstream, ask, door, error_of, raw
+from serve_harness import ask, error_of, raw
 
 from fleetune.deploy.serving import front as serve
 from fleetune.deploy.serving.front import Front
@@ -21,17 +21,6 @@ CHAT = "/v1/chat/completions"
 MODELS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
 STREAM = b'{"messages": [{"role": "user", "content": "?"}], "stream": true}'
 POST = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
-
-
-@pytest.fixture
-def upstream() -> Upstream:
-    return Upstream()
-
-
-@pytest.fixture
-def front(upstream: Upstream) -> Iterator[Front]:
-    with door(upstream) as found:
-        yield found
 
 
 @contextmanager

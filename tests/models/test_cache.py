@@ -497,13 +497,18 @@ def make_wheel(folder: Path) -> str:
     return "fleetune-fixture==1.0"
 
 
-def test_pip_brings_a_wheel_without_its_dependencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def offered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The requirement of a wheel that pip finds in `folder`/index, and nowhere else."""
     pytest.importorskip("pip")
-    (tmp_path / "index").mkdir()
-    (tmp_path / "work").mkdir()
-    requirement = make_wheel(tmp_path / "index")
+    (folder / "index").mkdir()
+    (folder / "work").mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder / "index"))
+    return make_wheel(folder / "index")
+
+
+def test_pip_brings_a_wheel_without_its_dependencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requirement = offered(tmp_path, monkeypatch)
     wheel = download.pip_download(requirement, tmp_path / "work", 10_000)
     assert wheel == tmp_path / "work" / "fleetune_fixture-1.0-py3-none-any.whl"
     assert [p.name for p in (tmp_path / "work").iterdir()] == [wheel.name]
@@ -514,12 +519,7 @@ def test_pip_brings_a_wheel_without_its_dependencies(tmp_path: Path, monkeypatch
 def test_a_wheel_larger_than_the_published_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("pip")
-    (tmp_path / "index").mkdir()
-    (tmp_path / "work").mkdir()
-    requirement = make_wheel(tmp_path / "index")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    requirement = offered(tmp_path, monkeypatch)
     with pytest.raises(ModelError, match="the published file at most 100;"):
         download.pip_download(requirement, tmp_path / "work", 100)
 

@@ -97,7 +97,7 @@ def run(kernels: ModuleType, case: dict, *, threads: int | None = None, block: i
     kept = base.clone()
     out = base if case["in_place"] else torch.full_like(base, 5.0)
     move = (case["start"], case["run_key"], case["passes"], case["grid"], case["probe"])
-    kernels.sweep(out, base, *move, hashed=case["law"] == "hashed", threads=threads, block=block)
+    kernels.sweep(out, base, *move, law=case["law"], threads=threads, block=block)
     if not case["in_place"]:
         assert torch.equal(bits(base), bits(kept))
     return out
@@ -138,23 +138,23 @@ def test_every_mix_of_passes_and_probe(kernels, K, pool):
                 id, table = noise.probe(law, K, probed)
                 probe = id, table * np.float32(0.37)
             out = torch.empty_like(base)
-            kernels.sweep(out, base, TILE - 9, 5, passes, 1e-2, probe, hashed=law == "hashed")
+            kernels.sweep(out, base, TILE - 9, 5, passes, 1e-2, probe, law=law)
             assert torch.equal(bits(out), bits(reference(base, TILE - 9, 5, passes, 1e-2, probe, law)))
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("law", ["rademacher", "pooled", "hashed"])
 def test_pieces_of_a_tensor_equal_the_whole(kernels, law):
-    K, hashed = 64 if law in noise.POOLS else 1, law == "hashed"
+    K = 64 if law in noise.POOLS else 1
     passes = noise.passes(law, K, [1, 2 << 32 | 3, 5], [3, -4, 9])
     id, table = noise.probe(law, K, 5)
     probe = id, table.astype(np.float32) * np.float32(0.01)
     base = weights(1, 30_000, torch.float32)
     whole, parts = torch.empty_like(base), torch.empty_like(base)
-    kernels.sweep(whole, base, 700, 99, passes, 1e-3, probe, hashed=hashed)
+    kernels.sweep(whole, base, 700, 99, passes, 1e-3, probe, law=law)
     edges = [0, 1, 576, 4096, 9000, 9001, 29_999, 30_000]
     for lo, hi in itertools.pairwise(edges):
-        kernels.sweep(parts[lo:hi], base[lo:hi], 700 + lo, 99, passes, 1e-3, probe, hashed=hashed)
+        kernels.sweep(parts[lo:hi], base[lo:hi], 700 + lo, 99, passes, 1e-3, probe, law=law)
     assert torch.equal(whole, parts)
 
 
@@ -334,11 +334,10 @@ def test_a_gaussian_probe_walks_the_direction_of_the_update(kernels):
 @pytest.mark.parametrize("kernels", BACKENDS)
 @pytest.mark.parametrize("law", ["rademacher", "pooled", "hashed"])
 def test_a_probe_walks_the_direction_of_the_update(kernels, law):
-    hashed = law == "hashed"
     id, table = noise.probe(law, 16, 3 << 32 | 11)
     probed, updated = torch.zeros(TILE + 9), torch.zeros(TILE + 9)
-    kernels.sweep(probed, probed, 5, 8, NO_PASSES, 0.0, (id, table.astype(np.float32)), hashed=hashed)
-    kernels.sweep(updated, updated, 5, 8, noise.passes(law, 16, [3 << 32 | 11], [1]), 1.0, hashed=hashed)
+    kernels.sweep(probed, probed, 5, 8, NO_PASSES, 0.0, (id, table.astype(np.float32)), law=law)
+    kernels.sweep(updated, updated, 5, 8, noise.passes(law, 16, [3 << 32 | 11], [1]), 1.0, law=law)
     assert torch.equal(probed, updated)
     assert torch.equal(probed.abs(), torch.ones(TILE + 9))
 

@@ -91,7 +91,7 @@ def rebuild(ledger: Ledger, backend: str = "numba", threads: int = 1) -> str:
             h.run_key,
             ledger.passes(),
             h.grid,
-            hashed=h.law == "hashed",
+            law=h.law,
             threads=threads,
         )
         found.append((slot.name, out.view(slot.tensor.shape)))

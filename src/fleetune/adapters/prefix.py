@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fleetune import models
 from fleetune.errors import ModelError
-from fleetune.models.layers import Layer, attention_layers, body_of, is_causal
+from fleetune.models.layers import OTHER_MODULE, Layer, attention_layers, body_of, is_causal
 from fleetune.models.model import Model
 
 SPREAD: Final = 0.02
@@ -67,11 +67,11 @@ class Prefix:
 
 def _layers(net: Any) -> list[Layer]:
     """Return the layers of a net; ModelError where its attention takes no prefix."""
-    layers, other = attention_layers(net, "a prefix"), "choose another module: lora, adapter, bitfit or full"
+    layers = attention_layers(net, "a prefix")
     if not net._supports_attention_backend:  # a class of transformers says so of itself
         raise ModelError(
             f"the attention of a {type(net).__name__} is no function that a prefix can be given to",
-            hint=other,
+            hint=OTHER_MODULE,
         )
     if net.config._attn_implementation not in IMPLEMENTATIONS:
         raise ModelError(

@@ -91,8 +91,7 @@ def staged(target: Path, *, replace: str | None = None, private: bool = False) -
     """Give a hidden folder beside `target` that becomes `target` when the block ends without an error.
 
     Files and folders get the mode that the umask gives (`private`: the owner's alone) and are flushed to the disk before
-    the rename.  An
-    existing `target` stays and the new one is dropped (another process was faster).  With `replace`, a file's
+    the rename.  An existing `target` stays and the new one is dropped (another process was faster).  With `replace`, a file's
     name, a target that is empty or holds that file is replaced; StorageError if it is something else.  An
     operating-system error in the block becomes a StorageError; `target` is as it was.
     A killed process leaves at most a folder that the next `scratch` there removes.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fleetune.errors import DataError, FleetuneError
+from fleetune.models.foreign import short_error
 
 
 class FileRow(NamedTuple):
@@ -163,8 +164,9 @@ def _parquet(path: Path, shown: str) -> Iterator[FileRow | Problem]:
     except (FleetuneError, MemoryError, OSError):
         raise
     except Exception as error:  # pyarrow's own, and what its values raise on their way to Python
-        first = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise DataError(f"{shown}: not Parquet: {first}", hint="download or write the file again") from error
+        raise DataError(
+            f"{shown}: not Parquet: {short_error(error)}", hint="download or write the file again"
+        ) from error
 
 
 READERS: Mapping[str, Callable[[Path, str], Iterator[FileRow | Problem]]] = {

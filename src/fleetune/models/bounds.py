@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from fleetune.errors import ModelError
-from fleetune.models.foreign import AGAIN
+from fleetune.models.foreign import AGAIN, foreign_file
 
 CONFIG_BYTES: Final = 1 << 24  # of config.json; those of real models have thousands
 # what a key counts, and the most that is built of it: transformers makes a list or a module for each
@@ -104,10 +104,12 @@ def check_range(low: float, high: float, name: str, path: Path, hint: str = AGAI
         )
 
 
-def check_step(net: nn.Module, step: Callable[[], Tensor], path: Path) -> None:
-    """Raise ModelError unless the outputs of a first `step` are finite."""
-    with torch.no_grad():
-        if not bool(torch.isfinite(step()).all()):
-            raise ModelError(
-                f"the model in {path} gives outputs that are not finite", hint="try --dtype fp32, or " + AGAIN
-            )
+def check_step(net: Any, path: Path) -> None:
+    """Raise ModelError unless a model of transformers can be run, and its first outputs are finite."""
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=net.device)
+    with foreign_file(path, "holds a model that cannot be run"), torch.no_grad():
+        finite_outputs = bool(torch.isfinite(net(input_ids=ids).logits).all())
+    if not finite_outputs:
+        raise ModelError(
+            f"the model in {path} gives outputs that are not finite", hint="try --dtype fp32, or " + AGAIN
+        )

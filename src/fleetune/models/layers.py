@@ -27,6 +27,7 @@ SPLIT: Final = (
     ("q_lin", "k_lin", "v_lin"),
 )
 FUSED: Final = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
+OTHER_MODULE: Final = "choose another module: lora, adapter, bitfit or full"
 
 
 class Layer(NamedTuple):
@@ -64,7 +65,7 @@ def attention_layers(net: nn.Module, what: str) -> list[Layer]:
         raise ModelError(
             f"{what} needs attention in every layer, and {len(without)} of the {len(layers)} layers of a "
             f"{type(net).__name__} have none that is known here ({without[0]})",
-            hint="choose another module: lora, adapter, bitfit or full",
+            hint=OTHER_MODULE,
         )
     return layers
 

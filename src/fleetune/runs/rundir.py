@@ -136,14 +136,16 @@ class RunDir:
 
     def checkpoint(self, round: int, data: bytes) -> None:
         """Make `round` count: write its encoded state and flush it to the disk; keep the last two."""
-        folder = self.path / "checkpoints"
-        write_atomic(folder / f"round-{round:06d}.ckpt", data, mode=PRIVATE)
+        write_atomic(self._checkpoint(round), data, mode=PRIVATE)
         for _, old in checkpoints(self.path)[:-KEEP]:
             old.unlink(missing_ok=True)
 
     def withdraw(self, round: int) -> None:
         """Remove the checkpoint of a round that has ruined the model."""
-        (self.path / "checkpoints" / f"round-{round:06d}.ckpt").unlink(missing_ok=True)
+        self._checkpoint(round).unlink(missing_ok=True)
+
+    def _checkpoint(self, round: int) -> Path:
+        return self.path / "checkpoints" / f"round-{round:06d}.ckpt"
 
     def restore(
         self, decode: Callable[[bytes], T], note: Callable[[str], None] = _logger.info

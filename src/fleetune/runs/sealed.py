@@ -51,5 +51,10 @@ def read(file: Path, hint: str) -> dict[str, Any]:
         raise StorageError(f"{file} is damaged ({error})", hint=hint) from error
 
 
+def checksum(text: str) -> str:
+    """Return the CRC-32 of a text in UTF-8, as 8 hexadecimal digits."""
+    return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
+
+
 def _checksum(content: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(content, ensure_ascii=False).encode('utf-8', 'surrogatepass')):08x}"
+    return checksum(json.dumps(content, ensure_ascii=False))

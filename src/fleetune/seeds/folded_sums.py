@@ -72,7 +72,7 @@ class FoldedSums:
             sums = self.sums[slot.name]
             self.kernels.sweep(
                 sums, sums, slot.start, self.run_key, passes, 1.0,
-                hashed=self.law == "hashed", threads=self.threads,
+                law=self.law, threads=self.threads,
             )  # fmt: skip
             low, high = torch.aminmax(sums)
             self.reach = max(self.reach, int(-low), int(high))

@@ -56,7 +56,7 @@ def sweep(
     grid: float,
     probe: tuple[int, ArrayLike] | None = None,
     *,
-    hashed: bool = False,
+    law: str = "pooled",
     threads: int | None = None,
     block: int | None = None,
 ) -> None:
@@ -64,14 +64,14 @@ def sweep(
 
     out, base: 1-D contiguous CPU tensors of one size and type (fp32, bf16, fp16), the same tensor or
     disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).
-    hashed: tables are read at the places of the hashed law, else at i mod K.  threads: torch's number by
+    law: tables are read at its `noise.places`.  threads: torch's number by
     default; block: elements a thread takes at a time.  Raises ValueError for tensors or tables of another kind.
     """
     probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
     noise.check_tables(passes, None if probe is None else step)
     ids = _native(passes.ids, u64)
     tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else np.int64)
-    move = (u64(run_key), ids, tables, f32(grid), u64(probe_id), step, int(hashed))
+    move = (u64(run_key), ids, tables, f32(grid), u64(probe_id), step, int(law == "hashed"))
     cost = out.numel() * max(1, len(ids) // 4)
     _share(sweep_tiles, _weights(out, base, start), start, cost, move, threads, block)
 

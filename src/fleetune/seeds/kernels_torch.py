@@ -40,7 +40,7 @@ def sweep(
     grid: float,
     probe: Probe | None = None,
     *,
-    hashed: bool = False,
+    law: str = "pooled",
     threads: int | None = None,
     block: int | None = None,
 ) -> None:
@@ -48,7 +48,7 @@ def sweep(
 
     out, base: 1-D contiguous tensors of one size, type (fp32, bf16, fp16) and device, the same tensor or
     disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).
-    hashed: tables are read at the places of the hashed law, else at i mod K.
+    law: tables are read at its `noise.places`.
     threads has no effect (torch has its own); block: elements at a time.  Raises ValueError for tensors or
     tables of another kind.
     """
@@ -56,8 +56,8 @@ def sweep(
     noise.check_tables(passes, row)
     _check(out, base, start)
     summed = np.int32 if passes.tables.dtype == np.int32 else np.int64
-    table = _period(np.array(passes.tables, summed), hashed, out.device) if len(passes.ids) else None
-    step = None if row is None else _period(row[None], hashed, out.device)[0]
+    table = _period(np.array(passes.tables, summed), law, out.device) if len(passes.ids) else None
+    step = None if row is None else _period(row[None], law, out.device)[0]
     ids, probed = _with_probe(passes.ids, probe)
     grid = float(np.float32(grid))
     with torch.inference_mode():
@@ -204,11 +204,11 @@ def _signed(words: Tensor, table: Tensor, tile: int) -> Tensor:
     return turned.bitwise_xor_(_tiled(table, tile, len(words)).view(torch.int32)).view(torch.float32)
 
 
-def _period(tables: NDArray[np.generic], hashed: bool, device: torch.device) -> Tensor:
+def _period(tables: NDArray[np.generic], law: str, device: torch.device) -> Tensor:
     # Tables [P, K] as `_tiled` reads them.  For the hashed law the 128 values from each place on: [P, K, 128]
     # (views of one line).  Else repeated to at least a tile, in whole tiles: [P, K / 4096 or 1, 4096].  One column stays.
     K = tables.shape[1]
-    if hashed and K > 1:
+    if law == "hashed" and K > 1:
         line = np.concatenate([tables, np.resize(tables.T, (WIDTH - 1, len(tables))).T], axis=1)
         return torch.from_numpy(line).to(device).unfold(1, WIDTH, 1)
     if 1 < K < TILE:

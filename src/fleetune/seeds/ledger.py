@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from fleetune.common.files import write_atomic
 from fleetune.errors import LedgerError
-from fleetune.seeds.noise import LAW_VERSION, LAWS, MOST, POOLS, Passes, passes
+from fleetune.seeds.noise import LAW_VERSION, LAWS, MOST, POOLS, Passes, merged, passes
 
 FORMAT = 1
 AGAIN = "get it again from its origin; a run writes its own again: fleetune tune --resume RUN"
@@ -139,11 +139,7 @@ class Ledger:
         return len(np.unique(ids >> np.uint64(32))) if self.head.law in POOLS else len(ids)
 
     def _sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids, ascending, whose coefficients do not sum to 0, and these sums, int64."""
-        ids, where = np.unique(self.ids, return_inverse=True)
-        sums = np.zeros(len(ids), np.int64)
-        np.add.at(sums, where, self.coefficients.astype(np.int64))
-        return ids[sums != 0], sums[sums != 0]
+        return merged(self.ids, self.coefficients.astype(np.int64))
 
     def with_check(self, round: int, digest: str) -> Ledger:
         """Return this ledger with the digest that the weights have after `round`."""

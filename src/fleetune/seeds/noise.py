@@ -246,7 +246,7 @@ def passes(law: str, K: int, ids: ArrayLike, coefficients: ArrayLike) -> Passes:
         )
     if np.abs(coefficients.astype(np.float64)).sum() >= 2.0**62:
         raise UsageError("the coefficients sum to more than 2^62", hint="scale the ledger down")
-    ids, sums = _merge(ids, coefficients.astype(np.int64))
+    ids, sums = merged(ids, coefficients.astype(np.int64))
     tables = sums[:, None]
     if law in POOLS:
         ids, tables = _pool(ids, sums, K)
@@ -282,7 +282,8 @@ def check_tables(passes: Passes, probe: NDArray[Any] | None) -> None:
             raise ValueError(f"a table of {width} columns; a power of two is needed")
 
 
-def _merge(ids: Ids, values: Sums) -> tuple[Ids, Sums]:
+def merged(ids: Ids, values: Sums) -> tuple[Ids, Sums]:
+    """Return the different ids, ascending, whose values do not sum to 0, and these sums: uint64 [m], int64 [m]."""
     unique, where = np.unique(ids, return_inverse=True)
     sums = np.zeros(len(unique), np.int64)
     np.add.at(sums, where, values)

@@ -56,7 +56,6 @@ class StoredDirection:
             self.kernels.sweep_gaussian(z, z, start, self.run_key, EMPTY.ids, none, 1.0, (id, 1.0))
         else:
             probe = (id, table.astype(np.float32))
-            hashed = self.law == "hashed"
             self.kernels.sweep(
-                z, z, start, self.run_key, EMPTY, 1.0, probe, hashed=hashed, threads=self.threads
+                z, z, start, self.run_key, EMPTY, 1.0, probe, law=self.law, threads=self.threads
             )

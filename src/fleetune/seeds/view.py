@@ -224,9 +224,8 @@ def sweep(view: View, out: Tensor, base: Tensor, start: int, probe: Direction | 
         scaled = probe and (probe[0], float(probe[1][0]))
         view.kernels.sweep_gaussian(out, base, start, view.run_key, point.ids, c, view.grid, scaled)
         return
-    hashed = view.law == "hashed"
     view.kernels.sweep(
-        out, base, start, view.run_key, point, view.grid, probe, hashed=hashed, threads=view.threads
+        out, base, start, view.run_key, point, view.grid, probe, law=view.law, threads=view.threads
     )
 
 
@@ -234,13 +233,12 @@ def _sweep_with_sums(
     view: View, out: Tensor, base: Tensor, start: int, sums: Tensor, probe: Direction | None
 ) -> None:
     """Do the same with a part of the integer sum given: integers first, then one product and one addition."""
-    key, hashed = view.run_key, view.law == "hashed"
-    move = functools.partial(view.kernels.sweep, hashed=hashed, threads=view.threads)
+    move = functools.partial(view.kernels.sweep, law=view.law, threads=view.threads)
     x = torch.empty_like(sums)
-    move(x, sums, start, key, view.point or EMPTY, 1.0)
+    move(x, sums, start, view.run_key, view.point or EMPTY, 1.0)
     x.mul_(view.grid).add_(base.float())
     if probe is not None:
-        move(x, x, start, key, EMPTY, view.grid, probe)
+        move(x, x, start, view.run_key, EMPTY, view.grid, probe)
     out.copy_(x)
 
 

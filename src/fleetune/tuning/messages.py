@@ -128,12 +128,12 @@ def decode(data: bytes, *, any_size: bool = False) -> Message:
 
     MessageError for anything damaged, cut short or malformed.
     """
-    if len(data) < 7 or data[:3] != MAGIC:
+    if len(data) < HEAD or data[:3] != MAGIC:
         raise MessageError(f"not a Fleetune message ({len(data)} bytes, starts with {data[:3]!r})")
     if len(data) > MAX_BYTES and not any_size:
         raise MessageError(f"message of {len(data)} bytes is over the limit of {MAX_BYTES}")
-    body = memoryview(data)[7:]
-    if zlib.crc32(body) != int.from_bytes(data[3:7], "little"):
+    body = memoryview(data)[HEAD:]
+    if zlib.crc32(body) != crc_of(data):
         raise MessageError(f"message of {len(data)} bytes is damaged (checksum differs)")
     try:
         round_, base, scalars, arrays = msgpack.unpackb(

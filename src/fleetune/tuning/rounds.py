@@ -67,13 +67,13 @@ class RoundPlan:
 class Hooks:
     """Callbacks of the loop: `begin()` once before round 1, `evaluate(state)`, `emit(event)`.
 
-    `resumed(round)` is called once where a run is taken up again, `note(text)` with what was lost of it.
+    `resumed()` is called once where a run is taken up again, `note(text)` with what was lost of it.
     """
 
     begin: Callable[[], None]
     evaluate: Callable[[Any], Mapping[str, float]]
     emit: Callable[[Recorded], None]
-    resumed: Callable[[int], None] = lambda round: None
+    resumed: Callable[[], None] = lambda: None
     note: Callable[[str], None] = log.warning
 
 
@@ -135,7 +135,7 @@ def _start(run: RunDir, fleet: Fleet, state: Any, plan: RoundPlan, hooks: Hooks)
     if loss := run.cut(last, stated[1] if stated else None):
         hooks.note(loss)
     fleet.rewind(last)
-    hooks.resumed(last)
+    hooks.resumed()
     return last, state, totals
 
 

@@ -158,7 +158,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) ->
         emit(round_evaluated(0, base.measured))
         _start(job, run, base, first, listener)
 
-    def resumed(round: int) -> None:
+    def resumed() -> None:
         if base is not None:
             listener.note(f"{run.path / EVALUATION} is damaged or gone: the base model has answered again")
             _start(job, run, base, first, listener)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any, Protocol
 from fleetune.common.files import storage_error, write_atomic
 from fleetune.common.settings import Value
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError, suggest
-from fleetune.runs import report, rundir
+from fleetune.runs import report, rundir, sealed
 from fleetune.runs.listener import Listener
 from fleetune.runs.report.cells import GridRun, SweepAxis
 from fleetune.runs.rundir import RunDir
@@ -243,11 +242,9 @@ def to_toml(grid: SweepGrid) -> str:
     table = {recipes.toml_key(a.name): ", ".join(map(recipes.toml_value, a.values)) for a in grid.axes}
     lines = [f"seeds = {grid.seeds}", *(f"{name} = [{values}]" for name, values in table.items())]
     text = recipe + "\n[sweep]\n" + "\n".join(lines) + "\n"
-    return f"# The recipe of a sweep. Run it again: fleetune sweep {FILE}\n{SEAL}{_checksum(text)}\n{text}"
-
-
-def _checksum(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"
+    return (
+        f"# The recipe of a sweep. Run it again: fleetune sweep {FILE}\n{SEAL}{sealed.checksum(text)}\n{text}"
+    )
 
 
 def _check_whole(file: Path) -> None:
@@ -258,7 +255,7 @@ def _check_whole(file: Path) -> None:
         return
     _, seal, rest = text.partition(SEAL)
     stated, _, content = rest.partition("\n")
-    if seal and stated != (found := _checksum(content)):
+    if seal and stated != (found := sealed.checksum(content)):
         what = f"{file} was changed since the sweep began: its checksum is {found}, it states {stated}"
         hint = f"put it back as it was; the recipes of its runs are in {file.parent}/*/run.toml"
         raise RecipeError([what], hint=hint)
