@@ -68,6 +68,7 @@ KINDS = (*TUNE, *COMPRESS, "sweep")
 STOP = {"fedkseed": 27, "fedit": 27, "scaffold": 27, "fedpeptao": 27, "optq": 8, "gkd": 1, "sweep": 23}
 CHANGES = {"t", "seconds", "wall", "rss", "peak_rss", "run", "path", "report", "result", "folder", "planned"}
 FORMS = ("half", "line", "bit", "bit2", "digit", "empty", "noise", "gone", "list", "number")
+DRAWN = ("bit", "bit2", "digit", "noise")  # forms that spoil a file elsewhere under another seed
 
 
 @dataclass
