@@ -31,6 +31,10 @@ class Fleet(Protocol):
         """Rows of every client."""
         ...
 
+    def present(self) -> Sequence[int]:
+        """Return the numbers of the clients that may be asked in the coming round, ascending."""
+        ...
+
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
     ) -> Iterator[Answer]:

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune fleet`: run a recipe on real devices, be such a device, make keys and certificates."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from fleetune.cli import recipe_flags
+from fleetune.cli.commands.tune import finish, screen
+from fleetune.cli.console import Ui
+from fleetune.cli.interrupt import InterruptHandler
+from fleetune.errors import RecipeError, UsageError
+from fleetune.runs import rundir
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fleetune.tuning.real_fleet import Served
+
+HELP = "fine-tune on real devices"
+ORDER = 35
+EXAMPLES = """\
+serve -c recipe.toml                  run a recipe on the devices that join (--resume RUN: go on after a stop)
+join HOST:PORT --data rows.jsonl      be a device: its rows stay on it
+split -c recipe.toml --to DIR         write the rows that each client has in the simulation
+keys new NAME                         make a device's key: NAME stays there, NAME.pub goes to the server
+keys certificate DIR HOST [HOST ..]   make a server's certificate: ca.pem goes to the devices
+"""
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.epilog = EXAMPLES
+    sub.add_argument("action", choices=list(ACTIONS))
+    sub.add_argument("words", metavar="WORD", nargs="*", help="HOST:PORT for join; what to make for keys")
+    serve = sub.add_argument_group("serve")
+    serve.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
+    serve.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
+    )
+    serve.add_argument("--port", type=int, default=8470, help="port to listen on (default 8470)")
+    serve.add_argument(
+        "--keys",
+        metavar="DIR",
+        help="let in the devices whose NAME.pub is in this folder, in the order of the names",
+    )
+    serve.add_argument("--certificate", metavar="DIR", help="folder with server.pem and server.key")
+    serve.add_argument(
+        "--wait",
+        type=int,
+        default=0,
+        metavar="N",
+        help="devices before the first round (default: the recipe's clients)",
+    )
+    serve.add_argument(
+        "--grace",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="wait so long for a device that has gone (default 60)",
+    )
+    serve.add_argument(
+        "--round-deadline",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="go on without those that have not answered by then (default: wait)",
+    )
+    join = sub.add_argument_group("join (with --data, --model, --device and --threads of this device)")
+    join.add_argument(
+        "--state",
+        metavar="DIR",
+        default="fleetune-device",
+        help="folder of the device: its key, what it remembers (default ./fleetune-device)",
+    )
+    join.add_argument(
+        "--key", metavar="FILE", help="the device's key (default: one made in the state folder)"
+    )
+    join.add_argument(
+        "--ca", metavar="FILE", help="ca.pem of the server; needed unless the server is this machine"
+    )
+    sub.add_argument("--to", metavar="DIR", help="for split: folder for the files")
+    recipe_flags.add(sub)
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Carry out an action."""
+    ACTIONS[args.action](args, ui)
+
+
+# The server -------------------------------------------------------------------------------------------
+
+
+def _serve(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.tuning import run as running
+
+    _no_words(args)
+    with screen(ui) as shown, _served(args) as fleets:
+        if args.resume:
+            path = rundir.find(args.resume, Path(args.out))
+            if given := [*recipe_flags.given(args), *args.set, *([args.config] if args.config else [])]:
+                raise UsageError(
+                    f"--resume follows the run's own recipe; it takes no {given[0]}",
+                    hint=f"fleetune fleet serve --resume {path}",
+                )
+            result = running.resume(path, shown, offline=args.offline, fleets=fleets)
+        else:
+            result = running.start(_recipe(args), Path(args.out), shown, offline=args.offline, fleets=fleets)
+    finish(ui, result)
+
+
+def _served(args: argparse.Namespace) -> Served:
+    from fleetune.tuning.fleets.remote import Pace
+    from fleetune.tuning.real_fleet import Place, Served
+
+    for name in ("wait", "grace", "round_deadline"):
+        if getattr(args, name) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be negative")
+    place = Place(args.host, args.port, _path(args.keys), _path(args.certificate))
+    return Served(place, args.wait, Pace(args.grace, args.round_deadline))
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    values = recipe_flags.keys(args, args.config)
+    if "sweep" in values:
+        raise RecipeError([f"{args.config} is the recipe of a sweep, which runs in the simulator alone"])
+    return recipes.make(values)
+
+
+# A device ---------------------------------------------------------------------------------------------
+
+
+def _join(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.tuning.fleets.worker import Brings
+    from fleetune.tuning.real_fleet import Home, join
+
+    if len(args.words) != 1:
+        raise UsageError(
+            "join takes the server's HOST:PORT",
+            hint="fleetune fleet join 192.168.1.10:8470 --data rows.jsonl",
+        )
+    given = recipe_flags.given(args)
+    if not (rows := given.pop("data", "")):
+        raise UsageError("which rows does this device have?", hint="--data rows.jsonl")
+    own = {name: given.pop(name, "") for name in ("model", "device", "threads")}
+    if other := [*given, *args.set]:
+        raise UsageError(
+            f"{other[0]} is the server's to say", hint="a device gives --data, --model, --device, --threads"
+        )
+    if not own["threads"].isdigit() and own["threads"]:
+        raise UsageError(f"--threads {own['threads']} is no number")
+    brings = Brings(rows, own["model"], own["device"] or "auto", int(own["threads"] or 0), args.offline)
+    home = Home(Path(args.state), _path(args.key), _path(args.ca))
+    with InterruptHandler(ui) as interrupt:
+        why = join(
+            args.words[0],
+            brings,
+            home,
+            stop=lambda: interrupt.requested,
+            note=ui.note,
+            on_step=lambda client, step: None,
+        )
+    ui.note(why)
+
+
+# What fleets need -------------------------------------------------------------------------------------
+
+
+def _split(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.data.examples import row_of
+    from fleetune.tuning import methods, prepare
+
+    _no_words(args)
+    if not args.to:
+        raise UsageError("where to?", hint="--to DIR")
+    recipe = _recipe(args)
+    parts = prepare.split(recipe, methods.entry(recipe.method), offline=args.offline)
+    folder = Path(args.to)
+    folder.mkdir(parents=True, exist_ok=True)
+    for client, rows in enumerate(parts.clients):
+        lines = [json.dumps(row_of(parts.examples[i]), ensure_ascii=False) for i in rows.tolist()]
+        (folder / f"client-{client:03d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    ui.paths([("rows", f"{folder}/client-000.jsonl to client-{len(parts.clients) - 1:03d}.jsonl")])
+
+
+def _keys(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.tuning.fleets import keys
+
+    keys.check_installed()
+    match args.words:
+        case ["new", name]:
+            made = keys.make(Path(name))
+            ui.paths([
+                ("key", f"{name}   (stays on the device)"),
+                ("public key", f"{name}.pub   (for the server's --keys folder)"),
+                ("fingerprint", made.public.fingerprint),
+            ])  # fmt: skip
+        case ["certificate", folder, *hosts] if hosts:
+            ca = keys.make_certificate(Path(folder), hosts)
+            ui.paths([("for devices", str(ca)), ("for the server", f"--certificate {folder}")])
+        case _:
+            raise UsageError("keys takes: new NAME, or certificate DIR HOST [HOST ..]")
+
+
+def _no_words(args: argparse.Namespace) -> None:
+    if args.words:
+        raise UsageError(f"{args.action} takes no '{args.words[0]}'", hint="fleetune fleet --help")
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None
+
+
+ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
+    "serve": _serve, "join": _join, "split": _split, "keys": _keys,
+}  # fmt: skip

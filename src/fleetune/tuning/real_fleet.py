@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a recipe on real devices: the same rounds as in a simulated fleet, in the same kind of folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from fleetune.common.locks import lock
+from fleetune.errors import FleetError, Interrupted, UsageError
+from fleetune.runs.listener import Listener
+from fleetune.runs.rundir import RunDir
+from fleetune.tuning.fleets import Fleet
+from fleetune.tuning.fleets import keys as keyring
+from fleetune.tuning.fleets.devices import Devices
+from fleetune.tuning.fleets.keys import PublicKey
+from fleetune.tuning.fleets.orders import Job
+from fleetune.tuning.fleets.remote import Pace, RemoteFleet, check_count
+from fleetune.tuning.fleets.worker import Brings, Worker
+from fleetune.tuning.recipe import label_words
+
+if TYPE_CHECKING:
+    from fleetune.tuning.prepare import TuneJob
+    from fleetune.tuning.run import Step
+
+PORT: Final = 8470
+NEXT: Final = "what to do: docs/fleet.md"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server listens, and whom it lets in."""
+
+    host: str = "127.0.0.1"
+    port: int = PORT
+    keys: Path | None = None  # folder with the devices' public keys
+    certificate: Path | None = None  # folder with server.pem and server.key
+
+    def check(self) -> list[PublicKey] | None:
+        """Return the registered keys, None for any; UsageError for a place that others reach without TLS and keys."""
+        keyring.check_installed()
+        if not keyring.is_loopback(self.host) and not (self.keys and self.certificate):
+            raise UsageError(
+                f"{self.host} can be reached from other machines: a fleet there needs TLS and registered keys",
+                hint=f"fleetune fleet keys certificate certs {self.host}; then: --certificate certs --keys DIR "
+                "with the devices' public keys",
+            )
+        for name in ("server.pem", "server.key"):
+            if self.certificate and not (self.certificate / name).is_file():
+                raise UsageError(
+                    f"{self.certificate} has no {name}",
+                    hint=f"make it: fleetune fleet keys certificate {self.certificate} {self.host}",
+                )
+        return keyring.registered(self.keys) if self.keys else None
+
+
+@dataclass
+class Served:
+    """Real devices, which join at `place`; use it in a `with` block, which opens and closes the door."""
+
+    place: Place
+    wait: int = (
+        0  # devices before the first round; 0: as many as the recipe has clients, or keys are registered
+    )
+    pace: Pace = field(default_factory=Pace)
+    simulated: bool = False
+    _keys: list[PublicKey] | None = field(init=False)
+    _fleet: RemoteFleet | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._keys = self.place.check()
+
+    def __enter__(self) -> Served:
+        from fleetune.tuning.fleets.flower.gate import Address, Gate
+
+        certificate = self.place.certificate
+        files = (certificate / "server.pem", certificate / "server.key") if certificate else (None, None)
+        self._gate = Gate(Address(self.place.host, self.place.port, *files), self._keys)
+        self._gate.open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._fleet is not None and error[0] is None:
+            self._fleet.end("the run is finished")
+        self._gate.close()
+
+    def count(self, job: TuneJob) -> int:
+        """Return how many devices the first round waits for; FleetError when fewer can come."""
+        registered = len(self._keys) if self._keys is not None else 0
+        wanted = self.wait or job.recipe.clients or registered or job.entry.clients
+        if self._keys is not None:
+            check_count(wanted, registered)
+        return wanted
+
+    def about(self, job: TuneJob) -> str:
+        """Return where, and how many are waited for."""
+        way = "TLS" if self.place.certificate else "plain HTTP"
+        door = "registered keys" if self._keys is not None else "any key"
+        return f"{self.place.host}:{self.place.port} · {way}, {door} · {self.count(job)} devices"
+
+    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+        """Return the fleet when enough devices are ready."""
+        devices = Devices(run.path)
+        devices.register([(k.fingerprint, k.name) for k in self._keys or []])
+        listener.note(f"on each device: {self.line()}")
+
+        def look() -> None:
+            if listener.stop_requested:
+                raise Interrupted("stopped while waiting for devices; finished rounds are kept")
+
+        self._fleet = RemoteFleet(
+            self._gate, devices, job_of(job, devices.run), job.recipe.seed, self.pace,
+            look=look, note=listener.note,
+        )  # fmt: skip
+        self._fleet.wait_for(self.count(job))
+        return self._fleet
+
+    def line(self) -> str:
+        """Return the command for a device."""
+        host = self.place.host if self.place.host != "0.0.0.0" else "THIS-HOST"
+        words = f"fleetune fleet join {host}:{self.place.port} --data ROWS.jsonl"
+        words += " --key KEY" if self._keys is not None else ""
+        return words + (" --ca ca.pem" if self.place.certificate else "")
+
+
+def job_of(job: TuneJob, run: str) -> Job:
+    """Return what devices are told of a run."""
+    recipe, model = job.recipe, job.model
+    return Job(
+        run, recipe.method, dict(recipe.set), recipe.model, model.digest, recipe.dtype, recipe.max_length,
+        label_words(recipe.labels), recipe.rounds,
+    )  # fmt: skip
+
+
+# A device ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Home:
+    """What a device keeps on its disk, and whom it trusts."""
+
+    state: Path
+    key: Path | None = None  # default: a key in `state`, made when it is not there
+    ca: Path | None = (
+        None  # certificate that the server's is checked by; none: plain HTTP, on this machine alone
+    )
+    poll: float = 0.2
+    heartbeat: float = 10.0
+
+
+def join(
+    address: str,
+    brings: Brings,
+    home: Home,
+    *,
+    stop: Callable[[], bool],
+    note: Callable[[str], None],
+    on_step: Callable[[int, int], None],
+) -> str:
+    """Be a device of the fleet at HOST:PORT until its run is over; return why it is.
+
+    It reconnects whatever happens.  FleetuneError when this device cannot take part.
+    """
+    keyring.check_installed()
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"'{address}' is not HOST:PORT", hint=f"e.g. 192.168.1.10:{PORT}")
+    if not keyring.is_loopback(host) and home.ca is None:
+        raise UsageError(
+            f"{host} is another machine: a device talks to it with TLS alone",
+            hint="bring the server's ca.pem here and give it: --ca ca.pem",
+        )
+    with _alone(home.state):
+        from fleetune.tuning.fleets.flower.node import Server, stay
+
+        key = keyring.read(home.key) if home.key else _own_key(home.state)
+        worker = Worker(brings, home.state, note=note, on_step=on_step)
+        stay(
+            Server(address, home.ca, home.poll, home.heartbeat), key, home.state, worker.answer,
+            over=lambda: bool(worker.ended) or stop(), note=note,
+        )  # fmt: skip
+    if worker.error is not None:
+        raise worker.error
+    if stop() and not worker.ended:
+        raise Interrupted("stopped; the device can join again at any time")
+    return worker.ended
+
+
+def _own_key(state: Path) -> keyring.PrivateKey:
+    path = state / "key"
+    return keyring.read(path) if path.exists() else keyring.make(path)
+
+
+def _alone(state: Path) -> AbstractContextManager[object]:
+    """Keep other processes from being the same device; FleetError where one is."""
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = (state / ".lock").open("a")
+    if not lock(file.fileno()):
+        file.close()
+        raise FleetError(
+            f"another process is the device of {state}",
+            hint="give each device on a machine its own --state DIR",
+        )
+    return file
