@@ -21,11 +21,13 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Final
+from typing import Final, TypeVar
 
 from fleetune.common.settings import Value
 from fleetune.errors import MessageError, cut_reason
 from fleetune.tuning.messages import Message, Payload, Scalar, decode, encode
+
+T = TypeVar("T")
 
 ORDERS: Final = ("job", "work", "end")
 ANSWERS: Final = ("ready", "done", "failed", "refused")
@@ -183,7 +185,7 @@ def _text(payload: Payload, name: str) -> str:
     return _of(payload, name, str)
 
 
-def _of(payload: Payload, name: str, kind: type[Any]) -> Any:
+def _of(payload: Payload, name: str, kind: type[T]) -> T:
     value = payload.scalars.get(name)
     if type(value) is not kind:
         raise MessageError(f"scalar '{name}' is a {type(value).__name__}, not {kind.__name__}")

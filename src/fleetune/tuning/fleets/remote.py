@@ -138,9 +138,10 @@ class RemoteFleet:
             for number in self._lost(sent):
                 waiting[sent.pop(number)] = time.monotonic()
             for client in self._here(waiting):
-                if (number := self._push(self.devices.members[client].key, asked[client])) is not None:
+                pushed = self._push(self.devices.members[client].key, asked[client])
+                if pushed is not None:
                     del waiting[client]
-                    sent[number] = client
+                    sent[pushed] = client
             now = time.monotonic()
             late = bool(self.pace.deadline) and now - began > self.pace.deadline
             for client, since in list(waiting.items()):

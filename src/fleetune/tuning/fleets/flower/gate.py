@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -44,7 +47,10 @@ LIFETIME: Final = 86400.0  # seconds that Flower keeps a message
 HEARTBEAT: Final = 15.0  # seconds; the run counts as dead after 60 without one
 
 
-async def _limited(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+async def _door(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    """Let nothing through but requests of a limited size to the devices' interface."""
+    if not request.url.path.startswith("/v1/fleet/"):
+        return Response(status_code=404)
     length = request.headers.get("content-length", "")
     if not (length.isascii() and length.isdigit()) or int(length) > LIMIT:
         return Response(status_code=413)
@@ -70,7 +76,7 @@ class Gate:
         self._arriving: dict[str, Message] = {}
         self._names: dict[int, str] = {}
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[
-            Middleware(BaseHTTPMiddleware, dispatch=_limited),
+            Middleware(BaseHTTPMiddleware, dispatch=_door),
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
@@ -78,38 +84,49 @@ class Gate:
         app.state.linkstate_factory, app.state.enable_supernode_auth = factory, keys is not None
         app.include_router(fleet_router)
         self.address = address
-        self._server = uvicorn.Server(uvicorn.Config(
-            app, address.host, address.port, ssl_certfile=address.certificate, ssl_keyfile=address.key,
-            workers=1, access_log=False, log_level="error", lifespan="off",
-        ))  # fmt: skip
-        self._thread = threading.Thread(target=self._server.run, name="gate", daemon=True)
+        self._config = uvicorn.Config(
+            app, ssl_certfile=address.certificate, ssl_keyfile=address.key, workers=1, ws="none",
+            access_log=False, log_level="error", lifespan="off",
+        )  # fmt: skip
         if keys is not None:
             self.admit(keys)
 
     def open(self) -> None:
         """Start to listen; FleetError where that is not possible."""
+        self._listen()
         self.run = self.state.create_run(
             "fleetune", "1", None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
         )
-        self.task = self.state.get_run_info(run_ids=[self.run])[0].primary_task_id
-        if not (self.state.claim_task(self.task) and self.state.activate_task(self.task)):
+        task = self.state.get_run_info(run_ids=[self.run])[0].primary_task_id
+        if task is None or not (self.state.claim_task(task) and self.state.activate_task(task)):
             raise FleetError(
                 "Flower gave the run no task", hint="please report this with the version of flwr"
             )
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = (
-            self.task,
-            self.run,
-            SUPERLINK_NODE_ID,
-        )
-        threading.Thread(target=self._beat, name="gate's heartbeat", daemon=True).start()
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task, self.run, SUPERLINK_NODE_ID
+        threading.Thread(target=self._beat, args=(task,), name="gate's heartbeat", daemon=True).start()
         self._thread.start()
         while not self._server.started:
-            if not self._thread.is_alive():
-                where = f"{self.address.host}:{self.address.port}"
-                raise FleetError(
-                    f"cannot listen on {where}", hint="is the port in use, or the certificate unreadable?"
-                )
             time.sleep(0.02)
+
+    def _listen(self) -> None:
+        """Make the thread that serves; a certificate or an address that cannot be used is found here."""
+        host, port = self.address.host, self.address.port
+        try:
+            self._config.load()
+        except (OSError, ssl.SSLError) as error:
+            raise FleetError(
+                f"the certificate {self.address.certificate} cannot be used: {error}",
+                hint=f"make it anew: fleetune fleet keys certificate DIR {host}",
+            ) from error
+        try:
+            opened = socket.create_server((host, port), family=_family(host), backlog=1024)
+        except OSError as error:
+            raise FleetError(
+                f"cannot listen on {host}:{port}: {error.strerror}", hint="choose another --port or --host"
+            ) from error
+        self._server = uvicorn.Server(self._config)
+        serve = functools.partial(self._server.run, sockets=[opened])
+        self._thread = threading.Thread(target=serve, name="gate", daemon=True)
 
     def close(self) -> None:
         """Stop listening."""
@@ -117,8 +134,8 @@ class Gate:
         self._server.should_exit = True
         self._thread.join(10)
 
-    def _beat(self) -> None:
-        while self.state.acknowledge_task_heartbeat(self.task):
+    def _beat(self, task: int) -> None:
+        while self.state.acknowledge_task_heartbeat(task):
             time.sleep(HEARTBEAT)
 
     def admit(self, keys: Sequence[PublicKey]) -> None:
@@ -192,10 +209,13 @@ class Gate:
             contents = {
                 t.object_id: self.state.get_object(self.run, t.object_id) for t in iterate_object_tree(tree)
             }
-            if any(content == b"" for content in contents.values()):
+            there = {id: content for id, content in contents.items() if content}
+            if len(there) < len(contents):
                 return NOT_YET
-            whole = inflate_object_from_contents(id, contents)
-            return None if whole.has_error() else wire.unpack(whole.content)
+            whole = inflate_object_from_contents(id, there)
+            if not isinstance(whole, Message) or whole.has_error():
+                return None
+            return wire.unpack(whole.content)
         except Exception as error:  # whatever a device makes of its objects: it is asked again
             log.warning("an answer could not be read: %s: %s", type(error).__name__, error)
             return None
@@ -209,3 +229,7 @@ class Gate:
 
 
 NOT_YET: Final = b"not yet"
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

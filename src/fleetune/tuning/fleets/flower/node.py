@@ -91,11 +91,13 @@ class _Session:
             return False
         tree = got.message_object_trees[0]
         run = message_from_proto(got.messages_list[0]).metadata.run_id
+
+        def confirm(id: str) -> None:
+            request = ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=id)
+            client.ConfirmMessageReceived(request)
+
         message = pull_and_inflate_object_from_tree(
-            tree, make_pull_object_fn_protobuf(client.PullObject, node, run),
-            lambda id: client.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=id)
-            ),
+            tree, make_pull_object_fn_protobuf(client.PullObject, node, run), confirm,
             return_type=Message, initial_backoff=0.1,
         )  # fmt: skip
         wire.set_id(message, tree.object_id)

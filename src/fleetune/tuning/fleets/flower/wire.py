@@ -12,7 +12,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fleetune.errors import MessageError, cut_reason
 
-logging.getLogger("flwr").setLevel(logging.ERROR)  # it logs every request, on a handler of its own
+logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it logs every request, on a handler of its own
 
 PIECE: Final = 1 << 20  # bytes of an object; each has to arrive within 180 s
 
@@ -28,7 +28,7 @@ def pack(data: bytes) -> RecordDict:
 def unpack(content: RecordDict) -> bytes:
     """Return the bytes of records; MessageError for records of another kind."""
     try:
-        parts = [content[str(i)]["data"] for i in range(len(content))]  # type: ignore[index,call-overload]
+        parts = [content[str(i)]["data"] for i in range(len(content))]
     except (KeyError, TypeError, IndexError) as error:
         raise MessageError(f"the message is not in pieces as agreed ({error!r})") from error
     if not all(type(part) is bytes for part in parts):
