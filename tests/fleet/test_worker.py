@@ -151,7 +151,6 @@ def test_a_message_that_is_none_fails_the_round_and_no_more(
         ({"method": "nothing"}, "nothing"),
         ({"set": {"r": 0}}, "r = 0"),
         ({"method": "fedkseed", "set": {"objective": "os:system"}}, "a function of the server's"),
-        ({"max_length": 4}, "no row"),
     ],
 )
 def test_a_job_that_it_cannot_do_is_refused_before_any_work(

@@ -26,11 +26,12 @@ from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.memory import rss, total_memory
 from fleetune.common.version import __version__
 from fleetune.data import Batches, Encoded
+from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import DataError, FleetError, FleetuneError, Interrupted, MessageError, ModelError
 from fleetune.evaluation.losses import pad_id
 from fleetune.models.model import Model
-from fleetune.tuning import foundations, methods
+from fleetune.tuning import methods
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.fleets.orders import NOTHING_KEPT, Device, Job, Order, Reply
@@ -95,7 +96,7 @@ class Worker:
             if self.loaded is None or self.loaded.job != job:
                 self.loaded = load(job, self.brings, self.state)
             told = Device(
-                len(self.loaded.rows), foundations.digest([self.loaded.rows]), total_memory(),
+                len(self.loaded.rows), digest([self.loaded.rows]), total_memory(),
                 torch.get_num_threads(), __version__,
             )  # fmt: skip
             return Reply("ready", order.nonce, order.round, told.to_json()).encode()
