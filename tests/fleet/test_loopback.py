@@ -23,13 +23,14 @@ import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import FleetError, Interrupted, UsageError
-from fleetune.tuning import real_fleet
+from fleetune.fleet import device as devices_module
+from fleetune.fleet import keys
+from fleetune.fleet.device import Home
+from fleetune.fleet.remote import Pace
+from fleetune.fleet.server import Place, Served
+from fleetune.fleet.worker import Brings
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning import run as running
-from fleetune.tuning.fleets import keys
-from fleetune.tuning.fleets.remote import Pace
-from fleetune.tuning.fleets.worker import Brings
-from fleetune.tuning.real_fleet import Home, Place, Served
 
 CLIENTS = 3
 COMMON: dict[str, Any] = {
@@ -91,7 +92,7 @@ class Device(threading.Thread):
     def run(self) -> None:
         address = f"localhost:{self.port}" if self.home.ca else f"127.0.0.1:{self.port}"
         try:
-            self.outcome = real_fleet.join(
+            self.outcome = devices_module.join(
                 address, self.brings, self.home, stop=self.leave.is_set, note=self.notes.append,
                 on_step=lambda client, step: None,
             )  # fmt: skip
@@ -283,5 +284,5 @@ def test_a_port_in_use_and_a_second_process_of_a_device_are_refused(place: Path)
             Served(Place("127.0.0.1", taken.getsockname()[1])),
         ):
             pass
-    with real_fleet._alone(Path("one")), pytest.raises(FleetError, match="another process"):
-        real_fleet._alone(Path("one"))
+    with devices_module._alone(Path("one")), pytest.raises(FleetError, match="another process"):
+        devices_module._alone(Path("one"))

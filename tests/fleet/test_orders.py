@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetune.errors import MessageError
-from fleetune.tuning.fleets.orders import ANSWERS, ORDERS, Device, Job, Order, Reply
+from fleetune.fleet.orders import ANSWERS, ORDERS, Device, Job, Order, Reply
 from fleetune.tuning.messages import Message, Payload, encode
 
 JOB = Job(

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleetune.errors import FleetError, Interrupted, StorageError
+from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
+from fleetune.fleet.remote import Pace, RemoteFleet, check_count
+from fleetune.fleet.table import FILE, Devices
 from fleetune.runs import sealed
-from fleetune.tuning.fleets.devices import FILE, Devices
-from fleetune.tuning.fleets.orders import NOTHING_KEPT, Device, Job, Order, Reply
-from fleetune.tuning.fleets.remote import Pace, RemoteFleet, check_count
 
 JOB = Job("a" * 32, "fedkseed", {}, "m", "b" * 64, "fp32", 64, (), 3)
 QUICK = Pace(grace=0.3, poll=0.001)

@@ -15,12 +15,12 @@ from fleetune import data, models
 from fleetune.data import Batches
 from fleetune.data.labelled import encode_rows
 from fleetune.evaluation.losses import pad_id
+from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
+from fleetune.fleet.worker import ANSWER, Brings, Worker
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
-from fleetune.tuning.fleets.orders import NOTHING_KEPT, Device, Job, Order, Reply
-from fleetune.tuning.fleets.worker import ANSWER, Brings, Worker
 from fleetune.tuning.messages import Message, decode, encode
 
 SET = {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}

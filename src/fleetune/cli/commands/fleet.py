@@ -19,7 +19,7 @@ from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fleetune.tuning.real_fleet import Served
+    from fleetune.fleet.server import Served
 
 HELP = "fine-tune on real devices"
 ORDER = 35
@@ -116,8 +116,8 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _served(args: argparse.Namespace) -> Served:
-    from fleetune.tuning.fleets.remote import Pace
-    from fleetune.tuning.real_fleet import Place, Served
+    from fleetune.fleet.remote import Pace
+    from fleetune.fleet.server import Place, Served
 
     for name in ("wait", "grace", "round_deadline"):
         if getattr(args, name) < 0:
@@ -137,8 +137,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _join(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.tuning.fleets.worker import Brings
-    from fleetune.tuning.real_fleet import Home, join
+    from fleetune.fleet.device import Home, join
+    from fleetune.fleet.worker import Brings
 
     if len(args.words) != 1:
         raise UsageError(
@@ -190,7 +190,7 @@ def _split(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _keys(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.tuning.fleets import keys
+    from fleetune.fleet import keys
 
     keys.check_installed()
     match args.words:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from fleetune.errors import FleetError, MessageError
+from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
+from fleetune.fleet.table import Devices
 from fleetune.seeds.noise import derive
 from fleetune.tuning.fleets import Answer
-from fleetune.tuning.fleets.devices import Devices
-from fleetune.tuning.fleets.orders import NOTHING_KEPT, Device, Job, Order, Reply
 
 log = logging.getLogger(__name__)
 

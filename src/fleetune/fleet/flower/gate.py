@@ -37,8 +37,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from fleetune.errors import FleetError
-from fleetune.tuning.fleets.flower import wire
-from fleetune.tuning.fleets.keys import PublicKey
+from fleetune.fleet.flower import wire
+from fleetune.fleet.keys import PublicKey
 
 log = logging.getLogger(__name__)
 

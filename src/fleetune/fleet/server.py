@@ -3,23 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fleetune.common.locks import lock
-from fleetune.errors import FleetError, Interrupted, UsageError
+from fleetune.errors import Interrupted, UsageError
+from fleetune.fleet import keys as keyring
+from fleetune.fleet.keys import PublicKey
+from fleetune.fleet.orders import Job
+from fleetune.fleet.remote import Pace, RemoteFleet, check_count
+from fleetune.fleet.table import Devices
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.fleets import Fleet
-from fleetune.tuning.fleets import keys as keyring
-from fleetune.tuning.fleets.devices import Devices
-from fleetune.tuning.fleets.keys import PublicKey
-from fleetune.tuning.fleets.orders import Job
-from fleetune.tuning.fleets.remote import Pace, RemoteFleet, check_count
-from fleetune.tuning.fleets.worker import Brings, Worker
 from fleetune.tuning.recipe import label_words
 
 if TYPE_CHECKING:
@@ -27,7 +23,6 @@ if TYPE_CHECKING:
     from fleetune.tuning.run import Step
 
 PORT: Final = 8470
-NEXT: Final = "what to do: docs/fleet.md"
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Served:
         self._keys = self.place.check()
 
     def __enter__(self) -> Served:
-        from fleetune.tuning.fleets.flower.gate import Address, Gate
+        from fleetune.fleet.flower.gate import Address, Gate
 
         certificate = self.place.certificate
         files = (certificate / "server.pem", certificate / "server.key") if certificate else (None, None)
@@ -133,75 +128,3 @@ def job_of(job: TuneJob, run: str) -> Job:
         run, recipe.method, dict(recipe.set), recipe.model, model.digest, recipe.dtype, recipe.max_length,
         label_words(recipe.labels), recipe.rounds,
     )  # fmt: skip
-
-
-# A device ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Home:
-    """What a device keeps on its disk, and whom it trusts."""
-
-    state: Path
-    key: Path | None = None  # default: a key in `state`, made when it is not there
-    ca: Path | None = (
-        None  # certificate that the server's is checked by; none: plain HTTP, on this machine alone
-    )
-    poll: float = 0.2
-    heartbeat: float = 10.0
-
-
-def join(
-    address: str,
-    brings: Brings,
-    home: Home,
-    *,
-    stop: Callable[[], bool],
-    note: Callable[[str], None],
-    on_step: Callable[[int, int], None],
-) -> str:
-    """Be a device of the fleet at HOST:PORT until its run is over; return why it is.
-
-    It reconnects whatever happens.  FleetuneError when this device cannot take part.
-    """
-    keyring.check_installed()
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise UsageError(f"'{address}' is not HOST:PORT", hint=f"e.g. 192.168.1.10:{PORT}")
-    if not keyring.is_loopback(host) and home.ca is None:
-        raise UsageError(
-            f"{host} is another machine: a device talks to it with TLS alone",
-            hint="bring the server's ca.pem here and give it: --ca ca.pem",
-        )
-    with _alone(home.state):
-        from fleetune.tuning.fleets.flower.node import Server, stay
-
-        key = keyring.read(home.key) if home.key else _own_key(home.state)
-        worker = Worker(brings, home.state, note=note, on_step=on_step)
-        stay(
-            Server(address, home.ca, home.poll, home.heartbeat), key, home.state, worker.answer,
-            over=lambda: bool(worker.ended) or stop(), note=note,
-        )  # fmt: skip
-    if worker.error is not None:
-        raise worker.error
-    if stop() and not worker.ended:
-        raise Interrupted("stopped; the device can join again at any time")
-    return worker.ended
-
-
-def _own_key(state: Path) -> keyring.PrivateKey:
-    path = state / "key"
-    return keyring.read(path) if path.exists() else keyring.make(path)
-
-
-def _alone(state: Path) -> AbstractContextManager[object]:
-    """Keep other processes from being the same device; FleetError where one is."""
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file = (state / ".lock").open("a")
-    if not lock(file.fileno()):
-        file.close()
-        raise FleetError(
-            f"another process is the device of {state}",
-            hint="give each device on a machine its own --state DIR",
-        )
-    return file

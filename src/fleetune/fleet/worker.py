@@ -30,11 +30,11 @@ from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import DataError, FleetError, FleetuneError, Interrupted, MessageError, ModelError
 from fleetune.evaluation.losses import pad_id
+from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.models.model import Model
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
-from fleetune.tuning.fleets.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.tuning.methods import Method
 
 log = logging.getLogger(__name__)

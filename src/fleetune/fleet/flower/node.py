@@ -32,8 +32,8 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.errors import FleetError, FleetuneError
-from fleetune.tuning.fleets.flower import wire
-from fleetune.tuning.fleets.keys import PrivateKey
+from fleetune.fleet.flower import wire
+from fleetune.fleet.keys import PrivateKey
 
 log = logging.getLogger(__name__)
 

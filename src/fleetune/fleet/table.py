@@ -17,8 +17,8 @@ from typing import Any, Final
 
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.errors import MessageError, StorageError
+from fleetune.fleet.orders import Device
 from fleetune.runs import sealed
-from fleetune.tuning.fleets.orders import Device
 
 FILE: Final = "devices.json"
 
