@@ -24,11 +24,13 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import device as devices_module
-from fleetune.fleet import keys
+from fleetune.fleet import keys, server
+from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.device import Home
 from fleetune.fleet.remote import Pace
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.worker import Brings
+from fleetune.runs import rundir
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning import run as running
 
@@ -204,9 +206,53 @@ def test_the_door(place: Path) -> None:
         for device in (stranger, plain):
             device.leave.set()
             device.join(20)
-        assert "does not know this device's key" in stranger.notes[0]
+        assert "the server does not know this device's key: bring its .pub" in stranger.notes[0]
         assert "no server there" in plain.notes[0] or "answered" in plain.notes[0]
         assert not fleets._gate.online()
+
+
+def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third device's key comes after the start; the first one's is removed after the first round."""
+    monkeypatch.setattr(server, "LOOK", 0.0)
+    split(FEDKSEED)
+    Path("some").mkdir()
+    for c in (0, 1):
+        (Path("some") / f"dev-{c}.pub").write_bytes(Path(f"keys/dev-{c}.pub").read_bytes())
+    port = free_port()
+    notes: list[str] = []
+
+    class Watch(fleetune.Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+            if text.startswith("2 of 2"):
+                (Path("some") / "dev-2.pub").write_bytes(Path("keys/dev-2.pub").read_bytes())
+                (Path("some") / "odd.pub").write_text("no key")
+
+        def event(self, event: Any) -> None:
+            if event.event == "round" and event.round == 1:
+                (Path("some") / "odd.pub").unlink(missing_ok=True)
+                (Path("some") / "dev-0.pub").unlink()
+
+    pace = Pace(grace=2, poll=0.01)
+    recipe = recipes.make({**FEDKSEED, "clients": 2})
+    with (
+        devices(port) as joined,
+        Served(Place("127.0.0.1", port, Path("some"), Path("certs")), pace=pace) as fleets,
+    ):
+        found = running.start(recipe, Path("real"), Watch(), offline=True, fleets=fleets)
+        joined[0].leave.set()
+    assert any("the keys stay as they are" in n for n in notes)
+    assert any("dev-0 is revoked" in n and "dev-2 may join" in n for n in notes)
+    (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+    replies = [e for e in rundir.events(run) if e["event"] == "client"]
+    assert {(e["round"], e["client"]): e["status"] for e in replies if e["client"] == 0 and e["round"] > 1} == {
+        (2, 0): "dropped",
+    }  # fmt: skip
+    assert any(e["client"] == 2 and e["status"] == "ok" for e in replies)
+    assert verify(run / FILE).bad == 0
+    assert found.done.digest
 
 
 def answer_to_head(port: int, head: str) -> bytes:

@@ -14,6 +14,7 @@ import torch
 from fleetune import data, models
 from fleetune.data import Batches
 from fleetune.data.labelled import encode_rows
+from fleetune.errors import FitError
 from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.fleet.worker import ANSWER, Brings, Worker
@@ -161,6 +162,17 @@ def test_a_job_that_it_cannot_do_is_refused_before_any_work(
     assert reason in reply.reason
     assert worker.ended == reply.reason
     assert worker.error is not None
+
+
+def test_a_device_short_of_memory_refuses_before_it_loads_the_model(
+    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(place, tmp_path, memory=1 << 20)
+    monkeypatch.setattr(models, "load", None)
+    reply = take(worker, job)
+    assert "fedit on this model takes about" in reply.reason
+    assert "this device has 1.0 MB" in reply.reason
+    assert isinstance(worker.error, FitError)
 
 
 def test_a_folder_of_the_servers_is_not_looked_for_on_the_device(

@@ -11,6 +11,7 @@ order on which memory the work stands; so a run that goes on from an earlier che
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Final, Protocol
 from fleetune.errors import FleetError, MessageError
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.fleet.table import Devices
+from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
 from fleetune.tuning.fleets import Answer
 
@@ -83,13 +85,15 @@ class RemoteFleet:
         *,
         look: Callable[[], None] = lambda: None,
         note: Callable[[str], None] = log.info,
+        audit: Callable[..., None] = lambda what, **fields: None,
     ) -> None:
         self.link, self.devices, self.job, self.seed, self.pace = link, devices, job, seed, pace
-        self.look, self.note = look, note
+        self.look, self.note, self.audit = look, note, audit
         self._ready: dict[str, str] = {}  # key -> mark of the session in which the device took the job
         self._greeted: dict[str, str] = {}  # key -> mark of the session in which it was sent
         self._orders: dict[str, _Order] = {}  # by number
         self._kept: dict[int, tuple[int, int]] = {}
+        self._digests: dict[int, str] = {}  # client -> SHA-256 of its last reply
         self._oldest = 0
         self._gone: set[int] = set()  # clients that were waited for in vain, until they are back
 
@@ -112,6 +116,14 @@ class RemoteFleet:
     def check_kept(self, stated: Mapping[int, tuple[int, int]]) -> None:
         """Take what a checkpoint states; each device compares it with what it has, when it is asked."""
         self._kept = dict(stated)
+
+    def heard(self, reply: ClientReply) -> None:
+        """Write into the log what became of a client's reply."""
+        member = self.devices.members[reply.client]
+        self.audit(
+            reply.status, device=member.key, name=member.name, client=reply.client, round=reply.round,
+            bytes=reply.bytes_up, sha256=self._digests.get(reply.client, ""), reason=reply.reason,
+        )  # fmt: skip
 
     def rewind(self, round: int) -> None:
         """Do nothing: orders say on which memory the work stands."""
@@ -169,14 +181,16 @@ class RemoteFleet:
     def wait_for(self, count: int) -> None:
         """Wait until so many devices are ready."""
         said = -1
-        while (here := len(self._ready)) < count:
+        while True:
+            if (here := len(self._ready)) != said:
+                self.note(f"{here} of {count} devices are ready")
+                said = here
+            if here >= count:
+                return
             self.look()
             self._greet()
             for _ in self._answers():
                 pass
-            if here != said:
-                self.note(f"{here} of {count} devices are ready")
-                said = here
             time.sleep(self.pace.poll)
 
     def end(self, reason: str) -> None:
@@ -268,17 +282,20 @@ class RemoteFleet:
             client = self.devices.join(found.key, name, device)
         except MessageError as error:
             self.note(f"device {name} takes no part: {error.message}")
+            self.audit("not admitted", device=found.key, name=name, reason=error.message)
             if reply.what == "ready":
                 self.link.push(found.key, Order("end", reason=error.message).encode())
             return
         self._ready[found.key] = found.mark
         self._gone.discard(client)
+        self.audit("joined", device=found.key, name=name, client=client, rows=device.rows)
         self.note(f"device {name} is ready: client {client}, {device.rows} rows")
 
     def _answer(self, order: Order, reply: Reply) -> Answer:
         if reply.what != "done":
             return self._without(order, "failed", reply.reason)
         self._kept[order.client] = reply.kept
+        self._digests[order.client] = hashlib.sha256(reply.body).hexdigest()
         return Answer(order.client, order.key, reply.body, "ok", "", reply.seconds, len(order.body))
 
     @staticmethod

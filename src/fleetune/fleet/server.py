@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fleetune.errors import Interrupted, UsageError
 from fleetune.fleet import keys as keyring
+from fleetune.fleet.audit import Audit
 from fleetune.fleet.keys import PublicKey
 from fleetune.fleet.orders import Job
 from fleetune.fleet.remote import Pace, RemoteFleet, check_count
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from fleetune.tuning.run import Step
 
 PORT: Final = 8470
+LOOK: Final = 2.0  # seconds between two looks at the folder of keys
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Served:
     simulated: bool = False
     _keys: list[PublicKey] | None = field(init=False)
     _fleet: RemoteFleet | None = field(init=False, default=None)
+    _next_look: float = field(init=False, default=0.0)  # at the folder of keys
+    _complaint: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
         self._keys = self.place.check()
@@ -103,15 +108,39 @@ class Served:
         listener.note(f"on each device: {self.line()}")
 
         def look() -> None:
+            self._read_keys_again(devices, listener)
             if listener.stop_requested:
                 raise Interrupted("stopped while waiting for devices; finished rounds are kept")
 
         self._fleet = RemoteFleet(
             self._gate, devices, job_of(job, devices.run), job.recipe.seed, self.pace,
-            look=look, note=listener.note,
+            look=look, note=listener.note, audit=Audit(run.path).write,
         )  # fmt: skip
         self._fleet.wait_for(self.count(job))
         return self._fleet
+
+    def _read_keys_again(self, devices: Devices, listener: Listener) -> None:
+        """Let in devices whose keys were added to the folder, and throw out those whose keys were removed."""
+        folder = self.place.keys
+        if folder is None or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK
+        try:
+            found = keyring.registered(folder)
+        except UsageError as error:
+            found = self._keys or []
+            if error.message != self._complaint:
+                listener.note(f"the keys stay as they are: {error.message}")
+            self._complaint = error.message
+        if found != self._keys:
+            before, now = set(self._keys or []), set(found)
+            self._keys = found
+            self._gate.admit(found)
+            devices.register([(k.fingerprint, k.name) for k in found])
+            changed = [f"{k.name} may join" for k in now - before] + [
+                f"{k.name} is revoked" for k in before - now
+            ]
+            listener.note(f"keys: {', '.join(sorted(changed))}")
 
     def line(self) -> str:
         """Return the command for a device."""

@@ -22,16 +22,28 @@ from typing import Final
 import torch
 
 from fleetune import data, models
+from fleetune.common.display import human_bytes
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.memory import rss, total_memory
 from fleetune.common.version import __version__
 from fleetune.data import Batches, Encoded
 from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
-from fleetune.errors import DataError, FleetError, FleetuneError, Interrupted, MessageError, ModelError
+from fleetune.errors import (
+    DataError,
+    FitError,
+    FleetError,
+    FleetuneError,
+    Interrupted,
+    MessageError,
+    ModelError,
+)
 from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.models.model import Model
+from fleetune.models.shapes import shape_of
+from fleetune.planning import device_cost
+from fleetune.planning.plan import Workload
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
@@ -50,6 +62,7 @@ class Brings:
     model: str = ""  # "": as the job names it, unless that is a path
     device: str = "auto"
     threads: int = 0
+    memory: int = 0  # bytes that the work may take; 0: all that the machine has
     offline: bool = False
 
 
@@ -96,7 +109,7 @@ class Worker:
             if self.loaded is None or self.loaded.job != job:
                 self.loaded = load(job, self.brings, self.state)
             told = Device(
-                len(self.loaded.rows), digest([self.loaded.rows]), total_memory(),
+                len(self.loaded.rows), digest([self.loaded.rows]), self.brings.memory or total_memory(),
                 torch.get_num_threads(), __version__,
             )  # fmt: skip
             return Reply("ready", order.nonce, order.round, told.to_json()).encode()
@@ -159,8 +172,10 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
             hint="use a built-in objective",
         )
     method = methods.make(entry.name, job.set)
+    name = _model(job, brings)
+    check_memory(job, method, name, brings)
     model = models.load(
-        _model(job, brings), dtype=job.dtype, device=brings.device, offline=brings.offline,
+        name, dtype=job.dtype, device=brings.device, offline=brings.offline,
         labels=job.labels,
     )  # fmt: skip
     if model.digest != job.base:
@@ -183,6 +198,28 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
         )
     folder = state / f"run-{job.run}"
     return Loaded(job, method, model, rows, Memories(folder))
+
+
+def check_memory(job: Job, method: Method, model: str, brings: Brings) -> None:
+    """Raise FitError, before the model is loaded, where the work needs more memory than the device has.
+
+    A method that the planner cannot count is let through.
+    """
+    have = brings.memory or total_memory()
+    if not isinstance(method, methods.Planned) or not have:
+        return
+    shape = shape_of(models.load_config(model, offline=brings.offline))
+    if (footprint := method.footprint(shape)) is None:
+        return
+    rows = int(getattr(method, "batch_size", 1))
+    work = Workload(batch=rows, length=job.max_length, dtype=job.dtype)
+    need = sum(device_cost.memory(shape, work, footprint).values())
+    if need > have:
+        raise FitError(
+            f"{job.method} on this model takes about {human_bytes(need)} at {rows} rows of {job.max_length} tokens, "
+            f"and this device has {human_bytes(have)}",
+            hint=f"see what fits: fleetune plan {model} --ram {human_bytes(have).replace(' ', '')}",
+        )
 
 
 def _model(job: Job, brings: Brings) -> str:

@@ -20,7 +20,7 @@ from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.measures import measure as measured_on
 from fleetune.evaluation.scores import rouge_l
 from fleetune.runs import metrics, report, rundir, sealed
-from fleetune.runs.events import Recorded, TuneDone, as_dict, round_evaluated
+from fleetune.runs.events import ClientReply, Recorded, TuneDone, as_dict, round_evaluated
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
@@ -195,6 +195,8 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
 
     def emit(event: Recorded) -> None:
         listener.event(dataclasses.replace(event, t=run.record(as_dict(event))["t"]))
+        if isinstance(event, ClientReply):
+            fleet.heard(event)
 
     def begin() -> None:
         assert base is not None

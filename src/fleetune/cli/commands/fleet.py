@@ -13,7 +13,7 @@ from fleetune.cli import recipe_flags
 from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
-from fleetune.errors import RecipeError, UsageError
+from fleetune.errors import RecipeError, StorageError, UsageError
 from fleetune.runs import rundir
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
@@ -29,6 +29,8 @@ join HOST:PORT --data rows.jsonl      be a device: its rows stay on it
 split -c recipe.toml --to DIR         write the rows that each client has in the simulation
 keys new NAME                         make a device's key: NAME stays there, NAME.pub goes to the server
 keys certificate DIR HOST [HOST ..]   make a server's certificate: ca.pem goes to the devices
+devices RUN                           which key is which client
+audit RUN                             check the log of all that was taken or refused
 """
 
 
@@ -37,7 +39,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.formatter_class = argparse.RawDescriptionHelpFormatter
     sub.epilog = EXAMPLES
     sub.add_argument("action", choices=list(ACTIONS))
-    sub.add_argument("words", metavar="WORD", nargs="*", help="HOST:PORT for join; what to make for keys")
+    sub.add_argument(
+        "words",
+        metavar="WORD",
+        nargs="*",
+        help="HOST:PORT (join), what to make (keys), RUN (devices, audit)",
+    )
     serve = sub.add_argument_group("serve")
     serve.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
     serve.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
@@ -85,6 +92,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     join.add_argument(
         "--ca", metavar="FILE", help="ca.pem of the server; needed unless the server is this machine"
     )
+    join.add_argument("--ram", metavar="SIZE", help="memory that the work may take, e.g. 2GB (default: all)")
     sub.add_argument("--to", metavar="DIR", help="for split: folder for the files")
     recipe_flags.add(sub)
 
@@ -139,6 +147,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 def _join(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.fleet.device import Home, join
     from fleetune.fleet.worker import Brings
+    from fleetune.planning.plan import parse_bytes
 
     if len(args.words) != 1:
         raise UsageError(
@@ -155,7 +164,10 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
         )
     if not own["threads"].isdigit() and own["threads"]:
         raise UsageError(f"--threads {own['threads']} is no number")
-    brings = Brings(rows, own["model"], own["device"] or "auto", int(own["threads"] or 0), args.offline)
+    memory = parse_bytes(args.ram) or 0
+    brings = Brings(
+        rows, own["model"], own["device"] or "auto", int(own["threads"] or 0), memory, args.offline
+    )
     home = Home(Path(args.state), _path(args.key), _path(args.ca))
     with InterruptHandler(ui) as interrupt:
         why = join(
@@ -217,6 +229,36 @@ def _path(text: str | None) -> Path | None:
     return Path(text) if text else None
 
 
+def _devices(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.fleet.table import Devices
+
+    found = Devices(_run_of(args))
+    rows = [
+        [str(c), m.name, m.key[:16], str(m.rows or "has not joined")] for c, m in enumerate(found.members)
+    ]
+    ui.table(["client", "device", "key", "rows"], rows)
+
+
+def _audit(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.fleet import audit
+
+    file = _run_of(args) / audit.FILE
+    found = audit.verify(file)
+    if found.bad:
+        raise StorageError(
+            f"{file}: line {found.bad} does not follow from the one before: it, or one before it, was changed",
+            hint=f"the first {found.entries} entries are as they were written",
+        )
+    ui.paths([("entries", f"{found.entries}, each follows from the one before"), ("chain", found.chain)])
+
+
+def _run_of(args: argparse.Namespace) -> Path:
+    """The folder of the run that the words name."""
+    if len(args.words) != 1:
+        raise UsageError(f"{args.action} takes one RUN", hint=f"fleetune fleet {args.action} latest")
+    return rundir.find(args.words[0], Path(args.out))
+
+
 ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
-    "serve": _serve, "join": _join, "split": _split, "keys": _keys,
+    "serve": _serve, "join": _join, "split": _split, "keys": _keys, "devices": _devices, "audit": _audit,
 }  # fmt: skip

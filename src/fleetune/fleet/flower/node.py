@@ -172,7 +172,7 @@ def stay(
 def _why(error: Exception) -> str:
     if isinstance(error, httpx.HTTPStatusError):
         if error.response.status_code in (401, 403, 412):
-            return f"the server does not know this device's key yet ({error.response.status_code})"
+            return "the server does not know this device's key: bring its .pub file into the server's folder of keys"
         return f"the server answered {error.response.status_code}"
     return (
         f"no server there ({type(error).__name__})"

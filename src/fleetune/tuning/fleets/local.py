@@ -17,6 +17,7 @@ from fleetune.common.memory import is_out_of_memory
 from fleetune.data import Batches, Encoded
 from fleetune.errors import FitError, Interrupted, StorageError
 from fleetune.models.model import Model
+from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
 from fleetune.tuning.fleets import Answer
 from fleetune.tuning.fleets.local_work import work
@@ -86,6 +87,9 @@ class LocalFleet:
     def check_kept(self, stated: Mapping[int, tuple[int, int]]) -> None:
         """Raise MessageError when what a checkpoint states of the clients' memories is not there."""
         self.memories.check(stated)
+
+    def heard(self, reply: ClientReply) -> None:
+        """Do nothing: the run's metrics say it."""
 
     def rewind(self, round: int) -> None:
         """Delete what clients stored after `round`."""
