@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fleetune.data import Example, read, read_text
+from fleetune.data.examples import row_of
 from fleetune.errors import DataError
 
 DOLLY = {"instruction": "Name a bird", "context": "", "response": "A wren", "category": "open_qa"}
@@ -665,3 +666,21 @@ def test_the_demo_set_is_found_without_the_hub(hub):
     examples = read("demo")
     assert all({"category", "client"} <= set(example.meta) for example in examples)
     assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "a", "context": "b", "response": "c", "category": "d"},
+        {"instruction": "a", "input": "b", "output": "c"},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], "site": "x"},
+        {"question": "q", "sentence": "s", "label": "entailment"},
+        {"sentence1": "a", "sentence2": "b", "label": 2, "site": 7},
+        {"text": "a", "label": True},
+    ],
+)  # fmt: skip
+def test_an_example_is_written_as_a_row_that_reads_back_to_it(tmp_path: Path, row: dict[str, object]) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    (example,) = read(str(tmp_path / "a.jsonl"))
+    (tmp_path / "b.jsonl").write_text(json.dumps(row_of(example)) + "\n")
+    assert read(str(tmp_path / "b.jsonl")) == [example]

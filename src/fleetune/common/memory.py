@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import gc
 import mmap
+import os
 import sys
 from typing import Any, Final
 
@@ -42,6 +43,14 @@ def rss() -> int:
             return int(file.read().split()[1]) * mmap.PAGESIZE
     except OSError:
         return _without_proc()[0]
+
+
+def total_memory() -> int:
+    """Return the bytes of memory that this machine has; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 0
 
 
 def release_memory() -> None:

@@ -23,9 +23,10 @@ the end with the marker stay), down to a quarter of `max_length`; only then the 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -158,6 +159,18 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: str | torch.device = "
     if rows[0].segments is not None:
         arrays.append(segments)
     return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
+def digest(parts: Iterable[Iterable[Encoded]]) -> str:
+    """SHA-256 of encoded rows, and of how they are split."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(b"part")
+        for row in part:
+            sha.update(f"{len(row.ids)} {row.n_prompt} {row.target} ".encode() + row.ids.tobytes())
+            if row.segments is not None:
+                sha.update(row.segments.tobytes())
+    return sha.hexdigest()
 
 
 class Batches:

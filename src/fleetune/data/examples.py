@@ -114,6 +114,16 @@ def read(source: str, *, limit: int | None = None, offline: bool = False) -> lis
     return _collect(rows, make, limit, source)
 
 
+def row_of(example: Example) -> dict[str, object]:
+    """Return the example as a row that `read` reads back to the same: labelled ones as they were, others as chat messages."""
+    for names, question in LABELLED.values():
+        fits = example.texts and len(names) == len(example.texts)
+        if fits and example.messages == (("user", question.format(*example.texts)),):
+            return {**example.meta, **dict(zip(names, example.texts, strict=True))}
+    turns = [*example.messages, ("assistant", example.response)]
+    return {**example.meta, "messages": [{"role": role, "content": content} for role, content in turns]}
+
+
 def read_text(path: str | Path) -> list[str]:
     """Read plain text for perplexity: a list of texts.
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from fleetune import adapters
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneStart
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import methods, rounds
+from fleetune.tuning import methods
 from fleetune.tuning.methods import Method
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def of_model(job: TuneJob) -> dict[str, Any]:
     }
 
 
-def start(job: TuneJob) -> TuneStart:
-    """Return the first event: who takes part with what."""
+def start(job: TuneJob, rows: Sequence[int]) -> TuneStart:
+    """Return the first event: who takes part with what; `rows` of every client."""
     recipe, parts = job.recipe, job.split
     shown = parts.column if parts.column and not recipe.partition.startswith("column") else "category"
     values = [[parts.examples[i].meta.get(shown, "") for i in part.tolist()] for part in parts.clients]
@@ -45,8 +45,8 @@ def start(job: TuneJob) -> TuneStart:
     few = 1 < len(names) <= 40
     return TuneStart(
         method=recipe.method, model=recipe.model, digest=job.model.digest, params=job.model.n_params,
-        trained=TRAINED[job.entry.kind](job.model), clients=len(job.rows), rounds=recipe.rounds,
-        partition=recipe.partition, rows_per_client=[len(r) for r in job.rows], held_out=len(job.held),
+        trained=TRAINED[job.entry.kind](job.model), clients=len(rows), rounds=recipe.rounds,
+        partition=recipe.partition, rows_per_client=list(rows), held_out=len(job.held),
         column=shown if few else parts.column,
         counts={name: [part.count(name) for part in values] for name in names} if few else None,
     )  # fmt: skip
@@ -66,22 +66,25 @@ def letters(method: Method, name: str) -> str:
     return " · ".join(parts)
 
 
-def header(job: TuneJob, run: RunDir) -> list[tuple[str, str]]:
-    """Return what is about to run, for the console."""
+def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
+    """Return what is about to run, for the console; `fleet` says where."""
     recipe, m = job.recipe, job.model
-    sizes = np.array([len(r) for r in job.rows])
-    spread = f"{sizes.mean():,.0f} ± {sizes.std():,.0f} rows each" if len(sizes) > 1 else f"{sizes[0]:,} rows"
-    asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
     return [
         ("model", f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}"),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
-        ("data", f"{Path(recipe.data).name} · {recipe.partition} · {spread} · {len(job.held)} held out"),
-        (
-            "fleet",
-            f"this machine · {m.device} · {len(job.rows)} clients, {asked} a round · {recipe.rounds} rounds",
-        ),
+        ("data", f"{Path(recipe.data).name} · {_split(job)}{len(job.held)} held out"),
+        ("fleet", f"{fleet} · {recipe.rounds} rounds"),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]
+
+
+def _split(job: TuneJob) -> str:
+    """Return how the rows are split over a simulated fleet; nothing of a real one, whose rows are not here."""
+    sizes = np.array([len(r) for r in job.rows])
+    if not len(sizes):
+        return ""
+    spread = f"{sizes.mean():,.0f} ± {sizes.std():,.0f} rows each" if len(sizes) > 1 else f"{sizes[0]:,} rows"
+    return f"{job.recipe.partition} · {spread} · "
 
 
 def samples_page(evaluation: Mapping[str, Any]) -> str:

@@ -8,12 +8,11 @@ refused before any round, since it would end otherwise than it was begun.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fleetune.data import Encoded
+from fleetune.data.encode import digest
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.tuning import checkpoint
@@ -40,18 +39,6 @@ def options_of(recipe: Recipe) -> dict[str, Any]:
     plain = dataclasses.asdict(recipe)
     chosen: Mapping[str, Any] = plain.pop("set")
     return {n: v for n, v in plain.items() if n not in PATHS} | {f"set.{n}": v for n, v in chosen.items()}
-
-
-def digest(parts: Iterable[Iterable[Encoded]]) -> str:
-    """SHA-256 of encoded rows, and of how they are split."""
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(b"part")
-        for row in part:
-            sha.update(f"{len(row.ids)} {row.n_prompt} {row.target} ".encode() + row.ids.tobytes())
-            if row.segments is not None:
-                sha.update(row.segments.tobytes())
-    return sha.hexdigest()
 
 
 def stated_by(run: Path) -> StandsOn | None:

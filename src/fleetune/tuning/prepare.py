@@ -49,7 +49,7 @@ class TuneJob:
     method: Method
     model: Model
     split: Split
-    rows: list[list[Encoded]]  # per client
+    rows: list[list[Encoded]]  # per client; of a real fleet none, since they stay on the devices
     held: list[Encoded]
     examples: list[Example]  # of the held rows
     prompts: list[Example]  # held out, for generated answers
@@ -107,11 +107,13 @@ def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split
     return Split(examples, [train[part] for part in parts], held, column)
 
 
-def prepare(recipe: Recipe, *, offline: bool = False) -> TuneJob:
-    """Check a recipe and load what it names."""
+def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) -> TuneJob:
+    """Check a recipe and load what it names; for a fleet that is not simulated, the held-out rows alone."""
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
     parts = split(recipe, entry, offline=offline)
+    if not simulated:
+        parts = dataclasses.replace(parts, clients=[])
     objective, batch_size = objective_of(method), batch_size_of(method)
     held_out = [parts.examples[i] for i in parts.held.tolist()]
     labels.check_rows(recipe, objective, batch_size, parts.examples, held_out, offline=offline)
@@ -123,7 +125,8 @@ def prepare(recipe: Recipe, *, offline: bool = False) -> TuneJob:
     encoded, kept = encode_rows(model, parts.examples, recipe.max_length)
     place = {int(i): row for row, i in enumerate(kept)}
     rows = [[encoded[place[i]] for i in part.tolist() if i in place] for part in parts.clients]
-    if recipe.quorum > (asked := len(rounds.sample(len(rows), recipe.participation, recipe.seed, 1))):
+    asked = len(rounds.sample(range(len(rows) or recipe.clients), recipe.participation, recipe.seed, 1))
+    if recipe.quorum > asked > 0:
         raise RecipeError(
             [
                 f"quorum = {recipe.quorum}, but {asked} clients are asked in a round: no round would ever count"

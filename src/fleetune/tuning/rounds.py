@@ -148,7 +148,7 @@ def _played(
     method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks, r: int
 ) -> tuple[Any, Replies]:
     """Return the state that a round gives, and its replies."""
-    chosen = sample(len(fleet.rows), plan.participation, plan.seed, r)
+    chosen = sample(fleet.present(), plan.participation, plan.seed, r)
     with Replies(method, Round(r, plan.base, fleet.rows, state), run, hooks.emit) as replies:
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
         messages = {client: coded[client % len(coded)] for client in chosen}
@@ -157,10 +157,14 @@ def _played(
         return _aggregated(method, replies, plan), replies
 
 
-def sample(clients: int, participation: float, seed: int, round: int) -> Sequence[int]:
-    """Return the clients of a round: a share of all, at least one, without repeats, in order; keyed by seed and round."""
-    count = max(1, min(clients, round_half_up(clients * participation)))
-    return sorted(keyed_order(derive(seed, "sample", round), 0, clients)[:count].tolist())
+def sample(clients: Sequence[int], participation: float, seed: int, round: int) -> Sequence[int]:
+    """Return the clients of a round: a share of those, without repeats, in order; keyed by seed and round.
+
+    At least one, unless there are none.
+    """
+    count = min(len(clients), max(1, round_half_up(len(clients) * participation)))
+    order = keyed_order(derive(seed, "sample", round), 0, len(clients))
+    return sorted(clients[i] for i in order[:count].tolist())
 
 
 def round_half_up(x: float) -> int:

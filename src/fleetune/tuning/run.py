@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from fleetune import adapters, models
 from fleetune.common import sums
@@ -20,7 +20,7 @@ from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.measures import measure as measured_on
 from fleetune.evaluation.scores import rouge_l
 from fleetune.runs import metrics, report, rundir, sealed
-from fleetune.runs.events import Recorded, TuneDone, as_dict, round_evaluated
+from fleetune.runs.events import ClientReply, Recorded, TuneDone, as_dict, round_evaluated
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
@@ -28,6 +28,7 @@ from fleetune.seeds.view import View
 from fleetune.tuning import describe, finished, foundations, remarks, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import StandsOn, Totals
+from fleetune.tuning.fleets import Fleet
 from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.methods import entry
@@ -43,17 +44,63 @@ EVALUATION = "eval.json"
 _ONE_AT_A_TIME = threading.RLock()
 
 
-def start(recipe: Recipe, out: Path, listener: Listener, *, offline: bool) -> TuneResult:
+Step = Callable[[int, int], None]  # called with a client and the number of its next local step
+
+
+class Fleets(Protocol):
+    """Where a run's local work is done."""
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the clients are made from the recipe's data."""
+        ...
+
+    def about(self, job: TuneJob) -> str:
+        """Return the fleet in a few words, for the header."""
+        ...
+
+    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+        """Return the fleet; a real one has then enough devices."""
+        ...
+
+
+class Simulated:
+    """All clients in this process, in turn."""
+
+    simulated = True
+
+    def about(self, job: TuneJob) -> str:
+        """Return where, and how many are asked."""
+        recipe, count = job.recipe, len(job.rows)
+        asked = len(rounds.sample(range(count), recipe.participation, recipe.seed, 1))
+        return f"this machine · {job.model.device} · {count} clients, {asked} a round"
+
+    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+        """Return the fleet, with the faults that the recipe simulates."""
+        recipe = job.recipe
+        faults = Faults(recipe.drop, recipe.stragglers, recipe.deadline)
+        memories = Memories(run.path / "memories")
+        return LocalFleet(
+            job.model, job.method, job.rows, recipe.seed, pad_id(job.model), faults, step, memories
+        )
+
+
+SIMULATED: Final[Fleets] = Simulated()
+
+
+def start(
+    recipe: Recipe, out: Path, listener: Listener, *, offline: bool, fleets: Fleets = SIMULATED
+) -> TuneResult:
     """Check a recipe, then run it in a new folder under `out`."""
     check(recipe)
     rundir.check_writable(out)
     with _ONE_AT_A_TIME:
-        job = prepare(recipe, offline=offline)
+        job = prepare(recipe, offline=offline, simulated=fleets.simulated)
         with rundir.create(out, recipe.method, recipe.model) as folder:
-            return TuneResult(folder.path.absolute(), tune(job, folder, listener))
+            return TuneResult(folder.path.absolute(), tune(job, folder, listener, fleets))
 
 
-def resume(path: Path, listener: Listener, *, offline: bool) -> TuneResult:
+def resume(path: Path, listener: Listener, *, offline: bool, fleets: Fleets = SIMULATED) -> TuneResult:
     """Resume a stopped run by its own recipe; return the result of a finished one.
 
     A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
@@ -67,8 +114,8 @@ def resume(path: Path, listener: Listener, *, offline: bool) -> TuneResult:
         return found
     with _ONE_AT_A_TIME, RunDir(path) as folder:
         rundir.check_writable(path)
-        job = prepare(recipe, offline=offline)
-        return TuneResult(path.absolute(), tune(job, folder, listener))
+        job = prepare(recipe, offline=offline, simulated=fleets.simulated)
+        return TuneResult(path.absolute(), tune(job, folder, listener, fleets))
 
 
 def is_done(path: Path, note: Callable[[str], None]) -> bool:
@@ -106,7 +153,7 @@ def damaged_file(path: Path) -> str:
     return ""
 
 
-def tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
+def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULATED) -> TuneDone:
     """Run (or resume) the job in its folder; its last event, which holds the final table.
 
     UsageError, with nothing changed, when the folder's run was begun on another recipe, model or rows.
@@ -114,7 +161,7 @@ def tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
     stands_on = foundations.check(job, run.path)
     run.status("running")
     try:
-        return _tune(job, run, listener, stands_on)
+        return _tune(job, run, listener, fleets, stands_on)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         if isinstance(error, Interrupted):
@@ -127,10 +174,10 @@ def tune(job: TuneJob, run: RunDir, listener: Listener) -> TuneDone:
         raise
 
 
-def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) -> TuneDone:
+def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_on: StandsOn) -> TuneDone:
     recipe, model, method = job.recipe, job.model, job.method
     began = time.monotonic()
-    _announce(job, run, listener)
+    _announce(job, run, listener, fleets.about(job))
 
     def step(client: int, number: int) -> None:
         listener.step(client, number)
@@ -140,10 +187,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) ->
     whole = rundir.checkpoints(run.path) and _evaluation(run.path, "base")
     base = None if whole else _base(job, run)
     first = method.init(model, derive(recipe.seed, "init"))
-    fleet = LocalFleet(
-        model, method, job.rows, recipe.seed, pad_id(model),
-        Faults(recipe.drop, recipe.stragglers, recipe.deadline), step, Memories(run.path / "memories"),
-    )  # fmt: skip
+    fleet = fleets.make(job, run, listener, step)
 
     def measure(state: Any) -> dict[str, float]:
         method.apply(model, state)
@@ -151,10 +195,12 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) ->
 
     def emit(event: Recorded) -> None:
         listener.event(dataclasses.replace(event, t=run.record(as_dict(event))["t"]))
+        if isinstance(event, ClientReply):
+            fleet.heard(event)
 
     def begin() -> None:
         assert base is not None
-        emit(describe.start(job))
+        emit(describe.start(job, fleet.rows))
         emit(round_evaluated(0, base.measured))
         _start(job, run, base, first, listener)
 
@@ -208,17 +254,18 @@ def _measures(job: TuneJob) -> dict[str, float]:
     )  # fmt: skip
 
 
-def _announce(job: TuneJob, run: RunDir, listener: Listener) -> None:
+def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None:
     """Write down what is run, and tell the listener."""
     recipe = job.recipe
     run.write("run.toml", recipes.to_toml(recipe))
     run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(describe.of_model(job))) + "\n")
-    listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run))
+    listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
     if job.dropped:
         listener.note(
             f"{job.dropped} rows have answers that do not fit {recipe.max_length} tokens and are left out"
         )
-    asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
+    clients = range(len(job.rows) or recipe.clients)
+    asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1))
     listener.progress("rounds", 0, recipe.rounds)
     listener.progress("clients", 0, asked)
 

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         if args.dry_run:
             _check_only(recipes.make(recipes.read(path / "run.toml")), args, ui)
             return
-        with _screen(ui) as screen:
-            finish(ui, api.resume_run(path, out=args.out, offline=args.offline, listener=screen))
+        with screen(ui) as shown:
+            finish(ui, api.resume_run(path, out=args.out, offline=args.offline, listener=shown))
         return
     recipe = _recipe(args)
     if args.dry_run:
@@ -63,8 +63,8 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
     """Tune as a recipe says in a new folder, and print the final table."""
     from fleetune import api
 
-    with _screen(ui) as screen:
-        result = api.tune(recipe, out=args.out, offline=args.offline, listener=screen)
+    with screen(ui) as shown:
+        result = api.tune(recipe, out=args.out, offline=args.offline, listener=shown)
     finish(ui, result)
     return result
 
@@ -118,7 +118,7 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
 
 
 @contextmanager
-def _screen(ui: Ui) -> Iterator[RunScreen]:
+def screen(ui: Ui) -> Iterator[RunScreen]:
     with ui.progress(0) as bar, InterruptHandler(ui) as interrupt:
         yield RunScreen(ui, bar, interrupt)
 

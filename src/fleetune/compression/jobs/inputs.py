@@ -100,7 +100,7 @@ def _of_clients(request: CompressRequest, recipe: Recipe, *, offline: bool) -> d
         raise UsageError(
             f"--clients {request.clients} are more than the run's {count}", hint="leave it out for all"
         )
-    chosen = rounds.sample(count, (request.clients or count) / count, request.seed, 0)
+    chosen = rounds.sample(range(count), (request.clients or count) / count, request.seed, 0)
     return {c: [parts.examples[i] for i in parts.clients[c].tolist()] for c in chosen}
 
 

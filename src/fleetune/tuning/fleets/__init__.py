@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from fleetune.runs.events import ClientReply
+
 
 class Answer(NamedTuple):
     """The answer of one client: bytes, or why there are none."""
@@ -31,6 +33,10 @@ class Fleet(Protocol):
         """Rows of every client."""
         ...
 
+    def present(self) -> Sequence[int]:
+        """Return the numbers of the clients that may be asked in the coming round, ascending."""
+        ...
+
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
     ) -> Iterator[Answer]:
@@ -43,6 +49,10 @@ class Fleet(Protocol):
 
     def check_kept(self, stated: Mapping[int, tuple[int, int]]) -> None:
         """Raise MessageError when what a checkpoint states of the clients' memories is not there."""
+        ...
+
+    def heard(self, reply: ClientReply) -> None:
+        """Take note of what became of a client's reply."""
         ...
 
     def rewind(self, round: int) -> None:

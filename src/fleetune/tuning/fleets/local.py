@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fleetune.common.memory import is_out_of_memory
-from fleetune.data import Batch, Batches, Encoded
+from fleetune.data import Batches, Encoded
 from fleetune.errors import FitError, Interrupted, StorageError
 from fleetune.models.model import Model
+from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
 from fleetune.tuning.fleets import Answer
+from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
-from fleetune.tuning.messages import Message, decode, encode
 from fleetune.tuning.methods import Method
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,10 @@ class LocalFleet:
         """Rows of every client."""
         return [len(rows) for rows in self.clients]
 
+    def present(self) -> Sequence[int]:
+        """Return all clients: those that drop out are asked, and do not answer."""
+        return range(len(self.clients))
+
     def kept(self) -> Mapping[int, tuple[int, int]]:
         """Return client -> (round, CRC-32) of what each client stored last."""
         return self.memories.kept()
@@ -82,6 +87,9 @@ class LocalFleet:
     def check_kept(self, stated: Mapping[int, tuple[int, int]]) -> None:
         """Raise MessageError when what a checkpoint states of the clients' memories is not there."""
         self.memories.check(stated)
+
+    def heard(self, reply: ClientReply) -> None:
+        """Do nothing: the run's metrics say it."""
 
     def rewind(self, round: int) -> None:
         """Delete what clients stored after `round`."""
@@ -129,41 +137,6 @@ class LocalFleet:
             raise _ListenerError(error) from error
 
     def _work(self, client: int, key: int, message: bytes) -> bytes:
-        received = decode(message)
-        batches = Watched(
-            Batches(self.clients[client], self.pad_id, key, self.model.device, client), self._step
-        )
-        memory = self.memories.of(client)
-        reply = self.method.local(self.model, received.payload, batches, key, memory)  # type: ignore[arg-type]
-        self.memories.keep(client, received.round, memory)
-        return encode(Message(received.round, received.base, reply))
-
-
-class Watched:
-    """Batches that report each step before it is taken (for the progress bar, and so that Ctrl-C is heard)."""
-
-    def __init__(self, batches: Batches, on_step: Callable[[int, int], None]) -> None:
-        self.batches, self.on_step = batches, on_step
-        self.n, self.client = batches.n, batches.client
-
-    def steps(self, count: int, batch_size: int) -> Iterator[Batch]:
-        """Like `Batches.steps`."""
-        return self._watch(self.batches.steps(count, batch_size))
-
-    def epochs(self, epochs: int, batch_size: int) -> Iterator[Batch]:
-        """Like `Batches.epochs`."""
-        return self._watch(self.batches.epochs(epochs, batch_size))
-
-    def repeat_batch(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
-        """Like `Batches.repeat_batch`."""
-        return self._watch(self.batches.repeat_batch(number, batch_size, count))
-
-    def split_off(self, batch_size: int) -> tuple[Batch, Watched]:
-        """Like `Batches.split_off`."""
-        batch, rest = self.batches.split_off(batch_size)
-        return batch, Watched(rest, self.on_step)
-
-    def _watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for step, batch in enumerate(batches):
-            self.on_step(self.client, step)
-            yield batch
+        rows = self.clients[client]
+        batches = Batches(rows, self.pad_id, key, self.model.device, client)
+        return work(self.method, self.model, batches, key, message, self.memories, self._step)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Join a fleet as a device, and stay until its run is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fleetune.common.locks import lock
+from fleetune.errors import FleetError, Interrupted, UsageError
+from fleetune.fleet import keys as keyring
+from fleetune.fleet.server import PORT
+from fleetune.fleet.worker import Brings, Worker
+
+
+@dataclass(frozen=True)
+class Home:
+    """What a device keeps on its disk, and whom it trusts."""
+
+    state: Path
+    key: Path | None = None  # default: a key in `state`, made when it is not there
+    ca: Path | None = (
+        None  # certificate that the server's is checked by; none: plain HTTP, on this machine alone
+    )
+    poll: float = 0.2
+    heartbeat: float = 10.0
+
+
+def join(
+    address: str,
+    brings: Brings,
+    home: Home,
+    *,
+    stop: Callable[[], bool],
+    note: Callable[[str], None],
+    on_step: Callable[[int, int], None],
+) -> str:
+    """Be a device of the fleet at HOST:PORT until its run is over; return why it is.
+
+    It reconnects whatever happens.  FleetuneError when this device cannot take part.
+    """
+    keyring.check_installed()
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"'{address}' is not HOST:PORT", hint=f"e.g. 192.168.1.10:{PORT}")
+    if not keyring.is_loopback(host) and home.ca is None:
+        raise UsageError(
+            f"{host} is another machine: a device talks to it with TLS alone",
+            hint="bring the server's ca.pem here and give it: --ca ca.pem",
+        )
+    with _alone(home.state):
+        from fleetune.fleet.flower.node import Server, stay
+
+        key = keyring.read(home.key) if home.key else _own_key(home.state)
+        worker = Worker(brings, home.state, note=note, on_step=on_step)
+        stay(
+            Server(address, home.ca, home.poll, home.heartbeat), key, home.state, worker.answer,
+            over=lambda: bool(worker.ended) or stop(), note=note,
+        )  # fmt: skip
+    if worker.error is not None:
+        raise worker.error
+    if stop() and not worker.ended:
+        raise Interrupted("stopped; the device can join again at any time")
+    return worker.ended
+
+
+def _own_key(state: Path) -> keyring.PrivateKey:
+    path = state / "key"
+    return keyring.read(path) if path.exists() else keyring.make(path)
+
+
+def _alone(state: Path) -> AbstractContextManager[object]:
+    """Keep other processes from being the same device; FleetError where one is."""
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = (state / ".lock").open("a")
+    if not lock(file.fileno()):
+        file.close()
+        raise FleetError(
+            f"another process is the device of {state}",
+            hint="give each device on a machine its own --state DIR",
+        )
+    return file

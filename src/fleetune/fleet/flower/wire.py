@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pack bytes into Flower's records, and a message and its objects for the way; the same on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any, Final
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+from fleetune.errors import MessageError, cut_reason
+
+logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it logs every request, on a handler of its own
+
+PIECE: Final = 1 << 20  # bytes of an object; each has to arrive within 180 s
+
+
+def pack(data: bytes) -> RecordDict:
+    """Return the bytes as records of at most `PIECE`; a number keeps equal pieces apart, which Flower would merge."""
+    count = max(1, -(-len(data) // PIECE))
+    return RecordDict(
+        {str(i): ConfigRecord({"n": i, "data": data[i * PIECE : (i + 1) * PIECE]}) for i in range(count)}
+    )
+
+
+def unpack(content: RecordDict) -> bytes:
+    """Return the bytes of records; MessageError for records of another kind."""
+    try:
+        parts = [content[str(i)]["data"] for i in range(len(content))]
+    except (KeyError, TypeError, IndexError) as error:
+        raise MessageError(f"the message is not in pieces as agreed ({error!r})") from error
+    if not all(type(part) is bytes for part in parts):
+        raise MessageError("the message is not in pieces of bytes")
+    return b"".join(parts)  # type: ignore[arg-type]
+
+
+def answer_to(message: Message, data: bytes | None, reason: str = "") -> Message:
+    """Return a reply with these bytes, or with an error that says why there are none."""
+    content = Error(code=2, reason=cut_reason(reason)) if data is None else pack(data)
+    reply = Message(content, reply_to=message)
+    set_id(reply, reply.object_id)
+    return reply
+
+
+def set_id(message: Message, id: str) -> None:
+    """Give a message its number: Flower derives it from the content, and has no public way to set it."""
+    message.metadata.__dict__["_message_id"] = id
+
+
+def objects_of(message: Message) -> dict[str, Any]:
+    """Return the objects of a message by number."""
+    found: dict[str, Any] = get_all_nested_objects(message)
+    return found
+
+
+def fingerprint(public_key: bytes) -> str:
+    """Return the hash of a public key (PEM) by which a device is known."""
+    return hashlib.sha256(public_key).hexdigest()

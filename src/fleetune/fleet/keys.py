@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make and read the keys by which devices are known, and the certificate by which devices know their server.
+
+A device's key is an OpenSSH key on the curve P-384 (`ssh-keygen -t ecdsa -b 384` makes the same): NAME stays on the
+device, NAME.pub goes to the server's folder of keys, and taking it out of there revokes it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import ipaddress
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from fleetune.common.files import PRIVATE, storage_error, write_atomic
+from fleetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+DAYS: Final = 3650  # that a certificate is valid
+INSTALL: Final = "pip install 'fleetune[fleet]'"
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """A device's public key: its name (of the file, without .pub) and its bytes (PEM)."""
+
+    name: str
+    pem: bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of it, hexadecimal."""
+        return hashlib.sha256(self.pem).hexdigest()
+
+
+@dataclass(frozen=True)
+class PrivateKey:
+    """A device's own key."""
+
+    secret: ec.EllipticCurvePrivateKey
+    public: PublicKey
+
+
+def check_installed() -> None:
+    """UsageError where the libraries of a real fleet are not there."""
+    try:
+        import cryptography  # noqa: F401
+        import flwr  # noqa: F401
+    except ImportError as error:
+        raise UsageError("a real fleet needs Flower, which is not installed", hint=INSTALL) from error
+
+
+def make(path: Path) -> PrivateKey:
+    """Make a key: `path`, for its owner alone, and `path`.pub; UsageError where there is one already."""
+    from cryptography.hazmat.primitives import serialization as forms
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    if path.exists():
+        raise UsageError(f"{path} is there already", hint="take another name; a key is not replaced")
+    secret = ec.generate_private_key(ec.SECP384R1())
+    private = secret.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.OpenSSH, forms.NoEncryption())
+    public = secret.public_key().public_bytes(forms.Encoding.OpenSSH, forms.PublicFormat.OpenSSH)
+    _folder(path.parent)
+    write_atomic(path, private, mode=PRIVATE)
+    write_atomic(path.with_name(path.name + ".pub"), public + f" {path.name}\n".encode())
+    return read(path)
+
+
+def read(path: Path) -> PrivateKey:
+    """Read a device's key; UsageError where it is none."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    hint = f"make one: fleetune fleet keys new {path}"
+    try:
+        secret = load_ssh_private_key(path.read_bytes(), None)
+    except OSError as error:
+        raise UsageError(f"cannot read the key {path}: {error.strerror}", hint=hint) from error
+    except Exception as error:
+        raise UsageError(f"{path} is not an OpenSSH key without a password ({error})", hint=hint) from error
+    if not isinstance(secret, ec.EllipticCurvePrivateKey):
+        raise UsageError(f"{path} is not a key on a NIST curve", hint=hint)
+    return PrivateKey(secret, PublicKey(path.name, _pem(secret.public_key())))
+
+
+def registered(folder: Path) -> list[PublicKey]:
+    """Return the public keys in a folder (NAME.pub), by name; UsageError where there are none or one is bad."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+    found = []
+    for path in sorted(folder.glob("*.pub")):
+        try:
+            public = load_ssh_public_key(path.read_bytes())
+        except Exception as error:
+            raise UsageError(f"{path} is not a public key in OpenSSH's form ({error})") from error
+        if not isinstance(public, ec.EllipticCurvePublicKey):
+            raise UsageError(
+                f"{path} is not a key on a NIST curve", hint="make it with: fleetune fleet keys new"
+            )
+        found.append(PublicKey(path.stem, _pem(public)))
+    if not found:
+        raise UsageError(
+            f"{folder} has no public keys (NAME.pub)",
+            hint="on a device: fleetune fleet keys new NAME; then bring NAME.pub here",
+        )
+    twins = {k.pem: k.name for k in found}
+    if len(twins) < len(found):
+        raise UsageError(f"a key is in {folder} under two names", hint="a device has one key, and one name")
+    return found
+
+
+def make_certificate(folder: Path, hosts: Sequence[str]) -> Path:
+    """Make a server's certificate for these names and addresses: ca.pem for devices, server.pem and server.key.
+
+    Returns ca.pem.  UsageError where there is one already.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives import serialization as forms
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    if (folder / "ca.pem").exists():
+        raise UsageError(f"{folder / 'ca.pem'} is there already", hint="take another folder")
+    _folder(folder)
+    now = datetime.datetime.now(datetime.UTC)
+
+    def name(text: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+    def begun(subject: str, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(name(subject)).issuer_name(name("Fleetune fleet")).public_key(public)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=DAYS))
+        )  # fmt: skip
+
+    ca, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    root = begun("Fleetune fleet", ca.public_key()).add_extension(
+        x509.BasicConstraints(ca=True, path_length=0), critical=True
+    )
+    names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+    leaf = begun(hosts[0], server.public_key()).add_extension(names, critical=False)
+    leaf = leaf.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    pem = forms.Encoding.PEM
+    secret = server.private_bytes(pem, forms.PrivateFormat.PKCS8, forms.NoEncryption())
+    write_atomic(folder / "server.key", secret, mode=PRIVATE)
+    write_atomic(folder / "server.pem", leaf.sign(ca, hashes.SHA384()).public_bytes(pem))
+    write_atomic(folder / "ca.pem", root.sign(ca, hashes.SHA384()).public_bytes(pem))
+    return folder / "ca.pem"
+
+
+def _general_name(host: str):  # type: ignore[no-untyped-def]
+    from cryptography import x509
+
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own, which nobody else can reach."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "not writable", str(folder))
+    except OSError as error:
+        raise storage_error(error, folder) from error
+
+
+def _pem(public: ec.EllipticCurvePublicKey) -> bytes:
+    from cryptography.hazmat.primitives import serialization as forms
+
+    return public.public_bytes(forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo)

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode what a real fleet's server orders of a device, and what the device answers.
+
+An order and its answer are messages of the usual codec (`tuning/messages.py`) with scalars only; the bytes that a
+method sends travel inside, as they would in a simulated fleet, so that traffic is counted alike.
+
+    server -> device    job      all that the device needs to know of the run, once a session
+                        work     a round's message, for this client
+                        end      the run is over, or the device cannot take part: why
+    device -> server    ready    what the device is: rows, memory, threads
+                        done     the reply of the method
+                        failed   why there is none; refused: why the device will not take part
+
+Each order holds a random number that its answer repeats: an answer is bound to one order, and that to one device,
+run and round.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Final, TypeVar
+
+from fleetune.common.settings import Value
+from fleetune.errors import MessageError, cut_reason
+from fleetune.tuning.messages import Message, Payload, Scalar, decode, encode
+
+T = TypeVar("T")
+
+ORDERS: Final = ("job", "work", "end")
+ANSWERS: Final = ("ready", "done", "failed", "refused")
+NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there
+MAX_JOB: Final = 1 << 20  # characters
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a device needs to know of a run.  All of it is data: a device runs only what is installed on it."""
+
+    run: str  # names the run, 32 hexadecimal digits
+    method: str
+    set: Mapping[str, Value]  # the method's settings
+    model: str  # as the server's recipe names it
+    base: str  # digest of the base model
+    dtype: str
+    max_length: int
+    labels: tuple[str, ...]
+    rounds: int
+    format: int = 1
+
+    def to_json(self) -> str:
+        """Return the job as one text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """Read a job; MessageError for a text that is none."""
+        try:
+            found = json.loads(text) if len(text) <= MAX_JOB else None
+        except (ValueError, RecursionError) as error:
+            raise MessageError(f"the job is not JSON ({error})") from error
+        if not isinstance(found, dict) or set(found) != {f.name for f in fields(cls)}:
+            raise MessageError("the job has other fields than this version of Fleetune knows; update it")
+        kinds = {"set": dict, "labels": list, "max_length": int, "rounds": int, "format": int}
+        for name, value in found.items():
+            if type(value) is not kinds.get(name, str):
+                raise MessageError(f"the job's {name} is a {type(value).__name__}")
+        if found["format"] != cls.format:
+            raise MessageError(f"the job has format {found['format']}, this version reads {cls.format}")
+        plain = all(type(v) in (bool, int, float, str) for v in found["set"].values())
+        if not plain or not all(type(word) is str for word in found["labels"]):
+            raise MessageError("the job's settings or labels are not plain values")
+        return cls(**{**found, "labels": tuple(found["labels"])})
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the server wants of a device."""
+
+    what: str
+    round: int = 0
+    client: int = 0
+    key: int = 0  # of the client's work in this round
+    body: bytes = b""  # the job, or the method's message
+    kept: tuple[int, int] = NOTHING_KEPT  # round and CRC-32 of the memory that the work stands on
+    oldest: int = 0  # memories before this round are needed no longer where a newer one is there
+    reason: str = ""
+    nonce: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+
+    def encode(self) -> bytes:
+        """Return the order as bytes."""
+        return _encode(self.what, self.round, self.nonce, {
+            "client": self.client, "key": self.key, "body": self.body, "kept_round": self.kept[0],
+            "kept_crc": self.kept[1], "oldest": self.oldest, "reason": self.reason,
+        })  # fmt: skip
+
+    @classmethod
+    def decode(cls, data: bytes) -> Order:
+        """Read an order; MessageError for bytes that are none."""
+        what, round, nonce, payload = _decode(data, ORDERS)
+        return cls(
+            what, round, payload.int("client"), payload.int("key"), _bytes(payload, "body"),
+            (payload.int("kept_round"), payload.int("kept_crc")), payload.int("oldest"), _text(payload, "reason"), nonce,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a device answers to an order."""
+
+    what: str
+    nonce: bytes
+    round: int = 0
+    body: bytes = b""  # the method's reply, or a `Device` as JSON
+    kept: tuple[int, int] = NOTHING_KEPT  # round and CRC-32 of what the device remembers now
+    seconds: float = 0.0
+    rss: int = 0
+    reason: str = ""
+
+    def encode(self) -> bytes:
+        """Return the answer as bytes."""
+        return _encode(self.what, self.round, self.nonce, {
+            "body": self.body, "kept_round": self.kept[0], "kept_crc": self.kept[1], "seconds": self.seconds,
+            "rss": self.rss, "reason": cut_reason(self.reason),
+        })  # fmt: skip
+
+    @classmethod
+    def decode(cls, data: bytes) -> Reply:
+        """Read an answer; MessageError for bytes that are none."""
+        what, round, nonce, payload = _decode(data, ANSWERS)
+        return cls(
+            what, nonce, round, _bytes(payload, "body"), (payload.int("kept_round"), payload.int("kept_crc")),
+            payload.float("seconds"), payload.int("rss"), cut_reason(_text(payload, "reason")),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device says of itself when it is ready."""
+
+    rows: int
+    rows_digest: str
+    memory: int  # bytes of it, free and used
+    threads: int
+    version: str
+
+    def to_json(self) -> bytes:
+        """Return it as one text, in UTF-8."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Device:
+        """Read it; MessageError for bytes that are none, or for rows that cannot be."""
+        try:
+            found = json.loads(data) if len(data) <= MAX_JOB else None
+        except (ValueError, RecursionError) as error:
+            raise MessageError(f"what the device says of itself is not JSON ({error})") from error
+        kinds = {f.name: str if f.name in ("rows_digest", "version") else int for f in fields(cls)}
+        if not isinstance(found, dict) or {n: type(v) for n, v in found.items()} != kinds:
+            raise MessageError("what the device says of itself has other fields than agreed")
+        if not 1 <= found["rows"] < 1 << 31:
+            raise MessageError(f"the device says that it has {found['rows']} rows")
+        return cls(**found)
+
+
+def _encode(what: str, round: int, nonce: bytes, scalars: Mapping[str, Scalar]) -> bytes:
+    return encode(Message(round, nonce, Payload({}, {"what": what, **scalars})))
+
+
+def _decode(data: bytes, known: tuple[str, ...]) -> tuple[str, int, bytes, Payload]:
+    message = decode(data)
+    what = message.payload.scalars.get("what")
+    if what not in known or message.payload.arrays:
+        raise MessageError(f"{what!r} is none of {', '.join(known)}")
+    return str(what), message.round, message.base, message.payload
+
+
+def _bytes(payload: Payload, name: str) -> bytes:
+    return _of(payload, name, bytes)
+
+
+def _text(payload: Payload, name: str) -> str:
+    return _of(payload, name, str)
+
+
+def _of(payload: Payload, name: str, kind: type[T]) -> T:
+    value = payload.scalars.get(name)
+    if type(value) is not kind:
+        raise MessageError(f"scalar '{name}' is a {type(value).__name__}, not {kind.__name__}")
+    return value

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do one client's local work of a round: the same function in a simulated fleet and on a real device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from fleetune.data import Batch, Batches
+from fleetune.models.model import Model
+from fleetune.tuning.messages import Message, decode, encode
+
+if TYPE_CHECKING:
+    from fleetune.tuning.fleets.memories import Memories
+    from fleetune.tuning.methods import Method
+
+
+def work(
+    method: Method,
+    model: Model,
+    batches: Batches,
+    key: int,
+    message: bytes,
+    memories: Memories,
+    on_step: Callable[[int, int], None],
+) -> bytes:
+    """Do what `message` asks of the client whose rows `batches` has; return its reply, and keep what it remembers.
+
+    `on_step(client, step)` is called before every local step.
+    """
+    received = decode(message)
+    memory = memories.of(batches.client)
+    watched = Watched(batches, on_step)
+    reply = method.local(model, received.payload, watched, key, memory)  # type: ignore[arg-type]
+    memories.keep(batches.client, received.round, memory)
+    return encode(Message(received.round, received.base, reply))
+
+
+class Watched:
+    """Batches that report each step before it is taken (for the progress bar, and so that Ctrl-C is heard)."""
+
+    def __init__(self, batches: Batches, on_step: Callable[[int, int], None]) -> None:
+        self.batches, self.on_step = batches, on_step
+        self.n, self.client = batches.n, batches.client
+
+    def steps(self, count: int, batch_size: int) -> Iterator[Batch]:
+        """Like `Batches.steps`."""
+        return self._watch(self.batches.steps(count, batch_size))
+
+    def epochs(self, epochs: int, batch_size: int) -> Iterator[Batch]:
+        """Like `Batches.epochs`."""
+        return self._watch(self.batches.epochs(epochs, batch_size))
+
+    def repeat_batch(self, number: int, batch_size: int, count: int) -> Iterator[Batch]:
+        """Like `Batches.repeat_batch`."""
+        return self._watch(self.batches.repeat_batch(number, batch_size, count))
+
+    def split_off(self, batch_size: int) -> tuple[Batch, Watched]:
+        """Like `Batches.split_off`."""
+        batch, rest = self.batches.split_off(batch_size)
+        return batch, Watched(rest, self.on_step)
+
+    def _watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for step, batch in enumerate(batches):
+            self.on_step(self.client, step)
+            yield batch

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fleet over Flower on this machine, with TLS and keys: it ends in the digest of the simulation.
+
+It runs every part of Flower that is used, so a release that changes one fails here.  The devices are threads; `make faults`
+has the same with processes that are killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.errors import FleetError, Interrupted, UsageError
+from fleetune.fleet import device as devices_module
+from fleetune.fleet import keys, server
+from fleetune.fleet.audit import FILE, verify
+from fleetune.fleet.device import Home
+from fleetune.fleet.remote import Pace
+from fleetune.fleet.server import Place, Served
+from fleetune.fleet.worker import Brings
+from fleetune.runs import rundir
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning import run as running
+
+CLIENTS = 3
+COMMON: dict[str, Any] = {
+    "model": "model", "data": "rows.jsonl", "clients": CLIENTS, "rounds": 3, "held_out": 4, "eval_rows": 4, "samples": 0,
+    "max_length": 48, "device": "cpu", "threads": 1,
+}  # fmt: skip
+FEDKSEED = {**COMMON, "method": "fedkseed", "set": {"K": 16, "tau": 2, "lr": 1e-2, "backprop": 0.5}}
+FEDIT = {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}}
+QUICK = Pace(grace=20, poll=0.01)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, rows, the rows of each client, keys and certificates."""
+    place = tmp_path_factory.mktemp("fleet")
+    made = models.tiny_llama()
+    models.save(made.net, made.tokenizer, place / "model")
+    rows = [
+        {"instruction": f"count to {i}", "response": " ".join(map(str, range(1 + i % 8)))}
+        for i in range(1, 31)
+    ]
+    (place / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    keys.make_certificate(place / "certs", ["localhost", "127.0.0.1"])
+    (place / "keys").mkdir()
+    for c in range(CLIENTS):
+        keys.make(place / f"dev-{c}")
+        (place / f"dev-{c}.pub").rename(place / "keys" / f"dev-{c}.pub")
+    keys.make(place / "stranger")
+    return place
+
+
+@pytest.fixture
+def place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Device(threading.Thread):
+    """A device in a thread; `leave` makes it go as a closed lid would."""
+
+    def __init__(self, port: int, number: int, **home: Any) -> None:
+        super().__init__(daemon=True)
+        self.port, self.number = port, number
+        own = {"key": Path(f"dev-{number}"), "ca": Path("certs/ca.pem"), **home}
+        self.home = Home(Path(f"state-{number}"), **own, poll=0.02)
+        self.brings = Brings(f"rows/client-{number:03d}.jsonl", "model", "cpu", 1, offline=True)
+        self.leave = threading.Event()
+        self.notes: list[str] = []
+        self.outcome: object = None
+
+    def run(self) -> None:
+        address = f"localhost:{self.port}" if self.home.ca else f"127.0.0.1:{self.port}"
+        try:
+            self.outcome = devices_module.join(
+                address, self.brings, self.home, stop=self.leave.is_set, note=self.notes.append,
+                on_step=lambda client, step: None,
+            )  # fmt: skip
+        except Exception as error:
+            self.outcome = error
+
+
+@contextlib.contextmanager
+def devices(port: int, count: int = CLIENTS, **home: Any) -> Iterator[list[Device]]:
+    made = [Device(port, c, **home) for c in range(count)]
+    for device in made:
+        device.start()
+    try:
+        yield made
+    finally:
+        for device in made:
+            device.leave.set()
+            device.join(20)
+
+
+def split(recipe: dict[str, Any]) -> None:
+    Path("recipe.toml").write_text(recipes.to_toml(recipes.make(recipe)))
+    assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-q"]) == 0
+
+
+@pytest.mark.parametrize("recipe", [FEDKSEED, FEDIT], ids=lambda r: str(r["method"]))
+def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(place: Path, recipe: dict[str, Any]) -> None:
+    simulated = fleetune.tune(recipes.make(recipe), out="simulated")
+    split(recipe)
+    port = free_port()
+    with (
+        devices(port) as joined,
+        Served(Place("127.0.0.1", port, Path("keys"), Path("certs")), pace=QUICK) as fleets,
+    ):
+        found = running.start(
+            recipes.make(recipe), Path("real"), fleetune.Silent(), offline=True, fleets=fleets
+        )
+    assert found.done.digest == simulated.done.digest
+    assert (found.done.bytes_up, found.done.bytes_down) == (
+        simulated.done.bytes_up,
+        simulated.done.bytes_down,
+    )
+    assert [d.outcome for d in joined] == ["the run is finished"] * CLIENTS
+    assert found.done.tuned == simulated.done.tuned
+
+
+def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(place: Path) -> None:
+    recipe = recipes.make(FEDIT)
+    simulated = fleetune.tune(recipe, out="simulated")
+    split(FEDIT)
+    port = free_port()
+    where = Place("127.0.0.1", port, Path("keys"), Path("certs"))
+
+    class StopInRound2(fleetune.Silent):
+        rounds = 0
+
+        def event(self, event: Any) -> None:
+            self.rounds += event.event == "round"
+
+        @property
+        def stop_requested(self) -> bool:
+            return self.rounds == 2
+
+    with devices(port) as joined:
+        with pytest.raises(Interrupted), Served(where, pace=QUICK) as fleets:
+            running.start(recipe, Path("real"), StopInRound2(), offline=True, fleets=fleets)
+        joined[1].leave.set()  # and one is replaced by a new process meanwhile
+        joined[1].join(20)
+        joined[1] = Device(port, 1)
+        joined[1].start()
+        (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+        with Served(where, pace=QUICK) as fleets:
+            found = running.resume(run, fleetune.Silent(), offline=True, fleets=fleets)
+    assert found.done.digest == simulated.done.digest
+
+
+def test_the_door(place: Path) -> None:
+    """A stranger's key, a device without TLS, and everything that is not the devices' interface stay outside."""
+    split(FEDKSEED)
+    port = free_port()
+    where = Place("127.0.0.1", port, Path("keys"), Path("certs"))
+    with Served(where) as fleets:
+        stranger = Device(port, 0, key=Path("stranger"))
+        stranger.start()
+        plain = Device(port, 1, ca=None)
+        plain.start()
+        with httpx.Client(verify=False, base_url=f"https://127.0.0.1:{port}") as client:
+            for path in (
+                "/v1/control/start-run",
+                "/v1/runtime/pull-messages",
+                "/health",
+                "/",
+                "/docs",
+                "/openapi.json",
+            ):
+                assert client.post(path, content=b"").status_code == 404
+            assert client.post("/v1/fleet/pull-messages", content=b"x").status_code in (400, 401, 415, 422)
+        assert b" 413 " in answer_to_head(
+            port, f"POST /v1/fleet/pull-messages HTTP/1.1\r\ncontent-length: {9 << 20}"
+        )
+        assert b" 413 " in answer_to_head(
+            port, "POST /v1/fleet/pull-messages HTTP/1.1\r\ntransfer-encoding: chunked"
+        )
+        until = threading.Event()
+        for _ in range(200):
+            if stranger.notes and plain.notes:
+                break
+            until.wait(0.05)
+        for device in (stranger, plain):
+            device.leave.set()
+            device.join(20)
+        assert "the server does not know this device's key: bring its .pub" in stranger.notes[0]
+        assert "no server there" in plain.notes[0] or "answered" in plain.notes[0]
+        assert not fleets._gate.online()
+
+
+def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third device's key comes after the start; the first one's is removed after the first round."""
+    monkeypatch.setattr(server, "LOOK", 0.0)
+    split(FEDKSEED)
+    Path("some").mkdir()
+    for c in (0, 1):
+        (Path("some") / f"dev-{c}.pub").write_bytes(Path(f"keys/dev-{c}.pub").read_bytes())
+    port = free_port()
+    notes: list[str] = []
+
+    class Watch(fleetune.Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+            if text.startswith("2 of 2"):
+                (Path("some") / "dev-2.pub").write_bytes(Path("keys/dev-2.pub").read_bytes())
+                (Path("some") / "odd.pub").write_text("no key")
+
+        def event(self, event: Any) -> None:
+            if event.event == "round" and event.round == 1:
+                (Path("some") / "odd.pub").unlink(missing_ok=True)
+                (Path("some") / "dev-0.pub").unlink()
+
+    pace = Pace(grace=2, poll=0.01)
+    recipe = recipes.make({**FEDKSEED, "clients": 2})
+    with (
+        devices(port) as joined,
+        Served(Place("127.0.0.1", port, Path("some"), Path("certs")), pace=pace) as fleets,
+    ):
+        found = running.start(recipe, Path("real"), Watch(), offline=True, fleets=fleets)
+        joined[0].leave.set()
+    assert any("the keys stay as they are" in n for n in notes)
+    assert any("dev-0 is revoked" in n and "dev-2 may join" in n for n in notes)
+    (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+    replies = [e for e in rundir.events(run) if e["event"] == "client"]
+    assert {(e["round"], e["client"]): e["status"] for e in replies if e["client"] == 0 and e["round"] > 1} == {
+        (2, 0): "dropped",
+    }  # fmt: skip
+    assert any(e["client"] == 2 and e["status"] == "ok" for e in replies)
+    assert verify(run / FILE).bad == 0
+    assert found.done.digest
+
+
+def answer_to_head(port: int, head: str) -> bytes:
+    """What the server answers to the head of a request, before any of its body."""
+    context = ssl.create_default_context(cafile="certs/ca.pem")
+    with (
+        socket.create_connection(("localhost", port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as opened,
+    ):
+        opened.sendall(f"{head}\r\nhost: localhost\r\n\r\n".encode())
+        return opened.recv(4096)
+
+
+def test_a_device_with_another_model_is_told_and_ends(place: Path) -> None:
+    split(FEDKSEED)
+    other = models.tiny_llama(seed=1)
+    models.save(other.net, other.tokenizer, Path("other"))
+    port = free_port()
+    notes: list[str] = []
+
+    class Notes(fleetune.Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+        @property
+        def stop_requested(self) -> bool:
+            return any("takes no part" in n for n in notes)
+
+    with Served(Place("127.0.0.1", port, Path("keys"), Path("certs")), pace=QUICK) as fleets:
+        odd = Device(port, 0)
+        odd.brings = Brings("rows/client-000.jsonl", "other", "cpu", 1, offline=True)
+        odd.start()
+        with pytest.raises(Interrupted):
+            running.start(recipes.make(FEDKSEED), Path("real"), Notes(), offline=True, fleets=fleets)
+        odd.join(20)
+    assert "tunes a model with digest" in str(odd.outcome)
+    assert isinstance(odd.outcome, UsageError)
+    assert any("device dev-0 takes no part: the run tunes a model with digest" in n for n in notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["serve", "-c", "recipe.toml", "--host", "0.0.0.0"], "needs TLS and registered keys"),
+        (["serve", "-c", "recipe.toml", "--keys", "nowhere"], "has no public keys"),
+        (["serve", "-c", "recipe.toml", "--certificate", "model"], "has no server.pem"),
+        (["serve", "-c", "recipe.toml", "--keys", "keys", "--wait", "9"], "9 devices, and 3 keys"),
+        (["serve", "-c", "recipe.toml", "--grace", "-1"], "cannot be negative"),
+        (["serve", "more"], "takes no 'more'"),
+        (["join", "192.168.1.9:8470", "--data", "rows.jsonl"], "with TLS alone"),
+        (["join", "nowhere", "--data", "rows.jsonl"], "is not HOST:PORT"),
+        (["join", "127.0.0.1:1"], "which rows"),
+        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--rounds", "3"], "rounds is the server's to say"),
+        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--key", "rows.jsonl"], "not an OpenSSH key"),
+        (["keys", "new", "dev-0"], "is there already"),
+        (["keys", "certificate", "certs", "localhost"], "is there already"),
+        (["keys"], "keys takes"),
+        (["split", "-c", "recipe.toml"], "where to"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_any_work(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str], what: str
+) -> None:
+    Path("recipe.toml").write_text(recipes.to_toml(recipes.make(FEDKSEED)))
+    assert main(["fleet", *words]) in (2, 4)
+    assert what in capsys.readouterr().err
+
+
+def test_a_port_in_use_and_a_second_process_of_a_device_are_refused(place: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with (
+            pytest.raises(FleetError, match="cannot listen"),
+            Served(Place("127.0.0.1", taken.getsockname()[1])),
+        ):
+            pass
+    with devices_module._alone(Path("one")), pytest.raises(FleetError, match="another process"):
+        devices_module._alone(Path("one"))

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server's side of a real fleet, over a link in memory whose devices die, come back, lie and answer twice."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetune.errors import FleetError, Interrupted, StorageError
+from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
+from fleetune.fleet.remote import Pace, RemoteFleet, check_count
+from fleetune.fleet.table import FILE, Devices
+from fleetune.runs import sealed
+
+JOB = Job("a" * 32, "fedkseed", {}, "m", "b" * 64, "fp32", 64, (), 3)
+QUICK = Pace(grace=0.3, poll=0.001)
+
+
+@dataclass
+class Memory:
+    """A link in memory: `chance(what)` says whether something odd happens, and each device answers honestly else."""
+
+    devices: dict[str, Device]
+    chance: random.Random
+    odd: float = 0.0  # how often
+    marks: dict[str, int] = field(default_factory=dict)
+    queue: dict[str, tuple[str, bytes]] = field(default_factory=dict)  # number -> key, order
+    done: dict[str, bytes | None] = field(default_factory=dict)
+    number: int = 0
+    seen: list[Order] = field(default_factory=list)
+    away: set[str] = field(default_factory=set)
+    forged: bool = False
+
+    def online(self) -> Mapping[str, str]:
+        for key in self.devices:
+            if self.chance.random() < self.odd:
+                self.marks[key] = self.marks.get(key, 0) + 1  # restarted: what it had taken is lost
+                self.queue = {n: q for n, q in self.queue.items() if q[0] != key}
+        return {key: str(self.marks.get(key, 0)) for key in self.devices if key not in self.away}
+
+    def name(self, key: str) -> str:
+        return f"device-{key}"
+
+    def push(self, key: str, data: bytes) -> str | None:
+        self.number += 1
+        self.queue[str(self.number)] = key, data
+        return str(self.number)
+
+    def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
+        for number, (key, data) in list(self.queue.items()):
+            if key not in self.away:
+                del self.queue[number]
+                self.done[number] = self.answer(key, Order.decode(data))
+        for number in sorted(numbers & self.done.keys(), key=lambda n: self.chance.random()):
+            data = self.done.pop(number)
+            yield number, None if self.chance.random() < self.odd else data
+
+    def drop(self, numbers: set[str]) -> None:
+        for number in numbers:
+            self.queue.pop(number, None)
+            self.done.pop(number, None)
+
+    def answer(self, key: str, order: Order) -> bytes:
+        self.seen.append(order)
+        nonce = bytes(16) if self.forged and order.what == "work" else order.nonce
+        if order.what == "job":
+            return Reply("ready", nonce, order.round, self.devices[key].to_json()).encode()
+        body = f"{key} did {order.body.decode()}".encode()
+        return Reply("done", nonce, order.round, body, (order.round, 5), 0.1, 9).encode()
+
+
+def link(count: int = 3, seed: int = 0, odd: float = 0.0) -> Memory:
+    devices = {f"k{i}": Device(10 + i, f"{i}" * 64, 1 << 33, 1, "0") for i in range(count)}
+    return Memory(devices, random.Random(seed), odd)
+
+
+def fleet(link: Memory, folder: Path, pace: Pace = QUICK) -> RemoteFleet:
+    devices = Devices(folder)
+    devices.register([(key, key) for key in link.devices])
+    made = RemoteFleet(link, devices, JOB, 42, pace)
+    made.wait_for(len(link.devices))
+    return made
+
+
+def test_every_client_answers_once_and_knows_its_number_key_and_memory(tmp_path: Path) -> None:
+    memory = link()
+    made = fleet(memory, tmp_path)
+    assert list(made.rows) == [10, 11, 12]
+    assert list(made.present()) == [0, 1, 2]
+    for round in (1, 2):
+        answers = {a.client: a for a in made.ask(round, [0, 2], {0: b"a", 2: b"bcd"})}
+        assert {c: (a.data, a.status, a.sent) for c, a in answers.items()} == {
+            0: (b"k0 did a", "ok", 1), 2: (b"k2 did bcd", "ok", 3),
+        }  # fmt: skip
+    work = [o for o in memory.seen if o.what == "work"]
+    assert {o.kept for o in work if o.round == 1} == {NOTHING_KEPT}
+    assert {o.kept for o in work if o.round == 2} == {(1, 5)}
+    assert len({o.key for o in work}) == len({o.nonce for o in work}) == 4
+    assert made.kept() == {0: (2, 5), 2: (2, 5)}
+    made.check_kept({0: (1, 4)})
+    list(made.ask(2, [0, 2], b"a"))
+    assert [o.kept for o in memory.seen[-2:] if o.client == 0] == [(1, 4)]
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10_000), st.floats(0.0, 0.1), st.integers(1, 5))
+def test_whatever_restarts_or_is_lost_each_client_has_one_answer_and_it_is_its_own(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, odd: float, count: int
+) -> None:
+    made = fleet(link(count, seed, odd), tmp_path_factory.mktemp("run"), Pace(grace=20, poll=0))
+    for round in (1, 2, 3):
+        answers = sorted(made.ask(round, range(count), f"r{round}".encode()))
+        assert [a.client for a in answers] == list(range(count))
+        assert [a.data for a in answers] == [f"k{c} did r{round}".encode() for c in range(count)]
+
+
+def test_one_that_does_not_come_back_is_dropped_after_the_grace_and_asked_again_when_it_is_there(
+    tmp_path: Path,
+) -> None:
+    memory = link()
+    made = fleet(memory, tmp_path)
+    memory.away.add("k1")
+    answers = {a.client: a for a in made.ask(1, [0, 1, 2], b"x")}
+    assert (answers[1].status, answers[1].data) == ("dropped", None)
+    assert "not there" in answers[1].reason
+    assert answers[0].status == answers[2].status == "ok"
+    assert list(made.present()) == [0, 2]
+    memory.away.clear()
+    memory.marks["k1"] = 9
+    for _ in range(3):
+        made.present()
+        list(made.ask(2, [0], b"x"))
+    assert list(made.present()) == [0, 1, 2]
+
+
+def test_after_the_deadline_the_round_goes_on(tmp_path: Path) -> None:
+    memory = link()
+    made = fleet(memory, tmp_path, Pace(grace=50, deadline=0.2, poll=0.001))
+    memory.away.add("k1")
+    assert {a.client: a.status for a in made.ask(1, [0, 1, 2], b"x")} == {0: "ok", 1: "dropped", 2: "ok"}
+
+
+def test_an_answer_to_another_order_is_refused(tmp_path: Path) -> None:
+    memory = link(1)
+    made = fleet(memory, tmp_path)
+    memory.forged = True
+    (answer,) = made.ask(1, [0], b"x")
+    assert (answer.status, answer.data) == ("failed", None)
+    assert "another order" in answer.reason
+
+
+def test_a_device_is_its_key_and_brings_the_same_rows(tmp_path: Path) -> None:
+    made = fleet(link(), tmp_path)
+    run = made.devices.run
+    again = link()
+    again.devices["k1"] = Device(99, "f" * 64, 1, 1, "0")
+    again.devices = dict(reversed(again.devices.items()))
+    notes: list[str] = []
+    table = Devices(tmp_path)
+    assert table.run == run
+    second = RemoteFleet(again, table, JOB, 42, QUICK, note=notes.append)
+    second.wait_for(2)
+    assert list(second.rows) == [10, 11, 12]
+    assert any("brings 99 rows" in n and "brought 11" in n for n in notes)
+    assert [a.status for a in sorted(second.ask(1, [0, 1, 2], b"x"))] == ["ok", "dropped", "ok"]
+    assert any(
+        o.what == "end" and "99 rows" in o.reason
+        for o in map(Order.decode, [d for _, d in again.queue.values()])
+    ) or any(o.what == "end" for o in again.seen)
+
+
+def test_a_newcomer_gets_the_next_number(tmp_path: Path) -> None:
+    memory = link(2)
+    made = fleet(memory, tmp_path)
+    memory.devices["new"] = Device(7, "e" * 64, 1, 1, "0")
+    for _ in range(3):
+        list(made.ask(1, made.present(), b"x"))
+    assert list(made.rows) == [10, 11, 7]
+    assert list(made.present()) == [0, 1, 2]
+
+
+def test_waiting_can_be_stopped(tmp_path: Path) -> None:
+    def look() -> None:
+        raise Interrupted("stopped")
+
+    made = RemoteFleet(link(1), Devices(tmp_path), JOB, 42, QUICK, look=look)
+    with pytest.raises(Interrupted):
+        made.wait_for(1)
+
+
+def test_a_damaged_table_is_named(tmp_path: Path) -> None:
+    fleet(link(), tmp_path)
+    file = tmp_path / FILE
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.write_text(file.read_text().replace('"rows": 11', '"rows": 12'))
+    with pytest.raises(StorageError, match=r"devices\.json is damaged"):
+        Devices(tmp_path)
+    file.write_text(sealed.to_text({"run": "x", "devices": [{"key": "a"}]}))
+    with pytest.raises(StorageError, match="not a table of devices"):
+        Devices(tmp_path)
+
+
+def test_more_devices_than_keys_are_not_waited_for() -> None:
+    check_count(2, 2)
+    with pytest.raises(FleetError, match="3 devices, and 2 keys"):
+        check_count(3, 2)

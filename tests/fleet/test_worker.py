@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device: it answers as a simulated client would, once for each order, and runs nothing that a server sends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fleetune import data, models
+from fleetune.data import Batches
+from fleetune.data.labelled import encode_rows
+from fleetune.errors import FitError
+from fleetune.evaluation.losses import pad_id
+from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
+from fleetune.fleet.worker import ANSWER, Brings, Worker
+from fleetune.seeds.noise import derive
+from fleetune.tuning import methods
+from fleetune.tuning.fleets.local_work import work
+from fleetune.tuning.fleets.memories import Memories
+from fleetune.tuning.messages import Message, decode, encode
+
+SET = {"r": 2, "steps": 2, "dropout": 0.0, "scaffold": True}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("device")
+    made = models.tiny_llama(layers=2)
+    models.save(made.net, made.tokenizer, folder / "model")
+    rows = [
+        {"instruction": f"count to {i}", "response": " ".join(map(str, range(1 + i % 8)))}
+        for i in range(1, 13)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+@pytest.fixture
+def job(place: Path) -> Job:
+    digest = models.load(str(place / "model"), device="cpu").digest
+    return Job("d" * 32, "fedit", SET, "tiny", digest, "fp32", 48, (), 3)
+
+
+@pytest.fixture
+def worker(place: Path, tmp_path: Path) -> Iterator[Worker]:
+    threads = torch.get_num_threads()
+    yield make_worker(place, tmp_path)
+    torch.set_num_threads(threads)
+
+
+def make_worker(place: Path, state: Path, **more: object) -> Worker:
+    brings = Brings(str(place / "rows.jsonl"), str(place / "model"), "cpu", 1)
+    return Worker(dataclasses.replace(brings, **more), state)  # type: ignore[arg-type]
+
+
+def take(worker: Worker, job: Job) -> Reply:
+    return Reply.decode(worker.answer(Order("job", body=job.to_json().encode()).encode()))
+
+
+def message(place: Path, job: Job, round: int) -> bytes:
+    """What the server of a run at its start sends."""
+    model = models.load(str(place / "model"), device="cpu")
+    method = methods.make("fedit", SET)
+    return encode(Message(round, bytes.fromhex(job.base)[:8], method.broadcast(method.init(model, 5))))
+
+
+def test_its_reply_is_that_of_a_simulated_client(place: Path, worker: Worker, job: Job) -> None:
+    told = take(worker, job)
+    assert told.what == "ready"
+    device = Device.from_json(told.body)
+    assert (device.rows, device.threads) == (12, 1)
+    assert device.memory > 1 << 28
+    key, sent = derive(42, "local", 1, 3), message(place, job, 1)
+    reply = Reply.decode(worker.answer(Order("work", 1, 3, key, sent).encode()))
+    model = models.load(str(place / "model"), device="cpu")
+    method = methods.make("fedit", SET)
+    rows = encode_rows(model, data.read(str(place / "rows.jsonl")), 48)[0]
+    memories = Memories()
+    batches = Batches(rows, pad_id(model), key, "cpu", 3)
+    assert reply.body == work(method, model, batches, key, sent, memories, lambda client, step: None)
+    assert reply.kept == memories.kept()[3]
+    assert reply.kept[0] == 1
+
+
+def test_an_order_that_comes_again_is_answered_from_the_disk(
+    place: Path, tmp_path: Path, worker: Worker, job: Job
+) -> None:
+    take(worker, job)
+    order = Order("work", 1, 0, 7, message(place, job, 1)).encode()
+    first = worker.answer(order)
+    assert (tmp_path / ANSWER).stat().st_mode & 0o777 == 0o600
+    fresh = make_worker(place, tmp_path)  # killed and started again; it has not even loaded the model
+    assert fresh.answer(order) == first
+    (tmp_path / ANSWER).unlink()
+    take(fresh, job)
+    again = Reply.decode(fresh.answer(order))
+    assert (again.body, again.kept) == (Reply.decode(first).body, Reply.decode(first).kept)
+
+
+def test_its_memory_follows_the_servers_word(place: Path, tmp_path: Path, worker: Worker, job: Job) -> None:
+    """A server that goes on from an earlier round gets what it would have got then."""
+    take(worker, job)
+
+    def step(round: int, kept: tuple[int, int], oldest: int = 0) -> Reply:
+        order = Order("work", round, 0, 100 + round, message(place, job, round), kept, oldest)
+        return Reply.decode(worker.answer(order.encode()))
+
+    first = step(1, NOTHING_KEPT)
+    second = step(2, first.kept)
+    third = step(3, second.kept)
+    assert [r.what for r in (first, second, third)] == ["done"] * 3
+    back = step(3, second.kept)
+    assert (back.body, back.kept) == (third.body, third.kept)
+    assert step(2, first.kept).body == second.body
+    assert step(3, second.kept, oldest=3).body == third.body
+    files = sorted(p.name for p in (tmp_path / f"run-{job.run}").iterdir())
+    assert files == ["client-000000.round-000002.ckpt", "client-000000.round-000003.ckpt"]
+    lost = step(4, (1, first.kept[1]))
+    assert lost.what == "failed"
+    assert "is gone" in lost.reason
+    other = step(4, (3, 12345))
+    assert other.what == "failed"
+
+
+def test_work_before_the_job_fails_and_says_so(place: Path, worker: Worker, job: Job) -> None:
+    reply = Reply.decode(worker.answer(Order("work", 1, 0, 7, message(place, job, 1)).encode()))
+    assert (reply.what, reply.reason) == ("failed", "the device has no job yet")
+
+
+@pytest.mark.parametrize("body", [b"", b"rubbish", encode(Message(1, bytes(8), methods.Payload()))])
+def test_a_message_that_is_none_fails_the_round_and_no_more(
+    place: Path, worker: Worker, job: Job, body: bytes
+) -> None:
+    take(worker, job)
+    reply = Reply.decode(worker.answer(Order("work", 1, 0, 7, body).encode()))
+    assert reply.what == "failed"
+    assert reply.reason
+    good = Reply.decode(worker.answer(Order("work", 1, 0, 7, message(place, job, 1)).encode()))
+    assert good.what == "done"
+    assert decode(good.body).round == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"base": "0" * 64}, "the run tunes a model with digest 0000"),
+        ({"method": "nothing"}, "nothing"),
+        ({"set": {"r": 0}}, "r = 0"),
+        ({"method": "fedkseed", "set": {"objective": "os:system"}}, "a function of the server's"),
+    ],
+)
+def test_a_job_that_it_cannot_do_is_refused_before_any_work(
+    worker: Worker, job: Job, change: dict[str, object], reason: str
+) -> None:
+    reply = take(worker, dataclasses.replace(job, **change))  # type: ignore[arg-type]
+    assert reply.what == "refused"
+    assert reason in reply.reason
+    assert worker.ended == reply.reason
+    assert worker.error is not None
+
+
+def test_a_device_short_of_memory_refuses_before_it_loads_the_model(
+    place: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(place, tmp_path, memory=1 << 20)
+    monkeypatch.setattr(models, "load", None)
+    reply = take(worker, job)
+    assert "fedit on this model takes about" in reply.reason
+    assert "this device has 1.0 MB" in reply.reason
+    assert isinstance(worker.error, FitError)
+
+
+def test_a_folder_of_the_servers_is_not_looked_for_on_the_device(
+    place: Path, tmp_path: Path, job: Job
+) -> None:
+    worker = make_worker(place, tmp_path, model="")
+    for name in (str(place / "model"), "../model", "a/b/c"):
+        reply = take(worker, dataclasses.replace(job, model=name))
+        assert "a folder of the server's" in reply.reason
+
+
+def test_the_end_of_a_run_is_heard(worker: Worker) -> None:
+    Reply.decode(worker.answer(Order("end", reason="the run is finished").encode()))
+    assert worker.ended == "the run is finished"
