@@ -96,8 +96,7 @@ class Device(threading.Thread):
         address = f"localhost:{self.port}" if self.home.ca else f"127.0.0.1:{self.port}"
         try:
             self.outcome = devices_module.join(
-                address, self.brings, self.home, stop=self.leave.is_set, note=self.notes.append,
-                on_step=lambda client, step: None,
+                address, self.brings, self.home, stop=self.leave.is_set, note=self.notes.append
             )  # fmt: skip
         except Exception as error:
             self.outcome = error

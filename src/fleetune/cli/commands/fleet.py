@@ -176,14 +176,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     )
     home = Home(Path(args.state), _path(args.key), _path(args.ca))
     with InterruptHandler(ui) as interrupt:
-        why = join(
-            args.words[0],
-            brings,
-            home,
-            stop=lambda: interrupt.requested,
-            note=ui.note,
-            on_step=lambda client, step: None,
-        )
+        why = join(args.words[0], brings, home, stop=lambda: interrupt.requested, note=ui.note)
     ui.note(why)
 
 
