@@ -8,6 +8,7 @@ has the same with processes that are killed.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import socket
 import ssl
@@ -95,8 +96,7 @@ class Device(threading.Thread):
         address = f"localhost:{self.port}" if self.home.ca else f"127.0.0.1:{self.port}"
         try:
             self.outcome = devices_module.join(
-                address, self.brings, self.home, stop=self.leave.is_set, note=self.notes.append,
-                on_step=lambda client, step: None,
+                address, self.brings, self.home, stop=self.leave.is_set, note=self.notes.append
             )  # fmt: skip
         except Exception as error:
             self.outcome = error
@@ -156,6 +156,8 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(place: 
 
         @property
         def stop_requested(self) -> bool:
+            if self.rounds == 2:
+                status_of_the_fleet("latest")
             return self.rounds == 2
 
     with devices(port) as joined:
@@ -169,6 +171,28 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(place: 
         with Served(where, pace=QUICK) as fleets:
             found = running.resume(run, fleetune.Silent(), offline=True, fleets=fleets)
     assert found.done.digest == simulated.done.digest
+
+
+def status_of_the_fleet(run: str) -> None:
+    """Ask for it as another process would, while the server has the folder."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["fleet", "status", run, "--out", "real"]) == 0
+    assert all(f"dev-{c}" in out.getvalue() for c in range(CLIENTS))
+    assert main(["fleet", "devices", run, "--out", "real"]) == 0
+
+
+def test_status_and_stop_of_a_run_that_nobody_serves(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fleetune.tune(recipes.make(FEDKSEED), out="simulated")
+    for action, what in (
+        ("status", "not the run of a real fleet"),
+        ("stop", "no server has"),
+        ("audit", "audit.jsonl"),
+    ):
+        assert main(["fleet", action, "latest", "--out", "simulated"]) in (1, 2)
+        assert what in capsys.readouterr().err
+    assert main(["fleet", "status"]) == 2
+    assert "takes one RUN" in capsys.readouterr().err
 
 
 def test_the_door(place: Path) -> None:
@@ -222,6 +246,7 @@ def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
         (Path("some") / f"dev-{c}.pub").write_bytes(Path(f"keys/dev-{c}.pub").read_bytes())
     port = free_port()
     notes: list[str] = []
+    third = Device(port, 2)
 
     class Watch(fleetune.Silent):
         def note(self, text: str) -> None:
@@ -230,19 +255,23 @@ def test_a_key_can_be_added_and_revoked_while_the_run_goes_on(
                 (Path("some") / "dev-2.pub").write_bytes(Path("keys/dev-2.pub").read_bytes())
                 (Path("some") / "odd.pub").write_text("no key")
 
+            if "dev-2 may join" in text:
+                third.start()
+
         def event(self, event: Any) -> None:
             if event.event == "round" and event.round == 1:
                 (Path("some") / "odd.pub").unlink(missing_ok=True)
                 (Path("some") / "dev-0.pub").unlink()
 
-    pace = Pace(grace=2, poll=0.01)
+    pace = Pace(grace=4, poll=0.01)
     recipe = recipes.make({**FEDKSEED, "clients": 2})
     with (
-        devices(port) as joined,
+        devices(port, 2) as joined,
         Served(Place("127.0.0.1", port, Path("some"), Path("certs")), pace=pace) as fleets,
     ):
         found = running.start(recipe, Path("real"), Watch(), offline=True, fleets=fleets)
-        joined[0].leave.set()
+        for device in (joined[0], third):
+            device.leave.set()
     assert any("the keys stay as they are" in n for n in notes)
     assert any("dev-0 is revoked" in n and "dev-2 may join" in n for n in notes)
     (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())

@@ -35,7 +35,6 @@ def join(
     *,
     stop: Callable[[], bool],
     note: Callable[[str], None],
-    on_step: Callable[[int, int], None],
 ) -> str:
     """Be a device of the fleet at HOST:PORT until its run is over; return why it is.
 
@@ -54,7 +53,12 @@ def join(
         from fleetune.fleet.flower.node import Server, stay
 
         key = keyring.read(home.key) if home.key else _own_key(home.state)
-        worker = Worker(brings, home.state, note=note, on_step=on_step)
+
+        def step(client: int, number: int) -> None:
+            if stop():
+                raise Interrupted("stopped between two steps; the device can join again at any time")
+
+        worker = Worker(brings, home.state, note=note, on_step=step)
         stay(
             Server(address, home.ca, home.poll, home.heartbeat), key, home.state, worker.answer,
             over=lambda: bool(worker.ended) or stop(), note=note,

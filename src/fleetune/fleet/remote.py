@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from fleetune.errors import FleetError, MessageError
@@ -27,6 +27,7 @@ from fleetune.tuning.fleets import Answer
 
 log = logging.getLogger(__name__)
 
+WORD: Final = 30.0  # seconds of waiting, after which it is said for whom
 FAREWELL: Final = 5.0  # seconds in which devices are told that the run is over
 
 
@@ -72,6 +73,44 @@ class _Order:
     order: Order
 
 
+@dataclass
+class _Asking:
+    """A round in progress: who is still to be asked, and who was."""
+
+    round: int
+    orders: Mapping[int, Order]  # by client
+    began: float
+    waiting: dict[int, float] = field(init=False)  # client -> since when it is waited for
+    sent: dict[str, int] = field(init=False, default_factory=dict)  # number of an order -> client
+    next_word: float = field(init=False)  # when to say who is waited for
+
+    def __post_init__(self) -> None:
+        self.waiting = dict.fromkeys(self.orders, self.began)
+        self.next_word = self.began + WORD
+
+    @property
+    def open(self) -> bool:
+        """Whether an answer is still to come."""
+        return bool(self.waiting or self.sent)
+
+    def given(self, client: int, number: str) -> None:
+        """Note that a client was given its order."""
+        del self.waiting[client]
+        self.sent[number] = client
+
+    def lost(self, numbers: Iterable[str]) -> None:
+        """Note that the devices of these orders have gone, or come in anew, so that they are asked again."""
+        for number in numbers:
+            self.waiting[self.sent.pop(number)] = time.monotonic()
+
+    def answered(self, number: str, *, lost: bool) -> int | None:
+        """Note that an order is answered, or that its answer was lost; its client, None for an order of no client."""
+        client = self.sent.pop(number, None)
+        if client is not None and lost:
+            self.waiting[client] = time.monotonic()
+        return client
+
+
 class RemoteFleet:
     """The devices of a run, over a link; `look()` is called while it waits, and may raise to stop."""
 
@@ -95,6 +134,7 @@ class RemoteFleet:
         self._kept: dict[int, tuple[int, int]] = {}
         self._digests: dict[int, str] = {}  # client -> SHA-256 of its last reply
         self._oldest = 0
+        self._asking: _Asking | None = None
         self._gone: set[int] = set()  # clients that were waited for in vain, until they are back
 
     # What every fleet has ---------------------------------------------------------------------------------
@@ -139,42 +179,60 @@ class RemoteFleet:
 
         A device that is away is waited for, and asked when it is back; one that comes in anew is asked again.
         """
-        began = time.monotonic()
-        waiting = dict.fromkeys(clients, began)  # not asked yet, or to be asked again: since when
-        asked = {
+        orders = {
             c: self._work(round, c, message if isinstance(message, bytes) else message[c]) for c in clients
         }
-        sent: dict[str, int] = {}  # number of an order -> client
-        while waiting or sent:
+        asking = self._asking = _Asking(round, orders, time.monotonic())
+        while asking.open:
             self.look()
-            for number in self._lost(sent):
-                waiting[sent.pop(number)] = time.monotonic()
-            for client in self._here(waiting):
-                pushed = self._push(self.devices.members[client].key, asked[client])
-                if pushed is not None:
-                    del waiting[client]
-                    sent[pushed] = client
-            now = time.monotonic()
-            late = bool(self.pace.deadline) and now - began > self.pace.deadline
-            for client, since in list(waiting.items()):
-                if late or now - since > self.pace.grace:
-                    del waiting[client]
-                    self._gone.add(client)
-                    yield self._without(asked[client], "dropped", f"not there for {now - since:.0f} s")
-            if late and sent:
-                self._forget(set(sent))
-                for client in sent.values():
-                    yield self._without(asked[client], "late", f"no answer in {self.pace.deadline:g} s")
-                return
+            here = self._greet()
+            lost = {n for n in asking.sent if here.get(self._orders[n].key) != self._orders[n].mark}
+            self._forget(lost)
+            asking.lost(lost)
+            self._give_out(asking, here)
+            yield from self._given_up(asking)
             for number, order, reply in self._answers():
-                client = sent.pop(number, -1)
-                if client < 0:
-                    continue
-                if reply is None:
-                    waiting[client] = time.monotonic()
-                else:
+                client = asking.answered(number, lost=reply is None)
+                if client is not None and reply is not None:
                     yield self._answer(order, reply)
+            self._say_who_is_waited_for(asking)
             time.sleep(self.pace.poll)
+
+    def _give_out(self, asking: _Asking, here: Mapping[str, str]) -> None:
+        """Give their orders to the devices that are there and have taken the job in this session."""
+        for client in list(asking.waiting):
+            key = self.devices.members[client].key
+            if self._ready.get(key, "") == here.get(key):
+                self._gone.discard(client)
+                if (number := self._push(key, asking.orders[client], here)) is not None:
+                    asking.given(client, number)
+
+    def _given_up(self, asking: _Asking) -> Iterator[Answer]:
+        """Yield, without an answer, the clients that are not waited for any longer."""
+        now = time.monotonic()
+        late = bool(self.pace.deadline) and now - asking.began > self.pace.deadline
+        for client, since in list(asking.waiting.items()):
+            if late or now - since > self.pace.grace:
+                del asking.waiting[client]
+                self._gone.add(client)
+                yield self._without(asking.orders[client], "dropped", f"not there for {now - since:.0f} s")
+        if late:
+            slow, asking.sent = asking.sent, {}
+            self._forget(set(slow))
+            for client in slow.values():
+                yield self._without(asking.orders[client], "late", f"no answer in {self.pace.deadline:g} s")
+
+    def _say_who_is_waited_for(self, asking: _Asking) -> None:
+        if time.monotonic() > asking.next_word:
+            asking.next_word += WORD
+            names = {
+                c: self.devices.members[c].name for c in sorted([*asking.waiting, *asking.sent.values()])
+            }
+            shown = [
+                f"{n} (away)" if c in asking.waiting else f"{n} (at work)" for c, n in list(names.items())[:5]
+            ]
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            self.note(f"round {asking.round}: waiting for {', '.join(shown)}{more}")
 
     # Devices come and go ----------------------------------------------------------------------------------
 
@@ -195,36 +253,43 @@ class RemoteFleet:
 
     def end(self, reason: str) -> None:
         """Tell every device that is there that the run is over, and wait a moment until they know."""
-        told = {self._push(key, Order("end", reason=reason)) for key in self.link.online()} - {None}
+        here = self.link.online()
+        told = {n for key in here if (n := self._push(key, Order("end", reason=reason), here)) is not None}
         until = time.monotonic() + FAREWELL
         while told and time.monotonic() < until:
-            told -= {number for number, _ in self.link.pull({n for n in told if n})}
+            told -= {number for number, _ in self.link.pull(told)}
             time.sleep(self.pace.poll)
 
-    def _greet(self) -> None:
-        """Give the job to every device that has come in anew."""
+    @property
+    def round(self) -> int:
+        """Return the round that is asked for, 0 before the first."""
+        return self._asking.round if self._asking is not None else 0
+
+    def doing(self) -> list[tuple[str, int, str]]:
+        """Return (name, client, what it does) of every device: ready, at work, joining, away or has not joined."""
+        here, asking = self.link.online(), self._asking
+        busy = set(asking.sent.values()) if asking is not None else set()
+
+        def what(client: int, key: str, rows: int) -> str:
+            if key not in here:
+                return "away" if rows else "has not joined"
+            if self._ready.get(key) != here[key]:
+                return "joining"
+            return "at work" if client in busy else "ready"
+
+        return [(m.name, c, what(c, m.key, m.rows)) for c, m in enumerate(self.devices.members)]
+
+    def _greet(self) -> Mapping[str, str]:
+        """Give the job to every device that has come in anew; return who is there."""
         here = self.link.online()
         for key, mark in here.items():
             if self._greeted.get(key) != mark:
                 self._greeted[key] = mark
                 self._ready.pop(key, None)
-                self._push(key, Order("job", body=self.job.to_json().encode()))
+                self._push(key, Order("job", body=self.job.to_json().encode()), here)
         for key in self._ready.keys() - here.keys():
             del self._ready[key]
-
-    def _here(self, waiting: Mapping[int, float]) -> list[int]:
-        """Return those of the clients whose devices are there and have taken the job in this session."""
-        self._greet()
-        found = [c for c in waiting if self.devices.members[c].key in self._ready]
-        self._gone.difference_update(found)
-        return found
-
-    def _lost(self, sent: Mapping[str, int]) -> list[str]:
-        """Return the orders whose devices have gone, or come in anew, since; they are forgotten."""
-        here = self.link.online()
-        lost = [n for n in sent if here.get(self._orders[n].key) != self._orders[n].mark]
-        self._forget(set(lost))
-        return lost
+        return here
 
     # Orders and answers -----------------------------------------------------------------------------------
 
@@ -234,11 +299,10 @@ class RemoteFleet:
             self._kept.get(client, NOTHING_KEPT), self._oldest,
         )  # fmt: skip
 
-    def _push(self, key: str, order: Order) -> str | None:
-        mark = self.link.online().get(key, "")
+    def _push(self, key: str, order: Order, here: Mapping[str, str]) -> str | None:
         number = self.link.push(key, order.encode())
         if number is not None:
-            self._orders[number] = _Order(key, mark, order)
+            self._orders[number] = _Order(key, here.get(key, ""), order)
         return number
 
     def _forget(self, numbers: set[str]) -> None:

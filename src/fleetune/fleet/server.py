@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from fleetune.fleet.keys import PublicKey
 from fleetune.fleet.orders import Job
 from fleetune.fleet.remote import Pace, RemoteFleet, check_count
 from fleetune.fleet.table import Devices
+from fleetune.runs import sealed
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.fleets import Fleet
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from fleetune.tuning.run import Step
 
 PORT: Final = 8470
+STATUS: Final = "fleet.json"
+WORD: Final = 1.0  # seconds between two words to `fleet status`
 LOOK: Final = 2.0  # seconds between two looks at the folder of keys
 
 
@@ -61,13 +66,14 @@ class Served:
 
     place: Place
     wait: int = (
-        0  # devices before the first round; 0: as many as the recipe has clients, or keys are registered
+        0  # devices before the first round; 0: the recipe's clients, or as many as keys are registered
     )
     pace: Pace = field(default_factory=Pace)
     simulated: bool = False
     _keys: list[PublicKey] | None = field(init=False)
     _fleet: RemoteFleet | None = field(init=False, default=None)
     _next_look: float = field(init=False, default=0.0)  # at the folder of keys
+    _next_word: float = field(init=False, default=0.0)  # to `fleet status`
     _complaint: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
@@ -109,6 +115,7 @@ class Served:
 
         def look() -> None:
             self._read_keys_again(devices, listener)
+            self._publish(run)
             if listener.stop_requested:
                 raise Interrupted("stopped while waiting for devices; finished rounds are kept")
 
@@ -141,6 +148,18 @@ class Served:
                 f"{k.name} is revoked" for k in before - now
             ]
             listener.note(f"keys: {', '.join(sorted(changed))}")
+
+    def _publish(self, run: RunDir) -> None:
+        """Write down what the devices do, for `fleetune fleet status`."""
+        if self._fleet is None or time.monotonic() < self._next_word:
+            return
+        self._next_word = time.monotonic() + WORD
+        doing = [{"name": name, "client": client, "does": does} for name, client, does in self._fleet.doing()]
+        content = {
+            "t": round(time.time(), 1), "pid": os.getpid(), "machine": platform.node(),
+            "address": f"{self.place.host}:{self.place.port}", "round": self._fleet.round, "devices": doing,
+        }  # fmt: skip
+        run.write(STATUS, sealed.to_text(content) + "\n", private=True)
 
     def line(self) -> str:
         """Return the command for a device."""

@@ -22,7 +22,7 @@ from typing import Final
 import torch
 
 from fleetune import data, models
-from fleetune.common.display import human_bytes
+from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.memory import rss, total_memory
 from fleetune.common.version import __version__
@@ -47,6 +47,7 @@ from fleetune.planning.plan import Workload
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
+from fleetune.tuning.messages import decode
 from fleetune.tuning.methods import Method
 
 log = logging.getLogger(__name__)
@@ -150,7 +151,10 @@ class Worker:
             return Reply("failed", order.nonce, order.round, seconds=time.monotonic() - began, reason=reason)
         kept = loaded.memories.kept().get(order.client, NOTHING_KEPT)
         seconds = round(time.monotonic() - began, 3)
-        self.note(f"round {order.round}: {seconds:.1f} s, {len(body):,} bytes to send")
+        told = [f"{human_time(seconds)}", f"{human_bytes(len(body))} to send", f"memory {human_bytes(rss())}"]
+        if isinstance(loss := decode(body).payload.scalars.get("loss"), float):
+            told.insert(0, f"loss {show('loss', loss)}")
+        self.note(f"round {order.round} of {loaded.job.rounds}: {' · '.join(told)}")
         return Reply("done", order.nonce, order.round, body, kept, seconds, rss())
 
     @staticmethod

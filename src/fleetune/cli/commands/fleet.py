@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.cli import recipe_flags
 from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.errors import RecipeError, StorageError, UsageError
-from fleetune.runs import rundir
+from fleetune.runs import rundir, sealed
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
@@ -30,6 +34,8 @@ split -c recipe.toml --to DIR         write the rows that each client has in the
 keys new NAME                         make a device's key: NAME stays there, NAME.pub goes to the server
 keys certificate DIR HOST [HOST ..]   make a server's certificate: ca.pem goes to the devices
 devices RUN                           which key is which client
+status RUN                            what each device does now
+stop RUN                              end the server after this step; it can be resumed
 audit RUN                             check the log of all that was taken or refused
 """
 
@@ -43,7 +49,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "words",
         metavar="WORD",
         nargs="*",
-        help="HOST:PORT (join), what to make (keys), RUN (devices, audit)",
+        help="HOST:PORT (join), what to make (keys), RUN (devices, status, stop, audit)",
     )
     serve = sub.add_argument_group("serve")
     serve.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
@@ -170,14 +176,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     )
     home = Home(Path(args.state), _path(args.key), _path(args.ca))
     with InterruptHandler(ui) as interrupt:
-        why = join(
-            args.words[0],
-            brings,
-            home,
-            stop=lambda: interrupt.requested,
-            note=ui.note,
-            on_step=lambda client, step: None,
-        )
+        why = join(args.words[0], brings, home, stop=lambda: interrupt.requested, note=ui.note)
     ui.note(why)
 
 
@@ -239,6 +238,40 @@ def _devices(args: argparse.Namespace, ui: Ui) -> None:
     ui.table(["client", "device", "key", "rows"], rows)
 
 
+def _status(args: argparse.Namespace, ui: Ui) -> None:
+    run = _run_of(args)
+    found = _published(run)
+    rows = [(str(d["client"]), str(d["name"]), str(d["does"])) for d in found["devices"]]
+    if not rundir.held(run):
+        ui.note(f"no server has {run} now ({rundir.status_of(run) or 'status unknown'}); as it last was:")
+    ago = max(0.0, time.time() - float(found["t"]))
+    ui.note(f"{found['address']} · round {found['round']} · {ago:.0f} s ago")
+    ui.table(["client", "device", "does"], rows)
+
+
+def _stop(args: argparse.Namespace, ui: Ui) -> None:
+    run = _run_of(args)
+    if not rundir.held(run):
+        raise UsageError(f"no server has {run} now", hint=f"its status: {rundir.status_of(run) or 'unknown'}")
+    found = _published(run)
+    if found["machine"] != platform.node():
+        raise UsageError(f"the server of {run} is on {found['machine']}", hint="stop it there")
+    os.kill(int(found["pid"]), signal.SIGTERM)
+    ui.note(f"told: it stops after this step; go on with: fleetune fleet serve --resume {run}")
+
+
+def _published(run: Path) -> Mapping[str, Any]:
+    """What the server of a run said last; StorageError where it is damaged, UsageError where it is no fleet's run."""
+    from fleetune.fleet.server import STATUS
+
+    if not (run / STATUS).is_file():
+        raise UsageError(f"{run} is not the run of a real fleet, or its server has not begun")
+    found = sealed.read(run / STATUS, "the server writes it again every second")
+    if missing := {"t", "pid", "machine", "address", "round", "devices"} - found.keys():
+        raise StorageError(f"{run / STATUS} lacks {', '.join(sorted(missing))}")
+    return found
+
+
 def _audit(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.fleet import audit
 
@@ -260,5 +293,6 @@ def _run_of(args: argparse.Namespace) -> Path:
 
 
 ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
-    "serve": _serve, "join": _join, "split": _split, "keys": _keys, "devices": _devices, "audit": _audit,
+    "serve": _serve, "join": _join, "split": _split, "keys": _keys, "devices": _devices, "status": _status,
+    "stop": _stop, "audit": _audit,
 }  # fmt: skip

@@ -74,7 +74,8 @@ class Gate:
         _, factory = get_objectstore_linkstate_factories(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager())
         self.state = factory.state()
         self._arriving: dict[str, Message] = {}
-        self._names: dict[int, str] = {}
+        self._names: dict[int, str] = {}  # by number of the node
+        self._nodes: dict[str, int] = {}  # by hash of the key, of those that were ever there
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[
             Middleware(BaseHTTPMiddleware, dispatch=_door),
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
@@ -154,21 +155,19 @@ class Gate:
 
     def online(self) -> Mapping[str, str]:
         """Return the devices that are there now, each with the time at which it came in."""
-        found = self.state.get_node_info(statuses=[NodeStatus.ONLINE])
-        return {wire.fingerprint(n.public_key): f"{n.node_id} {n.last_activated_at}" for n in found}
+        found = {}
+        for info in self.state.get_node_info(statuses=[NodeStatus.ONLINE]):
+            found[key := wire.fingerprint(info.public_key)] = f"{info.node_id} {info.last_activated_at}"
+            self._nodes[key] = info.node_id
+        return found
 
     def name(self, key: str) -> str:
         """Return what the device with this key is called: its key file, or the begin of its key's hash."""
-        node = self._node(key)
-        return self._names.get(node, key[:8]) if node is not None else key[:8]
-
-    def _node(self, key: str) -> int | None:
-        found = self.state.get_node_info()
-        return next((n.node_id for n in found if wire.fingerprint(n.public_key) == key), None)
+        return self._names.get(self._nodes.get(key, 0), key[:8])
 
     def push(self, key: str, data: bytes) -> str | None:
         """Queue an order for a device."""
-        if (node := self._node(key)) is None:
+        if (node := self._nodes.get(key)) is None:
             return None
         message = Message(wire.pack(data), node, "train", ttl=LIFETIME)
         wire.set_id(message, message.object_id)

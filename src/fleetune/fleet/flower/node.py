@@ -31,7 +31,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fleetune.common.files import PRIVATE, write_atomic
-from fleetune.errors import FleetError, FleetuneError
+from fleetune.errors import FleetError, FleetuneError, Interrupted
 from fleetune.fleet.flower import wire
 from fleetune.fleet.keys import PrivateKey
 
@@ -104,6 +104,8 @@ class _Session:
         began = time.monotonic()
         try:
             reply = wire.answer_to(message, answer(wire.unpack(message.content)))
+        except Interrupted:
+            raise
         except FleetuneError as error:
             log.warning("an order could not be answered: %s", error.message)
             reply = wire.answer_to(message, None, error.message)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes of a real fleet are killed at random instants, again and again: the run ends in the digest of no kill at all.
+
+`make faults` runs it; FLEETUNE_KILLS says how often (default 12).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.fleet.audit import FILE, verify
+from fleetune.runs import rundir
+
+KILLS = int(os.environ.get("FLEETUNE_KILLS", "12"))
+DEVICES = 2
+PATIENCE = 60.0  # seconds for a part of the work without a kill
+RECIPE = """\
+model = "model"
+data = "rows.jsonl"
+clients = 2
+rounds = {rounds}
+held_out = 4
+eval_rows = 4
+samples = 0
+max_length = 48
+device = "cpu"
+threads = 1
+"""
+METHODS = {
+    "fedkseed": 'method = "fedkseed"\n[set]\nK = 16\ntau = 40\nlr = 1e-3\nbackprop = 0.5\n',
+    "scaffold": 'method = "fedit"\n[set]\nr = 2\nsteps = 12\nscaffold = true\n',
+}
+
+
+class Process:
+    """A command of ours that can be killed and started again."""
+
+    def __init__(self, name: str, *words: str) -> None:
+        self.name, self.words = name, words
+        self.running: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it; what it says is added to its own file."""
+        with Path(f"{self.name}.txt").open("ab") as said:
+            command = [sys.executable, "-m", "fleetune", "fleet", *self.words]
+            self.running = subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
+
+    def kill(self) -> None:
+        """Kill it as a power cut would."""
+        if self.running is not None:
+            self.running.send_signal(signal.SIGKILL)
+            self.running.wait()
+
+    @property
+    def ended(self) -> int | None:
+        """Its exit code, None while it runs."""
+        return None if self.running is None else self.running.poll()
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    made = models.tiny_llama()
+    models.save(made.net, made.tokenizer, tmp_path / "model")
+    rows = [
+        {"instruction": f"count to {i}", "response": " ".join(map(str, range(1 + i % 8)))}
+        for i in range(1, 31)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert main(["fleet", "keys", "certificate", "certs", "localhost", "127.0.0.1", "-qq"]) == 0
+    Path("keys").mkdir()
+    for c in range(DEVICES):
+        assert main(["fleet", "keys", "new", f"dev-{c}", "-qq"]) == 0
+        Path(f"dev-{c}.pub").rename(f"keys/dev-{c}.pub")
+    return tmp_path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def digest_of(out: str) -> str:
+    (run,) = (p for p in Path(out).iterdir() if not p.is_symlink())
+    return str([e for e in rundir.events(run) if e["event"] == "done"][-1]["digest"])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("method", list(METHODS))
+def test_kills_of_server_and_devices_change_nothing(place: Path, method: str) -> None:
+    rounds = 4 + KILLS // 2
+    Path("recipe.toml").write_text(RECIPE.format(rounds=rounds) + METHODS[method])
+    assert main(["tune", "-c", "recipe.toml", "--out", "simulated", "-qq"]) == 0
+    assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-qq"]) == 0
+    port = free_port()
+    common = ("--port", str(port), "--keys", "keys", "--certificate", "certs", "--out", "real")
+    begin = Process("server", "serve", "-c", "recipe.toml", *common)
+    again = Process("server", "serve", "--resume", "latest", *common)
+    devices = [
+        Process(
+            f"device-{c}", "join", f"localhost:{port}", "--data", f"rows/client-{c:03d}.jsonl", "--model", "model",
+            "--key", f"dev-{c}", "--ca", "certs/ca.pem", "--state", f"state-{c}",
+        )
+        for c in range(DEVICES)
+    ]  # fmt: skip
+    for process in (begin, *devices):
+        process.start()
+    try:
+        wait_until(lambda: "round 1/" in said("server"), begin)
+        server, rng, killed = begin, random.Random(f"{method} 1"), 0
+        while server.ended is None and killed < KILLS:
+            time.sleep(rng.uniform(0.1, 6.0))
+            victims = rng.choice([[server], [rng.choice(devices)], [server, *devices]])
+            for victim in victims:
+                if victim.ended is None:
+                    victim.kill()
+                    killed += 1
+            for victim in victims:
+                if victim is server:
+                    server = again
+                    if rundir.status_of(rundir.find("latest", Path("real"))) == "done":
+                        break
+                (server if victim in (begin, again) else victim).start()
+        wait_until(lambda: server.ended is not None, None, seconds=PATIENCE + 4 * rounds)
+        print(f"{method}: {killed} kills, {rounds} rounds")
+        assert server.ended == 0, said("server")[-2000:]
+    finally:
+        for process in (begin, again, *devices):
+            process.kill()
+    assert digest_of("real") == digest_of("simulated")
+    (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+    assert verify(run / FILE).bad == 0
+    ok = [
+        (e["round"], e["client"])
+        for e in rundir.events(run)
+        if e["event"] == "client" and e["status"] == "ok"
+    ]
+    assert sorted(ok) == [(r, c) for r in range(1, rounds + 1) for c in range(DEVICES)]
+
+
+def said(name: str) -> str:
+    file = Path(f"{name}.txt")
+    return file.read_text(errors="replace") if file.exists() else ""
+
+
+def wait_until(met, process: Process | None, seconds: float = PATIENCE) -> None:
+    until = time.monotonic() + seconds
+    while not met():
+        assert process is None or process.ended is None, said(process.name)[-2000:]
+        assert time.monotonic() < until, said("server")[-2000:]
+        time.sleep(0.1)
