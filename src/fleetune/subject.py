@@ -73,7 +73,7 @@ class Run:
         return finished.load(self.folder, device=device, offline=offline)
 
     def held_out(self, *, offline: bool = False) -> list[Example]:
-        """Read the rows that the run never trained on."""
+        """Read the rows that the run never trained on; UsageError when its data has other rows now."""
         from fleetune.tuning import finished
 
         return finished.held_out(self.folder, offline=offline)
@@ -144,7 +144,7 @@ class Compressed:
     def held_out(self, *, offline: bool = False) -> list[Example]:
         """Return the run's held-out rows, without those used to compress it; [] when the model does not come from a run.
 
-        UsageError when the run is gone.
+        UsageError when the run is gone, or its data has other rows now.
         """
         from fleetune.tuning import finished
 

@@ -49,6 +49,8 @@ class StandsOn:
     base: str  # digest of the base model
     rows: str  # digest of the clients' rows, as they are split and encoded
     held_out: str  # digest of the rows that the run is measured on
+    rows_text: str = ""  # digest of the clients' rows before they are encoded; "" of an earlier version
+    held_out_text: str = ""  # digest of all held-out rows before they are encoded
 
     def differences(self, now: StandsOn) -> list[str]:
         """List what is otherwise now, in words for the user; an option of a later version has its default, and counts not."""
