@@ -74,8 +74,13 @@ def changed_rows(run: Path, parts: Split) -> list[str]:
     stated, now = stated_by(run), texts_of(parts)
     if stated is None or not stated.rows_text:
         return []
-    pairs = (("the clients' rows", stated.rows_text, now[0]), ("the held-out rows", stated.held_out_text, now[1]))
-    return [f"{what} have the digest {new[:16]}.., and had {old[:16]}.." for what, old, new in pairs if old != new]
+    pairs = (
+        ("the clients' rows", stated.rows_text, now[0]),
+        ("the held-out rows", stated.held_out_text, now[1]),
+    )
+    return [
+        f"{what} have the digest {new[:16]}.., and had {old[:16]}.." for what, old, new in pairs if old != new
+    ]
 
 
 def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
