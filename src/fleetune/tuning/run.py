@@ -214,10 +214,8 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener) -> None:
     run.write("run.toml", recipes.to_toml(recipe))
     run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(describe.of_model(job))) + "\n")
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run))
-    if job.dropped:
-        listener.note(
-            f"{job.dropped} rows have answers that do not fit {recipe.max_length} tokens and are left out"
-        )
+    for remark in remarks.of_answers(job):
+        listener.note(remark)
     asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
     listener.progress("rounds", 0, recipe.rounds)
     listener.progress("clients", 0, asked)
@@ -263,7 +261,7 @@ def _about(
     """The fields of the last event that say what its figures mean."""
     start, base = evaluation.get("start"), evaluation["base"]
     stays = remarks.unmoved(*states, digest, job.model.digest)
-    words = [remarks.NEW_HEAD] if job.model.new_head else []
+    words = remarks.of_answers(job) + ([remarks.NEW_HEAD] if job.model.new_head else [])
     words += [remarks.of_start(base, start)] if start else []
     if stays or remarks.shows_nothing(start or base, tuned):
         words.append(remarks.of_unmoved(job, run, stays=stays))
