@@ -462,12 +462,14 @@ class EvalDone(Measures):
     event: ClassVar[str] = "eval"
     model: str  # as a command takes it
     rows: int  # number of rows measured
+    of: int  # number of rows there are; more than `rows` where a limit left some out
+    max_length: int  # tokens of a row at most: those of the run that the model comes from
 
 
-def evaluated(model: str, rows: int, measures: Mapping[str, float]) -> EvalDone:
-    """The event for the measures of one model on so many rows."""
+def evaluated(model: str, rows: int, measures: Mapping[str, float], *, of: int, max_length: int) -> EvalDone:
+    """The event for the measures of one model on the first `rows` of so many rows."""
     values: dict[str, Any] = dict(measures)
-    return EvalDone(model=model, rows=rows, **values)
+    return EvalDone(model=model, rows=rows, of=of, max_length=max_length, **values)
 
 
 # Planning, lists, ledgers, serving -------------------------------------------------------------------
