@@ -88,6 +88,9 @@ class TuneStart(Recorded):
     rows_per_client: Sequence[int]  # training rows of each client, in order
     held_out: int  # number of held-out rows
     counts: Mapping[str, Sequence[int]] | None = None  # training rows of each client, by value of `column`
+    held_out_digest: str | None = (
+        None  # SHA-256 of the encoded rows of every evaluation: where equal, losses compare
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +222,7 @@ class SweepDone(Event):
     page: str  # path of sweep.html
     figures: Sequence[str]  # paths of the SVG files
     cells: Sequence[Mapping[str, Any]]  # a combination: values, runs, base, tuned, bytes, seconds
-    effects: Sequence[Mapping[str, Any]]  # an axis and a measure: low, high, difference, noise
+    effects: Sequence[Mapping[str, Any]]  # an axis and a measure: low, high, difference, noise, caveat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +245,7 @@ class RunListed(Event):
     bytes: float | None  # up and down together
     seconds: float | None  # wall time
     peak_rss: float | None  # peak memory, bytes
+    intact: bool  # false: the metrics.jsonl of a finished run was changed since it ended
 
 
 @dataclass(frozen=True, kw_only=True)

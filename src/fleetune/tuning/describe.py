@@ -13,7 +13,7 @@ from fleetune import adapters
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneStart
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import methods, rounds
+from fleetune.tuning import foundations, methods, rounds
 from fleetune.tuning.methods import Method
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def start(job: TuneJob) -> TuneStart:
         partition=recipe.partition, rows_per_client=[len(r) for r in job.rows], held_out=len(job.held),
         column=shown if few else parts.column,
         counts={name: [part.count(name) for part in values] for name in names} if few else None,
+        held_out_digest=foundations.digest([job.held]),
     )  # fmt: skip
 
 

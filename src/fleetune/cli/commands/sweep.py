@@ -194,6 +194,8 @@ def _results(grid: SweepGrid, path: Path, ui: Ui) -> None:
         )
         if table.effects:
             ui.table(table.effects_head, table.effects, align="llrrrr")
+    for caveat in table.caveats:
+        ui.note(caveat)
     ui.paths(
         [("report", str(page)), ("figures", str(path / "figures")), ("next", f"fleetune runs --out {path}")]
     )
