@@ -50,6 +50,13 @@ def test_answers_that_are_cut_are_told_and_stay_in_the_record(
     assert told in page
 
 
+def test_one_client_and_one_round_are_singular(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "tiny", "data.jsonl", *RUN, "--clients", "1", "--held-out", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 client, 1 a round · 1 round\n" in err
+    assert "validation loss, 1 held-out row " in out
+
+
 def test_nothing_is_said_where_all_answers_are_whole(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "tiny", "data.jsonl", *RUN, "--max-length", "512"]) == 0
     assert "lose their end" not in "".join(capsys.readouterr())

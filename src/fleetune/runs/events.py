@@ -160,7 +160,7 @@ class TuneDone(Event):
     bytes_up: int  # from all clients, all rounds
     bytes_down: int  # to all clients, all rounds
     seconds: float  # of all rounds, those before a resume included
-    wall: float  # seconds of this process, evaluations included
+    wall: float  # seconds of the whole run, all sittings and their evaluations included
     peak_rss: int  # peak memory of this process, bytes
     result: str  # path of the ledger, or of the adapter's directory
     result_bytes: int  # size of the result
@@ -173,6 +173,11 @@ class TuneDone(Event):
     start: Mapping[str, float] | None = None  # measures with the untrained module attached, if not the base's
     moved: bool | None = None  # false: no round has changed the model
     remarks: Sequence[str] = ()  # what to know about these figures, in words
+
+    @property
+    def time(self) -> float:
+        """Wall time of the run.  `wall` of an earlier version is that of the last sitting alone, which may be shorter."""
+        return max(self.wall, self.seconds)
 
 
 # Sweeps and runs ------------------------------------------------------------------------------------
@@ -243,7 +248,9 @@ class RunListed(Event):
     bytes_up: float | None  # from all clients, all rounds
     bytes_down: float | None  # to all clients, all rounds
     bytes: float | None  # up and down together
-    seconds: float | None  # wall time
+    seconds: (
+        float | None
+    )  # wall time of a finished run, all sittings included; of another, the time in rounds so far
     peak_rss: float | None  # peak memory, bytes
     intact: bool  # false: the metrics.jsonl of a finished run was changed since it ended
 

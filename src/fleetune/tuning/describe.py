@@ -12,6 +12,7 @@ import numpy as np
 from fleetune import adapters
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneStart
+from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import foundations, methods, rounds
 from fleetune.tuning.methods import Method
@@ -54,11 +55,11 @@ def start(job: TuneJob) -> TuneStart:
 
 
 def letters(method: Method, name: str) -> str:
-    """Write a method's hyper-parameters as `K 1,024 · τ 200 · η 3e-07`."""
+    """Write a method's hyper-parameters as `K 1,024 · τ 200 · η 3e-07`; those without effect are left out."""
     parts = []
     for s in methods.settings(name):
         value = getattr(method, s.name)
-        if value in (False, "") or (value == 0 and s.default == 0):
+        if value in (False, "") or (value == 0 and s.default == 0) or not s.has_effect(method):
             continue
         text = (
             f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
@@ -73,14 +74,12 @@ def header(job: TuneJob, run: RunDir) -> list[tuple[str, str]]:
     sizes = np.array([len(r) for r in job.rows])
     spread = f"{sizes.mean():,.0f} ± {sizes.std():,.0f} rows each" if len(sizes) > 1 else f"{sizes[0]:,} rows"
     asked = len(rounds.sample(len(job.rows), recipe.participation, recipe.seed, 1))
+    fleet = f"{counted(len(job.rows), 'client')}, {asked} a round"
     return [
         ("model", f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}"),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
         ("data", f"{Path(recipe.data).name} · {recipe.partition} · {spread} · {len(job.held)} held out"),
-        (
-            "fleet",
-            f"this machine · {m.device} · {len(job.rows)} clients, {asked} a round · {recipe.rounds} rounds",
-        ),
+        ("fleet", f"this machine · {m.device} · {fleet} · {counted(recipe.rounds, 'round')}"),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]
 

@@ -167,7 +167,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) ->
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
         bytes.fromhex(model.digest)[:8], stands_on,
     )  # fmt: skip
-    hooks = rounds.Hooks(begin, measure, emit, resumed, listener.note)
+    hooks = rounds.Hooks(begin, measure, emit, resumed, listener.note, clock=lambda: time.monotonic() - began)
     try:
         state, totals = rounds.run(method, fleet, first, run, plan, hooks)
     except rounds.ModelLostError as lost:
@@ -176,7 +176,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, stands_on: StandsOn) ->
             ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
         raise
     measured = _last_measures(run, recipe.rounds) or measure(state)
-    return _finish(job, run, (first, state), totals, measured, listener, time.monotonic() - began)
+    return _finish(job, run, (first, state), totals, measured, listener, began)
 
 
 class _Base(NamedTuple):
@@ -228,9 +228,9 @@ def _finish(
     totals: Totals,
     measured: dict[str, float],
     listener: Listener,
-    wall: float,
+    began: float,
 ) -> TuneDone:
-    """Save and report the result; `states` are the first and the last."""
+    """Save and report the result; `states` are the first and the last, `began` is when this sitting began."""
     state = states[1]
     job.method.apply(job.model, state)
     tuned = answers(job, run, "tuned", measured)
@@ -240,7 +240,8 @@ def _finish(
     done = TuneDone(
         base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=job.recipe.rounds,
         bytes_up=totals.bytes_up, bytes_down=totals.bytes_down, seconds=round(totals.seconds, 3),
-        wall=round(wall, 3), peak_rss=peak_rss(), **result, **_about(job, run, states, evaluation, tuned, result["digest"]),
+        wall=round(totals.wall + time.monotonic() - began, 3), peak_rss=peak_rss(), **result,
+        **_about(job, run, states, evaluation, tuned, result["digest"]),
     )  # fmt: skip
     recorded = run.record(as_dict(done), last=True)
     run.status("done")

@@ -196,8 +196,8 @@ def summary(run: Path) -> dict[str, Any]:
     """Summarise the run in a few numbers, for the console and for `fleetune runs --json`.
 
     Keys: name, path, method, model, status, rounds (done), rounds_planned, clients, base_loss, tuned_loss,
-    bytes_up, bytes_down, bytes (their sum), seconds (wall time), peak_rss (bytes), intact (metrics.jsonl is as it
-    was written); None where the folder does not say.
+    bytes_up, bytes_down, bytes (their sum), seconds (wall time; before the end, time in rounds), peak_rss (bytes),
+    intact (metrics.jsonl is as it was written); None where the folder does not say.
     """
     return summarise(read(run))
 
@@ -219,8 +219,7 @@ def summarise(run: RunLog) -> dict[str, Any]:
     )
     seen = [v for e in (*run.rounds, *run.clients) if (v := num_of(e, "rss")) is not None]
     peak = num_of(run.done, "peak_rss")
-    # `seconds` are the rounds of all sittings, `wall` the last sitting with its evaluations: a resumed run
-    # may have more of the former.
+    # `wall` of an earlier version is the last sitting alone: its rounds (`seconds`) may have taken longer
     clocks = [v for key in ("seconds", "wall") if (v := num_of(run.done, key)) is not None]
     return {
         "name": run.name,
