@@ -42,6 +42,12 @@ def test_the_ledger_is_what_it_was(at: Path, capsys: pytest.CaptureFixture[str])
     assert events(capsys, "ledger", "verify", "1") == [EXPECTED["verify"]]
 
 
+def test_the_ledger_is_shown_with_its_learning_rate(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rate = ledgers.load(at / "runs" / "0001-fedkseed-tiny" / "ledger.safetensors").head.hyper["lr"]
+    assert main(["ledger", "show", "1"]) == 0
+    assert f"fedkseed, lr {rate:g}, constant, eps" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", EXPECTED["eval"])
 def test_runs_and_compressed_models_measure_the_same(
     number: str, at: Path, capsys: pytest.CaptureFixture[str]
@@ -61,7 +67,9 @@ def test_exports_have_the_same_bytes(what: str, at: Path, capsys: pytest.Capture
 
 def test_the_list_of_runs_is_the_same(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = events(capsys, "runs")
-    assert [{k: v for k, v in row.items() if k != "path"} for row in found] == EXPECTED["runs"]
+    of_then = [{k: v for k, v in row.items() if k not in ("path", "intact")} for row in found]
+    assert of_then == EXPECTED["runs"]
+    assert all(row["intact"] for row in found)
 
 
 def test_a_stopped_run_is_resumed_from_its_checkpoint(at: Path, capsys: pytest.CaptureFixture[str]) -> None:

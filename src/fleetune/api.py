@@ -194,8 +194,9 @@ def evaluate(
     """Measure a model on rows and return task -> value; a run or a compressed run has held-out rows of its own.
 
     `tasks` are loss, rouge_l, f1, exact_match, accuracy (by the words in `labels`) and perplexity (of the file `text`);
-    the default is loss and rouge_l; for an encoder, loss and accuracy.  At most `limit` rows are measured.  Losses are
-    in nats a token (of an encoder: a row); perplexity has no unit; the others are in percent.
+    the default is loss and rouge_l; for an encoder, loss and accuracy.  At most `limit` rows are measured, cut to the
+    `max_length` of the run that the model comes from (512 tokens for others).  Losses are in nats a token (of an
+    encoder: a row); perplexity has no unit; the others are in percent.
     """
     from fleetune import data as reading
     from fleetune.data.labelled import check_answers
@@ -215,10 +216,12 @@ def evaluate(
         found, given, labels=labels, dtype=dtype, device=device, needs_rows=not text, offline=offline
     )
     values = measures.evaluate(
-        loaded, examples[:limit], wanted, max_new_tokens=answer_tokens, labels=labels,
+        loaded, examples[:limit], wanted, max_length=found.max_length, max_new_tokens=answer_tokens, labels=labels,
         texts=reading.read_text(str(text)) if text else (),
     )  # fmt: skip
-    watching.event(evaluated(found.argument, len(examples[:limit]), values))
+    watching.event(evaluated(
+        found.argument, len(examples[:limit]), values, of=len(examples), max_length=found.max_length,
+    ))  # fmt: skip
     return values
 
 

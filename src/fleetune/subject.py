@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from fleetune.common import sums
 from fleetune.errors import ModelError, UsageError
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from fleetune.models.model import Model
     from fleetune.seeds.ledger import Ledger
     from fleetune.tuning.recipe import Recipe
+
+ROW: Final = 512  # tokens of a row at most, unless a run says otherwise
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Run:
         return finished.recipe_of(self.folder)
 
     @property
+    def max_length(self) -> int:
+        """Tokens of a row at most, as in its recipe: its losses are of rows cut so."""
+        return self.recipe.max_length
+
+    @property
     def result(self) -> Path:
         """The path of its ledger or adapter directory; UsageError when it has no result yet."""
         from fleetune.tuning import finished
@@ -73,7 +80,7 @@ class Run:
         return finished.load(self.folder, device=device, offline=offline)
 
     def held_out(self, *, offline: bool = False) -> list[Example]:
-        """Read the rows that the run never trained on."""
+        """Read the rows that the run never trained on; UsageError when its data has other rows now."""
         from fleetune.tuning import finished
 
         return finished.held_out(self.folder, offline=offline)
@@ -129,6 +136,14 @@ class Compressed:
         return compression_folder.request_of(self.folder) if self.folder is not None else None
 
     @property
+    def max_length(self) -> int:
+        """Tokens of a row at most: those of the run that it comes from, so that losses compare; else `ROW`."""
+        request = self.request
+        if request is None or not request.run or not (Path(request.model) / "run.toml").is_file():
+            return ROW
+        return Run(Path(request.model)).max_length
+
+    @property
     def holds_codes(self) -> bool:
         """Whether the result is an artefact of codes, not a plain directory."""
         return is_master(self.model)
@@ -144,7 +159,7 @@ class Compressed:
     def held_out(self, *, offline: bool = False) -> list[Example]:
         """Return the run's held-out rows, without those used to compress it; [] when the model does not come from a run.
 
-        UsageError when the run is gone.
+        UsageError when the run is gone, or its data has other rows now.
         """
         from fleetune.tuning import finished
 
@@ -165,6 +180,7 @@ class Plain:
     """A plain model: a built-in name, a Hugging Face directory, a .gguf file or a hub id."""
 
     name: str
+    max_length: ClassVar[int] = ROW
 
     @property
     def argument(self) -> str:

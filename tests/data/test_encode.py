@@ -232,8 +232,10 @@ def test_a_long_answer_leaves_the_prompt_a_quarter_and_loses_its_end():
     assert (len(row.ids), row.n_prompt) == (40, 10)
     assert prompt == "AAAAAAAAA\n"
     assert answer == "x" * 30  # no end of turn: the model must not learn to stop there
+    assert row.lost == 71  # 70 letters and the end of the turn
     row = encode(Example((("user", "A"),), "x" * 100), tok, 200)
-    assert (row.n_prompt, len(row.ids)) == (2, 2 + 101)
+    assert (row.n_prompt, len(row.ids), row.lost) == (2, 2 + 101, 0)
+    assert encode(Example((("user", "A" * 300),), "x" * 100), tok, 200).lost == 0  # the prompt alone is cut
 
 
 @settings(max_examples=100)

@@ -22,10 +22,11 @@ from torn_harness import Folder, Said, call, resume
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.common.folders import SUFFIX, scratch, staged, sweep
 from fleetune.errors import StorageError
-from fleetune.runs import metrics, rundir, sealed
+from fleetune.runs import metrics, report, rundir, sealed
 from fleetune.runs.metrics import Metrics
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import checkpoint
+from fleetune.tuning import checkpoint, messages
+from fleetune.tuning.messages import Message, Payload
 
 PRIVATE = 0o600
 
@@ -149,6 +150,21 @@ def test_other_data_and_another_model_are_refused(copy, made, tmp_path: Path) ->
         assert (path / "status").read_text() == status
     (path / "run.toml").write_text(recipe.replace("data.jsonl", str(tmp_path / "moved.jsonl")))
     assert resume("fedkseed", path).code == 0  # the same rows in another place
+
+
+@pytest.mark.parametrize(("totals", "least"), [([1, 2, 3.0, 1000.0], 1000), ([1, 2, 2000.0], 2000)])
+def test_the_time_of_a_resumed_run_is_that_of_all_sittings(totals: list[float], least: int, copy) -> None:
+    _, path = copy("fedkseed", "stopped")
+    round, file = rundir.checkpoints(path)[-1]
+    payload = checkpoint.decode(file.read_bytes())
+    assert json.loads(str(payload.scalars["totals"]))[3] > 0
+    scalars = {**payload.scalars, "totals": json.dumps(totals)}  # three numbers: of an earlier version
+    file.write_bytes(messages.encode(Message(round, b"", Payload(payload.arrays, scalars))))
+    assert (said := resume("fedkseed", path)).code == 0, said.text
+    done = next(e for e in metrics.events(path) if e["event"] == "done")
+    assert least < done["wall"] < least + 500
+    assert done["wall"] > done["seconds"]
+    assert report.summary(path)["seconds"] == done["wall"]
 
 
 def test_a_checkpoint_states_what_it_stands_on(made) -> None:

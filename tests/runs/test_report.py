@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -20,9 +21,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fleetune.cli.main import main
 from fleetune.common.display import human_bytes, human_time
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import report, rundir
+from fleetune.runs import metrics, report, rundir
 from fleetune.runs.report import axes, svg
 
 CATEGORIES = (
@@ -172,6 +174,7 @@ rounds = {rounds}
 participation = {part}
 partition = "dirichlet:0.5:category"
 held_out = 0.1
+eval_data = ""
 limit = 0
 max_length = 512
 seed = 42
@@ -644,6 +647,7 @@ def test_the_summary_of_a_run(run24: Path) -> None:
         "bytes": done["bytes_up"] + done["bytes_down"],
         "seconds": done["wall"],  # type: ignore[operator]
         "peak_rss": done["peak_rss"],
+        "intact": True,
     }
 
 
@@ -693,7 +697,7 @@ def test_runs_over_each_other(run24: Path, run200: Path, tmp_path: Path) -> None
         "rounds": ["10", "2", "10"],
         "participation": ["1", "0.05", "0.333333"],
     }
-    assert "19 other options are equal." in page.text
+    assert "20 other options are equal." in page.text
     results = page.table("run", "method")
     for row, run in zip(results, (run24, run200, third), strict=True):
         facts = report.summary(run)
@@ -705,6 +709,82 @@ def test_runs_over_each_other(run24: Path, run200: Path, tmp_path: Path) -> None
     assert "do not compare" not in page.text
     (third / "metrics.jsonl").write_text((third / "metrics.jsonl").read_text().replace("9f2c", "1234"))
     assert "different base models" in Page(report.compare([run24, third])).text
+
+
+def altered(run: Path, place: Path, digest: str = "", **options: object) -> Path:
+    """A copy of a run with other options; `digest` is stated of its validation rows."""
+    shutil.copytree(run, place)
+    for name, value in options.items():
+        text = re.sub(rf"(?m)^{name} = .*\n", "", (place / "run.toml").read_text())
+        (place / "run.toml").write_text(f"{name} = {json.dumps(value)}\n{text}")
+    if digest:
+        lines = lines_of(place)
+        start = next(line for line in lines if line["event"] == "start")
+        start["held_out_digest"] = digest
+        (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return place
+
+
+NOT_ALIKE = {
+    "another seed": ({"seed": 43}, "are measured on different rows (seed)"),
+    "another length": ({"max_length": 48}, "are measured on different rows (max_length)"),
+    "other data": ({"data": "other.jsonl"}, "have different data"),
+    "rows of another column": ({"partition": "iid"}, "are measured on different rows (partition)"),
+    "rows of their own": ({"eval_data": "v.jsonl"}, "are measured on different rows (eval_data)"),
+    "another alpha": ({"partition": "dirichlet:9:category"}, ""),
+    "other rounds": ({"rounds": 3}, ""),
+}
+
+
+@pytest.mark.parametrize("case", NOT_ALIKE)
+def test_losses_on_different_rows_are_not_ranked(case: str, run24: Path, tmp_path: Path) -> None:
+    options, told = NOT_ALIKE[case]
+    runs = [run24, altered(run24, tmp_path / "0008-fedit-other", **options)]
+    assert report.caveats([report.read(run) for run in runs]) == [told] * bool(told)
+    text = Page(report.compare(runs)).text
+    assert ("Lowest validation loss" in text) is not bool(told)
+    assert (f"These runs {told}: their losses do not compare directly." in text) is bool(told)
+
+
+def test_the_digest_of_the_rows_decides_where_runs_state_it(run24: Path, tmp_path: Path) -> None:
+    def caveats(*runs: Path) -> list[str]:
+        return report.caveats([report.read(run) for run in runs])
+
+    one = altered(run24, tmp_path / "0001-a", "aa")
+    assert caveats(one, altered(run24, tmp_path / "0002-a", "aa", limit=50)) == []
+    changed = ["are measured on different rows (the data changed between them)"]
+    assert caveats(one, altered(run24, tmp_path / "0003-a", "bb")) == changed
+    given = [altered(run24, tmp_path / f"000{i}-b", eval_data="v.jsonl", seed=i, data=f"{i}") for i in (4, 5)]
+    assert caveats(*given) == []
+
+
+def test_a_record_that_was_changed_is_told_wherever_it_is_shown(
+    run24: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("0001-fedit-a", "0002-fedit-b"):
+        shutil.copytree(run24, tmp_path / name)
+    changed = tmp_path / "0002-fedit-b" / "metrics.jsonl"
+    *lines, last = lines_of(run24)
+    changed.unlink()
+    writer = metrics.Metrics(changed.parent)
+    for line in lines:
+        writer.record(line)
+    writer.record(last, last=True)
+    writer.close()
+    told = "0002-fedit-b: metrics.jsonl was changed since the run ended"
+    for words in ([], ["show", "2"], ["compare", "1", "2"]):
+        assert main(["runs", *words, "--out", str(tmp_path)]) == 0
+        assert told not in "".join(capsys.readouterr())
+    changed.write_text(changed.read_text().replace('"round": 3', '"round": 4', 1))
+    for words in ([], ["show", "2"], ["compare", "1", "2"]):
+        assert main(["runs", *words, "--out", str(tmp_path)]) == 0
+        assert told in capsys.readouterr().err
+        assert main(["runs", *words, "--out", str(tmp_path), "--json"]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [r["intact"] for r in rows if r["name"] == "0002-fedit-b"] == [False]
+        assert all(r["intact"] for r in rows if r["name"] == "0001-fedit-a")
+    assert told in (tmp_path / "compare.html").read_text()
+    assert told in (changed.parent / "report.html").read_text()
 
 
 # Axes

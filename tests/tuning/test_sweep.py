@@ -517,6 +517,22 @@ def test_one_seed_has_no_spread_and_no_noise(tmp_path):
     assert "band" not in "".join(re.findall(r'class="([^"]*)"', "".join(figures.values())))
 
 
+def test_an_axis_whose_values_are_measured_on_other_rows_says_so(tmp_path):
+    axes = (SweepAxis("max_length", "max_length", (24, 512)), SweepAxis("K", "set.K", (8, 512)))
+    runs = [
+        fake(tmp_path, (length, k), 0, 4.0, [4.0 - length / 1000]) for length in (24, 512) for k in (8, 512)
+    ]
+    for run in runs:
+        (run.run.path / "run.toml").write_text(f'data = "demo"\nmax_length = {run.values[0]}\n')
+    runs = [run._replace(run=report.read(run.run.path)) for run in runs]
+    made = report.grid_tables(axes, runs)
+    caveat = "are measured on different rows (max_length)"
+    assert made.caveats == [f"max_length: the runs {caveat}; their losses do not compare directly"]
+    assert {e["varied"]: e["caveat"] for e in made.record["effects"]} == {"max_length": caveat, "K": ""}
+    html, _ = report.grid("0001-sweep-x", axes, runs, 4)
+    assert made.caveats[0] in html
+
+
 def test_the_page_draws_a_line_a_value_and_escapes_names(tmp_path):
     _, _, runs = table(tmp_path / "a", np.random.default_rng(5))
     html, figures = report.grid("<b>&", AXES, runs, 24)

@@ -317,7 +317,9 @@ class Ui:
         for name in [n for n in tuned if base.get(n) is not None or tuned[n] is not None]:
             count = answered if name == "rouge_l" else rows
             told = count and (not lines or name == "rouge_l")
-            label = metric(name).label + (f", {count:,} held-out rows" if told else "")
+            label = metric(name).label + (
+                f", {count:,} held-out {'row' if count == 1 else 'rows'}" if told else ""
+            )
             b, t = base.get(name), tuned[name]
             lines.append((label, show(name, b), show(name, t), change(name, b, t), improved(name, b, t)))
         wide = max([30, *(len(line[0]) for line in lines), *(len(label) for label, _, _ in costs)])

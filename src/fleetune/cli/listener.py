@@ -23,13 +23,15 @@ class ConsoleListener:
         self.interrupt: InterruptHandler | None = None
         self.what = ""
         self.bar: CountBar | None = None  # until something is counted
+        self.last: Event | None = None
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Show the panel over the job."""
         self.ui.header(title, rows)
 
     def event(self, event: Event) -> None:
-        """Print the event in JSON mode."""
+        """Print the event in JSON mode, and keep it as the last."""
+        self.last = event
         self.ui.event(event)
 
     def note(self, text: str) -> None:

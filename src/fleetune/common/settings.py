@@ -22,9 +22,14 @@ T = TypeVar("T")
 Value = str | int | float | bool  # of an option or a setting
 
 
-def setting(default: T, symbol: str, help: str) -> T:
-    """Declare a field of a settings dataclass: its default, the paper's symbol for it, and a help text."""
-    declared: T = dataclasses.field(default=default, metadata={"symbol": symbol, "help": help})
+def setting(default: T, symbol: str, help: str, *, only_if: str = "") -> T:
+    """Declare a field of a settings dataclass: its default, the paper's symbol for it, and a help text.
+
+    `only_if` says when it has an effect: NAME where that other setting is not 0, empty or false, NAME=VALUE|VALUE where it
+    has one of these values.
+    """
+    about = {"symbol": symbol, "help": help, "only_if": only_if}
+    declared: T = dataclasses.field(default=default, metadata=about)
     return declared
 
 
@@ -37,6 +42,15 @@ class Setting:
     default: Any
     symbol: str
     help: str
+    only_if: str = ""
+
+    def has_effect(self, chosen: object) -> bool:
+        """Whether it has an effect beside the other values of `chosen`, an instance of its class."""
+        name, equals, values = self.only_if.partition("=")
+        if not name:
+            return True
+        value = getattr(chosen, name)
+        return str(value) in values.split("|") if equals else bool(value)
 
 
 def of(cls: type) -> list[Setting]:
@@ -44,7 +58,12 @@ def of(cls: type) -> list[Setting]:
     hints = get_type_hints(cls)
     return [
         Setting(
-            f.name, hints[f.name], f.default, f.metadata.get("symbol", f.name), f.metadata.get("help", "")
+            f.name,
+            hints[f.name],
+            f.default,
+            f.metadata.get("symbol", f.name),
+            f.metadata.get("help", ""),
+            f.metadata.get("only_if", ""),
         )
         for f in dataclasses.fields(cls)
     ]

@@ -53,7 +53,7 @@ DATE = "26 Jul 2024"
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A row as tokens: `ids` [T] int32, of which the first `n_prompt` bear no loss.
+    """A row as tokens: `ids` [T] int32, of which the first `n_prompt` bear no loss; `lost` of the answer did not fit.
 
     A row for an encoder (`labelled.py`) has a `target`, the index of its label word, and `segments` [T] where
     the tokenizer tells the texts of a pair apart.
@@ -63,6 +63,7 @@ class Encoded:
     n_prompt: int
     segments: npt.NDArray[np.int32] | None = None
     target: int | None = None
+    lost: int = 0
 
 
 class Batch(NamedTuple):
@@ -357,9 +358,9 @@ def _close(
 def _fit(prompt: list[int], answer: list[int], max_length: int) -> Encoded:
     """Cut prompt and answer to `max_length` tokens: first the prompt, down to a quarter of them."""
     least = min(len(prompt), max(1, max_length // 4))
-    answer = answer[: max_length - least]
-    prompt = _cut_middle(prompt, max_length - len(answer))
-    return Encoded(np.array(prompt + answer, dtype=np.int32), len(prompt))
+    kept = answer[: max_length - least]
+    prompt = _cut_middle(prompt, max_length - len(kept))
+    return Encoded(np.array(prompt + kept, dtype=np.int32), len(prompt), lost=len(answer) - len(kept))
 
 
 def _cut_middle(ids: list[int], room: int) -> list[int]:

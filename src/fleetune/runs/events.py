@@ -88,6 +88,9 @@ class TuneStart(Recorded):
     rows_per_client: Sequence[int]  # training rows of each client, in order
     held_out: int  # number of held-out rows
     counts: Mapping[str, Sequence[int]] | None = None  # training rows of each client, by value of `column`
+    held_out_digest: str | None = (
+        None  # SHA-256 of the encoded rows of every evaluation: where equal, losses compare
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +160,7 @@ class TuneDone(Event):
     bytes_up: int  # from all clients, all rounds
     bytes_down: int  # to all clients, all rounds
     seconds: float  # of all rounds, those before a resume included
-    wall: float  # seconds of this process, evaluations included
+    wall: float  # seconds of the whole run, all sittings and their evaluations included
     peak_rss: int  # peak memory of this process, bytes
     result: str  # path of the ledger, or of the adapter's directory
     result_bytes: int  # size of the result
@@ -170,6 +173,11 @@ class TuneDone(Event):
     start: Mapping[str, float] | None = None  # measures with the untrained module attached, if not the base's
     moved: bool | None = None  # false: no round has changed the model
     remarks: Sequence[str] = ()  # what to know about these figures, in words
+
+    @property
+    def time(self) -> float:
+        """Wall time of the run.  `wall` of an earlier version is that of the last sitting alone, which may be shorter."""
+        return max(self.wall, self.seconds)
 
 
 # Sweeps and runs ------------------------------------------------------------------------------------
@@ -219,7 +227,7 @@ class SweepDone(Event):
     page: str  # path of sweep.html
     figures: Sequence[str]  # paths of the SVG files
     cells: Sequence[Mapping[str, Any]]  # a combination: values, runs, base, tuned, bytes, seconds
-    effects: Sequence[Mapping[str, Any]]  # an axis and a measure: low, high, difference, noise
+    effects: Sequence[Mapping[str, Any]]  # an axis and a measure: low, high, difference, noise, caveat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +248,11 @@ class RunListed(Event):
     bytes_up: float | None  # from all clients, all rounds
     bytes_down: float | None  # to all clients, all rounds
     bytes: float | None  # up and down together
-    seconds: float | None  # wall time
+    seconds: (
+        float | None
+    )  # wall time of a finished run, all sittings included; of another, the time in rounds so far
     peak_rss: float | None  # peak memory, bytes
+    intact: bool  # false: the metrics.jsonl of a finished run was changed since it ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -462,12 +473,14 @@ class EvalDone(Measures):
     event: ClassVar[str] = "eval"
     model: str  # as a command takes it
     rows: int  # number of rows measured
+    of: int  # number of rows there are; more than `rows` where a limit left some out
+    max_length: int  # tokens of a row at most: those of the run that the model comes from
 
 
-def evaluated(model: str, rows: int, measures: Mapping[str, float]) -> EvalDone:
-    """The event for the measures of one model on so many rows."""
+def evaluated(model: str, rows: int, measures: Mapping[str, float], *, of: int, max_length: int) -> EvalDone:
+    """The event for the measures of one model on the first `rows` of so many rows."""
     values: dict[str, Any] = dict(measures)
-    return EvalDone(model=model, rows=rows, **values)
+    return EvalDone(model=model, rows=rows, of=of, max_length=max_length, **values)
 
 
 # Planning, lists, ledgers, serving -------------------------------------------------------------------

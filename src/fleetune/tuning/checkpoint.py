@@ -38,7 +38,8 @@ class Totals:
 
     bytes_up: int = 0
     bytes_down: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the rounds
+    wall: float = 0.0  # of the sittings before this one, evaluations included
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class StandsOn:
     base: str  # digest of the base model
     rows: str  # digest of the clients' rows, as they are split and encoded
     held_out: str  # digest of the rows that the run is measured on
+    rows_text: str = ""  # digest of the clients' rows before they are encoded; "" of an earlier version
+    held_out_text: str = ""  # digest of all held-out rows before they are encoded
 
     def differences(self, now: StandsOn) -> list[str]:
         """List what is otherwise now, in words for the user; an option of a later version has its default, and counts not."""
@@ -149,7 +152,7 @@ def pack(state: Any, totals: Totals) -> Payload:
     """Return everything that a resumed run needs, as one payload."""
     arrays: dict[str, np.ndarray] = {}
     scalars: dict[str, Scalar] = {
-        "totals": json.dumps([totals.bytes_up, totals.bytes_down, totals.seconds]),
+        "totals": json.dumps([totals.bytes_up, totals.bytes_down, totals.seconds, totals.wall]),
     }
     for name, value in state._asdict().items():
         _put(f"state/{name}", value, arrays, scalars)
@@ -162,8 +165,10 @@ def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
     MessageError when a field is missing.
     """
     values = {name: _get(f"state/{name}", kind, payload) for name, kind in like._asdict().items()}
-    up, down, seconds = json.loads(_get("totals", "", payload))
-    return type(like)(**values), Totals(up, down, seconds)
+    up, down, seconds, *wall = json.loads(_get("totals", "", payload))
+    return type(like)(**values), Totals(
+        up, down, seconds, *(wall or [seconds])
+    )  # an earlier version has no wall
 
 
 def state_of(run: RunDir, round: int, like: Any) -> Any | None:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fleetune import adapters
+from fleetune.data.encode import digest
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneStart
+from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods
 from fleetune.tuning.methods import Method
@@ -49,15 +51,16 @@ def start(job: TuneJob, rows: Sequence[int]) -> TuneStart:
         partition=recipe.partition, rows_per_client=list(rows), held_out=len(job.held),
         column=shown if few else parts.column,
         counts={name: [part.count(name) for part in values] for name in names} if few else None,
+        held_out_digest=digest([job.held]),
     )  # fmt: skip
 
 
 def letters(method: Method, name: str) -> str:
-    """Write a method's hyper-parameters as `K 1,024 · τ 200 · η 3e-07`."""
+    """Write a method's hyper-parameters as `K 1,024 · τ 200 · η 3e-07`; those without effect are left out."""
     parts = []
     for s in methods.settings(name):
         value = getattr(method, s.name)
-        if value in (False, "") or (value == 0 and s.default == 0):
+        if value in (False, "") or (value == 0 and s.default == 0) or not s.has_effect(method):
             continue
         text = (
             f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
@@ -73,7 +76,7 @@ def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
         ("model", f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}"),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
         ("data", f"{Path(recipe.data).name} · {_split(job)}{len(job.held)} held out"),
-        ("fleet", f"{fleet} · {recipe.rounds} rounds"),
+        ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}"),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]
 

@@ -96,9 +96,10 @@ def ledger_of(run: Path) -> Ledger:
 
 
 def held_out(run: Path, *, offline: bool = False) -> list[Example]:
-    """The rows that a run never trained on."""
+    """The rows that a run never trained on; UsageError when its data has other rows now."""
     recipe = recipe_of(run)
     parts = split(recipe, entry(recipe.method), offline=offline)
+    foundations.check_rows(run, recipe, parts)
     return [parts.examples[i] for i in parts.held.tolist()]
 
 

@@ -8,10 +8,12 @@ refused before any round, since it would end otherwise than it was begun.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fleetune.data import Example
 from fleetune.data.encode import digest
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import rundir
@@ -21,7 +23,7 @@ from fleetune.tuning.checkpoint import StandsOn
 from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fleetune.tuning.prepare import TuneJob
+    from fleetune.tuning.prepare import Split, TuneJob
 
 PATHS: Final = ("model", "data", "eval_data")  # may be moved: what they hold is compared, not their names
 SHOWN: Final = 8  # differences at once
@@ -30,7 +32,7 @@ SHOWN: Final = 8  # differences at once
 def of_job(job: TuneJob) -> StandsOn:
     """What the checkpoints of a job state beside the state."""
     return StandsOn(
-        options_of(job.recipe), job.model.digest, digest(job.rows), digest([job.held]),
+        options_of(job.recipe), job.model.digest, digest(job.rows), digest([job.held]), *texts_of(job.split),
     )  # fmt: skip
 
 
@@ -39,6 +41,55 @@ def options_of(recipe: Recipe) -> dict[str, Any]:
     plain = dataclasses.asdict(recipe)
     chosen: Mapping[str, Any] = plain.pop("set")
     return {n: v for n, v in plain.items() if n not in PATHS} | {f"set.{n}": v for n, v in chosen.items()}
+
+
+def texts_of(parts: Split) -> tuple[str, str]:
+    """Digests of the clients' rows and of the held-out rows as the data has them: no model is needed to compare them.
+
+    That of the clients is "" where their rows are not in the data: on the devices of a real fleet.
+    """
+    clients = (
+        _text_digest([parts.examples[i] for i in part.tolist()] for part in parts.clients)
+        if parts.clients
+        else ""
+    )
+    return clients, _text_digest([[parts.examples[i] for i in parts.held.tolist()]])
+
+
+def _text_digest(parts: Iterable[Iterable[Example]]) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(b"part")
+        for row in part:
+            sha.update(repr((row.messages, row.response, row.texts)).encode("utf-8", "surrogatepass"))
+    return sha.hexdigest()
+
+
+def changed_rows(run: Path, parts: Split) -> list[str]:
+    """List which rows of a run are others now, in words for the user; [] where none are, or where the run does not state it."""
+    stated, now = stated_by(run), texts_of(parts)
+    if stated is None:
+        return []
+    pairs = (
+        ("the clients' rows", stated.rows_text, now[0]),
+        ("the held-out rows", stated.held_out_text, now[1]),
+    )
+    return [
+        f"{what} have the digest {new[:16]}.., and had {old[:16]}.."
+        for what, old, new in pairs
+        if old not in ("", new)
+    ]
+
+
+def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
+    """UsageError when the rows that the data gives now are not those that a run was made on."""
+    if differences := changed_rows(run, parts):
+        data = " or ".join(filter(None, (recipe.data, recipe.eval_data)))
+        raise UsageError(
+            "\n  ".join([f"{data} was changed since {run} was made on it:", *differences]),
+            hint=f"bring it back as it was: rows held out now may have been trained on; or name the rows to measure on: "
+            f"fleetune eval {run} FILE, or fleetune measure {run} --data FILE",
+        )
 
 
 def stated_by(run: Path) -> StandsOn | None:

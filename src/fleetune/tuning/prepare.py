@@ -53,7 +53,8 @@ class TuneJob:
     held: list[Encoded]
     examples: list[Example]  # of the held rows
     prompts: list[Example]  # held out, for generated answers
-    dropped: int  # rows that do not fit max_length
+    dropped: int  # rows of whose answer the tokenizer leaves nothing
+    cut: int  # rows whose answers do not fit max_length, and lose their end
     objective: str  # what the method minimises, by name
     words: tuple[str, ...]  # label words that a causal model's accuracy is measured by; none: it is not
 
@@ -136,18 +137,21 @@ def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) ->
     empty = [c for c, part in enumerate(rows) if not part]
     if empty:
         raise DataError(
-            f"client {empty[0]} has no rows that fit {recipe.max_length} tokens ({len(empty)} such clients)",
-            hint="raise --max-length or lower --clients",
+            f"client {empty[0]} has no rows with an answer that the model's tokenizer knows ({len(empty)} such clients)",
+            hint="lower --clients, or use another model",
         )
     held = [i for i in parts.held.tolist() if i in place]
     if not held:
-        raise DataError(f"no held-out row fits {recipe.max_length} tokens", hint="raise --max-length")
+        raise DataError(
+            "no held-out row has an answer that the model's tokenizer knows",
+            hint="hold out more rows, or use another model",
+        )
     return TuneJob(
         recipe, entry, method, model, parts, rows,
         held=[encoded[place[i]] for i in held[: recipe.eval_rows]],
         examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
         prompts=[parts.examples[i] for i in held[: max(recipe.rouge_rows, recipe.samples)]],
-        dropped=len(parts.examples) - len(kept),
+        dropped=len(parts.examples) - len(kept), cut=sum(row.lost > 0 for row in encoded),
         objective=objective, words=labels.measured(recipe, objective, parts.examples),
     )  # fmt: skip
 

@@ -60,7 +60,9 @@ class Recipe:
     )
     limit: int = Field(default=0, ge=0, description="use only the first rows of the data (0: all)")
     max_length: int = Field(
-        default=512, ge=8, description="tokens a row at most; the prompt is cut, not the answer"
+        default=512,
+        ge=8,
+        description="tokens a row at most; the prompt is cut first, to a quarter of them, then the end of the answer",
     )
     seed: int = Field(default=42, ge=0, lt=1 << 63, description="seed of everything random in the run")
     dtype: str = Field(

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,7 @@ class Hooks:
     emit: Callable[[Recorded], None]
     resumed: Callable[[], None] = lambda: None
     note: Callable[[str], None] = log.warning
+    clock: Callable[[], float] = lambda: 0.0  # seconds of this sitting so far
 
 
 def run(
@@ -104,7 +105,7 @@ def run(
             if evaluated.loss is not None and not math.isfinite(evaluated.loss):
                 raise ModelLostError(f"the model's loss after round {r} is not finite", r - 1, state)
         state = new
-        run.checkpoint(r, _encoded(r, state, totals, plan, run, fleet))
+        run.checkpoint(r, _encoded(r, state, _until_now(totals, hooks), plan, run, fleet))
         fleet.forget_before(r + 1 - KEEP)
     return state, totals
 
@@ -127,7 +128,7 @@ def _start(run: RunDir, fleet: Fleet, state: Any, plan: RoundPlan, hooks: Hooks)
         run.cut(-1)
         fleet.rewind(0)
         hooks.begin()
-        run.checkpoint(0, _encoded(0, state, totals, plan, run, fleet))
+        run.checkpoint(0, _encoded(0, state, _until_now(totals, hooks), plan, run, fleet))
         return 0, state, totals
     last, payload = saved
     state, totals = checkpoint.unpack(payload, state)
@@ -137,6 +138,11 @@ def _start(run: RunDir, fleet: Fleet, state: Any, plan: RoundPlan, hooks: Hooks)
     fleet.rewind(last)
     hooks.resumed()
     return last, state, totals
+
+
+def _until_now(totals: Totals, hooks: Hooks) -> Totals:
+    """Return the totals as a later sitting needs them: with the time of this one."""
+    return replace(totals, wall=totals.wall + hooks.clock())
 
 
 def _encoded(round: int, state: Any, totals: Totals, plan: RoundPlan, run: RunDir, fleet: Fleet) -> bytes:

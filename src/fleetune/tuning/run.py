@@ -22,6 +22,7 @@ from fleetune.evaluation.scores import rouge_l
 from fleetune.runs import metrics, report, rundir, sealed
 from fleetune.runs.events import ClientReply, Recorded, TuneDone, as_dict, round_evaluated
 from fleetune.runs.listener import Listener
+from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
@@ -73,7 +74,7 @@ class Simulated:
         """Return where, and how many are asked."""
         recipe, count = job.recipe, len(job.rows)
         asked = len(rounds.sample(range(count), recipe.participation, recipe.seed, 1))
-        return f"this machine · {job.model.device} · {count} clients, {asked} a round"
+        return f"this machine · {job.model.device} · {counted(count, 'client')}, {asked} a round"
 
     def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet, with the faults that the recipe simulates."""
@@ -213,7 +214,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
         bytes.fromhex(model.digest)[:8], stands_on,
     )  # fmt: skip
-    hooks = rounds.Hooks(begin, measure, emit, resumed, listener.note)
+    hooks = rounds.Hooks(begin, measure, emit, resumed, listener.note, clock=lambda: time.monotonic() - began)
     try:
         state, totals = rounds.run(method, fleet, first, run, plan, hooks)
     except rounds.ModelLostError as lost:
@@ -222,7 +223,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
             ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
         raise
     measured = _last_measures(run, recipe.rounds) or measure(state)
-    return _finish(job, run, (first, state), totals, measured, listener, time.monotonic() - began)
+    return _finish(job, run, (first, state), totals, measured, listener, began)
 
 
 class _Base(NamedTuple):
@@ -260,10 +261,8 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     run.write("run.toml", recipes.to_toml(recipe))
     run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(describe.of_model(job))) + "\n")
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
-    if job.dropped:
-        listener.note(
-            f"{job.dropped} rows have answers that do not fit {recipe.max_length} tokens and are left out"
-        )
+    for remark in remarks.of_answers(job):
+        listener.note(remark)
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1))
     listener.progress("rounds", 0, recipe.rounds)
@@ -277,9 +276,9 @@ def _finish(
     totals: Totals,
     measured: dict[str, float],
     listener: Listener,
-    wall: float,
+    began: float,
 ) -> TuneDone:
-    """Save and report the result; `states` are the first and the last."""
+    """Save and report the result; `states` are the first and the last, `began` is when this sitting began."""
     state = states[1]
     job.method.apply(job.model, state)
     tuned = answers(job, run, "tuned", measured)
@@ -289,7 +288,8 @@ def _finish(
     done = TuneDone(
         base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=job.recipe.rounds,
         bytes_up=totals.bytes_up, bytes_down=totals.bytes_down, seconds=round(totals.seconds, 3),
-        wall=round(wall, 3), peak_rss=peak_rss(), **result, **_about(job, run, states, evaluation, tuned, result["digest"]),
+        wall=round(totals.wall + time.monotonic() - began, 3), peak_rss=peak_rss(), **result,
+        **_about(job, run, states, evaluation, tuned, result["digest"]),
     )  # fmt: skip
     recorded = run.record(as_dict(done), last=True)
     run.status("done")
@@ -310,7 +310,7 @@ def _about(
     """The fields of the last event that say what its figures mean."""
     start, base = evaluation.get("start"), evaluation["base"]
     stays = remarks.unmoved(*states, digest, job.model.digest)
-    words = [remarks.NEW_HEAD] if job.model.new_head else []
+    words = remarks.of_answers(job) + ([remarks.NEW_HEAD] if job.model.new_head else [])
     words += [remarks.of_start(base, start)] if start else []
     if stays or remarks.shows_nothing(start or base, tuned):
         words.append(remarks.of_unmoved(job, run, stays=stays))

@@ -205,10 +205,11 @@ def _raise(problems: Sequence[str]) -> None:
         raise RecipeError(different[:SHOWN] + more, hint=hint)
 
 
-def check(grid: SweepGrid, *, offline: bool = False) -> None:
+def check(grid: SweepGrid, *, folder: Path | None = None, offline: bool = False) -> None:
     """Check everything about the runs that needs no model: methods with their settings, and the data's split.
 
-    RecipeError lists what methods refuse, DataError is of the first split that cannot be.
+    RecipeError lists what methods refuse, DataError is of the first split that cannot be.  With the `folder` of a stopped
+    sweep, UsageError names the runs that were made on other rows than the data has now.
     """
     problems: list[str] = []
     for point in grid.points:
@@ -219,18 +220,34 @@ def check(grid: SweepGrid, *, offline: bool = False) -> None:
         except UsageError as error:
             problems.append(error.message)
     _raise(problems)
-    seen = set()
+    shared: dict[tuple[object, ...], list[Point]] = {}
     for point in grid.points:
-        r = point.recipe
-        entry = methods.entry(r.method)
-        of_data = (r.data, r.eval_data, r.limit, r.partition, r.held_out, r.seed, r.clients or entry.clients)
-        if of_data not in seen:
-            seen.add(of_data)
-            try:
-                prepare.split(r, entry, offline=offline)
-            except UsageError as error:
-                error.message = f"{point.words}: {error.message}"
-                raise
+        shared.setdefault(_of_data(point.recipe), []).append(point)
+    changed = []
+    for first, *others in shared.values():
+        try:
+            parts = prepare.split(first.recipe, methods.entry(first.recipe.method), offline=offline)
+        except UsageError as error:
+            error.message = f"{first.words}: {error.message}"
+            raise
+        if folder:
+            changed += [p.name for p in (first, *others) if foundations.changed_rows(folder / p.name, parts)]
+    if folder and changed:
+        raise _on_other(folder, changed, "other rows than the data has now")
+
+
+def _of_data(r: Recipe) -> tuple[object, ...]:
+    """Return all that decides how the data are split."""
+    clients = r.clients or methods.entry(r.method).clients
+    return r.data, r.eval_data, r.limit, r.partition, r.held_out, r.seed, clients
+
+
+def _on_other(folder: Path, names: Sequence[str], what: str) -> UsageError:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return UsageError(
+        f"runs of {folder} were made on {what}: {', '.join(names[:SHOWN])}{more}",
+        hint="bring back the data and the model of the sweep; or begin a new sweep: one page does not hold both",
+    )
 
 
 # The folder ---------------------------------------------------------------------------------------
@@ -361,12 +378,12 @@ def run(folder: RunDir, grid: SweepGrid, watch: Watch, *, offline: bool = False)
     A run that fails is noted and the sweep continues.  What would stop the next one as well (a full disk,
     Ctrl-C) stops the sweep.
     """
-    finished = [done(folder.path, point, watch.note) for point in grid.points]
+    before = [done(folder.path, point, watch.note) for point in grid.points]
     failed = []
     folder.status("running")
     try:
-        for point, had in zip(grid.points, finished, strict=True):
-            reason = "done before" if had else _one(folder, point, watch.begin, offline)
+        for point, had in zip(grid.points, before, strict=True):
+            reason = "done before" if had else _one(folder, grid, point, watch.begin, offline)
             failed += [point] if reason and not had else []
             watch.end(point, folder.path / point.name, reason)
             if not had:
@@ -381,16 +398,41 @@ def run(folder: RunDir, grid: SweepGrid, watch: Watch, *, offline: bool = False)
     return failed
 
 
-def _one(folder: RunDir, point: Point, begin: Callable[[Point], Listener], offline: bool) -> str:
-    """Do one run; return why it failed, or nothing."""
+def _other_base(folder: Path, grid: SweepGrid, point: Point, digest: str) -> UsageError | None:
+    """Return the error that names the runs of the same model that stand on another base than `digest`; None without any."""
+
+    def base(r: Recipe) -> tuple[object, ...]:
+        return (
+            r.model,
+            r.dtype,
+            r.labels,
+            r.data,
+            r.eval_data,
+            r.limit,
+        )  # a new head is as wide as the label words
+
+    same = [p.name for p in grid.points if base(p.recipe) == base(point.recipe)]
+    stated = {name: foundations.stated_by(folder / name) for name in same}
+    other = [name for name, on in stated.items() if on is not None and on.base != digest]
+    return _on_other(folder, other, f"another base than {point.recipe.model} is now") if other else None
+
+
+def _one(
+    folder: RunDir, grid: SweepGrid, point: Point, begin: Callable[[Point], Listener], offline: bool
+) -> str:
+    """Do one run; return why it failed, or nothing.  UsageError when the runs before it had another base."""
     listener = begin(point)
     try:
         with rundir.at(folder.path / point.name) as run:
-            jobs.tune(prepare.prepare(point.recipe, offline=offline), run, listener)
+            job = prepare.prepare(point.recipe, offline=offline)
+            if (other := _other_base(folder.path, grid, point, job.model.digest)) is None:
+                jobs.tune(job, run, listener)
     except (StorageError, Interrupted):
         raise
     except Exception as error:
         reason = error.message if isinstance(error, FleetuneError) else f"{type(error).__name__}: {error}"
         folder.log(f"{point.name} failed: {reason}")
         return reason
+    if other is not None:
+        raise other
     return ""

@@ -7,6 +7,7 @@ import argparse
 
 from fleetune.cli.console import Ui
 from fleetune.errors import RecipeError
+from fleetune.runs.events import EvalDone
 
 HELP = "measure a model, a finished run or a compressed one"
 ORDER = 50
@@ -43,10 +44,21 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if args.tasks is not None and not tasks:
         raise RecipeError(["--tasks names no task"], hint="fleetune eval --help")
     with console_listener(ui) as listener:
-        values = api.evaluate(
+        api.evaluate(
             args.model, args.data, tasks=tasks, limit=args.limit, answer_tokens=args.answer_tokens, text=args.text,
             labels=[w.strip() for w in (args.labels or "").split(",") if w.strip()], dtype=args.dtype,
             device=args.device, out=args.out, offline=args.offline, listener=listener,
         )  # fmt: skip
-    if not ui.json:
-        ui.table(["task", "value"], [[k, round(v, 4)] for k, v in values.items()])
+    done = listener.last
+    if isinstance(done, EvalDone) and not ui.json:
+        rows = _rows(done, own=not args.data)
+        named = {k: k if k == "perplexity" and args.text else k + rows for k in done.values}
+        ui.table(["task", "value"], [[named[k], round(v, 4)] for k, v in done.values.items()])
+
+
+def _rows(done: EvalDone, *, own: bool) -> str:
+    """The rows behind a measure: ", 200 of 1,760 held-out rows"; "" for none."""
+    if not done.of:
+        return ""
+    count = f"{done.rows:,} of {done.of:,}" if done.rows < done.of else f"{done.rows:,}"
+    return f", {count} {'held-out ' if own else ''}{'row' if done.of == 1 else 'rows'}"

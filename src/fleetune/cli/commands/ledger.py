@@ -15,7 +15,7 @@ from fleetune.errors import LedgerError, UsageError
 from fleetune.runs.events import DigestFound, LedgerDifference, LedgerShown, LedgerVerified, LedgerWritten
 
 if TYPE_CHECKING:
-    from fleetune.seeds.ledger import Ledger
+    from fleetune.seeds.ledger import Ledger, LedgerHead
 
 
 HELP = "show, verify, replay, compare and combine seed ledgers"
@@ -92,13 +92,19 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
         ["file", f"{path} ({human_bytes(size)}; compact {human_bytes(len(ledger.compact().to_bytes()))})"],
         ["base", head.base],
         ["weights", f"{parameters:,} in {len(head.tensors)} tensors"],
-        ["method", f"{head.method}, lr {head.lr}, eps {head.eps:g}, {head.aggregation}"],
+        ["method", f"{head.method}, lr {_rate(head)}, eps {head.eps:g}, {head.aggregation}"],
         ["directions", f"{head.law}, K {head.K:,}, law version {head.law_version}, grid {head.grid:.9g}"],
         ["entries", f"{len(ledger):,} over {last} rounds, {ledger.count_passes():,} passes to replay"],
         ["privacy", head.privacy],
         *[[f"after round {r}", d] for r, d in sorted(head.checks.items(), key=lambda c: int(c[0]))],
         ["fingerprint", ledger.fingerprint()],
     ], align="ll")  # fmt: skip
+
+
+def _rate(head: LedgerHead) -> str:
+    """The learning rate, where the ledger states it, and the rule by which it changes: "1e-06, constant"."""
+    rate = head.hyper.get("lr")
+    return f"{rate:g}, {head.lr}" if isinstance(rate, int | float) else head.lr
 
 
 def _replay(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Sequence[Ledger]) -> None:

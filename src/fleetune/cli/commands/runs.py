@@ -14,7 +14,7 @@ from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import storage_error, write_atomic
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import compression_folder, metrics, report, rundir
+from fleetune.runs import compression_folder, report, rundir
 from fleetune.runs.compression_folder import RECORD
 from fleetune.runs.events import CompressionListed, RunListed, RunRemoved, SweepListed
 from fleetune.subject import Compressed, Run
@@ -61,6 +61,7 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
     for sweep in sorted(p.parent for p in Path(args.out).glob("*/sweep.toml")):
         ui.event(SweepListed(path=str(sweep)))
         ui.note(f"{sweep} is a sweep; its runs: fleetune runs --out {sweep}")
+    _note_changed(rows, ui)
     smaller = _compressed(Path(args.out))
     for listed in smaller:
         ui.event(listed)
@@ -88,6 +89,12 @@ def _runs_table(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
             for r in rows
         ],
     )  # fmt: skip
+
+
+def _note_changed(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
+    for row in rows:
+        if not row["intact"]:
+            ui.note(report.changed(row["name"]))
 
 
 def _compressed(out: Path) -> list[CompressionListed]:
@@ -121,10 +128,7 @@ def _show(args: argparse.Namespace, ui: Ui) -> None:
             continue
         facts = report.summary(folder)
         ui.event(RunListed(**facts))
-        if facts["status"] == "done" and not metrics.is_intact(folder):
-            ui.note(
-                f"{folder / metrics.FILE} was changed since the run ended: what is shown may not be what was measured"
-            )
+        _note_changed([facts], ui)
         if not ui.json:
             ui.table(["", folder.name], [[k, v] for k, v in facts.items()], align="ll")
             _report(folder, ui)
@@ -189,6 +193,9 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
             [[k, *(row.get(k) for row in rows)] for k in keys],
             align="l" + "r" * len(runs),
         )
+    _note_changed(rows, ui)
+    for caveat in report.caveats([report.read(folder) for folder in runs]):
+        ui.note(f"these runs {caveat}: {report.APART}")
     ui.paths([("report", str(page))])
 
 

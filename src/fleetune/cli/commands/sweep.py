@@ -141,7 +141,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
                 "a sweep needs a RECIPE", hint="fleetune sweep recipe.toml --vary K=64,512 --seeds 3"
             )
         grid = sweeps.make(recipe_flags.keys(args, args.recipe), args.vary, args.seeds)
-    sweeps.check(grid, offline=args.offline)
+    sweeps.check(grid, folder=path if args.resume else None, offline=args.offline)
     if args.dry_run:
         _plan(grid, ui)
         return
@@ -194,6 +194,8 @@ def _results(grid: SweepGrid, path: Path, ui: Ui) -> None:
         )
         if table.effects:
             ui.table(table.effects_head, table.effects, align="llrrrr")
+    for caveat in table.caveats:
+        ui.note(caveat)
     ui.paths(
         [("report", str(page)), ("figures", str(path / "figures")), ("next", f"fleetune runs --out {path}")]
     )

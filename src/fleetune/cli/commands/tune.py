@@ -75,7 +75,7 @@ def finish(ui: Ui, result: TuneResult) -> None:
     costs = [
         ("bytes over the fleet", human_bytes(done.bytes_up + done.bytes_down),
          f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}"),
-        ("wall time · peak memory", f"{human_time(max(done.wall, done.seconds))} · {human_bytes(done.peak_rss)}", ""),
+        ("wall time · peak memory", f"{human_time(done.time)} · {human_bytes(done.peak_rss)}", ""),
     ]  # fmt: skip
     ui.final_table(
         done.base, done.tuned, rows=done.rows, answered=done.answered, costs=costs, remarks=done.remarks

@@ -14,7 +14,7 @@ from fleetune.deploy.measure.lines import Line, Measurable
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.runs.events import Measured, MeasureDone
 from fleetune.runs.listener import Listener
-from fleetune.subject import Compressed, Run, Subject
+from fleetune.subject import ROW, Compressed, Run, Subject
 
 if TYPE_CHECKING:
     from fleetune.data import Example
@@ -122,7 +122,7 @@ def _row_length(options: MeasureOptions, found: Sequence[Measurable]) -> int:
             f"{asked} tokens are more than the {most} that {name} is made for",
             hint="smaller --length, --prompt-tokens or --new-tokens",
         )
-    return min(found[0].length if len(found) == 1 else lines.ROW, most)
+    return min(found[0].length if len(found) == 1 else ROW, most)
 
 
 def _examples(options: MeasureOptions, found: Sequence[Measurable], *, offline: bool) -> list[Example]:

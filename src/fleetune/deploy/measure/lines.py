@@ -11,13 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
-from fleetune.subject import Compressed, Plain, Run, Subject
-
-ROW: Final = 512  # tokens of a row at most, unless a run says otherwise
+from fleetune.subject import ROW, Compressed, Plain, Run, Subject
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def of(subject: Subject, *, offline: bool) -> Measurable:
     """Return a subject with all its lines."""
     if isinstance(subject, Run):
         lines, tokenizer = _of_run(subject, offline=offline)
-        return Measurable(subject.name, lines, tokenizer, subject, subject.recipe.max_length)
+        return Measurable(subject.name, lines, tokenizer, subject, subject.max_length)
     if isinstance(subject, Compressed):
         return _of_compressed(subject, offline=offline)
     weights, path = subject.directory(offline=offline), Path(subject.name)
@@ -111,7 +108,7 @@ def _of_compressed(subject: Compressed, *, offline: bool) -> Measurable:
         run = Run(Path(request.model))
         lines, tokenizer = _of_run(run, offline=offline)
         return Measurable(
-            subject.folder.name, (*lines, small, *files), tokenizer, subject, run.recipe.max_length
+            subject.folder.name, (*lines, small, *files), tokenizer, subject, subject.max_length
         )
     weights = Plain(request.model).directory(offline=offline)
     base = line_of("base", "model", request.model, weights, request.dtype)

@@ -6,15 +6,29 @@ network for nothing (a content policy forbids it), follows the reader's light or
 Every plot has a title and a description for those who do not see it and its numbers in a table.
 
 `runlog` reads the folder, `page` has the parts of a page, `axes`, `svg` and `bars` draw, `sections` are the page's
-sections, `single` and `several` put them together; `cells` and `grid` are the sweep's numbers and page.
+sections, `single` and `several` put them together, `unlike` says whose losses do not compare; `cells` and `grid` are
+the sweep's numbers and page.
 """
 
 from __future__ import annotations
 
 from fleetune.runs.report.grid import grid
 from fleetune.runs.report.grid import tables as grid_tables
-from fleetune.runs.report.runlog import measures, read, summary, table
+from fleetune.runs.report.runlog import changed, measures, read, summary, table
 from fleetune.runs.report.several import compare
 from fleetune.runs.report.single import write
+from fleetune.runs.report.unlike import APART, caveats
 
-__all__ = ["compare", "grid", "grid_tables", "measures", "read", "summary", "table", "write"]
+__all__ = [
+    "APART",
+    "caveats",
+    "changed",
+    "compare",
+    "grid",
+    "grid_tables",
+    "measures",
+    "read",
+    "summary",
+    "table",
+    "write",
+]

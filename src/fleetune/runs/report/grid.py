@@ -17,6 +17,8 @@ from fleetune.runs.report import cells as numbers
 from fleetune.runs.report import page, runlog, svg
 from fleetune.runs.report.cells import Combination, CurvePoint, Effect, GridRun, Stat, SweepAxis
 from fleetune.runs.report.page import esc, flat
+from fleetune.runs.report.runlog import RunLog
+from fleetune.runs.report.unlike import APART, caveats
 
 SPREAD = "Mean over the seeds and the other values; band: standard deviation over the seeds of the change by tuning."
 
@@ -230,6 +232,7 @@ class Tables(NamedTuple):
     effects_head: list[str]
     effects: list[list[str]]
     record: dict[str, Any]
+    caveats: list[str]  # of which axes the values are not measured alike
 
 
 EFFECTS = ["varied", "measure", "lowest mean", "highest mean", "difference", "noise of a mean"]
@@ -246,6 +249,7 @@ def tables(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> Tables:
         for name in names
         if (e := numbers.effect(i, axis, name, used)) is not None
     ]
+    apart = {axis.name: c for i, axis in enumerate(axes) if (c := _caveat(i, used))}
     record = {
         "cells": [_record(axes, cell) for cell in found],
         "effects": [
@@ -256,6 +260,7 @@ def tables(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> Tables:
                 "high": e.high,
                 "difference": e.range,
                 "noise": e.noise,
+                "caveat": apart.get(a.name, ""),
             }
             for a, n, e in every
         ],
@@ -266,7 +271,16 @@ def tables(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> Tables:
         EFFECTS,
         [_effect(axis, name, e) for axis, name, e in every],
         record,
+        [f"{name}: the runs {caveat}; {APART}" for name, caveat in apart.items()],
     )
+
+
+def _caveat(number: int, members: Sequence[GridRun]) -> str:
+    """Say why the losses at the values of an axis do not compare, all else being equal; "" where they do."""
+    alike: dict[tuple[object, ...], list[RunLog]] = {}
+    for m in members:
+        alike.setdefault((m.seed, *m.values[:number], *m.values[number + 1 :]), []).append(m.run)
+    return next((found[0] for runs in alike.values() if (found := caveats(runs))), "")
 
 
 def _record(axes: Sequence[SweepAxis], cell: Combination) -> dict[str, object]:
@@ -301,7 +315,8 @@ def _effects(made: Tables) -> str:
     )
     rows: list[list[str | page.TableCell]] = [[*r[:2], *map(page.TableCell, r[2:])] for r in made.effects]
     caption = "At the end of tuning, over the seeds and the other values"
-    return page.table(caption, made.effects_head, rows) + f"<p>{words}</p>"
+    told = "".join(f'<p class="alert">{esc(text)}.</p>' for text in made.caveats)
+    return told + page.table(caption, made.effects_head, rows) + f"<p>{words}</p>"
 
 
 def _combinations(made: Tables, axes: int) -> str:

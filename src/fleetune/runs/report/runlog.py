@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fleetune.common.display import clean
-from fleetune.errors import UsageError
-from fleetune.runs import rundir, sealed
+from fleetune.errors import StorageError, UsageError
+from fleetune.runs import metrics, rundir, sealed
 from fleetune.runs.report.axes import usable
 
 Event = Mapping[str, object]
@@ -38,6 +38,7 @@ class RunLog:
     final: Mapping[str, object]
     status: str
     skipped: int
+    intact: bool = True  # false: metrics.jsonl was changed since the run ended
 
     @property
     def name(self) -> str:
@@ -53,11 +54,12 @@ def read(path: Path) -> RunLog:
     """Read a run folder; missing or damaged files give empty parts.  UsageError when there is no folder."""
     if not path.is_dir():
         raise UsageError(f"no run folder at {path}", hint="fleetune runs   lists them")
-    events, skipped = _events(path / "metrics.jsonl")
+    events, skipped = _events(path / metrics.FILE)
     rounds = _latest(events, "round", ("round",))
     done = next((e for e in reversed(events) if e["event"] == "done"), {})
     if done and any(e["event"] == "round" for e in events[events.index(done) :]):
         done = {}  # the run was taken up again after it had ended
+    status = clean(rundir.status_of(path)) or ("done" if done else "unknown")
     return RunLog(
         path=path.absolute(),
         config=_toml(path / "run.toml"),
@@ -68,9 +70,22 @@ def read(path: Path) -> RunLog:
         rounds=rounds,
         done=done,
         final=_json(path / "eval.json"),
-        status=clean(rundir.status_of(path)) or ("done" if done else "unknown"),
+        status=status,
         skipped=skipped,
+        intact=status != "done" or _is_intact(path),
     )
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        return metrics.is_intact(path)
+    except StorageError:
+        return False
+
+
+def changed(folder: object) -> str:
+    """Say that the record of a finished run (its folder, or its name) is not as it was written."""
+    return f"{folder}: {metrics.FILE} was changed since the run ended: what is shown may not be what was measured"
 
 
 def _read(path: Path) -> str:
@@ -181,8 +196,8 @@ def summary(run: Path) -> dict[str, Any]:
     """Summarise the run in a few numbers, for the console and for `fleetune runs --json`.
 
     Keys: name, path, method, model, status, rounds (done), rounds_planned, clients, base_loss, tuned_loss,
-    bytes_up, bytes_down, bytes (their sum), seconds (wall time), peak_rss (bytes); None where the folder
-    does not say.
+    bytes_up, bytes_down, bytes (their sum), seconds (wall time; before the end, time in rounds), peak_rss (bytes),
+    intact (metrics.jsonl is as it was written); None where the folder does not say.
     """
     return summarise(read(run))
 
@@ -204,8 +219,7 @@ def summarise(run: RunLog) -> dict[str, Any]:
     )
     seen = [v for e in (*run.rounds, *run.clients) if (v := num_of(e, "rss")) is not None]
     peak = num_of(run.done, "peak_rss")
-    # `seconds` are the rounds of all sittings, `wall` the last sitting with its evaluations: a resumed run
-    # may have more of the former.
+    # `wall` of an earlier version is the last sitting alone: its rounds (`seconds`) may have taken longer
     clocks = [v for key in ("seconds", "wall") if (v := num_of(run.done, key)) is not None]
     return {
         "name": run.name,
@@ -223,6 +237,7 @@ def summarise(run: RunLog) -> dict[str, Any]:
         "bytes": None if up is None and down is None else (up or 0) + (down or 0),
         "seconds": max(clocks, default=None) or sum_of(run.rounds, "seconds"),
         "peak_rss": peak if peak is not None else max(seen, default=None),
+        "intact": run.intact,
     }
 
 

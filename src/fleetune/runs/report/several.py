@@ -9,7 +9,8 @@ from pathlib import Path
 from fleetune.common.display import change, human_bytes, human_time, improved, show
 from fleetune.runs.report import axes, page, runlog, svg
 from fleetune.runs.report.page import TableCell, esc, flat, true_minus
-from fleetune.runs.report.runlog import Number, RunLog, Step, kind_of, number, read, text_of
+from fleetune.runs.report.runlog import Number, RunLog, Step, kind_of, number, read
+from fleetune.runs.report.unlike import APART, caveats
 
 
 def compare(runs: Sequence[Path]) -> str:
@@ -22,7 +23,7 @@ def compare(runs: Sequence[Path]) -> str:
     facts = [runlog.summarise(run) for run in seen]
     body = [
         f'<header><p class="over">fleetune · comparison</p><h1>{len(seen)} runs side by side</h1>'
-        f'<p class="lead">{esc(_closest(names, facts))}</p>{_warnings(seen)}</header>',
+        f'<p class="lead">{esc(_closest(names, facts, alike=not caveats(seen)))}</p>{_warnings(seen)}</header>',
         page.section("result", "Results", _results(seen, names, facts)),
         page.section("course", "Course", _overlaid(seen, names)),
         page.section("differences", "What differs in their configuration", _differences(seen, names)),
@@ -36,21 +37,18 @@ def _short(names: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(names)
 
 
-def _closest(names: Sequence[str], facts: Sequence[Mapping[str, object]]) -> str:
+def _closest(names: Sequence[str], facts: Sequence[Mapping[str, object]], *, alike: bool) -> str:
+    """Name the run with the lowest loss, where losses are `alike`, and that with the fewest bytes."""
     known = [(v, n) for n, f in zip(names, facts, strict=True) if (v := number(f["tuned_loss"])) is not None]
     sizes = [(v, n) for n, f in zip(names, facts, strict=True) if (v := number(f["bytes"])) is not None]
-    best = f"Lowest validation loss: {min(known)[1]} ({min(known)[0]:.3f}). " if known else ""
+    best = f"Lowest validation loss: {min(known)[1]} ({min(known)[0]:.3f}). " if known and alike else ""
     return best + (f"Fewest bytes: {min(sizes)[1]} ({human_bytes(min(sizes)[0])})." if sizes else "")
 
 
 def _warnings(runs: Sequence[RunLog]) -> str:
-    out = ""
-    for key, what in (("digest", "base models"), ("data", "data")):
-        values = {text_of(key, run.start, run.config) for run in runs} - {""}
-        if len(values) > 1:
-            text = f"These runs have different {what}: their losses do not compare directly."
-            out += f'<p class="alert">{text}</p>'
-    return out
+    told = [f"These runs {caveat}: {APART}." for caveat in caveats(runs)]
+    told += [runlog.changed(run.name) for run in runs if not run.intact]
+    return "".join(f'<p class="alert">{esc(text)}</p>' for text in told)
 
 
 def _results(runs: Sequence[RunLog], names: Sequence[str], facts: Sequence[Mapping[str, object]]) -> str:

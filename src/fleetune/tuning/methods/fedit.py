@@ -77,13 +77,15 @@ class Method:
     alpha: int = setting(16, "α", "LoRA scale; the update is (alpha / r) B A")
     dropout: float = setting(0.05, "p", "LoRA dropout")
     lr: float = setting(3e-4, "η", "AdamW learning rate")
-    epochs: int = setting(1, "E", "local epochs a round (Shepherd's code: 10)")
+    epochs: int = setting(1, "E", "local epochs a round (Shepherd's code: 10)", only_if="steps=0")
     batch_size: int = setting(8, "B", "rows a step")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
     average: str = setting("separate", "avg", "separate: A and B (as published); product: B A")
     ranks: str = setting("", "r_k", "the devices' ranks in turn, as 4,8,16 (average=product; none: r)")
     start: str = setting("default", "A₀, B₀", "where A and B start: " + ", ".join(STARTS))
-    start_data: str = setting("demo", "X", "start=eva: rows the server has, a file or demo (32 are read)")
+    start_data: str = setting(
+        "demo", "X", "start=eva: rows the server has, a file or demo (32 are read)", only_if="start=eva"
+    )
     wire: str = setting("fp32", "wire", "fp32, or fp16 to halve the traffic")
     server: str = setting("avg", "server", "the server's rule: " + ", ".join(server_rules.ETA))
     server_lr: float = setting(0.0, "η_s", "the server's learning rate (0: 1 for avg and avgm, else 1e-3)")

@@ -88,8 +88,12 @@ class Method:
     wire: str = setting("byte", "wire", "byte: one byte a step; sums: exact sums, 4 bytes a direction")
     objective: str = setting("loss", "f", "loss, accuracy, rouge_l, f1 or package.module:function")
     backprop: float = setting(0.0, "β", "share of the clients that back-propagate, in whole percent")
-    backprop_lr: float = setting(3e-4, "η_b", "learning rate of a client that back-propagates")
-    backprop_steps: int = setting(10, "τ_b", "local steps of a client that back-propagates")
+    backprop_lr: float = setting(
+        3e-4, "η_b", "learning rate of a client that back-propagates", only_if="backprop"
+    )
+    backprop_steps: int = setting(
+        10, "τ_b", "local steps of a client that back-propagates", only_if="backprop"
+    )
     server: str = setting("avg", "server", "the server's rule: avg, avgm, adagrad, yogi or adam")
     server_lr: float = setting(0.0, "η_s", "the server rule's learning rate, in units of lr (0: its own)")
 

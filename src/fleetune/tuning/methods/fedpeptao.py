@@ -123,17 +123,21 @@ class Method:
 
     tokens: int = setting(20, "T", "length of each layer's prompt (the code: 5 for decoders)")
     lr: float = setting(4e-2, "η", "AdamW learning rate, falling to 0 in a round")
-    epochs: int = setting(2, "E", "local epochs a round")
+    epochs: int = setting(2, "E", "local epochs a round", only_if="steps=0")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
     batch_size: int = setting(8, "B", "rows a step, and of a score")
     weight_decay: float = setting(0.1, "λ", "AdamW weight decay")
     clip: float = setting(1.0, "C", "largest norm of a gradient (0: any)")
     layers_rule: str = setting("lipschitz", "rule", "lipschitz, plateau, half, all or a number of layers")
     warmup: int = setting(1, "t₀", "rounds with all layers before they are chosen")
-    lanczos: int = setting(20, "q", "Hessian products of a measurement (lipschitz: twice; the code: 50)")
+    lanczos: int = setting(
+        20, "q", "Hessian products of a measurement (lipschitz: twice; the code: 50)",
+        only_if="layers_rule=lipschitz|plateau",
+    )  # fmt: skip
     curvature_rows: int = setting(
-        2, "b", "rows that curvature is measured on (0: batch_size, as in the paper)"
-    )
+        2, "b", "rows that curvature is measured on (0: batch_size, as in the paper)",
+        only_if="layers_rule=lipschitz|plateau",
+    )  # fmt: skip
     beta: float = setting(0.9, "β", "server momentum")
     server_lr: float = setting(0.05, "ηₛ", "server step, times 0.99 each round, 1e-4 at least (0: FedAvg)")
     momentum_input: str = setting("delta", "g", "delta: D of the round; delta_diff: D before - D (code)")

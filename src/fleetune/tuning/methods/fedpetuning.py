@@ -73,14 +73,22 @@ class Method:
     module: str = setting("lora", "module", "full, prefix, adapter, lora, bitfit or prompt")
     size: int = setting(0, "r", "rank, inner size or tokens (0: lora 16, adapter 16, prefix 64, prompt 20)")
     lr: float = setting(0.0, "η", "AdamW learning rate (0: the module's own, between 5e-5 and 3e-2)")
-    epochs: int = setting(1, "E", "local epochs a round")
+    epochs: int = setting(1, "E", "local epochs a round", only_if="steps=0")
     batch_size: int = setting(32, "B", "rows a step")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
     clip: float = setting(1.0, "c", "largest norm of a gradient (0: any)")
-    targets: str = setting("query-value", "W", "lora: query-value, all-linear, or the layers' names")
-    start: str = setting("default", "A₀, B₀", "lora: where A and B start: " + ", ".join(STARTS))
-    start_data: str = setting("demo", "X", "start=eva: rows the server has, a file or demo (32 are read)")
-    places: str = setting("houlsby", "places", "adapter: houlsby (two a layer) or pfeiffer (one)")
+    targets: str = setting(
+        "query-value", "W", "lora: query-value, all-linear, or the layers' names", only_if="module=lora"
+    )
+    start: str = setting(
+        "default", "A₀, B₀", "lora: where A and B start: " + ", ".join(STARTS), only_if="module=lora"
+    )
+    start_data: str = setting(
+        "demo", "X", "start=eva: rows the server has, a file or demo (32 are read)", only_if="start=eva"
+    )
+    places: str = setting(
+        "houlsby", "places", "adapter: houlsby (two a layer) or pfeiffer (one)", only_if="module=adapter"
+    )
     server: str = setting("avg", "server", "the server's rule: " + ", ".join(server_rules.ETA))
     server_lr: float = setting(0.0, "η_s", "the server's learning rate (0: 1 for avg and avgm, else 1e-3)")
     mu: float = setting(0.0, "μ", "FedProx: pull towards the global module (0.01 is usual)")

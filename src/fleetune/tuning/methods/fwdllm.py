@@ -105,19 +105,25 @@ class Method:
     """Hyper-parameters with the paper's symbols and the defaults of its code (DistilBERT, AG News)."""
 
     module: str = setting("lora", "module", "what is trained: lora, adapter or bitfit")
-    r: int = setting(8, "r", "lora: rank; adapter: numbers between its two layers")
-    alpha: int = setting(16, "α", "lora: the update is (alpha / r) B A")
-    targets: str = setting("query-value", "W", "lora: query-value, all-linear, or the layers' names")
+    r: int = setting(
+        8, "r", "lora: rank; adapter: numbers between its two layers", only_if="module=lora|adapter"
+    )
+    alpha: int = setting(16, "α", "lora: the update is (alpha / r) B A", only_if="module=lora")
+    targets: str = setting(
+        "query-value", "W", "lora: query-value, all-linear, or the layers' names", only_if="module=lora"
+    )
     P: int = setting(1, "P", "directions a device tries in a round")
     h: float = setting(0.01, "h", "size of the perturbation")
     lr: float = setting(0.01, "η", "learning rate of the server's SGD")
     decay: int = setting(3000, "T", "rounds over which the rate falls linearly to 0 (0: stays)")
     batch_size: int = setting(8, "B", "rows a device evaluates")
     variance_gate: bool = setting(True, "gate", "ask for more directions until they agree")
-    threshold: float = setting(0.1, "σ²", "variance at which the server moves")
-    patience: int = setting(10, "R", "rounds on one batch after which it moves anyway")
+    threshold: float = setting(0.1, "σ²", "variance at which the server moves", only_if="variance_gate")
+    patience: int = setting(
+        10, "R", "rounds on one batch after which it moves anyway", only_if="variance_gate"
+    )
     discriminative: bool = setting(True, "rank", "every second batch, directions like the last gradient")
-    candidates: int = setting(10, "c", "directions ranked for each that is sent")
+    candidates: int = setting(10, "c", "directions ranked for each that is sent", only_if="discriminative")
     clip: float = setting(0.0, "C", "cut |g| to this (0: not)")
     law: str = setting("gaussian", "law", "gaussian or rademacher")
     objective: str = setting("loss", "f", "loss, accuracy, rouge_l, f1 or package.module:function")

@@ -12,7 +12,7 @@ from pathlib import Path
 from fleetune.common.display import change, human_bytes, human_count, human_time, improved, show
 from fleetune.runs.report import page
 from fleetune.runs.report.page import counted, esc, flat, span, true_minus
-from fleetune.runs.report.runlog import RunLog, kind_of, list_of, num_of, number, text_of
+from fleetune.runs.report.runlog import RunLog, changed, kind_of, list_of, num_of, number, text_of
 from fleetune.runs.report.sections.fleet import partition_words
 
 
@@ -25,6 +25,8 @@ def header(run: RunLog, facts: Mapping[str, object]) -> str:
     if kind in {"failed", "interrupted"}:
         resume = f"fleetune tune --resume {shlex.quote(run.shown_path)}"
         alert = f'<p class="alert">{esc(run.status)}. To go on: <code>{esc(resume)}</code></p>'
+    if not run.intact:
+        alert += f'<p class="alert">{esc(changed(run.name))}</p>'
     pill = f'<span class="pill {kind}">{mark} {esc(kind)}</span>'
     return (
         f'<header><p class="over">fleetune · {esc(run.name)} {pill}</p>'

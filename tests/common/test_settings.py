@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings say when they have an effect, and the header of a run shows those that have one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from fleetune.common import settings
+from fleetune.common.settings import setting
+from fleetune.tuning import describe, methods
+
+
+@dataclass(frozen=True)
+class Some:
+    kind: str = setting("lora", "k", "lora, adapter or full")
+    share: float = setting(0.0, "s", "a share")
+    rank: int = setting(8, "r", "of lora and adapter", only_if="kind=lora|adapter")
+    rate: float = setting(0.5, "e", "of the share", only_if="share")
+    epochs: int = setting(1, "E", "without a share", only_if="share=0.0")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [
+        (Some(), ["kind", "share", "rank", "epochs"]),
+        (Some(kind="adapter", share=0.5), ["kind", "share", "rank", "rate"]),
+        (Some(kind="full"), ["kind", "share", "epochs"]),
+    ],
+)
+def test_a_setting_has_an_effect_by_the_value_of_another(chosen: Some, names: list[str]) -> None:
+    assert [s.name for s in settings.of(Some) if s.has_effect(chosen)] == names
+
+
+@pytest.mark.parametrize("name", methods.entries())
+def test_conditions_name_settings_of_the_method(name: str) -> None:
+    method = methods.module_of(name).Method()
+    known = [s.name for s in methods.settings(name)]
+    for s in methods.settings(name):
+        assert not s.only_if or s.only_if.partition("=")[0] in known
+        assert isinstance(s.has_effect(method), bool)
+
+
+SHOWN = {
+    "no client back-propagates": ("fedkseed", {}, ["K 1,024"], ["η_b", "τ_b"]),
+    "some do": ("fedkseed", {"backprop": 0.5}, ["η_b 0.0003", "τ_b 10"], []),
+    "no start from rows": ("fedit", {}, ["A₀, B₀ default", "E 1"], ["X demo", "τ"]),
+    "a start from rows": ("fedit", {"start": "eva"}, ["X demo"], []),
+    "steps instead of epochs": ("fedit", {"steps": 3}, ["τ 3"], ["E 1"]),
+    "another module": ("fedpetuning", {"module": "bitfit"}, ["module bitfit"], ["A₀", "W ", "places"]),
+}
+
+
+@pytest.mark.parametrize("case", SHOWN)
+def test_the_header_shows_settings_that_have_an_effect(case: str) -> None:
+    name, values, there, not_there = SHOWN[case]
+    text = describe.letters(methods.make(name, values), name)
+    assert all(word in text for word in there), text
+    assert not any(word in text for word in not_there), text

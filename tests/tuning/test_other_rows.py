@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run or a sweep whose data or base changed since: it is not measured on, or continued with, other rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.errors import UsageError
+from fleetune.runs import rundir
+from fleetune.tuning import checkpoint, finished, foundations, sweep
+from fleetune.tuning import run as jobs
+
+RUN = (
+    "--method", "fedit", "--set", "r=2", "--set", "steps=1", "--clients", "2", "--rounds", "1", "--held-out", "6",
+    "--eval-rows", "3", "--max-length", "48", "--samples", "0", "--device", "cpu",
+)  # fmt: skip
+SWEEP = """\
+model = "tiny"
+data = "data.jsonl"
+method = "fedit"
+clients = 2
+rounds = 1
+held_out = 6
+max_length = 48
+samples = 0
+device = "cpu"
+[set]
+r = 2
+steps = 1
+[sweep]
+lr = [1e-3, 1e-2]
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and data."""
+    place = tmp_path_factory.mktemp("made")
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, place / "tiny")
+    rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(24)]
+    (place / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (place / "sweep.toml").write_text(SWEEP)
+    return place
+
+
+@pytest.fixture
+def at(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, as the working folder."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def reverse(file: Path) -> None:
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[::-1]))
+
+
+# A run -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_data_changed_is_not_measured_on_them(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", "tiny", "data.jsonl", *RUN]) == 0
+    assert main(["eval", "1", "--tasks", "loss"]) == 0
+    shutil.copy("data.jsonl", "kept.jsonl")
+    reverse(at / "data.jsonl")
+    capsys.readouterr()
+    for words in (["eval", "1", "--tasks", "loss"], ["measure", "1"], ["compress", "1", "--method", "optq"]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "data.jsonl was changed since" in said
+        assert "the clients' rows have the digest" in said
+        assert "the held-out rows have the digest" in said
+        assert "fleetune eval runs/0001-fedit-tiny FILE" in said
+    assert (
+        main(["eval", "1", "data.jsonl", "--tasks", "loss"]) == 0
+    )  # rows that are named are no held-out ones
+    shutil.copy("kept.jsonl", "data.jsonl")
+    assert main(["eval", "1", "--tasks", "loss"]) == 0
+
+
+@pytest.mark.parametrize(("row", "which"), [("held", "held-out"), ("trained", "clients'")])
+def test_a_single_changed_row_is_found_also_beyond_those_that_the_run_measured(
+    row: str, which: str, at: Path
+) -> None:
+    run = fleetune.tune(
+        "tiny", "data.jsonl", method="fedit", settings={"r": 2, "steps": 1}, rounds=1, clients=2, held_out=6,
+        eval_rows=3, max_length=48, samples=0, device="cpu",
+    )  # fmt: skip
+    held = [e.response for e in finished.held_out(run.folder)]
+    lines = Path("data.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["response"] for line in lines]
+    trained = next(answer for answer in answers if answer not in held)
+    place = answers.index(held[-1] if row == "held" else trained)
+    lines[place] = json.dumps({"instruction": "another", "response": "one"})
+    Path("data.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UsageError) as refused:
+        finished.held_out(run.folder)
+    assert f"the {which} rows have" in refused.value.message
+    assert refused.value.message.count("have the digest") == 1
+
+
+def test_a_run_of_an_earlier_version_states_no_rows_and_is_measured(
+    at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["tune", "tiny", "data.jsonl", *RUN]) == 0
+    path = rundir.listing(at / "runs")[0]
+    stated = foundations.stated_by(path)
+    assert stated is not None
+    reverse(at / "data.jsonl")
+    for before in (replace(stated, rows_text="", held_out_text=""), None):
+        monkeypatch.setattr(checkpoint, "stated_in", lambda file, before=before: before)
+        assert len(finished.held_out(path)) == 6
+
+
+# A sweep ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half(at: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """A sweep of which one of two runs is finished; what continues it."""
+    tune = jobs.tune
+    begun: list[object] = []
+
+    def once(job: object, run: object, listener: object) -> object:
+        begun.append(job)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return tune(job, run, listener)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(jobs, "tune", once)
+    assert main(["sweep", "sweep.toml"]) == 130
+    return lambda: main(["sweep", "--resume", "latest"])
+
+
+def test_a_sweep_whose_data_changed_names_the_runs_that_stand_on_the_old(
+    at: Path, half: Callable[[], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    reverse(at / "data.jsonl")
+    capsys.readouterr()
+    assert half() == 2
+    said = capsys.readouterr().err
+    assert "made on other rows than the data has now: 0001-lr-0.001-seed-42" in said
+    assert "0002" not in said
+    reverse(at / "data.jsonl")
+    assert half() == 0
+
+
+def test_a_sweep_whose_base_changed_names_the_runs_that_stand_on_the_old(
+    at: Path, half: Callable[[], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.move("tiny", "kept")
+    model = models.tiny_llama(seed=9)
+    models.save(model.net, model.tokenizer, at / "tiny")
+    capsys.readouterr()
+    assert half() == 2
+    said = capsys.readouterr().err
+    assert "made on another base than tiny is now: 0001-lr-0.001-seed-42" in said
+    second = (
+        next((at / "runs").glob("*-sweep-*"))
+        / sweep.read(next((at / "runs").glob("*-sweep-*"))).points[1].name
+    )
+    assert not rundir.checkpoints(second)
+    shutil.rmtree("tiny")
+    shutil.move("kept", "tiny")
+    assert half() == 0

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that are longer than `max_length`: answers that are cut are told, and a run is measured on rows cut as its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.data.encode import encode_all
+from fleetune.evaluation.losses import response_loss
+from fleetune.runs import rundir
+from fleetune.tuning import finished
+
+RUN = (
+    "--method", "fedit", "--set", "r=2", "--set", "steps=1", "--clients", "2", "--rounds", "1", "--held-out", "6",
+    "--samples", "0", "--device", "cpu",
+)  # fmt: skip
+
+
+@pytest.fixture
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a model and rows of which 9 have long answers."""
+    monkeypatch.chdir(tmp_path)
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    rows = [{"instruction": "say", "response": "word " * (40 if i < 9 else 2)} for i in range(20)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path
+
+
+def done_of(at: Path) -> dict[str, Any]:
+    return next(e for e in rundir.events(rundir.listing(at / "runs")[-1]) if e["event"] == "done")
+
+
+def test_answers_that_are_cut_are_told_and_stay_in_the_record(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "9 of 20 answers lose their end: their rows are longer than 32 tokens"
+    assert main(["tune", "tiny", "data.jsonl", *RUN, "--max-length", "32"]) == 0
+    out, err = capsys.readouterr()
+    assert told in err
+    assert told in out
+    assert [r.startswith(told) for r in done_of(at)["remarks"]] == [True]
+    page = (rundir.listing(at / "runs")[-1] / "report.html").read_text()
+    assert told in page
+
+
+def test_one_client_and_one_round_are_singular(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "tiny", "data.jsonl", *RUN, "--clients", "1", "--held-out", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 client, 1 a round · 1 round\n" in err
+    assert "validation loss, 1 held-out row " in out
+
+
+def test_nothing_is_said_where_all_answers_are_whole(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "tiny", "data.jsonl", *RUN, "--max-length", "512"]) == 0
+    assert "lose their end" not in "".join(capsys.readouterr())
+    assert done_of(at)["remarks"] == []
+
+
+def test_eval_of_a_run_gives_the_loss_that_the_run_ended_with(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", "tiny", "data.jsonl", *RUN, "--max-length", "32"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "1", "--tasks", "loss", "--device", "cpu", "--json"]) == 0
+    event = json.loads(capsys.readouterr().out)
+    assert event["loss"] == pytest.approx(done_of(at)["tuned"]["loss"], abs=1e-6)
+    assert (event["rows"], event["of"], event["max_length"]) == (6, 6, 32)
+    run = rundir.listing(at / "runs")[0]
+    model = finished.load(run, device="cpu")
+    long = response_loss(model, encode_all(finished.held_out(run), model.tokenizer, 512)[0])
+    assert abs(long - event["loss"]) > 1e-3  # rows that are cut otherwise have another loss
+
+
+def test_eval_says_how_many_rows_it_took(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "tiny", "data.jsonl", *RUN]) == 0
+    for words, told in (
+        (["1"], "loss, 6 held-out rows "),
+        (["1", "--limit", "4"], "loss, 4 of 6 held-out rows "),
+        (["tiny", "data.jsonl", "--limit", "3"], "loss, 3 of 20 rows "),
+    ):
+        capsys.readouterr()
+        assert main(["eval", *words, "--tasks", "loss", "--device", "cpu"]) == 0
+        assert told in capsys.readouterr().out
