@@ -3,7 +3,8 @@
 
     python -m benchmarks.unlike_clients MODEL ROWS.jsonl NATURAL.jsonl [--only NAME ..]
 
-ROWS have a column `category`: twelve clients get them by Dirichlet(0.1) over it.  NATURAL rows have a column `client`.
+ROWS have a column `category`: twelve clients get them by Dirichlet(0.1) over it.  NATURAL rows have a column `client`:
+`roles.jsonl`, which `python -m benchmarks.inputs` makes.
 Two rounds each; a line of the table is a method, with the bound that `tuning/replies.py` sets for replies of that form.
 Where devices of two kinds answer (`backprop=0.5`), each kind has its own median, and the larger figure stands here.
 """
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 from unittest.mock import patch
 
 import fleetune
+from fleetune import data
+from fleetune.errors import DataError, FleetuneError
 from fleetune.tuning import replies
 from fleetune.tuning.replies import Kept
 
@@ -69,8 +73,18 @@ def furthest(model: str, rows: str, name: str, partition: str, clients: int) -> 
     return max(ratios), bounds
 
 
-def main() -> None:
-    """Print the table as it grows."""
+def check(file: str, column: str) -> None:
+    """DataError when rows cannot be read, or one lacks the column that says whose it is."""
+    lacking = [i for i, row in enumerate(data.read(file, offline=True), 1) if column not in row.meta]
+    if lacking:
+        raise DataError(
+            f"{file}: {len(lacking):,} rows, the first of them row {lacking[0]}, have no column {column!r}",
+            hint="python -m benchmarks.inputs makes demo_train.jsonl and roles.jsonl",
+        )
+
+
+def main() -> int:
+    """Print the table as it grows; 2 where the files cannot be used."""
     parser = argparse.ArgumentParser("benchmarks.unlike_clients", description="Honest clients that differ.")
     parser.add_argument("model")
     parser.add_argument("rows")
@@ -78,13 +92,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CASES), metavar="NAME")
     asked = parser.parse_args()
     logging.disable(logging.CRITICAL)
+    try:
+        check(asked.rows, "category")
+        check(asked.natural, "client")
+    except FleetuneError as error:
+        print(f"{error.message}\n{error.hint}", file=sys.stderr)
+        return error.exit_code
     print("| method | Dirichlet | natural | bound |\n|---|---|---|---|", flush=True)
     for name in asked.only:
         drawn, bounds = furthest(asked.model, asked.rows, name, "dirichlet:0.1:category", 12)
         natural, more = furthest(asked.model, asked.natural, name, "column:client", 0)
         bound = ", ".join(f"{b:g}" for b in sorted(bounds | more))
         print(f"| `{name}` | {drawn:.3g} | {natural:.3g} | {bound} |", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

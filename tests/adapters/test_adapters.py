@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from fleetune import adapters, models
+from fleetune.data import Example
+from fleetune.data.encode import DATE, encode, prompt_ids
 from fleetune.errors import MessageError, ModelError, StorageError
 from fleetune.models import Model, cache
 
@@ -349,6 +352,29 @@ def test_the_base_is_named_so_that_others_find_it(tmp_path: Path) -> None:
         assert f"base_model: {public}\n" in card
         assert model.digest in card
         assert str(tmp_path) not in config + card
+
+
+def test_the_card_says_in_which_form_to_prompt(tmp_path: Path) -> None:
+    model = tuned()
+    model.name = str(tmp_path)
+    adapters.save(model, tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f'from_pretrained("PATH OF {tmp_path.name}")' in card
+    assert (
+        "`apply_chat_template(turns, add_generation_prompt=True)`. An answer ends with `<|im_end|>`" in card
+    )
+    assert "tokenised together with its prompt" in card
+    model.tokenizer.chat_template += "{{ date_string }}"
+    adapters.save(model, tmp_path / "adapter")
+    assert f'True, date_string="{DATE}")' in (tmp_path / "adapter" / "README.md").read_text()
+    model.tokenizer.chat_template = None
+    adapters.save(model, tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    prompt = eval(re.search(r"tokenizer\((.*?)\)", card)[1], {"prompt": "hello"})
+    example = Example((("user", "hello"),), "a")
+    assert model.tokenizer(prompt)["input_ids"] == prompt_ids(example, model.tokenizer, 64).tolist()
+    row = encode(example, model.tokenizer, 64).ids
+    assert f"An answer ends with `{model.tokenizer.convert_ids_to_tokens(int(row[-1]))}`" in card
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")

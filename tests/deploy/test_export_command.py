@@ -96,6 +96,7 @@ def test_a_run_and_a_model_are_exported_as_they_are(
     code, plain, _ = call(capsys, "export", "latest")
     assert code == 0
     assert (plain[-1]["event"], plain[-1]["to"]) == ("export", "hf")
+    assert plain[-1]["bytes"] == sum(file.stat().st_size for file in Path(plain[-1]["path"]).iterdir())
     assert exported[-1]["to"] == "gguf:f32"
     back = models.load(exported[-1]["path"])
     assert back.digest == plain[-1]["digest"]  # the tuned weights, byte for byte

@@ -37,8 +37,10 @@ from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 from fleetune.common import sums
 from fleetune.common.folders import staged
+from fleetune.data.encode import DATE, end_id
 from fleetune.errors import FleetuneError, ModelError
 from fleetune.models import cache
+from fleetune.models.chat_template import is_plain
 from fleetune.models.layers import head_of, is_causal, layers_of
 from fleetune.models.model import Model
 
@@ -267,8 +269,12 @@ def _public_name(model: Model) -> str:
     """Return a name of the base that others can find: a hub id, or the bare name of a local file or directory."""
     if model.name in cache.ORIGINS:
         return cache.ORIGINS[model.name].hub
+    return Path(model.name).expanduser().name if _is_local(model) else model.name
+
+
+def _is_local(model: Model) -> bool:
     local = Path(model.name).expanduser()
-    return local.name if local.is_absolute() or local.exists() else model.name
+    return model.name not in cache.ORIGINS and (local.is_absolute() or local.exists())
 
 
 def _card(model: Model, spec: AdapterSpec, in_peft: bool) -> str:
@@ -277,7 +283,9 @@ def _card(model: Model, spec: AdapterSpec, in_peft: bool) -> str:
     title = "LoRA adapter" if isinstance(spec, Lora) else type(spec).__name__
     sizes = ", ".join(f"{k} = {v}" for k, v in _fields(spec).items() if v not in (None, 0.0))
     auto = "AutoModelForSequenceClassification" if head_of(model.net) else "AutoModelForCausalLM"
-    use = _WITH_PEFT.format(base=base, auto=auto) if in_peft else _WITH_FLEETUNE
+    place = f"PATH OF {base}" if _is_local(model) else base
+    use = _WITH_PEFT.format(base=place, auto=auto) if in_peft else _WITH_FLEETUNE
+    form = "" if head_of(model.net) else _form(model.tokenizer)
     return f"""---
 base_model: {base}
 library_name: {"peft" if in_peft else "fleetune"}
@@ -293,7 +301,17 @@ Tuned with Fleetune.
 - base weights as loaded: {source}, {model.dtype}, SHA-256 `{model.digest}`
 - {title}: {sizes or "no sizes"}{_RESIDUAL if subtracted_factors(model) else ""}
 
-{use}"""
+{use}{form}"""
+
+
+def _form(tokenizer: Any) -> str:
+    """Say how rows were written as tokens (`data/encode.py`), so that others prompt the model in that form."""
+    last = end_id(tokenizer)
+    end = "no end token" if last is None else f"`{tokenizer.convert_ids_to_tokens(last)}`"
+    if is_plain(tokenizer):
+        return _PLAIN.format(end=end)
+    dated = "date_string" in str(tokenizer.chat_template)
+    return _TEMPLATE.format(end=end, date=f', date_string="{DATE}"' if dated else "")
 
 
 _RESIDUAL = """
@@ -317,3 +335,21 @@ model = models.load("THE BASE")
 adapters.load(model, Path("PATH OF THIS FOLDER"))
 ```
 """
+_SEAM: Final = """
+The answer was tokenised together with its prompt: its tokens are those that follow the prompt's in the whole text. Only where
+the whole text's tokens do not begin with the prompt's was it tokenised apart.
+"""
+_TEMPLATE: Final = (
+    """
+Prompt it in the form that it was tuned in, the chat template of the base's tokenizer:
+`apply_chat_template(turns, add_generation_prompt=True{date})`. An answer ends with {end}.
+"""
+    + _SEAM
+)
+_PLAIN: Final = (
+    """
+Prompt it in the form that it was tuned in, plain lines, since the base's tokenizer has no chat template: every turn with a line
+break after it, `tokenizer(prompt + "\\n")`, with the start token if the tokenizer adds one. An answer ends with {end}.
+"""
+    + _SEAM
+)

@@ -135,10 +135,14 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
     They differ in some families (Gemma, Phi), where generation that waits for the latter would run on.
     """
+    ends = {end_id(tokenizer), tokenizer.eos_token_id}
+    return tuple(sorted(end for end in ends if end is not None))
+
+
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that is the last of every encoded answer; None where neither template nor tokenizer has one."""
     last = int(encode(Example((("user", "a"),), "a"), tokenizer, 1 << 20).ids[-1])
-    eos = tokenizer.eos_token_id
-    ends = {last} & (_marks(tokenizer) | {eos})
-    return tuple(sorted(ends | ({eos} if eos is not None else set())))
+    return last if last in _marks(tokenizer) | {tokenizer.eos_token_id} else None
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, device: str | torch.device = "cpu") -> Batch:

@@ -15,7 +15,7 @@ from fleetune.common.folders import scratch
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
 from fleetune.errors import UsageError
-from fleetune.runs import rundir
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.events import ExportChecked, ExportDone
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
@@ -167,7 +167,9 @@ def _write_tuned(run: Run, out: Path, listener: Listener | None = None, *, offli
 
 def _plain_directory(run: Run, out: Path, listener: Listener, *, offline: bool) -> ExportDone:
     digest = _write_tuned(run, out, listener, offline=offline)
-    done = ExportDone(to=DEFAULT_TARGET_OF_A_RUN, path=str(out), digest=digest)
+    done = ExportDone(
+        to=DEFAULT_TARGET_OF_A_RUN, path=str(out), digest=digest, bytes=compression_folder.size(out)
+    )
     listener.event(done)
     return done
 
