@@ -7,6 +7,8 @@ their median (`allowed`) is refused.  How far a reply goes is the method's to sa
 2019, arXiv 1911.07963 ("norm thresholding"), cut such an update down to the bound; here it is left out, since what is
 known to be wrong need not be used in part.
 
+- Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
+  may send fewer than it was asked for, and the slack is not its to choose.
 - With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.
 - The median is not known before the last reply has come.  Until then replies lie on disk, so memory does not grow with
   their number.
@@ -32,7 +34,7 @@ from fleetune.runs.events import ClientReply
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods
 from fleetune.tuning.fleets import Answer
-from fleetune.tuning.messages import NotFiniteError, Payload, check, decode
+from fleetune.tuning.messages import NotFiniteError, Payload, ReplySpec, check, decode
 from fleetune.tuning.methods import Method, Reply
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class Kept(NamedTuple):
     offset: int
     size: int
     kind: frozenset[str]  # names of its arrays
+    agreed: int | None  # numbers that a reply of its form has at most; None: any
     numbers: int  # in its arrays
     distance: float
 
@@ -136,10 +139,9 @@ class Replies:
             ) from error
         arrays = payload.arrays
         numbers = sum(a.size for a in arrays.values())
-        kept = Kept(
-            answer._replace(data=None), self._store(data), len(data), frozenset(arrays), numbers, distance
-        )
-        self.kept.append(kept)
+        self.kept.append(Kept(
+            answer._replace(data=None), self._store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance,
+        ))  # fmt: skip
         return payload
 
     def _distance(self, reply: Reply) -> float:
@@ -222,7 +224,7 @@ def _check_rows(payload: Payload, rows: int) -> None:
 
 
 def too_far(kept: Sequence[Kept]) -> list[tuple[Kept, str]]:
-    """Return the replies that go too far, each with the reason: more than `allowed` times the median of their kind.
+    """Return the replies that go too far, each with the reason: more than `bound` times the median of their kind.
 
     The median is the lower one, of those that move anything: silence is usual where a step rounds to nothing.
     """
@@ -231,10 +233,28 @@ def too_far(kept: Sequence[Kept]) -> list[tuple[Kept, str]]:
         same = [k for k in kept if k.kind == kind]
         usual = median([k.distance for k in same])
         for k in same:
-            if not k.distance <= (most := allowed(k.numbers)) * usual:
+            if not k.distance <= (most := bound(k, same)) * usual:
                 times = f"{k.distance / usual:.3g} times as far as the median of the round"
                 found.append((k, f"it goes {times}, {most:.3g} at most"))
     return found
+
+
+def bound(one: Kept, same: Sequence[Kept]) -> float:
+    """Return how many times as far as the median a reply may go.
+
+    It is by the numbers that were agreed; where any number is, by the median of the replies of its kind, `same`.
+    """
+    if one.agreed is not None:
+        return allowed(one.agreed)
+    return allowed(sorted(k.numbers for k in same)[(len(same) - 1) // 2])
+
+
+def agreed(spec: ReplySpec) -> int | None:
+    """Return how many numbers a reply of this form has at most; None where an array may be of any length."""
+    shapes = [shape for _, shape in spec.arrays.values()]
+    if any(n is None for shape in shapes for n in shape):
+        return None
+    return sum(math.prod(abs(n) for n in shape if n is not None) for shape in shapes)
 
 
 def allowed(numbers: int) -> float:
