@@ -474,22 +474,32 @@ class Fussy(Averaging):
     """Fails on a negative mean, and at the end where it is told to."""
 
     at_the_end: bool = False
+    error: BaseException | None = None
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         taken = []
         for reply in replies:
             if reply.payload.array("w").mean() < 0:
-                raise ZeroDivisionError("negative")
+                raise self.error or ZeroDivisionError("negative")
             taken.append(reply)
         if self.at_the_end and taken:
             raise np.linalg.LinAlgError("SVD did not converge")
         return super().aggregate(state, iter(taken))
 
 
-def test_a_reply_on_which_the_method_fails_is_refused_and_the_rest_adds_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (None, "ZeroDivisionError: negative"),
+        (SystemExit(0), "it ended the process, SystemExit: 0"),
+    ],
+)
+def test_a_reply_on_which_the_method_fails_is_refused_and_the_rest_adds_up(
+    error: BaseException | None, why: str, tmp_path: Path
+) -> None:
     negative = with_liars(lambda r, c, w: told(w - 0.1), 1, 6)
-    played = play(tmp_path, Devices(negative), Fussy())
-    assert played.refused() == dict.fromkeys((1, 6), "it cannot be used (ZeroDivisionError: negative)")
+    played = play(tmp_path, Devices(negative), Fussy(error=error))
+    assert played.refused() == dict.fromkeys((1, 6), f"it cannot be used ({why})")
     assert np.array_equal(played.state.tensors["w"], mean_without(1, 6))
 
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from fleetune.common.files import storage_error
 from fleetune.common.memory import rss
-from fleetune.errors import FleetError, MessageError, StorageError, cut_reason
+from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
 from fleetune.runs.events import ClientReply
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods
@@ -132,11 +132,9 @@ class Replies:
             distance = self._distance(Reply(answer.client, answer.key, payload))
         except (MessageError, MemoryError):
             raise
-        except Exception as error:
+        except FAULTS as error:
             log.exception("the reply of client %d cannot be measured", answer.client)
-            raise MessageError(
-                cut_reason(f"it cannot be measured ({type(error).__name__}: {error})")
-            ) from error
+            raise MessageError(f"it cannot be measured ({fault(error)})") from error
         arrays = payload.arrays
         numbers = sum(a.size for a in arrays.values())
         self.kept.append(Kept(
@@ -160,14 +158,14 @@ class Replies:
                 return self.method.aggregate(self.round.state, self._each())
             except (StorageError, MemoryError):
                 raise
-            except Exception as error:
+            except FAULTS as error:
                 if self._in_hand is None:
                     raise FleetError(
-                        f"the replies of round {self.round.number} cannot be added up ({type(error).__name__}: {error})",
+                        f"the replies of round {self.round.number} cannot be added up ({fault(error)})",
                         hint="the model of the round before is kept; see log.txt in the run folder",
                     ) from error
                 log.exception("the reply of client %d cannot be used", self._in_hand.answer.client)
-                reason = cut_reason(f"it cannot be used ({type(error).__name__}: {error})")
+                reason = cut_reason(f"it cannot be used ({fault(error)})")
                 self._refuse(self._in_hand, reason)
 
     def _each(self) -> Iterator[Reply]:
