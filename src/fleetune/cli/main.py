@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fit = FitError(why, hint="what fits: fleetune plan MODEL --ram 4GB")
         ui.error(fit)
         return fit.exit_code
-    return 0
+    return int(ui.output_lost)
 
 
 def _told_of_exit(ui: Ui, error: SystemExit) -> int:
