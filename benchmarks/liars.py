@@ -67,6 +67,9 @@ CASES: Final[Mapping[str, tuple[str, int, dict[str, Any]]]] = {  # method, round
 }  # fmt: skip
 
 
+FEWER: Final = ("fedkseed wire=byte", "fedkseed backprop=0.5")  # cases in which a reply may hold fewer codes
+
+
 # The lies ---------------------------------------------------------------------------------------------
 
 Lie = Callable[
@@ -105,23 +108,43 @@ def noise(factor: float) -> Lie:
     return sent
 
 
+def one_number(factor: float) -> Lie:
+    """Return the lie that puts `factor` times the length of the honest move, the other way, into one number.
+
+    The rest is zero, and is left out where a reply may be shorter (`lied`).
+    """
+
+    def sent(move: np.ndarray, start: np.ndarray, round: int) -> np.ndarray:
+        told = np.zeros(move.size)
+        for j in np.flatnonzero(move)[:1]:  # along a direction that was drawn
+            told[j] = -np.sign(move.flat[j]) * factor * np.linalg.norm(move)
+        return start + told.reshape(move.shape)
+
+    return sent
+
+
 LIES: Final[Mapping[str, Lie]] = {
     "largest": largest,
     "x -100": reversed_100,
     "x -1": flipped,
     "noise x 3": noise(3.0),
     "x -3": at_the_bound(3.0),
+    "one x -30": one_number(30.0),
 }
 
 
-def lied(lie: Lie, sent: Payload, honest: Payload, round: int, signs: bool) -> Payload:
-    """Return the payload with every array told by `lie`; scalars stay.  `signs`: a byte is 8 signs, not a code."""
+def lied(lie: Lie, sent: Payload, honest: Payload, round: int, *, signs: bool, fewer: bool) -> Payload:
+    """Return the payload with every array told by `lie`; scalars stay.
+
+    `signs`: a byte is 8 signs, not a code.  `fewer`: codes after the only one that is not zero are not sent.
+    """
     arrays = {}
     for name, array in honest.arrays.items():
         if array.dtype == np.uint8:
             c = 1.0 - 2.0 * np.unpackbits(array) if signs else LogCode.decode(array)
             told = lie(c, np.zeros(c.shape), round)
-            arrays[name] = np.packbits(told < 0) if signs else LogCode.encode(told, np.full(c.shape, 0.5))
+            told = np.trim_zeros(told, "b") if fewer and np.count_nonzero(told) == 1 else told
+            arrays[name] = np.packbits(told < 0) if signs else LogCode.encode(told, np.full(told.shape, 0.5))
             continue
         start = np.asarray(sent.arrays[name], np.float64) if name in sent.arrays else np.zeros(array.shape)
         told = lie(array - start if array.dtype.kind == "f" else array.astype(np.int64), start, round)
@@ -134,7 +157,7 @@ def lied(lie: Lie, sent: Payload, honest: Payload, round: int, signs: bool) -> P
 
 
 @contextlib.contextmanager
-def liar(lie: Lie | None, signs: bool) -> Iterator[None]:
+def liar(lie: Lie | None, *, signs: bool, fewer: bool) -> Iterator[None]:
     """Let client `LIAR` of every local fleet send `lie` instead of its reply; None for an honest fleet."""
     work = LocalFleet._work
 
@@ -143,7 +166,7 @@ def liar(lie: Lie | None, signs: bool) -> Iterator[None]:
         if lie is None or client != LIAR:
             return data
         sent, told = decode(message), decode(data)
-        false = lied(lie, sent.payload, told.payload, told.round, signs)
+        false = lied(lie, sent.payload, told.payload, told.round, signs=signs, fewer=fewer)
         return encode(Message(told.round, told.base, false))
 
     LocalFleet._work = lying  # type: ignore[method-assign]
@@ -180,7 +203,7 @@ def played(model: Model, rows: Rows, name: str, lie: Lie | None) -> dict[str, An
     with (
         tempfile.TemporaryDirectory() as folder,
         create(Path(folder), method_name, "model") as opened,
-        liar(lie, settings.get("wire") == "sign"),
+        liar(lie, signs=settings.get("wire") == "sign", fewer=name in FEWER),
     ):
         state = method.init(model, derive(SEED, "init"))
         fleet = LocalFleet(model, method, rows[:-1], SEED, pad_id(model))

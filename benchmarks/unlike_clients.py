@@ -61,7 +61,7 @@ def furthest(model: str, rows: str, name: str, partition: str, clients: int) -> 
         for kind in {k.kind for k in kept}:
             same = [k for k in kept if k.kind == kind]
             ratios.append(max(k.distance for k in same) / replies.median([k.distance for k in same]))
-            bounds.update(round(replies.allowed(k.numbers), 1) for k in same)
+            bounds.update(round(replies.bound(k, same), 1) for k in same)
         return []
 
     with patch.object(replies, "too_far", watched), tempfile.TemporaryDirectory() as out:

@@ -53,7 +53,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("tuning/messages.py", "if isinstance(value, str | bytes) or not low <= value <= high:", "if isinstance(value, str | bytes) or not value <= high:", "tuning/test_messages.py"),
     Mutant("tuning/averaging.py", "self._sums[name] += n * value.astype(np.float64)", "self._sums[name] += value.astype(np.float64)", "tuning/test_averaging.py"),
     Mutant("tuning/server_rules.py", "v - (1 - beta2) * d2 * np.sign(v - d2)", "v + (1 - beta2) * d2 * np.sign(v - d2)", "tuning/test_server_rules.py"),
-    Mutant("tuning/replies.py", "if not k.distance <= (most := allowed(k.numbers)) * usual:", "if not k.distance <= 1e9 * (most := allowed(k.numbers)) * usual:", "tuning/test_replies.py"),
+    Mutant("tuning/replies.py", "if not k.distance <= (most := bound(k, same)) * usual:", "if not k.distance <= 1e9 * (most := bound(k, same)) * usual:", "tuning/test_replies.py"),
     Mutant("tuning/replies.py", "and claimed > rows:", "and claimed > 2 * rows:", "tuning/test_replies.py"),
     Mutant("tuning/replies.py", "self.kept.sort(key=lambda kept: kept.answer.client)", "pass", "tuning/test_replies.py"),
     Mutant("tuning/rounds.py", "replies.accepted < plan.quorum:", "replies.accepted < 0:", "tuning/test_replies.py"),

@@ -22,6 +22,10 @@ import difflib
 from collections.abc import Iterable
 from typing import Final
 
+FAULTS: Final = (
+    Exception,
+    SystemExit,
+)  # what a user's own code may raise: its sys.exit() ends no job of ours
 REASON: Final = 300  # characters of a reason that goes into a record, a log and on the screen
 
 
@@ -30,6 +34,14 @@ def cut_reason(text: str) -> str:
     line = " ".join(text[: 4 * REASON].split())
     kept = line if len(line) <= REASON and len(text) <= 4 * REASON else line[: REASON - 3] + "..."
     return "".join(letter if letter.isprintable() else "?" for letter in kept)
+
+
+def fault(error: BaseException) -> str:
+    """Return what a user's own code did, in one line: its error, or that it ended the process."""
+    name = type(error).__name__
+    if not isinstance(error, SystemExit):
+        return f"{name}: {error}"
+    return f"it ended the process, {name}: {error.code}"
 
 
 class FleetuneError(Exception):

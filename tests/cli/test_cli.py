@@ -256,16 +256,64 @@ def test_bad_clients_do_not_stop_a_round(tiny, at, capsys):
     assert all(e["reason"] for e in events(out) if e["event"] == "client" and e["status"] != "ok")
 
 
-def broken(monkeypatch: pytest.MonkeyPatch, *clients: int) -> None:
+def broken(monkeypatch: pytest.MonkeyPatch, *clients: int, error: BaseException | None = None) -> None:
     """These clients' work ends in an error of their own."""
     local = fedkseed.Method.local
 
     def failing(self: Any, model: Any, payload: Any, batches: Any, key: int, memory: Any) -> Any:
         if batches.client in clients:
-            raise IndexError(f"client {batches.client} is broken")
+            raise error or IndexError(f"client {batches.client} is broken")
         return local(self, model, payload, batches, key, memory)
 
     monkeypatch.setattr(fedkseed.Method, "local", failing)
+
+
+@pytest.fixture
+def own(at: Path) -> Path:
+    """Functions of a user that end the process: when called, from the third call on, and when imported."""
+    (at / "late.py").write_text(
+        "import sys\ncalls = []\ndef f(model, batch):\n"
+        "    calls.append(0)\n    sys.exit(0) if len(calls) > 2 else None\n    return 1.0\n"
+    )
+    (at / "now.py").write_text("import sys\ndef f(model, batch):\n    sys.exit(0)\n")
+    (at / "import.py").write_text("import sys\nsys.exit(0)\ndef f(model, batch): ...\n")
+    return at
+
+
+@pytest.mark.parametrize("name", ["now", "import"])
+def test_an_objective_that_ends_the_process_is_an_error_of_the_recipe(name, tiny, own, capsys):
+    code, _, err = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--set", f"objective={own}/{name}.py:f")
+    assert code == 2
+    assert "it ended the process, SystemExit: 0" in err
+
+
+def test_a_client_that_ends_the_process_has_failed(tiny, own, capsys):
+    asked = ["--rounds", "1", "--set", f"objective={own}/late.py:f", "--set", "batch_size=8", "--json"]
+    code, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, *asked)
+    assert code == 4
+    told = [e for e in events(out) if e["event"] == "client"]
+    assert {e["status"] for e in told} == {"failed"}
+    assert all("it ended the process, SystemExit: 0" in e["reason"] for e in told)
+
+
+@pytest.mark.parametrize("value", [0, None, 7])
+def test_a_method_that_ends_the_process_is_no_success(value, tiny, at, capsys, monkeypatch):
+    def ends(self: Any, model: Any, key: int) -> Any:
+        raise SystemExit(value)
+
+    monkeypatch.setattr(fedkseed.Method, "init", ends)
+    code, out, err = call(capsys, "tune", tiny, "demo", *ZO, *QUICK)
+    assert (code, out) == (1, "")
+    assert f"the command was not finished: it ended the process, SystemExit: {value}" in err
+    assert rundir.status_of(next(at.glob("runs/0*"))).startswith("failed: it ended the process")
+
+
+def test_a_client_whose_method_ends_the_process_does_not_stop_a_round(tiny, at, capsys, monkeypatch):
+    broken(monkeypatch, 1, error=SystemExit(0))
+    code, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "1", "--json")
+    assert code == 0
+    reasons = {e["client"]: e["reason"] for e in events(out) if e["event"] == "client"}
+    assert reasons == {0: "", 1: "it ended the process, SystemExit: 0", 2: ""}
 
 
 def test_a_round_whose_only_client_fails_leaves_the_model_and_the_run_goes_on(tiny, at, capsys, monkeypatch):

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -423,6 +426,63 @@ def test_a_closed_pipe_ends_the_output_not_the_work(json_mode: bool) -> None:
     assert err.endswith("still here\n")
     assert "Error" not in err
     assert "Traceback" not in err
+
+
+class Full(io.StringIO):
+    """A stream on a disk that takes no more."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("json_mode", [False, True])
+def test_a_full_disk_ends_the_output_not_the_work_and_is_said_once(json_mode: bool) -> None:
+    err = io.StringIO()
+    ui = Ui(2, json_mode, Full(), err)
+    for _ in range(3):
+        ui.event(RunRemoved(run="1"))
+        ui._say(ui._out, "a result")
+    assert (
+        err.getvalue() == "stdout cannot be written (No space left on device); the work goes on without it\n"
+    )
+    assert ui.output_lost
+
+
+def test_a_stderr_that_cannot_be_written_is_left_alone() -> None:
+    out = io.StringIO()
+    ui = Ui(0, False, out, Full())
+    ui.note("a remark")
+    ui.paths([("a", "b")])
+    assert out.getvalue() == " a         b\n"
+    assert not ui.output_lost
+
+
+def test_streams_that_the_process_was_started_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    ui = Ui()
+    ui.header("a", [("b", "c")])
+    ui.table(["a"], [["b"]])
+    ui.error(UsageError("no"))
+    assert not ui.output_lost
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+@pytest.mark.parametrize("words", ["methods", "methods --json"])
+def test_a_command_whose_output_is_lost_fails_without_a_traceback(words: str) -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "fleetune", *words.split()], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert run.returncode == 1
+    assert run.stderr == "stdout cannot be written (No space left on device); the work goes on without it\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes it")
+def test_a_closed_stdout_is_no_error() -> None:
+    line = f'exec "{sys.executable}" -m fleetune methods >&-'
+    run = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_importing_it_loads_nothing_heavy() -> None:

@@ -25,6 +25,7 @@ BROKEN = {
     "not there": None,
     "not Python": "def (",
     "no constants": '"""Nothing."""\n',
+    "ends the process": f'"""It ends."""\n{STATED}import sys\nsys.exit(0)\n',
     "does not import": f'"""It fails."""\n{STATED}import a_package_that_is_not_there\n',
 }
 COMMANDS = [

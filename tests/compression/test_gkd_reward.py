@@ -36,6 +36,8 @@ def plain(prompt, answer, reference):
     return sum(c < chr(128) for c in answer) / max(1, len(answer))
 def raises(prompt, answer, reference):
     return 1 / 0
+def ends(prompt, answer, reference):
+    raise SystemExit(0)
 def nan(prompt, answer, reference):
     return math.nan
 def text(prompt, answer, reference):
@@ -198,6 +200,7 @@ def test_the_reward_rises_and_the_divergence_holds_it(own: Path, tmp_path: Path)
     ("function", "says"),
     [
         ("raises", "failed: ZeroDivisionError: division by zero"),
+        ("ends", "failed: it ended the process, SystemExit: 0"),
         ("nan", "returned nan"),
         ("text", "returned a str, not a float"),
     ],

@@ -216,6 +216,9 @@ def numpy_number(model, batch):
 def fails(model, batch):
     return 1 / 0
 
+def ends(model, batch):
+    raise SystemExit(0)
+
 def refuses(model, batch):
     from fleetune.errors import DataError
     raise DataError("not these rows")
@@ -274,6 +277,7 @@ def test_a_function_in_a_package(tiny: Model, tmp_path: Path, monkeypatch: pytes
         ("nan", "returned nan"),
         ("infinite", "returned -inf"),
         ("fails", "failed: ZeroDivisionError: division by zero"),
+        ("ends", "failed: it ended the process, SystemExit: 0"),
     ],
 )
 def test_bad_results_are_recipe_errors(tiny: Model, own: Path, function: str, says: str) -> None:
@@ -345,6 +349,8 @@ def test_our_own_errors_pass_through(tiny: Model, own: Path) -> None:
 def test_paths_that_give_no_function(own: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("def f(:\n")
+    ends = tmp_path / "ends.py"
+    ends.write_text("import sys\ndef f(model, batch): ...\nsys.exit()\n")
     for name, says in [
         ("lsos", "unknown objective 'lsos'"),
         (":f", "unknown objective"),
@@ -353,6 +359,7 @@ def test_paths_that_give_no_function(own: Path, tmp_path: Path) -> None:
         (f"{own}:CONSTANT", "CONSTANT is a int, not a function"),
         (f"{tmp_path / 'none.py'}:f", "no file"),
         (f"{broken}:f", "cannot be imported: SyntaxError"),
+        (f"{ends}:f", "cannot be imported: it ended the process, SystemExit: None"),
         ("no_such_package_here.sub:f", "cannot be imported: ModuleNotFoundError"),
         ("fleetune.evaluation.losses:missing", "has no 'missing'"),
     ]:

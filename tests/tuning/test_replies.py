@@ -372,6 +372,66 @@ class Folder(NamedTuple):
     path: Path
 
 
+def heard(method: Any, state: Any, payloads: Sequence[Payload], folder: Path) -> list[int]:
+    """The clients whose replies count in a round of these."""
+    answers = [Answer(c, c, encode(Message(1, BASE, p)), "ok", "", 0.0, 0) for c, p in enumerate(payloads)]
+    against = Round(1, BASE, [ROWS] * len(payloads), state)
+    with Replies(method, against, Folder(folder), lambda event: None) as taken:  # type: ignore[arg-type]
+        taken.gather(iter(answers))
+        return [kept.answer.client for kept in taken.kept]
+
+
+def concentrated(honest: Payload, times: float, codes: int) -> Payload:
+    """The lie of so many codes, of which the first alone is not zero: so many times the length of the honest move."""
+    lie = np.zeros(codes)
+    lie[0] = times * np.linalg.norm(LogCode.decode(honest.array("codes")))
+    return Payload({"codes": LogCode.encode(lie, np.full(codes, 0.5))}, honest.scalars)
+
+
+@pytest.mark.parametrize(
+    ("case", "codes"), [("fedkseed", 1), ("fedkseed", 5), ("fedkseed", 20), ("onebyte", 8)]
+)
+@pytest.mark.parametrize("times", [0.5, 2, 16, 30])
+def test_who_sends_fewer_numbers_may_not_go_further(
+    case: str, codes: int, times: float, begun: Any, tmp_path: Path
+) -> None:
+    """20 codes were agreed: the bound is 5.6 for one code as well, and not 36 (8 for the 8 of `onebyte`)."""
+    method, state = begun[case]
+    sent, spec = methods.kinds_of(method, state)[0]
+    payloads = [usual(sent, spec, c) for c in range(CLIENTS)]
+    payloads[0] = concentrated(payloads[0], times, codes)
+    assert heard(method, state, payloads, tmp_path) == [c for c in range(CLIENTS) if c or times < 5]
+
+
+def test_an_honest_device_that_sends_fewer_codes_is_heard(begun: Any, tmp_path: Path) -> None:
+    method, state = begun["fedkseed"]
+    sent, spec = methods.kinds_of(method, state)[0]
+    payloads = [usual(sent, spec, c) for c in range(CLIENTS)]
+    for c, codes in ((0, 1), (3, 7)):
+        payloads[c] = Payload({"codes": payloads[c].array("codes")[:codes]}, payloads[c].scalars)
+    assert heard(method, state, payloads, tmp_path) == list(range(CLIENTS))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "numbers"), [([(3, 4), (5,)], 17), ([(-20,)], 20), ([()], 1), ([(3, None), (5,)], None)]
+)
+def test_the_slack_is_by_the_numbers_that_were_agreed(
+    shapes: list[tuple[int | None, ...]], numbers: int | None
+) -> None:
+    spec = ReplySpec({f"a{i}": ("float32", shape) for i, shape in enumerate(shapes)}, {})
+    assert replies.agreed(spec) == numbers
+
+
+def test_where_any_length_was_agreed_the_usual_one_counts() -> None:
+    def kept(client: int, numbers: int) -> replies.Kept:
+        answer = Answer(client, client, None, "ok", "", 0.0, 0)
+        return replies.Kept(answer, 0, 0, frozenset("w"), None, numbers, 6.0 if client == 0 else 1.0)
+
+    taken = [kept(0, 1), kept(1, 20), kept(2, 20), kept(3, 30)]
+    assert [k.answer.client for k, _ in replies.too_far(taken)] == [0]
+    assert replies.bound(taken[0], taken) == allowed(20)
+
+
 def walked(method: Any, client: int) -> Payload:
     """The reply in exact sums of a client that took 20 steps."""
     from fleetune.tuning.methods._zeroth import draw
@@ -414,22 +474,32 @@ class Fussy(Averaging):
     """Fails on a negative mean, and at the end where it is told to."""
 
     at_the_end: bool = False
+    error: BaseException | None = None
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         taken = []
         for reply in replies:
             if reply.payload.array("w").mean() < 0:
-                raise ZeroDivisionError("negative")
+                raise self.error or ZeroDivisionError("negative")
             taken.append(reply)
         if self.at_the_end and taken:
             raise np.linalg.LinAlgError("SVD did not converge")
         return super().aggregate(state, iter(taken))
 
 
-def test_a_reply_on_which_the_method_fails_is_refused_and_the_rest_adds_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (None, "ZeroDivisionError: negative"),
+        (SystemExit(0), "it ended the process, SystemExit: 0"),
+    ],
+)
+def test_a_reply_on_which_the_method_fails_is_refused_and_the_rest_adds_up(
+    error: BaseException | None, why: str, tmp_path: Path
+) -> None:
     negative = with_liars(lambda r, c, w: told(w - 0.1), 1, 6)
-    played = play(tmp_path, Devices(negative), Fussy())
-    assert played.refused() == dict.fromkeys((1, 6), "it cannot be used (ZeroDivisionError: negative)")
+    played = play(tmp_path, Devices(negative), Fussy(error=error))
+    assert played.refused() == dict.fromkeys((1, 6), f"it cannot be used ({why})")
     assert np.array_equal(played.state.tensors["w"], mean_without(1, 6))
 
 

@@ -4,7 +4,8 @@
 Results go to stdout, progress and everything said on the way to stderr.  On a terminal there is a header
 panel, one line a round and a live bar with the time left; off a terminal (a pipe, `NO_COLOR`, `TERM=dumb`)
 there are no bars and no escape codes, one line a round.  In JSON mode stdout carries one object a line, each
-with `"v": 1`, and nothing else.  A reader that closes the pipe ends the output, not the work.
+with `"v": 1`, and nothing else.  A reader that closes the pipe ends the output, not the work; so does a disk that takes no more,
+which is said once on stderr and is exit code 1.
 
 Names and messages may come from strangers' models and data: control characters are taken out of every text,
 and no text is read as markup.  rich is imported when something is first drawn on a terminal, since
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from io import UnsupportedOperation
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO, cast
 
@@ -64,16 +66,21 @@ def _strict(value: object) -> object:
 
 
 class _Stream:
-    """A text stream that outlives its reader and never fails on a character its encoding lacks."""
+    """A text stream that outlives its reader and never fails on a character its encoding lacks.
 
-    def __init__(self, raw: TextIO) -> None:
-        self.raw = raw
-        self.closed_by_reader = False
-        self.encoding = raw.encoding or "utf-8"
-        self.fancy = raw.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    `raw` is None where the process was started without the stream.  `lost` is called once, when it cannot be written
+    for another reason than that nobody reads it.
+    """
+
+    def __init__(self, raw: TextIO | None, lost: Callable[[OSError], None] = lambda error: None) -> None:
+        self.raw, self.lost = raw, lost
+        self.ended = raw is None
+        self.encoding = (raw and raw.encoding) or "utf-8"
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self.fancy = raw is not None and raw.isatty() and not plain
 
     def write(self, text: str) -> int:
-        if self.closed_by_reader:
+        if self.ended or self.raw is None:
             return len(text)
         try:
             text.encode(self.encoding)
@@ -82,8 +89,10 @@ class _Stream:
         try:
             self.raw.write(text)
             self.raw.flush()
-        except BrokenPipeError:
-            self._detach()
+        except OSError as error:
+            self._detach(self.raw)
+            if not isinstance(error, BrokenPipeError):
+                self.lost(error)
         return len(text)
 
     def flush(self) -> None:
@@ -93,14 +102,16 @@ class _Stream:
         return self.fancy
 
     def fileno(self) -> int:
+        if self.raw is None:
+            raise UnsupportedOperation("the process has no such stream")
         return self.raw.fileno()
 
-    def _detach(self) -> None:
+    def _detach(self, raw: TextIO) -> None:
         # What is still buffered would raise again when the interpreter exits: let it go to the null device.
-        self.closed_by_reader = True
+        self.ended = True
         with suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.raw.fileno())
+            os.dup2(null, raw.fileno())
             os.close(null)
 
 
@@ -120,12 +131,18 @@ class Ui:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.quiet, self.json, self.clock = quiet, json, clock
-        self._out = _Stream(sys.stdout if stdout is None else stdout)
+        self.output_lost = False  # whether a part of the results could not be written
+        self._out = _Stream(sys.stdout if stdout is None else stdout, self._lose)
         self._err = _Stream(sys.stderr if stderr is None else stderr)
         self._consoles: dict[bool, Console] = {}
         self._live: Live | None = None
         self._before: float | None = None
         self._headed = False
+
+    def _lose(self, error: OSError) -> None:
+        self.output_lost = True
+        why = error.strerror or str(error)
+        self._say(self._err, f"stdout cannot be written ({why}); the work goes on without it", "bold red")
 
     def __enter__(self) -> Self:
         return self

@@ -25,6 +25,10 @@ def add(sub: argparse.ArgumentParser, engines: Sequence[str]) -> None:
     )
 
 
+class Signalled(SystemExit):
+    """The end of a command that a signal asked for."""
+
+
 @contextmanager
 def exit_on_signals(code: int) -> Iterator[None]:
     """While the block runs, SIGTERM and SIGHUP leave it as an exit with `code`, so that what it opened is closed.
@@ -33,7 +37,7 @@ def exit_on_signals(code: int) -> Iterator[None]:
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(code)
+        raise Signalled(code)
 
     found = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     heard = [number for number in found if signal.getsignal(number) is not signal.SIG_IGN]

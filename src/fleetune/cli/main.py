@@ -17,11 +17,14 @@ from contextlib import suppress
 from typing import Final
 
 from fleetune.cli.console import Ui
+from fleetune.cli.engine_flags import Signalled
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.registry import Registry
 from fleetune.common.version import __version__
-from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, suggest
+from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault, suggest
 from fleetune.seeds.kernel_choice import chosen_kernels
+
+log = logging.getLogger(__name__)
 
 COMMANDS: Final = Registry(
     "command", "fleetune.cli.commands", "fleetune.commands", ("HELP",), "fleetune --help"
@@ -51,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FleetuneError as error:  # of a registered command
         Ui().error(error)
         return error.exit_code
+    except SystemExit as error:
+        return _told_of_exit(Ui(), error)
     args, unknown = parser.parse_known_args(words)
     ui = Ui(quiet=args.quiet, json=args.json)
     _set_environment(args)
@@ -62,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FleetuneError as error:
         ui.error(error)
         return error.exit_code
+    except Signalled:
+        raise
+    except SystemExit as error:
+        return _told_of_exit(ui, error)
     except KeyboardInterrupt:
         ui.error(Interrupted("stopped"))
         return 130
@@ -72,7 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         fit = FitError(why, hint="what fits: fleetune plan MODEL --ram 4GB")
         ui.error(fit)
         return fit.exit_code
-    return 0
+    return int(ui.output_lost)
+
+
+def _told_of_exit(ui: Ui, error: SystemExit) -> int:
+    """Say that code which a command ran, and which is not ours, called sys.exit(): no success, whatever it gave."""
+    log.info("the command was ended here", exc_info=error)
+    failed = FleetuneError(
+        f"the command was not finished: {fault(error)}",
+        hint="a function, module or plug-in that it uses called sys.exit(); -v shows where",
+    )
+    ui.error(failed)
+    return failed.exit_code
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

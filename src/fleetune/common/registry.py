@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Final
 
-from fleetune.errors import UsageError, suggest
+from fleetune.errors import FAULTS, UsageError, fault, suggest
 
 log = logging.getLogger(__name__)
 
@@ -114,12 +114,11 @@ class Registry:
         member = self.member(name)
         try:
             return importlib.import_module(member.module)
-        except Exception as error:
+        except FAULTS as error:
             if member.module.startswith(f"{self.package}."):
                 raise
             raise UsageError(
-                f"the {self.kind} '{member.name}' ({member.module}) cannot be imported: "
-                f"{type(error).__name__}: {error}",
+                f"the {self.kind} '{member.name}' ({member.module}) cannot be imported: {fault(error)}",
                 hint="reinstall or uninstall the package that registers it",
             ) from error
 
@@ -143,10 +142,9 @@ class Registry:
             if spec is None or spec.origin is None:
                 raise ModuleNotFoundError(f"there is no module {module}")
             member = _read(name, module, Path(spec.origin))
-        except Exception as error:
+        except FAULTS as error:
             raise UsageError(
-                f"the {self.kind} '{name}' is registered, but its module {module} cannot be read: "
-                f"{type(error).__name__}: {error}",
+                f"the {self.kind} '{name}' is registered, but its module {module} cannot be read: {fault(error)}",
                 hint="reinstall or uninstall the package that registers it",
             ) from error
         if missing := [c for c in self.requires if c not in member.constants]:

@@ -51,7 +51,7 @@ import numpy as np
 from torch import Tensor
 
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
-from fleetune.errors import FleetuneError, RecipeError
+from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
 from fleetune.evaluation.answers import (
     answer_ids,
     answer_scores,
@@ -259,7 +259,7 @@ GIVEN: Final = (
 def _load_module(what: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(where)
-    except Exception as error:
+    except FAULTS as error:
         hint = "is it installed? a file is given as file.py:function"
         if where.startswith(GIVEN):
             hint = "the function was given in memory to another process: put it into a file, and start anew"
@@ -285,7 +285,7 @@ def _load_file(what: str, path: Path) -> ModuleType:
     sys.modules[label] = module  # dataclasses and pickle look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except FAULTS as error:
         del sys.modules[label]
         raise _import_error(
             what, error, "run the file with Python by itself to see the whole error"
@@ -293,11 +293,8 @@ def _load_file(what: str, path: Path) -> ModuleType:
     return module
 
 
-def _import_error(what: str, error: Exception, hint: str) -> RecipeError:
-    return RecipeError(
-        [f"{what} cannot be imported: {type(error).__name__}: {error}"],
-        hint=hint,
-    )
+def _import_error(what: str, error: BaseException, hint: str) -> RecipeError:
+    return RecipeError([f"{what} cannot be imported: {fault(error)}"], hint=hint)
 
 
 def _checked(name: str, function: Callable[..., Any]) -> Objective:
@@ -309,9 +306,9 @@ def _checked(name: str, function: Callable[..., Any]) -> Objective:
                 value = function(model, batch)
         except FleetuneError:
             raise
-        except Exception as error:
+        except FAULTS as error:
             raise RecipeError(
-                [f"objective {name!r} failed: {type(error).__name__}: {error}"],
+                [f"objective {name!r} failed: {fault(error)}"],
                 hint="it is called as objective(model, batch); see docs/objectives.md",
             ) from error
         return finite_number(value, f"objective {name!r}")

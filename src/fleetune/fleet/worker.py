@@ -30,6 +30,7 @@ from fleetune.data import Batches, Encoded
 from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import (
+    FAULTS,
     DataError,
     FitError,
     FleetError,
@@ -37,6 +38,7 @@ from fleetune.errors import (
     Interrupted,
     MessageError,
     ModelError,
+    fault,
 )
 from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
@@ -145,9 +147,9 @@ class Worker:
             )
         except (Interrupted, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except FAULTS as error:
             log.exception("round %d failed", order.round)
-            reason = error.message if isinstance(error, FleetuneError) else f"{type(error).__name__}: {error}"
+            reason = error.message if isinstance(error, FleetuneError) else fault(error)
             return Reply("failed", order.nonce, order.round, seconds=time.monotonic() - began, reason=reason)
         kept = loaded.memories.kept().get(order.client, NOTHING_KEPT)
         seconds = round(time.monotonic() - began, 3)

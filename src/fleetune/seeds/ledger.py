@@ -84,6 +84,11 @@ class LedgerHead:
                 f"the ledger's head is damaged (law {head.law!r}, K {head.K}, grid {head.grid})",
                 hint=f"K is at most {MOST}, a grid lies above 0 and is at most {GRID_LIMIT:g}",
             )
+        if strange := [r for r in head.checks if not _is_round(r)]:
+            raise LedgerError(
+                f"the ledger's head is damaged (it states a digest after round {_short(repr(strange[0]))})",
+                hint=AGAIN,
+            )
         return head
 
 
@@ -296,8 +301,13 @@ def _sound(head: LedgerHead) -> bool:
         and 0.0 < head.grid <= GRID_LIMIT
         and type(head.eps) in (float, int)
         and type(head.hyper) is type(head.checks) is dict
-        and all(r.isdecimal() and type(d) is str for r, d in head.checks.items())
+        and all(type(d) is str for d in head.checks.values())
     )
+
+
+def _is_round(text: str) -> bool:
+    # Whether this is the one way in which the number of a round is written; 10 digits hold what fits 32 bits.
+    return len(text) <= 10 and text.isdecimal() and text == str(int(text)) and int(text) < 1 << 32
 
 
 MUST_AGREE = ("base", "tokenizer", "tensors", "run_key", "law", "law_version", "K", "grid")

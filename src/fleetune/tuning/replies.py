@@ -7,6 +7,8 @@ their median (`allowed`) is refused.  How far a reply goes is the method's to sa
 2019, arXiv 1911.07963 ("norm thresholding"), cut such an update down to the bound; here it is left out, since what is
 known to be wrong need not be used in part.
 
+- Few numbers vary by chance, so a reply of few may go further.  How few is what was agreed, not what came: a device
+  may send fewer than it was asked for, and the slack is not its to choose.
 - With fewer than `FEWEST` replies of a kind that move anything there is no majority, so nothing is refused.
 - The median is not known before the last reply has come.  Until then replies lie on disk, so memory does not grow with
   their number.
@@ -27,12 +29,12 @@ import numpy as np
 
 from fleetune.common.files import storage_error
 from fleetune.common.memory import rss
-from fleetune.errors import FleetError, MessageError, StorageError, cut_reason
+from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
 from fleetune.runs.events import ClientReply
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods
 from fleetune.tuning.fleets import Answer
-from fleetune.tuning.messages import NotFiniteError, Payload, check, decode
+from fleetune.tuning.messages import NotFiniteError, Payload, ReplySpec, check, decode
 from fleetune.tuning.methods import Method, Reply
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class Kept(NamedTuple):
     offset: int
     size: int
     kind: frozenset[str]  # names of its arrays
+    agreed: int | None  # numbers that a reply of its form has at most; None: any
     numbers: int  # in its arrays
     distance: float
 
@@ -129,17 +132,14 @@ class Replies:
             distance = self._distance(Reply(answer.client, answer.key, payload))
         except (MessageError, MemoryError):
             raise
-        except Exception as error:
+        except FAULTS as error:
             log.exception("the reply of client %d cannot be measured", answer.client)
-            raise MessageError(
-                cut_reason(f"it cannot be measured ({type(error).__name__}: {error})")
-            ) from error
+            raise MessageError(f"it cannot be measured ({fault(error)})") from error
         arrays = payload.arrays
         numbers = sum(a.size for a in arrays.values())
-        kept = Kept(
-            answer._replace(data=None), self._store(data), len(data), frozenset(arrays), numbers, distance
-        )
-        self.kept.append(kept)
+        self.kept.append(Kept(
+            answer._replace(data=None), self._store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance,
+        ))  # fmt: skip
         return payload
 
     def _distance(self, reply: Reply) -> float:
@@ -158,14 +158,14 @@ class Replies:
                 return self.method.aggregate(self.round.state, self._each())
             except (StorageError, MemoryError):
                 raise
-            except Exception as error:
+            except FAULTS as error:
                 if self._in_hand is None:
                     raise FleetError(
-                        f"the replies of round {self.round.number} cannot be added up ({type(error).__name__}: {error})",
+                        f"the replies of round {self.round.number} cannot be added up ({fault(error)})",
                         hint="the model of the round before is kept; see log.txt in the run folder",
                     ) from error
                 log.exception("the reply of client %d cannot be used", self._in_hand.answer.client)
-                reason = cut_reason(f"it cannot be used ({type(error).__name__}: {error})")
+                reason = cut_reason(f"it cannot be used ({fault(error)})")
                 self._refuse(self._in_hand, reason)
 
     def _each(self) -> Iterator[Reply]:
@@ -222,7 +222,7 @@ def _check_rows(payload: Payload, rows: int) -> None:
 
 
 def too_far(kept: Sequence[Kept]) -> list[tuple[Kept, str]]:
-    """Return the replies that go too far, each with the reason: more than `allowed` times the median of their kind.
+    """Return the replies that go too far, each with the reason: more than `bound` times the median of their kind.
 
     The median is the lower one, of those that move anything: silence is usual where a step rounds to nothing.
     """
@@ -231,10 +231,28 @@ def too_far(kept: Sequence[Kept]) -> list[tuple[Kept, str]]:
         same = [k for k in kept if k.kind == kind]
         usual = median([k.distance for k in same])
         for k in same:
-            if not k.distance <= (most := allowed(k.numbers)) * usual:
+            if not k.distance <= (most := bound(k, same)) * usual:
                 times = f"{k.distance / usual:.3g} times as far as the median of the round"
                 found.append((k, f"it goes {times}, {most:.3g} at most"))
     return found
+
+
+def bound(one: Kept, same: Sequence[Kept]) -> float:
+    """Return how many times as far as the median a reply may go.
+
+    It is by the numbers that were agreed; where any number is, by the median of the replies of its kind, `same`.
+    """
+    if one.agreed is not None:
+        return allowed(one.agreed)
+    return allowed(sorted(k.numbers for k in same)[(len(same) - 1) // 2])
+
+
+def agreed(spec: ReplySpec) -> int | None:
+    """Return how many numbers a reply of this form has at most; None where an array may be of any length."""
+    shapes = [shape for _, shape in spec.arrays.values()]
+    if any(n is None for shape in shapes for n in shape):
+        return None
+    return sum(math.prod(abs(n) for n in shape if n is not None) for shape in shapes)
 
 
 def allowed(numbers: int) -> float:

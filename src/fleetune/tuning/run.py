@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from fleetune import adapters, models
 from fleetune.common import sums
 from fleetune.common.memory import peak_rss
-from fleetune.errors import FleetuneError, Interrupted, StorageError
+from fleetune.errors import FleetuneError, Interrupted, StorageError, fault
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.measures import measure as measured_on
@@ -169,7 +169,8 @@ def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULAT
             error.hint = error.hint or f"fleetune tune --resume {run.path}"
         try:
             run.log(f"stopped: {type(error).__name__}: {error}")
-            run.status("interrupted" if stopped else f"failed: {error}")
+            why = fault(error) if isinstance(error, SystemExit) else str(error)
+            run.status("interrupted" if stopped else f"failed: {why}")
         except Exception as second:
             log.warning("the status could not be written: %s", second)
         raise

@@ -24,7 +24,16 @@ from typing import Any, Protocol
 
 from fleetune.common.files import storage_error, write_atomic
 from fleetune.common.settings import Value
-from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, UsageError, suggest
+from fleetune.errors import (
+    FAULTS,
+    FleetuneError,
+    Interrupted,
+    RecipeError,
+    StorageError,
+    UsageError,
+    fault,
+    suggest,
+)
 from fleetune.runs import report, rundir, sealed
 from fleetune.runs.listener import Listener
 from fleetune.runs.report.cells import GridRun, SweepAxis
@@ -429,8 +438,8 @@ def _one(
                 jobs.tune(job, run, listener)
     except (StorageError, Interrupted):
         raise
-    except Exception as error:
-        reason = error.message if isinstance(error, FleetuneError) else f"{type(error).__name__}: {error}"
+    except FAULTS as error:
+        reason = error.message if isinstance(error, FleetuneError) else fault(error)
         folder.log(f"{point.name} failed: {reason}")
         return reason
     if other is not None:

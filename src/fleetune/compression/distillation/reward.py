@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fleetune.data.encode import MASKED, Batch
-from fleetune.errors import FleetuneError, RecipeError
+from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
 from fleetune.evaluation import scores
 from fleetune.evaluation.answers import decode_answer
 from fleetune.evaluation.objectives import finite_number, import_function
@@ -103,9 +103,9 @@ def rewards(
                 value = reward(*texts)
         except FleetuneError:
             raise
-        except Exception as error:
+        except FAULTS as error:
             raise RecipeError(
-                [f"{row} failed: {type(error).__name__}: {error}"],
+                [f"{row} failed: {fault(error)}"],
                 hint="it is called as reward(prompt, answer, reference), three texts",
             ) from error
         found.append(finite_number(value, row))

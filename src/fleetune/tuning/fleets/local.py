@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from fleetune.common.memory import is_out_of_memory
 from fleetune.data import Batches, Encoded
-from fleetune.errors import FitError, Interrupted, StorageError
+from fleetune.errors import FAULTS, FitError, Interrupted, StorageError, fault
 from fleetune.models.model import Model
 from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class _ListenerError(Exception):
     """Carries what `on_step` raised past the code that works for a client."""
 
-    def __init__(self, original: Exception) -> None:
+    def __init__(self, original: BaseException) -> None:
         super().__init__(str(original))
         self.original = original
 
@@ -117,7 +117,7 @@ class LocalFleet:
                 raise error.original from None
             except (Interrupted, StorageError):
                 raise
-            except Exception as error:
+            except FAULTS as error:
                 if is_out_of_memory(error):  # the machine's, which all clients share
                     raise FitError(
                         f"client {client} in round {round}: memory does not suffice on '{self.model.device}'",
@@ -125,15 +125,14 @@ class LocalFleet:
                     ) from error
                 # One bad client never stops a round: it is recorded, and the others go on.
                 log.exception("client %d failed in round %d", client, round)
-                reason = f"{type(error).__name__}: {error}"
-                yield Answer(client, key, None, "failed", reason, time.monotonic() - began, len(sent))
+                yield Answer(client, key, None, "failed", fault(error), time.monotonic() - began, len(sent))
                 continue
             yield Answer(client, key, data, "ok", "", time.monotonic() - began, len(sent))
 
     def _step(self, client: int, step: int) -> None:
         try:
             self.on_step(client, step)
-        except Exception as error:
+        except FAULTS as error:
             raise _ListenerError(error) from error
 
     def _work(self, client: int, key: int, message: bytes) -> bytes:
