@@ -75,6 +75,9 @@ class Devices:
     def rows(self) -> list[int]:
         return [ROWS] * self.clients
 
+    def present(self) -> Sequence[int]:
+        return range(self.clients)
+
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
     ) -> Iterator[Answer]:
@@ -87,6 +90,8 @@ class Devices:
         return {}
 
     def check_kept(self, stated: Mapping[int, tuple[int, int]]) -> None: ...
+
+    def heard(self, reply: ClientReply) -> None: ...
 
     def rewind(self, round: int) -> None: ...
 
