@@ -3,10 +3,10 @@
 
 `methods/fedkseed.py` is `--method fedkseed`.  A method is one file: a docstring that cites the paper, the constants
 `KIND`, `PAPER` and `SENDS`, a State (NamedTuple), and a frozen dataclass `Method` whose fields are the
-hyper-parameters, each `name: type = setting(default, symbol, help)`, with the functions of the Protocol below.  A setting
-that acts only beside another says so with `only_if` (`common/settings.py`).  Optional: the constants `CLIENTS` (a usual
-fleet, 8 unless stated) and `RECOMMENDED` (1 is the first that `plan` considers), and the functions of the Protocols
-`Reports`, `Kinds`, `Measured`, `Reads`, `Sized` and `Planned`.
+hyper-parameters, each `name: type = setting(default, symbol, help)`, with the functions of the Protocol below.  A
+setting that acts only beside another says so with `only_if` (`common/settings.py`).  Optional: the constants `CLIENTS`
+(a usual fleet, 8 unless stated) and `RECOMMENDED` (1 is the first that `plan` considers), and the functions of the
+Protocols `Reports`, `Kinds`, `Measured`, `Reads`, `Sized` and `Planned`.
 
 Other packages register a module of the same shape under the entry-point group `fleetune.methods`.
 """
