@@ -349,7 +349,8 @@ Prompt it in the form that it was tuned in, the chat template of the base's toke
 _PLAIN: Final = (
     """
 Prompt it in the form that it was tuned in, plain lines, since the base's tokenizer has no chat template: every turn with a line
-break after it, `tokenizer(prompt + "\\n")`, with the start token if the tokenizer adds one. An answer ends with {end}.
+break after it, `tokenizer(prompt + "\\n")`, with the start token that the tokenizer adds, without an end token.
+An answer ends with {end}.
 """
     + _SEAM
 )
