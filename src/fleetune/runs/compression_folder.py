@@ -2,7 +2,7 @@
 """Read and write the folder that a compression leaves.
 
 runs/0008-optq-smollm2-135m/
-  compress.json   the request, and the result once there is one
+  compress.json   the request, and the result once there is one, with the digest of its SHA256SUMS
   parts/          what `--resume` continues from: finished blocks, or a training state (removed at the end)
   model/          the compressed model: of a solver the artefact of codes, else a plain Hugging Face directory
   base/           the base model, compressed the same way (`fleetune measure --kept-gain`)
@@ -20,9 +20,10 @@ from typing import Any, Final, TypedDict
 
 from fleetune.common.files import write_atomic
 from fleetune.errors import StorageError, UsageError
+from fleetune.models import seals
 from fleetune.runs import rundir, sealed
 
-RECORD: Final = "compress.json"
+RECORD: Final = seals.COMPRESSION
 PARTS: Final = "parts"
 CLIENTS: Final = "clients"
 
@@ -150,6 +151,11 @@ def write_record(folder: Path, request: CompressRequest, result: Mapping[str, An
     if result is not None:
         content["result"] = dict(result)
     write_atomic(folder / RECORD, sealed.to_text(content) + "\n")
+
+
+def state_base(folder: Path, digest: str) -> None:
+    """Write the digest of the compressed base's SHA256SUMS into `compress.json`; "" while it is being made."""
+    write_atomic(folder / RECORD, sealed.to_text({**record(folder), "base_sha256": digest}) + "\n")
 
 
 def is_complete(folder: Path) -> bool:

@@ -398,6 +398,7 @@ class CompressDone(Event):
     seconds: float  # of the work in this process
     peak_rss: int  # peak memory of this process, bytes
     digest: str  # SHA-256 of the artefact's file, or of the plain weights
+    result_sha256: str | None = None  # SHA-256 of the result's SHA256SUMS
     planned: int | None = None  # peak memory as planned, bytes
     error: float | None = None  # mean over the matrices
     notes: Mapping[str, Sequence[str]] | None = None  # of the solver, by matrix

@@ -3,7 +3,8 @@
 
 Base and tuned model share a tokenizer, so the same text gives the same windows of tokens.  Text that the tuned model wrote
 for its calibration serves for the base as well.  The head of each artefact
-has the digest of its windows, and the two digests are compared.
+has the digest of its windows, and the two digests are compared.  An artefact that is there already is used when it was made
+of the run's base weights, and when its list of digests is the one that `compress.json` states.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from fleetune import compression, models
+from fleetune.common import sums
 from fleetune.common.display import human_time
 from fleetune.compression.jobs import inputs, solve
-from fleetune.errors import UsageError
-from fleetune.models import artefact
+from fleetune.errors import ModelError, UsageError
+from fleetune.models import artefact, seals
 from fleetune.models.artefact import ArtefactHead, Master
 from fleetune.models.artefact_folder import is_master
-from fleetune.runs import compression_folder
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import PARTS, CompressRequest
 from fleetune.runs.listener import Listener
 from fleetune.tuning import finished
@@ -38,11 +40,12 @@ def check(folder: Path) -> None:
 def base_of(listener: Listener, folder: Path, *, offline: bool) -> Path:
     """Return the artefact of the compressed base; it is made now if it is missing, and resumed if it was stopped.
 
-    UsageError when the calibration text has changed since the folder was made.
+    UsageError when the calibration text has changed since the folder was made, ModelError when the artefact that is there
+    is not the base's, or not what was written.
     """
     place = folder / "base"
     model, own = place / "model", Master(folder / "model").head
-    if is_master(model) and _alike(Master(model).head, own):
+    if is_master(model) and _alike(_head_of(folder, model), own):
         compression_folder.drop_parts(place / PARTS)  # a kill may have left them
         return model
     job = _job(folder, offline, listener)
@@ -55,9 +58,26 @@ def base_of(listener: Listener, folder: Path, *, offline: bool) -> Path:
     seconds = compression_folder.record(folder)["result"]["seconds"]
     listener.note(f"the base is compressed the same way, once: the tuned model took {human_time(seconds)}")
     parts = solve.solve(listener, job, place, f"fleetune measure {folder} --kept-gain")
+    compression_folder.state_base(folder, "")
     artefact.write(model, job.inputs.model, parts, head)
+    compression_folder.state_base(folder, sums.sealed(model, compression_folder.RECORD))
     compression_folder.drop_parts(place / PARTS)
     return model
+
+
+def _head_of(folder: Path, model: Path) -> ArtefactHead:
+    """Return the head of the base's artefact; ModelError when it is of other weights than the base's, or damaged."""
+    remedy = f"rm -r {folder / 'base'}   and then: fleetune measure {folder} --kept-gain"
+    seals.check(model, remedy=remedy)
+    head = Master(model).head
+    expected = rundir.base_digest(Path(compression_folder.request_of(folder).model))
+    if head.base != expected:
+        raise ModelError(
+            f"{model} is not the compressed base: it was made of weights with the SHA-256 {head.base[:16]}.., "
+            f"the run's base has {expected[:16]}..",
+            hint=remedy,
+        )
+    return head
 
 
 def _solver(request: CompressRequest) -> compression.Solver:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetune import compression, subject
-from fleetune.common import settings
+from fleetune.common import settings, sums
 from fleetune.compression.jobs.contract import Job
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
@@ -105,10 +105,14 @@ def start(request: CompressRequest, listener: Listener, out: Path, *, offline: b
 
 
 def resume(folder: Path, listener: Listener, out: Path, *, offline: bool) -> CompressResult:
-    """Resume a stopped compression as it was requested; return the result of a finished one."""
+    """Resume a stopped compression as it was requested; return the result of a finished one.
+
+    ModelError when a finished result is not what was written.
+    """
     request = compression_folder.request_of(folder)
     with rundir.locked(folder):
         if (result := compression_folder.finished(folder)) is not None:
+            subject.check_compressed(folder)
             done = CompressDone(folder=str(folder), **result)
             listener.event(done)
             listener.note(f"{folder} is finished: there is nothing to resume")
@@ -126,9 +130,11 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
         ("method", f"{request.method} · " + " · ".join(f"{k} {v}" for k, v in fields.items())),
         *job.about(), ("folder", str(folder)),
     ])  # fmt: skip
+    compression_folder.write_record(folder, request, None)  # what it says of a result that is gone
     outcome = job.run(listener, folder)
-    compression_folder.finish(folder, request, outcome.done)
-    done = CompressDone(folder=str(folder), **outcome.done)
+    result = {**outcome.done, "result_sha256": sums.sealed(folder / "model", compression_folder.RECORD)}
+    compression_folder.finish(folder, request, result)
+    done = CompressDone(folder=str(folder), **result)
     listener.event(done)
     return CompressResult(request, folder, done, outcome.sizes)
 
