@@ -500,6 +500,16 @@ def test_bad_input_is_a_clear_error(case, tiny, at, capsys):
     assert sorted(after) == before, "something was left behind"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
+def test_a_data_file_whose_name_is_not_utf_8_is_refused_before_a_folder_is_made(tiny, at, capsys):
+    name = "d\udcff.jsonl"
+    (at / name).write_text('{"instruction": "a", "response": "b"}\n' * 20)
+    code, _, err = call(capsys, "tune", tiny, name, *ZO, *QUICK, "--rounds", "1")
+    assert code == 2
+    assert "is not text in UTF-8" in err
+    assert not (at / "runs").exists()
+
+
 def test_errors_in_json_mode_are_objects(at, capsys):
     code, out, _ = call(capsys, "methods", "nosuch", "--json")
     (event,) = events(out)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fleetune.common.files import default_mode, storage_error, write_atomic
+from fleetune.common.files import default_mode, read_bytes, read_text, regular, storage_error, write_atomic
 from fleetune.errors import StorageError
 
 
@@ -189,3 +189,47 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
         assert writer.returncode == -signal.SIGKILL
         content = path.read_bytes()
         assert content in (b"a" * 400_000, b"b" * 400_000)
+
+
+# --- regular files alone ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """What takes ten seconds waits without end."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(10)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_a_pipe_or_a_device_in_a_files_place_is_an_error_and_is_not_waited_for(
+    kind: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "status"
+    os.mkfifo(place) if kind == "pipe" else place.symlink_to("/dev/zero")
+    for read in (read_bytes, read_text):
+        with at_once(), pytest.raises(OSError, match="not a regular file"):
+            read(place)
+    if kind == "pipe":
+        with at_once(), pytest.raises(OSError, match=r"No such device|not a regular file"):
+            open(place, "ab", opener=regular)  # noqa: SIM115
+
+
+def test_regular_files_and_folders_are_opened_as_ever(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    with umask(0o027), open(file, "ab", opener=regular) as opened:
+        opened.write("ü\r\n\xff".encode("latin-1"))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert read_bytes(file) == b"\xfc\r\n\xff"
+    assert read_text(file, errors="replace") == "\ufffd\n\ufffd"
+    with pytest.raises(UnicodeDecodeError):
+        read_text(file)
+    with pytest.raises(IsADirectoryError):
+        read_bytes(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_text(tmp_path / "none")

@@ -284,6 +284,25 @@ def test_status_and_log(run):
     assert [line.split(" ", 2)[2] for line in lines] == ["first", "zweitens ü"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
+@pytest.mark.parametrize("name", ["status", ".lock", "metrics.jsonl", "log.txt", "env.json"])
+def test_a_pipe_in_a_files_place_is_not_waited_for(name, tmp_path):
+    """In another process, which can be ended: it would wait for someone to write."""
+    folder = create(tmp_path, "mezo", "toy")
+    folder.write("run.toml", "")
+    folder.close()
+    (folder.path / name).unlink(missing_ok=True)
+    os.mkfifo(folder.path / name)
+    listed = [sys.executable, "-m", "fleetune", "runs", "--out", str(tmp_path)]
+    for words in (listed, [*listed[:-2], "show", "1", *listed[-2:]]):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+        assert "Traceback" not in done.stderr
+    resume = [*listed[:3], "tune", "--resume", "1", *listed[-2:]]
+    done = subprocess.run(resume, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+
+
 # --- metrics ------------------------------------------------------------------------------------------------
 
 
@@ -522,7 +541,7 @@ def test_a_read_only_place_is_refused_with_what_to_do(tmp_path, monkeypatch, cod
     assert list(tmp_path.iterdir()) == []
     with create(tmp_path / "runs", "mezo", "m") as run:
         path = run.path
-    monkeypatch.setattr(Path, "open", failing(code))
+    monkeypatch.setattr(rundir, "open", failing(code), raising=False)
     with pytest.raises(StorageError, match=what):
         RunDir(path)
     monkeypatch.undo()

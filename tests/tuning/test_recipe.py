@@ -30,7 +30,7 @@ whole = st.fixed_dictionaries(
     optional={
         "method": texts, "set": st.dictionaries(texts, values, max_size=4), "clients": st.integers(0, 10**6),
         "rounds": st.integers(1, 10**6), "participation": st.floats(0, 1, exclude_min=True), "partition": texts,
-        "held_out": st.floats(0, exclude_min=True, allow_infinity=False), "limit": st.integers(0, 2**60),
+        "held_out": st.floats(0, exclude_min=True, allow_infinity=False), "limit": st.integers(0, 2**53),
         "seed": st.integers(0, 2**63 - 1), "dtype": st.sampled_from(["fp32", "bf16", "fp16"]),
         "device": st.sampled_from(["auto", "cpu", "cuda", "mps"]), "drop": shares, "stragglers": shares,
         "deadline": st.floats(0), "eval_every": st.integers(0, 99), "max_length": st.integers(8, 99),
@@ -144,7 +144,7 @@ BOUNDS = [  # option, values at the edge that are good, values just beyond
     ("rounds", (1, 1_000_000), (0, 1_000_001)),
     ("participation", (1e-9, 1), (0, -0.1, 1.0001, math.nan)),
     ("held_out", (1e-9, 0.5, 500), (0, -1, math.nan, math.inf)),
-    ("limit", (0,), (-1,)),
+    ("limit", (0, 2**53), (-1, 2**53 + 1, 99999999999999999999)),
     ("max_length", (8,), (7,)),
     ("seed", (0, 2**63 - 1), (-1, 2**63)),
     ("dtype", ("fp32", "bf16", "fp16"), ("FP32", "float32", "", "fp32 ", "fp32\n", 32)),
@@ -158,7 +158,7 @@ BOUNDS = [  # option, values at the edge that are good, values just beyond
     ("rouge_rows", (0,), (-1,)),
     ("samples", (0,), (-1,)),
     ("answer_tokens", (1,), (0,)),
-    ("threads", (0,), (-1,)),
+    ("threads", (0, 4096), (-1, 4097, 2147483648)),
 ]
 
 
@@ -171,6 +171,24 @@ def test_bounds(name, good, bad):
             make({"model": "m", "data": "d", name: value})
         assert [p.split(" = ")[0] for p in caught.value.problems] == [name], value
         assert repr(value) in caught.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data", "d\udcff.jsonl"),
+        ("model", "m\udcff"),
+        ("eval_data", "\ud800"),
+        ("set.objective", "m\udcff.py:f"),
+    ],
+)
+def test_a_name_that_run_toml_cannot_hold_is_refused(name, value):
+    given_values = {"model": "m", "data": "d"}
+    section, _, key = name.partition(".")
+    with pytest.raises(RecipeError) as caught:
+        make({**given_values, section: {key: value} if key else value})
+    assert caught.value.problems == [f"{name} = {value!r} is not text in UTF-8, and a run writes it down"]
+    "\n".join(caught.value.problems).encode()  # what is said can be printed
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,28 @@ def default_mode() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
+
+
+def regular(path: str, flags: int) -> int:
+    """Open a file, as the `opener` of `open`; OSError for a pipe or a device, which would be waited for without end."""
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` itself refuses a folder
+        return handle
+    os.close(handle)
+    raise OSError(errno.EINVAL, "it is not a regular file", path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a regular file; OSError as the system gives."""
+    with open(path, "rb", opener=regular) as file:
+        return file.read()
+
+
+def read_text(path: Path, *, errors: str = "strict") -> str:
+    """Return the text of a regular file in UTF-8; OSError as the system gives, UnicodeDecodeError for other bytes."""
+    with open(path, encoding="utf-8", errors=errors, opener=regular) as file:
+        return file.read()
 
 
 def write_atomic(path: Path, data: bytes | str, *, mode: int | None = None) -> None:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
-from fleetune.common.files import write_atomic
+from fleetune.common.files import read_text, write_atomic
 from fleetune.errors import StorageError, UsageError
 from fleetune.models import seals
 from fleetune.runs import rundir, sealed
@@ -122,7 +122,7 @@ def record(folder: Path) -> dict[str, Any]:
     """The content of `compress.json`.  StorageError when it is damaged."""
     file = folder / RECORD
     try:
-        found = sealed.from_text(file.read_text(encoding="utf-8"))
+        found = sealed.from_text(read_text(file))
         if not isinstance(found["model"], str) or not isinstance(found.get("result", {}), dict):
             raise ValueError("a field has a wrong type")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -18,7 +18,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from fleetune.common.files import storage_error, write_atomic
+from fleetune.common.files import read_bytes, regular, storage_error, write_atomic
 from fleetune.errors import StorageError
 
 FILE: Final = "metrics.jsonl"
@@ -77,7 +77,7 @@ class Metrics:
         before = self.tally
         try:
             if self._open is None:
-                self._open = self.file.open("ab")
+                self._open = open(self.file, "ab", opener=regular)  # noqa: SIM115
             self._open.write(text)
             self._open.flush()
         except OSError as error:
@@ -176,7 +176,7 @@ def _aside(file: Path, data: bytes) -> str:
 def _bytes(file: Path) -> bytes:
     """Return the content of a file, b"" where it is not there; StorageError when it cannot be read."""
     try:
-        return file.read_bytes()
+        return read_bytes(file)
     except FileNotFoundError:
         return b""
     except OSError as error:

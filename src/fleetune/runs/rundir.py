@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from fleetune.common import folders
-from fleetune.common.files import PRIVATE, storage_error, write_atomic
+from fleetune.common.files import PRIVATE, read_bytes, read_text, regular, storage_error, write_atomic
 from fleetune.common.locks import lock
 from fleetune.common.version import __version__
 from fleetune.errors import MessageError, StorageError, UsageError
@@ -106,7 +106,7 @@ class RunDir:
     def log(self, text: str) -> None:
         """Add a line with the time to log.txt."""
         try:
-            with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            with open(self.path / "log.txt", "a", encoding="utf-8", opener=regular) as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         except OSError as error:
             raise storage_error(error, self.path / "log.txt") from error
@@ -159,7 +159,7 @@ class RunDir:
         reason = ""
         for round_, path in reversed(found):
             try:
-                return round_, decode(path.read_bytes())
+                return round_, decode(read_bytes(path))
             except (MessageError, OSError) as error:
                 reason = f"checkpoint {path.name} is not usable: {error}"
                 self.log(reason)
@@ -307,7 +307,7 @@ def status_of(path: Path) -> str:
     One that says "running" while no process has the folder was killed: it is interrupted.
     """
     try:
-        text = (path / "status").read_text(encoding="utf-8").strip()
+        text = read_text(path / "status").strip()
     except (OSError, ValueError):
         return ""
     if text.partition(":")[0] not in STATUSES or "\n" in text:
@@ -318,7 +318,7 @@ def status_of(path: Path) -> str:
 def held(path: Path) -> bool:
     """Whether a process has the folder now; True where that cannot be found out."""
     try:
-        with (path / LOCK).open("rb") as file:
+        with open(path / LOCK, "rb", opener=regular) as file:
             return not lock(file.fileno())
     except FileNotFoundError:
         return False
@@ -386,7 +386,7 @@ def _locked(path: Path) -> IO[bytes]:
     file, tries = None, 0
     try:
         while True:
-            file = (path / LOCK).open("ab")
+            file = open(path / LOCK, "ab", opener=regular)  # noqa: SIM115
             if not lock(file.fileno()):
                 file.close()
                 if (tries := tries + 1) == LOOKS:

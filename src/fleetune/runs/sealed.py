@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from fleetune.common.files import read_text
 from fleetune.errors import StorageError
 
 KEY: Final = "crc32"
@@ -42,7 +43,7 @@ def from_text(text: str) -> dict[str, Any]:
 def read(file: Path, hint: str) -> dict[str, Any]:
     """Read a file; StorageError, with `hint`, when it is missing or damaged."""
     try:
-        return from_text(file.read_text(encoding="utf-8"))
+        return from_text(read_text(file))
     except FileNotFoundError as error:
         raise StorageError(f"{file} is gone", hint=hint) from error
     except OSError as error:

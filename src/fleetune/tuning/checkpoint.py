@@ -20,6 +20,7 @@ from typing import Any, Final
 import msgpack
 import numpy as np
 
+from fleetune.common.files import read_bytes, regular
 from fleetune.errors import MessageError
 from fleetune.runs import sealed
 from fleetune.runs.metrics import Tally
@@ -114,7 +115,7 @@ def stated_in(file: Path) -> StandsOn | None:
     None for one of an earlier version, and where it cannot be read.
     """
     try:
-        with file.open("rb") as opened:
+        with open(file, "rb", opener=regular) as opened:
             opened.seek(messages.HEAD)
             unpacker = msgpack.Unpacker(opened, read_size=1 << 16)
             unpacker.read_array_header()
@@ -175,7 +176,7 @@ def state_of(run: RunDir, round: int, like: Any) -> Any | None:
     """Return the state after `round`, None when there is no such checkpoint (any more); `like` as for `unpack`."""
     path = dict(checkpoints(run.path)).get(round)
     try:
-        return None if path is None else unpack(decode(path.read_bytes()), like)[0]
+        return None if path is None else unpack(decode(read_bytes(path)), like)[0]
     except MessageError:
         return None
 

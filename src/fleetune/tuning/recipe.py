@@ -15,7 +15,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Final, TypedDict
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -23,6 +23,9 @@ from pydantic.fields import FieldInfo
 
 from fleetune.common.settings import Value
 from fleetune.errors import RecipeError
+
+MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
+MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -58,7 +61,9 @@ class Recipe:
         description="label words, comma-separated: what an encoder chooses among (default: the data's answers), and "
         "what a causal model's accuracy is measured by (default: not)",
     )
-    limit: int = Field(default=0, ge=0, description="use only the first rows of the data (0: all)")
+    limit: int = Field(
+        default=0, ge=0, le=MOST_ROWS, description="use only the first rows of the data (0: all)"
+    )
     max_length: int = Field(
         default=512,
         ge=8,
@@ -93,7 +98,7 @@ class Recipe:
     )
     samples: int = Field(default=4, ge=0, description="fixed prompts answered before and after")
     answer_tokens: int = Field(default=96, ge=1, description="tokens of a generated answer at most")
-    threads: int = Field(default=0, ge=0, description="processor threads (0: all)")
+    threads: int = Field(default=0, ge=0, le=MOST_THREADS, description="processor threads (0: all)")
 
 
 class RecipeOptions(TypedDict, total=False):
@@ -151,9 +156,22 @@ def make(values: Mapping[str, Any]) -> Recipe:
             where = ".".join(str(p) for p in e["loc"])
             what = "is missing" if e["type"] == "missing" else f"= {e['input']!r}: {e['msg'].lower()}"
             problems.append(f"{where} {what}")
+    problems += [
+        f"{name} = {text!r} is not text in UTF-8, and a run writes it down"
+        for name, text in _unwritable(values)
+    ]
     if problems:
         raise RecipeError(problems, hint="all options: fleetune tune --help")
     return recipe
+
+
+def _unwritable(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of the values that no file in UTF-8 can hold, as a file's name may be."""
+    settings = values.get("set")
+    named = {**values, **({f"set.{k}": v for k, v in settings.items()} if isinstance(settings, dict) else {})}
+    return [
+        (n, v) for n, v in named.items() if isinstance(v, str) and v.encode(errors="ignore").decode() != v
+    ]
 
 
 def label_words(text: str) -> tuple[str, ...]:

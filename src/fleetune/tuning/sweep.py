@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fleetune.common.files import storage_error, write_atomic
+from fleetune.common.files import read_text, storage_error, write_atomic
 from fleetune.common.settings import Value
 from fleetune.errors import (
     FAULTS,
@@ -276,7 +276,7 @@ def to_toml(grid: SweepGrid) -> str:
 def _check_whole(file: Path) -> None:
     """RecipeError when a sweep.toml was changed since it was written, by the checksum in its second line."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except (OSError, ValueError):  # `recipes.read` says more
         return
     _, seal, rest = text.partition(SEAL)

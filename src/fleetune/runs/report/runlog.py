@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fleetune.common.display import clean
+from fleetune.common.files import read_text
 from fleetune.errors import StorageError, UsageError
 from fleetune.runs import metrics, rundir, sealed
 from fleetune.runs.report.axes import usable
@@ -90,7 +91,7 @@ def changed(folder: object) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_text(path, errors="replace")
     except OSError:
         return ""
 

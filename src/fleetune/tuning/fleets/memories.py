@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fleetune.common.files import PRIVATE, storage_error, write_atomic
+from fleetune.common.files import PRIVATE, read_bytes, regular, storage_error, write_atomic
 from fleetune.errors import MessageError
 from fleetune.tuning.messages import HEAD, Message, Payload, crc_of, decode, encode
 
@@ -50,7 +50,7 @@ class Memories:
             return {}
         path = self._path(client, rounds[-1])
         try:
-            payload = decode(path.read_bytes(), any_size=True).payload
+            payload = decode(read_bytes(path), any_size=True).payload
         except (OSError, MessageError) as error:
             raise MessageError(
                 f"what the client kept ({path.name}) cannot be read: {error}; without that file it starts anew"
@@ -82,7 +82,7 @@ class Memories:
         for client, (round, crc) in stated.items():
             path = self._path(client, round)
             try:
-                data = path.read_bytes()
+                data = read_bytes(path)
                 decode(data, any_size=True)
             except FileNotFoundError as error:
                 raise MessageError(f"what client {client} kept, {path}, is gone") from error
@@ -93,7 +93,7 @@ class Memories:
 
     def _crc(self, client: int, round: int) -> int:
         if (client, round) not in self._crcs:
-            with self._path(client, round).open("rb") as file:
+            with open(self._path(client, round), "rb", opener=regular) as file:
                 self._crcs[client, round] = crc_of(file.read(HEAD))
         return self._crcs[client, round]
 
