@@ -501,6 +501,13 @@ def cached(at: Path) -> Path:
     return target
 
 
+def restate(cached: Path, **more: Any) -> None:
+    """Make the record one of an earlier version, which states no digest of the list."""
+    source = json.loads((cached / cache.SOURCE_FILE).read_text())
+    del source["sums_sha256"]
+    (cached / cache.SOURCE_FILE).write_text(json.dumps(source | more))
+
+
 OF_CACHED: dict[str, Callable[[], object]] = {
     "load": lambda: models.load("smollm2-135m", device="cpu"),
     "eval": lambda: fleetune.evaluate("smollm2-135m", "rows.jsonl", tasks=["loss"], limit=1),
@@ -569,6 +576,7 @@ def test_in_one_process_a_file_is_read_once_until_it_changes(tmp_path: Path) -> 
 
 def test_an_old_folder_of_the_cache_is_taken_and_its_digests_are_written_down(cached: Path) -> None:
     (cached / sums.FILE).unlink()
+    restate(cached)
     models.load("smollm2-135m", device="cpu")
     assert sums.stated(cached, remedy="").keys() >= set(CACHED)
     flip(cached / "model.safetensors", 0.9)
@@ -577,9 +585,7 @@ def test_an_old_folder_of_the_cache_is_taken_and_its_digests_are_written_down(ca
 
 def test_an_old_folder_is_compared_with_what_its_source_states(cached: Path) -> None:
     (cached / sums.FILE).unlink()
-    source = json.loads((cached / cache.SOURCE_FILE).read_text())
-    source["sha256"] = {"model.safetensors": sums.sha256(cached / "model.safetensors")}
-    (cached / cache.SOURCE_FILE).write_text(json.dumps(source))
+    restate(cached, sha256={"model.safetensors": sums.sha256(cached / "model.safetensors")})
     flip(cached / "model.safetensors", 0.9)
     assert cache.SOURCE_FILE in refused(OF_CACHED["load"], "model.safetensors").message
     assert not (cached / sums.FILE).exists()
@@ -623,9 +629,7 @@ def test_the_list_of_a_cached_model_is_complete_and_sealed(use: str, loaded: boo
 
 
 def test_a_cached_model_of_an_earlier_version_has_no_seal(cached: Path) -> None:
-    source = json.loads((cached / cache.SOURCE_FILE).read_text())
-    del source["sums_sha256"]
-    (cached / cache.SOURCE_FILE).write_text(json.dumps(source))
+    restate(cached)
     sums.write(cached)
     (cached / "added_tokens.json").write_text("{}")
     models.load("smollm2-135m", device="cpu")
