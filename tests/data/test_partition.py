@@ -117,9 +117,9 @@ def test_skew_grows_as_alpha_falls():
 def test_dirichlet_shares_have_the_moments_of_the_law():
     # One value of the column and no cap in the way: shares ~ Dir(alpha), so Var = (1/K)(1-1/K)/(K alpha+1).
     K, alpha, n = 4, 2.0, 4000
-    shares = []
+    shares, examples = [], rows("x" * n)
     for seed in range(400):
-        parts = partition(rows("x" * n), f"dirichlet:{alpha}:kind", K, seed)
+        parts = partition(examples, f"dirichlet:{alpha}:kind", K, seed)
         shares += [len(part) / n for part in parts]
     expected = (1 / K) * (1 - 1 / K) / (K * alpha + 1)
     assert np.isclose(np.var(shares), expected, rtol=0.15)
