@@ -133,10 +133,15 @@ def loss(model: Model) -> float:
 
 
 def train(
-    name: str, folder: Path, rounds: int, *, run_dir: RunDir | None = None
+    name: str, folder: Path, rounds: int, *, steps: int = 0, run_dir: RunDir | None = None
 ) -> tuple[Model, Any, RunDir]:
-    """A run of some rounds in a new process's state of things: new model, new fleet; resumes `run_dir`."""
+    """A run of some rounds in a new process's state of things: new model, new fleet; resumes `run_dir`.
+
+    `steps` are the local steps of a round, 0 for those of the case.
+    """
     model, chosen = models.tiny_llama(), method(name)
+    if steps:
+        chosen = methods.sized(chosen, steps, getattr(chosen, "batch_size", 2))
     state = chosen.init(model, key())
     opened = run_dir or create(folder, name.partition(":")[0], "tiny")
 

@@ -70,12 +70,12 @@ def test_2_the_loss_falls(name, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if ":" not in n] + STATEFUL)
 def test_3_same_seed_same_bits_and_resume_from_any_round(name, tmp_path):
-    _, whole, _ = train(name, tmp_path / "whole", 3)
-    _, again, _ = train(name, tmp_path / "again", 3)
+    _, whole, _ = train(name, tmp_path / "whole", 3, steps=6)
+    _, again, _ = train(name, tmp_path / "again", 3, steps=6)
     assert equal_states(whole, again)
     for stop in (1, 2):
-        _, _, run = train(name, tmp_path / f"stop{stop}", stop)
-        _, resumed, _ = train(name, tmp_path, 3, run_dir=RunDir(run.path))
+        _, _, run = train(name, tmp_path / f"stop{stop}", stop, steps=6)
+        _, resumed, _ = train(name, tmp_path, 3, steps=6, run_dir=RunDir(run.path))
         assert equal_states(whole, resumed)
 
 
