@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask real devices: whoever is there, with patience for those that are killed, restarted or cut off.
 
-The server keeps what it needs to go on in the run's folder (`devices.py`, the checkpoints), and nothing in the link: a
+The server keeps what it needs to go on in the run's folder (`table.py`, the checkpoints), and nothing in the link: a
 link that is opened anew after a kill knows no message of the one before, and every order is given again.  A device that
 has answered an order keeps its answer until the next, so no work is done twice (`worker.py`).
 

@@ -65,9 +65,7 @@ class Served:
     """Real devices, which join at `place`; use it in a `with` block, which opens and closes the door."""
 
     place: Place
-    wait: int = (
-        0  # devices before the first round; 0: the recipe's clients, or as many as keys are registered
-    )
+    wait: int = 0  # devices before the first round; 0: the recipe's clients, or all whose keys are here
     pace: Pace = field(default_factory=Pace)
     simulated: bool = False
     _keys: list[PublicKey] | None = field(init=False)
