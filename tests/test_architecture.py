@@ -104,6 +104,20 @@ def test_the_folders_of_a_layer_form_no_circle(folder: str):
     assert circle(graph) == []
 
 
+def test_flower_is_imported_in_one_folder():
+    found = {
+        name
+        for name, file in MODULES.items()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for module in (
+            [node.module or ""] if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        )
+        if module.split(".")[0] in ("flwr", "fastapi", "uvicorn", "starlette")
+    }  # fmt: skip
+    assert {name.rpartition(".")[0] for name in found} == {"fleetune.fleet.flower"}
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -8,6 +8,7 @@ has the same with processes that are killed.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import socket
@@ -348,6 +349,16 @@ def test_what_cannot_be_is_refused_before_any_work(
     Path("recipe.toml").write_text(recipes.to_toml(recipes.make(FEDKSEED)))
     assert main(["fleet", *words]) in (2, 4)
     assert what in capsys.readouterr().err
+
+
+def test_without_flower_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "flwr" else find(name, *more)
+    )
+    with pytest.raises(UsageError) as caught:
+        Served(Place())
+    assert "fleetune[fleet]" in str(caught.value.hint)
 
 
 def test_a_port_in_use_and_a_second_process_of_a_device_are_refused(place: Path) -> None:

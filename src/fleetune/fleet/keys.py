@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.util
 import ipaddress
 import os
 from collections.abc import Sequence
@@ -49,11 +50,8 @@ class PrivateKey:
 
 def check_installed() -> None:
     """UsageError where the libraries of a real fleet are not there."""
-    try:
-        import cryptography  # noqa: F401
-        import flwr  # noqa: F401
-    except ImportError as error:
-        raise UsageError("a real fleet needs Flower, which is not installed", hint=INSTALL) from error
+    if not all(importlib.util.find_spec(name) for name in ("flwr", "cryptography")):
+        raise UsageError("a real fleet needs Flower, which is not installed", hint=INSTALL)
 
 
 def make(path: Path) -> PrivateKey:
