@@ -51,6 +51,15 @@ def test_an_answer_comes_back(what, nonce, round, body, seconds, rss):
     assert Reply.decode(reply.encode()) == reply
 
 
+def test_orders_of_one_body_end_alike():
+    one, other = (
+        Order("work", 1, 2, 3, b"the body"),
+        Order("work", 9, 400, 1 << 60, b"the body", (3, 4), 5, "why"),
+    )
+    assert one.encode()[-one.common :] == other.encode()[-other.common :]
+    assert one.encode()[-one.common :].startswith(b"the body")
+
+
 def test_no_two_orders_are_the_same():
     assert Order("work").encode() != Order("work").encode()
 

@@ -90,11 +90,16 @@ class Order:
     nonce: bytes = field(default_factory=lambda: secrets.token_bytes(16))
 
     def encode(self) -> bytes:
-        """Return the order as bytes."""
+        """Return the order as bytes; they end with the body, which the orders of a round may have in common."""
         return _encode(self.what, self.round, self.nonce, {
-            "client": self.client, "key": self.key, "body": self.body, "kept_round": self.kept[0],
-            "kept_crc": self.kept[1], "oldest": self.oldest, "reason": self.reason,
+            "client": self.client, "key": self.key, "kept_round": self.kept[0], "kept_crc": self.kept[1],
+            "oldest": self.oldest, "reason": self.reason, "body": self.body,
         })  # fmt: skip
+
+    @property
+    def common(self) -> int:
+        """Return how many bytes at the end of `encode()` are those of any order with this body."""
+        return len(self.body) + 1  # and the empty map of arrays
 
     @classmethod
     def decode(cls, data: bytes) -> Order:

@@ -42,8 +42,11 @@ class Link(Protocol):
         """Return what the device with this key is called."""
         ...
 
-    def push(self, key: str, data: bytes) -> str | None:
-        """Queue an order for a device; its number, or None where the device is not known."""
+    def push(self, key: str, data: bytes, common: int = 0) -> str | None:
+        """Queue an order for a device; its number, or None where the device is not known.
+
+        The last `common` bytes may be those of other orders too: a link keeps them once.
+        """
         ...
 
     def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
@@ -300,7 +303,7 @@ class RemoteFleet:
         )  # fmt: skip
 
     def _push(self, key: str, order: Order, here: Mapping[str, str]) -> str | None:
-        number = self.link.push(key, order.encode())
+        number = self.link.push(key, order.encode(), order.common)
         if number is not None:
             self._orders[number] = _Order(key, here.get(key, ""), order)
         return number

@@ -165,11 +165,11 @@ class Gate:
         """Return what the device with this key is called: its key file, or the begin of its key's hash."""
         return self._names.get(self._nodes.get(key, 0), key[:8])
 
-    def push(self, key: str, data: bytes) -> str | None:
-        """Queue an order for a device."""
+    def push(self, key: str, data: bytes, common: int = 0) -> str | None:
+        """Queue an order for a device; its last `common` bytes are stored once for all orders that end with them."""
         if (node := self._nodes.get(key)) is None:
             return None
-        message = Message(wire.pack(data), node, "train", ttl=LIFETIME)
+        message = Message(wire.pack(data, common), node, "train", ttl=LIFETIME)
         wire.set_id(message, message.object_id)
         with no_object_id_recompute():
             session = self.state.start_session(self.run)

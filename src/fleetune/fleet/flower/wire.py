@@ -17,12 +17,18 @@ logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it logs every request, o
 PIECE: Final = 1 << 20  # bytes of an object; each has to arrive within 180 s
 
 
-def pack(data: bytes) -> RecordDict:
-    """Return the bytes as records of at most `PIECE`; a number keeps equal pieces apart, which Flower would merge."""
-    count = max(1, -(-len(data) // PIECE))
-    return RecordDict(
-        {str(i): ConfigRecord({"n": i, "data": data[i * PIECE : (i + 1) * PIECE]}) for i in range(count)}
-    )
+def pack(data: bytes, common: int = 0) -> RecordDict:
+    """Return the bytes as records of at most `PIECE`; the last `common` bytes begin a record of their own.
+
+    Flower stores equal records of different messages once.  Within a message a number keeps them apart.
+    """
+    cut = len(data) - common
+    starts = sorted({*range(0, max(1, cut), PIECE), *range(cut, len(data), PIECE)})
+    ends = [*starts[1:], len(data)]
+    return RecordDict({
+        str(i): ConfigRecord({"n": i, "data": data[start:end]})
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+    })  # fmt: skip
 
 
 def unpack(content: RecordDict) -> bytes:
