@@ -90,6 +90,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("deploy/serving/places.py", "        if self._open[oldest][0] == Stage.ENGINE:", "        if False:", "deploy/test_serve_hostile.py"),
     # errors
     Mutant("errors.py", "    exit_code = 3", "    exit_code = 1", "cli/test_cli.py"),
+    # a real fleet
+    Mutant("fleet/remote.py", "if reply.nonce != order.nonce or reply.round != order.round:", "if reply.round != order.round:", "fleet/test_remote.py"),
+    Mutant("fleet/worker.py", "        memories.rewind(round)", "        pass", "fleet/test_worker.py"),
+    Mutant("fleet/table.py", "elif (member.rows, member.rows_digest) != (device.rows, device.rows_digest):", "elif False:", "fleet/test_remote.py"),
 )  # fmt: skip
 
 
