@@ -26,7 +26,7 @@ demo: $(VENV)/ready
 	$(BIN)/fleetune demo
 
 test: $(VENV)/ready
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/pytest -n auto --maxprocesses 4
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

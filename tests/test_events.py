@@ -79,9 +79,6 @@ ELSEWHERE = {  # these need an engine, the network or Ctrl-C: their tests check 
 }  # fmt: skip
 
 
-pytestmark = pytest.mark.xdist_group("tour")  # one process makes the tour, not each
-
-
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each command of the tour prints."""
