@@ -27,6 +27,11 @@ DAYS: Final = 3650  # that a certificate is valid
 INSTALL: Final = "pip install 'fleetune[fleet]'"
 
 
+def fingerprint(pem: bytes) -> str:
+    """Return the hash of a public key (PEM) by which a device is known: SHA-256, hexadecimal."""
+    return hashlib.sha256(pem).hexdigest()
+
+
 @dataclass(frozen=True)
 class PublicKey:
     """A device's public key: its name (of the file, without .pub) and its bytes (PEM)."""
@@ -37,7 +42,7 @@ class PublicKey:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of it, hexadecimal."""
-        return hashlib.sha256(self.pem).hexdigest()
+        return fingerprint(self.pem)
 
 
 @dataclass(frozen=True)

@@ -130,9 +130,10 @@ class Worker:
             self.note(f"round {order.round}: answered again from the disk")
             return kept[len(digest) :]
         reply = self._work(order)
+        encoded = reply.encode()
         if reply.what == "done":
-            write_atomic(file, digest + reply.encode(), mode=PRIVATE)
-        return reply.encode()
+            write_atomic(file, digest + encoded, mode=PRIVATE)
+        return encoded
 
     def _work(self, order: Order) -> Reply:
         began = time.monotonic()

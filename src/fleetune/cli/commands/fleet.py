@@ -51,7 +51,15 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         nargs="*",
         help="HOST:PORT (join), what to make (keys), RUN (devices, status, stop, audit)",
     )
-    serve = sub.add_argument_group("serve")
+    _serve_arguments(sub.add_argument_group("serve"))
+    _join_arguments(
+        sub.add_argument_group("join (with --data, --model, --device and --threads of this device)")
+    )
+    sub.add_argument("--to", metavar="DIR", help="for split: folder for the files")
+    recipe_flags.add(sub)
+
+
+def _serve_arguments(serve: argparse._ArgumentGroup) -> None:
     serve.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
     serve.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
     serve.add_argument(
@@ -85,7 +93,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="go on without those that have not answered by then (default: wait)",
     )
-    join = sub.add_argument_group("join (with --data, --model, --device and --threads of this device)")
+
+
+def _join_arguments(join: argparse._ArgumentGroup) -> None:
     join.add_argument(
         "--state",
         metavar="DIR",
@@ -99,8 +109,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--ca", metavar="FILE", help="ca.pem of the server; needed unless the server is this machine"
     )
     join.add_argument("--ram", metavar="SIZE", help="memory that the work may take, e.g. 2GB (default: all)")
-    sub.add_argument("--to", metavar="DIR", help="for split: folder for the files")
-    recipe_flags.add(sub)
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

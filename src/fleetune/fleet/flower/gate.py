@@ -38,7 +38,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from fleetune.errors import FleetError
 from fleetune.fleet.flower import wire
-from fleetune.fleet.keys import PublicKey
+from fleetune.fleet.keys import PublicKey, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Gate:
         """Return the devices that are there now, each with the time at which it came in."""
         found = {}
         for info in self.state.get_node_info(statuses=[NodeStatus.ONLINE]):
-            found[key := wire.fingerprint(info.public_key)] = f"{info.node_id} {info.last_activated_at}"
+            found[key := fingerprint(info.public_key)] = f"{info.node_id} {info.last_activated_at}"
             self._nodes[key] = info.node_id
         return found
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from typing import Any, Final
 
@@ -59,8 +58,3 @@ def objects_of(message: Message) -> dict[str, Any]:
     """Return the objects of a message by number."""
     found: dict[str, Any] = get_all_nested_objects(message)
     return found
-
-
-def fingerprint(public_key: bytes) -> str:
-    """Return the hash of a public key (PEM) by which a device is known."""
-    return hashlib.sha256(public_key).hexdigest()
