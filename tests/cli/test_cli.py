@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +379,15 @@ def test_the_runs_own_recipe_repeats_it(tiny, at, capsys):
 # Stops ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of a run that nothing stops."""
+    folder = str(tmp_path_factory.mktemp("whole"))
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()):
+        assert main(["tune", tiny, "demo", *ZO, *QUICK, "--rounds", "15", "--out", folder, "--json"]) == 0
+    return str(events(out.getvalue())[-1]["digest"])
+
+
 def started(tiny: str, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fleetune", "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "15", *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -391,7 +402,7 @@ def wait_for_round(folder: Path, least: int) -> None:
     raise AssertionError("the run did not start")
 
 
-def test_ctrl_c_says_how_to_resume_and_the_bits_are_the_same(tiny, at, capsys):
+def test_ctrl_c_says_how_to_resume_and_the_bits_are_the_same(tiny, at, capsys, whole):
     process = started(tiny)
     wait_for_round(at, 2)
     process.send_signal(signal.SIGINT)
@@ -402,23 +413,19 @@ def test_ctrl_c_says_how_to_resume_and_the_bits_are_the_same(tiny, at, capsys):
     assert (at / "runs" / "latest" / "status").read_text() == "interrupted\n"
     code, out, _ = call(capsys, "tune", "--resume", "latest", "--json")
     assert code == 0
-    resumed = events(out)[-1]["digest"]
-    _, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "15", "--json", "--out", "whole")
-    assert events(out)[-1]["digest"] == resumed
+    assert events(out)[-1]["digest"] == whole
     lines = [json.loads(x) for x in (at / "runs" / "latest" / "metrics.jsonl").read_text().splitlines()]
     assert [e["round"] for e in lines if e["event"] == "round"] == list(range(1, 16))
 
 
-def test_kill_9_then_resume_gives_the_same_bits(tiny, at, capsys):
+def test_kill_9_then_resume_gives_the_same_bits(tiny, at, capsys, whole):
     process = started(tiny)
     wait_for_round(at, 3)
     process.kill()
     process.communicate()
     code, out, _ = call(capsys, "tune", "--resume", "latest", "--json")
     assert code == 0
-    resumed = events(out)[-1]["digest"]
-    _, out, _ = call(capsys, "tune", tiny, "demo", *ZO, *QUICK, "--rounds", "15", "--json", "--out", "whole")
-    assert events(out)[-1]["digest"] == resumed
+    assert events(out)[-1]["digest"] == whole
     code, _, err = call(capsys, "tune", "--resume", "latest")
     assert code == 0
     assert "finished already" in err

@@ -78,6 +78,15 @@ def method(name: str) -> Method:
     )
 
 
+def short(name: str) -> Method:
+    """The method of a case with few local steps, for what holds after any number of them."""
+    return _sized(method(name), 6)
+
+
+def _sized(chosen: Method, steps: int) -> Method:
+    return methods.sized(chosen, steps, getattr(chosen, "batch_size", 2))
+
+
 def rows(model: Model) -> list[Encoded]:
     examples = [
         Example((("user", f"say {c} {n}"),), f"{c} {c} {n}", {"colour": c})
@@ -141,7 +150,7 @@ def train(
     """
     model, chosen = models.tiny_llama(), method(name)
     if steps:
-        chosen = methods.sized(chosen, steps, getattr(chosen, "batch_size", 2))
+        chosen = _sized(chosen, steps)
     state = chosen.init(model, key())
     opened = run_dir or create(folder, name.partition(":")[0], "tiny")
 

@@ -357,7 +357,14 @@ def compiled() -> None:
 
 
 @measured_here
-@pytest.mark.parametrize(("name", "which"), [("mezo", "wide"), ("fedit", "wide"), ("fedpetuning", "deep")])
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        ("fedit", "wide"),
+        pytest.param("mezo", "wide", marks=pytest.mark.slow),
+        pytest.param("fedpetuning", "deep", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("compiled")
 def test_predicted_memory_is_within_15_percent_of_measured(name: str, which: str, tmp_path: Path) -> None:
     model = tiny_llama(**SHAPES[which])
