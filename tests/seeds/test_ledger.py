@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -55,6 +56,7 @@ def base() -> dict[str, torch.Tensor]:
     return {n: torch.from_numpy(uniform(f"ledger/{n}", shape, 1.0)) for n, shape, _ in TENSORS}
 
 
+@functools.cache
 def direction(law: str, run_key: int, id: int, start: int, count: int, K: int = K) -> np.ndarray:
     """One direction, from the definition: int64 [count]."""
     if law == "rademacher":

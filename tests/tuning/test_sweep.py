@@ -320,6 +320,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_result_is_that_of_no_stop(at, capsys, 
     assert all(e["skipped"] for e in events(out) if e["event"] == "run")
 
 
+@pytest.mark.faults
 def test_kill_9_then_resume_gives_the_same_bits(at, capsys):
     (at / "recipe.toml").write_text(RECIPE.format(rounds=8))
     args = ["sweep", "recipe.toml", "--vary", "K=8,16"]
