@@ -16,7 +16,7 @@ from fleetune.fleet.keys import INSTALL
 from fleetune.runs.events import FleetShown
 
 if TYPE_CHECKING:
-    from prometheus_client import Metric
+    from prometheus_client.core import Metric
 
 TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 STATES: Final = ("at work", "ready", "joining", "away", "has not joined")  # of devices

@@ -22,7 +22,7 @@ from fleetune.runs import rundir, sealed
 from fleetune.runs.events import DeviceShown, FleetShown
 from fleetune.runs.follow import Follower
 
-FILE: Final = "fleet.json"
+FILE: Final = rundir.FLEET
 STOP: Final = "fleet.stop"
 WORDS: Final = frozenset(
     {"t", "session", "pid", "machine", "rss", "address", "round", "rounds", "devices"}
@@ -160,9 +160,9 @@ def cells(device: DeviceShown) -> list[str]:
         device.name, str(device.client), device.does, "" if device.round is None else str(device.round),
         f"{reply}: {device.reason}" if device.reason else reply,
         "" if device.loss is None else show("loss", device.loss),
-        "" if device.bytes_up is None else human_bytes(device.bytes_up),
-        "" if device.bytes_down is None else human_bytes(device.bytes_down),
-        "" if device.seconds is None else human_time(device.seconds), str(device.lost or ""),
+        human_bytes(device.bytes_up) if device.bytes_up else "",
+        human_bytes(device.bytes_down) if device.bytes_down else "",
+        human_time(device.seconds) if device.seconds else "", str(device.lost or ""),
     ]  # fmt: skip
 
 
@@ -170,13 +170,14 @@ def facts(now: FleetShown) -> list[tuple[str, str]]:
     """Return how the run stands, as names and values."""
     took = f" · the last took {human_time(now.round_seconds)}" if now.round_seconds is not None else ""
     loss = f" · validation loss {show('loss', now.loss)}" if now.loss is not None else ""
-    return [
+    found = [
         ("round", f"{now.round} of {now.rounds}{took}{loss}"),
         ("devices", _counts(now.states)),
         ("replies", _counts(now.replies)),
         ("bytes", f"{human_bytes(now.bytes_up)} up · {human_bytes(now.bytes_down)} down"),
         ("server", f"{now.address} · process {now.pid} on {now.machine} · memory {human_bytes(now.rss)}"),
     ]
+    return [(name, value) for name, value in found if value]
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -133,14 +133,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _serve(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.tuning import run as running
-
     _no_words(args)
     path = rundir.find(args.resume, Path(args.out)) if args.resume else None
     if path is not None:
         recipe_flags.check_resume(args, path, "fleetune fleet serve --resume")
-    fleets = _served(args)
-    with screen(ui) as shown, _page(args, ui) as fleets.page, fleets:
+    page, fleets = _page(args, ui), _served(args)
+    from fleetune.tuning import run as running
+
+    with screen(ui) as shown, page as fleets.page, fleets:
         if path is not None:
             result = running.resume(path, shown, offline=args.offline, fleets=fleets)
         else:

@@ -99,6 +99,11 @@ class Front(ThreadingHTTPServer):
         finally:
             self.places.leave(request)
 
+    def server_close(self) -> None:
+        """Stop listening, and end the connections that are kept open for more requests."""
+        super().server_close()
+        self.places.cut_all()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what breaks a connection: mostly a client that went away."""
         log.debug("connection of %s", client_address, exc_info=True)

@@ -52,7 +52,7 @@ def _rerun_section(run: RunLog) -> str:
         (f"fleetune tune -c {shlex.quote(run.shown_path + '/run.toml')}", "the same run, in a new folder")
     ]
     if kind_of(run.status) != "done":
-        lines.insert(0, (f"fleetune tune --resume {where}", "go on where it stopped"))
+        lines.insert(0, (run.resume, "go on where it stopped"))
     if (run.path / "ledger.safetensors").is_file():
         ledger = shlex.quote(run.shown_path + "/ledger.safetensors")
         lines.append((f"fleetune ledger verify {ledger}", "rebuild the tuned weights and check their digest"))
