@@ -126,7 +126,6 @@ class LivePage:
             raise Refusal(404, "not_found", f"there is nothing at {path}")
         if self._shown is None:
             raise Refusal(503, "loading", "The run is being prepared: data and model are loaded.")
-        exchange.hold()
         try:
             with self._lock:
                 kind, body = ANSWERS[path](self._shown)
