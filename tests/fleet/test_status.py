@@ -125,3 +125,11 @@ def test_stop_reaches_the_session_that_wrote_the_last_word_and_no_other(run):
         assert not status.take_stop(run, "another")
         assert status.take_stop(run, "5e55")
         assert not status.take_stop(run, "5e55")  # once
+
+
+def test_resume_takes_no_part_of_a_recipe(run, capsys):
+    for more in (["--rounds", "3"], ["-c", "recipe.toml"], ["--set", "K=4"]):
+        assert main(["fleet", "serve", "--resume", "latest", "--out", str(run.parent), *more]) == 2
+        said = capsys.readouterr().err
+        assert "follows the run's own recipe" in said
+        assert f"fleetune fleet serve --resume {run}" in said

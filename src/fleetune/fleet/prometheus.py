@@ -56,7 +56,7 @@ def _metrics(now: FleetShown) -> Iterator[Metric]:
         if value is not None:
             yield GaugeMetricFamily(name, what, value)
     states = GaugeMetricFamily("fleetune_devices", "Devices by what they do.", labels=["state"])
-    for state in STATES:
+    for state in dict.fromkeys((*STATES, *now.states)):
         states.add_metric([state], now.states.get(state, 0))
     yield states
     replies = CounterMetricFamily("fleetune_replies", "Replies of finished rounds.", labels=["status"])
