@@ -93,6 +93,8 @@ MUTANTS: tuple[Mutant, ...] = (
     # a real fleet
     Mutant("fleet/remote.py", "if reply.nonce != order.nonce or reply.round != order.round:", "if reply.round != order.round:", "fleet/test_remote.py"),
     Mutant("fleet/worker.py", "        memories.rewind(round)", "        pass", "fleet/test_worker.py"),
+    Mutant("fleet/page.py", "        exchange.check_token()\n", "        pass\n", "fleet/test_page.py"),
+    Mutant("fleet/status.py", "= read_text(run / STOP, errors=\"replace\") == session", "= bool(read_text(run / STOP))", "fleet/test_status.py"),
     Mutant("fleet/table.py", "elif (member.rows, member.rows_digest) != (device.rows, device.rows_digest):", "elif False:", "fleet/test_remote.py"),
 )  # fmt: skip
 

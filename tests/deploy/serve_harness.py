@@ -18,6 +18,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from fleetune.deploy.serving.engine_site import EngineSite
 from fleetune.deploy.serving.front import Front
 from fleetune.deploy.serving.openai_client import Address
 
@@ -135,8 +136,9 @@ def running(server: ThreadingHTTPServer) -> Iterator[None]:
 @contextmanager
 def door(upstream: Upstream, token: str = "", host: str = "127.0.0.1") -> Iterator[Front]:
     """The front before an upstream, both running."""
-    front = Front(host, 0, token)
-    front.attach(upstream.address, lambda: True)
+    site = EngineSite()
+    site.attach(upstream.address, lambda: True)
+    front = Front(host, 0, token, site)
     with running(upstream), running(front):
         yield front
 

@@ -19,6 +19,7 @@ from serve_harness import KEY, ask, door, error_of, raw, running
 
 from fleetune.deploy.serving import front as serve
 from fleetune.deploy.serving import places, proxy, request_checks
+from fleetune.deploy.serving.engine_site import EngineSite
 from fleetune.deploy.serving.front import Front
 from fleetune.deploy.serving.openai_client import Address
 from fleetune.deploy.serving.request_checks import MAX_BODY
@@ -250,7 +251,7 @@ def test_requests_of_its_own_page_are_taken_also_behind_tls(front):
 
 def test_off_loopback_there_must_be_a_token_and_any_host_will_do(upstream):
     with pytest.raises(UsageError, match="token"):
-        Front("0.0.0.0", 0, "")
+        Front("0.0.0.0", 0, "", EngineSite())
     with door(upstream, "secret", "0.0.0.0") as front:
         assert not front.loopback
         assert socket.gethostname() in front.url
@@ -319,7 +320,7 @@ def test_a_body_that_a_form_could_send_is_refused(front, upstream):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(front, monkeypatch):
-    monkeypatch.setattr(serve._Handler, "timeout", 0.2)
+    monkeypatch.setattr(serve.Exchange, "timeout", 0.2)
     with socket.create_connection(("127.0.0.1", front.server_port), timeout=20) as connection:
         connection.sendall(
             f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 5\r\n\r\n".encode()
@@ -404,8 +405,8 @@ def test_an_engine_that_dies_in_a_stream_ends_it_with_an_error_event(front, upst
 def test_no_engine_at_the_port_is_a_502(upstream):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
-        front = Front("127.0.0.1", 0, "")
-        front.attach(Address("127.0.0.1", taken.getsockname()[1], KEY), lambda: False)
+        front = Front("127.0.0.1", 0, "", EngineSite())
+        front.site.attach(Address("127.0.0.1", taken.getsockname()[1], KEY), lambda: False)
         with running(front):
             assert ask(front, "POST", CHAT, QUESTION)[0] == 502
             status, _, body = ask(front, "GET", "/health")
@@ -416,29 +417,29 @@ def test_no_engine_at_the_port_is_a_502(upstream):
 def test_an_engine_that_says_nothing_is_a_504(front, upstream, monkeypatch):
     monkeypatch.setattr(proxy, "SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        front.attach(Address("127.0.0.1", mute.getsockname()[1], KEY), lambda: True)
+        front.site.attach(Address("127.0.0.1", mute.getsockname()[1], KEY), lambda: True)
         status, _, body = ask(front, "POST", CHAT, QUESTION)
     assert (status, error_of(body)["code"]) == (504, "engine_timeout")
 
 
 def test_until_the_engine_is_ready_it_says_loading(upstream):
-    front = Front("127.0.0.1", 0, "")
+    front = Front("127.0.0.1", 0, "", EngineSite())
     with running(front), running(upstream):
         status, _, body = ask(front, "POST", CHAT, QUESTION)
         assert (status, error_of(body)["code"]) == (503, "loading")
         assert json.loads(ask(front, "GET", "/health")[2]) == {"status": "loading"}
-        front.attach(upstream.address, lambda: True)
+        front.site.attach(upstream.address, lambda: True)
         assert ask(front, "POST", CHAT, QUESTION)[0] == 200
         assert json.loads(ask(front, "GET", "/health")[2]) == {"status": "ok"}
 
 
 def test_a_port_in_use_or_out_of_range_is_said(front):
     with pytest.raises(UsageError, match=f"port {front.server_port} is in use"):
-        Front("127.0.0.1", front.server_port, "")
+        Front("127.0.0.1", front.server_port, "", EngineSite())
     with pytest.raises(UsageError, match="no port 70000"):
-        Front("127.0.0.1", 70000, "")
+        Front("127.0.0.1", 70000, "", EngineSite())
     with pytest.raises(UsageError, match="cannot listen"):
-        Front("198.51.100.7", 0, "secret")
+        Front("198.51.100.7", 0, "secret", EngineSite())
 
 
 def test_garbage_gets_an_error_of_the_same_form(front):

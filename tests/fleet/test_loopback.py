@@ -24,11 +24,13 @@ import pytest
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.deploy.serving.front import listening
 from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import device as devices_module
 from fleetune.fleet import keys, server
 from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.device import Home
+from fleetune.fleet.page import LivePage
 from fleetune.fleet.remote import Pace
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.worker import Brings
@@ -142,14 +144,17 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(place: Path, recip
     assert found.done.tuned == simulated.done.tuned
 
 
-def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(place: Path) -> None:
+def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "WORD", 0.0)
     recipe = recipes.make(FEDIT)
     simulated = fleetune.tune(recipe, out="simulated")
     split(FEDIT)
     port = free_port()
     where = Place("127.0.0.1", port, Path("keys"), Path("certs"))
 
-    class StopInRound2(fleetune.Silent):
+    class StopAfterRound2(fleetune.Silent):
         rounds = 0
 
         def event(self, event: Any) -> None:
@@ -158,12 +163,24 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(place: 
         @property
         def stop_requested(self) -> bool:
             if self.rounds == 2:
+                self.rounds = 0
                 status_of_the_fleet("latest")
-            return self.rounds == 2
+                assert main(["fleet", "stop", "latest", "--out", "real", "-q"]) == 0
+            return False
 
+    live = LivePage()
     with devices(port) as joined:
-        with pytest.raises(Interrupted), Served(where, pace=QUICK) as fleets:
-            running.start(recipe, Path("real"), StopInRound2(), offline=True, fleets=fleets)
+        with (
+            pytest.raises(Interrupted) as stopped,
+            Served(where, pace=QUICK, page=live) as fleets,
+            listening("127.0.0.1", 0, "", live) as front,
+        ):
+            try:
+                running.start(recipe, Path("real"), StopAfterRound2(), offline=True, fleets=fleets)
+            finally:
+                shown = httpx.get(f"{front.url}/status").json()
+        assert "fleet serve --resume" in str(stopped.value.hint)
+        assert (shown["status"], shown["replies"]["ok"]) == ("interrupted", 2 * CLIENTS)
         joined[1].leave.set()  # and one is replaced by a new process meanwhile
         joined[1].join(20)
         joined[1] = Device(port, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.common import settings
+from fleetune.errors import UsageError
 from fleetune.tuning import recipe as recipes
 
 PREFIX = "recipe_"
@@ -47,3 +48,12 @@ def keys(args: argparse.Namespace, file: str | None) -> dict[str, Any]:
     values: dict[str, Any] = recipes.read(Path(file)) if file else {}
     values |= given(args)
     return {**values, "set": {**values.get("set", {}), **settings.pairs(args.set)}}
+
+
+def check_resume(args: argparse.Namespace, path: Path, command: str) -> None:
+    """UsageError for a part of a recipe that is given beside `--resume`; `command` resumes the run at `path`."""
+    found = [word for name in ("model", "data", "config") if (word := getattr(args, name, None))]
+    if found := [*found, *given(args), *args.set]:
+        raise UsageError(
+            f"--resume follows the run's own recipe; it takes no {found[0]}", hint=f"{command} {path}"
+        )

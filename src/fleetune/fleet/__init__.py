@@ -4,7 +4,15 @@
     server.py     run a recipe on the devices that join       device.py, worker.py   join, and do a device's work
     remote.py     ask devices that die, come back and lie     table.py               which key is which client
     orders.py     what is asked and answered, as bytes        keys.py                keys and certificates
+    status.py     how a run stands, from its folder           page.py, prometheus.py the same on a live page, and as metrics
     flower/       the way: Flower's Fleet API
 
 The rounds are those of a simulated fleet (`tuning/rounds.py`), so a run ends in the same digest.
 """
+
+from __future__ import annotations
+
+from typing import Final
+
+PORT: Final = 8470  # where a server listens for devices
+PAGE_PORT: Final = 8471  # and where it shows its page, if it is asked to

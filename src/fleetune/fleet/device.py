@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fleetune.common.locks import lock
 from fleetune.errors import FleetError, Interrupted, UsageError
+from fleetune.fleet import PORT
 from fleetune.fleet import keys as keyring
-from fleetune.fleet.server import PORT
 from fleetune.fleet.worker import Brings, Worker
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fleetune.common.memory import rss
 from fleetune.errors import Interrupted, UsageError
+from fleetune.fleet import PORT, status
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.keys import PublicKey
@@ -24,11 +27,10 @@ from fleetune.tuning.fleets import Fleet
 from fleetune.tuning.recipe import label_words
 
 if TYPE_CHECKING:
+    from fleetune.fleet.page import LivePage
     from fleetune.tuning.prepare import TuneJob
     from fleetune.tuning.run import Step
 
-PORT: Final = 8470
-STATUS: Final = "fleet.json"
 WORD: Final = 1.0  # seconds between two words to `fleet status`
 LOOK: Final = 2.0  # seconds between two looks at the folder of keys
 
@@ -67,7 +69,9 @@ class Served:
     place: Place
     wait: int = 0  # devices before the first round; 0: the recipe's clients, or all whose keys are here
     pace: Pace = field(default_factory=Pace)
+    page: LivePage | None = None  # is told which run to show
     simulated: bool = False
+    session: str = field(init=False, default_factory=lambda: secrets.token_hex(16))  # of this process
     _keys: list[PublicKey] | None = field(init=False)
     _fleet: RemoteFleet | None = field(init=False, default=None)
     _next_look: float = field(init=False, default=0.0)  # at the folder of keys
@@ -110,12 +114,16 @@ class Served:
         devices = Devices(run.path)
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
         listener.note(f"on each device: {self.line()}")
+        if self.page is not None:
+            self.page.show(run.path)
 
         def look() -> None:
             self._read_keys_again(devices, listener)
-            self._publish(run)
-            if listener.stop_requested:
-                raise Interrupted("stopped while waiting for devices; finished rounds are kept")
+            if self._publish(run) or listener.stop_requested:
+                raise Interrupted(
+                    "stopped while waiting for devices; finished rounds are kept",
+                    hint=f"fleetune fleet serve --resume {run.path}",
+                )
 
         self._fleet = RemoteFleet(
             self._gate, devices, job_of(job, devices.run), job.recipe.seed, self.pace,
@@ -147,17 +155,19 @@ class Served:
             ]
             listener.note(f"keys: {', '.join(sorted(changed))}")
 
-    def _publish(self, run: RunDir) -> None:
-        """Write down what the devices do, for `fleetune fleet status`."""
+    def _publish(self, run: RunDir) -> bool:
+        """Write down what the devices do, for `fleetune fleet status`; tell whether `fleetune fleet stop` was called."""
         if self._fleet is None or time.monotonic() < self._next_word:
-            return
+            return False
         self._next_word = time.monotonic() + WORD
         doing = [{"name": name, "client": client, "does": does} for name, client, does in self._fleet.doing()]
         content = {
-            "t": round(time.time(), 1), "pid": os.getpid(), "machine": platform.node(),
-            "address": f"{self.place.host}:{self.place.port}", "round": self._fleet.round, "devices": doing,
+            "t": round(time.time(), 1), "session": self.session, "pid": os.getpid(), "machine": platform.node(),
+            "rss": rss(), "address": f"{self.place.host}:{self.place.port}", "round": self._fleet.round,
+            "rounds": self._fleet.job.rounds, "devices": doing,
         }  # fmt: skip
-        run.write(STATUS, sealed.to_text(content) + "\n", private=True)
+        run.write(status.FILE, sealed.to_text(content) + "\n", private=True)
+        return status.take_stop(run.path, self.session)
 
     def line(self) -> str:
         """Return the command for a device."""

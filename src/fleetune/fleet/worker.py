@@ -126,9 +126,11 @@ class Worker:
     def _once(self, order: Order, data: bytes) -> bytes:
         """Give the answer from the disk when this very order was the last one answered."""
         digest, file = hashlib.sha256(data).digest(), self.state / ANSWER
-        if file.exists() and (kept := file.read_bytes())[: len(digest)] == digest:
-            self.note(f"round {order.round}: answered again from the disk")
-            return kept[len(digest) :]
+        if file.exists():
+            with file.open("rb") as kept:
+                if kept.read(len(digest)) == digest:
+                    self.note(f"round {order.round}: answered again from the disk")
+                    return kept.read()
         reply = self._work(order)
         encoded = reply.encode()
         if reply.what == "done":

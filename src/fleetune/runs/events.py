@@ -256,6 +256,48 @@ class RunListed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceShown:
+    """A device of a real fleet, and what became of its last reply."""
+
+    client: int  # from 0
+    name: str  # of its key's file, or the begin of its key's hash
+    does: str  # at work, ready, joining, away or has not joined; "" while no server has the run
+    round: int | None = None  # of its last reply; null before the first, as the next six
+    status: str | None = None  # of that reply, as in `ClientReply`
+    reason: str | None = None  # of any status but ok
+    loss: float | None = None  # training loss, as the device states
+    bytes_up: int | None = None  # size of the reply
+    bytes_down: int | None = None  # size of the message that it answers
+    seconds: float | None = None  # of its local work
+    lost: int = 0  # its replies that did not count, of all rounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetShown(Event):
+    """`fleet status`: a real fleet's run; totals are of its finished rounds."""
+
+    event: ClassVar[str] = "fleet"
+    run: str  # path of the run's folder
+    status: str  # running, done, interrupted, failed (and why) or unknown
+    served: bool  # whether a server has the run now
+    t: float  # of the server's last word, seconds since 1970
+    heard: float  # seconds since that word
+    address: str  # where devices reach the server
+    machine: str  # on which the server runs
+    pid: int  # its process
+    rss: int  # resident memory of the server, bytes
+    round: int  # that is in progress; 0 before the first
+    rounds: int  # number of rounds to run
+    states: Mapping[str, int]  # number of devices by what they do; empty while no server has the run
+    replies: Mapping[str, int]  # number of replies by status
+    bytes_up: int  # of all replies
+    bytes_down: int  # of all messages to devices
+    round_seconds: float | None  # of the last finished round
+    loss: float | None  # validation loss, the latest
+    devices: Sequence[DeviceShown]  # by client
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepListed(Event):
     """`runs`: the folder of a sweep."""
 

@@ -110,7 +110,7 @@ class Metrics:
 def events(folder: Path) -> Iterator[dict[str, Any]]:
     """The events in the metrics.jsonl of a run; a line that cannot be read is left out."""
     for line in _bytes(folder / FILE).split(b"\n"):
-        if event := _event(line):
+        if event := event_of(line):
             yield event
 
 
@@ -121,7 +121,7 @@ def is_intact(folder: Path) -> bool:
     """
     data = _bytes(folder / FILE)
     start = data.rstrip(b"\n").rfind(b"\n") + 1
-    last = _event(data[start:])
+    last = event_of(data[start:])
     if last is None or last["event"] != "done":
         return False
     stated = last.pop(CRC, None)
@@ -132,7 +132,8 @@ def _seal(line: Mapping[str, Any], before: int) -> str:
     return f"{zlib.crc32(json.dumps(line).encode(), before):08x}"
 
 
-def _event(line: bytes) -> dict[str, Any] | None:
+def event_of(line: bytes) -> dict[str, Any] | None:
+    """Return the event of a line of metrics.jsonl; None for a line that cannot be read."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -143,7 +144,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
 def _readable(data: bytes, round: int) -> tuple[list[dict[str, Any]], int]:
     """Return the events up to `round`, and how many lines before the last cannot be read; the last may be torn by a kill."""
     lines = data.split(b"\n")
-    found = [(number, _event(line)) for number, line in enumerate(lines) if line.strip()]
+    found = [(number, event_of(line)) for number, line in enumerate(lines) if line.strip()]
     torn = sum(event is None and number < len(lines) - 1 for number, event in found)
     read = [event for _, event in found if event is not None and event["event"] != "done"]
     return [e for e in read if _round_of(e) <= round], torn

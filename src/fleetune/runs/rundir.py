@@ -7,6 +7,7 @@
       checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
       memories/       what methods keep on simulated clients, if they do (fleets/memories.py)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
+      fleet.json  fleet.stop  devices.json  audit.jsonl          of a real fleet (fleet/)
 
 A round counts once its checkpoint is renamed into place.  Whatever a kill leaves beyond that (metrics of an
 unfinished round, a temporary file) is cut off at the next start, so a resumed run writes what the
@@ -49,6 +50,7 @@ LOCK = ".lock"
 LOOKS = 4  # tries to get the lock
 LATEST = "latest"
 ENVIRONMENT = "env.json"
+FLEET = "fleet.json"  # the last word of a real fleet's server
 STATUSES = ("running", "done", "interrupted", "failed")
 
 

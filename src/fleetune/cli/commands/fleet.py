@@ -5,24 +5,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import signal
-import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from fleetune.cli import recipe_flags
 from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
+from fleetune.common.display import human_time
 from fleetune.errors import RecipeError, StorageError, UsageError
-from fleetune.runs import rundir, sealed
+from fleetune.fleet import PAGE_PORT, PORT
+from fleetune.runs import rundir
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
+    from fleetune.fleet.page import LivePage
     from fleetune.fleet.server import Served
 
 HELP = "fine-tune on real devices"
@@ -34,7 +34,7 @@ split -c recipe.toml --to DIR         write the rows that each client has in the
 keys new NAME                         make a device's key: NAME stays there, NAME.pub goes to the server
 keys certificate DIR HOST [HOST ..]   make a server's certificate: ca.pem goes to the devices
 devices RUN                           which key is which client
-status RUN                            what each device does now
+status RUN                            how the run stands, and what each device does now
 stop RUN                              end the server after this step; it can be resumed
 audit RUN                             check the log of all that was taken or refused
 """
@@ -65,7 +65,7 @@ def _serve_arguments(serve: argparse._ArgumentGroup) -> None:
     serve.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
     )
-    serve.add_argument("--port", type=int, default=8470, help="port to listen on (default 8470)")
+    serve.add_argument("--port", type=int, default=PORT, help=f"port to listen on (default {PORT})")
     serve.add_argument(
         "--keys",
         metavar="DIR",
@@ -92,6 +92,19 @@ def _serve_arguments(serve: argparse._ArgumentGroup) -> None:
         default=0.0,
         metavar="SECONDS",
         help="go on without those that have not answered by then (default: wait)",
+    )
+    serve.add_argument(
+        "--page",
+        metavar="[HOST:]PORT",
+        nargs="?",
+        const="",
+        help=f"show the running fleet on a web page, and as Prometheus metrics at /metrics; without a value at "
+        f"127.0.0.1:{PAGE_PORT}",
+    )
+    serve.add_argument(
+        "--page-token",
+        metavar="TOKEN",
+        help="what a reader of the page must present (or the environment's FLEETUNE_TOKEN); off this machine one is made",
     )
 
 
@@ -120,21 +133,30 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _serve(args: argparse.Namespace, ui: Ui) -> None:
+    _no_words(args)
+    path = rundir.find(args.resume, Path(args.out)) if args.resume else None
+    if path is not None:
+        recipe_flags.check_resume(args, path, "fleetune fleet serve --resume")
+    page, fleets = _page(args, ui), _served(args)
     from fleetune.tuning import run as running
 
-    _no_words(args)
-    with screen(ui) as shown, _served(args) as fleets:
-        if args.resume:
-            path = rundir.find(args.resume, Path(args.out))
-            if given := [*recipe_flags.given(args), *args.set, *([args.config] if args.config else [])]:
-                raise UsageError(
-                    f"--resume follows the run's own recipe; it takes no {given[0]}",
-                    hint=f"fleetune fleet serve --resume {path}",
-                )
+    with screen(ui) as shown, page as fleets.page, fleets:
+        if path is not None:
             result = running.resume(path, shown, offline=args.offline, fleets=fleets)
         else:
             result = running.start(_recipe(args), Path(args.out), shown, offline=args.offline, fleets=fleets)
     finish(ui, result)
+
+
+def _page(args: argparse.Namespace, ui: Ui) -> AbstractContextManager[LivePage | None]:
+    """The live page, if it is asked for."""
+    from fleetune.fleet import page
+
+    if args.page is None:
+        if args.page_token is not None:
+            raise UsageError("--page-token is of the page", hint="give --page as well")
+        return nullcontext()
+    return page.opened(page.PagePlace.of(args.page, args.page_token), ui.note)
 
 
 def _served(args: argparse.Namespace) -> Served:
@@ -166,7 +188,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     if len(args.words) != 1:
         raise UsageError(
             "join takes the server's HOST:PORT",
-            hint="fleetune fleet join 192.168.1.10:8470 --data rows.jsonl",
+            hint=f"fleetune fleet join 192.168.1.10:{PORT} --data rows.jsonl",
         )
     given = recipe_flags.given(args)
     if not (rows := given.pop("data", "")):
@@ -247,37 +269,28 @@ def _devices(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _status(args: argparse.Namespace, ui: Ui) -> None:
-    run = _run_of(args)
-    found = _published(run)
-    rows = [(str(d["client"]), str(d["name"]), str(d["does"])) for d in found["devices"]]
-    if not rundir.held(run):
-        ui.note(f"no server has {run} now ({rundir.status_of(run) or 'status unknown'}); as it last was:")
-    ago = max(0.0, time.time() - float(found["t"]))
-    ui.note(f"{found['address']} · round {found['round']} · {ago:.0f} s ago")
-    ui.table(["client", "device", "does"], rows)
+    from fleetune.fleet import status
+
+    now = status.look(_run_of(args))
+    ui.event(now)
+    if ui.json:
+        return
+    ago = human_time(now.heard)
+    if now.served:
+        ui.paths([("run", f"{now.run} · {now.status} · heard {ago} ago"), *status.facts(now)])
+    else:
+        ui.note(f"no server has {now.run} now: last heard {ago} ago")
+        ui.paths([("run", f"{now.run} · {now.status}"), *status.facts(now)])
+    ui.table(status.HEAD, [status.cells(device) for device in now.devices])
+    if not now.served and now.status != "done":
+        ui.paths([("next", f"fleetune fleet serve --resume {now.run}")])
 
 
 def _stop(args: argparse.Namespace, ui: Ui) -> None:
-    run = _run_of(args)
-    if not rundir.held(run):
-        raise UsageError(f"no server has {run} now", hint=f"its status: {rundir.status_of(run) or 'unknown'}")
-    found = _published(run)
-    if found["machine"] != platform.node():
-        raise UsageError(f"the server of {run} is on {found['machine']}", hint="stop it there")
-    os.kill(int(found["pid"]), signal.SIGTERM)
-    ui.note(f"told: it stops after this step; go on with: fleetune fleet serve --resume {run}")
+    from fleetune.fleet import status
 
-
-def _published(run: Path) -> Mapping[str, Any]:
-    """What the server of a run said last; StorageError where it is damaged, UsageError where it is no fleet's run."""
-    from fleetune.fleet.server import STATUS
-
-    if not (run / STATUS).is_file():
-        raise UsageError(f"{run} is not the run of a real fleet, or its server has not begun")
-    found = sealed.read(run / STATUS, "the server writes it again every second")
-    if missing := {"t", "pid", "machine", "address", "round", "devices"} - found.keys():
-        raise StorageError(f"{run / STATUS} lacks {', '.join(sorted(missing))}")
-    return found
+    status.ask_to_stop(run := _run_of(args))
+    ui.note(f"asked: it stops after this step; go on with: fleetune fleet serve --resume {run}")
 
 
 def _audit(args: argparse.Namespace, ui: Ui) -> None:

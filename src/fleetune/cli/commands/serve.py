@@ -19,7 +19,7 @@ ORDER = 100
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    from fleetune.deploy.serving import engines, session
+    from fleetune.deploy.serving import engines, front
 
     engine_flags.add(sub, [engine.name for engine in engines.ENGINES])
     sub.add_argument(
@@ -30,7 +30,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--token",
-        help=f"what a client must present (or the environment's {session.TOKEN}); off this machine one is made",
+        help=f"what a client must present (or the environment's {front.TOKEN}); off this machine one is made",
     )
 
 

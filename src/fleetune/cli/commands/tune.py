@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
     if args.resume:
         path = rundir.find(args.resume, Path(args.out))
-        _check_resume(args, path)
+        recipe_flags.check_resume(args, path, "fleetune tune --resume")
         if args.dry_run:
             _check_only(recipes.make(recipes.read(path / "run.toml")), args, ui)
             return
@@ -97,16 +97,6 @@ def _recipe(args: argparse.Namespace) -> Recipe:
             )
         values |= {name: given} if given else {}
     return recipes.make(values)
-
-
-def _check_resume(args: argparse.Namespace, path: Path) -> None:
-    """UsageError for anything that is given beside `--resume`."""
-    given = [a for a in ("model", "data", "config") if getattr(args, a)]
-    if given := given + list(recipe_flags.given(args)) + args.set:
-        raise UsageError(
-            f"--resume follows the run's own recipe; it takes no {given[0]}",
-            hint=f"fleetune tune --resume {path}",
-        )
 
 
 def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve the chat page and OpenAI's HTTP interface in front of an engine.
+"""Serve a site over HTTP: check every request, limit slow clients and many connections, and let the site answer.
 
-    GET /          the chat page (one file, no outside requests)
-    GET /health    {"status": "ok"} while the engine lives, else 503 (also while the model is being loaded)
-    /v1/..         to the engine (`proxy.py`); a streamed answer goes on piece by piece
+What is shown is a `Site`: the chat page with the engine behind it (`engine_site.py`), or a fleet's live page.
 
 The server binds the loopback address by default; any other address needs a token.  Every request is checked first
-(`request_checks.py`).  There is no CORS header, so no other page can read an answer.  Errors have OpenAI's form, those
-of the engine too.
+(`request_checks.py`).  There is no CORS header, so no other page can read an answer.  Errors have OpenAI's form.
 """
 
 from __future__ import annotations
@@ -18,18 +15,19 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
+import secrets
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import resources
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from fleetune.deploy.serving import proxy
 from fleetune.deploy.serving import request_checks as checks
-from fleetune.deploy.serving.openai_client import Address
 from fleetune.deploy.serving.places import Places, Stage
 from fleetune.deploy.serving.request_checks import DeadlineReader, Refusal, is_loopback
 from fleetune.errors import UsageError
@@ -39,34 +37,41 @@ log = logging.getLogger(__name__)
 HEAD_SECONDS: Final = 10.0  # a client whose request's head is not here by then is dropped, an idle one too
 IDLE_SECONDS: Final = 60.0  # and one that sends or takes nothing for so long
 REQUEST_SECONDS: Final = 180.0  # and one whose whole request is not here by then
+TOKEN: Final = "FLEETUNE_TOKEN"  # in the environment: the token that clients must present
+
+
+class Site(Protocol):
+    """What a server shows."""
+
+    methods: tuple[str, ...]  # of HTTP; any other is refused
+    policy: str  # Content-Security-Policy of its page
+
+    def answer(self, exchange: Exchange, path: str) -> None:
+        """Answer a request for `path` (without its query) that has passed the checks of host and origin.
+
+        Refusal for an error.  A site that has a secret calls `exchange.check_token` first.
+        """
+        ...
 
 
 class Front(ThreadingHTTPServer):
-    """The HTTP server; `serve_forever` runs it.  It answers "loading" until `attach` gives it an engine."""
+    """The HTTP server of a site; `serve_forever` runs it."""
 
     daemon_threads = True
     request_queue_size = 128  # connections that the system holds until they are accepted
 
-    def __init__(self, host: str, port: int, token: str) -> None:
+    def __init__(self, host: str, port: int, token: str, site: Site) -> None:
         """Bind; `token` "" asks for none.  UsageError when the address is taken, or is no loopback address without a token."""
-        self.token = token
-        self.engine: Address | None = None
-        self.alive: Callable[[], bool] = lambda: False
+        self.token, self.site = token, site
         self.loopback = is_loopback(host)
         if not self.loopback and not token:
             raise UsageError(f"{host} is open to others, so it needs a token", hint="give one with --token")
-        self.page = resources.files("fleetune.deploy.serving").joinpath("chat.html").read_bytes()
-        self.policy = content_policy(self.page.decode())
         self.places = Places()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            super().__init__((host, port), _Handler)
+            super().__init__((host, port), Exchange)
         except (OSError, OverflowError) as error:
             raise _no_place(host, port, error) from error
-
-    def attach(self, engine: Address, alive: Callable[[], bool]) -> None:
-        """Pass requests to `engine` from now on; `alive` says whether it lives."""
-        self.alive, self.engine = alive, engine
 
     @property
     def url(self) -> str:
@@ -94,6 +99,11 @@ class Front(ThreadingHTTPServer):
         finally:
             self.places.leave(request)
 
+    def server_close(self) -> None:
+        """Stop listening, and end the connections that are kept open for more requests."""
+        super().server_close()
+        self.places.cut_all()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what breaks a connection: mostly a client that went away."""
         log.debug("connection of %s", client_address, exc_info=True)
@@ -105,6 +115,18 @@ class Front(ThreadingHTTPServer):
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+
+@contextmanager
+def listening(host: str, port: int, token: str, site: Site) -> Iterator[Front]:
+    """Serve a site from a thread while the block runs; UsageError as `Front`."""
+    front = Front("127.0.0.1" if host == "localhost" else host, port, token, site)
+    threading.Thread(target=front.serve_forever, args=(0.1,), daemon=True).start()
+    try:
+        yield front
+    finally:
+        front.shutdown()
+        front.server_close()
 
 
 def content_policy(page: str) -> str:
@@ -121,17 +143,33 @@ def content_policy(page: str) -> str:
     )
 
 
+def token_for(host: str, given: str | None) -> tuple[str, bool]:
+    """Return the token that a client must present, "" for none, and whether it was made here.
+
+    It is the `given` one, or the environment's; off the loopback address one is made where there is neither.  UsageError
+    for one that no header can hold.
+    """
+    token = given if given is not None else os.environ.get(TOKEN, "")
+    if not token.isascii() or any(not 32 < ord(c) < 127 for c in token):
+        raise UsageError("a token is of letters, digits and marks, without spaces", hint="leave it out")
+    if given == "":
+        raise UsageError("the token is empty", hint=f"leave it out, or set {TOKEN}")
+    if token or is_loopback(host):
+        return token, False
+    return secrets.token_urlsafe(24), True
+
+
 def _no_place(host: str, port: int, error: Exception) -> UsageError:
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-        return UsageError(f"port {port} is in use", hint="choose another, or --port 0 for any free one")
+        return UsageError(f"port {port} is in use", hint="choose another, or 0 for any free one")
     if isinstance(error, OverflowError):
         return UsageError(f"there is no port {port}", hint="ports go from 0 (any free one) to 65535")
     reason = error.strerror if isinstance(error, OSError) else str(error)
-    return UsageError(f"cannot listen on {host}:{port}: {reason}", hint="see --host and --port")
+    return UsageError(f"cannot listen on {host}:{port}: {reason}", hint="choose an address of this machine")
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """One connection: checks each request, answers it or passes it on."""
+class Exchange(BaseHTTPRequestHandler):
+    """One connection: checks each request and lets the site answer it, with the methods under "For sites"."""
 
     server: Front
     protocol_version = "HTTP/1.1"
@@ -169,70 +207,47 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def do_GET(self) -> None:
-        """Answer with the page, the health, or what the engine says."""
+        """Answer a request without a body."""
         self._answer(has_body=False)
 
     def do_POST(self) -> None:
-        """Pass a request to the engine."""
+        """Answer a request with a body."""
         self._answer(has_body=True)
 
     def _answer(self, *, has_body: bool) -> None:
-        path = self.path.partition("?")[0]
         try:
+            if self.command not in self.server.site.methods:
+                raise self._no_method()
             checks.check_host(self.headers, loopback=self.server.loopback)
             checks.check_origin(self.headers)
             if not has_body:
                 checks.check_no_body(self.headers, self.command)
-            if not has_body and path == "/":
-                self._reply(200, "text/html; charset=utf-8", self.server.page)
-            elif not has_body and path == "/health":
-                self._health()
-            else:
-                checks.check_path(path)
-                checks.check_token(self.headers, self.server.token)
-                self._forward(checks.read_body(self.headers, self.rfile) if has_body else b"")
+            self.server.site.answer(self, self.path.partition("?")[0])
         except Refusal as refusal:
             self._refuse(refusal)
 
-    def _health(self) -> None:
-        up = self.server.alive()
-        state = "ok" if up else "loading" if self.server.engine is None else "the engine has ended"
-        self._json(200 if up else 503, {"status": state})
+    # For sites ----------------------------------------------------------------------------------------
 
-    def _forward(self, body: bytes) -> None:
-        """Pass a request on, and its answer back: as it comes where it is a stream."""
+    def check_token(self) -> None:
+        """Refuse a request without the server's token, where it has one."""
+        checks.check_token(self.headers, self.server.token)
+
+    def hold(self) -> None:
+        """Keep this connection's place until it is answered, whoever else comes."""
         self.server.places.move(self.connection, Stage.ENGINE)
-        with proxy.answered(self.server.engine, self.command, self.path, body) as response:
-            kind = response.headers.get("Content-Type", "application/json")
-            if not kind.startswith("text/event-stream"):
-                answer = proxy.whole(response)
-                kind = "application/json" if response.status >= 400 else kind
-                self._reply(response.status, kind, answer)
-                return
-            self._head(response.status, kind, None)
-            for piece in proxy.streamed(response):
-                self._chunk(piece)
-            self._chunk(b"")
 
-    def _refuse(self, refusal: Refusal) -> None:
-        self.close_connection = True  # a body may be left unread
-        self._json(refusal.status, refusal.body())
+    def json(self, status: int, value: object) -> None:
+        """Answer with JSON."""
+        self.reply(status, "application/json", json.dumps(value).encode())
 
-    def _chunk(self, piece: bytes) -> None:
-        """Write a piece of an answer of unknown length; b"" ends it."""
-        if self.request_version == "HTTP/1.1":
-            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
-        self.wfile.write(piece)
-
-    def _json(self, status: int, value: object) -> None:
-        self._reply(status, "application/json", json.dumps(value).encode())
-
-    def _reply(self, status: int, kind: str, body: bytes) -> None:
-        self._head(status, kind, len(body))
+    def reply(self, status: int, kind: str, body: bytes) -> None:
+        """Answer with a body of the type `kind`."""
+        self.head(status, kind, len(body))
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _head(self, status: int, kind: str, length: int | None) -> None:
+    def head(self, status: int, kind: str, length: int | None) -> None:
+        """Write the head of an answer; with `length` None its pieces follow (`chunk`)."""
         self.send_response(status)
         self.send_header("Content-Type", kind)
         if length is not None:
@@ -244,22 +259,36 @@ class _Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         if status == 405:
-            self.send_header("Allow", "GET, POST")
+            self.send_header("Allow", ", ".join(self.server.site.methods))
         if status == 401:
             self.send_header("WWW-Authenticate", "Bearer")
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Referrer-Policy", "no-referrer")
-        self.send_header("Content-Security-Policy", self.server.policy)
+        self.send_header("Content-Security-Policy", self.server.site.policy)
         self.end_headers()
+
+    def chunk(self, piece: bytes) -> None:
+        """Write a piece of an answer of unknown length; b"" ends it."""
+        if self.request_version == "HTTP/1.1":
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+        self.wfile.write(piece)
+
+    # Errors, and what the standard library calls ------------------------------------------------------
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self.close_connection = True  # a body may be left unread
+        self.json(refusal.status, refusal.body())
+
+    def _no_method(self) -> Refusal:
+        there = " and ".join(self.server.site.methods)
+        return Refusal(405, "method_not_allowed", f"there is no {self.command} here, {there} alone")
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer in the same form where the standard library refuses (a method, a damaged request)."""
         refusal = Refusal(int(code), "bad_request", message or "the request cannot be read")
         if code == HTTPStatus.NOT_IMPLEMENTED:  # what it says where there is no do_DELETE
-            refusal = Refusal(
-                405, "method_not_allowed", f"there is no {self.command} here, GET and POST alone"
-            )
+            refusal = self._no_method()
         self._refuse(refusal)
 
     def version_string(self) -> str:

@@ -59,12 +59,21 @@ class Places:
         with self._lock:
             self._open.pop(connection, None)
 
+    def cut_all(self) -> None:
+        """Cut off every connection, whatever it waits for."""
+        with self._lock:
+            for connection in list(self._open):
+                self._cut(connection)
+
     def _cut_oldest(self, connections: list[socket.socket]) -> bool:
         """Cut off the one of `connections` that has waited longest in the earliest stage; False if none is waiting."""
         oldest = min(connections, key=lambda c: self._open[c][:2])
         if self._open[oldest][0] == Stage.ENGINE:
             return False
-        del self._open[oldest]
-        with suppress(OSError):  # it was closed at the same moment
-            oldest.shutdown(socket.SHUT_RDWR)  # its thread reads an end, and closes it
+        self._cut(oldest)
         return True
+
+    def _cut(self, connection: socket.socket) -> None:
+        del self._open[connection]
+        with suppress(OSError):  # it was closed at the same moment
+            connection.shutdown(socket.SHUT_RDWR)  # its thread reads an end, and closes it

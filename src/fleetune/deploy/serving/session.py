@@ -7,28 +7,22 @@ lies in the subject's folder.
 
 from __future__ import annotations
 
-import os
-import secrets
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from fleetune.deploy.serving import engines, threads
+from fleetune.deploy.serving.engine_site import EngineSite
 from fleetune.deploy.serving.engines import Engine, Running
-from fleetune.deploy.serving.front import Front
-from fleetune.deploy.serving.request_checks import is_loopback
+from fleetune.deploy.serving.front import Front, listening, token_for
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.gguf import header
 from fleetune.runs import rundir
 from fleetune.runs.events import Serving, ThreadsChosen
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Run, Subject
-
-TOKEN: Final = "FLEETUNE_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -78,10 +72,14 @@ def served(
 
     The port is bound first, so that one in use is said before a model is loaded.  UsageError for options that cannot be.
     """
-    token, made = _token(front)
+    token, made = token_for(front.host, front.token)
     check(subject, engine)
-    with _listening(front, token) as door, opened(subject, engine, listener, offline=offline) as running:
-        door.attach(running.address, running.alive)
+    site = EngineSite()
+    with (
+        listening(front.host, front.port, token, site) as door,
+        opened(subject, engine, listener, offline=offline) as running,
+    ):
+        site.attach(running.address, running.alive)
         started = Serving(
             url=door.url, model=running.options.model.name, engine=running.engine.name,
             threads=running.options.threads, token=token if made else None,
@@ -117,29 +115,6 @@ def check(subject: Subject, options: EngineOptions) -> None:
         if not path.is_file():
             raise ModelError(f"there is no file '{path}'", hint="check the path")
         header.check(path)
-
-
-@contextmanager
-def _listening(options: FrontOptions, token: str) -> Iterator[Front]:
-    front = Front("127.0.0.1" if options.host == "localhost" else options.host, options.port, token)
-    threading.Thread(target=front.serve_forever, args=(0.1,), daemon=True).start()
-    try:
-        yield front
-    finally:
-        front.shutdown()
-        front.server_close()
-
-
-def _token(options: FrontOptions) -> tuple[str, bool]:
-    """The token that a client must present, "" for none, and whether it was made here."""
-    token = options.token if options.token is not None else os.environ.get(TOKEN, "")
-    if not token.isascii() or any(not 32 < ord(c) < 127 for c in token):
-        raise UsageError("a token is of letters, digits and marks, without spaces", hint="leave --token out")
-    if options.token == "":
-        raise UsageError("the token is empty", hint=f"leave --token out, or set {TOKEN}")
-    if token or is_loopback(options.host):
-        return token, False
-    return secrets.token_urlsafe(24), True
 
 
 # The engine's model -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fleetune.runs.report.grid import grid
 from fleetune.runs.report.grid import tables as grid_tables
 from fleetune.runs.report.runlog import changed, measures, read, summary, table
 from fleetune.runs.report.several import compare
-from fleetune.runs.report.single import write
+from fleetune.runs.report.single import sections, write
 from fleetune.runs.report.unlike import APART, caveats
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "grid_tables",
     "measures",
     "read",
+    "sections",
     "summary",
     "table",
     "write",

@@ -37,10 +37,16 @@ def verdict(better: bool | None) -> tuple[str, str]:
 def table(
     caption: str, head: Sequence[str], rows: Sequence[Sequence[str | TableCell]], kind: str = ""
 ) -> str:
-    """Return a table whose first column names the rows; a column's head goes right when one of its cells does."""
-    right = [any(isinstance(row[i], TableCell) for row in rows) for i in range(len(head))]
+    """Return a table whose first column names the rows; a column's head goes right when one of its cells does.
+
+    Of the kind "cards", a row becomes a card where the page is narrow, with the heads beside its cells.
+    """
+    right = [any(_stands_right(row[i]) for row in rows) for i in range(len(head))]
     top = "".join(f'<th scope="col"{_css(r)}>{esc(h)}</th>' for h, r in zip(head, right, strict=True))
-    body = "".join(f"<tr>{''.join(_cell(c, i == 0) for i, c in enumerate(row))}</tr>" for row in rows)
+    labels = head if kind == "cards" else [""] * len(head)
+    body = "".join(
+        f"<tr>{''.join(_cell(c, i == 0, labels[i]) for i, c in enumerate(row))}</tr>" for row in rows
+    )
     return (
         f'<div class="scroll" tabindex="0" role="group" aria-label="{esc(caption)}"><table class="{kind}">'
         f"<caption>{esc(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -51,8 +57,13 @@ def _css(right: bool) -> str:
     return ' class="r"' if right else ""
 
 
-def _cell(cell: str | TableCell, first: bool) -> str:
+def _stands_right(cell: str | TableCell) -> bool:
+    return isinstance(cell, TableCell) and "r" in cell.kind.split()
+
+
+def _cell(cell: str | TableCell, first: bool, label: str = "") -> str:
     text, css = (cell.text, f' class="{cell.kind}"') if isinstance(cell, TableCell) else (cell, "")
+    css += f' data-label="{esc(label)}"' if label else ""
     return f'<th scope="row"{css}>{esc(text)}</th>' if first else f"<td{css}>{esc(text)}</td>"
 
 
@@ -75,16 +86,20 @@ def section(ident: str, title: str, body: str) -> str:
     return f'<section id="{ident}"><h2>{esc(title)}</h2>{body}</section>' if body else ""
 
 
+def style() -> str:
+    """Return the style of a page and its plots."""
+    return plot_style() + Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+
+
 def document(title: str, body: str) -> str:
     """Return the page around `body`: its policy forbids every request."""
-    style = plot_style() + Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{esc(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n"
+        f"<title>{esc(title)}</title>\n<style>{style()}</style>\n</head>\n<body>\n<main>\n{body}\n"
         "</main>\n</body>\n</html>\n"
     )
 

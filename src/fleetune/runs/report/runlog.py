@@ -8,6 +8,7 @@ of metrics.jsonl is skipped and counted.  After a resume a round may be in the f
 from __future__ import annotations
 
 import json
+import shlex
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class RunLog:
     def shown_path(self) -> str:
         """Return the folder as a command takes it, without the machine's own folders before it."""
         return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def resume(self) -> str:
+        """Return the command that goes on with the run."""
+        command = "fleet serve" if (self.path / rundir.FLEET).is_file() else "tune"
+        return f"fleetune {command} --resume {shlex.quote(self.shown_path)}"
 
 
 def read(path: Path) -> RunLog:

@@ -25,21 +25,25 @@ def write(run: Path) -> Path:
     return target
 
 
-def _report(run: RunLog) -> str:
+def sections(run: RunLog) -> dict[str, str]:
+    """Return the report's sections as HTML, by name and in order; "" for one that has nothing to show."""
     steps, facts = runlog.steps(run), runlog.summarise(run)
-    parts = [
-        head.header(run, facts),
-        page.section("result", "Result", result.result(run, steps, facts)),
-        page.section("course", "Course", course.course(run, steps, facts)),
-        page.section("fleet", "Fleet", fleet.partition(run) + fleet.replies(run)),
-        page.section("samples", "Samples", samples.samples(run)),
-        page.section("configuration", "Configuration", page.fact_list(flat(run.config), "config")),
-        page.section("versions", "Versions", page.fact_list(flat(run.env), "config")),
-        page.section("again", "Run it again", _rerun_section(run)),
-    ]
-    if run.skipped:
-        parts.append(f"<footer>{run.skipped} damaged line(s) of metrics.jsonl left out.</footer>")
-    return page.document(f"{run.name} - fleetune", "\n".join(parts))
+    lost = f"<footer>{run.skipped} damaged line(s) of metrics.jsonl left out.</footer>" if run.skipped else ""
+    return {
+        "head": head.header(run, facts),
+        "result": page.section("result", "Result", result.result(run, steps, facts)),
+        "course": page.section("course", "Course", course.course(run, steps, facts)),
+        "fleet": page.section("fleet", "Fleet", fleet.partition(run) + fleet.replies(run)),
+        "samples": page.section("samples", "Samples", samples.samples(run)),
+        "configuration": page.section("configuration", "Configuration", page.fact_list(flat(run.config), "config")),
+        "versions": page.section("versions", "Versions", page.fact_list(flat(run.env), "config")),
+        "again": page.section("again", "Run it again", _rerun_section(run)),
+        "footer": lost,
+    }  # fmt: skip
+
+
+def _report(run: RunLog) -> str:
+    return page.document(f"{run.name} - fleetune", "\n".join(filter(None, sections(run).values())))
 
 
 def _rerun_section(run: RunLog) -> str:
@@ -48,7 +52,7 @@ def _rerun_section(run: RunLog) -> str:
         (f"fleetune tune -c {shlex.quote(run.shown_path + '/run.toml')}", "the same run, in a new folder")
     ]
     if kind_of(run.status) != "done":
-        lines.insert(0, (f"fleetune tune --resume {where}", "go on where it stopped"))
+        lines.insert(0, (run.resume, "go on where it stopped"))
     if (run.path / "ledger.safetensors").is_file():
         ledger = shlex.quote(run.shown_path + "/ledger.safetensors")
         lines.append((f"fleetune ledger verify {ledger}", "rebuild the tuned weights and check their digest"))

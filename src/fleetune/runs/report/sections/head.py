@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -23,8 +22,7 @@ def header(run: RunLog, facts: Mapping[str, object]) -> str:
     method, model = str(facts["method"] or "tuning"), str(facts["model"] or "an unnamed model")
     alert = ""
     if kind in {"failed", "interrupted"}:
-        resume = f"fleetune tune --resume {shlex.quote(run.shown_path)}"
-        alert = f'<p class="alert">{esc(run.status)}. To go on: <code>{esc(resume)}</code></p>'
+        alert = f'<p class="alert">{esc(run.status)}. To go on: <code>{esc(run.resume)}</code></p>'
     if not run.intact:
         alert += f'<p class="alert">{esc(changed(run.name))}</p>'
     pill = f'<span class="pill {kind}">{mark} {esc(kind)}</span>'

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say how a real fleet's run stands, from its folder alone: `fleet status`, the live page and the metrics show the same.
+
+    fleet.json       the server's last word: its process, the round, what each device does (written about once a second)
+    fleet.stop       the session of a server that is to stop (`ask_to_stop`); the server looks as often as it writes
+    metrics.jsonl    what became of every reply and round
+
+Nothing is asked of the server, so nothing of this slows a round, and it works when the server has gone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from fleetune.common.display import human_bytes, human_time, show
+from fleetune.common.files import PRIVATE, read_text, write_atomic
+from fleetune.errors import StorageError, UsageError
+from fleetune.runs import rundir, sealed
+from fleetune.runs.events import DeviceShown, FleetShown
+from fleetune.runs.follow import Follower
+
+FILE: Final = rundir.FLEET
+STOP: Final = "fleet.stop"
+WORDS: Final = frozenset(
+    {"t", "session", "pid", "machine", "rss", "address", "round", "rounds", "devices"}
+)  # of the server
+STATUSES: Final = ("ok", "refused", "late", "dropped", "failed", "declined")  # of replies
+
+
+def word_of(run: Path) -> Mapping[str, Any]:
+    """Return the last word of a run's server; UsageError where there is none, StorageError where it is damaged."""
+    if not (run / FILE).is_file():
+        raise UsageError(f"{run} is not the run of a real fleet, or its server has not begun")
+    found = sealed.read(run / FILE, "the server writes it again every second")
+    if missing := WORDS - found.keys():
+        raise StorageError(f"{run / FILE} lacks {', '.join(sorted(missing))}")
+    return found
+
+
+def ask_to_stop(run: Path) -> None:
+    """Ask the server of a run to stop; UsageError where none has the run now.
+
+    The request names the session in the server's last word, so no other process obeys it, now or later.
+    """
+    if not rundir.held(run):
+        raise UsageError(f"no server has {run} now", hint=f"its status: {rundir.status_of(run) or 'unknown'}")
+    write_atomic(run / STOP, str(word_of(run)["session"]), mode=PRIVATE)
+
+
+def take_stop(run: Path, session: str) -> bool:
+    """Tell whether the server of this session was asked to stop; the request is then removed."""
+    try:
+        asked = read_text(run / STOP, errors="replace") == session
+    except OSError:
+        return False
+    if asked:
+        (run / STOP).unlink(missing_ok=True)
+    return asked
+
+
+class Record:
+    """What metrics.jsonl says of a run so far; memory is that of the last reply of every device."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._follower = Follower(run)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen = self._follower.anew
+        self._round: dict[int, str] = {}  # client -> status, of the round in progress
+        self.last: dict[int, Mapping[str, Any]] = {}  # client -> its last reply
+        self.lost: Counter[int] = Counter()  # client -> replies that did not count
+        self.replies: Counter[str] = Counter(dict.fromkeys(STATUSES, 0))
+        self.bytes_up = self.bytes_down = 0
+        self.seconds: float | None = None
+        self.loss: float | None = None
+
+    def update(self) -> None:
+        """Read what was added since the last time."""
+        for event in self._follower.news():
+            self._forget_if_anew()
+            self._take(event)
+        self._forget_if_anew()
+
+    def _forget_if_anew(self) -> None:
+        if self._follower.anew != self._seen:
+            self._forget()
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        match event["event"]:
+            case "client":
+                self.last[event["client"]] = event
+                self._round[event["client"]] = event["status"]  # a later line of a client counts
+            case "round":
+                self.replies.update(self._round.values())
+                self.lost.update(c for c, status in self._round.items() if status != "ok")
+                self._round = {}
+                self.bytes_up += event["bytes_up"]
+                self.bytes_down += event["bytes_down"]
+                self.seconds = event["seconds"]
+            case "eval":
+                self.loss = event.get("loss")
+
+
+def look(run: Path, record: Record | None = None) -> FleetShown:
+    """Return how a run stands; `record`, of an earlier look, saves reading all of metrics.jsonl again.
+
+    UsageError where it is no real fleet's run, StorageError where its files are damaged.
+    """
+    word, record = word_of(run), record or Record(run)
+    served = rundir.held(run)
+    try:
+        record.update()
+        devices = [_device(told, record, served=served) for told in word["devices"]]
+        return FleetShown(
+            run=str(run), status=rundir.status_of(run) or "unknown", served=served, t=word["t"],
+            heard=round(max(0.0, time.time() - word["t"]), 1), address=word["address"], machine=word["machine"],
+            pid=word["pid"], rss=word["rss"], round=word["round"], rounds=word["rounds"],
+            states=dict(Counter(d.does for d in devices)) if served else {}, replies=dict(record.replies),
+            bytes_up=record.bytes_up, bytes_down=record.bytes_down, round_seconds=record.seconds,
+            loss=record.loss, devices=devices,
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StorageError(
+            f"{run}: {FILE} or metrics.jsonl has another form than ours ({error!r})"
+        ) from error
+
+
+def _device(told: Mapping[str, Any], record: Record, *, served: bool) -> DeviceShown:
+    client, does = told["client"], told["does"] if served else ""
+    if (last := record.last.get(client)) is None:
+        return DeviceShown(client=client, name=told["name"], does=does)
+    return DeviceShown(
+        client=client, name=told["name"], does=does, round=last["round"], status=last["status"],
+        reason=last["reason"], loss=_finite(last["loss"]), bytes_up=last["bytes_up"],
+        bytes_down=last["bytes_down"], seconds=last["seconds"], lost=record.lost[client],
+    )  # fmt: skip
+
+
+def _finite(value: object) -> float | None:
+    """A number that a device states; None for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+# In words --------------------------------------------------------------------------------------------
+
+HEAD: Final = (
+    "device", "client", "does", "round", "last reply", "loss", "sent", "received", "time", "not counted"
+)  # fmt: skip
+
+
+def cells(device: DeviceShown) -> list[str]:
+    """Return a device's line of the table under `HEAD`."""
+    reply = device.status or ""
+    return [
+        device.name, str(device.client), device.does, "" if device.round is None else str(device.round),
+        f"{reply}: {device.reason}" if device.reason else reply,
+        "" if device.loss is None else show("loss", device.loss),
+        human_bytes(device.bytes_up) if device.bytes_up else "",
+        human_bytes(device.bytes_down) if device.bytes_down else "",
+        human_time(device.seconds) if device.seconds else "", str(device.lost or ""),
+    ]  # fmt: skip
+
+
+def facts(now: FleetShown) -> list[tuple[str, str]]:
+    """Return how the run stands, as names and values."""
+    took = f" · the last took {human_time(now.round_seconds)}" if now.round_seconds is not None else ""
+    loss = f" · validation loss {show('loss', now.loss)}" if now.loss is not None else ""
+    found = [
+        ("round", f"{now.round} of {now.rounds}{took}{loss}"),
+        ("devices", _counts(now.states)),
+        ("replies", _counts(now.replies)),
+        ("bytes", f"{human_bytes(now.bytes_up)} up · {human_bytes(now.bytes_down)} down"),
+        ("server", f"{now.address} · process {now.pid} on {now.machine} · memory {human_bytes(now.rss)}"),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return " · ".join(f"{count:,} {what}" for what, count in counts.items() if count)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a fleet's run stands: from the folder of one that is served, finished, killed or damaged; and how one is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import fleet_run
+import jsonschema
+import pytest
+from fleet_run import EVIL, TWO_ROUNDS, client, done
+
+from fleetune.cli.main import main
+from fleetune.errors import StorageError, UsageError
+from fleetune.fleet import status
+from fleetune.runs.follow import Follower
+from fleetune.runs.rundir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return fleet_run.write(tmp_path / "0001-fedkseed-tiny")
+
+
+def test_a_run_that_is_served(run):
+    with RunDir(run):
+        now = status.look(run)
+    assert (now.status, now.served, now.round, now.rounds) == ("running", True, 3, 8)
+    assert now.heard < 10
+    assert now.states == {"at work": 1, "ready": 1, "away": 1}
+    # client 1 was ok and then refused: its last line counts
+    assert now.replies == {"ok": 4, "refused": 1, "late": 0, "dropped": 1, "failed": 0, "declined": 0}
+    assert (now.bytes_up, now.bytes_down, now.round_seconds, now.loss) == (660, 528, 2.5, 3.6)
+    assert [(d.name, d.does, d.round, d.status, d.lost) for d in now.devices] == [
+        ("bakery", "at work", 2, "ok", 0), ("dialysis-ward", "ready", 2, "refused", 1),
+        (EVIL, "away", 2, "dropped", 1),
+    ]  # fmt: skip
+
+
+def test_replies_of_a_round_in_progress_are_shown_and_not_yet_counted(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(client(3, 0, "late", "no answer in 5 s")) + "\n")
+    now = status.look(run)
+    assert now.replies["late"] == 0
+    assert (now.devices[0].round, now.devices[0].status, now.devices[0].lost) == (3, "late", 0)
+
+
+def test_a_killed_server_and_a_finished_run(run):
+    fleet_run.word(run, said=40.0)
+    now = status.look(run)
+    assert (now.served, now.status) == (False, "interrupted")
+    assert 40 <= now.heard < 50
+    assert now.states == {}
+    assert {d.does for d in now.devices} == {""}  # what they did is no longer so
+    (run / "status").write_text("done\n")
+    assert status.look(run).status == "done"
+
+
+def test_a_record_reads_on_and_begins_anew_where_the_file_was_cut(run):
+    record = status.Record(run)
+    status.look(run, record)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(
+            "".join(json.dumps(e) + "\n" for e in [client(3, 0), client(3, 1), client(3, 2), *done(3)])
+        )
+    now = status.look(run, record)
+    assert (now.replies["ok"], now.bytes_up) == (7, 990)
+    assert now == status.look(run, record) == status.look(run)
+    new = run / "new"
+    new.write_text("".join(json.dumps(e) + "\n" for e in TWO_ROUNDS[:7]))
+    os.replace(new, run / "metrics.jsonl")
+    now = status.look(run, record)
+    assert (now.replies["ok"], now.bytes_up, now.loss) == (3, 330, 3.8)
+
+
+def test_a_follower_waits_for_the_end_of_a_line_and_leaves_out_what_is_none(tmp_path):
+    follower = Follower(tmp_path)
+    assert list(follower.news()) == []
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"event": "a"}\nnonsense\n{"event": "b"')
+    assert [e["event"] for e in follower.news()] == ["a"]
+    assert list(follower.news()) == []
+    with file.open("ab") as opened:
+        opened.write(b"}\n\xff\n[1]\n")
+    assert [e["event"] for e in follower.news()] == ["b"]
+
+
+@pytest.mark.parametrize("change", [{"devices": [7]}, {"t": "now"}, {"devices": [{"client": 0}]}])
+def test_files_of_another_form_are_refused(run, change):
+    fleet_run.word(run, **change)
+    with pytest.raises(StorageError, match="another form"):
+        status.look(run)
+
+
+def test_a_run_of_the_simulator_has_no_fleet(run):
+    (run / "fleet.json").unlink()
+    with pytest.raises(UsageError, match="not the run of a real fleet"):
+        status.look(run)
+
+
+def test_the_command_says_the_same_with_and_without_json(run, capsys):
+    fleet_run.word(run, said=40.0)
+    out = ["--out", str(run.parent)]
+    assert main(["fleet", "status", "latest", "--json", *out]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "events.schema.json").read_text())
+    jsonschema.validate(found, {**schema, "anyOf": [{"$ref": "#/$defs/FleetShown"}]})
+    assert (found["event"], found["served"], found["replies"]["ok"]) == ("fleet", False, 4)
+    assert main(["fleet", "status", "1", *out]) == 0
+    said = capsys.readouterr()
+    assert "now: last heard 4" in said.err
+    for text in ("interrupted", "round     3 of 8", "4 ok · 1 refused · 1 dropped", "dialysis-ward", "it goes 9 times",
+                 f"fleetune fleet serve --resume {run}"):  # fmt: skip
+        assert text in said.out
+
+
+def test_stop_reaches_the_session_that_wrote_the_last_word_and_no_other(run):
+    with pytest.raises(UsageError, match="no server has"):
+        status.ask_to_stop(run)
+    with RunDir(run):
+        status.ask_to_stop(run)
+        assert not status.take_stop(run, "another")
+        assert status.take_stop(run, "5e55")
+        assert not status.take_stop(run, "5e55")  # once
+
+
+def test_resume_takes_no_part_of_a_recipe(run, capsys):
+    for more in (["--rounds", "3"], ["-c", "recipe.toml"], ["--set", "K=4"]):
+        assert main(["fleet", "serve", "--resume", "latest", "--out", str(run.parent), *more]) == 2
+        said = capsys.readouterr().err
+        assert "follows the run's own recipe" in said
+        assert f"fleetune fleet serve --resume {run}" in said
