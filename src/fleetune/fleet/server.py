@@ -21,7 +21,10 @@ from fleetune.runs import sealed
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.fleets import Fleet
+from fleetune.tuning.methods import cannot_combine
+from fleetune.tuning.prepare import check_aggregation
 from fleetune.tuning.recipe import label_words
+from fleetune.tuning.robust import MEAN, REDUCE, Rule
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 PORT: Final = 8470
 STATUS: Final = "fleet.json"
+MANY: Final = 5  # devices, of which one may be a stranger's
 WORD: Final = 1.0  # seconds between two words to `fleet status`
 LOOK: Final = 2.0  # seconds between two looks at the folder of keys
 
@@ -107,6 +111,12 @@ class Served:
 
     def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet when enough devices are ready."""
+        count = self.count(job)
+        check_aggregation(job.recipe, job.method, count)
+        if self._keys is not None and (rule := suggested(job, count)):
+            listener.note(
+                f"the mean believes each of {count} devices; where some are not yours: --aggregation {rule} (docs/safety.md)"
+            )
         devices = Devices(run.path)
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
         listener.note(f"on each device: {self.line()}")
@@ -121,7 +131,7 @@ class Served:
             self._gate, devices, job_of(job, devices.run), job.recipe.seed, self.pace,
             look=look, note=listener.note, audit=Audit(run.path).write,
         )  # fmt: skip
-        self._fleet.wait_for(self.count(job))
+        self._fleet.wait_for(count)
         return self._fleet
 
     def _read_keys_again(self, devices: Devices, listener: Listener) -> None:
@@ -165,6 +175,13 @@ class Served:
         words = f"fleetune fleet join {host}:{self.place.port} --data ROWS.jsonl"
         words += " --key KEY" if self._keys is not None else ""
         return words + (" --ca ca.pem" if self.place.certificate else "")
+
+
+def suggested(job: TuneJob, count: int) -> str:
+    """Return the first rule that fits, for a fleet of `MANY` devices and more whose recipe has the plain mean; else ""."""
+    if job.recipe.aggregation != MEAN.name or count < MANY:
+        return ""
+    return next((name for name in REDUCE if not cannot_combine(job.method, Rule(name), count)), "")
 
 
 def job_of(job: TuneJob, run: str) -> Job:

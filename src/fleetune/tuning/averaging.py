@@ -7,18 +7,26 @@ Replies are taken one at a time, so that memory does not grow with the number of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 
 Tensors = dict[str, np.ndarray]
+NOTHING: Final[Mapping[str, np.ndarray]] = MappingProxyType({})
 
 
 class Mean:
     """sum_k n_k w_k / sum_k n_k, tensor by tensor, float64; (n_k, tensors) are added one at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, sums: Mapping[str, np.ndarray] = NOTHING) -> None:
+        """`sums` is what the sums begin with, float64."""
         self.total = 0.0  # sum_k n_k
-        self._sums: Tensors = {}
+        self._sums: Tensors = {name: s.copy() for name, s in sums.items()}
+
+    def sums(self) -> Tensors:
+        """Return sum_k n_k w_k."""
+        return dict(self._sums)
 
     def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
         """Count `tensors` with weight `n`."""
