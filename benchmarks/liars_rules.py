@@ -103,15 +103,13 @@ def furthest(replies: Replies, answers: Sequence[Answer], lie: liars.Lie, count:
     for i, answer in enumerate(answers[:count]):
         sent, spec = replies.kinds[answer.client % len(replies.kinds)]
         most = SHORT * allowed(agreed(spec) or 0) * ordered[(len(ordered) - 1) // 2]
-        honest, number = told[i].payload, replies.round.number
-        factor, gone = 1.0, 0.0
-        while not gone or gone > most:  # a second time where codes are rounded up
-            factor *= 1.0 if not gone else 0.97
+        honest, number, factor = told[i].payload, replies.round.number, 1.0
+        while True:  # a second time, and a third where codes are rounded up
             payload = liars.lied(times(lie, factor), sent, honest, number, signs=signs, fewer=False)
-            if not gone and not signs:
-                factor = most / distance(answer, payload)
-                payload = liars.lied(times(lie, factor), sent, honest, number, signs=signs, fewer=False)
             gone = distance(answer, payload)
+            if signs or (factor != 1.0 and gone <= most):
+                break
+            factor *= most / gone if factor == 1.0 else 0.97
         found[i] = answer._replace(data=encode(Message(told[i].round, told[i].base, payload)))
     return found
 

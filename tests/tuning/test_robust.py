@@ -429,6 +429,8 @@ def test_a_resumed_run_has_the_same_bits_and_its_ledger_replays(at: Path) -> Non
     from fleetune.cli.main import main
 
     assert main(["ledger", "verify", str(whole.folder)]) == 0
+    mean = fleetune.tune("tiny", "rows.jsonl", **{**tuned, "aggregation": "mean"})
+    assert mean.digest != whole.digest
 
 
 def test_a_rule_is_refused_before_the_model_is_loaded(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:

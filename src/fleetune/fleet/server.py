@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PORT: Final = 8470
 STATUS: Final = "fleet.json"
-MANY: Final = 5  # devices, of which one may be a stranger's
+MANY: Final = 5  # devices, from which on the plain mean is worth a word
 WORD: Final = 1.0  # seconds between two words to `fleet status`
 LOOK: Final = 2.0  # seconds between two looks at the folder of keys
 
@@ -113,10 +113,8 @@ class Served:
         """Return the fleet when enough devices are ready."""
         count = self.count(job)
         check_aggregation(job.recipe, job.method, count)
-        if self._keys is not None and (rule := suggested(job, count)):
-            listener.note(
-                f"the mean believes each of {count} devices; where some are not yours: --aggregation {rule} (docs/safety.md)"
-            )
+        if said := advice(job, count, registered=self._keys is not None):
+            listener.note(said)
         devices = Devices(run.path)
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
         listener.note(f"on each device: {self.line()}")
@@ -177,11 +175,14 @@ class Served:
         return words + (" --ca ca.pem" if self.place.certificate else "")
 
 
-def suggested(job: TuneJob, count: int) -> str:
-    """Return the first rule that fits, for a fleet of `MANY` devices and more whose recipe has the plain mean; else ""."""
-    if job.recipe.aggregation != MEAN.name or count < MANY:
+def advice(job: TuneJob, count: int, *, registered: bool) -> str:
+    """Return a word on the plain mean, "" where it is none or no other rule fits; `count` devices are waited for."""
+    if not registered or job.recipe.aggregation != MEAN.name or count < MANY:
         return ""
-    return next((name for name in REDUCE if not cannot_combine(job.method, Rule(name), count)), "")
+    rule = next((name for name in REDUCE if not cannot_combine(job.method, Rule(name), count)), "")
+    if not rule:
+        return ""
+    return f"the mean believes all {count} devices; where some may lie, serve with --aggregation {rule} (docs/safety.md)"
 
 
 def job_of(job: TuneJob, run: str) -> Job:

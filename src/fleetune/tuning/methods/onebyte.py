@@ -31,8 +31,9 @@ what it sends needs no seeds.
 ## Options
 
 - `wire=sign` is FeedSign's vote: all machines try the same n directions and send the sign of g; w moves by eta / n
-  along each, the way the majority says.  A vote weighs as much as its machine has rows (FeedSign: one machine, one
-  vote).  A bit has no zero: a slope of exactly zero tosses a coin, so that it says nothing on average.
+  along each, the way the majority says.  A vote weighs as much as its machine has rows (with `aggregation=sign-vote` as
+  in FeedSign: one machine, one vote).  A bit has no zero: a slope of exactly zero tosses a coin, so that it says nothing on
+  average.
 - `objective` is any function of the model and a batch, differentiable or not.
 """
 
