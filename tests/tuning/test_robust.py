@@ -167,6 +167,7 @@ def test_numbers_are_kept_as_they_came(spool: Spool) -> None:
         ("krum", "none of mean, median, trimmed-mean, norm-clip, sign-vote"), ("", "none of mean"),
         ("median:0.2", "only trimmed-mean takes a share"), ("trimmed-mean:0.5", "between 0 and 0.5"),
         ("trimmed-mean:", "between 0 and 0.5"), ("trimmed-mean:1/0", "between 0 and 0.5"), ("trimmed-mean:nan", "between"),
+        ("trimmed-mean:inf", "between"), ("trimmed-mean:1e-99999", "between"), ("trimmed-mean:-0.2", "between"),
     ],
 )  # fmt: skip
 def test_what_is_no_rule_is_refused(text: str, says: str) -> None:
@@ -390,7 +391,12 @@ def test_a_method_of_ones_own_keeps_its_rule() -> None:
 
 
 class Stop(fleetune.Silent):
-    """Stop after the first round."""
+    """Stop after the first round; keep the header."""
+
+    shown: dict[str, str]
+
+    def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        self.shown = dict(rows)
 
     def event(self, event: Any) -> None:
         if event.event == "round":
@@ -419,8 +425,10 @@ def test_a_resumed_run_has_the_same_bits_and_its_ledger_replays(at: Path) -> Non
         **MORE,
     }
     whole = fleetune.tune("tiny", "rows.jsonl", **tuned)
+    stopped = Stop()
     with pytest.raises(errors.Interrupted):
-        fleetune.tune("tiny", "rows.jsonl", listener=Stop(), **tuned)
+        fleetune.tune("tiny", "rows.jsonl", listener=stopped, **tuned)
+    assert stopped.shown["fleet"].endswith("2 rounds · trimmed-mean")
     assert fleetune.resume_run("latest").digest == whole.digest
     assert 'aggregation = "trimmed-mean"' in (whole.folder / "run.toml").read_text()
     ledger = ledgers.load(whole.folder / "ledger.safetensors")

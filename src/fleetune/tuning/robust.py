@@ -133,8 +133,8 @@ def parse(text: str) -> Rule:
     if not colon:
         return Rule(name)
     try:
-        found = Fraction(share)
-    except (ValueError, ZeroDivisionError):
+        found = Fraction(float(share)).limit_denominator(1000)
+    except (ValueError, OverflowError):
         found = Fraction(0)
     if name != "trimmed-mean" or not 0 < found < Fraction(1, 2):
         raise ValueError(

@@ -37,6 +37,7 @@ from fleetune.data import Batches
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.model import Model
 from fleetune.tuning import server_rules
+from fleetune.tuning.averaging import weighted_mean
 from fleetune.tuning.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, norm
@@ -254,10 +255,10 @@ def aggregate(
     Another `rule` combines the modules in the mean's place, and the changes of the devices' variates.
     """
     sent = broadcast(state, how.wire).arrays
-    variates, combined = Variates(state, sent, how, rule), rule.combining(group(sent))
-    for reply in variates.watch(replies) if how.scaffold else replies:
-        combined.add(float(reply.payload.int("n")), reply.payload.arrays)
-    mean = {name: m.astype(np.float32) for name, m in combined.tensors().items()}
+    variates = Variates(state, sent, how, rule)
+    taken = variates.watch(replies) if how.scaffold else replies
+    weighted = ((float(r.payload.int("n")), r.payload.arrays) for r in taken)
+    mean = weighted_mean(weighted, rule.combining(group(sent)))
     if not mean:
         return state
     new = advance(state, mean, group(sent), server, lr)

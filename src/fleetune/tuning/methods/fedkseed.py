@@ -196,7 +196,7 @@ class Method:
                 k, c = self.codec.walk(reply, p, self.K)
                 sums = summed(k, c, self.K)
                 sizes.add(k, c / units[k])
-                sums = sums if rule == MEAN else self.drawn_only(sums, reply, p, rule)
+                sums = sums if rule.name == "mean" else self.drawn_only(sums, reply, p, rule)
             combined.add(w, {"a": sums})
         ledger, moments = state.ledger, state.moments
         if combined.total:
