@@ -2,6 +2,9 @@
 """One liar in a fleet: what a client that lies in its replies does to the model, by method and by lie.
 
     python -m benchmarks.liars MODEL ROWS.jsonl [--json FILE] [--only NAME ..]
+    python -m benchmarks.liars MODEL ROWS.jsonl --rules [RULE ..] [--seeds N] [--liars N] [--unlike]
+
+The second form measures what aggregation rules withstand (`liars_rules.py`).
 
 Eight clients, of which client 0 does its work and then sends something else.  Every lie is well formed and within the
 agreed ranges, so it is a real reply to the server: see `LIES`.  A line of the table is a method: the validation loss
@@ -251,18 +254,32 @@ def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.liars", description="One liar among eight clients.")
     parser.add_argument("model")
     parser.add_argument("rows")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help=f"of: {', '.join(CASES)}")
     parser.add_argument(
-        "--only", nargs="*", default=list(CASES), metavar="NAME", help=f"of: {', '.join(CASES)}"
+        "--rules", nargs="*", metavar="RULE", help="compare aggregation rules (all unless named)"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="with --rules: runs of each cell")
+    parser.add_argument("--liars", type=int, default=1, help="with --rules: liars among ten clients")
+    parser.add_argument(
+        "--unlike", action="store_true", help="with --rules: clients with rows of one kind or two"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
+    if options.rules is not None:
+        from benchmarks import liars_rules
+
+        return liars_rules.measure(
+            options.model, options.rows, rules=options.rules or liars_rules.RULES,
+            only=options.only or list(liars_rules.CASES), seeds=options.seeds, count=options.liars,
+            unlike=options.unlike, to=options.json,
+        )  # fmt: skip
     began, every = time.monotonic(), {}
     model, rows = prepared(options.model, options.rows)
     print("| method | before | honest | " + " | ".join(LIES) + " |", flush=True)
     print("|---" * (3 + len(LIES)) + "|", flush=True)
-    for name in options.only:
+    for name in options.only or CASES:
         found = {lie: played(model, rows, name, told) for lie, told in [("honest", None), *LIES.items()]}
         every[name] = found
         cells = [f"{found['honest']['before']:.3f}", *(shown(f) for f in found.values())]

@@ -24,13 +24,17 @@ from fleetune.runs import sealed
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.fleets import Fleet
+from fleetune.tuning.methods import cannot_combine
+from fleetune.tuning.prepare import check_aggregation
 from fleetune.tuning.recipe import label_words
+from fleetune.tuning.robust import MEAN, REDUCE, Rule
 
 if TYPE_CHECKING:
     from fleetune.fleet.page import LivePage
     from fleetune.tuning.prepare import TuneJob
     from fleetune.tuning.run import Step
 
+MANY: Final = 5  # devices, from which on the plain mean is worth a word
 WORD: Final = 1.0  # seconds between two words to `fleet status`
 LOOK: Final = 2.0  # seconds between two looks at the folder of keys
 
@@ -111,6 +115,10 @@ class Served:
 
     def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet when enough devices are ready."""
+        count = self.count(job)
+        check_aggregation(job.recipe, job.method, count)
+        if said := advice(job, count, registered=self._keys is not None):
+            listener.note(said)
         devices = Devices(run.path)
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
         listener.note(f"on each device: {self.line()}")
@@ -129,7 +137,7 @@ class Served:
             self._gate, devices, job_of(job, devices.run), job.recipe.seed, self.pace,
             look=look, note=listener.note, audit=Audit(run.path).write,
         )  # fmt: skip
-        self._fleet.wait_for(self.count(job))
+        self._fleet.wait_for(count)
         return self._fleet
 
     def _read_keys_again(self, devices: Devices, listener: Listener) -> None:
@@ -175,6 +183,16 @@ class Served:
         words = f"fleetune fleet join {host}:{self.place.port} --data ROWS.jsonl"
         words += " --key KEY" if self._keys is not None else ""
         return words + (" --ca ca.pem" if self.place.certificate else "")
+
+
+def advice(job: TuneJob, count: int, *, registered: bool) -> str:
+    """Return a word on the plain mean, "" where it is none or no other rule fits; `count` devices are waited for."""
+    if not registered or job.recipe.aggregation != MEAN.name or count < MANY:
+        return ""
+    rule = next((name for name in REDUCE if not cannot_combine(job.method, Rule(name), count)), "")
+    if not rule:
+        return ""
+    return f"the mean believes all {count} devices; where some may lie, serve with --aggregation {rule} (docs/safety.md)"
 
 
 def job_of(job: TuneJob, run: str) -> Job:

@@ -7,18 +7,26 @@ Replies are taken one at a time, so that memory does not grow with the number of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Final, Protocol
 
 import numpy as np
 
 Tensors = dict[str, np.ndarray]
+NOTHING: Final[Mapping[str, np.ndarray]] = MappingProxyType({})
 
 
 class Mean:
     """sum_k n_k w_k / sum_k n_k, tensor by tensor, float64; (n_k, tensors) are added one at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, sums: Mapping[str, np.ndarray] = NOTHING) -> None:
+        """`sums` is what the sums begin with, float64."""
         self.total = 0.0  # sum_k n_k
-        self._sums: Tensors = {}
+        self._sums: Tensors = {name: s.copy() for name, s in sums.items()}
+
+    def sums(self) -> Tensors:
+        """Return sum_k n_k w_k."""
+        return dict(self._sums)
 
     def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
         """Count `tensors` with weight `n`."""
@@ -33,12 +41,27 @@ class Mean:
         return {name: s / self.total for name, s in self._sums.items()}
 
 
-def weighted_mean(weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]]) -> Tensors:
+class Combination(Protocol):
+    """What tensors are added to one at a time: the `Mean`, or another rule (`robust.py`)."""
+
+    def add(self, n: float, tensors: Mapping[str, np.ndarray]) -> None:
+        """Count `tensors` with weight `n`."""
+        ...
+
+    def tensors(self) -> Tensors:
+        """Return what they combine to, float64; {} when nothing was added."""
+        ...
+
+
+def weighted_mean(
+    weighted: Iterable[tuple[float, Mapping[str, np.ndarray]]], combination: Combination | None = None
+) -> Tensors:
     """Average by FedAvg (McMahan et al. 2017, Algorithm 1): sum_k n_k w_k / sum_k n_k, tensor by tensor.
 
-    Takes (n_k, tensors) pairs one at a time, sums in float64, gives float32; {} when there are none.
+    Takes (n_k, tensors) pairs one at a time, sums in float64, gives float32; {} when there are none.  An empty
+    `combination` takes the mean's place.
     """
-    mean = Mean()
+    mean = combination or Mean()
     for n, tensors in weighted:
         mean.add(n, tensors)
     return {name: m.astype(np.float32) for name, m in mean.tensors().items()}

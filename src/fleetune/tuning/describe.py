@@ -20,6 +20,7 @@ from fleetune.tuning.methods import Method
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
+    from fleetune.tuning.recipe import Recipe
 
 TRAINED: dict[str, Callable[[Model], int]] = {
     "ledger": lambda model: model.n_params,
@@ -76,9 +77,14 @@ def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
         ("model", f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}"),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
         ("data", f"{Path(recipe.data).name} · {_split(job)}{len(job.held)} held out"),
-        ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}"),
+        ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{_rule(recipe)}"),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]
+
+
+def _rule(recipe: Recipe) -> str:
+    """Return how replies are combined; nothing of the usual mean."""
+    return "" if recipe.aggregation == "mean" else f" · {recipe.aggregation}"
 
 
 def _split(job: TuneJob) -> str:

@@ -24,7 +24,7 @@ from fleetune.evaluation.answers import require_text_model
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
-from fleetune.tuning import labels, methods, rounds
+from fleetune.tuning import labels, methods, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.recipe import Recipe
@@ -68,12 +68,15 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         lambda: methods.make(recipe.method, recipe.set),
         lambda: check_partition_spec(recipe.partition),
         lambda: objectives.get(str(recipe.set.get("objective", "loss"))),
+        lambda: robust.parse(recipe.aggregation),
     )
     for test in tests:
         try:
             test()
         except RecipeError as error:
             problems += error.problems
+        except ValueError as error:
+            problems.append(str(error))
     problems += labels.problems(recipe)
     if recipe.stragglers and not recipe.deadline:
         problems.append(f"stragglers = {recipe.stragglers} does nothing without a deadline: add --deadline 3")
@@ -82,6 +85,16 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     method = methods.make(recipe.method, recipe.set)
     methods.check_files(method)
     return entry, method
+
+
+def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:
+    """Raise RecipeError where the replies of so many clients cannot be combined by the recipe's rule."""
+    asked = len(rounds.sample(range(clients), recipe.participation, recipe.seed, 1))
+    if why := methods.cannot_combine(method, robust.parse(recipe.aggregation), asked):
+        raise RecipeError(
+            [f"aggregation = {recipe.aggregation!r} does not fit method = {recipe.method!r}: {why}"],
+            hint="rules, and what each withstands: docs/safety.md",
+        )
 
 
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:
@@ -115,6 +128,8 @@ def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) ->
     parts = split(recipe, entry, offline=offline)
     if not simulated:
         parts = dataclasses.replace(parts, clients=[])
+    if clients := len(parts.clients) or recipe.clients:
+        check_aggregation(recipe, method, clients)
     objective, batch_size = objective_of(method), batch_size_of(method)
     held_out = [parts.examples[i] for i in parts.held.tolist()]
     labels.check_rows(recipe, objective, batch_size, parts.examples, held_out, offline=offline)

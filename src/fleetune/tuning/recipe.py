@@ -89,6 +89,11 @@ class Recipe:
         description="simulate: leave out clients slower than this many times a usual one (0: wait)",
     )
     quorum: int = Field(default=1, ge=1, description="fewer good replies than this leave the model as it was")
+    aggregation: str = Field(
+        default="mean",
+        description="how replies become one: mean, or against clients that lie: median, trimmed-mean[:SHARE], norm-clip, "
+        "sign-vote",
+    )
     eval_every: int = Field(
         default=1, ge=0, description="validation loss every so many rounds (0: before and after only)"
     )
@@ -123,6 +128,7 @@ class RecipeOptions(TypedDict, total=False):
     stragglers: float
     deadline: float
     quorum: int
+    aggregation: str
     eval_every: int
     eval_rows: int
     rouge_rows: int

@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from fleetune.common.files import storage_error
 from fleetune.common.memory import rss
 from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
 from fleetune.runs.events import ClientReply
@@ -36,6 +35,8 @@ from fleetune.tuning import methods
 from fleetune.tuning.fleets import Answer
 from fleetune.tuning.messages import NotFiniteError, Payload, ReplySpec, check, decode
 from fleetune.tuning.methods import Method, Reply
+from fleetune.tuning.robust import MEAN, Rule
+from fleetune.tuning.spool import IN_MEMORY, Spool
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 FURTHEST: Final = 4.0  # times the median distance of a round's replies, for replies of many numbers
 FEW: Final = 8  # numbers in a reply with which it may go twice as far: few slopes vary by chance
 FEWEST: Final = 3  # replies of a kind that are needed to say what is usual
-IN_MEMORY: Final = 1 << 22  # bytes of a round's replies; more lie on disk
 
 
 class Kept(NamedTuple):
@@ -71,7 +71,12 @@ class Replies:
     """The replies of one round, one at a time; every client's outcome is recorded by `emit`."""
 
     def __init__(
-        self, method: Method, round: Round, run: RunDir, emit: Callable[[ClientReply], None]
+        self,
+        method: Method,
+        round: Round,
+        run: RunDir,
+        emit: Callable[[ClientReply], None],
+        rule: Rule = MEAN,
     ) -> None:
         self.method, self.round, self.emit = method, round, emit
         self.kinds = methods.kinds_of(method, round.state)
@@ -79,15 +84,15 @@ class Replies:
         self.asked = self.failed = self.not_finite = 0  # failed: refused ones included
         self.bytes_up = self.bytes_down = 0
         self.reason = ""  # of the first that failed
-        self._folder = run.path
-        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY, "w+b", dir=str(run.path))  # noqa: SIM115
+        self._spool = Spool(run.path, IN_MEMORY)
+        self.rule = replace(rule, spool=self._spool)
         self._in_hand: Kept | None = None
 
     def __enter__(self) -> Replies:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._file.close()
+        self._spool.close()
 
     @property
     def accepted(self) -> int:
@@ -138,7 +143,7 @@ class Replies:
         arrays = payload.arrays
         numbers = sum(a.size for a in arrays.values())
         self.kept.append(Kept(
-            answer._replace(data=None), self._store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance,
+            answer._replace(data=None), self._spool.store(data), len(data), frozenset(arrays), agreed(spec), numbers, distance,
         ))  # fmt: skip
         return payload
 
@@ -155,7 +160,7 @@ class Replies:
         """
         while True:
             try:
-                return self.method.aggregate(self.round.state, self._each())
+                return methods.aggregated(self.method, self.round.state, self._each(), self.rule)
             except (StorageError, MemoryError):
                 raise
             except FAULTS as error:
@@ -176,21 +181,8 @@ class Replies:
 
     # One reply ------------------------------------------------------------------------------------------
 
-    def _store(self, data: bytes) -> int:
-        try:
-            offset = self._file.seek(0, 2)
-            self._file.write(data)
-        except OSError as error:
-            raise storage_error(error, self._folder) from error
-        return offset
-
     def _payload(self, kept: Kept) -> Payload:
-        try:
-            self._file.seek(kept.offset)
-            data = self._file.read(kept.size)
-        except OSError as error:
-            raise storage_error(error, self._folder) from error
-        return decode(data).payload
+        return decode(self._spool.read(kept.offset, kept.size)).payload
 
     def _refuse(self, kept: Kept, reason: str) -> None:
         """Leave out a reply that had been taken; its client's event is written again."""

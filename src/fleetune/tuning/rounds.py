@@ -28,6 +28,7 @@ from fleetune.tuning.fleets import Fleet
 from fleetune.tuning.messages import Message, Payload, encode
 from fleetune.tuning.methods import Method
 from fleetune.tuning.replies import Replies, Round
+from fleetune.tuning.robust import MEAN, Rule
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class RoundPlan:
     eval_every: int
     base: bytes  # first 8 bytes of the base digest
     stands_on: StandsOn | None = None  # what every checkpoint states of recipe, base and rows
+    rule: Rule = MEAN  # how replies are combined
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _played(
 ) -> tuple[Any, Replies]:
     """Return the state that a round gives, and its replies."""
     chosen = sample(fleet.present(), plan.participation, plan.seed, r)
-    with Replies(method, Round(r, plan.base, fleet.rows, state), run, hooks.emit) as replies:
+    with Replies(method, Round(r, plan.base, fleet.rows, state), run, hooks.emit, plan.rule) as replies:
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
         messages = {client: coded[client % len(coded)] for client in chosen}
         replies.gather(fleet.ask(r, chosen, messages))

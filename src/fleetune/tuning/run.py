@@ -26,7 +26,7 @@ from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import describe, finished, foundations, remarks, rounds
+from fleetune.tuning import describe, finished, foundations, remarks, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import StandsOn, Totals
 from fleetune.tuning.fleets import Fleet
@@ -188,7 +188,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
 
     whole = rundir.checkpoints(run.path) and _evaluation(run.path, "base")
     base = None if whole else _base(job, run)
-    first = method.init(model, derive(recipe.seed, "init"))
+    first = _first(job)
     fleet = fleets.make(job, run, listener, step)
 
     def measure(state: Any) -> dict[str, float]:
@@ -213,7 +213,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
 
     plan = rounds.RoundPlan(
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
-        bytes.fromhex(model.digest)[:8], stands_on,
+        bytes.fromhex(model.digest)[:8], stands_on, robust.parse(recipe.aggregation),
     )  # fmt: skip
     hooks = rounds.Hooks(begin, measure, emit, resumed, listener.note, clock=lambda: time.monotonic() - began)
     try:
@@ -225,6 +225,16 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         raise
     measured = _last_measures(run, recipe.rounds) or measure(state)
     return _finish(job, run, (first, state), totals, measured, listener, began)
+
+
+def _first(job: TuneJob) -> Any:
+    """Return the state before round 1; a ledger states the rule by which replies are combined."""
+    state = job.method.init(job.model, derive(job.recipe.seed, "init"))
+    rule = robust.parse(job.recipe.aggregation)
+    if job.entry.kind != "ledger" or rule == robust.MEAN:
+        return state
+    head = dataclasses.replace(state.ledger.head, aggregation=rule.text)
+    return state._replace(ledger=dataclasses.replace(state.ledger, head=head))
 
 
 class _Base(NamedTuple):

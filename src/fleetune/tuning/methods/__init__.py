@@ -6,7 +6,7 @@
 hyper-parameters, each `name: type = setting(default, symbol, help)`, with the functions of the Protocol below.  A
 setting that acts only beside another says so with `only_if` (`common/settings.py`).  Optional: the constants `CLIENTS`
 (a usual fleet, 8 unless stated) and `RECOMMENDED` (1 is the first that `plan` considers), and the functions of the
-Protocols `Reports`, `Kinds`, `Measured`, `Reads`, `Sized` and `Planned`.
+Protocols `Reports`, `Kinds`, `Measured`, `Combines`, `Reads`, `Sized` and `Planned`.
 
 Other packages register a module of the same shape under the entry-point group `fleetune.methods`.
 """
@@ -25,6 +25,7 @@ from fleetune.common.registry import Member, Registry
 from fleetune.common.settings import Setting, of
 from fleetune.common.settings import make as make_of
 from fleetune.tuning.messages import Payload, ReplySpec
+from fleetune.tuning.robust import FEWEST, MEAN, Rule
 
 if TYPE_CHECKING:
     from fleetune.data import Batches
@@ -107,6 +108,19 @@ class Measured(Protocol):
 
 
 @runtime_checkable
+class Combines(Protocol):
+    """A method whose replies can be combined otherwise than by their mean."""
+
+    def aggregate(self, state: Any, replies: Iterable[Reply], rule: Rule = MEAN) -> Any:
+        """Do the server's round with the replies combined by `rule` (`Rule.combining`)."""
+        ...
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        """Return why `rule` does not fit replies of `asked` clients, and what to do; "" where it does."""
+        ...
+
+
+@runtime_checkable
 class Reads(Protocol):
     """A method whose `init` reads files."""
 
@@ -161,6 +175,27 @@ def _start(sent: Payload, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def norm(arrays: Iterable[np.ndarray]) -> float:
     """Return the Euclidean norm of all arrays together."""
     return math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in arrays))
+
+
+def aggregated(method: Method, state: Any, replies: Iterable[Reply], rule: Rule) -> Any:
+    """Return the state after a round; every method takes the mean, those that are `Combines` other rules too."""
+    if rule.name == "mean":
+        return method.aggregate(state, replies)
+    assert isinstance(method, Combines)
+    return method.aggregate(state, replies, rule)
+
+
+def cannot_combine(method: Method, rule: Rule, asked: int) -> str:
+    """Return why replies of `asked` clients cannot be combined by `rule`, and what to do; "" where they can."""
+    if rule.name == "mean":
+        return ""
+    if not isinstance(method, Combines):
+        return "this method has a rule of its own; leave aggregation out"
+    if asked < FEWEST:
+        return (
+            f"{asked} clients are asked in a round, and of fewer than {FEWEST} none can be outvoted; ask more"
+        )
+    return method.cannot_combine(rule, asked)
 
 
 def check_files(method: Method) -> None:

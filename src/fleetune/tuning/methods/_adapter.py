@@ -41,6 +41,7 @@ from fleetune.tuning.averaging import weighted_mean
 from fleetune.tuning.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, norm
+from fleetune.tuning.robust import MEAN, Rule
 from fleetune.tuning.server_rules import Tensors
 
 DTYPE: Final[Mapping[str, Any]] = MappingProxyType({"fp32": np.float32, "fp16": np.float16})
@@ -239,15 +240,28 @@ def distance(tensors: Tensors, reply: Reply, how: Training) -> float:
 # ---------------------------------------------------------------- a server
 
 
-def aggregate(state: State, replies: Iterable[Reply], how: Training, rule: str, lr: float) -> State:
-    """Take the mean weighted by rows, the rule's step, and SCAFFOLD's c if it is on; no reply gives the state back."""
+def cannot_combine(rule: Rule) -> str:
+    """Return why a rule does not fit modules, "" where it does."""
+    if rule.name == "sign-vote":
+        return "signs do not say how far the numbers of a module go; use aggregation=median or trimmed-mean"
+    return ""
+
+
+def aggregate(
+    state: State, replies: Iterable[Reply], how: Training, server: str, lr: float, rule: Rule = MEAN
+) -> State:
+    """Take the mean weighted by rows, the server's step, and SCAFFOLD's c if it is on; no reply gives the state back.
+
+    Another `rule` combines the modules in the mean's place, and the changes of the devices' variates.
+    """
     sent = broadcast(state, how.wire).arrays
-    variates = Variates(state, sent, how)
+    variates = Variates(state, sent, how, rule)
     taken = variates.watch(replies) if how.scaffold else replies
-    mean = weighted_mean((float(r.payload.int("n")), r.payload.arrays) for r in taken)
+    weighted = ((float(r.payload.int("n")), r.payload.arrays) for r in taken)
+    mean = weighted_mean(weighted, rule.combining(group(sent)))
     if not mean:
         return state
-    new = advance(state, mean, group(sent), rule, lr)
+    new = advance(state, mean, group(sent), server, lr)
     return new._replace(c=variates.mean(), seen=variates.seen()) if how.scaffold else new
 
 
@@ -263,27 +277,27 @@ def advance(state: State, mean: Tensors, sent: Tensors, rule: str, lr: float) ->
 class Variates:
     """SCAFFOLD's c through a round: (sum of c_k of the devices seen) / (number of them)."""
 
-    def __init__(self, state: State, sent: Mapping[str, np.ndarray], how: Training) -> None:
+    def __init__(self, state: State, sent: Mapping[str, np.ndarray], how: Training, rule: Rule) -> None:
         self.w, self.c, self.how = group(sent), group(sent, "c/"), how
         self.clients = set(state.seen.tolist())
-        self.sums = {
+        before = {
             n: len(self.clients) * np.asarray(state.c.get(n, 0.0), np.float64) + np.zeros(t.shape)
             for n, t in self.w.items()
         }
+        self.changes = rule.combining(sums=before)
 
     def watch(self, replies: Iterable[Reply]) -> Iterator[Reply]:
         """Yield the replies, each added on its way."""
         for reply in replies:
             walked = sum(self.how.rates(reply.payload.int("n")))
             change = server_rules.control({}, self.c, self.w, reply.payload.arrays, walked)  # c_k' - c_k
-            for name, d in change.items():
-                self.sums[name] += d
+            self.changes.add(1.0, change)
             self.clients.add(reply.client)
             yield reply
 
     def mean(self) -> Tensors:
         """Return the new c, float64."""
-        return {name: s / len(self.clients) for name, s in self.sums.items()}
+        return {name: s / len(self.clients) for name, s in self.changes.sums().items()}
 
     def seen(self) -> np.ndarray:
         """Return int64: the devices that have a variate, in order."""

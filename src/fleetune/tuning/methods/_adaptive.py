@@ -17,19 +17,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fleetune.tuning.averaging import Mean
 from fleetune.tuning.methods import Reply
+from fleetune.tuning.robust import MEAN, Rule
 from fleetune.tuning.server_rules import Tensors, control
 
 
 class LayerControl:
     """The mean of a round's tensors, and the devices' variates before and after it."""
 
-    def __init__(self, w: Tensors, c: Tensors, c_k: Tensors) -> None:
+    def __init__(self, w: Tensors, c: Tensors, c_k: Tensors, rule: Rule = MEAN) -> None:
         """`c_k` holds the devices' variates by "device/tensor name"; a new device starts at `c`."""
         self.w, self.c, self.before = w, c, c_k
         self.c_k, self.answered = dict(c_k), 0
-        self._w_k, self._variates, self._changes = Mean(), Mean(), Mean()
+        self._w_k, self._variates, self._changes = rule.combining(w), rule.combining(), rule.combining()
 
     def add(self, reply: Reply, rates: Sequence[float]) -> None:
         """Count a device's reply; `rates` are the learning rates of its steps."""

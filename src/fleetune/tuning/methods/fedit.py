@@ -60,6 +60,7 @@ from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _lora_start
 from fleetune.tuning.methods._adapter import State, Training
 from fleetune.tuning.methods._lora_start import STARTS
+from fleetune.tuning.robust import MEAN, Rule
 
 log = logging.getLogger(__name__)
 
@@ -179,16 +180,21 @@ class Method:
     def distance(self, state: State, reply: Reply) -> float:
         return _adapter.distance(state.tensors, reply, self.training())
 
-    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Average the adapters (A and B apart) or their products; then take the server's step."""
         if self.average == "separate":
-            return _adapter.aggregate(state, replies, self.training(), self.server, self.server_lr)
+            return _adapter.aggregate(state, replies, self.training(), self.server, self.server_lr, rule)
         taken = ((float(r.payload.int("n")), r.payload.arrays) for r in replies)
         tensors, left_out = product_mean(taken, adapters.pairs(state.tensors), state.tensors)
         if not tensors:
             return state
         log.info("the rank-%d cut of the mean product left out %.3g of its squared norm", self.r, left_out)
         return state._replace(tensors=tensors, cut=left_out)
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        if self.average == "product":
+            return "average=product has no coordinates to compare; use average=separate"
+        return _adapter.cannot_combine(rule)
 
     def report(self, state: State) -> dict[str, float]:
         """Return what the last average had to leave out."""

@@ -56,6 +56,7 @@ from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _mixed_fleet, _pro, _zeroth, norm
 from fleetune.tuning.methods._wires import WIRES, Wire, summed
 from fleetune.tuning.methods._zeroth import UNITS, draw, pool_ids, rounded
+from fleetune.tuning.robust import FEWEST, MEAN, Rule
 
 KIND = "ledger"
 PAPER = "Qin et al., ICML 2024, arXiv 2312.06353"
@@ -179,10 +180,13 @@ class Method:
         self.codec.check(reply, p, self.K, self.tau)
         return norm([summed(*self.codec.walk(reply, p, self.K), self.K)])
 
-    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
-        """Set A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once."""
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
+        """Set A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once.
+
+        Another `rule` combines a_{c,k} over the clients that have drawn direction k.
+        """
         p = self.probabilities(state)
-        total, weight, sizes = np.zeros(self.K), 0.0, _pro.Sizes(state.size.copy(), state.seen.copy())
+        combined, sizes = rule.combining(), _pro.Sizes(state.size.copy(), state.seen.copy())
         units = UNITS * _pro.weights(p, self.K)  # of a slope of 1 along each direction
         for reply in replies:
             w = _mixed_fleet.weight(reply.payload, self.codec, self.K, mixed=self.backprop > 0)
@@ -192,11 +196,11 @@ class Method:
                 k, c = self.codec.walk(reply, p, self.K)
                 sums = summed(k, c, self.K)
                 sizes.add(k, c / units[k])
-            total += w * sums
-            weight += w
+                sums = sums if rule.name == "mean" else self.drawn_only(sums, reply, p, rule)
+            combined.add(w, {"a": sums})
         ledger, moments = state.ledger, state.moments
-        if weight:
-            mean = total / weight / UNITS  # the paper's: sums of slopes
+        if combined.total:
+            mean = combined.tensors()["a"] / UNITS  # the paper's: sums of slopes
             step, moments = server_rules.step_sums(self.server, mean, moments, lr=self.server_lr)
             ids = pool_ids(self.epoch(state), np.arange(self.K))
             ledger = ledger.append(ids, rounded(step * UNITS), state.round + 1)
@@ -204,6 +208,22 @@ class Method:
         if self.epoch(new) > self.epoch(state):  # the next round draws from a pool of which nothing is known
             new = new._replace(size=np.zeros(self.K), seen=np.zeros(self.K, np.int64), moments={})
         return new
+
+    def drawn_only(self, sums: np.ndarray, reply: Reply, p: np.ndarray | None, rule: Rule) -> np.ndarray:
+        """Return float64[K]: the sums of a walk; along directions that were not drawn, what `rule` has for none."""
+        drawn = draw(reply.key, self.codec.steps(reply.payload), p, self.K)
+        return np.where(np.bincount(drawn, minlength=self.K) > 0, sums, rule.absent)
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        if 0 < self.backprop < 1:
+            return "a mixed fleet has replies of two precisions, which do not compare; set backprop to 0 or 1"
+        met = asked if self.backprop else asked * (1 - (1 - 1 / self.K) ** self.tau)
+        if rule.name != "norm-clip" and met < FEWEST:
+            return (
+                f"a direction of {self.K} is drawn by {met:.1f} of {asked} clients in a round, and {FEWEST} are needed "
+                "to compare; lower K or raise tau, or use aggregation=norm-clip"
+            )
+        return ""
 
     def apply(self, model: Model, state: State) -> None:
         _zeroth.place_at(model, state.ledger)

@@ -82,12 +82,12 @@ from fleetune.evaluation.losses import batch_loss
 from fleetune.models.layers import check_separate, layers_of
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
-from fleetune.tuning.averaging import Mean
 from fleetune.tuning.footprint import WIDE, Footprint, Module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _adaptive, _layers
 from fleetune.tuning.methods._adapter import NOTHING
 from fleetune.tuning.methods._adaptive import rounded
+from fleetune.tuning.robust import MEAN, Rule
 from fleetune.tuning.server_rules import Tensors
 
 KIND = "adapter"
@@ -241,13 +241,16 @@ class Method:
     def distance(self, state: State, reply: Reply) -> float:
         return _adapter.distance(state.tensors, reply, self.training())
 
-    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Do a round of warm-up, or of adaptive optimization."""
-        return self.warm(state, replies) if state.warmup else self.step(state, replies)
+        return self.warm(state, replies, rule) if state.warmup else self.step(state, replies, rule)
 
-    def warm(self, state: State, replies: Iterable[Reply]) -> State:
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        return _adapter.cannot_combine(rule)
+
+    def warm(self, state: State, replies: Iterable[Reply], rule: Rule) -> State:
         """Average, and add the devices' measurements up; the layers are chosen after the last such round."""
-        w, measured = Mean(), Mean()
+        w, measured = rule.combining(state.tensors), rule.combining()
         for reply in replies:
             n = float(reply.payload.int("n"))
             w.add(n, {name: reply.payload.array(name) for name in state.tensors})
@@ -273,9 +276,10 @@ class Method:
         zeros = {n: np.zeros(t.shape) for n, t in tensors.items()}
         return state._replace(tensors=tensors, layers=taken, warmup=0, v=zeros, c=zeros, D=zeros)
 
-    def step(self, state: State, replies: Iterable[Reply]) -> State:
+    def step(self, state: State, replies: Iterable[Reply], rule: Rule) -> State:
         """Take every device's momentum step from wbar, averaged (no momentum in the first round)."""
-        variates, measured = _adaptive.LayerControl(state.tensors, state.c, state.c_k), Mean()
+        variates = _adaptive.LayerControl(state.tensors, state.c, state.c_k, rule)
+        measured = rule.combining()
         for reply in replies:
             n, scalars = reply.payload.int("n"), reply.payload.scalars
             variates.add(reply, self.training().rates(n))

@@ -59,6 +59,7 @@ from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _lora_start
 from fleetune.tuning.methods._adapter import State, Training
 from fleetune.tuning.methods._lora_start import STARTS
+from fleetune.tuning.robust import MEAN, Rule
 
 KIND = "adapter"
 PAPER = "Zhang et al., ACL Findings 2023, arXiv 2212.10025"
@@ -161,8 +162,11 @@ class Method:
     def distance(self, state: State, reply: Reply) -> float:
         return _adapter.distance(state.tensors, reply, self.training())
 
-    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
-        return _adapter.aggregate(state, replies, self.training(), self.server, self.server_lr)
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
+        return _adapter.aggregate(state, replies, self.training(), self.server, self.server_lr, rule)
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        return _adapter.cannot_combine(rule)
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)

@@ -63,6 +63,7 @@ from fleetune.tuning.footprint import WIDE, Footprint, lora_module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _forward, norm
 from fleetune.tuning.methods._forward import INDEPENDENT_LAWS
+from fleetune.tuning.robust import MEAN, Rule, clipped, size_of
 from fleetune.tuning.server_rules import Tensors
 
 KIND = "adapter"
@@ -199,15 +200,23 @@ class Method:
     def distance(self, state: State, reply: Reply) -> float:
         return norm([self.cut(reply.payload.array("g"))])
 
-    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Move along all directions asked on this batch, or keep the adapter and ask for more."""
-        parts = [(state.ids, state.g, state.rows)]
-        for reply in replies:
-            g = self.cut(reply.payload.array("g").astype(np.float64))
-            rows = np.full(self.P, float(reply.payload.int("n")))
-            parts.append((self.directions(state.seeds, reply.key), g, rows))
-        if len(parts) == 1:
+        parts = [
+            (
+                self.directions(state.seeds, reply.key),
+                self.cut(reply.payload.array("g").astype(np.float64)),
+                np.full(self.P, float(reply.payload.int("n"))),
+            )
+            for reply in replies
+        ]
+        if not parts:
             return state._replace(round=state.round + 1, moved=0, cosine=0.0)
+        if rule.name == "norm-clip":
+            told = np.stack([g for _, g, _ in parts])
+            told = clipped(told, np.array([size_of(g) for g in told]))
+            parts = [(ids, g, np.ones(self.P)) for (ids, _, _), g in zip(parts, told, strict=True)]
+        parts.insert(0, (state.ids, state.g, state.rows))
         ids, g, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
         fresh = len(ids) - len(state.ids)
         step, variance = _forward.descent(self.law, ids, g, rows)
@@ -235,6 +244,11 @@ class Method:
         first, keep = np.uint64((state.round + 1) << 32), SPARE * used
         ids = first + np.arange(keep * self.candidates, dtype=np.uint64)
         return _forward.most_alike(state.last, ids, keep, key=run_key(state.seed), law=self.law)
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        if rule.name != "norm-clip":
+            return "every device tries directions of its own, so no two slopes compare; use aggregation=norm-clip"
+        return ""
 
     def apply(self, model: Model, state: State) -> None:
         self.attach(model, state.seed)

@@ -42,6 +42,7 @@ from fleetune.tuning.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import INT32, UNITS, rounded
+from fleetune.tuning.robust import MEAN, Rule
 
 KIND = "ledger"
 PAPER = "Malladi et al., NeurIPS 2023, arXiv 2305.17333"
@@ -118,18 +119,19 @@ class Method:
     def distance(self, state: State, reply: Reply) -> float:
         return norm([reply.payload.array("c")])
 
-    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
-        """Take the mean over devices of each step's integer, weighted by rows."""
-        total, rows = np.zeros(self.tau, np.float64), 0
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
+        """Take the mean over devices of each step's integer, weighted by rows (or what `rule` makes of them)."""
+        combined = rule.combining()
         for reply in replies:
-            n = reply.payload.int("n")
-            total += float(n) * reply.payload.array("c")
-            rows += n
-        if rows == 0:
+            combined.add(float(reply.payload.int("n")), {"c": reply.payload.array("c")})
+        if not combined.total:
             return state._replace(round=state.round + 1)
-        mean = rounded(total / rows)
-        ledger = state.ledger.append(self.ids(state.step), mean, state.round + 1)
+        c = rounded(combined.tensors()["c"])
+        ledger = state.ledger.append(self.ids(state.step), c, state.round + 1)
         return State(ledger, state.step + self.tau, state.round + 1)
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        return ""
 
     def apply(self, model: Model, state: State) -> None:
         _zeroth.place_at(model, state.ledger)

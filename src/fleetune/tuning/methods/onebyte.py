@@ -31,8 +31,9 @@ what it sends needs no seeds.
 ## Options
 
 - `wire=sign` is FeedSign's vote: all machines try the same n directions and send the sign of g; w moves by eta / n
-  along each, the way the majority says.  A vote weighs as much as its machine has rows (FeedSign: one machine, one
-  vote).  A bit has no zero: a slope of exactly zero tosses a coin, so that it says nothing on average.
+  along each, the way the majority says.  A vote weighs as much as its machine has rows (with `aggregation=sign-vote` as
+  in FeedSign: one machine, one vote).  A bit has no zero: a slope of exactly zero tosses a coin, so that it says nothing on
+  average.
 - `objective` is any function of the model and a batch, differentiable or not.
 """
 
@@ -57,6 +58,7 @@ from fleetune.tuning.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.messages import LogCode, Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _zeroth, norm
 from fleetune.tuning.methods._zeroth import UNITS, pool_ids, rounded
+from fleetune.tuning.robust import MEAN, Rule
 
 KIND = "ledger"
 PAPER = "Zelikman et al., 2023, arXiv 2306.10015"
@@ -159,20 +161,31 @@ class Method:
     def distance(self, state: State, reply: Reply) -> float:
         return norm([self.decode(reply.payload.array("codes"))])
 
-    def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
+    def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Take the mean over whoever answered, or their majority, for each direction of the pool."""
-        run_key, total, rows = state.ledger.head.run_key, np.zeros(self.K), 0
+        run_key, combined = state.ledger.head.run_key, rule.combining()
         for reply in replies:
-            n = reply.payload.int("n")
             k = self.draw(state.round, run_key, reply.key)
-            total[k] += float(n) * self.decode(reply.payload.array("codes"))
-            rows += n
-        if rows == 0:
+            told = np.full(self.K, rule.absent)
+            told[k] = self.decode(reply.payload.array("codes"))
+            combined.add(float(reply.payload.int("n")), {"c": told})
+        if not combined.total:
             return state._replace(round=state.round + 1)
-        steps = total / rows if self.wire == "byte" else UNITS * np.sign(total)
+        mean = combined.tensors()["c"]
+        steps = mean if self.wire == "byte" else UNITS * np.sign(mean)
         ids = pool_ids(self.epoch(state.round), np.arange(self.K))
         c = rounded(FINER * steps)
         return State(state.ledger.append(ids, c, state.round + 1), state.round + 1)
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        if self.wire == "byte" and rule.name != "norm-clip":
+            return (
+                "every machine tries directions of its own, so that no two slopes compare; "
+                "use aggregation=norm-clip, or wire=sign, where all try the same"
+            )
+        if self.wire == "sign" and rule.name != "sign-vote":
+            return "wire=sign is a vote; use aggregation=sign-vote, which gives every machine one vote"
+        return ""
 
     def apply(self, model: Model, state: State) -> None:
         _zeroth.place_at(model, state.ledger)

@@ -40,6 +40,7 @@ from fleetune.tuning.footprint import Footprint
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, mezo
 from fleetune.tuning.methods._zeroth import open_view
+from fleetune.tuning.robust import MEAN, Rule
 
 KIND = "ledger"
 PAPER = "Ghadimi and Lan, SIAM J. Optim. 2013, arXiv 1309.5549"
@@ -89,8 +90,11 @@ class Method:
     def distance(self, state: mezo.State, reply: Reply) -> float:
         return self.step().distance(state, reply)
 
-    def aggregate(self, state: mezo.State, replies: Iterable[Reply]) -> mezo.State:
-        return self.step().aggregate(state, replies)
+    def aggregate(self, state: mezo.State, replies: Iterable[Reply], rule: Rule = MEAN) -> mezo.State:
+        return self.step().aggregate(state, replies, rule)
+
+    def cannot_combine(self, rule: Rule, asked: int) -> str:
+        return self.step().cannot_combine(rule, asked)
 
     def apply(self, model: Model, state: mezo.State) -> None:
         self.step().apply(model, state)
