@@ -78,6 +78,9 @@ class Devices:
     def present(self) -> Sequence[int]:
         return range(self.clients)
 
+    def kind(self, client: int) -> int:
+        return 0
+
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
     ) -> Iterator[Answer]:
@@ -353,7 +356,8 @@ def test_whatever_one_client_says_the_model_moves_no_further(
 ) -> None:
     """The mean of replies that go at most so many times as far as the median does itself not go further."""
     method, state = begun[case]
-    sent, spec = methods.kinds_of(method, state)[0]
+    kind = methods.kind_of(method, 0)
+    sent, spec = methods.kinds_of(method, state)[kind]
     honest = [usual(sent, spec, c) for c in range(CLIENTS)]
     if case == "fedkseed sums":  # sums that a walk can give
         honest = [walked(method, c) for c in range(CLIENTS)]
@@ -366,7 +370,8 @@ def test_whatever_one_client_says_the_model_moves_no_further(
         for c, p in enumerate(honest)
     ]
     run = Folder(tmp_path_factory.getbasetemp())
-    with Replies(method, Round(1, BASE, [ROWS] * CLIENTS, state), run, lambda event: None) as taken:  # type: ignore[arg-type]
+    asked = Round(1, BASE, [ROWS] * CLIENTS, state, dict.fromkeys(range(CLIENTS), kind))
+    with Replies(method, asked, run, lambda event: None) as taken:  # type: ignore[arg-type]
         taken.gather(iter(answers))
         assert taken.accepted >= CLIENTS - 1
         new = taken.aggregate()

@@ -24,6 +24,7 @@ from fleetune.fleet.table import Devices
 from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
 from fleetune.tuning.fleets import Answer
+from fleetune.tuning.kinds import ONE, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -128,9 +129,10 @@ class RemoteFleet:
         look: Callable[[], None] = lambda: None,
         note: Callable[[str], None] = log.info,
         audit: Callable[..., None] = lambda what, **fields: None,
+        kinds: Wanted = ONE,
     ) -> None:
         self.link, self.devices, self.job, self.seed, self.pace = link, devices, job, seed, pace
-        self.look, self.note, self.audit = look, note, audit
+        self.look, self.note, self.audit, self.kinds = look, note, audit, kinds
         self._ready: dict[str, str] = {}  # key -> mark of the session in which the device took the job
         self._greeted: dict[str, str] = {}  # key -> mark of the session in which it was sent
         self._orders: dict[str, _Order] = {}  # by number
@@ -150,7 +152,12 @@ class RemoteFleet:
     def present(self) -> Sequence[int]:
         """Return the clients that may be asked: those that have joined, and were not waited for in vain since."""
         self._greet()
+        self.devices.give_kinds(self.kinds)
         return [c for c, rows in enumerate(self.devices.rows) if rows and c not in self._gone]
+
+    def kind(self, client: int) -> int:
+        """Return the kind of work that a device was given, by what fits it."""
+        return self.devices.members[client].kind
 
     def kept(self) -> Mapping[int, tuple[int, int]]:
         """Return client -> (round, CRC-32) of what each device has said that it remembers."""
@@ -346,7 +353,7 @@ class RemoteFleet:
             if reply.what != "ready":
                 raise MessageError(reply.reason)
             device = Device.from_json(reply.body)
-            client = self.devices.join(found.key, name, device)
+            client = self.devices.join(found.key, name, device, self._able(device))
         except MessageError as error:
             self.note(f"device {name} takes no part: {error.message}")
             self.audit("not admitted", device=found.key, name=name, reason=error.message)
@@ -357,6 +364,14 @@ class RemoteFleet:
         self._gone.discard(client)
         self.audit("joined", device=found.key, name=name, client=client, rows=device.rows)
         self.note(f"device {name} is ready: client {client}, {device.rows} rows")
+
+    def _able(self, device: Device) -> list[int]:
+        """Return the kinds of the run's work that a device can do; MessageError where there are none."""
+        count = len(self.kinds.names)
+        able = sorted(kind for kind in set(device.kinds) if 0 <= kind < count)
+        if not able:
+            raise MessageError(f"the device can do none of the run's {count} kinds of work")
+        return able
 
     def _answer(self, order: Order, reply: Reply) -> Answer:
         if reply.what != "done":

@@ -21,6 +21,7 @@ from fleetune.runs import sealed
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.fleets import Fleet
+from fleetune.tuning.kinds import wanted
 from fleetune.tuning.recipe import label_words
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class Served:
         self._fleet = RemoteFleet(
             self._gate, devices, job_of(job, devices.run), job.recipe.seed, self.pace,
             look=look, note=listener.note, audit=Audit(run.path).write,
+            kinds=wanted(job.method, job.recipe.kinds),
         )  # fmt: skip
         self._fleet.wait_for(self.count(job))
         return self._fleet

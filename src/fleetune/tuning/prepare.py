@@ -24,7 +24,7 @@ from fleetune.evaluation.answers import require_text_model
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
-from fleetune.tuning import labels, methods, rounds
+from fleetune.tuning import kinds, labels, methods, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.recipe import Recipe
@@ -75,6 +75,8 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         except RecipeError as error:
             problems += error.problems
     problems += labels.problems(recipe)
+    if not problems:
+        problems += [p for p in [kinds.problem(methods.make(recipe.method, recipe.set), recipe.kinds)] if p]
     if recipe.stragglers and not recipe.deadline:
         problems.append(f"stragglers = {recipe.stragglers} does nothing without a deadline: add --deadline 3")
     if problems:

@@ -74,6 +74,11 @@ class Recipe:
         default="fp32", pattern="^(fp32|bf16|fp16)$", description="type of the weights: fp32, bf16 or fp16"
     )
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)$", description="auto, cpu, cuda or mps")
+    kinds: str = Field(
+        default="",
+        description="kinds of the clients in turn, as 0,1,1, where the method has several (default: by the method's "
+        "share); a real device is of another where its memory does not suffice",
+    )
     drop: float = Field(
         default=0.0, ge=0, lt=1, description="simulate: chance that a client drops out of a round"
     )
@@ -119,6 +124,7 @@ class RecipeOptions(TypedDict, total=False):
     seed: int
     dtype: str
     device: str
+    kinds: str
     drop: float
     stragglers: float
     deadline: float

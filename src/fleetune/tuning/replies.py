@@ -21,8 +21,8 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType, TracebackType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -65,6 +65,7 @@ class Round(NamedTuple):
     base: bytes  # first 8 bytes of the base digest
     rows: Sequence[int]  # of every client
     state: Any
+    kinds: Mapping[int, int] = MappingProxyType({})  # of the clients that are asked; 0 where none is named
 
 
 class Replies:
@@ -125,7 +126,7 @@ class Replies:
         self._record(answer, payload, status, reason)
 
     def _checked(self, answer: Answer, data: bytes) -> Payload:
-        spec = self.kinds[answer.client % len(self.kinds)][1]
+        spec = self._kind(answer.client)[1]
         payload = check(decode(data), spec, round=self.round.number, base=self.round.base)
         _check_rows(payload, self.round.rows[answer.client])
         try:
@@ -143,8 +144,11 @@ class Replies:
         return payload
 
     def _distance(self, reply: Reply) -> float:
-        sent = self.kinds[reply.client % len(self.kinds)][0]
+        sent = self._kind(reply.client)[0]
         return methods.distance_of(self.method, self.round.state, sent, reply)
+
+    def _kind(self, client: int) -> tuple[Payload, ReplySpec]:
+        return self.kinds[self.round.kinds.get(client, 0)]
 
     # Added up -------------------------------------------------------------------------------------------
 

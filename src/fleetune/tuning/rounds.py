@@ -155,9 +155,10 @@ def _played(
 ) -> tuple[Any, Replies]:
     """Return the state that a round gives, and its replies."""
     chosen = sample(fleet.present(), plan.participation, plan.seed, r)
-    with Replies(method, Round(r, plan.base, fleet.rows, state), run, hooks.emit) as replies:
+    kinds = {client: fleet.kind(client) for client in chosen}
+    with Replies(method, Round(r, plan.base, fleet.rows, state, kinds), run, hooks.emit) as replies:
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
-        messages = {client: coded[client % len(coded)] for client in chosen}
+        messages = {client: coded[kind] for client, kind in kinds.items()}
         replies.gather(fleet.ask(r, chosen, messages))
         _check_model(replies, run, hooks)
         return _aggregated(method, replies, plan), replies

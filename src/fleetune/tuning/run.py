@@ -32,6 +32,7 @@ from fleetune.tuning.checkpoint import StandsOn, Totals
 from fleetune.tuning.fleets import Fleet
 from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
+from fleetune.tuning.kinds import wanted
 from fleetune.tuning.methods import entry
 from fleetune.tuning.prepare import TuneJob, batch_size_of, check, prepare
 from fleetune.tuning.recipe import Recipe
@@ -82,7 +83,8 @@ class Simulated:
         faults = Faults(recipe.drop, recipe.stragglers, recipe.deadline)
         memories = Memories(run.path / "memories")
         return LocalFleet(
-            job.model, job.method, job.rows, recipe.seed, pad_id(job.model), faults, step, memories
+            job.model, job.method, job.rows, recipe.seed, pad_id(job.model), faults, step, memories,
+            wanted(job.method, recipe.kinds),
         )
 
 

@@ -37,6 +37,10 @@ class Fleet(Protocol):
         """Return the numbers of the clients that may be asked in the coming round, ascending."""
         ...
 
+    def kind(self, client: int) -> int:
+        """Return the kind of a client that may be asked, of those that the method has."""
+        ...
+
     def ask(
         self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
     ) -> Iterator[Answer]:

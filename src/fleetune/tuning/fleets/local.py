@@ -22,6 +22,7 @@ from fleetune.seeds.noise import derive
 from fleetune.tuning.fleets import Answer
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
+from fleetune.tuning.kinds import Wanted, wanted
 from fleetune.tuning.methods import Method
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class LocalFleet:
     faults: Faults = Faults()
     on_step: Callable[[int, int], None] = lambda client, step: None
     memories: Memories = field(default_factory=Memories)
+    kinds: Wanted | None = None  # None: as the method spreads them
 
     @property
     def rows(self) -> list[int]:
@@ -79,6 +81,10 @@ class LocalFleet:
     def present(self) -> Sequence[int]:
         """Return all clients: those that drop out are asked, and do not answer."""
         return range(len(self.clients))
+
+    def kind(self, client: int) -> int:
+        """Return the kind that is wanted of a client: the machine that simulates it can do all."""
+        return (self.kinds or wanted(self.method, "")).of(client)
 
     def kept(self) -> Mapping[int, tuple[int, int]]:
         """Return client -> (round, CRC-32) of what each client stored last."""

@@ -87,10 +87,23 @@ class Reports(Protocol):
 
 @runtime_checkable
 class Kinds(Protocol):
-    """A method whose devices are of several kinds."""
+    """A method whose clients are of several kinds: what one is sent says what it does, and decides what it replies."""
+
+    @property
+    def kind_names(self) -> Sequence[str]:
+        """Return what each kind does, in a few words."""
+        ...
+
+    def kind_of(self, client: int) -> int:
+        """Return the kind of a client in a fleet whose clients can all be of any kind."""
+        ...
 
     def kinds(self, state: Any) -> Sequence[tuple[Payload, ReplySpec]]:
-        """Return what each kind is sent and must reply; client c is of the (c modulo their number)-th kind."""
+        """Return what each kind is sent and must reply."""
+        ...
+
+    def footprints(self, shape: Shape) -> Sequence[Footprint | None]:
+        """Return the work of each kind on a model of this shape; None where the model has no place for the module."""
         ...
 
 
@@ -143,6 +156,23 @@ def kinds_of(method: Method, state: Any) -> Sequence[tuple[Payload, ReplySpec]]:
     if isinstance(method, Kinds):
         return method.kinds(state)
     return [(method.broadcast(state), method.expects(state))]
+
+
+def kind_names(method: Method) -> Sequence[str]:
+    """Return what each kind of client does; one kind without a name unless the method has more."""
+    return method.kind_names if isinstance(method, Kinds) else ("",)
+
+
+def kind_of(method: Method, client: int) -> int:
+    """Return the kind of a client in a fleet whose clients can all be of any kind."""
+    return method.kind_of(client) if isinstance(method, Kinds) else 0
+
+
+def footprints_of(method: Method, shape: Shape) -> Sequence[Footprint | None]:
+    """Return the work of each kind on a model of this shape; None for what cannot be counted."""
+    if isinstance(method, Kinds):
+        return method.footprints(shape)
+    return [method.footprint(shape) if isinstance(method, Planned) else None]
 
 
 def distance_of(method: Method, state: Any, sent: Payload, reply: Reply) -> float:
