@@ -10,6 +10,7 @@ method sends travel inside, as they would in a simulated fleet, so that traffic 
     device -> server    ready    what the device is: rows, memory, threads, speed, the kinds of work that fit it
                         done     the reply of the method
                         failed   why there is none; refused: why the device will not take part
+                        declined why it does not work now; it is asked again
 
 Each order holds a random number that its answer repeats: an answer is bound to one order, and that to one device,
 run and round.
@@ -31,7 +32,7 @@ from fleetune.tuning.messages import Message, Payload, Scalar, decode, encode
 T = TypeVar("T")
 
 ORDERS: Final = ("job", "work", "end")
-ANSWERS: Final = ("ready", "done", "failed", "refused")
+ANSWERS: Final = ("ready", "done", "failed", "declined", "refused")
 NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there
 MAX_JOB: Final = 1 << 20  # characters
 MOST_KINDS: Final = 1000  # of work, that a device can do

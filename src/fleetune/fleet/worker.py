@@ -92,8 +92,10 @@ class Worker:
         *,
         note: Callable[[str], None] = log.info,
         on_step: Callable[[int, int], None] = lambda client, step: None,
+        declines: Callable[[], str] = lambda: "",
     ) -> None:
         self.brings, self.state, self.note, self.on_step = brings, state, note, on_step
+        self.declines = declines  # why it would rather not work now, "" for nothing
         self.loaded: Loaded | None = None
         self.ended = ""  # why the run is over for this device; "" while it is not
         self.error: FleetuneError | None = None  # that keeps it from taking part
@@ -131,6 +133,9 @@ class Worker:
         if file.exists() and (kept := file.read_bytes())[: len(digest)] == digest:
             self.note(f"round {order.round}: answered again from the disk")
             return kept[len(digest) :]
+        if reason := self.declines():
+            self.note(f"round {order.round}: declined ({reason})")
+            return Reply("declined", order.nonce, order.round, reason=reason).encode()
         reply = self._work(order)
         encoded = reply.encode()
         if reply.what == "done":

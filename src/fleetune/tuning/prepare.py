@@ -76,14 +76,25 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
             problems += error.problems
     problems += labels.problems(recipe)
     if not problems:
-        problems += [p for p in [kinds.problem(methods.make(recipe.method, recipe.set), recipe.kinds)] if p]
-    if recipe.stragglers and not recipe.deadline:
+        problems += _of_fleet(methods.make(recipe.method, recipe.set), recipe)
+    if recipe.stragglers and not recipe.deadline and recipe.over_selection == 1:
         problems.append(f"stragglers = {recipe.stragglers} does nothing without a deadline: add --deadline 3")
+    if recipe.over_selection > 1 and recipe.participation == 1:
+        problems.append(
+            f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
+        )
     if problems:
         raise RecipeError(problems, hint=f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
     methods.check_files(method)
     return entry, method
+
+
+def _of_fleet(method: Method, recipe: Recipe) -> list[str]:
+    """Say what a method cannot do of what the recipe wants of the fleet."""
+    late = methods.late_problem(method, recipe.method) if recipe.late == "use" else ""
+    found = [kinds.problem(method, recipe.kinds), f"late = use: {late}" if late else ""]
+    return [problem for problem in found if problem]
 
 
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:

@@ -86,12 +86,23 @@ class Recipe:
         default=0.0,
         ge=0,
         lt=1,
-        description="simulate: share of clients that are 2 to 10 times slower (needs a deadline)",
+        description="simulate: share of clients that are 2 to 10 times slower (needs deadline or over_selection)",
     )
     deadline: float = Field(
         default=0.0,
         ge=0,
         description="simulate: leave out clients slower than this many times a usual one (0: wait)",
+    )
+    over_selection: float = Field(
+        default=1.0,
+        ge=1,
+        le=10,
+        description="ask so many times the clients that participation says; the round is over when that share has replied",
+    )
+    late: str = Field(
+        default="drop",
+        pattern="^(drop|use)$",
+        description="replies that come after their round: drop, or use them in the round in which they come, discounted",
     )
     quorum: int = Field(default=1, ge=1, description="fewer good replies than this leave the model as it was")
     eval_every: int = Field(
@@ -128,6 +139,8 @@ class RecipeOptions(TypedDict, total=False):
     drop: float
     stragglers: float
     deadline: float
+    over_selection: float
+    late: str
     quorum: int
     eval_every: int
     eval_rows: int

@@ -6,7 +6,7 @@
 hyper-parameters, each `name: type = setting(default, symbol, help)`, with the functions of the Protocol below.  A
 setting that acts only beside another says so with `only_if` (`common/settings.py`).  Optional: the constants `CLIENTS`
 (a usual fleet, 8 unless stated) and `RECOMMENDED` (1 is the first that `plan` considers), and the functions of the
-Protocols `Reports`, `Kinds`, `Measured`, `Reads`, `Sized` and `Planned`.
+Protocols `Reports`, `Kinds`, `TakesLate`, `Measured`, `Reads`, `Sized` and `Planned`.
 
 Other packages register a module of the same shape under the entry-point group `fleetune.methods`.
 """
@@ -41,6 +41,16 @@ class Reply(NamedTuple):
     client: int
     key: int
     payload: Payload
+    late: int = 0  # rounds that it comes late
+    stood_on: Any = None  # the state that the device was sent, where that is not the present one
+
+    @property
+    def discount(self) -> float:
+        """What a late reply counts: 1 / sqrt(1 + late), the same bits on every machine.
+
+        Nguyen et al. 2022, arXiv 2106.06639 (FedBuff); the power of 1/2 of Xie et al. 2019, arXiv 1903.03934 (FedAsync).
+        """
+        return 1.0 / math.sqrt(1 + self.late)
 
 
 class Method(Protocol):
@@ -104,6 +114,18 @@ class Kinds(Protocol):
 
     def footprints(self, shape: Shape) -> Sequence[Footprint | None]:
         """Return the work of each kind on a model of this shape; None where the model has no place for the module."""
+        ...
+
+
+@runtime_checkable
+class TakesLate(Protocol):
+    """A method whose replies are steps along directions that stay known: `aggregate` also takes replies to earlier rounds.
+
+    Such a reply counts `Reply.discount` times, along the directions of the state that it stood on.
+    """
+
+    def check_late(self) -> None:
+        """Raise ValueError, in plain words, where these settings do not allow that."""
         ...
 
 
@@ -173,6 +195,17 @@ def footprints_of(method: Method, shape: Shape) -> Sequence[Footprint | None]:
     if isinstance(method, Kinds):
         return method.footprints(shape)
     return [method.footprint(shape) if isinstance(method, Planned) else None]
+
+
+def late_problem(method: Method, name: str) -> str:
+    """Say why replies to earlier rounds cannot be used, "" where they can."""
+    if not isinstance(method, TakesLate):
+        return f"{name} averages weights, and those of an earlier round would pull the model back"
+    try:
+        method.check_late()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def distance_of(method: Method, state: Any, sent: Payload, reply: Reply) -> float:

@@ -189,29 +189,44 @@ class Method:
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Set A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once."""
-        p = self.probabilities(state)
-        total, weight, sizes = np.zeros(self.K), 0.0, _pro.Sizes(state.size.copy(), state.seen.copy())
+        epoch, p = self.epoch(state), self.probabilities(state)
+        sizes = _pro.Sizes(state.size.copy(), state.seen.copy())
         units = UNITS * _pro.weights(p, self.K)  # of a slope of 1 along each direction
+        totals, weight = (
+            {epoch: np.zeros(self.K)},
+            0.0,
+        )  # by number of the pool: late replies may be of an earlier one
         for reply in replies:
+            sent = reply.stood_on or state
+            total = totals.setdefault(self.epoch(sent), np.zeros(self.K))
             w = _mixed_fleet.weight(reply.payload, self.codec, self.K, mixed=self.backprop > 0)
             if "projected" in reply.payload.arrays:
                 sums = self.codec.integers(reply.payload.array("projected"))
             else:
-                k, c = self.codec.walk(reply, p, self.K)
+                k, c = self.codec.walk(reply, p if sent is state else self.probabilities(sent), self.K)
                 sums = summed(k, c, self.K)
-                sizes.add(k, c / units[k])
-            total += w * sums
+                if sent is state:
+                    sizes.add(k, c / units[k])
+            total += w * reply.discount * sums
             weight += w
         ledger, moments = state.ledger, state.moments
-        if weight:
+        for pool, total in sorted(totals.items() if weight else ()):
             mean = total / weight / UNITS  # the paper's: sums of slopes
             step, moments = server_rules.step_sums(self.server, mean, moments, lr=self.server_lr)
-            ids = pool_ids(self.epoch(state), np.arange(self.K))
+            ids = pool_ids(pool, np.arange(self.K))
             ledger = ledger.append(ids, rounded(step * UNITS), state.round + 1)
         new = State(ledger, state.round + 1, *sizes, moments)
         if self.epoch(new) > self.epoch(state):  # the next round draws from a pool of which nothing is known
             new = new._replace(size=np.zeros(self.K), seen=np.zeros(self.K, np.int64), moments={})
         return new
+
+    def check_late(self) -> None:
+        """Raise ValueError where a reply may be of a pool whose moments are gone."""
+        if self.epoch_rounds and self.server != "avg":
+            raise ValueError(
+                f"server={self.server} keeps moments of the present pool alone, and with epoch_rounds={self.epoch_rounds} a "
+                "late reply may be of the one before: use server=avg or epoch_rounds=0"
+            )
 
     def apply(self, model: Model, state: State) -> None:
         _zeroth.place_at(model, state.ledger)

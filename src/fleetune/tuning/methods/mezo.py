@@ -119,17 +119,22 @@ class Method:
         return norm([reply.payload.array("c")])
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
-        """Take the mean over devices of each step's integer, weighted by rows."""
-        total, rows = np.zeros(self.tau, np.float64), 0
+        """Take the mean over devices of each step's integer, weighted by rows; late ones along their own directions."""
+        totals: dict[int, np.ndarray] = {}  # by number of the first step
+        rows = 0
         for reply in replies:
-            n = reply.payload.int("n")
-            total += float(n) * reply.payload.array("c")
+            n, first = reply.payload.int("n"), (reply.stood_on or state).step
+            total = totals.setdefault(first, np.zeros(self.tau))
+            total += n * reply.discount * reply.payload.array("c")
             rows += n
-        if rows == 0:
-            return state._replace(round=state.round + 1)
-        mean = rounded(total / rows)
-        ledger = state.ledger.append(self.ids(state.step), mean, state.round + 1)
-        return State(ledger, state.step + self.tau, state.round + 1)
+        ledger = state.ledger
+        for first, total in sorted(totals.items()):
+            ledger = ledger.append(self.ids(first), rounded(total / rows), state.round + 1)
+        new = state.step + self.tau * (state.step in totals)
+        return State(ledger, new, state.round + 1)
+
+    def check_late(self) -> None:
+        """Accept any settings: a step's direction follows from its number."""
 
     def apply(self, model: Model, state: State) -> None:
         _zeroth.place_at(model, state.ledger)

@@ -161,18 +161,28 @@ class Method:
 
     def aggregate(self, state: State, replies: Iterable[Reply]) -> State:
         """Take the mean over whoever answered, or their majority, for each direction of the pool."""
-        run_key, total, rows = state.ledger.head.run_key, np.zeros(self.K), 0
+        run_key, rows = state.ledger.head.run_key, 0
+        totals: dict[int, np.ndarray] = {}  # by number of the pool
         for reply in replies:
-            n = reply.payload.int("n")
-            k = self.draw(state.round, run_key, reply.key)
-            total[k] += float(n) * self.decode(reply.payload.array("codes"))
+            n, round = reply.payload.int("n"), (reply.stood_on or state).round
+            total = totals.setdefault(self.epoch(round), np.zeros(self.K))
+            k = self.draw(round, run_key, reply.key)
+            total[k] += n * reply.discount * self.decode(reply.payload.array("codes"))
             rows += n
-        if rows == 0:
-            return state._replace(round=state.round + 1)
-        steps = total / rows if self.wire == "byte" else UNITS * np.sign(total)
-        ids = pool_ids(self.epoch(state.round), np.arange(self.K))
-        c = rounded(FINER * steps)
-        return State(state.ledger.append(ids, c, state.round + 1), state.round + 1)
+        ledger = state.ledger
+        for epoch, total in sorted(totals.items()):
+            steps = total / rows if self.wire == "byte" else UNITS * np.sign(total)
+            ledger = ledger.append(
+                pool_ids(epoch, np.arange(self.K)), rounded(FINER * steps), state.round + 1
+            )
+        return State(ledger, state.round + 1)
+
+    def check_late(self) -> None:
+        """Raise ValueError for votes: the majority of a round is taken once, and a later vote cannot change it."""
+        if self.wire == "sign":
+            raise ValueError(
+                "wire=sign takes a majority once, and a vote that comes later cannot change it: use wire=byte"
+            )
 
     def apply(self, model: Model, state: State) -> None:
         _zeroth.place_at(model, state.ledger)

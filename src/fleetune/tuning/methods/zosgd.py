@@ -92,6 +92,9 @@ class Method:
     def aggregate(self, state: mezo.State, replies: Iterable[Reply]) -> mezo.State:
         return self.step().aggregate(state, replies)
 
+    def check_late(self) -> None:
+        self.step().check_late()
+
     def apply(self, model: Model, state: mezo.State) -> None:
         self.step().apply(model, state)
 
