@@ -97,8 +97,8 @@ def test_a_reply_on_time_is_as_it_ever_was(case: str) -> None:
 @pytest.mark.parametrize(
     ("method", "values", "why"),
     [
-        ("fedit", {}, "averages weights"),
-        ("fwdllm", {}, "averages weights"),
+        ("fedit", {}, "of no use to fedit"),
+        ("fwdllm", {}, "of no use to fwdllm"),
         ("onebyte", {"wire": "sign"}, "takes a majority once"),
         ("fedkseed", {"epoch_rounds": 2, "server": "adam"}, "moments of the present pool"),
     ],

@@ -200,7 +200,10 @@ def footprints_of(method: Method, shape: Shape) -> Sequence[Footprint | None]:
 def late_problem(method: Method, name: str) -> str:
     """Say why replies to earlier rounds cannot be used, "" where they can."""
     if not isinstance(method, TakesLate):
-        return f"{name} averages weights, and those of an earlier round would pull the model back"
+        return (
+            f"a reply to an earlier round is of no use to {name}; use a method whose replies are steps along directions that "
+            "stay known: mezo, zosgd, onebyte or fedkseed"
+        )
     try:
         method.check_late()
     except ValueError as error:
