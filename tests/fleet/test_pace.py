@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,16 +50,20 @@ class Slow(Memory):
 
 
 def made(
-    folder: Path,
-    count: int = 4,
-    pace: Pace = USE,
-    look: Callable[[], None] = lambda: None,
-    seed: int = 0,
-    odd: float = 0.0,
+    folder: Path, count: int = 4, pace: Pace = USE, *, seed: int = 0, odd: float = 0.0
 ) -> tuple[Slow, RemoteFleet, list[str]]:
-    there, notes = Slow(link(count).devices, random.Random(seed), odd), list[str]()
+    """A fleet of so many devices over a link in memory, and what it notes; a round that never ends fails."""
+    there, notes, until = (
+        Slow(link(count).devices, random.Random(seed), odd),
+        list[str](),
+        time.monotonic() + 60,
+    )
     devices = Devices(folder)
     devices.register([(key, key) for key in there.devices])
+
+    def look() -> None:
+        assert time.monotonic() < until, "the round does not end"
+
     fleet = RemoteFleet(there, devices, JOB, 42, pace, look=look, note=notes.append)
     fleet.wait_for(count)
     return there, fleet, notes
@@ -177,7 +182,7 @@ def test_where_all_decline_they_are_asked_again_until_one_works(tmp_path: Path) 
         if sum(o.what == "work" for o in there.seen) >= 6:
             there.declining.pop("k0", None)
 
-    there, fleet, _ = made(tmp_path, 2, look=lambda: None)
+    there, fleet, _ = made(tmp_path, 2)
     fleet.look = look
     there.declining = {"k0": "busy", "k1": "on battery"}
     assert {c: a.status for c, a in asked(fleet, 1).items()} == {0: "ok", 1: "declined"}
@@ -217,8 +222,11 @@ def test_a_run_waits_until_a_device_is_there(tmp_path: Path) -> None:
 
 def test_it_is_said_who_is_waited_for_and_how_many_are_needed() -> None:
     asking = Asking(3, {c: Order("work", 3, c) for c in range(9)}, goal=4)
-    names = {c: f"dev-{c}" for c in range(9)}
-    assert list(asking.word(names)) == []
+
+    def name(client: int) -> str:
+        return f"dev-{client}"
+
+    assert list(asking.word(name)) == []
     asking.given(0, "n0")
     asking.given(1, "n1")
     asking.given(2, "n2")
@@ -227,7 +235,7 @@ def test_it_is_said_who_is_waited_for_and_how_many_are_needed() -> None:
     assert asking.answered("n1", lost=False) == 1
     asking.decline(1, "on battery")
     asking.next_word = 0.0
-    assert list(asking.word(names)) == [
+    assert list(asking.word(name)) == [
         "round 3: waiting for 3 of dev-1 (declined: on battery), dev-2 (at work), dev-3 (away), dev-4 (away), dev-5 (away)"
         " and 3 more"
     ]

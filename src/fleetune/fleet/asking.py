@@ -12,7 +12,7 @@ A client is in one of these at a time, until the round has its answer or goes on
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -86,14 +86,14 @@ class Asking:
                 del self.declined[client]
                 self.waiting[client] = time.monotonic()
 
-    def word(self, names: Mapping[int, str]) -> Iterator[str]:
-        """Yield, when it is time, for whom the round waits; `names` are those of the clients."""
+    def word(self, name: Callable[[int], str]) -> Iterator[str]:
+        """Yield, when it is time, for whom the round waits; `name` gives a client's name."""
         if time.monotonic() <= self.next_word:
             return
         self.next_word += WORD
         does = dict.fromkeys(self.waiting, "away") | dict.fromkeys(self.sent.values(), "at work")
         does |= {client: f"declined: {found.reason}" for client, found in self.declined.items()}
-        shown = [f"{names[c]} ({does[c]})" for c in sorted(does)[:SHOWN]]
+        shown = [f"{name(c)} ({does[c]})" for c in sorted(does)[:SHOWN]]
         more = f" and {len(does) - SHOWN} more" if len(does) > SHOWN else ""
         few = f"{self.goal - self.replies} of " if self.goal else ""
         yield f"round {self.round}: waiting for {few}{', '.join(shown) or 'late replies'}{more}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -105,9 +105,7 @@ class RemoteFleet:
         self._oldest = 0
         self._asking: Asking | None = None
         self._gone: set[int] = set()  # clients that were waited for in vain, until they are back
-        self._late: set[str] = (
-            set()
-        )  # numbers of orders of earlier rounds whose answers are used when they come
+        self._late = set[str]()  # numbers of orders of earlier rounds, whose answers are used when they come
         self._declined: dict[int, str] = {}  # clients that declined when they were last asked: why
 
     # What every fleet has ---------------------------------------------------------------------------------
@@ -124,7 +122,7 @@ class RemoteFleet:
         """
         next_word = time.monotonic()
         while True:
-            self._greet()
+            self._lost(self._late, self._greet())
             self.devices.give_kinds(self.kinds)
             busy = {self._orders[n].order.client for n in self._late}
             away = self._gone | busy
@@ -181,18 +179,22 @@ class RemoteFleet:
         while asking.goes_on(late=bool(self._late)):
             self.look()
             here = self._greet()
-            open = self._late | asking.sent.keys()
-            lost = {n for n in open if here.get(self._orders[n].key) != self._orders[n].mark}
-            asking.lost(lost & asking.sent.keys())
-            self._forget(lost)
+            asking.lost(self._lost(asking.sent, here))
+            self._lost(self._late, here)
             self._give_out(asking, here)
             yield from self._given_up(asking)
             for number, order, reply in self._answers():
                 yield from self._taken(asking, number, order, reply)
-            for word in asking.word({c: self.devices.members[c].name for c in orders}):
+            for word in asking.word(lambda client: self.devices.members[client].name):
                 self.note(word)
             time.sleep(self.pace.poll)
         yield from self._left(asking, f"{goal} others were faster")
+
+    def _lost(self, numbers: Iterable[str], here: Mapping[str, str]) -> set[str]:
+        """Forget those of the orders whose devices have gone, or come in anew; return their numbers."""
+        lost = {n for n in numbers if here.get(self._orders[n].key) != self._orders[n].mark}
+        self._forget(lost)
+        return lost
 
     def _taken(self, asking: Asking, number: str, order: Order, reply: Reply | None) -> Iterator[Answer]:
         """Yield what has been answered to an order; nothing where the answer was lost, or the device has declined."""
@@ -320,10 +322,8 @@ class RemoteFleet:
                 self._greeted[key] = mark
                 self._ready.pop(key, None)
                 self._push(key, Order("job", body=self.job.to_json().encode()), here)
-        for key in (
-            self._greeted.keys() - here.keys()
-        ):  # one that comes back in the same session is greeted again
-            del self._greeted[key]
+        for key in self._greeted.keys() - here.keys():
+            del self._greeted[key]  # it is greeted again, even if it comes back in the same session
             self._ready.pop(key, None)
         return here
 

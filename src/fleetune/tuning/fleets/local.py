@@ -57,7 +57,7 @@ class Faults:
         if _chance(seed, "drop", round, client) < self.drop:
             return "dropped", "simulated drop-out"
         slower = self.slowness(seed, round, client)
-        if self.deadline and slower > self.deadline:
+        if self.deadline and slower > max(1.0, self.deadline):  # a usual client is never late
             return "late", f"simulated straggler, {slower:.1f} times slower"
         return "ok", ""
 
