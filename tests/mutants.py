@@ -55,14 +55,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("tuning/server_rules.py", "v - (1 - beta2) * d2 * np.sign(v - d2)", "v + (1 - beta2) * d2 * np.sign(v - d2)", "tuning/test_server_rules.py"),
     Mutant("tuning/replies.py", "if not k.distance <= (most := bound(k, same)) * usual:", "if not k.distance <= 1e9 * (most := bound(k, same)) * usual:", "tuning/test_replies.py"),
     Mutant("tuning/replies.py", "and claimed > rows:", "and claimed > 2 * rows:", "tuning/test_replies.py"),
-    Mutant("tuning/replies.py", "self.kept.sort(key=lambda kept: kept.answer.client)", "pass", "tuning/test_replies.py"),
+    Mutant("tuning/replies.py", "self.kept.sort(key=lambda kept: (kept.answer.client, kept.answer.late))", "pass", "tuning/test_replies.py"),
     Mutant("tuning/robust.py", "ordered, have = np.sort(values, axis=0), ", "ordered, have = values, ", "tuning/test_robust.py"),
     Mutant("tuning/robust.py", "where=sizes > most)", "where=sizes > 4 * most)", "tuning/test_robust.py"),
     Mutant("tuning/run.py", "stands_on, robust.parse(recipe.aggregation),", "stands_on,", "tuning/test_robust.py -k resumed"),
     Mutant("tuning/rounds.py", "replies.accepted < plan.quorum:", "replies.accepted < 0:", "tuning/test_replies.py"),
     Mutant("tuning/rounds.py", "    if not finite(new):", "    if False:", "tuning/test_replies.py"),
     Mutant("tuning/rounds.py", "    fleet.rewind(last)\n    hooks.resumed", "    fleet.rewind(last + 1)\n    hooks.resumed", "contract/test_contract.py -k beyond"),
-    Mutant("tuning/methods/mezo.py", 'total += float(n) * reply.payload.array("c")', 'total += reply.payload.array("c")', "contract/test_contract.py -k mezo"),
+    Mutant("tuning/methods/mezo.py", 'total += n * reply.discount * reply.payload.array("c")', 'total += reply.discount * reply.payload.array("c")', "contract/test_contract.py -k mezo"),
     # what a run stands on, and what is on the disk
     Mutant("tuning/fleets/memories.py", "            if crc_of(data) != crc:", "            if False:", "runs/test_integrity.py"),
     Mutant("tuning/checkpoint.py", "            if now.recipe.get(name) != value", "            if False", "runs/test_integrity.py"),
@@ -95,10 +95,17 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("errors.py", "    exit_code = 3", "    exit_code = 1", "cli/test_cli.py"),
     # a real fleet
     Mutant("fleet/remote.py", "if reply.nonce != order.nonce or reply.round != order.round:", "if reply.round != order.round:", "fleet/test_remote.py"),
+    Mutant("fleet/remote.py", "        if self.pace.late:", "        if not self.pace.late:", "fleet/test_pace.py"),
+    Mutant("fleet/remote.py", "away = self._gone | busy", "away = self._gone", "fleet/test_pace.py"),
+    Mutant("fleet/asking.py", "self.goal and self.replies >= self.goal", "self.goal and self.replies > self.goal", "fleet/test_pace.py"),
+    Mutant("tuning/kinds.py", "self.owed[kind] -= 1", "pass", "tuning/test_kinds.py"),
+    Mutant("tuning/methods/__init__.py", "return 1.0 / math.sqrt(1 + self.late)", "return 1.0", "tuning/test_late.py"),
+    Mutant("tuning/methods/mezo.py", "(reply.stood_on or state).step", "state.step", "tuning/test_late.py"),
+    Mutant("tuning/fleets/late.py", "which for which, due in self._due.items() if due > round}", "which for which, due in self._due.items()}", "tuning/test_late.py"),
     Mutant("fleet/worker.py", "        memories.rewind(round)", "        pass", "fleet/test_worker.py"),
     Mutant("fleet/page.py", "        exchange.check_token()\n", "        pass\n", "fleet/test_page.py"),
     Mutant("fleet/status.py", "= read_text(run / STOP, errors=\"replace\") == session", "= bool(read_text(run / STOP))", "fleet/test_status.py"),
-    Mutant("fleet/table.py", "elif (member.rows, member.rows_digest) != (device.rows, device.rows_digest):", "elif False:", "fleet/test_remote.py"),
+    Mutant("fleet/table.py", "        if member.rows and (member.rows, member.rows_digest)", "        if not member.rows and (member.rows, member.rows_digest)", "fleet/test_remote.py"),
 )  # fmt: skip
 
 

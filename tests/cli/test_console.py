@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleetune.cli.commands.tune import screen
 from fleetune.cli.console import Ui, line_of
 from fleetune.common.display import (
     change,
@@ -30,7 +31,7 @@ from fleetune.common.display import (
     show,
 )
 from fleetune.errors import FitError, Interrupted, RecipeError, UsageError
-from fleetune.runs.events import RunRemoved
+from fleetune.runs.events import RoundDone, RoundEvaluated, RunRemoved
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -401,7 +402,7 @@ def test_a_terminal_without_unicode_is_not_an_error() -> None:
 SCRIPT = """
 import sys
 from fleetune.cli.console import Ui
-from fleetune.runs.events import RunRemoved
+from fleetune.runs.events import RoundDone, RoundEvaluated, RunRemoved
 ui = Ui(json={json})
 sys.stdin.readline()
 for i in range(3000):
@@ -513,3 +514,14 @@ def test_the_final_table_counts_the_answers_and_ends_with_remarks(capsys: pytest
     assert "validation loss, 200 held-out rows" in lines[2]
     assert "Rouge-L, 20 held-out rows" in lines[3]
     assert lines[4] == " note: so"
+
+
+def test_a_round_that_asked_nobody_has_its_line() -> None:
+    """As where all devices are still at work for an earlier round."""
+    out, err = io.StringIO(), io.StringIO()
+    with screen(Ui(0, False, out, err)) as shown:
+        shown.event(RoundDone(
+            round=1, clients=0, accepted=2, bytes_up=90, bytes_down=0, bytes_total=90, seconds=1.5, rss=0,
+        ))  # fmt: skip
+        shown.event(RoundEvaluated(round=1, loss=2.5))
+    assert "round 1" in out.getvalue() + err.getvalue()

@@ -119,7 +119,7 @@ def key() -> int:
 def kind_of(method: Method, state: Any, client: int = 0) -> tuple[Payload, ReplySpec]:
     """What a client is sent, and what it must answer."""
     kinds = methods.kinds_of(method, state)
-    return kinds[client % len(kinds)]
+    return kinds[methods.kind_of(method, client)]
 
 
 def reply(fleet: LocalFleet, method: Method, state: Any, client: int = 0, round: int = 1) -> Reply:

@@ -27,7 +27,7 @@ from fleetune.cli.main import main
 from fleetune.deploy.serving.front import listening
 from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import device as devices_module
-from fleetune.fleet import keys, server
+from fleetune.fleet import keys, server, worker
 from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.device import Home
 from fleetune.fleet.page import LivePage
@@ -123,9 +123,18 @@ def split(recipe: dict[str, Any]) -> None:
     assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-q"]) == 0
 
 
-@pytest.mark.parametrize("recipe", [FEDKSEED, FEDIT], ids=lambda r: str(r["method"]))
-def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(place: Path, recipe: dict[str, Any]) -> None:
-    simulated = fleetune.tune(recipes.make(recipe), out="simulated")
+@pytest.mark.parametrize("kinds", ["", "0,0,1"], ids=["fedit", "fedkseed"])
+def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
+    place: Path, kinds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `kinds`, device 1 has no memory to back-propagate, and device 2 does it instead: as the table of devices says."""
+    recipe = FEDKSEED if kinds else FEDIT
+    monkeypatch.setattr(
+        worker,
+        "fitting_kinds",
+        lambda job, method, name, brings: (0, 1)[: 1 if not kinds or "001" in brings.data else 2],
+    )
+    simulated = fleetune.tune(recipes.make(recipe | {"kinds": kinds}), out="simulated")
     split(recipe)
     port = free_port()
     with (
@@ -142,6 +151,11 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(place: Path, recip
     )
     assert [d.outcome for d in joined] == ["the run is finished"] * CLIENTS
     assert found.done.tuned == simulated.done.tuned
+    capsys.readouterr()
+    assert main(["fleet", "devices", "latest", "--out", "real"]) == 0
+    shown = capsys.readouterr()
+    assert (f"--kinds {kinds}" in shown.out + shown.err) == bool(kinds)
+    assert ("back-propagation" in shown.out) == bool(kinds)
 
 
 def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
@@ -349,6 +363,8 @@ def test_a_device_with_another_model_is_told_and_ends(place: Path) -> None:
         (["serve", "-c", "recipe.toml", "--keys", "keys", "--wait", "9"], "9 devices, and 3 keys"),
         (["serve", "-c", "recipe.toml", "--grace", "-1"], "cannot be negative"),
         (["serve", "more"], "takes no 'more'"),
+        (["serve", "-c", "recipe.toml", "--late", "use"], "every round waits for all"),
+        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--max-load", "50"], "no share of the processors"),
         (["join", "192.168.1.9:8470", "--data", "rows.jsonl"], "with TLS alone"),
         (["join", "nowhere", "--data", "rows.jsonl"], "is not HOST:PORT"),
         (["join", "127.0.0.1:1"], "which rows"),

@@ -148,6 +148,13 @@ def test_a_device_comes_back_and_its_claim_of_rows_is_bounded():
     for rows in (0, -1, 1 << 31, 1 << 70):
         with pytest.raises(MessageError, match="rows"):
             Device.from_json(dataclasses.replace(DEVICE, rows=rows).to_json())
+    able = dataclasses.replace(DEVICE, speed=41.5, kinds=(0, 2))
+    assert Device.from_json(able.to_json()) == able
+    whole = json.loads(DEVICE.to_json())
+    for name, odd in (("speed", -1.0), ("speed", float("nan")), ("speed", float("inf")), ("kinds", []), ("kinds", [True]),
+                      ("kinds", ["0"]), ("kinds", [0] * 1001), ("kinds", 0), ("speed", 3)):  # fmt: skip
+        with pytest.raises(MessageError):
+            Device.from_json(json.dumps(whole | {name: odd}).encode())
     for odd in (True, 1.0, "9"):
         with pytest.raises(MessageError, match="fields"):
             Device.from_json(json.dumps(json.loads(DEVICE.to_json()) | {"rows": odd}).encode())

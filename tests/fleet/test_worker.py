@@ -12,12 +12,16 @@ import pytest
 import torch
 
 from fleetune import data, models
+from fleetune.common.display import human_bytes
 from fleetune.data import Batches
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import FitError
 from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.fleet.worker import ANSWER, Brings, Worker
+from fleetune.models.shapes import shape_of
+from fleetune.planning import device_cost
+from fleetune.planning.plan import Workload
 from fleetune.seeds.noise import derive
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local_work import work
@@ -173,6 +177,48 @@ def test_a_device_short_of_memory_refuses_before_it_loads_the_model(
     assert "fedit on this model takes about" in reply.reason
     assert "this device has 1.0 MB" in reply.reason
     assert isinstance(worker.error, FitError)
+
+
+def test_it_says_which_kinds_of_work_fit_it_and_does_the_one_that_it_is_sent(
+    place: Path, tmp_path: Path, job: Job
+) -> None:
+    mixed = {"K": 16, "tau": 2, "backprop": 0.5, "backprop_steps": 1, "batch_size": 4}
+    run, method = dataclasses.replace(job, method="fedkseed", set=mixed), methods.make("fedkseed", mixed)
+    shape = shape_of(models.load_config(str(place / "model")))
+    workload = Workload(batch=4, length=48)
+    forward, back = (sum(device_cost.memory(shape, workload, f).values()) for f in method.footprints(shape))
+    assert forward < back
+    worker = make_worker(place, tmp_path, memory=back - 1)
+    told = Device.from_json(take(worker, run).body)
+    assert told.kinds == (0,)
+    assert (told.memory, told.speed > 0) == (back - 1, True)
+    refused = take(make_worker(place, tmp_path, memory=forward - 1), run)
+    assert f"takes about {human_bytes(forward)}" in refused.reason
+    both = make_worker(place, tmp_path, memory=back)
+    assert Device.from_json(take(both, run).body).kinds == (0, 1)
+    model = models.load(str(place / "model"), device="cpu")
+    state = method.init(model, 5)
+    for client in (0, 1):  # the number of the client says nothing
+        for (sent, spec), key in zip(method.kinds(state), (7, 8), strict=True):
+            order = Order("work", 1, client, key, encode(Message(1, bytes.fromhex(job.base)[:8], sent)))
+            reply = Reply.decode(both.answer(order.encode()))
+            assert decode(reply.body).payload.arrays.keys() == spec.arrays.keys()
+
+
+def test_it_declines_while_there_is_a_reason_and_works_afterwards(
+    place: Path, tmp_path: Path, job: Job
+) -> None:
+    reasons = ["on battery", ""]
+    worker = make_worker(place, tmp_path)
+    worker.declines = lambda: reasons.pop(0)
+    take(worker, job)
+    order = Order("work", 1, 0, 7, message(place, job, 1)).encode()
+    first = Reply.decode(worker.answer(order))
+    assert (first.what, first.reason, first.round) == ("declined", "on battery", 1)
+    assert not (tmp_path / ANSWER).exists()
+    done = worker.answer(order)
+    assert Reply.decode(done).what == "done"
+    assert worker.answer(order) == done  # from the disk: it is not asked whether it would
 
 
 def test_a_folder_of_the_servers_is_not_looked_for_on_the_device(

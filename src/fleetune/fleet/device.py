@@ -7,12 +7,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from fleetune.common.locks import lock
 from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import PORT
 from fleetune.fleet import keys as keyring
+from fleetune.fleet.conditions import Conditions
 from fleetune.fleet.worker import Brings, Worker
+
+ALWAYS: Final = Conditions()  # it never declines
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,15 @@ def join(
     *,
     stop: Callable[[], bool],
     note: Callable[[str], None],
+    conditions: Conditions = ALWAYS,
 ) -> str:
     """Be a device of the fleet at HOST:PORT until its run is over; return why it is.
 
+    It declines a round that comes while `conditions` have a reason.
     It reconnects whatever happens.  FleetuneError when this device cannot take part.
     """
     keyring.check_installed()
+    conditions.check()
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise UsageError(f"'{address}' is not HOST:PORT", hint=f"e.g. 192.168.1.10:{PORT}")
@@ -58,7 +65,7 @@ def join(
             if stop():
                 raise Interrupted("stopped between two steps; the device can join again at any time")
 
-        worker = Worker(brings, home.state, note=note, on_step=step)
+        worker = Worker(brings, home.state, note=note, on_step=step, declines=conditions.reason)
         stay(
             Server(address, home.ca, home.poll, home.heartbeat), key, home.state, worker.answer,
             over=lambda: bool(worker.ended) or stop(), note=note,

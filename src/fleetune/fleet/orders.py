@@ -7,9 +7,10 @@ method sends travel inside, as they would in a simulated fleet, so that traffic 
     server -> device    job      all that the device needs to know of the run, once a session
                         work     a round's message, for this client
                         end      the run is over, or the device cannot take part: why
-    device -> server    ready    what the device is: rows, memory, threads
+    device -> server    ready    what the device is: rows, memory, threads, speed, the kinds of work that fit it
                         done     the reply of the method
                         failed   why there is none; refused: why the device will not take part
+                        declined why it does not work now; it is asked again
 
 Each order holds a random number that its answer repeats: an answer is bound to one order, and that to one device,
 run and round.
@@ -18,6 +19,7 @@ run and round.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -30,9 +32,10 @@ from fleetune.tuning.messages import Message, Payload, Scalar, decode, encode
 T = TypeVar("T")
 
 ORDERS: Final = ("job", "work", "end")
-ANSWERS: Final = ("ready", "done", "failed", "refused")
+ANSWERS: Final = ("ready", "done", "failed", "declined", "refused")
 NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there
 MAX_JOB: Final = 1 << 20  # characters
+MOST_KINDS: Final = 1000  # of work, that a device can do
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,8 @@ class Device:
     memory: int  # bytes of it, free and used
     threads: int
     version: str
+    speed: float = 0.0  # tokens a second of a forward pass, measured once
+    kinds: tuple[int, ...] = (0,)  # those of the method's kinds of work that fit its memory
 
     def to_json(self) -> bytes:
         """Return it as one text, in UTF-8."""
@@ -162,12 +167,17 @@ class Device:
             found = json.loads(data) if len(data) <= MAX_JOB else None
         except (ValueError, RecursionError) as error:
             raise MessageError(f"what the device says of itself is not JSON ({error})") from error
-        kinds = {f.name: str if f.name in ("rows_digest", "version") else int for f in fields(cls)}
-        if not isinstance(found, dict) or {n: type(v) for n, v in found.items()} != kinds:
+        types = {"rows_digest": str, "version": str, "speed": float, "kinds": list}
+        agreed = {f.name: types.get(f.name, int) for f in fields(cls)}
+        if not isinstance(found, dict) or {n: type(v) for n, v in found.items()} != agreed:
             raise MessageError("what the device says of itself has other fields than agreed")
         if not 1 <= found["rows"] < 1 << 31:
             raise MessageError(f"the device says that it has {found['rows']} rows")
-        return cls(**found)
+        if not 0 <= found["speed"] < math.inf:
+            raise MessageError(f"the device says that it does {found['speed']} tokens a second")
+        if not 1 <= len(found["kinds"]) <= MOST_KINDS or not all(type(k) is int for k in found["kinds"]):
+            raise MessageError("the device does not say which kinds of work it can do")
+        return cls(**{**found, "kinds": tuple(found["kinds"])})
 
 
 def _encode(what: str, round: int, nonce: bytes, scalars: Mapping[str, Scalar]) -> bytes:

@@ -15,19 +15,20 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from fleetune.errors import FleetError, MessageError
+from fleetune.fleet.asking import WORD, Asking
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.fleet.table import Devices
 from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
-from fleetune.tuning.fleets import Answer
+from fleetune.tuning.fleets import OLDEST, Answer
+from fleetune.tuning.kinds import ONE, Wanted
 
 log = logging.getLogger(__name__)
 
-WORD: Final = 30.0  # seconds of waiting, after which it is said for whom
 FAREWELL: Final = 5.0  # seconds in which devices are told that the run is over
 
 
@@ -65,6 +66,8 @@ class Pace:
     grace: float = 60.0  # seconds for a device that has gone, before the round goes on without it
     deadline: float = 0.0  # seconds for a round; 0: as long as devices work
     poll: float = 0.05  # seconds between two looks
+    late: bool = False  # whether replies that come after their round are used
+    again: float = 30.0  # seconds until devices that declined are asked again, where no other has worked
 
 
 @dataclass
@@ -74,44 +77,6 @@ class _Order:
     key: str
     mark: str
     order: Order
-
-
-@dataclass
-class _Asking:
-    """A round in progress: who is still to be asked, and who was."""
-
-    round: int
-    orders: Mapping[int, Order]  # by client
-    began: float
-    waiting: dict[int, float] = field(init=False)  # client -> since when it is waited for
-    sent: dict[str, int] = field(init=False, default_factory=dict)  # number of an order -> client
-    next_word: float = field(init=False)  # when to say who is waited for
-
-    def __post_init__(self) -> None:
-        self.waiting = dict.fromkeys(self.orders, self.began)
-        self.next_word = self.began + WORD
-
-    @property
-    def open(self) -> bool:
-        """Whether an answer is still to come."""
-        return bool(self.waiting or self.sent)
-
-    def given(self, client: int, number: str) -> None:
-        """Note that a client was given its order."""
-        del self.waiting[client]
-        self.sent[number] = client
-
-    def lost(self, numbers: Iterable[str]) -> None:
-        """Note that the devices of these orders have gone, or come in anew, so that they are asked again."""
-        for number in numbers:
-            self.waiting[self.sent.pop(number)] = time.monotonic()
-
-    def answered(self, number: str, *, lost: bool) -> int | None:
-        """Note that an order is answered, or that its answer was lost; its client, None for an order of no client."""
-        client = self.sent.pop(number, None)
-        if client is not None and lost:
-            self.waiting[client] = time.monotonic()
-        return client
 
 
 class RemoteFleet:
@@ -128,17 +93,20 @@ class RemoteFleet:
         look: Callable[[], None] = lambda: None,
         note: Callable[[str], None] = log.info,
         audit: Callable[..., None] = lambda what, **fields: None,
+        kinds: Wanted = ONE,
     ) -> None:
         self.link, self.devices, self.job, self.seed, self.pace = link, devices, job, seed, pace
-        self.look, self.note, self.audit = look, note, audit
+        self.look, self.note, self.audit, self.kinds = look, note, audit, kinds
         self._ready: dict[str, str] = {}  # key -> mark of the session in which the device took the job
         self._greeted: dict[str, str] = {}  # key -> mark of the session in which it was sent
         self._orders: dict[str, _Order] = {}  # by number
         self._kept: dict[int, tuple[int, int]] = {}
         self._digests: dict[int, str] = {}  # client -> SHA-256 of its last reply
         self._oldest = 0
-        self._asking: _Asking | None = None
+        self._asking: Asking | None = None
         self._gone: set[int] = set()  # clients that were waited for in vain, until they are back
+        self._late = set[str]()  # numbers of orders of earlier rounds, whose answers are used when they come
+        self._declined: dict[int, str] = {}  # clients that declined when they were last asked: why
 
     # What every fleet has ---------------------------------------------------------------------------------
 
@@ -148,9 +116,30 @@ class RemoteFleet:
         return self.devices.rows
 
     def present(self) -> Sequence[int]:
-        """Return the clients that may be asked: those that have joined, and were not waited for in vain since."""
-        self._greet()
-        return [c for c, rows in enumerate(self.devices.rows) if rows and c not in self._gone]
+        """Return the clients that may be asked: those that have joined, and were not waited for in vain since.
+
+        Those that are still at work for an earlier round are left out.  Where nobody is there it waits until somebody is.
+        """
+        next_word = time.monotonic()
+        while True:
+            self._lost(self._late, self._greet())
+            self.devices.give_kinds(self.kinds)
+            busy = {self._orders[n].order.client for n in self._late}
+            away = self._gone | busy
+            found = [c for c, rows in enumerate(self.devices.rows) if rows and c not in away]
+            if found or busy:
+                return found
+            if time.monotonic() >= next_word:
+                next_word += WORD
+                self.note("no device is there: waiting for one")
+            self.look()
+            for _ in self._answers():
+                pass
+            time.sleep(self.pace.poll)
+
+    def kind(self, client: int) -> int:
+        """Return the kind of work that a device was given, by what fits it."""
+        return self.devices.members[client].kind
 
     def kept(self) -> Mapping[int, tuple[int, int]]:
         """Return client -> (round, CRC-32) of what each device has said that it remembers."""
@@ -176,66 +165,103 @@ class RemoteFleet:
         self._oldest = round
 
     def ask(
-        self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
+        self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes], goal: int = 0
     ) -> Iterator[Answer]:
-        """Yield the answers of these clients as they come.
+        """Yield the answers of these clients as they come, and late ones to earlier rounds where these are used.
 
         A device that is away is waited for, and asked when it is back; one that comes in anew is asked again.
         """
         orders = {
             c: self._work(round, c, message if isinstance(message, bytes) else message[c]) for c in clients
         }
-        asking = self._asking = _Asking(round, orders, time.monotonic())
-        while asking.open:
+        asking = self._asking = Asking(round, orders, goal)
+        self._forget({n for n in self._late if round - self._orders[n].order.round > OLDEST})
+        while asking.goes_on(late=bool(self._late)):
             self.look()
             here = self._greet()
-            lost = {n for n in asking.sent if here.get(self._orders[n].key) != self._orders[n].mark}
-            self._forget(lost)
-            asking.lost(lost)
+            asking.lost(self._lost(asking.sent, here))
+            self._lost(self._late, here)
             self._give_out(asking, here)
             yield from self._given_up(asking)
             for number, order, reply in self._answers():
-                client = asking.answered(number, lost=reply is None)
-                if client is not None and reply is not None:
-                    yield self._answer(order, reply)
-            self._say_who_is_waited_for(asking)
+                yield from self._taken(asking, number, order, reply)
+            for word in asking.word(lambda client: self.devices.members[client].name):
+                self.note(word)
             time.sleep(self.pace.poll)
+        yield from self._left(asking, f"{goal} others were faster")
 
-    def _give_out(self, asking: _Asking, here: Mapping[str, str]) -> None:
+    def _lost(self, numbers: Iterable[str], here: Mapping[str, str]) -> set[str]:
+        """Forget those of the orders whose devices have gone, or come in anew; return their numbers."""
+        lost = {n for n in numbers if here.get(self._orders[n].key) != self._orders[n].mark}
+        self._forget(lost)
+        return lost
+
+    def _taken(self, asking: Asking, number: str, order: Order, reply: Reply | None) -> Iterator[Answer]:
+        """Yield what has been answered to an order; nothing where the answer was lost, or the device has declined."""
+        if number in self._late:
+            self._late.discard(number)
+            if reply is not None and reply.what == "done":
+                asking.heard += 1
+                yield self._answer(order, reply)._replace(sent=0, late=asking.round - order.round)
+            return
+        client = asking.answered(number, lost=reply is None)
+        if client is None or reply is None:
+            return
+        if reply.what == "declined":
+            self._declined[client] = reply.reason
+            asking.decline(client, reply.reason)
+            return
+        asking.heard += 1
+        asking.replies += reply.what == "done"
+        yield self._answer(order, reply)
+
+    def _give_out(self, asking: Asking, here: Mapping[str, str]) -> None:
         """Give their orders to the devices that are there and have taken the job in this session."""
         for client in list(asking.waiting):
             key = self.devices.members[client].key
             if self._ready.get(key, "") == here.get(key):
                 self._gone.discard(client)
+                self._declined.pop(client, None)
                 if (number := self._push(key, asking.orders[client], here)) is not None:
                     asking.given(client, number)
 
-    def _given_up(self, asking: _Asking) -> Iterator[Answer]:
+    def _given_up(self, asking: Asking) -> Iterator[Answer]:
         """Yield, without an answer, the clients that are not waited for any longer."""
-        now = time.monotonic()
-        late = bool(self.pace.deadline) and now - asking.began > self.pace.deadline
+        now, limit = time.monotonic(), self.pace.deadline
+        if limit and now - asking.began > limit:
+            asking.over = True
+            self._gone |= asking.waiting.keys()
+            yield from self._left(asking, f"no answer in {limit:g} s")
+            return
         for client, since in list(asking.waiting.items()):
-            if late or now - since > self.pace.grace:
+            if now - since > self.pace.grace:
                 del asking.waiting[client]
                 self._gone.add(client)
                 yield self._without(asking.orders[client], "dropped", f"not there for {now - since:.0f} s")
-        if late:
-            slow, asking.sent = asking.sent, {}
-            self._forget(set(slow))
-            for client in slow.values():
-                yield self._without(asking.orders[client], "late", f"no answer in {self.pace.deadline:g} s")
+        if asking.heard:
+            yield from self._that_declined(asking)
+        else:
+            asking.ask_again(self.pace.again)
 
-    def _say_who_is_waited_for(self, asking: _Asking) -> None:
-        if time.monotonic() > asking.next_word:
-            asking.next_word += WORD
-            names = {
-                c: self.devices.members[c].name for c in sorted([*asking.waiting, *asking.sent.values()])
-            }
-            shown = [
-                f"{n} (away)" if c in asking.waiting else f"{n} (at work)" for c, n in list(names.items())[:5]
-            ]
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            self.note(f"round {asking.round}: waiting for {', '.join(shown)}{more}")
+    def _left(self, asking: Asking, reason: str) -> Iterator[Answer]:
+        """Yield, without an answer, all that are left when a round is over; those at work are late for this `reason`."""
+        now = time.monotonic()
+        waiting, asking.waiting = asking.waiting, {}
+        for client, since in waiting.items():
+            yield self._without(asking.orders[client], "dropped", f"not there for {now - since:.0f} s")
+        yield from self._that_declined(asking)
+        slow, asking.sent = asking.sent, {}
+        if self.pace.late:
+            self._late |= slow.keys()
+        else:
+            self._forget(set(slow))
+        for client in slow.values():
+            yield self._without(asking.orders[client], "late", reason)
+
+    def _that_declined(self, asking: Asking) -> Iterator[Answer]:
+        declined, asking.declined = asking.declined, {}
+        for client, found in declined.items():
+            yield self._without(asking.orders[client], "declined", found.reason)
 
     # Devices come and go ----------------------------------------------------------------------------------
 
@@ -269,16 +295,22 @@ class RemoteFleet:
         return self._asking.round if self._asking is not None else 0
 
     def doing(self) -> list[tuple[str, int, str]]:
-        """Return (name, client, what it does) of every device: ready, at work, joining, away or has not joined."""
+        """Return (name, client, what it does) of every device.
+
+        That is ready, at work (late, for which round), declined (why), joining, away or has not joined.
+        """
         here, asking = self.link.online(), self._asking
-        busy = set(asking.sent.values()) if asking is not None else set()
+        does = {c: f"declined: {why}" for c, why in self._declined.items()}
+        does |= dict.fromkeys(asking.sent.values() if asking is not None else (), "at work")
+        late = [self._orders[n].order for n in self._late]
+        does |= {order.client: f"at work, late for round {order.round}" for order in late}
 
         def what(client: int, key: str, rows: int) -> str:
             if key not in here:
                 return "away" if rows else "has not joined"
             if self._ready.get(key) != here[key]:
                 return "joining"
-            return "at work" if client in busy else "ready"
+            return does.get(client, "ready")
 
         return [(m.name, c, what(c, m.key, m.rows)) for c, m in enumerate(self.devices.members)]
 
@@ -290,8 +322,9 @@ class RemoteFleet:
                 self._greeted[key] = mark
                 self._ready.pop(key, None)
                 self._push(key, Order("job", body=self.job.to_json().encode()), here)
-        for key in self._ready.keys() - here.keys():
-            del self._ready[key]
+        for key in self._greeted.keys() - here.keys():
+            del self._greeted[key]  # it is greeted again, even if it comes back in the same session
+            self._ready.pop(key, None)
         return here
 
     # Orders and answers -----------------------------------------------------------------------------------
@@ -310,6 +343,7 @@ class RemoteFleet:
 
     def _forget(self, numbers: set[str]) -> None:
         self.link.drop(numbers)
+        self._late -= numbers
         for number in numbers:
             self._orders.pop(number, None)
 
@@ -333,8 +367,8 @@ class RemoteFleet:
             reply = Reply.decode(data)
             if reply.nonce != order.nonce or reply.round != order.round:
                 raise MessageError("the answer belongs to another order")
-            if reply.what == "ready" and order.what == "work":
-                raise MessageError("work was answered with 'ready'")
+            if order.what == "work" and reply.what not in ("done", "failed", "declined"):
+                raise MessageError(f"work was answered with '{reply.what}'")
         except MessageError as error:
             return Reply("failed", order.nonce, reason=str(error))
         return reply
@@ -346,7 +380,7 @@ class RemoteFleet:
             if reply.what != "ready":
                 raise MessageError(reply.reason)
             device = Device.from_json(reply.body)
-            client = self.devices.join(found.key, name, device)
+            client = self.devices.join(found.key, name, device, self._able(device))
         except MessageError as error:
             self.note(f"device {name} takes no part: {error.message}")
             self.audit("not admitted", device=found.key, name=name, reason=error.message)
@@ -357,6 +391,14 @@ class RemoteFleet:
         self._gone.discard(client)
         self.audit("joined", device=found.key, name=name, client=client, rows=device.rows)
         self.note(f"device {name} is ready: client {client}, {device.rows} rows")
+
+    def _able(self, device: Device) -> list[int]:
+        """Return the kinds of the run's work that a device can do; MessageError where there are none."""
+        count = len(self.kinds.names)
+        able = sorted(kind for kind in set(device.kinds) if 0 <= kind < count)
+        if not able:
+            raise MessageError(f"the device can do none of the run's {count} kinds of work")
+        return able
 
     def _answer(self, order: Order, reply: Reply) -> Answer:
         if reply.what != "done":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import secrets
@@ -24,9 +25,10 @@ from fleetune.runs import sealed
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.fleets import Fleet
+from fleetune.tuning.kinds import wanted
 from fleetune.tuning.methods import cannot_combine
 from fleetune.tuning.prepare import check_aggregation
-from fleetune.tuning.recipe import label_words
+from fleetune.tuning.recipe import Recipe, label_words
 from fleetune.tuning.robust import MEAN, REDUCE, Rule
 
 if TYPE_CHECKING:
@@ -99,6 +101,14 @@ class Served:
             self._fleet.end("the run is finished")
         self._gate.close()
 
+    def check(self, recipe: Recipe) -> None:
+        """Raise UsageError where late replies are to be used and every round waits for all."""
+        if recipe.late == "use" and not self.pace.deadline and recipe.over_selection == 1:
+            raise UsageError(
+                "late = use does nothing: every round waits for all that are asked, so that no reply comes late",
+                hint="add --round-deadline SECONDS, or --over-selection 1.3",
+            )
+
     def count(self, job: TuneJob) -> int:
         """Return how many devices the first round waits for; FleetError when fewer can come."""
         registered = len(self._keys) if self._keys is not None else 0
@@ -134,8 +144,10 @@ class Served:
                 )
 
         self._fleet = RemoteFleet(
-            self._gate, devices, job_of(job, devices.run), job.recipe.seed, self.pace,
+            self._gate, devices, job_of(job, devices.run), job.recipe.seed,
+            dataclasses.replace(self.pace, late=job.recipe.late == "use"),
             look=look, note=listener.note, audit=Audit(run.path).write,
+            kinds=wanted(job.method, job.recipe.kinds),
         )  # fmt: skip
         self._fleet.wait_for(count)
         return self._fleet

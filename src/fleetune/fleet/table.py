@@ -4,14 +4,15 @@
     devices.json     in the run's folder, sealed with a checksum, for its owner alone
 
 A device is its key.  One that comes back, after a restart or days later, is the client that it was, as long as it
-brings the same rows: the rounds before were trained on these.
+brings the same rows: the rounds before were trained on these.  The kind of its work is given once (`give_kinds`), by what
+fits it, and stays.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.errors import MessageError, StorageError
 from fleetune.fleet.orders import Device
 from fleetune.runs import sealed
+from fleetune.tuning.kinds import Assignment, Wanted
 
 FILE: Final = "devices.json"
 
@@ -31,6 +33,11 @@ class Member:
     name: str
     rows: int = 0  # 0: it has never joined
     rows_digest: str = ""
+    memory: int = 0  # bytes that its work may take
+    threads: int = 0
+    speed: float = 0.0  # tokens a second of a forward pass, when it first joined
+    able: Sequence[int] = ()  # kinds of work that fit it
+    kind: int = -1  # of its work, among the kinds of the method; -1: not given yet
 
 
 class Devices:
@@ -74,18 +81,36 @@ class Devices:
             self.members += new
             self._write()
 
-    def join(self, key: str, name: str, device: Device) -> int:
-        """Note what a device brings, and return its client; MessageError when it brought other rows before."""
+    def join(self, key: str, name: str, device: Device, able: Sequence[int]) -> int:
+        """Note what a device brings, and the kinds of work that it can do; return its client.
+
+        MessageError when it brought other rows before.  A device that can no longer do what it did has no kind again.
+        """
         self.register([(key, name)])
         client = self.client(key)
         assert client is not None
         member = self.members[client]
-        if not member.rows:
-            self.members[client] = Member(key, member.name, device.rows, device.rows_digest)
-            self._write()
-        elif (member.rows, member.rows_digest) != (device.rows, device.rows_digest):
+        if member.rows and (member.rows, member.rows_digest) != (device.rows, device.rows_digest):
             raise MessageError(
                 f"device {member.name} brings {device.rows} rows with digest {device.rows_digest[:12]}; in this run it "
                 f"brought {member.rows} with {member.rows_digest[:12]}. Join with the same file"
             )
+        now = replace(
+            member, rows=device.rows, rows_digest=device.rows_digest, memory=device.memory, threads=device.threads,
+            speed=member.speed or device.speed, able=list(able), kind=member.kind if member.kind in able else -1,
+        )  # fmt: skip
+        if now != member:
+            self.members[client] = now
+            self._write()
         return client
+
+    def give_kinds(self, wanted: Wanted) -> None:
+        """Give every device that has joined, and has no kind yet, one that fits it; in the order of the clients."""
+        new = [c for c, m in enumerate(self.members) if m.rows and m.kind < 0]
+        if not new:
+            return
+        assignment = Assignment(wanted, (m.kind for m in self.members if m.kind >= 0))
+        for client in new:
+            member = self.members[client]
+            self.members[client] = replace(member, kind=assignment.next(member.able))
+        self._write()

@@ -40,7 +40,7 @@ from fleetune.errors import (
     ModelError,
     fault,
 )
-from fleetune.evaluation.losses import pad_id
+from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.models.model import Model
 from fleetune.models.shapes import shape_of
@@ -78,6 +78,8 @@ class Loaded:
     model: Model
     rows: Sequence[Encoded]
     memories: Memories
+    kinds: tuple[int, ...]  # kinds of the method's work that fit this device
+    speed: float  # tokens a second of a forward pass
 
 
 class Worker:
@@ -90,8 +92,10 @@ class Worker:
         *,
         note: Callable[[str], None] = log.info,
         on_step: Callable[[int, int], None] = lambda client, step: None,
+        declines: Callable[[], str] = lambda: "",
     ) -> None:
         self.brings, self.state, self.note, self.on_step = brings, state, note, on_step
+        self.declines = declines  # why it would rather not work now, "" for nothing
         self.loaded: Loaded | None = None
         self.ended = ""  # why the run is over for this device; "" while it is not
         self.error: FleetuneError | None = None  # that keeps it from taking part
@@ -113,7 +117,7 @@ class Worker:
                 self.loaded = load(job, self.brings, self.state)
             told = Device(
                 len(self.loaded.rows), digest([self.loaded.rows]), self.brings.memory or total_memory(),
-                torch.get_num_threads(), __version__,
+                torch.get_num_threads(), __version__, self.loaded.speed, self.loaded.kinds,
             )  # fmt: skip
             return Reply("ready", order.nonce, order.round, told.to_json()).encode()
         except FleetuneError as error:
@@ -131,6 +135,9 @@ class Worker:
                 if kept.read(len(digest)) == digest:
                     self.note(f"round {order.round}: answered again from the disk")
                     return kept.read()
+        if reason := self.declines():
+            self.note(f"round {order.round}: declined ({reason})")
+            return Reply("declined", order.nonce, order.round, reason=reason).encode()
         reply = self._work(order)
         encoded = reply.encode()
         if reply.what == "done":
@@ -182,7 +189,7 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
         )
     method = methods.make(entry.name, job.set)
     name = _model(job, brings)
-    check_memory(job, method, name, brings)
+    kinds = fitting_kinds(job, method, name, brings)
     model = models.load(
         name, dtype=job.dtype, device=brings.device, offline=brings.offline,
         labels=job.labels,
@@ -206,29 +213,41 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
             "%d of %d rows do not fit %d tokens", len(examples) - len(kept), len(examples), job.max_length
         )
     folder = state / f"run-{job.run}"
-    return Loaded(job, method, model, rows, Memories(folder))
+    return Loaded(job, method, model, rows, Memories(folder), kinds, measured_speed(model, rows))
 
 
-def check_memory(job: Job, method: Method, model: str, brings: Brings) -> None:
-    """Raise FitError, before the model is loaded, where the work needs more memory than the device has.
+def measured_speed(model: Model, rows: Sequence[Encoded]) -> float:
+    """Return the tokens a second of a forward pass, measured on the first row, after a pass that warms up."""
+    response_loss(model, rows[:1])
+    began = time.monotonic()
+    response_loss(model, rows[:1])
+    return round(len(rows[0].ids) / max(1e-6, time.monotonic() - began), 1)
 
-    A method that the planner cannot count is let through.
+
+def fitting_kinds(job: Job, method: Method, model: str, brings: Brings) -> tuple[int, ...]:
+    """Return those of the method's kinds of work that fit the device's memory.
+
+    FitError, before the model is loaded, where none does.  Work that the planner cannot count is let through.
     """
     have = brings.memory or total_memory()
-    if not isinstance(method, methods.Planned) or not have:
-        return
+    if not have:
+        return tuple(range(len(methods.kind_names(method))))
     shape = shape_of(models.load_config(model, offline=brings.offline))
-    if (footprint := method.footprint(shape)) is None:
-        return
     rows = int(getattr(method, "batch_size", 1))
     work = Workload(batch=rows, length=job.max_length, dtype=job.dtype)
-    need = sum(device_cost.memory(shape, work, footprint).values())
-    if need > have:
+    needs = [
+        sum(device_cost.memory(shape, work, footprint).values()) if footprint is not None else 0
+        for footprint in methods.footprints_of(method, shape)
+    ]
+    fitting = tuple(kind for kind, need in enumerate(needs) if need <= have)
+    if not fitting:
+        need = min(needs)
         raise FitError(
             f"{job.method} on this model takes about {human_bytes(need)} at {rows} rows of {job.max_length} tokens, "
             f"and this device has {human_bytes(have)}",
             hint=f"see what fits: fleetune plan {model} --ram {human_bytes(have).replace(' ', '')}",
         )
+    return fitting
 
 
 def _model(job: Job, brings: Brings) -> str:

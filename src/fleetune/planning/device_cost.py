@@ -10,7 +10,8 @@ Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batc
     activations  forward alone: the widest point of one layer, N s (3 I + 2 h) for a llama.  With
                  back-propagation: all that autograd keeps, over all layers, times `HEAP`
     logits       at the scored positions, at most `losses.CHUNK_BYTES` in fp32 at a time, a few arrays of them
-    gradients    of what is trained
+    gradients    of what is trained; where they are folded as they come, of the largest tensor
+    copy         of the weights, where gradients are folded on directions (`seeds/project.py`)
     optimizer    AdamW's two moments
     adapter      its own fp32 weights, and the copies on their way from and to the wire
     lanczos      the vectors of a measurement of curvature, whose graph is then the peak
@@ -74,7 +75,8 @@ class Rates(NamedTuple):
 def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:
     """Return the bytes of a device's peak by part (see the module's text)."""
     module = footprint.module
-    kernels = KERNELS[kernel_choice.chosen_kernels()] * (footprint.gradient == "two-point")
+    by_seeds = footprint.gradient == "two-point" or footprint.projects
+    kernels = KERNELS[kernel_choice.chosen_kernels()] * by_seeds
     imports = kernels + PEFT * bool(module.tensors)
     parts = {"floor": FLOOR + PIECE * shape.vocab + imports, "weights": shape.params * work.size}
     if footprint.gradient == "backward":
@@ -111,6 +113,8 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
     own, weights, moments = 4 * footprint.module.size, shape.params * work.size, footprint.moments
     if own:
         parts = {"gradients": own, "optimizer": moments * own, "adapter": COPIES * own}
+    elif footprint.projects:
+        parts = {"gradients": shape.largest * work.size, "optimizer": 0, "copy": weights}
     else:
         parts = {"gradients": weights, "optimizer": moments * weights}
     needed = activation_bytes(shape, work, footprint.module)

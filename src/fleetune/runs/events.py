@@ -97,6 +97,7 @@ class TuneStart(Recorded):
 class ClientReply(Recorded):
     """Outcome of one client in a round, when its reply has come.
 
+    A client that is late has a second line in the round in which its reply comes, where late replies are used.
     A reply that is refused after all have come (for going much further than the others, or because the method fails on
     it) has a second line, with status refused; the last line of a client counts.
     """
@@ -110,8 +111,9 @@ class ClientReply(Recorded):
     bytes_down: int  # size of the message that it received
     seconds: float  # of its local work
     rss: int  # resident memory of the process now, bytes
-    status: str  # ok, refused (by the check of replies), failed, dropped or late
+    status: str  # ok, refused (by the check of replies), failed, dropped, declined or late
     reason: str  # of any status but ok; else ""
+    late: int | None = None  # rounds that the reply comes late; left out for one that is on time
 
 
 @dataclass(frozen=True, kw_only=True)

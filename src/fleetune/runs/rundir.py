@@ -136,10 +136,10 @@ class RunDir:
 
     # Checkpoints --------------------------------------------------------------------------------
 
-    def checkpoint(self, round: int, data: bytes) -> None:
-        """Make `round` count: write its encoded state and flush it to the disk; keep the last two."""
+    def checkpoint(self, round: int, data: bytes, keep: int = KEEP) -> None:
+        """Make `round` count: write its encoded state and flush it to the disk; keep the last `keep`."""
         write_atomic(self._checkpoint(round), data, mode=PRIVATE)
-        for _, old in checkpoints(self.path)[:-KEEP]:
+        for _, old in checkpoints(self.path)[:-keep]:
             old.unlink(missing_ok=True)
 
     def withdraw(self, round: int) -> None:

@@ -51,6 +51,7 @@ class Footprint(NamedTuple):
     state: Any = None  # a State of an average round, of placeholders, with the module in `state.tensors`
     stores_direction: bool = False  # two-point: the direction is written out, one number a weight
     moments: int = 2  # backward: the optimizer's numbers for each trained one
+    projects: bool = False  # backward: gradients are folded and freed as they come, on a copy of the weights
     hessian_products: int = 0  # backward: of a Lanczos iteration, whose vectors are in memory together
     hessian_rows: int = 0  # rows that they are taken on; 0 for those of a step
 

@@ -24,7 +24,7 @@ from fleetune.evaluation.answers import require_text_model
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
-from fleetune.tuning import labels, methods, robust, rounds
+from fleetune.tuning import kinds, labels, methods, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.recipe import Recipe
@@ -78,8 +78,14 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         except ValueError as error:
             problems.append(str(error))
     problems += labels.problems(recipe)
-    if recipe.stragglers and not recipe.deadline:
+    if not problems:
+        problems += _of_fleet(methods.make(recipe.method, recipe.set), recipe)
+    if recipe.stragglers and not recipe.deadline and recipe.over_selection == 1:
         problems.append(f"stragglers = {recipe.stragglers} does nothing without a deadline: add --deadline 3")
+    if recipe.over_selection > 1 and recipe.participation == 1:
+        problems.append(
+            f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
+        )
     if problems:
         raise RecipeError(problems, hint=f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
@@ -95,6 +101,20 @@ def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:
             [f"aggregation = {recipe.aggregation!r} does not fit method = {recipe.method!r}: {why}"],
             hint="rules, and what each withstands: docs/safety.md",
         )
+
+
+def _of_fleet(method: Method, recipe: Recipe) -> list[str]:
+    """Say what a method cannot do of what the recipe wants of the fleet."""
+    late = ""
+    if recipe.late == "use":
+        late = methods.late_problem(method, recipe.method)
+        if not late and recipe.aggregation != "mean":
+            late = (
+                f"aggregation = {recipe.aggregation!r} compares the replies of one round, and a late one is a step of another; "
+                "use aggregation=mean or late=drop"
+            )
+    found = [kinds.problem(method, recipe.kinds), f"late = use: {late}" if late else ""]
+    return [problem for problem in found if problem]
 
 
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:

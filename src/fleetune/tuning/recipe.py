@@ -74,6 +74,11 @@ class Recipe:
         default="fp32", pattern="^(fp32|bf16|fp16)$", description="type of the weights: fp32, bf16 or fp16"
     )
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)$", description="auto, cpu, cuda or mps")
+    kinds: str = Field(
+        default="",
+        description="kinds of the clients in turn, as 0,1,1, where the method has several (default: by the method's "
+        "share); a real device is of another where its memory does not suffice",
+    )
     drop: float = Field(
         default=0.0, ge=0, lt=1, description="simulate: chance that a client drops out of a round"
     )
@@ -81,12 +86,23 @@ class Recipe:
         default=0.0,
         ge=0,
         lt=1,
-        description="simulate: share of clients that are 2 to 10 times slower (needs a deadline)",
+        description="simulate: share of clients that are 2 to 10 times slower (needs deadline or over_selection)",
     )
     deadline: float = Field(
         default=0.0,
         ge=0,
         description="simulate: leave out clients slower than this many times a usual one (0: wait)",
+    )
+    over_selection: float = Field(
+        default=1.0,
+        ge=1,
+        le=10,
+        description="ask so many times the clients that participation says; the round is over when that share has replied",
+    )
+    late: str = Field(
+        default="drop",
+        pattern="^(drop|use)$",
+        description="replies that come after their round: drop, or use them in the round in which they come, discounted",
     )
     quorum: int = Field(default=1, ge=1, description="fewer good replies than this leave the model as it was")
     aggregation: str = Field(
@@ -124,9 +140,12 @@ class RecipeOptions(TypedDict, total=False):
     seed: int
     dtype: str
     device: str
+    kinds: str
     drop: float
     stragglers: float
     deadline: float
+    over_selection: float
+    late: str
     quorum: int
     aggregation: str
     eval_every: int

@@ -14,15 +14,16 @@ known to be wrong need not be used in part.
   their number.
 - They are handed over in the clients' order, so the sums do not depend on who answered first.
 - A reply on which the method fails is refused as well, and the round is added up again without it.
+- A reply to an earlier round is checked against that round, and held against the others of the round in which it comes.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -65,6 +66,7 @@ class Round(NamedTuple):
     base: bytes  # first 8 bytes of the base digest
     rows: Sequence[int]  # of every client
     state: Any
+    kind: Callable[[int], int] = lambda client: 0  # of a client that was asked
 
 
 class Replies:
@@ -77,9 +79,11 @@ class Replies:
         run: RunDir,
         emit: Callable[[ClientReply], None],
         rule: Rule = MEAN,
+        past: Mapping[int, Round] = MappingProxyType({}),
     ) -> None:
-        self.method, self.round, self.emit = method, round, emit
+        self.method, self.round, self.emit, self.past = method, round, emit, past
         self.kinds = methods.kinds_of(method, round.state)
+        self._earlier: dict[int, Sequence[tuple[Payload, ReplySpec]]] = {}  # kinds of past rounds, by number
         self.kept: list[Kept] = []
         self.asked = self.failed = self.not_finite = 0  # failed: refused ones included
         self.bytes_up = self.bytes_down = 0
@@ -109,11 +113,11 @@ class Replies:
     def gather(self, answers: Iterator[Answer]) -> None:
         """Take every answer of the round; afterwards `kept` holds those that count."""
         for answer in answers:
-            self.asked += 1
+            self.asked += not answer.late
             self.bytes_down += answer.sent
             self.bytes_up += len(answer.data or b"")
             self._take(answer)
-        self.kept.sort(key=lambda kept: kept.answer.client)
+        self.kept.sort(key=lambda kept: (kept.answer.client, kept.answer.late))
         for kept, reason in too_far(self.kept):
             self._refuse(kept, reason)
 
@@ -130,11 +134,12 @@ class Replies:
         self._record(answer, payload, status, reason)
 
     def _checked(self, answer: Answer, data: bytes) -> Payload:
-        spec = self.kinds[answer.client % len(self.kinds)][1]
-        payload = check(decode(data), spec, round=self.round.number, base=self.round.base)
+        asked = self._asked(answer)
+        sent, spec = self._kinds(asked)[asked.kind(answer.client)]
+        payload = check(decode(data), spec, round=asked.number, base=asked.base)
         _check_rows(payload, self.round.rows[answer.client])
         try:
-            distance = self._distance(Reply(answer.client, answer.key, payload))
+            distance = methods.distance_of(self.method, asked.state, sent, self._reply(answer, payload))
         except (MessageError, MemoryError):
             raise
         except FAULTS as error:
@@ -147,9 +152,24 @@ class Replies:
         ))  # fmt: skip
         return payload
 
-    def _distance(self, reply: Reply) -> float:
-        sent = self.kinds[reply.client % len(self.kinds)][0]
-        return methods.distance_of(self.method, self.round.state, sent, reply)
+    def _asked(self, answer: Answer) -> Round:
+        """Return the round that an answer belongs to; MessageError where its replies count no longer."""
+        if not answer.late:
+            return self.round
+        if (number := self.round.number - answer.late) not in self.past:
+            raise MessageError(f"reply is for round {number}, whose replies count no longer")
+        return self.past[number]
+
+    def _kinds(self, asked: Round) -> Sequence[tuple[Payload, ReplySpec]]:
+        if asked is self.round:
+            return self.kinds
+        if asked.number not in self._earlier:
+            self._earlier[asked.number] = methods.kinds_of(self.method, asked.state)
+        return self._earlier[asked.number]
+
+    def _reply(self, answer: Answer, payload: Payload) -> Reply:
+        stood_on = self._asked(answer).state if answer.late else None
+        return Reply(answer.client, answer.key, payload, answer.late, stood_on)
 
     # Added up -------------------------------------------------------------------------------------------
 
@@ -176,7 +196,7 @@ class Replies:
     def _each(self) -> Iterator[Reply]:
         for kept in tuple(self.kept):
             self._in_hand = kept
-            yield Reply(kept.answer.client, kept.answer.key, self._payload(kept))
+            yield self._reply(kept.answer, self._payload(kept))
         self._in_hand = None
 
     # One reply ------------------------------------------------------------------------------------------
@@ -202,7 +222,7 @@ class Replies:
         self.emit(ClientReply(
             round=self.round.number, client=answer.client, n=scalars.get("n"), loss=scalars.get("loss"),
             bytes_up=size or len(answer.data or b""), bytes_down=answer.sent, seconds=round(answer.seconds, 3),
-            rss=rss(), status=status, reason=reason,
+            rss=rss(), status=status, reason=reason, late=answer.late or None,
         ))  # fmt: skip
 
 

@@ -63,6 +63,13 @@ class RoundPlan:
     base: bytes  # first 8 bytes of the base digest
     stands_on: StandsOn | None = None  # what every checkpoint states of recipe, base and rows
     rule: Rule = MEAN  # how replies are combined
+    over_selection: float = 1.0  # so many times the clients that are needed are asked
+    late: int = 0  # rounds that a reply may come late and still count
+
+    @property
+    def kept(self) -> int:
+        """Checkpoints that are kept: a reply that comes late is understood by the state that it stands on."""
+        return KEEP + self.late
 
 
 @dataclass(frozen=True)
@@ -89,10 +96,11 @@ def run(
     a row (or in all, of fewer); a resumed run counts anew, so that it gets past them.
     """
     last, state, totals = _start(run, fleet, state, plan, hooks)
+    past = _past(run, fleet, state, plan, last)
     failures = 0
     for r in range(last + 1, plan.rounds + 1):
         began = time.monotonic()
-        new, replies = _played(method, fleet, state, run, plan, hooks, r)
+        new, replies = _played(method, fleet, state, run, plan, hooks, r, past)
         failures = _failures(replies, failures, plan)
         totals.bytes_up += replies.bytes_up
         totals.bytes_down += replies.bytes_down
@@ -107,9 +115,19 @@ def run(
             if evaluated.loss is not None and not math.isfinite(evaluated.loss):
                 raise ModelLostError(f"the model's loss after round {r} is not finite", r - 1, state)
         state = new
-        run.checkpoint(r, _encoded(r, state, _until_now(totals, hooks), plan, run, fleet))
-        fleet.forget_before(r + 1 - KEEP)
+        if plan.late:
+            past[r] = replies.round
+            past.pop(r - plan.late, None)
+        run.checkpoint(r, _encoded(r, state, _until_now(totals, hooks), plan, run, fleet), plan.kept)
+        fleet.forget_before(r + 1 - plan.kept)
     return state, totals
+
+
+def _past(run: RunDir, fleet: Fleet, like: Any, plan: RoundPlan, last: int) -> dict[int, Round]:
+    """Return the rounds up to `last` whose replies may still come late, by number."""
+    numbers = range(max(1, last + 1 - plan.late), last + 1)
+    states = {r: checkpoint.state_of(run, r - 1, like) for r in numbers}
+    return {r: Round(r, plan.base, fleet.rows, s, fleet.kind) for r, s in states.items() if s is not None}
 
 
 def _start(run: RunDir, fleet: Fleet, state: Any, plan: RoundPlan, hooks: Hooks) -> tuple[int, Any, Totals]:
@@ -153,26 +171,44 @@ def _encoded(round: int, state: Any, totals: Totals, plan: RoundPlan, run: RunDi
 
 
 def _played(
-    method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks, r: int
+    method: Method,
+    fleet: Fleet,
+    state: Any,
+    run: RunDir,
+    plan: RoundPlan,
+    hooks: Hooks,
+    r: int,
+    past: Mapping[int, Round],
 ) -> tuple[Any, Replies]:
-    """Return the state that a round gives, and its replies."""
-    chosen = sample(fleet.present(), plan.participation, plan.seed, r)
-    with Replies(method, Round(r, plan.base, fleet.rows, state), run, hooks.emit, plan.rule) as replies:
+    """Return the state that a round gives, and its replies; `past` are the rounds whose replies may come late."""
+    present = fleet.present()
+    goal = share_of(len(present), plan.participation)
+    chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection)
+    kinds = {client: fleet.kind(client) for client in chosen}
+    asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__)
+    with Replies(method, asked, run, hooks.emit, plan.rule, past) as replies:
         coded = [encode(Message(r, plan.base, payload)) for payload, _ in replies.kinds]
-        messages = {client: coded[client % len(coded)] for client in chosen}
-        replies.gather(fleet.ask(r, chosen, messages))
+        messages = {client: coded[kind] for client, kind in kinds.items()}
+        replies.gather(fleet.ask(r, chosen, messages, goal if len(chosen) > goal else 0))
         _check_model(replies, run, hooks)
         return _aggregated(method, replies, plan), replies
 
 
-def sample(clients: Sequence[int], participation: float, seed: int, round: int) -> Sequence[int]:
+def sample(
+    clients: Sequence[int], participation: float, seed: int, round: int, over: float = 1.0
+) -> Sequence[int]:
     """Return the clients of a round: a share of those, without repeats, in order; keyed by seed and round.
 
-    At least one, unless there are none.
+    At least one, unless there are none; `over` times as many as the share.
     """
-    count = min(len(clients), max(1, round_half_up(len(clients) * participation)))
+    count = min(len(clients), math.ceil(share_of(len(clients), participation) * over - 1e-9))
     order = keyed_order(derive(seed, "sample", round), 0, len(clients))
     return sorted(clients[i] for i in order[:count].tolist())
+
+
+def share_of(clients: int, participation: float) -> int:
+    """Return how many replies a round needs of so many clients; at least one, unless there are none."""
+    return min(clients, max(1, round_half_up(clients * participation)))
 
 
 def round_half_up(x: float) -> int:
@@ -185,7 +221,8 @@ def _failures(replies: Replies, before: int, plan: RoundPlan) -> int:
 
     A round fails when every client fails, or when more replies are not finite than are good.
     """
-    if not replies.failed == replies.asked > 0 and not replies.mostly_not_finite:
+    all_failed = replies.failed >= replies.asked > 0 and not replies.accepted
+    if not all_failed and not replies.mostly_not_finite:
         return before if not replies.accepted else 0
     if before + 1 >= min(PATIENCE, plan.rounds):
         what = "every client failed, " if not replies.accepted else "most replies are not finite, "

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from fleetune import adapters, models
 from fleetune.common import sums
 from fleetune.common.memory import peak_rss
-from fleetune.errors import FleetuneError, Interrupted, StorageError, fault
+from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, fault
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.measures import measure as measured_on
@@ -29,9 +29,11 @@ from fleetune.seeds.view import View
 from fleetune.tuning import describe, finished, foundations, remarks, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import StandsOn, Totals
-from fleetune.tuning.fleets import Fleet
+from fleetune.tuning.fleets import OLDEST, Fleet
+from fleetune.tuning.fleets.late import LateReplies
 from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
+from fleetune.tuning.kinds import wanted
 from fleetune.tuning.methods import entry
 from fleetune.tuning.prepare import TuneJob, batch_size_of, check, prepare
 from fleetune.tuning.recipe import Recipe
@@ -56,6 +58,10 @@ class Fleets(Protocol):
         """Whether the clients are made from the recipe's data."""
         ...
 
+    def check(self, recipe: Recipe) -> None:
+        """Raise UsageError for what a recipe wants and this fleet does not do; called before any work."""
+        ...
+
     def about(self, job: TuneJob) -> str:
         """Return the fleet in a few words, for the header."""
         ...
@@ -70,10 +76,20 @@ class Simulated:
 
     simulated = True
 
+    def check(self, recipe: Recipe) -> None:
+        """Raise RecipeError where late replies are to be used and none comes late."""
+        if recipe.late == "use" and not recipe.deadline and recipe.over_selection == 1:
+            raise RecipeError(
+                [
+                    "late = use does nothing: no simulated client comes late without a deadline or over_selection"
+                ],
+                hint="add --stragglers 0.3 --deadline 3, or --over-selection 1.3",
+            )
+
     def about(self, job: TuneJob) -> str:
         """Return where, and how many are asked."""
         recipe, count = job.recipe, len(job.rows)
-        asked = len(rounds.sample(range(count), recipe.participation, recipe.seed, 1))
+        asked = len(rounds.sample(range(count), recipe.participation, recipe.seed, 1, recipe.over_selection))
         return f"this machine · {job.model.device} · {counted(count, 'client')}, {asked} a round"
 
     def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
@@ -82,7 +98,16 @@ class Simulated:
         faults = Faults(recipe.drop, recipe.stragglers, recipe.deadline)
         memories = Memories(run.path / "memories")
         return LocalFleet(
-            job.model, job.method, job.rows, recipe.seed, pad_id(job.model), faults, step, memories
+            job.model,
+            job.method,
+            job.rows,
+            recipe.seed,
+            pad_id(job.model),
+            faults,
+            step,
+            memories,
+            wanted(job.method, recipe.kinds),
+            LateReplies(run.path / "late") if recipe.late == "use" else None,
         )
 
 
@@ -94,6 +119,7 @@ def start(
 ) -> TuneResult:
     """Check a recipe, then run it in a new folder under `out`."""
     check(recipe)
+    fleets.check(recipe)
     rundir.check_writable(out)
     with _ONE_AT_A_TIME:
         job = prepare(recipe, offline=offline, simulated=fleets.simulated)
@@ -108,6 +134,7 @@ def resume(path: Path, listener: Listener, *, offline: bool, fleets: Fleets = SI
     """
     recipe = foundations.recipe_of(path)
     check(recipe)
+    fleets.check(recipe)
     if is_done(path, listener.note):
         found = read(path)
         listener.note(f"{path} is finished already")
@@ -213,7 +240,8 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
 
     plan = rounds.RoundPlan(
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
-        bytes.fromhex(model.digest)[:8], stands_on, robust.parse(recipe.aggregation),
+        bytes.fromhex(model.digest)[:8], stands_on, robust.parse(recipe.aggregation), recipe.over_selection,
+        OLDEST if recipe.late == "use" else 0,
     )  # fmt: skip
     hooks = rounds.Hooks(begin, measure, emit, resumed, listener.note, clock=lambda: time.monotonic() - began)
     try:
@@ -275,7 +303,7 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     for remark in remarks.of_answers(job):
         listener.note(remark)
     clients = range(len(job.rows) or recipe.clients)
-    asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1))
+    asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))
     listener.progress("rounds", 0, recipe.rounds)
     listener.progress("clients", 0, asked)
 

@@ -45,17 +45,14 @@ def batches_of(client: int) -> Any:
 def round_of(model: Model, method: Any, state: Any, r: int = 1) -> tuple[list[Reply], list[int], list[int]]:
     """(replies, bytes down, bytes up) of everybody in a round, each through the door."""
     fleet = fleet_of(model, method)
-    kinds = (
-        method.kinds(state)
-        if hasattr(method, "kinds")
-        else [(method.broadcast(state), method.expects(state))]
-    )
+    found = methods.kinds_of(method, state)
     clients = range(len(fleet.rows))
-    sent = {c: encode(Message(r, BASE, kinds[c % len(kinds)][0])) for c in clients}
+    kinds = [found[methods.kind_of(method, c)] for c in clients]
+    sent = {c: encode(Message(r, BASE, kinds[c][0])) for c in clients}
     replies, up = [], []
     for answer in fleet.ask(r, clients, sent):
         assert answer.data is not None, answer.reason
-        payload = check(decode(answer.data), kinds[answer.client % len(kinds)][1], round=r, base=BASE)
+        payload = check(decode(answer.data), kinds[answer.client][1], round=r, base=BASE)
         replies.append(Reply(answer.client, answer.key, payload))
         up.append(len(answer.data))
     return replies, [len(m) for m in sent.values()], up

@@ -20,6 +20,7 @@ from fleetune.seeds import noise
 from fleetune.seeds.ledger import Ledger, load
 from fleetune.seeds.slots import layout
 from fleetune.seeds.view import View
+from fleetune.tuning import methods
 from fleetune.tuning.messages import LogCode, Message, Payload, check
 from fleetune.tuning.methods import Reply, _mixed_fleet, _pro, make
 from fleetune.tuning.methods._zeroth import UNITS, draw
@@ -319,12 +320,13 @@ def test_pro_learns_the_sizes_of_the_slopes_that_devices_saw(wire: str) -> None:
 def test_the_share_that_back_propagates_is_spread_over_the_clients() -> None:
     for percent in (0, 1, 10, 25, 29, 50, 57, 75, 100):  # 0.29 and 0.57 are not exact in binary
         method = tiny(backprop=percent / 100)
-        kinds = [_mixed_fleet.back_propagates(c, method.backprop) for c in range(400)]
+        kinds = [methods.kind_of(method, c) for c in range(400)]
         assert all(sum(kinds[: 100 * n]) == percent * n for n in (1, 2, 4))
         _, state = begun(method)
-        specs = [spec for _, spec in method.kinds(state)]
-        for c in range(100):
-            assert ("projected" in specs[c % len(specs)].arrays) == kinds[c]
+        found = method.kinds(state)
+        assert len(found) == len(method.kind_names) == 1 + (percent > 0)
+        assert ["projected" in spec.arrays for _, spec in found] == [False, True][: len(found)]
+        assert [_mixed_fleet.is_ordered(sent) for sent, _ in found] == [False, True][: len(found)]
     assert [_mixed_fleet.back_propagates(c, 0.5) for c in range(4)] == [False, True, False, True]
 
 

@@ -122,6 +122,16 @@ def _join_arguments(join: argparse._ArgumentGroup) -> None:
         "--ca", metavar="FILE", help="ca.pem of the server; needed unless the server is this machine"
     )
     join.add_argument("--ram", metavar="SIZE", help="memory that the work may take, e.g. 2GB (default: all)")
+    join.add_argument(
+        "--only-on-power", action="store_true", help="decline rounds while this device runs on its battery"
+    )
+    join.add_argument(
+        "--max-load",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="decline rounds while other programs keep more than this share of the processors busy, e.g. 0.5",
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -181,6 +191,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _join(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.fleet.conditions import Conditions
     from fleetune.fleet.device import Home, join
     from fleetune.fleet.worker import Brings
     from fleetune.planning.plan import parse_bytes
@@ -206,7 +217,9 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     )
     home = Home(Path(args.state), _path(args.key), _path(args.ca))
     with InterruptHandler(ui) as interrupt:
-        why = join(args.words[0], brings, home, stop=lambda: interrupt.requested, note=ui.note)
+        why = join(args.words[0], brings, home, stop=lambda: interrupt.requested, note=ui.note,
+            conditions=Conditions(args.only_on_power, args.max_load),
+        )  # fmt: skip
     ui.note(why)
 
 
@@ -259,13 +272,24 @@ def _path(text: str | None) -> Path | None:
 
 
 def _devices(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.common.display import human_bytes
     from fleetune.fleet.table import Devices
+    from fleetune.tuning import methods
 
-    found = Devices(_run_of(args))
+    run = _run_of(args)
+    found, recipe = Devices(run), recipes.make(recipes.read(run / "run.toml"))
+    names = methods.kind_names(methods.make(recipe.method, recipe.set))
     rows = [
-        [str(c), m.name, m.key[:16], str(m.rows or "has not joined")] for c, m in enumerate(found.members)
-    ]
-    ui.table(["client", "device", "key", "rows"], rows)
+        [
+            str(c), m.name, m.key[:16], str(m.rows or "has not joined"), human_bytes(m.memory) if m.memory else "",
+            str(m.threads or ""), f"{m.speed:,.0f}" if m.speed else "", names[m.kind] if m.kind >= 0 else "",
+        ]
+        for c, m in enumerate(found.members)
+    ]  # fmt: skip
+    ui.table(["client", "device", "key", "rows", "memory", "threads", "tokens/s", "does"], rows)
+    if len(names) > 1 and all(m.kind >= 0 for m in found.members):
+        given = ",".join(str(m.kind) for m in found.members)
+        ui.note(f"the same in the simulation: --kinds {given}")
 
 
 def _status(args: argparse.Namespace, ui: Ui) -> None:

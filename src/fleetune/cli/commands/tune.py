@@ -161,7 +161,7 @@ class RunScreen:
         return self.interrupt.requested
 
     def _client(self, event: ClientReply) -> None:
-        self.replies += 1
+        self.replies += not event.late
         self.sending += event.bytes_up > 0
         if event.status in ("refused", "failed"):
             self.ui.note(f"round {event.round}: client {event.client} {event.status}: {event.reason}")
@@ -174,7 +174,7 @@ class RunScreen:
         self.ui.round_line(
             event.round, event.loss,
             sent=last.bytes_up / max(1, self.sent) if last else None,
-            received=last.bytes_down / last.clients if last else None,
+            received=last.bytes_down / max(1, last.clients) if last else None,
             seconds=last.seconds if last else None, rounds=self.bar.rounds,
             note="  ".join(notes),
         )  # fmt: skip

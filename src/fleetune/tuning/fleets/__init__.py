@@ -8,9 +8,11 @@ every client asked, one at a time, as they come.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from fleetune.runs.events import ClientReply
+
+OLDEST: Final = 8  # rounds that a reply may come late, where late ones are used
 
 
 class Answer(NamedTuple):
@@ -19,10 +21,11 @@ class Answer(NamedTuple):
     client: int
     key: int
     data: bytes | None
-    status: str  # ok | dropped | late | failed
+    status: str  # ok | dropped | declined | late | failed
     reason: str
     seconds: float
     sent: int  # bytes that went down to it
+    late: int = 0  # rounds that it comes late: it answers the message of an earlier round
 
 
 class Fleet(Protocol):
@@ -37,10 +40,18 @@ class Fleet(Protocol):
         """Return the numbers of the clients that may be asked in the coming round, ascending."""
         ...
 
+    def kind(self, client: int) -> int:
+        """Return the kind of a client that may be asked, of those that the method has."""
+        ...
+
     def ask(
-        self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
+        self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes], goal: int = 0
     ) -> Iterator[Answer]:
-        """Send `message`, or each client its own, to these clients and yield their answers."""
+        """Send `message`, or each client its own, to these clients and yield their answers.
+
+        With a `goal` the round is over when so many have replied, and the others are late.  A fleet that takes late
+        replies also yields those to earlier rounds that have come by now.
+        """
         ...
 
     def kept(self) -> Mapping[int, tuple[int, int]]:

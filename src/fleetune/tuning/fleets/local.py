@@ -9,6 +9,7 @@ from the recipe, as pure functions of (seed, round, client): a resumed run meets
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,11 @@ from fleetune.errors import FAULTS, FitError, Interrupted, StorageError, fault
 from fleetune.models.model import Model
 from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
-from fleetune.tuning.fleets import Answer
+from fleetune.tuning.fleets import OLDEST, Answer
+from fleetune.tuning.fleets.late import LateReplies
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
+from fleetune.tuning.kinds import Wanted, wanted
 from fleetune.tuning.methods import Method
 
 log = logging.getLogger(__name__)
@@ -43,15 +46,43 @@ class Faults:
     stragglers: float = 0.0
     deadline: float = 0.0
 
+    def slowness(self, seed: int, round: int, client: int) -> float:
+        """Return how many times as long as a usual client this one takes."""
+        if _chance(seed, "slow", client) < self.stragglers:
+            return 2.0 + 8.0 * _chance(seed, "slower", round, client)
+        return 1.0
+
     def outcome(self, seed: int, round: int, client: int) -> tuple[str, str]:
         """Return (status, reason) of a client in a round: ok, dropped or late."""
         if _chance(seed, "drop", round, client) < self.drop:
             return "dropped", "simulated drop-out"
-        if self.deadline and _chance(seed, "slow", client) < self.stragglers:
-            slower = 2.0 + 8.0 * _chance(seed, "slower", round, client)
-            if slower > self.deadline:
-                return "late", f"simulated straggler, {slower:.1f} times slower"
+        slower = self.slowness(seed, round, client)
+        if self.deadline and slower > max(1.0, self.deadline):  # a usual client is never late
+            return "late", f"simulated straggler, {slower:.1f} times slower"
         return "ok", ""
+
+    def outcomes(
+        self, seed: int, round: int, clients: Sequence[int], goal: int
+    ) -> Iterator[tuple[int, str, str]]:
+        """Yield (client, status, reason); with a `goal`, those that answer after so many others are late.
+
+        Usual clients take equally long, so who of them is first is drawn anew in every round.
+        """
+        found = [(client, *self.outcome(seed, round, client)) for client in clients]
+        here = [client for client, status, _ in found if status == "ok"]
+        here.sort(key=lambda c: (self.slowness(seed, round, c), _chance(seed, "first", round, c)))
+        late = set(here[goal:] if goal else ())
+        for client, status, reason in found:
+            yield (
+                (client, "late", f"{goal} others were faster") if client in late else (client, status, reason)
+            )
+
+    def age(self, seed: int, round: int, client: int) -> int:
+        """Return how many rounds later the reply of a late client comes.
+
+        A round is as long as its deadline, or as a usual client takes where there is none.
+        """
+        return max(1, math.ceil(self.slowness(seed, round, client) / (self.deadline or 1.0)) - 1)
 
 
 def _chance(seed: int, what: str, *parts: int) -> float:
@@ -70,6 +101,8 @@ class LocalFleet:
     faults: Faults = Faults()
     on_step: Callable[[int, int], None] = lambda client, step: None
     memories: Memories = field(default_factory=Memories)
+    kinds: Wanted | None = None  # None: as the method spreads them
+    late: LateReplies | None = None  # None: late clients do not work
 
     @property
     def rows(self) -> list[int]:
@@ -77,8 +110,13 @@ class LocalFleet:
         return [len(rows) for rows in self.clients]
 
     def present(self) -> Sequence[int]:
-        """Return all clients: those that drop out are asked, and do not answer."""
-        return range(len(self.clients))
+        """Return all clients but those still at work for an earlier round; those that drop out are asked as well."""
+        busy = self.late.busy if self.late is not None else ()
+        return [c for c in range(len(self.clients)) if c not in busy] if busy else range(len(self.clients))
+
+    def kind(self, client: int) -> int:
+        """Return the kind that is wanted of a client: the machine that simulates it can do all."""
+        return (self.kinds or wanted(self.method, "")).of(client)
 
     def kept(self) -> Mapping[int, tuple[int, int]]:
         """Return client -> (round, CRC-32) of what each client stored last."""
@@ -94,40 +132,57 @@ class LocalFleet:
     def rewind(self, round: int) -> None:
         """Delete what clients stored after `round`."""
         self.memories.rewind(round)
+        if self.late is not None:
+            self.late.rewind(round)
 
     def forget_before(self, round: int) -> None:
-        """Delete client memories that a newer one, not after `round`, replaces."""
+        """Delete client memories that a newer one, not after `round`, replaces, and late replies that have come by then."""
         self.memories.forget_before(round)
+        if self.late is not None:
+            self.late.forget_before(round)
 
     def ask(
-        self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes]
+        self, round: int, clients: Sequence[int], message: bytes | Mapping[int, bytes], goal: int = 0
     ) -> Iterator[Answer]:
-        """Yield the answers of these clients, in turn."""
-        for client in clients:
+        """Yield the answers of these clients, in turn; before them the late ones that come in this round."""
+        yield from self._come_late(round)
+        for client, status, reason in self.faults.outcomes(self.seed, round, clients, goal):
             sent = message if isinstance(message, bytes) else message[client]
             key = derive(self.seed, "local", round, client)
-            status, reason = self.faults.outcome(self.seed, round, client)
-            if status != "ok":
-                yield Answer(client, key, None, status, reason, 0.0, len(sent))
+            if status == "ok":
+                yield self._answer(round, client, key, sent)
                 continue
-            began = time.monotonic()
-            try:
-                data = self._work(client, key, sent)
-            except _ListenerError as error:  # the caller's own: no client is to blame
-                raise error.original from None
-            except (Interrupted, StorageError):
-                raise
-            except FAULTS as error:
-                if is_out_of_memory(error):  # the machine's, which all clients share
-                    raise FitError(
-                        f"client {client} in round {round}: memory does not suffice on '{self.model.device}'",
-                        hint=f"see: fleetune plan {self.model.name}   (less: batch_size, --max-length, --dtype bf16)",
-                    ) from error
-                # One bad client never stops a round: it is recorded, and the others go on.
-                log.exception("client %d failed in round %d", client, round)
-                yield Answer(client, key, None, "failed", fault(error), time.monotonic() - began, len(sent))
-                continue
-            yield Answer(client, key, data, "ok", "", time.monotonic() - began, len(sent))
+            yield Answer(client, key, None, status, reason, 0.0, len(sent))
+            age = self.faults.age(self.seed, round, client)
+            if status == "late" and self.late is not None and age <= OLDEST:
+                reply = self._answer(round, client, key, sent).data
+                if reply is not None:
+                    self.late.hold(client, round, round + age, reply)
+
+    def _come_late(self, round: int) -> Iterator[Answer]:
+        for client, asked, data in self.late.come(round) if self.late is not None else ():
+            yield Answer(
+                client, derive(self.seed, "local", asked, client), data, "ok", "", 0.0, 0, round - asked
+            )
+
+    def _answer(self, round: int, client: int, key: int, sent: bytes) -> Answer:
+        """Return the answer of a client that works; one bad client never stops a round."""
+        began = time.monotonic()
+        try:
+            data = self._work(client, key, sent)
+        except _ListenerError as error:  # the caller's own: no client is to blame
+            raise error.original from None
+        except (Interrupted, StorageError):
+            raise
+        except FAULTS as error:
+            if is_out_of_memory(error):  # the machine's, which all clients share
+                raise FitError(
+                    f"client {client} in round {round}: memory does not suffice on '{self.model.device}'",
+                    hint=f"see: fleetune plan {self.model.name}   (less: batch_size, --max-length, --dtype bf16)",
+                ) from error
+            log.exception("client %d failed in round %d", client, round)
+            return Answer(client, key, None, "failed", fault(error), time.monotonic() - began, len(sent))
+        return Answer(client, key, data, "ok", "", time.monotonic() - began, len(sent))
 
     def _step(self, client: int, step: int) -> None:
         try:

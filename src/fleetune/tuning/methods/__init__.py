@@ -6,7 +6,7 @@
 hyper-parameters, each `name: type = setting(default, symbol, help)`, with the functions of the Protocol below.  A
 setting that acts only beside another says so with `only_if` (`common/settings.py`).  Optional: the constants `CLIENTS`
 (a usual fleet, 8 unless stated) and `RECOMMENDED` (1 is the first that `plan` considers), and the functions of the
-Protocols `Reports`, `Kinds`, `Measured`, `Combines`, `Reads`, `Sized` and `Planned`.
+Protocols `Reports`, `Kinds`, `TakesLate`, `Measured`, `Combines`, `Reads`, `Sized` and `Planned`.
 
 Other packages register a module of the same shape under the entry-point group `fleetune.methods`.
 """
@@ -42,6 +42,16 @@ class Reply(NamedTuple):
     client: int
     key: int
     payload: Payload
+    late: int = 0  # rounds that it comes late
+    stood_on: Any = None  # the state that the device was sent, where that is not the present one
+
+    @property
+    def discount(self) -> float:
+        """What a late reply counts: 1 / sqrt(1 + late), the same bits on every machine.
+
+        Nguyen et al. 2022, arXiv 2106.06639 (FedBuff); the power of 1/2 of Xie et al. 2019, arXiv 1903.03934 (FedAsync).
+        """
+        return 1.0 / math.sqrt(1 + self.late)
 
 
 class Method(Protocol):
@@ -88,10 +98,35 @@ class Reports(Protocol):
 
 @runtime_checkable
 class Kinds(Protocol):
-    """A method whose devices are of several kinds."""
+    """A method whose clients are of several kinds: what one is sent says what it does, and decides what it replies."""
+
+    @property
+    def kind_names(self) -> Sequence[str]:
+        """Return what each kind does, in a few words."""
+        ...
+
+    def kind_of(self, client: int) -> int:
+        """Return the kind of a client in a fleet whose clients can all be of any kind."""
+        ...
 
     def kinds(self, state: Any) -> Sequence[tuple[Payload, ReplySpec]]:
-        """Return what each kind is sent and must reply; client c is of the (c modulo their number)-th kind."""
+        """Return what each kind is sent and must reply."""
+        ...
+
+    def footprints(self, shape: Shape) -> Sequence[Footprint | None]:
+        """Return the work of each kind on a model of this shape; None where the model has no place for the module."""
+        ...
+
+
+@runtime_checkable
+class TakesLate(Protocol):
+    """A method whose replies are steps along directions that stay known: `aggregate` also takes replies to earlier rounds.
+
+    Such a reply counts `Reply.discount` times, along the directions of the state that it stood on.
+    """
+
+    def check_late(self) -> None:
+        """Raise ValueError, in plain words, where these settings do not allow that."""
         ...
 
 
@@ -157,6 +192,37 @@ def kinds_of(method: Method, state: Any) -> Sequence[tuple[Payload, ReplySpec]]:
     if isinstance(method, Kinds):
         return method.kinds(state)
     return [(method.broadcast(state), method.expects(state))]
+
+
+def kind_names(method: Method) -> Sequence[str]:
+    """Return what each kind of client does; one kind without a name unless the method has more."""
+    return method.kind_names if isinstance(method, Kinds) else ("",)
+
+
+def kind_of(method: Method, client: int) -> int:
+    """Return the kind of a client in a fleet whose clients can all be of any kind."""
+    return method.kind_of(client) if isinstance(method, Kinds) else 0
+
+
+def footprints_of(method: Method, shape: Shape) -> Sequence[Footprint | None]:
+    """Return the work of each kind on a model of this shape; None for what cannot be counted."""
+    if isinstance(method, Kinds):
+        return method.footprints(shape)
+    return [method.footprint(shape) if isinstance(method, Planned) else None]
+
+
+def late_problem(method: Method, name: str) -> str:
+    """Say why replies to earlier rounds cannot be used, "" where they can."""
+    if not isinstance(method, TakesLate):
+        return (
+            f"a reply to an earlier round is of no use to {name}; use a method whose replies are steps along directions that "
+            "stay known: mezo, zosgd, onebyte or fedkseed"
+        )
+    try:
+        method.check_late()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def distance_of(method: Method, state: Any, sent: Payload, reply: Reply) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from fractions import Fraction
+from typing import Final
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from fleetune.seeds.view import View
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods._wires import SCALARS, Wire
 from fleetune.tuning.methods._zeroth import pool_ids
+
+MARK: Final = "backprop"  # a scalar of the message
+KINDS: Final = ("two-point steps", "back-propagation")
 
 
 def check(backprop: float, lr: float, steps: int, *, projectable: bool) -> None:
@@ -46,9 +50,19 @@ def share(backprop: float) -> Fraction:
 
 
 def back_propagates(client: int, backprop: float) -> bool:
-    """Tell whether a client is one of those that can: they are spread evenly over the numbers, so both sides know."""
+    """Tell whether a client is one of those that do, where all can: they are spread evenly over the numbers."""
     part = share(backprop)
     return math.floor((client + 1) * part) > math.floor(client * part)
+
+
+def order(payload: Payload) -> Payload:
+    """Return the message that makes a device back-propagate; the same without its mark makes it take two-point steps."""
+    return Payload(payload.arrays, {**payload.scalars, MARK: True})
+
+
+def is_ordered(payload: Payload) -> bool:
+    """Tell whether the message makes a device back-propagate."""
+    return payload.scalars.get(MARK) is True
 
 
 def spec(wire: Wire, K: int) -> ReplySpec:

@@ -44,7 +44,7 @@ taking it (`server`: FedAvgM, FedAdagrad, FedYogi, FedAdam); their papers are in
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,6 +160,13 @@ class Method:
     def expects(self, state: State) -> ReplySpec:
         return _adapter.expects(state, self.wire)
 
+    @property
+    def kind_names(self) -> Sequence[str]:
+        return [f"rank {rank}" for rank in _lora_start.each_rank(self.ranks, self.r)]
+
+    def kind_of(self, client: int) -> int:
+        return client % len(self.kind_names)
+
     def kinds(self, state: State) -> list[tuple[Payload, ReplySpec]]:
         """Send each rank the strongest directions of the adapter, and expect as many back."""
         pairs = adapters.pairs(state.tensors)
@@ -211,4 +218,10 @@ class Method:
         return replace(self, steps=steps, batch_size=batch_size)
 
     def footprint(self, shape: Shape) -> Footprint | None:
-        return _adapter.footprint(lora_module(shape.linears, shape.head, self.r, dropout=self.dropout > 0))
+        return self._footprint(shape, self.r)
+
+    def footprints(self, shape: Shape) -> Sequence[Footprint | None]:
+        return [self._footprint(shape, rank) for rank in _lora_start.each_rank(self.ranks, self.r)]
+
+    def _footprint(self, shape: Shape, rank: int) -> Footprint | None:
+        return _adapter.footprint(lora_module(shape.linears, shape.head, rank, dropout=self.dropout > 0))

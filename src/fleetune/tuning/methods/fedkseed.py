@@ -28,7 +28,8 @@ whatever the number of rounds, and K numbers carry it.
 - `wire=sums` sends exact sums, 4 bytes a direction, instead of one byte a step.
 - `epoch_rounds` renews the pool, so that training is not confined to one K-dimensional space.
 - `server` lets the server step with momentum or Adam over the K sums (K or 2 K numbers of state).
-- `backprop` is the share of devices that can back-propagate (ours).  Such a device reports its gradient projected
+- `backprop` is the share of devices that back-propagate (ours): in a simulation every so many-th client, on real
+  devices at most this share, of those in whose memory it fits.  Such a device reports its gradient projected
   on the K directions, p_k = z_k . g, after `backprop_steps` steps a_k <- a_k - eta_b p_k / K, each the mean of K
   two-point steps.  Both kinds of reply are K sums and enter one ledger, weighted by their precision: with rows n_c,
   a device that back-propagated weighs n_c, and one that took n two-point steps n_c / (1 + (K - 1) / n).
@@ -36,7 +37,7 @@ whatever the number of rounds, and K numbers carry it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -132,18 +133,25 @@ class Method:
         return _pro.probabilities(state.size, state.seen) if self.pro else None
 
     def expects(self, state: State) -> ReplySpec:
-        """Return what client 0 sends; `kinds` has all of them."""
-        return self.reply_spec(0)
+        """Return what client 0 sends; `kinds` has what every kind does."""
+        return self.reply_spec(self.kind_of(0))
+
+    @property
+    def kind_names(self) -> Sequence[str]:
+        return _mixed_fleet.KINDS if self.backprop else _mixed_fleet.KINDS[:1]
+
+    def kind_of(self, client: int) -> int:
+        return int(_mixed_fleet.back_propagates(client, self.backprop))
 
     def kinds(self, state: State) -> list[tuple[Payload, ReplySpec]]:
-        """Send the same to all; what comes back depends on what a client can."""
+        """Send the same sums to all; those that are to back-propagate are told so."""
         payload = self.broadcast(state)
-        return [(payload, self.reply_spec(c)) for c in range(_mixed_fleet.share(self.backprop).denominator)]
+        sent = [payload, _mixed_fleet.order(payload)]
+        return [(sent[kind], self.reply_spec(kind)) for kind in range(len(self.kind_names))]
 
-    def reply_spec(self, client: int) -> ReplySpec:
-        """Return what a client's reply must look like."""
-        mixed = _mixed_fleet.back_propagates(client, self.backprop)
-        return _mixed_fleet.spec(self.codec, self.K) if mixed else self.codec.spec(self.K, self.tau)
+    def reply_spec(self, kind: int) -> ReplySpec:
+        """Return what the reply of a kind must look like."""
+        return _mixed_fleet.spec(self.codec, self.K) if kind else self.codec.spec(self.K, self.tau)
 
     @property
     def codec(self) -> Wire:
@@ -152,10 +160,10 @@ class Method:
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
-        """Take tau two-point steps along drawn directions; reply with the integers that were stepped by."""
+        """Take tau two-point steps along drawn directions, or back-propagate where `payload` says so; reply with integers."""
         view, position = _zeroth.open_view(model, payload)
         epoch = len(payload.array("a")) - 1
-        if _mixed_fleet.back_propagates(batches.client, self.backprop):
+        if _mixed_fleet.is_ordered(payload):
             projected, loss = _mixed_fleet.descend(
                 model, view, position, epoch, batches.steps(self.backprop_steps, self.batch_size), key,
                 wire=self.codec, units=UNITS * self.backprop_lr / self.lr, clip=self.clip,
@@ -183,26 +191,31 @@ class Method:
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
         """Set A_k <- A_k + sum_c w_c a_{c,k} / sum_c w_c (or the server rule's step along it), rounded once.
 
-        Another `rule` combines a_{c,k} over the clients that have drawn direction k.
+        Another `rule` combines a_{c,k} over the clients that have drawn direction k.  Replies that come late may be of an
+        earlier pool.
         """
-        p = self.probabilities(state)
-        combined, sizes = rule.combining(), _pro.Sizes(state.size.copy(), state.seen.copy())
+        epoch, p = self.epoch(state), self.probabilities(state)
+        combined = rule.combining(sums={str(epoch): np.zeros(self.K)})
+        sizes = _pro.Sizes(state.size.copy(), state.seen.copy())
         units = UNITS * _pro.weights(p, self.K)  # of a slope of 1 along each direction
         for reply in replies:
+            sent = reply.stood_on or state
             w = _mixed_fleet.weight(reply.payload, self.codec, self.K, mixed=self.backprop > 0)
             if "projected" in reply.payload.arrays:
                 sums = self.codec.integers(reply.payload.array("projected"))
             else:
-                k, c = self.codec.walk(reply, p, self.K)
+                k, c = self.codec.walk(reply, p if sent is state else self.probabilities(sent), self.K)
                 sums = summed(k, c, self.K)
-                sizes.add(k, c / units[k])
+                if sent is state:
+                    sizes.add(k, c / units[k])
                 sums = sums if rule.name == "mean" else self.drawn_only(sums, reply, p, rule)
-            combined.add(w, {"a": sums})
+            combined.add(w, {str(self.epoch(sent)): reply.discount * sums})
         ledger, moments = state.ledger, state.moments
-        if combined.total:
-            mean = combined.tensors()["a"] / UNITS  # the paper's: sums of slopes
+        found = {int(pool): sums for pool, sums in combined.tensors().items()} if combined.total else {}
+        for pool, sums in sorted(found.items()):
+            mean = sums / UNITS  # the paper's: sums of slopes
             step, moments = server_rules.step_sums(self.server, mean, moments, lr=self.server_lr)
-            ids = pool_ids(self.epoch(state), np.arange(self.K))
+            ids = pool_ids(pool, np.arange(self.K))
             ledger = ledger.append(ids, rounded(step * UNITS), state.round + 1)
         new = State(ledger, state.round + 1, *sizes, moments)
         if self.epoch(new) > self.epoch(state):  # the next round draws from a pool of which nothing is known
@@ -225,6 +238,14 @@ class Method:
             )
         return ""
 
+    def check_late(self) -> None:
+        """Raise ValueError where a reply may be of a pool whose moments are gone."""
+        if self.epoch_rounds and self.server != "avg":
+            raise ValueError(
+                f"server={self.server} keeps moments of the present pool alone, and with epoch_rounds={self.epoch_rounds} a "
+                "late reply may be of the one before: use server=avg or epoch_rounds=0"
+            )
+
     def apply(self, model: Model, state: State) -> None:
         _zeroth.place_at(model, state.ledger)
 
@@ -234,3 +255,7 @@ class Method:
     def footprint(self, shape: Shape) -> Footprint:
         none = np.zeros(self.K)
         return Footprint("two-point", state=State(placeholder_ledger(self.K), 0, none, none, {}))
+
+    def footprints(self, shape: Shape) -> Sequence[Footprint]:
+        works = self.footprint(shape), Footprint("backward", moments=0, projects=True)
+        return works[: len(self.kind_names)]

@@ -120,15 +120,22 @@ class Method:
         return norm([reply.payload.array("c")])
 
     def aggregate(self, state: State, replies: Iterable[Reply], rule: Rule = MEAN) -> State:
-        """Take the mean over devices of each step's integer, weighted by rows (or what `rule` makes of them)."""
+        """Take the mean over devices of each step's integer, weighted by rows (or what `rule` makes of them).
+
+        Replies that come late are steps along their own directions.
+        """
         combined = rule.combining()
         for reply in replies:
-            combined.add(float(reply.payload.int("n")), {"c": reply.payload.array("c")})
-        if not combined.total:
-            return state._replace(round=state.round + 1)
-        c = rounded(combined.tensors()["c"])
-        ledger = state.ledger.append(self.ids(state.step), c, state.round + 1)
-        return State(ledger, state.step + self.tau, state.round + 1)
+            first = (reply.stood_on or state).step
+            c = reply.discount * reply.payload.array("c")
+            combined.add(float(reply.payload.int("n")), {str(first): c})
+        ledger, found = state.ledger, {int(first): c for first, c in combined.tensors().items()}
+        for first, c in sorted(found.items()):
+            ledger = ledger.append(self.ids(first), rounded(c), state.round + 1)
+        return State(ledger, state.step + self.tau * (state.step in found), state.round + 1)
+
+    def check_late(self) -> None:
+        """Accept any settings: a step's direction follows from its number."""
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         return ""

@@ -165,17 +165,25 @@ class Method:
         """Take the mean over whoever answered, or their majority, for each direction of the pool."""
         run_key, combined = state.ledger.head.run_key, rule.combining()
         for reply in replies:
-            k = self.draw(state.round, run_key, reply.key)
+            round = (reply.stood_on or state).round
+            k = self.draw(round, run_key, reply.key)
             told = np.full(self.K, rule.absent)
-            told[k] = self.decode(reply.payload.array("codes"))
-            combined.add(float(reply.payload.int("n")), {"c": told})
-        if not combined.total:
-            return state._replace(round=state.round + 1)
-        mean = combined.tensors()["c"]
-        steps = mean if self.wire == "byte" else UNITS * np.sign(mean)
-        ids = pool_ids(self.epoch(state.round), np.arange(self.K))
-        c = rounded(FINER * steps)
-        return State(state.ledger.append(ids, c, state.round + 1), state.round + 1)
+            told[k] = reply.discount * self.decode(reply.payload.array("codes"))
+            combined.add(float(reply.payload.int("n")), {str(self.epoch(round)): told})
+        ledger, found = state.ledger, {int(epoch): c for epoch, c in combined.tensors().items()}
+        for epoch, mean in sorted(found.items()):
+            steps = mean if self.wire == "byte" else UNITS * np.sign(mean)
+            ledger = ledger.append(
+                pool_ids(epoch, np.arange(self.K)), rounded(FINER * steps), state.round + 1
+            )
+        return State(ledger, state.round + 1)
+
+    def check_late(self) -> None:
+        """Raise ValueError for votes: the majority of a round is taken once, and a later vote cannot change it."""
+        if self.wire == "sign":
+            raise ValueError(
+                "wire=sign takes a majority once, and a vote that comes later cannot change it: use wire=byte"
+            )
 
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         if self.wire == "byte" and rule.name != "norm-clip":

@@ -96,6 +96,9 @@ class Method:
     def cannot_combine(self, rule: Rule, asked: int) -> str:
         return self.step().cannot_combine(rule, asked)
 
+    def check_late(self) -> None:
+        self.step().check_late()
+
     def apply(self, model: Model, state: mezo.State) -> None:
         self.step().apply(model, state)
 

@@ -122,7 +122,7 @@ def replies(run: RunLog) -> str:
     lost = [e for e in run.clients if str(e.get("status", "ok")) != "ok"]
     if not lost:
         return f"<p>All {len(run.clients)} replies were accepted.</p>"
-    kinds = {"ok": 0, "late": 4, "dropped": 7, "failed": 3, "refused": 1}
+    kinds = {"ok": 0, "late": 4, "dropped": 7, "declined": 2, "failed": 3, "refused": 1}
     rounds = sorted({int(num_of(e, "round") or 0) for e in run.clients})
     tally = {kind: [0.0] * len(rounds) for kind in kinds}
     reasons: dict[tuple[str, str], list[Event]] = {}

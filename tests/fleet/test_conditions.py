@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a device declines: on its battery, or while other programs keep it busy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fleetune.errors import UsageError
+from fleetune.fleet.conditions import Conditions
+
+
+def supply(folder: Path, name: str, **words: str) -> None:
+    (folder / name).mkdir(parents=True)
+    for file, word in words.items():
+        (folder / name / file).write_text(f"{word}\n")
+
+
+@pytest.mark.parametrize(
+    ("supplies", "declines"),
+    [
+        ({}, False),  # a machine without a battery
+        ({"BAT0": {"type": "Battery", "status": "Discharging"}}, True),
+        ({"BAT0": {"type": "Battery", "status": "Charging"}, "AC": {"type": "Mains", "online": "1"}}, False),
+        ({"BAT0": {"type": "Battery", "status": "Not charging"}}, False),
+        ({"mouse": {"type": "Battery", "status": "Discharging", "scope": "Device"}}, False),
+        (
+            {
+                "BAT0": {"type": "Battery", "status": "Full"},
+                "BAT1": {"type": "Battery", "status": "Discharging"},
+            },
+            True,
+        ),
+        ({"odd": {}}, False),
+    ],
+)
+def test_on_battery(tmp_path: Path, supplies: dict[str, dict[str, str]], declines: bool) -> None:
+    for name, words in supplies.items():
+        supply(tmp_path, name, **words)
+    own = Conditions(only_on_power=True, supplies=tmp_path)
+    own.check()
+    assert own.reason() == ("on battery" if declines else "")
+    assert Conditions(supplies=tmp_path).reason() == ""
+
+
+@pytest.mark.parametrize(
+    ("most", "declines"), [(0.0, False), (0.5, True), (0.74, True), (0.75, False), (0.9, False)]
+)
+def test_busy(tmp_path: Path, most: float, declines: bool) -> None:
+    stat = tmp_path / "stat"
+    before, after = (
+        "cpu  100 0 50 1000 10 5 5 0 7 0",
+        "cpu  150 10 60 1015 20 5 10 0 99 0",
+    )  # 75 of 100 ticks busy
+    stat.write_text(f"{before}\ncpu0 1 2 3\n")
+    waits: list[float] = []
+
+    def pause(seconds: float) -> None:
+        waits.append(seconds)
+        stat.write_text(f"{after}\n")
+
+    own = Conditions(max_load=most, load=stat, pause=pause)
+    own.check()
+    assert own.reason() == ("busy: other programs take 75% of the processors" if declines else "")
+    assert waits == ([0.5] if most else [])
+
+
+def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UsageError, match="no share"):
+            Conditions(max_load=share).check()
+    with pytest.raises(UsageError, match="--only-on-power: this machine has no"):
+        Conditions(only_on_power=True, supplies=tmp_path / "none").check()
+    with pytest.raises(UsageError, match="--max-load: this machine has no"):
+        Conditions(max_load=0.5, load=tmp_path / "none").check()

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a round waits: more devices than needed, replies that come late, devices that decline; and who does what."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_remote import JOB, Memory, link
+
+from fleetune.errors import Interrupted
+from fleetune.fleet.asking import Asking
+from fleetune.fleet.orders import Device, Order, Reply
+from fleetune.fleet.remote import Pace, RemoteFleet
+from fleetune.fleet.table import Devices
+from fleetune.tuning.fleets import OLDEST, Answer
+from fleetune.tuning.kinds import Wanted
+
+USE = Pace(grace=0.2, poll=0.001, late=True, again=0.02)
+DROP = dataclasses.replace(USE, late=False)
+
+
+@dataclass
+class Slow(Memory):
+    """Devices of which some work until they are let go, and some decline."""
+
+    slow: set[str] = field(default_factory=set)
+    declining: dict[str, str] = field(default_factory=dict)
+
+    def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
+        held = {
+            n: q for n, q in self.queue.items() if q[0] in self.slow and Order.decode(q[1]).what == "work"
+        }
+        self.queue = {n: q for n, q in self.queue.items() if n not in held}
+        yield from list(super().pull(numbers))
+        self.queue |= held
+
+    def answer(self, key: str, order: Order) -> bytes:
+        if order.what == "work" and key in self.declining:
+            self.seen.append(order)
+            return Reply("declined", order.nonce, order.round, reason=self.declining[key]).encode()
+        return super().answer(key, order)
+
+
+def made(
+    folder: Path, count: int = 4, pace: Pace = USE, *, seed: int = 0, odd: float = 0.0
+) -> tuple[Slow, RemoteFleet, list[str]]:
+    """A fleet of so many devices over a link in memory, and what it notes; a round that never ends fails."""
+    there, notes, until = (
+        Slow(link(count).devices, random.Random(seed), odd),
+        list[str](),
+        time.monotonic() + 60,
+    )
+    devices = Devices(folder)
+    devices.register([(key, key) for key in there.devices])
+
+    def look() -> None:
+        assert time.monotonic() < until, "the round does not end"
+
+    fleet = RemoteFleet(there, devices, JOB, 42, pace, look=look, note=notes.append)
+    fleet.wait_for(count)
+    return there, fleet, notes
+
+
+def asked(fleet: RemoteFleet, round: int, goal: int = 0) -> dict[int, Answer]:
+    return {a.client: a for a in fleet.ask(round, fleet.present(), f"r{round}".encode(), goal)}
+
+
+def test_the_round_is_over_when_as_many_have_replied_as_are_needed(tmp_path: Path) -> None:
+    there, fleet, _ = made(tmp_path, pace=dataclasses.replace(DROP, grace=99))
+    there.slow = {"k1"}
+    there.away = {"k3"}
+    found = asked(fleet, 1, goal=2)
+    assert [found[c].status for c in range(4)] == ["ok", "late", "ok", "dropped"]
+    assert found[1].reason == "2 others were faster"
+    assert list(fleet.present()) == [0, 1, 2, 3]  # none of them was waited for in vain
+    there.slow, there.away = set(), set()
+    assert {a.status for a in asked(fleet, 2).values()} == {"ok"}
+
+
+def test_a_late_reply_is_used_in_the_round_in_which_it_comes(tmp_path: Path) -> None:
+    there, fleet, _ = made(tmp_path)
+    there.slow = {"k1"}
+    assert asked(fleet, 1, goal=3)[1].status == "late"
+    assert list(fleet.present()) == [0, 2, 3]  # it is still at work
+    assert ("k1", 1, "at work, late for round 1") in fleet.doing()
+    assert 1 not in asked(fleet, 2, goal=2)
+    there.slow = set()
+    late = asked(fleet, 3)[1]
+    assert (late.data, late.status, late.late, late.sent) == (b"k1 did r1", "ok", 2, 0)
+    assert late.key == next(o.key for o in there.seen if o.client == 1)
+    assert list(fleet.present()) == [0, 1, 2, 3]
+    assert asked(fleet, 4)[1].late == 0
+
+
+def test_a_late_reply_is_dropped_unless_it_is_asked_for(tmp_path: Path) -> None:
+    there, fleet, _ = made(tmp_path, pace=DROP)
+    there.slow = {"k1"}
+    assert asked(fleet, 1, goal=3)[1].status == "late"
+    there.slow = set()
+    assert {(a.data, a.late) for a in asked(fleet, 2).values()} == {
+        (f"k{c} did r2".encode(), 0) for c in range(4)
+    }
+
+
+def test_after_the_deadline_those_at_work_are_late(tmp_path: Path) -> None:
+    there, fleet, _ = made(tmp_path, pace=dataclasses.replace(USE, deadline=0.05))
+    there.slow = {"k0", "k1", "k2", "k3"}
+    assert {a.status for a in asked(fleet, 1).values()} == {"late"}
+    assert fleet.present() == []
+    there.slow = {"k3"}
+    found = asked(fleet, 2)  # nobody is asked, and the late ones are waited for
+    assert {c: a.late for c, a in found.items()} == {0: 1, 1: 1, 2: 1}
+
+
+def test_a_reply_that_is_too_old_is_waited_for_no_longer(tmp_path: Path) -> None:
+    there, fleet, _ = made(tmp_path)
+    there.slow = {"k1"}
+    asked(fleet, 1, goal=3)
+    asked(fleet, 1 + OLDEST)
+    assert 1 not in fleet.present()
+    asked(fleet, 2 + OLDEST)
+    assert 1 in fleet.present()
+
+
+def test_a_late_device_that_starts_anew_is_asked_like_the_others(tmp_path: Path) -> None:
+    there, fleet, _ = made(tmp_path)
+    there.slow = {"k1"}
+    asked(fleet, 1, goal=3)
+    there.marks["k1"] = 7
+    there.slow = set()
+    there.queue.clear()
+    asked(fleet, 2)
+    assert asked(fleet, 3)[1].data == b"k1 did r3"
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10_000), st.floats(0.0, 0.1), st.integers(2, 5))
+def test_whatever_is_late_or_lost_no_work_counts_twice_and_each_counts_for_its_round(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, odd: float, count: int
+) -> None:
+    there, fleet, _ = made(
+        tmp_path_factory.mktemp("run"), count, dataclasses.replace(USE, grace=20, poll=0), seed=seed, odd=odd
+    )
+    rng, taken = random.Random(seed), list[bytes]()
+    for round in range(1, 6):
+        present = fleet.present()
+        there.slow = {f"k{c}" for c in present[1:] if rng.random() < 0.4} | {
+            k for k in there.slow if rng.random() < 0.5
+        }
+        free = [c for c in present if f"k{c}" not in there.slow]
+        for a in fleet.ask(
+            round, present, f"r{round}".encode(), len(free) if len(free) < len(present) else 0
+        ):
+            if a.data is not None:
+                assert a.data == f"k{a.client} did r{round - a.late}".encode()
+                taken.append(a.data)
+    assert len(taken) == len(set(taken)) > 0
+
+
+def test_a_device_that_declines_is_absent_for_the_round_and_asked_in_the_next(tmp_path: Path) -> None:
+    there, fleet, _ = made(tmp_path)
+    there.declining = {"k1": "on battery"}
+    found = asked(fleet, 1)
+    assert (found[1].status, found[1].reason, found[1].data) == ("declined", "on battery", None)
+    assert {a.status for c, a in found.items() if c != 1} == {"ok"}
+    assert ("k1", 1, "declined: on battery") in fleet.doing()
+    there.declining = {}
+    assert asked(fleet, 2)[1].status == "ok"
+    assert ("k1", 1, "ready") in fleet.doing()
+
+
+def test_where_all_decline_they_are_asked_again_until_one_works(tmp_path: Path) -> None:
+    def look() -> None:
+        if sum(o.what == "work" for o in there.seen) >= 6:
+            there.declining.pop("k0", None)
+
+    there, fleet, _ = made(tmp_path, 2)
+    fleet.look = look
+    there.declining = {"k0": "busy", "k1": "on battery"}
+    assert {c: a.status for c, a in asked(fleet, 1).items()} == {0: "ok", 1: "declined"}
+    assert sum(o.what == "work" for o in there.seen) >= 7
+
+
+def test_where_all_decline_the_deadline_ends_the_round(tmp_path: Path) -> None:
+    there, fleet, _ = made(tmp_path, 2, dataclasses.replace(USE, deadline=0.1, again=60))
+    there.declining = {"k0": "busy", "k1": "on battery"}
+    assert {c: a.status for c, a in asked(fleet, 1).items()} == {0: "declined", 1: "declined"}
+
+
+def test_a_run_waits_until_a_device_is_there(tmp_path: Path) -> None:
+    there, fleet, notes = made(tmp_path, 2)
+    there.away = {"k0", "k1"}
+    assert {a.status for a in asked(fleet, 1).values()} == {"dropped"}
+    looks = iter(range(9))
+
+    def look() -> None:
+        if next(looks, None) == 3:
+            there.away = {"k0"}
+            there.marks["k1"] = 4
+
+    fleet.look = look
+    assert fleet.present() == [1]
+    assert "no device is there: waiting for one" in notes
+    there.away = {"k0", "k1"}
+    asked(fleet, 2)
+
+    def stop() -> None:
+        raise Interrupted("stopped")
+
+    fleet.look = stop
+    with pytest.raises(Interrupted):
+        fleet.present()
+
+
+def test_it_is_said_who_is_waited_for_and_how_many_are_needed() -> None:
+    asking = Asking(3, {c: Order("work", 3, c) for c in range(9)}, goal=4)
+
+    def name(client: int) -> str:
+        return f"dev-{client}"
+
+    assert list(asking.word(name)) == []
+    asking.given(0, "n0")
+    asking.given(1, "n1")
+    asking.given(2, "n2")
+    assert asking.answered("n0", lost=False) == 0
+    asking.replies += 1
+    assert asking.answered("n1", lost=False) == 1
+    asking.decline(1, "on battery")
+    asking.next_word = 0.0
+    assert list(asking.word(name)) == [
+        "round 3: waiting for 3 of dev-1 (declined: on battery), dev-2 (at work), dev-3 (away), dev-4 (away), dev-5 (away)"
+        " and 3 more"
+    ]
+
+
+# Who does what ----------------------------------------------------------------------------------------
+
+EVERY_OTHER = Wanted(("two-point", "back-propagation"), lambda client: client % 2)
+
+
+def joined(folder: Path, *kinds: tuple[int, ...]) -> tuple[Memory, RemoteFleet, list[str]]:
+    there, notes = link(len(kinds)), list[str]()
+    there.devices = {
+        k: dataclasses.replace(d, kinds=own) for (k, d), own in zip(there.devices.items(), kinds, strict=True)
+    }
+    devices = Devices(folder)
+    devices.register([(key, key) for key in sorted(there.devices)])
+    fleet = RemoteFleet(there, devices, JOB, 42, USE, kinds=EVERY_OTHER, note=notes.append)
+    for _ in range(3):
+        fleet._greet()
+        list(fleet._answers())
+    return there, fleet, notes
+
+
+BOTH = (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("able", "kinds"),
+    [
+        ((BOTH, BOTH, BOTH, BOTH), [0, 1, 0, 1]),
+        (((0,), (0,), BOTH, BOTH), [0, 0, 1, 1]),
+        (((0,), (0,), (0,), (0,)), [0, 0, 0, 0]),
+        ((BOTH, (0,), (0,), BOTH), [0, 0, 0, 1]),
+        (((1, 0), BOTH, (0, 9, -3), BOTH), [0, 1, 0, 1]),
+    ],
+)
+def test_what_a_device_does_is_by_what_it_can(
+    tmp_path: Path, able: list[tuple[int, ...]], kinds: list[int]
+) -> None:
+    _, fleet, _ = joined(tmp_path, *able)
+    assert [fleet.kind(c) for c in fleet.present()] == kinds
+    assert [m.kind for m in Devices(tmp_path).members] == kinds
+
+
+def test_a_device_that_can_do_nothing_of_the_run_is_told_so(tmp_path: Path) -> None:
+    there, fleet, notes = joined(tmp_path, BOTH, (7,))
+    assert list(fleet.present()) == [0]
+    assert any("k1 takes no part: the device can do none of the run's 2 kinds of work" in n for n in notes)
+    assert any(o.what == "end" and "none of the run's 2 kinds" in o.reason for o in there.seen)
+
+
+def test_what_it_does_stays_until_it_can_do_it_no_longer(tmp_path: Path) -> None:
+    there, fleet, _ = joined(tmp_path, BOTH, BOTH, BOTH)
+    assert [fleet.kind(c) for c in fleet.present()] == [0, 1, 0]
+    there.devices = {
+        k: dataclasses.replace(d, kinds=(0,) if k == "k1" else BOTH) for k, d in there.devices.items()
+    }
+    for mark in (1, 2):
+        there.marks = dict.fromkeys(there.devices, mark)
+        for _ in range(3):
+            fleet.present()
+            list(fleet._answers())
+        assert [fleet.kind(c) for c in fleet.present()] == [0, 0, 0]
+    member = Devices(tmp_path).members[1]
+    assert (member.able, member.memory, member.threads) == ([0], 1 << 33, 1)
+
+
+def test_a_newcomer_takes_what_is_owed(tmp_path: Path) -> None:
+    there, fleet, _ = joined(tmp_path, (0,), (0,))
+    assert [fleet.kind(c) for c in fleet.present()] == [0, 0]
+    there.devices["new"] = Device(7, "e" * 64, 1, 1, "0", kinds=BOTH)
+    for _ in range(3):
+        fleet.present()
+        list(fleet._answers())
+    assert [fleet.kind(c) for c in fleet.present()] == [0, 0, 1]
