@@ -137,6 +137,11 @@ class RemoteFleet:
                 pass
             time.sleep(self.pace.poll)
 
+    @property
+    def busy(self) -> int:
+        """Number of clients that are still at work for an earlier round."""
+        return len(self._late)
+
     def kind(self, client: int) -> int:
         """Return the kind of work that a device was given, by what fits it."""
         return self.devices.members[client].kind
