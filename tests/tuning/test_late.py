@@ -118,7 +118,7 @@ def test_a_reply_to_a_round_that_is_forgotten_is_refused(tmp_path: Path) -> None
     events: list[ClientReply] = []
     past = {5: Round(5, BASE, [9] * 9, state)}
     with create(tmp_path, "mezo", "tiny") as folder:
-        taken = Replies(method, Round(7, BASE, [9] * 9, state), folder, events.append, past)
+        taken = Replies(method, Round(7, BASE, [9] * 9, state), folder, events.append, past=past)
 
         def answer(client: int, round: int, late: int) -> Answer:
             data = encode(Message(round, BASE, answer_of(method, state, client)))
