@@ -212,6 +212,8 @@ def test_so_many_more_are_asked_than_are_needed() -> None:
     assert len(sample(clients, 0.1, 7, 1, 1.31)) == 14
     assert len(sample(clients, 0.9, 7, 1, 1.3)) == 100
     assert len(sample(range(3), 0.4, 7, 1, 1.3)) == 2
+    assert len(sample(clients[:60], 0.1, 7, 1, busy=40)) == 10
+    assert len(sample(clients[:8], 0.1, 7, 1, 1.3, busy=92)) == 8
     assert sample([], 0.4, 7, 1, 1.3) == []
     assert set(sample(clients, 0.1, 7, 1)) < set(sample(clients, 0.1, 7, 1, 1.3))
 

@@ -79,6 +79,8 @@ class Devices:
     def present(self) -> Sequence[int]:
         return range(self.clients)
 
+    busy = 0
+
     def kind(self, client: int) -> int:
         return 0
 

@@ -106,7 +106,7 @@ class RemoteFleet:
         self._asking: Asking | None = None
         self._gone: set[int] = set()  # clients that were waited for in vain, until they are back
         self._late = set[str]()  # numbers of orders of earlier rounds, whose answers are used when they come
-        self._declined: dict[int, str] = {}  # clients that declined when they were last asked: why
+        self._declined = set[int]()  # clients that declined when they were last asked
 
     # What every fleet has ---------------------------------------------------------------------------------
 
@@ -136,6 +136,11 @@ class RemoteFleet:
             for _ in self._answers():
                 pass
             time.sleep(self.pace.poll)
+
+    @property
+    def busy(self) -> int:
+        """Number of clients that are still at work for an earlier round."""
+        return len(self._late)
 
     def kind(self, client: int) -> int:
         """Return the kind of work that a device was given, by what fits it."""
@@ -208,7 +213,7 @@ class RemoteFleet:
         if client is None or reply is None:
             return
         if reply.what == "declined":
-            self._declined[client] = reply.reason
+            self._declined.add(client)
             asking.decline(client, reply.reason)
             return
         asking.heard += 1
@@ -221,7 +226,7 @@ class RemoteFleet:
             key = self.devices.members[client].key
             if self._ready.get(key, "") == here.get(key):
                 self._gone.discard(client)
-                self._declined.pop(client, None)
+                self._declined.discard(client)
                 if (number := self._push(key, asking.orders[client], here)) is not None:
                     asking.given(client, number)
 
@@ -297,13 +302,12 @@ class RemoteFleet:
     def doing(self) -> list[tuple[str, int, str]]:
         """Return (name, client, what it does) of every device.
 
-        That is ready, at work (late, for which round), declined (why), joining, away or has not joined.
+        That is ready, at work, at work late, declined, joining, away or has not joined.
         """
         here, asking = self.link.online(), self._asking
-        does = {c: f"declined: {why}" for c, why in self._declined.items()}
+        does = dict.fromkeys(self._declined, "declined")
         does |= dict.fromkeys(asking.sent.values() if asking is not None else (), "at work")
-        late = [self._orders[n].order for n in self._late]
-        does |= {order.client: f"at work, late for round {order.round}" for order in late}
+        does |= dict.fromkeys((self._orders[n].order.client for n in self._late), "at work late")
 
         def what(client: int, key: str, rows: int) -> str:
             if key not in here:

@@ -61,6 +61,7 @@ class RunDir:
         self.path = path
         self._lock = _locked(path)
         self.metrics = Metrics(path)
+        self.keep = KEEP  # checkpoints
 
     def __enter__(self) -> RunDir:
         return self
@@ -136,10 +137,10 @@ class RunDir:
 
     # Checkpoints --------------------------------------------------------------------------------
 
-    def checkpoint(self, round: int, data: bytes, keep: int = KEEP) -> None:
-        """Make `round` count: write its encoded state and flush it to the disk; keep the last `keep`."""
+    def checkpoint(self, round: int, data: bytes) -> None:
+        """Make `round` count: write its encoded state and flush it to the disk; keep the last ones (`keep`)."""
         write_atomic(self._checkpoint(round), data, mode=PRIVATE)
-        for _, old in checkpoints(self.path)[:-keep]:
+        for _, old in checkpoints(self.path)[: -self.keep]:
             old.unlink(missing_ok=True)
 
     def withdraw(self, round: int) -> None:

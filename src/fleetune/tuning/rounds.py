@@ -95,6 +95,7 @@ def run(
     A round counts when its checkpoint is written.  FleetError when every client failed in `PATIENCE` rounds in
     a row (or in all, of fewer); a resumed run counts anew, so that it gets past them.
     """
+    run.keep = plan.kept
     last, state, totals = _start(run, fleet, state, plan, hooks)
     past = _past(run, fleet, state, plan, last)
     failures = 0
@@ -118,7 +119,7 @@ def run(
         if plan.late:
             past[r] = replies.round
             past.pop(r - plan.late, None)
-        run.checkpoint(r, _encoded(r, state, _until_now(totals, hooks), plan, run, fleet), plan.kept)
+        run.checkpoint(r, _encoded(r, state, _until_now(totals, hooks), plan, run, fleet))
         fleet.forget_before(r + 1 - plan.kept)
     return state, totals
 
@@ -182,8 +183,8 @@ def _played(
 ) -> tuple[Any, Replies]:
     """Return the state that a round gives, and its replies; `past` are the rounds whose replies may come late."""
     present = fleet.present()
-    goal = share_of(len(present), plan.participation)
-    chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection)
+    goal = share_of(len(present) + fleet.busy, plan.participation)
+    chosen = sample(present, plan.participation, plan.seed, r, plan.over_selection, fleet.busy)
     kinds = {client: fleet.kind(client) for client in chosen}
     asked = Round(r, plan.base, fleet.rows, state, kinds.__getitem__)
     with Replies(method, asked, run, hooks.emit, plan.rule, past) as replies:
@@ -195,13 +196,14 @@ def _played(
 
 
 def sample(
-    clients: Sequence[int], participation: float, seed: int, round: int, over: float = 1.0
+    clients: Sequence[int], participation: float, seed: int, round: int, over: float = 1.0, busy: int = 0
 ) -> Sequence[int]:
     """Return the clients of a round: a share of those, without repeats, in order; keyed by seed and round.
 
-    At least one, unless there are none; `over` times as many as the share.
+    At least one, unless there are none; `over` times as many as the share.  Of `busy` more, which cannot be asked now, the
+    share is taken as well, so that a round has as many replies as without them.
     """
-    count = min(len(clients), math.ceil(share_of(len(clients), participation) * over - 1e-9))
+    count = min(len(clients), math.ceil(share_of(len(clients) + busy, participation) * over - 1e-9))
     order = keyed_order(derive(seed, "sample", round), 0, len(clients))
     return sorted(clients[i] for i in order[:count].tolist())
 

@@ -40,6 +40,11 @@ class Fleet(Protocol):
         """Return the numbers of the clients that may be asked in the coming round, ascending."""
         ...
 
+    @property
+    def busy(self) -> int:
+        """Number of clients that are there, and still at work for an earlier round."""
+        ...
+
     def kind(self, client: int) -> int:
         """Return the kind of a client that may be asked, of those that the method has."""
         ...

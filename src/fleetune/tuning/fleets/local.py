@@ -114,6 +114,11 @@ class LocalFleet:
         busy = self.late.busy if self.late is not None else ()
         return [c for c in range(len(self.clients)) if c not in busy] if busy else range(len(self.clients))
 
+    @property
+    def busy(self) -> int:
+        """Number of clients that are still at work for an earlier round."""
+        return len(self.late.busy) if self.late is not None else 0
+
     def kind(self, client: int) -> int:
         """Return the kind that is wanted of a client: the machine that simulates it can do all."""
         return (self.kinds or wanted(self.method, "")).of(client)
