@@ -83,6 +83,7 @@ class _Asking:
     round: int
     orders: Mapping[int, Order]  # by client
     began: float
+    at_once: int = 0  # how many may be at work, 0 for any number
     waiting: dict[int, float] = field(init=False)  # client -> since when it is waited for
     sent: dict[str, int] = field(init=False, default_factory=dict)  # number of an order -> client
     next_word: float = field(init=False)  # when to say who is waited for
@@ -137,6 +138,7 @@ class RemoteFleet:
         self._kept: dict[int, tuple[int, int]] = {}
         self._digests: dict[int, str] = {}  # client -> SHA-256 of its last reply
         self._oldest = 0
+        self.told: dict[int, Device] = {}  # client -> what it said of itself last
         self._asking: _Asking | None = None
         self._gone: set[int] = set()  # clients that were waited for in vain, until they are back
 
@@ -151,6 +153,11 @@ class RemoteFleet:
         """Return the clients that may be asked: those that have joined, and were not waited for in vain since."""
         self._greet()
         return [c for c, rows in enumerate(self.devices.rows) if rows and c not in self._gone]
+
+    def ready(self) -> list[int]:
+        """Return the clients that are there now and have taken the job, ascending."""
+        keys = {key for key, mark in self._greet().items() if self._ready.get(key) == mark}
+        return [c for c, member in enumerate(self.devices.members) if member.key in keys]
 
     def kept(self) -> Mapping[int, tuple[int, int]]:
         """Return client -> (round, CRC-32) of what each device has said that it remembers."""
@@ -182,10 +189,17 @@ class RemoteFleet:
 
         A device that is away is waited for, and asked when it is back; one that comes in anew is asked again.
         """
-        orders = {
+        return self.give({
             c: self._work(round, c, message if isinstance(message, bytes) else message[c]) for c in clients
-        }
-        asking = self._asking = _Asking(round, orders, time.monotonic())
+        })  # fmt: skip
+
+    def give(self, orders: Mapping[int, Order], *, at_once: int = 0) -> Iterator[Answer]:
+        """Yield the answers to these orders, by client and of one round, as they come.
+
+        No more than `at_once` answers are on their way at a time, where it is given.
+        """
+        round = max((order.round for order in orders.values()), default=0)
+        asking = self._asking = _Asking(round, orders, time.monotonic(), at_once)
         while asking.open:
             self.look()
             here = self._greet()
@@ -206,6 +220,9 @@ class RemoteFleet:
         for client in list(asking.waiting):
             key = self.devices.members[client].key
             if self._ready.get(key, "") == here.get(key):
+                if asking.at_once and len(asking.sent) >= asking.at_once:
+                    asking.waiting[client] = time.monotonic()  # it is here, and waits for its turn
+                    continue
                 self._gone.discard(client)
                 if (number := self._push(key, asking.orders[client], here)) is not None:
                     asking.given(client, number)
@@ -318,7 +335,7 @@ class RemoteFleet:
         for number, data in self.link.pull(set(self._orders)):
             found = self._orders.pop(number)
             reply = self._reply(found, data)
-            if found.order.what == "work":
+            if found.order.what != "job":
                 yield number, found.order, reply
             elif reply is None:
                 self._greeted.pop(found.key, None)  # it is asked again
@@ -333,7 +350,7 @@ class RemoteFleet:
             reply = Reply.decode(data)
             if reply.nonce != order.nonce or reply.round != order.round:
                 raise MessageError("the answer belongs to another order")
-            if reply.what == "ready" and order.what == "work":
+            if reply.what == "ready" and order.what != "job":
                 raise MessageError("work was answered with 'ready'")
         except MessageError as error:
             return Reply("failed", order.nonce, reason=str(error))
@@ -354,6 +371,7 @@ class RemoteFleet:
                 self.link.push(found.key, Order("end", reason=error.message).encode())
             return
         self._ready[found.key] = found.mark
+        self.told[client] = device
         self._gone.discard(client)
         self.audit("joined", device=found.key, name=name, client=client, rows=device.rows)
         self.note(f"device {name} is ready: client {client}, {device.rows} rows")
@@ -361,7 +379,8 @@ class RemoteFleet:
     def _answer(self, order: Order, reply: Reply) -> Answer:
         if reply.what != "done":
             return self._without(order, "failed", reply.reason)
-        self._kept[order.client] = reply.kept
+        if order.what == "work":
+            self._kept[order.client] = reply.kept
         self._digests[order.client] = hashlib.sha256(reply.body).hexdigest()
         return Answer(order.client, order.key, reply.body, "ok", "", reply.seconds, len(order.body))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.errors import Interrupted, UsageError
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.audit import Audit
@@ -31,6 +32,9 @@ PORT: Final = 8470
 STATUS: Final = "fleet.json"
 WORD: Final = 1.0  # seconds between two words to `fleet status`
 LOOK: Final = 2.0  # seconds between two looks at the folder of keys
+KEPT: Final = {  # what a stop leaves, by task
+    "tune": "; finished rounds are kept", "calibrate": "; finished blocks are kept", "eval": "; nothing was measured",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Served:
     wait: int = 0  # devices before the first round; 0: the recipe's clients, or all whose keys are here
     pace: Pace = field(default_factory=Pace)
     simulated: bool = False
+    farewell: str = "the run is finished"  # what devices are told at the end
     _keys: list[PublicKey] | None = field(init=False)
     _fleet: RemoteFleet | None = field(init=False, default=None)
     _next_look: float = field(init=False, default=0.0)  # at the folder of keys
@@ -88,40 +93,59 @@ class Served:
 
     def __exit__(self, *error: object) -> None:
         if self._fleet is not None and error[0] is None:
-            self._fleet.end("the run is finished")
+            self._fleet.end(self.farewell)
         self._gate.close()
 
     def count(self, job: TuneJob) -> int:
         """Return how many devices the first round waits for; FleetError when fewer can come."""
+        return self.wanted(job.recipe.clients, job.entry.clients)
+
+    def wanted(self, usual: int, otherwise: int = 1) -> int:
+        """Return how many devices to wait for: `--wait`, or `usual`, or all whose keys are here, or `otherwise`.
+
+        FleetError when fewer can come.
+        """
         registered = len(self._keys) if self._keys is not None else 0
-        wanted = self.wait or job.recipe.clients or registered or job.entry.clients
+        wanted = self.wait or usual or registered or otherwise
         if self._keys is not None:
             check_count(wanted, registered)
         return wanted
 
     def about(self, job: TuneJob) -> str:
         """Return where, and how many are waited for."""
+        return self.where(self.count(job))
+
+    def where(self, count: int) -> str:
+        """Return where devices join, and how many are waited for."""
         way = "TLS" if self.place.certificate else "plain HTTP"
         door = "registered keys" if self._keys is not None else "any key"
-        return f"{self.place.host}:{self.place.port} · {way}, {door} · {self.count(job)} devices"
+        return f"{self.place.host}:{self.place.port} · {way}, {door} · {count} devices"
 
     def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet when enough devices are ready."""
         devices = Devices(run.path)
+        told = job_of(job, devices.run)
+        return self.gather(run.path, devices, told, job.recipe.seed, self.count(job), listener)
+
+    def gather(
+        self, folder: Path, devices: Devices, job: Job, seed: int, count: int, listener: Listener
+    ) -> RemoteFleet:
+        """Return the fleet for a job when `count` devices are ready; what they do is written into `folder`."""
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
         listener.note(f"on each device: {self.line()}")
 
         def look() -> None:
             self._read_keys_again(devices, listener)
-            self._publish(run)
+            self._publish(folder)
             if listener.stop_requested:
-                raise Interrupted("stopped while waiting for devices; finished rounds are kept")
+                kept = KEPT[job.task]
+                raise Interrupted(f"stopped while waiting for devices{kept}")
 
         self._fleet = RemoteFleet(
-            self._gate, devices, job_of(job, devices.run), job.recipe.seed, self.pace,
-            look=look, note=listener.note, audit=Audit(run.path).write,
+            self._gate, devices, job, seed, self.pace,
+            look=look, note=listener.note, audit=Audit(folder).write,
         )  # fmt: skip
-        self._fleet.wait_for(self.count(job))
+        self._fleet.wait_for(count)
         return self._fleet
 
     def _read_keys_again(self, devices: Devices, listener: Listener) -> None:
@@ -147,7 +171,7 @@ class Served:
             ]
             listener.note(f"keys: {', '.join(sorted(changed))}")
 
-    def _publish(self, run: RunDir) -> None:
+    def _publish(self, folder: Path) -> None:
         """Write down what the devices do, for `fleetune fleet status`."""
         if self._fleet is None or time.monotonic() < self._next_word:
             return
@@ -157,7 +181,7 @@ class Served:
             "t": round(time.time(), 1), "pid": os.getpid(), "machine": platform.node(),
             "address": f"{self.place.host}:{self.place.port}", "round": self._fleet.round, "devices": doing,
         }  # fmt: skip
-        run.write(STATUS, sealed.to_text(content) + "\n", private=True)
+        write_atomic(folder / STATUS, sealed.to_text(content) + "\n", mode=PRIVATE)
 
     def line(self) -> str:
         """Return the command for a device."""

@@ -74,6 +74,12 @@ class Devices:
             self.members += new
             self._write()
 
+    def take_from(self, run: Path) -> None:
+        """Begin a new table with the devices of a run's, where it has one: a device stays the client that it was."""
+        if not self.file.exists() and (run / FILE).exists():
+            self.members = list(Devices(run).members)
+            self._write()
+
     def join(self, key: str, name: str, device: Device) -> int:
         """Note what a device brings, and return its client; MessageError when it brought other rows before."""
         self.register([(key, name)])
