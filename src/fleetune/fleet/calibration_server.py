@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.compression.jobs.contract import Share
 from fleetune.compression.jobs.windows import each_of
-from fleetune.compression.layerwise.activations import HessianSource, SolveLayer
-from fleetune.compression.layerwise.sums import Answer, HessianReply, HessianSums, block_message
+from fleetune.compression.layerwise.activations import HessianSource, HiddenStates, SolveLayer
+from fleetune.compression.layerwise.sums import Answer, HessianReply, HessianSums, block_message, sharing
 from fleetune.errors import DataError, MessageError, UsageError
 from fleetune.fleet import result
 from fleetune.fleet.eval_server import job_of_run
@@ -95,7 +96,7 @@ class Calibrators:
             write_atomic(parts / AGREED, sealed.to_text(content) + "\n", mode=PRIVATE)
         tokens = {client: share.windows * request.length for client, share in left.items()}
         sums = HessianSums(base, tokens, on_reply)
-        return FleetHessians(fleet, sums, parts), agreed
+        return FleetHessians(fleet, sums, model, parts), agreed
 
     def _count(self, request: CompressRequest, devices: Devices) -> int:
         joined = sum(rows > 0 for rows in devices.rows)
@@ -104,11 +105,16 @@ class Calibrators:
 
 
 class FleetHessians:
-    """A source of Hessians: each block's are asked of the devices, which advance by the compressed block before it."""
+    """A source of Hessians: each block's are asked of the devices, which advance by the compressed block before it.
 
-    def __init__(self, fleet: RemoteFleet, sums: HessianSums, parts: Path) -> None:
+    Which layers share an input is not theirs to say: the server runs two tokens through the model for that.
+    """
+
+    def __init__(self, fleet: RemoteFleet, sums: HessianSums, model: Model, parts: Path) -> None:
         """`parts` holds the finished blocks."""
         self.fleet, self.sums, self.parts = fleet, sums, parts
+        with torch.inference_mode():
+            self._own = HiddenStates(model, torch.zeros(1, 2, dtype=torch.int64))
 
     def solve_layers(self, number: int, linears: Mapping[str, nn.Linear], solve: SolveLayer) -> None:
         """Solve the block's layers with the sums over all devices that answer.  FleetError when none does."""
@@ -123,10 +129,12 @@ class FleetHessians:
         largest = sum(2 * linear.in_features * (linear.in_features + 1) for linear in linears.values())
         answers = self.fleet.give(orders, at_once=max(1, ON_THE_WAY // largest))
         ordered = in_order(answers, clients, self.parts / "replies")
-        return self.sums.add_up(number, linears, ordered, len(body))
+        shared = sharing(self._own.hessians(number, linears))
+        return self.sums.add_up(number, linears, ordered, len(body), shared)
 
     def advance(self, number: int) -> None:
-        """Do nothing: the compressed block travels with the order for the next one."""
+        """Advance the server's own tokens; for the devices, the compressed block travels with the order for the next one."""
+        self._own.advance(number)
 
 
 def in_order(answers: Iterable[fleets.Answer], clients: Sequence[int], folder: Path) -> Iterator[Answer]:

@@ -75,14 +75,20 @@ class HessianSums:
         self.base, self.tokens, self.on_reply = base, dict(tokens), on_reply
 
     def add_up(
-        self, number: int, linears: Mapping[str, nn.Linear], answers: Iterable[Answer], down: int
+        self,
+        number: int,
+        linears: Mapping[str, nn.Linear],
+        answers: Iterable[Answer],
+        down: int,
+        shared: Mapping[str, str] | None = None,
     ) -> dict[str, Tensor]:
         """Return the sums of all good answers by layer, float32 [C, C]; `answers` come in the clients' order.
 
-        `down` is the size of the message that each device was sent.  FleetError when no answer is good.
+        `down` is the size of the message that each device was sent.  `shared` says which layer shares the sums of which
+        (`sharing`); without it the first good answer does.  FleetError when no answer is good.
         """
         total: dict[str, Tensor] = {}
-        shared: dict[str, str] = {}
+        shared = shared or {}
         reason = ""
         for client, data, reason in answers:
             try:
@@ -105,7 +111,7 @@ class HessianSums:
     def _add(
         self,
         total: dict[str, Tensor],
-        shared: dict[str, str],
+        shared: Mapping[str, str],
         message: Message,
         client: int,
         number: int,
@@ -124,7 +130,7 @@ class HessianSums:
         found |= {n: str(of) for n, of in payload.scalars.items() if n != "tokens"}
         if (
             set(found) != set(linears)
-            or (shared and found != shared)
+            or any(found[name] != of for name, of in shared.items())
             or set(found.values()) - set(payload.arrays)
         ):
             raise MessageError("reply is not about the layers of the block")
@@ -141,11 +147,16 @@ class HessianSums:
 
 def message_of(H: Mapping[str, Tensor], tokens: int, number: int, base: bytes) -> bytes:
     """Return a device's message: the sums over its windows; layers that share a tensor of `H` share what is sent."""
-    first: dict[int, str] = {}
-    shared = {name: first.setdefault(id(h), name) for name, h in H.items()}
-    arrays = {name: lower_triangle(H[name]).numpy() for name in first.values()}
+    shared = sharing(H)
+    arrays = {name: lower_triangle(H[name]).numpy() for name, of in shared.items() if name == of}
     texts = {name: of for name, of in shared.items() if name != of}
     return encode(Message(number, base, Payload(arrays, {"tokens": tokens, **texts})))
+
+
+def sharing(H: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return, for each layer, the first that has the same tensor in `H`: those that read the same input."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(h), name) for name, h in H.items()}
 
 
 def block_message(folder: Path, number: int, base: bytes) -> bytes:
