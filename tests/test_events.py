@@ -74,8 +74,8 @@ TOUR = {
     "runs show 1 4": {"RunListed", "CompressionListed"},
     "runs rm 6 7": {"RunRemoved"},
 }  # fmt: skip
-ELSEWHERE = {  # these need an engine, the network or Ctrl-C: their tests check the lines
-    "ModelPulled", "Serving", "Stopped", "ThreadsChosen",
+ELSEWHERE = {  # these need an engine, the network, devices or Ctrl-C: their tests check the lines
+    "DeviceEvaluated", "FleetEvaluated", "ModelPulled", "Serving", "Stopped", "ThreadsChosen",
 }  # fmt: skip
 
 

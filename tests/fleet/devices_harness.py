@@ -16,6 +16,7 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import Interrupted
 from fleetune.fleet import device, keys
+from fleetune.fleet.audit import Audit
 from fleetune.fleet.device import Home
 from fleetune.fleet.orders import Job, Order
 from fleetune.fleet.remote import Pace, RemoteFleet
@@ -165,7 +166,7 @@ class Door:
     """What `Served` is, over a `Direct` link."""
 
     def __init__(self, link: Direct) -> None:
-        self.link, self.wait, self.farewell = link, len(link.workers), ""
+        self.link, self.wait, self.farewell, self.more = link, len(link.workers), "", ""
 
     def where(self, count: int) -> str:
         return f"here, {count} devices"
@@ -182,8 +183,9 @@ class Door:
 
         devices.register([(key, f"device-{key}") for key in self.link.workers])
         made = RemoteFleet(
-            self.link, devices, job, seed, Pace(grace=0.2, poll=0.0), look=look, note=listener.note
-        )
+            self.link, devices, job, seed, Pace(grace=0.2, poll=0.0), look=look, note=listener.note,
+            audit=Audit(folder).write,
+        )  # fmt: skip
         made.wait_for(count)
         return made
 

@@ -30,6 +30,7 @@ from fleetune.cli.main import main
 from fleetune.compression.layerwise.sums import check_sums
 from fleetune.errors import DataError, FleetError, Interrupted, MessageError, StorageError, UsageError
 from fleetune.fleet import calibration_server
+from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.calibration_server import in_order
 from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Order, Reply
@@ -152,14 +153,20 @@ def test_a_device_that_is_killed_goes_on_from_its_disk(place: Path, want: Heard,
 
 def test_a_stopped_compression_goes_on_with_the_same_devices(place: Path, want: Heard) -> None:
     stopped = Heard(lambda heard: len(heard.of("block")) == 1)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted) as caught:
         compressed(direct(), stopped)
+    assert "fleetune compress --resume runs/0002" in str(caught.value.hint)
     heard = Heard()
     with pytest.raises(UsageError, match="a place where devices join"):
         fleetune.resume_compression("latest")
     resumed(direct(), heard)  # new processes on the devices too
     assert digest(heard) == digest(want)
     assert {e.block for e in heard.of("client")} == {1}
+    folder = Path(heard.of("done")[0].folder)
+    assert verify(folder / FILE).bad == 0
+    taken = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    assert [(e["block"], e["client"]) for e in taken if e["what"] == "ok"] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert main(["fleet", "audit", str(folder), "-q"]) == 0
 
 
 def spoilt(kind: str, reply: bytes) -> bytes:

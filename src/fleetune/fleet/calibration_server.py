@@ -95,7 +95,16 @@ class Calibrators:
             content = {str(client): list(share) for client, share in agreed.items()}
             write_atomic(parts / AGREED, sealed.to_text(content) + "\n", mode=PRIVATE)
         tokens = {client: share.windows * request.length for client, share in left.items()}
-        sums = HessianSums(base, tokens, on_reply)
+
+        def heard(reply: HessianReply) -> None:
+            member = devices.members[reply.client]
+            fleet.audit(
+                reply.status, device=member.key, name=member.name, client=reply.client, block=reply.block,
+                bytes=reply.bytes_up, reason=reply.reason,
+            )  # fmt: skip
+            on_reply(reply)
+
+        sums = HessianSums(base, tokens, heard)
         return FleetHessians(fleet, sums, model, parts), agreed
 
     def _count(self, request: CompressRequest, devices: Devices) -> int:

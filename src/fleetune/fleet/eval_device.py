@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from fleetune.fleet import result
 from fleetune.models.model import Model
 from fleetune.tuning.messages import Message, Payload, decode, encode
 
-BATCH = 8  # rows
+BATCH: Final = 1  # rows at a time: a device that has trained has the memory for one
 
 
 def measure(model: Model, held: Sequence[Encoded], order: bytes, folder: Path, stated: str) -> bytes:

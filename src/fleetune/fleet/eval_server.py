@@ -51,7 +51,7 @@ def evaluate(
 
     FleetError when no device has measured anything; UsageError for a run without a result, and for codes.
     """
-    served.farewell = "the evaluation is finished"
+    served.farewell, served.more = "the evaluation is finished", " --held-out 0.1"
     with _place(subject) as folder:
         devices = Devices(folder)
         job, packed = _job(subject, devices.run, offline)

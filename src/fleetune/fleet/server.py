@@ -73,6 +73,7 @@ class Served:
     pace: Pace = field(default_factory=Pace)
     simulated: bool = False
     farewell: str = "the run is finished"  # what devices are told at the end
+    more: str = ""  # that devices need beside their rows, for the command that is shown
     _keys: list[PublicKey] | None = field(init=False)
     _fleet: RemoteFleet | None = field(init=False, default=None)
     _next_look: float = field(init=False, default=0.0)  # at the folder of keys
@@ -186,7 +187,7 @@ class Served:
     def line(self) -> str:
         """Return the command for a device."""
         host = self.place.host if self.place.host != "0.0.0.0" else "THIS-HOST"
-        words = f"fleetune fleet join {host}:{self.place.port} --data ROWS.jsonl"
+        words = f"fleetune fleet join {host}:{self.place.port} --data ROWS.jsonl{self.more}"
         words += " --key KEY" if self._keys is not None else ""
         return words + (" --ca ca.pem" if self.place.certificate else "")
 

@@ -18,7 +18,7 @@ from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.errors import RecipeError, StorageError, UsageError
-from fleetune.runs import rundir, sealed
+from fleetune.runs import compression_folder, rundir, sealed
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
@@ -324,10 +324,12 @@ def _audit(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _run_of(args: argparse.Namespace) -> Path:
-    """The folder of the run that the words name."""
+    """The folder of the run that the words name, or of a compression that devices have calibrated."""
     if len(args.words) != 1:
         raise UsageError(f"{args.action} takes one RUN", hint=f"fleetune fleet {args.action} latest")
-    return rundir.find(args.words[0], Path(args.out))
+    name, out = args.words[0], Path(args.out)
+    smaller = compression_folder.find(name, out) if name != "latest" else None
+    return smaller or rundir.find(name, out)
 
 
 ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {

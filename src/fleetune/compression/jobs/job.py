@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from fleetune import compression, subject
 from fleetune.common import settings, sums
+from fleetune.compression.jobs import progress
 from fleetune.compression.jobs.contract import Devices, Job
-from fleetune.errors import RecipeError, UsageError
+from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressOptions, CompressRequest
 from fleetune.runs.events import CompressDone
@@ -150,7 +151,11 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
         *job.about(), ("folder", str(folder)),
     ])  # fmt: skip
     compression_folder.write_record(folder, request, None)  # what it says of a result that is gone
-    outcome = job.run(listener, folder)
+    try:
+        outcome = job.run(listener, folder)
+    except Interrupted as stopped:
+        stopped.hint = stopped.hint or progress.resume_command(folder)
+        raise
     result = {**outcome.done, "result_sha256": sums.sealed(folder / "model", compression_folder.RECORD)}
     compression_folder.finish(folder, request, result)
     done = CompressDone(folder=str(folder), **result)
