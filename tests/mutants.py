@@ -93,6 +93,12 @@ MUTANTS: tuple[Mutant, ...] = (
     # a real fleet
     Mutant("fleet/remote.py", "if reply.nonce != order.nonce or reply.round != order.round:", "if reply.round != order.round:", "fleet/test_remote.py"),
     Mutant("fleet/worker.py", "        memories.rewind(round)", "        pass", "fleet/test_worker.py"),
+    Mutant("fleet/remote.py", "if asking.at_once and len(asking.sent) >= asking.at_once:", "if False:", "fleet/test_fleet_calibration.py -k on_their_way"),
+    Mutant("fleet/eval_server.py", '"rows": (int, 1, device.held_out)', '"rows": (int, 1, 1 << 50)', "fleet/test_fleet_eval.py -k claims"),
+    Mutant("fleet/held_out.py", "(e := examples[i]) not in known]", "(e := examples[i])]", "fleet/test_fleet_eval.py -k never"),
+    Mutant("fleet/result.py", "        if found != stated:", "        if False:", "fleet/test_fleet_eval.py -k wrong"),
+    Mutant("fleet/calibration_server.py", "ordered, len(body), shared)", "ordered, len(body))", "fleet/test_fleet_calibration.py -k lies"),
+    Mutant("compression/layerwise/sums.py", "        if (np.abs(a[at : at + i + 1]) > roots[i] * roots[: i + 1]).any():", "        if False:", "fleet/test_fleet_calibration.py -k no_inputs"),
     Mutant("fleet/table.py", "elif (member.rows, member.rows_digest) != (device.rows, device.rows_digest):", "elif False:", "fleet/test_remote.py"),
 )  # fmt: skip
 

@@ -46,11 +46,11 @@ def write_rows(path: str, first: int, last: int) -> None:
     Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def simulated(kind: str) -> Path:
+def simulated(kind: str, layers: int = 2, rows: int = 30) -> Path:
     """Tune a model in the working directory; its clients' rows are then in rows/."""
-    made = models.tiny_llama(layers=2)
+    made = models.tiny_llama(layers=layers)
     models.save(made.net, made.tokenizer, Path("model"))
-    write_rows("rows.jsonl", 1, 31)
+    write_rows("rows.jsonl", 1, 1 + rows)
     recipe = recipes.make(RECIPES[kind])
     Path("recipe.toml").write_text(recipes.to_toml(recipe))
     assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-q"]) == 0

@@ -4,6 +4,8 @@
     server.py     run a recipe on the devices that join       device.py, worker.py   join, and do a device's work
     remote.py     ask devices that die, come back and lie     table.py               which key is which client
     orders.py     what is asked and answered, as bytes        keys.py                keys and certificates
+    eval_*.py     a result on the devices' held-out rows      calibration_*.py       a compression's Hessians from devices
+    result.py     a run's result on its way to a device       held_out.py            rows that a device does not train on
     flower/       the way: Flower's Fleet API
 
 The rounds are those of a simulated fleet (`tuning/rounds.py`), so a run ends in the same digest.
