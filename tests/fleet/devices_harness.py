@@ -26,14 +26,14 @@ from fleetune.fleet.worker import Brings, Worker
 from fleetune.runs.listener import Listener, Silent
 from fleetune.tuning import recipe as recipes
 
-QUICK = Pace(grace=20, poll=0.01)
+QUICK = Pace(grace=60, poll=0.03)
 COMMON: dict[str, Any] = {
     "model": "model", "data": "rows.jsonl", "clients": 2, "rounds": 1, "held_out": 4, "eval_rows": 4, "samples": 0,
     "max_length": 48, "device": "cpu", "threads": 1,
 }  # fmt: skip
 RECIPES = {
-    "ledger": {**COMMON, "method": "fedkseed", "set": {"K": 16, "tau": 2, "lr": 1e-2}},
-    "adapter": {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 2, "lr": 1e-2, "dropout": 0.0}},
+    "ledger": {**COMMON, "method": "fedkseed", "set": {"K": 4, "tau": 1, "lr": 1e-2}},
+    "adapter": {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 1, "lr": 1e-2, "dropout": 0.0}},
 }
 
 
@@ -46,7 +46,7 @@ def write_rows(path: str, first: int, last: int) -> None:
     Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def simulated(kind: str, layers: int = 2, rows: int = 30) -> Path:
+def simulated(kind: str, layers: int = 2, rows: int = 20) -> Path:
     """Tune a model in the working directory; its clients' rows are then in rows/."""
     made = models.tiny_llama(layers=layers)
     models.save(made.net, made.tokenizer, Path("model"))
@@ -75,7 +75,7 @@ class Device(threading.Thread):
     def __init__(self, port: int, number: int, **brings: Any) -> None:
         super().__init__(daemon=True)
         self.port, self.number = port, number
-        self.home = Home(Path(f"state-{number}"), poll=0.05)
+        self.home = Home(Path(f"state-{number}"), poll=0.1)
         rows = {"data": f"rows/client-{number:03d}.jsonl"} | brings
         self.brings = Brings(model="model", device="cpu", threads=1, offline=True, **rows)
         self.leave = threading.Event()
@@ -183,7 +183,7 @@ class Door:
 
         devices.register([(key, f"device-{key}") for key in self.link.workers])
         made = RemoteFleet(
-            self.link, devices, job, seed, Pace(grace=0.2, poll=0.0), look=look, note=listener.note,
+            self.link, devices, job, seed, Pace(grace=60, poll=0.0), look=look, note=listener.note,
             audit=Audit(folder).write,
         )  # fmt: skip
         made.wait_for(count)

@@ -151,7 +151,9 @@ def test_a_device_that_is_killed_goes_on_from_its_disk(place: Path, want: Heard,
     assert replies(heard) == replies(want)
 
 
-def test_a_stopped_compression_goes_on_with_the_same_devices(place: Path, want: Heard) -> None:
+def test_a_stopped_compression_goes_on_with_the_same_devices(
+    place: Path, want: Heard, capsys: pytest.CaptureFixture[str]
+) -> None:
     stopped = Heard(lambda heard: len(heard.of("block")) == 1)
     with pytest.raises(Interrupted) as caught:
         compressed(direct(), stopped)
@@ -167,6 +169,8 @@ def test_a_stopped_compression_goes_on_with_the_same_devices(place: Path, want: 
     taken = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
     assert [(e["block"], e["client"]) for e in taken if e["what"] == "ok"] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert main(["fleet", "audit", str(folder), "-q"]) == 0
+    assert main(["measure", str(folder), "--kept-gain"]) == 2
+    assert "was calibrated by devices" in capsys.readouterr().err
 
 
 def spoilt(kind: str, reply: bytes) -> bytes:
@@ -314,7 +318,13 @@ def test_a_dry_run_needs_no_device(place: Path, capsys: pytest.CaptureFixture[st
     assert "training rows of the devices that join" in capsys.readouterr().err
 
 
-def test_the_base_cannot_be_calibrated_alike(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compressed(direct(), Heard())
-    assert main(["measure", "latest", "--kept-gain"]) == 2
-    assert "was calibrated by devices" in capsys.readouterr().err
+@pytest.mark.slow
+def test_an_adapter_is_merged_as_the_server_merges_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    simulated("adapter")
+    want, heard = Heard(), Heard()
+    fleetune.compress(Path("runs/latest"), calibrate="clients", out="simulated", listener=want, **OPTIONS)
+    compressed(direct(), heard)
+    assert (digest(heard), replies(heard)) == (digest(want), replies(want))
