@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Heard]:
     place, heard = tmp_path_factory.mktemp("calibration"), Heard()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        run = simulated("ledger")
+        run = simulated("adapter")
         fleetune.compress(run, calibrate="clients", out="simulated", listener=heard, **OPTIONS)
     return place, heard
 
@@ -245,7 +245,7 @@ def test_a_device_with_too_little_text_takes_no_part(place: Path) -> None:
     assert {r[1] for r in replies(heard)} == {1}
     assert any("client 0 is left out: the calibration text has" in n for n in heard.notes)
     link.workers |= {f"k{c}": worker(c, data="short.jsonl") for c in range(2)}
-    with pytest.raises(DataError, match="no device has text for a window of 32 tokens"):
+    with pytest.raises(DataError, match="no device can calibrate on windows of 32 tokens"):
         compressed(Direct(link.workers), Heard())
 
 
@@ -319,11 +319,11 @@ def test_a_dry_run_needs_no_device(place: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_an_adapter_is_merged_as_the_server_merges_it(
+def test_a_ledger_is_replayed_as_the_server_replays_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    simulated("adapter")
+    simulated("ledger")
     want, heard = Heard(), Heard()
     fleetune.compress(Path("runs/latest"), calibrate="clients", out="simulated", listener=want, **OPTIONS)
     compressed(direct(), heard)

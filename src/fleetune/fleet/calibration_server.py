@@ -84,7 +84,7 @@ class Calibrators:
             )
         count = self.served.wait or len(left) or self._count(request, devices)
         fleet = self.served.gather(folder, devices, job, 0, count, listener)
-        base = bytes.fromhex(model.digest)[:8]
+        base = bytes.fromhex(job.base)[:8]  # the model's own digest is that of merged weights
         if not agreed:
             chosen = _chosen(request, fleet)
             asked = {"windows": each_of(request.windows, len(chosen)), "length": request.length}
@@ -204,8 +204,8 @@ def _agreed(
             listener.note(f"client {answer.client} is left out: {reason}")
     if not found:
         raise DataError(
-            f"no device has text for a window of {asked['length']} tokens; the last: {reason}",
-            hint="give a smaller --length",
+            f"no device can calibrate on windows of {asked['length']} tokens; the last: {reason}",
+            hint="where the text is too short: a smaller --length",
         )
     return {client: found[client] for client in sorted(found)}
 
