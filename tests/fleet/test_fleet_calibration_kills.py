@@ -23,7 +23,7 @@ from fleetune.fleet.audit import FILE, verify
 from fleetune.runs import compression_folder
 
 KILLS = int(os.environ.get("FLEETUNE_KILLS", "12"))
-PATIENCE = 120.0  # seconds for the work without a kill
+PATIENCE = 400.0  # seconds for the work without a kill
 ASKED = ("--set", "group=8", "--windows", "64", "--length", "128")
 
 

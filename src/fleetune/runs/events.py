@@ -518,7 +518,7 @@ class FleetEvaluated(Event):
     change: float  # `tuned` less `base`
     base_error: float | None  # standard error over the devices; null for one device, as the next two
     tuned_error: float | None  # standard error of `tuned`
-    change_error: float | None  # standard error of `change`, whose devices are their own comparison
+    change_error: float | None  # standard error of `change`, which is taken device by device
     base_perplexity: float  # exponential of `base`
     tuned_perplexity: float  # exponential of `tuned`
     median: float  # of the devices' tuned losses, which one device cannot move far
