@@ -106,6 +106,12 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("fleet/page.py", "        exchange.check_token()\n", "        pass\n", "fleet/test_page.py"),
     Mutant("fleet/status.py", "= read_text(run / STOP, errors=\"replace\") == session", "= bool(read_text(run / STOP))", "fleet/test_status.py"),
     Mutant("fleet/table.py", "        if member.rows and (member.rows, member.rows_digest)", "        if not member.rows and (member.rows, member.rows_digest)", "fleet/test_remote.py"),
+    Mutant("fleet/remote.py", "if asking.at_once and len(asking.sent) >= asking.at_once:", "if False:", "fleet/test_fleet_calibration.py -k on_their_way"),
+    Mutant("fleet/eval_server.py", '"rows": (int, 1, device.held_out)', '"rows": (int, 1, 1 << 50)', "fleet/test_fleet_eval.py -k claims"),
+    Mutant("fleet/held_out.py", "(e := examples[i]) not in known]", "(e := examples[i])]", "fleet/test_fleet_eval.py -k never"),
+    Mutant("fleet/result.py", "        if found != stated:", "        if False:", "fleet/test_fleet_eval.py -k wrong"),
+    Mutant("fleet/calibration_server.py", "ordered, len(body), shared)", "ordered, len(body))", "fleet/test_fleet_calibration.py -k lies"),
+    Mutant("compression/layerwise/sums.py", "        if (np.abs(a[at : at + i + 1]) > roots[i] * roots[: i + 1]).any():", "        if False:", "fleet/test_fleet_calibration.py -k no_inputs"),
 )  # fmt: skip
 
 

@@ -478,7 +478,7 @@ def test_nothing_is_ignored_in_silence(at: Path) -> None:
         fleetune.tune(recipe, method="fedit")
     with pytest.raises(errors.ModelError, match="has its own tokenizer"):
         tune("tiny", tokenizer=models.load("tiny", device="cpu").tokenizer)
-    with pytest.raises(errors.RecipeError, match="calibrate = 'client' is neither server nor clients"):
+    with pytest.raises(errors.RecipeError, match="calibrate = 'client' is none of server, clients, fleet"):
         fleetune.compress("tiny", calibrate="client")
     with pytest.raises(errors.RecipeError, match="quorum = 3, but 2 clients are asked"):
         tune(quorum=3)

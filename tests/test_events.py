@@ -75,8 +75,8 @@ TOUR = {
     "runs show 1 4": {"RunListed", "CompressionListed"},
     "runs rm 6 7": {"RunRemoved"},
 }  # fmt: skip
-ELSEWHERE = {  # these need an engine, the network, a fleet or Ctrl-C: their tests check the lines
-    "FleetShown", "ModelPulled", "Serving", "Stopped", "ThreadsChosen",
+ELSEWHERE = {  # these need an engine, the network, devices or Ctrl-C: their tests check the lines
+    "DeviceEvaluated", "FleetEvaluated", "FleetShown", "ModelPulled", "Serving", "Stopped", "ThreadsChosen",
 }  # fmt: skip
 
 

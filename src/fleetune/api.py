@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from fleetune.deploy.export_subject import ExportResult
     from fleetune.deploy.measure.job import MeasureResult
     from fleetune.deploy.serving.session import Session
+    from fleetune.fleet.calibration_server import Calibrators
+    from fleetune.fleet.server import Served
     from fleetune.planning.plan import Plan
     from fleetune.runs.compression_folder import CompressOptions
     from fleetune.tuning.result import TuneResult
@@ -261,6 +263,7 @@ def compress(
     true_sequential: bool = False,
     seed: int = 42,
     dtype: str = "fp32",
+    served: Served | None = None,
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
@@ -270,9 +273,10 @@ def compress(
     `method` is a name (`fleetune.compressors()`) or a method's own dataclass (`optq.Solver(bits=3)`); `settings` are the
     method's, by name.  A solver calibrates on `windows` windows of `length` tokens, of `data` (rows) or `text` (a file),
     of the run's held-out rows with text that its model writes, or of such text alone; with `calibrate="clients"` the run's
-    clients calibrate on their training rows.  `low_memory` loads one block at a time from disk.  With `true_sequential` a
-    layer is solved on inputs that have passed the already compressed layers of its own block (GPTQ's option of that
-    name).  The perplexity of the text file `eval_text` is measured before and after.
+    clients calibrate on their training rows, with `calibrate="fleet"` the real devices that join at the door `served`
+    (`fleetune.fleet.server.Served`, in its `with` block).  `low_memory` loads one block at a time from disk.  With
+    `true_sequential` a layer is solved on inputs that have passed the already compressed layers of its own block (GPTQ's
+    option of that name).  The perplexity of the text file `eval_text` is measured before and after.
     """
     from fleetune.compression.jobs import job
     from fleetune.tuning import objects_to_files
@@ -284,22 +288,36 @@ def compress(
         "low_memory": low_memory, "true_sequential": true_sequential, "seed": seed, "dtype": dtype,
     }  # fmt: skip
     request = job.request_for(model, method, settings or {}, options, tokenizer=tokenizer, out=Path(out))
-    return job.start(request, watching, Path(out), offline=offline)
+    return job.start(request, watching, Path(out), offline=offline, devices=_devices(served))
 
 
 def resume_compression(
-    folder: object, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
+    folder: object,
+    *,
+    served: Served | None = None,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
 ) -> CompressResult:
     """Resume a stopped compression as it was requested; return a finished one as it is.
 
-    `folder` is a name, number, path or result.
+    `folder` is a name, number, path or result; `served` is the door for devices, where these calibrate.
     """
     from fleetune.compression.jobs import job
     from fleetune.runs import compression_folder
 
     found = getattr(folder, "folder", None)
     path = found if isinstance(found, Path) else compression_folder.get(str(folder), Path(out))
-    return job.resume(path, checked(listener), Path(out), offline=offline)
+    return job.resume(path, checked(listener), Path(out), offline=offline, devices=_devices(served))
+
+
+def _devices(served: Served | None) -> Calibrators | None:
+    """The devices at a door, as a compression asks for them."""
+    if served is None:
+        return None
+    from fleetune.fleet.calibration_server import Calibrators
+
+    return Calibrators(served)
 
 
 # Export, measure, serve -------------------------------------------------------------------------------

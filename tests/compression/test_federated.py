@@ -16,16 +16,12 @@ from torch import Tensor
 from fleetune import compression, models
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.main import main
-from fleetune.compression.layerwise import driver, federated
+from fleetune.compression.layerwise import driver, sums
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.blocks import FinishedBlocks
 from fleetune.compression.layerwise.driver import linears_of
-from fleetune.compression.layerwise.federated import (
-    ClientHessians,
-    HessianReply,
-    from_lower_triangle,
-    lower_triangle,
-)
+from fleetune.compression.layerwise.federated import ClientHessians
+from fleetune.compression.layerwise.sums import HessianReply, from_lower_triangle, lower_triangle
 from fleetune.errors import FleetError
 from fleetune.models import Model
 from fleetune.models.artefact import Quantised, dense
@@ -101,7 +97,7 @@ def test_a_triangle_holds_the_matrix() -> None:
     H = (H + H.T) / 2
     assert lower_triangle(H).shape == (15,)
     assert torch.equal(from_lower_triangle(lower_triangle(H), 5), H)
-    assert lower_triangle(H)[federated._diagonal_indices(5)].tolist() == H.diagonal().tolist()
+    assert lower_triangle(H)[sums._diagonal_indices(5)].tolist() == H.diagonal().tolist()
 
 
 def broken(kind: str, data: bytes) -> bytes:

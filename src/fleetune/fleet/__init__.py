@@ -5,6 +5,8 @@
     remote.py     ask devices that die, come back and lie     table.py               which key is which client
     orders.py     what is asked and answered, as bytes        keys.py                keys and certificates
     status.py     how a run stands, from its folder           page.py, prometheus.py the same on a live page, and as metrics
+    eval_*.py     a result on the devices' held-out rows      calibration_*.py       a compression's Hessians from devices
+    result.py     a run's result on its way to a device       held_out.py            rows that a device does not train on
     flower/       the way: Flower's Fleet API
 
 The rounds are those of a simulated fleet (`tuning/rounds.py`), so a run ends in the same digest.

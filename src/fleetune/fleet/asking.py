@@ -36,6 +36,7 @@ class Asking:
     round: int
     orders: Mapping[int, Order]  # by client
     goal: int = 0
+    at_once: int = 0  # how many may be at work, 0 for any number
     replies: int = 0  # that have come
     heard: int = 0  # devices that have worked for this round, well or not, or were heard late
     over: bool = False  # its time is up

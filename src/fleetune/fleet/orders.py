@@ -6,9 +6,12 @@ method sends travel inside, as they would in a simulated fleet, so that traffic 
 
     server -> device    job      all that the device needs to know of the run, once a session
                         work     a round's message, for this client
+                        eval     the run's result, to be measured on the device's held-out rows
+                        begin    the run's result, to be calibrated on the device's training rows
+                        block    the compressed block before this one: the sums of this one are wanted
                         end      the run is over, or the device cannot take part: why
     device -> server    ready    what the device is: rows, memory, threads, speed, the kinds of work that fit it
-                        done     the reply of the method
+                        done     the reply of the method, the measures or the sums
                         failed   why there is none; refused: why the device will not take part
                         declined why it does not work now; it is asked again
 
@@ -31,8 +34,9 @@ from fleetune.tuning.messages import Message, Payload, Scalar, decode, encode
 
 T = TypeVar("T")
 
-ORDERS: Final = ("job", "work", "end")
+ORDERS: Final = ("job", "work", "eval", "begin", "block", "end")
 ANSWERS: Final = ("ready", "done", "failed", "declined", "refused")
+TASKS: Final = ("tune", "eval", "calibrate")
 NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there
 MAX_JOB: Final = 1 << 20  # characters
 MOST_KINDS: Final = 1000  # of work, that a device can do
@@ -51,6 +55,8 @@ class Job:
     max_length: int
     labels: tuple[str, ...]
     rounds: int
+    task: str = "tune"  # or eval, or calibrate
+    result: str = ""  # SHA-256 of the result that is measured or calibrated: of the ledger, or of the adapter's SHA256SUMS
     format: int = 1
 
     def to_json(self) -> str:
@@ -72,6 +78,8 @@ class Job:
                 raise MessageError(f"the job's {name} is a {type(value).__name__}")
         if found["format"] != cls.format:
             raise MessageError(f"the job has format {found['format']}, this version reads {cls.format}")
+        if found["task"] not in TASKS:
+            raise MessageError(f"the job's task {found['task']!r} is none of {', '.join(TASKS)}")
         plain = all(type(v) in (bool, int, float, str) for v in found["set"].values())
         if not plain or not all(type(word) is str for word in found["labels"]):
             raise MessageError("the job's settings or labels are not plain values")
@@ -155,6 +163,8 @@ class Device:
     version: str
     speed: float = 0.0  # tokens a second of a forward pass, measured once
     kinds: tuple[int, ...] = (0,)  # those of the method's kinds of work that fit its memory
+    held_out: int = 0  # rows that it never trains on, to measure on
+    held_out_digest: str = ""
 
     def to_json(self) -> bytes:
         """Return it as one text, in UTF-8."""
@@ -167,12 +177,14 @@ class Device:
             found = json.loads(data) if len(data) <= MAX_JOB else None
         except (ValueError, RecursionError) as error:
             raise MessageError(f"what the device says of itself is not JSON ({error})") from error
-        types = {"rows_digest": str, "version": str, "speed": float, "kinds": list}
+        types = {"rows_digest": str, "version": str, "held_out_digest": str, "speed": float, "kinds": list}
         agreed = {f.name: types.get(f.name, int) for f in fields(cls)}
         if not isinstance(found, dict) or {n: type(v) for n, v in found.items()} != agreed:
             raise MessageError("what the device says of itself has other fields than agreed")
         if not 1 <= found["rows"] < 1 << 31:
             raise MessageError(f"the device says that it has {found['rows']} rows")
+        if not 0 <= found["held_out"] < 1 << 31:
+            raise MessageError(f"the device says that it holds out {found['held_out']} rows")
         if not 0 <= found["speed"] < math.inf:
             raise MessageError(f"the device says that it does {found['speed']} tokens a second")
         if not 1 <= len(found["kinds"]) <= MOST_KINDS or not all(type(k) is int for k in found["kinds"]):

@@ -103,6 +103,7 @@ class RemoteFleet:
         self._kept: dict[int, tuple[int, int]] = {}
         self._digests: dict[int, str] = {}  # client -> SHA-256 of its last reply
         self._oldest = 0
+        self.told: dict[int, Device] = {}  # client -> what it said of itself last
         self._asking: Asking | None = None
         self._gone: set[int] = set()  # clients that were waited for in vain, until they are back
         self._late = set[str]()  # numbers of orders of earlier rounds, whose answers are used when they come
@@ -146,6 +147,11 @@ class RemoteFleet:
         """Return the kind of work that a device was given, by what fits it."""
         return self.devices.members[client].kind
 
+    def ready(self) -> list[int]:
+        """Return the clients that are there now and have taken the job, ascending."""
+        keys = {key for key, mark in self._greet().items() if self._ready.get(key) == mark}
+        return [c for c, member in enumerate(self.devices.members) if member.key in keys]
+
     def kept(self) -> Mapping[int, tuple[int, int]]:
         """Return client -> (round, CRC-32) of what each device has said that it remembers."""
         return {c: kept for c, kept in self._kept.items() if kept != NOTHING_KEPT}
@@ -176,10 +182,17 @@ class RemoteFleet:
 
         A device that is away is waited for, and asked when it is back; one that comes in anew is asked again.
         """
-        orders = {
+        return self.give({
             c: self._work(round, c, message if isinstance(message, bytes) else message[c]) for c in clients
-        }
-        asking = self._asking = Asking(round, orders, goal)
+        }, goal)  # fmt: skip
+
+    def give(self, orders: Mapping[int, Order], goal: int = 0, *, at_once: int = 0) -> Iterator[Answer]:
+        """Yield the answers to these orders, by client and of one round, as they come.
+
+        `goal` answers end the round, 0: all.  No more than `at_once` are on their way at a time, where it is given.
+        """
+        round = max((order.round for order in orders.values()), default=0)
+        asking = self._asking = Asking(round, orders, goal, at_once)
         self._forget({n for n in self._late if round - self._orders[n].order.round > OLDEST})
         while asking.goes_on(late=bool(self._late)):
             self.look()
@@ -225,6 +238,9 @@ class RemoteFleet:
         for client in list(asking.waiting):
             key = self.devices.members[client].key
             if self._ready.get(key, "") == here.get(key):
+                if asking.at_once and len(asking.sent) >= asking.at_once:
+                    asking.waiting[client] = time.monotonic()  # it is here, and waits for its turn
+                    continue
                 self._gone.discard(client)
                 self._declined.discard(client)
                 if (number := self._push(key, asking.orders[client], here)) is not None:
@@ -356,7 +372,7 @@ class RemoteFleet:
         for number, data in self.link.pull(set(self._orders)):
             found = self._orders.pop(number)
             reply = self._reply(found, data)
-            if found.order.what == "work":
+            if found.order.what != "job":
                 yield number, found.order, reply
             elif reply is None:
                 self._greeted.pop(found.key, None)  # it is asked again
@@ -371,8 +387,9 @@ class RemoteFleet:
             reply = Reply.decode(data)
             if reply.nonce != order.nonce or reply.round != order.round:
                 raise MessageError("the answer belongs to another order")
-            if order.what == "work" and reply.what not in ("done", "failed", "declined"):
-                raise MessageError(f"work was answered with '{reply.what}'")
+            may = ("done", "failed", "declined") if order.what == "work" else ("done", "failed")
+            if order.what != "job" and reply.what not in may:
+                raise MessageError(f"{order.what} was answered with '{reply.what}'")
         except MessageError as error:
             return Reply("failed", order.nonce, reason=str(error))
         return reply
@@ -392,6 +409,7 @@ class RemoteFleet:
                 self.link.push(found.key, Order("end", reason=error.message).encode())
             return
         self._ready[found.key] = found.mark
+        self.told[client] = device
         self._gone.discard(client)
         self.audit("joined", device=found.key, name=name, client=client, rows=device.rows)
         self.note(f"device {name} is ready: client {client}, {device.rows} rows")
@@ -407,7 +425,8 @@ class RemoteFleet:
     def _answer(self, order: Order, reply: Reply) -> Answer:
         if reply.what != "done":
             return self._without(order, "failed", reply.reason)
-        self._kept[order.client] = reply.kept
+        if order.what == "work":
+            self._kept[order.client] = reply.kept
         self._digests[order.client] = hashlib.sha256(reply.body).hexdigest()
         return Answer(order.client, order.key, reply.body, "ok", "", reply.seconds, len(order.body))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.memory import rss
 from fleetune.errors import Interrupted, UsageError
 from fleetune.fleet import PORT, status
@@ -25,7 +26,7 @@ from fleetune.runs import sealed
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.fleets import Fleet
-from fleetune.tuning.kinds import wanted
+from fleetune.tuning.kinds import ONE, Wanted, wanted
 from fleetune.tuning.methods import cannot_combine
 from fleetune.tuning.prepare import check_aggregation
 from fleetune.tuning.recipe import Recipe, label_words
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 MANY: Final = 5  # devices, from which on the plain mean is worth a word
 WORD: Final = 1.0  # seconds between two words to `fleet status`
 LOOK: Final = 2.0  # seconds between two looks at the folder of keys
+KEPT: Final = {  # what a stop leaves, by task
+    "tune": "; finished rounds are kept", "calibrate": "; finished blocks are kept", "eval": "; nothing was measured",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class Served:
     page: LivePage | None = None  # is told which run to show
     simulated: bool = False
     session: str = field(init=False, default_factory=lambda: secrets.token_hex(16))  # of this process
+    farewell: str = "the run is finished"  # what devices are told at the end
+    more: str = ""  # that devices need beside their rows, for the command that is shown
     _keys: list[PublicKey] | None = field(init=False)
     _fleet: RemoteFleet | None = field(init=False, default=None)
     _next_look: float = field(init=False, default=0.0)  # at the folder of keys
@@ -98,7 +104,7 @@ class Served:
 
     def __exit__(self, *error: object) -> None:
         if self._fleet is not None and error[0] is None:
-            self._fleet.end("the run is finished")
+            self._fleet.end(self.farewell)
         self._gate.close()
 
     def check(self, recipe: Recipe) -> None:
@@ -111,17 +117,28 @@ class Served:
 
     def count(self, job: TuneJob) -> int:
         """Return how many devices the first round waits for; FleetError when fewer can come."""
+        return self.wanted(job.recipe.clients, job.entry.clients)
+
+    def wanted(self, usual: int, otherwise: int = 1) -> int:
+        """Return how many devices to wait for: `--wait`, or `usual`, or all whose keys are here, or `otherwise`.
+
+        FleetError when fewer can come.
+        """
         registered = len(self._keys) if self._keys is not None else 0
-        wanted = self.wait or job.recipe.clients or registered or job.entry.clients
+        wanted = self.wait or usual or registered or otherwise
         if self._keys is not None:
             check_count(wanted, registered)
         return wanted
 
     def about(self, job: TuneJob) -> str:
         """Return where, and how many are waited for."""
+        return self.where(self.count(job))
+
+    def where(self, count: int) -> str:
+        """Return where devices join, and how many are waited for."""
         way = "TLS" if self.place.certificate else "plain HTTP"
         door = "registered keys" if self._keys is not None else "any key"
-        return f"{self.place.host}:{self.place.port} · {way}, {door} · {self.count(job)} devices"
+        return f"{self.place.host}:{self.place.port} · {way}, {door} · {count} devices"
 
     def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet when enough devices are ready."""
@@ -130,24 +147,37 @@ class Served:
         if said := advice(job, count, registered=self._keys is not None):
             listener.note(said)
         devices = Devices(run.path)
+        told = job_of(job, devices.run)
+        kinds, late = wanted(job.method, job.recipe.kinds), job.recipe.late == "use"
+        return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds=kinds, late=late)
+
+    def gather(
+        self,
+        folder: Path,
+        devices: Devices,
+        job: Job,
+        seed: int,
+        count: int,
+        listener: Listener,
+        *,
+        kinds: Wanted = ONE,
+        late: bool = False,
+    ) -> RemoteFleet:
+        """Return the fleet for a job when `count` devices are ready; what they do is written into `folder`."""
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
         listener.note(f"on each device: {self.line()}")
         if self.page is not None:
-            self.page.show(run.path)
+            self.page.show(folder)
 
         def look() -> None:
             self._read_keys_again(devices, listener)
-            if self._publish(run) or listener.stop_requested:
-                raise Interrupted(
-                    "stopped while waiting for devices; finished rounds are kept",
-                    hint=f"fleetune fleet serve --resume {run.path}",
-                )
+            if self._publish(folder) or listener.stop_requested:
+                hint = f"fleetune fleet serve --resume {folder}" if job.task == "tune" else None
+                raise Interrupted(f"stopped while waiting for devices{KEPT[job.task]}", hint=hint)
 
         self._fleet = RemoteFleet(
-            self._gate, devices, job_of(job, devices.run), job.recipe.seed,
-            dataclasses.replace(self.pace, late=job.recipe.late == "use"),
-            look=look, note=listener.note, audit=Audit(run.path).write,
-            kinds=wanted(job.method, job.recipe.kinds),
+            self._gate, devices, job, seed, dataclasses.replace(self.pace, late=late),
+            look=look, note=listener.note, audit=Audit(folder).write, kinds=kinds,
         )  # fmt: skip
         self._fleet.wait_for(count)
         return self._fleet
@@ -175,7 +205,7 @@ class Served:
             ]
             listener.note(f"keys: {', '.join(sorted(changed))}")
 
-    def _publish(self, run: RunDir) -> bool:
+    def _publish(self, folder: Path) -> bool:
         """Write down what the devices do, for `fleetune fleet status`; tell whether `fleetune fleet stop` was called."""
         if self._fleet is None or time.monotonic() < self._next_word:
             return False
@@ -186,13 +216,13 @@ class Served:
             "rss": rss(), "address": f"{self.place.host}:{self.place.port}", "round": self._fleet.round,
             "rounds": self._fleet.job.rounds, "devices": doing,
         }  # fmt: skip
-        run.write(status.FILE, sealed.to_text(content) + "\n", private=True)
-        return status.take_stop(run.path, self.session)
+        write_atomic(folder / status.FILE, sealed.to_text(content) + "\n", mode=PRIVATE)
+        return status.take_stop(folder, self.session)
 
     def line(self) -> str:
         """Return the command for a device."""
         host = self.place.host if self.place.host != "0.0.0.0" else "THIS-HOST"
-        words = f"fleetune fleet join {host}:{self.place.port} --data ROWS.jsonl"
+        words = f"fleetune fleet join {host}:{self.place.port} --data ROWS.jsonl{self.more}"
         words += " --key KEY" if self._keys is not None else ""
         return words + (" --ca ca.pem" if self.place.certificate else "")
 

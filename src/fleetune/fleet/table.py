@@ -81,6 +81,12 @@ class Devices:
             self.members += new
             self._write()
 
+    def take_from(self, run: Path) -> None:
+        """Begin a new table with the devices of a run's, where it has one: a device stays the client that it was."""
+        if not self.file.exists() and (run / FILE).exists():
+            self.members = list(Devices(run).members)
+            self._write()
+
     def join(self, key: str, name: str, device: Device, able: Sequence[int]) -> int:
         """Note what a device brings, and the kinds of work that it can do; return its client.
 

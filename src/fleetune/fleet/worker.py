@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Be a device: take a run's job, load model and rows once, and do the local work of every round.
+"""Be a device: take a run's job, load model and rows once, and do its work: rounds, an evaluation, a calibration.
 
     state/
       run-3f2a../client-000002.round-000005.ckpt     what the method remembers here
+      run-3f2a../result/, calibration/               a result that is measured or compressed
       answer                                         the last answer: given again when its order comes again
 
 A device runs what is installed on it.  An order is data: a method's name and settings, numbers, and the bytes that the
@@ -14,19 +15,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from fleetune import data, models
+from fleetune import models
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.memory import rss, total_memory
 from fleetune.common.version import __version__
-from fleetune.data import Batches, Encoded
+from fleetune.data import Batches, Encoded, Example
 from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import (
@@ -41,6 +42,9 @@ from fleetune.errors import (
     fault,
 )
 from fleetune.evaluation.losses import pad_id, response_loss
+from fleetune.fleet import eval_device
+from fleetune.fleet.calibration_device import Calibration
+from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.models.model import Model
 from fleetune.models.shapes import shape_of
@@ -67,6 +71,8 @@ class Brings:
     threads: int = 0
     memory: int = 0  # bytes that the work may take; 0: all that the machine has
     offline: bool = False
+    held_out: float = 0  # of the rows: a share (below 1) or a number, that is never trained on
+    eval_data: str = ""  # or a file of its own with rows to measure on
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,15 @@ class Loaded:
     """A job with everything in memory."""
 
     job: Job
-    method: Method
+    method: Method | None  # None where a plain model is measured
     model: Model
     rows: Sequence[Encoded]
+    held: Sequence[Encoded]  # never trained on
     memories: Memories
     kinds: tuple[int, ...]  # kinds of the method's work that fit this device
     speed: float  # tokens a second of a forward pass
+    folder: Path  # what the device keeps of this job
+    calibration: Calibration
 
 
 class Worker:
@@ -104,6 +113,8 @@ class Worker:
         """Answer one order; what goes wrong in its work is the answer too."""
         order = Order.decode(data)
         if order.what == "end":
+            if self.loaded is not None:
+                self.loaded.calibration.remove()
             self.ended = order.reason or "the run is over"
             return Reply("done", order.nonce, order.round).encode()
         return self._ready(order) if order.what == "job" else self._once(order, data)
@@ -117,7 +128,8 @@ class Worker:
                 self.loaded = load(job, self.brings, self.state)
             told = Device(
                 len(self.loaded.rows), digest([self.loaded.rows]), self.brings.memory or total_memory(),
-                torch.get_num_threads(), __version__, self.loaded.speed, self.loaded.kinds,
+                torch.get_num_threads(), __version__, self.loaded.speed, self.loaded.kinds, len(self.loaded.held),
+                digest([self.loaded.held]),
             )  # fmt: skip
             return Reply("ready", order.nonce, order.round, told.to_json()).encode()
         except FleetuneError as error:
@@ -133,10 +145,10 @@ class Worker:
         if file.exists():
             with file.open("rb") as kept:
                 if kept.read(len(digest)) == digest:
-                    self.note(f"round {order.round}: answered again from the disk")
+                    self.note(f"{_title(order)}: answered again from the disk")
                     return kept.read()
-        if reason := self.declines():
-            self.note(f"round {order.round}: declined ({reason})")
+        if order.what == "work" and (reason := self.declines()):
+            self.note(f"{_title(order)}: declined ({reason})")
             return Reply("declined", order.nonce, order.round, reason=reason).encode()
         reply = self._work(order)
         encoded = reply.encode()
@@ -150,15 +162,11 @@ class Worker:
         try:
             if loaded is None:
                 raise MessageError("the device has no job yet")
-            self._stand_on(loaded.memories, order)
-            batches = Batches(loaded.rows, pad_id(loaded.model), order.key, loaded.model.device, order.client)
-            body = work(
-                loaded.method, loaded.model, batches, order.key, order.body, loaded.memories, self.on_step
-            )
+            body = WORK[order.what](self, loaded, order)
         except (Interrupted, KeyboardInterrupt):
             raise
         except FAULTS as error:
-            log.exception("round %d failed", order.round)
+            log.exception("%s failed", _title(order))
             reason = error.message if isinstance(error, FleetuneError) else fault(error)
             return Reply("failed", order.nonce, order.round, seconds=time.monotonic() - began, reason=reason)
         kept = loaded.memories.kept().get(order.client, NOTHING_KEPT)
@@ -166,8 +174,31 @@ class Worker:
         told = [f"{human_time(seconds)}", f"{human_bytes(len(body))} to send", f"memory {human_bytes(rss())}"]
         if isinstance(loss := decode(body).payload.scalars.get("loss"), float):
             told.insert(0, f"loss {show('loss', loss)}")
-        self.note(f"round {order.round} of {loaded.job.rounds}: {' · '.join(told)}")
+        self.note(f"{_title(order, loaded.job.rounds)}: {' · '.join(told)}")
         return Reply("done", order.nonce, order.round, body, kept, seconds, rss())
+
+    def _train(self, loaded: Loaded, order: Order) -> bytes:
+        if loaded.method is None:
+            raise MessageError("a plain model is measured, not trained")
+        self._stand_on(loaded.memories, order)
+        batches = Batches(loaded.rows, pad_id(loaded.model), order.key, loaded.model.device, order.client)
+        return work(
+            loaded.method, loaded.model, batches, order.key, order.body, loaded.memories, self.on_step
+        )
+
+    def _measure(self, loaded: Loaded, order: Order) -> bytes:
+        self.loaded = None  # the model is the tuned one afterwards: another order begins with the job
+        return eval_device.measure(
+            loaded.model, loaded.held, order.body, loaded.folder / "result", loaded.job.result
+        )
+
+    def _begin(self, loaded: Loaded, order: Order) -> bytes:
+        return loaded.calibration.begin(order.body, lambda step: self.on_step(order.client, step))
+
+    def _block(self, loaded: Loaded, order: Order) -> bytes:
+        return loaded.calibration.block(
+            order.round, order.body, lambda step: self.on_step(order.client, step)
+        )
 
     @staticmethod
     def _stand_on(memories: Memories, order: Order) -> None:
@@ -179,17 +210,24 @@ class Worker:
         memories.forget_before(min(order.oldest, round))
 
 
+WORK: Final[Mapping[str, Callable[[Worker, Loaded, Order], bytes]]] = {
+    "work": Worker._train, "eval": Worker._measure, "begin": Worker._begin, "block": Worker._block,
+}  # fmt: skip
+
+
+def _title(order: Order, of: int = 0) -> str:
+    """Return what an order is about, for the console."""
+    if order.what in ("eval", "begin"):
+        return {"eval": "evaluation", "begin": "calibration"}[order.what]
+    number = order.round + (order.what == "block")
+    return f"{'block' if order.what == 'block' else 'round'} {number}" + (f" of {of}" if of else "")
+
+
 def load(job: Job, brings: Brings, state: Path) -> Loaded:
     """Load what a job needs: method, model and rows; every problem is found here, before any work."""
-    entry = methods.entry(job.method)
-    if ":" in (objective := str(job.set.get("objective", "loss"))) or "." in objective:
-        raise FleetError(
-            f"the run optimises {objective}, a function of the server's: a device runs only what is installed on it",
-            hint="use a built-in objective",
-        )
-    method = methods.make(entry.name, job.set)
+    method = _method(job) if job.method else None
     name = _model(job, brings)
-    kinds = fitting_kinds(job, method, name, brings)
+    kinds = fitting_kinds(job, method, name, brings) if job.task == "tune" and method is not None else (0,)
     model = models.load(
         name, dtype=job.dtype, device=brings.device, offline=brings.offline,
         labels=job.labels,
@@ -201,19 +239,38 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
         )
     if brings.threads:
         torch.set_num_threads(brings.threads)
-    examples = data.read(brings.data, offline=brings.offline)
-    rows, kept = encode_rows(model, examples, job.max_length)
+    training, held_out = divided(brings.data, brings.held_out, brings.eval_data, offline=brings.offline)
+    rows = _encoded(model, training, job.max_length, brings.data)
+    held = _encoded(model, held_out, job.max_length, brings.eval_data or brings.data) if held_out else []
+    folder = state / f"run-{job.run}"
+    calibration = Calibration(model, rows, folder, job.result)
+    speed = measured_speed(model, rows) if job.task == "tune" else 0.0
+    return Loaded(job, method, model, rows, held, Memories(folder), kinds, speed, folder, calibration)
+
+
+def _encoded(model: Model, examples: Sequence[Example], max_length: int, source: str) -> list[Encoded]:
+    """Return the rows that fit; DataError when none does."""
+    rows, kept = encode_rows(model, examples, max_length)
     if not rows:
         raise DataError(
-            f"no row of {brings.data} fits {job.max_length} tokens",
+            f"no row of {source} fits {max_length} tokens",
             hint="the run's max_length is the server's",
         )
     if len(kept) < len(examples):
         log.warning(
-            "%d of %d rows do not fit %d tokens", len(examples) - len(kept), len(examples), job.max_length
+            "%d of %d rows do not fit %d tokens", len(examples) - len(kept), len(examples), max_length
         )
-    folder = state / f"run-{job.run}"
-    return Loaded(job, method, model, rows, Memories(folder), kinds, measured_speed(model, rows))
+    return rows
+
+
+def _method(job: Job) -> Method:
+    entry = methods.entry(job.method)
+    if ":" in (objective := str(job.set.get("objective", "loss"))) or "." in objective:
+        raise FleetError(
+            f"the run optimises {objective}, a function of the server's: a device runs only what is installed on it",
+            hint="use a built-in objective",
+        )
+    return methods.make(entry.name, job.set)
 
 
 def measured_speed(model: Model, rows: Sequence[Encoded]) -> float:

@@ -25,7 +25,8 @@ from fleetune.runs import rundir, sealed
 
 RECORD: Final = seals.COMPRESSION
 PARTS: Final = "parts"
-CLIENTS: Final = "clients"
+CLIENTS: Final = "clients"  # who calibrates: the simulated clients of a run
+FLEET: Final = "fleet"  # real devices
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +47,16 @@ class CompressRequest:
     seed: int = 42
     dtype: str = "fp32"
     low_memory: bool = False  # load one block at a time from disk
-    calibrate: str = "server"  # who calibrates: server, or clients (those of the run)
+    calibrate: str = (
+        "server"  # who calibrates: server, clients (those of the run) or fleet (devices that join)
+    )
     clients: int = 0  # how many of them, 0 for all
     true_sequential: bool = False  # inputs of a layer have passed the compressed layers of its own block
 
     @property
     def uses_held_out(self) -> bool:
         """Whether half of the run's held-out rows were used to compress, so that only the other half measures."""
-        return self.run and not (self.data or self.text or self.calibrate == CLIENTS)
+        return self.run and not (self.data or self.text or self.calibrate in (CLIENTS, FLEET))
 
 
 class CompressOptions(TypedDict, total=False):

@@ -366,7 +366,7 @@ class CompressStart(Event):
     seed: int  # of sampled text, and of the order of rows
     dtype: str  # type that the model is loaded in
     low_memory: bool  # whether one block at a time is loaded from disk
-    calibrate: str  # who calibrates: server or clients
+    calibrate: str  # who calibrates: server, clients or fleet
     clients: int  # number of clients that calibrate; 0 for all
     true_sequential: bool  # inputs of a layer have passed the compressed layers of its block
     folder: str  # path of the compression's folder
@@ -526,6 +526,48 @@ def evaluated(model: str, rows: int, measures: Mapping[str, float], *, of: int, 
     """The event for the measures of one model on the first `rows` of so many rows."""
     values: dict[str, Any] = dict(measures)
     return EvalDone(model=model, rows=rows, of=of, max_length=max_length, **values)
+
+
+# A fleet of real devices ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceEvaluated(Event):
+    """`fleet eval`: a device has measured base and tuned model on its own held-out rows."""
+
+    event: ClassVar[str] = "device"
+    client: int  # from 0
+    name: str  # of the device: its key's file, or the begin of its key's hash
+    rows: int  # held-out rows that it measured; 0 for none
+    tokens: int  # of their answers
+    base: float | None  # loss of the base model, nats a token; null without a measure, as the next one
+    tuned: float | None  # loss of the tuned model; of a plain model, as `base`
+    digest: str  # SHA-256 of its encoded held-out rows, as it declared
+    status: str  # ok, refused, failed, dropped or late
+    reason: str  # of any status but ok; else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetEvaluated(Event):
+    """`fleet eval`: the means over the devices, weighted by tokens, with their standard errors."""
+
+    event: ClassVar[str] = "evaluated"
+    model: str  # as a command takes it
+    devices: int  # number of devices that have measured
+    asked: int  # number of devices that were asked
+    rows: int  # of all devices
+    tokens: int  # of all devices
+    base: float  # loss of the base model, nats a token
+    tuned: float  # loss of the tuned model
+    change: float  # `tuned` less `base`
+    base_error: float | None  # standard error over the devices; null for one device, as the next two
+    tuned_error: float | None  # standard error of `tuned`
+    change_error: float | None  # standard error of `change`, which is taken device by device
+    base_perplexity: float  # exponential of `base`
+    tuned_perplexity: float  # exponential of `tuned`
+    median: float  # of the devices' tuned losses, which one device cannot move far
+    improved: int  # number of devices whose loss is lower than the base's
+    path: str | None = None  # of eval-fleet.json; null for a plain model
 
 
 # Planning, lists, ledgers, serving -------------------------------------------------------------------

@@ -114,11 +114,16 @@ def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "
         )
     labels = recipes.label_words(str(ledger.head.hyper.get("labels", "")))
     model = models.load(name, dtype=dtype, device=device, offline=offline, labels=labels)
+    check_base(model, ledger)
+    return model
+
+
+def check_base(model: Model, ledger: Ledger) -> None:
+    """LedgerError when a model is not the ledger's base."""
     tensors = (
         (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in models.named_tensors(model.net)
     )
     ledgers.require_base(ledger.head, model.digest, model.tokenizer_digest, tensors)
-    return model
 
 
 def rebuild(model: Model, ledger: Ledger, *, threads: int | None = None, backend: str = "auto") -> str:

@@ -4,21 +4,24 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from fleetune.cli import door_flags
 from fleetune.cli.console import Ui
 from fleetune.common import settings
 from fleetune.common.display import human_bytes, human_time
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder
-from fleetune.runs.compression_folder import RECORD, CompressOptions, CompressRequest
+from fleetune.runs.compression_folder import FLEET, RECORD, CompressOptions, CompressRequest
 from fleetune.runs.events import CompressChecked, MethodListed
 
 if TYPE_CHECKING:
     from fleetune.cli.listener import ConsoleListener
     from fleetune.compression.jobs.job import CompressResult
+    from fleetune.fleet.server import Served
 
 HELP = "make a model or a finished run smaller"
 ORDER = 70
@@ -43,8 +46,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--windows", type=int, help="calibration windows at most (default 128)")
     sub.add_argument("--length", type=int, help="tokens per window, or per row at most (default 512)")
     sub.add_argument(
-        "--calibrate", choices=["server", "clients"],
-        help="clients: the run's own clients calibrate on their training rows and send sums over them (default server)",
+        "--calibrate", choices=["server", "clients", "fleet"],
+        help="clients: the run's own clients calibrate on their training rows and send sums over them; fleet: the devices "
+        "that join do (default server)",
     )  # fmt: skip
     sub.add_argument("--clients", type=int, help="so many of them (default: all)")
     sub.add_argument(
@@ -73,6 +77,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="continue a stopped one (a path, a number, or latest), as it was asked for",
     )
     sub.add_argument("--dry-run", action="store_true", help="check settings, model and text, then stop")
+    door_flags.add(
+        sub.add_argument_group("--calibrate fleet (with --resume too)"),
+        "the first block (default: those of the run)",
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -83,6 +91,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if args.list:
         _list(args, ui)
         return
+    if args.calibrate != FLEET and args.resume is None and (flags := door_flags.given(args)):
+        raise UsageError(f"{flags[0]} is for devices that join", hint="leave it out, or: --calibrate fleet")
     out = Path(args.out)
     resumed = compression_folder.get(args.resume, out) if args.resume is not None else None
     if resumed is not None:
@@ -95,12 +105,25 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         if args.dry_run:
             _dry_run(args, ui, resumed, listener)
         elif resumed is not None:
-            show(ui, api.resume_compression(resumed, out=out, offline=args.offline, listener=listener))
+            with _door(args, compression_folder.request_of(resumed).calibrate) as served:
+                show(ui, api.resume_compression(
+                    resumed, out=out, offline=args.offline, listener=listener, served=served
+                ))  # fmt: skip
         else:
-            show(ui, api.compress(
-                args.model, method=args.method or METHOD, settings=settings.pairs(args.set or []), out=out,
-                offline=args.offline, listener=listener, **_options(args),
-            ))  # fmt: skip
+            with _door(args, args.calibrate) as served:
+                show(ui, api.compress(
+                    args.model, method=args.method or METHOD, settings=settings.pairs(args.set or []), out=out,
+                    offline=args.offline, listener=listener, served=served, **_options(args),
+                ))  # fmt: skip
+
+
+def _door(args: argparse.Namespace, calibrate: str | None) -> AbstractContextManager[Served | None]:
+    """Return the door for devices, open in its `with` block; None where none is needed.  UsageError for flags without it."""
+    if calibrate == FLEET:
+        return door_flags.served(args)
+    if flags := door_flags.given(args):
+        raise UsageError(f"{flags[0]} is for a compression that devices calibrate", hint="leave it out")
+    return nullcontext()
 
 
 def show(ui: Ui, result: CompressResult) -> None:

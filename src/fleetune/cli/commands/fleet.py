@@ -5,31 +5,32 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fleetune.cli import recipe_flags
+from fleetune.cli import door_flags, recipe_flags
 from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.common.display import human_time
 from fleetune.errors import RecipeError, StorageError, UsageError
 from fleetune.fleet import PAGE_PORT, PORT
-from fleetune.runs import rundir
+from fleetune.runs import compression_folder, rundir
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from fleetune.fleet.page import LivePage
-    from fleetune.fleet.server import Served
+    from fleetune.runs.events import DeviceEvaluated, FleetEvaluated
 
 HELP = "fine-tune on real devices"
 ORDER = 35
 EXAMPLES = """\
 serve -c recipe.toml                  run a recipe on the devices that join (--resume RUN: go on after a stop)
 join HOST:PORT --data rows.jsonl      be a device: its rows stay on it
+eval RUN|MODEL                        measure it on the held-out rows of the devices that join
 split -c recipe.toml --to DIR         write the rows that each client has in the simulation
 keys new NAME                         make a device's key: NAME stays there, NAME.pub goes to the server
 keys certificate DIR HOST [HOST ..]   make a server's certificate: ca.pem goes to the devices
@@ -49,11 +50,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "words",
         metavar="WORD",
         nargs="*",
-        help="HOST:PORT (join), what to make (keys), RUN (devices, status, stop, audit)",
+        help="HOST:PORT (join), what to make (keys), RUN (eval, devices, status, stop, audit)",
     )
-    _serve_arguments(sub.add_argument_group("serve"))
+    _serve_arguments(sub.add_argument_group("serve (eval takes all but the first two)"))
     _join_arguments(
-        sub.add_argument_group("join (with --data, --model, --device and --threads of this device)")
+        sub.add_argument_group(
+            "join (with --data, --held-out or --eval-data, --model, --device and --threads of this device)"
+        )
     )
     sub.add_argument("--to", metavar="DIR", help="for split: folder for the files")
     recipe_flags.add(sub)
@@ -62,37 +65,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def _serve_arguments(serve: argparse._ArgumentGroup) -> None:
     serve.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
     serve.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
-    serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
-    )
-    serve.add_argument("--port", type=int, default=PORT, help=f"port to listen on (default {PORT})")
-    serve.add_argument(
-        "--keys",
-        metavar="DIR",
-        help="let in the devices whose NAME.pub is in this folder, in the order of the names",
-    )
-    serve.add_argument("--certificate", metavar="DIR", help="folder with server.pem and server.key")
-    serve.add_argument(
-        "--wait",
-        type=int,
-        default=0,
-        metavar="N",
-        help="devices before the first round (default: the recipe's clients)",
-    )
-    serve.add_argument(
-        "--grace",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="wait so long for a device that has gone (default 60)",
-    )
-    serve.add_argument(
-        "--round-deadline",
-        type=float,
-        default=0.0,
-        metavar="SECONDS",
-        help="go on without those that have not answered by then (default: wait)",
-    )
+    door_flags.add(serve, "the first round (default: the recipe's clients)")
     serve.add_argument(
         "--page",
         metavar="[HOST:]PORT",
@@ -147,7 +120,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     path = rundir.find(args.resume, Path(args.out)) if args.resume else None
     if path is not None:
         recipe_flags.check_resume(args, path, "fleetune fleet serve --resume")
-    page, fleets = _page(args, ui), _served(args)
+    page, fleets = _page(args, ui), door_flags.served(args)
     from fleetune.tuning import run as running
 
     with screen(ui) as shown, page as fleets.page, fleets:
@@ -169,22 +142,61 @@ def _page(args: argparse.Namespace, ui: Ui) -> AbstractContextManager[LivePage |
     return page.opened(page.PagePlace.of(args.page, args.page_token), ui.note)
 
 
-def _served(args: argparse.Namespace) -> Served:
-    from fleetune.fleet.remote import Pace
-    from fleetune.fleet.server import Place, Served
-
-    for name in ("wait", "grace", "round_deadline"):
-        if getattr(args, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be negative")
-    place = Place(args.host, args.port, _path(args.keys), _path(args.certificate))
-    return Served(place, args.wait, Pace(args.grace, args.round_deadline))
-
-
 def _recipe(args: argparse.Namespace) -> Recipe:
     values = recipe_flags.keys(args, args.config)
     if "sweep" in values:
         raise RecipeError([f"{args.config} is the recipe of a sweep, which runs in the simulator alone"])
     return recipes.make(values)
+
+
+def _eval(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune import subject
+    from fleetune.cli.listener import console_listener
+    from fleetune.fleet import eval_server
+
+    if len(args.words) != 1:
+        raise UsageError("eval takes one RUN or MODEL", hint="fleetune fleet eval latest")
+    if other := [*recipe_flags.given(args), *args.set, *filter(None, (args.config, args.resume))]:
+        raise UsageError(
+            f"eval takes no {other[0]}", hint="devices hold rows out: fleetune fleet join .. --held-out 0.1"
+        )
+    found = subject.open(args.words[0], args.out)
+    with console_listener(ui) as listener, door_flags.served(args) as served:
+        done, each = eval_server.evaluate(found, served, listener, offline=args.offline)
+    if not ui.json:
+        _show(ui, each, done)
+
+
+def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> None:
+    """Print the figures of every device, and the means with their standard errors."""
+
+    def cells(base: float | None, tuned: float | None) -> list[str]:
+        if base is None or tuned is None:
+            return ["", "", ""]
+        return [f"{base:.4f}", f"{tuned:.4f}", f"{tuned - base:+.4f}"]
+
+    def error(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
+    rows: list[list[object]] = [
+        [one.client, one.name, one.rows or "", one.tokens or "", *cells(one.base, one.tuned), one.reason]
+        for one in sorted(found, key=lambda one: one.client)
+    ]
+    rows += [
+        ["", "mean by tokens", done.rows, done.tokens, *cells(done.base, done.tuned), ""],
+        [
+            "",
+            "standard error",
+            "",
+            "",
+            *map(error, (done.base_error, done.tuned_error, done.change_error)),
+            "",
+        ],
+        ["", "perplexity", "", "", f"{done.base_perplexity:.3f}", f"{done.tuned_perplexity:.3f}", "", ""],
+    ]
+    ui.table(["client", "device", "rows", "tokens", "base", "tuned", "change", ""], rows, align="llrrrrrl")
+    if done.path:
+        ui.paths([("measures", done.path)])
 
 
 # A device ---------------------------------------------------------------------------------------------
@@ -204,23 +216,41 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     given = recipe_flags.given(args)
     if not (rows := given.pop("data", "")):
         raise UsageError("which rows does this device have?", hint="--data rows.jsonl")
-    own = {name: given.pop(name, "") for name in ("model", "device", "threads")}
+    own = {name: given.pop(name, "") for name in ("model", "device", "threads", "held_out", "eval_data")}
     if other := [*given, *args.set]:
         raise UsageError(
-            f"{other[0]} is the server's to say", hint="a device gives --data, --model, --device, --threads"
+            f"{other[0]} is the server's to say",
+            hint="a device gives --data, --held-out or --eval-data, --model, --device, --threads",
         )
     if not own["threads"].isdigit() and own["threads"]:
         raise UsageError(f"--threads {own['threads']} is no number")
     memory = parse_bytes(args.ram) or 0
     brings = Brings(
-        rows, own["model"], own["device"] or "auto", int(own["threads"] or 0), memory, args.offline
-    )
+        rows, own["model"], own["device"] or "auto", int(own["threads"] or 0), memory, args.offline,
+        _held_out(own), own["eval_data"],
+    )  # fmt: skip
     home = Home(Path(args.state), _path(args.key), _path(args.ca))
     with InterruptHandler(ui) as interrupt:
         why = join(args.words[0], brings, home, stop=lambda: interrupt.requested, note=ui.note,
             conditions=Conditions(args.only_on_power, args.max_load),
         )  # fmt: skip
     ui.note(why)
+
+
+def _held_out(own: Mapping[str, str]) -> float:
+    """The share or number of rows that a device holds out; UsageError for what is none."""
+    if own["held_out"] and own["eval_data"]:
+        raise UsageError(
+            "--held-out and --eval-data are both given",
+            hint="rows to measure on come from --data, or from a file of their own",
+        )
+    try:
+        number = float(own["held_out"] or 0)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1 << 31 or (number > 1 and number != int(number)):
+        raise UsageError(f"--held-out {own['held_out']} is neither a share of the rows nor a number of them")
+    return number
 
 
 # What fleets need -------------------------------------------------------------------------------------
@@ -331,13 +361,15 @@ def _audit(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _run_of(args: argparse.Namespace) -> Path:
-    """The folder of the run that the words name."""
+    """The folder of the run that the words name, or of a compression that devices have calibrated."""
     if len(args.words) != 1:
         raise UsageError(f"{args.action} takes one RUN", hint=f"fleetune fleet {args.action} latest")
-    return rundir.find(args.words[0], Path(args.out))
+    name, out = args.words[0], Path(args.out)
+    smaller = compression_folder.find(name, out) if name != "latest" else None
+    return smaller or rundir.find(name, out)
 
 
 ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
-    "serve": _serve, "join": _join, "split": _split, "keys": _keys, "devices": _devices, "status": _status,
+    "serve": _serve, "join": _join, "eval": _eval, "split": _split, "keys": _keys, "devices": _devices, "status": _status,
     "stop": _stop, "audit": _audit,
 }  # fmt: skip

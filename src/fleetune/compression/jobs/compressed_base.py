@@ -21,7 +21,7 @@ from fleetune.models import artefact, seals
 from fleetune.models.artefact import ArtefactHead, Master
 from fleetune.models.artefact_folder import is_master
 from fleetune.runs import compression_folder, rundir
-from fleetune.runs.compression_folder import PARTS, CompressRequest
+from fleetune.runs.compression_folder import FLEET, PARTS, CompressRequest
 from fleetune.runs.listener import Listener
 from fleetune.tuning import finished
 
@@ -33,6 +33,11 @@ def check(folder: Path) -> None:
         raise UsageError(
             f"{folder} was made from a model, not from a run: no tuning, no gain to keep",
             hint="fleetune compress RUN",
+        )
+    if request.calibrate == FLEET:
+        raise UsageError(
+            f"{folder} was calibrated by devices, so the base would have to be calibrated by them as well",
+            hint="leave out --kept-gain; or compress with --calibrate clients, which simulates the devices",
         )
     _solver(request)
 

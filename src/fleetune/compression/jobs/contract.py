@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from fleetune.compression.jobs.inputs import Inputs
+    from fleetune.compression.layerwise.activations import HessianSource
+    from fleetune.compression.layerwise.sums import HessianReply
+    from fleetune.models.model import Model
+    from fleetune.runs.compression_folder import CompressRequest
 
 
 class Job(Protocol):
@@ -41,3 +45,33 @@ class Outcome:
 
     done: Mapping[str, Any]
     sizes: Mapping[str, int]
+
+
+class Share(NamedTuple):
+    """The windows of one client: how many, and their SHA-256 (int64, little-endian, hexadecimal)."""
+
+    windows: int
+    sha256: str
+
+
+class Devices(Protocol):
+    """Real devices that calibrate."""
+
+    def about(self, request: CompressRequest) -> str:
+        """Return where they join, for the header."""
+        ...
+
+    def source(
+        self,
+        request: CompressRequest,
+        model: Model,
+        folder: Path,
+        without: frozenset[int],
+        on_reply: Callable[[HessianReply], None],
+        listener: Listener,
+    ) -> tuple[HessianSource, Mapping[int, Share]]:
+        """Return the Hessians of devices that join, and the share of each; those `without` take no part any more.
+
+        `folder` is the compression's.  DataError when no device has text for a window.
+        """
+        ...

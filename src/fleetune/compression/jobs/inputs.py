@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune.errors import UsageError
-from fleetune.runs.compression_folder import CLIENTS, CompressRequest
+from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
 
 if TYPE_CHECKING:
     from fleetune.data import Encoded, Example
@@ -86,6 +86,8 @@ def _of_run(request: CompressRequest, texts: Sequence[str], *, offline: bool) ->
     if request.calibrate == CLIENTS:
         own = {c: encoded(rows) for c, rows in _of_clients(request, recipe, offline=offline).items()}
         return Inputs(model, [], encoded(held_out), texts, "training rows of the run's clients", own)
+    if request.calibrate == FLEET:
+        return Inputs(model, [], encoded(held_out), texts, "training rows of the devices that join")
     source = "every second held-out row of the run"
     return Inputs(model, encoded(held_out[::2]), encoded(held_out[1::2]), texts, source)
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from fleetune import compression, subject
 from fleetune.common import settings, sums
-from fleetune.compression.jobs.contract import Job
-from fleetune.errors import RecipeError, UsageError
+from fleetune.compression.jobs import progress
+from fleetune.compression.jobs.contract import Devices, Job
+from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
-from fleetune.runs.compression_folder import CLIENTS, CompressOptions, CompressRequest
+from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressOptions, CompressRequest
 from fleetune.runs.events import CompressDone
 from fleetune.runs.listener import Listener
 from fleetune.tuning import objects_to_files
@@ -78,7 +79,14 @@ def _lasting(run: Path) -> Path:
     return run.resolve() if run.name in ("", "..") else run
 
 
-def prepare(request: CompressRequest, listener: Listener, out: Path, *, offline: bool) -> Job:
+def prepare(
+    request: CompressRequest,
+    listener: Listener,
+    out: Path,
+    *,
+    offline: bool,
+    devices: Devices | None = None,
+) -> Job:
     """Check a request, and load its model and data."""
     from fleetune.compression.jobs import distil, inputs, prune, solve
 
@@ -92,19 +100,29 @@ def prepare(request: CompressRequest, listener: Listener, out: Path, *, offline:
         return distil.prepare(request, method, out, offline=offline)
     if isinstance(method, compression.Pruner):
         return prune.prepare(request, method, listener, offline=offline)
-    return solve.prepare(request, method, inputs.load(request, offline=offline), listener)
+    return solve.prepare(request, method, inputs.load(request, offline=offline), listener, devices)
 
 
-def start(request: CompressRequest, listener: Listener, out: Path, *, offline: bool) -> CompressResult:
-    """Check a request, then run it in a new folder under `out`."""
+def start(
+    request: CompressRequest,
+    listener: Listener,
+    out: Path,
+    *,
+    offline: bool,
+    devices: Devices | None = None,
+) -> CompressResult:
+    """Check a request, then run it in a new folder under `out`; `devices` are those of --calibrate fleet."""
     rundir.check_folder(out)
-    job = prepare(request, listener, out, offline=offline)
+    _check_devices(request, devices)
+    job = prepare(request, listener, out, offline=offline, devices=devices)
     folder = compression_folder.create(request, out)
     with rundir.locked(folder):
         return _carry_out(request, job, listener, folder)
 
 
-def resume(folder: Path, listener: Listener, out: Path, *, offline: bool) -> CompressResult:
+def resume(
+    folder: Path, listener: Listener, out: Path, *, offline: bool, devices: Devices | None = None
+) -> CompressResult:
     """Resume a stopped compression as it was requested; return the result of a finished one.
 
     ModelError when a finished result is not what was written.
@@ -117,7 +135,9 @@ def resume(folder: Path, listener: Listener, out: Path, *, offline: bool) -> Com
             listener.event(done)
             listener.note(f"{folder} is finished: there is nothing to resume")
             return CompressResult(request, folder, done, {})
-        return _carry_out(request, prepare(request, listener, out, offline=offline), listener, folder)
+        _check_devices(request, devices)
+        job = prepare(request, listener, out, offline=offline, devices=devices)
+        return _carry_out(request, job, listener, folder)
 
 
 def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: Path) -> CompressResult:
@@ -131,7 +151,11 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
         *job.about(), ("folder", str(folder)),
     ])  # fmt: skip
     compression_folder.write_record(folder, request, None)  # what it says of a result that is gone
-    outcome = job.run(listener, folder)
+    try:
+        outcome = job.run(listener, folder)
+    except Interrupted as stopped:
+        stopped.hint = stopped.hint or progress.resume_command(folder)
+        raise
     result = {**outcome.done, "result_sha256": sums.sealed(folder / "model", compression_folder.RECORD)}
     compression_folder.finish(folder, request, result)
     done = CompressDone(folder=str(folder), **result)
@@ -153,8 +177,8 @@ def check(request: CompressRequest) -> None:
     problems += [
         f"{n} = {getattr(request, n)} is below 1" for n in ("windows", "length") if getattr(request, n) < 1
     ]
-    if request.calibrate not in ("server", CLIENTS):
-        problems.append(f"calibrate = {request.calibrate!r} is neither server nor clients")
+    if request.calibrate not in ("server", CLIENTS, FLEET):
+        problems.append(f"calibrate = {request.calibrate!r} is none of server, clients, fleet")
     if request.data and request.text:
         problems.append("data and text are both given")
     problems += _client_problems(request)
@@ -172,13 +196,28 @@ def check(request: CompressRequest) -> None:
             raise UsageError(f"no text file at {name}", hint="check the path")
 
 
+def _check_devices(request: CompressRequest, devices: Devices | None) -> None:
+    """Raise UsageError where real devices are asked for and there is no door for them, or the other way round."""
+    if request.calibrate == FLEET and devices is None:
+        raise UsageError(
+            "calibrate = fleet needs a place where devices join",
+            hint="fleetune compress RUN --calibrate fleet",
+        )
+    if request.calibrate != FLEET and devices is not None:
+        raise UsageError(
+            f"calibrate = {request.calibrate} asks no devices: --host, --port, --keys, --certificate, --wait, --grace and "
+            "--round-deadline do nothing",
+            hint="leave them out, or: --calibrate fleet",
+        )
+
+
 def _client_problems(request: CompressRequest) -> list[str]:
     problems = []
     if request.clients < 0:
         problems.append(f"clients = {request.clients} is below 0")
-    if request.calibrate != CLIENTS:
+    if request.calibrate not in (CLIENTS, FLEET):
         return (
-            [*problems, f"clients = {request.clients} needs --calibrate clients"]
+            [*problems, f"clients = {request.clients} needs --calibrate clients or fleet"]
             if request.clients
             else problems
         )
@@ -196,7 +235,7 @@ def _check_whole(request: CompressRequest) -> None:
     problems = []
     if request.low_memory:
         problems.append(f"{request.method} trains the whole model, which must be in memory")
-    if request.calibrate == CLIENTS:
+    if request.calibrate in (CLIENTS, FLEET):
         problems.append(f"{request.method} is not calibrated by clients")
     if request.true_sequential:
         problems.append(f"{request.method} solves no layers: no true_sequential")

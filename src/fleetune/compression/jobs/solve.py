@@ -18,19 +18,20 @@ from typing import TYPE_CHECKING, Any, Final
 from fleetune.common.display import human_bytes, human_time
 from fleetune.compression import Solver
 from fleetune.compression.jobs import progress, windows
-from fleetune.compression.jobs.contract import Outcome
+from fleetune.compression.jobs.contract import Devices, Outcome, Share
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import Interrupted, UsageError
 from fleetune.runs import compression_folder, sealed
-from fleetune.runs.compression_folder import CLIENTS, PARTS, CompressRequest
+from fleetune.runs.compression_folder import CLIENTS, FLEET, PARTS, CompressRequest
 from fleetune.runs.events import BlockSolved, CalibrationReply, CompressStart, MatrixSolved
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fleetune.compression.layerwise.activations import HessianSource
     from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks
-    from fleetune.compression.layerwise.federated import ClientHessians, HessianReply
+    from fleetune.compression.layerwise.sums import HessianReply
     from fleetune.models.artefact import ArtefactHead
     from fleetune.planning.compression_cost import CompressionSize
 
@@ -50,12 +51,20 @@ class SolveJob:
     calibration: Tensor | None
     shares: Mapping[int, Tensor]  # client -> its windows; {} unless clients calibrate
     replies: list[HessianReply] = field(default_factory=list)  # of these clients, in order of arrival
+    devices: Devices | None = None  # real ones, that calibrate
+    agreed: dict[int, Share] = field(
+        default_factory=dict
+    )  # client -> what it calibrates on, once it is known
 
     def about(self) -> list[tuple[str, str]]:
         """Return rows of the header: calibration text, clients, planned memory."""
         memory = f"about {human_bytes(self.memory)}" + (
             " · one block at a time, read from its file" if self.request.low_memory else ""
         )
+        if self.request.calibrate == FLEET:
+            where = "real devices" if self.devices is None else self.devices.about(self.request)
+            text = f"{self.inputs.source} · windows of {self.request.length} tokens"
+            return [("text", text), ("clients", where), ("memory", memory)]
         if self.calibration is None:
             return [("memory", memory)]
         count, length = self.calibration.shape
@@ -78,6 +87,8 @@ class SolveJob:
         from fleetune.models.dtypes import WEIGHTS
 
         count, length = (0, 0) if self.calibration is None else self.calibration.shape
+        if self.request.calibrate == FLEET:  # the windows are on the devices, the Hessians here
+            count, length = 1, self.request.length
         return size_of(self.solver, count, length)._replace(
             size=WEIGHTS[self.inputs.model.dtype].size, low_memory=self.request.low_memory,
             measured=self.inputs.measured, clients=len(self.shares), together=self.request.true_sequential,
@@ -101,7 +112,13 @@ def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
     return CompressionSize(windows if solver.data else 0, length, bits=bits, group=group)
 
 
-def prepare(request: CompressRequest, solver: Solver, inputs: Inputs, listener: Listener) -> SolveJob:
+def prepare(
+    request: CompressRequest,
+    solver: Solver,
+    inputs: Inputs,
+    listener: Listener,
+    devices: Devices | None = None,
+) -> SolveJob:
     """Check the solver on every matrix and cut the calibration windows.
 
     UsageError when a matrix cannot be compressed, the text is too short for a window, or a window is longer than the
@@ -112,20 +129,24 @@ def prepare(request: CompressRequest, solver: Solver, inputs: Inputs, listener: 
     driver.check(inputs.model, solver)
     if not solver.data:
         for asked, flag in (
-            (request.calibrate == CLIENTS, "--calibrate"), (request.true_sequential, "--true-sequential")
+            (request.calibrate in (CLIENTS, FLEET), "--calibrate"), (request.true_sequential, "--true-sequential")
         ):  # fmt: skip
             if asked:
                 raise UsageError(f"{request.method} is not calibrated", hint=f"leave out {flag}")
         return SolveJob(request, solver, inputs, None, {})
     import torch
 
+    if request.calibrate == FLEET:
+        windows.check_length(request, inputs)
+        return SolveJob(request, solver, inputs, None, {}, devices=devices)
     if request.uses_held_out:
         calibration, inputs = windows.of_run(request, inputs, listener)
         return SolveJob(request, solver, inputs, calibration, {})
     clients = request.calibrate == CLIENTS
     shares = windows.of_clients(request, inputs, listener) if clients else {}
     calibration = torch.cat(list(shares.values())) if clients else windows.windows(request, inputs, listener)
-    return SolveJob(request, solver, inputs, calibration, shares)
+    agreed = {client: Share(len(own), _sha256(own)) for client, own in shares.items()}
+    return SolveJob(request, solver, inputs, calibration, shares, agreed=agreed)
 
 
 def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> FinishedBlocks:
@@ -188,15 +209,15 @@ def _origin(file: Path) -> str:
         return ""
 
 
-def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | ClientHessians | None:
-    from fleetune.compression.layerwise.federated import WARNING, ClientHessians
+def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | HessianSource | None:
+    from fleetune.compression.layerwise.federated import ClientHessians
+    from fleetune.compression.layerwise.sums import WARNING
 
-    if not job.shares:
+    if not job.shares and job.devices is None:
         return job.calibration
     log = parts / REPLIES
     job.replies.extend(_earlier(log))
-    gone = {reply.client for reply in job.replies if reply.reason}
-    left = {client: own for client, own in job.shares.items() if client not in gone}
+    gone = frozenset(reply.client for reply in job.replies if reply.reason)
 
     def on_reply(reply: HessianReply) -> None:
         listener.event(CalibrationReply(**asdict(reply)))
@@ -207,12 +228,19 @@ def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | ClientHe
             file.write(json.dumps(asdict(reply)) + "\n")
 
     listener.note(WARNING)
+    if job.devices is not None:
+        source, agreed = job.devices.source(
+            job.request, job.inputs.model, parts.parent, gone, on_reply, listener
+        )
+        job.agreed.update(agreed)
+        return source
+    left = {client: own for client, own in job.shares.items() if client not in gone}
     return ClientHessians(job.inputs.model, left or job.shares, parts, on_reply)
 
 
 def _earlier(log: Path) -> list[HessianReply]:
     """Read the replies before a stop: what they sent counts, and a client that was left out stays out."""
-    from fleetune.compression.layerwise.federated import HessianReply
+    from fleetune.compression.layerwise.sums import HessianReply
 
     found = list[HessianReply]()
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
@@ -275,10 +303,10 @@ def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
 
 def _traffic(listener: Listener, job: SolveJob) -> dict[str, int]:
     """Return the bytes that all clients sent and received; {} unless clients calibrate."""
-    if not job.shares:
+    if not job.agreed:
         return {}
     up, down = sum(r.bytes_up for r in job.replies), sum(r.bytes_down for r in job.replies)
-    count = len(job.shares)
+    count = len(job.agreed)
     listener.note(f"a client sent {human_bytes(up / count)} and got {human_bytes(down / count)}")
     return {"bytes_up": up, "bytes_down": down}
 
@@ -308,12 +336,25 @@ def _notes(blocks: Sequence[BlockResult]) -> dict[str, list[str]]:
 
 
 def _calibration(job: SolveJob) -> dict[str, Any]:
+    """Return what the head of an artefact states of the calibration text: its size and digest; {} for none.
+
+    Where clients calibrate it is the digest of their digests, in their order: nobody has all of the text.
+    """
+    if job.agreed:
+        shares = [job.agreed[client] for client in sorted(job.agreed)]
+        whole = hashlib.sha256("".join(share.sha256 for share in shares).encode()).hexdigest()
+        count = sum(share.windows for share in shares)
+        return {"windows": count, "length": job.request.length, "clients": len(shares), "sha256": whole}
     if job.calibration is None:
         return {}
-    tokens = job.calibration.numpy().astype("<i8").tobytes()
     count, length = job.calibration.shape
     how = {"true_sequential": True} if job.request.true_sequential else {}
-    return {"windows": count, "length": length, "sha256": hashlib.sha256(tokens).hexdigest(), **how}
+    return {"windows": count, "length": length, "sha256": _sha256(job.calibration), **how}
+
+
+def _sha256(windows: Tensor) -> str:
+    """Return the SHA-256 of windows int64 [n, length], hexadecimal."""
+    return hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def _after(inputs: Inputs, parts: FinishedBlocks) -> dict[str, float]:

@@ -31,7 +31,7 @@ def windows(request: CompressRequest, inputs: Inputs, listener: Listener) -> Ten
     from fleetune.compression.layerwise import driver
 
     model = inputs.model
-    _check_length(request, inputs)
+    check_length(request, inputs)
     if inputs.rows:
         ids = [np.asarray(row.ids) for row in inputs.rows]
     elif request.text:
@@ -59,7 +59,7 @@ def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tupl
     from fleetune.compression.layerwise import driver
     from fleetune.data.encode import Encoded
 
-    _check_length(request, inputs)
+    check_length(request, inputs)
     own = min(OWN, request.windows // 2)
     ids = [np.asarray(row.ids) for row in inputs.rows]
     rows = driver.windows(ids, request.length, request.windows - own)
@@ -79,8 +79,8 @@ def of_clients(request: CompressRequest, inputs: Inputs, listener: Listener) -> 
 
     from fleetune.compression.layerwise import driver
 
-    _check_length(request, inputs)
-    each, found = max(1, request.windows // len(inputs.clients)), dict[int, torch.Tensor]()
+    check_length(request, inputs)
+    each, found = each_of(request.windows, len(inputs.clients)), dict[int, torch.Tensor]()
     for client, rows in inputs.clients.items():
         try:
             found[client] = driver.windows([np.asarray(row.ids) for row in rows], request.length, each)
@@ -93,7 +93,13 @@ def of_clients(request: CompressRequest, inputs: Inputs, listener: Listener) -> 
     return found
 
 
-def _check_length(request: CompressRequest, inputs: Inputs) -> None:
+def each_of(windows: int, clients: int) -> int:
+    """Return how many of a request's windows each of so many clients takes, at most."""
+    return max(1, windows // clients)
+
+
+def check_length(request: CompressRequest, inputs: Inputs) -> None:
+    """Raise UsageError for windows that are longer than the model's context."""
     from fleetune.evaluation.losses import context_length
 
     if request.length > (longest := context_length(inputs.model)):

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode and check what devices and their server send each other in calibration, and add up what devices send.
+
+A device's message for a block holds:
+
+    NAME        float32 [C (C + 1) / 2]: the lower triangle of 2 sum x x^T, row by row, for the first layer of each
+                distinct input (q, k and v share one)
+    NAME (text) for every other layer: the layer whose sums it shares
+    tokens      how many tokens are in the sums
+
+The server's message after a block holds its compressed weights as the artefact has them, and `grids`: for each weight
+[bits, group, columns], or null for floats, as JSON.
+
+The server adds in float64, in the order of the clients, and rounds once.  A reply that is damaged, not finite or not as
+agreed is refused, and its device is left out from then on; the other devices continue.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fleetune.compression.layerwise.blocks import block_file
+from fleetune.errors import FleetError, FleetuneError, MessageError
+from fleetune.models.artefact import Quantised, unpack
+from fleetune.tuning.messages import Message, Payload, decode, encode
+
+WARNING: Final = (
+    "the devices send sums of x x^T over their text, from which its activations can leak: treat them as private data, "
+    "and add them by secure aggregation on a fleet that is not yours"
+)
+LARGEST: Final = 65504.0  # of an input of a layer: the largest number of fp16, far above what models compute
+ROUNDING: Final = 1e-3  # relative error of a sum in float32
+
+
+@dataclass(frozen=True)
+class HessianReply:
+    """A device's answer for a block, as it is reported."""
+
+    block: int
+    client: int
+    bytes_up: int
+    bytes_down: int  # the compressed block before this one
+    status: str  # ok, or refused
+    reason: str
+
+
+class Answer(NamedTuple):
+    """A device's message for a block, or None and the reason why there is none."""
+
+    client: int
+    data: bytes | None
+    reason: str
+
+
+class HessianSums:
+    """Add up the messages of devices.  `tokens` are those agreed with each device that still takes part."""
+
+    def __init__(
+        self,
+        base: bytes,
+        tokens: Mapping[int, int],
+        on_reply: Callable[[HessianReply], None],
+    ) -> None:
+        """base: the first 8 bytes of the base model's digest."""
+        self.base, self.tokens, self.on_reply = base, dict(tokens), on_reply
+
+    def add_up(
+        self,
+        number: int,
+        linears: Mapping[str, nn.Linear],
+        answers: Iterable[Answer],
+        down: int,
+        shared: Mapping[str, str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the sums of all good answers by layer, float32 [C, C]; `answers` come in the clients' order.
+
+        `down` is the size of the message that each device was sent.  `shared` says which layer shares the sums of which
+        (`sharing`); without it the first good answer does.  FleetError when no answer is good.
+        """
+        total: dict[str, Tensor] = {}
+        shared = shared or {}
+        reason = ""
+        for client, data, reason in answers:
+            try:
+                if data is None:
+                    raise MessageError(reason or "no answer")
+                shared = self._add(total, shared, decode(data), client, number, linears)
+            except FleetuneError as error:
+                reason = str(error)
+                del self.tokens[client]
+            status = "refused" if reason else "ok"
+            self.on_reply(HessianReply(number, client, len(data or b""), down, status, reason))
+        if not self.tokens:
+            raise FleetError(
+                f"no device is left in block {number}; the last: {reason}",
+                hint="compress without --calibrate",
+            )
+        whole = {name: from_lower_triangle(lower, linears[name].in_features) for name, lower in total.items()}
+        return {name: whole[shared[name]] for name in linears}
+
+    def _add(
+        self,
+        total: dict[str, Tensor],
+        shared: Mapping[str, str],
+        message: Message,
+        client: int,
+        number: int,
+        linears: Mapping[str, nn.Linear],
+    ) -> dict[str, str]:
+        """Add a reply to the sums, and return which layer shares which sums.  MessageError before anything is added."""
+        if (message.round, message.base) != (number, self.base):
+            raise MessageError(
+                f"reply is for block {message.round} of {message.base.hex()}, this is block {number} of {self.base.hex()}"
+            )
+        payload = message.payload
+        tokens = payload.int("tokens")
+        if tokens != self.tokens[client]:
+            raise MessageError(f"reply is of {tokens} tokens, agreed were {self.tokens[client]}")
+        found = {name: name for name in payload.arrays}
+        found |= {n: str(of) for n, of in payload.scalars.items() if n != "tokens"}
+        if (
+            set(found) != set(linears)
+            or any(found[name] != of for name, of in shared.items())
+            or set(found.values()) - set(payload.arrays)
+        ):
+            raise MessageError("reply is not about the layers of the block")
+        for name, of in found.items():
+            if linears[name].in_features != linears[of].in_features:
+                raise MessageError(f"'{name}' cannot share the sums of '{of}': their inputs differ in size")
+        for name, a in payload.arrays.items():
+            check_sums(name, a, linears[name].in_features, tokens)
+        for name, a in payload.arrays.items():
+            own = torch.from_numpy(a.astype(np.float64))
+            total.setdefault(name, torch.zeros(a.size, dtype=torch.float64)).add_(own)
+        return found
+
+
+def message_of(H: Mapping[str, Tensor], tokens: int, number: int, base: bytes) -> bytes:
+    """Return a device's message: the sums over its windows; layers that share a tensor of `H` share what is sent."""
+    shared = sharing(H)
+    arrays = {name: lower_triangle(H[name]).numpy() for name, of in shared.items() if name == of}
+    texts = {name: of for name, of in shared.items() if name != of}
+    return encode(Message(number, base, Payload(arrays, {"tokens": tokens, **texts})))
+
+
+def sharing(H: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return, for each layer, the first that has the same tensor in `H`: those that read the same input."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(h), name) for name, h in H.items()}
+
+
+def block_message(folder: Path, number: int, base: bytes) -> bytes:
+    """Return the message with the finished block in `folder`, encoded as in the artefact."""
+    file = block_file(folder, number)
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        grids = json.loads(opened.metadata()["block"])["weights"]
+    arrays = {
+        n: (t.view(torch.uint16) if t.dtype is torch.bfloat16 else t).numpy() for n, t in tensors.items()
+    }
+    return encode(Message(number, base, Payload(arrays, {"grids": json.dumps(grids)})))
+
+
+def weights_of(payload: Payload) -> dict[str, Quantised | Tensor]:
+    """Return the compressed weights in a block's message, by name; MessageError where they are not as agreed."""
+    try:
+        grids = json.loads(str(payload.scalars["grids"]))
+        return {name: _weight(payload, name, grid) for name, grid in grids.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise MessageError(f"the compressed block is not as agreed ({error!r})") from error
+
+
+def _weight(payload: Payload, name: str, grid: list[int] | None) -> Quantised | Tensor:
+    if grid is None:
+        return _tensor(payload, name)
+    bits, group, columns = grid
+    codes, scale, zero = (_tensor(payload, f"{name}.{part}") for part in ("codes", "scale", "zero"))
+    return Quantised(unpack(codes, bits, columns), scale, zero, bits, group)
+
+
+def _tensor(payload: Payload, name: str) -> Tensor:
+    tensor = torch.from_numpy(payload.array(name).copy())
+    return tensor.view(torch.bfloat16) if tensor.dtype is torch.uint16 else tensor
+
+
+def check_sums(name: str, a: np.ndarray, C: int, tokens: int) -> None:
+    """Raise MessageError unless `a` can be the lower triangle of 2 sum x x^T, x [C], over so many tokens.
+
+    Checked are its type, shape and range, and that no |sum x_i x_j| is above sqrt(sum x_i^2 sum x_j^2) (Cauchy-Schwarz).
+    """
+    if a.dtype != np.float32 or a.shape != (C * (C + 1) // 2,):
+        raise MessageError(f"'{name}' is {a.dtype} {a.shape}, agreed was float32 ({C * (C + 1) // 2},)")
+    if bad := int(np.count_nonzero(~np.isfinite(a))):
+        raise MessageError(f"'{name}' holds {bad} values that are not finite")
+    squares = a[_diagonal_indices(C)].astype(np.float64)
+    if bad := int(np.count_nonzero(squares < 0)):
+        raise MessageError(f"'{name}' holds {bad} sums of squares below zero")
+    if (top := squares.max(initial=0) / (2 * tokens)) > LARGEST**2:
+        raise MessageError(f"'{name}' holds a mean square of {top:.3g}, agreed was {LARGEST**2:.3g} at most")
+    roots, at = np.sqrt(squares) * (1 + ROUNDING), 0
+    for i in range(C):
+        if (np.abs(a[at : at + i + 1]) > roots[i] * roots[: i + 1]).any():
+            raise MessageError(f"row {i} of '{name}' is larger than its sums of squares allow")
+        at += i + 1
+
+
+def _diagonal_indices(C: int) -> np.ndarray:
+    rows = np.arange(C, dtype=np.int64)
+    return rows * (rows + 3) // 2
+
+
+def lower_triangle(H: Tensor) -> Tensor:
+    """Return the lower triangle of a matrix [C, C], row by row."""
+    return torch.cat([H[i, : i + 1] for i in range(len(H))])
+
+
+def from_lower_triangle(lower: Tensor, C: int) -> Tensor:
+    """Return the symmetric float32 [C, C] matrix with this lower triangle."""
+    H, at = torch.zeros(C, C), 0
+    for i in range(C):
+        H[i, : i + 1] = lower[at : at + i + 1]
+        H[:i, i] = H[i, :i]
+        at += i + 1
+    return H

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrate on a device: its windows go through the model block by block, and only sums leave it.
+
+    state/run-3f2a../calibration/
+      begin                        the order that began it: the run's result, how many windows of how many tokens
+      result/                      the ledger or adapter in it
+      states-0002.safetensors      what the windows are in front of block 2
+
+The device stands in front of a block.  An order for block k brings block k-1 compressed: the windows go through it, the
+states are on the disk, and then the sums of block k are made.  A device that is killed goes on from its states, whatever it
+was doing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fleetune.common.files import PRIVATE, storage_error, write_atomic
+from fleetune.compression.layerwise import driver
+from fleetune.compression.layerwise.activations import HiddenStates
+from fleetune.compression.layerwise.sums import message_of, weights_of
+from fleetune.data import Encoded
+from fleetune.errors import MessageError
+from fleetune.fleet import result
+from fleetune.models.model import Model
+from fleetune.tuning import finished
+from fleetune.tuning.messages import Message, Payload, decode, encode
+
+BEGIN: Final = "begin"
+
+
+class Calibration:
+    """A device's part in a compression; `model` is the base, and becomes the tuned model that is compressed."""
+
+    def __init__(self, model: Model, rows: Sequence[Encoded], folder: Path, stated: str) -> None:
+        """`stated` is the digest of the result that the server sends."""
+        self.model, self.rows, self.stated = model, rows, stated
+        self.base = bytes.fromhex(model.digest)[:8]
+        self.folder = folder / "calibration"
+
+    def begin(self, message: bytes, on_step: Callable[[int], None]) -> bytes:
+        """Take the result, and run the windows up to block 0; return their number and digest.
+
+        `on_step(number)` is called before each piece of work, and may raise.  DataError when the rows do not fill a window.
+        """
+        file = self.folder / BEGIN
+        if not (file.exists() and file.read_bytes() == message):
+            self.remove()
+            self.folder.mkdir(parents=True, mode=0o700)
+            write_atomic(file, message, mode=PRIVATE)
+        windows = self._windows
+        if self._stands() is None:
+            on_step(0)
+            with torch.inference_mode():
+                self._save(0, self._stream.first_block_inputs(windows))
+        sha = hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
+        return encode(Message(0, self.base, Payload({}, {"windows": len(windows), "sha256": sha})))
+
+    @torch.inference_mode()
+    def block(self, number: int, message: bytes, on_step: Callable[[int], None]) -> bytes:
+        """Return the sums of a block; `message` is the compressed block before it, b"" for block 0.
+
+        MessageError when the device stands elsewhere.
+        """
+        stands = self._stands()
+        if stands is None or not 0 <= number < len(self._blocks):
+            raise MessageError(f"block {number} was asked for, and this device has not begun")
+        stream = self._stream
+        if stands == number - 1:
+            on_step(number)
+            driver.place_weights(self._blocks[stands][1], weights_of(decode(message).payload))
+            stream.states = self._load(stands)
+            stream.advance(stands)
+            self._save(number, stream.states)
+        elif stands != number:
+            raise MessageError(
+                f"the device stands in front of block {stands}, and was asked for block {number}"
+            )
+        stream.states = self._load(number)
+        on_step(number)
+        H = stream.hessians(number, self._blocks[number][1])
+        stream.states = []
+        return message_of(H, self._windows.numel(), number, self.base)
+
+    def remove(self) -> None:
+        """Delete what was kept: the compression is over."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # The model and the windows ----------------------------------------------------------------------------
+
+    @cached_property
+    def _windows(self) -> Tensor:
+        """The device's calibration windows, int64 [n, length]; DataError when its rows do not fill one."""
+        payload = decode((self.folder / BEGIN).read_bytes()).payload
+        ids = [np.asarray(row.ids) for row in self.rows]
+        return driver.windows(ids, payload.int("length"), payload.int("windows"))
+
+    @cached_property
+    def _stream(self) -> HiddenStates:
+        """The tuned model, with its weights merged as the server has them, and the states of the windows."""
+        windows = self._windows
+        scalars = decode((self.folder / BEGIN).read_bytes()).payload.scalars
+        result.put_on(self.model, result.placed(scalars, self.folder / "result", self.stated))
+        finished.merge_weights(self.model)
+        return HiddenStates(self.model, windows[:1])
+
+    @cached_property
+    def _blocks(self):  # type: ignore[no-untyped-def]
+        return driver.linears_of(self.model)
+
+    # The states -------------------------------------------------------------------------------------------
+
+    def _stands(self) -> int | None:
+        """Return the number of the block that the states are in front of; None where there are none."""
+        names = (re.fullmatch(r"states-(\d+)\.safetensors", p.name) for p in self.folder.glob("states-*"))
+        return max((int(m[1]) for m in names if m), default=None)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"states-{number:04d}.safetensors"
+
+    def _save(self, number: int, states: list[Tensor]) -> None:
+        path = self._path(number)
+        half = path.with_name(f".{path.name}.tmp")
+        try:
+            save_file({"states": torch.cat(states).cpu()}, half)
+            os.replace(half, path)
+        except OSError as error:
+            raise storage_error(error, path) from error
+        if number:
+            self._path(number - 1).unlink(missing_ok=True)
+
+    def _load(self, number: int) -> list[Tensor]:
+        return [state[None].to(self.model.device) for state in load_file(self._path(number))["states"]]

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Get the Hessians of a compression from devices that join: `compress --calibrate fleet`.
+
+    devices.json       in the compression's folder: which key is which client, as in the run
+    audit.jsonl        there too: who joined, and what was taken or refused
+    parts/agreed.json  the windows of each device, agreed before block 0; a resumed compression goes on with these
+    parts/replies/     answers that came before those of the clients in front of them: they are added in the clients' order
+
+Each device gets the run's result once (`result.py`), then for every block the compressed one before it, and answers with sums
+over its windows (`calibration_device.py`).  The server has one device's sums in memory, besides those on their way: so
+many devices are at work at a time that these take `ON_THE_WAY` bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.compression.jobs.contract import Share
+from fleetune.compression.jobs.windows import each_of
+from fleetune.compression.layerwise.activations import HessianSource, HiddenStates, SolveLayer
+from fleetune.compression.layerwise.sums import Answer, HessianReply, HessianSums, block_message, sharing
+from fleetune.errors import DataError, MessageError, UsageError
+from fleetune.fleet import result
+from fleetune.fleet.eval_server import job_of_run
+from fleetune.fleet.orders import Device, Order
+from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.server import Served
+from fleetune.fleet.table import Devices
+from fleetune.models.layers import layers_of
+from fleetune.models.model import Model
+from fleetune.runs import sealed
+from fleetune.runs.compression_folder import PARTS, CompressRequest
+from fleetune.runs.listener import Listener
+from fleetune.tuning import finished, fleets, rounds
+from fleetune.tuning.messages import Message, Payload, ReplySpec, check, decode, encode
+
+AGREED: Final = "agreed.json"
+ON_THE_WAY: Final = 1 << 28  # bytes of answers
+
+
+class Calibrators:
+    """The devices that join at a door, as a compression asks for them (`compression/jobs/contract.py`: `Devices`)."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+
+    def about(self, request: CompressRequest) -> str:
+        """Return where they join, and how many are waited for."""
+        return self.served.where(self._count(request, Devices(Path(request.model))))
+
+    def source(
+        self,
+        request: CompressRequest,
+        model: Model,
+        folder: Path,
+        without: frozenset[int],
+        on_reply: Callable[[HessianReply], None],
+        listener: Listener,
+    ) -> tuple[HessianSource, Mapping[int, Share]]:
+        """Return the Hessians of the devices that join, and the windows of each.
+
+        DataError when no device has text for a window, UsageError when all that began are left out.
+        """
+        self.served.farewell = "the compression is finished"
+        run, parts = Path(request.model), folder / PARTS
+        devices = Devices(folder)
+        devices.take_from(run)
+        blocks = len(layers_of(model.net))
+        listener.progress("blocks", 0, blocks)
+        job = job_of_run(run, devices.run, "calibrate", blocks)
+        agreed = _read_agreed(parts / AGREED)
+        left = {client: share for client, share in agreed.items() if client not in without}
+        if agreed and not left:
+            raise UsageError(
+                "all devices that began this compression were left out",
+                hint=f"compress again: fleetune compress {run}",
+            )
+        count = self.served.wait or len(left) or self._count(request, devices)
+        fleet = self.served.gather(folder, devices, job, 0, count, listener)
+        base = bytes.fromhex(job.base)[:8]  # the model's own digest is that of merged weights
+        if not agreed:
+            chosen = _chosen(request, fleet)
+            asked = {"windows": each_of(request.windows, len(chosen)), "length": request.length}
+            files = result.packed(finished.result_of(run))
+            message = encode(Message(0, base, Payload({}, {**asked, **files})))
+            orders = {c: Order("begin", client=c, body=message) for c in chosen}
+            agreed = left = _agreed(fleet, orders, asked, job.max_length, base, listener)
+            content = {str(client): list(share) for client, share in agreed.items()}
+            write_atomic(parts / AGREED, sealed.to_text(content) + "\n", mode=PRIVATE)
+        tokens = {client: share.windows * request.length for client, share in left.items()}
+
+        def heard(reply: HessianReply) -> None:
+            member = devices.members[reply.client]
+            fleet.audit(
+                reply.status, device=member.key, name=member.name, client=reply.client, block=reply.block,
+                bytes=reply.bytes_up, reason=reply.reason,
+            )  # fmt: skip
+            on_reply(reply)
+
+        sums = HessianSums(base, tokens, heard)
+        return FleetHessians(fleet, sums, model, parts), agreed
+
+    def _count(self, request: CompressRequest, devices: Devices) -> int:
+        joined = sum(rows > 0 for rows in devices.rows)
+        recipe = finished.recipe_of(Path(request.model))
+        return self.served.wanted(joined or recipe.clients)
+
+
+class FleetHessians:
+    """A source of Hessians: each block's are asked of the devices, which advance by the compressed block before it.
+
+    Which layers share an input is not theirs to say: the server runs two tokens through the model for that.
+    """
+
+    def __init__(self, fleet: RemoteFleet, sums: HessianSums, model: Model, parts: Path) -> None:
+        """`parts` holds the finished blocks."""
+        self.fleet, self.sums, self.parts = fleet, sums, parts
+        with torch.inference_mode():
+            self._own = HiddenStates(model, torch.zeros(1, 2, dtype=torch.int64))
+
+    def solve_layers(self, number: int, linears: Mapping[str, nn.Linear], solve: SolveLayer) -> None:
+        """Solve the block's layers with the sums over all devices that answer.  FleetError when none does."""
+        for name, H in self.hessians(number, linears).items():
+            solve(name, H)
+
+    def hessians(self, number: int, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+        """Return the sums over all devices that answer, by layer.  FleetError when none does."""
+        clients = sorted(self.sums.tokens)
+        body = block_message(self.parts, number - 1, self.sums.base) if number else b""
+        orders = {c: Order("block", number, c, body=body) for c in clients}
+        largest = sum(2 * linear.in_features * (linear.in_features + 1) for linear in linears.values())
+        answers = self.fleet.give(orders, at_once=max(1, ON_THE_WAY // largest))
+        ordered = in_order(answers, clients, self.parts / "replies")
+        shared = sharing(self._own.hessians(number, linears))
+        return self.sums.add_up(number, linears, ordered, len(body), shared)
+
+    def advance(self, number: int) -> None:
+        """Advance the server's own tokens; for the devices, the compressed block travels with the order for the next one."""
+        self._own.advance(number)
+
+
+def in_order(answers: Iterable[fleets.Answer], clients: Sequence[int], folder: Path) -> Iterator[Answer]:
+    """Yield the answers in the order of `clients`; those that come before their turn wait as files in `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    early, turn = dict[int, Answer](), iter(clients)
+    wanted = next(turn, None)
+    for found in answers:
+        reason = found.reason or found.status
+        if found.data is not None and found.client != wanted:
+            write_atomic(folder / str(found.client), found.data, mode=PRIVATE)
+        kept = found.data if found.client == wanted else None
+        early[found.client] = Answer(found.client, kept, "" if found.data is not None else reason)
+        del found
+        while wanted in early:
+            answer = early.pop(wanted)
+            file = folder / str(wanted)
+            if answer.data is None and not answer.reason:
+                answer = answer._replace(data=file.read_bytes())
+                file.unlink()
+            yield answer
+            wanted = next(turn, None)
+
+
+def _chosen(request: CompressRequest, fleet: RemoteFleet) -> list[int]:
+    """Return the clients that calibrate: those that are there, or `request.clients` of them drawn by the seed."""
+    ready = fleet.ready()
+    if request.clients > len(ready):
+        raise UsageError(
+            f"--clients {request.clients} are more than the {len(ready)} devices that are there",
+            hint="leave it out for all, or wait for more: --wait",
+        )
+    return list(rounds.sample(ready, (request.clients or len(ready)) / len(ready), request.seed, 0))
+
+
+def _agreed(
+    fleet: RemoteFleet,
+    orders: Mapping[int, Order],
+    asked: Mapping[str, int],
+    max_length: int,
+    base: bytes,
+    listener: Listener,
+) -> dict[int, Share]:
+    """Let devices begin; return client -> its windows.  One that cannot is left out, with a note.
+
+    DataError when none is left.
+    """
+    found, reason = dict[int, Share](), ""
+    for answer in fleet.give(orders):
+        device = fleet.told[answer.client]
+        try:
+            if answer.data is None:
+                raise MessageError(answer.reason or answer.status)
+            found[answer.client] = _share(answer.data, device, asked, max_length, base)
+        except MessageError as error:
+            reason = error.message
+            listener.note(f"client {answer.client} is left out: {reason}")
+    if not found:
+        raise DataError(
+            f"no device can calibrate on windows of {asked['length']} tokens; the last: {reason}",
+            hint="where the text is too short: a smaller --length",
+        )
+    return {client: found[client] for client in sorted(found)}
+
+
+def _share(data: bytes, device: Device, asked: Mapping[str, int], max_length: int, base: bytes) -> Share:
+    """Return what a device says of its windows; MessageError for more of them than its rows can fill."""
+    most = min(asked["windows"], device.rows * max_length // asked["length"])
+    message = decode(data)
+    sha256 = message.payload.scalars.get("sha256")
+    if type(sha256) is not str or len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
+        raise MessageError("the digest of its windows is none")
+    numbers = {n: v for n, v in message.payload.scalars.items() if n != "sha256"}
+    plain = Message(message.round, message.base, Payload(message.payload.arrays, numbers))
+    payload = check(plain, ReplySpec({}, {"windows": (int, 1, most)}), round=0, base=base)
+    return Share(payload.int("windows"), sha256)
+
+
+def _read_agreed(file: Path) -> dict[int, Share]:
+    """Return what was agreed before a stop, {} for nothing; StorageError where the file is damaged."""
+    if not file.exists():
+        return {}
+    found = sealed.read(file, "compress again")
+    return {int(client): Share(int(windows), str(sha256)) for client, (windows, sha256) in found.items()}

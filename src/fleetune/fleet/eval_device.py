@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure a result on a device's held-out rows: only sums leave it.
+
+The answer to the order `eval` holds
+
+    rows, tokens    how many were measured (of an encoder a row scores one thing: tokens = rows)
+    base, tuned     the summed cross-entropy of the answers' tokens, in nats, by the base and by the tuned model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from fleetune.data import Encoded
+from fleetune.errors import DataError
+from fleetune.evaluation.losses import all_row_losses
+from fleetune.fleet import result
+from fleetune.models.model import Model
+from fleetune.tuning.messages import Message, Payload, decode, encode
+
+BATCH: Final = 1  # rows at a time: a device that has trained has the memory for one
+
+
+def measure(model: Model, held: Sequence[Encoded], order: bytes, folder: Path, stated: str) -> bytes:
+    """Return the answer to an order `eval`; `model` is the base, and afterwards the tuned model.
+
+    `stated` is the digest of the result, "" where the base alone is measured; its files go into `folder`.
+    DataError when the device holds out no rows.
+    """
+    if not held:
+        raise DataError("the device holds out no rows", hint="join with --held-out, or with --eval-data")
+    received = decode(order)
+    base, counts = all_row_losses(model, held, BATCH)
+    tuned = base
+    if stated:
+        result.put_on(model, result.placed(received.payload.scalars, folder, stated))
+        tuned, _ = all_row_losses(model, held, BATCH)
+    sums = {
+        "rows": len(held), "tokens": int(counts.sum()), "base": float(np.sum(base)), "tuned": float(np.sum(tuned)),
+    }  # fmt: skip
+    return encode(Message(received.round, received.base, Payload({}, sums)))

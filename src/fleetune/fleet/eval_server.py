@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure a run's result, or a plain model, on the held-out rows of devices that join.
+
+    eval-fleet.json    in the run's folder, sealed with a checksum, for its owner alone: the mean, and every device
+
+Each device measures base and tuned model on its own rows and sends sums (`eval_device.py`).  The mean over all devices is
+weighted by tokens, as that of `fleetune eval` is: R = sum L_i / sum T_i, with the loss sum L_i and the tokens T_i of device
+i.  Its standard error is that of a ratio of two sums over n devices, each a cluster of tokens (Cochran 1977, Sampling
+Techniques, 3rd edition, section 6.4):
+
+    se(R) = sqrt(n / (n - 1) sum (L_i - R T_i)^2) / sum T_i
+
+so it says how much R would differ with other devices of the same kind; one device has none.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Final
+
+from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.errors import FleetError, MessageError, UsageError
+from fleetune.fleet import result
+from fleetune.fleet.orders import Device, Job, Order
+from fleetune.fleet.server import Served
+from fleetune.fleet.table import Devices
+from fleetune.runs import rundir, sealed
+from fleetune.runs.events import DeviceEvaluated, FleetEvaluated
+from fleetune.runs.listener import Listener
+from fleetune.subject import Compressed, Plain, Run
+from fleetune.tuning import finished
+from fleetune.tuning.fleets import Answer
+from fleetune.tuning.messages import Message, Payload, ReplySpec, check, decode, encode
+from fleetune.tuning.recipe import label_words
+
+FILE: Final = "eval-fleet.json"
+WORST: Final = 1e4  # nats a token; far above what finite logits give
+
+
+def evaluate(
+    subject: Run | Compressed | Plain, served: Served, listener: Listener, *, offline: bool = False
+) -> tuple[FleetEvaluated, Sequence[DeviceEvaluated]]:
+    """Measure on the devices that join, and return the means and every device's figures; all of them are events.
+
+    FleetError when no device has measured anything; UsageError for a run without a result, and for codes.
+    """
+    served.farewell, served.more = "the evaluation is finished", " --held-out 0.1"
+    with _place(subject) as folder:
+        devices = Devices(folder)
+        job, packed = _job(subject, devices.run, offline)
+        count = served.wanted(sum(rows > 0 for rows in devices.rows) or _clients(subject))
+        listener.header("fleetune fleet eval", [
+            ("model", subject.argument), ("fleet", served.where(count)),
+        ])  # fmt: skip
+        listener.progress("devices", 0, count)
+        fleet = served.gather(folder, devices, job, 0, count, listener)
+        chosen, base = fleet.ready(), bytes.fromhex(job.base)[:8]
+        message = encode(Message(0, base, packed))
+        orders = {client: Order("eval", client=client, body=message) for client in chosen}
+        found = []
+        for answer in fleet.give(orders):
+            one = measured(answer, devices.members[answer.client].name, fleet.told[answer.client], job)
+            fleet.audit(
+                "measured" if one.status == "ok" else one.status, device=devices.members[answer.client].key, name=one.name,
+                client=one.client, rows=one.rows, tokens=one.tokens, reason=one.reason,
+            )  # fmt: skip
+            listener.event(one)
+            found.append(one)
+            listener.progress("devices", len(found), len(chosen))
+        done = mean(subject.argument, found)
+        if isinstance(subject, Run):
+            done = replace(done, path=str(folder / FILE))
+            content = {**asdict(done), "base_digest": job.base, "result_sha256": job.result}
+            content["devices"] = [asdict(one) for one in sorted(found, key=lambda one: one.client)]
+            write_atomic(folder / FILE, sealed.to_text(content) + "\n", mode=PRIVATE)
+        listener.event(done)
+        return done, found
+
+
+def measured(answer: Answer, name: str, device: Device, job: Job) -> DeviceEvaluated:
+    """Return a device's figures, or why there are none: it can claim no more rows than it holds out, and no odd loss."""
+    status, reason = answer.status, answer.reason
+    if answer.data is not None:
+        tokens = device.held_out * job.max_length
+        most = tokens * WORST
+        spec = ReplySpec({}, {
+            "rows": (int, 1, device.held_out), "tokens": (int, 1, tokens), "base": (float, 0, most), "tuned": (float, 0, most),
+        })  # fmt: skip
+        try:
+            payload = check(decode(answer.data), spec, round=0, base=bytes.fromhex(job.base)[:8])
+            rows, tokens = payload.int("rows"), payload.int("tokens")
+            base, tuned = payload.float("base"), payload.float("tuned")
+            if tokens > rows * job.max_length or max(base, tuned) > tokens * WORST:
+                raise MessageError(f"{rows} rows cannot have {tokens} tokens with such a loss")
+            return DeviceEvaluated(
+                client=answer.client, name=name, rows=rows, tokens=tokens, base=base / tokens, tuned=tuned / tokens,
+                digest=device.held_out_digest, status="ok", reason="",
+            )  # fmt: skip
+        except MessageError as error:
+            status, reason = "refused", str(error)
+    return DeviceEvaluated(
+        client=answer.client, name=name, rows=0, tokens=0, base=None, tuned=None,
+        digest=device.held_out_digest, status=status, reason=reason,
+    )  # fmt: skip
+
+
+def mean(model: str, found: Sequence[DeviceEvaluated]) -> FleetEvaluated:
+    """Return the mean over the devices that have measured, weighted by tokens; FleetError when there are none."""
+    good = [one for one in found if one.base is not None and one.tuned is not None]
+    if not good:
+        why = f"; the first: {found[0].reason}" if found else ""
+        raise FleetError(
+            f"no device has measured anything{why}",
+            hint="devices hold rows out with: fleetune fleet join .. --held-out 0.1, or --eval-data FILE",
+        )
+    tokens = [one.tokens for one in good]
+    base = [float(one.base or 0.0) for one in good]
+    tuned = [float(one.tuned or 0.0) for one in good]
+    change = [t - b for t, b in zip(tuned, base, strict=True)]
+    return FleetEvaluated(
+        model=model, devices=len(good), asked=len(found), rows=sum(one.rows for one in good), tokens=sum(tokens),
+        base=ratio(base, tokens)[0], tuned=ratio(tuned, tokens)[0], change=ratio(change, tokens)[0],
+        base_error=ratio(base, tokens)[1], tuned_error=ratio(tuned, tokens)[1], change_error=ratio(change, tokens)[1],
+        base_perplexity=_exp(ratio(base, tokens)[0]), tuned_perplexity=_exp(ratio(tuned, tokens)[0]),
+        median=statistics.median(tuned), improved=sum(c < 0 for c in change),
+    )  # fmt: skip
+
+
+def ratio(means: Sequence[float], weights: Sequence[int]) -> tuple[float, float | None]:
+    """Return the mean of the devices' means weighted by their tokens, and its standard error; None for one device."""
+    n, total = len(means), sum(weights)
+    R = math.fsum(m * w for m, w in zip(means, weights, strict=True)) / total
+    if n < 2:
+        return R, None
+    squares = math.fsum((w * (m - R)) ** 2 for m, w in zip(means, weights, strict=True))
+    return R, math.sqrt(n / (n - 1) * squares) / total
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@contextmanager
+def _place(subject: Run | Compressed | Plain) -> Iterator[Path]:
+    """The run's folder, which no other process has meanwhile; of a plain model a temporary one."""
+    if isinstance(subject, Run):
+        with rundir.locked(subject.folder):
+            yield subject.folder
+    else:
+        with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
+            yield Path(folder)
+
+
+def _clients(subject: Run | Compressed | Plain) -> int:
+    return subject.recipe.clients if isinstance(subject, Run) else 0
+
+
+def _job(subject: Run | Compressed | Plain, run: str, offline: bool) -> tuple[Job, Payload]:
+    """Return what devices are told, and the files of the result."""
+    if isinstance(subject, Run):
+        found = finished.result_of(subject.folder)
+        return job_of_run(subject.folder, run, "eval"), Payload({}, result.packed(found))
+    if isinstance(subject, Compressed):
+        raise UsageError(
+            f"{subject.argument} is a compressed model, which devices are not sent",
+            hint=f"write a plain one (fleetune export {subject.argument} --to hf), bring it to the devices, and measure that",
+        )
+    model = subject.load(offline=offline)
+    job = Job(
+        secrets.token_hex(16),
+        "",
+        {},
+        subject.name,
+        model.digest,
+        model.dtype,
+        subject.max_length,
+        (),
+        0,
+        "eval",
+    )
+    return job, Payload()
+
+
+def job_of_run(folder: Path, run: str, task: str, steps: int = 0) -> Job:
+    """Return what devices are told of a finished run whose result is measured, or calibrated in so many steps."""
+    recipe = finished.recipe_of(folder)
+    return Job(
+        run, recipe.method, dict(recipe.set), recipe.model, rundir.base_digest(folder), recipe.dtype, recipe.max_length,
+        label_words(recipe.labels), steps, task, result.digest_of(finished.result_of(folder)),
+    )  # fmt: skip

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Divide a device's rows into those that it trains on and those that it only measures on.
+
+The split is a function of the file and the number alone, so the same device holds out the same rows in every session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from fleetune import data
+from fleetune.data import Example
+from fleetune.errors import DataError
+
+SEED: Final = 0  # of the order in which rows are drawn
+
+
+def divided(
+    source: str, held_out: float = 0, eval_data: str = "", *, offline: bool = False
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Return (training rows, held-out rows): a share (below 1) or a number of `source`, or all of `eval_data`.
+
+    A row that is equal to a held-out one is no training row either.  DataError when `eval_data` has rows of `source`, or no
+    training row is left.
+    """
+    examples = data.read(source, offline=offline)
+    if eval_data:
+        held = data.read(eval_data, offline=offline)
+        if shared := len({_content(e) for e in held} & {_content(e) for e in examples}):
+            raise DataError(
+                f"{shared} rows of {eval_data} are rows of {source} as well: they would be trained on",
+                hint="take them out of one of the files; or hold rows of one file out: --held-out",
+            )
+        return examples, held
+    if not held_out:
+        return examples, []
+    train, aside = data.hold_out(examples, int(held_out) if held_out >= 1 else held_out, SEED)
+    held = [examples[i] for i in aside.tolist()]
+    known = {_content(e) for e in held}
+    training = [e for i in train.tolist() if _content(e := examples[i]) not in known]
+    if not training:
+        raise DataError(
+            f"every row of {source} is equal to a held-out one: none is left to train on",
+            hint="hold out fewer rows",
+        )
+    return training, held
+
+
+def _content(example: Example) -> tuple[object, ...]:
+    return (example.messages, example.response, example.texts)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bring the result of a run to a device: the ledger or the adapter as its files are, checked by the digest in the job.
+
+A ledger is a few kilobytes, an adapter a few megabytes; the base model is on the device already.  A ledger is replayed
+there, and the digest of the weights is compared with the one that it states.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from fleetune import adapters, models
+from fleetune.common import sums
+from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.errors import LedgerError, MessageError, UsageError
+from fleetune.models.model import Model
+from fleetune.seeds import ledger as ledgers
+from fleetune.tuning import finished
+from fleetune.tuning.messages import Scalar
+
+FILE: Final = "file "  # begins the name of a file's bytes in a message
+LEDGER: Final = finished.RESULT["ledger"]
+
+
+def digest_of(result: Path) -> str:
+    """Return the SHA-256 of a ledger's file, or of an adapter's SHA256SUMS; UsageError where there is none."""
+    file = result / sums.FILE if result.is_dir() else result
+    if not file.is_file():
+        raise UsageError(
+            f"{file} is missing: the adapter is of an earlier version",
+            hint=f"make it again: fleetune tune --resume {result.parent}",
+        )
+    return sums.sha256(file)
+
+
+def packed(result: Path) -> Mapping[str, Scalar]:
+    """Return the files of a ledger or an adapter as scalars of a message."""
+    files = sorted(result.iterdir()) if result.is_dir() else [result]
+    return {FILE + file.name: file.read_bytes() for file in files if file.is_file()}
+
+
+def placed(scalars: Mapping[str, Scalar], folder: Path, stated: str) -> Path:
+    """Write the files of a message into a new `folder`, and return the ledger or adapter.
+
+    MessageError, with nothing left behind, when they are not the result with the digest `stated`.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, mode=0o700)
+    try:
+        for name, data in scalars.items():
+            if not name.startswith(FILE):
+                continue
+            plain = name.removeprefix(FILE)
+            if type(data) is not bytes or plain != Path(plain).name or plain in ("", "..") or "\\" in plain:
+                raise MessageError(f"{plain!r} is no file of a result")
+            write_atomic(folder / plain, data, mode=PRIVATE)
+        result = folder / LEDGER if (folder / LEDGER).is_file() else folder
+        sums.check(result, remedy="the server sends it again")
+        file = result / sums.FILE if result.is_dir() else result
+        found = sums.sha256(file) if file.is_file() else "none"
+        if found != stated:
+            raise MessageError(f"the result has the SHA-256 {found:.16}.., the job states {stated:.16}..")
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return result
+
+
+def put_on(model: Model, result: Path) -> None:
+    """Make `model`, the base, the tuned model; its stored weights stay the base's.
+
+    LedgerError when the ledger belongs to another base, or rebuilds other weights than it states.
+    """
+    if result.is_dir():
+        adapters.load(model, result)
+        return
+    ledger = ledgers.load(result)
+    finished.check_base(model, ledger)
+    view = finished.place_at(model, ledger)
+    if (stated := ledger.final_check()) is None:
+        raise LedgerError("the ledger states no digest of its weights")
+    finished.require_digest(models.digest(view.tensors()), stated, "the ledger")

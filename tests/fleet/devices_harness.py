@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests of a finished run on real devices share: a run of a tiny model, and devices in threads on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fleetune
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.errors import Interrupted
+from fleetune.fleet import device, keys
+from fleetune.fleet.audit import Audit
+from fleetune.fleet.device import Home
+from fleetune.fleet.orders import Job, Order
+from fleetune.fleet.remote import Pace, RemoteFleet
+from fleetune.fleet.server import Place, Served
+from fleetune.fleet.table import Devices, Member
+from fleetune.fleet.worker import Brings, Worker
+from fleetune.runs.listener import Listener, Silent
+from fleetune.tuning import recipe as recipes
+
+QUICK = Pace(grace=60, poll=0.03)
+COMMON: dict[str, Any] = {
+    "model": "model", "data": "rows.jsonl", "clients": 2, "rounds": 1, "held_out": 4, "eval_rows": 4, "samples": 0,
+    "max_length": 48, "device": "cpu", "threads": 1,
+}  # fmt: skip
+RECIPES = {
+    "ledger": {**COMMON, "method": "fedkseed", "set": {"K": 4, "tau": 1, "lr": 1e-2}},
+    "adapter": {**COMMON, "method": "fedit", "set": {"r": 2, "steps": 1, "lr": 1e-2, "dropout": 0.0}},
+}
+
+
+def write_rows(path: str, first: int, last: int) -> None:
+    """Write rows with numbers of their own."""
+    rows = [
+        {"instruction": f"count to {i}", "response": " ".join(map(str, range(1 + i % 8)))}
+        for i in range(first, last)
+    ]
+    Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def simulated(kind: str, layers: int = 2, rows: int = 20) -> Path:
+    """Tune a model in the working directory; its clients' rows are then in rows/."""
+    made = models.tiny_llama(layers=layers)
+    models.save(made.net, made.tokenizer, Path("model"))
+    write_rows("rows.jsonl", 1, 1 + rows)
+    recipe = recipes.make(RECIPES[kind])
+    Path("recipe.toml").write_text(recipes.to_toml(recipe))
+    assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-q"]) == 0
+    return fleetune.tune(recipe, out="runs").folder
+
+
+def free_port() -> int:
+    """A port that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def door(port: int, wait: int = 2, pace: Pace = QUICK) -> Served:
+    """A door on this machine for any device."""
+    return Served(Place("127.0.0.1", port), wait, pace)
+
+
+class Device(threading.Thread):
+    """A device in a thread; `leave` makes it go as a closed lid would."""
+
+    def __init__(self, port: int, number: int, **brings: Any) -> None:
+        super().__init__(daemon=True)
+        self.port, self.number = port, number
+        self.home = Home(Path(f"state-{number}"), poll=0.1)
+        rows = {"data": f"rows/client-{number:03d}.jsonl"} | brings
+        self.brings = Brings(model="model", device="cpu", threads=1, offline=True, **rows)
+        self.leave = threading.Event()
+        self.notes: list[str] = []
+        self.outcome: object = None
+
+    def run(self) -> None:
+        """Stay until the end; the outcome is why it is over, or the error."""
+        try:
+            self.outcome = device.join(
+                f"127.0.0.1:{self.port}",
+                self.brings,
+                self.home,
+                stop=self.leave.is_set,
+                note=self.notes.append,
+            )
+        except Exception as error:
+            self.outcome = error
+
+
+def numbered(folder: Path, count: int = 2) -> None:
+    """Make the devices' keys and write them into the table of a run, so that device c is client c whoever comes first."""
+    table = Devices(folder)
+    for c in range(count):
+        Path(f"state-{c}").mkdir()
+        public = keys.make(Path(f"state-{c}/key")).public
+        table.members.append(Member(public.fingerprint, f"device-{c}"))
+    table._write()
+
+
+class Heard(Silent):
+    """A listener that keeps what it is told; `stop` is asked whether a stop is requested."""
+
+    def __init__(self, stop: Callable[[Heard], bool] = lambda heard: False) -> None:
+        self.events: list[Any] = []
+        self.notes: list[str] = []
+        self.stop = stop
+
+    def event(self, event: Any) -> None:
+        self.events.append(event)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.stop(self)
+
+    def of(self, name: str) -> list[Any]:
+        """The events of a name."""
+        return [e for e in self.events if e.event == name]
+
+
+class Direct:
+    """A link in memory to workers, which answer when they are asked for; `change(key, order, reply)` may spoil an answer."""
+
+    def __init__(self, workers: Mapping[str, Worker]) -> None:
+        self.workers = dict(workers)
+        self.marks = dict.fromkeys(workers, 0)
+        self.queue: dict[str, tuple[str, bytes]] = {}
+        self.number = self.most = 0
+        self.change: Callable[[str, Order, bytes], bytes | None] = lambda key, order, reply: reply
+
+    def online(self) -> dict[str, str]:
+        return {key: str(mark) for key, mark in self.marks.items()}
+
+    def name(self, key: str) -> str:
+        return f"device-{key}"
+
+    def push(self, key: str, data: bytes, common: int = 0) -> str:
+        self.number += 1
+        self.queue[str(self.number)] = key, data
+        self.most = max(self.most, len(self.queue))
+        return str(self.number)
+
+    def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
+        for number in sorted(numbers & self.queue.keys(), key=int, reverse=True):
+            key, data = self.queue.pop(number)
+            order = Order.decode(data)
+            yield number, self.change(key, order, self.workers[key].answer(data))
+
+    def drop(self, numbers: set[str]) -> None:
+        for number in numbers:
+            self.queue.pop(number, None)
+
+
+class Door:
+    """What `Served` is, over a `Direct` link."""
+
+    def __init__(self, link: Direct) -> None:
+        self.link, self.wait, self.farewell, self.more = link, len(link.workers), "", ""
+
+    def where(self, count: int) -> str:
+        return f"here, {count} devices"
+
+    def wanted(self, usual: int, otherwise: int = 1) -> int:
+        return self.wait
+
+    def gather(
+        self, folder: Path, devices: Devices, job: Job, seed: int, count: int, listener: Listener
+    ) -> RemoteFleet:
+        def look() -> None:
+            if listener.stop_requested:
+                raise Interrupted("stopped while waiting for devices")
+
+        devices.register([(key, f"device-{key}") for key in self.link.workers])
+        made = RemoteFleet(
+            self.link, devices, job, seed, Pace(grace=60, poll=0.0), look=look, note=listener.note,
+            audit=Audit(folder).write,
+        )  # fmt: skip
+        made.wait_for(count)
+        return made
+
+
+def worker(number: int, **brings: Any) -> Worker:
+    """A device's worker, with its state in the working directory."""
+    rows = {"data": f"rows/client-{number:03d}.jsonl"} | brings
+    Path(f"direct-{number}").mkdir(exist_ok=True)
+    return Worker(
+        Brings(model="model", device="cpu", threads=1, offline=True, **rows),
+        Path(f"direct-{number}"),
+        note=str,
+    )
+
+
+def direct(**brings: Any) -> Direct:
+    """Two workers with the rows of the run's clients."""
+    return Direct({f"k{c}": worker(c, **brings) for c in range(2)})
+
+
+@contextlib.contextmanager
+def devices(*made: Device) -> Iterator[list[Device]]:
+    """Start devices one after the other, so that they are numbered as they are given; all have left afterwards."""
+    try:
+        for one in made:
+            one.start()
+        yield list(made)
+    finally:
+        for one in made:
+            one.leave.set()
+        for one in made:
+            one.join(20)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A result is measured on the devices' own held-out rows, which they never train on; a device bounds nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from devices_harness import (
+    Device,
+    Direct,
+    Door,
+    Heard,
+    devices,
+    direct,
+    free_port,
+    simulated,
+    worker,
+    write_rows,
+)
+
+from fleetune import data, models, subject
+from fleetune.cli.main import main
+from fleetune.data.encode import digest
+from fleetune.data.labelled import encode_rows
+from fleetune.errors import DataError, FleetError, MessageError, StorageError
+from fleetune.evaluation.losses import response_loss
+from fleetune.fleet import eval_server, result
+from fleetune.fleet.eval_server import FILE, mean, measured, ratio
+from fleetune.fleet.held_out import divided
+from fleetune.fleet.orders import Device as Told
+from fleetune.fleet.orders import Job, Order, Reply
+from fleetune.runs import sealed
+from fleetune.runs.events import DeviceEvaluated
+from fleetune.tuning import finished
+from fleetune.tuning.fleets import Answer
+from fleetune.tuning.messages import Message, Payload, encode
+
+
+@pytest.fixture(scope="module", params=["ledger", pytest.param("adapter", marks=pytest.mark.slow)])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that leaves a ledger or an adapter, and rows that it was not trained on."""
+    place = tmp_path_factory.mktemp(str(request.param))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        write_rows("own-0.jsonl", 100, 104)
+        write_rows("own-1.jsonl", 200, 207)
+        simulated(str(request.param))
+    return place
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That run, in a folder of its own."""
+    shutil.copytree(made, tmp_path, symlinks=True, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return Path("runs/latest").resolve()
+
+
+def own(number: int) -> dict[str, Any]:
+    return {"eval_data": f"own-{number}.jsonl"}
+
+
+def link() -> Direct:
+    return Direct({f"k{c}": worker(c, **own(c)) for c in range(2)})
+
+
+def evaluated(link: Direct, name: object = "latest") -> tuple[Heard, Any]:
+    """Measure over a link; what was heard, and the means."""
+    heard, served = Heard(), Door(link)
+    done, _ = eval_server.evaluate(subject.open(name), served, heard, offline=True)  # type: ignore[arg-type]
+    return heard, done
+
+
+def test_each_device_measures_what_the_server_would_on_its_rows(run: Path) -> None:
+    heard, done = evaluated(link())
+    base, tuned = models.load("model", device="cpu"), finished.load(run)
+    both = []
+    for one in heard.of("device"):
+        rows = encode_rows(base, data.read(f"own-{one.client}.jsonl"), 48)[0]
+        both += rows
+        assert (one.rows, one.digest, one.status) == (len(rows), digest([rows]), "ok")
+        assert one.base == pytest.approx(response_loss(base, rows), rel=1e-6)
+        assert one.tuned == pytest.approx(response_loss(tuned, rows), rel=1e-6)
+        assert one.tuned != one.base
+    assert (done.devices, done.asked, done.rows) == (2, 2, 11)
+    assert done.base == pytest.approx(response_loss(base, both), rel=1e-6)
+    assert done.tuned == pytest.approx(response_loss(tuned, both), rel=1e-6)
+    assert done.change == pytest.approx(done.tuned - done.base)
+    assert done.tuned_perplexity == pytest.approx(math.exp(done.tuned))
+    file = run / FILE
+    assert file.stat().st_mode & 0o777 == 0o600
+    kept = sealed.read(file, "")
+    assert (kept["tuned"], [d["rows"] for d in kept["devices"]]) == (done.tuned, [4, 7])
+    assert kept["result_sha256"] == finished.stated_by(run)["result_sha256"]
+    file.write_text(file.read_text().replace('"rows": 11', '"rows": 12'))
+    with pytest.raises(StorageError, match="is damaged"):
+        sealed.read(file, "")
+
+
+@pytest.mark.parametrize("made", ["ledger"], indirect=True)
+def test_over_the_network_by_the_commands(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    port = free_port()
+    with devices(Device(port, 0, held_out=0.25)) as joined:
+        assert main(["fleet", "eval", "latest", "--port", str(port), "--wait", "1"]) == 0
+    said = capsys.readouterr()
+    assert [str(d.outcome) for d in joined] == ["the evaluation is finished"]
+    assert "mean by tokens" in said.out
+    kept = sealed.read(run / FILE, "")
+    assert [(d["status"], d["rows"]) for d in kept["devices"]] == [("ok", 2)]
+    assert kept["tuned_error"] is None
+
+
+@pytest.mark.parametrize("made", ["ledger"], indirect=True)
+def test_a_plain_model_is_measured_and_a_wrong_result_is_not(run: Path) -> None:
+    _, done = evaluated(link(), "model")
+    assert done.base == done.tuned
+    assert done.change == 0
+    assert done.path is None
+    served = link()
+    files = result.packed(finished.result_of(run))
+    (name,) = files
+    spoilt = bytearray(files[name])  # type: ignore[arg-type]
+    spoilt[-1] ^= 1
+    job = eval_server.job_of_run(run, "a" * 32, "eval")
+    taken = Reply.decode(served.workers["k0"].answer(Order("job", body=job.to_json().encode()).encode()))
+    assert taken.what == "ready"
+    body = encode(Message(0, bytes(8), Payload({}, {name: bytes(spoilt)})))
+    reply = Reply.decode(served.workers["k0"].answer(Order("eval", body=body).encode()))
+    assert reply.what == "failed"
+    assert "the job states" in reply.reason
+    assert not list(Path("direct-0").glob("run-*/result/*"))
+    with pytest.raises(
+        FleetError, match="no device has measured anything; the first: the device holds out no rows"
+    ):
+        evaluated(direct())
+
+
+@pytest.mark.parametrize("name", ["file ../x", "file a/b", "file ", "file ..", "file a\\b"])
+def test_files_of_a_result_stay_in_their_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(MessageError, match="is no file of a result"):
+        result.placed({name: b"x"}, tmp_path / "result", "a" * 64)
+    assert not list(tmp_path.iterdir())
+
+
+JOB = Job("a" * 32, "fedkseed", {}, "m", "b" * 64, "fp32", 48, (), 0, "eval", "c" * 64)
+TOLD = Told(9, "d" * 64, 1, 1, "0", held_out=4, held_out_digest="e" * 64)
+
+
+def claimed(**change: object) -> DeviceEvaluated:
+    scalars: Any = {"rows": 4, "tokens": 80, "base": 240.0, "tuned": 160.0} | change
+    message = encode(Message(0, bytes.fromhex(JOB.base)[:8], Payload({}, scalars)))
+    return measured(Answer(0, 0, message, "ok", "", 0.0, 0), "dev", TOLD, JOB)
+
+
+def test_what_a_device_claims_is_bounded() -> None:
+    good = claimed()
+    assert (good.status, good.base, good.tuned) == ("ok", 3.0, 2.0)
+    odd: list[dict[str, object]] = [
+        {"rows": 5}, {"rows": 0}, {"rows": True}, {"rows": 4.0}, {"rows": 1 << 40}, {"tokens": 4 * 48 + 1}, {"tokens": 0},
+        {"rows": 1, "tokens": 49}, {"base": math.nan}, {"tuned": math.inf}, {"tuned": -1e-9}, {"base": 1e7}, {"base": 3},
+        {"tuned": "1"}, {"more": 1},
+    ]  # fmt: skip
+    for change in odd:
+        found = claimed(**change)
+        assert (found.status, found.rows, found.tuned) == ("refused", 0, None), change
+        assert found.reason
+
+
+def test_the_standard_error_is_that_of_devices_drawn_again() -> None:
+    """Of many fleets drawn at random: how much their means differ is what each of them states, within a tenth."""
+    rng = np.random.default_rng(5)
+    found, stated = [], []
+    for _ in range(4000):
+        tokens = rng.integers(50, 400, 30)
+        losses = rng.normal(2.0, 0.5, 30) + 0.001 * tokens
+        R, error = ratio(losses.tolist(), tokens.tolist())
+        found.append(R)
+        stated.append(error or 0.0)
+    assert np.mean(stated) == pytest.approx(np.std(found), rel=0.1)
+    assert ratio([3.0], [7]) == (3.0, None)
+
+
+def test_the_mean_is_that_of_all_tokens() -> None:
+    each = [
+        DeviceEvaluated(
+            client=c,
+            name="",
+            rows=1,
+            tokens=tokens,
+            base=base,
+            tuned=tuned,
+            digest="",
+            status="ok",
+            reason="",
+        )
+        for c, (base, tuned, tokens) in enumerate([(3.0, 2.0, 10), (5.0, 6.0, 30), (1.0, 0.5, 60)])
+    ]
+    lost = claimed(rows=0)
+    done = mean("m", [*each, lost])
+    assert (done.devices, done.asked, done.rows, done.tokens) == (3, 4, 3, 100)
+    assert (done.base, done.tuned) == (pytest.approx(2.4), pytest.approx(2.3))
+    assert done.change == pytest.approx(-0.1)
+    assert done.change_error == pytest.approx(
+        math.sqrt(1.5 * ((10 * 0.9) ** 2 + (30 * 1.1) ** 2 + (60 * 0.4) ** 2)) / 100
+    )
+    assert (done.median, done.improved) == (2.0, 2)
+    with pytest.raises(FleetError, match="no device has measured anything; the first"):
+        mean("m", [lost])
+
+
+def test_held_out_rows_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows("rows.jsonl", 0, 20)
+    write_rows("twice.jsonl", 0, 5)
+    Path("twice.jsonl").write_text(Path("twice.jsonl").read_text() * 2)
+    for much, count in ((0.25, 5), (3, 3), (1, 1)):
+        training, held = divided("rows.jsonl", much)
+        assert (len(training), len(held)) == (20 - count, count)
+        assert not {e.messages for e in training} & {e.messages for e in held}
+        assert divided("rows.jsonl", much) == (training, held)
+    assert len(divided("rows.jsonl")[0]) == 20
+    training, held = divided("twice.jsonl", 2)
+    assert not {e.messages for e in training} & {e.messages for e in held}
+    with pytest.raises(DataError, match=r"5 rows of twice\.jsonl are rows of rows\.jsonl as well"):
+        divided("rows.jsonl", 0, "twice.jsonl")
+    Path("one.jsonl").write_text(Path("twice.jsonl").read_text().splitlines()[0] + "\n" * 2)
+    with pytest.raises(DataError):
+        divided("one.jsonl", 1)
+    line = Path("one.jsonl").read_text().strip()
+    Path("one.jsonl").write_text(f"{line}\n{line}\n")
+    with pytest.raises(DataError, match="none is left to train on"):
+        divided("one.jsonl", 1)
+
+
+BAD = {
+    "no run": ([], "eval takes one RUN"),
+    "a recipe's flag": (["model", "--rounds", "3"], "eval takes no rounds"),
+    "an open door": (["model", "--host", "0.0.0.0"], "needs TLS and registered keys"),
+    "below zero": (["model", "--wait", "-1"], "cannot be negative"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_refused(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, what = BAD[case]
+    assert main(["fleet", "eval", *words]) == 2
+    assert what in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--held-out", "0.1", "--eval-data", "x"], "are both given"),
+        (["--held-out", "1.5"], "neither a share"),
+        (["--held-out", "-1"], "neither a share"),
+        (["--held-out", "nan"], "neither a share"),
+        (["--held-out", "x"], "neither a share"),
+    ],
+)
+def test_what_a_device_holds_out_is_checked(
+    words: list[str], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl", *words]) == 2
+    assert what in capsys.readouterr().err
+
+
+def test_events_are_as_the_schema_says(capsys: pytest.CaptureFixture[str]) -> None:
+    from jsonschema import Draft202012Validator
+
+    from fleetune.runs.events import as_dict
+
+    schema = json.loads((Path(__file__).parents[2] / "docs/events.schema.json").read_text(encoding="utf-8"))
+    for one in (claimed(), claimed(rows=0), mean("m", [claimed()])):
+        name = type(one).__name__
+        checker = Draft202012Validator({**schema, "anyOf": [{"$ref": f"#/$defs/{name}"}]})
+        assert not list(checker.iter_errors({"v": 1, **as_dict(one)}))
