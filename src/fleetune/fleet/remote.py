@@ -182,18 +182,22 @@ class RemoteFleet:
 
         A device that is away is waited for, and asked when it is back; one that comes in anew is asked again.
         """
-        return self.give({
+        orders = {
             c: self._work(round, c, message if isinstance(message, bytes) else message[c]) for c in clients
-        }, goal)  # fmt: skip
+        }
+        return self._given(Asking(round, orders, goal))
 
-    def give(self, orders: Mapping[int, Order], goal: int = 0, *, at_once: int = 0) -> Iterator[Answer]:
+    def give(self, orders: Mapping[int, Order], *, at_once: int = 0) -> Iterator[Answer]:
         """Yield the answers to these orders, by client and of one round, as they come.
 
-        `goal` answers end the round, 0: all.  No more than `at_once` are on their way at a time, where it is given.
+        No more than `at_once` are on their way at a time, where it is given.
         """
         round = max((order.round for order in orders.values()), default=0)
-        asking = self._asking = Asking(round, orders, goal, at_once)
-        self._forget({n for n in self._late if round - self._orders[n].order.round > OLDEST})
+        return self._given(Asking(round, orders, at_once=at_once))
+
+    def _given(self, asking: Asking) -> Iterator[Answer]:
+        self._asking = asking
+        self._forget({n for n in self._late if asking.round - self._orders[n].order.round > OLDEST})
         while asking.goes_on(late=bool(self._late)):
             self.look()
             here = self._greet()
@@ -206,7 +210,7 @@ class RemoteFleet:
             for word in asking.word(lambda client: self.devices.members[client].name):
                 self.note(word)
             time.sleep(self.pace.poll)
-        yield from self._left(asking, f"{goal} others were faster")
+        yield from self._left(asking, f"{asking.goal} others were faster")
 
     def _lost(self, numbers: Iterable[str], here: Mapping[str, str]) -> set[str]:
         """Forget those of the orders whose devices have gone, or come in anew; return their numbers."""
