@@ -37,6 +37,7 @@ devices RUN                           which key is which client
 status RUN                            what each device does now
 stop RUN                              end the server after this step; it can be resumed
 audit RUN                             check the log of all that was taken or refused
+app DIR                               write the app for a Flower of your own: flwr run DIR
 """
 
 
@@ -49,7 +50,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "words",
         metavar="WORD",
         nargs="*",
-        help="HOST:PORT (join), what to make (keys), RUN (devices, status, stop, audit)",
+        help="HOST:PORT (join), what to make (keys), RUN (devices, status, stop, audit), DIR (app)",
     )
     _serve_arguments(sub.add_argument_group("serve"))
     _join_arguments(
@@ -293,6 +294,19 @@ def _audit(args: argparse.Namespace, ui: Ui) -> None:
     ui.paths([("entries", f"{found.entries}, each follows from the one before"), ("chain", found.chain)])
 
 
+def _app(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.fleet.flower import shim
+
+    if len(args.words) != 1:
+        raise UsageError("app takes one DIR", hint="fleetune fleet app fleetune-app")
+    folder = Path(args.words[0])
+    shim.write(folder)
+    ui.paths([
+        ("app", str(folder)),
+        ("next", f"flwr run {folder} CONNECTION --run-config \"recipe='/path/on/the/server/recipe.toml'\""),
+    ])  # fmt: skip
+
+
 def _run_of(args: argparse.Namespace) -> Path:
     """The folder of the run that the words name."""
     if len(args.words) != 1:
@@ -302,5 +316,5 @@ def _run_of(args: argparse.Namespace) -> Path:
 
 ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
     "serve": _serve, "join": _join, "split": _split, "keys": _keys, "devices": _devices, "status": _status,
-    "stop": _stop, "audit": _audit,
+    "stop": _stop, "audit": _audit, "app": _app,
 }  # fmt: skip

@@ -140,6 +140,7 @@ def stay(
 
     FleetError when the certificate cannot be read.
     """
+    wire.hush()
     try:
         trusted = server.certificate.read_bytes() if server.certificate else None
     except OSError as error:
