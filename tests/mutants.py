@@ -94,6 +94,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("fleet/remote.py", "if reply.nonce != order.nonce or reply.round != order.round:", "if reply.round != order.round:", "fleet/test_remote.py"),
     Mutant("fleet/worker.py", "        memories.rewind(round)", "        pass", "fleet/test_worker.py"),
     Mutant("fleet/table.py", "elif (member.rows, member.rows_digest) != (device.rows, device.rows_digest):", "elif False:", "fleet/test_remote.py"),
+    Mutant("fleet/worker.py", "torch.set_num_threads(brings.threads or usual_threads(model.n_params))", "torch.set_num_threads(brings.threads or 2)", "fleet/test_worker.py"),
+    Mutant("fleet/flower/server_app.py", "key=lambda item: (item[1].name, item[1].node_id)", "key=lambda item: item[1].node_id", "fleet/test_stock_flower.py -k digest"),
+    Mutant("fleet/flower/client_app.py", "                _take_job(worker, context)", "                pass", "fleet/test_stock_flower.py -k digest"),
 )  # fmt: skip
 
 

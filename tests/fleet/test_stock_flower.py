@@ -23,7 +23,6 @@ import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
-
 from flwr.supercore.task_identity import TaskIdentity
 
 import fleetune
@@ -34,7 +33,6 @@ from fleetune.fleet import keys
 from fleetune.fleet.flower import client_app, server_app, wire
 from fleetune.fleet.orders import Order, Reply
 from fleetune.runs import rundir
-from fleetune.tuning import recipe as recipes
 
 CLIENTS = 2
 RECIPE = """\

@@ -51,6 +51,7 @@ from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.messages import decode
 from fleetune.tuning.methods import Method
+from fleetune.tuning.prepare import usual_threads
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Brings:
     data: str
     model: str = ""  # "": as the job names it, unless that is a path
     device: str = "auto"
-    threads: int = 0
+    threads: int = 0  # 0: as many as a simulated run of the model would take
     memory: int = 0  # bytes that the work may take; 0: all that the machine has
     offline: bool = False
 
@@ -190,8 +191,7 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
             f"the run tunes a model with digest {job.base[:16]}.., this device has {model.digest[:16]}.. ({model.name})",
             hint=f"give the same model and revision: --model PATH   (the server calls it {job.model})",
         )
-    if brings.threads:
-        torch.set_num_threads(brings.threads)
+    torch.set_num_threads(brings.threads or usual_threads(model.n_params))
     examples = data.read(brings.data, offline=brings.offline)
     rows, kept = encode_rows(model, examples, job.max_length)
     if not rows:

@@ -57,7 +57,7 @@ def _take_job(worker: Worker, context: Context) -> None:
     """Load what the run's job needs, where this process has not; FleetuneError where that is not possible."""
     if JOB not in context.state:
         raise MessageError("the device has no job yet")
-    reply = Reply.decode(worker.answer(context.state[JOB]["order"]))  # type: ignore[arg-type, index]
+    reply = Reply.decode(worker.answer(context.state[JOB]["order"]))  # type: ignore[arg-type]
     if reply.what != "ready":
         raise FleetError(reply.reason)
 
