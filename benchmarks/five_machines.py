@@ -258,10 +258,9 @@ def main(words: list[str] | None = None) -> int:
         print(why, file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is taken down again
-    os.environ.setdefault("PYTHONPATH", "src")
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        str(Path(p).resolve()) for p in (os.environ["PYTHONPATH"].split(os.pathsep) + ["."])
-    )
+    own = Path(__file__).parent.parent  # the machines' folders are elsewhere
+    paths = [str(own), str(own / "src"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with tempfile.TemporaryDirectory(prefix="five-machines-") as folder, Network([SERVER, *DEVICES], HOST):
         for device in DEVICES:
             print(f"# {device.name} to the server: {measure(device)}", flush=True)

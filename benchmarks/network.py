@@ -171,7 +171,7 @@ def why_not() -> str:
         return "network namespaces need the command `ip`: install iproute2"
     if not os.path.exists("/dev/net/tun"):
         return "slow lines need /dev/net/tun: modprobe tun"
-    if left := [p for p in Path("/run/netns").glob("fleetune-*")] if Path("/run/netns").is_dir() else []:
+    if left := list(Path("/run/netns").glob("fleetune-*")):
         names = " ".join(p.name for p in left)
         return (
             f"another walk is going on, or one was killed; then: for n in {names}; do ip netns del $n; done"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -13,32 +14,35 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # the benchmarks are no package of the wheel
 
-from benchmarks import five_machines, network  # noqa: E402
+from benchmarks import five_machines, network
 
 
 def test_a_slow_line_delays_every_frame_and_loses_some() -> None:
-    here, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    there, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    line = network.Line((end.fileno(), other.fileno()), delay=0.05, loss=0.2, seed=1)
-    line.start()
-    began = time.monotonic()
-    for number in range(100):
-        here.send(bytes([number]))
-    there.settimeout(5)
-    first = there.recv(9)
-    assert time.monotonic() - began >= 0.05
-    got = [first]
-    while line.carried < 100:
-        time.sleep(0.01)
-    while len(got) < 100 - line.lost:
-        got.append(there.recv(9))
-    assert 5 < line.lost < 40
-    assert got == sorted(got)
-    there.send(b"back")
-    here.settimeout(5)
-    assert here.recv(9) == b"back"
-    line.over.set()
-    line.join(5)
+    with contextlib.ExitStack() as opened:
+        ends = [
+            opened.enter_context(one)
+            for _ in range(2)
+            for one in socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ]
+        here, end, there, other = ends
+        for one in ends:
+            one.settimeout(5)
+        line = network.Line((end.fileno(), other.fileno()), delay=0.05, loss=0.2, seed=1)
+        line.start()
+        for source, target in ((here, there), (there, here)):
+            carried, lost, began = line.carried, line.lost, time.monotonic()
+            for number in range(100):
+                source.send(bytes([number]))
+            got = [target.recv(9)]
+            assert time.monotonic() - began >= 0.05
+            while line.carried < carried + 100:
+                time.sleep(0.01)
+            while len(got) < 100 - (line.lost - lost):
+                got.append(target.recv(9))
+            assert 5 < line.lost - lost < 40
+            assert got == sorted(got)
+        line.over.set()
+        line.join(5)
 
 
 def test_without_root_it_is_said_what_is_needed(
