@@ -57,6 +57,8 @@ class Place:
                     f"{self.certificate} has no {name}",
                     hint=f"make it: fleetune fleet keys certificate {self.certificate} {self.host}",
                 )
+        if self.certificate:
+            keyring.hosts_of(self.certificate / "server.pem")
         return keyring.registered(self.keys) if self.keys else None
 
 
@@ -161,7 +163,9 @@ class Served:
 
     def line(self) -> str:
         """Return the command for a device."""
-        host = self.place.host if self.place.host != "0.0.0.0" else "THIS-HOST"
+        host, certificate = self.place.host, self.place.certificate
+        if certificate and host in ("0.0.0.0", "::"):
+            host = keyring.hosts_of(certificate / "server.pem")[0]
         words = f"fleetune fleet join {host}:{self.place.port} --data ROWS.jsonl"
         words += " --key KEY" if self._keys is not None else ""
         return words + (" --ca ca.pem" if self.place.certificate else "")
