@@ -175,7 +175,7 @@ def play(walk: Walk, method: str, options: argparse.Namespace) -> bool:
     (walk.of(SERVER) / "recipe.toml").write_text(recipe)
     print(f"server$ cat recipe.toml\n{recipe.rstrip()}", flush=True)
     walk.do(SERVER, "fleetune tune -c recipe.toml --out simulated -q")
-    walk.do(SERVER, f"fleetune fleet split -c recipe.toml --to rows")
+    walk.do(SERVER, "fleetune fleet split -c recipe.toml --to rows")
     for number, device in enumerate(DEVICES):
         walk.carry(SERVER, f"rows/client-{number:03d}.jsonl", device, "rows.jsonl")
     place = (
