@@ -14,14 +14,13 @@ from fleetune.errors import Interrupted, UsageError
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.keys import PublicKey
-from fleetune.fleet.orders import Job
+from fleetune.fleet.orders import job_of
 from fleetune.fleet.remote import Pace, RemoteFleet, check_count
 from fleetune.fleet.table import Devices
 from fleetune.runs import sealed
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning.fleets import Fleet
-from fleetune.tuning.recipe import label_words
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
@@ -169,12 +168,3 @@ class Served:
         words = f"fleetune fleet join {host}:{self.place.port} --data ROWS.jsonl"
         words += " --key KEY" if self._keys is not None else ""
         return words + (" --ca ca.pem" if self.place.certificate else "")
-
-
-def job_of(job: TuneJob, run: str) -> Job:
-    """Return what devices are told of a run."""
-    recipe, model = job.recipe, job.model
-    return Job(
-        run, recipe.method, dict(recipe.set), recipe.model, model.digest, recipe.dtype, recipe.max_length,
-        label_words(recipe.labels), recipe.rounds,
-    )  # fmt: skip

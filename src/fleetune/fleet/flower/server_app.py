@@ -25,9 +25,8 @@ from fleetune.errors import MessageError, RecipeError, UsageError
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.flower import wire
 from fleetune.fleet.keys import fingerprint
-from fleetune.fleet.orders import Order, Reply
+from fleetune.fleet.orders import Order, Reply, job_of
 from fleetune.fleet.remote import Pace, RemoteFleet
-from fleetune.fleet.server import job_of
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir
 from fleetune.runs.events import Event, RoundEvaluated, TuneDone
