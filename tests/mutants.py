@@ -112,6 +112,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("fleet/result.py", "        if found != stated:", "        if False:", "fleet/test_fleet_eval.py -k wrong"),
     Mutant("fleet/calibration_server.py", "ordered, len(body), shared)", "ordered, len(body))", "fleet/test_fleet_calibration.py -k lies"),
     Mutant("compression/layerwise/sums.py", "        if (np.abs(a[at : at + i + 1]) > roots[i] * roots[: i + 1]).any():", "        if False:", "fleet/test_fleet_calibration.py -k no_inputs"),
+    Mutant("fleet/worker.py", "torch.set_num_threads(brings.threads or usual_threads(model.n_params))", "torch.set_num_threads(brings.threads or 2)", "fleet/test_worker.py"),
+    Mutant("fleet/flower/server_app.py", "key=lambda item: (item[1].name, item[1].node_id)", "key=lambda item: item[1].node_id", "fleet/test_stock_flower.py -k digest"),
+    Mutant("fleet/flower/client_app.py", "                _take_job(worker, context)", "                pass", "fleet/test_stock_flower.py -k digest"),
 )  # fmt: skip
 
 

@@ -237,6 +237,9 @@ def test_the_door(place: Path) -> None:
         stranger.start()
         plain = Device(port, 1, ca=None)
         plain.start()
+        keys.make_certificate(Path("other"), ["localhost"])
+        misled = Device(port, 2, ca=Path("other/ca.pem"))
+        misled.start()
         with httpx.Client(verify=False, base_url=f"https://127.0.0.1:{port}") as client:
             for path in (
                 "/v1/control/start-run",
@@ -256,13 +259,14 @@ def test_the_door(place: Path) -> None:
         )
         until = threading.Event()
         for _ in range(200):
-            if stranger.notes and plain.notes:
+            if stranger.notes and plain.notes and misled.notes:
                 break
             until.wait(0.05)
-        for device in (stranger, plain):
+        for device in (stranger, plain, misled):
             device.leave.set()
             device.join(20)
         assert "the server does not know this device's key: bring its .pub" in stranger.notes[0]
+        assert "certificate is not trusted: " in misled.notes[0]
         assert "no server there" in plain.notes[0] or "answered" in plain.notes[0]
         assert not fleets._gate.online()
 
@@ -382,6 +386,18 @@ def test_what_cannot_be_is_refused_before_any_work(
     Path("recipe.toml").write_text(recipes.to_toml(recipes.make(FEDKSEED)))
     assert main(["fleet", *words]) in (2, 4)
     assert what in capsys.readouterr().err
+
+
+def test_the_line_for_devices_names_the_server_as_its_certificate_does(place: Path) -> None:
+    assert Served(Place("0.0.0.0", 8470, Path("keys"), Path("certs"))).line() == (
+        "fleetune fleet join localhost:8470 --data ROWS.jsonl --key KEY --ca ca.pem"
+    )
+    assert keys.hosts_of(Path("certs/server.pem")) == ["localhost", "127.0.0.1"]
+    Path("odd").mkdir()
+    for name in ("server.pem", "server.key"):
+        (Path("odd") / name).write_bytes(Path("certs/ca.pem").read_bytes())
+    with pytest.raises(UsageError, match="no certificate of a server"):
+        Served(Place("0.0.0.0", 8470, Path("keys"), Path("odd")))
 
 
 def test_without_flower_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

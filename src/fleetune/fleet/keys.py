@@ -170,6 +170,21 @@ def _general_name(host: str):  # type: ignore[no-untyped-def]
         return x509.DNSName(host)
 
 
+def hosts_of(certificate: Path) -> list[str]:
+    """Return the names and addresses that a server's certificate (PEM) is for; UsageError where it is none."""
+    from cryptography import x509
+
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (OSError, ValueError, x509.ExtensionNotFound) as error:
+        raise UsageError(
+            f"{certificate} is no certificate of a server ({error})",
+            hint="make one: fleetune fleet keys certificate DIR HOST",
+        ) from error
+    return [str(name.value) for name in names]
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address is this machine's own, which nobody else can reach."""
     if host == "localhost":

@@ -26,11 +26,15 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from fleetune.common.settings import Value
 from fleetune.errors import MessageError, cut_reason
 from fleetune.tuning.messages import Message, Payload, Scalar, decode, encode
+from fleetune.tuning.recipe import label_words
+
+if TYPE_CHECKING:
+    from fleetune.tuning.prepare import TuneJob
 
 T = TypeVar("T")
 
@@ -84,6 +88,15 @@ class Job:
         if not plain or not all(type(word) is str for word in found["labels"]):
             raise MessageError("the job's settings or labels are not plain values")
         return cls(**{**found, "labels": tuple(found["labels"])})
+
+
+def job_of(job: TuneJob, run: str) -> Job:
+    """Return what devices are told of a run."""
+    recipe, model = job.recipe, job.model
+    return Job(
+        run, recipe.method, dict(recipe.set), recipe.model, model.digest, recipe.dtype, recipe.max_length,
+        label_words(recipe.labels), recipe.rounds,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

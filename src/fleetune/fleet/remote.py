@@ -15,10 +15,10 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
-from fleetune.errors import FleetError, MessageError
+from fleetune.errors import FleetError, MessageError, UsageError
 from fleetune.fleet.asking import WORD, Asking
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.fleet.table import Devices
@@ -26,6 +26,7 @@ from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
 from fleetune.tuning.fleets import OLDEST, Answer
 from fleetune.tuning.kinds import ONE, Wanted
+from fleetune.tuning.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,18 @@ class Pace:
     poll: float = 0.05  # seconds between two looks
     late: bool = False  # whether replies that come after their round are used
     again: float = 30.0  # seconds until devices that declined are asked again, where no other has worked
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise UsageError where late replies are to be used and every round waits for all."""
+        if recipe.late == "use" and not self.deadline and recipe.over_selection == 1:
+            raise UsageError(
+                "late = use does nothing: every round waits for all that are asked, so that no reply comes late",
+                hint="add --round-deadline SECONDS, or --over-selection 1.3",
+            )
+
+    def of(self, recipe: Recipe) -> Pace:
+        """Return the pace with what the recipe says of late replies."""
+        return replace(self, late=recipe.late == "use")
 
 
 @dataclass

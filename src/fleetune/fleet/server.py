@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import secrets
@@ -19,7 +18,7 @@ from fleetune.fleet import PORT, status
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.keys import PublicKey
-from fleetune.fleet.orders import Job
+from fleetune.fleet.orders import Job, job_of
 from fleetune.fleet.remote import Pace, RemoteFleet, check_count
 from fleetune.fleet.table import Devices
 from fleetune.runs import sealed
@@ -29,7 +28,7 @@ from fleetune.tuning.fleets import Fleet
 from fleetune.tuning.kinds import ONE, Wanted, wanted
 from fleetune.tuning.methods import cannot_combine
 from fleetune.tuning.prepare import check_aggregation
-from fleetune.tuning.recipe import Recipe, label_words
+from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.robust import MEAN, REDUCE, Rule
 
 if TYPE_CHECKING:
@@ -69,6 +68,8 @@ class Place:
                     f"{self.certificate} has no {name}",
                     hint=f"make it: fleetune fleet keys certificate {self.certificate} {self.host}",
                 )
+        if self.certificate:
+            keyring.hosts_of(self.certificate / "server.pem")
         return keyring.registered(self.keys) if self.keys else None
 
 
@@ -109,11 +110,7 @@ class Served:
 
     def check(self, recipe: Recipe) -> None:
         """Raise UsageError where late replies are to be used and every round waits for all."""
-        if recipe.late == "use" and not self.pace.deadline and recipe.over_selection == 1:
-            raise UsageError(
-                "late = use does nothing: every round waits for all that are asked, so that no reply comes late",
-                hint="add --round-deadline SECONDS, or --over-selection 1.3",
-            )
+        self.pace.check(recipe)
 
     def count(self, job: TuneJob) -> int:
         """Return how many devices the first round waits for; FleetError when fewer can come."""
@@ -148,8 +145,9 @@ class Served:
             listener.note(said)
         devices = Devices(run.path)
         told = job_of(job, devices.run)
-        kinds, late = wanted(job.method, job.recipe.kinds), job.recipe.late == "use"
-        return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds=kinds, late=late)
+        self.pace = self.pace.of(job.recipe)
+        kinds = wanted(job.method, job.recipe.kinds)
+        return self.gather(run.path, devices, told, job.recipe.seed, count, listener, kinds)
 
     def gather(
         self,
@@ -159,9 +157,7 @@ class Served:
         seed: int,
         count: int,
         listener: Listener,
-        *,
         kinds: Wanted = ONE,
-        late: bool = False,
     ) -> RemoteFleet:
         """Return the fleet for a job when `count` devices are ready; what they do is written into `folder`."""
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
@@ -176,7 +172,7 @@ class Served:
                 raise Interrupted(f"stopped while waiting for devices{KEPT[job.task]}", hint=hint)
 
         self._fleet = RemoteFleet(
-            self._gate, devices, job, seed, dataclasses.replace(self.pace, late=late),
+            self._gate, devices, job, seed, self.pace,
             look=look, note=listener.note, audit=Audit(folder).write, kinds=kinds,
         )  # fmt: skip
         self._fleet.wait_for(count)
@@ -221,7 +217,9 @@ class Served:
 
     def line(self) -> str:
         """Return the command for a device."""
-        host = self.place.host if self.place.host != "0.0.0.0" else "THIS-HOST"
+        host, certificate = self.place.host, self.place.certificate
+        if certificate and host in ("0.0.0.0", "::"):
+            host = keyring.hosts_of(certificate / "server.pem")[0]
         words = f"fleetune fleet join {host}:{self.place.port} --data ROWS.jsonl{self.more}"
         words += " --key KEY" if self._keys is not None else ""
         return words + (" --ca ca.pem" if self.place.certificate else "")
@@ -235,12 +233,3 @@ def advice(job: TuneJob, count: int, *, registered: bool) -> str:
     if not rule:
         return ""
     return f"the mean believes all {count} devices; where some may lie, serve with --aggregation {rule} (docs/safety.md)"
-
-
-def job_of(job: TuneJob, run: str) -> Job:
-    """Return what devices are told of a run."""
-    recipe, model = job.recipe, job.model
-    return Job(
-        run, recipe.method, dict(recipe.set), recipe.model, model.digest, recipe.dtype, recipe.max_length,
-        label_words(recipe.labels), recipe.rounds,
-    )  # fmt: skip

@@ -55,6 +55,7 @@ from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.messages import decode
 from fleetune.tuning.methods import Method
+from fleetune.tuning.prepare import usual_threads
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Brings:
     data: str
     model: str = ""  # "": as the job names it, unless that is a path
     device: str = "auto"
-    threads: int = 0
+    threads: int = 0  # 0: as many as a simulated run of the model would take
     memory: int = 0  # bytes that the work may take; 0: all that the machine has
     offline: bool = False
     held_out: float = 0  # of the rows: a share (below 1) or a number, that is never trained on
@@ -237,8 +238,7 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
             f"the run tunes a model with digest {job.base[:16]}.., this device has {model.digest[:16]}.. ({model.name})",
             hint=f"give the same model and revision: --model PATH   (the server calls it {job.model})",
         )
-    if brings.threads:
-        torch.set_num_threads(brings.threads)
+    torch.set_num_threads(brings.threads or usual_threads(model.n_params))
     training, held_out = divided(brings.data, brings.held_out, brings.eval_data, offline=brings.offline)
     rows = _encoded(model, training, job.max_length, brings.data)
     held = _encoded(model, held_out, job.max_length, brings.eval_data or brings.data) if held_out else []

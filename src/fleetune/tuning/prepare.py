@@ -157,7 +157,7 @@ def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) ->
         recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts)
     )
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
-    torch.set_num_threads(recipe.threads or _usual_threads(model.n_params))
+    torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
     encoded, kept = encode_rows(model, parts.examples, recipe.max_length)
     place = {int(i): row for row, i in enumerate(kept)}
     rows = [[encoded[place[i]] for i in part.tolist() if i in place] for part in parts.clients]
@@ -217,8 +217,8 @@ def _for_encoder(recipe: Recipe, method: Method, model: Model) -> Recipe:
     return dataclasses.replace(recipe, labels=",".join(model.labels))
 
 
-def _usual_threads(params: int) -> int:
-    """All processors, or one for a model so small that handing work out costs more than it saves."""
+def usual_threads(params: int) -> int:
+    """Return all processors, or one for a model so small that handing work out costs more than it saves."""
     return 1 if params < SMALL else torch.get_num_threads()
 
 

@@ -38,6 +38,7 @@ devices RUN                           which key is which client
 status RUN                            how the run stands, and what each device does now
 stop RUN                              end the server after this step; it can be resumed
 audit RUN                             check the log of all that was taken or refused
+app DIR                               write the app for a Flower of your own: flwr run DIR
 """
 
 
@@ -50,7 +51,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "words",
         metavar="WORD",
         nargs="*",
-        help="HOST:PORT (join), what to make (keys), RUN (eval, devices, status, stop, audit)",
+        help="HOST:PORT (join), what to make (keys), RUN (eval, devices, status, stop, audit), DIR (app)",
     )
     _serve_arguments(sub.add_argument_group("serve (eval takes all but the first two)"))
     _join_arguments(
@@ -360,6 +361,19 @@ def _audit(args: argparse.Namespace, ui: Ui) -> None:
     ui.paths([("entries", f"{found.entries}, each follows from the one before"), ("chain", found.chain)])
 
 
+def _app(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.fleet.flower import shim
+
+    if len(args.words) != 1:
+        raise UsageError("app takes one DIR", hint="fleetune fleet app fleetune-app")
+    folder = Path(args.words[0])
+    shim.write(folder)
+    ui.paths([
+        ("app", str(folder)),
+        ("next", f"flwr run {folder} CONNECTION --run-config \"recipe='/path/on/the/server/recipe.toml'\""),
+    ])  # fmt: skip
+
+
 def _run_of(args: argparse.Namespace) -> Path:
     """The folder of the run that the words name, or of a compression that devices have calibrated."""
     if len(args.words) != 1:
@@ -371,5 +385,5 @@ def _run_of(args: argparse.Namespace) -> Path:
 
 ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
     "serve": _serve, "join": _join, "eval": _eval, "split": _split, "keys": _keys, "devices": _devices, "status": _status,
-    "stop": _stop, "audit": _audit,
+    "stop": _stop, "audit": _audit, "app": _app,
 }  # fmt: skip

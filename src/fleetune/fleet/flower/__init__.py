@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carry orders and answers by Flower's Fleet API: `gate.py` on the server, `node.py` on a device, the same bytes in `wire.py`.
 
+`server_app.py` and `client_app.py` do the same inside a Flower that is there already: as the app that `shim.py` writes and
+`flwr run` takes.
+
 This folder is the only place that imports `flwr`, and it uses parts of it that are not its public interface: the range in
 `pyproject.toml` is one minor release, and the loopback tests run every part that is used.
 

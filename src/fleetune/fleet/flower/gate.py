@@ -71,6 +71,7 @@ class Gate:
     """A `Link` over Flower.  With `keys`, only these devices come in; without, any that has a key of its own."""
 
     def __init__(self, address: Address, keys: Sequence[PublicKey] | None) -> None:
+        wire.hush()
         _, factory = get_objectstore_linkstate_factories(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager())
         self.state = factory.state()
         self._arriving: dict[str, Message] = {}

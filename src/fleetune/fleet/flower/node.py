@@ -140,6 +140,7 @@ def stay(
 
     FleetError when the certificate cannot be read.
     """
+    wire.hush()
     try:
         trusted = server.certificate.read_bytes() if server.certificate else None
     except OSError as error:
@@ -176,6 +177,13 @@ def _why(error: Exception) -> str:
         if error.response.status_code in (401, 403, 412):
             return "the server does not know this device's key: bring its .pub file into the server's folder of keys"
         return f"the server answered {error.response.status_code}"
+    if (words := str(error).partition("certificate verify failed: ")[2]) and isinstance(
+        error, httpx.HTTPError
+    ):
+        return (
+            f"the server's certificate is not trusted: {words.partition(' (_ssl')[0]} (its names are those given to "
+            "'fleetune fleet keys certificate'; --ca is the ca.pem made there)"
+        )
     return (
         f"no server there ({type(error).__name__})"
         if isinstance(error, httpx.HTTPError)

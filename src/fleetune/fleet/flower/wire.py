@@ -11,9 +11,12 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from fleetune.errors import MessageError, cut_reason
 
-logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it logs every request, on a handler of its own
-
 PIECE: Final = 1 << 20  # bytes of an object; each has to arrive within 180 s
+
+
+def hush() -> None:
+    """Stop Flower's logging, which has a line for every request, on a handler of its own."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
 
 def pack(data: bytes, common: int = 0) -> RecordDict:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answer orders as a ClientApp on a stock SuperNode, which starts a new process for every message.
+
+So the job is kept in the context of the run, which lives as long as the SuperNode's process, and each message loads model
+and rows anew.  Where a process gets several messages, what is loaded stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from flwr.app import ConfigRecord, Context, Message
+from flwr.clientapp import ClientApp
+
+from fleetune.common.locks import lock
+from fleetune.errors import FleetError, FleetuneError, MessageError, UsageError
+from fleetune.fleet.flower import wire
+from fleetune.fleet.orders import Order, Reply
+from fleetune.fleet.worker import Brings, Worker
+from fleetune.planning.plan import parse_bytes
+
+log = logging.getLogger("flwr")  # what it says is in the SuperNode's output
+
+JOB: Final = "fleetune-job"  # record in the context
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer one order."""
+    return wire.answer_to(message, answer(wire.unpack(message.content), context))
+
+
+def answer(data: bytes, context: Context) -> bytes:
+    """Return the answer to an order; what is wrong with this device is the answer too."""
+    order = Order.decode(data)
+    try:
+        worker = _worker(*brought(context.node_config, context.node_id))
+        with _alone(worker.state):
+            if order.what == "job":
+                context.state[JOB] = ConfigRecord({"order": data})
+            elif order.what == "work":
+                _take_job(worker, context)
+            return worker.answer(data)
+    except FleetuneError as error:
+        what = "refused" if order.what == "job" else "failed"
+        return Reply(what, order.nonce, order.round, reason=error.message).encode()
+
+
+def _take_job(worker: Worker, context: Context) -> None:
+    """Load what the run's job needs, where this process has not; FleetuneError where that is not possible."""
+    if JOB not in context.state:
+        raise MessageError("the device has no job yet")
+    reply = Reply.decode(worker.answer(context.state[JOB]["order"]))  # type: ignore[arg-type]
+    if reply.what != "ready":
+        raise FleetError(reply.reason)
+
+
+def brought(config: Mapping[str, Any], node: int) -> tuple[Brings, Path]:
+    """Return what the SuperNode's --node-config says that the device brings, and the device's folder.
+
+    UsageError for a value that is none.  Other names are those of other apps.
+    """
+    data = str(config.get("data", ""))
+    if not data:
+        raise UsageError(
+            "which rows does this device have? Start the SuperNode with --node-config \"data='FILE'\""
+        )
+    threads = config.get("threads", 0)
+    if type(threads) is not int or threads < 0:
+        raise UsageError(f"threads={threads!r} in the SuperNode's --node-config is no number of threads")
+    memory = parse_bytes(str(config["ram"])) if "ram" in config else 0
+    brings = Brings(
+        data, str(config.get("model", "")), str(config.get("device", "auto")), threads, memory or 0
+    )
+    return brings, Path(str(config.get("state", Path("fleetune-device", str(node)))))
+
+
+@functools.lru_cache(maxsize=1)
+def _worker(brings: Brings, state: Path) -> Worker:
+    return Worker(brings, state, note=log.info)
+
+
+@contextlib.contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """Wait until no other process is this device: one of a killed SuperNode works on to its end."""
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (state / ".lock").open("a") as file:
+        lock(file.fileno(), wait=True)
+        yield

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a recipe as a ServerApp on a stock SuperLink, on the SuperNodes that are connected to it.
+
+The rounds, the run's folder and the checkpoints are those of `fleetune fleet serve`.  Flower keeps nothing of a run that
+stops; a new `flwr run` with `resume` goes on with its folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from flwr.app import Context, Message
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid, ServerApp
+
+from fleetune.common.display import show
+from fleetune.errors import MessageError, RecipeError, UsageError
+from fleetune.fleet.audit import Audit
+from fleetune.fleet.flower import wire
+from fleetune.fleet.keys import fingerprint
+from fleetune.fleet.orders import Order, Reply, job_of
+from fleetune.fleet.remote import Pace, RemoteFleet
+from fleetune.fleet.table import Devices
+from fleetune.runs import rundir
+from fleetune.runs.events import Event, RoundEvaluated, TuneDone
+from fleetune.runs.listener import Listener, Silent
+from fleetune.runs.rundir import RunDir
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning import run as running
+from fleetune.tuning.fleets import Fleet
+from fleetune.tuning.kinds import wanted
+from fleetune.tuning.prepare import check_aggregation
+from fleetune.tuning.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fleetune.tuning.prepare import TuneJob
+    from fleetune.tuning.run import Step
+
+log = logging.getLogger("flwr")  # what it says is in `flwr log`
+
+POLL: Final = 0.5  # seconds between two looks at the SuperLink
+AWAY: Final = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run or resume what the run-config names."""
+    config = context.run_config
+    for name in ("grace", "round-deadline", "wait"):
+        if float(config[name]) < 0:
+            raise UsageError(f"{name}={config[name]} in the run-config cannot be negative")
+    pace = Pace(grace=float(config["grace"]), deadline=float(config["round-deadline"]), poll=POLL)
+    fleets = SuperNodes(grid, context.run_id, int(config["wait"]), pace)
+    recipe, resume, out = str(config["recipe"]), str(config["resume"]), Path(str(config["out"]))
+    if bool(recipe) == bool(resume):
+        raise UsageError(
+            "a run needs a recipe, or the name of a run to go on with, and not both: "
+            "--run-config \"recipe='/path/recipe.toml'\" or \"resume='latest'\""
+        )
+    if resume:
+        running.resume(rundir.find(resume, out), Said(), offline=False, fleets=fleets)
+    else:
+        running.start(recipe_from(recipe), out, Said(), offline=False, fleets=fleets)
+
+
+def recipe_from(text: str) -> Recipe:
+    """Return the recipe in a file with this path, or, if the text has several lines, in the text; RecipeError."""
+    try:
+        values = tomllib.loads(text) if "\n" in text.strip() else recipes.read(Path(text))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError([f"the recipe in the run-config is not TOML: {error}"]) from error
+    return recipes.make(values)
+
+
+class Said(Silent):
+    """Say what happens in Flower's log."""
+
+    def header(self, title: str, rows: Any) -> None:
+        """Say what is about to run."""
+        log.info("%s", title)
+        for label, value in rows:
+            log.info(" %-8s %s", label, value)
+
+    def note(self, text: str) -> None:
+        """Say a remark."""
+        log.info("%s", text)
+
+    def event(self, event: Event) -> None:
+        """Say the loss after a round, and at the end where the result is."""
+        if isinstance(event, RoundEvaluated) and event.loss is not None:
+            log.info("round %d: val loss %s", event.round, show("loss", event.loss))
+        if isinstance(event, TuneDone):
+            log.info("result %s, digest %s", event.result, event.digest)
+
+
+@dataclass
+class SuperNodes:
+    """The SuperNodes of a Flower run as a fleet."""
+
+    grid: Grid
+    run_id: int
+    wait: int  # SuperNodes before the first round; 0: the recipe's clients
+    pace: Pace
+    simulated = False
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise UsageError where late replies are to be used and every round waits for all."""
+        self.pace.check(recipe)
+
+    def count(self, job: TuneJob) -> int:
+        """Return how many SuperNodes the first round waits for."""
+        return self.wait or job.recipe.clients or job.entry.clients
+
+    def about(self, job: TuneJob) -> str:
+        """Return whose they are, and how many are waited for."""
+        return f"SuperNodes of Flower's run {self.run_id} · {self.count(job)} devices"
+
+    def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
+        """Return the fleet when enough SuperNodes are ready; those are numbered in the order of their names."""
+        check_aggregation(job.recipe, job.method, self.count(job))
+        link = GridLink(self.grid)
+        listener.note(f"waiting for {self.count(job)} SuperNodes")
+        while len(link.online()) < self.count(job):
+            time.sleep(self.pace.poll)
+        devices = Devices(run.path)
+        devices.register(link.in_order())
+        fleet = RemoteFleet(
+            link, devices, job_of(job, devices.run), job.recipe.seed, self.pace.of(job.recipe), note=listener.note,
+            audit=Audit(run.path).write, kinds=wanted(job.method, job.recipe.kinds),
+        )  # fmt: skip
+        fleet.wait_for(self.count(job))
+        return fleet
+
+
+class GridLink:
+    """A `Link` over the Grid of a ServerApp."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self._nodes: dict[str, NodeInfo] = {}  # by hash of the key, of those that were ever there
+        self._sent: dict[str, tuple[bytes, int]] = {}  # by number of the order: its nonce and round
+
+    def online(self) -> Mapping[str, str]:
+        """Return the SuperNodes that are there now, each with the time at which it came in."""
+        here = {fingerprint(info.public_key): info for info in self.grid.get_nodes()}
+        self._nodes |= here
+        return {key: f"{info.node_id} {info.last_activated_at}" for key, info in here.items()}
+
+    def in_order(self) -> list[tuple[str, str]]:
+        """Return (key, name) of all that were ever there: by name, and those without one by their number."""
+        found = sorted(self._nodes.items(), key=lambda item: (item[1].name, item[1].node_id))
+        return [(key, self.name(key)) for key, _ in found]
+
+    def name(self, key: str) -> str:
+        """Return the name under which a SuperNode was registered, or its number."""
+        info = self._nodes.get(key)
+        return key[:8] if info is None else info.name or str(info.node_id)
+
+    def push(self, key: str, data: bytes, common: int = 0) -> str | None:
+        """Queue an order for a SuperNode; its last `common` bytes are stored once for all orders that end with them."""
+        if (info := self._nodes.get(key)) is None:
+            return None
+        (number,) = self.grid.push_messages([Message(wire.pack(data, common), info.node_id, "train")])
+        if number:
+            order = Order.decode(data)
+            self._sent[number] = order.nonce, order.round
+        return number or None
+
+    def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
+        """Yield the answers that have come; None where the SuperNode has gone before it answered."""
+        for reply in self.grid.pull_messages(numbers) if numbers else ():
+            number = reply.metadata.reply_to_message_id
+            nonce, round = self._sent.pop(number)
+            try:
+                yield number, _answer_in(reply)
+            except MessageError as error:
+                yield number, Reply("failed", nonce, round, reason=error.message).encode()
+
+    def drop(self, numbers: set[str]) -> None:
+        """Forget orders that nobody waits for any longer; a SuperNode may still work on them."""
+        for number in numbers:
+            self._sent.pop(number, None)
+
+
+def _answer_in(reply: Message) -> bytes | None:
+    """Return the bytes of a reply, None where it was lost; MessageError for one that says why there is none."""
+    if not reply.has_error():
+        return wire.unpack(reply.content)
+    if reply.error.code in AWAY:
+        return None
+    raise MessageError(
+        f"the ClientApp failed: {reply.error.reason}; is this Fleetune installed on the device?"
+    )

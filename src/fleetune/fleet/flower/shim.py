@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the Flower app that `flwr run` takes: two files of two lines, which name the parts of the installed Fleetune.
+
+A SuperNode runs the app that it is sent.  This one holds nothing but the import of what is installed on the device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from fleetune.common.files import write_atomic
+from fleetune.common.version import __version__
+from fleetune.errors import UsageError
+
+PROJECT: Final = f"""\
+[project]
+name = "fleetune-app"
+version = "{__version__}"
+description = "Fleetune on SuperNodes: the code is that of the installed package"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fleetune"
+
+[tool.flwr.app.components]
+serverapp = "fleetune_app.server_app:app"
+clientapp = "fleetune_app.client_app:app"
+
+[tool.flwr.app.config]
+recipe = ""  # path of a TOML recipe on the server, or the recipe itself
+resume = ""  # or a stopped run to go on with: a path, a number, or latest
+out = "runs"  # folder of the runs, on the server
+wait = 0  # SuperNodes before the first round; 0: the recipe's clients
+grace = 60.0  # seconds to wait for a SuperNode that has gone
+round-deadline = 0.0  # seconds for a round; 0: as long as SuperNodes work
+"""
+
+# Flower reads the text of these files, and looks for an assignment
+PART: Final = """\
+from fleetune.fleet.flower import {part} as installed
+
+app = installed.app
+"""
+
+
+def write(folder: Path) -> None:
+    """Write the app into a new or empty folder; UsageError for one that has something in it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already", hint="take a new folder")
+    code = folder / "fleetune_app"
+    code.mkdir(parents=True)
+    write_atomic(folder / "pyproject.toml", PROJECT.encode())
+    write_atomic(code / "__init__.py", b"")
+    for part in ("server_app", "client_app"):
+        write_atomic(code / f"{part}.py", PART.format(part=part).encode())
