@@ -2,7 +2,7 @@
 """One liar in a fleet: what a client that lies in its replies does to the model, by method and by lie.
 
     python -m benchmarks.liars MODEL ROWS.jsonl [--json FILE] [--only NAME ..]
-    python -m benchmarks.liars MODEL ROWS.jsonl --rules [RULE ..] [--seeds N] [--liars N] [--unlike]
+    python -m benchmarks.liars MODEL ROWS.jsonl --rules [RULE ..] [--lies LIE ..] [--seeds N] [--liars N] [--unlike]
 
 The second form measures what aggregation rules withstand (`liars_rules.py`).
 
@@ -258,6 +258,9 @@ def main() -> None:
     parser.add_argument(
         "--rules", nargs="*", metavar="RULE", help="compare aggregation rules (all unless named)"
     )
+    parser.add_argument(
+        "--lies", nargs="*", metavar="LIE", help="with --rules: none, turned, random, constant"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="with --rules: runs of each cell")
     parser.add_argument("--liars", type=int, default=1, help="with --rules: liars among ten clients")
     parser.add_argument(
@@ -271,7 +274,7 @@ def main() -> None:
         from benchmarks import liars_rules
 
         return liars_rules.measure(
-            options.model, options.rows, rules=options.rules or liars_rules.RULES,
+            options.model, options.rows, rules=options.rules or liars_rules.RULES, lies=options.lies or list(liars_rules.LIES),
             only=options.only or list(liars_rules.CASES), seeds=options.seeds, count=options.liars,
             unlike=options.unlike, to=options.json,
         )  # fmt: skip

@@ -63,14 +63,14 @@ SEEDS = {"seed": st.integers(0, 999), "m": st.integers(1, 12), "d": st.integers(
 
 
 @given(**SEEDS)
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_the_median_is_numpys(spool: Spool, seed: int, m: int, d: int) -> None:
     values = drawn(seed, m, d)
     assert np.array_equal(combined("median", spool, values), np.median(values, axis=0))
 
 
 @given(**SEEDS, share=st.sampled_from(["0.1", "0.2", "0.25", "0.45"]))
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_the_trimmed_mean_is_the_formula(spool: Spool, seed: int, m: int, d: int, share: str) -> None:
     """ceil(share m) numbers go at either end; of so few that none would be left, all but one or two."""
     values = drawn(seed, m, d)
@@ -81,7 +81,7 @@ def test_the_trimmed_mean_is_the_formula(spool: Spool, seed: int, m: int, d: int
 
 
 @given(**SEEDS)
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_clipping_is_the_formula(spool: Spool, seed: int, m: int, d: int) -> None:
     """start + mean of (x - start) min(1, median norm / norm)."""
     values, start = drawn(seed, m, d), drawn(seed + 1, 1, d)[0]
@@ -93,7 +93,7 @@ def test_clipping_is_the_formula(spool: Spool, seed: int, m: int, d: int) -> Non
 
 
 @given(**SEEDS)
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_the_vote_is_the_sign_of_most_times_the_usual_size(spool: Spool, seed: int, m: int, d: int) -> None:
     values = drawn(seed, m, d)
     sizes = np.sqrt(np.square(values).mean(axis=1))
@@ -126,7 +126,7 @@ def test_so_many_columns_at_a_time_change_no_bit(
 
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
 @given(lie=st.sampled_from([-1e9, -1.0, 0.0, 1e9]), seed=st.integers(0, 99), m=st.integers(3, 12))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_one_liar_cannot_leave_the_range_of_the_others(
     rule: str, spool: Spool, lie: float, seed: int, m: int
 ) -> None:
