@@ -114,7 +114,9 @@ class Simulated:
             request = fleet.RegisterNodeFleetRequest(public_key=pem)
             await self.line.call("register-node", request, fleet.RegisterNodeFleetResponse)
         activate = fleet.ActivateNodeRequest(public_key=pem, heartbeat_interval=30.0)
-        self.node = Node(node_id=(await self.line.call("activate-node", activate, fleet.ActivateNodeResponse)).node_id)
+        self.node = Node(
+            node_id=(await self.line.call("activate-node", activate, fleet.ActivateNodeResponse)).node_id
+        )
         await (self._flower() if protocol == "flower" else self._exchange())
 
     def _note(self, order: Order, began: float) -> None:
@@ -124,7 +126,9 @@ class Simulated:
     async def _flower(self) -> None:
         beating = asyncio.create_task(self._beat())
         while True:
-            pulled = await self.line.call("pull-messages", fleet.PullMessagesRequest(node=self.node), fleet.PullMessagesResponse)
+            pulled = await self.line.call(
+                "pull-messages", fleet.PullMessagesRequest(node=self.node), fleet.PullMessagesResponse
+            )
             if not pulled.messages_list:
                 await asyncio.sleep(POLL)
                 continue
@@ -141,7 +145,9 @@ class Simulated:
             wanted = messages.PullObjectRequest(node=node, run_id=run, object_id=part.object_id)
             got = await self.line.call("pull-object", wanted, messages.PullObjectResponse)
             contents[part.object_id] = got.object_content
-        confirm = messages.ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=tree.object_id)
+        confirm = messages.ConfirmMessageReceivedRequest(
+            node=node, run_id=run, message_object_id=tree.object_id
+        )
         await self.line.call("confirm-message-received", confirm, messages.ConfirmMessageReceivedResponse)
         message = inflate_object_from_contents(tree.object_id, contents)
         assert isinstance(message, Message)
@@ -193,8 +199,16 @@ async def main(address: str, count: int, protocol: str, register: bool) -> dict[
     found = await asyncio.gather(*(d.run(protocol, register) for d in devices), return_exceptions=True)
     errors = [repr(e) for e in found if isinstance(e, BaseException)]
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {"times": times, "errors": errors[:5], "failed": len(errors), "rss": rss(), "cpu": usage.ru_utime + usage.ru_stime}
+    return {
+        "times": times,
+        "errors": errors[:5],
+        "failed": len(errors),
+        "rss": rss(),
+        "cpu": usage.ru_utime + usage.ru_stime,
+    }
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] == "register"))))
+    print(
+        json.dumps(asyncio.run(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] == "register")))
+    )

@@ -68,43 +68,93 @@ def main() -> None:
     gate = Gate(Address("127.0.0.1", o.port), keys)
     gate.open()
     before = rss()
-    sim = subprocess.Popen([sys.executable, "-m", "benchmarks.fleet_devices", f"127.0.0.1:{o.port}", str(o.devices), o.protocol, "keys"],
-                           cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    sim = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.fleet_devices",
+            f"127.0.0.1:{o.port}",
+            str(o.devices),
+            o.protocol,
+            "keys",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     method = NoOp(o.size)
     with tempfile.TemporaryDirectory() as folder, create(Path(folder), "bench", "model") as opened:
         devices = Devices(opened.path)
         devices.register([(k.fingerprint, k.name) for k in keys])
-        fleet = RemoteFleet(gate, devices, Job("a" * 32, "noop", {}, "m", "b" * 64, "fp32", 64, (), o.rounds), 7, Pace(),
-                            audit=Audit(opened.path).write, note=lambda t: print(t) if "waiting" in t else None)
-        began = time.monotonic(); cpu = time.process_time()
+        fleet = RemoteFleet(
+            gate,
+            devices,
+            Job("a" * 32, "noop", {}, "m", "b" * 64, "fp32", 64, (), o.rounds),
+            7,
+            Pace(),
+            audit=Audit(opened.path).write,
+            note=lambda t: print(t) if "waiting" in t else None,
+        )
+        began = time.monotonic()
+        cpu = time.process_time()
         fleet.wait_for(o.devices)
         print(f"joined in {time.monotonic() - began:.2f} s, cpu {time.process_time() - cpu:.2f}")
         hooks = Hooks(lambda: None, lambda s: {}, lambda e: opened.record(as_dict(e)))
         prof = None
         if o.profile:
             import yappi
+
             yappi.start()
         seconds = []
+
         class Count:
             pass
+
         stamps = [time.monotonic()]
         cpu = time.process_time()
+
         def emit(e):
             opened.record(as_dict(e))
             if type(e).__name__ == "RoundDone":
                 stamps.append(time.monotonic())
                 assert e.accepted == o.devices, e
+
         hooks = Hooks(lambda: None, lambda s: {}, emit)
-        run_rounds(method, fleet, State(np.ones(o.size, np.float32)), opened, RoundPlan(o.rounds, 1.0, 1, 7, 0, bytes(8)), hooks)
+        run_rounds(
+            method,
+            fleet,
+            State(np.ones(o.size, np.float32)),
+            opened,
+            RoundPlan(o.rounds, 1.0, 1, 7, 0, bytes(8)),
+            hooks,
+        )
         cpu = time.process_time() - cpu
         if o.profile:
-            yappi.stop(); yappi.get_func_stats().sort("tsub").print_all()
+            yappi.stop()
+            yappi.get_func_stats().sort("tsub").print_all()
         fleet.end("done")
     seconds = np.diff(stamps)
-    print("rounds", [round(s, 2) for s in seconds], "cpu/client ms", 1e3 * cpu / o.rounds / o.devices, "rss MB", before / 1e6, rss() / 1e6)
+    print(
+        "rounds",
+        [round(s, 2) for s in seconds],
+        "cpu/client ms",
+        1e3 * cpu / o.rounds / o.devices,
+        "rss MB",
+        before / 1e6,
+        rss() / 1e6,
+    )
     found = json.loads(sim.communicate()[0].splitlines()[-1])
     every = sorted(t for ts in found["times"].values() for t in ts)
-    print("p50", statistics.median(every), "p99", every[int(0.99 * len(every))], "sim cpu/client/round ms", 1e3 * found["cpu"] / o.rounds / o.devices, found["failed"], found["errors"])
+    print(
+        "p50",
+        statistics.median(every),
+        "p99",
+        every[int(0.99 * len(every))],
+        "sim cpu/client/round ms",
+        1e3 * found["cpu"] / o.rounds / o.devices,
+        found["failed"],
+        found["errors"],
+    )
     gate.close()
 
 

@@ -30,7 +30,9 @@ class Mail:
         self._lock = threading.Lock()
         self._boxes: dict[int, list[Letter]] = {}  # by device: orders that it has not taken
         self._open: dict[str, int] = {}  # by number: the device whose answer is still to come
-        self._answers: dict[str, bytes | None] = {}  # by number: answers that are complete, None for a lost one
+        self._answers: dict[
+            str, bytes | None
+        ] = {}  # by number: answers that are complete, None for a lost one
         self._pieces: dict[str, bytearray] = {}  # by number: answers that are not
         self._tail = b""
 

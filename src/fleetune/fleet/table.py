@@ -34,11 +34,13 @@ class Member:
 
 
 class Devices:
-    """The table of a run, on disk after every change."""
+    """The table of a run; `save` brings it to the disk."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / FILE
         self.run, self.members = secrets.token_hex(16), list[Member]()
+        self._clients: dict[str, int] = {}  # by key: its place in `members`
+        self._changed = False
         if self.file.exists():
             self._read()
 
@@ -50,10 +52,15 @@ class Devices:
             self.members = [Member(**row) for row in found["devices"]]
         except (KeyError, TypeError) as error:
             raise StorageError(f"{self.file} is not a table of devices ({error})", hint=hint) from error
+        self._clients = {m.key: c for c, m in enumerate(self.members)}
 
-    def _write(self) -> None:
+    def save(self) -> None:
+        """Write the table where it has changed; StorageError when it cannot be written."""
+        if not self._changed:
+            return
         content = {"run": self.run, "devices": [asdict(m) for m in self.members]}
         write_atomic(self.file, sealed.to_text(content) + "\n", mode=PRIVATE)
+        self._changed = False
 
     def __len__(self) -> int:
         return len(self.members)
@@ -65,24 +72,29 @@ class Devices:
 
     def client(self, key: str) -> int | None:
         """Return the number of the client with this key, None where it is not in the table."""
-        return next((c for c, m in enumerate(self.members) if m.key == key), None)
+        return self._clients.get(key)
 
     def register(self, known: Sequence[tuple[str, str]]) -> None:
-        """Give every (key, name) that is not in the table yet the next number, in this order."""
-        new = [Member(key, name) for key, name in known if self.client(key) is None]
-        if new or not self.file.exists():
-            self.members += new
-            self._write()
+        """Give every (key, name) that is not in the table yet the next number, in this order; save the table."""
+        for key, name in known:
+            self._add(key, name)
+        self._changed |= not self.file.exists()
+        self.save()
+
+    def _add(self, key: str, name: str) -> int:
+        if (client := self._clients.get(key)) is None:
+            client = self._clients[key] = len(self.members)
+            self.members.append(Member(key, name))
+            self._changed = True
+        return client
 
     def join(self, key: str, name: str, device: Device) -> int:
         """Note what a device brings, and return its client; MessageError when it brought other rows before."""
-        self.register([(key, name)])
-        client = self.client(key)
-        assert client is not None
+        client = self._add(key, name)
         member = self.members[client]
         if not member.rows:
             self.members[client] = Member(key, member.name, device.rows, device.rows_digest)
-            self._write()
+            self._changed = True
         elif (member.rows, member.rows_digest) != (device.rows, device.rows_digest):
             raise MessageError(
                 f"device {member.name} brings {device.rows} rows with digest {device.rows_digest[:12]}; in this run it "

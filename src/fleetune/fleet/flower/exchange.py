@@ -38,8 +38,12 @@ from fleetune.fleet.flower import wire
 from fleetune.fleet.flower.state import State
 from fleetune.fleet.mail import Letter
 
-HOLD: Final = 15.0  # seconds that a request waits for an order: less than the two heartbeats of which one may fail
-CHUNK: Final = 1 << 16  # bytes that are handed to a connection at once: more would lie in memory, once for each device
+HOLD: Final = (
+    15.0  # seconds that a request waits for an order: less than the two heartbeats of which one may fail
+)
+CHUNK: Final = (
+    1 << 16
+)  # bytes that are handed to a connection at once: more would lie in memory, once for each device
 
 
 class Exchange:
@@ -132,7 +136,10 @@ async def _respond(send: Send, status: int, letter: Letter | None = None) -> Non
     parts = [] if letter is None else [letter.head, letter.tail]
     headers = [(b"content-length", str(sum(map(len, parts))).encode())] if status != 204 else []
     if letter is not None:
-        headers += [(wire.ORDER.encode(), letter.number.encode()), (b"content-type", b"application/octet-stream")]
+        headers += [
+            (wire.ORDER.encode(), letter.number.encode()),
+            (b"content-type", b"application/octet-stream"),
+        ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     for chunk in _chunks(parts):
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
