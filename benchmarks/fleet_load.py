@@ -20,10 +20,10 @@ import numpy as np
 from benchmarks.fleet_devices import key_of
 from benchmarks.harness import ROOT
 from fleetune.common.memory import rss
+from fleetune.fleet.audit import Audit
 from fleetune.fleet.flower.gate import Address, Gate
 from fleetune.fleet.orders import Job
 from fleetune.fleet.remote import Pace, RemoteFleet
-from fleetune.fleet.audit import Audit
 from fleetune.fleet.table import Devices
 from fleetune.runs.events import as_dict
 from fleetune.runs.rundir import create
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=16)
     parser.add_argument("--protocol", default="flower")
-    parser.add_argument("--port", type=int, default=18470)
+    parser.add_argument("--port", type=int, default=28470)
     parser.add_argument("--profile", action="store_true")
     o = parser.parse_args()
     keys = [key_of(n).public for n in range(o.devices)]
@@ -100,7 +100,6 @@ def main() -> None:
         fleet.wait_for(o.devices)
         print(f"joined in {time.monotonic() - began:.2f} s, cpu {time.process_time() - cpu:.2f}")
         hooks = Hooks(lambda: None, lambda s: {}, lambda e: opened.record(as_dict(e)))
-        prof = None
         if o.profile:
             import yappi
 
