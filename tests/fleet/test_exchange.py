@@ -31,7 +31,7 @@ from flwr.supercore.inflatable import inflatable_utils as inflate  # noqa: E402
 from flwr.supernode.fleet_http_client import FleetHttpClient  # noqa: E402
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor  # noqa: E402
 
-from fleetune.fleet.flower import exchange, node, wire  # noqa: E402
+from fleetune.fleet.flower import door, exchange, node, wire  # noqa: E402
 
 
 class Place(NamedTuple):
@@ -153,7 +153,7 @@ def test_what_is_too_large_is_refused(place: Place, monkeypatch: pytest.MonkeyPa
     assert post(place, place.one).content == b"work"
     host, _, port = place.url.removeprefix("http://").partition(":")
     signed = "".join(f"{k}: {v}\r\n" for k, v in wire.signed(place.one).items())
-    for length in (f"content-length: {gates.LIMIT + 1}", "transfer-encoding: chunked"):
+    for length in (f"content-length: {door.LIMIT + 1}", "transfer-encoding: chunked"):
         with socket.create_connection((host, int(port)), timeout=10) as opened:
             opened.sendall(f"POST {wire.EXCHANGE} HTTP/1.1\r\nhost: x\r\n{signed}{length}\r\n\r\n".encode())
             assert b" 413 " in opened.recv(4096)
@@ -236,6 +236,28 @@ def test_half_open_connections_lock_nobody_out(place: Place) -> None:
     finally:
         for connection in opened:
             connection.close()
+
+
+def test_a_connection_without_a_request_is_closed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "HEAD", 0.2)
+    host, _, port = place.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as opened:
+        opened.sendall(b"POST /v1/fleet/exch")
+        assert opened.recv(1) == b""
+    with socket.create_connection((host, int(port)), timeout=10) as opened:
+        opened.sendall(b"POST /v1/control/start-run HTTP/1.1\r\n\r\n")
+        assert b" 404 " in opened.recv(4096)
+        assert opened.recv(1) == b""
+
+
+def test_a_strangers_body_is_not_read(place: Place) -> None:
+    """To Flower's own requests neither: they are refused before it has come."""
+    host, _, port = place.url.removeprefix("http://").partition(":")
+    signed = "".join(f"{k}: {v}\r\n" for k, v in wire.signed(place.stranger).items())
+    for path in (wire.EXCHANGE, "/v1/fleet/push-object"):
+        with socket.create_connection((host, int(port)), timeout=10) as opened:
+            opened.sendall(f"POST {path} HTTP/1.1\r\n{signed}content-length: 1000000\r\n\r\n".encode())
+            assert b" 401 " in opened.recv(4096)
 
 
 def test_a_node_that_speaks_flowers_own_protocol_is_served(place: Place) -> None:

@@ -13,26 +13,21 @@ heartbeat meanwhile.
     200     fleetune-order: NUMBER; the body is the order
     204     there was none
 
-Whose request it is says the signature alone, before a byte of the body is read: the node is the one with that key.  A
-signature is good for one request: its time must be later than that of the one before.
+Whose request it is says the signature alone, before a byte of the body is read: the node is the one with that key
+(`door.py`).  A signature is good for one request: its time must be later than that of the one before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import datetime
-from base64 import b64decode
 from collections.abc import Iterable
 from typing import Final
 
 from fastapi import HTTPException, Request
 from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.proto.fleet_pb2 import PullMessagesRequest
-from flwr.proto.node_pb2 import Node
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
-from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from fleetune.fleet.flower import wire
 from fleetune.fleet.flower.state import State
@@ -47,7 +42,7 @@ CHUNK: Final = (
 
 
 class Exchange:
-    """The ASGI application of this one path; all of it runs in the thread of the server's event loop."""
+    """Answers these requests; all of it but `close` runs in the thread of the server's event loop."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -57,43 +52,22 @@ class Exchange:
         self._signed: dict[int, datetime.datetime] = {}  # by node: the time of its last request
         state.mail.ring = self._ring
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+    async def answer(self, node: int, request: Request, send: Send) -> None:
+        """Answer a node's request; HTTPException 401 for one that was made before the last."""
         self._loop = asyncio.get_running_loop()
-        request = Request(scope, receive)
-        try:
-            node = self._node(request)
-        except HTTPException as refused:
-            await _respond(send, refused.status_code)
-            return
-        wants = request.headers.get(wire.NEXT, "order")
-        try:
-            if number := request.headers.get(wire.ORDER):
-                self.state.mail.answer(node, number, await request.body(), last=wants != "piece")
-        except ClientDisconnect:
-            return
-        letter = await self._next(node) if wants == "order" and not self.closing else None
-        if letter is None:
-            await _respond(send, 204)
-        else:
-            await _respond(send, 200, letter)
-
-    def _node(self, request: Request) -> int:
-        """Return the node that has signed a request; HTTPException 401 for a request that no known node has."""
-        try:
-            key = b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
-        except (KeyError, ValueError) as error:
-            raise HTTPException(401) from error
-        if (node := self.state.get_node_id_by_public_key(key)) is None:
-            raise HTTPException(401)
-        request.state.protobuf_request = PullMessagesRequest(node=Node(node_id=node))  # what Flower checks
-        authenticate_node(request)
         signed = datetime.datetime.fromisoformat(request.headers[TIMESTAMP_HEADER])
         if node in self._signed and signed <= self._signed[node]:
             raise HTTPException(401)
         self._signed[node] = signed
         self.state.alive(node)
-        return node
+        wants = request.headers.get(wire.NEXT, "order")
+        if number := request.headers.get(wire.ORDER):
+            try:
+                self.state.mail.answer(node, number, await request.body(), last=wants != "piece")
+            except ClientDisconnect:
+                return
+        letter = await self._next(node) if wants == "order" and not self.closing else None
+        await _respond(send, 204 if letter is None else 200, letter)
 
     async def _next(self, node: int) -> Letter | None:
         """Return the next order for a node; None where none comes, or a later request of the node waits for it."""
@@ -129,7 +103,11 @@ class Exchange:
         """Send every waiting request away; from any thread."""
         self.closing = True
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(lambda: [self._wake(node) for node in list(self._waiting)])
+            self._loop.call_soon_threadsafe(self._wake_all)
+
+    def _wake_all(self) -> None:
+        for node in list(self._waiting):
+            self._wake(node)
 
 
 async def _respond(send: Send, status: int, letter: Letter | None = None) -> None:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import uvicorn
-from fastapi import FastAPI, Response
+from fastapi import FastAPI
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.error import http_error_translator
@@ -22,42 +24,19 @@ from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
-from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fleetune.errors import FleetError
-from fleetune.fleet.flower import wire
+from fleetune.fleet.flower.door import Connection, Door
 from fleetune.fleet.flower.exchange import Exchange
 from fleetune.fleet.flower.state import State
 from fleetune.fleet.keys import PublicKey, fingerprint
 from fleetune.fleet.mail import Mail
 
-LIMIT: Final = 8 << 20  # bytes of a request's body: a piece and its frame
 KEEP: Final = 75  # seconds that a connection may be idle: longer than a device keeps it
+CONNECTIONS: Final = 1 << 16  # open files that are asked for
 HEARTBEAT: Final = 15.0  # seconds; the run counts as dead after 60 without one
-
-
-class _Door:
-    """Let nothing through but requests of a limited size to the devices' interface; ours go to the exchange."""
-
-    def __init__(self, app: ASGIApp, exchange: Exchange) -> None:
-        self.app, self.exchange = app, exchange
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        if not scope["path"].startswith("/v1/fleet/"):
-            await Response(status_code=404)(scope, receive, send)
-            return
-        length = Headers(scope=scope).get("content-length", "")
-        if not (length.isascii() and length.isdigit()) or int(length) > LIMIT:
-            await Response(status_code=413)(scope, receive, send)
-        elif scope["path"] == wire.EXCHANGE:
-            await self.exchange(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
 
 
 @dataclass(frozen=True)
@@ -81,7 +60,7 @@ class Gate:
         self._nodes: dict[str, int] = {}  # by hash of the key, of those that were ever there
         self._keys: dict[int, str] = {}  # by node: the hash of its key
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[
-            Middleware(_Door, exchange=self._exchange),
+            Middleware(Door, state=self.state, exchange=self._exchange, any_key=keys is None),
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
@@ -90,7 +69,7 @@ class Gate:
         app.include_router(fleet_router)
         self.address = address
         self._config = uvicorn.Config(
-            app, ssl_certfile=address.certificate, ssl_keyfile=address.key, workers=1, ws="none",
+            app, ssl_certfile=address.certificate, ssl_keyfile=address.key, workers=1, ws="none", http=Connection,
             access_log=False, log_level="error", lifespan="off", timeout_keep_alive=KEEP, timeout_graceful_shutdown=5,
         )  # fmt: skip
         if keys is not None:
@@ -129,6 +108,7 @@ class Gate:
             raise FleetError(
                 f"cannot listen on {host}:{port}: {error.strerror}", hint="choose another --port or --host"
             ) from error
+        _allow_connections()
         self._server = uvicorn.Server(self._config)
         serve = functools.partial(self._server.run, sockets=[opened])
         self._thread = threading.Thread(target=serve, name="gate", daemon=True)
@@ -196,3 +176,15 @@ class Gate:
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _allow_connections() -> None:
+    """Let this process have as many open connections as the system allows: often 1,024 unless asked for more."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(CONNECTIONS, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            with contextlib.suppress(OSError, ValueError):  # a system may allow less than it says
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

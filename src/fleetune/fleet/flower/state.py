@@ -68,7 +68,7 @@ class State(InMemoryLinkState):
 
     def delete_node(self, owner_aid: str, node_id: int) -> None:
         """As Flower's; a request of the node that waits for an order is answered at once."""
-        if (info := self.nodes.get(node_id)) is not None and info.online_until is None:
+        if (info := self.nodes.get(node_id)) is not None and info.status == NodeStatus.REGISTERED:
             info.online_until = now().timestamp()  # it was never there: Flower would compare None with a time
         super().delete_node(owner_aid, node_id)
         self.mail.ring(node_id)
