@@ -19,7 +19,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives import serialization as forms
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Message
+from flwr.app import Message, MetricRecord, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2 as fleet
@@ -74,7 +74,7 @@ class Line:
 
     async def post(self, path: str, body: bytes, **more: str) -> tuple[dict[str, str], bytes]:
         """Send a signed request; the headers and the body of what comes back.  OSError for a status over 299."""
-        if self.streams is None:
+        if self.streams is None or self.streams[0].at_eof():
             self.streams = await asyncio.open_connection(self.host, self.port, limit=1 << 20)
         reader, writer = self.streams
         headers = {"host": self.host, "content-length": str(len(body)), **wire.signed(self.key), **more}
@@ -117,7 +117,7 @@ class Simulated:
         self.node = Node(
             node_id=(await self.line.call("activate-node", activate, fleet.ActivateNodeResponse)).node_id
         )
-        await (self._flower() if protocol == "flower" else self._exchange())
+        await (self._flower() if protocol in ("flower", "stock") else self._exchange())
 
     def _note(self, order: Order, began: float) -> None:
         if order.what == "work":
@@ -143,7 +143,10 @@ class Simulated:
         contents = {}
         for part in iterate_object_tree(tree):
             wanted = messages.PullObjectRequest(node=node, run_id=run, object_id=part.object_id)
-            got = await self.line.call("pull-object", wanted, messages.PullObjectResponse)
+            while not (
+                got := await self.line.call("pull-object", wanted, messages.PullObjectResponse)
+            ).object_available:
+                await asyncio.sleep(POLL)  # the message is there before its objects
             contents[part.object_id] = got.object_content
         confirm = messages.ConfirmMessageReceivedRequest(
             node=node, run_id=run, message_object_id=tree.object_id
@@ -152,8 +155,7 @@ class Simulated:
         message = inflate_object_from_contents(tree.object_id, contents)
         assert isinstance(message, Message)
         wire.set_id(message, tree.object_id)
-        order, data = answer(wire.unpack(message.content))
-        reply = wire.answer_to(message, data)
+        order, reply = self._reply(message)
         with no_object_id_recompute():
             objects = wire.objects_of(reply)
             request = fleet.PushMessagesRequest(
@@ -166,8 +168,21 @@ class Simulated:
                     node=node, run_id=run, object_id=id, object_content=objects[id].deflate(), session_id=pushed.session_id
                 )  # fmt: skip
                 await self.line.call("push-object", push, messages.PushObjectResponse)
+        if order is None:
+            return ""
         self._note(order, began)
         return order.what
+
+    def _reply(self, message: Message) -> tuple[Order | None, Message]:
+        if "arrays" in message.content:  # of Flower's own FedAvg
+            metrics = MetricRecord({"num-examples": ROWS})
+            reply = Message(
+                RecordDict({"arrays": message.content["arrays"], "metrics": metrics}), reply_to=message
+            )
+            wire.set_id(reply, reply.object_id)
+            return None, reply
+        order, data = answer(wire.unpack(message.content))
+        return order, wire.answer_to(message, data)
 
     async def _beat(self) -> None:
         while True:

@@ -1,161 +1,141 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Server under load."""
+"""`python -m benchmarks.fleet_load [--devices 1000] [--rounds 5] [--json F]`: a real fleet's server under load, beside Flower's.
+
+Every line is a run of its own, in processes of their own, on loopback, without TLS: rounds a minute (of the median round),
+the seconds from an order to its answer at the server, the server's largest memory and its CPU time for a client and a round.
+The devices share the machine's cores with the server.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+from benchmarks.harness import Others, child, machine
 
-from benchmarks.fleet_devices import key_of
-from benchmarks.harness import ROOT
-from fleetune.common.memory import rss
-from fleetune.fleet.audit import Audit
-from fleetune.fleet.flower.gate import Address, Gate
-from fleetune.fleet.orders import Job
-from fleetune.fleet.remote import Pace, RemoteFleet
-from fleetune.fleet.table import Devices
-from fleetune.runs.events import as_dict
-from fleetune.runs.rundir import create
-from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.rounds import Hooks, RoundPlan
-from fleetune.tuning.rounds import run as run_rounds
+SCALARS = ((16, "float32", "16 scalars"), (256, "float32", "256 scalars"))
+ADAPTER = (196_608, "float16", "LoRA r=8, 393 kB")  # q and v of 12 layers of width 512
+FEW = 3  # rounds of what is slow
+HEAD = ("what", "devices", "rounds/min", "round", "p50", "p99", "server RSS", "CPU/client")
 
 
-class State(NamedTuple):
-    x: np.ndarray
-
-
-@dataclass(frozen=True)
-class NoOp:
-    """A method that adds nothing up."""
-
-    size: int
-    dtype: str = "float32"
-
-    def broadcast(self, state: State) -> Payload:
-        return Payload({"x": state.x}, {"n": 8, "loss": 1.0})
-
-    def expects(self, state: State) -> ReplySpec:
-        return ReplySpec({"x": (self.dtype, (self.size,))}, {"n": (int, 1, 1 << 31), "loss": (float, 0, 1e9)})
-
-    def aggregate(self, state: State, replies: Iterable[Any]) -> State:
-        for _ in replies:
-            pass
-        return state
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--devices", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", type=int, default=16)
-    parser.add_argument("--protocol", default="flower")
-    parser.add_argument("--port", type=int, default=28470)
-    parser.add_argument("--profile", action="store_true")
-    o = parser.parse_args()
-    keys = [key_of(n).public for n in range(o.devices)]
-    gate = Gate(Address("127.0.0.1", o.port), keys)
-    gate.open()
-    before = rss()
-    sim = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.fleet_devices",
-            f"127.0.0.1:{o.port}",
-            str(o.devices),
-            o.protocol,
-            "keys",
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    method = NoOp(o.size)
-    with tempfile.TemporaryDirectory() as folder, create(Path(folder), "bench", "model") as opened:
-        devices = Devices(opened.path)
-        devices.register([(k.fingerprint, k.name) for k in keys])
-        fleet = RemoteFleet(
-            gate,
-            devices,
-            Job("a" * 32, "noop", {}, "m", "b" * 64, "fp32", 64, (), o.rounds),
-            7,
-            Pace(),
-            audit=Audit(opened.path).write,
-            note=lambda t: print(t) if "waiting" in t else None,
+def main() -> int:
+    """Run all, print the table."""
+    options = _options()
+    others, began, load = Others(), time.monotonic(), os.getloadavg()
+    found: dict[str, dict[str, Any]] = {}
+    for numbers, dtype, name in (*SCALARS, ADAPTER):
+        rounds = min(options.rounds, FEW) if numbers == ADAPTER[0] else options.rounds
+        _run(found, f"fleetune, {name}", "fleet_server", options.devices, rounds, numbers, dtype, "exchange")
+    few = min(options.devices, options.light)
+    if few:
+        _run(
+            found,
+            "fleetune, nodes with Flower's messages, 16 scalars",
+            "fleet_server",
+            few,
+            FEW,
+            16,
+            "float32",
+            "flower",
         )
-        began = time.monotonic()
-        cpu = time.process_time()
-        fleet.wait_for(o.devices)
-        print(f"joined in {time.monotonic() - began:.2f} s, cpu {time.process_time() - cpu:.2f}")
-        hooks = Hooks(lambda: None, lambda s: {}, lambda e: opened.record(as_dict(e)))
-        if o.profile:
-            import yappi
-
-            yappi.start()
-        seconds = []
-
-        class Count:
-            pass
-
-        stamps = [time.monotonic()]
-        cpu = time.process_time()
-
-        def emit(e):
-            opened.record(as_dict(e))
-            if type(e).__name__ == "RoundDone":
-                stamps.append(time.monotonic())
-                assert e.accepted == o.devices, e
-
-        hooks = Hooks(lambda: None, lambda s: {}, emit)
-        run_rounds(
-            method,
-            fleet,
-            State(np.ones(o.size, np.float32)),
-            opened,
-            RoundPlan(o.rounds, 1.0, 1, 7, 0, bytes(8)),
-            hooks,
+        for numbers, dtype, name in (SCALARS[0], ADAPTER):
+            bits = 16 if dtype == "float16" else 32
+            _run(
+                found,
+                f"Flower SuperLink + FedAvg, light nodes, {name}",
+                "flower_stock",
+                "light",
+                few,
+                FEW,
+                numbers,
+                bits,
+            )
+    if options.supernodes:
+        _run(
+            found,
+            "Flower SuperLink + FedAvg, SuperNodes, 16 scalars",
+            "flower_stock",
+            "supernodes",
+            options.supernodes,
+            FEW,
+            16,
+            32,
         )
-        cpu = time.process_time() - cpu
-        if o.profile:
-            yappi.stop()
-            yappi.get_func_stats().sort("tsub").print_all()
-        fleet.end("done")
-    seconds = np.diff(stamps)
+    _run(found, "fleetune fleet serve + join, an empty round", "fleet_join", max(5, options.rounds))
+    print(f"\n{table(found)}\n\n{_memory(found)}")
+    about = {"seconds": time.monotonic() - began, "load_before": load, "used_by_others": others.share()}
     print(
-        "rounds",
-        [round(s, 2) for s in seconds],
-        "cpu/client ms",
-        1e3 * cpu / o.rounds / o.devices,
-        "rss MB",
-        before / 1e6,
-        rss() / 1e6,
+        f"{about['seconds']:.0f} s; others used {about['used_by_others'] or 0:.0%} of the machine meanwhile"
     )
-    found = json.loads(sim.communicate()[0].splitlines()[-1])
-    every = sorted(t for ts in found["times"].values() for t in ts)
-    print(
-        "p50",
-        statistics.median(every),
-        "p99",
-        every[int(0.99 * len(every))],
-        "sim cpu/client/round ms",
-        1e3 * found["cpu"] / o.rounds / o.devices,
-        found["failed"],
-        found["errors"],
+    if options.json:
+        content = {"format": 1, "machine": machine(), "about": about, "runs": found}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("benchmarks.fleet_load", description=__doc__)
+    parser.add_argument("--devices", type=int, default=1000, help="simulated devices (default: 1000)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help=f"rounds of scalars (default: 5); {FEW} of all else"
     )
-    gate.close()
+    parser.add_argument(
+        "--light", type=int, default=100, help="light nodes of Flower's own server (default: 100; 0: none)"
+    )
+    parser.add_argument(
+        "--supernodes", type=int, default=10, help="Flower's own nodes (default: 10; 0: none)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
+    return parser.parse_args()
+
+
+def _run(found: dict[str, dict[str, Any]], name: str, module: str, *arguments: object) -> None:
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    try:
+        found[name] = child(module, *arguments)
+        print(table({name: found[name]}), file=sys.stderr, flush=True)
+    except RuntimeError as error:  # the others still count
+        print(error, file=sys.stderr)
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Return the runs as a table."""
+    lines = [HEAD]
+    for name, run in found.items():
+        second = statistics.median(run["seconds"])
+        lines.append((
+            name, f"{run['devices']:,}", f"{60 / second:,.1f}", f"{second:.2f} s",
+            *(f"{run[p]:.2f} s" if p in run else "" for p in ("p50", "p99")),
+            f"{run['server_rss'] / 1e6:.0f} MB" if "server_rss" in run else "",
+            f"{1e3 * run['cpu_per_client']:.1f} ms" if "cpu_per_client" in run else "",
+        ))  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+    text = [
+        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in text)
+
+
+def _memory(found: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for name, run in found.items():
+        if "model_rss" in run:
+            beside = run["device_rss"] - run["model_rss"]
+            lines.append(
+                f"a device: {run['device_rss'] / 1e6:.0f} MB, {beside / 1e6:.0f} MB of it beside torch and the model"
+            )
+        elif "device_rss" in run:
+            lines.append(f"{name}: {run['device_rss'] / 1e6:.0f} MB for a node")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
