@@ -65,7 +65,7 @@ def _prepare(folder: Path, rounds: int) -> None:
     made = models.tiny_llama()
     models.save(made.net, made.tokenizer, folder / "model")
     rows = [
-        {"instruction": f"count to {i}", "response": " ".join(map(str, range(1, 1 + i % 8)))}
+        {"instruction": f"count to {i}", "response": " ".join(map(str, range(1, 2 + i % 8)))}
         for i in range(1, 31)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -56,6 +56,7 @@ app = ServerApp()
 class Timed(FedAvg):
     def configure_train(self, *args):
         self.out.write(f"begin {time.time()}\\n")
+        self.out.flush()
         return super().configure_train(*args)
 
     def aggregate_train(self, server_round, replies):
@@ -120,7 +121,10 @@ def run(
         with super_link(folder, port) as link:
             made = nodes(folder, port, count)
             try:
-                return measured(folder, link, made, count, rounds, numbers, bits)
+                found = measured(folder, link, made, count, rounds, numbers, bits)
+                return (
+                    found if nodes is super_nodes else {k: v for k, v in found.items() if k != "device_rss"}
+                )
             finally:
                 for process in made:
                     end(process)
