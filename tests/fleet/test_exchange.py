@@ -205,6 +205,7 @@ def test_orders_that_end_alike_share_their_end() -> None:
 def test_the_order_of_a_device_that_is_away_is_lost(place: Place) -> None:
     number = push(place, place.two)
     place.gate.state.deactivate_node(node_of(place, place.two))
+    assert place.two.public.fingerprint not in place.gate.online()
     assert pull(place, number) == [(number, None)]
 
 

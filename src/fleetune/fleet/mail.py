@@ -69,15 +69,11 @@ class Mail:
             else:
                 self._answers[number] = (bytes(pieces + piece) if pieces else piece) or None
 
-    def open(self, numbers: set[str]) -> dict[str, int]:
-        """Return those orders whose answers are still to come, with their devices."""
+    def lose(self, device: int) -> None:
+        """Note that a device has gone: no answer to what it was ordered will come."""
         with self._lock:
-            return {n: self._open[n] for n in numbers if n in self._open and n not in self._answers}
-
-    def lose(self, number: str) -> None:
-        """Note that the answer to an order will not come."""
-        with self._lock:
-            if number in self._open:
+            self._boxes.pop(device, None)
+            for number in [n for n, whose in self._open.items() if whose == device]:
                 self._answers.setdefault(number, None)
 
     def answered(self, numbers: set[str]) -> list[str]:

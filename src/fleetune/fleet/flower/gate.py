@@ -58,6 +58,7 @@ class Gate:
         self._exchange = Exchange(self.state)
         self._names: dict[int, str] = {}  # by number of the node
         self._nodes: dict[str, int] = {}  # by hash of the key, of those that were ever there
+        self._here: set[int] = set()  # nodes that were there at the last look
         self._keys: dict[int, str] = {}  # by node: the hash of its key
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[
             Middleware(Door, state=self.state, exchange=self._exchange, any_key=keys is None),
@@ -139,13 +140,20 @@ class Gate:
     # What every link has ----------------------------------------------------------------------------------
 
     def online(self) -> Mapping[str, str]:
-        """Return the devices that are there now, each with the time at which it came in."""
-        found = {}
+        """Return the devices that are there now, each with the time at which it came in.
+
+        The orders of those that have gone since the last look are lost.
+        """
+        found: dict[str, str] = {}
+        before, self._here = self._here, set()
         for info in self.state.get_node_info(statuses=[NodeStatus.ONLINE]):
             if (key := self._keys.get(info.node_id)) is None:
                 key = self._keys[info.node_id] = fingerprint(info.public_key)
             found[key] = f"{info.node_id} {info.last_activated_at}"
             self._nodes[key] = info.node_id
+            self._here.add(info.node_id)
+        for node in before - self._here:
+            self.mail.lose(node)
         return found
 
     def name(self, key: str) -> str:
@@ -162,9 +170,6 @@ class Gate:
         for number, data in self.state.replies(numbers):
             self.drop({number})
             yield number, data
-        for number, node in self.mail.open(numbers).items():
-            if not self.state.is_online(node):
-                self.mail.lose(number)
         for number in self.mail.answered(numbers):
             yield number, self.mail.pull(number)
 

@@ -83,7 +83,7 @@ class State(InMemoryLinkState):
         with self.lock:
             message = self._stored(node_id, letter)
         if message is None:
-            self.mail.lose(letter.number)
+            self.mail.answer(node_id, letter.number, b"")
             return []
         return [message]
 
