@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two real devices and a real server, each a process of its own: an empty round's time, and a device's memory beside its model.
 
-The method is FedKSeed with one local step on the built-in tiny model; a round's time is less what its devices say that their
-work took.
+The methods do one local step on the built-in tiny model; a round's time is less what its devices say that their work took.
+FedKSeed's kernels take memory of their own on a device, in a simulated fleet too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ model = "model"
 data = "rows.jsonl"
 clients = 2
 rounds = {rounds}
+method = "{method}"
 held_out = 4
 eval_rows = 4
 eval_every = 0
@@ -32,11 +33,10 @@ samples = 0
 max_length = 48
 device = "cpu"
 threads = 1
-method = "fedkseed"
 [set]
-K = 16
-tau = 1
+{values}
 """
+METHODS = {"fedit": "r = 2\nsteps = 1", "fedkseed": "K = 16\ntau = 1"}
 LOADED = """\
 import sys
 from fleetune import models
@@ -46,11 +46,11 @@ sys.stdin.read()
 """
 
 
-def run(rounds: int) -> dict[str, Any]:
+def run(method: str, rounds: int) -> dict[str, Any]:
     """Play the rounds; their seconds, and the bytes of a device and of a process that has loaded the model and no more."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _prepare(folder, rounds)
+        _prepare(folder, method, rounds)
         alone = subprocess.Popen(
             [sys.executable, "-c", LOADED], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -61,7 +61,7 @@ def run(rounds: int) -> dict[str, Any]:
         return {"devices": DEVICES, "model_rss": model, **_play(folder)}
 
 
-def _prepare(folder: Path, rounds: int) -> None:
+def _prepare(folder: Path, method: str, rounds: int) -> None:
     made = models.tiny_llama()
     models.save(made.net, made.tokenizer, folder / "model")
     rows = [
@@ -69,7 +69,7 @@ def _prepare(folder: Path, rounds: int) -> None:
         for i in range(1, 31)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "recipe.toml").write_text(RECIPE.format(rounds=rounds))
+    (folder / "recipe.toml").write_text(RECIPE.format(rounds=rounds, method=method, values=METHODS[method]))
     _start(folder, "split", "split", "-c", "recipe.toml", "--to", "rows").wait()
 
 
@@ -112,4 +112,4 @@ def _play(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(int(sys.argv[1]))))
+    print(json.dumps(run(sys.argv[1], int(sys.argv[2]))))

@@ -68,7 +68,14 @@ def main() -> int:
             16,
             32,
         )
-    _run(found, "fleetune fleet serve + join, an empty round", "fleet_join", max(5, options.rounds))
+    for method in ("fedit", "fedkseed"):
+        _run(
+            found,
+            f"fleet serve + join, an empty round ({method})",
+            "fleet_join",
+            method,
+            max(5, options.rounds),
+        )
     print(f"\n{table(found)}\n\n{_memory(found)}")
     about = {"seconds": time.monotonic() - began, "load_before": load, "used_by_others": others.share()}
     print(
