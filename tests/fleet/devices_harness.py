@@ -21,7 +21,7 @@ from fleetune.fleet.device import Home
 from fleetune.fleet.orders import Job, Order
 from fleetune.fleet.remote import Pace, RemoteFleet
 from fleetune.fleet.server import Place, Served
-from fleetune.fleet.table import Devices, Member
+from fleetune.fleet.table import Devices
 from fleetune.fleet.worker import Brings, Worker
 from fleetune.runs.listener import Listener, Silent
 from fleetune.tuning import recipe as recipes
@@ -102,8 +102,7 @@ def numbered(folder: Path, count: int = 2) -> None:
     for c in range(count):
         Path(f"state-{c}").mkdir()
         public = keys.make(Path(f"state-{c}/key")).public
-        table.members.append(Member(public.fingerprint, f"device-{c}"))
-    table._write()
+        table.register([(public.fingerprint, f"device-{c}")])
 
 
 class Heard(Silent):

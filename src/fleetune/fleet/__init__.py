@@ -7,7 +7,7 @@
     status.py     how a run stands, from its folder           page.py, prometheus.py the same on a live page, and as metrics
     eval_*.py     a result on the devices' held-out rows      calibration_*.py       a compression's Hessians from devices
     result.py     a run's result on its way to a device       held_out.py            rows that a device does not train on
-    flower/       the way: Flower's Fleet API
+    mail.py       where orders and answers wait               flower/                the way: Flower's Fleet API
 
 The rounds are those of a simulated fleet (`tuning/rounds.py`), so a run ends in the same digest.
 """

@@ -395,6 +395,7 @@ class RemoteFleet:
                 self._greeted.pop(found.key, None)  # it is asked again
             else:
                 self._joined(found, reply)
+        self.devices.save()  # before any of those that have joined is asked
 
     def _reply(self, found: _Order, data: bytes | None) -> Reply | None:
         if data is None:

@@ -41,11 +41,13 @@ class Member:
 
 
 class Devices:
-    """The table of a run, on disk after every change."""
+    """The table of a run; `save` brings it to the disk."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / FILE
         self.run, self.members = secrets.token_hex(16), list[Member]()
+        self._clients: dict[str, int] = {}  # by key: its place in `members`
+        self._changed = False
         if self.file.exists():
             self._read()
 
@@ -57,10 +59,15 @@ class Devices:
             self.members = [Member(**row) for row in found["devices"]]
         except (KeyError, TypeError) as error:
             raise StorageError(f"{self.file} is not a table of devices ({error})", hint=hint) from error
+        self._clients = {m.key: c for c, m in enumerate(self.members)}
 
-    def _write(self) -> None:
+    def save(self) -> None:
+        """Write the table where it has changed; StorageError when it cannot be written."""
+        if not self._changed:
+            return
         content = {"run": self.run, "devices": [asdict(m) for m in self.members]}
         write_atomic(self.file, sealed.to_text(content) + "\n", mode=PRIVATE)
+        self._changed = False
 
     def __len__(self) -> int:
         return len(self.members)
@@ -72,29 +79,36 @@ class Devices:
 
     def client(self, key: str) -> int | None:
         """Return the number of the client with this key, None where it is not in the table."""
-        return next((c for c, m in enumerate(self.members) if m.key == key), None)
+        return self._clients.get(key)
 
     def register(self, known: Sequence[tuple[str, str]]) -> None:
-        """Give every (key, name) that is not in the table yet the next number, in this order."""
-        new = [Member(key, name) for key, name in known if self.client(key) is None]
-        if new or not self.file.exists():
-            self.members += new
-            self._write()
+        """Give every (key, name) that is not in the table yet the next number, in this order; save the table."""
+        for key, name in known:
+            self._add(key, name)
+        self._changed |= not self.file.exists()
+        self.save()
+
+    def _add(self, key: str, name: str) -> int:
+        if (client := self._clients.get(key)) is None:
+            client = self._clients[key] = len(self.members)
+            self.members.append(Member(key, name))
+            self._changed = True
+        return client
 
     def take_from(self, run: Path) -> None:
         """Begin a new table with the devices of a run's, where it has one: a device stays the client that it was."""
         if not self.file.exists() and (run / FILE).exists():
             self.members = list(Devices(run).members)
-            self._write()
+            self._clients = {m.key: c for c, m in enumerate(self.members)}
+            self._changed = True
+            self.save()
 
     def join(self, key: str, name: str, device: Device, able: Sequence[int]) -> int:
         """Note what a device brings, and the kinds of work that it can do; return its client.
 
         MessageError when it brought other rows before.  A device that can no longer do what it did has no kind again.
         """
-        self.register([(key, name)])
-        client = self.client(key)
-        assert client is not None
+        client = self._add(key, name)
         member = self.members[client]
         if member.rows and (member.rows, member.rows_digest) != (device.rows, device.rows_digest):
             raise MessageError(
@@ -107,7 +121,7 @@ class Devices:
         )  # fmt: skip
         if now != member:
             self.members[client] = now
-            self._write()
+            self._changed = True
         return client
 
     def give_kinds(self, wanted: Wanted) -> None:
@@ -119,4 +133,5 @@ class Devices:
         for client in new:
             member = self.members[client]
             self.members[client] = replace(member, kind=assignment.next(member.able))
-        self._write()
+        self._changed = True
+        self.save()

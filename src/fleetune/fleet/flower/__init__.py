@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carry orders and answers by Flower's Fleet API: `gate.py` on the server, `node.py` on a device, the same bytes in `wire.py`.
+"""Carry orders and answers by Flower's Fleet API, and by one request of our own beside it.
+
+    gate.py       the server: open the door, and who is there        node.py   the device
+    door.py       keep out what no registered key has signed         wire.py   the same on both sides
+    exchange.py   an answer and the next order in one request
+    state.py      Flower's state, with our orders
 
 `server_app.py` and `client_app.py` do the same inside a Flower that is there already: as the app that `shim.py` writes and
 `flwr run` takes.
@@ -7,17 +12,22 @@
 This folder is the only place that imports `flwr`, and it uses parts of it that are not its public interface: the range in
 `pyproject.toml` is one minor release, and the loopback tests run every part that is used.
 
-What is Flower's: the wire format (protobuf over HTTP, TLS), node keys and their signatures, heartbeats, the store of
-messages and objects, and its handlers of all of these.  What is otherwise than in its own programs, and why:
+What is Flower's: the wire format of its own requests (protobuf over HTTP, TLS), node keys and their signatures, the table of
+nodes and their heartbeats, the store of messages and objects.  A node that speaks Flower's protocol alone is served too.  What
+is otherwise than in its own programs, and why:
 
 - The server's own process holds the Fleet API, and only that.  Flower's SuperLink also serves, on the same port and
   without a login, the interface by which apps are run and keys registered; here there is nothing to reach.
 - No app is sent, so a device never runs code that comes from a server.  Flower's SuperNode runs whatever it is sent, in a new
   process for every message, which would load the model anew each round.
 - State is in memory: the run's folder has all that a restarted server needs.
+- Our devices send an answer and get the next order in one request (`exchange.py`), which waits for the order; Flower's take
+  about ten requests, and ask every 3 s.  What a server needs for a device and a round fell from 41 ms to 1.4 ms, half of
+  it the check of the signature.
 - A device that is refused (401, 403, 412) waits and tries again with the same key; Flower's own client ends its process.
-- A request's body has a limit (`gate.LIMIT`); Flower reads any, before it looks at the key.
-- Polls every 0.2 s instead of 3 s, heartbeats every 10 s instead of 30 s, so that a dead device is noticed sooner.
+- A request that no registered key has signed is refused before its body is read, and a body has a limit (`door.LIMIT`);
+  Flower reads any, before it looks at the key.
+- Heartbeats come every 10 s instead of 30 s, so that a dead device is noticed sooner.
 """
 
 from __future__ import annotations

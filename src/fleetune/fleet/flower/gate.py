@@ -3,34 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import logging
 import socket
 import ssl
+import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
-from flwr.app import Message
-from flwr.app.message import remove_content_from_message
+from fastapi import FastAPI
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.error import http_error_translator
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.config_loader import get_objectstore_linkstate_factories
-from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from starlette.middleware import Middleware
@@ -38,23 +29,15 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from fleetune.errors import FleetError
 from fleetune.fleet.flower import wire
+from fleetune.fleet.flower.door import Connection, Door
+from fleetune.fleet.flower.exchange import Exchange
+from fleetune.fleet.flower.state import State
 from fleetune.fleet.keys import PublicKey, fingerprint
+from fleetune.fleet.mail import Mail
 
-log = logging.getLogger(__name__)
-
-LIMIT: Final = 8 << 20  # bytes of a request's body: a piece and its frame
-LIFETIME: Final = 86400.0  # seconds that Flower keeps a message
+KEEP: Final = 75  # seconds that a connection may be idle: longer than a device keeps it
+CONNECTIONS: Final = 1 << 16  # open files that are asked for
 HEARTBEAT: Final = 15.0  # seconds; the run counts as dead after 60 without one
-
-
-async def _door(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Let nothing through but requests of a limited size to the devices' interface."""
-    if not request.url.path.startswith("/v1/fleet/"):
-        return Response(status_code=404)
-    length = request.headers.get("content-length", "")
-    if not (length.isascii() and length.isdigit()) or int(length) > LIMIT:
-        return Response(status_code=413)
-    return await call_next(request)
 
 
 @dataclass(frozen=True)
@@ -72,23 +55,25 @@ class Gate:
 
     def __init__(self, address: Address, keys: Sequence[PublicKey] | None) -> None:
         wire.hush()
-        _, factory = get_objectstore_linkstate_factories(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager())
-        self.state = factory.state()
-        self._arriving: dict[str, Message] = {}
+        self.mail = Mail()
+        self.state = State(self.mail)
+        self._exchange = Exchange(self.state)
         self._names: dict[int, str] = {}  # by number of the node
         self._nodes: dict[str, int] = {}  # by hash of the key, of those that were ever there
+        self._here: set[int] = set()  # nodes that were there at the last look
+        self._keys: dict[int, str] = {}  # by node: the hash of its key
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[
-            Middleware(BaseHTTPMiddleware, dispatch=_door),
+            Middleware(Door, state=self.state, exchange=self._exchange, any_key=keys is None),
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
         ])  # fmt: skip
-        app.state.linkstate_factory, app.state.enable_supernode_auth = factory, keys is not None
+        app.state.linkstate_factory, app.state.enable_supernode_auth = self.state, keys is not None
         app.include_router(fleet_router)
         self.address = address
         self._config = uvicorn.Config(
-            app, ssl_certfile=address.certificate, ssl_keyfile=address.key, workers=1, ws="none",
-            access_log=False, log_level="error", lifespan="off",
+            app, ssl_certfile=address.certificate, ssl_keyfile=address.key, workers=1, ws="none", http=Connection,
+            access_log=False, log_level="error", lifespan="off", timeout_keep_alive=KEEP, timeout_graceful_shutdown=5,
         )  # fmt: skip
         if keys is not None:
             self.admit(keys)
@@ -96,7 +81,7 @@ class Gate:
     def open(self) -> None:
         """Start to listen; FleetError where that is not possible."""
         self._listen()
-        self.run = self.state.create_run(
+        self.run = self.state.run = self.state.create_run(
             "fleetune", "1", None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
         )
         task = self.state.get_run_info(run_ids=[self.run])[0].primary_task_id
@@ -126,6 +111,7 @@ class Gate:
             raise FleetError(
                 f"cannot listen on {host}:{port}: {error.strerror}", hint="choose another --port or --host"
             ) from error
+        _allow_connections()
         self._server = uvicorn.Server(self._config)
         serve = functools.partial(self._server.run, sockets=[opened])
         self._thread = threading.Thread(target=serve, name="gate", daemon=True)
@@ -133,6 +119,7 @@ class Gate:
     def close(self) -> None:
         """Stop listening."""
         self.state.stop_run(self.run)
+        self._exchange.close()
         self._server.should_exit = True
         self._thread.join(10)
 
@@ -155,11 +142,20 @@ class Gate:
     # What every link has ----------------------------------------------------------------------------------
 
     def online(self) -> Mapping[str, str]:
-        """Return the devices that are there now, each with the time at which it came in."""
-        found = {}
+        """Return the devices that are there now, each with the time at which it came in.
+
+        The orders of those that have gone since the last look are lost.
+        """
+        found: dict[str, str] = {}
+        before, self._here = self._here, set()
         for info in self.state.get_node_info(statuses=[NodeStatus.ONLINE]):
-            found[key := fingerprint(info.public_key)] = f"{info.node_id} {info.last_activated_at}"
+            if (key := self._keys.get(info.node_id)) is None:
+                key = self._keys[info.node_id] = fingerprint(info.public_key)
+            found[key] = f"{info.node_id} {info.last_activated_at}"
             self._nodes[key] = info.node_id
+            self._here.add(info.node_id)
+        for node in before - self._here:
+            self.mail.lose(node)
         return found
 
     def name(self, key: str) -> str:
@@ -167,69 +163,35 @@ class Gate:
         return self._names.get(self._nodes.get(key, 0), key[:8])
 
     def push(self, key: str, data: bytes, common: int = 0) -> str | None:
-        """Queue an order for a device; its last `common` bytes are stored once for all orders that end with them."""
-        if (node := self._nodes.get(key)) is None:
-            return None
-        message = Message(wire.pack(data, common), node, "train", ttl=LIFETIME)
-        wire.set_id(message, message.object_id)
-        with no_object_id_recompute():
-            session = self.state.start_session(self.run)
-            stored, missing = self.state.store_message_and_object_tree(
-                remove_content_from_message(message), get_object_tree(message), session
-            )
-            if not stored:
-                return None
-            objects = wire.objects_of(message)
-            for id in missing:
-                self.state.store_object(self.run, session, id, objects[id].deflate())
-        return message.metadata.message_id
+        """Queue an order for a device; its last `common` bytes are kept once where the order before ended with them."""
+        node = self._nodes.get(key)
+        return None if node is None else self.mail.put(node, data, common)
 
     def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Yield the answers that are complete.
-
-        Flower hands a reply out once, and before its objects are there: it is kept until they are.
-        """
-        if waiting := numbers - self._arriving.keys():
-            for reply in self.state.get_message_res(waiting, self.run):
-                self._arriving[reply.metadata.reply_to_message_id] = reply
-        for number in sorted(numbers & self._arriving.keys()):
-            reply = self._arriving[number]
-            if reply.metadata.src_node_id == SUPERLINK_NODE_ID:  # Flower's own: the device is away
-                self.drop({number})
-                yield number, None
-            elif (data := self._arrived(reply.metadata.message_id)) is not NOT_YET:
-                self.drop({number})
-                self.state.object_store.delete(reply.metadata.message_id)
-                yield number, data
-
-    def _arrived(self, id: str) -> bytes | None:
-        """Return an answer's bytes, `NOT_YET` while objects are on their way, None where they will not come."""
-        try:
-            tree = self.state.object_store.get_object_tree(id)
-            contents = {
-                t.object_id: self.state.get_object(self.run, t.object_id) for t in iterate_object_tree(tree)
-            }
-            there = {id: content for id, content in contents.items() if content}
-            if len(there) < len(contents):
-                return NOT_YET
-            whole = inflate_object_from_contents(id, there)
-            if not isinstance(whole, Message) or whole.has_error():
-                return None
-            return wire.unpack(whole.content)
-        except Exception as error:  # whatever a device makes of its objects: it is asked again
-            log.warning("an answer could not be read: %s: %s", type(error).__name__, error)
-            return None
+        """Yield the answers that are complete, None for one that will not come: its device is away."""
+        for number, data in self.state.replies(numbers):
+            self.drop({number})
+            yield number, data
+        for number in self.mail.answered(numbers):
+            yield number, self.mail.pull(number)
 
     def drop(self, numbers: set[str]) -> None:
         """Forget orders that nobody waits for any longer."""
-        self.state.delete_messages(numbers)
-        for number in numbers:
-            self._arriving.pop(number, None)
-            self.state.object_store.delete(number)
-
-
-NOT_YET: Final = b"not yet"
+        self.mail.drop(numbers)
+        self.state.forget(numbers)
 
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _allow_connections() -> None:
+    """Let this process have as many open connections as the system allows: often 1,024 unless asked for more."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(CONNECTIONS, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            with contextlib.suppress(OSError, ValueError):  # a system may allow less than it says
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -6,27 +6,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import httpx
-from flwr.app import Message
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2 as fleet
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.inflatable.inflatable_object import get_object_tree, no_object_id_recompute
-from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_pull_object_fn_protobuf,
-    make_push_object_fn_protobuf,
-)
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, push_objects
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -39,6 +30,10 @@ log = logging.getLogger(__name__)
 
 NODE: Final = "node"  # file with the number of the last session
 LONGEST: Final = 20.0  # seconds between two tries
+PATIENCE: Final = 30.0  # seconds without a byte from the server; it answers within half of it
+IDLE: Final = 60.0  # seconds that an idle connection is kept: the server keeps it longer
+PIECE: Final = 4 << 20  # bytes of an answer in one request
+AGAIN: Final = 1.0  # seconds before a device says that it could not read an order: it is given it again
 
 
 @dataclass(frozen=True)
@@ -47,84 +42,121 @@ class Server:
 
     address: str
     certificate: Path | None = None
-    poll: float = 0.2  # seconds
+    poll: float = 0.2  # seconds between two looks whether to leave
     heartbeat: float = 10.0  # seconds
+
+    @property
+    def url(self) -> str:
+        """The begin of every request's address."""
+        return f"http{'s' if self.certificate else ''}://{self.address}"
+
+    def trust(self) -> ssl.SSLContext | bool:
+        """Return what a certificate is checked by; FleetError when it cannot be read."""
+        if self.certificate is None:
+            return False
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            context.load_verify_locations(cadata=self.certificate.read_text("ascii"))
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise FleetError(f"cannot read the certificate {self.certificate}: {why}") from error
+        return context
 
 
 class _Session:
-    """One stay at a server: heartbeats in a thread, orders in, answers out."""
+    """One stay at a server: heartbeats in a thread, requests for orders in another."""
 
     def __init__(
-        self, client: FleetHttpClient, key: PrivateKey, state: Path, heartbeat: float, open_door: bool
+        self, client: FleetHttpClient, line: httpx.Client, key: PrivateKey, state: Path, server: Server
     ) -> None:
-        self.client, self.heartbeat, self.over = client, heartbeat, threading.Event()
+        self.client, self.line, self.key, self.server = client, line, key, server
+        self.over, self.asking = threading.Event(), False
         file = state / NODE
         if (
             file.exists()
         ):  # the last process of this key may be gone without a word: its session would last on
             with contextlib.suppress(httpx.HTTPStatusError, ValueError, OSError):
                 client.DeactivateNode(fleet.DeactivateNodeRequest(node_id=int(file.read_text())))
-        if open_door:
+        if server.certificate is None:
             with contextlib.suppress(httpx.HTTPStatusError):  # it is registered already
                 client.RegisterNode(fleet.RegisterNodeFleetRequest(public_key=key.public.pem))
-        request = fleet.ActivateNodeRequest(public_key=key.public.pem, heartbeat_interval=heartbeat)
+        request = fleet.ActivateNodeRequest(public_key=key.public.pem, heartbeat_interval=server.heartbeat)
         self.node = Node(node_id=client.ActivateNode(request).node_id)
         write_atomic(file, str(self.node.node_id), mode=PRIVATE)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def _beat(self) -> None:
-        request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=self.heartbeat)
-        while not self.over.wait(self.heartbeat * random.uniform(0.5, 0.7)):
-            with contextlib.suppress(httpx.HTTPError):  # the main loop meets it too, and acts
-                self.client.SendNodeHeartbeat(request)
+        request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=self.server.heartbeat)
+        while not self.over.wait(self.server.heartbeat * random.uniform(0.5, 0.7)):
+            if not self.asking:  # a request for an order is a heartbeat too
+                with contextlib.suppress(httpx.HTTPError):  # the main loop meets it too, and acts
+                    self.client.SendNodeHeartbeat(request)
 
     def end(self) -> None:
+        """Leave; a request that still waits for an order is sent away by the server."""
         self.over.set()
         with contextlib.suppress(httpx.HTTPError):
             self.client.DeactivateNode(fleet.DeactivateNodeRequest(node_id=self.node.node_id))
 
-    def answer_next(self, answer: Callable[[bytes], bytes]) -> bool:
-        """Answer one order; False where there is none."""
-        client, node = self.client, self.node
-        got = client.PullMessages(fleet.PullMessagesRequest(node=node))
-        if not got.messages_list:
-            return False
-        tree = got.message_object_trees[0]
-        run = message_from_proto(got.messages_list[0]).metadata.run_id
+    def answer_all(self, answer: Callable[[bytes], bytes], over: Callable[[], bool]) -> None:
+        """Answer orders until `over()`; httpx.HTTPError where the server is gone, or refuses."""
+        number, data = "", b""
+        while not over():
+            found = self._ask(number, data, over)
+            if found is None:
+                return
+            number, order = found
+            data = self._answer(answer, order) if number else b""
+        if number:
+            self._send(number, data, "nothing")
 
-        def confirm(id: str) -> None:
-            request = ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=id)
-            client.ConfirmMessageReceived(request)
-
-        message = pull_and_inflate_object_from_tree(
-            tree, make_pull_object_fn_protobuf(client.PullObject, node, run), confirm,
-            return_type=Message, initial_backoff=0.1,
-        )  # fmt: skip
-        wire.set_id(message, tree.object_id)
-        began = time.monotonic()
+    def _answer(self, answer: Callable[[bytes], bytes], order: bytes) -> bytes:
+        """Return the answer to an order; none, after a moment, where it cannot be read: it comes again."""
         try:
-            reply = wire.answer_to(message, answer(wire.unpack(message.content)))
+            return answer(order)
         except Interrupted:
             raise
         except FleetuneError as error:
             log.warning("an order could not be answered: %s", error.message)
-            reply = wire.answer_to(message, None, error.message)
-        self._send(reply, run, time.monotonic() - began)
-        return True
+            self.over.wait(AGAIN)
+            return b""
 
-    def _send(self, reply: Message, run: int, seconds: float) -> None:
-        client, node = self.client, self.node
-        with no_object_id_recompute():
-            objects = wire.objects_of(reply)
-            request = fleet.PushMessagesRequest(
-                node=node, messages_list=[message_to_proto(remove_content_from_message(reply))],
-                message_object_trees=[get_object_tree(reply)], clientapp_runtime_list=[seconds],
-            )  # fmt: skip
-            wanted: Any = client.PushMessages(request)
-            push_objects(
-                objects, make_push_object_fn_protobuf(client.PushObject, node, run, wanted.session_id),
-                object_ids_to_push=set(wanted.objects_to_push),
-            )  # fmt: skip
+    def _ask(self, number: str, data: bytes, over: Callable[[], bool]) -> tuple[str, bytes] | None:
+        """Send an answer and wait for the next order: (its number, the order), ("", b"") where none came in time.
+
+        None where the device leaves meanwhile: the request waits in a thread, so that this one can look whether it does.
+        """
+        outcome: list[httpx.Response | Exception] = []
+
+        def send() -> None:
+            try:
+                outcome.append(self._send(number, data, "order"))
+            except Exception as error:
+                outcome.append(error)
+
+        self.asking = True
+        thread = threading.Thread(target=send, name="orders", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(self.server.poll)
+            if thread.is_alive() and over():
+                return None
+        self.asking = False
+        (found,) = outcome
+        if isinstance(found, Exception):
+            raise found
+        return found.headers.get(wire.ORDER, ""), found.content
+
+    def _send(self, number: str, data: bytes, wants: str) -> httpx.Response:
+        """Send an answer, large ones in pieces; return what comes back for the last."""
+        pieces = [data[start : start + PIECE] for start in range(0, len(data), PIECE)] or [b""]
+        for piece in pieces[:-1]:
+            self._post(number, piece, "piece")
+        return self._post(number, pieces[-1], wants)
+
+    def _post(self, number: str, piece: bytes, wants: str) -> httpx.Response:
+        headers = {**wire.signed(self.key), wire.NEXT: wants, **({wire.ORDER: number} if number else {})}
+        return self.line.post(wire.EXCHANGE, content=piece, headers=headers).raise_for_status()
 
 
 def stay(
@@ -141,24 +173,21 @@ def stay(
     FleetError when the certificate cannot be read.
     """
     wire.hush()
-    try:
-        trusted = server.certificate.read_bytes() if server.certificate else None
-    except OSError as error:
-        raise FleetError(f"cannot read the certificate {server.certificate}: {error.strerror}") from error
+    trust = server.trust()
     wait, said = 0.0, ""
     while not over():
         signed = [NodeAuthHttpInterceptor(key.secret, key.secret.public_key())]
-        with FleetHttpClient.from_server_address(
-            server.address, trusted is None, trusted, interceptors=signed
-        ) as client:
+        kept = httpx.Limits(keepalive_expiry=IDLE)
+        with (
+            FleetHttpClient(server.url, interceptors=signed, verify=trust) as client,
+            httpx.Client(base_url=server.url, verify=trust, timeout=PATIENCE, limits=kept) as line,
+        ):
             session = None
             try:
-                session = _Session(client, key, state, server.heartbeat, open_door=trusted is None)
+                session = _Session(client, line, key, state, server)
                 note(f"connected to {server.address}")
                 wait, said = 0.0, ""
-                while not over():
-                    if not session.answer_next(answer):
-                        time.sleep(server.poll)
+                session.answer_all(answer, over)
             except (httpx.HTTPError, ValueError, RuntimeError, KeyError) as error:
                 wait = min(max(0.5, wait * 2), LONGEST)
                 if (why := _why(error)) != said:

@@ -4,14 +4,25 @@
 from __future__ import annotations
 
 import logging
+from base64 import b64encode
 from typing import Any, Final
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.primitives.asymmetric import sign_message
 
 from fleetune.errors import MessageError, cut_reason
+from fleetune.fleet.keys import PrivateKey
 
 PIECE: Final = 1 << 20  # bytes of an object; each has to arrive within 180 s
+
+# One request for an answer and the next order: `exchange.py` says what these headers mean
+EXCHANGE: Final = "/v1/fleet/exchange"
+ORDER: Final = "fleetune-order"
+NEXT: Final = "fleetune-next"
 
 
 def hush() -> None:
@@ -42,6 +53,17 @@ def unpack(content: RecordDict) -> bytes:
     if not all(type(part) is bytes for part in parts):
         raise MessageError("the message is not in pieces of bytes")
     return b"".join(parts)  # type: ignore[arg-type]
+
+
+def signed(key: PrivateKey) -> dict[str, str]:
+    """Return the headers by which Flower knows a device: its public key, the time, and the time signed with the key."""
+    timestamp = now().isoformat()
+    signature = sign_message(key.secret, timestamp.encode())
+    return {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(key.public.pem).decode(),
+        TIMESTAMP_HEADER: timestamp,
+        FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode(),
+    }
 
 
 def answer_to(message: Message, data: bytes | None, reason: str = "") -> Message:

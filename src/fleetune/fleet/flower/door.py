@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep out what is no request of a device: before a byte of a body is read, and before anything of Flower's runs."""
+
+from __future__ import annotations
+
+import asyncio
+from base64 import b64decode
+from typing import Final, cast
+
+from fastapi import HTTPException, Request, Response
+from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.superlink.routers.fleet.node_auth import authenticate_node
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from fleetune.fleet.flower import wire
+from fleetune.fleet.flower.exchange import Exchange
+from fleetune.fleet.flower.state import State
+
+LIMIT: Final = 8 << 20  # bytes of a request's body: a piece and its frame
+HEAD: Final = 20.0  # seconds in which a new connection has to send the head of a request
+
+
+class Door:
+    """Let through requests of a limited size to the devices' interface, signed by a node; ours go to the exchange.
+
+    With `any_key`, Flower's own requests go on to Flower, which checks their signatures: a new node registers there.
+    """
+
+    def __init__(self, app: ASGIApp, state: State, exchange: Exchange, any_key: bool) -> None:
+        self.app, self.state, self.exchange, self.any_key = app, state, exchange, any_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; a connection that is refused is closed."""
+        request = Request(scope, receive)
+        ours = request.url.path == wire.EXCHANGE
+        try:
+            _check_size(request)
+            if ours:
+                await self.exchange.answer(self._node(request), request, send)
+                return
+            if not self.any_key:
+                self._node(request)
+        except HTTPException as refused:
+            await Response(status_code=refused.status_code, headers={"connection": "close"})(
+                scope, receive, send
+            )
+        else:
+            await self.app(scope, receive, send)
+
+    def _node(self, request: Request) -> int:
+        """Return the node whose key has signed a request; HTTPException 401 where there is none."""
+        try:
+            key = b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+        except (KeyError, ValueError) as error:
+            raise HTTPException(401) from error
+        if (node := self.state.get_node_id_by_public_key(key)) is None:
+            raise HTTPException(401)
+        request.state.protobuf_request = PullMessagesRequest(
+            node=Node(node_id=node)
+        )  # what Flower's check reads
+        authenticate_node(request)
+        return node
+
+
+def _check_size(request: Request) -> None:
+    """Raise HTTPException for a request to anything else than the devices' interface, or with too large a body."""
+    if not request.url.path.startswith("/v1/fleet/"):
+        raise HTTPException(404)
+    length = request.headers.get("content-length", "")
+    if not (length.isascii() and length.isdigit()) or int(length) > LIMIT:
+        raise HTTPException(413)
+
+
+class Connection(HttpToolsProtocol):
+    """A connection that is closed when no request comes: half-open ones would take all that the system allows."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the head of a request."""
+        super().connection_made(transport)
+        self.loop.call_later(HEAD, self._check_head)
+
+    def _check_head(self) -> None:
+        if cast(object, self.cycle) is None:
+            self.transport.close()

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take a device's answer and give it its next order, in one request.
+
+Flower's own way is a request for a message, one for each of its objects, and as many for the reply: about ten, and one
+every few seconds to see that there is nothing.  Here the request waits until there is an order, and it is the device's
+heartbeat meanwhile.
+
+    POST /v1/fleet/exchange     signed as every request of a node is (`wire.signed`)
+        fleetune-order: NUMBER      the body is the answer to this order, or a piece of it
+        fleetune-next: order        wait for the next order (the default)
+                       piece        none: the next piece follows
+                       nothing      none: the device leaves
+    200     fleetune-order: NUMBER; the body is the order
+    204     there was none
+
+Whose request it is says the signature alone, before a byte of the body is read: the node is the one with that key
+(`door.py`).  A signature is good for one request: its time must be later than that of the one before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from collections.abc import Iterable
+from typing import Final
+
+from fastapi import HTTPException, Request
+from flwr.common.constant import TIMESTAMP_HEADER
+from starlette.requests import ClientDisconnect
+from starlette.types import Send
+
+from fleetune.fleet.flower import wire
+from fleetune.fleet.flower.state import State
+from fleetune.fleet.mail import Letter
+
+HOLD: Final = (
+    15.0  # seconds that a request waits for an order: less than the two heartbeats of which one may fail
+)
+CHUNK: Final = (
+    1 << 16
+)  # bytes that are handed to a connection at once: more would lie in memory, once for each device
+
+
+class Exchange:
+    """Answers these requests; all of it but `close` runs in the thread of the server's event loop."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: dict[int, asyncio.Future[None]] = {}  # by node: its request that waits for an order
+        self._signed: dict[int, datetime.datetime] = {}  # by node: the time of its last request
+        state.mail.ring = self._ring
+
+    async def answer(self, node: int, request: Request, send: Send) -> None:
+        """Answer a node's request; HTTPException 401 for one that was made before the last."""
+        self._loop = asyncio.get_running_loop()
+        signed = datetime.datetime.fromisoformat(request.headers[TIMESTAMP_HEADER])
+        if node in self._signed and signed <= self._signed[node]:
+            raise HTTPException(401)
+        self._signed[node] = signed
+        self.state.alive(node)
+        wants = request.headers.get(wire.NEXT, "order")
+        if number := request.headers.get(wire.ORDER):
+            try:
+                self.state.mail.answer(node, number, await request.body(), last=wants != "piece")
+            except ClientDisconnect:
+                return
+        letter = await self._next(node) if wants == "order" and not self.closing else None
+        await _respond(send, 204 if letter is None else 200, letter)
+
+    async def _next(self, node: int) -> Letter | None:
+        """Return the next order for a node; None where none comes, or a later request of the node waits for it."""
+        assert self._loop is not None
+        self._wake(node)  # a request of the node that waits is from before: its connection is dead
+        if (letter := self.state.mail.take(node)) is not None:
+            return letter
+        mine = self._waiting[node] = self._loop.create_future()
+        await asyncio.wait([mine], timeout=HOLD)
+        if self._waiting.get(node) is not mine:
+            return None
+        del self._waiting[node]
+        if not self.state.is_online(node):
+            return None
+        self.state.alive(node)
+        return self.state.mail.take(node)
+
+    def _ring(self, node: int) -> None:
+        """Have a node's request look again; from any thread."""
+        if self._loop is not None and not self.closing:
+            self._loop.call_soon_threadsafe(self._look, node)
+
+    def _look(self, node: int) -> None:
+        if (future := self._waiting.get(node)) is not None and not future.done():
+            future.set_result(None)
+
+    def _wake(self, node: int) -> None:
+        """Send a node's waiting request away without an order."""
+        if (future := self._waiting.pop(node, None)) is not None and not future.done():
+            future.set_result(None)
+
+    def close(self) -> None:
+        """Send every waiting request away; from any thread."""
+        self.closing = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._wake_all)
+
+    def _wake_all(self) -> None:
+        for node in list(self._waiting):
+            self._wake(node)
+
+
+async def _respond(send: Send, status: int, letter: Letter | None = None) -> None:
+    parts = [] if letter is None else [letter.head, letter.tail]
+    headers = [(b"content-length", str(sum(map(len, parts))).encode())] if status != 204 else []
+    if letter is not None:
+        headers += [
+            (wire.ORDER.encode(), letter.number.encode()),
+            (b"content-type", b"application/octet-stream"),
+        ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    for chunk in _chunks(parts):
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _chunks(parts: Iterable[bytes]) -> Iterable[bytes]:
+    """Cut parts into chunks; small ones are joined."""
+    parts = list(parts)
+    if sum(map(len, parts)) <= CHUNK:
+        parts = [b"".join(parts)]
+    return (part[i : i + CHUNK] for part in parts for i in range(0, len(part), CHUNK))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep orders until their devices take them, and answers until the server does.
+
+Threads may use it together.  An order belongs to one device: no other can take it, and none can answer it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+MOST: Final = 1 << 29  # bytes of an answer; what more comes is thrown away
+
+
+class Letter(NamedTuple):
+    """An order on its way; `tail` is one object for all orders that end alike."""
+
+    number: str
+    head: bytes
+    tail: bytes
+
+
+class Mail:
+    """Orders and answers by device; `ring(device)` is called when there is an order for it."""
+
+    def __init__(self) -> None:
+        self.ring: Callable[[int], None] = lambda device: None
+        self._lock = threading.Lock()
+        self._boxes: dict[int, list[Letter]] = {}  # by device: orders that it has not taken
+        self._open: dict[str, int] = {}  # by number: the device whose answer is still to come
+        self._answers: dict[
+            str, bytes | None
+        ] = {}  # by number: answers that are complete, None for a lost one
+        self._pieces: dict[str, bytearray] = {}  # by number: answers that are not
+        self._tail = b""
+
+    def put(self, device: int, data: bytes, common: int) -> str:
+        """Queue an order, whose last `common` bytes may be those of the one before; return its number."""
+        number, cut = secrets.token_hex(16), len(data) - common
+        with self._lock:
+            if (tail := data[cut:]) != self._tail:
+                self._tail = tail
+            self._boxes.setdefault(device, []).append(Letter(number, data[:cut], self._tail))
+            self._open[number] = device
+        self.ring(device)
+        return number
+
+    def take(self, device: int) -> Letter | None:
+        """Return the next order for a device, once; None where there is none."""
+        with self._lock:
+            box = self._boxes.get(device)
+            return box.pop(0) if box else None
+
+    def answer(self, device: int, number: str, piece: bytes, *, last: bool = True) -> None:
+        """Take a piece of a device's answer.
+
+        What answers no order of this device is thrown away, as is what is too large; without a byte, it is a lost one.
+        """
+        with self._lock:
+            if self._open.get(number) != device or number in self._answers:
+                return
+            pieces = self._pieces.pop(number, None)
+            if len(piece) + len(pieces or b"") > MOST:
+                self._answers[number] = None
+            elif not last:
+                self._pieces[number] = (pieces or bytearray()) + piece
+            else:
+                self._answers[number] = (bytes(pieces + piece) if pieces else piece) or None
+
+    def lose(self, device: int) -> None:
+        """Note that a device has gone: no answer to what it was ordered will come."""
+        with self._lock:
+            self._boxes.pop(device, None)
+            for number in [n for n, whose in self._open.items() if whose == device]:
+                self._answers.setdefault(number, None)
+
+    def answered(self, numbers: set[str]) -> list[str]:
+        """Return the orders that are answered, or lost."""
+        with self._lock:
+            return [n for n in self._answers if n in numbers]
+
+    def pull(self, number: str) -> bytes | None:
+        """Return the answer to an order, once; the order is forgotten."""
+        with self._lock:
+            answer = self._answers.get(number)
+        self.drop({number})
+        return answer
+
+    def drop(self, numbers: set[str]) -> None:
+        """Forget orders, and their answers."""
+        with self._lock:
+            for number in numbers:
+                device = self._open.pop(number, None)
+                self._answers.pop(number, None)
+                self._pieces.pop(number, None)
+                if device is not None and (box := self._boxes.get(device)):
+                    box[:] = [letter for letter in box if letter.number != number]

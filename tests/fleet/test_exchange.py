@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An answer and the next order in one request: whose it is says the signature alone; Flower's own nodes are served too."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+
+from fleetune.fleet import keys, mail
+from fleetune.fleet.keys import PrivateKey
+from fleetune.fleet.mail import Mail
+
+gates = pytest.importorskip("fleetune.fleet.flower.gate")
+
+from flwr.app import Message  # noqa: E402
+from flwr.app.message import remove_content_from_message  # noqa: E402
+from flwr.common.serde import message_from_proto, message_to_proto  # noqa: E402
+from flwr.proto import fleet_pb2 as fleet  # noqa: E402
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest  # noqa: E402
+from flwr.proto.node_pb2 import Node  # noqa: E402
+from flwr.supercore.inflatable import inflatable_object as objects  # noqa: E402
+from flwr.supercore.inflatable import inflatable_protobuf_utils as ways  # noqa: E402
+from flwr.supercore.inflatable import inflatable_utils as inflate  # noqa: E402
+from flwr.supernode.fleet_http_client import FleetHttpClient  # noqa: E402
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor  # noqa: E402
+
+from fleetune.fleet.flower import door, exchange, node, wire  # noqa: E402
+
+
+class Place(NamedTuple):
+    """An open gate, and three keys: two registered devices and a stranger."""
+
+    gate: gates.Gate
+    url: str
+    one: PrivateKey
+    two: PrivateKey
+    stranger: PrivateKey
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("keys")
+    made = [keys.make(folder / name) for name in ("one", "two", "stranger")]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    gate = gates.Gate(gates.Address("127.0.0.1", port), [k.public for k in made[:2]])
+    gate.open()
+    yield Place(gate, f"http://127.0.0.1:{port}", *made)
+    gate.close()
+
+
+@pytest.fixture(autouse=True)
+def joined(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(exchange, "HOLD", 0.2)
+    for key in (place.one, place.two):
+        assert place.gate.state.acknowledge_node_heartbeat(node_of(place, key), 30.0)
+    assert len(place.gate.online()) == 2
+    yield
+    place.gate.drop(set(place.gate.mail._open))
+
+
+def node_of(place: Place, key: PrivateKey) -> int:
+    found = place.gate.state.get_node_id_by_public_key(key.public.pem)
+    assert found is not None
+    return int(found)
+
+
+def post(
+    place: Place, key: PrivateKey, body: bytes = b"", number: str = "", wants: str = "order"
+) -> httpx.Response:
+    headers = {**wire.signed(key), wire.NEXT: wants, **({wire.ORDER: number} if number else {})}
+    return httpx.post(place.url + wire.EXCHANGE, content=body, headers=headers, timeout=20)
+
+
+def push(place: Place, key: PrivateKey, data: bytes = b"work", common: int = 0) -> str:
+    number = place.gate.push(key.public.fingerprint, data, common)
+    assert number is not None
+    return str(number)
+
+
+def pull(place: Place, number: str) -> list[tuple[str, bytes | None]]:
+    for _ in range(200):
+        if found := list(place.gate.pull({number})):
+            return found
+        time.sleep(0.01)
+    return []
+
+
+def test_an_order_is_given_once_and_its_answer_taken(place: Place) -> None:
+    number = push(place, place.one, b"head tail", 4)
+    got = post(place, place.one)
+    assert (got.status_code, got.content, got.headers[wire.ORDER]) == (200, b"head tail", number)
+    assert post(place, place.one).status_code == 204
+    assert post(place, place.one, b"done", number).status_code == 204
+    assert pull(place, number) == [(number, b"done")]
+    assert not list(place.gate.pull({number}))
+
+
+def test_a_request_waits_for_the_order(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "HOLD", 10.0)
+    later = threading.Timer(0.2, push, (place, place.one))
+    later.start()
+    began = time.monotonic()
+    assert post(place, place.one).content == b"work"
+    assert time.monotonic() - began < 5
+    # a later request of the device sends the earlier away: its connection may be dead, and would swallow the order
+    lost: list[int] = []
+    earlier = threading.Thread(target=lambda: lost.append(post(place, place.one).status_code))
+    earlier.start()
+    waits(place, place.one)
+    threading.Timer(0.2, push, (place, place.one)).start()
+    assert post(place, place.one).content == b"work"
+    earlier.join(5)
+    assert lost == [204]
+    # one that leaves is not waited for
+    left = threading.Thread(target=lambda: lost.append(post(place, place.two).status_code))
+    left.start()
+    waits(place, place.two)
+    place.gate.state.deactivate_node(node_of(place, place.two))
+    left.join(5)
+    assert lost == [204, 204]
+    assert place.two.public.fingerprint not in place.gate.online()
+
+
+def waits(place: Place, key: PrivateKey) -> None:
+    for _ in range(500):
+        if node_of(place, key) in place.gate._exchange._waiting:
+            return
+        time.sleep(0.01)
+    raise AssertionError("no request waits")
+
+
+def test_who_has_no_key_or_another_comes_not_in(place: Place) -> None:
+    push(place, place.one)
+    good = wire.signed(place.one)
+    forged = {**good, **{k: v for k, v in wire.signed(place.stranger).items() if "key" not in k.lower()}}
+    for headers in ({}, wire.signed(place.stranger), forged, dict.fromkeys(good, "x")):
+        assert httpx.post(place.url + wire.EXCHANGE, headers=headers).status_code == 401
+    assert httpx.post(place.url + wire.EXCHANGE, headers=good).content == b"work"
+    assert httpx.post(place.url + wire.EXCHANGE, headers=good).status_code == 401  # the same headers again
+
+
+def test_what_is_too_large_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = push(place, place.one)
+    assert post(place, place.one).content == b"work"
+    host, _, port = place.url.removeprefix("http://").partition(":")
+    signed = "".join(f"{k}: {v}\r\n" for k, v in wire.signed(place.one).items())
+    for length in (f"content-length: {door.LIMIT + 1}", "transfer-encoding: chunked"):
+        with socket.create_connection((host, int(port)), timeout=10) as opened:
+            opened.sendall(f"POST {wire.EXCHANGE} HTTP/1.1\r\nhost: x\r\n{signed}{length}\r\n\r\n".encode())
+            assert b" 413 " in opened.recv(4096)
+    monkeypatch.setattr(mail, "MOST", 10)  # of all pieces together
+    for piece in (b"12345", b"67890", b"!", b"more"):
+        assert post(place, place.one, piece, number, "piece").status_code == 204
+    assert pull(place, number) == [(number, None)]
+
+
+def test_a_large_answer_comes_in_pieces(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "PIECE", 1000)
+    number = push(place, place.one, data := bytes(range(256)) * 1000, 200_000)
+    with httpx.Client(base_url=place.url, timeout=20) as line:
+        session = node._Session.__new__(node._Session)
+        session.line, session.key = line, place.one
+        got = session._send("", b"", "order")
+        assert got.content == data
+        session._send(number, data[:12_345], "nothing")
+    assert pull(place, number) == [(number, data[:12_345])]
+
+
+def test_nobody_answers_the_order_of_another(place: Place) -> None:
+    number = push(place, place.one)
+    assert post(place, place.two).status_code == 204  # nor is given it
+    assert post(place, place.two, b"a lie", number).status_code == 204
+    assert not list(place.gate.pull({number}))
+    assert post(place, place.one).content == b"work"
+    assert post(place, place.one, b"the truth", number).status_code == 204
+    assert post(place, place.one, b"second thoughts", number).status_code == 204
+    assert pull(place, number) == [(number, b"the truth")]
+
+
+def test_an_order_that_was_dropped_is_not_given(place: Place) -> None:
+    place.gate.drop({push(place, place.one)})
+    assert post(place, place.one).status_code == 204
+    assert not place.gate.mail._open
+
+
+def test_orders_that_end_alike_share_their_end() -> None:
+    box = Mail()
+    body = bytes(1000)
+    for device in range(3):
+        box.put(device, b"%d" % device + body, len(body))
+    letters = [box.take(device) for device in range(3)]
+    assert [letter.head for letter in letters if letter] == [b"0", b"1", b"2"]
+    assert len({id(letter.tail) for letter in letters if letter}) == 1
+
+
+def test_the_order_of_a_device_that_is_away_is_lost(place: Place) -> None:
+    number = push(place, place.two)
+    place.gate.state.deactivate_node(node_of(place, place.two))
+    assert place.two.public.fingerprint not in place.gate.online()
+    assert pull(place, number) == [(number, None)]
+
+
+def test_a_key_that_never_joined_can_be_revoked(place: Place, tmp_path: Path) -> None:
+    third = keys.make(tmp_path / "third").public
+    place.gate.admit([place.one.public, place.two.public, third])
+    place.gate.admit([place.one.public, place.two.public])
+    assert place.gate.state.get_node_id_by_public_key(third.pem) is None
+
+
+def test_half_open_connections_lock_nobody_out(place: Place) -> None:
+    """200 that send the begin of a request, or of a body, and no more."""
+    host, _, port = place.url.removeprefix("http://").partition(":")
+    signed = "".join(f"{k}: {v}\r\n" for k, v in wire.signed(place.two).items())
+    begins = [
+        b"POST /v1/fleet/exch",
+        f"POST {wire.EXCHANGE} HTTP/1.1\r\n{signed}content-length: 9\r\n\r\n1".encode(),
+    ]
+    opened = [socket.create_connection((host, int(port)), timeout=10) for _ in range(200)]
+    try:
+        for n, connection in enumerate(opened):
+            connection.sendall(begins[n % 2])
+        number = push(place, place.one)
+        began = time.monotonic()
+        assert post(place, place.one).content == b"work"
+        assert post(place, place.one, b"done", number).status_code == 204
+        assert pull(place, number) == [(number, b"done")]
+        assert time.monotonic() - began < 5
+    finally:
+        for connection in opened:
+            connection.close()
+
+
+def test_a_connection_without_a_request_is_closed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "HEAD", 0.2)
+    host, _, port = place.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as opened:
+        opened.sendall(b"POST /v1/fleet/exch")
+        assert opened.recv(1) == b""
+    with socket.create_connection((host, int(port)), timeout=10) as opened:
+        opened.sendall(b"POST /v1/control/start-run HTTP/1.1\r\n\r\n")
+        assert b" 404 " in opened.recv(4096)
+        assert opened.recv(1) == b""
+
+
+def test_a_strangers_body_is_not_read(place: Place) -> None:
+    """To Flower's own requests neither: they are refused before it has come."""
+    host, _, port = place.url.removeprefix("http://").partition(":")
+    signed = "".join(f"{k}: {v}\r\n" for k, v in wire.signed(place.stranger).items())
+    for path in (wire.EXCHANGE, "/v1/fleet/push-object"):
+        with socket.create_connection((host, int(port)), timeout=10) as opened:
+            opened.sendall(f"POST {path} HTTP/1.1\r\n{signed}content-length: 1000000\r\n\r\n".encode())
+            assert b" 401 " in opened.recv(4096)
+
+
+def test_a_node_that_speaks_flowers_own_protocol_is_served(place: Place) -> None:
+    number = push(place, place.one, b"head" + bytes(3 << 20), 3 << 20)
+    signed = [NodeAuthHttpInterceptor(place.one.secret, place.one.secret.public_key())]
+    with FleetHttpClient(place.url, interceptors=signed) as client:
+        me = Node(node_id=node_of(place, place.one))
+        got = client.PullMessages(fleet.PullMessagesRequest(node=me))
+        assert not client.PullMessages(fleet.PullMessagesRequest(node=me)).messages_list
+        tree, run = got.message_object_trees[0], message_from_proto(got.messages_list[0]).metadata.run_id
+
+        def confirm(id: str) -> None:
+            client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(node=me, run_id=run, message_object_id=id)
+            )
+
+        message = inflate.pull_and_inflate_object_from_tree(
+            tree, ways.make_pull_object_fn_protobuf(client.PullObject, me, run), confirm, return_type=Message
+        )
+        wire.set_id(message, tree.object_id)
+        assert wire.unpack(message.content) == b"head" + bytes(3 << 20)
+        assert not list(place.gate.pull({number}))
+        reply = wire.answer_to(message, b"done")
+        with objects.no_object_id_recompute():
+            request = fleet.PushMessagesRequest(
+                node=me, messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[objects.get_object_tree(reply)], clientapp_runtime_list=[0.1],
+            )  # fmt: skip
+            wanted = client.PushMessages(request)
+            assert not list(place.gate.pull({number}))  # its objects are still to come
+            inflate.push_objects(
+                wire.objects_of(reply),
+                ways.make_push_object_fn_protobuf(client.PushObject, me, run, wanted.session_id),
+                object_ids_to_push=set(wanted.objects_to_push),
+            )
+    assert pull(place, number) == [(number, b"done")]
+    assert not place.gate.state.object_store.store
+    assert not place.gate.mail._open
