@@ -28,6 +28,7 @@ from fleetune.tuning.fleets import Answer
 log = logging.getLogger(__name__)
 
 WORD: Final = 30.0  # seconds of waiting, after which it is said for whom
+ASKED: Final = 10  # times that a client is given its order in a round: its device may die of the work itself
 FAREWELL: Final = 5.0  # seconds in which devices are told that the run is over
 
 
@@ -50,7 +51,10 @@ class Link(Protocol):
         ...
 
     def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Yield (number, answer) of the orders that are answered by now; None where the answer was lost."""
+        """Yield (number, answer) of the orders that are answered by now.
+
+        None where the answer was lost, so that the order is to be given again; b"" where it is no answer.
+        """
         ...
 
     def drop(self, numbers: set[str]) -> None:
@@ -85,6 +89,7 @@ class _Asking:
     began: float
     waiting: dict[int, float] = field(init=False)  # client -> since when it is waited for
     sent: dict[str, int] = field(init=False, default_factory=dict)  # number of an order -> client
+    times: dict[int, int] = field(init=False, default_factory=dict)  # client -> how often it was asked
     next_word: float = field(init=False)  # when to say who is waited for
 
     def __post_init__(self) -> None:
@@ -100,6 +105,7 @@ class _Asking:
         """Note that a client was given its order."""
         del self.waiting[client]
         self.sent[number] = client
+        self.times[client] = self.times.get(client, 0) + 1
 
     def lost(self, numbers: Iterable[str]) -> None:
         """Note that the devices of these orders have gone, or come in anew, so that they are asked again."""
@@ -205,7 +211,7 @@ class RemoteFleet:
         """Give their orders to the devices that are there and have taken the job in this session."""
         for client in list(asking.waiting):
             key = self.devices.members[client].key
-            if self._ready.get(key, "") == here.get(key):
+            if self._ready.get(key, "") == here.get(key) and asking.times.get(client, 0) < ASKED:
                 self._gone.discard(client)
                 if (number := self._push(key, asking.orders[client], here)) is not None:
                     asking.given(client, number)
@@ -215,10 +221,12 @@ class RemoteFleet:
         now = time.monotonic()
         late = bool(self.pace.deadline) and now - asking.began > self.pace.deadline
         for client, since in list(asking.waiting.items()):
-            if late or now - since > self.pace.grace:
+            lost = asking.times.get(client, 0)
+            if late or lost >= ASKED or now - since > self.pace.grace:
                 del asking.waiting[client]
                 self._gone.add(client)
-                yield self._without(asking.orders[client], "dropped", f"not there for {now - since:.0f} s")
+                why = f"{lost} times lost at work" if lost >= ASKED else f"not there for {now - since:.0f} s"
+                yield self._without(asking.orders[client], "dropped", why)
         if late:
             slow, asking.sent = asking.sent, {}
             self._forget(set(slow))
@@ -330,6 +338,8 @@ class RemoteFleet:
             return None
         order = found.order
         try:
+            if not data:
+                raise MessageError("the answer could not be read")
             reply = Reply.decode(data)
             if reply.nonce != order.nonce or reply.round != order.round:
                 raise MessageError("the answer belongs to another order")

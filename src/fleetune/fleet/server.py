@@ -31,6 +31,7 @@ PORT: Final = 8470
 STATUS: Final = "fleet.json"
 WORD: Final = 1.0  # seconds between two words to `fleet status`
 LOOK: Final = 2.0  # seconds between two looks at the folder of keys
+REFUSALS: Final = 60.0  # seconds between two entries of what the door refused
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Served:
     _fleet: RemoteFleet | None = field(init=False, default=None)
     _next_look: float = field(init=False, default=0.0)  # at the folder of keys
     _next_word: float = field(init=False, default=0.0)  # to `fleet status`
+    _next_refusals: float = field(init=False, default=0.0)  # to the log
     _complaint: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
@@ -111,15 +113,18 @@ class Served:
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
         listener.note(f"on each device: {self.line()}")
 
+        audit = Audit(run.path)
+
         def look() -> None:
             self._read_keys_again(devices, listener)
+            self._log_refusals(audit)
             self._publish(run)
             if listener.stop_requested:
                 raise Interrupted("stopped while waiting for devices; finished rounds are kept")
 
         self._fleet = RemoteFleet(
             self._gate, devices, job_of(job, devices.run), job.recipe.seed, self.pace,
-            look=look, note=listener.note, audit=Audit(run.path).write,
+            look=look, note=listener.note, audit=audit.write,
         )  # fmt: skip
         self._fleet.wait_for(self.count(job))
         return self._fleet
@@ -146,6 +151,17 @@ class Served:
                 f"{k.name} is revoked" for k in before - now
             ]
             listener.note(f"keys: {', '.join(sorted(changed))}")
+
+    def _log_refusals(self, audit: Audit) -> None:
+        """Write down which requests the door has refused: how many of each status, path and claimed key."""
+        if time.monotonic() < self._next_refusals:
+            return
+        self._next_refusals = time.monotonic() + REFUSALS
+        names = {k.fingerprint: k.name for k in self._keys or []}
+        for (status, path, key), count in sorted(self._gate.refusals.taken().items()):
+            audit.write(
+                "turned away", status=status, path=path, device=key, name=names.get(key, ""), requests=count
+            )
 
     def _publish(self, run: RunDir) -> None:
         """Write down what the devices do, for `fleetune fleet status`."""

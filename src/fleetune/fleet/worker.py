@@ -23,7 +23,7 @@ import torch
 
 from fleetune import data, models
 from fleetune.common.display import human_bytes, human_time, show
-from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.files import PRIVATE, read_bytes, write_atomic
 from fleetune.common.memory import rss, total_memory
 from fleetune.common.version import __version__
 from fleetune.data import Batches, Encoded
@@ -38,6 +38,7 @@ from fleetune.errors import (
     Interrupted,
     MessageError,
     ModelError,
+    StorageError,
     fault,
 )
 from fleetune.evaluation.losses import pad_id
@@ -126,13 +127,16 @@ class Worker:
     def _once(self, order: Order, data: bytes) -> bytes:
         """Give the answer from the disk when this very order was the last one answered."""
         digest, file = hashlib.sha256(data).digest(), self.state / ANSWER
-        if file.exists() and (kept := file.read_bytes())[: len(digest)] == digest:
+        if (kept := _kept_answer(file, digest)) is not None:
             self.note(f"round {order.round}: answered again from the disk")
-            return kept[len(digest) :]
+            return kept
         reply = self._work(order)
         encoded = reply.encode()
         if reply.what == "done":
-            write_atomic(file, digest + encoded, mode=PRIVATE)
+            try:
+                write_atomic(file, digest + encoded, mode=PRIVATE)
+            except StorageError as error:  # without it, a restarted device does the work again
+                self.note(error.message)
         return encoded
 
     def _work(self, order: Order) -> Reply:
@@ -140,7 +144,7 @@ class Worker:
         loaded = self.loaded
         try:
             if loaded is None:
-                raise MessageError("the device has no job yet")
+                raise MessageError("the device has no job yet; does another process use its key?")
             self._stand_on(loaded.memories, order)
             batches = Batches(loaded.rows, pad_id(loaded.model), order.key, loaded.model.device, order.client)
             body = work(
@@ -168,6 +172,20 @@ class Worker:
         if order.kept != NOTHING_KEPT:
             memories.check({order.client: order.kept})
         memories.forget_before(min(order.oldest, round))
+
+
+def _kept_answer(file: Path, digest: bytes) -> bytes | None:
+    """Return the last answer where it is whole, and the order with this digest is what it answered."""
+    try:
+        kept = read_bytes(file)
+        if kept[: len(digest)] == digest:
+            Reply.decode(kept[len(digest) :])
+            return kept[len(digest) :]
+    except FileNotFoundError:
+        pass
+    except (OSError, MessageError) as error:
+        log.warning("%s cannot be used, the work is done again: %s", file, error)
+    return None
 
 
 def load(job: Job, brings: Brings, state: Path) -> Loaded:

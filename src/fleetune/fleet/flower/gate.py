@@ -12,13 +12,14 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.server.superlink.linkstate import InMemoryLinkState
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import (
@@ -27,6 +28,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import get_objectstore_linkstate_factories
@@ -37,13 +39,14 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from fleetune.errors import FleetError
-from fleetune.fleet.flower import wire
+from fleetune.fleet.flower import clock, wire
+from fleetune.fleet.flower.limits import Guard, Refusals, Uploads, Watch
 from fleetune.fleet.keys import PublicKey, fingerprint
 
 log = logging.getLogger(__name__)
 
-LIMIT: Final = 8 << 20  # bytes of a request's body: a piece and its frame
-LIFETIME: Final = 86400.0  # seconds that Flower keeps a message
+LIMIT: Final = 2 << 20  # bytes of a request's body: a piece and its frame
+LIFETIME: Final = 10 * 365 * 86400.0  # seconds that Flower keeps a message: until it is dropped here
 HEARTBEAT: Final = 15.0  # seconds; the run counts as dead after 60 without one
 
 
@@ -71,16 +74,20 @@ class Gate:
     """A `Link` over Flower.  With `keys`, only these devices come in; without, any that has a key of its own."""
 
     def __init__(self, address: Address, keys: Sequence[PublicKey] | None) -> None:
+        clock.install()
         _, factory = get_objectstore_linkstate_factories(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager())
-        self.state = factory.state()
+        self.state = cast(InMemoryLinkState, factory.state())
         self._arriving: dict[str, Message] = {}
+        self._uploads, self.refusals = Uploads(), Refusals()
         self._names: dict[int, str] = {}  # by number of the node
         self._nodes: dict[str, int] = {}  # by hash of the key, of those that were ever there
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[
+            Middleware(Watch, refusals=self.refusals),
             Middleware(BaseHTTPMiddleware, dispatch=_door),
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
+            Middleware(Guard, uploads=self._uploads),
         ])  # fmt: skip
         app.state.linkstate_factory, app.state.enable_supernode_auth = factory, keys is not None
         app.include_router(fleet_router)
@@ -144,6 +151,7 @@ class Gate:
         kept = set()
         for key in keys:
             if (node := self.state.get_node_id_by_public_key(key.pem)) is None:
+                self.state.node_public_key_to_node_id.pop(key.pem, None)  # of a key that was revoked
                 node = self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key.pem, 0, name=key.name)
             self._names[node] = key.name
             kept.add(node)
@@ -171,12 +179,14 @@ class Gate:
             return None
         message = Message(wire.pack(data, common), node, "train", ttl=LIFETIME)
         wire.set_id(message, message.object_id)
+        self._uploads.expect(message.metadata.message_id, node, len(data))
         with no_object_id_recompute():
             session = self.state.start_session(self.run)
             stored, missing = self.state.store_message_and_object_tree(
                 remove_content_from_message(message), get_object_tree(message), session
             )
             if not stored:
+                self._uploads.forget([message.metadata.message_id])
                 return None
             objects = wire.objects_of(message)
             for id in missing:
@@ -198,11 +208,13 @@ class Gate:
                 yield number, None
             elif (data := self._arrived(reply.metadata.message_id)) is not NOT_YET:
                 self.drop({number})
-                self.state.object_store.delete(reply.metadata.message_id)
                 yield number, data
 
     def _arrived(self, id: str) -> bytes | None:
-        """Return an answer's bytes, `NOT_YET` while objects are on their way, None where they will not come."""
+        """Return an answer's bytes, `NOT_YET` while objects are on their way, None where they will not come.
+
+        `UNREADABLE` for objects that are no answer.
+        """
         try:
             tree = self.state.object_store.get_object_tree(id)
             contents = {
@@ -213,21 +225,29 @@ class Gate:
                 return NOT_YET
             whole = inflate_object_from_contents(id, there)
             if not isinstance(whole, Message) or whole.has_error():
-                return None
+                return UNREADABLE
             return wire.unpack(whole.content)
-        except Exception as error:  # whatever a device makes of its objects: it is asked again
-            log.warning("an answer could not be read: %s: %s", type(error).__name__, error)
+        except NoObjectInStoreError:  # it took too long to send them: it is asked again
             return None
+        except Exception as error:  # whatever a device makes of its objects
+            log.warning("an answer could not be read: %s: %s", type(error).__name__, error)
+            return UNREADABLE
 
     def drop(self, numbers: set[str]) -> None:
         """Forget orders that nobody waits for any longer."""
-        self.state.delete_messages(numbers)
+        self._uploads.forget(numbers)
         for number in numbers:
             self._arriving.pop(number, None)
-            self.state.object_store.delete(number)
+            for id in (number, self.state.message_ins_id_to_message_res_id.get(number, "")):
+                self.state._cleanup_push_session(
+                    self.state._object_push_session_by_root.get(id, ""), cleanup_messages=False
+                )
+                self.state.object_store.delete(id)
+        self.state.delete_messages(numbers)
 
 
 NOT_YET: Final = b"not yet"
+UNREADABLE: Final = b""
 
 
 def _family(host: str) -> socket.AddressFamily:

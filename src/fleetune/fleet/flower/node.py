@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import email.utils
 import logging
 import random
 import threading
@@ -30,6 +32,7 @@ from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_f
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fleetune.common.display import human_time
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.errors import FleetError, FleetuneError, Interrupted
 from fleetune.fleet.flower import wire
@@ -39,6 +42,8 @@ log = logging.getLogger(__name__)
 
 NODE: Final = "node"  # file with the number of the last session
 LONGEST: Final = 20.0  # seconds between two tries
+AHEAD: Final = 5.0  # seconds by which a device's clock may be ahead of the server's
+BEHIND: Final = 300.0  # and behind it
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def stay(
 ) -> None:
     """Answer the server's orders until `over()`: refused, cut off or without a server, try again and again.
 
-    FleetError when the certificate cannot be read.
+    FleetError when the certificate cannot be read; StorageError when the disk of the device takes nothing more.
     """
     try:
         trusted = server.certificate.read_bytes() if server.certificate else None
@@ -158,7 +163,9 @@ def stay(
                 while not over():
                     if not session.answer_next(answer):
                         time.sleep(server.poll)
-            except (httpx.HTTPError, ValueError, RuntimeError, KeyError) as error:
+            except FleetuneError:
+                raise
+            except Exception as error:  # the network, the server, or what Flower makes of their answers
                 wait = min(max(0.5, wait * 2), LONGEST)
                 if (why := _why(error)) != said:
                     note(f"{why}; trying again")
@@ -174,10 +181,27 @@ def stay(
 def _why(error: Exception) -> str:
     if isinstance(error, httpx.HTTPStatusError):
         if error.response.status_code in (401, 403, 412):
-            return "the server does not know this device's key: bring its .pub file into the server's folder of keys"
+            return _clocks_apart(error.response) or (
+                "the server does not know this device's key: bring its .pub file into the server's folder of keys"
+            )
         return f"the server answered {error.response.status_code}"
+    if isinstance(error, httpx.HTTPError):
+        certificate = str(error) if "CERTIFICATE" in str(error) else type(error).__name__
+        return f"no server there ({certificate})"
+    return f"{type(error).__name__}: {error}"
+
+
+def _clocks_apart(response: httpx.Response) -> str:
+    """Return that, and what to do, where the server's clock (its Date) and this device's differ too much; else ""."""
+    try:
+        server = email.utils.parsedate_to_datetime(response.headers["date"])
+        seconds = (datetime.datetime.now(datetime.UTC) - server).total_seconds()
+    except (KeyError, ValueError, TypeError):
+        return ""
+    if -BEHIND < seconds < AHEAD:
+        return ""
+    which = "ahead of" if seconds > 0 else "behind"
     return (
-        f"no server there ({type(error).__name__})"
-        if isinstance(error, httpx.HTTPError)
-        else f"{type(error).__name__}: {error}"
+        f"this device's clock is {human_time(abs(seconds))} {which} the server's, which therefore refuses what the device "
+        "signs: set the clock that is wrong (timedatectl set-ntp true)"
     )
