@@ -18,6 +18,7 @@ run and round.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -33,6 +34,9 @@ ORDERS: Final = ("job", "work", "end")
 ANSWERS: Final = ("ready", "done", "failed", "refused")
 NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there
 MAX_JOB: Final = 1 << 20  # characters
+FOREVER: Final = 1e9  # seconds
+DIGEST: Final = re.compile("[0-9a-f]{64}")
+MAX_VERSION: Final = 64  # characters
 
 
 @dataclass(frozen=True)
@@ -135,10 +139,19 @@ class Reply:
     def decode(cls, data: bytes) -> Reply:
         """Read an answer; MessageError for bytes that are none."""
         what, round, nonce, payload = _decode(data, ANSWERS)
-        return cls(
-            what, nonce, round, _bytes(payload, "body"), (payload.int("kept_round"), payload.int("kept_crc")),
-            payload.float("seconds"), payload.int("rss"), cut_reason(_text(payload, "reason")),
-        )  # fmt: skip
+        kept, seconds, rss = (
+            (payload.int("kept_round"), payload.int("kept_crc")),
+            payload.float("seconds"),
+            payload.int("rss"),
+        )
+        if kept != NOTHING_KEPT and not (0 <= kept[0] <= round and 0 <= kept[1] < 1 << 32):
+            raise MessageError(f"the device claims to remember {kept} after round {round}")
+        if not 0 <= seconds < FOREVER or not 0 <= rss < 1 << 63:
+            raise MessageError(f"the device claims to have worked {seconds} s in {rss} bytes of memory")
+        reason = cut_reason(_text(payload, "reason")) or (
+            "" if what in ("ready", "done") else "it gives no reason"
+        )
+        return cls(what, nonce, round, _bytes(payload, "body"), kept, seconds, rss, reason)
 
 
 @dataclass(frozen=True)
@@ -167,6 +180,14 @@ class Device:
             raise MessageError("what the device says of itself has other fields than agreed")
         if not 1 <= found["rows"] < 1 << 31:
             raise MessageError(f"the device says that it has {found['rows']} rows")
+        if not DIGEST.fullmatch(found["rows_digest"]):
+            raise MessageError("the digest of the device's rows is not SHA-256 in hexadecimal")
+        if not 0 <= found["memory"] < 1 << 63 or not 0 <= found["threads"] < 1 << 31:
+            raise MessageError(
+                f"the device says that it has {found['memory']} bytes of memory and {found['threads']} threads"
+            )
+        if len(found["version"]) > MAX_VERSION:
+            raise MessageError(f"the device's version has {len(found['version'])} characters")
         return cls(**found)
 
 

@@ -343,8 +343,8 @@ class RemoteFleet:
             reply = Reply.decode(data)
             if reply.nonce != order.nonce or reply.round != order.round:
                 raise MessageError("the answer belongs to another order")
-            if reply.what == "ready" and order.what == "work":
-                raise MessageError("work was answered with 'ready'")
+            if reply.what == {"work": "ready", "job": "done"}.get(order.what):
+                raise MessageError(f"'{order.what}' was answered with '{reply.what}'")
         except MessageError as error:
             return Reply("failed", order.nonce, reason=str(error))
         return reply
