@@ -14,11 +14,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fault_report import Injected
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.fleet.audit import FILE, verify
@@ -101,7 +103,7 @@ def digest_of(out: str) -> str:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("method", list(METHODS))
-def test_kills_of_server_and_devices_change_nothing(place: Path, method: str) -> None:
+def test_kills_of_server_and_devices_change_nothing(place: Path, injected: Injected, method: str) -> None:
     rounds = 4 + KILLS // 2
     Path("recipe.toml").write_text(RECIPE.format(rounds=rounds) + METHODS[method])
     assert main(["tune", "-c", "recipe.toml", "--out", "simulated", "-qq"]) == 0
@@ -121,14 +123,14 @@ def test_kills_of_server_and_devices_change_nothing(place: Path, method: str) ->
         process.start()
     try:
         wait_until(lambda: "round 1/" in said("server"), begin)
-        server, rng, killed = begin, random.Random(f"{method} 1"), 0
-        while server.ended is None and killed < KILLS:
+        server, rng, kills = begin, random.Random(f"{method} 1"), Counter[str]()
+        while server.ended is None and kills.total() < KILLS:
             time.sleep(rng.uniform(0.1, 6.0))
             victims = rng.choice([[server], [rng.choice(devices)], [server, *devices]])
             for victim in victims:
                 if victim.ended is None:
                     victim.kill()
-                    killed += 1
+                    kills[victim.name.partition("-")[0]] += 1
             for victim in victims:
                 if victim is server:
                     server = again
@@ -136,7 +138,7 @@ def test_kills_of_server_and_devices_change_nothing(place: Path, method: str) ->
                         break
                 (server if victim in (begin, again) else victim).start()
         wait_until(lambda: server.ended is not None, None, seconds=PATIENCE + 4 * rounds)
-        print(f"{method}: {killed} kills, {rounds} rounds")
+        print(f"{method}: {kills}, {rounds} rounds")
         assert server.ended == 0, said("server")[-2000:]
     finally:
         for process in (begin, again, *devices):
@@ -150,6 +152,8 @@ def test_kills_of_server_and_devices_change_nothing(place: Path, method: str) ->
         if e["event"] == "client" and e["status"] == "ok"
     ]
     assert sorted(ok) == [(r, c) for r in range(1, rounds + 1) for c in range(DEVICES)]
+    injected("kill -9 of the server", kills["server"])
+    injected("kill -9 of a device", kills["device"])
 
 
 def said(name: str) -> str:
