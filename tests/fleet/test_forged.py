@@ -304,25 +304,31 @@ def test_a_device_cannot_fill_the_servers_memory(door: Door, injected: Injected)
     assert not faults, "\n".join(faults)
 
 
-def test_a_time_is_signed_once() -> None:
-    once, at = limits.Once(), datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
+def test_a_time_is_signed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    began, now = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC), [0.0]
+    monkeypatch.setattr(limits.time, "monotonic", lambda: now[0])
+    once = limits.Once(lambda signed: now[0] - (signed - began).total_seconds())
 
-    def fresh(seconds: float, key: str = "k") -> bool:
-        return once.fresh(key, (at + datetime.timedelta(seconds=seconds)).isoformat())
+    def fresh(signed: float, at: float, key: str = "k") -> bool:
+        now[0] = at
+        return once.fresh(key, (began + datetime.timedelta(seconds=signed)).isoformat())
 
-    assert [fresh(s) for s in (0, 1, 0.5, 1, 2)] == [
+    assert [fresh(s, at=3) for s in (0, 1, 0.5, 1, 2)] == [
         True,
         True,
         True,
         False,
         True,
     ]  # two may overtake each other
-    assert fresh(1, "other")
-    assert fresh(30)
-    assert not fresh(2.5)  # long after a later one
-    for s in range(31, 2000):
-        assert fresh(s)
-    assert len(once._seen["k"]) <= 12
+    assert fresh(1, 3, "other")
+    assert fresh(30, 30)
+    assert not fresh(2.5, 30)  # long after a later one
+    assert [fresh(s - 200, s, "slow") for s in (31, 32, 33)] == [True] * 3  # a clock that is 200 s behind
+    assert [fresh(s - 100, s) for s in (40, 200, 330, 336)] == [False] * 3 + [True]  # one that was set back
+    for s in range(400, 2000):
+        assert fresh(s, s)
+    assert len(once._signers["k"].seen) <= 22
+    assert not fresh(1900, 2000)
 
 
 @pytest.mark.parametrize(

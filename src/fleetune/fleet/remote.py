@@ -324,7 +324,8 @@ class RemoteFleet:
     def _answers(self) -> Iterator[tuple[str, Order, Reply | None]]:
         """Yield the answers to work that have come, None for a lost one; those to the job are dealt with here."""
         for number, data in self.link.pull(set(self._orders)):
-            found = self._orders.pop(number)
+            if (found := self._orders.pop(number, None)) is None:
+                continue  # it is answered already
             reply = self._reply(found, data)
             if found.order.what == "work":
                 yield number, found.order, reply

@@ -43,6 +43,10 @@ class Steady:
         """Return the time."""
         return self._began + datetime.timedelta(seconds=time.monotonic() - self._since)
 
+    def age(self, signed: datetime.datetime) -> float:
+        """Return how many seconds ago a time was, by this clock or the machine's, whichever is nearer."""
+        return (_Both(self.now()) - signed).total_seconds()
+
 
 class _Both:
     """The present by two clocks: a time is as old as the clock says that is nearer to it."""

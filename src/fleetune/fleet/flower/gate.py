@@ -40,7 +40,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from fleetune.errors import FleetError
 from fleetune.fleet.flower import clock, wire
-from fleetune.fleet.flower.limits import Guard, Refusals, Uploads, Watch
+from fleetune.fleet.flower.limits import Guard, Once, Refusals, Uploads, Watch
 from fleetune.fleet.keys import PublicKey, fingerprint
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Gate:
     """A `Link` over Flower.  With `keys`, only these devices come in; without, any that has a key of its own."""
 
     def __init__(self, address: Address, keys: Sequence[PublicKey] | None) -> None:
-        clock.install()
+        steady = clock.install()
         _, factory = get_objectstore_linkstate_factories(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager())
         self.state = cast(InMemoryLinkState, factory.state())
         self._arriving: dict[str, Message] = {}
@@ -87,7 +87,7 @@ class Gate:
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
-            Middleware(Guard, uploads=self._uploads),
+            Middleware(Guard, uploads=self._uploads, once=Once(steady.age)),
         ])  # fmt: skip
         app.state.linkstate_factory, app.state.enable_supernode_auth = factory, keys is not None
         app.include_router(fleet_router)

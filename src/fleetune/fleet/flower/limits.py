@@ -14,10 +14,12 @@ from __future__ import annotations
 import base64
 import datetime
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Final
 
-from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
 from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
@@ -32,7 +34,9 @@ FEWEST: Final = 16  # pieces that any answer may have
 TIMES: Final = (
     4  # pieces of an answer for each of its order: a reply may be of wider numbers than the message
 )
-SLACK: Final = 10.0  # seconds by which requests of one device may overtake each other
+SLACK: Final = 10.0  # seconds that a request may take longer than another of the same device
+WINDOW: Final = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE  # seconds for which Flower takes a signed time
+DRIFT: Final = 0.01  # seconds by which a device's clock may lose against the server's, in each second
 KINDS: Final = 16  # of refusals that are told apart between two looks
 LONGEST_KEY: Final = 1024  # bytes of a public key (PEM) in a request's head
 
@@ -88,32 +92,45 @@ def _pieces(tree: ObjectTree) -> int | None:
     return len(record.children) if len(ids) == len(record.children) + 2 else None
 
 
-class Once:
-    """The times that each key has signed lately: one that comes again, or long after a later one, is refused."""
+@dataclass
+class _Signer:
+    """What is known of a key: the age of the newest time that it signed, when that came, and the times of late."""
 
-    def __init__(self) -> None:
-        self._seen: dict[str, dict[datetime.datetime, None]] = {}
-        self._last: dict[str, datetime.datetime] = {}
+    youngest: float
+    at: float
+    seen: dict[str, float] = field(default_factory=dict)  # signed time -> when it came
+
+
+class Once:
+    """The times that each key has signed of late: one that comes again, or much later than others of its key, is refused.
+
+    `age(signed)` is how many seconds ago a time was by the server's clock; a device's clock may be ahead or behind.
+    """
+
+    def __init__(self, age: Callable[[datetime.datetime], float]) -> None:
+        self._age = age
+        self._signers: dict[str, _Signer] = {}
 
     def fresh(self, key: str, stamp: str) -> bool:
         """Tell whether a key signs this time (ISO 8601) for the first time."""
-        signed = datetime.datetime.fromisoformat(stamp)
-        seen, last = self._seen.setdefault(key, {}), self._last.get(key, signed)
-        oldest = last - datetime.timedelta(seconds=SLACK)
-        if signed in seen or signed < oldest:
+        age, now = self._age(datetime.datetime.fromisoformat(stamp)), time.monotonic()
+        known = self._signers.get(key)
+        if known is None or now - known.at > WINDOW:
+            known = self._signers[key] = _Signer(age, now)
+        youngest = known.youngest + DRIFT * (now - known.at)
+        if age > youngest + SLACK or stamp in known.seen:
             return False
-        seen[signed] = None
-        self._last[key] = max(last, signed)
-        while (first := next(iter(seen))) < oldest:
-            del seen[first]
+        known.youngest, known.at, known.seen[stamp] = min(age, youngest), now, now
+        while now - known.seen[first := next(iter(known.seen))] > 2 * SLACK:
+            del known.seen[first]
         return True
 
 
 class Guard:
     """The innermost part of the door: it sees requests whose signature is good."""
 
-    def __init__(self, app: ASGIApp, uploads: Uploads) -> None:
-        self.app, self.uploads, self.once = app, uploads, Once()
+    def __init__(self, app: ASGIApp, uploads: Uploads, once: Once) -> None:
+        self.app, self.uploads, self.once = app, uploads, once
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request that is refused; hand on the others."""
