@@ -40,7 +40,7 @@ slow: $(VENV)/ready
 	$(BIN)/pytest -m slow
 
 faults: $(VENV)/ready
-	$(BIN)/pytest -m faults --faults-json docs/faults.json
+	$(BIN)/pytest -m "faults or injects" --faults-json docs/faults.json
 	$(BIN)/python docs/build.py
 	$(BIN)/python tests/mutants.py
 

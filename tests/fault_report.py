@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count injected faults, and those survived, in one JSON file: pytest --faults-json docs/faults.json -m faults.
+"""Count injected faults, and those survived, in one JSON file: pytest --faults-json docs/faults.json -m 'faults or injects'.
 
 A test takes the fixture `injected` and states what it did: injected("kind", how many, survived=how many).  A kind that ran
 replaces what the file had of it; the others stay, so that a part can be run again.  docs/build.py makes a page of it.

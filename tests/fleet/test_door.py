@@ -211,6 +211,7 @@ def reference_of(place: Place) -> Any:
     return place.played()
 
 
+@pytest.mark.injects
 def test_every_malformed_answer_is_refused_with_its_own_reason(
     tmp_path: Path, run: RunDir, injected: Injected
 ) -> None:
@@ -238,6 +239,7 @@ def test_so_it_is_with_real_methods(tmp_path: Path, run: RunDir, injected: Injec
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.injects
 def test_a_device_that_is_malformed_when_it_joins_takes_no_part(
     tmp_path: Path, run: RunDir, injected: Injected
 ) -> None:

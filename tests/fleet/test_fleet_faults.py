@@ -91,6 +91,7 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
         yield opened
 
 
+@pytest.mark.injects
 @pytest.mark.parametrize("days", [1, -1])
 def test_a_servers_clock_that_jumps_drops_no_device_and_ends_no_run(
     door: Door, injected: Injected, days: int
@@ -110,6 +111,7 @@ def test_a_servers_clock_that_jumps_drops_no_device_and_ends_no_run(
     injected("clock of the server set by a day", 1)
 
 
+@pytest.mark.injects
 @pytest.mark.parametrize("days", [1, -1])
 def test_a_device_whose_clock_is_wrong_is_told_what_to_do(door: Door, injected: Injected, days: int) -> None:
     response = door.ask(door.nodes[0], signed(door.keys[0], shift=days * DAY))
@@ -250,8 +252,8 @@ def unruly(folder: Path, messages: int, seed: int) -> int:
     return link.messages
 
 
-def test_answers_that_come_twice_late_or_out_of_order_count_once(tmp_path: Path, injected: Injected) -> None:
-    injected("answers twice, late or out of order", unruly(tmp_path, 500, seed=1))
+def test_answers_that_come_twice_late_or_out_of_order_count_once(tmp_path: Path) -> None:
+    unruly(tmp_path, 500, seed=1)
 
 
 @pytest.mark.faults

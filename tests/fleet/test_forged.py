@@ -178,6 +178,7 @@ def forgeries(door: Door) -> dict[str, Callable[[], httpx.Response]]:
     }  # fmt: skip
 
 
+@pytest.mark.injects
 def test_forged_identities_are_refused_and_logged(
     door: Door, tmp_path: Path, injected: Injected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +278,7 @@ UPLOADS: dict[str, tuple[Callable[[Any], None], int]] = {
 }  # fmt: skip
 
 
+@pytest.mark.injects
 def test_a_device_cannot_fill_the_servers_memory(door: Door, injected: Injected) -> None:
     _, message = door.order(1)
     before, faults = door.held, []

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torn_harness
-from fault_report import Injected
 from torn_harness import DRAWN, FORMS, KINDS, Folder, Verdict
+
+from fault_report import Injected
 
 LEAST = 300  # torn folders of a kind
 
