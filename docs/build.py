@@ -214,9 +214,9 @@ Faults that were injected, and how many of them were survived. Every row is coun
 
     make faults
 
-It writes `docs/faults.json`, from which `docs/build.py` makes this page. A row has the numbers of its last run. `FLEETUNE_KILLS=N` says
-how many processes each of the two kill tests kills (12 unless told otherwise). What is not injected is in
-[what does not hold](security.md#what-does-not-hold).
+It writes `docs/faults.json`, from which `docs/build.py` makes this page. A row has the numbers of its last run.
+`FLEETUNE_KILLS=N` says how many processes each of the two kill tests kills (12 unless told otherwise).
+What is not injected is in [what does not hold](security.md#what-does-not-hold).
 """
 
 

@@ -269,16 +269,16 @@ def test_devices_that_are_away_or_slow_hold_no_round_longer_than_was_said(
 ) -> None:
     known = {f"k{i}": Told(10 + i, f"{i}" * 64, 1 << 33, 1, "0") for i in range(6)}
     rng, link = random.Random(4), Memory(known, random.Random(5))
-    made = RemoteFleet(link, Devices(tmp_path), JOB, 42, Pace(grace=0.02, deadline=0.05, poll=0.001))
+    made = RemoteFleet(link, Devices(tmp_path), JOB, 42, Pace(grace=1.0, deadline=5.0, poll=0.01))
     made.devices.register([(key, key) for key in known])
     made.wait_for(6)
     away = 0
-    for round in range(1, 101):
+    for round in range(1, 21):
         link.away = {key for key in known if rng.random() < 0.3}
         away += len(link.away)
         began = time.monotonic()
         answers = {a.client: a for a in made.ask(round, range(6), b"x")}
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 4
         assert len(answers) == 6
         gone = {int(key[1:]) for key in link.away}
         assert all((answers[c].status == "ok") == (c not in gone) for c in range(6))

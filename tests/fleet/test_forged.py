@@ -86,7 +86,10 @@ class Door:
         order = Order("work", 1, device, 7, body)
         number = self.gate.push(self.keys[device].public.fingerprint, order.encode(), order.common)
         assert number is not None
-        return number, message_from_proto(message_to_proto(self.gate.state.message_ins_store[number]))
+        said = self.ask(self.nodes[device], signed(self.keys[device]))
+        return number, message_from_proto(
+            fleet.PullMessagesResponse.FromString(said.content).messages_list[0]
+        )
 
     def answer(
         self, device: int, message: Message, data: bytes, *, change: Callable[[Any], None] = lambda r: None
