@@ -92,8 +92,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("errors.py", "    exit_code = 3", "    exit_code = 1", "cli/test_cli.py"),
     # a real fleet
     Mutant("fleet/remote.py", "if reply.nonce != order.nonce or reply.round != order.round:", "if reply.round != order.round:", "fleet/test_remote.py"),
-    Mutant("fleet/remote.py", "and asking.times.get(client, 0) < ASKED", "", "fleet/test_door.py -k dies"),
-    Mutant("fleet/flower/limits.py", "        if about.src_node_id != asked.node.node_id:", "        if False:", "fleet/test_forged.py"),
+    Mutant("fleet/remote.py", "if late or lost >= ASKED or now", "if late or now", "fleet/test_door.py -k dies"),
+    Mutant("fleet/flower/limits.py", "        if node != asked.node.node_id:", "        if False:", "fleet/test_forged.py"),
     Mutant("fleet/flower/limits.py", "        if age > youngest + SLACK or stamp in known.seen:", "        if stamp in known.seen:", "fleet/test_forged.py"),
     Mutant("fleet/flower/clock.py", "        module.__dict__[\"now\"] = steady.now", "        pass", "fleet/test_fleet_faults.py -k clock"),
     Mutant("fleet/audit.py", "        os.truncate(file.fileno(), size)", "        pass", "fleet/test_fleet_files.py -k log"),

@@ -323,5 +323,7 @@ def test_a_device_that_dies_of_every_order_does_not_hold_the_round(tmp_path: Pat
     reference = reference_of(place)
     place.link.lie = None
     place.link.dies = f"k{LIAR}"
+    place.fleet.pace, began = Pace(grace=20, poll=0), time.monotonic()
     assert same(place.played(), reference)
     assert (place.outcome(LIAR).status, place.outcome(LIAR).reason) == ("dropped", "10 times lost at work")
+    assert time.monotonic() - began < 15

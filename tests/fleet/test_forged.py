@@ -151,10 +151,11 @@ def forgeries(door: Door) -> dict[str, Callable[[], httpx.Response]]:
     )  # fmt: skip
     seen = signed(honest)
     assert door.ask(node, seen).status_code == 200  # somebody reads this request on its way
-    _, message = door.order(0)
+    _, its = door.order(0)
+    _, own = door.order(1)
 
-    def renamed(request: Any) -> None:
-        request.messages_list[0].metadata.src_node_id = node
+    def named(node: int) -> Callable[[Any], None]:
+        return lambda request: setattr(request.messages_list[0].metadata, "src_node_id", node)
 
     return {
         "nothing signed": lambda: door.ask(node, {}),
@@ -172,8 +173,8 @@ def forgeries(door: Door) -> dict[str, Callable[[], httpx.Response]]:
         "signed without a time zone": lambda: door.ask(node, signed(honest, stamp="2030-01-01T00:00:00")),
         "a signature cut short": lambda: door.ask(node, {**signed(honest), "flwr-signature": "AAAA"}),
         "letters that are no signature": lambda: door.ask(node, {**signed(honest), "flwr-signature": "!?"}),
-        "an answer in its name": lambda: door.answer(1, message, b"lie", change=renamed),
-        "an answer to its order": lambda: door.answer(1, message, b"lie"),
+        "an answer in its name": lambda: door.answer(1, own, b"lie", change=named(node)),
+        "an answer to its order": lambda: door.answer(1, its, b"lie", change=named(door.nodes[1])),
         "a revoked key": lambda: door.activate(revoked),
         "a revoked key that registers itself": lambda: door.post(
             "register-node", fleet.RegisterNodeFleetRequest(public_key=revoked.public.pem), signed(revoked)

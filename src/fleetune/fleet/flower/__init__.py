@@ -14,6 +14,9 @@ messages and objects, and its handlers of all of these.  What is otherwise than 
 - State is in memory: the run's folder has all that a restarted server needs.
 - A device that is refused (401, 403, 412) waits and tries again with the same key; Flower's own client ends its process.
 - A request's body has a limit (`gate.LIMIT`); Flower reads any, before it looks at the key.
+- An upload belongs to an open order of the device and has a bound, and a signed time counts once (`limits.py`).  Flower keeps
+  what comes, and takes the same signature for five minutes.
+- The server's clock cannot be set while it runs (`clock.py`).
 - Polls every 0.2 s instead of 3 s, heartbeats every 10 s instead of 30 s, so that a dead device is noticed sooner.
 """
 
