@@ -112,7 +112,7 @@ def digest_of(out: str) -> str:
 @pytest.mark.faults
 @pytest.mark.parametrize("method", list(METHODS))
 def test_kills_of_server_and_devices_change_nothing(place: Path, injected: Injected, method: str) -> None:
-    rounds = 4 + KILLS // 8
+    rounds = 4 + KILLS // 2
     Path("recipe.toml").write_text(RECIPE.format(rounds=rounds) + METHODS[method])
     assert main(["tune", "-c", "recipe.toml", "--out", "simulated", "-qq"]) == 0
     assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-qq"]) == 0
