@@ -3,7 +3,8 @@
 
     python docs/build.py
 
-Pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md, docs/events.md and its JSON schema.
+Pages: docs/methods/*.md, docs/compress/*.md, docs/recipe.md, docs/commands.md, docs/events.md and its JSON schema,
+docs/faults.md (from docs/faults.json, which `make faults` writes).
 Parts, between the marks `<!-- NAME -->` and `<!-- /NAME -->`: the tree of the layers in README.md and their table in
 docs/architecture.md (`architecture`), the table in docs/export.md (`targets`).
 """
@@ -191,6 +192,34 @@ def _nullable(schema: Any) -> Any:
     return {key: kind if key == "type" else _nullable(value) for key, value in schema.items()}
 
 
+# Faults ------------------------------------------------------------------------------------------
+
+
+def faults_page() -> str:
+    """What `make faults` has injected and what was survived, from docs/faults.json."""
+    kinds = json.loads((DOCS / "faults.json").read_text(encoding="utf-8"))["kinds"]
+    rows = ["| injected | times | survived | which means | commit, date |", "|---|---|---|---|---|"]
+    rows += [
+        f"| {kind} | {e['injected']:,} | {e['survived']:,} | {_cell(e['means'])} | {e['commit']}, {e['date']} |"
+        for kind, e in kinds.items()
+    ]
+    machines = dict.fromkeys(f"{e['cpu']}, {e['cores']} cores, {e['versions']}" for e in kinds.values())
+    return "\n".join([MADE, FAULTS, *rows, "", "Machines:\n", *(f"- {m}" for m in machines), ""])
+
+
+FAULTS = """\
+# Faults
+
+Faults that were injected, and how many of them were survived. Every row is counted by the tests that inject the faults:
+
+    make faults
+
+It writes `docs/faults.json`, from which `docs/build.py` makes this page. A row has the numbers of its last run.
+`FLEETUNE_KILLS=N` says how many processes each of the two kill tests kills (12 unless told otherwise).
+What is not injected is in [what does not hold](security.md#what-does-not-hold).
+"""
+
+
 # The layers --------------------------------------------------------------------------------------
 
 
@@ -247,6 +276,7 @@ def pages() -> dict[Path, str]:
     made = {DOCS / "methods" / f"{name}.md": method_page(name) for name in methods.entries()}
     made |= {DOCS / "compress" / f"{name}.md": compress_page(name) for name in compression.entries()}
     made |= {DOCS / "recipe.md": recipe_page(), DOCS / "commands.md": commands_page()}
+    made |= {DOCS / "faults.md": faults_page()}
     made |= {DOCS / "events.md": events_page(), DOCS / "events.schema.json": events_schema()}
     return made | parts()
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from hypothesis import settings
 
+from fault_report import injected, pytest_addoption, pytest_sessionfinish  # noqa: F401
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"

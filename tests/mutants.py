@@ -102,6 +102,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("tuning/methods/__init__.py", "return 1.0 / math.sqrt(1 + self.late)", "return 1.0", "tuning/test_late.py"),
     Mutant("tuning/methods/mezo.py", "(reply.stood_on or state).step", "state.step", "tuning/test_late.py"),
     Mutant("tuning/fleets/late.py", "which for which, due in self._due.items() if due > round}", "which for which, due in self._due.items()}", "tuning/test_late.py"),
+    Mutant("fleet/remote.py", "if lost >= ASKED or now", "if now", "fleet/test_door.py -k dies"),
+    Mutant("fleet/flower/limits.py", "        if node != asked.node.node_id:", "        if False:", "fleet/test_forged.py"),
+    Mutant("fleet/flower/limits.py", "        if age > youngest + SLACK or stamp in known.seen:", "        if stamp in known.seen:", "fleet/test_forged.py"),
+    Mutant("fleet/flower/clock.py", "        module.__dict__[\"now\"] = steady.now", "        pass", "fleet/test_fleet_faults.py -k clock"),
+    Mutant("fleet/audit.py", "        os.truncate(file.fileno(), size)", "        pass", "fleet/test_fleet_files.py -k log"),
     Mutant("fleet/worker.py", "        memories.rewind(round)", "        pass", "fleet/test_worker.py"),
     Mutant("fleet/page.py", "        exchange.check_token()\n", "        pass\n", "fleet/test_page.py"),
     Mutant("fleet/status.py", "= read_text(run / STOP, errors=\"replace\") == session", "= bool(read_text(run / STOP))", "fleet/test_status.py"),
@@ -115,9 +120,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("fleet/worker.py", "torch.set_num_threads(brings.threads or usual_threads(model.n_params))", "torch.set_num_threads(brings.threads or 2)", "fleet/test_worker.py"),
     Mutant("fleet/flower/server_app.py", "key=lambda item: (item[1].name, item[1].node_id)", "key=lambda item: item[1].node_id", "fleet/test_stock_flower.py -k digest"),
     Mutant("fleet/flower/client_app.py", "                _take_job(worker, context)", "                pass", "fleet/test_stock_flower.py -k digest"),
-    Mutant("fleet/mail.py", "if self._open.get(number) != device or number in self._answers:", "if number in self._answers:", "fleet/test_exchange.py"),
+    Mutant("fleet/mail.py", "order is None or order.device != device or", "order is None or", "fleet/test_exchange.py"),
     Mutant("fleet/flower/door.py", "        authenticate_node(request)", "        pass", "fleet/test_exchange.py"),
-    Mutant("fleet/flower/exchange.py", "signed <= self._signed[node]:", "False:", "fleet/test_exchange.py"),
+    Mutant("fleet/flower/exchange.py", "if not self.once.fresh(", "if False and not self.once.fresh(", "fleet/test_exchange.py"),
 )  # fmt: skip
 
 

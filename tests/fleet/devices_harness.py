@@ -144,7 +144,7 @@ class Direct:
     def name(self, key: str) -> str:
         return f"device-{key}"
 
-    def push(self, key: str, data: bytes, common: int = 0) -> str:
+    def push(self, key: str, data: bytes, common: int, room: int) -> str:
         self.number += 1
         self.queue[str(self.number)] = key, data
         self.most = max(self.most, len(self.queue))

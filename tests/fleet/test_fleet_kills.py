@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of a real fleet are killed at random instants, again and again: the run ends in the digest of no kill at all.
 
-`make faults` runs it; FLEETUNE_KILLS says how often (default 12).
+`make faults` runs it; FLEETUNE_KILLS says how often (default 12), FLEETUNE_MINUTES for how long at most.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import preloaded
 import pytest
 
+from fault_report import Injected
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.fleet.audit import FILE, verify
@@ -26,7 +28,10 @@ from fleetune.runs import rundir
 
 KILLS = int(os.environ.get("FLEETUNE_KILLS", "12"))
 DEVICES = 2
-PATIENCE = 60.0  # seconds for a part of the work without a kill
+PATIENCE = 120.0  # seconds for a part of the work without a kill
+MINUTES = float(
+    os.environ.get("FLEETUNE_MINUTES", "15")
+)  # in which so many are killed, or as many as it takes
 RECIPE = """\
 model = "model"
 data = "rows.jsonl"
@@ -45,29 +50,34 @@ METHODS = {
 }
 
 
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["preloaded"])
+
+
 class Process:
     """A command of ours that can be killed and started again."""
 
     def __init__(self, name: str, *words: str) -> None:
         self.name, self.words = name, words
-        self.running: subprocess.Popen[bytes] | None = None
+        self.running: ForkServerProcess | None = None
 
     def start(self) -> None:
         """Start it; what it says is added to its own file."""
-        with Path(f"{self.name}.txt").open("ab") as said:
-            command = [sys.executable, "-m", "fleetune", "fleet", *self.words]
-            self.running = subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
+        self.running = FORKED.Process(
+            target=preloaded.command, args=(["fleet", *self.words], f"{self.name}.txt")
+        )
+        self.running.start()
 
     def kill(self) -> None:
         """Kill it as a power cut would."""
         if self.running is not None:
-            self.running.send_signal(signal.SIGKILL)
-            self.running.wait()
+            self.running.kill()
+            self.running.join()
 
     @property
     def ended(self) -> int | None:
         """Its exit code, None while it runs."""
-        return None if self.running is None else self.running.poll()
+        return None if self.running is None else self.running.exitcode
 
 
 @pytest.fixture
@@ -101,8 +111,8 @@ def digest_of(out: str) -> str:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("method", list(METHODS))
-def test_kills_of_server_and_devices_change_nothing(place: Path, method: str) -> None:
-    rounds = 4 + KILLS // 2
+def test_kills_of_server_and_devices_change_nothing(place: Path, injected: Injected, method: str) -> None:
+    rounds = 4 + 2 * KILLS
     Path("recipe.toml").write_text(RECIPE.format(rounds=rounds) + METHODS[method])
     assert main(["tune", "-c", "recipe.toml", "--out", "simulated", "-qq"]) == 0
     assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-qq"]) == 0
@@ -117,27 +127,35 @@ def test_kills_of_server_and_devices_change_nothing(place: Path, method: str) ->
         )
         for c in range(DEVICES)
     ]  # fmt: skip
+    warm = FORKED.Process(target=os.getpid)  # everything is imported before the first start
+    warm.start()
+    warm.join()
     for process in (begin, *devices):
         process.start()
     try:
-        wait_until(lambda: "round 1/" in said("server"), begin)
-        server, rng, killed = begin, random.Random(f"{method} 1"), 0
-        while server.ended is None and killed < KILLS:
+        wait_until(lambda: "round 1/" in said("server"), begin, seconds=5 * PATIENCE)
+        server, rng, kills = begin, random.Random(f"{method} 1"), Counter[str]()
+        until = time.monotonic() + 60 * MINUTES
+        finished = False
+        while not finished and kills.total() < KILLS and time.monotonic() < until:
             time.sleep(rng.uniform(0.1, 6.0))
-            victims = rng.choice([[server], [rng.choice(devices)], [server, *devices]])
+            victims = rng.choice([[server], [server], [rng.choice(devices)], [server, *devices]])
+            if server.ended is not None:
+                break
             for victim in victims:
                 if victim.ended is None:
                     victim.kill()
-                    killed += 1
+                    kills[victim.name.partition("-")[0]] += 1
             for victim in victims:
                 if victim is server:
+                    finished = rundir.status_of(rundir.find("latest", Path("real"))) == "done"
                     server = again
-                    if rundir.status_of(rundir.find("latest", Path("real"))) == "done":
-                        break
-                (server if victim in (begin, again) else victim).start()
-        wait_until(lambda: server.ended is not None, None, seconds=PATIENCE + 4 * rounds)
-        print(f"{method}: {killed} kills, {rounds} rounds")
-        assert server.ended == 0, said("server")[-2000:]
+                if not finished:
+                    victim = server if victim in (begin, again) else victim
+                    victim.start()
+        wait_until(lambda: finished or server.ended is not None, None, seconds=5 * PATIENCE + 4 * rounds)
+        print(f"{method}: {kills}, {rounds} rounds")
+        assert finished or server.ended == 0, said("server")[-2000:]
     finally:
         for process in (begin, again, *devices):
             process.kill()
@@ -149,7 +167,10 @@ def test_kills_of_server_and_devices_change_nothing(place: Path, method: str) ->
         for e in rundir.events(run)
         if e["event"] == "client" and e["status"] == "ok"
     ]
+    assert kills
     assert sorted(ok) == [(r, c) for r in range(1, rounds + 1) for c in range(DEVICES)]
+    injected("kill -9 of the server", kills["server"])
+    injected("kill -9 of a device", kills["device"])
 
 
 def said(name: str) -> str:

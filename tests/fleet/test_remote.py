@@ -47,7 +47,7 @@ class Memory:
     def name(self, key: str) -> str:
         return f"device-{key}"
 
-    def push(self, key: str, data: bytes, common: int = 0) -> str | None:
+    def push(self, key: str, data: bytes, common: int, room: int) -> str | None:
         self.number += 1
         self.queue[str(self.number)] = key, data
         return str(self.number)

@@ -134,7 +134,10 @@ def test_its_memory_follows_the_servers_word(place: Path, tmp_path: Path, worker
 
 def test_work_before_the_job_fails_and_says_so(place: Path, worker: Worker, job: Job) -> None:
     reply = Reply.decode(worker.answer(Order("work", 1, 0, 7, message(place, job, 1)).encode()))
-    assert (reply.what, reply.reason) == ("failed", "the device has no job yet")
+    assert (reply.what, reply.reason) == (
+        "failed",
+        "the device has no job yet; does another process use its key?",
+    )
 
 
 @pytest.mark.parametrize("body", [b"", b"rubbish", encode(Message(1, bytes(8), methods.Payload()))])

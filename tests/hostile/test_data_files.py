@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import hostile
+from fault_report import Injected
 from fleetune import data, models
 from fleetune.data.labelled import encode_rows
 from fleetune.models.model import Model
@@ -127,7 +128,7 @@ def cases(raw: bytes, form: str) -> dict[str, bytes | None]:
     return found
 
 
-def sweep(honest: Path, work: Path, model: Model, form: str, every: int) -> None:
+def sweep(honest: Path, work: Path, model: Model, form: str, every: int, injected: Injected) -> None:
     counts, faults = {"refused": 0, "accepted": 0}, []
     raw = (honest / f"x.{form}").read_bytes()
     for what, changed in list(cases(raw, form).items())[::every]:
@@ -136,23 +137,27 @@ def sweep(honest: Path, work: Path, model: Model, form: str, every: int) -> None
             counts["refused" if refusal(lambda: use(work / f"x.{form}", model)) else "accepted"] += 1
         except (Exception, hostile.NoEnd) as error:
             faults.append(f"{what}: {type(error).__name__}: {str(error)[:150]}")
-    print(f"{form}: {counts}, {len(faults)} of another kind")
+    injected("damaged data files", sum(counts.values()) + len(faults), survived=sum(counts.values()))
     assert not faults, f"{len(faults)}:\n" + "\n".join(faults)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_sample_of_damaged_files(honest: Path, tmp_path: Path, model: Model, form: str) -> None:
-    sweep(honest, tmp_path, model, form, every=7)
+def test_a_sample_of_damaged_files(
+    honest: Path, tmp_path: Path, model: Model, injected: Injected, form: str
+) -> None:
+    sweep(honest, tmp_path, model, form, 7, injected)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("form", FORMS)
-def test_all_damaged_files(honest: Path, tmp_path: Path, model: Model, form: str) -> None:
-    sweep(honest, tmp_path, model, form, every=1)
+def test_all_damaged_files(honest: Path, tmp_path: Path, model: Model, injected: Injected, form: str) -> None:
+    sweep(honest, tmp_path, model, form, 1, injected)
 
 
 @pytest.mark.faults
-def test_parquet_with_many_bits_flipped(honest: Path, tmp_path: Path, model: Model) -> None:
+def test_parquet_with_many_bits_flipped(
+    honest: Path, tmp_path: Path, model: Model, injected: Injected
+) -> None:
     raw = (honest / "x.parquet").read_bytes()
     counts, faults = {"refused": 0, "accepted": 0}, []
     for bit in range(0, 8 * len(raw), 17):
@@ -164,5 +169,5 @@ def test_parquet_with_many_bits_flipped(honest: Path, tmp_path: Path, model: Mod
             counts["refused" if said else "accepted"] += 1
         except (Exception, hostile.NoEnd) as error:
             faults.append(f"bit {bit}: {type(error).__name__}: {str(error)[:150]}")
-    print(f"parquet, bits: {counts}, {len(faults)} of another kind")
+    injected("damaged data files", sum(counts.values()) + len(faults), survived=sum(counts.values()))
     assert not faults, f"{len(faults)}:\n" + "\n".join(faults)

@@ -14,6 +14,7 @@ import pytest
 from deploy_harness import tiny
 
 import hostile
+from fault_report import Injected
 from fleetune import models
 from fleetune.deploy.export import export
 from fleetune.models.gguf import convert, header
@@ -164,7 +165,7 @@ def test_the_honest_one_is_accepted(honest: Path, tmp_path: Path) -> None:
     assert refusal(lambda: use(honest, tmp_path)) is None
 
 
-def sweep(honest: Path, work: Path, flips: int, every: int) -> None:
+def sweep(honest: Path, work: Path, flips: int, every: int, injected: Injected) -> None:
     """Damage the file as a whole, and flip bits of its head, where all the claims are."""
     raw = honest.read_bytes()
     cases = hostile.mutants(raw, seed="gguf")
@@ -186,14 +187,14 @@ def sweep(honest: Path, work: Path, flips: int, every: int) -> None:
             counts["refused" if refusal(lambda: use(work / "x.gguf", work)) else "accepted"] += 1
         except (Exception, hostile.NoEnd) as error:
             faults.append(f"{what}: {type(error).__name__}: {str(error)[:150]}")
-    print(f"gguf: {counts}, {len(faults)} of another kind")
+    injected("damaged GGUF files", sum(counts.values()) + len(faults), survived=sum(counts.values()))
     assert not faults, f"{len(faults)}:\n" + "\n".join(faults)
 
 
-def test_a_sample_of_damaged_files(honest: Path, tmp_path: Path) -> None:
-    sweep(honest, tmp_path, flips=24, every=5)
+def test_a_sample_of_damaged_files(honest: Path, tmp_path: Path, injected: Injected) -> None:
+    sweep(honest, tmp_path, 24, 5, injected)
 
 
 @pytest.mark.faults
-def test_all_damaged_files(honest: Path, tmp_path: Path) -> None:
-    sweep(honest, tmp_path, flips=300, every=1)
+def test_all_damaged_files(honest: Path, tmp_path: Path, injected: Injected) -> None:
+    sweep(honest, tmp_path, 300, 1, injected)

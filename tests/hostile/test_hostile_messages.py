@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import hostile
+from fault_report import Injected
 from fleetune.errors import REASON, MessageError, cut_reason
 from fleetune.tuning.messages import MAGIC, MAX_DIMS, Message, Payload, ReplySpec, check, decode, encode
 
@@ -151,5 +152,7 @@ def test_mutated_messages_are_refused_or_within_what_was_agreed() -> None:
 
 
 @pytest.mark.faults
-def test_a_storm_of_mutated_messages() -> None:
-    assert storm(100_000, seed=12)["refused"] > 50_000
+def test_a_storm_of_mutated_messages(injected: Injected) -> None:
+    counts = storm(100_000, seed=12)
+    injected("mutated messages", sum(counts.values()))
+    assert counts["refused"] > 50_000

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hostile
+from fault_report import Injected
 from fleetune import data, models
 from fleetune.data.labelled import encode_rows
 from hostile import put, refusal
@@ -203,7 +204,7 @@ def damaged(folder: Path) -> Iterator[tuple[str, str, bytes | None]]:
                 yield file.name, what, changed
 
 
-def sweep(folder: Path, work: Path, every: int) -> dict[str, int]:
+def sweep(folder: Path, work: Path, every: int, injected: Injected) -> dict[str, int]:
     """Damage each file in each way (one in `every`), and use the folder; return how many were what."""
     counts = {"refused": 0, "accepted": 0}
     faults = []
@@ -217,18 +218,18 @@ def sweep(folder: Path, work: Path, every: int) -> dict[str, int]:
         except (Exception, hostile.NoEnd) as error:
             faults.append(f"{file}, {what}: {type(error).__name__}: {str(error)[:150]}")
         shutil.rmtree(work)
-    print(f"{folder.name}: {counts}, {len(faults)} of another kind")
+    injected("damaged model folders", sum(counts.values()) + len(faults), survived=sum(counts.values()))
     assert not faults, f"{len(faults)} of {sum(counts.values()) + len(faults)}:\n" + "\n".join(faults)
     return counts
 
 
 @pytest.mark.parametrize("form", ["one", "shards"])
-def test_a_sample_of_damaged_folders(honest: Path, tmp_path: Path, form: str) -> None:
-    counts = sweep(honest / form, tmp_path / "x", every=41)
+def test_a_sample_of_damaged_folders(honest: Path, tmp_path: Path, injected: Injected, form: str) -> None:
+    counts = sweep(honest / form, tmp_path / "x", 41, injected)
     assert counts["refused"] >= 5
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("form", ["one", "shards"])
-def test_all_damaged_folders(honest: Path, tmp_path: Path, form: str) -> None:
-    sweep(honest / form, tmp_path / "x", every=1)
+def test_all_damaged_folders(honest: Path, tmp_path: Path, injected: Injected, form: str) -> None:
+    sweep(honest / form, tmp_path / "x", 1, injected)

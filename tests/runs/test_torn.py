@@ -16,6 +16,8 @@ import pytest
 import torn_harness
 from torn_harness import DRAWN, FORMS, KINDS, Folder, Verdict
 
+from fault_report import Injected
+
 LEAST = 300  # torn folders of a kind
 
 
@@ -31,7 +33,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_torn_folder_of(kind: str, place: Path) -> None:
+def test_every_torn_folder_of(kind: str, place: Path, injected: Injected) -> None:
     found: list[Verdict] = []
     folders = torn_harness.whole_and_stopped(kind)
     for seed in count():
@@ -40,6 +42,7 @@ def test_every_torn_folder_of(kind: str, place: Path) -> None:
             break
     counts = Counter(v.outcome for v in found)
     print(f"{kind}: {len(found)} torn folders, {dict(counts)}")
+    injected("torn folders of jobs", len(found), survived=sum(not v.fault for v in found))
     assert [f"{v.name}: {v.fault}" for v in found if v.fault] == []
 
 

@@ -37,12 +37,14 @@ class Asking:
     orders: Mapping[int, Order]  # by client
     goal: int = 0
     at_once: int = 0  # how many may be at work, 0 for any number
+    room: int = 0  # bytes that an answer may have, 0: the usual
     replies: int = 0  # that have come
     heard: int = 0  # devices that have worked for this round, well or not, or were heard late
     over: bool = False  # its time is up
     began: float = field(default_factory=time.monotonic)
     waiting: dict[int, float] = field(init=False)  # client -> since when it is waited for
     sent: dict[str, int] = field(init=False, default_factory=dict)  # number of an order -> client
+    times: dict[int, int] = field(init=False, default_factory=dict)  # client -> how often it was given its order
     declined: dict[int, Declined] = field(init=False, default_factory=dict)
     next_word: float = field(init=False)  # when to say who is waited for
 
@@ -63,6 +65,7 @@ class Asking:
         """Note that a client was given its order."""
         del self.waiting[client]
         self.sent[number] = client
+        self.times[client] = self.times.get(client, 0) + 1
 
     def lost(self, numbers: Iterable[str]) -> None:
         """Note that the devices of these orders have gone, or come in anew, so that they are asked again."""

@@ -9,7 +9,9 @@ kept elsewhere, proves the whole log.  A line that a kill cut short is dropped w
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import time
@@ -50,14 +52,26 @@ class Audit:
     def write(self, what: str, **fields: Any) -> None:
         """Add an entry; StorageError when it cannot be written."""
         entry = {"t": round(time.time(), 3), "what": what, **fields}
-        self.chain = _next(self.chain, entry)
-        line = json.dumps({**entry, "chain": self.chain}, ensure_ascii=False) + "\n"
+        chain = _next(self.chain, entry)
+        line = json.dumps({**entry, "chain": chain}, ensure_ascii=False) + "\n"
         try:
             handle = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE)
-            with os.fdopen(handle, "a", encoding="utf-8") as file:
-                file.write(line)
+            with os.fdopen(handle, "ab", buffering=0) as file:
+                _append(file, line.encode("utf-8", "surrogatepass"))
         except OSError as error:
             raise storage_error(error, self.file) from error
+        self.chain = chain
+
+
+def _append(file: io.FileIO, line: bytes) -> None:
+    """Write a whole line, or nothing of it where the disk is full."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        os.truncate(file.fileno(), size)
+        raise
 
 
 def verify(file: Path) -> Verified:

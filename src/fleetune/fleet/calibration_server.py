@@ -30,7 +30,7 @@ from fleetune.errors import DataError, MessageError, UsageError
 from fleetune.fleet import result
 from fleetune.fleet.eval_server import job_of_run
 from fleetune.fleet.orders import Device, Order
-from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.remote import ROOM, RemoteFleet
 from fleetune.fleet.server import Served
 from fleetune.fleet.table import Devices
 from fleetune.models.layers import layers_of
@@ -136,7 +136,7 @@ class FleetHessians:
         body = block_message(self.parts, number - 1, self.sums.base) if number else b""
         orders = {c: Order("block", number, c, body=body) for c in clients}
         largest = sum(2 * linear.in_features * (linear.in_features + 1) for linear in linears.values())
-        answers = self.fleet.give(orders, at_once=max(1, ON_THE_WAY // largest))
+        answers = self.fleet.give(orders, at_once=max(1, ON_THE_WAY // largest), room=largest + ROOM)
         ordered = in_order(answers, clients, self.parts / "replies")
         shared = sharing(self._own.hessians(number, linears))
         return self.sums.add_up(number, linears, ordered, len(body), shared)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-MOST: Final = 1 << 29  # bytes of an answer; what more comes is thrown away
+TOO_LARGE: Final = b"too large"  # stands for an answer of more bytes than there is room for
 
 
 class Letter(NamedTuple):
@@ -20,6 +20,14 @@ class Letter(NamedTuple):
     number: str
     head: bytes
     tail: bytes
+    room: int  # bytes that its answer may have
+
+
+class _Open(NamedTuple):
+    """An order whose answer is still to come."""
+
+    device: int
+    room: int
 
 
 class Mail:
@@ -29,21 +37,24 @@ class Mail:
         self.ring: Callable[[int], None] = lambda device: None
         self._lock = threading.Lock()
         self._boxes: dict[int, list[Letter]] = {}  # by device: orders that it has not taken
-        self._open: dict[str, int] = {}  # by number: the device whose answer is still to come
+        self._open: dict[str, _Open] = {}  # by number
         self._answers: dict[
             str, bytes | None
         ] = {}  # by number: answers that are complete, None for a lost one
         self._pieces: dict[str, bytearray] = {}  # by number: answers that are not
         self._tail = b""
 
-    def put(self, device: int, data: bytes, common: int) -> str:
-        """Queue an order, whose last `common` bytes may be those of the one before; return its number."""
+    def put(self, device: int, data: bytes, common: int, room: int) -> str:
+        """Queue an order, whose last `common` bytes may be those of the one before; return its number.
+
+        Its answer may have `room` bytes.
+        """
         number, cut = secrets.token_hex(16), len(data) - common
         with self._lock:
             if (tail := data[cut:]) != self._tail:
                 self._tail = tail
-            self._boxes.setdefault(device, []).append(Letter(number, data[:cut], self._tail))
-            self._open[number] = device
+            self._boxes.setdefault(device, []).append(Letter(number, data[:cut], self._tail, room))
+            self._open[number] = _Open(device, room)
         self.ring(device)
         return number
 
@@ -56,14 +67,15 @@ class Mail:
     def answer(self, device: int, number: str, piece: bytes, *, last: bool = True) -> None:
         """Take a piece of a device's answer.
 
-        What answers no order of this device is thrown away, as is what is too large; without a byte, it is a lost one.
+        What answers no order of this device is thrown away; what is too large is `TOO_LARGE`; without a byte, it is a lost one.
         """
         with self._lock:
-            if self._open.get(number) != device or number in self._answers:
+            order = self._open.get(number)
+            if order is None or order.device != device or number in self._answers:
                 return
             pieces = self._pieces.pop(number, None)
-            if len(piece) + len(pieces or b"") > MOST:
-                self._answers[number] = None
+            if len(piece) + len(pieces or b"") > order.room:
+                self._answers[number] = TOO_LARGE
             elif not last:
                 self._pieces[number] = (pieces or bytearray()) + piece
             else:
@@ -73,7 +85,7 @@ class Mail:
         """Note that a device has gone: no answer to what it was ordered will come."""
         with self._lock:
             self._boxes.pop(device, None)
-            for number in [n for n, whose in self._open.items() if whose == device]:
+            for number in [n for n, order in self._open.items() if order.device == device]:
                 self._answers.setdefault(number, None)
 
     def answered(self, numbers: set[str]) -> list[str]:
@@ -92,8 +104,8 @@ class Mail:
         """Forget orders, and their answers."""
         with self._lock:
             for number in numbers:
-                device = self._open.pop(number, None)
+                order = self._open.pop(number, None)
                 self._answers.pop(number, None)
                 self._pieces.pop(number, None)
-                if device is not None and (box := self._boxes.get(device)):
+                if order is not None and (box := self._boxes.get(order.device)):
                     box[:] = [letter for letter in box if letter.number != number]

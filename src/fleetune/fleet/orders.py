@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -44,6 +45,9 @@ TASKS: Final = ("tune", "eval", "calibrate")
 NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there
 MAX_JOB: Final = 1 << 20  # characters
 MOST_KINDS: Final = 1000  # of work, that a device can do
+FOREVER: Final = 1e9  # seconds
+DIGEST: Final = re.compile("[0-9a-f]{64}")
+MAX_VERSION: Final = 64  # characters
 
 
 @dataclass(frozen=True)
@@ -159,10 +163,19 @@ class Reply:
     def decode(cls, data: bytes) -> Reply:
         """Read an answer; MessageError for bytes that are none."""
         what, round, nonce, payload = _decode(data, ANSWERS)
-        return cls(
-            what, nonce, round, _bytes(payload, "body"), (payload.int("kept_round"), payload.int("kept_crc")),
-            payload.float("seconds"), payload.int("rss"), cut_reason(_text(payload, "reason")),
-        )  # fmt: skip
+        kept, seconds, rss = (
+            (payload.int("kept_round"), payload.int("kept_crc")),
+            payload.float("seconds"),
+            payload.int("rss"),
+        )
+        if kept != NOTHING_KEPT and not (0 <= kept[0] <= round and 0 <= kept[1] < 1 << 32):
+            raise MessageError(f"the device claims to remember {kept} after round {round}")
+        if not 0 <= seconds < FOREVER or not 0 <= rss < 1 << 63:
+            raise MessageError(f"the device claims to have worked {seconds} s in {rss} bytes of memory")
+        reason = cut_reason(_text(payload, "reason")) or (
+            "" if what in ("ready", "done") else "it gives no reason"
+        )
+        return cls(what, nonce, round, _bytes(payload, "body"), kept, seconds, rss, reason)
 
 
 @dataclass(frozen=True)
@@ -202,6 +215,14 @@ class Device:
             raise MessageError(f"the device says that it does {found['speed']} tokens a second")
         if not 1 <= len(found["kinds"]) <= MOST_KINDS or not all(type(k) is int for k in found["kinds"]):
             raise MessageError("the device does not say which kinds of work it can do")
+        if not DIGEST.fullmatch(found["rows_digest"]):
+            raise MessageError("the digest of the device's rows is not SHA-256 in hexadecimal")
+        if not 0 <= found["memory"] < 1 << 63 or not 0 <= found["threads"] < 1 << 31:
+            raise MessageError(
+                f"the device says that it has {found['memory']} bytes of memory and {found['threads']} threads"
+            )
+        if len(found["version"]) > MAX_VERSION:
+            raise MessageError(f"the device's version has {len(found['version'])} characters")
         return cls(**{**found, "kinds": tuple(found["kinds"])})
 
 

@@ -20,6 +20,7 @@ from typing import Final, Protocol
 
 from fleetune.errors import FleetError, MessageError, UsageError
 from fleetune.fleet.asking import WORD, Asking
+from fleetune.fleet.mail import TOO_LARGE
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
 from fleetune.fleet.table import Devices
 from fleetune.runs.events import ClientReply
@@ -29,6 +30,11 @@ from fleetune.tuning.kinds import ONE, Wanted
 from fleetune.tuning.recipe import Recipe
 
 log = logging.getLogger(__name__)
+
+ROOM: Final = 1 << 24  # bytes that any answer may have
+TIMES: Final = 4  # bytes of an answer for each of its order: a reply may be of wider numbers than the message
+ASKED: Final = 10  # times that a client is given its order in a round: its device may die of the work itself
+
 
 FAREWELL: Final = 5.0  # seconds in which devices are told that the run is over
 
@@ -44,15 +50,19 @@ class Link(Protocol):
         """Return what the device with this key is called."""
         ...
 
-    def push(self, key: str, data: bytes, common: int = 0) -> str | None:
+    def push(self, key: str, data: bytes, common: int, room: int) -> str | None:
         """Queue an order for a device; its number, or None where the device is not known.
 
-        The last `common` bytes may be those of other orders too: a link keeps them once.
+        The last `common` bytes may be those of other orders too: a link keeps them once.  An answer of more than `room`
+        bytes is `TOO_LARGE`.
         """
         ...
 
     def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Yield (number, answer) of the orders that are answered by now; None where the answer was lost."""
+        """Yield (number, answer) of the orders that are answered by now.
+
+        None where the answer was lost, so that the order is to be given again; b"" where it is no answer.
+        """
         ...
 
     def drop(self, numbers: set[str]) -> None:
@@ -200,13 +210,13 @@ class RemoteFleet:
         }
         return self._given(Asking(round, orders, goal))
 
-    def give(self, orders: Mapping[int, Order], *, at_once: int = 0) -> Iterator[Answer]:
+    def give(self, orders: Mapping[int, Order], *, at_once: int = 0, room: int = 0) -> Iterator[Answer]:
         """Yield the answers to these orders, by client and of one round, as they come.
 
-        No more than `at_once` are on their way at a time, where it is given.
+        No more than `at_once` are on their way at a time, where it is given.  An answer may have `room` bytes, 0: the usual.
         """
         round = max((order.round for order in orders.values()), default=0)
-        return self._given(Asking(round, orders, at_once=at_once))
+        return self._given(Asking(round, orders, at_once=at_once, room=room))
 
     def _given(self, asking: Asking) -> Iterator[Answer]:
         self._asking = asking
@@ -254,13 +264,13 @@ class RemoteFleet:
         """Give their orders to the devices that are there and have taken the job in this session."""
         for client in list(asking.waiting):
             key = self.devices.members[client].key
-            if self._ready.get(key, "") == here.get(key):
+            if self._ready.get(key, "") == here.get(key) and asking.times.get(client, 0) < ASKED:
                 if asking.at_once and len(asking.sent) >= asking.at_once:
                     asking.waiting[client] = time.monotonic()  # it is here, and waits for its turn
                     continue
                 self._gone.discard(client)
                 self._declined.discard(client)
-                if (number := self._push(key, asking.orders[client], here)) is not None:
+                if (number := self._push(key, asking.orders[client], here, asking.room)) is not None:
                     asking.given(client, number)
 
     def _given_up(self, asking: Asking) -> Iterator[Answer]:
@@ -272,10 +282,12 @@ class RemoteFleet:
             yield from self._left(asking, f"no answer in {limit:g} s")
             return
         for client, since in list(asking.waiting.items()):
-            if now - since > self.pace.grace:
+            lost = asking.times.get(client, 0)
+            if lost >= ASKED or now - since > self.pace.grace:
                 del asking.waiting[client]
                 self._gone.add(client)
-                yield self._without(asking.orders[client], "dropped", f"not there for {now - since:.0f} s")
+                why = f"{lost} times lost at work" if lost >= ASKED else f"not there for {now - since:.0f} s"
+                yield self._without(asking.orders[client], "dropped", why)
         if asking.heard:
             yield from self._that_declined(asking)
         else:
@@ -372,8 +384,9 @@ class RemoteFleet:
             self._kept.get(client, NOTHING_KEPT), self._oldest,
         )  # fmt: skip
 
-    def _push(self, key: str, order: Order, here: Mapping[str, str]) -> str | None:
-        number = self.link.push(key, order.encode(), order.common)
+    def _push(self, key: str, order: Order, here: Mapping[str, str], room: int = 0) -> str | None:
+        data = order.encode()
+        number = self.link.push(key, data, order.common, room or max(ROOM, TIMES * len(data)))
         if number is not None:
             self._orders[number] = _Order(key, here.get(key, ""), order)
         return number
@@ -387,7 +400,8 @@ class RemoteFleet:
     def _answers(self) -> Iterator[tuple[str, Order, Reply | None]]:
         """Yield the answers to work that have come, None for a lost one; those to the job are dealt with here."""
         for number, data in self.link.pull(set(self._orders)):
-            found = self._orders.pop(number)
+            if (found := self._orders.pop(number, None)) is None:
+                continue  # it is answered already
             reply = self._reply(found, data)
             if found.order.what != "job":
                 yield number, found.order, reply
@@ -402,12 +416,16 @@ class RemoteFleet:
             return None
         order = found.order
         try:
+            if data == TOO_LARGE:
+                raise MessageError("the answer is larger than such an answer can be")
+            if not data:
+                raise MessageError("the answer could not be read")
             reply = Reply.decode(data)
             if reply.nonce != order.nonce or reply.round != order.round:
                 raise MessageError("the answer belongs to another order")
-            may = ("done", "failed", "declined") if order.what == "work" else ("done", "failed")
-            if order.what != "job" and reply.what not in may:
-                raise MessageError(f"{order.what} was answered with '{reply.what}'")
+            may = {"work": ("done", "failed", "declined"), "job": ("ready", "refused", "failed")}
+            if reply.what not in may.get(order.what, ("done", "failed")):
+                raise MessageError(f"'{order.what}' was answered with '{reply.what}'")
         except MessageError as error:
             return Reply("failed", order.nonce, reason=str(error))
         return reply

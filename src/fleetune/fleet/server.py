@@ -42,6 +42,7 @@ LOOK: Final = 2.0  # seconds between two looks at the folder of keys
 KEPT: Final = {  # what a stop leaves, by task
     "tune": "; finished rounds are kept", "calibrate": "; finished blocks are kept", "eval": "; nothing was measured",
 }  # fmt: skip
+REFUSALS: Final = 60.0  # seconds between two entries of what the door refused
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Served:
     _fleet: RemoteFleet | None = field(init=False, default=None)
     _next_look: float = field(init=False, default=0.0)  # at the folder of keys
     _next_word: float = field(init=False, default=0.0)  # to `fleet status`
+    _next_refusals: float = field(init=False, default=0.0)  # to the log
     _complaint: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
@@ -165,15 +167,18 @@ class Served:
         if self.page is not None:
             self.page.show(folder)
 
+        audit = Audit(folder)
+
         def look() -> None:
             self._read_keys_again(devices, listener)
+            self._log_refusals(audit)
             if self._publish(folder) or listener.stop_requested:
                 hint = f"fleetune fleet serve --resume {folder}" if job.task == "tune" else None
                 raise Interrupted(f"stopped while waiting for devices{KEPT[job.task]}", hint=hint)
 
         self._fleet = RemoteFleet(
             self._gate, devices, job, seed, self.pace,
-            look=look, note=listener.note, audit=Audit(folder).write, kinds=kinds,
+            look=look, note=listener.note, audit=audit.write, kinds=kinds,
         )  # fmt: skip
         self._fleet.wait_for(count)
         return self._fleet
@@ -200,6 +205,17 @@ class Served:
                 f"{k.name} is revoked" for k in before - now
             ]
             listener.note(f"keys: {', '.join(sorted(changed))}")
+
+    def _log_refusals(self, audit: Audit) -> None:
+        """Write down which requests the door has refused: how many of each status, path and claimed key."""
+        if time.monotonic() < self._next_refusals:
+            return
+        self._next_refusals = time.monotonic() + REFUSALS
+        names = {k.fingerprint: k.name for k in self._keys or []}
+        for (status, path, key), count in sorted(self._gate.refusals.taken().items()):
+            audit.write(
+                "turned away", status=status, path=path, device=key, name=names.get(key, ""), requests=count
+            )
 
     def _publish(self, folder: Path) -> bool:
         """Write down what the devices do, for `fleetune fleet status`; tell whether `fleetune fleet stop` was called."""

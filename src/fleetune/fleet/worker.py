@@ -24,7 +24,7 @@ import torch
 
 from fleetune import models
 from fleetune.common.display import human_bytes, human_time, show
-from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.files import PRIVATE, read_bytes, write_atomic
 from fleetune.common.memory import rss, total_memory
 from fleetune.common.version import __version__
 from fleetune.data import Batches, Encoded, Example
@@ -39,6 +39,7 @@ from fleetune.errors import (
     Interrupted,
     MessageError,
     ModelError,
+    StorageError,
     fault,
 )
 from fleetune.evaluation.losses import pad_id, response_loss
@@ -143,18 +144,19 @@ class Worker:
     def _once(self, order: Order, data: bytes) -> bytes:
         """Give the answer from the disk when this very order was the last one answered."""
         digest, file = hashlib.sha256(data).digest(), self.state / ANSWER
-        if file.exists():
-            with file.open("rb") as kept:
-                if kept.read(len(digest)) == digest:
-                    self.note(f"{_title(order)}: answered again from the disk")
-                    return kept.read()
+        if (kept := _kept_answer(file, digest)) is not None:
+            self.note(f"{_title(order)}: answered again from the disk")
+            return kept
         if order.what == "work" and (reason := self.declines()):
             self.note(f"{_title(order)}: declined ({reason})")
             return Reply("declined", order.nonce, order.round, reason=reason).encode()
         reply = self._work(order)
         encoded = reply.encode()
         if reply.what == "done":
-            write_atomic(file, digest + encoded, mode=PRIVATE)
+            try:
+                write_atomic(file, digest + encoded, mode=PRIVATE)
+            except StorageError as error:  # without it, a restarted device does the work again
+                self.note(error.message)
         return encoded
 
     def _work(self, order: Order) -> Reply:
@@ -162,7 +164,7 @@ class Worker:
         loaded = self.loaded
         try:
             if loaded is None:
-                raise MessageError("the device has no job yet")
+                raise MessageError("the device has no job yet; does another process use its key?")
             body = WORK[order.what](self, loaded, order)
         except (Interrupted, KeyboardInterrupt):
             raise
@@ -222,6 +224,21 @@ def _title(order: Order, of: int = 0) -> str:
         return {"eval": "evaluation", "begin": "calibration"}[order.what]
     number = order.round + (order.what == "block")
     return f"{'block' if order.what == 'block' else 'round'} {number}" + (f" of {of}" if of else "")
+
+
+def _kept_answer(file: Path, digest: bytes) -> bytes | None:
+    """Return the last answer where it is whole, and the order with this digest is what it answered."""
+    try:
+        with open(file, "rb", opener=regular) as kept:
+            if kept.read(len(digest)) == digest:
+                answer = kept.read()
+                Reply.decode(answer)
+                return answer
+    except FileNotFoundError:
+        pass
+    except (OSError, MessageError) as error:
+        log.warning("%s cannot be used, the work is done again: %s", file, error)
+    return None
 
 
 def load(job: Job, brings: Brings, state: Path) -> Loaded:

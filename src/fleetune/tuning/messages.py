@@ -191,10 +191,8 @@ def check(message: Message, spec: ReplySpec, *, round: int, base: bytes) -> Payl
     if message.base != base:
         raise MessageError(f"reply was made on base {message.base.hex()}, this run's base is {base.hex()}")
     payload = message.payload
-    if set(payload.arrays) != set(spec.arrays):
-        raise MessageError(f"arrays {sorted(payload.arrays)} differ from the agreed {sorted(spec.arrays)}")
-    if set(payload.scalars) != set(spec.scalars):
-        raise MessageError(f"scalars {sorted(payload.scalars)} differ from the agreed {sorted(spec.scalars)}")
+    _check_names("arrays", payload.arrays, spec.arrays)
+    _check_names("scalars", payload.scalars, spec.scalars)
     for name, (dtype, shape) in spec.arrays.items():
         _check_array(name, payload.arrays[name], dtype, shape)
     for name, (kind, low, high) in spec.scalars.items():
@@ -206,6 +204,12 @@ def check(message: Message, spec: ReplySpec, *, round: int, base: bytes) -> Payl
         if isinstance(value, str | bytes) or not low <= value <= high:
             raise MessageError(f"scalar '{name}' is {value!r}, agreed was {low:g} to {high:g}")
     return payload
+
+
+def _check_names(kind: str, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+    if have.keys() != want.keys():
+        more, less = sorted(have.keys() - want.keys()), sorted(want.keys() - have.keys())
+        raise MessageError(f"{kind} differ from the agreed: {more} more, {less} missing")
 
 
 def _check_array(name: str, array: np.ndarray, dtype: str, shape: tuple[int | None, ...]) -> None:

@@ -27,6 +27,9 @@ is otherwise than in its own programs, and why:
 - A device that is refused (401, 403, 412) waits and tries again with the same key; Flower's own client ends its process.
 - A request that no registered key has signed is refused before its body is read, and a body has a limit (`door.LIMIT`);
   Flower reads any, before it looks at the key.
+- An upload belongs to an open order of the device and has a bound, and a signed time counts once (`limits.py`).  Flower keeps
+  what comes, and takes the same signature for five minutes.
+- The server's clock cannot be set while it runs (`clock.py`).
 - Heartbeats come every 10 s instead of 30 s, so that a dead device is noticed sooner.
 """
 

@@ -14,22 +14,23 @@ heartbeat meanwhile.
     204     there was none
 
 Whose request it is says the signature alone, before a byte of the body is read: the node is the one with that key
-(`door.py`).  A signature is good for one request: its time must be later than that of the one before.
+(`door.py`).  A signature is good for one request (`limits.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import datetime
 from collections.abc import Iterable
 from typing import Final
 
 from fastapi import HTTPException, Request
 from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from starlette.requests import ClientDisconnect
 from starlette.types import Send
 
 from fleetune.fleet.flower import wire
+from fleetune.fleet.flower.limits import Once
 from fleetune.fleet.flower.state import State
 from fleetune.fleet.mail import Letter
 
@@ -44,21 +45,18 @@ CHUNK: Final = (
 class Exchange:
     """Answers these requests; all of it but `close` runs in the thread of the server's event loop."""
 
-    def __init__(self, state: State) -> None:
-        self.state = state
+    def __init__(self, state: State, once: Once) -> None:
+        self.state, self.once = state, once
         self.closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: dict[int, asyncio.Future[None]] = {}  # by node: its request that waits for an order
-        self._signed: dict[int, datetime.datetime] = {}  # by node: the time of its last request
         state.mail.ring = self._ring
 
     async def answer(self, node: int, request: Request, send: Send) -> None:
-        """Answer a node's request; HTTPException 401 for one that was made before the last."""
+        """Answer a node's request; HTTPException 401 for one that was sent before."""
         self._loop = asyncio.get_running_loop()
-        signed = datetime.datetime.fromisoformat(request.headers[TIMESTAMP_HEADER])
-        if node in self._signed and signed <= self._signed[node]:
+        if not self.once.fresh(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], request.headers[TIMESTAMP_HEADER]):
             raise HTTPException(401)
-        self._signed[node] = signed
         self.state.alive(node)
         wants = request.headers.get(wire.NEXT, "order")
         if number := request.headers.get(wire.ORDER):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -28,9 +28,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from fleetune.errors import FleetError
-from fleetune.fleet.flower import wire
+from fleetune.fleet.flower import clock, wire
 from fleetune.fleet.flower.door import Connection, Door
 from fleetune.fleet.flower.exchange import Exchange
+from fleetune.fleet.flower.limits import Guard, Once, Refusals, Uploads, Watch
 from fleetune.fleet.flower.state import State
 from fleetune.fleet.keys import PublicKey, fingerprint
 from fleetune.fleet.mail import Mail
@@ -55,18 +56,22 @@ class Gate:
 
     def __init__(self, address: Address, keys: Sequence[PublicKey] | None) -> None:
         wire.hush()
+        steady = clock.install()
+        uploads, once, self.refusals = Uploads(), Once(steady.age), Refusals()
         self.mail = Mail()
-        self.state = State(self.mail)
-        self._exchange = Exchange(self.state)
+        self.state = State(self.mail, uploads)
+        self._exchange = Exchange(self.state, once)
         self._names: dict[int, str] = {}  # by number of the node
         self._nodes: dict[str, int] = {}  # by hash of the key, of those that were ever there
         self._here: set[int] = set()  # nodes that were there at the last look
         self._keys: dict[int, str] = {}  # by node: the hash of its key
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[
+            Middleware(Watch, refusals=self.refusals),
             Middleware(Door, state=self.state, exchange=self._exchange, any_key=keys is None),
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
+            Middleware(Guard, uploads=uploads, once=once),
         ])  # fmt: skip
         app.state.linkstate_factory, app.state.enable_supernode_auth = self.state, keys is not None
         app.include_router(fleet_router)
@@ -132,6 +137,7 @@ class Gate:
         kept = set()
         for key in keys:
             if (node := self.state.get_node_id_by_public_key(key.pem)) is None:
+                self.state.node_public_key_to_node_id.pop(key.pem, None)  # of a key that was revoked
                 node = self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key.pem, 0, name=key.name)
             self._names[node] = key.name
             kept.add(node)
@@ -162,10 +168,10 @@ class Gate:
         """Return what the device with this key is called: its key file, or the begin of its key's hash."""
         return self._names.get(self._nodes.get(key, 0), key[:8])
 
-    def push(self, key: str, data: bytes, common: int = 0) -> str | None:
+    def push(self, key: str, data: bytes, common: int, room: int) -> str | None:
         """Queue an order for a device; its last `common` bytes are kept once where the order before ended with them."""
         node = self._nodes.get(key)
-        return None if node is None else self.mail.put(node, data, common)
+        return None if node is None else self.mail.put(node, data, common, room)
 
     def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
         """Yield the answers that are complete, None for one that will not come: its device is away."""

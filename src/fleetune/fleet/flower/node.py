@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import email.utils
 import logging
 import random
 import ssl
@@ -21,6 +23,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fleetune.common.display import human_time
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.errors import FleetError, FleetuneError, Interrupted
 from fleetune.fleet.flower import wire
@@ -34,6 +37,8 @@ PATIENCE: Final = 30.0  # seconds without a byte from the server; it answers wit
 IDLE: Final = 60.0  # seconds that an idle connection is kept: the server keeps it longer
 PIECE: Final = 4 << 20  # bytes of an answer in one request
 AGAIN: Final = 1.0  # seconds before a device says that it could not read an order: it is given it again
+AHEAD: Final = 5.0  # seconds by which a device's clock may be ahead of the server's
+BEHIND: Final = 300.0  # and behind it
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def stay(
 ) -> None:
     """Answer the server's orders until `over()`: refused, cut off or without a server, try again and again.
 
-    FleetError when the certificate cannot be read.
+    FleetError when the certificate cannot be read; StorageError when the disk of the device takes nothing more.
     """
     wire.hush()
     trust = server.trust()
@@ -188,7 +193,9 @@ def stay(
                 note(f"connected to {server.address}")
                 wait, said = 0.0, ""
                 session.answer_all(answer, over)
-            except (httpx.HTTPError, ValueError, RuntimeError, KeyError) as error:
+            except FleetuneError:
+                raise
+            except Exception as error:  # the network, the server, or what Flower makes of their answers
                 wait = min(max(0.5, wait * 2), LONGEST)
                 if (why := _why(error)) != said:
                     note(f"{why}; trying again")
@@ -204,7 +211,9 @@ def stay(
 def _why(error: Exception) -> str:
     if isinstance(error, httpx.HTTPStatusError):
         if error.response.status_code in (401, 403, 412):
-            return "the server does not know this device's key: bring its .pub file into the server's folder of keys"
+            return _clocks_apart(error.response) or (
+                "the server does not know this device's key: bring its .pub file into the server's folder of keys"
+            )
         return f"the server answered {error.response.status_code}"
     if (words := str(error).partition("certificate verify failed: ")[2]) and isinstance(
         error, httpx.HTTPError
@@ -213,8 +222,22 @@ def _why(error: Exception) -> str:
             f"the server's certificate is not trusted: {words.partition(' (_ssl')[0]} (its names are those given to "
             "'fleetune fleet keys certificate'; --ca is the ca.pem made there)"
         )
+    if isinstance(error, httpx.HTTPError):
+        return f"no server there ({type(error).__name__})"
+    return f"{type(error).__name__}: {error}"
+
+
+def _clocks_apart(response: httpx.Response) -> str:
+    """Return that, and what to do, where the server's clock (its Date) and this device's differ too much; else ""."""
+    try:
+        server = email.utils.parsedate_to_datetime(response.headers["date"])
+        seconds = (datetime.datetime.now(datetime.UTC) - server).total_seconds()
+    except (KeyError, ValueError, TypeError):
+        return ""
+    if -BEHIND < seconds < AHEAD:
+        return ""
+    which = "ahead of" if seconds > 0 else "behind"
     return (
-        f"no server there ({type(error).__name__})"
-        if isinstance(error, httpx.HTTPError)
-        else f"{type(error).__name__}: {error}"
+        f"this device's clock is {human_time(abs(seconds))} {which} the server's, which therefore refuses what the device "
+        "signs: set the clock that is wrong (timedatectl set-ntp true)"
     )

@@ -165,7 +165,7 @@ class GridLink:
         info = self._nodes.get(key)
         return key[:8] if info is None else info.name or str(info.node_id)
 
-    def push(self, key: str, data: bytes, common: int = 0) -> str | None:
+    def push(self, key: str, data: bytes, common: int, room: int) -> str | None:
         """Queue an order for a SuperNode; its last `common` bytes are stored once for all orders that end with them."""
         if (info := self._nodes.get(key)) is None:
             return None

@@ -24,23 +24,25 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink.federation import NoOpFederationManager
 
 from fleetune.fleet.flower import wire
+from fleetune.fleet.flower.limits import Uploads
 from fleetune.fleet.mail import Letter, Mail
 
 log = logging.getLogger(__name__)
 
-LIFETIME: Final = 86400.0  # seconds that Flower keeps a message
+LIFETIME: Final = 10 * 365 * 86400.0  # seconds that Flower keeps a message: until it is dropped here
 
 
 class State(InMemoryLinkState):
     """The state of one run; `mail` has the orders of its devices, by the numbers of their nodes."""
 
-    def __init__(self, mail: Mail) -> None:
+    def __init__(self, mail: Mail, uploads: Uploads) -> None:
         super().__init__(NoOpFederationManager(), InMemoryObjectStore())
-        self.mail = mail
+        self.mail, self.uploads = mail, uploads
         self.run = 0
         self._messages: dict[str, str] = {}  # order -> Flower's number of its message
         self._arriving: dict[str, Message] = {}  # order -> its reply, whose objects are still to come
@@ -101,10 +103,11 @@ class State(InMemoryLinkState):
                 self.store_object(self.run, session, id, objects[id].deflate())
         sent.metadata.delivered_at = now().isoformat()
         self._messages[letter.number] = message.metadata.message_id
+        self.uploads.expect(message.metadata.message_id, node, letter.room)
         return sent
 
     def replies(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Yield the answers that have come as Flower's messages, None for one that cannot be read.
+        """Yield the answers that have come as Flower's messages, None for one that will not come.
 
         Flower hands a reply out once, and before its objects are there: it is kept until they are.
         """
@@ -117,11 +120,13 @@ class State(InMemoryLinkState):
             if reply.metadata.src_node_id == SUPERLINK_NODE_ID:  # Flower's own: the node is away
                 yield number, None
             elif (data := self._arrived(reply.metadata.message_id)) is not NOT_YET:
-                self.object_store.delete(reply.metadata.message_id)
                 yield number, data
 
     def _arrived(self, id: str) -> bytes | None:
-        """Return an answer's bytes, `NOT_YET` while objects are on their way, None where they will not come."""
+        """Return an answer's bytes, `NOT_YET` while objects are on their way, None where they will not come.
+
+        `UNREADABLE` for objects that are no answer.
+        """
         try:
             tree = self.object_store.get_object_tree(id)
             contents: dict[str, Any] = {
@@ -132,20 +137,28 @@ class State(InMemoryLinkState):
                 return NOT_YET
             whole = inflate_object_from_contents(id, there)
             if not isinstance(whole, Message) or whole.has_error():
-                return None
+                return UNREADABLE
             return wire.unpack(whole.content)
-        except Exception as error:  # whatever a device makes of its objects: it is asked again
-            log.warning("an answer could not be read: %s: %s", type(error).__name__, error)
+        except NoObjectInStoreError:  # it took too long to send them: it is asked again
             return None
+        except Exception as error:  # whatever a device makes of its objects
+            log.warning("an answer could not be read: %s: %s", type(error).__name__, error)
+            return UNREADABLE
 
     def forget(self, numbers: set[str]) -> None:
         """Delete the messages of orders that nobody waits for any longer."""
         ids = {self._messages.pop(n) for n in numbers & self._messages.keys()}
-        self.delete_messages(ids)
+        self.uploads.forget(ids)
         for number in numbers:
             self._arriving.pop(number, None)
         for id in ids:
-            self.object_store.delete(id)
+            for stored in (id, self.message_ins_id_to_message_res_id.get(id, "")):
+                self._cleanup_push_session(
+                    self._object_push_session_by_root.get(stored, ""), cleanup_messages=False
+                )
+                self.object_store.delete(stored)
+        self.delete_messages(ids)
 
 
 NOT_YET: Final = b"not yet"
+UNREADABLE: Final = b""

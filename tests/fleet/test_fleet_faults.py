@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of the machines and of the network around a fleet: cut connections, full disks, clocks that jump, torn files.
+
+The slow ones run on the loopback with threads for devices: `make faults`.  Kills are in test_fleet_kills.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import random
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from test_forged import Door, signed
+from test_loopback import FEDIT, FEDKSEED, QUICK, Device, devices, folder, free_port, place, split
+from test_remote import JOB, Memory
+from test_worker import job, make_worker, message
+from test_worker import place as device_place
+
+import fleetune
+from fault_report import Injected
+from fleetune.errors import FleetError, MessageError
+from fleetune.fleet import audit as audits
+from fleetune.fleet.audit import verify
+from fleetune.fleet.flower import clock, node
+from fleetune.fleet.orders import NOTHING_KEPT, Job, Order, Reply
+from fleetune.fleet.orders import Device as Told
+from fleetune.fleet.remote import Pace, RemoteFleet
+from fleetune.fleet.server import Place, Served
+from fleetune.fleet.table import Devices
+from fleetune.runs import rundir
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning import run as running
+
+__all__ = ["device_place", "folder", "job", "place"]
+DAY = datetime.timedelta(days=1)
+REAL = datetime.datetime
+
+
+def simulated(recipe: dict[str, Any]) -> str:
+    """The digest of the run in a simulated fleet; the rows of each client are written."""
+    digest = str(fleetune.tune(recipes.make(recipe), out="simulated").done.digest)
+    split(recipe)
+    return digest
+
+
+def served(port: int, pace: Pace = QUICK) -> Served:
+    return Served(Place("127.0.0.1", port, Path("keys"), Path("certs")), pace=pace)
+
+
+# Clocks -------------------------------------------------------------------------------------------
+
+
+class Jumped(datetime.datetime):
+    """The machine's clock, `by` too far ahead."""
+
+    by = datetime.timedelta()
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime.datetime:
+        return REAL.now(tz) + cls.by
+
+
+@contextlib.contextmanager
+def jump(by: datetime.timedelta) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Jumped, "by", by)
+        patch.setattr(datetime, "datetime", Jumped)
+        seconds, real = by.total_seconds(), time.time
+        patch.setattr(time, "time", lambda: real() + seconds)
+        yield
+
+
+def right() -> dict[str, Any]:
+    """The time that a device signs whose clock is right, whatever the server's says."""
+    return {"stamp": REAL.now(datetime.UTC).isoformat()}
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    with Door(tmp_path_factory.mktemp("door")) as opened:
+        yield opened
+
+
+@pytest.mark.injects
+@pytest.mark.parametrize("days", [1, -1])
+def test_a_servers_clock_that_jumps_drops_no_device_and_ends_no_run(
+    door: Door, injected: Injected, days: int
+) -> None:
+    before = dict(door.gate.online())
+    number, _ = door.order(0)
+    with jump(days * DAY):
+        assert dict(door.gate.online()) == before
+        assert not list(door.gate.pull({number}))  # nothing has expired
+        later, _ = door.order(1)
+        task = door.gate.state.get_run_info(run_ids=[door.gate.run])[0].primary_task_id
+        assert door.gate.state.acknowledge_task_heartbeat(task or 0)
+        for c, key in enumerate(door.keys):
+            assert door.ask(door.nodes[c], signed(key, **right())).status_code == 200
+    assert dict(door.gate.online()) == before
+    door.gate.drop({number, later})
+    injected("clock of the server set by a day", 1)
+
+
+@pytest.mark.injects
+@pytest.mark.parametrize("days", [1, -1])
+def test_a_device_whose_clock_is_wrong_is_told_what_to_do(door: Door, injected: Injected, days: int) -> None:
+    response = door.ask(door.nodes[0], signed(door.keys[0], shift=days * DAY))
+    assert response.status_code == 401
+    with jump(days * DAY):
+        said = node._why(httpx.HTTPStatusError("401", request=response.request, response=response))
+    assert f"clock is 1d00h {'ahead of' if days > 0 else 'behind'} the server's" in said
+    assert "timedatectl set-ntp true" in said
+    assert "does not know this device's key" in node._why(
+        httpx.HTTPStatusError("401", request=response.request, response=response)
+    )
+    assert door.ask(door.nodes[0], signed(door.keys[0])).status_code == 200  # set right, it is in again
+    injected("clock of a device set by a day", 1)
+
+
+def test_a_server_whose_clock_is_years_behind_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "wall", lambda: REAL(1970, 1, 1, tzinfo=datetime.UTC))
+    with pytest.raises(FleetError, match="clock says 1970-01-01"):
+        clock.install()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("days", [1, -1])
+def test_a_run_goes_on_while_the_clock_jumps(place: Path, injected: Injected, days: int) -> None:
+    expected, port = simulated(FEDIT), free_port()
+
+    class Jumping(fleetune.Silent):
+        def event(self, event: Any) -> None:
+            if event.event == "round" and event.round == 1:
+                Jumped.by = days * DAY
+
+    with jump(0 * DAY), devices(port) as joined, served(port) as fleets:
+        found = running.start(recipes.make(FEDIT), Path("real"), Jumping(), offline=True, fleets=fleets)
+    assert found.done.digest == expected
+    assert [d.outcome for d in joined] == ["the run is finished"] * 3
+    injected("clock of server and devices set by a day in a run", 1)
+
+
+# The network --------------------------------------------------------------------------------------
+
+
+class Proxy:
+    """Forward connections to a port, and cut each of the first ones after as many bytes as `cuts` says."""
+
+    def __init__(self, port: int, cuts: list[int]) -> None:
+        self.port, self.cuts, self.done = port, cuts, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = self.listener.getsockname()[1]
+        self.lock = threading.Lock()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                try:
+                    server = socket.create_connection(("127.0.0.1", self.port))
+                except OSError:
+                    client.close()
+                    continue
+                with self.lock:
+                    left = [self.cuts.pop()] if self.cuts else None
+                for one, other in ((client, server), (server, client)):
+                    threading.Thread(target=self._forward, args=(one, other, left), daemon=True).start()
+
+    def _forward(self, one: socket.socket, other: socket.socket, left: list[int] | None) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(1 << 14):
+                if left is not None:
+                    with self.lock:
+                        data, cut = data[: max(0, left[0])], 0 < left[0] <= len(data)
+                        left[0] -= len(data)
+                        self.done += cut
+                    other.sendall(data)
+                    if left[0] <= 0:
+                        break
+                else:
+                    other.sendall(data)
+        for end in (one, other):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("recipe", [FEDKSEED, FEDIT], ids=lambda r: str(r["method"]))
+def test_connections_that_are_cut_in_the_middle_of_a_message(
+    place: Path, injected: Injected, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(node, "LONGEST", 0.5)
+    recipe = {**recipe, "rounds": 40}
+    expected, port, rng = simulated(recipe), free_port(), random.Random(3)
+    proxy = Proxy(port, [rng.randint(200, 30_000) for _ in range(60)])
+    with devices(proxy.address) as joined, served(port, Pace(grace=60, poll=0.01)) as fleets:
+        found = running.start(
+            recipes.make(recipe), Path("real"), fleetune.Silent(), offline=True, fleets=fleets
+        )
+    proxy.listener.close()
+    print(f"{recipe['method']}: {proxy.done} cuts")
+    assert found.done.digest == expected
+    assert [d.outcome for d in joined] == ["the run is finished"] * 3
+    assert proxy.done >= 15  # the others had ended before
+    injected("connections cut in a message", proxy.done)
+
+
+# Twice, late, or out of order ---------------------------------------------------------------------
+
+
+class Unruly(Memory):
+    """Answers come late, in any order, again and again, and with those of rounds long past."""
+
+    messages = 0
+
+    def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
+        past = self.__dict__.setdefault("past", [])
+        for number, data in super().pull(numbers):
+            if self.chance.random() < 0.3:
+                self.done[number] = data  # it comes later
+                continue
+            past.append((number, data))
+            for again in [(number, data), *self.chance.choices(past, k=self.chance.randint(0, 4))]:
+                self.messages += 1
+                yield again
+            del past[:-50]
+
+
+def unruly(folder: Path, messages: int, seed: int) -> int:
+    known = {f"k{i}": Told(10 + i, f"{i}" * 64, 1 << 33, 1, "0") for i in range(4)}
+    link = Unruly(known, random.Random(seed))
+    made = RemoteFleet(link, Devices(folder), JOB, 42, Pace(grace=20, poll=0))
+    made.devices.register([(key, key) for key in known])
+    made.wait_for(4)
+    round = 0
+    while link.messages < messages:
+        round += 1
+        answers = sorted(made.ask(round, range(4), f"r{round}".encode()))
+        assert [(a.client, a.data) for a in answers] == [(c, f"k{c} did r{round}".encode()) for c in range(4)]
+    return link.messages
+
+
+def test_answers_that_come_twice_late_or_out_of_order_count_once(tmp_path: Path) -> None:
+    unruly(tmp_path, 500, seed=1)
+
+
+@pytest.mark.faults
+def test_ten_thousand_answers_that_come_twice_late_or_out_of_order(
+    tmp_path: Path, injected: Injected
+) -> None:
+    injected("answers twice, late or out of order", unruly(tmp_path, 10_000, seed=2))
+
+
+@pytest.mark.faults
+def test_devices_that_are_away_or_slow_hold_no_round_longer_than_was_said(
+    tmp_path: Path, injected: Injected
+) -> None:
+    known = {f"k{i}": Told(10 + i, f"{i}" * 64, 1 << 33, 1, "0") for i in range(6)}
+    rng, link = random.Random(4), Memory(known, random.Random(5))
+    made = RemoteFleet(link, Devices(tmp_path), JOB, 42, Pace(grace=1.0, deadline=5.0, poll=0.01))
+    made.devices.register([(key, key) for key in known])
+    made.wait_for(6)
+    away = 0
+    for round in range(1, 21):
+        for key in link.away:  # one that comes back is in a new session
+            link.marks[key] = round
+        link.away = {key for key in known if rng.random() < 0.3}
+        away += len(link.away)
+        began = time.monotonic()
+        answers = {a.client: a for a in made.ask(round, range(6), b"x")}
+        assert time.monotonic() - began < 4
+        assert len(answers) == 6
+        gone = {int(key[1:]) for key in link.away}
+        assert all((answers[c].status == "ok") == (c not in gone) for c in range(6))
+    injected("devices away or slow for a round", away)
+
+
+@pytest.mark.faults
+def test_two_processes_with_one_key_are_one_device(place: Path, injected: Injected) -> None:
+    """Copies of a device's folder: the server has one answer of the client a round, or says why there is none."""
+    simulated(FEDIT)
+    port, recipe = free_port(), recipes.make({**FEDIT, "rounds": 8})
+    shutil.copytree("rows", "rows-again")
+    with devices(port), served(port) as fleets:
+        twin = Device(port, 0)
+        twin.home = dataclasses.replace(twin.home, state=Path("state-twin"))
+        twin.start()
+        found = running.start(recipe, Path("real"), fleetune.Silent(), offline=True, fleets=fleets)
+        twin.leave.set()
+        twin.join(20)
+    (run,) = (p for p in Path("real").iterdir() if not p.is_symlink())
+    events = [e for e in rundir.events(run) if e["event"] == "client"]
+    assert sorted((e["round"], e["client"]) for e in events) == [
+        (r, c) for r in range(1, 9) for c in range(3)
+    ]
+    assert all(e["status"] == "ok" for e in events if e["client"] != 0)
+    assert all(e["reason"] for e in events if e["status"] != "ok")
+    assert found.done.digest
+    assert verify(run / audits.FILE).bad == 0
+    injected("two processes with one key", 1)
+
+
+def test_an_order_before_the_job_names_the_other_process(
+    device_place: Path, tmp_path: Path, job: Job
+) -> None:
+    worker = make_worker(device_place, tmp_path)
+    order = Order("work", 1, 0, 7, message(device_place, job, 1), NOTHING_KEPT)
+    said = Reply.decode(worker.answer(order.encode()))
+    assert said.what == "failed"
+    assert "does another process use its key?" in said.reason
+    with pytest.raises(MessageError):
+        worker.answer(b"junk")
