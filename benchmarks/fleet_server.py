@@ -73,9 +73,9 @@ class Clocked:
         self.gate, self.given, self.times = gate, dict[str, float](), list[float]()
         self.online, self.name, self.drop = gate.online, gate.name, gate.drop
 
-    def push(self, key: str, data: bytes, common: int = 0) -> str | None:
+    def push(self, key: str, data: bytes, common: int, room: int) -> str | None:
         """As the gate's."""
-        if number := self.gate.push(key, data, common):
+        if number := self.gate.push(key, data, common, room):
             self.given[number] = time.monotonic()
         return number
 

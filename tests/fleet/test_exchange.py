@@ -80,8 +80,8 @@ def post(
     return httpx.post(place.url + wire.EXCHANGE, content=body, headers=headers, timeout=20)
 
 
-def push(place: Place, key: PrivateKey, data: bytes = b"work", common: int = 0) -> str:
-    number = place.gate.push(key.public.fingerprint, data, common)
+def push(place: Place, key: PrivateKey, data: bytes = b"work", common: int = 0, room: int = 1 << 24) -> str:
+    number = place.gate.push(key.public.fingerprint, data, common, room)
     assert number is not None
     return str(number)
 
@@ -148,8 +148,8 @@ def test_who_has_no_key_or_another_comes_not_in(place: Place) -> None:
     assert httpx.post(place.url + wire.EXCHANGE, headers=good).status_code == 401  # the same headers again
 
 
-def test_what_is_too_large_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    number = push(place, place.one)
+def test_what_is_too_large_is_refused(place: Place) -> None:
+    number = push(place, place.one, room=10)  # of all pieces together
     assert post(place, place.one).content == b"work"
     host, _, port = place.url.removeprefix("http://").partition(":")
     signed = "".join(f"{k}: {v}\r\n" for k, v in wire.signed(place.one).items())
@@ -157,10 +157,9 @@ def test_what_is_too_large_is_refused(place: Place, monkeypatch: pytest.MonkeyPa
         with socket.create_connection((host, int(port)), timeout=10) as opened:
             opened.sendall(f"POST {wire.EXCHANGE} HTTP/1.1\r\nhost: x\r\n{signed}{length}\r\n\r\n".encode())
             assert b" 413 " in opened.recv(4096)
-    monkeypatch.setattr(mail, "MOST", 10)  # of all pieces together
     for piece in (b"12345", b"67890", b"!", b"more"):
         assert post(place, place.one, piece, number, "piece").status_code == 204
-    assert pull(place, number) == [(number, None)]
+    assert pull(place, number) == [(number, mail.TOO_LARGE)]
 
 
 def test_a_large_answer_comes_in_pieces(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from fault_report import Injected
 from fleetune.fleet import keys, server
 from fleetune.fleet.audit import FILE, Audit, verify
 from fleetune.fleet.orders import Order, Reply
+from fleetune.fleet.remote import ROOM
 from fleetune.fleet.server import Place, Served
 
 pytest.importorskip("fleetune.fleet.flower.gate")
@@ -84,7 +85,7 @@ class Door:
     def order(self, device: int, body: bytes = b"x") -> tuple[str, Message]:
         """Give a device an order; its number, and the message as the device gets it."""
         order = Order("work", 1, device, 7, body)
-        number = self.gate.push(self.keys[device].public.fingerprint, order.encode(), order.common)
+        number = self.gate.push(self.keys[device].public.fingerprint, order.encode(), order.common, ROOM)
         assert number is not None
         said = self.ask(self.nodes[device], signed(self.keys[device]))
         return number, message_from_proto(
@@ -260,7 +261,7 @@ def nested(request: Any) -> None:
 
 def many(request: Any) -> None:
     record = request.message_object_trees[0].children[0]
-    for i in range(limits.FEWEST + 1):
+    for i in range(ROOM // wire.PIECE + 1):
         record.children.add(object_id=f"{i:064x}")
 
 

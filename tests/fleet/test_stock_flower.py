@@ -32,6 +32,7 @@ from fleetune.errors import MessageError, RecipeError, UsageError
 from fleetune.fleet import keys
 from fleetune.fleet.flower import client_app, server_app, wire
 from fleetune.fleet.orders import Order, Reply
+from fleetune.fleet.remote import ROOM
 from fleetune.runs import rundir
 
 CLIENTS = 2
@@ -153,13 +154,13 @@ def test_a_failing_client_app_is_a_failed_answer(place: Path) -> None:
     (key, _) = link.online()
     order = Order("work", 3)
     grid.errors = [ErrorCode.CLIENT_APP_RAISED_EXCEPTION]
-    number = link.push(key, order.encode())
+    number = link.push(key, order.encode(), 0, ROOM)
     assert number is not None
     ((_, data),) = link.pull({number})
     reply = Reply.decode(data or b"")
     assert (reply.what, reply.nonce, reply.round) == ("failed", order.nonce, 3)
     assert "the ClientApp failed: because" in reply.reason
-    assert link.push("unknown", order.encode()) is None
+    assert link.push("unknown", order.encode(), 0, ROOM) is None
     assert (link.name(key), link.name("0123456789")) == ("edge-0", "01234567")
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fleetune.errors import MessageError
 from fleetune.fleet import keys
 from fleetune.fleet.orders import Order
+from fleetune.fleet.remote import ROOM
 
 flower = pytest.importorskip("fleetune.fleet.flower.wire")
 
@@ -53,7 +54,7 @@ def test_the_message_of_a_round_is_stored_once_for_all_devices(tmp_path: Path) -
         body = secrets.token_bytes(3 << 20)
         orders = [Order("work", 1, 10**c, c, body) for c in range(8)]  # heads of unlike lengths
         numbers = {
-            gate.push(k.fingerprint, o.encode(), o.common) for k, o in zip(devices, orders, strict=True)
+            gate.push(k.fingerprint, o.encode(), o.common, ROOM) for k, o in zip(devices, orders, strict=True)
         }
         for key in devices:  # as Flower's own nodes would
             assert gate.state.get_message_ins(gate.state.get_node_id_by_public_key(key.pem), 1)

@@ -442,7 +442,7 @@ class RemoteFleet:
             self.note(f"device {name} takes no part: {error.message}")
             self.audit("not admitted", device=found.key, name=name, reason=error.message)
             if reply.what == "ready":
-                self.link.push(found.key, Order("end", reason=error.message).encode())
+                self.link.push(found.key, Order("end", reason=error.message).encode(), 0, ROOM)
             return
         self._ready[found.key] = found.mark
         self.told[client] = device

@@ -212,9 +212,9 @@ class Served:
             return
         self._next_refusals = time.monotonic() + REFUSALS
         names = {k.fingerprint: k.name for k in self._keys or []}
-        for (status, path, key), count in sorted(self._gate.refusals.taken().items()):
+        for (answered, path, key), count in sorted(self._gate.refusals.taken().items()):
             audit.write(
-                "turned away", status=status, path=path, device=key, name=names.get(key, ""), requests=count
+                "turned away", status=answered, path=path, device=key, name=names.get(key, ""), requests=count
             )
 
     def _publish(self, folder: Path) -> bool:

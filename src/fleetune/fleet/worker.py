@@ -24,7 +24,7 @@ import torch
 
 from fleetune import models
 from fleetune.common.display import human_bytes, human_time, show
-from fleetune.common.files import PRIVATE, read_bytes, write_atomic
+from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.memory import rss, total_memory
 from fleetune.common.version import __version__
 from fleetune.data import Batches, Encoded, Example

@@ -55,7 +55,9 @@ class Exchange:
     async def answer(self, node: int, request: Request, send: Send) -> None:
         """Answer a node's request; HTTPException 401 for one that was sent before."""
         self._loop = asyncio.get_running_loop()
-        if not self.once.fresh(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], request.headers[TIMESTAMP_HEADER]):
+        if not self.once.fresh(
+            request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], request.headers[TIMESTAMP_HEADER]
+        ):
             raise HTTPException(401)
         self.state.alive(node)
         wants = request.headers.get(wire.NEXT, "order")
