@@ -210,7 +210,7 @@ WORK: dict[str, Case] = {
     "ready for work": Case(lambda h: h.reply(what="ready"), "'work' was answered with 'ready'"),
     "failed for no reason": Case(lambda h: h.reply(what="failed"), "it gives no reason"),
     "failed, at length": Case(lambda h: h.outer(what="failed", reason="\x1b[2J" + "why " * MILLION), "why why"),
-    "refused": Case(lambda h: h.outer(what="refused", reason="I would rather not"), "I would rather not"),
+    "refused": Case(lambda h: h.outer(what="refused", reason="I would rather not"), "answered with 'refused'"),
     "an order": Case(lambda h: Order("work", h.order.round, nonce=h.order.nonce).encode(), "'work' is none of"),
     "a word that is none": Case(lambda h: h.outer(what="paid"), "'paid' is none of"),
     "a word that is a number": Case(lambda h: h.outer(what=7), "7 is none of"),

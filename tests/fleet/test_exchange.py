@@ -195,7 +195,7 @@ def test_orders_that_end_alike_share_their_end() -> None:
     box = Mail()
     body = bytes(1000)
     for device in range(3):
-        box.put(device, b"%d" % device + body, len(body))
+        box.put(device, b"%d" % device + body, len(body), 100)
     letters = [box.take(device) for device in range(3)]
     assert [letter.head for letter in letters if letter] == [b"0", b"1", b"2"]
     assert len({id(letter.tail) for letter in letters if letter}) == 1

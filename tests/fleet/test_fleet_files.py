@@ -179,7 +179,8 @@ def test_a_spoilt_number_of_the_last_session_keeps_no_device_out(
     signer = node.NodeAuthHttpInterceptor(door.keys[0].secret, door.keys[0].secret.public_key())
     door.gate.state.deactivate_node(door.nodes[0])
     with node.FleetHttpClient.from_server_address(address, True, None, interceptors=[signer]) as client:
-        session = node._Session(client, door.keys[0], tmp_path, 30.0, open_door=False)
+        server = node.Server(address, tmp_path / "ca.pem", heartbeat=30.0)
+        session = node._Session(client, door.http, door.keys[0], tmp_path, server)
         assert session.node.node_id == door.nodes[0]
         session.over.set()
 
