@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Walk through "On five machines" of docs/fleet.md, command by command, on five machines that are network namespaces.
 
-    sudo python -m benchmarks.five_machines [--rounds 5] [--steps 30] [--methods fedkseed,fedit] [--no-kills]
+    sudo python -m benchmarks.five_machines [--rounds 5] [--steps 30] [--methods fedkseed,fedit,mixed] [--no-kills]
 
 The server and two of the four devices are on a fast network; the lines of the other two have 200 ms of round-trip delay and lose
 1 % of the frames.  In round 2 a device is killed, and started again; in round 3 the server is, and goes on with --resume.
@@ -37,7 +37,6 @@ PATIENCE: Final = 900.0  # seconds for a part of the walk
 RECIPE: Final = """\
 model = "{model}"
 data = "{rows}"
-method = "{method}"
 clients = 4
 rounds = {rounds}
 held_out = 8
@@ -49,8 +48,9 @@ threads = 1
 {settings}
 """
 SETTINGS: Final = {
-    "fedkseed": "set = {{ K = 64, tau = {steps}, lr = 1e-4 }}",
-    "fedit": "set = {{ r = 4, steps = {steps}, lr = 1e-3 }}",
+    "fedkseed": 'method = "fedkseed"\nset = {{ K = 64, tau = {steps}, lr = 1e-4 }}',
+    "fedit": 'method = "fedit"\nset = {{ r = 4, steps = {steps}, lr = 1e-3 }}',
+    "mixed": 'method = "fedkseed"\nset = {{ K = 64, tau = {steps}, lr = 1e-4, backprop = 0.5, backprop_lr = 1e-2 }}',
 }
 
 
@@ -169,7 +169,7 @@ def play(walk: Walk, method: str, options: argparse.Namespace) -> bool:
     for machine in (SERVER, *DEVICES):
         walk.said_file(machine).unlink(missing_ok=True)
     recipe = RECIPE.format(
-        model=options.model or "model", rows=options.rows or "rows.jsonl", method=method, rounds=options.rounds,
+        model=options.model or "model", rows=options.rows or "rows.jsonl", rounds=options.rounds,
         settings=SETTINGS[method].format(steps=options.steps),
     )  # fmt: skip
     (walk.of(SERVER) / "recipe.toml").write_text(recipe)
@@ -237,7 +237,11 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("benchmarks.five_machines", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30, help="local steps of a device in a round")
-    parser.add_argument("--methods", default="fedkseed,fedit")
+    parser.add_argument(
+        "--methods",
+        default="fedkseed,fedit,mixed",
+        help="mixed: fedkseed, and half the devices back-propagate",
+    )
     parser.add_argument(
         "--model", default="", help="hub id or built-in name (default: a tiny random one, a copy on each)"
     )

@@ -62,7 +62,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("tuning/rounds.py", "replies.accepted < plan.quorum:", "replies.accepted < 0:", "tuning/test_replies.py"),
     Mutant("tuning/rounds.py", "    if not finite(new):", "    if False:", "tuning/test_replies.py"),
     Mutant("tuning/rounds.py", "    fleet.rewind(last)\n    hooks.resumed", "    fleet.rewind(last + 1)\n    hooks.resumed", "contract/test_contract.py -k beyond"),
-    Mutant("tuning/methods/mezo.py", 'total += n * reply.discount * reply.payload.array("c")', 'total += reply.discount * reply.payload.array("c")', "contract/test_contract.py -k mezo"),
+    Mutant("tuning/methods/mezo.py", 'combined.add(float(reply.payload.int("n")), {str(first): c})', "combined.add(1.0, {str(first): c})", "contract/test_contract.py -k mezo"),
     # what a run stands on, and what is on the disk
     Mutant("tuning/fleets/memories.py", "            if crc_of(data) != crc:", "            if False:", "runs/test_integrity.py"),
     Mutant("tuning/checkpoint.py", "            if now.recipe.get(name) != value", "            if False", "runs/test_integrity.py"),
