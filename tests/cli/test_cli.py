@@ -418,6 +418,7 @@ def test_ctrl_c_says_how_to_resume_and_the_bits_are_the_same(tiny, at, capsys, w
     assert [e["round"] for e in lines if e["event"] == "round"] == list(range(1, 16))
 
 
+@pytest.mark.faults
 def test_kill_9_then_resume_gives_the_same_bits(tiny, at, capsys, whole):
     process = started(tiny)
     wait_for_round(at, 3)

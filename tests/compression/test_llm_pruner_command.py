@@ -133,6 +133,7 @@ def test_a_run_is_pruned_on_its_own_half(
     assert seen[-1]["loss"] == pytest.approx(done[-1]["after"]["loss"], rel=1e-5)
 
 
+@pytest.mark.faults
 def test_a_killed_one_goes_on(tiny: dict[str, str], at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed without a word after its third step: neither the choice nor the kept steps are done again."""
     more = [f"--set={x}" for x in ("batch_size=2", "steps=8", "save_every=2", "lr=1e-3")]

@@ -63,6 +63,7 @@ def _work(folder: Path, wanted: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_either_kernels_give_the_same_digests_and_torchs_load_no_numba(tmp_path):
     one, other = (_work(tmp_path / wanted, wanted) for wanted in ("numba", "torch"))
     assert (one["numba"], other["numba"]) == (True, False)

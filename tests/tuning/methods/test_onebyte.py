@@ -295,7 +295,11 @@ def weights(view: View) -> str:
 
 @pytest.mark.parametrize(
     ("changes", "dtype"),
-    [({"K": 16}, torch.float32), ({"law": "rademacher"}, torch.bfloat16), ({"wire": "sign"}, torch.float32)],
+    [
+        ({"law": "rademacher"}, torch.bfloat16),
+        pytest.param({"K": 16}, torch.float32, marks=pytest.mark.slow),
+        pytest.param({"wire": "sign"}, torch.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_machines_join_and_leave_at_random_and_all_stand_at_the_servers_replay(
     changes: Any, dtype: torch.dtype, rows: Any
