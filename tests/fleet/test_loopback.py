@@ -30,8 +30,8 @@ from fleetune.fleet import device as devices_module
 from fleetune.fleet import keys, server, worker
 from fleetune.fleet.audit import FILE, verify
 from fleetune.fleet.device import Home
+from fleetune.fleet.pace import Pace
 from fleetune.fleet.page import LivePage
-from fleetune.fleet.remote import Pace
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.worker import Brings
 from fleetune.runs import rundir
@@ -161,7 +161,7 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
 def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "WORD", 0.0)
+    monkeypatch.setattr(server, "PUBLISHED", 0.0)
     recipe = recipes.make(FEDIT)
     simulated = fleetune.tune(recipe, out="simulated")
     split(FEDIT)

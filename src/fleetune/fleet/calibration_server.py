@@ -28,7 +28,6 @@ from fleetune.compression.layerwise.activations import HessianSource, HiddenStat
 from fleetune.compression.layerwise.sums import Answer, HessianReply, HessianSums, block_message, sharing
 from fleetune.errors import DataError, MessageError, UsageError
 from fleetune.fleet import result
-from fleetune.fleet.eval_server import job_of_run
 from fleetune.fleet.orders import Device, Order
 from fleetune.fleet.remote import ROOM, RemoteFleet
 from fleetune.fleet.server import Served
@@ -74,7 +73,7 @@ class Calibrators:
         devices.take_from(run)
         blocks = len(layers_of(model.net))
         listener.progress("blocks", 0, blocks)
-        job = job_of_run(run, devices.run, "calibrate", blocks)
+        job = result.job_of_run(run, devices.run, "calibrate", blocks)
         agreed = _read_agreed(parts / AGREED)
         left = {client: share for client, share in agreed.items() if client not in without}
         if agreed and not left:
