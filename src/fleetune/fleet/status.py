@@ -26,10 +26,10 @@ from fleetune.runs.follow import Follower
 
 FILE: Final = rundir.FLEET
 STOP: Final = "fleet.stop"
-WORDS: Final = frozenset(
-    {"t", "session", "pid", "machine", "rss", "address", "round", "rounds", "devices"}
-)  # of the server
-STATUSES: Final = ("ok", "refused", "late", "dropped", "failed", "declined")  # of replies
+# What a server's word has, what a device does, and what became of a reply
+FIELDS: Final = frozenset({"t", "session", "pid", "machine", "rss", "address", "round", "rounds", "devices"})
+STATES: Final = ("at work", "at work late", "ready", "declined", "joining", "away", "has not joined")
+STATUSES: Final = ("ok", "refused", "late", "dropped", "failed", "declined")
 
 
 def word_of(run: Path) -> Mapping[str, Any]:
@@ -37,7 +37,7 @@ def word_of(run: Path) -> Mapping[str, Any]:
     if not (run / FILE).is_file():
         raise UsageError(f"{run} is not the run of a real fleet, or its server has not begun")
     found = sealed.read(run / FILE, "the server writes it again every second")
-    if missing := WORDS - found.keys():
+    if missing := FIELDS - found.keys():
         raise StorageError(f"{run / FILE} lacks {', '.join(sorted(missing))}")
     return found
 
