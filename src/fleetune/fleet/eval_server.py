@@ -173,15 +173,6 @@ def _job(subject: Run | Compressed | Plain, run: str, offline: bool) -> tuple[Jo
         )
     model = subject.load(offline=offline)
     job = Job(
-        secrets.token_hex(16),
-        "",
-        {},
-        subject.name,
-        model.digest,
-        model.dtype,
-        subject.max_length,
-        (),
-        0,
-        "eval",
-    )
+        secrets.token_hex(16), "", {}, subject.name, model.digest, model.dtype, subject.max_length, (), 0, "eval",
+    )  # fmt: skip
     return job, Payload()

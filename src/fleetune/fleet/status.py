@@ -73,7 +73,7 @@ class Record:
 
     def _forget(self) -> None:
         self._seen = self._follower.anew
-        self._round: dict[int, str] = {}  # client -> status, of the round in progress
+        self._round: dict[int, Mapping[str, Any]] = {}  # client -> its reply, of the round in progress
         self.last: dict[int, Mapping[str, Any]] = {}  # client -> its last reply
         self.lost: Counter[int] = Counter()  # client -> replies that did not count
         self.replies: Counter[str] = Counter(dict.fromkeys(STATUSES, 0))
@@ -96,10 +96,14 @@ class Record:
         match event["event"]:
             case "client":
                 self.last[event["client"]] = event
-                self._round[event["client"]] = event["status"]  # a later line of a client counts
+                self._round[event["client"]] = event  # a later line of a client counts
             case "round":
-                self.replies.update(self._round.values())
-                self.lost.update(c for c, status in self._round.items() if status != "ok")
+                self.replies.update(reply["status"] for reply in self._round.values())
+                for client, reply in self._round.items():
+                    if reply.get("late"):  # it was counted as lost when its round was over
+                        self.lost[client] -= reply["status"] == "ok"
+                    else:
+                        self.lost[client] += reply["status"] != "ok"
                 self._round = {}
                 self.bytes_up += event["bytes_up"]
                 self.bytes_down += event["bytes_down"]
