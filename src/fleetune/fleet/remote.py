@@ -26,7 +26,7 @@ from fleetune.fleet.pace import Pace
 from fleetune.fleet.table import Devices
 from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
-from fleetune.tuning.fleets import OLDEST, Answer
+from fleetune.tuning.fleets import OLDEST, Answer, outrun
 from fleetune.tuning.kinds import ONE, Wanted
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class RemoteFleet:
             for word in asking.word(lambda client: self.devices.members[client].name):
                 self.note(word)
             time.sleep(self.pace.poll)
-        yield from self._left(asking, f"{asking.goal} others were faster")
+        yield from self._left(asking, outrun(asking.goal))
 
     def _lost(self, numbers: Iterable[str], here: Mapping[str, str]) -> set[str]:
         """Forget those of the orders whose devices have gone, or come in anew; return their numbers."""
