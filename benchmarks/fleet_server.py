@@ -26,7 +26,8 @@ from fleetune.common.memory import rss
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.flower.gate import Address, Gate
 from fleetune.fleet.orders import Job
-from fleetune.fleet.remote import Pace, RemoteFleet
+from fleetune.fleet.pace import Pace
+from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs.events import Recorded, RoundDone, as_dict
 from fleetune.runs.rundir import create

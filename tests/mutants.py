@@ -94,7 +94,7 @@ MUTANTS: tuple[Mutant, ...] = (
     # errors
     Mutant("errors.py", "    exit_code = 3", "    exit_code = 1", "cli/test_cli.py"),
     # a real fleet
-    Mutant("fleet/remote.py", "if reply.nonce != order.nonce or reply.round != order.round:", "if reply.round != order.round:", "fleet/test_remote.py"),
+    Mutant("fleet/link.py", "if reply.nonce != order.nonce or reply.round != order.round:", "if reply.round != order.round:", "fleet/test_remote.py"),
     Mutant("fleet/remote.py", "        if self.pace.late:", "        if not self.pace.late:", "fleet/test_pace.py"),
     Mutant("fleet/remote.py", "away = self._gone | busy", "away = self._gone", "fleet/test_pace.py"),
     Mutant("fleet/asking.py", "self.goal and self.replies >= self.goal", "self.goal and self.replies > self.goal", "fleet/test_pace.py"),

@@ -28,7 +28,8 @@ from fleetune.data.labelled import encode_rows
 from fleetune.errors import REASON
 from fleetune.evaluation.losses import pad_id
 from fleetune.fleet.orders import Device, Order
-from fleetune.fleet.remote import Pace, RemoteFleet
+from fleetune.fleet.pace import Pace
+from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import FILE, Devices
 from fleetune.runs.events import ClientReply
 from fleetune.runs.rundir import RunDir, create

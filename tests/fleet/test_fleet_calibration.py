@@ -288,12 +288,13 @@ def test_answers_are_taken_in_the_clients_order_whenever_they_come(
     assert not list(folder.iterdir())
 
 
+FLEET = ("--calibrate", "fleet", "--port", "0")  # any free port
 BAD = {
-    "a plain model": (["model", "--calibrate", "fleet"], "only a run has clients"),
+    "a plain model": (["model", *FLEET], "only a run has clients"),
     "a door for nobody": (["latest", "--port", "1"], "--port is for devices that join"),
     "a door for clients": (["latest", "--calibrate", "clients", "--keys", "x"], "--keys is for devices that join"),
-    "no calibration": (["latest", "--calibrate", "fleet", "--method", "rtn", "--set", "group=8"], "is not calibrated"),
-    "long windows": (["latest", "--calibrate", "fleet", "--length", "99999", "--set", "group=8"], "longer than the model's"),
+    "no calibration": (["latest", *FLEET, "--method", "rtn", "--set", "group=8"], "is not calibrated"),
+    "long windows": (["latest", *FLEET, "--length", "99999", "--set", "group=8"], "longer than the model's"),
     "an open door": (["latest", "--calibrate", "fleet", "--host", "0.0.0.0"], "needs TLS and registered keys"),
 }  # fmt: skip
 

@@ -127,7 +127,7 @@ def test_a_plain_model_is_measured_and_a_wrong_result_is_not(run: Path) -> None:
     (name,) = files
     spoilt = bytearray(files[name])  # type: ignore[arg-type]
     spoilt[-1] ^= 1
-    job = eval_server.job_of_run(run, "a" * 32, "eval")
+    job = result.job_of_run(run, "a" * 32, "eval")
     taken = Reply.decode(served.workers["k0"].answer(Order("job", body=job.to_json().encode()).encode()))
     assert taken.what == "ready"
     body = encode(Message(0, bytes(8), Payload({}, {name: bytes(spoilt)})))

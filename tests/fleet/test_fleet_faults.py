@@ -34,7 +34,8 @@ from fleetune.fleet.audit import verify
 from fleetune.fleet.flower import clock, node
 from fleetune.fleet.orders import NOTHING_KEPT, Job, Order, Reply
 from fleetune.fleet.orders import Device as Told
-from fleetune.fleet.remote import Pace, RemoteFleet
+from fleetune.fleet.pace import Pace
+from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.server import Place, Served
 from fleetune.fleet.table import Devices
 from fleetune.runs import rundir

@@ -18,7 +18,8 @@ from test_remote import JOB, Memory, link
 from fleetune.errors import Interrupted
 from fleetune.fleet.asking import Asking
 from fleetune.fleet.orders import Device, Order, Reply
-from fleetune.fleet.remote import Pace, RemoteFleet
+from fleetune.fleet.pace import Pace
+from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.tuning.fleets import OLDEST, Answer
 from fleetune.tuning.kinds import Wanted

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from fleetune.errors import FleetError, Interrupted, StorageError
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
-from fleetune.fleet.remote import Pace, RemoteFleet, check_count
+from fleetune.fleet.pace import Pace
+from fleetune.fleet.remote import RemoteFleet
+from fleetune.fleet.server import check_count
 from fleetune.fleet.table import FILE, Devices
 from fleetune.runs import sealed
 

@@ -44,9 +44,7 @@ class Asking:
     began: float = field(default_factory=time.monotonic)
     waiting: dict[int, float] = field(init=False)  # client -> since when it is waited for
     sent: dict[str, int] = field(init=False, default_factory=dict)  # number of an order -> client
-    times: dict[int, int] = field(
-        init=False, default_factory=dict
-    )  # client -> how often it was given its order
+    times: dict[int, int] = field(init=False, default_factory=dict)  # client -> how often it was asked
     declined: dict[int, Declined] = field(init=False, default_factory=dict)
     next_word: float = field(init=False)  # when to say who is waited for
 

@@ -28,7 +28,6 @@ from fleetune.compression.layerwise.activations import HessianSource, HiddenStat
 from fleetune.compression.layerwise.sums import Answer, HessianReply, HessianSums, block_message, sharing
 from fleetune.errors import DataError, MessageError, UsageError
 from fleetune.fleet import result
-from fleetune.fleet.eval_server import job_of_run
 from fleetune.fleet.orders import Device, Order
 from fleetune.fleet.remote import ROOM, RemoteFleet
 from fleetune.fleet.server import Served
@@ -74,7 +73,7 @@ class Calibrators:
         devices.take_from(run)
         blocks = len(layers_of(model.net))
         listener.progress("blocks", 0, blocks)
-        job = job_of_run(run, devices.run, "calibrate", blocks)
+        job = result.job_of_run(run, devices.run, "calibrate", blocks)
         agreed = _read_agreed(parts / AGREED)
         left = {client: share for client, share in agreed.items() if client not in without}
         if agreed and not left:
@@ -86,12 +85,7 @@ class Calibrators:
         fleet = self.served.gather(folder, devices, job, 0, count, listener)
         base = bytes.fromhex(job.base)[:8]  # the model's own digest is that of merged weights
         if not agreed:
-            chosen = _chosen(request, fleet)
-            asked = {"windows": each_of(request.windows, len(chosen)), "length": request.length}
-            files = result.packed(finished.result_of(run))
-            message = encode(Message(0, base, Payload({}, {**asked, **files})))
-            orders = {c: Order("begin", client=c, body=message) for c in chosen}
-            agreed = left = _agreed(fleet, orders, asked, job.max_length, base, listener)
+            agreed = left = _begun(request, fleet, base, listener)
             content = {str(client): list(share) for client, share in agreed.items()}
             write_atomic(parts / AGREED, sealed.to_text(content) + "\n", mode=PRIVATE)
         tokens = {client: share.windows * request.length for client, share in left.items()}
@@ -167,6 +161,16 @@ def in_order(answers: Iterable[fleets.Answer], clients: Sequence[int], folder: P
                 file.unlink()
             yield answer
             wanted = next(turn, None)
+
+
+def _begun(request: CompressRequest, fleet: RemoteFleet, base: bytes, listener: Listener) -> dict[int, Share]:
+    """Send the run's result to the devices that calibrate; return client -> the windows that it has agreed to."""
+    chosen = _chosen(request, fleet)
+    asked = {"windows": each_of(request.windows, len(chosen)), "length": request.length}
+    files = result.packed(finished.result_of(Path(request.model)))
+    message = encode(Message(0, base, Payload({}, {**asked, **files})))
+    orders = {c: Order("begin", client=c, body=message) for c in chosen}
+    return _agreed(fleet, orders, asked, fleet.job.max_length, base, listener)
 
 
 def _chosen(request: CompressRequest, fleet: RemoteFleet) -> list[int]:

@@ -25,11 +25,9 @@ class Home:
 
     state: Path
     key: Path | None = None  # default: a key in `state`, made when it is not there
-    ca: Path | None = (
-        None  # certificate that the server's is checked by; none: plain HTTP, on this machine alone
-    )
-    poll: float = 0.2
-    heartbeat: float = 10.0
+    ca: Path | None = None  # checks the server's certificate; None: plain HTTP, on this machine alone
+    poll: float = 0.2  # seconds between two looks whether to leave
+    heartbeat: float = 10.0  # seconds
 
 
 def join(
@@ -43,8 +41,8 @@ def join(
 ) -> str:
     """Be a device of the fleet at HOST:PORT until its run is over; return why it is.
 
-    It declines a round that comes while `conditions` have a reason.
-    It reconnects whatever happens.  FleetuneError when this device cannot take part.
+    It reconnects whatever happens, and declines a round that comes while `conditions` have a reason to.
+    FleetuneError when this device cannot take part.
     """
     keyring.check_installed()
     conditions.check()

@@ -38,7 +38,6 @@ from fleetune.subject import Compressed, Plain, Run
 from fleetune.tuning import finished
 from fleetune.tuning.fleets import Answer
 from fleetune.tuning.messages import Message, Payload, ReplySpec, check, decode, encode
-from fleetune.tuning.recipe import label_words
 
 FILE: Final = "eval-fleet.json"
 WORST: Final = 1e4  # nats a token; far above what finite logits give
@@ -166,7 +165,7 @@ def _job(subject: Run | Compressed | Plain, run: str, offline: bool) -> tuple[Jo
     """Return what devices are told, and the files of the result."""
     if isinstance(subject, Run):
         found = finished.result_of(subject.folder)
-        return job_of_run(subject.folder, run, "eval"), Payload({}, result.packed(found))
+        return result.job_of_run(subject.folder, run, "eval"), Payload({}, result.packed(found))
     if isinstance(subject, Compressed):
         raise UsageError(
             f"{subject.argument} is a compressed model, which devices are not sent",
@@ -174,24 +173,6 @@ def _job(subject: Run | Compressed | Plain, run: str, offline: bool) -> tuple[Jo
         )
     model = subject.load(offline=offline)
     job = Job(
-        secrets.token_hex(16),
-        "",
-        {},
-        subject.name,
-        model.digest,
-        model.dtype,
-        subject.max_length,
-        (),
-        0,
-        "eval",
-    )
-    return job, Payload()
-
-
-def job_of_run(folder: Path, run: str, task: str, steps: int = 0) -> Job:
-    """Return what devices are told of a finished run whose result is measured, or calibrated in so many steps."""
-    recipe = finished.recipe_of(folder)
-    return Job(
-        run, recipe.method, dict(recipe.set), recipe.model, rundir.base_digest(folder), recipe.dtype, recipe.max_length,
-        label_words(recipe.labels), steps, task, result.digest_of(finished.result_of(folder)),
+        secrets.token_hex(16), "", {}, subject.name, model.digest, model.dtype, subject.max_length, (), 0, "eval",
     )  # fmt: skip
+    return job, Payload()

@@ -37,12 +37,10 @@ class Mail:
         self.ring: Callable[[int], None] = lambda device: None
         self._lock = threading.Lock()
         self._boxes: dict[int, list[Letter]] = {}  # by device: orders that it has not taken
-        self._open: dict[str, _Open] = {}  # by number
-        self._answers: dict[
-            str, bytes | None
-        ] = {}  # by number: answers that are complete, None for a lost one
-        self._pieces: dict[str, bytearray] = {}  # by number: answers that are not
-        self._tail = b""
+        self._open: dict[str, _Open] = {}  # by number: orders that somebody waits for
+        self._answers: dict[str, bytes | None] = {}  # by number: those that are complete, None for a lost one
+        self._pieces: dict[str, bytearray] = {}  # by number: what has come of those that are not
+        self._tail = b""  # of the last order
 
     def put(self, device: int, data: bytes, common: int, room: int) -> str:
         """Queue an order, whose last `common` bytes may be those of the one before; return its number.

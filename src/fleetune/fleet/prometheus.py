@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 from fleetune.errors import UsageError
 from fleetune.fleet.keys import INSTALL
+from fleetune.fleet.status import STATES
 from fleetune.runs.events import FleetShown
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-STATES: Final = ("at work", "ready", "joining", "away", "has not joined")  # of devices
 
 
 def text(now: FleetShown) -> bytes:

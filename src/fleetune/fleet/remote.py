@@ -15,82 +15,26 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from dataclasses import dataclass
+from typing import Final
 
-from fleetune.errors import FleetError, MessageError, UsageError
+from fleetune.errors import MessageError
 from fleetune.fleet.asking import WORD, Asking
-from fleetune.fleet.mail import TOO_LARGE
+from fleetune.fleet.link import Link, answer_in
 from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
+from fleetune.fleet.pace import Pace
 from fleetune.fleet.table import Devices
 from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
-from fleetune.tuning.fleets import OLDEST, Answer
+from fleetune.tuning.fleets import OLDEST, Answer, outrun
 from fleetune.tuning.kinds import ONE, Wanted
-from fleetune.tuning.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 ROOM: Final = 1 << 24  # bytes that any answer may have
-TIMES: Final = 4  # bytes of an answer for each of its order: a reply may be of wider numbers than the message
+WIDER: Final = 4  # or so many times the bytes of its order: numbers may be wider on the way back
 ASKED: Final = 10  # times that a client is given its order in a round: its device may die of the work itself
-
-
 FAREWELL: Final = 5.0  # seconds in which devices are told that the run is over
-
-
-class Link(Protocol):
-    """Carry bytes between the server and devices, which are known by the hash of their keys."""
-
-    def online(self) -> Mapping[str, str]:
-        """Return the devices that are there now: key -> a mark that changes when the device comes in anew."""
-        ...
-
-    def name(self, key: str) -> str:
-        """Return what the device with this key is called."""
-        ...
-
-    def push(self, key: str, data: bytes, common: int, room: int) -> str | None:
-        """Queue an order for a device; its number, or None where the device is not known.
-
-        The last `common` bytes may be those of other orders too: a link keeps them once.  An answer of more than `room`
-        bytes is `TOO_LARGE`.
-        """
-        ...
-
-    def pull(self, numbers: set[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Yield (number, answer) of the orders that are answered by now.
-
-        None where the answer was lost, so that the order is to be given again; b"" where it is no answer.
-        """
-        ...
-
-    def drop(self, numbers: set[str]) -> None:
-        """Forget orders that nobody waits for any longer."""
-        ...
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How long the server waits."""
-
-    grace: float = 60.0  # seconds for a device that has gone, before the round goes on without it
-    deadline: float = 0.0  # seconds for a round; 0: as long as devices work
-    poll: float = 0.05  # seconds between two looks
-    late: bool = False  # whether replies that come after their round are used
-    again: float = 30.0  # seconds until devices that declined are asked again, where no other has worked
-
-    def check(self, recipe: Recipe) -> None:
-        """Raise UsageError where late replies are to be used and every round waits for all."""
-        if recipe.late == "use" and not self.deadline and recipe.over_selection == 1:
-            raise UsageError(
-                "late = use does nothing: every round waits for all that are asked, so that no reply comes late",
-                hint="add --round-deadline SECONDS, or --over-selection 1.3",
-            )
-
-    def of(self, recipe: Recipe) -> Pace:
-        """Return the pace with what the recipe says of late replies."""
-        return replace(self, late=recipe.late == "use")
 
 
 @dataclass
@@ -233,7 +177,7 @@ class RemoteFleet:
             for word in asking.word(lambda client: self.devices.members[client].name):
                 self.note(word)
             time.sleep(self.pace.poll)
-        yield from self._left(asking, f"{asking.goal} others were faster")
+        yield from self._left(asking, outrun(asking.goal))
 
     def _lost(self, numbers: Iterable[str], here: Mapping[str, str]) -> set[str]:
         """Forget those of the orders whose devices have gone, or come in anew; return their numbers."""
@@ -386,7 +330,7 @@ class RemoteFleet:
 
     def _push(self, key: str, order: Order, here: Mapping[str, str], room: int = 0) -> str | None:
         data = order.encode()
-        number = self.link.push(key, data, order.common, room or max(ROOM, TIMES * len(data)))
+        number = self.link.push(key, data, order.common, room or max(ROOM, WIDER * len(data)))
         if number is not None:
             self._orders[number] = _Order(key, here.get(key, ""), order)
         return number
@@ -402,7 +346,7 @@ class RemoteFleet:
         for number, data in self.link.pull(set(self._orders)):
             if (found := self._orders.pop(number, None)) is None:
                 continue  # it is answered already
-            reply = self._reply(found, data)
+            reply = answer_in(data, found.order)
             if found.order.what != "job":
                 yield number, found.order, reply
             elif reply is None:
@@ -410,25 +354,6 @@ class RemoteFleet:
             else:
                 self._joined(found, reply)
         self.devices.save()  # before any of those that have joined is asked
-
-    def _reply(self, found: _Order, data: bytes | None) -> Reply | None:
-        if data is None:
-            return None
-        order = found.order
-        try:
-            if data == TOO_LARGE:
-                raise MessageError("the answer is larger than such an answer can be")
-            if not data:
-                raise MessageError("the answer could not be read")
-            reply = Reply.decode(data)
-            if reply.nonce != order.nonce or reply.round != order.round:
-                raise MessageError("the answer belongs to another order")
-            may = {"work": ("done", "failed", "declined"), "job": ("ready", "refused", "failed")}
-            if reply.what not in may.get(order.what, ("done", "failed")):
-                raise MessageError(f"'{order.what}' was answered with '{reply.what}'")
-        except MessageError as error:
-            return Reply("failed", order.nonce, reason=str(error))
-        return reply
 
     def _joined(self, found: _Order, reply: Reply) -> None:
         """Take in a device that has answered the job; tell it when it cannot take part."""
@@ -469,12 +394,3 @@ class RemoteFleet:
     @staticmethod
     def _without(order: Order, status: str, reason: str) -> Answer:
         return Answer(order.client, order.key, None, status, reason, 0.0, len(order.body))
-
-
-def check_count(wanted: int, registered: int) -> None:
-    """FleetError when more devices are waited for than may come in."""
-    if registered < wanted:
-        raise FleetError(
-            f"the run waits for {wanted} devices, and {registered} keys are registered",
-            hint="register the others' keys (fleetune fleet keys --help), or wait for fewer: --wait",
-        )

@@ -16,13 +16,25 @@ from fleetune import adapters, models
 from fleetune.common import sums
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.errors import LedgerError, MessageError, UsageError
+from fleetune.fleet.orders import Job
 from fleetune.models.model import Model
+from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.tuning import finished
 from fleetune.tuning.messages import Scalar
+from fleetune.tuning.recipe import label_words
 
 FILE: Final = "file "  # begins the name of a file's bytes in a message
 LEDGER: Final = finished.RESULT["ledger"]
+
+
+def job_of_run(folder: Path, run: str, task: str, steps: int = 0) -> Job:
+    """Return what devices are told of a finished run whose result is measured, or calibrated in so many steps."""
+    recipe = finished.recipe_of(folder)
+    return Job(
+        run, recipe.method, dict(recipe.set), recipe.model, rundir.base_digest(folder), recipe.dtype, recipe.max_length,
+        label_words(recipe.labels), steps, task, digest_of(finished.result_of(folder)),
+    )  # fmt: skip
 
 
 def digest_of(result: Path) -> str:

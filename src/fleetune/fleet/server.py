@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Final
 
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.memory import rss
-from fleetune.errors import Interrupted, UsageError
+from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import PORT, status
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.keys import PublicKey
 from fleetune.fleet.orders import Job, job_of
-from fleetune.fleet.remote import Pace, RemoteFleet, check_count
+from fleetune.fleet.pace import Pace
+from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
 from fleetune.runs import sealed
 from fleetune.runs.listener import Listener
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from fleetune.tuning.run import Step
 
 MANY: Final = 5  # devices, from which on the plain mean is worth a word
-WORD: Final = 1.0  # seconds between two words to `fleet status`
+PUBLISHED: Final = 1.0  # seconds between two words to `fleet status`
 LOOK: Final = 2.0  # seconds between two looks at the folder of keys
 KEPT: Final = {  # what a stop leaves, by task
     "tune": "; finished rounds are kept", "calibrate": "; finished blocks are kept", "eval": "; nothing was measured",
@@ -221,7 +222,7 @@ class Served:
         """Write down what the devices do, for `fleetune fleet status`; tell whether `fleetune fleet stop` was called."""
         if self._fleet is None or time.monotonic() < self._next_word:
             return False
-        self._next_word = time.monotonic() + WORD
+        self._next_word = time.monotonic() + PUBLISHED
         doing = [{"name": name, "client": client, "does": does} for name, client, does in self._fleet.doing()]
         content = {
             "t": round(time.time(), 1), "session": self.session, "pid": os.getpid(), "machine": platform.node(),
@@ -249,3 +250,12 @@ def advice(job: TuneJob, count: int, *, registered: bool) -> str:
     if not rule:
         return ""
     return f"the mean believes all {count} devices; where some may lie, serve with --aggregation {rule} (docs/safety.md)"
+
+
+def check_count(wanted: int, registered: int) -> None:
+    """FleetError when more devices are waited for than may come in."""
+    if registered < wanted:
+        raise FleetError(
+            f"the run waits for {wanted} devices, and {registered} keys are registered",
+            hint="register the others' keys (fleetune fleet keys --help), or wait for fewer: --wait",
+        )

@@ -26,10 +26,10 @@ from fleetune.runs.follow import Follower
 
 FILE: Final = rundir.FLEET
 STOP: Final = "fleet.stop"
-WORDS: Final = frozenset(
-    {"t", "session", "pid", "machine", "rss", "address", "round", "rounds", "devices"}
-)  # of the server
-STATUSES: Final = ("ok", "refused", "late", "dropped", "failed", "declined")  # of replies
+# What a server's word has, what a device does, and what became of a reply
+FIELDS: Final = frozenset({"t", "session", "pid", "machine", "rss", "address", "round", "rounds", "devices"})
+STATES: Final = ("at work", "at work late", "ready", "declined", "joining", "away", "has not joined")
+STATUSES: Final = ("ok", "refused", "late", "dropped", "failed", "declined")
 
 
 def word_of(run: Path) -> Mapping[str, Any]:
@@ -37,7 +37,7 @@ def word_of(run: Path) -> Mapping[str, Any]:
     if not (run / FILE).is_file():
         raise UsageError(f"{run} is not the run of a real fleet, or its server has not begun")
     found = sealed.read(run / FILE, "the server writes it again every second")
-    if missing := WORDS - found.keys():
+    if missing := FIELDS - found.keys():
         raise StorageError(f"{run / FILE} lacks {', '.join(sorted(missing))}")
     return found
 
@@ -73,7 +73,7 @@ class Record:
 
     def _forget(self) -> None:
         self._seen = self._follower.anew
-        self._round: dict[int, str] = {}  # client -> status, of the round in progress
+        self._round: dict[int, Mapping[str, Any]] = {}  # client -> its reply, of the round in progress
         self.last: dict[int, Mapping[str, Any]] = {}  # client -> its last reply
         self.lost: Counter[int] = Counter()  # client -> replies that did not count
         self.replies: Counter[str] = Counter(dict.fromkeys(STATUSES, 0))
@@ -96,10 +96,14 @@ class Record:
         match event["event"]:
             case "client":
                 self.last[event["client"]] = event
-                self._round[event["client"]] = event["status"]  # a later line of a client counts
+                self._round[event["client"]] = event  # a later line of a client counts
             case "round":
-                self.replies.update(self._round.values())
-                self.lost.update(c for c, status in self._round.items() if status != "ok")
+                self.replies.update(reply["status"] for reply in self._round.values())
+                for client, reply in self._round.items():
+                    if reply.get("late"):  # it was counted as lost when its round was over
+                        self.lost[client] -= reply["status"] == "ok"
+                    else:
+                        self.lost[client] += reply["status"] != "ok"
                 self._round = {}
                 self.bytes_up += event["bytes_up"]
                 self.bytes_down += event["bytes_down"]

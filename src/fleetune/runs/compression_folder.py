@@ -47,9 +47,7 @@ class CompressRequest:
     seed: int = 42
     dtype: str = "fp32"
     low_memory: bool = False  # load one block at a time from disk
-    calibrate: str = (
-        "server"  # who calibrates: server, clients (those of the run) or fleet (devices that join)
-    )
+    calibrate: str = "server"  # who does it: server, clients (those of the run) or fleet (devices that join)
     clients: int = 0  # how many of them, 0 for all
     true_sequential: bool = False  # inputs of a layer have passed the compressed layers of its own block
 

@@ -88,9 +88,7 @@ class TuneStart(Recorded):
     rows_per_client: Sequence[int]  # training rows of each client, in order
     held_out: int  # number of held-out rows
     counts: Mapping[str, Sequence[int]] | None = None  # training rows of each client, by value of `column`
-    held_out_digest: str | None = (
-        None  # SHA-256 of the encoded rows of every evaluation: where equal, losses compare
-    )
+    held_out_digest: str | None = None  # SHA-256 of the encoded held-out rows: where equal, losses compare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +136,7 @@ class RoundEvaluated(Recorded, Measures):
 
     event: ClassVar[str] = "eval"
     round: int  # 0 for the base model, with nothing attached to it
-    objective: float | None = (
-        None  # mean of the run's objective, which it minimises; of another than the loss
-    )
+    objective: float | None = None  # mean of what the run minimises, where that is not the loss
 
 
 def round_evaluated(round: int, measures: Mapping[str, float]) -> RoundEvaluated:
@@ -250,9 +246,7 @@ class RunListed(Event):
     bytes_up: float | None  # from all clients, all rounds
     bytes_down: float | None  # to all clients, all rounds
     bytes: float | None  # up and down together
-    seconds: (
-        float | None
-    )  # wall time of a finished run, all sittings included; of another, the time in rounds so far
+    seconds: float | None  # wall time of a finished run, with all sittings; of another, time in rounds so far
     peak_rss: float | None  # peak memory, bytes
     intact: bool  # false: the metrics.jsonl of a finished run was changed since it ended
 
@@ -263,7 +257,7 @@ class DeviceShown:
 
     client: int  # from 0
     name: str  # of its key's file, or the begin of its key's hash
-    does: str  # at work, ready, joining, away or has not joined; "" while no server has the run
+    does: str  # at work, at work late, ready, declined, joining, away or has not joined; "" while no server has the run
     round: int | None = None  # of its last reply; null before the first, as the next six
     status: str | None = None  # of that reply, as in `ClientReply`
     reason: str | None = None  # of any status but ok

@@ -167,9 +167,8 @@ def unpack(payload: Payload, like: Any) -> tuple[Any, Totals]:
     """
     values = {name: _get(f"state/{name}", kind, payload) for name, kind in like._asdict().items()}
     up, down, seconds, *wall = json.loads(_get("totals", "", payload))
-    return type(like)(**values), Totals(
-        up, down, seconds, *(wall or [seconds])
-    )  # an earlier version has no wall
+    wall = wall or [seconds]  # an earlier version has none
+    return type(like)(**values), Totals(up, down, seconds, *wall)
 
 
 def state_of(run: RunDir, round: int, like: Any) -> Any | None:

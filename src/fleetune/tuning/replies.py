@@ -26,8 +26,6 @@ from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, NamedTuple
 
-import numpy as np
-
 from fleetune.common.memory import rss
 from fleetune.errors import FAULTS, FleetError, MessageError, StorageError, cut_reason, fault
 from fleetune.runs.events import ClientReply
@@ -36,7 +34,7 @@ from fleetune.tuning import methods
 from fleetune.tuning.fleets import Answer
 from fleetune.tuning.messages import NotFiniteError, Payload, ReplySpec, check, decode
 from fleetune.tuning.methods import Method, Reply
-from fleetune.tuning.robust import MEAN, Rule
+from fleetune.tuning.robust import FEWEST, MEAN, Rule, usual
 from fleetune.tuning.spool import IN_MEMORY, Spool
 
 log = logging.getLogger(__name__)
@@ -44,7 +42,6 @@ log = logging.getLogger(__name__)
 # docs/safety.md has what honest replies reach
 FURTHEST: Final = 4.0  # times the median distance of a round's replies, for replies of many numbers
 FEW: Final = 8  # numbers in a reply with which it may go twice as far: few slopes vary by chance
-FEWEST: Final = 3  # replies of a kind that are needed to say what is usual
 
 
 class Kept(NamedTuple):
@@ -241,10 +238,10 @@ def too_far(kept: Sequence[Kept]) -> list[tuple[Kept, str]]:
     found = []
     for kind in dict.fromkeys(k.kind for k in kept):
         same = [k for k in kept if k.kind == kind]
-        usual = median([k.distance for k in same])
+        middle = median([k.distance for k in same])
         for k in same:
-            if not k.distance <= (most := bound(k, same)) * usual:
-                times = f"{k.distance / usual:.3g} times as far as the median of the round"
+            if not k.distance <= (most := bound(k, same)) * middle:
+                times = f"{k.distance / middle:.3g} times as far as the median of the round"
                 found.append((k, f"it goes {times}, {most:.3g} at most"))
     return found
 
@@ -274,5 +271,4 @@ def allowed(numbers: int) -> float:
 
 def median(distances: Sequence[float]) -> float:
     """Return the lower median of the distances that are not 0; infinity where fewer than `FEWEST` are."""
-    moving = np.sort([d for d in distances if d > 0])
-    return float(moving[(len(moving) - 1) // 2]) if len(moving) >= FEWEST else math.inf
+    return usual(distances) if sum(d > 0 for d in distances) >= FEWEST else math.inf

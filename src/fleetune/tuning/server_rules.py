@@ -32,9 +32,10 @@ import numpy as np
 Tensors = dict[str, np.ndarray]
 Second = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 
+# Every rule, and its usual server learning rate
 ETA: Final[Mapping[str, float]] = MappingProxyType(
     {"avg": 1.0, "avgm": 1.0, "adagrad": 1e-3, "yogi": 1e-3, "adam": 1e-3}
-)  # every rule, and its usual server learning rate
+)
 SECOND: Final[Mapping[str, Second]] = MappingProxyType(
     {
         "adagrad": lambda v, d2, beta2: v + d2,

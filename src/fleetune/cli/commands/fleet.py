@@ -183,16 +183,10 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
         [one.client, one.name, one.rows or "", one.tokens or "", *cells(one.base, one.tuned), one.reason]
         for one in sorted(found, key=lambda one: one.client)
     ]
+    errors = map(error, (done.base_error, done.tuned_error, done.change_error))
     rows += [
         ["", "mean by tokens", done.rows, done.tokens, *cells(done.base, done.tuned), ""],
-        [
-            "",
-            "standard error",
-            "",
-            "",
-            *map(error, (done.base_error, done.tuned_error, done.change_error)),
-            "",
-        ],
+        ["", "standard error", "", "", *errors, ""],
         ["", "perplexity", "", "", f"{done.base_perplexity:.3f}", f"{done.tuned_perplexity:.3f}", "", ""],
     ]
     ui.table(["client", "device", "rows", "tokens", "base", "tuned", "change", ""], rows, align="llrrrrrl")

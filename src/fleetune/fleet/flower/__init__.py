@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carry orders and answers by Flower's Fleet API, and by one request of our own beside it.
 
-    gate.py       the server: open the door, and who is there        node.py   the device
-    door.py       keep out what no registered key has signed         wire.py   the same on both sides
-    exchange.py   an answer and the next order in one request
-    state.py      Flower's state, with our orders
+    gate.py       the server: open the door, and who is there        node.py    the device
+    door.py       keep out what no registered key has signed         wire.py    the same on both sides
+    exchange.py   an answer and the next order in one request        limits.py  what a key may upload, and a signature once
+    state.py      Flower's state, with our orders                    clock.py   a server's clock that cannot be set
 
 `server_app.py` and `client_app.py` do the same inside a Flower that is there already: as the app that `shim.py` writes and
 `flwr run` takes.
@@ -16,8 +16,8 @@ What is Flower's: the wire format of its own requests (protobuf over HTTP, TLS),
 nodes and their heartbeats, the store of messages and objects.  A node that speaks Flower's protocol alone is served too.  What
 is otherwise than in its own programs, and why:
 
-- The server's own process holds the Fleet API, and only that.  Flower's SuperLink also serves, on the same port and
-  without a login, the interface by which apps are run and keys registered; here there is nothing to reach.
+- The server's own process holds the Fleet API, our request beside it, and nothing else.  Flower's SuperLink also serves, on
+  the same port and without a login, the interface by which apps are run and keys registered; here there is nothing to reach.
 - No app is sent, so a device never runs code that comes from a server.  Flower's SuperNode runs whatever it is sent, in a new
   process for every message, which would load the model anew each round.
 - State is in memory: the run's folder has all that a restarted server needs.
@@ -25,10 +25,10 @@ is otherwise than in its own programs, and why:
   about ten requests, and ask every 3 s.  What a server needs for a device and a round fell from 41 ms to 1.4 ms, half of
   it the check of the signature.
 - A device that is refused (401, 403, 412) waits and tries again with the same key; Flower's own client ends its process.
-- A request that no registered key has signed is refused before its body is read, and a body has a limit (`door.LIMIT`);
-  Flower reads any, before it looks at the key.
-- An upload belongs to an open order of the device and has a bound, and a signed time counts once (`limits.py`).  Flower keeps
-  what comes, and takes the same signature for five minutes.
+- A request that no registered key has signed is refused before its body is read, and a body has a limit (`door.py`); Flower
+  reads any, before it looks at the key.
+- An answer belongs to an open order of the device and has a bound (`mail.py`, and `limits.py` for Flower's protocol), and a
+  signed time counts once.  Flower keeps what comes, and takes the same signature for five minutes.
 - The server's clock cannot be set while it runs (`clock.py`).
 - Heartbeats come every 10 s instead of 30 s, so that a dead device is noticed sooner.
 """

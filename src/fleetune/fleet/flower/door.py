@@ -19,7 +19,8 @@ from fleetune.fleet.flower import wire
 from fleetune.fleet.flower.exchange import Exchange
 from fleetune.fleet.flower.state import State
 
-LIMIT: Final = 8 << 20  # bytes of a request's body: a piece and its frame
+LIMIT: Final = 8 << 20  # bytes of a body: an answer, or a piece of one
+FLOWER_LIMIT: Final = 2 << 20  # bytes of a body in Flower's protocol: an object of `wire.PIECE` and its frame
 HEAD: Final = 20.0  # seconds in which a new connection has to send the head of a request
 
 
@@ -37,7 +38,7 @@ class Door:
         request = Request(scope, receive)
         ours = request.url.path == wire.EXCHANGE
         try:
-            _check_size(request)
+            _check_size(request, LIMIT if ours else FLOWER_LIMIT)
             if ours:
                 await self.exchange.answer(self._node(request), request, send)
                 return
@@ -58,19 +59,17 @@ class Door:
             raise HTTPException(401) from error
         if (node := self.state.get_node_id_by_public_key(key)) is None:
             raise HTTPException(401)
-        request.state.protobuf_request = PullMessagesRequest(
-            node=Node(node_id=node)
-        )  # what Flower's check reads
-        authenticate_node(request)
+        request.state.protobuf_request = PullMessagesRequest(node=Node(node_id=node))
+        authenticate_node(request)  # it reads the node there, and the key, time and signature in the head
         return node
 
 
-def _check_size(request: Request) -> None:
+def _check_size(request: Request, limit: int) -> None:
     """Raise HTTPException for a request to anything else than the devices' interface, or with too large a body."""
     if not request.url.path.startswith("/v1/fleet/"):
         raise HTTPException(404)
     length = request.headers.get("content-length", "")
-    if not (length.isascii() and length.isdigit()) or int(length) > LIMIT:
+    if not (length.isascii() and length.isdigit()) or int(length) > limit:
         raise HTTPException(413)
 
 

@@ -34,12 +34,8 @@ from fleetune.fleet.flower.limits import Once
 from fleetune.fleet.flower.state import State
 from fleetune.fleet.mail import Letter
 
-HOLD: Final = (
-    15.0  # seconds that a request waits for an order: less than the two heartbeats of which one may fail
-)
-CHUNK: Final = (
-    1 << 16
-)  # bytes that are handed to a connection at once: more would lie in memory, once for each device
+HOLD: Final = 15.0  # seconds a request waits for an order: less than two heartbeats, of which one may fail
+CHUNK: Final = 1 << 16  # bytes handed to a connection at once: more would lie in memory for each device
 
 
 class Exchange:

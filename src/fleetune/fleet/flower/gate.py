@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open the server's door to devices: Flower's Fleet API in a thread of this process, and nothing else behind it."""
+"""Open the server's door to devices: a thread of this process with Flower's Fleet API and our exchange, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bound what a device that has a key can make the server keep, and refuse requests that were sent before.
 
-Flower lets a device announce as many objects as it likes, under the name of any device, and keeps what it uploads.  Here an
-upload is one answer, to an order that this very device was given, in the form in which answers are packed (`wire.pack`), and
-of as many pieces as there is room for.  A piece is one request, which has a limit of its own (`door.LIMIT`).
+An answer in one request (`exchange.py`) is bounded by the `Mail`.  This is about answers in Flower's protocol.  Flower lets a
+device announce as many objects as it likes, under the name of any device, and keeps what it uploads.  Here an upload is one
+answer, to an order that this very device was given, in the form in which answers are packed (`wire.pack`), and of as many
+pieces as there is room for.  A piece is one request, which has a limit of its own (`door.FLOWER_LIMIT`).
 
-Flower's signature is of a time, not of a request, so whoever sees a request could send it again for five minutes.  Here a
-signed time counts once.
+In both protocols the signature is of a time, not of a request, so whoever sees a request could send it again for five
+minutes.  Here a signed time counts once.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class Once:
 
 
 class Guard:
-    """The innermost part of the door: it sees requests whose signature is good."""
+    """The innermost part of the door: it sees requests in Flower's protocol whose signature is good."""
 
     def __init__(self, app: ASGIApp, uploads: Uploads, once: Once) -> None:
         self.app, self.uploads, self.once = app, uploads, once

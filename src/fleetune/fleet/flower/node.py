@@ -35,7 +35,7 @@ NODE: Final = "node"  # file with the number of the last session
 LONGEST: Final = 20.0  # seconds between two tries
 PATIENCE: Final = 30.0  # seconds without a byte from the server; it answers within half of it
 IDLE: Final = 60.0  # seconds that an idle connection is kept: the server keeps it longer
-PIECE: Final = 4 << 20  # bytes of an answer in one request
+PIECE: Final = 4 << 20  # bytes of an answer in one request; the server takes no more than `door.LIMIT`
 AGAIN: Final = 1.0  # seconds before a device says that it could not read an order: it is given it again
 AHEAD: Final = 5.0  # seconds by which a device's clock may be ahead of the server's
 BEHIND: Final = 300.0  # and behind it
@@ -77,9 +77,7 @@ class _Session:
         self.client, self.line, self.key, self.server = client, line, key, server
         self.over, self.asking = threading.Event(), False
         file = state / NODE
-        if (
-            file.exists()
-        ):  # the last process of this key may be gone without a word: its session would last on
+        if file.exists():  # the last process may have gone without a word: its session would last on
             with contextlib.suppress(httpx.HTTPStatusError, ValueError, OSError):
                 client.DeactivateNode(fleet.DeactivateNodeRequest(node_id=int(file.read_text())))
         if server.certificate is None:
@@ -215,16 +213,14 @@ def _why(error: Exception) -> str:
                 "the server does not know this device's key: bring its .pub file into the server's folder of keys"
             )
         return f"the server answered {error.response.status_code}"
-    if (words := str(error).partition("certificate verify failed: ")[2]) and isinstance(
-        error, httpx.HTTPError
-    ):
+    if not isinstance(error, httpx.HTTPError):
+        return f"{type(error).__name__}: {error}"
+    if words := str(error).partition("certificate verify failed: ")[2]:
         return (
             f"the server's certificate is not trusted: {words.partition(' (_ssl')[0]} (its names are those given to "
             "'fleetune fleet keys certificate'; --ca is the ca.pem made there)"
         )
-    if isinstance(error, httpx.HTTPError):
-        return f"no server there ({type(error).__name__})"
-    return f"{type(error).__name__}: {error}"
+    return f"no server there ({type(error).__name__})"
 
 
 def _clocks_apart(response: httpx.Response) -> str:

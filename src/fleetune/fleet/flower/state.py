@@ -34,6 +34,8 @@ from fleetune.fleet.mail import Letter, Mail
 
 log = logging.getLogger(__name__)
 
+NOT_YET: Final = b"not yet"  # stands for an answer whose objects are still to come
+UNREADABLE: Final = b""  # and for one that is none
 LIFETIME: Final = 10 * 365 * 86400.0  # seconds that Flower keeps a message: until it is dropped here
 
 
@@ -85,7 +87,7 @@ class State(InMemoryLinkState):
         with self.lock:
             message = self._stored(node_id, letter)
         if message is None:
-            self.mail.answer(node_id, letter.number, b"")
+            self.mail.answer(node_id, letter.number, b"")  # lost: it is given again
             return []
         return [message]
 
@@ -158,7 +160,3 @@ class State(InMemoryLinkState):
                 )
                 self.object_store.delete(stored)
         self.delete_messages(ids)
-
-
-NOT_YET: Final = b"not yet"
-UNREADABLE: Final = b""

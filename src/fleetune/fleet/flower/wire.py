@@ -7,14 +7,14 @@ import logging
 from base64 import b64encode
 from typing import Any, Final
 
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.primitives.asymmetric import sign_message
 
-from fleetune.errors import MessageError, cut_reason
+from fleetune.errors import MessageError
 from fleetune.fleet.keys import PrivateKey
 
 PIECE: Final = 1 << 20  # bytes of an object; each has to arrive within 180 s
@@ -26,7 +26,7 @@ NEXT: Final = "fleetune-next"
 
 
 def hush() -> None:
-    """Stop Flower's logging, which has a line for every request, on a handler of its own."""
+    """Stop Flower's logging: a line for every request, which it writes by a handler of its own."""
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
 
@@ -66,10 +66,9 @@ def signed(key: PrivateKey) -> dict[str, str]:
     }
 
 
-def answer_to(message: Message, data: bytes | None, reason: str = "") -> Message:
-    """Return a reply with these bytes, or with an error that says why there are none."""
-    content = Error(code=2, reason=cut_reason(reason)) if data is None else pack(data)
-    reply = Message(content, reply_to=message)
+def answer_to(message: Message, data: bytes) -> Message:
+    """Return a reply with these bytes."""
+    reply = Message(pack(data), reply_to=message)
     set_id(reply, reply.object_id)
     return reply
 

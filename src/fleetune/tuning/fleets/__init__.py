@@ -15,6 +15,11 @@ from fleetune.runs.events import ClientReply
 OLDEST: Final = 8  # rounds that a reply may come late, where late ones are used
 
 
+def outrun(goal: int) -> str:
+    """Return why a client is late whose round was over when `goal` others had replied."""
+    return "another was faster" if goal == 1 else f"{goal} others were faster"
+
+
 class Answer(NamedTuple):
     """The answer of one client: bytes, or why there are none."""
 

@@ -20,7 +20,7 @@ from fleetune.errors import FAULTS, FitError, Interrupted, StorageError, fault
 from fleetune.models.model import Model
 from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
-from fleetune.tuning.fleets import OLDEST, Answer
+from fleetune.tuning.fleets import OLDEST, Answer, outrun
 from fleetune.tuning.fleets.late import LateReplies
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
@@ -73,9 +73,7 @@ class Faults:
         here.sort(key=lambda c: (self.slowness(seed, round, c), _chance(seed, "first", round, c)))
         late = set(here[goal:] if goal else ())
         for client, status, reason in found:
-            yield (
-                (client, "late", f"{goal} others were faster") if client in late else (client, status, reason)
-            )
+            yield (client, "late", outrun(goal)) if client in late else (client, status, reason)
 
     def age(self, seed: int, round: int, client: int) -> int:
         """Return how many rounds later the reply of a late client comes.

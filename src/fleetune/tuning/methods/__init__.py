@@ -289,9 +289,7 @@ class MethodEntry:
     summary: str
     module: str
     clients: int  # size of the fleet unless the recipe states one
-    recommended: (
-        int  # place in the order in which `plan` recommends methods; 0: only where none of these fits
-    )
+    recommended: int  # place in the order in which `plan` recommends; 0: only where none of these fits
 
 
 def entries() -> dict[str, MethodEntry]:

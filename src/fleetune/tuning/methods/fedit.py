@@ -148,9 +148,7 @@ class Method:
             if isinstance(spec, adapters.Lora) and spec.r == r:
                 return
             adapters.detach(model)
-        alpha = (
-            self.alpha if r == self.r else self.alpha * r / self.r
-        )  # so that alpha / r is the same for all
+        alpha = self.alpha if r == self.r else self.alpha * r / self.r  # alpha / r is the same for all
         init = start if start in adapters.INITS else "default"
         adapters.attach_lora(model, r=r, alpha=alpha, dropout=self.dropout, init=init, seed=seed)
 

@@ -110,9 +110,7 @@ class State(NamedTuple):
     v: Tensors = NOTHING  # float64
     c: Tensors = NOTHING  # float64
     D: Tensors = NOTHING  # float64: the last pseudo-gradient
-    c_k: Tensors = (
-        NOTHING  # float32, by "device/parameter name": the one thing here that grows with the devices
-    )
+    c_k: Tensors = NOTHING  # float32, by "device/parameter name": it alone grows with the devices
     personal: float = 0.0  # mean losses on rows that devices set apart (0: none), of their own models:
     common: float = 0.0  # and of the global one
 

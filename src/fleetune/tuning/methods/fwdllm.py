@@ -92,12 +92,8 @@ class State(NamedTuple):
     n: int = 0  # of the last round: directions on its batch, their variance, and whether the server moved,
     variance: float = 0.0
     moved: int = 0
-    along: float = (
-        0.0  # how far along the last gradient its directions went, in the mean (not ranked: about 0),
-    )
-    cosine: float = (
-        0.0  # and where it moved, the cosine of the gradient accepted with the one before (else 0)
-    )
+    along: float = 0.0  # mean of how far its directions went along the last gradient (not ranked: about 0)
+    cosine: float = 0.0  # where it moved, of the gradient accepted and the one before (else 0)
     offer: float = 0.0  # `along` of the coming round
 
 

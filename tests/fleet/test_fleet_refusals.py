@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server or a device cannot be told is refused before any work, with the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from pathlib import Path
+
+import pytest
+from test_loopback import FEDKSEED, folder, place
+
+from fleetune.cli.main import main
+from fleetune.errors import FleetError, UsageError
+from fleetune.fleet import device as devices_module
+from fleetune.fleet import keys
+from fleetune.fleet.server import Place, Served
+from fleetune.tuning import recipe as recipes
+
+__all__ = ["folder", "place"]  # fixtures
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["serve", "-c", "recipe.toml", "--host", "0.0.0.0"], "needs TLS and registered keys"),
+        (["serve", "-c", "recipe.toml", "--keys", "nowhere"], "has no public keys"),
+        (["serve", "-c", "recipe.toml", "--certificate", "model"], "has no server.pem"),
+        (["serve", "-c", "recipe.toml", "--port", "0", "--keys", "keys", "--wait", "9"], "9 devices, and 3 keys"),
+        (["serve", "-c", "recipe.toml", "--grace", "-1"], "cannot be negative"),
+        (["serve", "more"], "takes no 'more'"),
+        (["serve", "-c", "recipe.toml", "--port", "0", "--late", "use"], "every round waits for all"),
+        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--max-load", "50"], "no share of the processors"),
+        (["join", "192.168.1.9:8470", "--data", "rows.jsonl"], "with TLS alone"),
+        (["join", "nowhere", "--data", "rows.jsonl"], "is not HOST:PORT"),
+        (["join", "127.0.0.1:1"], "which rows"),
+        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--rounds", "3"], "rounds is the server's to say"),
+        (["join", "127.0.0.1:1", "--data", "rows.jsonl", "--key", "rows.jsonl"], "not an OpenSSH key"),
+        (["keys", "new", "dev-0"], "is there already"),
+        (["keys", "certificate", "certs", "localhost"], "is there already"),
+        (["keys"], "keys takes"),
+        (["split", "-c", "recipe.toml"], "where to"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_any_work(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str], what: str
+) -> None:
+    Path("recipe.toml").write_text(recipes.to_toml(recipes.make(FEDKSEED)))
+    assert main(["fleet", *words]) in (2, 4)
+    assert what in capsys.readouterr().err
+
+
+def test_the_line_for_devices_names_the_server_as_its_certificate_does(place: Path) -> None:
+    assert Served(Place("0.0.0.0", 8470, Path("keys"), Path("certs"))).line() == (
+        "fleetune fleet join localhost:8470 --data ROWS.jsonl --key KEY --ca ca.pem"
+    )
+    assert keys.hosts_of(Path("certs/server.pem")) == ["localhost", "127.0.0.1"]
+    Path("odd").mkdir()
+    for name in ("server.pem", "server.key"):
+        (Path("odd") / name).write_bytes(Path("certs/ca.pem").read_bytes())
+    with pytest.raises(UsageError, match="no certificate of a server"):
+        Served(Place("0.0.0.0", 8470, Path("keys"), Path("odd")))
+
+
+def test_without_flower_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "flwr" else find(name, *more)
+    )
+    with pytest.raises(UsageError) as caught:
+        Served(Place())
+    assert "fleetune[fleet]" in str(caught.value.hint)
+
+
+def test_a_port_in_use_and_a_second_process_of_a_device_are_refused(place: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with (
+            pytest.raises(FleetError, match="cannot listen"),
+            Served(Place("127.0.0.1", taken.getsockname()[1])),
+        ):
+            pass
+    with devices_module._alone(Path("one")), pytest.raises(FleetError, match="another process"):
+        devices_module._alone(Path("one"))
