@@ -122,6 +122,15 @@ def split(recipe: dict[str, Any]) -> None:
     assert main(["fleet", "split", "-c", "recipe.toml", "--to", "rows", "-q"]) == 0
 
 
+class Heard(fleetune.Silent):
+    """Keeps the remarks."""
+
+    text = ""
+
+    def note(self, text: str) -> None:
+        self.text += f"{text}\n"
+
+
 @pytest.mark.parametrize("kinds", ["", "0,0,1"], ids=["fedit", "fedkseed"])
 def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
     place: Path, kinds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -140,9 +149,12 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
         devices(port) as joined,
         Served(Place("127.0.0.1", port, Path("keys"), Path("certs")), pace=QUICK) as fleets,
     ):
+        heard = Heard()
         found = running.start(
-            recipes.make(recipe), Path("real"), fleetune.Silent(), offline=True, fleets=fleets
+            recipes.make(recipe | {"drop": 0.9}), Path("real"), heard, offline=True, fleets=fleets
         )
+    assert f"join 127.0.0.1:{port} --data ROWS.jsonl --key KEY --ca ca.pem --model PATH" in heard.text
+    assert "drop of the recipe only simulate" in heard.text
     assert found.done.digest == simulated.done.digest
     assert (found.done.bytes_up, found.done.bytes_down) == (
         simulated.done.bytes_up,

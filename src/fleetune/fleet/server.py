@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
     from fleetune.tuning.run import Step
 
+SIMULATED: Final = ("drop", "stragglers", "deadline")  # options of a recipe that real devices do not follow
 MANY: Final = 5  # devices, from which on the plain mean is worth a word
 PUBLISHED: Final = 1.0  # seconds between two words to `fleet status`
 LOOK: Final = 2.0  # seconds between two looks at the folder of keys
@@ -146,6 +147,10 @@ class Served:
         check_aggregation(job.recipe, job.method, count)
         if said := advice(job, count, registered=self._keys is not None):
             listener.note(said)
+        if simulated := [name for name in SIMULATED if getattr(job.recipe, name)]:
+            listener.note(
+                f"{', '.join(simulated)} of the recipe only simulate; for real devices: --round-deadline SECONDS"
+            )
         devices = Devices(run.path)
         told = job_of(job, devices.run)
         self.pace = self.pace.of(job.recipe)
@@ -164,7 +169,8 @@ class Served:
     ) -> RemoteFleet:
         """Return the fleet for a job when `count` devices are ready; what they do is written into `folder`."""
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
-        listener.note(f"on each device: {self.line()}")
+        own = " --model PATH" if Path(job.model).exists() else ""  # a folder of this machine's
+        listener.note(f"on each device: {self.line()}{own}")
         if self.page is not None:
             self.page.show(folder)
 
