@@ -21,7 +21,7 @@ from typing import Final, Protocol
 from fleetune.errors import FleetError, MessageError, UsageError
 from fleetune.fleet.asking import WORD, Asking
 from fleetune.fleet.mail import TOO_LARGE
-from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
+from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
 from fleetune.fleet.table import Devices
 from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
@@ -442,7 +442,8 @@ class RemoteFleet:
             self.note(f"device {name} takes no part: {error.message}")
             self.audit("not admitted", device=found.key, name=name, reason=error.message)
             if reply.what == "ready":
-                self.link.push(found.key, Order("end", reason=error.message).encode(), 0, ROOM)
+                refused = Order("end", body=REFUSED, reason=error.message)
+                self.link.push(found.key, refused.encode(), 0, ROOM)
             return
         self._ready[found.key] = found.mark
         self.told[client] = device
@@ -476,5 +477,5 @@ def check_count(wanted: int, registered: int) -> None:
     if registered < wanted:
         raise FleetError(
             f"the run waits for {wanted} devices, and {registered} keys are registered",
-            hint="register the others' keys (fleetune fleet keys --help), or wait for fewer: --wait",
+            hint=f"bring the others' .pub files into the folder of keys, or wait for fewer: --wait {registered}",
         )
