@@ -125,6 +125,7 @@ def test_the_command_that_goes_on_has_the_flags_by_which_devices_find_the_server
     file.write_text(sealed.to_text({**known, "flags": " --host 0.0.0.0 --keys keys"}))
     assert status.resume(tmp_path) == f"fleetune compress --resume {tmp_path} --host 0.0.0.0 --keys keys"
     assert status.look(tmp_path).status == "interrupted"
+    assert [name for name, _ in status.facts(status.look(tmp_path))] == ["block", "server"]
     (tmp_path / "compress.json").unlink()
     file.write_text(sealed.to_text(known))  # of an earlier version
     assert status.resume(tmp_path) == f"fleetune fleet serve --resume {tmp_path}"

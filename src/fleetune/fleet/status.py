@@ -184,11 +184,15 @@ def facts(now: FleetShown) -> list[tuple[str, str]]:
     """Return how the run stands, as names and values."""
     took = f" · the last took {human_time(now.round_seconds)}" if now.round_seconds is not None else ""
     loss = f" · validation loss {show('loss', now.loss)}" if now.loss is not None else ""
+    compressing = compression_folder.is_one(Path(now.run))
+    traffic = f"{human_bytes(now.bytes_up)} up · {human_bytes(now.bytes_down)} down"
     found = [
-        ("round", f"{now.round} of {now.rounds}{took}{loss}"),
+        ("block", f"{min(now.round + 1, now.rounds)} of {now.rounds}")
+        if compressing
+        else ("round", f"{now.round} of {now.rounds}{took}{loss}"),
         ("devices", _counts(now.states)),
         ("replies", _counts(now.replies)),
-        ("bytes", f"{human_bytes(now.bytes_up)} up · {human_bytes(now.bytes_down)} down"),
+        ("bytes", "" if compressing else traffic),  # of a compression its own result says that
         ("server", f"{now.address} · process {now.pid} on {now.machine} · memory {human_bytes(now.rss)}"),
     ]
     return [(name, value) for name, value in found if value]
