@@ -54,12 +54,39 @@ def test_the_line_for_devices_names_the_server_as_its_certificate_does(place: Pa
     assert Served(Place("0.0.0.0", 8470, Path("keys"), Path("certs"))).line() == (
         "fleetune fleet join localhost:8470 --data ROWS.jsonl --key KEY --ca ca.pem"
     )
+    keys.make_certificate(Path("both"), ["localhost", "fleet.example.org"])
+    assert Served(Place("0.0.0.0", 8470, Path("keys"), Path("both"))).line(own_model=True) == (
+        "fleetune fleet join fleet.example.org:8470 --data ROWS.jsonl --model PATH --key KEY --ca ca.pem"
+    )
     assert keys.hosts_of(Path("certs/server.pem")) == ["localhost", "127.0.0.1"]
     Path("odd").mkdir()
     for name in ("server.pem", "server.key"):
         (Path("odd") / name).write_bytes(Path("certs/ca.pem").read_bytes())
     with pytest.raises(UsageError, match="no certificate of a server"):
         Served(Place("0.0.0.0", 8470, Path("keys"), Path("odd")))
+
+
+def test_a_certificate_is_asked_for_by_the_names_that_devices_call() -> None:
+    for host, said in (("0.0.0.0", "certs HOST"), ("192.168.1.10", "certs 192.168.1.10")):
+        with pytest.raises(UsageError) as caught:
+            Place(host).check()
+        assert said in str(caught.value.hint)
+
+
+def test_a_device_reads_its_rows_before_it_looks_for_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl"]) == 2
+    assert "no file rows.jsonl" in capsys.readouterr().err
+    Path("rows.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
+    assert main(["fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl"]) == 2
+    assert "rows.jsonl:1" in capsys.readouterr().err
+
+
+def test_a_server_without_a_recipe_says_how_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fleet", "serve"]) == 2
+    assert "fleetune fleet serve -c recipe.toml" in capsys.readouterr().err
 
 
 def test_without_flower_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,11 @@ def test_a_stopped_server_goes_on_with_devices_that_were_there_all_along(
                 running.start(recipe, Path("real"), StopAfterRound2(), offline=True, fleets=fleets)
             finally:
                 shown = httpx.get(f"{front.url}/status").json()
-        assert "fleet serve --resume" in str(stopped.value.hint)
+        hint = str(stopped.value.hint)
+        assert "fleet serve --resume" in hint
+        assert hint.endswith(
+            f" --port {port} --keys keys --certificate certs"
+        )  # so that devices find it again
         assert (shown["status"], shown["replies"]["ok"]) == ("interrupted", 2 * CLIENTS)
         joined[1].leave.set()  # and one is replaced by a new process meanwhile
         joined[1].join(20)

@@ -15,6 +15,7 @@ from fleet_run import EVIL, TWO_ROUNDS, client, done
 from fleetune.cli.main import main
 from fleetune.errors import StorageError, UsageError
 from fleetune.fleet import status
+from fleetune.runs import sealed
 from fleetune.runs.follow import Follower
 from fleetune.runs.rundir import RunDir
 
@@ -127,6 +128,19 @@ def test_the_command_says_the_same_with_and_without_json(run, capsys):
     for text in ("interrupted", "round     3 of 8", "4 ok · 1 refused · 1 dropped", "dialysis-ward", "it goes 9 times",
                  f"fleetune fleet serve --resume {run}"):  # fmt: skip
         assert text in said.out
+
+
+def test_the_command_that_goes_on_has_the_flags_by_which_devices_find_the_server(tmp_path):
+    (tmp_path / "compress.json").write_text("{}")
+    file = tmp_path / status.FILE
+    known = dict.fromkeys(status.WORDS, 0) | {"devices": [], "t": 1.0, "address": "", "machine": ""}
+    file.write_text(sealed.to_text({**known, "flags": " --host 0.0.0.0 --keys keys"}))
+    assert status.resume(tmp_path) == f"fleetune compress --resume {tmp_path} --host 0.0.0.0 --keys keys"
+    assert status.look(tmp_path).status == "interrupted"
+    assert [name for name, _ in status.facts(status.look(tmp_path))] == ["block", "server"]
+    (tmp_path / "compress.json").unlink()
+    file.write_text(sealed.to_text(known))  # of an earlier version
+    assert status.resume(tmp_path) == f"fleetune fleet serve --resume {tmp_path}"
 
 
 def test_stop_reaches_the_session_that_wrote_the_last_word_and_no_other(run):

@@ -15,9 +15,9 @@ from fleetune import data, models
 from fleetune.common.display import human_bytes
 from fleetune.data import Batches
 from fleetune.data.labelled import encode_rows
-from fleetune.errors import FitError
+from fleetune.errors import FitError, FleetError
 from fleetune.evaluation.losses import pad_id
-from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
+from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
 from fleetune.fleet.worker import ANSWER, Brings, Worker
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
@@ -237,3 +237,10 @@ def test_a_folder_of_the_servers_is_not_looked_for_on_the_device(
 def test_the_end_of_a_run_is_heard(worker: Worker) -> None:
     Reply.decode(worker.answer(Order("end", reason="the run is finished").encode()))
     assert worker.ended == "the run is finished"
+    assert worker.error is None
+
+
+def test_a_device_that_is_refused_ends_with_an_error(worker: Worker) -> None:
+    worker.answer(Order("end", body=REFUSED, reason="it brings other rows").encode())
+    assert isinstance(worker.error, FleetError)
+    assert "it brings other rows" in worker.error.message

@@ -14,6 +14,7 @@ from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import PORT
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.conditions import Conditions
+from fleetune.fleet.held_out import divided
 from fleetune.fleet.worker import Brings, Worker
 
 ALWAYS: Final = Conditions()  # it never declines
@@ -42,7 +43,7 @@ def join(
     """Be a device of the fleet at HOST:PORT until its run is over; return why it is.
 
     It reconnects whatever happens, and declines a round that comes while `conditions` have a reason to.
-    FleetuneError when this device cannot take part.
+    FleetuneError when this device cannot take part; what is wrong with its rows is found before it connects.
     """
     keyring.check_installed()
     conditions.check()
@@ -54,6 +55,7 @@ def join(
             f"{host} is another machine: a device talks to it with TLS alone",
             hint="bring the server's ca.pem here and give it: --ca ca.pem",
         )
+    divided(brings.data, brings.held_out, brings.eval_data, offline=brings.offline)
     with _alone(home.state):
         from fleetune.fleet.flower.node import Server, stay
 

@@ -9,7 +9,7 @@ method sends travel inside, as they would in a simulated fleet, so that traffic 
                         eval     the run's result, to be measured on the device's held-out rows
                         begin    the run's result, to be calibrated on the device's training rows
                         block    the compressed block before this one: the sums of this one are wanted
-                        end      the run is over, or the device cannot take part: why
+                        end      the run is over, or (body: `refused`) the device cannot take part: why
     device -> server    ready    what the device is: rows, memory, threads, speed, the kinds of work that fit it
                         done     the reply of the method, the measures or the sums
                         failed   why there is none; refused: why the device will not take part
@@ -27,6 +27,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from fleetune.common.settings import Value
@@ -42,6 +43,7 @@ T = TypeVar("T")
 ORDERS: Final = ("job", "work", "eval", "begin", "block", "end")
 ANSWERS: Final = ("ready", "done", "failed", "declined", "refused")
 TASKS: Final = ("tune", "eval", "calibrate")
+REFUSED: Final = b"refused"  # body of an "end" for a device that cannot take part
 NOTHING_KEPT: Final = (-1, 0)  # round and CRC-32 of a memory that is not there
 MAX_JOB: Final = 1 << 20  # characters
 MOST_KINDS: Final = 1000  # of work, that a device can do
@@ -92,6 +94,11 @@ class Job:
         if not plain or not all(type(word) is str for word in found["labels"]):
             raise MessageError("the job's settings or labels are not plain values")
         return cls(**{**found, "labels": tuple(found["labels"])})
+
+
+def is_path(model: str) -> bool:
+    """Whether a job's model is a path on the server, which a device cannot fetch by that name."""
+    return Path(model).is_absolute() or model.count("/") > 1 or model.startswith(".")
 
 
 def job_of(job: TuneJob, run: str) -> Job:

@@ -21,7 +21,7 @@ from typing import Final
 from fleetune.errors import MessageError
 from fleetune.fleet.asking import WORD, Asking
 from fleetune.fleet.link import Link, answer_in
-from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
+from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.table import Devices
 from fleetune.runs.events import ClientReply
@@ -367,7 +367,8 @@ class RemoteFleet:
             self.note(f"device {name} takes no part: {error.message}")
             self.audit("not admitted", device=found.key, name=name, reason=error.message)
             if reply.what == "ready":
-                self.link.push(found.key, Order("end", reason=error.message).encode(), 0, ROOM)
+                refused = Order("end", body=REFUSED, reason=error.message)
+                self.link.push(found.key, refused.encode(), 0, ROOM)
             return
         self._ready[found.key] = found.mark
         self.told[client] = device

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from fleetune.fleet import PORT, status
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.keys import PublicKey
-from fleetune.fleet.orders import Job, job_of
+from fleetune.fleet.orders import Job, is_path, job_of
 from fleetune.fleet.pace import Pace
 from fleetune.fleet.remote import RemoteFleet
 from fleetune.fleet.table import Devices
@@ -44,6 +45,10 @@ LOOK: Final = 2.0  # seconds between two looks at the folder of keys
 KEPT: Final = {  # what a stop leaves, by task
     "tune": "; finished rounds are kept", "calibrate": "; finished blocks are kept", "eval": "; nothing was measured",
 }  # fmt: skip
+AGAIN: Final = {  # what goes on after a stop, by task
+    "tune": "fleetune fleet serve --resume", "calibrate": "fleetune compress --resume",
+}  # fmt: skip
+EVERY: Final = ("0.0.0.0", "::")  # addresses to listen on, by which nobody calls a machine
 REFUSALS: Final = 60.0  # seconds between two entries of what the door refused
 
 
@@ -62,18 +67,31 @@ class Place:
         if not keyring.is_loopback(self.host) and not (self.keys and self.certificate):
             raise UsageError(
                 f"{self.host} can be reached from other machines: a fleet there needs TLS and registered keys",
-                hint=f"fleetune fleet keys certificate certs {self.host}; then: --certificate certs --keys DIR "
+                hint=f"fleetune fleet keys certificate certs {self.called()}; then: --certificate certs --keys DIR "
                 "with the devices' public keys",
             )
         for name in ("server.pem", "server.key"):
             if self.certificate and not (self.certificate / name).is_file():
                 raise UsageError(
                     f"{self.certificate} has no {name}",
-                    hint=f"make it: fleetune fleet keys certificate {self.certificate} {self.host}",
+                    hint=f"make it: fleetune fleet keys certificate {self.certificate} {self.called()}",
                 )
         if self.certificate:
             keyring.hosts_of(self.certificate / "server.pem")
         return keyring.registered(self.keys) if self.keys else None
+
+    def called(self) -> str:
+        """Return by which name or address devices call it, as a command says it."""
+        return "HOST [HOST ..]   (names and addresses that devices join)" if self.host in EVERY else self.host
+
+    def flags(self) -> str:
+        """Return the flags that open the same door again, each with a space before it."""
+        usual = Place()
+        given = [
+            ("--host", self.host, usual.host), ("--port", self.port, usual.port), ("--keys", self.keys, None),
+            ("--certificate", self.certificate, None),
+        ]  # fmt: skip
+        return "".join(f" {flag} {shlex.quote(str(value))}" for flag, value, other in given if value != other)
 
 
 @dataclass
@@ -169,8 +187,7 @@ class Served:
     ) -> RemoteFleet:
         """Return the fleet for a job when `count` devices are ready; what they do is written into `folder`."""
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
-        own = " --model PATH" if Path(job.model).exists() else ""  # a folder of this machine's
-        listener.note(f"on each device: {self.line()}{own}")
+        listener.note(f"on each device: {self.line(is_path(job.model))}")
         if self.page is not None:
             self.page.show(folder)
 
@@ -180,7 +197,7 @@ class Served:
             self._read_keys_again(devices, listener)
             self._log_refusals(audit)
             if self._publish(folder) or listener.stop_requested:
-                hint = f"fleetune fleet serve --resume {folder}" if job.task == "tune" else None
+                hint = f"{AGAIN[job.task]} {folder}{self.place.flags()}" if job.task in AGAIN else None
                 raise Interrupted(f"stopped while waiting for devices{KEPT[job.task]}", hint=hint)
 
         self._fleet = RemoteFleet(
@@ -233,17 +250,19 @@ class Served:
         content = {
             "t": round(time.time(), 1), "session": self.session, "pid": os.getpid(), "machine": platform.node(),
             "rss": rss(), "address": f"{self.place.host}:{self.place.port}", "round": self._fleet.round,
-            "rounds": self._fleet.job.rounds, "devices": doing,
+            "rounds": self._fleet.job.rounds, "devices": doing, "flags": self.place.flags(),
         }  # fmt: skip
         write_atomic(folder / status.FILE, sealed.to_text(content) + "\n", mode=PRIVATE)
         return status.take_stop(folder, self.session)
 
-    def line(self) -> str:
-        """Return the command for a device."""
+    def line(self, own_model: bool = False) -> str:
+        """Return the command for a device, which has to bring its own copy of the model or not."""
         host, certificate = self.place.host, self.place.certificate
-        if certificate and host in ("0.0.0.0", "::"):
-            host = keyring.hosts_of(certificate / "server.pem")[0]
+        if certificate and host in EVERY:
+            names = keyring.hosts_of(certificate / "server.pem")
+            host = next((name for name in names if not keyring.is_loopback(name)), names[0])
         words = f"fleetune fleet join {host}:{self.place.port} --data ROWS.jsonl{self.more}"
+        words += " --model PATH" if own_model else ""
         words += " --key KEY" if self._keys is not None else ""
         return words + (" --ca ca.pem" if self.place.certificate else "")
 
@@ -263,5 +282,5 @@ def check_count(wanted: int, registered: int) -> None:
     if registered < wanted:
         raise FleetError(
             f"the run waits for {wanted} devices, and {registered} keys are registered",
-            hint="register the others' keys (fleetune fleet keys --help), or wait for fewer: --wait",
+            hint=f"bring the others' .pub files into the folder of keys, or wait for fewer: --wait {registered}",
         )

@@ -20,7 +20,7 @@ from typing import Any, Final
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import rundir, sealed
+from fleetune.runs import compression_folder, rundir, sealed
 from fleetune.runs.events import DeviceShown, FleetShown
 from fleetune.runs.follow import Follower
 
@@ -123,7 +123,7 @@ def look(run: Path, record: Record | None = None) -> FleetShown:
         record.update()
         devices = [_device(told, record, served=served) for told in word["devices"]]
         return FleetShown(
-            run=str(run), status=rundir.status_of(run) or "unknown", served=served, t=word["t"],
+            run=str(run), status=_status(run, served=served), served=served, t=word["t"],
             heard=round(max(0.0, time.time() - word["t"]), 1), address=word["address"], machine=word["machine"],
             pid=word["pid"], rss=word["rss"], round=word["round"], rounds=word["rounds"],
             states=dict(Counter(d.does for d in devices)) if served else {}, replies=dict(record.replies),
@@ -134,6 +134,18 @@ def look(run: Path, record: Record | None = None) -> FleetShown:
         raise StorageError(
             f"{run}: {FILE} or metrics.jsonl has another form than ours ({error!r})"
         ) from error
+
+
+def _status(run: Path, *, served: bool) -> str:
+    if compression_folder.is_one(run):
+        return "running" if served else "done" if compression_folder.is_complete(run) else "interrupted"
+    return rundir.status_of(run) or "unknown"
+
+
+def resume(run: Path) -> str:
+    """Return the command that goes on with what a server has left, with the flags by which its devices found it."""
+    command = "compress" if compression_folder.is_one(run) else "fleet serve"
+    return f"fleetune {command} --resume {run}{word_of(run).get('flags', '')}"
 
 
 def _device(told: Mapping[str, Any], record: Record, *, served: bool) -> DeviceShown:
@@ -176,11 +188,15 @@ def facts(now: FleetShown) -> list[tuple[str, str]]:
     """Return how the run stands, as names and values."""
     took = f" · the last took {human_time(now.round_seconds)}" if now.round_seconds is not None else ""
     loss = f" · validation loss {show('loss', now.loss)}" if now.loss is not None else ""
+    compressing = compression_folder.is_one(Path(now.run))
+    traffic = f"{human_bytes(now.bytes_up)} up · {human_bytes(now.bytes_down)} down"
     found = [
-        ("round", f"{now.round} of {now.rounds}{took}{loss}"),
+        ("block", f"{min(now.round + 1, now.rounds)} of {now.rounds}")
+        if compressing
+        else ("round", f"{now.round} of {now.rounds}{took}{loss}"),
         ("devices", _counts(now.states)),
         ("replies", _counts(now.replies)),
-        ("bytes", f"{human_bytes(now.bytes_up)} up · {human_bytes(now.bytes_down)} down"),
+        ("bytes", "" if compressing else traffic),  # of a compression its own result says that
         ("server", f"{now.address} · process {now.pid} on {now.machine} · memory {human_bytes(now.rss)}"),
     ]
     return [(name, value) for name, value in found if value]

@@ -112,8 +112,9 @@ class Devices:
         member = self.members[client]
         if member.rows and (member.rows, member.rows_digest) != (device.rows, device.rows_digest):
             raise MessageError(
-                f"device {member.name} brings {device.rows} rows with digest {device.rows_digest[:12]}; in this run it "
-                f"brought {member.rows} with {member.rows_digest[:12]}. Join with the same file"
+                f"it brings {device.rows} rows to train on (digest {device.rows_digest[:12]}); in this run it brought "
+                f"{member.rows} ({member.rows_digest[:12]}). Join with the same --data and --held-out; rows to measure on "
+                "alone come from --eval-data"
             )
         now = replace(
             member, rows=device.rows, rows_digest=device.rows_digest, memory=device.memory, threads=device.threads,

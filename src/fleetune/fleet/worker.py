@@ -46,7 +46,7 @@ from fleetune.evaluation.losses import pad_id, response_loss
 from fleetune.fleet import eval_device
 from fleetune.fleet.calibration_device import Calibration
 from fleetune.fleet.held_out import divided
-from fleetune.fleet.orders import NOTHING_KEPT, Device, Job, Order, Reply
+from fleetune.fleet.orders import NOTHING_KEPT, REFUSED, Device, Job, Order, Reply, is_path
 from fleetune.models.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
@@ -118,6 +118,8 @@ class Worker:
             if self.loaded is not None:
                 self.loaded.calibration.remove()
             self.ended = order.reason or "the run is over"
+            if order.body == REFUSED:
+                self.error = FleetError(f"the server refuses this device: {self.ended}")
             return Reply("done", order.nonce, order.round).encode()
         return self._ready(order) if order.what == "job" else self._once(order, data)
 
@@ -327,7 +329,7 @@ def fitting_kinds(job: Job, method: Method, model: str, brings: Brings) -> tuple
 def _model(job: Job, brings: Brings) -> str:
     if brings.model:
         return brings.model
-    if Path(job.model).is_absolute() or job.model.count("/") > 1 or job.model.startswith("."):
+    if is_path(job.model):
         raise ModelError(
             f"the run tunes {Path(job.model).name}, a folder of the server's",
             hint="give this device's copy: --model PATH",

@@ -159,6 +159,11 @@ def state_base(folder: Path, digest: str) -> None:
     write_atomic(folder / RECORD, sealed.to_text({**record(folder), "base_sha256": digest}) + "\n")
 
 
+def is_one(folder: Path) -> bool:
+    """Whether a folder is that of a compression."""
+    return (folder / RECORD).is_file()
+
+
 def is_complete(folder: Path) -> bool:
     """Whether the compressed model is there, as an artefact of codes or as plain weights."""
     from fleetune.models.artefact_folder import is_master

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -45,12 +46,14 @@ app DIR                               write the app for a Flower of your own: fl
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     sub.formatter_class = argparse.RawDescriptionHelpFormatter
-    sub.epilog = EXAMPLES
-    sub.add_argument("action", choices=list(ACTIONS))
+    sub.usage = "fleetune fleet ACTION [WORD ...] [options]"
+    sub.description = f"{sub.description}\n\n{textwrap.indent(EXAMPLES, '    ')}"
+    sub.add_argument("action", metavar="ACTION", choices=list(ACTIONS), help="one of the above")
     sub.add_argument(
         "words",
         metavar="WORD",
         nargs="*",
+        default=[],
         help="HOST:PORT (join), what to make (keys), RUN (eval, devices, status, stop, audit), DIR (app)",
     )
     _serve_arguments(sub.add_argument_group("serve (eval takes all but the first two)"))
@@ -121,14 +124,16 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     path = rundir.find(args.resume, Path(args.out)) if args.resume else None
     if path is not None:
         recipe_flags.check_resume(args, path, "fleetune fleet serve --resume")
+    recipe = None if path else _recipe(args)
     page, fleets = _page(args, ui), door_flags.served(args)
     from fleetune.tuning import run as running
 
     with screen(ui) as shown, page as fleets.page, fleets:
-        if path is not None:
+        if recipe is None:
+            assert path is not None
             result = running.resume(path, shown, offline=args.offline, fleets=fleets)
         else:
-            result = running.start(_recipe(args), Path(args.out), shown, offline=args.offline, fleets=fleets)
+            result = running.start(recipe, Path(args.out), shown, offline=args.offline, fleets=fleets)
     finish(ui, result)
 
 
@@ -145,6 +150,11 @@ def _page(args: argparse.Namespace, ui: Ui) -> AbstractContextManager[LivePage |
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     values = recipe_flags.keys(args, args.config)
+    if not args.config and "model" not in values:
+        raise UsageError(
+            f"which recipe is to {'be served' if args.action == 'serve' else 'split rows'}?",
+            hint=f"fleetune fleet {args.action} -c recipe.toml   (docs/recipe.md), or the flags of fleetune tune",
+        )
     if "sweep" in values:
         raise RecipeError([f"{args.config} is the recipe of a sweep, which runs in the simulator alone"])
     return recipes.make(values)
@@ -302,8 +312,10 @@ def _devices(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.tuning import methods
 
     run = _run_of(args)
-    found, recipe = Devices(run), recipes.make(recipes.read(run / "run.toml"))
-    names = methods.kind_names(methods.make(recipe.method, recipe.set))
+    found, names = Devices(run), [""]
+    if not compression_folder.is_one(run):
+        recipe = recipes.make(recipes.read(run / "run.toml"))
+        names = list(methods.kind_names(methods.make(recipe.method, recipe.set)))
     rows = [
         [
             str(c), m.name, m.key[:16], str(m.rows or "has not joined"), human_bytes(m.memory) if m.memory else "",
@@ -332,14 +344,14 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
         ui.paths([("run", f"{now.run} · {now.status}"), *status.facts(now)])
     ui.table(status.HEAD, [status.cells(device) for device in now.devices])
     if not now.served and now.status != "done":
-        ui.paths([("next", f"fleetune fleet serve --resume {now.run}")])
+        ui.paths([("next", status.resume(Path(now.run)))])
 
 
 def _stop(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.fleet import status
 
     status.ask_to_stop(run := _run_of(args))
-    ui.note(f"asked: it stops after this step; go on with: fleetune fleet serve --resume {run}")
+    ui.note(f"asked: it stops after this step; go on with: {status.resume(run)}")
 
 
 def _audit(args: argparse.Namespace, ui: Ui) -> None:

@@ -36,7 +36,7 @@ from fleetune.tuning.messages import Message, Payload, decode, encode
 
 WARNING: Final = (
     "the devices send sums of x x^T over their text, from which its activations can leak: treat them as private data, "
-    "and add them by secure aggregation on a fleet that is not yours"
+    "and use devices of one owner alone"
 )
 LARGEST: Final = 65504.0  # of an input of a layer: the largest number of fp16, far above what models compute
 ROUNDING: Final = 1e-3  # relative error of a sum in float32

@@ -39,6 +39,10 @@ PIECE: Final = 4 << 20  # bytes of an answer in one request; the server takes no
 AGAIN: Final = 1.0  # seconds before a device says that it could not read an order: it is given it again
 AHEAD: Final = 5.0  # seconds by which a device's clock may be ahead of the server's
 BEHIND: Final = 300.0  # and behind it
+NO_TLS: Final = (
+    "WRONG_VERSION_NUMBER",
+    "RECORD_LAYER_FAILURE",
+)  # what OpenSSL says of an answer in plain HTTP
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,7 @@ def stay(
                 raise
             except Exception as error:  # the network, the server, or what Flower makes of their answers
                 wait = min(max(0.5, wait * 2), LONGEST)
-                if (why := _why(error)) != said:
+                if (why := _why(error, tls=server.certificate is not None)) != said:
                     note(f"{why}; trying again")
                     said = why
             finally:
@@ -206,7 +210,7 @@ def stay(
             time.sleep(0.1)
 
 
-def _why(error: Exception) -> str:
+def _why(error: Exception, *, tls: bool = True) -> str:
     if isinstance(error, httpx.HTTPStatusError):
         if error.response.status_code in (401, 403, 412):
             return _clocks_apart(error.response) or (
@@ -220,6 +224,10 @@ def _why(error: Exception) -> str:
             f"the server's certificate is not trusted: {words.partition(' (_ssl')[0]} (its names are those given to "
             "'fleetune fleet keys certificate'; --ca is the ca.pem made there)"
         )
+    if any(word in str(error) for word in NO_TLS):
+        return "the server speaks plain HTTP: it was started without --certificate"
+    if isinstance(error, httpx.RemoteProtocolError) and not tls:
+        return "no server there that speaks plain HTTP; if it has a certificate: --ca ca.pem"
     return f"no server there ({type(error).__name__})"
 
 
