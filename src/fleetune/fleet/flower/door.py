@@ -19,7 +19,7 @@ from fleetune.fleet.flower import wire
 from fleetune.fleet.flower.exchange import Exchange
 from fleetune.fleet.flower.state import State
 
-LIMIT: Final = 8 << 20  # bytes of a request's body: a piece and its frame
+LIMIT: Final = 2 << 20  # bytes of a request's body: a piece and its frame
 HEAD: Final = 20.0  # seconds in which a new connection has to send the head of a request
 
 
