@@ -166,7 +166,8 @@ def _job(subject: Run | Compressed | Plain, run: str, offline: bool) -> tuple[Jo
     """Return what devices are told, and the files of the result."""
     if isinstance(subject, Run):
         found = finished.result_of(subject.folder)
-        return job_of_run(subject.folder, run, "eval"), Payload({}, result.packed(found))
+        rounds = subject.recipe.rounds  # all are over, and `fleet status` goes on to say so
+        return job_of_run(subject.folder, run, "eval", rounds), Payload({}, result.packed(found))
     if isinstance(subject, Compressed):
         raise UsageError(
             f"{subject.argument} is a compressed model, which devices are not sent",

@@ -437,7 +437,8 @@ class RemoteFleet:
             if reply.what != "ready":
                 raise MessageError(reply.reason)
             device = Device.from_json(reply.body)
-            client = self.devices.join(found.key, name, device, self._able(device))
+            able = self._able(device) if self.job.task == "tune" else None
+            client = self.devices.join(found.key, name, device, able)
         except MessageError as error:
             self.note(f"device {name} takes no part: {error.message}")
             self.audit("not admitted", device=found.key, name=name, reason=error.message)

@@ -222,11 +222,12 @@ class Served:
         if self._fleet is None or time.monotonic() < self._next_word:
             return False
         self._next_word = time.monotonic() + WORD
+        job = self._fleet.job
         doing = [{"name": name, "client": client, "does": does} for name, client, does in self._fleet.doing()]
         content = {
             "t": round(time.time(), 1), "session": self.session, "pid": os.getpid(), "machine": platform.node(),
-            "rss": rss(), "address": f"{self.place.host}:{self.place.port}", "round": self._fleet.round,
-            "rounds": self._fleet.job.rounds, "devices": doing,
+            "rss": rss(), "address": f"{self.place.host}:{self.place.port}", "devices": doing,
+            "round": job.rounds if job.task == "eval" else self._fleet.round, "rounds": job.rounds,
         }  # fmt: skip
         write_atomic(folder / status.FILE, sealed.to_text(content) + "\n", mode=PRIVATE)
         return status.take_stop(folder, self.session)
