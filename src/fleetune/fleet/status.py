@@ -20,7 +20,7 @@ from typing import Any, Final
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.errors import StorageError, UsageError
-from fleetune.runs import rundir, sealed
+from fleetune.runs import compression_folder, rundir, sealed
 from fleetune.runs.events import DeviceShown, FleetShown
 from fleetune.runs.follow import Follower
 
@@ -42,13 +42,28 @@ def word_of(run: Path) -> Mapping[str, Any]:
     return found
 
 
+def standing(run: Path) -> str:
+    """Return the status of a run, or of a compression that devices calibrate."""
+    if (run / compression_folder.RECORD).is_file():
+        stopped = "running" if rundir.held(run) else "interrupted"
+        return "done" if compression_folder.is_complete(run) else stopped
+    return rundir.status_of(run) or "unknown"
+
+
+def goes_on_by(run: Path) -> str:
+    """Return the command that goes on with what a server was stopped at: rounds, blocks, or an evaluation."""
+    if (run / compression_folder.RECORD).is_file():
+        return f"fleetune compress --resume {run}"
+    return f"fleetune fleet {'eval' if standing(run) == 'done' else 'serve --resume'} {run}"
+
+
 def ask_to_stop(run: Path) -> None:
     """Ask the server of a run to stop; UsageError where none has the run now.
 
     The request names the session in the server's last word, so no other process obeys it, now or later.
     """
     if not rundir.held(run):
-        raise UsageError(f"no server has {run} now", hint=f"its status: {rundir.status_of(run) or 'unknown'}")
+        raise UsageError(f"no server has {run} now", hint=f"its status: {standing(run)}")
     write_atomic(run / STOP, str(word_of(run)["session"]), mode=PRIVATE)
 
 
@@ -119,7 +134,7 @@ def look(run: Path, record: Record | None = None) -> FleetShown:
         record.update()
         devices = [_device(told, record, served=served) for told in word["devices"]]
         return FleetShown(
-            run=str(run), status=rundir.status_of(run) or "unknown", served=served, t=word["t"],
+            run=str(run), status=standing(run), served=served, t=word["t"],
             heard=round(max(0.0, time.time() - word["t"]), 1), address=word["address"], machine=word["machine"],
             pid=word["pid"], rss=word["rss"], round=word["round"], rounds=word["rounds"],
             states=dict(Counter(d.does for d in devices)) if served else {}, replies=dict(record.replies),

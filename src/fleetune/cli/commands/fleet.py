@@ -308,12 +308,14 @@ def _devices(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.tuning import methods
 
     run = _run_of(args)
-    found, recipe = Devices(run), recipes.make(recipes.read(run / "run.toml"))
-    names = methods.kind_names(methods.make(recipe.method, recipe.set))
+    found, names = Devices(run), [""]
+    if (run / "run.toml").is_file():  # no compression: its devices are all asked for the same
+        recipe = recipes.make(recipes.read(run / "run.toml"))
+        names = list(methods.kind_names(methods.make(recipe.method, recipe.set)))
     rows = [
         [
             str(c), m.name, m.key[:16], str(m.rows or "has not joined"), human_bytes(m.memory) if m.memory else "",
-            str(m.threads or ""), f"{m.speed:,.0f}" if m.speed else "", names[m.kind] if m.kind >= 0 else "",
+            str(m.threads or ""), f"{m.speed:,.0f}" if m.speed else "", names[m.kind] if 0 <= m.kind < len(names) else "",
         ]
         for c, m in enumerate(found.members)
     ]  # fmt: skip
@@ -338,14 +340,14 @@ def _status(args: argparse.Namespace, ui: Ui) -> None:
         ui.paths([("run", f"{now.run} · {now.status}"), *status.facts(now)])
     ui.table(status.HEAD, [status.cells(device) for device in now.devices])
     if not now.served and now.status != "done":
-        ui.paths([("next", f"fleetune fleet serve --resume {now.run}")])
+        ui.paths([("next", status.goes_on_by(Path(now.run)))])
 
 
 def _stop(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.fleet import status
 
     status.ask_to_stop(run := _run_of(args))
-    ui.note(f"asked: it stops after this step; go on with: fleetune fleet serve --resume {run}")
+    ui.note(f"asked: it stops after this step; go on with: {status.goes_on_by(run)}")
 
 
 def _audit(args: argparse.Namespace, ui: Ui) -> None:
