@@ -264,6 +264,20 @@ def test_a_device_fills_no_memory_with_bodies_that_do_not_end(place: Place) -> N
     assert not place.gate._exchange._coming
 
 
+def test_a_key_that_is_there_already_is_told_so(place: Place, tmp_path: Path) -> None:
+    said: list[str] = []
+    address = place.url.removeprefix("http://")
+    node.stay(
+        node.Server(address),
+        place.one,
+        tmp_path,
+        lambda order: b"",
+        over=lambda: bool(said),
+        note=said.append,
+    )
+    assert "a device with this key is connected already" in said[0]
+
+
 def test_a_slow_line_loses_no_device(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that takes longer than the server waits for a heartbeat: the device is in one session all the time."""
     monkeypatch.setattr(in_memory_linkstate, "HEARTBEAT_PATIENCE", 0.25)

@@ -41,6 +41,7 @@ IDLE: Final = 60.0  # seconds that an idle connection is kept: the server keeps 
 PIECE: Final = 1 << 20  # bytes of an answer in one request
 QUIET: Final = 1.6  # heartbeats until a request that lasts needs another beside it: the server takes two for a device's end
 AGAIN: Final = 1.0  # seconds before a device says that it could not read an order: it is given it again
+TWICE: Final = 412  # status for a key that comes in while it is there; one that is not registered gets 401
 AHEAD: Final = 5.0  # seconds by which a device's clock may be ahead of the server's
 BEHIND: Final = 300.0  # and behind it
 
@@ -222,7 +223,9 @@ def stay(
 
 def _why(error: Exception) -> str:
     if isinstance(error, httpx.HTTPStatusError):
-        if error.response.status_code in (401, 403, 412):
+        if error.response.status_code == TWICE:
+            return "a device with this key is connected already, or one that has gone is not yet given up"
+        if error.response.status_code in (401, 403):
             return _clocks_apart(error.response) or (
                 "the server does not know this device's key: bring its .pub file into the server's folder of keys"
             )
