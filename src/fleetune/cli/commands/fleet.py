@@ -53,7 +53,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         nargs="*",
         help="HOST:PORT (join), what to make (keys), RUN (eval, devices, status, stop, audit), DIR (app)",
     )
-    _serve_arguments(sub.add_argument_group("serve (eval takes all but the first two)"))
+    _serve_arguments(
+        sub.add_argument_group("serve (eval takes those of the door, from --host to --round-deadline)")
+    )
     _join_arguments(
         sub.add_argument_group(
             "join (with --data, --held-out or --eval-data, --model, --device and --threads of this device)"
@@ -157,7 +159,8 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
 
     if len(args.words) != 1:
         raise UsageError("eval takes one RUN or MODEL", hint="fleetune fleet eval latest")
-    if other := [*recipe_flags.given(args), *args.set, *filter(None, (args.config, args.resume))]:
+    page = "--page" if args.page is not None or args.page_token is not None else ""
+    if other := [*recipe_flags.given(args), *args.set, *filter(None, (args.config, args.resume, page))]:
         raise UsageError(
             f"eval takes no {other[0]}", hint="devices hold rows out: fleetune fleet join .. --held-out 0.1"
         )
