@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -25,6 +26,7 @@ from flwr.common.serde import message_from_proto, message_to_proto  # noqa: E402
 from flwr.proto import fleet_pb2 as fleet  # noqa: E402
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest  # noqa: E402
 from flwr.proto.node_pb2 import Node  # noqa: E402
+from flwr.server.superlink.linkstate import in_memory_linkstate  # noqa: E402
 from flwr.supercore.inflatable import inflatable_object as objects  # noqa: E402
 from flwr.supercore.inflatable import inflatable_protobuf_utils as ways  # noqa: E402
 from flwr.supercore.inflatable import inflatable_utils as inflate  # noqa: E402
@@ -236,6 +238,95 @@ def test_half_open_connections_lock_nobody_out(place: Place) -> None:
     finally:
         for connection in opened:
             connection.close()
+
+
+def test_a_device_fills_no_memory_with_bodies_that_do_not_end(place: Place) -> None:
+    """Of an answer that is wanted the last one that began is kept, and of others nothing."""
+    host, _, port = place.url.removeprefix("http://").partition(":")
+    number = push(place, place.one)
+    assert post(place, place.one).content == b"work"
+
+    def begin(order: str) -> socket.socket:
+        heads = {**wire.signed(place.one), wire.NEXT: "nothing", wire.ORDER: order, "content-length": "1000"}
+        opened = socket.create_connection((host, int(port)), timeout=10)
+        opened.sendall(f"POST {wire.EXCHANGE} HTTP/1.1\r\nhost: x\r\n".encode())
+        opened.sendall("".join(f"{k}: {v}\r\n" for k, v in heads.items()).encode() + b"\r\n" + b"x" * 999)
+        return opened
+
+    with begin(number) as first, begin(number) as second:
+        assert b" 409 " in first.recv(4096)
+        with begin("0" * 32) as unwanted:
+            second.sendall(b"y")
+            assert b" 204 " in second.recv(4096)
+            unwanted.sendall(b"z")
+            assert b" 204 " in unwanted.recv(4096)
+    assert pull(place, number) == [(number, b"x" * 999 + b"y")]
+    assert not place.gate._exchange._coming
+
+
+def test_a_key_that_is_there_already_is_told_so(place: Place, tmp_path: Path) -> None:
+    said: list[str] = []
+    address = place.url.removeprefix("http://")
+    node.stay(
+        node.Server(address),
+        place.one,
+        tmp_path,
+        lambda order: b"",
+        over=lambda: bool(said),
+        note=said.append,
+    )
+    assert "a device with this key is connected already" in said[0]
+
+
+@pytest.mark.faults
+def test_a_slow_line_loses_no_device(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that takes longer than the server waits for a heartbeat: the device is in one session all the time."""
+    monkeypatch.setattr(in_memory_linkstate, "HEARTBEAT_PATIENCE", 0.25)
+    monkeypatch.setattr(node, "QUIET", node.QUIET * 0.25 / 2)
+    key, answer = place.two.public.fingerprint, bytes(100_000)
+    assert place.gate.state.deactivate_node(node_of(place, place.two))
+    marks, numbers, found = set[str](), set[str](), list[tuple[str, bytes | None]]()
+    until = time.monotonic() + 20
+
+    def over() -> bool:
+        if mark := place.gate.online().get(key):
+            marks.add(mark)
+            if not numbers:
+                numbers.add(push(place, place.two))
+        found.extend(place.gate.pull(numbers))
+        return bool(found) or len(marks) > 1 or time.monotonic() > until
+
+    with slow_line(place, 20_000) as address:
+        server = node.Server(address, poll=0.05)
+        node.stay(server, place.two, tmp_path, lambda order: answer, over=over, note=print)
+    assert found == [(*numbers, answer)]
+
+
+@contextlib.contextmanager
+def slow_line(place: Place, speed: int) -> Iterator[str]:
+    """An address from which so many bytes a second get to the place."""
+    host, _, port = place.url.removeprefix("http://").partition(":")
+
+    def carry(here: socket.socket, there: socket.socket, at_once: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := here.recv(at_once):
+                there.sendall(data)
+                time.sleep(len(data) / speed if at_once < speed else 0)
+            there.shutdown(socket.SHUT_WR)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here = opened.enter_context(listener.accept()[0])
+                there = opened.enter_context(socket.create_connection((host, int(port))))
+                threading.Thread(target=carry, args=(here, there, speed // 20), daemon=True).start()
+                threading.Thread(target=carry, args=(there, here, 1 << 16), daemon=True).start()
+
+    with contextlib.ExitStack() as opened:
+        listener = opened.enter_context(socket.create_server(("127.0.0.1", 0)))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 def test_a_connection_without_a_request_is_closed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

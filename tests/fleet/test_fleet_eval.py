@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from fleetune.data.encode import digest
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import DataError, FleetError, MessageError, StorageError
 from fleetune.evaluation.losses import response_loss
-from fleetune.fleet import eval_server, result
+from fleetune.fleet import eval_server, keys, result, status
 from fleetune.fleet.eval_server import FILE, mean, measured, ratio
 from fleetune.fleet.held_out import divided
 from fleetune.fleet.orders import Device as Told
 from fleetune.fleet.orders import Job, Order, Reply
+from fleetune.fleet.table import Devices
 from fleetune.runs import sealed
 from fleetune.runs.events import DeviceEvaluated
 from fleetune.tuning import finished
@@ -241,6 +243,7 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path, monkeypatch: pytest.
 BAD = {
     "no run": ([], "eval takes one RUN"),
     "a recipe's flag": (["model", "--rounds", "3"], "eval takes no rounds"),
+    "the page of a run": (["model", "--page"], "eval takes no --page"),
     "an open door": (["model", "--host", "0.0.0.0"], "needs TLS and registered keys"),
     "below zero": (["model", "--wait", "-1"], "cannot be negative"),
 }
@@ -280,3 +283,21 @@ def test_events_are_as_the_schema_says(capsys: pytest.CaptureFixture[str]) -> No
         name = type(one).__name__
         checker = Draft202012Validator({**schema, "anyOf": [{"$ref": f"#/$defs/{name}"}]})
         assert not list(checker.iter_errors({"v": 1, **as_dict(one)}))
+
+
+@pytest.mark.parametrize("made", ["ledger"], indirect=True)
+def test_what_the_devices_did_in_training_stays_known(run: Path) -> None:
+    """The kinds of their work, and how many rounds there were."""
+    table = Devices(run)
+    table.register([(keys.make(Path("state-0", "key")).public.fingerprint, "dev-0")])
+    table.members[0] = replace(table.members[0], able=[0, 1], kind=1)
+    table._changed = True
+    table.save()
+    port = free_port()
+    with devices(Device(port, 0, **own(0))):
+        assert main(["fleet", "eval", "latest", "--port", str(port), "--wait", "1"]) == 0
+    (member,) = Devices(run).members
+    assert member.rows
+    assert (member.able, member.kind) == ([0, 1], 1)
+    now = status.look(run)
+    assert (now.round, now.rounds) == (1, 1)

@@ -299,7 +299,7 @@ def test_a_device_cannot_fill_the_servers_memory(door: Door, injected: Injected)
             or door.held != before
         ):
             faults.append(f"an object that nobody asked for: {said.status_code}")
-    if door.give(1, httpx.Response(200), "a" * 64, b"x" * (doors.FLOWER_LIMIT + 1)).status_code != 413:
+    if door.give(1, httpx.Response(200), "a" * 64, b"x" * (doors.LIMIT + 1)).status_code != 413:
         faults.append("a piece that is too large")
     announced = door.answer(1, message, b"an answer")
     assert announced.status_code == 200

@@ -153,7 +153,7 @@ def test_a_real_fleet_ends_in_the_digest_of_the_simulated_one(
         found = running.start(
             recipes.make(recipe | {"drop": 0.9}), Path("real"), heard, offline=True, fleets=fleets
         )
-    assert f"join 127.0.0.1:{port} --data ROWS.jsonl --key KEY --ca ca.pem --model PATH" in heard.text
+    assert f"join 127.0.0.1:{port} --data ROWS.jsonl --model PATH --key KEY --ca ca.pem" in heard.text
     assert "drop of the recipe only simulate" in heard.text
     assert found.done.digest == simulated.done.digest
     assert (found.done.bytes_up, found.done.bytes_down) == (

@@ -15,7 +15,8 @@ from fleet_run import EVIL, TWO_ROUNDS, client, done
 from fleetune.cli.main import main
 from fleetune.errors import StorageError, UsageError
 from fleetune.fleet import status
-from fleetune.runs import sealed
+from fleetune.fleet.table import Devices
+from fleetune.runs import compression_folder, sealed
 from fleetune.runs.follow import Follower
 from fleetune.runs.rundir import RunDir
 
@@ -133,7 +134,7 @@ def test_the_command_says_the_same_with_and_without_json(run, capsys):
 def test_the_command_that_goes_on_has_the_flags_by_which_devices_find_the_server(tmp_path):
     (tmp_path / "compress.json").write_text("{}")
     file = tmp_path / status.FILE
-    known = dict.fromkeys(status.WORDS, 0) | {"devices": [], "t": 1.0, "address": "", "machine": ""}
+    known = dict.fromkeys(status.FIELDS, 0) | {"devices": [], "t": 1.0, "address": "", "machine": ""}
     file.write_text(sealed.to_text({**known, "flags": " --host 0.0.0.0 --keys keys"}))
     assert status.resume(tmp_path) == f"fleetune compress --resume {tmp_path} --host 0.0.0.0 --keys keys"
     assert status.look(tmp_path).status == "interrupted"
@@ -151,6 +152,23 @@ def test_stop_reaches_the_session_that_wrote_the_last_word_and_no_other(run):
         assert not status.take_stop(run, "another")
         assert status.take_stop(run, "5e55")
         assert not status.take_stop(run, "5e55")  # once
+
+
+def test_what_goes_on_with_it_is_said_of_a_compression_and_an_evaluation_too(run, capsys):
+    assert status.resume(run) == f"fleetune fleet serve --resume {run}"
+    (run / "status").write_text("done\n")
+    assert status.resume(run) == f"fleetune fleet eval {run}"
+    smaller = run.parent / "0009-optq-tiny"
+    smaller.mkdir()
+    compression_folder.write_record(smaller, compression_folder.CompressRequest(str(run), True, "optq"), None)
+    fleet_run.word(smaller)
+    Devices(smaller).register([("ab" * 32, "press-3")])
+    now = status.look(smaller)
+    assert (now.status, status.resume(smaller)) == (
+        "interrupted", f"fleetune compress --resume {smaller}",
+    )  # fmt: skip
+    assert main(["fleet", "devices", str(smaller)]) == 0
+    assert "press-3" in capsys.readouterr().out
 
 
 def test_resume_takes_no_part_of_a_recipe(run, capsys):

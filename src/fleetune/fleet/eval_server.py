@@ -165,7 +165,9 @@ def _job(subject: Run | Compressed | Plain, run: str, offline: bool) -> tuple[Jo
     """Return what devices are told, and the files of the result."""
     if isinstance(subject, Run):
         found = finished.result_of(subject.folder)
-        return result.job_of_run(subject.folder, run, "eval"), Payload({}, result.packed(found))
+        rounds = subject.recipe.rounds  # all are over, and `fleet status` goes on to say so
+        job = result.job_of_run(subject.folder, run, "eval", rounds)
+        return job, Payload({}, result.packed(found))
     if isinstance(subject, Compressed):
         raise UsageError(
             f"{subject.argument} is a compressed model, which devices are not sent",

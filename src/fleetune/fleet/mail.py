@@ -62,6 +62,12 @@ class Mail:
             box = self._boxes.get(device)
             return box.pop(0) if box else None
 
+    def waits(self, device: int, number: str) -> bool:
+        """Whether a device's answer to an order, or a piece of it, is still wanted."""
+        with self._lock:
+            order = self._open.get(number)
+            return order is not None and order.device == device and number not in self._answers
+
     def answer(self, device: int, number: str, piece: bytes, *, last: bool = True) -> None:
         """Take a piece of a device's answer.
 

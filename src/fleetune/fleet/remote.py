@@ -362,13 +362,14 @@ class RemoteFleet:
             if reply.what != "ready":
                 raise MessageError(reply.reason)
             device = Device.from_json(reply.body)
-            client = self.devices.join(found.key, name, device, self._able(device))
+            able = self._able(device) if self.job.task == "tune" else None
+            client = self.devices.join(found.key, name, device, able)
         except MessageError as error:
             self.note(f"device {name} takes no part: {error.message}")
             self.audit("not admitted", device=found.key, name=name, reason=error.message)
             if reply.what == "ready":
-                refused = Order("end", body=REFUSED, reason=error.message)
-                self.link.push(found.key, refused.encode(), 0, ROOM)
+                end = Order("end", body=REFUSED, reason=error.message)
+                self._push(found.key, end, {found.key: found.mark})
             return
         self._ready[found.key] = found.mark
         self.told[client] = device

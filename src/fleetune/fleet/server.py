@@ -187,7 +187,7 @@ class Served:
     ) -> RemoteFleet:
         """Return the fleet for a job when `count` devices are ready; what they do is written into `folder`."""
         devices.register([(k.fingerprint, k.name) for k in self._keys or []])
-        listener.note(f"on each device: {self.line(is_path(job.model))}")
+        listener.note(f"on each device: {self.line(is_path(job.model) or Path(job.model).exists())}")
         if self.page is not None:
             self.page.show(folder)
 
@@ -246,11 +246,12 @@ class Served:
         if self._fleet is None or time.monotonic() < self._next_word:
             return False
         self._next_word = time.monotonic() + PUBLISHED
+        job = self._fleet.job
         doing = [{"name": name, "client": client, "does": does} for name, client, does in self._fleet.doing()]
         content = {
             "t": round(time.time(), 1), "session": self.session, "pid": os.getpid(), "machine": platform.node(),
-            "rss": rss(), "address": f"{self.place.host}:{self.place.port}", "round": self._fleet.round,
-            "rounds": self._fleet.job.rounds, "devices": doing, "flags": self.place.flags(),
+            "rss": rss(), "address": f"{self.place.host}:{self.place.port}", "flags": self.place.flags(),
+            "round": job.rounds if job.task == "eval" else self._fleet.round, "rounds": job.rounds, "devices": doing,
         }  # fmt: skip
         write_atomic(folder / status.FILE, sealed.to_text(content) + "\n", mode=PRIVATE)
         return status.take_stop(folder, self.session)

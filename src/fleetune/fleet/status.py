@@ -42,13 +42,21 @@ def word_of(run: Path) -> Mapping[str, Any]:
     return found
 
 
+def standing(run: Path) -> str:
+    """Return the status of a run, or of a compression that devices calibrate."""
+    if compression_folder.is_one(run):
+        stopped = "running" if rundir.held(run) else "interrupted"
+        return "done" if compression_folder.is_complete(run) else stopped
+    return rundir.status_of(run) or "unknown"
+
+
 def ask_to_stop(run: Path) -> None:
     """Ask the server of a run to stop; UsageError where none has the run now.
 
     The request names the session in the server's last word, so no other process obeys it, now or later.
     """
     if not rundir.held(run):
-        raise UsageError(f"no server has {run} now", hint=f"its status: {rundir.status_of(run) or 'unknown'}")
+        raise UsageError(f"no server has {run} now", hint=f"its status: {standing(run)}")
     write_atomic(run / STOP, str(word_of(run)["session"]), mode=PRIVATE)
 
 
@@ -123,7 +131,7 @@ def look(run: Path, record: Record | None = None) -> FleetShown:
         record.update()
         devices = [_device(told, record, served=served) for told in word["devices"]]
         return FleetShown(
-            run=str(run), status=_status(run, served=served), served=served, t=word["t"],
+            run=str(run), status=standing(run), served=served, t=word["t"],
             heard=round(max(0.0, time.time() - word["t"]), 1), address=word["address"], machine=word["machine"],
             pid=word["pid"], rss=word["rss"], round=word["round"], rounds=word["rounds"],
             states=dict(Counter(d.does for d in devices)) if served else {}, replies=dict(record.replies),
@@ -136,16 +144,12 @@ def look(run: Path, record: Record | None = None) -> FleetShown:
         ) from error
 
 
-def _status(run: Path, *, served: bool) -> str:
-    if compression_folder.is_one(run):
-        return "running" if served else "done" if compression_folder.is_complete(run) else "interrupted"
-    return rundir.status_of(run) or "unknown"
-
-
 def resume(run: Path) -> str:
     """Return the command that goes on with what a server has left, with the flags by which its devices found it."""
-    command = "compress" if compression_folder.is_one(run) else "fleet serve"
-    return f"fleetune {command} --resume {run}{word_of(run).get('flags', '')}"
+    flags = word_of(run).get("flags", "")
+    if compression_folder.is_one(run):
+        return f"fleetune compress --resume {run}{flags}"
+    return f"fleetune fleet {'eval' if standing(run) == 'done' else 'serve --resume'} {run}{flags}"
 
 
 def _device(told: Mapping[str, Any], record: Record, *, served: bool) -> DeviceShown:

@@ -103,10 +103,11 @@ class Devices:
             self._changed = True
             self.save()
 
-    def join(self, key: str, name: str, device: Device, able: Sequence[int]) -> int:
+    def join(self, key: str, name: str, device: Device, able: Sequence[int] | None) -> int:
         """Note what a device brings, and the kinds of work that it can do; return its client.
 
         MessageError when it brought other rows before.  A device that can no longer do what it did has no kind again.
+        With None, where nothing is trained, kinds stay as they were.
         """
         client = self._add(key, name)
         member = self.members[client]
@@ -116,9 +117,13 @@ class Devices:
                 f"{member.rows} ({member.rows_digest[:12]}). Join with the same --data and --held-out; rows to measure on "
                 "alone come from --eval-data"
             )
+        if able is None:
+            able, kind = member.able, member.kind
+        else:
+            kind = member.kind if member.kind in able else -1
         now = replace(
             member, rows=device.rows, rows_digest=device.rows_digest, memory=device.memory, threads=device.threads,
-            speed=member.speed or device.speed, able=list(able), kind=member.kind if member.kind in able else -1,
+            speed=member.speed or device.speed, able=list(able), kind=kind,
         )  # fmt: skip
         if now != member:
             self.members[client] = now

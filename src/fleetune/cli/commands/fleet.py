@@ -56,7 +56,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         default=[],
         help="HOST:PORT (join), what to make (keys), RUN (eval, devices, status, stop, audit), DIR (app)",
     )
-    _serve_arguments(sub.add_argument_group("serve (eval takes all but the first two)"))
+    _serve_arguments(
+        sub.add_argument_group("serve (eval takes those of the door, from --host to --round-deadline)")
+    )
     _join_arguments(
         sub.add_argument_group(
             "join (with --data, --held-out or --eval-data, --model, --device and --threads of this device)"
@@ -167,7 +169,8 @@ def _eval(args: argparse.Namespace, ui: Ui) -> None:
 
     if len(args.words) != 1:
         raise UsageError("eval takes one RUN or MODEL", hint="fleetune fleet eval latest")
-    if other := [*recipe_flags.given(args), *args.set, *filter(None, (args.config, args.resume))]:
+    page = "--page" if args.page is not None or args.page_token is not None else ""
+    if other := [*recipe_flags.given(args), *args.set, *filter(None, (args.config, args.resume, page))]:
         raise UsageError(
             f"eval takes no {other[0]}", hint="devices hold rows out: fleetune fleet join .. --held-out 0.1"
         )
@@ -319,7 +322,7 @@ def _devices(args: argparse.Namespace, ui: Ui) -> None:
     rows = [
         [
             str(c), m.name, m.key[:16], str(m.rows or "has not joined"), human_bytes(m.memory) if m.memory else "",
-            str(m.threads or ""), f"{m.speed:,.0f}" if m.speed else "", names[m.kind] if m.kind >= 0 else "",
+            str(m.threads or ""), f"{m.speed:,.0f}" if m.speed else "", names[m.kind] if 0 <= m.kind < len(names) else "",
         ]
         for c, m in enumerate(found.members)
     ]  # fmt: skip

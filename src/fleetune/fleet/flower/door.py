@@ -19,8 +19,7 @@ from fleetune.fleet.flower import wire
 from fleetune.fleet.flower.exchange import Exchange
 from fleetune.fleet.flower.state import State
 
-LIMIT: Final = 8 << 20  # bytes of a body: an answer, or a piece of one
-FLOWER_LIMIT: Final = 2 << 20  # bytes of a body in Flower's protocol: an object of `wire.PIECE` and its frame
+LIMIT: Final = 2 << 20  # bytes of a request's body: a piece and its frame
 HEAD: Final = 20.0  # seconds in which a new connection has to send the head of a request
 
 
@@ -38,7 +37,7 @@ class Door:
         request = Request(scope, receive)
         ours = request.url.path == wire.EXCHANGE
         try:
-            _check_size(request, LIMIT if ours else FLOWER_LIMIT)
+            _check_size(request)
             if ours:
                 await self.exchange.answer(self._node(request), request, send)
                 return
@@ -64,12 +63,12 @@ class Door:
         return node
 
 
-def _check_size(request: Request, limit: int) -> None:
+def _check_size(request: Request) -> None:
     """Raise HTTPException for a request to anything else than the devices' interface, or with too large a body."""
     if not request.url.path.startswith("/v1/fleet/"):
         raise HTTPException(404)
     length = request.headers.get("content-length", "")
-    if not (length.isascii() and length.isdigit()) or int(length) > limit:
+    if not (length.isascii() and length.isdigit()) or int(length) > LIMIT:
         raise HTTPException(413)
 
 

@@ -46,10 +46,11 @@ class Exchange:
         self.closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: dict[int, asyncio.Future[None]] = {}  # by node: its request that waits for an order
+        self._coming: dict[int, asyncio.Future[bytes]] = {}  # by node: the body that is on its way
         state.mail.ring = self._ring
 
     async def answer(self, node: int, request: Request, send: Send) -> None:
-        """Answer a node's request; HTTPException 401 for one that was sent before."""
+        """Answer a node's request; HTTPException 401 for one that was sent before, 409 where `_body` has it."""
         self._loop = asyncio.get_running_loop()
         if not self.once.fresh(
             request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], request.headers[TIMESTAMP_HEADER]
@@ -59,11 +60,35 @@ class Exchange:
         wants = request.headers.get(wire.NEXT, "order")
         if number := request.headers.get(wire.ORDER):
             try:
-                self.state.mail.answer(node, number, await request.body(), last=wants != "piece")
+                self.state.mail.answer(
+                    node, number, await self._body(node, number, request), last=wants != "piece"
+                )
             except ClientDisconnect:
                 return
         letter = await self._next(node) if wants == "order" and not self.closing else None
         await _respond(send, 204 if letter is None else 200, letter)
+
+    async def _body(self, node: int, number: str, request: Request) -> bytes:
+        """Return an answer's bytes, b"" for one that nobody waits for: it is thrown away as it comes.
+
+        A node has one on its way, so that its connections fill no memory: HTTPException 409 when a later one begins.
+        """
+        if not self.state.mail.waits(node, number):
+            async for _ in request.stream():
+                pass
+            return b""
+        if (earlier := self._coming.get(node)) is not None:
+            earlier.cancel()
+        coming = self._coming[node] = asyncio.ensure_future(request.body())
+        try:
+            await asyncio.wait([coming])
+        finally:
+            coming.cancel()
+            if self._coming.get(node) is coming:
+                del self._coming[node]
+        if coming.cancelled():
+            raise HTTPException(409)
+        return coming.result()
 
     async def _next(self, node: int) -> Letter | None:
         """Return the next order for a node; None where none comes, or a later request of the node waits for it."""

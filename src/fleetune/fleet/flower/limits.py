@@ -4,7 +4,7 @@
 An answer in one request (`exchange.py`) is bounded by the `Mail`.  This is about answers in Flower's protocol.  Flower lets a
 device announce as many objects as it likes, under the name of any device, and keeps what it uploads.  Here an upload is one
 answer, to an order that this very device was given, in the form in which answers are packed (`wire.pack`), and of as many
-pieces as there is room for.  A piece is one request, which has a limit of its own (`door.FLOWER_LIMIT`).
+pieces as there is room for.  A piece is one request, which has a limit of its own (`door.LIMIT`).
 
 In both protocols the signature is of a time, not of a request, so whoever sees a request could send it again for five
 minutes.  Here a signed time counts once.

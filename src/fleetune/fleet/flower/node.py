@@ -34,9 +34,14 @@ log = logging.getLogger(__name__)
 NODE: Final = "node"  # file with the number of the last session
 LONGEST: Final = 20.0  # seconds between two tries
 PATIENCE: Final = 30.0  # seconds without a byte from the server; it answers within half of it
+SLOWEST: Final = (
+    8192  # bytes a second: a slower line may not have carried a piece to the server when that time is over
+)
 IDLE: Final = 60.0  # seconds that an idle connection is kept: the server keeps it longer
-PIECE: Final = 4 << 20  # bytes of an answer in one request; the server takes no more than `door.LIMIT`
+PIECE: Final = 1 << 20  # bytes of an answer in one request
+QUIET: Final = 1.6  # heartbeats until a request that lasts needs another beside it: the server takes two for a device's end
 AGAIN: Final = 1.0  # seconds before a device says that it could not read an order: it is given it again
+TWICE: Final = 412  # status for a key that comes in while it is there; one that is not registered gets 401
 AHEAD: Final = 5.0  # seconds by which a device's clock may be ahead of the server's
 BEHIND: Final = 300.0  # and behind it
 NO_TLS: Final = (
@@ -80,6 +85,7 @@ class _Session:
     ) -> None:
         self.client, self.line, self.key, self.server = client, line, key, server
         self.over, self.asking = threading.Event(), False
+        self.said = time.monotonic()  # when the last request or heartbeat began
         file = state / NODE
         if file.exists():  # the last process may have gone without a word: its session would last on
             with contextlib.suppress(httpx.HTTPStatusError, ValueError, OSError):
@@ -93,9 +99,12 @@ class _Session:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def _beat(self) -> None:
+        """Send heartbeats; a request for an order is one too, until a slow line makes it last."""
         request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=self.server.heartbeat)
-        while not self.over.wait(self.server.heartbeat * random.uniform(0.5, 0.7)):
-            if not self.asking:  # a request for an order is a heartbeat too
+        while not self.over.wait(self.server.heartbeat / 20):
+            beats = QUIET if self.asking else random.uniform(0.5, 0.7)
+            if time.monotonic() - self.said > beats * self.server.heartbeat:
+                self.said = time.monotonic()
                 with contextlib.suppress(httpx.HTTPError):  # the main loop meets it too, and acts
                     self.client.SendNodeHeartbeat(request)
 
@@ -163,7 +172,11 @@ class _Session:
 
     def _post(self, number: str, piece: bytes, wants: str) -> httpx.Response:
         headers = {**wire.signed(self.key), wire.NEXT: wants, **({wire.ORDER: number} if number else {})}
-        return self.line.post(wire.EXCHANGE, content=piece, headers=headers).raise_for_status()
+        self.said = time.monotonic()
+        patience = httpx.Timeout(PATIENCE, read=PATIENCE + len(piece) / SLOWEST)  # what is sent is on its way
+        return self.line.post(
+            wire.EXCHANGE, content=piece, headers=headers, timeout=patience
+        ).raise_for_status()
 
 
 def stay(
@@ -212,7 +225,9 @@ def stay(
 
 def _why(error: Exception, *, tls: bool = True) -> str:
     if isinstance(error, httpx.HTTPStatusError):
-        if error.response.status_code in (401, 403, 412):
+        if error.response.status_code == TWICE:
+            return "a device with this key is connected already, or one that has gone is not yet given up"
+        if error.response.status_code in (401, 403):
             return _clocks_apart(error.response) or (
                 "the server does not know this device's key: bring its .pub file into the server's folder of keys"
             )
