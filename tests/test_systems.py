@@ -61,6 +61,7 @@ def stand_in(script: str, at: Path, *args: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_module_and_command_works_without_what_windows_lacks(tmp_path: Path) -> None:
     model = models.tiny_llama()
     models.save(model.net, model.tokenizer, tmp_path / "tiny")

@@ -333,7 +333,7 @@ def test_the_warning_is_said(tuned_run: Path, capsys: pytest.CaptureFixture[str]
     assert main(["compress", "latest", *SMALL, "--calibrate", "clients", "--out", str(tuned_run)]) == 0
     err = capsys.readouterr().err
     assert "treat them as private data" in err
-    assert "secure aggregation" in err
+    assert "devices of one owner" in err
     assert "a client sent" in err
 
 

@@ -188,7 +188,13 @@ def test_what_a_configuration_says_of_each_block_is_cut_too(tmp_path: Path) -> N
 # --- training -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("beta", "lmbda"), [(0.0, 0.0), (0.5, 0.5), (0.5, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("beta", "lmbda"),
+    [
+        (0.5, 0.5),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((0.0, 0.0), (0.5, 1.0), (1.0, 1.0))),
+    ],
+)
 def test_the_student_comes_close_to_the_teacher(beta: float, lmbda: float, tmp_path: Path) -> None:
     student, teacher = pair()
     taught = digest(named_tensors(teacher.net))

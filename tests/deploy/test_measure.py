@@ -166,6 +166,7 @@ def reference(folder: Path, rows: Sequence[harness.Row]) -> float:
     return float(total / count)
 
 
+@pytest.mark.slow
 def test_a_process_measures_what_the_model_gives_and_its_own_memory(artefact: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [(rng.integers(0, 260, n).tolist(), k) for n, k in ((9, 4), (17, 0), (6, 5))]

@@ -360,7 +360,7 @@ def compiled() -> None:
 @pytest.mark.parametrize(
     ("name", "which"),
     [
-        ("fedit", "wide"),
+        pytest.param("fedit", "wide", marks=pytest.mark.slow),
         pytest.param("mezo", "wide", marks=pytest.mark.slow),
         pytest.param("fedpetuning", "deep", marks=pytest.mark.slow),
     ],

@@ -348,6 +348,7 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
     assert "stopping after this step" in said[0]
 
 
+@pytest.mark.faults
 def test_sigterm_ends_a_run_as_ctrl_c_does(made, copy) -> None:
     folder, path = copy("fedkseed", "stopped")
     program = (

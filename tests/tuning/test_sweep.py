@@ -281,6 +281,7 @@ def test_a_whole_sweep_is_the_runs_that_tune_would_have_made(at, capsys):
     assert [e["name"] for e in events(out)] == [Path(e["run"]).name for e in runs]
 
 
+@pytest.mark.faults
 def test_ctrl_c_says_how_to_go_on_and_the_result_is_that_of_no_stop(at, capsys, monkeypatch):
     file, vary = at / "recipe.toml", ["--vary", "K=8,16"]
     file.write_text(RECIPE.format(rounds=3))
