@@ -8,37 +8,22 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import fleet_run
 import pytest
-from fleet_run import EVIL
+from fleet_run import EVIL, front, run
 from prometheus_client.parser import text_string_to_metric_families
 from serve_harness import ask, error_of
 
 from fleetune.cli.main import main
-from fleetune.deploy.serving.front import Front
 from fleetune.errors import UsageError
 from fleetune.fleet import page, prometheus, status
 from fleetune.fleet.page import LivePage, PagePlace
 from fleetune.runs.events import DeviceShown
-from fleetune.runs.rundir import RunDir
+
+__all__ = ["front", "run"]  # fixtures
 
 PATHS = ("/parts", "/status", "/metrics")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return fleet_run.write(tmp_path / "0001-fedkseed-tiny")
-
-
-@pytest.fixture
-def front(run: Path) -> Iterator[Front]:
-    live = LivePage()
-    with RunDir(run), page.listening("127.0.0.1", 0, "", live) as found:
-        live.show(run)
-        yield found
 
 
 def test_the_page_and_what_it_asks_for(front, run):

@@ -11,12 +11,13 @@ import browser
 import fleet_run
 import pytest
 from browser import Page
-from fleet_run import EVIL, client, done
+from fleet_run import EVIL, client, done, front, run
 
 from fleetune.deploy.serving.front import Front
 from fleetune.fleet import page
 from fleetune.fleet.page import LivePage
-from fleetune.runs.rundir import RunDir
+
+__all__ = ["front", "run"]  # fixtures
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,19 +26,6 @@ pytestmark = [
 
 ROWS = "document.querySelectorAll('#part-devices tbody tr').length"
 STATE = "document.getElementById('state').textContent"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return fleet_run.write(tmp_path / "0001-fedkseed-tiny")
-
-
-@pytest.fixture
-def front(run: Path) -> Iterator[Front]:
-    live = LivePage()
-    with RunDir(run), page.listening("127.0.0.1", 0, "", live) as found:
-        live.show(run)
-        yield found
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ for bit).
 `ClientHessians` simulates the devices one after the other with one model.  A device's hidden states wait on disk, so memory
 does not grow with the number of devices.  Real devices do the same (`fleet/calibration_device.py`).
 
-The sums are private data: the rows of X can be recovered from X X^T when there are few of them.  On a real fleet, add
-them by secure aggregation, or use only devices of one owner.
+The sums are private data: the rows of X can be recovered from X X^T when there are few of them.  On a real fleet, use
+only devices of one owner.
 """
 
 from __future__ import annotations
