@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
@@ -416,3 +417,20 @@ def without_folder(njit):
         return njit(*args, **options)
 
     return refuse
+
+
+def test_slow_compiling_is_said_and_quick_is_not(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba_cache, "SILENT", 0.01)
+    with numba_cache.said_when_slow():
+        time.sleep(0.1)
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "compiling the kernels for this processor"
+    ]
+    caplog.clear()
+    monkeypatch.setattr(numba_cache, "SILENT", 0.05)
+    with numba_cache.said_when_slow():
+        pass
+    time.sleep(0.1)
+    assert not caplog.records

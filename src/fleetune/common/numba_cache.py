@@ -3,10 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 import numba
+
+log = logging.getLogger(__name__)
+
+SILENT: Final = 5.0  # seconds of compiling after which it is said
 
 
 def cached_njit(function: Callable[..., None]) -> Callable[..., None]:
@@ -19,10 +26,31 @@ def cached_njit(function: Callable[..., None]) -> Callable[..., None]:
     except RuntimeError:  # no folder for it
         compiled = numba.njit(nogil=True, error_model="numpy")(function)
 
+    known = False
+
     def call(*args: Any) -> None:
-        try:
+        nonlocal known
+        if known:
             compiled(*args)
-        except OSError:  # compiled, but not written; nothing has been computed yet
-            compiled(*args)
+            return
+        with said_when_slow():
+            try:
+                compiled(*args)
+            except OSError:  # compiled, but not written; nothing has been computed yet
+                compiled(*args)
+        known = True
 
     return call
+
+
+@contextmanager
+def said_when_slow() -> Iterator[None]:
+    """Say that kernels are being compiled where the body takes more than some seconds."""
+    words = "compiling the kernels for this processor: once per installation, minutes on a small machine"
+    timer = threading.Timer(SILENT, log.warning, [words])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
