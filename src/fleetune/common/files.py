@@ -52,8 +52,11 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int | None = None) -> N
     """Write `data` to a temporary file beside `path`, flush it to the disk, and rename it into place.
 
     `mode` is the file's mode (default: by the umask).  StorageError when the disk is full, read-only or
-    the folder is missing; then `path` is what it was.
+    the folder is missing, or where `path` is a device, a pipe or a folder, which renaming would replace; then `path`
+    is what it was.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise StorageError(f"{path} is not a regular file", hint="give the name of a file")
     raw = data.encode() if isinstance(data, str) else data
     temporary: str | None = None
     try:

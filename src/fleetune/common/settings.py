@@ -21,14 +21,19 @@ T = TypeVar("T")
 
 Value = str | int | float | bool  # of an option or a setting
 
+AUTO = "auto"  # the value of a setting that is to be found before the work begins
 
-def setting(default: T, symbol: str, help: str, *, only_if: str = "") -> T:
+
+def setting(
+    default: T, symbol: str, help: str, *, only_if: str = "", auto: bool = False, found: bool = False
+) -> T:
     """Declare a field of a settings dataclass: its default, the paper's symbol for it, and a help text.
 
     `only_if` says when it has an effect: NAME where that other setting is not 0, empty or false, NAME=VALUE|VALUE where it
-    has one of these values.
+    has one of these values.  `auto`: the value `auto` is taken too, and stands for one that is found before the work begins;
+    `found`: it is also what stands where no value is given.
     """
-    about = {"symbol": symbol, "help": help, "only_if": only_if}
+    about = {"symbol": symbol, "help": help, "only_if": only_if, "auto": auto or found, "found": found}
     declared: T = dataclasses.field(default=default, metadata=about)
     return declared
 
@@ -43,6 +48,13 @@ class Setting:
     symbol: str
     help: str
     only_if: str = ""
+    auto: bool = False
+    found: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The default in words."""
+        return f"auto (published: {self.default})" if self.found else str(self.default)
 
     def has_effect(self, chosen: object) -> bool:
         """Whether it has an effect beside the other values of `chosen`, an instance of its class."""
@@ -64,6 +76,8 @@ def of(cls: type) -> list[Setting]:
             f.metadata.get("symbol", f.name),
             f.metadata.get("help", ""),
             f.metadata.get("only_if", ""),
+            f.metadata.get("auto", False),
+            f.metadata.get("found", False),
         )
         for f in dataclasses.fields(cls)
     ]
@@ -99,7 +113,7 @@ def pairs(texts: Sequence[str]) -> dict[str, str]:
 
 
 def make(cls: type[T], name: str, values: Mapping[str, Any], *, hint: str) -> T:
-    """Return a `cls` with these values (texts are parsed), called `name` in errors.
+    """Return a `cls` with these values (texts are parsed), called `name` in errors; for `auto` stands the default.
 
     RecipeError lists all that is wrong.
     """
@@ -109,6 +123,8 @@ def make(cls: type[T], name: str, values: Mapping[str, Any], *, hint: str) -> T:
         if key not in known:
             guess = suggest(key, known, cutoff=0.5)
             problems.append(f"{name} has no setting '{key}'.{guess} It has: {', '.join(known)}")
+            continue
+        if value == AUTO and known[key].auto:
             continue
         try:
             parsed[key] = _parse(value, known[key].type)

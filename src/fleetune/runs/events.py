@@ -92,6 +92,22 @@ class TuneStart(Recorded):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RateFound(Recorded):
+    """A learning rate that was found before round 1."""
+
+    event: ClassVar[str] = "rate"
+    setting: str  # its name among the method's settings
+    rate: float  # the learning rate
+    way: str  # slopes (along random directions) or trial (of several rates)
+    why: str  # in words
+    seconds: float  # that it took
+    rates: Sequence[float] | None = None  # of a trial: the rates that were tried, ascending
+    losses: Sequence[float] | None = None  # the loss after each of them
+    slopes: Sequence[float] | None = None  # along each random direction
+    curvatures: Sequence[float] | None = None  # along each random direction
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientReply(Recorded):
     """Outcome of one client in a round, when its reply has come.
 

@@ -12,7 +12,7 @@ import numpy as np
 from fleetune import adapters
 from fleetune.data.encode import digest
 from fleetune.models.model import Model
-from fleetune.runs.events import TuneStart
+from fleetune.runs.events import RateFound, TuneStart
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods
@@ -20,6 +20,7 @@ from fleetune.tuning.methods import Method
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
+    from fleetune.tuning.rates import Found
     from fleetune.tuning.recipe import Recipe
 
 TRAINED: dict[str, Callable[[Model], int]] = {
@@ -53,6 +54,15 @@ def start(job: TuneJob, rows: Sequence[int]) -> TuneStart:
         column=shown if few else parts.column,
         counts={name: [part.count(name) for part in values] for name in names} if few else None,
         held_out_digest=digest([job.held]),
+    )  # fmt: skip
+
+
+def rate(found: Found) -> RateFound:
+    """Return the event of a learning rate that was found."""
+    return RateFound(
+        setting=found.setting, rate=found.rate, way=found.way, why=found.why, seconds=found.seconds,
+        rates=[t.rate for t in found.tried] or None, losses=[t.loss for t in found.tried] or None,
+        slopes=found.slopes or None, curvatures=found.curvatures or None,
     )  # fmt: skip
 
 

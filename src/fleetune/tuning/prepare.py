@@ -7,6 +7,7 @@ The data are read before the model, since that is faster.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,10 +25,13 @@ from fleetune.evaluation.answers import require_text_model
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
-from fleetune.tuning import kinds, labels, methods, robust, rounds
+from fleetune.tuning import kinds, labels, methods, rates, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import Method, MethodEntry
+from fleetune.tuning.rates import Found
 from fleetune.tuning.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class TuneJob:
     dropped: int  # rows of whose answer the tokenizer leaves nothing
     cut: int  # rows whose answers do not fit max_length, and lose their end
     objective: str  # what the method minimises, by name
+    found: list[Found]  # learning rates that were found before round 1
     words: tuple[str, ...]  # label words that a causal model's accuracy is measured by; none: it is not
 
 
@@ -78,6 +83,8 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         except ValueError as error:
             problems.append(str(error))
     problems += labels.problems(recipe)
+    if not problems:
+        problems += rates.problems(recipe, methods.make(recipe.method, recipe.set))
     if not problems:
         problems += _of_fleet(methods.make(recipe.method, recipe.set), recipe)
     if recipe.stragglers and not recipe.deadline and recipe.over_selection == 1:
@@ -141,8 +148,18 @@ def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split
     return Split(examples, [train[part] for part in parts], held, column)
 
 
-def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) -> TuneJob:
-    """Check a recipe and load what it names; for a fleet that is not simulated, the held-out rows alone."""
+def prepare(
+    recipe: Recipe,
+    *,
+    offline: bool = False,
+    simulated: bool = True,
+    find: bool = True,
+    note: Callable[[str], None] = log.info,
+) -> TuneJob:
+    """Check a recipe and load what it names; for a fleet that is not simulated, the held-out rows alone.
+
+    With `find`, learning rates that are to be found are found, which takes some steps; `note` is told before.
+    """
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
     parts = split(recipe, entry, offline=offline)
@@ -169,6 +186,13 @@ def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) ->
             ],
             hint="lower --quorum, or raise --participation",
         )
+    found: list[Found] = []
+    if find and (names := rates.wanted(recipe)):
+        note(f"finding {' and '.join(names)} on training rows ..")
+        aside = set(parts.held.tolist())
+        train = [encoded[row] for i, row in place.items() if i not in aside]
+        recipe, found = rates.find(recipe, model, train, asked)
+        method = methods.make(recipe.method, recipe.set)
     empty = [c for c, part in enumerate(rows) if not part]
     if empty:
         raise DataError(
@@ -187,7 +211,7 @@ def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) ->
         examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
         prompts=[parts.examples[i] for i in held[: max(recipe.rouge_rows, recipe.samples)]],
         dropped=len(parts.examples) - len(kept), cut=sum(row.lost > 0 for row in encoded),
-        objective=objective, words=labels.measured(recipe, objective, parts.examples),
+        objective=objective, found=found, words=labels.measured(recipe, objective, parts.examples),
     )  # fmt: skip
 
 
@@ -228,5 +252,5 @@ SMALL = 5_000_000  # parameters
 def dry_run(recipe: Recipe, *, offline: bool) -> TuneChecked:
     """Load the data and model of a recipe and check it; write nothing."""
     check(recipe)
-    job = prepare(recipe, offline=offline)
+    job = prepare(recipe, offline=offline, find=False)
     return TuneChecked(clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held))

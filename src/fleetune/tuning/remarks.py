@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from fleetune.common.display import show
+from fleetune.common.display import human_time, show
 from fleetune.evaluation.losses import class_measures, response_loss
 from fleetune.runs import rundir
 from fleetune.runs.rundir import RunDir
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
+    from fleetune.tuning.rates import Found
 
 NEW_HEAD: Final = "the classification head is new and starts at random: the base row is of the encoder with that untrained head"
 PROBE: Final = 8  # held-out rows that tell whether the start is the base
@@ -40,6 +41,11 @@ def of_answers(job: TuneJob) -> list[str]:
             "which the prompt keeps a quarter; raise --max-length"
         )
     return found
+
+
+def of_rate(found: Found) -> str:
+    """Say which learning rate was found, and how."""
+    return f"{found.setting} = {found.rate:g}, found in {human_time(found.seconds)}: {found.why}"
 
 
 def probe(job: TuneJob) -> float:

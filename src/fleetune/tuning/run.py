@@ -122,7 +122,8 @@ def start(
     fleets.check(recipe)
     rundir.check_writable(out)
     with _ONE_AT_A_TIME:
-        job = prepare(recipe, offline=offline, simulated=fleets.simulated)
+        job = prepare(recipe, offline=offline, simulated=fleets.simulated, note=listener.note)
+        recipe = job.recipe
         with rundir.create(out, recipe.method, recipe.model) as folder:
             return TuneResult(folder.path.absolute(), tune(job, folder, listener, fleets))
 
@@ -142,7 +143,7 @@ def resume(path: Path, listener: Listener, *, offline: bool, fleets: Fleets = SI
         return found
     with _ONE_AT_A_TIME, RunDir(path) as folder:
         rundir.check_writable(path)
-        job = prepare(recipe, offline=offline, simulated=fleets.simulated)
+        job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False)
         return TuneResult(path.absolute(), tune(job, folder, listener, fleets))
 
 
@@ -230,6 +231,8 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     def begin() -> None:
         assert base is not None
         emit(describe.start(job, fleet.rows))
+        for found in job.found:
+            emit(describe.rate(found))
         emit(round_evaluated(0, base.measured))
         _start(job, run, base, first, listener)
 
@@ -300,7 +303,7 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     run.write("run.toml", recipes.to_toml(recipe))
     run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(describe.of_model(job))) + "\n")
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
-    for remark in remarks.of_answers(job):
+    for remark in [*map(remarks.of_rate, job.found), *remarks.of_answers(job)]:
         listener.note(remark)
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))

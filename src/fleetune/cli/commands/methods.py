@@ -44,5 +44,5 @@ def _settings(name: str, ui: Ui) -> None:
         ui.paths([
             ("method", entry.summary), ("paper", entry.paper), ("sends", entry.sends), ("leaves", entry.kind)
         ])  # fmt: skip
-        rows = [[s.name, s.symbol, s.type.__name__, s.default, s.help] for s in found]
+        rows = [[s.name, s.symbol, s.type.__name__, s.shown, s.help] for s in found]
         ui.table(["--set", "symbol", "type", "default", "meaning"], rows, align="lllll")

@@ -6,7 +6,8 @@
 hyper-parameters, each `name: type = setting(default, symbol, help)`, with the functions of the Protocol below.  A
 setting that acts only beside another says so with `only_if` (`common/settings.py`).  Optional: the constants `CLIENTS`
 (a usual fleet, 8 unless stated) and `RECOMMENDED` (1 is the first that `plan` considers), and the functions of the
-Protocols `Reports`, `Kinds`, `TakesLate`, `Measured`, `Combines`, `Reads`, `Sized` and `Planned`.
+Protocols `Reports`, `Kinds`, `TakesLate`, `Measured`, `Combines`, `Reads`, `Sized`, `FromSlopes` and `Planned`;
+`rate_at_server`, true where the learning rate acts on the server alone.
 
 Other packages register a module of the same shape under the entry-point group `fleetune.methods`.
 """
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from fleetune.data import Batches
     from fleetune.models.model import Model
     from fleetune.models.shapes import Shape
+    from fleetune.seeds.slopes import Slopes
     from fleetune.tuning.footprint import Footprint
 
 REGISTRY = Registry("method", __name__, "fleetune.methods", ("KIND", "PAPER", "SENDS"), "fleetune methods")
@@ -172,6 +174,22 @@ class Sized(Protocol):
         """Return this method with so many local steps a round, each on so many rows."""
         ...
 
+    def local_steps(self, rows: int) -> int:
+        """Return how many local steps a device with so many rows takes in a round."""
+        ...
+
+
+@runtime_checkable
+class FromSlopes(Protocol):
+    """A method whose device takes two-point steps: slopes along random directions give its learning rate."""
+
+    def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
+        """Return the learning rate by what was measured at some points, 0 where none can be told.
+
+        `clients` is the number of those that are asked in a round.
+        """
+        ...
+
 
 @runtime_checkable
 class Planned(Protocol):
@@ -268,6 +286,11 @@ def check_files(method: Method) -> None:
     """Raise DataError when a file that `init` will read cannot be read."""
     if isinstance(method, Reads):
         method.check_files()
+
+
+def local_steps(method: Method, rows: int) -> int:
+    """Return how many local steps a device with so many rows takes in a round; 1 where the method does not say."""
+    return method.local_steps(rows) if isinstance(method, Sized) else 1
 
 
 def sized(method: Method, steps: int, batch_size: int) -> Method:

@@ -77,7 +77,7 @@ class Method:
     r: int = setting(16, "r", "rank of the adapters")
     alpha: int = setting(16, "α", "LoRA scale; the update is (alpha / r) B A")
     dropout: float = setting(0.05, "p", "LoRA dropout")
-    lr: float = setting(3e-4, "η", "AdamW learning rate")
+    lr: float = setting(3e-4, "η", "AdamW learning rate", auto=True)
     epochs: int = setting(1, "E", "local epochs a round (Shepherd's code: 10)", only_if="steps=0")
     batch_size: int = setting(8, "B", "rows a step")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
@@ -211,6 +211,9 @@ class Method:
 
     def check_files(self) -> None:
         _lora_start.check_files(self.start, self.start_data)
+
+    def local_steps(self, rows: int) -> int:
+        return len(self.training().rates(rows))
 
     def sized(self, steps: int, batch_size: int) -> Method:
         return replace(self, steps=steps, batch_size=batch_size)

@@ -48,8 +48,10 @@ from fleetune.data import Batches
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
+from fleetune.seeds import slopes
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.noise import POOLS
+from fleetune.seeds.slopes import Slopes
 from fleetune.seeds.spsa import descend, uniforms
 from fleetune.tuning import server_rules
 from fleetune.tuning.footprint import Footprint, placeholder_ledger
@@ -80,7 +82,7 @@ class Method:
 
     K: int = setting(1024, "K", "directions in the pool (a power of two for law=hashed)")
     tau: int = setting(200, "τ", "local steps a round")
-    lr: float = setting(3e-7, "η", "learning rate")
+    lr: float = setting(3e-7, "η", "learning rate", found=True)
     eps: float = setting(5e-4, "ε", "size of the perturbation")
     batch_size: int = setting(1, "B", "rows a step")
     law: str = setting("hashed", "law", "directions: hashed, pooled, rademacher or gaussian")
@@ -91,7 +93,7 @@ class Method:
     objective: str = setting("loss", "f", "loss, accuracy, rouge_l, f1 or package.module:function")
     backprop: float = setting(0.0, "β", "share of the clients that back-propagate, in whole percent")
     backprop_lr: float = setting(
-        3e-4, "η_b", "learning rate of a client that back-propagates", only_if="backprop"
+        3e-4, "η_b", "learning rate of a client that back-propagates", only_if="backprop", found=True
     )
     backprop_steps: int = setting(
         10, "τ_b", "local steps of a client that back-propagates", only_if="backprop"
@@ -249,8 +251,15 @@ class Method:
     def apply(self, model: Model, state: State) -> None:
         _zeroth.place_at(model, state.ledger)
 
+    def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
+        """Return the rate for the mean of clients that walk along directions of their own."""
+        return slopes.rate(points, self.batch_size, averaged=clients)
+
     def sized(self, steps: int, batch_size: int) -> Method:
         return replace(self, tau=steps, batch_size=batch_size)
+
+    def local_steps(self, rows: int) -> int:
+        return self.tau
 
     def footprint(self, shape: Shape) -> Footprint:
         none = np.zeros(self.K)

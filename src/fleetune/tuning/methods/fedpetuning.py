@@ -73,7 +73,9 @@ class Method:
 
     module: str = setting("lora", "module", "full, prefix, adapter, lora, bitfit or prompt")
     size: int = setting(0, "r", "rank, inner size or tokens (0: lora 16, adapter 16, prefix 64, prompt 20)")
-    lr: float = setting(0.0, "η", "AdamW learning rate (0: the module's own, between 5e-5 and 3e-2)")
+    lr: float = setting(
+        0.0, "η", "AdamW learning rate (0: the module's own, between 5e-5 and 3e-2)", auto=True
+    )
     epochs: int = setting(1, "E", "local epochs a round", only_if="steps=0")
     batch_size: int = setting(32, "B", "rows a step")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
@@ -174,6 +176,9 @@ class Method:
 
     def check_files(self) -> None:
         _lora_start.check_files(self.start, self.start_data)
+
+    def local_steps(self, rows: int) -> int:
+        return len(self.training().rates(rows))
 
     def sized(self, steps: int, batch_size: int) -> Method:
         return replace(self, steps=steps, batch_size=batch_size)

@@ -111,7 +111,7 @@ class Method:
     )
     P: int = setting(1, "P", "directions a device tries in a round")
     h: float = setting(0.01, "h", "size of the perturbation")
-    lr: float = setting(0.01, "η", "learning rate of the server's SGD")
+    lr: float = setting(0.01, "η", "learning rate of the server's SGD", found=True)
     decay: int = setting(3000, "T", "rounds over which the rate falls linearly to 0 (0: stays)")
     batch_size: int = setting(8, "B", "rows a device evaluates")
     variance_gate: bool = setting(True, "gate", "ask for more directions until they agree")
@@ -254,6 +254,13 @@ class Method:
         """Return what the gate and the ranking did in the round: see `State`."""
         names = ("n", "variance", "moved", "batch", "along", "cosine")
         return {name: float(getattr(state, name)) for name in names}
+
+    @property
+    def rate_at_server(self) -> bool:
+        return True
+
+    def local_steps(self, rows: int) -> int:
+        return self.P
 
     def sized(self, steps: int, batch_size: int) -> Method:
         return replace(self, P=steps, batch_size=batch_size)

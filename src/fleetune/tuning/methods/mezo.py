@@ -25,7 +25,7 @@ own data and the server takes the mean of their scalars, direction by direction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,7 +36,9 @@ from fleetune.data import Batches
 from fleetune.evaluation import objectives
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
+from fleetune.seeds import slopes
 from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.slopes import Slopes
 from fleetune.seeds.spsa import descend
 from fleetune.tuning.footprint import Footprint, placeholder_ledger
 from fleetune.tuning.messages import Payload, ReplySpec
@@ -62,7 +64,7 @@ class State(NamedTuple):
 class Method:
     """Hyper-parameters with the paper's symbols and defaults (full-parameter setting, Table 15)."""
 
-    lr: float = setting(1e-6, "η", "learning rate")
+    lr: float = setting(1e-6, "η", "learning rate", found=True)
     eps: float = setting(1e-3, "ε", "size of the perturbation")
     batch_size: int = setting(16, "B", "rows a step")
     tau: int = setting(50, "τ", "steps a round (between two evaluations)")
@@ -143,8 +145,15 @@ class Method:
     def apply(self, model: Model, state: State) -> None:
         _zeroth.place_at(model, state.ledger)
 
+    def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
+        """Return the rate for batches of all clients together: they walk along the same directions."""
+        return slopes.rate(points, self.batch_size * clients)
+
     def sized(self, steps: int, batch_size: int) -> Method:
         return replace(self, tau=steps, batch_size=batch_size)
+
+    def local_steps(self, rows: int) -> int:
+        return self.tau
 
     def footprint(self, shape: Shape) -> Footprint:
         return Footprint("two-point", state=State(placeholder_ledger(self.K), self.K, 0))

@@ -78,7 +78,7 @@ class State(NamedTuple):
 class Method:
     """Hyper-parameters with the defaults of the paper's code."""
 
-    lr: float = setting(1e-4, "η", "learning rate")
+    lr: float = setting(1e-4, "η", "learning rate", found=True)
     eps: float = setting(1e-3, "ε", "size of the perturbation")
     batch_size: int = setting(64, "B", "rows a direction")
     directions: int = setting(30, "n", "directions that a machine tries in a step")
@@ -197,6 +197,13 @@ class Method:
 
     def apply(self, model: Model, state: State) -> None:
         _zeroth.place_at(model, state.ledger)
+
+    @property
+    def rate_at_server(self) -> bool:
+        return True
+
+    def local_steps(self, rows: int) -> int:
+        return self.directions
 
     def sized(self, steps: int, batch_size: int) -> Method:
         pool = max(self.K, 1 << (steps - 1).bit_length())  # holds at least the directions of a step

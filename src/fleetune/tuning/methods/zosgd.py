@@ -28,7 +28,7 @@ measured instead of quoted; there is no reason to train with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from fleetune.common.settings import setting
 from fleetune.data import Batches
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
+from fleetune.seeds.slopes import Slopes
 from fleetune.tuning.footprint import Footprint
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, mezo
@@ -52,7 +53,7 @@ CLIENTS = 1
 class Method:
     """Hyper-parameters, with MeZO's defaults, since the two are compared."""
 
-    lr: float = setting(1e-6, "η", "learning rate")
+    lr: float = setting(1e-6, "η", "learning rate", found=True)
     eps: float = setting(1e-3, "ε", "size of the perturbation")
     batch_size: int = setting(16, "B", "rows a step")
     tau: int = setting(50, "τ", "steps a round (between two evaluations)")
@@ -102,8 +103,14 @@ class Method:
     def apply(self, model: Model, state: mezo.State) -> None:
         self.step().apply(model, state)
 
+    def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
+        return self.step().rate_from(points, clients)
+
     def sized(self, steps: int, batch_size: int) -> Method:
         return replace(self, tau=steps, batch_size=batch_size)
+
+    def local_steps(self, rows: int) -> int:
+        return self.tau
 
     def footprint(self, shape: Shape) -> Footprint:
         return self.step().footprint(shape)._replace(stores_direction=True)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure slope, noise and curvature along random directions, and derive the learning rate of two-point descent.
+
+A step of two-point descent along a direction z of +1s and -1s is w <- w - eta g z, with g = z . grad L_B the slope on a
+batch B (Malladi et al. 2023, arXiv 2305.17333).  Over z and B the loss changes by
+
+    E[change] = -eta G + (eta^2 / 2) h (G + s^2 / b),      G = |grad L|^2,   h = E[z' H z] = tr H,
+
+where s^2 / b is the variance that the rows of a batch of b give to the slope.  The second term neglects what is of the order
+of the largest eigenvalue beside the trace.  The change is least at eta = G / (h (G + s^2 / b)), and positive from twice that
+on.  A run takes a share of it (`CAREFUL`), because G falls while the noise stays.
+
+Everything comes from three losses along each of a few directions, row by row, at w, w + eps z and w - eps z:
+
+    slope of a row          g_i = (l+_i - l-_i) / (2 eps);  the batch's g is their mean weighted by answer tokens,
+    its variance s^2 / b    that of a ratio of sums (Cochran 1977, Sampling Techniques, section 2.11),
+    G                       the mean of g^2 less that variance, over the directions,
+    h                       the mean of |l+ + l- - 2 l0| / eps^2: where the loss is concave along z no step is safer.
+
+Curvature can be low at the base and several times as high a few steps away.  So a short walk at the rate that was found is
+taken, all is measured once more where it leads, and the higher curvature and the lower share of signal count (`rate`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from fleetune.data import Batch, Batches, Encoded, collate
+from fleetune.evaluation.losses import batch_loss, pad_id, row_losses
+from fleetune.models.model import Model, named_tensors
+from fleetune.seeds.noise import probe, run_key
+from fleetune.seeds.spsa import Position, descend, two_point
+from fleetune.seeds.view import View
+
+DIRECTIONS: Final = 6  # at a point
+ROWS: Final = 24  # of a direction
+STEPS: Final = 16  # of the walk
+GRID: Final = 1e-9  # of the walk's coefficients: a fraction of any weight's own precision
+LIMIT: Final = (1 << 31) - 1
+CAREFUL: Final = 0.4  # share of the rate at which the first step's loss is least
+CAP: Final = 0.35  # lr times curvature, at most: a walk that is averaged with others must itself be stable
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """What was measured along some directions at one point.  Units: nats, and weights in their own unit."""
+
+    gradient: float  # G, the squared norm of the gradient
+    noise: float  # s^2, the variance of a slope on one row
+    curvature: float  # h, the trace of the Hessian
+    slopes: tuple[float, ...]  # of each direction
+    curvatures: tuple[float, ...]  # of each direction, with its sign
+
+    def signal(self, batch: int) -> float:
+        """Return the share of a squared slope on so many rows that is the gradient's: 0 to 1."""
+        seen = self.gradient + self.noise / batch
+        return max(0.0, self.gradient / seen) if seen > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How to measure: the directions' law and pool, the size of the perturbation, a key, and the rows of a step."""
+
+    law: str
+    K: int
+    eps: float
+    key: int
+    batch: int
+
+
+def rate(points: Sequence[Slopes], batch: int, averaged: float = 1.0) -> float:
+    """Return the learning rate for batches of so many rows, by the least favourable of the points.
+
+    `averaged` devices walk along directions of their own and are averaged: the noise of the mean is that much less, while
+    each walk must be stable alone.  0 where nothing can be told: no slope beyond the noise of the rows, or no curvature.
+    """
+    curvature = max(point.curvature for point in points)
+    signal = min(point.signal(batch) for point in points)
+    if not (curvature > 0 and math.isfinite(curvature)):
+        return 0.0
+    return min(CAREFUL * signal * math.sqrt(averaged), CAP) / curvature
+
+
+def measure(
+    model: Model, rows: Sequence[Encoded], how: Probe, choose: Callable[[Slopes], float]
+) -> list[Slopes]:
+    """Return what is found at the base and, unless `choose` makes no rate of that, where a walk at its rate leads.
+
+    The model is left as it was.  Takes 3 forward passes over the rows of each direction, and 2 over those of each step.
+    """
+    key = run_key(how.key.to_bytes(8, "little"))
+    view = View(named_tensors(model.net), model.net, run_key=key, law=how.law, grid=GRID)
+    model.attachment = view
+    try:
+        points = [_at_point(model, view, rows, how, 0)]
+        if step := choose(points[0]):
+            _walk(model, view, rows, how, step)
+            points.append(_at_point(model, view, rows, how, DIRECTIONS))
+    finally:
+        view.remove()
+        model.attachment = None
+    return points
+
+
+def _at_point(model: Model, view: View, rows: Sequence[Encoded], how: Probe, first: int) -> Slopes:
+    """Measure along `DIRECTIONS` members of the pool from `first` on, each on up to `ROWS` of the rows."""
+    size, found = min(ROWS, len(rows)), []
+    for k in range(first, first + DIRECTIONS):
+        few = [rows[(k * size + i) % len(rows)] for i in range(size)]
+        batch = collate(few, pad_id(model), model.device)
+        middle, tokens = row_losses(model, batch)
+        sides: list[np.ndarray] = []
+        two_point(
+            view, probe(how.law, how.K, k % how.K), how.eps, functools.partial(_heard, model, batch, sides)
+        )
+        found.append(along(middle, sides[0], sides[1], tokens, how.eps))
+    slopes, variances, curvatures = (np.array(column) for column in zip(*found, strict=True))
+    noise = float(variances.mean())
+    return Slopes(
+        float((slopes**2).mean()) - noise, noise * size, float(np.abs(curvatures).mean()),
+        tuple(slopes.tolist()), tuple(curvatures.tolist()),
+    )  # fmt: skip
+
+
+def _heard(model: Model, batch: Batch, sides: list[np.ndarray]) -> float:
+    """Add the losses of the rows to `sides`; return their sum."""
+    sides.append(row_losses(model, batch)[0])
+    return float(sides[-1].sum())
+
+
+def _walk(model: Model, view: View, rows: Sequence[Encoded], how: Probe, step: float) -> None:
+    """Take `STEPS` two-point steps at a rate from the base; the view stays where they lead."""
+    position = Position(how.law, how.K, np.zeros(0, np.uint64), np.zeros(0, np.int64))
+    batches = Batches(rows, pad_id(model), how.key, model.device).steps(STEPS, min(how.batch, ROWS))
+    ids = [(1 << 32) | (k % how.K) for k in range(STEPS)]  # of another pool than what is measured
+    descend(
+        model, view, position, ids, batches, batch_loss, eps=how.eps, clip=0.0,
+        to_units=lambda _, g: max(-LIMIT, min(LIMIT, round(-g * step / GRID))),
+    )  # fmt: skip
+
+
+def along(
+    middle: np.ndarray, plus: np.ndarray, minus: np.ndarray, tokens: np.ndarray, eps: float
+) -> tuple[float, float, float]:
+    """Return (slope, variance of the slope, curvature) along one direction.
+
+    Takes the summed losses float64[b] of each row at w, w + eps z and w - eps z, and its answer tokens int64[b].
+    """
+    total, rows = int(tokens.sum()), len(tokens)
+    own = (plus - minus) / (2 * eps)
+    slope = float(own.sum()) / total
+    rest = own - slope * tokens
+    variance = float((rest**2).sum()) * rows / max(1, rows - 1) / total**2
+    return slope, variance, float((plus + minus - 2 * middle).sum()) / total / eps**2

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find a learning rate before round 1, so that nobody has to guess it (`lr=auto`).
+
+A method says how its rate acts, and that decides how the rate is found:
+
+    FromSlopes       two-point descent along random directions: slope, noise and curvature give the rate (`seeds/slopes`)
+    rate_at_server   the server steps by it: devices work once, the server's step is tried at many rates (`trial`)
+    any other        one round of a few clients at each of some rates (`trial`)
+
+What is found is rounded to one of 1, 1.5, 2, 3, 5 and 7 times a power of ten: more digits would not be true, and machines whose
+float noise differs find the same.  It is written into the run's recipe, so a resumed or repeated run does not search again.
+The rows are training rows, the same for a simulated and for a real fleet, whose server has some in its own data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fleetune.common.settings import AUTO
+from fleetune.data import Encoded, keyed_order
+from fleetune.errors import RecipeError
+from fleetune.models.model import Model
+from fleetune.runs.report.page import counted
+from fleetune.seeds import slopes
+from fleetune.seeds.noise import derive
+from fleetune.tuning import methods
+from fleetune.tuning.methods import FromSlopes, Method
+from fleetune.tuning.rates import trial
+from fleetune.tuning.rates.trial import Bench, Tried
+from fleetune.tuning.recipe import Recipe
+
+STEPS: Final = 8  # of a device in a trial, at most
+CLIENTS: Final = 2  # of a trial on the server
+MEASURED: Final = 32  # rows on which a trial is measured, at most
+SERIES: Final = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A learning rate, and how it was found."""
+
+    setting: str  # its name: lr
+    rate: float
+    way: str  # slopes or trial
+    why: str  # in words
+    tried: tuple[Tried, ...] = ()  # of a trial
+    slopes: tuple[float, ...] = ()  # along each direction
+    curvatures: tuple[float, ...] = ()
+    seconds: float = 0.0
+
+
+def wanted(recipe: Recipe) -> list[str]:
+    """Return the settings whose value is to be found: those that say auto, and those that are found unless given."""
+    method = methods.make(recipe.method, recipe.set)
+    return [
+        s.name
+        for s in methods.settings(recipe.method)
+        if s.auto and s.has_effect(method) and recipe.set.get(s.name, AUTO if s.found else None) == AUTO
+    ]
+
+
+def problems(recipe: Recipe, method: Method) -> list[str]:
+    """Say why a rate that is asked for by name cannot be found."""
+    objective = str(getattr(method, "objective", "loss"))
+    asked = [name for name, value in recipe.set.items() if value == AUTO]
+    if asked and objective != "loss" and isinstance(method, FromSlopes):
+        return [
+            f"{asked[0]}=auto is found from slopes of the loss, and the objective is {objective!r}: give a number"
+        ]
+    return []
+
+
+def find(recipe: Recipe, model: Model, rows: Sequence[Encoded], clients: int) -> tuple[Recipe, list[Found]]:
+    """Return the recipe with every rate that is to be found, and how each was found.
+
+    `rows` are training rows that the server has, `clients` is the number of those asked in a round.
+    """
+    found = []
+    for name in wanted(recipe):
+        done = _find(recipe, name, model, _few(rows, recipe.seed), clients)
+        if done is not None:
+            recipe = dataclasses.replace(recipe, set={**recipe.set, name: done.rate})
+            found.append(done)
+        else:
+            recipe = dataclasses.replace(recipe, set={n: v for n, v in recipe.set.items() if n != name})
+    return recipe, found
+
+
+def _few(rows: Sequence[Encoded], seed: int) -> list[Encoded]:
+    """Return some of the rows, in an order keyed by the seed."""
+    order = keyed_order(derive(seed, "rate rows"), 0, len(rows))
+    return [rows[i] for i in order[: slopes.DIRECTIONS * slopes.ROWS].tolist()]
+
+
+def _find(recipe: Recipe, name: str, model: Model, rows: Sequence[Encoded], clients: int) -> Found | None:
+    began = time.perf_counter()
+
+    switch = next(s.only_if for s in methods.settings(recipe.method) if s.name == name)
+    beside = {switch: 1} if switch else {}  # the rate of devices of one kind: all are of it in a trial
+
+    def make(rate: float) -> Method:
+        return methods.make(recipe.method, {**recipe.set, **beside, name: rate})
+
+    method = methods.make(recipe.method, recipe.set)
+    if isinstance(method, FromSlopes) and not switch:
+        if getattr(method, "objective", "loss") != "loss":
+            return None
+        found = from_slopes(method, name, model, rows, recipe.seed, clients)
+    else:
+        found = from_trial(method, make, name, model, rows, recipe)
+    return dataclasses.replace(found, seconds=round(time.perf_counter() - began, 3))
+
+
+def from_slopes(
+    method: FromSlopes, name: str, model: Model, rows: Sequence[Encoded], seed: int, clients: int
+) -> Found:
+    """Return the rate that slopes, noise and curvature along random directions give."""
+    m: Any = method
+    how = slopes.Probe(m.law, m.K, m.eps, derive(seed, "rate"), m.batch_size)
+    points = slopes.measure(model, rows, how, lambda point: method.rate_from([point], clients))
+    rate = method.rate_from(points, clients)
+    seen = max(points, key=lambda point: point.curvature)
+    found = Found(
+        name, float(m.lr), "slopes", "no slope beyond the noise of the rows: the published rate",
+        slopes=tuple(s for point in points for s in point.slopes),
+        curvatures=tuple(c for point in points for c in point.curvatures),
+    )  # fmt: skip
+    if not rate:
+        return found
+    why = (
+        f"curvature {seen.curvature:,.0f} along a direction, {100 * seen.signal(m.batch_size):.0f} % of a squared slope "
+        f"on {counted(m.batch_size, 'row')} is signal"
+    )
+    return dataclasses.replace(found, rate=rounded(rate), why=why)
+
+
+def from_trial(
+    method: Method,
+    make: Callable[[float], Method],
+    name: str,
+    model: Model,
+    rows: Sequence[Encoded],
+    recipe: Recipe,
+) -> Found:
+    """Return the rate after which the loss on rows that were not trained on is lowest."""
+    at_server = bool(getattr(method, "rate_at_server", False))
+    rows = rows[: MEASURED + STEPS * int(getattr(method, "batch_size", 8))]
+    measured = max(1, min(MEASURED, len(rows) // 3))
+    parts = rows[measured:] or rows
+    count = CLIENTS if at_server and len(parts) > 1 else 1
+    bench = Bench(model, [parts[i::count] for i in range(count)], rows[:measured], recipe.seed)
+    first = first_rate(method, name)
+    if at_server:
+        trials = trial.try_on_server(bench, make, first)
+    else:
+        trials = trial.try_on_devices(bench, lambda rate: shortened(make(rate), len(bench.clients[0])), first)
+    tried = trials.tried
+    if not any(math.isfinite(t.loss) for t in tried):
+        raise RecipeError(
+            [f"no learning rate was found for {recipe.method}: after each of {len(tried)} the model is lost"],
+            hint=f"give one: --set {name}=1e-4",
+        )
+    rate = rounded(trials.best())
+    return Found(
+        name,
+        rate,
+        "trial",
+        f"tried {len(tried)} rates for a round, from {tried[0].rate:.2g} to {tried[-1].rate:.2g}",
+        tuple(tried),
+    )
+
+
+def shortened(method: Method, rows: int) -> Method:
+    """Return the method with at most `STEPS` local steps."""
+    steps = methods.local_steps(method, rows)
+    return methods.sized(method, STEPS, getattr(method, "batch_size", 8)) if steps > STEPS else method
+
+
+def first_rate(method: Any, name: str) -> float:
+    """Return where a trial begins: the method's own default."""
+    return float(getattr(method, name)) or float(method.training().lr)
+
+
+def rounded(rate: float) -> float:
+    """Return the nearest of `SERIES` times a power of ten, by ratio."""
+    if not 0 < rate < math.inf:
+        return rate
+    power = 10.0 ** math.floor(math.log10(rate))
+    nearest = min(SERIES, key=lambda s: abs(math.log(rate / power / s)))
+    return float(f"{nearest * power:.2g}")

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Try learning rates on one round of a few clients, and take the one after which the loss on other rows is lowest.
+
+Methods whose rate acts on a device are tried whole, a rate at a time (`try_on_devices`).  Where the rate acts on the server
+alone (`Method.rate_at_server`), devices work once, and only the server's step is repeated (`try_on_server`).
+
+Each trial begins at the base model and leaves it as it was.  The rows of the trial are training rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from fleetune import adapters
+from fleetune.data import Batches, Encoded
+from fleetune.evaluation.losses import class_measures, pad_id, response_loss
+from fleetune.models.model import Model
+from fleetune.seeds.noise import derive
+from fleetune.seeds.view import View
+from fleetune.tuning import methods
+from fleetune.tuning.methods import Method, Reply
+
+FACTOR: Final = 3.0
+TRIALS: Final = 5  # in each direction, at most
+FINER: Final = 2.0  # of trials that cost an evaluation only
+FINE_TRIALS: Final = 14
+SLACK: Final = 0.1  # of the best fall of the loss
+MOVES: Final = 32  # rounds at most until a server that waits for agreement has moved
+
+
+class Tried(NamedTuple):
+    """A learning rate, and the loss (nats) after it; infinite where the model was lost."""
+
+    rate: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a trial is made on."""
+
+    model: Model
+    clients: Sequence[Sequence[Encoded]]
+    rows: Sequence[Encoded]  # measured on, not trained on
+    seed: int
+
+    def loss(self) -> float:
+        """Return the loss on the measured rows, infinite where it is no number."""
+        few = list(self.rows)
+        found = class_measures(self.model, few)[0] if self.model.labels else response_loss(self.model, few)
+        return found if math.isfinite(found) else math.inf
+
+    def begin(self, method: Method) -> Any:
+        """Return the method's first state."""
+        return method.init(self.model, derive(self.seed, "init"))
+
+    def round(self, method: Method, state: Any, number: int) -> list[Reply]:
+        """Return the good replies of all clients of the trial."""
+        kinds, good = methods.kinds_of(method, state), []
+        for client, rows in enumerate(self.clients):
+            key = derive(self.seed, "try", number, client)
+            batches = Batches(rows, pad_id(self.model), key, self.model.device, client)
+            payload = kinds[methods.kind_of(method, client)][0]
+            reply = method.local(self.model, payload, batches, key, {})
+            if all(np.isfinite(a).all() for a in reply.arrays.values() if a.dtype.kind == "f"):
+                good.append(Reply(client, key, reply))
+        return good
+
+
+class Trials(NamedTuple):
+    """What was tried, in the order of the rates, and the loss before."""
+
+    start: float
+    tried: list[Tried]
+
+    def best(self) -> float:
+        """Return the middle (by ratio) of the rates around the best one whose loss is as low, but for a tenth of the fall.
+
+        Losses after a few steps differ by chance; of a plateau the middle is the safest.  Where no loss fell, the lowest rate.
+        """
+        losses = [t.loss for t in self.tried]
+        at = min(range(len(losses)), key=losses.__getitem__)
+        if not losses[at] < self.start:
+            return self.tried[0].rate
+        low = high = at
+        as_low = losses[at] + SLACK * (self.start - losses[at])
+        while low > 0 and losses[low - 1] <= as_low:
+            low -= 1
+        while high < len(losses) - 1 and losses[high + 1] <= as_low:
+            high += 1
+        return math.sqrt(self.tried[low].rate * self.tried[high].rate)
+
+
+def try_on_devices(bench: Bench, make: Callable[[float], Method], first: float) -> Trials:
+    """Try rates up from `first` while it helps, then down likewise: the devices of the trial do a round at each."""
+
+    def loss_after(rate: float) -> float:
+        method = make(rate)
+        with restored(bench.model):
+            state = bench.begin(method)
+            replies = bench.round(method, state, 1)
+            if not replies:
+                return math.inf
+            method.apply(bench.model, method.aggregate(state, iter(replies)))
+            return bench.loss()
+
+    return climb(bench.loss(), loss_after, first, FACTOR, TRIALS)
+
+
+def climb(
+    start: float, loss_after: Callable[[float], float], first: float, factor: float, most: int
+) -> Trials:
+    """Try `first`, then rates `factor` times as large until the loss is clearly above the best, then smaller ones likewise.
+
+    Clearly: by more than a tenth of the best fall.  At most `most` rates in each direction.
+    """
+    tried = {first: loss_after(first)}
+    for ratio in (factor, 1 / factor):
+        rate = first
+        for _ in range(most):
+            best = min(tried.values())
+            rate *= ratio
+            tried[rate] = loss_after(rate)
+            if not tried[rate] <= best + SLACK * max(0.0, start - best):
+                break
+    return Trials(start, [Tried(rate, tried[rate]) for rate in sorted(tried)])
+
+
+def try_on_server(bench: Bench, make: Callable[[float], Method], first: float) -> Trials:
+    """Try rates around `first`: devices work once, at the base, then the server steps at each rate.
+
+    A server that waits until slopes agree is given replies until it moves; before, its state does not depend on the rate.
+    """
+    method, heard = make(first), list[list[Reply]]()
+    with restored(bench.model):
+        state = bench.begin(method)
+        method.apply(bench.model, state)
+        start = bench.loss()
+        while len(heard) < MOVES:
+            heard.append(bench.round(method, state, len(heard) + 1))
+            state = method.aggregate(state, iter(heard[-1]))
+            method.apply(bench.model, state)
+            if bench.loss() != start:
+                break
+
+    def loss_at(rate: float) -> float:
+        method = make(rate)
+        with restored(bench.model):
+            state = bench.begin(method)
+            for replies in heard:
+                state = method.aggregate(state, iter(replies))
+            method.apply(bench.model, state)
+            return bench.loss()
+
+    return climb(start, loss_at, first, FINER, FINE_TRIALS)
+
+
+@contextmanager
+def restored(model: Model) -> Iterator[None]:
+    """Take off whatever the body attaches to the model."""
+    try:
+        yield
+    finally:
+        if isinstance(model.attachment, View):
+            model.attachment.remove()
+            model.attachment = None
+        elif model.attachment is not None:
+            adapters.detach(model)

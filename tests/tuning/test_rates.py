@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learning rate that is found before round 1: formulas against float64 references, trials, whole runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import contract_harness as harness
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fleetune
+from fleetune import models
+from fleetune.data import collate
+from fleetune.errors import RecipeError
+from fleetune.evaluation.losses import pad_id, token_losses
+from fleetune.models.model import Model
+from fleetune.runs import rundir
+from fleetune.seeds import slopes
+from fleetune.seeds.noise import probe, run_key
+from fleetune.seeds.slopes import Probe, Slopes, along, rate
+from fleetune.seeds.view import View
+from fleetune.tuning import prepare, rates
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.rates import rounded
+from fleetune.tuning.rates.trial import Trials, Tried, climb
+
+HOW = Probe(law="hashed", K=128, eps=1e-2, key=5, batch=5)
+LOSSES = st.lists(st.floats(0.1, 50), min_size=2, max_size=12)
+
+
+def of(gradient: float, noise: float, curvature: float) -> Slopes:
+    return Slopes(gradient, noise, curvature, (), ())
+
+
+# Formulas ---------------------------------------------------------------------------------------------
+
+
+@given(LOSSES, st.integers(0, 1000))
+def test_slope_variance_and_curvature_are_those_of_a_ratio_of_sums(middle: list[float], seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    b, eps = len(middle), 1e-2
+    tokens = draw.integers(1, 40, b)
+    plus, minus = np.array(middle) + draw.normal(size=b), np.array(middle) + draw.normal(size=b)
+    slope, variance, curvature = along(np.array(middle), plus, minus, tokens, eps)
+    total = float(tokens.sum())
+    assert slope == pytest.approx((plus.sum() / total - minus.sum() / total) / (2 * eps))
+    residuals = [(p - m) / (2 * eps) - slope * n for p, m, n in zip(plus, minus, tokens, strict=True)]
+    mean_tokens = total / b
+    expected = (
+        sum(r * r for r in residuals) / (b - 1) / (b * mean_tokens**2)
+    )  # Cochran, equation 2.46 with f = 0
+    assert variance == pytest.approx(expected)
+    assert curvature == pytest.approx((plus.sum() + minus.sum() - 2 * sum(middle)) / total / eps**2, abs=1e-6)
+
+
+def test_the_rate_is_a_share_of_the_best_first_step_and_takes_the_worst_point() -> None:
+    point = of(4.0, 32.0, 200.0)
+    best = 4.0 / (200.0 * (4.0 + 32.0 / 8))  # minimises -eta G + eta^2 / 2 h (G + s^2 / b)
+    change = [-e * 4.0 + e * e / 2 * 200.0 * 8.0 for e in (0.9 * best, best, 1.1 * best)]
+    assert min(change) == change[1]
+    assert rate([point], 8) == pytest.approx(slopes.CAREFUL * best)
+    assert rate([point, of(4.0, 32.0, 800.0)], 8) == pytest.approx(slopes.CAREFUL * best / 4)
+    assert rate([point, of(1.0, 56.0, 100.0)], 8) == pytest.approx(slopes.CAREFUL * 0.125 / 200.0)
+
+
+def test_a_mean_of_walks_goes_further_but_each_walk_stays_stable() -> None:
+    noisy, clear = of(1.0, 99.0, 10.0), of(1.0, 0.0, 10.0)
+    assert rate([noisy], 1, averaged=4) == pytest.approx(2 * rate([noisy], 1))
+    assert rate([clear], 1, averaged=10_000) == slopes.CAP / 10.0
+
+
+@pytest.mark.parametrize("point", [of(-1.0, 5.0, 10.0), of(1.0, 1.0, 0.0), of(1.0, 1.0, math.inf)])
+def test_without_a_slope_or_a_curvature_there_is_no_rate(point: Slopes) -> None:
+    assert rate([point], 8) == 0.0
+
+
+@given(st.floats(1e-9, 100))
+def test_rounding_keeps_within_a_quarter_and_is_stable(value: float) -> None:
+    found = rounded(value)
+    assert 0.79 < found / value < 1.26
+    assert rounded(found) == found
+    assert len(f"{found:.9e}".rstrip("0").split("e")[0].replace(".", "").rstrip("0")) <= 2
+
+
+# On a model -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return models.tiny_llama()
+
+
+def test_the_curvature_is_that_of_the_loss_along_the_direction(model: Model) -> None:
+    """Against the second derivative by autograd, along the same direction, on the same rows."""
+    rows = harness.rows(model)
+    before = harness.logits(model)
+    (point,) = slopes.measure(model, rows, HOW, lambda _: 0.0)
+    assert model.attachment is None
+    assert torch.equal(harness.logits(model), before)
+    size = min(slopes.ROWS, len(rows))
+    batch = collate([rows[i % len(rows)] for i in range(size)], pad_id(model))
+    parameters = dict(models.named_tensors(model.net))
+    z = direction_of(model, 0)
+    for p in parameters.values():
+        p.requires_grad_(True)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        loss = token_losses(model.net, batch)[0].double().mean()
+    gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+    slope = sum((g * z[n]).sum() for n, g in zip(parameters, gradient, strict=True))
+    second = torch.autograd.grad(slope, list(parameters.values()))  # type: ignore[arg-type]
+    curvature = sum(float((h * z[n]).sum()) for n, h in zip(parameters, second, strict=True))
+    assert point.slopes[0] == pytest.approx(float(slope.detach()), rel=2e-2)  # type: ignore[union-attr]
+    assert point.curvatures[0] == pytest.approx(curvature, rel=5e-2)
+
+
+def direction_of(model: Model, k: int) -> dict[str, torch.Tensor]:
+    """The +1s and -1s of direction k, by name, read from a view that stands at the weights + z."""
+    named = list(models.named_tensors(model.net))
+    view = View(named, model.net, run_key=run_key(HOW.key.to_bytes(8, "little")), law=HOW.law, grid=1e-9)
+    try:
+        view.probe(probe(HOW.law, HOW.K, k), 1.0)
+        return {n: (t - dict(named)[n]).round().clone() for n, t in view.tensors()}
+    finally:
+        view.remove()
+
+
+def test_the_walk_is_measured_where_it_leads(model: Model) -> None:
+    rows = harness.rows(model)
+    asked: list[Slopes] = []
+
+    def choose(point: Slopes) -> float:
+        asked.append(point)
+        return 1e-3
+
+    points = slopes.measure(model, rows, HOW, choose)
+    assert len(points) == 2
+    assert asked == points[:1]
+    assert points[0].slopes != points[1].slopes
+    assert model.attachment is None
+
+
+# Trials -----------------------------------------------------------------------------------------------
+
+
+def test_rates_are_tried_up_and_down_until_clearly_worse() -> None:
+    def loss(rate: float) -> float:
+        return 2.0 + math.log10(rate / 1e-2) ** 2 if rate < 1 else math.inf
+
+    found = climb(5.0, loss, 1e-3, 10.0, 5)
+    assert [t.rate for t in found.tried] == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1])
+    assert found.best() == pytest.approx(1e-2)
+
+
+def test_of_a_plateau_the_middle_is_taken() -> None:
+    flat = [(1e-4, 3.9), (1e-3, 3.01), (1e-2, 3.0), (1e-1, 3.02), (1.0, 8.0)]
+    assert Trials(4.0, [Tried(*t) for t in flat]).best() == pytest.approx(1e-2)
+
+
+def test_where_no_loss_falls_the_lowest_rate_is_taken() -> None:
+    assert Trials(4.0, [Tried(1e-4, 4.0), Tried(1e-3, 4.1), Tried(1e-2, math.inf)]).best() == 1e-4
+
+
+@pytest.mark.parametrize("name", ["fedit", "onebyte", "fwdllm", "mezo", "fedkseed"])
+def test_what_is_found_learns_and_leaves_the_model_alone(name: str, model: Model) -> None:
+    given = {k: v for k, v in harness.QUICK[name].items() if k != "lr"}
+    recipe = recipes.make({"model": "m", "data": "d", "method": name, "set": {**given, "lr": "auto"}})
+    before, rows = harness.logits(model), harness.rows(model)
+    chosen, (found,) = rates.find(recipe, model, rows, 3)
+    assert torch.equal(harness.logits(model), before)
+    assert model.attachment is None
+    assert chosen.set["lr"] == found.rate == rounded(found.rate)
+    best = harness.QUICK[name]["lr"]
+    assert best / 12 < found.rate < best * 12  # of the rate that was chosen by hand
+    assert rates.find(recipe, model, rows, 3)[1][0].rate == found.rate
+
+
+def test_a_mixed_fleet_has_both_rates_found(model: Model) -> None:
+    given = {k: v for k, v in harness.QUICK["fedkseed"].items() if k != "lr"}
+    recipe = recipes.make(
+        {"model": "m", "data": "d", "method": "fedkseed", "set": {**given, "backprop": 0.5}}
+    )
+    chosen, found = rates.find(recipe, model, harness.rows(model), 3)
+    assert [f.setting for f in found] == ["lr", "backprop_lr"]
+    assert [f.way for f in found] == [
+        "slopes",
+        "trial",
+    ]
+    assert chosen.set["backprop_lr"] == found[1].rate > found[0].rate
+
+
+# Whole runs -------------------------------------------------------------------------------------------
+
+FEW: dict[str, Any] = {
+    "clients": 2, "rounds": 2, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu",
+    "settings": {"K": 16, "tau": 4, "batch_size": 2},
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    rows = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return tmp_path
+
+
+def test_a_run_records_what_was_found_and_repeats_it(place: Path) -> None:
+    first = fleetune.tune("tiny", "rows.jsonl", **FEW)
+    folder = Path(first.done.run)
+    (event,) = [e for e in rundir.events(folder) if e["event"] == "rate"]
+    written = recipes.read(folder / "run.toml")
+    assert written["set"]["lr"] == event["rate"] > 0
+    assert event["way"] == "slopes"
+    assert len(event["slopes"]) == 2 * slopes.DIRECTIONS
+    again = fleetune.tune(recipes.make(written))
+    assert again.digest == first.digest
+    assert not [
+        e for e in rundir.events(Path(again.done.run)) if e["event"] == "rate"
+    ]  # nothing is searched for twice
+    assert fleetune.tune("tiny", "rows.jsonl", **FEW).digest == first.digest
+
+
+def test_a_real_fleets_server_finds_what_the_simulation_finds(place: Path) -> None:
+    recipe = recipes.make({
+        "model": "tiny", "data": "rows.jsonl", "clients": 2, "held_out": 4, "set": {"K": 16, "tau": 4, "batch_size": 2},
+    })  # fmt: skip
+    simulated, real = (prepare.prepare(recipe, simulated=s) for s in (True, False))
+    assert simulated.recipe.set["lr"] == real.recipe.set["lr"] > 0
+
+
+def test_auto_is_refused_where_it_cannot_be_found(place: Path) -> None:
+    with pytest.raises(RecipeError, match="found from slopes of the loss"):
+        fleetune.tune("tiny", "rows.jsonl", **{**FEW, "settings": {"lr": "auto", "objective": "rouge_l"}})
+    with pytest.raises(RecipeError, match="K = 'auto' is not an integer"):
+        fleetune.tune("tiny", "rows.jsonl", **{**FEW, "settings": {"K": "auto"}})
