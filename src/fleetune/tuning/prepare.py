@@ -28,6 +28,7 @@ from fleetune.tuning import kinds, labels, methods, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.settled import settled
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class TuneJob:
     cut: int  # rows whose answers do not fit max_length, and lose their end
     objective: str  # what the method minimises, by name
     words: tuple[str, ...]  # label words that a causal model's accuracy is measured by; none: it is not
+    files: dict[str, str]  # SHA-256 of the data's files, by name
 
 
 def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
@@ -145,9 +147,11 @@ def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) ->
     """Check a recipe and load what it names; for a fleet that is not simulated, the held-out rows alone."""
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
+    method = methods.written_out(method)
     parts = split(recipe, entry, offline=offline)
     if not simulated:
         parts = dataclasses.replace(parts, clients=[])
+    recipe = settled(recipe) if simulated else dataclasses.replace(settled(recipe), clients=recipe.clients)
     if clients := len(parts.clients) or recipe.clients:
         check_aggregation(recipe, method, clients)
     objective, batch_size = objective_of(method), batch_size_of(method)
@@ -188,7 +192,17 @@ def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) ->
         prompts=[parts.examples[i] for i in held[: max(recipe.rouge_rows, recipe.samples)]],
         dropped=len(parts.examples) - len(kept), cut=sum(row.lost > 0 for row in encoded),
         objective=objective, words=labels.measured(recipe, objective, parts.examples),
+        files=_digests(recipe, offline),
     )  # fmt: skip
+
+
+def _digests(recipe: Recipe, offline: bool) -> dict[str, str]:
+    """SHA-256 of the files of the data, by name."""
+    sources = [source for source in (recipe.data, recipe.eval_data) if source]
+    found: dict[str, str] = {}
+    for source in sources:
+        found |= data.digests(source, offline=offline)
+    return found
 
 
 def objective_of(method: Method) -> str:

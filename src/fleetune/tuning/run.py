@@ -26,7 +26,7 @@ from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import describe, finished, foundations, remarks, robust, rounds
+from fleetune.tuning import describe, finished, foundations, remarks, robust, rounds, row_digests
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import StandsOn, Totals
 from fleetune.tuning.fleets import OLDEST, Fleet
@@ -298,7 +298,9 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     """Write down what is run, and tell the listener."""
     recipe = job.recipe
     run.write("run.toml", recipes.to_toml(recipe))
-    run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(describe.of_model(job))) + "\n")
+    made_of = describe.of_model(job) | describe.of_data(job, run.path)
+    run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(made_of)) + "\n")
+    row_digests.write(run, job.split.examples)
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
     for remark in remarks.of_answers(job):
         listener.note(remark)
