@@ -13,8 +13,8 @@ import torch
 
 from fleetune import adapters
 from fleetune.data.encode import digest
-from fleetune.models.model import Model
 from fleetune.errors import StorageError
+from fleetune.models.model import Model
 from fleetune.runs import rundir, sealed
 from fleetune.runs.events import TuneStart
 from fleetune.runs.report.page import counted

@@ -39,7 +39,9 @@ def settled_options(options: Mapping[str, Any]) -> dict[str, Any]:
     given = {name.removeprefix("set."): v for name, v in found.items() if name.startswith("set.")}
     try:
         method = methods.written_out(methods.make(str(found.get("method")), given))
-        clients = found.get("clients") or _usual_clients(str(found.get("method")), str(found.get("partition")))
+        clients = found.get("clients") or _usual_clients(
+            str(found.get("method")), str(found.get("partition"))
+        )
     except FleetuneError:
         return found
     found |= {"clients": clients} if "clients" in found else {}

@@ -102,3 +102,8 @@ def configuration(run: RunLog) -> str:
         named = set(map(str, list_of(run.env, "given"))) | {"model", "data"}
         pairs = [(k, v if k in named else f"{v} (default)") for k, v in pairs]
     return page.fact_list(pairs, "config")
+
+
+def versions(run: RunLog) -> str:
+    """Return what env.json says: versions, the machine, digests."""
+    return page.fact_list(flat({k: v for k, v in run.env.items() if k != "given"}), "config")
