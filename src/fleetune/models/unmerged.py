@@ -33,7 +33,8 @@ def guard(net: nn.Module) -> None:
 
     for module in net.modules():
         free(module)
-        module.__dict__[HOOK] = module.register_state_dict_pre_hook(before)
+        register: Any = module.register_state_dict_pre_hook  # torch leaves it untyped
+        module.__dict__[HOOK] = register(before)
         calls = {n: call for n, call in CALLS.items() if n != "save_pretrained" or hasattr(module, n)}
         module.__dict__.update({name: _refusal(call) for name, call in calls.items()})
 

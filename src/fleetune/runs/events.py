@@ -137,6 +137,16 @@ class RoundEvaluated(Recorded, Measures):
     event: ClassVar[str] = "eval"
     round: int  # 0 for the base model, with nothing attached to it
     objective: float | None = None  # mean of what the run minimises, where that is not the loss
+    change_error: float | None = None  # standard error of the loss's change from the base's, taken row by row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diverging(Recorded):
+    """A run seems to diverge: said once, as soon as it shows."""
+
+    event: ClassVar[str] = "diverging"
+    round: int  # in which it showed
+    text: str  # what was seen, and what to change
 
 
 def round_evaluated(round: int, measures: Mapping[str, float]) -> RoundEvaluated:
@@ -168,6 +178,11 @@ class TuneDone(Event):
     report: str | None = None  # path of report.html; not in `metrics.jsonl`
     t: float | None = None  # when, seconds since 1970
     answered: int | None = None  # held-out prompts behind rouge_l
+    change_errors: Mapping[str, float] | None = (
+        None  # standard error of a measure's change, taken row by row, by name
+    )
+    best: int | None = None  # round whose model the result is, where the best is kept
+    stopped_early: bool | None = None  # true: no round got better for as long as the recipe's patience
     start: Mapping[str, float] | None = None  # measures with the untrained module attached, if not the base's
     moved: bool | None = None  # false: no round has changed the model
     remarks: Sequence[str] = ()  # what to know about these figures, in words

@@ -88,6 +88,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         problems.append(
             f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
         )
+    problems += _of_course(recipe)
     if problems:
         raise RecipeError(problems, hint=f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
@@ -117,6 +118,14 @@ def _of_fleet(method: Method, recipe: Recipe) -> list[str]:
             )
     found = [kinds.problem(method, recipe.kinds), f"late = use: {late}" if late else ""]
     return [problem for problem in found if problem]
+
+
+def _of_course(recipe: Recipe) -> list[str]:
+    """Say what patience and keep cannot do."""
+    if not recipe.eval_every and (recipe.patience or recipe.keep == "best"):
+        name = "patience" if recipe.patience else "keep = best"
+        return [f"{name} compares evaluated rounds, and eval_every = 0 evaluates none: set --eval-every 1"]
+    return []
 
 
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:

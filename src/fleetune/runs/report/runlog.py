@@ -23,6 +23,8 @@ from fleetune.runs.report.axes import usable
 
 Event = Mapping[str, object]
 Number = int | float
+# Numbers in the event of an evaluation that are no measures
+NO_MEASURES = frozenset({"v", "t", "event", "round", "seconds", "rows", "rss", "change_error"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ def measures(run: RunLog) -> tuple[dict[str, Number], dict[str, Number]]:
     found: list[dict[str, Number]] = []
     for key, event in (("base", early), ("tuned", late)):
         source = map_of(run.done, key) or map_of(run.final, key) or event
-        names = [n for n in source if n not in {"v", "t", "event", "round", "seconds", "rows", "rss"}]
+        names = [n for n in source if n not in NO_MEASURES]
         found.append({n: v for n in names if (v := num_of(source, n)) is not None})
     return found[0], found[1]
 
@@ -275,7 +277,7 @@ def steps(run: RunLog) -> list[Step]:
         up, down = num_of(event, "bytes_up"), num_of(event, "bytes_down")
         stated = num_of(event, "bytes_total")
         total = stated if stated is not None else total + (up or 0) + (down or 0)
-        names = [n for n in measured if n not in {"v", "t", "event", "round", "seconds", "rows", "rss"}]
+        names = [n for n in measured if n not in NO_MEASURES]
         losses = {n: v for n in names if (v := num_of(measured, n)) is not None}
         asked, accepted = num_of(event, "clients"), num_of(event, "accepted")
         seconds, rss = num_of(event, "seconds"), num_of(event, "rss")

@@ -292,8 +292,8 @@ def written_out(method: Method) -> Method:
 
 def values_of(method: Method) -> dict[str, Value]:
     """Return all settings of a method by name, defaults included: what `make` needs to make the same one."""
-    assert dataclasses.is_dataclass(method)
-    return {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+    declared = dataclasses.fields(method)  # type: ignore[arg-type]  # a Protocol cannot say that it is a dataclass
+    return {f.name: getattr(method, f.name) for f in declared if f.init}
 
 
 # The registry -----------------------------------------------------------------------------------------
