@@ -119,7 +119,7 @@ class Paced:
     def step(self) -> None:
         self.now += self.each
 
-    def loss(self, rows: Sequence[harness.Row]) -> float:
+    def losses(self, rows: Sequence[harness.Row]) -> list[tuple[float, int]]:
         raise AssertionError("not asked for")
 
     def close(self) -> None:

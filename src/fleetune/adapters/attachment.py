@@ -66,6 +66,10 @@ class Attachment:
         """Fold it into the stored weights of the model that carries it, as `merge` below."""
         merge(model)
 
+    def detach(self, model: Model) -> None:
+        """Remove it from the model that carries it, which is then the base again, as `detach` below."""
+        detach(model)
+
 
 def attach(model: Model, spec: AdapterSpec, *, seed: int) -> None:
     """Attach the module that `spec` describes to `model.net`, in place; only its parameters become trainable.

@@ -116,6 +116,8 @@ def change(name: str, base: float | None, tuned: float | None, error: float | No
         if base == 0:
             return ""
         scale, digits, unit = 100 / base, 1, " %"
+    if error:  # as many decimals as the error needs to be seen, two more at most
+        digits = next((d for d in (digits, digits + 1) if scale * error >= 0.5 * 10.0**-d), digits + 2)
     spread = "" if error is None else f" ± {scale * error:.{digits}f}"
     return f"{scale * (tuned - base):+.{digits}f}{spread}{unit}"
 

@@ -174,6 +174,11 @@ class View:
         self.remove()
         model.attachment = None
 
+    def detach(self, model: Any) -> None:
+        """Take the view off the model that carries it, which is then the base again."""
+        self.remove()
+        model.attachment = None
+
     def remove(self) -> None:
         """Take the view off: the net runs on its stored weights again."""
         for module in [*self._around, *(module for module, _ in self.owners)]:

@@ -125,7 +125,7 @@ def of_course(job: TuneJob, outcome: Outcome) -> list[str]:
     recipe, found = job.recipe, []
     early = ", stopped early" if outcome.last < recipe.rounds else ""
     if recipe.keep == "best":
-        best = "the start: no round was better" if not outcome.round else f"round {outcome.round}"
+        best = f"round {outcome.round}" if outcome.round else "the start, since no round was better"
         found.append(f"the result is the best of {counted(outcome.last, 'round')}{early}: {best}")
     elif early:
         found.append(

@@ -371,7 +371,9 @@ def _about(
     stays = remarks.unmoved(*states, digest, job.model.digest)
     words = remarks.of_answers(job) + ([remarks.NEW_HEAD] if job.model.new_head else [])
     words += [remarks.of_start(base, start)] if start else []
-    if stays or remarks.shows_nothing(start or base, tuned):
+    if outcome.last and not outcome.round:
+        pass  # the start is kept as the best: `of_course` says so
+    elif stays or remarks.shows_nothing(start or base, tuned):
         words.append(remarks.of_unmoved(job, run, stays=stays))
     elif word := remarks.of_change(job, start or base, tuned, change):
         words.append(word)

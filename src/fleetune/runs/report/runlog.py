@@ -207,7 +207,8 @@ def summary(run: Path) -> dict[str, Any]:
 
     Keys: name, path, method, model, status, rounds (done), rounds_planned, clients, base_loss, tuned_loss,
     bytes_up, bytes_down, bytes (their sum), seconds (wall time; before the end, time in rounds), peak_rss (bytes),
-    intact (metrics.jsonl is as it was written); None where the folder does not say.
+    intact (metrics.jsonl is as it was written),
+    change_error (standard error of the loss's change, taken row by row); None where the folder does not say.
     """
     return summarise(read(run))
 
@@ -248,6 +249,7 @@ def summarise(run: RunLog) -> dict[str, Any]:
         "seconds": max(clocks, default=None) or sum_of(run.rounds, "seconds"),
         "peak_rss": peak if peak is not None else max(seen, default=None),
         "intact": run.intact,
+        "change_error": num_of(map_of(run.done, "change_errors"), "loss"),
     }
 
 

@@ -46,9 +46,15 @@ def _sentence(facts: Mapping[str, object]) -> str:
     done = counted(rounds, "round")
     if base is None or tuned is None:
         return f"{done} so far; no loss to compare yet.{spent + '.' if spent else ''}"
-    before, after = show("loss", base), show("loss", tuned)
-    moves = f"{'fell' if tuned < base else 'rose'} from {before} to {after} ({true_minus(change('loss', base, tuned))})"
+    before, after, error = show("loss", base), show("loss", tuned), number(facts["change_error"])
+    moves = f"{'fell' if tuned < base else 'rose'} from {before} to {after} ({true_minus(change('loss', base, tuned, error))})"
     loss = f"stayed at {before}" if improved("loss", base, tuned) is None else moves
+    if (
+        error is not None
+        and improved("loss", base, tuned) is not None
+        and improved("loss", base, tuned, error) is None
+    ):
+        loss = f"went from {before} to {after} ({true_minus(change('loss', base, tuned, error))}), which is within noise,"
     return f"Validation loss {loss} in {done}.{spent + '.' if spent else ''}"
 
 
