@@ -335,7 +335,8 @@ def _finish(
     state, totals = outcome.state, outcome.totals
     job.method.apply(job.model, state)
     measured, rows = validation.recorded(run.path, outcome.round), check.rows_of(outcome.round)
-    if not measured or rows is None:
+    elsewhere = not outcome.round and "start" in sealed.read(run.path / EVALUATION, "")
+    if not measured or rows is None or elsewhere:
         measured, rows = validation.measure(job)
     tuned = answers(job, run, "tuned", measured, rows)
     result = ARTEFACTS[job.entry.kind](job, run, state, outcome.round)

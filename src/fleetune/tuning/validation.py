@@ -86,13 +86,15 @@ class Validation:
             self._best = found, round, self._rows
 
     def rows_of(self, round: int) -> RowLosses | None:
-        """Return the losses of the rows after a round, where they are at hand."""
+        """Return the losses of the rows after a round (0: of the base), where they are at hand."""
+        if not round:
+            return self.base
         if self._last is not None and self._last[0] == round:
             return self._last[1]
         return self._best[2] if self._best is not None and self._best[1] == round else None
 
 
 def recorded(run: Path, round: int) -> dict[str, float]:
-    """The measures after a round above 0, as they are recorded; {} where that line was lost."""
+    """The measures after a round, as they are recorded; {} where that line was lost."""
     last = [e for e in rundir.events(run) if e["event"] == "eval" and e.get("round") == round][-1:]
-    return {name: e[name] for e in last for name in MEASURES if name in e and round}
+    return {name: e[name] for e in last for name in MEASURES if name in e}

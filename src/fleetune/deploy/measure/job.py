@@ -274,9 +274,10 @@ def _kept(rows: Sequence[Measured], losses: Mapping[str, list[tuple[float, int]]
     """Return the kept gain by measure, without perplexity: the model was not tuned on that text."""
     names = ("base", "tuned", COMPRESSED_BASE, "compressed")
     values = {row.name: row.values for row in reversed(rows)}
-    four, by_row = [values[name] for name in names], [losses[name] for name in names]
+    b, t, cb, ct = (values[name] for name in names)
+    by_row = [losses[name] for name in names]
     return {
-        name: harness.kept_gain(name, *(v[name] for v in four), rows=by_row if name == "loss" else ())
-        for name in four[0]
+        name: harness.kept_gain(name, b[name], t[name], cb[name], ct[name], by_row if name == "loss" else ())
+        for name in b
         if name != "perplexity"
     }
