@@ -215,6 +215,7 @@ class StopAt(Silent):
         return self.steps <= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
     [("fedit", {"r": 2, "steps": 1, "lr": 0.5}), ("mezo", {"tau": 1, "lr": 3e-2, "K": 16})],
