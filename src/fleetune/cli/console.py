@@ -34,6 +34,7 @@ from fleetune.common.display import (
     human_count,
     human_time,
     improved,
+    is_noise,
     metric,
     show,
 )
@@ -341,7 +342,7 @@ class Ui:
             )
             b, t, error = base.get(name), tuned[name], (errors or {}).get(name)
             better = improved(name, b, t, error)
-            diff = change(name, b, t, error) + (", noise" if better is None and error is not None else "")
+            diff = change(name, b, t, error) + (", noise" if is_noise(name, b, t, error) else "")
             lines.append((label, show(name, b), show(name, t), diff, better))
         wide = max([30, *(len(line[0]) for line in lines), *(len(label) for label, _, _ in costs)])
         room = max([9, *(len(line[3]) + 2 for line in lines)])

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from fleetune.common.paired import within_noise
 
+SAME = 1e-7  # relative: float noise of a measure, since kernels differ by less
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -111,6 +112,8 @@ def change(name: str, base: float | None, tuned: float | None, error: float | No
     """
     if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)):
         return ""
+    if math.isclose(base, tuned, rel_tol=SAME):
+        error = None
     scale, digits, unit = 1.0, metric(name).digits, ""
     if metric(name).relative and base >= 0:
         if base == 0:
@@ -129,6 +132,11 @@ def improved(name: str, base: float | None, tuned: float | None, error: float | 
     """
     if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)):
         return None
-    if math.isclose(base, tuned, rel_tol=1e-7) or (error is not None and within_noise(tuned - base, error)):
+    if math.isclose(base, tuned, rel_tol=SAME) or (error is not None and within_noise(tuned - base, error)):
         return None
     return (tuned < base) == metric(name).less
+
+
+def is_noise(name: str, base: float | None, tuned: float | None, error: float | None) -> bool:
+    """Return whether a difference is there, and is no more than two standard `error`s."""
+    return improved(name, base, tuned) is not None and improved(name, base, tuned, error) is None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from fleetune.cli.console import Ui
-from fleetune.common.display import change, improved
+from fleetune.common.display import change, is_noise
 from fleetune.errors import RecipeError
 from fleetune.runs.events import EvalDone
 
@@ -68,7 +68,7 @@ def _line(done: EvalDone, name: str, label: str, value: float) -> list[object]:
     if name != "loss":
         return [label, "", round(value, 4), ""]
     words = change(name, done.base_loss, value, done.change_error)
-    noise = ", within noise" if improved(name, done.base_loss, value, done.change_error) is None else ""
+    noise = ", within noise" if is_noise(name, done.base_loss, value, done.change_error) else ""
     return [label, round(done.base_loss, 4), round(value, 4), words + noise]
 
 

@@ -7,7 +7,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
-from fleetune.common.display import change, human_bytes, improved, metric, show
+from fleetune.common.display import change, human_bytes, is_noise, metric, show
 from fleetune.runs.events import Measured
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _shown(row: Measured, name: str) -> str:
     if name != "loss" or row.change is None:
         return show(name, value)
     words = change(name, value - row.change, value, row.change_error)
-    noise = improved(name, value - row.change, value, row.change_error) is None
+    noise = is_noise(name, value - row.change, value, row.change_error)
     return f"{show(name, value)} ({words}{', noise' if noise else ''})"
 
 

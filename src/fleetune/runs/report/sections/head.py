@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fleetune.common.display import change, human_bytes, human_count, human_time, improved, show
+from fleetune.common.display import change, human_bytes, human_count, human_time, improved, is_noise, show
 from fleetune.runs.report import page
 from fleetune.runs.report.page import counted, esc, flat, span, true_minus
 from fleetune.runs.report.runlog import RunLog, changed, kind_of, list_of, num_of, number, text_of
@@ -49,11 +49,7 @@ def _sentence(facts: Mapping[str, object]) -> str:
     before, after, error = show("loss", base), show("loss", tuned), number(facts["change_error"])
     moves = f"{'fell' if tuned < base else 'rose'} from {before} to {after} ({true_minus(change('loss', base, tuned, error))})"
     loss = f"stayed at {before}" if improved("loss", base, tuned) is None else moves
-    if (
-        error is not None
-        and improved("loss", base, tuned) is not None
-        and improved("loss", base, tuned, error) is None
-    ):
+    if is_noise("loss", base, tuned, error):
         loss = f"went from {before} to {after} ({true_minus(change('loss', base, tuned, error))}), which is within noise,"
     return f"Validation loss {loss} in {done}.{spent + '.' if spent else ''}"
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from fleetune.common.display import change, human_bytes, human_time, improved, metric, show
+from fleetune.common.display import change, human_bytes, human_time, improved, is_noise, metric, show
 from fleetune.runs.report import page
 from fleetune.runs.report.page import TableCell, esc, true_minus
 from fleetune.runs.report.runlog import (
@@ -31,7 +31,7 @@ def result(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
         b, t = base.get(name), tuned.get(name)
         error = num_of(map_of(run.done, "change_errors"), name)
         kind, word = page.verdict(improved(name, b, t, error))
-        word = word or ("within noise" if error is not None else "")
+        word = "within noise" if is_noise(name, b, t, error) else word
         diff = TableCell(true_minus(change(name, b, t, error)) + (word and f", {word}"), kind)
         rows.append([_label(run, name), TableCell(show(name, b)), TableCell(show(name, t)), diff])
     row_count = num_of(run.final, "rows") or num_of(run.done, "rows")
