@@ -17,6 +17,7 @@ from fleetune.common.paired import ERRORS
 from fleetune.runs.events import ClientReply, Diverging, Event, RoundEvaluated
 
 BLOWN_UP: Final = 2.0  # times a client's first loss, or the base's validation loss
+SMALL: Final = 0.005  # of the loss: a rise that is sure and this small is no divergence
 UNKNOWN_NOISE: Final = 0.05  # of the loss, where one row gives no error
 
 
@@ -87,7 +88,7 @@ class Watch:
         if loss is None or not math.isfinite(loss) or not math.isfinite(lowest):
             return ""
         noise = UNKNOWN_NOISE * abs(self.first) if event.change_error is None else ERRORS * event.change_error
-        if loss - lowest <= max(noise, (self.first - lowest) / 2):
+        if loss - lowest <= max(noise, SMALL * abs(self.first), (self.first - lowest) / 2):
             return ""
         since = "before tuning" if not best else f"after round {best}"
         words = advice(self.method, 3 if best else 10)
