@@ -213,7 +213,7 @@ def played(model: Model, rows: Rows, name: str, lie: Lie | None) -> dict[str, An
         found["before"] = measure(state)["loss"]
         plan = RoundPlan(count, 1.0, 1, SEED, 0, bytes.fromhex(model.digest)[:8])
         try:
-            state, _ = run_rounds(
+            state, *_ = run_rounds(
                 method, fleet, state, opened, plan, Hooks(lambda: None, measure, events.append)
             )
             found["state"] = hashlib.sha256(checkpoint.encode(count, state, checkpoint.Totals())).hexdigest()

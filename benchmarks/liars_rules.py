@@ -200,7 +200,7 @@ def played(
         fleet = LocalFleet(model, method, rows[:-1], seed, pad_id(model))
         plan = RoundPlan(ROUNDS, 1.0, 1, seed, 0, bytes.fromhex(model.digest)[:8], rule=parsed)
         hooks = Hooks(lambda: None, lambda state: {}, events.append)
-        state, _ = run_rounds(method, fleet, state, opened, plan, hooks)
+        state, *_ = run_rounds(method, fleet, state, opened, plan, hooks)
         after = loss_of(state)
         digest = hashlib.sha256(checkpoint.encode(ROUNDS, state, checkpoint.Totals())).hexdigest()
     liars.detached(model)

@@ -197,7 +197,8 @@ def evaluate(
 
     `tasks` are loss, rouge_l, f1, exact_match, accuracy (by the words in `labels`) and perplexity (of the file `text`);
     the default is loss and rouge_l; for an encoder, loss and accuracy.  At most `limit` rows are measured, cut to the
-    `max_length` of the run that the model comes from (512 tokens for others).  Losses are in nats a token (of an
+    `max_length` of the run that the model comes from (512 tokens for others).  The event of a run has the loss of its base
+    model on the same rows as well, and how sure the change is.  Losses are in nats a token (of an
     encoder: a row); perplexity has no unit; the others are in percent.
     """
     from fleetune import data as reading
@@ -217,12 +218,13 @@ def evaluate(
     loaded, examples = subjects.load_with_rows(
         found, given, labels=labels, dtype=dtype, device=device, needs_rows=not text, offline=offline
     )
-    values = measures.evaluate(
+    values, rows = measures.evaluate_rows(
         loaded, examples[:limit], wanted, max_length=found.max_length, max_new_tokens=answer_tokens, labels=labels,
         texts=reading.read_text(str(text)) if text else (),
     )  # fmt: skip
+    base = subjects.base_losses(found, loaded, examples[:limit]) if rows else None
     watching.event(evaluated(
-        found.argument, len(examples[:limit]), values, of=len(examples), max_length=found.max_length,
+        found.argument, len(examples[:limit]), values, of=len(examples), max_length=found.max_length, rows_of=(base, rows),
     ))  # fmt: skip
     return values
 

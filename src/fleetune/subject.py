@@ -31,6 +31,7 @@ from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CompressRequest
 
 if TYPE_CHECKING:
+    from fleetune.common.paired import RowLosses
     from fleetune.data import Example
     from fleetune.models.model import Model
     from fleetune.seeds.ledger import Ledger
@@ -290,6 +291,16 @@ def load_with_rows(
     words = list(labels) or sorted({e.response.strip() for e in rows})
     model = models.load(subject.name, dtype=dtype or "fp32", device=device, offline=offline, labels=words)
     return model, rows
+
+
+def base_losses(subject: Subject, model: Model, examples: Sequence[Example]) -> RowLosses | None:
+    """Return the losses of rows under the base of a run, whose tuned `model` becomes that base; None for anything else."""
+    from fleetune.evaluation import measures
+
+    if not isinstance(subject, Run) or model.attachment is None:
+        return None
+    model.attachment.detach(model)
+    return measures.evaluate_rows(model, examples, ["loss"], max_length=subject.max_length)[1]
 
 
 def _text_of(name: object) -> str:

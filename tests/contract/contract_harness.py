@@ -162,7 +162,7 @@ def train(
     with opened:
         devices = fleet(model, chosen, memories=opened.path / "memories")
         hooks = Hooks(lambda: None, measure, lambda event: opened.record(as_dict(event)))
-        state, _ = run(chosen, devices, state, opened, plan, hooks)
+        state = run(chosen, devices, state, opened, plan, hooks).state
     chosen.apply(model, state)
     return model, state, opened
 

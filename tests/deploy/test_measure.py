@@ -119,7 +119,7 @@ class Paced:
     def step(self) -> None:
         self.now += self.each
 
-    def loss(self, rows: Sequence[harness.Row]) -> float:
+    def losses(self, rows: Sequence[harness.Row]) -> list[tuple[float, int]]:
         raise AssertionError("not asked for")
 
     def close(self) -> None:
@@ -131,6 +131,34 @@ def test_speed_is_the_median_of_the_passes_after_the_first() -> None:
     assert harness.speed(engine, 8, 3, 3, engine.clock) == (2.0, 2.0)  # 8 tokens in 4 s, one in 0.5 s
     assert engine.read == [[0, 1, 2, 3, 4, 0, 1, 2]] * 4
     assert engine.room == 11
+
+
+def by_row(*changes: float) -> list[tuple[float, int]]:
+    """The losses of four rows of 2 tokens."""
+    return [(2 * (3.0 + c), 2) for c in changes]
+
+
+def test_a_kept_gain_has_the_error_of_a_ratio_over_rows() -> None:
+    b, t = by_row(0, 0, 0, 0), by_row(-1.0, -1.2, -0.8, -1.0)
+    cb, ct = by_row(0.5, 0.5, 0.5, 0.5), by_row(-0.4, -0.6, -0.3, -0.1)
+    found = kept_gain("loss", 3.0, 2.0, 3.5, 2.65, (b, t, cb, ct))
+    gains, small = np.array([1.0, 1.2, 0.8, 1.0]), np.array([0.9, 1.1, 0.8, 0.6])
+    assert found.value == pytest.approx(0.85)
+    assert found.gain_error == pytest.approx(gains.std(ddof=1) / 2)
+    residuals = small - small.sum() / gains.sum() * gains
+    assert found.error == pytest.approx(math.sqrt(4 / 3 * (residuals**2).sum()) / gains.sum())
+    assert found.text == "validation loss: 85 ± 8 % of what tuning gained is kept"
+
+
+def test_no_gain_is_kept_where_the_gain_is_within_noise() -> None:
+    b, t = by_row(0, 0, 0, 0), by_row(-1.0, 1.1, -0.8, 0.6)
+    found = kept_gain("loss", 3.0, 2.975, 3.0, 2.9, (b, t, b, t))
+    assert found.value is None
+    assert found.text.startswith("validation loss: not measurable on 4 rows: the tuning gain (0.0250 ± ")
+    assert found.text.endswith("is within noise")
+    alone = kept_gain("loss", 3.0, 2.0, 3.0, 2.5, (b[:1], t[:1], b[:1], t[:1]))
+    assert alone.value is None
+    assert "not measurable on 1 row:" in alone.text
 
 
 # ---------------------------------------------------------------- windows, losses, the process

@@ -291,6 +291,8 @@ def test_bad_results_are_recipe_errors(tiny: Model, own: Path, function: str, sa
 SIGNATURES = """
 def one(model): ...
 def three(model, batch, extra): ...
+def reward(prompt, answer, reference=None): return 0.0
+def texts(a: str, b: str): return 0.0
 def keyword(model, batch, *, scale): ...
 def swapped(batch, model): ...
 class Reward: ...
@@ -310,6 +312,8 @@ partial = __import__("functools").partial(spare, scale=2.0)
         ("three", r"takes \(model, batch, extra\)"),
         ("keyword", r"takes \(model, batch, \*, scale\)"),
         ("swapped", "in another order"),
+        ("reward", r"takes \(prompt, answer, reference=None\), and 'prompt' is of another kind of function"),
+        ("texts", r"takes \(a: str, b: str\), where 'a' is a text"),
         ("Reward", "is a class"),
         ("later", "is async"),
         ("pieces", "is async or a generator"),

@@ -168,7 +168,7 @@ def trained(
         )
         plan = RoundPlan(rounds, 0.75, 1, 7, 0, harness.base_of(model), over_selection=over, late=OLDEST)
         hooks = Hooks(lambda: None, lambda state: {"loss": 1.0}, emit)
-        state, _ = run(method, fleet, method.init(model, harness.key()), opened, plan, hooks)
+        state, *_ = run(method, fleet, method.init(model, harness.key()), opened, plan, hooks)
     return state, opened, events
 
 

@@ -173,13 +173,13 @@ def test_what_is_found_learns_and_leaves_the_model_alone(name: str, model: Model
     given = {k: v for k, v in harness.QUICK[name].items() if k != "lr"}
     recipe = recipes.make({"model": "m", "data": "d", "method": name, "set": {**given, "lr": "auto"}})
     before, rows = harness.logits(model), harness.rows(model)
-    chosen, (found,) = rates.find(recipe, model, rows, 3)
+    chosen, (found,) = rates.find(recipe, rates.wanted(recipe), model, rows, 3)
     assert torch.equal(harness.logits(model), before)
     assert model.attachment is None
     assert chosen.set["lr"] == found.rate == rounded(found.rate)
     best = harness.QUICK[name]["lr"]
     assert best / 12 < found.rate < best * 12  # of the rate that was chosen by hand
-    assert rates.find(recipe, model, rows, 3)[1][0].rate == found.rate
+    assert rates.find(recipe, rates.wanted(recipe), model, rows, 3)[1][0].rate == found.rate
 
 
 def test_a_mixed_fleet_has_both_rates_found(model: Model) -> None:
@@ -187,7 +187,7 @@ def test_a_mixed_fleet_has_both_rates_found(model: Model) -> None:
     recipe = recipes.make(
         {"model": "m", "data": "d", "method": "fedkseed", "set": {**given, "backprop": 0.5}}
     )
-    chosen, found = rates.find(recipe, model, harness.rows(model), 3)
+    chosen, found = rates.find(recipe, rates.wanted(recipe), model, harness.rows(model), 3)
     assert [f.setting for f in found] == ["lr", "backprop_lr"]
     assert [f.way for f in found] == [
         "slopes",

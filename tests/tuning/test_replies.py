@@ -150,9 +150,9 @@ def play(
             opened.record(as_dict(event))
 
         plan = RoundPlan(rounds_, 1.0, quorum, 7, 1, BASE)
-        state, _ = rounds.run(
+        state = rounds.run(
             method or Averaging(), fleet, start(), opened, plan, Hooks(lambda: None, evaluate, emit)
-        )
+        ).state
     return Played(state, seen)
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from fleetune import models
 from fleetune.adapters.bitfit import ParameterCopies
 from fleetune.errors import MessageError, ModelError
+from fleetune.models import unmerged
 from fleetune.models.layers import head_of
 from fleetune.models.model import Model
 
@@ -61,6 +62,14 @@ class Attachment:
     parameters: Mapping[str, nn.Parameter]
     parts: tuple[Part, ...]
 
+    def merge(self, model: Model) -> None:
+        """Fold it into the stored weights of the model that carries it, as `merge` below."""
+        merge(model)
+
+    def detach(self, model: Model) -> None:
+        """Remove it from the model that carries it, which is then the base again, as `detach` below."""
+        detach(model)
+
 
 def attach(model: Model, spec: AdapterSpec, *, seed: int) -> None:
     """Attach the module that `spec` describes to `model.net`, in place; only its parameters become trainable.
@@ -88,7 +97,9 @@ def attachment_of(model: Model) -> Attachment:
 
 def detach(model: Model) -> None:
     """Remove the adapter: `model.net` is bit for bit the base again."""
-    for part in reversed(attachment_of(model).parts):
+    parts = attachment_of(model).parts
+    unmerged.free(model.net)
+    for part in reversed(parts):
         part.remove()
     model.attachment = None
 

@@ -34,6 +34,7 @@ from fleetune.common.display import (
     human_count,
     human_time,
     improved,
+    is_noise,
     metric,
     show,
 )
@@ -323,9 +324,11 @@ class Ui:
         answered: int | None = None,
         costs: Sequence[tuple[str, str, str]] = (),
         remarks: Sequence[str] = (),
+        errors: Mapping[str, float] | None = None,
     ) -> None:
         """Base, tuned and change of every measure, then `costs` as (label, value, remark), then remarks, on stdout.
 
+        `errors` are the standard errors of those changes where they are known.
         `rows` is the number of held-out rows behind the measures, `answered` those behind Rouge-L.
         """
         if self.quiet >= 2:
@@ -337,15 +340,18 @@ class Ui:
             label = metric(name).label + (
                 f", {count:,} held-out {'row' if count == 1 else 'rows'}" if told else ""
             )
-            b, t = base.get(name), tuned[name]
-            lines.append((label, show(name, b), show(name, t), change(name, b, t), improved(name, b, t)))
+            b, t, error = base.get(name), tuned[name], (errors or {}).get(name)
+            better = improved(name, b, t, error)
+            diff = change(name, b, t, error) + (", noise" if is_noise(name, b, t, error) else "")
+            lines.append((label, show(name, b), show(name, t), diff, better))
         wide = max([30, *(len(line[0]) for line in lines), *(len(label) for label, _, _ in costs)])
+        room = max([9, *(len(line[3]) + 2 for line in lines)])
         stream = self._results
-        self._say(stream, f" {'':{wide}}{'base':>9}{'tuned':>9}{'change':>9}", "dim")
-        self._say(stream, " " + "─" * (wide + 27), "dim")
+        self._say(stream, f" {'':{wide}}{'base':>9}{'tuned':>9}{'change':>{room}}", "dim")
+        self._say(stream, " " + "─" * (wide + 18 + room), "dim")
         for label, b_text, t_text, diff, better in lines:
             style = "" if better is None else "green" if better else "yellow"
-            self._say(stream, f" {clean(label):{wide}}{b_text:>9}{t_text:>9}{diff:>9}", style)
+            self._say(stream, f" {clean(label):{wide}}{b_text:>9}{t_text:>9}{diff:>{room}}", style)
         for label, value, remark in costs:
             self._say(stream, f" {clean(label):{wide}}{clean(value):>18}   {clean(remark)}".rstrip())
         for text in remarks:

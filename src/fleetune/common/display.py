@@ -10,6 +10,9 @@ import math
 import re
 from typing import NamedTuple
 
+from fleetune.common.paired import within_noise
+
+SAME = 1e-7  # relative: float noise of a measure, since kernels differ by less
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -101,22 +104,39 @@ def show(name: str, value: float | None) -> str:
     return "-" if value is None else f"{value:.{metric(name).digits}f}"
 
 
-def change(name: str, base: float | None, tuned: float | None) -> str:
+def change(name: str, base: float | None, tuned: float | None, error: float | None = None) -> str:
     """Format tuned against base: in percent for losses ("-18.4 %"), in the measure's own unit else ("+12.3").
 
-    A loss that begins below 0 has no percentage, and is shown in its own unit as well.
+    With the standard `error` of the difference, "-18.4 ± 1.2 %".  A loss that begins below 0 has no percentage, and is shown
+    in its own unit as well.
     """
     if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)):
         return ""
+    if math.isclose(base, tuned, rel_tol=SAME):
+        error = None
+    scale, digits, unit = 1.0, metric(name).digits, ""
     if metric(name).relative and base >= 0:
-        return "" if base == 0 else f"{100 * (tuned - base) / base:+.1f} %"
-    return f"{tuned - base:+.{metric(name).digits}f}"
+        if base == 0:
+            return ""
+        scale, digits, unit = 100 / base, 1, " %"
+    if error:  # as many decimals as the error needs to be seen, two more at most
+        digits = next((d for d in (digits, digits + 1) if scale * error >= 0.5 * 10.0**-d), digits + 2)
+    spread = "" if error is None else f" ± {scale * error:.{digits}f}"
+    return f"{scale * (tuned - base):+.{digits}f}{spread}{unit}"
 
 
-def improved(name: str, base: float | None, tuned: float | None) -> bool | None:
-    """Return whether tuned is better than base; None when that cannot be said, or they are equal but for float noise."""
+def improved(name: str, base: float | None, tuned: float | None, error: float | None = None) -> bool | None:
+    """Return whether tuned is better than base; None when that cannot be said.
+
+    That is where they are equal but for float noise, or differ by no more than two standard `error`s of the difference.
+    """
     if base is None or tuned is None or not (math.isfinite(base) and math.isfinite(tuned)):
         return None
-    if math.isclose(base, tuned, rel_tol=1e-7):
+    if math.isclose(base, tuned, rel_tol=SAME) or (error is not None and within_noise(tuned - base, error)):
         return None
     return (tuned < base) == metric(name).less
+
+
+def is_noise(name: str, base: float | None, tuned: float | None, error: float | None) -> bool:
+    """Return whether a difference is there, and is no more than two standard `error`s."""
+    return improved(name, base, tuned) is not None and improved(name, base, tuned, error) is None

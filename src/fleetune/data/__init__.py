@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from fleetune.data.examples import Example, read, read_text
+from fleetune.data.examples import Example, digests, read, read_text
 from fleetune.data.partition import check_partition_spec, hold_out, keyed_order
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "Example",
     "check_partition_spec",
     "collate",
+    "digests",
     "encode_all",
     "encode_rows",
     "hold_out",

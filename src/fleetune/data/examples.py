@@ -28,10 +28,11 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from fleetune.common import sums
 from fleetune.data import hub
 from fleetune.data.readers import (
     READERS,
@@ -82,6 +83,7 @@ class Example:
     response: str  # the assistant's answer: the loss is on this alone
     meta: Mapping[str, str] = field(default_factory=dict)  # the row's other fields that are single values
     texts: tuple[str, ...] = ()  # what an encoder reads, one text or a pair (none: the turns, a line each)
+    where: str = field(default="", compare=False)  # "file:line"; "" for a row that is in no file
 
 
 class _BadRow(Exception):
@@ -106,12 +108,19 @@ def read(source: str, *, limit: int | None = None, offline: bool = False) -> lis
         if not form:
             form, first = own or _no_form(row.fields), row.where
         if form in LABELLED:
-            return [_labelled(row.fields, form)]
-        return [_pair(row.fields, form) if form in PAIRS else _chat(row.fields, form)]
+            found = _labelled(row.fields, form)
+        else:
+            found = _pair(row.fields, form) if form in PAIRS else _chat(row.fields, form)
+        return [replace(found, where=row.where)]
 
     files = _files(source, offline)
     rows = itertools.chain.from_iterable(rows_of(path, shown) for path, shown in files)
     return _collect(rows, make, limit, source)
+
+
+def digests(source: str, *, offline: bool = False) -> dict[str, str]:
+    """Return the SHA-256 of every file of a source as they lie on the disk, by the name that is shown for it."""
+    return {shown: sums.sha256(path) for path, shown in _files(source, offline)}
 
 
 def row_of(example: Example) -> dict[str, object]:

@@ -266,10 +266,18 @@ def all_class_logits(model: Model, rows: Sequence[Encoded], batch_size: int = 8)
 
 def class_measures(model: Model, rows: Sequence[Encoded], *, batch_size: int = 8) -> tuple[float, float]:
     """Return the mean cross-entropy (nats) and accuracy (percent) of an encoder, from one forward of each row."""
+    losses, right = class_rows(model, rows, batch_size=batch_size)
+    return float(losses.mean()), 100.0 * float(right.mean())
+
+
+def class_rows(
+    model: Model, rows: Sequence[Encoded], *, batch_size: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return an encoder's cross-entropy (nats) of each row, and whether it is right: float64 [N], bool [N]."""
     logits, targets = all_class_logits(model, rows, batch_size), np.array([row.target for row in rows])
     top = logits.max(1)
     losses = top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(len(rows)), targets]
-    return float(losses.mean()), 100.0 * float((logits.argmax(1) == targets).mean())
+    return losses, logits.argmax(1) == targets
 
 
 def response_loss(model: Model, rows: Sequence[Encoded], *, batch_size: int = 8) -> float:
@@ -278,10 +286,14 @@ def response_loss(model: Model, rows: Sequence[Encoded], *, batch_size: int = 8)
     Token-weighted: a long answer counts for more than a short one, as in training.  DataError when there is
     no response token at all.
     """
-    sums, counts = all_row_losses(model, rows, batch_size)
+    return token_mean(*all_row_losses(model, rows, batch_size))
+
+
+def token_mean(sums: np.ndarray, counts: np.ndarray) -> float:
+    """Return the mean over all tokens of rows, from what `all_row_losses` gives; DataError when there is none."""
     if not counts.sum():
         raise DataError(
-            f"no response tokens to score in {len(rows)} row(s)",
+            f"no response tokens to score in {len(counts)} row(s)",
             hint="give rows with an answer, or a larger maximum length",
         )
     return float(sums.sum() / counts.sum())

@@ -11,13 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+import numpy as np
+
+from fleetune.common.paired import RowLosses
 from fleetune.data.encode import Encoded
 from fleetune.data.examples import Example
 from fleetune.data.labelled import encode_rows
 from fleetune.errors import RecipeError, closest
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import generate, label_accuracy, require_text_model
-from fleetune.evaluation.losses import class_measures, perplexity, response_loss
+from fleetune.evaluation.losses import all_row_losses, class_rows, perplexity, token_mean
 from fleetune.evaluation.scores import exact_match, rouge_l, token_f1
 from fleetune.models.model import Model
 
@@ -42,10 +45,15 @@ class _Work:
         )
         return made, [example.response for example in self.examples]
 
+    @functools.cached_property
+    def losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the loss sums of the rows and their numbers of scored tokens."""
+        rows, _ = encode_rows(self.model, self.examples, self.max_length)
+        return all_row_losses(self.model, rows, self.batch_size)
+
 
 def _loss_task(work: _Work) -> float:
-    rows, _ = encode_rows(work.model, work.examples, work.max_length)
-    return response_loss(work.model, rows, batch_size=work.batch_size)
+    return token_mean(*work.losses)
 
 
 def _perplexity_task(work: _Work) -> float:
@@ -96,7 +104,28 @@ def evaluate(
     labels: Sequence[str] = (),
     texts: Sequence[str] = (),
 ) -> dict[str, float]:
+    """Return task name -> value, as `evaluate_rows`."""
+    return evaluate_rows(
+        model, examples, tasks, max_length=max_length, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        answer_rows=answer_rows, labels=labels, texts=texts,
+    )[0]  # fmt: skip
+
+
+def evaluate_rows(
+    model: Model,
+    examples: Sequence[Example],
+    tasks: Sequence[str] = (),
+    *,
+    max_length: int = 512,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    answer_rows: int | None = None,
+    labels: Sequence[str] = (),
+    texts: Sequence[str] = (),
+) -> tuple[dict[str, float], RowLosses | None]:
     """Return task name -> value on held-out `examples`: loss in nats, perplexity, the rest in percent.
+
+    Also the losses of the rows, None where "loss" is no task.
 
     `tasks` are keys of `TASKS` or their short names (rouge, em, acc, ppl); by default loss and rouge_l, of an
     encoder loss and accuracy (it has no others).  `answer_rows`: how many examples, from the first, are answered
@@ -111,7 +140,13 @@ def evaluate(
     work = _Work(model, examples, max_length, batch_size, max_new_tokens, labels, texts)
     answered = replace(work, examples=examples[:answer_rows])
     of_answers = {"rouge_l", "f1", "exact_match"}
-    return {name: TASKS[name](answered if name in of_answers else work) for name in names}
+    values = {name: TASKS[name](answered if name in of_answers else work) for name in names}
+    return values, row_losses_of(*work.losses) if "loss" in names else None
+
+
+def row_losses_of(sums: np.ndarray, counts: np.ndarray) -> RowLosses:
+    """Return what `losses.all_row_losses` gives as plain numbers."""
+    return RowLosses(sums.tolist(), counts.tolist())
 
 
 def measure(
@@ -124,18 +159,39 @@ def measure(
     objective: str = "loss",
     batch_size: int = 8,
 ) -> dict[str, float]:
+    """Return what a run measures at every evaluation, as `measure_rows`."""
+    return measure_rows(
+        model, rows, examples, labels, max_length, objective=objective, batch_size=batch_size
+    )[0]
+
+
+def measure_rows(
+    model: Model,
+    rows: Sequence[Encoded],
+    examples: Sequence[Example],
+    labels: Sequence[str],
+    max_length: int,
+    *,
+    objective: str = "loss",
+    batch_size: int = 8,
+) -> tuple[dict[str, float], RowLosses]:
     """Return what a run measures at every evaluation: loss of the held-out rows, accuracy by label words, its objective.
+
+    Also the loss of each row.
 
     An encoder always has an accuracy, a causal model where `labels` are given.  `rows` are the encoded `examples`.
     An objective (`objectives.py`) that is neither the loss nor this accuracy is averaged over batches of `batch_size`.
     """
     if model.labels:
-        measured = dict(zip(("loss", "accuracy"), class_measures(model, rows), strict=True))
+        losses, right = class_rows(model, rows)
+        found = row_losses_of(losses, np.ones(len(losses), np.int64))
+        measured = {"loss": float(losses.mean()), "accuracy": 100.0 * float(right.mean())}
     else:
-        measured = {"loss": response_loss(model, rows)}
+        sums, counts = all_row_losses(model, rows, 8)
+        found, measured = row_losses_of(sums, counts), {"loss": token_mean(sums, counts)}
         if labels:
             measured["accuracy"] = label_accuracy(model, examples, labels, max_length=max_length)
     kind = objective.partition(":")[0]
     if kind != "loss" and (kind != "accuracy" or "accuracy" not in measured):
         measured["objective"] = objectives.mean_value(model, rows, objective, batch_size=batch_size)
-    return measured
+    return measured, found

@@ -232,6 +232,11 @@ def import_function(name: str, kind: str, known: Iterable[str], call: str) -> Ca
     return cast(Callable[..., Any], found)
 
 
+# What the functions of one's own are called with: an objective with the first two, a reward with the texts
+TEXTS: Final = ("prompt", "answer", "reference")
+CALL_NAMES: Final = ("model", "batch", *TEXTS)
+
+
 def _call_fault(function: Callable[..., Any], call: str) -> str:
     """Return why `function` cannot be called as `call` shows ("objective(model, batch)"); "" where it can, or is compiled."""
     names = [name.strip() for name in call.partition("(")[2].rstrip(")").split(",")]
@@ -244,9 +249,16 @@ def _call_fault(function: Callable[..., Any], call: str) -> str:
     except (TypeError, ValueError):
         return ""
     try:
-        signature.bind(*names)
+        bound = signature.bind(*names).arguments
     except TypeError as error:
         return f"takes {signature} ({error})"
+    parts = {name: signature.parameters[name] for name, value in bound.items() if isinstance(value, str)}
+    if wrong := [name for name in parts if name in CALL_NAMES and name not in names]:
+        return f"takes {signature}, and {wrong[0]!r} is of another kind of function"
+    if text := [
+        name for name, part in parts.items() if part.annotation in (str, "str") and bound[name] not in TEXTS
+    ]:
+        return f"takes {signature}, where {text[0]!r} is a text"
     taken = [name for name in signature.parameters if name in names]
     return f"takes {signature}, in another order" if taken != sorted(taken, key=names.index) else ""
 

@@ -16,16 +16,14 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -36,9 +34,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fleetune.common.folders import staged
 from fleetune.common.memory import is_out_of_memory
-from fleetune.errors import FitError, FleetuneError, ModelError, StorageError, suggest
+from fleetune.errors import FitError, FleetuneError, ModelError, suggest
 from fleetune.models import cache, encoders, stated
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import FILE as MASTER
@@ -47,11 +44,12 @@ from fleetune.models.bounds import check_blocks, check_size, check_step, finite
 from fleetune.models.cache import BuiltIn
 from fleetune.models.download import Progress
 from fleetune.models.dtypes import WEIGHTS
-from fleetune.models.families.widths import class_of, mark_config
+from fleetune.models.families.widths import class_of
 from fleetune.models.foreign import AGAIN, foreign_file, short_error
 from fleetune.models.hf_folder import NAME_HINT, check_folder, config_of, is_encoder
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
 from fleetune.models.paged import Pages, stubs
+from fleetune.models.saving import disk_errors, quiet, save
 from fleetune.models.template_trial import template_trial
 from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
 
@@ -301,7 +299,7 @@ def _read_net(
             tensors = encoders.without_head(tensors, kind, config)
         # transformers changes classes of its own while it loads, so two threads must not load at a time; and what a file
         # lacks is drawn from torch's generator
-        with _LOADING, _quiet(), torch.random.fork_rng(devices=[]):
+        with _LOADING, quiet(), torch.random.fork_rng(devices=[]):
             net, found = kind.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
             )
@@ -382,54 +380,3 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer("a")["input_ids"]  # some faults show only when it is used
     return tokenizer
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the progress bars and warnings of transformers: what it loaded is checked here."""
-    logs = transformers.utils.logging
-    shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
-    logs.disable_progress_bar()
-    logs.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logs.set_verbosity(level)
-        if shown:
-            logs.enable_progress_bar()
-
-
-# ---------------------------------------------------------------- save
-
-
-def save(
-    net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, *, card: str | None = None
-) -> None:
-    """Write a Hugging Face directory: configuration, safetensors, tokenizer, chat template, README (`card`).
-
-    Tied weights are written once; file modes follow the umask.  Whole or not at all: an existing model
-    directory is replaced when the new one is complete.  StorageError when the disk is full or not writable,
-    or `path` holds something that is not a model.
-    """
-    path = Path(path)
-    if any(".base_layer." in name for name, _ in net.named_parameters()):
-        raise ModelError("the model still carries adapters", hint="merge or detach them before saving")
-    with staged(path, replace="config.json") as folder, disk_errors(path), _quiet():
-        net.save_pretrained(folder)
-        mark_config(folder)
-        tokenizer.save_pretrained(folder)
-        if card is not None:
-            (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn safetensors' own error for a full disk into a StorageError."""
-    try:
-        yield
-    except SafetensorError as error:
-        full = "No space left" in str(error) or "os error 28" in str(error)
-        raise StorageError(
-            f"cannot write {path}: {'the disk is full' if full else short_error(error)}",
-            hint="free some space, or choose another folder with --out",
-        ) from error

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fleetune.errors import ModelError
+from fleetune.models import saving
 from fleetune.models.chat_template import is_plain
 
 CHUNK: Final = 1 << 24  # bytes that a digest brings to the CPU at a time
@@ -50,6 +52,29 @@ class Model:
     def n_params(self) -> int:
         """Return the number of parameters, tied ones counted once."""
         return sum(p.numel() for p in self.net.parameters())
+
+    def merge(self) -> Model:
+        """Put what is attached into the stored weights, for good, and return this model, a plain one.
+
+        `digest` is then that of the tuned weights.  ModelError, with nothing changed, for an adapter that is more than other
+        weights (a prefix, a soft prompt, bottleneck adapters).
+        """
+        if self.attachment is not None:
+            self.attachment.merge(self)
+            self.digest = digest(named_tensors(self.net))
+        return self
+
+    def save(self, folder: str | Path) -> Path:
+        """Merge, and write the model as a new Hugging Face directory, which transformers loads; return its path.
+
+        ModelError, with nothing changed, when the folder exists, or as for `merge`.
+        """
+        place = Path(folder)
+        if place.exists():
+            raise ModelError(f"{place} exists already", hint="choose a new place: nothing is overwritten")
+        self.merge()
+        saving.save(self.net, self.tokenizer, place)
+        return place
 
 
 def named_tensors(net: PreTrainedModel) -> list[tuple[str, Tensor]]:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from fleetune.common import paired
+from fleetune.common.paired import RowLosses
 from fleetune.common.settings import Value
 
 VERSION = 1
@@ -153,6 +155,16 @@ class RoundEvaluated(Recorded, Measures):
     event: ClassVar[str] = "eval"
     round: int  # 0 for the base model, with nothing attached to it
     objective: float | None = None  # mean of what the run minimises, where that is not the loss
+    change_error: float | None = None  # standard error of the loss's change from the base's, taken row by row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diverging(Recorded):
+    """A run seems to diverge: said once, as soon as it shows."""
+
+    event: ClassVar[str] = "diverging"
+    round: int  # in which it showed
+    text: str  # what was seen, and what to change
 
 
 def round_evaluated(round: int, measures: Mapping[str, float]) -> RoundEvaluated:
@@ -184,6 +196,11 @@ class TuneDone(Event):
     report: str | None = None  # path of report.html; not in `metrics.jsonl`
     t: float | None = None  # when, seconds since 1970
     answered: int | None = None  # held-out prompts behind rouge_l
+    change_errors: Mapping[str, float] | None = (
+        None  # standard error of a measure's change, taken row by row, by name
+    )
+    best: int | None = None  # round whose model the result is, where the best is kept
+    stopped_early: bool | None = None  # true: no round got better for as long as the recipe's patience
     start: Mapping[str, float] | None = None  # measures with the untrained module attached, if not the base's
     moved: bool | None = None  # false: no round has changed the model
     remarks: Sequence[str] = ()  # what to know about these figures, in words
@@ -265,6 +282,7 @@ class RunListed(Event):
     seconds: float | None  # wall time of a finished run, with all sittings; of another, time in rounds so far
     peak_rss: float | None  # peak memory, bytes
     intact: bool  # false: the metrics.jsonl of a finished run was changed since it ended
+    change_error: float | None = None  # standard error of the loss's change, taken row by row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -509,6 +527,9 @@ class Measured(Measures):
     peak_rss: int  # peak memory of the process, bytes
     prefill: float | None  # tokens read a second
     generate: float | None  # tokens written a second
+    loss_error: float | None = None  # standard error of the loss, over the rows
+    change: float | None = None  # loss less that of the first line, on the same rows; None for the first
+    change_error: float | None = None  # standard error of `change`, taken row by row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -530,11 +551,34 @@ class EvalDone(Measures):
     rows: int  # number of rows measured
     of: int  # number of rows there are; more than `rows` where a limit left some out
     max_length: int  # tokens of a row at most: those of the run that the model comes from
+    loss_error: float | None = None  # standard error of the loss, over the rows
+    base_loss: float | None = None  # of a run: loss of its base model on the same rows
+    change_error: float | None = None  # standard error of `loss` less `base_loss`, taken row by row
 
 
-def evaluated(model: str, rows: int, measures: Mapping[str, float], *, of: int, max_length: int) -> EvalDone:
-    """The event for the measures of one model on the first `rows` of so many rows."""
+def evaluated(
+    model: str,
+    rows: int,
+    measures: Mapping[str, float],
+    *,
+    of: int,
+    max_length: int,
+    rows_of: tuple[RowLosses | None, RowLosses | None] = (None, None),
+) -> EvalDone:
+    """The event for the measures of one model on the first `rows` of so many rows.
+
+    `rows_of` are the losses of the rows under the base model and under this one, where they were measured.
+    """
     values: dict[str, Any] = dict(measures)
+    base, own = rows_of
+    if own is not None:
+        values["loss_error"] = paired.ratio(own.sums, own.counts)[1]
+    if base is not None and own is not None:
+        change = paired.difference(base, own)
+        values |= {
+            "base_loss": paired.ratio(base.sums, base.counts)[0],
+            "change_error": change and change.error,
+        }
     return EvalDone(model=model, rows=rows, of=of, max_length=max_length, **values)
 
 

@@ -7,6 +7,7 @@
       checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
       memories/       what methods keep on simulated clients, if they do (fleets/memories.py)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
+      rows.digests    8 bytes of every row's SHA-256 (tuning/row_digests.py)
       fleet.json  fleet.stop  devices.json  audit.jsonl          of a real fleet (fleet/)
 
 A round counts once its checkpoint is renamed into place.  Whatever a kill leaves beyond that (metrics of an
@@ -353,7 +354,9 @@ def base_digest(path: Path) -> str:
 
 def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Versions and machine, for env.json."""
-    packages = ("torch", "transformers", "peft", "numba", "numpy", "safetensors")
+    packages = (
+        "torch", "transformers", "tokenizers", "peft", "numba", "numpy", "safetensors", "jinja2", "msgpack", "pyarrow",
+    )  # fmt: skip
     versions = {}
     for package in packages:
         try:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fleetune.errors import ModelError, UsageError
+from fleetune.models import unmerged
 from fleetune.seeds import kernel_choice
 from fleetune.seeds.folded_sums import FoldedSums
 from fleetune.seeds.noise import EMPTY, Passes
@@ -167,8 +168,21 @@ class View:
         self.folded.forget()
         self.place(None)
 
+    def merge(self, model: Any) -> None:
+        """Overwrite the stored weights of the model that carries this view, and take the view off."""
+        self.write()
+        self.remove()
+        model.attachment = None
+
+    def detach(self, model: Any) -> None:
+        """Take the view off the model that carries it, which is then the base again."""
+        self.remove()
+        model.attachment = None
+
     def remove(self) -> None:
         """Take the view off: the net runs on its stored weights again."""
+        for module in [*self._around, *(module for module, _ in self.owners)]:
+            unmerged.free(module)
         for module, _ in self.owners:
             module._parameters = dict(module._parameters.items())
             module.__dict__.pop("row_blocks", None)

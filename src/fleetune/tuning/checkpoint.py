@@ -27,6 +27,8 @@ from fleetune.runs.metrics import Tally
 from fleetune.runs.rundir import RunDir, checkpoints
 from fleetune.seeds.ledger import Ledger, LedgerHead
 from fleetune.tuning import messages
+from fleetune.tuning.course import NAME as COURSE
+from fleetune.tuning.course import Course
 from fleetune.tuning.messages import Message, Payload, Scalar
 
 ON: Final = "stands_on"  # the scalar with what it stands on, as JSON
@@ -84,13 +86,16 @@ def encode(
     on: StandsOn | None = None,
     tally: Tally | None = None,
     kept: Kept = MappingProxyType({}),
+    course: Course | None = None,
 ) -> bytes:
     """Encode everything that a resumed run needs after `round`, as the bytes of one message.
 
-    `on`, the `tally` of metrics.jsonl and the clients' memories are what it stands on.
+    `on`, the `tally` of metrics.jsonl and the clients' memories are what it stands on; `course` is how the validation stood.
     """
     payload = pack(state, totals)
     arrays, scalars = dict(payload.arrays), dict(payload.scalars)
+    if course is not None:
+        scalars[COURSE] = course.to_json()
     if on is not None and tally is not None:
         scalars[ON] = sealed.to_text({**asdict(on), "metrics": tally.stated()}, indent=None)
         pairs = sorted(kept.items())
@@ -98,6 +103,12 @@ def encode(
             arrays[f"{KEPT}/{name}"] = np.array(column, np.int64)
         arrays[f"{KEPT}/crc"] = np.array([crc for _, (_, crc) in pairs], np.int64)
     return messages.encode(Message(round, b"", Payload(arrays, scalars)))
+
+
+def course_in(payload: Payload) -> Course:
+    """Return how the validation stood; the start of a course for a checkpoint of an earlier version."""
+    text = payload.scalars.get(COURSE)
+    return Course() if text is None else Course.from_json(str(text))
 
 
 def stands_on(payload: Payload) -> tuple[StandsOn, Tally] | None:

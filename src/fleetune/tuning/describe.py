@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from fleetune import adapters
 from fleetune.data.encode import digest
+from fleetune.errors import StorageError
 from fleetune.models.model import Model
+from fleetune.runs import rundir, sealed
 from fleetune.runs.events import RateFound, TuneStart
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import methods
+from fleetune.tuning import foundations, methods
 from fleetune.tuning.methods import Method
+from fleetune.tuning.settled import given
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
@@ -37,7 +42,45 @@ def of_model(job: TuneJob) -> dict[str, Any]:
         "tokenizer_digest": m.tokenizer_digest,
         "dtype": m.dtype,
         "device": m.device,
+        **_computed_by(m.device),
     }
+
+
+def _computed_by(device: str) -> dict[str, Any]:
+    """Return what of the machine decides the bits of a product of matrices."""
+    found: dict[str, Any] = {
+        "threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
+    if device == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
+
+
+def of_data(job: TuneJob, run: Path) -> dict[str, Any]:
+    """Return what env.json says of the data and the recipe: digests, and the options that were not the defaults.
+
+    What it says of the defaults already stays: a run may be resumed by a version with others.
+    """
+    stated, parts = foundations.of_job(job), job.split
+    try:
+        told = sealed.read(run / rundir.ENVIRONMENT, "").get("given")
+    except StorageError:
+        told = None
+    return {
+        "data_sha256": job.files,
+        "rows_sha256": stated.rows,
+        "held_out_sha256": stated.held_out,
+        "split_sha256": split_digest(parts.clients, parts.held),
+        "given": told if isinstance(told, list) else given(job.recipe),
+    }
+
+
+def split_digest(clients: Sequence[np.ndarray], held: np.ndarray) -> str:
+    """Return the SHA-256 of which rows, by number, are held out and which each client has."""
+    sha = hashlib.sha256()
+    for part in (held, *clients):
+        sha.update(b"part" + np.asarray(part, "<i8").tobytes())
+    return sha.hexdigest()
 
 
 def start(job: TuneJob, rows: Sequence[int]) -> TuneStart:

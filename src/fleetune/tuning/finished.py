@@ -12,12 +12,12 @@ from fleetune.adapters.lora_init import FROM_WEIGHTS
 from fleetune.common import sums
 from fleetune.data import Example
 from fleetune.errors import LedgerError, ModelError, UsageError
-from fleetune.models import dtypes
+from fleetune.models import dtypes, unmerged
 from fleetune.models.model import Model
 from fleetune.runs import rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.view import View, kernels
+from fleetune.seeds.view import kernels
 from fleetune.tuning import foundations, methods
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import entry
@@ -145,13 +145,15 @@ def verify(model: Model, ledger: Ledger) -> tuple[str, dict[int, bool]]:
 
 
 def load(run: str | Path, *, offline: bool = False, device: str | None = None) -> Model:
-    """The tuned model of a finished run; its stored weights stay the base's.
+    """The tuned model of a finished run; its stored weights stay the base's, so that it refuses to be copied (`unmerged.py`).
 
     UsageError when the run has no result yet, LedgerError when the base is another now.
     """
     run = Path(run)
     recipe, result = recipe_of(run), result_of(run)
-    return _LOAD[entry(recipe.method).kind](result, recipe, offline, device or recipe.device)
+    model = _LOAD[entry(recipe.method).kind](result, recipe, offline, device or recipe.device)
+    unmerged.guard(model.net)
+    return model
 
 
 def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
@@ -216,10 +218,5 @@ def export_hf(model: Model, out: Path, *, card: str | None = None, stated: str |
 
 def merge_weights(model: Model) -> None:
     """Make the tuned weights the stored ones of `model`, with nothing attached to it any more."""
-    attached = model.attachment
-    if isinstance(attached, View):
-        attached.write()
-        attached.remove()
-        model.attachment = None
-    elif attached is not None:
-        adapters.merge(model)
+    if model.attachment is not None:
+        model.attachment.merge(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,10 +17,12 @@ from fleetune.data import Example
 from fleetune.data.encode import digest
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import rundir
-from fleetune.tuning import checkpoint
+from fleetune.tuning import checkpoint, row_digests
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import StandsOn
 from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.settled import options_of as all_options
+from fleetune.tuning.settled import settled_options
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import Split, TuneJob
@@ -37,10 +39,15 @@ def of_job(job: TuneJob) -> StandsOn:
 
 
 def options_of(recipe: Recipe) -> dict[str, Any]:
-    """The options that decide the outcome, by name; those of the method as `set.NAME`."""
-    plain = dataclasses.asdict(recipe)
-    chosen: Mapping[str, Any] = plain.pop("set")
-    return {n: v for n, v in plain.items() if n not in PATHS} | {f"set.{n}": v for n, v in chosen.items()}
+    """The options that decide the outcome, by name, with the method's defaults; its settings as `set.NAME`."""
+    found = settled_options(all_options(recipe))
+    return {n: v for n, v in found.items() if n not in PATHS}
+
+
+def same(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes are one, however much of it they leave to the defaults."""
+    places = [[getattr(recipe, name) for name in PATHS] for recipe in (one, other)]
+    return places[0] == places[1] and options_of(one) == options_of(other)
 
 
 def texts_of(parts: Split) -> tuple[str, str]:
@@ -61,7 +68,7 @@ def _text_digest(parts: Iterable[Iterable[Example]]) -> str:
     for part in parts:
         sha.update(b"part")
         for row in part:
-            sha.update(repr((row.messages, row.response, row.texts)).encode("utf-8", "surrogatepass"))
+            sha.update(row_digests.text_of(row))
     return sha.hexdigest()
 
 
@@ -74,11 +81,19 @@ def changed_rows(run: Path, parts: Split) -> list[str]:
         ("the clients' rows", stated.rows_text, now[0]),
         ("the held-out rows", stated.held_out_text, now[1]),
     )
-    return [
+    found = [
         f"{what} have the digest {new[:16]}.., and had {old[:16]}.."
         for what, old, new in pairs
         if old not in ("", new)
     ]
+    return _with_row(found, run, parts)
+
+
+def _with_row(found: list[str], run: Path, parts: Split) -> list[str]:
+    """Return what differs with the first row that is another now before it, where rows differ and it is known."""
+    if not any("rows have the digest" in text for text in found):
+        return found
+    return [text for text in [row_digests.difference(run, parts.examples)] if text] + found
 
 
 def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
@@ -93,9 +108,10 @@ def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
 
 
 def stated_by(run: Path) -> StandsOn | None:
-    """What the newest readable checkpoint of a run states; None for a run of an earlier version."""
+    """What the newest readable checkpoint of a run states, with the method's defaults; None for a run of an earlier version."""
     found = (checkpoint.stated_in(file) for _, file in reversed(rundir.checkpoints(run)))
-    return next((stands_on for stands_on in found if stands_on is not None), None)
+    stated = next((stands_on for stands_on in found if stands_on is not None), None)
+    return stated and dataclasses.replace(stated, recipe=settled_options(stated.recipe))
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -124,6 +140,7 @@ def check(job: TuneJob, run: Path) -> StandsOn:
     now, stated = of_job(job), stated_by(run)
     differences = stated.differences(now) if stated is not None else []
     if differences:
+        differences = _with_row(differences, run, job.split)
         recipe = job.recipe
         raise UsageError(
             "\n  ".join([f"{run} was begun with something else than there is now:", *_first(differences)]),

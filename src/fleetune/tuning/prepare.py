@@ -30,6 +30,7 @@ from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.rates import Found
 from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.settled import settled
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class TuneJob:
     objective: str  # what the method minimises, by name
     found: list[Found]  # learning rates that were found before round 1
     words: tuple[str, ...]  # label words that a causal model's accuracy is measured by; none: it is not
+    files: dict[str, str]  # SHA-256 of the data's files, by name
 
 
 def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
@@ -93,6 +95,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         problems.append(
             f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
         )
+    problems += _of_course(recipe)
     if problems:
         raise RecipeError(problems, hint=f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
@@ -122,6 +125,14 @@ def _of_fleet(method: Method, recipe: Recipe) -> list[str]:
             )
     found = [kinds.problem(method, recipe.kinds), f"late = use: {late}" if late else ""]
     return [problem for problem in found if problem]
+
+
+def _of_course(recipe: Recipe) -> list[str]:
+    """Say what patience and keep cannot do."""
+    if not recipe.eval_every and (recipe.patience or recipe.keep == "best"):
+        name = "patience" if recipe.patience else "keep = best"
+        return [f"{name} compares evaluated rounds, and eval_every = 0 evaluates none: set --eval-every 1"]
+    return []
 
 
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:
@@ -162,9 +173,12 @@ def prepare(
     """
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
+    method = methods.written_out(method)
+    names = rates.wanted(recipe) if find else []
     parts = split(recipe, entry, offline=offline)
     if not simulated:
         parts = dataclasses.replace(parts, clients=[])
+    recipe = settled(recipe) if simulated else dataclasses.replace(settled(recipe), clients=recipe.clients)
     if clients := len(parts.clients) or recipe.clients:
         check_aggregation(recipe, method, clients)
     objective, batch_size = objective_of(method), batch_size_of(method)
@@ -187,11 +201,11 @@ def prepare(
             hint="lower --quorum, or raise --participation",
         )
     found: list[Found] = []
-    if find and (names := rates.wanted(recipe)):
+    if names:
         note(f"finding {' and '.join(names)} on training rows ..")
         aside = set(parts.held.tolist())
         train = [encoded[row] for i, row in place.items() if i not in aside]
-        recipe, found = rates.find(recipe, model, train, asked)
+        recipe, found = rates.find(recipe, names, model, train, asked)
         method = methods.make(recipe.method, recipe.set)
     empty = [c for c, part in enumerate(rows) if not part]
     if empty:
@@ -212,7 +226,17 @@ def prepare(
         prompts=[parts.examples[i] for i in held[: max(recipe.rouge_rows, recipe.samples)]],
         dropped=len(parts.examples) - len(kept), cut=sum(row.lost > 0 for row in encoded),
         objective=objective, found=found, words=labels.measured(recipe, objective, parts.examples),
+        files=_digests(recipe, offline),
     )  # fmt: skip
+
+
+def _digests(recipe: Recipe, offline: bool) -> dict[str, str]:
+    """SHA-256 of the files of the data, by name."""
+    sources = [source for source in (recipe.data, recipe.eval_data) if source]
+    found: dict[str, str] = {}
+    for source in sources:
+        found |= data.digests(source, offline=offline)
+    return found
 
 
 def objective_of(method: Method) -> str:

@@ -113,6 +113,17 @@ class Recipe:
     eval_every: int = Field(
         default=1, ge=0, description="validation loss every so many rounds (0: before and after only)"
     )
+    patience: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="stop after so many evaluated rounds in a row that are no better than the best before them (0: run all)",
+    )
+    keep: str = Field(
+        default="last",
+        pattern="^(last|best)$",
+        description="the model that is the result: of the last round, or of the best evaluated one (the start counts)",
+    )
     eval_rows: int = Field(default=200, ge=1, description="held-out rows for the validation loss")
     rouge_rows: int = Field(
         default=0, ge=0, description="held-out prompts answered for Rouge-L before and after (0: none)"
@@ -149,6 +160,8 @@ class RecipeOptions(TypedDict, total=False):
     quorum: int
     aggregation: str
     eval_every: int
+    patience: int
+    keep: str
     eval_rows: int
     rouge_rows: int
     samples: int

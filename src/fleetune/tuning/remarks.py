@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from fleetune.common.display import change as change_text
 from fleetune.common.display import human_time, show
+from fleetune.common.paired import Difference
 from fleetune.evaluation.losses import class_measures, response_loss
 from fleetune.runs import rundir
+from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
+from fleetune.tuning import watch
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
     from fleetune.tuning.rates import Found
+    from fleetune.tuning.rounds import Outcome
 
 NEW_HEAD: Final = "the classification head is new and starts at random: the base row is of the encoder with that untrained head"
 PROBE: Final = 8  # held-out rows that tell whether the start is the base
@@ -99,3 +104,43 @@ def of_unmoved(job: TuneJob, run: RunDir, *, stays: bool) -> str:
         if job.objective != "loss":
             remedy += "; an objective that gives equal values at two near points moves nothing: raise batch_size or eps"
     return f"nothing moved: {why}; {remedy}"
+
+
+def of_change(
+    job: TuneJob, before: Mapping[str, float], after: Mapping[str, float], change: Difference | None
+) -> str:
+    """Say that the validation loss rose, or that its change is within noise; "" where it fell by more."""
+    if change is None or not math.isfinite(after["loss"]):
+        return ""
+    rows = counted(change.rows, "held-out row")
+    if change.error is None:
+        return f"{rows} cannot tell a change from noise: hold more out (--held-out, --eval-rows)"
+    if change.noise:
+        return (
+            f"the change of the validation loss is within noise: two standard errors are {2 * change.error:.3f} on {rows}; "
+            "tune longer or with a higher learning rate, or hold more rows out"
+        )
+    if after["loss"] <= before["loss"] or job.objective != "loss":
+        return ""
+    shown = change_text("loss", before["loss"], after["loss"], change.error)
+    return f"the validation loss rose ({shown} on {rows}): {watch.advice(job.method, 3)}"
+
+
+def of_course(job: TuneJob, outcome: Outcome) -> list[str]:
+    """Say which round's model the result is, and that the run was stopped before its last round."""
+    recipe, found = job.recipe, []
+    early = ", stopped early" if outcome.last < recipe.rounds else ""
+    if recipe.keep == "best":
+        best = f"round {outcome.round}" if outcome.round else "the start, since no round was better"
+        found.append(f"the result is the best of {counted(outcome.last, 'round')}{early}: {best}")
+    elif early:
+        found.append(
+            f"stopped early after round {outcome.last} of {recipe.rounds}: "
+            f"{counted(outcome.course.stale, 'evaluated round')} in a row no better than round {outcome.course.best}"
+            + (
+                "; --keep best would have kept that round's model"
+                if outcome.course.best != outcome.last
+                else ""
+            )
+        )
+    return found

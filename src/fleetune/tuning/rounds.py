@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,12 +23,15 @@ from fleetune.runs.events import Recorded, RoundDone, round_evaluated
 from fleetune.runs.rundir import KEEP, RunDir
 from fleetune.seeds.noise import derive
 from fleetune.tuning import checkpoint, methods
+from fleetune.tuning import course as courses
 from fleetune.tuning.checkpoint import StandsOn, Totals
+from fleetune.tuning.course import Course
 from fleetune.tuning.fleets import Fleet
 from fleetune.tuning.messages import Message, Payload, encode
 from fleetune.tuning.methods import Method
 from fleetune.tuning.replies import Replies, Round
 from fleetune.tuning.robust import MEAN, Rule
+from fleetune.tuning.watch import advice
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,8 @@ class RoundPlan:
     rule: Rule = MEAN  # how replies are combined
     over_selection: float = 1.0  # so many times the clients that are needed are asked
     late: int = 0  # rounds that a reply may come late and still count
+    patience: int = 0  # evaluated rounds in a row without a better one after which the run ends; 0: never
+    keep_best: bool = False  # whether the best evaluated round's state is the result
 
     @property
     def kept(self) -> int:
@@ -76,33 +81,45 @@ class RoundPlan:
 class Hooks:
     """Callbacks of the loop: `begin()` once before round 1, `evaluate(state)`, `emit(event)`.
 
+    `begin` gives the measures of the first state; `score` says what of measures is to be low (None: not known).
     `resumed()` is called once where a run is taken up again, `note(text)` with what was lost of it.
     """
 
-    begin: Callable[[], None]
+    begin: Callable[[], Mapping[str, float] | None]
     evaluate: Callable[[Any], Mapping[str, float]]
     emit: Callable[[Recorded], None]
     resumed: Callable[[], None] = lambda: None
     note: Callable[[str], None] = log.warning
     clock: Callable[[], float] = lambda: 0.0  # seconds of this sitting so far
+    score: Callable[[Mapping[str, float]], float | None] = lambda measured: measured.get("loss")
 
 
-def run(
-    method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks
-) -> tuple[Any, Totals]:
-    """Run (or resume) all rounds; return the state after the last, and the totals.
+class Outcome(NamedTuple):
+    """The end of a run: the state that is its result and the round that it is of, the totals, and the last round."""
+
+    state: Any
+    totals: Totals
+    round: int
+    last: int
+    course: Course
+
+
+def run(method: Method, fleet: Fleet, state: Any, run: RunDir, plan: RoundPlan, hooks: Hooks) -> Outcome:
+    """Run (or resume) all rounds, or those until the patience is over; return the outcome.
 
     A round counts when its checkpoint is written.  FleetError when every client failed in `PATIENCE` rounds in
     a row (or in all, of fewer); a resumed run counts anew, so that it gets past them.
     """
     run.keep = plan.kept
-    last, state, totals = _start(run, fleet, state, plan, hooks)
+    last, state, totals, course = _start(run, fleet, state, plan, hooks)
     past = _past(run, fleet, state, plan, last)
     failures = 0
     for r in range(last + 1, plan.rounds + 1):
+        if _over(course, plan):
+            break
         began = time.monotonic()
         new, replies = _played(method, fleet, state, run, plan, hooks, r, past)
-        failures = _failures(replies, failures, plan)
+        failures = _failures(method, replies, failures, plan)
         totals.bytes_up += replies.bytes_up
         totals.bytes_down += replies.bytes_down
         totals.seconds += (seconds := time.monotonic() - began)
@@ -112,16 +129,31 @@ def run(
             seconds=round(seconds, 3), rss=rss(), report=methods.report_of(method, new) or None,
         ))  # fmt: skip
         if r == plan.rounds or (plan.eval_every and r % plan.eval_every == 0):
-            hooks.emit(evaluated := round_evaluated(r, hooks.evaluate(new)))
+            hooks.emit(evaluated := round_evaluated(r, measured := hooks.evaluate(new)))
             if evaluated.loss is not None and not math.isfinite(evaluated.loss):
                 raise ModelLostError(f"the model's loss after round {r} is not finite", r - 1, state)
-        state = new
+            course = course.after(r, hooks.score(measured))
+        state, last = new, r
         if plan.late:
             past[r] = replies.round
             past.pop(r - plan.late, None)
-        run.checkpoint(r, _encoded(r, state, _until_now(totals, hooks), plan, run, fleet))
+        _write(r, state, _until_now(totals, hooks), plan, run, fleet, course)
         fleet.forget_before(r + 1 - plan.kept)
-    return state, totals
+    return _outcome(run, state, totals, last, plan, course)
+
+
+def _over(course: Course, plan: RoundPlan) -> bool:
+    """Whether the run ends before its last round."""
+    return bool(plan.patience) and course.stale >= plan.patience
+
+
+def _outcome(run: RunDir, state: Any, totals: Totals, last: int, plan: RoundPlan, course: Course) -> Outcome:
+    """Return the last state, or that of the best round."""
+    if not plan.keep_best or course.best in (None, last):
+        return Outcome(state, totals, last, last, course)
+    assert course.best is not None
+    best, _ = checkpoint.unpack(checkpoint.decode(courses.kept(run.path, course.best)), state)
+    return Outcome(best, totals, course.best, last, course)
 
 
 def _past(run: RunDir, fleet: Fleet, like: Any, plan: RoundPlan, last: int) -> dict[int, Round]:
@@ -131,15 +163,21 @@ def _past(run: RunDir, fleet: Fleet, like: Any, plan: RoundPlan, last: int) -> d
     return {r: Round(r, plan.base, fleet.rows, s, fleet.kind) for r, s in states.items() if s is not None}
 
 
-def _start(run: RunDir, fleet: Fleet, state: Any, plan: RoundPlan, hooks: Hooks) -> tuple[int, Any, Totals]:
-    """Return (the last round done, state, totals): those of the run's last checkpoint, or of a new run.
+def _start(
+    run: RunDir, fleet: Fleet, state: Any, plan: RoundPlan, hooks: Hooks
+) -> tuple[int, Any, Totals, Course]:
+    """Return (the last round done, state, totals, course): those of the run's last checkpoint, or of a new run.
 
-    A checkpoint whose client memories are gone or damaged gives way to the one before it, as a damaged one does.
+    A checkpoint whose client memories or best round are gone or damaged gives way to the one before it, as a damaged one
+    does.
     """
 
     def usable(data: bytes) -> Payload:
         payload = checkpoint.decode(data)
         fleet.check_kept(checkpoint.kept_in(payload))
+        best = checkpoint.course_in(payload).best
+        if plan.keep_best and best is not None:
+            checkpoint.decode(courses.kept(run.path, best))
         return payload
 
     totals = Totals()
@@ -148,17 +186,19 @@ def _start(run: RunDir, fleet: Fleet, state: Any, plan: RoundPlan, hooks: Hooks)
             hooks.note(f"{run.path} has no checkpoint left: the run begins anew")
         run.cut(-1)
         fleet.rewind(0)
-        hooks.begin()
-        run.checkpoint(0, _encoded(0, state, _until_now(totals, hooks), plan, run, fleet))
-        return 0, state, totals
+        courses.cut(run, -1)
+        course = Course().after(0, hooks.score(hooks.begin() or {}))._replace(stale=0)
+        _write(0, state, _until_now(totals, hooks), plan, run, fleet, course)
+        return 0, state, totals, course
     last, payload = saved
     state, totals = checkpoint.unpack(payload, state)
     stated = checkpoint.stands_on(payload)
     if loss := run.cut(last, stated[1] if stated else None):
         hooks.note(loss)
     fleet.rewind(last)
+    courses.cut(run, last)
     hooks.resumed()
-    return last, state, totals
+    return last, state, totals, checkpoint.course_in(payload)
 
 
 def _until_now(totals: Totals, hooks: Hooks) -> Totals:
@@ -166,9 +206,16 @@ def _until_now(totals: Totals, hooks: Hooks) -> Totals:
     return replace(totals, wall=totals.wall + hooks.clock())
 
 
-def _encoded(round: int, state: Any, totals: Totals, plan: RoundPlan, run: RunDir, fleet: Fleet) -> bytes:
-    """Return the checkpoint of a round, with all that it stands on."""
-    return checkpoint.encode(round, state, totals, plan.stands_on, run.metrics.tally, fleet.kept())
+def _write(
+    round: int, state: Any, totals: Totals, plan: RoundPlan, run: RunDir, fleet: Fleet, course: Course
+) -> None:
+    """Make a round count: write its checkpoint, with all that it stands on; the state of a new best round before it."""
+    data = checkpoint.encode(round, state, totals, plan.stands_on, run.metrics.tally, fleet.kept(), course)
+    if plan.keep_best and course.best == round:
+        courses.keep(run, round, data)
+    run.checkpoint(round, data)
+    if plan.keep_best:
+        courses.forget(run)
 
 
 def _played(
@@ -218,7 +265,14 @@ def round_half_up(x: float) -> int:
     return int(x + 0.5)
 
 
-def _failures(replies: Replies, before: int, plan: RoundPlan) -> int:
+def _hint(method: Method, replies: Replies) -> str:
+    """Say what to do where all rounds fail: numbers that are not finite are of a learning rate that is too high."""
+    if replies.not_finite:
+        return f"{advice(method, 10)}; a run with other options is a new one"
+    return "see log.txt in the run folder; when the cause is gone, resume the run"
+
+
+def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) -> int:
     """Count failed rounds in a row, `before` and this one; FleetError when they are too many.
 
     A round fails when every client fails, or when more replies are not finite than are good.
@@ -230,7 +284,7 @@ def _failures(replies: Replies, before: int, plan: RoundPlan) -> int:
         what = "every client failed, " if not replies.accepted else "most replies are not finite, "
         raise FleetError(
             f"{what}{before + 1} rounds in a row; the first of round {replies.round.number}: {replies.reason}",
-            hint="see log.txt in the run folder; when the cause is gone, resume the run",
+            hint=_hint(method, replies),
         )
     return before + 1
 

@@ -14,30 +14,31 @@ from typing import Any, Final, NamedTuple, Protocol
 from fleetune import adapters, models
 from fleetune.common import sums
 from fleetune.common.memory import peak_rss
+from fleetune.common.paired import Difference, RowLosses
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, fault
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
-from fleetune.evaluation.measures import measure as measured_on
 from fleetune.evaluation.scores import rouge_l
 from fleetune.runs import metrics, report, rundir, sealed
-from fleetune.runs.events import ClientReply, Recorded, TuneDone, as_dict, round_evaluated
+from fleetune.runs.events import ClientReply, Recorded, RoundEvaluated, TuneDone, as_dict, round_evaluated
 from fleetune.runs.listener import Listener
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import describe, finished, foundations, remarks, robust, rounds
+from fleetune.tuning import describe, finished, foundations, remarks, robust, rounds, row_digests, validation
 from fleetune.tuning import recipe as recipes
-from fleetune.tuning.checkpoint import StandsOn, Totals
+from fleetune.tuning.checkpoint import StandsOn
 from fleetune.tuning.fleets import OLDEST, Fleet
 from fleetune.tuning.fleets.late import LateReplies
 from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.kinds import wanted
 from fleetune.tuning.methods import entry
-from fleetune.tuning.prepare import TuneJob, batch_size_of, check, prepare
+from fleetune.tuning.prepare import TuneJob, check, prepare
 from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.result import TuneResult, read
+from fleetune.tuning.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -214,27 +215,41 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         if listener.stop_requested:
             raise Interrupted("stopped between two steps; finished rounds are kept")
 
-    whole = rundir.checkpoints(run.path) and _evaluation(run.path, "base")
+    whole = _evaluation(run.path, "base") if rundir.checkpoints(run.path) else {}
     base = None if whole else _base(job, run)
+    check = validation.Validation(job, base.rows if base else validation.losses_in(whole, "base"))
     first = _first(job)
     fleet = fleets.make(job, run, listener, step)
 
+    start = None if base else whole.get("start", {}).get("loss")
+    watch = Watch(method, job.objective, rundir.events(run.path) if whole else (), start)
+
     def measure(state: Any) -> dict[str, float]:
         method.apply(model, state)
-        return _measures(job)
+        return check.measure()
 
     def emit(event: Recorded) -> None:
         listener.event(dataclasses.replace(event, t=run.record(as_dict(event))["t"]))
         if isinstance(event, ClientReply):
             fleet.heard(event)
+        if isinstance(event, RoundEvaluated) and event.round:
+            check.of_round(
+                event.round,
+                event.values | ({} if event.objective is None else {"objective": event.objective}),
+            )
+        if (advice := watch.heard(event)) is not None:
+            listener.note(advice.text)
+            emit(advice)
 
-    def begin() -> None:
+    def begin() -> dict[str, float]:
         assert base is not None
         emit(describe.start(job, fleet.rows))
         for found in job.found:
             emit(describe.rate(found))
         emit(round_evaluated(0, base.measured))
-        _start(job, run, base, first, listener)
+        if found := _start(job, run, base, first, listener):
+            watch.starts_at(found["loss"])
+        return found or base.measured
 
     def resumed() -> None:
         if base is not None:
@@ -244,18 +259,19 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     plan = rounds.RoundPlan(
         recipe.rounds, recipe.participation, recipe.quorum, recipe.seed, recipe.eval_every,
         bytes.fromhex(model.digest)[:8], stands_on, robust.parse(recipe.aggregation), recipe.over_selection,
-        OLDEST if recipe.late == "use" else 0,
+        OLDEST if recipe.late == "use" else 0, recipe.patience, recipe.keep == "best",
     )  # fmt: skip
-    hooks = rounds.Hooks(begin, measure, emit, resumed, listener.note, clock=lambda: time.monotonic() - began)
+    hooks = rounds.Hooks(
+        begin, measure, emit, resumed, listener.note, lambda: time.monotonic() - began, check.score
+    )
     try:
-        state, totals = rounds.run(method, fleet, first, run, plan, hooks)
+        outcome = rounds.run(method, fleet, first, run, plan, hooks)
     except rounds.ModelLostError as lost:
         if lost.round:  # else there is only the base
             method.apply(model, lost.state)
             ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
         raise
-    measured = _last_measures(run, recipe.rounds) or measure(state)
-    return _finish(job, run, (first, state), totals, measured, listener, began)
+    return _finish(job, run, first, outcome, check, listener, began)
 
 
 def _first(job: TuneJob) -> Any:
@@ -272,36 +288,34 @@ class _Base(NamedTuple):
     """The base model with nothing attached to it: its measures, and its loss on a few rows (`remarks.probe`)."""
 
     measured: dict[str, float]
+    rows: RowLosses
     probed: float
 
 
 def _base(job: TuneJob, run: RunDir) -> _Base:
     """Measure the base and let it answer; call it before the method's `init`, which may attach a module."""
-    return _Base(answers(job, run, "base", _measures(job)), remarks.probe(job))
+    measured, rows = validation.measure(job)
+    return _Base(answers(job, run, "base", measured, rows), rows, remarks.probe(job))
 
 
-def _start(job: TuneJob, run: RunDir, base: _Base, first: Any, listener: Listener) -> None:
-    """Where the first state is not the base model, measure it too, and say so."""
+def _start(job: TuneJob, run: RunDir, base: _Base, first: Any, listener: Listener) -> dict[str, float]:
+    """Where the first state is not the base model, measure it too, say so, and return its measures; else {}."""
     job.method.apply(job.model, first)
-    if remarks.starts_elsewhere(base.probed, remarks.probe(job)):
-        found = _measures(job)
-        _add_to_evaluation(run, {"start": found})
-        listener.note(remarks.of_start(base.measured, found))
-
-
-def _measures(job: TuneJob) -> dict[str, float]:
-    """Measure the model as it stands on the held-out rows."""
-    return measured_on(
-        job.model, job.held, job.examples, job.words, job.recipe.max_length, objective=job.objective,
-        batch_size=batch_size_of(job.method),
-    )  # fmt: skip
+    if not remarks.starts_elsewhere(base.probed, remarks.probe(job)):
+        return {}
+    found, _ = validation.measure(job)
+    _add_to_evaluation(run, {"start": found})
+    listener.note(remarks.of_start(base.measured, found))
+    return found
 
 
 def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None:
     """Write down what is run, and tell the listener."""
     recipe = job.recipe
     run.write("run.toml", recipes.to_toml(recipe))
-    run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(describe.of_model(job))) + "\n")
+    made_of = describe.of_model(job) | describe.of_data(job, run.path)
+    run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(made_of)) + "\n")
+    row_digests.write(run, job.split.examples)
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
     for remark in [*map(remarks.of_rate, job.found), *remarks.of_answers(job)]:
         listener.note(remark)
@@ -314,24 +328,29 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
 def _finish(
     job: TuneJob,
     run: RunDir,
-    states: tuple[Any, Any],
-    totals: Totals,
-    measured: dict[str, float],
+    first: Any,
+    outcome: rounds.Outcome,
+    check: validation.Validation,
     listener: Listener,
     began: float,
 ) -> TuneDone:
-    """Save and report the result; `states` are the first and the last, `began` is when this sitting began."""
-    state = states[1]
+    """Save and report the result; `first` is the state before round 1, `began` is when this sitting began."""
+    state, totals = outcome.state, outcome.totals
     job.method.apply(job.model, state)
-    tuned = answers(job, run, "tuned", measured)
-    result = ARTEFACTS[job.entry.kind](job, run, state, job.recipe.rounds)
+    measured, rows = validation.recorded(run.path, outcome.round), check.rows_of(outcome.round)
+    elsewhere = not outcome.round and "start" in sealed.read(run.path / EVALUATION, "")
+    if not measured or rows is None or elsewhere:
+        measured, rows = validation.measure(job)
+    tuned = answers(job, run, "tuned", measured, rows)
+    result = ARTEFACTS[job.entry.kind](job, run, state, outcome.round)
     evaluation = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}")
     run.write("samples.md", describe.samples_page(evaluation), private=True)
+    change = check.against_base(rows)
     done = TuneDone(
-        base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=job.recipe.rounds,
+        base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=outcome.last,
         bytes_up=totals.bytes_up, bytes_down=totals.bytes_down, seconds=round(totals.seconds, 3),
         wall=round(totals.wall + time.monotonic() - began, 3), peak_rss=peak_rss(), **result,
-        **_about(job, run, states, evaluation, tuned, result["digest"]),
+        **_about(job, run, (first, state), evaluation, tuned, result["digest"], outcome, change),
     )  # fmt: skip
     recorded = run.record(as_dict(done), last=True)
     run.status("done")
@@ -348,22 +367,28 @@ def _about(
     evaluation: dict[str, Any],
     tuned: dict[str, float],
     digest: str,
+    outcome: rounds.Outcome,
+    change: Difference | None,
 ) -> dict[str, Any]:
     """The fields of the last event that say what its figures mean."""
     start, base = evaluation.get("start"), evaluation["base"]
     stays = remarks.unmoved(*states, digest, job.model.digest)
     words = remarks.of_answers(job) + ([remarks.NEW_HEAD] if job.model.new_head else [])
     words += [remarks.of_start(base, start)] if start else []
-    if stays or remarks.shows_nothing(start or base, tuned):
+    if outcome.last and not outcome.round:
+        pass  # the start is kept as the best: `of_course` says so
+    elif stays or remarks.shows_nothing(start or base, tuned):
         words.append(remarks.of_unmoved(job, run, stays=stays))
+    elif word := remarks.of_change(job, start or base, tuned, change):
+        words.append(word)
+    words += remarks.of_course(job, outcome)
     answered = min(job.recipe.rouge_rows, len(job.prompts)) or None
-    return {"start": start, "moved": not stays, "remarks": words, "answered": answered}
-
-
-def _last_measures(run: RunDir, round: int) -> dict[str, float]:
-    """The measures after the last round, as they are recorded; {} where that line was lost."""
-    last = [e for e in rundir.events(run.path) if e["event"] == "eval" and e.get("round") == round][-1:]
-    return {name: e[name] for e in last for name in ("loss", "accuracy", "objective") if name in e}
+    return {
+        "start": start, "moved": not stays, "remarks": words, "answered": answered,
+        "change_errors": {"loss": change.error} if change is not None and change.error is not None else None,
+        "best": outcome.round if job.recipe.keep == "best" else None,
+        "stopped_early": outcome.last < job.recipe.rounds or None,
+    }  # fmt: skip
 
 
 def _add_to_evaluation(run: RunDir, more: dict[str, Any]) -> None:
@@ -371,8 +396,10 @@ def _add_to_evaluation(run: RunDir, more: dict[str, Any]) -> None:
     run.write(EVALUATION, sealed.to_text(content) + "\n", private=True)
 
 
-def answers(job: TuneJob, run: RunDir, which: str, measured: dict[str, float]) -> dict[str, float]:
-    """Answer the fixed prompts with the model as it stands; put answers and measures into eval.json.
+def answers(
+    job: TuneJob, run: RunDir, which: str, measured: dict[str, float], rows: RowLosses
+) -> dict[str, float]:
+    """Answer the fixed prompts with the model as it stands; put answers, measures and the rows' losses into eval.json.
 
     `which` is base or tuned.  Gives the measures, with Rouge-L if the recipe asks for it.
     """
@@ -388,6 +415,8 @@ def answers(job: TuneJob, run: RunDir, which: str, measured: dict[str, float]) -
     for sample, answer in zip(content["samples"], made, strict=False):
         sample[which] = answer
     content[which] = measured
+    found = content.get(validation.LOSSES)
+    content[validation.LOSSES] = (found or {}) | {"tokens": rows.counts, which: rows.sums}
     run.write(EVALUATION, sealed.to_text(content) + "\n", private=True)
     return measured
 

@@ -49,6 +49,11 @@ SECOND: Final[Mapping[str, Second]] = MappingProxyType(
 SUMS_ETA: Final[Mapping[str, float]] = MappingProxyType({"adagrad": 0.1, "yogi": 0.1, "adam": 0.1})
 
 
+def rate(rule: str, lr: float) -> float:
+    """Return a rule's own learning rate where `lr` is 0; 0 stays for avg, whose own is 1 and needs no word."""
+    return lr if lr or rule == "avg" else ETA[rule]
+
+
 def check(rule: str, *, lr: float = 0.0, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> None:
     """Raise ValueError, in plain words, for a rule or number that cannot be."""
     if rule not in ETA:

@@ -333,7 +333,7 @@ def done(folder: Path, point: Point, note: Callable[[str], None]) -> bool:
         )
         raise
     # `labels` is written out by a run of an encoder
-    if dataclasses.replace(have, labels=point.recipe.labels) != point.recipe:
+    if not foundations.same(dataclasses.replace(have, labels=point.recipe.labels), point.recipe):
         raise UsageError(
             f"{path} was made by another recipe than {folder / FILE} states now",
             hint=f"put {FILE} back as it was, or begin a new sweep with the changed one",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from fleetune.cli.console import Ui
+from fleetune.common.display import change, is_noise
 from fleetune.errors import RecipeError
 from fleetune.runs.events import EvalDone
 
@@ -53,7 +54,22 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if isinstance(done, EvalDone) and not ui.json:
         rows = _rows(done, own=not args.data)
         named = {k: k if k == "perplexity" and args.text else k + rows for k in done.values}
-        ui.table(["task", "value"], [[named[k], round(v, 4)] for k, v in done.values.items()])
+        ui.table(
+            ["task", "value"] if done.base_loss is None else ["task", "base", "value", "change"],
+            [_line(done, k, named[k], v) for k, v in done.values.items()],
+        )  # fmt: skip
+
+
+def _line(done: EvalDone, name: str, label: str, value: float) -> list[object]:
+    """A line of the table: of a run's loss with that of its base, and the change with its standard error."""
+    if done.base_loss is None:
+        error = f" ± {done.loss_error:.4f}" if name == "loss" and done.loss_error is not None else ""
+        return [label, f"{value:.4f}{error}" if error else round(value, 4)]
+    if name != "loss":
+        return [label, "", round(value, 4), ""]
+    words = change(name, done.base_loss, value, done.change_error)
+    noise = ", within noise" if is_noise(name, done.base_loss, value, done.change_error) else ""
+    return [label, round(done.base_loss, 4), round(value, 4), words + noise]
 
 
 def _rows(done: EvalDone, *, own: bool) -> str:

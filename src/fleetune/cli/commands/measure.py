@@ -7,7 +7,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
-from fleetune.common.display import human_bytes, metric, show
+from fleetune.common.display import change, human_bytes, is_noise, metric, show
+from fleetune.runs.events import Measured
 
 if TYPE_CHECKING:
     from fleetune.deploy.measure.job import MeasureResult
@@ -55,6 +56,16 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     _show(ui, result)
 
 
+def _shown(row: Measured, name: str) -> str:
+    """A measure; the loss with its change from the first line, where that is known."""
+    value = row.values[name]
+    if name != "loss" or row.change is None:
+        return show(name, value)
+    words = change(name, value - row.change, value, row.change_error)
+    noise = is_noise(name, value - row.change, value, row.change_error)
+    return f"{show(name, value)} ({words}{', noise' if noise else ''})"
+
+
 def _show(ui: Ui, result: MeasureResult) -> None:
     """Print the table, the kept gain, and the path of the result."""
     from fleetune.deploy.measure.harness import FILE
@@ -63,7 +74,7 @@ def _show(ui: Ui, result: MeasureResult) -> None:
     rows = [
         [r.name, r.engine, human_bytes(r.bytes), f"{r.bits_linear:.2f}", f"{r.bits:.2f}", human_bytes(r.peak_rss),
          *(f"{speed:.1f}" if speed else "" for speed in (r.prefill, r.generate)),
-         *(show(name, r.values[name]) if name in r.values else "" for name in names)]
+         *(_shown(r, name) if name in r.values else "" for name in names)]
         for r in result.rows
     ]  # fmt: skip
     if not ui.json:

@@ -78,7 +78,13 @@ def finish(ui: Ui, result: TuneResult) -> None:
         ("wall time · peak memory", f"{human_time(done.time)} · {human_bytes(done.peak_rss)}", ""),
     ]  # fmt: skip
     ui.final_table(
-        done.base, done.tuned, rows=done.rows, answered=done.answered, costs=costs, remarks=done.remarks
+        done.base,
+        done.tuned,
+        rows=done.rows,
+        answered=done.answered,
+        costs=costs,
+        remarks=done.remarks,
+        errors=done.change_errors,
     )
     ui.paths([
         ("report", f"{run}/report.html"), ("result", f"{done.result} ({human_bytes(done.result_bytes)})"),

@@ -16,7 +16,9 @@ Kept gain: with base b, tuned t and both compressed the same way, cb and ct, on 
 
     kept = (ct - cb) / (t - b)
 
-which is 1 when compression loses nothing of the gain from tuning, whether lower or higher is better.
+which is 1 when compression loses nothing of the gain from tuning, whether lower or higher is better.  Of the loss, gain and
+kept gain are ratios of sums over the same rows, so their standard errors are known (`common/paired.py`); where the gain is
+within noise, there is no share of it to speak of.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
+from fleetune.common import paired
 from fleetune.common.display import metric
 from fleetune.common.memory import peak_rss
 from fleetune.errors import DataError, FleetuneError, UsageError
@@ -78,6 +81,7 @@ class Measurement:
     prefill: float | None
     generate: float | None
     values: dict[str, float]
+    losses: list[tuple[float, int]] = field(default_factory=list)  # of each row: loss sum, scored tokens
 
 
 class LoadedEngine(Protocol):
@@ -94,8 +98,8 @@ class LoadedEngine(Protocol):
     def step(self) -> None:
         """Append the likeliest token, predict the next."""
 
-    def loss(self, rows: Sequence[Row]) -> float:
-        """Mean cross-entropy in nats of the tokens after each row's context."""
+    def losses(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
+        """Cross-entropy in nats of the tokens after each row's context: the sum, and their number."""
         ...
 
     def close(self) -> None:
@@ -134,10 +138,23 @@ def carry_out(job: MeasureJob) -> Measurement:
             speed(engine, job.prompt, job.generate, job.repeats) if job.repeats else (None, None)
         )
         peak = peak_rss()
-        values = {"loss": engine.loss(job.rows)} if job.rows else {}
+        losses = engine.losses(job.rows) if job.rows else []
+        values = {"loss": mean(losses)} if job.rows else {}
         if job.windows:
-            values["perplexity"] = math.exp(min(engine.loss(job.windows), 700))
-        return Measurement(peak, prefill, generate, values | _tasks(job, engine))
+            values["perplexity"] = math.exp(min(mean(engine.losses(job.windows)), 700))
+        return Measurement(peak, prefill, generate, values | _tasks(job, engine), losses)
+
+
+def mean(losses: Sequence[tuple[float, int]]) -> float:
+    """Return the mean per token of rows' loss sums; DataError when no token is scored."""
+    if not (count := sum(n for _, n in losses)):
+        raise DataError(
+            f"no response tokens to score in {len(losses)} row(s)",
+            hint="give rows with an answer, or a larger maximum length",
+        )
+    import numpy as np  # its sum, so that the value is that of `fleetune eval` to the bit
+
+    return float(np.array([loss for loss, _ in losses]).sum() / count)
 
 
 @contextmanager
@@ -202,7 +219,7 @@ def measured(job: MeasureJob) -> Measurement:
     if "error" in answer:
         kind = UsageError if answer["exit_code"] == 2 else FleetuneError
         raise kind(answer["error"], hint=answer["hint"])
-    return Measurement(**answer)
+    return Measurement(**{**answer, "losses": [(loss, n) for loss, n in answer["losses"]]})
 
 
 def _ended(code: int) -> str:
@@ -276,10 +293,22 @@ class KeptGain:
     gain: float  # of the tuning, positive for better
     value: float | None
     text: str
+    gain_error: float | None = None  # standard error of `gain`; None where the rows' values are not known
+    error: float | None = None  # standard error of `value`
 
 
-def kept_gain(name: str, base: float, tuned: float, small_base: float, small_tuned: float) -> KeptGain:
-    """Return the kept gain by the measure `name`, given its values of base and tuned, and of both compressed."""
+def kept_gain(
+    name: str,
+    base: float,
+    tuned: float,
+    small_base: float,
+    small_tuned: float,
+    rows: Sequence[Sequence[tuple[float, int]]] = (),
+) -> KeptGain:
+    """Return the kept gain by the measure `name`, given its values of base and tuned, and of both compressed.
+
+    `rows` are the losses of the same rows under these four models, where they are known.
+    """
     sign = -1 if metric(name).less else 1
     gain, small = sign * (tuned - base), sign * (small_tuned - small_base)
     label = metric(name).label
@@ -289,9 +318,21 @@ def kept_gain(name: str, base: float, tuned: float, small_base: float, small_tun
         return KeptGain(name, gain, None, f"{label}: tuning changed nothing, so there is no gain to keep")
     if gain < 0:
         return KeptGain(name, gain, None, f"{label}: tuning made it worse, so there is no gain to keep")
-    value = small / gain
-    text = f"{label}: {100 * value:.0f} % of what tuning gained is kept"
-    return KeptGain(name, gain, value, text + (": tuning helps no more" if value <= 0 else ""))
+    value, gain_error, error = small / gain, None, None
+    if len(rows) == 4 and len({tuple(n for _, n in losses) for losses in rows}) == 1:
+        b, t, cb, ct = ([loss for loss, _ in losses] for losses in rows)
+        gains, counts = [sign * (y - x) for x, y in zip(b, t, strict=True)], [n for _, n in rows[0]]
+        gain_error = paired.ratio(gains, counts)[1]
+        if paired.within_noise(gain, gain_error):
+            spread = "" if gain_error is None else f" ({gain:.4f} ± {gain_error:.4f})"
+            few = f"not measurable on {len(b):,} row{'' if len(b) == 1 else 's'}"
+            text = f"{label}: {few}: the tuning gain{spread} is within noise"
+            return KeptGain(name, gain, None, text, gain_error)
+        error = paired.ratio([sign * (y - x) for x, y in zip(cb, ct, strict=True)], gains)[1]
+    spread = "" if error is None else f" ± {100 * error:.0f}"
+    text = f"{label}: {100 * value:.0f}{spread} % of what tuning gained is kept"
+    text += ": tuning helps no more" if value <= 0 else ""
+    return KeptGain(name, gain, value, text, gain_error, error)
 
 
 def warning(artefact: Master) -> str:

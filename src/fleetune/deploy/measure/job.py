@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fleetune.common import paired
+from fleetune.common.paired import RowLosses
 from fleetune.deploy.measure import harness, lines, record
 from fleetune.deploy.measure.harness import KeptGain, Measurement, Row
 from fleetune.deploy.measure.lines import Line, Measurable
@@ -71,6 +73,7 @@ def measure(
     if options.kept_gain:
         chosen.append((found[0], _compressed_base(found[0], listener, offline=offline)))
     done: list[Measured] = []
+    losses: dict[str, list[tuple[float, int]]] = {}
     for measurable, line in chosen:
         job = _job(
             options, measurable, line, (examples, length), windows[measurable.tokenizer], tasks, offline
@@ -82,8 +85,10 @@ def measure(
                 raise
             listener.note(f"{line.name} is left out, {line.engine} does not run it: {error.message}")
             continue
-        done.append(_report(line, result, listener))
-    return _finish(options, found, done, listener)
+        first = next(iter(losses.values()), [])
+        losses.setdefault(line.name, result.losses)
+        done.append(_report(line, result, first, listener))
+    return _finish(options, found, done, losses, listener)
 
 
 def check(count: int, options: MeasureOptions) -> list[str]:
@@ -204,11 +209,18 @@ def _header(
     ])  # fmt: skip
 
 
-def _report(line: Line, result: Measurement, listener: Listener) -> Measured:
+def _report(
+    line: Line, result: Measurement, first: Sequence[tuple[float, int]], listener: Listener
+) -> Measured:
+    """Report a line; `first` are the losses of the rows under the first line's model."""
     linear, whole = harness.bits(line.weights)
+    own, before = _row_losses(result.losses), _row_losses(first)
+    change = paired.difference(before, own) if first else None
     event = Measured(
         name=line.name, engine=line.engine, path=line.path, bytes=line.bytes, bits_linear=linear, bits=whole,
-        peak_rss=result.peak_rss, prefill=result.prefill, generate=result.generate, **result.values,
+        peak_rss=result.peak_rss, prefill=result.prefill, generate=result.generate,
+        loss_error=paired.ratio(own.sums, own.counts)[1] if result.losses else None,
+        change=change and change.value, change_error=change and change.error, **result.values,
     )  # fmt: skip
     listener.event(event)
     listener.note(
@@ -217,10 +229,18 @@ def _report(line: Line, result: Measurement, listener: Listener) -> Measured:
     return event
 
 
+def _row_losses(losses: Sequence[tuple[float, int]]) -> RowLosses:
+    return RowLosses([loss for loss, _ in losses], [count for _, count in losses])
+
+
 def _finish(
-    options: MeasureOptions, found: Sequence[Measurable], rows: Sequence[Measured], listener: Listener
+    options: MeasureOptions,
+    found: Sequence[Measurable],
+    rows: Sequence[Measured],
+    losses: Mapping[str, list[tuple[float, int]]],
+    listener: Listener,
 ) -> MeasureResult:
-    kept = _kept(rows) if options.kept_gain else {}
+    kept = _kept(rows, losses) if options.kept_gain else {}
     folder = found[0].folder if len(found) == 1 else None
     if folder is not None:
         record.write(folder, {name: getattr(options, name) for name in record.RECORDED}, rows, kept)
@@ -250,10 +270,14 @@ def _compressed_base(measurable: Measurable, listener: Listener, *, offline: boo
     return lines.line_of(COMPRESSED_BASE, "artefact", path, path)
 
 
-def _kept(rows: Sequence[Measured]) -> dict[str, KeptGain]:
+def _kept(rows: Sequence[Measured], losses: Mapping[str, list[tuple[float, int]]]) -> dict[str, KeptGain]:
     """Return the kept gain by measure, without perplexity: the model was not tuned on that text."""
-    values = {row.name: row.values for row in rows}
-    four = [values[name] for name in ("base", "tuned", COMPRESSED_BASE, "compressed")]
+    names = ("base", "tuned", COMPRESSED_BASE, "compressed")
+    values = {row.name: row.values for row in reversed(rows)}
+    b, t, cb, ct = (values[name] for name in names)
+    by_row = [losses[name] for name in names]
     return {
-        name: harness.kept_gain(name, *(v[name] for v in four)) for name in four[0] if name != "perplexity"
+        name: harness.kept_gain(name, b[name], t[name], cb[name], ct[name], by_row if name == "loss" else ())
+        for name in b
+        if name != "perplexity"
     }

@@ -70,14 +70,11 @@ class LlamaCpp:
         logits = self._lib.llama_get_logits_ith(self._context, -1)
         self._read([int(self._rows(logits, 1)[0].argmax())], all_logits=False)
 
-    def loss(self, rows: Sequence[tuple[Sequence[int], int]]) -> float:
-        """Mean cross-entropy in nats over the tokens of rows (ids, n_prompt) from number n_prompt on (from 1)."""
+    def losses(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, int]]:
+        """Cross-entropy in nats over the tokens of rows (ids, n_prompt) from number n_prompt on (from 1): sums and numbers."""
         self.open(max(len(ids) for ids, _ in rows))
-        total, count = 0.0, 0
-        for ids, n_prompt in rows:
-            losses = self._token_losses(ids)[max(n_prompt, 1) - 1 :]
-            total, count = total + float(losses.sum()), count + len(losses)
-        return total / count
+        found = [self._token_losses(ids)[max(n_prompt, 1) - 1 :] for ids, n_prompt in rows]
+        return [(float(losses.sum()), len(losses)) for losses in found]
 
     def close(self) -> None:
         """Give the memory back."""

@@ -21,7 +21,7 @@ from fleetune import models
 from fleetune.data import Encoded
 from fleetune.deploy import export
 from fleetune.errors import ModelError, UsageError
-from fleetune.evaluation.losses import response_loss
+from fleetune.evaluation.losses import all_row_losses
 from fleetune.models.model import Model, tokenizer_digest
 from fleetune.tuning import finished
 
@@ -57,10 +57,11 @@ class Torch:
         out: Any = self.model.net(input_ids=ids, use_cache=True, **self._cache, **self._last)
         self.logits: Tensor = out.logits[0, -1]
 
-    def loss(self, rows: Sequence[tuple[Sequence[int], int]]) -> float:
-        """Mean cross-entropy in nats over the tokens of rows (ids, n_prompt) from number n_prompt on."""
+    def losses(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, int]]:
+        """Cross-entropy in nats over the tokens of rows (ids, n_prompt) from number n_prompt on: each row's sum and number."""
         encoded = [Encoded(np.asarray(ids, np.int32), n_prompt) for ids, n_prompt in rows]
-        return response_loss(self.model, encoded)
+        sums, counts = all_row_losses(self.model, encoded, 8)
+        return list(zip(sums.tolist(), counts.tolist(), strict=True))
 
     def close(self) -> None:
         """Nothing to do: the process ends."""

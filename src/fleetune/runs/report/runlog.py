@@ -23,6 +23,8 @@ from fleetune.runs.report.axes import usable
 
 Event = Mapping[str, object]
 Number = int | float
+# Numbers in the event of an evaluation that are no measures
+NO_MEASURES = frozenset({"v", "t", "event", "round", "seconds", "rows", "rss", "change_error"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ def measures(run: RunLog) -> tuple[dict[str, Number], dict[str, Number]]:
     found: list[dict[str, Number]] = []
     for key, event in (("base", early), ("tuned", late)):
         source = map_of(run.done, key) or map_of(run.final, key) or event
-        names = [n for n in source if n not in {"v", "t", "event", "round", "seconds", "rows", "rss"}]
+        names = [n for n in source if n not in NO_MEASURES]
         found.append({n: v for n in names if (v := num_of(source, n)) is not None})
     return found[0], found[1]
 
@@ -205,7 +207,8 @@ def summary(run: Path) -> dict[str, Any]:
 
     Keys: name, path, method, model, status, rounds (done), rounds_planned, clients, base_loss, tuned_loss,
     bytes_up, bytes_down, bytes (their sum), seconds (wall time; before the end, time in rounds), peak_rss (bytes),
-    intact (metrics.jsonl is as it was written); None where the folder does not say.
+    intact (metrics.jsonl is as it was written),
+    change_error (standard error of the loss's change, taken row by row); None where the folder does not say.
     """
     return summarise(read(run))
 
@@ -246,6 +249,7 @@ def summarise(run: RunLog) -> dict[str, Any]:
         "seconds": max(clocks, default=None) or sum_of(run.rounds, "seconds"),
         "peak_rss": peak if peak is not None else max(seen, default=None),
         "intact": run.intact,
+        "change_error": num_of(map_of(run.done, "change_errors"), "loss"),
     }
 
 
@@ -275,7 +279,7 @@ def steps(run: RunLog) -> list[Step]:
         up, down = num_of(event, "bytes_up"), num_of(event, "bytes_down")
         stated = num_of(event, "bytes_total")
         total = stated if stated is not None else total + (up or 0) + (down or 0)
-        names = [n for n in measured if n not in {"v", "t", "event", "round", "seconds", "rows", "rss"}]
+        names = [n for n in measured if n not in NO_MEASURES]
         losses = {n: v for n in names if (v := num_of(measured, n)) is not None}
         asked, accepted = num_of(event, "clients"), num_of(event, "accepted")
         seconds, rss = num_of(event, "seconds"), num_of(event, "rss")

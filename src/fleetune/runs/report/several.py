@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fleetune.common import paired
 from fleetune.common.display import change, human_bytes, human_time, improved, show
+from fleetune.common.paired import RowLosses
 from fleetune.runs.report import axes, page, runlog, svg
 from fleetune.runs.report.page import TableCell, esc, flat, true_minus
-from fleetune.runs.report.runlog import Number, RunLog, Step, kind_of, number, read
+from fleetune.runs.report.runlog import Number, RunLog, Step, kind_of, list_of, map_of, number, read
 from fleetune.runs.report.unlike import APART, caveats
 
 
@@ -23,7 +25,7 @@ def compare(runs: Sequence[Path]) -> str:
     facts = [runlog.summarise(run) for run in seen]
     body = [
         f'<header><p class="over">fleetune · comparison</p><h1>{len(seen)} runs side by side</h1>'
-        f'<p class="lead">{esc(_closest(names, facts, alike=not caveats(seen)))}</p>{_warnings(seen)}</header>',
+        f'<p class="lead">{esc(_closest(seen, names, facts, alike=not caveats(seen)))}</p>{_warnings(seen)}</header>',
         page.section("result", "Results", _results(seen, names, facts)),
         page.section("course", "Course", _overlaid(seen, names)),
         page.section("differences", "What differs in their configuration", _differences(seen, names)),
@@ -37,12 +39,37 @@ def _short(names: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(names)
 
 
-def _closest(names: Sequence[str], facts: Sequence[Mapping[str, object]], *, alike: bool) -> str:
+def _closest(
+    runs: Sequence[RunLog], names: Sequence[str], facts: Sequence[Mapping[str, object]], *, alike: bool
+) -> str:
     """Name the run with the lowest loss, where losses are `alike`, and that with the fewest bytes."""
     known = [(v, n) for n, f in zip(names, facts, strict=True) if (v := number(f["tuned_loss"])) is not None]
     sizes = [(v, n) for n, f in zip(names, facts, strict=True) if (v := number(f["bytes"])) is not None]
     best = f"Lowest validation loss: {min(known)[1]} ({min(known)[0]:.3f}). " if known and alike else ""
+    if best and (near := _near(dict(zip(names, runs, strict=True)), min(known)[1])):
+        best += f"Within noise of it, row by row: {', '.join(near)}. "
     return best + (f"Fewest bytes: {min(sizes)[1]} ({human_bytes(min(sizes)[0])})." if sizes else "")
+
+
+def _near(runs: Mapping[str, RunLog], best: str) -> list[str]:
+    """List the runs whose loss is not above that of the best by more than noise, where the losses of their rows are known."""
+    lowest = losses_of(runs[best])
+    if lowest is None:
+        return []
+    found = {name: paired.difference(lowest, own) for name, run in runs.items() if (own := losses_of(run))}
+    return [name for name, diff in found.items() if name != best and diff is not None and diff.noise]
+
+
+def losses_of(run: RunLog) -> RowLosses | None:
+    """Return the losses of the rows under a run's result, as its eval.json has them; None where it has none."""
+    stated = map_of(run.final, "losses")
+    sums, counts = list_of(stated, "tuned"), list_of(stated, "tokens")
+    if not sums or len(sums) != len(counts):
+        return None
+    values = [number(value) for value in [*sums, *counts]]
+    if any(value is None for value in values):
+        return None
+    return RowLosses([float(v or 0) for v in values[: len(sums)]], [int(v or 0) for v in values[len(sums) :]])
 
 
 def _warnings(runs: Sequence[RunLog]) -> str:
@@ -57,7 +84,8 @@ def _results(runs: Sequence[RunLog], names: Sequence[str], facts: Sequence[Mappi
     rows: list[list[str | TableCell]] = []
     for name, f in zip(names, facts, strict=True):
         base, tuned = number(f["base_loss"]), number(f["tuned_loss"])
-        kind, _ = page.verdict(improved("loss", base, tuned))
+        error = number(f["change_error"])
+        kind, _ = page.verdict(improved("loss", base, tuned, error))
         row: list[str | TableCell] = [
             name,
             str(f["method"] or "-"),
@@ -65,7 +93,7 @@ def _results(runs: Sequence[RunLog], names: Sequence[str], facts: Sequence[Mappi
             kind_of(str(f["status"])),
         ]
         row += [TableCell(str(f["rounds"])), TableCell(show("loss", base)), TableCell(show("loss", tuned))]
-        row.append(TableCell(true_minus(change("loss", base, tuned)) or "-", kind))
+        row.append(TableCell(true_minus(change("loss", base, tuned, error)) or "-", kind))
         row += [TableCell(human_bytes(number(f[key]))) for key in ("bytes_up", "bytes_down")]
         row += [TableCell(human_time(number(f["seconds"]))), TableCell(human_bytes(number(f["peak_rss"])))]
         rows.append(row)

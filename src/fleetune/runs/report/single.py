@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.runs.report import page, runlog
-from fleetune.runs.report.page import esc, flat
+from fleetune.runs.report.page import esc
 from fleetune.runs.report.runlog import RunLog, kind_of, read
 from fleetune.runs.report.sections import course, fleet, head, result, samples
 
@@ -35,8 +35,8 @@ def sections(run: RunLog) -> dict[str, str]:
         "course": page.section("course", "Course", course.course(run, steps, facts)),
         "fleet": page.section("fleet", "Fleet", fleet.partition(run) + fleet.replies(run)),
         "samples": page.section("samples", "Samples", samples.samples(run)),
-        "configuration": page.section("configuration", "Configuration", page.fact_list(flat(run.config), "config")),
-        "versions": page.section("versions", "Versions", page.fact_list(flat(run.env), "config")),
+        "configuration": page.section("configuration", "Configuration", head.configuration(run)),
+        "versions": page.section("versions", "Versions", head.versions(run)),
         "again": page.section("again", "Run it again", _rerun_section(run)),
         "footer": lost,
     }  # fmt: skip

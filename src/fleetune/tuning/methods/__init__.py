@@ -6,14 +6,15 @@
 hyper-parameters, each `name: type = setting(default, symbol, help)`, with the functions of the Protocol below.  A
 setting that acts only beside another says so with `only_if` (`common/settings.py`).  Optional: the constants `CLIENTS`
 (a usual fleet, 8 unless stated) and `RECOMMENDED` (1 is the first that `plan` considers), and the functions of the
-Protocols `Reports`, `Kinds`, `TakesLate`, `Measured`, `Combines`, `Reads`, `Sized`, `FromSlopes` and `Planned`;
-`rate_at_server`, true where the learning rate acts on the server alone.
+Protocols `Reports`, `Kinds`, `TakesLate`, `Measured`, `Combines`, `Reads`, `WritesOut`, `Sized`, `FromSlopes` and
+`Planned`; `rate_at_server`, true where the learning rate acts on the server alone.
 
 Other packages register a module of the same shape under the entry-point group `fleetune.methods`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from fleetune.common.registry import Member, Registry
-from fleetune.common.settings import Setting, of
+from fleetune.common.settings import Setting, Value, of
 from fleetune.common.settings import make as make_of
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.robust import FEWEST, MEAN, Rule
@@ -167,6 +168,15 @@ class Reads(Protocol):
 
 
 @runtime_checkable
+class WritesOut(Protocol):
+    """A method with settings whose value 0 or "" stands for another one, which a later version may choose otherwise."""
+
+    def written_out(self) -> Method:
+        """Return this method with those values in their place; it does the same, to the bit."""
+        ...
+
+
+@runtime_checkable
 class Sized(Protocol):
     """A method with a number of local steps."""
 
@@ -296,6 +306,17 @@ def local_steps(method: Method, rows: int) -> int:
 def sized(method: Method, steps: int, batch_size: int) -> Method:
     """Return the method with so many local steps of so many rows, or as it is where it has no such number."""
     return method.sized(steps, batch_size) if isinstance(method, Sized) else method
+
+
+def written_out(method: Method) -> Method:
+    """Return the method with every value in place that 0 or "" stands for."""
+    return method.written_out() if isinstance(method, WritesOut) else method
+
+
+def values_of(method: Method) -> dict[str, Value]:
+    """Return all settings of a method by name, defaults included: what `make` needs to make the same one."""
+    declared = dataclasses.fields(method)  # type: ignore[arg-type]  # a Protocol cannot say that it is a dataclass
+    return {f.name: getattr(method, f.name) for f in declared if f.init}
 
 
 # The registry -----------------------------------------------------------------------------------------

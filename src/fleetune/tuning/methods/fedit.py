@@ -116,6 +116,10 @@ class Method:
                 "remember of them would not fit; use average=separate with these"
             )
 
+    def written_out(self) -> Method:
+        """Return the method with the server's own rate in place."""
+        return replace(self, server_lr=server_rules.rate(self.server, self.server_lr))
+
     def check_start(self) -> None:
         """Raise ValueError for a start that does not go with the rest."""
         _lora_start.check(

@@ -113,6 +113,11 @@ class Method:
         _mixed_fleet.check(self.backprop, self.backprop_lr, self.backprop_steps, projectable=plain)
         server_rules.check(self.server, lr=self.server_lr)
 
+    def written_out(self) -> Method:
+        """Return the method with the server rule's own rate in place."""
+        own = server_rules.SUMS_ETA.get(self.server, 0.0)
+        return replace(self, server_lr=server_rules.rate(self.server, self.server_lr or own))
+
     def init(self, model: Model, key: int) -> State:
         ledger = _zeroth.new_ledger(
             model, key, law=self.law, K=self.K, lr=self.lr, eps=self.eps, method="fedkseed", rule="constant",

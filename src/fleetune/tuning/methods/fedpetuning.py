@@ -114,6 +114,11 @@ class Method:
         self.training().check()
         server_rules.check(self.server, lr=self.server_lr)
 
+    def written_out(self) -> Method:
+        """Return the method with the module's own size and rate in place, and the server's."""
+        own, rate = MODULES[self.module], server_rules.rate(self.server, self.server_lr)
+        return replace(self, size=self.size or own.size, lr=self.lr or own.lr, server_lr=rate)
+
     def check_fits(self) -> None:
         """Raise ValueError for a setting that the module does not have."""
         if self.start != "default" and self.module != "lora":

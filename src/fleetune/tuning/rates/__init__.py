@@ -75,19 +75,19 @@ def problems(recipe: Recipe, method: Method) -> list[str]:
     return []
 
 
-def find(recipe: Recipe, model: Model, rows: Sequence[Encoded], clients: int) -> tuple[Recipe, list[Found]]:
-    """Return the recipe with every rate that is to be found, and how each was found.
+def find(
+    recipe: Recipe, names: Sequence[str], model: Model, rows: Sequence[Encoded], clients: int
+) -> tuple[Recipe, list[Found]]:
+    """Return the recipe with the rates of these names (`wanted`), and how each was found.
 
     `rows` are training rows that the server has, `clients` is the number of those asked in a round.
     """
     found = []
-    for name in wanted(recipe):
+    for name in names:
         done = _find(recipe, name, model, _few(rows, recipe.seed), clients)
         if done is not None:
             recipe = dataclasses.replace(recipe, set={**recipe.set, name: done.rate})
             found.append(done)
-        else:
-            recipe = dataclasses.replace(recipe, set={n: v for n, v in recipe.set.items() if n != name})
     return recipe, found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fleetune.common.display import change, human_bytes, human_count, human_time, improved, show
+from fleetune.common.display import change, human_bytes, human_count, human_time, improved, is_noise, show
 from fleetune.runs.report import page
 from fleetune.runs.report.page import counted, esc, flat, span, true_minus
 from fleetune.runs.report.runlog import RunLog, changed, kind_of, list_of, num_of, number, text_of
@@ -46,9 +46,11 @@ def _sentence(facts: Mapping[str, object]) -> str:
     done = counted(rounds, "round")
     if base is None or tuned is None:
         return f"{done} so far; no loss to compare yet.{spent + '.' if spent else ''}"
-    before, after = show("loss", base), show("loss", tuned)
-    moves = f"{'fell' if tuned < base else 'rose'} from {before} to {after} ({true_minus(change('loss', base, tuned))})"
+    before, after, error = show("loss", base), show("loss", tuned), number(facts["change_error"])
+    moves = f"{'fell' if tuned < base else 'rose'} from {before} to {after} ({true_minus(change('loss', base, tuned, error))})"
     loss = f"stayed at {before}" if improved("loss", base, tuned) is None else moves
+    if is_noise("loss", base, tuned, error):
+        loss = f"went from {before} to {after} ({true_minus(change('loss', base, tuned, error))}), which is within noise,"
     return f"Validation loss {loss} in {done}.{spent + '.' if spent else ''}"
 
 
@@ -59,7 +61,7 @@ def _identity(run: RunLog, facts: Mapping[str, object]) -> list[tuple[str, str]]
     model += [f"{human_count(params)} params"] if params is not None else []
     model += [dtype] if dtype else []
     share = f"trains {human_count(trained)}" if trained is not None and trained != params else ""
-    method = [str(facts["method"] or ""), _letters(run.config, str(facts["method"])), share]
+    method = [str(facts["method"] or ""), _letters(run, str(facts["method"])), share]
     sizes = [n for v in list_of(run.start, "rows_per_client") if (n := number(v)) is not None]
     clients, partition = facts["clients"], partition_words(run)
     data = [text_of("data", run.config), counted(clients, "client") if clients is not None else "", partition]
@@ -82,7 +84,28 @@ def _identity(run: RunLog, facts: Mapping[str, object]) -> list[tuple[str, str]]
     ]
 
 
-def _letters(config: Mapping[str, object], method: str) -> str:
-    """Return the method's own options: the table of the recipe that is called after it, or `set`."""
-    sources = [v for key in (method, "set", "method", "fields") if isinstance(v := config.get(key), dict)]
-    return " · ".join(f"{k} {v}" for k, v in (flat(sources[0]) if sources else []) if k != "name")
+def _letters(run: RunLog, method: str) -> str:
+    """Return the method's own options: the table of the recipe that is called after it, or `set`.
+
+    Of a run that says which are not the defaults, these and the learning rate; all are in the configuration.
+    """
+    sources = [v for key in (method, "set", "method", "fields") if isinstance(v := run.config.get(key), dict)]
+    shown = [(k, v) for k, v in (flat(sources[0]) if sources else []) if k != "name"]
+    if isinstance(run.env.get("given"), list):
+        named = {"lr", *(str(name).removeprefix("set.") for name in list_of(run.env, "given"))}
+        shown = [(k, v) for k, v in shown if k in named]
+    return " · ".join(f"{k} {v}" for k, v in shown)
+
+
+def configuration(run: RunLog) -> str:
+    """Return every option of the recipe; those with the default of the run's version say so."""
+    pairs = flat(run.config)
+    if isinstance(run.env.get("given"), list):
+        named = set(map(str, list_of(run.env, "given"))) | {"model", "data"}
+        pairs = [(k, v if k in named else f"{v} (default)") for k, v in pairs]
+    return page.fact_list(pairs, "config")
+
+
+def versions(run: RunLog) -> str:
+    """Return what env.json says: versions, the machine, digests."""
+    return page.fact_list(flat({k: v for k, v in run.env.items() if k != "given"}), "config")

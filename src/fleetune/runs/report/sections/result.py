@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from fleetune.common.display import change, human_bytes, human_time, improved, metric, show
+from fleetune.common.display import change, human_bytes, human_time, improved, is_noise, metric, show
 from fleetune.runs.report import page
 from fleetune.runs.report.page import TableCell, esc, true_minus
 from fleetune.runs.report.runlog import (
@@ -14,6 +14,7 @@ from fleetune.runs.report.runlog import (
     RunLog,
     Step,
     list_of,
+    map_of,
     measures,
     num_of,
     number,
@@ -28,8 +29,10 @@ def result(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
     rows: list[list[str | TableCell]] = []
     for name in dict.fromkeys([*base, *tuned]):
         b, t = base.get(name), tuned.get(name)
-        kind, word = page.verdict(improved(name, b, t))
-        diff = TableCell(true_minus(change(name, b, t)) + (word and f", {word}"), kind)
+        error = num_of(map_of(run.done, "change_errors"), name)
+        kind, word = page.verdict(improved(name, b, t, error))
+        word = "within noise" if is_noise(name, b, t, error) else word
+        diff = TableCell(true_minus(change(name, b, t, error)) + (word and f", {word}"), kind)
         rows.append([_label(run, name), TableCell(show(name, b)), TableCell(show(name, t)), diff])
     row_count = num_of(run.final, "rows") or num_of(run.done, "rows")
     caption = f"Measured on {row_count:,} held-out rows" if row_count else "Measured on held-out rows"

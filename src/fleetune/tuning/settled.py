@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write out what a recipe leaves open: every setting of its method, and the number of clients.
+
+A run records the recipe so, and a later version with other defaults repeats it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fleetune.errors import FleetuneError
+from fleetune.tuning import methods
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import Recipe
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """Return the recipe with every setting of its method; with the usual number of clients, unless a column decides."""
+    method = methods.written_out(methods.make(recipe.method, recipe.set))
+    clients = recipe.clients or _usual_clients(recipe.method, recipe.partition)
+    return dataclasses.replace(recipe, set=methods.values_of(method), clients=clients)
+
+
+def options_of(recipe: Recipe) -> dict[str, Any]:
+    """Return all options by name, those of the method as `set.NAME`."""
+    plain = dataclasses.asdict(recipe)
+    chosen: Mapping[str, Any] = plain.pop("set")
+    return plain | {f"set.{name}": value for name, value in chosen.items()}
+
+
+def settled_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as `options_of` names them with what they leave open written out.
+
+    Those of an earlier version are so compared with the present ones.  Options that no method takes stay as they are.
+    """
+    found = dict(options)
+    given = {name.removeprefix("set."): v for name, v in found.items() if name.startswith("set.")}
+    try:
+        method = methods.written_out(methods.make(str(found.get("method")), given))
+        clients = found.get("clients") or _usual_clients(
+            str(found.get("method")), str(found.get("partition"))
+        )
+    except FleetuneError:
+        return found
+    found |= {"clients": clients} if "clients" in found else {}
+    return found | {f"set.{name}": value for name, value in methods.values_of(method).items()}
+
+
+def given(recipe: Recipe) -> list[str]:
+    """Return the options whose values are not the defaults of this version, by name."""
+    usual = {name: default for name, (_, default, _) in recipes.fields().items() if name != "set"}
+    method = methods.written_out(methods.make(recipe.method, {}))
+    usual |= {f"set.{name}": value for name, value in methods.values_of(method).items()}
+    clients = _usual_clients(recipe.method, recipe.partition)
+    return [
+        name
+        for name, value in options_of(recipe).items()
+        if value != usual.get(name) and not (name == "clients" and value == clients)
+    ]
+
+
+def _usual_clients(method: str, partition: str) -> int:
+    """Return the number of clients where none is stated; 0 where the column of the data decides."""
+    return 0 if partition.startswith("column") else methods.entry(method).clients

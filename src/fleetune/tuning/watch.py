@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notice as soon as it shows that a run diverges, and say once what to change.
+
+It shows in a client's reply (its loss is a multiple of what it was, or its numbers are not finite) or in the validation: the
+loss has risen from its lowest by more than noise, and by more than half of what the run had gained.  The second part leaves
+out the ups and downs of training, which are larger than the noise of the rows.  The noise is two standard errors of the
+change from the base, row by row.  What was recorded before a resume counts as if it were heard now.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from fleetune.common.paired import ERRORS
+from fleetune.runs.events import ClientReply, Diverging, Event, RoundEvaluated
+
+BLOWN_UP: Final = 2.0  # times a client's first loss, or the base's validation loss
+SMALL: Final = 0.005  # of the loss: a rise that is sure and this small is no divergence
+UNKNOWN_NOISE: Final = 0.05  # of the loss, where one row gives no error
+
+
+def advice(method: Any, factor: int) -> str:
+    """Say how to lower the learning rate of a method by a factor, and that it has a clip."""
+    lr, words = getattr(method, "lr", None), "lower the learning rate"
+    if isinstance(lr, float) and 0 < lr < math.inf:
+        words += f" to {lr / factor:.1g} (--set lr={lr / factor:.1g})"
+    return words + (", or limit the steps with --set clip=.." if getattr(method, "clip", None) == 0 else "")
+
+
+class Watch:
+    """Hears the events of a run; `heard` gives the event that says that it diverges, once."""
+
+    def __init__(
+        self, method: Any, objective: str, past: Iterable[Mapping[str, Any]], start: float | None = None
+    ) -> None:
+        """Take up a run whose recorded events are `past`; an objective that is not the loss is not watched.
+
+        `start` is the loss before round 1 where that is not the base's.
+        """
+        self.method, self.told = method, objective != "loss"
+        self.first = self.lowest = math.nan  # validation loss before round 1, and the lowest so far
+        self.best = 0
+        self.clients: dict[int, float] = {}  # the first loss that each stated
+        for event in past:
+            self.told |= event["event"] == Diverging.event
+            if event["event"] == ClientReply.event and event.get("status") == "ok":
+                self._client(int(event["client"]), event.get("loss"))
+            elif event["event"] == RoundEvaluated.event:
+                self._evaluated(int(event["round"]), event.get("loss"))
+                if event["round"] == 0 and start is not None:
+                    self.starts_at(start)
+
+    def starts_at(self, loss: float) -> None:
+        """Take another loss as that before round 1: where an untrained module changes the model."""
+        self.first = self.lowest = loss
+
+    def heard(self, event: Event) -> Diverging | None:
+        """Return what there is to say after an event, None for nothing."""
+        found = ""
+        if isinstance(event, ClientReply):
+            found = self._of_reply(event)
+        elif isinstance(event, RoundEvaluated):
+            found = self._of_round(event)
+        if not found or self.told:
+            return None
+        self.told = True
+        return Diverging(round=event.round, text=found)  # type: ignore[attr-defined]
+
+    def _of_reply(self, event: ClientReply) -> str:
+        if event.status != "ok":
+            if "not finite" not in event.reason:
+                return ""
+            return f"round {event.round}: the reply of client {event.client} is not finite; {advice(self.method, 10)}"
+        before = self.clients.get(event.client, self.first)
+        self._client(event.client, event.loss)
+        if not isinstance(event.loss, float) or not event.loss > BLOWN_UP * before > 0:
+            return ""
+        return (
+            f"round {event.round}: the training loss of client {event.client} is {event.loss:.3f}, and was {before:.3f}; "
+            f"{advice(self.method, 10)}"
+        )
+
+    def _of_round(self, event: RoundEvaluated) -> str:
+        loss, lowest, best = event.loss, self.lowest, self.best
+        self._evaluated(event.round, loss)
+        if loss is None or not math.isfinite(loss) or not math.isfinite(lowest):
+            return ""
+        noise = UNKNOWN_NOISE * abs(self.first) if event.change_error is None else ERRORS * event.change_error
+        if loss - lowest <= max(noise, SMALL * abs(self.first), (self.first - lowest) / 2):
+            return ""
+        since = "before tuning" if not best else f"after round {best}"
+        words = advice(self.method, 3 if best else 10)
+        keeps = "; --keep best keeps the best round" if best else ""
+        return (
+            f"round {event.round}: the validation loss has risen to {loss:.3f} from {lowest:.3f} {since}, by more than noise "
+            f"({noise:.3f}); {words}{keeps}"
+        )
+
+    def _client(self, client: int, loss: Any) -> None:
+        if isinstance(loss, float) and math.isfinite(loss):
+            self.clients.setdefault(client, loss)
+
+    def _evaluated(self, round: int, loss: Any) -> None:
+        if not isinstance(loss, float) or not math.isfinite(loss):
+            return
+        if round == 0:
+            self.first = loss
+        if not self.lowest <= loss:
+            self.lowest, self.best = loss, round

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Standard errors of losses and of their paired differences, against closed forms and the bootstrap."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from fleetune.common.display import change, improved
+from fleetune.common.paired import Difference, RowLosses, difference, ratio, within_noise
+
+
+def rows(seed: int, n: int) -> tuple[RowLosses, RowLosses]:
+    """The losses of n rows of unlike length under two models: hard rows are hard for both."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 60, n)
+    level = rng.normal(4, 1, n)
+    before = counts * level
+    after = counts * (level - 0.2 + rng.normal(0, 0.1, n))
+    return RowLosses(before.tolist(), counts.tolist()), RowLosses(after.tolist(), counts.tolist())
+
+
+def test_with_rows_of_one_length_it_is_the_error_of_a_mean() -> None:
+    values = [4.0, 5.0, 7.0, 8.0]
+    R, error = ratio([3 * v for v in values], [3] * 4)
+    assert R == 6.0
+    assert error == pytest.approx(np.std(values, ddof=1) / 2, rel=1e-14)
+
+
+def test_the_formula_by_hand() -> None:
+    R, error = ratio([2.0, 9.0], [1, 2])  # R = 11/3; residuals 2 - 11/3 and 9 - 22/3: -5/3 and 5/3
+    assert pytest.approx(11 / 3, rel=1e-15) == R
+    assert error == pytest.approx(math.sqrt(2 * 2 * 25 / 9) / 3, rel=1e-14)
+
+
+def test_the_error_is_that_of_the_bootstrap_over_rows() -> None:
+    before, after = rows(1, 300)
+    found = difference(before, after)
+    assert found is not None
+    assert found.error is not None
+    d, T = np.array(after.sums) - np.array(before.sums), np.array(before.counts)
+    draws = np.random.default_rng(2).integers(0, 300, (4000, 300))
+    spread = (d[draws].sum(1) / T[draws].sum(1)).std()
+    assert found.value == pytest.approx(d.sum() / T.sum(), rel=1e-12)
+    assert found.error == pytest.approx(spread, rel=0.06)
+
+
+def test_the_paired_error_is_far_below_that_of_either_loss() -> None:
+    before, after = rows(3, 200)
+    found = difference(before, after)
+    assert found is not None
+    assert found.error is not None
+    alone = ratio(after.sums, after.counts)[1]
+    assert alone is not None
+    assert found.error < alone / 5
+
+
+def test_of_models_that_do_not_differ_about_one_in_twenty_is_beyond_noise() -> None:
+    rng = np.random.default_rng(4)
+    beyond = 0
+    for _ in range(600):
+        counts = rng.integers(1, 30, 60)
+        found = Difference(*ratio((counts * rng.normal(0, 1, 60)).tolist(), counts.tolist()), 60)
+        beyond += not found.noise
+    assert 0.02 < beyond / 600 < 0.09
+
+
+def test_what_does_not_pair() -> None:
+    before, after = rows(5, 4)
+    assert difference(before, RowLosses(after.sums, [n + 1 for n in after.counts])) is None
+    assert difference(before, RowLosses(after.sums[:3], after.counts[:3])) is None
+    one = difference(RowLosses([2.0], [1]), RowLosses([1.0], [1]))
+    assert one == Difference(-1.0, None, 1)
+    assert one is not None
+    assert one.noise
+    bad = difference(before, RowLosses([math.inf, *after.sums[1:]], after.counts))
+    assert bad is not None
+    assert math.isnan(bad.value)
+    assert bad.error is None
+    assert not bad.noise
+
+
+def test_noise_is_two_standard_errors() -> None:
+    assert within_noise(0.2, 0.1)
+    assert not within_noise(-0.21, 0.1)
+    assert within_noise(9.0, None)
+
+
+def test_the_words_have_the_error_and_better_is_said_beyond_noise_alone() -> None:
+    assert change("loss", 4.0, 3.656, 0.048) == "-8.6 ± 1.2 %"
+    assert change("loss", 4.0, 3.996, 0.0004) == "-0.10 ± 0.01 %"
+    assert change("accuracy", 50.0, 62.3, 4.0) == "+12.3 ± 4.0"
+    assert change("loss", 4.0, 3.656) == "-8.6 %"
+    assert improved("loss", 4.0, 3.9, 0.04) is True
+    assert improved("loss", 4.0, 4.1, 0.04) is False
+    assert improved("loss", 4.0, 3.9, 0.051) is None

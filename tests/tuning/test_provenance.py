@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's folder says what it was made of: every setting, the data, the rows, the split; and it is repeated from that."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fleetune
+from fleetune import models
+from fleetune.errors import ModelError, UsageError
+from fleetune.models.model import named_tensors
+from fleetune.runs import sealed
+from fleetune.runs.listener import Silent
+from fleetune.tuning import foundations, methods, prepare, row_digests
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.settled import given, settled, settled_options
+
+OPTIONS: dict[str, Any] = {
+    "clients": 2, "rounds": 1, "held_out": 4, "max_length": 48, "samples": 0, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, and a run of either kind."""
+    folder = tmp_path_factory.mktemp("provenance")
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, folder / "tiny")
+    rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(20)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tune("fedit", {"r": 2, "steps": 1})
+        tune("mezo", {"tau": 1, "lr": 1e-3})
+    return folder
+
+
+@pytest.fixture
+def at(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(place)
+    return place
+
+
+def tune(method: str, settings: dict[str, Any], **more: Any) -> fleetune.TuneResult:
+    return fleetune.tune("tiny", "data.jsonl", method=method, settings=settings, **(OPTIONS | more))
+
+
+def folder_of(method: str) -> Path:
+    return next(Path("runs").glob(f"000?-{method}-tiny"))
+
+
+# Settings ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fedit", "mezo"])
+def test_run_toml_has_every_setting_and_repeats_the_run(at: Path, method: str, tmp_path: Path) -> None:
+    run = folder_of(method)
+    stated = tomllib.loads((run / "run.toml").read_text())["set"]
+    assert set(stated) == {s.name for s in methods.settings(method)}
+    again = fleetune.tune(recipes.make(recipes.read(run / "run.toml")), out=tmp_path)
+    assert again.digest == digest_of(run)
+
+
+def digest_of(run: Path) -> str:
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return str(events[-1]["digest"])
+
+
+def test_a_later_default_does_not_change_what_run_toml_means(
+    at: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fleetune.tuning.methods import mezo
+
+    recipe = recipes.make(recipes.read(folder_of("mezo") / "run.toml"))
+    later = dataclasses.make_dataclass(
+        "Later", [("eps", float, dataclasses.field(default=0.5))], bases=(mezo.Method,), frozen=True
+    )
+    monkeypatch.setattr(mezo, "Method", later)
+    assert methods.make("mezo", recipe.set).eps == 1e-3  # type: ignore[attr-defined]
+    assert methods.make("mezo", {}).eps == 0.5  # type: ignore[attr-defined]
+
+
+def test_what_stands_for_another_value_is_written_out_and_means_the_same() -> None:
+    plain = recipes.make(
+        {"model": "m", "data": "d", "method": "fedpetuning", "set": {"server": "adam", "module": "prompt"}}
+    )
+    full = settled(plain)
+    assert full.set["size"] == 20
+    assert full.set["server_lr"] == 1e-3
+    assert full.set["lr"] == 3e-2
+    assert full.clients == methods.entry("fedpetuning").clients
+    assert settled(full) == full
+    by_column = dataclasses.replace(plain, partition="column:role")
+    assert settled(by_column).clients == 0
+
+
+def test_a_checkpoint_of_an_earlier_version_states_fewer_settings() -> None:
+    given_then = {"method": "mezo", "clients": 0, "partition": "iid", "set.lr": "1e-3"}
+    now = settled_options(
+        {
+            "method": "mezo",
+            "clients": methods.entry("mezo").clients,
+            "partition": "iid",
+            "set.lr": 1e-3,
+            "set.tau": 100,
+        }
+    )
+    usual = {s.name: s.default for s in methods.settings("mezo")}
+    now["set.tau"] = usual["tau"]
+    assert settled_options(given_then) == now
+    assert settled_options({"method": "gone", "set.x": 1}) == {"method": "gone", "set.x": 1}
+
+
+def test_the_report_tells_what_was_given_from_what_is_the_default(at: Path) -> None:
+    run = folder_of("fedit")
+    env = sealed.read(run / "env.json", "")
+    assert {"rounds", "clients", "set.r", "set.steps", "method"} <= set(env["given"])
+    assert not {"set.lr", "seed", "participation"} & set(env["given"])
+    page = (run / "report.html").read_text()
+    assert "<dt>set.lr</dt><dd>0.0003 (default)</dd>" in page
+    assert "<dt>set.r</dt><dd>2</dd>" in page
+    assert "fedit · r 2 · lr 0.0003 · steps 1" in page
+
+
+def test_the_usual_number_of_clients_is_not_given() -> None:
+    recipe = settled(recipes.make({"model": "m", "data": "d", "method": "mezo"}))
+    assert given(recipe) == ["model", "data", "method"]
+
+
+# Data -------------------------------------------------------------------------------------------------
+
+
+def test_env_json_has_the_digests_of_the_file_the_rows_and_the_split(at: Path) -> None:
+    env = sealed.read(folder_of("fedit") / "env.json", "")
+    assert env["data_sha256"] == {"data.jsonl": hashlib.sha256(Path("data.jsonl").read_bytes()).hexdigest()}
+    recipe = recipes.make(recipes.read(folder_of("fedit") / "run.toml"))
+    parts = prepare.split(recipe, methods.entry("fedit"))
+    sha = hashlib.sha256()
+    for part in (parts.held, *parts.clients):
+        sha.update(b"part" + part.astype("<i8").tobytes())
+    assert env["split_sha256"] == sha.hexdigest()
+    job = prepare.prepare(recipe)
+    assert (env["rows_sha256"], env["held_out_sha256"]) == (
+        foundations.of_job(job).rows,
+        foundations.of_job(job).held_out,
+    )
+    assert {"tokenizers", "jinja2", "threads"} <= set(env)
+
+
+def test_a_resumed_run_names_the_first_row_that_is_another_now(at: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    lines = Path("data.jsonl").read_text().splitlines()
+    data.write_text("\n".join(lines) + "\n")
+
+    class Stop(Silent):
+        stop_requested = True
+
+    with pytest.raises(Exception, match="stopped"):
+        fleetune.tune("tiny", str(data), method="fedit", settings={"r": 2, "steps": 1}, out=tmp_path / "runs",
+                      listener=Stop(), **OPTIONS)  # fmt: skip
+    run = next((tmp_path / "runs").glob("0001-*"))
+    assert (run / row_digests.FILE).stat().st_size == 8 + 8 * len(lines)
+    assert (run / row_digests.FILE).stat().st_mode & 0o077 == 0
+
+    def refused() -> str:
+        with pytest.raises(UsageError) as found:
+            fleetune.resume_run(run)
+        return found.value.message
+
+    other = json.dumps({"instruction": "another", "response": "row"})
+    data.write_text("\n".join([*lines[:6], other, *lines[7:]]) + "\n")
+    assert f"{data}:7 is another row now\n" in refused()
+    data.write_text("\n".join(reversed(lines)) + "\n")
+    assert f"{data}:1 is another row now (20 of 20 rows differ)" in refused()
+    data.write_text("\n".join(lines[:-2]) + "\n")
+    assert "row 19 and those after it are gone; there are 18 rows, and were 20" in refused()
+    data.write_text("\n".join([*lines, other]) + "\n")
+    assert f"{data}:21 is a new row; there are 21 rows, and were 20" in refused()
+    data.write_text("\n".join(lines) + "\n")
+    fleetune.resume_run(run)
+
+
+# The tuned model --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fedit", "mezo"])
+def test_a_tuned_model_is_saved_whole_or_says_how(at: Path, method: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = fleetune.open(str(folder_of(method))).load()
+    inside = model.net.get_submodule("model")
+    calls = {
+        "state_dict": (model.net.state_dict, inside.state_dict),
+        "save_pretrained": (lambda: model.net.save_pretrained(tmp_path / "lost"),),
+        "copy.deepcopy": (
+            lambda: copy.deepcopy(model.net),
+            lambda: copy.deepcopy(inside),
+            lambda: copy.deepcopy(model),
+        ),
+        "torch.save": (lambda: torch.save(model.net, io.BytesIO()),),
+    }
+    for name, ways in calls.items():
+        for way in ways:
+            with pytest.raises(ModelError, match=f"{name} would lose the tuning") as refused:
+                way()
+            assert "model.save(FOLDER)" in (refused.value.hint or "")
+    assert not (tmp_path / "lost").exists()
+    base = dict(named_tensors(models.load("tiny").net))
+    assert model.save(tmp_path / "saved") == tmp_path / "saved"
+    with pytest.raises(ModelError, match="exists already"):
+        model.save(tmp_path / "saved")
+    loaded = dict(named_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")))
+    own = dict(named_tensors(model.net))
+    assert own.keys() == loaded.keys()
+    assert all(torch.equal(own[n], loaded[n]) for n in own)
+    assert any(not torch.equal(own[n], base[n]) for n in own)
+    assert model.digest == models.digest(named_tensors(model.net))
+    if method == "mezo":
+        assert model.digest == digest_of(folder_of(method))
+    copied = copy.deepcopy(model.net)
+    assert len(copied.state_dict()) == len(model.net.state_dict())
+
+
+def test_split_digests_tell_who_has_a_row() -> None:
+    from fleetune.tuning.describe import split_digest
+
+    a, b = np.array([0, 1]), np.array([2])
+    assert (
+        len({split_digest([a, b], b), split_digest([b, a], b), split_digest([np.array([0, 1, 2])], b)}) == 3
+    )

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that diverges says so at once, once, with what to change; and says at the end what its change is worth."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.runs import sealed
+from fleetune.runs.events import ClientReply, Diverging, RoundEvaluated, as_dict
+from fleetune.runs.listener import Silent
+from fleetune.runs.rundir import events
+from fleetune.tuning.watch import Watch, advice
+
+
+@dataclass
+class Some:
+    lr: float = 3e-3
+    clip: float = 0.0
+
+
+@dataclass
+class Clipped:
+    lr: float = 3e-3
+    clip: float = 1.0
+
+
+def evaluated(round: int, loss: float, error: float | None = 0.01) -> RoundEvaluated:
+    return RoundEvaluated(round=round, loss=loss, change_error=error if round else None)
+
+
+def replied(
+    round: int, loss: float | None, status: str = "ok", reason: str = "", client: int = 0
+) -> ClientReply:
+    return ClientReply(
+        round=round, client=client, n=1, loss=loss, bytes_up=1, bytes_down=1, seconds=0.0, rss=1, status=status, reason=reason,
+    )  # fmt: skip
+
+
+def heard(watch: Watch, *told: Any) -> list[Diverging | None]:
+    return [watch.heard(event) for event in told]
+
+
+def test_a_loss_above_the_start_by_more_than_noise_is_said_at_once_and_once() -> None:
+    watch = Watch(Some(), "loss", ())
+    nothing, within, rose, again = heard(
+        watch, evaluated(0, 4.0), evaluated(1, 4.019), evaluated(2, 4.03), evaluated(3, 9.0)
+    )
+    assert (nothing, within, again) == (None, None, None)
+    assert rose is not None
+    assert rose.round == 2
+    assert "has risen to 4.030 from 4.000 before tuning, by more than noise (0.020)" in rose.text
+    assert "--set lr=0.0003" in rose.text
+    assert "clip" in rose.text
+
+
+def test_ups_and_downs_after_a_gain_are_not_divergence_and_half_the_gain_lost_is() -> None:
+    told = (evaluated(0, 4.0), evaluated(1, 3.0), evaluated(2, 3.49), evaluated(3, 3.51))
+    *before, lost = heard(Watch(Some(), "loss", ()), *told)
+    assert before == [None] * 3
+    assert lost is not None
+    assert "from 3.000 after round 1" in lost.text
+    assert "--set lr=0.001" in lost.text
+    assert "--keep best" in lost.text
+
+
+def test_a_client_whose_loss_is_twice_what_it_was_is_said_before_the_round_ends() -> None:
+    watch = Watch(Clipped(), "loss", ())
+    *calm, blown = heard(watch, evaluated(0, 4.0), replied(1, 5.0), replied(2, 9.9), replied(2, 10.1))
+    assert calm == [None] * 3
+    assert blown is not None
+    assert blown.text.startswith(
+        "round 2: the training loss of client 0 is 10.100, and was 5.000; lower the learning rate"
+    )
+    assert "clip" not in blown.text  # it has one
+    first = heard(Watch(Some(), "loss", ()), evaluated(0, 4.0), replied(1, 8.1))[-1]
+    assert first is not None  # of a first reply the base's loss is the measure
+
+
+def test_a_reply_that_is_not_finite_is_said_at_once() -> None:
+    watch = Watch(Some(), "loss", ())
+    found = watch.heard(replied(1, None, "refused", "2752 values that are not finite"))
+    assert found is not None
+    assert "lower the learning rate" in found.text
+    assert Watch(Some(), "loss", ()).heard(replied(1, None, "refused", "too far")) is None
+
+
+def test_after_a_resume_it_knows_what_it_heard() -> None:
+    told = [evaluated(0, 4.0), replied(1, 3.0), evaluated(1, 3.0), replied(2, 3.0), evaluated(2, 3.6)]
+    for cut in range(len(told) + 1):
+        past = [as_dict(event) for event in told[:cut]]
+        watch = Watch(Some(), "loss", past)
+        assert [e is not None for e in heard(watch, *told[cut:])] == [i == 4 for i in range(cut, len(told))]
+    said = [*(as_dict(e) for e in told), {"event": "diverging", "round": 2, "text": ""}]
+    assert Watch(Some(), "loss", said).heard(evaluated(3, 9.0)) is None
+
+
+def test_another_start_and_another_objective() -> None:
+    past = [as_dict(evaluated(0, 4.0))]
+    assert Watch(Some(), "loss", past, start=6.0).heard(evaluated(1, 5.0)) is None
+    assert Watch(Some(), "accuracy", past).heard(evaluated(1, 50.0)) is None
+    assert (
+        Watch(Some(), "loss", past).heard(evaluated(1, 4.1, error=None)) is None
+    )  # of one row nothing is known
+    assert Watch(Some(), "loss", past).heard(evaluated(1, 4.3, error=None)) is not None
+
+
+def test_a_method_without_a_rate_gets_words_alone() -> None:
+    assert advice(object(), 10) == "lower the learning rate"
+
+
+# Whole runs -------------------------------------------------------------------------------------------
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("watch")
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, folder / "tiny")
+    rows = [{"instruction": f"count to {i}", "response": f"one to {i}"} for i in range(20)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def tune(place: Path, out: Path, listener: Notes | None = None, **more: Any) -> fleetune.TuneResult:
+    options: dict[str, Any] = {
+        "method": "fedit", "settings": {"r": 2, "steps": 1, "lr": 3.0}, "clients": 2, "rounds": 2, "held_out": 6,
+        "max_length": 48, "samples": 0, "device": "cpu",
+    }  # fmt: skip
+    return fleetune.tune(
+        str(place / "tiny"), str(place / "data.jsonl"), out=out, listener=listener, **(options | more)
+    )
+
+
+def test_a_run_that_rises_says_so_in_the_round_and_at_the_end(place: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    run = tune(place, tmp_path, notes)
+    assert run.done.tuned["loss"] > run.done.base["loss"]  # type: ignore[operator]
+    said = [text for text in notes.notes if "has risen" in text]
+    assert len(said) == 1
+    assert [e["text"] for e in events(run.folder) if e["event"] == "diverging"] == said
+    assert any(
+        text.startswith("the validation loss rose (+") and "--set lr=1" in text for text in run.done.remarks
+    )
+    error = run.done.change_errors["loss"]  # type: ignore[index]
+    evaluation = sealed.read(run.folder / "eval.json", "")["losses"]
+    changes = [t - b for b, t in zip(evaluation["base"], evaluation["tuned"], strict=True)]
+    D = sum(changes) / sum(evaluation["tokens"])
+    squares = sum((d - D * n) ** 2 for d, n in zip(changes, evaluation["tokens"], strict=True))
+    assert error == pytest.approx((6 / 5 * squares) ** 0.5 / sum(evaluation["tokens"]))
+    page = run.report.read_text()
+    assert f" ± {100 * error / run.done.base['loss']:.1f} %, worse" in page  # type: ignore[operator]
+
+
+def test_a_change_within_noise_is_called_so(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tune(place, Path("runs"), method="mezo", settings={"tau": 1, "lr": 1e-3}, rounds=1, seed=5)
+    assert any("within noise" in text for text in run.done.remarks)
+    assert "which is within noise" in run.report.read_text()
+    assert "within noise</td>" in run.report.read_text()
+    assert main(["eval", "1", "--tasks", "loss"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "loss, 6 held-out rows" in line
+    assert "within noise" in line
+    assert f"{run.done.base['loss']:.4f}"[:6] in line
+
+
+def test_eval_of_a_run_measures_its_base_on_the_same_rows(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tune(place, tmp_path, settings={"r": 2, "steps": 1, "lr": 0.05}, rounds=1)
+    assert main(["eval", str(run.folder), "--tasks", "loss", "--json"]) == 0
+    event = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert event["base_loss"] == pytest.approx(run.done.base["loss"], rel=1e-6)
+    assert event["loss"] == pytest.approx(run.done.tuned["loss"], rel=1e-6)
+    assert event["change_error"] == pytest.approx(run.done.change_errors["loss"], rel=1e-4)  # type: ignore[index]
+    assert main(["eval", str(place / "tiny"), str(place / "data.jsonl"), "--tasks", "loss"]) == 0
+    assert " ± " in capsys.readouterr().out
+
+
+def test_replies_that_are_not_finite_end_with_a_lower_rate(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["tune", str(place / "tiny"), str(place / "data.jsonl"), "--method", "fedit", "--clients", "2", "--rounds", "1",
+             "--samples", "0", "--max-length", "48", "--device", "cpu", "--out", str(tmp_path)]  # fmt: skip
+    assert main([*words, "--set", "lr=1e30", "--set", "steps=2", "--set", "r=2"]) == 4
+    said = capsys.readouterr().err
+    assert "not finite" in said
+    assert "try: lower the learning rate to 1e+29 (--set lr=1e+29)" in said
+
+
+def test_the_comparison_names_what_is_within_noise_of_the_best(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from fleetune.runs.report import several
+    from fleetune.runs.report.runlog import RunLog, read
+
+    def log(*losses: float, tokens: tuple[int, ...] = (2, 2, 2, 2)) -> RunLog:
+        return replace(read(tmp_path), final={"losses": {"tokens": list(tokens), "tuned": list(losses)}})
+
+    runs = {
+        "best": log(6.0, 8.0, 4.0, 6.0), "near": log(6.1, 7.9, 4.2, 5.9), "far": log(7.0, 9.0, 5.1, 7.0),
+        "other rows": log(6.0, 8.0, 4.0, 6.0, tokens=(2, 2, 2, 3)), "unknown": read(tmp_path),
+    }  # fmt: skip
+    assert several._near(runs, "best") == ["near"]
+    facts = [{"tuned_loss": loss, "bytes": None} for loss in (3.0, 3.01, 3.5, 3.1, 3.2)]
+    words = several._closest(list(runs.values()), list(runs), facts, alike=True)
+    assert words == "Lowest validation loss: best (3.000). Within noise of it, row by row: near. "
+    assert several._near(runs, "unknown") == []
