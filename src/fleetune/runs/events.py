@@ -79,7 +79,7 @@ class TuneStart(Recorded):
     method: str  # tuning method
     model: str  # base model, as the recipe names it
     digest: str  # SHA-256 of the base model's weights
-    params: int  # number of weights of the model
+    params: int  # number of weights of the base model
     trained: int  # number of trained weights: all of them, or those of the adapter
     clients: int  # number of clients in the fleet
     rounds: int  # number of rounds to run
@@ -88,6 +88,8 @@ class TuneStart(Recorded):
     rows_per_client: Sequence[int]  # training rows of each client, in order
     held_out: int  # number of held-out rows
     counts: Mapping[str, Sequence[int]] | None = None  # training rows of each client, by value of `column`
+    names: Sequence[str] | None = None  # names of the clients, where the data has them (column:COLUMN)
+    changed: Sequence[str] | None = None  # options that are not at their defaults; set.NAME is of the method
     held_out_digest: str | None = None  # SHA-256 of the encoded held-out rows: where equal, losses compare
 
 

@@ -16,6 +16,7 @@ from fleetune.runs.events import TuneStart
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import methods
+from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import Method
 
 if TYPE_CHECKING:
@@ -39,21 +40,45 @@ def of_model(job: TuneJob) -> dict[str, Any]:
     }
 
 
-def start(job: TuneJob, rows: Sequence[int]) -> TuneStart:
-    """Return the first event: who takes part with what; `rows` of every client."""
+def start(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
+    """Return the first event: who takes part with what; `rows` of every client, `params` the base model's weights."""
     recipe, parts = job.recipe, job.split
     shown = parts.column if parts.column and not recipe.partition.startswith("column") else "category"
     values = [[parts.examples[i].meta.get(shown, "") for i in part.tolist()] for part in parts.clients]
     names = sorted({v for part in values for v in part})
     few = 1 < len(names) <= 40
     return TuneStart(
-        method=recipe.method, model=recipe.model, digest=job.model.digest, params=job.model.n_params,
+        method=recipe.method, model=recipe.model, digest=job.model.digest, params=params,
         trained=TRAINED[job.entry.kind](job.model), clients=len(rows), rounds=recipe.rounds,
         partition=recipe.partition, rows_per_client=list(rows), held_out=len(job.held),
         column=shown if few else parts.column,
         counts={name: [part.count(name) for part in values] for name in names} if few else None,
-        held_out_digest=digest([job.held]),
+        names=client_names(job), changed=changed(recipe), held_out_digest=digest([job.held]),
     )  # fmt: skip
+
+
+def client_names(job: TuneJob) -> list[str] | None:
+    """Return the clients' names, where they are the values of a column; None where they have only numbers."""
+    parts = job.split
+    if not parts.column or not job.recipe.partition.startswith("column") or not len(parts.clients):
+        return None
+    return [str(parts.examples[int(part[0])].meta[parts.column]) for part in parts.clients]
+
+
+def changed(recipe: Recipe) -> list[str]:
+    """Return the names of the options that are not at their defaults, the method's as set.NAME."""
+    found = [
+        n for n, (_, default, _) in recipes.fields().items() if n != "set" and getattr(recipe, n) != default
+    ]
+    defaults = {s.name: s.default for s in methods.settings(recipe.method)}
+    return found + [
+        f"set.{n}" for n, value in recipe.set.items() if n not in defaults or _differs(value, defaults[n])
+    ]
+
+
+def _differs(value: object, default: object) -> bool:
+    """Whether a setting as it was written is another than the default."""
+    return str(value).lower() != str(default).lower() and value != default
 
 
 def letters(method: Method, name: str) -> str:

@@ -215,6 +215,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
 
     whole = rundir.checkpoints(run.path) and _evaluation(run.path, "base")
     base = None if whole else _base(job, run)
+    params = model.n_params  # before a module is attached to it
     first = _first(job)
     fleet = fleets.make(job, run, listener, step)
 
@@ -229,7 +230,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
 
     def begin() -> None:
         assert base is not None
-        emit(describe.start(job, fleet.rows))
+        emit(describe.start(job, fleet.rows, params))
         emit(round_evaluated(0, base.measured))
         _start(job, run, base, first, listener)
 

@@ -18,6 +18,7 @@ from fleetune.runs.report import page, runlog, svg
 from fleetune.runs.report.cells import Combination, CurvePoint, Effect, GridRun, Stat, SweepAxis
 from fleetune.runs.report.page import esc, flat
 from fleetune.runs.report.runlog import RunLog
+from fleetune.runs.report.sections.configuration import options
 from fleetune.runs.report.unlike import APART, caveats
 
 SPREAD = "Mean over the seeds and the other values; band: standard deviation over the seeds of the change by tuning."
@@ -60,7 +61,7 @@ def _header(name: str, axes: Sequence[SweepAxis], members: Sequence[GridRun], pl
     ready = len(numbers.finished(members))
     seeds = len({m.seed for m in members})
     varied = "; ".join(f"{a.name} in {', '.join(map(value_text, a.values))}" for a in axes)
-    lead = f"{page.counted(planned, 'run')}, {page.counted(seeds, 'seed')} so far. {varied}"
+    lead = f"{page.counted(planned, 'run')}, {page.counted(seeds, 'seed')}{' so far' if ready < planned else ''}. {varied}"
     over = f'<p class="over">fleetune · sweep</p><h1>{esc(name)}</h1><p class="lead">{esc(lead)}</p>'
     if ready < planned:
         text = f"{ready} of {planned} runs are finished. Means are over the seeds that are whole, if there are any."
@@ -115,7 +116,7 @@ def _edges(value: Stat) -> tuple[float, float]:
 
 def _plot(ident: str, title: str, x: scales.PlotAxis, y: scales.PlotAxis, names: Sequence[str]) -> svg.Plot:
     right = 20 + svg.CHAR * max((len(n) for n in names), default=0)
-    return svg.Plot(ident, title, f"Lines: {', '.join(names) or 'one'}.", x, y, right=right, height=300)
+    return svg.Plot(ident, title, f"Lines: {', '.join(names) or 'one'}.", x, y, right=right)
 
 
 class MeanLine(NamedTuple):
@@ -338,6 +339,6 @@ def _runs(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> str:
 
 
 def _shared(members: Sequence[GridRun]) -> str:
-    configs = [flat(m.run.config) for m in members]
+    configs = [options(m.run) for m in members]
     common = [pair for pair in (configs[0] if configs else []) if all(pair in c for c in configs)]
     return page.fact_list(common, "config")
