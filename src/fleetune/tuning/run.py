@@ -324,7 +324,8 @@ def _finish(
     tuned = answers(job, run, "tuned", measured)
     result = ARTEFACTS[job.entry.kind](job, run, state, job.recipe.rounds)
     evaluation = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}")
-    run.write("samples.md", describe.samples_page(evaluation), private=True)
+    if evaluation["samples"]:
+        run.write("samples.md", describe.samples_page(evaluation), private=True)
     done = TuneDone(
         base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=job.recipe.rounds,
         bytes_up=totals.bytes_up, bytes_down=totals.bytes_down, seconds=round(totals.seconds, 3),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from fleetune.runs.report.grid import grid
 from fleetune.runs.report.grid import tables as grid_tables
-from fleetune.runs.report.runlog import changed, measures, read, summary, table
+from fleetune.runs.report.runlog import changed, measures, read, samples, summary, table
 from fleetune.runs.report.several import compare
 from fleetune.runs.report.single import sections, write
 from fleetune.runs.report.unlike import APART, caveats
@@ -28,6 +28,7 @@ __all__ = [
     "grid_tables",
     "measures",
     "read",
+    "samples",
     "sections",
     "summary",
     "table",

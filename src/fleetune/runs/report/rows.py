@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fleetune.runs.report.axes import PlotAxis, counts, numbers
 from fleetune.runs.report.bars import legend
-from fleetune.runs.report.svg import CHAR, COLOURS, WIDTH, axis_break, fixed, frame, rect_at, text_at, tipped
+from fleetune.runs.report.svg import COLOURS, WIDTH, axis_break, fixed, frame, rect_at, text_at, tipped
 
 NAME = 22  # characters of a name that are shown
 BETTER, WORSE, SAME = 0, 1, 7  # colours

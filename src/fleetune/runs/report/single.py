@@ -28,6 +28,7 @@ def write(run: Path) -> Path:
 def sections(run: RunLog) -> dict[str, str]:
     """Return the report's sections as HTML, by name and in order; "" for one that has nothing to show."""
     steps, facts = runlog.steps(run), runlog.summarise(run)
+    lost = f"<footer>{run.skipped} damaged line(s) of metrics.jsonl left out.</footer>" if run.skipped else ""
     return {
         "head": head.header(run, facts),
         "result": page.section("result", "Result", result.result(run, steps, facts)),
@@ -37,19 +38,13 @@ def sections(run: RunLog) -> dict[str, str]:
         "configuration": page.section("configuration", "Configuration", configuration.configuration(run)),
         "versions": page.section("versions", "Versions", page.fact_list(flat(run.env), "config")),
         "again": page.section("again", "Run it again", _rerun_section(run)),
-        "footer": _foot(run),
+        "footer": lost,
+        "sharing": samples.sharing(run),
     }  # fmt: skip
 
 
 def _report(run: RunLog) -> str:
     return page.document(f"{run.name} - fleetune", "\n".join(filter(None, sections(run).values())))
-
-
-def _foot(run: RunLog) -> str:
-    """Return what was left out, and what the page holds of people's rows; nothing where there is neither."""
-    lost = f"{run.skipped} damaged line(s) of metrics.jsonl left out. " if run.skipped else ""
-    told = f"{lost}{samples.sharing(run)}"
-    return f"<footer>{esc(told)}</footer>" if told else ""
 
 
 def _rerun_section(run: RunLog) -> str:

@@ -25,9 +25,9 @@ def samples(run: RunLog) -> str:
 
 
 def sharing(run: RunLog) -> str:
-    """Return a note for who shares the page: how many held-out rows are shown on it; "" for none."""
+    """Return the note in the foot for who shares the page: how many held-out rows are on it; nothing for none."""
     count = len([s for s in list_of(run.final, "samples") if isinstance(s, dict)])
-    return NOTE.format(counted(count, "held-out row")) if count else ""
+    return f"<footer>{esc(NOTE.format(counted(count, 'held-out row')))}</footer>" if count else ""
 
 
 def _sample(sample: Mapping[str, object], number: int) -> str:
