@@ -713,6 +713,7 @@ class Serving(Event):
     engine: str  # name of the engine
     threads: int  # number of threads
     token: str | None = None  # that clients must present; only one made for this session
+    base: str | None = None  # name of the base model that is served beside it
 
 
 @dataclass(frozen=True, kw_only=True)
