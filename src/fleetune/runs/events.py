@@ -114,6 +114,8 @@ class ClientReply(Recorded):
     status: str  # ok, refused (by the check of replies), failed, dropped, declined or late
     reason: str  # of any status but ok; else ""
     late: int | None = None  # rounds that the reply comes late; left out for one that is on time
+    steps: int | None = None  # local steps that it made; of simulated clients
+    tokens: int | None = None  # tokens of the rows in these steps, prompts included; of simulated clients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +175,10 @@ class TuneDone(Event):
     start: Mapping[str, float] | None = None  # measures with the untrained module attached, if not the base's
     moved: bool | None = None  # false: no round has changed the model
     remarks: Sequence[str] = ()  # what to know about these figures, in words
+    per_client: Mapping[str, Any] | None = (
+        None  # losses of each client: `rows` (held-out or training), `n`, `base`, `tuned`
+    )
+    energy: float | None = None  # joules of the processors while it ran, where the machine counts them
 
     @property
     def time(self) -> float:

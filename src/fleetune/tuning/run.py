@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from fleetune import adapters, models
 from fleetune.common import sums
+from fleetune.common.energy import EnergyMeter
 from fleetune.common.memory import peak_rss
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, fault
 from fleetune.evaluation.answers import generate
@@ -26,7 +27,7 @@ from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import describe, finished, foundations, remarks, robust, rounds
+from fleetune.tuning import describe, finished, foundations, per_client, remarks, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import StandsOn, Totals
 from fleetune.tuning.fleets import OLDEST, Fleet
@@ -213,6 +214,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         if listener.stop_requested:
             raise Interrupted("stopped between two steps; finished rounds are kept")
 
+    meter = EnergyMeter() if not rundir.checkpoints(run.path) else None  # of a whole run alone
     whole = rundir.checkpoints(run.path) and _evaluation(run.path, "base")
     base = None if whole else _base(job, run)
     params = model.n_params  # before a module is attached to it
@@ -253,7 +255,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
             ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
         raise
     measured = _last_measures(run, recipe.rounds) or measure(state)
-    return _finish(job, run, (first, state), totals, measured, listener, began)
+    return _finish(job, run, (first, state), totals, measured, listener, began, meter)
 
 
 def _first(job: TuneJob) -> Any:
@@ -275,7 +277,10 @@ class _Base(NamedTuple):
 
 def _base(job: TuneJob, run: RunDir) -> _Base:
     """Measure the base and let it answer; call it before the method's `init`, which may attach a module."""
-    return _Base(answers(job, run, "base", _measures(job)), remarks.probe(job))
+    measured = answers(job, run, "base", _measures(job))
+    if own := per_client.chosen(job):
+        _add_to_evaluation(run, {"per_client": own.record(base=own.losses(job))})
+    return _Base(measured, remarks.probe(job))
 
 
 def _start(job: TuneJob, run: RunDir, base: _Base, first: Any, listener: Listener) -> None:
@@ -317,11 +322,13 @@ def _finish(
     measured: dict[str, float],
     listener: Listener,
     began: float,
+    meter: EnergyMeter | None,
 ) -> TuneDone:
     """Save and report the result; `states` are the first and the last, `began` is when this sitting began."""
     state = states[1]
     job.method.apply(job.model, state)
     tuned = answers(job, run, "tuned", measured)
+    clients = _after(job, run)
     result = ARTEFACTS[job.entry.kind](job, run, state, job.recipe.rounds)
     evaluation = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}")
     if evaluation["samples"]:
@@ -330,6 +337,7 @@ def _finish(
         base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=job.recipe.rounds,
         bytes_up=totals.bytes_up, bytes_down=totals.bytes_down, seconds=round(totals.seconds, 3),
         wall=round(totals.wall + time.monotonic() - began, 3), peak_rss=peak_rss(), **result,
+        per_client=clients, energy=meter.joules() if meter else None,
         **_about(job, run, states, evaluation, tuned, result["digest"]),
     )  # fmt: skip
     recorded = run.record(as_dict(done), last=True)
@@ -338,6 +346,17 @@ def _finish(
     done = dataclasses.replace(done, t=recorded["t"], report=str(run.path / "report.html"))
     listener.event(done)
     return done
+
+
+def _after(job: TuneJob, run: RunDir) -> dict[str, Any] | None:
+    """Measure the clients whose losses before are known; None where there are none.  eval.json gets the losses too."""
+    before = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}").get("per_client")
+    own = per_client.chosen(job) if isinstance(before, dict) else None
+    if own is None or not isinstance(before, dict):
+        return None
+    found = own.record(base=before["base"], tuned=own.losses(job))
+    _add_to_evaluation(run, {"per_client": found})
+    return found
 
 
 def _about(
