@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from test_report import Page, fake_run, lines_of, page_of, self_contained
 
 from fleetune.runs import report
-from fleetune.runs.report import axes, bars, page, rows, svg
+from fleetune.runs.report import axes, bars, page, plots, rows, svg
 from fleetune.runs.report.sections import per_client
 
 
@@ -294,3 +297,63 @@ def test_speed_and_energy_stand_with_the_costs(tmp_path: Path) -> None:
         if len(row) == 2
     }
     assert not {"local steps per second", "energy of the processor"} & plain
+
+
+# Plots as files
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def test_plots_lie_beside_the_page_as_svg_and_csv(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, clients=4, rounds=3, asked=4)
+    with_clients(run, rows="held-out", n=[4] * 4, base=[4.0, 3.0, 2.0, 1.0], tuned=[3.5, 3.25, 2.0, 0.5])
+    restated(run, names=["north", "=cmd()", "a,b", 'say "x"'])
+    text = report.write(run).read_text()
+    names = idents(text)
+    assert {p.stem for p in (run / "plots").glob("*.svg")} == names
+    for name in names:
+        drawn = ElementTree.parse(run / "plots" / f"{name}.svg").getroot()
+        assert drawn.tag == "{http://www.w3.org/2000/svg}svg"
+    rounds = read_csv(run / "plots" / "rounds.csv")
+    events = {e["round"]: e for e in lines_of(run) if e["event"] == "eval"}
+    assert [float(r["loss"]) for r in rounds] == [events[n]["loss"] for n in range(4)]
+    clients = read_csv(run / "plots" / "clients.csv")
+    assert [c["client"] for c in clients] == [
+        "north",
+        "'=cmd()",
+        "a,b",
+        'say "x"',
+    ]  # no formula for a spreadsheet
+    assert [float(c["loss_after"]) for c in clients] == [3.5, 3.25, 2.0, 0.5]
+    rows_of = read_csv(run / "plots" / "client-rows.csv")
+    assert [int(r["rows"]) for r in rows_of] == lines_of(run)[0]["rows_per_client"]
+    losses = read_csv(run / "plots" / "client-losses.csv")
+    assert len(losses) == 12
+
+
+def test_links_in_the_page_hold_the_same_files(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, clients=4, rounds=2, asked=4)
+    shown = page_of(run)
+    found = dict(zip(shown.values("download"), shown.values("href"), strict=True))
+    files = {p.name: p.read_text() for p in (run / "plots").iterdir()}
+    assert {n for n in files if n.endswith(".svg")} == {n for n in found if n.endswith(".svg")}
+    for name, url in found.items():
+        assert base64.b64decode(url.partition(",")[2]).decode() == files[name]
+    assert "rounds.csv" in found
+
+
+def test_no_text_of_rows_is_in_the_plots(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, rounds=1)
+    report.write(run)
+    assert not [p for p in (run / "plots").iterdir() if "walk-in cooler" in p.read_text()]
+
+
+def test_a_very_large_drawing_is_not_in_the_page_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "LARGEST", 0)
+    run = fake_run(tmp_path, rounds=2)
+    assert {n.rpartition(".")[2] for n in page_of(run).values("download")} == {"csv"}
+    assert (run / "plots" / "loss-round.svg").is_file()

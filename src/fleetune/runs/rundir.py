@@ -7,6 +7,7 @@
       checkpoints/    round-000003.ckpt: the state, checksummed, and what it stands on; the last two are kept
       memories/       what methods keep on simulated clients, if they do (fleets/memories.py)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
+      plots/          the report's plots as SVG, and their numbers as CSV
       fleet.json  fleet.stop  devices.json  audit.jsonl          of a real fleet (fleet/)
 
 A round counts once its checkpoint is renamed into place.  Whatever a kill leaves beyond that (metrics of an

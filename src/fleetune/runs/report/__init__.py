@@ -5,6 +5,8 @@ The page is one HTML file with its style and its plots (inline SVG) inside: it o
 network for nothing (a content policy forbids it), follows the reader's light or dark scheme and prints.
 Every plot has a title and a description for those who do not see it and its numbers in a table.
 
+The plots lie beside it in `plots/`, as SVG, with their numbers as CSV (`plots.py`); links in the page hold the same files.
+
 `runlog` reads the folder, `page` has the parts of a page, `axes`, `svg` and `bars` draw, `sections` are the page's
 sections, `single` and `several` put them together, `unlike` says whose losses do not compare; `cells` and `grid` are
 the sweep's numbers and page.

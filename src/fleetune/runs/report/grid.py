@@ -115,7 +115,7 @@ def _edges(value: Stat) -> tuple[float, float]:
 
 
 def _plot(ident: str, title: str, x: scales.PlotAxis, y: scales.PlotAxis, names: Sequence[str]) -> svg.Plot:
-    right = 20 + svg.CHAR * max((len(n) for n in names), default=0)
+    right = 16 + svg.WIDEST * max((len(n) for n in names), default=0)
     return svg.Plot(ident, title, f"Lines: {', '.join(names) or 'one'}.", x, y, right=right)
 
 

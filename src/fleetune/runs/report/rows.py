@@ -7,7 +7,17 @@ from collections.abc import Sequence
 
 from fleetune.runs.report.axes import PlotAxis, counts, numbers
 from fleetune.runs.report.bars import legend
-from fleetune.runs.report.svg import COLOURS, WIDTH, axis_break, fixed, frame, rect_at, text_at, tipped
+from fleetune.runs.report.svg import (
+    COLOURS,
+    WIDEST,
+    WIDTH,
+    axis_break,
+    fixed,
+    frame,
+    rect_at,
+    text_at,
+    tipped,
+)
 
 NAME = 22  # characters of a name that are shown
 BETTER, WORSE, SAME = 0, 1, 7  # colours
@@ -87,7 +97,7 @@ class _Rows:
         self.names, self.x = [shortened(name) for name in names], x
         self.pitch = 19.0 if len(names) <= 30 else 14.0
         self.thick = self.pitch - 5
-        self.left = 14.0 + 7.0 * max((len(name) for name in self.names), default=1)
+        self.left = 14.0 + WIDEST * max((len(name) for name in self.names), default=1)
         self.right, self.top = WIDTH - 16.0, 8.0
         self.marks: list[str] = []
 

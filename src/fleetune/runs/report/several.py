@@ -99,7 +99,7 @@ def _overlaid(runs: Sequence[RunLog], names: Sequence[str]) -> str:
     remarks.append("The rounds alone, without the evaluations between them.")
     if bytes_axis.log:
         remarks[1] += " Round 0, before any byte, has no place on a logarithmic axis."
-    right = 20 + svg.CHAR * max(map(len, names))
+    right = 16 + svg.WIDEST * max(map(len, names))
     figures = ""
     for i, (what, x, xs) in enumerate(views):
         title = f"Validation loss by {what}"

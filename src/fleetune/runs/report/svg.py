@@ -21,6 +21,7 @@ from fleetune.runs.report.axes import PlotAxis, usable
 
 COLOURS = 8  # of `plot.css`
 WIDTH = 460.0  # of a drawing: its text is about 12 px where two stand side by side, 9 on a telephone
+WIDEST = 7.2  # advance of bold text, and of the larger text of a telephone: for names that must not be cut
 CHAR = 6.1  # mean advance of an 11 px system font, used to keep labels apart
 
 

@@ -95,7 +95,7 @@ def _summary(found: Sequence[ClientLoss]) -> str:
     body: list[list[str | TableCell]] = []
     for label, of in (
         ("mean over clients", statistics.fmean), ("worst tenth", worst_tenth), ("highest", max),
-        ("spread (standard deviation)", statistics.stdev),
+        ("standard deviation", statistics.stdev),
     ):  # fmt: skip
         b, a = of(sides[0]), of(sides[1])
         body.append(
