@@ -4,20 +4,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from serve_harness import Upstream, ask, door, running
+from serve_harness import Upstream, ask, door, little_file, lives, running, stand_in, starts
 
+from fleetune import api
 from fleetune.cli.commands import chat
 from fleetune.cli.main import build_parser
+from fleetune.common.display import human_bytes
 from fleetune.deploy.serving import session
 from fleetune.deploy.serving.engine_site import EngineSite
 from fleetune.deploy.serving.front import Front, listening
 from fleetune.errors import UsageError
+from fleetune.runs.listener import Silent
 from fleetune.subject import Compressed, Plain, Run
 from fleetune.tuning import recipe as recipes
 
@@ -100,3 +104,66 @@ def test_the_page_makes_no_markup_of_text() -> None:
     assert "const markdown" in script[0]
     for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "DOMParser"):
         assert word not in script[0], word
+
+
+def a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was exported to a file, made of a base that is one; a llama-server stands on the PATH."""
+    stand_in(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    run = tmp_path / "runs" / "0001-fedit-m"
+    run.mkdir(parents=True)
+    for file in (tmp_path / "base.gguf", run / "tuned.gguf"):
+        little_file(file)
+    recipe = recipes.make({"model": str(tmp_path / "base.gguf"), "data": "demo"})
+    (run / "run.toml").write_text(recipes.to_toml(recipe))
+    return run
+
+
+class Heard(Silent):
+    """Keep what is said."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_both_engines_run_and_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, heard = a_run(tmp_path, monkeypatch), Heard()
+    with api.serve(run, threads=1, port=0, beside_base=True, listener=heard) as opened:
+        assert (opened.started.model, opened.started.base) == ("tuned.gguf", "base.gguf")
+        own, base = starts(tmp_path / "bin")
+        assert (own["--alias"], base["--alias"], base["--threads"]) == ("tuned.gguf", "base.gguf", "1")
+        for model in ("tuned.gguf", "base.gguf"):
+            body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "stream": True}
+            assert b"hello" in ask(opened.front, "POST", CHAT, json.dumps(body).encode())[2]
+            assert json.loads((tmp_path / "bin" / "body").read_text())["model"] == model
+        assert opened.ended() is None
+        assert ask(opened.front, "GET", "/health")[0] == 200
+        assert opened.base is not None
+        os.kill(base["pid"], 9)
+        opened.base.process.wait(20)
+        assert opened.ended() is opened.base
+        assert ask(opened.front, "GET", "/health")[0] == 503
+    assert not lives(own["pid"])
+    size = human_bytes((tmp_path / "base.gguf").stat().st_size)
+    assert any(f"about {size} more memory" in note for note in heard.notes)
+
+
+def test_a_run_alone_starts_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(tmp_path, monkeypatch)
+    with api.serve(run, threads=1, port=0) as opened:
+        assert opened.started.base is None
+    assert len(starts(tmp_path / "bin")) == 1
+
+
+def test_what_has_no_base_is_refused_before_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_run(tmp_path, monkeypatch)
+    with pytest.raises(UsageError, match="was not made of another model"), api.serve(
+        str(tmp_path / "base.gguf"), port=0, beside_base=True
+    ):  # fmt: skip
+        pass
+    assert not (tmp_path / "bin" / "started").exists()

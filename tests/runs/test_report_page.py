@@ -237,7 +237,7 @@ def test_who_got_worse_is_seen(tmp_path: Path) -> None:
     with_clients(run, rows="held-out", n=[4, 4, 4, 4], base=[4.0, 3.0, 2.0, 1.0], tuned=[3.5, 3.25, 2.0, 0.5])
     text = report.write(run).read_text()
     self_contained(Page(text), text)
-    assert "Of 4 clients 2 got better, 1 worse (south +0.250)" in text
+    assert "2 of 4 clients got better, 1 worse (south +0.250)" in text
     assert "The worst tenth: 4.000 before, 3.500 after." in text
     assert "Measured on 4 held-out rows of each:" in text
     drawn = drawing(text, "per-client")

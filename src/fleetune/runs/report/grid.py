@@ -7,7 +7,7 @@ Means and spreads are those of `cells`; the drawings are also given as files of 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fleetune.common.display import human_bytes, human_time, metric, show
@@ -91,7 +91,8 @@ def _course(number: int, axis: SweepAxis, members: Sequence[GridRun]) -> dict[st
     by_bytes, at = scales.bytes_axis([[p.bytes for p in curve] for curve in found.values()])
     by_round = scales.integers([p.round for p in points], "round")
     out = {}
-    for what, x in (("round", by_round), ("bytes", by_bytes)):
+    views = [("round", by_round), ("bytes", by_bytes)]
+    for what, x in views[: 1 if _same_bytes(found.values()) else 2]:
         ident, title = f"loss-by-{what}-{slug(axis.name)}", f"Validation loss by {what}, for each {axis.name}"
         names = [f"{axis.name} {value_text(v)}" for v in found]
         plot = _plot(ident, title, x, y, names)
@@ -108,6 +109,12 @@ def _course(number: int, axis: SweepAxis, members: Sequence[GridRun]) -> dict[st
         data = _course_table(axis, found) if what == "round" else ""
         out[ident] = Figure(plot.svg(), title, SPREAD, data)
     return out
+
+
+def _same_bytes(curves: Iterable[Sequence[CurvePoint]]) -> bool:
+    """Return whether a round moves the same bytes everywhere, so that by bytes is by round once more."""
+    each = [p.bytes / p.round for curve in curves for p in curve if p.round]
+    return not each or max(each) - min(each) <= 0.02 * max(each)
 
 
 def _edges(value: Stat) -> tuple[float, float]:

@@ -101,6 +101,7 @@ class LocalFleet:
     memories: Memories = field(default_factory=Memories)
     kinds: Wanted | None = None  # None: as the method spreads them
     late: LateReplies | None = None  # None: late clients do not work
+    done: WorkDone = field(default_factory=WorkDone)  # of the client that works, or has worked last
 
     @property
     def rows(self) -> list[int]:
@@ -170,9 +171,10 @@ class LocalFleet:
 
     def _answer(self, round: int, client: int, key: int, sent: bytes) -> Answer:
         """Return the answer of a client that works; one bad client never stops a round."""
-        began, done = time.monotonic(), WorkDone()
+        began = time.monotonic()
+        self.done = done = WorkDone()
         try:
-            data = self._work(client, key, sent, done)
+            data = self._work(client, key, sent)
         except _ListenerError as error:  # the caller's own: no client is to blame
             raise error.original from None
         except (Interrupted, StorageError):
@@ -204,7 +206,7 @@ class LocalFleet:
         except FAULTS as error:
             raise _ListenerError(error) from error
 
-    def _work(self, client: int, key: int, message: bytes, done: WorkDone) -> bytes:
+    def _work(self, client: int, key: int, message: bytes) -> bytes:
         rows = self.clients[client]
         batches = Batches(rows, self.pad_id, key, self.model.device, client)
-        return work(self.method, self.model, batches, key, message, self.memories, self._step, done)
+        return work(self.method, self.model, batches, key, message, self.memories, self._step, self.done)

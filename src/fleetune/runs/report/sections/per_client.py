@@ -85,7 +85,7 @@ def _words(
     )  # fmt: skip
     trained = ", which were trained on" if kind == "training" else ""
     return (
-        f"Of {counted(len(found), 'client')} {better} got better, {who}. The worst tenth: {tenth[0]} before, {tenth[1]} "
+        f"{better} of {len(found)} clients got better, {who}. The worst tenth: {tenth[0]} before, {tenth[1]} "
         f"after. Measured on {few} of each{trained}: few rows, so a single client's change is a hint, no proof."
     )
 
