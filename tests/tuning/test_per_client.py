@@ -19,7 +19,7 @@ from fleetune.models import tiny_bert, tiny_llama
 from fleetune.runs import rundir, sealed
 from fleetune.runs.events import ClientReply, Event, RoundDone
 from fleetune.runs.listener import Silent
-from fleetune.tuning import per_client, prepare, recipe
+from fleetune.tuning import describe, methods, per_client, prepare, recipe
 
 FAST: dict[str, Any] = {"samples": 0, "max_length": 64, "rounds": 1, "offline": True, "listener": Silent()}
 SITES = ("north", "south", "west")
@@ -69,6 +69,8 @@ def test_losses_before_and_after_are_those_of_the_clients_own_rows(places: Path,
     assert ">north</text>" in text
     start = next(rundir.events(result.folder))
     assert start["names"] == list(SITES)
+    assert {"model", "data", "method", "partition", "held_out", "samples", "set.lr"} <= set(start["changed"])
+    assert not {"seed", "client_rows", "threads"} & set(start["changed"])
     assert start["params"] == job.model.n_params  # without the adapter
 
 
@@ -219,3 +221,13 @@ def test_without_a_counter_there_is_no_figure_and_no_noise(kind: str, tmp_path: 
     if kind == "rubbish":
         (counter(folder, "intel-rapl:0", 1) / "energy_uj").write_text("?")
     assert EnergyMeter(folder).joules() is None
+
+
+def test_a_setting_that_is_written_at_its_default_is_not_changed(places: Path) -> None:
+    defaults = {s.name: s.default for s in methods.settings("fedkseed")}
+    same = recipe.make({"model": "m", "data": "d", "method": "fedkseed", "set": defaults})
+    assert not [name for name in describe.changed(same) if name.startswith("set.")]
+    texts = recipe.make(
+        {"model": "m", "data": "d", "method": "fedkseed", "set": {"lr": str(defaults["lr"]), "tau": "7"}}
+    )
+    assert [name for name in describe.changed(texts) if name.startswith("set.")] == ["set.tau"]
