@@ -52,7 +52,10 @@ def holding(folder: Path) -> set[str]:
 def test_no_samples_keeps_no_text_anywhere(
     places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tune(places, tmp_path, "--no-samples", "--set", "r=1") == 0
+    assert (
+        tune(places, tmp_path, "--no-samples", "--rouge-rows", "2", "--answer-tokens", "4", "--set", "r=1")
+        == 0
+    )
     (run,) = tmp_path.glob("0001-*")
     assert holding(tmp_path) == set()
     assert not (run / "samples.md").exists()
