@@ -401,6 +401,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
     token: str | None = None,
+    beside_base: bool = False,
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
@@ -409,13 +410,14 @@ def serve(
 
     `engine` is a name or auto (the first installed); without `threads`, several counts are tried and the fastest is
     used; `port` 0 takes any free one.  A client must present `token` if one is given; on a `host` beyond this machine one
-    is always needed, and made where none is given.
+    is always needed, and made where none is given.  With `beside_base` the base model is served as well, in a second
+    engine with memory of its own: a request goes to the one that it names.
     """
     from fleetune.deploy.serving import session
 
     with session.served(
         open(model, out=out), session.EngineOptions(engine, threads, context),
-        session.FrontOptions(host, port, token), checked(listener), offline=offline,
+        session.FrontOptions(host, port, token), checked(listener), offline=offline, beside_base=beside_base,
     ) as opened:  # fmt: skip
         yield opened
 

@@ -35,6 +35,13 @@ def add(sub: argparse.ArgumentParser) -> None:
                 metavar=kind.__name__.upper(),
                 help=text + shown,
             )
+    group.add_argument(
+        "--no-samples",
+        dest=PREFIX + "samples",
+        action="store_const",
+        const="0",
+        help="keep no text of a prompt or an answer in any file of the run (the same as --samples 0)",
+    )
 
 
 def given(args: argparse.Namespace) -> dict[str, str]:

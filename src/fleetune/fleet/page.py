@@ -156,7 +156,7 @@ def _report(run: Path) -> dict[str, str]:
             "head": "<p>The run is too large to be drawn while it goes on: see its report.html at the end.</p>"
         }
     found = report.sections(report.read(run))
-    del found["samples"]
+    del found["samples"], found["sharing"]
     return found
 
 

@@ -81,7 +81,7 @@ class TuneStart(Recorded):
     method: str  # tuning method
     model: str  # base model, as the recipe names it
     digest: str  # SHA-256 of the base model's weights
-    params: int  # number of weights of the model
+    params: int  # number of weights of the base model
     trained: int  # number of trained weights: all of them, or those of the adapter
     clients: int  # number of clients in the fleet
     rounds: int  # number of rounds to run
@@ -90,6 +90,8 @@ class TuneStart(Recorded):
     rows_per_client: Sequence[int]  # training rows of each client, in order
     held_out: int  # number of held-out rows
     counts: Mapping[str, Sequence[int]] | None = None  # training rows of each client, by value of `column`
+    names: Sequence[str] | None = None  # names of the clients, where the data has them (column:COLUMN)
+    changed: Sequence[str] | None = None  # options that are not at their defaults; set.NAME is of the method
     held_out_digest: str | None = None  # SHA-256 of the encoded held-out rows: where equal, losses compare
 
 
@@ -130,6 +132,8 @@ class ClientReply(Recorded):
     status: str  # ok, refused (by the check of replies), failed, dropped, declined or late
     reason: str  # of any status but ok; else ""
     late: int | None = None  # rounds that the reply comes late; left out for one that is on time
+    steps: int | None = None  # local steps that it made; of simulated clients
+    tokens: int | None = None  # tokens of the rows in these steps, prompts included; of simulated clients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +208,10 @@ class TuneDone(Event):
     start: Mapping[str, float] | None = None  # measures with the untrained module attached, if not the base's
     moved: bool | None = None  # false: no round has changed the model
     remarks: Sequence[str] = ()  # what to know about these figures, in words
+    per_client: Mapping[str, Any] | None = (
+        None  # losses of each client: `rows` (held-out or training), `n`, `base`, `tuned`
+    )
+    energy: float | None = None  # joules of the processors while it ran, where the machine counts them
 
     @property
     def time(self) -> float:
@@ -771,6 +779,7 @@ class Serving(Event):
     engine: str  # name of the engine
     threads: int  # number of threads
     token: str | None = None  # that clients must present; only one made for this session
+    base: str | None = None  # name of the base model that is served beside it
 
 
 @dataclass(frozen=True, kw_only=True)

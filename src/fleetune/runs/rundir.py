@@ -8,6 +8,7 @@
       memories/       what methods keep on simulated clients, if they do (fleets/memories.py)
       ledger.safetensors | adapter/     eval.json  samples.md  report.html
       rows.digests    8 bytes of every row's SHA-256 (tuning/row_digests.py)
+      plots/          the report's plots as SVG, and their numbers as CSV
       fleet.json  fleet.stop  devices.json  audit.jsonl          of a real fleet (fleet/)
 
 A round counts once its checkpoint is renamed into place.  Whatever a kill leaves beyond that (metrics of an

@@ -83,20 +83,20 @@ def split_digest(clients: Sequence[np.ndarray], held: np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def start(job: TuneJob, rows: Sequence[int]) -> TuneStart:
-    """Return the first event: who takes part with what; `rows` of every client."""
+def start(job: TuneJob, rows: Sequence[int], params: int) -> TuneStart:
+    """Return the first event: who takes part with what; `rows` of every client, `params` the base model's weights."""
     recipe, parts = job.recipe, job.split
     shown = parts.column if parts.column and not recipe.partition.startswith("column") else "category"
     values = [[parts.examples[i].meta.get(shown, "") for i in part.tolist()] for part in parts.clients]
     names = sorted({v for part in values for v in part})
     few = 1 < len(names) <= 40
     return TuneStart(
-        method=recipe.method, model=recipe.model, digest=job.model.digest, params=job.model.n_params,
+        method=recipe.method, model=recipe.model, digest=job.model.digest, params=params,
         trained=TRAINED[job.entry.kind](job.model), clients=len(rows), rounds=recipe.rounds,
         partition=recipe.partition, rows_per_client=list(rows), held_out=len(job.held),
         column=shown if few else parts.column,
         counts={name: [part.count(name) for part in values] for name in names} if few else None,
-        held_out_digest=digest([job.held]),
+        names=client_names(job), changed=given(recipe), held_out_digest=digest([job.held]),
     )  # fmt: skip
 
 
@@ -107,6 +107,14 @@ def rate(found: Found) -> RateFound:
         rates=[t.rate for t in found.tried] or None, losses=[t.loss for t in found.tried] or None,
         slopes=found.slopes or None, curvatures=found.curvatures or None,
     )  # fmt: skip
+
+
+def client_names(job: TuneJob) -> list[str] | None:
+    """Return the clients' names, where they are the values of a column; None where they have only numbers."""
+    parts = job.split
+    if not parts.column or not job.recipe.partition.startswith("column") or not len(parts.clients):
+        return None
+    return [str(parts.examples[int(part[0])].meta[parts.column]) for part in parts.clients]
 
 
 def letters(method: Method, name: str) -> str:

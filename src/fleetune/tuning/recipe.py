@@ -128,7 +128,18 @@ class Recipe:
     rouge_rows: int = Field(
         default=0, ge=0, description="held-out prompts answered for Rouge-L before and after (0: none)"
     )
-    samples: int = Field(default=4, ge=0, description="fixed prompts answered before and after")
+    samples: int = Field(
+        default=4,
+        ge=0,
+        description="held-out prompts answered before and after; their text is kept in the run's report (0: no text is kept)",
+    )
+    client_rows: int = Field(
+        default=4,
+        ge=0,
+        le=MOST_ROWS,
+        description="simulate: rows of each client that its loss is measured on before and after (0: none; up to 4, fewer "
+        "in a short run, and none of more than 64 clients)",
+    )
     answer_tokens: int = Field(default=96, ge=1, description="tokens of a generated answer at most")
     threads: int = Field(default=0, ge=0, le=MOST_THREADS, description="processor threads (0: all)")
 
@@ -165,6 +176,7 @@ class RecipeOptions(TypedDict, total=False):
     eval_rows: int
     rouge_rows: int
     samples: int
+    client_rows: int
     answer_tokens: int
     threads: int
 

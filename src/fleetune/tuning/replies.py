@@ -219,7 +219,7 @@ class Replies:
         self.emit(ClientReply(
             round=self.round.number, client=answer.client, n=scalars.get("n"), loss=scalars.get("loss"),
             bytes_up=size or len(answer.data or b""), bytes_down=answer.sent, seconds=round(answer.seconds, 3),
-            rss=rss(), status=status, reason=reason, late=answer.late or None,
+            rss=rss(), status=status, reason=reason, late=answer.late or None, steps=answer.steps, tokens=answer.tokens,
         ))  # fmt: skip
 
 

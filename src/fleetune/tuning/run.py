@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from fleetune import adapters, models
 from fleetune.common import sums
+from fleetune.common.energy import EnergyMeter
 from fleetune.common.memory import peak_rss
 from fleetune.common.paired import Difference, RowLosses
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, fault
@@ -26,7 +27,17 @@ from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import describe, finished, foundations, remarks, robust, rounds, row_digests, validation
+from fleetune.tuning import (
+    describe,
+    finished,
+    foundations,
+    per_client,
+    remarks,
+    robust,
+    rounds,
+    row_digests,
+    validation,
+)
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import StandsOn
 from fleetune.tuning.fleets import OLDEST, Fleet
@@ -218,6 +229,8 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     whole = _evaluation(run.path, "base") if rundir.checkpoints(run.path) else {}
     base = None if whole else _base(job, run)
     check = validation.Validation(job, base.rows if base else validation.losses_in(whole, "base"))
+    meter = EnergyMeter() if not rundir.checkpoints(run.path) else None  # of a whole run alone
+    params = model.n_params  # before a module is attached to it
     first = _first(job)
     fleet = fleets.make(job, run, listener, step)
 
@@ -243,7 +256,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
 
     def begin() -> dict[str, float]:
         assert base is not None
-        emit(describe.start(job, fleet.rows))
+        emit(describe.start(job, fleet.rows, params))
         for found in job.found:
             emit(describe.rate(found))
         emit(round_evaluated(0, base.measured))
@@ -271,7 +284,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
             method.apply(model, lost.state)
             ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)
         raise
-    return _finish(job, run, first, outcome, check, listener, began)
+    return _finish(job, run, first, outcome, check, listener, began, meter)
 
 
 def _first(job: TuneJob) -> Any:
@@ -295,7 +308,10 @@ class _Base(NamedTuple):
 def _base(job: TuneJob, run: RunDir) -> _Base:
     """Measure the base and let it answer; call it before the method's `init`, which may attach a module."""
     measured, rows = validation.measure(job)
-    return _Base(answers(job, run, "base", measured, rows), rows, remarks.probe(job))
+    measured = answers(job, run, "base", measured, rows)
+    if own := per_client.chosen(job):
+        _add_to_evaluation(run, {"per_client": own.record(base=own.losses(job))})
+    return _Base(measured, rows, remarks.probe(job))
 
 
 def _start(job: TuneJob, run: RunDir, base: _Base, first: Any, listener: Listener) -> dict[str, float]:
@@ -333,6 +349,7 @@ def _finish(
     check: validation.Validation,
     listener: Listener,
     began: float,
+    meter: EnergyMeter | None,
 ) -> TuneDone:
     """Save and report the result; `first` is the state before round 1, `began` is when this sitting began."""
     state, totals = outcome.state, outcome.totals
@@ -342,14 +359,17 @@ def _finish(
     if not measured or rows is None or elsewhere:
         measured, rows = validation.measure(job)
     tuned = answers(job, run, "tuned", measured, rows)
+    clients = _after(job, run)
     result = ARTEFACTS[job.entry.kind](job, run, state, outcome.round)
     evaluation = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}")
-    run.write("samples.md", describe.samples_page(evaluation), private=True)
+    if evaluation["samples"]:
+        run.write("samples.md", describe.samples_page(evaluation), private=True)
     change = check.against_base(rows)
     done = TuneDone(
         base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=outcome.last,
         bytes_up=totals.bytes_up, bytes_down=totals.bytes_down, seconds=round(totals.seconds, 3),
         wall=round(totals.wall + time.monotonic() - began, 3), peak_rss=peak_rss(), **result,
+        per_client=clients, energy=meter.joules() if meter else None,
         **_about(job, run, (first, state), evaluation, tuned, result["digest"], outcome, change),
     )  # fmt: skip
     recorded = run.record(as_dict(done), last=True)
@@ -358,6 +378,17 @@ def _finish(
     done = dataclasses.replace(done, t=recorded["t"], report=str(run.path / "report.html"))
     listener.event(done)
     return done
+
+
+def _after(job: TuneJob, run: RunDir) -> dict[str, Any] | None:
+    """Measure the clients whose losses before are known; None where there are none.  eval.json gets the losses too."""
+    before = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}").get("per_client")
+    own = per_client.chosen(job) if isinstance(before, dict) else None
+    if own is None or not isinstance(before, dict):
+        return None
+    found = own.record(base=before["base"], tuned=own.losses(job))
+    _add_to_evaluation(run, {"per_client": found})
+    return found
 
 
 def _about(

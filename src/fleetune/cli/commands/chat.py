@@ -19,7 +19,7 @@ from fleetune.cli import engine_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.listener import ConsoleListener, console_listener
 from fleetune.deploy.serving import engines, session
-from fleetune.deploy.serving.openai_client import Refused, pieces
+from fleetune.deploy.serving.openai_client import MAX_TOKENS, TEMPERATURE, Refused, pieces
 from fleetune.errors import UsageError
 from fleetune.runs.events import Answered
 from fleetune.subject import Subject
@@ -46,10 +46,15 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--temperature",
         type=float,
-        default=0.0,
-        help="0: the likeliest answer, the same each time (default 0)",
+        default=TEMPERATURE,
+        help=f"0: the likeliest answer, the same each time (default {TEMPERATURE:g}, as on the page of serve)",
     )
-    sub.add_argument("--max-tokens", type=int, default=512, help="tokens of an answer at most (default 512)")
+    sub.add_argument(
+        "--max-tokens",
+        type=int,
+        default=MAX_TOKENS,
+        help=f"tokens of an answer at most (default {MAX_TOKENS})",
+    )
     sub.add_argument("--seed", type=int, default=42, help="of what is drawn above temperature 0 (default 42)")
 
 

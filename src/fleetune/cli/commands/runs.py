@@ -11,6 +11,7 @@ from typing import Any
 
 from fleetune import subject
 from fleetune.cli.console import Ui
+from fleetune.cli.sharing import say_what_is_shared
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import storage_error, write_atomic
 from fleetune.errors import StorageError, UsageError
@@ -138,6 +139,7 @@ def _report(folder: Path, ui: Ui) -> None:
     """Write the report anew; where nothing can be written, the one that is there stays."""
     try:
         ui.paths([("report", str(report.write(folder)))])
+        say_what_is_shared(ui, folder)
     except StorageError as error:
         ui.note(f"the report is not written anew: {error.message}")
 

@@ -32,6 +32,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--token",
         help=f"what a client must present (or the environment's {front.TOKEN}); off this machine one is made",
     )
+    sub.add_argument(
+        "--beside-base",
+        action="store_true",
+        help="serve the base model too, in a second engine with memory of its own; the page shows both answers side by side",
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -41,14 +46,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
     with engine_flags.exit_on_signals(0), console_listener(ui) as listener, api.serve(
         args.subject, engine=args.engine, threads=args.threads, context=args.context, host=args.host,
-        port=args.port, token=args.token, out=args.out, offline=args.offline, listener=listener,
+        port=args.port, token=args.token, beside_base=args.beside_base, out=args.out, offline=args.offline, listener=listener,
     ) as session:  # fmt: skip
         try:
             _show(ui, session)
-            while session.engine.alive():
+            while (ended := session.ended()) is None:
                 time.sleep(0.1)
             time.sleep(0.5)  # those who wait for an answer are told
-            raise session.engine.exit_error()
+            raise ended.exit_error()
         except KeyboardInterrupt:
             ui.note("stopped")
 

@@ -13,6 +13,7 @@ from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import RoundBar
+from fleetune.cli.sharing import say_what_is_shared
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
@@ -86,10 +87,13 @@ def finish(ui: Ui, result: TuneResult) -> None:
         remarks=done.remarks,
         errors=done.change_errors,
     )
+    samples = Path(run) / "samples.md"
     ui.paths([
         ("report", f"{run}/report.html"), ("result", f"{done.result} ({human_bytes(done.result_bytes)})"),
-        ("digest", done.digest), ("samples", f"{run}/samples.md"), ("next", f"fleetune eval {run}"),
+        ("digest", done.digest), *([("samples", str(samples))] if samples.is_file() else []),
+        ("next", f"fleetune eval {run}"),
     ])  # fmt: skip
+    say_what_is_shared(ui, Path(run))
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

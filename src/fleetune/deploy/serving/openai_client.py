@@ -11,6 +11,10 @@ from typing import Any, Final
 
 from fleetune.errors import FleetuneError
 
+TEMPERATURE: Final = (
+    0.0  # unless asked for another, on the page and in the terminal: the likeliest answer, the same each time
+)
+MAX_TOKENS: Final = 512  # of an answer, unless asked for another
 SECONDS: Final = 600.0  # of silence from an engine until it counts as hung
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fleetune.common.display import human_bytes
 from fleetune.deploy.serving import engines, threads
 from fleetune.deploy.serving.engine_site import EngineSite
 from fleetune.deploy.serving.engines import Engine, Running
@@ -22,7 +23,7 @@ from fleetune.models.gguf import header
 from fleetune.runs import rundir
 from fleetune.runs.events import Serving, ThreadsChosen
 from fleetune.runs.listener import Listener
-from fleetune.subject import Compressed, Run, Subject
+from fleetune.subject import Compressed, Plain, Run, Subject
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Session:
     front: Front
     engine: Running
     started: Serving
+    base: Running | None = None  # the engine with the base model beside it
+
+    def ended(self) -> Running | None:
+        """Return an engine that has ended by itself; None while all live."""
+        return next((e for e in (self.engine, self.base) if e is not None and not e.alive()), None)
 
     @property
     def url(self) -> str:
@@ -67,25 +73,73 @@ def served(
     listener: Listener,
     *,
     offline: bool,
+    beside_base: bool = False,
 ) -> Iterator[Session]:
-    """Serve a model while the block runs.
+    """Serve a model while the block runs; with `beside_base`, the base that it was made of as well, in a second engine.
 
     The port is bound first, so that one in use is said before a model is loaded.  UsageError for options that cannot be.
     """
     token, made = token_for(front.host, front.token)
     check(subject, engine)
+    base = base_of(subject) if beside_base else None
     site = EngineSite()
-    with (
-        listening(front.host, front.port, token, site) as door,
-        opened(subject, engine, listener, offline=offline) as running,
-    ):
-        site.attach(running.address, running.alive)
+    with ExitStack() as stack:
+        door = stack.enter_context(listening(front.host, front.port, token, site))
+        running = stack.enter_context(opened(subject, engine, listener, offline=offline))
+        second = _beside(base, engine, running, site, listener, stack, offline=offline) if base else None
+        site.attach(running.address, lambda: running.alive() and (second is None or second.alive()))
         started = Serving(
             url=door.url, model=running.options.model.name, engine=running.engine.name,
             threads=running.options.threads, token=token if made else None,
+            base=second.options.model.name if second else None,
         )  # fmt: skip
         listener.event(started)
-        yield Session(door, running, started)
+        yield Session(door, running, started, second)
+
+
+def base_of(subject: Subject) -> Plain:
+    """Return the plain model that a run or a compressed model was made of; UsageError for what was made of none."""
+    if isinstance(subject, Run):
+        return Plain(subject.recipe.model)
+    request = subject.request if isinstance(subject, Compressed) else None
+    if request is None:
+        raise UsageError(
+            f"{subject.argument} was not made of another model, so there is no base to serve beside it",
+            hint="give a run or a compressed model: fleetune serve latest --beside-base",
+        )
+    return base_of(Run(Path(request.model))) if request.run else Plain(request.model)
+
+
+def _beside(
+    base: Plain,
+    engine: EngineOptions,
+    running: Running,
+    site: EngineSite,
+    listener: Listener,
+    stack: ExitStack,
+    *,
+    offline: bool,
+) -> Running:
+    """Open a second engine with the base, on as many threads as the first, and let the site pass requests to it."""
+    same = replace(engine, engine=running.engine.name, threads=running.options.threads)
+    second = stack.enter_context(opened(base, same, listener, offline=offline))
+    names = running.options.model.name, second.options.model.name
+    if names[0] == names[1]:
+        raise UsageError(
+            f"both models go by the name {names[0]}, so a request could not say which", hint="rename one"
+        )
+    site.beside(second.address, names)
+    size = human_bytes(_size(second.options.model))
+    listener.note(
+        f"the base runs beside it in an engine of its own: about {size} more memory, and that of its conversation"
+    )
+    return second
+
+
+def _size(model: Path) -> int:
+    """Return the bytes of a model's file, or of all files of its folder."""
+    files = [model] if model.is_file() else [p for p in model.rglob("*") if p.is_file()]
+    return sum(p.stat().st_size for p in files)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ The page is one HTML file with its style and its plots (inline SVG) inside: it o
 network for nothing (a content policy forbids it), follows the reader's light or dark scheme and prints.
 Every plot has a title and a description for those who do not see it and its numbers in a table.
 
+The plots lie beside it in `plots/`, as SVG, with their numbers as CSV (`plots.py`); links in the page hold the same files.
+
 `runlog` reads the folder, `page` has the parts of a page, `axes`, `svg` and `bars` draw, `sections` are the page's
 sections, `single` and `several` put them together, `unlike` says whose losses do not compare; `cells` and `grid` are
 the sweep's numbers and page.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 from fleetune.runs.report.grid import grid
 from fleetune.runs.report.grid import tables as grid_tables
-from fleetune.runs.report.runlog import changed, measures, read, summary, table
+from fleetune.runs.report.runlog import changed, measures, read, samples, summary, table
 from fleetune.runs.report.several import compare
 from fleetune.runs.report.single import sections, write
 from fleetune.runs.report.unlike import APART, caveats
@@ -28,6 +30,7 @@ __all__ = [
     "grid_tables",
     "measures",
     "read",
+    "samples",
     "sections",
     "summary",
     "table",

@@ -22,6 +22,11 @@ class PlotAxis:
     label: str
     log: bool = False
 
+    @property
+    def broken(self) -> bool:
+        """Return whether a linear axis leaves out 0, so that differences look larger than they are."""
+        return not self.log and (self.lo > 0 or self.hi < 0)
+
     def at(self, value: float) -> float:
         """Return the position of `value` along the axis, 0 at `lo` and 1 at `hi`."""
         if self.log:

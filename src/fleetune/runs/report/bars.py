@@ -7,7 +7,9 @@ import math
 from collections.abc import Sequence
 
 from fleetune.runs.report.axes import PlotAxis, counts, nice_step
-from fleetune.runs.report.svg import CHAR, COLOURS, Plot, fixed, frame, rect_at, text_at, tipped
+from fleetune.runs.report.svg import CHAR, COLOURS, WIDTH, Plot, fixed, frame, rect_at, text_at, tipped
+
+LEGEND = 28  # characters of a name in a legend
 
 
 def stacked_bars(
@@ -19,17 +21,17 @@ def stacked_bars(
     tips: Sequence[str],
     *,
     labels: tuple[str, str],
-    width: float = 1080.0,
-    height: float = 300.0,
+    width: float = WIDTH,
+    height: float = 240.0,
     colours: Sequence[int] = (),
 ) -> str:
-    """Draw vertical bars, one a column, each the stack of its series; the legend stands right in stacking order.
+    """Draw vertical bars, one a column, each the stack of its series; the legend stands below.
 
     `labels` names the x and the y axis.  Column names are written where each of them fits, else thinned.
     """
     totals = [sum(values[i] for _, values in series) for i in range(len(columns))]
-    x = PlotAxis(-0.6, len(columns) - 0.4, _named_ticks(columns, width - 240), labels[0])
-    right = 190.0 if len(series) > 1 else 18.0
+    x = PlotAxis(-0.6, len(columns) - 0.4, _named_ticks(columns, width - 60), labels[0])
+    right = 18.0
     plot = Plot(ident, title, desc, x, counts(totals, labels[1]), width, height, right)
     kind = "stack" if (width - right - plot.left) / max(len(columns), 1) > 8 else "bar"
     shades = list(colours) or [i % COLOURS for i in range(len(series))]
@@ -40,21 +42,26 @@ def stacked_bars(
                 plot.bar(i, base + values[i], colour, "", base, kind)
             base += values[i]
         plot.marks[cut:] = [tipped(tips[i], "".join(plot.marks[cut:]))]
-    if len(series) > 1:
-        names = [(name, c) for (name, _), c in zip(series, shades, strict=True)]
-        plot.marks.append(_legend(names[::-1], width - right + 20, 30.0, 26))
-    return plot.svg()
+    entries = [(name, c) for (name, _), c in zip(series, shades, strict=True)] if len(series) > 1 else []
+    key, more = legend(entries, 4.0, height + 4, width)
+    plot.marks.append(key)
+    return plot.svg().replace(
+        f'0 0 {fixed(width)} {fixed(height)}"', f'0 0 {fixed(width)} {fixed(height + more)}"', 1
+    )
 
 
-def _legend(names: Sequence[tuple[str, int]], x: float, y: float, room: int) -> str:
-    rows = []
-    for i, (name, colour) in enumerate(names):
-        shown = name if len(name) <= room else name[: room - 1] + "…"
-        top = y + 18 * i
-        rows.append(
-            tipped(name, rect_at(x, top, 11, 11, f"bar c{colour}") + text_at(x + 17, top + 9.5, shown))
-        )
-    return "".join(rows)
+def legend(entries: Sequence[tuple[str, int]], left: float, top: float, width: float) -> tuple[str, float]:
+    """Draw a legend of (name, colour) in as many lines as it needs; return it with its height in pixels (0: nothing)."""
+    out, x, y = [], left, top
+    for name, colour in entries:
+        shown = name if len(name) <= LEGEND else name[: LEGEND - 1] + "…"
+        room = 15 + CHAR * len(shown) + 18
+        if x > left and x + room - 18 > width:
+            x, y = left, y + 17
+        mark = rect_at(x, y, 10, 10, f"bar c{colour}") + text_at(x + 15, y + 9, shown)
+        out.append(tipped(name, mark))
+        x += room
+    return "".join(out), (y + 16 - top if entries else 0.0)
 
 
 def _named_ticks(names: Sequence[str], room: float) -> tuple[tuple[float, str], ...]:
@@ -75,18 +82,18 @@ def heat_map(
     tips: Sequence[str],
     *,
     label: str,
-    width: float = 1080.0,
+    width: float = WIDTH,
 ) -> str:
     """Draw a heat map of counts, shaded by each row's share of its column; above it a strip of column totals.
 
     Cells are drawn as one path a shade (10 of them), so 200 columns stay small; a tip tells a column.
     """
     totals = [sum(values[i] for _, values in rows) for i in range(len(columns))]
-    names = [name if len(name) <= 26 else name[:25] + "…" for name, _ in rows]
+    names = [name if len(name) <= 20 else name[:19] + "…" for name, _ in rows]
     left = 16.0 + CHAR * max(map(len, names), default=1)
     cell = (width - left - 20.0) / max(len(columns), 1)
     tall = 22.0 if len(rows) <= 12 else 16.0
-    strip, gap = 56.0, 0.0 if cell < 6 else 1.0
+    strip, gap = 44.0, 0.0 if cell < 6 else 1.0
     top, peak = 20.0 + strip + 8.0, max(totals, default=0.0) or 1.0
     body = [text_at(2, 12, f"rows in each column (largest {peak:,.0f})", "strong")]
     for c, total in enumerate(totals):
@@ -103,9 +110,9 @@ def heat_map(
     for c, tip in enumerate(tips):
         body.append(tipped(tip, rect_at(left + c * cell, 20, cell, bottom - 20, "hit")))
     foot = bottom + (34 if wide else 18)
-    body.append(text_at(left, foot, label, "strong"))
-    body.append(_scale(width - 20, foot))
-    return frame(title, desc, width, foot + 8, "".join(body), ident)
+    body.append(text_at(2, foot, label, "strong"))
+    body.append(_scale(2, foot + 20))
+    return frame(title, desc, width, foot + 28, "".join(body), ident)
 
 
 def _shaded_cells(
@@ -131,12 +138,11 @@ def _shaded_cells(
     ]
 
 
-def _scale(right: float, y: float) -> str:
+def _scale(left: float, y: float) -> str:
+    words = "share of the client's rows  0 %"
+    x = left + CHAR * len(words)
     cells = "".join(
-        rect_at(
-            right - 160 + 10 * level, y - 10, 10, 10, "bar c0", f' fill-opacity="{0.03 + 0.097 * level:.2f}"'
-        )
+        rect_at(x + 10 * level, y - 9, 10, 10, "bar c0", f' fill-opacity="{0.03 + 0.097 * level:.2f}"')
         for level in range(11)
     )
-    left = text_at(right - 168, y, "share of the client's rows  0 %", anchor="end")
-    return left + cells + text_at(right - 160 + 118, y, "100 %")
+    return text_at(left, y, words) + cells + text_at(x + 118, y, "100 %")

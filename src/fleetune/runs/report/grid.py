@@ -7,7 +7,7 @@ Means and spreads are those of `cells`; the drawings are also given as files of 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fleetune.common.display import human_bytes, human_time, metric, show
@@ -18,6 +18,7 @@ from fleetune.runs.report import page, runlog, svg
 from fleetune.runs.report.cells import Combination, CurvePoint, Effect, GridRun, Stat, SweepAxis
 from fleetune.runs.report.page import esc, flat
 from fleetune.runs.report.runlog import RunLog
+from fleetune.runs.report.sections.configuration import options
 from fleetune.runs.report.unlike import APART, caveats
 
 SPREAD = "Mean over the seeds and the other values; band: standard deviation over the seeds of the change by tuning."
@@ -60,7 +61,7 @@ def _header(name: str, axes: Sequence[SweepAxis], members: Sequence[GridRun], pl
     ready = len(numbers.finished(members))
     seeds = len({m.seed for m in members})
     varied = "; ".join(f"{a.name} in {', '.join(map(value_text, a.values))}" for a in axes)
-    lead = f"{page.counted(planned, 'run')}, {page.counted(seeds, 'seed')} so far. {varied}"
+    lead = f"{page.counted(planned, 'run')}, {page.counted(seeds, 'seed')}{' so far' if ready < planned else ''}. {varied}"
     over = f'<p class="over">fleetune · sweep</p><h1>{esc(name)}</h1><p class="lead">{esc(lead)}</p>'
     if ready < planned:
         text = f"{ready} of {planned} runs are finished. Means are over the seeds that are whole, if there are any."
@@ -90,7 +91,8 @@ def _course(number: int, axis: SweepAxis, members: Sequence[GridRun]) -> dict[st
     by_bytes, at = scales.bytes_axis([[p.bytes for p in curve] for curve in found.values()])
     by_round = scales.integers([p.round for p in points], "round")
     out = {}
-    for what, x in (("round", by_round), ("bytes", by_bytes)):
+    views = [("round", by_round), ("bytes", by_bytes)]
+    for what, x in views[: 1 if _same_bytes(found.values()) else 2]:
         ident, title = f"loss-by-{what}-{slug(axis.name)}", f"Validation loss by {what}, for each {axis.name}"
         names = [f"{axis.name} {value_text(v)}" for v in found]
         plot = _plot(ident, title, x, y, names)
@@ -109,13 +111,19 @@ def _course(number: int, axis: SweepAxis, members: Sequence[GridRun]) -> dict[st
     return out
 
 
+def _same_bytes(curves: Iterable[Sequence[CurvePoint]]) -> bool:
+    """Return whether a round moves the same bytes everywhere, so that by bytes is by round once more."""
+    each = [p.bytes / p.round for curve in curves for p in curve if p.round]
+    return not each or max(each) - min(each) <= 0.02 * max(each)
+
+
 def _edges(value: Stat) -> tuple[float, float]:
     return value.mean - (value.spread or 0.0), value.mean + (value.spread or 0.0)
 
 
 def _plot(ident: str, title: str, x: scales.PlotAxis, y: scales.PlotAxis, names: Sequence[str]) -> svg.Plot:
-    right = 20 + svg.CHAR * max((len(n) for n in names), default=0)
-    return svg.Plot(ident, title, f"Lines: {', '.join(names) or 'one'}.", x, y, right=right, height=300)
+    right = 16 + svg.WIDEST * max((len(n) for n in names), default=0)
+    return svg.Plot(ident, title, f"Lines: {', '.join(names) or 'one'}.", x, y, right=right)
 
 
 class MeanLine(NamedTuple):
@@ -338,6 +346,6 @@ def _runs(axes: Sequence[SweepAxis], members: Sequence[GridRun]) -> str:
 
 
 def _shared(members: Sequence[GridRun]) -> str:
-    configs = [flat(m.run.config) for m in members]
+    configs = [options(m.run) for m in members]
     common = [pair for pair in (configs[0] if configs else []) if all(pair in c for c in configs)]
     return page.fact_list(common, "config")

@@ -7,6 +7,7 @@ are untrusted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,11 +40,13 @@ def table(
 ) -> str:
     """Return a table whose first column names the rows; a column's head goes right when one of its cells does.
 
-    Of the kind "cards", a row becomes a card where the page is narrow, with the heads beside its cells.
+    Of the kind "cards", and where it has five columns or more, a row becomes a card where the page is narrow, with the
+    heads beside its cells.
     """
+    kind = f"{kind} cards".strip() if len(head) >= 5 and "cards" not in kind.split() else kind
     right = [any(_stands_right(row[i]) for row in rows) for i in range(len(head))]
     top = "".join(f'<th scope="col"{_css(r)}>{esc(h)}</th>' for h, r in zip(head, right, strict=True))
-    labels = head if kind == "cards" else [""] * len(head)
+    labels = head if "cards" in kind.split() else [""] * len(head)
     body = "".join(
         f"<tr>{''.join(_cell(c, i == 0, labels[i]) for i, c in enumerate(row))}</tr>" for row in rows
     )
@@ -73,12 +76,11 @@ def fact_list(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
     return f'<dl class="{kind}">{pairs}</dl>' if pairs else ""
 
 
-def figure(drawing: str, title: str, words: str, wide: bool = False, data: str = "") -> str:
+def figure(drawing: str, title: str, words: str, data: str = "") -> str:
     """Return a drawing with its caption, and `data`, its numbers as a table, folded away below it."""
-    kind = ' class="wide"' if wide else ""
     more = f"<details><summary>the numbers</summary>{data}</details>" if data else ""
     caption = f"<figcaption><strong>{esc(title)}</strong> <span>{esc(words)}</span></figcaption>"
-    return f"<figure{kind}>{caption}{drawing}{more}</figure>"
+    return f"<figure>{caption}{drawing}{more}</figure>"
 
 
 def section(ident: str, title: str, body: str) -> str:
@@ -125,6 +127,12 @@ def _value(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(_value, value)) or "(empty)"
     return str(value) or '""'
+
+
+def short_name(text: str) -> str:
+    """Return a hub id or a name as it is; of a path only its last part, without this machine's folders."""
+    parts = re.split(r"[/\\]", text.rstrip("/\\"))
+    return parts[-1] or text if re.match(r"[/.~\\]|[A-Za-z]:[/\\]", text) else text
 
 
 def true_minus(text: str) -> str:

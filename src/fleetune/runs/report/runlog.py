@@ -202,6 +202,11 @@ def measures(run: RunLog) -> tuple[dict[str, Number], dict[str, Number]]:
     return found[0], found[1]
 
 
+def samples(run: Path) -> list[object]:
+    """Return the prompts with their answers that a run folder keeps the text of; [] for none."""
+    return list_of(_json(run / "eval.json"), "samples")
+
+
 def summary(run: Path) -> dict[str, Any]:
     """Summarise the run in a few numbers, for the console and for `fleetune runs --json`.
 

@@ -12,6 +12,7 @@ from fleetune.common.paired import RowLosses
 from fleetune.runs.report import axes, page, runlog, svg
 from fleetune.runs.report.page import TableCell, esc, flat, true_minus
 from fleetune.runs.report.runlog import Number, RunLog, Step, kind_of, list_of, map_of, number, read
+from fleetune.runs.report.sections.configuration import PATHS, options
 from fleetune.runs.report.unlike import APART, caveats
 
 
@@ -27,7 +28,7 @@ def compare(runs: Sequence[Path]) -> str:
         f'<header><p class="over">fleetune · comparison</p><h1>{len(seen)} runs side by side</h1>'
         f'<p class="lead">{esc(_closest(seen, names, facts, alike=not caveats(seen)))}</p>{_warnings(seen)}</header>',
         page.section("result", "Results", _results(seen, names, facts)),
-        page.section("course", "Course", _overlaid(seen, names)),
+        page.section("course", "Training", _overlaid(seen, names)),
         page.section("differences", "What differs in their configuration", _differences(seen, names)),
     ]
     return page.document("fleetune: comparison of " + ", ".join(names), "\n".join(body))
@@ -89,7 +90,7 @@ def _results(runs: Sequence[RunLog], names: Sequence[str], facts: Sequence[Mappi
         row: list[str | TableCell] = [
             name,
             str(f["method"] or "-"),
-            str(f["model"] or "-"),
+            page.short_name(str(f["model"] or "-")),
             kind_of(str(f["status"])),
         ]
         row += [TableCell(str(f["rounds"])), TableCell(show("loss", base)), TableCell(show("loss", tuned))]
@@ -124,11 +125,13 @@ def _overlaid(runs: Sequence[RunLog], names: Sequence[str]) -> str:
     ]
     remarks = ["Round 0 is the model before tuning.", "Cumulative, both ways, all clients."]
     remarks.append("The rounds alone, without the evaluations between them.")
-    right = 20 + svg.CHAR * max(map(len, names))
+    if bytes_axis.log:
+        remarks[1] += " Round 0, before any byte, has no place on a logarithmic axis."
+    right = 16 + svg.WIDEST * max(map(len, names))
     figures = ""
     for i, (what, x, xs) in enumerate(views):
         title = f"Validation loss by {what}"
-        plot = svg.Plot(f"overlay-{i}", title, f"{len(runs)} runs.", x, y, right=right, height=300)
+        plot = svg.Plot(f"overlay-{i}", title, f"{len(runs)} runs.", x, y, right=right)
         for k, (name, steps) in enumerate(zip(names, every, strict=True)):
             points = [(at_x, s.losses["loss"]) for at_x, s in zip(xs[k], steps, strict=True)]
             tips = [f"{name}, round {s.round}: {s.losses['loss']:.3f}, {human_bytes(s.total)}" for s in steps]
@@ -157,7 +160,7 @@ def _peaks(names: Sequence[str], peaks: Sequence[Number | None]) -> str:
     ticks = tuple((float(k), name) for k, (name, _, _) in enumerate(known))
     x = axes.PlotAxis(-0.6, len(known) - 0.4, ticks, "run")
     y = axes.sizes([v for _, v, _ in known], "peak memory")
-    plot = svg.Plot("peaks", "Peak memory of each run", f"{len(known)} runs.", x, y, height=300)
+    plot = svg.Plot("peaks", "Peak memory of each run", f"{len(known)} runs.", x, y)
     for k, (name, value, colour) in enumerate(known):
         plot.bar(k, value, colour, f"{name}: {human_bytes(value)}")
     return page.figure(plot.svg(), "Peak memory", "Resident memory of the process that ran the fleet.")
@@ -172,8 +175,18 @@ def _elapsed(steps: Sequence[Step]) -> dict[int, float]:
     return out
 
 
+def _configs(runs: Sequence[RunLog]) -> list[dict[str, str]]:
+    """Return the options of each run; of paths the last part, where that tells them apart as well."""
+    whole, short = [dict(flat(run.config)) for run in runs], [dict(options(run)) for run in runs]
+    for key in PATHS:
+        if len({c.get(key) for c in whole}) != len({c.get(key) for c in short}):
+            for config, full in zip(short, whole, strict=True):
+                config[key] = full.get(key, "-")
+    return short
+
+
 def _differences(runs: Sequence[RunLog], names: Sequence[str]) -> str:
-    configs = [dict(flat(run.config)) for run in runs]
+    configs = _configs(runs)
     keys = dict.fromkeys(key for config in configs for key in config)
     rows: list[list[str | TableCell]] = []
     for key in keys:

@@ -7,21 +7,24 @@ import shlex
 from pathlib import Path
 
 from fleetune.common.files import PRIVATE, write_atomic
-from fleetune.runs.report import page, runlog
+from fleetune.runs.report import page, plots, runlog
 from fleetune.runs.report.page import esc
 from fleetune.runs.report.runlog import RunLog, kind_of, read
-from fleetune.runs.report.sections import course, fleet, head, result, samples
+from fleetune.runs.report.sections import configuration, course, fleet, head, result, samples
 
 
 def write(run: Path) -> Path:
-    """Write `report.html` into the run folder and return its path.
+    """Write `report.html`, and its plots as files, into the run folder and return the page's path.
 
     UsageError when the folder does not exist, StorageError when it cannot be written; an older report is
     then left as it was.
     """
     seen = read(run)
     target = run / "report.html"
-    write_atomic(target, _report(seen).encode("utf-8", "replace"), mode=PRIVATE)  # it has held-out prompts
+    html, tables = _report(seen), plots.numbers(seen)
+    text = plots.linked(html, tables)
+    write_atomic(target, text.encode("utf-8", "replace"), mode=PRIVATE)  # it has held-out prompts
+    plots.write(run, html, tables)
     return target
 
 
@@ -32,13 +35,14 @@ def sections(run: RunLog) -> dict[str, str]:
     return {
         "head": head.header(run, facts),
         "result": page.section("result", "Result", result.result(run, steps, facts)),
-        "course": page.section("course", "Course", course.course(run, steps, facts)),
-        "fleet": page.section("fleet", "Fleet", fleet.partition(run) + fleet.replies(run)),
+        "course": page.section("course", "Training", course.course(run, steps, facts)),
+        "fleet": page.section("fleet", "Fleet", fleet.fleet(run)),
         "samples": page.section("samples", "Samples", samples.samples(run)),
-        "configuration": page.section("configuration", "Configuration", head.configuration(run)),
+        "configuration": page.section("configuration", "Configuration", configuration.configuration(run)),
         "versions": page.section("versions", "Versions", head.versions(run)),
         "again": page.section("again", "Run it again", _rerun_section(run)),
         "footer": lost,
+        "sharing": samples.sharing(run),
     }  # fmt: skip
 
 

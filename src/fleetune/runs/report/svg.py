@@ -20,6 +20,8 @@ from fleetune.common.display import clean
 from fleetune.runs.report.axes import PlotAxis, usable
 
 COLOURS = 8  # of `plot.css`
+WIDTH = 460.0  # of a drawing: its text is about 12 px where two stand side by side, 9 on a telephone
+WIDEST = 7.2  # advance of bold text, and of the larger text of a telephone: for names that must not be cut
 CHAR = 6.1  # mean advance of an 11 px system font, used to keep labels apart
 
 
@@ -65,6 +67,12 @@ def _marker(shape: int, x: float, y: float, kind: str) -> str:
         "m0-4.8l4.2 4.8-4.2 4.8-4.2-4.8z",
     )
     return f'<path class="mark {kind}" d="M{fixed(x)} {fixed(y)}{paths[shape % 4 - 1]}"/>'
+
+
+def axis_break(x: float, y: float) -> str:
+    """Draw the mark of an axis that does not begin at 0: a stub with a zigzag, upwards from a position in pixels."""
+    zigzag = f"M{fixed(x)} {fixed(y)}v-5l-4-2.5 8-4-4-2.5v-6"
+    return f'<g><title>this axis does not begin at 0</title><path class="break" d="{zigzag}"/></g>'
 
 
 def frame(title: str, desc: str, width: float, height: float, body: str, ident: str) -> str:
@@ -116,7 +124,7 @@ class Plot:
     desc: str
     x: PlotAxis
     y: PlotAxis
-    width: float = 520.0
+    width: float = WIDTH
     height: float = 280.0
     right: float = 18.0
     marks: list[str] = field(default_factory=list)
@@ -231,10 +239,12 @@ class Plot:
                 out.append(text_at(x, y1 + 17, text, anchor="middle"))
                 taken = x + half
         out.append(f'<path class="axis" d="M{fixed(self.left)} {fixed(y1)}H{fixed(x1)}"/>')
+        out.append(axis_break(self.left, y1) if self.y.broken else "")
         out.append(text_at((self.left + x1) / 2, y1 + 34, self.x.label, "strong", "middle"))
         body = "".join(out) + "".join(self.marks) + self._end_labels()
         assert y0 <= y1
-        return frame(self.title, self.desc, self.width, self.height, body, self.ident)
+        desc = f"{self.desc} The vertical axis does not begin at 0." if self.y.broken else self.desc
+        return frame(self.title, desc, self.width, self.height, body, self.ident)
 
 
 def spread(ys: Sequence[float], gap: float, lo: float, hi: float) -> list[float]:

@@ -31,6 +31,8 @@ class Answer(NamedTuple):
     seconds: float
     sent: int  # bytes that went down to it
     late: int = 0  # rounds that it comes late: it answers the message of an earlier round
+    steps: int | None = None  # local steps that it made, where that is known
+    tokens: int | None = None  # of the rows in these steps
 
 
 class Fleet(Protocol):

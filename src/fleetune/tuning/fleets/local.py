@@ -22,7 +22,7 @@ from fleetune.runs.events import ClientReply
 from fleetune.seeds.noise import derive
 from fleetune.tuning.fleets import OLDEST, Answer, outrun
 from fleetune.tuning.fleets.late import LateReplies
-from fleetune.tuning.fleets.local_work import work
+from fleetune.tuning.fleets.local_work import WorkDone, work
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.kinds import Wanted, wanted
 from fleetune.tuning.methods import Method
@@ -101,6 +101,7 @@ class LocalFleet:
     memories: Memories = field(default_factory=Memories)
     kinds: Wanted | None = None  # None: as the method spreads them
     late: LateReplies | None = None  # None: late clients do not work
+    done: WorkDone = field(default_factory=WorkDone)  # of the client that works, or has worked last
 
     @property
     def rows(self) -> list[int]:
@@ -171,6 +172,7 @@ class LocalFleet:
     def _answer(self, round: int, client: int, key: int, sent: bytes) -> Answer:
         """Return the answer of a client that works; one bad client never stops a round."""
         began = time.monotonic()
+        self.done = done = WorkDone()
         try:
             data = self._work(client, key, sent)
         except _ListenerError as error:  # the caller's own: no client is to blame
@@ -185,7 +187,18 @@ class LocalFleet:
                 ) from error
             log.exception("client %d failed in round %d", client, round)
             return Answer(client, key, None, "failed", fault(error), time.monotonic() - began, len(sent))
-        return Answer(client, key, data, "ok", "", time.monotonic() - began, len(sent))
+        spent = time.monotonic() - began
+        return Answer(
+            client,
+            key,
+            data,
+            "ok",
+            "",
+            spent,
+            len(sent),
+            steps=done.steps or None,
+            tokens=done.tokens or None,
+        )
 
     def _step(self, client: int, step: int) -> None:
         try:
@@ -196,4 +209,4 @@ class LocalFleet:
     def _work(self, client: int, key: int, message: bytes) -> bytes:
         rows = self.clients[client]
         batches = Batches(rows, self.pad_id, key, self.model.device, client)
-        return work(self.method, self.model, batches, key, message, self.memories, self._step)
+        return work(self.method, self.model, batches, key, message, self.memories, self._step, self.done)

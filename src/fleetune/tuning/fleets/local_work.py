@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fleetune.data import Batch, Batches
@@ -23,24 +24,38 @@ def work(
     message: bytes,
     memories: Memories,
     on_step: Callable[[int, int], None],
+    done: WorkDone | None = None,
 ) -> bytes:
     """Do what `message` asks of the client whose rows `batches` has; return its reply, and keep what it remembers.
 
-    `on_step(client, step)` is called before every local step.
+    `on_step(client, step)` is called before every local step; `done` counts the steps and their tokens.
     """
     received = decode(message)
     memory = memories.of(batches.client)
-    watched = Watched(batches, on_step)
+    watched = Watched(batches, on_step, done or WorkDone())
     reply = method.local(model, received.payload, watched, key, memory)  # type: ignore[arg-type]
     memories.keep(batches.client, received.round, memory)
     return encode(Message(received.round, received.base, reply))
 
 
+@dataclass
+class WorkDone:
+    """The local steps that a client has made, and the tokens of their rows (prompts included, padding not)."""
+
+    steps: int = 0
+    tokens: int = 0
+
+    def add(self, batch: Batch) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.tokens += int(batch.attention_mask.sum())
+
+
 class Watched:
     """Batches that report each step before it is taken (for the progress bar, and so that Ctrl-C is heard)."""
 
-    def __init__(self, batches: Batches, on_step: Callable[[int, int], None]) -> None:
-        self.batches, self.on_step = batches, on_step
+    def __init__(self, batches: Batches, on_step: Callable[[int, int], None], done: WorkDone) -> None:
+        self.batches, self.on_step, self.done = batches, on_step, done
         self.n, self.client = batches.n, batches.client
 
     def steps(self, count: int, batch_size: int) -> Iterator[Batch]:
@@ -58,9 +73,10 @@ class Watched:
     def split_off(self, batch_size: int) -> tuple[Batch, Watched]:
         """Like `Batches.split_off`."""
         batch, rest = self.batches.split_off(batch_size)
-        return batch, Watched(rest, self.on_step)
+        return batch, Watched(rest, self.on_step, self.done)
 
     def _watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for step, batch in enumerate(batches):
             self.on_step(self.client, step)
+            self.done.add(batch)
             yield batch

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fleetune.common.display import human_bytes, human_time, metric, show
 from fleetune.runs.report import axes, page, svg
 from fleetune.runs.report.page import TableCell
 from fleetune.runs.report.runlog import Event, Number, RunLog, Step, num_of, number, text_of
+from fleetune.runs.report.sections.fleet import client_name
 
+EQUAL = 0.02  # values that differ by less than this share are drawn as a sentence
 MAX_DOTS = 4000  # above it the spread plot shows ranges in place of single clients
 
 
@@ -28,14 +30,14 @@ def course(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
         y = axes.numbers([p[1] for p in points], "validation loss")
         plot = svg.Plot(
             "loss-round",
-            "Validation loss against round",
+            "Validation loss by round",
             desc,
             axes.integers([p[0] for p in points], "round"),
             y,
         )
         moved = [float(s.total or 0) for s in measured]
         x, at = axes.bytes_axis([moved])
-        by = svg.Plot("loss-bytes", "Validation loss against bytes", desc, x, y)
+        by = svg.Plot("loss-bytes", "Validation loss by bytes exchanged", desc, x, y)
         for drawing, xs in ((plot, [p[0] for p in points]), (by, [at(v) for v in moved])):
             drawing.right = 50.0
             drawing.end((xs[-1], points[-1][1]), f"{points[-1][1]:.3f}", 0)
@@ -44,10 +46,18 @@ def course(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
             drawing.line(list(zip(xs, [p[1] for p in points], strict=True)), 0, tips)
         figures = page.figure(plot.svg(), "Validation loss by round", "Round 0 is the model before tuning.")
         words = "Cumulative, both ways, all clients."
-        figures += page.figure(by.svg(), "Validation loss by bytes exchanged", words)
-    figures += _spread(run) + _costs(run, steps, facts)
+        if not _constant([float(s.up or 0) + float(s.down or 0) for s in steps if s.up or s.down]):
+            figures += page.figure(by.svg(), "Validation loss by bytes exchanged", words)
+    costs, said = _costs(run, steps, facts)
+    figures += _spread(run) + costs
     body = f'<div class="figures">{figures}</div>' if figures else ""
-    return body + (_every_round(steps) if run.rounds else "")
+    words = f"<p>{page.esc(said)}</p>" if said else ""
+    return body + words + (_every_round(steps) if run.rounds else "")
+
+
+def _constant(values: Sequence[float], share: float = EQUAL) -> bool:
+    """Return whether values are equal but for a small share, so that a plot of them says no more than a sentence."""
+    return not values or max(values) - min(values) <= share * max(values)
 
 
 def _spread(run: RunLog) -> str:
@@ -61,26 +71,38 @@ def _spread(run: RunLog) -> str:
     every = [v for values in losses.values() for v in values]
     desc = f"{len(every)} losses of clients in {len(rounds)} rounds, {min(every):.3f} to {max(every):.3f}."
     x = axes.integers(list(map(float, rounds)), "round", pad=0.6)
-    plot = svg.Plot(
-        "spread", "Training loss of each client by round", desc, x, axes.numbers(every, "client loss")
-    )
+    y = axes.numbers(every, "training loss")
+    plot = svg.Plot("spread", "Training loss of each client by round", desc, x, y)
     alone = len(every) == len(rounds)
-    _draw_spread(plot, (plot.width - plot.left - plot.right) / (x.hi - x.lo), rounds, losses)
+    _draw_spread(
+        plot,
+        (plot.width - plot.left - plot.right) / (x.hi - x.lo),
+        rounds,
+        losses,
+        lambda c: client_name(run, c),
+    )
     rows: list[list[str | TableCell]] = [
         [str(r), *_cells(len(v), v[0], *_quartiles(v), v[-1])] for r, v in losses.items()
     ]
     head = ["round", "clients", "lowest", "quarter", "median", "three quarters", "highest"]
-    words = "One dot a client. Bar: median."
+    words = "One dot per client. Bar: median."
     if len(every) > MAX_DOTS:
         words = "Bands: all clients and their middle half. Line: median."
     words = "One client in each round." if alone else words
+    words += (
+        " As the clients report it: the mean over their local steps of the round, on the rows they train on."
+    )
     data = page.table("Training loss over the clients of a round", head, rows)
-    title = "Training loss of the client" if alone else "Spread over the clients"
+    title = "Training loss of the client" if alone else "Training loss over the clients"
     return page.figure(plot.svg(), title, words, data=data)
 
 
 def _draw_spread(
-    plot: svg.Plot, slot: float, rounds: Mapping[int, Sequence[Event]], losses: Mapping[int, Sequence[Number]]
+    plot: svg.Plot,
+    slot: float,
+    rounds: Mapping[int, Sequence[Event]],
+    losses: Mapping[int, Sequence[Number]],
+    name: Callable[[object], str],
 ) -> None:
     """Draw a dot a client or, for many, bands, with the medians; a round is `slot` pixels wide."""
     total = sum(map(len, losses.values()))
@@ -96,7 +118,7 @@ def _draw_spread(
             for i, event in enumerate(events):
                 loss = num_of(event, "loss") or 0.0
                 aside = ((i * 0.618034 + 0.5) % 1 - 0.5) * min(0.6 * slot, 70.0)
-                plot.dot(r, loss, 0, f"round {r}, client {event.get('client')}: {loss:.3f}", aside)
+                plot.dot(r, loss, 0, f"round {r}, client {name(event.get('client'))}: {loss:.3f}", aside)
     medians = [(float(r), statistics.median(v)) for r, v in losses.items() if not alone]
     if slot > 8:
         for at, median in medians:
@@ -151,31 +173,41 @@ def _figure(value: Number | None) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
-def _costs(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
-    figures = _memory(run, steps, facts)
+def _costs(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> tuple[str, str]:
+    """Return plots of memory and bytes, and what is the same in every round in words."""
+    figures, same = _memory(run, steps, facts), []
+    memory = (
+        ""
+        if figures or not (peak := number(facts["peak_rss"]))
+        else f" Peak memory {human_bytes(peak)}, about the same in every round."
+    )
     asked = {s.round: s.asked for s in steps}
-    for ident, word, pick in (("up", "sent", 3), ("down", "received", 4)):
-        values = [(s.round, v) for s in steps if (v := (s.up if pick == 3 else s.down)) is not None]
+    for ident, word, colour in (("up", "sent", 0), ("down", "received", 2)):
+        values = [(s.round, v) for s in steps if (v := s.up if ident == "up" else s.down) is not None]
         if not values:
             continue
-        rounds = [float(r) for r, _ in values]
-        most = max(v for _, v in values)
-        desc = f"At most {human_bytes(most)} in a round, {human_bytes(sum(v for _, v in values))} in all."
+        rounds, most = [float(r) for r, _ in values], max(v for _, v in values)
+        total = sum(v for _, v in values)
+        if _constant([float(v) for _, v in values]):
+            same.append(f"{word} {human_bytes(total / len(values))}")
+            continue
+        desc = f"At most {human_bytes(most)} in a round, {human_bytes(total)} in all."
         title = f"Bytes {word} by the clients"
         y = axes.sizes([v for _, v in values], f"{word} in a round")
         plot = svg.Plot(f"bytes-{ident}", title, desc, axes.integers(rounds, "round", pad=0.6), y)
         for r, v in values:
             n = asked[r]
-            tip = f"round {r}: {human_bytes(v)}" + (f", {human_bytes(v / n)} a client" if n else "")
-            plot.bar(r, v, 0 if pick == 3 else 2, tip)
+            tip = f"round {r}: {human_bytes(v)}" + (f", {human_bytes(v / n)} per client" if n else "")
+            plot.bar(r, v, colour, tip)
         figures += page.figure(plot.svg(), title, desc)
-    return figures
+    moved = f"In every round the clients {' and '.join(same)} together." if same else ""
+    return figures, (moved + memory).strip()
 
 
 def _memory(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> str:
     values = [(float(s.round), float(s.rss)) for s in steps if s.rss is not None]
     peak = number(facts["peak_rss"])
-    if not values or peak is None:
+    if not values or peak is None or _constant([v for _, v in values], 0.1):
         return ""
     params = num_of(run.start, "params")
     width = {"fp32": 4, "bf16": 2, "fp16": 2}.get(text_of("dtype", run.config, run.env))

@@ -7,9 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fleetune.runs.report import bars, page, svg
+from fleetune.common.display import clean
+from fleetune.runs.report import bars, page, rows, svg
 from fleetune.runs.report.page import TableCell, counted, span
 from fleetune.runs.report.runlog import Event, RunLog, list_of, map_of, num_of, number, text_of
+from fleetune.runs.report.sections import per_client
 
 MAX_COLUMNS = 60  # above it, or above `svg.COLOURS` categories, the partition is a heat map
 
@@ -49,7 +51,15 @@ def _client_rows(run: RunLog, most: int) -> ClientRows:
             *rows[:-1],
             (f"{len(rest) + 1} others", [a + b for a, b in zip(rows[-1][1], others, strict=True)]),
         ]
-    return ClientRows([str(i) for i in range(clients)], rows)
+    return ClientRows([client_name(run, i) for i in range(clients)], rows)
+
+
+def client_name(run: RunLog, client: object) -> str:
+    """Return a client's name in the data, where the clients are the data's own; else its number."""
+    names = list_of(run.start, "names")
+    if isinstance(client, int) and 0 <= client < len(names) and isinstance(names[client], str):
+        return clean(str(names[client]))
+    return str(client)
 
 
 def partition(run: RunLog) -> str:
@@ -59,15 +69,14 @@ def partition(run: RunLog) -> str:
     if not clients:
         return ""
     column = text_of("column", run.start) or "category"
-    title = f"Data of the clients: {partition_words(run) or 'rows'}"
+    title = f"Rows of the clients: {partition_words(run) or 'as they are'}"
     sizes = split.sizes()
     each = f", {span(sizes)} each" if clients > 1 else ""
     desc = f"{counted(clients, 'client')}, {sum(sizes):,.0f} rows{each}."
     words = f"{desc} Coloured by {column}." if len(split.rows) > 1 else desc
     if len(split.rows) <= svg.COLOURS and (clients <= MAX_COLUMNS or len(split.rows) == 1):
         tips = [split.tip(i) for i in range(clients)]
-        axes = ("client", "rows")
-        drawing = bars.stacked_bars("partition", title, desc, split.names, split.rows, tips, labels=axes)
+        drawing = rows.stacked_rows("partition", title, desc, split.names, split.rows, tips, label="rows")
     else:
         drawing, words = _heat(split, title, desc), f"{desc} A stronger shade is a larger share."
     head = ["client", *(name for name, _ in split.rows), "all"]
@@ -75,9 +84,7 @@ def partition(run: RunLog) -> str:
         [split.names[i], *(TableCell(f"{v[i]:g}") for _, v in split.rows), TableCell(f"{sizes[i]:g}")]
         for i in range(min(clients, 1000))
     ]
-    return page.figure(
-        drawing, title, words, True, page.table(f"Rows of each client by {column}", head, body)
-    )
+    return page.figure(drawing, title, words, data=page.table(f"Rows of each client by {column}", head, body))
 
 
 def _heat(split: ClientRows, title: str, desc: str) -> str:
@@ -91,7 +98,7 @@ def _heat(split: ClientRows, title: str, desc: str) -> str:
 
     order = sorted(range(len(split.names)), key=place)
     shown = split.take(order)
-    chunk = math.ceil(len(order) / 500)
+    chunk = math.ceil(len(order) / 250)
     label = f"{len(order)} clients, sorted by their main category"
     if chunk > 1:
         label += f", {chunk} to a column"
@@ -109,19 +116,27 @@ def partition_words(run: RunLog) -> str:
     if kind == "dirichlet" and len(rest) == 2:
         return f"Dirichlet α {rest[0]} over {rest[1]}"
     if kind == "column" and len(rest) == 1:
-        return f"one client for each {rest[0]}"
+        return "the clients that the data names" if rest[0] == "client" else f"one client per {rest[0]}"
     if kind == "shards" and rest:
         return f"shards of {rest[0]}"
     return spec
 
 
+def fleet(run: RunLog) -> str:
+    """Return the section: whose data, who got better or worse, and which replies did not count."""
+    figures = partition(run) + per_client.figure(run, lambda client: client_name(run, client)) + replies(run)
+    lost = [e for e in run.clients if str(e.get("status", "ok")) != "ok"]
+    words = "" if lost or not run.clients else f"<p>All {len(run.clients):,} replies were accepted.</p>"
+    return (f'<div class="figures">{figures}</div>' if figures else "") + words
+
+
 def replies(run: RunLog) -> str:
-    """Return a sentence when all replies counted, else bars of what became of them, and the reasons."""
+    """Return bars of what became of the replies, and the reasons; nothing when all counted."""
     if not run.clients:
         return ""
     lost = [e for e in run.clients if str(e.get("status", "ok")) != "ok"]
     if not lost:
-        return f"<p>All {len(run.clients)} replies were accepted.</p>"
+        return ""
     kinds = {"ok": 0, "late": 4, "dropped": 7, "declined": 2, "failed": 3, "refused": 1}
     rounds = sorted({int(num_of(e, "round") or 0) for e in run.clients})
     tally = {kind: [0.0] * len(rounds) for kind in kinds}
@@ -146,20 +161,24 @@ def replies(run: RunLog) -> str:
         series,
         tips,
         labels=("round", "clients"),
-        height=220,
         colours=shades,
     )
     ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
-    rows: list[list[str | TableCell]] = [
-        [status, reason, TableCell(str(len(events))), _some(events, "client"), _some(events, "round")]
+    listed: list[list[str | TableCell]] = [
+        [
+            status,
+            reason,
+            TableCell(str(len(events))),
+            _some([client_name(run, e.get("client")) for e in events]),
+            _some([str(e.get("round")) for e in events]),
+        ]
         for (status, reason), events in ordered[:100]
     ]
-    table = page.table("Replies that did not count", ["what", "why", "times", "clients", "rounds"], rows)
-    return page.figure(drawing, "Replies by round", desc, True) + table
+    table = page.table("Replies that did not count", ["what", "why", "times", "clients", "rounds"], listed)
+    return page.figure(drawing, "Replies by round", desc, data=table)
 
 
-def _some(events: Sequence[Event], key: str) -> str:
-    """List distinct values of a key, the first twelve of them."""
-    names = {str(event.get(key)) for event in events}
-    found = sorted(names, key=lambda name: (len(name), name) if name.isdecimal() else (99, name))
+def _some(names: Sequence[str]) -> str:
+    """List distinct names, the first twelve of them."""
+    found = sorted(set(names), key=lambda name: (len(name), name) if name.isdecimal() else (99, name))
     return ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 
 from fleetune.common.display import change, human_bytes, human_count, human_time, improved, is_noise, show
 from fleetune.runs.report import page
-from fleetune.runs.report.page import counted, esc, flat, span, true_minus
+from fleetune.runs.report.page import counted, esc, flat, short_name, span, true_minus
 from fleetune.runs.report.runlog import RunLog, changed, kind_of, list_of, num_of, number, text_of
 from fleetune.runs.report.sections.fleet import partition_words
 
@@ -28,14 +28,9 @@ def header(run: RunLog, facts: Mapping[str, object]) -> str:
     pill = f'<span class="pill {kind}">{mark} {esc(kind)}</span>'
     return (
         f'<header><p class="over">fleetune · {esc(run.name)} {pill}</p>'
-        f"<h1>{esc(method)} <small>on</small> {esc(_base_name(model))}</h1>"
+        f"<h1>{esc(method)} <small>on</small> {esc(short_name(model))}</h1>"
         f'<p class="lead">{esc(_sentence(facts))}</p>{alert}{page.fact_list(_identity(run, facts))}</header>'
     )
-
-
-def _base_name(model: str) -> str:
-    """Return a hub id as it is; of a path only the last part."""
-    return Path(model).name or model if model.startswith(("/", ".", "~")) else model
 
 
 def _sentence(facts: Mapping[str, object]) -> str:
@@ -44,6 +39,7 @@ def _sentence(facts: Mapping[str, object]) -> str:
     spent = f" {human_bytes(moved)} were exchanged" if moved is not None else ""
     spent += f" in {human_time(seconds)}" if spent and seconds is not None else ""
     done = counted(rounds, "round")
+    spent = _unbroken(spent)
     if base is None or tuned is None:
         return f"{done} so far; no loss to compare yet.{spent + '.' if spent else ''}"
     before, after, error = show("loss", base), show("loss", tuned), number(facts["change_error"])
@@ -54,17 +50,26 @@ def _sentence(facts: Mapping[str, object]) -> str:
     return f"Validation loss {loss} in {done}.{spent + '.' if spent else ''}"
 
 
+def _unbroken(text: str) -> str:
+    """Keep numbers and their units on one line."""
+    return re.sub(r"(?<=\d) (?=[a-zA-Z])", "\u00a0", text)
+
+
 def _identity(run: RunLog, facts: Mapping[str, object]) -> list[tuple[str, str]]:
     digest, params = text_of("digest", run.start, run.env), num_of(run.start, "params")
     trained, dtype = num_of(run.start, "trained"), text_of("dtype", run.config, run.env)
-    model = [f"{facts['model'] or ''}{f' @ {digest[:12]}' if digest else ''}"]
+    model = [f"{short_name(str(facts['model'] or ''))}{f' @ {digest[:12]}' if digest else ''}"]
     model += [f"{human_count(params)} params"] if params is not None else []
     model += [dtype] if dtype else []
     share = f"trains {human_count(trained)}" if trained is not None and trained != params else ""
     method = [str(facts["method"] or ""), _letters(run, str(facts["method"])), share]
     sizes = [n for v in list_of(run.start, "rows_per_client") if (n := number(v)) is not None]
     clients, partition = facts["clients"], partition_words(run)
-    data = [text_of("data", run.config), counted(clients, "client") if clients is not None else "", partition]
+    data = [
+        short_name(text_of("data", run.config)),
+        counted(clients, "client") if clients is not None else "",
+        partition,
+    ]
     if sizes:
         middle = f", median {statistics.median(sizes):g}" if min(sizes) != max(sizes) else ""
         data.append(f"{span(sizes)} rows{' each' if len(sizes) > 1 else ''}{middle}")
@@ -95,15 +100,6 @@ def _letters(run: RunLog, method: str) -> str:
         named = {"lr", *(str(name).removeprefix("set.") for name in list_of(run.env, "given"))}
         shown = [(k, v) for k, v in shown if k in named]
     return " · ".join(f"{k} {v}" for k, v in shown)
-
-
-def configuration(run: RunLog) -> str:
-    """Return every option of the recipe; those with the default of the run's version say so."""
-    pairs = flat(run.config)
-    if isinstance(run.env.get("given"), list):
-        named = set(map(str, list_of(run.env, "given"))) | {"model", "data"}
-        pairs = [(k, v if k in named else f"{v} (default)") for k, v in pairs]
-    return page.fact_list(pairs, "config")
 
 
 def versions(run: RunLog) -> str:

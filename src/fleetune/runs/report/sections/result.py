@@ -44,6 +44,7 @@ def result(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
         ["bytes over the fleet", TableCell(human_bytes(number(facts["bytes"])))],
         ["sent by a client, per round", TableCell(each[0])],
         ["received by a client, per round", TableCell(each[1])],
+        *_speed(run),
         ["wall time", TableCell(human_time(number(facts["seconds"])))],
         ["peak memory", TableCell(human_bytes(number(facts["peak_rss"])))],
         [
@@ -58,8 +59,23 @@ def result(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
     files += f"<li>SHA-256 <code>{esc(digest)}</code></li>" if digest else ""
     told = "".join(f'<p class="alert">{esc(text)}</p>' for text in list_of(run.done, "remarks"))
     left = measured + told + (f'<ul class="files">{files}</ul>' if files else "")
-    costs = page.table("What it took", ["", ""], spent, "result plainhead")
+    costs = page.table("Cost", ["", ""], spent, "result plainhead")
     return f'<div class="pair"><div>{left}</div>{costs}</div>'
+
+
+def _speed(run: RunLog) -> list[list[str | TableCell]]:
+    """Return steps and tokens per second of the clients' local work, and the energy, where the run states them."""
+    work = [e for e in run.clients if num_of(e, "steps") is not None and (num_of(e, "seconds") or 0) > 0]
+    spent = sum(num_of(e, "seconds") or 0 for e in work)
+    found: list[list[str | TableCell]] = []
+    for key, label in (("steps", "local steps per second"), ("tokens", "tokens trained on per second")):
+        if spent and (total := sum_of(work, key)):
+            found.append(
+                [label, TableCell(f"{total / spent:,.0f}" if total > 20 * spent else f"{total / spent:.2g}")]
+            )
+    if (energy := num_of(run.done, "energy")) is not None:
+        found.append(["energy of the processor", TableCell(f"{energy / 3600:,.3g} Wh")])
+    return found
 
 
 def _label(run: RunLog, name: str) -> str:

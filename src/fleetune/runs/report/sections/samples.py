@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fleetune.runs.report.page import esc
+from fleetune.runs.report.page import counted, esc
 from fleetune.runs.report.runlog import RunLog, list_of
 
 SHOWN_SAMPLES = 8
+NOTE = (
+    "This page shows the text of {} of the clients, with the model's answers. Share it only with those who may read them; "
+    "a run with --no-samples has none."
+)
 
 
 def samples(run: RunLog) -> str:
@@ -18,6 +22,12 @@ def samples(run: RunLog) -> str:
     shown, more = "".join(drawn[:SHOWN_SAMPLES]), "".join(drawn[SHOWN_SAMPLES:])
     rest = f"<details><summary>{len(drawn) - SHOWN_SAMPLES} more</summary>{more}</details>" if more else ""
     return shown + rest
+
+
+def sharing(run: RunLog) -> str:
+    """Return the note in the foot for who shares the page: how many held-out rows are on it; nothing for none."""
+    count = len([s for s in list_of(run.final, "samples") if isinstance(s, dict)])
+    return f"<footer>{esc(NOTE.format(counted(count, 'held-out row')))}</footer>" if count else ""
 
 
 def _sample(sample: Mapping[str, object], number: int) -> str:
