@@ -69,6 +69,8 @@ class TuneChecked(Event):
     clients: int  # number of clients in the fleet
     rows: int  # training rows of all clients
     held_out: int  # number of held-out rows
+    cut: int = 0  # rows that are longer than `max_length`, and lose tokens
+    remarks: Sequence[str] = ()  # what to know about the rows, in words
 
 
 @dataclass(frozen=True, kw_only=True)

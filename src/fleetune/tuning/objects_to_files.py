@@ -18,8 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.settings import Value
+from fleetune.data import stdin
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.evaluation.objectives import GIVEN
 from fleetune.runs import rundir
@@ -119,9 +119,11 @@ def _folder(out: Path) -> Path:
 def data_name(data: object, out: Path) -> str:
     """Return the name of a data set: "" for None, itself if it is one, else the JSONL file that its rows are written into.
 
-    `data` may be a name, a path, or any iterable of mappings: a list of dicts, a `datasets.Dataset`, a DataFrame.
-    DataError for anything else.
+    `data` may be a name, a path, "-" (rows as JSONL from standard input), or any iterable of mappings: a list of dicts, a
+    `datasets.Dataset`, a DataFrame.  DataError for anything else.
     """
+    if data == stdin.NAME:
+        return str(stdin.stored(_folder(out)))
     if data is None or isinstance(data, str | Path):
         return str(data or "")
     if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
@@ -143,11 +145,7 @@ def data_name(data: object, out: Path) -> str:
             raise DataError(
                 f"row {number} cannot be written as JSON: {error}", hint="rows map fields to texts"
             ) from error
-    content = b"".join(lines)
-    file = _folder(out) / f"data-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
-    if not file.is_file() or file.read_bytes() != content:
-        write_atomic(file, content, mode=PRIVATE)
-    return str(file)
+    return str(stdin.write(b"".join(lines), _folder(out)))
 
 
 def _plain_value(value: Any) -> Any:

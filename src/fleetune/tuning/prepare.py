@@ -7,37 +7,33 @@ The data are read before the model, since that is faster.
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from fleetune import data, models
+from fleetune import models
 from fleetune.common.memory import release_memory
-from fleetune.data import Encoded, Example
+from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
+from fleetune.data.examples import looks_like_model, looks_like_rows
 from fleetune.data.labelled import encode_rows
-from fleetune.data.partition import check_partition_spec, hold_out, partition
-from fleetune.errors import DataError, RecipeError
+from fleetune.data.lengths import Cut
+from fleetune.data.partition import check_partition_spec
+from fleetune.data.plain_text import begun
+from fleetune.data.splitting import Split as Split
+from fleetune.errors import DataError, RecipeError, UsageError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
+from fleetune.models.cache import ORIGINS
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
-from fleetune.tuning import kinds, labels, methods, robust, rounds
+from fleetune.tuning import kinds, labels, methods, remarks, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Split:
-    """The rows of a run: who holds what, and what nobody trains on."""
-
-    examples: Sequence[Example]
-    clients: Sequence[np.ndarray]  # indices of examples
-    held: np.ndarray
-    column: str | None
 
 
 @dataclass
@@ -54,7 +50,7 @@ class TuneJob:
     examples: list[Example]  # of the held rows
     prompts: list[Example]  # held out, for generated answers
     dropped: int  # rows of whose answer the tokenizer leaves nothing
-    cut: int  # rows whose answers do not fit max_length, and lose their end
+    cut: Cut  # rows that are longer than max_length
     objective: str  # what the method minimises, by name
     words: tuple[str, ...]  # label words that a causal model's accuracy is measured by; none: it is not
 
@@ -62,10 +58,13 @@ class TuneJob:
 def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
     kernel_choice.chosen_kernels()
+    _check_order(recipe)
     entry = methods.entry(recipe.method)
-    problems = []
+    problems: list[str] = []
+    hint = ""  # of the first
     tests: tuple[Callable[[], object], ...] = (
         lambda: methods.make(recipe.method, recipe.set),
+        lambda: check_columns(recipe.columns),
         lambda: check_partition_spec(recipe.partition),
         lambda: objectives.get(str(recipe.set.get("objective", "loss"))),
         lambda: robust.parse(recipe.aggregation),
@@ -74,6 +73,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         try:
             test()
         except RecipeError as error:
+            hint = hint or (error.hint or "" if not problems else "")
             problems += error.problems
         except ValueError as error:
             problems.append(str(error))
@@ -87,10 +87,21 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
             f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
         )
     if problems:
-        raise RecipeError(problems, hint=f"settings and defaults: fleetune methods {recipe.method}")
+        raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
     methods.check_files(method)
     return entry, method
+
+
+def _check_order(recipe: Recipe) -> None:
+    """Raise UsageError where the model is the data, and the data are the model."""
+    model, rows = recipe.model, recipe.data
+    if looks_like_rows(model) and (os.path.isfile(model) or rows in ORIGINS or looks_like_model(rows)):
+        raise UsageError(
+            f"MODEL and DATA are swapped: {model} holds rows"
+            + (f", {rows} is a model" * looks_like_model(rows)),
+            hint=f"fleetune tune {shlex.quote(rows)} {shlex.quote(model)}",
+        )
 
 
 def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:
@@ -119,26 +130,12 @@ def _of_fleet(method: Method, recipe: Recipe) -> list[str]:
 
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:
     """Read the data, hold rows out, and give every other row to a client."""
-    examples = data.read(recipe.data, limit=recipe.limit or None, offline=offline)
-    column = recipe.partition.split(":")[-1] if ":" in recipe.partition else None
-    kind = recipe.partition.split(":")[0]
-    if kind == "shards":
-        column = recipe.partition.split(":")[1]
-    aside = int(recipe.held_out) if recipe.held_out >= 1 else recipe.held_out
-    if recipe.eval_data:
-        train = np.arange(len(examples))
-        examples = [*examples, *data.read(recipe.eval_data, offline=offline)]
-        held = np.arange(len(train), len(examples))
-    else:
-        train, held = hold_out(examples, aside, recipe.seed, column)
-    if not len(held) or not len(train):
-        raise DataError(
-            f"{len(examples)} rows leave {len(train)} to train on and {len(held)} held out",
-            hint="use more rows, or another --held-out",
-        )
-    clients = recipe.clients or (None if kind == "column" else entry.clients)
-    parts = partition([examples[i] for i in train], recipe.partition, clients, recipe.seed)
-    return Split(examples, [train[part] for part in parts], held, column)
+    return splitting.split(rows_of(recipe), entry.clients, offline=offline)
+
+
+def rows_of(recipe: Recipe) -> splitting.Rows:
+    """The options of a recipe that decide which client holds which rows."""
+    return splitting.Rows(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(splitting.Rows)})
 
 
 def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) -> TuneJob:
@@ -146,6 +143,7 @@ def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) ->
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
     parts = split(recipe, entry, offline=offline)
+    recipe = dataclasses.replace(recipe, partition=parts.partition)
     if not simulated:
         parts = dataclasses.replace(parts, clients=[])
     if clients := len(parts.clients) or recipe.clients:
@@ -159,8 +157,10 @@ def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) ->
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
     torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
     encoded, kept = encode_rows(model, parts.examples, recipe.max_length)
-    place = {int(i): row for row, i in enumerate(kept)}
-    rows = [[encoded[place[i]] for i in part.tolist() if i in place] for part in parts.clients]
+    place: dict[int, list[Encoded]] = {}  # a long text has several rows
+    for i, row in zip(kept.tolist(), encoded, strict=True):
+        place.setdefault(i, []).append(row)
+    rows = [[row for i in part.tolist() for row in place.get(i, ())] for part in parts.clients]
     asked = len(rounds.sample(range(len(rows) or recipe.clients), recipe.participation, recipe.seed, 1))
     if recipe.quorum > asked > 0:
         raise RecipeError(
@@ -183,10 +183,10 @@ def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) ->
         )
     return TuneJob(
         recipe, entry, method, model, parts, rows,
-        held=[encoded[place[i]] for i in held[: recipe.eval_rows]],
+        held=[row for i in held[: recipe.eval_rows] for row in place[i]],
         examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
-        prompts=[parts.examples[i] for i in held[: max(recipe.rouge_rows, recipe.samples)]],
-        dropped=len(parts.examples) - len(kept), cut=sum(row.lost > 0 for row in encoded),
+        prompts=[begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]],
+        dropped=len(parts.examples) - len(place), cut=lengths.cut(encoded),
         objective=objective, words=labels.measured(recipe, objective, parts.examples),
     )  # fmt: skip
 
@@ -228,5 +228,9 @@ SMALL = 5_000_000  # parameters
 def dry_run(recipe: Recipe, *, offline: bool) -> TuneChecked:
     """Load the data and model of a recipe and check it; write nothing."""
     check(recipe)
-    job = prepare(recipe, offline=offline)
-    return TuneChecked(clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held))
+    with stdin.borrowed(recipe.data) as source:
+        job = prepare(dataclasses.replace(recipe, data=source), offline=offline)
+    return TuneChecked(
+        clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held), cut=job.cut.longer,
+        remarks=remarks.of_rows(job),
+    )  # fmt: skip

@@ -33,7 +33,10 @@ class Recipe:
     """All that decides a run.  The same recipe on the same machine gives the same bits."""
 
     model: str = Field(description="hub id, HF directory, GGUF file, or a built-in name (fleetune models)")
-    data: str = Field(description="JSONL, CSV or Parquet file, hub id, or 'demo' for the built-in set")
+    data: str = Field(
+        description="JSONL, CSV or Parquet file, a folder with one file per client, hub id, - (JSONL from standard input), or "
+        "'demo' for the built-in set"
+    )
     method: str = Field(default="fedkseed", description="tuning method (fleetune methods)")
     set: dict[str, Value] = Field(default_factory=dict, description="the method's own settings, NAME=VALUE")
     clients: int = Field(
@@ -44,8 +47,15 @@ class Recipe:
     )
     rounds: int = Field(default=10, ge=1, le=1_000_000, description="rounds")
     participation: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked each round")
+    columns: str = Field(
+        default="",
+        description="which columns of the data are which: prompt=question,response=answer; names: prompt, response, system, "
+        "context, text, label, messages, client, or any field of a form (docs/data.md)",
+    )
     partition: str = Field(
-        default="iid", description="iid, dirichlet:ALPHA:COLUMN, shards:COLUMN or column:COLUMN"
+        default="auto",
+        description="iid, dirichlet:ALPHA:COLUMN, shards:COLUMN or column:COLUMN; auto: column:client for a folder with one "
+        "file per client, or where columns name the client, else iid",
     )
     held_out: float = Field(
         default=0.1,
@@ -131,6 +141,7 @@ class RecipeOptions(TypedDict, total=False):
     clients: int
     rounds: int
     participation: float
+    columns: str
     partition: str
     held_out: float
     eval_data: str

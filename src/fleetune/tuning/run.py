@@ -35,6 +35,7 @@ from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.kinds import wanted
 from fleetune.tuning.methods import entry
+from fleetune.tuning.objects_to_files import data_name
 from fleetune.tuning.prepare import TuneJob, batch_size_of, check, prepare
 from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.result import TuneResult, read
@@ -121,6 +122,9 @@ def start(
     check(recipe)
     fleets.check(recipe)
     rundir.check_writable(out)
+    recipe = dataclasses.replace(
+        recipe, data=data_name(recipe.data, out)
+    )  # rows from standard input are stored
     with _ONE_AT_A_TIME:
         job = prepare(recipe, offline=offline, simulated=fleets.simulated)
         with rundir.create(out, recipe.method, recipe.model) as folder:
@@ -300,8 +304,6 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     run.write("run.toml", recipes.to_toml(recipe))
     run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(describe.of_model(job))) + "\n")
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
-    for remark in remarks.of_answers(job):
-        listener.note(remark)
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))
     listener.progress("rounds", 0, recipe.rounds)
@@ -349,7 +351,7 @@ def _about(
     """The fields of the last event that say what its figures mean."""
     start, base = evaluation.get("start"), evaluation["base"]
     stays = remarks.unmoved(*states, digest, job.model.digest)
-    words = remarks.of_answers(job) + ([remarks.NEW_HEAD] if job.model.new_head else [])
+    words = remarks.of_rows(job) + ([remarks.NEW_HEAD] if job.model.new_head else [])
     words += [remarks.of_start(base, start)] if start else []
     if stays or remarks.shows_nothing(start or base, tuned):
         words.append(remarks.of_unmoved(job, run, stays=stays))
