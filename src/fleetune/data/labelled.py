@@ -24,6 +24,8 @@ from fleetune.data.examples import Example
 from fleetune.errors import DataError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from fleetune.models.model import Model
 
 
@@ -34,7 +36,7 @@ def encode_rows(
     if not model.labels:
         return encode_all(examples, model.tokenizer, max_length)
     targets = [_target(example, model.labels) for example in examples]
-    whole = _lengths(model, examples)
+    whole = text_lengths(model.tokenizer, examples)
     rows = [
         Encoded(ids, len(ids), segments, target, left=max(0, length - len(ids)))
         for (ids, segments), target, length in zip(
@@ -56,10 +58,10 @@ def encode_texts(
             yield np.array(ids, np.int32), None if segment is None else np.array(segment, np.int32)
 
 
-def _lengths(model: Model, examples: Sequence[Example]) -> Iterator[int]:
+def text_lengths(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[int]:
     """Yield how many tokens each example has before it is cut."""
     for columns in _columns(examples):
-        yield from map(len, model.tokenizer(*columns, verbose=False)["input_ids"])
+        yield from map(len, tokenizer(*columns, verbose=False)["input_ids"])
 
 
 def _columns(examples: Sequence[Example]) -> Iterator[list[list[str]]]:

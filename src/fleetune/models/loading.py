@@ -56,8 +56,8 @@ from fleetune.models.template_trial import template_trial
 from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
 
 __all__ = [
-    "DEVICES", "DTYPES", "Model", "builtin", "digest", "disk_errors", "load", "load_config", "named_tensors", "pull",
-    "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer", "tokenizer_digest", "uniform",
+    "DEVICES", "DTYPES", "Model", "builtin", "digest", "disk_errors", "load", "load_config", "load_tokenizer", "named_tensors",
+    "pull", "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer", "tokenizer_digest", "uniform",
 ]  # fmt: skip
 
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
@@ -382,6 +382,15 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer("a")["input_ids"]  # some faults show only when it is used
     return tokenizer
+
+
+def load_tokenizer(name: str, *, offline: bool = False) -> PreTrainedTokenizerBase:
+    """Return a model's tokenizer without loading weights; a model that is not here is fetched.  ModelError as in `load`."""
+    path = resolve(name, offline=offline)
+    with _quiet(), _LOADING:
+        tokenizer = _read_tokenizer(path)
+        with template_trial(tokenizer, path):
+            return tokenizer
 
 
 @contextmanager

@@ -130,12 +130,7 @@ def _of_fleet(method: Method, recipe: Recipe) -> list[str]:
 
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:
     """Read the data, hold rows out, and give every other row to a client."""
-    return splitting.split(rows_of(recipe), entry.clients, offline=offline)
-
-
-def rows_of(recipe: Recipe) -> splitting.Rows:
-    """The options of a recipe that decide which client holds which rows."""
-    return splitting.Rows(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(splitting.Rows)})
+    return splitting.split(recipes.rows_of(recipe), entry.clients, offline=offline)
 
 
 def prepare(recipe: Recipe, *, offline: bool = False, simulated: bool = True) -> TuneJob:

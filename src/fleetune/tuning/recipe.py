@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 from fleetune.common.settings import Value
+from fleetune.data.splitting import Rows
 from fleetune.errors import RecipeError
 
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
@@ -198,7 +199,20 @@ def make(values: Mapping[str, Any]) -> Recipe:
     ]
     if problems:
         raise RecipeError(problems, hint="all options: fleetune tune --help")
-    return recipe
+    return resolved(recipe)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with the partition that `auto` means for its data; as it is where its columns cannot be read."""
+    try:
+        return dataclasses.replace(recipe, partition=rows_of(recipe).rule)
+    except RecipeError:  # told when the recipe is checked, with all else
+        return recipe
+
+
+def rows_of(recipe: Recipe) -> Rows:
+    """The options of a recipe that decide which client holds which rows."""
+    return Rows(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Rows)})
 
 
 def _unwritable(values: Mapping[str, Any]) -> list[tuple[str, str]]:
