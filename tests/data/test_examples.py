@@ -359,7 +359,13 @@ BAD = {  # name: file name, bytes, line, what is said of it, what to do
         "rename",
     ),
     "csv empty": ("a.csv", b"instruction,response\nq,\n", 2, "field 'response' is empty", "fill in"),
-    "csv semicolons": ("a.csv", b"instruction;response\nq;a\n", 2, "instruction;response", "separated by commas"),
+    "csv semicolons": (
+        "a.csv",
+        b"instruction;response\nq;a\n",
+        2,
+        "instruction;response",
+        "separated by commas",
+    ),
 }
 
 

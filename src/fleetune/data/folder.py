@@ -35,9 +35,8 @@ def _files(folder: Path, source: str) -> list[Path]:
         )
     if (folder / "config.json").is_file():
         raise DataError(f"{source} is the folder of a model, not of rows", hint="fleetune tune MODEL DATA")
-    splits = [file for file in files if SPLIT.search(file.stem.lower())]
-    if splits and len(splits) == len(files):
-        train = next((file for file in files if "train" in file.stem.lower()), files[0])
+    train = next((file for file in files if SPLIT.findall(file.stem.lower())[-1:] == ["train"]), None)
+    if train and all(SPLIT.search(file.stem.lower()) for file in files):
         others = [file for file in files if file != train]
         more = f" --eval-data {others[0]}" if others else ""
         raise DataError(

@@ -197,7 +197,8 @@ def value_text(value: object) -> str:
 
 def names_of(fields: Mapping[str, object]) -> str:
     """List the names of the first twelve fields."""
-    return ", ".join(str(name)[:40] for name in itertools.islice(fields, 12)) or "no fields"
+    names = ", ".join(str(name)[:40] for name in itertools.islice(fields, 12)) or "no fields"
+    return "".join(c if c.isprintable() else "?" for c in names)
 
 
 # What can be wrong with a file as a whole.

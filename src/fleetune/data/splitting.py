@@ -48,9 +48,10 @@ class Rows:
         return f"column:{CLIENT}" if is_folder(self.data) or CLIENT in parse(self.columns, FIELDS) else "iid"
 
 
-def split(rows: Rows, usual_clients: int, *, offline: bool = False) -> Split:
+def split(rows: Rows, usual_clients: int, *, fewer: bool = False, offline: bool = False) -> Split:
     """Read the data, hold rows out, and give every other row to a client; `usual_clients` where no number is asked for.
 
+    With `fewer`, these are as many as there are rows where the rows are too few.
     DataError when the data do not allow it.
     """
     notes: list[str] = []
@@ -72,6 +73,7 @@ def split(rows: Rows, usual_clients: int, *, offline: bool = False) -> Split:
             f"{len(examples)} rows leave {len(train)} to train on and {len(held)} held out",
             hint="use more rows, or another --held-out",
         )
+    usual_clients = min(usual_clients, len(train)) if fewer else usual_clients
     clients = rows.clients or (None if rule.startswith("column:") else usual_clients)
     parts = partition([examples[i] for i in train], rule, clients, rows.seed)
     return Split(examples, [train[part] for part in parts], held, column, rule, tuple(notes))

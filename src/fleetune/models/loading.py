@@ -152,7 +152,8 @@ def _local(name: str) -> Path | None:
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"'{name}' is a file, but not a .gguf file", hint=NAME_HINT)
         return path
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix.lower() == ".gguf":
+    like_a_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or re.match(r"[A-Za-z]:[\\/]", name)
+    if like_a_path or path.suffix.lower() == ".gguf":
         raise ModelError(f"there is no file or directory '{name}'", hint="check the path, or " + NAME_HINT)
     return None
 

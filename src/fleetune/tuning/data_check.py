@@ -48,7 +48,7 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
     """
     with stdin.borrowed(recipe.data) as source:
         rows = splitting.Rows(**{**vars(recipes.rows_of(recipe)), "data": source})
-        parts = splitting.split(rows, CLIENTS, offline=offline)
+        parts = splitting.split(rows, CLIENTS, fewer=True, offline=offline)
     examples, held = parts.examples, parts.held.tolist()
     training = sorted(i for part in parts.clients for i in part.tolist())
     chosen = _chosen(examples)
@@ -152,10 +152,7 @@ def _in_tokens(
         )  # rows of a text begin with a token of the row before
         lengths[i] += len(row.ids) + row.left + row.lost - again
         if i in chosen and i not in shown:
-            shown[i] = (
-                _decoded(tokenizer, row.ids[: row.n_prompt]),
-                _decoded(tokenizer, row.ids[row.n_prompt :]),
-            )
+            shown[i] = _rendered(tokenizer, row)
     texts = [shown.get(i, ("(nothing that the tokenizer knows)", "")) for i in chosen]
     return _Measured("tokens", list(lengths.values()), cut(rows), texts, len(examples) - len(lengths))
 

@@ -122,12 +122,17 @@ def data_name(data: object, out: Path) -> str:
     `data` may be a name, a path, "-" (rows as JSONL from standard input), or any iterable of mappings: a list of dicts, a
     `datasets.Dataset`, a DataFrame.  DataError for anything else.
     """
-    if data == stdin.NAME:
+    if isinstance(data, str) and data == stdin.NAME:
         return str(stdin.stored(_folder(out)))
     if data is None or isinstance(data, str | Path):
         return str(data or "")
-    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
+    if hasattr(data, "to_dicts"):  # a polars DataFrame
+        data = data.to_dicts()
+    elif hasattr(data, "to_dict") and hasattr(
+        data, "columns"
+    ):  # a pandas DataFrame, whose missing values are NaN
         data = data.to_dict("records")
+        data = [{name: None if _is_missing(value) else value for name, value in row.items()} for row in data]
     if not isinstance(data, Iterable) or isinstance(data, Mapping | bytes):
         raise DataError(
             f"a {type(data).__name__} is not rows",
@@ -148,10 +153,18 @@ def data_name(data: object, out: Path) -> str:
     return str(stdin.write(b"".join(lines), _folder(out)))
 
 
+def _is_missing(value: Any) -> bool:
+    """Whether a cell of a DataFrame holds nothing: None, NaN, or pandas' NA and NaT."""
+    try:
+        return value is None or bool(value != value)
+    except (TypeError, ValueError):  # NA is neither; an array has no truth
+        return type(value).__name__ == "NAType"
+
+
 def _plain_value(value: Any) -> Any:
-    """A value that JSON lacks: a numpy number, or a date as text."""
-    if hasattr(value, "item"):
-        return value.item()
+    """A value that JSON lacks: a numpy number or array, or a date as text."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
     if hasattr(value, "isoformat"):
         return value.isoformat()
     raise TypeError(f"{type(value).__name__} is not a text, a number or a list of them")
