@@ -21,7 +21,7 @@ MAIN: Final = ("prompt", "response", "system", "context", "text", "label", "mess
 EXAMPLE: Final = "prompt=question,response=answer"
 TURN: Final = {"role", "from", "content", "value"}
 ASKED: Final = (  # names that prompts have in the data of others
-    "prompt", "question", "instruction", "query", "input", "source", "problem", "user", "human", "request", "article",
+    "prompt", "question", "instruction", "ask", "query", "input", "source", "problem", "user", "human", "request", "article",
     "document", "title", "q",
 )  # fmt: skip
 ANSWERED: Final = (
@@ -92,7 +92,7 @@ def guess(fields: Mapping[str, object]) -> str:
     if len(texts) == len(fields) == 1:
         return f"text={texts[0]}"
     asked = asked or (others.pop(0) if others else "COLUMN")
-    answered = answered or (others.pop() if others else "COLUMN")
+    answered = answered or max(others, key=lambda name: len(str(usable[name])), default="COLUMN")
     return f"prompt={asked},response={answered}"
 
 

@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fleetune.data.examples import Example
+from fleetune.data.forms import Example
 from fleetune.data.partition import keyed_order
 from fleetune.data.plain_text import begun, is_text, rows_of
 from fleetune.errors import DataError

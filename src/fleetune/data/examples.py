@@ -22,7 +22,8 @@ from fleetune.data import columns as renaming
 from fleetune.data import folder, hub
 from fleetune.data.chats import told
 from fleetune.data.fields import BadRow, NoForm, shown, text_of
-from fleetune.data.forms import FIELDS, LABELLED, OPTIONAL, TEXT, Example, example_of, form_of, refuse
+from fleetune.data.forms import FIELDS, LABELLED, OPTIONAL, TEXT, example_of, form_of, refuse
+from fleetune.data.forms import Example as Example
 from fleetune.data.forms import row_of as row_of
 from fleetune.data.readers import READERS, FileRow, Problem, decode, names_in, no_file, rows_of, unreadable
 from fleetune.errors import DataError, closest

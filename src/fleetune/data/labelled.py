@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.data.encode import CHUNK, Encoded, encode_all
-from fleetune.data.examples import Example
+from fleetune.data.forms import Example
 from fleetune.errors import DataError
 
 if TYPE_CHECKING:

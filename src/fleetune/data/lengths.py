@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,16 @@ class Cut:
             f"{self.longer:,} of {self.rows:,} rows are longer than max_length={max_length} and are cut: {', '.join(parts)}; "
             f"the longest has {self.longest:,} tokens"
         )
+
+
+def remarks(notes: Sequence[str], rows: int, dropped: int, cut: Cut, max_length: int) -> list[str]:
+    """Say what of `rows` rows was left out (`notes`, and `dropped` ones), and what is cut; [] where all are whole."""
+    found = list(notes)
+    if dropped:
+        found.append(
+            f"{dropped:,} of {rows:,} rows are left out: the tokenizer knows nothing of their answers"
+        )
+    return found + [told for told in [cut.told(max_length)] if told]
 
 
 def cut(rows: Iterable[Encoded]) -> Cut:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fleetune.data.examples import Example
+from fleetune.data.forms import Example
 from fleetune.errors import DataError, RecipeError, closest
 
 Rows = npt.NDArray[np.int64]

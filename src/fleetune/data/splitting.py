@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fleetune.data.columns import CLIENT, parse
-from fleetune.data.examples import Example, is_folder, read
-from fleetune.data.forms import FIELDS
+from fleetune.data.examples import is_folder, read
+from fleetune.data.forms import FIELDS, Example
 from fleetune.data.partition import AUTO, column_of, hold_out, partition
 from fleetune.errors import DataError
 

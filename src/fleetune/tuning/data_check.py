@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from fleetune.data import duplicates, splitting, stdin
+from fleetune.data import duplicates, lengths, splitting, stdin
 from fleetune.data.forms import Example
 from fleetune.data.lengths import Cut, cut
 from fleetune.data.splitting import Split
@@ -65,8 +65,8 @@ def check(recipe: Recipe, model: str = "", *, offline: bool = False) -> DataChec
             unit=measured.unit, p50=_quantile(sizes, 0.5), p95=_quantile(sizes, 0.95), longest=int(sizes[-1]),
             total=int(sizes.sum()),
         ),
-        max_length=recipe.max_length, cut=whole and whole.longer, cut_prompts=whole and whole.prompts,
-        cut_answers=whole and whole.answers, partition=parts.partition,
+        max_length=recipe.max_length, cut=None if whole is None else whole.longer, cut_prompts=None if whole is None else whole.prompts,
+        cut_answers=None if whole is None else whole.answers, partition=parts.partition,
         rows_per_client=[len(part) for part in parts.clients], clients=names, labels=_labels(examples),
         equal_training=len(found.equal_training), equal_held_out=len(found.equal_held_out),
         near_training=len(found.near_training), near_held_out=len(found.near_held_out),
@@ -87,11 +87,9 @@ def _remarks(
     parts: Split, training: Sequence[int], measured: _Measured, found: duplicates.Duplicates, max_length: int
 ) -> list[str]:
     """Say what is worth to be looked at."""
-    said = list(parts.notes)
-    if measured.dropped:
-        said.append(f"{measured.dropped:,} rows are left out: the tokenizer knows nothing of their answers")
-    if measured.cut and (told := measured.cut.told(max_length)):
-        said.append(told)
+    rows = len(parts.examples)
+    whole = measured.cut or Cut(rows, 0, 0, 0, 0)
+    said = lengths.remarks(parts.notes, rows, measured.dropped, whole, max_length)
     if unused := len(parts.examples) - len(training) - len(parts.held):
         said.append(f"{unused:,} rows belong to no client")
     if again := len(found.equal_held_out) + len(found.near_held_out):

@@ -15,7 +15,7 @@ from fleetune.models.model import Model
 from fleetune.runs.events import TuneStart
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import methods, remarks
+from fleetune.tuning import methods
 from fleetune.tuning.methods import Method
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
         ("model", f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}"),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
         ("data", f"{Path(recipe.data).name} · {_split(job)}{len(job.held)} held out"),
-        *(("rows", remark) for remark in remarks.of_rows(job)),
+        *(("rows", remark) for remark in job.about_rows()),
         ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{_rule(recipe)}"),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]

@@ -116,7 +116,7 @@ def _folder(out: Path) -> Path:
     return out / FOLDER
 
 
-def data_name(data: object, out: Path) -> str:
+def data_name(data: Any, out: Path) -> str:
     """Return the name of a data set: "" for None, itself if it is one, else the JSONL file that its rows are written into.
 
     `data` may be a name, a path, "-" (rows as JSONL from standard input), or any iterable of mappings: a list of dicts, a

@@ -30,7 +30,7 @@ from fleetune.models.cache import ORIGINS
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
-from fleetune.tuning import kinds, labels, methods, remarks, robust, rounds
+from fleetune.tuning import kinds, labels, methods, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.recipe import Recipe
@@ -53,6 +53,11 @@ class TuneJob:
     cut: Cut  # rows that are longer than max_length
     objective: str  # what the method minimises, by name
     words: tuple[str, ...]  # label words that a causal model's accuracy is measured by; none: it is not
+
+    def about_rows(self) -> list[str]:
+        """Say which rows are left out, and which are cut; [] where all are whole."""
+        rows = len(self.split.examples)
+        return lengths.remarks(self.split.notes, rows, self.dropped, self.cut, self.recipe.max_length)
 
 
 def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
@@ -227,5 +232,5 @@ def dry_run(recipe: Recipe, *, offline: bool) -> TuneChecked:
         job = prepare(dataclasses.replace(recipe, data=source), offline=offline)
     return TuneChecked(
         clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held), cut=job.cut.longer,
-        remarks=remarks.of_rows(job),
+        remarks=job.about_rows(),
     )  # fmt: skip

@@ -27,18 +27,6 @@ NOISE: Final = 1e-7  # of a loss, relative: kernels differ by less
 SAME: Final = 1e-3  # nats; kernels differ by less, a random module makes more
 
 
-def of_rows(job: TuneJob) -> list[str]:
-    """Say which rows are left out, and which are cut; [] where all are whole."""
-    rows, found = len(job.split.examples), list(job.split.notes)
-    if job.dropped:
-        found.append(
-            f"{job.dropped:,} of {rows:,} rows are left out: the tokenizer knows nothing of their answers"
-        )
-    if told := job.cut.told(job.recipe.max_length):
-        found.append(told)
-    return found
-
-
 def probe(job: TuneJob) -> float:
     """Return the loss (nats) of the model as it stands, on a few held-out rows."""
     few = job.held[:PROBE]

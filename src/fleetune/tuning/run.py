@@ -351,7 +351,7 @@ def _about(
     """The fields of the last event that say what its figures mean."""
     start, base = evaluation.get("start"), evaluation["base"]
     stays = remarks.unmoved(*states, digest, job.model.digest)
-    words = remarks.of_rows(job) + ([remarks.NEW_HEAD] if job.model.new_head else [])
+    words = job.about_rows() + ([remarks.NEW_HEAD] if job.model.new_head else [])
     words += [remarks.of_start(base, start)] if start else []
     if stays or remarks.shows_nothing(start or base, tuned):
         words.append(remarks.of_unmoved(job, run, stays=stays))

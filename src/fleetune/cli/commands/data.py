@@ -8,7 +8,8 @@ import shlex
 from collections.abc import Sequence
 
 from fleetune.cli import recipe_flags
-from fleetune.cli.console import Ui, clean
+from fleetune.cli.console import Ui
+from fleetune.common.display import clean
 from fleetune.runs.events import DataChecked, RowShown
 from fleetune.tuning import recipe as recipes
 
