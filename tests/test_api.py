@@ -453,7 +453,7 @@ def test_missing_values_of_a_table_are_no_texts(tmp_path: Path) -> None:
 def test_rows_in_memory_have_columns_too(at: Path) -> None:
     rows = [{"q": f"what is {i}", "a": f"it is {i}"} for i in range(24)]
     run = tune(data=rows, columns="prompt=q,response=a")
-    assert run.recipe.columns == "prompt=q,response=a"
+    assert 'columns = "prompt=q,response=a"' in (run.folder / "run.toml").read_text()
 
 
 def test_numpy_numbers_are_numbers_and_other_objects_are_said(at: Path) -> None:

@@ -40,7 +40,7 @@ def done_of(at: Path) -> dict[str, Any]:
 def test_answers_that_are_cut_are_told_and_stay_in_the_record(
     at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = "9 of 20 rows are longer than max_length=32 and are cut: the answer of 9; the longest has "
+    told = "20 of 20 rows are longer than max_length=32 and are cut: the prompt of 20, the answer of 9; the longest has "
     assert main(["tune", "tiny", "data.jsonl", *RUN, "--max-length", "32"]) == 0
     out, err = capsys.readouterr()
     assert told in err
