@@ -133,6 +133,15 @@ def test_a_model_that_chooses_labels_counts_its_own_tokens(at: Path, capsys: Cap
     assert (found["lengths"]["longest"], found["cut"]) == (max(whole), sum(n > 32 for n in whole))
 
 
+def test_a_long_text_counts_once_however_many_rows_it_gives(at: Path, capsys: Capture) -> None:
+    write(at / "texts.jsonl", [{"text": f"{i} " + "a tale " * i} for i in range(12)])
+    short, whole = (
+        checked(capsys, "texts.jsonl", "--model", "tiny", "--max-length", most) for most in ("16", "512")
+    )
+    assert short["lengths"] == whole["lengths"]
+    assert (short["cut"], short["rows"]) == (0, 12)
+
+
 def test_a_check_without_a_model_loads_no_torch(at: Path) -> None:
     script = (
         "import sys\nfrom fleetune.cli.main import main\nprint(main(sys.argv[1:]), 'torch' in sys.modules)"

@@ -110,6 +110,11 @@ CHATS: dict[str, tuple[list[Row], Example | None, str]] = {
         Example(ASKED, "a"),
         "1 turns of tools, 1 turns that call tools",
     ),
+    "a call for the second question": (
+        [*turns(("user", "q"), ("assistant", "a"), ("user", "and?")), CALL, GAVE, *turns(("assistant", "b"))],
+        Example((*ASKED, ("assistant", "a"), ("user", "and?")), "b"),
+        "1 turns of tools, 1 turns that call tools",
+    ),
     "an image beside the question": (
         turns(("user", [{"type": "text", "text": "q"}, IMAGE]), ("assistant", "a")),
         Example(ASKED, "a"),
@@ -203,6 +208,12 @@ def test_a_column_that_is_not_there_is_told(tmp_path: Path) -> None:
         )
     with pytest.raises(DataError, match="the fields of no form with prompt, label"):
         read(file, columns="prompt=question,label=answer")
+
+
+def test_a_column_of_the_mapped_name_is_hidden(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", {"body": "B", "text": "old"}, {"text": "old"})
+    with pytest.raises(DataError, match=r"a\.jsonl:2: field 'text' is missing"):
+        read(file, columns="text=body")
 
 
 def test_a_refusal_shows_the_first_row_and_the_flag_once(tmp_path: Path) -> None:
