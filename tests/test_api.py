@@ -24,7 +24,7 @@ from fleetune.deploy.measure import harness
 from fleetune.evaluation import losses
 from fleetune.runs import events
 from fleetune.runs.compression_folder import CompressOptions, CompressRequest
-from fleetune.tuning import finished
+from fleetune.tuning import finished, objects_to_files
 from fleetune.tuning.methods import fedkseed
 from fleetune.tuning.recipe import Recipe, RecipeOptions
 
@@ -426,6 +426,34 @@ class Table:
 
 def test_a_table_is_rows(at: Path) -> None:
     assert tune(data=Table()).digest == tune().digest
+
+
+class Holes(Table):
+    """A DataFrame with missing values, as pandas has them: NaN, and NA, of which nothing is true or false."""
+
+    def to_dict(self, orient: str) -> list[dict[str, Any]]:
+        class NAType:
+            def __ne__(self, other: object) -> bool:
+                raise TypeError("boolean value of NA is ambiguous")
+
+        told = {
+            "messages": np.array([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+        }
+        return [told | {"n": np.float64(2)}, told | {"n": float("nan")}, told | {"n": NAType()}]
+
+
+def test_missing_values_of_a_table_are_no_texts(tmp_path: Path) -> None:
+    from fleetune.data import read
+
+    rows = read(objects_to_files.data_name(Holes(), tmp_path))
+    assert [row.meta for row in rows] == [{"n": "2.0"}, {}, {}]
+    assert {row.response for row in rows} == {"a"}
+
+
+def test_rows_in_memory_have_columns_too(at: Path) -> None:
+    rows = [{"q": f"what is {i}", "a": f"it is {i}"} for i in range(24)]
+    run = tune(data=rows, columns="prompt=q,response=a")
+    assert 'columns = "prompt=q,response=a"' in (run.folder / "run.toml").read_text()
 
 
 def test_numpy_numbers_are_numbers_and_other_objects_are_said(at: Path) -> None:

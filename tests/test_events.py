@@ -58,6 +58,8 @@ TOUR = {
     "ledger diff 1 double.safetensors": {"LedgerDifference"},
     "sweep sweep.toml --dry-run": {"SweepPlanned"},
     "sweep sweep.toml": {"SweepStart", "TuneStart", "SweepRun", "SweepDone"},
+    "data check rows.jsonl --held-out 2": {"DataChecked"},
+    "data check rows.jsonl --model tiny --max-length 32": {"DataChecked"},
     "compress --list": {"MethodListed"},
     f"compress 1 --dry-run {' '.join(GROUP + WINDOWS)}": {"CompressChecked"},
     f"compress 1 {' '.join(GROUP + WINDOWS)}": {"CompressStart", "BlockSolved", "CompressDone"},

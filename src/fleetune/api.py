@@ -162,7 +162,8 @@ def _recipe(
         )
     name, chosen = named(method, {n: e.module for n, e in methods.entries().items()})
     values = chosen | objects_to_files.setting_values(settings)
-    recipe = recipes.make({**options, "model": "model", "data": "data", "method": name, "set": values})
+    named_rows = str(data) if isinstance(data, str | Path) else "data"
+    recipe = recipes.make({**options, "model": "model", "data": named_rows, "method": name, "set": values})
     return dataclasses.replace(
         recipe,
         model=objects_to_files.model_name(model, tokenizer, out),

@@ -172,15 +172,15 @@ BAD = {  # name: file name, bytes, line, what is said of it, what to do
         "a.jsonl",
         jsonl(without("response")),
         1,
-        "field 'response' .* 'output' .*missing",
-        "Dolly",
+        "field 'response' .* 'output' .*missing.*row has: instruction, context, category",
+        "--columns prompt=instruction,response=",
     ),
     "first row, no form": (
         "a.jsonl",
         jsonl({"q": 1, "a": 2}),
         1,
-        r"'instruction', 'messages'.*row has: q, a",
-        "Alpaca",
+        r"the fields of no form .the row has: q, a",
+        "--columns prompt=COLUMN,response=COLUMN; all forms: docs/data.md",
     ),
     "wrong type": (
         "a.jsonl",
@@ -263,9 +263,9 @@ BAD = {  # name: file name, bytes, line, what is said of it, what to do
     ),
     "role unknown": (
         "a.jsonl",
-        chat(("tool", "x")),
+        chat(("narrator", "x")),
         2,
-        r"field 'messages\[0\].role' is the text 'tool'",
+        r"field 'messages\[0\].role' is the text 'narrator'",
         "the roles are",
     ),
     "late system": (
@@ -286,8 +286,8 @@ BAD = {  # name: file name, bytes, line, what is said of it, what to do
         "a.jsonl",
         chat(("user", [{"type": "text"}])),
         2,
-        r"'messages\[0\].content' is a list, not text",
-        "text",
+        r"'messages\[0\].content.text' is missing",
+        "add",
     ),
     "last from user": (
         "a.jsonl",
@@ -359,7 +359,13 @@ BAD = {  # name: file name, bytes, line, what is said of it, what to do
         "rename",
     ),
     "csv empty": ("a.csv", b"instruction,response\nq,\n", 2, "field 'response' is empty", "fill in"),
-    "csv semicolons": ("a.csv", b"instruction;response\nq;a\n", 2, "instruction;response", "Dolly"),
+    "csv semicolons": (
+        "a.csv",
+        b"instruction;response\nq;a\n",
+        2,
+        "instruction;response",
+        "separated by commas",
+    ),
 }
 
 
@@ -424,7 +430,7 @@ def test_files_that_are_not_there_or_not_data(tmp_path, monkeypatch):
         ("tain.jsonl", "no file", "did you mean .*train.jsonl"),
         ("zzzzzz.csv", "no file", "data files there: train.jsonl"),
         ("nowhere/a.jsonl", "no folder", "check the path"),
-        ("empty", "is a folder, not a file", "give a file"),
+        ("empty", "is a folder without a file of rows", "one file per client"),
         ("notes.txt", "no reader for '.txt'", r"\.jsonl, \.json, \.csv, \.parquet"),
         ("a" * 5000 + ".csv", "no file", "data files there"),
         ("~nobody/a.csv", "no folder", "check the path"),
@@ -433,9 +439,9 @@ def test_files_that_are_not_there_or_not_data(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=says) as caught:
             read(str(tmp_path / name))
         assert re.search(hint, caught.value.hint or ""), (name, caught.value.hint)
-    with pytest.raises(DataError, match="is a folder") as caught:
+    with pytest.raises(DataError, match="has the splits of one data set") as caught:
         read(str(tmp_path))
-    assert caught.value.hint == f"give one file of it, such as {tmp_path / 'train.jsonl'}"
+    assert caught.value.hint == f"give one of them: {tmp_path / 'train.jsonl'}"
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"no file trian\.jsonl") as caught:
         read("trian.jsonl")

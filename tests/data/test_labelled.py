@@ -105,7 +105,7 @@ def test_a_bad_row_is_named_with_its_line_and_field(tmp_path: Path, row: dict[st
 def test_texts_without_a_label_are_told_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the row has: question, sentence") as failed:
         read(write(tmp_path / "a.jsonl", [{"question": "q", "sentence": "s"}]))
-    assert "or label with text, with sentence1 and sentence2" in str(failed.value.hint)
+    assert "give each row a label, in the field 'label'" in str(failed.value.hint)
 
 
 # ---------------------------------------------------------------- what an encoder reads

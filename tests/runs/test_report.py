@@ -644,6 +644,7 @@ def test_the_summary_of_a_run(run24: Path) -> None:
         "clients": 24,
         "base_loss": 2.3914,
         "tuned_loss": done["tuned"]["loss"],
+        "change_error": None,
         "bytes_up": done["bytes_up"],
         "bytes_down": done["bytes_down"],  # type: ignore[index]
         "bytes": done["bytes_up"] + done["bytes_down"],

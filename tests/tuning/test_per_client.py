@@ -19,7 +19,8 @@ from fleetune.models import tiny_bert, tiny_llama
 from fleetune.runs import rundir, sealed
 from fleetune.runs.events import ClientReply, Event, RoundDone
 from fleetune.runs.listener import Silent
-from fleetune.tuning import describe, methods, per_client, prepare, recipe
+from fleetune.tuning import methods, per_client, prepare, recipe
+from fleetune.tuning.settled import given, settled
 
 FAST: dict[str, Any] = {"samples": 0, "max_length": 64, "rounds": 1, "offline": True, "listener": Silent()}
 SITES = ("north", "south", "west")
@@ -226,8 +227,8 @@ def test_without_a_counter_there_is_no_figure_and_no_noise(kind: str, tmp_path: 
 def test_a_setting_that_is_written_at_its_default_is_not_changed(places: Path) -> None:
     defaults = {s.name: s.default for s in methods.settings("fedkseed")}
     same = recipe.make({"model": "m", "data": "d", "method": "fedkseed", "set": defaults})
-    assert not [name for name in describe.changed(same) if name.startswith("set.")]
+    assert not [name for name in given(same) if name.startswith("set.")]
     texts = recipe.make(
         {"model": "m", "data": "d", "method": "fedkseed", "set": {"lr": str(defaults["lr"]), "tau": "7"}}
     )
-    assert [name for name in describe.changed(texts) if name.startswith("set.")] == ["set.tau"]
+    assert [name for name in given(settled(texts)) if name.startswith("set.")] == ["set.tau"]

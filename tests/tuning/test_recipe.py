@@ -89,7 +89,9 @@ def test_fields_have_types_defaults_and_help():
 def test_the_defaults_of_a_recipe_are_what_fields_says():
     recipe = make({"model": "m", "data": "d"})
     for name, (_, default, _) in fields().items():
-        if default is not dataclasses.MISSING:
+        if name == "partition":
+            assert (default, recipe.partition) == ("auto", "iid")  # what auto means for these data
+        elif default is not dataclasses.MISSING:
             assert getattr(recipe, name) == default
 
 

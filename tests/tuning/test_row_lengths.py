@@ -40,7 +40,7 @@ def done_of(at: Path) -> dict[str, Any]:
 def test_answers_that_are_cut_are_told_and_stay_in_the_record(
     at: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = "9 of 20 answers lose their end: their rows are longer than 32 tokens"
+    told = "20 of 20 rows are longer than max_length=32 and are cut: the prompt of 20, the answer of 9; the longest has "
     assert main(["tune", "tiny", "data.jsonl", *RUN, "--max-length", "32"]) == 0
     out, err = capsys.readouterr()
     assert told in err
@@ -59,7 +59,7 @@ def test_one_client_and_one_round_are_singular(at: Path, capsys: pytest.CaptureF
 
 def test_nothing_is_said_where_all_answers_are_whole(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "tiny", "data.jsonl", *RUN, "--max-length", "512"]) == 0
-    assert "lose their end" not in "".join(capsys.readouterr())
+    assert "are cut" not in "".join(capsys.readouterr())
     assert done_of(at)["remarks"] == []
 
 

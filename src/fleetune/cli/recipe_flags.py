@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,30 @@ def add_set(sub: argparse.ArgumentParser) -> None:
 def add(sub: argparse.ArgumentParser) -> None:
     """Add `--set`, and a flag for every other field of a recipe."""
     add_set(sub)
+    add_some(sub, [name for name in recipes.fields() if name != "set"])
+
+
+def add_some(sub: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Add a flag for each of these fields of a recipe."""
     group = sub.add_argument_group("recipe")
-    for name, (kind, default, text) in recipes.fields().items():
-        if name != "set":
-            shown = "" if default is dataclasses.MISSING else f" (default {default})"
-            group.add_argument(
-                f"--{name.replace('_', '-')}",
-                dest=PREFIX + name,
-                metavar=kind.__name__.upper(),
-                help=text + shown,
-            )
-    group.add_argument(
-        "--no-samples",
-        dest=PREFIX + "samples",
-        action="store_const",
-        const="0",
-        help="keep no text of a prompt or an answer in any file of the run (the same as --samples 0)",
-    )
+    declared = recipes.fields()
+    for name in names:
+        kind, default, text = declared[name]
+        shown = "" if default in (dataclasses.MISSING, "") else f" (default {default})"
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=PREFIX + name,
+            metavar=kind.__name__.upper(),
+            help=(text + shown).replace("%", "%%"),
+        )
+    if "samples" in names:
+        group.add_argument(
+            "--no-samples",
+            dest=PREFIX + "samples",
+            action="store_const",
+            const="0",
+            help="keep no text of a prompt or an answer in any file of the run (the same as --samples 0)",
+        )
 
 
 def given(args: argparse.Namespace) -> dict[str, str]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from fleetune.data.examples import Example, digests, read, read_text
+from fleetune.data.examples import check_columns, digests, read, read_text
+from fleetune.data.forms import Example
 from fleetune.data.partition import check_partition_spec, hold_out, keyed_order
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "Batches",
     "Encoded",
     "Example",
+    "check_columns",
     "check_partition_spec",
     "collate",
     "digests",

@@ -17,6 +17,8 @@ line of its own (`models/chat_template.py`), after the tokens that the tokenizer
 
 and its answers end with the tokenizer's end-of-text token.
 
+A plain text, which has no prompt, becomes one or several rows with the loss on all of it (`plain_text.py`).
+
 A row longer than `max_length` first loses the middle of its prompt (the opening with the instruction and
 the end with the marker stay), down to a quarter of `max_length`; only then the end of its answer.
 """
@@ -34,8 +36,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fleetune.data.examples import Example
+from fleetune.data.forms import Example
 from fleetune.data.partition import keyed_order
+from fleetune.data.plain_text import begun, is_text, rows_of
 from fleetune.errors import DataError
 from fleetune.models.chat_template import LINE, is_plain
 from fleetune.models.foreign import reason
@@ -53,7 +56,9 @@ DATE = "26 Jul 2024"
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A row as tokens: `ids` [T] int32, of which the first `n_prompt` bear no loss; `lost` of the answer did not fit.
+    """A row as tokens: `ids` [T] int32, of which the first `n_prompt` bear no loss.
+
+    `lost` tokens of the answer, and `left` of the prompt, did not fit; of an encoder's row `left` of its texts.
 
     A row for an encoder (`labelled.py`) has a `target`, the index of its label word, and `segments` [T] where
     the tokenizer tells the texts of a pair apart.
@@ -64,6 +69,7 @@ class Encoded:
     segments: npt.NDArray[np.int32] | None = None
     target: int | None = None
     lost: int = 0
+    left: int = 0
 
 
 class Batch(NamedTuple):
@@ -96,7 +102,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 def encode_all(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[Encoded], npt.NDArray[np.int64]]:
-    """Encode all examples; return the encoded rows, and the index in `examples` of each.
+    """Encode all examples; return the encoded rows, and the index in `examples` of each.  A long text gives several rows.
 
     Rows of whose answer no token is left are dropped, and their number logged.  DataError as for `encode`.
     """
@@ -104,19 +110,22 @@ def encode_all(
     marks = _marks(tokenizer)
     rows: list[Encoded] = []
     indices: list[int] = []
-    cut = 0
-    for start in range(0, len(examples), CHUNK):
-        for index, (prompt, answer) in enumerate(_pieces(examples, start, tokenizer), start):
+    dropped = 0
+    for start, end in _chunks(examples):
+        for index, (prompt, answer) in enumerate(_pieces(examples[start:end], start, tokenizer), start):
             answer, has_text = _close(answer, tokenizer, marks)
-            if has_text:
-                cut += len(prompt) + len(answer) > max_length
-                rows.append(_fit(prompt, answer, max_length))
-                indices.append(index)
-    if len(rows) < len(examples):
-        log.warning(
-            "%d of %d rows dropped: no token of the answer is left", len(examples) - len(rows), len(examples)
-        )
-    if cut:
+            made = []
+            if has_text and not examples[index].messages:
+                parts = rows_of([*prompt, *answer], max_length)
+                made = [Encoded(np.array(part, dtype=np.int32), 1) for part in parts]
+            elif has_text:
+                made = [_fit(prompt, answer, max_length)]
+            rows += made
+            indices += [index] * len(made)
+            dropped += not made
+    if dropped:
+        log.warning("%d of %d rows dropped: no token of the answer is left", dropped, len(examples))
+    if cut := sum(row.lost + row.left > 0 for row in rows):
         log.info("%d of %d rows cut to %d tokens", cut, len(rows), max_length)
     return rows, np.array(indices, dtype=np.int64)
 
@@ -126,7 +135,9 @@ def prompt_ids(
 ) -> npt.NDArray[np.int32]:
     """Return the prompt's tokens [T] int32 up to and with the assistant's marker, its middle cut to `max_length`."""
     _check_length(max_length)
-    (ids,) = _tokens(tokenizer, [_render(example, tokenizer, 0)[0]])
+    example = begun(example)
+    plain = is_text(example)
+    (ids,) = _tokens(tokenizer, [_render(example, tokenizer, 0)[0]], plain=plain or is_plain(tokenizer))
     return np.array(_cut_middle(ids, max_length), dtype=np.int32)
 
 
@@ -195,7 +206,7 @@ class Batches:
     ) -> None:
         """Take a client's rows; DataError if there are none."""
         if not rows:
-            raise DataError("no rows for a client", hint="use fewer clients, more data, or a larger min_rows")
+            raise DataError("no rows for a client", hint="use fewer clients, or more data")
         self.n, self.client = len(rows), client
         self._rows = rows
         self._pad_id = pad_id
@@ -264,6 +275,9 @@ def _check_length(max_length: int) -> None:
 
 def _render(example: Example, tokenizer: PreTrainedTokenizerBase, index: int) -> tuple[str, str]:
     """Return the prompt and the whole conversation as text."""
+    if is_text(example):
+        prompt = "".join(content for _, content in example.messages)
+        return prompt, prompt + example.response
     if is_plain(tokenizer):
         prompt = "".join(LINE.format(content) for _, content in example.messages)
         return prompt, prompt + example.response
@@ -286,9 +300,8 @@ def _render(example: Example, tokenizer: PreTrainedTokenizerBase, index: int) ->
         ) from error
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenise texts: as the template wrote them; plain ones with the start the tokenizer gives a text."""
-    plain = is_plain(tokenizer)
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, plain: bool) -> list[list[int]]:
+    """Tokenise texts: as the template wrote them; `plain` ones with the start the tokenizer gives a text."""
     lists = _raw_tokens(tokenizer, texts, special=plain)
     eos = tokenizer.eos_token_id
     return [ids[:-1] if plain and ids and ids[-1] == eos else ids for ids in lists]
@@ -307,14 +320,23 @@ def _raw_tokens(
     return ids
 
 
+def _chunks(examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of examples that are tokenised at once: plain texts, or others."""
+    start = 0
+    for i in range(1, len(examples) + 1):
+        if i == len(examples) or i - start == CHUNK or is_text(examples[i]) != is_text(examples[start]):
+            yield start, i
+            start = i
+
+
 def _pieces(
-    examples: Sequence[Example], start: int, tokenizer: PreTrainedTokenizerBase
+    chunk: Sequence[Example], start: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the prompt's and the answer's tokens of each example of the chunk at `start`."""
-    chunk = examples[start : start + CHUNK]
+    """Yield the prompt's and the answer's tokens of each example of a chunk, whose first is row `start`."""
     texts = [_render(example, tokenizer, start + i) for i, example in enumerate(chunk)]
-    prompts = _tokens(tokenizer, [prompt for prompt, _ in texts])
-    wholes = _tokens(tokenizer, [whole for _, whole in texts])
+    plain = is_plain(tokenizer) or is_text(chunk[0])
+    prompts = _tokens(tokenizer, [prompt for prompt, _ in texts], plain=plain)
+    wholes = _tokens(tokenizer, [whole for _, whole in texts], plain=plain)
     for example, text, prompt, whole in zip(chunk, texts, prompts, wholes, strict=True):
         if whole[: len(prompt)] == prompt:
             yield prompt, whole[len(prompt) :]
@@ -363,8 +385,11 @@ def _fit(prompt: list[int], answer: list[int], max_length: int) -> Encoded:
     """Cut prompt and answer to `max_length` tokens: first the prompt, down to a quarter of them."""
     least = min(len(prompt), max(1, max_length // 4))
     kept = answer[: max_length - least]
-    prompt = _cut_middle(prompt, max_length - len(kept))
-    return Encoded(np.array(prompt + kept, dtype=np.int32), len(prompt), lost=len(answer) - len(kept))
+    begin = _cut_middle(prompt, max_length - len(kept))
+    return Encoded(
+        np.array(begin + kept, dtype=np.int32), len(begin),
+        lost=len(answer) - len(kept), left=len(prompt) - len(begin),
+    )  # fmt: skip
 
 
 def _cut_middle(ids: list[int], room: int) -> list[int]:

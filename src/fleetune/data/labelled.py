@@ -20,10 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fleetune.data.encode import CHUNK, Encoded, encode_all
-from fleetune.data.examples import Example
+from fleetune.data.forms import Example
 from fleetune.errors import DataError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from fleetune.models.model import Model
 
 
@@ -34,9 +36,12 @@ def encode_rows(
     if not model.labels:
         return encode_all(examples, model.tokenizer, max_length)
     targets = [_target(example, model.labels) for example in examples]
+    whole = text_lengths(model.tokenizer, examples)
     rows = [
-        Encoded(ids, len(ids), segments, target)
-        for (ids, segments), target in zip(encode_texts(model, examples, max_length), targets, strict=True)
+        Encoded(ids, len(ids), segments, target, left=max(0, length - len(ids)))
+        for (ids, segments), target, length in zip(
+            encode_texts(model, examples, max_length), targets, whole, strict=True
+        )
     ]
     return rows, np.arange(len(rows), dtype=np.int64)
 
@@ -46,16 +51,27 @@ def encode_texts(
 ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32] | None]]:
     """Return the tokens of each example's texts, and their segments where the tokenizer has them: int32 [T] each."""
     limit = min(max_length, positions(model))
+    for columns in _columns(examples):
+        made = model.tokenizer(*columns, truncation=True, max_length=limit, verbose=False)
+        segments = made.get("token_type_ids", itertools.repeat(None))
+        for ids, segment in zip(made["input_ids"], segments, strict=False):
+            yield np.array(ids, np.int32), None if segment is None else np.array(segment, np.int32)
+
+
+def text_lengths(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[int]:
+    """Yield how many tokens each example has before it is cut."""
+    for columns in _columns(examples):
+        yield from map(len, tokenizer(*columns, verbose=False)["input_ids"])
+
+
+def _columns(examples: Sequence[Example]) -> Iterator[list[list[str]]]:
+    """Yield the texts of examples as the tokenizer takes them at once: one list, or two of pairs."""
     texts = [
         example.texts or ("\n".join(content for _, content in example.messages),) for example in examples
     ]
     for start in range(0, len(texts), CHUNK):
         for _, run in itertools.groupby(texts[start : start + CHUNK], len):
-            columns = [list(column) for column in zip(*run, strict=True)]
-            made = model.tokenizer(*columns, truncation=True, max_length=limit, verbose=False)
-            segments = made.get("token_type_ids", itertools.repeat(None))
-            for ids, segment in zip(made["input_ids"], segments, strict=False):
-                yield np.array(ids, np.int32), None if segment is None else np.array(segment, np.int32)
+            yield [list(column) for column in zip(*run, strict=True)]
 
 
 def positions(model: Model) -> int:
@@ -81,6 +97,11 @@ def check_answers(answers: Sequence[str], labels: Sequence[str], what: str, hint
 
 def _target(example: Example, labels: Sequence[str]) -> int:
     word = example.response.strip()
+    if not example.messages:
+        raise DataError(
+            "a plain text has no label, and an encoder chooses among labels",
+            hint="give rows with a field 'label'; a causal model can be trained on the texts",
+        )
     if word not in labels:
         raise DataError(
             f"the answer {word[:40]!r} is none of the label words {', '.join(labels)}",

@@ -24,14 +24,21 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fleetune.data.examples import Example
+from fleetune.data.forms import Example
 from fleetune.errors import DataError, RecipeError, closest
 
 Rows = npt.NDArray[np.int64]
 Strata = list[tuple[str, Rows]]
 
 KINDS = ("iid", "dirichlet", "shards", "column")
+AUTO = "auto"  # column:client where the data name clients, else iid (`splitting.py`)
 FORMS = "iid, dirichlet:ALPHA:COLUMN, shards:COLUMN, shards:COLUMN:S or column:COLUMN"
+GRAMMAR = {
+    "iid": "iid, with nothing behind it",
+    "dirichlet": "dirichlet:ALPHA:COLUMN, such as dirichlet:0.5:category",
+    "shards": "shards:COLUMN or shards:COLUMN:S, such as shards:category:2",
+    "column": "column:COLUMN, such as column:client",
+}
 EVEN = 1e9  # an alpha above this is as even as this one, and could overflow
 DRAWS = 10  # Dirichlet draws before rows are moved to clients that got too few
 # Streams of one seed: far above the pass numbers that `Batches` uses, and apart from each other.
@@ -62,7 +69,8 @@ def keyed_order(key: int, stream: int, n: int) -> Rows:
 
 def check_partition_spec(spec: str) -> None:
     """Check a partition's spelling without any data; RecipeError says what is wrong with it."""
-    _parse(spec)
+    if spec != AUTO:
+        _parse(spec)
 
 
 def partition(
@@ -93,8 +101,8 @@ def partition(
     n = len(examples)
     if clients * min_rows > n:
         raise DataError(
-            f"no rows for a client: {n} rows cannot give {clients} clients at least {min_rows} each",
-            hint=f"use at most {n // min_rows} clients, a smaller min_rows, or more data",
+            f"no rows for a client: {n} training rows cannot give {clients} clients at least {min_rows} each",
+            hint=f"use at most {n // min_rows} clients (--clients {n // min_rows}), or give more data",
         )
     owner = np.empty(n, dtype=np.int64)
     if rule.kind == "iid":
@@ -166,7 +174,14 @@ def _parse(spec: str) -> PartitionSpec:
     alpha, _, column = rest.partition(":")
     if kind == "dirichlet" and alpha and column:
         return PartitionSpec(kind, column, _alpha(spec, alpha))
-    raise RecipeError([f"partition {spec!r} is not complete"], hint=f"write one of {FORMS}")
+    raise RecipeError(
+        [f"partition {spec!r} is not complete: it is written {GRAMMAR[kind]}"], hint=f"write one of {FORMS}"
+    )
+
+
+def column_of(spec: str) -> str | None:
+    """Return the column that a partition divides by, None for one without."""
+    return _parse(spec).column or None
 
 
 def _alpha(spec: str, written: str) -> float:

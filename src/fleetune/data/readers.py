@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -196,7 +197,8 @@ def value_text(value: object) -> str:
 
 def names_of(fields: Mapping[str, object]) -> str:
     """List the names of the first twelve fields."""
-    return ", ".join(str(name)[:40] for name in itertools.islice(fields, 12)) or "no fields"
+    names = ", ".join(str(name)[:40] for name in itertools.islice(fields, 12)) or "no fields"
+    return "".join(c if c.isprintable() else "?" for c in names)
 
 
 # What can be wrong with a file as a whole.
@@ -233,26 +235,45 @@ def unreadable(shown: str, error: OSError) -> DataError:
 def no_file(source: str) -> DataError:
     """Return why `source` is no file, with the neighbours that it may have meant."""
     path = Path(os.path.expanduser(source))
+    if source == "-":
+        return DataError(
+            "- stands for rows from standard input, which cannot be read here", hint="write them into a file"
+        )
     if os.path.isdir(path):
-        inside = [name for name in _listing(path) if Path(name).suffix.lower() in READERS]
+        inside = [name for name in names_in(path) if Path(name).suffix.lower() in READERS]
         hint = f"give one file of it, such as {path / inside[0]}" if inside else "give a file"
         return DataError(f"{source} is a folder, not a file", hint=hint)
+    if os.name != "nt" and "\\" in source and not os.path.exists(path):
+        return DataError(
+            f"no file {source}: it is written as Windows writes paths, and this is {sys.platform}",
+            hint="write it with /, such as " + _as_posix(source),
+        )
     if not os.path.isdir(path.parent):
         return DataError(f"no file {source}: there is no folder {path.parent}", hint="check the path")
-    data = [name for name in _listing(path.parent) if Path(name).suffix.lower() in READERS][:5]
+    data = [name for name in names_in(path.parent) if Path(name).suffix.lower() in READERS][:5]
     there = f"data files there: {', '.join(data)}" if data else "check the path"
     return DataError(f"no file {source}", hint=suggest_files(source) or there)
+
+
+def _as_posix(source: str) -> str:
+    """Return a Windows path as WSL and others write it."""
+    drive, colon, rest = source.partition(":")
+    return (
+        f"/mnt/{drive.lower()}{rest}".replace("\\", "/")
+        if colon and len(drive) == 1
+        else source.replace("\\", "/")
+    )
 
 
 def suggest_files(source: str) -> str:
     """Return a question with the files whose names are close to `source`, "" if there are none."""
     path = Path(os.path.expanduser(source))
-    near = difflib.get_close_matches(path.name, [*_listing(path.parent), "demo"], n=3, cutoff=0.5)
+    near = difflib.get_close_matches(path.name, [*names_in(path.parent), "demo"], n=3, cutoff=0.5)
     meant = [name if name == "demo" else str(path.parent / name) for name in near]
     return f"did you mean {' or '.join(meant)}?" if meant else ""
 
 
-def _listing(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     """Return the names of the files in a folder, sorted; none of a folder that cannot be listed."""
     try:
         return sorted(path.name for path in folder.iterdir() if path.is_file())

@@ -17,6 +17,7 @@ from fleetune.common.paired import RowLosses
 from fleetune.data.encode import Encoded
 from fleetune.data.examples import Example
 from fleetune.data.labelled import encode_rows
+from fleetune.data.plain_text import begun
 from fleetune.errors import RecipeError, closest
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import generate, label_accuracy, require_text_model
@@ -138,7 +139,7 @@ def evaluate_rows(
         if name not in ("loss", "accuracy"):
             require_text_model(model, f"task '{name}'")
     work = _Work(model, examples, max_length, batch_size, max_new_tokens, labels, texts)
-    answered = replace(work, examples=examples[:answer_rows])
+    answered = replace(work, examples=[begun(example) for example in examples[:answer_rows]])
     of_answers = {"rouge_l", "f1", "exact_match"}
     values = {name: TASKS[name](answered if name in of_answers else work) for name in names}
     return values, row_losses_of(*work.losses) if "loss" in names else None

@@ -14,7 +14,6 @@ from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import PORT
 from fleetune.fleet import keys as keyring
 from fleetune.fleet.conditions import Conditions
-from fleetune.fleet.held_out import divided
 from fleetune.fleet.worker import Brings, Worker
 
 ALWAYS: Final = Conditions()  # it never declines
@@ -55,7 +54,7 @@ def join(
             f"{host} is another machine: a device talks to it with TLS alone",
             hint="bring the server's ca.pem here and give it: --ca ca.pem",
         )
-    divided(brings.data, brings.held_out, brings.eval_data, offline=brings.offline)
+    brings.divided(note)
     with _alone(home.state):
         from fleetune.fleet.flower.node import Server, stay
 

@@ -6,27 +6,36 @@ The split is a function of the file and the number alone, so the same device hol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from fleetune import data
 from fleetune.data import Example
 from fleetune.errors import DataError
 
+log = logging.getLogger(__name__)
+
 SEED: Final = 0  # of the order in which rows are drawn
 
 
 def divided(
-    source: str, held_out: float = 0, eval_data: str = "", *, offline: bool = False
+    source: str,
+    held_out: float = 0,
+    eval_data: str = "",
+    *,
+    columns: str = "",
+    note: Callable[[str], None] = log.warning,
+    offline: bool = False,
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Return (training rows, held-out rows): a share (below 1) or a number of `source`, or all of `eval_data`.
 
-    A row that is equal to a held-out one is no training row either.  DataError when `eval_data` has rows of `source`, or no
-    training row is left.
+    `columns` says which columns are which, `note` is told what of the rows was left out (`data.read`).  A row that is equal
+    to a held-out one is no training row either.  DataError when `eval_data` has rows of `source`, or no training row is left.
     """
-    examples = data.read(source, offline=offline)
+    examples = data.read(source, columns=columns, note=note, offline=offline)
     if eval_data:
-        held = data.read(eval_data, offline=offline)
+        held = data.read(eval_data, columns=columns, note=note, offline=offline)
         if shared := len({_content(e) for e in held} & {_content(e) for e in examples}):
             raise DataError(
                 f"{shared} rows of {eval_data} are rows of {source} as well: they would be trained on",

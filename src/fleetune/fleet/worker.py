@@ -75,6 +75,13 @@ class Brings:
     offline: bool = False
     held_out: float = 0  # of the rows: a share (below 1) or a number, that is never trained on
     eval_data: str = ""  # or a file of its own with rows to measure on
+    columns: str = ""  # which columns of the rows are which
+
+    def divided(self, note: Callable[[str], None] = log.info) -> tuple[Sequence[Example], Sequence[Example]]:
+        """Return (training rows, held-out rows); DataError as in `held_out.divided`."""
+        return divided(
+            self.data, self.held_out, self.eval_data, columns=self.columns, note=note, offline=self.offline
+        )
 
 
 @dataclass(frozen=True)
@@ -258,7 +265,7 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
             hint=f"give the same model and revision: --model PATH   (the server calls it {job.model})",
         )
     torch.set_num_threads(brings.threads or usual_threads(model.n_params))
-    training, held_out = divided(brings.data, brings.held_out, brings.eval_data, offline=brings.offline)
+    training, held_out = brings.divided()
     rows = _encoded(model, training, job.max_length, brings.data)
     held = _encoded(model, held_out, job.max_length, brings.eval_data or brings.data) if held_out else []
     folder = state / f"run-{job.run}"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         load,
         load_artefact,
         load_config,
+        load_tokenizer,
         move_model,
         pull,
         resolve,
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEVICES", "DTYPES", "Model", "builtin", "check_device", "digest", "disk_errors", "load", "load_artefact", "load_config",
-    "move_model", "named_tensors", "pull", "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer",
-    "tokenizer_digest", "uniform",
+    "load_tokenizer", "move_model", "named_tensors", "pull", "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta",
+    "tiny_tokenizer", "tokenizer_digest", "uniform",
 ]  # fmt: skip
 
 _MODEL = ("Model", "digest", "named_tensors", "tokenizer_digest", "uniform")

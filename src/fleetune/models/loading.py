@@ -54,8 +54,8 @@ from fleetune.models.template_trial import template_trial
 from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
 
 __all__ = [
-    "DEVICES", "DTYPES", "Model", "builtin", "digest", "disk_errors", "load", "load_config", "named_tensors", "pull",
-    "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer", "tokenizer_digest", "uniform",
+    "DEVICES", "DTYPES", "Model", "builtin", "digest", "disk_errors", "load", "load_config", "load_tokenizer", "named_tensors",
+    "pull", "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer", "tokenizer_digest", "uniform",
 ]  # fmt: skip
 
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
@@ -150,7 +150,8 @@ def _local(name: str) -> Path | None:
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"'{name}' is a file, but not a .gguf file", hint=NAME_HINT)
         return path
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix.lower() == ".gguf":
+    like_a_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or re.match(r"[A-Za-z]:[\\/]", name)
+    if like_a_path or path.suffix.lower() == ".gguf":
         raise ModelError(f"there is no file or directory '{name}'", hint="check the path, or " + NAME_HINT)
     return None
 
@@ -380,3 +381,12 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer("a")["input_ids"]  # some faults show only when it is used
     return tokenizer
+
+
+def load_tokenizer(name: str, *, offline: bool = False) -> PreTrainedTokenizerBase:
+    """Return a model's tokenizer without loading weights; a model that is not here is fetched.  ModelError as in `load`."""
+    path = resolve(name, offline=offline)
+    with quiet(), _LOADING:
+        tokenizer = _read_tokenizer(path)
+        with template_trial(tokenizer, path):
+            return tokenizer

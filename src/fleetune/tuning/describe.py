@@ -138,6 +138,7 @@ def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
         ("model", f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}"),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
         ("data", f"{Path(recipe.data).name} · {_split(job)}{len(job.held)} held out"),
+        *(("rows", remark) for remark in job.about_rows()),
         ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{_rule(recipe)}"),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.settings import Value
+from fleetune.data import stdin
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.evaluation.objectives import GIVEN
 from fleetune.runs import rundir
@@ -116,16 +116,23 @@ def _folder(out: Path) -> Path:
     return out / FOLDER
 
 
-def data_name(data: object, out: Path) -> str:
+def data_name(data: Any, out: Path) -> str:
     """Return the name of a data set: "" for None, itself if it is one, else the JSONL file that its rows are written into.
 
-    `data` may be a name, a path, or any iterable of mappings: a list of dicts, a `datasets.Dataset`, a DataFrame.
-    DataError for anything else.
+    `data` may be a name, a path, "-" (rows as JSONL from standard input), or any iterable of mappings: a list of dicts, a
+    `datasets.Dataset`, a DataFrame.  DataError for anything else.
     """
+    if isinstance(data, str) and data == stdin.NAME:
+        return str(stdin.stored(_folder(out)))
     if data is None or isinstance(data, str | Path):
         return str(data or "")
-    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
+    if hasattr(data, "to_dicts"):  # a polars DataFrame
+        data = data.to_dicts()
+    elif hasattr(data, "to_dict") and hasattr(
+        data, "columns"
+    ):  # a pandas DataFrame, whose missing values are NaN
         data = data.to_dict("records")
+        data = [{name: None if _is_missing(value) else value for name, value in row.items()} for row in data]
     if not isinstance(data, Iterable) or isinstance(data, Mapping | bytes):
         raise DataError(
             f"a {type(data).__name__} is not rows",
@@ -143,17 +150,21 @@ def data_name(data: object, out: Path) -> str:
             raise DataError(
                 f"row {number} cannot be written as JSON: {error}", hint="rows map fields to texts"
             ) from error
-    content = b"".join(lines)
-    file = _folder(out) / f"data-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
-    if not file.is_file() or file.read_bytes() != content:
-        write_atomic(file, content, mode=PRIVATE)
-    return str(file)
+    return str(stdin.write(b"".join(lines), _folder(out)))
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a cell of a DataFrame holds nothing: None, NaN, or pandas' NA and NaT."""
+    try:
+        return value is None or bool(value != value)
+    except (TypeError, ValueError):  # NA is neither; an array has no truth
+        return type(value).__name__ == "NAType"
 
 
 def _plain_value(value: Any) -> Any:
-    """A value that JSON lacks: a numpy number, or a date as text."""
-    if hasattr(value, "item"):
-        return value.item()
+    """A value that JSON lacks: a numpy number or array, or a date as text."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
     if hasattr(value, "isoformat"):
         return value.isoformat()
     raise TypeError(f"{type(value).__name__} is not a text, a number or a list of them")

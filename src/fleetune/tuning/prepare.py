@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from fleetune import data, models
 from fleetune.common.memory import release_memory
-from fleetune.data import Encoded, Example
+from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
+from fleetune.data.examples import looks_like_model, looks_like_rows
 from fleetune.data.labelled import encode_rows
-from fleetune.data.partition import check_partition_spec, hold_out, partition
-from fleetune.errors import DataError, RecipeError
+from fleetune.data.lengths import Cut
+from fleetune.data.partition import check_partition_spec
+from fleetune.data.plain_text import begun
+from fleetune.data.splitting import Split as Split
+from fleetune.errors import DataError, RecipeError, UsageError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
+from fleetune.models.cache import ORIGINS
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
@@ -33,16 +39,6 @@ from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.settled import settled
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Split:
-    """The rows of a run: who holds what, and what nobody trains on."""
-
-    examples: Sequence[Example]
-    clients: Sequence[np.ndarray]  # indices of examples
-    held: np.ndarray
-    column: str | None
 
 
 @dataclass
@@ -59,20 +55,28 @@ class TuneJob:
     examples: list[Example]  # of the held rows
     prompts: list[Example]  # held out, for generated answers
     dropped: int  # rows of whose answer the tokenizer leaves nothing
-    cut: int  # rows whose answers do not fit max_length, and lose their end
+    cut: Cut  # rows that are longer than max_length
     objective: str  # what the method minimises, by name
     found: list[Found]  # learning rates that were found before round 1
     words: tuple[str, ...]  # label words that a causal model's accuracy is measured by; none: it is not
     files: dict[str, str]  # SHA-256 of the data's files, by name
 
+    def about_rows(self) -> list[str]:
+        """Say which rows are left out, and which are cut; [] where all are whole."""
+        rows = len(self.split.examples)
+        return lengths.remarks(self.split.notes, rows, self.dropped, self.cut, self.recipe.max_length)
+
 
 def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
     kernel_choice.chosen_kernels()
+    _check_order(recipe)
     entry = methods.entry(recipe.method)
-    problems = []
+    problems: list[str] = []
+    hint = ""  # of the first
     tests: tuple[Callable[[], object], ...] = (
         lambda: methods.make(recipe.method, recipe.set),
+        lambda: check_columns(recipe.columns),
         lambda: check_partition_spec(recipe.partition),
         lambda: objectives.get(str(recipe.set.get("objective", "loss"))),
         lambda: robust.parse(recipe.aggregation),
@@ -81,6 +85,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         try:
             test()
         except RecipeError as error:
+            hint = hint or (error.hint or "" if not problems else "")
             problems += error.problems
         except ValueError as error:
             problems.append(str(error))
@@ -97,10 +102,21 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         )
     problems += _of_course(recipe)
     if problems:
-        raise RecipeError(problems, hint=f"settings and defaults: fleetune methods {recipe.method}")
+        raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
     methods.check_files(method)
     return entry, method
+
+
+def _check_order(recipe: Recipe) -> None:
+    """Raise UsageError where the model is the data, and the data are the model."""
+    model, rows = recipe.model, recipe.data
+    if looks_like_rows(model) and (os.path.isfile(model) or rows in ORIGINS or looks_like_model(rows)):
+        raise UsageError(
+            f"MODEL and DATA are swapped: {model} holds rows"
+            + (f", {rows} is a model" * looks_like_model(rows)),
+            hint=f"fleetune tune {shlex.quote(rows)} {shlex.quote(model)}",
+        )
 
 
 def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:
@@ -137,26 +153,7 @@ def _of_course(recipe: Recipe) -> list[str]:
 
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:
     """Read the data, hold rows out, and give every other row to a client."""
-    examples = data.read(recipe.data, limit=recipe.limit or None, offline=offline)
-    column = recipe.partition.split(":")[-1] if ":" in recipe.partition else None
-    kind = recipe.partition.split(":")[0]
-    if kind == "shards":
-        column = recipe.partition.split(":")[1]
-    aside = int(recipe.held_out) if recipe.held_out >= 1 else recipe.held_out
-    if recipe.eval_data:
-        train = np.arange(len(examples))
-        examples = [*examples, *data.read(recipe.eval_data, offline=offline)]
-        held = np.arange(len(train), len(examples))
-    else:
-        train, held = hold_out(examples, aside, recipe.seed, column)
-    if not len(held) or not len(train):
-        raise DataError(
-            f"{len(examples)} rows leave {len(train)} to train on and {len(held)} held out",
-            hint="use more rows, or another --held-out",
-        )
-    clients = recipe.clients or (None if kind == "column" else entry.clients)
-    parts = partition([examples[i] for i in train], recipe.partition, clients, recipe.seed)
-    return Split(examples, [train[part] for part in parts], held, column)
+    return splitting.split(recipes.rows_of(recipe), entry.clients, offline=offline)
 
 
 def prepare(
@@ -176,6 +173,7 @@ def prepare(
     method = methods.written_out(method)
     names = rates.wanted(recipe) if find else []
     parts = split(recipe, entry, offline=offline)
+    recipe = dataclasses.replace(recipe, partition=parts.partition)
     if not simulated:
         parts = dataclasses.replace(parts, clients=[])
     recipe = settled(recipe) if simulated else dataclasses.replace(settled(recipe), clients=recipe.clients)
@@ -190,8 +188,10 @@ def prepare(
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
     torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
     encoded, kept = encode_rows(model, parts.examples, recipe.max_length)
-    place = {int(i): row for row, i in enumerate(kept)}
-    rows = [[encoded[place[i]] for i in part.tolist() if i in place] for part in parts.clients]
+    place: dict[int, list[Encoded]] = {}  # a long text has several rows
+    for i, row in zip(kept.tolist(), encoded, strict=True):
+        place.setdefault(i, []).append(row)
+    rows = [[row for i in part.tolist() for row in place.get(i, ())] for part in parts.clients]
     asked = len(rounds.sample(range(len(rows) or recipe.clients), recipe.participation, recipe.seed, 1))
     if recipe.quorum > asked > 0:
         raise RecipeError(
@@ -204,7 +204,7 @@ def prepare(
     if names:
         note(f"finding {' and '.join(names)} on training rows ..")
         aside = set(parts.held.tolist())
-        train = [encoded[row] for i, row in place.items() if i not in aside]
+        train = [row for i, pieces in place.items() if i not in aside for row in pieces]
         recipe, found = rates.find(recipe, names, model, train, asked)
         method = methods.make(recipe.method, recipe.set)
     empty = [c for c, part in enumerate(rows) if not part]
@@ -221,10 +221,10 @@ def prepare(
         )
     return TuneJob(
         recipe, entry, method, model, parts, rows,
-        held=[encoded[place[i]] for i in held[: recipe.eval_rows]],
+        held=[row for i in held[: recipe.eval_rows] for row in place[i]],
         examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
-        prompts=[parts.examples[i] for i in held[: max(recipe.rouge_rows, recipe.samples)]],
-        dropped=len(parts.examples) - len(kept), cut=sum(row.lost > 0 for row in encoded),
+        prompts=[begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]],
+        dropped=len(parts.examples) - len(place), cut=lengths.cut(encoded),
         objective=objective, found=found, words=labels.measured(recipe, objective, parts.examples),
         files=_digests(recipe, offline),
     )  # fmt: skip
@@ -276,5 +276,9 @@ SMALL = 5_000_000  # parameters
 def dry_run(recipe: Recipe, *, offline: bool) -> TuneChecked:
     """Load the data and model of a recipe and check it; write nothing."""
     check(recipe)
-    job = prepare(recipe, offline=offline, find=False)
-    return TuneChecked(clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held))
+    with stdin.borrowed(recipe.data) as source:
+        job = prepare(dataclasses.replace(recipe, data=source), offline=offline, find=False)
+    return TuneChecked(
+        clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held), cut=job.cut.longer,
+        remarks=job.about_rows(),
+    )  # fmt: skip

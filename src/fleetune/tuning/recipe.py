@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 from fleetune.common.settings import Value
+from fleetune.data.splitting import Rows
 from fleetune.errors import RecipeError
 
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
@@ -33,7 +34,10 @@ class Recipe:
     """All that decides a run.  The same recipe on the same machine gives the same bits."""
 
     model: str = Field(description="hub id, HF directory, GGUF file, or a built-in name (fleetune models)")
-    data: str = Field(description="JSONL, CSV or Parquet file, hub id, or 'demo' for the built-in set")
+    data: str = Field(
+        description="JSONL, CSV or Parquet file, a folder with one file per client, hub id, - (JSONL from standard input), or "
+        "'demo' for the built-in set"
+    )
     method: str = Field(default="fedkseed", description="tuning method (fleetune methods)")
     set: dict[str, Value] = Field(default_factory=dict, description="the method's own settings, NAME=VALUE")
     clients: int = Field(
@@ -44,8 +48,15 @@ class Recipe:
     )
     rounds: int = Field(default=10, ge=1, le=1_000_000, description="rounds")
     participation: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked each round")
+    columns: str = Field(
+        default="",
+        description="which columns of the data are which: prompt=question,response=answer; names: prompt, response, system, "
+        "context, text, label, messages, client, or any field of a form (docs/data.md)",
+    )
     partition: str = Field(
-        default="iid", description="iid, dirichlet:ALPHA:COLUMN, shards:COLUMN or column:COLUMN"
+        default="auto",
+        description="iid, dirichlet:ALPHA:COLUMN, shards:COLUMN or column:COLUMN; auto: column:client for a folder with one "
+        "file per client, or where columns name the client, else iid",
     )
     held_out: float = Field(
         default=0.1,
@@ -153,6 +164,7 @@ class RecipeOptions(TypedDict, total=False):
     clients: int
     rounds: int
     participation: float
+    columns: str
     partition: str
     held_out: float
     eval_data: str
@@ -212,7 +224,20 @@ def make(values: Mapping[str, Any]) -> Recipe:
     ]
     if problems:
         raise RecipeError(problems, hint="all options: fleetune tune --help")
-    return recipe
+    return resolved(recipe)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with the partition that `auto` means for its data; as it is where its columns cannot be read."""
+    try:
+        return dataclasses.replace(recipe, partition=rows_of(recipe).rule)
+    except RecipeError:  # told when the recipe is checked, with all else
+        return recipe
+
+
+def rows_of(recipe: Recipe) -> Rows:
+    """The options of a recipe that decide which client holds which rows."""
+    return Rows(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Rows)})
 
 
 def _unwritable(values: Mapping[str, Any]) -> list[tuple[str, str]]:

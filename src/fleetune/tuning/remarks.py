@@ -33,21 +33,6 @@ NOISE: Final = 1e-7  # of a loss, relative: kernels differ by less
 SAME: Final = 1e-3  # nats; kernels differ by less, a random module makes more
 
 
-def of_answers(job: TuneJob) -> list[str]:
-    """Say how many rows have no answer, and how many answers are cut; [] where all are whole."""
-    rows, found = len(job.split.examples), []
-    if job.dropped:
-        found.append(
-            f"{job.dropped:,} of {rows:,} rows are left out: the tokenizer knows nothing of their answers"
-        )
-    if job.cut:
-        found.append(
-            f"{job.cut:,} of {rows:,} answers lose their end: their rows are longer than {job.recipe.max_length} tokens, of "
-            "which the prompt keeps a quarter; raise --max-length"
-        )
-    return found
-
-
 def of_rate(found: Found) -> str:
     """Say which learning rate was found, and how."""
     return f"{found.setting} = {found.rate:g}, found in {human_time(found.seconds)}: {found.why}"

@@ -46,6 +46,7 @@ from fleetune.tuning.fleets.local import Faults, LocalFleet
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.kinds import wanted
 from fleetune.tuning.methods import entry
+from fleetune.tuning.objects_to_files import data_name
 from fleetune.tuning.prepare import TuneJob, check, prepare
 from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.result import TuneResult, read
@@ -133,6 +134,9 @@ def start(
     check(recipe)
     fleets.check(recipe)
     rundir.check_writable(out)
+    recipe = dataclasses.replace(
+        recipe, data=data_name(recipe.data, out)
+    )  # rows from standard input are stored
     with _ONE_AT_A_TIME:
         job = prepare(recipe, offline=offline, simulated=fleets.simulated, note=listener.note)
         recipe = job.recipe
@@ -333,7 +337,7 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(made_of)) + "\n")
     row_digests.write(run, job.split.examples)
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
-    for remark in [*map(remarks.of_rate, job.found), *remarks.of_answers(job)]:
+    for remark in map(remarks.of_rate, job.found):
         listener.note(remark)
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))
@@ -404,7 +408,7 @@ def _about(
     """The fields of the last event that say what its figures mean."""
     start, base = evaluation.get("start"), evaluation["base"]
     stays = remarks.unmoved(*states, digest, job.model.digest)
-    words = remarks.of_answers(job) + ([remarks.NEW_HEAD] if job.model.new_head else [])
+    words = job.about_rows() + ([remarks.NEW_HEAD] if job.model.new_head else [])
     words += [remarks.of_start(base, start)] if start else []
     if outcome.last and not outcome.round:
         pass  # the start is kept as the best: `of_course` says so

@@ -248,7 +248,7 @@ def check(grid: SweepGrid, *, folder: Path | None = None, offline: bool = False)
 def _of_data(r: Recipe) -> tuple[object, ...]:
     """Return all that decides how the data are split."""
     clients = r.clients or methods.entry(r.method).clients
-    return r.data, r.eval_data, r.limit, r.partition, r.held_out, r.seed, clients
+    return r.data, r.columns, r.eval_data, r.limit, r.partition, r.held_out, r.seed, clients
 
 
 def _on_other(folder: Path, names: Sequence[str], what: str) -> UsageError:

@@ -61,7 +61,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     _join_arguments(
         sub.add_argument_group(
-            "join (with --data, --held-out or --eval-data, --model, --device and --threads of this device)"
+            "join (with --data, --columns, --held-out or --eval-data, --model, --device and --threads of this device)"
         )
     )
     sub.add_argument("--to", metavar="DIR", help="for split: folder for the files")
@@ -211,6 +211,7 @@ def _show(ui: Ui, found: Sequence[DeviceEvaluated], done: FleetEvaluated) -> Non
 
 
 def _join(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.data import check_columns, stdin
     from fleetune.fleet.conditions import Conditions
     from fleetune.fleet.device import Home, join
     from fleetune.fleet.worker import Brings
@@ -224,18 +225,21 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     given = recipe_flags.given(args)
     if not (rows := given.pop("data", "")):
         raise UsageError("which rows does this device have?", hint="--data rows.jsonl")
-    own = {name: given.pop(name, "") for name in ("model", "device", "threads", "held_out", "eval_data")}
+    names = ("model", "device", "threads", "held_out", "eval_data", "columns")
+    own = {name: given.pop(name, "") for name in names}
     if other := [*given, *args.set]:
         raise UsageError(
             f"{other[0]} is the server's to say",
-            hint="a device gives --data, --held-out or --eval-data, --model, --device, --threads",
+            hint="a device gives --data, --columns, --held-out or --eval-data, --model, --device, --threads",
         )
     if not own["threads"].isdigit() and own["threads"]:
         raise UsageError(f"--threads {own['threads']} is no number")
+    check_columns(own["columns"])
     memory = parse_bytes(args.ram) or 0
+    rows = str(stdin.stored(Path(args.state))) if rows == stdin.NAME else rows
     brings = Brings(
         rows, own["model"], own["device"] or "auto", int(own["threads"] or 0), memory, args.offline,
-        _held_out(own), own["eval_data"],
+        _held_out(own), own["eval_data"], own["columns"],
     )  # fmt: skip
     home = Home(Path(args.state), _path(args.key), _path(args.ca))
     with InterruptHandler(ui) as interrupt:

@@ -114,6 +114,8 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
 
     found = prepare.dry_run(recipe, offline=args.offline)
     ui.note(f"the recipe is good: {found.clients} clients, {found.rows} rows, {found.held_out} held out")
+    for remark in found.remarks:
+        ui.note(remark)
     ui.event(found)
 
 

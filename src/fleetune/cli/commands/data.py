@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune data check FILE`: look at rows before anything is trained on them."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+
+from fleetune.cli import recipe_flags
+from fleetune.cli.console import Ui
+from fleetune.common.display import clean
+from fleetune.runs.events import DataChecked, RowShown
+from fleetune.tuning import recipe as recipes
+
+HELP = "look at rows before they are trained on: lengths, clients, duplicates, samples"
+ORDER = 25
+OPTIONS = ("model", "columns", "max_length", "partition", "clients", "held_out", "eval_data", "limit", "seed")
+EXAMPLES = """\
+fleetune data check rows.jsonl --model smollm2-135m       lengths in tokens, and what max_length cuts
+fleetune data check rows.jsonl --columns prompt=question,response=answer
+fleetune data check devices/                              a folder with one file per client
+"""
+NAMED = 6  # clients that are named
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.epilog = "examples:\n" + "".join(f"  {line}\n" for line in EXAMPLES.splitlines())
+    sub.add_argument("action", metavar="ACTION", choices=["check"], help="check")
+    sub.add_argument(
+        "data", metavar="DATA", help="as for `fleetune tune`: a file, a folder, a hub id, -, or 'demo'"
+    )
+    recipe_flags.add_some(sub, OPTIONS)
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Check the rows, and print what they are."""
+    from fleetune.tuning import data_check
+
+    given = recipe_flags.given(args)
+    model = given.pop("model", "")
+    recipe = recipes.make({"model": model or "none", "data": args.data, **given})
+    found = data_check.check(recipe, model, offline=args.offline)
+    ui.event(found)
+    if not ui.json:
+        _print(found, recipe.data, model, ui)
+
+
+def _print(found: DataChecked, data: str, model: str, ui: Ui) -> None:
+    lengths, total = found.lengths, found.equal_held_out + found.near_held_out
+    rows = [
+        ("rows", f"{found.rows:,} · {found.training:,} to train on, {found.held_out:,} held out"),
+        ("length", f"{lengths.unit}: half of the rows up to {lengths.p50:,}, 95 % up to {lengths.p95:,}, the longest "
+                   f"{lengths.longest:,}; {lengths.total:,} in all" + ("" if model else " (tokens: --model MODEL)")),
+        ("clients", _clients(found)),
+    ]  # fmt: skip
+    if found.labels is not None:
+        rows.append(("labels", ", ".join(f"{clean(word)} {count:,}" for word, count in found.labels.items())))
+    near = f"nearly equal (at least {found.near_share:.0%} of their three-word sequences)"
+    rows += [
+        ("repeated", f"{found.equal_training:,} training rows are equal to an earlier one, {found.near_training:,} {near}"),
+        ("", f"{found.equal_held_out:,} held-out rows are equal to a training row, {found.near_held_out:,} nearly"),
+    ]  # fmt: skip
+    if found.twins:
+        pairs = ", ".join(f"{row} and {of}" for row, of in found.twins)
+        rows.append(("", f"such pairs of rows: {pairs}" + (", .." if total > len(found.twins) else "")))
+    ui.paths(rows)
+    for remark in found.remarks:
+        ui.paths([("note", clean(remark))])
+    for sample in found.samples:
+        _show(sample, ui)
+    ui.paths([("next", f"fleetune tune {model or 'MODEL'} {shlex.quote(data)}")])
+
+
+def _clients(found: DataChecked) -> str:
+    sizes: Sequence[int] = found.rows_per_client
+    spread = (
+        f"{min(sizes):,} rows each" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,} rows"
+    )
+    text = f"{len(sizes):,} · {found.partition} · {spread}"
+    if found.clients:
+        by_size = sorted(zip(sizes, found.clients, strict=True), key=lambda pair: -pair[0])
+        text += ": " + ", ".join(f"{clean(name)} {size:,}" for size, name in by_size[:NAMED])
+        text += ", .." if len(by_size) > NAMED else ""
+    return text
+
+
+def _show(sample: RowShown, ui: Ui) -> None:
+    """Print a row: the part that is not trained behind dots, the part that is behind bars."""
+    whose = f"of client {clean(sample.client)}" if sample.client else "held out"
+    ui.paths([("", ""), (f"row {sample.row:,}", f"{whose} (┊ no loss, ┃ the loss is on this)")])
+    lines = [("┊", line) for line in sample.not_trained.split("\n")]
+    lines += [("┃", line) for line in sample.trained.split("\n")]
+    ui.text("".join(f"   {mark} {clean(line)}\n" for mark, line in lines))

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a folder that has one file of rows per client, as devices leave them: a file's name is its client."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fleetune.data.columns import CLIENT
+from fleetune.data.hub import NOT_DATA, SPLIT
+from fleetune.data.readers import READERS, FileRow, Problem, names_in, rows_of
+from fleetune.errors import DataError
+
+
+def rows(source: str) -> Iterator[FileRow | Problem]:
+    """Yield the rows of all files of a folder, in the order of their names, each with the field `client`.
+
+    DataError for a folder without such files, with two of one client, or with the splits of one data set.
+    """
+    for file, name in files(source):
+        for row in rows_of(file, name):
+            yield row if isinstance(row, Problem) else FileRow(row.where, {**row.fields, CLIENT: file.stem})
+
+
+def files(source: str) -> list[tuple[Path, str]]:
+    """Return the files of a folder's clients, in the order of their names, each with the name to show for it."""
+    folder = Path(os.path.expanduser(source))
+    return [(file, f"{source.rstrip('/')}/{file.name}") for file in _files(folder, source)]
+
+
+def _files(folder: Path, source: str) -> list[Path]:
+    files = [
+        folder / n for n in names_in(folder) if Path(n).suffix.lower() in READERS and not NOT_DATA.search(n)
+    ]
+    if not files:
+        raise DataError(
+            f"{source} is a folder without a file of rows ({', '.join(READERS)})",
+            hint="give a file, or a folder with one file per client",
+        )
+    if (folder / "config.json").is_file():
+        raise DataError(f"{source} is the folder of a model, not of rows", hint="fleetune tune MODEL DATA")
+    train = next((file for file in files if SPLIT.findall(file.stem.lower())[-1:] == ["train"]), None)
+    if train and all(SPLIT.search(file.stem.lower()) for file in files):
+        others = [file for file in files if file != train]
+        more = f" --eval-data {others[0]}" if others else ""
+        raise DataError(
+            f"{source} has the splits of one data set, not a file per client: {', '.join(f.name for f in files[:5])}",
+            hint=f"give one of them: {train}{more}",
+        )
+    stems = [file.stem for file in files]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise DataError(
+            f"{source} has two files of client {twice[0]!r}", hint="keep one file per client in the folder"
+        )
+    return files

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the rows of a run, hold some out, and give every other row to a client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fleetune.data.columns import CLIENT, parse
+from fleetune.data.examples import is_folder, read
+from fleetune.data.forms import FIELDS, Example
+from fleetune.data.partition import AUTO, column_of, hold_out, partition
+from fleetune.errors import DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a run: who holds what, and what nobody trains on."""
+
+    examples: Sequence[Example]
+    clients: Sequence[np.ndarray]  # indices of examples
+    held: np.ndarray
+    column: str | None
+    partition: str = "iid"  # as it was done: never `auto`
+    notes: tuple[str, ...] = ()  # what of the rows was left out
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where rows come from and how they are divided, as the recipe's options of these names say."""
+
+    data: str
+    columns: str = ""
+    eval_data: str = ""
+    limit: int = 0
+    partition: str = AUTO
+    held_out: float = 0.1
+    clients: int = 0
+    seed: int = 42
+
+    @property
+    def rule(self) -> str:
+        """The partition; `auto` is column:client where the data name clients, as a folder of files does, else iid."""
+        if self.partition != AUTO:
+            return self.partition
+        return f"column:{CLIENT}" if is_folder(self.data) or CLIENT in parse(self.columns, FIELDS) else "iid"
+
+
+def split(rows: Rows, usual_clients: int, *, fewer: bool = False, offline: bool = False) -> Split:
+    """Read the data, hold rows out, and give every other row to a client; `usual_clients` where no number is asked for.
+
+    With `fewer`, these are as many as there are rows where the rows are too few.
+    DataError when the data do not allow it.
+    """
+    notes: list[str] = []
+    examples = read(
+        rows.data, limit=rows.limit or None, offline=offline, columns=rows.columns, note=notes.append
+    )
+    rule = rows.rule
+    column = column_of(rule)
+    if rows.eval_data:
+        train = np.arange(len(examples))
+        more = read(rows.eval_data, offline=offline, columns=rows.columns, note=notes.append)
+        examples = [*examples, *more]
+        held = np.arange(len(train), len(examples))
+    else:
+        aside = int(rows.held_out) if rows.held_out >= 1 else rows.held_out
+        train, held = hold_out(examples, aside, rows.seed, column)
+    if not len(held) or not len(train):
+        raise DataError(
+            f"{len(examples)} rows leave {len(train)} to train on and {len(held)} held out",
+            hint="use more rows, or another --held-out",
+        )
+    usual_clients = min(usual_clients, len(train)) if fewer else usual_clients
+    clients = rows.clients or (None if rule.startswith("column:") else usual_clients)
+    parts = partition([examples[i] for i in train], rule, clients, rows.seed)
+    return Split(examples, [train[part] for part in parts], held, column, rule, tuple(notes))

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune data check`, and `tune` on rows as people have them: columns, texts, folders, standard input."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.data import read
+from fleetune.data.encode import encode_all
+from fleetune.runs import rundir
+from fleetune.tuning import finished
+from fleetune.tuning import recipe as recipes
+
+RUN = (
+    "--method", "fedit", "--set", "r=2", "--set", "steps=1", "--clients", "2", "--rounds", "1", "--held-out", "4",
+    "--samples", "1", "--answer-tokens", "2", "--device", "cpu",
+)  # fmt: skip
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models-for-rows") / "tiny"
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, path)
+    return path
+
+
+@pytest.fixture
+def at(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: a model, and rows with columns of their own, of two shops."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(tiny)
+    rows = [
+        {"ask": f"what of {i}", "say": "word " * (1 + i % 30), "shop": "ab"[i % 3 == 0]} for i in range(24)
+    ]
+    rows[5] = rows[3] | {"shop": "a"}
+    write(tmp_path / "own.jsonl", rows)
+    return tmp_path
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def checked(capsys: Capture, *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["data", "check", *words, "--json"]) == 0, capsys.readouterr().err
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+COLUMNS = ("--columns", "prompt=ask,response=say,client=shop")
+
+
+def test_a_check_says_what_tune_would_do(at: Path, capsys: Capture) -> None:
+    found = checked(capsys, "own.jsonl", *COLUMNS, "--model", "tiny", "--max-length", "64", "--held-out", "4")
+    examples = read("own.jsonl", columns=COLUMNS[1])
+    rows, _ = encode_all(examples, models.load("tiny").tokenizer, 10**6)
+    lengths = sorted(len(row.ids) for row in rows)
+    assert found["lengths"] == {
+        "unit": "tokens", "p50": lengths[11], "p95": lengths[22], "longest": lengths[-1], "total": sum(lengths),
+    }  # fmt: skip
+    assert found["cut"] == sum(length > 64 for length in lengths)
+    assert (found["rows"], found["training"], found["held_out"]) == (24, 20, 4)
+    assert found["partition"] == "column:client"
+    assert sorted(found["clients"]) == ["a", "b"]
+    assert sum(found["rows_per_client"]) == 20
+    assert found["equal_training"] + found["equal_held_out"] == 1
+    assert any("are longer than max_length=64 and are cut" in text for text in found["remarks"])
+
+    assert (
+        main(["tune", "tiny", "own.jsonl", *COLUMNS, *RUN, "--clients", "0", "--max-length", "64", "--json"])
+        == 0
+    )
+    start = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert start["rows_per_client"] == found["rows_per_client"]
+    assert start["partition"] == "column:client"
+
+
+def test_the_masked_part_of_a_row_is_shown(at: Path, capsys: Capture) -> None:
+    found = checked(capsys, "own.jsonl", *COLUMNS, "--model", "tiny", "--max-length", "64")
+    assert len(found["samples"]) == 3
+    first = found["samples"][0]
+    assert first["row"] == 1
+    assert first["not_trained"].endswith("<|im_start|>assistant\n")
+    assert "what of 0" in first["not_trained"]
+    assert first["trained"].startswith("word")
+    assert "tokens cut]" in found["samples"][-1]["trained"], "the longest is cut"
+    plain = checked(capsys, "own.jsonl", *COLUMNS)
+    assert plain["lengths"]["unit"] == "words"
+    assert (plain["cut"], plain["samples"][0]["not_trained"]) == (None, "what of 0")
+    assert main(["data", "check", "own.jsonl", *COLUMNS]) == 0
+    out = capsys.readouterr().out
+    assert "┊ what of 0" in out
+    assert "┃ word" in out
+    assert "a 1" in out
+
+
+def test_labels_and_rows_that_leak_are_told(at: Path, capsys: Capture) -> None:
+    write(
+        at / "labelled.jsonl",
+        [{"text": f"it was {i} fine days by the sea", "label": i % 2} for i in range(20)],
+    )
+    write(
+        at / "held.jsonl",
+        [{"text": "IT WAS 3, fine days by the sea!", "label": 1}, {"text": "no", "label": 0}],
+    )
+    found = checked(capsys, "labelled.jsonl", "--eval-data", "held.jsonl")
+    assert found["labels"] == {"0": 11, "1": 11}
+    assert (found["near_held_out"], found["equal_held_out"], found["twins"]) == (1, 0, [[21, 4]])
+    assert "1 of 2 held-out rows are trained on too, or nearly so" in found["remarks"][0]
+    assert "trained on too" not in "".join(checked(capsys, "labelled.jsonl", "--held-out", "1")["remarks"])
+
+
+def test_a_model_that_chooses_labels_counts_its_own_tokens(at: Path, capsys: Capture) -> None:
+    model = models.tiny_bert(labels=("0", "1"))
+    models.save(model.net, model.tokenizer, at / "bert")
+    write(at / "labelled.jsonl", [{"text": "word " * (1 + 20 * i), "label": i % 2} for i in range(8)])
+    found = checked(capsys, "labelled.jsonl", "--model", "bert", "--max-length", "32")
+    whole = [len(model.tokenizer(e.texts[0], verbose=False)["input_ids"]) for e in read("labelled.jsonl")]
+    assert (found["lengths"]["longest"], found["cut"]) == (max(whole), sum(n > 32 for n in whole))
+
+
+def test_a_long_text_counts_once_however_many_rows_it_gives(at: Path, capsys: Capture) -> None:
+    write(at / "texts.jsonl", [{"text": f"{i} " + "a tale " * i} for i in range(12)])
+    short, whole = (
+        checked(capsys, "texts.jsonl", "--model", "tiny", "--max-length", most) for most in ("16", "512")
+    )
+    assert short["lengths"] == whole["lengths"]
+    assert (short["cut"], short["rows"]) == (0, 12)
+
+
+def test_a_check_without_a_model_loads_no_torch(at: Path) -> None:
+    script = (
+        "import sys\nfrom fleetune.cli.main import main\nprint(main(sys.argv[1:]), 'torch' in sys.modules)"
+    )
+    words = ["data", "check", "own.jsonl", *COLUMNS, "-qq"]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "False"]
+
+
+def test_no_row_of_a_check_steers_the_terminal(at: Path, capsys: Capture) -> None:
+    write(at / "bad.jsonl", [{"text": f"a\x1b[2Jb{i}", "client": "\x1b]0;x\x07"} for i in range(4)])
+    assert main(["data", "check", "bad.jsonl", "--partition", "column:client"]) == 0
+    assert "\x1b" not in "".join(capsys.readouterr())
+
+
+# Truncation, order, and what is told of options ----------------------------------------------------------
+
+
+def test_a_dry_run_tells_what_is_cut(at: Path, capsys: Capture) -> None:
+    assert main(["tune", "tiny", "own.jsonl", *COLUMNS, *RUN, "--max-length", "64", "--dry-run"]) == 0
+    assert "of 24 rows are longer than max_length=64 and are cut: the prompt of" in capsys.readouterr().err
+    assert (
+        main(["tune", "tiny", "own.jsonl", *COLUMNS, *RUN, "--max-length", "64", "--dry-run", "--json"]) == 0
+    )
+    event = json.loads(capsys.readouterr().out)
+    assert event["cut"] > 0
+    assert len(event["remarks"]) == 1
+    assert not (at / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says", "hint"),
+    [
+        (("own.jsonl", "tiny"), "MODEL and DATA are swapped", "fleetune tune tiny own.jsonl"),
+        (("own.jsonl", "smollm2-135m"), "MODEL and DATA are swapped", "fleetune tune smollm2-135m own.jsonl"),
+        (("demo", "tiny"), "MODEL and DATA are swapped", "fleetune tune tiny demo"),
+        (("tiny", "C:\\data\\rows.jsonl"), "as Windows writes paths", "/mnt/c/data/rows.jsonl"),
+        (("C:\\models\\x", "demo"), "there is no file or directory", "check the path"),
+        (("tiny", "demo", "--clients", "5000"), "cannot give 5000 clients", "--clients "),
+        (("tiny", "demo", "--partition", "dirichlet:0.5"), "dirichlet:ALPHA:COLUMN, such as dirichlet:0.5:category", "iid"),
+        (("tiny", "own.jsonl"), 'row: {"ask": "what of 0", "say": "word ", "shop": "b"}', "--columns prompt=ask,response="),
+        (("tiny", "own.jsonl", "--columns", "promt=ask"), "Did you mean 'prompt'?", "--columns prompt=question"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_with_what_was_meant(
+    at: Path, capsys: Capture, words: tuple[str, ...], says: str, hint: str
+) -> None:
+    assert main(["tune", *words, "--offline"]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert hint in error.partition("try: ")[2]
+    assert "larger min_rows" not in error
+
+
+# Whole runs ---------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_with_plain_texts(at: Path, capsys: Capture) -> None:
+    write(
+        at / "texts.jsonl",
+        [{"text": f"{i} " + "a long tale " * (i % 12), "who": "xy"[i % 2]} for i in range(24)],
+    )
+    words = ["tune", "tiny", "texts.jsonl", "--columns", "client=who", *RUN, "--max-length", "32", "--json"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    start, done = json.loads(out.splitlines()[0]), json.loads(out.splitlines()[-1])
+    assert "are cut" not in err
+    model, run = models.load("tiny"), rundir.listing(at / "runs")[-1]
+    rows, kept = encode_all(read("texts.jsonl"), model.tokenizer, 32)
+    assert len(rows) > 24
+    held = finished.held_out(run)
+    assert sum(start["rows_per_client"]) == len(rows) - len(encode_all(held, model.tokenizer, 32)[0])
+    assert start["held_out"] == len(encode_all(held, model.tokenizer, 32)[0])
+    assert done["tuned"]["loss"] != done["base"]["loss"]
+    assert len(np.unique(kept)) == 24
+    sample = json.loads((run / "eval.json").read_text())["samples"][0]
+    assert sample["prompt"] + sample["reference"] in {e.response for e in held}
+    assert (
+        main(["eval", "1", "--tasks", "loss,rouge", "--answer-tokens", "2", "--device", "cpu", "--json"]) == 0
+    )
+    again = json.loads(capsys.readouterr().out)
+    assert again["loss"] == pytest.approx(done["tuned"]["loss"], abs=1e-6)
+
+
+def test_columns_stay_with_the_run_and_its_recipe(at: Path, capsys: Capture) -> None:
+    (at / "recipe.toml").write_text(
+        'model = "tiny"\ndata = "own.jsonl"\ncolumns = "prompt=ask,response=say"\n'
+    )
+    assert main(["tune", "-c", "recipe.toml", *RUN]) == 0
+    run = rundir.listing(at / "runs")[-1]
+    written = recipes.read(run / "run.toml")
+    assert (written["columns"], written["partition"]) == ("prompt=ask,response=say", "iid")
+    assert finished.held_out(run)[0].response.startswith("word")
+    assert main(["tune", "-c", "recipe.toml", *RUN, "--columns", "prompt=say,response=ask"]) == 0
+    assert finished.held_out(rundir.listing(at / "runs")[-1])[0].response.startswith("what of")
+
+
+def test_a_folder_is_a_fleet(at: Path, capsys: Capture) -> None:
+    (at / "devices").mkdir()
+    for name, count in (("oslo", 6), ("bonn", 9)):
+        write(at / "devices" / f"{name}.jsonl", [{"prompt": f"{i}", "completion": "a"} for i in range(count)])
+    assert main(["tune", "tiny", "devices", *RUN, "--clients", "0", "--json"]) == 0
+    start = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert (start["clients"], start["partition"], sum(start["rows_per_client"])) == (2, "column:client", 11)
+    assert recipes.read(rundir.listing(at / "runs")[-1] / "run.toml")["partition"] == "column:client"
+
+
+class Piped:
+    """Standard input with these bytes."""
+
+    def __init__(self, raw: bytes, *, terminal: bool = False) -> None:
+        self.buffer, self.terminal = io.BytesIO(raw), terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def test_rows_from_standard_input_are_kept_for_a_resume(
+    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = (at / "own.jsonl").read_bytes()
+    monkeypatch.setattr(sys, "stdin", Piped(raw))
+    assert main(["tune", "tiny", "-", *COLUMNS[:2], *RUN]) == 0
+    (run,) = rundir.listing(at / "runs")
+    digest = finished.stated_by(run)["digest"]
+    kept = Path(recipes.read(run / "run.toml")["data"])
+    assert kept.read_bytes() == raw
+    assert kept.stat().st_mode & 0o077 == 0
+    shutil.rmtree(run / "adapter")
+    assert main(["tune", "--resume", "1"]) == 0, "it needs no standard input"
+    assert finished.stated_by(run)["digest"] == digest
+
+
+@pytest.mark.parametrize(
+    "words", [("tune", "tiny", "-"), ("tune", "tiny", "-", "--dry-run"), ("data", "check", "-")]
+)
+def test_standard_input_without_rows_is_told(
+    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Piped(b" \n"))
+    assert main([*words]) == 2
+    assert "no row came from standard input" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", Piped(b"", terminal=True))
+    assert main([*words]) == 2
+    assert "cat rows.jsonl | fleetune tune MODEL -" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", Piped((at / "own.jsonl").read_bytes()))
+    assert main([*words, *COLUMNS, *(RUN if words[0] == "tune" else ())]) == 0
+    assert (at / "runs").exists() == (words == ("tune", "tiny", "-"))
+
+
+def test_a_device_reads_the_same_forms(at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flwr")
+    from fleetune.fleet import device
+    from fleetune.fleet.worker import Brings
+
+    write(at / "texts.jsonl", [{"text": f"tale {i}"} for i in range(6)])
+    training, held = Brings("texts.jsonl", held_out=2).divided()
+    assert (len(training), len(held), held[0].messages) == (4, 2, ())
+    training, _ = Brings("own.jsonl", columns="prompt=ask,response=say").divided()
+    assert training[0].messages == (("user", "what of 0"),)
+
+    joined: list[Brings] = []
+    monkeypatch.setattr(device, "join", lambda address, brings, *a, **k: joined.append(brings) or "bye")
+    assert main(["fleet", "join", "h:1", "--data", "own.jsonl", "--columns", "prompt=ask,response=say"]) == 0
+    assert joined[0].columns == "prompt=ask,response=say"
+    monkeypatch.setattr(sys, "stdin", Piped((at / "own.jsonl").read_bytes()))
+    assert main(["fleet", "join", "h:1", "--data", "-", "--columns", "prompt=ask,response=say"]) == 0
+    assert len(joined[1].divided()[0]) == 24
+    assert Path(joined[1].data).parent == Path("fleetune-device")
+    capsys.readouterr()
+    assert main(["fleet", "join", "h:1", "--data", "own.jsonl", "--columns", "promt=ask"]) == 2
+    assert "Did you mean 'prompt'?" in capsys.readouterr().err

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms in which people have their rows, and columns that are renamed into one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleetune.data import Example, read
+from fleetune.data.columns import guess
+from fleetune.data.examples import is_folder, looks_like_model, looks_like_rows, row_of
+from fleetune.data.splitting import Rows, split
+from fleetune.errors import DataError, RecipeError
+
+Row = dict[str, Any]
+
+
+def write(path: Path, *rows: Row) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def turns(*said: tuple[str, Any]) -> list[Row]:
+    return [{"role": role, "content": content} for role, content in said]
+
+
+ASKED = (("user", "q"),)
+FORMS: dict[str, tuple[Row, Example]] = {
+    "prompt and completion": ({"prompt": "q", "completion": "a"}, Example(ASKED, "a")),
+    "prompt and response": (
+        {"prompt": "q", "response": "a", "system": "be kind", "context": "c", "n": 1},
+        Example((("system", "be kind"), ("user", "q\nc")), "a", {"n": "1"}),
+    ),
+    "question and answer": ({"question": "q", "answer": "a\n#### 5"}, Example(ASKED, "a\n#### 5")),
+    "E2E": ({"mr": "name[X]", "ref": "X it is."}, Example((("user", "name[X]"),), "X it is.")),
+    "E2E of the hub": ({"meaning_representation": "q", "human_reference": "a"}, Example(ASKED, "a")),
+    "turns of TRL": (
+        {"prompt": turns(("system", "s"), ("user", "q")), "completion": turns(("assistant", "a"))},
+        Example((("system", "s"), *ASKED), "a"),
+    ),
+    "text": ({"text": "a tale", "play": "Lear"}, Example((), "a tale", {"play": "Lear"})),
+    "text with a label": (
+        {"text": "t", "label": "good"},
+        Example((("user", "t\nHow is this text labelled?"),), "good", {"label": "good"}, ("t",)),
+    ),
+    "Alpaca with a text": (
+        {"instruction": "q", "input": "", "output": "a", "text": "q a"},
+        Example(ASKED, "a", {"text": "q a"}),
+    ),
+    "Dolly with a system field": (
+        {"instruction": "q", "response": "a", "system": "s"},
+        Example(ASKED, "a", {"system": "s"}),
+    ),
+    "text in parts": ({"messages": turns(("user", [{"type": "text", "text": "q"}]), ("assistant", "a"))}, Example(ASKED, "a")),
+    "developer": (
+        {"messages": turns(("developer", "s"), ("user", "q"), ("assistant", "a"))},
+        Example((("system", "s"), *ASKED), "a"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_is_recognised_and_written_back(tmp_path: Path, name: str) -> None:
+    row, expected = FORMS[name]
+    assert read(write(tmp_path / "a.jsonl", row)) == [expected]
+    assert read(write(tmp_path / "b.jsonl", row_of(expected))) == [expected]
+
+
+def test_two_forms_in_one_row_are_asked_about(tmp_path: Path) -> None:
+    row = {"prompt": "q", "completion": "a", "response": "b"}
+    with pytest.raises(
+        DataError, match=r"'response' \(prompt and response\) and field 'completion'"
+    ) as failed:
+        read(write(tmp_path / "a.jsonl", row))
+    assert '{"prompt": "q", "completion": "a", "response": "b"}' in failed.value.message
+    assert "--columns prompt=prompt,response=response" in str(failed.value.hint)
+    assert read(str(tmp_path / "a.jsonl"), columns="prompt=prompt,completion=completion")[0].response == "a"
+
+
+def test_a_row_without_a_label_among_labelled_ones_is_not_a_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl:2: field 'label' is missing"):
+        read(write(tmp_path / "a.jsonl", {"text": "t", "label": 1}, {"text": "u"}))
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:2: is in labelled text form, but .* is in plain text form"
+    ):
+        read(write(tmp_path / "a.jsonl", {"text": "u"}, {"text": "t", "label": 1}))
+
+
+# Tools, calls and parts that are not text -------------------------------------------------------------
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+GAVE = {"role": "tool", "content": "5"}
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+CHATS: dict[str, tuple[list[Row], Example | None, str]] = {
+    "a call and its reply": (
+        [*turns(("user", "q")), CALL, GAVE, *turns(("assistant", "it is 5"))],
+        Example(ASKED, "it is 5"),
+        "1 turns of tools, 1 turns that call tools",
+    ),
+    "a call with words": (
+        [*turns(("user", "q")), CALL | {"content": "I look."}, GAVE, *turns(("assistant", "5"))],
+        Example(ASKED, "I look.\n5"),
+        "1 turns of tools, 1 turns that call tools",
+    ),
+    "a call at the end": (
+        [*turns(("user", "q"), ("assistant", "a"), ("user", "and?")), CALL, GAVE],
+        Example(ASKED, "a"),
+        "1 turns of tools, 1 turns that call tools",
+    ),
+    "a call for the second question": (
+        [*turns(("user", "q"), ("assistant", "a"), ("user", "and?")), CALL, GAVE, *turns(("assistant", "b"))],
+        Example((*ASKED, ("assistant", "a"), ("user", "and?")), "b"),
+        "1 turns of tools, 1 turns that call tools",
+    ),
+    "an image beside the question": (
+        turns(("user", [{"type": "text", "text": "q"}, IMAGE]), ("assistant", "a")),
+        Example(ASKED, "a"),
+        "1 parts that are not text",
+    ),
+    "an image for a question": (
+        turns(("user", [IMAGE]), ("assistant", "a")),
+        None,
+        "1 parts that are not text, 1 rows without a question and an answer in text",
+    ),
+    "calls alone": (
+        [*turns(("user", "q")), CALL, GAVE],
+        None,
+        "1 rows without a question and an answer in text, 1 turns of tools, 1 turns that call tools",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_what_is_no_text_is_left_out_and_counted(tmp_path: Path, name: str) -> None:
+    messages, expected, told = CHATS[name]
+    plain = {"messages": turns(("user", "x"), ("assistant", "y"))}
+    notes: list[str] = []
+    found = read(write(tmp_path / "a.jsonl", plain, {"messages": messages}), note=notes.append)
+    assert found[1:] == ([expected] if expected else [])
+    assert notes == [f"left out of the conversations: {told}"]
+
+
+def test_lists_of_tools_are_counted_and_whole_rows_say_nothing(tmp_path: Path) -> None:
+    row = {"messages": turns(("user", "q"), ("assistant", "a"))}
+    notes: list[str] = []
+    read(write(tmp_path / "a.jsonl", row, row | {"tools": [{"name": "f"}]}), note=notes.append)
+    read(write(tmp_path / "b.jsonl", row), note=notes.append)
+    assert notes == ["left out of the conversations: 1 lists of tools"]
+
+
+# Columns ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"q": "Q", "a": "A", "id": 3}, "prompt=q, response=a", Example((("user", "Q"),), "A", {"id": "3"})),
+        ({"q": "Q", "a": "A", "who": "x"}, "prompt=q,response=a,client=who",
+         Example((("user", "Q"),), "A", {"who": "x", "client": "x"})),
+        ({"body": "B", "text": "old"}, "text=body", Example((), "B")),
+        ({"body": "B", "stars": 4}, "text=body,label=stars",
+         Example((("user", "B\nHow is this text labelled?"),), "4", {"label": "4"}, ("B",))),
+        ({"talk": turns(("user", "q"), ("assistant", "a"))}, "messages=talk", Example(ASKED, "a")),
+        ({"talk": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "messages=talk", Example(ASKED, "a")),
+        ({"instruction": "q", "response": "a", "mine": "m"}, "prompt=mine", Example((("user", "m"),), "a", {"instruction": "q"})),
+        ({"instruction": "q", "response": "a", "s": "S"}, "system=s", Example((("system", "S"), *ASKED), "a")),
+        ({"question": "q", "answer": "a", "passage": "p"}, "context=passage", Example((("user", "q\np"),), "a")),
+        ({"instruction": "q", "response": "bad", "good": "a"}, "response=good", Example(ASKED, "a")),
+    ],
+)  # fmt: skip
+def test_columns_are_read_under_other_names(
+    tmp_path: Path, row: Row, columns: str, expected: Example
+) -> None:
+    assert read(write(tmp_path / "a.jsonl", row), columns=columns) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ("promt=q", r"no form has a field 'promt'\. Did you mean 'prompt'"),
+        ("prompt", "'prompt' is not NAME=COLUMN"),
+        ("prompt=", "is not NAME=COLUMN"),
+        ("prompt=a,prompt=b", "'prompt' is named twice"),
+        ("prompt=a,response=a", "column 'a' is named twice"),
+    ],
+)
+def test_a_mapping_that_is_none_is_refused(tmp_path: Path, columns: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says) as failed:
+        read(write(tmp_path / "a.jsonl", {"q": "q", "a": "a"}), columns=columns)
+    assert "--columns prompt=question,response=answer" in str(failed.value.hint)
+
+
+def test_a_column_that_is_not_there_is_told(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", *[{"question": "q", "answer": "a"}] * 9)
+    with pytest.raises(DataError, match="no column 'questoin' to read as prompt") as failed:
+        read(file, columns="prompt=questoin,response=answer")
+    assert failed.value.message.count("questoin") == 1, "once, not for every row"
+    assert "did you mean 'question'?" in str(failed.value.hint)
+    with pytest.raises(DataError, match="no row has a column 'contxt' to read as context"):
+        read(file, columns="prompt=question,response=answer,context=contxt")
+    with pytest.raises(DataError, match=r"field 'response' is empty .*response is column 'answer'"):
+        read(
+            write(tmp_path / "b.jsonl", {"question": "q", "answer": ""}),
+            columns="prompt=question,response=answer",
+        )
+    with pytest.raises(DataError, match="the fields of no form with prompt, label"):
+        read(file, columns="prompt=question,label=answer")
+
+
+def test_a_column_of_the_mapped_name_is_hidden(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", {"body": "B", "text": "old"}, {"text": "old"})
+    with pytest.raises(DataError, match=r"a\.jsonl:2: field 'text' is missing"):
+        read(file, columns="text=body")
+
+
+def test_a_refusal_shows_the_first_row_and_the_flag_once(tmp_path: Path) -> None:
+    row = {"Frage": "x" * 90, "id": 7, "Antwort\x1b[2J": "a", "tags": ["t"]}
+    with pytest.raises(DataError) as failed:
+        read(write(tmp_path / "a.jsonl", row, row, row))
+    assert failed.value.message.count("row: ") == 1
+    assert f'row: {{"Frage": "{"x" * 48}..", "id": 7, "Antwort' in failed.value.message
+    assert "\x1b" not in failed.value.message + str(failed.value.hint)
+    with pytest.raises(DataError) as failed:
+        read(write(tmp_path / "b.jsonl", {"my task": "t", "Solution": "s"}))
+    assert (
+        failed.value.hint
+        == "say which columns are which: --columns 'prompt=my task,response=Solution'; all forms: docs/data.md"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "meant"),
+    [
+        ({"id": "1", "problem": "p", "reply": "r"}, "prompt=problem,response=reply"),
+        ({"turns": turns(("user", "a"))}, "messages=turns"),
+        ({"body": "b"}, "text=body"),
+        ({"a1": "when?", "b2": "at noon", "shop": "bar"}, "prompt=a1,response=b2"),
+        ({"n": 1}, "prompt=COLUMN,response=COLUMN"),
+    ],
+)
+def test_the_flag_that_may_be_meant(row: Row, meant: str) -> None:
+    assert guess(row) == meant
+
+
+# A folder with one file per client --------------------------------------------------------------------
+
+
+@pytest.fixture
+def devices(tmp_path: Path) -> Path:
+    folder = tmp_path / "devices"
+    folder.mkdir()
+    for name, count in (("oslo", 3), ("bonn", 5), ("dev-1", 4)):
+        write(folder / f"{name}.jsonl", *[{"q": f"{name} {i}", "a": "x"} for i in range(count)])
+    (folder / "README.md").write_text("not rows")
+    (folder / ".hidden.jsonl").write_text("not read")
+    return folder
+
+
+def test_a_file_of_a_folder_is_a_client(devices: Path) -> None:
+    rows = read(str(devices), columns="prompt=q,response=a")
+    assert [(e.meta["client"], e.messages[0][1]) for e in rows[::4]] == [
+        ("bonn", "bonn 0"), ("bonn", "bonn 4"), ("dev-1", "dev-1 3"),
+    ]  # fmt: skip
+    parts = split(Rows(str(devices), "prompt=q,response=a", held_out=1), 8)
+    assert (parts.partition, len(parts.clients)) == ("column:client", 3)
+    assert {len({rows[i].meta["client"] for i in part}) for part in parts.clients} == {1}
+
+
+def test_a_folder_of_something_else_is_refused(devices: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"{devices}/bonn.jsonl:1: has the fields of no form"):
+        read(str(devices))
+    write(devices / "oslo.json", {"q": "q", "a": "a"})
+    with pytest.raises(DataError, match="two files of client 'oslo'"):
+        read(str(devices), columns="prompt=q,response=a")
+    (devices / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="is the folder of a model"):
+        read(str(devices))
+    (tmp_path / "set").mkdir()
+    for name in ("demo_train", "demo_eval"):
+        write(tmp_path / "set" / f"{name}.jsonl", {"prompt": "q", "completion": "a"})
+    with pytest.raises(DataError, match="the splits of one data set") as failed:
+        read(str(tmp_path / "set"))
+    assert (
+        failed.value.hint
+        == f"give one of them: {tmp_path}/set/demo_train.jsonl --eval-data {tmp_path}/set/demo_eval.jsonl"
+    )
+
+
+def test_auto_divides_by_clients_that_the_data_name(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", {"text": "t"})
+    assert Rows(file).rule == "iid"
+    assert Rows(file, "client=role").rule == "column:client"
+    assert Rows(file, "client=role", partition="iid").rule == "iid"
+    assert Rows(str(tmp_path)).rule == "column:client"
+
+
+def test_rows_and_models_are_told_apart_by_their_names(devices: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert [looks_like_rows(n) for n in ("demo", "a.jsonl", str(devices), str(tmp_path / "model"), "o/n")] == [
+        True, True, True, False, False,
+    ]  # fmt: skip
+    assert [looks_like_model(n) for n in ("a.gguf", str(tmp_path / "model"), str(devices))] == [
+        True,
+        True,
+        False,
+    ]
+    assert is_folder(str(devices))
+    assert not is_folder("demo")
+
+
+def test_a_drive_is_no_name_of_a_data_set() -> None:
+    for path in ("C:\\data\\rows.jsonl", "C:/data/rows.jsonl", "D:\\rows"):
+        with pytest.raises(DataError, match="no file") as failed:
+            read(path)
+        assert "hub" not in failed.value.message
+    with pytest.raises(DataError) as failed:
+        read("C:\\data\\rows.jsonl")
+    assert failed.value.hint == "write it with /, such as /mnt/c/data/rows.jsonl"
