@@ -185,6 +185,11 @@ class Ui:
         self._draw(stream, Text(text, style=style))
 
     @property
+    def on_terminal(self) -> bool:
+        """Whether what is said on the way is read on a terminal."""
+        return self._err.fancy
+
+    @property
     def _results(self) -> _Stream:
         return self._err if self.json else self._out
 

@@ -12,16 +12,20 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
+from fleetune.cli import unknown as unknowns
+from fleetune.cli.announce import announcing
 from fleetune.cli.console import Ui
 from fleetune.cli.engine_flags import Signalled
+from fleetune.cli.parser import Parser
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.registry import Registry
 from fleetune.common.version import __version__
-from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault, suggest
+from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault
 from fleetune.seeds.kernel_choice import chosen_kernels
 
 log = logging.getLogger(__name__)
@@ -49,21 +53,35 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code (0 ok, 1 failed, 2 usage, 3 does not fit, 4 fleet, 130 stopped)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:
+        from fleetune.cli import completion
+
+        completion.answer()  # and end the process
+    if not words:
+        Ui().text(help_page(""))
+        return 0
+    first = Ui(json="--json" in words)
     try:
         parser = build_parser(_command_in(words))
     except FleetuneError as error:  # of a registered command
-        Ui().error(error)
+        first.error(error)
         return error.exit_code
     except SystemExit as error:
-        return _told_of_exit(Ui(), error)
-    args, unknown = parser.parse_known_args(words)
+        return _told_of_exit(first, error)
+    try:
+        unknowns.check_set(_command_in(words), words)
+        args, unknown = parser.parse_known_args(words)
+    except UsageError as error:
+        first.error(error)
+        return error.exit_code
     ui = Ui(quiet=args.quiet, json=args.json)
     _set_environment(args)
     try:
         if unknown:
-            raise _unknown_argument(args.command, unknown[0])
+            raise unknowns.error(args, words, unknown, _flags_by_command)
         chosen_kernels()  # a wrong choice is refused before any work
-        COMMANDS.load(args.command).run(args, ui)
+        with announcing(ui):
+            COMMANDS.load(args.command).run(args, ui)
     except FleetuneError as error:
         ui.error(error)
         return error.exit_code
@@ -97,24 +115,40 @@ def _told_of_exit(ui: Ui, error: SystemExit) -> int:
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser, with the arguments of one command (None: of all, for the docs)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fleetune",
         description="Fine-tune language models across a fleet of edge devices.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fleetune {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     common = _common_arguments()
     members = COMMANDS.members().values()
     for member in sorted(members, key=lambda m: m.order):
-        text = member.text("HELP")
+        text, examples = member.text("HELP"), member.text("EXAMPLES")
         sub = subparsers.add_parser(
-            member.name, parents=[common], help=text, description=text[0].upper() + text[1:] + "."
+            member.name,
+            parents=[common],
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"examples:\n{textwrap.indent(examples, '  ')}" if examples else None,
         )
         if command in (None, member.name):
             COMMANDS.load(member.name).arguments(sub)
     return parser
+
+
+def help_page(command: str) -> str:
+    """Return the help of a command; "" gives the list of commands."""
+    parser = build_parser(command)
+    return (sub_parser(parser, command) if command else parser).format_help()
+
+
+def sub_parser(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
+    """Return the parser of one command."""
+    (action,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    found: argparse.ArgumentParser = action.choices[command]
+    return found
 
 
 def command_parsers() -> dict[str, argparse.ArgumentParser]:
@@ -140,20 +174,17 @@ def _common_arguments() -> argparse.ArgumentParser:
     return common
 
 
-def _unknown_argument(command: str, argument: str) -> UsageError:
-    flag = argument.split("=")[0]
-    by_command = {}
+def _flags_by_command() -> dict[str, list[str]]:
+    """Every command's options; those of another package's command that cannot be imported are left out."""
+    found = {}
     for member in sorted(COMMANDS.members().values(), key=lambda m: m.order):
-        with suppress(UsageError):  # of another package, whose module cannot be imported
-            by_command[member.name] = _flags_of(member.name)
-    guess = suggest(flag, by_command[command])
-    if owners := [name for name, flags in by_command.items() if flag in flags]:
-        guess = f" It is for {', '.join(owners)}."
-    return UsageError(f"unknown argument '{flag}'.{guess}", hint=f"all of them: fleetune {command} --help")
+        with suppress(UsageError):
+            found[member.name] = _flags_of(member.name)
+    return found
 
 
 def _flags_of(command: str) -> list[str]:
-    parser = argparse.ArgumentParser(parents=[_common_arguments()])
+    parser = Parser(parents=[_common_arguments()])
     COMMANDS.load(command).arguments(parser)
     return [flag for action in parser._actions for flag in action.option_strings]
 

@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from fleetune.common.settings import Value
 from fleetune.errors import RecipeError
+from fleetune.tuning import recipe_problems
 
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
 MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's
@@ -177,15 +178,13 @@ def make(values: Mapping[str, Any]) -> Recipe:
     try:
         recipe = TypeAdapter(Recipe).validate_python({k: v for k, v in values.items() if k in names})
     except ValidationError as error:
-        for e in error.errors():
-            where = ".".join(str(p) for p in e["loc"])
-            what = "is missing" if e["type"] == "missing" else f"= {e['input']!r}: {e['msg'].lower()}"
-            problems.append(f"{where} {what}")
+        problems += [recipe_problems.told(dict(e)) for e in error.errors()]
     problems += [
         f"{name} = {text!r} is not text in UTF-8, and a run writes it down"
         for name, text in _unwritable(values)
     ]
     if problems:
+        problems += recipe_problems.of_settings(values)  # all at once; without others, `prepare.check` says them
         raise RecipeError(problems, hint="all options: fleetune tune --help")
     return recipe
 

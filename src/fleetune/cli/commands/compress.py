@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 HELP = "make a model or a finished run smaller"
 ORDER = 70
+EXAMPLES = """\
+fleetune compress latest --method optq --set bits=4
+fleetune compress smollm2-135m --text book.txt --dry-run
+fleetune compress --list optq                              its settings
+"""
 METHOD = "optq"  # unless another is asked for
 
 

@@ -12,6 +12,10 @@ from fleetune.subject import Run
 
 HELP = "tune smollm2-135m over the built-in demo fleet and make the result fit a device"
 ORDER = 10
+EXAMPLES = """\
+fleetune demo
+fleetune demo --quick
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

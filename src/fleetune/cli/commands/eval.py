@@ -11,6 +11,11 @@ from fleetune.runs.events import EvalDone
 
 HELP = "measure a model, a finished run or a compressed one"
 ORDER = 50
+EXAMPLES = """\
+fleetune eval latest --tasks loss,rouge
+fleetune eval smollm2-135m rows.jsonl --limit 100
+fleetune eval latest --tasks perplexity --text book.txt
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 HELP = "write a run, a compressed model or a model for a runtime"
 ORDER = 90
+EXAMPLES = """\
+fleetune export latest --to gguf                           one file for llama.cpp
+fleetune export latest --to gguf:q8_0 --path model.gguf
+fleetune export latest --to adapter                        the adapter alone, for PEFT
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 HELP = "fine-tune on real devices"
 ORDER = 35
 EXAMPLES = """\
+fleetune fleet serve -c recipe.toml --devices 4 --page
+fleetune fleet join 192.168.1.10:8470 --data rows.jsonl
+fleetune fleet status latest
+"""
+VERBS = """\
 serve -c recipe.toml                  run a recipe on the devices that join (--resume RUN: go on after a stop)
 join HOST:PORT --data rows.jsonl      be a device: its rows stay on it
 eval RUN|MODEL                        measure it on the held-out rows of the devices that join
@@ -47,7 +52,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     sub.formatter_class = argparse.RawDescriptionHelpFormatter
     sub.usage = "fleetune fleet ACTION [WORD ...] [options]"
-    sub.description = f"{sub.description}\n\n{textwrap.indent(EXAMPLES, '    ')}"
+    sub.description = f"{sub.description}\n\n{textwrap.indent(VERBS, '    ')}"
     sub.add_argument("action", metavar="ACTION", choices=list(ACTIONS), help="one of the above")
     sub.add_argument(
         "words",

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 HELP = "show, verify, replay, compare and combine seed ledgers"
 ORDER = 60
+EXAMPLES = """\
+fleetune ledger show latest
+fleetune ledger verify latest
+fleetune ledger diff 1 2
+fleetune ledger truncate latest --round 5 --to short.safetensors
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

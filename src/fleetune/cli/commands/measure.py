@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 HELP = "size, speed, memory and quality of base, tuned and compressed in one table"
 ORDER = 80
+EXAMPLES = """\
+fleetune measure latest --kept-gain
+fleetune measure smollm2-135m latest --data rows.jsonl
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

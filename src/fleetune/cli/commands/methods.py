@@ -10,6 +10,10 @@ from fleetune.runs.events import MethodListed, SettingListed
 
 HELP = "list the tuning methods, or one with its settings"
 ORDER = 130
+EXAMPLES = """\
+fleetune methods
+fleetune methods fedkseed     its settings, for --set NAME=VALUE
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

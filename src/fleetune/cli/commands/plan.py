@@ -11,6 +11,10 @@ from fleetune.runs.events import PlanRow
 
 HELP = "memory, traffic and time of every method for a model, before any work"
 ORDER = 20
+EXAMPLES = """\
+fleetune plan smollm2-135m --ram 4GB --uplink 1Mbps
+fleetune plan ./my-model --dtype bf16 --length 512 --batch 4
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

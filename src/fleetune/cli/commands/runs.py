@@ -21,6 +21,12 @@ from fleetune.subject import Compressed, Run
 
 HELP = "list, show, compare or remove runs"
 ORDER = 120
+EXAMPLES = """\
+fleetune runs                 what there is
+fleetune runs show latest     settings, results, and the path of the report
+fleetune runs compare 1 2     what differs, in the settings and in the results
+fleetune runs rm 3
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 HELP = "tune over a grid of values and seeds, on one page"
 ORDER = 40
+EXAMPLES = """\
+fleetune sweep recipe.toml --vary K=64,512 --seeds 3
+fleetune sweep recipe.toml --vary method=fedit,fedkseed --dry-run
+fleetune sweep --resume latest
+"""
 
 
 class SweepScreen:

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 HELP = "fine-tune a model over a simulated fleet"
 ORDER = 30
+EXAMPLES = """\
+fleetune tune smollm2-135m demo --method fedit --rounds 3
+fleetune tune smollm2-135m data.jsonl --method fedkseed --clients 20 --set K=4096 --set lr=1e-6
+fleetune tune smollm2-135m data.jsonl --partition dirichlet:0.5:category --dry-run
+fleetune tune -c runs/0001-fedit-smollm2-135m/run.toml     the same run again
+fleetune tune --resume latest                              continue after a stop
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

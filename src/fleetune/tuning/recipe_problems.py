@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say in plain words what is wrong with the values of a recipe, its method's settings included."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fleetune.common.spellings import not_one_of
+from fleetune.errors import FleetuneError, RecipeError
+
+CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
+SHOWN: Final = 80  # characters of a refused value
+KINDS: Final[Mapping[str, str]] = {
+    "int_parsing": "an integer", "int_type": "an integer", "int_from_float": "an integer", "float_parsing": "a number",
+    "float_type": "a number", "finite_number": "a finite number", "string_type": "a text", "dict_type": "a table",
+    "int_parsing_size": "an integer of a usual size",
+}  # fmt: skip
+BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
+    "greater_than_equal": ("ge", "at least"), "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"), "less_than": ("lt", "less than"),
+}  # fmt: skip
+
+
+def told(error: Mapping[str, Any]) -> str:
+    """Return one of pydantic's errors as "rounds = 0 must be at least 1"."""
+    name = ".".join(str(part) for part in error["loc"])
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "missing":
+        return f"{name} is missing"
+    shown = _shown(value)
+    if kind in BOUNDS:
+        key, words = BOUNDS[kind]
+        return f"{name} = {shown} must be {words} {context[key]:,}"
+    if kind in KINDS:
+        return f"{name} = {shown} is not {KINDS[kind]}"
+    if kind == "string_pattern_mismatch" and (found := CHOICES.fullmatch(context["pattern"])):
+        return not_one_of(name, shown, found[1].split("|"))
+    return f"{name} = {shown}: {str(error['msg']).lower()}"
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) and value else repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}.."
+
+
+def of_settings(values: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the method and its settings; an empty list where they cannot be looked at."""
+    method, chosen = values.get("method"), values.get("set")
+    if not chosen or not isinstance(chosen, Mapping):
+        return []
+    # by name: a method's module may import the recipe
+    recipe, methods = (importlib.import_module(f"fleetune.tuning.{name}") for name in ("recipe", "methods"))
+    try:
+        methods.make(method or recipe.fields()["method"][1], chosen)
+    except RecipeError as error:
+        return error.problems
+    except FleetuneError as error:
+        return [error.message]
+    except Exception:  # a value that is no text or number: pydantic has refused it
+        return []
+    return []
