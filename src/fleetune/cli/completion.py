@@ -46,13 +46,13 @@ def answer() -> None:
 
 
 def _parser(line: str) -> argparse.ArgumentParser:
-    from fleetune.cli import main
+    from fleetune.cli import command_line
 
     typed = [word for word in line.split()[1:] if not word.startswith("-")]
-    command = typed[0] if typed and typed[0] in main.COMMANDS.members() else ""
-    parser = main.build_parser(command)
+    command = typed[0] if typed and typed[0] in command_line.COMMANDS.members() else ""
+    parser = command_line.build_parser(command)
     if command:
-        sub = main.sub_parser(parser, command)
+        sub = command_line.sub_parser(parser, command)
         for action in sub._actions:
             if (words := _words(action, command)) is not None:
                 action.completer = words  # type: ignore[attr-defined]  # argcomplete's own attribute

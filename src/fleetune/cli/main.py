@@ -12,42 +12,27 @@ import argparse
 import logging
 import os
 import sys
-import textwrap
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Final
 
 from fleetune.cli import unknown as unknowns
 from fleetune.cli.announce import announcing
+from fleetune.cli.command_line import (
+    COMMANDS,
+    EXAMPLES,
+    build_parser,
+    command_parsers,
+    flags_by_command,
+    help_page,
+)
 from fleetune.cli.console import Ui
 from fleetune.cli.engine_flags import Signalled
-from fleetune.cli.parser import Parser
 from fleetune.common.memory import is_out_of_memory
-from fleetune.common.registry import Registry
-from fleetune.common.version import __version__
 from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault
 from fleetune.seeds.kernel_choice import chosen_kernels
 
+__all__ = ["COMMANDS", "EXAMPLES", "build_parser", "command_parsers", "main"]
+
 log = logging.getLogger(__name__)
-
-COMMANDS: Final = Registry(
-    "command", "fleetune.cli.commands", "fleetune.commands", ("HELP",), "fleetune --help"
-)
-
-EXAMPLES = """\
-examples:
-  fleetune demo                                                a real job in minutes, nothing to configure
-  fleetune plan smollm2-135m --ram 4GB --uplink 1Mbps          which method fits this device
-  fleetune tune smollm2-135m data.jsonl --method fedkseed --clients 20 --rounds 10 --set K=4096
-  fleetune tune --resume latest                                continue after a stop
-  fleetune sweep recipe.toml --vary K=64,512 --seeds 3         a grid of runs on one page
-  fleetune eval latest --tasks loss,rouge                      measure the tuned model
-  fleetune ledger verify latest                                prove what a model was made from
-  fleetune compress latest --method optq                       4 bits a weight, solved block by block
-  fleetune export latest --to gguf                             one file for llama.cpp, read back bit for bit
-  fleetune measure latest --kept-gain                          size, speed, and what of the tuning is kept
-  fleetune serve latest                                        an OpenAI-compatible endpoint and a chat page
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_environment(args)
     try:
         if unknown:
-            raise unknowns.error(args, words, unknown, _flags_by_command)
+            raise unknowns.error(args, words, unknown, flags_by_command)
         chosen_kernels()  # a wrong choice is refused before any work
         with announcing(ui):
             COMMANDS.load(args.command).run(args, ui)
@@ -113,80 +98,9 @@ def _told_of_exit(ui: Ui, error: SystemExit) -> int:
     return failed.exit_code
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser, with the arguments of one command (None: of all, for the docs)."""
-    parser = Parser(
-        prog="fleetune",
-        description="Fine-tune language models across a fleet of edge devices.",
-        epilog=EXAMPLES,
-    )
-    parser.add_argument("--version", action="version", version=f"fleetune {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    common = _common_arguments()
-    members = COMMANDS.members().values()
-    for member in sorted(members, key=lambda m: m.order):
-        text, examples = member.text("HELP"), member.text("EXAMPLES")
-        sub = subparsers.add_parser(
-            member.name,
-            parents=[common],
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=f"examples:\n{textwrap.indent(examples, '  ')}" if examples else None,
-        )
-        if command in (None, member.name):
-            COMMANDS.load(member.name).arguments(sub)
-    return parser
-
-
-def help_page(command: str) -> str:
-    """Return the help of a command; "" gives the list of commands."""
-    parser = build_parser(command)
-    return (sub_parser(parser, command) if command else parser).format_help()
-
-
-def sub_parser(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
-    """Return the parser of one command."""
-    (action,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    found: argparse.ArgumentParser = action.choices[command]
-    return found
-
-
-def command_parsers() -> dict[str, argparse.ArgumentParser]:
-    """Every command's parser by name (for the docs)."""
-    (action,) = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    found: dict[str, argparse.ArgumentParser] = dict(action.choices)
-    return found
-
-
 def _command_in(words: Sequence[str]) -> str | None:
     """The command that is run; "" for none, whose help needs no arguments of any."""
     return next((word for word in words if not word.startswith("-")), "")
-
-
-def _common_arguments() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    group = common.add_argument_group("everywhere")
-    group.add_argument("--json", action="store_true", help="one JSON object per event on stdout")
-    group.add_argument("--out", default="runs", metavar="DIR", help="folder of the runs (default ./runs)")
-    group.add_argument("--offline", action="store_true", help="never use the network")
-    group.add_argument("-q", "--quiet", action="count", default=0, help="say less (-qq: errors alone)")
-    group.add_argument("-v", "--verbose", action="count", default=0, help="say more (-vv: everything)")
-    return common
-
-
-def _flags_by_command() -> dict[str, list[str]]:
-    """Every command's options; those of another package's command that cannot be imported are left out."""
-    found = {}
-    for member in sorted(COMMANDS.members().values(), key=lambda m: m.order):
-        with suppress(UsageError):
-            found[member.name] = _flags_of(member.name)
-    return found
-
-
-def _flags_of(command: str) -> list[str]:
-    parser = Parser(parents=[_common_arguments()])
-    COMMANDS.load(command).arguments(parser)
-    return [flag for action in parser._actions for flag in action.option_strings]
 
 
 def _set_environment(args: argparse.Namespace) -> None:

@@ -99,7 +99,10 @@ def _as_setting(args: argparse.Namespace, flag: str, value: str, *, chosen: bool
             pair = f"--set {setting}={shlex.quote(value) if value else 'VALUE'}"
             if chosen:
                 return f"'{flag}': {setting} is a setting of the method {name}: {pair}", name
-            return f"'{flag}': {method} has no such setting; {setting} is one of {name}: --method {name} {pair}", name
+            return (
+                f"'{flag}': {method} has no such setting; {setting} is one of {name}: --method {name} {pair}",
+                name,
+            )
     return "", ""
 
 

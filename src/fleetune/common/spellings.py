@@ -21,8 +21,3 @@ def meant(value: str, known: Collection[str]) -> str:
     """Return " Did you mean 'bf16'?" for the known value that `value` is another spelling of, "" when there is none."""
     other = OTHERS.get(value.lower().removeprefix("torch."))
     return f" Did you mean '{other}'?" if other in known else suggest(value.lower(), known)
-
-
-def not_one_of(name: str, value: str, known: Collection[str]) -> str:
-    """Return why `value` is refused: "dtype = bfloat16 is none of fp32, bf16, fp16. Did you mean 'bf16'?"."""
-    return f"{name} = {value} is none of {', '.join(known)}.{meant(value, known)}"

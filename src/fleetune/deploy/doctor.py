@@ -20,7 +20,17 @@ from fleetune.common.version import __version__
 
 T = TypeVar("T")
 
-PACKAGES: Final = ("torch", "transformers", "peft", "numba", "numpy", "safetensors", "pydantic", "gguf", "flwr")
+PACKAGES: Final = (
+    "torch",
+    "transformers",
+    "peft",
+    "numba",
+    "numpy",
+    "safetensors",
+    "pydantic",
+    "gguf",
+    "flwr",
+)
 SERVES: Final = {  # an extra -> what it is for
     "fleet": "fleet serve, fleet join: real devices",
     "parquet": "data in Parquet files",

@@ -33,9 +33,7 @@ def contents() -> list[CachedModel]:
         stated, origin = cache.source_of(folder), built_in.get(folder)
         name = origin.name if origin else _name(folder, stated)
         licence = origin.licence if origin else str(stated.get("licence", ""))
-        found.append(
-            CachedModel(name, folder, size(folder), str(stated.get("source") or "unknown"), licence)
-        )
+        found.append(CachedModel(name, folder, size(folder), str(stated.get("source") or "unknown"), licence))
     return found
 
 

@@ -184,7 +184,9 @@ def make(values: Mapping[str, Any]) -> Recipe:
         for name, text in _unwritable(values)
     ]
     if problems:
-        problems += recipe_problems.of_settings(values)  # all at once; without others, `prepare.check` says them
+        problems += recipe_problems.of_settings(
+            values
+        )  # all at once; without others, `prepare.check` says them
         raise RecipeError(problems, hint="all options: fleetune tune --help")
     return recipe
 

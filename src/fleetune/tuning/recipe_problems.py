@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from fleetune.common.spellings import not_one_of
+from fleetune.common.spellings import meant
 from fleetune.errors import FleetuneError, RecipeError
 
 CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
@@ -25,7 +25,7 @@ BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
 
 
 def told(error: Mapping[str, Any]) -> str:
-    """Return one of pydantic's errors as "rounds = 0 must be at least 1"."""
+    """Return one of pydantic's errors as "rounds = 0: must be at least 1"."""
     name = ".".join(str(part) for part in error["loc"])
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "missing":
@@ -33,16 +33,19 @@ def told(error: Mapping[str, Any]) -> str:
     shown = _shown(value)
     if kind in BOUNDS:
         key, words = BOUNDS[kind]
-        return f"{name} = {shown} must be {words} {context[key]:,}"
+        return f"{name} = {shown}: must be {words} {context[key]:,}"
     if kind in KINDS:
-        return f"{name} = {shown} is not {KINDS[kind]}"
+        return f"{name} = {shown}: is not {KINDS[kind]}"
     if kind == "string_pattern_mismatch" and (found := CHOICES.fullmatch(context["pattern"])):
-        return not_one_of(name, shown, found[1].split("|"))
+        known = found[1].split("|")
+        return f"{name} = {shown}: none of {', '.join(known)}.{meant(str(value), known)}"
     return f"{name} = {shown}: {str(error['msg']).lower()}"
 
 
 def _shown(value: object) -> str:
-    text = value if isinstance(value, str) and value else repr(value)
+    """Return a value as it was written: a number from the command line is a text, and is not put in quotes."""
+    number = isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", value, re.IGNORECASE)
+    text = str(value) if number else repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}.."
 
 

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     ui.paths([
         ("versions", versions), ("python", f"{found.python} · {found.program}"),
         ("machine", f"{found.system} · {found.processors} processors{limit} · {human_bytes(found.memory)} of memory"),
-        ("gpu", found.gpu and "an NVIDIA driver is here" or "none found"),
+        ("gpu", (found.gpu and "an NVIDIA driver is here") or "none found"),
         ("cache", f"{found.cache} · {human_bytes(found.cache_bytes)} · {human_bytes(found.cache_free)} free · {state}"),
         ("network", "switched off by the environment" if found.offline else "allowed"),
         ("engines", " · ".join(f"{n} {'yes' if here else 'no'}" for n, here in found.engines.items())),

@@ -24,13 +24,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Print a help page."""
-    from fleetune.cli import main
+    from fleetune.cli import command_line
 
     name = args.words[0] if args.words else ""
-    known = list(main.COMMANDS.members())
+    known = list(command_line.COMMANDS.members())
     if name and name not in known:
         raise UsageError(f"no command '{name}'.{suggest(name, known)}", hint="the commands: fleetune help")
-    page = main.help_page(name)
+    page = command_line.help_page(name)
     ui.event(TextShown(text=page))
     if not ui.json:
         ui.text(page)

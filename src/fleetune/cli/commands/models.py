@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,9 +61,7 @@ def _list(ui: Ui) -> None:
         ui.event(ModelCached(**{**dataclasses.asdict(other), "path": str(other.path)}))
     if ui.json:
         return
-    rows = [
-        [m.name, human_count(m.params), m.licence, *_where(m, sizes), m.source or m.hub] for m in found
-    ]
+    rows = [[m.name, human_count(m.params), m.licence, *_where(m, sizes), m.source or m.hub] for m in found]
     rows += [[o.name, "", o.licence, "yes", human_bytes(o.bytes), o.source] for o in others]
     ui.table(["model", "parameters", "licence", "here", "size", "source"], rows, align="lrllrl")
     ui.paths([
