@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.common import settings
+from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.tuning import recipe as recipes
 
@@ -55,5 +56,5 @@ def check_resume(args: argparse.Namespace, path: Path, command: str) -> None:
     found = [word for name in ("model", "data", "config") if (word := getattr(args, name, None))]
     if found := [*found, *given(args), *args.set]:
         raise UsageError(
-            f"--resume follows the run's own recipe; it takes no {found[0]}", hint=f"{command} {path}"
+            f"--resume follows the run's own recipe; it takes no {found[0]}", hint=f"{command} {quoted(path)}"
         )

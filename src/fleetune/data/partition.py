@@ -31,6 +31,10 @@ Rows = npt.NDArray[np.int64]
 Strata = list[tuple[str, Rows]]
 
 KINDS = ("iid", "dirichlet", "shards", "column")
+LACKS = {
+    "iid": "iid takes nothing more", "dirichlet": "it needs a number and a column", "shards": "it needs a column",
+    "column": "it needs a column",
+}  # fmt: skip
 FORMS = "iid, dirichlet:ALPHA:COLUMN, shards:COLUMN, shards:COLUMN:S or column:COLUMN"
 EVEN = 1e9  # an alpha above this is as even as this one, and could overflow
 DRAWS = 10  # Dirichlet draws before rows are moved to clients that got too few
@@ -94,7 +98,7 @@ def partition(
     if clients * min_rows > n:
         raise DataError(
             f"no rows for a client: {n} rows cannot give {clients} clients at least {min_rows} each",
-            hint=f"use at most {n // min_rows} clients, a smaller min_rows, or more data",
+            hint=f"use --clients {n // min_rows} or fewer, or more data",
         )
     owner = np.empty(n, dtype=np.int64)
     if rule.kind == "iid":
@@ -166,7 +170,10 @@ def _parse(spec: str) -> PartitionSpec:
     alpha, _, column = rest.partition(":")
     if kind == "dirichlet" and alpha and column:
         return PartitionSpec(kind, column, _alpha(spec, alpha))
-    raise RecipeError([f"partition {spec!r} is not complete"], hint=f"write one of {FORMS}")
+    raise RecipeError(
+        [f"partition {spec!r} is not complete: {LACKS[kind]}; write one of {FORMS}"],
+        hint=f"write one of {FORMS}",
+    )
 
 
 def _alpha(spec: str, written: str) -> float:

@@ -35,6 +35,7 @@ from typing import IO, Any, TypeVar
 from fleetune.common import folders
 from fleetune.common.files import PRIVATE, read_bytes, read_text, regular, storage_error, write_atomic
 from fleetune.common.locks import lock
+from fleetune.common.shell import quoted
 from fleetune.common.version import __version__
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import sealed
@@ -337,7 +338,7 @@ def checkpoints(path: Path) -> list[tuple[int, Path]]:
 
 def made_on(path: Path) -> dict[str, str]:
     """The digests of the "base" and the "tokenizer" that a run was made on, by env.json; StorageError when it is damaged."""
-    hint = f"fleetune tune --resume {path}   writes it anew"
+    hint = f"fleetune tune --resume {quoted(path)}   writes it anew"
     stated = sealed.read(path / ENVIRONMENT, hint)
     found = {what: stated.get(f"{what}_digest") for what in ("base", "tokenizer")}
     for what, digest in found.items():

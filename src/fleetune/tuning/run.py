@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from fleetune import adapters, models
 from fleetune.common import sums
 from fleetune.common.memory import peak_rss
+from fleetune.common.shell import quoted
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, fault
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
@@ -157,7 +158,7 @@ def is_done(path: Path, note: Callable[[str], None]) -> bool:
         if not rundir.checkpoints(path):
             raise StorageError(
                 f"{path / damaged} of a finished run is damaged, and no checkpoint is left to make it from",
-                hint=f"bring it back; or tune anew: fleetune tune -c {path / 'run.toml'}",
+                hint=f"bring it back; or tune anew: fleetune tune -c {quoted(path / 'run.toml')}",
             )
         note(f"{path / damaged} is damaged or gone: it is made again from the last checkpoint")
     return not damaged
@@ -193,7 +194,7 @@ def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULAT
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         if isinstance(error, Interrupted):
-            error.hint = error.hint or f"fleetune tune --resume {run.path}"
+            error.hint = error.hint or f"fleetune tune --resume {quoted(run.path)}"
         try:
             run.log(f"stopped: {type(error).__name__}: {error}")
             why = fault(error) if isinstance(error, SystemExit) else str(error)
@@ -322,7 +323,7 @@ def _finish(
     job.method.apply(job.model, state)
     tuned = answers(job, run, "tuned", measured)
     result = ARTEFACTS[job.entry.kind](job, run, state, job.recipe.rounds)
-    evaluation = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}")
+    evaluation = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {quoted(run.path)}")
     run.write("samples.md", describe.samples_page(evaluation), private=True)
     done = TuneDone(
         base=evaluation["base"], tuned=tuned, rows=len(job.held), run=str(run.path), rounds=job.recipe.rounds,
@@ -364,7 +365,7 @@ def _last_measures(run: RunDir, round: int) -> dict[str, float]:
 
 
 def _add_to_evaluation(run: RunDir, more: dict[str, Any]) -> None:
-    content = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}") | more
+    content = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {quoted(run.path)}") | more
     run.write(EVALUATION, sealed.to_text(content) + "\n", private=True)
 
 
@@ -381,7 +382,7 @@ def answers(job: TuneJob, run: RunDir, which: str, measured: dict[str, float]) -
         measured = measured | {"rouge_l": rouge_l(made[: recipe.rouge_rows], references)}
     content: dict[str, Any] = {"rows": len(job.held), "samples": _prompts(job)}
     if which == "tuned":
-        content = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}")
+        content = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {quoted(run.path)}")
     for sample, answer in zip(content["samples"], made, strict=False):
         sample[which] = answer
     content[which] = measured

@@ -13,6 +13,7 @@ from fleetune.cli import door_flags
 from fleetune.cli.console import Ui
 from fleetune.common import settings
 from fleetune.common.display import human_bytes, human_time
+from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import FLEET, RECORD, CompressOptions, CompressRequest
@@ -148,7 +149,7 @@ def show(ui: Ui, result: CompressResult) -> None:
         ("result", f"{result.folder / 'model'} ({human_bytes(done.bytes)})"),
         ("time · peak memory", f"{human_time(done.seconds)} · {human_bytes(done.peak_rss)}"),
         ("digest", done.digest),
-        ("next", f"fleetune export {result.folder} --to {_next_target(result.folder / 'model')}"),
+        ("next", f"fleetune export {quoted(result.folder)} --to {_next_target(result.folder / 'model')}"),
     ])  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def _check_resume(args: argparse.Namespace, folder: Path) -> None:
         flags = ", ".join("RUN|MODEL" if n == "model" else f"--{n.replace('_', '-')}" for n in given)
         raise UsageError(
             f"--resume follows what {folder / RECORD} says; {flags} cannot be given with it",
-            hint=f"fleetune compress --resume {folder}   or begin anew, without --resume",
+            hint=f"fleetune compress --resume {quoted(folder)}   or begin anew, without --resume",
         )
 
 

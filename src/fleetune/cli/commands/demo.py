@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from fleetune.cli.console import Ui
+from fleetune.common.shell import quoted
 from fleetune.runs.events import Answered
 from fleetune.subject import Run
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     question, answer = _ask(Run(run.folder), file, offline=args.offline)
     ui.event(Answered(prompt=question, text=answer))
     ui.paths([
-        ("question", question), (f"{file.name} says", answer), ("next", f"fleetune serve {file}"),
+        ("question", question), (f"{file.name} says", answer), ("next", f"fleetune serve {quoted(file)}"),
     ])  # fmt: skip
 
 

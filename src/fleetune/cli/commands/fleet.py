@@ -16,6 +16,7 @@ from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.common.display import human_time
+from fleetune.common.shell import quoted
 from fleetune.errors import RecipeError, StorageError, UsageError
 from fleetune.fleet import PAGE_PORT, PORT
 from fleetune.runs import compression_folder, rundir
@@ -300,7 +301,7 @@ def _keys(args: argparse.Namespace, ui: Ui) -> None:
             ])  # fmt: skip
         case ["certificate", folder, *hosts] if hosts:
             ca = keys.make_certificate(Path(folder), hosts)
-            ui.paths([("for devices", str(ca)), ("for the server", f"--certificate {folder}")])
+            ui.paths([("for devices", str(ca)), ("for the server", f"--certificate {quoted(folder)}")])
         case _:
             raise UsageError("keys takes: new NAME, or certificate DIR HOST [HOST ..]")
 
@@ -384,7 +385,7 @@ def _app(args: argparse.Namespace, ui: Ui) -> None:
     shim.write(folder)
     ui.paths([
         ("app", str(folder)),
-        ("next", f"flwr run {folder} CONNECTION --run-config \"recipe='/path/on/the/server/recipe.toml'\""),
+        ("next", f"flwr run {quoted(folder)} CONNECTION --run-config \"recipe='/path/on/the/server/recipe.toml'\""),
     ])  # fmt: skip
 
 

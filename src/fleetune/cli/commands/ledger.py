@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
+from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, UsageError
 from fleetune.runs.events import DigestFound, LedgerDifference, LedgerShown, LedgerVerified, LedgerWritten
 
@@ -138,7 +139,7 @@ def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     if not ledger.head.checks:
         raise LedgerError(
             f"{paths[0]} states no digest, so there is nothing to verify",
-            hint=f"fleetune ledger replay {args.files[0]}   prints the digest of what it rebuilds, to compare yourself",
+            hint=f"fleetune ledger replay {quoted(args.files[0])}   prints the digest of what it rebuilds, to compare yourself",
         )
     model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline)
     digest, checks = finished.verify(model, ledger)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes, metric, show
+from fleetune.common.shell import quoted
 
 if TYPE_CHECKING:
     from fleetune.deploy.measure.job import MeasureResult
@@ -80,4 +81,4 @@ def _show(ui: Ui, result: MeasureResult) -> None:
     if (folder := result.folder) is not None:
         ui.paths([("result", str(folder / FILE))])
         if not result.kept and any(r.name == "tuned" for r in result.rows):
-            ui.paths([("next", f"fleetune measure {folder} --kept-gain")])
+            ui.paths([("next", f"fleetune measure {quoted(folder)} --kept-gain")])

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 
 from fleetune.cli.console import Ui
+from fleetune.common.shell import quoted
 from fleetune.runs.events import PlanRow
 
 HELP = "memory, traffic and time of every method for a model, before any work"
@@ -44,4 +45,4 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         ui.table(planning.columns(plan.rows), [planning.cells(row) for row in plan.rows])
     method = plan.best()
     if not ui.json:
-        ui.paths([("next", f"fleetune tune {args.model} DATA --method {method}")])
+        ui.paths([("next", f"fleetune tune {quoted(args.model)} DATA --method {method}")])

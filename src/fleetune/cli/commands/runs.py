@@ -13,6 +13,7 @@ from fleetune import subject
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import storage_error, write_atomic
+from fleetune.common.shell import command, quoted
 from fleetune.errors import StorageError, UsageError
 from fleetune.runs import compression_folder, report, rundir
 from fleetune.runs.compression_folder import RECORD
@@ -66,7 +67,7 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
         ui.event(RunListed(**row))
     for sweep in sorted(p.parent for p in Path(args.out).glob("*/sweep.toml")):
         ui.event(SweepListed(path=str(sweep)))
-        ui.note(f"{sweep} is a sweep; its runs: fleetune runs --out {sweep}")
+        ui.note(f"{sweep} is a sweep; its runs: fleetune runs --out {quoted(sweep)}")
     _note_changed(rows, ui)
     smaller = _compressed(Path(args.out))
     for listed in smaller:
@@ -159,7 +160,7 @@ def _show_compressed(folder: Path, ui: Ui) -> None:
     given = {k: v for k, v in work.items() if k != "run" and v not in ("", {}, False)}
     asked = [[k, _settings(v) if k == "set" else v] for k, v in given.items()]
     ui.table(["", folder.name], [*asked, ["status", row.status], *_outcome(done or {})], align="ll")
-    next_ = f"fleetune measure {folder}" if done else f"fleetune compress --resume {folder}"
+    next_ = f"fleetune measure {quoted(folder)}" if done else f"fleetune compress --resume {quoted(folder)}"
     ui.paths([("folder", str(folder)), ("next", next_)])
 
 
@@ -185,7 +186,7 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
     if smaller := [name for name, (_, is_smaller) in zip(args.names, found, strict=True) if is_smaller]:
         raise UsageError(
             f"runs compare is of tuned runs; {smaller[0]} was compressed",
-            hint=f"fleetune measure {' '.join(args.names)} --data FILE",
+            hint=f"{command('measure', *args.names)} --data FILE",
         )
     runs = [folder for folder, _ in found]
     page = Path(args.out) / "compare.html"
@@ -211,7 +212,8 @@ def _rm(args: argparse.Namespace, ui: Ui) -> None:
     if "latest" in args.names:
         latest, _ = _folder("latest", Path(args.out))
         raise UsageError(
-            f"what is removed must be named; latest is {latest} now", hint=f"fleetune runs rm {latest}"
+            f"what is removed must be named; latest is {latest} now",
+            hint=f"fleetune runs rm {quoted(latest)}",
         )
     links = [folder for folder in found if rundir.is_foreign_link(folder)]
     if not args.force:
@@ -239,7 +241,7 @@ def _check_needed(found: Sequence[Path], out: Path) -> None:
         if needing:
             raise UsageError(
                 f"{folder} is needed by {', '.join(needing)}: made from it, and measured against it",
-                hint=f"remove all: fleetune runs rm {' '.join([str(folder), *needing])}   or it alone, with --force",
+                hint=f"remove all: {command('runs', 'rm', folder, *needing)}   or it alone, with --force",
             )
 
 

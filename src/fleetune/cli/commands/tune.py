@@ -14,6 +14,7 @@ from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import RoundBar
 from fleetune.common.display import human_bytes, human_time, show
+from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.runs.events import ClientReply, Event, RoundDone, RoundEvaluated
@@ -89,14 +90,16 @@ def finish(ui: Ui, result: TuneResult) -> None:
     )
     ui.paths([
         ("report", f"{run}/report.html"), ("result", f"{done.result} ({human_bytes(done.result_bytes)})"),
-        ("digest", done.digest), ("samples", f"{run}/samples.md"), ("next", f"fleetune eval {run}"),
+        ("digest", done.digest), ("samples", f"{run}/samples.md"), ("next", f"fleetune eval {quoted(run)}"),
     ])  # fmt: skip
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     values = recipe_flags.keys(args, args.config)
     if "sweep" in values:
-        raise RecipeError([f"{args.config} is the recipe of a sweep"], hint=f"fleetune sweep {args.config}")
+        raise RecipeError(
+            [f"{args.config} is the recipe of a sweep"], hint=f"fleetune sweep {quoted(args.config)}"
+        )
     for name in ("model", "data"):
         if (given := getattr(args, name)) and (flag := getattr(args, recipe_flags.PREFIX + name)):
             raise UsageError(
