@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fleetune.common.display import counted
 from fleetune.common.memory import rss
 from fleetune.data import keyed_order
 from fleetune.errors import FleetError
@@ -229,7 +230,7 @@ def _failures(replies: Replies, before: int, plan: RoundPlan) -> int:
     if before + 1 >= min(PATIENCE, plan.rounds):
         what = "every client failed, " if not replies.accepted else "most replies are not finite, "
         raise FleetError(
-            f"{what}{before + 1} rounds in a row; the first of round {replies.round.number}: {replies.reason}",
+            f"{what}{counted(before + 1, 'round')} in a row; the first of round {replies.round.number}: {replies.reason}",
             hint="see log.txt in the run folder; when the cause is gone, resume the run",
         )
     return before + 1

@@ -38,7 +38,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     from fleetune import compression
 
-    sub.add_argument("model", metavar="RUN|MODEL", nargs="?")
+    sub.add_argument("model", metavar="RUN|MODEL", nargs="?", help="what to make smaller")
     sub.add_argument("--method", help=f"{', '.join(compression.entries())} (default {METHOD})")
     sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the method; repeat")
     sub.add_argument(

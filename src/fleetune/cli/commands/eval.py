@@ -20,7 +20,7 @@ fleetune eval latest --tasks perplexity --text book.txt
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("model", metavar="RUN|FOLDER|MODEL")
+    sub.add_argument("model", metavar="RUN|FOLDER|MODEL", help="what to measure")
     sub.add_argument(
         "data", metavar="DATA", nargs="?", help="rows to measure on (a run: its own held-out rows)"
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
-from fleetune.common.display import human_bytes
+from fleetune.common.display import counted, human_bytes
 from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, UsageError
 from fleetune.runs.events import DigestFound, LedgerDifference, LedgerShown, LedgerVerified, LedgerWritten
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 
 HELP = "show, verify, replay, compare and combine seed ledgers"
 ORDER = 60
+VERBS = """\
+show FILE               what a ledger holds: base, method, law, entries, digests
+verify FILE             rebuild the weights, and compare them with every digest that it states
+replay FILE             rebuild the weights, and print their digest (--round N: those after round N)
+diff FILE FILE          what differs between two ledgers: head, rounds, direction of the change
+export FILE --to DIR    write the tuned model as a Hugging Face directory
+merge FILE FILE --to F  both ledgers' steps in one: the changes are added
+truncate FILE --to F    without the rounds after --round N
+drop FILE --to F        without round --round N
+scale FILE --to F       all steps times --factor X
+compact FILE --to F     steps along one direction added up: the same weights, a smaller file
+"""
 EXAMPLES = """\
 fleetune ledger show latest
 fleetune ledger verify latest
@@ -31,15 +44,18 @@ fleetune ledger truncate latest --round 5 --to short.safetensors
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("action", choices=list(ACTIONS))
-    sub.add_argument("files", metavar="FILE|RUN", nargs="+")
+    sub.description = f"{sub.description}\n\n{textwrap.indent(VERBS, '    ')}"
+    sub.add_argument("action", metavar="ACTION", choices=list(ACTIONS), help="one of the above")
+    sub.add_argument(
+        "files", metavar="FILE|RUN", nargs="+", help="a ledger file, or a run, whose ledger is meant"
+    )
     sub.add_argument("--model", help="the base model (a run knows its own)")
     sub.add_argument("--to", metavar="PATH", help="file (or folder, for export) to write")
     sub.add_argument(
         "--round", type=int, help="for truncate: the last round that stays; for drop: the round left out"
     )
-    sub.add_argument("--factor", type=float, help="for scale")
-    sub.add_argument("--threads", type=int, help="replay with so many threads")
+    sub.add_argument("--factor", type=float, help="for scale: what all steps are multiplied by")
+    sub.add_argument("--threads", type=int, help="threads of the replay (default: all)")
     sub.add_argument(
         "--backend", default="auto", choices=["auto", "numba", "torch"], help="replay with these kernels"
     )
@@ -94,14 +110,15 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
     ))  # fmt: skip
     if ui.json:
         return
+    passes = f"{ledger.count_passes():,} {'pass' if ledger.count_passes() == 1 else 'passes'}"
     parameters = sum(math.prod(shape) for _, shape, _ in head.tensors)
     ui.table(["", ""], [
         ["file", f"{path} ({human_bytes(size)}; compact {human_bytes(len(ledger.compact().to_bytes()))})"],
         ["base", head.base],
-        ["weights", f"{parameters:,} in {len(head.tensors)} tensors"],
+        ["weights", f"{parameters:,} in {counted(len(head.tensors), 'tensor')}"],
         ["method", f"{head.method}, lr {_rate(head)}, eps {head.eps:g}, {head.aggregation}"],
         ["directions", f"{head.law}, K {head.K:,}, law version {head.law_version}, grid {head.grid:.9g}"],
-        ["entries", f"{len(ledger):,} over {last} rounds, {ledger.count_passes():,} passes to replay"],
+        ["entries", f"{len(ledger):,} over {counted(last, 'round')}, {passes} to replay"],
         ["privacy", head.privacy],
         *[[f"after round {r}", d] for r, d in sorted(head.checks.items(), key=lambda c: int(c[0]))],
         ["fingerprint", ledger.fingerprint()],

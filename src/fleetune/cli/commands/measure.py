@@ -23,7 +23,7 @@ fleetune measure smollm2-135m latest --data rows.jsonl
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("subjects", metavar="FOLDER|RUN|MODEL", nargs="+")
+    sub.add_argument("subjects", metavar="FOLDER|RUN|MODEL", nargs="+", help="what to measure, side by side")
     sub.add_argument("--text", help="plain text file for perplexity")
     sub.add_argument("--windows", type=int, default=16, help="windows of the text at most (default 16)")
     sub.add_argument("--length", type=int, default=512, help="tokens a window (default 512)")

@@ -18,7 +18,7 @@ fleetune methods fedkseed     its settings, for --set NAME=VALUE
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("name", metavar="NAME", nargs="?")
+    sub.add_argument("name", metavar="NAME", nargs="?", help="a method, to list its settings")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

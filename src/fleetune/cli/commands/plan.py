@@ -20,7 +20,7 @@ fleetune plan ./my-model --dtype bf16 --length 512 --batch 4
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("model", metavar="MODEL", help="hub id, HF directory, GGUF file or built-in name")
     sub.add_argument("--ram", help="memory of a device, e.g. 4GB: says what fits")
     sub.add_argument("--uplink", help="its uplink, e.g. 1Mbps: says how long a round's traffic takes")
     sub.add_argument("--batch", type=int, default=1, help="rows per step (default 1)")

@@ -14,7 +14,7 @@ from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import CountBar
-from fleetune.common.display import human_time, show
+from fleetune.common.display import counted, human_time, show
 from fleetune.common.shell import quoted
 from fleetune.errors import FleetuneError, Interrupted, UsageError
 from fleetune.runs import report, rundir
@@ -161,7 +161,7 @@ def _plan(grid: SweepGrid, ui: Ui) -> None:
         ui.event(SweepPlanned(name=point.name, values=list(point.values), seed=point.seed))
     if not ui.json:
         ui.table(["run", "values"], [[p.name, p.words] for p in grid.points])
-    ui.note(f"the sweep is good: {len(grid.points)} runs")
+    ui.note(f"the sweep is good: {counted(len(grid.points), 'run')}")
 
 
 def _start(grid: SweepGrid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) -> None:

@@ -13,7 +13,7 @@ from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import RoundBar
-from fleetune.common.display import human_bytes, human_time, show
+from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
@@ -49,9 +49,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Tune, resume or check."""
-    from fleetune import api
-
     if args.resume:
+        from fleetune import api
+
         path = rundir.find(args.resume, Path(args.out))
         recipe_flags.check_resume(args, path, "fleetune tune --resume")
         if args.dry_run:
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             finish(ui, api.resume_run(path, out=args.out, offline=args.offline, listener=shown))
         return
     recipe = _recipe(args)
+    recipe_flags.check_data(recipe.data)
     if args.dry_run:
         _check_only(recipe, args, ui)
     else:
@@ -113,7 +114,9 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.tuning import prepare
 
     found = prepare.dry_run(recipe, offline=args.offline)
-    ui.note(f"the recipe is good: {found.clients} clients, {found.rows} rows, {found.held_out} held out")
+    ui.note(
+        f"the recipe is good: {counted(found.clients, 'client')}, {counted(found.rows, 'row')}, {found.held_out} held out"
+    )
     ui.event(found)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from fleetune.common.display import change, human_bytes, human_time, improved, show
 from fleetune.runs.report import axes, page, runlog, svg
-from fleetune.runs.report.page import TableCell, esc, flat, true_minus
+from fleetune.runs.report.page import TableCell, esc, true_minus
 from fleetune.runs.report.runlog import Number, RunLog, Step, kind_of, number, read
 from fleetune.runs.report.unlike import APART, caveats
+from fleetune.runs.report.words import differences
 
 
 def compare(runs: Sequence[Path]) -> str:
@@ -145,14 +146,8 @@ def _elapsed(steps: Sequence[Step]) -> dict[int, float]:
 
 
 def _differences(runs: Sequence[RunLog], names: Sequence[str]) -> str:
-    configs = [dict(flat(run.config)) for run in runs]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    rows: list[list[str | TableCell]] = []
-    for key in keys:
-        values = [config.get(key, "-") for config in configs]
-        if len(set(values)) > 1:
-            rows.append([key, *values])
-    same = len(keys) - len(rows)
+    unlike, same = differences([run.config for run in runs])
+    rows: list[list[str | TableCell]] = [[key, *values] for key, values in unlike]
     if not rows:
         return f"<p>Nothing: all {same} options are equal.</p>"
     return (
