@@ -13,12 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from fleetune.cli import setting_names, unknown
+from fleetune.cli import recipe_flags, setting_flags, unknown
+from fleetune.common import setting_names
 from fleetune.errors import UsageError
 
 SHELLS: Final = ("bash", "zsh", "fish")
 INSTALL: Final = "pip install 'fleetune[completion]'"
-RUNS: Final = ("--resume", "RUN", "RUN|FOLDER|MODEL", "FOLDER|RUN|MODEL", "RUN|MODEL", "FILE|RUN")
+RUNS: Final = ("--resume", "RUN", "FILE|RUN")
+SUBJECTS: Final = ("RUN|FOLDER|MODEL", "FOLDER|RUN|MODEL", "RUN|MODEL")
 
 
 def library() -> ModuleType:
@@ -62,7 +64,7 @@ def _parser(line: str) -> argparse.ArgumentParser:
 def _words(action: argparse.Action, command: str) -> Callable[..., Iterable[str]] | None:
     """Return what completes an argument; None for what argcomplete completes itself: choices, files."""
     name = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
-    registry = setting_names.registry_of(command)
+    registry = setting_flags.registry_of(command)
     if name == "--method" and registry is not None:
         return lambda **_: registry.members()
     if name == "--set" and registry is not None:
@@ -72,17 +74,29 @@ def _words(action: argparse.Action, command: str) -> Callable[..., Iterable[str]
     if name == "--to" and command == "export":
         return lambda **_: _targets()
     if name in RUNS:
+        return lambda parsed_args, **_: _runs(parsed_args)
+    if name in SUBJECTS:
         return lambda parsed_args, **_: [*_runs(parsed_args), *_models()]
-    if name in ("MODEL", "--model"):
+    if choices := _choices(action):
+        return lambda **_: choices
+    if name in ("MODEL", "--model") or (command == "models" and name == "NAME"):
         return lambda **_: _models()
     return None
 
 
 def _settings(command: str, args: Any) -> list[str]:
     args.command = command
-    registry = setting_names.registry_of(command)
+    registry = setting_flags.registry_of(command)
     assert registry is not None
     return [f"{name}=" for name in setting_names.of_method(registry, unknown.method_of(args))]
+
+
+def _choices(action: argparse.Action) -> list[str]:
+    """Return the values that a flag of a recipe allows; none where it is free."""
+    from fleetune.tuning import recipe
+
+    name = action.dest.removeprefix(recipe_flags.PREFIX)
+    return recipe.choices(name) if name != action.dest else []
 
 
 def _methods() -> Iterable[str]:

@@ -8,7 +8,8 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from fleetune.cli import setting_names
+from fleetune.cli import setting_flags
+from fleetune.common import setting_names
 from fleetune.errors import UsageError, suggest
 
 DEFAULTS: Final[Mapping[str, str]] = {"compress": "optq"}  # method unless one is given; else the recipe's
@@ -77,25 +78,25 @@ def _flag(
         return told
     by_command = flags()
     own = by_command.get(args.command, ())
-    near = suggest(flag, own, cutoff=0.75)
     owners = [name for name, theirs in by_command.items() if flag in theirs]
+    near = suggest(flag, own, cutoff=0.9 if owners else 0.75)
     if not near and not owners:
         told, owner = _as_setting(args, flag, value, chosen=False)
         if owner:
             return told
-    guess = f" It is for {', '.join(owners)}." if owners else near or suggest(flag, own)
+    guess = near or (f" It is for {', '.join(owners)}." if owners else suggest(flag, own))
     return f"unknown argument '{flag}'.{guess}"
 
 
 def _as_setting(args: argparse.Namespace, flag: str, value: str, *, chosen: bool) -> tuple[str, str]:
     """Return (answer, method) where a flag is a setting of the `chosen` method, or of another; ("", "") where of none."""
-    registry = setting_names.registry_of(args.command)
+    registry = setting_flags.registry_of(args.command)
     if registry is None or not flag.startswith("--"):
         return "", ""
     method = method_of(args)
     names = [method] if chosen else [name for name in registry.members() if name != method]
     for name in names:
-        if setting := setting_names.close_to(flag, setting_names.of_method(registry, name)):
+        if setting := setting_flags.close_to(flag, setting_names.of_method(registry, name)):
             pair = f"--set {setting}={shlex.quote(value) if value else 'VALUE'}"
             if chosen:
                 return f"'{flag}': {setting} is a setting of the method {name}: {pair}", name

@@ -277,12 +277,14 @@ def find(run: str, out: Path) -> Path:
     matches = [p for p in runs if p.name == run or p.name.split("-")[0].lstrip("0") == run.lstrip("0")]
     if len(matches) == 1:
         return matches[0]
-    raise UsageError(f"no run '{run}' in {out}", hint="runs there are: fleetune runs")
+    elsewhere = "" if str(out) == "runs" else f" --out {quoted(out)}"
+    raise UsageError(f"no run '{run}' in {out}", hint=f"runs there are: fleetune runs{elsewhere}")
 
 
 def check_name(name: str, out: Path) -> None:
-    """UsageError for `latest` or a number where there is no such run, before it is taken for a model's name."""
-    if name == "latest" or name.isdigit():
+    """UsageError for `latest`, a number or a run's name where there is no such run, before it is taken for a model's name."""
+    like_one = re.fullmatch(r"\d{4,}-[\w.-]+", name) and not Path(name).exists()
+    if name == "latest" or name.isdigit() or like_one:
         find(name, out)
 
 

@@ -9,7 +9,6 @@ before any slow work.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import tomllib
@@ -167,14 +166,18 @@ def fields() -> dict[str, tuple[Any, Any, str]]:
     return found
 
 
+def choices(name: str) -> list[str]:
+    """Return the values that an option allows; an empty list where it is free."""
+    info: FieldInfo = Recipe.__pydantic_fields__[name]  # type: ignore[attr-defined]
+    patterns = [p for part in info.metadata if (p := getattr(part, "pattern", None))]
+    found = recipe_problems.CHOICES.fullmatch(patterns[0]) if patterns else None
+    return found[1].split("|") if found else []
+
+
 def make(values: Mapping[str, Any]) -> Recipe:
     """The recipe with these values; RecipeError lists every problem, with suggestions for unknown keys."""
     names = list(fields())
-    problems = []
-    for key in values:
-        if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
-            problems.append(f"unknown option '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+    problems = [recipe_problems.unknown(key, names, values) for key in values if key not in names]
     try:
         recipe = TypeAdapter(Recipe).validate_python({k: v for k, v in values.items() if k in names})
     except ValidationError as error:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from fleetune.common import setting_names
 from fleetune.common.spellings import meant
 from fleetune.errors import FleetuneError, RecipeError
 
@@ -49,15 +51,33 @@ def _shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}.."
 
 
+def unknown(key: str, names: Sequence[str], values: Mapping[str, Any]) -> str:
+    """Return what to say of a key that is no option: the option that was meant, or that it is a setting of the method."""
+    methods = importlib.import_module("fleetune.tuning.methods")
+    method = str(values.get("method") or _default_method())
+    if key in setting_names.of_method(methods.REGISTRY, method):
+        return (
+            f"unknown option '{key}'. It is a setting of the method {method}: settings={{{key!r}: {values[key]!r}}} in "
+            f"Python, {key} = {values[key]} under [set] in a recipe, --set {key}={values[key]} as a flag"
+        )
+    close = difflib.get_close_matches(key, names, n=1)
+    return f"unknown option '{key}'." + (f" Did you mean '{close[0]}'?" if close else "")
+
+
+def _default_method() -> str:
+    return str(importlib.import_module("fleetune.tuning.recipe").fields()["method"][1])
+
+
 def of_settings(values: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the method and its settings; an empty list where they cannot be looked at."""
     method, chosen = values.get("method"), values.get("set")
     if not chosen or not isinstance(chosen, Mapping):
         return []
-    # by name: a method's module may import the recipe
-    recipe, methods = (importlib.import_module(f"fleetune.tuning.{name}") for name in ("recipe", "methods"))
+    methods = importlib.import_module(
+        "fleetune.tuning.methods"
+    )  # by name: a method's module may import the recipe
     try:
-        methods.make(method or recipe.fields()["method"][1], chosen)
+        methods.make(method or _default_method(), chosen)
     except RecipeError as error:
         return error.problems
     except FleetuneError as error:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 HELP = "fine-tune on real devices"
 ORDER = 35
 EXAMPLES = """\
-fleetune fleet serve -c recipe.toml --devices 4 --page
+fleetune fleet serve -c recipe.toml --wait 4 --page
 fleetune fleet join 192.168.1.10:8470 --data rows.jsonl
 fleetune fleet status latest
 """
