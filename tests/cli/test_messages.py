@@ -192,8 +192,20 @@ def test_off_a_terminal_a_line_comes_every_half_minute() -> None:
             now[0] = step * 1.0
             bar.update(client=1, step=step)
     lines = err.getvalue().splitlines()
+    assert len(lines) == 3
     assert [line.partition(" · step")[0] for line in lines] == ["rounds 0/2 · client 1/4"] * 3
     assert lines[0] == "rounds 0/2 · client 1/4 · step 30/100 · 13 min left"
+
+
+def test_what_is_said_anyway_counts_as_a_word() -> None:
+    now, err = [0.0], io.StringIO()
+    ui = Ui(stderr=err, clock=lambda: now[0])
+    with ui.progress(10, 1, 10) as bar:
+        for step in range(10):
+            now[0] += 20.0
+            bar.update(client=1, step=step)
+            ui.note("something else")
+    assert set(err.getvalue().splitlines()) == {"something else"}
 
 
 @pytest.mark.parametrize("mode", [{"json": True}, {"quiet": 1}])
@@ -210,3 +222,7 @@ def test_a_command_can_be_pasted() -> None:
     assert shlex.split(command(*words)) == ["fleetune", *words]
     assert command("eval", "plain/0001-x") == "fleetune eval plain/0001-x"
     assert quoted(Path("a b")) == "'a b'"
+
+
+def test_no_help_ends_in_an_empty_default() -> None:
+    assert [name for name in COMMANDS if "(default )" in " ".join(call("help", name)[1].split())] == []

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import UnsupportedOperation
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO, cast
+from typing import TYPE_CHECKING, Final, Self, TextIO, cast
 
 from fleetune.cli.progress import CountBar, Live, RoundBar
 from fleetune.common.display import (
@@ -42,6 +42,8 @@ from fleetune.runs.events import VERSION, Event, Failed, Stopped, as_dict
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+SILENCE: Final = 30.0  # seconds without a word, off a terminal
 
 _PLAIN = str.maketrans({"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-"})
 
@@ -138,6 +140,7 @@ class Ui:
         self._live: Live | None = None
         self._before: float | None = None
         self._headed = False
+        self._spoke = clock()  # when a line was last written
 
     def _lose(self, error: OSError) -> None:
         self.output_lost = True
@@ -177,6 +180,7 @@ class Ui:
     def _say(self, stream: _Stream, text: str, style: str = "") -> None:
         """One or more lines of plain text, with a style where the stream is a terminal; never wrapped."""
         text = clean(text)
+        self._spoke = self.clock()
         if not stream.fancy:
             stream.write(text + "\n")
             return
@@ -204,6 +208,11 @@ class Ui:
         """A remark on stderr, above a live bar if there is one."""
         if self.quiet < 1:
             self._say(self._err, text)
+
+    def _still_at(self, text: str) -> None:
+        """Say how far it is, where nothing was said for SILENCE seconds."""
+        if self.clock() - self._spoke >= SILENCE:
+            self.note(text)
 
     def text(self, piece: str) -> None:
         """A piece of a text that grows, on stdout, without an end of line."""
@@ -312,7 +321,7 @@ class Ui:
         shown = self._err.fancy and self.quiet < 1 and not self.json and self._live is None
         told = not self._err.fancy and self.quiet < 1 and not self.json
         live = Live(
-            label, self._console(self._err) if shown else None, self.clock, self.note if told else None
+            label, self._console(self._err) if shown else None, self.clock, self._still_at if told else None
         )
         self._live = live if shown else self._live
         live.start()

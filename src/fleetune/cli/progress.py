@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from fleetune.common.display import clean, human_time
 
@@ -16,11 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-SILENCE: Final = 30.0  # seconds without a word, off a terminal
-
 
 class Live:
-    """A transient bar on a terminal with a fraction and a text; without a console a line every SILENCE seconds."""
+    """A transient bar on a terminal with a fraction and a text; nothing is drawn without a console."""
 
     def __init__(
         self,
@@ -29,9 +27,8 @@ class Live:
         clock: Callable[[], float],
         say: Callable[[str], None] | None = None,
     ) -> None:
-        """`say` is given a line now and then, where there is no console to draw on."""
+        """`say` is given the text at every move, where there is no console to draw on."""
         self.label, self.console, self.clock, self.say = clean(label), console, clock, say
-        self.said = clock()  # when the last line was given
         self.fraction, self.text = 0.0, ""
         self.began: tuple[float, float] | None = None
         self.bar: Progress | None = None
@@ -63,8 +60,7 @@ class Live:
             self.began = (now, self.fraction)
         left = _left(now - self.began[0], self.fraction - self.began[1], 1.0 - self.fraction)
         self.text = " · ".join([clean(part) for part in parts if part] + ([left] if left else []))
-        if self.say is not None and now - self.said >= SILENCE:
-            self.said = now
+        if self.say is not None:
             self.say(f"{self.label} {self.text}")
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=self.fraction, text=self.text)

@@ -29,7 +29,7 @@ def add(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("recipe")
     for name, (kind, default, text) in recipes.fields().items():
         if name != "set":
-            shown = "" if default is dataclasses.MISSING else f" (default {default})"
+            shown = "" if default in (dataclasses.MISSING, "") else f" (default {default})"
             group.add_argument(
                 f"--{name.replace('_', '-')}",
                 dest=PREFIX + name,
