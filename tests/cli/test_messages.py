@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import pty
 import shlex
@@ -15,11 +16,14 @@ from pathlib import Path
 
 import pytest
 
+import fleetune
 from fleetune.cli import announce
 from fleetune.cli import main as cli
 from fleetune.cli.console import Ui
+from fleetune.common.display import are, counted
 from fleetune.common.shell import command, quoted
 from fleetune.common.version import __version__
+from fleetune.errors import RecipeError, UsageError
 
 COMMANDS = sorted(cli.COMMANDS.members())
 LIGHT = [  # these load neither torch nor transformers
@@ -226,3 +230,68 @@ def test_a_command_can_be_pasted() -> None:
 
 def test_no_help_ends_in_an_empty_default() -> None:
     assert [name for name in COMMANDS if "(default )" in " ".join(call("help", name)[1].split())] == []
+
+
+def test_a_refused_reply_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    from fleetune.cli.commands import tune
+
+    log = logging.getLogger("fleetune.tuning.replies")
+    with tune._said_once(Ui(stderr=io.StringIO())):  # which shows it
+        log.warning("refused")
+    assert caplog.messages == []
+    with tune._said_once(Ui(quiet=1, stderr=io.StringIO())):  # which does not
+        log.warning("refused")
+    log.warning("later")
+    assert caplog.messages == ["refused", "later"]
+
+
+def test_numbers_have_their_nouns() -> None:
+    assert [counted(n, "round") for n in (0, 1, 2, 1200)] == [
+        "0 rounds",
+        "1 round",
+        "2 rounds",
+        "1,200 rounds",
+    ]
+    assert (are(1, "tensor"), are(5, "tensor")) == ("1 tensor is", "5 tensors are")
+
+
+def test_an_export_says_what_was_rounded_as_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    from fleetune.cli.commands import export
+    from fleetune.deploy.export_subject import ExportResult
+    from fleetune.runs.events import ExportDone
+
+    for exact, words in (
+        (11, "36 rounded as asked, 11 exact, 0 wrong"),
+        (47, "47 of 47 tensors hold the source's"),
+    ):
+        done = ExportDone(to="gguf:q8_0", path="a b.gguf", tensors=47, exact=exact, types={"Q8_0": 47})
+        export.show(Ui(), ExportResult(Path("a b.gguf"), done))
+        assert words in capsys.readouterr().out
+
+
+def test_an_error_names_the_run_and_not_the_folder_on_the_way() -> None:
+    from fleetune.deploy.export_subject import _called
+
+    scratch, run = Path("runs/.export-x/0001-a"), Path("runs/0001-a")
+    with pytest.raises(UsageError) as caught, _called(scratch, run):
+        raise UsageError(f"{scratch} holds plain weights", hint=f"not {scratch}")
+    assert (str(caught.value), caught.value.message) == ("runs/0001-a holds plain weights",) * 2
+    assert caught.value.hint == "not runs/0001-a"
+
+
+@pytest.mark.parametrize("options", [{"lr": 1e-4}, {"K": 512}])
+def test_a_setting_as_an_option_of_the_python_api_is_answered(options: dict[str, object]) -> None:
+    (name,) = options
+    with pytest.raises(
+        RecipeError, match=f"unknown option '{name}'. It is a setting of the method fedkseed: settings="
+    ) as caught:
+        fleetune.tune("m", "rows.jsonl", **options)  # type: ignore[arg-type]
+    assert f"settings={{'{name}': {options[name]!r}}}" in str(caught.value)
+
+
+def test_latest_is_looked_for_where_the_runs_are(at: Path) -> None:
+    with pytest.raises(UsageError, match="no run 'latest' in runs"):
+        fleetune.open("latest")
+    (at / "runs" / "0001-mezo-m").mkdir(parents=True)
+    (at / "runs" / "0001-mezo-m" / "run.toml").write_text("")
+    assert fleetune.open("latest").folder == Path("runs/0001-mezo-m")  # type: ignore[union-attr]

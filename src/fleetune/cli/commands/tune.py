@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,8 +123,20 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
 
 @contextmanager
 def screen(ui: Ui) -> Iterator[RunScreen]:
-    with ui.progress(0) as bar, InterruptHandler(ui) as interrupt:
+    with ui.progress(0) as bar, InterruptHandler(ui) as interrupt, _said_once(ui):
         yield RunScreen(ui, bar, interrupt)
+
+
+@contextmanager
+def _said_once(ui: Ui) -> Iterator[None]:
+    """Leave out the log's line on a reply that was refused, which the screen shows as well."""
+    log, shown = logging.getLogger("fleetune.tuning.replies"), ui.quiet < 1
+    drop = logging.Filter("nothing" if shown else "")  # lets through what is logged under this name
+    log.addFilter(drop)
+    try:
+        yield
+    finally:
+        log.removeFilter(drop)
 
 
 class RunScreen:
