@@ -78,8 +78,8 @@ def command_parsers() -> dict[str, argparse.ArgumentParser]:
     return found
 
 
-def _common_arguments() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+def _common_arguments() -> Parser:
+    common = Parser(add_help=False)
     group = common.add_argument_group("everywhere")
     group.add_argument("--json", action="store_true", help="one JSON object per event on stdout")
     group.add_argument("--out", default="runs", metavar="DIR", help="folder of the runs (default ./runs)")

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         return _told_of_exit(first, error)
     try:
-        unknowns.check_set(_command_in(words), words)
+        unknowns.check_set(_command_in(words) or "", words)
         args, unknown = parser.parse_known_args(words)
     except UsageError as error:
         first.error(error)

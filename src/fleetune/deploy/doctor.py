@@ -84,7 +84,8 @@ def look() -> Found:
     home = _safe(lambda: cache.cache(), Path("~/.cache/fleetune"))
     versions = {"fleetune": __version__, **{name: _version(name) for name in PACKAGES}}
     writable = _safe(lambda: _writable(home), False)
-    engines = _safe(_engines, {})
+    none: dict[str, bool] = {}
+    engines = _safe(_engines, none)
     found = Found(
         versions=versions, python=platform.python_version(), program=sys.executable,
         system=_safe(lambda: f"{platform.system()} {platform.machine()}", ""), processors=_processors(),

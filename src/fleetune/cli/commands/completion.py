@@ -11,9 +11,9 @@ from fleetune.runs.events import TextShown
 HELP = "print the script that completes fleetune's words in a shell"
 ORDER = 160
 EXAMPLES = """\
-fleetune completion bash >> ~/.bashrc
-fleetune completion zsh >> ~/.zshrc
-fleetune completion fish > ~/.config/fish/completions/fleetune.fish
+fleetune completion bash   in ~/.bashrc: eval "$(fleetune completion bash)"
+fleetune completion zsh    in ~/.zshrc, after compinit: eval "$(fleetune completion zsh)"
+fleetune completion fish   in ~/.config/fish/config.fish: fleetune completion fish | source
 """
 
 
