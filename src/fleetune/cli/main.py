@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parse the command line, run a command, and turn errors into exit codes.
 
-A command is one file in `cli/commands/`: `HELP` (one line), `EXAMPLES`, `arguments(parser)` and `run(args, ui)`.  The folder is the
-registry; another package registers a module of that shape under the entry-point group `fleetune.commands`.  Only the
+A command is one file in `cli/commands/`: `HELP` (one line), `EXAMPLES`, `arguments(parser)` and `run(args, ui)`.  The folder is
+the registry; another package registers a module of that shape under the entry-point group `fleetune.commands`.  Only the
 command that is run is imported.
 """
 
