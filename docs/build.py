@@ -18,6 +18,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,6 +89,8 @@ def commands_page() -> str:
     parts = [MADE, "# Commands\n", "```\n" + cli.EXAMPLES + "```\n"]
     for name, sub in cli.command_parsers().items():
         parts.append(f"## fleetune {name}\n\n{sub.description}\n")
+        if sub.epilog:
+            parts.append("```\n" + textwrap.dedent(sub.epilog.partition("\n")[2]).rstrip() + "\n```\n")
         parts.append("| argument | meaning |\n|---|---|")
         for action in sub._actions:
             if isinstance(action, argparse._HelpAction):

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from fleetune.cli import main as cli
+from fleetune.errors import UsageError
 from fleetune.tuning import methods
 
 ROOT = Path(__file__).parent.parent
@@ -94,12 +95,13 @@ def fault(line: str, *, whole: bool = True) -> str:
         return f"{words[0]} has no {wrong[0]}"
     if not whole:
         return ""
-    heard = io.StringIO()
     try:
-        with contextlib.redirect_stderr(heard):
+        with contextlib.redirect_stdout(io.StringIO()):
             _, unknown = sub.parse_known_args(words[1:])
-    except SystemExit as end:
-        return "" if end.code == 0 else heard.getvalue()
+    except UsageError as error:
+        return error.message
+    except SystemExit:  # --help
+        return ""
     return f"{words[0]} does not take {' '.join(unknown)}" if unknown else ""
 
 

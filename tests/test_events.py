@@ -43,7 +43,10 @@ TOUR = {
     "plan tiny --ram 10MB": {"PlanRow", "Failed"},
     "methods": {"MethodListed"},
     "methods mezo": {"SettingListed"},
-    "models": {"ModelListed"},
+    "models": {"ModelListed", "ModelCached"},
+    "models rm mine.gguf": {"ModelRemoved"},
+    "doctor": {"DoctorReport"},
+    "version": {"TextShown"},
     f"tune tiny demo {' '.join(ZEROTH + FEW)} --dry-run": {"TuneChecked"},
     f"tune tiny demo {' '.join(ZEROTH + FEW)}": {"TuneStart", "ClientReply", "RoundDone", "RoundEvaluated", "TuneDone"},
     f"tune tiny demo --method fedit --set r=2 {' '.join(FEW)} --partition dirichlet:1:category": {"TuneDone"},
@@ -102,9 +105,15 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     keys = "".join(f"{k} = {json.dumps(v)}\n" for k, v in recipe.items())
     table = "[set]\ntau = 2\nbatch_size = 1\n[sweep]\nK = [4, 8]\n"
     (at / "sweep.toml").write_text(f'{keys}held_out = 2\ndevice = "cpu"\n{table}', encoding="utf-8")
+    (cached := at / "home" / "models" / "gguf-0123").mkdir(parents=True)
+    (cached / "config.json").write_text("{}", encoding="utf-8")
+    (cached / "fleetune_source.json").write_text(
+        '{"source": "file mine.gguf", "file": "mine.gguf"}', encoding="utf-8"
+    )
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(at)
+        patch.setenv("FLEETUNE_HOME", str(at / "home"))
         patch.setattr(harness, "measured", harness.carry_out)  # here, and not in a process for each figure
         for command in TOUR:
             found[command] = _printed(command, patch)

@@ -83,7 +83,7 @@ def plan(
     work = planning.Workload(batch=batch, length=length, steps=steps, dtype=dtype)
     return planning.make(
         config, str(model), work,
-        ram=planning.parse_bytes(str(ram)) if ram is not None else None,
+        ram=planning.parse_bytes(f"{ram} B" if isinstance(ram, int) else ram),
         uplink=planning.parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink),
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from fleetune.common import sums
+from fleetune.common.shell import quoted
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import seals
 from fleetune.models.artefact_folder import FILE, is_master
@@ -169,7 +170,7 @@ class Compressed:
         if not (Path(request.model) / "run.toml").is_file():
             raise UsageError(
                 f"{self.folder} was made from the run {request.model}, which is gone with its held-out rows",
-                hint=f"give rows: fleetune eval {self.folder} rows.jsonl",
+                hint=f"give rows: fleetune eval {quoted(self.folder)} rows.jsonl",
             )
         rows = finished.held_out(Path(request.model), offline=offline)
         return rows[1::2] if request.uses_held_out else rows
@@ -285,7 +286,9 @@ def load_with_rows(
     rows = given or (subject.held_out(offline=offline) if isinstance(subject, Compressed) else [])
     if not rows and needs_rows:
         what = "this model" if isinstance(subject, Compressed) else "a model"
-        raise UsageError(f"eval of {what} needs DATA", hint=f"fleetune eval {subject.argument} data.jsonl")
+        raise UsageError(
+            f"eval of {what} needs DATA", hint=f"fleetune eval {quoted(subject.argument)} data.jsonl"
+        )
     if isinstance(subject, Compressed):
         return subject.load(dtype=dtype or "fp32", device=device, offline=offline), rows
     words = list(labels) or sorted({e.response.strip() for e in rows})
@@ -322,7 +325,7 @@ def _codes(name: str, found: Compressed) -> UsageError:
     return UsageError(
         f"{name} was compressed with {head.method}: it holds {'codes' if head.grids else 'zeros among weights'} "
         "in a file of Fleetune's own, not a plain model",
-        hint=f"fleetune export {name} --to hf   and give the folder that it writes",
+        hint=f"fleetune export {quoted(name)} --to hf   and give the folder that it writes",
     )
 
 
@@ -334,7 +337,7 @@ def check_compressed(folder: Path) -> Path:
     """
     model, record = compression_folder.model_in(folder), compression_folder.record(folder)
     remedy, codes = (
-        f"compress again: fleetune compress {record['model']} --method {record.get('method')}",
+        f"compress again: fleetune compress {quoted(record['model'])} --method {record.get('method')}",
         model / FILE,
     )
     expected = record.get("result", {}).get("digest")

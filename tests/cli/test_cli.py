@@ -352,7 +352,10 @@ def test_a_fleet_that_cannot_work_ends_the_run(tiny, at, capsys, monkeypatch, ro
     code, _, err = call(capsys, "tune", tiny, "demo", *args)
     assert code == 4
     last = min(3, int(rounds))
-    assert f"every client failed, {last} rounds in a row; the first of round {last}: IndexError" in err
+    assert (
+        f"every client failed, {last} round{'s' * (last > 1)} in a row; the first of round {last}: IndexError"
+        in err
+    )
     assert [r for r, _ in rundir.checkpoints(at / "runs" / "latest")][-1] == last - 1
     call(capsys, "tune", "--resume", "latest")  # gets further: the same rounds do not stop it for ever
     assert rounds == "1" or [r for r, _ in rundir.checkpoints(at / "runs" / "latest")][-1] == 4

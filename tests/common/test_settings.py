@@ -43,12 +43,12 @@ def test_conditions_name_settings_of_the_method(name: str) -> None:
 
 
 SHOWN = {
-    "no client back-propagates": ("fedkseed", {}, ["K 1,024"], ["η_b", "τ_b"]),
-    "some do": ("fedkseed", {"backprop": 0.5}, ["η_b 0.0003", "τ_b 10"], []),
-    "no start from rows": ("fedit", {}, ["A₀, B₀ default", "E 1"], ["X demo", "τ"]),
-    "a start from rows": ("fedit", {"start": "eva"}, ["X demo"], []),
-    "steps instead of epochs": ("fedit", {"steps": 3}, ["τ 3"], ["E 1"]),
-    "another module": ("fedpetuning", {"module": "bitfit"}, ["module bitfit"], ["A₀", "W ", "places"]),
+    "no client back-propagates": ("fedkseed", {}, ["K 1,024"], ["backprop_lr", "backprop_steps"]),
+    "some do": ("fedkseed", {"backprop": 0.5}, ["backprop_lr 0.0003", "backprop_steps 10"], []),
+    "no start from rows": ("fedit", {}, ["start default", "epochs 1"], ["start_data", "steps"]),
+    "a start from rows": ("fedit", {"start": "eva"}, ["start_data demo"], []),
+    "steps instead of epochs": ("fedit", {"steps": 3}, ["steps 3"], ["epochs"]),
+    "another module": ("fedpetuning", {"module": "bitfit"}, ["module bitfit"], ["start", "places"]),
 }
 
 

@@ -224,10 +224,16 @@ def test_only_when_nothing_fits_is_it_an_error() -> None:
 @pytest.mark.parametrize(
     ("text", "size"),
     [("4GB", 4 * 10**9), ("512 MB", 512 * 10**6), ("2GiB", 1 << 31), ("8e9", 8 * 10**9), ("1.5g", 1_500_000_000),
-     (" 640 kb ", 640_000), ("16 KiB", 16384), ("1TB", 10**12), ("123", 123), ("2E3MB", 2 * 10**9)],
+     (" 640 kb ", 640_000), ("16 KiB", 16384), ("1TB", 10**12), ("1234567", 1234567), ("123 b", 123), ("2E3MB", 2 * 10**9)],
 )  # fmt: skip
 def test_sizes(text: str, size: int) -> None:
     assert plan.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["4", "1.5", "512", " 8 "])
+def test_a_number_that_is_no_memory_is_asked_about(text: str) -> None:
+    with pytest.raises(UsageError, match=f"Did you mean {text.strip()}GB"):
+        plan.parse_bytes(text)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import UnsupportedOperation
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO, cast
+from typing import TYPE_CHECKING, Final, Self, TextIO, cast
 
 from fleetune.cli.progress import CountBar, Live, RoundBar
 from fleetune.common.display import (
@@ -43,6 +43,8 @@ from fleetune.runs.events import VERSION, Event, Failed, Stopped, as_dict
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+SILENCE: Final = 30.0  # seconds without a word, off a terminal
 
 _PLAIN = str.maketrans({"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-"})
 
@@ -139,6 +141,7 @@ class Ui:
         self._live: Live | None = None
         self._before: float | None = None
         self._headed = False
+        self._spoke = clock()  # when a line was last written
 
     def _lose(self, error: OSError) -> None:
         self.output_lost = True
@@ -178,12 +181,18 @@ class Ui:
     def _say(self, stream: _Stream, text: str, style: str = "") -> None:
         """One or more lines of plain text, with a style where the stream is a terminal; never wrapped."""
         text = clean(text)
+        self._spoke = self.clock()
         if not stream.fancy:
             stream.write(text + "\n")
             return
         from rich.text import Text
 
         self._draw(stream, Text(text, style=style))
+
+    @property
+    def on_terminal(self) -> bool:
+        """Whether what is said on the way is read on a terminal."""
+        return self._err.fancy
 
     @property
     def _results(self) -> _Stream:
@@ -200,6 +209,11 @@ class Ui:
         """A remark on stderr, above a live bar if there is one."""
         if self.quiet < 1:
             self._say(self._err, text)
+
+    def _still_at(self, text: str) -> None:
+        """Say how far it is, where nothing was said for SILENCE seconds."""
+        if self.clock() - self._spoke >= SILENCE:
+            self.note(text)
 
     def text(self, piece: str) -> None:
         """A piece of a text that grows, on stdout, without an end of line."""
@@ -306,7 +320,10 @@ class Ui:
     @contextmanager
     def _bar(self, label: str) -> Iterator[Live]:
         shown = self._err.fancy and self.quiet < 1 and not self.json and self._live is None
-        live = Live(label, self._console(self._err) if shown else None, self.clock)
+        told = not self._err.fancy and self.quiet < 1 and not self.json
+        live = Live(
+            label, self._console(self._err) if shown else None, self.clock, self._still_at if told else None
+        )
         self._live = live if shown else self._live
         live.start()
         try:
@@ -367,17 +384,30 @@ class Ui:
         for label, text in rows:
             self._say(self._results, f" {clean(label):9} {text}")
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, align: str = "") -> None:
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        *,
+        align: str = "",
+        spare: Sequence[int] = (),
+    ) -> None:
         """A list on stdout.  `align` has an l or r for each column; without it columns of numbers go right.
 
-        On a terminal long cells fold within their column; off it every row is one line.
+        On a terminal long cells fold within their column; off it every row is one line.  `spare` are the numbers of
+        columns that are left out, one after the other, where a terminal is too narrow for the row.
         """
         if self.quiet >= 2:
             return
         cells = [["" if cell is None else clean(str(cell)) for cell in row] for row in rows]
         sides = align or "".join(_side([row[i] for row in rows]) for i in range(len(columns)))
         if self._results.fancy:
-            self._rich_table(columns, cells, sides)
+            kept = self._fitting(columns, cells, spare)
+            self._rich_table(
+                [columns[i] for i in kept],
+                [[row[i] for i in kept] for row in cells],
+                [sides[i] for i in kept],
+            )
             return
         wide = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
         marks = ["<" if side == "l" else ">" for side in sides]
@@ -385,7 +415,20 @@ class Ui:
             text = "   ".join(f"{cell:{m}{w}}" for cell, m, w in zip(row, marks, wide, strict=True))
             self._say(self._results, f" {text}".rstrip())
 
-    def _rich_table(self, columns: Sequence[str], cells: Sequence[Sequence[str]], sides: str) -> None:
+    def _fitting(
+        self, columns: Sequence[str], cells: Sequence[Sequence[str]], spare: Sequence[int]
+    ) -> list[int]:
+        """Return the columns that stay: all, or fewer where the terminal is too narrow."""
+        wide = [max(map(len, column)) + 3 for column in zip(columns, *cells, strict=True)]
+        kept, room = list(range(len(columns))), self._console(self._results).width
+        for number in spare:
+            if sum(wide[i] for i in kept) > room:
+                kept.remove(number)
+        return kept
+
+    def _rich_table(
+        self, columns: Sequence[str], cells: Sequence[Sequence[str]], sides: Sequence[str]
+    ) -> None:
         from rich import box
         from rich.table import Table
         from rich.text import Text

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parse the command line, run a command, and turn errors into exit codes.
 
-A command is one file in `cli/commands/`: `HELP` (one line), `arguments(parser)` and `run(args, ui)`.  The folder is the
-registry; another package registers a module of that shape under the entry-point group `fleetune.commands`.  Only the
+A command is one file in `cli/commands/`: `HELP` (one line), `EXAMPLES`, `arguments(parser)` and `run(args, ui)`.  The folder is
+the registry; another package registers a module of that shape under the entry-point group `fleetune.commands`.  Only the
 command that is run is imported.
 """
 
@@ -13,57 +13,60 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Final
 
+from fleetune.cli import unknown as unknowns
+from fleetune.cli.announce import announcing
+from fleetune.cli.command_line import (
+    COMMANDS,
+    EXAMPLES,
+    build_parser,
+    command_parsers,
+    flags_by_command,
+    help_page,
+)
 from fleetune.cli.console import Ui
 from fleetune.cli.engine_flags import Signalled
 from fleetune.common.memory import is_out_of_memory
-from fleetune.common.registry import Registry
-from fleetune.common.version import __version__
-from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault, suggest
+from fleetune.errors import FitError, FleetuneError, Interrupted, UsageError, cut_reason, fault
 from fleetune.seeds.kernel_choice import chosen_kernels
 
+__all__ = ["COMMANDS", "EXAMPLES", "build_parser", "command_parsers", "main"]
+
 log = logging.getLogger(__name__)
-
-COMMANDS: Final = Registry(
-    "command", "fleetune.cli.commands", "fleetune.commands", ("HELP",), "fleetune --help"
-)
-
-EXAMPLES = """\
-examples:
-  fleetune demo                                                a real job in minutes, nothing to configure
-  fleetune plan smollm2-135m --ram 4GB --uplink 1Mbps          which method fits this device
-  fleetune tune smollm2-135m data.jsonl --method fedkseed --clients 20 --rounds 10 --set K=4096
-  fleetune tune --resume latest                                continue after a stop
-  fleetune sweep recipe.toml --vary K=64,512 --seeds 3         a grid of runs on one page
-  fleetune eval latest --tasks loss,rouge                      measure the tuned model
-  fleetune ledger verify latest                                prove what a model was made from
-  fleetune compress latest --method optq                       4 bits a weight, solved block by block
-  fleetune export latest --to gguf                             one file for llama.cpp, read back bit for bit
-  fleetune measure latest --kept-gain                          size, speed, and what of the tuning is kept
-  fleetune serve latest                                        an OpenAI-compatible endpoint and a chat page
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code (0 ok, 1 failed, 2 usage, 3 does not fit, 4 fleet, 130 stopped)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:
+        from fleetune.cli import completion
+
+        completion.answer()  # and end the process
+    if not words:
+        Ui().text(help_page(""))
+        return 0
+    first = Ui(json="--json" in words)
     try:
         parser = build_parser(_command_in(words))
     except FleetuneError as error:  # of a registered command
-        Ui().error(error)
+        first.error(error)
         return error.exit_code
     except SystemExit as error:
-        return _told_of_exit(Ui(), error)
-    args, unknown = parser.parse_known_args(words)
+        return _told_of_exit(first, error)
+    try:
+        unknowns.check_set(_command_in(words) or "", words)
+        args, unknown = parser.parse_known_args(words)
+    except UsageError as error:
+        first.error(error)
+        return error.exit_code
     ui = Ui(quiet=args.quiet, json=args.json)
     _set_environment(args)
     try:
         if unknown:
-            raise _unknown_argument(args.command, unknown[0])
+            raise unknowns.error(args, words, unknown, flags_by_command)
         chosen_kernels()  # a wrong choice is refused before any work
-        COMMANDS.load(args.command).run(args, ui)
+        with announcing(ui):
+            COMMANDS.load(args.command).run(args, ui)
     except FleetuneError as error:
         ui.error(error)
         return error.exit_code
@@ -95,67 +98,9 @@ def _told_of_exit(ui: Ui, error: SystemExit) -> int:
     return failed.exit_code
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser, with the arguments of one command (None: of all, for the docs)."""
-    parser = argparse.ArgumentParser(
-        prog="fleetune",
-        description="Fine-tune language models across a fleet of edge devices.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"fleetune {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    common = _common_arguments()
-    members = COMMANDS.members().values()
-    for member in sorted(members, key=lambda m: m.order):
-        text = member.text("HELP")
-        sub = subparsers.add_parser(
-            member.name, parents=[common], help=text, description=text[0].upper() + text[1:] + "."
-        )
-        if command in (None, member.name):
-            COMMANDS.load(member.name).arguments(sub)
-    return parser
-
-
-def command_parsers() -> dict[str, argparse.ArgumentParser]:
-    """Every command's parser by name (for the docs)."""
-    (action,) = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    found: dict[str, argparse.ArgumentParser] = dict(action.choices)
-    return found
-
-
 def _command_in(words: Sequence[str]) -> str | None:
     """The command that is run; "" for none, whose help needs no arguments of any."""
     return next((word for word in words if not word.startswith("-")), "")
-
-
-def _common_arguments() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    group = common.add_argument_group("everywhere")
-    group.add_argument("--json", action="store_true", help="one JSON object per event on stdout")
-    group.add_argument("--out", default="runs", metavar="DIR", help="folder of the runs (default ./runs)")
-    group.add_argument("--offline", action="store_true", help="never use the network")
-    group.add_argument("-q", "--quiet", action="count", default=0, help="say less (-qq: errors alone)")
-    group.add_argument("-v", "--verbose", action="count", default=0, help="say more (-vv: everything)")
-    return common
-
-
-def _unknown_argument(command: str, argument: str) -> UsageError:
-    flag = argument.split("=")[0]
-    by_command = {}
-    for member in sorted(COMMANDS.members().values(), key=lambda m: m.order):
-        with suppress(UsageError):  # of another package, whose module cannot be imported
-            by_command[member.name] = _flags_of(member.name)
-    guess = suggest(flag, by_command[command])
-    if owners := [name for name, flags in by_command.items() if flag in flags]:
-        guess = f" It is for {', '.join(owners)}."
-    return UsageError(f"unknown argument '{flag}'.{guess}", hint=f"all of them: fleetune {command} --help")
-
-
-def _flags_of(command: str) -> list[str]:
-    parser = argparse.ArgumentParser(parents=[_common_arguments()])
-    COMMANDS.load(command).arguments(parser)
-    return [flag for action in parser._actions for flag in action.option_strings]
 
 
 def _set_environment(args: argparse.Namespace) -> None:

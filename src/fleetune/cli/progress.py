@@ -18,10 +18,17 @@ if TYPE_CHECKING:
 
 
 class Live:
-    """A transient bar on a terminal with a fraction and a text; draws nothing without a console."""
+    """A transient bar on a terminal with a fraction and a text; nothing is drawn without a console."""
 
-    def __init__(self, label: str, console: Console | None, clock: Callable[[], float]) -> None:
-        self.label, self.console, self.clock = clean(label), console, clock
+    def __init__(
+        self,
+        label: str,
+        console: Console | None,
+        clock: Callable[[], float],
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """`say` is given the text at every move, where there is no console to draw on."""
+        self.label, self.console, self.clock, self.say = clean(label), console, clock, say
         self.fraction, self.text = 0.0, ""
         self.began: tuple[float, float] | None = None
         self.bar: Progress | None = None
@@ -53,6 +60,8 @@ class Live:
             self.began = (now, self.fraction)
         left = _left(now - self.began[0], self.fraction - self.began[1], 1.0 - self.fraction)
         self.text = " · ".join([clean(part) for part in parts if part] + ([left] if left else []))
+        if self.say is not None:
+            self.say(f"{self.label} {self.text}")
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=self.fraction, text=self.text)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.common import settings
+from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.tuning import recipe as recipes
 
@@ -65,10 +66,19 @@ def keys(args: argparse.Namespace, file: str | None) -> dict[str, Any]:
     return {**values, "set": {**values.get("set", {}), **settings.pairs(args.set)}}
 
 
+def check_data(data: str) -> None:
+    """DataError for a file that is not there, before torch is loaded; names of the hub and folders are looked at later."""
+    from fleetune.data import readers
+
+    path = Path(data).expanduser()
+    if path.suffix.lower() in readers.READERS and ":" not in data and not path.exists():
+        raise readers.no_file(data)
+
+
 def check_resume(args: argparse.Namespace, path: Path, command: str) -> None:
     """UsageError for a part of a recipe that is given beside `--resume`; `command` resumes the run at `path`."""
     found = [word for name in ("model", "data", "config") if (word := getattr(args, name, None))]
     if found := [*found, *given(args), *args.set]:
         raise UsageError(
-            f"--resume follows the run's own recipe; it takes no {found[0]}", hint=f"{command} {path}"
+            f"--resume follows the run's own recipe; it takes no {found[0]}", hint=f"{command} {quoted(path)}"
         )

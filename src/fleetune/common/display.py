@@ -66,6 +66,17 @@ def human_count(count: float | None) -> str:
     return f"{value:.{_digits(value)}f} {units[0]}"
 
 
+def counted(count: object, word: str) -> str:
+    """Return a count with its noun: "1 round", "24 clients"."""
+    shown = f"{count:,}" if isinstance(count, int) else str(count)
+    return f"{shown} {word}{'' if count == 1 else 's'}"
+
+
+def are(count: int, word: str) -> str:
+    """Return a count with its noun and verb: "1 tensor is", "5 tensors are"."""
+    return f"{counted(count, word)} {'is' if count == 1 else 'are'}"
+
+
 def _digits(value: float) -> int:
     """Return the decimals that give about three digits."""
     if abs(value) >= 99.95:

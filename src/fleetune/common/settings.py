@@ -130,13 +130,13 @@ def make(cls: type[T], name: str, values: Mapping[str, Any], *, hint: str) -> T:
             parsed[key] = _parse(value, known[key].type)
         except (ValueError, OverflowError):
             problems.append(f"{name}: {key} = {value!r} is not {_article(known[key].type)}")
-    if not problems:
-        try:
-            return cls(**parsed)
-        except (
-            ValueError
-        ) as error:  # a __post_init__ says what is wrong in plain words, each problem an argument
-            problems.extend(f"{name}: {problem}" for problem in error.args or [error])
+    try:  # also where some are wrong already: the others may be too
+        made = cls(**parsed)
+    except ValueError as error:  # a __post_init__ says what is wrong in plain words, each problem an argument
+        problems.extend(f"{name}: {problem}" for problem in error.args or [error])
+    else:
+        if not problems:
+            return made
     raise RecipeError(problems, hint=hint)
 
 

@@ -14,7 +14,7 @@ from fleetune.common.files import storage_error
 from fleetune.common.folders import scratch
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
-from fleetune.errors import UsageError
+from fleetune.errors import FleetuneError, UsageError
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.events import ExportChecked, ExportDone
 from fleetune.runs.listener import Listener
@@ -133,7 +133,20 @@ def _of_run(
     with _scratch(out) as folder:
         plain = folder / run.folder.name
         _write_tuned(run, plain, offline=offline)
-        return write(plain, kind, out, listener, made, rows)
+        with _called(plain, run.folder):
+            return write(plain, kind, out, listener, made, rows)
+
+
+@contextmanager
+def _called(scratch: Path, name: Path) -> Iterator[None]:
+    """Let an error of the block name the run instead of the folder that is gone after it."""
+    try:
+        yield
+    except FleetuneError as error:
+        error.message = error.message.replace(str(scratch), str(name))
+        error.hint = error.hint and error.hint.replace(str(scratch), str(name))
+        error.args = (error.message,)
+        raise
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.shell import quoted
 from fleetune.compression.jobs.contract import Share
 from fleetune.compression.jobs.windows import each_of
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates, SolveLayer
@@ -79,7 +80,7 @@ class Calibrators:
         if agreed and not left:
             raise UsageError(
                 "all devices that began this compression were left out",
-                hint=f"compress again: fleetune compress {run}",
+                hint=f"compress again: fleetune compress {quoted(run)}",
             )
         count = self.served.wait or len(left) or self._count(request, devices)
         fleet = self.served.gather(folder, devices, job, 0, count, listener)

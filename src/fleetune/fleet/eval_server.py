@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.shell import quoted
 from fleetune.errors import FleetError, MessageError, UsageError
 from fleetune.fleet import result
 from fleetune.fleet.orders import Device, Job, Order
@@ -171,7 +172,8 @@ def _job(subject: Run | Compressed | Plain, run: str, offline: bool) -> tuple[Jo
     if isinstance(subject, Compressed):
         raise UsageError(
             f"{subject.argument} is a compressed model, which devices are not sent",
-            hint=f"write a plain one (fleetune export {subject.argument} --to hf), bring it to the devices, and measure that",
+            hint=f"write a plain one (fleetune export {quoted(subject.argument)} --to hf), bring it to the "
+            "devices, and measure that",
         )
     model = subject.load(offline=offline)
     job = Job(

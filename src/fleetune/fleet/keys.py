@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fleetune.common.files import PRIVATE, storage_error, write_atomic
+from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def read(path: Path) -> PrivateKey:
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-    hint = f"make one: fleetune fleet keys new {path}"
+    hint = f"make one: fleetune fleet keys new {quoted(path)}"
     try:
         secret = load_ssh_private_key(path.read_bytes(), None)
     except OSError as error:

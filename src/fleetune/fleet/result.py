@@ -15,6 +15,7 @@ from typing import Final
 from fleetune import adapters, models
 from fleetune.common import sums
 from fleetune.common.files import PRIVATE, write_atomic
+from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, MessageError, UsageError
 from fleetune.fleet.orders import Job
 from fleetune.models.model import Model
@@ -43,7 +44,7 @@ def digest_of(result: Path) -> str:
     if not file.is_file():
         raise UsageError(
             f"{file} is missing: the adapter is of an earlier version",
-            hint=f"make it again: fleetune tune --resume {result.parent}",
+            hint=f"make it again: fleetune tune --resume {quoted(result.parent)}",
         )
     return sums.sha256(file)
 

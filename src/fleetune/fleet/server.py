@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.memory import rss
+from fleetune.common.shell import quoted
 from fleetune.errors import FleetError, Interrupted, UsageError
 from fleetune.fleet import PORT, status
 from fleetune.fleet import keys as keyring
@@ -74,7 +75,7 @@ class Place:
             if self.certificate and not (self.certificate / name).is_file():
                 raise UsageError(
                     f"{self.certificate} has no {name}",
-                    hint=f"make it: fleetune fleet keys certificate {self.certificate} {self.called()}",
+                    hint=f"make it: fleetune fleet keys certificate {quoted(self.certificate)} {self.called()}",
                 )
         if self.certificate:
             keyring.hosts_of(self.certificate / "server.pem")

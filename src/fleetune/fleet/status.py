@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, read_text, write_atomic
+from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
 from fleetune.runs import compression_folder, rundir, sealed
 from fleetune.runs.events import DeviceShown, FleetShown
@@ -148,8 +149,8 @@ def resume(run: Path) -> str:
     """Return the command that goes on with what a server has left, with the flags by which its devices found it."""
     flags = word_of(run).get("flags", "")
     if compression_folder.is_one(run):
-        return f"fleetune compress --resume {run}{flags}"
-    return f"fleetune fleet {'eval' if standing(run) == 'done' else 'serve --resume'} {run}{flags}"
+        return f"fleetune compress --resume {quoted(run)}{flags}"
+    return f"fleetune fleet {'eval' if standing(run) == 'done' else 'serve --resume'} {quoted(run)}{flags}"
 
 
 def _device(told: Mapping[str, Any], record: Record, *, served: bool) -> DeviceShown:

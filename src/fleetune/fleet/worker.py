@@ -26,6 +26,7 @@ from fleetune import models
 from fleetune.common.display import human_bytes, human_time, show
 from fleetune.common.files import PRIVATE, regular, write_atomic
 from fleetune.common.memory import rss, total_memory
+from fleetune.common.shell import quoted
 from fleetune.common.version import __version__
 from fleetune.data import Batches, Encoded, Example
 from fleetune.data.encode import digest
@@ -328,7 +329,7 @@ def fitting_kinds(job: Job, method: Method, model: str, brings: Brings) -> tuple
         raise FitError(
             f"{job.method} on this model takes about {human_bytes(need)} at {rows} rows of {job.max_length} tokens, "
             f"and this device has {human_bytes(have)}",
-            hint=f"see what fits: fleetune plan {model} --ram {human_bytes(have).replace(' ', '')}",
+            hint=f"see what fits: fleetune plan {quoted(model)} --ram {human_bytes(have).replace(' ', '')}",
         )
     return fitting
 

@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from fleetune.common.memory import is_out_of_memory
+from fleetune.common.shell import quoted
 from fleetune.errors import FitError, FleetuneError, ModelError, suggest
 from fleetune.models import cache, encoders, stated
 from fleetune.models.artefact import Master
@@ -262,7 +263,7 @@ def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequenc
             raise
         raise FitError(
             f"model '{name}' in {dtype} does not fit the memory of '{chosen}'",
-            hint=f"see: fleetune plan {name}",
+            hint=f"see: fleetune plan {quoted(name)}",
         ) from error
     rows = net.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:

@@ -20,6 +20,7 @@ from typing import Final
 
 from fleetune.common import sums
 from fleetune.common.files import write_atomic
+from fleetune.common.shell import quoted
 from fleetune.errors import ModelError, StorageError
 from fleetune.models import cache, seals
 
@@ -100,5 +101,5 @@ def _remedy(folder: Path) -> str:
         return f"make or copy the folder again; if it was changed on purpose, remove {sums.FILE} from it"
     for origin in cache.ORIGINS.values():
         if folder.name in (cache.hub_target(origin.hub).name, cache.index_target(origin).name):
-            return f"rm -r {folder}   and then: fleetune models pull {origin.name}"
-    return f"rm -r {folder}   and repeat the command: the .gguf file is converted again"
+            return f"rm -r {quoted(folder)}   and then: fleetune models pull {origin.name}"
+    return f"rm -r {quoted(folder)}   and repeat the command: the .gguf file is converted again"

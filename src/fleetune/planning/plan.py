@@ -48,6 +48,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+LEAST: Final = 1_000_000  # a number without a unit that is smaller was meant in another one
 TIGHT: Final = 0.9  # fuller than this is a tight fit
 
 
@@ -263,6 +264,11 @@ def parse_bytes(text: str | None) -> int | None:
     value = float(found[1]) * _factor(found[2]) if found else 0.0
     if not 1 <= value < math.inf:
         raise UsageError(f"--ram {text!r} is not a size", hint="write 4GB, 512 MB, 2GiB or a number of bytes")
+    if found and text.strip()[-1] in "0123456789." and value < LEAST:
+        raise UsageError(
+            f"--ram {text}: no device has {text.strip()} bytes of memory. Did you mean {text.strip()}GB?",
+            hint="write 4GB, 512 MB, 2GiB or a number of bytes",
+        )
     return int(value)
 
 

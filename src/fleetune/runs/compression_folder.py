@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, TypedDict
 
 from fleetune.common.files import read_text, write_atomic
+from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
 from fleetune.models import seals
 from fleetune.runs import rundir, sealed
@@ -174,7 +175,7 @@ def is_complete(folder: Path) -> bool:
 def model_in(folder: Path) -> Path:
     """The compressed model of a folder; UsageError when it is not finished."""
     if not is_complete(folder):
-        raise UsageError(f"{folder} is not finished", hint=f"fleetune compress --resume {folder}")
+        raise UsageError(f"{folder} is not finished", hint=f"fleetune compress --resume {quoted(folder)}")
     return folder / "model"
 
 

@@ -748,6 +748,8 @@ class ModelListed(Event):
     about: str  # one line
     cached: str | None  # path of its directory; null if it is not in the cache
     source: str  # where that copy came from: hub or index; "" without one
+    bytes: int | None = None  # size of that copy; absent without one
+    download: int | None = None  # bytes that fetching it takes, about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -757,6 +759,59 @@ class ModelPulled(Event):
     event: ClassVar[str] = "pulled"
     name: str  # built-in name
     path: str  # of its directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCached(Event):
+    """`models`: a model in the cache that is not built in, such as a GGUF file that was read."""
+
+    event: ClassVar[str] = "cached_model"
+    name: str  # hub id, name of the file, or of the folder
+    path: str  # of its directory
+    bytes: int  # on the disk
+    source: str  # where it came from
+    licence: str  # of the weights; "" where nothing states it
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRemoved(Event):
+    """`models rm`: a copy of a model was removed from the cache."""
+
+    event: ClassVar[str] = "model_removed"
+    name: str  # as `models` lists it
+    path: str  # where it was
+    bytes: int  # that are free now
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextShown(Event):
+    """`help`, `version` and `completion`: the text that they print."""
+
+    event: ClassVar[str] = "text"
+    text: str  # in lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorReport(Event):
+    """`doctor`: this installation."""
+
+    event: ClassVar[str] = "doctor"
+    versions: Mapping[str, str]  # by package; "" for one that is not installed
+    python: str  # version of Python
+    program: str  # path of the interpreter
+    system: str  # operating system and machine
+    processors: int  # that this process may use
+    threads: str  # OMP_NUM_THREADS; "" where it is not set
+    memory: int  # bytes of the machine; 0 where the system does not tell
+    gpu: str  # path of the driver's program; "" for none
+    cache: str  # folder of fetched models
+    cache_bytes: int  # size of its files
+    cache_free: int  # bytes free on its disk
+    cache_writable: bool  # whether a file can be written there
+    offline: bool  # whether the environment forbids the network
+    engines: Mapping[str, bool]  # by name: whether it is installed
+    extras: Sequence[Mapping[str, Any]]  # each with name, serves, missing (packages), install (a command)
+    problems: Sequence[str]  # what stops work, with what to do
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ from typing import IO, Any, TypeVar
 from fleetune.common import folders
 from fleetune.common.files import PRIVATE, read_bytes, read_text, regular, storage_error, write_atomic
 from fleetune.common.locks import lock
+from fleetune.common.shell import quoted
 from fleetune.common.version import __version__
 from fleetune.errors import MessageError, StorageError, UsageError
 from fleetune.runs import sealed
@@ -278,12 +279,14 @@ def find(run: str, out: Path) -> Path:
     matches = [p for p in runs if p.name == run or p.name.split("-")[0].lstrip("0") == run.lstrip("0")]
     if len(matches) == 1:
         return matches[0]
-    raise UsageError(f"no run '{run}' in {out}", hint="runs there are: fleetune runs")
+    elsewhere = "" if str(out) == "runs" else f" --out {quoted(out)}"
+    raise UsageError(f"no run '{run}' in {out}", hint=f"runs there are: fleetune runs{elsewhere}")
 
 
 def check_name(name: str, out: Path) -> None:
-    """UsageError for `latest` or a number where there is no such run, before it is taken for a model's name."""
-    if name == "latest" or name.isdigit():
+    """UsageError for `latest`, a number or a run's name where there is no such run, before it is taken for a model's name."""
+    like_one = re.fullmatch(r"\d{4,}-[\w.-]+", name) and not Path(name).exists()
+    if name == "latest" or name.isdigit() or like_one:
         find(name, out)
 
 
@@ -339,7 +342,7 @@ def checkpoints(path: Path) -> list[tuple[int, Path]]:
 
 def made_on(path: Path) -> dict[str, str]:
     """The digests of the "base" and the "tokenizer" that a run was made on, by env.json; StorageError when it is damaged."""
-    hint = f"fleetune tune --resume {path}   writes it anew"
+    hint = f"fleetune tune --resume {quoted(path)}   writes it anew"
     stated = sealed.read(path / ENVIRONMENT, hint)
     found = {what: stated.get(f"{what}_digest") for what in ("base", "tokenizer")}
     for what, digest in found.items():

@@ -118,7 +118,7 @@ def client_names(job: TuneJob) -> list[str] | None:
 
 
 def letters(method: Method, name: str) -> str:
-    """Write a method's hyper-parameters as `K 1,024 · τ 200 · η 3e-07`; those without effect are left out."""
+    """Write a method's settings as `K 1,024 · tau 200 · lr 3e-07`; those without effect are left out."""
     parts = []
     for s in methods.settings(name):
         value = getattr(method, s.name)
@@ -127,7 +127,7 @@ def letters(method: Method, name: str) -> str:
         text = (
             f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
         )
-        parts.append(f"{s.symbol} {text}")
+        parts.append(f"{s.name} {text}")
     return " · ".join(parts)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from fleetune import adapters, models
 from fleetune.adapters.lora_init import FROM_WEIGHTS
 from fleetune.common import sums
+from fleetune.common.shell import quoted
 from fleetune.data import Example
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import dtypes, unmerged
@@ -46,8 +47,8 @@ def result_of(run: Path) -> Path:
     """
     found = run / RESULT[entry(recipe_of(run).method).kind]
     if not found.exists():
-        raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {run}")
-    remedy = f"write it again from the last checkpoint: fleetune tune --resume {run}"
+        raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {quoted(run)}")
+    remedy = f"write it again from the last checkpoint: fleetune tune --resume {quoted(run)}"
     sums.check(found, remedy=remedy)
     done, file = stated_by(run), found / sums.FILE if found.is_dir() else found
     if expected := done.get("result_sha256"):
@@ -78,7 +79,7 @@ def _check_tensors(run: Path, adapter: Path, expected: str) -> None:
         raise ModelError(
             f"the tensors in {adapter} are not what was written: their SHA-256 is {found:.16}.., "
             f"the run states {expected[:16]}..",
-            hint=f"remove the folder, and write it again from the last checkpoint: fleetune tune --resume {run}",
+            hint=f"remove the folder, and write it again from the last checkpoint: fleetune tune --resume {quoted(run)}",
         )
 
 

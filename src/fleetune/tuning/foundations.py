@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fleetune.common.shell import quoted
 from fleetune.data import Example
 from fleetune.data.encode import digest
 from fleetune.errors import RecipeError, UsageError
@@ -103,7 +104,7 @@ def check_rows(run: Path, recipe: Recipe, parts: Split) -> None:
         raise UsageError(
             "\n  ".join([f"{data} was changed since {run} was made on it:", *differences]),
             hint=f"bring it back as it was: rows held out now may have been trained on; or name the rows to measure on: "
-            f"fleetune eval {run} FILE, or fleetune measure {run} --data FILE",
+            f"fleetune eval {quoted(run)} FILE, or fleetune measure {quoted(run)} --data FILE",
         )
 
 
@@ -130,7 +131,7 @@ def recipe_of(run: Path) -> Recipe:
         raise RecipeError(
             [f"{file} is not the recipe that the run was begun with", *_first(differences)],
             hint=f"write these options into {file} as they were; a run with other options is a new one: "
-            f"fleetune tune -c {file}",
+            f"fleetune tune -c {quoted(file)}",
         )
     return recipe
 
@@ -145,7 +146,7 @@ def check(job: TuneJob, run: Path) -> StandsOn:
         raise UsageError(
             "\n  ".join([f"{run} was begun with something else than there is now:", *_first(differences)]),
             hint=f"bring back the recipe, the model ({recipe.model}) and the data ({recipe.data}) of that run; "
-            f"or begin a new one: fleetune tune -c {run / 'run.toml'}",
+            f"or begin a new one: fleetune tune -c {quoted(run / 'run.toml')}",
         )
     return now
 

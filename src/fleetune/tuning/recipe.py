@@ -9,7 +9,6 @@ before any slow work.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import tomllib
@@ -24,6 +23,7 @@ from pydantic.fields import FieldInfo
 from fleetune.common.settings import Value
 from fleetune.data.splitting import Rows
 from fleetune.errors import RecipeError
+from fleetune.tuning import recipe_problems
 
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
 MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's
@@ -203,26 +203,30 @@ def fields() -> dict[str, tuple[Any, Any, str]]:
     return found
 
 
+def choices(name: str) -> list[str]:
+    """Return the values that an option allows; an empty list where it is free."""
+    info: FieldInfo = Recipe.__pydantic_fields__[name]  # type: ignore[attr-defined]
+    patterns = [p for part in info.metadata if (p := getattr(part, "pattern", None))]
+    found = recipe_problems.CHOICES.fullmatch(patterns[0]) if patterns else None
+    return found[1].split("|") if found else []
+
+
 def make(values: Mapping[str, Any]) -> Recipe:
     """The recipe with these values; RecipeError lists every problem, with suggestions for unknown keys."""
     names = list(fields())
-    problems = []
-    for key in values:
-        if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
-            problems.append(f"unknown option '{key}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+    problems = [recipe_problems.unknown(key, names, values) for key in values if key not in names]
     try:
         recipe = TypeAdapter(Recipe).validate_python({k: v for k, v in values.items() if k in names})
     except ValidationError as error:
-        for e in error.errors():
-            where = ".".join(str(p) for p in e["loc"])
-            what = "is missing" if e["type"] == "missing" else f"= {e['input']!r}: {e['msg'].lower()}"
-            problems.append(f"{where} {what}")
+        problems += [recipe_problems.told(dict(e)) for e in error.errors()]
     problems += [
         f"{name} = {text!r} is not text in UTF-8, and a run writes it down"
         for name, text in _unwritable(values)
     ]
     if problems:
+        problems += recipe_problems.of_settings(
+            values
+        )  # all at once; without others, `prepare.check` says them
         raise RecipeError(problems, hint="all options: fleetune tune --help")
     return resolved(recipe)
 

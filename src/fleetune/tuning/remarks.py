@@ -79,7 +79,7 @@ def of_unmoved(job: TuneJob, run: RunDir, *, stays: bool) -> str:
     good = [e for e in replies if e.get("status") == "ok"]
     counted = sum(e.get("accepted", 0) >= job.recipe.quorum for e in events if e["event"] == "round")
     if not good:
-        why, remedy = f"none of {len(replies)} clients gave a good reply", "see log.txt"
+        why, remedy = f"none of {counted(len(replies), 'client')} gave a good reply", "see log.txt"
     elif not counted:
         why, remedy = f"no round had {job.recipe.quorum} good replies", "lower --quorum"
     else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.runs import rundir
 from fleetune.runs.events import TuneDone
@@ -92,4 +93,4 @@ def read(folder: Path) -> TuneResult:
     for event in rundir.events(folder):
         if event["event"] == "done":
             return TuneResult(folder, TuneDone(**{n: v for n, v in event.items() if n in known}))
-    raise UsageError(f"{folder} is not finished", hint=f"fleetune tune --resume {folder}")
+    raise UsageError(f"{folder} is not finished", hint=f"fleetune tune --resume {quoted(folder)}")

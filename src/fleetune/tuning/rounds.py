@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fleetune.common.display import counted
 from fleetune.common.memory import rss
 from fleetune.data import keyed_order
 from fleetune.errors import FleetError
@@ -283,7 +284,7 @@ def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) ->
     if before + 1 >= min(PATIENCE, plan.rounds):
         what = "every client failed, " if not replies.accepted else "most replies are not finite, "
         raise FleetError(
-            f"{what}{before + 1} rounds in a row; the first of round {replies.round.number}: {replies.reason}",
+            f"{what}{counted(before + 1, 'round')} in a row; the first of round {replies.round.number}: {replies.reason}",
             hint=_hint(method, replies),
         )
     return before + 1

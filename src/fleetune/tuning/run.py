@@ -16,6 +16,7 @@ from fleetune.common import sums
 from fleetune.common.energy import EnergyMeter
 from fleetune.common.memory import peak_rss
 from fleetune.common.paired import Difference, RowLosses
+from fleetune.common.shell import quoted
 from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageError, fault
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
@@ -174,7 +175,7 @@ def is_done(path: Path, note: Callable[[str], None]) -> bool:
         if not rundir.checkpoints(path):
             raise StorageError(
                 f"{path / damaged} of a finished run is damaged, and no checkpoint is left to make it from",
-                hint=f"bring it back; or tune anew: fleetune tune -c {path / 'run.toml'}",
+                hint=f"bring it back; or tune anew: fleetune tune -c {quoted(path / 'run.toml')}",
             )
         note(f"{path / damaged} is damaged or gone: it is made again from the last checkpoint")
     return not damaged
@@ -210,7 +211,7 @@ def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULAT
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
         if isinstance(error, Interrupted):
-            error.hint = error.hint or f"fleetune tune --resume {run.path}"
+            error.hint = error.hint or f"fleetune tune --resume {quoted(run.path)}"
         try:
             run.log(f"stopped: {type(error).__name__}: {error}")
             why = fault(error) if isinstance(error, SystemExit) else str(error)
@@ -365,7 +366,7 @@ def _finish(
     tuned = answers(job, run, "tuned", measured, rows)
     clients = _after(job, run)
     result = ARTEFACTS[job.entry.kind](job, run, state, outcome.round)
-    evaluation = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}")
+    evaluation = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {quoted(run.path)}")
     if evaluation["samples"]:
         run.write("samples.md", describe.samples_page(evaluation), private=True)
     change = check.against_base(rows)
@@ -427,7 +428,7 @@ def _about(
 
 
 def _add_to_evaluation(run: RunDir, more: dict[str, Any]) -> None:
-    content = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}") | more
+    content = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {quoted(run.path)}") | more
     run.write(EVALUATION, sealed.to_text(content) + "\n", private=True)
 
 
@@ -446,7 +447,7 @@ def answers(
         measured = measured | {"rouge_l": rouge_l(made[: recipe.rouge_rows], references)}
     content: dict[str, Any] = {"rows": len(job.held), "samples": _prompts(job)}
     if which == "tuned":
-        content = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {run.path}")
+        content = sealed.read(run.path / EVALUATION, f"fleetune tune --resume {quoted(run.path)}")
     for sample, answer in zip(content["samples"], made, strict=False):
         sample[which] = answer
     content[which] = measured

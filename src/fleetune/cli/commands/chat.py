@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 HELP = "talk to a model in the terminal, or ask it one thing"
 ORDER = 110
+EXAMPLES = """\
+fleetune chat latest
+fleetune chat latest --prompt "Why is the sky blue?"
+echo "Why is the sky blue?" | fleetune chat latest
+"""
 TORCH: Final = "torch"
 KEYS: Final = "/new forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 

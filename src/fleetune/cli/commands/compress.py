@@ -13,6 +13,7 @@ from fleetune.cli import door_flags
 from fleetune.cli.console import Ui
 from fleetune.common import settings
 from fleetune.common.display import human_bytes, human_time
+from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import FLEET, RECORD, CompressOptions, CompressRequest
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
 HELP = "make a model or a finished run smaller"
 ORDER = 70
+EXAMPLES = """\
+fleetune compress latest --method optq --set bits=4
+fleetune compress smollm2-135m --text book.txt --dry-run
+fleetune compress --list optq                              its settings
+"""
 METHOD = "optq"  # unless another is asked for
 
 
@@ -32,7 +38,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     from fleetune import compression
 
-    sub.add_argument("model", metavar="RUN|MODEL", nargs="?")
+    sub.add_argument("model", metavar="RUN|MODEL", nargs="?", help="what to make smaller")
     sub.add_argument("--method", help=f"{', '.join(compression.entries())} (default {METHOD})")
     sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the method; repeat")
     sub.add_argument(
@@ -143,7 +149,7 @@ def show(ui: Ui, result: CompressResult) -> None:
         ("result", f"{result.folder / 'model'} ({human_bytes(done.bytes)})"),
         ("time · peak memory", f"{human_time(done.seconds)} · {human_bytes(done.peak_rss)}"),
         ("digest", done.digest),
-        ("next", f"fleetune export {result.folder} --to {_next_target(result.folder / 'model')}"),
+        ("next", f"fleetune export {quoted(result.folder)} --to {_next_target(result.folder / 'model')}"),
     ])  # fmt: skip
 
 
@@ -171,7 +177,7 @@ def _check_resume(args: argparse.Namespace, folder: Path) -> None:
         flags = ", ".join("RUN|MODEL" if n == "model" else f"--{n.replace('_', '-')}" for n in given)
         raise UsageError(
             f"--resume follows what {folder / RECORD} says; {flags} cannot be given with it",
-            hint=f"fleetune compress --resume {folder}   or begin anew, without --resume",
+            hint=f"fleetune compress --resume {quoted(folder)}   or begin anew, without --resume",
         )
 
 

@@ -7,11 +7,16 @@ import argparse
 from pathlib import Path
 
 from fleetune.cli.console import Ui
+from fleetune.common.shell import quoted
 from fleetune.runs.events import Answered
 from fleetune.subject import Run
 
 HELP = "tune smollm2-135m over the built-in demo fleet and make the result fit a device"
 ORDER = 10
+EXAMPLES = """\
+fleetune demo
+fleetune demo --quick
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -39,7 +44,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     question, answer = _ask(Run(run.folder), file, offline=args.offline)
     ui.event(Answered(prompt=question, text=answer))
     ui.paths([
-        ("question", question), (f"{file.name} says", answer), ("next", f"fleetune serve {file}"),
+        ("question", question), (f"{file.name} says", answer), ("next", f"fleetune serve {quoted(file)}"),
     ])  # fmt: skip
 
 

@@ -12,11 +12,16 @@ from fleetune.runs.events import EvalDone
 
 HELP = "measure a model, a finished run or a compressed one"
 ORDER = 50
+EXAMPLES = """\
+fleetune eval latest --tasks loss,rouge
+fleetune eval smollm2-135m rows.jsonl --limit 100
+fleetune eval latest --tasks perplexity --text book.txt
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("model", metavar="RUN|FOLDER|MODEL")
+    sub.add_argument("model", metavar="RUN|FOLDER|MODEL", help="what to measure")
     sub.add_argument(
         "data", metavar="DATA", nargs="?", help="rows to measure on (a run: its own held-out rows)"
     )

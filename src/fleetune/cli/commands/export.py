@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 
 HELP = "write a run, a compressed model or a model for a runtime"
 ORDER = 90
+EXAMPLES = """\
+fleetune export latest --to gguf                           one file for llama.cpp
+fleetune export latest --to gguf:q8_0 --path model.gguf
+fleetune export latest --to adapter                        the adapter alone, for PEFT
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     from fleetune.deploy import targets
 
-    sub.add_argument("subject", metavar="RUN|FOLDER|MODEL")
+    sub.add_argument("subject", metavar="RUN|FOLDER|MODEL", help="what to write")
     sub.add_argument(
         "--to",
         metavar="TARGET",
@@ -54,12 +59,17 @@ def show(ui: Ui, result: ExportResult) -> None:
         rows.append(("digest", done.digest))
     if done.types is not None:
         rows.append(("tensors", ", ".join(f"{n} {kind}" for kind, n in sorted(done.types.items()))))
-        rows.append(
-            ("read back", f"{done.exact} of {done.tensors} tensors hold the source's values bit for bit")
-        )
+        rows.append(("read back", _read_back(done.exact or 0, done.tensors or 0)))
     if check is not None and check.runtime is not None:
         rows.append((
             "perplexity", f"{check.source:.3f} in torch, {check.file:.3f} in {check.runtime} (x {check.ratio:.4f}), "
             f"{check.tokens:,} tokens",
         ))  # fmt: skip
     ui.paths(rows)
+
+
+def _read_back(exact: int, tensors: int) -> str:
+    """Return what the comparison with the source found; an export with a wrong tensor has failed before."""
+    if exact == tensors:
+        return f"{exact} of {tensors} tensors hold the source's values bit for bit"
+    return f"{tensors - exact} rounded as asked, {exact} exact, 0 wrong ({tensors} tensors)"

@@ -16,6 +16,7 @@ from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.common.display import human_time
+from fleetune.common.shell import quoted
 from fleetune.errors import RecipeError, StorageError, UsageError
 from fleetune.fleet import PAGE_PORT, PORT
 from fleetune.runs import compression_folder, rundir
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 HELP = "fine-tune on real devices"
 ORDER = 35
 EXAMPLES = """\
+fleetune fleet serve -c recipe.toml --wait 4 --page
+fleetune fleet join 192.168.1.10:8470 --data rows.jsonl
+fleetune fleet status latest
+"""
+VERBS = """\
 serve -c recipe.toml                  run a recipe on the devices that join (--resume RUN: go on after a stop)
 join HOST:PORT --data rows.jsonl      be a device: its rows stay on it
 eval RUN|MODEL                        measure it on the held-out rows of the devices that join
@@ -47,7 +53,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     sub.formatter_class = argparse.RawDescriptionHelpFormatter
     sub.usage = "fleetune fleet ACTION [WORD ...] [options]"
-    sub.description = f"{sub.description}\n\n{textwrap.indent(EXAMPLES, '    ')}"
+    sub.description = f"{sub.description}\n\n{textwrap.indent(VERBS, '    ')}"
     sub.add_argument("action", metavar="ACTION", choices=list(ACTIONS), help="one of the above")
     sub.add_argument(
         "words",
@@ -299,7 +305,7 @@ def _keys(args: argparse.Namespace, ui: Ui) -> None:
             ])  # fmt: skip
         case ["certificate", folder, *hosts] if hosts:
             ca = keys.make_certificate(Path(folder), hosts)
-            ui.paths([("for devices", str(ca)), ("for the server", f"--certificate {folder}")])
+            ui.paths([("for devices", str(ca)), ("for the server", f"--certificate {quoted(folder)}")])
         case _:
             raise UsageError("keys takes: new NAME, or certificate DIR HOST [HOST ..]")
 
@@ -383,7 +389,7 @@ def _app(args: argparse.Namespace, ui: Ui) -> None:
     shim.write(folder)
     ui.paths([
         ("app", str(folder)),
-        ("next", f"flwr run {folder} CONNECTION --run-config \"recipe='/path/on/the/server/recipe.toml'\""),
+        ("next", f"flwr run {quoted(folder)} CONNECTION --run-config \"recipe='/path/on/the/server/recipe.toml'\""),
     ])  # fmt: skip
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
-from fleetune.common.display import human_bytes
+from fleetune.common.display import counted, human_bytes
+from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, UsageError
 from fleetune.runs.events import DigestFound, LedgerDifference, LedgerShown, LedgerVerified, LedgerWritten
 
@@ -20,19 +22,40 @@ if TYPE_CHECKING:
 
 HELP = "show, verify, replay, compare and combine seed ledgers"
 ORDER = 60
+VERBS = """\
+show FILE               what a ledger holds: base, method, law, entries, digests
+verify FILE             rebuild the weights, and compare them with every digest that it states
+replay FILE             rebuild the weights, and print their digest (--round N: those after round N)
+diff FILE FILE          what differs between two ledgers: head, rounds, direction of the change
+export FILE --to DIR    write the tuned model as a Hugging Face directory
+merge FILE FILE --to F  both ledgers' steps in one: the changes are added
+truncate FILE --to F    without the rounds after --round N
+drop FILE --to F        without round --round N
+scale FILE --to F       all steps times --factor X
+compact FILE --to F     steps along one direction added up: the same weights, a smaller file
+"""
+EXAMPLES = """\
+fleetune ledger show latest
+fleetune ledger verify latest
+fleetune ledger diff 1 2
+fleetune ledger truncate latest --round 5 --to short.safetensors
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("action", choices=list(ACTIONS))
-    sub.add_argument("files", metavar="FILE|RUN", nargs="+")
+    sub.description = f"{sub.description}\n\n{textwrap.indent(VERBS, '    ')}"
+    sub.add_argument("action", metavar="ACTION", choices=list(ACTIONS), help="one of the above")
+    sub.add_argument(
+        "files", metavar="FILE|RUN", nargs="+", help="a ledger file, or a run, whose ledger is meant"
+    )
     sub.add_argument("--model", help="the base model (a run knows its own)")
     sub.add_argument("--to", metavar="PATH", help="file (or folder, for export) to write")
     sub.add_argument(
         "--round", type=int, help="for truncate: the last round that stays; for drop: the round left out"
     )
-    sub.add_argument("--factor", type=float, help="for scale")
-    sub.add_argument("--threads", type=int, help="replay with so many threads")
+    sub.add_argument("--factor", type=float, help="for scale: what all steps are multiplied by")
+    sub.add_argument("--threads", type=int, help="threads of the replay (default: all)")
     sub.add_argument(
         "--backend", default="auto", choices=["auto", "numba", "torch"], help="replay with these kernels"
     )
@@ -87,14 +110,15 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
     ))  # fmt: skip
     if ui.json:
         return
+    passes = f"{ledger.count_passes():,} {'pass' if ledger.count_passes() == 1 else 'passes'}"
     parameters = sum(math.prod(shape) for _, shape, _ in head.tensors)
     ui.table(["", ""], [
         ["file", f"{path} ({human_bytes(size)}; compact {human_bytes(len(ledger.compact().to_bytes()))})"],
         ["base", head.base],
-        ["weights", f"{parameters:,} in {len(head.tensors)} tensors"],
+        ["weights", f"{parameters:,} in {counted(len(head.tensors), 'tensor')}"],
         ["method", f"{head.method}, lr {_rate(head)}, eps {head.eps:g}, {head.aggregation}"],
         ["directions", f"{head.law}, K {head.K:,}, law version {head.law_version}, grid {head.grid:.9g}"],
-        ["entries", f"{len(ledger):,} over {last} rounds, {ledger.count_passes():,} passes to replay"],
+        ["entries", f"{len(ledger):,} over {counted(last, 'round')}, {passes} to replay"],
         ["privacy", head.privacy],
         *[[f"after round {r}", d] for r, d in sorted(head.checks.items(), key=lambda c: int(c[0]))],
         ["fingerprint", ledger.fingerprint()],
@@ -132,7 +156,7 @@ def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     if not ledger.head.checks:
         raise LedgerError(
             f"{paths[0]} states no digest, so there is nothing to verify",
-            hint=f"fleetune ledger replay {args.files[0]}   prints the digest of what it rebuilds, to compare yourself",
+            hint=f"fleetune ledger replay {quoted(args.files[0])}   prints the digest of what it rebuilds, to compare yourself",
         )
     model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline)
     digest, checks = finished.verify(model, ledger)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import change, human_bytes, is_noise, metric, show
+from fleetune.common.shell import quoted
 from fleetune.runs.events import Measured
 
 if TYPE_CHECKING:
@@ -15,11 +16,15 @@ if TYPE_CHECKING:
 
 HELP = "size, speed, memory and quality of base, tuned and compressed in one table"
 ORDER = 80
+EXAMPLES = """\
+fleetune measure latest --kept-gain
+fleetune measure smollm2-135m latest --data rows.jsonl
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("subjects", metavar="FOLDER|RUN|MODEL", nargs="+")
+    sub.add_argument("subjects", metavar="FOLDER|RUN|MODEL", nargs="+", help="what to measure, side by side")
     sub.add_argument("--text", help="plain text file for perplexity")
     sub.add_argument("--windows", type=int, default=16, help="windows of the text at most (default 16)")
     sub.add_argument("--length", type=int, default=512, help="tokens a window (default 512)")
@@ -87,4 +92,4 @@ def _show(ui: Ui, result: MeasureResult) -> None:
     if (folder := result.folder) is not None:
         ui.paths([("result", str(folder / FILE))])
         if not result.kept and any(r.name == "tuned" for r in result.rows):
-            ui.paths([("next", f"fleetune measure {folder} --kept-gain")])
+            ui.paths([("next", f"fleetune measure {quoted(folder)} --kept-gain")])

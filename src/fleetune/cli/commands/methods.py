@@ -10,11 +10,15 @@ from fleetune.runs.events import MethodListed, SettingListed
 
 HELP = "list the tuning methods, or one with its settings"
 ORDER = 130
+EXAMPLES = """\
+fleetune methods
+fleetune methods fedkseed     its settings, for --set NAME=VALUE
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("name", metavar="NAME", nargs="?")
+    sub.add_argument("name", metavar="NAME", nargs="?", help="a method, to list its settings")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:

@@ -1,44 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune models`: the built-in models; `fleetune models pull NAME` fetches one."""
+"""`fleetune models`: the built-in models and the cache; `pull NAME` fetches one, `rm NAME` removes one."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 
 from fleetune.cli.console import Ui
-from fleetune.common.display import human_count
+from fleetune.common.display import human_bytes, human_count
+from fleetune.common.shell import command
 from fleetune.errors import UsageError
-from fleetune.runs.events import ModelListed, ModelPulled
+from fleetune.models import cache, cache_contents
+from fleetune.runs.events import ModelCached, ModelListed, ModelPulled, ModelRemoved
 
-HELP = "list the built-in models, or fetch one"
+HELP = "list the models there are, fetch one, or remove one from the cache"
 ORDER = 140
+EXAMPLES = """\
+fleetune models                     what is built in, and what is in the cache
+fleetune models pull smollm2-135m
+fleetune models rm smollm2-135m
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("action", nargs="?", default="list", choices=["list", "pull"])
-    sub.add_argument("name", metavar="NAME", nargs="?")
+    sub.add_argument(
+        "action",
+        nargs="?",
+        default="list",
+        choices=["list", "pull", "rm"],
+        help="list (default); pull: fetch NAME into the cache; rm: remove NAME from the cache",
+    )
+    sub.add_argument("name", metavar="NAME", nargs="?", help="a name of the list, or a hub id")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
-    """List the built-in models, or fetch one into the cache."""
-    from fleetune import models
-
+    """List the built-in models and the cache, fetch a model into it, or remove one from it."""
     if args.action == "pull":
         _pull(args, ui)
-        return
-    found = models.builtin()
+    elif args.action == "rm":
+        _rm(args, ui)
+    elif args.name:
+        raise UsageError("models list takes no NAME", hint=command("models", "pull", args.name))
+    else:
+        _list(ui)
+
+
+def _list(ui: Ui) -> None:
+    found, lying = cache.builtin(), cache_contents.contents()
+    sizes = {model.path: model.bytes for model in lying}
     for m in found:
-        ui.event(ModelListed(**{**dataclasses.asdict(m), "cached": str(m.cached) if m.cached else None}))
-    if not ui.json:
-        ui.table(
-            ["model", "parameters", "licence", "here", "source"],
-            [
-                [m.name, human_count(m.params), m.licence, "yes" if m.cached else "no", m.source]
-                for m in found
-            ],
-        )
+        ui.event(ModelListed(
+            **{**dataclasses.asdict(m), "cached": str(m.cached) if m.cached else None},
+            bytes=sizes.get(m.cached) if m.cached else None, download=cache.ORIGINS[m.name].wheel_bytes,
+        ))  # fmt: skip
+    others = [model for model in lying if model.path not in [m.cached for m in found]]
+    for other in others:
+        ui.event(ModelCached(**{**dataclasses.asdict(other), "path": str(other.path)}))
+    if ui.json:
+        return
+    rows = [[m.name, human_count(m.params), m.licence, *_where(m, sizes), m.source or m.hub] for m in found]
+    rows += [[o.name, "", o.licence, "yes", human_bytes(o.bytes), o.source] for o in others]
+    ui.table(["model", "parameters", "licence", "here", "size", "source"], rows, align="lrllrl")
+    ui.paths([
+        ("cache", f"{cache.cache()} ({human_bytes(sum(m.bytes for m in lying))})"),
+        ("also", "any hub id, Hugging Face directory or GGUF file is a MODEL"),
+    ])  # fmt: skip
+
+
+def _where(model: cache.BuiltIn, sizes: Mapping[Path, int]) -> tuple[str, str]:
+    """Return whether a model is here, and the size of it or of its download."""
+    if model.cached:
+        return "yes", human_bytes(sizes.get(model.cached))
+    return "no", human_bytes(cache.ORIGINS[model.name].wheel_bytes)
+
+
+def _rm(args: argparse.Namespace, ui: Ui) -> None:
+    if not args.name:
+        raise UsageError("rm needs the name of a model in the cache", hint="what is there: fleetune models")
+    for gone in cache_contents.remove(args.name):
+        ui.event(ModelRemoved(name=gone.name, path=str(gone.path), bytes=gone.bytes))
+        ui.note(f"removed {gone.name} ({human_bytes(gone.bytes)}) from {gone.path}")
 
 
 def _pull(args: argparse.Namespace, ui: Ui) -> None:

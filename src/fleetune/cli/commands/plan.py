@@ -7,15 +7,20 @@ import argparse
 import dataclasses
 
 from fleetune.cli.console import Ui
+from fleetune.common.shell import quoted
 from fleetune.runs.events import PlanRow
 
 HELP = "memory, traffic and time of every method for a model, before any work"
 ORDER = 20
+EXAMPLES = """\
+fleetune plan smollm2-135m --ram 4GB --uplink 1Mbps
+fleetune plan ./my-model --dtype bf16 --length 512 --batch 4
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("model", metavar="MODEL", help="hub id, HF directory, GGUF file or built-in name")
     sub.add_argument("--ram", help="memory of a device, e.g. 4GB: says what fits")
     sub.add_argument("--uplink", help="its uplink, e.g. 1Mbps: says how long a round's traffic takes")
     sub.add_argument("--batch", type=int, default=1, help="rows per step (default 1)")
@@ -40,4 +45,4 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         ui.table(planning.columns(plan.rows), [planning.cells(row) for row in plan.rows])
     method = plan.best()
     if not ui.json:
-        ui.paths([("next", f"fleetune tune {args.model} DATA --method {method}")])
+        ui.paths([("next", f"fleetune tune {quoted(args.model)} DATA --method {method}")])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,22 +13,40 @@ from typing import Any
 from fleetune import subject
 from fleetune.cli.console import Ui
 from fleetune.cli.sharing import say_what_is_shared
-from fleetune.common.display import human_bytes, human_time, show
+from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.files import storage_error, write_atomic
+from fleetune.common.shell import command, quoted
 from fleetune.errors import StorageError, UsageError
 from fleetune.runs import compression_folder, report, rundir
 from fleetune.runs.compression_folder import RECORD
 from fleetune.runs.events import CompressionListed, RunListed, RunRemoved, SweepListed
+from fleetune.runs.report.runlog import kind_of
 from fleetune.subject import Compressed, Run
+from fleetune.tuning import recipe as recipes
 
 HELP = "list, show, compare or remove runs"
 ORDER = 120
+VERBS = """\
+list (default)       runs, sweeps and compressions under --out
+show RUN ..          status and why, settings, results, cost; the report is written anew
+compare RUN RUN ..   results and settings that differ; the page compare.html
+rm RUN ..            remove
+"""
+EXAMPLES = """\
+fleetune runs                 what there is
+fleetune runs show latest     settings, results, and the path of the report
+fleetune runs compare 1 2     what differs, in the settings and in the results
+fleetune runs rm 3
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    sub.add_argument("action", nargs="?", default="list", choices=list(ACTIONS))
-    sub.add_argument("names", metavar="RUN", nargs="*")
+    sub.description = f"{sub.description}\n\n{textwrap.indent(VERBS, '    ')}"
+    sub.add_argument(
+        "action", metavar="ACTION", nargs="?", default="list", choices=list(ACTIONS), help="one of the above"
+    )
+    sub.add_argument("names", metavar="RUN", nargs="*", help="a path, a name, a number, or latest")
     sub.add_argument(
         "--force", action="store_true", help="rm: also a run that something was compressed from, which stays"
     )
@@ -61,7 +80,7 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
         ui.event(RunListed(**row))
     for sweep in sorted(p.parent for p in Path(args.out).glob("*/sweep.toml")):
         ui.event(SweepListed(path=str(sweep)))
-        ui.note(f"{sweep} is a sweep; its runs: fleetune runs --out {sweep}")
+        ui.note(f"{sweep} is a sweep; its runs: fleetune runs --out {quoted(sweep)}")
     _note_changed(rows, ui)
     smaller = _compressed(Path(args.out))
     for listed in smaller:
@@ -77,18 +96,28 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
     if smaller:
         cells = [[r.name, r.of, r.status, human_bytes(r.bytes)] for r in smaller]
         ui.table(["compressed", "of", "status", "size"], cells, align="lllr")
+    if rows:
+        newest = Path(args.out) / str(rows[-1]["name"])
+        failed = [r["name"] for r in rows if kind_of(str(r["status"])) == "failed"]
+        if failed:
+            ui.paths(
+                [("reason", f"of {failed[-1]}: {command('runs', 'show', Path(args.out) / str(failed[-1]))}")]
+            )
+        ui.paths([("report", str(newest / "report.html"))])
 
 
 def _runs_table(rows: Sequence[Mapping[str, object]], ui: Ui) -> None:
+    """List the runs, with one word for the status: the reason is in `runs show`."""
     ui.table(
         ["run", "status", "rounds", "base", "tuned", "bytes", "time"],
         [
             [
-                r["name"], r["status"], r["rounds"], show("loss", _number(r["base_loss"])),
+                r["name"], kind_of(str(r["status"])), r["rounds"], show("loss", _number(r["base_loss"])),
                 show("loss", _number(r["tuned_loss"])), human_bytes(_number(r["bytes"])), human_time(_number(r["seconds"])),
             ]
             for r in rows
         ],
+        align="llrrrrr", spare=(5, 6, 2),
     )  # fmt: skip
 
 
@@ -131,7 +160,8 @@ def _show(args: argparse.Namespace, ui: Ui) -> None:
         ui.event(RunListed(**facts))
         _note_changed([facts], ui)
         if not ui.json:
-            ui.table(["", folder.name], [[k, v] for k, v in facts.items()], align="ll")
+            known = {name: default for name, (_, default, _) in recipes.fields().items()}
+            ui.table(["", folder.name], report.facts(folder, known), align="ll")
             _report(folder, ui)
 
 
@@ -155,7 +185,7 @@ def _show_compressed(folder: Path, ui: Ui) -> None:
     given = {k: v for k, v in work.items() if k != "run" and v not in ("", {}, False)}
     asked = [[k, _settings(v) if k == "set" else v] for k, v in given.items()]
     ui.table(["", folder.name], [*asked, ["status", row.status], *_outcome(done or {})], align="ll")
-    next_ = f"fleetune measure {folder}" if done else f"fleetune compress --resume {folder}"
+    next_ = f"fleetune measure {quoted(folder)}" if done else f"fleetune compress --resume {quoted(folder)}"
     ui.paths([("folder", str(folder)), ("next", next_)])
 
 
@@ -181,7 +211,7 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
     if smaller := [name for name, (_, is_smaller) in zip(args.names, found, strict=True) if is_smaller]:
         raise UsageError(
             f"runs compare is of tuned runs; {smaller[0]} was compressed",
-            hint=f"fleetune measure {' '.join(args.names)} --data FILE",
+            hint=f"{command('measure', *args.names)} --data FILE",
         )
     runs = [folder for folder, _ in found]
     page = Path(args.out) / "compare.html"
@@ -189,12 +219,16 @@ def _compare(args: argparse.Namespace, ui: Ui) -> None:
     for row in (rows := report.table(runs)):
         ui.event(RunListed(**row))
     if not ui.json:
-        keys = [k for k in rows[0] if any(row.get(k) != rows[0].get(k) for row in rows)]
-        ui.table(
-            ["", *(r.name for r in runs)],
-            [[k, *(row.get(k) for row in rows)] for k in keys],
-            align="l" + "r" * len(runs),
-        )
+        head = ["run", "status", "rounds", "validation loss", "traffic", "time", "peak memory"]
+        ui.table(head, report.results(runs), align="llrlrrr", spare=(6, 5, 2, 1))
+        unlike, same = report.differing(runs)
+        if unlike:
+            ui.table(
+                ["option", *(folder.name for folder in runs)],
+                [[k, *values] for k, values in unlike],
+                align="l" * (len(runs) + 1),
+            )
+        ui.note(f"{counted(same, 'option')} equal" if unlike else "all options are equal")
     _note_changed(rows, ui)
     for caveat in report.caveats([report.read(folder) for folder in runs]):
         ui.note(f"these runs {caveat}: {report.APART}")
@@ -207,7 +241,8 @@ def _rm(args: argparse.Namespace, ui: Ui) -> None:
     if "latest" in args.names:
         latest, _ = _folder("latest", Path(args.out))
         raise UsageError(
-            f"what is removed must be named; latest is {latest} now", hint=f"fleetune runs rm {latest}"
+            f"what is removed must be named; latest is {latest} now",
+            hint=f"fleetune runs rm {quoted(latest)}",
         )
     links = [folder for folder in found if rundir.is_foreign_link(folder)]
     if not args.force:
@@ -235,7 +270,7 @@ def _check_needed(found: Sequence[Path], out: Path) -> None:
         if needing:
             raise UsageError(
                 f"{folder} is needed by {', '.join(needing)}: made from it, and measured against it",
-                hint=f"remove all: fleetune runs rm {' '.join([str(folder), *needing])}   or it alone, with --force",
+                hint=f"remove all: {command('runs', 'rm', folder, *needing)}   or it alone, with --force",
             )
 
 

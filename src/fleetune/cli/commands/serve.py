@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 HELP = "an OpenAI-compatible endpoint and a chat page over a model"
 ORDER = 100
+EXAMPLES = """\
+fleetune serve latest
+fleetune serve model.gguf --port 9000 --threads 4
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

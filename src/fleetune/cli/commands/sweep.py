@@ -14,7 +14,8 @@ from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import CountBar
-from fleetune.common.display import human_time, show
+from fleetune.common.display import counted, human_time, show
+from fleetune.common.shell import quoted
 from fleetune.errors import FleetuneError, Interrupted, UsageError
 from fleetune.runs import report, rundir
 from fleetune.runs.events import (
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 
 HELP = "tune over a grid of values and seeds, on one page"
 ORDER = 40
+EXAMPLES = """\
+fleetune sweep recipe.toml --vary K=64,512 --seeds 3
+fleetune sweep recipe.toml --vary method=fedit,fedkseed --dry-run
+fleetune sweep --resume latest
+"""
 
 
 class SweepScreen:
@@ -132,7 +138,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         if args.recipe or args.vary or args.set or args.seeds or recipe_flags.given(args):
             raise UsageError(
                 "--resume follows the sweep's own recipe; it takes no other option",
-                hint=f"fleetune sweep --resume {path}",
+                hint=f"fleetune sweep --resume {quoted(path)}",
             )
         grid = sweeps.read(path)
     else:
@@ -155,7 +161,7 @@ def _plan(grid: SweepGrid, ui: Ui) -> None:
         ui.event(SweepPlanned(name=point.name, values=list(point.values), seed=point.seed))
     if not ui.json:
         ui.table(["run", "values"], [[p.name, p.words] for p in grid.points])
-    ui.note(f"the sweep is good: {len(grid.points)} runs")
+    ui.note(f"the sweep is good: {counted(len(grid.points), 'run')}")
 
 
 def _start(grid: SweepGrid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) -> None:
@@ -169,7 +175,7 @@ def _start(grid: SweepGrid, folder: rundir.RunDir, args: argparse.Namespace, ui:
     ui.header(f"fleetune sweep · {base.method}", rows)
     axes = {a.name: list(a.values) for a in grid.axes}
     ui.event(SweepStart(path=str(path), runs=len(grid.points), seeds=grid.seeds, axes=axes))
-    resume = f"fleetune sweep --resume {path}"
+    resume = f"fleetune sweep --resume {quoted(path)}"
     rounds = sum(p.recipe.rounds for p in grid.points)
     with ui.count("rounds", rounds) as bar, InterruptHandler(ui) as interrupt:
         failed = sweeps.run(
@@ -197,5 +203,9 @@ def _results(grid: SweepGrid, path: Path, ui: Ui) -> None:
     for caveat in table.caveats:
         ui.note(caveat)
     ui.paths(
-        [("report", str(page)), ("figures", str(path / "figures")), ("next", f"fleetune runs --out {path}")]
+        [
+            ("report", str(page)),
+            ("figures", str(path / "figures")),
+            ("next", f"fleetune runs --out {quoted(path)}"),
+        ]
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import RoundBar
 from fleetune.cli.sharing import say_what_is_shared
-from fleetune.common.display import human_bytes, human_time, show
+from fleetune.common.display import counted, human_bytes, human_time, show
+from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.runs.events import ClientReply, Event, RoundDone, RoundEvaluated
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
 
 HELP = "fine-tune a model over a simulated fleet"
 ORDER = 30
+EXAMPLES = """\
+fleetune tune smollm2-135m demo --method fedit --rounds 3
+fleetune tune smollm2-135m data.jsonl --method fedkseed --clients 20 --set K=4096 --set lr=1e-6
+fleetune tune smollm2-135m data.jsonl --partition dirichlet:0.5:category --dry-run
+fleetune tune -c runs/0001-fedit-smollm2-135m/run.toml     the same run again
+fleetune tune --resume latest                              continue after a stop
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -42,9 +51,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Tune, resume or check."""
-    from fleetune import api
-
     if args.resume:
+        from fleetune import api
+
         path = rundir.find(args.resume, Path(args.out))
         recipe_flags.check_resume(args, path, "fleetune tune --resume")
         if args.dry_run:
@@ -54,6 +63,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             finish(ui, api.resume_run(path, out=args.out, offline=args.offline, listener=shown))
         return
     recipe = _recipe(args)
+    recipe_flags.check_data(recipe.data)
     if args.dry_run:
         _check_only(recipe, args, ui)
     else:
@@ -91,7 +101,7 @@ def finish(ui: Ui, result: TuneResult) -> None:
     ui.paths([
         ("report", f"{run}/report.html"), ("result", f"{done.result} ({human_bytes(done.result_bytes)})"),
         ("digest", done.digest), *([("samples", str(samples))] if samples.is_file() else []),
-        ("next", f"fleetune eval {run}"),
+        ("next", f"fleetune eval {quoted(run)}"),
     ])  # fmt: skip
     say_what_is_shared(ui, Path(run))
 
@@ -99,7 +109,9 @@ def finish(ui: Ui, result: TuneResult) -> None:
 def _recipe(args: argparse.Namespace) -> Recipe:
     values = recipe_flags.keys(args, args.config)
     if "sweep" in values:
-        raise RecipeError([f"{args.config} is the recipe of a sweep"], hint=f"fleetune sweep {args.config}")
+        raise RecipeError(
+            [f"{args.config} is the recipe of a sweep"], hint=f"fleetune sweep {quoted(args.config)}"
+        )
     for name in ("model", "data"):
         if (given := getattr(args, name)) and (flag := getattr(args, recipe_flags.PREFIX + name)):
             raise UsageError(
@@ -113,7 +125,9 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.tuning import prepare
 
     found = prepare.dry_run(recipe, offline=args.offline)
-    ui.note(f"the recipe is good: {found.clients} clients, {found.rows} rows, {found.held_out} held out")
+    ui.note(
+        f"the recipe is good: {counted(found.clients, 'client')}, {counted(found.rows, 'row')}, {found.held_out} held out"
+    )
     for remark in found.remarks:
         ui.note(remark)
     ui.event(found)
@@ -121,8 +135,20 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
 
 @contextmanager
 def screen(ui: Ui) -> Iterator[RunScreen]:
-    with ui.progress(0) as bar, InterruptHandler(ui) as interrupt:
+    with ui.progress(0) as bar, InterruptHandler(ui) as interrupt, _said_once(ui):
         yield RunScreen(ui, bar, interrupt)
+
+
+@contextmanager
+def _said_once(ui: Ui) -> Iterator[None]:
+    """Leave out the log's line on a reply that was refused, which the screen shows as well."""
+    log, shown = logging.getLogger("fleetune.tuning.replies"), ui.quiet < 1
+    drop = logging.Filter("nothing" if shown else "")  # lets through what is logged under this name
+    log.addFilter(drop)
+    try:
+        yield
+    finally:
+        log.removeFilter(drop)
 
 
 class RunScreen:

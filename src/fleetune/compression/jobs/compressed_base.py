@@ -15,6 +15,7 @@ from pathlib import Path
 from fleetune import compression, models
 from fleetune.common import sums
 from fleetune.common.display import human_time
+from fleetune.common.shell import quoted
 from fleetune.compression.jobs import inputs, solve
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import artefact, seals
@@ -58,11 +59,11 @@ def base_of(listener: Listener, folder: Path, *, offline: bool) -> Path:
     if not _alike(head, own):
         raise UsageError(
             f"the calibration text is not what {folder} was made with: the data has changed since",
-            hint=f"compress again: fleetune compress {compression_folder.request_of(folder).model}",
+            hint=f"compress again: fleetune compress {quoted(compression_folder.request_of(folder).model)}",
         )
     seconds = compression_folder.record(folder)["result"]["seconds"]
     listener.note(f"the base is compressed the same way, once: the tuned model took {human_time(seconds)}")
-    parts = solve.solve(listener, job, place, f"fleetune measure {folder} --kept-gain")
+    parts = solve.solve(listener, job, place, f"fleetune measure {quoted(folder)} --kept-gain")
     compression_folder.state_base(folder, "")
     artefact.write(model, job.inputs.model, parts, head)
     compression_folder.state_base(folder, sums.sealed(model, compression_folder.RECORD))
@@ -72,7 +73,7 @@ def base_of(listener: Listener, folder: Path, *, offline: bool) -> Path:
 
 def _head_of(folder: Path, model: Path) -> ArtefactHead:
     """Return the head of the base's artefact; ModelError when it is of other weights than the base's, or damaged."""
-    remedy = f"rm -r {folder / 'base'}   and then: fleetune measure {folder} --kept-gain"
+    remedy = f"rm -r {quoted(folder / 'base')}   and then: fleetune measure {quoted(folder)} --kept-gain"
     seals.check(model, remedy=remedy)
     head = Master(model).head
     expected = rundir.base_digest(Path(compression_folder.request_of(folder).model))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleetune import compression, subject
 from fleetune.common import settings, sums
+from fleetune.common.shell import quoted
 from fleetune.compression.jobs import progress
 from fleetune.compression.jobs.contract import Devices, Job
 from fleetune.errors import Interrupted, RecipeError, UsageError
@@ -187,7 +188,7 @@ def check(request: CompressRequest) -> None:
     if request.run and request.low_memory:
         problems.append(
             "a run's weights are made in memory, not in its files: "
-            f"fleetune export {request.model} --to hf, then that"
+            f"fleetune export {quoted(request.model)} --to hf, then that"
         )
     if problems:
         raise RecipeError(problems, hint="fleetune compress --help")

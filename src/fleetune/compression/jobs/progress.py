@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fleetune.common.display import human_bytes
+from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, StorageError
 from fleetune.runs import compression_folder
 from fleetune.runs.events import StepDone
@@ -48,7 +49,7 @@ def step_reporter(listener: Listener, folder: Path, what: str) -> OnStep:
 
 def resume_command(folder: Path) -> str:
     """Return the command that resumes a stopped compression."""
-    return f"fleetune compress --resume {folder}"
+    return f"fleetune compress --resume {quoted(folder)}"
 
 
 def warn_of_memory(listener: Listener, planned: int, ways: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common.display import human_bytes, human_time
+from fleetune.common.shell import quoted
 from fleetune.compression import Solver
 from fleetune.compression.jobs import progress, windows
 from fleetune.compression.jobs.contract import Devices, Outcome, Share
@@ -187,7 +188,7 @@ def _check_origin(listener: Listener, job: SolveJob, parts: Path) -> None:
     if (found := _origin(file)) not in ("", own):
         raise UsageError(
             f"the blocks in {parts} were made of other weights or another text: something has changed since",
-            hint=f"compress again: fleetune compress {job.request.model}",
+            hint=f"compress again: fleetune compress {quoted(job.request.model)}",
         )
     if not found and any(parts.glob("block-*")):
         listener.note(

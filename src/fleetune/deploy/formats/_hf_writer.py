@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fleetune.common.display import are
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Misfit, Report, _gguf_vocabulary
 from fleetune.errors import UsageError
@@ -112,7 +113,7 @@ def write_codes(
             layer = name.removesuffix(".weight")
             if not torch.equal(decode(file, layer, q), q.dense()):
                 raise damaged(folder / FILE, f"{layer} does not decode to its weights")
-    of_rounding = [f"{len(rounded)} dense tensors are rounded to fp16"] if rounded else []
+    of_rounding = [f"{are(len(rounded), 'dense tensor')} rounded to fp16"] if rounded else []
     return report(model, folder, to, len(rounded), [*of_runtimes, *of_rounding, *notes])
 
 

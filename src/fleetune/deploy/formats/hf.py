@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fleetune.common.display import are
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report, _hf_writer
 from fleetune.errors import UsageError
@@ -64,7 +65,7 @@ def write(model: Checkpoint, folder: Path, kind: str | None, made: Mapping[str, 
 
     notes = _hf_writer.write_folder(model, folder, tensors, {"dtype": str(dtype).removeprefix("torch.")})
     to = "hf" if kind is None else f"hf:{kind}"
-    notes += [f"{len(rounded)} tensors are rounded to {kind}"] if rounded else []
+    notes += [f"{are(len(rounded), 'tensor')} rounded to {kind}"] if rounded else []
     if has_block_widths(model.config):
         notes.append("its blocks differ in width: fleetune loads it, transformers does not")
     return _hf_writer.report(model, folder, to, len(rounded), notes)

@@ -11,6 +11,7 @@ from typing import Final
 
 from safetensors import safe_open
 
+from fleetune.common.shell import quoted
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.deploy.formats import Report
 from fleetune.errors import UsageError
@@ -26,7 +27,8 @@ def check(adapter: Path, kind: str | None) -> None:
     if not adapter.is_dir():
         run = adapter.parent
         raise UsageError(
-            f"{run} has no adapter", hint=f"its result is full-parameter: fleetune export {run} --to hf"
+            f"{run} has no adapter",
+            hint=f"its result is full-parameter: fleetune export {quoted(run)} --to hf",
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fleetune.common.display import human_bytes
+from fleetune.common.shell import quoted
 from fleetune.deploy.serving import engines, threads
 from fleetune.deploy.serving.engine_site import EngineSite
 from fleetune.deploy.serving.engines import Engine, Running
@@ -256,7 +257,7 @@ def _exported(subject: Subject, source: Path, kind: str, out: Path, listener: Li
             "GGUF has no blocks that hold these codes exactly, so the weights are fp32 there: slower, and larger"
         )
     name = subject.argument
-    keep = f"to keep it: fleetune export {name} --to {kind}"
+    keep = f"to keep it: fleetune export {quoted(name)} --to {kind}"
     listener.note(f"exporting {name} to {kind} for this session; {keep}")
     out.parent.mkdir(exist_ok=True)
     report = export.export(source, kind, out)

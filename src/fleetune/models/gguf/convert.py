@@ -35,6 +35,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from fleetune.common.shell import quoted
 from fleetune.errors import ModelError
 from fleetune.models.bounds import check_blocks, check_config, check_range
 from fleetune.models.families import deci, gemma, rope, widths
@@ -177,7 +178,7 @@ def _own(path: Path, architecture: str, reader: Any) -> Any:
     if (why := deci.misfit(field)) is not None:
         raise ModelError(
             f"{path} is no llama with narrower blocks: {why}",
-            hint=f"llama.cpp runs it (fleetune serve {path}); to tune or compress, take another model",
+            hint=f"llama.cpp runs it (fleetune serve {quoted(path)}); to tune or compress, take another model",
         )
     return deci.config_of(field)
 

@@ -20,16 +20,20 @@ from fleetune.runs.report.runlog import changed, measures, read, samples, summar
 from fleetune.runs.report.several import compare
 from fleetune.runs.report.single import sections, write
 from fleetune.runs.report.unlike import APART, caveats
+from fleetune.runs.report.words import differing, facts, results
 
 __all__ = [
     "APART",
     "caveats",
     "changed",
     "compare",
+    "differing",
+    "facts",
     "grid",
     "grid_tables",
     "measures",
     "read",
+    "results",
     "samples",
     "sections",
     "summary",

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fleetune.common.display import counted as counted
 from fleetune.runs.report.runlog import Number
 from fleetune.runs.report.svg import escape, plot_style
 
@@ -138,12 +139,6 @@ def short_name(text: str) -> str:
 def true_minus(text: str) -> str:
     """Return `text` with a minus sign in place of a leading hyphen."""
     return "\u2212" + text[1:] if text.startswith("-") and len(text) > 1 else text
-
-
-def counted(count: object, word: str) -> str:
-    """Return a count with its noun: "1 round", "24 clients"."""
-    shown = f"{count:,}" if isinstance(count, int) else str(count)
-    return f"{shown} {word}{'' if count == 1 else 's'}"
 
 
 def span(values: Sequence[Number]) -> str:

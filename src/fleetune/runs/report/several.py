@@ -14,6 +14,7 @@ from fleetune.runs.report.page import TableCell, esc, flat, true_minus
 from fleetune.runs.report.runlog import Number, RunLog, Step, kind_of, list_of, map_of, number, read
 from fleetune.runs.report.sections.configuration import PATHS, options
 from fleetune.runs.report.unlike import APART, caveats
+from fleetune.runs.report.words import differences
 
 
 def compare(runs: Sequence[Path]) -> str:
@@ -186,14 +187,8 @@ def _configs(runs: Sequence[RunLog]) -> list[dict[str, str]]:
 
 
 def _differences(runs: Sequence[RunLog], names: Sequence[str]) -> str:
-    configs = _configs(runs)
-    keys = dict.fromkeys(key for config in configs for key in config)
-    rows: list[list[str | TableCell]] = []
-    for key in keys:
-        values = [config.get(key, "-") for config in configs]
-        if len(set(values)) > 1:
-            rows.append([key, *values])
-    same = len(keys) - len(rows)
+    unlike, same = differences(_configs(runs))
+    rows: list[list[str | TableCell]] = [[key, *values] for key, values in unlike]
     if not rows:
         return f"<p>Nothing: all {same} options are equal.</p>"
     return (

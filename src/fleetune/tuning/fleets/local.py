@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fleetune.common.memory import is_out_of_memory
+from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded
 from fleetune.errors import FAULTS, FitError, Interrupted, StorageError, fault
 from fleetune.models.model import Model
@@ -183,7 +184,7 @@ class LocalFleet:
             if is_out_of_memory(error):  # the machine's, which all clients share
                 raise FitError(
                     f"client {client} in round {round}: memory does not suffice on '{self.model.device}'",
-                    hint=f"see: fleetune plan {self.model.name}   (less: batch_size, --max-length, --dtype bf16)",
+                    hint=f"see: fleetune plan {quoted(self.model.name)}   (less: batch_size, --max-length, --dtype bf16)",
                 ) from error
             log.exception("client %d failed in round %d", client, round)
             return Answer(client, key, None, "failed", fault(error), time.monotonic() - began, len(sent))

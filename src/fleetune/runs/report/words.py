@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tell a run in a few lines for a terminal, and how runs differ, with the rounding of the report page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fleetune.common.display import change, human_bytes, human_time, show
+from fleetune.runs.report.page import flat
+from fleetune.runs.report.runlog import RunLog, kind_of, list_of, map_of, number, read, summarise, text_of
+
+SHOWN_ELSEWHERE = ("model", "data", "method", "rounds", "clients")  # options with a line of their own
+
+
+def facts(run: Path, defaults: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Return a run as (label, text): status and why, what ran, result, cost, settings that are not `defaults`."""
+    log = read(run)
+    found = summarise(log)
+    reason = log.status.partition(":")[2].strip()
+    lines = [
+        ("status", kind_of(log.status)), ("reason", reason), ("method", str(found["method"] or "")),
+        ("model", str(found["model"] or "")), ("data", text_of("data", log.config)),
+        ("rounds", _of(found["rounds"], found["rounds_planned"])), ("clients", str(found["clients"] or "")),
+        ("loss", loss(found)), ("traffic", _traffic(found)), ("time", _time(found["seconds"])),
+        ("peak memory", _bytes(found["peak_rss"])), ("settings", settings(log, defaults)),
+        ("digest", text_of("digest", log.done)), ("folder", str(run)),
+    ]  # fmt: skip
+    return [(label, text) for label, text in lines if text]
+
+
+def loss(found: Mapping[str, object]) -> str:
+    """Return the validation loss before and after: "4.438 -> 4.351 (-2.0 %)"; "" without one."""
+    base, tuned = number(found["base_loss"]), number(found["tuned_loss"])
+    if base is None or tuned is None:
+        return "" if base is None else f"{show('loss', base)} before"
+    return f"{show('loss', base)} -> {show('loss', tuned)} ({change('loss', base, tuned)})"
+
+
+def settings(log: RunLog, defaults: Mapping[str, object]) -> str:
+    """Return the options that are not `defaults`, and the method's settings that are not its defaults, in one line."""
+    chosen = {
+        k: v
+        for k, v in log.config.items()
+        if k not in (*SHOWN_ELSEWHERE, "set") and (k not in defaults or v != defaults[k])
+    }
+    own = map_of(log.config, "set")
+    if isinstance(log.start.get("changed"), list):
+        named = {"lr", *(str(name).removeprefix("set.") for name in list_of(log.start, "changed"))}
+        own = {k: v for k, v in own.items() if k in named}
+    return " · ".join(f"{k} {v}" for k, v in flat({**chosen, **own}))
+
+
+def results(runs: Sequence[Path]) -> list[list[str]]:
+    """Return a row for each run: name, status, rounds, loss, traffic, time, peak memory."""
+    rows = []
+    for run in runs:
+        log = read(run)
+        f = summarise(log)
+        rows.append([
+            log.name, kind_of(log.status), str(f["rounds"]), loss(f), _bytes(f["bytes"]), _time(f["seconds"]),
+            _bytes(f["peak_rss"]),
+        ])  # fmt: skip
+    return rows
+
+
+def differences(configs: Sequence[Mapping[str, object]]) -> tuple[list[tuple[str, list[str]]], int]:
+    """Return the options that are not equal, each with its value of every run ("-" for none), and how many are equal."""
+    flats = [dict(flat(config)) for config in configs]
+    keys = dict.fromkeys(key for config in flats for key in config)
+    every = [(key, [config.get(key, "-") for config in flats]) for key in keys]
+    unlike = [(key, values) for key, values in every if len(set(values)) > 1]
+    return unlike, len(every) - len(unlike)
+
+
+def differing(runs: Sequence[Path]) -> tuple[list[tuple[str, list[str]]], int]:
+    """Return `differences` of run folders."""
+    return differences([read(run).config for run in runs])
+
+
+def _of(done: object, planned: object) -> str:
+    return str(done) if planned in (None, done) else f"{done} of {planned}"
+
+
+def _traffic(found: Mapping[str, object]) -> str:
+    if found["bytes"] is None:
+        return ""
+    up, down = (_bytes(found[key]) for key in ("bytes_up", "bytes_down"))
+    return f"{_bytes(found['bytes'])}: {up} up, {down} down"
+
+
+def _bytes(value: object) -> str:
+    return "" if (found := number(value)) is None else human_bytes(found)
+
+
+def _time(value: object) -> str:
+    return "" if (found := number(value)) is None else human_time(found)

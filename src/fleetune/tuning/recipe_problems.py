@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say in plain words what is wrong with the values of a recipe, its method's settings included."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from fleetune.common import setting_names
+from fleetune.common.spellings import meant
+from fleetune.errors import FleetuneError, RecipeError
+
+CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
+SHOWN: Final = 80  # characters of a refused value
+KINDS: Final[Mapping[str, str]] = {
+    "int_parsing": "an integer", "int_type": "an integer", "int_from_float": "an integer", "float_parsing": "a number",
+    "float_type": "a number", "finite_number": "a finite number", "string_type": "a text", "dict_type": "a table",
+    "int_parsing_size": "an integer of a usual size",
+}  # fmt: skip
+BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
+    "greater_than_equal": ("ge", "at least"), "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"), "less_than": ("lt", "less than"),
+}  # fmt: skip
+
+
+def told(error: Mapping[str, Any]) -> str:
+    """Return one of pydantic's errors as "rounds = 0: must be at least 1"."""
+    name = ".".join(str(part) for part in error["loc"])
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "missing":
+        return f"{name} is missing"
+    shown = _shown(value)
+    if kind in BOUNDS:
+        key, words = BOUNDS[kind]
+        return f"{name} = {shown}: must be {words} {context[key]:,}"
+    if kind in KINDS:
+        return f"{name} = {shown}: is not {KINDS[kind]}"
+    if kind == "string_pattern_mismatch" and (found := CHOICES.fullmatch(context["pattern"])):
+        known = found[1].split("|")
+        return f"{name} = {shown}: none of {', '.join(known)}.{meant(str(value), known)}"
+    return f"{name} = {shown}: {str(error['msg']).lower()}"
+
+
+def _shown(value: object) -> str:
+    """Return a value as it was written: a number from the command line is a text, and is not put in quotes."""
+    number = isinstance(value, str) and re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", value, re.IGNORECASE)
+    text = str(value) if number else repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}.."
+
+
+def unknown(key: str, names: Sequence[str], values: Mapping[str, Any]) -> str:
+    """Return what to say of a key that is no option: the option that was meant, or that it is a setting of the method."""
+    methods = importlib.import_module("fleetune.tuning.methods")
+    method = str(values.get("method") or _default_method())
+    if key in setting_names.of_method(methods.REGISTRY, method):
+        return (
+            f"unknown option '{key}'. It is a setting of the method {method}: settings={{{key!r}: {values[key]!r}}} in "
+            f"Python, {key} = {values[key]} under [set] in a recipe, --set {key}={values[key]} as a flag"
+        )
+    close = difflib.get_close_matches(key, names, n=1)
+    return f"unknown option '{key}'." + (f" Did you mean '{close[0]}'?" if close else "")
+
+
+def _default_method() -> str:
+    return str(importlib.import_module("fleetune.tuning.recipe").fields()["method"][1])
+
+
+def of_settings(values: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the method and its settings; an empty list where they cannot be looked at."""
+    method, chosen = values.get("method"), values.get("set")
+    if not chosen or not isinstance(chosen, Mapping):
+        return []
+    methods = importlib.import_module(
+        "fleetune.tuning.methods"
+    )  # by name: a method's module may import the recipe
+    try:
+        methods.make(method or _default_method(), chosen)
+    except RecipeError as error:
+        return error.problems
+    except FleetuneError as error:
+        return [error.message]
+    except Exception:  # a value that is no text or number: pydantic has refused it
+        return []
+    return []

