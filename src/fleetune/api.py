@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from fleetune import subject as subjects
 from fleetune.common.settings import Value
 from fleetune.errors import RecipeError, UsageError
-from fleetune.runs import rundir
+from fleetune.runs import rundir, tracking
 from fleetune.runs.listener import Listener, checked
 from fleetune.subject import Subject
 from fleetune.tuning import recipe as recipes
@@ -98,6 +98,7 @@ def tune(
     method: object = "fedkseed",
     settings: Mapping[str, Setting] | None = None,
     tokenizer: object = None,
+    tracker: str | Sequence[str] = (),
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
@@ -110,10 +111,11 @@ def tune(
     or a method's own dataclass (`fedkseed.Method(K=1024)`); `settings` are the method's, by name.  `options` are those
     of `fleetune.Recipe`.  A model or rows given as Python objects are saved under `OUT/objects`, so that the run can be
     resumed.  A PEFT model's adapters are merged into the copy that is saved and tuned: they are not trained on.
+    `tracker` names trackers that get the figures as well: tensorboard, wandb, mlflow, trackio.
     """
+    watching, trackers = checked(listener), tracking.check(_words(tracker))
     from fleetune.tuning import run
 
-    watching = checked(listener)
     if not isinstance(model, Recipe):
         recipe = _recipe(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
     elif data is None and tokenizer is None and not (settings or options) and method == "fedkseed":
@@ -122,21 +124,28 @@ def tune(
         raise UsageError(
             "a recipe says everything; nothing is given beside it", hint="dataclasses.replace it"
         )
-    return run.start(recipe, Path(out), watching, offline=offline)
+    with tracking.tracked(watching, trackers, offline=offline) as heard:
+        return run.start(recipe, Path(out), heard, offline=offline)
 
 
 def resume_run(
-    run: object, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
+    run: object,
+    *,
+    tracker: str | Sequence[str] = (),
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
 ) -> TuneResult:
     """Resume a stopped run by its own recipe, to the same bits as without the stop; return a finished run as it is.
 
-    `run` is a name, number, path or result.
+    `run` is a name, number, path or result; `tracker` as in `tune`, which a run does not remember.
     """
     from fleetune.tuning import run as running
 
     folder = getattr(run, "folder", None)
     path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))
-    return running.resume(path, checked(listener), offline=offline)
+    with tracking.tracked(checked(listener), _words(tracker), offline=offline) as heard:
+        return running.resume(path, heard, offline=offline)
 
 
 def _recipe(

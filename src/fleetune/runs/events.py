@@ -615,6 +615,22 @@ class MethodListed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeListed(Event):
+    """`recipes`: a recipe that comes with Fleetune; `recipes show` adds its text, `recipes copy` the new file."""
+
+    event: ClassVar[str] = "recipe"
+    name: str  # as in recipe:NAME
+    about: str  # one line
+    method: str  # tuning method
+    model: str  # base model
+    data: str  # data set
+    sweeps: bool  # whether it is a grid of runs, for `sweep`
+    expected: str | None = None  # outcome that it states
+    text: str | None = None  # the whole recipe, TOML
+    file: str | None = None  # path of the copy
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelListed(Event):
     """`models`: a built-in model."""
 

@@ -19,14 +19,14 @@ from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.measures import measure as measured_on
 from fleetune.evaluation.scores import rouge_l
-from fleetune.runs import metrics, report, rundir, sealed
+from fleetune.runs import metrics, report, rundir, sealed, tracking
 from fleetune.runs.events import ClientReply, Recorded, TuneDone, as_dict, round_evaluated
 from fleetune.runs.listener import Listener
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import describe, finished, foundations, remarks, robust, rounds
+from fleetune.tuning import describe, finished, foundations, remarks, robust, rounds, run_facts
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import StandsOn, Totals
 from fleetune.tuning.fleets import OLDEST, Fleet
@@ -205,8 +205,9 @@ def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULAT
 
 def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_on: StandsOn) -> TuneDone:
     recipe, model, method = job.recipe, job.model, job.method
-    began = time.monotonic()
     _announce(job, run, listener, fleets.about(job))
+    tracking.begin(listener, run.path, run_facts.of_job(job))
+    began = time.monotonic()
 
     def step(client: int, number: int) -> None:
         listener.step(client, number)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetune.cli import recipe_flags
+from fleetune.cli import recipe_flags, tracker_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import RoundBar
@@ -33,9 +33,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", nargs="?", help="hub id, HF directory, GGUF file or built-in name"
     )
     sub.add_argument("data", metavar="DATA", nargs="?", help="JSONL, CSV or Parquet file, hub id, or 'demo'")
-    sub.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
+    sub.add_argument(
+        "-c", "--config", metavar="FILE", help="a TOML recipe, or recipe:NAME; flags override it"
+    )
     sub.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
     sub.add_argument("--dry-run", action="store_true", help="check recipe, data and model, then stop")
+    tracker_flags.add(sub)
     recipe_flags.add(sub)
 
 
@@ -50,7 +53,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             _check_only(recipes.make(recipes.read(path / "run.toml")), args, ui)
             return
         with screen(ui) as shown:
-            finish(ui, api.resume_run(path, out=args.out, offline=args.offline, listener=shown))
+            result = api.resume_run(
+                path, out=args.out, offline=args.offline, listener=shown, tracker=args.tracker
+            )
+            finish(ui, result)
         return
     recipe = _recipe(args)
     if args.dry_run:
@@ -64,7 +70,9 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
     from fleetune import api
 
     with screen(ui) as shown:
-        result = api.tune(recipe, out=args.out, offline=args.offline, listener=shown)
+        result = api.tune(
+            recipe, out=args.out, offline=args.offline, listener=shown, tracker=getattr(args, "tracker", ())
+        )
     finish(ui, result)
     return result
 
