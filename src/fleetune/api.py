@@ -196,6 +196,7 @@ def evaluate(
     answer_tokens: int = 96,
     text: str | Path | None = None,
     labels: Sequence[str] = (),
+    task_files: str | Path | None = None,
     dtype: str | None = None,
     device: str = "auto",
     out: str | Path = "runs",
@@ -207,17 +208,29 @@ def evaluate(
     `tasks` are loss, rouge_l, f1, exact_match, accuracy (by the words in `labels`) and perplexity (of the file `text`);
     the default is loss and rouge_l; for an encoder, loss and accuracy.  At most `limit` rows are measured, cut to the
     `max_length` of the run that the model comes from (512 tokens for others).  Losses are in nats a token (of an
-    encoder: a row); perplexity has no unit; the others are in percent.
+    encoder: a row); perplexity has no unit; the others are in percent.  Any other name is a task of
+    lm-evaluation-harness, of which at most `limit` questions are asked; `task_files` is a folder of tasks of one's own.  Its
+    values are named TASK.METRIC and have the harness's unit; the event has their standard errors.
     """
     from fleetune import data as reading
     from fleetune.data.labelled import check_answers
-    from fleetune.evaluation import measures
+    from fleetune.evaluation import harness_tasks, measures
     from fleetune.runs.events import evaluated
     from fleetune.tuning import objects_to_files
 
-    watching, tasks, labels = checked(listener), _words(tasks), _words(labels)
-    wanted = _checked_tasks(tasks, limit, answer_tokens, text)
+    watching, labels = checked(listener), _words(labels)
+    own, others = harness_tasks.divided(_words(tasks))
+    wanted = _checked_tasks(own, limit, answer_tokens, text)
+    of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
     found = open(model, out=out)
+    if of_harness is not None and not own:
+        scores = of_harness.evaluate(
+            subjects.load_alone(found, dtype=dtype, device=device, offline=offline), limit=limit
+        )
+        watching.event(evaluated(
+            found.argument, 0, {}, of=0, max_length=found.max_length, harness=scores
+        ))  # fmt: skip
+        return harness_tasks.by_name(scores)
     file = objects_to_files.data_name(data, Path(out))
     given = reading.read(file, offline=offline) if file else []
     if labels and "accuracy" in wanted:
@@ -230,10 +243,11 @@ def evaluate(
         loaded, examples[:limit], wanted, max_length=found.max_length, max_new_tokens=answer_tokens, labels=labels,
         texts=reading.read_text(str(text)) if text else (),
     )  # fmt: skip
+    scores = of_harness.evaluate(loaded, limit=limit) if of_harness is not None else []
     watching.event(evaluated(
-        found.argument, len(examples[:limit]), values, of=len(examples), max_length=found.max_length,
+        found.argument, len(examples[:limit]), values, of=len(examples), max_length=found.max_length, harness=scores,
     ))  # fmt: skip
-    return values
+    return values | harness_tasks.by_name(scores)
 
 
 def _checked_tasks(
@@ -338,6 +352,8 @@ def export(
     to: str | None = None,
     path: str | Path | None = None,
     text: str | Path | None = None,
+    push: str | None = None,
+    private: bool = False,
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
@@ -346,14 +362,17 @@ def export(
 
     `to` is a target (`fleetune.targets()`; default `gguf`; for a run `hf`), `path` a new file or folder (default: in the
     folder of the run or compression; of a plain model here).  With a text file `text`, the perplexity of the source in
-    torch and of the written file in its runtime are compared.
+    torch and of the written file in its runtime are compared.  With `push`, OWNER/NAME, what was written goes to that
+    model repository on the Hub, which is made (`private` or not) if it is not there.
     """
     from fleetune.deploy import export_subject
 
-    place, words = Path(path) if path else None, str(text) if text else None
+    place, words, watching = Path(path) if path else None, str(text) if text else None, checked(listener)
     export_subject.check(to, place, words)
+    to_hub = export_subject.destination(push, private=private, offline=offline)
     found = open(model, out=out)
-    return export_subject.export(found, to, place, words, checked(listener), offline=offline)
+    done = export_subject.export(found, to, place, words, watching, offline=offline)
+    return export_subject.pushed(done, to_hub, watching) if to_hub else done
 
 
 def measure(

@@ -275,9 +275,7 @@ def load_with_rows(
     from fleetune import models
 
     if isinstance(subject, Run):
-        if dtype not in (None, own := subject.recipe.dtype):
-            raise UsageError(f"a run has a dtype of its own, here {own}", hint="leave out --dtype")
-        models.check_device(device, own)
+        _check_dtype(subject, dtype, device)
         rows = given or subject.held_out(offline=offline)
         return subject.load(device=device, offline=offline), rows
     models.check_device(device, dtype or "fp32")
@@ -290,6 +288,28 @@ def load_with_rows(
     words = list(labels) or sorted({e.response.strip() for e in rows})
     model = models.load(subject.name, dtype=dtype or "fp32", device=device, offline=offline, labels=words)
     return model, rows
+
+
+def load_alone(
+    subject: Subject, *, dtype: str | None = None, device: str = "auto", offline: bool = False
+) -> Model:
+    """Load a subject without any rows; UsageError, before that, when `dtype` differs from a run's."""
+    from fleetune import models
+
+    if isinstance(subject, Run):
+        _check_dtype(subject, dtype, device)
+        return subject.load(device=device, offline=offline)
+    models.check_device(device, dtype or "fp32")
+    return subject.load(dtype=dtype or "fp32", device=device, offline=offline)
+
+
+def _check_dtype(run: Run, dtype: str | None, device: str) -> None:
+    """UsageError for another dtype than the run's, or a device that cannot compute in it."""
+    from fleetune import models
+
+    if dtype not in (None, own := run.recipe.dtype):
+        raise UsageError(f"a run has a dtype of its own, here {own}", hint="leave out --dtype")
+    models.check_device(device, own)
 
 
 def _text_of(name: object) -> str:

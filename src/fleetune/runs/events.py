@@ -467,6 +467,17 @@ class ExportDone(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportPushed(Event):
+    """`export --push`: a file or folder is in a repository on the Hub."""
+
+    event: ClassVar[str] = "pushed"
+    path: str  # of the file or folder here
+    repository: str  # OWNER/NAME
+    url: str  # of the commit
+    private: bool  # whether a new repository was asked to be private
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportChecked(Event):
     """`export --text`: perplexity of the written file, run in its runtime; `runtime` is null where none is installed."""
 
@@ -506,6 +517,22 @@ class MeasureDone(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """A metric of a task of lm-evaluation-harness, in the harness's own unit (an accuracy is a share of 1)."""
+
+    task: str  # name of the task, group or tag
+    metric: str  # name of the metric
+    filter: str  # how answers were read; none for as they are
+    value: float  # of the metric
+    stderr: float | None  # standard error, as the harness states it; null where it states none
+    rows: int | None  # questions asked; null for a group of tasks, as the next two
+    of: int | None  # questions that the task has
+    shots: int | None  # examples before each question
+    version: str | None  # of the task
+    higher_is_better: bool | None  # null where the harness does not say
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalDone(Measures):
     """`eval`: the measures of one model."""
 
@@ -514,12 +541,23 @@ class EvalDone(Measures):
     rows: int  # number of rows measured
     of: int  # number of rows there are; more than `rows` where a limit left some out
     max_length: int  # tokens of a row at most: those of the run that the model comes from
+    harness: Sequence[TaskScore] | None = None  # of the tasks of lm-evaluation-harness
 
 
-def evaluated(model: str, rows: int, measures: Mapping[str, float], *, of: int, max_length: int) -> EvalDone:
-    """The event for the measures of one model on the first `rows` of so many rows."""
+def evaluated(
+    model: str,
+    rows: int,
+    measures: Mapping[str, float],
+    *,
+    of: int,
+    max_length: int,
+    harness: Sequence[TaskScore] = (),
+) -> EvalDone:
+    """The event for the measures of one model on the first `rows` of so many rows, and of tasks of the harness."""
     values: dict[str, Any] = dict(measures)
-    return EvalDone(model=model, rows=rows, of=of, max_length=max_length, **values)
+    return EvalDone(
+        model=model, rows=rows, of=of, max_length=max_length, harness=tuple(harness) or None, **values
+    )
 
 
 # A fleet of real devices ----------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
 from fleetune.seeds.noise import derive
 from fleetune.seeds.view import View
-from fleetune.tuning import describe, finished, foundations, remarks, robust, rounds, run_facts
+from fleetune.tuning import describe, finished, foundations, model_card, remarks, robust, rounds, run_facts
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.checkpoint import StandsOn, Totals
 from fleetune.tuning.fleets import OLDEST, Fleet
@@ -331,6 +331,9 @@ def _finish(
         wall=round(totals.wall + time.monotonic() - began, 3), peak_rss=peak_rss(), **result,
         **_about(job, run, states, evaluation, tuned, result["digest"]),
     )  # fmt: skip
+    if job.entry.kind == "adapter":
+        size = model_card.complete(Path(done.result), as_dict(done))
+        done = dataclasses.replace(done, result_bytes=size)
     recorded = run.record(as_dict(done), last=True)
     run.status("done")
     report.write(run.path)

@@ -7,6 +7,7 @@ The experiment is MLFLOW_EXPERIMENT_NAME, else "fleetune".
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -25,12 +26,12 @@ class Tracker:
     """One run of MLflow; a resumed run goes on in it."""
 
     def __init__(self, place: Place) -> None:
-        for noisy in ("mlflow", "alembic", "mlflow.store.db.utils"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
         import mlflow
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
+        for noisy in ("mlflow", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
         if place.offline and str(mlflow.get_tracking_uri()).startswith(("http", "databricks")):
             raise UsageError("MLFLOW_TRACKING_URI is a server, and nothing may be sent (--offline)")
         self._client: Any = MlflowClient()
@@ -41,8 +42,6 @@ class Tracker:
         self._client.log_batch(self._id, params=given)
 
     def _new(self, place: Place) -> str:
-        import os
-
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
