@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             )
             finish(ui, result)
         return
-    recipe = _recipe(args)
+    recipe = recipe_of(args)
     if args.dry_run:
         _check_only(recipe, args, ui)
     else:
@@ -94,7 +94,8 @@ def finish(ui: Ui, result: TuneResult) -> None:
     ])  # fmt: skip
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments make, from a file or by name; RecipeError for what it cannot be."""
     values = recipe_flags.keys(args, args.config)
     if "sweep" in values:
         raise RecipeError([f"{args.config} is the recipe of a sweep"], hint=f"fleetune sweep {args.config}")

@@ -83,10 +83,11 @@ def check(wanted: Iterable[str]) -> tuple[str, ...]:
     found = []
     for name in dict.fromkeys(wanted):
         member = TRACKERS.member(name)
-        if importlib.util.find_spec(member.text("NEEDS")) is None:
+        needs, own = member.text("NEEDS"), member.module.startswith(f"{TRACKERS.package}.")
+        if importlib.util.find_spec(needs) is None:
             raise UsageError(
-                f"the tracker {member.name} needs the package {member.text('NEEDS')}, which is not installed",
-                hint=f"pip install 'fleetune[{member.name}]'",
+                f"the tracker {member.name} needs the package {needs}, which is not installed",
+                hint=f"pip install 'fleetune[{member.name}]'" if own else f"pip install {needs}",
             )
         found.append(member.name)
     return tuple(found)
