@@ -277,10 +277,11 @@ def test_mlflow_reads_the_losses_of_the_run(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_wandb_keeps_the_losses_of_the_run_in_its_offline_folder(at: Path) -> None:
-    pytest.importorskip("wandb", reason="pip install 'fleetune[wandb]'")
+    wandb = pytest.importorskip("wandb", reason="pip install 'fleetune[wandb]'")
     hears = Hears()
     run = tune(at, "wandb", hears)
     assert not hears.said
+    wandb.teardown()  # its own process has written everything
     rows, config, summary = records(run.folder)
     losses = {int(row["round"]): row["validation/loss"] for row in rows if "validation/loss" in row}
     assert losses == pytest.approx(dict(zip(run.history["round"], run.history["loss"], strict=True)))
