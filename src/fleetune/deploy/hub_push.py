@@ -34,7 +34,10 @@ class Destination:
     """A model repository that a push was asked for; whether it can be written is found out before any slow work."""
 
     def __init__(self, repository: str, *, private: bool, offline: bool) -> None:
-        """UsageError for a name that is no OWNER/NAME, without a network, or without a token that the Hub knows."""
+        """UsageError for a name that is no OWNER/NAME, without a network, or without a token that the Hub knows.
+
+        It is also one to ask for `private` where the repository is public already: it would stay so.
+        """
         self.repository, self.private = _checked(repository), private
         if offline or offline_by_environment():
             raise UsageError(
@@ -48,6 +51,14 @@ class Destination:
         self._api: Any = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="fleetune")
         with _told(repository):
             self._api.whoami()
+            public = (
+                private and self._api.repo_exists(repository) and not self._api.model_info(repository).private
+            )
+        if public:
+            raise UsageError(
+                f"{repository} is public already, and a push would not make it private",
+                hint="make it private in its settings on the Hub, or name another repository",
+            )
 
     def push(self, path: Path) -> Pushed:
         """Create the repository if it is not there, and put the file or the folder's files into it.
@@ -112,8 +123,9 @@ def _told(repository: str, again: str = "") -> Iterator[None]:
             f"the Hub refused {repository}: {status or ''} {why}", hint=again or None
         ) from error
     except Exception as error:  # the hub's client has changed its HTTP library, and so its errors
+        what = f"the push to {repository} failed" if again else "the Hub cannot be reached"
         raise FleetuneError(
-            f"the Hub cannot be reached: {cut_reason(f'{type(error).__name__}: {error}')}",
+            f"{what}: {cut_reason(f'{type(error).__name__}: {error}')}",
             hint=again or "check the network; the export alone: leave out --push",
         ) from error
 
