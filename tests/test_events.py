@@ -43,6 +43,8 @@ TOUR = {
     "plan tiny --ram 10MB": {"PlanRow", "Failed"},
     "methods": {"MethodListed"},
     "methods mezo": {"SettingListed"},
+    "recipes": {"RecipeListed"},
+    "recipes copy mezo": {"RecipeListed"},
     "models": {"ModelListed"},
     f"tune tiny demo {' '.join(ZEROTH + FEW)} --dry-run": {"TuneChecked"},
     f"tune tiny demo {' '.join(ZEROTH + FEW)}": {"TuneStart", "ClientReply", "RoundDone", "RoundEvaluated", "TuneDone"},
@@ -76,7 +78,7 @@ TOUR = {
     "runs rm 6 7": {"RunRemoved"},
 }  # fmt: skip
 ELSEWHERE = {  # these need an engine, the network, devices or Ctrl-C: their tests check the lines
-    "DeviceEvaluated", "FleetEvaluated", "FleetShown", "ModelPulled", "Serving", "Stopped", "ThreadsChosen",
+    "DeviceEvaluated", "ExportPushed", "FleetEvaluated", "FleetShown", "ModelPulled", "Serving", "Stopped", "ThreadsChosen",
 }  # fmt: skip
 
 

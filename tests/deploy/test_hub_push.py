@@ -8,6 +8,7 @@ not tested.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator
@@ -18,8 +19,11 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
+from fleetune import models
+from fleetune.cli.main import main
 from fleetune.deploy.hub_push import Destination
 from fleetune.errors import FleetuneError, UsageError
+from fleetune.runs.events import ExportPushed
 from fleetune.tuning.model_card import HERE
 
 
@@ -137,6 +141,23 @@ def test_a_folder_is_pushed_whole_and_its_card_names_the_repository(hub: Hub, fo
     assert is_private(hub.repositories["me/otter"])
     assert hub.files == {p.name: p.read_bytes() for p in folder.iterdir()}
     assert b'load("me/otter")' in hub.files["README.md"]
+
+
+def test_the_command_exports_then_pushes_and_says_where(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    words = ["export", "tiny", "--to", "hf", "--path", "out", "--push", "me/otter", "--json"]
+    assert main(words) == 0
+    written, pushed = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (written["event"], written["path"]) == ("export", "out")
+    assert set(pushed) == {"v", "event", *(f.name for f in dataclasses.fields(ExportPushed))}
+    assert (pushed["event"], pushed["path"], pushed["repository"]) == ("pushed", "out", "me/otter")
+    assert set(hub.files) == {p.name for p in (tmp_path / "out").iterdir()}
+    assert main([*words[:5], "other", "--private"]) == 2
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_file_is_pushed_under_its_name(hub: Hub, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def complete(adapter: Path, done: Mapping[str, Any]) -> int:
     """
     run, file = adapter.parent, adapter / CARD
     recipe = finished.recipe_of(run)
-    own = ModelCard(read_text(file), ignore_metadata_errors=True)
+    own: Any = ModelCard(read_text(file), ignore_metadata_errors=True)
     data = own.data.to_dict()
     head = _front_matter(
         recipe, library=str(data.get("library_name", "peft")), tags=tuple(data.get("tags") or ()),
@@ -78,7 +78,8 @@ def licence_of(recipe: Recipe) -> str | None:
         return origin.licence
     card = Path(recipe.model).expanduser() / CARD
     try:
-        stated = ModelCard(read_text(card), ignore_metadata_errors=True).data.to_dict().get("license")
+        found: Any = ModelCard(read_text(card), ignore_metadata_errors=True)
+        stated = found.data.to_dict().get("license")
     except (OSError, ValueError):
         return None
     return str(stated) if stated else None

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -20,11 +21,10 @@ class Tracker:
     """One file of events per sitting; figures after the checkpoint of a resumed run are replaced."""
 
     def __init__(self, place: Place) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        board: Any = importlib.import_module("torch.utils.tensorboard")
         folder = place.own / "tensorboard"
         again = {"purge_step": place.next_round} if folder.is_dir() else {}
-        self._writer: Any = SummaryWriter(str(folder), **again)  # type: ignore[no-untyped-call]
+        self._writer = board.SummaryWriter(str(folder), **again)
         rows = [f"| {name} | {value} |" for name, value in place.facts.items()]
         self._writer.add_text("settings", "\n".join(["| option | value |", "|---|---|", *rows]))
 
