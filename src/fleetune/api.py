@@ -170,6 +170,13 @@ def _recipe(
             "method's settings"
         )
     name, chosen = named(method, {n: e.module for n, e in methods.entries().items()})
+    if misplaced := [
+        s.name for s in methods.settings(name) if s.name in options and s.name not in recipes.fields()
+    ]:
+        raise RecipeError(
+            [f"'{word}' is a setting of {name}, not an option" for word in misplaced],
+            hint=f'give it as settings={{"{misplaced[0]}": ..}}',
+        )
     values = chosen | objects_to_files.setting_values(settings)
     recipe = recipes.make({**options, "model": "model", "data": "data", "method": name, "set": values})
     return dataclasses.replace(
