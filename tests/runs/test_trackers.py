@@ -14,8 +14,8 @@ import pytest
 import fleetune
 from fleetune import Silent, models
 from fleetune.errors import Interrupted, UsageError
-from fleetune.runs import trackers
-from fleetune.runs.events import Event, RoundDone
+from fleetune.runs import rundir, trackers
+from fleetune.runs.events import ClientReply, Event, RoundDone
 from fleetune.runs.tracking import Tracked
 
 OPTIONS: dict[str, Any] = {
@@ -106,6 +106,7 @@ def test_a_resumed_run_goes_on_in_tensorboard_and_every_round_is_there_once(at: 
     with pytest.raises(Interrupted):
         tune(at, "tensorboard", Hears(stop=2))
     assert [step for step, _ in scalars(Path("runs/latest"))["validation/loss"]][:2] == [0, 1]
+    rundir.checkpoints(Path("runs/latest"))[-1][1].unlink()  # its round, which was logged, is played again
     run = fleetune.resume_run("latest", tracker=["tensorboard"], offline=True)
     assert [step for step, _ in scalars(run.folder)["validation/loss"]] == [0, 1, 2, 3]
     assert run.digest == tune(at, ()).digest, "and the bits are those of a run without a stop or a tracker"
@@ -245,6 +246,30 @@ def test_a_tracked_listener_passes_every_call_on() -> None:
     tracked.progress("rounds", 0, 1)
     assert tracked.stop_requested is False
     assert calls == ["header", "note", "step", "progress", "stop_requested"]
+
+
+def test_a_reply_that_is_refused_later_does_not_count_in_the_clients_loss() -> None:
+    class Keeps:
+        def __init__(self) -> None:
+            self.logged: list[Mapping[str, float]] = []
+
+        def log(self, values: Mapping[str, float], round: int) -> None:
+            self.logged.append(values)
+
+        def finish(self, summary: Mapping[str, Any], status: str) -> None:
+            pass
+
+    keeps, tracked = Keeps(), Tracked(Silent(), [], offline=True)
+    tracked._running = {"keeps": keeps}
+    reply = {"round": 1, "n": 9, "bytes_up": 1, "bytes_down": 1, "seconds": 0.1, "rss": 1}
+    tracked.event(ClientReply(client=0, loss=2.0, status="ok", reason="", **reply))
+    tracked.event(ClientReply(client=1, loss=1e9, status="ok", reason="", **reply))
+    tracked.event(ClientReply(client=1, loss=1e9, status="refused", reason="too far", **reply))
+    done = {"bytes_up": 2, "bytes_down": 2, "bytes_total": 4, "seconds": 0.2, "rss": 1}
+    tracked.event(RoundDone(round=1, clients=2, accepted=1, report={"drift": 0.5}, **done))
+    tracked.finish("done")
+    (logged,) = keeps.logged
+    assert (logged["clients/loss"], logged["method/drift"], logged["round/accepted"]) == (2.0, 0.5, 1.0)
 
 
 # Heavy ones: pip install 'fleetune[wandb,mlflow]'
