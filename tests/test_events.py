@@ -47,6 +47,8 @@ TOUR = {
     "models rm mine.gguf": {"ModelRemoved"},
     "doctor": {"DoctorReport"},
     "version": {"TextShown"},
+    "recipes": {"RecipeListed"},
+    "recipes copy mezo": {"RecipeListed"},
     f"tune tiny demo {' '.join(ZEROTH + FEW)} --dry-run": {"TuneChecked"},
     f"tune tiny demo {' '.join(ZEROTH + FEW)}": {"TuneStart", "ClientReply", "RoundDone", "RoundEvaluated", "TuneDone"},
     f"tune tiny demo --method fedit --set r=2 {' '.join(FEW)} --partition dirichlet:1:category": {"TuneDone"},
@@ -81,7 +83,7 @@ TOUR = {
     "runs rm 6 7": {"RunRemoved"},
 }  # fmt: skip
 ELSEWHERE = {  # these need an engine, the network, devices or Ctrl-C: their tests check the lines
-    "DeviceEvaluated", "FleetEvaluated", "FleetShown", "ModelPulled", "Serving", "Stopped", "ThreadsChosen",
+    "DeviceEvaluated", "ExportPushed", "FleetEvaluated", "FleetShown", "ModelPulled", "Serving", "Stopped", "ThreadsChosen",
 }  # fmt: skip
 
 

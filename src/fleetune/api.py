@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from fleetune import subject as subjects
 from fleetune.common.settings import Value
 from fleetune.errors import RecipeError, UsageError
-from fleetune.runs import rundir
+from fleetune.runs import rundir, tracking
 from fleetune.runs.listener import Listener, checked
 from fleetune.subject import Subject
 from fleetune.tuning import recipe as recipes
@@ -98,6 +98,7 @@ def tune(
     method: object = "fedkseed",
     settings: Mapping[str, Setting] | None = None,
     tokenizer: object = None,
+    tracker: str | Sequence[str] = (),
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
@@ -110,10 +111,11 @@ def tune(
     or a method's own dataclass (`fedkseed.Method(K=1024)`); `settings` are the method's, by name.  `options` are those
     of `fleetune.Recipe`.  A model or rows given as Python objects are saved under `OUT/objects`, so that the run can be
     resumed.  A PEFT model's adapters are merged into the copy that is saved and tuned: they are not trained on.
+    `tracker` names trackers that get the figures as well: tensorboard, wandb, mlflow, trackio.
     """
+    watching, trackers = checked(listener), tracking.check(_words(tracker))
     from fleetune.tuning import run
 
-    watching = checked(listener)
     if not isinstance(model, Recipe):
         recipe = _recipe(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
     elif data is None and tokenizer is None and not (settings or options) and method == "fedkseed":
@@ -122,21 +124,28 @@ def tune(
         raise UsageError(
             "a recipe says everything; nothing is given beside it", hint="dataclasses.replace it"
         )
-    return run.start(recipe, Path(out), watching, offline=offline)
+    with tracking.tracked(watching, trackers, offline=offline) as heard:
+        return run.start(recipe, Path(out), heard, offline=offline)
 
 
 def resume_run(
-    run: object, *, out: str | Path = "runs", offline: bool = False, listener: Listener | None = None
+    run: object,
+    *,
+    tracker: str | Sequence[str] = (),
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
 ) -> TuneResult:
     """Resume a stopped run by its own recipe, to the same bits as without the stop; return a finished run as it is.
 
-    `run` is a name, number, path or result.
+    `run` is a name, number, path or result; `tracker` as in `tune`, which a run does not remember.
     """
     from fleetune.tuning import run as running
 
     folder = getattr(run, "folder", None)
     path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))
-    return running.resume(path, checked(listener), offline=offline)
+    with tracking.tracked(checked(listener), _words(tracker), offline=offline) as heard:
+        return running.resume(path, heard, offline=offline)
 
 
 def _recipe(
@@ -161,6 +170,13 @@ def _recipe(
             "method's settings"
         )
     name, chosen = named(method, {n: e.module for n, e in methods.entries().items()})
+    if misplaced := [
+        s.name for s in methods.settings(name) if s.name in options and s.name not in recipes.fields()
+    ]:
+        raise RecipeError(
+            [f"'{word}' is a setting of {name}, not an option" for word in misplaced],
+            hint=f'give it as settings={{"{misplaced[0]}": ..}}',
+        )
     values = chosen | objects_to_files.setting_values(settings)
     named_rows = str(data) if isinstance(data, str | Path) else "data"
     recipe = recipes.make({**options, "model": "model", "data": named_rows, "method": name, "set": values})
@@ -188,6 +204,7 @@ def evaluate(
     answer_tokens: int = 96,
     text: str | Path | None = None,
     labels: Sequence[str] = (),
+    task_files: str | Path | None = None,
     dtype: str | None = None,
     device: str = "auto",
     out: str | Path = "runs",
@@ -199,18 +216,30 @@ def evaluate(
     `tasks` are loss, rouge_l, f1, exact_match, accuracy (by the words in `labels`) and perplexity (of the file `text`);
     the default is loss and rouge_l; for an encoder, loss and accuracy.  At most `limit` rows are measured, cut to the
     `max_length` of the run that the model comes from (512 tokens for others).  The event of a run has the loss of its base
-    model on the same rows as well, and how sure the change is.  Losses are in nats a token (of an
-    encoder: a row); perplexity has no unit; the others are in percent.
+    model on the same rows as well, and how sure the change is.  Losses are in nats per token (of an
+    encoder: per row); perplexity has no unit; the others are in percent.  Any other name is a task of
+    lm-evaluation-harness, of which at most `limit` questions are asked; `task_files` is a folder of tasks of one's own.  Its
+    values are named TASK.METRIC and have the harness's unit; the event has their standard errors.
     """
     from fleetune import data as reading
     from fleetune.data.labelled import check_answers
-    from fleetune.evaluation import measures
+    from fleetune.evaluation import harness_tasks, measures
     from fleetune.runs.events import evaluated
     from fleetune.tuning import objects_to_files
 
-    watching, tasks, labels = checked(listener), _words(tasks), _words(labels)
-    wanted = _checked_tasks(tasks, limit, answer_tokens, text)
+    watching, labels = checked(listener), _words(labels)
+    own, others = harness_tasks.divided(_words(tasks))
+    wanted = _checked_tasks(own, limit, answer_tokens, text)
+    of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
     found = open(model, out=out)
+    if of_harness is not None and not own:
+        scores = of_harness.evaluate(
+            subjects.load_alone(found, dtype=dtype, device=device, offline=offline), limit=limit
+        )
+        watching.event(evaluated(
+            found.argument, 0, {}, of=0, max_length=found.max_length, harness=scores
+        ))  # fmt: skip
+        return harness_tasks.by_name(scores)
     file = objects_to_files.data_name(data, Path(out))
     given = reading.read(file, offline=offline) if file else []
     if labels and "accuracy" in wanted:
@@ -223,11 +252,15 @@ def evaluate(
         loaded, examples[:limit], wanted, max_length=found.max_length, max_new_tokens=answer_tokens, labels=labels,
         texts=reading.read_text(str(text)) if text else (),
     )  # fmt: skip
-    base = subjects.base_losses(found, loaded, examples[:limit]) if rows else None
+    scores = of_harness.evaluate(loaded, limit=limit) if of_harness is not None else []
+    base = (
+        subjects.base_losses(found, loaded, examples[:limit]) if rows else None
+    )  # the model is the base from here on
     watching.event(evaluated(
         found.argument, len(examples[:limit]), values, of=len(examples), max_length=found.max_length, rows_of=(base, rows),
+        harness=scores,
     ))  # fmt: skip
-    return values
+    return values | harness_tasks.by_name(scores)
 
 
 def _checked_tasks(
@@ -332,6 +365,8 @@ def export(
     to: str | None = None,
     path: str | Path | None = None,
     text: str | Path | None = None,
+    push: str | None = None,
+    private: bool = False,
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
@@ -340,14 +375,17 @@ def export(
 
     `to` is a target (`fleetune.targets()`; default `gguf`; for a run `hf`), `path` a new file or folder (default: in the
     folder of the run or compression; of a plain model here).  With a text file `text`, the perplexity of the source in
-    torch and of the written file in its runtime are compared.
+    torch and of the written file in its runtime are compared.  With `push`, OWNER/NAME, what was written goes to that
+    model repository on the Hub, which is made (`private` or not) if it is not there.
     """
     from fleetune.deploy import export_subject
 
-    place, words = Path(path) if path else None, str(text) if text else None
+    place, words, watching = Path(path) if path else None, str(text) if text else None, checked(listener)
     export_subject.check(to, place, words)
+    to_hub = export_subject.destination(push, private=private, offline=offline)
     found = open(model, out=out)
-    return export_subject.export(found, to, place, words, checked(listener), offline=offline)
+    done = export_subject.export(found, to, place, words, watching, offline=offline)
+    return export_subject.pushed(done, to_hub, watching) if to_hub else done
 
 
 def measure(

@@ -277,9 +277,7 @@ def load_with_rows(
     from fleetune import models
 
     if isinstance(subject, Run):
-        if dtype not in (None, own := subject.recipe.dtype):
-            raise UsageError(f"a run has a dtype of its own, here {own}", hint="leave out --dtype")
-        models.check_device(device, own)
+        _check_dtype(subject, dtype, device)
         rows = given or subject.held_out(offline=offline)
         return subject.load(device=device, offline=offline), rows
     models.check_device(device, dtype or "fp32")
@@ -304,6 +302,28 @@ def base_losses(subject: Subject, model: Model, examples: Sequence[Example]) -> 
         return None
     model.attachment.detach(model)
     return measures.evaluate_rows(model, examples, ["loss"], max_length=subject.max_length)[1]
+
+
+def load_alone(
+    subject: Subject, *, dtype: str | None = None, device: str = "auto", offline: bool = False
+) -> Model:
+    """Load a subject without any rows; UsageError, before that, when `dtype` differs from a run's."""
+    from fleetune import models
+
+    if isinstance(subject, Run):
+        _check_dtype(subject, dtype, device)
+        return subject.load(device=device, offline=offline)
+    models.check_device(device, dtype or "fp32")
+    return subject.load(dtype=dtype or "fp32", device=device, offline=offline)
+
+
+def _check_dtype(run: Run, dtype: str | None, device: str) -> None:
+    """UsageError for another dtype than the run's, or a device that cannot compute in it."""
+    from fleetune import models
+
+    if dtype not in (None, own := run.recipe.dtype):
+        raise UsageError(f"a run has a dtype of its own, here {own}", hint="leave out --dtype")
+    models.check_device(device, own)
 
 
 def _text_of(name: object) -> str:

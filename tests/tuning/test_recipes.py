@@ -17,9 +17,10 @@ from typing import NamedTuple
 import pytest
 
 from fleetune import api
+from fleetune import recipes as named_recipes
 from fleetune.tuning import prepare, recipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+RECIPES = [found.path for found in named_recipes.every().values()]
 LINE = re.compile(r"# Expected: validation loss (\d+\.\d{3}) -> (\d+\.\d{3})\.")
 NEAR = 0.03  # processors and versions of torch round differently, and thirty steps later that is seen
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from fleetune import models
+from fleetune import recipes as named_recipes
 from fleetune.cli.commands.sweep import SweepScreen
 from fleetune.cli.main import main
 from fleetune.errors import FleetError, ModelError, RecipeError, StorageError
@@ -224,7 +225,7 @@ def test_a_dry_run_lists_the_runs_and_leaves_nothing(at, capsys):
 
 @pytest.mark.parametrize("name", ["case_study", "case_study_small"])
 def test_the_case_studies_can_be_run(name):
-    grid = sweep.make(recipe.read(Path(__file__).parents[2] / "recipes" / f"{name}.toml"))
+    grid = sweep.make(recipe.read(named_recipes.find(f"recipe:{name}")))
     assert [a.name for a in grid.axes] == ["alpha", "K"]
     assert grid.axes[0].values == (0.5, 1.0, 1.5, 2.0, 2.5)
     for point in grid.points:

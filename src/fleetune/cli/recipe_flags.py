@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fleetune import recipes as named
 from fleetune.common import settings
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
@@ -60,8 +61,8 @@ def given(args: argparse.Namespace) -> dict[str, str]:
 
 
 def keys(args: argparse.Namespace, file: str | None) -> dict[str, Any]:
-    """The keys of a recipe's file, overridden by the flags; RecipeError for a setting without a value."""
-    values: dict[str, Any] = recipes.read(Path(file)) if file else {}
+    """The keys of a recipe (a file or `recipe:NAME`), overridden by the flags; RecipeError for a setting without a value."""
+    values: dict[str, Any] = recipes.read(named.find(file)) if file else {}
     values |= given(args)
     return {**values, "set": {**values.get("set", {}), **settings.pairs(args.set)}}
 

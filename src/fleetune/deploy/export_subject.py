@@ -16,12 +16,13 @@ from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
 from fleetune.errors import FleetuneError, UsageError
 from fleetune.runs import compression_folder, rundir
-from fleetune.runs.events import ExportChecked, ExportDone
+from fleetune.runs.events import ExportChecked, ExportDone, ExportPushed
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
 
 if TYPE_CHECKING:
     from fleetune.deploy.formats import Report
+    from fleetune.deploy.hub_push import Destination
     from fleetune.deploy.measure.harness import Row
 
 DEFAULT_TARGET = "gguf"
@@ -35,6 +36,7 @@ class ExportResult:
     path: Path
     done: ExportDone
     check: ExportChecked | None = None  # where a text was given
+    pushed: ExportPushed | None = None  # where a repository was given
 
 
 def export(
@@ -85,6 +87,27 @@ def check(to: str | None, path: Path | None, text: str | None) -> None:
         raise UsageError(f"no text file at {text}", hint="check the path")
     if text and target is not None and target.takes == "adapter":
         raise UsageError("an adapter alone has no perplexity", hint="leave out --text, or --to hf")
+
+
+def destination(repository: str | None, *, private: bool, offline: bool) -> Destination | None:
+    """The repository to push to, after it was asked whether it can be; None for no push.  UsageError where it cannot be."""
+    if repository is None:
+        if private:
+            raise UsageError("--private is for a push", hint="add --push OWNER/NAME")
+        return None
+    from fleetune.deploy.hub_push import Destination
+
+    return Destination(repository, private=private, offline=offline)
+
+
+def pushed(done: ExportResult, to: Destination, listener: Listener) -> ExportResult:
+    """Push what was written; the result with where it is."""
+    found = to.push(done.path)
+    event = ExportPushed(
+        path=str(done.path), repository=found.repository, url=found.url, private=found.private
+    )
+    listener.event(event)
+    return dataclasses.replace(done, pushed=event)
 
 
 def write(
@@ -164,14 +187,10 @@ def _scratch(out: Path) -> Iterator[Path]:
 def _write_tuned(run: Run, out: Path, listener: Listener | None = None, *, offline: bool) -> str:
     """The run's tuned weights as a plain directory; the digest of its weights."""
     from fleetune.deploy.formats import _gguf_vocabulary
-    from fleetune.tuning import finished
+    from fleetune.tuning import finished, model_card
 
-    recipe = run.recipe
-    card = (
-        f"# {run.folder.name}\n\n{recipe.model} tuned by Fleetune ({recipe.method}) "
-        f"on {Path(recipe.data).name}.\n"
-    )
     model = run.load(offline=offline)
+    card = model_card.of_run(run.folder, encoder=bool(model.labels))
     if listener is not None:
         for note in _gguf_vocabulary.give_template(model.tokenizer):
             listener.note(f"note: {note}")

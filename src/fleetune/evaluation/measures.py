@@ -80,6 +80,11 @@ TASKS: Mapping[str, Callable[[_Work], float]] = MappingProxyType(
 _SHORT = MappingProxyType({"rouge": "rouge_l", "em": "exact_match", "acc": "accuracy", "ppl": "perplexity"})
 
 
+def is_known(task: str) -> bool:
+    """Whether a task, or its short name, is one of `TASKS`."""
+    return task in TASKS or task in _SHORT
+
+
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """Return the tasks' full names, each once; RecipeError naming every unknown one, with the nearest known."""
     names = tuple(dict.fromkeys(_SHORT.get(task, task) for task in tasks))

@@ -30,7 +30,7 @@ from fleetune.models.chat_template import is_plain
 CHUNK: Final = 1 << 24  # bytes that a digest brings to the CPU at a time
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A model in memory with its tokenizer: the handle that everything passes around."""
 
@@ -47,6 +47,13 @@ class Model:
         str, ...
     ] = ()  # an encoder's label words, in the order of its outputs (else it writes text)
     new_head: bool = False  # whether an encoder's head is not the checkpoint's: nothing has trained it yet
+
+    def __repr__(self) -> str:
+        held = f", with {type(self.attachment).__name__}" if self.attachment is not None else ""
+        return (
+            f"<Model {self.name}: {type(self.net).__name__}, {self.n_params / 1e6:,.1f} M parameters, {self.dtype} on "
+            f"{self.device}, base {self.digest[:8]}{held}>"
+        )
 
     @property
     def n_params(self) -> int:

@@ -563,6 +563,17 @@ class ExportDone(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportPushed(Event):
+    """`export --push`: a file or folder is in a repository on the Hub."""
+
+    event: ClassVar[str] = "pushed"
+    path: str  # of the file or folder here
+    repository: str  # OWNER/NAME
+    url: str  # of the commit
+    private: bool  # whether a new repository was asked to be private
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportChecked(Event):
     """`export --text`: perplexity of the written file, run in its runtime; `runtime` is null where none is installed."""
 
@@ -605,6 +616,22 @@ class MeasureDone(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """A metric of a task of lm-evaluation-harness, in the harness's own unit (an accuracy is a share of 1)."""
+
+    task: str  # name of the task, group or tag
+    metric: str  # name of the metric
+    filter: str  # how answers were read; none for as they are
+    value: float  # of the metric
+    stderr: float | None  # standard error, as the harness states it; null where it states none
+    rows: int | None  # questions asked; null for a group of tasks, as the next two
+    of: int | None  # questions that the task has
+    shots: int | None  # examples before each question
+    version: str | None  # of the task
+    higher_is_better: bool | None  # null where the harness does not say
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalDone(Measures):
     """`eval`: the measures of one model."""
 
@@ -616,6 +643,7 @@ class EvalDone(Measures):
     loss_error: float | None = None  # standard error of the loss, over the rows
     base_loss: float | None = None  # of a run: loss of its base model on the same rows
     change_error: float | None = None  # standard error of `loss` less `base_loss`, taken row by row
+    harness: Sequence[TaskScore] | None = None  # of the tasks of lm-evaluation-harness
 
 
 def evaluated(
@@ -626,8 +654,9 @@ def evaluated(
     of: int,
     max_length: int,
     rows_of: tuple[RowLosses | None, RowLosses | None] = (None, None),
+    harness: Sequence[TaskScore] = (),
 ) -> EvalDone:
-    """The event for the measures of one model on the first `rows` of so many rows.
+    """The event for the measures of one model on the first `rows` of so many rows, and of tasks of the harness.
 
     `rows_of` are the losses of the rows under the base model and under this one, where they were measured.
     """
@@ -641,7 +670,9 @@ def evaluated(
             "base_loss": paired.ratio(base.sums, base.counts)[0],
             "change_error": change and change.error,
         }
-    return EvalDone(model=model, rows=rows, of=of, max_length=max_length, **values)
+    return EvalDone(
+        model=model, rows=rows, of=of, max_length=max_length, harness=tuple(harness) or None, **values
+    )
 
 
 # A fleet of real devices ----------------------------------------------------------------------------
@@ -734,6 +765,22 @@ class MethodListed(Event):
     sends: str | None = None  # of a tuning method: what travels
     summary: str | None = None  # of a compression method, as the next one
     settings: Sequence[Mapping[str, Any]] | None = None  # each with name, type, default, symbol, help
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeListed(Event):
+    """`recipes`: a recipe that comes with Fleetune; `recipes show` adds its text, `recipes copy` the new file."""
+
+    event: ClassVar[str] = "recipe"
+    name: str  # as in recipe:NAME
+    about: str  # one line
+    method: str  # tuning method
+    model: str  # base model
+    data: str  # data set
+    sweeps: bool  # whether it is a grid of runs, for `sweep`
+    expected: str | None = None  # outcome that it states
+    text: str | None = None  # the whole recipe, TOML
+    file: str | None = None  # path of the copy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,7 @@ class Change(NamedTuple):
     right: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ledger:
     """A head and its entries; every operation returns a new ledger."""
 
@@ -111,6 +111,13 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        head = self.head
+        return (
+            f"<Ledger of {head.method}: {len(self):,} entries, {int(self.rounds.max(initial=0))} rounds, law {head.law}, "
+            f"base {head.base[:8]}>"
+        )
 
     def final_check(self) -> str | None:
         """Return the digest that the ledger states of the weights it rebuilds as a whole; None when it states none."""

@@ -4,7 +4,7 @@
 FedIT first, because minutes of back-propagation on an adapter show a gain; then FedKSeed, because a
 full-parameter fine-tune as some kilobytes is what no other tool has.  Its fleet is mixed: every second site
 back-propagates, the others only run the model forward.  In so few steps forward passes alone would move the
-loss by hundredths (`recipes/fedkseed.toml`).
+loss by hundredths (`recipe:fedkseed`).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from fleetune.errors import FleetuneError, Interrupted, RecipeError, StorageErro
 from fleetune.evaluation.answers import generate
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.scores import rouge_l
-from fleetune.runs import metrics, report, rundir, sealed
+from fleetune.runs import metrics, report, rundir, sealed, tracking
 from fleetune.runs.events import ClientReply, Recorded, RoundEvaluated, TuneDone, as_dict, round_evaluated
 from fleetune.runs.listener import Listener
 from fleetune.runs.report.page import counted
@@ -32,11 +32,13 @@ from fleetune.tuning import (
     describe,
     finished,
     foundations,
+    model_card,
     per_client,
     remarks,
     robust,
     rounds,
     row_digests,
+    run_facts,
     validation,
 )
 from fleetune.tuning import recipe as recipes
@@ -223,8 +225,9 @@ def tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets = SIMULAT
 
 def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_on: StandsOn) -> TuneDone:
     recipe, model, method = job.recipe, job.model, job.method
-    began = time.monotonic()
     _announce(job, run, listener, fleets.about(job))
+    tracking.begin(listener, run.path, run_facts.of_job(job))
+    began = time.monotonic()
 
     def step(client: int, number: int) -> None:
         listener.step(client, number)
@@ -377,6 +380,9 @@ def _finish(
         per_client=clients, energy=meter.joules() if meter else None,
         **_about(job, run, (first, state), evaluation, tuned, result["digest"], outcome, change),
     )  # fmt: skip
+    if job.entry.kind == "adapter":
+        size = model_card.complete(Path(done.result), as_dict(done))
+        done = dataclasses.replace(done, result_bytes=size)
     recorded = run.record(as_dict(done), last=True)
     run.status("done")
     report.write(run.path)

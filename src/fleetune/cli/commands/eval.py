@@ -8,7 +8,7 @@ import argparse
 from fleetune.cli.console import Ui
 from fleetune.common.display import change, is_noise
 from fleetune.errors import RecipeError
-from fleetune.runs.events import EvalDone
+from fleetune.runs.events import EvalDone, TaskScore
 
 HELP = "measure a model, a finished run or a compressed one"
 ORDER = 50
@@ -27,9 +27,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--tasks",
-        help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge; of an encoder loss,accuracy)",
+        help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge; of an encoder loss,accuracy), and any task of "
+        "lm-evaluation-harness by its name: hellaswag, arc_easy",
     )
-    sub.add_argument("--limit", type=int, default=200, help="rows at most (default 200)")
+    sub.add_argument("--limit", type=int, default=200, help="rows at most, of each task (default 200)")
+    sub.add_argument(
+        "--task-files", metavar="DIR", help="folder with lm-evaluation-harness tasks (YAML) of your own"
+    )
     sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
     sub.add_argument("--text", help="plain text file for perplexity")
     sub.add_argument("--labels", help="label words for accuracy, comma-separated")
@@ -52,17 +56,28 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with console_listener(ui) as listener:
         api.evaluate(
             args.model, args.data, tasks=tasks, limit=args.limit, answer_tokens=args.answer_tokens, text=args.text,
-            labels=[w.strip() for w in (args.labels or "").split(",") if w.strip()], dtype=args.dtype,
+            task_files=args.task_files, labels=[w.strip() for w in (args.labels or "").split(",") if w.strip()], dtype=args.dtype,
             device=args.device, out=args.out, offline=args.offline, listener=listener,
         )  # fmt: skip
     done = listener.last
     if isinstance(done, EvalDone) and not ui.json:
         rows = _rows(done, own=not args.data)
         named = {k: k if k == "perplexity" and args.text else k + rows for k in done.values}
-        ui.table(
-            ["task", "value"] if done.base_loss is None else ["task", "base", "value", "change"],
-            [_line(done, k, named[k], v) for k, v in done.values.items()],
-        )  # fmt: skip
+        if done.values:
+            ui.table(
+                ["task", "value"] if done.base_loss is None else ["task", "base", "value", "change"],
+                [_line(done, k, named[k], v) for k, v in done.values.items()],
+            )  # fmt: skip
+        if done.harness:
+            ui.table(["task", "metric", "value", "stderr", "questions"], [_score(s) for s in done.harness])
+
+
+def _score(score: TaskScore) -> list[object]:
+    """A metric of a task of the harness, with its standard error and how many questions were asked."""
+    how = "" if score.filter == "none" else f" ({score.filter})"
+    asked = "" if score.rows is None else f"{score.rows:,} of {score.of:,}" if score.of else f"{score.rows:,}"
+    error = "" if score.stderr is None else f"± {score.stderr:.4f}"
+    return [score.task, score.metric + how, round(score.value, 4), error, asked]
 
 
 def _line(done: EvalDone, name: str, label: str, value: float) -> list[object]:

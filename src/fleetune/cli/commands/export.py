@@ -35,6 +35,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--text", help="plain text file: its perplexity by the source, and by the file in its runtime"
     )
+    sub.add_argument(
+        "--push", metavar="OWNER/NAME", help="put what was written into this model repository on the Hub"
+    )
+    sub.add_argument("--private", action="store_true", help="with --push: a new repository is private")
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -44,8 +48,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
     with console_listener(ui) as listener:
         result = api.export(
-            args.subject, to=args.to, path=args.path, text=args.text, out=args.out, offline=args.offline,
-            listener=listener,
+            args.subject, to=args.to, path=args.path, text=args.text, push=args.push, private=args.private,
+            out=args.out, offline=args.offline, listener=listener,
         )  # fmt: skip
     show(ui, result)
 
@@ -65,6 +69,8 @@ def show(ui: Ui, result: ExportResult) -> None:
             "perplexity", f"{check.source:.3f} in torch, {check.file:.3f} in {check.runtime} (x {check.ratio:.4f}), "
             f"{check.tokens:,} tokens",
         ))  # fmt: skip
+    if result.pushed is not None:
+        rows.append(("pushed", f"{result.pushed.repository}, {result.pushed.url}"))
     ui.paths(rows)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetune.cli import recipe_flags
+from fleetune.cli import recipe_flags, tracker_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import RoundBar
@@ -43,9 +43,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", nargs="?", help="hub id, HF directory, GGUF file or built-in name"
     )
     sub.add_argument("data", metavar="DATA", nargs="?", help="JSONL, CSV or Parquet file, hub id, or 'demo'")
-    sub.add_argument("-c", "--config", metavar="FILE", help="a TOML recipe; flags override it")
+    sub.add_argument(
+        "-c", "--config", metavar="FILE", help="a TOML recipe, or recipe:NAME; flags override it"
+    )
     sub.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
     sub.add_argument("--dry-run", action="store_true", help="check recipe, data and model, then stop")
+    tracker_flags.add(sub)
     recipe_flags.add(sub)
 
 
@@ -60,9 +63,12 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             _check_only(recipes.make(recipes.read(path / "run.toml")), args, ui)
             return
         with screen(ui) as shown:
-            finish(ui, api.resume_run(path, out=args.out, offline=args.offline, listener=shown))
+            result = api.resume_run(
+                path, out=args.out, offline=args.offline, listener=shown, tracker=args.tracker
+            )
+            finish(ui, result)
         return
-    recipe = _recipe(args)
+    recipe = recipe_of(args)
     recipe_flags.check_data(recipe.data)
     if args.dry_run:
         _check_only(recipe, args, ui)
@@ -75,7 +81,9 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
     from fleetune import api
 
     with screen(ui) as shown:
-        result = api.tune(recipe, out=args.out, offline=args.offline, listener=shown)
+        result = api.tune(
+            recipe, out=args.out, offline=args.offline, listener=shown, tracker=getattr(args, "tracker", ())
+        )
     finish(ui, result)
     return result
 
@@ -106,7 +114,8 @@ def finish(ui: Ui, result: TuneResult) -> None:
     say_what_is_shared(ui, Path(run))
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments make, from a file or by name; RecipeError for what it cannot be."""
     values = recipe_flags.keys(args, args.config)
     if "sweep" in values:
         raise RecipeError(

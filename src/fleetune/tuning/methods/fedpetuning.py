@@ -25,7 +25,7 @@ A classification head, where the model has one, is trained with any of them and 
 `lr` and `size` 0 stand for the module's own: the paper's best ones for QNLI (its appendix; `lr` 5e-5 for full,
 5e-4 for prefix, 1e-3 for adapter, lora and bitfit, 3e-2 for prompt).  Its fleets are 100
 clients of which 10 % take part in a round; cross-silo, 10 that all do; large-scale cross-device, 1,000 of which
-10 % do: `recipes/fedpetuning_cross_silo.toml` and `recipes/fedpetuning_cross_device.toml`.
+10 % do: `recipe:fedpetuning_cross_silo` and `recipe:fedpetuning_cross_device`.
 
 LoRA may start elsewhere than at PEFT's default (`start`): see `fedit`.
 

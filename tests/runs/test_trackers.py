@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trackers get the figures of a run, and cannot disturb it.  Each is read back with its own library."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fleetune
+from fleetune import Silent, models
+from fleetune.errors import Interrupted, UsageError
+from fleetune.runs import rundir, trackers
+from fleetune.runs.events import ClientReply, Event, RoundDone
+from fleetune.runs.tracking import Tracked
+
+OPTIONS: dict[str, Any] = {
+    "method": "mezo", "rounds": 3, "samples": 0, "held_out": 4, "max_length": 64, "settings": {"tau": 2, "K": 16},
+}  # fmt: skip
+SECRET = "the otter's passphrase"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and rows of three clients."""
+    folder = tmp_path_factory.mktemp("trackers")
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, folder / "tiny")
+    rows = [
+        {"instruction": f"Say {n}", "response": f"{SECRET} {n}.", "client": f"ward-{n % 3}"}
+        for n in range(30)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def at(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRACKIO_DIR", str(made / "trackio"))
+    return made
+
+
+class Hears(Silent):
+    """Keeps remarks, and stops the run when round `stop` is done."""
+
+    def __init__(self, stop: int = 0) -> None:
+        self.said: list[str] = []
+        self.stop, self.rounds = stop, list[RoundDone]()
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, RoundDone):
+            self.rounds.append(event)
+
+    @property
+    def stop_requested(self) -> bool:
+        return bool(self.stop) and len(self.rounds) >= self.stop
+
+
+def tune(at: Path, tracker: str | list[str], listener: Silent | None = None, **more: Any) -> Any:
+    return fleetune.tune(
+        at / "tiny",
+        at / "rows.jsonl",
+        tracker=tracker,
+        listener=listener,
+        offline=True,
+        **{**OPTIONS, **more},
+    )
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The scalars of a run in TensorBoard's files, by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "trackers" / "tensorboard"))
+    found.Reload()
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_tensorboard_reads_the_losses_of_the_run(at: Path) -> None:
+    hears = Hears()
+    run = tune(at, "tensorboard", hears)
+    assert not hears.said, "nothing failed"
+    found = scalars(run.folder)
+    history = run.history
+    assert found["validation/loss"] == [
+        (r, pytest.approx(v, rel=1e-6)) for r, v in zip(history["round"], history["loss"], strict=True)
+    ]
+    assert [v for _, v in found["total/bytes"]] == history["bytes_total"][1:]
+    assert [step for step, _ in found["clients/loss"]] == [1, 2, 3]
+    written = b"".join(p.read_bytes() for p in (run.folder / "trackers").rglob("*") if p.is_file())
+    for kept in (SECRET, "ward-1", str(at)):
+        assert kept.encode() not in written, f"{kept} does not leave the run"
+    assert b"set.tau" in written
+    assert run.digest.encode() in written
+
+
+def test_a_resumed_run_goes_on_in_tensorboard_and_every_round_is_there_once(at: Path) -> None:
+    with pytest.raises(Interrupted):
+        tune(at, "tensorboard", Hears(stop=2))
+    assert [step for step, _ in scalars(Path("runs/latest"))["validation/loss"]][:2] == [0, 1]
+    rundir.checkpoints(Path("runs/latest"))[-1][1].unlink()  # its round, which was logged, is played again
+    run = fleetune.resume_run("latest", tracker=["tensorboard"], offline=True)
+    assert [step for step, _ in scalars(run.folder)["validation/loss"]] == [0, 1, 2, 3]
+    assert run.digest == tune(at, ()).digest, "and the bits are those of a run without a stop or a tracker"
+
+
+def test_trackio_reads_the_losses_of_the_run(at: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    hears = Hears()
+    run = tune(at, "trackio", hears)
+    assert not hears.said
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (found,) = [r for r in trackio.Api().runs("fleetune") if r.name == run.folder.name]
+    logs = SQLiteStorage.get_logs("fleetune", run.folder.name)
+    losses = [row for row in logs if row.get("validation/loss") is not None]
+    assert [row["step"] for row in losses] == [0, 1, 2, 3]
+    assert [row["validation/loss"] for row in losses] == pytest.approx(run.history["loss"])
+    assert found.config["set.tau"] == 2
+    assert capfd.readouterr().out == "", "its prints stay out of --json"
+
+
+BROKEN = '''"""A tracker that fails in {where}."""
+NEEDS = "json"
+
+
+class Tracker:
+    def __init__(self, place):
+        self.fail("begin")
+
+    def fail(self, where):
+        print("noise on stdout")
+        if where == "{where}":
+            {what}
+
+    def log(self, values, round):
+        self.fail("log")
+
+    def finish(self, summary, status):
+        self.fail("finish")
+'''
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Installs a tracker of another package that fails where it is told to."""
+    site = tmp_path / "site"
+    (site / "broken-1.0.dist-info").mkdir(parents=True)
+    (site / "broken-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n"
+    )
+    (site / "broken-1.0.dist-info" / "entry_points.txt").write_text(
+        "[fleetune.trackers]\nbroken = broken_tracker\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+
+    def write(where: str, what: str) -> None:
+        (site / "broken_tracker.py").write_text(BROKEN.format(where=where, what=what))
+
+    yield write
+    sys.modules.pop("broken_tracker", None)
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "told"),
+    [
+        ("begin", "raise OSError('no route to host')", "no route to host"),
+        ("log", "raise SystemExit(7)", "SystemExit: 7"),
+        ("finish", "raise KeyError('x')", "KeyError"),
+    ],
+)
+def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
+    at: Path, broken: Any, capfd: pytest.CaptureFixture[str], where: str, what: str, told: str
+) -> None:
+    broken(where, what)
+    hears = Hears()
+    run = tune(at, ["broken", "tensorboard"], hears, rounds=2)
+    assert run.done.rounds == 2
+    (said,) = hears.said
+    assert "the tracker broken failed" in said
+    assert told in said
+    assert [step for step, _ in scalars(run.folder)["validation/loss"]] == [0, 1, 2], (
+        "others are not disturbed"
+    )
+    assert "noise" not in capfd.readouterr().out
+
+
+def test_what_cannot_be_is_told_before_any_work(at: Path, broken: Any, tmp_path: Path) -> None:
+    broken("begin", "pass")
+    with pytest.raises(UsageError, match="Did you mean 'wandb'"):
+        tune(at, "wandbb")
+    assert {"tensorboard", "wandb", "mlflow", "trackio", "broken"} <= set(trackers.names())
+    site = tmp_path / "site" / "broken_tracker.py"
+    site.write_text(site.read_text().replace('"json"', '"no_such_package"'))
+    with pytest.raises(UsageError, match="not installed") as error:
+        tune(at, "broken")
+    assert error.value.hint == "pip install no_such_package"
+    assert not Path("runs").exists()
+
+
+def test_a_failed_run_ends_as_failed_and_a_stopped_one_as_stopped(
+    at: Path, broken: Any, tmp_path: Path
+) -> None:
+    broken("finish", f"import pathlib; p = pathlib.Path({str(tmp_path)!r}, self.status); p.touch()")
+    site = tmp_path / "site" / "broken_tracker.py"
+    site.write_text(
+        site.read_text().replace('self.fail("finish")', 'self.status = status; self.fail("finish")')
+    )
+
+    class Fails(Silent):
+        def step(self, client: int, step: int) -> None:
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        tune(at, "broken", Fails(), rounds=1)
+    assert (tmp_path / "failed").exists()
+    with pytest.raises(Interrupted):
+        tune(at, "broken", Hears(stop=1), rounds=2)
+    assert (tmp_path / "stopped").exists()
+    assert not (tmp_path / "done").exists()
+    tune(at, "broken", rounds=1)
+    assert (tmp_path / "done").exists()
+
+
+def test_a_tracked_listener_passes_every_call_on() -> None:
+    calls: list[str] = []
+
+    class Inner(Silent):
+        def __getattribute__(self, name: str) -> Any:
+            if not name.startswith("_"):
+                calls.append(name)
+            return super().__getattribute__(name)
+
+    tracked = Tracked(Inner(), [], offline=True)
+    tracked.header("", [])
+    tracked.note("")
+    tracked.step(0, 0)
+    tracked.progress("rounds", 0, 1)
+    assert tracked.stop_requested is False
+    assert calls == ["header", "note", "step", "progress", "stop_requested"]
+
+
+def test_a_reply_that_is_refused_later_does_not_count_in_the_clients_loss() -> None:
+    class Keeps:
+        def __init__(self) -> None:
+            self.logged: list[Mapping[str, float]] = []
+
+        def log(self, values: Mapping[str, float], round: int) -> None:
+            self.logged.append(values)
+
+        def finish(self, summary: Mapping[str, Any], status: str) -> None:
+            pass
+
+    keeps, tracked = Keeps(), Tracked(Silent(), [], offline=True)
+    tracked._running = {"keeps": keeps}
+    reply = {"round": 1, "n": 9, "bytes_up": 1, "bytes_down": 1, "seconds": 0.1, "rss": 1}
+    tracked.event(ClientReply(client=0, loss=2.0, status="ok", reason="", **reply))
+    tracked.event(ClientReply(client=1, loss=1e9, status="ok", reason="", **reply))
+    tracked.event(ClientReply(client=1, loss=1e9, status="refused", reason="too far", **reply))
+    done = {"bytes_up": 2, "bytes_down": 2, "bytes_total": 4, "seconds": 0.2, "rss": 1}
+    tracked.event(RoundDone(round=1, clients=2, accepted=1, report={"drift": 0.5}, **done))
+    tracked.finish("done")
+    (logged,) = keeps.logged
+    assert (logged["clients/loss"], logged["method/drift"], logged["round/accepted"]) == (2.0, 0.5, 1.0)
+
+
+# Heavy ones: pip install 'fleetune[wandb,mlflow]'
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_mlflow_reads_the_losses_of_the_run(
+    at: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="pip install 'fleetune[mlflow]'")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(Interrupted):
+        tune(at, "mlflow", Hears(stop=2))
+    hears = Hears()
+    run = fleetune.resume_run("latest", tracker="mlflow", offline=True, listener=hears)
+    assert not hears.said
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("fleetune").experiment_id])
+    losses = {m.step: m.value for m in client.get_metric_history(found.info.run_id, "validation/loss")}
+    assert losses == pytest.approx(dict(zip(run.history["round"], run.history["loss"], strict=True)))
+    assert (found.info.status, found.info.run_name) == ("FINISHED", run.folder.name)
+    assert found.data.params["set.tau"] == "2"
+    assert found.data.tags["digest"] == run.digest
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    tune(at, "mlflow", hears)
+    assert "--offline" in hears.said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_wandb_keeps_the_losses_of_the_run_in_its_offline_folder(at: Path) -> None:
+    wandb = pytest.importorskip("wandb", reason="pip install 'fleetune[wandb]'")
+    hears = Hears()
+    run = tune(at, "wandb", hears)
+    assert not hears.said
+    wandb.teardown()  # its own process has written everything
+    rows, config, summary = records(run.folder)
+    losses = {int(row["round"]): row["validation/loss"] for row in rows if "validation/loss" in row}
+    assert losses == pytest.approx(dict(zip(run.history["round"], run.history["loss"], strict=True)))
+    assert config["set.tau"] == 2
+    assert summary["digest"] == run.digest
+
+
+def records(folder: Path) -> tuple[list[Mapping[str, Any]], dict[str, Any], dict[str, Any]]:
+    """The rows, settings and summary in wandb's offline file, decoded with its own messages."""
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = (folder / "trackers" / "wandb").glob("offline-run-*/*.wandb")
+    rows: list[Mapping[str, Any]] = []
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    for data in pieces(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        rows.append({named(i): json.loads(i.value_json) for i in record.history.item})
+        config |= {named(i): json.loads(i.value_json) for i in record.run.config.update}
+        config |= {named(i): json.loads(i.value_json) for i in record.config.update}
+        summary |= {named(i): json.loads(i.value_json) for i in record.summary.update}
+    return rows, config, summary
+
+
+def named(item: Any) -> str:
+    return item.key or "/".join(item.nested_key)
+
+
+def pieces(data: bytes) -> Iterator[bytes]:
+    """The records of a log in LevelDB's format: blocks of 32 KiB, the first after wandb's own head of 7 bytes."""
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield whole
+            whole = b""

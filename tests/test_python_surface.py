@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user of the library sees of it in a notebook: names, one line for each object, and where an option belongs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.errors import RecipeError
+from fleetune.seeds.ledger import Ledger
+
+
+def test_completion_shows_the_public_names_alone():
+    shown = {name for name in dir(fleetune) if not name.startswith("__")}
+    assert shown == {name for name in fleetune.__all__ if not name.startswith("__")}
+
+
+def test_a_model_and_a_ledger_are_one_short_line(tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    text = repr(model)
+    assert len(text) < 200
+    assert "\n" not in text
+    assert model.digest[:8] in text
+    run = fleetune.tune(
+        model, [{"instruction": f"Say {n}", "response": f"It is {n}."} for n in range(12)], method="mezo",
+        settings={"tau": 1, "K": 16}, rounds=1, samples=0, held_out=2, max_length=32, out=tmp_path,
+    )  # fmt: skip
+    ledger = run.ledger()
+    assert isinstance(ledger, Ledger)
+    assert len(repr(ledger)) < 200
+    assert "1 rounds" in repr(ledger)
+    assert "View" in repr(run.model())
+
+
+def test_a_setting_that_is_given_as_an_option_is_sent_to_its_place(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="'lr' is a setting of fedit") as error:
+        fleetune.tune("tiny", [{"instruction": "a", "response": "b"}], method="fedit", lr=1e-4, out=tmp_path)  # type: ignore[call-arg]
+    assert error.value.hint == 'give it as settings={"lr": ..}'
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_checker_knows_the_names_and_their_types(tmp_path: Path) -> None:
+    (tmp_path / "use.py").write_text(
+        "import fleetune\n"
+        "fleetune.nothing\n"
+        "fleetune.tune('m', 'demo', nosuch=1)\n"
+        "reveal_type(fleetune.tune('m', 'demo', rounds=2).digest)\n"
+    )
+    config = Path(__file__).parent.parent / "pyproject.toml"
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "use.py", "--config-file", config],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "MYPYPATH": str(config.parent / "src")},
+    )  # fmt: skip
+    told = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("use.py")]
+    assert any('has no attribute "nothing"' in line for line in told), done.stdout
+    assert any('"nosuch"' in line for line in told)
+    assert any('"str"' in line for line in told)

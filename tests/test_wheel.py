@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wheel holds all that the source tree does, and works where there is no source tree.
+
+It is built here and installed without its dependencies into a folder of its own, which comes before all else on the path.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "fleetune"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    assert importlib.util.find_spec("hatchling"), "pip install -e '.[dev]' brings what builds the wheel"
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = out.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, installed."""
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+    subprocess.run([*command, "--disable-pip-version-check", "--target", target, wheel], check=True)
+    return target
+
+
+def run(site: Path, cwd: Path, *command: str) -> str:
+    """Run Python with the installed wheel, elsewhere than in the repository."""
+    path = {"PYTHONPATH": str(site), "FLEETUNE_HOME": str(cwd), "HF_HOME": str(cwd)}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=os.environ | path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
+    tree = {p.relative_to(ROOT / "src").as_posix() for p in PACKAGE.rglob("*") if p.is_file()}
+    tree = {
+        name for name in tree if "__pycache__" not in name and not name.endswith((".nbi", ".nbc", ".pyc"))
+    }
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == tree
+    kinds = {Path(name).suffix for name in held}
+    assert {".toml", ".html", ".css", ".jsonl", ".typed"} <= kinds, "recipes, pages, demo rows, types"
+
+
+def test_its_metadata_name_the_command_the_licence_and_every_extra(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    texts = {
+        Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name
+    }
+    stated = Parser().parsestr(texts["METADATA"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(stated.get_all("Provides-Extra") or ()) == set(project["optional-dependencies"])
+    assert stated["License-Expression"] == "Apache-2.0"
+    assert "LICENSE" in texts
+    assert "fleetune = fleetune.cli.main:main" in texts["entry_points.txt"]
+
+
+def test_the_command_recipes_and_demo_work_outside_the_repository(site: Path, tmp_path: Path) -> None:
+    script = (
+        "import fleetune, json, sys\n"
+        "from fleetune.cli.main import main\n"
+        "from fleetune import data, recipes\n"
+        "rows = data.read('demo', offline=True)\n"
+        "main(['recipes', '-qq'])\n"
+        "print(json.dumps([fleetune.__file__, len(rows), sorted(recipes.every())]))\n"
+    )
+    place, rows, names = json.loads(run(site, tmp_path, "-c", script))
+    assert Path(place).is_relative_to(site)
+    assert rows == len((PACKAGE / "data" / "demo.jsonl").read_text(encoding="utf-8").splitlines())
+    assert names == sorted(p.stem for p in (PACKAGE / "recipes").glob("*.toml"))
+    assert "--quick" in run(site, tmp_path, "-m", "fleetune", "demo", "--help")
+    assert run(site, tmp_path, "-m", "fleetune", "recipes", "copy", "fedit")
+    assert (tmp_path / "fedit.toml").read_bytes() == (PACKAGE / "recipes" / "fedit.toml").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_and_its_page_come_out_of_the_wheel(site: Path, tmp_path: Path) -> None:
+    script = (
+        "from fleetune import models; m = models.tiny_llama(); models.save(m.net, m.tokenizer, 'tiny')\n"
+        "from fleetune.cli.main import main\n"
+        "raise SystemExit(main('tune tiny demo --method fedit --rounds 1 --limit 30 --samples 0 --max-length 64'.split()))\n"
+    )
+    run(site, tmp_path, "-c", script)
+    page = (tmp_path / "runs" / "latest" / "report.html").read_text(encoding="utf-8")
+    assert "<style" in page
+    assert "<svg" in page
