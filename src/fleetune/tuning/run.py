@@ -265,8 +265,8 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     def begin() -> dict[str, float]:
         assert base is not None
         emit(describe.start(job, fleet.rows, params))
-        for found in job.found:
-            emit(describe.rate(found))
+        for rate in job.found:
+            emit(describe.rate(rate))
         emit(round_evaluated(0, base.measured))
         if found := _start(job, run, base, first, listener):
             watch.starts_at(found["loss"])
