@@ -95,7 +95,7 @@ def tune(
     model: object,
     data: Rows | None = None,
     *,
-    method: object = "fedkseed",
+    method: object = "auto",
     settings: Mapping[str, Setting] | None = None,
     tokenizer: object = None,
     tracker: str | Sequence[str] = (),
@@ -108,22 +108,25 @@ def tune(
 
     `model` is a name or path, a `fleetune.Model`, a transformers or PEFT model (with its `tokenizer`), or a whole
     `Recipe`, which then holds all options.  `data` is a file, a hub id, `"demo"`, or rows as dicts.  `method` is a name
-    or a method's own dataclass (`fedkseed.Method(K=1024)`); `settings` are the method's, by name.  `options` are those
-    of `fleetune.Recipe`.  A model or rows given as Python objects are saved under `OUT/objects`, so that the run can be
-    resumed.  A PEFT model's adapters are merged into the copy that is saved and tuned: they are not trained on.
+    or a method's own dataclass (`fedkseed.Method(K=1024)`), `auto` the one that `plan` recommends; `settings` are the
+    method's, by name.  `options` are those of `fleetune.Recipe`.  A model or rows given as Python objects are saved under
+    `OUT/objects`, so that the run can be resumed.  A PEFT model's adapters are merged into the copy that is saved and
+    tuned: they are not trained on.
     `tracker` names trackers that get the figures as well: tensorboard, wandb, mlflow, trackio.
     """
     watching, trackers = checked(listener), tracking.check(_words(tracker))
+    from fleetune.planning import choose
     from fleetune.tuning import run
 
     if not isinstance(model, Recipe):
         recipe = _recipe(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
-    elif data is None and tokenizer is None and not (settings or options) and method == "fedkseed":
+    elif data is None and tokenizer is None and not (settings or options) and method == "auto":
         recipe = model
     else:
         raise UsageError(
             "a recipe says everything; nothing is given beside it", hint="dataclasses.replace it"
         )
+    recipe = choose.settled_method(recipe, watching.note, offline=offline)
     with tracking.tracked(watching, trackers, offline=offline) as heard:
         return run.start(recipe, Path(out), heard, offline=offline)
 
@@ -169,10 +172,10 @@ def _recipe(
             "the model's adapters are merged into a copy of its base, and that is tuned: rank, alpha and targets are the "
             "method's settings"
         )
-    name, chosen = named(method, {n: e.module for n, e in methods.entries().items()})
-    if misplaced := [
-        s.name for s in methods.settings(name) if s.name in options and s.name not in recipes.fields()
-    ]:
+    modules = {n: e.module for n, e in methods.entries().items()}
+    name, chosen = ("auto", {}) if method == "auto" else named(method, modules)
+    known = set() if name == "auto" else {s.name for s in methods.settings(name)}
+    if misplaced := [word for word in options if word in known and word not in recipes.fields()]:
         raise RecipeError(
             [f"'{word}' is a setting of {name}, not an option" for word in misplaced],
             hint=f'give it as settings={{"{misplaced[0]}": ..}}',

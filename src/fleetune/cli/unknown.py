@@ -94,12 +94,16 @@ def _as_setting(args: argparse.Namespace, flag: str, value: str, *, chosen: bool
     if registry is None or not flag.startswith("--"):
         return "", ""
     method = method_of(args)
-    names = [method] if chosen else [name for name in registry.members() if name != method]
+    auto = method == "auto"
+    names = [method] if chosen and not auto else [name for name in registry.members() if name != method]
     for name in names:
         if setting := setting_flags.close_to(flag, setting_names.of_method(registry, name)):
             pair = f"--set {setting}={shlex.quote(value) if value else 'VALUE'}"
             if chosen:
-                return f"'{flag}': {setting} is a setting of the method {name}: {pair}", name
+                return (
+                    f"'{flag}': {setting} is a setting of the method{'' if auto else f' {name}'}: {pair}",
+                    name,
+                )
             return (
                 f"'{flag}': {method} has no such setting; {setting} is one of {name}: --method {name} {pair}",
                 name,

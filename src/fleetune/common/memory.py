@@ -53,6 +53,18 @@ def total_memory() -> int:
         return 0
 
 
+def usable_memory() -> int:
+    """Return the bytes of memory that this process may use: the machine's, or its control group's limit where that is less.
+
+    0 where the system does not tell.
+    """
+    limits = [total_memory()]
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(name, "rb") as file:
+            limits.append(int(file.read()))
+    return min(limit for limit in limits if limit > 0) if any(limits) else 0
+
+
 def release_memory() -> None:
     """Give freed memory back to the system and restart `peak_rss`, where possible (Linux, glibc)."""
     gc.collect()

@@ -72,7 +72,9 @@ class TuneChecked(Event):
     rows: int  # training rows of all clients
     held_out: int  # number of held-out rows
     cut: int = 0  # rows that are longer than `max_length`, and lose tokens
-    remarks: Sequence[str] = ()  # what to know about the rows, in words
+    remarks: Sequence[str] = ()  # what to know about rows and time, in words
+    steps: int | None = None  # local steps of all clients in all rounds
+    seconds: float | None = None  # that the run will take here, by a measured step
 
 
 @dataclass(frozen=True, kw_only=True)

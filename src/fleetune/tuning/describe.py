@@ -140,6 +140,7 @@ def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
         ("data", f"{Path(recipe.data).name} · {_split(job)}{len(job.held)} held out"),
         *(("rows", remark) for remark in job.about_rows()),
         ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{_rule(recipe)}"),
+        *([("time", job.estimate.text)] if job.estimate else []),
         ("run", f"{run.path} · seed {recipe.seed}"),
     ]
 

@@ -31,8 +31,9 @@ from fleetune.models.cache import ORIGINS
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
-from fleetune.tuning import kinds, labels, methods, rates, robust, rounds
+from fleetune.tuning import estimate, kinds, labels, methods, rates, robust, rounds
 from fleetune.tuning import recipe as recipes
+from fleetune.tuning.estimate import Estimate
 from fleetune.tuning.methods import Method, MethodEntry
 from fleetune.tuning.rates import Found
 from fleetune.tuning.recipe import Recipe
@@ -58,6 +59,7 @@ class TuneJob:
     cut: Cut  # rows that are longer than max_length
     objective: str  # what the method minimises, by name
     found: list[Found]  # learning rates that were found before round 1
+    estimate: Estimate | None  # of a run that begins, simulated
     words: tuple[str, ...]  # label words that a causal model's accuracy is measured by; none: it is not
     files: dict[str, str]  # SHA-256 of the data's files, by name
 
@@ -65,6 +67,12 @@ class TuneJob:
         """Say which rows are left out, and which are cut; [] where all are whole."""
         rows = len(self.split.examples)
         return lengths.remarks(self.split.notes, rows, self.dropped, self.cut, self.recipe.max_length)
+
+    def about_time(self) -> list[str]:
+        """Say how long the run takes, and what would make a long one shorter; [] where it was not estimated."""
+        if self.estimate is None:
+            return []
+        return [line for line in (self.estimate.text, estimate.advice(self.estimate)) if line]
 
 
 def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
@@ -80,6 +88,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         lambda: check_partition_spec(recipe.partition),
         lambda: objectives.get(str(recipe.set.get("objective", "loss"))),
         lambda: robust.parse(recipe.aggregation),
+        lambda: estimate.seconds_of(recipe.within),
     )
     for test in tests:
         try:
@@ -162,11 +171,13 @@ def prepare(
     offline: bool = False,
     simulated: bool = True,
     find: bool = True,
+    measure: bool = True,
     note: Callable[[str], None] = log.info,
 ) -> TuneJob:
     """Check a recipe and load what it names; for a fleet that is not simulated, the held-out rows alone.
 
-    With `find`, learning rates that are to be found are found, which takes some steps; `note` is told before.
+    With `find`, learning rates that are to be found are found, which takes some steps; `note` is told before.  With
+    `measure`, the time is estimated from a measured step, and the run made to fit into `recipe.within`.
     """
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
@@ -200,6 +211,14 @@ def prepare(
             ],
             hint="lower --quorum, or raise --participation",
         )
+    held = [i for i in parts.held.tolist() if i in place]
+    estimated: Estimate | None = None
+    if measure and rows and all(rows) and held:
+        measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
+        estimated = estimate.of(recipe, method, model, rows, measured)
+        if within := estimate.seconds_of(recipe.within):
+            recipe, method, estimated = estimate.fitted(recipe, method, estimated, within)
+    recipe = dataclasses.replace(recipe, within="")
     found: list[Found] = []
     if names:
         note(f"finding {' and '.join(names)} on training rows ..")
@@ -213,7 +232,6 @@ def prepare(
             f"client {empty[0]} has no rows with an answer that the model's tokenizer knows ({len(empty)} such clients)",
             hint="lower --clients, or use another model",
         )
-    held = [i for i in parts.held.tolist() if i in place]
     if not held:
         raise DataError(
             "no held-out row has an answer that the model's tokenizer knows",
@@ -225,7 +243,7 @@ def prepare(
         examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
         prompts=[begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]],
         dropped=len(parts.examples) - len(place), cut=lengths.cut(encoded),
-        objective=objective, found=found, words=labels.measured(recipe, objective, parts.examples),
+        objective=objective, found=found, estimate=estimated, words=labels.measured(recipe, objective, parts.examples),
         files=_digests(recipe, offline),
     )  # fmt: skip
 
@@ -278,7 +296,9 @@ def dry_run(recipe: Recipe, *, offline: bool) -> TuneChecked:
     check(recipe)
     with stdin.borrowed(recipe.data) as source:
         job = prepare(dataclasses.replace(recipe, data=source), offline=offline, find=False)
+    found = job.estimate
     return TuneChecked(
         clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held), cut=job.cut.longer,
-        remarks=job.about_rows(),
+        remarks=job.about_rows() + job.about_time(), seconds=None if found is None else round(found.seconds, 3),
+        steps=None if found is None else round(found.rounds * found.clients * found.steps),
     )  # fmt: skip

@@ -25,6 +25,7 @@ from fleetune.data.splitting import Rows
 from fleetune.errors import RecipeError
 from fleetune.tuning import recipe_problems
 
+AUTO_METHOD: Final = "auto"
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
 MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's
 
@@ -38,7 +39,10 @@ class Recipe:
         description="JSONL, CSV or Parquet file, a folder with one file per client, hub id, - (JSONL from standard input), or "
         "'demo' for the built-in set"
     )
-    method: str = Field(default="fedkseed", description="tuning method (fleetune methods)")
+    method: str = Field(
+        default=AUTO_METHOD,
+        description="tuning method (fleetune methods); auto: the one that plan recommends for this machine and model",
+    )
     set: dict[str, Value] = Field(default_factory=dict, description="the method's own settings, NAME=VALUE")
     clients: int = Field(
         default=0,
@@ -47,6 +51,10 @@ class Recipe:
         description="clients of the fleet (0: what the method states, usually 8; by column: all there are)",
     )
     rounds: int = Field(default=10, ge=1, le=1_000_000, description="rounds")
+    within: str = Field(
+        default="",
+        description="fit the run into a time on this machine, as 30m: fewer local steps, then rounds",
+    )
     participation: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked each round")
     columns: str = Field(
         default="",
@@ -163,6 +171,7 @@ class RecipeOptions(TypedDict, total=False):
 
     clients: int
     rounds: int
+    within: str
     participation: float
     columns: str
     partition: str

@@ -14,6 +14,7 @@ from fleetune.common.spellings import meant
 from fleetune.errors import FleetuneError, RecipeError
 
 CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
+AUTO: Final = "auto"  # the method of a recipe that names none
 SHOWN: Final = 80  # characters of a refused value
 KINDS: Final[Mapping[str, str]] = {
     "int_parsing": "an integer", "int_type": "an integer", "int_from_float": "an integer", "float_parsing": "a number",
@@ -54,18 +55,16 @@ def _shown(value: object) -> str:
 def unknown(key: str, names: Sequence[str], values: Mapping[str, Any]) -> str:
     """Return what to say of a key that is no option: the option that was meant, or that it is a setting of the method."""
     methods = importlib.import_module("fleetune.tuning.methods")
-    method = str(values.get("method") or _default_method())
-    if key in setting_names.of_method(methods.REGISTRY, method):
+    method = str(values.get("method") or AUTO)
+    known = methods.having([key]) if method == AUTO else [method]
+    if known and key in setting_names.of_method(methods.REGISTRY, known[0]):
         return (
-            f"unknown option '{key}'. It is a setting of the method {method}: settings={{{key!r}: {values[key]!r}}} in "
-            f"Python, {key} = {values[key]} under [set] in a recipe, --set {key}={values[key]} as a flag"
+            f"unknown option '{key}'. It is a setting of the method{'s' if len(known) > 1 else ''} {', '.join(known)}: "
+            f"settings={{{key!r}: {values[key]!r}}} in Python, {key} = {values[key]} under [set] in a recipe, "
+            f"--set {key}={values[key]} as a flag"
         )
     close = difflib.get_close_matches(key, names, n=1)
     return f"unknown option '{key}'." + (f" Did you mean '{close[0]}'?" if close else "")
-
-
-def _default_method() -> str:
-    return str(importlib.import_module("fleetune.tuning.recipe").fields()["method"][1])
 
 
 def of_settings(values: Mapping[str, Any]) -> list[str]:
@@ -77,7 +76,14 @@ def of_settings(values: Mapping[str, Any]) -> list[str]:
         "fleetune.tuning.methods"
     )  # by name: a method's module may import the recipe
     try:
-        methods.make(method or _default_method(), chosen)
+        if (method or AUTO) != AUTO:
+            methods.make(method, chosen)
+        elif found := methods.having(chosen):
+            methods.make(found[0], chosen)
+        else:
+            return [
+                f"no method has all of the settings {', '.join(map(str, chosen))}: name the method that is meant"
+            ]
     except RecipeError as error:
         return error.problems
     except FleetuneError as error:

@@ -162,7 +162,7 @@ def resume(path: Path, listener: Listener, *, offline: bool, fleets: Fleets = SI
         return found
     with _ONE_AT_A_TIME, RunDir(path) as folder:
         rundir.check_writable(path)
-        job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False)
+        job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False, measure=False)
         return TuneResult(path.absolute(), tune(job, folder, listener, fleets))
 
 
@@ -341,7 +341,7 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(made_of)) + "\n")
     row_digests.write(run, job.split.examples)
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
-    for remark in map(remarks.of_rate, job.found):
+    for remark in (*map(remarks.of_rate, job.found), *job.about_time()[1:]):
         listener.note(remark)
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))

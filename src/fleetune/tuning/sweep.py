@@ -433,7 +433,7 @@ def _one(
     listener = begin(point)
     try:
         with rundir.at(folder.path / point.name) as run:
-            job = prepare.prepare(point.recipe, offline=offline)
+            job = prepare.prepare(point.recipe, offline=offline, measure=False)
             if (other := _other_base(folder.path, grid, point, job.model.digest)) is None:
                 jobs.tune(job, run, listener)
     except (StorageError, Interrupted):

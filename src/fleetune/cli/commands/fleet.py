@@ -132,7 +132,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
     path = rundir.find(args.resume, Path(args.out)) if args.resume else None
     if path is not None:
         recipe_flags.check_resume(args, path, "fleetune fleet serve --resume")
-    recipe = None if path else _recipe(args)
+    recipe = None if path else _recipe(args, ui)
     page, fleets = _page(args, ui), door_flags.served(args)
     from fleetune.tuning import run as running
 
@@ -156,7 +156,7 @@ def _page(args: argparse.Namespace, ui: Ui) -> AbstractContextManager[LivePage |
     return page.opened(page.PagePlace.of(args.page, args.page_token), ui.note)
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def _recipe(args: argparse.Namespace, ui: Ui) -> Recipe:
     values = recipe_flags.keys(args, args.config)
     if not args.config and "model" not in values:
         raise UsageError(
@@ -165,7 +165,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         )
     if "sweep" in values:
         raise RecipeError([f"{args.config} is the recipe of a sweep, which runs in the simulator alone"])
-    return recipes.make(values)
+    from fleetune.planning import choose
+
+    return choose.settled_method(recipes.make(values), ui.note, offline=args.offline)
 
 
 def _eval(args: argparse.Namespace, ui: Ui) -> None:
@@ -281,7 +283,7 @@ def _split(args: argparse.Namespace, ui: Ui) -> None:
     _no_words(args)
     if not args.to:
         raise UsageError("where to?", hint="--to DIR")
-    recipe = _recipe(args)
+    recipe = _recipe(args, ui)
     parts = prepare.split(recipe, methods.entry(recipe.method), offline=args.offline)
     folder = Path(args.to)
     folder.mkdir(parents=True, exist_ok=True)

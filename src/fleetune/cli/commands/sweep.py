@@ -8,7 +8,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
@@ -146,7 +146,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             raise UsageError(
                 "a sweep needs a RECIPE", hint="fleetune sweep recipe.toml --vary K=64,512 --seeds 3"
             )
-        grid = sweeps.make(recipe_flags.keys(args, args.recipe), args.vary, args.seeds)
+        grid = sweeps.make(
+            _with_method(recipe_flags.keys(args, args.recipe), args, ui), args.vary, args.seeds
+        )
     sweeps.check(grid, folder=path if args.resume else None, offline=args.offline)
     if args.dry_run:
         _plan(grid, ui)
@@ -154,6 +156,18 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     rundir.check_writable(path if args.resume else out)
     with rundir.RunDir(path) if args.resume else sweeps.create(out, Path(args.recipe).stem, grid) as folder:
         _start(grid, folder, args, ui)
+
+
+def _with_method(values: dict[str, Any], args: argparse.Namespace, ui: Ui) -> dict[str, Any]:
+    """Return the keys of a sweep's recipe with a method, unless the method is what varies."""
+    from fleetune.planning import choose
+    from fleetune.tuning import recipe as recipes
+
+    table = values.get("sweep", {})
+    if "method" in table or any(text.partition("=")[0].strip() == "method" for text in args.vary):
+        return {"method": "fedit", **values}
+    recipe = recipes.make({k: v for k, v in values.items() if k != "sweep"})
+    return {**values, "method": choose.settled_method(recipe, ui.note, offline=args.offline).method}
 
 
 def _plan(grid: SweepGrid, ui: Ui) -> None:

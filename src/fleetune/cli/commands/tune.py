@@ -131,8 +131,10 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.planning import choose
     from fleetune.tuning import prepare
 
+    recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
     found = prepare.dry_run(recipe, offline=args.offline)
     ui.note(
         f"the recipe is good: {counted(found.clients, 'client')}, {counted(found.rows, 'row')}, {found.held_out} held out"

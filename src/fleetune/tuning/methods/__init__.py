@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from fleetune.common import setting_names
 from fleetune.common.registry import Member, Registry
 from fleetune.common.settings import Setting, Value, of
 from fleetune.common.settings import make as make_of
@@ -362,6 +363,13 @@ def module_of(name: str) -> ModuleType:
 def settings(name: str) -> list[Setting]:
     """List the hyper-parameters of a method."""
     return of(module_of(name).Method)
+
+
+def having(names: Iterable[str]) -> list[str]:
+    """Return the methods that have all settings of these names, those that `plan` recommends first."""
+    wanted = set(names)
+    order = sorted(entries().values(), key=lambda e: (e.recommended or math.inf, e.name))
+    return [e.name for e in order if wanted <= set(setting_names.of_module(e.module))]
 
 
 def make(name: str, values: Mapping[str, Any]) -> Method:

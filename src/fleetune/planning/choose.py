@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choose the tuning method of a recipe that names none: the one that `plan` recommends for this machine and model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Final
+
+from fleetune.common.display import human_bytes
+from fleetune.common.memory import usable_memory
+from fleetune.planning import plan
+from fleetune.planning.device_cost import Rates
+from fleetune.planning.plan import Row
+from fleetune.planning.workload import Workload
+from fleetune.tuning import methods
+from fleetune.tuning.recipe import AUTO_METHOD, Recipe
+
+BATCH: Final = 8  # rows of a step, for the memory
+NOT_MEASURED: Final = Rates(1e11, 1e10)  # what fits does not depend on the speed
+
+
+def settled_method(recipe: Recipe, note: Callable[[str], None], *, offline: bool = False) -> Recipe:
+    """Return the recipe with a method; where one was chosen, `note` is told which and why.
+
+    FitError when no method fits this machine's memory.
+    """
+    if recipe.method != AUTO_METHOD:
+        return recipe
+    name, why = method_for(recipe, offline=offline)
+    note(f"method {name}, since none was given: {why}; choose another with --method (fleetune methods)")
+    return dataclasses.replace(recipe, method=name)
+
+
+def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str]:
+    """Return the method to begin with among those that have the recipe's settings, and why, in words."""
+    from fleetune import models
+
+    config = models.load_config(recipe.model, offline=offline)
+    work = Workload(batch=BATCH, length=recipe.max_length, dtype=recipe.dtype)
+    ram = usable_memory() or None
+    rows = plan.table(config, work, ram=ram, rates=NOT_MEASURED)
+    able = [row for row in rows if not row.tunes or _has(row, recipe)]
+    name = plan.best(able if any(row.tunes for row in able) else rows)
+    row = next(row for row in rows if row.method == name)
+    return name, _why(row, ram)
+
+
+def _has(row: Row, recipe: Recipe) -> bool:
+    """Whether a row's method has every setting of the recipe."""
+    return set(recipe.set) <= {s.name for s in methods.settings(row.method)}
+
+
+def _why(row: Row, ram: int | None) -> str:
+    learns = "learns most from a step" if methods.entries()[row.method].recommended else "fits"
+    if ram is None or row.peak is None:
+        return f"it {learns}"
+    also = "and " if learns != "fits" else "since it "
+    return f"it {learns} {also}takes about {human_bytes(row.peak)} of this machine's {human_bytes(ram)} of memory"

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimate the time of a simulated run before it begins, from measured steps, and fit a run into a stated time.
+
+A step of a client's local work and the loss of a few held-out rows are timed on the model that is to be tuned; the rest is
+counting.  Work of a method that is not steps (a FedPepTAO client's curvature) is not counted, nor are generated answers.
+In a mixed fleet every client counts as one of the first's kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from fleetune.common.display import counted, human_time
+from fleetune.data import Encoded
+from fleetune.errors import FitError, RecipeError
+from fleetune.tuning import methods, rounds
+from fleetune.tuning.methods import Method
+from fleetune.tuning.rates.trial import Bench, restored
+from fleetune.tuning.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fleetune.models.model import Model
+
+LONG: Final = 3600.0  # seconds of a run beyond which it is said what would make it shorter
+ENOUGH: Final = 0.3  # seconds of timing, after which no more is measured
+REPEATS: Final = 3
+SLOW: Final = 6.0  # seconds of a first call whose warming up is not looked at
+ROWS: Final = 8  # whose loss is timed
+SPARE: Final = 0.85  # of a stated time is planned for
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The size of a run, and its time on this machine."""
+
+    rounds: int
+    clients: int  # asked in a round
+    steps: float  # local steps of a client in a round, in the mean
+    step: float  # seconds
+    evaluations: int
+    evaluation: float  # seconds
+
+    @property
+    def training(self) -> float:
+        """Seconds of all local steps."""
+        return self.rounds * self.clients * self.steps * self.step
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the run."""
+        return self.training + self.evaluations * self.evaluation
+
+    @property
+    def text(self) -> str:
+        """Write it for the header: "about 12 min: 10 rounds x 8 clients x 10 steps of 0.4 s"."""
+        steps = (
+            "1 step"
+            if self.steps == 1
+            else f"{self.steps:,.3g} steps"
+            if self.steps < 10
+            else f"{self.steps:,.0f} steps"
+        )
+        return (
+            f"about {human_time(self.seconds)}: {counted(self.rounds, 'round')} × {counted(self.clients, 'client')} × "
+            f"{steps} of {_short(self.step)}, and {counted(self.evaluations, 'evaluation')} of {_short(self.evaluation)}"
+        )
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def of(
+    recipe: Recipe, method: Method, model: Model, rows: Sequence[Sequence[Encoded]], held: Sequence[Encoded]
+) -> Estimate:
+    """Time a step and an evaluation of a run whose clients have these rows; the model is left as it was."""
+    asked = len(rounds.sample(range(len(rows)), recipe.participation, recipe.seed, 1, recipe.over_selection))
+    steps = float(np.mean([methods.local_steps(method, len(part)) for part in rows]))
+    usual = sorted(rows, key=len)[len(rows) // 2]
+    bench = Bench(model, [usual], held[:ROWS], recipe.seed)
+    with restored(model):
+        one = methods.sized(method, 1, getattr(method, "batch_size", 8))
+        state = bench.begin(one)
+        step = _timed(lambda: bench.round(one, state, 1))
+    of_rows = _timed(bench.loss) / len(held[:ROWS])
+    evaluations = 1 + (math.ceil(recipe.rounds / recipe.eval_every) if recipe.eval_every else 1)
+    return Estimate(recipe.rounds, asked, steps, step, evaluations, of_rows * len(held))
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of a few calls: of two at least, since the first warms up, unless it is slow."""
+    taken: list[float] = []
+    while len(taken) < REPEATS and sum(taken) < (SLOW if len(taken) < 2 else ENOUGH):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def advice(found: Estimate) -> str:
+    """Say what would make a long run shorter, "" for one of less than an hour."""
+    if found.seconds <= LONG:
+        return ""
+    return (
+        f"this run takes about {human_time(found.seconds)} on this machine. Shorter: --within 1h takes fewer local steps so that "
+        f"it fits; or fewer --rounds, a lower --participation, a --limit of the rows"
+        + (", fewer --eval-rows" if found.training < found.seconds / 2 else "")
+    )
+
+
+def fitted(recipe: Recipe, method: Method, found: Estimate, within: float) -> tuple[Recipe, Method, Estimate]:
+    """Return the run with so few evaluations, local steps and rounds that it takes at most `within` seconds.
+
+    What fits already stays as it is.  FitError when not even a round of one step does.
+    """
+    budget = SPARE * within
+    if found.seconds <= budget:
+        return recipe, method, found
+    if found.evaluations * found.evaluation > budget / 3:
+        recipe = dataclasses.replace(recipe, eval_every=0)
+        found = dataclasses.replace(found, evaluations=2)
+    left = budget - found.evaluations * found.evaluation
+    a_round = found.clients * found.step  # of one step of each client
+    count = min(found.rounds, int(left // a_round)) if left > 0 else 0
+    if count < 1 or not isinstance(method, methods.Sized):
+        least = found.evaluations * found.evaluation + a_round
+        raise FitError(
+            f"a round of one step of {counted(found.clients, 'client')} takes about {human_time(least)} with its evaluations, "
+            f"and {human_time(within)} were given",
+            hint="a smaller model, fewer --clients or --eval-rows, a shorter --max-length, or more time",
+        )
+    steps = min(math.ceil(found.steps), max(1, int(left // (count * a_round))))
+    smaller = methods.sized(method, steps, getattr(method, "batch_size", 8))
+    recipe = dataclasses.replace(recipe, rounds=count, set=methods.values_of(smaller))
+    return recipe, smaller, dataclasses.replace(found, rounds=count, steps=float(min(steps, found.steps)))
+
+
+_TIME: Final = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(s|sec|m|min|h|d)?\s*", re.IGNORECASE)
+
+
+def seconds_of(text: str) -> float:
+    """Return a time as people write it (90s, 20m, 1.5h) in seconds; 0 for ""; RecipeError for anything else."""
+    if not text:
+        return 0.0
+    found = _TIME.fullmatch(text)
+    unit = (
+        {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}.get((found[2] or "").lower())
+        if found
+        else None
+    )
+    if found is None or unit is None or float(found[1]) <= 0:
+        raise RecipeError([f"within = {text!r} is not a time"], hint="write 90s, 20m or 1.5h")
+    return float(found[1]) * unit
