@@ -159,6 +159,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("tuning/rates/trial.py", "losses[high + 1] <= as_low", "losses[high + 1] < 0", "tuning/test_rates.py"),
     Mutant("tuning/prepare.py", "names = rates.wanted(recipe) if find else []", "names = []", "tuning/test_rates.py"),
     Mutant("common/files.py", "if os.path.exists(path) and not os.path.isfile(path):", "if False:", "common/test_files.py"),
+    Mutant("tuning/estimate.py", "budget = SPARE * within", "budget = 9 * within", "tuning/test_estimate.py"),
+    Mutant("planning/choose.py", "return set(recipe.set) <= {s.name", "return set() <= {s.name", "planning/test_choose.py"),
 )  # fmt: skip
 
 

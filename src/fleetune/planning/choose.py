@@ -9,6 +9,7 @@ from typing import Final
 
 from fleetune.common.display import human_bytes
 from fleetune.common.memory import usable_memory
+from fleetune.errors import RecipeError
 from fleetune.planning import plan
 from fleetune.planning.device_cost import Rates
 from fleetune.planning.plan import Row
@@ -23,7 +24,7 @@ NOT_MEASURED: Final = Rates(1e11, 1e10)  # what fits does not depend on the spee
 def settled_method(recipe: Recipe, note: Callable[[str], None], *, offline: bool = False) -> Recipe:
     """Return the recipe with a method; where one was chosen, `note` is told which and why.
 
-    FitError when no method fits this machine's memory.
+    FitError when no method fits this machine's memory, RecipeError when none has the recipe's settings.
     """
     if recipe.method != AUTO_METHOD:
         return recipe
@@ -41,7 +42,12 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str]:
     ram = usable_memory() or None
     rows = plan.table(config, work, ram=ram, rates=NOT_MEASURED)
     able = [row for row in rows if not row.tunes or _has(row, recipe)]
-    name = plan.best(able if any(row.tunes for row in able) else rows)
+    if not any(row.tunes for row in able):
+        raise RecipeError(
+            [f"no method has all of the settings {', '.join(recipe.set)}"],
+            hint="name the one that is meant: --method NAME (fleetune methods)",
+        )
+    name = plan.best(able)
     row = next(row for row in rows if row.method == name)
     return name, _why(row, ram)
 

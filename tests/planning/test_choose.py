@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The method of a recipe that names none."""
+
+from __future__ import annotations
+
+import pytest
+
+from fleetune import models
+from fleetune.common import memory
+from fleetune.errors import FitError, RecipeError
+from fleetune.planning import choose
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    model = models.tiny_llama()
+    folder = tmp_path_factory.mktemp("choose") / "tiny"
+    models.save(model.net, model.tokenizer, folder)
+    return str(folder)
+
+
+def recipe(model: str, **values: object) -> Recipe:
+    return recipes.make({"model": model, "data": "demo", **values})
+
+
+def test_the_method_is_the_one_that_plan_recommends_and_is_said(tiny: str) -> None:
+    told: list[str] = []
+    chosen = choose.settled_method(recipe(tiny), told.append, offline=True)
+    assert chosen.method == "fedit"
+    assert told[0].startswith(
+        "method fedit, since none was given: it learns most from a step and takes about "
+    )
+
+
+def test_a_method_that_is_given_stays_and_nothing_is_said(tiny: str) -> None:
+    told: list[str] = []
+    assert choose.settled_method(recipe(tiny, method="mezo"), told.append).method == "mezo"
+    assert not told
+
+
+def test_the_method_has_the_settings_that_are_given(tiny: str) -> None:
+    chosen, _ = choose.method_for(recipe(tiny, set={"tau": 3, "K": 64, "pro": True}), offline=True)
+    assert chosen == "fedkseed"
+    with pytest.raises(RecipeError, match="no method has all of the settings r, K"):
+        choose.method_for(recipe(tiny, set={"r": 4, "K": 64}), offline=True)
+
+
+def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {r.method: r for r in choose.plan.table(
+        models.load_config(tiny), choose.Workload(batch=choose.BATCH, length=512), rates=choose.NOT_MEASURED
+    )}  # fmt: skip
+    most = max(r.peak or 0 for n, r in rows.items() if n in ("mezo", "fedkseed", "onebyte"))
+    assert most < (rows["fedit"].peak or 0)
+    monkeypatch.setattr(choose, "usable_memory", lambda: most + 1)
+    name, why = choose.method_for(recipe(tiny), offline=True)
+    assert name in ("fedkseed", "mezo", "onebyte")
+    assert "of this machine's" in why
+    monkeypatch.setattr(choose, "usable_memory", lambda: 1_000_000)
+    with pytest.raises(FitError, match="no method fits"):
+        choose.method_for(recipe(tiny), offline=True)
+
+
+def test_memory_is_the_machines_or_its_groups_limit() -> None:
+    assert 0 < memory.usable_memory() <= memory.total_memory()

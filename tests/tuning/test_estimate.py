@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time of a run before it begins, and a run that is made to fit into a stated time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import contract_harness as harness
+import pytest
+import torch
+
+import fleetune
+from fleetune import models
+from fleetune.errors import FitError, RecipeError
+from fleetune.models.model import Model
+from fleetune.tuning import estimate, methods, prepare
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.estimate import Estimate, advice, fitted, seconds_of
+from fleetune.tuning.recipe import Recipe
+
+
+def recipe(method: str, **values: Any) -> Recipe:
+    return recipes.make({"model": "m", "data": "d", "method": method, **values})
+
+
+def fit(method: str, found: Estimate, within: float) -> tuple[Recipe, Estimate]:
+    chosen, made, smaller = fitted(recipe(method), methods.make(method, {}), found, within)
+    assert chosen.set == methods.values_of(made) or smaller is found
+    return chosen, smaller
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("20m", 1200), ("1.5 h", 5400), ("2d", 172800), ("45 min", 2700), ("", 0)],
+)
+def test_a_time_is_read_as_people_write_it(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["20", "soon", "-1h", "0m", "1h30"])
+def test_what_is_no_time_is_refused_before_any_work(text: str) -> None:
+    with pytest.raises(RecipeError, match="within = "):
+        prepare.check(recipe("fedit", within=text))
+
+
+def test_a_run_is_its_rounds_times_clients_times_steps() -> None:
+    found = Estimate(10, 8, 12.5, 0.4, 11, 3.0)
+    assert found.seconds == pytest.approx(10 * 8 * 12.5 * 0.4 + 33)
+    assert (
+        found.text == "about 7m13s: 10 rounds × 8 clients × 12 steps of 400 ms, and 11 evaluations of 3.0 s"
+    )
+    assert not advice(found)
+    assert "--within 1h" in advice(Estimate(10, 8, 200, 2.0, 11, 3.0))
+
+
+def test_what_fits_stays_as_it_is() -> None:
+    found = Estimate(10, 8, 10, 0.1, 11, 1.0)
+    assert fit("fedit", found, 200.0) == (recipe("fedit"), found)
+
+
+def test_local_steps_are_fewer_first_then_rounds() -> None:
+    found = Estimate(10, 8, 100, 0.5, 11, 0.1)
+    chosen, smaller = fit("fedit", found, 200.0)
+    assert chosen.rounds == 10
+    assert (
+        chosen.set["steps"] == smaller.steps == 4
+    )  # 10 x 8 x 4 x 0.5 s and 11 evaluations are within 170 s; 5 are not
+    chosen, smaller = fit("mezo", Estimate(10, 8, 100, 0.5, 11, 0.1), 20.0)
+    assert (chosen.rounds, chosen.set["tau"]) == (3, 1)
+    assert smaller.seconds <= 20.0
+
+
+def test_evaluations_that_take_most_of_the_time_are_left_out() -> None:
+    chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0), 40.0)
+    assert chosen.eval_every == 0
+    assert smaller.evaluations == 2
+    assert smaller.seconds <= 40.0
+
+
+def test_where_not_even_one_step_fits_it_is_refused() -> None:
+    with pytest.raises(FitError, match="a round of one step of 8 clients takes about"):
+        fit("fedit", Estimate(10, 8, 100, 30.0, 11, 5.0), 60.0)
+
+
+@pytest.mark.parametrize("name", ["fedit", "mezo", "fwdllm"])
+def test_measuring_leaves_the_model_as_it_was(name: str) -> None:
+    model: Model = models.tiny_llama()
+    rows, before = harness.rows(model), harness.logits(model)
+    found = estimate.of(recipe(name), harness.method(name), model, [rows[:12], rows[12:24]], rows[24:])
+    assert found.step > 0
+    assert found.evaluation > 0
+    assert found.steps == methods.local_steps(harness.method(name), 12)
+    assert model.attachment is None
+    assert torch.equal(harness.logits(model), before)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, tmp_path / "tiny")
+    rows = [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(24)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return tmp_path
+
+
+def test_a_run_that_was_fitted_is_repeated_by_its_own_recipe(place: Path) -> None:
+    few: dict[str, Any] = {"clients": 2, "samples": 0, "threads": 1, "device": "cpu", "offline": True}
+    run = fleetune.tune(
+        "tiny", "rows.jsonl", method="fedit", settings={"r": 2, "lr": 1e-3}, within="5s", rounds=500, **few
+    )
+    written = recipes.read(Path(run.done.run) / "run.toml")
+    assert written["within"] == ""
+    assert written["rounds"] < 500
+    assert fleetune.tune(recipes.make(written), offline=True).digest == run.digest
