@@ -229,6 +229,20 @@ def test_a_run_records_what_was_found_and_repeats_it(place: Path) -> None:
     assert fleetune.tune("tiny", "rows.jsonl", **FEW).digest == first.digest
 
 
+def test_the_report_shows_how_it_was_found(place: Path) -> None:
+    by_slopes = fleetune.tune("tiny", "rows.jsonl", **FEW)
+    page = (Path(by_slopes.done.run) / "report.html").read_text(encoding="utf-8")
+    assert " was found in " in page
+    assert "Loss by lr" not in page
+    tried = fleetune.tune(
+        "tiny", "rows.jsonl", **{**FEW, "method": "fedit", "settings": {"r": 2, "lr": "auto", "steps": 2}}
+    )
+    page = (Path(tried.done.run) / "report.html").read_text(encoding="utf-8")
+    assert "tried " in page
+    assert 'aria-labelledby="rate-lr-t rate-lr-d"' in page
+    assert (Path(tried.done.run) / "plots" / "rate-lr.svg").is_file()
+
+
 def test_a_real_fleets_server_finds_what_the_simulation_finds(place: Path) -> None:
     recipe = recipes.make({
         "model": "tiny", "data": "rows.jsonl", "clients": 2, "held_out": 4, "set": {"K": 16, "tau": 4, "batch_size": 2},

@@ -42,6 +42,7 @@ class RunLog:
     final: Mapping[str, object]
     status: str
     skipped: int
+    rates: Sequence[Event] = ()  # learning rates that were found
     intact: bool = True  # false: metrics.jsonl was changed since the run ended
 
     @property
@@ -77,6 +78,7 @@ def read(path: Path) -> RunLog:
         start=next((e for e in reversed(events) if e["event"] == "start"), {}),
         evals=_latest(events, "eval", ("round",)),
         clients=_latest(events, "client", ("round", "client")),
+        rates=list({text_of("setting", e): e for e in events if e["event"] == "rate"}.values()),
         rounds=rounds,
         done=done,
         final=_json(path / "eval.json"),

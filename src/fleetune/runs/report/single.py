@@ -10,7 +10,7 @@ from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.runs.report import page, plots, runlog
 from fleetune.runs.report.page import esc
 from fleetune.runs.report.runlog import RunLog, kind_of, read
-from fleetune.runs.report.sections import configuration, course, fleet, head, result, samples
+from fleetune.runs.report.sections import configuration, course, fleet, head, rate, result, samples
 
 
 def write(run: Path) -> Path:
@@ -35,7 +35,7 @@ def sections(run: RunLog) -> dict[str, str]:
     return {
         "head": head.header(run, facts),
         "result": page.section("result", "Result", result.result(run, steps, facts)),
-        "course": page.section("course", "Training", course.course(run, steps, facts)),
+        "course": page.section("course", "Training", course.course(run, steps, facts) + rate.rates(run)),
         "fleet": page.section("fleet", "Fleet", fleet.fleet(run)),
         "samples": page.section("samples", "Samples", samples.samples(run)),
         "configuration": page.section("configuration", "Configuration", configuration.configuration(run)),
