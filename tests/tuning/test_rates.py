@@ -32,7 +32,7 @@ from fleetune.tuning import recipe as recipes
 from fleetune.tuning.rates import rounded
 from fleetune.tuning.rates.trial import Trials, Tried, climb
 
-HOW = Probe(law="hashed", K=128, eps=1e-2, key=5, batch=5)
+HOW = Probe(law="hashed", K=128, eps=1e-3, key=5, batch=5)
 LOSSES = st.lists(st.floats(0.1, 50), min_size=2, max_size=12)
 
 
@@ -98,8 +98,10 @@ def model() -> Model:
     return models.tiny_llama()
 
 
-def test_the_curvature_is_that_of_the_loss_along_the_direction(model: Model) -> None:
+def test_the_curvature_is_that_of_the_loss_along_the_direction() -> None:
     """Against the second derivative by autograd, along the same direction, on the same rows."""
+    model = models.tiny_llama()
+    model.net.get_input_embeddings().padding_idx = None  # autograd gives the row of the padding no gradient
     rows = harness.rows(model)
     before = harness.logits(model)
     (point,) = slopes.measure(model, rows, HOW, lambda _: 0.0)
