@@ -106,6 +106,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_local_steps_follow_the_rows_unless_they_are_given(place: Path) -> None:
+    values: dict[str, Any] = {"model": "tiny", "data": "rows.jsonl", "method": "fedkseed", "held_out": 4}
+    for clients, rows, steps in ((2, 10, 50), (1, 20, 80)):
+        own = recipes.make({**values, "clients": clients, "set": {"lr": 1e-3, "batch_size": 1}})
+        simulated, real = (prepare.prepare(own, simulated=s) for s in (True, False))
+        assert simulated.recipe.set["tau"] == real.recipe.set["tau"] == steps, (rows, steps)
+    given = recipes.make({**values, "set": {"lr": 1e-3, "tau": 3}})
+    assert prepare.prepare(given).recipe.set["tau"] == 3
+
+
 def test_a_run_that_was_fitted_is_repeated_by_its_own_recipe(place: Path) -> None:
     few: dict[str, Any] = {"clients": 2, "samples": 0, "threads": 1, "device": "cpu", "offline": True}
     run = fleetune.tune(

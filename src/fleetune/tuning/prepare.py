@@ -182,7 +182,7 @@ def prepare(
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
     method = methods.written_out(method)
-    names = rates.wanted(recipe) if find else []
+    names, given = rates.wanted(recipe) if find else [], set(recipe.set)
     parts = split(recipe, entry, offline=offline)
     recipe = dataclasses.replace(recipe, partition=parts.partition)
     if not simulated:
@@ -211,6 +211,12 @@ def prepare(
             ],
             hint="lower --quorum, or raise --participation",
         )
+    aside = set(parts.held.tolist())
+    train = [row for i, pieces in place.items() if i not in aside for row in pieces]
+    new = find or measure  # not one that is resumed
+    if new and isinstance(method, methods.FollowsRows) and method.steps_setting not in given:
+        method = method.for_rows(len(train) // max(1, len(rows) or recipe.clients))
+        recipe = dataclasses.replace(recipe, set=methods.values_of(method))
     held = [i for i in parts.held.tolist() if i in place]
     estimated: Estimate | None = None
     if measure and rows and all(rows) and held:
@@ -222,8 +228,6 @@ def prepare(
     found: list[Found] = []
     if names:
         note(f"finding {' and '.join(names)} on training rows ..")
-        aside = set(parts.held.tolist())
-        train = [row for i, pieces in place.items() if i not in aside for row in pieces]
         recipe, found = rates.find(recipe, names, model, train, asked)
         method = methods.make(recipe.method, recipe.set)
     empty = [c for c, part in enumerate(rows) if not part]

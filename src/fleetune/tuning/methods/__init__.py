@@ -6,8 +6,8 @@
 hyper-parameters, each `name: type = setting(default, symbol, help)`, with the functions of the Protocol below.  A
 setting that acts only beside another says so with `only_if` (`common/settings.py`).  Optional: the constants `CLIENTS`
 (a usual fleet, 8 unless stated) and `RECOMMENDED` (1 is the first that `plan` considers), and the functions of the
-Protocols `Reports`, `Kinds`, `TakesLate`, `Measured`, `Combines`, `Reads`, `WritesOut`, `Sized`, `FromSlopes` and
-`Planned`; `rate_at_server`, true where the learning rate acts on the server alone.
+Protocols `Reports`, `Kinds`, `TakesLate`, `Measured`, `Combines`, `Reads`, `WritesOut`, `Sized`, `FollowsRows`,
+`FromSlopes` and `Planned`; `rate_at_server`, true where the learning rate acts on the server alone.
 
 Other packages register a module of the same shape under the entry-point group `fleetune.methods`.
 """
@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -187,6 +187,17 @@ class Sized(Protocol):
 
     def local_steps(self, rows: int) -> int:
         """Return how many local steps a device with so many rows takes in a round."""
+        ...
+
+
+@runtime_checkable
+class FollowsRows(Protocol):
+    """A method whose number of local steps, where none is given, depends on how many rows a client has."""
+
+    steps_setting: ClassVar[str]  # the setting that has the number
+
+    def for_rows(self, rows: int) -> Method:
+        """Return this method with the local steps for so many rows of a client."""
         ...
 
 

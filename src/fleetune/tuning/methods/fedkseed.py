@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 
@@ -64,6 +64,8 @@ from fleetune.tuning.robust import FEWEST, MEAN, Rule
 KIND = "ledger"
 PAPER = "Qin et al., ICML 2024, arXiv 2312.06353"
 SENDS = "one byte a local step up; K integers down"
+PASSES: Final = 4  # over a client's rows in a round, where the number of steps is not given
+FEWEST_STEPS: Final = 50
 
 
 class State(NamedTuple):
@@ -81,7 +83,9 @@ class Method:
     """Hyper-parameters with the paper's symbols and defaults (README of the reference: Dolly, batch 1)."""
 
     K: int = setting(1024, "K", "directions in the pool (a power of two for law=hashed)")
-    tau: int = setting(200, "τ", "local steps a round")
+    steps_setting: ClassVar[str] = "tau"
+
+    tau: int = setting(200, "τ", "local steps per round (not given: four passes over the rows, 50 to 200)")
     lr: float = setting(3e-7, "η", "learning rate", found=True)
     eps: float = setting(5e-4, "ε", "size of the perturbation")
     batch_size: int = setting(1, "B", "rows a step")
@@ -255,6 +259,10 @@ class Method:
 
     def apply(self, model: Model, state: State) -> None:
         _zeroth.place_at(model, state.ledger)
+
+    def for_rows(self, rows: int) -> Method:
+        """Return the method with `PASSES` passes over so many rows, at least `FEWEST_STEPS` steps and at most tau."""
+        return replace(self, tau=min(self.tau, max(FEWEST_STEPS, PASSES * -(-rows // self.batch_size))))
 
     def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
         """Return the rate for the mean of clients that walk along directions of their own."""
