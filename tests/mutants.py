@@ -123,10 +123,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("fleet/mail.py", "order is None or order.device != device or", "order is None or", "fleet/test_exchange.py"),
     Mutant("fleet/flower/door.py", "        authenticate_node(request)", "        pass", "fleet/test_exchange.py"),
     Mutant("fleet/flower/exchange.py", "if not self.once.fresh(", "if False and not self.once.fresh(", "fleet/test_exchange.py"),
-    Mutant("cli/parser.py", 'kwargs.setdefault("allow_abbrev", False)', 'kwargs.setdefault("allow_abbrev", True)', "cli/test_messages.py -k answered"),
-    Mutant("common/shell.py", "return shlex.quote(str(word))", "return str(word)", "cli/test_messages.py -k pasted"),
-    Mutant("tuning/recipe_problems.py", "if key in setting_names.of_method(methods.REGISTRY, method):", "if False:", "cli/test_messages.py -k python_api"),
-    Mutant("cli/commands/tune.py", "    recipe_flags.check_data(recipe.data)", "    pass", "cli/test_messages.py -k no_torch"),
+    Mutant("cli/parser.py", 'kwargs.setdefault("allow_abbrev", False)', 'kwargs.setdefault("allow_abbrev", True)', "cli/test_command_answers.py -k answered"),
+    Mutant("common/shell.py", "return shlex.quote(str(word))", "return str(word)", "cli/test_command_answers.py -k pasted"),
+    Mutant("tuning/recipe_problems.py", "if key in setting_names.of_method(methods.REGISTRY, method):", "if False:", "cli/test_command_answers.py -k python_api"),
+    Mutant("cli/commands/tune.py", "    recipe_flags.check_data(recipe.data)", "    pass", "cli/test_command_answers.py -k no_torch"),
     Mutant("data/forms.py", "return all(name in fields for name in names) and wanted <= {*names, *optional}", "return all(name in fields for name in names)", "data/test_forms.py"),
     Mutant("data/plain_text.py", "max(1, len(ids) - 1), max_length - 1)", "max(1, len(ids) - 1), max_length)", "data/test_plain_text.py"),
     Mutant("data/duplicates.py", "- math.ceil(LIKE * len(own)) + 1]", "- math.ceil(LIKE * len(own))]", "data/test_duplicates.py"),
@@ -160,7 +160,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("tuning/prepare.py", "names = rates.wanted(recipe) if find else []", "names = []", "tuning/test_rates.py"),
     Mutant("common/files.py", "if os.path.exists(path) and not os.path.isfile(path):", "if False:", "common/test_files.py"),
     Mutant("tuning/estimate.py", "budget = SPARE * within", "budget = 9 * within", "tuning/test_estimate.py"),
-    Mutant("planning/choose.py", "return set(recipe.set) <= {s.name", "return set() <= {s.name", "planning/test_choose.py"),
+    Mutant("planning/choose.py", "if not row.tunes or row.method in able]", "]", "planning/test_choose.py"),
 )  # fmt: skip
 
 

@@ -168,7 +168,9 @@ def test_a_dry_run_tells_what_is_cut(at: Path, capsys: Capture) -> None:
     )
     event = json.loads(capsys.readouterr().out)
     assert event["cut"] > 0
-    assert len(event["remarks"]) == 1
+    assert len(event["remarks"]) == 2
+    assert event["remarks"][1].startswith("about ")
+    assert event["steps"] > 0 < event["seconds"]
     assert not (at / "runs").exists()
 
 

@@ -79,7 +79,7 @@ def test_a_device_reads_its_rows_before_it_looks_for_a_server(
     monkeypatch.chdir(tmp_path)
     assert main(["fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl"]) == 2
     assert "no file rows.jsonl" in capsys.readouterr().err
-    Path("rows.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
+    Path("rows.jsonl").write_text('{"ask": "Why?", "say": "So."}\n')
     assert main(["fleet", "join", "127.0.0.1:1", "--data", "rows.jsonl"]) == 2
     assert "rows.jsonl:1" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from fleetune.runs.events import ClientReply, Event, RoundDone
 from fleetune.runs.tracking import Tracked
 
 OPTIONS: dict[str, Any] = {
-    "method": "mezo", "rounds": 3, "samples": 0, "held_out": 4, "max_length": 64, "settings": {"tau": 2, "K": 16},
+    "method": "mezo", "rounds": 3, "samples": 0, "held_out": 4, "max_length": 64, "settings": {"lr": 1e-4, "tau": 2, "K": 16},
 }  # fmt: skip
 SECRET = "the otter's passphrase"
 

@@ -61,7 +61,16 @@ def untouched(places: Path) -> float:
     """The held-out loss of the model as `models.load` gives it, with nothing else done to it."""
     name, data = str(places / "llama"), str(places / "rows.jsonl")
     made = recipe.make(
-        {"model": name, "data": data, "clients": 2, "held_out": 6, "max_length": 64, "samples": 0}
+        {
+            "model": name,
+            "data": data,
+            "method": "fedkseed",
+            "set": {"lr": 1e-3},
+            "clients": 2,
+            "held_out": 6,
+            "max_length": 64,
+            "samples": 0,
+        }
     )
     return response_loss(models.load(name, offline=True), prepare.prepare(made, offline=True).held)
 

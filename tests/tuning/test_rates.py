@@ -247,7 +247,7 @@ def test_the_report_shows_how_it_was_found(place: Path) -> None:
 
 def test_a_real_fleets_server_finds_what_the_simulation_finds(place: Path) -> None:
     recipe = recipes.make({
-        "model": "tiny", "data": "rows.jsonl", "clients": 2, "held_out": 4, "set": {"K": 16, "tau": 4, "batch_size": 2},
+        "model": "tiny", "data": "rows.jsonl", "method": "fedkseed", "clients": 2, "held_out": 4, "set": {"K": 16, "tau": 4, "batch_size": 2},
     })  # fmt: skip
     simulated, real = (prepare.prepare(recipe, simulated=s) for s in (True, False))
     assert simulated.recipe.set["lr"] == real.recipe.set["lr"] > 0

@@ -37,6 +37,11 @@ SERVES: Final = {  # an extra -> what it is for
     "llamacpp": "measure and export --text in llama.cpp",
     "serve": "serve and chat with an engine",
     "completion": "completion in the shell",
+    "tensorboard": "tune --tracker tensorboard",
+    "wandb": "tune --tracker wandb",
+    "mlflow": "tune --tracker mlflow",
+    "trackio": "tune --tracker trackio",
+    "lm-eval": "eval --tasks with tasks of lm-evaluation-harness",
 }
 BESIDE: Final = {  # a package that belongs to no extra -> what it is for
     "compressed-tensors": "export --to compressed-tensors --text",

@@ -14,7 +14,7 @@ from fleetune.planning import plan
 from fleetune.planning.device_cost import Rates
 from fleetune.planning.plan import Row
 from fleetune.planning.workload import Workload
-from fleetune.tuning import methods
+from fleetune.tuning import methods, prepare
 from fleetune.tuning.recipe import AUTO_METHOD, Recipe
 
 BATCH: Final = 8  # rows of a step, for the memory
@@ -37,24 +37,20 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str]:
     """Return the method to begin with among those that have the recipe's settings, and why, in words."""
     from fleetune import models
 
-    config = models.load_config(recipe.model, offline=offline)
-    work = Workload(batch=BATCH, length=recipe.max_length, dtype=recipe.dtype)
-    ram = usable_memory() or None
-    rows = plan.table(config, work, ram=ram, rates=NOT_MEASURED)
-    able = [row for row in rows if not row.tunes or _has(row, recipe)]
-    if not any(row.tunes for row in able):
+    able = methods.having(recipe.set)
+    if not able:
         raise RecipeError(
             [f"no method has all of the settings {', '.join(recipe.set)}"],
             hint="name the one that is meant: --method NAME (fleetune methods)",
         )
-    name = plan.best(able)
+    prepare.check(dataclasses.replace(recipe, method=able[0]))  # all else that is wrong is said first
+    config = models.load_config(recipe.model, offline=offline)
+    work = Workload(batch=BATCH, length=recipe.max_length, dtype=recipe.dtype)
+    ram = usable_memory() or None
+    rows = plan.table(config, work, ram=ram, rates=NOT_MEASURED)
+    name = plan.best([row for row in rows if not row.tunes or row.method in able])
     row = next(row for row in rows if row.method == name)
     return name, _why(row, ram)
-
-
-def _has(row: Row, recipe: Recipe) -> bool:
-    """Whether a row's method has every setting of the recipe."""
-    return set(recipe.set) <= {s.name for s in methods.settings(row.method)}
 
 
 def _why(row: Row, ram: int | None) -> str:

@@ -82,6 +82,8 @@ def _held_out(job: TuneJob) -> list[list[Encoded]]:
     parts = job.split
     if not parts.column or not job.recipe.partition.startswith("column"):
         return []
+    if len(job.held) != len(job.examples):  # long texts are several rows each
+        return []
     names = [parts.examples[int(part[0])].meta.get(parts.column) for part in parts.clients]
     own: dict[object, list[Encoded]] = {name: [] for name in names}
     for row, example in zip(job.held, job.examples, strict=True):

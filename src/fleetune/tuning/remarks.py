@@ -77,10 +77,10 @@ def of_unmoved(job: TuneJob, run: RunDir, *, stays: bool) -> str:
     events = list(rundir.events(run.path))
     replies = [e for e in events if e["event"] == "client"]
     good = [e for e in replies if e.get("status") == "ok"]
-    counted = sum(e.get("accepted", 0) >= job.recipe.quorum for e in events if e["event"] == "round")
+    counting = sum(e.get("accepted", 0) >= job.recipe.quorum for e in events if e["event"] == "round")
     if not good:
         why, remedy = f"none of {counted(len(replies), 'client')} gave a good reply", "see log.txt"
-    elif not counted:
+    elif not counting:
         why, remedy = f"no round had {job.recipe.quorum} good replies", "lower --quorum"
     else:
         change = "no change of any weight" if stays else "a change that the validation loss does not show"

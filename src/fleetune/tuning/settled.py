@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from fleetune.errors import FleetuneError
 from fleetune.tuning import methods
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
+
+FOUND: Final = ("iid", "column:client")  # what `partition = auto` becomes
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -57,7 +59,9 @@ def given(recipe: Recipe) -> list[str]:
     return [
         name
         for name, value in options_of(recipe).items()
-        if value != usual.get(name) and not (name == "clients" and value == clients)
+        if value != usual.get(name)
+        and not (name == "clients" and value == clients)
+        and not (name == "partition" and value in FOUND)
     ]
 
 

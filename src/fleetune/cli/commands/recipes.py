@@ -15,6 +15,11 @@ from fleetune.runs.events import RecipeListed
 
 HELP = "list, show or copy the recipes that come with Fleetune"
 ORDER = 125
+EXAMPLES = """\
+fleetune recipes                        what there is
+fleetune recipes show fedit             the recipe as a file
+fleetune recipes copy fedit mine.toml   a copy to change; or use it as it is: fleetune tune -c recipe:fedit MODEL DATA
+"""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
