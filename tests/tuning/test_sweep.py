@@ -370,10 +370,10 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_run_again(at, capsys, 
 def test_a_run_whose_model_or_data_is_wrong_does_not_stop_the_others(at, capsys, monkeypatch, error):
     real = prepare.prepare
 
-    def failing(recipe: recipe.Recipe, *, offline: bool) -> prepare.TuneJob:
+    def failing(recipe: recipe.Recipe, *, offline: bool, measure: bool) -> prepare.TuneJob:
         if recipe.set["K"] == 8:
             raise error
-        return real(recipe, offline=offline)
+        return real(recipe, offline=offline, measure=measure)
 
     monkeypatch.setattr(prepare, "prepare", failing)
     args = ("recipe.toml", "--vary", "K=8,16", "--rounds", "1", "--json")

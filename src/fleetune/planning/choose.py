@@ -9,7 +9,7 @@ from typing import Final
 
 from fleetune.common.display import human_bytes
 from fleetune.common.memory import usable_memory
-from fleetune.errors import RecipeError
+from fleetune.errors import ModelError, RecipeError, suggest
 from fleetune.planning import plan
 from fleetune.planning.device_cost import Rates
 from fleetune.planning.plan import Row
@@ -40,17 +40,27 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str]:
     able = methods.having(recipe.set)
     if not able:
         raise RecipeError(
-            [f"no method has all of the settings {', '.join(recipe.set)}"],
-            hint="name the one that is meant: --method NAME (fleetune methods)",
+            _unknown(recipe), hint="name the one that is meant: --method NAME (fleetune methods)"
         )
     prepare.check(dataclasses.replace(recipe, method=able[0]))  # all else that is wrong is said first
-    config = models.load_config(recipe.model, offline=offline)
+    try:
+        config = models.load_config(recipe.model, offline=offline)
+    except ModelError as error:  # loading it says what is wrong, and what to do
+        return able[0], f"the model's configuration cannot be read ({error.message})"
     work = Workload(batch=BATCH, length=recipe.max_length, dtype=recipe.dtype)
     ram = usable_memory() or None
     rows = plan.table(config, work, ram=ram, rates=NOT_MEASURED)
     name = plan.best([row for row in rows if not row.tunes or row.method in able])
     row = next(row for row in rows if row.method == name)
     return name, _why(row, ram)
+
+
+def _unknown(recipe: Recipe) -> list[str]:
+    """Say which settings no method has, with suggestions; or that no method has all of them."""
+    if odd := [name for name in recipe.set if not methods.having([name])]:
+        every = sorted({s.name for name in methods.entries() for s in methods.settings(name)})
+        return [f"no method has a setting '{name}'.{suggest(name, every, cutoff=0.5)}" for name in odd]
+    return [f"no method has all of the settings {', '.join(recipe.set)}"]
 
 
 def _why(row: Row, ram: int | None) -> str:

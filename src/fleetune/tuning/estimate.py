@@ -9,6 +9,7 @@ In a mixed fleet every client counts as one of the first's kind.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 import time
@@ -20,7 +21,7 @@ import numpy as np
 
 from fleetune.common.display import counted, human_time
 from fleetune.data import Encoded
-from fleetune.errors import FitError, RecipeError
+from fleetune.errors import FAULTS, FitError, RecipeError, fault
 from fleetune.tuning import methods, rounds
 from fleetune.tuning.methods import Method
 from fleetune.tuning.rates.trial import Bench, restored
@@ -28,6 +29,8 @@ from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from fleetune.models.model import Model
+
+log = logging.getLogger(__name__)
 
 LONG: Final = 3600.0  # seconds of a run beyond which it is said what would make it shorter
 ENOUGH: Final = 0.3  # seconds of timing, after which no more is measured
@@ -80,16 +83,23 @@ def _short(seconds: float) -> str:
 
 def of(
     recipe: Recipe, method: Method, model: Model, rows: Sequence[Sequence[Encoded]], held: Sequence[Encoded]
-) -> Estimate:
-    """Time a step and an evaluation of a run whose clients have these rows; the model is left as it was."""
+) -> Estimate | None:
+    """Time a step and an evaluation of a run whose clients have these rows; the model is left as it was.
+
+    None where a step fails: the run itself says why, and for which clients.
+    """
     asked = len(rounds.sample(range(len(rows)), recipe.participation, recipe.seed, 1, recipe.over_selection))
     steps = float(np.mean([methods.local_steps(method, len(part)) for part in rows]))
     usual = sorted(rows, key=len)[len(rows) // 2]
     bench = Bench(model, [usual], held[:ROWS], recipe.seed)
-    with restored(model):
-        one = methods.sized(method, 1, getattr(method, "batch_size", 8))
-        state = bench.begin(one)
-        step = _timed(lambda: bench.round(one, state, 1))
+    try:
+        with restored(model):
+            one = methods.sized(method, 1, getattr(method, "batch_size", 8))
+            state = bench.begin(one)
+            step = _timed(lambda: bench.round(one, state, 1))
+    except FAULTS as error:
+        log.info("the time cannot be estimated: %s", fault(error))
+        return None
     of_rows = _timed(bench.loss) / len(held[:ROWS])
     evaluations = 1 + (math.ceil(recipe.rounds / recipe.eval_every) if recipe.eval_every else 1)
     return Estimate(recipe.rounds, asked, steps, step, evaluations, of_rows * len(held))

@@ -222,7 +222,7 @@ def prepare(
     if measure and rows and all(rows) and held:
         measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
         estimated = estimate.of(recipe, method, model, rows, measured)
-        if within := estimate.seconds_of(recipe.within):
+        if estimated and (within := estimate.seconds_of(recipe.within)):
             recipe, method, estimated = estimate.fitted(recipe, method, estimated, within)
     recipe = dataclasses.replace(recipe, within="")
     found: list[Found] = []

@@ -128,12 +128,15 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 
 def _serve(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.planning import choose
+
     _no_words(args)
     path = rundir.find(args.resume, Path(args.out)) if args.resume else None
     if path is not None:
         recipe_flags.check_resume(args, path, "fleetune fleet serve --resume")
-    recipe = None if path else _recipe(args, ui)
+    recipe = None if path else _recipe(args)
     page, fleets = _page(args, ui), door_flags.served(args)
+    recipe = recipe and choose.settled_method(recipe, ui.note, offline=args.offline)
     from fleetune.tuning import run as running
 
     with screen(ui) as shown, page as fleets.page, fleets:
@@ -156,7 +159,7 @@ def _page(args: argparse.Namespace, ui: Ui) -> AbstractContextManager[LivePage |
     return page.opened(page.PagePlace.of(args.page, args.page_token), ui.note)
 
 
-def _recipe(args: argparse.Namespace, ui: Ui) -> Recipe:
+def _recipe(args: argparse.Namespace) -> Recipe:
     values = recipe_flags.keys(args, args.config)
     if not args.config and "model" not in values:
         raise UsageError(
@@ -165,9 +168,7 @@ def _recipe(args: argparse.Namespace, ui: Ui) -> Recipe:
         )
     if "sweep" in values:
         raise RecipeError([f"{args.config} is the recipe of a sweep, which runs in the simulator alone"])
-    from fleetune.planning import choose
-
-    return choose.settled_method(recipes.make(values), ui.note, offline=args.offline)
+    return recipes.make(values)
 
 
 def _eval(args: argparse.Namespace, ui: Ui) -> None:
@@ -283,7 +284,9 @@ def _split(args: argparse.Namespace, ui: Ui) -> None:
     _no_words(args)
     if not args.to:
         raise UsageError("where to?", hint="--to DIR")
-    recipe = _recipe(args, ui)
+    from fleetune.planning import choose
+
+    recipe = choose.settled_method(_recipe(args), ui.note, offline=args.offline)
     parts = prepare.split(recipe, methods.entry(recipe.method), offline=args.offline)
     folder = Path(args.to)
     folder.mkdir(parents=True, exist_ok=True)

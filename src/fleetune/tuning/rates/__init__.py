@@ -15,6 +15,7 @@ The rows are training rows, the same for a simulated and for a real fleet, whose
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from typing import Any, Final
 
 from fleetune.common.settings import AUTO
 from fleetune.data import Encoded, keyed_order
-from fleetune.errors import RecipeError
+from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
 from fleetune.models.model import Model
 from fleetune.runs.report.page import counted
 from fleetune.seeds import slopes
@@ -33,6 +34,8 @@ from fleetune.tuning.methods import FromSlopes, Method
 from fleetune.tuning.rates import trial
 from fleetune.tuning.rates.trial import Bench, Tried
 from fleetune.tuning.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 STEPS: Final = 8  # of a device in a trial, at most
 CLIENTS: Final = 2  # of a trial on the server
@@ -84,7 +87,13 @@ def find(
     """
     found = []
     for name in names:
-        done = _find(recipe, name, model, _few(rows, recipe.seed), clients)
+        try:
+            done = _find(recipe, name, model, _few(rows, recipe.seed), clients)
+        except FleetuneError:
+            raise
+        except FAULTS as error:
+            log.warning("no %s could be found (%s): the published one is taken", name, fault(error))
+            done = None
         if done is not None:
             recipe = dataclasses.replace(recipe, set={**recipe.set, name: done.rate})
             found.append(done)
