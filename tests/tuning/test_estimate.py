@@ -26,7 +26,7 @@ def recipe(method: str, **values: Any) -> Recipe:
 
 
 def fit(method: str, found: Estimate, within: float) -> tuple[Recipe, Estimate]:
-    chosen, made, smaller = fitted(recipe(method), methods.make(method, {}), found, within)
+    chosen, made, smaller = fitted(recipe(method), methods.make(method, {}), found, within, found.clients)
     assert chosen.set == methods.values_of(made) or smaller is found
     return chosen, smaller
 
@@ -60,28 +60,30 @@ def test_what_fits_stays_as_it_is() -> None:
     assert fit("fedit", found, 200.0) == (recipe("fedit"), found)
 
 
-def test_local_steps_are_fewer_first_then_rounds() -> None:
-    found = Estimate(10, 8, 100, 0.5, 11, 0.1)
-    chosen, smaller = fit("fedit", found, 200.0)
-    assert chosen.rounds == 10
-    assert (
-        chosen.set["steps"] == smaller.steps == 4
-    )  # 10 x 8 x 4 x 0.5 s and 11 evaluations are within 170 s; 5 are not
-    chosen, smaller = fit("mezo", Estimate(10, 8, 100, 0.5, 11, 0.1), 20.0)
-    assert (chosen.rounds, chosen.set["tau"]) == (3, 1)
-    assert smaller.seconds <= 20.0
+def test_local_steps_are_fewer_first_then_rounds_then_clients() -> None:
+    found = Estimate(10, 8, 100, 0.5, 11, 0.1, 20)
+    for within, rounds, clients, steps in (
+        (300.0, 10, 8, 5), (200.0, 9, 8, 4), (100.0, 4, 8, 4), (40.0, 3, 5, 4), (10.0, 3, 2, 2), (4.0, 3, 2, 1),
+    ):  # fmt: skip
+        chosen, smaller = fit("fedit", found, within)
+        assert (chosen.rounds, smaller.clients, chosen.set["steps"]) == (rounds, clients, steps), within
+        assert chosen.participation == pytest.approx(clients / 8)
+        assert smaller.seconds <= 0.8 * within
 
 
-def test_evaluations_that_take_most_of_the_time_are_left_out() -> None:
-    chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0), 40.0)
-    assert chosen.eval_every == 0
-    assert smaller.evaluations == 2
-    assert smaller.seconds <= 40.0
+def test_evaluations_that_take_most_of_the_time_are_fewer_and_of_fewer_rows() -> None:
+    chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0, 200), 60.0)
+    assert (chosen.eval_every, chosen.eval_rows, smaller.evaluations) == (0, 200, 2)
+    chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0, 200), 20.0)
+    assert (chosen.eval_every, chosen.eval_rows) == (0, 106)
+    assert smaller.seconds <= 16.0
+    chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 50.0, 200), 40.0)
+    assert chosen.eval_rows == estimate.FEWEST_ROWS
 
 
-def test_where_not_even_one_step_fits_it_is_refused() -> None:
-    with pytest.raises(FitError, match="a round of one step of 8 clients takes about"):
-        fit("fedit", Estimate(10, 8, 100, 30.0, 11, 5.0), 60.0)
+def test_where_not_even_two_steps_fit_it_is_refused() -> None:
+    with pytest.raises(FitError, match="two steps of one client and the evaluations take about 1m"):
+        fit("fedit", Estimate(10, 8, 100, 30.0, 11, 5.0, 20), 60.0)
 
 
 @pytest.mark.parametrize("name", ["fedit", "mezo", "fwdllm"])
@@ -119,7 +121,7 @@ def test_local_steps_follow_the_rows_unless_they_are_given(place: Path) -> None:
 def test_a_run_that_was_fitted_is_repeated_by_its_own_recipe(place: Path) -> None:
     few: dict[str, Any] = {"clients": 2, "samples": 0, "threads": 1, "device": "cpu", "offline": True}
     run = fleetune.tune(
-        "tiny", "rows.jsonl", method="fedit", settings={"r": 2, "lr": 1e-3}, within="5s", rounds=500, **few
+        "tiny", "rows.jsonl", method="fedit", settings={"r": 2, "lr": 1e-3}, within="2s", rounds=500, **few
     )
     written = recipes.read(Path(run.done.run) / "run.toml")
     assert written["within"] == ""

@@ -37,7 +37,11 @@ ENOUGH: Final = 0.3  # seconds of timing, after which no more is measured
 REPEATS: Final = 3
 SLOW: Final = 6.0  # seconds of a first call whose warming up is not looked at
 ROWS: Final = 8  # whose loss is timed
-SPARE: Final = 0.85  # of a stated time is planned for
+SPARE: Final = 0.8  # of a stated time is planned for
+FEW_STEPS: Final = 4  # of a client in a round, below which rounds and then clients become fewer
+FEW_ROUNDS: Final = 3
+FEW_CLIENTS: Final = 2
+FEWEST_ROWS: Final = 32  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Estimate:
     step: float  # seconds
     evaluations: int
     evaluation: float  # seconds
+    rows: int = 1  # of an evaluation
 
     @property
     def training(self) -> float:
@@ -102,7 +107,7 @@ def of(
         return None
     of_rows = _timed(bench.loss) / len(held[:ROWS])
     evaluations = 1 + (math.ceil(recipe.rounds / recipe.eval_every) if recipe.eval_every else 1)
-    return Estimate(recipe.rounds, asked, steps, step, evaluations, of_rows * len(held))
+    return Estimate(recipe.rounds, asked, steps, step, evaluations, of_rows * len(held), len(held))
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -120,37 +125,59 @@ def advice(found: Estimate) -> str:
     if found.seconds <= LONG:
         return ""
     return (
-        f"this run takes about {human_time(found.seconds)} on this machine. Shorter: --within 1h takes fewer local steps so that "
+        f"this run takes about {human_time(found.seconds)} on this machine. Shorter: --within 1h makes it so small that "
         f"it fits; or fewer --rounds, a lower --participation, a --limit of the rows"
         + (", fewer --eval-rows" if found.training < found.seconds / 2 else "")
     )
 
 
-def fitted(recipe: Recipe, method: Method, found: Estimate, within: float) -> tuple[Recipe, Method, Estimate]:
-    """Return the run with so few evaluations, local steps and rounds that it takes at most `within` seconds.
+def fitted(
+    recipe: Recipe, method: Method, found: Estimate, within: float, clients: int
+) -> tuple[Recipe, Method, Estimate]:
+    """Return the run, of a fleet of so many `clients`, made so small that it takes at most `within` seconds.
 
-    What fits already stays as it is.  FitError when not even a round of one step does.
+    Evaluations become fewer, then of fewer rows, where they take more than a third of the time.  Then local steps become fewer;
+    where fewer than `FEW_STEPS` would be left, rounds, then the clients that are asked.  What fits already stays as it is.
+    FitError when not even two steps of one client do.
     """
     budget = SPARE * within
     if found.seconds <= budget:
         return recipe, method, found
-    if found.evaluations * found.evaluation > budget / 3:
-        recipe = dataclasses.replace(recipe, eval_every=0)
-        found = dataclasses.replace(found, evaluations=2)
-    left = budget - found.evaluations * found.evaluation
-    a_round = found.clients * found.step  # of one step of each client
-    count = min(found.rounds, int(left // a_round)) if left > 0 else 0
-    if count < 1 or not isinstance(method, methods.Sized):
-        least = found.evaluations * found.evaluation + a_round
+    recipe, found = _evaluated_less(recipe, found, budget / 3)
+    units = (budget - found.evaluations * found.evaluation) / found.step  # steps that there is time for
+    if units < 2 or not isinstance(method, methods.Sized):
+        least = found.evaluations * found.evaluation + 2 * found.step
         raise FitError(
-            f"a round of one step of {counted(found.clients, 'client')} takes about {human_time(least)} with its evaluations, "
-            f"and {human_time(within)} were given",
-            hint="a smaller model, fewer --clients or --eval-rows, a shorter --max-length, or more time",
+            f"two steps of one client and the evaluations take about {human_time(least)}, and {human_time(within)} were given",
+            hint="a smaller model, fewer --eval-rows, a shorter --max-length, or more time",
         )
-    steps = min(math.ceil(found.steps), max(1, int(left // (count * a_round))))
+    count, asked = found.rounds, found.clients
+    if units < FEW_STEPS * count * asked:
+        count = min(count, max(FEW_ROUNDS, int(units // (FEW_STEPS * asked))))
+    if units < FEW_STEPS * count * asked:
+        asked = min(asked, max(FEW_CLIENTS, int(units // (FEW_STEPS * count))))
+    if units < count * asked:
+        count, asked = max(1, int(units // asked)), min(asked, int(units))
+    steps = min(math.ceil(found.steps), max(1, int(units // (count * asked))))
     smaller = methods.sized(method, steps, getattr(method, "batch_size", 8))
-    recipe = dataclasses.replace(recipe, rounds=count, set=methods.values_of(smaller))
-    return recipe, smaller, dataclasses.replace(found, rounds=count, steps=float(min(steps, found.steps)))
+    share = recipe.participation if asked == found.clients else asked / clients
+    recipe = dataclasses.replace(recipe, rounds=count, participation=share, set=methods.values_of(smaller))
+    return recipe, smaller, dataclasses.replace(
+        found, rounds=count, clients=asked, steps=float(min(steps, found.steps))
+    )  # fmt: skip
+
+
+def _evaluated_less(recipe: Recipe, found: Estimate, most: float) -> tuple[Recipe, Estimate]:
+    """Return a run whose evaluations take at most so many seconds, where `FEWEST_ROWS` rows before and after do."""
+    if found.evaluations * found.evaluation <= most:
+        return recipe, found
+    recipe, found = dataclasses.replace(recipe, eval_every=0), dataclasses.replace(found, evaluations=2)
+    share = most / (2 * found.evaluation)
+    if share < 1:
+        rows = max(min(FEWEST_ROWS, found.rows), int(share * found.rows))
+        found = dataclasses.replace(found, evaluation=found.evaluation * rows / found.rows, rows=rows)
+        recipe = dataclasses.replace(recipe, eval_rows=rows)
+    return recipe, found
 
 
 _TIME: Final = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(s|sec|m|min|h|d)?\s*", re.IGNORECASE)

@@ -223,7 +223,7 @@ def prepare(
         measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
         estimated = estimate.of(recipe, method, model, rows, measured)
         if estimated and (within := estimate.seconds_of(recipe.within)):
-            recipe, method, estimated = estimate.fitted(recipe, method, estimated, within)
+            recipe, method, estimated = estimate.fitted(recipe, method, estimated, within, len(rows))
     recipe = dataclasses.replace(recipe, within="")
     found: list[Found] = []
     if names:
