@@ -53,7 +53,8 @@ class Recipe:
     rounds: int = Field(default=10, ge=1, le=1_000_000, description="rounds")
     within: str = Field(
         default="",
-        description="make the run so small that it takes at most this time on this machine, as 30m: fewer evaluations, local steps, rounds, clients",
+        description="make the run so small that it takes at most this time on this machine, as 30m: fewer evaluations, "
+        "local steps, rounds, clients",
     )
     participation: float = Field(default=1.0, gt=0, le=1, description="share of the clients asked each round")
     columns: str = Field(
