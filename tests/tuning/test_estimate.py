@@ -71,6 +71,16 @@ def test_local_steps_are_fewer_first_then_rounds_then_clients() -> None:
         assert smaller.seconds <= 0.8 * within
 
 
+def test_what_became_smaller_is_said_and_the_evaluations_are_counted_anew() -> None:
+    before = Estimate(10, 8, 2, 2.0, 11, 0.01, 6)
+    _, after = fit("fedit", before, 30.0)
+    assert (after.rounds, after.clients, after.evaluations) == (3, 2, 4)
+    assert estimate.made_smaller(before, after, "30s") == (
+        "to fit into 30s: evaluations 11 -> 4, rounds 10 -> 3, clients per round 8 -> 2, local steps 2 -> 1"
+    )
+    assert not estimate.made_smaller(before, before, "30s")
+
+
 def test_evaluations_that_take_most_of_the_time_are_fewer_and_of_fewer_rows() -> None:
     chosen, smaller = fit("fedit", Estimate(10, 2, 10, 0.1, 11, 5.0, 200), 60.0)
     assert (chosen.eval_every, chosen.eval_rows, smaller.evaluations) == (0, 200, 2)

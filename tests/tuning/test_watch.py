@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ import pytest
 import fleetune
 from fleetune import models
 from fleetune.cli.main import main
+from fleetune.common.paired import Difference
 from fleetune.runs import sealed
 from fleetune.runs.events import ClientReply, Diverging, RoundEvaluated, as_dict
 from fleetune.runs.listener import Silent
 from fleetune.runs.rundir import events
+from fleetune.tuning import methods, remarks
+from fleetune.tuning.course import Course
 from fleetune.tuning.watch import Watch, advice
 
 
@@ -224,3 +228,23 @@ def test_the_comparison_names_what_is_within_noise_of_the_best(tmp_path: Path) -
     words = several._closest(list(runs.values()), list(runs), facts, alike=True)
     assert words == "Lowest validation loss: best (3.000). Within noise of it, row by row: near. "
     assert several._near(runs, "unknown") == []
+
+
+def test_a_result_past_its_best_is_told_and_never_advised_a_higher_rate() -> None:
+    method = methods.make("fedkseed", {"lr": 3e-4})
+    job: Any = SimpleNamespace(objective="loss", recipe=SimpleNamespace(rounds=4, keep="last"), method=method)
+    noise = Difference(0.02, 0.05, 8)
+    past: Any = SimpleNamespace(round=4, last=4, course=Course(1, 4.148, 3))
+    told = remarks.of_change(job, {"loss": 4.364}, {"loss": 4.381}, noise, past)
+    assert "lower the learning rate to 0.0001 (--set lr=0.0001)" in told
+    assert "higher" not in told
+    assert remarks.of_course(job, past, {"loss": 4.381}) == [
+        "round 1 was the best (4.148), and the loss rose since: --keep best keeps its model, --patience ends a run there"
+    ]
+    best: Any = SimpleNamespace(round=4, last=4, course=Course(4, 4.381, 0))
+    assert "higher learning rate" in remarks.of_change(job, {"loss": 4.364}, {"loss": 4.381}, noise, best)
+    assert not remarks.of_course(job, best, {"loss": 4.381})
+
+
+def test_a_lower_rate_is_written_as_people_write_it() -> None:
+    assert "to 20 (--set lr=20)" in advice(methods.make("mezo", {"lr": 50}), 3)

@@ -77,7 +77,7 @@ class Estimate:
             else f"{self.steps:,.0f} steps"
         )
         return (
-            f"about {human_time(self.seconds)}: {counted(self.rounds, 'round')} × {counted(self.clients, 'client')} × "
+            f"about {human_time(max(self.seconds, 0.1))}: {counted(self.rounds, 'round')} × {counted(self.clients, 'client')} × "
             f"{steps} of {_short(self.step)}, and {counted(self.evaluations, 'evaluation')} of {_short(self.evaluation)}"
         )
 
@@ -106,8 +106,24 @@ def of(
         log.info("the time cannot be estimated: %s", fault(error))
         return None
     of_rows = _timed(bench.loss) / len(held[:ROWS])
-    evaluations = 1 + (math.ceil(recipe.rounds / recipe.eval_every) if recipe.eval_every else 1)
+    evaluations = evaluations_of(recipe.rounds, recipe.eval_every)
     return Estimate(recipe.rounds, asked, steps, step, evaluations, of_rows * len(held), len(held))
+
+
+def evaluations_of(rounds: int, every: int) -> int:
+    """Return how often a run of so many rounds is evaluated: before, every so many rounds, and after the last."""
+    return 1 + (math.ceil(rounds / every) if every else 1)
+
+
+def made_smaller(before: Estimate, after: Estimate, within: str) -> str:
+    """Say what became smaller so that a run fits, "" where it fitted."""
+    pairs = (
+        ("evaluations", before.evaluations, after.evaluations), ("rows of an evaluation", before.rows, after.rows),
+        ("rounds", before.rounds, after.rounds), ("clients per round", before.clients, after.clients),
+        ("local steps", math.ceil(before.steps), math.ceil(after.steps)),
+    )  # fmt: skip
+    changed = [f"{name} {old:,} -> {new:,}" for name, old, new in pairs if old != new]
+    return f"to fit into {within}: {', '.join(changed)}" if changed else ""
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -159,6 +175,7 @@ def fitted(
     if units < count * asked:
         count, asked = max(1, int(units // asked)), min(asked, int(units))
     steps = min(math.ceil(found.steps), max(1, int(units // (count * asked))))
+    found = dataclasses.replace(found, evaluations=evaluations_of(count, recipe.eval_every))
     smaller = methods.sized(method, steps, getattr(method, "batch_size", 8))
     share = recipe.participation if asked == found.clients else asked / clients
     recipe = dataclasses.replace(recipe, rounds=count, participation=share, set=methods.values_of(smaller))

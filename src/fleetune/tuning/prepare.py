@@ -223,7 +223,10 @@ def prepare(
         measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
         estimated = estimate.of(recipe, method, model, rows, measured)
         if estimated and (within := estimate.seconds_of(recipe.within)):
-            recipe, method, estimated = estimate.fitted(recipe, method, estimated, within, len(rows))
+            whole = estimated
+            recipe, method, estimated = estimate.fitted(recipe, method, whole, within, len(rows))
+            if words := estimate.made_smaller(whole, estimated, recipe.within):
+                note(words)
     recipe = dataclasses.replace(recipe, within="")
     found: list[Found] = []
     if names:
@@ -298,11 +301,12 @@ SMALL = 5_000_000  # parameters
 def dry_run(recipe: Recipe, *, offline: bool) -> TuneChecked:
     """Load the data and model of a recipe and check it; write nothing."""
     check(recipe)
+    told: list[str] = []
     with stdin.borrowed(recipe.data) as source:
-        job = prepare(dataclasses.replace(recipe, data=source), offline=offline, find=False)
+        job = prepare(dataclasses.replace(recipe, data=source), offline=offline, find=False, note=told.append)
     found = job.estimate
     return TuneChecked(
         clients=len(job.rows), rows=sum(map(len, job.rows)), held_out=len(job.held), cut=job.cut.longer,
-        remarks=job.about_rows() + job.about_time(), seconds=None if found is None else round(found.seconds, 3),
+        remarks=[*job.about_rows(), *told, *job.about_time()], seconds=None if found is None else round(found.seconds, 3),
         steps=None if found is None else round(found.rounds * found.clients * found.steps),
     )  # fmt: skip

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 NEW_HEAD: Final = "the classification head is new and starts at random: the base row is of the encoder with that untrained head"
 PROBE: Final = 8  # held-out rows that tell whether the start is the base
 NOISE: Final = 1e-7  # of a loss, relative: kernels differ by less
+PAST: Final = 0.01  # of the lowest validation loss: a result above it by more is past its best
 SAME: Final = 1e-3  # nats; kernels differ by less, a random module makes more
 
 
@@ -92,7 +93,11 @@ def of_unmoved(job: TuneJob, run: RunDir, *, stays: bool) -> str:
 
 
 def of_change(
-    job: TuneJob, before: Mapping[str, float], after: Mapping[str, float], change: Difference | None
+    job: TuneJob,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    change: Difference | None,
+    outcome: Outcome,
 ) -> str:
     """Say that the validation loss rose, or that its change is within noise; "" where it fell by more."""
     if change is None or not math.isfinite(after["loss"]):
@@ -103,7 +108,11 @@ def of_change(
     if change.noise:
         return (
             f"the change of the validation loss is within noise: two standard errors are {2 * change.error:.3f} on {rows}; "
-            "tune longer or with a higher learning rate, or hold more rows out"
+            + (
+                "tune longer or with a higher learning rate, or hold more rows out"
+                if not _past_best(job, outcome, after)
+                else watch.advice(job.method, 3)
+            )
         )
     if after["loss"] <= before["loss"] or job.objective != "loss":
         return ""
@@ -111,10 +120,22 @@ def of_change(
     return f"the validation loss rose ({shown} on {rows}): {watch.advice(job.method, 3)}"
 
 
-def of_course(job: TuneJob, outcome: Outcome) -> list[str]:
+def _past_best(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> bool:
+    """Whether an earlier round had a clearly lower validation loss than the result."""
+    best = outcome.course
+    known = best.best is not None and job.objective == "loss" and math.isfinite(after["loss"])
+    return known and (best.best or 0) < outcome.round and after["loss"] - best.score > PAST * abs(best.score)
+
+
+def of_course(job: TuneJob, outcome: Outcome, after: Mapping[str, float]) -> list[str]:
     """Say which round's model the result is, and that the run was stopped before its last round."""
     recipe, found = job.recipe, []
     early = ", stopped early" if outcome.last < recipe.rounds else ""
+    if _past_best(job, outcome, after) and not early:
+        found.append(
+            f"round {outcome.course.best} was the best ({show('loss', outcome.course.score)}), and the loss rose since: "
+            "--keep best keeps its model, --patience ends a run there"
+        )
     if recipe.keep == "best":
         best = f"round {outcome.round}" if outcome.round else "the start, since no round was better"
         found.append(f"the result is the best of {counted(outcome.last, 'round')}{early}: {best}")

@@ -421,9 +421,9 @@ def _about(
         pass  # the start is kept as the best: `of_course` says so
     elif stays or remarks.shows_nothing(start or base, tuned):
         words.append(remarks.of_unmoved(job, run, stays=stays))
-    elif word := remarks.of_change(job, start or base, tuned, change):
+    elif word := remarks.of_change(job, start or base, tuned, change, outcome):
         words.append(word)
-    words += remarks.of_course(job, outcome)
+    words += remarks.of_course(job, outcome, tuned)
     answered = min(job.recipe.rouge_rows, len(job.prompts)) or None
     return {
         "start": start, "moved": not stays, "remarks": words, "answered": answered,

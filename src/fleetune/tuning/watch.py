@@ -25,7 +25,8 @@ def advice(method: Any, factor: int) -> str:
     """Say how to lower the learning rate of a method by a factor, and that it has a clip."""
     lr, words = getattr(method, "lr", None), "lower the learning rate"
     if isinstance(lr, float) and 0 < lr < math.inf:
-        words += f" to {lr / factor:.1g} (--set lr={lr / factor:.1g})"
+        rate = float(f"{lr / factor:.1g}")
+        words += f" to {rate:g} (--set lr={rate:g})"
     return words + (", or limit the steps with --set clip=.." if getattr(method, "clip", None) == 0 else "")
 
 

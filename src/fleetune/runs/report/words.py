@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fleetune.common.display import change, human_bytes, human_time, show
+from fleetune.common.display import change, human_bytes, human_time, is_noise, show
 from fleetune.runs.report.page import flat
 from fleetune.runs.report.runlog import RunLog, kind_of, list_of, map_of, number, read, summarise, text_of
 
@@ -34,7 +34,9 @@ def loss(found: Mapping[str, object]) -> str:
     base, tuned = number(found["base_loss"]), number(found["tuned_loss"])
     if base is None or tuned is None:
         return "" if base is None else f"{show('loss', base)} before"
-    return f"{show('loss', base)} -> {show('loss', tuned)} ({change('loss', base, tuned)})"
+    error = number(found["change_error"])
+    noise = ", within noise" if is_noise("loss", base, tuned, error) else ""
+    return f"{show('loss', base)} -> {show('loss', tuned)} ({change('loss', base, tuned, error)}{noise})"
 
 
 def settings(log: RunLog, defaults: Mapping[str, object]) -> str:

@@ -23,6 +23,7 @@ from fleetune.tuning.messages import Payload, narrow
 log = logging.getLogger(__name__)
 
 INT32 = (1 << 31) - 1
+MOST = 1e3  # of a learning rate and a perturbation: far beyond any that learns
 UNITS = 256  # grid = lr / 256: a slope of 1 is 256 units, so a usual step is hundreds to thousands
 
 
@@ -37,8 +38,9 @@ def check_pool(law: str, K: int, *, lr: float, eps: float, tau: int, batch_size:
             f"K = {K} is not a power of two, which a pool needs; "
             f"try K={1 << K.bit_length() - 1} or K={1 << K.bit_length()}, or law=rademacher"
         )
-    if not (0 < lr < 1e3 and 0 < eps < 1e3):
-        raise ValueError(f"lr = {lr} and eps = {eps} must be positive (and sane)")
+    for name, value in (("lr", lr), ("eps", eps)):
+        if not 0 < value < MOST:
+            raise ValueError(f"{name} = {value:g} is not between 0 and {MOST:g}; usual are 1e-7 to 1e-2")
     if tau < 1 or batch_size < 1:
         raise ValueError(f"tau = {tau} and batch_size = {batch_size} must be at least 1")
 
