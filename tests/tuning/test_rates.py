@@ -258,3 +258,8 @@ def test_auto_is_refused_where_it_cannot_be_found(place: Path) -> None:
         fleetune.tune("tiny", "rows.jsonl", **{**FEW, "settings": {"lr": "auto", "objective": "rouge_l"}})
     with pytest.raises(RecipeError, match="K = 'auto' is not an integer"):
         fleetune.tune("tiny", "rows.jsonl", **{**FEW, "settings": {"K": "auto"}})
+
+
+def test_the_docs_say_how_many_rows_are_looked_at() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "learning_rate.md").read_text(encoding="utf-8")
+    assert f"at most {slopes.DIRECTIONS * slopes.ROWS} of them" in text
