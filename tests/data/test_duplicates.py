@@ -75,3 +75,11 @@ def test_the_search_ends_and_says_where(rows: list[Example], monkeypatch: pytest
     monkeypatch.setattr(duplicates, "MOST", 50)
     found = find(rows, range(len(rows)), [])
     assert 0 < found.compared < found.rows
+
+
+def test_rows_without_a_word_are_near_only_where_their_marks_are_equal() -> None:
+    rows = [row("\N{GRINNING FACE}", "!!!"), row("???", "+"), row("!", "..."), row("???", "+")]
+    found = find(rows, [0, 1], [2, 3])
+    assert not found.near_training
+    assert not found.near_held_out
+    assert found.equal_held_out == [Twin(3, 1)]

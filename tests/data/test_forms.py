@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from fleetune.data import Example, read
 from fleetune.data.columns import guess
-from fleetune.data.examples import is_folder, looks_like_model, looks_like_rows, row_of
+from fleetune.data.examples import digests, is_folder, looks_like_model, looks_like_rows, row_of
 from fleetune.data.splitting import Rows, split
 from fleetune.errors import DataError, RecipeError
 
@@ -320,3 +322,18 @@ def test_a_drive_is_no_name_of_a_data_set() -> None:
     with pytest.raises(DataError) as failed:
         read("C:\\data\\rows.jsonl")
     assert failed.value.hint == "write it with /, such as /mnt/c/data/rows.jsonl"
+
+
+def test_half_a_character_in_a_column_can_be_written_down(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "response": "a", "client": half, half: 1} for half in ("\ud800", "\ud801")]
+    found = read(write(tmp_path / "rows.jsonl", *rows))
+    assert [example.meta["client"] for example in found] == ["\\ud800", "\\ud801"], "told apart"
+    assert json.dumps([dict(example.meta) for example in found], ensure_ascii=False).encode()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
+def test_a_file_whose_name_is_no_utf8_is_a_client_too(devices: Path) -> None:
+    write(devices / os.fsdecode(b"caf\xe9.jsonl"), {"q": "q", "a": "a"})
+    clients = {example.meta["client"] for example in read(str(devices), columns="prompt=q,response=a")}
+    assert "caf\\udce9" in clients
+    assert "".join(digests(str(devices))).encode()

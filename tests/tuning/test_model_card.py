@@ -19,6 +19,8 @@ from fleetune.cli.commands import tune
 from fleetune.cli.main import build_parser
 from fleetune.common import sums
 from fleetune.tuning import finished, model_card, run_facts
+from fleetune.tuning.describe import samples_page
+from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.result import TuneResult
 
 SECRET = "the otter's passphrase"
@@ -129,3 +131,27 @@ def test_a_built_in_base_is_linked_with_its_licence(runs: dict[str, TuneResult])
     assert model_card.licence_of(recipe) == "apache-2.0"
     head = model_card._front_matter(recipe, library="transformers", tags=())
     assert yaml.safe_load(head.split("---")[1])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_file_that_a_setting_names_is_told_by_its_last_part(tmp_path: Path) -> None:
+    rows = tmp_path / "eva.jsonl"
+    recipe = Recipe(model="m", data="d.jsonl", method="fedit", set={"start": "eva", "start_data": str(rows)})
+    assert run_facts.of_recipe(recipe)["set.start_data"] == "eva.jsonl"
+    assert str(tmp_path) not in model_card.command_of(recipe)
+
+
+def test_a_name_is_no_markup_on_a_card() -> None:
+    cell = "a|b\n\n<script>c</script>.jsonl"
+    assert model_card._table(["", ""], [["data", cell]]).splitlines()[2:] == [
+        "| data | a\\|b &lt;script>c&lt;/script>.jsonl |"
+    ]
+    code = model_card._code("fleetune tune m 'd\n````\n# x'")
+    assert code.startswith("`````sh\n")
+    assert code.endswith("\n`````")
+
+
+def test_a_text_does_not_leave_its_quote_in_the_samples() -> None:
+    page = samples_page(
+        {"samples": [{"prompt": "one\r# two\r\nthree", "base": "", "tuned": "", "reference": ""}]}
+    )
+    assert page.split("**Base**")[0].endswith("> one\n> # two\n> three\n\n")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -27,7 +28,7 @@ from fleetune.seeds import slopes
 from fleetune.seeds.noise import probe, run_key
 from fleetune.seeds.slopes import Probe, Slopes, along, rate
 from fleetune.seeds.view import View
-from fleetune.tuning import prepare, rates
+from fleetune.tuning import methods, prepare, rates
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.rates import rounded
 from fleetune.tuning.rates.trial import Trials, Tried, climb
@@ -258,3 +259,19 @@ def test_auto_is_refused_where_it_cannot_be_found(place: Path) -> None:
         fleetune.tune("tiny", "rows.jsonl", **{**FEW, "settings": {"lr": "auto", "objective": "rouge_l"}})
     with pytest.raises(RecipeError, match="K = 'auto' is not an integer"):
         fleetune.tune("tiny", "rows.jsonl", **{**FEW, "settings": {"K": "auto"}})
+
+
+def test_the_docs_say_how_many_rows_are_looked_at() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "learning_rate.md").read_text(encoding="utf-8")
+    assert f"at most {slopes.DIRECTIONS * slopes.ROWS} of them" in text
+
+
+def test_rounding_of_coarse_weights_is_not_taken_for_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    seen = [of(1.0, 1.0, 10.0)]
+    monkeypatch.setattr(slopes, "measure", lambda model, rows, how, choose: asked.append(how.eps) or seen)
+    for dtype in ("fp32", "bf16"):
+        method: Any = methods.make("fedkseed", {})
+        coarse = dataclasses.replace(models.tiny_llama(), dtype=dtype)
+        rates.from_slopes(method, "lr", coarse, [], 1, 2)
+    assert asked == [5e-4, 2e-3]

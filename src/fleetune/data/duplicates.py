@@ -98,7 +98,8 @@ def _near(
 def _shingles(example: Example, words: dict[str, int]) -> Shingles:
     """Return the row's shingles as numbers; `words` numbers all words so far."""
     parts = example.texts or tuple(content for _, content in example.messages)
-    said = WORD.findall(" ".join((*parts, example.response)).casefold())
+    text = " ".join((*parts, example.response)).casefold()
+    said = WORD.findall(text) or [text]  # marks alone are a word
     numbers = [words.setdefault(word, len(words) + 1) for word in said]
     numbers += [0] * (WORDS - len(numbers))
     return frozenset(

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from fleetune.data.readers import names_of, value_text
+from fleetune.data.readers import names_of, value_text, whole
 
 SHOWN: Final = 8  # fields of a row that is shown
 LETTERS: Final = 48  # of a value that is shown
@@ -47,7 +47,7 @@ def text_of(fields: Mapping[str, object], name: str, *, label: str = "", may_lac
 def meta_of(fields: Mapping[str, object], used: Iterable[str]) -> dict[str, str]:
     """Return the fields besides `used` that are single values, as text (true and false as JSON writes them)."""
     return {
-        name: str(value).lower() if isinstance(value, bool) else str(value)
+        whole(str(name)): str(value).lower() if isinstance(value, bool) else whole(str(value))
         for name, value in fields.items()
         if name not in used and value is not None and not isinstance(value, list | dict)
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fleetune.data.columns import CLIENT
 from fleetune.data.hub import NOT_DATA, SPLIT
-from fleetune.data.readers import READERS, FileRow, Problem, names_in, rows_of
+from fleetune.data.readers import READERS, FileRow, Problem, names_in, rows_of, whole
 from fleetune.errors import DataError
 
 
@@ -26,7 +26,7 @@ def rows(source: str) -> Iterator[FileRow | Problem]:
 def files(source: str) -> list[tuple[Path, str]]:
     """Return the files of a folder's clients, in the order of their names, each with the name to show for it."""
     folder = Path(os.path.expanduser(source))
-    return [(file, f"{source.rstrip('/')}/{file.name}") for file in _files(folder, source)]
+    return [(file, whole(f"{source.rstrip('/')}/{file.name}")) for file in _files(folder, source)]
 
 
 def _files(folder: Path, source: str) -> list[Path]:

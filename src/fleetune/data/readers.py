@@ -195,6 +195,11 @@ def value_text(value: object) -> str:
     return f"the {kind} {written if len(written) <= 40 else written[:37] + '...'}"
 
 
+def whole(text: str) -> str:
+    """Return a text that can be written down: half a character, and a byte of a file's name that is no UTF-8, as \\udcff."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def names_of(fields: Mapping[str, object]) -> str:
     """List the names of the first twelve fields."""
     names = ", ".join(str(name)[:40] for name in itertools.islice(fields, 12)) or "no fields"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,7 +171,12 @@ def samples_page(evaluation: Mapping[str, Any]) -> str:
             ("Reference", "reference"),
         ):
             parts.append(
-                f"**{title}**\n\n" + "\n".join("> " + line for line in sample.get(key, "").split("\n")) + "\n"
+                f"**{title}**\n\n" + "\n".join("> " + line for line in _lines(sample.get(key, ""))) + "\n"
             )
         parts.append("---\n")
     return "\n".join(parts)
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines as Markdown sees them: a carriage return alone ends one, too."""
+    return re.split(r"\r\n?|\n", text)

@@ -166,7 +166,7 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any]) -
         f"share of the clients per round {recipe.participation:g}, seed {recipe.seed}, {recipe.dtype}; "
         f"{start.get('trained', 0):,} of {start.get('params', 0):,} weights trained; "
         f"uplink {human_bytes(done.get('bytes_up', 0))}, downlink {human_bytes(done.get('bytes_down', 0))} in all.",
-        f"```sh\n{command_of(recipe)}\n```",
+        _code(command_of(recipe)),
         _table(["setting", ""], settings),
     ])  # fmt: skip
 
@@ -187,7 +187,20 @@ def _digests(run: Path, done: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A cell of a table: in one line, and no markup where it is a name or a value that someone chose."""
+    plain = " ".join(text.split()).replace("|", "\\|")
+    return plain.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    """Code of a shell between fences that are longer than any in it."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}sh\n{text}\n{fence}"
 
 
 def _public_text(text: str) -> str:

@@ -35,9 +35,10 @@ def of_recipe(recipe: Recipe) -> dict[str, Value]:
 
 
 def settings_of(recipe: Recipe) -> dict[str, Value]:
-    """Return the settings of a recipe's method, each with the value that it has in the run."""
+    """Return the settings of a recipe's method, each with the value that it has in the run; files by their last part."""
     method = methods.make(recipe.method, recipe.set)
-    return {s.name: getattr(method, s.name) for s in methods.settings(recipe.method)}
+    values = {s.name: getattr(method, s.name) for s in methods.settings(recipe.method)}
+    return {name: public(v) if isinstance(v, str) and "/" in v else v for name, v in values.items()}
 
 
 def public(name: str) -> str:

@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 STEPS: Final = 8  # of a device in a trial, at most
 CLIENTS: Final = 2  # of a trial on the server
 MEASURED: Final = 32  # rows on which a trial is measured, at most
+COARSE: Final = {
+    "bf16": 2e-3
+}  # least perturbation: below it a second difference of losses is rounding, not curvature
 SERIES: Final = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 
 
@@ -130,7 +133,8 @@ def from_slopes(
 ) -> Found:
     """Return the rate that slopes, noise and curvature along random directions give."""
     m: Any = method
-    how = slopes.Probe(m.law, m.K, m.eps, derive(seed, "rate"), m.batch_size)
+    eps = max(m.eps, COARSE.get(model.dtype, 0.0))
+    how = slopes.Probe(m.law, m.K, eps, derive(seed, "rate"), m.batch_size)
     points = slopes.measure(model, rows, how, lambda point: method.rate_from([point], clients))
     rate = method.rate_from(points, clients)
     seen = max(points, key=lambda point: point.curvature)
