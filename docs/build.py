@@ -64,9 +64,7 @@ def compress_page(name: str) -> str:
 
 
 def _settings(found: list[settings.Setting]) -> list[str]:
-    rows = [
-        f"| `{s.name}` | {s.symbol} | {s.type.__name__} | `{s.shown}` | {_cell(s.help)} |" for s in found
-    ]
+    rows = [f"| `{s.name}` | {s.symbol} | {s.type.__name__} | `{s.shown}` | {_cell(s.help)} |" for s in found]
     head = ["## Settings (`--set NAME=VALUE`)\n", "| name | symbol | type | default | meaning |"]
     return [*head, "|---|---|---|---|---|", *rows, ""]
 
