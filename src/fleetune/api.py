@@ -120,7 +120,7 @@ def tune(
 
     if not isinstance(model, Recipe):
         recipe = _recipe(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
-    elif data is None and tokenizer is None and not (settings or options) and method == "auto":
+    elif data is None and tokenizer is None and not (settings or options) and method == recipes.AUTO_METHOD:
         recipe = model
     else:
         raise UsageError(
@@ -173,8 +173,8 @@ def _recipe(
             "method's settings"
         )
     modules = {n: e.module for n, e in methods.entries().items()}
-    name, chosen = ("auto", {}) if method == "auto" else named(method, modules)
-    known = set() if name == "auto" else {s.name for s in methods.settings(name)}
+    name, chosen = (recipes.AUTO_METHOD, {}) if method == recipes.AUTO_METHOD else named(method, modules)
+    known = set() if name == recipes.AUTO_METHOD else {s.name for s in methods.settings(name)}
     if misplaced := [word for word in options if word in known and word not in recipes.fields()]:
         raise RecipeError(
             [f"'{word}' is a setting of {name}, not an option" for word in misplaced],

@@ -203,7 +203,43 @@ def prepare(
     for i, row in zip(kept.tolist(), encoded, strict=True):
         place.setdefault(i, []).append(row)
     rows = [[row for i in part.tolist() for row in place.get(i, ())] for part in parts.clients]
-    asked = len(rounds.sample(range(len(rows) or recipe.clients), recipe.participation, recipe.seed, 1))
+    held = [i for i in parts.held.tolist() if i in place]
+    _check_rows(recipe, rows, held)
+    aside = set(parts.held.tolist())
+    train = [row for i, pieces in place.items() if i not in aside for row in pieces]
+    new = find or measure  # not one that is resumed
+    if new and isinstance(method, methods.FollowsRows) and method.steps_setting not in given:
+        method = method.for_rows(len(train) // max(1, len(rows) or recipe.clients))
+        recipe = dataclasses.replace(recipe, set=methods.values_of(method))
+    estimated: Estimate | None = None
+    if measure and rows:
+        measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
+        recipe, method, estimated = _timed(recipe, method, model, rows, measured, note)
+    recipe = dataclasses.replace(recipe, within="")
+    found: list[Found] = []
+    if names:
+        note(f"finding {' and '.join(names)} on training rows ..")
+        recipe, found = rates.find(recipe, names, model, train, _asked(recipe, rows))
+        method = methods.make(recipe.method, recipe.set)
+    return TuneJob(
+        recipe, entry, method, model, parts, rows,
+        held=[row for i in held[: recipe.eval_rows] for row in place[i]],
+        examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
+        prompts=[begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]],
+        dropped=len(parts.examples) - len(place), cut=lengths.cut(encoded),
+        objective=objective, found=found, estimate=estimated, words=labels.measured(recipe, objective, parts.examples),
+        files=_digests(recipe, offline),
+    )  # fmt: skip
+
+
+def _asked(recipe: Recipe, rows: Sequence[object]) -> int:
+    """Return how many clients are asked in a round."""
+    return len(rounds.sample(range(len(rows) or recipe.clients), recipe.participation, recipe.seed, 1))
+
+
+def _check_rows(recipe: Recipe, rows: Sequence[Sequence[Encoded]], held: Sequence[int]) -> None:
+    """Raise RecipeError for a quorum that no round can have, DataError where a client or the validation has no row left."""
+    asked = _asked(recipe, rows)
     if recipe.quorum > asked > 0:
         raise RecipeError(
             [
@@ -211,28 +247,6 @@ def prepare(
             ],
             hint="lower --quorum, or raise --participation",
         )
-    aside = set(parts.held.tolist())
-    train = [row for i, pieces in place.items() if i not in aside for row in pieces]
-    new = find or measure  # not one that is resumed
-    if new and isinstance(method, methods.FollowsRows) and method.steps_setting not in given:
-        method = method.for_rows(len(train) // max(1, len(rows) or recipe.clients))
-        recipe = dataclasses.replace(recipe, set=methods.values_of(method))
-    held = [i for i in parts.held.tolist() if i in place]
-    estimated: Estimate | None = None
-    if measure and rows and all(rows) and held:
-        measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
-        estimated = estimate.of(recipe, method, model, rows, measured)
-        if estimated and (within := estimate.seconds_of(recipe.within)):
-            whole = estimated
-            recipe, method, estimated = estimate.fitted(recipe, method, whole, within, len(rows))
-            if words := estimate.made_smaller(whole, estimated, recipe.within):
-                note(words)
-    recipe = dataclasses.replace(recipe, within="")
-    found: list[Found] = []
-    if names:
-        note(f"finding {' and '.join(names)} on training rows ..")
-        recipe, found = rates.find(recipe, names, model, train, asked)
-        method = methods.make(recipe.method, recipe.set)
     empty = [c for c, part in enumerate(rows) if not part]
     if empty:
         raise DataError(
@@ -244,15 +258,25 @@ def prepare(
             "no held-out row has an answer that the model's tokenizer knows",
             hint="hold out more rows, or use another model",
         )
-    return TuneJob(
-        recipe, entry, method, model, parts, rows,
-        held=[row for i in held[: recipe.eval_rows] for row in place[i]],
-        examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
-        prompts=[begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]],
-        dropped=len(parts.examples) - len(place), cut=lengths.cut(encoded),
-        objective=objective, found=found, estimate=estimated, words=labels.measured(recipe, objective, parts.examples),
-        files=_digests(recipe, offline),
-    )  # fmt: skip
+
+
+def _timed(
+    recipe: Recipe,
+    method: Method,
+    model: Model,
+    rows: Sequence[Sequence[Encoded]],
+    held: Sequence[Encoded],
+    note: Callable[[str], None],
+) -> tuple[Recipe, Method, Estimate | None]:
+    """Return the run with its estimated time, made so small that it fits where `within` says so; `note` is told how."""
+    whole = estimate.of(recipe, method, model, rows, held)
+    within = estimate.seconds_of(recipe.within)
+    if whole is None or not within:
+        return recipe, method, whole
+    smaller, method, estimated = estimate.fitted(recipe, method, whole, within, len(rows))
+    if words := estimate.made_smaller(whole, estimated, recipe.within):
+        note(words)
+    return smaller, method, estimated
 
 
 def _digests(recipe: Recipe, offline: bool) -> dict[str, str]:

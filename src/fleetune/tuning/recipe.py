@@ -25,7 +25,7 @@ from fleetune.data.splitting import Rows
 from fleetune.errors import RecipeError
 from fleetune.tuning import recipe_problems
 
-AUTO_METHOD: Final = "auto"
+AUTO_METHOD: Final = recipe_problems.AUTO
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
 MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's
 

@@ -40,9 +40,7 @@ log = logging.getLogger(__name__)
 STEPS: Final = 8  # of a device in a trial, at most
 CLIENTS: Final = 2  # of a trial on the server
 MEASURED: Final = 32  # rows on which a trial is measured, at most
-COARSE: Final = {
-    "bf16": 2e-3
-}  # least perturbation: below it a second difference of losses is rounding, not curvature
+COARSE: Final = {"bf16": 2e-3}  # least perturbation: below, a second difference of losses is rounding
 SERIES: Final = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 
 
@@ -111,7 +109,6 @@ def _few(rows: Sequence[Encoded], seed: int) -> list[Encoded]:
 
 def _find(recipe: Recipe, name: str, model: Model, rows: Sequence[Encoded], clients: int) -> Found | None:
     began = time.perf_counter()
-
     switch = next(s.only_if for s in methods.settings(recipe.method) if s.name == name)
     beside = {switch: 1} if switch else {}  # the rate of devices of one kind: all are of it in a trial
 
