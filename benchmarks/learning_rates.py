@@ -52,18 +52,33 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--length", type=int, default=96, help="tokens per row (default 96)")
+    parser.add_argument(
+        "--steps", type=int, help="steps, directions or probes of a round (default by method)"
+    )
+    parser.add_argument("--batch", type=int, help="rows per step (default by method)")
     parser.add_argument("--seed", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file that all cases so far are written to after each")
     args = parser.parse_args()
     print(machine())
     print(f"{'data':<22}{'method':<13}{'found':>9}  {'loss':>7}{'base':>8}   losses at the grid", flush=True)
-    found = [case(args, data, method) for data in args.data for method in args.methods.split(",")]
+    found: list[dict[str, Any]] = []
+    for data in args.data:
+        for method in args.methods.split(","):
+            found.append(case(args, data, method))
+            if args.json:
+                about = {**vars(args), "json": ""}
+                args.json.write_text(json.dumps({"about": about, "cases": found}, indent=1, default=str))
     good = sum(c["good"] for c in found)
     print(f"{good} of {len(found)} within 3 % of the best, {sum(c['diverged'] for c in found)} diverged")
-    if args.json:
-        args.json.write_text(
-            json.dumps({"about": vars(args) | {"json": ""}, "cases": found}, indent=1, default=str)
-        )
+
+
+def settings_of(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """Return the settings of a method with the steps and the batch that were asked for."""
+    settings = dict(SETTINGS[method])
+    for name in ("tau", "directions", "P"):
+        if name in settings and args.steps:
+            settings[name] = args.steps
+    return settings | ({"batch_size": args.batch} if args.batch else {})
 
 
 def case(args: argparse.Namespace, data: str, method: str) -> dict[str, Any]:
@@ -71,10 +86,11 @@ def case(args: argparse.Namespace, data: str, method: str) -> dict[str, Any]:
     began = time.perf_counter()
     columns, _, file = data.rpartition("@")
     with tempfile.TemporaryDirectory() as out:
-        auto = run(args, method, SETTINGS[method], file, columns, out)
+        settings = settings_of(args, method)
+        auto = run(args, method, settings, file, columns, out)
         rate = float(auto["rate"])
         grid = {
-            rate * f: run(args, method, {**SETTINGS[method], "lr": rate * f}, file, columns, out)["loss"]
+            rate * f: run(args, method, {**settings, "lr": rate * f}, file, columns, out)["loss"]
             for f in FACTORS
         }
     best = min([auto["loss"], *grid.values()])
