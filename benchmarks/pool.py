@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=240)
     parser.add_argument("--length", type=int, default=96, help="tokens per row (default 96)")
     parser.add_argument("--steps", type=int, default=10, help="steps of a client that back-propagates")
+    parser.add_argument("--lr", default="auto", help="of clients that take two-point steps, for `pool`")
     parser.add_argument("--shares", default="1,0.5", help="shares of clients that back-propagate")
     parser.add_argument(
         "--pools", default=",".join(f"{K}:{every}" for K, every in POOLS), help="K:epoch_rounds,.."
@@ -58,7 +59,7 @@ def pools(args: argparse.Namespace) -> None:
         for K, every in chosen:
             settings = {
                 "K": K, "epoch_rounds": every, "backprop": float(share), "backprop_lr": "auto", "backprop_steps": args.steps,
-                "batch_size": 4, "tau": 20,
+                "batch_size": 4, "tau": 20, "lr": args.lr,
             }  # fmt: skip
             line(f"backprop={share} K={K} epoch_rounds={every}", args, settings, clients=4)
 
