@@ -16,7 +16,7 @@ from fleetune.common.energy import EnergyMeter
 from fleetune.common.paired import RowLosses
 from fleetune.common.shell import quoted
 from fleetune.errors import FleetuneError, Interrupted, StorageError, fault
-from fleetune.runs import metrics, rundir, sealed, tracking
+from fleetune.runs import env_file, metrics, rundir, sealed, tracking
 from fleetune.runs.events import ClientReply, Recorded, RoundEvaluated, TuneDone, as_dict, round_evaluated
 from fleetune.runs.listener import Listener
 from fleetune.runs.rundir import RunDir
@@ -111,9 +111,9 @@ def damaged_file(path: Path) -> str:
     if not metrics.is_intact(path):
         return metrics.FILE
     try:
-        rundir.base_digest(path)
+        env_file.base_digest(path)
     except StorageError:
-        return rundir.ENVIRONMENT
+        return env_file.ENVIRONMENT
     if not eval_file.having(path, "tuned"):
         return EVALUATION
     try:
@@ -283,7 +283,7 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     recipe = job.recipe
     run.write("run.toml", recipes.to_toml(recipe))
     made_of = describe.of_model(job) | describe.of_data(job, run.path)
-    run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(made_of)) + "\n")
+    run.write(env_file.ENVIRONMENT, sealed.to_text(env_file.environment(made_of)) + "\n")
     row_digests.write(run, job.split.examples)
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
     for remark in (*map(remarks.of_rate, job.found), *job.about_time()[1:]):
