@@ -22,6 +22,7 @@ import textwrap
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -115,34 +116,44 @@ def targets_table() -> str:
 
 
 def events_page() -> str:
-    """Every event of `--json` with its fields, under the headings of `runs/events.py`."""
-    source = (PACKAGE / "runs" / "events.py").read_text(encoding="utf-8")
-    lines = source.splitlines()
+    """Every event of `--json` with its fields, under the headings of `runs/events/__init__.py`."""
     about = (inspect.getdoc(events) or "").partition("\n\n")[2]
     schema = "Machines read [the JSON schema](events.schema.json)."
     out = [MADE, "# Events\n", f"The lines of `--json`. {about}\n", schema + "\n"]
-    at, shared = 0, dict[str, ast.ClassDef]()
-    for node in ast.parse(source).body:
-        above, at = lines[at : node.lineno - 1], node.end_lineno or 0
-        out += [f"## {m[1]}\n" for line in above if (m := re.fullmatch(r"# (.*\w) -{10,}", line))]
-        if not isinstance(node, ast.ClassDef):
-            continue
-        if (event := getattr(events, node.name)) in events.classes():
-            bases = [shared[base.__name__] for base in event.__bases__ if base.__name__ in shared]
-            out += _event(event, [node, *bases], lines)
-        else:
-            shared[node.name] = node
+    bases = _fields(events.base)
+    for title, files in events.SECTIONS.items():
+        out.append(f"## {title}\n")
+        for file in files:
+            for name, fields in _fields(file).items():
+                if (event := getattr(events, name)) in events.classes():
+                    shared = [field for base in event.__bases__ for field in bases.get(base.__name__, ())]
+                    out += _event(event, [*fields, *shared])
     return "\n".join(out)
 
 
-def _event(event: type[events.Event], nodes: Sequence[ast.ClassDef], lines: Sequence[str]) -> list[str]:
+Field = tuple[ast.AnnAssign, str]  # and the remark at the end of its line
+
+
+def _fields(file: ModuleType) -> dict[str, list[Field]]:
+    """The fields of every class of a file, by the class's name."""
+    source = inspect.getsource(file)
+    lines = source.splitlines()
+    return {
+        node.name: [
+            (field, lines[(field.end_lineno or 0) - 1].partition("  # ")[2])
+            for field in node.body
+            if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation)
+        ]
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def _event(event: type[events.Event], fields: Sequence[Field]) -> list[str]:
     rows = []
-    for field in (field for node in nodes for field in node.body):
-        if not isinstance(field, ast.AnnAssign) or "ClassVar" in ast.unparse(field.annotation):
-            continue
+    for field, remark in fields:
         optional, kind = field.value is not None, _json_type(field.annotation)
         kind = kind.removesuffix(" or null") if optional else kind
-        remark = lines[(field.end_lineno or 0) - 1].partition("  # ")[2]
         name = ast.unparse(field.target)
         rows.append(f"| `{name}` | {_cell(kind)} | {'optional' if optional else ''} | {_cell(remark)} |")
     title = [f"### {event.event}: {event.__name__}\n", f"{inspect.getdoc(event)}\n"]

@@ -16,7 +16,8 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.models.model import Model
 from fleetune.seeds import ledger as ledgers
-from fleetune.seeds.ledger import Ledger, LedgerHead
+from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.ledger_head import LedgerHead
 from fleetune.tuning import finished
 
 PAGE = Path(__file__).parent.parent / "docs" / "ledger.md"

@@ -66,3 +66,13 @@ def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
 
 def test_memory_is_the_machines_or_its_groups_limit() -> None:
     assert 0 < memory.usable_memory() <= memory.total_memory()
+
+
+def test_an_unknown_setting_is_told_alike_before_and_after_the_recipe_is_made(tiny: str) -> None:
+    known = "no method has a setting 'lrr'. Did you mean 'lr'?"
+    with pytest.raises(RecipeError) as chosen:
+        choose.method_for(recipe(tiny, set={"lrr": 1}), offline=True)
+    assert chosen.value.problems == [known]
+    with pytest.raises(RecipeError) as made:
+        recipe(tiny, set={"lrr": 1}, rounds=0)
+    assert known in made.value.problems

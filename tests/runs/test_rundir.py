@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from fleetune.errors import MessageError, StorageError, UsageError
-from fleetune.runs import rundir
+from fleetune.runs import env_file, rundir
 from fleetune.runs.rundir import KEEP, RunDir, checkpoints, create, events, find, listing
 from fleetune.tuning import checkpoint
 from fleetune.tuning.messages import Message, Payload, encode
@@ -572,7 +572,7 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 
 
 def test_the_environment_names_versions_and_what_is_added():
-    found = rundir.environment({"device": "cpu"})
+    found = env_file.environment({"device": "cpu"})
     assert found["device"] == "cpu"
     assert found["numpy"] == np.__version__
     assert {"fleetune", "python", "torch", "transformers", "peft", "numba", "safetensors", "system"} <= set(

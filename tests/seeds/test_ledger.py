@@ -25,7 +25,8 @@ from fleetune.errors import FleetuneError, LedgerError, UsageError
 from fleetune.models import digest, uniform
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds import noise
-from fleetune.seeds.ledger import Change, Ledger, LedgerHead, load, require_base
+from fleetune.seeds.ledger import Change, Ledger, load, require_base
+from fleetune.seeds.ledger_head import LedgerHead
 from fleetune.seeds.slots import layout
 from fleetune.seeds.view import kernels
 from law_definition import slow_places

@@ -31,7 +31,8 @@ from fleetune.models import DTYPES, Model, digest, named_tensors, tiny_llama, un
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds import noise
 from fleetune.seeds import view as views
-from fleetune.seeds.ledger import Ledger, LedgerHead
+from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.ledger_head import LedgerHead
 from fleetune.seeds.noise import passes, probe
 from fleetune.seeds.project import WeightCopies
 from fleetune.seeds.slots import WeightSlot, layout, read_stored

@@ -14,19 +14,16 @@ and no text is read as markup.  rich is imported when something is first drawn o
 
 from __future__ import annotations
 
-import json as jsonlib
-import math
-import numbers
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from io import UnsupportedOperation
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO, cast
 
+from fleetune.cli.json_line import line_of
 from fleetune.cli.progress import CountBar, Live, RoundBar
+from fleetune.cli.stream import Stream
 from fleetune.common.display import (
     change,
     clean,
@@ -39,83 +36,12 @@ from fleetune.common.display import (
     show,
 )
 from fleetune.errors import FleetuneError, Interrupted
-from fleetune.runs.events import VERSION, Event, Failed, Stopped, as_dict
+from fleetune.runs.events import Event, Failed, Stopped, as_dict
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 SILENCE: Final = 30.0  # seconds without a word, off a terminal
-
-_PLAIN = str.maketrans({"▼": "v", "▲": "^", "─": "-", "·": "|", "…": "~", "−": "-"})
-
-
-def line_of(event: Mapping[str, object]) -> str:
-    """An event as one line of strict JSON; "v" comes first, numbers that are not finite become null."""
-    return jsonlib.dumps({"v": VERSION, **cast(dict[str, object], _strict(event))}, allow_nan=False)
-
-
-def _strict(value: object) -> object:
-    if value is None or isinstance(value, str | bool):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(float(value)) else None
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return str(value)
-
-
-class _Stream:
-    """A text stream that outlives its reader and never fails on a character its encoding lacks.
-
-    `raw` is None where the process was started without the stream.  `lost` is called once, when it cannot be written
-    for another reason than that nobody reads it.
-    """
-
-    def __init__(self, raw: TextIO | None, lost: Callable[[OSError], None] = lambda error: None) -> None:
-        self.raw, self.lost = raw, lost
-        self.ended = raw is None
-        self.encoding = (raw and raw.encoding) or "utf-8"
-        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-        self.fancy = raw is not None and raw.isatty() and not plain
-
-    def write(self, text: str) -> int:
-        if self.ended or self.raw is None:
-            return len(text)
-        try:
-            text.encode(self.encoding)
-        except UnicodeEncodeError:
-            text = text.translate(_PLAIN).encode(self.encoding, "replace").decode(self.encoding)
-        try:
-            self.raw.write(text)
-            self.raw.flush()
-        except OSError as error:
-            self._detach(self.raw)
-            if not isinstance(error, BrokenPipeError):
-                self.lost(error)
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing to do: every write is flushed."""
-
-    def isatty(self) -> bool:
-        return self.fancy
-
-    def fileno(self) -> int:
-        if self.raw is None:
-            raise UnsupportedOperation("the process has no such stream")
-        return self.raw.fileno()
-
-    def _detach(self, raw: TextIO) -> None:
-        # What is still buffered would raise again when the interpreter exits: let it go to the null device.
-        self.ended = True
-        with suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, raw.fileno())
-            os.close(null)
 
 
 class Ui:
@@ -135,8 +61,8 @@ class Ui:
     ) -> None:
         self.quiet, self.json, self.clock = quiet, json, clock
         self.output_lost = False  # whether a part of the results could not be written
-        self._out = _Stream(sys.stdout if stdout is None else stdout, self._lose)
-        self._err = _Stream(sys.stderr if stderr is None else stderr)
+        self._out = Stream(sys.stdout if stdout is None else stdout, self._lose)
+        self._err = Stream(sys.stderr if stderr is None else stderr)
         self._consoles: dict[bool, Console] = {}
         self._live: Live | None = None
         self._before: float | None = None
@@ -160,7 +86,7 @@ class Ui:
 
     # Where things go
 
-    def _console(self, stream: _Stream) -> Console:
+    def _console(self, stream: Stream) -> Console:
         from rich.console import Console
 
         key = stream is self._out
@@ -168,7 +94,7 @@ class Ui:
             self._consoles[key] = Console(file=cast(TextIO, stream), force_terminal=True, highlight=False)
         return self._consoles[key]
 
-    def _draw(self, stream: _Stream, what: RenderableType, *, whole: bool = True) -> None:
+    def _draw(self, stream: Stream, what: RenderableType, *, whole: bool = True) -> None:
         # The bar lives on stderr: it steps aside while stdout of the same terminal is written.  `whole`
         # lines are neither wrapped nor cut at the width of the terminal.
         aside = self._live if stream is not self._err else None
@@ -178,7 +104,7 @@ class Ui:
         if aside is not None:
             aside.start()
 
-    def _say(self, stream: _Stream, text: str, style: str = "") -> None:
+    def _say(self, stream: Stream, text: str, style: str = "") -> None:
         """One or more lines of plain text, with a style where the stream is a terminal; never wrapped."""
         text = clean(text)
         self._spoke = self.clock()
@@ -195,7 +121,7 @@ class Ui:
         return self._err.fancy
 
     @property
-    def _results(self) -> _Stream:
+    def _results(self) -> Stream:
         return self._err if self.json else self._out
 
     # What is said

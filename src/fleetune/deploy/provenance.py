@@ -20,7 +20,7 @@ from typing import Any
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.models import cache
 from fleetune.models.artefact import Master
-from fleetune.runs import rundir
+from fleetune.runs import env_file
 from fleetune.tuning import methods
 from fleetune.tuning.recipe import Recipe
 
@@ -37,7 +37,7 @@ def of_run(run: Path, recipe: Recipe) -> dict[str, str]:
     """Return the provenance of a tuned run, from its recipe and its env.json; StorageError when that is damaged."""
     method: Any = methods.make(recipe.method, recipe.set)
     settings = {s.name: getattr(method, s.name) for s in methods.settings(recipe.method)}
-    return _made(recipe.method, settings, rundir.base_digest(run)) | of_base(recipe.model)
+    return _made(recipe.method, settings, env_file.base_digest(run)) | of_base(recipe.model)
 
 
 def of_base(name: str) -> dict[str, str]:

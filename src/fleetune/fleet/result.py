@@ -19,7 +19,7 @@ from fleetune.common.shell import quoted
 from fleetune.errors import LedgerError, MessageError, UsageError
 from fleetune.fleet.orders import Job
 from fleetune.models.model import Model
-from fleetune.runs import rundir
+from fleetune.runs import env_file
 from fleetune.seeds import ledger as ledgers
 from fleetune.tuning import finished
 from fleetune.tuning.messages import Scalar
@@ -33,7 +33,7 @@ def job_of_run(folder: Path, run: str, task: str, steps: int = 0) -> Job:
     """Return what devices are told of a finished run whose result is measured, or calibrated in so many steps."""
     recipe = finished.recipe_of(folder)
     return Job(
-        run, recipe.method, dict(recipe.set), recipe.model, rundir.base_digest(folder), recipe.dtype, recipe.max_length,
+        run, recipe.method, dict(recipe.set), recipe.model, env_file.base_digest(folder), recipe.dtype, recipe.max_length,
         label_words(recipe.labels), steps, task, digest_of(finished.result_of(folder)),
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ from fleetune.tuning.robust import MEAN, REDUCE, Rule
 if TYPE_CHECKING:
     from fleetune.fleet.page import LivePage
     from fleetune.tuning.prepare import TuneJob
-    from fleetune.tuning.run import Step
+    from fleetune.tuning.simulation import Step
 
 SIMULATED: Final = ("drop", "stragglers", "deadline")  # options of a recipe that real devices do not follow
 MANY: Final = 5  # devices, from which on the plain mean is worth a word

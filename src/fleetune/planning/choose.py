@@ -9,12 +9,12 @@ from typing import Final
 
 from fleetune.common.display import human_bytes
 from fleetune.common.memory import usable_memory
-from fleetune.errors import ModelError, RecipeError, suggest
+from fleetune.errors import ModelError, RecipeError
 from fleetune.planning import plan
 from fleetune.planning.device_cost import Rates
 from fleetune.planning.plan import Row
 from fleetune.planning.workload import Workload
-from fleetune.tuning import methods, prepare
+from fleetune.tuning import methods, prepare, recipe_problems
 from fleetune.tuning.recipe import AUTO_METHOD, Recipe
 
 BATCH: Final = 8  # rows of a step, for the memory
@@ -40,7 +40,8 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str]:
     able = methods.having(recipe.set)
     if not able:
         raise RecipeError(
-            _unknown(recipe), hint="name the one that is meant: --method NAME (fleetune methods)"
+            recipe_problems.of_no_method(list(recipe.set)),
+            hint="name the one that is meant: --method NAME (fleetune methods)",
         )
     prepare.check(dataclasses.replace(recipe, method=able[0]))  # all else that is wrong is said first
     try:
@@ -53,14 +54,6 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str]:
     name = plan.best([row for row in rows if not row.tunes or row.method in able])
     row = next(row for row in rows if row.method == name)
     return name, _why(row, ram)
-
-
-def _unknown(recipe: Recipe) -> list[str]:
-    """Say which settings no method has, with suggestions; or that no method has all of them."""
-    if odd := [name for name in recipe.set if not methods.having([name])]:
-        every = sorted({s.name for name in methods.entries() for s in methods.settings(name)})
-        return [f"no method has a setting '{name}'.{suggest(name, every, cutoff=0.5)}" for name in odd]
-    return [f"no method has all of the settings {', '.join(recipe.set)}"]
 
 
 def _why(row: Row, ram: int | None) -> str:

@@ -25,7 +25,7 @@ class Listener(Protocol):
         ...
 
     def event(self, event: Event) -> None:
-        """Take one event (a class of `runs/events.py`)."""
+        """Take one event (a class of `runs/events/`)."""
         ...
 
     def note(self, text: str) -> None:

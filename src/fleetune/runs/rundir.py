@@ -24,13 +24,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import platform
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -38,9 +36,7 @@ from fleetune.common import folders
 from fleetune.common.files import PRIVATE, read_bytes, read_text, regular, storage_error, write_atomic
 from fleetune.common.locks import lock
 from fleetune.common.shell import quoted
-from fleetune.common.version import __version__
 from fleetune.errors import MessageError, StorageError, UsageError
-from fleetune.runs import sealed
 from fleetune.runs.metrics import Metrics, Tally
 from fleetune.runs.metrics import events as events
 
@@ -52,7 +48,6 @@ KEEP = 2  # checkpoints
 LOCK = ".lock"
 LOOKS = 4  # tries to get the lock
 LATEST = "latest"
-ENVIRONMENT = "env.json"
 FLEET = "fleet.json"  # the last word of a real fleet's server
 STATUSES = ("running", "done", "interrupted", "failed")
 
@@ -338,43 +333,6 @@ def checkpoints(path: Path) -> list[tuple[int, Path]]:
     """(round, file) of the checkpoints in a run folder, oldest first."""
     found = [(re.fullmatch(r"round-(\d+)\.ckpt", p.name), p) for p in (path / "checkpoints").glob("*.ckpt")]
     return sorted((int(m[1]), p) for m, p in found if m)
-
-
-def made_on(path: Path) -> dict[str, str]:
-    """The digests of the "base" and the "tokenizer" that a run was made on, by env.json; StorageError when it is damaged."""
-    hint = f"fleetune tune --resume {quoted(path)}   writes it anew"
-    stated = sealed.read(path / ENVIRONMENT, hint)
-    found = {what: stated.get(f"{what}_digest") for what in ("base", "tokenizer")}
-    for what, digest in found.items():
-        if not isinstance(digest, str):
-            raise StorageError(f"{path / ENVIRONMENT} is damaged (it states no {what}_digest)", hint=hint)
-    return {what: str(digest) for what, digest in found.items()}
-
-
-def base_digest(path: Path) -> str:
-    """The digest of the base model that a run was made on; StorageError when env.json is damaged."""
-    return made_on(path)["base"]
-
-
-def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Versions and machine, for env.json."""
-    packages = (
-        "torch", "transformers", "tokenizers", "peft", "numba", "numpy", "safetensors", "jinja2", "msgpack", "pyarrow",
-    )  # fmt: skip
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    machine = {"system": platform.system(), "machine": platform.machine(), "processors": os.cpu_count()}
-    return {
-        "fleetune": __version__,
-        "python": platform.python_version(),
-        **versions,
-        **machine,
-        **extra,
-    }
 
 
 @contextlib.contextmanager

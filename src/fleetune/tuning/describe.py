@@ -16,7 +16,7 @@ from fleetune import adapters
 from fleetune.data.encode import digest
 from fleetune.errors import StorageError
 from fleetune.models.model import Model
-from fleetune.runs import rundir, sealed
+from fleetune.runs import env_file, sealed
 from fleetune.runs.events import RateFound, TuneStart
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
@@ -64,7 +64,7 @@ def of_data(job: TuneJob, run: Path) -> dict[str, Any]:
     """
     stated, parts = foundations.of_job(job), job.split
     try:
-        told = sealed.read(run / rundir.ENVIRONMENT, "").get("given")
+        told = sealed.read(run / env_file.ENVIRONMENT, "").get("given")
     except StorageError:
         told = None
     return {

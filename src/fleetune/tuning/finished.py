@@ -15,7 +15,7 @@ from fleetune.data import Example
 from fleetune.errors import LedgerError, ModelError, UsageError
 from fleetune.models import dtypes, unmerged
 from fleetune.models.model import Model
-from fleetune.runs import rundir
+from fleetune.runs import env_file, rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import kernels
@@ -184,7 +184,7 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Mod
         offline=offline,
         labels=recipes.label_words(recipe.labels),
     )
-    made_on = rundir.made_on(path.parent)
+    made_on = env_file.made_on(path.parent)
     for what, now in (("base", model.digest), ("tokenizer", model.tokenizer_digest)):
         if (then := made_on[what]) != now:
             raise ModelError(

@@ -20,7 +20,7 @@ from fleetune.common.files import PRIVATE, read_text, write_atomic
 from fleetune.common.settings import Value
 from fleetune.common.version import __version__
 from fleetune.models import cache
-from fleetune.runs import rundir
+from fleetune.runs import env_file, rundir
 from fleetune.runs.report.page import counted
 from fleetune.tuning import finished, foundations, methods, run_facts
 from fleetune.tuning import recipe as recipes
@@ -173,7 +173,7 @@ def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any]) -
 
 def _digests(run: Path, done: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the run stated of its inputs and of its result."""
-    found = rundir.made_on(run)
+    found = env_file.made_on(run)
     named = [("base weights, as loaded", found["base"]), ("tokenizer", found["tokenizer"])]
     if stands_on := foundations.stated_by(run):
         named += [

@@ -182,7 +182,8 @@ def prepare(
     release_memory()  # an earlier job's, so that the peak is this one's
     entry, method = check(recipe)
     method = methods.written_out(method)
-    names, given = rates.wanted(recipe) if find else [], set(recipe.set)
+    names = rates.wanted(recipe) if find else []
+    given = set(recipe.set)
     parts = split(recipe, entry, offline=offline)
     recipe = dataclasses.replace(recipe, partition=parts.partition)
     if not simulated:
@@ -190,18 +191,14 @@ def prepare(
     recipe = settled(recipe) if simulated else dataclasses.replace(settled(recipe), clients=recipe.clients)
     if clients := len(parts.clients) or recipe.clients:
         check_aggregation(recipe, method, clients)
-    objective, batch_size = objective_of(method), batch_size_of(method)
-    held_out = [parts.examples[i] for i in parts.held.tolist()]
-    labels.check_rows(recipe, objective, batch_size, parts.examples, held_out, offline=offline)
+    objective, held_out = objective_of(method), [parts.examples[i] for i in parts.held.tolist()]
+    labels.check_rows(recipe, objective, batch_size_of(method), parts.examples, held_out, offline=offline)
     model = models.load(
         recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts)
     )
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
     torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
-    encoded, kept = encode_rows(model, parts.examples, recipe.max_length)
-    place: dict[int, list[Encoded]] = {}  # a long text has several rows
-    for i, row in zip(kept.tolist(), encoded, strict=True):
-        place.setdefault(i, []).append(row)
+    place = _tokens(model, parts, recipe.max_length)
     rows = [[row for i in part.tolist() for row in place.get(i, ())] for part in parts.clients]
     held = [i for i in parts.held.tolist() if i in place]
     _check_rows(recipe, rows, held)
@@ -216,20 +213,25 @@ def prepare(
         measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
         recipe, method, estimated = _timed(recipe, method, model, rows, measured, note)
     recipe = dataclasses.replace(recipe, within="")
-    found: list[Found] = []
-    if names:
-        note(f"finding {' and '.join(names)} on training rows ..")
-        recipe, found = rates.find(recipe, names, model, train, _asked(recipe, rows))
-        method = methods.make(recipe.method, recipe.set)
+    recipe, method, found = _with_rates(recipe, method, names, model, train, rows, note)
     return TuneJob(
         recipe, entry, method, model, parts, rows,
         held=[row for i in held[: recipe.eval_rows] for row in place[i]],
         examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
         prompts=[begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]],
-        dropped=len(parts.examples) - len(place), cut=lengths.cut(encoded),
+        dropped=len(parts.examples) - len(place), cut=lengths.cut([row for pieces in place.values() for row in pieces]),
         objective=objective, found=found, estimate=estimated, words=labels.measured(recipe, objective, parts.examples),
         files=_digests(recipe, offline),
     )  # fmt: skip
+
+
+def _tokens(model: Model, parts: Split, max_length: int) -> dict[int, list[Encoded]]:
+    """Return the encoded rows of every example that has any, by its number; a long text has several."""
+    encoded, kept = encode_rows(model, parts.examples, max_length)
+    place: dict[int, list[Encoded]] = {}
+    for i, row in zip(kept.tolist(), encoded, strict=True):
+        place.setdefault(i, []).append(row)
+    return place
 
 
 def _asked(recipe: Recipe, rows: Sequence[object]) -> int:
@@ -258,6 +260,23 @@ def _check_rows(recipe: Recipe, rows: Sequence[Sequence[Encoded]], held: Sequenc
             "no held-out row has an answer that the model's tokenizer knows",
             hint="hold out more rows, or use another model",
         )
+
+
+def _with_rates(
+    recipe: Recipe,
+    method: Method,
+    names: Sequence[str],
+    model: Model,
+    train: Sequence[Encoded],
+    rows: Sequence[Sequence[Encoded]],
+    note: Callable[[str], None],
+) -> tuple[Recipe, Method, list[Found]]:
+    """Return the run with the learning rates of these names, found on training rows; `note` is told before."""
+    if not names:
+        return recipe, method, []
+    note(f"finding {' and '.join(names)} on training rows ..")
+    recipe, found = rates.find(recipe, names, model, train, _asked(recipe, rows))
+    return recipe, methods.make(recipe.method, recipe.set), found
 
 
 def _timed(

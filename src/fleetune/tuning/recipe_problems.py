@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from fleetune.common import setting_names
 from fleetune.common.spellings import meant
-from fleetune.errors import FleetuneError, RecipeError
+from fleetune.errors import FleetuneError, RecipeError, suggest
 
 CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
 AUTO: Final = "auto"  # the method of a recipe that names none
@@ -67,6 +67,16 @@ def unknown(key: str, names: Sequence[str], values: Mapping[str, Any]) -> str:
     return f"unknown option '{key}'." + (f" Did you mean '{close[0]}'?" if close else "")
 
 
+def of_no_method(chosen: Sequence[str]) -> list[str]:
+    """Say which of these settings no method has, with suggestions; or that no method has all of them."""
+    methods = importlib.import_module("fleetune.tuning.methods")
+    if odd := [name for name in chosen if not methods.having([name])]:
+        modules = [entry.module for entry in methods.entries().values()]
+        every = sorted({name for module in modules for name in setting_names.of_module(module)})
+        return [f"no method has a setting '{name}'.{suggest(name, every, cutoff=0.5)}" for name in odd]
+    return [f"no method has all of the settings {', '.join(chosen)}"]
+
+
 def of_settings(values: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the method and its settings; an empty list where they cannot be looked at."""
     method, chosen = values.get("method"), values.get("set")
@@ -81,9 +91,7 @@ def of_settings(values: Mapping[str, Any]) -> list[str]:
         elif found := methods.having(chosen):
             methods.make(found[0], chosen)
         else:
-            return [
-                f"no method has all of the settings {', '.join(map(str, chosen))}: name the method that is meant"
-            ]
+            return of_no_method([str(name) for name in chosen])
     except RecipeError as error:
         return error.problems
     except FleetuneError as error:

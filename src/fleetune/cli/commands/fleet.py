@@ -11,15 +11,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fleetune.cli import door_flags, recipe_flags
+from fleetune.cli import door_flags, fleet_runs, recipe_flags
 from fleetune.cli.commands.tune import finish, screen
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
-from fleetune.common.display import human_time
 from fleetune.common.shell import quoted
-from fleetune.errors import RecipeError, StorageError, UsageError
+from fleetune.errors import RecipeError, UsageError
 from fleetune.fleet import PAGE_PORT, PORT
-from fleetune.runs import compression_folder, rundir
+from fleetune.runs import rundir
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
@@ -324,67 +323,6 @@ def _path(text: str | None) -> Path | None:
     return Path(text) if text else None
 
 
-def _devices(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.common.display import human_bytes
-    from fleetune.fleet.table import Devices
-    from fleetune.tuning import methods
-
-    run = _run_of(args)
-    found, names = Devices(run), [""]
-    if not compression_folder.is_one(run):
-        recipe = recipes.make(recipes.read(run / "run.toml"))
-        names = list(methods.kind_names(methods.make(recipe.method, recipe.set)))
-    rows = [
-        [
-            str(c), m.name, m.key[:16], str(m.rows or "has not joined"), human_bytes(m.memory) if m.memory else "",
-            str(m.threads or ""), f"{m.speed:,.0f}" if m.speed else "", names[m.kind] if 0 <= m.kind < len(names) else "",
-        ]
-        for c, m in enumerate(found.members)
-    ]  # fmt: skip
-    ui.table(["client", "device", "key", "rows", "memory", "threads", "tokens/s", "does"], rows)
-    if len(names) > 1 and all(m.kind >= 0 for m in found.members):
-        given = ",".join(str(m.kind) for m in found.members)
-        ui.note(f"the same in the simulation: --kinds {given}")
-
-
-def _status(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet import status
-
-    now = status.look(_run_of(args))
-    ui.event(now)
-    if ui.json:
-        return
-    ago = human_time(now.heard)
-    if now.served:
-        ui.paths([("run", f"{now.run} · {now.status} · heard {ago} ago"), *status.facts(now)])
-    else:
-        ui.note(f"no server has {now.run} now: last heard {ago} ago")
-        ui.paths([("run", f"{now.run} · {now.status}"), *status.facts(now)])
-    ui.table(status.HEAD, [status.cells(device) for device in now.devices])
-    if not now.served and now.status != "done":
-        ui.paths([("next", status.resume(Path(now.run)))])
-
-
-def _stop(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet import status
-
-    status.ask_to_stop(run := _run_of(args))
-    ui.note(f"asked: it stops after this step; go on with: {status.resume(run)}")
-
-
-def _audit(args: argparse.Namespace, ui: Ui) -> None:
-    from fleetune.fleet import audit
-
-    file = _run_of(args) / audit.FILE
-    found = audit.verify(file)
-    if found.bad:
-        raise StorageError(
-            f"{file}: line {found.bad} does not follow from the one before: it, or one before it, was changed",
-            hint=f"the first {found.entries} entries are as they were written",
-        )
-    ui.paths([("entries", f"{found.entries}, each follows from the one before"), ("chain", found.chain)])
-
-
 def _app(args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.fleet.flower import shim
 
@@ -398,16 +336,7 @@ def _app(args: argparse.Namespace, ui: Ui) -> None:
     ])  # fmt: skip
 
 
-def _run_of(args: argparse.Namespace) -> Path:
-    """The folder of the run that the words name, or of a compression that devices have calibrated."""
-    if len(args.words) != 1:
-        raise UsageError(f"{args.action} takes one RUN", hint=f"fleetune fleet {args.action} latest")
-    name, out = args.words[0], Path(args.out)
-    smaller = compression_folder.find(name, out) if name != "latest" else None
-    return smaller or rundir.find(name, out)
-
-
 ACTIONS: Final[Mapping[str, Callable[[argparse.Namespace, Ui], None]]] = {
-    "serve": _serve, "join": _join, "eval": _eval, "split": _split, "keys": _keys, "devices": _devices, "status": _status,
-    "stop": _stop, "audit": _audit, "app": _app,
+    "serve": _serve, "join": _join, "eval": _eval, "split": _split, "keys": _keys, "devices": fleet_runs.devices,
+    "status": fleet_runs.status, "stop": fleet_runs.stop, "audit": fleet_runs.audit, "app": _app,
 }  # fmt: skip

@@ -30,7 +30,7 @@ from fleetune.runs.events import (
 )
 
 if TYPE_CHECKING:
-    from fleetune.tuning.sweep import Point, SweepGrid
+    from fleetune.tuning.sweep_grid import Point, SweepGrid
 
 
 HELP = "tune over a grid of values and seeds, on one page"
@@ -131,6 +131,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Begin a sweep or resume one."""
     from fleetune.tuning import sweep as sweeps
+    from fleetune.tuning import sweep_grid
 
     out = Path(args.out)
     if args.resume:
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             raise UsageError(
                 "a sweep needs a RECIPE", hint="fleetune sweep recipe.toml --vary K=64,512 --seeds 3"
             )
-        grid = sweeps.make(
+        grid = sweep_grid.make(
             _with_method(recipe_flags.keys(args, args.recipe), args, ui), args.vary, args.seeds
         )
     sweeps.check(grid, folder=path if args.resume else None, offline=args.offline)
@@ -180,10 +181,11 @@ def _plan(grid: SweepGrid, ui: Ui) -> None:
 
 def _start(grid: SweepGrid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.tuning import sweep as sweeps
+    from fleetune.tuning import sweep_grid
 
     path, base = folder.path, grid.base
     rows = [("model", base.model), ("data", f"{Path(base.data).name} · {base.partition}")]
-    rows += [(axis.name, ", ".join(map(sweeps.shown, axis.values))) for axis in grid.axes]
+    rows += [(axis.name, ", ".join(map(sweep_grid.shown, axis.values))) for axis in grid.axes]
     seeds = f"{base.seed} to {base.seed + grid.seeds - 1}" if grid.seeds > 1 else str(base.seed)
     rows += [("seeds", seeds), ("runs", f"{len(grid.points)} · in {path}")]
     ui.header(f"fleetune sweep · {base.method}", rows)

@@ -42,7 +42,7 @@ from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
-    from fleetune.tuning.run import Step
+    from fleetune.tuning.simulation import Step
 
 log = logging.getLogger("flwr")  # what it says is in `flwr log`
 

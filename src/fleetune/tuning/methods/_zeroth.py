@@ -14,7 +14,8 @@ import numpy as np
 from fleetune.errors import ModelError
 from fleetune.models.model import Model, named_tensors
 from fleetune.seeds.folded_sums import FOLD
-from fleetune.seeds.ledger import Ledger, LedgerHead
+from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.ledger_head import LedgerHead
 from fleetune.seeds.noise import LAWS, POOLS, run_key
 from fleetune.seeds.spsa import Position, uniforms
 from fleetune.seeds.view import View
