@@ -457,3 +457,11 @@ def test_settings_that_cannot_be_are_refused_in_plain_words(changes: dict[str, A
     with pytest.raises(RecipeError) as error:
         make("fedkseed", changes)
     assert words in str(error.value)
+
+
+def test_the_pool_is_larger_where_clients_back_propagate_and_as_stated_where_it_is():
+    assert Method().K == 1024
+    assert Method(backprop=0.1).K == 4096
+    assert Method(K=256, backprop=0.1).K == 256
+    with pytest.raises(ValueError, match="K"):
+        Method(K=-1)

@@ -66,6 +66,10 @@ PAPER = "Qin et al., ICML 2024, arXiv 2312.06353"
 SENDS = "one byte a local step up; K integers down"
 PASSES: Final = 4  # over a client's rows in a round, where the number of steps is not given
 FEWEST_STEPS: Final = 50
+DIRECTIONS: Final = (
+    1024,
+    4096,
+)  # K where none is given: of two-point steps alone, with clients that back-propagate
 
 
 class State(NamedTuple):
@@ -82,7 +86,9 @@ class State(NamedTuple):
 class Method:
     """Hyper-parameters with the paper's symbols and defaults (README of the reference: Dolly, batch 1)."""
 
-    K: int = setting(1024, "K", "directions in the pool (a power of two for law=hashed)")
+    K: int = setting(
+        0, "K", "directions in the pool, a power of two (0: 1024, or 4096 where clients back-propagate)"
+    )
     steps_setting: ClassVar[str] = "tau"
 
     tau: int = setting(200, "τ", "local steps per round (not given: four passes over the rows, 50 to 200)")
@@ -106,6 +112,8 @@ class Method:
     server_lr: float = setting(0.0, "η_s", "the server rule's learning rate, in units of lr (0: its own)")
 
     def __post_init__(self) -> None:
+        if self.K == 0:
+            object.__setattr__(self, "K", DIRECTIONS[self.backprop > 0])
         _zeroth.check_pool(
             self.law, self.K, lr=self.lr, eps=self.eps, tau=self.tau, batch_size=self.batch_size
         )
