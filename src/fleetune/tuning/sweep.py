@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a grid of recipes in one folder: list its runs, check them, and run or resume them in turn.
+"""Run a grid of recipes in one folder: check its runs, and run or resume them in turn.
 
     runs/0007-sweep-case-study/
       sweep.toml      the recipe, and the table [sweep]: what varies, over which values, and how many seeds
@@ -8,22 +8,18 @@
       status          log.txt
 
 The folder is the record: a run whose status is `done` is not run again, an unfinished one resumes from its
-last checkpoint, so a sweep can be killed at any time and resumed.  A name that varies is `alpha` (of the
-Dirichlet partition), an option of the recipe (`rounds`) or a setting of the method (`K`, in full `set.K`).
-All combinations of a seed are run before the next seed, so that the first pass over the grid is whole early.
+last checkpoint, so a sweep can be killed at any time and resumed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fleetune.common.files import read_text, storage_error, write_atomic
-from fleetune.common.settings import Value
+from fleetune.common.shell import quoted
 from fleetune.errors import (
     FAULTS,
     FleetuneError,
@@ -32,186 +28,23 @@ from fleetune.errors import (
     StorageError,
     UsageError,
     fault,
-    suggest,
 )
 from fleetune.runs import report, rundir, sealed
+from fleetune.runs.events import SweepDone, SweepRun, SweepStart
 from fleetune.runs.listener import Listener
-from fleetune.runs.report.cells import GridRun, SweepAxis
+from fleetune.runs.report.cells import GridRun
+from fleetune.runs.report.grid import Tables
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import foundations, methods, prepare
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning import run as jobs
 from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.sweep_grid import SHOWN, Point, SweepGrid, make, raise_problems, shown
 
+DONE_BEFORE = "done before"  # why a run is over that was finished by an earlier sitting
 FILE = "sweep.toml"
 PAGE = "sweep.html"
 SEAL = "# crc32 of the lines below: "
-SHOWN = 8  # problems shown at once
-MANY = 10_000  # runs
-
-
-@dataclass(frozen=True)
-class Point:
-    """One run of a sweep: the values that vary, in the order of the axes, and all else that decides it."""
-
-    values: tuple[Value, ...]
-    seed: int
-    recipe: Recipe
-    name: str  # of its folder
-    words: str  # "alpha 0.5 · K 64 · seed 42"
-
-
-@dataclass(frozen=True)
-class SweepGrid:
-    """A checked sweep."""
-
-    base: Recipe
-    axes: tuple[SweepAxis, ...]
-    seeds: int
-    points: tuple[Point, ...]
-
-
-# What varies --------------------------------------------------------------------------------------
-
-
-def make(values: Mapping[str, Any], vary: Sequence[str] = (), seeds: int | None = None) -> SweepGrid:
-    """Return the grid of a recipe's keys with its table [sweep]; `vary` (NAME=V1,V2,..) and `seeds` override that table.
-
-    RecipeError lists every problem: unknown names, values of a wrong type, combinations a method refuses.
-    """
-    base = recipes.make({k: v for k, v in values.items() if k != "sweep"})
-    table = values.get("sweep", {})
-    if not isinstance(table, dict):
-        raise RecipeError(["sweep is not a table"], hint="write [sweep], then a line such as K = [64, 512]")
-    wanted: dict[str, Any] = _flat(table)
-    count = wanted.pop("seeds", 1) if seeds is None else seeds
-    wanted.pop("seeds", None)
-    problems: list[str] = []
-    for text in vary:
-        name, equals, listed = text.partition("=")
-        if not (equals and name.strip()):
-            problems.append(f"--vary {text!r} is not NAME=VALUE,VALUE")
-            continue
-        wanted[name.strip()] = [_guess(v.strip()) for v in listed.split(",") if v.strip()]
-    if type(count) is not int or not 1 <= count <= MANY:
-        problems.append(f"seeds = {count!r} is not a whole number from 1 to {MANY}")
-    axes = _axes(base, wanted, problems)
-    if not problems and not axes and count == 1:
-        problems.append("nothing varies: give --vary NAME=VALUE,VALUE or --seeds N")
-    _raise(problems)
-    return SweepGrid(base, axes, count, _points(base, axes, count))
-
-
-def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Flatten nested tables to dotted names: `set.K = [..]` in TOML is a table `set`."""
-    found: dict[str, Any] = {}
-    for name, value in table.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
-    return found
-
-
-def _guess(text: str) -> Value:
-    """Type a value of the command line as TOML would."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
-def _axes(base: Recipe, wanted: Mapping[str, Any], problems: list[str]) -> tuple[SweepAxis, ...]:
-    axes: list[SweepAxis] = []
-    tried = wanted.get("method", [base.method])
-    known = _names([m for m in (tried if isinstance(tried, list) else [tried]) if isinstance(m, str)])
-    for name, values in wanted.items():
-        key = name if name in known else f"set.{name}"
-        if key not in known:
-            problems.append(_unknown(name, known))
-        elif not isinstance(values, list) or not values:
-            problems.append(f"{name} = {values!r} is not a list of values")
-        elif odd := [v for v in values if not isinstance(v, str | int | float)]:
-            problems.append(f"{name}: {odd[0]!r} is not a value")
-        elif twice := [v for i, v in enumerate(values) if v in values[:i]]:
-            problems.append(f"{name}: {twice[0]!r} stands twice")
-        elif key in [a.key for a in axes]:
-            problems.append(f"{name} varies twice")
-        else:
-            axes.append(SweepAxis(name, key, tuple(values)))
-    keys = [a.key for a in axes]
-    if "alpha" in keys and "partition" in keys:
-        problems.append("alpha is a part of partition: vary one of them")
-    elif "alpha" in keys and base.partition.split(":")[0] != "dirichlet":
-        said = f"alpha varies the Dirichlet partition, but partition = {base.partition!r}"
-        other = "; for the method's own alpha write set.alpha" if "set.alpha" in known else ""
-        problems.append(f"{said}: set it to dirichlet:0.5:COLUMN{other}")
-    return tuple(axes)
-
-
-def _names(tried: Sequence[str]) -> list[str]:
-    """List every name that can vary.  An unknown method among `tried` is found when the runs are checked."""
-    options = [n for n in recipes.fields() if n not in ("set", "seed")]
-    entries = methods.entries()
-    settings = [f"set.{s.name}" for m in tried if m in entries for s in methods.settings(m)]
-    return ["alpha", *options, *dict.fromkeys(settings)]
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    if name == "seed":
-        return "seed varies by seeds: --seeds N, or seeds = N in [sweep]"
-    guess = suggest(name.removeprefix("set."), [k.removeprefix("set.") for k in known], cutoff=0.5)
-    return f"nothing called '{name}' can vary.{guess}"
-
-
-def _points(base: Recipe, axes: Sequence[SweepAxis], seeds: int) -> tuple[Point, ...]:
-    combinations = list(itertools.product(*(a.values for a in axes)))
-    if len(combinations) * seeds > MANY:
-        raise RecipeError([f"{len(combinations) * seeds:,} runs are more than {MANY:,}"])
-    points: list[Point] = []
-    problems: list[str] = []
-    plain = dataclasses.asdict(base)
-    for seed, values in itertools.product(range(base.seed, base.seed + seeds), combinations):
-        named = [*zip((a.name for a in axes), values, strict=True), ("seed", seed)]
-        words = " · ".join(f"{name} {shown(value)}" for name, value in named)
-        parts = "-".join(rundir.slug(f"{name}-{shown(value)}") for name, value in named)
-        try:
-            recipe = recipes.make(_changed(plain, axes, values) | {"seed": seed})
-        except RecipeError as error:
-            problems += error.problems
-            continue
-        points.append(Point(values, seed, recipe, f"{len(points) + 1:04d}-{parts[:80].rstrip('-.')}", words))
-    _raise(problems)
-    return tuple(points)
-
-
-def shown(value: Value) -> str:
-    """Write a value that varies as text, exactly."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
-
-
-def _changed(plain: Mapping[str, Any], axes: Sequence[SweepAxis], values: Sequence[Value]) -> dict[str, Any]:
-    """Return the recipe's keys with these values in place."""
-    changed = {**plain, "set": dict(plain["set"])}
-    for axis, value in zip(axes, values, strict=True):
-        if axis.key == "alpha":
-            changed["partition"] = f"dirichlet:{shown(value)}:{plain['partition'].split(':', 2)[-1]}"
-        elif axis.key.startswith("set."):
-            changed["set"][axis.key.removeprefix("set.")] = value
-        else:
-            kind = recipes.fields()[axis.key][0]
-            changed[axis.key] = shown(value) if kind is str and not isinstance(value, str) else value
-    return changed
-
-
-def _raise(problems: Sequence[str]) -> None:
-    """Raise RecipeError with these problems, each once, if there are any."""
-    different = list(dict.fromkeys(problems))
-    if different:
-        more = [f"and {len(different) - SHOWN} more problems"] if len(different) > SHOWN else []
-        hint = "options: fleetune sweep --help; settings: fleetune methods NAME"
-        raise RecipeError(different[:SHOWN] + more, hint=hint)
 
 
 def check(grid: SweepGrid, *, folder: Path | None = None, offline: bool = False) -> None:
@@ -228,7 +61,7 @@ def check(grid: SweepGrid, *, folder: Path | None = None, offline: bool = False)
             problems += error.problems
         except UsageError as error:
             problems.append(error.message)
-    _raise(problems)
+    raise_problems(problems)
     shared: dict[tuple[object, ...], list[Point]] = {}
     for point in grid.points:
         shared.setdefault(_of_data(point.recipe), []).append(point)
@@ -377,7 +210,7 @@ class Watch(Protocol):
         ...
 
     def end(self, point: Point, path: Path, reason: str) -> None:
-        """Note that a run is over: `reason` is empty, "done before", or why it failed."""
+        """Note that a run is over: `reason` is empty, `DONE_BEFORE`, or why it failed."""
         ...
 
 
@@ -392,7 +225,7 @@ def run(folder: RunDir, grid: SweepGrid, watch: Watch, *, offline: bool = False)
     folder.status("running")
     try:
         for point, had in zip(grid.points, before, strict=True):
-            reason = "done before" if had else _one(folder, grid, point, watch.begin, offline)
+            reason = DONE_BEFORE if had else _one(folder, grid, point, watch.begin, offline)
             failed += [point] if reason and not had else []
             watch.end(point, folder.path / point.name, reason)
             if not had:
@@ -445,3 +278,53 @@ def _one(
     if other is not None:
         raise other
     return ""
+
+
+# What is said of it -------------------------------------------------------------------------------
+
+
+def header(grid: SweepGrid, path: Path) -> tuple[str, list[tuple[str, str]]]:
+    """Return the title and the rows of a sweep's header."""
+    base = grid.base
+    rows = [("model", base.model), ("data", f"{Path(base.data).name} · {base.partition}")]
+    rows += [(axis.name, ", ".join(map(shown, axis.values))) for axis in grid.axes]
+    seeds = f"{base.seed} to {base.seed + grid.seeds - 1}" if grid.seeds > 1 else str(base.seed)
+    rows += [("seeds", seeds), ("runs", f"{len(grid.points)} · in {path}")]
+    return f"fleetune sweep · {base.method}", rows
+
+
+def started(grid: SweepGrid, path: Path) -> SweepStart:
+    """Return the first event of a sweep."""
+    axes = {a.name: list(a.values) for a in grid.axes}
+    return SweepStart(path=str(path), runs=len(grid.points), seeds=grid.seeds, axes=axes)
+
+
+def ended(point: Point, path: Path, reason: str) -> SweepRun:
+    """Return the event of a run that is over (`Watch.end`)."""
+    base, tuned = report.measures(report.read(path))
+    had = reason == DONE_BEFORE
+    return SweepRun(
+        run=str(path), values=list(point.values), seed=point.seed, skipped=had,
+        failed="" if had else reason, base=base, tuned=tuned,
+    )  # fmt: skip
+
+
+def finished(grid: SweepGrid, path: Path) -> tuple[SweepDone, Tables]:
+    """Return the last event of a sweep, and its results as text."""
+    table = report.grid_tables(grid.axes, members(path, grid))
+    figures = sorted(str(p) for p in (path / "figures").glob("*.svg"))
+    return SweepDone(path=str(path), page=str(path / PAGE), figures=figures, **table.record), table
+
+
+def raise_failed(grid: SweepGrid, path: Path, failed: Sequence[Point]) -> None:
+    """FleetuneError when runs of a sweep have failed."""
+    if failed:
+        names = ", ".join(p.name for p in failed[:3])
+        raise FleetuneError(
+            f"{len(failed)} of {len(grid.points)} runs failed: {names}", hint=resume_command(path)
+        )
+
+
+def resume_command(path: Path) -> str:
+    """Return the command that goes on with a sweep."""
+    return f"fleetune sweep --resume {quoted(path)}"
