@@ -27,8 +27,8 @@ from fleetune.data.splitting import Split as Split
 from fleetune.errors import DataError, RecipeError, UsageError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
-from fleetune.models.cache import ORIGINS
 from fleetune.models.model import Model
+from fleetune.models.short_names import hub_of
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
 from fleetune.tuning import estimate, kinds, labels, methods, rates, robust, rounds
@@ -120,7 +120,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
 def _check_order(recipe: Recipe) -> None:
     """Raise UsageError where the model is the data, and the data are the model."""
     model, rows = recipe.model, recipe.data
-    if looks_like_rows(model) and (os.path.isfile(model) or rows in ORIGINS or looks_like_model(rows)):
+    if looks_like_rows(model) and (os.path.isfile(model) or hub_of(rows) or looks_like_model(rows)):
         raise UsageError(
             f"MODEL and DATA are swapped: {model} holds rows"
             + (f", {rows} is a model" * looks_like_model(rows)),
