@@ -211,10 +211,11 @@ def prepare(
     if new and isinstance(method, methods.FollowsRows) and method.steps_setting not in given:
         method = method.for_rows(len(train) // max(1, len(rows) or recipe.clients))
         recipe = dataclasses.replace(recipe, set=methods.values_of(method))
+    prompts = [begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]]
     estimated: Estimate | None = None
     if measure and rows:
         measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
-        recipe, method, estimated = _timed(recipe, method, model, rows, measured, note)
+        recipe, method, estimated = _timed(recipe, method, model, rows, measured, prompts, note)
     recipe = dataclasses.replace(recipe, within="")
     found: list[Found] = []
     if names:
@@ -225,7 +226,7 @@ def prepare(
         recipe, entry, method, model, parts, rows,
         held=[row for i in held[: recipe.eval_rows] for row in place[i]],
         examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
-        prompts=[begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]],
+        prompts=prompts[: max(recipe.rouge_rows, recipe.samples)],
         dropped=len(parts.examples) - len(place), cut=lengths.cut(encoded),
         objective=objective, found=found, estimate=estimated, words=labels.measured(recipe, objective, parts.examples),
         files=_digests(recipe, offline),
@@ -266,10 +267,11 @@ def _timed(
     model: Model,
     rows: Sequence[Sequence[Encoded]],
     held: Sequence[Encoded],
+    prompts: Sequence[Example],
     note: Callable[[str], None],
 ) -> tuple[Recipe, Method, Estimate | None]:
     """Return the run with its estimated time, made so small that it fits where `within` says so; `note` is told how."""
-    whole = estimate.of(recipe, method, model, rows, held)
+    whole = estimate.of(recipe, method, model, rows, held, prompts)
     within = estimate.seconds_of(recipe.within)
     if whole is None or not within:
         return recipe, method, whole
