@@ -75,10 +75,11 @@ def tune(model: object = "tiny", data: Any = "rows.jsonl", **given: Any) -> flee
 
 def test_the_public_names_are_these() -> None:
     assert set(fleetune.__all__) == {
-        "CompressResult", "Compressed", "ExportResult", "Ledger", "Listener", "MeasureResult", "Model", "Plain", "Plan",
-        "Recipe", "Run", "Session", "Silent", "TuneResult", "__version__", "compress", "compressors", "errors",
-        "evaluate", "events", "export", "load_ledger", "measure", "methods", "open", "plan", "resume_compression",
-        "resume_run", "serve", "targets", "tune",
+        "CompressResult", "Compressed", "Conversation", "ExportResult", "Ledger", "Listener", "MeasureResult", "Model",
+        "Plain", "Plan", "Progress", "Recipe", "Run", "Session", "Silent", "SweepResult", "TuneResult", "__version__",
+        "chat", "compress", "compressors", "errors", "evaluate", "events", "export", "generate", "list_runs", "load_ledger",
+        "measure", "methods", "open", "plan", "resume_compression", "resume_run", "resume_sweep", "serve", "sweep",
+        "targets", "tune",
     }  # fmt: skip
     assert all(getattr(fleetune, name) is not None for name in fleetune.__all__)
     with pytest.raises(AttributeError, match="no attribute 'tuna'"):
@@ -92,7 +93,21 @@ def test_importing_it_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["plan", "tune", "evaluate", "compress", "export", "measure", "serve", "open"]
+    "name",
+    [
+        "plan",
+        "tune",
+        "sweep",
+        "evaluate",
+        "compress",
+        "export",
+        "measure",
+        "serve",
+        "open",
+        "generate",
+        "chat",
+        "list_runs",
+    ],
 )
 def test_the_pipeline_is_typed_and_described(name: str) -> None:
     function = getattr(api, name)

@@ -22,50 +22,61 @@ from fleetune.common.version import __version__
 if TYPE_CHECKING:
     from fleetune import errors
     from fleetune.api import (
+        chat,
         compress,
         compressors,
         evaluate,
         export,
+        generate,
+        list_runs,
         measure,
         methods,
         open,
         plan,
         resume_compression,
         resume_run,
+        resume_sweep,
         serve,
+        sweep,
         targets,
         tune,
     )
     from fleetune.compression.jobs.job import CompressResult
     from fleetune.deploy.export_subject import ExportResult
     from fleetune.deploy.measure.job import MeasureResult
+    from fleetune.deploy.serving.conversation import Conversation
     from fleetune.deploy.serving.session import Session
     from fleetune.models.model import Model
     from fleetune.planning.plan import Plan
     from fleetune.runs import events
     from fleetune.runs.listener import Listener, Silent
+    from fleetune.runs.progress import Progress
     from fleetune.seeds.ledger import Ledger
     from fleetune.seeds.ledger import load as load_ledger
     from fleetune.subject import Compressed, Plain, Run
     from fleetune.tuning.recipe import Recipe
     from fleetune.tuning.result import TuneResult
+    from fleetune.tuning.sweep_result import SweepResult
 
 _PLACES = {
     "fleetune.api": (
-        "compress", "compressors", "evaluate", "export", "measure", "methods", "open", "plan", "resume_compression",
-        "resume_run", "serve", "targets", "tune",
+        "chat", "compress", "compressors", "evaluate", "export", "generate", "list_runs", "measure", "methods", "open",
+        "plan", "resume_compression", "resume_run", "resume_sweep", "serve", "sweep", "targets", "tune",
     ),
     "fleetune.compression.jobs.job": ("CompressResult",),
     "fleetune.deploy.export_subject": ("ExportResult",),
     "fleetune.deploy.measure.job": ("MeasureResult",),
+    "fleetune.deploy.serving.conversation": ("Conversation",),
     "fleetune.deploy.serving.session": ("Session",),
     "fleetune.models.model": ("Model",),
     "fleetune.planning.plan": ("Plan",),
     "fleetune.runs.listener": ("Listener", "Silent"),
+    "fleetune.runs.progress": ("Progress",),
     "fleetune.seeds.ledger": ("Ledger",),
     "fleetune.subject": ("Compressed", "Plain", "Run"),
     "fleetune.tuning.recipe": ("Recipe",),
     "fleetune.tuning.result": ("TuneResult",),
+    "fleetune.tuning.sweep_result": ("SweepResult",),
 }  # fmt: skip
 _PUBLIC = {name: f"{module}:{name}" for module, names in _PLACES.items() for name in names} | {
     "errors": "fleetune.errors:",
@@ -74,10 +85,10 @@ _PUBLIC = {name: f"{module}:{name}" for module, names in _PLACES.items() for nam
 }
 
 __all__ = [
-    "CompressResult", "Compressed", "ExportResult", "Ledger", "Listener", "MeasureResult", "Model", "Plain", "Plan",
-    "Recipe", "Run", "Session", "Silent", "TuneResult", "__version__", "compress", "compressors", "errors", "evaluate",
-    "events", "export", "load_ledger", "measure", "methods", "open", "plan", "resume_compression", "resume_run", "serve",
-    "targets", "tune",
+    "CompressResult", "Compressed", "Conversation", "ExportResult", "Ledger", "Listener", "MeasureResult", "Model", "Plain",
+    "Plan", "Progress", "Recipe", "Run", "Session", "Silent", "SweepResult", "TuneResult", "__version__", "chat", "compress",
+    "compressors", "errors", "evaluate", "events", "export", "generate", "list_runs", "load_ledger", "measure", "methods",
+    "open", "plan", "resume_compression", "resume_run", "resume_sweep", "serve", "sweep", "targets", "tune",
 ]  # fmt: skip
 
 

@@ -301,7 +301,7 @@ def base_losses(subject: Subject, model: Model, examples: Sequence[Example]) -> 
     if not isinstance(subject, Run) or model.attachment is None:
         return None
     model.attachment.detach(model)
-    return measures.evaluate_rows(model, examples, ["loss"], max_length=subject.max_length)[1]
+    return measures.evaluate(model, examples, ["loss"], max_length=subject.max_length).rows
 
 
 def load_alone(

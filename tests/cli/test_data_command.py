@@ -19,7 +19,7 @@ from fleetune.cli.main import main
 from fleetune.data import read
 from fleetune.data.encode import encode_all
 from fleetune.runs import rundir
-from fleetune.tuning import finished
+from fleetune.tuning import finished, prepare
 from fleetune.tuning import recipe as recipes
 
 RUN = (
@@ -316,3 +316,40 @@ def test_a_device_reads_the_same_forms(at: Path, capsys: Capture, monkeypatch: p
     capsys.readouterr()
     assert main(["fleet", "join", "h:1", "--data", "own.jsonl", "--columns", "promt=ask"]) == 2
     assert "Did you mean 'prompt'?" in capsys.readouterr().err
+
+
+def test_a_name_with_a_line_end_stays_on_its_line(at: Path, capsys: Capture) -> None:
+    rows = [
+        {
+            "ask": f"what of {i}",
+            "say": "no" if i % 2 else "yes",
+            "shop": ["a\nrows\t9", "b\x1b[2J\u2028"][i % 2],
+        }
+        for i in range(20)
+    ]
+    write(at / "odd.jsonl", rows)
+    assert main(["data", "check", "odd.jsonl", *COLUMNS]) == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.split("\n") if "clients" in line]
+    assert "a\\nrows\\t9 9" in line
+    assert "b\\x1b[2J\\u2028 9" in line
+    assert not [c for c in out if (c < " " and c != "\n") or c == "\u2028"]
+    assert sum("of client" in line for line in out.split("\n")) >= 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_check_knows_an_encoders_positions(kind: str, at: Path, capsys: Capture) -> None:
+    tiny_encoder = models.tiny_bert if kind == "bert" else models.tiny_roberta
+    model = tiny_encoder(labels=("no", "yes"))
+    model.tokenizer.model_max_length = 10**9  # as of a tokenizer that does not say
+    models.save(model.net, model.tokenizer, at / kind)
+    rows = [{"text": "word " * (1 + 8 * i), "label": ["no", "yes"][i % 2]} for i in range(24)]
+    write(at / "labelled.jsonl", rows)
+    found = checked(capsys, "labelled.jsonl", "--model", kind, "--max-length", "9999", "--held-out", "4")
+    job = prepare.prepare(
+        recipes.make({
+            "model": str(at / kind), "data": "labelled.jsonl", "method": "fedpetuning", "max_length": 9999, "held_out": 4,
+            "clients": 2, "set": {"lr": 1e-3, "module": "bitfit"},
+        })
+    )  # fmt: skip
+    assert found["cut"] == job.cut.longer > 0

@@ -17,7 +17,7 @@ from fleetune.cli import main as cli
 from fleetune.common.version import __version__
 from fleetune.deploy import doctor
 from fleetune.deploy.serving import engines
-from fleetune.models import cache, cache_contents
+from fleetune.models import cache, cache_contents, short_names
 from fleetune.runs import rundir
 
 
@@ -122,8 +122,21 @@ def test_models_shows_sizes_sources_and_the_cache(capsys, at):
     assert f"cache     {at / 'home'} (2.1 kB)" in out
     _, out, _ = call(capsys, "models", "--json")
     events = [json.loads(line) for line in out.splitlines()]
-    assert [e["event"] for e in events] == ["model", "model", "cached_model"]
-    assert events[2]["name"] == "mine.gguf"
+    assert [e["event"] for e in events] == [*["model"] * len(short_names.every()), "cached_model"]
+    assert events[-1]["name"] == "mine.gguf"
+
+
+def test_models_lists_short_names_as_models_of_the_hub(capsys):
+    code, out, _ = call(capsys, "models")
+    assert code == 0
+    line = next(line for line in out.splitlines() if line.split()[:1] == ["llama-3.2-1b"])
+    assert line.split("   ")[-1].strip() == "meta-llama/Llama-3.2-1B-Instruct"
+    assert "from the hub, gated" in line
+    assert " yes " not in line
+    _, out, _ = call(capsys, "models", "--json")
+    found = {e["name"]: e for e in map(json.loads, out.splitlines())}
+    assert found["qwen3-0.6b"]["hub"] == "Qwen/Qwen3-0.6B"
+    assert found["qwen3-0.6b"]["cached"] is None
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "mine.gguf", "gguf-0123456789abcdef", "some/one"])
@@ -191,11 +204,11 @@ def test_the_completers_know_settings_runs_targets_and_models(at):
 
     assert "bits=" in offered("compress", "--set", method="optq")
     assert "ratio=" in offered("compress", "--set", method="llm-pruner")
-    assert offered("eval", "RUN|FOLDER|MODEL", out="runs") == ["0007-x", "latest", *cache.ORIGINS]
+    assert offered("eval", "RUN|FOLDER|MODEL", out="runs") == ["0007-x", "latest", *short_names.every()]
     assert offered("tune", "--resume", out="runs") == ["0007-x", "latest"]
     assert offered("ledger", "FILE|RUN", out="nowhere") == []
     assert "gguf:q8_0" in offered("export", "--to")
-    assert offered("models", "NAME") == list(cache.ORIGINS)
+    assert offered("models", "NAME") == short_names.every()
 
 
 @pytest.mark.parametrize("shell", completion.SHELLS)

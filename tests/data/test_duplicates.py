@@ -41,6 +41,28 @@ def rows() -> list[Example]:
     return made
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "请用简单的话解释一下为什么天空在白天看起来是蓝色的而在傍晚却是红色的呢谢谢",
+        "どうして空は昼間は青く見えて夕方には赤く見えるのか簡単な言葉で説明してください",
+        "ช่วยอธิบายด้วยคำง่ายๆว่าทำไมท้องฟ้าจึงเป็นสีฟ้าในตอนกลางวันและเป็นสีแดงในตอนเย็น",
+    ],
+)
+def test_near_rows_are_found_in_scripts_without_spaces(text: str) -> None:
+    near, other = text[:-1] + "x", text[len(text) // 2 :] + text[: len(text) // 3]
+    rows = [row(text, "是"), row(near, "是"), row(other[::-1], "是")]
+    assert find(rows, [0], [1, 2]).near_held_out == [Twin(1, 0)]
+    assert find(rows, [0, 1, 2], []).near_training == [Twin(1, 0)]
+
+
+def test_words_with_spaces_stay_words() -> None:
+    assert duplicates.WORD.findall("Straße naïve 12_a 안녕 하세요 ηλιος") == [
+        "Straße", "naïve", "12_a", "안녕", "하세요", "ηλιος",
+    ]  # fmt: skip
+    assert duplicates.WORD.findall("GPT模型v2") == ["GPT", "模", "型", "v2"]
+
+
 def test_it_finds_what_comparing_every_pair_finds(rows: list[Example]) -> None:
     training, held = list(range(0, len(rows), 2)), list(range(1, len(rows), 2))
     found = find(rows, training, held)

@@ -605,7 +605,7 @@ def test_evaluate_gives_what_the_parts_give(tiny: Model, monkeypatch: pytest.Mon
     )
     got = evaluate(
         tiny, examples, ["loss", "rouge", "f1", "em", "ppl"], max_new_tokens=6, texts=[TEXT], answer_rows=3
-    )
+    ).values
     assert list(got) == ["loss", "rouge_l", "f1", "exact_match", "perplexity"]
     assert made == [3]
     assert got["loss"] == pytest.approx(response_loss(tiny, encode_all(examples, tiny.tokenizer, 512)[0]))

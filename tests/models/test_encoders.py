@@ -35,7 +35,7 @@ from fleetune.data.labelled import encode_rows
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.evaluation.answers import answer_ids, label_accuracy, predict
 from fleetune.evaluation.losses import class_measures, row_losses
-from fleetune.evaluation.measures import evaluate, measure
+from fleetune.evaluation.measures import evaluate, measure_rows
 from fleetune.models.encoders import MAX_LABELS, head_names
 from fleetune.models.layers import head_of
 from fleetune.models.tiny import tiny_pair_tokenizer
@@ -207,10 +207,10 @@ def test_loss_and_accuracy_of_a_head(make: Any) -> None:
     for size in (1, 4, 8):
         assert class_measures(model, rows, batch_size=size) == pytest.approx((loss, accuracy), abs=1e-5)
         assert label_accuracy(model, PAIRS, batch_size=size) == pytest.approx(accuracy)
-    assert measure(model, rows, PAIRS, (), 512) == pytest.approx(
+    assert measure_rows(model, rows, PAIRS, (), 512)[0] == pytest.approx(
         {"loss": loss, "accuracy": accuracy}, abs=1e-5
     )
-    assert evaluate(model, PAIRS) == pytest.approx({"loss": loss, "accuracy": accuracy}, abs=1e-5)
+    assert evaluate(model, PAIRS).values == pytest.approx({"loss": loss, "accuracy": accuracy}, abs=1e-5)
     assert predict(model, PAIRS) == [model.labels[int(p.argmax())] for p in said]
 
 
@@ -230,8 +230,8 @@ def test_accuracy_by_label_words_of_a_causal_model_on_the_same_rows() -> None:
     accuracy = 100 * right / len(PAIRS)
     assert label_accuracy(model, PAIRS, ["no", "yes"]) == pytest.approx(accuracy)
     rows, _ = encode_rows(model, PAIRS, 512)
-    assert measure(model, rows, PAIRS, ("no", "yes"), 512)["accuracy"] == pytest.approx(accuracy)
-    assert set(measure(model, rows, PAIRS, (), 512)) == {"loss"}  # no words, no accuracy
+    assert measure_rows(model, rows, PAIRS, ("no", "yes"), 512)[0]["accuracy"] == pytest.approx(accuracy)
+    assert set(measure_rows(model, rows, PAIRS, (), 512)[0]) == {"loss"}  # no words, no accuracy
 
 
 def test_each_row_of_an_encoder_counts_once() -> None:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,6 +183,28 @@ def test_a_damaged_best_round_is_found_before_any_work(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(StorageError, match="is usable"):
         play(tmp_path, patience=1, losses=(3.0, 2.0, 2.5, 2.6))
+
+
+@pytest.mark.parametrize(
+    ("losses", "result"),
+    [((9.0, 5.0, 6.0, math.nan), 1), ((9.0, 9.5, math.nan), 0), ((9.0, 5.0, 4.0, math.nan), 2)],
+)
+def test_a_run_that_loses_its_model_gives_its_best_round(
+    losses: Sequence[float], result: int, tmp_path: Path
+) -> None:
+    with pytest.raises(rounds.ModelLostError) as lost:
+        play(tmp_path, losses=losses)
+    plan = RoundPlan(len(losses) - 1, 1.0, 1, 7, 1, BASE, keep_best=True)
+    last = len(losses) - 2
+    with at(tmp_path) as run:
+        rounds.keep_best_of(lost.value, run, replace(plan, keep_best=False))
+        assert lost.value.round == last
+        rounds.keep_best_of(lost.value, run, plan)
+    assert (lost.value.round, int(lost.value.state.tensors["w"][0])) == (result, result)
+    said = {0: "none was better than the start", 1: "the best is 1"}.get(
+        result, f"the last good round is {last}"
+    )
+    assert str(lost.value).endswith(said)
 
 
 def test_a_course_through_json_and_back() -> None:

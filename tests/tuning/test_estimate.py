@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import fleetune
 from fleetune import models
 from fleetune.errors import FitError, RecipeError
 from fleetune.models.model import Model
-from fleetune.tuning import estimate, methods, prepare
+from fleetune.tuning import estimate, methods, per_client, prepare, run, validation
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.estimate import Estimate, advice, fitted, seconds_of
 from fleetune.tuning.recipe import Recipe
@@ -55,6 +58,81 @@ def test_a_run_is_its_rounds_times_clients_times_steps() -> None:
     assert "--within 1h" in advice(Estimate(10, 8, 200, 2.0, 11, 3.0))
 
 
+def test_answers_and_the_clients_own_losses_count_before_and_after() -> None:
+    plain = Estimate(10, 8, 12.5, 0.4, 11, 3.0)
+    found = replace(plain, answers=4, answer=1.5, client_rows=32, client_row=0.25)
+    assert found.around == pytest.approx(2 * 4 * 1.5 + 2 * 32 * 0.25)
+    assert found.seconds == pytest.approx(plain.seconds + found.around)
+    assert found.text.endswith("of 3.0 s, 8 answers of 1.5 s, 64 rows of clients of 250 ms")
+
+
+def test_the_parts_are_what_the_run_does(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted against the calls of a whole run, and the units against their own timing."""
+    own = recipes.make({
+        "model": "tiny", "data": "rows.jsonl", "method": "fedit", "clients": 3, "rounds": 2, "held_out": 6, "samples": 1,
+        "rouge_rows": 3, "answer_tokens": 7, "threads": 1, "device": "cpu", "set": {"r": 2, "lr": 1e-3, "steps": 2},
+    })  # fmt: skip
+    done: dict[str, list[int]] = {"answers": [], "client rows": [], "evaluations": []}
+
+    def counted(name: str, function: Any, size: Callable[..., int]) -> Any:
+        def called(*args: Any, **more: Any) -> Any:
+            done[name].append(size(*args, **more))
+            return function(*args, **more)
+
+        return called
+
+    monkeypatch.setattr(
+        run, "generate", counted("answers", run.generate, lambda m, prompts, **_: len(prompts))
+    )
+    losses = counted("client rows", per_client.all_row_losses, lambda m, rows, size: len(rows))
+    monkeypatch.setattr(per_client, "all_row_losses", losses)
+    measure = counted("evaluations", validation.measure_rows, lambda m, rows, *_, **__: len(rows))
+    monkeypatch.setattr(validation, "measure_rows", measure)
+    found = prepare.prepare(own).estimate
+    assert found is not None
+    fleetune.tune(own, offline=True)
+    assert done["answers"] == [found.answers] * 2
+    assert done["client rows"] == [found.client_rows] * 2
+    assert done["evaluations"] == [found.rows] * found.evaluations
+    assert min(found.answer, found.client_row, found.evaluation, found.step) > 0
+
+
+def test_an_answer_counts_all_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def slow(model: object, prompts: list[Any], *, max_new_tokens: int) -> None:
+        clock[0] += 1.0 + 0.5 * max_new_tokens  # a batch: the prompt, then its tokens
+
+    monkeypatch.setattr(estimate, "generate", slow)
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
+    prompts: list[Any] = [None] * 20  # three batches
+    assert estimate._answer(None, prompts, 96) * 20 == pytest.approx(3 * (1.0 + 0.5 * 96))  # type: ignore[arg-type]
+    assert estimate._answer(None, [], 96) == 0  # type: ignore[arg-type]
+
+
+def test_what_is_around_the_rounds_gives_way_where_it_takes_more_than_a_third() -> None:
+    small = Estimate(10, 2, 10, 0.1, 11, 0.05, 20, 4, 1.0, 24, 0.5)  # 20 + 0.55 + 8 + 24 seconds
+    chosen, smaller = fit("fedit", small, 40.0)
+    assert (chosen.client_rows, chosen.samples, smaller.client_rows, smaller.answers) == (0, 4, 0, 4)
+    assert smaller.seconds <= 32.0
+    chosen, smaller = fit("fedit", small, 20.0)
+    assert (chosen.client_rows, chosen.samples, smaller.answers) == (0, 0, 0)
+    assert smaller.seconds <= 16.0
+    assert "measured rows of clients 24 -> 0, answers 4 -> 0" in estimate.made_smaller(small, smaller, "20s")
+
+
+def test_the_least_time_that_is_named_is_enough() -> None:
+    for found in (
+        Estimate(10, 8, 100, 30.0, 11, 5.0, 20), Estimate(10, 8, 100, 1.0, 11, 400.0, 20),
+        Estimate(10, 8, 100, 3.0, 11, 0.1, 20, 4, 100.0, 24, 3.0), Estimate(3, 1, 5, 2000.0, 2, 1.0, 200, 4, 9.0),
+    ):  # fmt: skip
+        with pytest.raises(FitError) as refused:
+            fit("fedit", found, found.step)
+        (named,) = re.findall(r"--within (\S+);", str(refused.value.hint))
+        _, smaller = fit("fedit", found, seconds_of(named))
+        assert smaller.seconds <= seconds_of(named)
+
+
 def test_what_fits_stays_as_it_is() -> None:
     found = Estimate(10, 8, 10, 0.1, 11, 1.0)
     assert fit("fedit", found, 200.0) == (recipe("fedit"), found)
@@ -92,7 +170,9 @@ def test_evaluations_that_take_most_of_the_time_are_fewer_and_of_fewer_rows() ->
 
 
 def test_where_not_even_two_steps_fit_it_is_refused() -> None:
-    with pytest.raises(FitError, match="two steps of one client and the evaluations take about 1m"):
+    with pytest.raises(
+        FitError, match="two steps of one client, the evaluations and the answers take more than 1m00s"
+    ):
         fit("fedit", Estimate(10, 8, 100, 30.0, 11, 5.0, 20), 60.0)
 
 

@@ -19,7 +19,7 @@ from fleetune.models import tiny_bert, tiny_llama
 from fleetune.runs import rundir, sealed
 from fleetune.runs.events import ClientReply, Event, RoundDone
 from fleetune.runs.listener import Silent
-from fleetune.tuning import methods, per_client, prepare, recipe
+from fleetune.tuning import client_rows, methods, per_client, prepare, recipe
 from fleetune.tuning.settled import given, settled
 
 FAST: dict[str, Any] = {"samples": 0, "max_length": 64, "rounds": 1, "offline": True, "listener": Silent()}
@@ -102,13 +102,13 @@ def test_rows_that_are_trained_on_are_used_and_said_where_held_out_ones_are_too_
 )
 def test_a_short_run_measures_fewer_rows(more: dict[str, Any], size: int, clients: int, rows: int) -> None:
     made = recipe.make({"model": "m", "data": "d", **more})
-    assert per_client.most_rows(made, [size] * clients) == rows
+    assert client_rows.most_rows(made, [size] * clients) == rows
 
 
 def test_many_clients_are_measured_only_where_it_is_asked_for(
     places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(per_client, "MOST_CLIENTS", 2)
+    monkeypatch.setattr(client_rows, "MOST_CLIENTS", 2)
     job = job_of(places, partition="iid", clients=3)
     assert per_client.chosen(job) is None
     job.recipe = dataclasses.replace(job.recipe, client_rows=6)

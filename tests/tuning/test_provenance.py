@@ -171,7 +171,7 @@ def test_a_resumed_run_names_the_first_row_that_is_another_now(at: Path, tmp_pat
         fleetune.tune("tiny", str(data), method="fedit", settings={"r": 2, "steps": 1}, out=tmp_path / "runs",
                       listener=Stop(), **OPTIONS)  # fmt: skip
     run = next((tmp_path / "runs").glob("0001-*"))
-    assert (run / row_digests.FILE).stat().st_size == 8 + 8 * len(lines)
+    assert (run / row_digests.FILE).stat().st_size == 8 + 8 * len(lines) + 8
     assert (run / row_digests.FILE).stat().st_mode & 0o077 == 0
 
     def refused() -> str:
@@ -187,6 +187,17 @@ def test_a_resumed_run_names_the_first_row_that_is_another_now(at: Path, tmp_pat
     data.write_text("\n".join(lines[:-2]) + "\n")
     assert "row 19 and those after it are gone; there are 18 rows, and were 20" in refused()
     data.write_text("\n".join([*lines, other]) + "\n")
+    assert f"{data}:21 is a new row; there are 21 rows, and were 20" in refused()
+    whole = (run / row_digests.FILE).read_bytes()
+    for damaged in (
+        whole[:-8], whole[:-16], whole[:8], b"", whole[:20] + bytes([whole[20] ^ 1]) + whole[21:], b"X" + whole[1:],
+    ):  # fmt: skip
+        (run / row_digests.FILE).write_bytes(damaged)
+        assert (
+            f"which rows is not known, since {run / row_digests.FILE} is damaged or was changed\n"
+            in refused()
+        )
+    (run / row_digests.FILE).write_bytes(b"FTROWS1\n" + whole[8:-8])  # an earlier version's
     assert f"{data}:21 is a new row; there are 21 rows, and were 20" in refused()
     data.write_text("\n".join(lines) + "\n")
     fleetune.resume_run(run)

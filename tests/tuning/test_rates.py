@@ -254,6 +254,21 @@ def test_a_real_fleets_server_finds_what_the_simulation_finds(place: Path) -> No
     assert simulated.recipe.set["lr"] == real.recipe.set["lr"] > 0
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"set": {"backprop_lr": "auto"}}, "backprop_lr=auto does nothing: it is used only with backprop"),
+        ({"set": {"backprop_lr": "auto", "backprop": 0.5}, "kinds": "0,0"}, "with kinds = '0,0' no client"),
+    ],
+)
+def test_auto_is_refused_where_no_device_would_use_the_rate(given: dict[str, Any], why: str) -> None:
+    recipe = recipes.make({"model": "m", "data": "d", "method": "fedkseed", **given})
+    with pytest.raises(RecipeError, match=why):
+        prepare.check(recipe)
+    some = {"set": {"backprop_lr": "auto", "backprop": 0.5}}
+    prepare.check(recipes.make({"model": "m", "data": "d", "method": "fedkseed", "kinds": "0,1", **some}))
+
+
 def test_auto_is_refused_where_it_cannot_be_found(place: Path) -> None:
     with pytest.raises(RecipeError, match="found from slopes of the loss"):
         fleetune.tune("tiny", "rows.jsonl", **{**FEW, "settings": {"lr": "auto", "objective": "rouge_l"}})

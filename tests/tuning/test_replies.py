@@ -668,6 +668,44 @@ def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(
     assert resume(run, Silent(), offline=True).digest == tune(4, "whole").digest
 
 
+def test_a_lost_run_that_keeps_the_best_leaves_the_best_rounds_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round 2 makes the model worse, round 3 loses it: round 1 was the best."""
+
+    def tune(rounds_: int, out: str) -> TuneResult:
+        return fleetune.tune(
+            tiny_llama(), [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)], out=tmp_path / out,
+            method="fedit", settings={"r": 2, "steps": 1, "lr": 1e-2}, clients=3, rounds=rounds_, held_out=3, samples=0,
+            threads=1, device="cpu", offline=True, keep="best", client_rows=0,
+        )  # fmt: skip
+
+    work = LocalFleet._work
+
+    def lying(self: LocalFleet, client: int, key: int, message: bytes) -> bytes:
+        true = decode(work(self, client, key, message))
+        by = -300.0 if true.round == 2 else 1.0
+        arrays = {n: a * np.float32(by) for n, a in true.payload.arrays.items()}
+        return encode(Message(true.round, true.base, Payload(arrays, true.payload.scalars)))
+
+    once = tune(1, "once")
+    assert once.done.best == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFleet, "_work", lying)
+        patch.setattr(rounds, "_check_model", _lose_in_round_3)
+        with pytest.raises(ModelLostError, match="the last good round is 2; the best is 1") as lost:
+            tune(4, "lost")
+    assert "the result of the best is in the run folder" in str(lost.value.hint)
+    (run,) = listing(tmp_path / "lost")
+    weights = "adapter/adapter_model.safetensors"
+    assert (run / weights).read_bytes() == (once.folder / weights).read_bytes()
+
+
+def _lose_in_round_3(replies: Replies, run: Any, hooks: Any) -> None:
+    if replies.round.number == 3:
+        raise ModelLostError("lost", 2, replies.round.state)
+
+
 def test_a_loss_that_is_not_finite_is_not_finite_too(tmp_path: Path) -> None:
     played = play(tmp_path, Devices(with_liars(lambda r, c, w: told(w, loss=float("nan")), 4)))
     assert list(played.refused()) == [4]

@@ -39,7 +39,7 @@ from fleetune.common import sums
 from fleetune.common.folders import staged
 from fleetune.data.encode import DATE, end_id
 from fleetune.errors import FleetuneError, ModelError
-from fleetune.models import cache
+from fleetune.models import cache, short_names
 from fleetune.models.chat_template import is_plain
 from fleetune.models.layers import head_of, is_causal, layers_of
 from fleetune.models.model import Model
@@ -267,8 +267,8 @@ def _plain(value: Any) -> Any:
 
 def _public_name(model: Model) -> str:
     """Return a name of the base that others can find: a hub id, or the bare name of a local file or directory."""
-    if model.name in cache.ORIGINS:
-        return cache.ORIGINS[model.name].hub
+    if (hub := short_names.hub_of(model.name)) is not None:
+        return hub
     return Path(model.name).expanduser().name if _is_local(model) else model.name
 
 

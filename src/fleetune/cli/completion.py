@@ -122,6 +122,6 @@ def _runs(args: Any) -> list[str]:
 
 
 def _models() -> list[str]:
-    from fleetune.models import cache
+    from fleetune.models import short_names
 
-    return list(cache.ORIGINS)
+    return short_names.every()

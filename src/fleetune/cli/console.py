@@ -33,6 +33,7 @@ from fleetune.common.display import (
     improved,
     is_noise,
     metric,
+    one_line,
     show,
 )
 from fleetune.errors import FleetuneError, Interrupted
@@ -150,7 +151,7 @@ class Ui:
         """Show what is about to run: a panel of label and value on stderr (plain lines off a terminal)."""
         if self.quiet >= 1:
             return
-        title, rows = clean(title), [(clean(a), clean(b)) for a, b in rows]
+        title, rows = one_line(title), [(one_line(a), one_line(b)) for a, b in rows]
         wide = max((len(label) for label, _ in rows), default=0)
         if not self._err.fancy:
             self._err.write("".join([title + "\n"] + [f" {a:{wide}}   {b}\n" for a, b in rows]))
@@ -325,7 +326,7 @@ class Ui:
         """
         if self.quiet >= 2:
             return
-        cells = [["" if cell is None else clean(str(cell)) for cell in row] for row in rows]
+        cells = [["" if cell is None else one_line(str(cell)) for cell in row] for row in rows]
         sides = align or "".join(_side([row[i] for row in rows]) for i in range(len(columns)))
         if self._results.fancy:
             kept = self._fitting(columns, cells, spare)

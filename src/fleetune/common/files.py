@@ -26,14 +26,19 @@ def default_mode() -> int:
     return 0o666 & ~mask
 
 
-def regular(path: str, flags: int) -> int:
+def regular(path: str, flags: int, mode: int = 0o666) -> int:
     """Open a file, as the `opener` of `open`; OSError for a pipe or a device, which would be waited for without end."""
-    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), mode)
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` itself refuses a folder
         return handle
     os.close(handle)
     raise OSError(errno.EINVAL, "it is not a regular file", path)
+
+
+def regular_private(path: str, flags: int) -> int:
+    """Open a file as `regular` does; one that is made is the owner's alone."""
+    return regular(path, flags, PRIVATE)
 
 
 def read_bytes(path: Path) -> bytes:

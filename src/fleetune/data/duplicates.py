@@ -2,7 +2,8 @@
 """Find rows that repeat others: exactly, or nearly, inside the training rows and between them and the held-out ones.
 
 Two rows are nearly equal when their sets of three consecutive words (letters and digits, whatever the case) have a Jaccard
-similarity of `LIKE` or more.  The search is exact, not a sketch: sets that are so similar share one of their rarest
+similarity of `LIKE` or more.  In scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) every
+character is a word.  The search is exact, not a sketch: sets that are so similar share one of their rarest
 shingles, those in a prefix of length n - ceil(LIKE n) + 1 (Bayardo, Ma, Srikant: "Scaling Up All Pairs Similarity Search",
 WWW 2007), and every pair that shares one is compared.  Where rows are so alike that this takes more than `MOST` steps,
 the search ends there and says so.
@@ -22,7 +23,12 @@ from fleetune.data.forms import Example
 LIKE: Final = 0.8
 WORDS: Final = 3  # of a shingle
 MOST: Final = 100_000_000  # steps: candidates, and shingles of those that are compared
-WORD: Final = re.compile(r"\w+")
+# Thai and Lao; Burmese; Khmer; kana; ideographs
+UNSPACED: Final = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
+)
+WORD: Final = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 Shingles = frozenset[int]
 

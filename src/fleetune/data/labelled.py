@@ -24,7 +24,7 @@ from fleetune.data.forms import Example
 from fleetune.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fleetune.models.model import Model
 
@@ -75,13 +75,21 @@ def _columns(examples: Sequence[Example]) -> Iterator[list[list[str]]]:
 
 
 def positions(model: Model) -> int:
-    """Return how many positions an encoder has.  RoBERTa's begin after the padding's number."""
+    """Return how many tokens an encoder reads at most."""
+    return positions_of(model.net, model.tokenizer)
+
+
+def positions_of(net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens an encoder reads at most; `net` may be without weights.
+
+    RoBERTa's positions begin after the padding's number.
+    """
     reserved = 0
-    for name, module in model.net.named_modules():
+    for name, module in net.named_modules():
         if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
             reserved = int(module.padding_idx) + 1
-    table = int(getattr(model.net.config, "max_position_embeddings", 512))
-    return min(int(model.tokenizer.model_max_length), table - reserved)
+    table = int(getattr(net.config, "max_position_embeddings", 512))
+    return min(int(tokenizer.model_max_length), table - reserved)
 
 
 def check_answers(answers: Sequence[str], labels: Sequence[str], what: str, hint: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.deploy.checkpoint import Checkpoint
-from fleetune.models import cache
+from fleetune.models import short_names
 from fleetune.models.artefact import Master
 from fleetune.runs import env_file
 from fleetune.tuning import methods
@@ -41,9 +41,9 @@ def of_run(run: Path, recipe: Recipe) -> dict[str, str]:
 
 
 def of_base(name: str) -> dict[str, str]:
-    """Return the licence of a built-in model; {} for others."""
-    origin = cache.ORIGINS.get(name)
-    return {} if origin is None else {"general.license": origin.licence}
+    """Return the licence of a built-in model or a short name; {} for others."""
+    licence = short_names.licence_of(name)
+    return {} if licence is None else {"general.license": licence}
 
 
 def _made(method: str, settings: Mapping[str, Any], base: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -98,6 +99,13 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+class Evaluated(NamedTuple):
+    """Measures by name, and the losses of the rows, None where "loss" is not among the tasks."""
+
+    values: dict[str, float]
+    rows: RowLosses | None
+
+
 def evaluate(
     model: Model,
     examples: Sequence[Example],
@@ -109,29 +117,8 @@ def evaluate(
     answer_rows: int | None = None,
     labels: Sequence[str] = (),
     texts: Sequence[str] = (),
-) -> dict[str, float]:
-    """Return task name -> value, as `evaluate_rows`."""
-    return evaluate_rows(
-        model, examples, tasks, max_length=max_length, batch_size=batch_size, max_new_tokens=max_new_tokens,
-        answer_rows=answer_rows, labels=labels, texts=texts,
-    )[0]  # fmt: skip
-
-
-def evaluate_rows(
-    model: Model,
-    examples: Sequence[Example],
-    tasks: Sequence[str] = (),
-    *,
-    max_length: int = 512,
-    batch_size: int = 8,
-    max_new_tokens: int = 128,
-    answer_rows: int | None = None,
-    labels: Sequence[str] = (),
-    texts: Sequence[str] = (),
-) -> tuple[dict[str, float], RowLosses | None]:
+) -> Evaluated:
     """Return task name -> value on held-out `examples`: loss in nats, perplexity, the rest in percent.
-
-    Also the losses of the rows, None where "loss" is no task.
 
     `tasks` are keys of `TASKS` or their short names (rouge, em, acc, ppl); by default loss and rouge_l, of an
     encoder loss and accuracy (it has no others).  `answer_rows`: how many examples, from the first, are answered
@@ -147,28 +134,12 @@ def evaluate_rows(
     answered = replace(work, examples=[begun(example) for example in examples[:answer_rows]])
     of_answers = {"rouge_l", "f1", "exact_match"}
     values = {name: TASKS[name](answered if name in of_answers else work) for name in names}
-    return values, row_losses_of(*work.losses) if "loss" in names else None
+    return Evaluated(values, row_losses_of(*work.losses) if "loss" in names else None)
 
 
 def row_losses_of(sums: np.ndarray, counts: np.ndarray) -> RowLosses:
     """Return what `losses.all_row_losses` gives as plain numbers."""
     return RowLosses(sums.tolist(), counts.tolist())
-
-
-def measure(
-    model: Model,
-    rows: Sequence[Encoded],
-    examples: Sequence[Example],
-    labels: Sequence[str],
-    max_length: int,
-    *,
-    objective: str = "loss",
-    batch_size: int = 8,
-) -> dict[str, float]:
-    """Return what a run measures at every evaluation, as `measure_rows`."""
-    return measure_rows(
-        model, rows, examples, labels, max_length, objective=objective, batch_size=batch_size
-    )[0]
 
 
 def measure_rows(

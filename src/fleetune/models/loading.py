@@ -37,7 +37,7 @@ from transformers import (
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.shell import quoted
 from fleetune.errors import FitError, FleetuneError, ModelError, suggest
-from fleetune.models import cache, encoders, stated
+from fleetune.models import cache, encoders, short_names, stated
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import FILE as MASTER
 from fleetune.models.artefact_folder import is_master
@@ -102,8 +102,8 @@ def pull(
 def resolve(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
     """Return the Hugging Face directory that a name stands for, fetched or converted first where need be.
 
-    The order is: built-in name, existing path (directory or .gguf file), hub id.  The directory is checked
-    for completeness, without reading weights.  ModelError with what to do when it is none of these.
+    The order is: built-in name, existing path (directory or .gguf file), short name of a hub id, hub id.  The directory is
+    checked for completeness, without reading weights.  ModelError with what to do when it is none of these.
     """
     if name in cache.ORIGINS:
         return cache.pull_builtin(cache.ORIGINS[name], offline=offline, progress=progress)
@@ -158,7 +158,9 @@ def _local(name: str) -> Path | None:
 
 
 def _hub_id(name: str) -> str:
-    if "/" not in name and (guess := suggest(name.lower(), cache.ORIGINS)):
+    if name in short_names.SHORT_NAMES:
+        return short_names.SHORT_NAMES[name].hub
+    if "/" not in name and (guess := suggest(name.lower(), short_names.every())):
         raise ModelError(f"no model named '{name}'.{guess}", hint=NAME_HINT)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or "--" in name:
         raise ModelError(f"'{name}' is not a model's name", hint=NAME_HINT)

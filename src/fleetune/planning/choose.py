@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final
 
 from fleetune.common.display import human_bytes
 from fleetune.common.memory import usable_memory
@@ -15,6 +15,7 @@ from fleetune.planning.device_cost import Rates
 from fleetune.planning.plan import Row
 from fleetune.planning.workload import Workload
 from fleetune.tuning import methods, prepare, recipe_problems
+from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import AUTO_METHOD, Recipe
 
 BATCH: Final = 8  # rows of a step, for the memory
@@ -31,6 +32,19 @@ def settled_method(recipe: Recipe, note: Callable[[str], None], *, offline: bool
     name, why = method_for(recipe, offline=offline)
     note(f"method {name}, since none was given: {why}; choose another with --method (fleetune methods)")
     return dataclasses.replace(recipe, method=name)
+
+
+def settled_sweep(
+    values: Mapping[str, Any], varied: Collection[str], note: Callable[[str], None], *, offline: bool = False
+) -> dict[str, Any]:
+    """Return the keys of a sweep's recipe with a method; where the method itself varies, any will do.
+
+    `varied` are the names that vary beside those of the table `sweep`.
+    """
+    if "method" in varied or "method" in values.get("sweep", {}):
+        return {"method": "fedit", **values}
+    recipe = recipes.make({k: v for k, v in values.items() if k != "sweep"})
+    return {**values, "method": settled_method(recipe, note, offline=offline).method}
 
 
 def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str]:

@@ -5,6 +5,7 @@ A checkpoint states how the file was then: lines, bytes, CRC-32 (`Tally`).  So a
 (`cut`), and a line that was lost or changed since is not passed over: what can be read is kept, the file as it was stays
 as metrics.jsonl.damaged, and the loss is told.  The last line of a finished run, the event `done`, ends with the checksum
 `crc` of all lines and itself.
+The file has the names of clients, and is the owner's alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from fleetune.common.files import read_bytes, regular, storage_error, write_atomic
+from fleetune.common.files import PRIVATE, read_bytes, regular_private, storage_error, write_atomic
 from fleetune.errors import StorageError
 
 FILE: Final = "metrics.jsonl"
@@ -77,7 +78,7 @@ class Metrics:
         before = self.tally
         try:
             if self._open is None:
-                self._open = open(self.file, "ab", opener=regular)  # noqa: SIM115
+                self._open = open(self.file, "ab", opener=regular_private)  # noqa: SIM115
             self._open.write(text)
             self._open.flush()
         except OSError as error:
@@ -94,7 +95,7 @@ class Metrics:
         self.close()
         data = _bytes(self.file)
         if stated is not None and zlib.crc32(data[: stated.size]) == stated.crc and len(data) >= stated.size:
-            write_atomic(self.file, data[: stated.size])
+            write_atomic(self.file, data[: stated.size], mode=PRIVATE)
             self._tally = stated
             return ""
         kept, torn = _readable(data, round)
@@ -103,7 +104,7 @@ class Metrics:
         if round >= 0 and (stated is not None or torn or not kept):
             aside = _aside(self.file, data)
             loss = _told(self.file, len(kept), torn, stated) + aside
-        write_atomic(self.file, b"".join(json.dumps(e).encode() + b"\n" for e in kept))
+        write_atomic(self.file, b"".join(json.dumps(e).encode() + b"\n" for e in kept), mode=PRIVATE)
         return loss
 
 
@@ -170,7 +171,7 @@ def _aside(file: Path, data: bytes) -> str:
         return ""
     names = [f"{file.name}.damaged", *(f"{file.name}.damaged{n}" for n in range(2, 1000))]
     place = next(p for name in names if not (p := file.with_name(name)).exists())
-    write_atomic(place, data)
+    write_atomic(place, data, mode=PRIVATE)
     return f"; the file as it was is {place.name}"
 
 

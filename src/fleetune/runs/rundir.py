@@ -15,8 +15,8 @@ A round counts once its checkpoint is renamed into place.  Whatever a kill leave
 unfinished round, a temporary file) is cut off at the next start, so a resumed run writes what the
 uninterrupted one would have written.  One process at a time holds a run (`locks.py`).
 
-Result, checkpoints, memories, eval.json, samples.md and report.html are the owner's alone: they hold rows of clients, or
-what was learned from them.
+Result, checkpoints, memories, metrics.jsonl, rows.digests, eval.json, samples.md, report.html and plots/ are the owner's alone:
+they hold rows or names of clients, or what was learned from them.
 """
 
 from __future__ import annotations

@@ -192,6 +192,15 @@ def state_of(run: RunDir, round: int, like: Any) -> Any | None:
         return None
 
 
+def course_of(run: RunDir, round: int) -> Course:
+    """Return how the validation stood after `round`; the start of a course where there is no such checkpoint."""
+    path = dict(checkpoints(run.path)).get(round)
+    try:
+        return Course() if path is None else course_in(decode(read_bytes(path)))
+    except (MessageError, OSError):
+        return Course()
+
+
 def _put(path: str, value: Any, arrays: dict[str, np.ndarray], scalars: dict[str, Scalar]) -> None:
     if isinstance(value, Ledger):
         scalars[path] = value.head.to_json()

@@ -21,7 +21,7 @@ from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from fleetune.data.encode import Encoded
 
@@ -138,8 +138,9 @@ def _in_tokens(
     from fleetune.models.hf_folder import is_encoder
 
     tokenizer = models.load_tokenizer(model, offline=offline)
-    if is_encoder(models.load_config(model, offline=offline)):
-        return _for_encoder(examples, chosen, tokenizer, recipe.max_length)
+    config = models.load_config(model, offline=offline)
+    if is_encoder(config):
+        return _for_encoder(examples, chosen, tokenizer, config, recipe.max_length)
     from fleetune.data.encode import encode_all
 
     rows, kept = encode_all(examples, tokenizer, recipe.max_length)
@@ -173,12 +174,19 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
 
 
 def _for_encoder(
-    examples: Sequence[Example], chosen: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Example],
+    chosen: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    max_length: int,
 ) -> _Measured:
-    from fleetune.data.labelled import text_lengths
+    from fleetune.data.labelled import positions_of, text_lengths
+    from fleetune.models import encoders
 
+    net: list[PreTrainedModel] = []
+    encoders.class_of(config, net.append)  # without weights
     lengths = list(text_lengths(tokenizer, examples))
-    most = min(max_length, int(tokenizer.model_max_length))
+    most = min(max_length, positions_of(net[0], tokenizer))
     longer = sum(length > most for length in lengths)
     texts = [("\n".join(examples[i].texts) or _turns(examples[i])[0], examples[i].response) for i in chosen]
     return _Measured("tokens", lengths, Cut(len(lengths), longer, longer, 0, max(lengths)), texts, 0)

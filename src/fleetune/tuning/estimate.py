@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimate the time of a simulated run before it begins, from measured steps, and fit a run into a stated time.
 
-A step of a client's local work and the loss of a few held-out rows are timed on the model that is to be tuned; the rest is
-counting.  Work of a method that is not steps (a FedPepTAO client's curvature) is not counted, nor are generated answers.
-In a mixed fleet every client counts as one of the first's kind.
+A step of a client's local work, the loss of a few held-out rows and a few tokens of an answer are timed on the model that is to
+be tuned; the rest is counting.  An answer counts with all the tokens that it may have.  Work of a method that is not steps (a
+FedPepTAO client's curvature) is not counted.  In a mixed fleet every client counts as one of the first's kind.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from fleetune.common.display import counted, human_time
-from fleetune.data import Encoded
+from fleetune.data import Encoded, Example
 from fleetune.errors import FAULTS, FitError, RecipeError, fault
-from fleetune.tuning import methods, rounds
+from fleetune.evaluation import objectives
+from fleetune.evaluation.answers import generate
+from fleetune.tuning import client_rows, methods, rounds
 from fleetune.tuning.methods import Method
 from fleetune.tuning.rates.trial import Bench, restored
 from fleetune.tuning.recipe import Recipe
@@ -42,6 +44,8 @@ FEW_STEPS: Final = 4  # of a client in a round, below which rounds and then clie
 FEW_ROUNDS: Final = 3
 FEW_CLIENTS: Final = 2
 FEWEST_ROWS: Final = 32  # of an evaluation
+TOKENS: Final = 4  # of an answer that are timed, after the first
+ANSWERED: Final = 8  # prompts at a time, as `answers.generate` has them
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class Estimate:
     evaluations: int
     evaluation: float  # seconds
     rows: int = 1  # of an evaluation
+    answers: int = 0  # prompts that are answered, before the run and after it
+    answer: float = 0.0  # seconds
+    client_rows: int = 0  # of all clients, whose loss is measured before the run and after it
+    client_row: float = 0.0  # seconds
 
     @property
     def training(self) -> float:
@@ -62,9 +70,14 @@ class Estimate:
         return self.rounds * self.clients * self.steps * self.step
 
     @property
+    def around(self) -> float:
+        """Seconds of what is done once before the rounds and once after them: answers, and the losses of each client."""
+        return 2 * (self.answers * self.answer + self.client_rows * self.client_row)
+
+    @property
     def seconds(self) -> float:
         """Seconds of the run."""
-        return self.training + self.evaluations * self.evaluation
+        return self.training + self.evaluations * self.evaluation + self.around
 
     @property
     def text(self) -> str:
@@ -76,9 +89,12 @@ class Estimate:
             if self.steps < 10
             else f"{self.steps:,.0f} steps"
         )
+        more = f", {counted(2 * self.answers, 'answer')} of {_short(self.answer)}" if self.answers else ""
+        if self.client_rows:
+            more += f", {counted(2 * self.client_rows, 'row')} of clients of {_short(self.client_row)}"
         return (
             f"about {human_time(max(self.seconds, 0.1))}: {counted(self.rounds, 'round')} × {counted(self.clients, 'client')} × "
-            f"{steps} of {_short(self.step)}, and {counted(self.evaluations, 'evaluation')} of {_short(self.evaluation)}"
+            f"{steps} of {_short(self.step)}, and {counted(self.evaluations, 'evaluation')} of {_short(self.evaluation)}{more}"
         )
 
 
@@ -87,11 +103,17 @@ def _short(seconds: float) -> str:
 
 
 def of(
-    recipe: Recipe, method: Method, model: Model, rows: Sequence[Sequence[Encoded]], held: Sequence[Encoded]
+    recipe: Recipe,
+    method: Method,
+    model: Model,
+    rows: Sequence[Sequence[Encoded]],
+    held: Sequence[Encoded],
+    prompts: Sequence[Example] = (),
 ) -> Estimate | None:
-    """Time a step and an evaluation of a run whose clients have these rows; the model is left as it was.
+    """Time a step, an evaluation and an answer of a run whose clients have these rows; the model is left as it was.
 
-    None where a step fails: the run itself says why, and for which clients.
+    `held` are the rows of an evaluation, `prompts` those that are answered before and after.  None where a step fails: the
+    run itself says why, and for which clients.
     """
     asked = len(rounds.sample(range(len(rows)), recipe.participation, recipe.seed, 1, recipe.over_selection))
     steps = float(np.mean([methods.local_steps(method, len(part)) for part in rows]))
@@ -105,9 +127,35 @@ def of(
     except FAULTS as error:
         log.info("the time cannot be estimated: %s", fault(error))
         return None
-    of_rows = _timed(bench.loss) / len(held[:ROWS])
-    evaluations = evaluations_of(recipe.rounds, recipe.eval_every)
-    return Estimate(recipe.rounds, asked, steps, step, evaluations, of_rows * len(held), len(held))
+    row = _timed(bench.loss) / len(held[:ROWS])
+    return Estimate(
+        recipe.rounds, asked, steps, step, evaluations_of(recipe.rounds, recipe.eval_every),
+        (row + _objective(method, model, held[:ROWS])) * len(held), len(held),
+        len(prompts), _answer(model, prompts, recipe.answer_tokens),
+        client_rows.in_all(recipe, [len(own) for own in rows]), row,
+    )  # fmt: skip
+
+
+def _objective(method: Method, model: Model, rows: Sequence[Encoded]) -> float:
+    """Return the seconds of a row that an objective takes which is measured beside the loss; 0 for the loss."""
+    name = str(getattr(method, "objective", "loss"))
+    if name.partition(":")[0] in ("loss", "accuracy"):
+        return 0.0
+    size = int(getattr(method, "batch_size", 8))
+    return _timed(lambda: objectives.mean_value(model, rows, name, batch_size=size)) / len(rows)
+
+
+def _answer(model: Model, prompts: Sequence[Example], tokens: int) -> float:
+    """Return the seconds of one of the prompts' answers of so many tokens; 0 without prompts."""
+    if not prompts:
+        return 0.0
+    few = prompts[:ANSWERED]
+    first, more = (
+        _timed(lambda n=n: generate(model, few, max_new_tokens=n))  # type: ignore[misc]
+        for n in (1, 1 + TOKENS)
+    )
+    batch = first + (tokens - 1) * max(0.0, more - first) / TOKENS
+    return batch * math.ceil(len(prompts) / ANSWERED) / len(prompts)
 
 
 def evaluations_of(rounds: int, every: int) -> int:
@@ -121,6 +169,7 @@ def made_smaller(before: Estimate, after: Estimate, within: str) -> str:
         ("evaluations", before.evaluations, after.evaluations), ("rows of an evaluation", before.rows, after.rows),
         ("rounds", before.rounds, after.rounds), ("clients per round", before.clients, after.clients),
         ("local steps", math.ceil(before.steps), math.ceil(after.steps)),
+        ("measured rows of clients", before.client_rows, after.client_rows), ("answers", before.answers, after.answers),
     )  # fmt: skip
     changed = [f"{name} {old:,} -> {new:,}" for name, old, new in pairs if old != new]
     return f"to fit into {within}: {', '.join(changed)}" if changed else ""
@@ -152,21 +201,42 @@ def fitted(
 ) -> tuple[Recipe, Method, Estimate]:
     """Return the run, of a fleet of so many `clients`, made so small that it takes at most `within` seconds.
 
-    Evaluations become fewer, then of fewer rows, where they take more than a third of the time.  Then local steps become fewer;
-    where fewer than `FEW_STEPS` would be left, rounds, then the clients that are asked.  What fits already stays as it is.
-    FitError when not even two steps of one client do.
+    What is done before and after the rounds becomes less where it takes more than a third of the time: the clients' own losses
+    are left out, then the answers that are kept to be read.  Evaluations become fewer, then of fewer rows, where they take
+    more than a third of what is left.  Then local steps become fewer; where fewer than `FEW_STEPS` would be left, rounds, then
+    the clients that are asked.  What fits already stays as it is.  FitError when not even two steps of one client do.
     """
     budget = SPARE * within
     if found.seconds <= budget:
         return recipe, method, found
+    whole = found
+    recipe, found = _less_around(recipe, found, budget / 3)
+    budget -= found.around
     recipe, found = _evaluated_less(recipe, found, budget / 3)
     units = (budget - found.evaluations * found.evaluation) / found.step  # steps that there is time for
     if units < 2 or not isinstance(method, methods.Sized):
-        least = found.evaluations * found.evaluation + 2 * found.step
+        least = _least(found) if isinstance(method, methods.Sized) else whole.seconds
         raise FitError(
-            f"two steps of one client and the evaluations take about {human_time(least)}, and {human_time(within)} were given",
-            hint="a smaller model, fewer --eval-rows, a shorter --max-length, or more time",
+            f"two steps of one client, the evaluations and the answers take more than {human_time(within)}",
+            hint=f"the least that fits is about --within {_written(least / SPARE)}; or a smaller model, fewer --eval-rows or "
+            "--rouge-rows, a shorter --max-length",
         )
+    return _of_steps(recipe, method, found, units, clients)
+
+
+def _least(found: Estimate) -> float:
+    """Return the seconds for which `fitted` finds two steps of a run whose evaluations are as few as can be.
+
+    With more time it shrinks what is around the rounds and the evaluations less, each to a third of what there is.
+    """
+    rounds = max(found.evaluations * found.evaluation + 2 * found.step, 3 * found.step)
+    return max(found.around + rounds, 1.5 * rounds)
+
+
+def _of_steps(
+    recipe: Recipe, method: Method, found: Estimate, units: float, clients: int
+) -> tuple[Recipe, Method, Estimate]:
+    """Return the run with at most `units` local steps of all rounds and clients."""
     count, asked = found.rounds, found.clients
     if units < FEW_STEPS * count * asked:
         count = min(count, max(FEW_ROUNDS, int(units // (FEW_STEPS * asked))))
@@ -184,6 +254,16 @@ def fitted(
     )  # fmt: skip
 
 
+def _less_around(recipe: Recipe, found: Estimate, most: float) -> tuple[Recipe, Estimate]:
+    """Return a run that takes at most so many seconds before and after its rounds; answers that are scored stay."""
+    if found.around > most:
+        recipe, found = dataclasses.replace(recipe, client_rows=0), dataclasses.replace(found, client_rows=0)
+    if found.around > most:
+        scored = min(recipe.rouge_rows, found.answers)
+        recipe, found = dataclasses.replace(recipe, samples=0), dataclasses.replace(found, answers=scored)
+    return recipe, found
+
+
 def _evaluated_less(recipe: Recipe, found: Estimate, most: float) -> tuple[Recipe, Estimate]:
     """Return a run whose evaluations take at most so many seconds, where `FEWEST_ROWS` rows before and after do."""
     if found.evaluations * found.evaluation <= most:
@@ -195,6 +275,13 @@ def _evaluated_less(recipe: Recipe, found: Estimate, most: float) -> tuple[Recip
         found = dataclasses.replace(found, evaluation=found.evaluation * rows / found.rows, rows=rows)
         recipe = dataclasses.replace(recipe, eval_rows=rows)
     return recipe, found
+
+
+def _written(seconds: float) -> str:
+    """Return a time, rounded up, as `seconds_of` reads it: 75s, 12m, 2.3h."""
+    if seconds < 100:
+        return f"{math.ceil(seconds)}s"
+    return f"{math.ceil(seconds / 60)}m" if seconds < 6000 else f"{math.ceil(seconds / 360) / 10:g}h"
 
 
 _TIME: Final = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(s|sec|m|min|h|d)?\s*", re.IGNORECASE)

@@ -18,17 +18,11 @@ from fleetune.data import Encoded
 from fleetune.data.partition import keyed_order
 from fleetune.evaluation.losses import all_row_losses
 from fleetune.seeds.noise import derive
-from fleetune.tuning import rounds
+from fleetune.tuning import client_rows
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
-    from fleetune.tuning.recipe import Recipe
 
-USUAL: Final = 4  # rows of a client, unless the recipe says otherwise
-LEAST: Final = 2  # and that few in a short run
-MOST_CLIENTS: Final = 64  # more are not measured, unless the recipe asks for more rows than usual
-SHARE: Final = 0.05  # of the forward passes of a run, which its usual measures may take
-PASSES: Final = 3  # forward passes that a training row costs at least, its backward pass counted as two
 SEED: Final = "client rows"
 
 
@@ -54,27 +48,15 @@ class ClientRows:
 
 def chosen(job: TuneJob) -> ClientRows | None:
     """Return the rows to measure; None where the recipe wants none, or there are no simulated clients, or too many."""
-    recipe, clients = job.recipe, len(job.rows)
-    usual = recipe.client_rows <= USUAL
-    if not recipe.client_rows or clients < 2 or (usual and clients > MOST_CLIENTS):
+    most = client_rows.of_each(job.recipe, [len(rows) for rows in job.rows])
+    if not most:
         return None
-    most = most_rows(recipe, [len(rows) for rows in job.rows]) if usual else recipe.client_rows
     held = _held_out(job)
-    if held and min(map(len, held)) >= min(LEAST, most):
+    if held and min(map(len, held)) >= min(client_rows.LEAST, most):
         return ClientRows([own[:most] for own in held], "held-out")
-    key = derive(recipe.seed, SEED)
+    key = derive(job.recipe.seed, SEED)
     picked = [[own[i] for i in keyed_order(key, c, len(own))[:most]] for c, own in enumerate(job.rows)]
     return ClientRows(picked, "training")
-
-
-def most_rows(recipe: Recipe, sizes: Sequence[int]) -> int:
-    """Return how many rows of a client are measured at most, so that all take no more than `SHARE` of a run's passes.
-
-    Both measures together are two passes of a row.  At least `LEAST`, since one row says nothing.
-    """
-    asked = len(rounds.sample(range(len(sizes)), recipe.participation, recipe.seed, 1))
-    trained = recipe.rounds * asked * float(np.mean(sizes)) * PASSES
-    return min(recipe.client_rows, max(LEAST, int(SHARE * trained / (2 * len(sizes)))))
 
 
 def _held_out(job: TuneJob) -> list[list[Encoded]]:

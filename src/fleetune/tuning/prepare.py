@@ -27,8 +27,8 @@ from fleetune.data.splitting import Split as Split
 from fleetune.errors import DataError, RecipeError, UsageError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
-from fleetune.models.cache import ORIGINS
 from fleetune.models.model import Model
+from fleetune.models.short_names import hub_of
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
 from fleetune.tuning import estimate, kinds, labels, methods, rates, robust, rounds
@@ -120,7 +120,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
 def _check_order(recipe: Recipe) -> None:
     """Raise UsageError where the model is the data, and the data are the model."""
     model, rows = recipe.model, recipe.data
-    if looks_like_rows(model) and (os.path.isfile(model) or rows in ORIGINS or looks_like_model(rows)):
+    if looks_like_rows(model) and (os.path.isfile(model) or hub_of(rows) or looks_like_model(rows)):
         raise UsageError(
             f"MODEL and DATA are swapped: {model} holds rows"
             + (f", {rows} is a model" * looks_like_model(rows)),
@@ -208,17 +208,18 @@ def prepare(
     if new and isinstance(method, methods.FollowsRows) and method.steps_setting not in given:
         method = method.for_rows(len(train) // max(1, len(rows) or recipe.clients))
         recipe = dataclasses.replace(recipe, set=methods.values_of(method))
+    prompts = [begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]]
     estimated: Estimate | None = None
     if measure and rows:
         measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
-        recipe, method, estimated = _timed(recipe, method, model, rows, measured, note)
+        recipe, method, estimated = _timed(recipe, method, model, rows, measured, prompts, note)
     recipe = dataclasses.replace(recipe, within="")
     recipe, method, found = _with_rates(recipe, method, names, model, train, rows, note)
     return TuneJob(
         recipe, entry, method, model, parts, rows,
         held=[row for i in held[: recipe.eval_rows] for row in place[i]],
         examples=[parts.examples[i] for i in held[: recipe.eval_rows]],
-        prompts=[begun(parts.examples[i]) for i in held[: max(recipe.rouge_rows, recipe.samples)]],
+        prompts=prompts[: max(recipe.rouge_rows, recipe.samples)],
         dropped=len(parts.examples) - len(place), cut=lengths.cut([row for pieces in place.values() for row in pieces]),
         objective=objective, found=found, estimate=estimated, words=labels.measured(recipe, objective, parts.examples),
         files=_digests(recipe, offline),
@@ -285,10 +286,11 @@ def _timed(
     model: Model,
     rows: Sequence[Sequence[Encoded]],
     held: Sequence[Encoded],
+    prompts: Sequence[Example],
     note: Callable[[str], None],
 ) -> tuple[Recipe, Method, Estimate | None]:
     """Return the run with its estimated time, made so small that it fits where `within` says so; `note` is told how."""
-    whole = estimate.of(recipe, method, model, rows, held)
+    whole = estimate.of(recipe, method, model, rows, held, prompts)
     within = estimate.seconds_of(recipe.within)
     if whole is None or not within:
         return recipe, method, whole

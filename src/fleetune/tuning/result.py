@@ -94,3 +94,8 @@ def read(folder: Path) -> TuneResult:
         if event["event"] == "done":
             return TuneResult(folder, TuneDone(**{n: v for n, v in event.items() if n in known}))
     raise UsageError(f"{folder} is not finished", hint=f"fleetune tune --resume {quoted(folder)}")
+
+
+def finished_in(out: Path) -> list[TuneResult]:
+    """Return the results of the finished runs under a folder, in order of number."""
+    return [read(path) for path in rundir.listing(out) if rundir.status_of(path) == "done"]

@@ -18,7 +18,7 @@ import numpy as np
 from fleetune.common.display import counted
 from fleetune.common.memory import rss
 from fleetune.data import keyed_order
-from fleetune.errors import FleetError
+from fleetune.errors import FleetError, MessageError
 from fleetune.runs import rundir
 from fleetune.runs.events import Recorded, RoundDone, round_evaluated
 from fleetune.runs.rundir import KEEP, RunDir
@@ -48,6 +48,14 @@ class ModelLostError(FleetError):
             hint="its result and checkpoint are in the run folder; start anew with a lower lr, or set the method's clip",
         )
         self.round, self.state = round, state
+
+    def give_way(self, best: int, state: Any) -> None:
+        """Let the best round's state be the result, instead of the last good one; 0 is the start."""
+        self.round, self.state = best, state
+        self.message += f"; the best is {best}" if best else "; none was better than the start"
+        self.args = (self.message,)
+        kept = "the result of the best is" if best else "there is no result; the checkpoint is"
+        self.hint = f"{kept} in the run folder; start anew with a lower lr, or set the method's clip"
 
     @property
     def page(self) -> str:
@@ -155,6 +163,20 @@ def _outcome(run: RunDir, state: Any, totals: Totals, last: int, plan: RoundPlan
     assert course.best is not None
     best, _ = checkpoint.unpack(checkpoint.decode(courses.kept(run.path, course.best)), state)
     return Outcome(best, totals, course.best, last, course)
+
+
+def keep_best_of(lost: ModelLostError, run: RunDir, plan: RoundPlan) -> None:
+    """Let the result of a run that lost its model be the best round's state, where the best is kept and one was better."""
+    course = checkpoint.course_of(run, lost.round) if plan.keep_best else Course()
+    if course.best in (None, lost.round):
+        return
+    assert course.best is not None
+    try:
+        saved = checkpoint.decode(courses.kept(run.path, course.best))
+    except MessageError as error:  # the last good round's is the result then
+        log.warning("%s", error)
+        return
+    lost.give_way(course.best, checkpoint.unpack(saved, lost.state)[0])
 
 
 def _past(run: RunDir, fleet: Fleet, like: Any, plan: RoundPlan, last: int) -> dict[int, Round]:

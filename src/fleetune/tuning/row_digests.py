@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep 8 bytes of every row of a run's data, so that a later sitting can name the first row that is another now.
 
-    rows.digests    "FTROWS1\\n", then for each row of the data, in its order, the first 8 bytes of the SHA-256 of its texts
+    rows.digests    "FTROWS2\\n", then for each row of the data, in its order, the first 8 bytes of the SHA-256 of its texts,
+                    then the first 8 bytes of the SHA-256 of all before it
 
-The file says that rows differ and which; that they are the same is decided by the whole digests of the checkpoints
-(`foundations.py`).  It is the owner's alone: who has it can find out whether a row was in the data.
+An earlier version's file ("FTROWS1\\n") has no checksum at its end.  The file says that rows differ and which; that they are
+the same is decided by the whole digests of the checkpoints (`foundations.py`).  It is the owner's alone: who has it can find
+out whether a row was in the data.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from fleetune.data import Example
 from fleetune.runs.rundir import RunDir
 
 FILE: Final = "rows.digests"
-HEAD: Final = b"FTROWS1\n"
+HEAD: Final = b"FTROWS2\n"
+UNSEALED: Final = b"FTROWS1\n"  # without a checksum
 SIZE: Final = 8  # bytes of a row
 
 
@@ -32,21 +35,23 @@ def text_of(row: Example) -> bytes:
 
 def write(run: RunDir, rows: Sequence[Example]) -> None:
     """Write the file into a run's folder."""
-    run.write(FILE, HEAD + b"".join(_digest(row) for row in rows), private=True)
+    content = HEAD + b"".join(_digest(row) for row in rows)
+    run.write(FILE, content + _checksum(content), private=True)
 
 
 def difference(run: Path, rows: Sequence[Example]) -> str:
     """Say which row is the first that is another than the run was begun on, and how many are; "" where that is not known.
 
-    `rows` are those of the data now.
+    `rows` are those of the data now.  A file that is not as it was written is named as such.
     """
     try:
-        raw = read_bytes(run / FILE)
+        body = _body(read_bytes(run / FILE))
+    except FileNotFoundError:
+        return ""
     except OSError:
-        return ""
-    body = raw.removeprefix(HEAD)
-    if len(body) == len(raw) or len(body) % SIZE:
-        return ""
+        body = None
+    if body is None:
+        return f"which rows is not known, since {run / FILE} is damaged or was changed"
     before = np.frombuffer(body, "V8")
     now = np.frombuffer(b"".join(_digest(row) for row in rows), "V8")
     shared = min(len(before), len(now))
@@ -59,6 +64,22 @@ def difference(run: Path, rows: Sequence[Example]) -> str:
     if len(now) > len(before):
         return f"{_place(rows, shared)} is a new row{counts}"
     return f"row {shared + 1:,} and those after it are gone{counts}" if len(now) < len(before) else ""
+
+
+def _body(raw: bytes) -> bytes | None:
+    """Return the digests of the rows; None where the file is not as it was written."""
+    head, content, checksum = raw[: len(HEAD)], raw[:-SIZE], raw[-SIZE:]
+    if head == UNSEALED:
+        body = raw[len(UNSEALED) :]
+    elif head == HEAD and checksum == _checksum(content):
+        body = content[len(HEAD) :]
+    else:
+        return None
+    return None if len(body) % SIZE else body
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()[:SIZE]
 
 
 def _place(rows: Sequence[Example], index: int) -> str:

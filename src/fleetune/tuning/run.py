@@ -175,6 +175,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     try:
         outcome = rounds.run(method, fleet, first, run, plan, sitting.hooks(began))
     except rounds.ModelLostError as lost:
+        rounds.keep_best_of(lost, run, plan)
         if lost.round:  # else there is only the base
             method.apply(model, lost.state)
             ARTEFACTS[job.entry.kind](job, run, lost.state, lost.round)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a grid of recipes in one folder: list its runs, check them, and run or resume them in turn.
+"""Run a grid of recipes in one folder: check its runs, and run or resume them in turn.
 
     runs/0007-sweep-case-study/
       sweep.toml      the recipe, and the table [sweep]: what varies, over which values, and how many seeds
@@ -19,23 +19,32 @@ from pathlib import Path
 from typing import Protocol
 
 from fleetune.common.files import read_text, storage_error, write_atomic
-from fleetune.errors import FAULTS, FleetuneError, Interrupted, RecipeError, StorageError, UsageError, fault
+from fleetune.common.shell import quoted
+from fleetune.errors import (
+    FAULTS,
+    FleetuneError,
+    Interrupted,
+    RecipeError,
+    StorageError,
+    UsageError,
+    fault,
+)
 from fleetune.runs import report, rundir, sealed
+from fleetune.runs.events import SweepDone, SweepRun, SweepStart
 from fleetune.runs.listener import Listener
 from fleetune.runs.report.cells import GridRun
+from fleetune.runs.report.grid import Tables
 from fleetune.runs.rundir import RunDir
 from fleetune.tuning import foundations, methods, prepare, sweep_grid
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning import run as jobs
 from fleetune.tuning.recipe import Recipe
-from fleetune.tuning.sweep_grid import SHOWN, Point, SweepGrid, raise_together
+from fleetune.tuning.sweep_grid import SHOWN, Point, SweepGrid, raise_together, shown
 
+DONE_BEFORE = "done before"  # why a run is over that was finished by an earlier sitting
 FILE = "sweep.toml"
 PAGE = "sweep.html"
 SEAL = "# crc32 of the lines below: "
-
-
-# What needs no model -----------------------------------------------------------------------------
 
 
 def check(grid: SweepGrid, *, folder: Path | None = None, offline: bool = False) -> None:
@@ -201,7 +210,7 @@ class Watch(Protocol):
         ...
 
     def end(self, point: Point, path: Path, reason: str) -> None:
-        """Note that a run is over: `reason` is empty, "done before", or why it failed."""
+        """Note that a run is over: `reason` is empty, `DONE_BEFORE`, or why it failed."""
         ...
 
 
@@ -216,7 +225,7 @@ def run(folder: RunDir, grid: SweepGrid, watch: Watch, *, offline: bool = False)
     folder.status("running")
     try:
         for point, had in zip(grid.points, before, strict=True):
-            reason = "done before" if had else _one(folder, grid, point, watch.begin, offline)
+            reason = DONE_BEFORE if had else _one(folder, grid, point, watch.begin, offline)
             failed += [point] if reason and not had else []
             watch.end(point, folder.path / point.name, reason)
             if not had:
@@ -269,3 +278,53 @@ def _one(
     if other is not None:
         raise other
     return ""
+
+
+# What is said of it -------------------------------------------------------------------------------
+
+
+def header(grid: SweepGrid, path: Path) -> tuple[str, list[tuple[str, str]]]:
+    """Return the title and the rows of a sweep's header."""
+    base = grid.base
+    rows = [("model", base.model), ("data", f"{Path(base.data).name} · {base.partition}")]
+    rows += [(axis.name, ", ".join(map(shown, axis.values))) for axis in grid.axes]
+    seeds = f"{base.seed} to {base.seed + grid.seeds - 1}" if grid.seeds > 1 else str(base.seed)
+    rows += [("seeds", seeds), ("runs", f"{len(grid.points)} · in {path}")]
+    return f"fleetune sweep · {base.method}", rows
+
+
+def started(grid: SweepGrid, path: Path) -> SweepStart:
+    """Return the first event of a sweep."""
+    axes = {a.name: list(a.values) for a in grid.axes}
+    return SweepStart(path=str(path), runs=len(grid.points), seeds=grid.seeds, axes=axes)
+
+
+def ended(point: Point, path: Path, reason: str) -> SweepRun:
+    """Return the event of a run that is over (`Watch.end`)."""
+    base, tuned = report.measures(report.read(path))
+    had = reason == DONE_BEFORE
+    return SweepRun(
+        run=str(path), values=list(point.values), seed=point.seed, skipped=had,
+        failed="" if had else reason, base=base, tuned=tuned,
+    )  # fmt: skip
+
+
+def finished(grid: SweepGrid, path: Path) -> tuple[SweepDone, Tables]:
+    """Return the last event of a sweep, and its results as text."""
+    table = report.grid_tables(grid.axes, members(path, grid))
+    figures = sorted(str(p) for p in (path / "figures").glob("*.svg"))
+    return SweepDone(path=str(path), page=str(path / PAGE), figures=figures, **table.record), table
+
+
+def raise_failed(grid: SweepGrid, path: Path, failed: Sequence[Point]) -> None:
+    """FleetuneError when runs of a sweep have failed."""
+    if failed:
+        names = ", ".join(p.name for p in failed[:3])
+        raise FleetuneError(
+            f"{len(failed)} of {len(grid.points)} runs failed: {names}", hint=resume_command(path)
+        )
+
+
+def resume_command(path: Path) -> str:
+    """Return the command that goes on with a sweep."""
+    return f"fleetune sweep --resume {quoted(path)}"

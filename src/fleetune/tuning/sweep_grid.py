@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from fleetune.common.settings import Value
 from fleetune.errors import RecipeError, suggest
@@ -22,8 +22,8 @@ from fleetune.tuning import methods
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
-SHOWN = 8  # problems shown at once
-MANY = 10_000  # runs
+SHOWN: Final = 8  # problems shown at once
+MANY: Final = 10_000  # runs
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
-from typing import TYPE_CHECKING, Final
+from contextlib import closing, suppress
+from typing import Final
 
 from fleetune import subject
 from fleetune.cli import engine_flags
 from fleetune.cli.console import Ui
-from fleetune.cli.listener import ConsoleListener, console_listener
+from fleetune.cli.listener import console_listener
 from fleetune.deploy.serving import engines, session
-from fleetune.deploy.serving.openai_client import MAX_TOKENS, TEMPERATURE, Refused, pieces
+from fleetune.deploy.serving.conversation import TORCH, Answer, Sampling, answering
+from fleetune.deploy.serving.openai_client import MAX_TOKENS, TEMPERATURE, Refused
+from fleetune.deploy.serving.torch_chat import Turn
 from fleetune.errors import UsageError
 from fleetune.runs.events import Answered
-from fleetune.subject import Subject
-
-if TYPE_CHECKING:
-    from fleetune.deploy.serving.engines import Running
 
 HELP = "talk to a model in the terminal, or ask it one thing"
 ORDER = 110
@@ -34,11 +31,7 @@ fleetune chat latest
 fleetune chat latest --prompt "Why is the sky blue?"
 echo "Why is the sky blue?" | fleetune chat latest
 """
-TORCH: Final = "torch"
 KEYS: Final = "/new forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
-
-Turn = dict[str, str]  # role, content
-Answer = Callable[[list[Turn]], Generator[str, None, None]]
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -67,7 +60,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     """Talk; with `--prompt`, or what a pipe holds, answer once and end."""
     found = subject.open(args.subject, args.out)
     session.check(found, _options(args))
-    _check(args)
+    _sampling(args).check()
     prompt = args.prompt if args.prompt is not None or sys.stdin.isatty() else sys.stdin.read()
     prompt = prompt if prompt is None else prompt.strip()
     if prompt == "":
@@ -76,7 +69,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with (
         engine_flags.exit_on_signals(143),
         console_listener(ui) as listener,
-        _answers(args, found, listener, first) as answer,
+        answering(found, _options(args), _sampling(args), listener, first, offline=args.offline) as answer,
     ):
         if prompt is not None:
             _once(args, ui, answer, prompt)
@@ -88,60 +81,8 @@ def _options(args: argparse.Namespace) -> session.EngineOptions:
     return session.EngineOptions(args.engine, args.threads, args.context)
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.max_tokens < 1:
-        raise UsageError(f"--max-tokens {args.max_tokens} is below 1", hint="the default is 512")
-    if not 0 <= args.temperature <= 2:
-        raise UsageError(f"--temperature {args.temperature} is not in 0..2", hint="0 is the likeliest answer")
-
-
-@contextmanager
-def _answers(
-    args: argparse.Namespace, found: Subject, listener: ConsoleListener, first: list[Turn]
-) -> Iterator[Answer]:
-    """Yield a function that answers a conversation; `first` are the turns it begins with."""
-    if args.engine == TORCH or (args.engine == "auto" and not any(e.available() for e in engines.ENGINES)):
-        if args.engine == "auto":
-            listener.note(
-                f"no engine is installed, so torch answers, which is slower; for one: {engines.INSTALL}"
-            )
-        yield _torch(args, found, listener, first)
-        return
-    with session.opened(found, _options(args), listener, offline=args.offline) as running:
-        yield _engine(args, running)
-
-
-def _engine(args: argparse.Namespace, running: Running) -> Answer:
-    def answer(turns: list[Turn]) -> Generator[str, None, None]:
-        body = {
-            "messages": turns, "max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed,
-        }  # fmt: skip
-        with running.request(), closing(pieces(running.address, "/v1/chat/completions", body)) as written:
-            yield from written
-
-    return answer
-
-
-def _torch(args: argparse.Namespace, found: Subject, listener: ConsoleListener, first: list[Turn]) -> Answer:
-    from fleetune.deploy.serving import torch_chat
-    from fleetune.evaluation import answers
-
-    model = found.load(offline=args.offline)
-    answers.require_text_model(model, "chat")
-    if first:
-        torch_chat.encode(model, first)  # a long one is refused before threads are measured
-    count = torch_chat.use_threads(model, args.threads, listener)
-    listener.note(f"torch with {found.name} on {count} thread{'s' if count > 1 else ''}")
-
-    def answer(turns: list[Turn]) -> Generator[str, None, None]:
-        yield torch_chat.generate(
-            model, turns, temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed
-        )
-
-    return answer
-
-
-# The conversation -------------------------------------------------------------------------------------------
+def _sampling(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.max_tokens, args.seed)
 
 
 def _once(args: argparse.Namespace, ui: Ui, answer: Answer, prompt: str) -> None:

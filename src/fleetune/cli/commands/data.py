@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
-from fleetune.common.display import clean
+from fleetune.common.display import clean, one_line
 from fleetune.runs.events import DataChecked, RowShown
 from fleetune.tuning import recipe as recipes
 
@@ -57,7 +57,9 @@ def _print(found: DataChecked, data: str, model: str, ui: Ui) -> None:
         ("clients", _clients(found)),
     ]  # fmt: skip
     if found.labels is not None:
-        rows.append(("labels", ", ".join(f"{clean(word)} {count:,}" for word, count in found.labels.items())))
+        rows.append(
+            ("labels", ", ".join(f"{one_line(word)} {count:,}" for word, count in found.labels.items()))
+        )
     near = f"nearly equal (at least {found.near_share:.0%} of their three-word sequences)"
     rows += [
         ("repeated", f"{found.equal_training:,} training rows are equal to an earlier one, {found.near_training:,} {near}"),
@@ -79,17 +81,17 @@ def _clients(found: DataChecked) -> str:
     spread = (
         f"{min(sizes):,} rows each" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,} rows"
     )
-    text = f"{len(sizes):,} · {found.partition} · {spread}"
+    text = f"{len(sizes):,} · {one_line(found.partition)} · {spread}"
     if found.clients:
         by_size = sorted(zip(sizes, found.clients, strict=True), key=lambda pair: -pair[0])
-        text += ": " + ", ".join(f"{clean(name)} {size:,}" for size, name in by_size[:NAMED])
+        text += ": " + ", ".join(f"{one_line(name)} {size:,}" for size, name in by_size[:NAMED])
         text += ", .." if len(by_size) > NAMED else ""
     return text
 
 
 def _show(sample: RowShown, ui: Ui) -> None:
     """Print a row: the part that is not trained behind dots, the part that is behind bars."""
-    whose = f"of client {clean(sample.client)}" if sample.client else "held out"
+    whose = f"of client {one_line(sample.client)}" if sample.client else "held out"
     ui.paths([("", ""), (f"row {sample.row:,}", f"{whose} (┊ no loss, ┃ the loss is on this)")])
     lines = [("┊", line) for line in sample.not_trained.split("\n")]
     lines += [("┃", line) for line in sample.trained.split("\n")]

@@ -13,6 +13,7 @@ from fleetune.common.display import human_bytes, human_count
 from fleetune.common.shell import command
 from fleetune.errors import UsageError
 from fleetune.models import cache, cache_contents
+from fleetune.models.short_names import SHORT_NAMES, ShortName
 from fleetune.runs.events import ModelCached, ModelListed, ModelPulled, ModelRemoved
 
 HELP = "list the models there are, fetch one, or remove one from the cache"
@@ -56,18 +57,28 @@ def _list(ui: Ui) -> None:
             **{**dataclasses.asdict(m), "cached": str(m.cached) if m.cached else None},
             bytes=sizes.get(m.cached) if m.cached else None, download=cache.ORIGINS[m.name].wheel_bytes,
         ))  # fmt: skip
+    for s in SHORT_NAMES.values():
+        ui.event(ModelListed(
+            name=s.name, hub=s.hub, params=int(s.params), licence=s.licence, cached=None, source="", about=_of_hub(s)
+        ))  # fmt: skip
     others = [model for model in lying if model.path not in [m.cached for m in found]]
     for other in others:
         ui.event(ModelCached(**{**dataclasses.asdict(other), "path": str(other.path)}))
     if ui.json:
         return
     rows = [[m.name, human_count(m.params), m.licence, *_where(m, sizes), m.source or m.hub] for m in found]
+    rows += [[s.name, human_count(s.params), s.licence, _of_hub(s), "", s.hub] for s in SHORT_NAMES.values()]
     rows += [[o.name, "", o.licence, "yes", human_bytes(o.bytes), o.source] for o in others]
     ui.table(["model", "parameters", "licence", "here", "size", "source"], rows, align="lrllrl")
     ui.paths([
         ("cache", f"{cache.cache()} ({human_bytes(sum(m.bytes for m in lying))})"),
         ("also", "any hub id, Hugging Face directory or GGUF file is a MODEL"),
     ])  # fmt: skip
+
+
+def _of_hub(model: ShortName) -> str:
+    """Say where a short name's model comes from, and that the hub asks for an account where it does."""
+    return "from the hub, gated" if model.gated else "from the hub"
 
 
 def _where(model: cache.BuiltIn, sizes: Mapping[Path, int]) -> tuple[str, str]:

@@ -16,16 +16,13 @@ from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import CountBar
 from fleetune.common.display import counted, human_time, show
 from fleetune.common.shell import quoted
-from fleetune.errors import FleetuneError, Interrupted, UsageError
-from fleetune.runs import report, rundir
+from fleetune.errors import Interrupted, UsageError
+from fleetune.runs import rundir
 from fleetune.runs.events import (
     Event,
     Recorded,
     RoundDone,
-    SweepDone,
     SweepPlanned,
-    SweepRun,
-    SweepStart,
     TuneDone,
 )
 
@@ -60,15 +57,14 @@ class SweepScreen:
 
     def end(self, point: Point, path: Path, reason: str) -> None:
         """Print the line of a run that is over."""
+        from fleetune.tuning import sweep as sweeps
+
         self.number += 1
         self.rounds += point.recipe.rounds
         self.bar.update(self.rounds)
-        base, tuned = report.measures(report.read(path))
-        had = reason == "done before"
-        self.ui.event(SweepRun(
-            run=str(path), values=list(point.values), seed=point.seed, skipped=had,
-            failed="" if had else reason, base=base, tuned=tuned,
-        ))  # fmt: skip
+        over = sweeps.ended(point, path, reason)
+        self.ui.event(over)
+        base, tuned, had = over.base, over.tuned, over.skipped
         changes = "  ".join(f"{n} {show(n, base.get(n))} -> {show(n, v)}" for n, v in tuned.items())
         words = [point.words, changes, "done before" if had else human_time(time.monotonic() - self.began)]
         if reason and not had:
@@ -162,13 +158,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 def _with_method(values: dict[str, Any], args: argparse.Namespace, ui: Ui) -> dict[str, Any]:
     """Return the keys of a sweep's recipe with a method, unless the method is what varies."""
     from fleetune.planning import choose
-    from fleetune.tuning import recipe as recipes
 
-    table = values.get("sweep", {})
-    if "method" in table or any(text.partition("=")[0].strip() == "method" for text in args.vary):
-        return {"method": "fedit", **values}
-    recipe = recipes.make({k: v for k, v in values.items() if k != "sweep"})
-    return {**values, "method": choose.settled_method(recipe, ui.note, offline=args.offline).method}
+    varied = [text.partition("=")[0].strip() for text in args.vary]
+    return choose.settled_sweep(values, varied, ui.note, offline=args.offline)
 
 
 def _plan(grid: SweepGrid, ui: Ui) -> None:
@@ -181,35 +173,23 @@ def _plan(grid: SweepGrid, ui: Ui) -> None:
 
 def _start(grid: SweepGrid, folder: rundir.RunDir, args: argparse.Namespace, ui: Ui) -> None:
     from fleetune.tuning import sweep as sweeps
-    from fleetune.tuning import sweep_grid
 
-    path, base = folder.path, grid.base
-    rows = [("model", base.model), ("data", f"{Path(base.data).name} · {base.partition}")]
-    rows += [(axis.name, ", ".join(map(sweep_grid.shown, axis.values))) for axis in grid.axes]
-    seeds = f"{base.seed} to {base.seed + grid.seeds - 1}" if grid.seeds > 1 else str(base.seed)
-    rows += [("seeds", seeds), ("runs", f"{len(grid.points)} · in {path}")]
-    ui.header(f"fleetune sweep · {base.method}", rows)
-    axes = {a.name: list(a.values) for a in grid.axes}
-    ui.event(SweepStart(path=str(path), runs=len(grid.points), seeds=grid.seeds, axes=axes))
-    resume = f"fleetune sweep --resume {quoted(path)}"
+    path = folder.path
+    ui.header(*sweeps.header(grid, path))
+    ui.event(sweeps.started(grid, path))
     rounds = sum(p.recipe.rounds for p in grid.points)
     with ui.count("rounds", rounds) as bar, InterruptHandler(ui) as interrupt:
-        failed = sweeps.run(
-            folder, grid, SweepScreen(ui, bar, interrupt, resume, len(grid.points)), offline=args.offline
-        )
+        screen = SweepScreen(ui, bar, interrupt, sweeps.resume_command(path), len(grid.points))
+        failed = sweeps.run(folder, grid, screen, offline=args.offline)
     _results(grid, path, ui)
-    if failed:
-        names = ", ".join(p.name for p in failed[:3])
-        raise FleetuneError(f"{len(failed)} of {len(grid.points)} runs failed: {names}", hint=resume)
+    sweeps.raise_failed(grid, path, failed)
 
 
 def _results(grid: SweepGrid, path: Path, ui: Ui) -> None:
     from fleetune.tuning import sweep as sweeps
 
-    table = report.grid_tables(grid.axes, sweeps.members(path, grid))
-    page = path / sweeps.PAGE
-    figures = sorted(str(p) for p in (path / "figures").glob("*.svg"))
-    ui.event(SweepDone(path=str(path), page=str(page), figures=figures, **table.record))
+    done, table = sweeps.finished(grid, path)
+    ui.event(done)
     if not ui.json:
         ui.table(
             table.head, table.rows, align="l" * len(grid.axes) + "r" * (len(table.head) - len(grid.axes))
@@ -220,7 +200,7 @@ def _results(grid: SweepGrid, path: Path, ui: Ui) -> None:
         ui.note(caveat)
     ui.paths(
         [
-            ("report", str(page)),
+            ("report", done.page),
             ("figures", str(path / "figures")),
             ("next", f"fleetune runs --out {quoted(path)}"),
         ]

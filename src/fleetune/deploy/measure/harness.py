@@ -185,7 +185,7 @@ def _tasks(job: MeasureJob, engine: LoadedEngine) -> dict[str, float]:
     examples = [Example(tuple((who, text) for who, text in turns), answer) for turns, answer in job.examples]
     return measures.evaluate(
         engine.model, examples, job.tasks, max_new_tokens=job.answer_tokens, labels=job.labels
-    )
+    ).values
 
 
 def windows(texts: Sequence[Sequence[int]], length: int, count: int) -> list[Row]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from fleetune.common.files import storage_error, write_atomic
+from fleetune.common.files import PRIVATE, storage_error, write_atomic
 from fleetune.runs.report.runlog import RunLog, steps
 from fleetune.runs.report.sections import per_client
 from fleetune.runs.report.sections.fleet import client_name
@@ -52,9 +52,9 @@ def write(folder: Path, html: str, tables: Mapping[str, str]) -> None:
     except OSError as error:
         raise storage_error(error, place) from error
     for name, drawing in drawings(html).items():
-        write_atomic(place / f"{name}.svg", drawing.encode("utf-8", "replace"))
+        write_atomic(place / f"{name}.svg", drawing.encode("utf-8", "replace"), mode=PRIVATE)
     for name, text in tables.items():
-        write_atomic(place / f"{name}.csv", text.encode("utf-8", "replace"))
+        write_atomic(place / f"{name}.csv", text.encode("utf-8", "replace"), mode=PRIVATE)
 
 
 def linked(html: str, tables: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fleetune.common.settings import AUTO
+from fleetune.common.settings import AUTO, Setting
 from fleetune.data import Encoded, keyed_order
 from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
 from fleetune.models.model import Model
@@ -72,11 +72,28 @@ def problems(recipe: Recipe, method: Method) -> list[str]:
     """Say why a rate that is asked for by name cannot be found."""
     objective = str(getattr(method, "objective", "loss"))
     asked = [name for name, value in recipe.set.items() if value == AUTO]
+    if idle := [
+        why for s in methods.settings(recipe.method) if s.name in asked and (why := _idle(recipe, method, s))
+    ]:
+        return idle
     if asked and objective != "loss" and isinstance(method, FromSlopes):
         return [
             f"{asked[0]}=auto is found from slopes of the loss, and the objective is {objective!r}: give a number"
         ]
     return []
+
+
+def _idle(recipe: Recipe, method: Method, setting: Setting) -> str:
+    """Say why no device would use a rate that is asked for, "" where some do."""
+    if not setting.has_effect(method):
+        return f"{setting.name}=auto does nothing: it is used only with {setting.only_if}"
+    if (
+        setting.only_if
+        and recipe.kinds
+        and not any(int(kind) for kind in recipe.kinds.split(",") if kind.strip().isdigit())
+    ):
+        return f"{setting.name}=auto does nothing: with kinds = {recipe.kinds!r} no client is of the kind that uses it"
+    return ""
 
 
 def find(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fleetune.common.display import clean
+from fleetune.common.display import one_line
 from fleetune.runs.report import bars, page, rows, svg
 from fleetune.runs.report.page import TableCell, counted, span
 from fleetune.runs.report.runlog import Event, RunLog, list_of, map_of, num_of, number, text_of
@@ -58,7 +58,7 @@ def client_name(run: RunLog, client: object) -> str:
     """Return a client's name in the data, where the clients are the data's own; else its number."""
     names = list_of(run.start, "names")
     if isinstance(client, int) and 0 <= client < len(names) and isinstance(names[client], str):
-        return clean(str(names[client]))
+        return one_line(str(names[client]))
     return str(client)
 
 

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline as functions: plan, tune, sweep, evaluate, compress, export, measure, serve, chat; `open` looks a name up.
+
+    plan = fleetune.plan("smollm2-135m", ram="2GB", uplink="1Mbps")
+    run = fleetune.tune("smollm2-135m", "demo", method="fedkseed", rounds=2)
+    small = fleetune.compress(run, method="optq", settings={"bits": 4})
+    file = fleetune.export(small, to="gguf")
+    table = fleetune.measure(small, kept_gain=True)
+
+The commands of the same names call these.  A model may be a name, a path, the number of a run or compression, `latest`,
+or a result of `tune` or `compress`; `plan`, `tune` and `sweep` start from a plain model.
+Every function raises a class of `fleetune.errors` whose message says what failed and whose hint says what to do.
+With `offline` the network is never used; `out` is the folder of the runs.
+
+A function that takes long prints lines while it works where a person reads them: standard output is a terminal or a
+notebook.  `progress=False` prints nothing, `progress=True` prints in a pipe too.  A `listener` is called with events,
+remarks and progress instead (`runs/listener.py`).  Remarks of what is silent go to the log `fleetune`.
+"""
+
+from __future__ import annotations
+
+from fleetune.api.arguments import Rows as Rows
+from fleetune.api.arguments import Setting as Setting
+from fleetune.api.compression import compress, resume_compression
+from fleetune.api.conversation import chat, generate
+from fleetune.api.deployment import export, measure, serve
+from fleetune.api.evaluation import evaluate
+from fleetune.api.names import compressors, list_runs, methods, open, targets
+from fleetune.api.planning import plan
+from fleetune.api.sweeping import resume_sweep, sweep
+from fleetune.api.tuning import resume_run, tune
+
+__all__ = [
+    "chat", "compress", "compressors", "evaluate", "export", "generate", "list_runs", "measure", "methods", "open", "plan",
+    "resume_compression", "resume_run", "resume_sweep", "serve", "sweep", "targets", "tune",
+]  # fmt: skip

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure a model on rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleetune import subject as subjects
+from fleetune.api.arguments import Rows, words
+from fleetune.errors import RecipeError
+from fleetune.runs.listener import Listener
+from fleetune.runs.progress import heard_by
+from fleetune.subject import Subject
+
+if TYPE_CHECKING:
+    from fleetune.data import Example
+    from fleetune.evaluation.harness_tasks import HarnessTasks
+
+
+def evaluate(
+    model: object,
+    data: Rows | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    limit: int = 200,
+    answer_tokens: int = 96,
+    text: str | Path | None = None,
+    labels: Sequence[str] = (),
+    task_files: str | Path | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+) -> dict[str, float]:
+    """Measure a model on rows and return task -> value; a run or a compressed run has held-out rows of its own.
+
+    `tasks` are loss, rouge_l, f1, exact_match, accuracy (by the words in `labels`) and perplexity (of the file `text`);
+    the default is loss and rouge_l; for an encoder, loss and accuracy.  At most `limit` rows are measured, cut to the
+    `max_length` of the run that the model comes from (512 tokens for others).  The event of a run has the loss of its base
+    model on the same rows as well, and how sure the change is.  Losses are in nats per token (of an
+    encoder: per row); perplexity has no unit; the others are in percent.  Any other name is a task of
+    lm-evaluation-harness, of which at most `limit` questions are asked; `task_files` is a folder of tasks of one's own.  Its
+    values are named TASK.METRIC and have the harness's unit; the event has their standard errors.
+    """
+    from fleetune.data import read_text
+    from fleetune.evaluation import harness_tasks, measures
+    from fleetune.runs.events import evaluated
+
+    heard, labels = heard_by(listener, progress), words(labels)
+    own, others = harness_tasks.divided(words(tasks))
+    wanted = _checked_tasks(own, limit, answer_tokens, text)
+    of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
+    found = subjects.open(model, out=out)
+    if of_harness is not None and not own:
+        return _by_harness(of_harness, found, limit, heard, dtype=dtype, device=device, offline=offline)
+    given = _rows(data, Path(out), offline=offline)
+    _check_labels(given[:limit], labels if "accuracy" in wanted else ())
+    loaded, every = subjects.load_with_rows(
+        found, given, labels=labels, dtype=dtype, device=device, needs_rows=not text, offline=offline
+    )
+    examples = every[:limit]
+    values, rows = measures.evaluate(
+        loaded, examples, wanted, max_length=found.max_length, max_new_tokens=answer_tokens, labels=labels,
+        texts=read_text(str(text)) if text else (),
+    )  # fmt: skip
+    scores = of_harness.evaluate(loaded, limit=limit) if of_harness is not None else []
+    base = (
+        subjects.base_losses(found, loaded, examples) if rows else None
+    )  # `loaded` is the base from here on
+    heard.event(evaluated(
+        found.argument, len(examples), values, of=len(every), max_length=found.max_length, rows_of=(base, rows),
+        harness=scores,
+    ))  # fmt: skip
+    return values | harness_tasks.by_name(scores)
+
+
+def _by_harness(
+    tasks: HarnessTasks,
+    found: Subject,
+    limit: int,
+    listener: Listener,
+    *,
+    dtype: str | None,
+    device: str,
+    offline: bool,
+) -> dict[str, float]:
+    """Measure a model by tasks of the harness alone, which need no rows."""
+    from fleetune.evaluation import harness_tasks
+    from fleetune.runs.events import evaluated
+
+    loaded = subjects.load_alone(found, dtype=dtype, device=device, offline=offline)
+    scores = tasks.evaluate(loaded, limit=limit)
+    listener.event(evaluated(found.argument, 0, {}, of=0, max_length=found.max_length, harness=scores))
+    return harness_tasks.by_name(scores)
+
+
+def _rows(data: Rows | None, out: Path, *, offline: bool) -> list[Example]:
+    """Read the rows that were given, none for None."""
+    from fleetune.data import read
+    from fleetune.tuning import objects_to_files
+
+    file = objects_to_files.data_name(data, out)
+    return read(file, offline=offline) if file else []
+
+
+def _check_labels(rows: Sequence[Example], labels: Sequence[str]) -> None:
+    """DataError for rows with another answer than the label words, where there are any."""
+    from fleetune.data.labelled import check_answers
+
+    if labels:
+        answers = [example.response.strip() for example in rows]
+        check_answers(answers, labels, f"labels = {', '.join(labels)}", "name all label words of the data")
+
+
+def _checked_tasks(
+    tasks: Sequence[str], limit: int, answer_tokens: int, text: str | Path | None
+) -> tuple[str, ...]:
+    """Return the tasks; RecipeError for bad options, before anything is loaded."""
+    from fleetune.evaluation import measures
+
+    numbers: dict[str, object] = {"limit": limit, "answer_tokens": answer_tokens}
+    problems = [f"{n} = {v!r} is not an integer" for n, v in numbers.items() if not isinstance(v, int)]
+    problems += [f"{n} = {v} is below 1" for n, v in numbers.items() if isinstance(v, int) and v < 1]
+    if text and not Path(text).is_file():
+        problems.append(f"no text file at {text}")
+    if problems:
+        raise RecipeError(problems, hint="fleetune eval --help")
+    return measures.check_tasks(list(tasks))

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find what there is: what a name means, finished runs, methods, compressors, export targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleetune import subject as subjects
+from fleetune.subject import Subject
+
+if TYPE_CHECKING:
+    from fleetune.tuning.result import TuneResult
+
+
+def open(name: object, *, out: str | Path = "runs") -> Subject:
+    """Return what a name means: a `Run`, a `Compressed` model or a `Plain` one.  No weights are loaded yet.
+
+    `name` is a path, the name or number of a run or compression under `out`, `latest`, a built-in name or a hub id, or a
+    result of `tune` or `compress`.  UsageError when no run or compression has that number, or there is no latest one.
+    """
+    return subjects.open(name, out)
+
+
+def list_runs(out: str | Path = "runs") -> list[TuneResult]:
+    """Return the finished tuning runs under `out`, by number, each with its results; a sweep's folder is an `out` too.
+
+    Runs that are stopped or failed are not among them (`fleetune runs` lists them as well), nor are compressions.
+    """
+    from fleetune.tuning import result
+
+    return result.finished_in(Path(out))
+
+
+def methods() -> list[str]:
+    """Return the names of all tuning methods, those of other packages included."""
+    from fleetune.tuning import methods as found
+
+    return list(found.entries())
+
+
+def compressors() -> list[str]:
+    """Return the names of all compression methods, those of other packages included."""
+    from fleetune import compression
+
+    return list(compression.entries())
+
+
+def targets() -> list[str]:
+    """Return the names of all export targets, those of other packages included."""
+    from fleetune.deploy import targets as found
+
+    return list(found.every())

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plan before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleetune import subject as subjects
+
+if TYPE_CHECKING:
+    from fleetune.planning.plan import Plan
+
+
+def plan(
+    model: str | Path,
+    *,
+    ram: str | int | None = None,
+    uplink: str | float | None = None,
+    batch: int = 1,
+    length: int = 256,
+    steps: int = 200,
+    dtype: str = "fp32",
+    offline: bool = False,
+) -> Plan:
+    """Return memory, traffic and time of every method for one device and one round, before any work.
+
+    `ram` is the device's memory (4GB, or bytes), `uplink` its upload speed (1Mbps, or bytes a second); without them
+    the plan does not say what fits, or how long sending takes.  A round is `steps` local steps of `batch` rows of
+    `length` tokens, with weights in `dtype`.
+    """
+    from fleetune import models
+    from fleetune.planning import plan as planning
+
+    model = model if isinstance(model, str | Path) else subjects.open(model).argument
+    config = models.load_config(str(model), offline=offline)
+    work = planning.Workload(batch=batch, length=length, steps=steps, dtype=dtype)
+    return planning.make(
+        config, str(model), work,
+        ram=planning.parse_bytes(f"{ram} B" if isinstance(ram, int) else ram),
+        uplink=planning.parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink),
+    )  # fmt: skip

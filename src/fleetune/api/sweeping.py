@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tune over a grid of values and seeds, or resume a sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from fleetune.api.arguments import Rows, Setting
+from fleetune.api.tuning import recipe_for
+from fleetune.common.settings import Value
+from fleetune.runs import rundir
+from fleetune.runs.listener import Listener
+from fleetune.runs.progress import heard_by
+from fleetune.tuning.recipe import RecipeOptions
+
+if TYPE_CHECKING:
+    from fleetune.tuning.sweep_result import SweepResult
+
+
+def sweep(
+    model: object,
+    data: Rows | None = None,
+    *,
+    vary: Mapping[str, Sequence[Value]] | None = None,
+    seeds: int = 1,
+    method: object = "auto",
+    settings: Mapping[str, Setting] | None = None,
+    tokenizer: object = None,
+    name: str = "grid",
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+    **options: Unpack[RecipeOptions],
+) -> SweepResult:
+    """Tune over all combinations of the values in `vary`, each for `seeds` seeds, in a new folder under `out`.
+
+    `vary` maps a name to its values: an option (`rounds`), a setting of the method (`K`), `method`, or `alpha` of the
+    Dirichlet partition.  `name` becomes a part of the folder's name; all else is as in `tune`.  RecipeError, before any
+    run, for a name that cannot vary or a combination that cannot be; FleetuneError, after all runs, when some failed:
+    `resume_sweep` does these again.
+    """
+    from fleetune.planning import choose
+    from fleetune.tuning import sweep as sweeps
+    from fleetune.tuning import sweep_grid, sweep_result
+
+    heard, varied = heard_by(listener, progress), dict(vary or {})
+    recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, heard)
+    table = {n: [*values] if isinstance(values, list | tuple) else values for n, values in varied.items()}
+    values = dataclasses.asdict(recipe) | {"sweep": {**table, "seeds": seeds}}
+    grid = sweep_grid.make(choose.settled_sweep(values, (), heard.note, offline=offline))
+    sweeps.check(grid, offline=offline)
+    rundir.check_writable(Path(out))
+    with sweeps.create(Path(out), name, grid) as folder:
+        return sweep_result.perform(folder, grid, heard, offline=offline)
+
+
+def resume_sweep(
+    sweep: object,
+    *,
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+) -> SweepResult:
+    """Resume a stopped sweep by its own recipe: finished runs stay, the others are done or resumed.
+
+    `sweep` is a path, the name or number of a sweep under `out`, `latest`, or a result of `sweep`.  UsageError when there
+    is none, or when the data has other rows now.
+    """
+    from fleetune.tuning import sweep as sweeps
+    from fleetune.tuning import sweep_result
+
+    heard = heard_by(listener, progress)
+    path = sweeps.find(str(getattr(sweep, "folder", sweep)), Path(out))
+    grid = sweeps.read(path)
+    sweeps.check(grid, folder=path, offline=offline)
+    rundir.check_writable(path)
+    with rundir.RunDir(path) as folder:
+        return sweep_result.perform(folder, grid, heard, offline=offline)

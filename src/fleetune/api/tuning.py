@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tune a model over a simulated fleet, or resume a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from fleetune.api.arguments import Rows, Setting, words
+from fleetune.errors import RecipeError, UsageError
+from fleetune.runs import rundir, tracking
+from fleetune.runs.listener import Listener
+from fleetune.runs.progress import heard_by
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.recipe import Recipe, RecipeOptions
+
+if TYPE_CHECKING:
+    from fleetune.tuning.result import TuneResult
+
+
+def tune(
+    model: object,
+    data: Rows | None = None,
+    *,
+    method: object = "auto",
+    settings: Mapping[str, Setting] | None = None,
+    tokenizer: object = None,
+    tracker: str | Sequence[str] = (),
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+    **options: Unpack[RecipeOptions],
+) -> TuneResult:
+    """Tune a model over a simulated fleet in a new folder under `out`, and return the run.
+
+    `model` is a name or path, a `fleetune.Model`, a transformers or PEFT model (with its `tokenizer`), or a whole
+    `Recipe`, which then holds all options.  `data` is a file, a hub id, `"demo"`, or rows as dicts.  `method` is a name
+    or a method's own dataclass (`fedkseed.Method(K=1024)`), `auto` the one that `plan` recommends; `settings` are the
+    method's, by name.  `options` are those of `fleetune.Recipe`.  A model or rows given as Python objects are saved under
+    `OUT/objects`, so that the run can be resumed.  A PEFT model's adapters are merged into the copy that is saved and
+    tuned: they are not trained on.
+    `tracker` names trackers that get the figures as well: tensorboard, wandb, mlflow, trackio.
+    """
+    from fleetune.planning import choose
+    from fleetune.tuning import run
+
+    watching, trackers = heard_by(listener, progress), tracking.check(words(tracker))
+    recipe = recipe_for(model, data, method, settings or {}, tokenizer, Path(out), options, watching)
+    recipe = choose.settled_method(recipe, watching.note, offline=offline)
+    with tracking.tracked(watching, trackers, offline=offline) as heard:
+        return run.start(recipe, Path(out), heard, offline=offline)
+
+
+def resume_run(
+    run: object,
+    *,
+    tracker: str | Sequence[str] = (),
+    out: str | Path = "runs",
+    offline: bool = False,
+    listener: Listener | None = None,
+    progress: bool | None = None,
+) -> TuneResult:
+    """Resume a stopped run by its own recipe, to the same bits as without the stop; return a finished run as it is.
+
+    `run` is a name, number, path or result; `tracker` as in `tune`, which a run does not remember.
+    """
+    from fleetune.tuning import run as running
+
+    folder = getattr(run, "folder", None)
+    path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))
+    with tracking.tracked(heard_by(listener, progress), words(tracker), offline=offline) as heard:
+        return running.resume(path, heard, offline=offline)
+
+
+def recipe_for(
+    model: object,
+    data: Rows | None,
+    method: object,
+    settings: Mapping[str, Setting],
+    tokenizer: object,
+    out: Path,
+    options: RecipeOptions,
+    listener: Listener,
+) -> Recipe:
+    """The recipe for what a caller handed over; the options are checked before any object is saved."""
+    from fleetune.common.settings import named
+    from fleetune.tuning import methods, objects_to_files
+
+    if isinstance(model, Recipe):
+        if data is None and tokenizer is None and not (settings or options) and method == recipes.AUTO_METHOD:
+            return model
+        raise UsageError(
+            "a recipe says everything; nothing is given beside it", hint="dataclasses.replace it"
+        )
+    if data is None:
+        raise RecipeError(["data is missing"], hint='give a file, rows, or "demo"')
+    if objects_to_files.is_adapted(model):
+        listener.note(
+            "the model's adapters are merged into a copy of its base, and that is tuned: rank, alpha and targets are the "
+            "method's settings"
+        )
+    modules = {n: e.module for n, e in methods.entries().items()}
+    name, chosen = (recipes.AUTO_METHOD, {}) if method == recipes.AUTO_METHOD else named(method, modules)
+    known = set() if name == recipes.AUTO_METHOD else {s.name for s in methods.settings(name)}
+    if misplaced := [word for word in options if word in known and word not in recipes.fields()]:
+        raise RecipeError(
+            [f"'{word}' is a setting of {name}, not an option" for word in misplaced],
+            hint=f'give it as settings={{"{misplaced[0]}": ..}}',
+        )
+    values = chosen | objects_to_files.setting_values(settings)
+    named_rows = str(data) if isinstance(data, str | Path) else "data"
+    recipe = recipes.make({**options, "model": "model", "data": named_rows, "method": name, "set": values})
+    return dataclasses.replace(
+        recipe,
+        model=objects_to_files.model_name(model, tokenizer, out),
+        data=objects_to_files.data_name(data, out),
+    )
