@@ -13,6 +13,7 @@ from fleetune import recipes as named
 from fleetune.common import settings
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
+from fleetune.runs import rundir
 from fleetune.tuning import recipe as recipes
 
 PREFIX = "recipe_"
@@ -62,9 +63,19 @@ def given(args: argparse.Namespace) -> dict[str, str]:
 
 def keys(args: argparse.Namespace, file: str | None) -> dict[str, Any]:
     """The keys of a recipe (a file or `recipe:NAME`), overridden by the flags; RecipeError for a setting without a value."""
-    values: dict[str, Any] = recipes.read(named.find(file)) if file else {}
+    values = _read(named.find(file)) if file else {}
     values |= given(args)
     return {**values, "set": {**values.get("set", {}), **settings.pairs(args.set)}}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read a recipe; the files that a run's own recipe names are looked for in the folder that the run was started in."""
+    values = recipes.read(file)
+    if not (file.parent / rundir.ENVIRONMENT).is_file():
+        return values
+    from fleetune.tuning import places
+
+    return places.found_again(values, file.parent)
 
 
 def check_data(data: str) -> None:

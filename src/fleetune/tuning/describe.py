@@ -20,7 +20,7 @@ from fleetune.runs import rundir, sealed
 from fleetune.runs.events import RateFound, TuneStart
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import foundations, methods
+from fleetune.tuning import foundations, methods, places
 from fleetune.tuning.methods import Method
 from fleetune.tuning.settled import given
 
@@ -73,6 +73,7 @@ def of_data(job: TuneJob, run: Path) -> dict[str, Any]:
         "held_out_sha256": stated.held_out,
         "split_sha256": split_digest(parts.clients, parts.held),
         "given": told if isinstance(told, list) else given(job.recipe),
+        **places.note(run),
     }
 
 

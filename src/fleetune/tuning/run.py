@@ -34,6 +34,7 @@ from fleetune.tuning import (
     foundations,
     model_card,
     per_client,
+    places,
     remarks,
     robust,
     rounds,
@@ -152,7 +153,8 @@ def resume(path: Path, listener: Listener, *, offline: bool, fleets: Fleets = SI
 
     A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
     """
-    recipe = foundations.recipe_of(path)
+    recipe = places.recipe_of(path)
+    places.check_code(recipe, path)
     check(recipe)
     fleets.check(recipe)
     if is_done(path, listener.note):
@@ -160,6 +162,7 @@ def resume(path: Path, listener: Listener, *, offline: bool, fleets: Fleets = SI
         listener.note(f"{path} is finished already")
         listener.event(found.done)
         return found
+    places.check_rows(recipe, path)
     with _ONE_AT_A_TIME, RunDir(path) as folder:
         rundir.check_writable(path)
         job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False, measure=False)
@@ -336,7 +339,7 @@ def _start(job: TuneJob, run: RunDir, base: _Base, first: Any, listener: Listene
 def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None:
     """Write down what is run, and tell the listener."""
     recipe = job.recipe
-    run.write("run.toml", recipes.to_toml(recipe))
+    run.write("run.toml", recipes.to_toml(places.as_stated(recipe, run.path)))
     made_of = describe.of_model(job) | describe.of_data(job, run.path)
     run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(made_of)) + "\n")
     row_digests.write(run, job.split.examples)
