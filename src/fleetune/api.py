@@ -224,6 +224,7 @@ def evaluate(
     lm-evaluation-harness, of which at most `limit` questions are asked; `task_files` is a folder of tasks of one's own.  Its
     values are named TASK.METRIC and have the harness's unit; the event has their standard errors.
     """
+    found = open(model, out=out)  # before torch is imported
     from fleetune import data as reading
     from fleetune.data.labelled import check_answers
     from fleetune.evaluation import harness_tasks, measures
@@ -234,7 +235,6 @@ def evaluate(
     own, others = harness_tasks.divided(_words(tasks))
     wanted = _checked_tasks(own, limit, answer_tokens, text)
     of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
-    found = open(model, out=out)
     if of_harness is not None and not own:
         scores = of_harness.evaluate(
             subjects.load_alone(found, dtype=dtype, device=device, offline=offline), limit=limit
@@ -317,6 +317,8 @@ def compress(
     `true_sequential` a layer is solved on inputs that have passed the already compressed layers of its own block (GPTQ's
     option of that name).  The perplexity of the text file `eval_text` is measured before and after.
     """
+    if isinstance(model, str | Path):
+        subjects.open_weights(model, out)  # refused before torch is imported
     from fleetune.compression.jobs import job
     from fleetune.tuning import objects_to_files
 
@@ -417,6 +419,11 @@ def measure(
     the last stage of each is measured, in torch and as its exported files.  `kept_gain` also compresses the base in the
     same way, to find what share of the improvement from tuning survives.
     """
+    from fleetune.deploy.measure import kept_gain as kept_gains
+
+    found = [open(model, out=out) for model in models]  # what is no model is refused before torch is imported
+    if kept_gain and found:
+        kept_gains.check(found)
     from fleetune.deploy.measure import job
     from fleetune.tuning import objects_to_files
 
@@ -429,7 +436,6 @@ def measure(
     if not models:
         raise UsageError("measure needs a model", hint="give one or more names, paths or results")
     job.check(len(models), options)
-    found = [open(model, out=out) for model in models]
     return job.measure(found, options, checked(listener), offline=offline)
 
 

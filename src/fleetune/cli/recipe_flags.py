@@ -78,6 +78,14 @@ def _read(file: Path) -> dict[str, Any]:
     return places.found_again(values, file.parent)
 
 
+def check_model(model: str, out: str) -> None:
+    """UsageError for a model's name that none can have, before torch is loaded: a run, a path that leads nowhere."""
+    from fleetune.models import names
+
+    rundir.check_name(model, Path(out))
+    names.check(model)
+
+
 def check_data(data: str) -> None:
     """DataError for a file that is not there, before torch is loaded; names of the hub and folders are looked at later."""
     from fleetune.data import readers

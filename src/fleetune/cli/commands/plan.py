@@ -32,8 +32,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Print the table, and the command to begin with."""
     from fleetune import api
+    from fleetune.cli import recipe_flags
     from fleetune.planning import plan as planning
 
+    recipe_flags.check_model(args.model, args.out)
     plan = api.plan(
         args.model, ram=args.ram, uplink=args.uplink, batch=args.batch, length=args.length, steps=args.steps,
         dtype=args.dtype, offline=args.offline,

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             finish(ui, result)
         return
     recipe = recipe_of(args)
+    recipe_flags.check_model(recipe.model, args.out)
     recipe_flags.check_data(recipe.data)
     if args.dry_run:
         _check_only(recipe, args, ui)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from fleetune.common import paired
 from fleetune.common.paired import RowLosses
-from fleetune.deploy.measure import harness, lines, record
+from fleetune.deploy.measure import harness, kept_gain, lines, record
 from fleetune.deploy.measure.harness import KeptGain, Measurement, Row
 from fleetune.deploy.measure.lines import Line, Measurable
 from fleetune.errors import FleetuneError, UsageError
@@ -257,8 +257,8 @@ def _finish(
 def _check_kept(measurable: Measurable) -> None:
     from fleetune.compression.jobs import compressed_base
 
-    if measurable.folder is None:
-        raise UsageError("--kept-gain is of a compressed run's folder", hint="fleetune compress RUN")
+    kept_gain.check([measurable.subject])
+    assert measurable.folder is not None
     compressed_base.check(measurable.folder)
 
 
