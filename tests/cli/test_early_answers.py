@@ -72,4 +72,7 @@ def test_a_compression_of_a_model_has_no_gain_to_keep(at: Path, capsys: pytest.C
 
 def test_no_run_is_suggested_where_there_is_none() -> None:
     assert names.none_such("3", Path("runs"), []).hint == "runs there are: fleetune runs"
-    assert names.none_such("x", Path("a"), ["0001-y-z"]).hint == "the newest is a/0001-y-z; runs there are: fleetune runs --out a"
+    assert (
+        names.none_such("x", Path("a"), ["0001-y-z"]).hint
+        == "the newest is a/0001-y-z; runs there are: fleetune runs --out a"
+    )
