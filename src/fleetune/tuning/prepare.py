@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,20 +16,18 @@ import torch
 from fleetune import data, models
 from fleetune.common.memory import release_memory
 from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
-from fleetune.data.examples import looks_like_model, looks_like_rows
 from fleetune.data.labelled import encode_rows
 from fleetune.data.lengths import Cut
 from fleetune.data.partition import check_partition_spec
 from fleetune.data.plain_text import begun
 from fleetune.data.splitting import Split as Split
-from fleetune.errors import DataError, RecipeError, UsageError
+from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
-from fleetune.models.cache import ORIGINS
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
-from fleetune.tuning import estimate, kinds, labels, methods, rates, robust, rounds
+from fleetune.tuning import estimate, kinds, labels, methods, rates, recipe_problems, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.estimate import Estimate
 from fleetune.tuning.methods import Method, MethodEntry
@@ -78,7 +74,7 @@ class TuneJob:
 def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
     kernel_choice.chosen_kernels()
-    _check_order(recipe)
+    recipe_problems.check_order(recipe.model, recipe.data)
     entry = methods.entry(recipe.method)
     problems: list[str] = []
     hint = ""  # of the first
@@ -115,17 +111,6 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     method = methods.make(recipe.method, recipe.set)
     methods.check_files(method)
     return entry, method
-
-
-def _check_order(recipe: Recipe) -> None:
-    """Raise UsageError where the model is the data, and the data are the model."""
-    model, rows = recipe.model, recipe.data
-    if looks_like_rows(model) and (os.path.isfile(model) or rows in ORIGINS or looks_like_model(rows)):
-        raise UsageError(
-            f"MODEL and DATA are swapped: {model} holds rows"
-            + (f", {rows} is a model" * looks_like_model(rows)),
-            hint=f"fleetune tune {shlex.quote(rows)} {shlex.quote(model)}",
-        )
 
 
 def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:

@@ -21,6 +21,7 @@ from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.runs.events import ClientReply, Event, RoundDone, RoundEvaluated
 from fleetune.tuning import recipe as recipes
+from fleetune.tuning import recipe_problems
 from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             finish(ui, result)
         return
     recipe = recipe_of(args)
+    recipe_problems.check_order(recipe.model, recipe.data)
     recipe_flags.check_model(recipe.model, args.out)
     recipe_flags.check_data(recipe.data)
     if args.dry_run:
