@@ -174,6 +174,15 @@ class View:
         self.folded.forget()
         self.place(None)
 
+    @property
+    def words(self) -> str:
+        """Say in words what it is, for the model that carries it."""
+        return (
+            "its weights moved by a seed ledger"
+            if self.point is not None
+            else "its weights ready to be moved"
+        )
+
     def merge(self, model: Any) -> None:
         """Overwrite the stored weights of the model that carries this view, and take the view off."""
         self.write()

@@ -24,7 +24,7 @@ CODE: Final = re.compile(r"(.+\.py):\w+")  # file.py:function
 
 def found_again(values: Mapping[str, Any], run: Path) -> dict[str, Any]:
     """Return the keys of a run's recipe with the names of its files as they are found from here."""
-    start = start_folder.of(run, _record(run))
+    start = start_folder.of(run, record(run))
     names = {n: v for n in foundations.PATHS if isinstance(v := values.get(n), str) and v not in NOT_PATHS}
     return {**values, **{n: start_folder.find(v, start) for n, v in names.items()}}
 
@@ -47,12 +47,12 @@ def as_stated(recipe: Recipe, run: Path) -> Recipe:
 
 def note(run: Path) -> dict[str, str]:
     """Return what env.json says of the folder that a run is started in."""
-    return start_folder.note(run, _record(run))
+    return start_folder.note(run, record(run))
 
 
 def check_rows(recipe: Recipe, run: Path) -> None:
     """DataError for a file of rows that is neither here nor in the folder that the run was started in."""
-    start = start_folder.of(run, _record(run))
+    start = start_folder.of(run, record(run))
     for name in filter(None, (recipe.data, recipe.eval_data)):
         path = Path(name).expanduser()
         if path.suffix.lower() in READERS and ":" not in name and not path.exists():
@@ -65,7 +65,7 @@ def check_rows(recipe: Recipe, run: Path) -> None:
 
 def check_code(recipe: Recipe, run: Path) -> None:
     """RecipeError for a setting file.py:function whose file is only in the folder that the run was started in."""
-    start = start_folder.of(run, _record(run))
+    start = start_folder.of(run, record(run))
     for name, value in recipe.set.items():
         code = CODE.fullmatch(value) if isinstance(value, str) else None
         if start and code and not Path(code[1]).exists() and (start / code[1]).is_file():
@@ -76,7 +76,7 @@ def check_code(recipe: Recipe, run: Path) -> None:
             )
 
 
-def _record(run: Path) -> Mapping[str, Any]:
+def record(run: Path) -> Mapping[str, Any]:
     """Return what env.json holds; {} where it is damaged or gone."""
     try:
         return sealed.read(run / rundir.ENVIRONMENT, "")

@@ -36,6 +36,7 @@ from fleetune.tuning import (
     per_client,
     places,
     remarks,
+    resumption,
     robust,
     rounds,
     row_digests,
@@ -276,6 +277,7 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
         return found or base.measured
 
     def resumed() -> None:
+        listener.note(resumption.progress(run.path, recipe.rounds))
         if base is not None:
             listener.note(f"{run.path / EVALUATION} is damaged or gone: the base model has answered again")
             _start(job, run, base, first, listener)
@@ -341,11 +343,14 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     recipe = job.recipe
     run.write("run.toml", recipes.to_toml(places.as_stated(recipe, run.path)))
     made_of = describe.of_model(job) | describe.of_data(job, run.path)
-    run.write(rundir.ENVIRONMENT, sealed.to_text(rundir.environment(made_of)) + "\n")
+    before, now = places.record(run.path), rundir.environment(made_of)
+    run.write(rundir.ENVIRONMENT, sealed.to_text(now) + "\n")
     row_digests.write(run, job.split.examples)
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
     for remark in (*map(remarks.of_rate, job.found), *job.about_time()[1:]):
         listener.note(remark)
+    if told := resumption.changes(before, now):
+        listener.note(told)
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))
     listener.progress("rounds", 0, recipe.rounds)

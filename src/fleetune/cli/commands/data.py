@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
-from fleetune.common.display import clean
+from fleetune.common.display import clean, counted
 from fleetune.runs.events import DataChecked, RowShown
 from fleetune.tuning import recipe as recipes
 
@@ -53,7 +53,9 @@ def _print(found: DataChecked, data: str, model: str, ui: Ui) -> None:
     rows = [
         ("rows", f"{found.rows:,} · {found.training:,} to train on, {found.held_out:,} held out"),
         ("length", f"{lengths.unit}: half of the rows up to {lengths.p50:,}, 95 % up to {lengths.p95:,}, the longest "
-                   f"{lengths.longest:,}; {lengths.total:,} in all" + ("" if model else " (tokens: --model MODEL)")),
+                   f"{lengths.longest:,}; {lengths.total:,} in all"),
+        *([] if model else [("", f"in tokens, and what max_length={found.max_length} cuts: add --model MODEL")]),
+        *([("cut", _cut(found))] if found.cut is not None else []),
         ("clients", _clients(found)),
     ]  # fmt: skip
     if found.labels is not None:
@@ -72,6 +74,16 @@ def _print(found: DataChecked, data: str, model: str, ui: Ui) -> None:
     for sample in found.samples:
         _show(sample, ui)
     ui.paths([("next", f"fleetune tune {model or 'MODEL'} {shlex.quote(data)}")])
+
+
+def _cut(found: DataChecked) -> str:
+    """Say how many rows max_length cuts, and how far it would have to be raised."""
+    if not found.cut:
+        return f"none: max_length={found.max_length} takes every row whole"
+    return (
+        f"{found.cut:,} of {counted(found.rows, 'row')} are longer than max_length={found.max_length}; "
+        f"--max-length {found.lengths.longest} takes all whole"
+    )
 
 
 def _clients(found: DataChecked) -> str:
