@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fleetune import models
 from fleetune.cli.main import main
 from fleetune.runs import compression_folder, names
 from fleetune.runs.compression_folder import CompressRequest
@@ -39,6 +40,11 @@ REFUSED = {
     "tune runs/0001-typo rows.jsonl": f"did you mean {RUN}",
     "tune ./nowhere rows.jsonl": "there is no file or directory './nowhere'",
     "tune smollm2-135 rows.jsonl": "Did you mean 'smollm2-135m'?",
+    "tune tiny rows.jsonl --eval-data row.jsonl": "did you mean rows.jsonl?",
+    "tune tiny rows.jsonl --method fedit --set rr=3": "fedit has no setting 'rr'. Did you mean 'r'?",
+    "tune tiny rows.jsonl --method fedkseed --set K=many": "fedkseed: K = 'many' is not an integer",
+    "tune tiny rows.jsonl --method fedit --aggregation medain": "aggregation = 'medain' is none of mean, median",
+    "tune tiny rows.jsonl --partition dirichlet:0.5": "dirichlet:ALPHA:COLUMN",
     "plan a/b/c": "there is no file or directory 'a/b/c'",
     "measure 1 --kept-gain": f"fleetune measure {SMALL} --kept-gain",
     "measure rows --kept-gain": "--kept-gain is of a compressed run's folder",
@@ -76,3 +82,33 @@ def test_no_run_is_suggested_where_there_is_none() -> None:
         names.none_such("x", Path("a"), ["0001-y-z"]).hint
         == "the newest is a/0001-y-z; runs there are: fleetune runs --out a"
     )
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a model that is loaded fail the test."""
+
+    def loaded(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load", loaded)
+
+
+def test_a_quorum_that_no_round_has_is_refused_before_the_model_is_loaded(
+    at: Path, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    row = json.dumps({"instruction": "a", "response": "b"}) + "\n"
+    Path("rows.jsonl").write_text(row * 20)
+    words = ["tune", "tiny", "rows.jsonl", "--method", "fedit", "--clients", "3", "--quorum"]
+    assert main([*words, "4"]) == 2
+    assert "quorum = 4, but 3 clients are asked in a round" in capsys.readouterr().err
+    assert main([*words, "2", "--participation", "0.3"]) == 2
+    assert "quorum = 2, but 1 client is asked in a round" in capsys.readouterr().err
+
+
+def test_a_compression_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    at: Path, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    Path("file").write_text("")
+    assert main(["compress", "tiny", "--method", "rtn", "--out", "file/runs"]) == 1
+    assert "cannot write" in capsys.readouterr().err

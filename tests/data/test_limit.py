@@ -23,7 +23,15 @@ def devices(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize(
     ("limit", "shares"),
-    [(1, "a"), (3, "abc"), (4, "aabc"), (7, "aaabccc"), (8, "aaaabccc"), (11, "aaaaabccccc"), (99, "aaaaabccccccccc")],
+    [
+        (1, "a"),
+        (3, "abc"),
+        (4, "aabc"),
+        (7, "aaabccc"),
+        (8, "aaaabccc"),
+        (11, "aaaaabccccc"),
+        (99, "aaaaabccccccccc"),
+    ],
 )
 def test_every_client_gives_as_many_rows_as_the_others(devices: str, limit: int, shares: str) -> None:
     told: list[str] = []
@@ -39,7 +47,8 @@ def test_a_limit_beyond_all_rows_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "usual", "clients"), [(120, 100, 13), (40, 100, 8), (40, 8, 8), (4000, 100, 100), (40, 1, 1), (1780, 200, 200)]
+    ("rows", "usual", "clients"),
+    [(120, 100, 13), (40, 100, 8), (40, 8, 8), (4000, 100, 100), (40, 1, 1), (1780, 200, 200)],
 )
 def test_a_methods_usual_clients_follow_the_rows(tmp_path: Path, rows: int, usual: int, clients: int) -> None:
     file = tmp_path / "rows.jsonl"

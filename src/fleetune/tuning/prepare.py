@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fleetune import data, models
+from fleetune.common.display import counted
 from fleetune.common.memory import release_memory
 from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
 from fleetune.data.labelled import encode_rows
@@ -175,6 +176,7 @@ def prepare(
     recipe = settled(recipe) if simulated else dataclasses.replace(settled(recipe), clients=recipe.clients)
     if clients := len(parts.clients) or recipe.clients:
         check_aggregation(recipe, method, clients)
+        _check_quorum(recipe, clients)
     objective, batch_size = objective_of(method), batch_size_of(method)
     held_out = [parts.examples[i] for i in parts.held.tolist()]
     labels.check_rows(recipe, objective, batch_size, parts.examples, held_out, offline=offline)
@@ -189,7 +191,7 @@ def prepare(
         place.setdefault(i, []).append(row)
     rows = [[row for i in part.tolist() for row in place.get(i, ())] for part in parts.clients]
     held = [i for i in parts.held.tolist() if i in place]
-    _check_rows(recipe, rows, held)
+    _check_rows(rows, held)
     aside = set(parts.held.tolist())
     train = [row for i, pieces in place.items() if i not in aside for row in pieces]
     new = find or measure  # not one that is resumed
@@ -222,16 +224,21 @@ def _asked(recipe: Recipe, rows: Sequence[object]) -> int:
     return len(rounds.sample(range(len(rows) or recipe.clients), recipe.participation, recipe.seed, 1))
 
 
-def _check_rows(recipe: Recipe, rows: Sequence[Sequence[Encoded]], held: Sequence[int]) -> None:
-    """Raise RecipeError for a quorum that no round can have, DataError where a client or the validation has no row left."""
-    asked = _asked(recipe, rows)
-    if recipe.quorum > asked > 0:
+def _check_quorum(recipe: Recipe, clients: int) -> None:
+    """Raise RecipeError for a quorum that no round can have."""
+    asked = _asked(recipe, range(clients))
+    if recipe.quorum > asked:
         raise RecipeError(
             [
-                f"quorum = {recipe.quorum}, but {asked} clients are asked in a round: no round would ever count"
+                f"quorum = {recipe.quorum}, but {counted(asked, 'client')} {'is' if asked == 1 else 'are'} asked in a round: "
+                "no round would ever count"
             ],
             hint="lower --quorum, or raise --participation",
         )
+
+
+def _check_rows(rows: Sequence[Sequence[Encoded]], held: Sequence[int]) -> None:
+    """Raise DataError where a client or the validation has no row left."""
     empty = [c for c, part in enumerate(rows) if not part]
     if empty:
         raise DataError(

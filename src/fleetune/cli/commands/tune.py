@@ -21,7 +21,6 @@ from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import rundir
 from fleetune.runs.events import ClientReply, Event, RoundDone, RoundEvaluated
 from fleetune.tuning import recipe as recipes
-from fleetune.tuning import recipe_problems
 from fleetune.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -70,9 +69,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             finish(ui, result, resumed=True)
         return
     recipe = recipe_of(args)
-    recipe_problems.check_order(recipe.model, recipe.data)
-    recipe_flags.check_model(recipe.model, args.out)
-    recipe_flags.check_data(recipe.data)
+    recipe_flags.check(recipe, args.out)
     if args.dry_run:
         _check_only(recipe, args, ui)
     else:
