@@ -417,7 +417,7 @@ def test_the_first_five_bad_rows_come_in_one_error(tmp_path):
     assert [line.strip().split(": ")[0] for line in lines] == [f"{path}:{i}" for i in (2, 3, 5, 6, 7)]
     assert caught.value.hint == "fill in 'response', or delete these rows; write 'response' as text"
     path.write_bytes(jsonl(DOLLY, bad[0]))
-    with pytest.raises(DataError, match=r"^1 bad row\(s\) in "):
+    with pytest.raises(DataError, match=r"^1 bad row in "):
         read(str(path))
 
 

@@ -3,10 +3,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from fleetune.tuning import resumption
+import pytest
+
+from fleetune.cli.commands import tune
+from fleetune.cli.console import Ui
+from fleetune.data import Example
+from fleetune.runs.events import TuneDone
+from fleetune.tuning import describe, resumption
+from fleetune.tuning.result import TuneResult
 
 
 def test_the_rest_takes_as_long_as_the_rounds_before(tmp_path: Path) -> None:
@@ -29,3 +39,32 @@ def test_what_decides_the_bits_is_compared() -> None:
     assert resumption.changes(before, before) == ""
     told = resumption.changes(before, {"torch": "2.7", "threads": 1, "given": []})
     assert told.startswith("since the last sitting there changed: torch 2.6 -> 2.7, threads 2 -> 1;")
+
+
+def test_the_time_of_a_resumed_run_says_what_it_counts() -> None:
+    done = TuneDone(
+        base={"loss": 2.0}, tuned={"loss": 1.0}, rows=3, run="runs/x", result="runs/x/adapter", result_bytes=1, rounds=1,
+        bytes_up=1, bytes_down=1, seconds=1.0, wall=2.0, peak_rss=1, digest="d", result_sha256="s", moved=True, remarks=[],
+    )  # fmt: skip
+    for resumed in (False, True):
+        out = io.StringIO()
+        tune.finish(Ui(stdout=out, stderr=io.StringIO()), TuneResult(Path("runs/x"), done), resumed=resumed)
+        assert ("of all sittings, without the time between" in out.getvalue()) == resumed
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        (Example((), "a text"), "column:client · 2 ± 1 windows each · 4 windows held out"),
+        (Example((("user", "a"),), "b"), "column:client · 2 ± 1 rows each · 4 held out"),
+        (Example((), "yes", {}, ("a",)), "column:client · 2 ± 1 rows each · 4 held out"),
+    ],
+)
+def test_the_header_names_the_windows_of_texts(example: Example, words: str) -> None:
+    job: Any = SimpleNamespace(
+        examples=[example],
+        rows=[[0], [0, 0, 0]],
+        held=[0] * 4,
+        recipe=SimpleNamespace(partition="column:client"),
+    )
+    assert f"{describe._split(job)}{describe._held(job)} held out" == words

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from fleetune.common import sums
+from fleetune.common.display import counted
 from fleetune.data import columns as renaming
 from fleetune.data import folder, hub
 from fleetune.data.chats import told
@@ -182,7 +183,11 @@ def _collect(
             if len(problems) == SHOWN or isinstance(bad, NoForm):
                 break
     if problems:
-        many = f"the first {SHOWN} bad rows" if len(problems) == SHOWN else f"{len(problems)} bad row(s)"
+        many = (
+            f"the first {SHOWN} bad rows"
+            if len(problems) == SHOWN
+            else f"{counted(len(problems), 'bad row')}"
+        )
         lines = [f"{problem.where}: {problem.what}" for problem in problems]
         fixes = dict.fromkeys(problem.fix for problem in problems)
         raise DataError("\n  ".join([f"{many} in {source}", *lines]), hint="; ".join(fixes))

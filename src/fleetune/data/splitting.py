@@ -75,7 +75,7 @@ def split(rows: Rows, usual_clients: int, *, fewer: bool = False, offline: bool 
         train, held = hold_out(examples, aside, rows.seed, column)
     if not len(held) or not len(train):
         raise DataError(
-            f"{len(examples)} rows leave {len(train)} to train on and {len(held)} held out",
+            f"the rows are too few: {len(examples)} in all, {len(train)} to train on and {len(held)} held out",
             hint="use more rows, or another --held-out",
         )
     usual_clients = min(usual_clients, len(train)) if fewer else usual_clients

@@ -230,12 +230,17 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def check_writable(folder: Path) -> None:
-    """StorageError, before any slow work, when nothing can be written into `folder` (made if it is not there)."""
+def check_writable(folder: Path, *, make: bool = True) -> None:
+    """StorageError, before any slow work, when nothing can be written into `folder`.
+
+    It is made if it is not there; without `make`, the folder above it that is there is tried.
+    """
     check_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(4096))
             file.flush()
     except OSError as error:

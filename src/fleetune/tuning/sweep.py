@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from fleetune.common.display import counted
 from fleetune.common.files import read_text, storage_error, write_atomic
 from fleetune.common.settings import Value
 from fleetune.errors import (
@@ -403,7 +404,7 @@ def run(folder: RunDir, grid: SweepGrid, watch: Watch, *, offline: bool = False)
         )
         raise
     write_page(folder.path, grid)
-    folder.status(f"failed: {len(failed)} runs" if failed else "done")
+    folder.status(f"failed: {counted(len(failed), 'run')}" if failed else "done")
     return failed
 
 

@@ -77,19 +77,18 @@ def _print(found: DataChecked, data: str, model: str, ui: Ui) -> None:
 
 
 def _cut(found: DataChecked) -> str:
-    """Say how many rows max_length cuts, and how far it would have to be raised."""
+    """Say how many rows max_length cuts; a remark says of which parts."""
     if not found.cut:
         return f"none: max_length={found.max_length} takes every row whole"
-    return (
-        f"{found.cut:,} of {counted(found.rows, 'row')} are longer than max_length={found.max_length}; "
-        f"--max-length {found.lengths.longest} takes all whole"
-    )
+    return f"{found.cut:,} of {counted(found.rows, 'row')}, by max_length={found.max_length}"
 
 
 def _clients(found: DataChecked) -> str:
     sizes: Sequence[int] = found.rows_per_client
     spread = (
-        f"{min(sizes):,} rows each" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,} rows"
+        f"{counted(min(sizes), 'row')} each"
+        if min(sizes) == max(sizes)
+        else f"{min(sizes):,} to {max(sizes):,} rows"
     )
     text = f"{len(sizes):,} · {found.partition} · {spread}"
     if found.clients:
