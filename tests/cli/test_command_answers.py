@@ -27,7 +27,7 @@ from fleetune.errors import RecipeError, UsageError
 
 COMMANDS = sorted(cli.COMMANDS.members())
 LIGHT = [  # these load neither torch nor transformers
-    "", "--help", "--version", "help", "help tune", "version", "methods", "models", "plan --help", "tune --help", "runs",
+    "", "--help", "--version", "help", "help tune", "version", "methods", "methods fwdllm", "methods fedit", "compress --list", "models", "plan --help", "tune --help", "runs",
     "doctor", "tune tiny nofile.jsonl", "tune tiny rows.jsonl --lr 1e-4", "compress tiny --bits 4", "tun",
 ]  # fmt: skip
 

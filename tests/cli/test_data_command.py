@@ -103,6 +103,11 @@ def test_the_masked_part_of_a_row_is_shown(at: Path, capsys: Capture) -> None:
     assert (plain["cut"], plain["samples"][0]["not_trained"]) == (None, "what of 0")
     assert main(["data", "check", "own.jsonl", *COLUMNS]) == 0
     out = capsys.readouterr().out
+    assert "in tokens, and what max_length=512 cuts: add --model MODEL" in out
+    assert main(["data", "check", "own.jsonl", *COLUMNS, "--model", "tiny"]) == 0
+    assert "none: max_length=512 takes every row whole" in capsys.readouterr().out
+    assert main(["data", "check", "own.jsonl", *COLUMNS, "--model", "tiny", "--max-length", "64"]) == 0
+    assert " of 24 rows, by max_length=64" in capsys.readouterr().out
     assert "┊ what of 0" in out
     assert "┃ word" in out
     assert "a 1" in out
@@ -182,7 +187,7 @@ def test_a_dry_run_tells_what_is_cut(at: Path, capsys: Capture) -> None:
         (("demo", "tiny"), "MODEL and DATA are swapped", "fleetune tune tiny demo"),
         (("tiny", "C:\\data\\rows.jsonl"), "as Windows writes paths", "/mnt/c/data/rows.jsonl"),
         (("C:\\models\\x", "demo"), "there is no file or directory", "check the path"),
-        (("tiny", "demo", "--clients", "5000"), "cannot give 5000 clients", "--clients "),
+        (("tiny", "demo", "--clients", "5000"), "cannot give 5,000 clients", "--clients "),
         (("tiny", "demo", "--partition", "dirichlet:0.5"), "dirichlet:ALPHA:COLUMN, such as dirichlet:0.5:category", "iid"),
         (("tiny", "own.jsonl"), 'row: {"ask": "what of 0", "say": "word ", "shop": "b"}', "--columns prompt=ask,response="),
         (("tiny", "own.jsonl", "--columns", "promt=ask"), "Did you mean 'prompt'?", "--columns prompt=question"),

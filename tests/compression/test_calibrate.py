@@ -296,8 +296,11 @@ def test_the_stated_error_is_that_of_the_outputs(tmp_path: Path) -> None:
 
 
 def test_settings_that_fit_no_matrix_are_refused_before_any_work() -> None:
-    with pytest.raises(RecipeError, match="do not divide"):
+    with pytest.raises(RecipeError, match="do not divide") as caught:
         driver.check(models.tiny_llama(), compression.make("optq", {"group": 7}))
+    assert caught.value.hint == "--set group=4 fits every layer"
+    assert all(" more" in line for line in caught.value.problems)  # each kind of problem once
+    assert len(caught.value.problems) < 4
     driver.check(models.tiny_llama(), compression.make("optq", {"group": 0}))
 
 

@@ -361,12 +361,28 @@ BAD = {  # name: file name, bytes, line, what is said of it, what to do
     "csv empty": ("a.csv", b"instruction,response\nq,\n", 2, "field 'response' is empty", "fill in"),
     "csv semicolons": (
         "a.csv",
-        b"instruction;response\nq;a\n",
-        2,
-        "instruction;response",
-        "separated by commas",
+        b"instruction;response\nq;a\nq;a;b\n",
+        3,
+        "has 3 values for the header's 2",
+        "values that hold semicolons",
     ),
 }
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|", ","])
+def test_the_separator_of_a_table_is_that_of_its_header(tmp_path: Path, mark: str) -> None:
+    other = ";" if mark == "," else ","
+    path = tmp_path / "a.csv"
+    path.write_text(f'instruction{mark}response\n"q{mark} r{other} s"{mark}a{other} b\n\n')
+    (row,) = read(str(path))
+    assert (row.messages[0][1], row.response) == (f"q{mark} r{other} s", f"a{other} b")
+
+
+def test_a_header_with_commas_is_separated_by_commas(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,response,a;b;c;d\nq;r,s,\n")
+    (row,) = read(str(path))
+    assert (row.messages[0][1], row.response) == ("q;r", "s")
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -401,7 +417,7 @@ def test_the_first_five_bad_rows_come_in_one_error(tmp_path):
     assert [line.strip().split(": ")[0] for line in lines] == [f"{path}:{i}" for i in (2, 3, 5, 6, 7)]
     assert caught.value.hint == "fill in 'response', or delete these rows; write 'response' as text"
     path.write_bytes(jsonl(DOLLY, bad[0]))
-    with pytest.raises(DataError, match=r"^1 bad row\(s\) in "):
+    with pytest.raises(DataError, match=r"^1 bad row in "):
         read(str(path))
 
 

@@ -308,9 +308,9 @@ partial = __import__("functools").partial(spare, scale=2.0)
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        ("one", r"takes \(model\)"),
-        ("three", r"takes \(model, batch, extra\)"),
-        ("keyword", r"takes \(model, batch, \*, scale\)"),
+        ("one", r"takes \(model\): it is given 2 arguments"),
+        ("three", r"takes \(model, batch, extra\): nothing is given for 'extra'"),
+        ("keyword", r"takes \(model, batch, \*, scale\): nothing is given for 'scale'"),
         ("swapped", "in another order"),
         ("reward", r"takes \(prompt, answer, reference=None\), and 'prompt' is of another kind of function"),
         ("texts", r"takes \(a: str, b: str\), where 'a' is a text"),
@@ -324,8 +324,17 @@ def test_a_signature_is_checked_when_the_function_is_found(tmp_path: Path, funct
     file.write_text(SIGNATURES)
     with pytest.raises(RecipeError, match=says) as caught:
         get(f"{file}:{function}")
-    assert "it is called as objective(model, batch)" in caught.value.message
-    assert caught.value.hint == "it must be a function objective(model, batch) that returns a float"
+    assert "is called as objective(model, batch), but" in caught.value.message
+    assert caught.value.hint == f"begin it with: def {function}(model, batch):   and return a float"
+
+
+def test_a_fault_is_told_with_its_line_in_the_users_own_file(tiny: Model, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import json\ndef f(model, batch):\n    return deeper()\ndef deeper():\n    return json.loads('{')\n"
+    )
+    with pytest.raises(RecipeError, match=r"failed: JSONDecodeError: .* \(mine.py:5\)$"):
+        get(f"{file}:f")(tiny, _batch(tiny, _examples("yes")))
 
 
 def test_what_can_be_called_is_a_signature_too(tiny: Model, tmp_path: Path) -> None:

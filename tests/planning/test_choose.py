@@ -51,7 +51,7 @@ def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
     tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = {r.method: r for r in choose.plan.table(
-        models.load_config(tiny), choose.Workload(batch=choose.BATCH, length=512), rates=choose.NOT_MEASURED
+        models.load_config(tiny), choose.Workload(), rates=choose.NOT_MEASURED
     )}  # fmt: skip
     most = max(r.peak or 0 for n, r in rows.items() if n in ("mezo", "fedkseed", "onebyte"))
     assert most < (rows["fedit"].peak or 0)

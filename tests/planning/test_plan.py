@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -16,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.memory import peak_rss
@@ -26,6 +29,7 @@ from fleetune.models import shapes, tiny_llama
 from fleetune.models.tiny import tiny_bert
 from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
+from fleetune.tuning import recipe as recipes
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import Message, encode
 
@@ -407,3 +411,17 @@ def _child(model: str, work: plan.Workload, *more: str) -> str:
 
 def test_a_peak_can_be_measured_here() -> None:
     assert peak_rss() > 50e6
+
+
+def test_the_default_round_is_that_of_tune_and_says_what_differs() -> None:
+    text = dict(plan.describe(LLAMA_7B, "llama-7b", plan.Workload(steps=1)))
+    assert text["round"] == "1 step of 8 x 512 tokens on every device"
+    assert text["tune"].startswith("cuts rows at 512 tokens (--max-length)")
+    for name in methods.entries():
+        size = next(s.default for s in methods.settings(name) if s.name == "batch_size")
+        assert re.search(rf"\b{size} \([^)]*\b{name}\b", text["tune"]), name
+    parameters = inspect.signature(fleetune.plan).parameters
+    assert (parameters["batch"].default, parameters["length"].default) == (
+        8,
+        recipes.fields()["max_length"][1],
+    )

@@ -507,7 +507,7 @@ def test_a_torn_last_line_is_left_out(run24: Path, tmp_path: Path) -> None:
     (torn / "metrics.jsonl").write_bytes(before + lines[60][: len(lines[60]) // 2])
     assert report.summary(torn) == whole
     assert whole["rounds"] == 2
-    assert "1 damaged line(s)" in page_of(torn).text
+    assert "1 damaged line of" in page_of(torn).text
     (torn / "metrics.jsonl").write_bytes(before + b'{"event": "\xff\xfe')
     assert report.summary(torn) == whole
 

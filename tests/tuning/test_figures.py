@@ -171,7 +171,7 @@ def test_an_accuracy_that_is_trained_is_measured(objective: str, places: Path, t
     ("labels", "objective", "says"),
     [
         ("yes,no,yes", "loss", "has 'yes' twice"),
-        ("yes", "loss", r"has 1 word\(s\)"),
+        ("yes", "loss", r"has 1 word: "),
         ("yes,,no", "loss", "has an empty word"),
         ("yes,maybe", "loss", "15 of 30 rows have another answer, the first is row 1: 'no'"),
         ("", "accuracy:Yes,No", "30 of 30 rows have another answer"),

@@ -23,6 +23,7 @@ from torch import nn
 
 from fleetune import models
 from fleetune.adapters.bitfit import ParameterCopies
+from fleetune.common.display import human_count
 from fleetune.errors import MessageError, ModelError
 from fleetune.models import unmerged
 from fleetune.models.layers import head_of
@@ -61,6 +62,18 @@ class Attachment:
     spec: AdapterSpec
     parameters: Mapping[str, nn.Parameter]
     parts: tuple[Part, ...]
+
+    @property
+    def added(self) -> int:
+        """Return how many parameters the net has beside the base's own: copies take the place of theirs."""
+        copies = {n for part in self.parts if isinstance(part, ParameterCopies) for n in part.parameters}
+        return sum(p.numel() for n, p in self.parameters.items() if n not in copies)
+
+    @property
+    def words(self) -> str:
+        """Say in words what it is: "with an adapter of 1.2 M parameters (Lora)"."""
+        count = human_count(sum(p.numel() for p in self.parameters.values()))
+        return f"with an adapter of {count} parameters ({type(self.spec).__name__})"
 
     def merge(self, model: Model) -> None:
         """Fold it into the stored weights of the model that carries it, as `merge` below."""

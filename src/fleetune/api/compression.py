@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, Setting
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
@@ -51,6 +52,8 @@ def compress(
     `true_sequential` a layer is solved on inputs that have passed the already compressed layers of its own block (GPTQ's
     option of that name).  The perplexity of the text file `eval_text` is measured before and after.
     """
+    if isinstance(model, str | Path):
+        subjects.open_weights(model, out)  # refused before torch is imported
     from fleetune.compression.jobs import job
     from fleetune.tuning import objects_to_files
 

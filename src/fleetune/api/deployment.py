@@ -81,6 +81,13 @@ def measure(
     the last stage of each is measured, in torch and as its exported files.  `kept_gain` also compresses the base in the
     same way, to find what share of the improvement from tuning survives.
     """
+    from fleetune.deploy.measure import kept_gain as kept_gains
+
+    found = [
+        subjects.open(model, out=out) for model in models
+    ]  # what is no model is refused before torch is imported
+    if kept_gain and found:
+        kept_gains.check(found)
     from fleetune.deploy.measure import job
     from fleetune.tuning import objects_to_files
 
@@ -93,7 +100,6 @@ def measure(
     if not models:
         raise UsageError("measure needs a model", hint="give one or more names, paths or results")
     job.check(len(models), options)
-    found = [subjects.open(model, out=out) for model in models]
     return job.measure(found, options, heard_by(listener, progress), offline=offline)
 
 

@@ -46,6 +46,7 @@ def evaluate(
     lm-evaluation-harness, of which at most `limit` questions are asked; `task_files` is a folder of tasks of one's own.  Its
     values are named TASK.METRIC and have the harness's unit; the event has their standard errors.
     """
+    found = subjects.open(model, out=out)  # before torch is imported
     from fleetune.data import read_text
     from fleetune.evaluation import harness_tasks, measures
     from fleetune.runs.events import evaluated
@@ -54,7 +55,6 @@ def evaluate(
     own, others = harness_tasks.divided(words(tasks))
     wanted = _checked_tasks(own, limit, answer_tokens, text)
     of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
-    found = subjects.open(model, out=out)
     if of_harness is not None and not own:
         return _by_harness(of_harness, found, limit, heard, dtype=dtype, device=device, offline=offline)
     given = _rows(data, Path(out), offline=offline)

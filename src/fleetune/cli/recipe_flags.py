@@ -12,7 +12,8 @@ from typing import Any
 from fleetune import recipes as named
 from fleetune.common import settings
 from fleetune.common.shell import quoted
-from fleetune.errors import UsageError
+from fleetune.errors import RecipeError, UsageError
+from fleetune.runs import env_file, rundir
 from fleetune.tuning import recipe as recipes
 
 PREFIX = "recipe_"
@@ -62,9 +63,52 @@ def given(args: argparse.Namespace) -> dict[str, str]:
 
 def keys(args: argparse.Namespace, file: str | None) -> dict[str, Any]:
     """The keys of a recipe (a file or `recipe:NAME`), overridden by the flags; RecipeError for a setting without a value."""
-    values: dict[str, Any] = recipes.read(named.find(file)) if file else {}
+    values = _read(named.find(file)) if file else {}
     values |= given(args)
     return {**values, "set": {**values.get("set", {}), **settings.pairs(args.set)}}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read a recipe; the files that a run's own recipe names are looked for in the folder that the run was started in."""
+    values = recipes.read(file)
+    if not (file.parent / env_file.ENVIRONMENT).is_file():
+        return values
+    from fleetune.tuning import places
+
+    return places.found_again(values, file.parent)
+
+
+def check(recipe: recipes.Recipe, out: str) -> None:
+    """UsageError for what can be seen to be wrong before torch is loaded, which takes seconds: names, files, settings."""
+    from fleetune.data.partition import check_partition_spec
+    from fleetune.tuning import methods, recipe_problems, robust
+
+    recipe_problems.check_order(recipe.model, recipe.data)
+    check_model(recipe.model, out)
+    for rows in filter(None, (recipe.data, recipe.eval_data)):
+        check_data(rows)
+    problems: list[str] = []
+    hint = ""
+    try:
+        check_partition_spec(recipe.partition)
+    except RecipeError as error:
+        problems, hint = list(error.problems), error.hint or ""
+    try:
+        robust.parse(recipe.aggregation)
+    except ValueError as error:
+        problems.append(str(error))
+    if recipe.method != recipes.AUTO_METHOD:
+        problems += settings.parsed_values(methods.settings(recipe.method), recipe.method, recipe.set)[1]
+    if problems:
+        raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
+
+
+def check_model(model: str, out: str) -> None:
+    """UsageError for a model's name that none can have, before torch is loaded: a run, a path that leads nowhere."""
+    from fleetune.models import names
+
+    rundir.check_name(model, Path(out))
+    names.check(model)
 
 
 def check_data(data: str) -> None:

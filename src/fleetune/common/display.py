@@ -72,10 +72,10 @@ def human_count(count: float | None) -> str:
     return f"{value:.{_digits(value)}f} {units[0]}"
 
 
-def counted(count: object, word: str) -> str:
-    """Return a count with its noun: "1 round", "24 clients"."""
+def counted(count: object, word: str, plural: str = "") -> str:
+    """Return a count with its noun: "1 round", "24 clients", "2 matrices" where `plural` is given."""
     shown = f"{count:,}" if isinstance(count, int) else str(count)
-    return f"{shown} {word}{'' if count == 1 else 's'}"
+    return f"{shown} {word if count == 1 else plural or word + 's'}"
 
 
 def are(count: int, word: str) -> str:

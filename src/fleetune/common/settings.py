@@ -117,7 +117,22 @@ def make(cls: type[T], name: str, values: Mapping[str, Any], *, hint: str) -> T:
 
     RecipeError lists all that is wrong.
     """
-    known = {s.name: s for s in of(cls)}
+    parsed, problems = parsed_values(of(cls), name, values)
+    try:  # also where some are wrong already: the others may be too
+        made = cls(**parsed)
+    except ValueError as error:  # a __post_init__ says what is wrong in plain words, each problem an argument
+        problems.extend(f"{name}: {problem}" for problem in error.args or [error])
+    else:
+        if not problems:
+            return made
+    raise RecipeError(problems, hint=hint)
+
+
+def parsed_values(
+    declared: Sequence[Setting], name: str, values: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of the settings that are `declared`, parsed, and what is wrong with the others; `auto` is left out."""
+    known = {s.name: s for s in declared}
     parsed, problems = {}, []
     for key, value in values.items():
         if key not in known:
@@ -130,14 +145,7 @@ def make(cls: type[T], name: str, values: Mapping[str, Any], *, hint: str) -> T:
             parsed[key] = _parse(value, known[key].type)
         except (ValueError, OverflowError):
             problems.append(f"{name}: {key} = {value!r} is not {_article(known[key].type)}")
-    try:  # also where some are wrong already: the others may be too
-        made = cls(**parsed)
-    except ValueError as error:  # a __post_init__ says what is wrong in plain words, each problem an argument
-        problems.extend(f"{name}: {problem}" for problem in error.args or [error])
-    else:
-        if not problems:
-            return made
-    raise RecipeError(problems, hint=hint)
+    return parsed, problems
 
 
 def _parse(value: Any, kind: type) -> Any:

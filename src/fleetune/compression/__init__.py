@@ -32,7 +32,7 @@ from typing import (
     runtime_checkable,
 )
 
-from fleetune.common import settings
+from fleetune.common import setting_names, settings
 from fleetune.common.registry import Registry
 from fleetune.errors import UsageError
 
@@ -199,6 +199,14 @@ def method_class(name: str) -> type[Any]:
     """Return the class of a method; UsageError with a suggestion for an unknown name ("-" and "_" are alike)."""
     cls: type[Any] = getattr(REGISTRY.load(name), CONTRACTS[kind_of(name)].__name__)
     return cls
+
+
+def settings_of(name: str) -> list[settings.Setting]:
+    """List the settings of a method, from its file's text where that says all: importing some methods loads torch."""
+    module = REGISTRY.member(name).module
+    said = [setting_names.settings_of(module, contract.__name__) for contract in CONTRACTS.values()]
+    found = [listed for listed in said if listed is not None]
+    return found[0] if len(found) == 1 else settings.of(method_class(name))
 
 
 def make(name: str, values: Mapping[str, Any]) -> Compressor:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from fleetune.common import sums
+from fleetune.common.display import counted
 from fleetune.data import columns as renaming
 from fleetune.data import folder, hub
 from fleetune.data.chats import told
@@ -53,7 +54,9 @@ def read(
     columns: str = "",
     note: Callable[[str], None] = log.warning,
 ) -> list[Example]:
-    """Read `source` (see the module), at most the first `limit` rows; `offline` uses the hub's cache alone.
+    """Read `source` (see the module), at most the first `limit` rows, of a folder evenly over its files.
+
+    `offline` uses the hub's cache alone.
 
     `columns` renames fields: "prompt=question,response=answer".  `note` is told what of the rows was left out.
     DataError names file, line and field of the first bad rows (up to 5), or says why the source is not
@@ -62,7 +65,7 @@ def read(
     if limit is not None and limit < 1:
         raise DataError(f"the limit of rows must be at least 1, got {limit}", hint="leave it out to read all")
     rows = _Rows(renaming.parse(columns, FIELDS))
-    found = _collect(_rows_of_files(source, offline), rows.make, limit, source)
+    found = _collect(_rows_of_files(source, offline, limit, note), rows.make, limit, source)
     rows.check()
     if text := told(rows.left_out):
         note(text)
@@ -180,7 +183,11 @@ def _collect(
             if len(problems) == SHOWN or isinstance(bad, NoForm):
                 break
     if problems:
-        many = f"the first {SHOWN} bad rows" if len(problems) == SHOWN else f"{len(problems)} bad row(s)"
+        many = (
+            f"the first {SHOWN} bad rows"
+            if len(problems) == SHOWN
+            else f"{counted(len(problems), 'bad row')}"
+        )
         lines = [f"{problem.where}: {problem.what}" for problem in problems]
         fixes = dict.fromkeys(problem.fix for problem in problems)
         raise DataError("\n  ".join([f"{many} in {source}", *lines]), hint="; ".join(fixes))
@@ -189,10 +196,12 @@ def _collect(
     return found
 
 
-def _rows_of_files(source: str, offline: bool) -> Iterator[FileRow | Problem]:
-    """Return the rows of a source; those of a folder with the client that has them."""
+def _rows_of_files(
+    source: str, offline: bool, limit: int | None, note: Callable[[str], None]
+) -> Iterator[FileRow | Problem]:
+    """Return the rows of a source; those of a folder with the client that has them, evenly over the clients up to `limit`."""
     if is_folder(source):
-        yield from folder.rows(source)
+        yield from folder.rows(source, limit, note)
         return
     for path, name in _files(source, offline):
         yield from rows_of(path, name)

@@ -4,23 +4,47 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
+from fleetune.common.display import counted
 from fleetune.data.columns import CLIENT
 from fleetune.data.hub import NOT_DATA, SPLIT
 from fleetune.data.readers import READERS, FileRow, Problem, names_in, rows_of, whole
 from fleetune.errors import DataError
 
 
-def rows(source: str) -> Iterator[FileRow | Problem]:
+def rows(
+    source: str, limit: int | None = None, note: Callable[[str], None] = lambda text: None
+) -> Iterator[FileRow | Problem]:
     """Yield the rows of all files of a folder, in the order of their names, each with the field `client`.
 
-    DataError for a folder without such files, with two of one client, or with the splits of one data set.
+    With a `limit`, every client gives its first rows, as many as the others where it has them; `note` is told when some
+    clients give none.  DataError for a folder without such files, with two of one client, or with the splits of one data set.
     """
-    for file, name in files(source):
-        for row in rows_of(file, name):
+    found = files(source)
+    shares = (
+        _shares([sum(1 for _ in islice(rows_of(*one), limit)) for one in found], limit) if limit else None
+    )
+    if shares and (without := shares.count(0)):
+        note(
+            f"the limit of {counted(limit, 'row')} leaves {without:,} of {counted(len(found), 'client')} without any"
+        )
+    for at, (file, name) in enumerate(found):
+        for row in islice(rows_of(file, name), shares[at] if shares else None):
             yield row if isinstance(row, Problem) else FileRow(row.where, {**row.fields, CLIENT: file.stem})
+
+
+def _shares(sizes: Sequence[int], limit: int) -> list[int]:
+    """Return how many rows each client gives: row after row in turn, until there are `limit`."""
+    shares, left = [0] * len(sizes), limit
+    while left and (open_ := [at for at, size in enumerate(sizes) if shares[at] < size]):
+        each = max(1, min(left // len(open_), min(sizes[at] - shares[at] for at in open_)))
+        for at in open_[: left // each]:
+            shares[at] += each
+            left -= each
+    return shares
 
 
 def files(source: str) -> list[tuple[Path, str]]:

@@ -131,9 +131,7 @@ def refuse(fields: Mapping[str, object], mapped: Mapping[str, str]) -> NoReturn:
     elif mapped:
         what = f"has the fields of no form with {', '.join(mapped)}"
     hint = columns.flag(fields)
-    if len(fields) == 1 and (";" in next(iter(fields)) or "\t" in next(iter(fields))):
-        hint = "the columns of a .csv file are separated by commas"
-    elif any(all(text in fields for text in texts) for texts, _ in LABELLED.values()) and not mapped:
+    if any(all(text in fields for text in texts) for texts, _ in LABELLED.values()) and not mapped:
         hint = f"give each row a label, in the field 'label'; or {hint}"
     raise NoForm(f"{what} (the row has: {names_of(fields)})\n    row: {shown(fields)}", hint)
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fleetune.common.display import counted
+
 if TYPE_CHECKING:
     from fleetune.data.encode import Encoded
 
@@ -27,8 +29,10 @@ class Cut:
             return ""
         parts = [f"the prompt of {self.prompts:,}"] * (self.prompts > 0)
         parts += [f"the answer of {self.answers:,}"] * (self.answers > 0)
+        verb = "is" if self.longer == 1 else "are"
         return (
-            f"{self.longer:,} of {self.rows:,} rows are longer than max_length={max_length} and are cut: {', '.join(parts)}; "
+            f"{self.longer:,} of {counted(self.rows, 'row')} {verb} longer than max_length={max_length} and {verb} cut: "
+            f"{', '.join(parts)}; "
             f"the longest has {self.longest:,} tokens"
         )
 
@@ -38,18 +42,19 @@ def remarks(notes: Sequence[str], rows: int, dropped: int, cut: Cut, max_length:
     found = list(notes)
     if dropped:
         found.append(
-            f"{dropped:,} of {rows:,} rows are left out: the tokenizer knows nothing of their answers"
+            f"{dropped:,} of {counted(rows, 'row')} {'is' if dropped == 1 else 'are'} left out: "
+            "the tokenizer knows nothing of their answers"
         )
     return found + [told for told in [cut.told(max_length)] if told]
 
 
 def cut(rows: Iterable[Encoded]) -> Cut:
     """Count what of encoded rows did not fit."""
-    counted = longer = prompts = answers = longest = 0
+    count = longer = prompts = answers = longest = 0
     for row in rows:
-        counted += 1
+        count += 1
         longer += row.left + row.lost > 0
         prompts += row.left > 0
         answers += row.lost > 0
         longest = max(longest, len(row.ids) + row.left + row.lost)
-    return Cut(counted, longer, prompts, answers, longest)
+    return Cut(count, longer, prompts, answers, longest)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fleetune.common.display import counted
 from fleetune.data.forms import Example
 from fleetune.errors import DataError, RecipeError, closest
 
@@ -101,8 +102,9 @@ def partition(
     n = len(examples)
     if clients * min_rows > n:
         raise DataError(
-            f"no rows for a client: {n} training rows cannot give {clients} clients at least {min_rows} each",
-            hint=f"use at most {n // min_rows} clients (--clients {n // min_rows}), or give more data",
+            f"no rows for a client: {counted(n, 'training row')} cannot give {counted(clients, 'client')} at least "
+            f"{min_rows} each",
+            hint=f"use at most {counted(n // min_rows, 'client')} (--clients {n // min_rows}), or give more data",
         )
     owner = np.empty(n, dtype=np.int64)
     if rule.kind == "iid":
@@ -138,7 +140,7 @@ def hold_out(
         raise RecipeError([f"the number of held-out rows must be at least 0, got {count}"])
     if count >= n:
         raise DataError(
-            f"cannot hold out {count} of {n} rows: none would be left for training",
+            f"cannot hold out {count} of {counted(n, 'row')}: none would be left for training",
             hint="hold out fewer rows, or give more data",
         )
     strata = _strata(examples, column) if column is not None else [("", np.arange(n, dtype=np.int64))]

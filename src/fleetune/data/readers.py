@@ -122,9 +122,12 @@ def _one_object(text: str, shown: str) -> list[FileRow | Problem]:
 
 
 def _csv(path: Path, shown: str) -> Iterator[FileRow | Problem]:
-    """Read comma-separated values with a header line; a row's line is the one it starts on."""
-    reader = csv.reader(io.StringIO(decode(path.read_bytes(), shown), newline=""), strict=True)
-    fix = 'give every row the header\'s columns; put values that hold commas, quotes or line breaks in "..."'
+    """Read a table with a header line, whose columns are separated as in that line; a row's line is the one it starts on."""
+    text = decode(path.read_bytes(), shown)
+    mark = _separator(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    kind = SEPARATORS[mark]
+    fix = f'give every row the header\'s columns; put values that hold {kind}, quotes or line breaks in "..."'
     header: list[str] | None = None
     while True:
         where = f"{shown}:{reader.line_num + 1}"
@@ -146,6 +149,20 @@ def _csv(path: Path, shown: str) -> Iterator[FileRow | Problem]:
             yield Problem(where, f"has {len(cells)} values for the header's {len(header)} columns", fix)
         elif cells:
             yield FileRow(where, dict(zip(header, cells, strict=True)))
+
+
+SEPARATORS: Mapping[str, str] = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # of columns
+
+
+def _separator(text: str) -> str:
+    """Return what separates the columns of a header line: a comma where there is one, else what gives most columns."""
+    columns = {}
+    for mark in SEPARATORS:
+        try:
+            columns[mark] = len(next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), ()))
+        except csv.Error:  # a field of many kilobytes
+            columns[mark] = 0
+    return "," if columns[","] > 1 else max(columns, key=lambda mark: columns[mark])
 
 
 def _parquet(path: Path, shown: str) -> Iterator[FileRow | Problem]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
+from fleetune.common.display import counted
 from fleetune.data.columns import CLIENT, parse
 from fleetune.data.examples import is_folder, read
 from fleetune.data.forms import FIELDS, Example
 from fleetune.data.partition import AUTO, column_of, hold_out, partition
 from fleetune.errors import DataError
+
+FEW_CLIENTS: Final = 8  # most methods' usual number, which stands however few the rows are
+ROWS_EACH: Final = 8  # rows of a client at least where a method's usual clients are more than that
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,17 @@ def split(rows: Rows, usual_clients: int, *, fewer: bool = False, offline: bool 
         train, held = hold_out(examples, aside, rows.seed, column)
     if not len(held) or not len(train):
         raise DataError(
-            f"{len(examples)} rows leave {len(train)} to train on and {len(held)} held out",
+            f"the rows are too few: {len(examples)} in all, {len(train)} to train on and {len(held)} held out",
             hint="use more rows, or another --held-out",
         )
     usual_clients = min(usual_clients, len(train)) if fewer else usual_clients
+    if (most := max(FEW_CLIENTS, len(train) // ROWS_EACH)) < usual_clients and not rows.clients:
+        if not rule.startswith("column:"):
+            notes.append(
+                f"{counted(len(train), 'row')} are few for the method's usual {usual_clients} clients: {most} take part "
+                "(--clients)"
+            )
+        usual_clients = most
     clients = rows.clients or (None if rule.startswith("column:") else usual_clients)
     parts = partition([examples[i] for i in train], rule, clients, rows.seed)
     return Split(examples, [train[part] for part in parts], held, column, rule, tuple(notes))

@@ -47,6 +47,11 @@ BESIDE: Final = {  # a package that belongs to no extra -> what it is for
     "compressed-tensors": "export --to compressed-tensors --text",
     "gptqmodel": "export --to gptq --text",
 }
+ENGINES: Final = {  # an engine of `serve` -> what it runs
+    "llama-server": "llama.cpp's own server: .gguf files, fastest",
+    "xllamacpp": "llama.cpp from pip: .gguf files",
+    "transformers": "transformers' server: models that are no .gguf file",
+}
 NOT_SHOWN: Final = ("all", "dev", "docs", "test")
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from fleetune.common.display import counted
 from fleetune.data.encode import Encoded, encode, prompt_ids
 from fleetune.data.encode import stop_ids as tokenizer_stop_ids
 from fleetune.data.examples import Example
@@ -239,8 +240,8 @@ def label_accuracy(
     unknown = sorted(set(own) - set(words))
     if unknown or not words or "" in words or len(words) > MAX_LABELS:
         raise DataError(
-            f"accuracy needs rows whose response is one of the labels; {len(words)} label(s), and"
-            f" {len(unknown)} other response(s) such as {unknown[:1]}",
+            f"accuracy needs rows whose response is one of the labels; {counted(len(words), 'label')}, and"
+            f" {counted(len(unknown), 'other response')} such as {unknown[:1]}",
             hint=f"give at most {MAX_LABELS} label words that cover the data, or measure rouge_l instead",
         )
     if model.labels:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from fleetune.common.display import counted
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import DataError, RecipeError
 from fleetune.models.model import Model
@@ -293,7 +294,7 @@ def token_mean(sums: np.ndarray, counts: np.ndarray) -> float:
     """Return the mean over all tokens of rows, from what `all_row_losses` gives; DataError when there is none."""
     if not counts.sum():
         raise DataError(
-            f"no response tokens to score in {len(counts)} row(s)",
+            f"no response tokens to score in {counted(len(counts), 'row')}",
             hint="give rows with an answer, or a larger maximum length",
         )
     return float(sums.sum() / counts.sum())
@@ -325,7 +326,7 @@ def perplexity(
         )
     rows = [row for text in texts for row in _windows(_text_ids(model, text), length, step)]
     if not rows:
-        raise DataError(f"no token to score in {len(texts)} text(s)", hint="give a longer text")
+        raise DataError(f"no token to score in {counted(len(texts), 'text')}", hint="give a longer text")
     return row_perplexity(model, rows, batch_size=batch_size)
 
 

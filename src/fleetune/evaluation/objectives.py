@@ -41,6 +41,7 @@ import importlib.util
 import inspect
 import math
 import numbers
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -228,7 +229,11 @@ def import_function(name: str, kind: str, known: Iterable[str], call: str) -> Ca
             hint=expected,
         )
     if fault := _call_fault(found, call):
-        raise RecipeError([f"{what}: {function} {fault}; it is called as {call}"], hint=expected)
+        needed = call[call.index("(") :]
+        raise RecipeError(
+            [f"{what} is called as {call}, but {function} {fault}"],
+            hint=f"begin it with: def {function}{needed}:   and return a float",
+        )
     return cast(Callable[..., Any], found)
 
 
@@ -251,7 +256,9 @@ def _call_fault(function: Callable[..., Any], call: str) -> str:
     try:
         bound = signature.bind(*names).arguments
     except TypeError as error:
-        return f"takes {signature} ({error})"
+        lacking = re.search(r"argument: ('.*')", str(error))
+        why = f"nothing is given for {lacking[1]}" if lacking else f"it is given {len(names)} arguments"
+        return f"takes {signature}: {why}"
     parts = {name: signature.parameters[name] for name, value in bound.items() if isinstance(value, str)}
     if wrong := [name for name in parts if name in CALL_NAMES and name not in names]:
         return f"takes {signature}, and {wrong[0]!r} is of another kind of function"
@@ -260,7 +267,7 @@ def _call_fault(function: Callable[..., Any], call: str) -> str:
     ]:
         return f"takes {signature}, where {text[0]!r} is a text"
     taken = [name for name in signature.parameters if name in names]
-    return f"takes {signature}, in another order" if taken != sorted(taken, key=names.index) else ""
+    return f"takes {signature}: in another order" if taken != sorted(taken, key=names.index) else ""
 
 
 GIVEN: Final = (

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from fleetune.common.display import counted
 from fleetune.errors import MessageError
 from fleetune.fleet.asking import WORD, Asking
 from fleetune.fleet.link import Link, answer_in
@@ -264,7 +265,7 @@ class RemoteFleet:
         said = -1
         while True:
             if (here := len(self._ready)) != said:
-                self.note(f"{here} of {count} devices are ready")
+                self.note(f"{here} of {counted(count, 'device')} {'is' if here == 1 else 'are'} ready")
                 said = here
             if here >= count:
                 return
@@ -375,7 +376,7 @@ class RemoteFleet:
         self.told[client] = device
         self._gone.discard(client)
         self.audit("joined", device=found.key, name=name, client=client, rows=device.rows)
-        self.note(f"device {name} is ready: client {client}, {device.rows} rows")
+        self.note(f"device {name} is ready: client {client}, {counted(device.rows, 'row')}")
 
     def _able(self, device: Device) -> list[int]:
         """Return the kinds of the run's work that a device can do; MessageError where there are none."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fleetune.common.display import counted
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.common.memory import rss
 from fleetune.common.shell import quoted
@@ -158,7 +159,7 @@ class Served:
         """Return where devices join, and how many are waited for."""
         way = "TLS" if self.place.certificate else "plain HTTP"
         door = "registered keys" if self._keys is not None else "any key"
-        return f"{self.place.host}:{self.place.port} · {way}, {door} · {count} devices"
+        return f"{self.place.host}:{self.place.port} · {way}, {door} · {counted(count, 'device')}"
 
     def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet when enough devices are ready."""

@@ -179,8 +179,8 @@ class Worker:
         except (Interrupted, KeyboardInterrupt):
             raise
         except FAULTS as error:
-            log.exception("%s failed", _title(order))
             reason = error.message if isinstance(error, FleetuneError) else fault(error)
+            log.error("%s failed: %s", _title(order), reason, exc_info=log.isEnabledFor(logging.INFO))
             return Reply("failed", order.nonce, order.round, seconds=time.monotonic() - began, reason=reason)
         kept = loaded.memories.kept().get(order.client, NOTHING_KEPT)
         seconds = round(time.monotonic() - began, 3)

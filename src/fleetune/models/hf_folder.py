@@ -24,12 +24,12 @@ from fleetune.errors import ModelError
 from fleetune.models import bounds
 from fleetune.models.families.widths import KEY, base_type, config_from
 from fleetune.models.foreign import AGAIN, foreign_file
+from fleetune.models.names import NAME_HINT
 
 SIZES: Final = (
     "num_hidden_layers", "n_layer", "hidden_size", "n_embd", "num_attention_heads", "n_head", "num_key_value_heads",
     "intermediate_size", "vocab_size",
 )  # fmt: skip
-NAME_HINT: Final = "give a built-in name (fleetune models), a model directory, a .gguf file or a hub id"
 
 
 def check_folder(folder: Path) -> None:

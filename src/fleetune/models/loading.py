@@ -36,8 +36,8 @@ from transformers import (
 
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.shell import quoted
-from fleetune.errors import FitError, FleetuneError, ModelError, suggest
-from fleetune.models import cache, encoders, short_names, stated
+from fleetune.errors import FitError, FleetuneError, ModelError
+from fleetune.models import cache, encoders, names, stated
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import FILE as MASTER
 from fleetune.models.artefact_folder import is_master
@@ -47,7 +47,7 @@ from fleetune.models.download import Progress
 from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families.widths import class_of
 from fleetune.models.foreign import AGAIN, foreign_file, short_error
-from fleetune.models.hf_folder import NAME_HINT, check_folder, config_of, is_encoder
+from fleetune.models.hf_folder import check_folder, config_of, is_encoder
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
 from fleetune.models.paged import Pages, stubs
 from fleetune.models.saving import disk_errors, quiet, save
@@ -96,7 +96,7 @@ def pull(
         return path
     if Path(name).expanduser().exists() and "/" in name:
         raise ModelError(f"'{name}' is here already; there is nothing to pull", hint="use the path as it is")
-    return cache.pull_hub(_hub_id(name), offline=offline, progress=progress)
+    return cache.pull_hub(names.hub_id(name), offline=offline, progress=progress)
 
 
 def resolve(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
@@ -107,9 +107,9 @@ def resolve(name: str, *, offline: bool = False, progress: Progress | None = Non
     """
     if name in cache.ORIGINS:
         return cache.pull_builtin(cache.ORIGINS[name], offline=offline, progress=progress)
-    path = _local(name)
+    path = names.local(name)
     if path is None:
-        path = cache.pull_hub(_hub_id(name), offline=offline, progress=progress)
+        path = cache.pull_hub(names.hub_id(name), offline=offline, progress=progress)
     elif path.is_file():
         path = cache.import_gguf(path, progress=progress)
     try:
@@ -130,41 +130,14 @@ def load_config(name: str, *, offline: bool = False) -> PretrainedConfig:
         origin = cache.ORIGINS[name]
         found = cache.cached(origin)
         return config_of(found) if found else AutoConfig.for_model(**origin.config)
-    path = _local(name)
+    path = names.local(name)
     if path is None:
-        return config_of(cache.pull_hub(_hub_id(name), offline=offline, weights=False))
+        return config_of(cache.pull_hub(names.hub_id(name), offline=offline, weights=False))
     if path.is_file():
         from fleetune.models.gguf.convert import load_config as from_gguf
 
         return from_gguf(path)
     return config_of(path)
-
-
-def _local(name: str) -> Path | None:
-    """Return the existing path that `name` is, or None when it may be a hub id."""
-    if not name:
-        raise ModelError("no model was named", hint=NAME_HINT)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ModelError(f"'{name}' is a file, but not a .gguf file", hint=NAME_HINT)
-        return path
-    like_a_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or re.match(r"[A-Za-z]:[\\/]", name)
-    if like_a_path or path.suffix.lower() == ".gguf":
-        raise ModelError(f"there is no file or directory '{name}'", hint="check the path, or " + NAME_HINT)
-    return None
-
-
-def _hub_id(name: str) -> str:
-    if name in short_names.SHORT_NAMES:
-        return short_names.SHORT_NAMES[name].hub
-    if "/" not in name and (guess := suggest(name.lower(), short_names.every())):
-        raise ModelError(f"no model named '{name}'.{guess}", hint=NAME_HINT)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or "--" in name:
-        raise ModelError(f"'{name}' is not a model's name", hint=NAME_HINT)
-    return name
 
 
 # ---------------------------------------------------------------- load

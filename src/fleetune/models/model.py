@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fleetune.common.display import human_count
 from fleetune.errors import ModelError
 from fleetune.models import saving
 from fleetune.models.chat_template import is_plain
@@ -49,9 +50,10 @@ class Model:
     new_head: bool = False  # whether an encoder's head is not the checkpoint's: nothing has trained it yet
 
     def __repr__(self) -> str:
-        held = f", with {type(self.attachment).__name__}" if self.attachment is not None else ""
+        held = f", {self.attachment.words}" if self.attachment is not None else ""
+        added = getattr(self.attachment, "added", 0)
         return (
-            f"<Model {self.name}: {type(self.net).__name__}, {self.n_params / 1e6:,.1f} M parameters, {self.dtype} on "
+            f"<Model {self.name}: {type(self.net).__name__}, {human_count(self.n_params - added)} parameters, {self.dtype} on "
             f"{self.device}, base {self.digest[:8]}{held}>"
         )
 

@@ -18,7 +18,6 @@ from fleetune.tuning import methods, prepare, recipe_problems
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import AUTO_METHOD, Recipe
 
-BATCH: Final = 8  # rows of a step, for the memory
 NOT_MEASURED: Final = Rates(1e11, 1e10)  # what fits does not depend on the speed
 
 
@@ -62,7 +61,7 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str]:
         config = models.load_config(recipe.model, offline=offline)
     except ModelError as error:  # loading it says what is wrong, and what to do
         return able[0], f"the model's configuration cannot be read ({error.message})"
-    work = Workload(batch=BATCH, length=recipe.max_length, dtype=recipe.dtype)
+    work = Workload(length=recipe.max_length, dtype=recipe.dtype)
     ram = usable_memory() or None
     rows = plan.table(config, work, ram=ram, rates=NOT_MEASURED)
     name = plan.best([row for row in rows if not row.tunes or row.method in able])

@@ -16,10 +16,11 @@ import logging
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from fleetune.common.display import human_bytes, human_count, human_time
+from fleetune.common.display import counted, human_bytes, human_count, human_time
 from fleetune.errors import FitError, UsageError
 from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import device_cost
@@ -27,6 +28,7 @@ from fleetune.planning.device_cost import Rates
 from fleetune.planning.traffic import traffic
 from fleetune.planning.workload import Workload
 from fleetune.tuning import methods
+from fleetune.tuning import recipe as recipes
 from fleetune.tuning.footprint import Footprint
 
 if TYPE_CHECKING:
@@ -221,7 +223,14 @@ def describe(
     smaller = [] if shape.labels else [("compress", _compression(shape, work))]
     return [
         ("model", f"{name} · {shape.family} · {human_count(shape.params)} parameters · {work.dtype}"),
-        ("round", f"{work.steps:,} steps of {work.batch:,} x {work.length:,} tokens on every device"),
+        (
+            "round",
+            f"{counted(work.steps, 'step')} of {work.batch:,} x {work.length:,} tokens on every device",
+        ),
+        (
+            "tune",
+            f"cuts rows at {_longest()} tokens (--max-length); unless told, its steps have {_usual_batches()}",
+        ),
         (
             "state only",
             f"{human_bytes(fp16)} to run in fp16 · {human_bytes(adam)} to tune with Adam (16 bytes a weight)",
@@ -229,6 +238,23 @@ def describe(
         *smaller,
         ("time", f"computing at this machine's speed of just now{sending}"),
     ]
+
+
+def _longest() -> int:
+    """Return the tokens of a row at most in a run that states nothing else."""
+    return int(recipes.fields()["max_length"][1])
+
+
+def _usual_batches() -> str:
+    """Return the rows of a step by method, as each states them: "1 (fedkseed), 8 (fedit, fedpeptao) rows"."""
+    found: dict[int, list[str]] = {}
+    for name in methods.entries():
+        with suppress(UsageError):  # of another package's module
+            for s in methods.settings(name):
+                if s.name == "batch_size":
+                    found.setdefault(s.default, []).append(name)
+    parts = [f"{batch} ({', '.join(sorted(names))})" for batch, names in sorted(found.items())]
+    return ", ".join(parts) + " rows"
 
 
 def _compression(shape: Shape, work: Workload) -> str:

@@ -14,10 +14,13 @@ MOST_STEPS: Final = 1_000_000  # of a round: a pool of directions holds as many
 
 @dataclass(frozen=True)
 class Workload:
-    """A device's round: `steps` steps on `batch` rows of `length` tokens, weights in `dtype`."""
+    """A device's round: `steps` steps on `batch` rows of `length` tokens, weights in `dtype`.
 
-    batch: int = 1
-    length: int = 256
+    By default rows are as long as `tune` takes at most, and as many as most methods take a step.
+    """
+
+    batch: int = 8
+    length: int = 512
     steps: int = 200
     dtype: str = "fp32"
 

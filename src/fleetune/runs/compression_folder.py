@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
@@ -22,12 +22,13 @@ from fleetune.common.files import read_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
 from fleetune.models import seals
-from fleetune.runs import rundir, sealed
+from fleetune.runs import rundir, sealed, start_folder
 
 RECORD: Final = seals.COMPRESSION
 PARTS: Final = "parts"
 CLIENTS: Final = "clients"  # who calibrates: the simulated clients of a run
 FLEET: Final = "fleet"  # real devices
+PLACES: Final = ("model", "data", "text", "eval_text")  # may name files
 
 log = logging.getLogger(__name__)
 
@@ -138,18 +139,28 @@ def request_of(folder: Path) -> CompressRequest:
     """The request of a folder.  StorageError for a record that does not hold one."""
     raw = record(folder)
     try:
-        return CompressRequest(
+        request = CompressRequest(
             **{name: raw[name] for name in CompressRequest.__dataclass_fields__ if name in raw}
         )
+        return _found_again(request, folder, raw)
     except TypeError as error:
         raise StorageError(
             f"{folder / RECORD} is damaged ({error})", hint="compress again: fleetune compress MODEL"
         ) from error
 
 
+def _found_again(request: CompressRequest, folder: Path, record: Mapping[str, Any]) -> CompressRequest:
+    """The request with its files named as they are found from the present folder."""
+    start = start_folder.of(folder, record)
+    found: dict[str, Any] = {n: start_folder.find(getattr(request, n), start) for n in PLACES}
+    return replace(request, **found)
+
+
 def write_record(folder: Path, request: CompressRequest, result: Mapping[str, Any] | None) -> None:
-    """Write `compress.json`, with the result once there is one."""
-    content: dict[str, Any] = {"v": 1, **asdict(request)}
+    """Write `compress.json`, with the result once there is one; files keep the names that they had at the start."""
+    earlier = record(folder) if is_one(folder) else {}
+    named: dict[str, Any] = {name: earlier[name] for name in PLACES if name in earlier}
+    content: dict[str, Any] = {"v": 1, **asdict(request), **named, **start_folder.note(folder, earlier)}
     if result is not None:
         content["result"] = dict(result)
     write_atomic(folder / RECORD, sealed.to_text(content) + "\n")

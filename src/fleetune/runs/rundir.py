@@ -35,10 +35,12 @@ from typing import IO, Any, TypeVar
 from fleetune.common import folders
 from fleetune.common.files import PRIVATE, read_bytes, read_text, regular, storage_error, write_atomic
 from fleetune.common.locks import lock
-from fleetune.common.shell import quoted
 from fleetune.errors import MessageError, StorageError, UsageError
+from fleetune.runs import names
 from fleetune.runs.metrics import Metrics, Tally
 from fleetune.runs.metrics import events as events
+from fleetune.runs.names import number as number
+from fleetune.runs.names import slug as slug
 
 T = TypeVar("T")
 
@@ -215,11 +217,6 @@ def numbered(out: Path, name: str) -> Path:
     raise StorageError(f"cannot find a free number for a run in {out}")
 
 
-def slug(text: str) -> str:
-    """A text as part of a folder's name: lower case, digits, dots and hyphens."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
-
-
 def check_folder(folder: Path) -> None:
     """StorageError when a file stands where `folder` is to be."""
     if folder.exists() and not folder.is_dir():
@@ -228,12 +225,17 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def check_writable(folder: Path) -> None:
-    """StorageError, before any slow work, when nothing can be written into `folder` (made if it is not there)."""
+def check_writable(folder: Path, *, make: bool = True) -> None:
+    """StorageError, before any slow work, when nothing can be written into `folder`.
+
+    It is made if it is not there; without `make`, the folder above it that is there is tried.
+    """
     check_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(4096))
             file.flush()
     except OSError as error:
@@ -274,15 +276,20 @@ def find(run: str, out: Path) -> Path:
     matches = [p for p in runs if p.name == run or p.name.split("-")[0].lstrip("0") == run.lstrip("0")]
     if len(matches) == 1:
         return matches[0]
-    elsewhere = "" if str(out) == "runs" else f" --out {quoted(out)}"
-    raise UsageError(f"no run '{run}' in {out}", hint=f"runs there are: fleetune runs{elsewhere}")
+    raise names.none_such(run, out, [p.name for p in runs])
 
 
 def check_name(name: str, out: Path) -> None:
-    """UsageError for `latest`, a number or a run's name where there is no such run, before it is taken for a model's name."""
-    like_one = re.fullmatch(r"\d{4,}-[\w.-]+", name) and not Path(name).exists()
+    """UsageError for what can only be a run and is none, before it is taken for a model's name.
+
+    That is `latest`, a number, a run's name, and a path into a folder of runs that leads nowhere.
+    """
+    path = Path(name)
+    like_one = re.fullmatch(r"\d{4,}-[\w.-]+", name) and not path.exists()
     if name == "latest" or name.isdigit() or like_one:
         find(name, out)
+    elif "/" in name and not path.exists() and (there := names.numbered_in(path.parent)):
+        raise names.none_such(path.name, path.parent, there)
 
 
 def listing(out: Path) -> list[Path]:
@@ -296,12 +303,6 @@ def listing(out: Path) -> list[Path]:
 def is_foreign_link(path: Path) -> bool:
     """Whether a folder's name is a link that is not ours: all but `latest`, which leads to a run beside it."""
     return path.is_symlink() and (path.name != LATEST or path.resolve().parent != path.parent.resolve())
-
-
-def number(path: Path) -> int:
-    """The number that a run folder's name begins with, 0 for none."""
-    match = re.match(r"(\d{4,})-", path.name)
-    return int(match[1]) if match else 0
 
 
 def status_of(path: Path) -> str:

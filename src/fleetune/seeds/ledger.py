@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from fleetune.common.display import counted
 from fleetune.common.files import write_atomic
 from fleetune.errors import LedgerError
 from fleetune.seeds.ledger_head import AGAIN, GRID_LIMIT, LedgerHead, short
@@ -53,9 +54,9 @@ class Ledger:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        head = self.head
+        head, last = self.head, int(self.rounds.max(initial=0))
         return (
-            f"<Ledger of {head.method}: {len(self):,} entries, {int(self.rounds.max(initial=0))} rounds, law {head.law}, "
+            f"<Ledger of {head.method}: {counted(len(self), 'entry', 'entries')}, {counted(last, 'round')}, law {head.law}, "
             f"base {head.base[:8]}>"
         )
 

@@ -23,13 +23,15 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fleetune.common.display import counted
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import unmerged
 from fleetune.seeds import kernel_choice
@@ -63,6 +65,9 @@ def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
         return importlib.import_module("fleetune.seeds.kernels_torch")
 
 
+_WARNED: Final[WeakSet[nn.Module]] = WeakSet()  # nets whose unreached tensors were told
+
+
 class View:
     """Makes `net` run at `w0 + grid * passes (+ eps z)`.
 
@@ -93,6 +98,7 @@ class View:
         self.reached: set[str] = set()
         self.folded = FoldedSums(self.slots, run_key, law, self.kernels, threads)
         self._scratch = torch.empty(0)
+        self.net = net
         self.owners: list[tuple[nn.Module, dict[str, WeightSlot]]] = []  # wrapped modules and what they own
         self.running = 0  # forwards of modules around those that are going on
         self._around: list[nn.Module] = []
@@ -168,6 +174,15 @@ class View:
         self.folded.forget()
         self.place(None)
 
+    @property
+    def words(self) -> str:
+        """Say in words what it is, for the model that carries it."""
+        return (
+            "its weights moved by a seed ledger"
+            if self.point is not None
+            else "its weights ready to be moved"
+        )
+
     def merge(self, model: Any) -> None:
         """Overwrite the stored weights of the model that carries this view, and take the view off."""
         self.write()
@@ -191,10 +206,13 @@ class View:
         self.owners, self._around = [], []
 
     def warn_unreached(self) -> None:
-        """Log the trainable tensors that no forward has asked for: they are not being tuned."""
+        """Log the trainable tensors that no forward has asked for, once for a net: they are not being tuned."""
         missing = [s.name for s in self.slots if s.name not in self.reached]
-        if missing:
-            log.warning("%d tensors took no part in the forward pass, e.g. %s", len(missing), missing[0])
+        if missing and self.net not in _WARNED:
+            _WARNED.add(self.net)
+            log.warning(
+                "%s took no part in the forward pass, e.g. %s", counted(len(missing), "tensor"), missing[0]
+            )
 
     def _take(self, size: int, dtype: torch.dtype) -> Tensor:
         if self._scratch.numel() < size or self._scratch.dtype != dtype:

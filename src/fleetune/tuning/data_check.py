@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from fleetune.common.display import counted
 from fleetune.data import duplicates, lengths, splitting, stdin
 from fleetune.data.forms import Example
 from fleetune.data.lengths import Cut, cut
@@ -92,7 +93,7 @@ def _remarks(
     whole = measured.cut or Cut(rows, 0, 0, 0, 0)
     said = lengths.remarks(parts.notes, rows, measured.dropped, whole, max_length)
     if unused := len(parts.examples) - len(training) - len(parts.held):
-        said.append(f"{unused:,} rows belong to no client")
+        said.append(f"{counted(unused, 'row')} {'belongs' if unused == 1 else 'belong'} to no client")
     if again := len(found.equal_held_out) + len(found.near_held_out):
         said.append(
             f"{again:,} of {len(parts.held):,} held-out rows are trained on too, or nearly so: the held-out loss flatters"
@@ -102,7 +103,9 @@ def _remarks(
             f"rows are so alike that the search for nearly equal ones ended after {found.compared:,} of {found.rows:,}"
         )
     if small := sum(len(part) < 2 for part in parts.clients):
-        said.append(f"{small:,} of {len(parts.clients):,} clients have a single row")
+        said.append(
+            f"{small:,} of {counted(len(parts.clients), 'client')} {'has' if small == 1 else 'have'} a single row"
+        )
     return said
 
 

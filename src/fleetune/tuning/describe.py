@@ -20,7 +20,7 @@ from fleetune.runs import env_file, sealed
 from fleetune.runs.events import RateFound, TuneStart
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
-from fleetune.tuning import foundations, methods
+from fleetune.tuning import foundations, methods, places
 from fleetune.tuning.methods import Method
 from fleetune.tuning.settled import given
 
@@ -73,6 +73,7 @@ def of_data(job: TuneJob, run: Path) -> dict[str, Any]:
         "held_out_sha256": stated.held_out,
         "split_sha256": split_digest(parts.clients, parts.held),
         "given": told if isinstance(told, list) else given(job.recipe),
+        **places.note(run),
     }
 
 
@@ -138,7 +139,7 @@ def header(job: TuneJob, run: RunDir, fleet: str) -> list[tuple[str, str]]:
     return [
         ("model", f"{recipe.model} @ {m.digest[:8]} · {m.n_params / 1e6:,.1f} M parameters · {m.dtype}"),
         ("method", f"{job.entry.name} · {letters(job.method, job.entry.name)}"),
-        ("data", f"{Path(recipe.data).name} · {_split(job)}{len(job.held)} held out"),
+        ("data", f"{Path(recipe.data).name} · {_split(job)}{_held(job)} held out"),
         *(("rows", remark) for remark in job.about_rows()),
         ("fleet", f"{fleet} · {counted(recipe.rounds, 'round')}{_rule(recipe)}"),
         *([("time", job.estimate.text)] if job.estimate else []),
@@ -151,12 +152,24 @@ def _rule(recipe: Recipe) -> str:
     return "" if recipe.aggregation == "mean" else f" · {recipe.aggregation}"
 
 
+def _unit(job: TuneJob) -> str:
+    """Return what the rows of a job are: a text is cut into windows, which are counted one by one."""
+    return "window" if job.examples and not any(e.messages or e.texts for e in job.examples) else "row"
+
+
+def _held(job: TuneJob) -> str:
+    """Return how much is held out; windows are named as such."""
+    return counted(len(job.held), "window") if _unit(job) == "window" else f"{len(job.held):,}"
+
+
 def _split(job: TuneJob) -> str:
     """Return how the rows are split over a simulated fleet; nothing of a real one, whose rows are not here."""
     sizes = np.array([len(r) for r in job.rows])
     if not len(sizes):
         return ""
-    spread = f"{sizes.mean():,.0f} ± {sizes.std():,.0f} rows each" if len(sizes) > 1 else f"{sizes[0]:,} rows"
+    word = _unit(job)
+    mean = f"{sizes.mean():,.0f} ± {sizes.std():,.0f} {word}s each"
+    spread = mean if len(sizes) > 1 else counted(int(sizes[0]), word)
     return f"{job.recipe.partition} · {spread} · "
 
 

@@ -19,7 +19,7 @@ from fleetune.runs import env_file, rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import kernels
-from fleetune.tuning import foundations, methods
+from fleetune.tuning import foundations, methods, places
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.methods import entry
 from fleetune.tuning.methods._zeroth import place_at as place_at
@@ -36,7 +36,7 @@ def recipe_of(run: Path) -> Recipe:
             hint="what was compressed from it is measured on rows that are given: fleetune eval FOLDER rows.jsonl, "
             "or fleetune measure FOLDER/model --data rows.jsonl",
         )
-    return foundations.recipe_of(run)
+    return places.recipe_of(run)
 
 
 def result_of(run: Path) -> Path:
@@ -99,6 +99,7 @@ def ledger_of(run: Path) -> Ledger:
 def held_out(run: Path, *, offline: bool = False) -> list[Example]:
     """The rows that a run never trained on; UsageError when its data has other rows now."""
     recipe = recipe_of(run)
+    places.check_rows(recipe, run)
     parts = split(recipe, entry(recipe.method), offline=offline)
     foundations.check_rows(run, recipe, parts)
     return [parts.examples[i] for i in parts.held.tolist()]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from fleetune import models
+from fleetune.common.display import counted
 from fleetune.data import Example
 from fleetune.data.labelled import check_answers
 from fleetune.errors import RecipeError
@@ -29,7 +30,9 @@ def problems(recipe: Recipe) -> list[str]:
     trained = objectives.label_words(str(recipe.set.get("objective", "loss")))
     found = []
     if given and not 2 <= len(given) <= MAX_LABELS:
-        found.append(f"labels = {recipe.labels!r} has {len(given)} word(s): 2 to {MAX_LABELS} are possible")
+        found.append(
+            f"labels = {recipe.labels!r} has {counted(len(given), 'word')}: 2 to {MAX_LABELS} are possible"
+        )
     if "" in given:
         found.append(f"labels = {recipe.labels!r} has an empty word")
     if twice := [word for i, word in enumerate(given) if word and word in given[:i]]:

@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fleetune import data, models
+from fleetune.common.display import counted
 from fleetune.common.memory import release_memory
 from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
-from fleetune.data.examples import looks_like_model, looks_like_rows
 from fleetune.data.labelled import encode_rows
 from fleetune.data.lengths import Cut
 from fleetune.data.partition import check_partition_spec
 from fleetune.data.plain_text import begun
 from fleetune.data.splitting import Split as Split
-from fleetune.errors import DataError, RecipeError, UsageError
+from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
 from fleetune.models.model import Model
-from fleetune.models.short_names import hub_of
 from fleetune.runs.events import TuneChecked
 from fleetune.seeds import kernel_choice
-from fleetune.tuning import estimate, kinds, labels, methods, rates, robust, rounds
+from fleetune.tuning import estimate, kinds, labels, methods, rates, recipe_problems, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.estimate import Estimate
 from fleetune.tuning.methods import Method, MethodEntry
@@ -78,7 +75,7 @@ class TuneJob:
 def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     """The method of a recipe; UsageError for anything wrong that needs neither the clients' data nor the model."""
     kernel_choice.chosen_kernels()
-    _check_order(recipe)
+    recipe_problems.check_order(recipe.model, recipe.data)
     entry = methods.entry(recipe.method)
     problems: list[str] = []
     hint = ""  # of the first
@@ -115,17 +112,6 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
     method = methods.make(recipe.method, recipe.set)
     methods.check_files(method)
     return entry, method
-
-
-def _check_order(recipe: Recipe) -> None:
-    """Raise UsageError where the model is the data, and the data are the model."""
-    model, rows = recipe.model, recipe.data
-    if looks_like_rows(model) and (os.path.isfile(model) or hub_of(rows) or looks_like_model(rows)):
-        raise UsageError(
-            f"MODEL and DATA are swapped: {model} holds rows"
-            + (f", {rows} is a model" * looks_like_model(rows)),
-            hint=f"fleetune tune {shlex.quote(rows)} {shlex.quote(model)}",
-        )
 
 
 def check_aggregation(recipe: Recipe, method: Method, clients: int) -> None:
@@ -191,6 +177,7 @@ def prepare(
     recipe = settled(recipe) if simulated else dataclasses.replace(settled(recipe), clients=recipe.clients)
     if clients := len(parts.clients) or recipe.clients:
         check_aggregation(recipe, method, clients)
+        _check_quorum(recipe, clients)
     objective, held_out = objective_of(method), [parts.examples[i] for i in parts.held.tolist()]
     labels.check_rows(recipe, objective, batch_size_of(method), parts.examples, held_out, offline=offline)
     model = models.load(
@@ -201,7 +188,7 @@ def prepare(
     place = _tokens(model, parts, recipe.max_length)
     rows = [[row for i in part.tolist() for row in place.get(i, ())] for part in parts.clients]
     held = [i for i in parts.held.tolist() if i in place]
-    _check_rows(recipe, rows, held)
+    _check_rows(rows, held)
     aside = set(parts.held.tolist())
     train = [row for i, pieces in place.items() if i not in aside for row in pieces]
     new = find or measure  # not one that is resumed
@@ -240,16 +227,21 @@ def _asked(recipe: Recipe, rows: Sequence[object]) -> int:
     return len(rounds.sample(range(len(rows) or recipe.clients), recipe.participation, recipe.seed, 1))
 
 
-def _check_rows(recipe: Recipe, rows: Sequence[Sequence[Encoded]], held: Sequence[int]) -> None:
-    """Raise RecipeError for a quorum that no round can have, DataError where a client or the validation has no row left."""
-    asked = _asked(recipe, rows)
-    if recipe.quorum > asked > 0:
+def _check_quorum(recipe: Recipe, clients: int) -> None:
+    """Raise RecipeError for a quorum that no round can have."""
+    asked = _asked(recipe, range(clients))
+    if recipe.quorum > asked:
         raise RecipeError(
             [
-                f"quorum = {recipe.quorum}, but {asked} clients are asked in a round: no round would ever count"
+                f"quorum = {recipe.quorum}, but {counted(asked, 'client')} {'is' if asked == 1 else 'are'} asked in a round: "
+                "no round would ever count"
             ],
             hint="lower --quorum, or raise --participation",
         )
+
+
+def _check_rows(rows: Sequence[Sequence[Encoded]], held: Sequence[int]) -> None:
+    """Raise DataError where a client or the validation has no row left."""
     empty = [c for c, part in enumerate(rows) if not part]
     if empty:
         raise DataError(

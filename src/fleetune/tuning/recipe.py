@@ -82,7 +82,10 @@ class Recipe:
         "what a causal model's accuracy is measured by (default: not)",
     )
     limit: int = Field(
-        default=0, ge=0, le=MOST_ROWS, description="use only the first rows of the data (0: all)"
+        default=0,
+        ge=0,
+        le=MOST_ROWS,
+        description="use only the first rows of the data (0: all); of a folder the first of each client, evenly",
     )
     max_length: int = Field(
         default=512,

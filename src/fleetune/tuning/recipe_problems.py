@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fleetune.common import setting_names
 from fleetune.common.spellings import meant
-from fleetune.errors import FleetuneError, RecipeError, suggest
+from fleetune.data.examples import looks_like_model, looks_like_rows
+from fleetune.errors import FleetuneError, RecipeError, UsageError, suggest
+from fleetune.models.short_names import hub_of
 
 CHOICES: Final = re.compile(r"\^\(([\w|]+)\)\$")
 AUTO: Final = "auto"  # the method of a recipe that names none
@@ -99,3 +103,13 @@ def of_settings(values: Mapping[str, Any]) -> list[str]:
     except Exception:  # a value that is no text or number: pydantic has refused it
         return []
     return []
+
+
+def check_order(model: str, rows: str) -> None:
+    """Raise UsageError where the model is the data, and the data are the model."""
+    if looks_like_rows(model) and (os.path.isfile(model) or hub_of(rows) or looks_like_model(rows)):
+        raise UsageError(
+            f"MODEL and DATA are swapped: {model} holds rows"
+            + (f", {rows} is a model" * looks_like_model(rows)),
+            hint=f"fleetune tune {shlex.quote(rows)} {shlex.quote(model)}",
+        )

@@ -140,7 +140,7 @@ class Replies:
         except (MessageError, MemoryError):
             raise
         except FAULTS as error:
-            log.exception("the reply of client %d cannot be measured", answer.client)
+            log.info("the reply of client %d cannot be measured", answer.client, exc_info=True)
             raise MessageError(f"it cannot be measured ({fault(error)})") from error
         arrays = payload.arrays
         numbers = sum(a.size for a in arrays.values())
@@ -186,7 +186,7 @@ class Replies:
                         f"the replies of round {self.round.number} cannot be added up ({fault(error)})",
                         hint="the model of the round before is kept; see log.txt in the run folder",
                     ) from error
-                log.exception("the reply of client %d cannot be used", self._in_hand.answer.client)
+                log.info("the reply of client %d cannot be used", self._in_hand.answer.client, exc_info=True)
                 reason = cut_reason(f"it cannot be used ({fault(error)})")
                 self._refuse(self._in_hand, reason)
 

@@ -7,6 +7,7 @@ again; commands and compression use those as well.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -92,7 +93,9 @@ def read(folder: Path) -> TuneResult:
     known = {name for name in TuneDone.__dataclass_fields__ if name != "event"}
     for event in rundir.events(folder):
         if event["event"] == "done":
-            return TuneResult(folder, TuneDone(**{n: v for n, v in event.items() if n in known}))
+            done = TuneDone(**{n: v for n, v in event.items() if n in known})
+            result = str(folder / Path(done.result).name)  # as it is found from here
+            return TuneResult(folder, dataclasses.replace(done, run=str(folder), result=result))
     raise UsageError(f"{folder} is not finished", hint=f"fleetune tune --resume {quoted(folder)}")
 
 

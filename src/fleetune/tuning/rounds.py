@@ -292,7 +292,7 @@ def _hint(method: Method, replies: Replies) -> str:
     """Say what to do where all rounds fail: numbers that are not finite are of a learning rate that is too high."""
     if replies.not_finite:
         return f"{advice(method, 10)}; a run with other options is a new one"
-    return "see log.txt in the run folder; when the cause is gone, resume the run"
+    return "-v shows the whole error; when the cause is gone, resume the run"
 
 
 def _failures(method: Method, replies: Replies, before: int, plan: RoundPlan) -> int:

@@ -27,7 +27,9 @@ from fleetune.tuning import (
     finished,
     foundations,
     per_client,
+    places,
     remarks,
+    resumption,
     robust,
     rounds,
     row_digests,
@@ -75,7 +77,8 @@ def resume(path: Path, listener: Listener, *, offline: bool, fleets: Fleets = SI
 
     A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
     """
-    recipe = foundations.recipe_of(path)
+    recipe = places.recipe_of(path)
+    places.check_code(recipe, path)
     check(recipe)
     fleets.check(recipe)
     if is_done(path, listener.note):
@@ -83,6 +86,7 @@ def resume(path: Path, listener: Listener, *, offline: bool, fleets: Fleets = SI
         listener.note(f"{path} is finished already")
         listener.event(found.done)
         return found
+    places.check_rows(recipe, path)
     with _ONE_AT_A_TIME, RunDir(path) as folder:
         rundir.check_writable(path)
         job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False, measure=False)
@@ -216,7 +220,8 @@ class _Sitting:
         return found or self.base.measured
 
     def resumed(self) -> None:
-        """Say that the base was measured again, where eval.json has lost it."""
+        """Say how far the run is, and where eval.json has lost the base that it was measured again."""
+        self.listener.note(resumption.progress(self.run.path, self.job.recipe.rounds))
         if self.base is not None:
             self.listener.note(
                 f"{self.run.path / EVALUATION} is damaged or gone: the base model has answered again"
@@ -282,13 +287,16 @@ def _start(job: TuneJob, run: RunDir, base: _Base, first: Any, listener: Listene
 def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None:
     """Write down what is run, and tell the listener."""
     recipe = job.recipe
-    run.write("run.toml", recipes.to_toml(recipe))
+    run.write("run.toml", recipes.to_toml(places.as_stated(recipe, run.path)))
     made_of = describe.of_model(job) | describe.of_data(job, run.path)
-    run.write(env_file.ENVIRONMENT, sealed.to_text(env_file.environment(made_of)) + "\n")
+    before, now = places.record(run.path), env_file.environment(made_of)
+    run.write(env_file.ENVIRONMENT, sealed.to_text(now) + "\n")
     row_digests.write(run, job.split.examples)
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
     for remark in (*map(remarks.of_rate, job.found), *job.about_time()[1:]):
         listener.note(remark)
+    if told := resumption.changes(before, now):
+        listener.note(told)
     clients = range(len(job.rows) or recipe.clients)
     asked = len(rounds.sample(clients, recipe.participation, recipe.seed, 1, recipe.over_selection))
     listener.progress("rounds", 0, recipe.rounds)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from fleetune.common.display import counted
 from fleetune.common.files import read_text, storage_error, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import (
@@ -236,7 +237,7 @@ def run(folder: RunDir, grid: SweepGrid, watch: Watch, *, offline: bool = False)
         )
         raise
     write_page(folder.path, grid)
-    folder.status(f"failed: {len(failed)} runs" if failed else "done")
+    folder.status(f"failed: {counted(len(failed), 'run')}" if failed else "done")
     return failed
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from fleetune.errors import RecipeError
 from fleetune.evaluation import objectives
 from fleetune.models import Model, tiny_llama
 from fleetune.tuning import methods, prepare, recipe
-from fleetune.tuning.messages import LogCode, Payload
+from fleetune.tuning.fleets.local import LocalFleet
+from fleetune.tuning.fleets.memories import Memories
+from fleetune.tuning.messages import LogCode, Message, Payload, encode
 from fleetune.tuning.methods import Reply
 from fleetune.tuning.methods._zeroth import UNITS
 
@@ -114,3 +117,19 @@ def test_an_objective_that_is_none_is_said_before_anything_is_loaded(name: str) 
     wrong = recipe.make({"model": "none", "data": "none", "method": name, "set": {"objective": "acuracy"}})
     with pytest.raises(RecipeError, match="unknown objective 'acuracy'"):
         prepare.check(wrong)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_fault_of_an_objective_is_one_line_unless_more_is_wanted(
+    verbose: bool, rows: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mine.py").write_text("def f(model, batch):\n    return {}['nothing']\n")
+    method = methods.make("mezo", {"lr": 1e-4, "objective": f"{tmp_path}/mine.py:f"})
+    model = tiny_llama()
+    fleet = LocalFleet(model, method, [rows], 3, 257, memories=Memories(tmp_path / "memories"))
+    sent = encode(Message(1, b"12345678", method.broadcast(method.init(model, 5))))
+    caplog.set_level(logging.INFO if verbose else logging.WARNING, logger="fleetune")
+    answer = fleet._answer(1, 0, 9, sent)
+    assert answer.status == "failed"
+    assert answer.reason.endswith("failed: KeyError: 'nothing' (mine.py:2)")
+    assert ("Traceback" in caplog.text) == verbose

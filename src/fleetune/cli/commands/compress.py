@@ -206,7 +206,7 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
         if args.list.replace("_", "-") not in ("all", name):
             continue
         try:
-            found = settings.of(compression.method_class(name))
+            found = compression.settings_of(name)
         except UsageError as error:  # of another package's module, which does not stop the list
             ui.note(f"{name} is left out: {error.message}")
             continue
@@ -222,4 +222,4 @@ def _list(args: argparse.Namespace, ui: Ui) -> None:
                 align="llll",
             )
     if args.list != "all":
-        compression.method_class(args.list)
+        compression.settings_of(args.list)  # refuses an unknown one

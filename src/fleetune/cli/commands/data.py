@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
-from fleetune.common.display import clean, one_line
+from fleetune.common.display import clean, counted, one_line
 from fleetune.runs.events import DataChecked, RowShown
 from fleetune.tuning import recipe as recipes
 
@@ -53,7 +53,9 @@ def _print(found: DataChecked, data: str, model: str, ui: Ui) -> None:
     rows = [
         ("rows", f"{found.rows:,} · {found.training:,} to train on, {found.held_out:,} held out"),
         ("length", f"{lengths.unit}: half of the rows up to {lengths.p50:,}, 95 % up to {lengths.p95:,}, the longest "
-                   f"{lengths.longest:,}; {lengths.total:,} in all" + ("" if model else " (tokens: --model MODEL)")),
+                   f"{lengths.longest:,}; {lengths.total:,} in all"),
+        *([] if model else [("", f"in tokens, and what max_length={found.max_length} cuts: add --model MODEL")]),
+        *([("cut", _cut(found))] if found.cut is not None else []),
         ("clients", _clients(found)),
     ]  # fmt: skip
     if found.labels is not None:
@@ -76,10 +78,19 @@ def _print(found: DataChecked, data: str, model: str, ui: Ui) -> None:
     ui.paths([("next", f"fleetune tune {model or 'MODEL'} {shlex.quote(data)}")])
 
 
+def _cut(found: DataChecked) -> str:
+    """Say how many rows max_length cuts; a remark says of which parts."""
+    if not found.cut:
+        return f"none: max_length={found.max_length} takes every row whole"
+    return f"{found.cut:,} of {counted(found.rows, 'row')}, by max_length={found.max_length}"
+
+
 def _clients(found: DataChecked) -> str:
     sizes: Sequence[int] = found.rows_per_client
     spread = (
-        f"{min(sizes):,} rows each" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,} rows"
+        f"{counted(min(sizes), 'row')} each"
+        if min(sizes) == max(sizes)
+        else f"{min(sizes):,} to {max(sizes):,} rows"
     )
     text = f"{len(sizes):,} · {one_line(found.partition)} · {spread}"
     if found.clients:

@@ -38,8 +38,15 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         ("gpu", (found.gpu and "an NVIDIA driver is here") or "none found"),
         ("cache", f"{found.cache} · {human_bytes(found.cache_bytes)} · {human_bytes(found.cache_free)} free · {state}"),
         ("network", "switched off by the environment" if found.offline else "allowed"),
-        ("engines", " · ".join(f"{n} {'yes' if here else 'no'}" for n, here in found.engines.items())),
     ])  # fmt: skip
+    ui.table(
+        ["engine of serve and chat", "here", "what it runs"],
+        [
+            [name, "yes" if here else "no", doctor.ENGINES.get(name, "")]
+            for name, here in found.engines.items()
+        ],
+        align="lll",
+    )
     rows = [
         [e.name, "yes" if not e.missing else "no", e.serves, e.install if e.missing else ""]
         for e in found.extras

@@ -23,8 +23,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL", help="hub id, HF directory, GGUF file or built-in name")
     sub.add_argument("--ram", help="memory of a device, e.g. 4GB: says what fits")
     sub.add_argument("--uplink", help="its uplink, e.g. 1Mbps: says how long a round's traffic takes")
-    sub.add_argument("--batch", type=int, default=1, help="rows per step (default 1)")
-    sub.add_argument("--length", type=int, default=256, help="tokens of a row (default 256)")
+    sub.add_argument("--batch", type=int, default=8, help="rows per step (default 8)")
+    sub.add_argument(
+        "--length", type=int, default=512, help="tokens of a row (default 512, at which tune cuts them)"
+    )
     sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="type of the weights")
     sub.add_argument("--steps", type=int, default=200, help="local steps of a round (default 200)")
 
@@ -32,8 +34,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, ui: Ui) -> None:
     """Print the table, and the command to begin with."""
     from fleetune import api
+    from fleetune.cli import recipe_flags
     from fleetune.planning import plan as planning
 
+    recipe_flags.check_model(args.model, args.out)
     plan = api.plan(
         args.model, ram=args.ram, uplink=args.uplink, batch=args.batch, length=args.length, steps=args.steps,
         dtype=args.dtype, offline=args.offline,

@@ -66,10 +66,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             result = api.resume_run(
                 path, out=args.out, offline=args.offline, listener=shown, tracker=args.tracker
             )
-            finish(ui, result)
+            finish(ui, result, resumed=True)
         return
     recipe = recipe_of(args)
-    recipe_flags.check_data(recipe.data)
+    recipe_flags.check(recipe, args.out)
     if args.dry_run:
         _check_only(recipe, args, ui)
     else:
@@ -88,13 +88,14 @@ def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
     return result
 
 
-def finish(ui: Ui, result: TuneResult) -> None:
-    """Print the final table, and where things are."""
+def finish(ui: Ui, result: TuneResult, *, resumed: bool = False) -> None:
+    """Print the final table, and where things are; of a `resumed` run what its time counts."""
     done, run = result.done, result.done.run
     costs = [
         ("bytes over the fleet", human_bytes(done.bytes_up + done.bytes_down),
          f"up {human_bytes(done.bytes_up)}, down {human_bytes(done.bytes_down)}"),
-        ("wall time · peak memory", f"{human_time(done.time)} · {human_bytes(done.peak_rss)}", ""),
+        ("wall time · peak memory", f"{human_time(done.time)} · {human_bytes(done.peak_rss)}",
+         "of all sittings, without the time between; the peak is of the last" if resumed else ""),
     ]  # fmt: skip
     ui.final_table(
         done.base,

@@ -22,25 +22,14 @@ from fleetune.models import artefact, seals
 from fleetune.models.artefact import ArtefactHead, Master
 from fleetune.models.artefact_folder import is_master
 from fleetune.runs import compression_folder, env_file
-from fleetune.runs.compression_folder import FLEET, PARTS, CompressRequest
+from fleetune.runs.compression_folder import PARTS, CompressRequest
 from fleetune.runs.listener import Listener
 from fleetune.tuning import finished
 
 
 def check(folder: Path) -> None:
-    """Raise UsageError when the compressed model was never tuned, or its method cannot be run on the base."""
-    request = compression_folder.request_of(folder)
-    if not request.run:
-        raise UsageError(
-            f"{folder} was made from a model, not from a run: no tuning, no gain to keep",
-            hint="fleetune compress RUN",
-        )
-    if request.calibrate == FLEET:
-        raise UsageError(
-            f"{folder} was calibrated by devices, so the base would have to be calibrated by them as well",
-            hint="leave out --kept-gain; or compress with --calibrate clients, which simulates the devices",
-        )
-    _solver(request)
+    """Raise UsageError when the method of a compression cannot be run on the base as well."""
+    _solver(compression_folder.request_of(folder))
 
 
 def base_of(listener: Listener, folder: Path, *, offline: bool) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fleetune import subject
 from fleetune.common import sums
-from fleetune.common.display import human_bytes
+from fleetune.common.display import counted, human_bytes
 from fleetune.compression import Trainer
 from fleetune.compression.jobs import inputs as loading
 from fleetune.compression.jobs import progress
@@ -41,9 +41,7 @@ class DistilJob:
     def about(self) -> list[tuple[str, str]]:
         """Return rows of the header: teacher, rows, planned memory."""
         size = f"{self.teacher.n_params / 1e6:.1f} M parameters"
-        rows = (
-            f"{self.inputs.source} · {len(self.inputs.rows)} rows of {_longest(self.inputs)} tokens at most"
-        )
+        rows = f"{self.inputs.source} · {counted(len(self.inputs.rows), 'row')} of {_longest(self.inputs)} tokens at most"
         memory = f"about {human_bytes(self.memory)}"
         return [("teacher", f"{self.teacher_name} · {size}"), ("rows", rows), ("memory", memory)]
 

@@ -113,7 +113,7 @@ def start(
     devices: Devices | None = None,
 ) -> CompressResult:
     """Check a request, then run it in a new folder under `out`; `devices` are those of --calibrate fleet."""
-    rundir.check_folder(out)
+    rundir.check_writable(out, make=False)
     _check_devices(request, devices)
     job = prepare(request, listener, out, offline=offline, devices=devices)
     folder = compression_folder.create(request, out)

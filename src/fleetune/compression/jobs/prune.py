@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune.common import sums
+from fleetune.common.display import counted
 from fleetune.compression import Pruner
 from fleetune.compression.jobs import inputs as loading
 from fleetune.compression.jobs import progress, windows
@@ -40,9 +41,11 @@ class PruneJob:
 
     def about(self) -> list[tuple[str, str]]:
         """Return the row of the header on the rows or windows that importance is measured on."""
-        what = "rows" if self.inputs.rows else "windows"
+        what = "row" if self.inputs.rows else "window"
         longest = max(len(row.ids) for row in self.rows)
-        return [("text", f"{self.inputs.source} · {len(self.rows)} {what} of {longest} tokens at most")]
+        return [
+            ("text", f"{self.inputs.source} · {counted(len(self.rows), what)} of {longest} tokens at most")
+        ]
 
     def run(self, listener: Listener, folder: Path) -> Outcome:
         """Prune, recover and save; resume from the decision and the checkpoint in `folder`.

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fleetune.common.display import human_bytes, human_time
+from fleetune.common.display import counted, human_bytes, human_time
 from fleetune.common.shell import quoted
 from fleetune.compression import Solver
 from fleetune.compression.jobs import progress, windows
@@ -69,7 +69,7 @@ class SolveJob:
         if self.calibration is None:
             return [("memory", memory)]
         count, length = self.calibration.shape
-        text = f"{self.inputs.source} · {count} windows of {length} tokens"
+        text = f"{self.inputs.source} · {counted(count, 'window')} of {length} tokens"
         text += " · true sequential" if self.request.true_sequential else ""
         whose = [("clients", f"{len(self.shares)} of them, in turn")] if self.shares else []
         return [("text", text), *whose, ("memory", memory)]

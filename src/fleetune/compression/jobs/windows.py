@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from fleetune.common.display import counted
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import DataError, UsageError
 from fleetune.runs.compression_folder import CompressRequest
@@ -43,7 +44,9 @@ def windows(request: CompressRequest, inputs: Inputs, listener: Listener) -> Ten
             hint="give some: --text FILE or --data FILE",
         )
     else:
-        listener.note(f"no calibration text is given: the model writes {request.windows} windows itself")
+        listener.note(
+            f"no calibration text is given: the model writes {counted(request.windows, 'window')} itself"
+        )
         return driver.sampled_windows(model, request.length, request.windows, request.seed)
     return driver.windows(ids, request.length, request.windows)
 
@@ -67,7 +70,7 @@ def of_run(request: CompressRequest, inputs: Inputs, listener: Listener) -> tupl
     written = driver.sampled_windows(
         inputs.model, request.length, own + MEASURED, request.seed, batch=own + MEASURED
     )
-    source = f"{inputs.source}: {len(rows)} windows, and {own} that its model wrote"
+    source = f"{inputs.source}: {counted(len(rows), 'window')}, and {own} that its model wrote"
     text = [Encoded(ids=window, n_prompt=1) for window in written[own:].numpy()]
     return torch.cat([rows, written[:own]]), replace(inputs, own_text=text, source=source)
 

@@ -21,16 +21,19 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fleetune.common.display import counted
 from fleetune.compression import Solved, Solver
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates
 from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks, MatrixResult
+from fleetune.compression.layerwise.grids import GROUPS
 from fleetune.compression.layerwise.hessian import share, trace
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.models.artefact import Quantised, dense
@@ -53,24 +56,42 @@ def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
 
 def check(model: Model, solver: Solver) -> None:
     """Raise RecipeError with every matrix that the settings do not fit or that holds values that are not finite."""
-    problems, found = [], linears_of(model)
+    found = linears_of(model)
     if not any(linears for _, linears in found):
         raise ModelError(
             f"the blocks of a {type(model.net).__name__} have no matrices of torch's linear layers, which are what is "
             "compressed",
             hint="GPT-2's layers store theirs the other way round",
         )
+    alike: dict[str, list[str]] = {}  # a problem without the matrix's name -> those that have it
+    shapes = []
     for block, linears in found:
         with in_memory(model, block):
             for name, linear in linears.items():
                 R, C = linear.weight.shape
-                if problem := solver.check(f"{name}.weight", R, C):
-                    problems.append(problem)
+                shapes.append((f"{name}.weight", R, C))
+                if problem := solver.check(*shapes[-1]):
+                    alike.setdefault(problem.replace(name, ""), []).append(problem)
                 if not _finite(linear.weight):
-                    problems.append(f"{name}.weight holds values that are not finite")
-    if problems:
+                    alike.setdefault("values", []).append(f"{name}.weight holds values that are not finite")
+    if alike:
+        problems = [
+            same[0] + (f"; and {counted(len(same) - 1, 'matrix', 'matrices')} more" if same[1:] else "")
+            for same in alike.values()
+        ]
         more = [f"and {len(problems) - 6} more"] if len(problems) > 6 else []
-        raise RecipeError(problems[:6] + more, hint="choose settings that fit every layer")
+        raise RecipeError(problems[:6] + more, hint=_fitting(solver, shapes))
+
+
+def _fitting(solver: Solver, shapes: Sequence[tuple[str, int, int]]) -> str:
+    """Return the hint for settings that do not fit: the largest smaller group that fits every matrix, if there is one."""
+    group = getattr(solver, "group", 0)
+    for smaller in (*(g for g in GROUPS if g < group), 0) if group else ():
+        with suppress(ValueError):
+            if not any(replace(solver, group=smaller).check(*shape) for shape in shapes):  # type: ignore[type-var]
+                whole = " (a row is one group)" * (not smaller)
+                return f"--set group={smaller} fits every layer{whole}"
+    return "choose settings that fit every layer"
 
 
 def _finite(weight: Tensor) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 KINDS: Final = ("ggml", "symmetric", "asymmetric", "universal")
 BITS: Final = (2, 3, 4, 8)
+GROUPS: Final = (256, 128, 64, 32, 16, 8, 4)  # sizes that are suggested
 NORM: Final = 2.4
 SIGNIFICANT: Final = 7  # bits of a universal scale; with 4 bits of zero they are 11, what fp16 holds
 
@@ -127,7 +128,7 @@ def group_problem(name: str, C: int, group: int) -> str:
     """Say why rows of C columns cannot be divided into groups of this size, or "" when they can."""
     if not group or C % group == 0:
         return ""
-    fits = [g for g in (256, 128, 64, 32, 16, 8, 4) if C % g == 0]
+    fits = [g for g in GROUPS if C % g == 0]
     return f"{name} has {C} columns, which groups of {group} do not divide" + (
         f" (groups of {fits[0]} do)" if fits else " (group=0 takes the whole row)"
     )

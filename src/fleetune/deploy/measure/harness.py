@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from fleetune.common import paired
-from fleetune.common.display import metric
+from fleetune.common.display import counted, metric
 from fleetune.common.memory import peak_rss
 from fleetune.errors import DataError, FleetuneError, UsageError
 
@@ -149,7 +149,7 @@ def mean(losses: Sequence[tuple[float, int]]) -> float:
     """Return the mean per token of rows' loss sums; DataError when no token is scored."""
     if not (count := sum(n for _, n in losses)):
         raise DataError(
-            f"no response tokens to score in {len(losses)} row(s)",
+            f"no response tokens to score in {counted(len(losses), 'row')}",
             hint="give rows with an answer, or a larger maximum length",
         )
     import numpy as np  # its sum, so that the value is that of `fleetune eval` to the bit

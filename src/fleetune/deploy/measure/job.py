@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fleetune.common import paired
+from fleetune.common.display import counted
 from fleetune.common.paired import RowLosses
-from fleetune.deploy.measure import harness, lines, record
+from fleetune.deploy.measure import harness, kept_gain, lines, record
 from fleetune.deploy.measure.harness import KeptGain, Measurement, Row
 from fleetune.deploy.measure.lines import Line, Measurable
 from fleetune.errors import FleetuneError, UsageError
@@ -199,12 +200,12 @@ def _header(
 ) -> None:
     rows = windows[found[0].tokenizer]
     tokens = sum(len(ids) for ids, _ in rows)
-    text = f"{options.text} · {len(rows)} window{'s' if len(rows) > 1 else ''}, {tokens:,} tokens"
+    text = f"{options.text} · {counted(len(rows), 'window')}, {counted(tokens, 'token')}"
     listener.header("fleetune measure", [
         ("of", ", ".join(one.subject.argument for one in found)),
         ("speed", f"{options.prompt_tokens} tokens read, {options.new_tokens} written · median of {options.repeats} · "
          f"threads: {options.threads}"),
-        ("loss", f"{len(examples)} rows" if examples else "no rows (--data)"),
+        ("loss", counted(len(examples), 'row') if examples else "no rows (--data)"),
         ("text", text if options.text else "none (--text)"),
     ])  # fmt: skip
 
@@ -257,8 +258,8 @@ def _finish(
 def _check_kept(measurable: Measurable) -> None:
     from fleetune.compression.jobs import compressed_base
 
-    if measurable.folder is None:
-        raise UsageError("--kept-gain is of a compressed run's folder", hint="fleetune compress RUN")
+    kept_gain.check([measurable.subject])
+    assert measurable.folder is not None
     compressed_base.check(measurable.folder)
 
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fleetune.common.display import human_bytes
+from fleetune.common.display import counted, human_bytes
 from fleetune.common.shell import quoted
 from fleetune.deploy.serving import engines, threads
 from fleetune.deploy.serving.engine_site import EngineSite
@@ -152,7 +152,7 @@ def opened(
     with tempfile.TemporaryDirectory(prefix="fleetune-") as folder:
         model = _model_for(subject, engine, Path(folder), listener, offline=offline)
         count = options.threads or _fastest(engine, model, options.context, listener)
-        listener.note(f"{engine.name} with {model.name} on {count} thread{'s' if count > 1 else ''}")
+        listener.note(f"{engine.name} with {model.name} on {counted(count, 'thread')}")
         with engines.started(engine, model, count, options.context) as running:
             yield running
 
@@ -184,7 +184,7 @@ def _fastest(engine: Engine, model: Path, context: int, listener: Listener) -> i
     def rate(count: int) -> float:
         with engines.started(engine, model, count, context) as running, running.request():
             found = threads.speed(running.address)
-        listener.note(f"measured: {count} thread{'s' if count > 1 else ''}, {found:.1f} tokens/s")
+        listener.note(f"measured: {counted(count, 'thread')}, {found:.1f} tokens/s")
         return found
 
     count, rates = threads.fastest(counts, rate)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
+from fleetune.common.display import counted
 from fleetune.deploy.serving import threads
 from fleetune.deploy.serving.openai_client import Refused
 from fleetune.runs.listener import Listener
@@ -75,7 +76,7 @@ def _fastest(model: Model, listener: Listener) -> int:
         began = time.monotonic()
         drawn = answers.sample_from_ids(model, [ids], temperature=1.0, max_new_tokens=16, seed=0)
         found = len(drawn[0]) / (time.monotonic() - began)
-        listener.note(f"measured: {count} thread{'s' if count > 1 else ''}, {found:.1f} tokens/s")
+        listener.note(f"measured: {counted(count, 'thread')}, {found:.1f} tokens/s")
         return found
 
     return threads.fastest(counts, rate)[0]

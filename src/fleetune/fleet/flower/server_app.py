@@ -20,7 +20,7 @@ from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 
-from fleetune.common.display import show
+from fleetune.common.display import counted, show
 from fleetune.errors import MessageError, RecipeError, UsageError
 from fleetune.fleet.audit import Audit
 from fleetune.fleet.flower import wire
@@ -123,7 +123,7 @@ class SuperNodes:
 
     def about(self, job: TuneJob) -> str:
         """Return whose they are, and how many are waited for."""
-        return f"SuperNodes of Flower's run {self.run_id} · {self.count(job)} devices"
+        return f"SuperNodes of Flower's run {self.run_id} · {counted(self.count(job), 'device')}"
 
     def make(self, job: TuneJob, run: RunDir, listener: Listener, step: Step) -> Fleet:
         """Return the fleet when enough SuperNodes are ready; those are numbered in the order of their names."""

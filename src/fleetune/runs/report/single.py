@@ -6,6 +6,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from fleetune.common.display import counted
 from fleetune.common.files import PRIVATE, write_atomic
 from fleetune.runs.report import page, plots, runlog
 from fleetune.runs.report.page import esc
@@ -31,7 +32,11 @@ def write(run: Path) -> Path:
 def sections(run: RunLog) -> dict[str, str]:
     """Return the report's sections as HTML, by name and in order; "" for one that has nothing to show."""
     steps, facts = runlog.steps(run), runlog.summarise(run)
-    lost = f"<footer>{run.skipped} damaged line(s) of metrics.jsonl left out.</footer>" if run.skipped else ""
+    lost = (
+        f"<footer>{counted(run.skipped, 'damaged line')} of metrics.jsonl left out.</footer>"
+        if run.skipped
+        else ""
+    )
     return {
         "head": head.header(run, facts),
         "result": page.section("result", "Result", result.result(run, steps, facts)),

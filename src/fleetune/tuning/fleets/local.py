@@ -186,7 +186,9 @@ class LocalFleet:
                     f"client {client} in round {round}: memory does not suffice on '{self.model.device}'",
                     hint=f"see: fleetune plan {quoted(self.model.name)}   (less: batch_size, --max-length, --dtype bf16)",
                 ) from error
-            log.exception("client %d failed in round %d", client, round)
+            log.info(
+                "client %d failed in round %d", client, round, exc_info=True
+            )  # its reason is shown anyway
             return Answer(client, key, None, "failed", fault(error), time.monotonic() - began, len(sent))
         spent = time.monotonic() - began
         return Answer(

@@ -59,7 +59,6 @@ from fleetune.tuning.footprint import Footprint, lora_module
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _lora_start
 from fleetune.tuning.methods._adapter import State, Training
-from fleetune.tuning.methods._lora_start import STARTS
 from fleetune.tuning.robust import MEAN, Rule
 
 log = logging.getLogger(__name__)
@@ -83,12 +82,14 @@ class Method:
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
     average: str = setting("separate", "avg", "separate: A and B (as published); product: B A")
     ranks: str = setting("", "r_k", "the devices' ranks in turn, as 4,8,16 (average=product; none: r)")
-    start: str = setting("default", "A₀, B₀", "where A and B start: " + ", ".join(STARTS))
+    start: str = setting(
+        "default", "A₀, B₀", "where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva"
+    )
     start_data: str = setting(
         "demo", "X", "start=eva: rows the server has, a file or demo (32 are read)", only_if="start=eva"
     )
     wire: str = setting("fp32", "wire", "fp32, or fp16 to halve the traffic")
-    server: str = setting("avg", "server", "the server's rule: " + ", ".join(server_rules.ETA))
+    server: str = setting("avg", "server", "the server's rule: avg, avgm, adagrad, yogi, adam")
     server_lr: float = setting(0.0, "η_s", "the server's learning rate (0: 1 for avg and avgm, else 1e-3)")
     mu: float = setting(0.0, "μ", "FedProx: pull towards the global adapter (0.01 is usual)")
     scaffold: bool = setting(False, "c", "SCAFFOLD: correct a device's drift (its c goes down too)")

@@ -58,7 +58,6 @@ from fleetune.tuning.footprint import Footprint, lora_module
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _lora_start
 from fleetune.tuning.methods._adapter import State, Training
-from fleetune.tuning.methods._lora_start import STARTS
 from fleetune.tuning.robust import MEAN, Rule
 
 KIND = "adapter"
@@ -84,7 +83,10 @@ class Method:
         "query-value", "W", "lora: query-value, all-linear, or the layers' names", only_if="module=lora"
     )
     start: str = setting(
-        "default", "A₀, B₀", "lora: where A and B start: " + ", ".join(STARTS), only_if="module=lora"
+        "default",
+        "A₀, B₀",
+        "lora: where A and B start: default, gaussian, shared, orthogonal, pissa, olora, eva",
+        only_if="module=lora",
     )
     start_data: str = setting(
         "demo", "X", "start=eva: rows the server has, a file or demo (32 are read)", only_if="start=eva"
@@ -92,7 +94,7 @@ class Method:
     places: str = setting(
         "houlsby", "places", "adapter: houlsby (two a layer) or pfeiffer (one)", only_if="module=adapter"
     )
-    server: str = setting("avg", "server", "the server's rule: " + ", ".join(server_rules.ETA))
+    server: str = setting("avg", "server", "the server's rule: avg, avgm, adagrad, yogi, adam")
     server_lr: float = setting(0.0, "η_s", "the server's learning rate (0: 1 for avg and avgm, else 1e-3)")
     mu: float = setting(0.0, "μ", "FedProx: pull towards the global module (0.01 is usual)")
     scaffold: bool = setting(False, "c_k", "SCAFFOLD: correct a device's drift (its c goes down too)")

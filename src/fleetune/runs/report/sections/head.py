@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from fleetune.common.display import change, human_bytes, human_count, human_time, improved, is_noise, show
+from fleetune.runs import start_folder
 from fleetune.runs.report import page
 from fleetune.runs.report.page import counted, esc, flat, short_name, span, true_minus
 from fleetune.runs.report.runlog import RunLog, changed, kind_of, list_of, num_of, number, text_of
@@ -104,4 +105,6 @@ def _letters(run: RunLog, method: str) -> str:
 
 def versions(run: RunLog) -> str:
     """Return what env.json says: versions, the machine, digests."""
-    return page.fact_list(flat({k: v for k, v in run.env.items() if k != "given"}), "config")
+    return page.fact_list(
+        flat({k: v for k, v in run.env.items() if k not in ("given", start_folder.KEY)}), "config"
+    )

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot work is refused before anything heavy is imported, with what was meant."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.runs import compression_folder, names
+from fleetune.runs.compression_folder import CompressRequest
+
+RUN, SMALL = "runs/0001-fedit-tiny", "runs/0002-optq-fedit-tiny"
+
+
+@pytest.fixture
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a run and a compression of it, as far as their names are read."""
+    monkeypatch.chdir(tmp_path)
+    Path(RUN).mkdir(parents=True)
+    Path(RUN, "run.toml").write_text('model = "tiny"\ndata = "demo"\n')
+    compression_folder.create(CompressRequest(RUN, True, "optq"), Path("runs"))
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    return tmp_path
+
+
+REFUSED = {
+    "measure runs/0003-typo": "no run '0003-typo' in runs",
+    "measure runs/0001-fedit-tinny": f"did you mean {RUN}",
+    "measure runs/0001x": f"did you mean {RUN}",
+    "measure 7": f"the newest is {RUN}",
+    "eval runs/0001-typo rows.jsonl": f"did you mean {RUN}",
+    "compress runs/0001-typo": f"did you mean {RUN}",
+    "export runs/0001-typo --to hf": f"did you mean {RUN}",
+    "tune runs/0001-typo rows.jsonl": f"did you mean {RUN}",
+    "tune ./nowhere rows.jsonl": "there is no file or directory './nowhere'",
+    "tune smollm2-135 rows.jsonl": "Did you mean 'smollm2-135m'?",
+    "tune tiny rows.jsonl --eval-data row.jsonl": "did you mean rows.jsonl?",
+    "tune tiny rows.jsonl --method fedit --set rr=3": "fedit has no setting 'rr'. Did you mean 'r'?",
+    "tune tiny rows.jsonl --method fedkseed --set K=many": "fedkseed: K = 'many' is not an integer",
+    "tune tiny rows.jsonl --method fedit --aggregation medain": "aggregation = 'medain' is none of mean, median",
+    "tune tiny rows.jsonl --partition dirichlet:0.5": "dirichlet:ALPHA:COLUMN",
+    "plan a/b/c": "there is no file or directory 'a/b/c'",
+    "measure 1 --kept-gain": f"fleetune measure {SMALL} --kept-gain",
+    "measure rows --kept-gain": "--kept-gain is of a compressed run's folder",
+    "measure 1 2 --kept-gain": "--kept-gain is of one compressed run",
+    "measure 2 --kept-gain": f"{SMALL} is not finished",
+}  # fmt: skip
+
+
+def test_what_cannot_work_is_refused_without_torch(at: Path) -> None:
+    """One process for all lines: each must be refused, and torch must not be there at the end."""
+    script = (
+        "import sys, fleetune.cli.main as c\n"
+        f"codes = [c.main(line.split()) for line in {list(REFUSED)!r}]\n"
+        "print(codes, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{[2] * len(REFUSED)} False"
+    told = done.stderr.split("error: ")[1:]
+    for line, text in zip(told, REFUSED.values(), strict=True):
+        assert text in line
+
+
+def test_a_compression_of_a_model_has_no_gain_to_keep(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compression_folder.create(CompressRequest("tiny", False, "optq"), Path("runs"))
+    assert main(["measure", "3", "--kept-gain"]) == 2
+    assert "was made from a model, not from a run" in capsys.readouterr().err
+    Path(SMALL, "compress.json").unlink()
+    assert main(["measure", "1", "--kept-gain"]) == 2
+    assert f"compress it first: fleetune compress {RUN}" in capsys.readouterr().err
+
+
+def test_no_run_is_suggested_where_there_is_none() -> None:
+    assert names.none_such("3", Path("runs"), []).hint == "runs there are: fleetune runs"
+    assert (
+        names.none_such("x", Path("a"), ["0001-y-z"]).hint
+        == "the newest is a/0001-y-z; runs there are: fleetune runs --out a"
+    )
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a model that is loaded fail the test."""
+
+    def loaded(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load", loaded)
+
+
+def test_a_quorum_that_no_round_has_is_refused_before_the_model_is_loaded(
+    at: Path, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    row = json.dumps({"instruction": "a", "response": "b"}) + "\n"
+    Path("rows.jsonl").write_text(row * 20)
+    words = ["tune", "tiny", "rows.jsonl", "--method", "fedit", "--clients", "3", "--quorum"]
+    assert main([*words, "4"]) == 2
+    assert "quorum = 4, but 3 clients are asked in a round" in capsys.readouterr().err
+    assert main([*words, "2", "--participation", "0.3"]) == 2
+    assert "quorum = 2, but 1 client is asked in a round" in capsys.readouterr().err
+
+
+def test_a_compression_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    at: Path, capsys: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    Path("file").write_text("")
+    assert main(["compress", "tiny", "--method", "rtn", "--out", "file/runs"]) == 1
+    assert "cannot write" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that was started with relative paths is resumed, measured and repeated from any folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.runs import compression_folder, rundir, sealed, start_folder
+from fleetune.runs.compression_folder import CompressRequest
+from fleetune.runs.report import runlog
+from fleetune.runs.report.sections import head
+from fleetune.subject import Run
+
+RECIPE = [
+    "--rounds",
+    "1",
+    "--clients",
+    "2",
+    "--samples",
+    "0",
+    "--client-rows",
+    "0",
+    "--max-length",
+    "48",
+    "--held-out",
+    "4",
+]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, rows, an objective, and a run that was started in it with relative paths."""
+    project = tmp_path_factory.mktemp("start") / "project"
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, project / "small")
+    rows = [{"prompt": f"count {i}", "response": f"{i} {i + 1}"} for i in range(16)]
+    (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        assert main(["tune", "small", "rows.jsonl", "--method", "fedit", *RECIPE, "-qq"]) == 0
+    return project
+
+
+@pytest.fixture
+def elsewhere(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project beside another folder, where rows of the same name are others; we are in that folder."""
+    shutil.copytree(project, tmp_path / "project", symlinks=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return Path("../project")
+
+
+def run_in(project: Path) -> Path:
+    return next(project.glob("runs/0001-*"))
+
+
+def test_a_run_is_resumed_from_another_folder(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_in(elsewhere)
+    recipe = (run / "run.toml").read_text()
+    before = next(e for e in rundir.events(run) if e["event"] == "done")
+    for file in (run / "adapter").iterdir():
+        file.unlink()
+    Path("rows.jsonl").write_text('{"prompt": "not", "response": "these"}\n')
+    assert main(["tune", "--resume", str(run)]) == 0
+    assert f"{run}/report.html" in capsys.readouterr().out
+    assert (run / "run.toml").read_text() == recipe  # the names that the user gave
+    after = next(e for e in rundir.events(run) if e["event"] == "done")
+    assert after["digest"] == before["digest"]
+    assert sealed.read(run / "env.json", "")[start_folder.KEY] == "../.."
+    assert len(Run(run).held_out()) == 4
+    assert (
+        main(["tune", "--resume", str(run)]) == 0
+    )  # finished already: its files are named as seen from here
+    assert f"result    {run}/adapter" in capsys.readouterr().out
+
+
+def test_a_run_is_repeated_from_another_folder(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "-c", str(run_in(elsewhere) / "run.toml"), "-qq"]) == 0
+    digests = [
+        next(e for e in rundir.events(run_in(p)) if e["event"] == "done")["digest"]
+        for p in (elsewhere, Path())
+    ]
+    assert digests[0] == digests[1]
+    assert Run(run_in(Path())).recipe.data == "../project/rows.jsonl"
+
+
+def test_what_is_gone_is_named_with_the_folder(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_in(elsewhere)
+    (elsewhere / "rows.jsonl").unlink()
+    assert main(["eval", str(run)]) == 2
+    assert (
+        "rows.jsonl, which is not here, nor in ../project, where the run was started"
+        in capsys.readouterr().err
+    )
+
+
+def test_an_objective_in_the_start_folder_is_named_with_it(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_in(elsewhere)
+    (elsewhere / "mine.py").write_text("def f(model, batch):\n    return 1.0\n")
+    text = (run / "run.toml").read_text().replace('"fedit"', '"mezo"').partition("[set]")[0]
+    (run / "run.toml").write_text(text + '[set]\nobjective = "mine.py:f"\nlr = 1e-4\n')
+    shutil.rmtree(run / "checkpoints")
+    assert main(["tune", "--resume", str(run)]) == 2
+    told = capsys.readouterr().err
+    assert "the run was started in ../project, and mine.py is there, not here" in told
+    assert "cd ../project" in told
+
+
+def test_the_page_does_not_show_the_folder(project: Path) -> None:
+    env = {"fleetune": "1", start_folder.KEY: "../../../home/anna"}
+    assert "anna" not in head.versions(dataclasses.replace(runlog.read(run_in(project)), env=env))
+
+
+def test_a_compression_finds_its_run_and_keeps_its_names(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, run = Path.cwd(), run_in(elsewhere).name
+    monkeypatch.chdir(elsewhere)
+    folder = compression_folder.create(
+        CompressRequest(f"runs/{run}", True, "rtn", text="rows.jsonl"), Path("runs")
+    )
+    monkeypatch.chdir(here)
+    folder = elsewhere / folder
+    found = compression_folder.request_of(folder)
+    assert (found.model, found.text) == (f"../project/runs/{run}", "../project/rows.jsonl")
+    compression_folder.write_record(folder, found, {"digest": "0"})
+    assert compression_folder.record(folder)["model"] == f"runs/{run}"
+    assert compression_folder.request_of(folder) == found
+
+
+def test_names_that_are_no_paths_stay(elsewhere: Path) -> None:
+    start = start_folder.of(run_in(elsewhere), {start_folder.KEY: "../.."})
+    assert start is not None
+    assert start_folder.find("rows.jsonl", start) == "../project/rows.jsonl"
+    assert [start_folder.find(n, start) for n in ("", "owner/name", "/tmp", "x" * 5000)] == [
+        "", "owner/name", "/tmp", "x" * 5000,
+    ]  # fmt: skip
+    assert start_folder.of(Path("a"), {start_folder.KEY: ".."}) is None  # this folder
+    assert start_folder.of(Path("a"), {}) is None
