@@ -17,7 +17,7 @@ ORDER = 90
 EXAMPLES = """\
 fleetune export latest --to gguf                           one file for llama.cpp
 fleetune export latest --to gguf:q8_0 --path model.gguf
-fleetune export latest --to adapter                        the adapter alone, for PEFT
+fleetune export latest --to peft                           the adapter alone, for PEFT
 """
 
 
