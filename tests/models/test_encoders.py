@@ -249,7 +249,7 @@ def test_what_an_encoder_cannot_do_is_refused() -> None:
     for task in ("rouge_l", "perplexity", "exact_match"):
         with pytest.raises(RecipeError, match=f"task '{task}' needs a model that writes text"):
             evaluate(model, PAIRS, [task])
-    with pytest.raises(DataError, match=r"1 other response\(s\) such as \['maybe'\]"):
+    with pytest.raises(DataError, match=r"1 other response such as \['maybe'\]"):
         label_accuracy(model, [Example((("user", "q"),), "maybe", {}, ("q",))])
 
 
@@ -305,7 +305,7 @@ def test_a_run_of_an_encoder_on_labelled_rows(tmp_path: Path) -> None:
             "objective 'rouge_l' needs a model",
         ),
         ({"labels": "left,right"}, DataError, "labels = left,right: 16 of 16 rows have another answer"),
-        ({"labels": "yes"}, RecipeError, r"labels = 'yes' has 1 word\(s\): 2 to 64 are possible"),
+        ({"labels": "yes"}, RecipeError, r"labels = 'yes' has 1 word: 2 to 64 are possible"),
         ({"data": "demo", "limit": 80}, ModelError, "chooses among 2 to 64 label words; 80 were given"),
     ],
 )

@@ -40,7 +40,9 @@ def hub_id(name: str) -> str:
     """Return the hub id that a name is or stands for; ModelError for one that cannot be, with a built-in name that is like it."""
     if name in short_names.SHORT_NAMES:
         return short_names.SHORT_NAMES[name].hub
-    if "/" not in name and (guess := suggest(name.lower(), short_names.every())):
+    if "/" not in name and (
+        guess := suggest(name.lower(), cache.ORIGINS) or suggest(name.lower(), short_names.SHORT_NAMES)
+    ):
         raise ModelError(f"no model named '{name}'.{guess}", hint=NAME_HINT)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or "--" in name:
         raise ModelError(f"'{name}' is not a model's name", hint=NAME_HINT)
