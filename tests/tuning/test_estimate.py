@@ -18,7 +18,7 @@ import fleetune
 from fleetune import models
 from fleetune.errors import FitError, RecipeError
 from fleetune.models.model import Model
-from fleetune.tuning import estimate, methods, per_client, prepare, run, validation
+from fleetune.tuning import estimate, eval_file, methods, per_client, prepare, validation
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.estimate import Estimate, advice, fitted, seconds_of
 from fleetune.tuning.recipe import Recipe
@@ -82,7 +82,7 @@ def test_the_parts_are_what_the_run_does(place: Path, monkeypatch: pytest.Monkey
         return called
 
     monkeypatch.setattr(
-        run, "generate", counted("answers", run.generate, lambda m, prompts, **_: len(prompts))
+        eval_file, "generate", counted("answers", eval_file.generate, lambda m, prompts, **_: len(prompts))
     )
     losses = counted("client rows", per_client.all_row_losses, lambda m, rows, size: len(rows))
     monkeypatch.setattr(per_client, "all_row_losses", losses)
