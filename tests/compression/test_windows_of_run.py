@@ -12,6 +12,7 @@ import torch
 from command_harness import call, tuned
 
 from fleetune import models
+from fleetune.common.display import counted
 from fleetune.compression.jobs import windows
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.data.encode import Encoded
@@ -40,7 +41,7 @@ def test_rows_come_first_and_at_most_half_is_written(tokens: int, count: int, of
     found, inputs = windows.of_run(asked(count), inputs_of(tokens), Silent())
     assert found.shape == (of_rows + own, LENGTH)
     assert torch.equal(found[:of_rows].flatten(), torch.arange(of_rows * LENGTH))
-    assert inputs.source == f"rows: {of_rows} windows, and {own} that its model wrote"
+    assert inputs.source == f"rows: {counted(of_rows, 'window')}, and {own} that its model wrote"
     assert len(inputs.own_text) == windows.MEASURED
 
 
