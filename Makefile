@@ -26,7 +26,7 @@ demo: $(VENV)/ready
 	$(BIN)/fleetune demo
 
 test: $(VENV)/ready
-	$(BIN)/pytest -n auto --maxprocesses 4
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from benchmarks.harness import machine
 from fleetune.errors import FleetuneError
 from fleetune.runs import rundir
 from fleetune.runs.listener import Silent
+from fleetune.tuning.rounds import ModelLostError
 
 FACTORS: Final = (1 / 9, 1 / 3, 3.0, 9.0)
 GOOD: Final = 1.03
@@ -64,7 +65,11 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     for data in args.data:
         for method in args.methods.split(","):
-            found.append(case(args, data, method))
+            try:
+                found.append(case(args, data, method))
+            except FleetuneError as error:  # rows that the model or method does not take
+                print(f"{Path(data).stem[:20]:<22}{method:<13} {error}", flush=True)
+                continue
             if args.json:
                 about = {**vars(args), "json": ""}
                 args.json.write_text(json.dumps({"about": about, "cases": found}, indent=1, default=str))
@@ -121,17 +126,13 @@ def run(
         done = fleetune.tune(
             args.model, data, method=method, settings=settings, out=out, listener=Silent(), **options
         ).done
-    except FleetuneError as error:
-        print(f"  {method} at {settings.get('lr')}: {error}", flush=True)
-        return {"loss": math.inf, "base": math.inf, "rate": settings.get("lr", 0)}
-    rates = [
-        e["rate"] for e in rundir.events(Path(done.run)) if e["event"] == "rate" and e["setting"] == "lr"
-    ]
-    return {
-        "loss": done.tuned["loss"],
-        "base": done.base["loss"],
-        "rate": rates[-1] if rates else settings.get("lr", 0),
-    }
+        base, loss = done.base["loss"], done.tuned["loss"]
+    except ModelLostError as error:
+        print(f"  {method} at {settings.get('lr', 'auto')}: {error}", flush=True)
+        base = loss = math.inf
+    events = rundir.events(rundir.listing(Path(out))[-1])
+    rates = [e["rate"] for e in events if e["event"] == "rate" and e["setting"] == "lr"]
+    return {"loss": loss, "base": base, "rate": rates[-1] if rates else settings.get("lr", 0)}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 `pool` varies K (the directions) and epoch_rounds (how often they are renewed) where all, or half, of the clients back-propagate.
 `mean` varies server_lr, the multiple of the clients' mean that the server steps by, over the number of clients asked in a round.
-Rates are found (`lr=auto`) anew for each case.  Prints the validation loss after the run, mean and range over the seeds.
+Rates are found (`lr=auto`) anew for each case.  Prints the validation loss after the run, mean and range over the
+seeds, and what one client was sent in all rounds.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def means(args: argparse.Namespace) -> None:
 def line(name: str, args: argparse.Namespace, settings: dict[str, Any], clients: int) -> None:
     """Run one case for all seeds and print it."""
     began = time.perf_counter()
-    losses, rates, base = [], [], math.nan
+    losses, rates, base, sent = [], [], math.nan, 0.0
     for seed in map(int, args.seeds.split(",")):
         with tempfile.TemporaryDirectory() as out:
             try:
@@ -90,12 +91,12 @@ def line(name: str, args: argparse.Namespace, settings: dict[str, Any], clients:
                 continue
             base, loss = done.base["loss"], done.tuned["loss"]
             losses.append(loss)
-            rates.append(
-                "/".join(f"{e['rate']:.2g}" for e in rundir.events(Path(done.run)) if e["event"] == "rate")
-            )
+            events = rundir.events(Path(done.run))
+            rates.append("/".join(f"{e['rate']:.2g}" for e in events if e["event"] == "rate"))
+            sent = done.bytes_down / clients
     print(
         f"{name:<42} {base:.3f} -> {statistics.mean(losses):.3f}  ({min(losses):.3f} to {max(losses):.3f})  "
-        f"rates {' '.join(rates)}  {time.perf_counter() - began:.0f} s",
+        f"rates {' '.join(rates)}  {sent / 1000:,.0f} kB down  {time.perf_counter() - began:.0f} s",
         flush=True,
     )
 

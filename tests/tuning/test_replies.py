@@ -637,17 +637,19 @@ def test_replies_that_are_not_finite_though_the_model_is_good_leave_it(tmp_path:
     assert np.array_equal(kept.tensors["w"], good.tensors["w"])
 
 
+def tuned(out: Path, rounds_: int, **more: Any) -> TuneResult:
+    """A whole run of three clients on the tiny llama."""
+    return fleetune.tune(
+        tiny_llama(), [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)], out=out, method="fedit",
+        settings={"r": 2, "steps": 1, "lr": 1e-2}, clients=3, rounds=rounds_, held_out=3, samples=0, threads=1, device="cpu",
+        offline=True, **more,
+    )  # fmt: skip
+
+
 def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A majority lies in round 2, so that everybody fails in round 3: what is left is what round 1 gave."""
-
-    def tune(rounds_: int, out: str) -> TuneResult:
-        return fleetune.tune(
-            tiny_llama(), [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)], out=tmp_path / out,
-            method="fedit", settings={"r": 2, "steps": 1, "lr": 1e-2}, clients=3, rounds=rounds_, held_out=3, samples=0,
-            threads=1, device="cpu", offline=True,
-        )  # fmt: skip
 
     work = LocalFleet._work
 
@@ -660,15 +662,15 @@ def test_a_lost_run_leaves_the_result_of_its_last_good_round_and_can_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(LocalFleet, "_work", lying)
         with pytest.raises(ModelLostError, match="the last good round is 1") as lost:
-            tune(4, "lost")
+            tuned(tmp_path / "lost", 4)
     assert lost.value.exit_code == 4
     (run,) = listing(tmp_path / "lost")
-    once = tune(1, "once")
+    once = tuned(tmp_path / "once", 1)
     assert [r for r, _ in checkpoints(run)][-1] == 1
     assert status_of(run).startswith("failed: ")
     weights = "adapter/adapter_model.safetensors"
     assert (run / weights).read_bytes() == (once.folder / weights).read_bytes()
-    assert resume(run, Silent(), offline=True).digest == tune(4, "whole").digest
+    assert resume(run, Silent(), offline=True).digest == tuned(tmp_path / "whole", 4).digest
 
 
 def test_a_lost_run_that_keeps_the_best_leaves_the_best_rounds_result(
@@ -676,13 +678,7 @@ def test_a_lost_run_that_keeps_the_best_leaves_the_best_rounds_result(
 ) -> None:
     """Round 2 makes the model worse, round 3 loses it: round 1 was the best."""
 
-    def tune(rounds_: int, out: str) -> TuneResult:
-        return fleetune.tune(
-            tiny_llama(), [{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(12)], out=tmp_path / out,
-            method="fedit", settings={"r": 2, "steps": 1, "lr": 1e-2}, clients=3, rounds=rounds_, held_out=3, samples=0,
-            threads=1, device="cpu", offline=True, keep="best", client_rows=0,
-        )  # fmt: skip
-
+    best: dict[str, Any] = {"keep": "best", "client_rows": 0}
     work = LocalFleet._work
 
     def lying(self: LocalFleet, client: int, key: int, message: bytes) -> bytes:
@@ -691,13 +687,13 @@ def test_a_lost_run_that_keeps_the_best_leaves_the_best_rounds_result(
         arrays = {n: a * np.float32(by) for n, a in true.payload.arrays.items()}
         return encode(Message(true.round, true.base, Payload(arrays, true.payload.scalars)))
 
-    once = tune(1, "once")
+    once = tuned(tmp_path / "once", 1, **best)
     assert once.done.best == 1
     with monkeypatch.context() as patch:
         patch.setattr(LocalFleet, "_work", lying)
         patch.setattr(rounds, "_check_model", _lose_in_round_3)
         with pytest.raises(ModelLostError, match="the last good round is 2; the best is 1") as lost:
-            tune(4, "lost")
+            tuned(tmp_path / "lost", 4, **best)
     assert "the result of the best is in the run folder" in str(lost.value.hint)
     (run,) = listing(tmp_path / "lost")
     weights = "adapter/adapter_model.safetensors"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from fleetune.common.paired import within_noise
@@ -119,6 +120,11 @@ def metric(name: str) -> Metric:
 def show(name: str, value: float | None) -> str:
     """Format a value with its measure's decimals; "-" for None."""
     return "-" if value is None else f"{value:.{metric(name).digits}f}"
+
+
+def changes(base: Mapping[str, float | None], tuned: Mapping[str, float | None]) -> list[str]:
+    """Say how each measure of a run changed: "loss 4.477 -> 3.354"."""
+    return [f"{name} {show(name, base.get(name))} -> {show(name, value)}" for name, value in tuned.items()]
 
 
 def change(name: str, base: float | None, tuned: float | None, error: float | None = None) -> str:

@@ -183,11 +183,7 @@ def _collect(
             if len(problems) == SHOWN or isinstance(bad, NoForm):
                 break
     if problems:
-        many = (
-            f"the first {SHOWN} bad rows"
-            if len(problems) == SHOWN
-            else f"{counted(len(problems), 'bad row')}"
-        )
+        many = f"the first {SHOWN} bad rows" if len(problems) == SHOWN else counted(len(problems), "bad row")
         lines = [f"{problem.where}: {problem.what}" for problem in problems]
         fixes = dict.fromkeys(problem.fix for problem in problems)
         raise DataError("\n  ".join([f"{many} in {source}", *lines]), hint="; ".join(fixes))

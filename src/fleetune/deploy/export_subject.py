@@ -15,7 +15,7 @@ from fleetune.common.folders import scratch
 from fleetune.deploy import targets
 from fleetune.deploy.targets import check_place
 from fleetune.errors import FleetuneError, UsageError
-from fleetune.runs import compression_folder, rundir
+from fleetune.runs import compression_folder, folder_names
 from fleetune.runs.events import ExportChecked, ExportDone, ExportPushed
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
@@ -65,7 +65,7 @@ def export(
 
     _require_codes(targets.find(kind), subject.name)
     source = subject.directory(offline=offline)
-    out = path or targets.find(kind).place(Path("."), rundir.slug(Path(subject.name).name))
+    out = path or targets.find(kind).place(Path("."), folder_names.slug(Path(subject.name).name))
     return write(source, kind, out, listener, provenance.of_base(subject.name), _rows(source, text))
 
 

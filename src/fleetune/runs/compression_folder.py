@@ -22,7 +22,7 @@ from fleetune.common.files import read_text, write_atomic
 from fleetune.common.shell import quoted
 from fleetune.errors import StorageError, UsageError
 from fleetune.models import seals
-from fleetune.runs import rundir, sealed, start_folder
+from fleetune.runs import folder_names, rundir, sealed, start_folder
 
 RECORD: Final = seals.COMPRESSION
 PARTS: Final = "parts"
@@ -81,7 +81,7 @@ class CompressOptions(TypedDict, total=False):
 def find(name: str, out: Path) -> Path | None:
     """The folder of a compression: a path, a name or number under `out`, or `latest`; None if there is none."""
     if name == "latest":
-        return max(listing(out), key=rundir.number, default=None)
+        return max(listing(out), key=folder_names.number, default=None)
     numbered = list(out.glob(f"{name.zfill(4)}-*")) if name.isdigit() else []
     for path in [Path(name), out / name, *numbered]:
         if (path / RECORD).is_file():
@@ -99,15 +99,15 @@ def get(name: str, out: Path) -> Path:
 
 def listing(out: Path) -> list[Path]:
     """The folders of compressions under `out`, in order of number."""
-    return sorted((file.parent for file in out.glob(f"*/{RECORD}")), key=rundir.number)
+    return sorted((file.parent for file in out.glob(f"*/{RECORD}")), key=folder_names.number)
 
 
 def create(request: CompressRequest, out: Path) -> Path:
     """Make a new folder `NNNN-method-model` under `out` with the request in it.  StorageError when it cannot be."""
     rundir.check_writable(out)
     name = name_of(request.model)
-    name = name.removeprefix(f"{rundir.number(Path(name)):04d}-")  # of a run: without its number
-    folder = rundir.numbered(out, f"{request.method}-{rundir.slug(name) or 'model'}")
+    name = name.removeprefix(f"{folder_names.number(Path(name)):04d}-")  # of a run: without its number
+    folder = rundir.numbered(out, f"{request.method}-{folder_names.slug(name) or 'model'}")
     write_record(folder, request, None)
     return folder
 
@@ -115,7 +115,7 @@ def create(request: CompressRequest, out: Path) -> Path:
 def name_of(model: str) -> str:
     """Return the short name of a model or a run; a compression's plain model has its folder's name."""
     path = Path(model)
-    return (path.parent if path.name == "model" and rundir.number(path.parent) else path).name
+    return (path.parent if path.name == "model" and folder_names.number(path.parent) else path).name
 
 
 # What it holds --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, TextIO
 
-from fleetune.common.display import clean, human_bytes, human_time, show
+from fleetune.common.display import changes, clean, human_bytes, human_time, show
 from fleetune.errors import UsageError
 from fleetune.runs.events import (
     ClientReply,
@@ -90,8 +90,10 @@ class Progress(Silent):
         self._say("  ".join(parts))
 
     def _done(self, event: TuneDone) -> None:
-        changes = [f"{n} {show(n, event.base.get(n))} -> {show(n, v)}" for n, v in event.tuned.items()]
-        self._say("  ".join(["done", *changes, f"time {human_time(event.time)}"]), *event.remarks)
+        self._say(
+            "  ".join(["done", *changes(event.base, event.tuned), f"time {human_time(event.time)}"]),
+            *event.remarks,
+        )
         self._say(f"report {event.report or event.run}")
 
     def _say(self, *lines: str) -> None:
@@ -106,8 +108,7 @@ def run_words(event: SweepRun) -> str:
     name = event.run.replace("\\", "/").rstrip("/").rpartition("/")[2]
     if event.failed:
         return f"{name}  failed: {event.failed}"
-    changes = [f"{n} {show(n, event.base.get(n))} -> {show(n, v)}" for n, v in event.tuned.items()]
-    return "  ".join([name, *changes, *(["done before"] if event.skipped else [])])
+    return "  ".join([name, *changes(event.base, event.tuned), *(["done before"] if event.skipped else [])])
 
 
 def is_read() -> bool:

@@ -36,11 +36,10 @@ from fleetune.common import folders
 from fleetune.common.files import PRIVATE, read_bytes, read_text, regular, storage_error, write_atomic
 from fleetune.common.locks import lock
 from fleetune.errors import MessageError, StorageError, UsageError
-from fleetune.runs import names
+from fleetune.runs import folder_names
+from fleetune.runs.folder_names import number, slug
 from fleetune.runs.metrics import Metrics, Tally
 from fleetune.runs.metrics import events as events
-from fleetune.runs.names import number as number
-from fleetune.runs.names import slug as slug
 
 T = TypeVar("T")
 
@@ -276,7 +275,7 @@ def find(run: str, out: Path) -> Path:
     matches = [p for p in runs if p.name == run or p.name.split("-")[0].lstrip("0") == run.lstrip("0")]
     if len(matches) == 1:
         return matches[0]
-    raise names.none_such(run, out, [p.name for p in runs])
+    raise folder_names.none_such(run, out, [p.name for p in runs])
 
 
 def check_name(name: str, out: Path) -> None:
@@ -288,8 +287,8 @@ def check_name(name: str, out: Path) -> None:
     like_one = re.fullmatch(r"\d{4,}-[\w.-]+", name) and not path.exists()
     if name == "latest" or name.isdigit() or like_one:
         find(name, out)
-    elif "/" in name and not path.exists() and (there := names.numbered_in(path.parent)):
-        raise names.none_such(path.name, path.parent, there)
+    elif "/" in name and not path.exists() and (there := folder_names.numbered_in(path.parent)):
+        raise folder_names.none_such(path.name, path.parent, there)
 
 
 def listing(out: Path) -> list[Path]:

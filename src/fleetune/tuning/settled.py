@@ -55,14 +55,14 @@ def given(recipe: Recipe) -> list[str]:
     usual = {name: default for name, (_, default, _) in recipes.fields().items() if name != "set"}
     method = methods.written_out(methods.make(recipe.method, {}))
     usual |= {f"set.{name}": value for name, value in methods.values_of(method).items()}
-    stated = {
+    written = usual | {
         f"set.{s.name}": s.default for s in methods.settings(recipe.method)
-    }  # 0 for what is written out
+    }  # 0 where one follows
     clients = _usual_clients(recipe.method, recipe.partition)
     return [
         name
         for name, value in options_of(recipe).items()
-        if value not in (usual.get(name), stated.get(name, usual.get(name)))
+        if value not in (usual.get(name), written.get(name))
         and not (name == "clients" and value == clients)
         and not (name == "partition" and value in FOUND)
     ]

@@ -30,7 +30,7 @@ from fleetune.errors import (
     UsageError,
     fault,
 )
-from fleetune.runs import report, rundir, sealed
+from fleetune.runs import folder_names, report, rundir, sealed
 from fleetune.runs.events import SweepDone, SweepRun, SweepStart
 from fleetune.runs.listener import Listener
 from fleetune.runs.report.cells import GridRun
@@ -123,7 +123,7 @@ def _check_whole(file: Path) -> None:
 
 def create(out: Path, name: str, grid: SweepGrid) -> RunDir:
     """Create a new, numbered folder under `out` with the grid in it."""
-    folder = RunDir(rundir.numbered(out, f"sweep-{rundir.slug(name) or 'grid'}"))
+    folder = RunDir(rundir.numbered(out, f"sweep-{folder_names.slug(name) or 'grid'}"))
     folder.write(FILE, to_toml(grid))
     return folder
 

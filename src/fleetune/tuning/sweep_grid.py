@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from fleetune.common.settings import Value
 from fleetune.errors import RecipeError, suggest
-from fleetune.runs import rundir
+from fleetune.runs import folder_names
 from fleetune.runs.report.cells import SweepAxis
 from fleetune.tuning import methods
 from fleetune.tuning import recipe as recipes
@@ -146,7 +146,7 @@ def _points(base: Recipe, axes: Sequence[SweepAxis], seeds: int) -> tuple[Point,
     for seed, values in itertools.product(range(base.seed, base.seed + seeds), combinations):
         named = [*zip((a.name for a in axes), values, strict=True), ("seed", seed)]
         words = " · ".join(f"{name} {shown(value)}" for name, value in named)
-        parts = "-".join(rundir.slug(f"{name}-{shown(value)}") for name, value in named)
+        parts = "-".join(folder_names.slug(f"{name}-{shown(value)}") for name, value in named)
         try:
             recipe = recipes.make(_changed(plain, axes, values) | {"seed": seed})
         except RecipeError as error:

@@ -14,7 +14,7 @@ from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
 from fleetune.cli.interrupt import InterruptHandler
 from fleetune.cli.progress import CountBar
-from fleetune.common.display import counted, human_time, show
+from fleetune.common.display import changes, counted, human_time
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, UsageError
 from fleetune.runs import rundir
@@ -64,10 +64,9 @@ class SweepScreen:
         self.bar.update(self.rounds)
         over = sweeps.ended(point, path, reason)
         self.ui.event(over)
-        base, tuned, had = over.base, over.tuned, over.skipped
-        changes = "  ".join(f"{n} {show(n, base.get(n))} -> {show(n, v)}" for n, v in tuned.items())
-        words = [point.words, changes, "done before" if had else human_time(time.monotonic() - self.began)]
-        if reason and not had:
+        time_taken = human_time(time.monotonic() - self.began)
+        words = [point.words, *changes(over.base, over.tuned), "done before" if over.skipped else time_taken]
+        if over.failed:
             words = [point.words, f"failed: {reason}"]
         self.ui.note(f"{self.number:{len(str(self.runs))}}/{self.runs}  " + "  ".join(words))
 

@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from fleetune.common.display import counted
 from fleetune.deploy.serving import engines, session, torch_chat
 from fleetune.deploy.serving.openai_client import MAX_TOKENS, TEMPERATURE, pieces
 from fleetune.deploy.serving.torch_chat import Turn
@@ -97,7 +98,7 @@ def _torch(
     if first:
         torch_chat.encode(model, first)  # a long one is refused before threads are measured
     count = torch_chat.use_threads(model, options.threads, listener)
-    listener.note(f"torch with {subject.name} on {count} thread{'s' if count > 1 else ''}")
+    listener.note(f"torch with {subject.name} on {counted(count, 'thread')}")
 
     def answer(turns: list[Turn]) -> Generator[str, None, None]:
         yield answer_of(model, turns, sampling)

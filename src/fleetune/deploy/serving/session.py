@@ -21,7 +21,7 @@ from fleetune.deploy.serving.engines import Engine, Running
 from fleetune.deploy.serving.front import Front, listening, token_for
 from fleetune.errors import ModelError, UsageError
 from fleetune.models.gguf import header
-from fleetune.runs import rundir
+from fleetune.runs import folder_names
 from fleetune.runs.events import Serving, ThreadsChosen
 from fleetune.runs.listener import Listener
 from fleetune.subject import Compressed, Plain, Run, Subject
@@ -275,4 +275,4 @@ def _newest_gguf(folder: Path) -> Path | None:
 
 
 def _name(home: Path) -> str:
-    return rundir.slug(home.resolve().name) or "model"
+    return folder_names.slug(home.resolve().name) or "model"
