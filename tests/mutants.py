@@ -149,7 +149,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("runs/start_folder.py", "return shown(start / name) if (start / name).exists() else name", "return name", "cli/test_start_folder.py"),
     Mutant("tuning/run.py", "recipes.to_toml(places.as_stated(recipe, run.path))", "recipes.to_toml(recipe)", "cli/test_start_folder.py -k resumed"),
     Mutant("runs/compression_folder.py", "**asdict(request), **named,", "**asdict(request),", "cli/test_start_folder.py -k compression"),
-    Mutant("runs/rundir.py", "and (there := names.numbered_in(path.parent)):", "and (there := []):", "cli/test_early_answers.py -k without_torch"),
+    Mutant("runs/rundir.py", "and (there := folder_names.numbered_in(path.parent)):", "and (there := []):", "cli/test_early_answers.py -k without_torch"),
     Mutant("deploy/measure/kept_gain.py", "    if not request.run:", "    if False:", "cli/test_early_answers.py -k no_gain"),
     Mutant("errors.py", "return f\"{own[-1][0].name}:{own[-1][1]}\" if", "return f\"{own[0][0].name}:{own[0][1]}\" if", "evaluation/test_objectives.py -k own_file"),
     Mutant("seeds/view.py", "if missing and self.net not in _WARNED:", "if missing:", "seeds/test_view.py -k asks_for"),

@@ -12,7 +12,7 @@ import pytest
 
 from fleetune import models
 from fleetune.cli.main import main
-from fleetune.runs import compression_folder, names
+from fleetune.runs import compression_folder, folder_names
 from fleetune.runs.compression_folder import CompressRequest
 
 RUN, SMALL = "runs/0001-fedit-tiny", "runs/0002-optq-fedit-tiny"
@@ -77,9 +77,9 @@ def test_a_compression_of_a_model_has_no_gain_to_keep(at: Path, capsys: pytest.C
 
 
 def test_no_run_is_suggested_where_there_is_none() -> None:
-    assert names.none_such("3", Path("runs"), []).hint == "runs there are: fleetune runs"
+    assert folder_names.none_such("3", Path("runs"), []).hint == "runs there are: fleetune runs"
     assert (
-        names.none_such("x", Path("a"), ["0001-y-z"]).hint
+        folder_names.none_such("x", Path("a"), ["0001-y-z"]).hint
         == "the newest is a/0001-y-z; runs there are: fleetune runs --out a"
     )
 
