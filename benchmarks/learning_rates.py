@@ -4,7 +4,8 @@
     python -m benchmarks.learning_rates MODEL DATA .. --methods fedit,mezo,fedkseed [--json FILE]
 
 Every DATA is a file of rows as `fleetune tune` reads it (name it FORM=FILE to add columns, as in `prompt=question,..@FILE`).
-For each data set and method a run finds its rate; then the same run is made at that rate times 1/9, 1/3, 3 and 9.  A case is
+For each data set and method a run finds its rate (and `fedkseed` its server's step); then the same run is made at that rate
+times 1/9, 1/3, 3 and 9.  A case is
 good when the loss with the found rate is at most 3 % above the lowest of the five and the run did not diverge.
 """
 
@@ -23,6 +24,7 @@ from benchmarks.harness import machine
 from fleetune.errors import FleetuneError
 from fleetune.runs import rundir
 from fleetune.runs.listener import Silent
+from fleetune.tuning import recipe as recipes
 from fleetune.tuning.rounds import ModelLostError
 
 FACTORS: Final = (1 / 9, 1 / 3, 3.0, 9.0)
@@ -94,9 +96,9 @@ def case(args: argparse.Namespace, data: str, method: str) -> dict[str, Any]:
         settings = settings_of(args, method)
         auto = run(args, method, settings, file, columns, out)
         rate = float(auto["rate"])
+        same = settings | auto["chosen"]
         grid = {
-            rate * f: run(args, method, {**settings, "lr": rate * f}, file, columns, out)["loss"]
-            for f in FACTORS
+            rate * f: run(args, method, {**same, "lr": rate * f}, file, columns, out)["loss"] for f in FACTORS
         }
     best = min([auto["loss"], *grid.values()])
     result = {
@@ -116,7 +118,7 @@ def case(args: argparse.Namespace, data: str, method: str) -> dict[str, Any]:
 def run(
     args: argparse.Namespace, method: str, settings: dict[str, Any], data: str, columns: str, out: str
 ) -> dict[str, Any]:
-    """Return base, loss and rate of one run; a loss of infinity where the model was lost."""
+    """Return base, loss, rate and server's step of one run; a loss of infinity where the model was lost."""
     options: dict[str, Any] = {
         "limit": args.rows, "held_out": args.held_out, "eval_rows": args.held_out, "rounds": args.rounds,
         "max_length": args.length, "seed": args.seed, "samples": 0, "client_rows": 0, "eval_every": 0, "threads": 1,
@@ -130,9 +132,14 @@ def run(
     except ModelLostError as error:
         print(f"  {method} at {settings.get('lr', 'auto')}: {error}", flush=True)
         base = loss = math.inf
-    events = rundir.events(rundir.listing(Path(out))[-1])
+    folder = rundir.listing(Path(out))[-1]
+    step = recipes.read(folder / "run.toml")["set"].get("server_lr") if method == "fedkseed" else None
+    events = rundir.events(folder)
     rates = [e["rate"] for e in events if e["event"] == "rate" and e["setting"] == "lr"]
-    return {"loss": loss, "base": base, "rate": rates[-1] if rates else settings.get("lr", 0)}
+    return {
+        "loss": loss, "base": base, "rate": rates[-1] if rates else settings.get("lr", 0),
+        "chosen": {} if step is None else {"server_lr": step},
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fleetune
-from fleetune import models
+from fleetune import adapters, models
 from fleetune.data import collate
 from fleetune.errors import RecipeError
 from fleetune.evaluation.losses import pad_id, token_losses
@@ -31,7 +31,7 @@ from fleetune.seeds.view import View
 from fleetune.tuning import methods, prepare, rates
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.rates import rounded
-from fleetune.tuning.rates.trial import Trials, Tried, climb
+from fleetune.tuning.rates.trial import Bench, Trials, Tried, climb, hold, loss_after
 
 HOW = Probe(law="hashed", K=128, eps=1e-3, key=5, batch=5)
 LOSSES = st.lists(st.floats(0.1, 50), min_size=2, max_size=12)
@@ -171,6 +171,53 @@ def test_where_no_loss_falls_the_lowest_rate_is_taken() -> None:
     assert Trials(4.0, [Tried(1e-4, 4.0), Tried(1e-3, 4.1), Tried(1e-2, math.inf)]).best() == 1e-4
 
 
+def test_a_rate_that_does_not_last_is_made_smaller() -> None:
+    losses = {9.0: math.inf, 3.0: 7.0, 1.0: 2.0, 1 / 3: 3.0}
+    found = hold(5.0, lambda rate: losses[rate], 9.0)
+    assert [t.rate for t in found.tried] == pytest.approx([9.0, 3.0, 1.0, 1 / 3])
+    assert found.best() == 1.0
+
+
+def test_of_rates_that_last_alike_the_smaller_is_taken() -> None:
+    even = {9.0: 2.0, 3.0: 2.05, 1.0: 2.2}  # of a fall of 3, a fiftieth is 0.06
+    found = hold(5.0, lambda rate: even[rate], 9.0)
+    assert (found.best(), len(found.tried)) == (3.0, 3)
+    assert hold(5.0, lambda rate: {9.0: 2.0, 3.0: 2.1}[rate], 9.0).best() == 9.0
+
+
+def test_where_nothing_lasts_few_rates_are_tried() -> None:
+    found = hold(5.0, lambda rate: math.inf, 9.0)
+    assert len(found.tried) == 4
+    assert found.best() == found.tried[-1].rate
+
+
+@pytest.mark.parametrize("name", ["fedit", "fwdllm"])
+@pytest.mark.parametrize("moves", [1, 3])
+def test_a_rate_is_held_until_the_model_has_moved_so_often(name: str, moves: int, model: Model) -> None:
+    """Against the rounds done by hand.  FwdLLM waits for more directions in between: its state counts its moves."""
+    given = {**harness.QUICK[name], **({"variance_gate": True, "threshold": 1e-9, "patience": 3, "P": 1} if name == "fwdllm" else {})}  # fmt: skip
+    rows = harness.rows(model)
+    bench = Bench(model, [rows[4:8], rows[8:12]], rows[:4], 7)
+
+    def make(rate: float) -> Any:
+        return methods.make(name, {**given, "lr": rate})
+
+    before = harness.logits(model)
+    found = loss_after(bench, make, moves, given["lr"])
+    assert torch.equal(harness.logits(model), before)
+    assert model.attachment is None
+    method, state = make(given["lr"]), bench.begin(make(given["lr"]))
+    try:
+        rounds = moves if name == "fedit" or moves == 1 else 3 * moves
+        for number in range(1, rounds + 1):
+            state = method.aggregate(state, iter(bench.round(method, state, number)))
+            method.apply(model, state)
+        assert found == bench.loss()
+        assert name == "fedit" or state.batch == (moves if moves > 1 else 0)
+    finally:
+        adapters.detach(model)
+
+
 @pytest.mark.parametrize("name", ["fedit", "onebyte", "fwdllm", "mezo", "fedkseed"])
 def test_what_is_found_learns_and_leaves_the_model_alone(name: str, model: Model) -> None:
     given = {k: v for k, v in harness.QUICK[name].items() if k != "lr"}
@@ -252,6 +299,32 @@ def test_a_real_fleets_server_finds_what_the_simulation_finds(place: Path) -> No
     })  # fmt: skip
     simulated, real = (prepare.prepare(recipe, simulated=s) for s in (True, False))
     assert simulated.recipe.set["lr"] == real.recipe.set["lr"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "step"),
+    [
+        ({}, {}, round(math.sqrt(2), 3)),
+        ({"lr": "auto"}, {}, round(math.sqrt(2), 3)),
+        ({"lr": 1e-4}, {}, 0.0),  # the rate is the user's, and so is what the server makes of it
+        ({"server_lr": 1.0}, {}, 1.0),
+        ({"server": "avgm"}, {}, 1.0),
+        ({"backprop": 1.0}, {}, 0.0),
+        ({}, {"aggregation": "norm-clip", "clients": 4}, 1.0),
+        ({}, {"clients": 4, "participation": 0.25}, 1.0),
+    ],
+)
+def test_with_a_rate_that_is_found_the_server_steps_by_the_root_of_the_clients(
+    settings: dict[str, Any], more: dict[str, Any], step: float, place: Path
+) -> None:
+    recipe = recipes.make({
+        "model": "tiny", "data": "rows.jsonl", "method": "fedkseed", "clients": 2, "held_out": 4,
+        "set": {"K": 16, "tau": 2, "batch_size": 2, "backprop_steps": 1, **settings}, **more,
+    })  # fmt: skip
+    for simulated in (True, False):
+        job = prepare.prepare(recipe, simulated=simulated)
+        assert job.recipe.set["server_lr"] == job.method.server_lr == step  # type: ignore[attr-defined]
+    assert prepare.prepare(job.recipe).recipe.set["server_lr"] == step  # a run that is repeated
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -201,6 +201,8 @@ def prepare(
         measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
         recipe, method, estimated = _timed(recipe, method, model, rows, measured, prompts, note)
     recipe = dataclasses.replace(recipe, within="")
+    if "lr" in names:
+        recipe, method = _for_clients(recipe, method, given, _asked(recipe, rows))
     recipe, method, found = _with_rates(recipe, method, names, model, train, rows, note)
     return TuneJob(
         recipe, entry, method, model, parts, rows,
@@ -270,6 +272,15 @@ def _with_rates(
     note(f"finding {' and '.join(names)} on training rows ..")
     recipe, found = rates.find(recipe, names, model, train, _asked(recipe, rows))
     return recipe, methods.make(recipe.method, recipe.set), found
+
+
+def _for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:
+    """Return the run with the server's step for the mean of so many clients, unless that is given or is not their mean."""
+    mean = recipe.aggregation == "mean"
+    if not (mean and isinstance(method, methods.FollowsClients)) or method.step_setting in given:
+        return recipe, method
+    method = method.for_clients(clients)
+    return dataclasses.replace(recipe, set=methods.values_of(method)), method
 
 
 def _timed(

@@ -7,7 +7,7 @@ hyper-parameters, each `name: type = setting(default, symbol, help)`, with the f
 setting that acts only beside another says so with `only_if` (`common/settings.py`).  Optional: the constants `CLIENTS`
 (a usual fleet, 8 unless stated) and `RECOMMENDED` (1 is the first that `plan` considers), and the functions of the
 Protocols `Reports`, `Kinds`, `TakesLate`, `Measured`, `Combines`, `Reads`, `WritesOut`, `Sized`, `FollowsRows`,
-`FromSlopes` and `Planned`; `rate_at_server`, true where the learning rate acts on the server alone.
+`FollowsClients`, `FromSlopes` and `Planned`; `rate_at_server`, true where the learning rate acts on the server alone.
 
 Other packages register a module of the same shape under the entry-point group `fleetune.methods`.
 """
@@ -198,6 +198,17 @@ class FollowsRows(Protocol):
 
     def for_rows(self, rows: int) -> Method:
         """Return this method with the local steps for so many rows of a client."""
+        ...
+
+
+@runtime_checkable
+class FollowsClients(Protocol):
+    """A method whose server steps further along the mean of more clients, where its rates are found rather than given."""
+
+    step_setting: ClassVar[str]  # the setting that has the server's step
+
+    def for_clients(self, clients: int) -> Method:
+        """Return this method with the server's step for the mean of so many clients."""
         ...
 
 

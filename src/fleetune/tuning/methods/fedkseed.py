@@ -19,6 +19,8 @@ whatever the number of rounds, and K numbers carry it.
   way is K passes).  `law=rademacher` gives independent ones, `gaussian` the paper's.
 - Devices draw from the pool with a sampler that the server seeds, so a step is one byte (`wire=byte`) and
   the directions cost nothing; what is decoded is what the device itself steps by.
+- Where neither `lr` nor `server_lr` is given, the server steps by the square root of the clients asked times their mean
+  (`for_clients`; the paper: by the mean).
 - Pro weights a scalar with 1/(K p_k).  The reference does not, so its estimate is biased towards the
   directions that it favours.
 
@@ -37,6 +39,7 @@ whatever the number of rounds, and K numbers carry it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Final, NamedTuple
@@ -90,6 +93,7 @@ class Method:
         0, "K", "directions in the pool, a power of two (0: 1024, or 4096 where clients back-propagate)"
     )
     steps_setting: ClassVar[str] = "tau"
+    step_setting: ClassVar[str] = "server_lr"
 
     tau: int = setting(200, "τ", "local steps per round (not given: four passes over the rows, 50 to 200)")
     lr: float = setting(3e-7, "η", "learning rate", found=True)
@@ -109,7 +113,11 @@ class Method:
         10, "τ_b", "local steps of a client that back-propagates", only_if="backprop"
     )
     server: str = setting("avg", "server", "the server's rule: avg, avgm, adagrad, yogi or adam")
-    server_lr: float = setting(0.0, "η_s", "the server rule's learning rate, in units of lr (0: its own)")
+    server_lr: float = setting(
+        0.0,
+        "η_s",
+        "the server rule's learning rate, in units of lr (0: its own; with lr found: the root of the clients)",
+    )
 
     def __post_init__(self) -> None:
         if self.K == 0:
@@ -271,6 +279,16 @@ class Method:
     def for_rows(self, rows: int) -> Method:
         """Return the method with `PASSES` passes over so many rows, at least `FEWEST_STEPS` steps and at most tau."""
         return replace(self, tau=min(self.tau, max(FEWEST_STEPS, PASSES * -(-rows // self.batch_size))))
+
+    def for_clients(self, clients: int) -> Method:
+        """Return the method with a server that steps by sqrt(clients) times their mean.
+
+        Clients walk along directions of their own, which hardly meet, so that the mean of C walks is as long as one of them
+        over sqrt(C).  A method with clients that back-propagate, whose steps agree, or with a rule of its own stays.
+        """
+        if self.server != "avg" or self.backprop:
+            return self
+        return replace(self, server_lr=round(math.sqrt(clients), 3))
 
     def rate_from(self, points: Sequence[Slopes], clients: int) -> float:
         """Return the rate for the mean of clients that walk along directions of their own."""

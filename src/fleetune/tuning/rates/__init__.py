@@ -7,6 +7,8 @@ A method says how its rate acts, and that decides how the rate is found:
     rate_at_server   the server steps by it: devices work once, the server's step is tried at many rates (`trial`)
     any other        one round of a few clients at each of some rates (`trial`)
 
+What a trial finds is held for a few rounds, and made smaller where it does not last.
+
 What is found is rounded to one of 1, 1.5, 2, 3, 5 and 7 times a power of ten: more digits would not be true, and machines whose
 float noise differs find the same.  It is written into the run's recipe, so a resumed or repeated run does not search again.
 The rows are training rows, the same for a simulated and for a real fleet, whose server has some in its own data.
@@ -15,6 +17,7 @@ The rows are training rows, the same for a simulated and for a real fleet, whose
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -182,10 +185,9 @@ def from_trial(
     count = CLIENTS if at_server and len(parts) > 1 else 1
     bench = Bench(model, [parts[i::count] for i in range(count)], rows[:measured], recipe.seed)
     first = first_rate(method, name)
-    if at_server:
-        trials = trial.try_on_server(bench, make, first)
-    else:
-        trials = trial.try_on_devices(bench, lambda rate: shortened(make(rate), len(bench.clients[0])), first)
+
+    make = make if at_server else functools.partial(_short, make, len(bench.clients[0]))
+    trials = (trial.try_on_server if at_server else trial.try_on_devices)(bench, make, first)
     tried = trials.tried
     if not any(math.isfinite(t.loss) for t in tried):
         raise RecipeError(
@@ -193,13 +195,17 @@ def from_trial(
             hint=f"give one: --set {name}=1e-4",
         )
     rate = rounded(trials.best())
-    return Found(
-        name,
-        rate,
-        "trial",
-        f"tried {len(tried)} rates for a round, from {tried[0].rate:.2g} to {tried[-1].rate:.2g}",
-        tuple(tried),
-    )
+    why = f"tried {len(tried)} rates for a round, from {tried[0].rate:.2g} to {tried[-1].rate:.2g}"
+    if (moves := min(trial.HELD, recipe.rounds)) > 1:
+        held = trial.hold(trials.start, functools.partial(trial.loss_after, bench, make, moves), rate)
+        rate = rounded(held.best())
+        why += f"; {len(held.tried)} for {moves}, from {held.tried[-1].rate:.2g} to {held.tried[0].rate:.2g}"
+    return Found(name, rate, "trial", why, tuple(tried))
+
+
+def _short(make: Callable[[float], Method], rows: int, rate: float) -> Method:
+    """Return the method at a rate, with at most `STEPS` local steps."""
+    return shortened(make(rate), rows)
 
 
 def shortened(method: Method, rows: int) -> Method:

@@ -4,11 +4,15 @@
 Methods whose rate acts on a device are tried whole, a rate at a time (`try_on_devices`).  Where the rate acts on the server
 alone (`Method.rate_at_server`), devices work once, and only the server's step is repeated (`try_on_server`).
 
+What is best for one round can be too much for the next ones.  So what was found is then held for a few rounds, and a smaller
+rate likewise, while it ends lower (`hold`).
+
 Each trial begins at the base model and leaves it as it was.  The rows of the trial are training rows.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +36,10 @@ FINER: Final = 2.0  # of trials that cost an evaluation only
 FINE_TRIALS: Final = 14
 SLACK: Final = 0.1  # of the best fall of the loss
 MOVES: Final = 32  # rounds at most until a server that waits for agreement has moved
+HELD: Final = 3  # moves of the model for which a rate is held,
+HELD_ROUNDS: Final = 20  # in so many rounds at most
+SMALLER: Final = 3  # rates that are tried below the one that is held
+EVEN: Final = 0.02  # of the fall of the loss: what a smaller rate may lose by, since more rounds follow
 
 
 class Tried(NamedTuple):
@@ -97,36 +105,65 @@ class Trials(NamedTuple):
         return math.sqrt(self.tried[low].rate * self.tried[high].rate)
 
 
+class Held(NamedTuple):
+    """Rates that were held for a few rounds, from the largest on, and the loss before."""
+
+    start: float
+    tried: list[Tried]
+
+    def best(self) -> float:
+        """Return the smallest rate whose loss is as low as the lowest, but for a fiftieth of the fall."""
+        lowest = min(t.loss for t in self.tried)
+        as_low = lowest + EVEN * max(0.0, self.start - lowest)
+        return min(t.rate for t in self.tried if t.loss <= as_low)
+
+
 def try_on_devices(bench: Bench, make: Callable[[float], Method], first: float) -> Trials:
     """Try rates up from `first` while it helps, then down likewise: the devices of the trial do a round at each."""
+    return climb(bench.loss(), functools.partial(loss_after, bench, make, 1), first, FACTOR, TRIALS)
 
-    def loss_after(rate: float) -> float:
-        method = make(rate)
-        with restored(bench.model):
-            state = bench.begin(method)
-            replies = bench.round(method, state, 1)
+
+def hold(start: float, loss_of: Callable[[float], float], first: float) -> Held:
+    """Try `first` for some rounds, then rates a third as large, while these end lower or about as low."""
+    found = Held(start, [Tried(first, loss_of(first))])
+    while len(found.tried) <= SMALLER:
+        rate = found.tried[-1].rate / FACTOR
+        found.tried.append(Tried(rate, loss_of(rate)))
+        if found.best() != rate and found.tried[-1].loss < math.inf:
+            break
+    return found
+
+
+def loss_after(bench: Bench, make: Callable[[float], Method], moves: int, rate: float) -> float:
+    """Return the loss after rounds at a rate, until the model has moved so often; infinite where it was lost."""
+    method, moved, loss = make(rate), 0, bench.loss()
+    with restored(bench.model):
+        state = bench.begin(method)
+        for number in range(1, (HELD_ROUNDS if moves > 1 else 1) + 1):
+            replies = bench.round(method, state, number)
             if not replies:
                 return math.inf
-            method.apply(bench.model, method.aggregate(state, iter(replies)))
-            return bench.loss()
+            state = method.aggregate(state, iter(replies))
+            method.apply(bench.model, state)
+            before, loss = loss, bench.loss()
+            moved += loss != before
+            if moved == moves or loss == math.inf:
+                break
+    return loss
 
-    return climb(bench.loss(), loss_after, first, FACTOR, TRIALS)
 
-
-def climb(
-    start: float, loss_after: Callable[[float], float], first: float, factor: float, most: int
-) -> Trials:
+def climb(start: float, loss_of: Callable[[float], float], first: float, factor: float, most: int) -> Trials:
     """Try `first`, then rates `factor` times as large until the loss is clearly above the best, then smaller ones likewise.
 
     Clearly: by more than a tenth of the best fall.  At most `most` rates in each direction.
     """
-    tried = {first: loss_after(first)}
+    tried = {first: loss_of(first)}
     for ratio in (factor, 1 / factor):
         rate = first
         for _ in range(most):
             best = min(tried.values())
             rate *= ratio
-            tried[rate] = loss_after(rate)
+            tried[rate] = loss_of(rate)
             if not tried[rate] <= best + SLACK * max(0.0, start - best):
                 break
     return Trials(start, [Tried(rate, tried[rate]) for rate in sorted(tried)])
