@@ -40,8 +40,8 @@ from fleetune.tuning.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-STEPS: Final = 8  # of a device in a trial, at most
-CLIENTS: Final = 2  # of a trial on the server
+STEPS: Final = 4  # of a device in a trial, at most
+CLIENTS: Final = 2  # of a trial: the mean of one overfits where that of a fleet does not
 MEASURED: Final = 32  # rows on which a trial is measured, at most
 COARSE: Final = {"bf16": 2e-3}  # least perturbation: below, a second difference of losses is rounding
 SERIES: Final = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
@@ -179,10 +179,9 @@ def from_trial(
 ) -> Found:
     """Return the rate after which the loss on rows that were not trained on is lowest."""
     at_server = bool(getattr(method, "rate_at_server", False))
-    rows = rows[: MEASURED + STEPS * int(getattr(method, "batch_size", 8))]
     measured = max(1, min(MEASURED, len(rows) // 3))
     parts = rows[measured:] or rows
-    count = CLIENTS if at_server and len(parts) > 1 else 1
+    count = min(CLIENTS, len(parts))
     bench = Bench(model, [parts[i::count] for i in range(count)], rows[:measured], recipe.seed)
     first = first_rate(method, name)
 
@@ -197,9 +196,9 @@ def from_trial(
     rate = rounded(trials.best())
     why = f"tried {len(tried)} rates for a round, from {tried[0].rate:.2g} to {tried[-1].rate:.2g}"
     if (moves := min(trial.HELD, recipe.rounds)) > 1:
-        held = trial.hold(trials.start, functools.partial(trial.loss_after, bench, make, moves), rate)
-        rate = rounded(held.best())
-        why += f"; {len(held.tried)} for {moves}, from {held.tried[-1].rate:.2g} to {held.tried[0].rate:.2g}"
+        held = trial.hold(functools.partial(trial.loss_after, bench, make, moves), rate)
+        rate = rounded(min(held, key=lambda t: t.loss).rate)
+        why += f"; {len(held)} for {moves}, from {held[-1].rate:.2g} to {held[0].rate:.2g}"
     return Found(name, rate, "trial", why, tuple(tried))
 
 

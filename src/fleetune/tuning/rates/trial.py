@@ -39,7 +39,6 @@ MOVES: Final = 32  # rounds at most until a server that waits for agreement has 
 HELD: Final = 3  # moves of the model for which a rate is held,
 HELD_ROUNDS: Final = 20  # in so many rounds at most
 SMALLER: Final = 3  # rates that are tried below the one that is held
-EVEN: Final = 0.02  # of the fall of the loss: what a smaller rate may lose by, since more rounds follow
 
 
 class Tried(NamedTuple):
@@ -105,33 +104,20 @@ class Trials(NamedTuple):
         return math.sqrt(self.tried[low].rate * self.tried[high].rate)
 
 
-class Held(NamedTuple):
-    """Rates that were held for a few rounds, from the largest on, and the loss before."""
-
-    start: float
-    tried: list[Tried]
-
-    def best(self) -> float:
-        """Return the smallest rate whose loss is as low as the lowest, but for a fiftieth of the fall."""
-        lowest = min(t.loss for t in self.tried)
-        as_low = lowest + EVEN * max(0.0, self.start - lowest)
-        return min(t.rate for t in self.tried if t.loss <= as_low)
-
-
 def try_on_devices(bench: Bench, make: Callable[[float], Method], first: float) -> Trials:
     """Try rates up from `first` while it helps, then down likewise: the devices of the trial do a round at each."""
     return climb(bench.loss(), functools.partial(loss_after, bench, make, 1), first, FACTOR, TRIALS)
 
 
-def hold(start: float, loss_of: Callable[[float], float], first: float) -> Held:
-    """Try `first` for some rounds, then rates a third as large, while these end lower or about as low."""
-    found = Held(start, [Tried(first, loss_of(first))])
-    while len(found.tried) <= SMALLER:
-        rate = found.tried[-1].rate / FACTOR
-        found.tried.append(Tried(rate, loss_of(rate)))
-        if found.best() != rate and found.tried[-1].loss < math.inf:
+def hold(loss_of: Callable[[float], float], first: float) -> list[Tried]:
+    """Try `first` for some rounds, then rates a third as large, while these end lower."""
+    tried = [Tried(first, loss_of(first))]
+    while len(tried) <= SMALLER:
+        rate = tried[-1].rate / FACTOR
+        tried.append(Tried(rate, loss_of(rate)))
+        if tried[-2].loss <= tried[-1].loss < math.inf:
             break
-    return found
+    return tried
 
 
 def loss_after(bench: Bench, make: Callable[[float], Method], moves: int, rate: float) -> float:
