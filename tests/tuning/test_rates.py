@@ -210,10 +210,33 @@ def test_a_rate_is_held_until_the_model_has_moved_so_often(name: str, moves: int
         adapters.detach(model)
 
 
+def test_of_the_held_rates_the_one_that_ends_lowest_is_taken(model: Model) -> None:
+    """With this model the best rate of one round is too much for three."""
+    given, rows = {**harness.QUICK["fedit"], "lr": "auto"}, harness.rows(model)
+    best, held = (
+        rates.find(
+            recipes.make({"model": "m", "data": "d", "method": "fedit", "rounds": rounds, "seed": 1, "set": given}),
+            ["lr"], model, rows, 2,
+        )[1][0].rate
+        for rounds in (1, 3)
+    )  # fmt: skip
+    bench = rates.bench_of(model, rates.few(rows, 1), 1)
+
+    def after(rate: float) -> float:
+        return loss_after(
+            bench, lambda lr: rates.shortened(methods.make("fedit", {**given, "lr": lr}), 10), 3, rate
+        )
+
+    assert held == rounded(best / 3) < best
+    assert after(best / 3) < min(after(best), after(best / 9))
+
+
 @pytest.mark.parametrize("name", ["fedit", "onebyte", "fwdllm", "mezo", "fedkseed"])
 def test_what_is_found_learns_and_leaves_the_model_alone(name: str, model: Model) -> None:
     given = {k: v for k, v in harness.QUICK[name].items() if k != "lr"}
-    recipe = recipes.make({"model": "m", "data": "d", "method": name, "set": {**given, "lr": "auto"}})
+    recipe = recipes.make(
+        {"model": "m", "data": "d", "method": name, "rounds": 1, "set": {**given, "lr": "auto"}}
+    )
     before, rows = harness.logits(model), harness.rows(model)
     chosen, (found,) = rates.find(recipe, rates.wanted(recipe), model, rows, 3)
     assert torch.equal(harness.logits(model), before)

@@ -109,7 +109,7 @@ def find(
     found = []
     for name in names:
         try:
-            done = _find(recipe, name, model, _few(rows, recipe.seed), clients)
+            done = _find(recipe, name, model, few(rows, recipe.seed), clients)
         except FleetuneError:
             raise
         except FAULTS as error:
@@ -121,7 +121,7 @@ def find(
     return recipe, found
 
 
-def _few(rows: Sequence[Encoded], seed: int) -> list[Encoded]:
+def few(rows: Sequence[Encoded], seed: int) -> list[Encoded]:
     """Return some of the rows, in an order keyed by the seed."""
     order = keyed_order(derive(seed, "rate rows"), 0, len(rows))
     return [rows[i] for i in order[: slopes.DIRECTIONS * slopes.ROWS].tolist()]
@@ -179,10 +179,7 @@ def from_trial(
 ) -> Found:
     """Return the rate after which the loss on rows that were not trained on is lowest."""
     at_server = bool(getattr(method, "rate_at_server", False))
-    measured = max(1, min(MEASURED, len(rows) // 3))
-    parts = rows[measured:] or rows
-    count = min(CLIENTS, len(parts))
-    bench = Bench(model, [parts[i::count] for i in range(count)], rows[:measured], recipe.seed)
+    bench = bench_of(model, rows, recipe.seed)
     first = first_rate(method, name)
 
     make = make if at_server else functools.partial(_short, make, len(bench.clients[0]))
@@ -200,6 +197,14 @@ def from_trial(
         rate = rounded(min(held, key=lambda t: t.loss).rate)
         why += f"; {len(held)} for {moves}, from {held[-1].rate:.2g} to {held[0].rate:.2g}"
     return Found(name, rate, "trial", why, tuple(tried))
+
+
+def bench_of(model: Model, rows: Sequence[Encoded], seed: int) -> Bench:
+    """Return the bench of a trial on these rows: some are measured, the others shared out to its clients."""
+    measured = max(1, min(MEASURED, len(rows) // 3))
+    parts = rows[measured:] or rows
+    count = min(CLIENTS, len(parts))
+    return Bench(model, [parts[i::count] for i in range(count)], rows[:measured], seed)
 
 
 def _short(make: Callable[[float], Method], rows: int, rate: float) -> Method:
