@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from fleetune.api import plain_models
 from fleetune.api.arguments import Rows, Setting, words
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import rundir, tracking
@@ -89,7 +90,11 @@ def recipe_for(
     from fleetune.common.settings import named
     from fleetune.tuning import methods, objects_to_files
 
+    model = plain_models.path_of(model)
+    if isinstance(model, str | Path):
+        plain_models.check(str(model), out)
     if isinstance(model, Recipe):
+        plain_models.check(model.model, out)
         if data is None and tokenizer is None and not (settings or options) and method == recipes.AUTO_METHOD:
             return model
         raise UsageError(

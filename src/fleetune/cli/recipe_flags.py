@@ -104,10 +104,12 @@ def check(recipe: recipes.Recipe, out: str) -> None:
 
 
 def check_model(model: str, out: str) -> None:
-    """UsageError for a model's name that none can have, before torch is loaded: a run, a path that leads nowhere."""
+    """UsageError for what is no plain model, before torch is loaded: a run, an adapter, a path that leads nowhere."""
+    from fleetune.api import plain_models
     from fleetune.models import names
 
     rundir.check_name(model, Path(out))
+    plain_models.check(model, Path(out))
     names.check(model)
 
 
