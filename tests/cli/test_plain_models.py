@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -75,6 +76,18 @@ def test_the_command_that_is_named_makes_the_model_that_is_named(model: str, wha
         assert models.load(place).n_params == models.load("tiny").n_params
         again = refused("tune", model, "demo")
         assert f"written out already: give {place} as the model" in again
+    finally:
+        shutil.rmtree(place)
+
+
+def test_what_was_written_out_before_the_run_went_on_is_written_again() -> None:
+    place = Path(RUN, "hf")
+    assert main(["export", RUN, "--to", "hf", "-qq"]) == 0
+    try:
+        assert "written out already" in refused("tune", RUN, "demo")
+        later = (place / "config.json").stat().st_mtime + 5
+        os.utime(Path(RUN, "status"), (later, later))
+        assert f"fleetune export {RUN} --to hf" in refused("tune", RUN, "demo")
     finally:
         shutil.rmtree(place)
 

@@ -54,9 +54,16 @@ def check(name: str, out: Path) -> None:
 
 def _written_out(what: str, found: Run | Compressed, home: Path) -> UsageError:
     place = home / "hf"
-    if (place / "config.json").is_file():
+    if _is_new(place / "config.json", home / "status"):
         return UsageError(what, hint=f"it is written out already: give {quoted(place)} as the model")
     return UsageError(
         what,
         hint=f"fleetune export {quoted(found.argument)} --to hf   and then give {quoted(place)} as the model",
     )
+
+
+def _is_new(written: Path, status: Path) -> bool:
+    """Whether a model was written out, and not before the run ended: it may have been given more rounds since."""
+    if not written.is_file():
+        return False
+    return not status.is_file() or written.stat().st_mtime >= status.stat().st_mtime

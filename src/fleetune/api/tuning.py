@@ -58,6 +58,7 @@ def tune(
 def resume_run(
     run: object,
     *,
+    rounds: int = 0,
     tracker: str | Sequence[str] = (),
     out: str | Path = "runs",
     offline: bool = False,
@@ -66,6 +67,8 @@ def resume_run(
 ) -> TuneResult:
     """Resume a stopped run by its own recipe, to the same bits as without the stop; return a finished run as it is.
 
+    With more `rounds` than the run has, finished or not, it goes on until it has as many, to the bits of a run that had them
+    from the start; its result, answers and report are then those of the longer run.  UsageError where it cannot be.
     `run` is a name, number, path or result; `tracker` as in `tune`, which a run does not remember.
     """
     from fleetune.tuning import run as running
@@ -73,7 +76,7 @@ def resume_run(
     folder = getattr(run, "folder", None)
     path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))
     with tracking.tracked(heard_by(listener, progress), words(tracker), offline=offline) as heard:
-        return running.resume(path, heard, offline=offline)
+        return running.resume(path, heard, offline=offline, rounds=rounds)
 
 
 def recipe_for(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,10 @@ def check_data(data: str) -> None:
         raise readers.no_file(data)
 
 
-def check_resume(args: argparse.Namespace, path: Path, command: str) -> None:
-    """UsageError for a part of a recipe that is given beside `--resume`; `command` resumes the run at `path`."""
+def check_resume(args: argparse.Namespace, path: Path, command: str, allowed: Collection[str] = ()) -> None:
+    """UsageError for a part of a recipe, but those `allowed`, that is given beside `--resume`; `command` resumes the run."""
     found = [word for name in ("model", "data", "config") if (word := getattr(args, name, None))]
-    if found := [*found, *given(args), *args.set]:
+    if found := [*found, *(name for name in given(args) if name not in allowed), *args.set]:
         raise UsageError(
             f"--resume follows the run's own recipe; it takes no {found[0]}", hint=f"{command} {quoted(path)}"
         )
