@@ -6,10 +6,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, cast
 
 from fleetune.api import plain_models
 from fleetune.api.arguments import Rows, Setting, words
+from fleetune.common.settings import Value
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import rundir, tracking
 from fleetune.runs.listener import Listener
@@ -18,6 +19,7 @@ from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe, RecipeOptions
 
 if TYPE_CHECKING:
+    from fleetune.tuning.methods import Method
     from fleetune.tuning.result import TuneResult
 
 
@@ -38,11 +40,11 @@ def tune(
     """Tune a model over a simulated fleet in a new folder under `out`, and return the run.
 
     `model` is a name or path, a `fleetune.Model`, a transformers or PEFT model (with its `tokenizer`), or a whole
-    `Recipe`, which then holds all options.  `data` is a file, a hub id, `"demo"`, or rows as dicts.  `method` is a name
-    or a method's own dataclass (`fedkseed.Method(K=1024)`), `auto` the one that `plan` recommends; `settings` are the
-    method's, by name.  `options` are those of `fleetune.Recipe`.  A model or rows given as Python objects are saved under
-    `OUT/objects`, so that the run can be resumed.  A PEFT model's adapters are merged into the copy that is saved and
-    tuned: they are not trained on.
+    `Recipe`, which then holds all options.  `data` is a file, a hub id, `"demo"`, or rows as dicts.  `method` is a name,
+    `auto` for the one that `plan` recommends, or a method's own dataclass: `fedkseed.Method(K=1024)`, or one that you wrote,
+    which is then known in this process alone.  `settings` are the method's, by name.  `options` are those of
+    `fleetune.Recipe`.  A model or rows given as Python objects are saved under `OUT/objects`, so that the run can be
+    resumed.  A PEFT model's adapters are merged into the copy that is saved and tuned: they are not trained on.
     `tracker` names trackers that get the figures as well: tensorboard, wandb, mlflow, trackio.
     """
     from fleetune.planning import choose
@@ -90,7 +92,6 @@ def recipe_for(
     listener: Listener,
 ) -> Recipe:
     """The recipe for what a caller handed over; the options are checked before any object is saved."""
-    from fleetune.common.settings import named
     from fleetune.tuning import methods, objects_to_files
 
     model = plain_models.path_of(model)
@@ -110,8 +111,7 @@ def recipe_for(
             "the model's adapters are merged into a copy of its base, and that is tuned: rank, alpha and targets are the "
             "method's settings"
         )
-    modules = {n: e.module for n, e in methods.entries().items()}
-    name, chosen = (recipes.AUTO_METHOD, {}) if method == recipes.AUTO_METHOD else named(method, modules)
+    name, chosen = _method_of(method)
     known = set() if name == recipes.AUTO_METHOD else {s.name for s in methods.settings(name)}
     if misplaced := [word for word in options if word in known and word not in recipes.fields()]:
         raise RecipeError(
@@ -126,3 +126,14 @@ def recipe_for(
         model=objects_to_files.model_name(model, tokenizer, out),
         data=objects_to_files.data_name(data, out),
     )
+
+
+def _method_of(method: object) -> tuple[str, dict[str, Value]]:
+    """Return a method's name and settings, from its name or its own dataclass; a caller's own class gets a name."""
+    from fleetune.common.settings import named
+    from fleetune.tuning import given_methods, methods
+
+    modules = {n: e.module for n, e in methods.entries().items()}
+    if isinstance(method, str | type) or type(method).__module__ in modules.values():
+        return named(method, modules)
+    return given_methods.registered(method), methods.values_of(cast("Method", method))

@@ -27,6 +27,7 @@ from fleetune.tuning import (
     extension,
     finished,
     foundations,
+    given_methods,
     per_client,
     places,
     remarks,
@@ -87,6 +88,7 @@ def resume(
         recipe = extension.longer(recipe, path, rounds)
         had = extension.checkpoint_rounds(path) or had
     places.check_code(recipe, path)
+    given_methods.check_known(recipe.method, path)
     check(recipe)
     fleets.check(recipe)
     if recipe.rounds == had and is_done(path, listener.note):
