@@ -40,7 +40,8 @@ def tune(
     """Tune a model over a simulated fleet in a new folder under `out`, and return the run.
 
     `model` is a name or path, a `fleetune.Model`, a transformers or PEFT model (with its `tokenizer`), or a whole
-    `Recipe`, which then holds all options.  `data` is a file, a hub id, `"demo"`, or rows as dicts.  `method` is a name,
+    `Recipe`, which then holds all options.  `data` (and the option `eval_data`) is a file, a hub id, `"demo"`, or rows: dicts,
+    a `datasets.Dataset`, a DataFrame.  `method` is a name,
     `auto` for the one that `plan` recommends, or a method's own dataclass: `fedkseed.Method(K=1024)`, or one that you wrote,
     which is then known in this process alone.  `settings` are the method's, by name.  `options` are those of
     `fleetune.Recipe`.  A model or rows given as Python objects are saved under `OUT/objects`, so that the run can be
@@ -119,12 +120,20 @@ def recipe_for(
             hint=f'give it as settings={{"{misplaced[0]}": ..}}',
         )
     values = chosen | objects_to_files.setting_values(settings)
-    named_rows = str(data) if isinstance(data, str | Path) else "data"
-    recipe = recipes.make({**options, "model": "model", "data": named_rows, "method": name, "set": values})
+    held_out = options.get("eval_data", "")
+    named_rows, named_held_out = (
+        str(rows) if isinstance(rows, str | Path) else "data" for rows in (data, held_out)
+    )
+    recipe = recipes.make({
+        **options, "eval_data": named_held_out, "model": "model", "data": named_rows, "method": name, "set": values,
+    })  # fmt: skip
     return dataclasses.replace(
         recipe,
         model=objects_to_files.model_name(model, tokenizer, out),
         data=objects_to_files.data_name(data, out),
+        eval_data=named_held_out
+        if isinstance(held_out, str | Path)
+        else objects_to_files.data_name(held_out, out),
     )
 
 

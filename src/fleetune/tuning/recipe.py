@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
@@ -170,6 +170,7 @@ class Recipe:
 class RecipeOptions(TypedDict, total=False):
     """The options of a recipe but model, data, method and its settings, as keyword arguments of `fleetune.tune`.
 
+    `eval_data` may be rows, as `data`; a recipe has the name of the file that they are written into.
     A test holds it against `Recipe`.
     """
 
@@ -180,7 +181,7 @@ class RecipeOptions(TypedDict, total=False):
     columns: str
     partition: str
     held_out: float
-    eval_data: str
+    eval_data: str | Path | Iterable[Mapping[str, Any]]
     labels: str
     limit: int
     max_length: int

@@ -306,8 +306,9 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     run.write(env_file.ENVIRONMENT, sealed.to_text(now) + "\n")
     row_digests.write(run, job.split.examples)
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
-    for remark in (*map(remarks.of_rate, job.found), *job.about_time()[1:]):
-        listener.note(remark)
+    for remark in (*map(remarks.of_rate, job.found), *job.about_time()[1:], remarks.of_law(job.method)):
+        if remark:
+            listener.note(remark)
     if told := resumption.changes(before, now):
         listener.note(told)
     clients = range(len(job.rows) or recipe.clients)
