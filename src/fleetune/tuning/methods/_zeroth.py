@@ -11,6 +11,7 @@ import logging
 
 import numpy as np
 
+from fleetune.common import commas
 from fleetune.errors import ModelError
 from fleetune.models.model import Model, named_tensors
 from fleetune.seeds.ledger import Ledger
@@ -93,7 +94,7 @@ def new_ledger(
         eps=eps,
         lr=rule,
         method=method,
-        hyper={**hyper, "labels": ",".join(model.labels)} if model.labels else hyper,
+        hyper={**hyper, "labels": commas.join(model.labels)} if model.labels else hyper,
         aggregation=aggregation,
     )
     return Ledger(head)
