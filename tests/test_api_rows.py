@@ -76,4 +76,4 @@ def test_a_slow_law_is_said_once(law: str, K: int, said: int, capsys: pytest.Cap
     words = ["--set", f"law={law}", "--set", f"K={K}", "--set", "tau=1"]
     few = ["--rounds", "1", "--clients", "2", "--limit", "20", "--max-length", "64", "--no-samples"]
     assert main(["tune", "tiny", "demo", "--method", "fedkseed", *words, *few]) == 0
-    assert capsys.readouterr().err.count("slow: every forward may compute 64 gaussian directions") == said
+    assert capsys.readouterr().err.count("slow: every forward may compute") == said
