@@ -120,7 +120,7 @@ def test_the_pipeline_is_typed_and_described(name: str) -> None:
 
 def test_options_of_tune_are_those_of_a_recipe() -> None:
     recipe = {n: t for n, t in get_type_hints(Recipe).items() if n not in ("model", "data", "method", "set")}
-    assert get_type_hints(RecipeOptions) == recipe
+    assert get_type_hints(RecipeOptions) == recipe | {"eval_data": api.Rows}
 
 
 def test_options_of_compress_are_those_of_a_request() -> None:

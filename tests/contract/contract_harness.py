@@ -50,7 +50,7 @@ QUICK: dict[str, dict[str, Any]] = {
 # Options that change what travels or how a direction is made keep the contract too.
 VARIANTS = [
     "fedit:average=product", "fedit:wire=fp16", "fedit:start=orthogonal", "fedit:start=pissa,dropout=0",
-    "fedit:start=eva", "fedit:average=product,ranks=2;4", "fedkseed:law=rademacher", "fedkseed:law=gaussian",
+    "fedit:start=eva", "fedit:targets=query-value,warmup=2,decay=true,clip=1,weight_decay=0.1,lr=0.05", "fedit:average=product,ranks=2;4", "fedkseed:law=rademacher", "fedkseed:law=gaussian",
     "fedkseed:wire=sums", "fedkseed:pro=true", "fedkseed:epoch_rounds=1", "fedkseed:backprop=1,backprop_lr=0.05",
     "fedkseed:backprop=0.5,backprop_lr=0.05", "fedkseed:backprop=1,wire=sums", "fwdllm:law=rademacher",
     "fwdllm:variance_gate=false,discriminative=false", "fwdllm:module=adapter,targets=query-value", "fwdllm:module=bitfit,targets=query-value,r=8,alpha=16", "mezo:law=rademacher", "mezo:K=32,decay=200",

@@ -12,7 +12,7 @@ import gguf as package
 import pytest
 from deploy_harness import QUICK, compressed, piece_tokenizer, tiny, tokenizer
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fleetune import models
@@ -31,6 +31,7 @@ TALKS = (
     (("system", " be  brief "), ("user", "hell\no 12\n"), ("assistant", "he's. "), ("user", "<s> ▁é{}\n")),
 )
 LONG = 1 << 20
+ANSWER = "hell. 1\n he"
 
 
 def bytes_only() -> PreTrainedTokenizerBase:
@@ -67,6 +68,14 @@ def lines(words: PreTrainedTokenizerBase, talk: tuple[tuple[str, str], ...]) -> 
     return ids
 
 
+def tuned_on(talk: tuple[tuple[str, str], ...], answer: str, words: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a row: the prompt, the answer, the end-of-text token."""
+    (row,), _ = encode_all([Example(talk, answer, {})], words, LONG)
+    ids: list[int] = row.ids.tolist()
+    assert ids == [*words("".join(text + "\n" for _, text in talk) + answer)["input_ids"], words.eos_token_id]
+    return ids
+
+
 def turns(talk: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in talk]
 
@@ -95,6 +104,11 @@ def test_llama_cpp_reads_from_the_file_the_tokens_that_it_was_tuned_on(tmp_path:
             text = text[len(own.bos_token) :]
         assert own(text)["input_ids"] == lines(own, talk)
         assert prompt_ids(Example(talk, "", {}), own, LONG).tolist() == lines(own, talk)
+        whole = template.render(
+            messages=turns((*talk, ("assistant", ANSWER))), bos_token=own.bos_token, eos_token=own.eos_token,
+            add_generation_prompt=False,
+        )  # fmt: skip
+        assert own(whole[len(own.bos_token) if starts else 0 :])["input_ids"] == tuned_on(talk, ANSWER, own)
 
 
 @pytest.mark.parametrize("kind", WORDS)
@@ -131,6 +145,47 @@ def test_a_directory_is_asked_by_transformers_in_the_same_tokens(tmp_path: Path,
         ids = there.apply_chat_template(turns(talk), add_generation_prompt=True, return_dict=False)
         assert ids == lines(own, talk)
         assert prompt_ids(Example(talk, "", {}), there, LONG).tolist() == ids
+        whole = there.apply_chat_template(turns((*talk, ("assistant", ANSWER))), return_dict=False)
+        assert whole == tuned_on(talk, ANSWER, own)
+        assert tuned_on(talk, ANSWER, there) == whole
+
+
+def test_a_template_that_an_older_export_wrote_counts_as_none_and_is_replaced(tmp_path: Path) -> None:
+    """Its answers ended with a line break, which tuning has never written."""
+    own = bytes_with_start()
+    old = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+    rows, digest = tuned_on(TALKS[1], ANSWER, own), models.tokenizer_digest(own)
+    own.chat_template = old
+    assert (tuned_on(TALKS[1], ANSWER, own), models.tokenizer_digest(own)) == (rows, digest)
+    compressed(speechless(own), tmp_path / "m")
+    export(tmp_path / "m", "hf", tmp_path / "x")
+    there = AutoTokenizer.from_pretrained(tmp_path / "x")
+    assert there.chat_template != old
+    assert there.apply_chat_template(turns((*TALKS[1], ("assistant", ANSWER))), return_dict=False) == rows
+
+
+def test_a_tokenizer_without_an_end_gets_a_template_that_writes_none(tmp_path: Path) -> None:
+    own = bytes_only()
+    own.eos_token = own.pad_token = None
+    model = tiny(vocab_size=288, eos_token_id=None, pad_token_id=None)
+    model.tokenizer = own
+    compressed(model, tmp_path / "m")
+    export(tmp_path / "m", "hf", tmp_path / "x")
+    there = AutoTokenizer.from_pretrained(tmp_path / "x")
+    whole = there.apply_chat_template(turns((*TALKS[0], ("assistant", ANSWER))), return_dict=False)
+    (row,), _ = encode_all([Example(TALKS[0], ANSWER, {})], own, LONG)
+    assert whole == row.ids.tolist() == own("hello\n" + ANSWER)["input_ids"]
+
+
+def test_an_end_that_eats_spaces_is_said(tmp_path: Path) -> None:
+    """A mark with lstrip takes the line break that an answer ends with; tuning puts its id after the break."""
+    own = bytes_only()
+    own.add_special_tokens({"eos_token": AddedToken("<|stop|>", lstrip=True, normalized=False, special=True)})
+    assert own.convert_tokens_to_ids("<|stop|>") < 288
+    compressed(speechless(own), tmp_path / "m")
+    report = export(tmp_path / "m", "hf", tmp_path / "x")
+    assert _gguf_vocabulary.OTHER_END in report.notes
+    assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template in chat_template.TEMPLATES
 
 
 def test_a_chat_template_stays_what_it_is(tmp_path: Path) -> None:
@@ -161,7 +216,11 @@ def test_a_run_carries_it_and_a_server_of_directories_gets_one_that_does(
         main(["tune", "base", "demo", "--method", "fedit", "--set", "r=2", *QUICK, "--offline", "-qq"]) == 0
     )
     assert main(["export", "latest", "--to", "hf", "--path", "tuned"]) == 0
-    assert AutoTokenizer.from_pretrained(tmp_path / "tuned").chat_template in chat_template.TEMPLATES
+    there = AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    talk = (("user", "hello"), ("assistant", "hell"))
+    assert there.apply_chat_template(turns(talk), return_dict=False) == tuned_on(
+        talk[:1], "hell", model.tokenizer
+    )
     transformers = next(engine for engine in engines.ENGINES if engine.reads == "hf")
     (tmp_path / "s").mkdir()
     served = session._model_for(Plain("base"), transformers, tmp_path / "s", Silent(), offline=True)

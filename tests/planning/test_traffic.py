@@ -41,6 +41,19 @@ def test_what_a_method_trains_is_what_it_attaches(name: str, family: str) -> Non
     assert module.size == sum(p.numel() for p in adapters.trainable(model).values())
 
 
+@pytest.mark.parametrize("targets", ["all-linear", "query-value", "LAST, 1.SECOND"])
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("name", ["fedit", "fedpetuning", "fwdllm"])
+def test_lora_on_other_layers_is_counted_as_it_is_attached(name: str, family: str, targets: str) -> None:
+    last, second = {"llama": ("down_proj", "self_attn.o_proj")}.get(family, ("dense", "attention.self.key"))
+    model = MODELS[family]()
+    named = targets.replace("LAST", last).replace("SECOND", second)
+    method = methods.make(name, {"targets": named})
+    module = method.footprint(shapes.shape_of(model.net.config)).module
+    method.init(model, 1)
+    assert module.tensors == {n: tuple(p.shape) for n, p in adapters.trainable(model).items()}
+
+
 @given(
     st.dictionaries(
         st.text(min_size=1, max_size=40),

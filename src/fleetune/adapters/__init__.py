@@ -23,13 +23,23 @@ from fleetune.adapters.attachment import (
 from fleetune.adapters.bitfit import Bitfit, Full
 from fleetune.adapters.bottleneck import Bottleneck
 from fleetune.adapters.folder import file_digest, load, save
-from fleetune.adapters.lora import INITS, Lora, attach_lora, pairs, subtract_factors, subtracted_factors
+from fleetune.adapters.lora import (
+    ALL_LINEAR,
+    INITS,
+    QUERY_VALUE,
+    Lora,
+    attach_lora,
+    pairs,
+    subtract_factors,
+    subtracted_factors,
+)
 from fleetune.adapters.lora_init_eva import directions
 from fleetune.adapters.prefix import Prefix
 from fleetune.adapters.prompt import Prompt
 
 __all__ = [
-    "INITS", "AdapterSpec", "Attachment", "Bitfit", "Bottleneck", "Full", "Lora", "Part", "Prefix", "Prompt",
-    "attach", "attach_lora", "attachment_of", "detach", "digest", "directions", "export", "file_digest", "load",
-    "load_", "merge", "pairs", "save", "subtract_factors", "subtracted_factors", "trainable", "training",
+    "ALL_LINEAR", "INITS", "QUERY_VALUE", "AdapterSpec", "Attachment", "Bitfit", "Bottleneck", "Full", "Lora",
+    "Part", "Prefix", "Prompt", "attach", "attach_lora", "attachment_of", "detach", "digest", "directions",
+    "export", "file_digest", "load", "load_", "merge", "pairs", "save", "subtract_factors",
+    "subtracted_factors", "trainable", "training",
 ]  # fmt: skip

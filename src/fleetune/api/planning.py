@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
+from fleetune.api import plain_models
 
 if TYPE_CHECKING:
     from fleetune.planning.plan import Plan
@@ -32,11 +33,12 @@ def plan(
     from fleetune import models
     from fleetune.planning import plan as planning
 
-    model = model if isinstance(model, str | Path) else subjects.open(model).argument
-    config = models.load_config(str(model), offline=offline)
+    name = str(model) if isinstance(model, str | Path) else subjects.open(model).argument
+    plain_models.check(name, Path("runs"))
+    config = models.load_config(name, offline=offline)
     work = planning.Workload(batch=batch, length=length, steps=steps, dtype=dtype)
     return planning.make(
-        config, str(model), work,
+        config, name, work,
         ram=planning.parse_bytes(f"{ram} B" if isinstance(ram, int) else ram),
         uplink=planning.parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink),
     )  # fmt: skip

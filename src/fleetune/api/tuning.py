@@ -6,9 +6,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Unpack, cast
 
+from fleetune.api import plain_models
 from fleetune.api.arguments import Rows, Setting, words
+from fleetune.common.settings import Value
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import rundir, tracking
 from fleetune.runs.listener import Listener
@@ -17,6 +19,7 @@ from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe, RecipeOptions
 
 if TYPE_CHECKING:
+    from fleetune.tuning.methods import Method
     from fleetune.tuning.result import TuneResult
 
 
@@ -37,11 +40,12 @@ def tune(
     """Tune a model over a simulated fleet in a new folder under `out`, and return the run.
 
     `model` is a name or path, a `fleetune.Model`, a transformers or PEFT model (with its `tokenizer`), or a whole
-    `Recipe`, which then holds all options.  `data` is a file, a hub id, `"demo"`, or rows as dicts.  `method` is a name
-    or a method's own dataclass (`fedkseed.Method(K=1024)`), `auto` the one that `plan` recommends; `settings` are the
-    method's, by name.  `options` are those of `fleetune.Recipe`.  A model or rows given as Python objects are saved under
-    `OUT/objects`, so that the run can be resumed.  A PEFT model's adapters are merged into the copy that is saved and
-    tuned: they are not trained on.
+    `Recipe`, which then holds all options.  `data` (and the option `eval_data`) is a file, a hub id, `"demo"`, or rows: dicts,
+    a `datasets.Dataset`, a DataFrame.  `method` is a name,
+    `auto` for the one that `plan` recommends, or a method's own dataclass: `fedkseed.Method(K=1024)`, or one that you wrote,
+    which is then known in this process alone.  `settings` are the method's, by name.  `options` are those of
+    `fleetune.Recipe`.  A model or rows given as Python objects are saved under `OUT/objects`, so that the run can be
+    resumed.  A PEFT model's adapters are merged into the copy that is saved and tuned: they are not trained on.
     `tracker` names trackers that get the figures as well: tensorboard, wandb, mlflow, trackio.
     """
     from fleetune.planning import choose
@@ -57,6 +61,7 @@ def tune(
 def resume_run(
     run: object,
     *,
+    rounds: int = 0,
     tracker: str | Sequence[str] = (),
     out: str | Path = "runs",
     offline: bool = False,
@@ -65,6 +70,8 @@ def resume_run(
 ) -> TuneResult:
     """Resume a stopped run by its own recipe, to the same bits as without the stop; return a finished run as it is.
 
+    With more `rounds` than the run has, finished or not, it goes on until it has as many, to the bits of a run that had them
+    from the start; its result, answers and report are then those of the longer run.  UsageError where it cannot be.
     `run` is a name, number, path or result; `tracker` as in `tune`, which a run does not remember.
     """
     from fleetune.tuning import run as running
@@ -72,7 +79,7 @@ def resume_run(
     folder = getattr(run, "folder", None)
     path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))
     with tracking.tracked(heard_by(listener, progress), words(tracker), offline=offline) as heard:
-        return running.resume(path, heard, offline=offline)
+        return running.resume(path, heard, offline=offline, rounds=rounds)
 
 
 def recipe_for(
@@ -86,10 +93,13 @@ def recipe_for(
     listener: Listener,
 ) -> Recipe:
     """The recipe for what a caller handed over; the options are checked before any object is saved."""
-    from fleetune.common.settings import named
     from fleetune.tuning import methods, objects_to_files
 
+    model = plain_models.path_of(model)
+    if isinstance(model, str | Path):
+        plain_models.check(str(model), out)
     if isinstance(model, Recipe):
+        plain_models.check(model.model, out)
         if data is None and tokenizer is None and not (settings or options) and method == recipes.AUTO_METHOD:
             return model
         raise UsageError(
@@ -102,8 +112,7 @@ def recipe_for(
             "the model's adapters are merged into a copy of its base, and that is tuned: rank, alpha and targets are the "
             "method's settings"
         )
-    modules = {n: e.module for n, e in methods.entries().items()}
-    name, chosen = (recipes.AUTO_METHOD, {}) if method == recipes.AUTO_METHOD else named(method, modules)
+    name, chosen = _method_of(method)
     known = set() if name == recipes.AUTO_METHOD else {s.name for s in methods.settings(name)}
     if misplaced := [word for word in options if word in known and word not in recipes.fields()]:
         raise RecipeError(
@@ -111,10 +120,29 @@ def recipe_for(
             hint=f'give it as settings={{"{misplaced[0]}": ..}}',
         )
     values = chosen | objects_to_files.setting_values(settings)
-    named_rows = str(data) if isinstance(data, str | Path) else "data"
-    recipe = recipes.make({**options, "model": "model", "data": named_rows, "method": name, "set": values})
+    held_out = options.get("eval_data", "")
+    named_rows, named_held_out = (
+        str(rows) if isinstance(rows, str | Path) else "data" for rows in (data, held_out)
+    )
+    recipe = recipes.make({
+        **options, "eval_data": named_held_out, "model": "model", "data": named_rows, "method": name, "set": values,
+    })  # fmt: skip
     return dataclasses.replace(
         recipe,
         model=objects_to_files.model_name(model, tokenizer, out),
         data=objects_to_files.data_name(data, out),
+        eval_data=named_held_out
+        if isinstance(held_out, str | Path)
+        else objects_to_files.data_name(held_out, out),
     )
+
+
+def _method_of(method: object) -> tuple[str, dict[str, Value]]:
+    """Return a method's name and settings, from its name or its own dataclass; a caller's own class gets a name."""
+    from fleetune.common.settings import named
+    from fleetune.tuning import given_methods, methods
+
+    modules = {n: e.module for n, e in methods.entries().items()}
+    if isinstance(method, str | type) or type(method).__module__ in modules.values():
+        return named(method, modules)
+    return given_methods.registered(method), methods.values_of(cast("Method", method))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,12 @@ def check(recipe: recipes.Recipe, out: str) -> None:
 
 
 def check_model(model: str, out: str) -> None:
-    """UsageError for a model's name that none can have, before torch is loaded: a run, a path that leads nowhere."""
+    """UsageError for what is no plain model, before torch is loaded: a run, an adapter, a path that leads nowhere."""
+    from fleetune.api import plain_models
     from fleetune.models import names
 
     rundir.check_name(model, Path(out))
+    plain_models.check(model, Path(out))
     names.check(model)
 
 
@@ -120,10 +122,10 @@ def check_data(data: str) -> None:
         raise readers.no_file(data)
 
 
-def check_resume(args: argparse.Namespace, path: Path, command: str) -> None:
-    """UsageError for a part of a recipe that is given beside `--resume`; `command` resumes the run at `path`."""
+def check_resume(args: argparse.Namespace, path: Path, command: str, allowed: Collection[str] = ()) -> None:
+    """UsageError for a part of a recipe, but those `allowed`, that is given beside `--resume`; `command` resumes the run."""
     found = [word for name in ("model", "data", "config") if (word := getattr(args, name, None))]
-    if found := [*found, *given(args), *args.set]:
+    if found := [*found, *(name for name in given(args) if name not in allowed), *args.set]:
         raise UsageError(
             f"--resume follows the run's own recipe; it takes no {found[0]}", hint=f"{command} {quoted(path)}"
         )

@@ -64,9 +64,14 @@ class Registry:
         self.kind, self.package, self.group = kind, package, group
         self.requires, self.listing = requires, listing
         self._warned: set[str] = set()
+        self._given: dict[str, Member] = {}
+
+    def give(self, member: Member) -> None:
+        """Take a member that a caller handed over, for this process alone."""
+        self._given[member.name] = member
 
     def members(self) -> dict[str, Member]:
-        """Every member by name: those of the folder in order, then those that other packages register.
+        """Every member by name: those of the folder in order, those that other packages register, those that were given.
 
         A registered module that cannot be used is left out with a warning, so that it does not stop the others; `member`
         says why.  So is one with the name of a module of the folder.
@@ -85,7 +90,7 @@ class Registry:
                 )
                 continue
             found[member.name] = member
-        return found
+        return found | {name: member for name, member in self._given.items() if name not in found}
 
     def _warn(self, text: str) -> None:
         """Log a warning, once in a process."""

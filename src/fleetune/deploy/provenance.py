@@ -21,7 +21,7 @@ from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.models import short_names
 from fleetune.models.artefact import Master
 from fleetune.runs import env_file
-from fleetune.tuning import methods
+from fleetune.tuning import given_methods
 from fleetune.tuning.recipe import Recipe
 
 
@@ -35,8 +35,7 @@ def of_artefact(model: Checkpoint) -> dict[str, str]:
 
 def of_run(run: Path, recipe: Recipe) -> dict[str, str]:
     """Return the provenance of a tuned run, from its recipe and its env.json; StorageError when that is damaged."""
-    method: Any = methods.make(recipe.method, recipe.set)
-    settings = {s.name: getattr(method, s.name) for s in methods.settings(recipe.method)}
+    settings = given_methods.settings_of(recipe)
     return _made(recipe.method, settings, env_file.base_digest(run)) | of_base(recipe.model)
 
 

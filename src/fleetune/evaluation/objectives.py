@@ -51,6 +51,7 @@ from typing import Any, Final, cast
 import numpy as np
 from torch import Tensor
 
+from fleetune.common import commas
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import FAULTS, FleetuneError, RecipeError, fault
 from fleetune.evaluation.answers import (
@@ -87,7 +88,7 @@ def get(name: str = "loss") -> Objective:
 def label_words(name: str) -> list[str]:
     """Return the label words that an objective names: ["yes", "no"] of accuracy:yes,no, else none."""
     kind, _, argument = name.partition(":")
-    return [word.strip() for word in argument.split(",")] if kind == "accuracy" and argument else []
+    return commas.split(argument) if kind == "accuracy" and argument else []
 
 
 def mean_value(model: Model, rows: Sequence[Encoded], name: str, *, batch_size: int) -> float:
@@ -126,13 +127,13 @@ def _loss(argument: str) -> Objective:
 
 
 def _accuracy(argument: str) -> Objective:
-    words = label_words(f"accuracy:{argument}")
-    if argument and (len(set(words)) < 2 or len(set(words)) < len(words) or "" in words):
+    among = label_words(f"accuracy:{argument}")
+    if argument and (len(set(among)) < 2 or len(set(among)) < len(among) or "" in among):
         raise RecipeError(
             [f"objective 'accuracy:{argument}' needs two or more different label words"],
             hint="for example accuracy:yes,no",
         )
-    return lambda model, batch: negative_accuracy(model, batch, words)
+    return lambda model, batch: negative_accuracy(model, batch, among)
 
 
 def negative_accuracy(model: Model, batch: Batch, labels: Sequence[str] = ()) -> float:

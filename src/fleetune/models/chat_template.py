@@ -5,7 +5,8 @@
 
 after the tokens that the tokenizer puts at the start of a text.  Such a model is tuned and prompted in this form
 (`data/encode.py`).  A runtime would use a template of its own (llama.cpp: ChatML), so exports carry this form as a chat
-template.  A tokenizer that has it counts as one without: its rows have the same tokens.
+template: a prompt is these lines, and an answer that ends a conversation has the end-of-text token in place of its line
+break, as in tuning.  A tokenizer that has it counts as one without: its rows have the same tokens.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LINE: Final = "{}\n"
-LINES: Final = r"{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
-# the second where a text has a start mark: transformers adds none to what a template wrote, llama.cpp takes the
-# template's away and puts its own in front
-TEMPLATES: Final = (LINES, "{{ bos_token }}" + LINES)
+LINES: Final = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if loop.last and message['role'] == 'assistant' and not add_generation_prompt %}{{ eos_token }}"
+    r"{% else %}{{ '\n' }}{% endif %}{% endfor %}"
+)
+# transformers adds no start mark to what a template wrote; llama.cpp takes the template's away and puts its own in front
+START: Final = "{{ bos_token }}"
+# what exports wrote once: the last answer ended with a line break too
+OLD: Final = r"{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+TEMPLATES: Final = (LINES, START + LINES, OLD, START + OLD)
 
 
 def is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -28,6 +35,6 @@ def is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the plain form as a chat template for the tokenizer."""
+    """Return the plain form as a chat template for the tokenizer, with the start mark that its texts have."""
     ids = tokenizer("a")["input_ids"]
-    return TEMPLATES[bool(ids) and ids[0] == tokenizer.bos_token_id]
+    return START + LINES if ids and ids[0] == tokenizer.bos_token_id else LINES

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -98,7 +98,7 @@ def encode(
     if course is not None:
         scalars[COURSE] = course.to_json()
     if on is not None and tally is not None:
-        scalars[ON] = sealed.to_text({**asdict(on), "metrics": tally.stated()}, indent=None)
+        scalars[ON] = _on_text(on, tally)
         pairs = sorted(kept.items())
         for name, column in (("client", [c for c, _ in pairs]), ("round", [r for _, (r, _) in pairs])):
             arrays[f"{KEPT}/{name}"] = np.array(column, np.int64)
@@ -146,6 +146,22 @@ def _stated(text: str) -> tuple[StandsOn, Tally]:
         return StandsOn(**found), metrics
     except (ValueError, KeyError, TypeError) as error:
         raise MessageError(f"what the checkpoint stands on is damaged ({error})") from error
+
+
+def with_rounds(data: bytes, rounds: int) -> bytes:
+    """Return a checkpoint whose recipe has so many rounds; as it is where it states none.  MessageError when it is damaged."""
+    message = messages.decode(data, any_size=True)
+    scalars = dict(message.payload.scalars)
+    if ON not in scalars:
+        return data
+    on, tally = _stated(str(scalars[ON]))
+    on = replace(on, recipe={**on.recipe, "rounds": rounds})
+    scalars[ON] = _on_text(on, tally)
+    return messages.encode(replace(message, payload=Payload(message.payload.arrays, scalars)))
+
+
+def _on_text(on: StandsOn, tally: Tally) -> str:
+    return sealed.to_text({**asdict(on), "metrics": tally.stated()}, indent=None)
 
 
 def kept_in(payload: Payload) -> Kept:

@@ -21,7 +21,8 @@ from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.view import kernels
 from fleetune.tuning import foundations, methods, places
 from fleetune.tuning import recipe as recipes
-from fleetune.tuning.methods import entry
+from fleetune.tuning.given_methods import RESULT as RESULT
+from fleetune.tuning.given_methods import entry_of
 from fleetune.tuning.methods._zeroth import place_at as place_at
 from fleetune.tuning.methods._zeroth import view_of
 from fleetune.tuning.prepare import split
@@ -45,7 +46,7 @@ def result_of(run: Path) -> Path:
     UsageError when it has no result yet; ModelError (of a ledger LedgerError) when a file of it is not what the run or
     its SHA256SUMS states.
     """
-    found = run / RESULT[entry(recipe_of(run).method).kind]
+    found = run / RESULT[entry_of(run, recipe_of(run)).kind]
     if not found.exists():
         raise UsageError(f"{run} has no result yet", hint=f"finish it: fleetune tune --resume {quoted(run)}")
     remedy = f"write it again from the last checkpoint: fleetune tune --resume {quoted(run)}"
@@ -100,7 +101,7 @@ def held_out(run: Path, *, offline: bool = False) -> list[Example]:
     """The rows that a run never trained on; UsageError when its data has other rows now."""
     recipe = recipe_of(run)
     places.check_rows(recipe, run)
-    parts = split(recipe, entry(recipe.method), offline=offline)
+    parts = split(recipe, entry_of(run, recipe), offline=offline)
     foundations.check_rows(run, recipe, parts)
     return [parts.examples[i] for i in parts.held.tolist()]
 
@@ -153,7 +154,7 @@ def load(run: str | Path, *, offline: bool = False, device: str | None = None) -
     """
     run = Path(run)
     recipe, result = recipe_of(run), result_of(run)
-    model = _LOAD[entry(recipe.method).kind](result, recipe, offline, device or recipe.device)
+    model = _LOAD[entry_of(run, recipe).kind](result, recipe, offline, device or recipe.device)
     unmerged.guard(model.net)
     return model
 
@@ -196,7 +197,6 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Mod
     return model
 
 
-RESULT: Mapping[str, str] = {"ledger": "ledger.safetensors", "adapter": "adapter"}
 _LOAD: Mapping[str, Callable[[Path, Recipe, bool, str], Model]] = {
     "ledger": _load_ledger,
     "adapter": _load_adapter,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from fleetune.models.shapes import Linear
+from fleetune.models.shapes import Linear, Shape
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +60,16 @@ class Footprint(NamedTuple):
         """Number of times that a step goes through all weights: a forward, a backward or an update of all of them."""
         trains_all = self.gradient == "backward" and not self.module.tensors
         return 1 if self.gradient == "none" else 3 if trains_all else 2
+
+
+def lora_layers(shape: Shape, targets: str) -> tuple[Linear, ...]:
+    """Return the layers that LoRA is put on, by the `targets` of `adapters.Lora`."""
+    from fleetune import adapters
+
+    if targets in (adapters.ALL_LINEAR, adapters.QUERY_VALUE):
+        return shape.linears if targets == adapters.ALL_LINEAR else shape.query_value
+    ends = tuple("." + target.strip() for target in targets.split(","))
+    return tuple(linear for linear in shape.linears if f".{linear.name}".endswith(ends))
 
 
 def lora_module(

@@ -115,8 +115,11 @@ def stated_by(run: Path) -> StandsOn | None:
     return stated and dataclasses.replace(stated, recipe=settled_options(stated.recipe))
 
 
-def recipe_of(run: Path) -> Recipe:
-    """The recipe in a run's run.toml; RecipeError, with every option that differs, when it is not the run's own any more."""
+def recipe_of(run: Path, *, longer: bool = False) -> Recipe:
+    """The recipe in a run's run.toml; RecipeError, with every option that differs, when it is not the run's own any more.
+
+    With `longer` the number of rounds may differ.
+    """
     file = run / "run.toml"
     values = recipes.read(file)
     try:
@@ -127,7 +130,10 @@ def recipe_of(run: Path) -> Recipe:
     stated = stated_by(run)
     if stated is None:
         return recipe
-    if differences := stated.differences(dataclasses.replace(stated, recipe=options_of(recipe))):
+    now = options_of(recipe)
+    if longer:
+        now["rounds"] = stated.recipe.get("rounds")
+    if differences := stated.differences(dataclasses.replace(stated, recipe=now)):
         raise RecipeError(
             [f"{file} is not the recipe that the run was begun with", *_first(differences)],
             hint=f"write these options into {file} as they were; a run with other options is a new one: "

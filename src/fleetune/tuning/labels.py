@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from fleetune import models
+from fleetune.common import commas
 from fleetune.common.display import counted
 from fleetune.data import Example
 from fleetune.data.labelled import check_answers
@@ -26,7 +27,7 @@ COVER: Final = "name every label word as the data write it, or leave the option 
 
 def problems(recipe: Recipe) -> list[str]:
     """List what is wrong with the recipe's label words, whatever the data."""
-    given = [word.strip() for word in recipe.labels.split(",")] if recipe.labels else []
+    given = commas.split(recipe.labels) if recipe.labels else []
     trained = objectives.label_words(str(recipe.set.get("objective", "loss")))
     found = []
     if given and not 2 <= len(given) <= MAX_LABELS:

@@ -97,9 +97,10 @@ def command_of(recipe: Recipe) -> str:
         if name not in ("model", "data", "method", "set") and value != default:
             text = run_facts.public(value) if name in run_facts.NAMED else _plain(value)
             words += [f"--{name.replace('_', '-')}", text]
-    usual = {s.name: s.default for s in methods.settings(recipe.method)}
+    known = recipe.method in methods.entries()
+    usual = {s.name: s.default for s in methods.settings(recipe.method)} if known else {}
     for name, value in run_facts.settings_of(recipe).items():
-        if value != usual[name]:
+        if value != usual.get(name):
             words += ["--set", f"{name}={_plain(value)}"]
     return shlex.join(words)
 
@@ -157,11 +158,12 @@ def _data(run: Path, recipe: Recipe, start: Mapping[str, Any]) -> list[list[str]
 
 
 def _method(recipe: Recipe, start: Mapping[str, Any], done: Mapping[str, Any]) -> str:
-    entry = methods.entry(recipe.method)
+    known = methods.entries().get(recipe.method)
+    paper = f" ({known.paper})" if known and known.paper else ""
     settings = [[f"`{name}`", str(value)] for name, value in run_facts.settings_of(recipe).items()]
     rounds = done.get("rounds", recipe.rounds)
     return "\n\n".join([
-        f"{entry.name} ({entry.paper}): {counted(rounds, 'round')}, {counted(int(start.get('clients', 0)), 'client')}, "
+        f"{recipe.method}{paper}: {counted(rounds, 'round')}, {counted(int(start.get('clients', 0)), 'client')}, "
         f"share of the clients per round {recipe.participation:g}, seed {recipe.seed}, {recipe.dtype}; "
         f"{start.get('trained', 0):,} of {start.get('params', 0):,} weights trained; "
         f"uplink {human_bytes(done.get('bytes_up', 0))}, downlink {human_bytes(done.get('bytes_down', 0))} in all.",

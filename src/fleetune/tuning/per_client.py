@@ -33,6 +33,10 @@ class ClientRows:
     rows: Sequence[Sequence[Encoded]]
     kind: str  # held-out or training
 
+    def first(self, counts: Sequence[int]) -> ClientRows:
+        """Return the first so many rows of each client: what a run measured that had fewer rounds."""
+        return ClientRows([own[:n] for own, n in zip(self.rows, counts, strict=True)], self.kind)
+
     def losses(self, job: TuneJob) -> list[float]:
         """Return each client's mean loss (nats per token of the answers; of an encoder per row), of the model as it stands."""
         every = [row for own in self.rows for row in own]

@@ -29,9 +29,9 @@ def found_again(values: Mapping[str, Any], run: Path) -> dict[str, Any]:
     return {**values, **{n: start_folder.find(v, start) for n, v in names.items()}}
 
 
-def recipe_of(run: Path) -> Recipe:
+def recipe_of(run: Path, *, longer: bool = False) -> Recipe:
     """Return the recipe of a run, its files named as they are found from here; RecipeError as `foundations.recipe_of`."""
-    recipe = foundations.recipe_of(run)
+    recipe = foundations.recipe_of(run, longer=longer)
     found = found_again({n: getattr(recipe, n) for n in foundations.PATHS}, run)
     return dataclasses.replace(recipe, **found)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fleetune import data, models
+from fleetune.common import commas
 from fleetune.common.display import counted
 from fleetune.common.memory import release_memory
 from fleetune.data import Encoded, Example, check_columns, lengths, splitting, stdin
@@ -333,9 +334,9 @@ def _for_encoder(recipe: Recipe, method: Method, model: Model) -> Recipe:
         require_text_model(model, f"rouge_rows = {recipe.rouge_rows}")
     if (objective := objective_of(method)).partition(":")[0] in ("rouge_l", "f1"):
         require_text_model(model, f"objective {objective!r}")
-    if odd := [word for word in model.labels if "," in word]:
-        raise RecipeError([f"the label word {odd[0]!r} has a comma"], hint="rename it in the data")
-    return dataclasses.replace(recipe, labels=",".join(model.labels))
+    if odd := [word for word in model.labels if word.endswith("\\")]:
+        raise RecipeError([f"the label word {odd[0]!r} ends with a backslash"], hint="rename it in the data")
+    return dataclasses.replace(recipe, labels=commas.join(model.labels))
 
 
 def usual_threads(params: int) -> int:

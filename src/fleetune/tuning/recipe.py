@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
+from fleetune.common import commas
 from fleetune.common.settings import Value
 from fleetune.data.splitting import Rows
 from fleetune.errors import RecipeError
@@ -78,8 +79,8 @@ class Recipe:
     )
     labels: str = Field(
         default="",
-        description="label words, comma-separated: what an encoder chooses among (default: the data's answers), and "
-        "what a causal model's accuracy is measured by (default: not)",
+        description="label words, comma-separated (a comma in a word: \\,): what an encoder chooses among (default: the data's "
+        "answers), and what a causal model's accuracy is measured by (default: not)",
     )
     limit: int = Field(
         default=0,
@@ -170,6 +171,7 @@ class Recipe:
 class RecipeOptions(TypedDict, total=False):
     """The options of a recipe but model, data, method and its settings, as keyword arguments of `fleetune.tune`.
 
+    `eval_data` may be rows, as `data`; a recipe has the name of the file that they are written into.
     A test holds it against `Recipe`.
     """
 
@@ -180,7 +182,7 @@ class RecipeOptions(TypedDict, total=False):
     columns: str
     partition: str
     held_out: float
-    eval_data: str
+    eval_data: str | Path | Iterable[Mapping[str, Any]]
     labels: str
     limit: int
     max_length: int
@@ -268,7 +270,7 @@ def _unwritable(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def label_words(text: str) -> tuple[str, ...]:
     """The label words of the option `labels`."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+    return tuple(commas.given(text))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -20,9 +20,11 @@ from fleetune.evaluation.losses import class_measures, response_loss
 from fleetune.runs import rundir
 from fleetune.runs.report.page import counted
 from fleetune.runs.rundir import RunDir
+from fleetune.seeds.folded_sums import FOLD
 from fleetune.tuning import watch
 
 if TYPE_CHECKING:
+    from fleetune.tuning.methods import Method
     from fleetune.tuning.prepare import TuneJob
     from fleetune.tuning.rates import Found
     from fleetune.tuning.rounds import Outcome
@@ -37,6 +39,17 @@ SAME: Final = 1e-3  # nats; kernels differ by less, a random module makes more
 def of_rate(found: Found) -> str:
     """Say which learning rate was found, and how."""
     return f"{found.setting} = {found.rate:g}, found in {human_time(found.seconds)}: {found.why}"
+
+
+def of_law(method: Method) -> str:
+    """Say that a law's directions are slow; "" where they are not."""
+    law, K = getattr(method, "law", ""), getattr(method, "K", 0)
+    if law != "gaussian" or K <= FOLD:
+        return ""
+    return (
+        f"slow: every forward may compute {K:,} gaussian directions, whose sums are not kept; those of other laws are kept as "
+        "one sum"
+    )
 
 
 def probe(job: TuneJob) -> float:

@@ -24,8 +24,10 @@ from fleetune.seeds.noise import derive
 from fleetune.tuning import (
     describe,
     eval_file,
+    extension,
     finished,
     foundations,
+    given_methods,
     per_client,
     places,
     remarks,
@@ -72,24 +74,35 @@ def start(
             return TuneResult(folder.path.absolute(), tune(job, folder, listener, fleets))
 
 
-def resume(path: Path, listener: Listener, *, offline: bool, fleets: Fleets = SIMULATED) -> TuneResult:
+def resume(
+    path: Path, listener: Listener, *, offline: bool, fleets: Fleets = SIMULATED, rounds: int = 0
+) -> TuneResult:
     """Resume a stopped run by its own recipe; return the result of a finished one.
 
+    With more `rounds` than it has it goes on until it has as many, finished or not; UsageError where it cannot.
     A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
     """
-    recipe = places.recipe_of(path)
+    recipe = places.recipe_of(path, longer=rounds > 0)
+    had = recipe.rounds
+    if rounds:
+        recipe = extension.longer(recipe, path, rounds)
+        had = extension.checkpoint_rounds(path) or had
     places.check_code(recipe, path)
+    given_methods.check_known(recipe.method, path)
     check(recipe)
     fleets.check(recipe)
-    if is_done(path, listener.note):
+    if recipe.rounds == had and is_done(path, listener.note):
         found = read(path)
-        listener.note(f"{path} is finished already")
+        more = "; --rounds N gives it more rounds" if fleets.simulated else ""
+        listener.note(f"{path} is finished already{more}")
         listener.event(found.done)
         return found
     places.check_rows(recipe, path)
     with _ONE_AT_A_TIME, RunDir(path) as folder:
         rundir.check_writable(path)
         job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False, measure=False)
+        if recipe.rounds != had:
+            extension.write(job.recipe, folder)
         return TuneResult(path.absolute(), tune(job, folder, listener, fleets))
 
 
@@ -293,8 +306,9 @@ def _announce(job: TuneJob, run: RunDir, listener: Listener, fleet: str) -> None
     run.write(env_file.ENVIRONMENT, sealed.to_text(now) + "\n")
     row_digests.write(run, job.split.examples)
     listener.header(f"fleetune tune · {job.entry.name}", describe.header(job, run, fleet))
-    for remark in (*map(remarks.of_rate, job.found), *job.about_time()[1:]):
-        listener.note(remark)
+    for remark in (*map(remarks.of_rate, job.found), *job.about_time()[1:], remarks.of_law(job.method)):
+        if remark:
+            listener.note(remark)
     if told := resumption.changes(before, now):
         listener.note(told)
     clients = range(len(job.rows) or recipe.clients)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.common.settings import Value
 from fleetune.common.version import __version__
-from fleetune.tuning import methods
+from fleetune.tuning import given_methods
 
 if TYPE_CHECKING:
     from fleetune.tuning.prepare import TuneJob
@@ -36,8 +36,7 @@ def of_recipe(recipe: Recipe) -> dict[str, Value]:
 
 def settings_of(recipe: Recipe) -> dict[str, Value]:
     """Return the settings of a recipe's method, each with the value that it has in the run; files by their last part."""
-    method = methods.make(recipe.method, recipe.set)
-    values = {s.name: getattr(method, s.name) for s in methods.settings(recipe.method)}
+    values = given_methods.settings_of(recipe)
     return {name: public(v) if isinstance(v, str) and "/" in v else v for name, v in values.items()}
 
 

@@ -71,6 +71,7 @@ def _clients(job: TuneJob, run: RunDir) -> dict[str, Any] | None:
     own = per_client.chosen(job) if isinstance(before, dict) else None
     if own is None or not isinstance(before, dict):
         return None
+    own = own.first(before["n"])
     found = own.record(base=before["base"], tuned=own.losses(job))
     eval_file.add(run, {"per_client": found})
     return found

@@ -12,7 +12,7 @@ import torch
 
 from fleetune import adapters, models
 from fleetune.data import Batches, Encoded
-from fleetune.errors import DataError, MessageError, RecipeError
+from fleetune.errors import DataError, MessageError, ModelError, RecipeError
 from fleetune.models import Model
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local import LocalFleet
@@ -65,6 +65,71 @@ def logits(model: Model) -> torch.Tensor:
 
 def weights(model: Model) -> dict[str, np.ndarray]:
     return {n: p.detach().double().numpy() for n, p in model.net.named_parameters()}
+
+
+# ---------------------------------------------------------------- layers, and how a device trains
+
+
+def lora_layers_of(model: Model) -> set[str]:
+    return {n.split(".")[-3] for n in adapters.trainable(model) if ".lora_A." in n}
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        ("query-value", {"q_proj", "v_proj"}),
+        ("o_proj, mlp.down_proj", {"o_proj", "down_proj"}),
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_lora_is_put_on_the_layers_that_are_named_on_both_sides(
+    tmp_path: Path, targets: str, layers: set[str]
+) -> None:
+    model, device = models.tiny_llama(), models.tiny_llama()
+    method = methods.make("fedit", FAST | {"r": 2, "targets": targets})
+    state = method.init(model, 5)
+    assert lora_layers_of(model) == layers
+    sent = method.local(device, method.broadcast(state), batches_of(0), 3, {})
+    assert lora_layers_of(device) == layers
+    assert sent.arrays.keys() == state.tensors.keys()
+    adapters.save(device, tmp_path / "a")
+    again = models.tiny_llama()
+    adapters.load(again, tmp_path / "a")
+    assert torch.equal(logits(again), logits(device))
+
+
+def test_an_adapter_on_other_layers_is_replaced() -> None:
+    model = models.tiny_llama()
+    methods.make("fedit", FAST | {"r": 2}).init(model, 5)
+    methods.make("fedit", FAST | {"r": 2, "targets": "q_proj"}).init(model, 5)
+    assert lora_layers_of(model) == {"q_proj"}
+
+
+def test_layers_that_the_model_lacks_are_told_with_those_that_it_has() -> None:
+    with pytest.raises(ModelError, match="no linear layer named 'query'") as told:
+        methods.make("fedit", FAST | {"targets": "query,v_proj"}).init(models.tiny_llama(), 5)
+    assert "q_proj" in str(told.value.hint)
+    for name in ("fedit", "fedpetuning", "fwdllm"):
+        with pytest.raises(RecipeError, match="or the layers' names"):
+            methods.make(name, {"targets": "q_proj,,v_proj"})
+
+
+@pytest.mark.parametrize("more", [{}, {"warmup": 2, "weight_decay": 0.5, "clip": 1e-3, "mu": 0.1}])
+def test_a_device_trains_as_one_of_fedpetuning_with_the_same_settings(more: dict[str, Any]) -> None:
+    """To the bit; and each setting moves the result."""
+    common = {"lr": 1e-2, "batch_size": 3, "epochs": 2, "targets": "query-value"} | more
+    as_paper = {"r": 4, "alpha": 4, "dropout": 0.0, "decay": True, "clip": 1.0}
+
+    def trained(name: str, values: dict[str, Any]) -> dict[str, Any]:
+        model, method = models.tiny_llama(), methods.make(name, values)
+        return method.local(model, method.broadcast(method.init(model, 5)), batches_of(1), 3, {}).arrays
+
+    fedit = trained("fedit", as_paper | common)
+    same = trained("fedpetuning", {"module": "lora", "size": 4} | common)
+    assert all(np.array_equal(fedit[n], same[n]) for n in fedit.keys() | same.keys())
+    for name in more:
+        without = trained("fedit", as_paper | {n: v for n, v in common.items() if n != name})
+        assert any(not np.array_equal(fedit[n], without[n]) for n in fedit), name
 
 
 # ---------------------------------------------------------------- unlike ranks

@@ -96,7 +96,8 @@ def device(
     y = {n: x.astype(np.float64) for n, x in w.items()}
     adam = AdamW(dict.fromkeys(y, 0.0), dict.fromkeys(y, 0.0))
     for t in range(count):
-        eta = how.lr * ((count - t) / count if how.decay else 1.0)
+        falling = (count - t) / (count - how.warmup) if how.decay else 1.0
+        eta = how.lr * min((t + 1) / (how.warmup + 1), falling if t >= how.warmup else 1.0)
         g = {n: CURVATURE[n] * np.mean([y[n] - pole(n, k) for k in tokens], axis=0) for n in y}
         g = {n: g[n] + how.mu * (y[n] - w[n]) for n in y}
         norm = math.sqrt(sum((x**2).sum() for x in g.values()))
@@ -104,6 +105,22 @@ def device(
         y = adam.step(y, {n: scale * x for n, x in g.items()}, eta, how.weight_decay)
         y = {n: x - eta * pull[n].astype(np.float64) for n, x in y.items()} if pull else y
     return y
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "rates"),
+    [
+        (0, False, [0.6, 0.6, 0.6, 0.6]),
+        (0, True, [0.6, 0.45, 0.3, 0.15]),
+        (2, False, [0.2, 0.4, 0.6, 0.6]),
+        (2, True, [0.2, 0.4, 0.6, 0.3]),
+        (5, True, [0.1, 0.2, 0.3, 0.4]),  # never done rising
+    ],
+)
+def test_the_rate_rises_first_and_falls_then(warmup: int, decay: bool, rates: list[float]) -> None:
+    how = Training(lr=0.6, epochs=2, batch_size=4, warmup=warmup, decay=decay)
+    np.testing.assert_allclose(how.rates(7), rates)
+    np.testing.assert_allclose(Training(lr=0.6, steps=4, warmup=warmup, decay=decay).rates(7), rates)
 
 
 # --- a device ---------------------------------------------------------------------------------------------
@@ -116,6 +133,8 @@ def device(
         Training(lr=0.1, epochs=5, decay=True),
         Training(lr=0.1, epochs=5, mu=3.0),
         Training(lr=0.05, epochs=7, weight_decay=0.3, clip=0.5, mu=0.7, decay=True),
+        Training(lr=0.1, epochs=6, warmup=2),
+        Training(lr=0.1, epochs=6, warmup=3, decay=True),
     ],
 )
 @pytest.mark.parametrize("pulled", [False, True])

@@ -15,7 +15,7 @@ from fleetune.common import settings
 from fleetune.common.display import human_bytes, human_time
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
-from fleetune.runs import compression_folder
+from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import FLEET, RECORD, CompressOptions, CompressRequest
 from fleetune.runs.events import CompressChecked, MethodListed
 
@@ -149,8 +149,23 @@ def show(ui: Ui, result: CompressResult) -> None:
         ("result", f"{result.folder / 'model'} ({human_bytes(done.bytes)})"),
         ("time · peak memory", f"{human_time(done.seconds)} · {human_bytes(done.peak_rss)}"),
         ("digest", done.digest),
+        *_latest(result.folder),
         ("next", f"fleetune export {quoted(result.folder)} --to {_next_target(result.folder / 'model')}"),
     ])  # fmt: skip
+
+
+def _latest(folder: Path) -> list[tuple[str, str]]:
+    """Say what `latest` means from now on, where a link of that name leads to a run."""
+    link = folder.parent / rundir.LATEST
+    if not link.is_symlink():
+        return []
+    run = folder.parent / link.readlink()
+    return [
+        (
+            "latest",
+            f"is this now, of a model to measure, serve or export; the link {link} stays at the run {run.name}",
+        )
+    ]
 
 
 def _next_target(model: Path) -> str:

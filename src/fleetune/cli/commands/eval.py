@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from fleetune.cli.console import Ui
+from fleetune.common import commas
 from fleetune.common.display import change, is_noise
 from fleetune.errors import RecipeError
 from fleetune.runs.events import EvalDone, TaskScore
@@ -36,7 +37,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
     sub.add_argument("--text", help="plain text file for perplexity")
-    sub.add_argument("--labels", help="label words for accuracy, comma-separated")
+    sub.add_argument("--labels", help="label words for accuracy, comma-separated (a comma in a word: \\,)")
     sub.add_argument(
         "--dtype",
         choices=["fp32", "bf16", "fp16"],
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with console_listener(ui) as listener:
         api.evaluate(
             args.model, args.data, tasks=tasks, limit=args.limit, answer_tokens=args.answer_tokens, text=args.text,
-            task_files=args.task_files, labels=[w.strip() for w in (args.labels or "").split(",") if w.strip()], dtype=args.dtype,
+            task_files=args.task_files, labels=commas.given(args.labels or ""), dtype=args.dtype,
             device=args.device, out=args.out, offline=args.offline, listener=listener,
         )  # fmt: skip
     done = listener.last

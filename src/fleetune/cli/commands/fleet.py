@@ -135,7 +135,9 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
         recipe_flags.check_resume(args, path, "fleetune fleet serve --resume")
     recipe = None if path else _recipe(args)
     page, fleets = _page(args, ui), door_flags.served(args)
-    recipe = recipe and choose.settled_method(recipe, ui.note, offline=args.offline)
+    if recipe:
+        recipe_flags.check_model(recipe.model, args.out)
+        recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
     from fleetune.tuning import run as running
 
     with screen(ui) as shown, page as fleets.page, fleets:

@@ -7,6 +7,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
+from fleetune.common import commas
 from fleetune.common.display import change, human_bytes, is_noise, metric, show
 from fleetune.common.shell import quoted
 from fleetune.runs.events import Measured
@@ -32,7 +33,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--limit", type=int, default=200, help="rows at most (default 200)")
     sub.add_argument("--tasks", default="", help="also of these rows: rouge, f1, em, accuracy")
     sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
-    sub.add_argument("--labels", default="", help="label words for accuracy, comma-separated")
+    sub.add_argument(
+        "--labels", default="", help="label words for accuracy, comma-separated (a comma in a word: \\,)"
+    )
     sub.add_argument("--threads", type=int, default=1, help="processor threads (default 1)")
     sub.add_argument("--prompt-tokens", type=int, default=128, help="tokens of the prefill (default 128)")
     sub.add_argument("--new-tokens", type=int, default=32, help="tokens generated after it (default 32)")
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with console_listener(ui) as listener:
         result = api.measure(
             *args.subjects, text=args.text, windows=args.windows, length=args.length, data=args.data,
-            limit=args.limit, tasks=words(args.tasks), answer_tokens=args.answer_tokens, labels=words(args.labels),
+            limit=args.limit, tasks=words(args.tasks), answer_tokens=args.answer_tokens, labels=commas.given(args.labels),
             threads=args.threads, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens,
             repeats=args.repeats, kept_gain=args.kept_gain, out=args.out, offline=args.offline, listener=listener,
         )  # fmt: skip

@@ -145,6 +145,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         grid = sweep_grid.make(
             _with_method(recipe_flags.keys(args, args.recipe), args, ui), args.vary, args.seeds
         )
+        for model in {point.recipe.model for point in grid.points}:
+            recipe_flags.check_model(model, args.out)
     sweeps.check(grid, folder=path if args.resume else None, offline=args.offline)
     if args.dry_run:
         _plan(grid, ui)

@@ -34,6 +34,7 @@ fleetune tune smollm2-135m data.jsonl --method fedkseed --clients 20 --set K=409
 fleetune tune smollm2-135m data.jsonl --partition dirichlet:0.5:category --dry-run
 fleetune tune -c runs/0001-fedit-smollm2-135m/run.toml     the same run again
 fleetune tune --resume latest                              continue after a stop
+fleetune tune --resume latest --rounds 40                  give it more rounds: 40 in all
 """
 
 
@@ -46,7 +47,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "-c", "--config", metavar="FILE", help="a TOML recipe, or recipe:NAME; flags override it"
     )
-    sub.add_argument("--resume", metavar="RUN", help="continue a stopped run (a path, a number, or latest)")
+    sub.add_argument(
+        "--resume", metavar="RUN",
+        help="continue a stopped run (a path, a number, or latest); with --rounds N, also a finished one, up to N rounds",
+    )  # fmt: skip
     sub.add_argument("--dry-run", action="store_true", help="check recipe, data and model, then stop")
     tracker_flags.add(sub)
     recipe_flags.add(sub)
@@ -58,13 +62,17 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         from fleetune import api
 
         path = rundir.find(args.resume, Path(args.out))
-        recipe_flags.check_resume(args, path, "fleetune tune --resume")
+        recipe_flags.check_resume(args, path, "fleetune tune --resume", ("rounds",))
+        rounds = _more_rounds(args)
         if args.dry_run:
-            _check_only(recipes.make(recipes.read(path / "run.toml")), args, ui)
+            from fleetune.tuning import extension
+
+            recipe = recipes.make(recipes.read(path / "run.toml"))
+            _check_only(extension.longer(recipe, path, rounds) if rounds else recipe, args, ui)
             return
         with screen(ui) as shown:
             result = api.resume_run(
-                path, out=args.out, offline=args.offline, listener=shown, tracker=args.tracker
+                path, rounds=rounds, out=args.out, offline=args.offline, listener=shown, tracker=args.tracker
             )
             finish(ui, result, resumed=True)
         return
@@ -74,6 +82,12 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         _check_only(recipe, args, ui)
     else:
         run_recipe(recipe, args, ui)
+
+
+def _more_rounds(args: argparse.Namespace) -> int:
+    """The rounds that a resumed run is to have, 0 where none are given; RecipeError for what is no number of rounds."""
+    text = recipe_flags.given(args).get("rounds")
+    return recipes.make({"model": "m", "data": "demo", "rounds": text}).rounds if text else 0
 
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:

@@ -29,7 +29,7 @@ import gguf
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fleetune.data import Example
-from fleetune.data.encode import prompt_ids
+from fleetune.data.encode import encode, prompt_ids
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import chat_template as plain
 from fleetune.models.foreign import foreign_file
@@ -42,6 +42,10 @@ NO_TEMPLATE: Final = (
     "the tokenizer has no chat template, and the form in which the model is tuned (each turn a line) cannot be said in "
     "one: give a runtime the prompt as a text"
 )
+OTHER_END: Final = (
+    "apply_chat_template makes other tokens of an answer's end than tuning did: "
+    "to tune on, add the end-of-text token's id yourself"
+)
 NO_LIMIT: Final = 1 << 20  # tokens: nothing is cut
 CONVERSATION: Final = (
     ("system", "be  brief "),
@@ -49,6 +53,7 @@ CONVERSATION: Final = (
     ("assistant", "he"),
     ("user", "a's"),
 )
+ANSWER: Final = "hello 12\n"  # with a line break, which an end token that strips would take
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ def _special(tokenizer: PreTrainedTokenizerBase, config: Any) -> dict[str, int]:
 def add_template(source: Path, folder: Path) -> list[str]:
     """Write a template of the plain form into `folder` where the tokenizer of `source` has no chat template.
 
-    Returns a note where that cannot be done.
+    Returns a note where that cannot be done, or not for the end of an answer.
     """
     try:
         tokenizer = load(source)
@@ -185,7 +190,7 @@ def add_template(source: Path, folder: Path) -> list[str]:
     if not plain.is_plain(tokenizer):
         return []
     notes = give_template(tokenizer)
-    if not notes:
+    if NO_TEMPLATE not in notes:
         (folder / TEMPLATE_FILE).write_text(str(tokenizer.chat_template), encoding="utf-8")
     return notes
 
@@ -193,19 +198,23 @@ def add_template(source: Path, folder: Path) -> list[str]:
 def give_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Give a template of the plain form to a tokenizer that has no chat template.
 
-    Returns a note where transformers would make other tokens of it: then it gets none.
+    Returns a note where transformers would make other tokens of it: of a prompt, then it gets none; or of an answer.
     """
     if not plain.is_plain(tokenizer):
         return []
     template = plain.template(tokenizer)
     turns = [{"role": role, "content": content} for role, content in CONVERSATION]
-    templated = tokenizer.apply_chat_template(
+    example = Example(CONVERSATION, ANSWER, {})
+    prompt = tokenizer.apply_chat_template(
         turns, chat_template=template, add_generation_prompt=True, return_dict=False
     )
-    if templated != prompt_ids(Example(CONVERSATION, "", {}), tokenizer, NO_LIMIT).tolist():
+    if prompt != prompt_ids(example, tokenizer, NO_LIMIT).tolist():
         return [NO_TEMPLATE]
+    whole = tokenizer.apply_chat_template(
+        [*turns, {"role": "assistant", "content": ANSWER}], chat_template=template, return_dict=False
+    )
     tokenizer.chat_template = template
-    return []
+    return [] if whole == encode(example, tokenizer, NO_LIMIT).ids.tolist() else [OTHER_END]
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -70,6 +70,10 @@ def measure(
         raise UsageError("tasks and kept gain need rows", hint="--data FILE")
     windows = _windows(options, found)
     _header(options, found, examples, windows, listener)
+    for before in filter(None, (lines.compressed_before(one.subject) for one in found)):
+        listener.note(
+            f"base is {before}, compressed before it was tuned: what is beside it is relative to that"
+        )
     chosen = lines.chosen(found, listener)
     if options.kept_gain:
         chosen.append((found[0], _compressed_base(found[0], listener, offline=offline)))
@@ -241,7 +245,7 @@ def _finish(
     losses: Mapping[str, list[tuple[float, int]]],
     listener: Listener,
 ) -> MeasureResult:
-    kept = _kept(rows, losses) if options.kept_gain else {}
+    kept = _kept(rows, losses, lines.compressed_before(found[0].subject)) if options.kept_gain else {}
     folder = found[0].folder if len(found) == 1 else None
     if folder is not None:
         record.write(folder, {name: getattr(options, name) for name in record.RECORDED}, rows, kept)
@@ -271,14 +275,23 @@ def _compressed_base(measurable: Measurable, listener: Listener, *, offline: boo
     return lines.line_of(COMPRESSED_BASE, "artefact", path, path)
 
 
-def _kept(rows: Sequence[Measured], losses: Mapping[str, list[tuple[float, int]]]) -> dict[str, KeptGain]:
-    """Return the kept gain by measure, without perplexity: the model was not tuned on that text."""
+def _kept(
+    rows: Sequence[Measured], losses: Mapping[str, list[tuple[float, int]]], before: Path | None
+) -> dict[str, KeptGain]:
+    """Return the kept gain by measure, without perplexity: the model was not tuned on that text.
+
+    `before` is the compression that the base comes from, if it does: the gain is of tuning on that.
+    """
     names = ("base", "tuned", COMPRESSED_BASE, "compressed")
     values = {row.name: row.values for row in reversed(rows)}
     b, t, cb, ct = (values[name] for name in names)
     by_row = [losses[name] for name in names]
-    return {
+    kept = {
         name: harness.kept_gain(name, b[name], t[name], cb[name], ct[name], by_row if name == "loss" else ())
         for name in b
         if name != "perplexity"
     }
+    if before is None:
+        return kept
+    beside = f"; the gain is over the base of that run, {before}, which was compressed already"
+    return {name: replace(gain, text=gain.text + beside) for name, gain in kept.items()}

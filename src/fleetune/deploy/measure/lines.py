@@ -64,6 +64,23 @@ def of(subject: Subject, *, offline: bool) -> Measurable:
     return Measurable(path.name, (line_of(path.name, "model", subject.name, weights),), weights, subject)
 
 
+def compressed_before(subject: Subject) -> Path | None:
+    """Return the compression that the base of a subject's run comes from; None where there is no run, or its base is plain.
+
+    The base is its model, or an export in its folder.
+    """
+    request = subject.request if isinstance(subject, Compressed) else None
+    if isinstance(subject, Run):
+        run = subject
+    elif request is not None and request.run:
+        run = Run(Path(request.model))
+    else:
+        return None
+    base = Path(run.recipe.model)
+    folders = (base, base.parent, base.parent.parent) if base.exists() else ()
+    return next((folder for folder in folders if (folder / compression_folder.RECORD).is_file()), None)
+
+
 def line_of(name: str, kind: str, path: Path | str, weights: Path, dtype: str = "fp32") -> Line:
     """Return a line for weights in a folder."""
     return Line(name, kind, str(path), weights, compression_folder.size(weights), dtype)
@@ -79,6 +96,10 @@ def chosen(found: Sequence[Measurable], listener: Listener) -> list[tuple[Measur
         files = [line for line in measurable.lines if line.kind == "gguf"]
         if len(found) > 1:
             own = [replace(own[-1], name=measurable.name)]
+        there = {Path(line.path).resolve() for _, line in lines if line.kind == "gguf"}
+        files = [
+            line for line in files if Path(line.path).resolve() not in there
+        ]  # named, and in a folder that is
         lines += [(measurable, line) for line in own + (files if llamacpp.available() else [])]
         if files and not llamacpp.available():
             listener.note(

@@ -69,7 +69,8 @@ class Training:
     epochs: int = 1
     steps: int = 0  # instead of epochs, unless 0
     batch_size: int = 8
-    decay: bool = False  # linear to 0 within the round
+    warmup: int = 0  # steps at the beginning of a round in which the rate rises
+    decay: bool = False  # linear to 0 within the round, after them
     clip: float = 0.0  # of the gradient's norm; 0: not
     weight_decay: float = 0.0
     mu: float = 0.0  # FedProx
@@ -79,8 +80,8 @@ class Training:
 
     def check(self) -> None:
         """Raise ValueError, in plain words, for numbers that cannot be."""
-        if self.batch_size < 1 or self.epochs < 1 or self.steps < 0:
-            raise ValueError("batch_size and epochs must be at least 1, steps 0 or more")
+        if self.batch_size < 1 or self.epochs < 1 or self.steps < 0 or self.warmup < 0:
+            raise ValueError("batch_size and epochs must be at least 1, steps and warmup 0 or more")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr = {self.lr} must be positive")
         if not all(0 <= x < math.inf for x in (self.clip, self.weight_decay, self.mu)):
@@ -91,9 +92,14 @@ class Training:
             raise ValueError(f"wire = {self.wire!r} is none of {', '.join(DTYPE)}")
 
     def rates(self, n: int) -> list[float]:
-        """Return the learning rate of every step of a device with n rows."""
-        count = self.steps or self.epochs * -(-n // self.batch_size)
-        return [self.lr * (1 - t / count if self.decay else 1) for t in range(count)]
+        """Return the learning rate of every step of a device with n rows.
+
+        It rises for `warmup` steps, from lr / (warmup + 1) on, and may fall linearly afterwards.
+        """
+        count, warm = self.steps or self.epochs * -(-n // self.batch_size), self.warmup
+        rising = [self.lr * (t + 1) / (warm + 1) for t in range(min(warm, count))]
+        rest = count - len(rising)
+        return rising + [self.lr * (1 - t / rest if self.decay else 1) for t in range(rest)]
 
 
 def begin(model: Model, seed: int, wire: str) -> State:

@@ -34,6 +34,14 @@ def check(start: str, r: int, *, dropout: float, wire: str, start_data: str = "d
         )
 
 
+def check_targets(targets: str) -> None:
+    """Raise ValueError where no layers are named between two commas, or none at all."""
+    if not all(target.strip() for target in targets.split(",")):
+        raise ValueError(
+            f"targets = {targets!r} must be {adapters.ALL_LINEAR}, {adapters.QUERY_VALUE} or the layers' names, as q_proj,k_proj"
+        )
+
+
 def check_files(start: str, source: str) -> None:
     """Raise DataError when the rows that a start looks at cannot be read."""
     if start == "eva":

@@ -11,9 +11,9 @@ import logging
 
 import numpy as np
 
+from fleetune.common import commas
 from fleetune.errors import ModelError
 from fleetune.models.model import Model, named_tensors
-from fleetune.seeds.folded_sums import FOLD
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.ledger_head import LedgerHead
 from fleetune.seeds.noise import LAWS, POOLS, run_key
@@ -80,12 +80,6 @@ def new_ledger(
     aggregation: str,
 ) -> Ledger:
     """Return an empty ledger on this base; `K` is the pool's size, the grid is lr / 256."""
-    if law == "gaussian" and K > FOLD:
-        log.warning(
-            "slow: every forward may compute %d gaussian directions, whose sums are not kept; "
-            "those of other laws are kept as one sum",
-            K,
-        )
     tensors = tuple(
         (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in named_tensors(model.net)
     )
@@ -100,7 +94,7 @@ def new_ledger(
         eps=eps,
         lr=rule,
         method=method,
-        hyper={**hyper, "labels": ",".join(model.labels)} if model.labels else hyper,
+        hyper={**hyper, "labels": commas.join(model.labels)} if model.labels else hyper,
         aggregation=aggregation,
     )
     return Ledger(head)

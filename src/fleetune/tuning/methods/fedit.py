@@ -11,7 +11,8 @@ and sends it back; the server averages, weighted by rows: A <- sum_k p_k A_k and
 
 ## Differences from the paper
 
-- LoRA on all linear layers (the code: q_proj only; its README: q, k, v, o), and the loss on the answer alone.
+- LoRA on all linear layers (the code: q_proj only; its README: q, k, v, o; here `targets=q_proj,k_proj,v_proj,o_proj`), and the
+  loss on the answer alone.
 - Only trainable numbers travel, in fp16 if `wire=fp16`; the evaluation is real (theirs is a print).
 
 ## Options
@@ -20,6 +21,10 @@ and sends it back; the server averages, weighted by rows: A <- sum_k p_k A_k and
 (`averaging.product_mean`).  Then devices may also have unlike ranks: with `ranks=4,8,16` device k has the
 (k modulo 3)-th of them, is sent the strongest directions of the global adapter (of rank r), up to its rank,
 and sends as many back; the average is exact over all of them.
+
+A device's rate is `lr` in every step, unless `warmup` lets it rise in the first steps of a round (of w: lr / (w + 1),
+2 lr / (w + 1), ..) and `decay` lets it fall to 0 in those that follow.  Both begin anew every round, as AdamW does.
+`weight_decay` and `clip` (of the whole gradient's norm) are as in other trainers, and off.
 
 Where A and B start is the server's choice (`start`), and every device gets it from the server:
 
@@ -55,7 +60,7 @@ from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.tuning import server_rules
 from fleetune.tuning.averaging import cut, product_mean
-from fleetune.tuning.footprint import Footprint, lora_module
+from fleetune.tuning.footprint import Footprint, lora_layers, lora_module
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _lora_start
 from fleetune.tuning.methods._adapter import State, Training
@@ -76,10 +81,15 @@ class Method:
     r: int = setting(16, "r", "rank of the adapters")
     alpha: int = setting(16, "α", "LoRA scale; the update is (alpha / r) B A")
     dropout: float = setting(0.05, "p", "LoRA dropout")
+    targets: str = setting("all-linear", "W", "all-linear, query-value, or the layers' names")
     lr: float = setting(3e-4, "η", "AdamW learning rate", auto=True)
     epochs: int = setting(1, "E", "local epochs a round (Shepherd's code: 10)", only_if="steps=0")
     batch_size: int = setting(8, "B", "rows a step")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
+    warmup: int = setting(0, "w", "steps at the beginning of a round in which the rate rises")
+    decay: bool = setting(False, "decay", "the rate falls to 0 within the round (linear)")
+    weight_decay: float = setting(0.0, "λ", "AdamW weight decay")
+    clip: float = setting(0.0, "C", "largest norm of a gradient (0: any)")
     average: str = setting("separate", "avg", "separate: A and B (as published); product: B A")
     ranks: str = setting("", "r_k", "the devices' ranks in turn, as 4,8,16 (average=product; none: r)")
     start: str = setting(
@@ -103,6 +113,7 @@ class Method:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be in [0, 1)")
         self.check_start()
+        _lora_start.check_targets(self.targets)
         _lora_start.check_ranks(self.ranks, self.r)
         if self.ranks and (self.average != "product" or self.start == "orthogonal"):
             raise ValueError(
@@ -135,8 +146,9 @@ class Method:
     def training(self) -> Training:
         """Return how a device trains."""
         return Training(
-            lr=self.lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size, mu=self.mu,
-            scaffold=self.scaffold, checkpointing=self.checkpointing, wire=self.wire,
+            lr=self.lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size, warmup=self.warmup,
+            decay=self.decay, clip=self.clip, weight_decay=self.weight_decay, mu=self.mu, scaffold=self.scaffold,
+            checkpointing=self.checkpointing, wire=self.wire,
         )  # fmt: skip
 
     def init(self, model: Model, key: int) -> State:
@@ -150,12 +162,13 @@ class Method:
         """Give `model` an adapter of rank `r`, unless it has one.  (A device is sent the start's numbers.)"""
         if model.attachment is not None:
             spec = adapters.attachment_of(model).spec
-            if isinstance(spec, adapters.Lora) and spec.r == r:
+            if isinstance(spec, adapters.Lora) and (spec.r, spec.targets) == (r, self.targets):
                 return
             adapters.detach(model)
         alpha = self.alpha if r == self.r else self.alpha * r / self.r  # alpha / r is the same for all
         init = start if start in adapters.INITS else "default"
-        adapters.attach_lora(model, r=r, alpha=alpha, dropout=self.dropout, init=init, seed=seed)
+        spec = adapters.Lora(r, alpha, self.dropout, self.targets, init)
+        adapters.attach(model, spec, seed=seed)
 
     def broadcast(self, state: State) -> Payload:
         return _adapter.broadcast(state, self.wire)
@@ -221,7 +234,7 @@ class Method:
         return len(self.training().rates(rows))
 
     def sized(self, steps: int, batch_size: int) -> Method:
-        return replace(self, steps=steps, batch_size=batch_size)
+        return replace(self, steps=steps, batch_size=batch_size, warmup=min(self.warmup, steps // 2))
 
     def footprint(self, shape: Shape) -> Footprint | None:
         return self._footprint(shape, self.r)
@@ -230,4 +243,5 @@ class Method:
         return [self._footprint(shape, rank) for rank in _lora_start.each_rank(self.ranks, self.r)]
 
     def _footprint(self, shape: Shape, rank: int) -> Footprint | None:
-        return _adapter.footprint(lora_module(shape.linears, shape.head, rank, dropout=self.dropout > 0))
+        layers = lora_layers(shape, self.targets)
+        return _adapter.footprint(lora_module(layers, shape.head, rank, dropout=self.dropout > 0))

@@ -54,7 +54,7 @@ from fleetune.data import Batches
 from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.tuning import server_rules
-from fleetune.tuning.footprint import Footprint, lora_module
+from fleetune.tuning.footprint import Footprint, lora_layers, lora_module
 from fleetune.tuning.messages import Payload, ReplySpec
 from fleetune.tuning.methods import Reply, _adapter, _lora_start
 from fleetune.tuning.methods._adapter import State, Training
@@ -78,6 +78,8 @@ class Method:
     epochs: int = setting(1, "E", "local epochs a round", only_if="steps=0")
     batch_size: int = setting(32, "B", "rows a step")
     steps: int = setting(0, "τ", "local steps a round instead of epochs (0: epochs)")
+    warmup: int = setting(0, "w", "steps at the beginning of a round in which the rate rises")
+    weight_decay: float = setting(0.0, "λ", "AdamW weight decay")
     clip: float = setting(1.0, "c", "largest norm of a gradient (0: any)")
     targets: str = setting(
         "query-value", "W", "lora: query-value, all-linear, or the layers' names", only_if="module=lora"
@@ -127,6 +129,7 @@ class Method:
             raise ValueError(f"start = {self.start!r} is a start of LoRA; it needs module=lora")
         if self.targets != "query-value" and self.module != "lora":
             raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
+        _lora_start.check_targets(self.targets)
         if self.places != "houlsby" and self.module != "adapter":
             raise ValueError(f"places = {self.places!r} is where adapters go; it needs module=adapter")
         if self.size and not MODULES[self.module].size:
@@ -136,8 +139,8 @@ class Method:
         """Return how a device trains."""
         return Training(
             lr=self.lr or MODULES[self.module].lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size,
-            decay=True, clip=self.clip, mu=self.mu, scaffold=self.scaffold, checkpointing=self.checkpointing,
-            wire=self.wire,
+            warmup=self.warmup, decay=True, clip=self.clip, weight_decay=self.weight_decay, mu=self.mu,
+            scaffold=self.scaffold, checkpointing=self.checkpointing, wire=self.wire,
         )  # fmt: skip
 
     def attach(self, model: Model, seed: int, start: str = "default") -> None:
@@ -188,14 +191,13 @@ class Method:
         return len(self.training().rates(rows))
 
     def sized(self, steps: int, batch_size: int) -> Method:
-        return replace(self, steps=steps, batch_size=batch_size)
+        return replace(self, steps=steps, batch_size=batch_size, warmup=min(self.warmup, steps // 2))
 
     def footprint(self, shape: Shape) -> Footprint | None:
-        if (self.module, self.targets) != ("lora", "query-value"):
+        if self.module != "lora":
             return None  # the other modules are not counted yet
-        return _adapter.footprint(
-            lora_module(shape.query_value, shape.head, self.size or MODULES["lora"].size)
-        )
+        layers = lora_layers(shape, self.targets)
+        return _adapter.footprint(lora_module(layers, shape.head, self.size or MODULES["lora"].size))
 
 
 class Kind(NamedTuple):

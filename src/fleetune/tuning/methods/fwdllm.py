@@ -59,9 +59,9 @@ from fleetune.models.model import Model
 from fleetune.models.shapes import Shape
 from fleetune.seeds.noise import Passes, derive
 from fleetune.seeds.view import View
-from fleetune.tuning.footprint import WIDE, Footprint, lora_module, placeholders
+from fleetune.tuning.footprint import WIDE, Footprint, lora_layers, lora_module, placeholders
 from fleetune.tuning.messages import Payload, ReplySpec
-from fleetune.tuning.methods import Reply, _forward, norm
+from fleetune.tuning.methods import Reply, _forward, _lora_start, norm
 from fleetune.tuning.methods._forward import INDEPENDENT_LAWS
 from fleetune.tuning.robust import MEAN, Rule, clipped, size_of
 from fleetune.tuning.server_rules import Tensors
@@ -137,6 +137,7 @@ class Method:
             raise ValueError("r and alpha are sizes of an adapter; bitfit has none")
         if self.module != "lora" and self.targets != "query-value":
             raise ValueError(f"targets = {self.targets!r} are layers for LoRA; it needs module=lora")
+        _lora_start.check_targets(self.targets)
         for name, choices in (("law", INDEPENDENT_LAWS), ("module", tuple(MODULES))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is none of {', '.join(choices)}")
@@ -266,9 +267,9 @@ class Method:
         return replace(self, P=steps, batch_size=batch_size)
 
     def footprint(self, shape: Shape) -> Footprint | None:
-        if (self.module, self.targets) != ("lora", "query-value"):
+        if self.module != "lora":
             return None  # the other modules are not counted yet
-        if (module := lora_module(shape.query_value, shape.head, self.r)) is None:
+        if (module := lora_module(lora_layers(shape, self.targets), shape.head, self.r)) is None:
             return None
         # ranked seeds, 3 kB in every second round, are left out
         state = State(placeholders(module), {}, IDS, IDS, NUMBERS, NUMBERS, 0, 0, 0, WIDE >> 1)

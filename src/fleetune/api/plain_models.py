@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refuse what is no plain model where one is needed, before anything is loaded: runs, adapters, compressed models.
+
+Tuning begins at weights that a runtime can load.  The result of a run is a change of such weights, and codes stand for
+weights; each error has the command that writes the model out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from fleetune import subject as subjects
+from fleetune.common.shell import quoted
+from fleetune.errors import UsageError
+from fleetune.models import cache
+from fleetune.models.artefact_folder import is_master
+from fleetune.subject import Compressed, Run
+
+RESULTS: Final = ("adapter", "ledger.safetensors")  # of a run
+ADAPTERS: Final = ("adapter_config.json", "module.json")
+
+
+def path_of(result: object) -> object:
+    """Return the path of what `tune`, `compress` or `export` returned, or the argument of a subject; anything else as it is."""
+    found = getattr(result, "folder", None) or getattr(result, "path", None)
+    if isinstance(result, Run | Compressed | subjects.Plain):
+        return result.argument
+    model_in_memory = hasattr(result, "named_parameters") or hasattr(result, "net")
+    return str(found) if isinstance(found, Path) and not model_in_memory else result
+
+
+def check(name: str, out: Path) -> None:
+    """Raise UsageError for a name that means a run, an adapter or a compressed model; `out` is the folder of the runs."""
+    found, path = subjects.open(name, out), Path(name).expanduser()
+    if name in cache.ORIGINS or ((path / "config.json").is_file() and not is_master(path)):
+        return
+    if path.name in RESULTS and (path.parent / "run.toml").is_file():
+        found = Run(path.parent)
+    elif any((path / file).is_file() for file in ADAPTERS):
+        raise UsageError(
+            f"{name} is an adapter, not a model",
+            hint="merge it into its base first: docs/models.md#tuning-on-from-an-adapter",
+        )
+    if isinstance(found, Run):
+        raise _written_out(f"{name} is a run: a change of its base, not a plain model", found, found.folder)
+    if isinstance(found, Compressed):
+        model = found.artefact or Path(found.argument) / "model"
+        if is_master(model):
+            what = f"{name} is a compressed model: codes, not plain weights"
+            raise _written_out(what, found, found.home)
+        raise UsageError(f"{name} is the folder of a compression", hint=f"its model is {quoted(model)}")
+
+
+def _written_out(what: str, found: Run | Compressed, home: Path) -> UsageError:
+    place = home / "hf"
+    if _is_new(place / "config.json", home / "status"):
+        return UsageError(what, hint=f"it is written out already: give {quoted(place)} as the model")
+    return UsageError(
+        what,
+        hint=f"fleetune export {quoted(found.argument)} --to hf   and then give {quoted(place)} as the model",
+    )
+
+
+def _is_new(written: Path, status: Path) -> bool:
+    """Whether a model was written out, and not before the run ended: it may have been given more rounds since."""
+    if not written.is_file():
+        return False
+    return not status.is_file() or written.stat().st_mtime >= status.stat().st_mtime

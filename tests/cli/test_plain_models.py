@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run, an adapter or a compressed model given as MODEL is refused at once, with the command that makes a plain model of it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.api import plain_models
+from fleetune.cli.main import main
+from fleetune.errors import UsageError
+
+FEW: dict[str, Any] = {
+    "clients": 2, "rounds": 1, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu", "limit": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, a run of it, and codes of it."""
+    folder = tmp_path_factory.mktemp("plain")
+    tiny = models.tiny_llama()
+    models.save(tiny.net, tiny.tokenizer, folder / "tiny")
+    with contextlib.chdir(folder):
+        fleetune.tune("tiny", "demo", method="fedit", settings={"r": 2, "steps": 1}, **FEW)
+        fleetune.compress("tiny", method="rtn", settings={"group": 8})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+RUN, CODES = "runs/0001-fedit-tiny", "runs/0002-rtn-tiny"
+
+
+def refused(*words: str) -> str:
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        assert main(list(words)) == 2
+    return err.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        ("1", "is a run"),
+        (RUN, "is a run"),
+        ("0001-fedit-tiny", "is a run"),
+        (f"{RUN}/adapter", "is a run"),
+        ("latest", "is a compressed model"),
+        (CODES, "is a compressed model"),
+        (f"{CODES}/model", "is a compressed model"),
+    ],
+)
+def test_the_command_that_is_named_makes_the_model_that_is_named(model: str, what: str) -> None:
+    said = refused("tune", model, "demo", "--method", "fedit")
+    assert what in said
+    assert "hub" not in said
+    command, _, rest = said.partition("try: ")[2].partition("   and then give ")
+    place = rest.split()[0]
+    assert not Path(place).exists()
+    assert main([*shlex.split(command)[1:], "-qq"]) == 0
+    try:
+        plain_models.check(place, Path("runs"))
+        assert models.load(place).n_params == models.load("tiny").n_params
+        again = refused("tune", model, "demo")
+        assert f"written out already: give {place} as the model" in again
+    finally:
+        shutil.rmtree(place)
+
+
+def test_what_was_written_out_before_the_run_went_on_is_written_again() -> None:
+    place = Path(RUN, "hf")
+    assert main(["export", RUN, "--to", "hf", "-qq"]) == 0
+    try:
+        assert "written out already" in refused("tune", RUN, "demo")
+        later = (place / "config.json").stat().st_mtime + 5
+        os.utime(Path(RUN, "status"), (later, later))
+        assert f"fleetune export {RUN} --to hf" in refused("tune", RUN, "demo")
+    finally:
+        shutil.rmtree(place)
+
+
+def test_every_command_that_tunes_says_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'model = "{RUN}"\ndata = "demo"\nmethod = "fedit"\n')
+    for words in (
+        ["tune", "-c", str(recipe)],
+        ["tune", "-c", str(recipe), "--dry-run"],
+        ["sweep", str(recipe), "--vary", "r=2,4"],
+        ["fleet", "serve", "-c", str(recipe)],
+        ["plan", RUN],
+    ):
+        assert f"fleetune export {RUN} --to hf" in refused(*words), words
+
+
+def test_python_says_it_of_names_and_of_results() -> None:
+    (run,) = fleetune.list_runs()
+    for given in (run, RUN, Path(RUN), fleetune.open(RUN), "1"):
+        for verb in (fleetune.tune, fleetune.sweep):
+            with pytest.raises(UsageError, match="is a run: a change of its base") as told:
+                verb(given, "demo", method="fedit")
+            assert "--to hf" in str(told.value.hint)
+    with pytest.raises(UsageError, match="is a run"):
+        fleetune.tune(fleetune.Recipe(RUN, "demo", method="fedit"))
+
+
+def test_what_was_exported_is_taken_as_it_is(tmp_path: Path) -> None:
+    (run,) = fleetune.list_runs()
+    written = fleetune.export(run, to="hf", path=tmp_path / "hf")
+    again = fleetune.tune(
+        written, "demo", method="fedit", settings={"r": 2, "steps": 1}, out=tmp_path / "runs", **FEW
+    )
+    assert fleetune.open(again).recipe.model == str(tmp_path / "hf")
+    assert again.done.base["loss"] == pytest.approx(run.done.tuned["loss"], abs=1e-4)
+
+
+def test_a_folder_of_peft_is_refused_with_where_it_is_told(tmp_path: Path) -> None:
+    (run,) = fleetune.list_runs()
+    fleetune.export(run, to="peft", path=tmp_path / "mine")
+    said = refused("tune", str(tmp_path / "mine"), "demo")
+    assert "is an adapter, not a model" in said
+    assert "docs/models.md#tuning-on-from-an-adapter" in said

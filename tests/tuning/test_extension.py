@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is given more rounds ends in the bits of one that had as many from the start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.errors import Interrupted, RecipeError, UsageError
+from fleetune.runs import events as kinds
+from fleetune.runs import metrics, rundir
+from fleetune.tuning import extension
+from fleetune.tuning import recipe as recipes
+
+FEW: dict[str, Any] = {
+    "clients": 3, "participation": 0.67, "held_out": 4, "eval_rows": 4, "samples": 2, "answer_tokens": 4, "threads": 1,
+    "device": "cpu", "limit": 60, "max_length": 64,
+}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "fedit": {"r": 2, "batch_size": 2, "lr": 1e-2, "server": "adam", "scaffold": True},
+    "fedkseed": {"K": 16, "tau": 3, "lr": 1e-3, "batch_size": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = models.tiny_llama()
+    models.save(tiny.net, tiny.tokenizer, "tiny")
+
+
+def tuned(rounds: int, method: str = "fedit", out: str = "runs", **more: Any) -> Any:
+    return fleetune.tune(
+        "tiny", "demo", method=method, settings=METHODS[method], rounds=rounds, out=out, **FEW | more
+    )
+
+
+def told(run: Path) -> list[dict[str, Any]]:
+    """The events of a run without times and what depends on the machine."""
+    unlike = (
+        "t",
+        "seconds",
+        "rss",
+        "wall",
+        "peak_rss",
+        "crc",
+        "energy",
+        "run",
+        "result",
+        "result_bytes",
+        "seconds_local",
+    )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in unlike} for line in lines if line["event"] != "start"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_result_is_that_of_a_run_that_had_the_rounds_from_the_start(method: str) -> None:
+    whole = tuned(3, method, "whole")
+    short = tuned(1, method)
+    assert short.digest != whole.digest
+    longer = fleetune.resume_run(short, rounds=3)
+    assert longer.digest == whole.digest == fleetune.list_runs()[0].digest
+    assert longer.done.rounds == 3
+    assert told(longer.folder) == told(whole.folder)
+    assert metrics.is_intact(longer.folder)
+    assert longer.done.tuned == whole.done.tuned
+    for name in ("samples.md",):
+        assert (longer.folder / name).read_text() == (whole.folder / name).read_text()
+    assert recipes.make(recipes.read(longer.folder / "run.toml")).rounds == 3
+    assert "given more rounds: 3 in all" in (longer.folder / "log.txt").read_text()
+    again = fleetune.resume_run(longer)  # by its own recipe, which has them now
+    assert again.digest == whole.digest
+
+
+def test_the_clients_are_measured_on_the_rows_that_they_were_measured_on_before() -> None:
+    """A short run measures fewer of them."""
+    short = tuned(1, client_rows=4, participation=0.34, clients=4)
+    before = short.done.per_client
+    longer = fleetune.resume_run(short, rounds=60)
+    assert longer.done.per_client["n"] == before["n"]
+    assert max(before["n"]) < 4
+    assert longer.done.per_client["base"] == before["base"]
+
+
+def test_a_stopped_run_may_be_given_more_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = tuned(4, out="whole")
+
+    class Once(fleetune.Silent):
+        def event(self, event: fleetune.events.Event) -> None:
+            if isinstance(event, kinds.RoundEvaluated) and event.round == 1:
+                self.stop = True
+
+        stop = False
+
+        @property
+        def stop_requested(self) -> bool:
+            return self.stop
+
+    with pytest.raises(Interrupted):
+        tuned(2, listener=Once())
+    assert main(["tune", "--resume", "latest", "--rounds", "4", "--dry-run"]) == 0
+    assert main(["tune", "--resume", "latest", "--rounds", "4"]) == 0
+    assert "goes on after round 1 of 4" in capsys.readouterr().err
+    assert fleetune.list_runs()[0].digest == whole.digest
+
+
+def test_a_stop_while_it_is_written_down_costs_nothing() -> None:
+    """Between checkpoints and run.toml, in either order: the same command goes on."""
+    whole, short = tuned(3, out="whole"), tuned(1)
+    file = short.folder / "run.toml"
+    old = file.read_text()
+    with rundir.RunDir(short.folder) as folder:
+        extension.write(recipes.make(recipes.read(file) | {"rounds": 3}), folder)
+    assert rundir.status_of(short.folder) == "interrupted"
+    new = file.read_text()
+    file.write_text(old)
+    with pytest.raises(RecipeError, match="rounds = 1, and was 3"):
+        fleetune.resume_run(short)
+    assert fleetune.resume_run(short, rounds=3).digest == whole.digest
+    short = tuned(1, out="other")
+    (short.folder / "run.toml").write_text(new)
+    with pytest.raises(RecipeError, match="rounds = 3, and was 1"):
+        fleetune.resume_run(short)
+    assert fleetune.resume_run(short, rounds=3).digest == whole.digest
+
+
+def test_other_options_stay_what_they_were() -> None:
+    short = tuned(1)
+    file = short.folder / "run.toml"
+    file.write_text(file.read_text().replace("seed = 42", "seed = 43"))
+    with pytest.raises(RecipeError, match="seed = 43, and was 42"):
+        fleetune.resume_run(short, rounds=3)
+    assert main(["tune", "--resume", "latest", "--rounds", "3", "--set", "lr=1"]) == 2
+
+
+def test_what_cannot_be_longer_says_why_and_stays_as_it_is() -> None:
+    short = tuned(2)
+    digest = short.digest
+    with pytest.raises(UsageError, match="has 2 rounds, and 1 are fewer"):
+        fleetune.resume_run(short, rounds=1)
+    assert fleetune.resume_run(short, rounds=2).digest == digest
+    (short.folder / "fleet.json").write_text("{}")
+    with pytest.raises(UsageError, match="of real devices") as refused:
+        fleetune.resume_run(short, rounds=3)
+    assert "fleetune export" in str(refused.value.hint)
+    (short.folder / "fleet.json").unlink()
+    Path("runs/sweep.toml").write_text("")
+    with pytest.raises(UsageError, match="a run of a sweep"):
+        fleetune.resume_run(short, rounds=3)
+    Path("runs/sweep.toml").unlink()
+    for _, file in rundir.checkpoints(short.folder):
+        file.unlink()
+    with pytest.raises(UsageError, match="no checkpoint left"):
+        fleetune.resume_run(short, rounds=3)
+    assert rundir.status_of(short.folder) == "done"
+    assert fleetune.resume_run(short).digest == digest
+
+
+def test_a_run_whose_patience_was_over_is_not_longer() -> None:
+    method = METHODS["fedit"] | {"lr": 0.3, "server": "avg", "scaffold": False}
+    run = fleetune.tune("tiny", "demo", method="fedit", settings=method, rounds=6, patience=1, **FEW)
+    assert run.done.stopped_early
+    with pytest.raises(UsageError, match="patience = 1 was over"):
+        fleetune.resume_run(run, rounds=9)
+
+
+@pytest.mark.parametrize("text", ["many", "0", "-3", "2.5"])
+def test_what_is_no_number_of_rounds_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (Path("runs") / "0001-x").mkdir(parents=True)
+    Path("runs/0001-x/run.toml").write_text('model = "tiny"\ndata = "demo"\n')
+    assert main(["tune", "--resume", "1", "--rounds", text]) == 2
+    assert "rounds" in capsys.readouterr().err

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A method that a caller wrote is taken as an object: tuned in this process, and its result used in any."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.cli.main import main
+from fleetune.common.settings import setting
+from fleetune.errors import Interrupted, RecipeError, UsageError
+from fleetune.tuning import given_methods, methods
+from fleetune.tuning.methods import fedit, mezo
+
+FEW: dict[str, Any] = {
+    "clients": 2, "held_out": 4, "eval_rows": 4, "samples": 0, "threads": 1, "device": "cpu", "limit": 24,
+    "max_length": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MiddleLora(fedit.Method):
+    """Take the coordinate-wise median."""
+
+    r: int = setting(2, "r", "rank")
+    shrink: float = 1.0  # a field without `setting`
+
+    def aggregate(self, state: Any, replies: Any, rule: Any = None) -> Any:
+        taken = [reply.payload.arrays for reply in replies]
+        median = {n: self.shrink * np.median([t[n] for t in taken], axis=0) for n in state.tensors}
+        return (
+            state._replace(tensors={n: m.astype(np.float32) for n, m in median.items()}) if taken else state
+        )
+
+
+@dataclass(frozen=True)
+class Method(mezo.Method):
+    KIND: ClassVar[str] = "ledger"
+    CLIENTS: ClassVar[int] = 3
+
+
+@pytest.fixture(autouse=True)
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(methods.REGISTRY, "_given", {})
+    tiny = models.tiny_llama()
+    models.save(tiny.net, tiny.tokenizer, "tiny")
+
+
+def test_it_is_tuned_with_its_own_functions_and_settings() -> None:
+    run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2, shrink=0.0), rounds=1, **FEW)
+    recipe = fleetune.open(run).recipe
+    assert (recipe.method, recipe.set["shrink"], recipe.set["r"]) == ("middle-lora", 0.0, 2)
+    assert run.folder.name == "0001-middle-lora-tiny"
+    assert run.done.tuned["loss"] == run.done.base["loss"]  # an adapter of zeros
+    moved = fleetune.tune(
+        "tiny", "demo", method=MiddleLora(lr=1e-2), settings={"shrink": 0.5}, rounds=1, **FEW
+    )
+    assert moved.done.tuned["loss"] != run.done.base["loss"]
+    with pytest.raises(RecipeError, match="no setting 'shrinks'"):
+        fleetune.tune("tiny", "demo", method=MiddleLora(), settings={"shrinks": 1}, **FEW)
+
+
+def test_a_run_of_it_goes_on_in_this_process() -> None:
+    class Once(fleetune.Silent):
+        stop = False
+
+        def event(self, event: fleetune.events.Event) -> None:
+            self.stop = self.stop or (isinstance(event, fleetune.events.RoundEvaluated) and event.round == 1)
+
+        @property
+        def stop_requested(self) -> bool:
+            return self.stop
+
+    whole = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=2, **FEW)
+    with pytest.raises(Interrupted):
+        fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=2, listener=Once(), **FEW)
+    assert fleetune.resume_run("latest").digest == whole.digest
+
+
+def test_another_process_uses_the_result_and_is_told_what_it_cannot_do() -> None:
+    run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=1, **FEW)
+    here = fleetune.evaluate(run)["loss"]
+    script = f"import fleetune; print(fleetune.evaluate({str(run.folder)!r})['loss'])"
+    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(there.stdout) == pytest.approx(here, abs=1e-6)
+    for words in (["export", "1", "--to", "hf"], ["tune", "--resume", "1"]):
+        command = [sys.executable, "-m", "fleetune", *words]
+        asked = subprocess.run(command, capture_output=True, text=True)
+        assert asked.returncode == (2 if "--resume" in words else 0), asked.stderr
+    assert "made by the method 'middle-lora', which is not known here" in asked.stderr
+    assert "CONTRIBUTING.md" in asked.stderr
+
+
+def test_a_class_called_method_has_the_name_of_its_module(capsys: pytest.CaptureFixture[str]) -> None:
+    run = fleetune.tune(
+        "tiny", "demo", method=Method(K=8, tau=2, lr=1e-4, batch_size=2), rounds=1, **FEW | {"clients": 0}
+    )
+    assert run.folder.name == "0001-test-given-methods-tiny"
+    assert run.done.result.endswith("ledger.safetensors")
+    assert fleetune.open(run).recipe.clients == 3
+    assert main(["methods", "test-given-methods"]) == 0
+    assert "learning rate" in capsys.readouterr().out
+    assert "test-given-methods" in fleetune.methods()
+
+
+def test_a_later_class_of_the_name_takes_its_place() -> None:
+    @dataclass(frozen=True)
+    class Own(fedit.Method):
+        extra: int = 1
+
+    assert given_methods.registered(Own()) == "own"
+
+    @dataclass(frozen=True)
+    class Other(fedit.Method):
+        more: int = 1
+
+    Other.__name__ = "Own"
+    assert given_methods.registered(Other()) == "own"
+    assert methods.settings("own")[-1].name == "more"
+
+
+@dataclass(frozen=True)
+class Half:
+    lr: float = 1.0
+
+    def init(self, model: Any, key: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Unstated:
+    def nothing(self, *_: Any) -> None: ...
+
+    init = broadcast = expects = local = aggregate = apply = nothing
+
+
+@dataclass(frozen=True)
+class Fedit(fedit.Method):
+    pass
+
+
+@dataclass
+class Thawed:
+    lr: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (Thawed(), "is not a registered method, and no frozen dataclass"),
+        (Half(), "Half of .* lacks broadcast, expects, local, aggregate, apply"),
+        (Unstated(), "does not state KIND = 'ledger' or 'adapter'"),
+        (Fedit(), "has the name of the method 'fedit'"),
+        (MiddleLora, "the method is a class"),
+    ],
+)
+def test_what_is_no_method_says_what_is_missing(method: Any, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        fleetune.tune("tiny", "demo", method=method, **FEW)
+    assert not Path("runs").exists()
