@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
 import importlib.util
 import io
 import re
@@ -83,10 +85,15 @@ def test_links_that_leave_the_docs_are_moved():
     assert moved("```python\na[b](c)\n```\n", "docs/b.md") == "```python\na[b](c)\n```\n"
 
 
+@functools.cache
+def known_commands() -> dict[str, argparse.ArgumentParser]:
+    return cli.command_parsers()
+
+
 def fault(line: str, *, whole: bool = True) -> str:
     """What is wrong with a command line, "" for nothing; not `whole`: its command and flags alone are looked at."""
     words = shlex.split(line, comments=True)[1:]
-    known = cli.command_parsers()
+    known = known_commands()
     if words[0] not in known:
         return f"there is no command {words[0]}"
     sub = known[words[0]]
