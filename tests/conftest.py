@@ -14,6 +14,7 @@ from pathlib import Path
 from hypothesis import settings
 
 from fault_report import injected, pytest_addoption, pytest_sessionfinish  # noqa: F401
+from steady_heap import pytest_collection, pytest_runtest_setup  # noqa: F401
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

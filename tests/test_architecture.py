@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ def imported(text: str, modules: Mapping[str, object]) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "fleetune")
 
 
+@functools.cache
 def arrows() -> dict[str, set[str]]:
     return {
         name: set(imported(file.read_text(encoding="utf-8"), MODULES)) - {name}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -134,6 +135,12 @@ def _printed(command: str, patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def _kinds(line: dict[str, Any]) -> set[str]:
     """The events that a line is."""
+    return _kinds_of(json.dumps(line))
+
+
+@functools.cache
+def _kinds_of(text: str) -> set[str]:
+    line = json.loads(text)
     return {name for name in NAMES if VALIDATORS[name].is_valid(line)}
 
 

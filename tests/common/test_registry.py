@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shutil
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -99,3 +101,46 @@ def test_an_unknown_name_gets_a_suggestion(kind: str) -> None:
     known = next(iter(REGISTRIES[kind].members()))
     with pytest.raises(UsageError, match=f"Did you mean '{known}'"):
         REGISTRIES[kind].member(known + "x")
+
+
+def test_a_package_is_found_when_it_comes_and_gone_when_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook, where packages are installed while the program runs."""
+    site, other = tmp_path / "site", tmp_path / "other"
+    site.mkdir()
+    other.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    (site / "come_lately.py").write_text(STATED, encoding="utf-8")
+
+    def install(at: Path) -> Path:
+        info = at / "come-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: come\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[fleetune.methods]\ncome = come_lately\n")
+        return info
+
+    assert "come" not in methods.REGISTRY.members()
+    info = install(site)
+    assert methods.REGISTRY.member("come").module == "come_lately"
+    shutil.rmtree(info)
+    assert "come" not in methods.REGISTRY.members()
+    install(other)
+    monkeypatch.syspath_prepend(str(other))
+    assert "come" in methods.REGISTRY.members()
+    sys.path.remove(str(other))
+    assert "come" not in methods.REGISTRY.members()
+
+
+def test_the_installed_packages_are_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+
+    def look(group: str) -> list[EntryPoint]:
+        looked.append(group)
+        return []
+
+    monkeypatch.setattr(registry, "entry_points", look)
+    for _ in range(3):
+        for found in REGISTRIES.values():
+            found.members()
+    assert sorted(looked) == sorted(found.group for found in REGISTRIES.values())

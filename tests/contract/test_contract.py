@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 from dataclasses import replace
@@ -36,6 +37,14 @@ from fleetune.tuning.messages import Message, Payload, check, decode, encode
 from fleetune.tuning.methods import Reply
 
 every = pytest.mark.parametrize("name", NAMES)
+
+
+@functools.cache
+def answers(name: str) -> tuple[Reply, Reply]:
+    """The real replies of two clients of a first round, made once for all tests that take them in."""
+    model, chosen = models.tiny_llama(), short(name)
+    state, devices = chosen.init(model, key()), fleet(model, chosen)
+    return reply(devices, chosen, state), reply(devices, chosen, state, client=1)
 
 
 @every
@@ -99,8 +108,8 @@ def test_4_the_base_is_untouched(name):
     tensors = dict(model.net.named_parameters())
     before = {n: p.clone() for n, p in tensors.items()}
     state = chosen.init(model, key())
-    answers = [reply(fleet(model, chosen), chosen, state, client=c) for c in (0, 1)]
-    chosen.apply(model, chosen.aggregate(state, iter(answers)))
+    taken = [reply(fleet(model, chosen), chosen, state, client=c) for c in (0, 1)]
+    chosen.apply(model, chosen.aggregate(state, iter(taken)))
     logits(model)
     assert all(torch.equal(before[n], p) for n, p in tensors.items())
 
@@ -109,7 +118,7 @@ def test_4_the_base_is_untouched(name):
 def test_5_equal_replies_average_to_themselves(name):
     model, chosen = models.tiny_llama(), short(name)
     state = chosen.init(model, key())
-    answer = reply(fleet(model, chosen), chosen, state)
+    answer, _ = answers(name)
     once = chosen.aggregate(state, iter([answer]))
     thrice = chosen.aggregate(state, iter([answer._replace(client=c) for c in range(3)]))
     chosen.apply(model, once)
@@ -122,7 +131,7 @@ def test_5_equal_replies_average_to_themselves(name):
 def test_5b_no_reply_leaves_the_weights(name):
     model, chosen = models.tiny_llama(), short(name)
     state = chosen.init(model, key())
-    state = chosen.aggregate(state, iter([reply(fleet(model, chosen), chosen, state)]))
+    state = chosen.aggregate(state, iter(answers(name)[:1]))
     chosen.apply(model, state)
     before = logits(model)
     chosen.apply(model, chosen.aggregate(state, iter(())))
@@ -133,11 +142,11 @@ def test_5b_no_reply_leaves_the_weights(name):
 def test_5c_more_rows_weigh_more(name):
     model, chosen = models.tiny_llama(), short(name)
     state = chosen.init(model, key())
-    one, two = (reply(fleet(model, chosen), chosen, state, client=c) for c in (0, 1))
+    one, two = answers(name)
     heavy = one._replace(payload=Payload(one.payload.arrays, {**one.payload.scalars, "n": 10**6}))
     points = []
-    for answers in ([one], [heavy, two], [two]):
-        chosen.apply(model, chosen.aggregate(state, iter(answers)))
+    for taken in ([one], [heavy, two], [two]):
+        chosen.apply(model, chosen.aggregate(state, iter(taken)))
         points.append(logits(model))
     assert (points[1] - points[0]).abs().max() < 0.05 * (points[2] - points[0]).abs().max()
 
@@ -146,7 +155,7 @@ def test_5c_more_rows_weigh_more(name):
 def test_6_payloads_survive_bytes_and_the_door(name):
     model, chosen = models.tiny_llama(), short(name)
     state = chosen.init(model, key())
-    answer = reply(fleet(model, chosen), chosen, state)
+    answer, _ = answers(name)
     (sent, spec), base = kind_of(chosen, state), base_of(model)
     for payload in (sent, answer.payload):
         back = decode(encode(Message(1, base, payload))).payload
@@ -183,7 +192,7 @@ def broken(answer: Reply) -> list[Payload]:
 def test_6b_a_state_survives_a_checkpoint(name):
     model, chosen = models.tiny_llama(), short(name)
     state = chosen.init(model, key())
-    tuned = chosen.aggregate(state, iter([reply(fleet(model, chosen), chosen, state)]))
+    tuned = chosen.aggregate(state, iter(answers(name)[:1]))
     data = encode(Message(1, b"", pack(tuned, Totals(1, 2, 3.0))))
     back, totals = unpack(decode(data).payload, state)
     assert equal_states(back, tuned)

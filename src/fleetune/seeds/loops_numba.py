@@ -157,7 +157,7 @@ def _move(x, y, tile, key, ids, tables, grid, probe_id, probe, hashed, words, ac
         y = x
     elif ids.size:
         if probe.size and probe_id == ids[0]:
-            words[0] = words[4]
+            _copy(words[0], words[4])
         else:
             _philox(words[0], u64(tile) * u64(32), ids[0], key)
         if probe.size:
@@ -248,18 +248,18 @@ def sweep_tiles(
     while lo < hi:
         tile, at = (start + lo) // TILE, (start + lo) % TILE
         n = min(TILE - at, hi - lo)
-        if kind <= COPIED and n == TILE:
-            x = out[lo : lo + TILE]
-            # Two calls, so that each is compiled knowing whether x is y.
-            if kind == COPIED:
-                y = base[lo : lo + TILE]
-                _move(x, y, tile, key, ids, tables, grid, probe_id, probe, hashed, words, acc)
-            else:
-                _move(x, x, tile, key, ids, tables, grid, probe_id, probe, hashed, words, acc)
+        whole = kind <= COPIED and n == TILE
+        # Two calls, so that each is compiled knowing whether x is y; no more, for they take seconds to compile.
+        if whole and kind == COPIED:
+            x, y = out[lo : lo + TILE], base[lo : lo + TILE]
+            _move(x, y, tile, key, ids, tables, grid, probe_id, probe, hashed, words, acc)
         else:
-            _load(edge[at : at + n], base, base16, lo, kind)
-            _move(edge, edge, tile, key, ids, tables, grid, probe_id, probe, hashed, words, acc)
-            _store(out, out16, lo, edge[at : at + n], kind)
+            x = out[lo : lo + TILE] if whole else edge
+            if not whole:
+                _load(edge[at : at + n], base, base16, lo, kind)
+            _move(x, x, tile, key, ids, tables, grid, probe_id, probe, hashed, words, acc)
+            if not whole:
+                _store(out, out16, lo, edge[at : at + n], kind)
         lo += n
 
 
