@@ -220,7 +220,7 @@ def test_of_the_held_rates_the_one_that_ends_lowest_is_taken(model: Model) -> No
         )[1][0].rate
         for rounds in (1, 3)
     )  # fmt: skip
-    bench = rates.bench_of(model, rates.few(rows, 1), 1)
+    bench = rates.bench_of(model, rates.few(rows, 1), 1, 2)
 
     def after(rate: float) -> float:
         return loss_after(

@@ -41,7 +41,8 @@ from fleetune.tuning.recipe import Recipe
 log = logging.getLogger(__name__)
 
 STEPS: Final = 4  # of a device in a trial, at most
-CLIENTS: Final = 2  # of a trial: the mean of one overfits where that of a fleet does not
+CLIENTS: Final = 2  # of a trial, at most: one overfits where the mean of a fleet does not
+AT_SERVER: Final = 4  # of a trial of the server's step, which is as noisy as they are few
 MEASURED: Final = 32  # rows on which a trial is measured, at most
 COARSE: Final = {"bf16": 2e-3}  # least perturbation: below, a second difference of losses is rounding
 SERIES: Final = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
@@ -141,7 +142,7 @@ def _find(recipe: Recipe, name: str, model: Model, rows: Sequence[Encoded], clie
             return None
         found = from_slopes(method, name, model, rows, recipe.seed, clients)
     else:
-        found = from_trial(method, make, name, model, rows, recipe)
+        found = from_trial(method, make, name, model, rows, recipe, clients)
     return dataclasses.replace(found, seconds=round(time.perf_counter() - began, 3))
 
 
@@ -176,10 +177,11 @@ def from_trial(
     model: Model,
     rows: Sequence[Encoded],
     recipe: Recipe,
+    clients: int,
 ) -> Found:
     """Return the rate after which the loss on rows that were not trained on is lowest."""
     at_server = bool(getattr(method, "rate_at_server", False))
-    bench = bench_of(model, rows, recipe.seed)
+    bench = bench_of(model, rows, recipe.seed, min(clients, AT_SERVER if at_server else CLIENTS))
     first = first_rate(method, name)
 
     make = make if at_server else functools.partial(_short, make, len(bench.clients[0]))
@@ -199,11 +201,11 @@ def from_trial(
     return Found(name, rate, "trial", why, tuple(tried))
 
 
-def bench_of(model: Model, rows: Sequence[Encoded], seed: int) -> Bench:
-    """Return the bench of a trial on these rows: some are measured, the others shared out to its clients."""
+def bench_of(model: Model, rows: Sequence[Encoded], seed: int, clients: int) -> Bench:
+    """Return the bench of a trial on these rows: some are measured, the others shared out to so many clients."""
     measured = max(1, min(MEASURED, len(rows) // 3))
     parts = rows[measured:] or rows
-    count = min(CLIENTS, len(parts))
+    count = min(clients, len(parts))
     return Bench(model, [parts[i::count] for i in range(count)], rows[:measured], seed)
 
 
