@@ -37,7 +37,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         )
     run, _ = [tune.run_recipe(recipe, args, ui) for recipe in demo.recipes(quick=args.quick)]
     with console_listener(ui) as listener:
-        small = api.compress(run, length=demo.LENGTH, out=args.out, offline=args.offline, listener=listener)
+        small = api.compress(
+            run.done.run, length=demo.LENGTH, out=args.out, offline=args.offline, listener=listener
+        )
         compress.show(ui, small)
         file = small.folder / f"{small.folder.name}.gguf"
         export.show(ui, api.export(small, to="gguf", path=file, listener=listener))
