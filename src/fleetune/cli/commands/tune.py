@@ -86,8 +86,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _more_rounds(args: argparse.Namespace) -> int:
     """The rounds that a resumed run is to have, 0 where none are given; RecipeError for what is no number of rounds."""
+    from fleetune.tuning import extension
+
     text = recipe_flags.given(args).get("rounds")
-    return recipes.make({"model": "m", "data": "demo", "rounds": text}).rounds if text else 0
+    return extension.number(text) if text else 0
 
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:
