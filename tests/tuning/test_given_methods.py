@@ -147,6 +147,11 @@ class Fedit(fedit.Method):
     pass
 
 
+@dataclass(frozen=True)
+class Auto(fedit.Method):
+    pass
+
+
 @dataclass
 class Thawed:
     lr: float = 1.0
@@ -155,10 +160,12 @@ class Thawed:
 @pytest.mark.parametrize(
     ("method", "why"),
     [
-        (Thawed(), "is not a registered method, and no frozen dataclass"),
+        (Thawed(), "an object of Thawed .* is neither a registered method nor of a frozen dataclass"),
+        (3, "an object of int .* is neither"),
         (Half(), "Half of .* lacks broadcast, expects, local, aggregate, apply"),
         (Unstated(), "does not state KIND = 'ledger' or 'adapter'"),
         (Fedit(), "has the name of the method 'fedit'"),
+        (Auto(), "Auto of .* has the name by which a method is chosen"),
         (MiddleLora, "the method is a class"),
     ],
 )

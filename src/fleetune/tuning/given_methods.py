@@ -19,7 +19,7 @@ from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.tuning import methods
 from fleetune.tuning.methods import MethodEntry
-from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.recipe import AUTO_METHOD, Recipe
 
 PREFIX: Final = "fleetune_given_method_"
 RESULT: Final = {
@@ -37,7 +37,7 @@ def registered(method: object) -> str:
     declared: Any = getattr(cls, "__dataclass_params__", None)
     if declared is None or not declared.frozen:
         raise UsageError(
-            f"a {cls.__name__} of {cls.__module__} is not a registered method, and no frozen dataclass",
+            f"an object of {cls.__name__} ({cls.__module__}) is neither a registered method nor of a frozen dataclass",
             hint=HINT,
         )
     if missing := [name for name in FUNCTIONS if not callable(getattr(method, name, None))]:
@@ -49,6 +49,10 @@ def registered(method: object) -> str:
             hint=f"state it in its module or as a ClassVar of the class; {HINT}",
         )
     name = name_of(cls)
+    if name == AUTO_METHOD:
+        raise UsageError(
+            f"{cls.__name__} of {cls.__module__} has the name by which a method is chosen", hint="rename it"
+        )
     known = methods.entries().get(name)
     if known is not None and not known.module.startswith(PREFIX):
         raise UsageError(
