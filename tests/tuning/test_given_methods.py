@@ -128,6 +128,30 @@ def test_a_later_class_of_the_name_takes_its_place() -> None:
     assert methods.settings("own")[-1].name == "more"
 
 
+def test_the_result_of_a_class_whose_name_another_kind_took_since_is_still_used() -> None:
+    run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=1, **FEW)
+
+    @dataclass(frozen=True)
+    class Other(mezo.Method):
+        pass
+
+    Other.__name__ = "MiddleLora"
+    assert given_methods.registered(Other()) == "middle-lora"
+    assert run.model().attachment is not None
+    assert fleetune.export(run, to="peft").path.is_dir()
+    assert given_methods.settings_of(fleetune.open(run).recipe)["shrink"] == 1.0
+
+
+def test_a_dry_run_says_as_the_run_does_that_a_method_is_not_known_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=1, **FEW)
+    monkeypatch.setattr(methods.REGISTRY, "_given", {})
+    for more in ([], ["--dry-run"]):
+        assert main(["tune", "--resume", "latest", "--rounds", "2", *more]) == 2
+        assert "was made by the method 'middle-lora', which is not known here" in capsys.readouterr().err
+
+
 @dataclass(frozen=True)
 class Half:
     lr: float = 1.0

@@ -65,9 +65,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         recipe_flags.check_resume(args, path, "fleetune tune --resume", ("rounds",))
         rounds = _more_rounds(args)
         if args.dry_run:
-            from fleetune.tuning import extension
+            from fleetune.tuning import extension, given_methods
 
             recipe = recipes.make(recipes.read(path / "run.toml"))
+            given_methods.check_known(recipe.method, path)
             _check_only(extension.longer(recipe, path, rounds) if rounds else recipe, args, ui)
             return
         with screen(ui) as shown:
