@@ -83,15 +83,15 @@ def resume(
     A file of a finished run that is damaged, its result among them, is made again from the last checkpoint.
     """
     recipe = places.recipe_of(path, longer=rounds > 0)
-    had = {recipe.rounds}  # two numbers where a stop came while more were written down
+    had = recipe.rounds
     if rounds:
-        had |= {extension.checkpoint_rounds(path) or recipe.rounds}
         recipe = extension.longer(recipe, path, rounds)
+        had = extension.checkpoint_rounds(path) or had
     places.check_code(recipe, path)
     given_methods.check_known(recipe.method, path)
     check(recipe)
     fleets.check(recipe)
-    if had == {recipe.rounds} and is_done(path, listener.note):
+    if recipe.rounds == had and is_done(path, listener.note):
         found = read(path)
         more = "; --rounds N gives it more rounds" if fleets.simulated else ""
         listener.note(f"{path} is finished already{more}")
@@ -101,7 +101,7 @@ def resume(
     with _ONE_AT_A_TIME, RunDir(path) as folder:
         rundir.check_writable(path)
         job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False, measure=False)
-        if had != {recipe.rounds}:
+        if recipe.rounds != had:
             extension.write(job.recipe, folder)
         return TuneResult(path.absolute(), tune(job, folder, listener, fleets))
 
