@@ -87,9 +87,16 @@ def test_what_was_written_out_before_the_run_went_on_is_written_again() -> None:
         assert "written out already" in refused("tune", RUN, "demo")
         later = (place / "config.json").stat().st_mtime + 5
         os.utime(Path(RUN, "status"), (later, later))
-        assert f"fleetune export {RUN} --to hf" in refused("tune", RUN, "demo")
+        said = refused("tune", RUN, "demo")
+        command, _, rest = said.partition("try: ")[2].partition("   and then give ")
+        newer = Path(rest.split()[0])
+        assert newer != place
+        assert main([*shlex.split(command)[1:], "-qq"]) == 0  # nothing is in its way
+        os.utime(newer / "config.json", (later, later))
+        assert f"written out already: give {newer} as the model" in refused("tune", RUN, "demo")
     finally:
         shutil.rmtree(place)
+        shutil.rmtree(Path(f"{place}-2"), ignore_errors=True)
 
 
 def test_every_command_that_tunes_says_it(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 import fleetune
 from fleetune import models
-from fleetune.errors import FitError, RecipeError
+from fleetune.errors import FitError, ModelError, RecipeError
 from fleetune.models.model import Model
 from fleetune.tuning import estimate, eval_file, methods, per_client, prepare, validation
 from fleetune.tuning import recipe as recipes
@@ -206,6 +206,18 @@ def test_local_steps_follow_the_rows_unless_they_are_given(place: Path) -> None:
         assert simulated.recipe.set["tau"] == real.recipe.set["tau"] == steps, (rows, steps)
     given = recipes.make({**values, "set": {"lr": 1e-3, "tau": 3}})
     assert prepare.prepare(given).recipe.set["tau"] == 3
+
+
+def test_what_a_method_refuses_of_the_model_is_said_before_anything_is_written(place: Path) -> None:
+    own = recipes.make({
+        "model": "tiny", "data": "rows.jsonl", "method": "fedit", "clients": 2, "held_out": 4,
+        "set": {"targets": "q_proj,nowhere"},
+    })  # fmt: skip
+    with pytest.raises(ModelError, match="no linear layer named 'nowhere'"):
+        prepare.dry_run(own, offline=True)
+    with pytest.raises(ModelError, match="no linear layer named 'nowhere'"):
+        fleetune.tune(own, offline=True)
+    assert not Path("runs").exists() or not list(Path("runs").iterdir())
 
 
 def test_a_run_that_was_fitted_is_repeated_by_its_own_recipe(place: Path) -> None:

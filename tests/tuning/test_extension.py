@@ -131,6 +131,36 @@ def test_a_stop_while_it_is_written_down_costs_nothing() -> None:
     assert fleetune.resume_run(short, rounds=3).digest == whole.digest
 
 
+@pytest.mark.parametrize("written", range(6))
+def test_a_kill_while_it_is_written_down_costs_nothing(written: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After any number of the files: what is left is never taken for a finished run that has the rounds."""
+    whole, short = tuned(3, out="whole"), tuned(1)
+    left = iter(range(written))
+
+    def until_killed(function: Any) -> Any:
+        def called(*args: Any, **more: Any) -> Any:
+            if next(left, None) is None:
+                raise SystemExit("killed")
+            return function(*args, **more)
+
+        return called
+
+    with monkeypatch.context() as killed:
+        killed.setattr(extension, "write_atomic", until_killed(extension.write_atomic))
+        for name in ("write", "status", "log"):
+            killed.setattr(rundir.RunDir, name, until_killed(getattr(rundir.RunDir, name)))
+        with pytest.raises(SystemExit, match="killed"):
+            fleetune.resume_run(short, rounds=3)
+    assert fleetune.resume_run(short, rounds=3).digest == whole.digest
+    assert recipes.make(recipes.read(short.folder / "run.toml")).rounds == 3
+
+
+@pytest.mark.parametrize("rounds", [-1, 2.5, "many", 10**9])
+def test_from_python_too_what_is_no_number_of_rounds_is_refused(rounds: Any) -> None:
+    with pytest.raises(RecipeError, match="rounds"):
+        fleetune.resume_run("1", rounds=rounds)
+
+
 def test_other_options_stay_what_they_were() -> None:
     short = tuned(1)
     file = short.folder / "run.toml"

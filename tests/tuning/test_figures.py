@@ -189,6 +189,7 @@ def test_label_words_are_checked_before_the_model_is_loaded(
     with pytest.raises((RecipeError, DataError), match=says) as caught:
         tune(places, tmp_path, labels=labels, settings={"objective": objective})
     assert caught.value.hint
+    assert ("a comma in a word: \\," in caught.value.hint) == ("another answer" in says)
 
 
 def test_label_words_need_not_cover_training_rows_beside_rows_for_validation(

@@ -128,6 +128,30 @@ def test_a_later_class_of_the_name_takes_its_place() -> None:
     assert methods.settings("own")[-1].name == "more"
 
 
+def test_the_result_of_a_class_whose_name_another_kind_took_since_is_still_used() -> None:
+    run = fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=1, **FEW)
+
+    @dataclass(frozen=True)
+    class Other(mezo.Method):
+        pass
+
+    Other.__name__ = "MiddleLora"
+    assert given_methods.registered(Other()) == "middle-lora"
+    assert run.model().attachment is not None
+    assert fleetune.export(run, to="peft").path.is_dir()
+    assert given_methods.settings_of(fleetune.open(run).recipe)["shrink"] == 1.0
+
+
+def test_a_dry_run_says_as_the_run_does_that_a_method_is_not_known_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleetune.tune("tiny", "demo", method=MiddleLora(lr=1e-2), rounds=1, **FEW)
+    monkeypatch.setattr(methods.REGISTRY, "_given", {})
+    for more in ([], ["--dry-run"]):
+        assert main(["tune", "--resume", "latest", "--rounds", "2", *more]) == 2
+        assert "was made by the method 'middle-lora', which is not known here" in capsys.readouterr().err
+
+
 @dataclass(frozen=True)
 class Half:
     lr: float = 1.0
@@ -147,6 +171,11 @@ class Fedit(fedit.Method):
     pass
 
 
+@dataclass(frozen=True)
+class Auto(fedit.Method):
+    pass
+
+
 @dataclass
 class Thawed:
     lr: float = 1.0
@@ -155,10 +184,12 @@ class Thawed:
 @pytest.mark.parametrize(
     ("method", "why"),
     [
-        (Thawed(), "is not a registered method, and no frozen dataclass"),
+        (Thawed(), "an object of Thawed .* is neither a registered method nor of a frozen dataclass"),
+        (3, "an object of int .* is neither"),
         (Half(), "Half of .* lacks broadcast, expects, local, aggregate, apply"),
         (Unstated(), "does not state KIND = 'ledger' or 'adapter'"),
         (Fedit(), "has the name of the method 'fedit'"),
+        (Auto(), "Auto of .* has the name by which a method is chosen"),
         (MiddleLora, "the method is a class"),
     ],
 )

@@ -18,6 +18,7 @@ from fleetune.models.artefact_folder import is_master
 from fleetune.subject import Compressed, Run
 
 RESULTS: Final = ("adapter", "ledger.safetensors")  # of a run
+HF: Final = "hf"  # target of an export, and its folder
 ADAPTERS: Final = ("adapter_config.json", "module.json")
 
 
@@ -53,12 +54,16 @@ def check(name: str, out: Path) -> None:
 
 
 def _written_out(what: str, found: Run | Compressed, home: Path) -> UsageError:
-    place = home / "hf"
-    if _is_new(place / "config.json", home / "status"):
-        return UsageError(what, hint=f"it is written out already: give {quoted(place)} as the model")
+    place, number = home / HF, 1
+    while place.exists():
+        if _is_new(place / "config.json", home / "status"):
+            return UsageError(what, hint=f"it is written out already: give {quoted(place)} as the model")
+        number += 1
+        place = home / f"{HF}-{number}"  # the one before is of fewer rounds, and export overwrites nothing
+    where = f" --path {quoted(place)}" if number > 1 else ""
     return UsageError(
         what,
-        hint=f"fleetune export {quoted(found.argument)} --to hf   and then give {quoted(place)} as the model",
+        hint=f"fleetune export {quoted(found.argument)} --to {HF}{where}   and then give {quoted(place)} as the model",
     )
 
 

@@ -71,11 +71,14 @@ def resume_run(
     """Resume a stopped run by its own recipe, to the same bits as without the stop; return a finished run as it is.
 
     With more `rounds` than the run has, finished or not, it goes on until it has as many, to the bits of a run that had them
-    from the start; its result, answers and report are then those of the longer run.  UsageError where it cannot be.
+    from the start, and the same learning rate; its result, answers and report are then those of the longer run.  UsageError
+    where it cannot be.
     `run` is a name, number, path or result; `tracker` as in `tune`, which a run does not remember.
     """
+    from fleetune.tuning import extension
     from fleetune.tuning import run as running
 
+    rounds = rounds and extension.number(rounds)
     folder = getattr(run, "folder", None)
     path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))
     with tracking.tracked(heard_by(listener, progress), words(tracker), offline=offline) as heard:

@@ -21,7 +21,7 @@ import numpy as np
 
 from fleetune.common.display import counted, human_time
 from fleetune.data import Encoded, Example
-from fleetune.errors import FAULTS, FitError, RecipeError, fault
+from fleetune.errors import FAULTS, FitError, FleetuneError, RecipeError, fault
 from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import generate
 from fleetune.tuning import client_rows, methods, rounds
@@ -113,18 +113,20 @@ def of(
     """Time a step, an evaluation and an answer of a run whose clients have these rows; the model is left as it was.
 
     `held` are the rows of an evaluation, `prompts` those that are answered before and after.  None where a step fails: the
-    run itself says why, and for which clients.
+    run itself says why, and for which clients.  What the method refuses of the model is raised: no client could begin.
     """
     asked = len(rounds.sample(range(len(rows)), recipe.participation, recipe.seed, 1, recipe.over_selection))
     steps = float(np.mean([methods.local_steps(method, len(part)) for part in rows]))
     usual = sorted(rows, key=len)[len(rows) // 2]
     bench = Bench(model, [usual], held[:ROWS], recipe.seed)
+    one, state = methods.sized(method, 1, getattr(method, "batch_size", 8)), None
     try:
         with restored(model):
-            one = methods.sized(method, 1, getattr(method, "batch_size", 8))
             state = bench.begin(one)
             step = _timed(lambda: bench.round(one, state, 1))
     except FAULTS as error:
+        if state is None and isinstance(error, FleetuneError):
+            raise
         log.info("the time cannot be estimated: %s", fault(error))
         return None
     row = _timed(bench.loss) / len(held[:ROWS])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Give a run more rounds than it was begun with, so that it goes on from its last checkpoint.
 
-No method looks at the number of rounds to come, so the result has the bits of a run that had as many from the start.  Every
-checkpoint states the recipe; those of the run are written anew with the new number, then run.toml.
+No method looks at the number of rounds to come, so the result has the bits of a run that had as many from the start, and the
+same learning rate.  Every checkpoint states the recipe; those of the run are written anew with the new number, then run.toml.
+Before all that the run is no longer said to be finished, so that the same command goes on after a stop at any point of it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ from fleetune.tuning.recipe import Recipe
 SWEEP: Final = "sweep.toml"  # beside the runs of a sweep
 
 
+def number(rounds: object) -> int:
+    """Return a number of rounds, given as a number or a text; RecipeError for what no recipe can have."""
+    return recipes.make({"model": "m", "data": "demo", "rounds": rounds}).rounds
+
+
 def longer(recipe: Recipe, run: Path, rounds: int) -> Recipe:
-    """Return a run's recipe with so many rounds; UsageError where it has as many already, or cannot have more."""
+    """Return a run's recipe with so many rounds; UsageError where it has more already, or cannot have more."""
     onwards = f"tune on from its result instead: fleetune export {quoted(run)} --to hf"
     had = checkpoint_rounds(run) or recipe.rounds
     if rounds < had:
@@ -55,6 +61,7 @@ def checkpoint_rounds(run: Path) -> int:
 
 def write(recipe: Recipe, run: RunDir) -> None:
     """Write the recipe's number of rounds into the checkpoints and run.toml of an open run; it is no longer finished."""
+    run.status("interrupted")
     for _, file in rundir.checkpoints(run.path):
         try:
             data = checkpoint.with_rounds(read_bytes(file), recipe.rounds)
@@ -62,5 +69,4 @@ def write(recipe: Recipe, run: RunDir) -> None:
             continue
         write_atomic(file, data, mode=PRIVATE)
     run.write("run.toml", recipes.to_toml(places.as_stated(recipe, run.path)))
-    run.status("interrupted")
     run.log(f"given more rounds: {recipe.rounds} in all")

@@ -16,10 +16,10 @@ from typing import Any, Final
 from fleetune.common.registry import Member
 from fleetune.common.settings import Value
 from fleetune.common.shell import quoted
-from fleetune.errors import UsageError
+from fleetune.errors import RecipeError, UsageError
 from fleetune.tuning import methods
 from fleetune.tuning.methods import MethodEntry
-from fleetune.tuning.recipe import Recipe
+from fleetune.tuning.recipe import AUTO_METHOD, Recipe
 
 PREFIX: Final = "fleetune_given_method_"
 RESULT: Final = {
@@ -37,7 +37,7 @@ def registered(method: object) -> str:
     declared: Any = getattr(cls, "__dataclass_params__", None)
     if declared is None or not declared.frozen:
         raise UsageError(
-            f"a {cls.__name__} of {cls.__module__} is not a registered method, and no frozen dataclass",
+            f"an object of {cls.__name__} ({cls.__module__}) is neither a registered method nor of a frozen dataclass",
             hint=HINT,
         )
     if missing := [name for name in FUNCTIONS if not callable(getattr(method, name, None))]:
@@ -49,6 +49,10 @@ def registered(method: object) -> str:
             hint=f"state it in its module or as a ClassVar of the class; {HINT}",
         )
     name = name_of(cls)
+    if name == AUTO_METHOD:
+        raise UsageError(
+            f"{cls.__name__} of {cls.__module__} has the name by which a method is chosen", hint="rename it"
+        )
     known = methods.entries().get(name)
     if known is not None and not known.module.startswith(PREFIX):
         raise UsageError(
@@ -76,21 +80,33 @@ def name_of(cls: type) -> str:
 
 
 def entry_of(run: Path, recipe: Recipe) -> MethodEntry:
-    """Return the method of a run; of one that is not known here what the run's result tells, which suffices to use it."""
+    """Return the method of a run; of one that is not known here what the run's result tells, which suffices to use it.
+
+    A class that was given later with the same name is another method where its runs leave another result.
+    """
+    kind = next((kind for kind, name in RESULT.items() if (run / name).exists()), None)
     try:
-        return methods.entry(recipe.method)
+        known = methods.entry(recipe.method)
     except UsageError:
-        kind = next((kind for kind, name in RESULT.items() if (run / name).exists()), None)
         if kind is None:
             raise
-        return MethodEntry(recipe.method, kind, "", "", "", "", max(1, recipe.clients), 0)
+    else:
+        if kind in (None, known.kind) or not known.module.startswith(PREFIX):
+            return known
+    return MethodEntry(recipe.method, kind, "", "", "", "", max(1, recipe.clients), 0)
 
 
 def settings_of(recipe: Recipe) -> dict[str, Value]:
     """Return all settings of a run's method by name; of one that is not known here those that the run wrote down: all."""
-    if recipe.method.replace("_", "-") not in methods.entries():
+    known = methods.entries().get(recipe.method.replace("_", "-"))
+    if known is None:
         return dict(recipe.set)
-    return methods.values_of(methods.make(recipe.method, recipe.set))
+    try:
+        return methods.values_of(methods.make(recipe.method, recipe.set))
+    except RecipeError:
+        if not known.module.startswith(PREFIX):
+            raise
+        return dict(recipe.set)  # of a class that was given before
 
 
 def check_known(name: str, run: Path) -> None:

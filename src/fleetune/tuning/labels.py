@@ -22,7 +22,7 @@ from fleetune.models.hf_folder import is_encoder
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
-COVER: Final = "name every label word as the data write it, or leave the option out"
+COVER: Final = "name every label word as the data has it (a comma in a word: \\,), or leave the option out"
 
 
 def problems(recipe: Recipe) -> list[str]:

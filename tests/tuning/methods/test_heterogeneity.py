@@ -23,7 +23,7 @@ from fleetune.data.encode import Batch, Batches
 from fleetune.errors import RecipeError
 from fleetune.tuning import methods, server_rules
 from fleetune.tuning.messages import Message, Payload, check
-from fleetune.tuning.methods import Reply, _adapter
+from fleetune.tuning.methods import Reply, _adapter, fedit, fedpetuning
 from fleetune.tuning.methods._adapter import State, Training
 
 SIZES = {"a": (2, 2), "b": (3,)}
@@ -121,6 +121,24 @@ def test_the_rate_rises_first_and_falls_then(warmup: int, decay: bool, rates: li
     how = Training(lr=0.6, epochs=2, batch_size=4, warmup=warmup, decay=decay)
     np.testing.assert_allclose(how.rates(7), rates)
     np.testing.assert_allclose(Training(lr=0.6, steps=4, warmup=warmup, decay=decay).rates(7), rates)
+
+
+@pytest.mark.parametrize("method", [fedit, fedpetuning])
+@pytest.mark.parametrize(
+    ("steps", "smaller", "warmup"), [(4, 4, 3), (4, 9, 3), (4, 3, 1), (0, 4, 2), (0, 8, 3)]
+)
+def test_a_round_made_shorter_has_a_shorter_warmup_and_no_other(
+    method: Any, steps: int, smaller: int, warmup: int
+) -> None:
+    how = method.Method(steps=steps, warmup=3).sized(smaller, 8)
+    assert (how.steps, how.warmup) == (smaller, warmup)
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["clip", "weight_decay", "mu"])
+def test_what_no_strength_can_be_is_said(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} = {value}.*must be 0 or a positive number"):
+        fedit.Method(**{name: value})
 
 
 # --- a device ---------------------------------------------------------------------------------------------

@@ -65,9 +65,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         recipe_flags.check_resume(args, path, "fleetune tune --resume", ("rounds",))
         rounds = _more_rounds(args)
         if args.dry_run:
-            from fleetune.tuning import extension
+            from fleetune.tuning import extension, given_methods
 
             recipe = recipes.make(recipes.read(path / "run.toml"))
+            given_methods.check_known(recipe.method, path)
             _check_only(extension.longer(recipe, path, rounds) if rounds else recipe, args, ui)
             return
         with screen(ui) as shown:
@@ -86,8 +87,10 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 
 def _more_rounds(args: argparse.Namespace) -> int:
     """The rounds that a resumed run is to have, 0 where none are given; RecipeError for what is no number of rounds."""
+    from fleetune.tuning import extension
+
     text = recipe_flags.given(args).get("rounds")
-    return recipes.make({"model": "m", "data": "demo", "rounds": text}).rounds if text else 0
+    return extension.number(text) if text else 0
 
 
 def run_recipe(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> TuneResult:

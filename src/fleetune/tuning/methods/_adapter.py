@@ -86,10 +86,14 @@ class Training:
             raise ValueError(f"lr = {self.lr} must be positive")
         if not all(0 <= x < math.inf for x in (self.clip, self.weight_decay, self.mu)):
             raise ValueError(
-                f"clip = {self.clip}, weight_decay = {self.weight_decay}, mu = {self.mu} cannot be negative"
+                f"clip = {self.clip}, weight_decay = {self.weight_decay}, mu = {self.mu}: each must be 0 or a positive number"
             )
         if self.wire not in DTYPE:
             raise ValueError(f"wire = {self.wire!r} is none of {', '.join(DTYPE)}")
+
+    def warmup_in(self, steps: int) -> int:
+        """Return the warmup of a round made as short as this: as it is where the round has no fewer steps, else half at most."""
+        return self.warmup if 0 < self.steps <= steps else min(self.warmup, steps // 2)
 
     def rates(self, n: int) -> list[float]:
         """Return the learning rate of every step of a device with n rows.

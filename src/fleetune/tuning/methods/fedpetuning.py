@@ -191,7 +191,8 @@ class Method:
         return len(self.training().rates(rows))
 
     def sized(self, steps: int, batch_size: int) -> Method:
-        return replace(self, steps=steps, batch_size=batch_size, warmup=min(self.warmup, steps // 2))
+        warmup = self.training().warmup_in(steps)
+        return replace(self, steps=steps, batch_size=batch_size, warmup=warmup)
 
     def footprint(self, shape: Shape) -> Footprint | None:
         if self.module != "lora":
