@@ -14,9 +14,9 @@ vocabulary in both directions (`evaluation/losses.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,31 @@ from torch.nn import functional as F
 
 from fleetune.seeds.slots import WeightSlot
 
-if TYPE_CHECKING:
-    from fleetune.seeds.view import View
-
 Sink = Callable[[int, Tensor], None]  # (global index of the first element, gradient of any shape, row-major)
+
+
+class Moved(Protocol):
+    """What a tape needs of a view (`seeds/view.py`): its weights, a piece at a time, and the modules that own them."""
+
+    device: torch.device
+    owners: list[tuple[nn.Module, dict[str, WeightSlot]]]
+    tape: Any
+
+    def product(self, slot: WeightSlot, x: Tensor) -> Tensor:
+        """Return x W'."""
+        ...
+
+    def blocks(self, slot: WeightSlot) -> Iterable[tuple[int, Tensor]]:
+        """Yield (first row, rows) of a matrix; the next ones overwrite them."""
+        ...
+
+    def table(self, slot: WeightSlot, ids: Tensor) -> tuple[list[int], Tensor, Tensor]:
+        """Return the different ids, their rows, and for each id its place among them."""
+        ...
+
+    def whole(self, slot: WeightSlot) -> Tensor:
+        """Return a whole tensor, in memory of its own."""
+        ...
 
 
 class Tape:
@@ -36,7 +57,7 @@ class Tape:
     A tensor that is used twice, as a tied head is, sends two gradients, whose sum is the whole one.
     """
 
-    def __init__(self, view: View, sink: Sink) -> None:
+    def __init__(self, view: Moved, sink: Sink) -> None:
         self.view, self.sink = view, sink
         # what a function of no other differentiable tensor hangs on, so that backward comes to it
         self.root = torch.zeros((), device=view.device, requires_grad=True)
@@ -124,3 +145,25 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         ctx.tape.sink(ctx.slot.start, gradients[0].contiguous())
         return None, None, None
+
+
+class RowBlocks:
+    """The rows of an output head's matrix, block by block, for a loss that never has all of them (`evaluation/losses.py`)."""
+
+    def __init__(self, view: Moved, slot: WeightSlot) -> None:
+        self.view, self.slot = view, slot
+
+    def __call__(self) -> Iterable[tuple[int, Tensor]]:
+        """Yield (first row, rows) at the view's point."""
+        return self.view.blocks(self.slot)
+
+    @property
+    def root(self) -> Tensor | None:
+        """Return what the loss hangs on where gradients are wanted, else None."""
+        tape: Tape | None = self.view.tape
+        return None if tape is None else tape.root
+
+    def gradient(self, first: int, rows: Tensor) -> None:
+        """Take the gradient of rows, from row `first` on."""
+        if self.view.tape is not None:
+            self.view.tape.rows(self.slot, first, rows)

@@ -39,7 +39,7 @@ from fleetune.seeds.folded_sums import FoldedSums
 from fleetune.seeds.noise import EMPTY, Passes
 from fleetune.seeds.slots import Direction, Read, WeightSlot, layout, read_stored
 from fleetune.seeds.stored_direction import StoredDirection
-from fleetune.seeds.tape import Tape
+from fleetune.seeds.tape import RowBlocks, Tape
 
 log = logging.getLogger(__name__)
 
@@ -64,27 +64,6 @@ def kernels(device: torch.device, backend: str = "auto") -> ModuleType:
             raise UsageError(f"Numba is not usable here: {error}", hint=hint) from error
         log.warning("Numba is not usable here: directions are computed by torch, which is slower")
         return importlib.import_module("fleetune.seeds.kernels_torch")
-
-
-class RowBlocks:
-    """The rows of an output head's matrix, block by block, for a loss that never has all of them (`evaluation/losses.py`)."""
-
-    def __init__(self, view: View, slot: WeightSlot) -> None:
-        self.view, self.slot = view, slot
-
-    def __call__(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first row, rows) at the view's point."""
-        return self.view.blocks(self.slot)
-
-    @property
-    def root(self) -> Tensor | None:
-        """Return what the loss hangs on where gradients are wanted, else None."""
-        return None if self.view.tape is None else self.view.tape.root
-
-    def gradient(self, first: int, rows: Tensor) -> None:
-        """Take the gradient of rows, from row `first` on."""
-        if self.view.tape is not None:
-            self.view.tape.rows(self.slot, first, rows)
 
 
 _WARNED: Final[WeakSet[nn.Module]] = WeakSet()  # nets whose unreached tensors were told
