@@ -18,6 +18,7 @@ prints a table (or one JSON object); MODEL is smollm2-135m unless stated.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -30,10 +31,12 @@ from benchmarks.harness import child
 
 KERNELS: Final = "inference with kernels"
 TORCH: Final = "mezo, torch's kernels"  # FLEETUNE_KERNELS=torch
+BACKWARD: Final = "fedkseed, backward"  # a device that back-propagates
 # A method's settings for one step.
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "mezo": {"tau": 1}, "zosgd": {"tau": 1}, "fedkseed": {"tau": 1}, "onebyte": {"directions": 1},
+        BACKWARD: {"backprop_steps": 1, "backprop": 1.0, "K": 1024},
         "fwdllm": {"P": 1}, "fedit": {"steps": 1}, "fedpetuning": {"steps": 1}, "fedpeptao": {"steps": 1},
     }
 )  # fmt: skip
@@ -52,6 +55,7 @@ def compare(
 
     work = plan.Workload(batch, length, steps, dtype)
     planned = {row.method: row for row in plan.table(models.load_config(model), work)}
+    planned[BACKWARD] = _backward(model, work, planned["fedkseed"])
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for name in list(names) * repeats:
         turns[name].append(child("plan_memory", model, "--one", name, "--batch", batch, "--length", length,
@@ -70,6 +74,19 @@ def compare(
             "peaks": [turn["peak"] for turn in seen],
         }  # fmt: skip
     return {"model": model, "batch": batch, "length": length, "steps": steps, "dtype": dtype, "rows": rows}
+
+
+def _backward(model: str, work: Any, forward: Any) -> Any:
+    """Return the row of a FedKSeed device that back-propagates, which the plan's table does not show."""
+    from fleetune import models
+    from fleetune.models.shapes import shape_of
+    from fleetune.planning import device_cost
+    from fleetune.tuning import methods
+
+    shape = shape_of(models.load_config(model))
+    method: Any = methods.make("fedkseed", {"backprop": 1.0})
+    parts = device_cost.memory(shape, work, method.footprints(shape)[1])
+    return dataclasses.replace(forward, peak=sum(parts.values()), parts=parts, seconds=None)
 
 
 def _kernels(name: str) -> int:
@@ -150,10 +167,14 @@ def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
     from fleetune.tuning.messages import Message, encode
 
     (counted, _), *more = SETTINGS[name].items()
-    method = methods.make(name, {"batch_size": batch, counted: steps} | dict(more))
+    method = methods.make(name.partition(",")[0], {"batch_size": batch, counted: steps} | dict(more))
     state = method.init(model, 7)
     fleet = LocalFleet(model, method, [rows], 0, pad_id(model))
-    message = encode(Message(1, bytes.fromhex(model.digest)[:8], method.broadcast(state)))
+    message = encode(
+        Message(
+            1, bytes.fromhex(model.digest)[:8], methods.kinds_of(method, state)[methods.kind_of(method, 0)][0]
+        )
+    )
     (answer,) = fleet.ask(1, [0], message)
     if answer.data is None:
         raise RuntimeError(answer.reason)

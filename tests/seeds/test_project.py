@@ -10,10 +10,12 @@ from torch.nn import functional as F
 
 from fleetune import models
 from fleetune.data.encode import Encoded, collate
+from fleetune.models.checkpointing import by_layer
 from fleetune.models.model import named_tensors
 from fleetune.seeds import noise
-from fleetune.seeds.project import Projection, WeightCopies, descend, fold
+from fleetune.seeds.project import Projection, descend, fold
 from fleetune.seeds.spsa import Position
+from fleetune.seeds.tape import Tape
 from fleetune.seeds.view import View, kernels
 from law_definition import slow_places
 
@@ -127,47 +129,27 @@ def test_the_projection_of_backward_is_the_projection_of_the_gradient_at_the_poi
     gradient = plain_gradient(view, b)
     for slot in view.slots:
         expected += dense(K, slot.start, gradient[slot.name])
-    copies = WeightCopies(view)
-    projection = Projection(copies, K, EPOCH)
-    with copies:
-        copies.refresh()
+    projection = Projection(view, K, EPOCH)
+    with Tape(view, projection.add):
         loss_of(model.net, b).backward()
     p = projection.take()
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(p, expected, rtol=0, atol=2e-5)
     assert not projection.take().any()
-    assert all(parameter.grad is None for parameter in copies.parameters.values())
+    assert not any(p.requires_grad or p.grad is not None for p in model.net.parameters())
 
 
-def test_gradients_are_freed_one_by_one():
-    """While backward runs, no more than one of the copies ever has a gradient."""
-    model, view, _ = moved_view()
-    copies = WeightCopies(view)
-    Projection(copies, 64, EPOCH)
-    alive = []
-    for parameter in copies.parameters.values():
-        parameter.register_post_accumulate_grad_hook(
-            lambda _: alive.append(sum(p.grad is not None for p in copies.parameters.values()))
-        )
-    with copies:
-        copies.refresh()
-        loss_of(model.net, batch()).backward()
-    assert len(alive) == len(view.slots)
-    assert not any(alive)
-
-
-def test_copies_leave_no_trace_even_after_an_error():
+def test_a_tape_leaves_no_trace_even_after_an_error():
     model, view, _ = moved_view()
     before = {n: (p, p.clone()) for n, p in model.net.named_parameters()}
     with torch.inference_mode():
         seen = loss_of(model.net, batch())
-    copies = WeightCopies(view)
-    with pytest.raises(RuntimeError, match="stop"), copies:
-        copies.refresh()
+    with pytest.raises(RuntimeError, match="stop"), Tape(view, lambda start, g: None), by_layer(model.net):
         assert loss_of(model.net, batch()).item() == pytest.approx(seen.item(), abs=1e-6)
         raise RuntimeError("stop")
     after = dict(model.net.named_parameters())
     assert all(after[n] is p and torch.equal(p, old) for n, (p, old) in before.items())
+    assert not loss_of(model.net, batch()).requires_grad
     with torch.inference_mode():
         assert loss_of(model.net, batch()) == seen
 

@@ -34,9 +34,9 @@ from fleetune.seeds import view as views
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.ledger_head import LedgerHead
 from fleetune.seeds.noise import passes, probe
-from fleetune.seeds.project import WeightCopies
 from fleetune.seeds.slots import WeightSlot, layout, read_stored
 from fleetune.seeds.spsa import Position, descend, two_point
+from fleetune.seeds.tape import Tape
 from fleetune.seeds.view import View, kernels
 from law_definition import slow_places
 
@@ -353,11 +353,13 @@ def test_tensors_that_a_parent_reads_are_at_the_point():
     assert torch.equal(net(x), x @ moved["inner.weight"].T + moved["inner.bias"])
     assert not torch.equal(net(x), x @ net.inner.weight.T + net.inner.bias)  # nobody runs: what is stored
     assert net.inner.weight is view.slots[1].tensor
-    with WeightCopies(view) as copies, torch.enable_grad():
-        copies.refresh()
+    heard: dict[int, Tensor] = {}
+    with Tape(view, heard.__setitem__), torch.enable_grad():
         assert torch.equal(net(x), x @ moved["inner.weight"].T + moved["inner.bias"])
         net(x).sum().backward()
-    assert copies.parameters["inner.weight"].grad is not None
+    slots = {slot.name: slot.start for slot in view.slots}
+    assert torch.equal(heard[slots["inner.weight"]], torch.ones(2, 3))
+    assert torch.equal(heard[slots["inner.bias"]], torch.ones(2))
     view.remove()
     assert type(net.inner._parameters) is dict
     assert not {"forward"} & (net.__dict__.keys() | net.inner.__dict__.keys())

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -145,7 +145,9 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     base = base_of(net)
     head = base.get_output_embeddings()
     limit = max(1, CHUNK_BYTES // (4 * int(base.config.get_text_config().vocab_size)))
-    blocks = None if torch.is_grad_enabled() else getattr(head, "row_blocks", None)
+    blocks = getattr(head, "row_blocks", None)
+    if blocks and torch.is_grad_enabled() and blocks.root is None:
+        blocks = None
     narrow = _Narrow(wanted, 0 if blocks else limit)
     logits = narrow.run(net, head, batch)
     if narrow.rows is not None and len(targets) > narrow.limit and logits is not narrow.output:
@@ -157,7 +159,8 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         parts = [_nll(logits[at[:, 0], at[:, 1]], target) for at, target in pieces]
         return torch.cat(parts), places[:, 0]
     if blocks and not narrow.limit:
-        return _streamed_nll(blocks, narrow.rows, targets), places[:, 0]
+        root = blocks.root if torch.is_grad_enabled() else None
+        return _StreamedNll.apply(narrow.rows, root, blocks, targets), places[:, 0]  # type: ignore[no-untyped-call]
     parts = [_nll(logits[0], targets[: narrow.limit])]
     del logits
     narrow.output = None  # the chunks below take its place
@@ -184,29 +187,60 @@ def predictors(net: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[Tensor],
     return rows, lambda rows: rows
 
 
-def _streamed_nll(
-    blocks: Callable[[], Iterable[tuple[int, Tensor]]], rows: Tensor, targets: Tensor
-) -> Tensor:
-    """Compute `_nll` for a head whose weights are computed on demand (`seeds/view.py`), each block of them once.
+class _StreamedNll(torch.autograd.Function):
+    """Compute `_nll` for a head whose weights are computed on demand (`seeds/view.py`), each block of them once a direction.
 
     The log-sum-exp is taken online over blocks of the vocabulary (Milakov and Gimelshein 2018, arXiv
-    1805.02867, Algorithm 3), so that all logits never exist at once, for any number of rows.
+    1805.02867, Algorithm 3), so that all logits never exist at once, for any number of rows.  Backward goes over the blocks
+    once more: the gradient of a block's logits is softmax - onehot.
     """
-    top = torch.full((len(rows),), -math.inf, device=rows.device)
-    total, own = torch.zeros_like(top), torch.zeros_like(top)
-    for first, weight in blocks():
-        size = max(1, CHUNK_BYTES // (4 * len(weight)))
-        for a in range(0, len(rows), size):
-            at = slice(a, a + size)
-            logits = F.linear(rows[at], weight).float()
-            here = targets[at] - first
-            inside = (here >= 0) & (here < len(weight))
-            own[at][inside] = logits[inside, here[inside]]
-            higher = torch.maximum(top[at], logits.amax(1))
-            seen = total[at] * torch.exp(top[at] - higher)
-            total[at] = seen + logits.sub_(higher[:, None]).exp_().sum(1)
-            top[at] = higher
-    return top + total.log() - own
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, root: Tensor | None, blocks: Any, targets: Tensor) -> Tensor:
+        top = torch.full((len(rows),), -math.inf, device=rows.device)
+        total, own = torch.zeros_like(top), torch.zeros_like(top)
+        for first, weight in blocks():
+            for at in _pieces(len(rows), len(weight)):
+                logits = F.linear(rows[at], weight).float()
+                inside, here = _here(targets[at], first, len(weight))
+                own[at][inside] = logits[inside, here]
+                higher = torch.maximum(top[at], logits.amax(1))
+                seen = total[at] * torch.exp(top[at] - higher)
+                total[at] = seen + logits.sub_(higher[:, None]).exp_().sum(1)
+                top[at] = higher
+        ctx.blocks = blocks
+        log_sums = top + total.log()
+        ctx.save_for_backward(rows, log_sums, targets)
+        return log_sums - own
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        rows, log_sums, targets = ctx.saved_tensors
+        back = torch.zeros_like(rows)
+        for first, weight in ctx.blocks():
+            gradient = torch.zeros_like(weight)
+            for at in _pieces(len(rows), len(weight)):
+                p = F.linear(rows[at], weight).float().sub_(log_sums[at, None]).exp_()
+                inside, here = _here(targets[at], first, len(weight))
+                p[inside, here] -= 1.0
+                p = p.mul_(gradients[0][at, None]).to(weight.dtype)
+                back[at].addmm_(p, weight)
+                gradient.addmm_(p.t(), rows[at])
+            ctx.blocks.gradient(first, gradient)
+        return back, None, None, None
+
+
+def _pieces(rows: int, width: int) -> Iterator[slice]:
+    """Yield slices of rows, of which `width` float32 numbers each are at most `CHUNK_BYTES`."""
+    size = max(1, CHUNK_BYTES // (4 * width))
+    return (slice(a, a + size) for a in range(0, rows, size))
+
+
+def _here(targets: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return which targets are among `count` tokens from `first` on, and these counted from there."""
+    here = targets - first
+    inside = (here >= 0) & (here < count)
+    return inside, here[inside]
 
 
 def row_losses(model: Model, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,8 @@ Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batc
     activations  forward alone: the widest point of one layer, N s (3 I + 2 h) for a llama.  With
                  back-propagation: all that autograd keeps, over all layers, times `HEAP`
     logits       at the scored positions, at most `losses.CHUNK_BYTES` in fp32 at a time, a few arrays of them
-    gradients    of what is trained; where they are folded as they come, of the largest tensor
-    copy         of the weights, where gradients are folded on directions (`seeds/project.py`)
+    gradients    of what is trained; where they are folded on directions (`seeds/project.py`), of a block of rows, which is
+                 computed again from the base, as the activations of a layer are: of those, what enters each layer is kept
     optimizer    AdamW's two moments
     adapter      its own fp32 weights, and the copies on their way from and to the wire
     lanczos      the vectors of a measurement of curvature, whose graph is then the peak
@@ -44,6 +44,7 @@ PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
 KERNELS: Final[Mapping[str, int]] = {"auto": 104 * MIB, "numba": 104 * MIB, "torch": 10 * MIB}
 PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
 HEAP: Final = 1.6  # back-propagation holds so much for each byte kept: glibc gives freed blocks back late
+FOLDED: Final = 20  # bytes for each element of a block that is folded: fp32 copy, signs, places and sums
 LOGITS_FORWARD: Final = 2.0  # fp32 arrays of logits alive in a forward: they and their log-softmax
 LOGITS_BACKWARD: Final = 5.0  # ... and their gradients, and the first chunk's own
 COPIES: Final = 4  # of an adapter in fp32: its own, what came, what goes, and on their way to bytes
@@ -114,7 +115,7 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
     if own:
         parts = {"gradients": own, "optimizer": moments * own, "adapter": COPIES * own}
     elif footprint.projects:
-        parts = {"gradients": shape.largest * work.size, "optimizer": 0, "copy": weights}
+        return _projected(shape, work, footprint.module)
     else:
         parts = {"gradients": weights, "optimizer": moments * weights}
     needed = activation_bytes(shape, work, footprint.module)
@@ -123,6 +124,22 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
     chunk, chunks = _logits(shape, work)
     logits = (LOGITS_BACKWARD + LOGITS_CHUNK * (chunks - 1)) * chunk
     return {"activations": int(needed + left), "logits": int(logits), **parts}
+
+
+def _projected(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
+    """Return the parts of a step whose weights and gradients exist a block of rows at a time, and activations a layer."""
+    from fleetune.evaluation.losses import CHUNK_BYTES
+    from fleetune.seeds.view import CHUNK
+
+    n, s = work.tokens, work.size
+    layer = HEAP * activation_bytes(shape, work, module) / shape.layers
+    whole = (work.batch if shape.labels else n) * shape.outputs * 4
+    block = whole if shape.labels else min(CHUNK_BYTES, n * (CHUNK // shape.hidden) * 4)
+    return {
+        "activations": int(layer + shape.layers * n * shape.hidden * s),
+        "logits": int(LOGITS_FORWARD * min(whole, block)),
+        "gradients": min(CHUNK, shape.largest) * (2 * s + FOLDED),
+    }
 
 
 def activation_bytes(shape: Shape, work: Workload, module: Module) -> int:

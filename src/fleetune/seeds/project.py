@@ -10,27 +10,28 @@ and (1/K) sum_k p_k z_k is the mean of K two-point estimates on one batch, witho
 (Shu et al., ICML 2025, arXiv 2409.06277) projects first-order updates on seeded directions too; its
 directions are independent, so it pays a pass over the weights for each.
 
-A gradient never exists whole: as backward makes a tensor's, it is folded and freed (`Projection`).  The price
-is one more copy of the weights (`WeightCopies`): backward needs the moved weights to stay in memory, where a
-view computes them anew for each use.
+Neither the weights nor a gradient ever exist whole: backward makes both a row block at a time (`tape`), and the gradient is
+folded at once (`Projection`).  The activations are those of one layer (`models/checkpointing`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from types import ModuleType, TracebackType
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterable
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fleetune.data import Batch
 from fleetune.evaluation.objectives import loss_tensor
+from fleetune.models.checkpointing import by_layer
 from fleetune.models.model import Model
 from fleetune.seeds.noise import EMPTY, fwht, passes, places
 from fleetune.seeds.spsa import Position
+from fleetune.seeds.tape import Tape
 from fleetune.seeds.view import CHUNK, View
 
 ONE = np.ones(1, np.float32)
@@ -62,77 +63,19 @@ def fold(
         sums += part.cpu().numpy()
 
 
-class WeightCopies:
-    """A context in which a view's net runs on copies of the weights that it sees, with gradients.
-
-    One more copy of the weights, for as long as this object lives; `refresh` moves it to the view's point.
-    `padding_idx` is off meanwhile: torch gives that token's embedding no gradient, though in many models it is
-    the token that ends a turn as well, on which the loss does depend.
-    """
-
-    def __init__(self, view: View) -> None:
-        self.view = view
-        self.parameters = {slot.name: nn.Parameter(torch.empty_like(slot.tensor)) for slot in view.slots}
-
-    def refresh(self) -> None:
-        """Compute the copies anew at the view's point."""
-        for slot in self.view.slots:
-            self.view.fill(slot, self.parameters[slot.name].detach().view(-1))
-
-    def __enter__(self) -> Self:
-        self._stored = []
-        for module, own in self.view.owners:
-            names: dict[str, Any] = {n: slot.tensor for n, slot in own.items()}
-            self._stored.append((module, module.__dict__.pop("forward"), names))
-            module._parameters.update({n: self.parameters[slot.name] for n, slot in own.items()})
-        embeddings = [m for m, _ in self.view.owners if isinstance(m, nn.Embedding)]
-        self._padding = [(m, m.padding_idx) for m in embeddings]
-        for embedding in embeddings:
-            embedding.padding_idx = None
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for module, forward, names in self._stored:
-            module._parameters.update(names)
-            module.forward = forward
-        for embedding, index in self._padding:
-            embedding.padding_idx = index
-
-
 class Projection:
-    """Folds the gradients of `copies` as backward makes them, each freed at once; `take` returns the result."""
+    """Folds gradients as backward makes them (the `sink` of a tape); `take` returns the slopes along the pool."""
 
-    def __init__(self, copies: WeightCopies, K: int, epoch: int) -> None:
-        self.view, self.epoch = copies.view, epoch
+    def __init__(self, view: View, K: int, epoch: int) -> None:
+        self.view, self.epoch = view, epoch
         self.sums = np.zeros(K)
-        for slot in self.view.slots:
-            parameter = copies.parameters[slot.name]
-            parameter.register_post_accumulate_grad_hook(self._hook(slot.start))  # type: ignore[no-untyped-call]
 
-    def _hook(self, start: int) -> Callable[[Tensor], None]:
+    def add(self, start: int, gradient: Tensor) -> None:
+        """Fold the gradient of elements from `start` on."""
         view = self.view
-
-        def add(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                key, at = view.run_key, self.epoch
-                fold(
-                    self.sums,
-                    parameter.grad,
-                    start,
-                    key,
-                    at,
-                    view.kernels,
-                    law=view.law,
-                    threads=view.threads,
-                )
-            parameter.grad = None
-
-        return add
+        fold(
+            self.sums, gradient, start, view.run_key, self.epoch, view.kernels, law=view.law, threads=view.threads
+        )  # fmt: skip
 
     def take(self) -> np.ndarray:
         """Return p float64 [K], p_k = z_k . g of all gradients since the last call."""
@@ -170,12 +113,10 @@ def descend(
     pool = (np.uint64(epoch) << np.uint64(32)) | np.arange(K, dtype=np.uint64)
     ids = np.concatenate([np.array(position.ids, np.uint64), pool])
     begun = np.array(position.coefficients, np.int64)
-    copies = WeightCopies(view)
-    projection = Projection(copies, K, epoch)
-    with copies, torch.enable_grad():
+    projection = Projection(view, K, epoch)
+    with Tape(view, projection.add), by_layer(model.net), torch.enable_grad():
         for batch in batches:
             view.place(passes(view.law, K, ids, np.concatenate([begun, np.rint(moved).astype(np.int64)])))
-            copies.refresh()
             loss = loss_tensor(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             p = projection.take()

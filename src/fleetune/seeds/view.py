@@ -39,6 +39,7 @@ from fleetune.seeds.folded_sums import FoldedSums
 from fleetune.seeds.noise import EMPTY, Passes
 from fleetune.seeds.slots import Direction, Read, WeightSlot, layout, read_stored
 from fleetune.seeds.stored_direction import StoredDirection
+from fleetune.seeds.tape import RowBlocks, Tape
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class View:
         self.point: Passes | None = None
         self.direction: Direction | None = None
         self.stored: StoredDirection | None = None  # where a probe's direction is written out, if anywhere
+        self.tape: Tape | None = None  # while what the net computes can be back-propagated
         self.reached: set[str] = set()
         self.folded = FoldedSums(self.slots, run_key, law, self.kernels, threads)
         self._scratch = torch.empty(0)
@@ -166,6 +168,44 @@ class View:
             self.piece(slot, first, last, out[first:last])
         return out
 
+    def whole(self, slot: WeightSlot) -> Tensor:
+        """Return a whole tensor at the view's point, in memory of its own."""
+        out = torch.empty_like(slot.tensor, memory_format=torch.contiguous_format).view(-1)
+        return self.piece(slot, 0, out.numel(), out).view(slot.tensor.shape)
+
+    def blocks(self, slot: WeightSlot) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row, rows [r, n_in]) of a matrix, few enough for the cache; the next ones overwrite them."""
+        n_out, n_in = slot.tensor.shape
+        rows = max(1, CHUNK // n_in)
+        for r in range(0, n_out, rows):
+            s = min(r + rows, n_out)
+            yield r, self.piece(slot, r * n_in, s * n_in).view(s - r, n_in)
+
+    def product(self, slot: WeightSlot, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x W' + bias for a matrix at the view's point."""
+        n_out, n_in = slot.tensor.shape
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], n_out)
+        if n_out <= max(1, CHUNK // n_in):
+            return F.linear(x, self.piece(slot, 0, n_out * n_in).view(n_out, n_in), bias)
+        flat = x.reshape(-1, n_in)
+        out = x.new_empty(flat.shape[0], n_out)
+        for r, block in self.blocks(slot):
+            torch.mm(flat, block.t(), out=out[:, r : r + len(block)])
+        if bias is not None:
+            out += bias
+        return out.view(*x.shape[:-1], n_out)
+
+    def table(self, slot: WeightSlot, ids: Tensor) -> tuple[list[int], Tensor, Tensor]:
+        """Return the different ids, their rows of a table at the view's point, and for each id its place among them."""
+        width = slot.tensor.shape[1]
+        rows, where = torch.unique(ids, return_inverse=True)
+        table = torch.empty(len(rows), width, dtype=slot.tensor.dtype, device=slot.tensor.device)
+        numbers = rows.tolist()
+        for place, row in enumerate(numbers):
+            self.piece(slot, row * width, (row + 1) * width, table[place])
+        return numbers, table, where
+
     def write(self) -> None:
         """Overwrite the stored weights with the view's point (for export; the base is lost)."""
         with torch.inference_mode():
@@ -234,7 +274,7 @@ class View:
             module._parameters = _ReadParameters(self, module, own)
             if type(module) is nn.Linear and getattr(module, "bias", None) is None and "weight" in own:
                 # `losses` reads the head's weights block by block
-                module.__dict__["row_blocks"] = functools.partial(_blocks, self, own["weight"])
+                module.__dict__["row_blocks"] = RowBlocks(self, own["weight"])
             self.owners.append((module, own))
 
 
@@ -301,8 +341,8 @@ class _ReadParameters(dict[str, Any]):
         found, slot = super().__getitem__(name), self.own.get(name)
         if slot is None or not self.view.running:
             return found
-        # anything but the stored tensor was put there by the module's own forward, or by `project`
-        return found if found is not slot.tensor else _whole(self.view, slot)
+        # anything but the stored tensor was put there by the module's own forward
+        return found if found is not slot.tensor else _seen(self.view, slot)
 
 
 def _forward_for(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> Callable[..., Any]:
@@ -314,51 +354,25 @@ def _forward_for(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> C
 
 
 def _linear(view: View, module: nn.Linear, own: dict[str, WeightSlot], x: Tensor) -> Tensor:
-    weight = own["weight"]
-    n_out, n_in = weight.tensor.shape
-    if not x.numel():
-        return x.new_empty(*x.shape[:-1], n_out)
-    bias = _seen(view, own, module, "bias")
-    if n_out <= max(1, CHUNK // n_in):
-        return F.linear(x, view.piece(weight, 0, n_out * n_in).view(n_out, n_in), bias)
-    flat = x.reshape(-1, n_in)
-    out = x.new_empty(flat.shape[0], n_out)
-    for r, block in _blocks(view, weight):
-        torch.mm(flat, block.t(), out=out[:, r : r + len(block)])
-    if bias is not None:
-        out += bias
-    return out.view(*x.shape[:-1], n_out)
-
-
-def _blocks(view: View, slot: WeightSlot) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, rows [r, n_in]) of a matrix, few enough for the cache."""
-    n_out, n_in = slot.tensor.shape
-    rows = max(1, CHUNK // n_in)
-    for r in range(0, n_out, rows):
-        s = min(r + rows, n_out)
-        yield r, view.piece(slot, r * n_in, s * n_in).view(s - r, n_in)
-
-
-def _seen(view: View, own: dict[str, WeightSlot], module: nn.Module, name: str) -> Tensor | None:
-    parameter: Tensor | None = _whole(view, own[name]) if name in own else getattr(module, name)
-    return parameter
-
-
-def _whole(view: View, slot: WeightSlot) -> nn.Parameter:
-    """Return a whole tensor at the view's point, in memory of its own."""
-    out = torch.empty_like(slot.tensor, memory_format=torch.contiguous_format).view(-1)
-    seen = view.piece(slot, 0, out.numel(), out).view(slot.tensor.shape)
-    return nn.Parameter(seen, requires_grad=False)
+    bias: Tensor | None = _seen(view, own["bias"]) if "bias" in own else module.bias
+    if view.tape is None:
+        return view.product(own["weight"], x, bias)
+    out = view.tape.linear(own["weight"], x)
+    return out if bias is None else out + bias
 
 
 def _embedding(view: View, slot: WeightSlot, ids: Tensor) -> Tensor:
-    # Only the rows in use are computed.
-    width = slot.tensor.shape[1]
-    rows, where = torch.unique(ids, return_inverse=True)
-    table = torch.empty(len(rows), width, dtype=slot.tensor.dtype, device=slot.tensor.device)
-    for place, row in enumerate(rows.tolist()):
-        view.piece(slot, row * width, (row + 1) * width, table[place])
+    if view.tape is not None:
+        return view.tape.embedding(slot, ids)
+    _, table, where = view.table(slot, ids)
     return F.embedding(where, table)
+
+
+def _seen(view: View, slot: WeightSlot) -> Tensor:
+    """Return a whole tensor at the view's point, in memory of its own."""
+    if view.tape is not None:
+        return view.tape.whole(slot)
+    return nn.Parameter(view.whole(slot), requires_grad=False)
 
 
 def _any_forward(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> Callable[..., Any]:
@@ -367,7 +381,7 @@ def _any_forward(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> C
     def forward(*args: Any, **kwargs: Any) -> Any:
         stored: dict[str, Any] = {name: slot.tensor for name, slot in own.items()}
         try:
-            module._parameters.update({name: _whole(view, slot) for name, slot in own.items()})
+            module._parameters.update({name: _seen(view, slot) for name, slot in own.items()})  # type: ignore[misc]
             return original(*args, **kwargs)
         finally:
             module._parameters.update(stored)

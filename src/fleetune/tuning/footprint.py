@@ -51,7 +51,7 @@ class Footprint(NamedTuple):
     state: Any = None  # a State of an average round, of placeholders, with the module in `state.tensors`
     stores_direction: bool = False  # two-point: the direction is written out, one number a weight
     moments: int = 2  # backward: the optimizer's numbers for each trained one
-    projects: bool = False  # backward: gradients are folded and freed as they come, on a copy of the weights
+    projects: bool = False  # backward: weights and gradients exist a block of rows at a time
     hessian_products: int = 0  # backward: of a Lanczos iteration, whose vectors are in memory together
     hessian_rows: int = 0  # rows that they are taken on; 0 for those of a step
 
