@@ -31,8 +31,9 @@ KEY, K = 0x0123456789ABCDEF, 64
 
 
 def batch_for(net: nn.Module) -> Batch:
-    """Two rows with padding; the end-of-text token, often the padding too, is among what is scored."""
-    ids = torch.tensor([[5, 9, 20, 5, 3, 26, 2], [1, 4, 2, 3, 12, 0, 0]])
+    """Two rows with padding, whose token also stands where it counts, as one that ends a turn does."""
+    pad = int(net.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
+    ids = torch.tensor([[5, 9, 20, 5, pad, 26, 2], [1, 4, 2, 3, 12, pad, pad]])
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
     if type(net).__name__.endswith("ForSequenceClassification"):
         return Batch(ids, mask, torch.tensor([1, 0]))
