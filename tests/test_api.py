@@ -188,7 +188,10 @@ def test_a_method_may_be_its_own_dataclass() -> None:
     by_name = tune()
     typed = tune(method=fedkseed.Method(**SMALL), settings={})
     assert typed.digest == by_name.digest
-    with pytest.raises(errors.UsageError, match="a list of builtins is not a registered method"):
+    with pytest.raises(
+        errors.UsageError,
+        match=r"an object of list \(builtins\) is neither a registered method nor of a frozen dataclass",
+    ):
         tune(method=[])
     with pytest.raises(errors.UsageError, match="the method is a class"):
         tune(method=fedkseed.Method)
