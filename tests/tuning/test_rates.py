@@ -195,7 +195,7 @@ def test_a_rate_is_held_until_the_model_has_moved_so_often(name: str, moves: int
         return methods.make(name, {**given, "lr": rate})
 
     before = harness.logits(model)
-    found = loss_after(bench, make, moves, given["lr"])
+    found = loss_after(bench, make, moves, bench.loss(), given["lr"])
     assert torch.equal(harness.logits(model), before)
     assert model.attachment is None
     method, state = make(given["lr"]), bench.begin(make(given["lr"]))
@@ -224,7 +224,11 @@ def test_of_the_held_rates_the_one_that_ends_lowest_is_taken(model: Model) -> No
 
     def after(rate: float) -> float:
         return loss_after(
-            bench, lambda lr: rates.shortened(methods.make("fedit", {**given, "lr": lr}), 10), 3, rate
+            bench,
+            lambda lr: rates.shortened(methods.make("fedit", {**given, "lr": lr}), 10),
+            3,
+            bench.loss(),
+            rate,
         )
 
     assert held == rounded(best / 3) < best

@@ -202,9 +202,7 @@ def prepare(
         measured = [row for i in held[: recipe.eval_rows] for row in place[i]]
         recipe, method, estimated = _timed(recipe, method, model, rows, measured, prompts, note)
     recipe = dataclasses.replace(recipe, within="")
-    if "lr" in names:
-        recipe, method = _for_clients(recipe, method, given, _asked(recipe, rows))
-    recipe, method, found = _with_rates(recipe, method, names, model, train, rows, note)
+    recipe, method, found = _with_rates(recipe, method, names, given, model, train, rows, note)
     return TuneJob(
         recipe, entry, method, model, parts, rows,
         held=[row for i in held[: recipe.eval_rows] for row in place[i]],
@@ -262,6 +260,7 @@ def _with_rates(
     recipe: Recipe,
     method: Method,
     names: Sequence[str],
+    given: Set[str],
     model: Model,
     train: Sequence[Encoded],
     rows: Sequence[Sequence[Encoded]],
@@ -271,14 +270,17 @@ def _with_rates(
     if not names:
         return recipe, method, []
     note(f"finding {' and '.join(names)} on training rows ..")
-    recipe, found = rates.find(recipe, names, model, train, _asked(recipe, rows))
+    asked = _asked(recipe, rows)
+    if "lr" in names:
+        recipe, method = _for_clients(recipe, method, given, asked)
+    recipe, found = rates.find(recipe, names, model, train, asked)
     return recipe, methods.make(recipe.method, recipe.set), found
 
 
 def _for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) -> tuple[Recipe, Method]:
     """Return the run with the server's step for the mean of so many clients, unless that is given or is not their mean."""
     mean = recipe.aggregation == "mean"
-    if not (mean and isinstance(method, methods.FollowsClients)) or method.step_setting in given:
+    if not (mean and isinstance(method, methods.FollowsClients)) or method.server_setting in given:
         return recipe, method
     method = method.for_clients(clients)
     return dataclasses.replace(recipe, set=methods.values_of(method)), method

@@ -205,7 +205,7 @@ class FollowsRows(Protocol):
 class FollowsClients(Protocol):
     """A method whose server steps further along the mean of more clients, where its rates are found rather than given."""
 
-    step_setting: ClassVar[str]  # the setting that has the server's step
+    server_setting: ClassVar[str]  # the setting that has the server's step
 
     def for_clients(self, clients: int) -> Method:
         """Return this method with the server's step for the mean of so many clients."""

@@ -93,7 +93,7 @@ class Method:
         0, "K", "directions in the pool, a power of two (0: 1024, or 4096 where clients back-propagate)"
     )
     steps_setting: ClassVar[str] = "tau"
-    step_setting: ClassVar[str] = "server_lr"
+    server_setting: ClassVar[str] = "server_lr"
 
     tau: int = setting(200, "τ", "local steps per round (not given: four passes over the rows, 50 to 200)")
     lr: float = setting(3e-7, "η", "learning rate", found=True)

@@ -183,7 +183,6 @@ def from_trial(
     at_server = bool(getattr(method, "rate_at_server", False))
     bench = bench_of(model, rows, recipe.seed, min(clients, AT_SERVER if at_server else CLIENTS))
     first = first_rate(method, name)
-
     make = make if at_server else functools.partial(_short, make, len(bench.clients[0]))
     trials = (trial.try_on_server if at_server else trial.try_on_devices)(bench, make, first)
     tried = trials.tried
@@ -195,7 +194,7 @@ def from_trial(
     rate = rounded(trials.best())
     why = f"tried {len(tried)} rates for a round, from {tried[0].rate:.2g} to {tried[-1].rate:.2g}"
     if (moves := min(trial.HELD, recipe.rounds)) > 1:
-        held = trial.hold(functools.partial(trial.loss_after, bench, make, moves), rate)
+        held = trial.hold(functools.partial(trial.loss_after, bench, make, moves, trials.start), rate)
         rate = rounded(min(held, key=lambda t: t.loss).rate)
         why += f"; {len(held)} for {moves}, from {held[-1].rate:.2g} to {held[0].rate:.2g}"
     return Found(name, rate, "trial", why, tuple(tried))

@@ -106,7 +106,8 @@ class Trials(NamedTuple):
 
 def try_on_devices(bench: Bench, make: Callable[[float], Method], first: float) -> Trials:
     """Try rates up from `first` while it helps, then down likewise: the devices of the trial do a round at each."""
-    return climb(bench.loss(), functools.partial(loss_after, bench, make, 1), first, FACTOR, TRIALS)
+    start = bench.loss()
+    return climb(start, functools.partial(loss_after, bench, make, 1, start), first, FACTOR, TRIALS)
 
 
 def hold(loss_of: Callable[[float], float], first: float) -> list[Tried]:
@@ -120,9 +121,9 @@ def hold(loss_of: Callable[[float], float], first: float) -> list[Tried]:
     return tried
 
 
-def loss_after(bench: Bench, make: Callable[[float], Method], moves: int, rate: float) -> float:
-    """Return the loss after rounds at a rate, until the model has moved so often; infinite where it was lost."""
-    method, moved, loss = make(rate), 0, bench.loss()
+def loss_after(bench: Bench, make: Callable[[float], Method], moves: int, start: float, rate: float) -> float:
+    """Return the loss after rounds at a rate, until it has moved so often from `start`; infinite where the model was lost."""
+    method, moved, loss = make(rate), 0, start
     with restored(bench.model):
         state = bench.begin(method)
         for number in range(1, (HELD_ROUNDS if moves > 1 else 1) + 1):
