@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fleetune.common import commas
 from fleetune.common.settings import Value
 
 Setting = Value | Callable[..., Any]  # of a method; a function is an objective or a reward
@@ -14,5 +15,5 @@ Rows = str | Path | Iterable[Mapping[str, Any]]  # a file, a hub id, or rows: di
 
 
 def words(given: str | Sequence[str]) -> list[str]:
-    """Return names as a list; a text may have several, with commas."""
-    return [w.strip() for w in given.split(",") if w.strip()] if isinstance(given, str) else list(given)
+    r"""Return names as a list; a text may have several, with commas (one of a name itself is written `\,`)."""
+    return commas.given(given) if isinstance(given, str) else list(given)

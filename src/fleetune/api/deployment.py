@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, words
-from fleetune.common import commas
 from fleetune.errors import UsageError
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
@@ -95,7 +94,7 @@ def measure(
     options = job.MeasureOptions(
         text=str(text) if text else None, windows=windows, length=length,
         data=objects_to_files.data_name(data, Path(out)) or None, limit=limit, tasks=tuple(words(tasks)),
-        answer_tokens=answer_tokens, labels=tuple(commas.given(labels) if isinstance(labels, str) else labels),
+        answer_tokens=answer_tokens, labels=tuple(words(labels)),
         threads=threads, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, repeats=repeats, kept_gain=kept_gain,
     )  # fmt: skip

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, words
-from fleetune.common import commas
 from fleetune.errors import RecipeError
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
@@ -52,8 +51,7 @@ def evaluate(
     from fleetune.evaluation import harness_tasks, measures
     from fleetune.runs.events import evaluated
 
-    heard = heard_by(listener, progress)
-    labels = commas.given(labels) if isinstance(labels, str) else [*labels]
+    heard, labels = heard_by(listener, progress), words(labels)
     own, others = harness_tasks.divided(words(tasks))
     wanted = _checked_tasks(own, limit, answer_tokens, text)
     of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
