@@ -68,10 +68,15 @@ def usable_memory() -> int:
 def release_memory() -> None:
     """Give freed memory back to the system and restart `peak_rss`, where possible (Linux, glibc)."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows has no library without a name
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, where possible (Linux, glibc)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows has no library without a name
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

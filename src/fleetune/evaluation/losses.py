@@ -10,33 +10,34 @@ padding changes a value by more than float noise.  The model is always called as
 forward hooks and PEFT layers take part.  Losses are in nats a token.
 
 The logits are the memory of an evaluation: 8 rows of 512 tokens over 49,152 pieces are 805 MB in float32,
-and a loss over all of them takes two such arrays.  Here a short-lived hook hands the output head only the
-positions whose next token is scored, at most `CHUNK_BYTES` of logits at a time (`token_losses`).
+and a loss over all of them takes two such arrays.  Here a short-lived hook takes the output head's inputs at the
+positions whose next token is scored, and their loss is computed in pieces (`head_loss`).
 
 Source: strided perplexity as in the Hugging Face guide "Perplexity of fixed-length models".
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakSet
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fleetune.common.display import counted
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import DataError, RecipeError
+from fleetune.evaluation.head_loss import head_nll, nll, tokens_a_piece
 from fleetune.models.model import Model
 
-CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time
+# nets that change the logits after their head, which was seen when they ran
+_CHANGED: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -99,26 +100,6 @@ def base_of(net: nn.Module) -> PreTrainedModel:
     raise TypeError(f"{type(net).__name__} holds no Hugging Face model")
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return -log softmax(logits)[target] in float32: logits [n, V], targets int64 [n] -> [n]."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
-
-
-def _split(rows: Tensor, size: int) -> list[Tensor]:
-    return [rows[start : start + size] for start in range(0, max(1, len(rows)), size)]
-
-
-def _head_nll(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    return _nll(head(rows.unsqueeze(0))[0], targets)
-
-
-def _chunk_nll(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    """Compute `_head_nll`; with gradients enabled it is recomputed in the backward pass instead of stored."""
-    if torch.is_grad_enabled():
-        return cast(Tensor, checkpoint(_head_nll, head, rows, targets, use_reentrant=False))
-    return _head_nll(head, rows, targets)
-
-
 def class_logits(net: nn.Module, batch: Batch) -> Tensor:
     """Return an encoder's logits of each row's label words: float32 [B, C]."""
     more = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
@@ -132,41 +113,36 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     A row for an encoder scores one thing, its label word.
 
     The label at position t is predicted at t-1, so a label at position 0 is never scored.  The head runs over
-    the N predicting positions in chunks; a model that changes the logits after its head (a soft cap, a scale) is
-    run again with all N in one chunk, which is slower and always right.  With gradients enabled the result can
-    be back-propagated; later chunks are then recomputed rather than stored.
+    the N predicting positions in pieces (`head_loss`); a model that changes the logits after its head (a soft cap, a
+    scale) is run with all N in one, and the first time twice.  With gradients enabled the result can be back-propagated.
     """
     if batch.labels.ndim == 1:
         rows = torch.arange(len(batch.labels), device=batch.labels.device)
-        return _nll(class_logits(net, batch), batch.labels), rows
+        return nll(class_logits(net, batch), batch.labels), rows
     wanted = F.pad(batch.labels[:, 1:] != MASKED, (0, 1))
     targets = batch.labels[:, 1:][wanted[:, :-1]]
     places = wanted.nonzero()
     base = base_of(net)
     head = base.get_output_embeddings()
-    limit = max(1, CHUNK_BYTES // (4 * int(base.config.get_text_config().vocab_size)))
-    blocks = getattr(head, "row_blocks", None)
-    if blocks and torch.is_grad_enabled() and blocks.root is None:
-        blocks = None
-    narrow = _Narrow(wanted, 0 if blocks else limit)
+    changed = base in _CHANGED
+    narrow = _Narrow(wanted, len(targets) if changed else 0)
     logits = narrow.run(net, head, batch)
-    if narrow.rows is not None and len(targets) > narrow.limit and logits is not narrow.output:
-        narrow = _Narrow(wanted, len(targets))
-        logits = narrow.run(net, head, batch)
     if narrow.rows is None:
         logits = logits[:, -wanted.shape[1] :]
-        pieces = zip(_split(places, limit), _split(targets, limit), strict=True)
-        parts = [_nll(logits[at[:, 0], at[:, 1]], target) for at, target in pieces]
+        size = tokens_a_piece(logits.shape[-1])
+        parts = [
+            nll(logits[at[:, 0], at[:, 1]], target)
+            for at, target in zip(places.split(size), targets.split(size), strict=True)
+        ]
         return torch.cat(parts), places[:, 0]
-    if blocks and not narrow.limit:
-        root = blocks.root if torch.is_grad_enabled() else None
-        return _StreamedNll.apply(narrow.rows, root, blocks, targets), places[:, 0]  # type: ignore[no-untyped-call]
-    parts = [_nll(logits[0], targets[: narrow.limit])]
-    del logits
-    narrow.output = None  # the chunks below take its place
-    pieces = zip(_split(narrow.rows, narrow.limit), _split(targets, narrow.limit), strict=True)
-    parts += [_chunk_nll(cast(nn.Module, head), *piece) for piece in itertools.islice(pieces, 1, None)]
-    return torch.cat(parts), places[:, 0]
+    if logits is narrow.output:
+        _CHANGED.discard(base)
+        return head_nll(cast(nn.Module, head), narrow.rows, targets), places[:, 0]
+    if changed:
+        return nll(logits[0], targets), places[:, 0]
+    _CHANGED.add(base)
+    del narrow, logits
+    return token_losses(net, batch)
 
 
 def predictors(net: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -185,62 +161,6 @@ def predictors(net: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[Tensor],
     logits = narrow.run(net, head, batch)
     rows = logits[:, -wanted.shape[1] :][wanted] if narrow.rows is None else logits[0]
     return rows, lambda rows: rows
-
-
-class _StreamedNll(torch.autograd.Function):
-    """Compute `_nll` for a head whose weights are computed on demand (`seeds/view.py`), each block of them once a direction.
-
-    The log-sum-exp is taken online over blocks of the vocabulary (Milakov and Gimelshein 2018, arXiv
-    1805.02867, Algorithm 3), so that all logits never exist at once, for any number of rows.  Backward goes over the blocks
-    once more: the gradient of a block's logits is softmax - onehot.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, root: Tensor | None, blocks: Any, targets: Tensor) -> Tensor:
-        top = torch.full((len(rows),), -math.inf, device=rows.device)
-        total, own = torch.zeros_like(top), torch.zeros_like(top)
-        for first, weight in blocks():
-            for at in _pieces(len(rows), len(weight)):
-                logits = F.linear(rows[at], weight).float()
-                inside, here = _here(targets[at], first, len(weight))
-                own[at][inside] = logits[inside, here]
-                higher = torch.maximum(top[at], logits.amax(1))
-                seen = total[at] * torch.exp(top[at] - higher)
-                total[at] = seen + logits.sub_(higher[:, None]).exp_().sum(1)
-                top[at] = higher
-        ctx.blocks = blocks
-        log_sums = top + total.log()
-        ctx.save_for_backward(rows, log_sums, targets)
-        return log_sums - own
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        rows, log_sums, targets = ctx.saved_tensors
-        back = torch.zeros_like(rows)
-        for first, weight in ctx.blocks():
-            gradient = torch.zeros_like(weight)
-            for at in _pieces(len(rows), len(weight)):
-                p = F.linear(rows[at], weight).float().sub_(log_sums[at, None]).exp_()
-                inside, here = _here(targets[at], first, len(weight))
-                p[inside, here] -= 1.0
-                p = p.mul_(gradients[0][at, None]).to(weight.dtype)
-                back[at].addmm_(p, weight)
-                gradient.addmm_(p.t(), rows[at])
-            ctx.blocks.gradient(first, gradient)
-        return back, None, None, None
-
-
-def _pieces(rows: int, width: int) -> Iterator[slice]:
-    """Yield slices of rows, of which `width` float32 numbers each are at most `CHUNK_BYTES`."""
-    size = max(1, CHUNK_BYTES // (4 * width))
-    return (slice(a, a + size) for a in range(0, rows, size))
-
-
-def _here(targets: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return which targets are among `count` tokens from `first` on, and these counted from there."""
-    here = targets - first
-    inside = (here >= 0) & (here < count)
-    return inside, here[inside]
 
 
 def row_losses(model: Model, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

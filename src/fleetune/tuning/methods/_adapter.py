@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -35,6 +35,7 @@ from torch import nn
 from fleetune import adapters
 from fleetune.data import Batches
 from fleetune.evaluation.objectives import loss_tensor
+from fleetune.models.checkpointing import by_layer
 from fleetune.models.model import Model
 from fleetune.tuning import server_rules
 from fleetune.tuning.averaging import weighted_mean
@@ -75,7 +76,7 @@ class Training:
     weight_decay: float = 0.0
     mu: float = 0.0  # FedProx
     scaffold: bool = False
-    checkpointing: bool = False
+    checkpointing: bool = True
     wire: str = "fp32"
 
     def check(self) -> None:
@@ -161,7 +162,7 @@ def train(model: Model, batches: Batches, key: int, how: Training, pull: Mapping
     away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in pull.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=how.lr, weight_decay=how.weight_decay)
     rows, losses = batches.steps if how.steps else batches.epochs, []
-    with adapters.training(model, key), checkpointing(model.net, how.checkpointing):
+    with adapters.training(model, key), by_layer(model.net) if how.checkpointing else nullcontext():
         for batch, rate in zip(
             rows(how.steps or how.epochs, how.batch_size), how.rates(batches.n), strict=True
         ):
@@ -186,21 +187,6 @@ def prox_(parameters: Mapping[str, nn.Parameter], anchor: Mapping[str, torch.Ten
         parameter = parameters[name]
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - origin, alpha=mu)
-
-
-@contextmanager
-def checkpointing(net: Any, on: bool) -> Iterator[None]:
-    """Compute activations again in the backward pass instead of keeping them; off again afterwards."""
-    if not on:
-        yield
-        return
-    # transformers 5.24 gave it a new name and warns about the old one
-    kind = "activation" if hasattr(net, "activation_checkpointing_enable") else "gradient"
-    getattr(net, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        getattr(net, f"{kind}_checkpointing_disable")()
 
 
 # ---------------------------------------------------------------- what travels
