@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fleetune.models import checkpointing
 from fleetune.models.checkpointing import by_layer
 from fleetune.models.layers import layers_of
 
@@ -50,7 +51,7 @@ def test_gradients_are_the_same_bits_with_dropout_and_less_is_kept(family: str) 
     )
     net: Any = build(family, **changes)
     whole, much = trained(net, nullcontext())
-    again, less = trained(net, by_layer(net))
+    again, less = trained(net, by_layer(net, small=0))
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert less < 0.7 * much
@@ -64,3 +65,23 @@ def test_the_layers_are_as_they_were_afterwards() -> None:
         assert all("forward" in layer.__dict__ for layer in layers)
         raise RuntimeError("stop")
     assert [layer.__dict__.get("forward") for layer in layers] == [mark, None]
+
+
+def test_a_small_batch_keeps_its_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    net: Any = build("llama")
+    entering = IDS.numel() * net.config.hidden_size * 4 * net.config.num_hidden_layers
+    _, all_of_them = trained(net, nullcontext())
+    assert trained(net, by_layer(net))[1] == all_of_them
+    assert trained(net, by_layer(net, small=entering + 1))[1] == all_of_them
+    assert trained(net, by_layer(net, small=entering))[1] < all_of_them
+
+
+def test_free_memory_is_given_back_every_few_layers_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    net: Any = build("llama", num_hidden_layers=7)
+    given: list[int] = []
+    monkeypatch.setattr(checkpointing, "give_back", lambda: given.append(1))
+    trained(net, by_layer(net, small=0))
+    assert not given  # a layer is entered by some kB
+    monkeypatch.setattr(checkpointing, "LARGE", 1)
+    trained(net, by_layer(net, small=0))
+    assert len(given) == 2  # one layer of each five, on the way there and back

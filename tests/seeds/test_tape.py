@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.data.encode import MASKED, Batch
-from fleetune.evaluation import losses
+from fleetune.evaluation import head_loss
 from fleetune.evaluation.losses import token_losses
 from fleetune.models.checkpointing import by_layer
 from fleetune.models.model import named_tensors
@@ -60,7 +60,7 @@ def by_tape(net: nn.Module, view: View, batch: Batch) -> tuple[dict[str, Tensor]
         first = start - ends[name][0]
         whole[name][first : first + gradient.numel()] += gradient.float().view(-1)
 
-    with Tape(view, sink), by_layer(net), torch.enable_grad():
+    with Tape(view, sink), by_layer(net, small=0), torch.enable_grad():
         found, _ = token_losses(net, batch)
         found.mean().backward()
     return whole, found.detach()
@@ -92,7 +92,7 @@ def test_the_gradients_are_those_of_a_net_that_holds_the_moved_weights(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(views, "CHUNK", 700)  # several blocks of rows a matrix
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 256)  # several pieces of rows a block
+    monkeypatch.setattr(head_loss, "CHUNK_BYTES", 256)  # several pieces of rows a block
     net = build(family).eval().requires_grad_(False)
     batch = batch_for(net)
     view = moved(net)

@@ -235,6 +235,25 @@ def test_of_the_held_rates_the_one_that_ends_lowest_is_taken(model: Model) -> No
     assert after(best / 3) < min(after(best), after(best / 9))
 
 
+def test_of_held_rates_that_end_as_low_the_middle_is_taken(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = methods.make("fedit", {}).lr  # type: ignore[attr-defined]
+    falls = {
+        1: [0.0, 2.0, 0.0],
+        3: [2.0, 2.1, 1.0],
+    }  # one round: three rates around the first; held: down from it
+
+    def after(bench: Bench, make: Any, moves: int, start: float, rate: float) -> float:
+        place = round(math.log(rate / first, 3.0))
+        return start - falls[moves][place + 1 if moves == 1 else -place]
+
+    monkeypatch.setattr("fleetune.tuning.rates.trial.loss_after", after)
+    recipe = recipes.make({"model": "m", "data": "d", "method": "fedit", "rounds": 3, "set": {"lr": "auto"}})
+    _, (found,) = rates.find(recipe, ["lr"], model, harness.rows(model), 2)
+    assert found.rate == rounded(first / math.sqrt(3))
+
+
 @pytest.mark.parametrize("name", ["fedit", "onebyte", "fwdllm", "mezo", "fedkseed"])
 def test_what_is_found_learns_and_leaves_the_model_alone(name: str, model: Model) -> None:
     given = {k: v for k, v in harness.QUICK[name].items() if k != "lr"}

@@ -35,26 +35,26 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def head_nll(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+def head_nll(head: nn.Module, rows: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
     """Return `nll` of what a head makes of its inputs: rows [N, H], targets int64 [N] -> float32 [N].
 
-    With gradients enabled it can be back-propagated, twice if need be.
+    `vocabulary` is the number V of its logits.  With gradients enabled it can be back-propagated, twice if need be.
     """
     blocks = getattr(head, "row_blocks", None)
     if not torch.is_grad_enabled():
         if blocks:
             return _stream(rows, None, blocks, targets)
-        return torch.cat([nll(_logits(head, rows[at]), targets[at]) for at in pieces(head, rows)])
+        return torch.cat([nll(_logits(head, rows[at]), targets[at]) for at in _pieces(rows, vocabulary)])
     if blocks and blocks.root is not None:
         return _stream(rows, blocks.root, blocks, targets)
-    if any(p.requires_grad for p in head.parameters()):
-        return _again(head, rows, targets)
-    return cast(Tensor, _FrozenNll.apply(rows, head, targets))  # type: ignore[no-untyped-call]
+    if _logits(head, rows[:0].detach()).requires_grad:
+        return _again(head, rows, targets, vocabulary)
+    return cast(Tensor, _FrozenNll.apply(rows, head, targets, vocabulary))  # type: ignore[no-untyped-call]
 
 
-def pieces(head: nn.Module, rows: Tensor) -> list[slice]:
+def _pieces(rows: Tensor, vocabulary: int) -> list[slice]:
     """Return slices of rows whose logits are alive together."""
-    size = tokens_a_piece(head(rows[:0].unsqueeze(0)).shape[-1])
+    size = tokens_a_piece(vocabulary)
     return [slice(a, a + size) for a in range(0, max(1, len(rows)), size)]
 
 
@@ -68,7 +68,7 @@ def _logits(head: nn.Module, rows: Tensor) -> Tensor:
     return cast(Tensor, head(rows.unsqueeze(0))[0])
 
 
-def _again(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+def _again(head: nn.Module, rows: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
     """Compute each piece again in the backward pass instead of keeping it."""
 
     def piece(rows: Tensor, targets: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def _again(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(
         [
             cast(Tensor, checkpoint(piece, rows[at], targets[at], use_reentrant=False))
-            for at in pieces(head, rows)
+            for at in _pieces(rows, vocabulary)
         ]
     )
 
@@ -86,10 +86,10 @@ class _FrozenNll(torch.autograd.Function):
     """Compute `nll` of a head that is not trained, and the gradient of its inputs, in one forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, head: nn.Module, targets: Tensor, vocabulary: int) -> Tensor:
         losses, back = [], torch.empty_like(rows)
         with torch.enable_grad():
-            for at in pieces(head, rows):
+            for at in _pieces(rows, vocabulary):
                 x = rows[at].detach().requires_grad_()
                 logits = _logits(head, x)
                 log_p = F.log_softmax(logits.detach().float(), -1)
@@ -106,8 +106,8 @@ class _FrozenNll(torch.autograd.Function):
         rows, targets, back = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted: by the loss itself
             losses = nll(_logits(ctx.head, rows), targets)
-            return torch.autograd.grad(losses, rows, gradients[0], create_graph=True)[0], None, None
-        return back * gradients[0][:, None].to(back.dtype), None, None
+            return torch.autograd.grad(losses, rows, gradients[0], create_graph=True)[0], None, None, None
+        return back * gradients[0][:, None].to(back.dtype), None, None, None
 
 
 def _stream(rows: Tensor, root: Tensor | None, blocks: Any, targets: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return torch.cat(parts), places[:, 0]
     if logits is narrow.output:
         _CHANGED.discard(base)
-        return head_nll(cast(nn.Module, head), narrow.rows, targets), places[:, 0]
+        return head_nll(cast(nn.Module, head), narrow.rows, targets, logits.shape[-1]), places[:, 0]
     if changed:
         return nll(logits[0], targets), places[:, 0]
     _CHANGED.add(base)

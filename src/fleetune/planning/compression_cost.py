@@ -67,7 +67,7 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
         stages["running"] = int(once * (work.length * work.size * shape.widest + scores)) + 2 * inner * 4
         stages["solving"] += stages["running"] if work.together else 0
     if work.measured:
-        from fleetune.evaluation.losses import CHUNK_BYTES
+        from fleetune.evaluation.head_loss import CHUNK_BYTES
 
         rows, length = EVALUATED
         after = 0 if work.low_memory else 4 * _weights(shape.linears)

@@ -104,7 +104,7 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
 
 def _logits(shape: Shape, work: Workload) -> tuple[int, float]:
     """Return fp32 bytes of the logits of a chunk, and how many chunks a step's positions make."""
-    from fleetune.evaluation.losses import CHUNK_BYTES
+    from fleetune.evaluation.head_loss import CHUNK_BYTES
 
     whole = (work.batch if shape.labels else work.tokens) * shape.outputs * 4
     return min(whole, CHUNK_BYTES), max(1.0, whole / CHUNK_BYTES)
@@ -128,7 +128,7 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
 
 def _projected(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
     """Return the parts of a step whose weights and gradients exist a block of rows at a time, and activations a layer."""
-    from fleetune.evaluation.losses import CHUNK_BYTES
+    from fleetune.evaluation.head_loss import CHUNK_BYTES
     from fleetune.seeds.view import CHUNK
 
     n, s = work.tokens, work.size

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fleetune.data.encode import MASKED, Batch
-from fleetune.evaluation.losses import CHUNK_BYTES, predictors
+from fleetune.evaluation.head_loss import CHUNK_BYTES
+from fleetune.evaluation.losses import predictors
 
 Predictors = tuple[Tensor, Callable[[Tensor], Tensor]]  # the result of `losses.predictors`
 

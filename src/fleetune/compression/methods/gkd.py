@@ -87,6 +87,7 @@ from fleetune.errors import RecipeError
 from fleetune.evaluation.answers import sample_from_ids, stop_ids, until_end
 from fleetune.evaluation.losses import context_length, eval_mode, pad_id, predictors
 from fleetune.evaluation.objectives import split
+from fleetune.models.checkpointing import by_layer
 from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.model import Model, digest, named_tensors, uniform
 from fleetune.models.shapes import shape_of
@@ -226,8 +227,9 @@ class Trainer:
         t: int,
     ) -> float:
         """Take step t, and return the mean divergence before it."""
-        loss, D = self.loss(student, teacher, batch, advantages)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with by_layer(student.net):
+            loss, D = self.loss(student, teacher, batch, advantages)
+            loss.backward()  # type: ignore[no-untyped-call]
         if self.keep_zeros:
             hold_zeros(student.net)
         clipped_step(

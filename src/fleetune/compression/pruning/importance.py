@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from fleetune.data import Encoded, collate
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
+from fleetune.models.checkpointing import by_layer
 from fleetune.models.families.widths import blocks_of, width_of
 from fleetune.models.model import Model
 
@@ -110,7 +111,7 @@ class GradientSums:
     ) -> None:
         """Add the gradients of the mean loss of every row."""
         parameters = [p for layer in layers for p in layer.parameters()]
-        with _hooked_gradients(parameters, self.add), torch.enable_grad():
+        with _hooked_gradients(parameters, self.add), by_layer(model.net), torch.enable_grad():
             for done, row in enumerate(rows, 1):
                 loss_tensor(model, collate([row], pad_id(model), model.device)).backward()  # type: ignore[no-untyped-call]
                 on_row(done, len(rows))

@@ -25,6 +25,7 @@ from fleetune.data import Batches, Encoded
 from fleetune.data.encode import Batch
 from fleetune.evaluation.losses import pad_id
 from fleetune.evaluation.objectives import loss_tensor
+from fleetune.models.checkpointing import by_layer
 from fleetune.models.model import Model
 
 CLIP = 1.0  # of the gradient's norm
@@ -75,7 +76,7 @@ class LoraRecovery:
         optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0)
 
         def step(t: int, batch: Batch) -> float:
-            with training(model, _dropout_key(seed, t)):
+            with training(model, _dropout_key(seed, t)), by_layer(model.net):
                 return self._update(model, batch, optimizer, parameters, t)
 
         batches = Batches(rows, pad_id(model), seed, model.device).steps(self.steps, self.batch_size)

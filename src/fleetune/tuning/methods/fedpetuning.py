@@ -100,7 +100,9 @@ class Method:
     server_lr: float = setting(0.0, "η_s", "the server's learning rate (0: 1 for avg and avgm, else 1e-3)")
     mu: float = setting(0.0, "μ", "FedProx: pull towards the global module (0.01 is usual)")
     scaffold: bool = setting(False, "c_k", "SCAFFOLD: correct a device's drift (its c goes down too)")
-    checkpointing: bool = setting(True, "ckpt", "compute activations again instead of keeping them: far less memory, some more time")
+    checkpointing: bool = setting(
+        True, "ckpt", "compute activations again in backward: less memory, more time"
+    )
     wire: str = setting("fp32", "wire", "fp32, or fp16 to halve the traffic")
 
     def __post_init__(self) -> None:

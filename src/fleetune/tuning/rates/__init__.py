@@ -195,7 +195,7 @@ def from_trial(
     why = f"tried {len(tried)} rates for a round, from {tried[0].rate:.2g} to {tried[-1].rate:.2g}"
     if (moves := min(trial.HELD, recipe.rounds)) > 1:
         held = trial.hold(functools.partial(trial.loss_after, bench, make, moves, trials.start), rate)
-        rate = rounded(min(held, key=lambda t: t.loss).rate)
+        rate = rounded(trial.Trials(trials.start, sorted(held)).best())
         why += f"; {len(held)} for {moves}, from {held[-1].rate:.2g} to {held[0].rate:.2g}"
     return Found(name, rate, "trial", why, tuple(tried))
 

@@ -5,7 +5,7 @@ Methods whose rate acts on a device are tried whole, a rate at a time (`try_on_d
 alone (`Method.rate_at_server`), devices work once, and only the server's step is repeated (`try_on_server`).
 
 What is best for one round can be too much for the next ones.  So what was found is then held for a few rounds, and a smaller
-rate likewise, while it ends lower (`hold`).
+rate likewise, while it ends lower (`hold`); of those that end as low the middle is taken again.
 
 Each trial begins at the base model and leaves it as it was.  The rows of the trial are training rows.
 """
