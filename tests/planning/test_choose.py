@@ -50,6 +50,7 @@ def test_the_method_has_the_settings_that_are_given(tiny: str) -> None:
 def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
     tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FLEETUNE_KERNELS", "torch")  # Numba's take more than this model's back-propagation
     rows = {r.method: r for r in choose.plan.table(
         models.load_config(tiny), choose.Workload(), rates=choose.NOT_MEASURED
     )}  # fmt: skip

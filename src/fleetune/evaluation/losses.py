@@ -132,7 +132,7 @@ def token_losses(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         size = tokens_a_piece(logits.shape[-1])
         parts = [
             nll(logits[at[:, 0], at[:, 1]], target)
-            for at, target in zip(places.split(size), targets.split(size), strict=True)
+            for at, target in zip(torch.split(places, size), torch.split(targets, size), strict=True)
         ]
         return torch.cat(parts), places[:, 0]
     if logits is narrow.output:

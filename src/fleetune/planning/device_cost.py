@@ -43,6 +43,9 @@ PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
 # pieces of words and sums.
 KERNELS: Final[Mapping[str, int]] = {"auto": 104 * MIB, "numba": 104 * MIB, "torch": 10 * MIB}
 PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
+LAYERS: Final = (
+    2.5  # with checkpoints: a layer's activations, their gradients, and what a few layers leave behind
+)
 HEAP: Final = 1.6  # back-propagation holds so much for each byte kept: glibc gives freed blocks back late
 FOLDED: Final = 20  # bytes for each element of a block that is folded: fp32 copy, signs, places and sums
 LOGITS_FORWARD: Final = 2.0  # fp32 arrays of logits alive in a forward: they and their log-softmax
@@ -50,6 +53,7 @@ LOGITS_BACKWARD: Final = 5.0  # ... and their gradients, and the first chunk's o
 COPIES: Final = 4  # of an adapter in fp32: its own, what came, what goes, and on their way to bytes
 CURVED: Final = 4.8  # a graph that can be differentiated twice holds so much for each byte kept
 LOGITS_CURVED: Final = 3.7  # ... and so many fp32 arrays of all logits
+LOGITS_FROZEN: Final = 3.0  # ... of a head that is not trained, with their gradient
 LOGITS_CHUNK: Final = 0.5  # what each further chunk leaves behind (freed blocks, as for `HEAP`)
 
 # A pass over the weights, by `seeds.kernel_choice`, takes as long as so many copies of them.
@@ -118,12 +122,27 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
         return _projected(shape, work, footprint.module)
     else:
         parts = {"gradients": weights, "optimizer": moments * weights}
+    return {**_graph(shape, work, footprint, parts["gradients"] + parts["optimizer"]), **parts}
+
+
+def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> dict[str, int]:
+    """Return bytes of what backward needs of a forward pass: activations, of one layer or of all, and the loss's."""
+    from fleetune.models.checkpointing import SMALL
+
     needed = activation_bytes(shape, work, footprint.module)
-    # gradients and moments fill what freed activations leave
-    left = max(0.0, (HEAP - 1) * needed - parts["gradients"] - parts["optimizer"])
+    entering = shape.layers * work.tokens * shape.hidden * work.size
+    if footprint.checkpointing and entering >= SMALL:
+        activations = LAYERS * needed / shape.layers + entering
+    else:
+        activations = max(needed, HEAP * needed - beside)  # gradients and moments fill what was freed
     chunk, chunks = _logits(shape, work)
-    logits = (LOGITS_BACKWARD + LOGITS_CHUNK * (chunks - 1)) * chunk
-    return {"activations": int(needed + left), "logits": int(logits), **parts}
+    if footprint.module.tensors:  # the head is not trained
+        from fleetune.evaluation.head_loss import GRADIENT_SHARE
+
+        logits = LOGITS_FROZEN * chunk / (GRADIENT_SHARE if chunks > 1 else 1)
+    else:
+        logits = (LOGITS_BACKWARD + LOGITS_CHUNK * (chunks - 1)) * chunk
+    return {"activations": int(activations), "logits": int(logits)}
 
 
 def _projected(shape: Shape, work: Workload, module: Module) -> dict[str, int]:

@@ -120,11 +120,12 @@ def apply(model: Model, state: State) -> None:
     adapters.load_(model, state.tensors)
 
 
-def footprint(module: Module | None) -> Footprint | None:
+def footprint(module: Module | None, *, checkpointing: bool) -> Footprint | None:
     """Return a device's work of training this module, with the state that its messages are counted by."""
     if module is None:
         return None
-    return Footprint("backward", module, State(placeholders(module), WIDE >> 1))
+    state = State(placeholders(module), WIDE >> 1)
+    return Footprint("backward", module, state, checkpointing=checkpointing)
 
 
 def clear(model: Model) -> None:

@@ -103,9 +103,7 @@ class Method:
     server_lr: float = setting(0.0, "η_s", "the server's learning rate (0: 1 for avg and avgm, else 1e-3)")
     mu: float = setting(0.0, "μ", "FedProx: pull towards the global adapter (0.01 is usual)")
     scaffold: bool = setting(False, "c", "SCAFFOLD: correct a device's drift (its c goes down too)")
-    checkpointing: bool = setting(
-        True, "ckpt", "compute activations again in backward: less memory, more time"
-    )
+    checkpointing: bool = setting(True, "ckpt", "compute activations twice: less memory, more time")
 
     def __post_init__(self) -> None:
         self.training().check()
@@ -247,4 +245,5 @@ class Method:
 
     def _footprint(self, shape: Shape, rank: int) -> Footprint | None:
         layers = lora_layers(shape, self.targets)
-        return _adapter.footprint(lora_module(layers, shape.head, rank, dropout=self.dropout > 0))
+        module = lora_module(layers, shape.head, rank, dropout=self.dropout > 0)
+        return _adapter.footprint(module, checkpointing=self.checkpointing)

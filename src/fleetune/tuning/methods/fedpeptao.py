@@ -140,6 +140,7 @@ class Method:
     server_lr: float = setting(0.05, "ηₛ", "server step, times 0.99 each round, 1e-4 at least (0: FedAvg)")
     momentum_input: str = setting("delta", "g", "delta: D of the round; delta_diff: D before - D (code)")
     rho: float = setting(0.0, "ρ", "weight of a round in c (0: the share of known devices)")
+    checkpointing: bool = setting(True, "ckpt", "compute activations twice: less memory, more time")
     personalise: bool = setting(False, "pFL", "the other layers' prompts stay on the device")
 
     def __post_init__(self) -> None:
@@ -160,7 +161,7 @@ class Method:
         """Return how a device trains."""
         return _adapter.Training(
             lr=self.lr, epochs=self.epochs, steps=self.steps, batch_size=self.batch_size, decay=True,
-            clip=self.clip, weight_decay=self.weight_decay,
+            clip=self.clip, weight_decay=self.weight_decay, checkpointing=self.checkpointing,
         )  # fmt: skip
 
     def init(self, model: Model, key: int) -> State:
@@ -325,5 +326,6 @@ class Method:
         state = State(placeholders(module), WIDE >> 1, np.arange(shape.layers), 0, 0, none, 0.0)
         products = self.lanczos if self.layers_rule in _layers.CURVED else 0
         return Footprint(
-            "backward", module, state, hessian_products=products, hessian_rows=self.curvature_rows
-        )
+            "backward", module, state, checkpointing=self.checkpointing, hessian_products=products,
+            hessian_rows=self.curvature_rows,
+        )  # fmt: skip

@@ -100,9 +100,7 @@ class Method:
     server_lr: float = setting(0.0, "η_s", "the server's learning rate (0: 1 for avg and avgm, else 1e-3)")
     mu: float = setting(0.0, "μ", "FedProx: pull towards the global module (0.01 is usual)")
     scaffold: bool = setting(False, "c_k", "SCAFFOLD: correct a device's drift (its c goes down too)")
-    checkpointing: bool = setting(
-        True, "ckpt", "compute activations again in backward: less memory, more time"
-    )
+    checkpointing: bool = setting(True, "ckpt", "compute activations twice: less memory, more time")
     wire: str = setting("fp32", "wire", "fp32, or fp16 to halve the traffic")
 
     def __post_init__(self) -> None:
@@ -200,7 +198,8 @@ class Method:
         if self.module != "lora":
             return None  # the other modules are not counted yet
         layers = lora_layers(shape, self.targets)
-        return _adapter.footprint(lora_module(layers, shape.head, self.size or MODULES["lora"].size))
+        module = lora_module(layers, shape.head, self.size or MODULES["lora"].size)
+        return _adapter.footprint(module, checkpointing=self.checkpointing)
 
 
 class Kind(NamedTuple):
