@@ -157,12 +157,7 @@ def test_the_head_sees_only_scored_positions_and_few_at_a_time(
     tiny: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * 4)
-    head, seen = tiny.net.lm_head, []
-    watch = head.register_forward_hook(lambda module, args, out: seen.append(out.shape[0] * out.shape[1]))
-    try:
-        batch_loss(tiny, _odd_batch())
-    finally:
-        watch.remove()
+    head, seen = tiny.net.lm_head, _head_calls(tiny)
     assert seen == [0, 4, 4, 4, 2]  # at first none, to see whether the model changes its logits afterwards
     assert not head._forward_hooks
     assert not head._forward_pre_hooks
@@ -215,6 +210,40 @@ def test_a_model_that_caps_its_logits_after_the_head(chunk: int, monkeypatch: py
     net.config.final_logit_softcapping = None
     uncapped = [loss for _, loss in _by_hand(net, _odd_batch())]
     assert np.abs(np.subtract(ours, uncapped)).max() > 1e-3
+
+
+def test_a_model_that_no_longer_changes_its_logits_is_read_in_pieces_again(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a net did once must not change the rounding of later measurements."""
+    monkeypatch.setattr(CHUNK_BYTES, 4 * VOCAB * 4)
+    before = _head_calls(tiny)
+    plain = type(tiny.net).forward
+
+    def scaled(self: Any, *args: Any, **more: Any) -> Any:
+        out = plain(self, *args, **more)
+        out.logits = out.logits / 2.0
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny.net), "forward", scaled)
+        assert _head_calls(tiny) == [0, 14]  # run again, with all of them
+        assert _head_calls(tiny) == [14]
+    assert _head_calls(tiny)[1:] == before[1:] == [4, 4, 4, 2]
+    assert _head_calls(tiny) == before
+
+
+def _head_calls(model: Model) -> list[int]:
+    """The tokens that the head of a model is handed, call by call, while the odd batch is measured."""
+    seen: list[int] = []
+    watch = model.net.lm_head.register_forward_hook(
+        lambda module, args, out: seen.append(out.shape[0] * out.shape[1])
+    )
+    try:
+        batch_loss(model, _odd_batch())
+    finally:
+        watch.remove()
+    return seen
 
 
 def test_a_head_that_is_no_module(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:

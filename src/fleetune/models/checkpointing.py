@@ -31,17 +31,17 @@ EVERY: Final = 5  # layers, forward or again, after which free memory is given b
 
 
 @contextmanager
-def by_layer(net: nn.Module, *, small: int = SMALL) -> Iterator[None]:
+def by_layer(net: nn.Module, *, small: int | None = None) -> Iterator[None]:
     """Checkpoint every layer of a net while the block runs; a net that has no list of layers keeps its activations.
 
-    So does any net for a batch whose layers are entered by fewer than `small` bytes together.
+    So does any net for a batch whose layers are entered by fewer than `small` bytes (None: `SMALL`) together.
     """
     try:
         layers = [net.get_submodule(layer.name) for layer in layers_of(net)]
     except ModelError:
         layers = []
     before = [layer.__dict__.get("forward") for layer in layers]
-    least = small / max(1, len(layers))
+    least = (SMALL if small is None else small) / max(1, len(layers))
     for place, layer in enumerate(layers):
         layer.forward = _again(layer.forward, least, place % EVERY == EVERY - 1)
     try:

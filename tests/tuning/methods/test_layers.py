@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +176,25 @@ def test_the_models_spectrum_and_change_are_the_explicit_hessians(batch: Batch) 
     adapters.load_(model, came)
     moved = explicit_hessian(model, batch)
     assert pytest.approx(np.linalg.norm(H - moved, 2), rel=1e-4) == L
+
+
+def test_the_graph_of_one_place_is_gone_before_that_of_the_next_is_made(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    alive: list[list[bool]] = []
+    real = _layers.products
+
+    def watched(model: Model, batch: Batch) -> Any:
+        alive.append([product() is not None for product in made])
+        product = real(model, batch)
+        made.append(weakref.ref(product))
+        return product
+
+    monkeypatch.setattr(_layers, "products", watched)
+    model = with_prompts(3)
+    _layers.spectrum_and_change(model, batch, adapters.export(model), lanczos=2, key=1)
+    assert alive == [[], [False]]
 
 
 # --- how many layers --------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fleetune import adapters
 from fleetune.adapters.prefix import IMPLEMENTATIONS
 from fleetune.common.display import human_time
+from fleetune.common.memory import give_back
 from fleetune.data import Batch
 from fleetune.errors import FleetError
 from fleetune.evaluation.losses import eval_mode
@@ -170,6 +171,8 @@ def spectrum_and_change(
         product, start = products(model, batch), _start(model, key)
         _announce(product, start, 2 * min(lanczos, len(start)))
         Q, HQ = subspace(product, start, lanczos)
+        del product  # its graph is as large as the one of the next
+        give_back()
         adapters.load_(model, came)
         there = products(model, batch)
         moved = np.stack([there(q) for q in Q.T], axis=1)
