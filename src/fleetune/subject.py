@@ -70,6 +70,11 @@ class Run:
         return self.recipe.max_length
 
     @property
+    def columns(self) -> str:
+        """Which columns its rows were read from; "" for those of a form."""
+        return self.recipe.columns
+
+    @property
     def result(self) -> Path:
         """The path of its ledger or adapter directory; UsageError when it has no result yet."""
         from fleetune.tuning import finished
@@ -139,10 +144,20 @@ class Compressed:
     @property
     def max_length(self) -> int:
         """Tokens of a row at most: those of the run that it comes from, so that losses compare; else `ROW`."""
+        return self._run.max_length if self._run is not None else ROW
+
+    @property
+    def columns(self) -> str:
+        """Which columns the rows of the run that it comes from were read from; "" for those of a form."""
+        return self._run.columns if self._run is not None else ""
+
+    @cached_property
+    def _run(self) -> Run | None:
+        """The run that it comes from, where that is still there."""
         request = self.request
         if request is None or not request.run or not (Path(request.model) / "run.toml").is_file():
-            return ROW
-        return Run(Path(request.model)).max_length
+            return None
+        return Run(Path(request.model))
 
     @property
     def holds_codes(self) -> bool:
@@ -182,6 +197,7 @@ class Plain:
 
     name: str
     max_length: ClassVar[int] = ROW
+    columns: ClassVar[str] = ""
 
     @property
     def argument(self) -> str:

@@ -358,3 +358,35 @@ def test_a_check_knows_an_encoders_positions(kind: str, at: Path, capsys: Captur
         })
     )  # fmt: skip
     assert found["cut"] == job.cut.longer > 0
+
+
+def test_the_command_that_follows_a_check_has_its_flags_and_runs(at: Path, capsys: Capture) -> None:
+    mapping = "prompt=ask,response=say,client=shop"
+    assert (
+        main(["data", "check", "own.jsonl", "--columns", mapping, "--model", "tiny", "--max-length", "64"])
+        == 0
+    )
+    (line,) = [s for s in capsys.readouterr().out.splitlines() if s.strip().startswith("next")]
+    command = line.split("fleetune ")[1]
+    assert command == f"tune tiny own.jsonl --columns {mapping} --max-length 64"
+    assert main([*command.split(), *RUN[:8], "--held-out", "4", "--dry-run", "--device", "cpu"]) == 0
+
+
+def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys: Capture) -> None:
+    mapping = ["--columns", "prompt=ask,response=say"]
+    assert main(["tune", "tiny", "own.jsonl", *mapping, *RUN]) == 0
+    write(at / "named.jsonl", [{"prompt": "what of 1", "response": "word word"}])
+    write(at / "more.jsonl", [{"ask": "what of 1", "say": "word word"}])
+    write(at / "third.jsonl", [{"q": "what of 1", "a": "word word"}])
+    found = []
+    for words in (["latest", "more.jsonl"], ["latest", "named.jsonl"],
+                  ["latest", "third.jsonl", "--columns", "prompt=q,response=a"]):  # fmt: skip
+        capsys.readouterr()
+        assert main(["eval", *words, "--tasks", "loss", "--device", "cpu", "--json"]) == 0, (
+            capsys.readouterr().err
+        )
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["loss"])
+    assert found[0] == found[1] == found[2]
+    assert main(["eval", "latest", "third.jsonl", "--device", "cpu"]) == 2
+    assert "has no column 'ask' to read as prompt" in capsys.readouterr().err
+    assert main(["eval", "tiny", "more.jsonl", *mapping, "--tasks", "loss", "--device", "cpu"]) == 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, words
-from fleetune.errors import RecipeError
+from fleetune.errors import DataError, RecipeError
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
 from fleetune.subject import Subject
@@ -24,6 +24,7 @@ def evaluate(
     data: Rows | None = None,
     *,
     tasks: Sequence[str] = (),
+    columns: str = "",
     limit: int = 200,
     answer_tokens: int = 96,
     text: str | Path | None = None,
@@ -38,6 +39,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a model on rows and return task -> value; a run or a compressed run has held-out rows of its own.
 
+    `columns` says which columns of the rows are which, as in `tune`; a run's are used where none are given and they fit.
     `tasks` are loss, rouge_l, f1, exact_match, accuracy (by the words in `labels`) and perplexity (of the file `text`);
     the default is loss and rouge_l; for an encoder, loss and accuracy.  At most `limit` rows are measured, cut to the
     `max_length` of the run that the model comes from (512 tokens for others).  The event of a run has the loss of its base
@@ -57,7 +59,7 @@ def evaluate(
     of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
     if of_harness is not None and not own:
         return _by_harness(of_harness, found, limit, heard, dtype=dtype, device=device, offline=offline)
-    given = _rows(data, Path(out), offline=offline)
+    given = _rows(data, Path(out), columns, found.columns, offline=offline)
     _check_labels(given[:limit], labels if "accuracy" in wanted else ())
     loaded, every = subjects.load_with_rows(
         found, given, labels=labels, dtype=dtype, device=device, needs_rows=not text, offline=offline
@@ -98,13 +100,23 @@ def _by_harness(
     return harness_tasks.by_name(scores)
 
 
-def _rows(data: Rows | None, out: Path, *, offline: bool) -> list[Example]:
-    """Read the rows that were given, none for None."""
+def _rows(data: Rows | None, out: Path, columns: str, usual: str, *, offline: bool) -> list[Example]:
+    """Read the rows that were given, none for None: by `columns` or, without, by the `usual` ones where they fit."""
     from fleetune.data import read
     from fleetune.tuning import objects_to_files
 
     file = objects_to_files.data_name(data, out)
-    return read(file, offline=offline) if file else []
+    if not file:
+        return []
+    if columns or not usual:
+        return read(file, columns=columns, offline=offline)
+    try:
+        return read(file, columns=usual, offline=offline)
+    except DataError as error:
+        try:
+            return read(file, offline=offline)
+        except DataError:
+            raise error from None
 
 
 def _check_labels(rows: Sequence[Example], labels: Sequence[str]) -> None:

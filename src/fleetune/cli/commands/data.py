@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fleetune.cli import recipe_flags
 from fleetune.cli.console import Ui
@@ -45,10 +45,15 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     found = data_check.check(recipe, model, offline=args.offline)
     ui.event(found)
     if not ui.json:
-        _print(found, recipe.data, model, ui)
+        _print(found, recipe.data, model, _flags(given), ui)
 
 
-def _print(found: DataChecked, data: str, model: str, ui: Ui) -> None:
+def _flags(given: Mapping[str, object]) -> str:
+    """Return the settings of the recipe that were given, as flags of the command that follows."""
+    return "".join(f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items())
+
+
+def _print(found: DataChecked, data: str, model: str, flags: str, ui: Ui) -> None:
     lengths, total = found.lengths, found.equal_held_out + found.near_held_out
     rows = [
         ("rows", f"{found.rows:,} · {found.training:,} to train on, {found.held_out:,} held out"),
@@ -75,7 +80,9 @@ def _print(found: DataChecked, data: str, model: str, ui: Ui) -> None:
         ui.paths([("note", clean(remark))])
     for sample in found.samples:
         _show(sample, ui)
-    ui.paths([("next", f"fleetune tune {model or 'MODEL'} {shlex.quote(data)}")])
+    ui.paths(
+        [("next", f"fleetune tune {shlex.quote(model) if model else 'MODEL'} {shlex.quote(data)}{flags}")]
+    )
 
 
 def _cut(found: DataChecked) -> str:

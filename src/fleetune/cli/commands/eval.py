@@ -31,6 +31,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="loss, rouge, f1, em, accuracy, perplexity (default loss,rouge; of an encoder loss,accuracy), and any task of "
         "lm-evaluation-harness by its name: hellaswag, arc_easy",
     )
+    sub.add_argument(
+        "--columns", default="", metavar="NAME=COLUMN,..",
+        help="which columns of DATA are which, as in prompt=question,response=answer (default: as the run read its own)",
+    )  # fmt: skip
     sub.add_argument("--limit", type=int, default=200, help="rows at most, of each task (default 200)")
     sub.add_argument(
         "--task-files", metavar="DIR", help="folder with lm-evaluation-harness tasks (YAML) of your own"
@@ -56,9 +60,9 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         raise RecipeError(["--tasks names no task"], hint="fleetune eval --help")
     with console_listener(ui) as listener:
         api.evaluate(
-            args.model, args.data, tasks=tasks, limit=args.limit, answer_tokens=args.answer_tokens, text=args.text,
-            task_files=args.task_files, labels=commas.given(args.labels or ""), dtype=args.dtype,
-            device=args.device, out=args.out, offline=args.offline, listener=listener,
+            args.model, args.data, tasks=tasks, columns=args.columns, limit=args.limit, text=args.text,
+            answer_tokens=args.answer_tokens, task_files=args.task_files, labels=commas.given(args.labels or ""),
+            dtype=args.dtype, device=args.device, out=args.out, offline=args.offline, listener=listener,
         )  # fmt: skip
     done = listener.last
     if isinstance(done, EvalDone) and not ui.json:
