@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -370,6 +371,20 @@ def test_the_command_that_follows_a_check_has_its_flags_and_runs(at: Path, capsy
     command = line.split("fleetune ")[1]
     assert command == f"tune tiny own.jsonl --columns {mapping} --max-length 64"
     assert main([*command.split(), *RUN[:8], "--held-out", "4", "--dry-run", "--device", "cpu"]) == 0
+
+
+def test_a_search_for_a_rate_is_stopped_at_once_and_leaves_no_run(
+    at: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pulled(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the search went on")
+
+    monkeypatch.setattr("fleetune.tuning.rates.find", pulled)
+    words = ["tune", "tiny", "own.jsonl", "--columns", "prompt=ask,response=say", *RUN, "--set", "lr=auto"]
+    assert main(words) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert not list(at.glob("runs/*/"))
 
 
 def test_rows_of_a_run_are_measured_by_the_columns_that_it_read(at: Path, capsys: Capture) -> None:

@@ -240,6 +240,7 @@ def test_a_refusal_shows_the_first_row_and_the_flag_once(tmp_path: Path) -> None
         ({"turns": turns(("user", "a"))}, "messages=turns"),
         ({"body": "b"}, "text=body"),
         ({"a1": "when?", "b2": "at noon", "shop": "bar"}, "prompt=a1,response=b2"),
+        ({"Nr": "17", "Frage": "when?", "Antwort": "at noon"}, "prompt=Frage,response=Antwort"),
         ({"n": 1}, "prompt=COLUMN,response=COLUMN"),
     ],
 )

@@ -341,6 +341,11 @@ def test_a_signal_asks_for_a_stop_and_a_second_one_ends(number: int) -> None:
             assert interrupt.requested
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
+        with InterruptHandler(Ui()) as interrupt:  # type: ignore[arg-type]
+            interrupt.at_once = True
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+            assert not interrupt.requested
         assert signal.getsignal(number) is unheard
     finally:
         signal.signal(number, before)

@@ -429,7 +429,7 @@ def test_the_head_says_what_was_run(run24: Path) -> None:
         "fleetune tune -c ",
         "/0007-fedit-smollm2-135m/run.toml",
         "adapter/adapter_model.safetensors 2.5 MB",
-        "SHA-256 " + "51ab" * 16,
+        "digest (SHA-256 of the tuned tensors) " + "51ab" * 16,
     ):
         assert part in text, part
     assert str(run24.parent.parent) not in (run24 / "report.html").read_text()

@@ -12,7 +12,12 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptHandler:
-    """While a `with` block runs, Ctrl-C or SIGTERM sets `requested` and says so; a second one raises KeyboardInterrupt."""
+    """While a `with` block runs, Ctrl-C or SIGTERM sets `requested` and says so; a second one raises KeyboardInterrupt.
+
+    So does the first one while `at_once` is set: as long as there is nothing to lose.
+    """
+
+    at_once = False
 
     def __init__(self, ui: Ui) -> None:
         self.ui = ui
@@ -29,7 +34,7 @@ class InterruptHandler:
             signal.signal(number, handler)
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested or self.at_once:
             raise KeyboardInterrupt
         self.requested = True
         again = "Ctrl-C" if signum == signal.SIGINT else "the signal"

@@ -86,7 +86,11 @@ def guess(fields: Mapping[str, object]) -> str:
     for name, value in usable.items():
         if isinstance(value, list) and value and isinstance(value[0], dict) and TURN & set(value[0]):
             return f"messages={name}"
-    texts = [n for n, v in usable.items() if isinstance(v, str)]
+    texts = [
+        n
+        for n, v in usable.items()
+        if isinstance(v, str) and not v.strip().lstrip("-").replace(".", "").isdigit()
+    ]
     asked, answered = _named(texts, ASKED), _named(texts, ANSWERED)
     others = [n for n in texts if n not in (asked, answered)]
     if len(texts) == len(fields) == 1:

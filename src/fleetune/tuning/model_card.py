@@ -182,7 +182,7 @@ def _digests(run: Path, done: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("held-out rows, as text", stands_on.held_out_text),
         ]
     named += [("tuned weights or adapter", str(done.get("digest", "")))]
-    named += [("file of the run's result", str(done.get("result_sha256", "")))]
+    named += [("the run's ledger, or its adapter's SHA256SUMS", str(done.get("result_sha256", "")))]
     return [(what, hex) for what, hex in named if hex]
 
 

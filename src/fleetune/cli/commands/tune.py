@@ -165,6 +165,7 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
 @contextmanager
 def screen(ui: Ui) -> Iterator[RunScreen]:
     with ui.progress(0) as bar, InterruptHandler(ui) as interrupt, _said_once(ui):
+        interrupt.at_once = True
         yield RunScreen(ui, bar, interrupt)
 
 
@@ -181,7 +182,10 @@ def _said_once(ui: Ui) -> Iterator[None]:
 
 
 class RunScreen:
-    """Show a run on the console: header, one line per round, a bar; Ctrl-C stops between two steps."""
+    """Show a run on the console: header, one line per round, a bar.
+
+    Ctrl-C stops between two steps; before the header, while rows are read and a learning rate is found, at once.
+    """
 
     def __init__(self, ui: Ui, bar: RoundBar, interrupt: InterruptHandler) -> None:
         self.ui, self.bar, self.interrupt = ui, bar, interrupt
@@ -191,6 +195,7 @@ class RunScreen:
 
     def header(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Show the panel over the run."""
+        self.interrupt.at_once = False
         self.ui.header(title, rows)
 
     def note(self, text: str) -> None:

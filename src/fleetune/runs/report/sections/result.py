@@ -56,7 +56,7 @@ def result(run: RunLog, steps: Sequence[Step], facts: Mapping[str, object]) -> s
         return "<p>Nothing has been measured yet.</p>"
     files = "".join(f"<li><code>{esc(name)}</code> {esc(size)}</li>" for name, size in _artefacts(run))
     digest = text_of("digest", run.done)
-    files += f"<li>SHA-256 <code>{esc(digest)}</code></li>" if digest else ""
+    files += f"<li>digest (SHA-256 of the tuned tensors) <code>{esc(digest)}</code></li>" if digest else ""
     told = "".join(f'<p class="alert">{esc(text)}</p>' for text in list_of(run.done, "remarks"))
     left = measured + told + (f'<ul class="files">{files}</ul>' if files else "")
     costs = page.table("Cost", ["", ""], spent, "result plainhead")
