@@ -163,7 +163,7 @@ def _latest(folder: Path) -> list[tuple[str, str]]:
     return [
         (
             "latest",
-            f"is this now, of a model to measure, serve or export; the link {link} stays at the run {run.name}",
+            f"means this model from now on, in measure, serve and export; the link {link} still leads to the run {run.name}",
         )
     ]
 
