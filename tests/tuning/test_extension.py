@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from fleetune.cli.main import main
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import events as kinds
 from fleetune.runs import metrics, report, rundir
-from fleetune.tuning import extension
+from fleetune.tuning import extension, rates
 from fleetune.tuning import recipe as recipes
 
 FEW: dict[str, Any] = {
@@ -88,6 +89,23 @@ def test_the_rounds_that_are_told_are_those_of_the_longer_run(capsys: pytest.Cap
     assert main(["runs", "show", "latest"]) == 0
     assert re.search(r"^ *rounds +2$", capsys.readouterr().out, re.MULTILINE)
     assert "<dd>2 · 2 clients in each</dd>" in (longer.folder / "report.html").read_text()
+
+
+def test_the_wall_time_has_the_search_for_a_rate_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every checkpoint has the time so far, so that a later sitting neither loses the search nor counts it again."""
+    find = rates.find
+
+    def slow(*args: Any) -> Any:
+        recipe, found = find(*args)
+        return recipe, [dataclasses.replace(rate, seconds=1000.0) for rate in found]
+
+    monkeypatch.setattr(rates, "find", slow)
+    settings = METHODS["fedit"] | {"lr": "auto"}
+    run = fleetune.tune("tiny", "demo", method="fedit", settings=settings, rounds=1, out="runs", **FEW)
+    assert 1000 < run.done.wall < 1500
+    assert report.summary(run.folder)["seconds"] == run.done.wall
+    longer = fleetune.resume_run(run, rounds=2)
+    assert run.done.wall < longer.done.wall < 1500
 
 
 def test_the_clients_are_measured_on_the_rows_that_they_were_measured_on_before() -> None:

@@ -167,7 +167,8 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     recipe, model, method = job.recipe, job.model, job.method
     _announce(job, run, listener, fleets.about(job))
     tracking.begin(listener, run.path, run_facts.of_job(job))
-    began = time.monotonic()
+    searched = sum(found.seconds for found in job.found)  # none of a run that is resumed: it has its rates
+    began = time.monotonic() - searched
 
     def step(client: int, number: int) -> None:
         listener.step(client, number)
@@ -215,7 +216,7 @@ class _Sitting:
     watch: Watch
 
     def hooks(self, began: float) -> rounds.Hooks:
-        """Return what the rounds call; `began` is when the sitting began."""
+        """Return what the rounds call; `began` is when the sitting began, with its search for rates."""
         return rounds.Hooks(
             self.begin, self.measure, self.emit, self.resumed, self.listener.note, lambda: time.monotonic() - began,
             self.check.score,
