@@ -44,7 +44,7 @@ from fleetune.tuning.eval_file import EVALUATION
 from fleetune.tuning.fleets import OLDEST, Fleet
 from fleetune.tuning.methods import entry
 from fleetune.tuning.objects_to_files import data_name
-from fleetune.tuning.prepare import TuneJob, check, prepare
+from fleetune.tuning.prepare import TuneJob, check, prepare, timed
 from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.result import TuneResult, read
 from fleetune.tuning.save_result import ARTEFACTS, finish
@@ -101,6 +101,8 @@ def resume(
     with _ONE_AT_A_TIME, RunDir(path) as folder:
         rundir.check_writable(path)
         job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False, measure=False)
+        if not any(round for round, _ in rundir.checkpoints(path)):  # no round tells how long one takes
+            job = timed(job)
         if recipe.rounds != had:
             extension.write(job.recipe, folder)
         return TuneResult(path.absolute(), tune(job, folder, listener, fleets))
