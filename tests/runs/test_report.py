@@ -424,7 +424,7 @@ def test_the_head_says_what_was_run(run24: Path) -> None:
         "smollm2-135m @ 9f2c9f2c9f2c · 135 M params · fp32",
         "fedit · r 8 · alpha 16 · lr 0.0003 · targets all-linear · exact false · trains 4.88 M",
         "demo · 24 clients · Dirichlet α 0.5 over category",
-        "10 of 10 · 24 clients in each",
+        "rounds10 · 24 clients in each",
         "2025-10-09 08:53 UTC",
         "fleetune tune -c ",
         "/0007-fedit-smollm2-135m/run.toml",

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from fleetune import models
 from fleetune.cli.main import main
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import events as kinds
-from fleetune.runs import metrics, rundir
-from fleetune.tuning import extension
+from fleetune.runs import metrics, report, rundir
+from fleetune.tuning import extension, rates
 from fleetune.tuning import recipe as recipes
 
 FEW: dict[str, Any] = {
@@ -77,6 +79,33 @@ def test_the_result_is_that_of_a_run_that_had_the_rounds_from_the_start(method: 
     assert "given more rounds: 3 in all" in (longer.folder / "log.txt").read_text()
     again = fleetune.resume_run(longer)  # by its own recipe, which has them now
     assert again.digest == whole.digest
+
+
+def test_the_rounds_that_are_told_are_those_of_the_longer_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first event has the number that the run was begun with; run.toml has the present one."""
+    longer = fleetune.resume_run(tuned(1), rounds=2)
+    found = report.summary(longer.folder)
+    assert (found["rounds"], found["rounds_planned"]) == (2, 2)
+    assert main(["runs", "show", "latest"]) == 0
+    assert re.search(r"^ *rounds +2$", capsys.readouterr().out, re.MULTILINE)
+    assert "<dd>2 · 2 clients in each</dd>" in (longer.folder / "report.html").read_text()
+
+
+def test_the_wall_time_has_the_search_for_a_rate_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every checkpoint has the time so far, so that a later sitting neither loses the search nor counts it again."""
+    find = rates.find
+
+    def slow(*args: Any) -> Any:
+        recipe, found = find(*args)
+        return recipe, [dataclasses.replace(rate, seconds=1000.0) for rate in found]
+
+    monkeypatch.setattr(rates, "find", slow)
+    settings = METHODS["fedit"] | {"lr": "auto"}
+    run = fleetune.tune("tiny", "demo", method="fedit", settings=settings, rounds=1, out="runs", **FEW)
+    assert 1000 < run.done.wall < 1500
+    assert report.summary(run.folder)["seconds"] == run.done.wall
+    longer = fleetune.resume_run(run, rounds=2)
+    assert run.done.wall < longer.done.wall < 1500
 
 
 def test_the_clients_are_measured_on_the_rows_that_they_were_measured_on_before() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import contract_harness
@@ -19,7 +20,7 @@ from fleetune.models import Model, tiny_bert, tiny_llama
 from fleetune.runs import rundir
 from fleetune.runs.events import Event, RoundEvaluated
 from fleetune.runs.listener import Silent
-from fleetune.tuning import methods, prepare, recipe
+from fleetune.tuning import methods, prepare, recipe, remarks
 
 FAST: dict[str, Any] = {
     "clients": 2, "rounds": 1, "held_out": 6, "samples": 0, "max_length": 64, "offline": True, "listener": Silent(),
@@ -238,7 +239,29 @@ def test_a_run_that_moved_has_nothing_to_say(places: Path, tmp_path: Path) -> No
 def test_a_change_that_does_not_show_is_told(places: Path, tmp_path: Path) -> None:
     done = tune(places, tmp_path, "fedpetuning", settings={"module": "lora", "lr": 1e-12, "steps": 1}).done
     assert done.moved is True
-    assert "a change that the validation loss does not show" in done.remarks[-1]
+    assert done.remarks[-1].startswith(
+        "the validation loss did not move: 2 good replies added up to a change too small to show; raise the"
+    )
+
+
+@pytest.mark.parametrize(
+    ("quorum", "stays", "words"),
+    [
+        (1, True, "nothing moved: 1 good reply added up to no change of any weight; raise"),
+        (
+            1,
+            False,
+            "the validation loss did not move: 1 good reply added up to a change too small to show; raise",
+        ),
+        (2, True, "nothing moved: no round had 2 good replies; lower --quorum"),
+    ],
+)
+def test_one_reply_is_no_plural(quorum: int, stays: bool, words: str, tmp_path: Path) -> None:
+    events = [{"event": "client", "status": "ok"}, {"event": "round", "accepted": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"v": 1, "t": 0, **e}) + "\n" for e in events))
+    job: Any = SimpleNamespace(recipe=SimpleNamespace(quorum=quorum), objective="loss")
+    run: Any = SimpleNamespace(path=tmp_path)
+    assert remarks.of_unmoved(job, run, stays=stays).startswith(words)
 
 
 def test_the_number_of_answers_behind_rouge_is_told(places: Path, tmp_path: Path, capsys: Any) -> None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import fleetune
+from fleetune import models
 from fleetune.cli.commands import tune
 from fleetune.cli.console import Ui
+from fleetune.cli.main import main
 from fleetune.data import Example
-from fleetune.runs.events import TuneDone
+from fleetune.errors import Interrupted
+from fleetune.runs import metrics
+from fleetune.runs.events import Event, RoundEvaluated, TuneDone
 from fleetune.tuning import describe, resumption
 from fleetune.tuning.result import TuneResult
 
@@ -68,3 +74,77 @@ def test_the_header_names_the_windows_of_texts(example: Example, words: str) -> 
         recipe=SimpleNamespace(partition="column:client"),
     )
     assert f"{describe._split(job)}{describe._held(job)} held out" == words
+
+
+# --- a whole run that is stopped and resumed ------------------------------------------------------------------
+
+FEW: dict[str, Any] = {
+    "method": "fedit", "settings": {"r": 2, "batch_size": 2, "lr": 1e-2}, "clients": 2, "held_out": 4, "eval_rows": 4,
+    "samples": 0, "threads": 1, "device": "cpu", "limit": 30, "max_length": 64, "rounds": 2,
+}  # fmt: skip
+
+
+class After(fleetune.Silent):
+    """Stop when a round has been measured; the run goes on after the one before it, whose checkpoint is written."""
+
+    def __init__(self, round: int) -> None:
+        self.round = round
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, RoundEvaluated) and event.round == self.round:
+            raise Interrupted("enough")
+
+
+def stopped(after: int) -> None:
+    with pytest.raises(Interrupted):
+        fleetune.tune("tiny", "demo", listener=After(after + 1), **FEW)
+
+
+@pytest.fixture
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny = models.tiny_llama()
+    models.save(tiny.net, tiny.tokenizer, "tiny")
+    return tmp_path
+
+
+def told_change(told: str, round: int) -> str:
+    """The change in the line of a round."""
+    (line,) = re.findall(rf"^round {round}/2 .*$", told, re.MULTILINE)
+    return re.search(r"change ([+-][\d.]+)", line)[1]  # type: ignore[index]
+
+
+def recorded_change(run: Path, round: int) -> str:
+    losses = {e["round"]: e["loss"] for e in metrics.events(run) if e["event"] == "eval"}
+    return f"{losses[round] - losses[round - 1]:+.3f}"
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_the_first_round_is_compared_with_the_one_before_the_stop(
+    after: int, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the console and in the lines of the library."""
+    stopped(after)
+    assert main(["tune", "--resume", "latest"]) == 0
+    told = capsys.readouterr().err
+    assert f"goes on after round {after} of 2" in told
+    for round in range(after + 1, 3):
+        assert told_change(told, round) == recorded_change(at / "runs/latest", round)
+    stopped(after)
+    run = fleetune.resume_run("latest", progress=True)
+    told = capsys.readouterr().out
+    for round in range(after + 1, 3):
+        assert told_change(told, round) == recorded_change(run.folder, round)
+
+
+def test_a_run_without_a_round_is_timed_anew(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To the same bits; later the rounds that are done tell the time."""
+    whole = fleetune.tune("tiny", "demo", out="whole", **FEW)
+    for after in (0, 1):
+        stopped(after)
+        capsys.readouterr()
+        assert main(["tune", "--resume", "latest"]) == 0
+        told = capsys.readouterr().err
+        assert bool(re.search(r"^ time +about .*: 2 rounds × ", told, re.MULTILINE)) == (after == 0)
+        assert bool(re.search(r"after round 1 of 2: about .* left, 1 round of", told)) == (after == 1)
+        assert fleetune.list_runs()[0].digest == whole.digest

@@ -14,7 +14,7 @@ from fleetune.common.settings import Value
 from fleetune.errors import RecipeError, UsageError
 from fleetune.runs import rundir, tracking
 from fleetune.runs.listener import Listener
-from fleetune.runs.progress import heard_by
+from fleetune.runs.progress import Progress, heard_by
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe, RecipeOptions
 
@@ -81,7 +81,10 @@ def resume_run(
     rounds = rounds and extension.number(rounds)
     folder = getattr(run, "folder", None)
     path = folder if isinstance(folder, Path) else rundir.find(str(run), Path(out))
-    with tracking.tracked(heard_by(listener, progress), words(tracker), offline=offline) as heard:
+    hearing = heard_by(listener, progress)
+    if isinstance(hearing, Progress):
+        hearing.goes_on(path)
+    with tracking.tracked(hearing, words(tracker), offline=offline) as heard:
         return running.resume(path, heard, offline=offline, rounds=rounds)
 
 

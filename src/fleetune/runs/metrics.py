@@ -115,6 +115,12 @@ def events(folder: Path) -> Iterator[dict[str, Any]]:
             yield event
 
 
+def loss_before(folder: Path, round: int) -> float | None:
+    """Return the validation loss that was recorded last before a round; None for none."""
+    losses = [e.get("loss") for e in events(folder) if e["event"] == "eval" and _round_of(e) < round]
+    return float(losses[-1]) if losses and isinstance(losses[-1], int | float) else None
+
+
 def is_intact(folder: Path) -> bool:
     """Whether the metrics.jsonl of a finished run is as it was written, by the checksum in its last line.
 

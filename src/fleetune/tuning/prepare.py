@@ -286,6 +286,14 @@ def _for_clients(recipe: Recipe, method: Method, given: Set[str], clients: int) 
     return dataclasses.replace(recipe, set=methods.values_of(method)), method
 
 
+def timed(job: TuneJob) -> TuneJob:
+    """Return a job with its estimated time; as it is where the rows of its clients are not here."""
+    if not job.rows:
+        return job
+    found = estimate.of(job.recipe, job.method, job.model, job.rows, job.held, job.prompts)
+    return dataclasses.replace(job, estimate=found)
+
+
 def _timed(
     recipe: Recipe,
     method: Method,

@@ -95,14 +95,18 @@ def of_unmoved(job: TuneJob, run: RunDir, *, stays: bool) -> str:
     if not good:
         why, remedy = f"none of {counted(len(replies), 'client')} gave a good reply", "see log.txt"
     elif not counting:
-        why, remedy = f"no round had {job.recipe.quorum} good replies", "lower --quorum"
+        why, remedy = f"no round had {_good(job.recipe.quorum)}", "lower --quorum"
     else:
-        change = "no change of any weight" if stays else "a change that the validation loss does not show"
-        why = f"{len(good)} good replies added up to {change}"
+        change = "no change of any weight" if stays else "a change too small to show"
+        why = f"{_good(len(good))} added up to {change}"
         remedy = "raise the learning rate (--set lr=..), or the local steps and --rounds"
         if job.objective != "loss":
             remedy += "; an objective that gives equal values at two near points moves nothing: raise batch_size or eps"
-    return f"nothing moved: {why}; {remedy}"
+    return f"{'nothing moved' if stays else 'the validation loss did not move'}: {why}; {remedy}"
+
+
+def _good(replies: int) -> str:
+    return counted(replies, "good reply", "good replies")
 
 
 def of_change(

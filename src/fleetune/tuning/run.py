@@ -44,7 +44,7 @@ from fleetune.tuning.eval_file import EVALUATION
 from fleetune.tuning.fleets import OLDEST, Fleet
 from fleetune.tuning.methods import entry
 from fleetune.tuning.objects_to_files import data_name
-from fleetune.tuning.prepare import TuneJob, check, prepare
+from fleetune.tuning.prepare import TuneJob, check, prepare, timed
 from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.result import TuneResult, read
 from fleetune.tuning.save_result import ARTEFACTS, finish
@@ -101,6 +101,8 @@ def resume(
     with _ONE_AT_A_TIME, RunDir(path) as folder:
         rundir.check_writable(path)
         job = prepare(recipe, offline=offline, simulated=fleets.simulated, find=False, measure=False)
+        if not any(round for round, _ in rundir.checkpoints(path)):  # no round tells how long one takes
+            job = timed(job)
         if recipe.rounds != had:
             extension.write(job.recipe, folder)
         return TuneResult(path.absolute(), tune(job, folder, listener, fleets))
@@ -167,7 +169,8 @@ def _tune(job: TuneJob, run: RunDir, listener: Listener, fleets: Fleets, stands_
     recipe, model, method = job.recipe, job.model, job.method
     _announce(job, run, listener, fleets.about(job))
     tracking.begin(listener, run.path, run_facts.of_job(job))
-    began = time.monotonic()
+    searched = sum(found.seconds for found in job.found)  # none of a run that is resumed: it has its rates
+    began = time.monotonic() - searched
 
     def step(client: int, number: int) -> None:
         listener.step(client, number)
@@ -215,7 +218,7 @@ class _Sitting:
     watch: Watch
 
     def hooks(self, began: float) -> rounds.Hooks:
-        """Return what the rounds call; `began` is when the sitting began."""
+        """Return what the rounds call; `began` is when the sitting began, with its search for rates."""
         return rounds.Hooks(
             self.begin, self.measure, self.emit, self.resumed, self.listener.note, lambda: time.monotonic() - began,
             self.check.score,

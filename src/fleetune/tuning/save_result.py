@@ -33,7 +33,7 @@ def finish(
     began: float,
     meter: EnergyMeter | None,
 ) -> TuneDone:
-    """Save and report the result; `first` is the state before round 1, `began` is when this sitting began."""
+    """Save and report the result; `first` is the state before round 1, `began` is when this sitting began, with its search."""
     state, totals = outcome.state, outcome.totals
     job.method.apply(job.model, state)
     measured, rows = validation.recorded(run.path, outcome.round), check.rows_of(outcome.round)

@@ -140,7 +140,7 @@ def _serve(args: argparse.Namespace, ui: Ui) -> None:
         recipe = choose.settled_method(recipe, ui.note, offline=args.offline)
     from fleetune.tuning import run as running
 
-    with screen(ui) as shown, page as fleets.page, fleets:
+    with screen(ui, path) as shown, page as fleets.page, fleets:
         if recipe is None:
             assert path is not None
             result = running.resume(path, shown, offline=args.offline, fleets=fleets)

@@ -18,7 +18,7 @@ from fleetune.cli.sharing import say_what_is_shared
 from fleetune.common.display import counted, human_bytes, human_time, show
 from fleetune.common.shell import quoted
 from fleetune.errors import Interrupted, RecipeError, UsageError
-from fleetune.runs import rundir
+from fleetune.runs import metrics, rundir
 from fleetune.runs.events import ClientReply, Event, RoundDone, RoundEvaluated
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             given_methods.check_known(recipe.method, path)
             _check_only(extension.longer(recipe, path, rounds) if rounds else recipe, args, ui)
             return
-        with screen(ui) as shown:
+        with screen(ui, path) as shown:
             result = api.resume_run(
                 path, rounds=rounds, out=args.out, offline=args.offline, listener=shown, tracker=args.tracker
             )
@@ -163,10 +163,11 @@ def _check_only(recipe: Recipe, args: argparse.Namespace, ui: Ui) -> None:
 
 
 @contextmanager
-def screen(ui: Ui) -> Iterator[RunScreen]:
+def screen(ui: Ui, resumed: Path | None = None) -> Iterator[RunScreen]:
+    """Show a run for the time of the block: a new one, or the one in a folder that is `resumed`."""
     with ui.progress(0) as bar, InterruptHandler(ui) as interrupt, _said_once(ui):
         interrupt.at_once = True
-        yield RunScreen(ui, bar, interrupt)
+        yield RunScreen(ui, bar, interrupt, resumed)
 
 
 @contextmanager
@@ -187,8 +188,11 @@ class RunScreen:
     Ctrl-C stops between two steps; before the header, while rows are read and a learning rate is found, at once.
     """
 
-    def __init__(self, ui: Ui, bar: RoundBar, interrupt: InterruptHandler) -> None:
+    def __init__(
+        self, ui: Ui, bar: RoundBar, interrupt: InterruptHandler, resumed: Path | None = None
+    ) -> None:
         self.ui, self.bar, self.interrupt = ui, bar, interrupt
+        self.resumed = resumed  # whose record has the loss before the first line; None after that line
         self.round = self.replies = 0
         self.sending = self.sent = 0  # replies with any bytes, refused ones too: of this round, of the last
         self.last: RoundDone | None = None
@@ -240,6 +244,8 @@ class RunScreen:
 
     def _evaluated(self, event: RoundEvaluated) -> None:
         last = self.last if event.round else None
+        before = metrics.loss_before(self.resumed, event.round) if self.resumed else None
+        self.resumed = None
         notes = [f"accuracy {show('accuracy', event.accuracy)}"] if event.accuracy is not None else []
         if last and last.accepted < last.clients:
             notes.append(f"{last.accepted} of {last.clients} clients")
@@ -248,5 +254,6 @@ class RunScreen:
             sent=last.bytes_up / max(1, self.sent) if last else None,
             received=last.bytes_down / max(1, last.clients) if last else None,
             seconds=last.seconds if last else None, rounds=self.bar.rounds,
+            change=event.loss - before if event.loss is not None and before is not None else None,
             note="  ".join(notes),
         )  # fmt: skip

@@ -246,7 +246,8 @@ def summarise(run: RunLog) -> dict[str, Any]:
         "model": text_of("model", run.start, run.config) or None,
         "status": run.status,
         "rounds": len(run.rounds),
-        "rounds_planned": num_of(run.start, "rounds") or num_of(run.config, "rounds"),
+        # run.toml first: a run that is given more rounds has the new number there alone
+        "rounds_planned": num_of(run.config, "rounds") or num_of(run.start, "rounds"),
         "clients": num_of(run.start, "clients") or num_of(run.config, "clients"),
         "base_loss": base.get("loss"),
         "tuned_loss": tuned.get("loss"),

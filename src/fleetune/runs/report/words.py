@@ -21,12 +21,18 @@ def facts(run: Path, defaults: Mapping[str, object]) -> list[tuple[str, str]]:
     lines = [
         ("status", kind_of(log.status)), ("reason", reason), ("method", str(found["method"] or "")),
         ("model", str(found["model"] or "")), ("data", text_of("data", log.config)),
-        ("rounds", _of(found["rounds"], found["rounds_planned"])), ("clients", str(found["clients"] or "")),
+        ("rounds", rounds(found)), ("clients", str(found["clients"] or "")),
         ("loss", loss(found)), ("traffic", _traffic(found)), ("time", _time(found["seconds"])),
         ("peak memory", _bytes(found["peak_rss"])), ("settings", settings(log, defaults)),
         ("digest", text_of("digest", log.done)), ("folder", str(run)),
     ]  # fmt: skip
     return [(label, text) for label, text in lines if text]
+
+
+def rounds(found: Mapping[str, object]) -> str:
+    """Return how many rounds were run, and of how many where that is another number: "4", "4 of 10"."""
+    done, planned = found["rounds"], found["rounds_planned"]
+    return str(done) if planned in (None, done) else f"{done} of {planned}"
 
 
 def loss(found: Mapping[str, object]) -> str:
@@ -78,10 +84,6 @@ def differences(configs: Sequence[Mapping[str, object]]) -> tuple[list[tuple[str
 def differing(runs: Sequence[Path]) -> tuple[list[tuple[str, list[str]]], int]:
     """Return `differences` of run folders."""
     return differences([read(run).config for run in runs])
-
-
-def _of(done: object, planned: object) -> str:
-    return str(done) if planned in (None, done) else f"{done} of {planned}"
 
 
 def _traffic(found: Mapping[str, object]) -> str:

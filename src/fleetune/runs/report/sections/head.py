@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from fleetune.common.display import change, human_bytes, human_count, human_time, improved, is_noise, show
 from fleetune.runs import start_folder
-from fleetune.runs.report import page
+from fleetune.runs.report import page, words
 from fleetune.runs.report.page import counted, esc, flat, short_name, span, true_minus
 from fleetune.runs.report.runlog import RunLog, changed, kind_of, list_of, num_of, number, text_of
 from fleetune.runs.report.sections.fleet import partition_words
@@ -78,13 +78,11 @@ def _identity(run: RunLog, facts: Mapping[str, object]) -> list[tuple[str, str]]
     fleet = f" · {span(asked)} client{'' if max(asked) == 1 else 's'} in each" if asked else ""
     began = num_of(run.start, "t") or 0
     when = datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%d %H:%M UTC") if 0 < began < 1e11 else ""
-    planned = facts["rounds_planned"]
-    rounds = f"{facts['rounds']}{f' of {planned}' if planned is not None else ''}"
     return [
         ("model", " · ".join(model)),
         ("method", " · ".join(part for part in method if part)),
         ("data", " · ".join(part for part in data if part)),
-        ("rounds", f"{rounds}{fleet}"),
+        ("rounds", f"{words.rounds(facts)}{fleet}"),
         ("seed", text_of("seed", run.config, run.start)),
         ("started", when),
     ]
