@@ -96,7 +96,7 @@ def test_a_base_that_was_never_compressed_is_not_said_to_be(at: Path) -> None:
 def test_compress_says_what_latest_means_from_now_on(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", "runs/0002-fedit-hf", "--method", "rtn"]) == 0
     said = capsys.readouterr().out
-    assert "the link runs/latest stays at the run 0002-fedit-hf" in said
+    assert "the link runs/latest still leads to the run 0002-fedit-hf" in said
     assert fleetune.open("latest").name == "0004-rtn-fedit-hf"
     assert Path("runs/latest").resolve().name == "0002-fedit-hf"
     Path("runs/latest").unlink()
