@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compute the cross-entropy of an output head in pieces, so that no array of tokens x vocabulary exists.
 
-Three heads, in the memory of a few pieces each:
+Four kinds of head, in the memory of a few pieces each:
 
     measured     a forward pass alone: piece by piece
     not trained  (LoRA and the like) the gradient of a token's loss l_i to the head's input x_i is
@@ -9,8 +9,8 @@ Three heads, in the memory of a few pieces each:
                      dl_i / dx_i = (softmax(W x_i) - onehot(y_i)) W,
 
                  all of which the forward pass has at hand.  It is made there, and backward only scales it: the head
-                 runs twice a step, not three times, and its logits are never kept (Hsu et al. 2024, Liger Kernel,
-                 arXiv 2410.10989, section 3.2)
+                 runs twice a step, not three times, and its logits are never kept (as the fused linear cross-entropy
+                 of Liger Kernel does, Hsu et al. 2024, arXiv 2410.10989)
     trained      each piece is computed again in the backward pass
     of a view    (`seeds/view.py`) weights that are computed on demand go by in blocks of the vocabulary
 """
