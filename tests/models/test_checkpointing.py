@@ -67,7 +67,7 @@ def test_the_layers_are_as_they_were_afterwards() -> None:
     assert [layer.__dict__.get("forward") for layer in layers] == [mark, None]
 
 
-def test_a_small_batch_keeps_its_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_batch_keeps_its_activations() -> None:
     net: Any = build("llama")
     entering = IDS.numel() * net.config.hidden_size * 4 * net.config.num_hidden_layers
     _, all_of_them = trained(net, nullcontext())

@@ -23,9 +23,8 @@ from fleetune.common.memory import give_back
 from fleetune.errors import ModelError
 from fleetune.models.layers import layers_of
 
-SMALL: Final = (
-    2 << 20
-)  # bytes that enter all layers together; below, keeping everything takes some 80 MB at most
+# bytes that enter all layers together: below, keeping everything takes little memory
+SMALL: Final = 2 << 20
 LARGE: Final = 1 << 20  # bytes that enter one layer; from here on what it leaves behind counts
 EVERY: Final = 5  # layers, forward or again, after which free memory is given back
 

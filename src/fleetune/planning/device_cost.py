@@ -43,9 +43,8 @@ PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
 # pieces of words and sums.
 KERNELS: Final[Mapping[str, int]] = {"auto": 104 * MIB, "numba": 104 * MIB, "torch": 10 * MIB}
 PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
-LAYERS: Final = (
-    2.5  # with checkpoints: a layer's activations, their gradients, and what a few layers leave behind
-)
+# with checkpoints: a layer's activations, their gradients, and what a few layers leave behind
+LAYERS: Final = 2.5
 HEAP: Final = 1.6  # back-propagation holds so much for each byte kept: glibc gives freed blocks back late
 FOLDED: Final = 20  # bytes for each element of a block that is folded: fp32 copy, signs, places and sums
 LOGITS_FORWARD: Final = 2.0  # fp32 arrays of logits alive in a forward: they and their log-softmax

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 
 from fleetune.cli.console import Ui
-from fleetune.common import commas
 from fleetune.common.display import change, is_noise
 from fleetune.errors import RecipeError
 from fleetune.runs.events import EvalDone, TaskScore
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with console_listener(ui) as listener:
         api.evaluate(
             args.model, args.data, tasks=tasks, columns=args.columns, limit=args.limit, text=args.text,
-            answer_tokens=args.answer_tokens, task_files=args.task_files, labels=commas.given(args.labels or ""),
+            answer_tokens=args.answer_tokens, task_files=args.task_files, labels=args.labels or "",
             dtype=args.dtype, device=args.device, out=args.out, offline=args.offline, listener=listener,
         )  # fmt: skip
     done = listener.last

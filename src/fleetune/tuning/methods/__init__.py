@@ -280,13 +280,11 @@ def distance_of(method: Method, state: Any, sent: Payload, reply: Reply) -> floa
     """Return how far a reply goes: what the method says, or else the norm of its arrays, less what was `sent`."""
     if isinstance(method, Measured):
         return method.distance(state, reply)
-    arrays = reply.payload.arrays.items()
-    return norm(a.astype(np.float64) - _start(sent, name, a.shape) for name, a in arrays)
-
-
-def _start(sent: Payload, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    begun = sent.arrays.get(name)
-    return np.zeros(()) if begun is None or begun.shape != shape else begun.astype(np.float64)
+    return norm(
+        a.astype(np.float64)
+        - (sent.arrays[n] if n in sent.arrays and sent.arrays[n].shape == a.shape else 0.0)
+        for n, a in reply.payload.arrays.items()
+    )
 
 
 def norm(arrays: Iterable[np.ndarray]) -> float:
