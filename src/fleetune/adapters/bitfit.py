@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.errors import ModelError
+from fleetune.models.mapped.net import into_memory
 from fleetune.models.model import Model, named_tensors
 
 
@@ -26,6 +27,7 @@ class ParameterCopies:
     """fp32 copies in place of the parameters `names` of `net` (of tied ones: under the first of their names)."""
 
     def __init__(self, net: Any, names: Collection[str]) -> None:
+        into_memory(net, names)
         stored = {n: p for n, p in named_tensors(net) if n in names}
         self.parameters: Mapping[str, nn.Parameter] = {
             n: nn.Parameter(p.detach().to(torch.float32, copy=True)) for n, p in stored.items()

@@ -95,4 +95,4 @@ def put_on(model: Model, result: Path) -> None:
     view = finished.place_at(model, ledger)
     if (stated := ledger.final_check()) is None:
         raise LedgerError("the ledger states no digest of its weights")
-    finished.require_digest(models.digest(view.tensors()), stated, "the ledger")
+    finished.require_digest(models.digest(view.pieces()), stated, "the ledger")

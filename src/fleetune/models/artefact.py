@@ -38,8 +38,7 @@ from fleetune.errors import ModelError
 from fleetune.models import seals
 from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.models.families.widths import mark_config
-from fleetune.models.model import Model
-from fleetune.models.paged import tensors_of
+from fleetune.models.model import Model, named_tensors
 from fleetune.models.tensor_file import write_in_turn
 
 VERSION: Final = 1
@@ -140,7 +139,7 @@ def _merged(
     model: Model, changed: Mapping[str, Quantised | Tensor]
 ) -> Iterator[tuple[str, Quantised | Tensor]]:
     """Yield (name, value) of every parameter in name order, with one of them in memory at a time."""
-    for name, tensor in tensors_of(model):
+    for name, tensor in named_tensors(model.net):
         yield name, changed.get(name, tensor)
 
 

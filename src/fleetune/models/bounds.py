@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fleetune.errors import ModelError
 from fleetune.models.foreign import AGAIN, foreign_file
+from fleetune.models.mapped.lazy import LazyWeight
 
 CONFIG_BYTES: Final = 1 << 24  # of config.json; those of real models have thousands
 # what a key counts, and the most that is built of it: transformers makes a list or a module for each
@@ -90,8 +91,10 @@ def finite(
     """
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta":
-            low, high = (float(end) for end in torch.aminmax(tensor.detach()))
-            check_range(low, high, name, path, hint)
+            lazy = isinstance(tensor, LazyWeight)
+            for part in (part for _, part in tensor.pieces()) if lazy else (tensor.detach(),):
+                low, high = (float(end) for end in torch.aminmax(part))
+                check_range(low, high, name, path, hint)
         yield name, tensor
 
 

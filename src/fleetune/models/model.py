@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from fleetune.common.display import human_count
 from fleetune.errors import ModelError
 from fleetune.models import saving
 from fleetune.models.chat_template import is_plain
+from fleetune.models.mapped.lazy import LazyWeight
 
 CHUNK: Final = 1 << 24  # bytes that a digest brings to the CPU at a time
 
@@ -97,11 +98,19 @@ def named_tensors(net: PreTrainedModel) -> list[tuple[str, Tensor]]:
     return found
 
 
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+class Pieces(NamedTuple):
+    """A tensor that comes a piece at a time: 1-D CPU tensors in row-major order, of which the next may overwrite the last."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Iterable[Tensor]
+
+
+def digest(tensors: Iterable[tuple[str, Tensor | Pieces]]) -> str:
     """Return the SHA-256 (hex) over name, dtype, shape and raw values of each tensor, in the order of the names.
 
-    Streams: tensors may come from a generator.  At most 16 MiB are copied at a time, nothing when they lie
-    contiguous on the CPU.  ValueError when the names are not in ascending order.
+    Streams: tensors may come from a generator, and a tensor may be `Pieces`.  At most 16 MiB are copied at a time, nothing
+    when they lie contiguous on the CPU.  ValueError when the names are not in ascending order.
     """
     sha = hashlib.sha256()
     last = ""
@@ -111,13 +120,20 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         last = name
         kind = str(tensor.dtype).removeprefix("torch.")
         sha.update(f"{name}\0{kind}\0{','.join(map(str, tensor.shape))}\0".encode())
-        for piece in _pieces(tensor.detach()):
+        for piece in _pieces(tensor):
             sha.update(piece.view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+def _pieces(tensor: Tensor | Pieces) -> Iterator[Tensor]:
     """Yield the values in row-major order as flat CPU tensors of about CHUNK bytes."""
+    if isinstance(tensor, Pieces):
+        yield from tensor.parts
+        return
+    if isinstance(tensor, LazyWeight):
+        yield from (part for _, part in tensor.pieces())
+        return
+    tensor = tensor.detach()
     rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
     width = rows.element_size() * (rows[0].numel() if rows.shape[0] else 0)
     step = max(1, CHUNK // max(1, width))

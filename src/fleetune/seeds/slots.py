@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from fleetune.models.mapped.lazy import LazyWeight
 from fleetune.seeds.noise import TILE
 
 
@@ -30,7 +31,9 @@ Direction = tuple[int, np.ndarray]  # Philox id, table
 
 
 def read_stored(slot: WeightSlot, first: int, last: int) -> Tensor:
-    """Return elements first..last of a tensor that lies in memory (no copy)."""
+    """Return elements first..last of a tensor: of one in memory without a copy; of one in a file the next call overwrites them."""
+    if isinstance(slot.tensor, LazyWeight):
+        return slot.tensor.piece(first, last)
     return slot.tensor.detach().view(-1)[first:last]
 
 

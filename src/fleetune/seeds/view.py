@@ -11,8 +11,8 @@ straight from the stored base, the ledger's passes and the probe direction, and 
 So there is nothing to restore, the point is bit-equal to a replay of the ledger, and a step costs one fused
 pass for each of its two forwards and a few MB of memory.
 
-The only way to the base is `Read`: one run of elements of one tensor at a time.  A memory-mapped or
-quantised base is another `Read`, nothing else.
+The only way to the base is `Read`: one run of elements of one tensor at a time.  Of a mapped base (`models/mapped`) these
+are read from its file.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from torch.nn import functional as F
 from fleetune.common.display import counted
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import unmerged
+from fleetune.models.mapped.lazy import LazyWeight
+from fleetune.models.mapped.net import replace_parameters
+from fleetune.models.model import Pieces
 from fleetune.seeds import kernel_choice
 from fleetune.seeds.folded_sums import FoldedSums
 from fleetune.seeds.noise import EMPTY, Passes
@@ -158,8 +161,16 @@ class View:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of every trainable tensor at the view's point, in name order."""
         for slot in self.slots:
-            out = torch.empty(slot.tensor.numel(), dtype=slot.tensor.dtype, device=slot.tensor.device)
-            yield slot.name, self.fill(slot, out).view(slot.tensor.shape)
+            yield slot.name, self.whole(slot)
+
+    def pieces(self) -> Iterator[tuple[str, Pieces]]:
+        """Yield (name, pieces) of the same, for a digest that never has a whole tensor."""
+        for slot in self.slots:
+            yield slot.name, Pieces(slot.tensor.dtype, slot.tensor.shape, self._pieces(slot))
+
+    def _pieces(self, slot: WeightSlot) -> Iterator[Tensor]:
+        for first in range(0, slot.tensor.numel(), CHUNK):
+            yield self.piece(slot, first, min(first + CHUNK, slot.tensor.numel())).cpu()
 
     def fill(self, slot: WeightSlot, out: Tensor) -> Tensor:
         """Write a whole tensor at the view's point to `out` (1-D, its dtype and size)."""
@@ -170,8 +181,8 @@ class View:
 
     def whole(self, slot: WeightSlot) -> Tensor:
         """Return a whole tensor at the view's point, in memory of its own."""
-        out = torch.empty_like(slot.tensor, memory_format=torch.contiguous_format).view(-1)
-        return self.piece(slot, 0, out.numel(), out).view(slot.tensor.shape)
+        out = torch.empty(slot.tensor.numel(), dtype=slot.tensor.dtype, device=slot.tensor.device)
+        return self.fill(slot, out).view(slot.tensor.shape)
 
     def blocks(self, slot: WeightSlot) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, rows [r, n_in]) of a matrix, few enough for the cache; the next ones overwrite them."""
@@ -210,7 +221,16 @@ class View:
         """Overwrite the stored weights with the view's point (for export; the base is lost)."""
         with torch.inference_mode():
             for slot in self.slots:
-                self.fill(slot, slot.tensor.detach().view(-1))
+                if not isinstance(slot.tensor, LazyWeight):
+                    self.fill(slot, slot.tensor.detach().view(-1))
+        replace_parameters(
+            self.net,
+            {
+                id(slot.tensor): nn.Parameter(self.whole(slot), requires_grad=False)
+                for slot in self.slots
+                if isinstance(slot.tensor, LazyWeight)
+            },
+        )
         self.folded.forget()
         self.place(None)
 

@@ -134,7 +134,7 @@ def rebuild(model: Model, ledger: Ledger, *, threads: int | None = None, backend
     view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
     view.threads, view.kernels = threads, kernels(view.device, backend)
     view.place(ledger.passes(), fold=False)
-    return models.digest(view.tensors())
+    return models.digest(view.pieces())
 
 
 def verify(model: Model, ledger: Ledger) -> tuple[str, dict[int, bool]]:
@@ -164,7 +164,7 @@ def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Mode
     model = base_of(ledger, recipe.model, offline=offline, device=device)
     view = place_at(model, ledger)
     if not stated_by(path.parent).get("result_sha256"):  # of an earlier version: only its weights are stated
-        require_digest(models.digest(view.tensors()), ledger.final_check(), path)
+        require_digest(models.digest(view.pieces()), ledger.final_check(), path)
     return model
 
 

@@ -98,6 +98,12 @@ class Recipe:
         default="fp32", pattern="^(fp32|bf16|fp16)$", description="type of the weights: fp32, bf16 or fp16"
     )
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda|mps)$", description="auto, cpu, cuda or mps")
+    base: str = Field(
+        default="auto",
+        pattern="^(auto|memory|mapped)$",
+        description="where the base's weights are: memory, or mapped, in their file (GGUF or safetensors; on the CPU), from which "
+        "pieces are read; auto: mapped where memory does not suffice.  The result is the same",
+    )
     kinds: str = Field(
         default="",
         description="kinds of the clients in turn, as 0,1,1, where the method has several (default: by the method's "

@@ -114,7 +114,7 @@ def _about(
 def _ledger(job: TuneJob, run: RunDir, state: Any, round: int) -> dict[str, Any]:
     view = job.model.attachment
     assert isinstance(view, View)
-    digest = models.digest(view.tensors())
+    digest = models.digest(view.pieces())
     path = run.path / "ledger.safetensors"
     state.ledger.with_check(round, digest).save(path)
     return {

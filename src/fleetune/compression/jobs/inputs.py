@@ -55,7 +55,8 @@ def load(request: CompressRequest, *, offline: bool) -> Inputs:
     if request.run:
         return _of_run(request, texts, offline=offline)
     model = models.load(
-        request.model, dtype=request.dtype, device="cpu", offline=offline, paged=request.low_memory
+        request.model, dtype=request.dtype, device="cpu", offline=offline,
+        base="mapped" if request.low_memory else "memory",
     )
     _require_decoder(model)
     examples = data.read(request.data, offline=offline) if request.data else []

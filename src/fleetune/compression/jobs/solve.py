@@ -254,11 +254,10 @@ def head(job: SolveJob) -> ArtefactHead:
     """Return the artefact's head: method, settings, and digests of the weights and calibration windows."""
     from fleetune import models
     from fleetune.models.artefact import ArtefactHead
-    from fleetune.models.paged import tensors_of
 
     model = job.inputs.model
     return ArtefactHead(
-        job.request.method, {**asdict(job.solver)}, models.digest(tensors_of(model)),  # type: ignore[call-overload]
+        job.request.method, {**asdict(job.solver)}, models.digest(models.named_tensors(model.net)),  # type: ignore[call-overload]
         model.tokenizer_digest, _calibration(job),
     )  # fmt: skip
 
@@ -361,13 +360,13 @@ def _sha256(windows: Tensor) -> str:
 def _after(inputs: Inputs, parts: FinishedBlocks) -> dict[str, float]:
     from fleetune.compression.layerwise import driver
     from fleetune.models.artefact import dense
-    from fleetune.models.paged import pages_of
+    from fleetune.models.mapped.net import memory_of
 
     if not inputs.measured:
         return {}
     model = inputs.model
-    if pages := pages_of(model):
-        pages.changed = lambda name: dense(parts[name]) if name in parts else None
+    if lazy := memory_of(model.net):
+        lazy.changed = lambda name: dense(parts[name]) if name in parts else None
         return inputs.measure(model)
     linears = {name: m for _, found in driver.linears_of(model) for name, m in found.items()}
     with driver.compressed_weights(linears, parts):

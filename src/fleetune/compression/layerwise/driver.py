@@ -9,7 +9,7 @@ With `true_sequential` (GPTQ's name for it) a layer also sees the outputs of the
 block: all windows go through the block together, and each layer is solved when they reach it.  That is one pass
 instead of two, but needs memory for the activations of all windows at once.
 
-Memory holds the model (with `--low-memory` one block of it: `models/paged.py`), the Hessians and dense copies of one
+Memory holds the model (with `--low-memory` one block of it: `models/mapped`), the Hessians and dense copies of one
 block, and the hidden states of the windows; never a second model (`planning/compression_cost.py` adds it up).  Every
 finished block is a file.  A run that was killed reads the files it finds and resumes with the next block.
 
@@ -39,7 +39,7 @@ from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.models.artefact import Quantised, dense
 from fleetune.models.layers import layers_of
 from fleetune.models.model import Model
-from fleetune.models.paged import in_memory
+from fleetune.models.mapped.net import in_memory
 
 
 def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
@@ -66,7 +66,7 @@ def check(model: Model, solver: Solver) -> None:
     alike: dict[str, list[str]] = {}  # a problem without the matrix's name -> those that have it
     shapes = []
     for block, linears in found:
-        with in_memory(model, block):
+        with in_memory(block):
             for name, linear in linears.items():
                 R, C = linear.weight.shape
                 shapes.append((f"{name}.weight", R, C))
@@ -168,7 +168,7 @@ def run(
     )
     placing = isinstance(source, HiddenStates) and source.true_sequential
     for number, (block, linears) in enumerate(blocks):
-        with in_memory(model, block), restored_weights(linears):
+        with in_memory(block), restored_weights(linears):
             if not (found := parts.open(number)):
                 on_name = functools.partial(on_matrix, number, len(blocks))
                 _solve_block(solver, number, linears, source, parts, on_name, placing)

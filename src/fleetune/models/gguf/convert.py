@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -43,6 +43,9 @@ from fleetune.models.foreign import foreign_file
 from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
 from fleetune.models.gguf.claims import ANOTHER, check_claims
+from fleetune.models.mapped.file import MappedFile
+from fleetune.models.mapped import places
+from fleetune.models.mapped.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -71,22 +74,28 @@ def load_config(path: Path) -> Any:
     return _config(path, _open(path))
 
 
-def convert(path: Path, folder: Path, *, progress: Callable[[str, int, int], None] | None = None) -> None:
+def convert(
+    path: Path,
+    folder: Path,
+    *,
+    weights: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
     """Write the model of the GGUF file `path` into the existing `folder` as a Hugging Face directory.
 
-    fp32 safetensors, configuration, generation defaults, tokenizer with chat template and special tokens.
+    fp32 safetensors (unless `weights` stay in the file: then where they are, `mapped/places.py`), configuration, generation defaults, tokenizer with chat template
+    and special tokens.
     ModelError as in `load_config`, or when names or shapes do not fit the architecture; OSError when the
     disk is full.
     """
     reader = _open(path)
     config = _config(path, reader)
-    with foreign_file(path, "describes a model that cannot be made", hint=ANOTHER):
-        net = widths.build(config)
-        config.architectures = [type(net).__name__]
-        shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}  # tied tensors once
-        plan = _plan(path, reader, config, shapes)
+    tensors = _tensors(path, reader, config)
     tokenizer = _tokenizer(path, reader, config)
-    _write_weights(path, plan, shapes, folder / "model.safetensors", progress)
+    if weights:
+        _write_weights(path, tensors, folder / "model.safetensors", progress)
+    else:
+        places.write(folder, tensors)
     config.dtype = torch.float32
     config.save_pretrained(folder)
     widths.mark_config(folder)
@@ -199,17 +208,26 @@ def _take_factors(path: Path, reader: Any, config: Any, instead: str) -> None:
     config.rope_parameters = rescaled
 
 
-def _plan(
+def _tensors(path: Path, reader: Any, config: Any) -> dict[str, Stored]:
+    """Return for each tensor of the model where it is in the file, and how its rows lie there."""
+    with foreign_file(path, "describes a model that cannot be made", hint=ANOTHER):
+        net = widths.build(config)
+        config.architectures = [type(net).__name__]
+        shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}  # tied tensors once
+        return _placed(path, reader, config, shapes)
+
+
+def _placed(
     path: Path, reader: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[Any, np.ndarray | None, bool]]:
-    """Return for each tensor of the model: the file's tensor, the order of its rows, and whether it is 1 + w."""
+) -> dict[str, Stored]:
     architecture = str(_field(reader, "general.architecture"))
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    stored = {tensor.name: tensor for tensor in reader.tensors if tensor.name != rope.TENSOR}
-    plan: dict[str, tuple[Any, np.ndarray | None, bool]] = {}
+    left = {tensor.name: tensor for tensor in reader.tensors if tensor.name != rope.TENSOR}
+    file = MappedFile(path)
+    tensors: dict[str, Stored] = {}
     for name, shape in shapes.items():
-        found = stored.pop(str(names.get_name(name, try_suffixes=(".weight", ".bias"))), None)
+        found = left.pop(str(names.get_name(name, try_suffixes=(".weight", ".bias"))), None)
         if found is None:
             raise ModelError(
                 f"{path} has no tensor for {name}", hint="the file is incomplete: fetch it again"
@@ -220,15 +238,17 @@ def _plan(
                 f"{path}: {found.name} has shape {has}, {name} needs {shape}",
                 hint="the file's metadata and tensors disagree: give another file",
             )
-        shifted = gemma.is_norm(architecture, found.name)
-        plan[name] = (found, _row_order(found.name, shape, config), shifted)
-    if stored:
+        tensors[name] = Stored(
+            file, int(found.data_offset), int(found.n_bytes), found.tensor_type.name, shape,
+            _row_order(found.name, shape, config), gemma.is_norm(architecture, found.name),
+        )  # fmt: skip
+    if left:
         raise ModelError(
-            f"{path} has {len(stored)} tensors that architecture '{architecture}' does not: "
-            + ", ".join(stored)[:200],
+            f"{path} has {len(left)} tensors that architecture '{architecture}' does not: "
+            + ", ".join(left)[:200],
             hint="use the model's hub id or a Hugging Face directory of it",
         )
-    return plan
+    return tensors
 
 
 def _row_order(name: str, shape: tuple[int, ...], config: Any) -> np.ndarray | None:
@@ -238,24 +258,9 @@ def _row_order(name: str, shape: tuple[int, ...], config: Any) -> np.ndarray | N
     return np.arange(shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _rows(tensor: Any, order: np.ndarray | None, shifted: bool) -> Iterator[np.ndarray]:
-    """Yield the tensor's values in fp32, some rows at a time; a `shifted` norm is given as w of 1 + w."""
-    data = tensor.data
-    if data.ndim == 1:
-        values = gguf.quants.dequantize(data, tensor.tensor_type)
-        values = gemma.minus_one(values) if shifted else values
-        yield values if order is None else values[order]
-        return
-    step = max(1, SLAB // int(tensor.shape[0]))
-    for start in range(0, data.shape[0], step):
-        rows = data[start : start + step] if order is None else data[order[start : start + step]]
-        yield gguf.quants.dequantize(rows, tensor.tensor_type)
-
-
 def _write_weights(
     source: Path,
-    plan: Mapping[str, tuple[Any, np.ndarray | None, bool]],
-    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Stored],
     path: Path,
     progress: Callable[[str, int, int], None] | None,
 ) -> None:
@@ -265,20 +270,21 @@ def _write_weights(
     """
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * int(np.prod(shape, dtype=np.int64))
-        head[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.count
+        head[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     raw = json.dumps(head, separators=(",", ":")).encode()
     raw += b" " * (-(len(raw) + 8) % 64)  # values start on a cache line
     done = 0
-    # what is not finite is refused below, in words
-    with path.open("wb") as file, np.errstate(invalid="ignore", over="ignore"):
+    with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for tensor, order, shifted in plan.values():
-            for rows in _rows(tensor, order, shifted):
-                check_range(float(rows.min()), float(rows.max()), tensor.name, source, ANOTHER)
-                file.write(np.ascontiguousarray(rows, dtype="<f4").data)
-                done += rows.nbytes
+        for name, tensor in tensors.items():
+            step = max(1, SLAB * tensor.shape[0] // tensor.count) * (tensor.count // tensor.shape[0])
+            for first in range(0, tensor.count, step):
+                values = tensor.read(first, min(first + step, tensor.count), torch.float32)
+                check_range(float(values.min()), float(values.max()), name, source, ANOTHER)
+                file.write(values.numpy().data)
+                done += values.nbytes
             if progress is not None:
                 progress("convert to safetensors", done, end)
 

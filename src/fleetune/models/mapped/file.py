@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Map a file of weights into memory, and give its pages back as reading goes on.
+
+What a process has read of a mapped file counts as its memory until the system takes it back.  Here it is given back every
+`KEPT` bytes.  The system keeps the file in its cache as long as there is room, so reading it again is no disk access then.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from fleetune.errors import ModelError
+
+KEPT: Final = 32 << 20  # bytes read after which all pages are given back
+
+
+class MappedFile:
+    """A file's bytes, read-only for others: what is written to an array of them stays in this process."""
+
+    def __init__(self, path: Path) -> None:
+        """Map a file; ModelError for one that is gone or empty."""
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} cannot be mapped into memory: {error}", hint="check the path") from error
+        self._read = 0
+
+    def __len__(self) -> int:
+        return len(self._map)
+
+    def bytes(self, offset: int, size: int) -> np.ndarray:
+        """Return uint8 [size] of the mapping itself; the values stay valid, whenever pages are given back."""
+        self._read += size
+        if self._read > KEPT:
+            self._read = size
+            self.give_back()
+        return np.frombuffer(self._map, np.uint8, size, offset)
+
+    def give_back(self) -> None:
+        """Give all pages back to the system, where it takes them (not on Windows)."""
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)

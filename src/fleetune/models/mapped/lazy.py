@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A weight whose values stay in a mapped file and are read while an operation needs them.
+
+A `LazyWeight` stands in a net where a parameter would.  torch hands every operation on it to `__torch_function__`, so that any
+net runs on it as it is:
+
+    a linear layer     its matrix is read into scratch, used and forgotten; backward reads it again, so a frozen layer keeps
+                       its input's graph and no weights
+    an embedding       only the rows in use are read
+    a tied head        goes by blocks of rows
+    anything else      gets the values, in memory of their own
+
+Values and products are those of a model in memory, bit for bit.  What would change it in place is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from fleetune.errors import ModelError
+from fleetune.models.mapped.stored import Stored
+
+BLOCK: Final = 1 << 20  # numbers of a block of rows: 4 MB in fp32
+# what is asked of a parameter without its values
+PROPERTIES: Final = frozenset(
+    "shape dtype device requires_grad is_leaf grad grad_fn ndim layout itemsize nbytes names is_meta is_cuda is_cpu is_mps "
+    "is_sparse is_quantized is_nested is_mkldnn is_xla is_xpu is_sparse_csr retains_grad _backward_hooks".split()
+)
+METHODS: Final = frozenset(
+    "size dim numel nelement ndimension element_size is_floating_point is_complex is_inference has_names requires_grad_ "
+    "get_device __hash__ __len__ register_hook".split()
+)
+
+
+class Memory:
+    """What the lazy weights of a net share: scratch, and values that replace the file's."""
+
+    def __init__(self) -> None:
+        self._scratch = torch.empty(0)
+        self.changed: Callable[[str], Tensor | None] = lambda name: None
+
+    def scratch(self, count: int) -> Tensor:
+        """Return room for so many float32 numbers; the next call takes the same."""
+        if len(self._scratch) < count:
+            self._scratch = torch.empty(count)
+        return self._scratch[:count]
+
+
+class LazyWeight(torch.Tensor):
+    """A parameter that lies in a mapped file (see the module's text)."""
+
+    tensor_name: str
+    stored: Stored
+    memory: Memory
+    streams: bool  # whether a product with it goes by blocks of its rows
+
+    @classmethod
+    def make(
+        cls, name: str, stored: Stored, dtype: torch.dtype, memory: Memory, *, streams: bool = False
+    ) -> Self:
+        """Return a parameter of this dtype for a tensor in a file."""
+        shape_only = torch.zeros((), dtype=dtype).expand(stored.shape)
+        weight = torch.Tensor._make_subclass(cls, shape_only, False)
+        weight._is_param = True  # type: ignore[attr-defined]
+        weight.tensor_name, weight.stored, weight.memory, weight.streams = name, stored, memory, streams
+        return weight
+
+    def piece(self, first: int, last: int) -> Tensor:
+        """Return the numbers first..last, 1-D, in scratch or in the mapping: the next piece may overwrite them."""
+        if (changed := self.memory.changed(self.tensor_name)) is not None:
+            return changed.reshape(-1)[first:last].to(self.dtype)
+        width = self.stored.width
+        room = self.memory.scratch((-(-last // width) - first // width) * width)
+        return self.stored.read(first, last, self.dtype, room)
+
+    def whole(self) -> Tensor:
+        """Return all values, as `piece` does."""
+        return self.piece(0, self.stored.count).view(self.stored.shape)
+
+    def values(self) -> Tensor:
+        """Return all values in memory of their own."""
+        if (changed := self.memory.changed(self.tensor_name)) is not None:
+            return changed.to(self.dtype, copy=True)
+        out = torch.empty(self.stored.shape, dtype=self.dtype)
+        flat = out.view(-1)
+        for first, part in self.pieces():
+            flat[first : first + len(part)] = part
+        return out
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (number of the first, some numbers 1-D) in order; the next ones overwrite them."""
+        for first in range(0, self.stored.count, BLOCK):
+            yield first, self.piece(first, min(first + BLOCK, self.stored.count))
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (number of the first row, rows [r, n_in]) of a matrix; the next ones overwrite them."""
+        count, width = self.stored.shape
+        rows = max(1, BLOCK // width)
+        for first in range(0, count, rows):
+            last = min(first + rows, count)
+            yield first, self.piece(first * width, last * width).view(last - first, width)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation that was given a lazy weight."""
+        given = dict(kwargs or {})
+        if func is F.linear and isinstance(args[1], LazyWeight) and not isinstance(args[0], LazyWeight):
+            return _linear(*args, **given)
+        if func is F.embedding:
+            return _embedding(*args, **given)
+        name = func.__name__
+        if _asks_no_values(func, name):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **given)
+        if name in ("__set__", "data_ptr", "untyped_storage") or (name[-1] == "_" and name[-2] != "_"):
+            raise ModelError(
+                f"{name.strip('_')} on a weight that stays in its file", hint="load the model with base=memory"
+            )
+        return func(*tree_map(_with_values, args), **tree_map(_with_values, given))
+
+
+def _asks_no_values(func: Any, name: str) -> bool:
+    if name in ("__get__", "__set__"):
+        owner = getattr(func.__self__, "__name__", "")
+        return owner in PROPERTIES and (name == "__get__" or owner in ("requires_grad", "grad"))
+    return name in METHODS
+
+
+def _with_values(value: Any) -> Any:
+    return value.values() if isinstance(value, LazyWeight) else value
+
+
+def _linear(input: Tensor, weight: LazyWeight, bias: Tensor | None = None) -> Tensor:
+    if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(input, bias, [weight])  # type: ignore[no-any-return, no-untyped-call]
+    if weight.streams:
+        return _streamed(input, weight, bias)
+    return F.linear(input, weight.whole(), bias)
+
+
+def _streamed(x: Tensor, weight: LazyWeight, bias: Tensor | None) -> Tensor:
+    count, width = weight.stored.shape
+    flat = x.reshape(-1, width)
+    out = x.new_empty(len(flat), count)
+    for first, rows in weight.blocks():
+        torch.mm(flat, rows.t(), out=out[:, first : first + len(rows)])
+    return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], count)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, held: list[LazyWeight]) -> Tensor:
+        ctx.held = held
+        return F.linear(x, held[0].whole(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        g, (weight,) = gradients[0], ctx.held
+        flat = g.reshape(-1, g.shape[-1])
+        back = bias = None
+        if ctx.needs_input_grad[0]:
+            matrix = weight.values() if torch.is_grad_enabled() else weight.whole()
+            back = flat.mm(matrix).view(*g.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            bias = flat.sum(0)
+        return back, bias, None
+
+
+def _embedding(input: Tensor, weight: Any, *more: Any, **given: Any) -> Tensor:
+    max_norm = more[1] if len(more) > 1 else given.get("max_norm")
+    if max_norm is not None or weight.memory.changed(weight.tensor_name) is not None:
+        return F.embedding(input, weight.values(), *more, **given)
+    rows, where = torch.unique(input, return_inverse=True)
+    return F.embedding(where, weight.stored.rows(rows, weight.dtype))
+
+
+def weights_of(net: nn.Module) -> dict[str, LazyWeight]:
+    """Return the lazy weights of a net by name, tied ones once; {} for a net in memory."""
+    return {n: p for n, p in net.named_parameters() if isinstance(p, LazyWeight)}
