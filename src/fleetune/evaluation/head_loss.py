@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compute the cross-entropy of an output head in pieces, so that no array of tokens x vocabulary exists.
+"""Compute the cross-entropy of an output head by blocks of the vocabulary, so that no array of tokens x vocabulary exists.
 
-Four kinds of head, in the memory of a few pieces each:
+With x_i a token's input to the head, W the head's matrix and y_i the target,
 
-    measured     a forward pass alone: piece by piece
-    not trained  (LoRA and the like) the gradient of a token's loss l_i to the head's input x_i is
+    loss        l_i = log sum_v exp(W_v x_i) - W_y x_i
+    gradient    dl_i / dx_i = sum_v p_v W_v - W_y,    p = softmax(W x_i)
 
-                     dl_i / dx_i = (softmax(W x_i) - onehot(y_i)) W,
+Both sums over v are taken online: a block's logits are made, the running maximum is raised, and what was summed before is
+scaled down to it (Milakov and Gimelshein 2018, arXiv 1805.02867; for the second sum as in FlashAttention, Dao et al. 2022, arXiv
+2205.14135).  Four kinds of head:
 
-                 all of which the forward pass has at hand.  It is made there, and backward only scales it: the head
-                 runs twice a step, not three times, and its logits are never kept (as the fused linear cross-entropy
-                 of Liger Kernel does, Hsu et al. 2024, arXiv 2410.10989)
-    trained      each piece is computed again in the backward pass
-    of a view    (`seeds/view.py`) weights that are computed on demand go by in blocks of the vocabulary
+    measured     the first sum alone
+    not trained  (LoRA and the like) both sums in one pass, since the gradient of its input is all that is asked of it:
+                 backward only scales it
+    of a view    (`seeds/view.py`) the first sum forward; backward goes over the blocks once more, for the blocks' gradients
+    trained, or any other module (LoRA, hooks): some tokens' logits at a time, again in backward
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fleetune.models.mapped.lazy import LazyWeight
+
 CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time where no gradient is wanted
 GRADIENT_SHARE = 4  # ... and this part of them where one is: they and their gradient are alive together
+BLOCK = 1 << 20  # numbers of a block of the head's rows
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -40,16 +45,42 @@ def head_nll(head: nn.Module, rows: Tensor, targets: Tensor, vocabulary: int) ->
 
     `vocabulary` is the number V of its logits.  With gradients enabled it can be back-propagated, twice if need be.
     """
-    blocks = getattr(head, "row_blocks", None)
+    blocks = getattr(head, "row_blocks", None) or _blocks(head)
     if not torch.is_grad_enabled():
         if blocks:
             return _stream(rows, None, blocks, targets)
         return torch.cat([nll(_logits(head, rows[at]), targets[at]) for at in _pieces(rows, vocabulary)])
-    if blocks and blocks.root is not None:
-        return _stream(rows, blocks.root, blocks, targets)
-    if _logits(head, rows[:0].detach()).requires_grad:
+    if not blocks:
         return _again(head, rows, targets, vocabulary)
-    return cast(Tensor, _FrozenNll.apply(rows, head, targets, vocabulary))  # type: ignore[no-untyped-call]
+    if blocks.root is not None:
+        return _stream(rows, blocks.root, blocks, targets)
+    return cast(Tensor, _FrozenNll.apply(rows, head, blocks, targets))  # type: ignore[no-untyped-call]
+
+
+class _Blocks:
+    """The rows of a plain linear layer that is not trained, in memory or in a file, block by block."""
+
+    root: Tensor | None = None  # what a loss hangs on where the rows' gradients are wanted
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row, rows); the next ones may overwrite them."""
+        if isinstance(self.weight, LazyWeight):
+            yield from self.weight.blocks()
+            return
+        size = max(1, BLOCK // self.weight.shape[1])
+        for first in range(0, len(self.weight), size):
+            yield first, self.weight[first : first + size]
+
+
+def _blocks(head: nn.Module) -> _Blocks | None:
+    """Return a head's rows by blocks where its product with them is all that it does, and nothing trains it."""
+    if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+        return None
+    changed = "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks
+    return None if changed else _Blocks(head.weight, head.bias)
 
 
 def _pieces(rows: Tensor, vocabulary: int) -> list[slice]:
@@ -83,23 +114,16 @@ def _again(head: nn.Module, rows: Tensor, targets: Tensor, vocabulary: int) -> T
 
 
 class _FrozenNll(torch.autograd.Function):
-    """Compute `nll` of a head that is not trained, and the gradient of its inputs, in one forward pass."""
+    """Compute `nll` of a head that is not trained, and the gradient of its inputs, in one pass over its rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, head: nn.Module, targets: Tensor, vocabulary: int) -> Tensor:
-        losses, back = [], torch.empty_like(rows)
-        with torch.enable_grad():
-            for at in _pieces(rows, vocabulary):
-                x = rows[at].detach().requires_grad_()
-                logits = _logits(head, x)
-                log_p = F.log_softmax(logits.detach().float(), -1)
-                losses.append(-log_p.gather(1, targets[at, None])[:, 0])
-                gradient = log_p.exp_()  # of the piece's logits: softmax - onehot
-                gradient.scatter_add_(1, targets[at, None], gradient.new_full((len(x), 1), -1.0))
-                back[at] = torch.autograd.grad(logits, x, gradient.to(logits.dtype))[0]
+    def forward(ctx: Any, rows: Tensor, head: nn.Module, blocks: Any, targets: Tensor) -> Tensor:
         ctx.head = head
+        mean = torch.zeros(rows.shape, device=rows.device)  # sum of exp(logit - top) W, then of p W
+        losses, own = _online(rows, blocks, targets, mean)
+        back = (mean - own).to(rows.dtype)
         ctx.save_for_backward(rows, targets, back)
-        return torch.cat(losses)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -115,30 +139,14 @@ def _stream(rows: Tensor, root: Tensor | None, blocks: Any, targets: Tensor) -> 
 
 
 class _StreamedNll(torch.autograd.Function):
-    """Compute `nll` for a head whose weights are computed on demand (`seeds/view.py`), each block of them once a direction.
-
-    The log-sum-exp is taken online over blocks of the vocabulary (Milakov and Gimelshein 2018, arXiv
-    1805.02867, Algorithm 3), so that all logits never exist at once, for any number of rows.  Backward goes over the blocks
-    once more: the gradient of a block's logits is softmax - onehot.
-    """
+    """Compute `nll` by blocks; backward goes over them once more, with softmax - onehot as the gradient of a block's logits."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, root: Tensor | None, blocks: Any, targets: Tensor) -> Tensor:
-        top = torch.full((len(rows),), -math.inf, device=rows.device)
-        total, own = torch.zeros_like(top), torch.zeros_like(top)
-        for first, weight in blocks():
-            for at in _rows_beside(len(rows), len(weight)):
-                logits = F.linear(rows[at], weight).float()
-                inside, here = _here(targets[at], first, len(weight))
-                own[at][inside] = logits[inside, here]
-                higher = torch.maximum(top[at], logits.amax(1))
-                seen = total[at] * torch.exp(top[at] - higher)
-                total[at] = seen + logits.sub_(higher[:, None]).exp_().sum(1)
-                top[at] = higher
         ctx.blocks = blocks
-        log_sums = top + total.log()
-        ctx.save_for_backward(rows, log_sums, targets)
-        return log_sums - own
+        losses, own = _online(rows, blocks, targets, None)
+        ctx.save_for_backward(rows, losses + own, targets)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -155,6 +163,35 @@ class _StreamedNll(torch.autograd.Function):
                 gradient.addmm_(p.t(), rows[at])
             ctx.blocks.gradient(first, gradient)
         return back, None, None, None
+
+
+def _online(
+    rows: Tensor, blocks: Any, targets: Tensor, mean: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return losses float32 [N], and the targets' logits [N] or, with `mean` float32 [N, H], the targets' rows of W [N, H].
+
+    `mean`, of zeros, becomes sum_v p_v W_v.
+    """
+    top = torch.full((len(rows),), -math.inf, device=rows.device)
+    total, own = torch.zeros_like(top), torch.zeros_like(top)
+    chosen = own if mean is None else torch.zeros_like(mean)
+    bias = getattr(blocks, "bias", None)
+    for first, weight in blocks():
+        for at in _rows_beside(len(rows), len(weight)):
+            logits = F.linear(rows[at], weight, None if bias is None else bias[first : first + len(weight)]).float()
+            inside, here = _here(targets[at], first, len(weight))
+            own[at][inside] = logits[inside, here]
+            higher = torch.maximum(top[at], logits.amax(1))
+            faded = torch.exp(top[at] - higher)
+            p = logits.sub_(higher[:, None]).exp_()
+            total[at] = total[at] * faded + p.sum(1)
+            if mean is not None:
+                chosen[at][inside] = weight[here].float()
+                mean[at] = mean[at] * faded[:, None] + (p.to(weight.dtype) @ weight).float()
+            top[at] = higher
+    if mean is not None:
+        mean.div_(total[:, None])
+    return top + total.log() - own, chosen
 
 
 def _rows_beside(rows: int, width: int) -> Iterator[slice]:
