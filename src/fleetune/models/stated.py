@@ -39,7 +39,8 @@ def check(folder: Path) -> None:
 def before(folder: Path) -> None:
     """Compare a folder that is about to be loaded, without its weights where `after` compares them."""
     _state(folder)
-    weights = [file.name for file in folder.glob("*.safetensors")] if _loaded(folder) else []
+    files = [*folder.glob("*.safetensors"), *folder.glob(cache.GGUF)]
+    weights = [file.name for file in files] if _loaded(folder) else []
     seals.check(folder, remedy=_remedy(folder), skip=weights, seal=_seal(folder))
 
 
@@ -100,6 +101,8 @@ def _remedy(folder: Path) -> str:
     if not _is_cached(folder):
         return f"make or copy the folder again; if it was changed on purpose, remove {sums.FILE} from it"
     for origin in cache.ORIGINS.values():
-        if folder.name in (cache.hub_target(origin.hub).name, cache.index_target(origin).name):
-            return f"rm -r {quoted(folder)}   and then: fleetune models pull {origin.name}"
+        mapped = folder.name == cache.index_target(origin, weights=False).name
+        if mapped or folder.name in (cache.hub_target(origin.hub).name, cache.index_target(origin).name):
+            flag = " --base mapped" * mapped
+            return f"rm -r {quoted(folder)}   and then: fleetune models pull {origin.name}{flag}"
     return f"rm -r {quoted(folder)}   and repeat the command: the .gguf file is converted again"

@@ -21,6 +21,7 @@ ORDER = 140
 EXAMPLES = """\
 fleetune models                     what is built in, and what is in the cache
 fleetune models pull smollm2-135m
+fleetune models pull smollm2-135m --base mapped    its 4-bit file as it is: 98 MB instead of 538 MB
 fleetune models rm smollm2-135m
 """
 
@@ -35,6 +36,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="list (default); pull: fetch NAME into the cache; rm: remove NAME from the cache",
     )
     sub.add_argument("name", metavar="NAME", nargs="?", help="a name of the list, or a hub id")
+    sub.add_argument(
+        "--base",
+        choices=["memory", "mapped"],
+        default="memory",
+        help="pull: mapped keeps a GGUF file as it is, a fifth of the disk, for commands with --base mapped",
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -103,7 +110,8 @@ def _pull(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError("pull needs the name of a model", hint="fleetune models pull smollm2-135m")
     with ui.count(args.name, 0, size=True) as bar:
         path = models.pull(
-            args.name, offline=args.offline, progress=lambda what, n, total: bar.update(n, total, what)
-        )
+            args.name, offline=args.offline, base=args.base,
+            progress=lambda what, n, total: bar.update(n, total, what),
+        )  # fmt: skip
     ui.event(ModelPulled(name=args.name, path=str(path)))
     ui.paths([("result", str(path))])
