@@ -176,18 +176,29 @@ def _online(
     total, own = torch.zeros_like(top), torch.zeros_like(top)
     chosen = own if mean is None else torch.zeros_like(mean)
     bias = getattr(blocks, "bias", None)
+    room = rows.new_empty(0)  # for the logits of all blocks in turn: glibc would not use it again by itself
     for first, weight in blocks():
         for at in _rows_beside(len(rows), len(weight)):
-            logits = F.linear(rows[at], weight, None if bias is None else bias[first : first + len(weight)]).float()
-            inside, here = _here(targets[at], first, len(weight))
-            own[at][inside] = logits[inside, here]
-            higher = torch.maximum(top[at], logits.amax(1))
+            x, width = rows[at], len(weight)
+            if room.numel() < len(x) * width:
+                room = rows.new_empty(len(x) * width)
+            logits = torch.mm(x, weight.t(), out=room[: len(x) * width].view(len(x), width))
+            if bias is not None:
+                logits += bias[first : first + width]
+            p = logits.float()
+            inside, here = _here(targets[at], first, width)
+            own[at][inside] = p[inside, here]
+            higher = torch.maximum(top[at], p.amax(1))
             faded = torch.exp(top[at] - higher)
-            p = logits.sub_(higher[:, None]).exp_()
+            p.sub_(higher[:, None]).exp_()
             total[at] = total[at] * faded + p.sum(1)
             if mean is not None:
                 chosen[at][inside] = weight[here].float()
-                mean[at] = mean[at] * faded[:, None] + (p.to(weight.dtype) @ weight).float()
+                part = mean[at].mul_(faded[:, None])
+                if p.dtype == weight.dtype:
+                    part.addmm_(p, weight)
+                else:
+                    part += p.to(weight.dtype) @ weight
             top[at] = higher
     if mean is not None:
         mean.div_(total[:, None])

@@ -141,9 +141,11 @@ def _with_values(value: Any) -> Any:
 def _linear(input: Tensor, weight: LazyWeight, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(input, bias, [weight])  # type: ignore[no-any-return, no-untyped-call]
-    if weight.streams:
-        return _streamed(input, weight, bias)
-    return F.linear(input, weight.whole(), bias)
+    return _product(input, weight, bias)
+
+
+def _product(x: Tensor, weight: LazyWeight, bias: Tensor | None) -> Tensor:
+    return _streamed(x, weight, bias) if weight.streams else F.linear(x, weight.whole(), bias)
 
 
 def _streamed(x: Tensor, weight: LazyWeight, bias: Tensor | None) -> Tensor:
@@ -159,7 +161,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, held: list[LazyWeight]) -> Tensor:
         ctx.held = held
-        return F.linear(x, held[0].whole(), bias)
+        return _product(x, held[0], bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -167,8 +169,15 @@ class _Linear(torch.autograd.Function):
         flat = g.reshape(-1, g.shape[-1])
         back = bias = None
         if ctx.needs_input_grad[0]:
-            matrix = weight.values() if torch.is_grad_enabled() else weight.whole()
-            back = flat.mm(matrix).view(*g.shape[:-1], -1)
+            if torch.is_grad_enabled():  # a second derivative is wanted
+                back = flat.mm(weight.values())
+            elif weight.streams:
+                back = flat.new_zeros(len(flat), weight.stored.shape[1])
+                for first, rows in weight.blocks():
+                    back.addmm_(flat[:, first : first + len(rows)], rows)
+            else:
+                back = flat.mm(weight.whole())
+            back = back.view(*g.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
             bias = flat.sum(0)
         return back, bias, None
