@@ -81,11 +81,14 @@ class Run:
 
         return finished.result_of(self.folder)
 
-    def load(self, *, device: str = "cpu", offline: bool = False) -> Model:
-        """Load the base model with the change that was tuned; the base's stored weights stay as they are."""
+    def load(self, *, device: str = "cpu", offline: bool = False, base: str | None = None) -> Model:
+        """Load the base model with the change that was tuned; the base's stored weights stay as they are.
+
+        `base` says where these are, as in `models.load`; by default as while it was tuned.
+        """
         from fleetune.tuning import finished
 
-        return finished.load(self.folder, device=device, offline=offline)
+        return finished.load(self.folder, device=device, offline=offline, base=base)
 
     def held_out(self, *, offline: bool = False) -> list[Example]:
         """Read the rows that the run never trained on; UsageError when its data has other rows now."""
@@ -164,13 +167,25 @@ class Compressed:
         """Whether the result is an artefact of codes, not a plain directory."""
         return is_master(self.model)
 
-    def load(self, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False) -> Model:
-        """Load it with its weights dequantised to `dtype`."""
+    def load(
+        self, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False, base: str | None = None
+    ) -> Model:
+        """Load it with its weights dequantised to `dtype`; `base` is as in `models.load`.
+
+        UsageError for a mapped base where it holds codes.
+        """
         from fleetune import models
 
-        if self.holds_codes:
-            return models.load_artefact(self.model, dtype=dtype, device=device)
-        return models.load(str(self.model), dtype=dtype, device=device, offline=offline)
+        if not self.holds_codes:
+            return models.load(
+                str(self.model), dtype=dtype, device=device, offline=offline, base=base or "auto"
+            )
+        if base == "mapped":
+            raise UsageError(
+                f"{self.name} holds codes, which are read into memory",
+                hint=f"fleetune export {quoted(self.argument)} --to gguf   and give the file that it writes",
+            )
+        return models.load_artefact(self.model, dtype=dtype, device=device)
 
     def held_out(self, *, offline: bool = False) -> list[Example]:
         """Return the run's held-out rows, without those used to compress it; [] when the model does not come from a run.
@@ -204,11 +219,13 @@ class Plain:
         """The model as a command takes it."""
         return self.name
 
-    def load(self, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False) -> Model:
-        """Load the model."""
+    def load(
+        self, *, dtype: str = "fp32", device: str = "cpu", offline: bool = False, base: str | None = None
+    ) -> Model:
+        """Load the model; `base` says where its weights are, as in `models.load`."""
         from fleetune import models
 
-        return models.load(self.name, dtype=dtype, device=device, offline=offline)
+        return models.load(self.name, dtype=dtype, device=device, offline=offline, base=base or "auto")
 
     def directory(self, *, offline: bool = False) -> Path:
         """Return its Hugging Face directory, fetched or converted first if necessary; all its files are as it states."""
@@ -285,6 +302,7 @@ def load_with_rows(
     labels: Sequence[str] = (),
     dtype: str | None = None,
     device: str = "auto",
+    base: str | None = None,
     needs_rows: bool = True,
     offline: bool = False,
 ) -> tuple[Model, list[Example]]:
@@ -297,7 +315,7 @@ def load_with_rows(
     if isinstance(subject, Run):
         _check_dtype(subject, dtype, device)
         rows = given or subject.held_out(offline=offline)
-        return subject.load(device=device, offline=offline), rows
+        return subject.load(device=device, offline=offline, base=base), rows
     models.check_device(device, dtype or "fp32")
     rows = given or (subject.held_out(offline=offline) if isinstance(subject, Compressed) else [])
     if not rows and needs_rows:
@@ -306,9 +324,11 @@ def load_with_rows(
             f"eval of {what} needs DATA", hint=f"fleetune eval {quoted(subject.argument)} data.jsonl"
         )
     if isinstance(subject, Compressed):
-        return subject.load(dtype=dtype or "fp32", device=device, offline=offline), rows
+        return subject.load(dtype=dtype or "fp32", device=device, offline=offline, base=base), rows
     words = list(labels) or sorted({e.response.strip() for e in rows})
-    model = models.load(subject.name, dtype=dtype or "fp32", device=device, offline=offline, labels=words)
+    model = models.load(
+        subject.name, dtype=dtype or "fp32", device=device, offline=offline, labels=words, base=base or "auto"
+    )
     return model, rows
 
 
@@ -323,16 +343,21 @@ def base_losses(subject: Subject, model: Model, examples: Sequence[Example]) -> 
 
 
 def load_alone(
-    subject: Subject, *, dtype: str | None = None, device: str = "auto", offline: bool = False
+    subject: Subject,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    base: str | None = None,
+    offline: bool = False,
 ) -> Model:
     """Load a subject without any rows; UsageError, before that, when `dtype` differs from a run's."""
     from fleetune import models
 
     if isinstance(subject, Run):
         _check_dtype(subject, dtype, device)
-        return subject.load(device=device, offline=offline)
+        return subject.load(device=device, offline=offline, base=base)
     models.check_device(device, dtype or "fp32")
-    return subject.load(dtype=dtype or "fp32", device=device, offline=offline)
+    return subject.load(dtype=dtype or "fp32", device=device, offline=offline, base=base)
 
 
 def _check_dtype(run: Run, dtype: str | None, device: str) -> None:

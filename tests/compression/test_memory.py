@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fleetune import compression, models
@@ -27,8 +27,8 @@ from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.driver import linears_of
 from fleetune.compression.layerwise.federated import ClientHessians
-from fleetune.errors import ModelError
-from fleetune.models.paged import Pages, in_memory, pages_of, tensors_of
+from fleetune.models.mapped.lazy import LazyWeight, weights_of
+from fleetune.models.mapped.net import in_memory
 from fleetune.models.shapes import shape_of
 from fleetune.models.tensor_file import write_in_turn
 from fleetune.planning import compression_cost, plan
@@ -50,48 +50,14 @@ def saved(
     return str(folder)
 
 
-def room(net: nn.Module) -> int:
-    """Bytes of the weights that are in memory."""
-    return sum(p.nbytes for p in net.parameters() if p.untyped_storage().nbytes() > 8)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_model_in_its_files_is_the_one_in_memory(dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
-    name = saved(tmp_path / "m", dtype, tied=tied, shard="20KB")
-    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 2
-    whole, paged = (models.load(name, device="cpu", paged=p) for p in (False, True))
-    assert paged.digest == whole.digest
-    assert room(paged.net) == 0
-    ids = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        assert torch.equal(paged.net(input_ids=ids).logits, whole.net(input_ids=ids).logits)
-    assert room(paged.net) == 0  # everything is dropped again
-    for (a, x), (b, y) in zip(tensors_of(paged), tensors_of(whole), strict=True):
-        assert a == b
-        assert torch.equal(x, y)
-
-
 def test_a_part_is_held_for_as_long_as_it_is_asked_for(tmp_path: Path) -> None:
-    model = models.load(saved(tmp_path / "m", torch.bfloat16), device="cpu", paged=True)
-    block = linears_of(model)[1][0]
-    with torch.inference_mode(), in_memory(model, block):
+    model = models.load(saved(tmp_path / "m", torch.bfloat16), device="cpu", base="mapped")
+    block, every = linears_of(model)[1][0], weights_of(model.net)
+    with torch.inference_mode(), in_memory(block):
         model.net(input_ids=torch.zeros(1, 4, dtype=torch.int64))
-        assert room(block) == sum(4 * p.numel() for p in block.parameters()) == room(model.net)
-    assert room(model.net) == 0
-    with pytest.raises(IndexError):  # a forward that fails leaves nothing behind
-        model.net(input_ids=torch.full((1, 4), 10**6))
-    assert room(model.net) == 0
-
-
-def test_files_with_other_names_are_refused(tmp_path: Path) -> None:
-    saved(tmp_path / "m")
-    file = tmp_path / "m" / "model.safetensors"
-    tensors = {n.removeprefix("model."): t for n, t in load_file(file).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
-    models.load(str(tmp_path / "m"), device="cpu")  # transformers knows what is meant
-    with pytest.raises(ModelError, match="name their tensors in another way"):
-        models.load(str(tmp_path / "m"), device="cpu", paged=True)
+        assert not weights_of(block)
+        assert len(weights_of(model.net)) == len(every) - 7
+    assert weights_of(model.net) == every
 
 
 def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, list[dict[str, Any]], str]:
@@ -143,12 +109,12 @@ def test_low_memory_is_refused_where_it_cannot_be(at: Path, capsys: pytest.Captu
 
 def most_alive(folder: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """(the most bytes of weights that were read and not yet dropped, bytes of all) while a model is compressed."""
-    model = models.load(saved(folder / "m", torch.bfloat16, layers=layers), device="cpu", paged=True)
+    model = models.load(saved(folder / "m", torch.bfloat16, layers=layers), device="cpu", base="mapped")
     alive: dict[int, int] = {}
-    seen, read = [0], Pages.weight
+    seen, read = [0], LazyWeight.values
 
-    def weight(self: Pages, name: str) -> Tensor:
-        tensor = read(self, name)
+    def values(self: LazyWeight) -> Tensor:
+        tensor = read(self)
         alive[id(tensor)] = tensor.nbytes
         weakref.finalize(tensor, alive.pop, id(tensor), None)
         seen[0] = max(seen[0], sum(alive.values()))
@@ -156,7 +122,7 @@ def most_alive(folder: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> tu
 
     solver: Any = compression.make("optq", {"group": 8})
     with monkeypatch.context() as patch:
-        patch.setattr(Pages, "weight", weight)
+        patch.setattr(LazyWeight, "values", values)
         driver.check(model, solver)
         windows = torch.zeros(3, 12, dtype=torch.int64) + torch.arange(12)
         parts = driver.run(model, solver, windows, folder / "parts")
@@ -179,15 +145,16 @@ def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert many < whole / 3
 
 
-def test_the_peak_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
+def test_the_peak_does_not_grow_with_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the real process: 4 blocks of 2.4 MB or 12 of them, converted from bf16, leave the same mark."""
+    monkeypatch.setattr("fleetune.models.mapped.file.KEPT", 1 << 20)  # else all of so small a file stays
     solver: Any = compression.make("rtn", {"group": 8})
     peaks: list[int] = []
     for layers in (4, 4, 12):  # the first one warms up
         name = saved(tmp_path / f"m{len(peaks)}", torch.bfloat16, layers=layers, hidden=256)
         memory.release_memory()
         before = memory.rss()
-        model = models.load(name, device="cpu", paged=True)
+        model = models.load(name, device="cpu", base="mapped")
         driver.check(model, solver)
         parts = driver.run(model, solver, None, tmp_path / f"p{len(peaks)}")
         from fleetune.models import artefact
@@ -324,7 +291,3 @@ def test_plan_says_what_compressing_takes() -> None:
     text = dict(plan.describe(llama(), "m", plan.Workload()))["compress"]
     assert "optq over 128 windows of 512 tokens" in text
     assert "with --low-memory" in text
-
-
-def test_an_ordinary_model_has_no_pages() -> None:
-    assert pages_of(models.tiny_llama()) is None

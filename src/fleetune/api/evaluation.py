@@ -32,6 +32,7 @@ def evaluate(
     task_files: str | Path | None = None,
     dtype: str | None = None,
     device: str = "auto",
+    base: str | None = None,
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
@@ -47,6 +48,7 @@ def evaluate(
     encoder: per row); perplexity has no unit; the others are in percent.  Any other name is a task of
     lm-evaluation-harness, of which at most `limit` questions are asked; `task_files` is a folder of tasks of one's own.  Its
     values are named TASK.METRIC and have the harness's unit; the event has their standard errors.
+    `base` is memory or mapped: where the base's weights are (a run: as while it was tuned).
     """
     found = subjects.open(model, out=out)  # before torch is imported
     from fleetune.data import read_text
@@ -58,11 +60,20 @@ def evaluate(
     wanted = _checked_tasks(own, limit, answer_tokens, text)
     of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
     if of_harness is not None and not own:
-        return _by_harness(of_harness, found, limit, heard, dtype=dtype, device=device, offline=offline)
+        return _by_harness(
+            of_harness, found, limit, heard, dtype=dtype, device=device, base=base, offline=offline
+        )
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
     _check_labels(given[:limit], labels if "accuracy" in wanted else ())
     loaded, every = subjects.load_with_rows(
-        found, given, labels=labels, dtype=dtype, device=device, needs_rows=not text, offline=offline
+        found,
+        given,
+        labels=labels,
+        dtype=dtype,
+        device=device,
+        base=base,
+        needs_rows=not text,
+        offline=offline,
     )
     examples = every[:limit]
     values, rows = measures.evaluate(
@@ -70,11 +81,11 @@ def evaluate(
         texts=read_text(str(text)) if text else (),
     )  # fmt: skip
     scores = of_harness.evaluate(loaded, limit=limit) if of_harness is not None else []
-    base = (
+    before = (
         subjects.base_losses(found, loaded, examples) if rows else None
     )  # `loaded` is the base from here on
     heard.event(evaluated(
-        found.argument, len(examples), values, of=len(every), max_length=found.max_length, rows_of=(base, rows),
+        found.argument, len(examples), values, of=len(every), max_length=found.max_length, rows_of=(before, rows),
         harness=scores,
     ))  # fmt: skip
     return values | harness_tasks.by_name(scores)
@@ -88,13 +99,14 @@ def _by_harness(
     *,
     dtype: str | None,
     device: str,
+    base: str | None,
     offline: bool,
 ) -> dict[str, float]:
     """Measure a model by tasks of the harness alone, which need no rows."""
     from fleetune.evaluation import harness_tasks
     from fleetune.runs.events import evaluated
 
-    loaded = subjects.load_alone(found, dtype=dtype, device=device, offline=offline)
+    loaded = subjects.load_alone(found, dtype=dtype, device=device, base=base, offline=offline)
     scores = tasks.evaluate(loaded, limit=limit)
     listener.event(evaluated(found.argument, 0, {}, of=0, max_length=found.max_length, harness=scores))
     return harness_tasks.by_name(scores)

@@ -165,9 +165,7 @@ class _StreamedNll(torch.autograd.Function):
         return back, None, None, None
 
 
-def _online(
-    rows: Tensor, blocks: Any, targets: Tensor, mean: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _online(rows: Tensor, blocks: Any, targets: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return losses float32 [N], and the targets' logits [N] or, with `mean` float32 [N, H], the targets' rows of W [N, H].
 
     `mean`, of zeros, becomes sum_v p_v W_v.

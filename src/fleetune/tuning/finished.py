@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,13 @@ def held_out(run: Path, *, offline: bool = False) -> list[Example]:
     return [parts.examples[i] for i in parts.held.tolist()]
 
 
-def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "cpu") -> Model:
-    """The base model `name`, loaded as the ledger needs it; LedgerError when it is not the ledger's base."""
+def base_of(
+    ledger: Ledger, name: str, *, offline: bool = False, device: str = "cpu", base: str = "auto"
+) -> Model:
+    """The base model `name`, loaded as the ledger needs it; LedgerError when it is not the ledger's base.
+
+    `base` says where its weights are, as in `models.load`.
+    """
     if not ledger.head.tensors:
         raise LedgerError("the ledger names no tensors, so it is no model's")
     dtype = dtypes.from_full(ledger.head.tensors[0][2])
@@ -116,7 +122,7 @@ def base_of(ledger: Ledger, name: str, *, offline: bool = False, device: str = "
             f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
         )
     labels = recipes.label_words(str(ledger.head.hyper.get("labels", "")))
-    model = models.load(name, dtype=dtype, device=device, offline=offline, labels=labels)
+    model = models.load(name, dtype=dtype, device=device, offline=offline, labels=labels, base=base)
     check_base(model, ledger)
     return model
 
@@ -147,21 +153,27 @@ def verify(model: Model, ledger: Ledger) -> tuple[str, dict[int, bool]]:
     return digest, {int(r): found[int(r)] == stated for r, stated in ledger.head.checks.items()}
 
 
-def load(run: str | Path, *, offline: bool = False, device: str | None = None) -> Model:
+def load(
+    run: str | Path, *, offline: bool = False, device: str | None = None, base: str | None = None
+) -> Model:
     """The tuned model of a finished run; its stored weights stay the base's, so that it refuses to be copied (`unmerged.py`).
+
+    `device` and `base` (where the base's weights are) are the run's own unless given.
 
     UsageError when the run has no result yet, LedgerError when the base is another now.
     """
     run = Path(run)
     recipe, result = recipe_of(run), result_of(run)
-    model = _LOAD[entry_of(run, recipe).kind](result, recipe, offline, device or recipe.device)
+    entry = entry_of(run, recipe)
+    recipe = dataclasses.replace(recipe, device=device or recipe.device, base=base or recipe.base)
+    model = _LOAD[entry.kind](result, recipe, offline)
     unmerged.guard(model.net)
     return model
 
 
-def _load_ledger(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
+def _load_ledger(path: Path, recipe: Recipe, offline: bool) -> Model:
     ledger = ledgers.load(path)
-    model = base_of(ledger, recipe.model, offline=offline, device=device)
+    model = base_of(ledger, recipe.model, offline=offline, device=recipe.device, base=recipe.base)
     view = place_at(model, ledger)
     if not stated_by(path.parent).get("result_sha256"):  # of an earlier version: only its weights are stated
         require_digest(models.digest(view.pieces()), ledger.final_check(), path)
@@ -178,11 +190,12 @@ def require_digest(digest: str, stated: str | None, what: Path | str) -> None:
         )
 
 
-def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Model:
+def _load_adapter(path: Path, recipe: Recipe, offline: bool) -> Model:
     model = models.load(
         recipe.model,
         dtype=recipe.dtype,
-        device=device,
+        device=recipe.device,
+        base=recipe.base,
         offline=offline,
         labels=recipes.label_words(recipe.labels),
     )
@@ -197,7 +210,7 @@ def _load_adapter(path: Path, recipe: Recipe, offline: bool, device: str) -> Mod
     return model
 
 
-_LOAD: Mapping[str, Callable[[Path, Recipe, bool, str], Model]] = {
+_LOAD: Mapping[str, Callable[[Path, Recipe, bool], Model]] = {
     "ledger": _load_ledger,
     "adapter": _load_adapter,
 }

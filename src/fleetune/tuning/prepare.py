@@ -183,8 +183,8 @@ def prepare(
     labels.check_rows(recipe, objective, batch_size_of(method), parts.examples, held_out, offline=offline)
     model = models.load(
         recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts),
-        base="memory" if recipe.base == "auto" else recipe.base,
-    )
+        base=recipe.base,
+    )  # fmt: skip
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
     torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
     place = _tokens(model, parts, recipe.max_length)

@@ -101,8 +101,8 @@ class Recipe:
     base: str = Field(
         default="auto",
         pattern="^(auto|memory|mapped)$",
-        description="where the base's weights are: memory, or mapped, in their file (GGUF or safetensors; on the CPU), from which "
-        "pieces are read; auto: mapped where memory does not suffice.  The result is the same",
+        description="where the base's weights are: memory, or mapped, in their file (GGUF or safetensors; on the CPU), from "
+        "which pieces are read; auto: mapped where the weights would take half of the memory.  The result is the same",
     )
     kinds: str = Field(
         default="",

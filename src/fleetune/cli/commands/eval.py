@@ -47,6 +47,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="type of the weights (default fp32; a run has its own)",
     )
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    sub.add_argument(
+        "--base",
+        choices=["auto", "memory", "mapped"],
+        help="where the base's weights are: memory, or mapped, in their file (default auto; a run: as while it was tuned)",
+    )
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -61,7 +66,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
         api.evaluate(
             args.model, args.data, tasks=tasks, columns=args.columns, limit=args.limit, text=args.text,
             answer_tokens=args.answer_tokens, task_files=args.task_files, labels=args.labels or "",
-            dtype=args.dtype, device=args.device, out=args.out, offline=args.offline, listener=listener,
+            dtype=args.dtype, device=args.device, base=args.base, out=args.out, offline=args.offline, listener=listener,
         )  # fmt: skip
     done = listener.last
     if isinstance(done, EvalDone) and not ui.json:

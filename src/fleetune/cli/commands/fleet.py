@@ -66,7 +66,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     _join_arguments(
         sub.add_argument_group(
-            "join (with --data, --columns, --held-out or --eval-data, --model, --device and --threads of this device)"
+            "join (with --data, --columns, --held-out or --eval-data, --model, --base, --device and --threads of this device)"
         )
     )
     sub.add_argument("--to", metavar="DIR", help="for split: folder for the files")
@@ -235,12 +235,12 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     given = recipe_flags.given(args)
     if not (rows := given.pop("data", "")):
         raise UsageError("which rows does this device have?", hint="--data rows.jsonl")
-    names = ("model", "device", "threads", "held_out", "eval_data", "columns")
+    names = ("model", "device", "threads", "held_out", "eval_data", "columns", "base")
     own = {name: given.pop(name, "") for name in names}
     if other := [*given, *args.set]:
         raise UsageError(
             f"{other[0]} is the server's to say",
-            hint="a device gives --data, --columns, --held-out or --eval-data, --model, --device, --threads",
+            hint="a device gives --data, --columns, --held-out or --eval-data, --model, --base, --device, --threads",
         )
     if not own["threads"].isdigit() and own["threads"]:
         raise UsageError(f"--threads {own['threads']} is no number")
@@ -249,7 +249,7 @@ def _join(args: argparse.Namespace, ui: Ui) -> None:
     rows = str(stdin.stored(Path(args.state))) if rows == stdin.NAME else rows
     brings = Brings(
         rows, own["model"], own["device"] or "auto", int(own["threads"] or 0), memory, args.offline,
-        _held_out(own), own["eval_data"], own["columns"],
+        _held_out(own), own["eval_data"], own["columns"], own["base"] or "auto",
     )  # fmt: skip
     home = Home(Path(args.state), _path(args.key), _path(args.ca))
     with InterruptHandler(ui) as interrupt:

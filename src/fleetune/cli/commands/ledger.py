@@ -136,7 +136,7 @@ def _replay(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     from fleetune.tuning import finished
 
     ledger = loaded[0] if args.round is None else loaded[0].truncate(args.round)
-    model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline)
+    model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline, base=args.base)
     digest = finished.rebuild(model, ledger, threads=args.threads, backend=args.backend)
     finished.require_digest(digest, ledger.final_check(), paths[0])
     if ledger.final_check() is None:
@@ -159,7 +159,7 @@ def _verify(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
             f"{paths[0]} states no digest, so there is nothing to verify",
             hint=f"fleetune ledger replay {quoted(args.files[0])}   prints the digest of what it rebuilds, to compare yourself",
         )
-    model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline)
+    model = finished.base_of(ledger, _base_name(args, paths[0]), offline=args.offline, base=args.base)
     digest, checks = finished.verify(model, ledger)
     wrong = [r for r, ok in checks.items() if not ok]
     if wrong:
@@ -193,7 +193,7 @@ def _export(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seq
     out = Path(_target(args, "a folder to write"))
     if out.exists():
         raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
-    model = finished.base_of(loaded[0], name, offline=args.offline)
+    model = finished.base_of(loaded[0], name, offline=args.offline, base=args.base)
     finished.place_at(model, loaded[0])
     card = f"# {name}, tuned\n\nBase {loaded[0].head.base}, ledger {loaded[0].fingerprint()}.\n"
     digest = finished.export_hf(model, out, card=card, stated=loaded[0].final_check())

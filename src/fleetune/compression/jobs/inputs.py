@@ -55,7 +55,10 @@ def load(request: CompressRequest, *, offline: bool) -> Inputs:
     if request.run:
         return _of_run(request, texts, offline=offline)
     model = models.load(
-        request.model, dtype=request.dtype, device="cpu", offline=offline,
+        request.model,
+        dtype=request.dtype,
+        device="cpu",
+        offline=offline,
         base="mapped" if request.low_memory else "memory",
     )
     _require_decoder(model)

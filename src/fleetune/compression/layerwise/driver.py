@@ -38,8 +38,8 @@ from fleetune.compression.layerwise.hessian import share, trace
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.models.artefact import Quantised, dense
 from fleetune.models.layers import layers_of
-from fleetune.models.model import Model
 from fleetune.models.mapped.net import in_memory
+from fleetune.models.model import Model
 
 
 def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:

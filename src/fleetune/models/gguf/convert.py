@@ -43,8 +43,8 @@ from fleetune.models.foreign import foreign_file
 from fleetune.models.gguf import header
 from fleetune.models.gguf import tokenizer as gguf_tokens
 from fleetune.models.gguf.claims import ANOTHER, check_claims
-from fleetune.models.mapped.file import MappedFile
 from fleetune.models.mapped import places
+from fleetune.models.mapped.file import MappedFile
 from fleetune.models.mapped.stored import Stored
 
 log = logging.getLogger(__name__)
@@ -83,10 +83,9 @@ def convert(
 ) -> None:
     """Write the model of the GGUF file `path` into the existing `folder` as a Hugging Face directory.
 
-    fp32 safetensors (unless `weights` stay in the file: then where they are, `mapped/places.py`), configuration, generation defaults, tokenizer with chat template
-    and special tokens.
-    ModelError as in `load_config`, or when names or shapes do not fit the architecture; OSError when the
-    disk is full.
+    fp32 safetensors, configuration, generation defaults, tokenizer with chat template and special tokens.  Without `weights`
+    these stay in the file, and where they are is written instead (`mapped/places.py`).  ModelError as in `load_config`, or
+    when names or shapes do not fit the architecture; OSError when the disk is full.
     """
     reader = _open(path)
     config = _config(path, reader)
@@ -217,9 +216,7 @@ def _tensors(path: Path, reader: Any, config: Any) -> dict[str, Stored]:
         return _placed(path, reader, config, shapes)
 
 
-def _placed(
-    path: Path, reader: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Stored]:
+def _placed(path: Path, reader: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
     architecture = str(_field(reader, "general.architecture"))
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
@@ -271,7 +268,7 @@ def _write_weights(
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + 4 * tensor.count
+        start, end = end, end + 4 * tensor.numbers
         head[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     raw = json.dumps(head, separators=(",", ":")).encode()
     raw += b" " * (-(len(raw) + 8) % 64)  # values start on a cache line
@@ -279,9 +276,9 @@ def _write_weights(
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name, tensor in tensors.items():
-            step = max(1, SLAB * tensor.shape[0] // tensor.count) * (tensor.count // tensor.shape[0])
-            for first in range(0, tensor.count, step):
-                values = tensor.read(first, min(first + step, tensor.count), torch.float32)
+            step = max(1, SLAB * tensor.shape[0] // tensor.numbers) * (tensor.numbers // tensor.shape[0])
+            for first in range(0, tensor.numbers, step):
+                values = tensor.read(first, min(first + step, tensor.numbers), torch.float32)
                 check_range(float(values.min()), float(values.max()), name, source, ANOTHER)
                 file.write(values.numpy().data)
                 done += values.nbytes

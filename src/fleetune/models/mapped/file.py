@@ -28,7 +28,9 @@ class MappedFile:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
-            raise ModelError(f"{path} cannot be mapped into memory: {error}", hint="check the path") from error
+            raise ModelError(
+                f"{path} cannot be mapped into memory: {error}", hint="check the path"
+            ) from error
         self._read = 0
 
     def __len__(self) -> int:

@@ -29,13 +29,18 @@ from fleetune.models.mapped.stored import Stored
 BLOCK: Final = 1 << 20  # numbers of a block of rows: 4 MB in fp32
 # what is asked of a parameter without its values
 PROPERTIES: Final = frozenset(
-    "shape dtype device requires_grad is_leaf grad grad_fn ndim layout itemsize nbytes names is_meta is_cuda is_cpu is_mps "
-    "is_sparse is_quantized is_nested is_mkldnn is_xla is_xpu is_sparse_csr retains_grad _backward_hooks".split()
-)
+    (
+        "shape", "dtype", "device", "requires_grad", "is_leaf", "grad", "grad_fn", "ndim", "layout", "itemsize", "nbytes",
+        "names", "is_meta", "is_cuda", "is_cpu", "is_mps", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_xla",
+        "is_xpu", "is_sparse_csr", "retains_grad", "_backward_hooks",
+    )
+)  # fmt: skip
 METHODS: Final = frozenset(
-    "size dim numel nelement ndimension element_size is_floating_point is_complex is_inference has_names requires_grad_ "
-    "get_device __hash__ __len__ register_hook".split()
-)
+    (
+        "size", "dim", "numel", "nelement", "ndimension", "element_size", "is_floating_point", "is_complex", "is_inference",
+        "has_names", "requires_grad_", "get_device", "__hash__", "__len__", "register_hook",
+    )
+)  # fmt: skip
 
 
 class Memory:
@@ -67,7 +72,7 @@ class LazyWeight(torch.Tensor):
         """Return a parameter of this dtype for a tensor in a file."""
         shape_only = torch.zeros((), dtype=dtype).expand(stored.shape)
         weight = torch.Tensor._make_subclass(cls, shape_only, False)
-        weight._is_param = True  # type: ignore[attr-defined]
+        weight._is_param = True
         weight.tensor_name, weight.stored, weight.memory, weight.streams = name, stored, memory, streams
         return weight
 
@@ -81,7 +86,7 @@ class LazyWeight(torch.Tensor):
 
     def whole(self) -> Tensor:
         """Return all values, as `piece` does."""
-        return self.piece(0, self.stored.count).view(self.stored.shape)
+        return self.piece(0, self.stored.numbers).view(self.stored.shape)
 
     def values(self) -> Tensor:
         """Return all values in memory of their own."""
@@ -95,8 +100,8 @@ class LazyWeight(torch.Tensor):
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (number of the first, some numbers 1-D) in order; the next ones overwrite them."""
-        for first in range(0, self.stored.count, BLOCK):
-            yield first, self.piece(first, min(first + BLOCK, self.stored.count))
+        for first in range(0, self.stored.numbers, BLOCK):
+            yield first, self.piece(first, min(first + BLOCK, self.stored.numbers))
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (number of the first row, rows [r, n_in]) of a matrix; the next ones overwrite them."""
@@ -122,7 +127,8 @@ class LazyWeight(torch.Tensor):
                 return func(*args, **given)
         if name in ("__set__", "data_ptr", "untyped_storage") or (name[-1] == "_" and name[-2] != "_"):
             raise ModelError(
-                f"{name.strip('_')} on a weight that stays in its file", hint="load the model with base=memory"
+                f"{name.strip('_')} on a weight that stays in its file",
+                hint="load the model with base=memory",
             )
         return func(*tree_map(_with_values, args), **tree_map(_with_values, given))
 

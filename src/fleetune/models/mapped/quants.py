@@ -48,9 +48,9 @@ def _q4_0(out: Tensor, blocks: Tensor) -> None:
 
 
 def _q4_1(out: Tensor, blocks: Tensor) -> None:
-    d, m = _halves(blocks[:, :4]).split(1, 1)
+    halves = _halves(blocks[:, :4])
     _nibbles(out, blocks[:, 4:])
-    out.mul_(d).add_(m)
+    out.mul_(halves[:, :1]).add_(halves[:, 1:])
 
 
 def _q5_0(out: Tensor, blocks: Tensor) -> None:

@@ -37,7 +37,7 @@ class Stored(NamedTuple):
     shifted: bool = False  # whether the file holds 1 + w
 
     @property
-    def count(self) -> int:
+    def numbers(self) -> int:
         """Numbers of the tensor."""
         return math.prod(self.shape)
 
@@ -45,13 +45,15 @@ class Stored(NamedTuple):
     def width(self) -> int:
         """Numbers of a row, of which whole ones are read where a number alone cannot be."""
         by_rows = len(self.shape) > 1 or self.order is not None
-        return self.count // self.shape[0] if by_rows else self.count
+        return self.numbers // self.shape[0] if by_rows else self.numbers
 
     def read(self, first: int, last: int, dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
         """Return the numbers first..last, in row-major order, 1-D: the mapping itself where it holds them so.
 
         Else they are made in `scratch` (1-D float32, as many numbers as the rows that are touched) or in new memory.
         """
+        if first == last:
+            return torch.empty(0, dtype=dtype)
         if self.kind in PLAIN and self.order is None:
             size = PLAIN[self.kind].itemsize
             raw = self.file.bytes(self.offset + first * size, (last - first) * size)
@@ -75,7 +77,7 @@ class Stored(NamedTuple):
 
     @property
     def _bytes_of_row(self) -> int:
-        return self.size * self.width // self.count
+        return self.size * self.width // self.numbers
 
     def _bytes_of(self, rows: Tensor) -> Tensor:
         """Return the bytes of some of the file's rows, one after the other, in memory of their own."""
@@ -116,6 +118,6 @@ def of_folder(folder: Path) -> dict[str, Stored]:
 
 
 def _check(tensor: Stored, size: int, path: Path, name: str) -> None:
-    wanted = tensor.count * PLAIN[tensor.kind].itemsize
+    wanted = tensor.numbers * PLAIN[tensor.kind].itemsize
     if tensor.size != wanted or not 0 < tensor.offset <= size - wanted:
         raise ModelError(f"{path} is damaged: {name:.80} lies outside the file", hint=AGAIN)

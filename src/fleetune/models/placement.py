@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decide where the weights of a model are while it is used: in memory, or in their file (`mapped/`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from safetensors import safe_open
+
+from fleetune.common.memory import usable_memory
+from fleetune.errors import ModelError
+from fleetune.models import cache, names
+from fleetune.models.download import Progress
+from fleetune.models.foreign import foreign_file
+from fleetune.models.mapped import places
+from fleetune.models.mapped.stored import Stored, of_folder
+
+BASES: Final = ("auto", "memory", "mapped")
+SHARE: Final = 0.5  # of the memory: weights that would take more stay in their file
+DENSEST: Final = 8  # numbers that a byte of a GGUF file stands for, at most
+
+Resolve = Callable[[str], Path]
+
+
+def chosen(base: str, name: str, size: int, device: str, resolve: Resolve) -> str:
+    """Return memory or mapped; auto is mapped on a CPU whose memory weights of `size` bytes each would fill by half.
+
+    ModelError for another word, and for mapped on another device.
+    """
+    if base not in BASES:
+        raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(BASES))
+    if base == "mapped" and device != "cpu":
+        raise ModelError(
+            f"a mapped base is for the CPU, not for '{device}'", hint="leave out --base or --device"
+        )
+    if base != "auto":
+        return base
+    room = SHARE * usable_memory() / size
+    return "mapped" if device == "cpu" and room and _count(name, room, resolve) > room else "memory"
+
+
+def _count(name: str, room: float, resolve: Resolve) -> float:
+    """Return how many weights a model has, or an upper bound that is below `room`."""
+    if name in cache.ORIGINS:
+        return cache.ORIGINS[name].params
+    path = names.local(name)
+    if path is not None and path.is_file():
+        most = DENSEST * path.stat().st_size
+        return most if most < room else sum(t.numbers for t in tensors_of(name, resolve)[1].values())
+    return sum(math.prod(shape) for shape in shapes(resolve(name)))
+
+
+def tensors_of(
+    name: str, resolve: Resolve, *, offline: bool = False, progress: Progress | None = None
+) -> tuple[Path, Mapping[str, Stored]]:
+    """Return the folder of a model's configuration and tokenizer, and where its tensors are.
+
+    A GGUF file is not converted: the folder, in the cache, has no weights.  ModelError as in `models.load`.
+    """
+    if name in cache.ORIGINS:
+        folder = cache.pull_builtin(cache.ORIGINS[name], offline=offline, progress=progress, weights=False)
+        file = folder / cache.GGUF
+    elif (path := names.local(name)) is not None and path.is_file():
+        folder, file = cache.import_gguf(path, weights=False, progress=progress), path
+    else:
+        folder, file = resolve(name), Path()
+    return folder, places.read(folder, file) if places.known(folder) else of_folder(folder)
+
+
+def shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Return the shapes of all tensors in a directory's files."""
+    found = []
+    with foreign_file(folder, "has weights that cannot be loaded"):
+        for file in weight_files(folder):
+            with safe_open(file, "pt") as opened:
+                found += [tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())]
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a directory: one, or shards."""
+    one = folder / "model.safetensors"
+    return [one] if one.is_file() else sorted(folder.glob("model-*.safetensors"))

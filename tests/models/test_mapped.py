@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose weights stay in their file is the one in memory: values, products, gradients, digests, replies."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fleetune import models
+from fleetune.errors import ModelError
+from fleetune.models.mapped import lazy, quants
+from fleetune.models.mapped.file import MappedFile
+from fleetune.models.mapped.lazy import LazyWeight, Memory
+from fleetune.models.mapped.net import into_memory, leave_in_file
+from fleetune.models.mapped.stored import Stored, of_folder
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+from benchmarks import tiny_families
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q5_1", "Q6_K", "Q4_K"]
+
+
+def blocks(kind: str, rows: int, width: int, seed: int = 0) -> np.ndarray:
+    """Rows of a format: any codes, with scales that are finite; uint8 [rows, bytes]."""
+    rng = np.random.default_rng(seed)
+    whole = rng.normal(size=(rows, width)).astype(np.float32)
+    try:
+        return gguf.quants.quantize(whole, gguf.GGMLQuantizationType[kind])
+    except NotImplementedError:  # the package reads K-quants but does not write them
+        size, count = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][::-1]
+        data = rng.integers(0, 60, (rows, width // count, size), dtype=np.uint8)  # no scale is infinite
+        return data.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_numbers_are_those_of_the_package(kind: str) -> None:
+    data = blocks(kind, 7, 512)
+    expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+    out = torch.empty(expected.size)
+    quants.dequantise(out, torch.from_numpy(data).view(-1), kind)
+    assert out.numpy().tobytes() == expected.tobytes()
+
+
+def test_every_code_and_sign_of_scale_is_right() -> None:
+    for kind in ("Q4_0", "Q4_1", "Q5_0", "Q8_0"):
+        size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+        data = np.random.default_rng(1).integers(0, 256, (4096, size), dtype=np.uint8)
+        data[:, 1] &= 0x7B  # of the scale: no infinity
+        data[:, 3] &= 0x7B if kind == "Q4_1" else 0xFF
+        expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+        out = torch.empty(expected.size)
+        quants.dequantise(out, torch.from_numpy(data).view(-1), kind)
+        assert out.numpy().tobytes() == expected.tobytes(), kind
+
+
+def stored(folder: Path, kind: str, rows: int, width: int, *, before: int = 0, **more: Any) -> Stored:
+    """A tensor in a file, after so many other bytes."""
+    if kind in gguf.GGMLQuantizationType.__members__ and kind not in ("F32", "F16", "BF16"):
+        raw = blocks(kind, rows, width).tobytes()
+    else:
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+        values = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+        raw = values.view(torch.uint8).numpy().tobytes()
+    path = folder / f"{kind}-{before}"
+    path.write_bytes(bytes(before) + raw)
+    return Stored(MappedFile(path), before, len(raw), kind, (rows, width), **more)
+
+
+@given(
+    kind=st.sampled_from([*TYPES[:5], "F32", "F16", "BF16"]),
+    before=st.sampled_from([0, 1, 6, 64]),
+    ordered=st.booleans(),
+    shifted=st.booleans(),
+    ends=st.tuples(st.integers(0, 6 * 64), st.integers(0, 6 * 64)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_any_run_of_numbers_is_a_part_of_the_whole(
+    kind: str, before: int, ordered: bool, shifted: bool, ends: tuple[int, int], dtype: torch.dtype
+) -> None:
+    order = np.array([3, 0, 5, 1, 4, 2]) if ordered else None
+    with tempfile.TemporaryDirectory() as folder:
+        plain = stored(Path(folder), kind, 6, 64, before=before)
+        tensor = plain._replace(order=order, shifted=shifted)
+        whole = plain.read(0, 384, torch.float32).float().view(6, 64)
+        whole = whole if order is None else whole[torch.from_numpy(order)]
+        whole = (whole - 1.0 if shifted else whole).to(dtype)
+        first, last = sorted(ends)
+        assert torch.equal(tensor.read(first, last, dtype), whole.view(-1)[first:last])
+        room = torch.full((384,), torch.nan)
+        assert torch.equal(tensor.read(first, last, dtype, room), whole.view(-1)[first:last])
+        index = torch.tensor([5, 0, 0, 2])
+        assert torch.equal(tensor.rows(index, dtype), whole[index])
+
+
+def test_pages_are_given_back_and_values_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fleetune.models.mapped.file.KEPT", 64)
+    tensor = stored(tmp_path, "F32", 6, 64)
+    views = [tensor.read(64 * i, 64 * i + 64, torch.float32) for i in range(6)]
+    assert torch.equal(torch.cat(views), tensor.read(0, 384, torch.float32))
+
+
+# A weight -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["Q4_1", "BF16", "F32"])
+def weight(request: pytest.FixtureRequest, tmp_path: Path) -> LazyWeight:
+    """A matrix [6, 64] that lies in a file."""
+    return LazyWeight.make("w", stored(tmp_path, request.param, 6, 64), torch.float32, Memory())
+
+
+def test_it_looks_like_a_parameter(weight: LazyWeight) -> None:
+    assert isinstance(weight, nn.Parameter)
+    assert (weight.shape, weight.dtype, weight.device.type, weight.numel()) == (
+        (6, 64),
+        torch.float32,
+        "cpu",
+        384,
+    )
+    assert weight.untyped_storage is not None
+    values = weight.values()
+    for found in (weight.detach(), weight.data, weight.float(), weight + 0, copy.deepcopy(weight)):
+        assert type(found) is Tensor
+        assert torch.equal(found, values)
+    assert torch.equal(torch.stack([weight, weight])[1], values)
+    assert torch.equal(torch.cat([part.clone() for _, part in weight.pieces()]).view(6, 64), values)
+    assert weight.numpy().tobytes() == values.numpy().tobytes()
+
+
+@pytest.mark.parametrize("change", [
+    lambda w: w.mul_(2), lambda w: w.copy_(torch.zeros(6, 64)), lambda w: w.untyped_storage(), lambda w: w.data_ptr(),
+    lambda w: setattr(w, "data", torch.zeros(6, 64)), lambda w: nn.init.zeros_(w),
+])  # fmt: skip
+def test_what_would_change_it_is_refused(weight: LazyWeight, change: Any) -> None:
+    before = weight.values()
+    with pytest.raises(ModelError, match="stays in its file"):
+        change(weight)
+    assert torch.equal(weight.values(), before)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_linear_layer_and_its_gradients(
+    weight: LazyWeight, streams: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy, "BLOCK", 128)  # two rows
+    weight.streams = streams
+    draw = torch.Generator().manual_seed(0)
+    x, g, b = (torch.randn(shape, generator=draw) for shape in ((3, 5, 64), (3, 5, 6), (6,)))
+    found = []
+    for matrix in (weight, weight.values()):
+        inputs = x.clone().requires_grad_(), (b.clone().requires_grad_() if biased else None)
+        out = F.linear(inputs[0], matrix, inputs[1])
+        out.backward(g)
+        with torch.inference_mode():
+            plain = F.linear(x, matrix, b if biased else None)
+        found.append([out.detach(), plain, *(i.grad for i in inputs if i is not None)])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine is not None
+        if streams:
+            torch.testing.assert_close(mine, theirs)
+        else:
+            assert torch.equal(mine, theirs)
+
+
+def test_it_can_be_differentiated_twice(weight: LazyWeight) -> None:
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def second(matrix: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(F.linear(x, matrix).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.pow(2).sum(), x)[0]
+
+    torch.testing.assert_close(second(weight), second(weight.values()))
+
+
+def test_an_embedding_reads_the_rows_in_use(weight: LazyWeight, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Embedding(6, 64, padding_idx=2)
+    values = weight.values()
+    layer._parameters["weight"] = weight  # type: ignore[assignment]
+    ids = torch.tensor([[5, 2, 5], [0, 0, 2]])
+    monkeypatch.setattr(LazyWeight, "values", None)  # not whole
+    assert torch.equal(layer(ids), values[ids])
+
+
+def test_values_that_replace_the_files_are_seen_everywhere(weight: LazyWeight) -> None:
+    other = torch.randn(6, 64)
+    weight.memory.changed = lambda name: other if name == "w" else None
+    x = torch.randn(2, 64)
+    assert torch.equal(weight.values(), other)
+    assert torch.equal(F.linear(x, weight), F.linear(x, other))
+    assert torch.equal(F.embedding(torch.tensor([1]), weight), other[1:2])
+    assert torch.equal(weight.piece(10, 70), other.view(-1)[10:70])
+
+
+# A model --------------------------------------------------------------------------------------------
+
+FAMILIES = ["llama", "gpt2", "qwen3", "gemma3_text", "mamba", "phi", "gpt_oss", "lfm2", "bert"]
+IDS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_model_of_any_family_is_the_one_in_memory(family: str, dtype: str, tmp_path: Path) -> None:
+    if family not in tiny_families.DECODERS | tiny_families.ENCODERS:
+        pytest.fail(f"{family} is none of the tiny families")
+    folder = str(tiny_families.save(family, tmp_path))
+    whole, mapped = (
+        models.load(folder, device="cpu", dtype=dtype, base=base) for base in ("memory", "mapped")
+    )
+    assert mapped.digest == whole.digest
+    assert models.digest(models.named_tensors(mapped.net)) == whole.digest
+    for name, tensor in models.named_tensors(mapped.net):
+        assert isinstance(tensor, LazyWeight) == (tensor.dim() > 1), name
+    with torch.inference_mode():
+        outs = [m.net(input_ids=IDS, output_hidden_states=True) for m in (whole, mapped)]
+    assert all(torch.equal(a, b) for a, b in zip(*(out.hidden_states for out in outs), strict=True))
+    torch.testing.assert_close(
+        outs[0].logits, outs[1].logits, rtol=0.02, atol=1e-3
+    )  # the head goes by blocks
+    into_memory(mapped.net)
+    with torch.inference_mode():
+        assert torch.equal(mapped.net(input_ids=IDS).logits, outs[0].logits)
+
+
+def test_shards_and_names_without_their_beginning_are_found(tmp_path: Path) -> None:
+    tiny = models.tiny_llama()
+    tiny.net.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    tiny.net.save_pretrained(tmp_path / "short")
+    file = tmp_path / "short" / "model.safetensors"
+    tensors = {n.removeprefix("model."): t for n, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    for name in ("shards", "short"):
+        tiny.tokenizer.save_pretrained(tmp_path / name)
+        model = models.load(str(tmp_path / name), device="cpu", base="mapped")
+        assert model.digest == tiny.digest
+
+
+def test_tensors_of_other_names_are_refused(tmp_path: Path) -> None:
+    tiny = models.tiny_llama()
+    tiny.net.save_pretrained(tmp_path)
+    tensors = of_folder(tmp_path)
+    tensors["model.other.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    net = copy.deepcopy(tiny.net)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.data = torch.zeros(()).expand(p.shape)
+    with pytest.raises(ModelError, match="in another way") as refused:
+        leave_in_file(net, tensors, torch.float32, tmp_path)
+    assert "mlp.up_proj" in str(refused.value)
+
+
+@pytest.mark.parametrize("damage", ["offsets", "shape", "header", "short"])
+def test_a_damaged_file_is_refused(damage: str, tmp_path: Path) -> None:
+    models.tiny_llama().net.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    head = json.loads(raw[8 : 8 + size])
+    name = sorted(n for n in head if n != "__metadata__")[0]
+    if damage == "offsets":
+        head[name]["data_offsets"] = [n + 10**9 for n in head[name]["data_offsets"]]
+    elif damage == "shape":
+        head[name]["shape"] = [10**6, 10**6]
+    new = json.dumps(head).encode() if damage != "header" else b"{" * size
+    body = raw[8 + size :] if damage != "short" else raw[8 + size : -100]
+    file.write_bytes(len(new).to_bytes(8, "little") + new + body)
+    with pytest.raises(ModelError, match="damaged"):
+        of_folder(tmp_path)
