@@ -51,6 +51,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "files", metavar="FILE|RUN", nargs="+", help="a ledger file, or a run, whose ledger is meant"
     )
     sub.add_argument("--model", help="the base model (a run knows its own)")
+    sub.add_argument(
+        "--base",
+        default="auto",
+        choices=["auto", "memory", "mapped"],
+        help="where the base's weights are: memory, or mapped, in their file, from which a replay streams (default auto)",
+    )
     sub.add_argument("--to", metavar="PATH", help="file (or folder, for export) to write")
     sub.add_argument(
         "--round", type=int, help="for truncate: the last round that stays; for drop: the round left out"
