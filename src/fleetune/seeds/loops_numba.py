@@ -50,12 +50,23 @@ def _philox(words, block, id, key):
 
 @_inlined
 def _place(end, run, hashed):
-    # Where the values for the 128 elements of a run begin (`noise.places`) in a table of end + 1, after which it begins anew.
+    # Where the values for the 128 elements of a run begin (`noise.places`) in a table of end + 1 values.
     if not hashed:
         return (run * u64(WIDTH)) & end
     x = (run ^ (run >> _HALF)) * _MIX
     x = (x ^ (x >> _HALF)) * _MIX
     return (x >> u64(40)) & end
+
+
+@_inner
+def _seams(tables, hashed):
+    # The last 128 values of each table and its first 128 after them, for the runs that go on at its start.
+    seams = np.empty((tables.shape[0], 2 * WIDTH), tables.dtype)
+    if hashed and tables.shape[1]:
+        for p in range(tables.shape[0]):
+            for i in range(2 * WIDTH):
+                seams[p, i] = tables[p, (i - WIDTH) & (tables.shape[1] - 1)]
+    return seams
 
 
 @_inner
@@ -87,21 +98,21 @@ def _sum_constants(acc, tile, key, ids, tables, words):
 
 
 @_inner
-def _sum_tables(acc, tile, key, ids, tables, words, hashed):
+def _sum_tables(acc, tile, key, ids, tables, seams, words, hashed):
     acc[:] = 0
-    end = u64(tables.shape[1] - 1)
+    end, last = u64(tables.shape[1] - 1), u64(tables.shape[1] - WIDTH)
     for p in range(ids.size):
         _philox(words[0], u64(tile) * u64(32), ids[p], key)
-        table, w = tables[p], words[0]
+        table, seam, w = tables[p], seams[p], words[0]
         for r in range(ROWS):
             bit, i = BITS[r], u64(r * WIDTH)
             at = _place(end, u64(tile) * u64(ROWS) + u64(r), hashed)
-            if at + u64(WIDTH - 1) <= end:
+            if at <= last:
                 for e in range(WIDTH):
                     acc[i + u64(e)] += _signed(table[at + u64(e)], w[e], bit)
             else:
                 for e in range(WIDTH):
-                    acc[i + u64(e)] += _signed(table[(at + u64(e)) & end], w[e], bit)
+                    acc[i + u64(e)] += _signed(seam[at - last + u64(e)], w[e], bit)
 
 
 @_inlined
@@ -146,16 +157,17 @@ def _to_fp16(x):
 
 @_inner
 def _rows(
-    floats, codes, kinds, at, first, last, run, acc, grid, table, words, hashed, probe, probe_words, x, step
-):
-    # Move rows first..last, row 0 beginning at element `at` of the weights: by acc, or else by one pass's table,
+    floats, codes, kinds, at, first, end, run, hashed, acc, grid, table, seam, words,
+    probe, probe_seam, probe_words, x, step,
+):  # fmt: skip
+    # Move rows first..end, row 0 beginning at element `at` of the weights: by acc, or else by one pass's table,
     # and by the probe's.  All loops are written out here: an array handed on within the loop over rows, or a
     # slice of one, costs more in reference counts than a row's work.
     plus, minus, base = floats
     plus16, minus16, base16 = codes
     reads, writes, both = kinds
-    end, probe_end, whole = u64(table.size - 1), u64(probe.size - 1), u64(WIDTH - 1)
-    for r in range(first, last):
+    last, probe_last = u64(table.size - WIDTH), u64(probe.size - WIDTH)  # where the last whole run begins
+    for r in range(first, end):
         bit, i, j = BITS[r], u64(at + r * WIDTH), u64(r * WIDTH)
         if reads == BF16:
             for e in range(WIDTH):
@@ -170,21 +182,21 @@ def _rows(
             for e in range(WIDTH):
                 x[e] += f32(grid * f32(acc[j + u64(e)]))
         elif table.size:
-            k = _place(end, run + u64(r), hashed)
-            if k + whole <= end:
+            k = _place(u64(table.size - 1), run + u64(r), hashed)
+            if k <= last:
                 for e in range(WIDTH):
                     x[e] += f32(grid * f32(_signed(table[k + u64(e)], words[e], bit)))
             else:
                 for e in range(WIDTH):
-                    x[e] += f32(grid * f32(_signed(table[(k + u64(e)) & end], words[e], bit)))
+                    x[e] += f32(grid * f32(_signed(seam[k - last + u64(e)], words[e], bit)))
         if probe.size:
-            k = _place(probe_end, run + u64(r), hashed)
-            if k + whole <= probe_end:
+            k = _place(u64(probe.size - 1), run + u64(r), hashed)
+            if k <= probe_last:
                 for e in range(WIDTH):
                     step[e] = _turned(probe[k + u64(e)], probe_words[e], bit)
             else:
                 for e in range(WIDTH):
-                    step[e] = _turned(probe[(k + u64(e)) & probe_end], probe_words[e], bit)
+                    step[e] = _turned(probe_seam[k - probe_last + u64(e)], probe_words[e], bit)
             if not both:
                 for e in range(WIDTH):
                     x[e] += step[e]
@@ -265,6 +277,7 @@ def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
         tables = _widen(tables, WIDTH)
     if 0 < probe.size < WIDTH:
         probe = _widen(probe.reshape(1, -1), WIDTH)[0]
+    seams, probe_seam = _seams(tables, hashed), _seams(probe.reshape(1, -1), hashed)[0]
     words, x, step = np.empty((5, WIDTH), u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
     edges, edges16 = _edges(TILE)
     while lo < hi:
@@ -276,19 +289,20 @@ def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
             if tables.shape[1] == 1:
                 _sum_constants(acc, tile, key, ids, tables, words)
             else:
-                _sum_tables(acc, tile, key, ids, tables, words, hashed)
+                _sum_tables(acc, tile, key, ids, tables, seams, words, hashed)
         elif ids.size:
             if probe.size and probe_id == ids[0]:
                 _copy(words[0], words[4])
             else:
                 _philox(words[0], u64(tile) * u64(32), ids[0], key)
-        to, to16, begin, first, last = floats, codes, lo, 0, ROWS
+        to, to16, begin, first, end = floats, codes, lo, 0, ROWS
         if n < TILE:
-            to, to16, begin, first, last = edges, edges16, 0, at // WIDTH, (at + n + WIDTH - 1) // WIDTH
+            to, to16, begin, first, end = edges, edges16, 0, at // WIDTH, (at + n + WIDTH - 1) // WIDTH
             _enter(edges, edges16, floats, codes, at, lo, n)
         _rows(
-            to, to16, kinds, begin, first, last, u64(tile) * u64(ROWS),
-            acc, grid, tables.reshape(tables.size), words[0], hashed, probe, words[4], x, step,
+            to, to16, kinds, begin, first, end, u64(tile) * u64(ROWS), hashed,
+            acc, grid, tables.reshape(tables.size), seams.reshape(seams.size), words[0],
+            probe, probe_seam, words[4], x, step,
         )  # fmt: skip
         if n < TILE:
             _leave(edges, edges16, floats, codes, at, lo, n)
@@ -361,7 +375,10 @@ def sweep_groups(floats, codes, kinds, start, lo, hi, move):
         if n < WIDTH:
             to, to16, begin = edges, edges16, 0
             _enter(edges, edges16, floats, codes, at, lo, n)
-        _rows(to, to16, kinds, begin, 0, 1, u64(0), acc, grid, table, plain, 0, probe, plain, x, step)
+        _rows(
+            to, to16, kinds, begin, 0, 1, u64(0), 0, acc, grid, table, table, plain,
+            probe, probe, plain, x, step,
+        )  # fmt: skip
         if n < WIDTH:
             _leave(edges, edges16, floats, codes, at, lo, n)
         lo += n
