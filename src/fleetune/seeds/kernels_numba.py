@@ -58,15 +58,18 @@ def sweep(
     law: str = "pooled",
     threads: int | None = None,
     block: int | None = None,
+    sums: Tensor | None = None,
 ) -> None:
     """Set out = base moved by grid * passes, then by sign * table of the probe (formula in the module docstring).
 
     out, base: 1-D contiguous CPU tensors of one size and type (fp32, bf16, fp16), the same tensor or
     disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).
-    law: tables are read at its `noise.places`.  threads: torch's number by
-    default; block: elements a thread takes at a time.  Raises ValueError for tensors or tables of another kind.
+    law: tables are read at its `noise.places`.  threads: torch's number by default; block: elements a thread
+    takes at a time.  sums: integers that are added to the passes' sum: float32, of base's size, no total
+    reaching 2^24.  Raises ValueError for tensors or tables of another kind.
     """
-    _sweep(_weights(out, None, base, start), start, run_key, passes, grid, probe, law, threads, block)
+    move, cost = _tile_move(run_key, passes, _cached(sums, base), grid, probe, law)
+    _share(sweep_tiles, _weights(out, None, base, start), start, cost, move, threads, block)
 
 
 def sweep_both(
@@ -82,31 +85,14 @@ def sweep_both(
     law: str = "pooled",
     threads: int | None = None,
     block: int | None = None,
+    sums: Tensor | None = None,
 ) -> None:
     """Do `sweep` into plus with the probe (id, table) and into minus with (id, -table), in one pass over the base.
 
     plus, minus: of one type and disjoint; base: of their type or float32, and may be one of them.  Else as in `sweep`.
     """
-    _sweep(_weights(plus, minus, base, start), start, run_key, passes, grid, probe, law, threads, block)
-
-
-def _sweep(
-    weights: Weights,
-    start: int,
-    run_key: int,
-    passes: Passes,
-    grid: float,
-    probe: tuple[int, ArrayLike] | None,
-    law: str,
-    threads: int | None,
-    block: int | None,
-) -> None:
-    probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
-    noise.check_tables(passes, None if probe is None else step)
-    ids = _native(passes.ids, u64)
-    tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else np.int64)
-    move = (u64(run_key), ids, tables, f32(grid), u64(probe_id), step, int(law == "hashed"))
-    _share(sweep_tiles, weights, start, max(1, len(ids) // 4), move, threads, block)
+    move, cost = _tile_move(run_key, passes, _cached(sums, base), grid, probe, law)
+    _share(sweep_tiles, _weights(plus, minus, base, start), start, cost, move, threads, block)
 
 
 def sweep_gaussian(
@@ -126,9 +112,8 @@ def sweep_gaussian(
 
     ids: uint64 [P], summed in this order; coefficients: float32 [P]; probe: (id, scale).
     """
-    _sweep_gaussian(
-        _weights(out, None, base, start), start, run_key, ids, coefficients, grid, probe, threads, block
-    )
+    move, cost = _group_move(run_key, ids, coefficients, grid, probe)
+    _share(sweep_groups, _weights(out, None, base, start), start, cost, move, threads, block)
 
 
 def sweep_gaussian_both(
@@ -146,32 +131,57 @@ def sweep_gaussian_both(
     block: int | None = None,
 ) -> None:
     """`sweep_both` for the gaussian law: `sweep_gaussian` with the probe (id, scale) and with (id, -scale)."""
-    weights = _weights(plus, minus, base, start)
-    _sweep_gaussian(weights, start, run_key, ids, coefficients, grid, probe, threads, block)
-
-
-def _sweep_gaussian(
-    weights: Weights,
-    start: int,
-    run_key: int,
-    ids: ArrayLike,
-    coefficients: ArrayLike,
-    grid: float,
-    probe: tuple[int, float] | None,
-    threads: int | None,
-    block: int | None,
-) -> None:
-    probe_id, scale = (0, _NONE) if probe is None else (probe[0], np.array([probe[1]], f32))
-    keys, factors = _native(np.asarray(ids), u64), _native(np.asarray(coefficients), f32)
-    if keys.shape != factors.shape:
-        raise ValueError(f"{keys.shape} ids need as many coefficients, got {factors.shape}")
-    move = (u64(run_key), keys, factors, f32(grid), u64(probe_id), scale)
-    _share(sweep_groups, weights, start, 8 * max(1, len(keys)), move, threads, block)
+    move, cost = _group_move(run_key, ids, coefficients, grid, probe)
+    _share(sweep_groups, _weights(plus, minus, base, start), start, cost, move, threads, block)
 
 
 _NONE = np.zeros(0, f32)
 _NONE16 = np.zeros(0, u16)
 _KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
+
+
+Move = tuple[Any, ...]  # a kernel's last argument
+
+
+def _tile_move(
+    run_key: int,
+    passes: Passes,
+    sums: NDArray[Any],
+    grid: float,
+    probe: tuple[int, ArrayLike] | None,
+    law: str,
+) -> tuple[Move, int]:
+    """Check a move and return it for `sweep_tiles`, and its cost in element-passes an element."""
+    probe_id, step = (0, _NONE) if probe is None else (probe[0], _native(np.asarray(probe[1]), f32))
+    noise.check_tables(passes, None if probe is None else step)
+    ids = _native(passes.ids, u64)
+    tables = _native(passes.tables, i32 if passes.tables.dtype == i32 else np.int64)
+    move = (u64(run_key), ids, tables, sums, f32(grid), u64(probe_id), step, int(law == "hashed"))
+    return move, max(1, len(ids) // 4)
+
+
+def _cached(sums: Tensor | None, base: Tensor) -> NDArray[Any]:
+    if sums is None:
+        return _NONE
+    if sums.dtype != torch.float32 or sums.shape != base.shape or not (sums.is_cpu and sums.is_contiguous()):
+        raise ValueError(f"sums are {sums.dtype} {list(sums.shape)}, base is {base.dtype} {list(base.shape)}")
+    return _arrays(sums)[0]
+
+
+def _group_move(
+    run_key: int,
+    ids: ArrayLike,
+    coefficients: ArrayLike,
+    grid: float,
+    probe: tuple[int, float] | None,
+) -> tuple[Move, int]:
+    """Do the same for `sweep_groups`."""
+    probe_id, scale = (0, _NONE) if probe is None else (probe[0], np.array([probe[1]], f32))
+    keys, factors = _native(np.asarray(ids), u64), _native(np.asarray(coefficients), f32)
+    if keys.shape != factors.shape:
+        raise ValueError(f"{keys.shape} ids need as many coefficients, got {factors.shape}")
+    move = (u64(run_key), keys, factors, f32(grid), u64(probe_id), scale)
+    return move, 8 * max(1, len(keys))
 
 
 class Weights(NamedTuple):
@@ -202,7 +212,8 @@ def _weights(plus: Tensor, minus: Tensor | None, base: Tensor, start: int) -> We
         raise ValueError(f"weights of type {dtype}; fp32, bf16 and fp16 are known")
     for out in outputs:
         if not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # so that a backward that needs the old values says so
+            # so that a backward that needs the old values says so
+            torch.autograd.graph.increment_version(out)
     floats, codes = zip(*(_arrays(t) for t in (plus, minus, base)), strict=True)
     return Weights(floats, codes, (_KINDS[base.dtype], _KINDS[dtype], int(minus is not None)))
 
@@ -220,7 +231,7 @@ def _share(
     weights: Weights,
     start: int,
     cost: int,
-    move: tuple[Any, ...],
+    move: Move,
     threads: int | None,
     block: int | None,
 ) -> None:

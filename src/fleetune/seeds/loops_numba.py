@@ -270,8 +270,8 @@ def _leave(edges, edges16, floats, codes, at, lo, n):
 def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
     # A single int32 pass needs no accumulator.  Many constants keep their one column; other tables are
     # repeated to at least a row.  Parts of tiles are moved in a tile of their own.
-    key, ids, tables, grid, probe_id, probe, hashed = move
-    summed = ids.size > 1 or (ids.size == 1 and tables.itemsize == 8)
+    key, ids, tables, sums, grid, probe_id, probe, hashed = move
+    summed = ids.size > 1 or sums.size or (ids.size == 1 and tables.itemsize == 8)
     acc = np.empty(TILE if summed else 0, tables.dtype)
     if tables.shape[1] < WIDTH and not (summed and tables.shape[1] == 1):
         tables = _widen(tables, WIDTH)
@@ -290,6 +290,9 @@ def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
                 _sum_constants(acc, tile, key, ids, tables, words)
             else:
                 _sum_tables(acc, tile, key, ids, tables, seams, words, hashed)
+            if sums.size:
+                for e in range(n):
+                    acc[at + e] += i32(sums[lo + e])
         elif ids.size:
             if probe.size and probe_id == ids[0]:
                 _copy(words[0], words[4])
