@@ -7,7 +7,7 @@
 
 with acc the integer sum of `noise.Passes` and `place` that of `noise.places`.  Every operation is rounded to
 float32 and none is contracted (Numba leaves fused multiply-adds out unless asked for them), so `kernels_torch`
-gives the same bits.
+gives the same bits.  `sweep_both` writes this for the probe and for the opposite one, in one pass too.
 The loops are in `loops_numba`; this module checks the arguments and shares the work among threads.
 
 Threads are Python threads: the compiled loop releases the interpreter's lock.  They take chunks from one
@@ -89,7 +89,7 @@ def sweep_both(
 ) -> None:
     """Do `sweep` into plus with the probe (id, table) and into minus with (id, -table), in one pass over the base.
 
-    plus, minus: of one type and disjoint; base: of their type or float32, and may be one of them.  Else as in `sweep`.
+    plus, minus: of one type, disjoint; base: of their type or float32, and may be one of them.  Else as in `sweep`.
     """
     move, cost = _tile_move(run_key, passes, _cached(sums, base), grid, probe, law)
     _share(sweep_tiles, _weights(plus, minus, base, start), start, cost, move, threads, block)
@@ -138,7 +138,6 @@ def sweep_gaussian_both(
 _NONE = np.zeros(0, f32)
 _NONE16 = np.zeros(0, u16)
 _KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
-
 
 Move = tuple[Any, ...]  # a kernel's last argument
 
@@ -203,8 +202,7 @@ def _weights(plus: Tensor, minus: Tensor | None, base: Tensor, start: int) -> We
     for out in outputs:
         if base.dtype not in reads or out.dtype != dtype or base.shape != out.shape or out.dim() != 1:
             raise ValueError(f"out is {out.dtype} {list(out.shape)}, base is {base.dtype} {list(base.shape)}")
-    tensors = [*outputs, base]
-    if not all(t.is_contiguous() and t.is_cpu for t in tensors):
+    if not all(t.is_contiguous() and t.is_cpu for t in (*outputs, base)):
         raise ValueError("out and base must be contiguous and in the CPU's memory")
     if start < 0:
         raise ValueError(f"start is {start}; a global index is 0 or more")

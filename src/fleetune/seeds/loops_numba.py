@@ -4,8 +4,8 @@
 
 Tiles, one by one (4096 elements; `noise` has the layout).  A tile's row of 128 words serves all its 32 rows
 of 128 elements, so the inner loop over a row tests one fixed bit of consecutive words and vectorises on any
-CPU; the sums of many passes stay in the first-level cache while all passes go by.  16-bit weights are widened
-into a float32 tile and rounded back with integer operations.
+CPU; the sums of many passes stay in the first-level cache while all passes go by.  Then each row is read into
+128 float32, moved, and rounded back to 16 bits with integer operations: once, or once for each sign of the probe.
 
 All compiled code is in this file, because Numba's cache on disk knows the text of one file only; whoever
 changes a number of `noise` must touch this file.
@@ -22,7 +22,7 @@ from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH
 
 ROWS = TILE // WIDTH
 PLUS, MINUS, BASE = 0, 1, 2  # places of the weights among a kernel's arrays
-FP32, BF16, FP16 = 0, 1, 2  # what they are
+FP32, BF16, FP16 = 0, 1, 2  # their types
 
 u16, u32, u64, i32, i64, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.int64, np.float32
 BITS = (np.uint64(1) << np.arange(ROWS, dtype=np.uint64)).astype(np.uint32)
@@ -87,9 +87,9 @@ def _sum_constants(acc, tile, key, ids, tables, words):
         a, b, c, d = twice[0], twice[1], twice[2], twice[3]
         wa, wb, wc, wd = words[0], words[1], words[2], words[3]
         for r in range(ROWS):
-            bit, row = BITS[r], acc[r * WIDTH : r * WIDTH + WIDTH]
+            bit, i = BITS[r], u64(r * WIDTH)
             for e in range(WIDTH):
-                row[e] -= (
+                acc[i + u64(e)] -= (
                     (a if wa[e] & bit else 0)
                     + (b if wb[e] & bit else 0)
                     + (c if wc[e] & bit else 0)
@@ -135,6 +135,9 @@ def _from_fp16(code):
     return -y if code & u32(0x8000) else y
 
 
+# Rounding to 16 bits is to nearest, ties to even; NaN stays a quiet NaN.
+
+
 @_inlined
 def _to_bf16(x):
     b = f32(x).view(u32)
@@ -162,7 +165,7 @@ def _rows(
 ):  # fmt: skip
     # Move rows first..end, row 0 beginning at element `at` of the weights: by acc, or else by one pass's table,
     # and by the probe's.  All loops are written out here: an array handed on within the loop over rows, or a
-    # slice of one, costs more in reference counts than a row's work.
+    # slice of one, costs as much in reference counts as a row's work.  Indices are unsigned: no look for negative ones.
     plus, minus, base = floats
     plus16, minus16, base16 = codes
     reads, writes, both = kinds
@@ -185,10 +188,10 @@ def _rows(
             k = _place(u64(table.size - 1), run + u64(r), hashed)
             if k <= last:
                 for e in range(WIDTH):
-                    x[e] += f32(grid * f32(_signed(table[k + u64(e)], words[e], bit)))
+                    x[e] += f32(grid * f32(i32(_signed(table[k + u64(e)], words[e], bit))))
             else:
                 for e in range(WIDTH):
-                    x[e] += f32(grid * f32(_signed(seam[k - last + u64(e)], words[e], bit)))
+                    x[e] += f32(grid * f32(i32(_signed(seam[k - last + u64(e)], words[e], bit))))
         if probe.size:
             k = _place(u64(probe.size - 1), run + u64(r), hashed)
             if k <= probe_last:
@@ -242,7 +245,7 @@ def _widen(table, size):
 @_inner
 def _edges(size):
     # Room for the weights of a part of a tile or group, as if it were whole: like `floats` and `codes`.
-    a, b = np.zeros((3, size), f32), np.zeros((3, size), u16)
+    a, b = np.empty((3, size), f32), np.empty((3, size), u16)
     return (a[0], a[1], a[2]), (b[0], b[1], b[2])
 
 
@@ -354,7 +357,7 @@ def _normals(z, w):
 
 @cached_njit
 def sweep_groups(floats, codes, kinds, start, lo, hi, move):
-    # Groups of 128, one by one; scale holds the probe's step or nothing.
+    # Groups of 128, one by one; scale holds the probe's step or nothing.  The normals are a table without signs.
     key, ids, coefficients, grid, probe_id, scale = move
     words, z, x, step = np.empty(WIDTH, u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
     acc, probe = np.empty(WIDTH if ids.size else 0, f32), np.empty(WIDTH if scale.size else 0, f32)
