@@ -43,33 +43,76 @@ def sweep(
     law: str = "pooled",
     threads: int | None = None,
     block: int | None = None,
+    sums: Tensor | None = None,
 ) -> None:
     """Set out = base moved by grid * passes, then by sign * table of the probe (formula in the module docstring).
 
     out, base: 1-D contiguous tensors of one size, type (fp32, bf16, fp16) and device, the same tensor or
     disjoint; start: global index of element 0.  probe: (Philox id, float32 table [K], K a power of two).
     law: tables are read at its `noise.places`.
-    threads has no effect (torch has its own); block: elements at a time.  Raises ValueError for tensors or
+    threads has no effect (torch has its own); block: elements at a time.  sums: integers that are added to the
+    passes' sum: float32, of base's size and device, no total reaching 2^24.  Raises ValueError for tensors or
     tables of another kind.
     """
+    _sweep([out], base, start, run_key, passes, sums, grid, probe, law, block)
+
+
+def sweep_both(
+    plus: Tensor,
+    minus: Tensor,
+    base: Tensor,
+    start: int,
+    run_key: int,
+    passes: Passes,
+    grid: float,
+    probe: Probe,
+    *,
+    law: str = "pooled",
+    threads: int | None = None,
+    block: int | None = None,
+    sums: Tensor | None = None,
+) -> None:
+    """Do `sweep` into plus with the probe (id, table) and into minus with (id, -table), in one pass over the base.
+
+    plus, minus: of one type, disjoint; base: of their type or float32, and may be one of them.  Else as in `sweep`.
+    """
+    _sweep([plus, minus], base, start, run_key, passes, sums, grid, probe, law, block)
+
+
+def _sweep(
+    outputs: list[Tensor],
+    base: Tensor,
+    start: int,
+    run_key: int,
+    passes: Passes,
+    sums: Tensor | None,
+    grid: float,
+    probe: Probe | None,
+    law: str,
+    block: int | None,
+) -> None:
     row = None if probe is None else np.array(probe[1], np.float32)
     noise.check_tables(passes, row)
-    _check(out, base, start)
+    _check(outputs, base, start, sums)
     summed = np.int32 if passes.tables.dtype == np.int32 else np.int64
-    table = _period(np.array(passes.tables, summed), law, out.device) if len(passes.ids) else None
-    step = None if row is None else _period(row[None], law, out.device)[0]
+    table = _period(np.array(passes.tables, summed), law, base.device) if len(passes.ids) else None
+    step = None if row is None else _period(row[None], law, base.device)[0]
     ids, probed = _with_probe(passes.ids, probe)
     grid = float(np.float32(grid))
     with torch.inference_mode():
-        for lo, hi, tile, n_tiles in _blocks(out, start, TILE, block):
-            acc, words = _sums(run_key, ids, table, probed, tile, n_tiles, out.device)
+        for lo, hi, tile, n_tiles in _blocks(base, start, TILE, block):
+            acc, words = _sums(run_key, ids, table, probed, tile, n_tiles, base.device)
             where = slice(start + lo - tile * TILE, start + hi - tile * TILE)
             x = base[lo:hi].float()
-            if acc is not None:
-                x = acc.view(-1)[where].float().mul_(grid).add_(x)
+            total = None if acc is None else acc.view(-1)[where].float()
+            if sums is not None:
+                total = sums[lo:hi].clone() if total is None else total.add_(sums[lo:hi])
+            if total is not None:
+                x = total.mul_(grid).add_(x)
+            turned = None
             if words is not None and step is not None:
-                x = _signed(words, step, tile).view(-1)[where].add_(x)
-            out[lo:hi].copy_(x)
+                turned = _signed(words, step, tile).view(-1)[where]
+            _write(outputs, lo, hi, x, turned)
 
 
 def sweep_gaussian(
@@ -89,44 +132,93 @@ def sweep_gaussian(
 
     ids: uint64 [P], summed in this order; coefficients: float32 [P]; probe: (id, scale).
     """
-    _check(out, base, start)
+    _sweep_gaussian([out], base, start, run_key, ids, coefficients, grid, probe, block)
+
+
+def sweep_gaussian_both(
+    plus: Tensor,
+    minus: Tensor,
+    base: Tensor,
+    start: int,
+    run_key: int,
+    ids: ArrayLike,
+    coefficients: ArrayLike,
+    grid: float,
+    probe: tuple[int, float],
+    *,
+    threads: int | None = None,
+    block: int | None = None,
+) -> None:
+    """`sweep_both` for the gaussian law: `sweep_gaussian` with the probe (id, scale) and with (id, -scale)."""
+    _sweep_gaussian([plus, minus], base, start, run_key, ids, coefficients, grid, probe, block)
+
+
+def _sweep_gaussian(
+    outputs: list[Tensor],
+    base: Tensor,
+    start: int,
+    run_key: int,
+    ids: ArrayLike,
+    coefficients: ArrayLike,
+    grid: float,
+    probe: tuple[int, float] | None,
+    block: int | None,
+) -> None:
+    _check(outputs, base, start)
+    device = base.device
     keys = np.asarray(ids, np.uint64)
     grid = float(np.float32(grid))
     with torch.inference_mode():
-        for lo, hi, group, n_groups in _blocks(out, start, WIDTH, block):
+        for lo, hi, group, n_groups in _blocks(base, start, WIDTH, block):
             x = base[lo:hi].float()
             where = slice(start + lo - group * WIDTH, start + hi - group * WIDTH)
             if len(keys):
-                acc = torch.zeros(n_groups * WIDTH, device=out.device)
+                acc = torch.zeros(n_groups * WIDTH, device=device)
                 for z, c in zip(
-                    _normals(run_key, keys, group, n_groups, out.device),
+                    _normals(run_key, keys, group, n_groups, device),
                     np.asarray(coefficients, np.float32).tolist(),
                     strict=True,
                 ):
                     acc = acc + z * c
                 x = x + acc[where] * grid
+            step = None
             if probe is not None:
-                (z,) = _normals(run_key, np.array([probe[0]], np.uint64), group, n_groups, out.device)
-                x = x + z[where] * float(np.float32(probe[1]))
-            out[lo:hi].copy_(x)
+                (z,) = _normals(run_key, np.array([probe[0]], np.uint64), group, n_groups, device)
+                step = z[where] * float(np.float32(probe[1]))
+            _write(outputs, lo, hi, x, step)
 
 
-def _check(out: Tensor, base: Tensor, start: int) -> None:
-    if out.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"weights of type {out.dtype}; fp32, bf16 and fp16 are known")
-    if base.dtype != out.dtype or base.shape != out.shape or base.device != out.device or out.dim() != 1:
-        raise ValueError(f"out is {out.dtype} {list(out.shape)}, base is {base.dtype} {list(base.shape)}")
-    if not (out.is_contiguous() and base.is_contiguous()):
+def _write(outputs: list[Tensor], lo: int, hi: int, x: Tensor, step: Tensor | None) -> None:
+    # x + step to the first output and x - step to a second.  Both are computed first: x may lie in an output.
+    moved = [x] if step is None else [x + step, x - step] if len(outputs) > 1 else [step.add_(x)]
+    for out, values in zip(outputs, moved, strict=True):
+        out[lo:hi].copy_(values)
+
+
+def _check(outputs: list[Tensor], base: Tensor, start: int, sums: Tensor | None = None) -> None:
+    dtype = outputs[0].dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"weights of type {dtype}; fp32, bf16 and fp16 are known")
+    reads = (dtype,) if len(outputs) == 1 else (dtype, torch.float32)
+    for out in outputs:
+        alike = out.dtype == dtype and base.shape == out.shape and base.device == out.device
+        if not alike or base.dtype not in reads or out.dim() != 1:
+            raise ValueError(f"out is {out.dtype} {list(out.shape)}, base is {base.dtype} {list(base.shape)}")
+    if not all(t.is_contiguous() for t in (*outputs, base)):
         raise ValueError("out and base must be contiguous")
+    if sums is not None and (
+        sums.dtype != torch.float32 or sums.shape != base.shape or sums.device != base.device
+    ):
+        raise ValueError(f"sums are {sums.dtype} {list(sums.shape)}, base is {base.dtype} {list(base.shape)}")
     if start < 0:
         raise ValueError(f"start is {start}; a global index is 0 or more")
 
 
-def _blocks(out: Tensor, start: int, unit: int, block: int | None) -> Iterator[tuple[int, int, int, int]]:
+def _blocks(base: Tensor, start: int, unit: int, block: int | None) -> Iterator[tuple[int, int, int, int]]:
     """Yield (first element, last + 1, first tile or group, number of them), cut where tiles end."""
-    size = out.numel()
+    size = base.numel()
     if block is None:
-        block = BLOCK if out.device.type == "cpu" else BLOCK_DEVICE
+        block = BLOCK if base.device.type == "cpu" else BLOCK_DEVICE
     step = -(-block // unit) * unit
     lo = 0
     while lo < size:

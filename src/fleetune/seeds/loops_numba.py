@@ -4,8 +4,8 @@
 
 Tiles, one by one (4096 elements; `noise` has the layout).  A tile's row of 128 words serves all its 32 rows
 of 128 elements, so the inner loop over a row tests one fixed bit of consecutive words and vectorises on any
-CPU; the sums of many passes stay in the first-level cache while all passes go by.  16-bit weights are widened
-into a float32 tile and rounded back with integer operations.
+CPU; the sums of many passes stay in the first-level cache while all passes go by.  Then each row is read into
+128 float32, moved, and rounded back to 16 bits with integer operations: once, or once for each sign of the probe.
 
 All compiled code is in this file, because Numba's cache on disk knows the text of one file only; whoever
 changes a number of `noise` must touch this file.
@@ -21,12 +21,13 @@ from fleetune.seeds import noise
 from fleetune.seeds.noise import M0, M1, TILE, W0, W1, WIDTH
 
 ROWS = TILE // WIDTH
-IN_PLACE, COPIED, BF16, FP16 = 0, 1, 2, 3  # what a kernel's weights are: the first two are float32
+PLUS, MINUS, BASE = 0, 1, 2  # places of the weights among a kernel's arrays
+FP32, BF16, FP16 = 0, 1, 2  # their types
 
 u16, u32, u64, i32, i64, f32 = np.uint16, np.uint32, np.uint64, np.int32, np.int64, np.float32
 BITS = (np.uint64(1) << np.arange(ROWS, dtype=np.uint64)).astype(np.uint32)
 _M0, _M1, _W0, _W1, _LOW, _HALF = u64(M0), u64(M1), u64(W0), u64(W1), u64(noise.LOW), u64(32)
-_MIX = u64(noise.MIX)
+_MIX, _SIGN = u64(noise.MIX), u32(1 << 31)
 
 _inner = numba.njit(nogil=True, error_model="numpy")
 _inlined = numba.njit(nogil=True, error_model="numpy", inline="always")
@@ -48,19 +49,24 @@ def _philox(words, block, id, key):
 
 
 @_inlined
-def _part(table, run, hashed, wrapped):
-    # The table's values for the 128 elements of a run (`noise.places`); `wrapped` is room for those around its end.
+def _place(end, run, hashed):
+    # Where the values for the 128 elements of a run begin (`noise.places`) in a table of end + 1 values.
     if not hashed:
-        at = i64(run * u64(WIDTH)) & (table.size - 1)
-        return table[at : at + WIDTH]
+        return (run * u64(WIDTH)) & end
     x = (run ^ (run >> _HALF)) * _MIX
     x = (x ^ (x >> _HALF)) * _MIX
-    at = i64(x >> u64(40)) & (table.size - 1)
-    if at + WIDTH <= table.size:
-        return table[at : at + WIDTH]
-    for e in range(WIDTH):
-        wrapped[e] = table[(at + e) & (table.size - 1)]
-    return wrapped
+    return (x >> u64(40)) & end
+
+
+@_inner
+def _seams(tables, hashed):
+    # The last 128 values of each table and its first 128 after them, for the runs that go on at its start.
+    seams = np.empty((tables.shape[0], 2 * WIDTH), tables.dtype)
+    if hashed and tables.shape[1]:
+        for p in range(tables.shape[0]):
+            for i in range(2 * WIDTH):
+                seams[p, i] = tables[p, (i - WIDTH) & (tables.shape[1] - 1)]
+    return seams
 
 
 @_inner
@@ -81,9 +87,9 @@ def _sum_constants(acc, tile, key, ids, tables, words):
         a, b, c, d = twice[0], twice[1], twice[2], twice[3]
         wa, wb, wc, wd = words[0], words[1], words[2], words[3]
         for r in range(ROWS):
-            bit, row = BITS[r], acc[r * WIDTH : r * WIDTH + WIDTH]
+            bit, i = BITS[r], u64(r * WIDTH)
             for e in range(WIDTH):
-                row[e] -= (
+                acc[i + u64(e)] -= (
                     (a if wa[e] & bit else 0)
                     + (b if wb[e] & bit else 0)
                     + (c if wc[e] & bit else 0)
@@ -92,135 +98,139 @@ def _sum_constants(acc, tile, key, ids, tables, words):
 
 
 @_inner
-def _sum_tables(acc, tile, key, ids, tables, words, hashed):
+def _sum_tables(acc, tile, key, ids, tables, seams, words, hashed):
     acc[:] = 0
-    wrapped = np.empty(WIDTH, tables.dtype)
+    end, last = u64(tables.shape[1] - 1), u64(tables.shape[1] - WIDTH)
     for p in range(ids.size):
         _philox(words[0], u64(tile) * u64(32), ids[p], key)
-        table, w = tables[p], words[0]
+        table, seam, w = tables[p], seams[p], words[0]
         for r in range(ROWS):
-            bit, row = BITS[r], acc[r * WIDTH : r * WIDTH + WIDTH]
-            part = _part(table, u64(tile) * u64(ROWS) + u64(r), hashed, wrapped)
+            bit, i = BITS[r], u64(r * WIDTH)
+            at = _place(end, u64(tile) * u64(ROWS) + u64(r), hashed)
+            if at <= last:
+                for e in range(WIDTH):
+                    acc[i + u64(e)] += _signed(table[at + u64(e)], w[e], bit)
+            else:
+                for e in range(WIDTH):
+                    acc[i + u64(e)] += _signed(seam[at - last + u64(e)], w[e], bit)
+
+
+@_inlined
+def _signed(v, word, bit):
+    return -v if word & bit else v
+
+
+@_inlined
+def _turned(v, word, bit):
+    # The same of a float, whose sign bit is turned.
+    return u32(f32(v).view(u32) ^ (_SIGN if word & bit else u32(0))).view(f32)
+
+
+@_inlined
+def _from_fp16(code):
+    a = u32(code & u32(0x7FFF))
+    # the exponent moves from bias 15 to 127, and once more by as much for infinities and NaN
+    b = u32((a << u32(13)) + (u32(0x70000000) if a >= u32(0x7C00) else u32(0x38000000)))
+    y = f32(i32(a)) * f32(2.0**-24) if a < u32(0x400) else b.view(f32)
+    return -y if code & u32(0x8000) else y
+
+
+# Rounding to 16 bits is to nearest, ties to even; NaN stays a quiet NaN.
+
+
+@_inlined
+def _to_bf16(x):
+    b = f32(x).view(u32)
+    nearest = u32(b + (u32(0x8000) if b & u32(0x10000) else u32(0x7FFF)))
+    return u16(u32(u32(b | u32(0x400000)) if x != x else nearest) >> u32(16))
+
+
+@_inlined
+def _to_fp16(x):
+    b = f32(x).view(u32)
+    a = u32(b & u32(0x7FFFFFFF))
+    c = min(a, u32(0x47800000))  # 2^16, the code of infinity
+    code = u32(c - (u32(0x37FFF000) if c & u32(0x2000) else u32(0x37FFF001))) >> u32(13)
+    # below 2^-14 the spacing is 2^-24, the spacing of float32 just above 1/2
+    small = u32(f32(a.view(f32) + f32(0.5)).view(u32) - u32(0x3F000000))
+    code = small if a < u32(0x38800000) else code
+    code = u32(0x7E00) if x != x else code
+    return u16(code | u32(u32(b >> u32(16)) & u32(0x8000)))
+
+
+@_inner
+def _rows(
+    floats, codes, kinds, at, first, end, run, hashed, acc, grid, table, seam, words,
+    probe, probe_seam, probe_words, x, step,
+):  # fmt: skip
+    # Move rows first..end, row 0 beginning at element `at` of the weights: by acc, or else by one pass's table,
+    # and by the probe's.  All loops are written out here: an array handed on within the loop over rows, or a
+    # slice of one, costs as much in reference counts as a row's work.  Indices are unsigned: no look for negative ones.
+    plus, minus, base = floats
+    plus16, minus16, base16 = codes
+    reads, writes, both = kinds
+    last, probe_last = u64(table.size - WIDTH), u64(probe.size - WIDTH)  # where the last whole run begins
+    for r in range(first, end):
+        bit, i, j = BITS[r], u64(at + r * WIDTH), u64(r * WIDTH)
+        if reads == BF16:
             for e in range(WIDTH):
-                row[e] += -part[e] if w[e] & bit else part[e]
-
-
-@_inlined
-def _add_sums(x, y, acc, grid):
-    for i in range(TILE):
-        x[i] = y[i] + f32(grid * f32(acc[i]))
-
-
-@_inlined
-def _add_pass(x, y, tile, w, table, grid, hashed):
-    wrapped = np.empty(WIDTH, table.dtype)
-    for r in range(ROWS):
-        bit, row, from_ = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH], y[r * WIDTH : r * WIDTH + WIDTH]
-        part = _part(table, u64(tile) * u64(ROWS) + u64(r), hashed, wrapped)
-        for e in range(WIDTH):
-            row[e] = from_[e] + f32(grid * f32(i32(-part[e]) if w[e] & bit else i32(part[e])))
-
-
-@_inlined
-def _add_probe(x, y, tile, w, table, hashed):
-    wrapped = np.empty(WIDTH, table.dtype)
-    for r in range(ROWS):
-        bit, row, from_ = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH], y[r * WIDTH : r * WIDTH + WIDTH]
-        part = _part(table, u64(tile) * u64(ROWS) + u64(r), hashed, wrapped)
-        for e in range(WIDTH):
-            row[e] = from_[e] + (-part[e] if w[e] & bit else part[e])
-
-
-@_inlined
-def _add_both(x, y, tile, w, table, grid, v, probe, hashed):
-    wrapped, around = np.empty(WIDTH, table.dtype), np.empty(WIDTH, f32)
-    for r in range(ROWS):
-        bit, row, from_ = BITS[r], x[r * WIDTH : r * WIDTH + WIDTH], y[r * WIDTH : r * WIDTH + WIDTH]
-        part = _part(table, u64(tile) * u64(ROWS) + u64(r), hashed, wrapped)
-        step = _part(probe, u64(tile) * u64(ROWS) + u64(r), hashed, around)
-        for e in range(WIDTH):
-            moved = f32(from_[e] + f32(grid * f32(i32(-part[e]) if w[e] & bit else i32(part[e]))))
-            row[e] = moved + (-step[e] if v[e] & bit else step[e])
-
-
-@_inlined
-def _move(x, y, tile, key, ids, tables, grid, probe_id, probe, hashed, words, acc):
-    # One whole tile, of y into x (which may be y).  `words` is [5, 128]: four for sums, the last for the probe.
-    if probe.size:
-        _philox(words[4], u64(tile) * u64(32), probe_id, key)
-    if acc.size:
-        if tables.shape[1] == 1:
-            _sum_constants(acc, tile, key, ids, tables, words)
+                x[e] = u32(u32(base16[i + u64(e)]) << u32(16)).view(f32)
+        elif reads == FP16:
+            for e in range(WIDTH):
+                x[e] = _from_fp16(u32(base16[i + u64(e)]))
         else:
-            _sum_tables(acc, tile, key, ids, tables, words, hashed)
-        _add_sums(x, y, acc, grid)
-        y = x
-    elif ids.size:
-        if probe.size and probe_id == ids[0]:
-            _copy(words[0], words[4])
-        else:
-            _philox(words[0], u64(tile) * u64(32), ids[0], key)
+            for e in range(WIDTH):
+                x[e] = base[i + u64(e)]
+        if acc.size:
+            for e in range(WIDTH):
+                x[e] += f32(grid * f32(acc[j + u64(e)]))
+        elif table.size:
+            k = _place(u64(table.size - 1), run + u64(r), hashed)
+            if k <= last:
+                for e in range(WIDTH):
+                    x[e] += f32(grid * f32(i32(_signed(table[k + u64(e)], words[e], bit))))
+            else:
+                for e in range(WIDTH):
+                    x[e] += f32(grid * f32(i32(_signed(seam[k - last + u64(e)], words[e], bit))))
         if probe.size:
-            _add_both(x, y, tile, words[0], tables[0], grid, words[4], probe, hashed)
+            k = _place(u64(probe.size - 1), run + u64(r), hashed)
+            if k <= probe_last:
+                for e in range(WIDTH):
+                    step[e] = _turned(probe[k + u64(e)], probe_words[e], bit)
+            else:
+                for e in range(WIDTH):
+                    step[e] = _turned(probe_seam[k - probe_last + u64(e)], probe_words[e], bit)
+            if not both:
+                for e in range(WIDTH):
+                    x[e] += step[e]
+        if both:
+            if writes == BF16:
+                for e in range(WIDTH):
+                    plus16[i + u64(e)] = _to_bf16(x[e] + step[e])
+                    minus16[i + u64(e)] = _to_bf16(x[e] + (-step[e]))
+            elif writes == FP16:
+                for e in range(WIDTH):
+                    plus16[i + u64(e)] = _to_fp16(x[e] + step[e])
+                    minus16[i + u64(e)] = _to_fp16(x[e] + (-step[e]))
+            else:
+                for e in range(WIDTH):
+                    plus[i + u64(e)] = x[e] + step[e]
+                    minus[i + u64(e)] = x[e] + (-step[e])
+        elif writes == BF16:
+            for e in range(WIDTH):
+                plus16[i + u64(e)] = _to_bf16(x[e])
+        elif writes == FP16:
+            for e in range(WIDTH):
+                plus16[i + u64(e)] = _to_fp16(x[e])
         else:
-            _add_pass(x, y, tile, words[0], tables[0], grid, hashed)
-        return
-    if probe.size:
-        _add_probe(x, y, tile, words[4], probe, hashed)
-    else:
-        _copy(x, y)
+            for e in range(WIDTH):
+                plus[i + u64(e)] = x[e]
 
 
 @_inner
 def _copy(x, y):
     for i in range(x.size):
         x[i] = y[i]
-
-
-@_inner
-def _load(x, base, base16, lo, kind):
-    # Widen 16-bit codes to float32, exactly.
-    if kind <= COPIED:
-        _copy(x, base[lo : lo + x.size])
-        return
-    codes = base16[lo : lo + x.size]
-    if kind == BF16:
-        for i in range(x.size):
-            x[i] = u32(u32(codes[i]) << u32(16)).view(np.float32)
-        return
-    for i in range(x.size):
-        code = u32(codes[i])
-        a = u32(code & u32(0x7FFF))
-        # the exponent moves from bias 15 to 127, and once more by as much for infinities and NaN
-        b = u32((a << u32(13)) + (u32(0x70000000) if a >= u32(0x7C00) else u32(0x38000000)))
-        y = f32(i32(a)) * f32(2.0**-24) if a < u32(0x400) else b.view(np.float32)
-        x[i] = -y if code & u32(0x8000) else y
-
-
-@_inner
-def _store(out, out16, lo, x, kind):
-    # Round to 16 bits, to nearest, ties to even; NaN stays a quiet NaN.
-    if kind <= COPIED:
-        _copy(out[lo : lo + x.size], x)
-        return
-    codes = out16[lo : lo + x.size]
-    if kind == BF16:
-        for i in range(x.size):
-            b = f32(x[i]).view(np.uint32)
-            nearest = u32(u32(b + u32(0x7FFF) + (u32(b >> u32(16)) & u32(1))) >> u32(16))
-            quiet = u32(u32(b >> u32(16)) | u32(0x40))
-            codes[i] = u16(nearest if u32(b & u32(0x7FFFFFFF)) <= u32(0x7F800000) else quiet)
-        return
-    for i in range(x.size):
-        b = f32(x[i]).view(np.uint32)
-        a = u32(b & u32(0x7FFFFFFF))
-        code = u32(u32(a - u32(0x38000000) + u32(0xFFF) + (u32(a >> u32(13)) & u32(1))) >> u32(13))
-        # below 2^-14 the spacing is 2^-24, the spacing of float32 just above 1/2
-        small = u32(f32(a.view(np.float32) + f32(0.5)).view(np.uint32) - u32(0x3F000000))
-        code = small if a < u32(0x38800000) else code
-        code = u32(0x7C00) if a >= u32(0x477FF000) else code
-        code = u32(0x7E00) if a > u32(0x7F800000) else code
-        codes[i] = u16(code | u32(u32(b >> u32(16)) & u32(0x8000)))
 
 
 @_inner
@@ -232,34 +242,76 @@ def _widen(table, size):
     return out
 
 
+@_inner
+def _edges(size):
+    # Room for the weights of a part of a tile or group, as if it were whole: like `floats` and `codes`.
+    a, b = np.empty((3, size), f32), np.empty((3, size), u16)
+    return (a[0], a[1], a[2]), (b[0], b[1], b[2])
+
+
+@_inner
+def _copy_part(to, i, from_, j, n):
+    # The array for a type that the weights have not is empty.
+    if to.size and from_.size:
+        _copy(to[i : i + n], from_[j : j + n])
+
+
+@_inner
+def _enter(edges, edges16, floats, codes, at, lo, n):
+    _copy_part(edges[BASE], at, floats[BASE], lo, n)
+    _copy_part(edges16[BASE], at, codes[BASE], lo, n)
+
+
+@_inner
+def _leave(edges, edges16, floats, codes, at, lo, n):
+    for k in (PLUS, MINUS):
+        _copy_part(floats[k], lo, edges[k], at, n)
+        _copy_part(codes[k], lo, edges16[k], at, n)
+
+
 @cached_njit
-def sweep_tiles(
-    out, base, out16, base16, kind, start, lo, hi, key, ids, tables, grid, probe_id, probe, hashed
-):
+def sweep_tiles(floats, codes, kinds, start, lo, hi, move):
     # A single int32 pass needs no accumulator.  Many constants keep their one column; other tables are
-    # repeated to at least a row.
-    summed = ids.size > 1 or (ids.size == 1 and tables.itemsize == 8)
+    # repeated to at least a row.  Parts of tiles are moved in a tile of their own.
+    key, ids, tables, sums, grid, probe_id, probe, hashed = move
+    summed = ids.size > 1 or sums.size or (ids.size == 1 and tables.itemsize == 8)
     acc = np.empty(TILE if summed else 0, tables.dtype)
     if tables.shape[1] < WIDTH and not (summed and tables.shape[1] == 1):
         tables = _widen(tables, WIDTH)
     if 0 < probe.size < WIDTH:
         probe = _widen(probe.reshape(1, -1), WIDTH)[0]
-    words, edge = np.empty((5, WIDTH), u32), np.zeros(TILE, f32)
+    seams, probe_seam = _seams(tables, hashed), _seams(probe.reshape(1, -1), hashed)[0]
+    words, x, step = np.empty((5, WIDTH), u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
+    edges, edges16 = _edges(TILE)
     while lo < hi:
         tile, at = (start + lo) // TILE, (start + lo) % TILE
         n = min(TILE - at, hi - lo)
-        whole = kind <= COPIED and n == TILE
-        # Two calls, so that each is compiled knowing whether x is y; no more, for they take seconds to compile.
-        if whole and kind == COPIED:
-            x, y = out[lo : lo + TILE], base[lo : lo + TILE]
-            _move(x, y, tile, key, ids, tables, grid, probe_id, probe, hashed, words, acc)
-        else:
-            x = out[lo : lo + TILE] if whole else edge
-            if not whole:
-                _load(edge[at : at + n], base, base16, lo, kind)
-            _move(x, x, tile, key, ids, tables, grid, probe_id, probe, hashed, words, acc)
-            if not whole:
-                _store(out, out16, lo, edge[at : at + n], kind)
+        if probe.size:
+            _philox(words[4], u64(tile) * u64(32), probe_id, key)
+        if summed:
+            if tables.shape[1] == 1:
+                _sum_constants(acc, tile, key, ids, tables, words)
+            else:
+                _sum_tables(acc, tile, key, ids, tables, seams, words, hashed)
+            if sums.size:
+                for e in range(n):
+                    acc[at + e] += i32(sums[lo + e])
+        elif ids.size:
+            if probe.size and probe_id == ids[0]:
+                _copy(words[0], words[4])
+            else:
+                _philox(words[0], u64(tile) * u64(32), ids[0], key)
+        to, to16, begin, first, end = floats, codes, lo, 0, ROWS
+        if n < TILE:
+            to, to16, begin, first, end = edges, edges16, 0, at // WIDTH, (at + n + WIDTH - 1) // WIDTH
+            _enter(edges, edges16, floats, codes, at, lo, n)
+        _rows(
+            to, to16, kinds, begin, first, end, u64(tile) * u64(ROWS), hashed,
+            acc, grid, tables.reshape(tables.size), seams.reshape(seams.size), words[0],
+            probe, probe_seam, words[4], x, step,
+        )  # fmt: skip
+        if n < TILE:
+            _leave(edges, edges16, floats, codes, at, lo, n)
         lo += n
 
 
@@ -304,28 +356,35 @@ def _normals(z, w):
 
 
 @cached_njit
-def sweep_groups(
-    out, base, out16, base16, kind, start, lo, hi, key, ids, coefficients, grid, probe_id, scale
-):
-    # Groups of 128, one by one; scale holds the probe's step or nothing.
-    x, z, acc, words = np.zeros(WIDTH, f32), np.empty(WIDTH, f32), np.empty(WIDTH, f32), np.empty(WIDTH, u32)
+def sweep_groups(floats, codes, kinds, start, lo, hi, move):
+    # Groups of 128, one by one; scale holds the probe's step or nothing.  The normals are a table without signs.
+    key, ids, coefficients, grid, probe_id, scale = move
+    words, z, x, step = np.empty(WIDTH, u32), np.empty(WIDTH, f32), np.empty(WIDTH, f32), np.empty(WIDTH, f32)
+    acc, probe = np.empty(WIDTH if ids.size else 0, f32), np.empty(WIDTH if scale.size else 0, f32)
+    table, plain = np.empty(0, i32), np.zeros(WIDTH, u32)
+    edges, edges16 = _edges(WIDTH)
     while lo < hi:
         group, at = (start + lo) // WIDTH, (start + lo) % WIDTH
         n = min(WIDTH - at, hi - lo)
-        _load(x[at : at + n], base, base16, lo, kind)
-        if ids.size:
-            acc[:] = 0
-            for p in range(ids.size):
-                _philox(words, u64(group) * u64(32), ids[p], key)
-                _normals(z, words)
-                for i in range(WIDTH):
-                    acc[i] += f32(coefficients[p] * z[i])
-            for i in range(WIDTH):
-                x[i] += f32(grid * acc[i])
+        acc[:] = 0
+        for p in range(ids.size):
+            _philox(words, u64(group) * u64(32), ids[p], key)
+            _normals(z, words)
+            for e in range(WIDTH):
+                acc[e] += f32(coefficients[p] * z[e])
         if scale.size:
             _philox(words, u64(group) * u64(32), probe_id, key)
             _normals(z, words)
-            for i in range(WIDTH):
-                x[i] += f32(scale[0] * z[i])
-        _store(out, out16, lo, x[at : at + n], kind)
+            for e in range(WIDTH):
+                probe[e] = f32(scale[0] * z[e])
+        to, to16, begin = floats, codes, lo
+        if n < WIDTH:
+            to, to16, begin = edges, edges16, 0
+            _enter(edges, edges16, floats, codes, at, lo, n)
+        _rows(
+            to, to16, kinds, begin, 0, 1, u64(0), 0, acc, grid, table, table, plain,
+            probe, probe, plain, x, step,
+        )  # fmt: skip
+        if n < WIDTH:
+            _leave(edges, edges16, floats, codes, at, lo, n)
         lo += n
