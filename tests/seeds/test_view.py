@@ -400,13 +400,13 @@ def test_the_base_may_lie_elsewhere(name):
 def test_scratch_is_bounded(monkeypatch):
     monkeypatch.setattr(views, "CHUNK", 1000)
     net, sizes = make("tied llama"), []
-    real = views.sweep
+    real = View._sweep
 
     def watched(view: View, out: Tensor, *rest: Any) -> None:
         sizes.append(out.numel())
         real(view, out, *rest)
 
-    monkeypatch.setattr(views, "sweep", watched)
+    monkeypatch.setattr(View, "_sweep", watched)
     view = placed(view_of(net), EPS)
     logits(net)
     list(view.tensors())

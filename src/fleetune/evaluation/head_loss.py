@@ -20,7 +20,7 @@ scaled down to it (Milakov and Gimelshein 2018, arXiv 1805.02867; for the second
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -154,7 +154,7 @@ class _StreamedNll(torch.autograd.Function):
         back = torch.zeros_like(rows)
         for first, weight in ctx.blocks():
             gradient = torch.zeros_like(weight)
-            for at in _rows_beside(len(rows), len(weight)):
+            for _, at in _rows_beside(len(rows), [weight]):
                 p = F.linear(rows[at], weight).float().sub_(log_sums[at, None]).exp_()
                 inside, here = _here(targets[at], first, len(weight))
                 p[inside, here] -= 1.0
@@ -175,8 +175,11 @@ def _online(rows: Tensor, blocks: Any, targets: Tensor, mean: Tensor | None) -> 
     chosen = own if mean is None else torch.zeros_like(mean)
     bias = getattr(blocks, "bias", None)
     room = rows.new_empty(0)  # for the logits of all blocks in turn: glibc would not use it again by itself
-    for first, weight in blocks():
-        for at in _rows_beside(len(rows), len(weight)):
+    for (
+        first,
+        *weights,
+    ) in blocks():  # of a view that runs both signs of a probe, a matrix for each half of the rows
+        for weight, at in _rows_beside(len(rows), weights):
             x, width = rows[at], len(weight)
             if room.numel() < len(x) * width:
                 room = rows.new_empty(len(x) * width)
@@ -203,10 +206,12 @@ def _online(rows: Tensor, blocks: Any, targets: Tensor, mean: Tensor | None) -> 
     return top + total.log() - own, chosen
 
 
-def _rows_beside(rows: int, width: int) -> Iterator[slice]:
-    """Yield slices of rows, of which `width` float32 numbers each are at most `CHUNK_BYTES`."""
-    size = max(1, CHUNK_BYTES // (4 * width))
-    return (slice(a, a + size) for a in range(0, rows, size))
+def _rows_beside(rows: int, weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
+    """Yield (matrix, slice of the rows that it is for): a share each, in slices whose logits are at most `CHUNK_BYTES`."""
+    size, share = max(1, CHUNK_BYTES // (4 * len(weights[0]))), rows // len(weights)
+    for number, weight in enumerate(weights):
+        for a in range(number * share, (number + 1) * share, size):
+            yield weight, slice(a, min(a + size, (number + 1) * share))
 
 
 def _here(targets: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:

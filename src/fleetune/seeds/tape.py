@@ -14,7 +14,7 @@ vocabulary in both directions (`evaluation/losses.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -34,16 +34,16 @@ class Moved(Protocol):
     owners: list[tuple[nn.Module, dict[str, WeightSlot]]]
     tape: Any
 
-    def product(self, slot: WeightSlot, x: Tensor) -> Tensor:
-        """Return x W'."""
+    def product(self, slot: WeightSlot, xs: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+        """Return x W' + bias of each x."""
         ...
 
-    def blocks(self, slot: WeightSlot) -> Iterable[tuple[int, Tensor]]:
-        """Yield (first row, rows) of a matrix; the next ones overwrite them."""
+    def blocks(self, slot: WeightSlot) -> Iterable[tuple[Any, ...]]:
+        """Yield (first row, rows of each sign) of a matrix; the next ones overwrite them."""
         ...
 
     def table(self, slot: WeightSlot, ids: Tensor) -> tuple[list[int], Tensor, Tensor]:
-        """Return the different ids, their rows, and for each id its place among them."""
+        """Return the different ids, their rows [signs, ids, width], and for each id its place among them."""
         ...
 
     def whole(self, slot: WeightSlot) -> Tensor:
@@ -100,7 +100,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, root: Tensor, tape: Tape, slot: WeightSlot) -> Tensor:
         ctx.tape, ctx.slot = tape, slot
         ctx.save_for_backward(x)
-        return tape.view.product(slot, x)
+        return tape.view.product(slot, [x], [None])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -122,7 +122,7 @@ class _Embedding(torch.autograd.Function):
         rows, table, where = tape.view.table(slot, ids)
         ctx.tape, ctx.slot, ctx.rows = tape, slot, rows
         ctx.save_for_backward(where)
-        return F.embedding(where, table)
+        return F.embedding(where, table[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -153,8 +153,8 @@ class RowBlocks:
     def __init__(self, view: Moved, slot: WeightSlot) -> None:
         self.view, self.slot = view, slot
 
-    def __call__(self) -> Iterable[tuple[int, Tensor]]:
-        """Yield (first row, rows) at the view's point."""
+    def __call__(self) -> Iterable[tuple[Any, ...]]:
+        """Yield (first row, rows at the view's point); while both signs run, also the rows of the other sign."""
         return self.view.blocks(self.slot)
 
     @property

@@ -17,10 +17,9 @@ are read from its file.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Final
@@ -37,7 +36,7 @@ from fleetune.models import unmerged
 from fleetune.models.mapped.lazy import LazyWeight
 from fleetune.models.mapped.net import replace_parameters
 from fleetune.models.model import Pieces
-from fleetune.seeds import kernel_choice
+from fleetune.seeds import kernel_choice, moved_modules
 from fleetune.seeds.folded_sums import FoldedSums
 from fleetune.seeds.noise import EMPTY, Passes
 from fleetune.seeds.slots import Direction, Read, WeightSlot, layout, read_stored
@@ -95,6 +94,7 @@ class View:
         self.run_key, self.law, self.grid = run_key, law, grid
         self.read, self.threads = read, threads
         self.device = self.slots[0].tensor.device
+        self.lazy = any(isinstance(slot.tensor, LazyWeight) for slot in self.slots)
         self.kernels = kernels(self.device, backend)
         self.point: Passes | None = None
         self.direction: Direction | None = None
@@ -106,6 +106,7 @@ class View:
         self.net = net
         self.owners: list[tuple[nn.Module, dict[str, WeightSlot]]] = []  # wrapped modules and what they own
         self.running = 0  # forwards of modules around those that are going on
+        self.paired = 0  # rows of a half of the batch, while both signs of a probe run in one forward
         self._around: list[nn.Module] = []
         self._install(net)
 
@@ -118,7 +119,7 @@ class View:
         self.point = passes if passes is not None and len(passes.ids) else None
         if not fold:
             self.folded.forget()
-        elif self.law != "gaussian":  # whose sums are floats, in a stated order
+        elif self.law != "gaussian" and not self.lazy:  # whose sums are floats, in a stated order
             self.point = self.folded.rest(self.point)
 
     def probe(self, direction: Direction | None, eps: float = 0.0) -> None:
@@ -126,6 +127,15 @@ class View:
         self.direction = direction and (direction[0], (direction[1] * np.float32(eps)).astype(np.float32))
         if self.stored is not None and direction is not None:
             self.stored.write(direction, eps)
+
+    @contextmanager
+    def pairing(self, rows: int) -> Iterator[None]:
+        """Run the first `rows` of a batch with the probe and the rest, as many, with its opposite, while the block runs."""
+        self.paired = rows
+        try:
+            yield
+        finally:
+            self.paired = 0
 
     @contextmanager
     def storing(self) -> Iterator[None]:
@@ -152,11 +162,62 @@ class View:
         part = None if sums is None else sums[first:last]
         if self.stored is not None and self.direction is not None:
             x = torch.empty_like(base, dtype=torch.float32)
-            _move(self, x, base.float(), slot.start + first, part, None)
+            self._sweep(x, base.float(), slot.start + first, part, None)
             self.stored.add(x, slot.name, first)
             return out.copy_(x)
-        _move(self, out, base, slot.start + first, part, self.direction)
+        self._sweep(out, base, slot.start + first, part, self.direction)
         return out
+
+    def signs(self, slot: WeightSlot, first: int, last: int) -> tuple[Tensor, ...]:
+        """Return (piece,) or, while both signs run, also that for the probe's opposite; the next call overwrites them."""
+        if not self.paired:
+            return (self.piece(slot, first, last),)
+        self.reached.add(slot.name)
+        base, sums = self.read(slot, first, last), self.folded.sums.get(slot.name)
+        room = self._take(2 * (last - first), base.dtype)
+        plus, minus = room[: last - first], room[last - first :]
+        part = None if sums is None else sums[first:last]
+        self._sweep(plus, base, slot.start + first, part, self.direction, minus)
+        return plus, minus
+
+    def _sweep(
+        self,
+        out: Tensor,
+        base: Tensor,
+        start: int,
+        sums: Tensor | None,
+        probe: Direction | None,
+        minus: Tensor | None = None,
+    ) -> None:
+        """Set out = base at the view's point, moved by the probe (and `minus` by its opposite).
+
+        `sums` are the cached part of the integer sum.
+        """
+        point = self.point if self.point is not None else EMPTY
+        if self.law == "gaussian":
+            c = point.tables[:, 0].astype(np.float32)
+            scaled = probe and (probe[0], float(probe[1][0]))
+            if minus is None:
+                self.kernels.sweep_gaussian(out, base, start, self.run_key, point.ids, c, self.grid, scaled)
+            else:
+                self.kernels.sweep_gaussian_both(
+                    out, minus, base, start, self.run_key, point.ids, c, self.grid, scaled
+                )
+            return
+        outs = (out,) if minus is None else (out, minus)
+        sweep = self.kernels.sweep if minus is None else self.kernels.sweep_both
+        sweep(
+            *outs,
+            base,
+            start,
+            self.run_key,
+            point,
+            self.grid,
+            probe,
+            law=self.law,
+            threads=self.threads,
+            sums=sums,
+        )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of every trainable tensor at the view's point, in name order."""
@@ -184,37 +245,51 @@ class View:
         out = torch.empty(slot.tensor.numel(), dtype=slot.tensor.dtype, device=slot.tensor.device)
         return self.fill(slot, out).view(slot.tensor.shape)
 
-    def blocks(self, slot: WeightSlot) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first row, rows [r, n_in]) of a matrix, few enough for the cache; the next ones overwrite them."""
+    def blocks(self, slot: WeightSlot) -> Iterator[tuple[Any, ...]]:
+        """Yield (first row, rows [r, n_in]) of a matrix, few enough for the cache; the next ones overwrite them.
+
+        While both signs run, the rows for the probe's opposite come third.
+        """
         n_out, n_in = slot.tensor.shape
         rows = max(1, CHUNK // n_in)
         for r in range(0, n_out, rows):
             s = min(r + rows, n_out)
-            yield r, self.piece(slot, r * n_in, s * n_in).view(s - r, n_in)
+            yield r, *(part.view(s - r, n_in) for part in self.signs(slot, r * n_in, s * n_in))
 
-    def product(self, slot: WeightSlot, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return x W' + bias for a matrix at the view's point."""
+    def product(self, slot: WeightSlot, xs: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+        """Return x W' + bias for a matrix at the view's point; of two x, the second is for the probe's opposite.
+
+        The products of several are one after the other along the first dimension.
+        """
         n_out, n_in = slot.tensor.shape
-        if not x.numel():
-            return x.new_empty(*x.shape[:-1], n_out)
+        if not xs[0].numel():
+            return xs[0].new_empty(*xs[0].shape[:-1], n_out)
         if n_out <= max(1, CHUNK // n_in):
-            return F.linear(x, self.piece(slot, 0, n_out * n_in).view(n_out, n_in), bias)
-        flat = x.reshape(-1, n_in)
-        out = x.new_empty(flat.shape[0], n_out)
-        for r, block in self.blocks(slot):
-            torch.mm(flat, block.t(), out=out[:, r : r + len(block)])
-        if bias is not None:
-            out += bias
-        return out.view(*x.shape[:-1], n_out)
+            _, *whole = next(iter(self.blocks(slot)))
+            found = [F.linear(x, W, b) for x, W, b in zip(xs, whole, biases, strict=True)]
+            return found[0] if len(found) == 1 else torch.cat(found)
+        flat = [x.reshape(-1, n_in) for x in xs]
+        out = flat[0].new_empty(len(xs), len(flat[0]), n_out)
+        for r, *blocks in self.blocks(slot):
+            for x, block, part in zip(flat, blocks, out, strict=True):
+                torch.mm(x, block.t(), out=part[:, r : r + len(block)])
+        for part, bias in zip(out, biases, strict=True):
+            if bias is not None:
+                part += bias
+        return out.view(len(xs) * xs[0].shape[0], *xs[0].shape[1:-1], n_out)
 
     def table(self, slot: WeightSlot, ids: Tensor) -> tuple[list[int], Tensor, Tensor]:
-        """Return the different ids, their rows of a table at the view's point, and for each id its place among them."""
-        width = slot.tensor.shape[1]
+        """Return the different ids, their rows of a table at the view's point, and for each id its place among them.
+
+        The rows are [signs, ids, width]: one sign, or both while both run.
+        """
+        width, count = slot.tensor.shape[1], 2 if self.paired else 1
         rows, where = torch.unique(ids, return_inverse=True)
-        table = torch.empty(len(rows), width, dtype=slot.tensor.dtype, device=slot.tensor.device)
+        table = torch.empty(count, len(rows), width, dtype=slot.tensor.dtype, device=slot.tensor.device)
         numbers = rows.tolist()
         for place, row in enumerate(numbers):
-            self.piece(slot, row * width, (row + 1) * width, table[place])
+            for sign, part in enumerate(self.signs(slot, row * width, (row + 1) * width)):
+                table[sign, place] = part
         return numbers, table, where
 
     def write(self) -> None:
@@ -287,123 +362,12 @@ class View:
                 raise ModelError(f"{type(module).__name__} is already wrapped; remove the earlier view first")
             if not own:
                 if any(module.children()):
-                    module.forward = _running(self, module.forward)
+                    module.forward = moved_modules.running(self, module.forward)
                     self._around.append(module)
                 continue
-            module.forward = _forward_for(self, module, own)
-            module._parameters = _ReadParameters(self, module, own)
+            module.forward = moved_modules.forward_for(self, module, own)
+            module._parameters = moved_modules.ReadParameters(self, module, own)
             if type(module) is nn.Linear and getattr(module, "bias", None) is None and "weight" in own:
                 # `losses` reads the head's weights block by block
                 module.__dict__["row_blocks"] = RowBlocks(self, own["weight"])
             self.owners.append((module, own))
-
-
-def _move(
-    view: View, out: Tensor, base: Tensor, start: int, sums: Tensor | None, probe: Direction | None
-) -> None:
-    """Set out = base at the view's point, moved by the probe; `sums` are the cached part of the integer sum."""
-    if sums is None:
-        sweep(view, out, base, start, probe)
-    else:
-        _sweep_with_sums(view, out, base, start, sums, probe)
-
-
-def sweep(view: View, out: Tensor, base: Tensor, start: int, probe: Direction | None) -> None:
-    """Run the law's kernel once over a piece, with the view's point and a probe."""
-    point = view.point if view.point is not None else EMPTY
-    if view.law == "gaussian":
-        c = point.tables[:, 0].astype(np.float32)
-        scaled = probe and (probe[0], float(probe[1][0]))
-        view.kernels.sweep_gaussian(out, base, start, view.run_key, point.ids, c, view.grid, scaled)
-        return
-    view.kernels.sweep(
-        out, base, start, view.run_key, point, view.grid, probe, law=view.law, threads=view.threads
-    )
-
-
-def _sweep_with_sums(
-    view: View, out: Tensor, base: Tensor, start: int, sums: Tensor, probe: Direction | None
-) -> None:
-    """Do the same with a part of the integer sum given: integers first, then one product and one addition."""
-    move = functools.partial(view.kernels.sweep, law=view.law, threads=view.threads)
-    x = torch.empty_like(sums)
-    move(x, sums, start, view.run_key, view.point or EMPTY, 1.0)
-    x.mul_(view.grid).add_(base.float())
-    if probe is not None:
-        move(x, x, start, view.run_key, EMPTY, view.grid, probe)
-    out.copy_(x)
-
-
-def _running(view: View, forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)  # `generate` reads its signature
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        view.running += 1
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            view.running -= 1
-
-    return counted
-
-
-class _ReadParameters(dict[str, Any]):
-    """A module's own parameters; while the net runs, at the view's point for whoever reads them.
-
-    A module's parent may read its weights and never call it (a Mamba mixer those of its convolution).  Reads go
-    through `__getitem__` (`nn.Module.__getattr__`); `named_parameters` and the like see what is stored.
-    """
-
-    def __init__(self, view: View, module: nn.Module, own: dict[str, WeightSlot]) -> None:
-        super().__init__(module._parameters)
-        self.view, self.own = view, own
-
-    def __getitem__(self, name: str) -> Any:
-        found, slot = super().__getitem__(name), self.own.get(name)
-        if slot is None or not self.view.running:
-            return found
-        # anything but the stored tensor was put there by the module's own forward
-        return found if found is not slot.tensor else _seen(self.view, slot)
-
-
-def _forward_for(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> Callable[..., Any]:
-    if type(module) is nn.Linear and "weight" in own:
-        return lambda input: _linear(view, module, own, input)
-    if type(module) is nn.Embedding and module.max_norm is None:
-        return lambda input: _embedding(view, own["weight"], input)
-    return _any_forward(view, module, own)
-
-
-def _linear(view: View, module: nn.Linear, own: dict[str, WeightSlot], x: Tensor) -> Tensor:
-    bias: Tensor | None = _seen(view, own["bias"]) if "bias" in own else module.bias
-    if view.tape is None:
-        return view.product(own["weight"], x, bias)
-    out = view.tape.linear(own["weight"], x)
-    return out if bias is None else out + bias
-
-
-def _embedding(view: View, slot: WeightSlot, ids: Tensor) -> Tensor:
-    if view.tape is not None:
-        return view.tape.embedding(slot, ids)
-    _, table, where = view.table(slot, ids)
-    return F.embedding(where, table)
-
-
-def _seen(view: View, slot: WeightSlot) -> Tensor:
-    """Return a whole tensor at the view's point, in memory of its own."""
-    if view.tape is not None:
-        return view.tape.whole(slot)
-    return nn.Parameter(view.whole(slot), requires_grad=False)
-
-
-def _any_forward(view: View, module: nn.Module, own: dict[str, WeightSlot]) -> Callable[..., Any]:
-    original = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        stored: dict[str, Any] = {name: slot.tensor for name, slot in own.items()}
-        try:
-            module._parameters.update({name: _seen(view, slot) for name, slot in own.items()})  # type: ignore[misc]
-            return original(*args, **kwargs)
-        finally:
-            module._parameters.update(stored)
-
-    return forward
