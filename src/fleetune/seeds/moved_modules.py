@@ -103,15 +103,19 @@ def _linear(view: Moved, module: nn.Linear, own: dict[str, WeightSlot], x: Tenso
 def _embedding(view: Moved, slot: WeightSlot, ids: Tensor) -> Tensor:
     if view.tape is not None:
         return view.tape.embedding(slot, ids)
+    if view.paired and ids.dim() == 2 and len(ids) == 1:  # positions, the same for every row
+        ids = ids.expand(2 * view.paired, -1)
+    elif view.paired and (ids.dim() < 2 or len(ids) != 2 * view.paired):
+        raise Unpaired
     _, table, where = view.table(slot, ids)
     halves = (where[: view.paired], where[view.paired :]) if view.paired else (where,)
     found = [F.embedding(part, rows) for part, rows in zip(halves, table, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _halves(view: Moved, x: Tensor) -> tuple[Tensor, ...]:
+def _halves(view: Moved, x: Tensor, least: int = 3) -> tuple[Tensor, ...]:
     """Return the rows of each sign; Unpaired where the first dimension is not that of the batch (experts, say)."""
-    if x.dim() < 3 or x.shape[0] != 2 * view.paired:
+    if x.dim() < least or x.shape[0] != 2 * view.paired:
         raise Unpaired
     return x[: view.paired], x[view.paired :]
 
@@ -138,7 +142,8 @@ def _any_forward(view: Moved, module: nn.Module, own: dict[str, WeightSlot]) -> 
             if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
                 raise Unpaired
             found = []
-            for sign, x in enumerate(_halves(view, args[0])):
+            ids = isinstance(module, nn.Embedding)  # of a class of its own
+            for sign, x in enumerate(_halves(view, args[0], least=2 if ids else 3)):
                 module._parameters.update({name: values[sign] for name, values in seen.items()})  # type: ignore[misc]
                 found.append(original(x))
             return torch.cat(found)

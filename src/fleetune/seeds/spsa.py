@@ -78,7 +78,9 @@ def _in_one_forward(
 ) -> tuple[float, float] | None:
     """Return what `two_point` does of the loss, from one forward of every row twice; None where the net cannot."""
     rows = len(batch.labels)
-    twice = Batch(*(torch.cat([part, part]) for part in (batch.input_ids, batch.attention_mask, batch.labels)))
+    twice = Batch(
+        *(torch.cat([part, part]) for part in (batch.input_ids, batch.attention_mask, batch.labels))
+    )
     try:
         view.probe(direction, eps)
         with view.pairing(rows):
