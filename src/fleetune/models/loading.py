@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fleetune.common.memory import is_out_of_memory
+from fleetune.common.memory import give_back, is_out_of_memory
 from fleetune.common.shell import quoted
 from fleetune.errors import FitError, FleetuneError, ModelError
 from fleetune.models import cache, encoders, names, placement, stated
@@ -48,7 +48,7 @@ from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families.widths import class_of
 from fleetune.models.foreign import AGAIN, foreign_file, short_error
 from fleetune.models.hf_folder import check_folder, config_of, is_encoder
-from fleetune.models.mapped.net import leave_in_file, placeholders
+from fleetune.models.mapped.net import leave_in_file, memory_of, placeholders
 from fleetune.models.mapped.stored import Stored
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
 from fleetune.models.saving import disk_errors, quiet, save
@@ -257,6 +257,9 @@ def _load_folder(
             if tensors is None:
                 net.to(chosen)
             check_step(net, path)
+            if (memory := memory_of(net)) is not None:
+                memory.forget()
+                give_back()
     except ModelError:
         stated.check(path)  # a damaged file is named as such
         raise

@@ -56,6 +56,10 @@ class Memory:
             self._scratch = torch.empty(count)
         return self._scratch[:count]
 
+    def forget(self) -> None:
+        """Give the scratch up: loading runs the net once, whose largest matrix a view never has whole."""
+        self._scratch = torch.empty(0)
+
 
 class LazyWeight(torch.Tensor):
     """A parameter that lies in a mapped file (see the module's text)."""
