@@ -31,6 +31,7 @@ from typing import Final, NamedTuple
 from fleetune.models.shapes import Linear, Shape
 from fleetune.planning import device_cost, workload
 from fleetune.planning.device_cost import FLOOR, KERNELS, PIECE
+from fleetune.tuning.footprint import Footprint
 
 MATRICES: Final = 4.0  # copies of a matrix while it is solved: W, its transpose, what it was, the answer
 FACTORS: Final = 4.0  # copies of a Hessian: damped, lower factor, inverse, upper factor
@@ -83,10 +84,12 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
 def training(student: Shape, batch: int, length: int, beside: int) -> dict[str, int]:
     """Return the bytes of the peak by part: all weights of `student` trained in fp32 on batches of `length` tokens a row.
 
+    Of a layer's activations only what enters it is kept (`models/checkpointing.py`).
     `beside` are the bytes of the other models in memory: a teacher, and what the student was made of.
     """
     work = workload.Workload(batch=batch, length=length)
-    return device_cost.memory(student, work, device_cost.COMPARISON["full Adam"]) | {"beside": beside}
+    footprint = Footprint("backward", checkpointing=True)
+    return device_cost.memory(student, work, footprint) | {"beside": beside}
 
 
 def training_disk(student: Shape, states: int) -> int:
