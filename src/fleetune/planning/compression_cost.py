@@ -17,8 +17,7 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
               running   a window through the block: length * s * (its widest point), its scores where attention is not
                         fused (4 heads length^2, twice), and the block's compressed weights
               (with `--true-sequential` a layer is solved while all windows are at it: both at once)
-              measuring the model on rows or text, before and after: activations and logits of a batch; and
-                        afterwards, but with `--low-memory`, all compressed weights
+              measuring the model on rows or text, before and after: activations and logits of a batch
 
 Constants are measured like those of `fleetune.planning.device_cost`: Linux x86-64, torch 2.13 (CPU), one thread.
 """
@@ -71,8 +70,7 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
         from fleetune.evaluation.head_loss import CHUNK_BYTES
 
         rows, length = EVALUATED
-        after = 0 if work.low_memory else 4 * _weights(shape.linears)
-        stages["measuring"] = rows * length * work.size * shape.widest + 2 * CHUNK_BYTES + after
+        stages["measuring"] = rows * length * work.size * shape.widest + 2 * CHUNK_BYTES
     return {
         "floor": FLOOR + PIECE * shape.vocab + KERNELS["numba"],
         "weights": max(inner * work.size, ends) if work.low_memory else whole,
