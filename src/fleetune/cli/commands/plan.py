@@ -19,6 +19,7 @@ HELP = "memory, traffic and time of every method for a model, before any work"
 ORDER = 20
 EXAMPLES = """\
 fleetune plan smollm2-135m --ram 4GB --uplink 1Mbps
+fleetune plan smollm2-135m --ram 1.5GB                     the settings that fit, as a command
 fleetune plan ./my-model --dtype bf16 --length 512 --batch 4
 """
 
