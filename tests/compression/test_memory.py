@@ -331,6 +331,18 @@ def test_the_disk_holds_the_states_of_clients_that_wait(tmp_path: Path) -> None:
     assert more == pytest.approx(waiting, rel=0.05)
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak starts anew on Linux alone")
+def test_the_peak_is_that_of_this_compression_and_not_of_what_was_done_before(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = torch.ones(600_000_000 // 4)
+    before = memory.peak_rss()
+    del earlier
+    code, events, err = call(capsys, saved(at / "m"), "--set", "group=8", "--text", "text.txt", "--length", "16")
+    assert code == 0, err
+    assert events[-1]["peak_rss"] < before - 300e6
+
+
 def test_what_it_takes_is_said_before_it_begins(
     at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
