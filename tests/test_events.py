@@ -40,7 +40,7 @@ PRUNE = [
 
 # In order; numbers are those of the runs that the commands before have made.
 TOUR = {
-    "plan tiny --ram 4GB --uplink 1Mbps": {"PlanRow"},
+    "plan tiny --ram 4GB --uplink 1Mbps": {"PlanRow", "PlanSettings"},
     "plan tiny --ram 10MB": {"PlanRow", "Failed"},
     "methods": {"MethodListed"},
     "methods mezo": {"SettingListed"},

@@ -18,7 +18,7 @@ from fleetune.compression import Solved
 from fleetune.compression.layerwise import driver
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.blocks import FinishedBlocks, block_file
-from fleetune.compression.layerwise.driver import compressed_weights, linears_of
+from fleetune.compression.layerwise.driver import linears_of, place_weights, restored_weights
 from fleetune.errors import DataError, RecipeError
 from fleetune.models import Model
 from fleetune.models.artefact import Quantised
@@ -96,7 +96,8 @@ def test_hessians_are_of_the_inputs_in_the_compressed_model(
     for number, (_, linears) in enumerate(blocks):
         done = {n: m for _, found in blocks[:number] for n, m in found.items()}
         for name in [n for n in names if n in linears]:
-            with compressed_weights(done, parts):
+            with restored_weights(done):
+                place_weights(done, parts)
                 x = inputs_of(model, {name: linears[name]}, windows)[name]
             assert len(x) == 60
             got = spy.seen[names.index(name)].double()

@@ -7,8 +7,11 @@ import pytest
 
 from fleetune import models
 from fleetune.common import memory
+from fleetune.common.display import human_bytes
 from fleetune.errors import FitError, RecipeError
+from fleetune.models.shapes import shape_of
 from fleetune.planning import choose
+from fleetune.planning.fitting import Search
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.recipe import Recipe
 
@@ -63,6 +66,23 @@ def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
     monkeypatch.setattr(choose, "usable_memory", lambda: 1_000_000)
     with pytest.raises(FitError, match="no method fits"):
         choose.method_for(recipe(tiny), offline=True)
+
+
+def test_a_method_is_counted_with_the_rows_that_its_steps_will_have(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = shape_of(models.load_config(tiny))
+    peaks = {
+        s.work.batch: s.peak for s in Search(shape, None, {"length": 512, "dtype": "fp32"}).tried("fedit")
+    }
+    assert peaks[1] < peaks[8]
+    monkeypatch.setattr(choose, "usable_memory", lambda: peaks[1] * 10 // 9 + 1)
+    name, why = choose.method_for(recipe(tiny, set={"batch_size": 1, "r": 16, "alpha": 16}), offline=True)
+    assert name == "fedit"
+    assert f"about {human_bytes(peaks[1])} of this machine's" in why
+    monkeypatch.setattr(choose, "usable_memory", lambda: peaks[8] - 1)
+    with pytest.raises(FitError, match="fedit with 8 x 512 tokens a step in fp32, needs 1 B more"):
+        choose.method_for(recipe(tiny, set={"batch_size": 8, "r": 16, "dropout": 0.05}), offline=True)
 
 
 def test_memory_is_the_machines_or_its_groups_limit() -> None:

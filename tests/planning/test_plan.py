@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import re
 import subprocess
@@ -18,18 +17,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-import fleetune
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.common.memory import peak_rss
 from fleetune.data import Encoded, collate
-from fleetune.errors import FitError, UsageError
+from fleetune.errors import UsageError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models import shapes, tiny_llama
 from fleetune.models.tiny import tiny_bert
 from fleetune.planning import device_cost, plan
 from fleetune.tuning import methods
-from fleetune.tuning import recipe as recipes
 from fleetune.tuning.fleets.local import LocalFleet
 from fleetune.tuning.messages import Message, encode
 
@@ -197,29 +194,16 @@ def test_without_a_memory_nothing_is_said_of_fitting() -> None:
     rows = _rows(None, fedkseed=1, fedit=2)
     assert rows[0].fits == ""
     assert len(plan.cells(rows[0])) == len(plan.columns(rows)) == 6
-    assert plan.best(rows) == "fedit"
+    assert plan.order(rows) == ["fedit", "fedkseed"]
 
 
-def test_best_prefers_the_adapter_only_with_room_to_spare_and_a_line_fast_enough() -> None:
-    assert plan.best(_rows(100, fedkseed=50, mezo=50, fedit=90)) == "fedit"
-    assert plan.best(_rows(100, fedkseed=50, mezo=50, fedit=91)) == "fedkseed"
-    assert plan.best(_rows(100, fedkseed=50, mezo=50, fedit=101)) == "fedkseed"
-    assert plan.best(_rows(100, fedkseed=50, fedit=91, fedpetuning=80)) == "fedpetuning"
-    assert plan.best(_rows(100, fedkseed=50, fedit=101, fedpetuning=91)) == "fedkseed"
-    slow = [
-        dataclasses.replace(r, sending=61.0) if r.method == "fedit" else r
-        for r in _rows(100, fedkseed=50, fedit=60)
-    ]
-    assert plan.best(slow) == "fedkseed"
-
-
-def test_only_when_nothing_fits_is_it_an_error() -> None:
-    assert plan.best(_rows(100, fedkseed=101, mezo=100, fedit=300)) == "mezo"
-    rows = [dataclasses.replace(r, tunes=False) if r.method == "inference" else r
-            for r in _rows(100, fedkseed=120, mezo=110, fedit=300, inference=10)]  # fmt: skip
-    with pytest.raises(FitError, match="mezo, needs 10 B more") as error:
-        plan.best(rows)
-    assert error.value.exit_code == 3
+def test_recommended_methods_come_first_unless_their_sending_is_slow() -> None:
+    rows = _rows(100, fedkseed=50, mezo=50, fedpetuning=60, fedit=90, inference=10)
+    assert plan.order(rows) == ["fedit", "fedpetuning", "fedkseed", "mezo"]
+    slow = [dataclasses.replace(r, sending=61.0) if r.method == "fedit" else r for r in rows]
+    assert plan.order(slow) == ["fedpetuning", "fedkseed", "mezo", "fedit"]
+    unknown = [dataclasses.replace(r, peak=None) if r.method == "fedit" else r for r in rows]
+    assert "fedit" not in plan.order(unknown)
 
 
 # --- sizes and speeds -------------------------------------------------------------------------------------
@@ -299,6 +283,8 @@ def test_the_command_says_that_nothing_fits_after_the_table(folder: str, capsys:
     assert main(["plan", folder, "--ram", "100MB", "--json"]) == 3
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [e["event"] for e in events] == ["plan"] * 11 + ["error"]
+    assert events[-1]["exit_code"] == 3
+    assert "no method fits 100 MB: the smallest, " in events[-1]["message"]
     assert events[0]["fits"].startswith("no: ")
     assert events[0]["peak"] == sum(events[0]["parts"].values())
 
@@ -420,8 +406,3 @@ def test_the_default_round_is_that_of_tune_and_says_what_differs() -> None:
     for name in methods.entries():
         size = next(s.default for s in methods.settings(name) if s.name == "batch_size")
         assert re.search(rf"\b{size} \([^)]*\b{name}\b", text["tune"]), name
-    parameters = inspect.signature(fleetune.plan).parameters
-    assert (parameters["batch"].default, parameters["length"].default) == (
-        8,
-        recipes.fields()["max_length"][1],
-    )

@@ -18,17 +18,22 @@ def plan(
     *,
     ram: str | int | None = None,
     uplink: str | float | None = None,
-    batch: int = 8,
-    length: int = 512,
+    batch: int | None = None,
+    length: int | None = None,
     steps: int = 200,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     offline: bool = False,
 ) -> Plan:
     """Return memory, traffic and time of every method for one device and one round, before any work.
 
     `ram` is the device's memory (4GB, or bytes), `uplink` its upload speed (1Mbps, or bytes a second); without them
-    the plan does not say what fits, or how long sending takes.  A round is `steps` local steps of `batch` rows of
-    `length` tokens, with weights in `dtype`.
+    the plan does not say what fits, or how long sending takes.  A round is `steps` local steps of `batch` rows (None: 8) of
+    `length` tokens (None: 512), with weights in `dtype` (None: fp32).
+
+    `Plan.settings` finds the method to begin with and what makes it fit `ram`: a `batch`, `length` or `dtype` that is None
+    may become smaller, one that is given stays.  `Settings.options` are the arguments for `tune`:
+
+        fleetune.tune(model, data, **fleetune.plan(model, ram="2GB").settings().options())
     """
     from fleetune import models
     from fleetune.planning import plan as planning
@@ -36,9 +41,9 @@ def plan(
     name = str(model) if isinstance(model, str | Path) else subjects.open(model).argument
     plain_models.check(name, Path("runs"))
     config = models.load_config(name, offline=offline)
-    work = planning.Workload(batch=batch, length=length, steps=steps, dtype=dtype)
+    given = {"batch": batch, "length": length, "dtype": dtype}
     return planning.make(
-        config, name, work,
+        config, name, {field: value for field, value in given.items() if value is not None}, steps=steps,
         ram=planning.parse_bytes(f"{ram} B" if isinstance(ram, int) else ram),
         uplink=planning.parse_rate(f"{uplink} B/s" if isinstance(uplink, int | float) else uplink),
     )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from fleetune.common.display import counted
+from fleetune.common.memory import give_back
 from fleetune.data.encode import Encoded, encode, prompt_ids
 from fleetune.data.encode import stop_ids as tokenizer_stop_ids
 from fleetune.data.examples import Example
@@ -124,6 +125,7 @@ def _continued(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with eval_mode(model.net), _settings(model.net, config):
         for start in range(0, len(order), batch_size):
+            give_back()  # keys and values that grew token by token left holes into which nothing else fits
             at = order[start : start + batch_size]
             ids, mask = _left_padded([prompts[i] for i in at], pad_id(model), model.device)
             # PEFT and Hugging Face both type `generate` loosely

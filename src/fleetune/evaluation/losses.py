@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fleetune.common.display import counted
+from fleetune.common.memory import give_back
 from fleetune.data.encode import MASKED, Batch, Encoded, collate
 from fleetune.errors import DataError, RecipeError
 from fleetune.evaluation.head_loss import head_nll, nll, tokens_a_piece
@@ -195,6 +196,7 @@ def pad_id(model: Model) -> int:
 def all_row_losses(model: Model, rows: Sequence[Encoded], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Compute `row_losses` of any number of rows."""
     sums, counts = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+    give_back()  # what a training step or an answer left, so that this does not come on top of it
     for at, batch in _longest_first(model, rows, batch_size):
         sums[at], counts[at] = row_losses(model, batch)
     return sums, counts

@@ -10,9 +10,10 @@ from typing import Any, Final
 from fleetune.common.display import human_bytes
 from fleetune.common.memory import usable_memory
 from fleetune.errors import ModelError, RecipeError
+from fleetune.models.shapes import shape_of
 from fleetune.planning import plan
 from fleetune.planning.device_cost import Rates
-from fleetune.planning.plan import Row
+from fleetune.planning.fitting import Search, Settings
 from fleetune.planning.workload import Workload
 from fleetune.tuning import methods, prepare, recipe_problems
 from fleetune.tuning import recipe as recipes
@@ -61,17 +62,17 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str]:
         config = models.load_config(recipe.model, offline=offline)
     except ModelError as error:  # loading it says what is wrong, and what to do
         return able[0], f"the model's configuration cannot be read ({error.message})"
-    work = Workload(length=recipe.max_length, dtype=recipe.dtype)
     ram = usable_memory() or None
-    rows = plan.table(config, work, ram=ram, rates=NOT_MEASURED)
-    name = plan.best([row for row in rows if not row.tunes or row.method in able])
-    row = next(row for row in rows if row.method == name)
-    return name, _why(row, ram)
+    asked: dict[str, Any] = {"length": recipe.max_length, "dtype": recipe.dtype}
+    rows = plan.table(config, Workload(**asked), ram=ram, rates=NOT_MEASURED)
+    search = Search(shape_of(config), ram, asked, recipe.set, shrinks=False)
+    settings = search.best([name for name in plan.order(rows) if name in able])
+    return settings.method, _why(settings)
 
 
-def _why(row: Row, ram: int | None) -> str:
-    learns = "learns most from a step" if methods.entries()[row.method].recommended else "fits"
-    if ram is None or row.peak is None:
+def _why(settings: Settings) -> str:
+    learns = "learns most from a step" if methods.entries()[settings.method].recommended else "fits"
+    if settings.ram is None:
         return f"it {learns}"
     also = "and " if learns != "fits" else "since it "
-    return f"it {learns} {also}takes about {human_bytes(row.peak)} of this machine's {human_bytes(ram)} of memory"
+    return f"it {learns} {also}takes about {human_bytes(settings.peak)} of this machine's {human_bytes(settings.ram)} of memory"

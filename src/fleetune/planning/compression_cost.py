@@ -17,8 +17,7 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
               running   a window through the block: length * s * (its widest point), its scores where attention is not
                         fused (4 heads length^2, twice), and the block's compressed weights
               (with `--true-sequential` a layer is solved while all windows are at it: both at once)
-              measuring the model on rows or text, before and after: activations and logits of a batch; and
-                        afterwards, but with `--low-memory`, all compressed weights
+              measuring the model on rows or text, before and after: activations and logits of a batch
 
 Constants are measured like those of `fleetune.planning.device_cost`: Linux x86-64, torch 2.13 (CPU), one thread.
 """
@@ -31,6 +30,7 @@ from typing import Final, NamedTuple
 from fleetune.models.shapes import Linear, Shape
 from fleetune.planning import device_cost, workload
 from fleetune.planning.device_cost import FLOOR, KERNELS, PIECE
+from fleetune.tuning.footprint import Footprint
 
 MATRICES: Final = 4.0  # copies of a matrix while it is solved: W, its transpose, what it was, the answer
 FACTORS: Final = 4.0  # copies of a Hessian: damped, lower factor, inverse, upper factor
@@ -70,8 +70,7 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
         from fleetune.evaluation.head_loss import CHUNK_BYTES
 
         rows, length = EVALUATED
-        after = 0 if work.low_memory else 4 * _weights(shape.linears)
-        stages["measuring"] = rows * length * work.size * shape.widest + 2 * CHUNK_BYTES + after
+        stages["measuring"] = rows * length * work.size * shape.widest + 2 * CHUNK_BYTES
     return {
         "floor": FLOOR + PIECE * shape.vocab + KERNELS["numba"],
         "weights": max(inner * work.size, ends) if work.low_memory else whole,
@@ -83,10 +82,12 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
 def training(student: Shape, batch: int, length: int, beside: int) -> dict[str, int]:
     """Return the bytes of the peak by part: all weights of `student` trained in fp32 on batches of `length` tokens a row.
 
+    Of a layer's activations only what enters it is kept (`models/checkpointing.py`).
     `beside` are the bytes of the other models in memory: a teacher, and what the student was made of.
     """
     work = workload.Workload(batch=batch, length=length)
-    return device_cost.memory(student, work, device_cost.COMPARISON["full Adam"]) | {"beside": beside}
+    footprint = Footprint("backward", checkpointing=True)
+    return device_cost.memory(student, work, footprint) | {"beside": beside}
 
 
 def training_disk(student: Shape, states: int) -> int:

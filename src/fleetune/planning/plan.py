@@ -15,20 +15,20 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common.display import counted, human_bytes, human_count, human_time
-from fleetune.errors import FitError, UsageError
+from fleetune.errors import UsageError
 from fleetune.models.shapes import Shape, shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.device_cost import Rates
+from fleetune.planning.fitting import TIGHT, Search, Settings, longest
 from fleetune.planning.traffic import traffic
 from fleetune.planning.workload import Workload
 from fleetune.tuning import methods
-from fleetune.tuning import recipe as recipes
 from fleetune.tuning.footprint import Footprint
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Rates",
     "Row",
+    "Search",
+    "Settings",
     "Workload",
-    "best",
     "cells",
     "columns",
     "describe",
+    "order",
     "parse_bytes",
     "parse_rate",
     "state_bytes",
@@ -51,7 +53,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 LEAST: Final = 1_000_000  # a number without a unit that is smaller was meant in another one
-TIGHT: Final = 0.9  # fuller than this is a tight fit
 
 
 @dataclass(frozen=True)
@@ -155,23 +156,38 @@ class Plan:
 
     rows: tuple[Row, ...]
     about: tuple[tuple[str, str], ...]  # (label, text): the model and the work
+    search: Search  # for what fits the device
+
+    def settings(self) -> Settings:
+        """Return the method to begin with, and the settings under which it fits; FitError when nothing fits.
+
+        Where no memory was stated they are the method's own.  `Settings.options` are arguments for `fleetune.tune`.
+        """
+        return self.search.best(order(self.rows))
 
     def best(self) -> str:
-        """Return the method to begin with; FitError when none fits."""
-        return best(self.rows)
+        """Return the method to begin with; FitError when none fits.  It may need the settings of `settings`."""
+        return self.settings().method
 
 
 def make(
     config: PretrainedConfig,
     name: str,
-    work: Workload,
+    asked: Mapping[str, Any],
     *,
+    steps: int = Workload.steps,
     ram: int | None = None,
     uplink: float | None = None,
 ) -> Plan:
-    """Plan a model; `ram` in bytes, `uplink` in bytes a second."""
+    """Plan a model; `ram` in bytes, `uplink` in bytes a second.
+
+    `asked` are the fields of `Workload` that are given: the table is of them and of that class's defaults, and the search
+    for what fits leaves them as they are.
+    """
+    work = Workload(steps=steps, **asked)
     rows = table(config, work, ram=ram, uplink=uplink)
-    return Plan(tuple(rows), tuple(describe(config, name, work, uplink=uplink)))
+    search = Search(shape_of(config), ram, asked)
+    return Plan(tuple(rows), tuple(describe(config, name, work, uplink=uplink)), search)
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -190,27 +206,19 @@ def cells(row: Row) -> list[str]:
     return [*shown, passes, human_time(time), *([row.fits] if row.ram is not None else [])]
 
 
-def best(rows: Sequence[Row]) -> str:
-    """Return the method to begin with; FitError when none fits.
+def order(rows: Sequence[Row]) -> list[str]:
+    """Return the methods of a table that can be counted, the one to begin with first.
 
-    Methods state an order in which they are recommended (`RECOMMENDED`): those that learn most from a step, where
-    they fit with room to spare and do not take longer to send than to compute.  Else the first that fits.
+    Methods state an order in which they are recommended (`RECOMMENDED`): those that learn most from a step.  They come
+    first, unless a round takes longer to send than to compute; the others come as in the table.
     """
-    known = [row for row in rows if row.tunes and row.peak is not None]
-    fitting = [row for row in known if row.spare >= 0]
-    if not fitting:
-        least = min(known, key=lambda row: row.peak or 0)
-        raise FitError(
-            f"no method fits {human_bytes(least.ram)}: the smallest, {least.method}, needs {human_bytes(-least.spare)} "
-            f"more ({human_bytes(least.peak)}, of which {human_bytes(least.parts['weights'])} are weights)",
-            hint="--dtype bf16, a shorter --length, a smaller --batch, or a smaller model",
-        )
     entries = methods.entries()
-    for row in sorted(fitting, key=lambda row: entries[row.method].recommended):
+
+    def rank(row: Row) -> float:
         slow = (row.sending or 0.0) > (row.seconds or 0.0)
-        if entries[row.method].recommended and row.fits != "yes, tight" and not slow:
-            return row.method
-    return fitting[0].method
+        return math.inf if slow else entries[row.method].recommended or math.inf
+
+    return [row.method for row in sorted((r for r in rows if r.tunes and r.peak is not None), key=rank)]
 
 
 def describe(
@@ -229,7 +237,7 @@ def describe(
         ),
         (
             "tune",
-            f"cuts rows at {_longest()} tokens (--max-length); unless told, its steps have {_usual_batches()}",
+            f"cuts rows at {longest()} tokens (--max-length); unless told, its steps have {_usual_batches()}",
         ),
         (
             "state only",
@@ -238,11 +246,6 @@ def describe(
         *smaller,
         ("time", f"computing at this machine's speed of just now{sending}"),
     ]
-
-
-def _longest() -> int:
-    """Return the tokens of a row at most in a run that states nothing else."""
-    return int(recipes.fields()["max_length"][1])
 
 
 def _usual_batches() -> str:

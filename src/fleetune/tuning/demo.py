@@ -22,11 +22,11 @@ def recipes(*, quick: bool = False) -> list[Recipe]:
     """Return the demo's recipes, in order; `quick` takes a few steps of each, to see the path."""
     shared: dict[str, Any] = {
         "model": MODEL, "data": "demo", "partition": "column:client", "held_out": 32, "max_length": LENGTH,
-        "samples": 2, "answer_tokens": ANSWER,
+        "samples": 2, "answer_tokens": ANSWER, "client_rows": 2,
     }  # fmt: skip
-    fedit = shared | {
-        "method": "fedit", "rounds": 1 if quick else 3, "participation": 0.125 if quick else 0.5,
-        "set": {"r": 8, "alpha": 16, "dropout": 0.0, "lr": 1e-3, "batch_size": 4, "epochs": 1},
+    fedit = shared | {  # many small steps of few sites: four of them a round
+        "method": "fedit", "rounds": 1 if quick else 3, "participation": 0.125 if quick else 0.167,
+        "set": {"r": 8, "alpha": 16, "dropout": 0.0, "lr": 2e-3, "batch_size": 2, "epochs": 1},
     }  # fmt: skip
     fedkseed = shared | {
         "method": "fedkseed", "rounds": 1 if quick else 2, "participation": 0.167, "samples": 0,

@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
+from fleetune.common.display import human_bytes
 from fleetune.common.shell import quoted
-from fleetune.runs.events import PlanRow
+from fleetune.runs.events import PlanRow, PlanSettings
+
+if TYPE_CHECKING:
+    from fleetune.planning.plan import Settings
 
 HELP = "memory, traffic and time of every method for a model, before any work"
 ORDER = 20
 EXAMPLES = """\
 fleetune plan smollm2-135m --ram 4GB --uplink 1Mbps
+fleetune plan smollm2-135m --ram 1.5GB                     the settings that fit, as a command
 fleetune plan ./my-model --dtype bf16 --length 512 --batch 4
 """
 
@@ -21,13 +27,22 @@ fleetune plan ./my-model --dtype bf16 --length 512 --batch 4
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     sub.add_argument("model", metavar="MODEL", help="hub id, HF directory, GGUF file or built-in name")
-    sub.add_argument("--ram", help="memory of a device, e.g. 4GB: says what fits")
-    sub.add_argument("--uplink", help="its uplink, e.g. 1Mbps: says how long a round's traffic takes")
-    sub.add_argument("--batch", type=int, default=8, help="rows per step (default 8)")
     sub.add_argument(
-        "--length", type=int, default=512, help="tokens of a row (default 512, at which tune cuts them)"
+        "--ram",
+        help="memory of a device, e.g. 4GB: says what fits, and finds settings with which a method does",
     )
-    sub.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="type of the weights")
+    sub.add_argument("--uplink", help="its uplink, e.g. 1Mbps: says how long a round's traffic takes")
+    sub.add_argument("--batch", type=int, help="rows per step (default 8; what fits may have fewer)")
+    sub.add_argument(
+        "--length",
+        type=int,
+        help="tokens of a row (default 512, at which tune cuts them; what fits may have fewer)",
+    )
+    sub.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        help="type of the weights (default fp32; what fits may be in bf16)",
+    )
     sub.add_argument("--steps", type=int, default=200, help="local steps of a round (default 200)")
 
 
@@ -47,6 +62,24 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     if not ui.json:
         ui.header("fleetune plan", plan.about)
         ui.table(planning.columns(plan.rows), [planning.cells(row) for row in plan.rows])
-    method = plan.best()
+    found = plan.settings()
+    ui.event(PlanSettings(
+        model=args.model, method=found.method, batch_size=found.work.batch, max_length=found.work.length,
+        dtype=found.work.dtype, peak=found.peak, ram=found.ram, command=_command(args.model, found),
+    ))  # fmt: skip
     if not ui.json:
-        ui.paths([("next", f"fleetune tune {quoted(args.model)} DATA --method {method}")])
+        told = f"{found}: about {human_bytes(found.peak)}" + (
+            f" of {human_bytes(found.ram)}" if found.ram else ""
+        )
+        ui.paths([("best", told), ("next", _command(args.model, found))])
+
+
+def _command(model: str, found: Settings) -> str:
+    """Return the command that tunes with these settings."""
+    options = found.options()
+    words = ["--method", options.pop("method")]
+    for name, value in options.pop("settings", {}).items():
+        words += ["--set", f"{name}={value}"]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return " ".join(["fleetune tune", quoted(model), "DATA", *words])

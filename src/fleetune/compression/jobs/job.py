@@ -89,8 +89,10 @@ def prepare(
     devices: Devices | None = None,
 ) -> Job:
     """Check a request, and load its model and data."""
+    from fleetune.common.memory import release_memory
     from fleetune.compression.jobs import distil, inputs, prune, solve
 
+    release_memory()  # an earlier job's, so that the peak is this one's
     method = compression.make(request.method, request.set)
     check(request)
     if not request.run:

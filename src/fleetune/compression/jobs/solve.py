@@ -165,7 +165,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         if listener.stop_requested:
             raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=resume_command)
 
-    return driver.run(
+    parts = driver.run(
         job.inputs.model,
         job.solver,
         _source(listener, job, folder / PARTS),
@@ -174,6 +174,8 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         lambda block, blocks: _report_block(listener, block, blocks),
         true_sequential=job.request.true_sequential,
     )
+    listener.note(_summary(parts.blocks))
+    return parts
 
 
 def _check_origin(listener: Listener, job: SolveJob, parts: Path) -> None:
@@ -312,14 +314,19 @@ def _traffic(listener: Listener, job: SolveJob) -> dict[str, int]:
 
 
 def _report_block(listener: Listener, block: BlockResult, blocks: int) -> None:
-    errors = _errors([block])
+    """Report a finished block as an event, and what a solver remarked on its layers."""
     matrices = [MatrixSolved(name=m.name, error=m.error, notes=list(m.notes)) for m in block.matrices]
     listener.event(BlockSolved(block=block.number, blocks=blocks, seconds=block.seconds, matrices=matrices))
-    summary = f"  error {statistics.fmean(errors):.4f}, at most {max(errors):.4f}" if errors else ""
-    listener.note(f"block {block.number + 1}/{blocks}{summary}  {human_time(block.seconds)}")
     for matrix in block.matrices:
         for note in matrix.notes:
-            listener.note(f"  {matrix.name}: {note}")
+            listener.note(f"{matrix.name}: {note}")
+
+
+def _summary(blocks: Sequence[BlockResult]) -> str:
+    """Return a line on all blocks: how many, the errors of their layers, the time that solving took."""
+    errors = _errors(blocks)
+    told = f"  error {statistics.fmean(errors):.4f}, at most {max(errors):.4f}" if errors else ""
+    return f"{counted(len(blocks), 'block')}{told}  {human_time(sum(block.seconds for block in blocks))}"
 
 
 def _mean(errors: Sequence[float]) -> dict[str, float]:
@@ -358,6 +365,8 @@ def _sha256(windows: Tensor) -> str:
 
 
 def _after(inputs: Inputs, parts: FinishedBlocks) -> dict[str, float]:
+    """Measure the compressed model.  Its weights take the place of the model's own, which are not needed any more."""
+    from fleetune.common.memory import give_back
     from fleetune.compression.layerwise import driver
     from fleetune.models.artefact import dense
     from fleetune.models.mapped.net import memory_of
@@ -369,5 +378,6 @@ def _after(inputs: Inputs, parts: FinishedBlocks) -> dict[str, float]:
         lazy.changed = lambda name: dense(parts[name]) if name in parts else None
         return inputs.measure(model)
     linears = {name: m for _, found in driver.linears_of(model) for name, m in found.items()}
-    with driver.compressed_weights(linears, parts):
-        return inputs.measure(model)
+    driver.place_weights(linears, parts)
+    give_back()  # what the model's own weights leave behind
+    return inputs.measure(model)

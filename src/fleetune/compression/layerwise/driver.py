@@ -240,13 +240,3 @@ def place_weights(linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantise
     """Give the linear layers their compressed weights."""
     for name, linear in linears.items():
         linear.weight.data = dense(parts[f"{name}.weight"]).to(linear.weight)
-
-
-@contextmanager
-def compressed_weights(
-    linears: Mapping[str, nn.Linear], parts: Mapping[str, Quantised | Tensor]
-) -> Iterator[None]:
-    """Give the linear layers their compressed weights while the block runs."""
-    with restored_weights(linears):
-        place_weights(linears, parts)
-        yield

@@ -68,7 +68,7 @@ from fleetune.runs.events.lists import (
     TextShown,
 )
 from fleetune.runs.events.measure import Measured, MeasureDone
-from fleetune.runs.events.plan import PlanRow
+from fleetune.runs.events.plan import PlanRow, PlanSettings
 from fleetune.runs.events.runs import (
     CompressionListed,
     DeviceShown,
@@ -118,7 +118,7 @@ __all__ = [
     "DigestFound", "Diverging", "DoctorReport", "EvalDone", "Event", "ExportChecked", "ExportDone", "ExportPushed",
     "Failed", "FleetEvaluated", "FleetShown", "LedgerDifference", "LedgerShown", "LedgerVerified", "LedgerWritten",
     "Lengths", "MatrixSolved", "MeasureDone", "Measured", "Measures", "MethodListed", "ModelCached", "ModelListed",
-    "ModelPruned", "ModelPulled", "ModelRemoved", "PlanRow", "RateFound", "RecipeListed", "Recorded", "RoundDone",
+    "ModelPruned", "ModelPulled", "ModelRemoved", "PlanRow", "PlanSettings", "RateFound", "RecipeListed", "Recorded", "RoundDone",
     "RoundEvaluated", "RowShown", "RunListed", "RunRemoved", "Serving", "SettingListed", "StepDone", "Stopped",
     "SweepDone", "SweepListed", "SweepPlanned", "SweepRun", "SweepStart", "TaskScore", "TextShown", "ThreadsChosen",
     "TuneChecked", "TuneDone", "TuneStart", "Value", "as_dict", "classes", "evaluated", "round_evaluated",

@@ -29,3 +29,18 @@ class PlanRow(Event):
     sending: float | None  # seconds to send `bytes_up` at the stated uplink
     ram: int | None  # stated memory of the device, bytes
     fits: str  # yes; yes, tight (over 90 % full); no: SIZE short; "" if not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(Event):
+    """`plan`: the method to begin with, and the settings under which it fits the device."""
+
+    event: ClassVar[str] = "plan_settings"
+    model: str  # name of the model
+    method: str  # tuning method
+    batch_size: int  # rows of a step
+    max_length: int  # tokens of a row at most
+    dtype: str  # type of the weights
+    peak: int  # peak memory of `tune` with them, bytes
+    ram: int | None  # stated memory of the device, bytes
+    command: str  # `fleetune tune` with these settings; DATA stands for the rows

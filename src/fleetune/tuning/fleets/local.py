@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fleetune.common.memory import is_out_of_memory
+from fleetune.common.memory import give_back, is_out_of_memory
 from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded
 from fleetune.errors import FAULTS, FitError, Interrupted, StorageError, fault
@@ -174,6 +174,7 @@ class LocalFleet:
         """Return the answer of a client that works; one bad client never stops a round."""
         began = time.monotonic()
         self.done = done = WorkDone()
+        give_back()  # what was done before: an evaluation, or the client before this one
         try:
             data = self._work(client, key, sent)
         except _ListenerError as error:  # the caller's own: no client is to blame

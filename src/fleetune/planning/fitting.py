@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the settings under which a method fits a device.
+
+A method is tried as `tune` runs it by itself, and then smaller and smaller: `axes` says what is given up, and in which
+order.  Activations are not among it: a method that can compute them again instead of keeping them does so by itself.
+
+What must fit is the whole of `tune` on that machine: a step, and the evaluations before and after it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from fleetune.common.display import human_bytes
+from fleetune.errors import FitError
+from fleetune.models.shapes import Shape
+from fleetune.planning import device_cost
+from fleetune.planning.workload import Workload
+from fleetune.tuning import methods
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.footprint import Footprint
+
+TIGHT: Final = 0.9  # fuller than this is a tight fit: it is taken where no method has more room
+SHORTEST: Final = 64  # tokens of a row, below which rows are not cut
+EVALUATED: Final = 8  # rows that an evaluation takes at a time
+OPTIONS: Final = {"length": "max_length"}  # fields of `Workload` that a recipe calls otherwise
+
+
+def axes(batch: int) -> dict[str, Sequence[Any]]:
+    """Return what may change, by field of `Workload`: its values, the wanted one first.  The last field changes first.
+
+    `batch` is the number of rows that a step of the method has by itself.
+    """
+    return {
+        "dtype": ("fp32", "bf16"),
+        "length": _halves(longest(), SHORTEST),
+        "batch": _halves(batch, 1),
+    }
+
+
+def longest() -> int:
+    """Return the tokens of a row at most in a run that states nothing else."""
+    return int(recipes.fields()["max_length"][1])
+
+
+def _halves(most: int, least: int) -> list[int]:
+    """Return `most`, its half, the half of that, .. down to `least`."""
+    found = [most]
+    while found[-1] // 2 >= least:
+        found.append(found[-1] // 2)
+    return found
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A method, the work of its steps, and the memory that `tune` takes with both."""
+
+    method: str
+    work: Workload  # rows of a step (batch), tokens of a row at most (length), type of the weights (dtype)
+    peak: int  # bytes
+    weights: int  # bytes of the peak
+    ram: int | None = None  # of the device, bytes; None where it is not stated
+
+    def options(self) -> dict[str, Any]:
+        """Return what to tell `fleetune.tune`, as keyword arguments; what it does by itself is left out.
+
+        Such as `{"method": "fedit", "settings": {"batch_size": 2}, "max_length": 256, "dtype": "bf16"}`.
+        """
+        own = getattr(methods.make(self.method, {}), "batch_size", self.work.batch)
+        usual = {name: default for name, (_, default, _) in recipes.fields().items()}
+        stated = {OPTIONS.get(name, name): getattr(self.work, name) for name in reversed(axes(1))}
+        return {
+            "method": self.method,
+            **({"settings": {"batch_size": self.work.batch}} if self.work.batch != own else {}),
+            **{n: value for n, value in stated.items() if n in usual and value != usual[n]},
+        }
+
+    def __str__(self) -> str:
+        return f"{self.method} with {self.work.batch:,} x {self.work.length:,} tokens a step in {self.work.dtype}"
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search for the settings under which a model fits a device."""
+
+    shape: Shape
+    ram: int | None  # of the device, bytes; None fits everything
+    asked: Mapping[str, Any] = field(default_factory=dict)  # fields of `Workload` that stay as they are
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
+    shrinks: bool = True  # False tries every method as `tune` runs it by itself, and no smaller
+
+    def best(self, order: Sequence[str]) -> Settings:
+        """Return the first settings that fit, of the first method in `order` that has any; FitError where none has.
+
+        A tight fit is taken only where no method has more room.
+        """
+        tried = [settings for name in order for settings in self.tried(name)]
+        if self.ram is None:
+            return tried[0]
+        for room in (TIGHT * self.ram, self.ram):
+            for settings in tried:
+                if settings.peak <= room:
+                    return settings
+        raise self._nothing_fits(min(reversed(tried), key=lambda settings: settings.peak))
+
+    def tried(self, method_name: str) -> Iterator[Settings]:
+        """Yield what is tried of a method, the wanted first; nothing where it has no place on the model."""
+        method = methods.make(method_name, self.settings)
+        values = axes(getattr(method, "batch_size", Workload.batch))
+        values |= {name: (value,) for name, value in self.asked.items()}
+        if not self.shrinks:
+            values = {name: some[:1] for name, some in values.items()}
+        for combination in itertools.product(*values.values()):
+            work = Workload(**dict(zip(values, combination, strict=True)))
+            sized = methods.sized(method, work.steps, work.batch)
+            footprint = sized.footprint(self.shape) if isinstance(sized, methods.Planned) else None
+            if footprint is None:
+                return
+            step = device_cost.memory(self.shape, work, footprint)
+            measure = device_cost.memory(self.shape, replace(work, batch=EVALUATED), Footprint("none"))
+            peak = max(sum(step.values()), sum(measure.values()))
+            yield Settings(method_name, work, peak, step["weights"], self.ram)
+
+    def _nothing_fits(self, least: Settings) -> FitError:
+        flags = ", ".join(f"--{name}" for name in self.asked)
+        if not self.shrinks:
+            hint = "fleetune plan MODEL --ram SIZE finds settings that need less"
+        else:
+            hint = f"leave out {flags}, or take a smaller model" if flags else "take a smaller model"
+        return FitError(
+            f"no method fits {human_bytes(self.ram)}: the smallest, {least}, needs "
+            f"{human_bytes(least.peak - (self.ram or 0))} more ({human_bytes(least.peak)}, of which "
+            f"{human_bytes(least.weights)} are weights)",
+            hint=hint,
+        )

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings under which a method fits a device: what is given up, in which order, and what is then said to `tune`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fleetune
+from fleetune import models
+from fleetune.cli.main import build_parser, main
+from fleetune.errors import FitError, UsageError
+from fleetune.models.shapes import shape_of
+from fleetune.planning import device_cost, fitting, plan
+from fleetune.planning.fitting import Search, Settings
+from fleetune.planning.workload import Workload
+from fleetune.tuning import methods
+from fleetune.tuning.footprint import Footprint
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def shape() -> Any:
+    """A model of 30 M parameters, of which back-propagation needs much more than its weights."""
+    return shape_of(models.tiny_llama(vocab=8192, hidden=512, layers=8, heads=8).net.config)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is simply rows x tokens x bytes of a weight, and an evaluation takes none."""
+
+    def memory(shape: Any, work: Workload, footprint: Footprint) -> dict[str, int]:
+        return {"weights": work.batch * work.length * work.size * (footprint.gradient != "none")}
+
+    monkeypatch.setattr(device_cost, "memory", memory)
+
+
+def found(shape: Any, ram: int, *order: str, **more: Any) -> tuple[str, int, int, str]:
+    best = Search(shape, ram, **more).best(order or ("fedit",))
+    return best.method, best.work.batch, best.work.length, best.work.dtype
+
+
+@pytest.mark.usefixtures("counted")
+def test_rows_are_given_up_first_then_tokens_then_the_type(shape: Any) -> None:
+    def at(rows: int, tokens: int, size: int) -> tuple[str, int, int, str]:
+        return found(shape, rows * tokens * size * 10 // 9 + 1)
+
+    assert at(8, 512, 4) == ("fedit", 8, 512, "fp32")
+    assert at(7, 512, 4) == ("fedit", 4, 512, "fp32")
+    assert at(1, 512, 4) == ("fedit", 1, 512, "fp32")
+    assert at(1, 511, 4) == ("fedit", 1, 256, "fp32")
+    assert at(1, 64, 4) == ("fedit", 1, 64, "fp32")
+    assert at(1, 64, 2) == ("fedit", 1, 64, "bf16")
+
+
+@pytest.mark.usefixtures("counted")
+def test_the_first_method_that_can_be_made_to_fit_is_taken_and_a_tight_fit_last(shape: Any) -> None:
+    small = 64 * 2
+    assert found(shape, small * 10 // 9 + 1, "fedpetuning", "fedit")[0] == "fedpetuning"
+    assert found(shape, small, "fedpetuning", "fedit") == ("fedpetuning", 1, 64, "bf16")  # tight
+    with pytest.raises(FitError) as error:
+        found(shape, small - 28, "fedpetuning", "fedit")
+    assert error.value.message == (
+        "no method fits 100 B: the smallest, fedit with 1 x 64 tokens a step in bf16, needs 28 B more (128 B, of which 128 B "
+        "are weights)"
+    )
+
+
+@pytest.mark.usefixtures("counted")
+def test_what_was_asked_for_stays(shape: Any) -> None:
+    asked = {"batch": 3, "length": 100, "dtype": "fp32"}
+    assert found(shape, 100_000, asked=asked) == ("fedit", 3, 100, "fp32")
+    assert found(shape, 500, asked={"batch": 3}) == ("fedit", 3, 64, "bf16")
+    assert found(shape, 4_000, asked={"length": 512}) == ("fedit", 1, 512, "fp32")
+    with pytest.raises(FitError) as error:
+        found(shape, 1_000, asked=asked)
+    assert "3 x 100 tokens a step in fp32" in error.value.message
+    assert error.value.hint == "leave out --batch, --length, --dtype, or take a smaller model"
+
+
+@pytest.mark.usefixtures("counted")
+def test_without_shrinking_each_method_has_its_own_batch_or_the_one_that_is_set(shape: Any) -> None:
+    ram = 8 * 512 * 4 * 10 // 9 + 1
+    assert found(shape, ram, "fedpetuning", "fedit", shrinks=False) == ("fedit", 8, 512, "fp32")
+    own = {"settings": {"batch_size": "2"}, "shrinks": False}
+    assert found(shape, ram, "fedpetuning", "fedit", **own) == ("fedpetuning", 2, 512, "fp32")
+    with pytest.raises(FitError) as error:
+        found(shape, ram, "fedpetuning", shrinks=False)
+    assert "fleetune plan MODEL --ram SIZE" in (error.value.hint or "")
+
+
+def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:
+    tried = {(s.work.batch, s.work.length, s.work.dtype): s for s in Search(shape, GB).tried("fedit")}
+    assert len(tried) == 4 * 4 * 2
+    work = Workload(8, 512)
+    footprint = methods.make("fedit", {}).footprint(shape)
+    assert tried[8, 512, "fp32"].peak == sum(device_cost.memory(shape, work, footprint).values())
+    one = Workload(1, 64)
+    measured = sum(device_cost.memory(shape, Workload(8, 64), Footprint("none")).values())
+    step = device_cost.memory(shape, one, footprint)
+    assert tried[1, 64, "fp32"].peak == max(measured, sum(step.values()))
+    assert tried[1, 64, "fp32"].weights == step["weights"]
+    mezo = next(s for s in Search(shape, GB, {"batch": 1}).tried("mezo"))
+    assert mezo.peak == sum(device_cost.memory(shape, work, Footprint("none")).values())  # of 8 rows
+
+
+def test_only_what_tune_does_not_do_by_itself_is_said() -> None:
+    usual = Settings("fedpetuning", Workload(32, 512), 1, 1)
+    assert usual.options() == {"method": "fedpetuning"}
+    other = Settings("fedit", Workload(2, 256, 200, "bf16"), 1, 1)
+    assert other.options() == {
+        "method": "fedit", "settings": {"batch_size": 2}, "max_length": 256, "dtype": "bf16"
+    }  # fmt: skip
+    assert list(fitting.axes(5)["batch"]) == [5, 2, 1]
+
+
+# --- the command and the function --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    model = models.tiny_llama(vocab=8192, hidden=512, layers=8, heads=8)
+    path = tmp_path_factory.mktemp("fit") / "a model"
+    models.save(model.net, model.tokenizer, path)
+    return str(path)
+
+
+def test_the_printed_command_makes_tune_use_what_was_planned(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    least = min(s.peak for s in Search(shape_of(models.load_config(folder)), 1).tried("fedit"))
+    ram = least * 10 // 9 + 1
+    assert main(["plan", folder, "--ram", str(ram), "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()][-1]
+    assert told["event"] == "plan_settings"
+    assert (told["method"], told["dtype"], told["ram"]) == ("fedit", "bf16", ram)
+    assert told["batch_size"] < 8
+    assert told["peak"] <= 0.9 * ram
+    assert main(["plan", folder, "--ram", str(ram)]) == 0
+    out = capsys.readouterr().out
+    assert told["command"] in out
+    assert f"fedit with {told['batch_size']} x {told['max_length']} tokens a step in bf16: about " in out
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"a {i}", "response": "b"}) + "\n" for i in range(6)))
+    words = [str(rows) if word == "DATA" else word for word in shlex.split(told["command"])[1:]]
+    from fleetune.cli.commands import tune
+
+    recipe = tune.recipe_of(build_parser().parse_args(words))
+    method = methods.make(recipe.method, recipe.set)
+    assert (method.batch_size, recipe.max_length, recipe.dtype) == (
+        told["batch_size"], told["max_length"], told["dtype"]
+    )  # fmt: skip
+
+
+def test_what_is_given_is_kept_and_said(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--batch", "4", "--length", "64", "--dtype", "bf16"]
+    assert main(["plan", folder, *given]) == 0
+    out = capsys.readouterr().out
+    assert "fedit with 4 x 64 tokens a step in bf16: about " in out
+    assert "--method fedit --set batch_size=4 --max-length 64 --dtype bf16" in out
+    assert main(["plan", folder]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("DATA --method fedit")
+
+
+def test_the_function_returns_the_settings_as_arguments_of_tune(folder: str) -> None:
+    whole = fleetune.plan(folder, ram="64GB")
+    assert whole.settings().options() == {"method": "fedit"}
+    assert whole.best() == "fedit"
+    assert whole.settings().work.length == fitting.longest() == 512
+    small = fleetune.plan(folder, ram="64GB", batch=3, length=100, dtype="fp32").settings()
+    assert small.options() == {"method": "fedit", "settings": {"batch_size": 3}, "max_length": 100}
+    with pytest.raises(UsageError, match="--batch 0"):
+        fleetune.plan(folder, batch=0)
+    assert plan.Workload().batch == 8
