@@ -77,6 +77,8 @@ def _codes(rng: Any, blocks: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser("benchmarks.large_llama", description="Write a llama of 1.07 B random weights.")
+    parser = argparse.ArgumentParser(
+        "benchmarks.large_llama", description="Write a llama of 1.07 B random weights."
+    )
     parser.add_argument("path", type=Path)
     write(parser.parse_args().path)

@@ -10,7 +10,7 @@ has loaded the compiled kernels, which do not depend on the model, and "mezo, to
 what it loads at first (Numba takes a second or two).
 
     python -m benchmarks.plan_memory [MODEL] [--only NAME ..] [--repeats R] [--json]
-                                     [--batch B] [--length T] [--steps S] [--dtype D]
+                                     [--batch B] [--length T] [--steps S] [--dtype D] [--base B]
 
 prints a table (or one JSON object); MODEL is smollm2-135m unless stated.
 """
@@ -23,6 +23,8 @@ import json
 import os
 import statistics
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
@@ -44,7 +46,7 @@ PARTS: Final = ("inference", KERNELS, TORCH, *SETTINGS, "full SGD", "full Adam")
 
 
 def compare(
-    model: str, names: Sequence[str], batch: int, length: int, steps: int, dtype: str, repeats: int
+    model: str, names: Sequence[str], batch: int, length: int, steps: int, dtype: str, base: str, repeats: int
 ) -> dict[str, Any]:
     """Predicted and measured peak bytes and seconds a step of the named rows of the plan, and their ratios.
 
@@ -53,17 +55,17 @@ def compare(
     from fleetune import models
     from fleetune.planning import plan
 
-    work = plan.Workload(batch, length, steps, dtype)
+    work = plan.Workload(batch, length, steps, dtype, base)
     planned = {row.method: row for row in plan.table(models.load_config(model), work)}
     planned[BACKWARD] = _backward(model, work, planned["fedkseed"])
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for name in list(names) * repeats:
         turns[name].append(child("plan_memory", model, "--one", name, "--batch", batch, "--length", length,
-                                 "--steps", steps, "--dtype", dtype))  # fmt: skip
+                                 "--steps", steps, "--dtype", dtype, "--base", base))  # fmt: skip
     rows: dict[str, Any] = {}
     for name, seen in turns.items():
-        measured, seconds, cpu = (
-            statistics.median(turn[key] for turn in seen) for key in ("peak", "seconds", "cpu")
+        measured, seconds, cpu, private = (
+            statistics.median(turn[key] for turn in seen) for key in ("peak", "seconds", "cpu", "private")
         )
         row = planned["inference" if name == KERNELS else "mezo" if name == TORCH else name]
         peak = int(row.peak + _kernels(name))
@@ -71,9 +73,17 @@ def compare(
             "measured": measured, "predicted": peak, "ratio": round(peak / measured, 3), "parts": row.parts,
             "predicted_step_seconds": row.seconds and round(row.seconds / steps, 3),
             "measured_step_seconds": round(seconds / steps, 3), "measured_step_cpu": round(cpu / steps, 3),
-            "peaks": [turn["peak"] for turn in seen],
+            "peaks": [turn["peak"] for turn in seen], "private": private,
         }  # fmt: skip
-    return {"model": model, "batch": batch, "length": length, "steps": steps, "dtype": dtype, "rows": rows}
+    return {
+        "model": model,
+        "batch": batch,
+        "length": length,
+        "steps": steps,
+        "dtype": dtype,
+        "base": base,
+        "rows": rows,
+    }
 
 
 def _backward(model: str, work: Any, forward: Any) -> Any:
@@ -101,7 +111,16 @@ def _kernels(name: str) -> int:
 def text(found: Mapping[str, Any]) -> str:
     """The comparison as lines: peaks in MB, and what each is of inference's, bare and with the kernels loaded."""
     rows = found["rows"]
-    heads = ["", "measured", "of inference", "with kernels", "plan", "plan / measured", "CPU a step"]
+    heads = [
+        "",
+        "measured",
+        "private",
+        "of inference",
+        "with kernels",
+        "plan",
+        "plan / measured",
+        "CPU a step",
+    ]
     lines = [heads]
     for name, row in rows.items():
         of = [
@@ -110,16 +129,18 @@ def text(found: Mapping[str, Any]) -> str:
         ]
         mb = [f"{row[kind] / 1e6:,.0f} MB" for kind in ("measured", "predicted")]
         step = f"{row['measured_step_cpu']:.2f} s"
-        lines.append([name, mb[0], *of, mb[1], f"{row['ratio']:.3f}", step])
+        lines.append(
+            [name, mb[0], f"{row['private'] / 1e6:,.0f} MB", *of, mb[1], f"{row['ratio']:.3f}", step]
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    said = "{model}, {dtype}, {steps} steps of {batch} x {length} tokens".format(**found)
+    said = "{model}, {dtype}, base {base}, {steps} steps of {batch} x {length} tokens".format(**found)
     return "\n".join([said, *("  ".join(map(str.rjust, line, widths)) for line in lines)])
 
 
-def one(name: str, model_name: str, batch: int, length: int, steps: int, dtype: str) -> dict[str, float]:
-    """In the child: one round, the peak of this process, and the round's seconds by the clock and of the processor."""
-    import time
-
+def one(
+    name: str, model_name: str, batch: int, length: int, steps: int, dtype: str, base: str
+) -> dict[str, float]:
+    """In the child: one round, the peak of this process and of what no file backs, the round's seconds and the processor's."""
     import torch
 
     from fleetune import models
@@ -127,7 +148,8 @@ def one(name: str, model_name: str, batch: int, length: int, steps: int, dtype: 
     torch.set_num_threads(1)
     if name == TORCH:
         os.environ["FLEETUNE_KERNELS"] = "torch"
-    model = models.load(model_name, dtype=dtype, device="cpu", labels=("no", "yes"))
+    model = models.load(model_name, dtype=dtype, device="cpu", labels=("no", "yes"), base=base)
+    private = watched()
     if name == KERNELS:
         from benchmarks.memory import load_kernels
 
@@ -139,7 +161,23 @@ def one(name: str, model_name: str, batch: int, length: int, steps: int, dtype: 
     cpu = time.process_time() - before
     from fleetune.common.memory import peak_rss
 
-    return {"peak": peak_rss(), "seconds": seconds, "cpu": cpu}
+    return {"peak": peak_rss(), "private": max(private), "seconds": seconds, "cpu": cpu}
+
+
+def watched() -> list[int]:
+    """Return a list to which the bytes that no file backs (RssAnon) are added twenty times a second."""
+    seen: list[int] = [0]
+
+    def look() -> None:
+        while True:
+            with open("/proc/self/status", encoding="ascii") as file:
+                seen[0] = max(
+                    seen[0], next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+                )
+            time.sleep(0.05)
+
+    threading.Thread(target=look, daemon=True).start()
+    return seen
 
 
 def _rows(model: Any, batch: int, length: int) -> list[Any]:
@@ -183,8 +221,6 @@ def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> fl
 
 def _steps(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> float:
     """Forward passes, or steps of full SGD or Adam, through the methods' loss."""
-    import time
-
     import torch
 
     from fleetune.data import Batches
@@ -222,10 +258,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--base", default="memory", choices=["memory", "mapped"])
     parser.add_argument("--repeats", type=int, default=1, help="processes of each row, whose median counts")
     parser.add_argument("--json", action="store_true", help="every number, as one JSON object")
     o = parser.parse_args()
-    work = (o.batch, o.length, o.steps, o.dtype)
+    work = (o.batch, o.length, o.steps, o.dtype, o.base)
     if o.one:
         print(json.dumps(one(o.one, o.model, *work)))
         return

@@ -305,7 +305,9 @@ def test_the_peak_is_that_of_this_compression_and_not_of_what_was_done_before(
     earlier = torch.ones(600_000_000 // 4)
     before = memory.peak_rss()
     del earlier
-    code, events, err = call(capsys, saved(at / "m"), "--set", "group=8", "--text", "text.txt", "--length", "16")
+    code, events, err = call(
+        capsys, saved(at / "m"), "--set", "group=8", "--text", "text.txt", "--length", "16"
+    )
     assert code == 0, err
     assert events[-1]["peak_rss"] < before - 300e6
 

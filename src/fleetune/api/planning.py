@@ -22,16 +22,18 @@ def plan(
     length: int | None = None,
     steps: int = 200,
     dtype: str | None = None,
+    base: str | None = None,
     offline: bool = False,
 ) -> Plan:
     """Return memory, traffic and time of every method for one device and one round, before any work.
 
     `ram` is the device's memory (4GB, or bytes), `uplink` its upload speed (1Mbps, or bytes a second); without them
     the plan does not say what fits, or how long sending takes.  A round is `steps` local steps of `batch` rows (None: 8) of
-    `length` tokens (None: 512), with weights in `dtype` (None: fp32).
+    `length` tokens (None: 512), with weights in `dtype` (None: fp32), in
+    memory or mapped (`base`, None: memory).
 
     `Plan.settings` finds the method to begin with and what makes it fit `ram`: a `batch`, `length` or `dtype` that is None
-    may become smaller, one that is given stays.  `Settings.options` are the arguments for `tune`:
+    may become smaller and a `base` mapped, one that is given stays.  `Settings.options` are the arguments for `tune`:
 
         fleetune.tune(model, data, **fleetune.plan(model, ram="2GB").settings().options())
     """
@@ -41,7 +43,7 @@ def plan(
     name = str(model) if isinstance(model, str | Path) else subjects.open(model).argument
     plain_models.check(name, Path("runs"))
     config = models.load_config(name, offline=offline)
-    given = {"batch": batch, "length": length, "dtype": dtype}
+    given = {"batch": batch, "length": length, "dtype": dtype, "base": base}
     return planning.make(
         config, name, {field: value for field, value in given.items() if value is not None}, steps=steps,
         ram=planning.parse_bytes(f"{ram} B" if isinstance(ram, int) else ram),

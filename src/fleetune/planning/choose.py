@@ -29,9 +29,9 @@ def settled_method(recipe: Recipe, note: Callable[[str], None], *, offline: bool
     """
     if recipe.method != AUTO_METHOD:
         return recipe
-    name, why = method_for(recipe, offline=offline)
+    name, base, why = method_for(recipe, offline=offline)
     note(f"method {name}, since none was given: {why}; choose another with --method (fleetune methods)")
-    return dataclasses.replace(recipe, method=name)
+    return dataclasses.replace(recipe, method=name, base=base)
 
 
 def settled_sweep(
@@ -47,8 +47,8 @@ def settled_sweep(
     return {**values, "method": settled_method(recipe, note, offline=offline).method}
 
 
-def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str]:
-    """Return the method to begin with among those that have the recipe's settings, and why, in words."""
+def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]:
+    """Return the method to begin with among those that have the recipe's settings, where its base is, and why, in words."""
     from fleetune import models
 
     able = methods.having(recipe.set)
@@ -61,13 +61,16 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str]:
     try:
         config = models.load_config(recipe.model, offline=offline)
     except ModelError as error:  # loading it says what is wrong, and what to do
-        return able[0], f"the model's configuration cannot be read ({error.message})"
+        return able[0], recipe.base, f"the model's configuration cannot be read ({error.message})"
     ram = usable_memory() or None
     asked: dict[str, Any] = {"length": recipe.max_length, "dtype": recipe.dtype}
+    if recipe.base != "auto":
+        asked["base"] = recipe.base
     rows = plan.table(config, Workload(**asked), ram=ram, rates=NOT_MEASURED)
     search = Search(shape_of(config), ram, asked, recipe.set, shrinks=False)
     settings = search.best([name for name in plan.order(rows) if name in able])
-    return settings.method, _why(settings)
+    mapped = settings.work.base == "mapped"
+    return settings.method, "mapped" if mapped else recipe.base, _why(settings) + ", base mapped" * mapped
 
 
 def _why(settings: Settings) -> str:

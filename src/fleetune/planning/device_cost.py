@@ -4,7 +4,7 @@
 Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batch * length tokens a step):
 
     floor        the process: Python, torch, transformers, the tokenizer, and what the method imports
-    weights      P s
+    weights      P s; of a mapped base what is kept of its file, and the largest matrix (of a view: a piece) in fp32
     direction    of a method that writes its direction out: P s once more
     scratch      the piece of moved weights that a zeroth-order forward holds (`seeds/view.py`)
     activations  forward alone: the widest point of one layer, N s (3 I + 2 h) for a llama.  With
@@ -44,7 +44,7 @@ PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
 KERNELS: Final[Mapping[str, int]] = {"auto": 104 * MIB, "numba": 104 * MIB, "torch": 10 * MIB}
 PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
 # with checkpoints: a layer's activations, their gradients, and what a few layers leave behind
-LAYERS: Final = 2.5
+LAYERS: Final = 1.2
 HEAP: Final = 1.6  # back-propagation holds so much for each byte kept: glibc gives freed blocks back late
 FOLDED: Final = 20  # bytes for each element of a block that is folded: fp32 copy, signs, places and sums
 LOGITS_FORWARD: Final = 2.0  # fp32 arrays of logits alive in a forward: they and their log-softmax
@@ -52,12 +52,13 @@ LOGITS_BACKWARD: Final = 5.0  # ... and their gradients, and the first chunk's o
 COPIES: Final = 4  # of an adapter in fp32: its own, what came, what goes, and on their way to bytes
 CURVED: Final = 4.8  # a graph that can be differentiated twice holds so much for each byte kept
 LOGITS_CURVED: Final = 3.7  # ... and so many fp32 arrays of all logits
-LOGITS_FROZEN: Final = 3.0  # ... of a head that is not trained, with their gradient
+LOGITS_FROZEN: Final = 1.5  # ... of a block of a head that is not trained, with its gradient
 LOGITS_CHUNK: Final = 0.5  # what each further chunk leaves behind (freed blocks, as for `HEAP`)
 
 # A pass over the weights, by `seeds.kernel_choice`, takes as long as so many copies of them.
 SWEEP: Final[Mapping[str, float]] = {"auto": 1.5, "numba": 1.5, "torch": 20.0}
 STORED: Final = 4.0  # ... and to write a direction out, and to add it twice, as so many more
+READ: Final = 3.0  # to read a mapped base once, in fp32
 TOUCH: Final = 6  # a forward (or a backward) moves each kept activation through memory about so often
 COMPARISON: Final[Mapping[str, Footprint]] = {  # rows of the table that are no methods
     "inference": Footprint("none"),
@@ -82,7 +83,7 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
     by_seeds = footprint.gradient == "two-point" or footprint.projects
     kernels = KERNELS[kernel_choice.chosen_kernels()] * by_seeds
     imports = kernels + PEFT * bool(module.tensors)
-    parts = {"floor": FLOOR + PIECE * shape.vocab + imports, "weights": shape.params * work.size}
+    parts = {"floor": FLOOR + PIECE * shape.vocab + imports, "weights": _weights(shape, work, footprint)}
     if footprint.gradient == "backward":
         parts |= _backward(shape, work, footprint)
         curved = parts | _curvature(shape, work, footprint) if footprint.hessian_products else parts
@@ -92,7 +93,7 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
     n, s = work.tokens, work.size
     moves_weights = footprint.gradient == "two-point" and not module.tensors
     if footprint.stores_direction:
-        parts["direction"] = parts["weights"]
+        parts["direction"] = shape.params * work.size
     if moves_weights:
         parts["scratch"] = min(CHUNK, shape.largest) * s
     if module.tensors:
@@ -103,6 +104,18 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
     else:
         logits = _logits(shape, work)[0] * (LOGITS_FORWARD + narrow)
     return parts | {"activations": n * (s * shape.widest + 8 * module.rank), "logits": int(logits)}
+
+
+def _weights(shape: Shape, work: Workload, footprint: Footprint) -> int:
+    trains_all = footprint.gradient == "backward" and not footprint.module.tensors and not footprint.projects
+    if work.base == "memory" or trains_all:
+        return shape.params * work.size
+    from fleetune.models.mapped.file import KEPT
+    from fleetune.seeds.view import CHUNK
+
+    seen = footprint.projects or (footprint.gradient == "two-point" and not footprint.module.tensors)
+    largest = max((linear.out * linear.into for linear in shape.linears), default=shape.largest)
+    return min(KEPT, shape.params * work.size) + 4 * (min(CHUNK, shape.largest) if seen else largest)
 
 
 def _logits(shape: Shape, work: Workload) -> tuple[int, float]:
@@ -135,10 +148,10 @@ def _graph(shape: Shape, work: Workload, footprint: Footprint, beside: int) -> d
     else:
         activations = max(needed, HEAP * needed - beside)  # gradients and moments fill what was freed
     chunk, chunks = _logits(shape, work)
-    if footprint.module.tensors:  # the head is not trained
-        from fleetune.evaluation.head_loss import GRADIENT_SHARE
+    if footprint.module.tensors:  # the head is not trained: its rows go by in blocks
+        from fleetune.evaluation.head_loss import BLOCK
 
-        logits = LOGITS_FROZEN * chunk / (GRADIENT_SHARE if chunks > 1 else 1)
+        logits = LOGITS_FROZEN * min(chunk, work.tokens * (BLOCK // shape.hidden) * 4)
     else:
         logits = (LOGITS_BACKWARD + LOGITS_CHUNK * (chunks - 1)) * chunk
     return {"activations": int(activations), "logits": int(logits)}
@@ -219,8 +232,10 @@ def step_seconds(shape: Shape, work: Workload, footprint: Footprint, rates: Rate
     scored = work.batch if shape.labels else n
     head = 2 * scored * shape.outputs * shape.hidden
     forward = 2 * n * inner + head + 4 * n * work.length * shape.hidden * shape.layers
-    moved = TOUCH * n * s * (shape.kept + shape.norms) + 3 * scored * 4 * shape.outputs
+    moved = float(TOUCH * n * s * (shape.kept + shape.norms) + 3 * scored * 4 * shape.outputs)
     weights = shape.params * s
+    if work.base == "mapped":  # of a layer forward, again and backward; `moved` counts twice below
+        moved += READ * (1.0 if footprint.gradient != "backward" else 1.5) * 4 * shape.params
     if footprint.gradient == "two-point":
         if module.tensors:
             return 2 * (forward / rates.flops + moved / rates.copy)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the settings under which a method fits a device.
 
-A method is tried as `tune` runs it by itself, and then smaller and smaller: `axes` says what is given up, and in which
-order.  Activations are not among it: a method that can compute them again instead of keeping them does so by itself.
+A method is tried as `tune` runs it by itself, then with a mapped base, which costs a little time, and then smaller and
+smaller: `axes` says what is given up, and in which order.  Activations are not among it: a method that can compute them
+again instead of keeping them does so by itself.
 
 What must fit is the whole of `tune` on that machine: a step, and the evaluations before and after it.
 """
@@ -18,7 +19,7 @@ from fleetune.common.display import human_bytes
 from fleetune.errors import FitError
 from fleetune.models.shapes import Shape
 from fleetune.planning import device_cost
-from fleetune.planning.workload import Workload
+from fleetune.planning.workload import BASES, Workload
 from fleetune.tuning import methods
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.footprint import Footprint
@@ -26,6 +27,7 @@ from fleetune.tuning.footprint import Footprint
 TIGHT: Final = 0.9  # fuller than this is a tight fit: it is taken where no method has more room
 SHORTEST: Final = 64  # tokens of a row, below which rows are not cut
 EVALUATED: Final = 8  # rows that an evaluation takes at a time
+USUAL: Final = (("base", "memory"),)  # what a recipe's auto means where memory suffices
 OPTIONS: Final = {"length": "max_length"}  # fields of `Workload` that a recipe calls otherwise
 
 
@@ -38,6 +40,7 @@ def axes(batch: int) -> dict[str, Sequence[Any]]:
         "dtype": ("fp32", "bf16"),
         "length": _halves(longest(), SHORTEST),
         "batch": _halves(batch, 1),
+        "base": BASES,
     }
 
 
@@ -75,11 +78,12 @@ class Settings:
         return {
             "method": self.method,
             **({"settings": {"batch_size": self.work.batch}} if self.work.batch != own else {}),
-            **{n: value for n, value in stated.items() if n in usual and value != usual[n]},
+            **{n: v for n, v in stated.items() if n in usual and v != usual[n] and (n, v) not in USUAL},
         }
 
     def __str__(self) -> str:
-        return f"{self.method} with {self.work.batch:,} x {self.work.length:,} tokens a step in {self.work.dtype}"
+        base = ", base mapped" * (self.work.base == "mapped")
+        return f"{self.method} with {self.work.batch:,} x {self.work.length:,} tokens a step in {self.work.dtype}{base}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Search:
         values = axes(getattr(method, "batch_size", Workload.batch))
         values |= {name: (value,) for name, value in self.asked.items()}
         if not self.shrinks:
-            values = {name: some[:1] for name, some in values.items()}
+            values = {name: some if name == "base" else some[:1] for name, some in values.items()}
         for combination in itertools.product(*values.values()):
             work = Workload(**dict(zip(values, combination, strict=True)))
             sized = methods.sized(method, work.steps, work.batch)

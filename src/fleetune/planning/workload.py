@@ -9,12 +9,13 @@ from typing import Final
 from fleetune.errors import UsageError
 from fleetune.models.dtypes import WEIGHTS
 
+BASES: Final = ("memory", "mapped")
 MOST_STEPS: Final = 1_000_000  # of a round: a pool of directions holds as many
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A device's round: `steps` steps on `batch` rows of `length` tokens, weights in `dtype`.
+    """A device's round: `steps` steps on `batch` rows of `length` tokens, weights in `dtype`, in memory or mapped.
 
     By default rows are as long as `tune` takes at most, and as many as most methods take a step.
     """
@@ -23,6 +24,7 @@ class Workload:
     length: int = 512
     steps: int = 200
     dtype: str = "fp32"
+    base: str = "memory"  # or mapped: the base's weights stay in their file
 
     def __post_init__(self) -> None:
         wrong = [n for n in ("batch", "length", "steps") if getattr(self, n) < 1]
@@ -32,6 +34,8 @@ class Workload:
             raise UsageError(f"--steps {self.steps} is more than {MOST_STEPS:,}")
         if self.dtype not in WEIGHTS:
             raise UsageError(f"no dtype named '{self.dtype}'", hint="choose one of " + ", ".join(WEIGHTS))
+        if self.base not in BASES:
+            raise UsageError(f"no base named '{self.base}'", hint="choose one of " + ", ".join(BASES))
 
     @property
     def tokens(self) -> int:

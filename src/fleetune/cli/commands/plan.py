@@ -43,6 +43,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         choices=["fp32", "bf16", "fp16"],
         help="type of the weights (default fp32; what fits may be in bf16)",
     )
+    sub.add_argument(
+        "--base",
+        choices=["memory", "mapped"],
+        help="where the base's weights are: memory, or mapped, in their file (default memory; what fits may be mapped)",
+    )
     sub.add_argument("--steps", type=int, default=200, help="local steps of a round (default 200)")
 
 
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     recipe_flags.check_model(args.model, args.out)
     plan = api.plan(
         args.model, ram=args.ram, uplink=args.uplink, batch=args.batch, length=args.length, steps=args.steps,
-        dtype=args.dtype, offline=args.offline,
+        dtype=args.dtype, base=args.base, offline=args.offline,
     )  # fmt: skip
     for row in plan.rows:
         ui.event(PlanRow(model=args.model, **dataclasses.asdict(row), fits=row.fits))
@@ -65,7 +70,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     found = plan.settings()
     ui.event(PlanSettings(
         model=args.model, method=found.method, batch_size=found.work.batch, max_length=found.work.length,
-        dtype=found.work.dtype, peak=found.peak, ram=found.ram, command=_command(args.model, found),
+        dtype=found.work.dtype, base=found.work.base, peak=found.peak, ram=found.ram, command=_command(args.model, found),
     ))  # fmt: skip
     if not ui.json:
         told = f"{found}: about {human_bytes(found.peak)}" + (

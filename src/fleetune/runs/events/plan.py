@@ -41,6 +41,7 @@ class PlanSettings(Event):
     batch_size: int  # rows of a step
     max_length: int  # tokens of a row at most
     dtype: str  # type of the weights
+    base: str  # memory, or mapped: the base's weights stay in their file
     peak: int  # peak memory of `tune` with them, bytes
     ram: int | None  # stated memory of the device, bytes
     command: str  # `fleetune tune` with these settings; DATA stands for the rows
