@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fleetune import models
@@ -44,7 +46,7 @@ def test_a_method_that_is_given_stays_and_nothing_is_said(tiny: str) -> None:
 
 
 def test_the_method_has_the_settings_that_are_given(tiny: str) -> None:
-    chosen, _ = choose.method_for(recipe(tiny, set={"tau": 3, "K": 64, "pro": True}), offline=True)
+    chosen, _, _ = choose.method_for(recipe(tiny, set={"tau": 3, "K": 64, "pro": True}), offline=True)
     assert chosen == "fedkseed"
     with pytest.raises(RecipeError, match="no method has all of the settings r, K"):
         choose.method_for(recipe(tiny, set={"r": 4, "K": 64}), offline=True)
@@ -60,7 +62,7 @@ def test_where_back_propagation_does_not_fit_a_method_without_it_is_chosen(
     most = max(r.peak or 0 for n, r in rows.items() if n in ("mezo", "fedkseed", "onebyte"))
     assert most < (rows["fedit"].peak or 0)
     monkeypatch.setattr(choose, "usable_memory", lambda: most + 1)
-    name, why = choose.method_for(recipe(tiny), offline=True)
+    name, _, why = choose.method_for(recipe(tiny, base="memory"), offline=True)
     assert name in ("fedkseed", "mezo", "onebyte")
     assert "of this machine's" in why
     monkeypatch.setattr(choose, "usable_memory", lambda: 1_000_000)
@@ -72,17 +74,34 @@ def test_a_method_is_counted_with_the_rows_that_its_steps_will_have(
     tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = shape_of(models.load_config(tiny))
-    peaks = {
-        s.work.batch: s.peak for s in Search(shape, None, {"length": 512, "dtype": "fp32"}).tried("fedit")
-    }
+    asked = {"length": 512, "dtype": "fp32", "base": "memory"}
+    peaks = {s.work.batch: s.peak for s in Search(shape, None, asked).tried("fedit")}
     assert peaks[1] < peaks[8]
     monkeypatch.setattr(choose, "usable_memory", lambda: peaks[1] * 10 // 9 + 1)
-    name, why = choose.method_for(recipe(tiny, set={"batch_size": 1, "r": 16, "alpha": 16}), offline=True)
+    small = recipe(tiny, base="memory", set={"batch_size": 1, "r": 16, "alpha": 16})
+    name, _, why = choose.method_for(small, offline=True)
     assert name == "fedit"
     assert f"about {human_bytes(peaks[1])} of this machine's" in why
     monkeypatch.setattr(choose, "usable_memory", lambda: peaks[8] - 1)
     with pytest.raises(FitError, match="fedit with 8 x 512 tokens a step in fp32, needs 1 B more"):
-        choose.method_for(recipe(tiny, set={"batch_size": 8, "r": 16, "dropout": 0.05}), offline=True)
+        choose.method_for(
+            recipe(tiny, base="memory", set={"batch_size": 8, "r": 16, "dropout": 0.05}), offline=True
+        )
+
+
+def test_a_base_that_memory_cannot_hold_stays_in_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.tiny_llama(vocab=8192, hidden=512, layers=8, heads=8)
+    models.save(model.net, model.tokenizer, tmp_path / "m")
+    name = str(tmp_path / "m")
+    tried = Search(shape_of(models.load_config(name)), None, {"length": 512, "dtype": "fp32"}).tried("fedit")
+    in_memory, mapped = [s.peak for s in tried][:2]
+    for ram, base in ((in_memory * 10 // 9 + 1, "auto"), (mapped * 10 // 9 + 1, "mapped")):
+        monkeypatch.setattr(choose, "usable_memory", lambda ram=ram: ram)
+        _, found, why = choose.method_for(recipe(name, set={"r": 16, "dropout": 0.05}), offline=True)
+        assert found == base
+        assert why.endswith("base mapped") == (base == "mapped")
 
 
 def test_memory_is_the_machines_or_its_groups_limit() -> None:

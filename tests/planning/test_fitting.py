@@ -66,8 +66,8 @@ def test_the_first_method_that_can_be_made_to_fit_is_taken_and_a_tight_fit_last(
     with pytest.raises(FitError) as error:
         found(shape, small - 28, "fedpetuning", "fedit")
     assert error.value.message == (
-        "no method fits 100 B: the smallest, fedit with 1 x 64 tokens a step in bf16, needs 28 B more (128 B, of which 128 B "
-        "are weights)"
+        "no method fits 100 B: the smallest, fedit with 1 x 64 tokens a step in bf16, base mapped, needs 28 B more (128 B, of "
+        "which 128 B are weights)"
     )
 
 
@@ -95,8 +95,12 @@ def test_without_shrinking_each_method_has_its_own_batch_or_the_one_that_is_set(
 
 
 def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:
-    tried = {(s.work.batch, s.work.length, s.work.dtype): s for s in Search(shape, GB).tried("fedit")}
-    assert len(tried) == 4 * 4 * 2
+    every = list(Search(shape, GB).tried("fedit"))
+    tried = {(s.work.batch, s.work.length, s.work.dtype): s for s in every if s.work.base == "memory"}
+    mapped = {(s.work.batch, s.work.length, s.work.dtype): s for s in every if s.work.base == "mapped"}
+    assert len(tried) == len(mapped) == 4 * 4 * 2
+    assert all(mapped[key].peak < s.peak for key, s in tried.items() if key[2] == "fp32")
+    assert [s.work.base for s in every[:4]] == ["memory", "mapped"] * 2  # before anything is made smaller
     work = Workload(8, 512)
     footprint = methods.make("fedit", {}).footprint(shape)
     assert tried[8, 512, "fp32"].peak == sum(device_cost.memory(shape, work, footprint).values())
@@ -116,6 +120,8 @@ def test_only_what_tune_does_not_do_by_itself_is_said() -> None:
     assert other.options() == {
         "method": "fedit", "settings": {"batch_size": 2}, "max_length": 256, "dtype": "bf16"
     }  # fmt: skip
+    mapped = Settings("fedit", Workload(8, 512, 200, "fp32", "mapped"), 1, 1)
+    assert mapped.options() == {"method": "fedit", "base": "mapped"}
     assert list(fitting.axes(5)["batch"]) == [5, 2, 1]
 
 
@@ -133,18 +139,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_printed_command_makes_tune_use_what_was_planned(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    least = min(s.peak for s in Search(shape_of(models.load_config(folder)), 1).tried("fedit"))
-    ram = least * 10 // 9 + 1
+    every = list(Search(shape_of(models.load_config(folder)), 1).tried("fedit"))
+    ram = min(s.peak for s in every) * 10 // 9 + 1
+    (wanted, *_) = [s.work for s in every if s.peak <= 0.9 * ram]
+    assert wanted.base == "mapped"
     assert main(["plan", folder, "--ram", str(ram), "--json"]) == 0
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()][-1]
     assert told["event"] == "plan_settings"
-    assert (told["method"], told["dtype"], told["ram"]) == ("fedit", "bf16", ram)
+    assert (told["method"], told["dtype"], told["base"], told["ram"]) == (
+        "fedit",
+        wanted.dtype,
+        "mapped",
+        ram,
+    )
     assert told["batch_size"] < 8
     assert told["peak"] <= 0.9 * ram
     assert main(["plan", folder, "--ram", str(ram)]) == 0
     out = capsys.readouterr().out
     assert told["command"] in out
-    assert f"fedit with {told['batch_size']} x {told['max_length']} tokens a step in bf16: about " in out
+    assert (
+        f"fedit with {told['batch_size']} x {told['max_length']} tokens a step in {wanted.dtype}, base mapped: about "
+        in out
+    )
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"a {i}", "response": "b"}) + "\n" for i in range(6)))
@@ -153,8 +169,8 @@ def test_the_printed_command_makes_tune_use_what_was_planned(
 
     recipe = tune.recipe_of(build_parser().parse_args(words))
     method = methods.make(recipe.method, recipe.set)
-    assert (method.batch_size, recipe.max_length, recipe.dtype) == (
-        told["batch_size"], told["max_length"], told["dtype"]
+    assert (method.batch_size, recipe.max_length, recipe.dtype, recipe.base) == (
+        told["batch_size"], told["max_length"], told["dtype"], told["base"]
     )  # fmt: skip
 
 
