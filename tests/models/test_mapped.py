@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -281,3 +282,21 @@ def test_a_damaged_file_is_refused(damage: str, tmp_path: Path) -> None:
     file.write_bytes(len(new).to_bytes(8, "little") + new + body)
     with pytest.raises(ModelError, match="damaged"):
         of_folder(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_file_that_is_written_to_while_it_is_in_use_is_noticed(cut: bool, tmp_path: Path) -> None:
+    tensor = stored(tmp_path, "Q4_1", 6, 64)
+    weight = LazyWeight.make("w", tensor, torch.float32, Memory())
+    before = weight.values()
+    path = tensor.file.path
+    whole = path.read_bytes()
+    (tmp_path / "new").write_bytes(bytes(len(whole)))
+    (tmp_path / "new").replace(path)  # another file under its name
+    assert torch.equal(weight.values(), before)
+    again = LazyWeight.make("w", tensor._replace(file=MappedFile(path)), torch.float32, Memory())
+    os.utime(path, ns=(1, 1))
+    if cut:
+        os.truncate(path, 10)
+    with pytest.raises(ModelError, match="was changed while"):
+        again.values()

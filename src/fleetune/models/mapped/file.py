@@ -3,11 +3,15 @@
 
 What a process has read of a mapped file counts as its memory until the system takes it back.  Here it is given back every
 `KEPT` bytes.  The system keeps the file in its cache as long as there is room, so reading it again is no disk access then.
+
+A file that is written to while it is mapped would change the weights of a run under way, and one that is cut would kill the
+process.  So size and time are compared at every read.  (A new file in its place under the same name does no harm.)
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 from typing import Final
 
@@ -25,19 +29,28 @@ class MappedFile:
         """Map a file; ModelError for one that is gone or empty."""
         self.path = path
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._file = path.open("rb")
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{path} cannot be mapped into memory: {error}", hint="check the path"
             ) from error
+        self._stated = self._state()
         self._read = 0
 
     def __len__(self) -> int:
         return len(self._map)
 
     def bytes(self, offset: int, size: int) -> np.ndarray:
-        """Return uint8 [size] of the mapping itself; the values stay valid, whenever pages are given back."""
+        """Return uint8 [size] of the mapping itself; the values stay valid, whenever pages are given back.
+
+        ModelError when the file was written to since it was mapped.
+        """
+        if self._state() != self._stated:
+            raise ModelError(
+                f"{self.path} was changed while its weights were in use",
+                hint="put the file back as it was, and repeat the command or resume the run",
+            )
         self._read += size
         if self._read > KEPT:
             self._read = size
@@ -48,3 +61,7 @@ class MappedFile:
         """Give all pages back to the system, where it takes them (not on Windows)."""
         if hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
