@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from pathlib import Path
 from typing import Final
 
@@ -29,8 +30,9 @@ class MappedFile:
         """Map a file; ModelError for one that is gone or empty."""
         self.path = path
         try:
-            self._file = path.open("rb")
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            weakref.finalize(self, os.close, self._file)
+            self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{path} cannot be mapped into memory: {error}", hint="check the path"
@@ -63,5 +65,5 @@ class MappedFile:
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def _state(self) -> tuple[int, int]:
-        found = os.fstat(self._file.fileno())
+        found = os.fstat(self._file)
         return found.st_size, found.st_mtime_ns
