@@ -22,7 +22,7 @@ def recipes(*, quick: bool = False) -> list[Recipe]:
     """Return the demo's recipes, in order; `quick` takes a few steps of each, to see the path."""
     shared: dict[str, Any] = {
         "model": MODEL, "data": "demo", "partition": "column:client", "held_out": 32, "max_length": LENGTH,
-        "samples": 2, "answer_tokens": ANSWER, "client_rows": 2,
+        "samples": 2, "answer_tokens": ANSWER,
     }  # fmt: skip
     fedit = shared | {  # many small steps of few sites: four of them a round
         "method": "fedit", "rounds": 1 if quick else 3, "participation": 0.125 if quick else 0.167,
