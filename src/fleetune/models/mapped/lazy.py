@@ -53,7 +53,8 @@ class Memory:
     def scratch(self, count: int) -> Tensor:
         """Return room for so many float32 numbers; the next call takes the same."""
         if len(self._scratch) < count:
-            self._scratch = torch.empty(count)
+            with torch.inference_mode(False):  # or it could not be written to outside of that mode
+                self._scratch = torch.empty(count)
         return self._scratch[:count]
 
     def forget(self) -> None:
