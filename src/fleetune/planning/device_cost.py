@@ -47,7 +47,7 @@ PEFT: Final = 14 * MIB  # peft, and its modules around every linear layer
 LAYERS: Final = 1.2
 HEAP: Final = 1.6  # back-propagation holds so much for each byte kept: glibc gives freed blocks back late
 FOLDED: Final = 20  # bytes for each element of a block that is folded: fp32 copy, signs, places and sums
-LOGITS_FORWARD: Final = 2.0  # fp32 arrays of logits alive in a forward: they and their log-softmax
+LOGITS_FORWARD: Final = 1.0  # fp32 arrays of the logits of a block of rows alive in a forward
 LOGITS_BACKWARD: Final = 5.0  # ... and their gradients, and the first chunk's own
 COPIES: Final = 4  # of an adapter in fp32: its own, what came, what goes, and on their way to bytes
 CURVED: Final = 4.8  # a graph that can be differentiated twice holds so much for each byte kept
@@ -99,11 +99,11 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
     if module.tensors:
         parts["adapter"] = COPIES * 4 * module.size
     narrow = s / 4 if s < 4 else 0.0  # logits come in the weights' type first
-    if moves_weights and not shape.labels:  # the head's weights go by in blocks
-        logits = min(_logits(shape, work)[0], n * (CHUNK // shape.hidden) * 4) * (1 + narrow)
-    else:
-        logits = _logits(shape, work)[0] * (LOGITS_FORWARD + narrow)
-    return parts | {"activations": n * (s * shape.widest + 8 * module.rank), "logits": int(logits)}
+    logits = _logits(shape, work)[0]
+    if not shape.labels:  # the head's rows go by in blocks
+        logits = min(logits, n * (CHUNK // shape.hidden) * 4)
+    logits = int(logits * (1 + narrow if moves_weights else LOGITS_FORWARD + narrow))
+    return parts | {"activations": n * (s * shape.widest + 8 * module.rank), "logits": logits}
 
 
 def _weights(shape: Shape, work: Workload, footprint: Footprint) -> int:

@@ -41,7 +41,8 @@ class StoredDirection:
             return
         for slot in self.slots:
             if slot.name not in self.z:
-                self.z[slot.name] = torch.empty_like(slot.tensor).view(-1)
+                like = slot.tensor
+                self.z[slot.name] = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
             self._write(self.z[slot.name].zero_(), slot.start, direction)
         self.direction = direction
 

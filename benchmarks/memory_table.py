@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan's sum for models that this machine has not run: what is private, what a file backs, what the disk must read.
+
+    python -m benchmarks.memory_table
+
+prints the table of docs/memory.md: llamas of 1 to 13 B weights as Q4_0 files, one row of 256 tokens a step, base mapped.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from transformers import LlamaConfig
+
+from fleetune.common.display import human_bytes
+from fleetune.models.mapped.file import KEPT
+from fleetune.models.shapes import Shape, shape_of
+from fleetune.planning import device_cost
+from fleetune.planning.workload import Workload
+from fleetune.tuning import methods
+from fleetune.tuning.footprint import Footprint
+
+# hidden, inner, layers, heads, heads of keys and values, vocabulary
+MODELS: Final = {
+    "1.1 B (TinyLlama)": (2048, 5632, 22, 32, 4, 32000),
+    "3.2 B (Llama 3.2)": (3072, 8192, 28, 24, 8, 128256),
+    "6.7 B (Llama 2)": (4096, 11008, 32, 32, 32, 32000),
+    "13.0 B (Llama 2)": (5120, 13824, 40, 40, 40, 32000),
+}
+WORK: Final = Workload(1, 256, 1, "fp32", "mapped")
+FILE: Final = 18 / 32  # bytes of a weight in Q4_0
+PASSES: Final = {"inference": 1, "mezo": 1, "fedkseed, back-propagating": 3, "fedit": 3}  # over the file, a step
+MAPPED_FLOOR: Final = 120e6  # of the process itself: code and data that files back
+DEVICES: Final = (2, 4, 8, 16)  # GB
+LEFT: Final = 0.5e9  # for the system
+
+
+def shape(sizes: tuple[int, ...]) -> Shape:
+    """The shape of a llama."""
+    hidden, inner, layers, heads, kv, vocab = sizes
+    return shape_of(
+        LlamaConfig(
+            hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv, vocab_size=vocab, tie_word_embeddings=vocab > 100_000,
+        )  # fmt: skip
+    )
+
+
+def footprint(name: str, of: Shape) -> Footprint:
+    """The work of a device."""
+    if name == "inference":
+        return Footprint("none")
+    if name.startswith("fedkseed"):
+        return methods.make("fedkseed", {"backprop": 1.0}).footprints(of)[1]  # type: ignore[attr-defined, no-any-return]
+    return methods.sized(methods.make(name, {}), 1, 1).footprint(of)  # type: ignore[attr-defined, no-any-return]
+
+
+def main() -> None:
+    """Print the table."""
+    print("| llama | method | peak | of it private | file | read a step | fits |")
+    print("|---|---|---|---|---|---|---|")
+    for model, sizes in MODELS.items():
+        of = shape(sizes)
+        file = of.params * FILE
+        for name, passes in PASSES.items():
+            parts = device_cost.memory(of, WORK, footprint(name, of))
+            peak = sum(parts.values())
+            private = peak - min(KEPT, file) - MAPPED_FLOOR
+            fits = [f"{ram} GB" for ram in DEVICES if peak + LEFT <= ram * 1e9]
+            cells = [human_bytes(peak), human_bytes(private), human_bytes(file), human_bytes(passes * file)]
+            print(f"| {model} | {name} | {' | '.join(cells)} | {fits[0] + ' and more' if fits else 'none of them'} |")
+
+
+if __name__ == "__main__":
+    main()
