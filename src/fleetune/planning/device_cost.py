@@ -94,8 +94,9 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
     moves_weights = footprint.gradient == "two-point" and not module.tensors
     if footprint.stores_direction:
         parts["direction"] = shape.params * work.size
+    both = 1 + (moves_weights and _runs_both_signs(shape, work, footprint))
     if moves_weights:
-        parts["scratch"] = min(CHUNK, shape.largest) * s
+        parts["scratch"] = both * min(CHUNK, shape.largest) * s
     if module.tensors:
         parts["adapter"] = COPIES * 4 * module.size
     narrow = s / 4 if s < 4 else 0.0  # logits come in the weights' type first
@@ -103,7 +104,14 @@ def memory(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]
     if not shape.labels:  # the head's rows go by in blocks
         logits = min(logits, n * (CHUNK // shape.hidden) * 4)
     logits = int(logits * (1 + narrow if moves_weights else LOGITS_FORWARD + narrow))
-    return parts | {"activations": n * (s * shape.widest + 8 * module.rank), "logits": logits}
+    return parts | {"activations": both * n * (s * shape.widest + 8 * module.rank), "logits": both * logits}
+
+
+def _runs_both_signs(shape: Shape, work: Workload, footprint: Footprint) -> bool:
+    """Return whether a step along a direction runs both its signs in one forward, in twice the activations."""
+    from fleetune.seeds.spsa import PAIRED
+
+    return work.tokens <= PAIRED and not shape.labels and not footprint.stores_direction
 
 
 def _weights(shape: Shape, work: Workload, footprint: Footprint) -> int:
@@ -163,7 +171,7 @@ def _projected(shape: Shape, work: Workload, module: Module) -> dict[str, int]:
     from fleetune.seeds.view import CHUNK
 
     n, s = work.tokens, work.size
-    layer = HEAP * activation_bytes(shape, work, module) / shape.layers
+    layer = LAYERS * activation_bytes(shape, work, module) / shape.layers
     whole = (work.batch if shape.labels else n) * shape.outputs * 4
     block = whole if shape.labels else min(CHUNK_BYTES, n * (CHUNK // shape.hidden) * 4)
     return {

@@ -27,8 +27,9 @@ from fleetune.seeds.moved_modules import Unpaired
 from fleetune.seeds.noise import derive, passes, philox4x32, probe
 from fleetune.seeds.view import View
 
-# tokens of a step up to which both signs run in one forward: it reads the base once, in the memory of twice the activations
-PAIRED: Final = 2048
+# tokens of a step up to which both signs run in one forward: it reads the base once, in the memory of twice the activations;
+# beyond, making the weights takes little of a step
+PAIRED: Final = 512
 _UNPAIRED: Final[WeakSet[nn.Module]] = WeakSet()  # nets that were seen not to keep the signs' rows apart
 
 
