@@ -29,7 +29,12 @@ MODELS: Final = {
 }
 WORK: Final = Workload(1, 256, 1, "fp32", "mapped")
 FILE: Final = 18 / 32  # bytes of a weight in Q4_0
-PASSES: Final = {"inference": 1, "mezo": 1, "fedkseed, back-propagating": 3, "fedit": 3}  # over the file, a step
+PASSES: Final = {
+    "inference": 1,
+    "mezo": 1,
+    "fedkseed, back-propagating": 3,
+    "fedit": 3,
+}  # over the file, a step
 MAPPED_FLOOR: Final = 120e6  # of the process itself: code and data that files back
 DEVICES: Final = (2, 4, 8, 16)  # GB
 LEFT: Final = 0.5e9  # for the system
@@ -40,9 +45,14 @@ def shape(sizes: tuple[int, ...]) -> Shape:
     hidden, inner, layers, heads, kv, vocab = sizes
     return shape_of(
         LlamaConfig(
-            hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv, vocab_size=vocab, tie_word_embeddings=vocab > 100_000,
-        )  # fmt: skip
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            vocab_size=vocab,
+            tie_word_embeddings=vocab > 100_000,
+        )
     )
 
 
@@ -68,7 +78,9 @@ def main() -> None:
             private = peak - min(KEPT, file) - MAPPED_FLOOR
             fits = [f"{ram} GB" for ram in DEVICES if peak + LEFT <= ram * 1e9]
             cells = [human_bytes(peak), human_bytes(private), human_bytes(file), human_bytes(passes * file)]
-            print(f"| {model} | {name} | {' | '.join(cells)} | {fits[0] + ' and more' if fits else 'none of them'} |")
+            print(
+                f"| {model} | {name} | {' | '.join(cells)} | {fits[0] + ' and more' if fits else 'none of them'} |"
+            )
 
 
 if __name__ == "__main__":

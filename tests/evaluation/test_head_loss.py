@@ -109,6 +109,33 @@ def test_logits_far_apart_do_not_overflow(pieces: tuple[int, int]) -> None:
     torch.testing.assert_close(rows.grad.double(), gradient, rtol=1e-4, atol=1e-2)
 
 
+def test_the_gradient_of_a_nearly_certain_token_does_not_cancel(pieces: tuple[int, int]) -> None:
+    head, rows, targets, weights = made()
+    with torch.no_grad():
+        rows.copy_(14 * head.weight[targets] / head.weight[targets].norm(dim=1, keepdim=True))
+    (head_nll(head, rows, targets, V) * weights).sum().backward()
+    losses, gradient = by_formula(head, rows, targets, weights)
+    certain = losses < 1e-2
+    assert certain.any()
+    assert rows.grad is not None
+    error = (rows.grad.double() - gradient)[certain].norm(dim=1) / gradient[certain].norm(dim=1)
+    assert error.max() < 1e-5  # of W_y - p W_y in float32 nothing would be left
+
+
+@pytest.mark.parametrize("few", [5, 36])
+def test_logits_of_minus_infinity_are_harmless(few: int, pieces: tuple[int, int]) -> None:
+    head, rows, targets, weights = made()
+    head.bias[:few] = -torch.inf  # a padded vocabulary
+    targets = torch.full_like(targets, 36)
+    (head_nll(head, rows, targets, V) * weights).sum().backward()
+    expected, gradient = by_formula(head, rows, targets, weights)
+    with torch.inference_mode():
+        found = head_nll(head, rows, targets, V)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    assert rows.grad is not None
+    torch.testing.assert_close(rows.grad.double(), gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_what_others_hook_to_a_head_takes_part(pieces: tuple[int, int]) -> None:
     head, rows, targets, weights = made()
     head.register_forward_hook(lambda module, args, out: 1.5 * out)

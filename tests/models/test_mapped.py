@@ -23,9 +23,10 @@ from torch.nn import functional as F
 
 from fleetune import models
 from fleetune.errors import ModelError
+from fleetune.models import placement
 from fleetune.models.mapped import lazy, quants
 from fleetune.models.mapped.file import MappedFile
-from fleetune.models.mapped.lazy import LazyWeight, Memory
+from fleetune.models.mapped.lazy import LazyWeight, Memory, weights_of
 from fleetune.models.mapped.net import into_memory, leave_in_file
 from fleetune.models.mapped.stored import Stored, of_folder
 
@@ -135,17 +136,32 @@ def test_it_looks_like_a_parameter(weight: LazyWeight) -> None:
     )
     assert weight.untyped_storage is not None
     values = weight.values()
-    for found in (weight.detach(), weight.data, weight.float(), weight + 0, copy.deepcopy(weight)):
+    for found in (weight.detach(), weight.data, weight.double(), weight + 0):
         assert type(found) is Tensor
-        assert torch.equal(found, values)
+        assert torch.equal(found, values.to(found.dtype))
+    assert type(copied := copy.deepcopy(weight)) is nn.Parameter
+    assert torch.equal(copied, values)
+    assert weight.to("cpu") is weight.cpu() is weight.requires_grad_(False) is weight
+    layer = nn.Linear(64, 6, bias=False)
+    layer._parameters["weight"] = weight  # type: ignore[assignment]
+    assert layer.to("cpu").weight is weight
+    weight.requires_grad = False
     assert torch.equal(torch.stack([weight, weight])[1], values)
     assert torch.equal(torch.cat([part.clone() for _, part in weight.pieces()]).view(6, 64), values)
     assert weight.numpy().tobytes() == values.numpy().tobytes()
 
 
+def _module(weight: LazyWeight) -> nn.Module:
+    layer = nn.Linear(64, 6)
+    layer._parameters["weight"] = weight  # type: ignore[assignment]
+    return layer
+
+
 @pytest.mark.parametrize("change", [
     lambda w: w.mul_(2), lambda w: w.copy_(torch.zeros(6, 64)), lambda w: w.untyped_storage(), lambda w: w.data_ptr(),
-    lambda w: setattr(w, "data", torch.zeros(6, 64)), lambda w: nn.init.zeros_(w),
+    lambda w: setattr(w, "data", torch.zeros(6, 64)), lambda w: nn.init.zeros_(w), lambda w: w.__setitem__(0, 1.0),
+    lambda w: torch.add(torch.zeros(6, 64), 1.0, out=w), lambda w: w.requires_grad_(True),
+    lambda w: setattr(w, "requires_grad", True), lambda w: nn.Module.to(_module(w), torch.float16),
 ])  # fmt: skip
 def test_what_would_change_it_is_refused(weight: LazyWeight, change: Any) -> None:
     before = weight.values()
@@ -196,6 +212,9 @@ def test_an_embedding_reads_the_rows_in_use(weight: LazyWeight, monkeypatch: pyt
     ids = torch.tensor([[5, 2, 5], [0, 0, 2]])
     monkeypatch.setattr(LazyWeight, "values", None)  # not whole
     assert torch.equal(layer(ids), values[ids])
+    for wrong in (-1, 6):
+        with pytest.raises(IndexError):
+            layer(torch.tensor([0, wrong]))
 
 
 def test_values_that_replace_the_files_are_seen_everywhere(weight: LazyWeight) -> None:
@@ -210,6 +229,11 @@ def test_values_that_replace_the_files_are_seen_everywhere(weight: LazyWeight) -
 
 # A model --------------------------------------------------------------------------------------------
 
+STACKED = [
+    "mixtral",
+    "qwen3_moe",
+    "gpt_neox",
+]  # their experts, or their parts, are put together while a model is loaded
 FAMILIES = ["llama", "gpt2", "qwen3", "gemma3_text", "mamba", "phi", "gpt_oss", "lfm2", "bert"]
 IDS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -238,6 +262,21 @@ def test_a_model_of_any_family_is_the_one_in_memory(family: str, dtype: str, tmp
         assert torch.equal(mapped.net(input_ids=IDS).logits, outs[0].logits)
 
 
+@pytest.mark.parametrize("family", STACKED)
+def test_experts_that_are_put_together_are_refused_or_taken_into_memory(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tiny_families.save(family, tmp_path))
+    with pytest.raises(ModelError, match="in another form") as refused:
+        models.load(folder, device="cpu", base="mapped")
+    assert "--base memory" in (refused.value.hint or "")
+    whole = models.load(folder, device="cpu")
+    monkeypatch.setattr(placement, "usable_memory", lambda: 1000)
+    found = models.load(folder, device="cpu", base="auto")
+    assert found.digest == whole.digest
+    assert not weights_of(found.net)
+
+
 def test_shards_and_names_without_their_beginning_are_found(tmp_path: Path) -> None:
     tiny = models.tiny_llama()
     tiny.net.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
@@ -260,7 +299,7 @@ def test_tensors_of_other_names_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         for p in net.parameters():
             p.data = torch.zeros(()).expand(p.shape)
-    with pytest.raises(ModelError, match="in another way") as refused:
+    with pytest.raises(ModelError, match="in another form") as refused:
         leave_in_file(net, tensors, torch.float32, tmp_path)
     assert "mlp.up_proj" in str(refused.value)
 

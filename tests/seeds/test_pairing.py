@@ -82,6 +82,8 @@ def test_any_family_has_the_losses_of_two_forwards(family: str) -> None:
     g, loss = slope(model, view, probe("hashed", K, 7), batch, batch_loss, eps=EPS, clip=0.0)
     assert (g, loss) == ((two[0] - two[1]) / (2 * EPS), (two[0] + two[1]) / 2)
     assert spsa._can_pair(view, batch, batch_loss) == (family in PAIRED)
+    if family in PAIRED:
+        assert slope(model, view, probe("hashed", K, 7), batch, batch_loss, eps=EPS, clip=0.0) == (g, loss)
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 1000])
@@ -122,6 +124,7 @@ def test_it_is_taken_where_the_batch_is_small_and_the_objective_is_the_loss(
         slope(model, view, probe("hashed", K, 7), batch, objective, eps=EPS, clip=0.0)
         return forwards
 
+    assert count() == 3  # a net's first step is taken both ways
     assert count() == 1
     assert count(objectives.get("loss")) == 1
     assert count(lambda model, batch: batch_loss(model, batch)) == 2
@@ -129,6 +132,45 @@ def test_it_is_taken_where_the_batch_is_small_and_the_objective_is_the_loss(
         assert count() == 2
     monkeypatch.setattr(spsa, "PAIRED", batch.labels.numel() - 1)
     assert count() == 2
+    monkeypatch.setattr(spsa, "PAIRED", 10**6)
+    batch = collate(
+        [Encoded(np.arange(6, dtype=np.int32), 2) for _ in range(3)], 0, "cpu"
+    )  # 6 x 3: which are the rows?
+    assert count() == 2
+
+
+class TokensFirst(torch.nn.Module):
+    """An MLP that is run on [tokens, rows, width]."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_a_net_whose_first_step_differs_runs_each_sign_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = models.tiny_llama(), rows()
+    view = view_of(model)
+    two = both_ways(model, view, batch)[1]
+    monkeypatch.setattr(spsa, "_in_one_forward", lambda *args: (two[0], two[1] + 1e-6))
+    expected = ((two[0] - two[1]) / (2 * EPS), (two[0] + two[1]) / 2)
+    for _ in range(2):
+        assert slope(model, view, probe("hashed", K, 7), batch, batch_loss, eps=EPS, clip=0.0) == expected
+
+
+def test_rows_that_are_not_first_are_refused_or_not_paired() -> None:
+    model = models.tiny_llama()
+    for layer in model.net.model.layers:
+        layer.mlp = TokensFirst(layer.mlp)
+    view = view_of(model)
+    batch = rows()
+    assert both_ways(model, view, batch)[0] is None
+    square = collate([Encoded(np.arange(6, dtype=np.int32), 2) for _ in range(3)], 0, "cpu")
+    one, two = both_ways(model, view, square)
+    assert one != two  # it could not be told
+    assert not spsa._can_pair(view, square, batch_loss)
 
 
 def test_a_view_is_as_before_after_it_failed() -> None:

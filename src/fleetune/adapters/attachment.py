@@ -27,7 +27,6 @@ from fleetune.common.display import human_count
 from fleetune.errors import MessageError, ModelError
 from fleetune.models import unmerged
 from fleetune.models.layers import head_of
-from fleetune.models.mapped.net import into_memory
 from fleetune.models.model import Model
 
 
@@ -124,7 +123,6 @@ def merge(model: Model) -> None:
     The net then has the base's shape but other weights; `model.digest` is theirs.  ModelError, with nothing
     changed, for a module that is more than other weights (a prefix, say).  A mapped base comes into memory.
     """
-    into_memory(model.net)
     for part in attachment_of(model).parts:
         part.fold()
     detach(model)

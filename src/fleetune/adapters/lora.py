@@ -32,6 +32,7 @@ from fleetune.adapters.lora_init import FROM_SEED, FROM_WEIGHTS
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.foreign import short_error
 from fleetune.models.layers import head_of, is_linear, layers_of, read_past
+from fleetune.models.mapped.net import into_memory
 from fleetune.models.model import Model
 
 ADAPTER: Final = "default"  # PEFT's name for a model's only adapter
@@ -118,6 +119,7 @@ class LoraPart:
 
     def fold(self) -> None:
         """Set w <- round(w + (alpha / r) (B A - B0 A0)), added in fp32, rounded once."""
+        into_memory(self.tuner.model)  # of a mapped base
         with torch.no_grad():
             for name, layer in self.layers.items():
                 weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER).float()

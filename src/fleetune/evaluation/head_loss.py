@@ -19,7 +19,6 @@ scaled down to it (Milakov and Gimelshein 2018, arXiv 1805.02867; for the second
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -33,6 +32,7 @@ from fleetune.models.mapped.lazy import LazyWeight
 CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time where no gradient is wanted
 GRADIENT_SHARE = 4  # ... and this part of them where one is: they and their gradient are alive together
 BLOCK = 1 << 20  # numbers of a block of the head's rows
+LOWEST = torch.finfo(torch.float32).min
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -119,10 +119,9 @@ class _FrozenNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, head: nn.Module, blocks: Any, targets: Tensor) -> Tensor:
         ctx.head = head
-        mean = torch.zeros(rows.shape, device=rows.device)  # sum of exp(logit - top) W, then of p W
-        losses, own = _online(rows, blocks, targets, mean)
-        back = (mean - own).to(rows.dtype)
-        ctx.save_for_backward(rows, targets, back)
+        back = torch.zeros(rows.shape, device=rows.device)
+        losses, _ = _online(rows, blocks, targets, back)
+        ctx.save_for_backward(rows, targets, back.to(rows.dtype))
         return losses
 
     @staticmethod
@@ -144,8 +143,8 @@ class _StreamedNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, root: Tensor | None, blocks: Any, targets: Tensor) -> Tensor:
         ctx.blocks = blocks
-        losses, own = _online(rows, blocks, targets, None)
-        ctx.save_for_backward(rows, losses + own, targets)
+        losses, log_sums = _online(rows, blocks, targets, None)
+        ctx.save_for_backward(rows, log_sums, targets)
         return losses
 
     @staticmethod
@@ -165,20 +164,24 @@ class _StreamedNll(torch.autograd.Function):
         return back, None, None, None
 
 
-def _online(rows: Tensor, blocks: Any, targets: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return losses float32 [N], and the targets' logits [N] or, with `mean` float32 [N, H], the targets' rows of W [N, H].
+def _online(rows: Tensor, blocks: Any, targets: Tensor, back: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the losses and the log-sum-exp of the logits, float32 [N] each; `back` float32 [N, H], of zeros, becomes dl/dx.
 
-    `mean`, of zeros, becomes sum_v p_v W_v.
+    The target stays out of both running sums and is added at the end: of a token that is nearly certain, p W_y and W_y
+    would cancel.
     """
-    top = torch.full((len(rows),), -math.inf, device=rows.device)
-    total, own = torch.zeros_like(top), torch.zeros_like(top)
-    chosen = own if mean is None else torch.zeros_like(mean)
+    top = torch.full(
+        (len(rows),), LOWEST, device=rows.device
+    )  # finite, so that -inf among the logits is harmless
+    total, own = (
+        torch.zeros_like(top),
+        torch.zeros_like(top),
+    )  # sum over v != y of exp(logit - top); the target's logit
+    target_rows = None if back is None else torch.zeros_like(back)
     bias = getattr(blocks, "bias", None)
     room = rows.new_empty(0)  # for the logits of all blocks in turn: glibc would not use it again by itself
-    for (
-        first,
-        *weights,
-    ) in blocks():  # of a view that runs both signs of a probe, a matrix for each half of the rows
+    # of a view that runs both signs of a probe there is a matrix for each half of the rows
+    for first, *weights in blocks():
         for weight, at in _rows_beside(len(rows), weights):
             x, width = rows[at], len(weight)
             if room.numel() < len(x) * width:
@@ -192,18 +195,20 @@ def _online(rows: Tensor, blocks: Any, targets: Tensor, mean: Tensor | None) -> 
             higher = torch.maximum(top[at], p.amax(1))
             faded = torch.exp(top[at] - higher)
             p.sub_(higher[:, None]).exp_()
+            p[inside, here] = 0.0
             total[at] = total[at] * faded + p.sum(1)
-            if mean is not None:
-                chosen[at][inside] = weight[here].float()
-                part = mean[at].mul_(faded[:, None])
+            if back is not None and target_rows is not None:
+                target_rows[at][inside] = weight[here].float()
+                part = back[at].mul_(faded[:, None])
                 if p.dtype == weight.dtype:
                     part.addmm_(p, weight)
                 else:
                     part += p.to(weight.dtype) @ weight
             top[at] = higher
-    if mean is not None:
-        mean.div_(total[:, None])
-    return top + total.log() - own, chosen
+    whole = total + torch.exp(own - top)
+    if back is not None and target_rows is not None:  # (sum over v != y of p_v W_v) - (1 - p_y) W_y
+        back.sub_(target_rows.mul_(total[:, None])).div_(whole[:, None])
+    return (top - own) + whole.log(), top + whole.log()
 
 
 def _rows_beside(rows: int, weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:

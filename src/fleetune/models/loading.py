@@ -13,6 +13,8 @@ memory, never to the file); such a file must not be overwritten in place while a
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import re
 import threading
@@ -48,7 +50,7 @@ from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.families.widths import class_of
 from fleetune.models.foreign import AGAIN, foreign_file, short_error
 from fleetune.models.hf_folder import check_folder, config_of, is_encoder
-from fleetune.models.mapped.net import leave_in_file, memory_of, placeholders
+from fleetune.models.mapped.net import NotMappable, leave_in_file, memory_of, placeholders
 from fleetune.models.mapped.stored import Stored
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
 from fleetune.models.saving import disk_errors, quiet, save
@@ -59,6 +61,8 @@ __all__ = [
     "DEVICES", "DTYPES", "Model", "builtin", "digest", "disk_errors", "load", "load_config", "load_tokenizer", "named_tensors",
     "pull", "resolve", "save", "tiny_bert", "tiny_llama", "tiny_roberta", "tiny_tokenizer", "tokenizer_digest", "uniform",
 ]  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {name: getattr(torch, dtype.full) for name, dtype in WEIGHTS.items()}
@@ -219,13 +223,20 @@ def load(
     """
     device = check_device("cpu" if (base, device) == ("mapped", "auto") else device, dtype)
 
+    @functools.cache
     def folder_of(name: str) -> Path:
         return resolve(name, offline=offline, progress=progress)
 
     if placement.chosen(base, name, WEIGHTS[dtype].size, device, folder_of) == "memory":
         return _load_folder(name, folder_of(name), dtype, device, labels)
     path, tensors = placement.tensors_of(name, folder_of, offline=offline, progress=progress)
-    return _load_folder(name, path, dtype, device, labels, tensors)
+    try:
+        return _load_folder(name, path, dtype, device, labels, tensors)
+    except NotMappable as error:
+        if base == "mapped":
+            raise
+        log.info("%s", error)
+        return _load_folder(name, folder_of(name), dtype, device, labels)
 
 
 def load_artefact(folder: Path, *, dtype: str = "fp32", device: str = "cpu") -> Model:
@@ -320,7 +331,14 @@ def _read_net(
     net.eval()
     net.requires_grad_(False)
     if stored is not None:
-        leave_in_file(net, stored, dtype, path)
+        leave_in_file(
+            net,
+            stored,
+            dtype,
+            path,
+            drawn=list(found["missing_keys"]),
+            ignored=list(found["unexpected_keys"]),
+        )
     return net, words, words != saved
 
 

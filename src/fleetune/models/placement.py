@@ -13,13 +13,12 @@ from safetensors import safe_open
 from fleetune.common.memory import usable_memory
 from fleetune.errors import ModelError
 from fleetune.models import cache, names
+from fleetune.models.bases import BASES, SHARE
 from fleetune.models.download import Progress
 from fleetune.models.foreign import foreign_file
 from fleetune.models.mapped import places
 from fleetune.models.mapped.stored import Stored, of_folder
 
-BASES: Final = ("auto", "memory", "mapped")
-SHARE: Final = 0.5  # of the memory: weights that would take more stay in their file
 DENSEST: Final = 8  # numbers that a byte of a GGUF file stands for, at most
 
 Resolve = Callable[[str], Path]

@@ -17,9 +17,10 @@ from typing import Any, Final
 
 from fleetune.common.display import human_bytes
 from fleetune.errors import FitError
+from fleetune.models.bases import PLACES, SHARE
 from fleetune.models.shapes import Shape
 from fleetune.planning import device_cost
-from fleetune.planning.workload import BASES, Workload
+from fleetune.planning.workload import Workload
 from fleetune.tuning import methods
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.footprint import Footprint
@@ -27,7 +28,6 @@ from fleetune.tuning.footprint import Footprint
 TIGHT: Final = 0.9  # fuller than this is a tight fit: it is taken where no method has more room
 SHORTEST: Final = 64  # tokens of a row, below which rows are not cut
 EVALUATED: Final = 8  # rows that an evaluation takes at a time
-USUAL: Final = (("base", "memory"),)  # what a recipe's auto means where memory suffices
 OPTIONS: Final = {"length": "max_length"}  # fields of `Workload` that a recipe calls otherwise
 
 
@@ -40,7 +40,7 @@ def axes(batch: int) -> dict[str, Sequence[Any]]:
         "dtype": ("fp32", "bf16"),
         "length": _halves(longest(), SHORTEST),
         "batch": _halves(batch, 1),
-        "base": BASES,
+        "base": PLACES,
     }
 
 
@@ -75,10 +75,12 @@ class Settings:
         own = getattr(methods.make(self.method, {}), "batch_size", self.work.batch)
         usual = {name: default for name, (_, default, _) in recipes.fields().items()}
         stated = {OPTIONS.get(name, name): getattr(self.work, name) for name in reversed(axes(1))}
+        if self.work.base == "memory" and self.weights <= SHARE * (self.ram or self.weights / SHARE):
+            stated["base"] = usual["base"]  # which means memory then
         return {
             "method": self.method,
             **({"settings": {"batch_size": self.work.batch}} if self.work.batch != own else {}),
-            **{n: v for n, v in stated.items() if n in usual and v != usual[n] and (n, v) not in USUAL},
+            **{n: value for n, value in stated.items() if n in usual and value != usual[n]},
         }
 
     def __str__(self) -> str:
@@ -102,6 +104,11 @@ class Search:
         A tight fit is taken only where no method has more room.
         """
         tried = [settings for name in order for settings in self.tried(name)]
+        if not tried:
+            raise FitError(
+                f"no method that has these settings has a place on a {self.shape.family}",
+                hint="leave out --set, or take another model (docs/models.md)",
+            )
         if self.ram is None:
             return tried[0]
         for room in (TIGHT * self.ram, self.ram):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from fleetune.errors import UsageError
+from fleetune.models.bases import PLACES
 from fleetune.models.dtypes import WEIGHTS
 
-BASES: Final = ("memory", "mapped")
 MOST_STEPS: Final = 1_000_000  # of a round: a pool of directions holds as many
 
 
@@ -34,8 +34,8 @@ class Workload:
             raise UsageError(f"--steps {self.steps} is more than {MOST_STEPS:,}")
         if self.dtype not in WEIGHTS:
             raise UsageError(f"no dtype named '{self.dtype}'", hint="choose one of " + ", ".join(WEIGHTS))
-        if self.base not in BASES:
-            raise UsageError(f"no base named '{self.base}'", hint="choose one of " + ", ".join(BASES))
+        if self.base not in PLACES:
+            raise UsageError(f"no base named '{self.base}'", hint="choose one of " + ", ".join(PLACES))
 
     @property
     def tokens(self) -> int:

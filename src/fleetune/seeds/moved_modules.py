@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from torch.nn import functional as F
 
 from fleetune.seeds.slots import WeightSlot
 from fleetune.seeds.tape import Tape
+
+WHOLE: Final = (
+    1 << 22
+)  # numbers of a tensor that is seen whole, at most, while both signs run: two copies exist then
 
 
 class Unpaired(Exception):
@@ -48,7 +52,7 @@ class Moved(Protocol):
         ...
 
 
-def running(view: Moved, forward: Callable[..., Any]) -> Callable[..., Any]:
+def count_running(view: Moved, forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)  # `generate` reads its signature
     def counted(*args: Any, **kwargs: Any) -> Any:
         view.running += 1
@@ -124,9 +128,14 @@ def _signs(view: Moved, slot: WeightSlot) -> list[Tensor]:
     """Return a whole tensor for each sign that runs, in memory of its own."""
     if view.tape is not None:
         return [view.tape.whole(slot)]
-    pieces = view.signs(slot, 0, slot.tensor.numel()) if view.paired else (view.whole(slot),)
-    values = [part.view(slot.tensor.shape) for part in pieces]
-    return [nn.Parameter(v.clone() if view.paired else v, requires_grad=False) for v in values]
+    if not view.paired:
+        return [nn.Parameter(view.whole(slot), requires_grad=False)]
+    if slot.tensor.numel() > WHOLE:
+        raise Unpaired
+    return [
+        nn.Parameter(part.clone().view(slot.tensor.shape), requires_grad=False)
+        for part in view.signs(slot, 0, slot.tensor.numel())
+    ]
 
 
 def _any_forward(view: Moved, module: nn.Module, own: dict[str, WeightSlot]) -> Callable[..., Any]:
@@ -146,6 +155,8 @@ def _any_forward(view: Moved, module: nn.Module, own: dict[str, WeightSlot]) -> 
             for sign, x in enumerate(_halves(view, args[0], least=2 if ids else 3)):
                 module._parameters.update({name: values[sign] for name, values in seen.items()})  # type: ignore[misc]
                 found.append(original(x))
+                if not isinstance(found[-1], Tensor) or len(found[-1]) != view.paired:
+                    raise Unpaired  # a router's several answers, say
             return torch.cat(found)
         finally:
             module._parameters.update(stored)

@@ -10,6 +10,7 @@ slope along z, and `w <- w - lr g z` a step of descent.  A step is recorded as t
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
@@ -27,9 +28,12 @@ from fleetune.seeds.moved_modules import Unpaired
 from fleetune.seeds.noise import derive, passes, philox4x32, probe
 from fleetune.seeds.view import View
 
+log = logging.getLogger(__name__)
+
 # tokens of a step up to which both signs run in one forward: it reads the base once, in the memory of twice the activations;
 # beyond, making the weights takes little of a step
 PAIRED: Final = 512
+_COMPARED: Final[WeakSet[nn.Module]] = WeakSet()  # nets whose first step was taken both ways
 _UNPAIRED: Final[WeakSet[nn.Module]] = WeakSet()  # nets that were seen not to keep the signs' rows apart
 
 
@@ -60,18 +64,45 @@ def slope(
 
     g is not finite where a loss was not.
     """
-    found = _in_one_forward(model, view, direction, batch, eps) if _can_pair(view, batch, objective) else None
-    plus, minus = found or two_point(view, direction, eps, functools.partial(objective, model, batch))
+    plus, minus = _losses(model, view, direction, batch, objective, eps)
     g = (plus - minus) / (2 * eps)
     if clip and math.isfinite(g):
         g = max(-clip, min(clip, g))
     return g, (plus + minus) / 2
 
 
+def _losses(
+    model: Model,
+    view: View,
+    direction: tuple[int, np.ndarray],
+    batch: Batch,
+    objective: Objective,
+    eps: float,
+) -> tuple[float, float]:
+    """Return what `two_point` does, from one forward where that is the same; on a net's first step both ways are compared."""
+    two_forwards = functools.partial(
+        two_point, view, direction, eps, functools.partial(objective, model, batch)
+    )
+    one = _in_one_forward(model, view, direction, batch, eps) if _can_pair(view, batch, objective) else None
+    if one is None:
+        return two_forwards()
+    if view.net not in _COMPARED:
+        _COMPARED.add(view.net)
+        two = two_forwards()
+        if repr(one) != repr(two):  # NaN is equal to itself here
+            log.info("both signs in one forward give %s, two forwards %s: each sign runs alone", one, two)
+            _UNPAIRED.add(view.net)
+        return two
+    return one
+
+
 def _can_pair(view: View, batch: Batch, objective: Objective) -> bool:
     """Return whether both signs may run in one forward: of the loss, and for a batch that is small beside the weights."""
-    tokens = batch.labels.numel() if batch.labels.ndim == 2 else PAIRED + 1
-    return objective is batch_loss and tokens <= PAIRED and view.stored is None and view.net not in _UNPAIRED
+    if objective is not batch_loss or batch.labels.ndim != 2 or view.stored is not None:
+        return False
+    rows, length = batch.labels.shape
+    # a net that puts tokens first could not be told from one that puts rows first
+    return rows * length <= PAIRED and length != 2 * rows and view.net not in _UNPAIRED
 
 
 def _in_one_forward(

@@ -298,16 +298,23 @@ class View:
             for slot in self.slots:
                 if not isinstance(slot.tensor, LazyWeight):
                     self.fill(slot, slot.tensor.detach().view(-1))
-        replace_parameters(
-            self.net,
-            {
-                id(slot.tensor): nn.Parameter(self.whole(slot), requires_grad=False)
-                for slot in self.slots
-                if isinstance(slot.tensor, LazyWeight)
-            },
-        )
+        if self.lazy:
+            self._write_lazy()
         self.folded.forget()
         self.place(None)
+
+    def _write_lazy(self) -> None:
+        """Put values in memory in the places of lazy weights, and look at these from here on."""
+        new = {
+            slot.name: nn.Parameter(self.whole(slot), requires_grad=False)
+            for slot in self.slots
+            if isinstance(slot.tensor, LazyWeight)
+        }
+        replace_parameters(self.net, {id(s.tensor): new[s.name] for s in self.slots if s.name in new})
+        self.remove()
+        self.slots = [slot._replace(tensor=new.get(slot.name, slot.tensor)) for slot in self.slots]
+        self.folded.slots, self.lazy = self.slots, False
+        self._install(self.net)
 
     @property
     def words(self) -> str:
@@ -362,7 +369,7 @@ class View:
                 raise ModelError(f"{type(module).__name__} is already wrapped; remove the earlier view first")
             if not own:
                 if any(module.children()):
-                    module.forward = moved_modules.running(self, module.forward)
+                    module.forward = moved_modules.count_running(self, module.forward)
                     self._around.append(module)
                 continue
             module.forward = moved_modules.forward_for(self, module, own)

@@ -24,7 +24,7 @@ KEPT: Final = 32 << 20  # bytes read after which all pages are given back
 
 
 class MappedFile:
-    """A file's bytes, read-only for others: what is written to an array of them stays in this process."""
+    """A file's bytes.  Nobody may write to the arrays of them: what is written is lost when pages are given back."""
 
     def __init__(self, path: Path) -> None:
         """Map a file; ModelError for one that is gone or empty."""
@@ -43,19 +43,20 @@ class MappedFile:
     def __len__(self) -> int:
         return len(self._map)
 
-    def bytes(self, offset: int, size: int) -> np.ndarray:
+    def bytes(self, offset: int, size: int, used: int | None = None) -> np.ndarray:
         """Return uint8 [size] of the mapping itself; the values stay valid, whenever pages are given back.
 
-        ModelError when the file was written to since it was mapped.
+        `used` is how many of them will be read (None: all).  ModelError when the file was written to since it was mapped.
         """
         if self._state() != self._stated:
             raise ModelError(
                 f"{self.path} was changed while its weights were in use",
                 hint="put the file back as it was, and repeat the command or resume the run",
             )
-        self._read += size
+        used = size if used is None else used
+        self._read += used
         if self._read > KEPT:
-            self._read = size
+            self._read = used
             self.give_back()
         return np.frombuffer(self._map, np.uint8, size, offset)
 

@@ -10,12 +10,15 @@ net runs on it as it is:
     a tied head        goes by blocks of rows
     anything else      gets the values, in memory of their own
 
-Values and products are those of a model in memory, bit for bit.  What would change it in place is refused.
+Values and products are those of a model in memory, bit for bit, but for a product by blocks.  What would change the weight
+itself in place is refused; whoever takes its values (`weight.data`, `weight.detach()`) has a copy.  One thread at a time may
+use the weights of a net.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final, Self
 
 import torch
@@ -38,7 +41,7 @@ PROPERTIES: Final = frozenset(
 METHODS: Final = frozenset(
     (
         "size", "dim", "numel", "nelement", "ndimension", "element_size", "is_floating_point", "is_complex", "is_inference",
-        "has_names", "requires_grad_", "get_device", "__hash__", "__len__", "register_hook",
+        "has_names", "get_device", "__hash__", "__len__", "register_hook",
     )
 )  # fmt: skip
 
@@ -122,34 +125,78 @@ class LazyWeight(torch.Tensor):
     ) -> Any:
         """Run an operation that was given a lazy weight."""
         given = dict(kwargs or {})
-        if func is F.linear and isinstance(args[1], LazyWeight) and not isinstance(args[0], LazyWeight):
+        if func is F.linear and not isinstance(args[0], LazyWeight):
             return _linear(*args, **given)
-        if func is F.embedding:
+        if func is F.embedding and not isinstance(args[0], LazyWeight):
             return _embedding(*args, **given)
         name = func.__name__
+        if name in OWN and isinstance(args[0], LazyWeight):
+            return OWN[name](*args, **given)
+        if _would_change(func, name, args, given):
+            raise _refused(name)
         if _asks_no_values(func, name):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **given)
-        if name in ("__set__", "data_ptr", "untyped_storage") or (name[-1] == "_" and name[-2] != "_"):
-            raise ModelError(
-                f"{name.strip('_')} on a weight that stays in its file",
-                hint="load the model with base=memory",
-            )
         return func(*tree_map(_with_values, args), **tree_map(_with_values, given))
 
 
 def _asks_no_values(func: Any, name: str) -> bool:
-    if name in ("__get__", "__set__"):
-        owner = getattr(func.__self__, "__name__", "")
-        return owner in PROPERTIES and (name == "__get__" or owner in ("requires_grad", "grad"))
-    return name in METHODS
+    if name == "__set__":
+        return True
+    return name in METHODS or (name == "__get__" and func.__self__.__name__ in PROPERTIES)
+
+
+def _would_change(func: Any, name: str, args: tuple[Any, ...], given: Mapping[str, Any]) -> bool:
+    """Return whether an operation writes to a lazy weight, or to the memory that it does not have."""
+    if isinstance(given.get("out"), LazyWeight) or name in ("data_ptr", "untyped_storage"):
+        return True
+    if name == "__set__" and (owner := func.__self__.__name__) != "data":
+        return owner == "requires_grad" and bool(args[1])
+    if name == "__set__" and args[1] is args[0]:  # of a `net.to` that changes nothing
+        return False
+    writes = name in ("__set__", "__setitem__") or (name[-1] == "_" and name[-2] != "_")
+    return writes and isinstance(args[0], LazyWeight)
+
+
+def _refused(name: str) -> ModelError:
+    return ModelError(
+        f"{name.strip('_')} on a weight that stays in its file", hint="load the model with base=memory"
+    )
+
+
+def _to(weight: LazyWeight, *args: Any, **given: Any) -> Tensor:
+    """Return the weight itself where it is on that device and of that type already, else its values there."""
+    like = torch.empty(0, dtype=weight.dtype).to(*args, **given)
+    same = (like.dtype, like.device.type) == (weight.dtype, "cpu") and not given.get("copy")
+    return weight if same else weight.values().to(*args, **given)
+
+
+def _requires_grad(weight: LazyWeight, wanted: bool = True) -> LazyWeight:
+    """Return the weight, which is frozen; ModelError where it is to be trained."""
+    if wanted:
+        raise _refused("requires_grad")
+    return weight
+
+
+def _deepcopy(weight: LazyWeight, memo: dict[int, Any]) -> nn.Parameter:
+    """Return a parameter in memory."""
+    memo[id(weight)] = copied = nn.Parameter(weight.values(), requires_grad=False)
+    return copied
+
+
+OWN: Final[Mapping[str, Callable[..., Any]]] = MappingProxyType(
+    {"to": _to, "cpu": lambda weight: weight, "requires_grad_": _requires_grad, "__deepcopy__": _deepcopy}
+)
 
 
 def _with_values(value: Any) -> Any:
     return value.values() if isinstance(value, LazyWeight) else value
 
 
-def _linear(input: Tensor, weight: LazyWeight, bias: Tensor | None = None) -> Tensor:
+def _linear(input: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    bias = _with_values(bias)
+    if not isinstance(weight, LazyWeight):
+        return F.linear(input, weight, bias)
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(input, bias, [weight])  # type: ignore[no-any-return, no-untyped-call]
     return _product(input, weight, bias)
@@ -176,29 +223,43 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        g, (weight,) = gradients[0], ctx.held
+        g = gradients[0]
         flat = g.reshape(-1, g.shape[-1])
         back = bias = None
         if ctx.needs_input_grad[0]:
-            if torch.is_grad_enabled():  # a second derivative is wanted
-                back = flat.mm(weight.values())
-            elif weight.streams:
-                back = flat.new_zeros(len(flat), weight.stored.shape[1])
-                for first, rows in weight.blocks():
-                    back.addmm_(flat[:, first : first + len(rows)], rows)
-            else:
-                back = flat.mm(weight.whole())
-            back = back.view(*g.shape[:-1], -1)
+            back = _Back.apply(flat, ctx.held).view(*g.shape[:-1], -1)  # type: ignore[no-untyped-call]
         if ctx.needs_input_grad[1]:
             bias = flat.sum(0)
         return back, bias, None
 
 
+class _Back(torch.autograd.Function):
+    """g W, the gradient of a linear layer's input, which may be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, held: list[LazyWeight]) -> Tensor:
+        ctx.held = held
+        (weight,) = held
+        if not weight.streams:
+            return g.mm(weight.whole())
+        back = g.new_zeros(len(g), weight.stored.shape[1])
+        for first, rows in weight.blocks():
+            back.addmm_(g[:, first : first + len(rows)], rows)
+        return back
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _linear(gradients[0], ctx.held[0]), None
+
+
 def _embedding(input: Tensor, weight: Any, *more: Any, **given: Any) -> Tensor:
     max_norm = more[1] if len(more) > 1 else given.get("max_norm")
-    if max_norm is not None or weight.memory.changed(weight.tensor_name) is not None:
-        return F.embedding(input, weight.values(), *more, **given)
+    changed = isinstance(weight, LazyWeight) and weight.memory.changed(weight.tensor_name) is not None
+    if max_norm is not None or changed or not isinstance(weight, LazyWeight):
+        return F.embedding(input, _with_values(weight), *more, **given)
     rows, where = torch.unique(input, return_inverse=True)
+    if len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < weight.stored.shape[0]:
+        raise IndexError("index out of range in self")  # torch's words
     return F.embedding(where, weight.stored.rows(rows, weight.dtype))
 
 

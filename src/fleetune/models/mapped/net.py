@@ -21,39 +21,62 @@ def placeholders(tensors: Mapping[str, Stored], dtype: torch.dtype) -> dict[str,
     return {name: torch.zeros((), dtype=dtype).expand(stored.shape) for name, stored in tensors.items()}
 
 
-def leave_in_file(net: Any, tensors: Mapping[str, Stored], dtype: torch.dtype, path: Path) -> None:
+class NotMappable(ModelError):
+    """A model's files hold its tensors in another form than the model does, so that they cannot be read piece by piece."""
+
+
+def leave_in_file(
+    net: Any,
+    tensors: Mapping[str, Stored],
+    dtype: torch.dtype,
+    path: Path,
+    *,
+    drawn: Collection[str] = (),
+    ignored: Collection[str] = (),
+) -> None:
     """Make the matrices of a net, made of `placeholders`, lazy weights; norms and biases come into memory.
 
-    A parameter that the file does not hold stays as it is where the net has drawn it (an encoder's new head).  ModelError
-    where the file names the tensors in another way than the net.
+    `drawn` are the parameters that the files do not hold and the net has drawn (an encoder's new head): they stay as they
+    are.  `ignored` are tensors of the files that the net has no place for.  NotMappable unless every other parameter is one
+    tensor of the files and every other tensor one parameter: experts that are put together while a model is loaded are not.
     """
     memory, head = Memory(), net.get_output_embeddings()
     names: dict[int, list[str]] = {}
     for name, tensor in net.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), []).append(name)
-    own = {id(p): min(names[id(p)]) for p in net.parameters()}
     made: dict[int, Tensor] = {}
+    left = set(tensors) - set(ignored)
     for tensor in list(net.parameters()):
-        stored = _stored(names[id(tensor)], tensors)
-        if stored is None:
-            if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-                raise ModelError(
-                    f"{path} names its tensors in another way than the model does ({own[id(tensor)]})",
-                    hint="it cannot be read piece by piece: leave out --base mapped and --low-memory",
-                )
+        own = min(names[id(tensor)])
+        found = _name_of(names[id(tensor)], tensors)
+        if found is None:
+            if not set(names[id(tensor)]) & set(drawn):
+                raise _not_mappable(path, own)
             continue
-        lazy = LazyWeight.make(own[id(tensor)], stored, dtype, memory, streams=_is_of(head, tensor))
+        if tensors[found].shape != tuple(tensor.shape):
+            raise _not_mappable(path, own)
+        left -= {found, *names[id(tensor)]}
+        lazy = LazyWeight.make(own, tensors[found], dtype, memory, streams=_is_of(head, tensor))
         made[id(tensor)] = lazy if tensor.dim() > 1 else nn.Parameter(lazy.values(), requires_grad=False)
+    if left:
+        raise _not_mappable(path, min(left))
     replace_parameters(net, made)
 
 
-def _stored(names: list[str], tensors: Mapping[str, Stored]) -> Stored | None:
-    """Return the tensor of a file that has one of a parameter's names, with or without what a file leaves out in front."""
+def _not_mappable(path: Path, name: str) -> NotMappable:
+    return NotMappable(
+        f"{path} holds its tensors in another form than the model does ({name}): they cannot be read piece by piece",
+        hint="use --base memory, and no --low-memory",
+    )
+
+
+def _name_of(names: list[str], tensors: Mapping[str, Stored]) -> str | None:
+    """Return a parameter's name among a file's tensors, which may leave out its beginning."""
     for name in names:
         if name in tensors:
-            return tensors[name]
+            return name
     ends = [n for n in tensors if any(name.endswith(f".{n}") for name in names)]
-    return tensors[ends[0]] if len(ends) == 1 else None
+    return ends[0] if len(ends) == 1 else None
 
 
 def _is_of(module: nn.Module | None, tensor: Tensor) -> bool:

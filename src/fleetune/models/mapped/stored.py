@@ -81,7 +81,8 @@ class Stored(NamedTuple):
 
     def _bytes_of(self, rows: Tensor) -> Tensor:
         """Return the bytes of some of the file's rows, one after the other, in memory of their own."""
-        all_bytes = torch.from_numpy(self.file.bytes(self.offset, self.size))
+        used = len(rows) * self._bytes_of_row
+        all_bytes = torch.from_numpy(self.file.bytes(self.offset, self.size, used))
         return all_bytes.view(-1, self._bytes_of_row)[rows].view(-1)
 
     def _decoded(self, data: Tensor, count: int, scratch: Tensor | None) -> Tensor:
