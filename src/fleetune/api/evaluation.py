@@ -12,7 +12,7 @@ from fleetune.api.arguments import Rows, words
 from fleetune.errors import DataError, RecipeError
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
-from fleetune.subject import Subject
+from fleetune.subject import Subject, loading
 
 if TYPE_CHECKING:
     from fleetune.data import Example
@@ -65,7 +65,7 @@ def evaluate(
         )
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
     _check_labels(given[:limit], labels if "accuracy" in wanted else ())
-    loaded, every = subjects.load_with_rows(
+    loaded, every = loading.load_with_rows(
         found,
         given,
         labels=labels,
@@ -82,7 +82,7 @@ def evaluate(
     )  # fmt: skip
     scores = of_harness.evaluate(loaded, limit=limit) if of_harness is not None else []
     before = (
-        subjects.base_losses(found, loaded, examples) if rows else None
+        loading.base_losses(found, loaded, examples) if rows else None
     )  # `loaded` is the base from here on
     heard.event(evaluated(
         found.argument, len(examples), values, of=len(every), max_length=found.max_length, rows_of=(before, rows),
@@ -106,7 +106,7 @@ def _by_harness(
     from fleetune.evaluation import harness_tasks
     from fleetune.runs.events import evaluated
 
-    loaded = subjects.load_alone(found, dtype=dtype, device=device, base=base, offline=offline)
+    loaded = loading.load_alone(found, dtype=dtype, device=device, base=base, offline=offline)
     scores = tasks.evaluate(loaded, limit=limit)
     listener.event(evaluated(found.argument, 0, {}, of=0, max_length=found.max_length, harness=scores))
     return harness_tasks.by_name(scores)

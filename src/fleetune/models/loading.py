@@ -16,9 +16,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -43,7 +42,7 @@ from fleetune.models import cache, encoders, names, placement, stated
 from fleetune.models.artefact import Master
 from fleetune.models.artefact_folder import FILE as MASTER
 from fleetune.models.artefact_folder import is_master
-from fleetune.models.bounds import check_blocks, check_size, check_step, finite
+from fleetune.models.bounds import check_blocks, check_size, check_step, check_tensors, finite
 from fleetune.models.cache import BuiltIn
 from fleetune.models.download import Progress
 from fleetune.models.dtypes import WEIGHTS
@@ -67,10 +66,6 @@ log = logging.getLogger(__name__)
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {name: getattr(torch, dtype.full) for name, dtype in WEIGHTS.items()}
 )
-COMPUTED: Final = (  # buffers that older files hold
-    "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "position_ids", "token_type_ids",
-    ".attn.bias", ".attention.bias", ".masked_bias",
-)  # fmt: skip
 _RANGE: Final = (
     "fp16 holds numbers up to 65,504: try --dtype fp32 or bf16; if it stays, fetch the model again"
 )
@@ -107,8 +102,7 @@ def pull(
             offline=offline,
             source=source,
             progress=progress,
-            weights=base != "mapped",
-            exact=True,
+            bases=(base,),
         )
         stated.check(path)
         return path
@@ -324,7 +318,7 @@ def _read_net(
     missing = [str(name) for name in found["missing_keys"]]
     if words != saved:
         missing = encoders.make_head(net, missing)
-    _check_tensors(path, kind, found, missing, head=bool(words))
+    check_tensors(path, kind, found, missing, head=bool(words))
     if (file := path / "generation_config.json").is_file():
         with foreign_file(file):
             net.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
@@ -351,35 +345,6 @@ def _sizes(path: Path, stored: Mapping[str, Stored] | None) -> tuple[int, int]:
         return size, 8 * size
     shapes = placement.shapes(path)
     return len(shapes), sum(map(math.prod, shapes))
-
-
-def _check_tensors(
-    path: Path, kind: type, found: Mapping[str, Iterable[object]], missing: Sequence[str], *, head: bool
-) -> None:
-    """Raise ModelError unless the files have just the tensors that the model needs; `found` is transformers' report."""
-    wrong = sorted([*missing, *map(str, found["mismatched_keys"])])
-    if wrong:
-        raise ModelError(
-            f"{path} lacks {len(wrong)} tensors of a {kind.__name__} (or they have other shapes): "
-            + ", ".join(wrong[:3]),
-            hint="the directory holds another or an incomplete model: fetch it again",
-        )
-    if left := _left_over(map(str, found["unexpected_keys"]), head=head):
-        raise ModelError(
-            f"{path} has {len(left)} tensors that a {kind.__name__} of its config.json has no place for: "
-            + ", ".join(left[:3]),
-            hint="config.json is of another model than the weights (does it say fewer blocks?): fetch the model again",
-        )
-
-
-def _left_over(names: Iterable[str], *, head: bool) -> list[str]:
-    """Return the tensors of a file that should have a place in the net but have none, sorted.
-
-    Buffers that are computed anew (`COMPUTED`) do not count.  With a head (an encoder) only the blocks' tensors
-    count: a checkpoint has other ones as well.
-    """
-    wanted = re.compile(r"\.\d+\." if head else "")
-    return sorted(n for n in names if wanted.search(n) and not n.endswith(COMPUTED))
 
 
 def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -60,7 +60,9 @@ def tensors_of(
     A GGUF file is not converted: the folder, in the cache, has no weights.  ModelError as in `models.load`.
     """
     if name in cache.ORIGINS:
-        folder = cache.pull_builtin(cache.ORIGINS[name], offline=offline, progress=progress, weights=False)
+        folder = cache.pull_builtin(
+            cache.ORIGINS[name], offline=offline, progress=progress, bases=("mapped", "memory")
+        )
         file = folder / cache.GGUF
     elif (path := names.local(name)) is not None and path.is_file():
         folder, file = cache.import_gguf(path, weights=False, progress=progress), path

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a subject, alone or with the rows to measure it on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fleetune.common.shell import quoted
+from fleetune.errors import UsageError
+from fleetune.subject import Compressed, Run, Subject
+
+if TYPE_CHECKING:
+    from fleetune.common.paired import RowLosses
+    from fleetune.data import Example
+    from fleetune.models.model import Model
+
+
+def load_with_rows(
+    subject: Subject,
+    given: list[Example],
+    *,
+    labels: Sequence[str] = (),
+    dtype: str | None = None,
+    device: str = "auto",
+    base: str | None = None,
+    needs_rows: bool = True,
+    offline: bool = False,
+) -> tuple[Model, list[Example]]:
+    """Load a subject, and return it with the rows to measure it on: those `given`, else its own held-out rows.
+
+    UsageError, before the model is loaded, when `needs_rows` and there are none, or when `dtype` differs from a run's.
+    """
+    from fleetune import models
+
+    if isinstance(subject, Run):
+        _check_dtype(subject, dtype, device)
+        rows = given or subject.held_out(offline=offline)
+        return subject.load(device=device, offline=offline, base=base), rows
+    models.check_device(device, dtype or "fp32")
+    rows = given or (subject.held_out(offline=offline) if isinstance(subject, Compressed) else [])
+    if not rows and needs_rows:
+        what = "this model" if isinstance(subject, Compressed) else "a model"
+        raise UsageError(
+            f"eval of {what} needs DATA", hint=f"fleetune eval {quoted(subject.argument)} data.jsonl"
+        )
+    if isinstance(subject, Compressed):
+        return subject.load(dtype=dtype or "fp32", device=device, offline=offline, base=base), rows
+    words = list(labels) or sorted({e.response.strip() for e in rows})
+    model = models.load(
+        subject.name, dtype=dtype or "fp32", device=device, offline=offline, labels=words, base=base or "auto"
+    )
+    return model, rows
+
+
+def base_losses(subject: Subject, model: Model, examples: Sequence[Example]) -> RowLosses | None:
+    """Return the losses of rows under the base of a run, whose tuned `model` becomes that base; None for anything else."""
+    from fleetune.evaluation import measures
+
+    if not isinstance(subject, Run) or model.attachment is None:
+        return None
+    model.attachment.detach(model)
+    return measures.evaluate(model, examples, ["loss"], max_length=subject.max_length).rows
+
+
+def load_alone(
+    subject: Subject,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    base: str | None = None,
+    offline: bool = False,
+) -> Model:
+    """Load a subject without any rows; UsageError, before that, when `dtype` differs from a run's."""
+    from fleetune import models
+
+    if isinstance(subject, Run):
+        _check_dtype(subject, dtype, device)
+        return subject.load(device=device, offline=offline, base=base)
+    models.check_device(device, dtype or "fp32")
+    return subject.load(dtype=dtype or "fp32", device=device, offline=offline, base=base)
+
+
+def _check_dtype(run: Run, dtype: str | None, device: str) -> None:
+    """UsageError for another dtype than the run's, or a device that cannot compute in it."""
+    from fleetune import models
+
+    if dtype not in (None, own := run.recipe.dtype):
+        raise UsageError(f"a run has a dtype of its own, here {own}", hint="leave out --dtype")
+    models.check_device(device, own)
