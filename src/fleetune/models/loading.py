@@ -264,7 +264,7 @@ def _load_folder(
             check_step(net, path)
             if (memory := memory_of(net)) is not None:
                 memory.forget()
-                give_back()
+            give_back()  # some ten MB of the tokenizer's making
     except ModelError:
         stated.check(path)  # a damaged file is named as such
         raise

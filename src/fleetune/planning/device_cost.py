@@ -37,7 +37,7 @@ from fleetune.tuning.footprint import Footprint, Module
 MIB: Final = 1 << 20
 
 # Measured: peak resident memory on Linux x86-64, Python 3.11, torch 2.13 (CPU), transformers 5.24, one thread.
-FLOOR: Final = 392 * MIB  # python + torch + transformers + fleetune, a model class loaded, no weights
+FLOOR: Final = 368 * MIB  # python + torch + transformers + fleetune, a model class loaded, no weights
 PIECE: Final = 1350  # bytes of a tokenizer for each piece of its vocabulary
 # By `seeds.kernel_choice`: numba and its compiled kernels (the very first run, which compiles: 90 MiB more), or torch's
 # pieces of words and sums.
