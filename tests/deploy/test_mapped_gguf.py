@@ -63,6 +63,24 @@ def test_a_list_of_tensors_that_was_changed_is_found(file: Path) -> None:
         models.load(str(file), device="cpu", base="mapped")
 
 
+@pytest.mark.parametrize(("place", "value"), [
+    (0, -100), (0, 1.5), (0, "x"), (1, 0), (1, 18), (2, "Q9_9"), (2, None), (2, "Q8_0"), (3, "ab"), (3, [-64, -64]),
+    (4, [0] * 64), (4, [-1, *range(1, 64)]), (4, [*range(64), *range(64)]), (4, [0.5, *range(1, 64)]), (5, "yes"),
+])  # fmt: skip
+def test_a_list_that_states_what_cannot_be_is_refused(
+    place: int, value: Any, file: Path, tmp_path: Path
+) -> None:
+    """An attacker makes the sums right: the list is read alone here."""
+    folder = models.load(str(file), device="cpu", base="mapped").path
+    rows = json.loads((folder / places.FILE).read_bytes())
+    name = next(n for n in rows if n.endswith("q_proj.weight"))
+    assert (rows[name][2:4], len(rows[name][4])) == (["Q4_0", [64, 64]], 64)
+    rows[name][place] = value
+    (tmp_path / places.FILE).write_text(json.dumps(rows))
+    with pytest.raises(ModelError, match="is damaged"):
+        places.read(tmp_path, file)
+
+
 def test_a_file_that_was_cut_is_refused(file: Path, tmp_path: Path) -> None:
     mapped = models.load(str(file), device="cpu", base="mapped")
     short = tmp_path / "short.gguf"

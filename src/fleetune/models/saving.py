@@ -54,11 +54,13 @@ def save(
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn safetensors' own error for a full disk into a StorageError."""
+    """Turn the errors of safetensors, and those of tokenizers for a full disk, into a StorageError."""
     try:
         yield
-    except SafetensorError as error:
+    except Exception as error:
         full = "No space left" in str(error) or "os error 28" in str(error)
+        if not isinstance(error, SafetensorError) and (isinstance(error, OSError) or not full):
+            raise
         raise StorageError(
             f"cannot write {path}: {'the disk is full' if full else short_error(error)}",
             hint="free some space, or choose another folder with --out",

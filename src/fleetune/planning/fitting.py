@@ -27,6 +27,7 @@ from fleetune.tuning.footprint import Footprint
 
 TIGHT: Final = 0.9  # fuller than this is a tight fit: it is taken where no method has more room
 SHORTEST: Final = 64  # tokens of a row, below which rows are not cut
+SERVER: Final = 3  # copies of an adapter in fp32 beside a device's: the server's own, the mean of the replies, a checkpoint
 EVALUATED: Final = 8  # rows that an evaluation takes at a time
 OPTIONS: Final = {"length": "max_length"}  # fields of `Workload` that a recipe calls otherwise
 
@@ -132,7 +133,8 @@ class Search:
                 return
             step = device_cost.memory(self.shape, work, footprint)
             measure = device_cost.memory(self.shape, replace(work, batch=EVALUATED), Footprint("none"))
-            peak = max(sum(step.values()), sum(measure.values()))
+            of_server = SERVER * 4 * footprint.module.size
+            peak = max(sum(step.values()), sum(measure.values())) + of_server
             yield Settings(method_name, work, peak, step["weights"], self.ram)
 
     def _nothing_fits(self, least: Settings) -> FitError:

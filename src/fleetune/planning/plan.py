@@ -230,7 +230,10 @@ def describe(
     sending = f", and sending at {human_bytes(uplink)} a second" if uplink else ""
     smaller = [] if shape.labels else [("compress", _compression(shape, work))]
     return [
-        ("model", f"{name} · {shape.family} · {human_count(shape.params)} parameters · {work.dtype}"),
+        (
+            "model",
+            f"{name} · {shape.family} · {human_count(shape.params)} parameters · {work.dtype} · base {work.base}",
+        ),
         (
             "round",
             f"{counted(work.steps, 'step')} of {work.batch:,} x {work.length:,} tokens on every device",

@@ -46,6 +46,7 @@ from fleetune.models.gguf.claims import ANOTHER, check_claims
 from fleetune.models.mapped import places
 from fleetune.models.mapped.file import MappedFile
 from fleetune.models.mapped.stored import Stored
+from fleetune.models.saving import disk_errors
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,8 @@ def convert(
     GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with disk_errors(folder):
+        tokenizer.save_pretrained(folder)
 
 
 def _open(path: Path) -> Any:

@@ -11,12 +11,12 @@ net runs on it as it is:
     anything else      gets the values, in memory of their own
 
 Values and products are those of a model in memory, bit for bit, but for a product by blocks.  What would change the weight
-itself in place is refused; whoever takes its values (`weight.data`, `weight.detach()`) has a copy.  One thread at a time may
-use the weights of a net.
+itself in place is refused; whoever takes its values (`weight.data`, `weight.detach()`) has a copy.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final, Self
@@ -50,19 +50,20 @@ class Memory:
     """What the lazy weights of a net share: scratch, and values that replace the file's."""
 
     def __init__(self) -> None:
-        self._scratch = torch.empty(0)
+        self._room = threading.local()
         self.changed: Callable[[str], Tensor | None] = lambda name: None
 
     def scratch(self, count: int) -> Tensor:
-        """Return room for so many float32 numbers; the next call takes the same."""
-        if len(self._scratch) < count:
+        """Return room for so many float32 numbers; the next call in this thread takes the same."""
+        room: Tensor | None = getattr(self._room, "numbers", None)
+        if room is None or len(room) < count:
             with torch.inference_mode(False):  # or it could not be written to outside of that mode
-                self._scratch = torch.empty(count)
-        return self._scratch[:count]
+                self._room.numbers = room = torch.empty(count)
+        return room[:count]
 
     def forget(self) -> None:
         """Give the scratch up: loading runs the net once, whose largest matrix a view never has whole."""
-        self._scratch = torch.empty(0)
+        self._room = threading.local()
 
 
 class LazyWeight(torch.Tensor):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+import gguf
 import numpy as np
 
 from fleetune.errors import ModelError
@@ -38,8 +39,24 @@ def read(folder: Path, path: Path) -> dict[str, Stored]:
     with foreign_file(folder / FILE, "is damaged", hint=f"remove {folder} and repeat the command"):
         for name, row in json.loads((folder / FILE).read_bytes()).items():
             offset, size, kind, shape, order, shifted = row
-            rows = None if order is None else np.array(order, np.int64)
+            rows = None if order is None else np.array(order)
             found[name] = Stored(file, offset, size, kind, tuple(shape), rows, shifted)
+            _check(found[name], name)
     if any(tensor.offset + tensor.size > len(file) for tensor in found.values()):
         raise ModelError(f"{path} is shorter than its tensors: it is damaged", hint="fetch the file again")
     return found
+
+
+def _check(tensor: Stored, name: str) -> None:
+    """Raise ValueError for what no tensor of a GGUF file is."""
+    numbers = (tensor.offset, tensor.size, *tensor.shape)
+    if not all(type(n) is int and n > 0 for n in numbers) or type(tensor.shifted) is not bool:
+        raise ValueError(f"{name:.80}: {numbers} and {tensor.shifted!r} are no place of a tensor")
+    per_block, bytes_of_block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]]
+    if tensor.shape[-1] % per_block or tensor.size * per_block != tensor.numbers * bytes_of_block:
+        raise ValueError(f"{name:.80}: {tensor.size} bytes hold no {list(tensor.shape)} in {tensor.kind}")
+    if tensor.order is None:
+        return
+    rows = np.arange(tensor.shape[0])
+    if tensor.order.dtype != rows.dtype or not np.array_equal(np.sort(tensor.order), rows):
+        raise ValueError(f"{name:.80}: its order of rows is none")
