@@ -195,6 +195,7 @@ class RecipeOptions(TypedDict, total=False):
     seed: int
     dtype: str
     device: str
+    base: str
     kinds: str
     drop: float
     stragglers: float
