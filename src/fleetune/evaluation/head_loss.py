@@ -150,11 +150,12 @@ class _StreamedNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         rows, log_sums, targets = ctx.saved_tensors
-        back = torch.zeros_like(rows)
+        back, room = torch.zeros_like(rows), rows.new_empty(0)
         for first, weight in ctx.blocks():
             gradient = torch.zeros_like(weight)
             for _, at in _rows_beside(len(rows), [weight]):
-                p = F.linear(rows[at], weight).float().sub_(log_sums[at, None]).exp_()
+                room, logits = _product(rows[at], weight, room)
+                p = logits.float().sub_(log_sums[at, None]).exp_()
                 inside, here = _here(targets[at], first, len(weight))
                 p[inside, here] -= 1.0
                 p = p.mul_(gradients[0][at, None]).to(weight.dtype)
@@ -179,14 +180,12 @@ def _online(rows: Tensor, blocks: Any, targets: Tensor, back: Tensor | None) -> 
     )  # sum over v != y of exp(logit - top); the target's logit
     target_rows = None if back is None else torch.zeros_like(back)
     bias = getattr(blocks, "bias", None)
-    room = rows.new_empty(0)  # for the logits of all blocks in turn: glibc would not use it again by itself
+    room = rows.new_empty(0)
     # of a view that runs both signs of a probe there is a matrix for each half of the rows
     for first, *weights in blocks():
         for weight, at in _rows_beside(len(rows), weights):
-            x, width = rows[at], len(weight)
-            if room.numel() < len(x) * width:
-                room = rows.new_empty(len(x) * width)
-            logits = torch.mm(x, weight.t(), out=room[: len(x) * width].view(len(x), width))
+            width = len(weight)
+            room, logits = _product(rows[at], weight, room)
             if bias is not None:
                 logits += bias[first : first + width]
             p = logits.float()
@@ -209,6 +208,13 @@ def _online(rows: Tensor, blocks: Any, targets: Tensor, back: Tensor | None) -> 
     if back is not None and target_rows is not None:  # (sum over v != y of p_v W_v) - (1 - p_y) W_y
         back.sub_(target_rows.mul_(total[:, None])).div_(whole[:, None])
     return (top - own) + whole.log(), top + whole.log()
+
+
+def _product(x: Tensor, weight: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """Return room and x W' in it: the same memory for all blocks in turn, since glibc would not use it again by itself."""
+    size = len(x) * len(weight)
+    room = room if room.numel() >= size else x.new_empty(size)
+    return room, torch.mm(x, weight.t(), out=room[:size].view(len(x), len(weight)))
 
 
 def _rows_beside(rows: int, weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
