@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"weights": work.batch * work.length * work.size * (footprint.gradient != "none")}
 
     monkeypatch.setattr(fitting, "SERVER", 0)
+    monkeypatch.setattr(fitting, "_cached", lambda shape, work: 0)
     monkeypatch.setattr(device_cost, "memory", memory)
 
 
@@ -117,6 +119,21 @@ def test_the_peak_is_that_of_the_step_or_of_the_evaluation(shape: Any) -> None:
     assert (
         found.peak == max(sum(few.values()), sum(every_row.values())) + server
     )  # an evaluation is of 8 rows
+
+
+def test_the_keys_and_values_of_answers_are_counted(shape: Any) -> None:
+    work = Workload(1, 512, base="mapped")
+    tried = next(
+        s for s in Search(shape, GB, {"batch": 1, "length": 512, "base": "mapped"}).tried("fedpetuning")
+    )
+    own = 8 * (512 + 96) * 2 * sum(width for _, width in shape.attention) * 4
+    forward = device_cost.memory(shape, replace(work, batch=8, length=1), Footprint("none"))
+    footprint = methods.make("fedpetuning", {}).footprint(shape)
+    server = fitting.SERVER * 4 * footprint.module.size
+    step = sum(device_cost.memory(shape, work, footprint).values())
+    measured = sum(device_cost.memory(shape, replace(work, batch=8), Footprint("none")).values())
+    assert own > 0
+    assert tried.peak == max(int(1.2 * own) + sum(forward.values()), step, measured) + server
 
 
 def test_only_what_tune_does_not_do_by_itself_is_said() -> None:

@@ -5,7 +5,7 @@ A method is tried as `tune` runs it by itself, then with a mapped base, which co
 smaller: `axes` says what is given up, and in which order.  Activations are not among it: a method that can compute them
 again instead of keeping them does so by itself.
 
-What must fit is the whole of `tune` on that machine: a step, and the evaluations before and after it.
+What must fit is the whole of `tune` on that machine: a step, the evaluations before and after it, and the sample answers.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from fleetune.tuning.footprint import Footprint
 TIGHT: Final = 0.9  # fuller than this is a tight fit: it is taken where no method has more room
 SHORTEST: Final = 64  # tokens of a row, below which rows are not cut
 SERVER: Final = 3  # copies of an adapter in fp32 beside a device's: the server's own, the mean of the replies, a checkpoint
+ANSWER: Final = 96  # tokens of a sample answer
+HOLES: Final = 1.2  # keys and values grow token by token, and leave holes in memory
 EVALUATED: Final = 8  # rows that an evaluation takes at a time
 OPTIONS: Final = {"length": "max_length"}  # fields of `Workload` that a recipe calls otherwise
 
@@ -89,6 +91,13 @@ class Settings:
         return f"{self.method} with {self.work.batch:,} x {self.work.length:,} tokens a step in {self.work.dtype}{base}"
 
 
+def _cached(shape: Shape, work: Workload) -> int:
+    """Return the bytes of the keys and values of the sample answers that a run writes, and of the holes as they grow."""
+    widths = [width for _, width in shape.attention] or [shape.hidden] * shape.layers
+    tokens = EVALUATED * (work.length + ANSWER)
+    return int(HOLES * tokens * 2 * sum(widths) * work.size)
+
+
 @dataclass(frozen=True)
 class Search:
     """A search for the settings under which a model fits a device."""
@@ -134,7 +143,10 @@ class Search:
             step = device_cost.memory(self.shape, work, footprint)
             measure = device_cost.memory(self.shape, replace(work, batch=EVALUATED), Footprint("none"))
             of_server = SERVER * 4 * footprint.module.size
-            peak = max(sum(step.values()), sum(measure.values())) + of_server
+            forward = replace(work, batch=EVALUATED, length=1)
+            answers = sum(device_cost.memory(self.shape, forward, Footprint("none")).values())
+            answers += 0 if self.shape.labels else _cached(self.shape, work)
+            peak = max(sum(step.values()), sum(measure.values()), answers) + of_server
             yield Settings(method_name, work, peak, step["weights"], self.ram)
 
     def _nothing_fits(self, least: Settings) -> FitError:
