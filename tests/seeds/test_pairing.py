@@ -17,8 +17,9 @@ from fleetune.data import Batch, Encoded, collate
 from fleetune.evaluation import objectives
 from fleetune.evaluation.losses import batch_loss
 from fleetune.models import Model, named_tensors
-from fleetune.seeds import spsa
+from fleetune.seeds import moved_modules, spsa
 from fleetune.seeds import view as views
+from fleetune.seeds.moved_modules import Unpaired
 from fleetune.seeds.noise import LAWS, passes, probe, run_key
 from fleetune.seeds.slots import WeightSlot, read_stored
 from fleetune.seeds.spsa import slope, two_point
@@ -190,3 +191,12 @@ def test_rows_without_an_answer_have_no_slope() -> None:
     nothing = batch._replace(labels=torch.full_like(batch.labels, -100))
     g, loss = slope(model, view_of(model), probe("hashed", K, 7), nothing, batch_loss, eps=EPS, clip=1.0)
     assert np.isnan([g, loss]).all()
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 4), (2, 3, 4)])
+def test_ids_of_other_rows_than_the_batchs_are_refused(shape: tuple[int, ...]) -> None:
+    view = view_of(models.tiny_llama())
+    slot = next(s for s in view.slots if s.tensor.dim() == 2)
+    view.probe(probe("hashed", K, 7), EPS)
+    with view.pairing(4), pytest.raises(Unpaired):
+        moved_modules._embedding(view, slot, torch.zeros(shape, dtype=torch.int64))
