@@ -66,24 +66,16 @@ def evaluate(
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
     _check_labels(given[:limit], labels if "accuracy" in wanted else ())
     loaded, every = loading.load_with_rows(
-        found,
-        given,
-        labels=labels,
-        dtype=dtype,
-        device=device,
-        base=base,
-        needs_rows=not text,
-        offline=offline,
-    )
+        found, given, labels=labels, dtype=dtype, device=device, base=base, needs_rows=not text, offline=offline
+    )  # fmt: skip
     examples = every[:limit]
     values, rows = measures.evaluate(
         loaded, examples, wanted, max_length=found.max_length, max_new_tokens=answer_tokens, labels=labels,
         texts=read_text(str(text)) if text else (),
     )  # fmt: skip
     scores = of_harness.evaluate(loaded, limit=limit) if of_harness is not None else []
-    before = (
-        loading.base_losses(found, loaded, examples) if rows else None
-    )  # `loaded` is the base from here on
+    # `loaded` is the base from here on
+    before = loading.base_losses(found, loaded, examples) if rows else None
     heard.event(evaluated(
         found.argument, len(examples), values, of=len(every), max_length=found.max_length, rows_of=(before, rows),
         harness=scores,

@@ -50,7 +50,7 @@ from fleetune.models.families.widths import class_of
 from fleetune.models.foreign import AGAIN, foreign_file, short_error
 from fleetune.models.hf_folder import check_folder, config_of, is_encoder
 from fleetune.models.mapped.net import NotMappable, leave_in_file, memory_of, placeholders
-from fleetune.models.mapped.stored import Stored
+from fleetune.models.mapped.stored import Stored, weight_files
 from fleetune.models.model import Model, digest, named_tensors, tokenizer_digest, uniform
 from fleetune.models.saving import disk_errors, quiet, save
 from fleetune.models.template_trial import template_trial
@@ -221,9 +221,13 @@ def load(
     def folder_of(name: str) -> Path:
         return resolve(name, offline=offline, progress=progress)
 
-    if placement.chosen(base, name, WEIGHTS[dtype].size, device, folder_of) == "memory":
+    @functools.cache  # a GGUF file is hashed for it
+    def tensors_of(name: str) -> tuple[Path, Mapping[str, Stored]]:
+        return placement.tensors_of(name, folder_of, offline=offline, progress=progress)
+
+    if placement.chosen(base, name, WEIGHTS[dtype].size, device, folder_of, tensors_of) == "memory":
         return _load_folder(name, folder_of(name), dtype, device, labels)
-    path, tensors = placement.tensors_of(name, folder_of, offline=offline, progress=progress)
+    path, tensors = tensors_of(name)
     try:
         return _load_folder(name, path, dtype, device, labels, tensors)
     except NotMappable as error:
@@ -352,7 +356,7 @@ def _read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     if is_master(path):
         return {name: weight.to(dtype) for name, weight in Master(path).items()}
     tensors: dict[str, Tensor] = {}
-    for file in placement.weight_files(path):
+    for file in weight_files(path):
         with safe_open(file, "pt") as head:
             names = list(head.keys())
         for name in names:

@@ -17,17 +17,19 @@ from fleetune.models.bases import BASES, SHARE
 from fleetune.models.download import Progress
 from fleetune.models.foreign import foreign_file
 from fleetune.models.mapped import places
-from fleetune.models.mapped.stored import Stored, of_folder
+from fleetune.models.mapped.stored import Stored, of_folder, weight_files
 
 DENSEST: Final = 8  # numbers that a byte of a GGUF file stands for, at most
 
 Resolve = Callable[[str], Path]
+Tensors = Callable[[str], tuple[Path, Mapping[str, Stored]]]
 
 
-def chosen(base: str, name: str, size: int, device: str, resolve: Resolve) -> str:
+def chosen(base: str, name: str, size: int, device: str, resolve: Resolve, tensors: Tensors) -> str:
     """Return memory or mapped; auto is mapped on a CPU whose memory weights of `size` bytes each would fill by half.
 
-    ModelError for another word, and for mapped on another device.
+    `resolve` and `tensors` (`tensors_of`) are asked where the size cannot be told without.  ModelError for another word, and
+    for mapped on another device.
     """
     if base not in BASES:
         raise ModelError(f"no base named '{base}'", hint="choose one of " + ", ".join(BASES))
@@ -38,17 +40,17 @@ def chosen(base: str, name: str, size: int, device: str, resolve: Resolve) -> st
     if base != "auto":
         return base
     room = SHARE * usable_memory() / size
-    return "mapped" if device == "cpu" and room and _count(name, room, resolve) > room else "memory"
+    return "mapped" if device == "cpu" and room and _count(name, room, resolve, tensors) > room else "memory"
 
 
-def _count(name: str, room: float, resolve: Resolve) -> float:
+def _count(name: str, room: float, resolve: Resolve, tensors: Tensors) -> float:
     """Return how many weights a model has, or an upper bound that is below `room`."""
     if name in cache.ORIGINS:
         return cache.ORIGINS[name].params
     path = names.local(name)
     if path is not None and path.is_file():
         most = DENSEST * path.stat().st_size
-        return most if most < room else sum(t.numbers for t in tensors_of(name, resolve)[1].values())
+        return most if most < room else sum(t.numbers for t in tensors(name)[1].values())
     return sum(math.prod(shape) for shape in shapes(resolve(name)))
 
 
@@ -79,9 +81,3 @@ def shapes(folder: Path) -> list[tuple[int, ...]]:
             with safe_open(file, "pt") as opened:
                 found += [tuple(opened.get_slice(name).get_shape()) for name in list(opened.keys())]
     return found
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a directory: one, or shards."""
-    one = folder / "model.safetensors"
-    return [one] if one.is_file() else sorted(folder.glob("model-*.safetensors"))

@@ -80,8 +80,8 @@ class Settings:
         own = getattr(methods.make(self.method, {}), "batch_size", self.work.batch)
         usual = {name: default for name, (_, default, _) in recipes.fields().items()}
         stated = {OPTIONS.get(name, name): getattr(self.work, name) for name in reversed(axes(1))}
-        if self.work.base == "memory" and self.weights <= SHARE * (self.ram or self.weights / SHARE):
-            stated["base"] = usual["base"]  # which means memory then
+        if self.work.base == "memory" and (self.ram is None or self.weights <= SHARE * self.ram):
+            del stated["base"]  # auto means memory then
         return {
             "method": self.method,
             **({"settings": {"batch_size": self.work.batch}} if self.work.batch != own else {}),

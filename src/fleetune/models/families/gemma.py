@@ -128,12 +128,6 @@ def plus_one(values: np.ndarray) -> np.ndarray:
     return shifted
 
 
-def minus_one(values: np.ndarray) -> np.ndarray:
-    """Return the weights w of a norm for which 1 + w is what the file stores, bit for bit."""
-    weights: np.ndarray = values.astype(np.float32) - np.float32(1)
-    return weights
-
-
 def is_norm(architecture: str, tensor: str) -> bool:
     """Return whether a tensor of a file of this architecture is a norm's weights, stored as 1 + w."""
     return architecture in ARCHITECTURES.values() and tensor.endswith("norm.weight")

@@ -97,14 +97,19 @@ class Stored(NamedTuple):
         return (values.float() - 1.0 if self.shifted else values).to(dtype)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a directory: one, or shards."""
+    one = folder / "model.safetensors"
+    return [one] if one.is_file() else sorted(folder.glob("model-*.safetensors"))
+
+
 def of_folder(folder: Path) -> dict[str, Stored]:
     """Return the tensors of a directory's safetensors files by name; ModelError for a file that is damaged.
 
     Tensors of other types than weights have (integers) are left out.
     """
-    one = folder / "model.safetensors"
     found: dict[str, Stored] = {}
-    for path in [one] if one.is_file() else sorted(folder.glob("model-*.safetensors")):
+    for path in weight_files(folder):
         file = MappedFile(path)
         with foreign_file(path, "is damaged", hint=AGAIN):
             with safe_open(path, "pt") as opened:  # refuses what overlaps, has gaps or ends elsewhere
