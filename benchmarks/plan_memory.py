@@ -198,25 +198,29 @@ def _rows(model: Any, batch: int, length: int) -> list[Any]:
 
 
 def _round(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> float:
-    """A method's own round, from bytes to bytes."""
+    """A device's own round, from bytes to bytes; it has no state of a server's, and lets go of the bytes it has read."""
+    from fleetune.data import Batches
     from fleetune.evaluation.losses import pad_id
     from fleetune.tuning import methods
-    from fleetune.tuning.fleets.local import LocalFleet
-    from fleetune.tuning.messages import Message, encode
+    from fleetune.tuning.fleets.local_work import work
+    from fleetune.tuning.fleets.memories import Memories
+    from fleetune.tuning.messages import decode
 
     (counted, _), *more = SETTINGS[name].items()
     method = methods.make(name.partition(",")[0], {"batch_size": batch, counted: steps} | dict(more))
-    state = method.init(model, 7)
-    fleet = LocalFleet(model, method, [rows], 0, pad_id(model))
-    message = encode(
-        Message(
-            1, bytes.fromhex(model.digest)[:8], methods.kinds_of(method, state)[methods.kind_of(method, 0)][0]
-        )
-    )
-    (answer,) = fleet.ask(1, [0], message)
-    if answer.data is None:
-        raise RuntimeError(answer.reason)
-    return answer.seconds
+    received = decode(_message(method, model))
+    began = time.monotonic()
+    work(method, model, Batches(rows, pad_id(model), 1), 1, received, Memories(), lambda *step: None)
+    return time.monotonic() - began
+
+
+def _message(method: Any, model: Any) -> bytes:
+    """What the server sends a device in round 1."""
+    from fleetune.tuning import methods
+    from fleetune.tuning.messages import Message, encode
+
+    payload, _ = methods.kinds_of(method, method.init(model, 7))[methods.kind_of(method, 0)]
+    return encode(Message(1, bytes.fromhex(model.digest)[:8], payload))
 
 
 def _steps(name: str, model: Any, rows: list[Any], batch: int, steps: int) -> float:

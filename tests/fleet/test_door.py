@@ -94,7 +94,7 @@ def real(name: str, settings: dict[str, Any]) -> Toy:
         sent = encode(Message(ROUND, BASE, kinds[c % len(kinds)][0]))
         batches = Batches(encoded, pad_id(model), 7 + c, "cpu", c)
         replies.append(
-            codec.decode(work(method, model, batches, 7 + c, sent, Memories(), lambda *_: None)).payload
+            codec.decode(work(method, model, batches, 7 + c, codec.decode(sent), Memories(), lambda *_: None)).payload
         )
     return Toy(method, state, replies)
 

@@ -87,7 +87,7 @@ def test_its_reply_is_that_of_a_simulated_client(place: Path, worker: Worker, jo
     rows = encode_rows(model, data.read(str(place / "rows.jsonl")), 48)[0]
     memories = Memories()
     batches = Batches(rows, pad_id(model), key, "cpu", 3)
-    assert reply.body == work(method, model, batches, key, sent, memories, lambda client, step: None)
+    assert reply.body == work(method, model, batches, key, decode(sent), memories, lambda client, step: None)
     assert reply.kept == memories.kept()[3]
     assert reply.kept[0] == 1
 

@@ -157,7 +157,7 @@ def load_(model: Model, arrays: Mapping[str, np.ndarray]) -> None:
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+            parameter.copy_(torch.from_numpy(np.array(arrays[name])))  # a copy can be written to
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:

@@ -131,13 +131,19 @@ class Order:
             "oldest": self.oldest, "reason": self.reason, "body": self.body,
         })  # fmt: skip
 
+    def take(self) -> bytes:
+        """Return the body and forget it, so that it is gone from memory when the caller has done with it."""
+        body = self.body
+        object.__setattr__(self, "body", b"")
+        return body
+
     @property
     def common(self) -> int:
         """Return how many bytes at the end of `encode()` are those of any order with this body."""
         return len(self.body) + 1  # and the empty map of arrays
 
     @classmethod
-    def decode(cls, data: bytes) -> Order:
+    def decode(cls, data: bytes | bytearray) -> Order:
         """Read an order; MessageError for bytes that are none."""
         what, round, nonce, payload = _decode(data, ORDERS)
         return cls(
@@ -237,7 +243,7 @@ def _encode(what: str, round: int, nonce: bytes, scalars: Mapping[str, Scalar]) 
     return encode(Message(round, nonce, Payload({}, {"what": what, **scalars})))
 
 
-def _decode(data: bytes, known: tuple[str, ...]) -> tuple[str, int, bytes, Payload]:
+def _decode(data: bytes | bytearray, known: tuple[str, ...]) -> tuple[str, int, bytes, Payload]:
     message = decode(data)
     what = message.payload.scalars.get("what")
     if what not in known or message.payload.arrays:

@@ -120,9 +120,14 @@ class Worker:
         self.ended = ""  # why the run is over for this device; "" while it is not
         self.error: FleetuneError | None = None  # that keeps it from taking part
 
-    def answer(self, data: bytes) -> bytes:
-        """Answer one order; what goes wrong in its work is the answer too."""
-        order = Order.decode(data)
+    def answer(self, data: bytes | bytearray) -> bytes:
+        """Answer one order; what goes wrong in its work is the answer too.
+
+        A bytearray is emptied when it has been read: an adapter's bytes need not be in memory while it is trained.
+        """
+        order, digest = Order.decode(data), hashlib.sha256(data).digest()
+        if isinstance(data, bytearray):
+            data.clear()
         if order.what == "end":
             if self.loaded is not None:
                 self.loaded.calibration.remove()
@@ -130,7 +135,7 @@ class Worker:
             if order.body == REFUSED:
                 self.error = FleetError(f"the server refuses this device: {self.ended}")
             return Reply("done", order.nonce, order.round).encode()
-        return self._ready(order) if order.what == "job" else self._once(order, data)
+        return self._ready(order) if order.what == "job" else self._once(order, digest)
 
     # The job ----------------------------------------------------------------------------------------------
 
@@ -152,9 +157,9 @@ class Worker:
 
     # The work ---------------------------------------------------------------------------------------------
 
-    def _once(self, order: Order, data: bytes) -> bytes:
-        """Give the answer from the disk when this very order was the last one answered."""
-        digest, file = hashlib.sha256(data).digest(), self.state / ANSWER
+    def _once(self, order: Order, digest: bytes) -> bytes:
+        """Give the answer from the disk when this very order, which has this digest, was the last one answered."""
+        file = self.state / ANSWER
         if (kept := _kept_answer(file, digest)) is not None:
             self.note(f"{_title(order)}: answered again from the disk")
             return kept
@@ -196,9 +201,8 @@ class Worker:
             raise MessageError("a plain model is measured, not trained")
         self._stand_on(loaded.memories, order)
         batches = Batches(loaded.rows, pad_id(loaded.model), order.key, loaded.model.device, order.client)
-        return work(
-            loaded.method, loaded.model, batches, order.key, order.body, loaded.memories, self.on_step
-        )
+        received = decode(order.take())
+        return work(loaded.method, loaded.model, batches, order.key, received, loaded.memories, self.on_step)
 
     def _measure(self, loaded: Loaded, order: Order) -> bytes:
         self.loaded = None  # the model is the tuned one afterwards: another order begins with the job

@@ -22,14 +22,17 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 import numpy as np
 
 from fleetune.errors import MessageError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 MAGIC = b"FT1"
 HEAD = 7  # bytes before the body
@@ -51,6 +54,12 @@ class Payload:
 
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
+
+    def take(self) -> dict[str, np.ndarray]:
+        """Return the arrays and forget them, so that each is gone from memory when the caller has done with it."""
+        taken = dict(self.arrays)
+        object.__setattr__(self, "arrays", {})
+        return taken
 
     def int(self, name: str) -> int:
         """Return the scalar `name` as an integer; MessageError if it is missing or something else."""
@@ -100,30 +109,57 @@ class ReplySpec:
 def encode(message: Message) -> bytes:
     """Encode a message; arrays are sent as they lie in memory, little-endian, with no padding.
 
+    Their bytes are copied once, into the message.
     MessageError for a dtype or a scalar that has no wire type (a numpy number, None, more than 64 bits).
     """
-    arrays = {}
-    for name, array in message.payload.arrays.items():
-        if array.dtype.name not in DTYPES:
-            raise MessageError(f"array '{name}' has dtype {array.dtype}, which has no wire type")
-        raw = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()
-        arrays[name] = [DTYPES.index(array.dtype.name), list(array.shape), raw]
-    scalars = {name: _scalar(name, value) for name, value in message.payload.scalars.items()}
     try:
-        body: bytes = msgpack.packb([message.round, message.base, scalars, arrays])
+        body = list(_pieces(message))
     except (TypeError, ValueError, OverflowError) as error:
         raise MessageError(
             f"round {message.round}, a scalar or an array has no wire type ({error})"
         ) from error
-    return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+    crc = 0
+    for piece in body:
+        crc = zlib.crc32(piece, crc)
+    return b"".join([MAGIC, crc.to_bytes(4, "little"), *body])
 
 
-def crc_of(data: bytes) -> int:
+def _pieces(message: Message) -> Iterator[Buffer]:
+    """Yield the body of a message piece by piece; what is long is the sender's own memory, not a copy of it."""
+    packer, payload = msgpack.Packer(), message.payload
+    yield packer.pack_array_header(4)
+    yield packer.pack(message.round) + packer.pack(message.base)
+    yield packer.pack_map_header(len(payload.scalars))
+    for name, value in payload.scalars.items():
+        yield packer.pack(name)
+        if type(_scalar(name, value)) is bytes:
+            yield from (_binary(len(value)), value)
+        else:
+            yield packer.pack(value)
+    yield packer.pack_map_header(len(payload.arrays))
+    for name, array in payload.arrays.items():
+        if array.dtype.name not in DTYPES:
+            raise MessageError(f"array '{name}' has dtype {array.dtype}, which has no wire type")
+        raw = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+        yield packer.pack(name) + packer.pack_array_header(3)
+        yield packer.pack(DTYPES.index(array.dtype.name)) + packer.pack(list(array.shape)) + _binary(len(raw))
+        yield raw.data
+
+
+def _binary(size: int) -> bytes:
+    """Return what MessagePack has in front of so many bytes: the narrowest of three forms."""
+    for code, width in ((0xC4, 1), (0xC5, 2), (0xC6, 4)):
+        if size < 1 << 8 * width:
+            return bytes([code]) + size.to_bytes(width, "big")
+    raise ValueError(f"{size} bytes are too many for a part of a message")
+
+
+def crc_of(data: bytes | bytearray) -> int:
     """Return the CRC-32 that a message states of its body."""
     return int.from_bytes(data[HEAD - 4 : HEAD], "little")
 
 
-def decode(data: bytes, *, any_size: bool = False) -> Message:
+def decode(data: bytes | bytearray, *, any_size: bool = False) -> Message:
     """Decode a message; `any_size` for a file of our own, which has no limit.
 
     MessageError for anything damaged, cut short or malformed.
@@ -132,9 +168,14 @@ def decode(data: bytes, *, any_size: bool = False) -> Message:
         raise MessageError(f"not a Fleetune message ({len(data)} bytes, starts with {data[:3]!r})")
     if len(data) > MAX_BYTES and not any_size:
         raise MessageError(f"message of {len(data)} bytes is over the limit of {MAX_BYTES}")
-    body = memoryview(data)[HEAD:]
-    if zlib.crc32(body) != crc_of(data):
-        raise MessageError(f"message of {len(data)} bytes is damaged (checksum differs)")
+    with memoryview(data) as whole, whole[HEAD:] as body:
+        return _read(body, crc_of(data), len(data))
+
+
+def _read(body: memoryview, crc: int, size: int) -> Message:
+    """Return the message that has this body and is of this size."""
+    if zlib.crc32(body) != crc:
+        raise MessageError(f"message of {size} bytes is damaged (checksum differs)")
     try:
         round_, base, scalars, arrays = msgpack.unpackb(
             body, strict_map_key=True, use_list=True, object_pairs_hook=_named,
@@ -147,7 +188,7 @@ def decode(data: bytes, *, any_size: bool = False) -> Message:
     except MessageError:
         raise
     except (ValueError, TypeError, AttributeError, msgpack.UnpackException, RecursionError) as error:
-        raise MessageError(f"message of {len(data)} bytes is malformed ({error})") from error
+        raise MessageError(f"message of {size} bytes is malformed ({error})") from error
     return Message(round_, base, Payload(named, kept))
 
 

@@ -172,7 +172,7 @@ def test_fedproxs_gradient_is_that_of_the_loss_with_the_pull() -> None:
     w, origin = (torch.from_numpy(rng.normal(size=6)) for _ in range(2))
     mu, plain, whole = 0.37, nn.Parameter(w.clone()), nn.Parameter(w.clone())
     plain.cos().sum().backward()
-    _adapter.prox_({"w": plain}, {"w": origin}, mu)
+    _adapter.prox_(plain, origin, mu)
     (whole.cos().sum() + mu / 2 * ((whole - origin) ** 2).sum()).backward()
     assert plain.grad is not None
     assert whole.grad is not None
@@ -204,8 +204,9 @@ def test_scaffold_by_hand(toy: Any, how: Training) -> None:
     zero = {n: np.zeros(s) for n, s in SIZES.items()}
     c, c_k = zero, {}  # type: ignore[var-annotated]
     for taking in ([0, 1], [0, 1], [1, 2]):
-        payload, replies, ends = _adapter.broadcast(state, "fp32"), [], {}
+        replies, ends = [], {}
         for k in taking:
+            payload = _adapter.broadcast(state, "fp32")
             reply = _adapter.local(toy, payload, batches(rows[k]), 0, memories[k], how)
             assert reply.arrays.keys() == SIZES.keys()  # nothing more goes up
             replies.append(Reply(k, 0, reply))

@@ -114,11 +114,12 @@ class _Session:
         with contextlib.suppress(httpx.HTTPError):
             self.client.DeactivateNode(fleet.DeactivateNodeRequest(node_id=self.node.node_id))
 
-    def answer_all(self, answer: Callable[[bytes], bytes], over: Callable[[], bool]) -> None:
+    def answer_all(self, answer: Callable[[bytearray], bytes], over: Callable[[], bool]) -> None:
         """Answer orders until `over()`; httpx.HTTPError where the server is gone, or refuses."""
         number, data = "", b""
         while not over():
             found = self._ask(number, data, over)
+            data = b""  # it has arrived, and need not be in memory through the next order's work
             if found is None:
                 return
             number, order = found
@@ -126,7 +127,7 @@ class _Session:
         if number:
             self._send(number, data, "nothing")
 
-    def _answer(self, answer: Callable[[bytes], bytes], order: bytes) -> bytes:
+    def _answer(self, answer: Callable[[bytearray], bytes], order: bytearray) -> bytes:
         """Return the answer to an order; none, after a moment, where it cannot be read: it comes again."""
         try:
             return answer(order)
@@ -137,8 +138,8 @@ class _Session:
             self.over.wait(AGAIN)
             return b""
 
-    def _ask(self, number: str, data: bytes, over: Callable[[], bool]) -> tuple[str, bytes] | None:
-        """Send an answer and wait for the next order: (its number, the order), ("", b"") where none came in time.
+    def _ask(self, number: str, data: bytes, over: Callable[[], bool]) -> tuple[str, bytearray] | None:
+        """Send an answer and wait for the next order: (its number, the order), ("", nothing) where none came in time.
 
         None where the device leaves meanwhile: the request waits in a thread, so that this one can look whether it does.
         """
@@ -161,7 +162,7 @@ class _Session:
         (found,) = outcome
         if isinstance(found, Exception):
             raise found
-        return found.headers.get(wire.ORDER, ""), found.content
+        return found.headers.get(wire.ORDER, ""), bytearray(found.content)
 
     def _send(self, number: str, data: bytes, wants: str) -> httpx.Response:
         """Send an answer, large ones in pieces; return what comes back for the last."""
@@ -183,7 +184,7 @@ def stay(
     server: Server,
     key: PrivateKey,
     state: Path,
-    answer: Callable[[bytes], bytes],
+    answer: Callable[[bytearray], bytes],
     *,
     over: Callable[[], bool],
     note: Callable[[str], None],

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fleetune.common.memory import give_back, is_out_of_memory
+from fleetune.common.memory import is_out_of_memory
 from fleetune.common.shell import quoted
 from fleetune.data import Batches, Encoded
 from fleetune.errors import FAULTS, FitError, Interrupted, StorageError, fault
@@ -26,6 +26,7 @@ from fleetune.tuning.fleets.late import LateReplies
 from fleetune.tuning.fleets.local_work import WorkDone, work
 from fleetune.tuning.fleets.memories import Memories
 from fleetune.tuning.kinds import Wanted, wanted
+from fleetune.tuning.messages import decode
 from fleetune.tuning.methods import Method
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,6 @@ class LocalFleet:
         """Return the answer of a client that works; one bad client never stops a round."""
         began = time.monotonic()
         self.done = done = WorkDone()
-        give_back()  # what was done before: an evaluation, or the client before this one
         try:
             data = self._work(client, key, sent)
         except _ListenerError as error:  # the caller's own: no client is to blame
@@ -213,4 +213,5 @@ class LocalFleet:
     def _work(self, client: int, key: int, message: bytes) -> bytes:
         rows = self.clients[client]
         batches = Batches(rows, self.pad_id, key, self.model.device, client)
-        return work(self.method, self.model, batches, key, message, self.memories, self._step, self.done)
+        received = decode(message)
+        return work(self.method, self.model, batches, key, received, self.memories, self._step, self.done)

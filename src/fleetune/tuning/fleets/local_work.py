@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fleetune.common.memory import give_back
 from fleetune.data import Batch, Batches
 from fleetune.models.model import Model
-from fleetune.tuning.messages import Message, decode, encode
+from fleetune.tuning.messages import Message, encode
 
 if TYPE_CHECKING:
     from fleetune.tuning.fleets.memories import Memories
@@ -21,20 +22,22 @@ def work(
     model: Model,
     batches: Batches,
     key: int,
-    message: bytes,
+    received: Message,
     memories: Memories,
     on_step: Callable[[int, int], None],
     done: WorkDone | None = None,
 ) -> bytes:
-    """Do what `message` asks of the client whose rows `batches` has; return its reply, and keep what it remembers.
+    """Do what was `received`, for the client whose rows `batches` has; return its reply, and keep what it remembers.
 
+    The method takes the message's arrays out of it, so that they need not be in memory as long as it works.
     `on_step(client, step)` is called before every local step; `done` counts the steps and their tokens.
     """
-    received = decode(message)
     memory = memories.of(batches.client)
     watched = Watched(batches, on_step, done or WorkDone())
+    give_back()  # what was done before: an evaluation, another client's work, the message's bytes
     reply = method.local(model, received.payload, watched, key, memory)  # type: ignore[arg-type]
     memories.keep(batches.client, received.round, memory)
+    give_back()  # what training leaves behind, so that the reply's bytes do not come on top of it
     return encode(Message(received.round, received.base, reply))
 
 

@@ -22,9 +22,10 @@ What differs from SCAFFOLD's algorithm, and why:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -140,11 +141,17 @@ def clear(model: Model) -> None:
 def local(
     model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any], how: Training
 ) -> Payload:
-    """Load what came, train, and return what goes back; the module is then what was sent."""
-    w, c, c_k = group(payload.arrays), group(payload.arrays, "c/"), group(memory, "c/")
-    adapters.subtract_factors(model, group(payload.arrays, "start/"))
-    adapters.load_(model, w)
-    pull = {n: np.asarray(c.get(n, 0.0) - c_k.get(n, 0.0)) for n in w} if how.scaffold and (c or c_k) else {}
+    """Load what came, train, and return what goes back; the module is then what was sent.
+
+    `payload` has no arrays afterwards: in training, the module's parameters are all that is left of them.
+    """
+    arrays = payload.take()
+    adapters.subtract_factors(model, group(arrays, "start/"))
+    adapters.load_(model, group(arrays))
+    if not how.scaffold:
+        arrays.clear()
+    w, c, c_k = group(arrays), group(arrays, "c/"), group(memory, "c/")
+    pull = {n: np.asarray(c.get(n, 0.0) - c_k.get(n, 0.0)) for n in w} if c or c_k else {}
     loss = train(model, batches, key, how, pull)
     sent = coded(adapters.export(model), how.wire)
     w_k = group(sent)
@@ -159,22 +166,18 @@ def local(
 def train(model: Model, batches: Batches, key: int, how: Training, pull: Mapping[str, np.ndarray]) -> float:
     """Train, and return the mean loss of the steps; `pull` is SCAFFOLD's c - c_k by name, {} for none."""
     parameters = adapters.trainable(model)
-    anchor = {n: p.detach().clone() for n, p in parameters.items()} if how.mu else {}
     away = {n: torch.as_tensor(a).to(parameters[n]) for n, a in pull.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=how.lr, weight_decay=how.weight_decay)
+    steps = Steps(list(parameters.values()), how, model.device)
     rows, losses = batches.steps if how.steps else batches.epochs, []
-    with adapters.training(model, key), by_layer(model.net) if how.checkpointing else nullcontext():
+    checkpoints = by_layer(model.net) if how.checkpointing else nullcontext()
+    with adapters.training(model, key), checkpoints, steps.in_backward():
         for batch, rate in zip(
             rows(how.steps or how.epochs, how.batch_size), how.rates(batches.n), strict=True
         ):
+            steps.rate = rate
             loss = loss_tensor(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
-            prox_(parameters, anchor, how.mu)
-            if how.clip:
-                torch.nn.utils.clip_grad_norm_(parameters.values(), how.clip)
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            steps.after_backward()
             with torch.no_grad():
                 for name, direction in away.items():
                     parameters[name].sub_(direction, alpha=rate)
@@ -182,26 +185,68 @@ def train(model: Model, batches: Batches, key: int, how: Training, pull: Mapping
     return float(np.mean(losses))
 
 
-def prox_(parameters: Mapping[str, nn.Parameter], anchor: Mapping[str, torch.Tensor], mu: float) -> None:
-    """Add FedProx's mu (w - w_global) to the gradients."""
-    for name, origin in anchor.items():
-        parameter = parameters[name]
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+class Steps:
+    """AdamW's steps, each parameter's as soon as its gradient is complete, so that no two gradients are in memory.
+
+    (LOMO, Lv et al. 2023, arXiv 2306.09782, Algorithm 1, with AdamW in SGD's place.)  Where the gradient's norm is clipped,
+    which needs all of it, or on an accelerator, which takes many small steps slowly, all are taken after backward.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], how: Training, device: str) -> None:
+        self.how, self.rate = how, how.lr
+        self.at_once = not how.clip and device == "cpu"
+        self.groups = [[p] for p in parameters] if self.at_once else [parameters]
+        self.optimizers = [torch.optim.AdamW(g, how.lr, weight_decay=how.weight_decay) for g in self.groups]
+        self.origins = {p: p.detach().clone() for p in parameters} if how.mu else {}  # FedProx's w_global
+
+    @contextmanager
+    def in_backward(self) -> Iterator[None]:
+        """Take the steps in every backward pass while the block runs, where they can be taken there."""
+        with ExitStack() as hooks:
+            for number, (parameter, *_) in enumerate(self.groups if self.at_once else ()):
+                hook = parameter.register_post_accumulate_grad_hook(partial(self._take, number))
+                hooks.callback(hook.remove)
+            yield
+
+    def after_backward(self) -> None:
+        """Take the steps that were not taken in backward."""
+        if not self.at_once:
+            self._take(0)
+
+    def _take(self, number: int, *_: Any) -> None:
+        """Take the step of a group of parameters that have their gradients, and forget these."""
+        for parameter in self.groups[number]:
+            if parameter in self.origins:
+                prox_(parameter, self.origins[parameter], self.how.mu)
+        if self.how.clip:
+            torch.nn.utils.clip_grad_norm_(self.groups[number], self.how.clip)
+        optimizer = self.optimizers[number]
+        optimizer.param_groups[0]["lr"] = self.rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def prox_(parameter: nn.Parameter, origin: torch.Tensor, mu: float) -> None:
+    """Add FedProx's mu (w - w_global) to a parameter's gradient."""
+    if parameter.grad is not None:
+        parameter.grad.add_(parameter.detach() - origin, alpha=mu)
 
 
 # ---------------------------------------------------------------- what travels
 
 
 def coded(tensors: Mapping[str, np.ndarray], wire: str, prefix: str = "") -> Tensors:
-    """Return tensors in the wire's type, their names after `prefix`."""
-    return {prefix + n: t.astype(DTYPE[wire]) for n, t in tensors.items()}
+    """Return tensors in the wire's type, their names after `prefix`; those that have it are the same arrays."""
+    return {prefix + n: t.astype(DTYPE[wire], copy=False) for n, t in tensors.items()}
 
 
 def group(arrays: Mapping[str, Any], prefix: str = "") -> Tensors:
-    """Return float32 tensors of the names that begin with `prefix` ("" is those without a "/"), without it."""
+    """Return float32 tensors of the names that begin with `prefix` ("" is those without a "/"), without it.
+
+    Those that are float32 are the same arrays.
+    """
     return {
-        n[len(prefix) :]: a.astype(np.float32)
+        n[len(prefix) :]: a.astype(np.float32, copy=False)
         for n, a in arrays.items()
         if (n.startswith(prefix) if prefix else "/" not in n)
     }
