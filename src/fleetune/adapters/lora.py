@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fleetune.adapters.attachment import attach, attachment_of, private_rng
+from fleetune.adapters.lora_dropout import DroppedLinear
 from fleetune.adapters.lora_init import FROM_SEED, FROM_WEIGHTS
 from fleetune.errors import MessageError, ModelError
 from fleetune.models.foreign import short_error
@@ -84,6 +85,8 @@ class Lora:
                 hint="name other layers: targets=...",
             ) from error
         part = _part(tuner)
+        if self.dropout and model.device == "cpu":
+            _drop_lean(part, self.dropout)
         try:
             _initialise(part, self, seed)
         except ModelError:
@@ -197,6 +200,14 @@ def _part(tuner: LoraModel) -> LoraPart:
         b, a = _names(name)
         parameters |= {b: layer.lora_B[ADAPTER].weight, a: layer.lora_A[ADAPTER].weight}
     return LoraPart(tuner, layers, dict(sorted(parameters.items())))
+
+
+def _drop_lean(part: LoraPart, share: float) -> None:
+    """Leave the dropout of linear layers' inputs to A itself, which keeps less of them for backward."""
+    for layer in part.layers.values():
+        if type(layer.lora_A[ADAPTER]) is nn.Linear:
+            layer.lora_A[ADAPTER] = DroppedLinear.around(layer.lora_A[ADAPTER], share)
+            layer.lora_dropout[ADAPTER] = nn.Identity()
 
 
 def _initialise(part: LoraPart, spec: Lora, seed: int) -> None:

@@ -200,7 +200,7 @@ class Method:
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
         """Train the prompts that came (and the device's own); in the warm-up, measure what the choice needs."""
-        seed, warm, w = payload.int("seed"), payload.int("warmup") > 0, payload.take()
+        seed, warm, w = payload.int("seed"), payload.int("warmup") > 0, _adapter.group(payload.arrays)
         layers = sorted({i for i in map(_layers.layer_of, w) if i is not None})
         measured: dict[str, float] = {}
         scores: Tensors = {}
