@@ -93,9 +93,8 @@ def real(name: str, settings: dict[str, Any]) -> Toy:
     for c in range(CLIENTS):
         sent = encode(Message(ROUND, BASE, kinds[c % len(kinds)][0]))
         batches = Batches(encoded, pad_id(model), 7 + c, "cpu", c)
-        replies.append(
-            codec.decode(work(method, model, batches, 7 + c, codec.decode(sent), Memories(), lambda *_: None)).payload
-        )
+        came = work(method, model, batches, 7 + c, codec.decode(sent), Memories(), lambda *_: None)
+        replies.append(codec.decode(came).payload)
     return Toy(method, state, replies)
 
 

@@ -107,6 +107,22 @@ def test_an_order_that_comes_again_is_answered_from_the_disk(
     assert (again.body, again.kept) == (Reply.decode(first).body, Reply.decode(first).kept)
 
 
+def test_an_order_is_gone_from_memory_when_its_work_begins(
+    place: Path, worker: Worker, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(worker, job)
+    data, left = bytearray(Order("work", 1, 0, 7, message(place, job, 1)).encode()), []
+    monkeypatch.setattr(worker, "on_step", lambda client, step: left.append(len(data)))
+    assert Reply.decode(worker.answer(data)).what == "done"
+    assert left
+    assert not any(left)
+
+
+def test_a_body_that_is_taken_out_of_an_order_is_the_takers_alone() -> None:
+    order = Order("work", body=b"a message")
+    assert (order.take(), order.body) == (b"a message", b"")
+
+
 def test_its_memory_follows_the_servers_word(place: Path, tmp_path: Path, worker: Worker, job: Job) -> None:
     """A server that goes on from an earlier round gets what it would have got then."""
     take(worker, job)

@@ -107,6 +107,29 @@ def test_a_small_message_is_these_bytes():
     assert len(encode(SMALL)) == 48
 
 
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 65_535, 65_536, 70_000])
+def test_a_body_is_what_messagepack_makes_of_it(size):
+    """Of one object, as `msgpack.packb` encodes it: the length of every part in its narrowest form."""
+    rng = np.random.default_rng(size)
+    arrays = {f"a{i}": rng.integers(0, 255, size, dtype=np.uint8) for i in range(20)}
+    arrays |= {"none": np.zeros((3, 0, 2), np.float32), "one": np.array(1.5), "turned": np.ones((2, 3)).T}
+    scalars = {"bytes": rng.bytes(size), "text": "t" * size, "n": -size, "x": 0.1, "yes": True}
+    raw = {n: [DTYPES.index(a.dtype.name), list(a.shape), a.tobytes()] for n, a in arrays.items()}
+    body = msgpack.packb([7, b"base", scalars, raw])
+    sent = encode(Message(7, b"base", Payload(arrays, scalars)))
+    assert type(sent) is bytes
+    assert sent == b"FT1" + zlib.crc32(body).to_bytes(4, "little") + body
+
+
+def test_what_is_taken_out_of_a_payload_is_the_takers_alone():
+    arrays = {"w": np.ones(3)}
+    payload = Payload(arrays, {"n": 1})
+    taken = payload.take()
+    assert taken == arrays
+    assert (dict(payload.arrays), payload.int("n")) == ({}, 1)
+    assert "w" in arrays  # whoever else has them still does
+
+
 @pytest.mark.parametrize("kind", DTYPES)
 def test_arrays_travel_little_endian_without_padding(kind):
     value = np.array([[1, 2, 100]], kind)

@@ -10,10 +10,10 @@ Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batc
     activations  forward alone: the widest point of one layer, N s (3 I + 2 h) for a llama.  With
                  back-propagation: all that autograd keeps, over all layers, times `HEAP`
     logits       at the scored positions, at most `losses.CHUNK_BYTES` in fp32 at a time, a few arrays of them
-    gradients    of what is trained; where they are folded on directions (`seeds/project.py`), of a block of rows, which is
+    gradients    of what is trained, or of an adapter's largest tensor where each takes its step in backward; where they are folded on directions (`seeds/project.py`), of a block of rows, which is
                  computed again from the base, as the activations of a layer are: of those, what enters each layer is kept
     optimizer    AdamW's two moments
-    adapter      its own fp32 weights, and the copies on their way from and to the wire
+    adapter      its own fp32 weights; without back-propagation also the copies on their way from and to the wire
     lanczos      the vectors of a measurement of curvature, whose graph is then the peak
 
 The constants are measured; `benchmarks/plan_memory.py` holds the sums against real rounds.
@@ -49,7 +49,9 @@ HEAP: Final = 1.6  # back-propagation holds so much for each byte kept: glibc gi
 FOLDED: Final = 20  # bytes for each element of a block that is folded: fp32 copy, signs, places and sums
 LOGITS_FORWARD: Final = 1.0  # fp32 arrays of the logits of a block of rows alive in a forward
 LOGITS_BACKWARD: Final = 5.0  # ... and their gradients, and the first chunk's own
-COPIES: Final = 4  # of an adapter in fp32: its own, what came, what goes, and on their way to bytes
+# Of an adapter in fp32 without back-propagation: its own, what came, what goes, and on their way to bytes.  In
+# back-propagation only its own: the others are gone before there are moments, or come when these are gone.
+COPIES: Final = 4
 CURVED: Final = 4.8  # a graph that can be differentiated twice holds so much for each byte kept
 LOGITS_CURVED: Final = 3.7  # ... and so many fp32 arrays of all logits
 LOGITS_FROZEN: Final = 1.5  # ... of a block of a head that is not trained, with its gradient
@@ -137,7 +139,8 @@ def _logits(shape: Shape, work: Workload) -> tuple[int, float]:
 def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:
     own, weights, moments = 4 * footprint.module.size, shape.params * work.size, footprint.moments
     if own:
-        parts = {"gradients": own, "optimizer": moments * own, "adapter": COPIES * own}
+        together = own if footprint.whole_gradient else 4 * max(map(math.prod, footprint.module.tensors.values()))
+        parts = {"gradients": together, "optimizer": moments * own, "adapter": own}
     elif footprint.projects:
         return _projected(shape, work, footprint.module)
     else:
@@ -206,15 +209,16 @@ def _beside(work: Workload, module: Module, shape: Shape) -> int:
     """Return bytes that are kept for a module: a prefix's keys and values for every head, or what LoRA works on.
 
     That is A's output and its input in fp32: in an fp32 model the layer's own, one for all that read it; else a
-    copy for each; with dropout that and the dropout's noise.
+    copy for each.  Of dropout a byte a number says what stays.
     """
     if module.tokens:
         numbers = shape.padded + 2 * sum(width for _, width in shape.attention)
         return work.batch * module.tokens * work.size * numbers
     into = sum(into for _, into in {(x.name.rpartition(".")[0], x.into) for x in module.adapted})
-    if work.size < 4 or module.dropout:
-        into = sum(x.into for x in module.adapted) * (2 if module.dropout else 1)
-    return 4 * work.tokens * (into + module.rank * len(module.adapted))
+    each = sum(x.into for x in module.adapted)
+    if work.size < 4:
+        into = each
+    return work.tokens * (4 * (into + module.rank * len(module.adapted)) + each * module.dropout)
 
 
 def _curvature(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:

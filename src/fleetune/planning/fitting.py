@@ -27,9 +27,9 @@ from fleetune.tuning.footprint import Footprint
 
 TIGHT: Final = 0.9  # fuller than this is a tight fit: it is taken where no method has more room
 SHORTEST: Final = 64  # tokens of a row, below which rows are not cut
-# copies of an adapter in fp32 that a run holds at its peak beside a device's: its state, replies, their mean in float64, the
-# best so far, a checkpoint
-SERVER: Final = 8
+# copies of an adapter in fp32 that a run holds at its peak beside a device's: its state, the message, replies, their mean in
+# float64, the best so far, a checkpoint
+SERVER: Final = 9
 ANSWER: Final = 96  # tokens of a sample answer
 HOLES: Final = 1.2  # keys and values grow token by token, and leave holes in memory
 EVALUATED: Final = 8  # rows that an evaluation takes at a time

@@ -121,12 +121,13 @@ def apply(model: Model, state: State) -> None:
     adapters.load_(model, state.tensors)
 
 
-def footprint(module: Module | None, *, checkpointing: bool) -> Footprint | None:
+def footprint(module: Module | None, how: Training) -> Footprint | None:
     """Return a device's work of training this module, with the state that its messages are counted by."""
     if module is None:
         return None
     state = State(placeholders(module), WIDE >> 1)
-    return Footprint("backward", module, state, checkpointing=checkpointing)
+    together = how.clip > 0
+    return Footprint("backward", module, state, checkpointing=how.checkpointing, whole_gradient=together)
 
 
 def clear(model: Model) -> None:

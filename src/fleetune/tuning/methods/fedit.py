@@ -246,4 +246,4 @@ class Method:
     def _footprint(self, shape: Shape, rank: int) -> Footprint | None:
         layers = lora_layers(shape, self.targets)
         module = lora_module(layers, shape.head, rank, dropout=self.dropout > 0)
-        return _adapter.footprint(module, checkpointing=self.checkpointing)
+        return _adapter.footprint(module, self.training())

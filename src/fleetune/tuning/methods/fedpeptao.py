@@ -327,5 +327,5 @@ class Method:
         products = self.lanczos if self.layers_rule in _layers.CURVED else 0
         return Footprint(
             "backward", module, state, checkpointing=self.checkpointing, hessian_products=products,
-            hessian_rows=self.curvature_rows,
+            hessian_rows=self.curvature_rows, whole_gradient=self.clip > 0,
         )  # fmt: skip

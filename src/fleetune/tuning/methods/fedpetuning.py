@@ -199,7 +199,7 @@ class Method:
             return None  # the other modules are not counted yet
         layers = lora_layers(shape, self.targets)
         module = lora_module(layers, shape.head, self.size or MODULES["lora"].size)
-        return _adapter.footprint(module, checkpointing=self.checkpointing)
+        return _adapter.footprint(module, self.training())
 
 
 class Kind(NamedTuple):

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW's steps in backward: those of one optimizer after it, bit for bit, with one gradient in memory at a time."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fleetune import adapters, models
+from fleetune.data import Batches, Encoded
+from fleetune.evaluation.losses import pad_id
+from fleetune.evaluation.objectives import loss_tensor
+from fleetune.models.checkpointing import by_layer
+from fleetune.tuning import methods
+from fleetune.tuning.fleets.local_work import work
+from fleetune.tuning.fleets.memories import Memories
+from fleetune.tuning.messages import Message, decode, encode
+from fleetune.tuning.methods import _adapter
+from fleetune.tuning.methods._adapter import Training
+
+ROWS = [Encoded(np.arange(5 + i, 25 + 2 * i, dtype=np.int32), 1) for i in range(6)]
+
+
+def with_lora() -> models.Model:
+    model = models.tiny_llama(layers=3)
+    adapters.attach_lora(model, r=4, alpha=8, dropout=0.1, seed=3)
+    return model
+
+
+def after_backward(model: models.Model, key: int, how: Training, pull: dict[str, np.ndarray]) -> None:
+    """The reference: one AdamW over all parameters, a step when all gradients are there."""
+    parameters = adapters.trainable(model)
+    origin = {n: p.detach().clone() for n, p in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=how.weight_decay)
+    batches = Batches(ROWS, pad_id(model), key).epochs(how.epochs, how.batch_size)
+    with adapters.training(model, key), by_layer(model.net, small=0):
+        for batch, rate in zip(batches, how.rates(len(ROWS)), strict=True):
+            loss_tensor(model, batch).backward()  # type: ignore[no-untyped-call]
+            for name, parameter in parameters.items():
+                assert parameter.grad is not None
+                parameter.grad.add_(parameter.detach() - origin[name], alpha=how.mu)
+            if how.clip:
+                nn.utils.clip_grad_norm_(parameters.values(), how.clip)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for name, away in pull.items():
+                    parameters[name].sub_(torch.from_numpy(away), alpha=rate)
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"mu": 0.5}, {"weight_decay": 0.3, "warmup": 1, "decay": True}, {"clip": 0.1, "mu": 0.5}, {"scaffold": True},
+])  # fmt: skip
+def test_they_are_the_steps_after_backward(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_adapter, "by_layer", lambda net: by_layer(net, small=0))
+    how = Training(**({"lr": 0.01, "epochs": 3, "batch_size": 2} | more))
+    one, other = with_lora(), with_lora()
+    rng = np.random.default_rng(5)
+    pull = {n: rng.normal(size=p.shape).astype(np.float32) for n, p in adapters.trainable(one).items()}
+    pull = pull if how.scaffold else {}
+    before = adapters.export(one)
+    _adapter.train(one, Batches(ROWS, pad_id(one), 9), 9, how, pull)
+    after_backward(other, 9, how, pull)
+    ours, theirs = adapters.export(one), adapters.export(other)
+    assert all(np.array_equal(ours[n], theirs[n]) for n in before)
+    assert not any(np.array_equal(ours[n], before[n]) for n in before)
+    assert not any(p._post_accumulate_grad_hooks for p in adapters.trainable(one).values())
+
+
+def steps_of(parameters: list[nn.Parameter], loss: Tensor, how: Training) -> None:
+    steps = _adapter.Steps(parameters, how, "cpu")
+    with steps.in_backward():
+        loss.backward()  # type: ignore[no-untyped-call]
+        steps.after_backward()
+
+
+def test_a_parameter_that_is_used_twice_takes_one_step_of_its_whole_gradient() -> None:
+    torch.manual_seed(0)
+    one = nn.Linear(6, 6)
+    other, x = copy.deepcopy(one), torch.randn(4, 6)
+    steps_of(list(one.parameters()), one(one(x).sin()).square().sum(), Training(lr=0.1))
+    optimizer = torch.optim.AdamW(other.parameters(), 0.1, weight_decay=0.0)
+    other(other(x).sin()).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(one.weight, other.weight)
+    assert torch.equal(one.bias, other.bias)
+
+
+@pytest.mark.parametrize(("clip", "most"), [(0.0, 1), (1.0, 8)])
+def test_without_a_clip_one_gradient_exists_at_a_time(clip: float, most: int) -> None:
+    layers = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(8)))
+    parameters, alive = list(layers.parameters()), []
+    for parameter in parameters:  # before the steps' own
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in parameters))
+        )
+    steps_of(parameters, layers(torch.randn(4, 6)).square().sum(), Training(lr=0.1, clip=clip))
+    assert max(alive) == most
+    assert all(p.grad is None for p in parameters)
+
+
+@pytest.mark.parametrize("name", ["fedit", "fedpetuning"])
+def test_what_came_is_gone_when_training_begins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, method = models.tiny_llama(layers=1), methods.make(name, {})
+    sent = encode(Message(1, b"x" * 8, method.broadcast(method.init(model, 5))))
+    received = decode(sent)
+    arrays = [weakref.ref(a) for a in received.payload.arrays.values()]
+    seen = []
+
+    def train(*given: Any) -> float:
+        gc.collect()
+        seen.extend(ref() is None for ref in arrays)
+        return 1.0
+
+    monkeypatch.setattr(_adapter, "train", train)
+    reply = work(method, model, Batches(ROWS, pad_id(model), 1), 1, received, Memories(), lambda *_: None)
+    assert len(seen) == len(arrays) > 0
+    assert all(seen)
+    came, went = decode(sent).payload.arrays, decode(reply).payload.arrays
+    assert all(np.array_equal(came[n], went[n]) for n in came)  # nothing was trained
