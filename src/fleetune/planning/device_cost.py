@@ -10,8 +10,9 @@ Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batc
     activations  forward alone: the widest point of one layer, N s (3 I + 2 h) for a llama.  With
                  back-propagation: all that autograd keeps, over all layers, times `HEAP`
     logits       at the scored positions, at most `losses.CHUNK_BYTES` in fp32 at a time, a few arrays of them
-    gradients    of what is trained, or of an adapter's largest tensor where each takes its step in backward; where they are folded on directions (`seeds/project.py`), of a block of rows, which is
-                 computed again from the base, as the activations of a layer are: of those, what enters each layer is kept
+    gradients    of what is trained; of an adapter's largest tensor where each takes its step in backward; where they are
+                 folded on directions (`seeds/project.py`), of a block of rows, which is computed again from the base, as the
+                 activations of a layer are: of those, what enters each layer is kept
     optimizer    AdamW's two moments
     adapter      its own fp32 weights; without back-propagation also the copies on their way from and to the wire
     lanczos      the vectors of a measurement of curvature, whose graph is then the peak
@@ -139,7 +140,9 @@ def _logits(shape: Shape, work: Workload) -> tuple[int, float]:
 def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, int]:
     own, weights, moments = 4 * footprint.module.size, shape.params * work.size, footprint.moments
     if own:
-        together = own if footprint.whole_gradient else 4 * max(map(math.prod, footprint.module.tensors.values()))
+        together = (
+            own if footprint.whole_gradient else 4 * max(map(math.prod, footprint.module.tensors.values()))
+        )
         parts = {"gradients": together, "optimizer": moments * own, "adapter": own}
     elif footprint.projects:
         return _projected(shape, work, footprint.module)
@@ -214,7 +217,11 @@ def _beside(work: Workload, module: Module, shape: Shape) -> int:
     if module.tokens:
         numbers = shape.padded + 2 * sum(width for _, width in shape.attention)
         return work.batch * module.tokens * work.size * numbers
-    into = sum(into for _, into in {(x.name.rpartition(".")[0], x.into) for x in module.adapted})
+    shared = {(x.name.rpartition(".")[0], x.into) for x in module.adapted}
+    same = (
+        shape.layers * shape.hidden if shape.labels and len(shared) > shape.layers else 0
+    )  # as in `_trained`
+    into = sum(into for _, into in shared) - same
     each = sum(x.into for x in module.adapted)
     if work.size < 4:
         into = each

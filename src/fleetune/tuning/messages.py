@@ -131,11 +131,12 @@ def _pieces(message: Message) -> Iterator[Buffer]:
     yield packer.pack(message.round) + packer.pack(message.base)
     yield packer.pack_map_header(len(payload.scalars))
     for name, value in payload.scalars.items():
+        known = _scalar(name, value)
         yield packer.pack(name)
-        if type(_scalar(name, value)) is bytes:
-            yield from (_binary(len(value)), value)
+        if isinstance(known, bytes):
+            yield from (_binary(len(known)), known)
         else:
-            yield packer.pack(value)
+            yield packer.pack(known)
     yield packer.pack_map_header(len(payload.arrays))
     for name, array in payload.arrays.items():
         if array.dtype.name not in DTYPES:
