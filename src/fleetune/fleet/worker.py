@@ -167,8 +167,9 @@ class Worker:
             self.note(f"{_title(order)}: declined ({reason})")
             return Reply("declined", order.nonce, order.round, reason=reason).encode()
         reply = self._work(order)
-        encoded = reply.encode()
-        if reply.what == "done":
+        done, encoded = reply.what == "done", reply.encode()
+        del reply  # its bytes are in `encoded`
+        if done:
             try:
                 write_atomic(file, digest + encoded, mode=PRIVATE)
             except StorageError as error:  # without it, a restarted device does the work again

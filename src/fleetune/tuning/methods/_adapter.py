@@ -205,7 +205,8 @@ class Steps:
         """Take the steps in every backward pass while the block runs, where they can be taken there."""
         with ExitStack() as hooks:
             for number, (parameter, *_) in enumerate(self.groups if self.at_once else ()):
-                hook = parameter.register_post_accumulate_grad_hook(partial(self._take, number))
+                step = partial(self._take, number)
+                hook = parameter.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
                 hooks.callback(hook.remove)
             yield
 
