@@ -41,6 +41,7 @@ from fleetune.compression.layerwise.column_loop import BLOCK, CompensatedLoop, S
 from fleetune.compression.layerwise.grids import Grid, grid_problems, group_problem
 from fleetune.compression.layerwise.groups import Codes
 from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
+from fleetune.models.codebooks import CODEBOOKS
 
 PAPER = "Frantar and Alistarh, ICML 2023, arXiv 2301.00774"
 
@@ -71,6 +72,8 @@ class Solver:
             problems.append(f"groups of {self.group} are not whole patterns of {self.m}")
         if self.bits:
             problems += grid_problems(self.grid, self.bits, self.group)
+            if self.grid in CODEBOOKS:
+                problems.append(f"grid = {self.grid!r} has no 0, which pruned weights need")
         if problems:
             raise ValueError(*problems)
 
