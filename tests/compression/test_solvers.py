@@ -381,7 +381,7 @@ def test_unknown_solvers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "text"),
     [
-        ("optq", {"bits": 5}, "bits = 5 is none of 2, 3, 4, 8"),
+        ("optq", {"bits": 6}, "bits = 6 is none of 2, 3, 4, 5, 8"),
         ("optq", {"grid": "q4_0"}, "grid = 'q4_0' is none of ggml"),
         ("optq", {"grid": "iq4_nl", "bits": 3}, "grid = 'iq4_nl' has 16 values: bits = 4, not 3"),
         ("rtn", {"grid": "iq4_nl", "search": True}, "leave search out"),
@@ -389,7 +389,7 @@ def test_unknown_solvers_are_refused() -> None:
         ("sparsegpt", {"grid": "iq4_nl", "bits": 4}, "grid = 'iq4_nl' has no 0, which pruned weights need"),
         ("optq", {"order": "desc"}, "is none of none, static, gar"),
         ("optq", {"damping": "2"}, "is not between 0 and 1"),
-        ("optq", {"grid": "universal", "bits": 8}, "4 bits at most"),
+        ("optq", {"grid": "universal", "bits": 8}, "5 bits at most"),
         ("rtn", {"group": -1}, "is below 0"),
         ("sparsegpt", {"sparsity": 1}, r"is not in \[0, 1\)"),
         ("sparsegpt", {"n": 4, "m": 4}, "0 < n < m"),

@@ -116,6 +116,32 @@ def test_q4_1_decodes_to_the_same_weights_or_says_why_not(q: Quantised) -> None:
     assert torch.equal(read(_ggml_blocks.pack_q4_1(q), "Q4_1"), q.dense())
 
 
+def test_q5_bytes() -> None:
+    codes = [*range(16), *range(31, 15, -1)]
+    nibbles = [0xF0, 0xE1, 0xD2, 0xC3, 0xB4, 0xA5, 0x96, 0x87, 0x78, 0x69, 0x5A, 0x4B, 0x3C, 0x2D, 0x1E, 0x0F]
+    fifth = [0x00, 0x00, 0xFF, 0xFF]
+    raw = _ggml_blocks.pack_q5_0(one_row(codes, [-0.5], [16], bits=5))
+    assert raw.tolist() == [[0x00, 0xB8, *fifth, *nibbles]]
+    raw = _ggml_blocks.pack_q5_1(one_row(codes, [0.25], [3], bits=5))
+    assert raw.tolist() == [[0x00, 0x34, 0x00, 0xBA, *fifth, *nibbles]]
+    raw = _ggml_blocks.pack_q5_1(one_row([16] + [0] * 31, [0.25], [3], bits=5))
+    assert raw.tolist() == [[0x00, 0x34, 0x00, 0xBA, 1, 0, 0, 0, *[0] * 16]]
+
+
+@given(matrices(5, 16, 16))
+def test_q5_0_decodes_to_the_same_weights(q: Quantised) -> None:
+    assert _ggml_blocks.misfit(q, "Q5_0") is None
+    assert torch.equal(read(_ggml_blocks.pack_q5_0(q), "Q5_0"), q.dense())
+
+
+@given(matrices(5, 0, 31))
+def test_q5_1_decodes_to_the_same_weights(q: Quantised) -> None:
+    bits = q.scale.view(torch.int16) & ~0x1F  # 6 significant bits: scale * zero is exact
+    q = changed(q, scale=bits.view(torch.float16))
+    assert _ggml_blocks.misfit(q, "Q5_1") is None
+    assert torch.equal(read(_ggml_blocks.pack_q5_1(q), "Q5_1"), q.dense())
+
+
 @given(matrices(8, 128, 128))
 def test_q8_0_decodes_to_the_same_weights(q: Quantised) -> None:
     assert _ggml_blocks.misfit(q, "Q8_0") is None
@@ -144,6 +170,12 @@ def test_what_is_said_to_fit_is_exact(q: Quantised, kind: str) -> None:
         (one_row([15] * 32, [1.0], [7]), "Q4_0", "Q4_0 holds steps -8 to 7 about the zero, it has 8 to 8"),
         (one_row([9] * 32, [1.0], [0], bits=8), "Q4_0", "it has 9 to 9"),
         (one_row([16] * 32, [1.0], [0], bits=8), "Q4_1", "Q4_1 has 4 bits, its codes have 8"),
+        (one_row([32] * 32, [1.0], [0], bits=8), "Q5_1", "Q5_1 has 5 bits, its codes have 8"),
+        (
+            one_row([16] * 32, [1.0], [0], bits=5),
+            "Q5_0",
+            "Q5_0 holds steps -16 to 15 about the zero, it has 16 to 16",
+        ),
         (one_row([1] * 32, [1.0009765625], [3]), "Q4_1", "not exact in fp16"),
         (one_row([1] * 32, [60000.0], [3]), "Q4_1", "not exact in fp16"),
         (one_row([255] * 32, [1.0], [0], bits=8), "Q8_0", "Q8_0 holds steps -128 to 127"),

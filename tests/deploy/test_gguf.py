@@ -57,6 +57,8 @@ def write(model: Model, folder: Path, **quantised: artefact.Quantised) -> Path:
     [
         ("gguf", 4, 32, {}, "Q4_0"),
         ("gguf", 4, 64, {"zero": 5, "scale_bits": 7}, "Q4_1"),
+        ("gguf", 5, 32, {}, "Q5_0"),
+        ("gguf", 5, 32, {"zero": 5, "scale_bits": 6}, "Q5_1"),
         ("gguf", 8, 32, {}, "Q8_0"),
         ("gguf", 4, 32, {"name": "iq4_nl"}, "IQ4_NL"),
         ("gguf:iq4_nl", 4, 64, {"name": "iq4_nl"}, "IQ4_NL"),
@@ -254,7 +256,7 @@ def test_codes_that_would_not_be_exact_are_refused(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("to", ["gguf:q4_0", "gguf:iq4_nl", "gguf:q4_1"])
+@pytest.mark.parametrize("to", ["gguf:q4_0", "gguf:iq4_nl", "gguf:q4_1", "gguf:q5_0", "gguf:q5_1"])
 def test_plain_weights_are_not_quantised_here(tmp_path: Path, to: str) -> None:
     model = tiny()
     models.save(model.net, model.tokenizer, tmp_path / "plain")

@@ -42,7 +42,7 @@ def test_codes_are_packed_from_the_lowest_bit_on() -> None:
 
 
 @given(
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 8]),
     R=st.integers(1, 5),
     C=st.integers(1, 40),
     seed=st.integers(0, 1 << 30),
@@ -64,7 +64,7 @@ def test_weights_are_scale_times_steps() -> None:
     assert q.dense().tolist() == [[-4.0, 3.5, 0.0, -2.0]]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_an_artefact_holds_every_parameter_once(bits: int, tmp_path: Path) -> None:
     model, master = made(tmp_path, bits=bits)
     want = dict(models.named_tensors(model.net))

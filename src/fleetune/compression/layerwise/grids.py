@@ -6,7 +6,7 @@
 | ggml | 2^(b-1) | that of ggml's Q4_0: the element of largest magnitude, signed, is code 0; scales may be negative |
 | symmetric | 2^(b-1) | that of the GPTQ reference code, scale = 2 max\\|w\\| / (2^b - 1): it clips one of the extremes |
 | asymmetric | integer | from the smallest to the largest element; 0 is always exact |
-| universal | integer | as asymmetric, with scales of 7 significant bits, so that scale * zero is exact in fp16 (Q4_1) |
+| universal | integer | as asymmetric; scales of 7 significant bits (6 where b = 5): scale * zero is exact in fp16 (Q4_1, Q5_1) |
 | iq4_nl | none | the 16 values of llama.cpp's IQ4_NL, denser about 0; the scale of least squared error (`codebook_fit.py`) |
 
 All scales are rounded to fp16 *before* codes are chosen, so no file format has to round them again.  Zero is on every
@@ -27,10 +27,13 @@ from fleetune.models.codebooks import CODEBOOKS
 
 UNIFORM: Final = ("ggml", "symmetric", "asymmetric", "universal")
 KINDS: Final = (*UNIFORM, *CODEBOOKS)
-BITS: Final = (2, 3, 4, 8)
+BITS: Final = (2, 3, 4, 5, 8)
 GROUPS: Final = (256, 128, 64, 32, 16, 8, 4)  # sizes that are suggested
 NORM: Final = 2.4
-SIGNIFICANT: Final = 7  # bits of a universal scale; with 4 bits of zero they are 11, what fp16 holds
+HALF_BITS: Final = (
+    11  # significant bits of fp16, which those of a universal scale and of its zero must not exceed
+)
+SIGNIFICANT: Final = 7  # bits of a universal scale at most
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Grid:
             return _fp16(2 * torch.maximum(-lo, hi) / self.top), torch.full_like(lo, half)
         scale = (hi - lo) / self.top
         if self.kind == "universal":
-            scale = _significant(scale)
+            scale = _significant(scale, min(SIGNIFICANT, HALF_BITS - self.bits))
         scale = _fp16(scale)
         return scale, torch.round(-lo / scale).clamp(0, self.top)
 
@@ -127,11 +130,11 @@ def _half(scale: Tensor) -> Tensor:
     return scale.clamp(-65504, 65504).to(torch.float16).to(scale.dtype)
 
 
-def _significant(scale: Tensor) -> Tensor:
-    """Round to `SIGNIFICANT` bits."""
+def _significant(scale: Tensor, bits: int) -> Tensor:
+    """Round to so many significant bits."""
     _, exponent = torch.frexp(scale)
     # fp16's subnormals have fewer bits: there the step is that of fp16 (2^-24), and zero * step is exact as well
-    step = torch.ldexp(torch.ones_like(scale), (exponent - SIGNIFICANT).clamp(min=-24))
+    step = torch.ldexp(torch.ones_like(scale), (exponent - bits).clamp(min=-24))
     return torch.round(scale / step) * step
 
 
@@ -144,9 +147,9 @@ def grid_problems(kind: str, bits: int, group: int, *, search: bool = False) -> 
         problems.append(f"bits = {bits} is none of {', '.join(map(str, BITS))}")
     if group < 0:
         problems.append(f"group = {group} is below 0")
-    if kind == "universal" and bits > 4:
+    if kind == "universal" and bits > 5:
         problems.append(
-            f"a universal grid has 4 bits at most, so that scale * zero is exact in fp16; bits = {bits}"
+            f"a universal grid has 5 bits at most, so that scale * zero is exact in fp16; bits = {bits}"
         )
     if kind in CODEBOOKS:
         if len(CODEBOOKS[kind]) != 1 << bits:

@@ -41,7 +41,7 @@ class Solver:
 
     data: ClassVar[bool] = False
 
-    bits: int = setting(4, "b", "bits of a code: 2, 3, 4 or 8")
+    bits: int = setting(4, "b", "bits of a code: 2, 3, 4, 5 or 8")
     group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
     grid: str = setting("ggml", "grid", "ggml, symmetric, asymmetric, universal or iq4_nl")
     search: bool = setting(False, "mse", "try shrunken ranges, keep the best")

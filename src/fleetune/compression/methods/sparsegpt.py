@@ -55,7 +55,7 @@ class Solver:
     sparsity: float = setting(0.5, "p", "share pruned, where n is 0")
     n: int = setting(0, "n", "prune n of every m in a row (0: no pattern)")
     m: int = setting(4, "m", "size of the pattern")
-    bits: int = setting(0, "b", "also quantise to 2, 3, 4 or 8 bits (0: no)")
+    bits: int = setting(0, "b", "also quantise to 2, 3, 4, 5 or 8 bits (0: no)")
     group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
     grid: str = setting("ggml", "grid", "ggml, symmetric, asymmetric or universal")
     damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
