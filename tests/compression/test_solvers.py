@@ -278,7 +278,7 @@ def test_the_loss_that_the_loop_tells_is_that_of_the_matrix(method: str, values:
 
 
 def test_the_loss_on_a_codebook_is_that_of_the_matrix() -> None:
-    """With dead inputs: their weights have no say in the fit, and errors in them cost nothing."""
+    """With dead inputs: errors in their weights cost nothing."""
     W, H = work(11, 6, 320)
     dead = [3, 200, *range(64, 96)]
     H[:, dead] = 0
@@ -288,8 +288,20 @@ def test_the_loss_on_a_codebook_is_that_of_the_matrix() -> None:
     D = W - dense(solved)
     assert solved.loss == pytest.approx(torch.trace(D @ H @ D.T).item(), rel=1e-6)
     assert not dense(solved)[:, 64:96].any()  # a whole group
-    W[:, dead] *= 100
-    assert torch.equal(dense(solver.solve(W.clone(), H.clone())), dense(solved))
+
+
+def test_the_curvature_is_that_of_the_columns_that_are_left_and_0_for_dead_inputs() -> None:
+    _, H = work(9, 1, 12)
+    H[:, [2, 11]] = 0
+    H[[2, 11]] = 0
+    factor = hessian.inverse_cholesky(H.clone(), 0.0)
+    left = H.clone()
+    left[[2, 11], [2, 11]] = 1
+    want = curvature(left)
+    want[[2, 11]] = 0
+    assert factor.curvature is not None
+    torch.testing.assert_close(factor.curvature, want, rtol=1e-9, atol=1e-12)
+    assert hessian.inverse_cholesky(torch.zeros(3, 3), 0.01).curvature is None
 
 
 def test_the_loss_of_damping_that_had_to_grow_is_without_it() -> None:
