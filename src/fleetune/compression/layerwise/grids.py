@@ -30,9 +30,7 @@ KINDS: Final = (*UNIFORM, *CODEBOOKS)
 BITS: Final = (2, 3, 4, 5, 8)
 GROUPS: Final = (256, 128, 64, 32, 16, 8, 4)  # sizes that are suggested
 NORM: Final = 2.4
-HALF_BITS: Final = (
-    11  # significant bits of fp16, which those of a universal scale and of its zero must not exceed
-)
+HALF_BITS: Final = 11  # significant bits of fp16: those of a universal scale and of its zero together
 SIGNIFICANT: Final = 7  # bits of a universal scale at most
 
 
