@@ -14,9 +14,10 @@ from torch import Tensor
 from fleetune import compression
 from fleetune.compression.layerwise import hessian
 from fleetune.compression.layerwise.column_loop import Segment, sweep
-from fleetune.compression.layerwise.grids import KINDS, Grid
+from fleetune.compression.layerwise.grids import KINDS, UNIFORM, Grid
 from fleetune.errors import RecipeError, UsageError
 from fleetune.models.artefact import Quantised
+from fleetune.models.codebooks import CODEBOOKS
 
 
 def work(seed: int, R: int, C: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -50,10 +51,17 @@ def brain_surgeon(W: Tensor, H: Tensor, settle) -> Tensor:
     return W
 
 
-def onto(grid: Grid, x: Tensor, w: Tensor) -> Tensor:
-    """w [R] on the grid fitted to x [R, n]."""
-    scale, zero = grid.find(x)
-    return scale * ((torch.round(w / scale) + zero).clamp(0, grid.top) - zero)
+def onto(grid: Grid, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The nearest values to w [R]."""
+    if not grid.codebook:
+        return scale * ((torch.round(w / scale) + zero).clamp(0, grid.top) - zero)
+    values = scale[:, None] * torch.tensor(CODEBOOKS[grid.codebook], dtype=w.dtype)
+    return values.gather(1, (values - w[:, None]).abs().argmin(1, keepdim=True))[:, 0]
+
+
+def curvature(H: Tensor) -> Tensor:
+    """1 / [H_F^-1]_ii with F the columns from i on, [C]."""
+    return torch.stack([1 / torch.linalg.inv(H[i:, i:])[0, 0] for i in range(len(H))])
 
 
 def dense(solved: compression.Solved) -> Tensor:
@@ -66,14 +74,13 @@ def test_optq_is_the_optimal_brain_surgeon_on_a_grid(kind: str, block: int) -> N
     """Every block size gives what explicit inverses give, groups fitted to the updated weights."""
     W, H = work(1, 5, 24)
     H = damped(H, 0.01)
-    grid, group = Grid(kind, 4), 8
+    grid, group, h = Grid(kind, 4), 8, curvature(H)
     fits: dict[int, tuple[Tensor, Tensor]] = {}
 
     def settle(i: int, now: Tensor) -> Tensor:
         if i % group == 0:
-            fits[i // group] = grid.find(now[:, i : i + group])
-        scale, zero = fits[i // group]
-        return scale * ((torch.round(now[:, i] / scale) + zero).clamp(0, grid.top) - zero)
+            fits[i // group] = grid.find(now[:, i : i + group], h[i : i + group])
+        return onto(grid, now[:, i], *fits[i // group])
 
     want = brain_surgeon(W, H, settle)
     U, *_ = hessian.inverse_cholesky(H.clone(), 0.0)
@@ -82,8 +89,8 @@ def test_optq_is_the_optimal_brain_surgeon_on_a_grid(kind: str, block: int) -> N
 
     def choose(Wt: Tensor, begin: int, last: int) -> Segment:
         if begin % group == 0:
-            found.append(grid.find(Wt[begin : begin + group].T))
-        return Segment(begin - begin % group + group, *found[-1], grid.top, None)
+            found.append(grid.find(Wt[begin : begin + group].T, h[begin : begin + group]))
+        return Segment(begin - begin % group + group, *found[-1], grid.top, None, grid.levels)
 
     if (
         block == 3
@@ -91,10 +98,11 @@ def test_optq_is_the_optimal_brain_surgeon_on_a_grid(kind: str, block: int) -> N
         scale, zero = grid.find(W)
 
         def alike(i: int, now: Tensor) -> Tensor:
-            return scale * ((torch.round(now[:, i] / scale) + zero).clamp(0, grid.top) - zero)
+            return onto(grid, now[:, i], scale, zero)
 
         want = brain_surgeon(W, H, alike)
-        got, _, _ = sweep(W, U, lambda Wt, begin, last: Segment(24, scale, zero, grid.top, None), block)
+        alone = Segment(24, scale, zero, grid.top, None, grid.levels)
+        got, _, _ = sweep(W, U, lambda Wt, begin, last: alone, block)
     else:
         got, _, _ = sweep(W, U, choose, block)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
@@ -121,15 +129,18 @@ def test_optq_in_any_order_is_the_surgeon_on_sorted_columns(kind: str, order: st
         ),
     }[order]
     grid, fits = Grid(kind, 4), dict[int, tuple[Tensor, Tensor]]()
+    h = curvature(damped(H, 0.02)[sort][:, sort])
     if order == "static":
-        fits = {g: grid.find(W[:, g * group : g * group + group]) for g in range(4)}
+        whole = h[torch.tensor(sort).argsort()]
+        fits = {
+            g: grid.find(W[:, a : a + group], whole[a : a + group]) for g, a in enumerate(range(0, 32, group))
+        }
 
     def settle(i: int, now: Tensor) -> Tensor:
         g = sort[i] // group
         if g not in fits:
-            fits[g] = grid.find(now[:, i : i + group])
-        scale, zero = fits[g]
-        return scale * ((torch.round(now[:, i] / scale) + zero).clamp(0, 15) - zero)
+            fits[g] = grid.find(now[:, i : i + group], h[i : i + group])
+        return onto(grid, now[:, i], *fits[g])
 
     want = brain_surgeon(W[:, sort], damped(H, 0.02)[sort][:, sort], settle)
     torch.testing.assert_close(got.double()[:, sort], want, rtol=0, atol=1e-6)
@@ -192,9 +203,24 @@ def test_exactly_the_share_of_each_block_is_pruned(seed: int, sparsity: float, C
 def test_pruned_weights_stay_zero_when_they_are_quantised_later() -> None:
     W, H = work(5, 16, 64, torch.float32)
     pruned = dense(compression.make("sparsegpt", {"n": 2, "m": 4}).solve(W.clone(), H.clone()))
-    for kind, order in itertools.product(KINDS, ("none", "static", "gar")):
+    for kind, order in itertools.product(UNIFORM, ("none", "static", "gar")):
         solver = compression.make("optq", {"grid": kind, "order": order, "group": 16})
         assert not dense(solver.solve(pruned.clone(), H.clone()))[pruned == 0].any()
+
+
+@pytest.mark.parametrize("method", ["optq", "rtn"])
+def test_a_codebook_without_0_takes_no_pruned_matrix(method: str) -> None:
+    W, H = work(5, 16, 64, torch.float32)
+    solver = compression.make(method, {"grid": "iq4_nl"})
+    W.view(-1)[:1020:20] = 0.0  # 51; one more is 5 %
+    got = dense(solver.solve(W.clone(), H.clone()))
+    assert got.all()  # 0 is not on it
+    W.view(-1)[1020] = 0.0
+    with pytest.raises(
+        RecipeError, match="5% of a matrix is exactly 0, and the grid iq4_nl has no 0"
+    ) as caught:
+        solver.solve(W.clone(), H.clone())
+    assert "grid=ggml" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("count", [1, 10, 200])
@@ -237,7 +263,7 @@ def test_sums_and_errors_are_those_of_the_inputs_and_outputs(C: int) -> None:
 
 @pytest.mark.parametrize(
     ("method", "values"),
-    [("optq", {"grid": kind, "order": order, "group": 16}) for kind in KINDS for order in ("none", "static", "gar")]
+    [("optq", {"grid": kind, "order": order, "group": 16}) for kind in UNIFORM for order in ("none", "static", "gar")]
     + [("sparsegpt", {}), ("sparsegpt", {"n": 2}), ("sparsegpt", {"bits": 3, "group": 16})],
 )  # fmt: skip
 def test_the_loss_that_the_loop_tells_is_that_of_the_matrix(method: str, values: dict[str, object]) -> None:
@@ -249,6 +275,33 @@ def test_the_loss_that_the_loop_tells_is_that_of_the_matrix(method: str, values:
     solved = compression.make(method, {**values, "damping": 0.1}).solve(W.clone(), H.clone())
     D = W - dense(solved)
     assert solved.loss == pytest.approx(torch.trace(D @ H @ D.T).item(), rel=1e-6)
+
+
+def test_the_loss_on_a_codebook_is_that_of_the_matrix() -> None:
+    """With dead inputs: errors in their weights cost nothing."""
+    W, H = work(11, 6, 320)
+    dead = [3, 200, *range(64, 96)]
+    H[:, dead] = 0
+    H[dead] = 0
+    solver = compression.make("optq", {"grid": "iq4_nl", "damping": 0.1})
+    solved = solver.solve(W.clone(), H.clone())
+    D = W - dense(solved)
+    assert solved.loss == pytest.approx(torch.trace(D @ H @ D.T).item(), rel=1e-6)
+    assert not dense(solved)[:, 64:96].any()  # a whole group
+
+
+def test_the_curvature_is_that_of_the_columns_that_are_left_and_0_for_dead_inputs() -> None:
+    _, H = work(9, 1, 12)
+    H[:, [2, 11]] = 0
+    H[[2, 11]] = 0
+    factor = hessian.inverse_cholesky(H.clone(), 0.0)
+    left = H.clone()
+    left[[2, 11], [2, 11]] = 1
+    want = curvature(left)
+    want[[2, 11]] = 0
+    assert factor.curvature is not None
+    torch.testing.assert_close(factor.curvature, want, rtol=1e-9, atol=1e-12)
+    assert hessian.inverse_cholesky(torch.zeros(3, 3), 0.01).curvature is None
 
 
 def test_the_loss_of_damping_that_had_to_grow_is_without_it() -> None:
@@ -276,8 +329,9 @@ def test_a_solver_leaves_what_it_is_given(method: str, values: dict[str, object]
 
 def test_what_is_on_the_grid_already_costs_nothing() -> None:
     W, H = work(12, 4, 32, torch.float32)
-    once = dense(compression.make("rtn", {}).solve(W, H))
-    assert compression.make("optq", {}).solve(once.clone(), H.clone()).loss == 0.0
+    for kind in ("ggml", "iq4_nl"):
+        once = dense(compression.make("rtn", {"grid": kind}).solve(W, H))
+        assert compression.make("optq", {"grid": kind}).solve(once.clone(), H.clone()).loss == 0.0
 
 
 # --- trouble --------------------------------------------------------------------------------------------------
@@ -339,11 +393,15 @@ def test_unknown_solvers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "text"),
     [
-        ("optq", {"bits": 5}, "bits = 5 is none of 2, 3, 4, 8"),
+        ("optq", {"bits": 6}, "bits = 6 is none of 2, 3, 4, 5, 8"),
         ("optq", {"grid": "q4_0"}, "grid = 'q4_0' is none of ggml"),
+        ("optq", {"grid": "iq4_nl", "bits": 3}, "grid = 'iq4_nl' has 16 values: bits = 4, not 3"),
+        ("rtn", {"grid": "iq4_nl", "search": True}, "leave search out"),
+        ("optq", {"grid": "iq4_nl", "search": True}, "leave search out"),
+        ("sparsegpt", {"grid": "iq4_nl", "bits": 4}, "grid = 'iq4_nl' has no 0, which pruned weights need"),
         ("optq", {"order": "desc"}, "is none of none, static, gar"),
         ("optq", {"damping": "2"}, "is not between 0 and 1"),
-        ("optq", {"grid": "universal", "bits": 8}, "4 bits at most"),
+        ("optq", {"grid": "universal", "bits": 8}, "5 bits at most"),
         ("rtn", {"group": -1}, "is below 0"),
         ("sparsegpt", {"sparsity": 1}, r"is not in \[0, 1\)"),
         ("sparsegpt", {"n": 4, "m": 4}, "0 < n < m"),

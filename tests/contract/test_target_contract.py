@@ -6,13 +6,14 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from deploy_harness import changed, compressed, on_grid, tiny
+from deploy_harness import changed, compressed, on_codebook, on_grid, tiny
 
 from fleetune import adapters, models
 from fleetune.cli.main import main
@@ -77,6 +78,11 @@ def with_embedding(model: models.Model) -> dict[str, Quantised]:
     }
 
 
+def with_codebook(model: models.Model) -> dict[str, Quantised]:
+    tensors = models.named_tensors(model.net)
+    return {n: on_codebook(t, 4, 32) for n, t in tensors if n.endswith("proj.weight")}
+
+
 def narrowed(kind: str) -> models.Model:
     model = tiny(kind)
     widths.cut(model.net, [widths.KeptUnits([0, 1], range(128)), widths.KeptUnits([1], range(16, 112))])
@@ -90,6 +96,7 @@ ODD: dict[str, Callable[[], tuple[models.Model, dict[str, Quantised]]]] = {
     "8 bits in small groups": lambda: ((m := tiny("qwen3")), matrices(m, 8, 8)),
     "5 bits": lambda: ((m := tiny()), matrices(m, 5, 64)),
     "zeros of 0": lambda: ((m := tiny()), with_zeros(m)),
+    "a codebook": lambda: ((m := tiny()), with_codebook(m)),
     "two kinds of grids": lambda: ((m := tiny()), mixed(m)),
     "a quantised embedding": lambda: ((m := tiny("qwen2")), with_embedding(m)),
     "a plain model of different widths": lambda: (narrowed("qwen3"), {}),
@@ -120,12 +127,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def source_of(to: str, sources: dict[str, Path]) -> Path:
     """A model that the target holds: codes where it takes them."""
-    try:
-        checker = targets.find(to)
-        checker.load().check(open_checkpoint(sources["codes"]), checker.kind)
-    except UsageError:
-        return sources["plain"]
-    return sources["codes"]
+    checker = targets.find(to)
+    for name in ("codes", "a codebook"):
+        with suppress(UsageError):
+            checker.load().check(open_checkpoint(sources[name]), checker.kind)
+            return sources[name]
+    return sources["plain"]
 
 
 def exported(to: str, out: Path, sources: dict[str, Path], made: dict[str, str] | None = None) -> Report:
@@ -266,8 +273,8 @@ def test_7_a_file_says_where_the_model_comes_from(to: str, tmp_path: Path, sourc
     exported(to, place(to, tmp_path), sources, made=MADE)
     whole = b"".join(contents(place(to, tmp_path)).values())
     stated = bool(targets.find(to).states("PROVENANCE"))
-    if targets.find(to).takes != "adapter" and source_of(to, sources) == sources["codes"]:
-        digest = artefact.Master(sources["codes"]).digest().encode()
+    if targets.find(to).takes != "adapter" and (source := source_of(to, sources)) != sources["plain"]:
+        digest = artefact.Master(source).digest().encode()
         assert (digest in whole) == stated
     else:
         assert (MADE["fleetune.method"].encode() in whole) == stated

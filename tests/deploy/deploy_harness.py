@@ -22,6 +22,7 @@ from transformers import (
 from fleetune import models
 from fleetune.models import Model, artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
+from fleetune.models.codebooks import CODEBOOKS
 
 LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -144,14 +145,30 @@ def on_grid(
     )
 
 
+def on_codebook(weight: torch.Tensor, bits: int, group: int, name: str = "iq4_nl") -> Quantised:
+    """Rounding to the nearest value of a codebook; the element of largest magnitude, signed, is code 0."""
+    R, C = weight.shape
+    parts, levels = weight.reshape(R, C // group, group), torch.tensor(CODEBOOKS[name]).float()
+    scale = (parts.gather(2, parts.abs().argmax(2, keepdim=True))[..., 0] / levels[0]).half()
+    codes = (parts[..., None] / scale.float()[..., None, None] - levels).abs().argmin(3)
+    return Quantised(
+        codes.reshape(R, C).to(torch.uint8),
+        scale,
+        torch.zeros_like(scale, dtype=torch.uint8),
+        bits,
+        group,
+        name,
+    )
+
+
 def compressed(
     model: Model, folder: Path, bits: int = 4, group: int = 32, **grid: Any
 ) -> dict[str, Quantised]:
     """Write the artefact of `model` with every matrix of the layers on a grid, which `model` takes over."""
-    quantised = {}
+    quantised, rounded = {}, on_codebook if "name" in grid else on_grid
     for name, tensor in models.named_tensors(model.net):
         if name.split(".")[-2] in LAYER and tensor.dim() == 2:
-            quantised[name] = on_grid(tensor, bits, group, **grid)
+            quantised[name] = rounded(tensor, bits, group, **grid)
     artefact.write(folder, model, quantised, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest))
     for name, tensor in models.named_tensors(model.net):
         if name in quantised:

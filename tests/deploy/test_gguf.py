@@ -57,7 +57,12 @@ def write(model: Model, folder: Path, **quantised: artefact.Quantised) -> Path:
     [
         ("gguf", 4, 32, {}, "Q4_0"),
         ("gguf", 4, 64, {"zero": 5, "scale_bits": 7}, "Q4_1"),
+        ("gguf", 5, 32, {}, "Q5_0"),
+        ("gguf", 5, 32, {"zero": 5, "scale_bits": 6}, "Q5_1"),
         ("gguf", 8, 32, {}, "Q8_0"),
+        ("gguf", 4, 32, {"name": "iq4_nl"}, "IQ4_NL"),
+        ("gguf:iq4_nl", 4, 64, {"name": "iq4_nl"}, "IQ4_NL"),
+        ("gguf:q8_0", 4, 32, {"name": "iq4_nl"}, "Q8_0"),
         ("gguf:q4_0", 3, 64, {}, "Q4_0"),
         ("gguf:q4_1", 4, 32, {}, "Q4_1"),
         ("gguf:q8_0", 4, 64, {}, "Q8_0"),
@@ -65,7 +70,7 @@ def write(model: Model, folder: Path, **quantised: artefact.Quantised) -> Path:
     ],
 )
 def test_the_importer_gets_the_weights_back(
-    tmp_path: Path, kind: str, to: str, bits: int, group: int, grid: dict[str, int], types: str
+    tmp_path: Path, kind: str, to: str, bits: int, group: int, grid: dict[str, Any], types: str
 ) -> None:
     model = tiny(kind)
     compressed(model, tmp_path / "master", bits, group, **grid)
@@ -226,12 +231,23 @@ def test_matrices_without_codes_are_one_line(tmp_path: Path) -> None:
         ("gguf:q4_0", 8, 32, {}, "Q4_0 holds steps -8 to 7", "--to gguf or"),
         ("gguf:q4_1", 4, 32, {"zero": 5}, "not exact in fp16", "--to gguf or"),
         ("gguf:q4_1", 8, 32, {}, "Q4_1 has 4 bits, its codes have 8", "--to gguf or"),
+        ("gguf:iq4_nl", 4, 32, {}, "its codes are not those of the grid iq4_nl", "--to gguf or"),
+        (
+            "gguf:q4_0",
+            4,
+            32,
+            {"name": "iq4_nl"},
+            "steps -8 to 7 about the zero, it has -127 to",
+            "--to gguf or",
+        ),
+        ("gguf:q4_1", 4, 32, {"name": "iq4_nl"}, "evenly spaced values", "--to gguf or"),
+        ("gguf", 4, 16, {"name": "iq4_nl"}, "groups of 16 are no multiple", "gguf:f32"),
         ("gguf:f16", 4, 32, {}, "not exact in F16", "--to gguf or"),
         ("gguf:bf16", 4, 32, {}, "not exact in BF16", "--to gguf or"),
     ],
 )
 def test_codes_that_would_not_be_exact_are_refused(
-    tmp_path: Path, to: str, bits: int, group: int, grid: dict[str, int], why: str, hint: str
+    tmp_path: Path, to: str, bits: int, group: int, grid: dict[str, Any], why: str, hint: str
 ) -> None:
     compressed(tiny(), tmp_path / "m", bits, group, **grid)
     with pytest.raises(UsageError, match=why) as caught:
@@ -240,7 +256,7 @@ def test_codes_that_would_not_be_exact_are_refused(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("to", ["gguf:q4_0", "gguf:q4_1"])
+@pytest.mark.parametrize("to", ["gguf:q4_0", "gguf:iq4_nl", "gguf:q4_1", "gguf:q5_0", "gguf:q5_1"])
 def test_plain_weights_are_not_quantised_here(tmp_path: Path, to: str) -> None:
     model = tiny()
     models.save(model.net, model.tokenizer, tmp_path / "plain")

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from fleetune import models
 from fleetune.compression.layerwise.column_loop import nearest
-from fleetune.compression.layerwise.grids import BITS, KINDS, Grid
+from fleetune.compression.layerwise.grids import BITS, KINDS, UNIFORM, Grid
 from fleetune.compression.layerwise.groups import quantise
 from fleetune.deploy.export import export
 from fleetune.deploy.formats import _ggml_blocks, compressed_tensors, gptq, mlx
+from fleetune.errors import UsageError
 from fleetune.models import artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
 
@@ -41,7 +42,7 @@ SHAPES = {
 def solved(draw: st.DrawFn) -> tuple[str, Quantised]:
     """A grid, and a matrix [16, 64] rounded to it, whose groups are of the shapes above and of any size."""
     kind, bits = draw(st.sampled_from(KINDS)), draw(st.sampled_from(BITS))
-    assume(kind != "universal" or bits <= 4)
+    assume((kind != "universal" or bits <= 5) and (kind in UNIFORM or bits == 4))
     x = torch.randn(
         ROWS, GROUP * GROUPS, generator=torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     )
@@ -49,7 +50,7 @@ def solved(draw: st.DrawFn) -> tuple[str, Quantised]:
     for part in x.split(GROUP, 1):
         shape = SHAPES[draw(st.sampled_from(sorted(SHAPES)))]
         groups.append(shape(part) * 2.0 ** draw(st.integers(-20, 12)))
-    grid = Grid(kind, bits, draw(st.booleans()))
+    grid = Grid(kind, bits, draw(st.booleans()) and kind in UNIFORM)
     weight = quantise(torch.cat(groups, 1), grid, GROUP, nearest).solved(grid, GROUP).weight
     assert isinstance(weight, Quantised)
     return kind, weight
@@ -64,9 +65,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=60)
 def test_directories_hold_what_was_solved(file: Path, case: tuple[str, Quantised]) -> None:
     kind, q = case
+    assume(kind in UNIFORM)
     middle = compressed_tensors.symmetric({"a": q})
     assert middle or kind in ("asymmetric", "universal")
-    written = {"gptq": (gptq.parts("a.weight", q), gptq._decode)}
+    written = {}
+    if q.bits in gptq.BITS:
+        written["gptq"] = (gptq.parts("a.weight", q), gptq._decode)
     if q.bits in compressed_tensors.BITS:
         written["ct"] = (compressed_tensors.parts("a.weight", q, middle), compressed_tensors._decode)
     dtype = torch.float32 if kind == "asymmetric" else torch.float16
@@ -85,7 +89,11 @@ def test_directories_hold_what_was_solved(file: Path, case: tuple[str, Quantised
 @settings(max_examples=60)
 def test_ggml_blocks_hold_what_was_solved(case: tuple[str, Quantised]) -> None:
     kind, q = case
-    types = {"asymmetric": [], "universal": ["Q4_1"]}.get(kind, ["Q8_0", *(["Q4_0"] if q.bits <= 4 else [])])
+    pairs = {"asymmetric": (), "universal": ("Q4_1", "Q5_1"), "iq4_nl": ("IQ4_NL", "Q8_0")}.get(
+        kind, ("Q4_0", "Q5_0")
+    )
+    types = [name for name, bits in zip(pairs, (4, 5), strict=False) if q.bits <= bits]
+    types += [] if kind in ("asymmetric", "universal") else ["Q8_0"]
     for name in types:
         assert _ggml_blocks.misfit(q, name) is None, name
         raw = gguf.quants.dequantize(_ggml_blocks.PACKERS[name](q), gguf.GGMLQuantizationType[name])
@@ -115,7 +123,7 @@ def test_a_matrix_without_a_negative_weight_is_exported_to_gptq(grid: str, tmp_p
     assert report.types["I32"] == 3 * 14
 
 
-@pytest.mark.parametrize("grid", KINDS)
+@pytest.mark.parametrize("grid", UNIFORM)
 def test_what_transformers_does_not_load_is_said(grid: str, tmp_path: Path) -> None:
     report = export(written(grid, tmp_path), "compressed-tensors", tmp_path / "out")
     said = [note for note in report.notes if "transformers (5.24) does not load" in note]
@@ -125,7 +133,18 @@ def test_what_transformers_does_not_load_is_said(grid: str, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of foreign packages
-@pytest.mark.parametrize("grid", KINDS)
+@pytest.mark.parametrize("to", ["compressed-tensors", "gptq", "mlx"])
+def test_values_that_are_not_evenly_spaced_have_no_place_in_directories(to: str, tmp_path: Path) -> None:
+    source = written("iq4_nl", tmp_path)
+    with pytest.raises(
+        UsageError, match=r"evenly spaced values; those of .*proj.weight are of the grid iq4_nl"
+    ) as e:
+        export(source, to, tmp_path / "out")
+    assert e.value.hint == "use --to gguf or --to hf, or compress again on another grid (--set grid=ggml)"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("grid", UNIFORM)
 def test_transformers_loads_symmetric_grids_and_no_others(grid: str, tmp_path: Path) -> None:
     """When the others load too, the note and the docs are out of date."""
     pytest.importorskip("compressed_tensors")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +19,7 @@ from fleetune.compression.layerwise import driver
 from fleetune.errors import ModelError, StorageError
 from fleetune.models.artefact import ArtefactHead, Master, Quantised, pack, unpack, write
 from fleetune.models.artefact_folder import FILE, is_master
+from fleetune.models.codebooks import CODEBOOKS
 
 HEAD = ArtefactHead("rtn", {"bits": 4}, "a" * 64, "b" * 64)
 
@@ -25,6 +27,7 @@ HEAD = ArtefactHead("rtn", {"bits": 4}, "a" * 64, "b" * 64)
 def made(folder: Path, **values: object) -> tuple[models.Model, Master]:
     model = models.tiny_llama()
     solver = compression.make("rtn", {"group": 8, **values})
+    assert isinstance(solver, compression.Solver)
     parts = driver.run(model, solver, None, folder / "parts")
     write(folder / "model", model, parts, HEAD)
     return model, Master(folder / "model")
@@ -39,7 +42,7 @@ def test_codes_are_packed_from_the_lowest_bit_on() -> None:
 
 
 @given(
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 8]),
     R=st.integers(1, 5),
     C=st.integers(1, 40),
     seed=st.integers(0, 1 << 30),
@@ -61,7 +64,7 @@ def test_weights_are_scale_times_steps() -> None:
     assert q.dense().tolist() == [[-4.0, 3.5, 0.0, -2.0]]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_an_artefact_holds_every_parameter_once(bits: int, tmp_path: Path) -> None:
     model, master = made(tmp_path, bits=bits)
     want = dict(models.named_tensors(model.net))
@@ -75,6 +78,50 @@ def test_an_artefact_holds_every_parameter_once(bits: int, tmp_path: Path) -> No
     assert master.head == ArtefactHead(
         **{**HEAD.__dict__, "grids": dict.fromkeys(sorted(linears), (bits, 8)), "shapes": master.head.shapes}
     )
+
+
+def test_an_artefact_names_the_codebook_of_its_codes(tmp_path: Path) -> None:
+    """Blocks that are finished, the artefact and what is read from it: the same codes, and values to the bit."""
+    model = models.tiny_llama()
+    solver = compression.make("rtn", {"grid": "iq4_nl", "group": 8})
+    assert isinstance(solver, compression.Solver)
+    parts = driver.run(model, solver, None, tmp_path / "parts")
+    write(tmp_path / "model", model, parts, HEAD)
+    master = Master(tmp_path / "model")
+    book = np.array(CODEBOOKS["iq4_nl"], np.float32)
+    assert parts
+    for name, part in parts.items():
+        q = master.quantised(name)
+        assert isinstance(part, Quantised)
+        assert q is not None
+        assert q.codebook == part.codebook == "iq4_nl"
+        assert torch.equal(q.codes, part.codes)
+        want = q.scale.float().repeat_interleave(8, 1).numpy() * book[q.codes.numpy()]
+        assert master.weight(name).numpy().tobytes() == want.tobytes()
+    assert (master.head.version, master.head.codebooks) == (2, dict.fromkeys(sorted(parts), "iq4_nl"))
+    assert ArtefactHead.from_json(master.head.to_json()) == master.head
+
+
+def test_an_artefact_without_a_codebook_is_as_it_always_was(tmp_path: Path) -> None:
+    """Earlier programs read it: version 1, and no word of codebooks."""
+    head = json.loads(made(tmp_path)[1].head.to_json())
+    assert (head["version"], "codebooks" in head) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("codebooks", "why"), [({"a": "nf4"}, "damaged.*codebook 'nf4'"), ({"a": "iq4_nl"}, "a has codes of 3 bits for iq4_nl"),
+    (["a"], "damaged")],
+)  # fmt: skip
+def test_a_codebook_that_cannot_be_is_refused(codebooks: object, why: str, tmp_path: Path) -> None:
+    head = json.dumps({**json.loads(HEAD.to_json()), "version": 2, "codebooks": codebooks,
+                       "grids": {"a": [3, 8]}, "shapes": {"a": [1, 8]}})  # fmt: skip
+    tensors = {
+        "a.codes": torch.zeros(1, 3, dtype=torch.uint8), "a.scale": torch.zeros(1, 1).half(),
+        "a.zero": torch.zeros(1, 1, dtype=torch.uint8),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / FILE, metadata={"format": "pt", "master": head})
+    with pytest.raises(ModelError, match=why):
+        Master(tmp_path).quantised("a")
 
 
 def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -120,8 +167,8 @@ def test_damage_is_said(tmp_path: Path) -> None:
     changed({f"{name}.scale": torch.zeros(1, 1, dtype=torch.float16)})
     with pytest.raises(ModelError, match=f"the parts of {name} do not fit"):
         Master(path.parent).quantised(name)
-    changed({}, version=2)
-    with pytest.raises(ModelError, match="version 2, this Fleetune reads 1"):
+    changed({}, version=3)
+    with pytest.raises(ModelError, match="version 3, this Fleetune reads 1 and 2"):
         Master(path.parent)
     changed({}, grids=[1])
     with pytest.raises(ModelError, match="head is damaged"):

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from benchmarks import tiny_families
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
-TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q5_1", "Q6_K", "Q4_K"]
+TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "IQ4_NL", "Q5_1", "Q6_K", "Q4_K"]
 
 
 def blocks(kind: str, rows: int, width: int, seed: int = 0) -> np.ndarray:
@@ -45,7 +45,7 @@ def blocks(kind: str, rows: int, width: int, seed: int = 0) -> np.ndarray:
     whole = rng.normal(size=(rows, width)).astype(np.float32)
     try:
         return gguf.quants.quantize(whole, gguf.GGMLQuantizationType[kind])
-    except NotImplementedError:  # the package reads K-quants but does not write them
+    except NotImplementedError:  # the package reads K-quants and IQ4_NL but does not write them
         size, count = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][::-1]
         data = rng.integers(0, 60, (rows, width // count, size), dtype=np.uint8)  # no scale is infinite
         return data.reshape(rows, -1)
@@ -61,7 +61,7 @@ def test_numbers_are_those_of_the_package(kind: str) -> None:
 
 
 def test_every_code_and_sign_of_scale_is_right() -> None:
-    for kind in ("Q4_0", "Q4_1", "Q5_0", "Q8_0"):
+    for kind in quants._KINDS:
         size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
         data = np.random.default_rng(1).integers(0, 256, (4096, size), dtype=np.uint8)
         data[:, 1] &= 0x7B  # of the scale: no infinity
@@ -86,7 +86,7 @@ def stored(folder: Path, kind: str, rows: int, width: int, *, before: int = 0, *
 
 
 @given(
-    kind=st.sampled_from([*TYPES[:5], "F32", "F16", "BF16"]),
+    kind=st.sampled_from([*TYPES[:6], "F32", "F16", "BF16"]),
     before=st.sampled_from([0, 1, 6, 64]),
     ordered=st.booleans(),
     shifted=st.booleans(),

@@ -13,8 +13,10 @@ for each quantised matrix NAME (a parameter's name, [R, C] = [out, in]), which i
     w[r, c] = scale[r, c // group] * (codes[r, c] - zero[r, c // group])            in float32, exact
 
 since a scale has 11 significant bits and the difference at most 9.  A pruned weight is one whose code is its
-zero.  Every export is a repacking of it.  The header (JSON under "master" in the file's metadata) says how it was
-made and from which base; it has no time and no path, so the same work gives the same bytes.
+zero.  Where the header names a codebook for NAME (`codebooks.py`), its value for a code stands in the code's place; zero is
+0 then.  Every export is a repacking of it.  The header (JSON under "master" in the file's metadata) says how it was
+made and from which base; it has no time and no path, so the same work gives the same bytes.  It is of version 2 where it
+names a codebook, which earlier programs cannot read, else of version 1.
 """
 
 from __future__ import annotations
@@ -37,28 +39,39 @@ from fleetune.common.folders import staged
 from fleetune.errors import ModelError
 from fleetune.models import seals
 from fleetune.models.artefact_folder import FILE, is_master
+from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.families.widths import mark_config
 from fleetune.models.model import Model, named_tensors
 from fleetune.models.tensor_file import write_in_turn
 
 VERSION: Final = 1
+WITH_CODEBOOKS: Final = 2  # the version of an artefact that names a codebook
 AGAIN: Final = "compress the model again"
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix on a grid: w[r, c] = scale[r, c // group] * (codes[r, c] - zero[r, c // group])."""
+    """A matrix on a grid: w[r, c] = scale[r, c // group] * steps[r, c].
+
+    The steps are codes[r, c] - zero[r, c // group], or a codebook's value for the code.
+    """
 
     codes: Tensor  # uint8 [R, C], below 2**bits
     scale: Tensor  # float16 [R, C / group]
-    zero: Tensor  # uint8 [R, C / group]
+    zero: Tensor  # uint8 [R, C / group]; 0 with a codebook
     bits: int
     group: int  # columns that share a scale and a zero
+    codebook: str = ""  # of CODEBOOKS; "" where codes are evenly spaced
+
+    def steps(self) -> Tensor:
+        """Return how many scales each weight is away from 0, int16 [R, C]."""
+        if self.codebook:
+            return torch.tensor(CODEBOOKS[self.codebook], dtype=torch.int16)[self.codes.int()]
+        return self.codes.to(torch.int16) - self.zero.to(torch.int16).repeat_interleave(self.group, 1)
 
     def dense(self) -> Tensor:
         """Return the weights, float32 [R, C]."""
-        steps = self.codes.float() - self.zero.float().repeat_interleave(self.group, 1)
-        return steps * self.scale.float().repeat_interleave(self.group, 1)
+        return self.steps().float() * self.scale.float().repeat_interleave(self.group, 1)
 
 
 @dataclass(frozen=True)
@@ -73,21 +86,27 @@ class ArtefactHead:
     grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # quantised NAME -> (bits, group)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # quantised NAME -> (R, C)
     version: int = VERSION
+    codebooks: Mapping[str, str] = field(default_factory=dict)  # NAME on a codebook -> its name
 
     def to_json(self) -> str:
         """Return canonical JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        raw = dataclasses.asdict(self)
+        if not self.codebooks:
+            del raw["codebooks"]  # version 1 does not know it
+        return json.dumps(raw, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> ArtefactHead:
         """Parse a header; ModelError when it is not that of a master artefact of this version."""
         try:
             raw = json.loads(text)
-            if raw["version"] != VERSION:
+            if raw["version"] not in (VERSION, WITH_CODEBOOKS):
                 raise ModelError(
-                    f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION}",
+                    f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION} and {WITH_CODEBOOKS}",
                     hint="update Fleetune, or compress the model again",
                 )
+            if unknown := sorted(set(raw.get("codebooks", {}).values()) - set(CODEBOOKS)):
+                raise ValueError(f"the codebook {unknown[0]!r}")
             pairs = {k: {n: (int(a), int(b)) for n, (a, b) in raw[k].items()} for k in ("grids", "shapes")}
             return ArtefactHead(**{**raw, **pairs})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -150,13 +169,17 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
     StorageError when it cannot be written or `folder` holds something else; then `folder` is unchanged.
     """
     grids, shapes = dict[str, tuple[int, int]](), dict[str, tuple[int, int]]()
+    codebooks = dict[str, str]()
     table = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
     for name, weight in _merged(model, changed):
         table |= {n: (t.dtype, tuple(t.shape)) for n, t in stored(name, weight).items()}
         if isinstance(weight, Quantised):
             (R, C) = weight.codes.shape
             grids[name], shapes[name] = (weight.bits, weight.group), (R, C)
-    head = dataclasses.replace(head, grids=grids, shapes=shapes)
+            if weight.codebook:
+                codebooks[name] = weight.codebook
+    version = WITH_CODEBOOKS if codebooks else VERSION
+    head = dataclasses.replace(head, grids=grids, shapes=shapes, codebooks=codebooks, version=version)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, weight in _merged(model, changed):
@@ -220,7 +243,12 @@ class Master:
                 f"{self.folder / FILE}: the parts of {name} do not fit [{R}, {C}] in groups of {group}",
                 hint=AGAIN,
             )
-        return Quantised(unpack(packed, bits, C), scale, zero, bits, group)
+        codebook = self.head.codebooks.get(name, "")
+        if codebook and len(CODEBOOKS[codebook]) != 1 << bits:
+            raise ModelError(
+                f"{self.folder / FILE}: {name} has codes of {bits} bits for {codebook}", hint=AGAIN
+            )
+        return Quantised(unpack(packed, bits, C), scale, zero, bits, group, codebook)
 
     def weight(self, name: str) -> Tensor:
         """Read a parameter's values: float32 for a quantised one, else in the stored dtype."""

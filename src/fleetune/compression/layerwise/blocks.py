@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -45,8 +46,8 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # by parameter name: (block, (bits, group, columns) or None for floats)
-        self._where: dict[str, tuple[int, tuple[int, int, int] | None]] = {}
+        # by parameter name: (block, [bits, group, columns, codebook] or None for floats)
+        self._where: dict[str, tuple[int, list[Any] | None]] = {}
         self.blocks: list[BlockResult] = []
 
     def open(self, number: int) -> bool:
@@ -63,7 +64,7 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
         if about.get("crc32", crc) != crc:  # of an earlier version: not stated
             return False
         for name, grid in head["weights"].items():
-            self._where[name] = (number, None if grid is None else tuple(grid))
+            self._where[name] = (number, grid)
         matrices = (MatrixResult(n, float(e), tuple(notes)) for n, e, notes in head["matrices"])
         self.blocks.append(BlockResult(number, tuple(matrices), head["seconds"]))
         return True
@@ -71,7 +72,7 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
     def put(self, block: BlockResult, weights: Mapping[str, Quantised | Tensor]) -> None:
         """Write a finished block.  StorageError when it cannot be written."""
         grids = {
-            n: (w.bits, w.group, w.codes.shape[1]) if isinstance(w, Quantised) else None
+            n: (w.bits, w.group, w.codes.shape[1], w.codebook) if isinstance(w, Quantised) else None
             for n, w in weights.items()
         }
         matrices = [[m.name, m.error, m.notes] for m in block.matrices]
@@ -87,9 +88,9 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
             if grid is None:
                 floats: Tensor = opened.get_tensor(name)
                 return floats
-            bits, group, columns = grid
+            bits, group, columns, *codebook = grid  # blocks of an earlier version name none
             codes, scale, zero = (opened.get_tensor(f"{name}.{x}") for x in ("codes", "scale", "zero"))
-            return Quantised(unpack(codes, bits, columns), scale, zero, bits, group)
+            return Quantised(unpack(codes, bits, columns), scale, zero, bits, group, *codebook)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

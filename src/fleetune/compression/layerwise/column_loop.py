@@ -33,13 +33,17 @@ BLOCK = 128
 
 
 class Segment(NamedTuple):
-    """Rule for the next columns: round them to a grid or leave them; masked weights become 0."""
+    """Rule for the next columns: round them to a grid or leave them; masked weights become 0.
+
+    A codebook rounds all of its columns: it has no mask, and its zero is 0.
+    """
 
     end: int  # the column after the last one
     scale: Tensor | None  # [R]; None for no grid
     zero: Tensor | None  # [R]
     top: int  # the largest code
     mask: Tensor | None  # bool [end - begin, R]: True is pruned
+    levels: Tensor | None = None  # the values of the codes of a codebook, rising; None for 0, 1 .. top
 
 
 ChooseSegment = Callable[[Tensor, int, int], Segment]
@@ -86,8 +90,14 @@ class CompensatedLoop:
         if self.factor.U is None:
             return nearest(W, choose)
         values, codes, squares = sweep(W, self.factor.U, choose)
-        self.loss = max(0.0, squares - self.factor.damping * torch.dist(W, values).item() ** 2)
+        self.loss = max(0.0, squares - self._added(W - values))
         return values, codes
+
+    def _added(self, error: Tensor) -> float:
+        """Return the part of the loss that is of what was added to H: the damping, and 1 for inputs that are always zero."""
+        norm = torch.linalg.vector_norm
+        of_dead = norm(error[:, self.factor.dead]).item() ** 2
+        return float(self.factor.damping * norm(error).item() ** 2 + of_dead)
 
 
 def _process_columns(
@@ -99,16 +109,29 @@ def _process_columns(
     mask = np.zeros((0, 0), np.bool_) if part.mask is None else part.mask.contiguous().numpy()
     end = min(part.end, last)
     ends = np.array([0, part.top], none.dtype)
-    _loop(Wt.numpy(), U.numpy(), E.numpy(), codes.numpy(), first, begin, end, last, scale, zero, ends, mask)
+    levels = none if part.levels is None else part.levels.numpy().astype(none.dtype)
+    grid = (scale, zero, ends, mask, levels, (levels[1:] + levels[:-1]) / 2)
+    _loop(Wt.numpy(), U.numpy(), E.numpy(), codes.numpy(), first, begin, end, last, *grid)
 
 
 @cached_njit
-def _loop(Wt, U, E, codes, first, begin, end, last, scale, zero, ends, mask):
+def _loop(Wt, U, E, codes, first, begin, end, last, scale, zero, ends, mask, levels, middles):
     # `ends` (0 and the largest code) has the dtype of the weights: a constant would widen the arithmetic.
     R = Wt.shape[1]
     for j in range(begin, end):
         w, e, code = Wt[j], E[j - first], codes[j]
-        if len(scale):
+        if len(levels):
+            for r in range(R):
+                e[r] = w[r] / scale[r]
+                code[r] = 0
+            for middle in middles:
+                for r in range(R):
+                    code[r] += e[r] > middle
+            for r in range(R):
+                q = scale[r] * levels[code[r]]
+                e[r] = (w[r] - q) / U[j, j]
+                w[r] = q
+        elif len(scale):
             for r in range(R):
                 c = np.rint(w[r] / scale[r]) + zero[r]
                 c = min(max(c, ends[0]), ends[1])

@@ -6,11 +6,12 @@
 | ggml | 2^(b-1) | that of ggml's Q4_0: the element of largest magnitude, signed, is code 0; scales may be negative |
 | symmetric | 2^(b-1) | that of the GPTQ reference code, scale = 2 max\\|w\\| / (2^b - 1): it clips one of the extremes |
 | asymmetric | integer | from the smallest to the largest element; 0 is always exact |
-| universal | integer | as asymmetric, with scales of 7 significant bits, so that scale * zero is exact in fp16 (Q4_1) |
+| universal | integer | as asymmetric; scales of 7 significant bits (6 where b = 5): scale * zero is exact in fp16 (Q4_1, Q5_1) |
+| iq4_nl | none | the 16 values of llama.cpp's IQ4_NL, denser about 0; the scale of least squared error (`codebook_fit.py`) |
 
 All scales are rounded to fp16 *before* codes are chosen, so no file format has to round them again.  Zero is on every
-grid: pruned weights stay zero, and the small weights of a group do not all err in one direction.  `search` also tries
-smaller ranges and takes the one with the least sum |err|^2.4 (`mse` in the reference code).
+grid but iq4_nl: pruned weights stay zero, and the small weights of a group do not all err in one direction.  `search`
+also tries smaller ranges and takes the one with the least sum |err|^2.4 (`mse` in the reference code).
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ from typing import Final
 import torch
 from torch import Tensor
 
-KINDS: Final = ("ggml", "symmetric", "asymmetric", "universal")
-BITS: Final = (2, 3, 4, 8)
+from fleetune.compression.layerwise.codebook_fit import fit_scale
+from fleetune.models.codebooks import CODEBOOKS
+
+UNIFORM: Final = ("ggml", "symmetric", "asymmetric", "universal")
+KINDS: Final = (*UNIFORM, *CODEBOOKS)
+BITS: Final = (2, 3, 4, 5, 8)
 GROUPS: Final = (256, 128, 64, 32, 16, 8, 4)  # sizes that are suggested
 NORM: Final = 2.4
-SIGNIFICANT: Final = 7  # bits of a universal scale; with 4 bits of zero they are 11, what fp16 holds
+HALF_BITS: Final = 11  # significant bits of fp16: those of a universal scale and of its zero together
+SIGNIFICANT: Final = 7  # bits of a universal scale at most
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,25 @@ class Grid:
         """The largest code."""
         return (1 << self.bits) - 1
 
-    def find(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def codebook(self) -> str:
+        """The name of the codebook; "" for evenly spaced values."""
+        return self.kind if self.kind in CODEBOOKS else ""
+
+    @property
+    def levels(self) -> Tensor | None:
+        """The values of a codebook's codes; None for evenly spaced ones."""
+        return torch.tensor(CODEBOOKS[self.kind], dtype=torch.float64) if self.codebook else None
+
+    def find(self, x: Tensor, curvature: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fit a grid to each row of x [R, n].
 
-        Returns (scale, zero) [R] of x's dtype: scales are exact in fp16, zeros are integers.
+        curvature [n] says how much an error in a column counts; only the fit of a codebook asks for it.  Returns (scale,
+        zero) [R] of x's dtype: scales are exact in fp16, zeros are integers.
         """
+        if (levels := self.levels) is not None:
+            scale = _half(fit_scale(x, levels, curvature))
+            return scale, torch.zeros_like(scale)
         best = self._fit(x, 1.0)
         if not self.search:
             return best
@@ -60,6 +80,9 @@ class Grid:
 
     def codes(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Return the nearest codes of x [R, n], of x's dtype."""
+        if (levels := self.levels) is not None:
+            middles = (levels[1:] + levels[:-1]).to(x.dtype) / 2
+            return (x[..., None] / scale[:, None, None] > middles).sum(2).to(x.dtype)
         return (torch.round(x / scale[:, None]) + zero[:, None]).clamp(0, self.top)
 
     def _error(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -77,7 +100,7 @@ class Grid:
             return _fp16(2 * torch.maximum(-lo, hi) / self.top), torch.full_like(lo, half)
         scale = (hi - lo) / self.top
         if self.kind == "universal":
-            scale = _significant(scale)
+            scale = _significant(scale, min(SIGNIFICANT, HALF_BITS - self.bits))
         scale = _fp16(scale)
         return scale, torch.round(-lo / scale).clamp(0, self.top)
 
@@ -96,19 +119,24 @@ def _extreme(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 
 def _fp16(scale: Tensor) -> Tensor:
     """Round to fp16 and back; 1 where that gives 0 (a group of zeros, or of numbers too small for fp16)."""
-    rounded = scale.clamp(-65504, 65504).to(torch.float16).to(scale.dtype)
+    rounded = _half(scale)
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
 
-def _significant(scale: Tensor) -> Tensor:
-    """Round to `SIGNIFICANT` bits."""
+def _half(scale: Tensor) -> Tensor:
+    """Round to fp16 and back, without infinities."""
+    return scale.clamp(-65504, 65504).to(torch.float16).to(scale.dtype)
+
+
+def _significant(scale: Tensor, bits: int) -> Tensor:
+    """Round to so many significant bits."""
     _, exponent = torch.frexp(scale)
     # fp16's subnormals have fewer bits: there the step is that of fp16 (2^-24), and zero * step is exact as well
-    step = torch.ldexp(torch.ones_like(scale), (exponent - SIGNIFICANT).clamp(min=-24))
+    step = torch.ldexp(torch.ones_like(scale), (exponent - bits).clamp(min=-24))
     return torch.round(scale / step) * step
 
 
-def grid_problems(kind: str, bits: int, group: int) -> list[str]:
+def grid_problems(kind: str, bits: int, group: int, *, search: bool = False) -> list[str]:
     """List what is wrong with the settings of a grid."""
     problems = []
     if kind not in KINDS:
@@ -117,10 +145,15 @@ def grid_problems(kind: str, bits: int, group: int) -> list[str]:
         problems.append(f"bits = {bits} is none of {', '.join(map(str, BITS))}")
     if group < 0:
         problems.append(f"group = {group} is below 0")
-    if kind == "universal" and bits > 4:
+    if kind == "universal" and bits > 5:
         problems.append(
-            f"a universal grid has 4 bits at most, so that scale * zero is exact in fp16; bits = {bits}"
+            f"a universal grid has 5 bits at most, so that scale * zero is exact in fp16; bits = {bits}"
         )
+    if kind in CODEBOOKS:
+        if len(CODEBOOKS[kind]) != 1 << bits:
+            problems.append(f"grid = {kind!r} has {len(CODEBOOKS[kind])} values: bits = 4, not {bits}")
+        if search:
+            problems.append(f"grid = {kind!r} tries several scales in any case: leave search out")
     return problems
 
 

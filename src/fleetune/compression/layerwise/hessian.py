@@ -50,6 +50,13 @@ class Factor(NamedTuple):
     damping: float  # what was added to the diagonal
     notes: tuple[str, ...]  # what had to be done differently
 
+    @property
+    def curvature(self) -> Tensor | None:
+        """How fast the error grows with that of each column, [C], when later columns correct it: 1 / U_ii^2, 0 for dead
+        inputs.  None without a factor.
+        """
+        return None if self.U is None else self.U.diagonal().pow(-2).masked_fill(self.dead, 0.0)
+
 
 def inverse_cholesky(H: Tensor, damping: float) -> Factor:
     """Factor H [C, C] with `damping` times the mean of its diagonal added to the diagonal.

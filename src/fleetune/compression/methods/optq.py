@@ -23,7 +23,8 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
 - Where H has no Cholesky factor, the reference code stops.  Here damping grows tenfold, up to 1; if there is still no
   factor, the layer is rounded to nearest and the report says so.
 - Inputs that are always zero are not an error: their weights become 0.
-- Weights that are exactly 0 stay 0, however few they are: pruned weights are never moved by the corrections.
+- Weights that are exactly 0 stay 0, however few they are: pruned weights are never moved by the corrections.  Only
+  `grid=iq4_nl` has no 0: there the weights of the last two rules get the value nearest to it, and a pruned matrix is refused.
 
 ## Options
 
@@ -31,6 +32,8 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
   within each group and then the groups (the group-aware reordering of GPTQModel), and fits grids as they are reached.
   In both, a group stays a run of neighbouring columns in the file: no index has to be written.  The default is
   `order=none`, because the differences are within the noise.
+- `grid=iq4_nl` is for llama.cpp's type of that name: 16 values that are denser about 0, 4.5 bits a weight in groups of 32.
+  A group's scale is the one of least squared error, in which column i counts by 1 / U_ii^2.
 - `search=true` also tries smaller ranges for each grid and takes the best.
 """
 
@@ -46,7 +49,7 @@ from fleetune.common.settings import setting
 from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import ColumnLoop, CompensatedLoop, Segment
 from fleetune.compression.layerwise.grids import Grid, grid_problems, group_problem
-from fleetune.compression.layerwise.groups import Codes, quantise
+from fleetune.compression.layerwise.groups import Codes, quantise, refuse_pruned
 from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
 
 PAPER = "Frantar et al., ICLR 2023, arXiv 2210.17323"
@@ -58,15 +61,16 @@ class Solver:
 
     data: ClassVar[bool] = True
 
-    bits: int = setting(4, "b", "bits of a code: 2, 3, 4 or 8")
+    bits: int = setting(4, "b", "bits of a code: 2, 3, 4, 5 or 8")
     group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
-    grid: str = setting("ggml", "grid", "ggml, symmetric, asymmetric or universal")
+    grid: str = setting("ggml", "grid", "ggml, symmetric, asymmetric, universal or iq4_nl")
     search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
     order: str = setting("none", "act", "order of the columns: none, static or gar")
     damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
 
     def __post_init__(self) -> None:
-        problems = grid_problems(self.grid, self.bits, self.group) + damping_problems(self.damping)
+        problems = grid_problems(self.grid, self.bits, self.group, search=self.search)
+        problems += damping_problems(self.damping)
         if self.order not in ("none", "static", "gar"):
             problems.append(f"order = {self.order!r} is none of none, static, gar")
         if problems:
@@ -79,7 +83,8 @@ class Solver:
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Run algorithm 1 of the paper on one matrix."""
         grid, group = Grid(self.grid, self.bits, self.search), self.group or W.shape[1]
-        zeros = (W == 0).T if bool((W == 0).any()) else None
+        refuse_pruned(W, grid)
+        zeros = (W == 0).T if not grid.codebook and bool((W == 0).any()) else None
         order = column_order(H.diagonal(), group, self.order)
         if order is not None:
             W, H = W[:, order], H[order][:, order]
@@ -88,9 +93,9 @@ class Solver:
         loop, W = CompensatedLoop(factor), W.masked_fill(factor.dead, 0.0)
         if self.order == "static":
             assert order is not None
-            found = _quantise_sorted(W, grid, group, loop, order, zeros)
+            found = _quantise_sorted(W, grid, group, loop, order, zeros, factor.curvature)
         else:
-            found = quantise(W, grid, group, loop, zeros)
+            found = quantise(W, grid, group, loop, zeros, factor.curvature)
             if order is not None:
                 found = _in_file_order(found, group, order)
         return found.solved(grid, group, factor.notes, loop.loss)
@@ -114,19 +119,28 @@ def _in_file_order(found: Codes, group: int, order: Tensor) -> Codes:
 
 
 def _quantise_sorted(
-    W: Tensor, grid: Grid, group: int, loop: ColumnLoop, order: Tensor, zeros: Tensor | None
+    W: Tensor,
+    grid: Grid,
+    group: int,
+    loop: ColumnLoop,
+    order: Tensor,
+    zeros: Tensor | None,
+    curvature: Tensor | None,
 ) -> Codes:
     """Quantise sorted columns; the grids are fitted beforehand, to groups of neighbours in the file."""
-    back = order.argsort()
-    whole = W[:, back]
-    fits = [grid.find(whole[:, first : first + group]) for first in range(0, W.shape[1], group)]
+    back, levels = order.argsort(), grid.levels
+    whole, h = W[:, back], torch.ones(len(order)) if curvature is None else curvature[back]
+    fits = [
+        grid.find(whole[:, first : first + group], h[first : first + group])
+        for first in range(0, W.shape[1], group)
+    ]
     scale, zero = (torch.stack([fit[i] for fit in fits], 1) for i in (0, 1))
     group_of = order // group
 
     def choose(Wt: Tensor, begin: int, last: int) -> Segment:
         g = int(group_of[begin])
         mask = None if zeros is None else zeros[begin : begin + 1]
-        return Segment(begin + 1, scale[:, g], zero[:, g], grid.top, mask)
+        return Segment(begin + 1, scale[:, g], zero[:, g], grid.top, mask, levels)
 
     _, codes = loop(W, choose)
     return Codes(codes[:, back], scale, zero)

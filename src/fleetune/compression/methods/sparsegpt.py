@@ -41,6 +41,7 @@ from fleetune.compression.layerwise.column_loop import BLOCK, CompensatedLoop, S
 from fleetune.compression.layerwise.grids import Grid, grid_problems, group_problem
 from fleetune.compression.layerwise.groups import Codes
 from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
+from fleetune.models.codebooks import CODEBOOKS
 
 PAPER = "Frantar and Alistarh, ICML 2023, arXiv 2301.00774"
 
@@ -54,7 +55,7 @@ class Solver:
     sparsity: float = setting(0.5, "p", "share pruned, where n is 0")
     n: int = setting(0, "n", "prune n of every m in a row (0: no pattern)")
     m: int = setting(4, "m", "size of the pattern")
-    bits: int = setting(0, "b", "also quantise to 2, 3, 4 or 8 bits (0: no)")
+    bits: int = setting(0, "b", "also quantise to 2, 3, 4, 5 or 8 bits (0: no)")
     group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
     grid: str = setting("ggml", "grid", "ggml, symmetric, asymmetric or universal")
     damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
@@ -71,6 +72,8 @@ class Solver:
             problems.append(f"groups of {self.group} are not whole patterns of {self.m}")
         if self.bits:
             problems += grid_problems(self.grid, self.bits, self.group)
+            if self.grid in CODEBOOKS:
+                problems.append(f"grid = {self.grid!r} has no 0, which pruned weights need")
         if problems:
             raise ValueError(*problems)
 

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -133,7 +134,7 @@ def packed(model: Checkpoint, parts: Parts, rounded: set[str]) -> Iterator[tuple
 def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
     """Return the grids of the quantised matrices, without their codes.
 
-    UsageError when nothing is quantised, Misfit when something else than linear layers is.
+    UsageError when nothing is quantised, Misfit when something else than linear layers is, or values are not evenly spaced.
     """
     found: dict[str, Quantised] = {}
     for name in model.names:
@@ -143,7 +144,12 @@ def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
             raise Misfit(
                 f"{to} holds quantised linear layers; {name} is none", remedy="compress again without it"
             )
-        found[name] = Quantised(q.codes[:0], q.scale[:0], q.zero, q.bits, q.group)
+        if q.codebook:
+            raise Misfit(
+                f"{to} holds evenly spaced values; those of {name} are of the grid {q.codebook}",
+                remedy="compress again on another grid (--set grid=ggml)",
+            )
+        found[name] = replace(q, codes=q.codes[:0], scale=q.scale[:0])
     if not found:
         raise UsageError(
             f"{model.folder} holds plain weights, and {to} is for compressed ones",

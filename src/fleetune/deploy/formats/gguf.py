@@ -6,9 +6,10 @@ metadata keys those that llama.cpp reads for architectures llama, qwen2 and qwen
 repacked without loss (`_ggml_blocks.py`); a target that cannot hold the codes is refused before anything is written.
 
     target      quantised matrices             embedding, head        other matrices       norms, biases
-    gguf        Q4_0, Q4_1 or Q8_0: the        Q8_0                   F16 (BF16 stays)     F32
-                smallest that is exact
-    gguf:q4_0   Q4_0 (q4_1, q8_0 alike)        Q8_0                   F16 (BF16 stays)     F32
+    gguf        Q4_0, IQ4_NL, Q4_1, Q5_0,      Q8_0                   F16 (BF16 stays)     F32
+                Q5_1 or Q8_0: the smallest
+                that is exact
+    gguf:q4_0   Q4_0 (the others alike)        Q8_0                   F16 (BF16 stays)     F32
     gguf:f32    F32 (f16, bf16 if exact)       F32                    F32                  F32
 
 of a plain directory: gguf:q8_0, f16, bf16, f32 for all matrices; gguf alone is F16 (BF16 stays).  Rows that
@@ -58,7 +59,10 @@ from fleetune.models.tensor_file import damaged
 TARGETS: Final = {
     "gguf": "one file for llama.cpp, Ollama, LM Studio: in the type that holds the codes exactly",
     "gguf:q4_0": "the same, 4.5 bits a weight: symmetric 4-bit codes",
+    "gguf:iq4_nl": "the same, 4.5 bits a weight: codes of the grid iq4_nl",
     "gguf:q4_1": "the same, 5 bits a weight: 4-bit codes with a zero",
+    "gguf:q5_0": "the same, 5.5 bits a weight: symmetric 5-bit codes",
+    "gguf:q5_1": "the same, 6 bits a weight: 5-bit codes with a zero",
     "gguf:q8_0": "the same, 8.5 bits a weight: codes up to 8 bits, or plain weights rounded",
     "gguf:f16": "the same, plain weights in fp16",
     "gguf:bf16": "the same, plain weights in bf16",
@@ -72,6 +76,8 @@ ORDER: Final = 10
 FLOATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {dtype.tag: getattr(torch, dtype.full) for dtype in WEIGHTS.values()}
 )
+# types that plain weights are not rounded to here
+ROUNDED_BY_COMPRESS: Final = tuple(kind.lower() for kind in _ggml_blocks.PACKERS if kind != "Q8_0")
 ENDS: Final = ("token_embd.weight", "output.weight")
 
 
@@ -82,7 +88,7 @@ class GgufTensor:
     name: str  # in the file
     parameter: str  # transformers' name
     shape: tuple[int, ...]
-    kind: str  # Q4_0, Q4_1, Q8_0, F32, F16 or BF16
+    kind: str  # one of `_ggml_blocks.PACKERS`, F32, F16 or BF16
     heads: int  # in how many heads the rows are interleaved; 0: as they are
     shifted: bool  # whether the file holds 1 + w: gemma's norms
 
@@ -175,7 +181,7 @@ def _counted(names: Sequence[str]) -> str:
 
 def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTensor]:
     """Return the tensors of the file in the model's order; `notes` gets the fallbacks."""
-    if not model.compressed and kind in ("q4_0", "q4_1"):
+    if not model.compressed and kind in ROUNDED_BY_COMPRESS:
         raise UsageError(
             f"{model.folder} holds plain weights, and gguf:{kind} is for compressed ones",
             hint="compress it first (fleetune compress), or use --to gguf:q8_0",
