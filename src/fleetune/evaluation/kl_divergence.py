@@ -14,7 +14,7 @@ first tokens alone, as many as fit `ROOM`.  Logits come and go in pieces.  Nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -51,7 +51,7 @@ def file_size(scored: int, vocabulary: int) -> int:
     return 4 * vocabulary * positions(scored, vocabulary)
 
 
-def scored(rows: Iterable[tuple[Sequence[int], int]]) -> int:
+def scored(rows: Iterable[tuple[Sized, int]]) -> int:
     """Return how many tokens of rows (ids, n_prompt) are scored; the first one of a row never is."""
     return sum(max(0, len(ids) - max(n_prompt, 1)) for ids, n_prompt in rows)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
-from fleetune.subject import Compressed, Run, Subject
+from fleetune.subject import Compressed, Plain, Run, Subject
 
 if TYPE_CHECKING:
     from fleetune.common.paired import RowLosses
@@ -79,6 +79,28 @@ def load_alone(
         return subject.load(device=device, offline=offline, base=base)
     models.check_device(device, dtype or "fp32")
     return subject.load(dtype=dtype or "fp32", device=device, offline=offline, base=base)
+
+
+def check_same_tokens(subject: Subject, reference: Subject, *, offline: bool = False) -> None:
+    """UsageError when two models have different tokens, before either is loaded; one may have more of them."""
+    own, other = (_vocabulary(found, offline=offline).items() for found in (subject, reference))
+    if not (own <= other or other <= own):
+        raise UsageError(
+            f"{subject.argument} and {reference.argument} have different tokens, so what they predict cannot be compared",
+            hint="give as --reference the model that it was made from, or another with the same tokenizer",
+        )
+
+
+def _vocabulary(subject: Subject, *, offline: bool) -> dict[str, int]:
+    """Return the tokens of a subject, with their numbers."""
+    from fleetune import models
+
+    if isinstance(subject, Plain):
+        name = subject.name
+    else:
+        name = subject.recipe.model if isinstance(subject, Run) else str(subject.model)
+    found: dict[str, int] = models.load_tokenizer(name, offline=offline).get_vocab()
+    return found
 
 
 def _check_dtype(run: Run, dtype: str | None, device: str) -> None:

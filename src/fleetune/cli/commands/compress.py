@@ -73,7 +73,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="solve a layer on inputs that have passed the compressed layers of its own block (GPTQ's option of that name): "
         "one pass of all windows together, a fifth less time, more memory for activations",
     )
-    sub.add_argument("--eval-text", help="plain text file: its perplexity before and after, and the KL divergence from the dense model on it")
+    sub.add_argument(
+        "--eval-text",
+        help="plain text file: its perplexity before and after, and the KL divergence from the dense model on it",
+    )
     sub.add_argument(
         "--seed", type=int, help="seed of what a model writes, and of the order of rows (default 42)"
     )

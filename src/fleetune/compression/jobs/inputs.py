@@ -64,7 +64,9 @@ class Inputs:
             return
         with reference.kept(model, rows, folder / LOGITS) as found:
             size = human_bytes(found.path.stat().st_size)
-            listener.note(f"{counted(found.tokens, 'token')} to compare by: {size} of logits, on the disk until the end")
+            listener.note(
+                f"{counted(found.tokens, 'token')} to compare by: {size} of logits, on the disk until the end"
+            )
             yield found
 
     def measure(self, model: Model, reference: Reference | None = None) -> dict[str, float]:
