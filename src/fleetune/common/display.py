@@ -111,6 +111,10 @@ _METRICS = {
 }
 
 
+# the measures that compare with a reference model, and their units; each has a standard error
+COMPARED = {"kl_divergence": "", "same_top": " %"}
+
+
 def metric(name: str) -> Metric:
     """Return the display of the measure called `name` in metrics.jsonl and eval.json."""
     if name in _METRICS:

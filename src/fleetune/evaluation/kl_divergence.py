@@ -79,6 +79,11 @@ def write(path: Path, pieces: Iterable[np.ndarray], scored: int) -> int:
     raise ValueError("there are fewer logits than scored tokens")
 
 
+def tokens_in(path: Path) -> int:
+    """Return the number of tokens whose logits are in the file of `write`."""
+    return len(np.load(path, mmap_mode="r"))
+
+
 def compare(path: Path, pieces: Iterable[np.ndarray]) -> Compared:
     """Compare logits, float32 [n, vocabulary] a piece, with those of the same tokens in the file of `write`."""
     reference = np.load(path, mmap_mode="r")

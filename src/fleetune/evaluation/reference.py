@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from fleetune.models.model import Model
 
 @dataclass(frozen=True)
 class Reference:
-    """The logits of a reference model on rows: the file is there while `kept` runs its block."""
+    """The logits of a reference model on rows, in a file."""
 
     rows: Sequence[Encoded]
     path: Path
@@ -31,13 +30,9 @@ class Reference:
         return kl_divergence.compare(self.path, scored_logits(model, self.rows))
 
 
-@contextmanager
-def kept(model: Model, rows: Sequence[Encoded], path: Path) -> Iterator[Reference]:
-    """Write the logits of a model on rows to `path`, which is removed when the block ends."""
-    try:
-        yield Reference(rows, path, kl_divergence.write(path, scored_logits(model, rows), scored(rows)))
-    finally:
-        path.unlink(missing_ok=True)
+def keep(model: Model, rows: Sequence[Encoded], path: Path) -> Reference:
+    """Write the logits of a model on rows to the file `path`; StorageError when the disk is full."""
+    return Reference(rows, path, kl_divergence.write(path, scored_logits(model, rows), scored(rows)))
 
 
 def scored(rows: Sequence[Encoded]) -> int:

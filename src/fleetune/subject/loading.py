@@ -35,10 +35,10 @@ def load_with_rows(
 
     if isinstance(subject, Run):
         _check_dtype(subject, dtype, device)
-        rows = given or subject.held_out(offline=offline)
+        rows = rows_of(subject, given, offline=offline)
         return subject.load(device=device, offline=offline, base=base), rows
     models.check_device(device, dtype or "fp32")
-    rows = given or (subject.held_out(offline=offline) if isinstance(subject, Compressed) else [])
+    rows = rows_of(subject, given, offline=offline)
     if not rows and needs_rows:
         what = "this model" if isinstance(subject, Compressed) else "a model"
         raise UsageError(
@@ -81,6 +81,11 @@ def load_alone(
     return subject.load(dtype=dtype or "fp32", device=device, offline=offline, base=base)
 
 
+def rows_of(subject: Subject, given: list[Example], *, offline: bool = False) -> list[Example]:
+    """Return the rows to measure a subject on: those `given`, else its own held-out rows, where it has any."""
+    return given or ([] if isinstance(subject, Plain) else subject.held_out(offline=offline))
+
+
 def check_same_tokens(subject: Subject, reference: Subject, *, offline: bool = False) -> None:
     """UsageError when two models have different tokens, before either is loaded; one may have more of them."""
     own, other = (_vocabulary(found, offline=offline).items() for found in (subject, reference))
@@ -93,14 +98,16 @@ def check_same_tokens(subject: Subject, reference: Subject, *, offline: bool = F
 
 def _vocabulary(subject: Subject, *, offline: bool) -> dict[str, int]:
     """Return the tokens of a subject, with their numbers."""
+    from transformers import AutoTokenizer
+
     from fleetune import models
 
-    if isinstance(subject, Plain):
-        name = subject.name
+    if isinstance(subject, Compressed):
+        tokenizer = AutoTokenizer.from_pretrained(subject.model, local_files_only=True)
     else:
-        name = subject.recipe.model if isinstance(subject, Run) else str(subject.model)
-    found: dict[str, int] = models.load_tokenizer(name, offline=offline).get_vocab()
-    return found
+        name = subject.recipe.model if isinstance(subject, Run) else subject.name
+        tokenizer = models.load_tokenizer(name, offline=offline)
+    return dict(tokenizer.get_vocab())
 
 
 def _check_dtype(run: Run, dtype: str | None, device: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fleetune.cli import door_flags
 from fleetune.cli.console import Ui
 from fleetune.common import settings
-from fleetune.common.display import human_bytes, human_time, show_with_error
+from fleetune.common.display import COMPARED, human_bytes, human_time, show_with_error
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, rundir
@@ -33,7 +33,6 @@ fleetune compress smollm2-135m --text book.txt --dry-run
 fleetune compress --list optq                              its settings
 """
 METHOD = "optq"  # unless another is asked for
-COMPARED = {"kl_divergence": "", "same_top": " %"}  # the measures that have a standard error, and their units
 BESIDE = {*(f"{name}_error" for name in COMPARED), "kl_tokens"}  # these have no line of their own
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
 from fleetune.common import commas
-from fleetune.common.display import change, human_bytes, is_noise, metric, show, show_with_error
+from fleetune.common.display import COMPARED, change, human_bytes, is_noise, metric, show, show_with_error
 from fleetune.common.shell import quoted
 from fleetune.runs.events import Measured
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 def _shown(row: Measured, name: str) -> str:
     """A measure; the loss with its change from the first line, where that is known."""
     value = row.values[name]
-    if name in ("kl_divergence", "same_top"):
+    if name in COMPARED:
         return show_with_error(name, value, getattr(row, f"{name}_error"))
     if name != "loss" or row.change is None:
         return show(name, value)

@@ -62,12 +62,16 @@ class Inputs:
         if not reference.scored(rows):
             yield None
             return
-        with reference.kept(model, rows, folder / LOGITS) as found:
-            size = human_bytes(found.path.stat().st_size)
+        file = folder / LOGITS
+        try:
+            found = reference.keep(model, rows, file)
             listener.note(
-                f"{counted(found.tokens, 'token')} to compare by: {size} of logits, on the disk until the end"
+                f"{counted(found.tokens, 'token')} to compare by: {human_bytes(file.stat().st_size)} of logits, on the disk "
+                "until the end"
             )
             yield found
+        finally:
+            file.unlink(missing_ok=True)
 
     def measure(self, model: Model, reference: Reference | None = None) -> dict[str, float]:
         """Measure a model: loss on the held-out rows, perplexity of its own text and of the text, where there are any.

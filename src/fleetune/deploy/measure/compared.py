@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from fleetune.common.display import human_bytes
+from fleetune.common.display import counted, human_bytes
 from fleetune.deploy.measure import harness, lines
 from fleetune.deploy.measure.harness import MeasureJob, Row
 from fleetune.deploy.measure.lines import Line, Measurable
@@ -87,8 +87,9 @@ def logits_of(
         harness.measured(MeasureJob(
             line.kind, line.path, threads, line.dtype, offline, repeats=0, compared=rows, logits=str(file), reference=True
         ))  # fmt: skip
-        size = human_bytes(file.stat().st_size)
+        tokens, size = kl_divergence.tokens_in(file), human_bytes(file.stat().st_size)
         listener.note(
-            f"{line.name} in {line.engine} is the reference: {size} of logits in {folder} until the end"
+            f"{line.name} in {line.engine} is the reference: {counted(tokens, 'token')}, {size} of logits in {folder} "
+            "until the end"
         )
         yield Logits(reference, rows, file)

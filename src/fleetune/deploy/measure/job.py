@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common import paired
-from fleetune.common.display import counted
+from fleetune.common.display import COMPARED, counted
 from fleetune.common.paired import RowLosses
 from fleetune.deploy.measure import compared, harness, kept_gain, lines, record
 from fleetune.deploy.measure.compared import ReferenceLine
@@ -325,7 +325,7 @@ def _kept(
     kept = {
         name: harness.kept_gain(name, b[name], t[name], cb[name], ct[name], by_row if name == "loss" else ())
         for name in b
-        if name not in ("perplexity", "kl_divergence", "same_top")
+        if name not in ("perplexity", *COMPARED)
     }
     if before is None:
         return kept
