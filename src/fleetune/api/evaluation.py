@@ -64,10 +64,10 @@ def evaluate(
     heard, labels = heard_by(listener, progress), words(labels)
     own, others = harness_tasks.divided(words(tasks))
     wanted = _checked_tasks(own, limit, answer_tokens, text)
+    if dense is not None and others and not own:
+        raise UsageError("a reference is compared with on rows or a text", hint="--tasks loss as well")
     of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
     if of_harness is not None and not own:
-        if dense is not None:
-            raise UsageError("a reference is compared with on rows or a text", hint="--tasks loss as well")
         return _by_harness(
             of_harness, found, limit, heard, dtype=dtype, device=device, base=base, offline=offline
         )

@@ -63,7 +63,8 @@ def reference_of(
         for one in found:
             loading.check_same_tokens(one.subject, named, offline=offline)
         own = lines.of(named, offline=offline)
-        return ReferenceLine(_last_without(own, ("gguf",)), own.tokenizer, named=True)
+        line = replace(_last_without(own, ("gguf",)), name=own.name)
+        return ReferenceLine(line, own.tokenizer, named=True)
     if len(found) == 1 and found[0].folder is not None:
         return ReferenceLine(_last_without(found[0], SMALL), found[0].tokenizer, named=False)
     return None

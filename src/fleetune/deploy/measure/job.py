@@ -170,13 +170,18 @@ def _windows(options: MeasureOptions, found: Sequence[Measurable]) -> dict[Path,
 def _compared_rows(
     options: MeasureOptions, reference: ReferenceLine | None, examples: Sequence[Example], length: int
 ) -> list[Row]:
-    """Return what models are compared with the reference on, in its tokens: windows of the text, else the rows' answers."""
+    """Return what models are compared with the reference on, in its tokens: windows of the text, else the rows' answers.
+
+    UsageError when a reference is named and there is neither.
+    """
     from fleetune.deploy.measure.exported_perplexity import windows_of
 
     if reference is None:
         return []
     if options.text:
         return windows_of(options.text, reference.tokenizer, options.length, options.windows)
+    if reference.named and not examples:
+        raise UsageError("there is nothing to compare on", hint="--text FILE, or rows with --data FILE")
     return _encoded(examples, reference.tokenizer, length)
 
 
