@@ -94,7 +94,7 @@ def test_the_table_shows_it_with_its_error(tiny: str, at: Path, capsys: pytest.C
     after = json.loads((folder / "compress.json").read_text())["result"]["after"]
     value, sign, error = lines["kl_divergence"]
     assert (float(value), sign, float(error)) == (
-        pytest.approx(after["kl_divergence"], abs=1e-5), "±", pytest.approx(after["kl_divergence_error"], abs=1e-5),
+        pytest.approx(after["kl_divergence"], abs=5.1e-5), "±", pytest.approx(after["kl_divergence_error"], abs=5.1e-5),
     )  # fmt: skip
     assert lines["same_top"] == [f"{after['same_top']:.1f}", "±", f"{after['same_top_error']:.1f}", "%"]
     assert not {"kl_divergence_error", "same_top_error", "kl_tokens"} & set(lines)
@@ -143,19 +143,21 @@ def test_a_pruned_model_and_a_student_are_compared_too(
     _, told, err = call(
         capsys, "compress", tiny, "--method", "llm-pruner", *pruner, "--windows", "2", "--length", "16", *TEXT
     )
-    assert told[-1]["event"] == "done", err
+    assert told[-1]["event"] == "done", told[-1]
     model = models.load(f"{told[-1]['folder']}/model")
     close(told[-1]["after"], expected(dense, model, text_rows(dense, texts)))
     assert told[-1]["pruned"] == told[-1]["after"]
-    student = ["teacher=same", "keep_layers=1", "steps=2", "batch_size=1", "max_new_tokens=4", "lmbda=0"]
-    _, told, err = call(
+    teacher = models.tiny_llama(seed=4)
+    models.save(teacher.net, teacher.tokenizer, at / "teacher")
+    student = ["teacher=./teacher", "steps=2", "batch_size=1", "max_new_tokens=4", "lmbda=0"]
+    _, told, _ = call(
         capsys, "compress", tiny, "--method", "gkd", "--data", "rows.jsonl", *TEXT,
         *(word for each in student for word in ("--set", each)),
     )  # fmt: skip
-    assert told[-1]["event"] == "done", err
-    model = models.load(f"{told[-1]['folder']}/model")
-    close(told[-1]["after"], expected(dense, model, text_rows(dense, texts)))
-    assert told[-1]["before"]["kl_divergence"] > 0
+    assert told[-1]["event"] == "done", told[-1]
+    model, rows = models.load(f"{told[-1]['folder']}/model"), text_rows(dense, texts)
+    close(told[-1]["after"], expected(teacher, model, rows))
+    close(told[-1]["before"], expected(teacher, dense, rows))
     assert "kl_divergence" not in told[-1]["teacher"]
 
 
@@ -164,7 +166,7 @@ def test_ctrl_c_leaves_no_logits_and_a_resumed_compression_states_the_same(
 ) -> None:
     _, told, _ = call(capsys, "compress", tiny, *RTN, *TEXT)
     with monkeypatch.context() as patch:
-        patch.setattr("fleetune.cli.listener.Interrupt", pulled_after(9))
+        patch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(9))
         assert call(capsys, "compress", tiny, *RTN, *TEXT)[0] == 130
     folder = sorted((at / "runs").iterdir())[-1]
     assert not (folder / LOGITS).exists()

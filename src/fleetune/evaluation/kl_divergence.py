@@ -104,7 +104,7 @@ def of_tokens(P: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     V = min(P.shape[1], Q.shape[1])
     size = max(1, PIECE // (8 * V))
-    kl = [_kl(P[a : a + size, :V], Q[a : a + size, :V]) for a in range(0, len(P), size)]
+    kl = [_kl(P[a : a + size, :V], Q[a : a + size, :V]) for a in range(0, max(1, len(P)), size)]
     return np.concatenate(kl), P[:, :V].argmax(1) == Q[:, :V].argmax(1)
 
 
