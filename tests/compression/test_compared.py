@@ -140,7 +140,7 @@ def test_a_pruned_model_and_a_student_are_compared_too(
         "--set",
         "last=0",
     ]
-    _, told, err = call(
+    _, told, _ = call(
         capsys, "compress", tiny, "--method", "llm-pruner", *pruner, "--windows", "2", "--length", "16", *TEXT
     )
     assert told[-1]["event"] == "done", told[-1]
