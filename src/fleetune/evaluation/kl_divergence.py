@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sized
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 import numpy as np
 
@@ -81,20 +81,31 @@ def write(path: Path, pieces: Iterable[np.ndarray], scored: int) -> int:
 
 def tokens_in(path: Path) -> int:
     """Return the number of tokens whose logits are in the file of `write`."""
-    return len(np.load(path, mmap_mode="r"))
+    with open(path, "rb") as file:
+        return _shape(file)[0]
+
+
+def _shape(file: BinaryIO) -> tuple[int, int]:
+    """Return tokens and vocabulary of an open file, which is then at the first logit."""
+    np.lib.format.read_magic(file)
+    tokens, vocabulary = np.lib.format.read_array_header_1_0(file)[0]
+    return tokens, vocabulary
 
 
 def compare(path: Path, pieces: Iterable[np.ndarray]) -> Compared:
     """Compare logits, float32 [n, vocabulary] a piece, with those of the same tokens in the file of `write`."""
-    reference = np.load(path, mmap_mode="r")
-    found, at = list[tuple[np.ndarray, np.ndarray]](), 0
-    for piece in pieces:
-        part = reference[at : at + len(piece)]
-        found.append(of_tokens(part, piece[: len(part)]))
-        at += len(part)
-        if at == len(reference):
-            return summary(*(np.concatenate(values) for values in zip(*found, strict=True)))
-    raise ValueError(f"{at} tokens were given, the reference has {len(reference)}")
+    found = list[tuple[np.ndarray, np.ndarray]]()
+    with open(path, "rb") as file:  # read, not mapped: its pages would count as memory of this process
+        tokens, vocabulary = _shape(file)
+        left = tokens
+        for piece in pieces:
+            count = min(len(piece), left)
+            part = np.fromfile(file, "<f4", count * vocabulary).reshape(count, vocabulary)
+            found.append(of_tokens(part, piece[:count]))
+            left -= count
+            if not left:
+                return summary(*(np.concatenate(values) for values in zip(*found, strict=True)))
+    raise ValueError(f"{tokens - left} tokens were given, the reference has {tokens}")
 
 
 def of_tokens(P: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

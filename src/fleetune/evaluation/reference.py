@@ -43,8 +43,6 @@ def scored(rows: Sequence[Encoded]) -> int:
 def scored_logits(model: Model, rows: Sequence[Encoded]) -> Iterator[np.ndarray]:
     """Yield the logits from which the scored tokens of rows are predicted, in order, a piece at a time: float32 [n, V]."""
     for row in rows:
-        if not scored([row]):
-            continue
         with eval_mode(model.net):
             inputs, head = predictors(model.net, collate([row], pad_id(model), model.device))
             size = tokens_a_piece(head(inputs[:1]).shape[-1])
