@@ -185,6 +185,7 @@ def test_a_model_is_compared_token_by_token(
     assert scored((row.ids, row.n_prompt) for row in rows()) == 8 + 7 + 1
     P, Q = (np.concatenate([whole(m, row) for row in rows()]) for m in (dense, model))
     expected = by_hand(P, Q)
+    assert max(map(len, reference.scored_logits(dense, rows()))) == min(chunk, 8)
     kept = reference.keep(dense, rows(), tmp_path / "p")
     assert kept.tokens == len(expected) == 16
     found = kept.compare(model)
