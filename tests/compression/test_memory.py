@@ -33,6 +33,7 @@ from fleetune.models.mapped.net import in_memory
 from fleetune.models.shapes import shape_of
 from fleetune.models.tensor_file import write_in_turn
 from fleetune.planning import compression_cost, plan
+from fleetune.runs.listener import Silent
 
 TYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]
 
@@ -126,8 +127,10 @@ def most_alive(folder: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> tu
         patch.setattr(LazyWeight, "values", values)
         driver.check(model, solver)
         windows = torch.zeros(3, 12, dtype=torch.int64) + torch.arange(12)
-        parts = driver.run(model, solver, windows, folder / "parts")
-        solve._after(Inputs(model, [], [], ["a text to measure on"], "a text"), parts)
+        inputs = Inputs(model, [], [], ["a text to measure on"], "a text")
+        with inputs.reference(model, folder, Silent()) as reference:
+            parts = driver.run(model, solver, windows, folder / "parts")
+            assert "kl_divergence" in solve._after(inputs, parts, reference)
         from fleetune.models import artefact
 
         artefact.write(
@@ -155,8 +158,10 @@ def test_afterwards_the_compressed_weights_take_the_place_of_the_own(
     linears = {name: m for _, found in linears_of(model) for name, m in found.items()}
     own = {name: Room(m.weight) for name, m in linears.items()}
     held: list[int] = []
-    monkeypatch.setattr(Inputs, "measure", lambda self, net: held.append(sum(r.held() for r in own.values())))
-    solve._after(Inputs(model, [], [], ["a text to measure on"], "a text"), parts)
+    monkeypatch.setattr(
+        Inputs, "measure", lambda self, net, reference: held.append(sum(r.held() for r in own.values()))
+    )
+    solve._after(Inputs(model, [], [], ["a text to measure on"], "a text"), parts, None)
     assert held == [0]
     for name, linear in linears.items():
         torch.testing.assert_close(linear.weight.data, dense(parts[f"{name}.weight"]))

@@ -51,6 +51,44 @@ def test_losses_are_torch_s(made: tuple[Model, Path]) -> None:
 
 
 @needs_engine
+def test_logits_are_those_of_the_scored_tokens_piece_by_piece(made: tuple[Model, Path]) -> None:
+    model, file = made
+    with llamacpp.opened(file, 1) as engine:
+        pieces = [piece.copy() for piece in engine.scored_logits(rows())]
+        losses = engine.losses(rows())
+    assert max(map(len, pieces)) == llamacpp.SCORED
+    found = np.concatenate(pieces)
+    assert len(found) == sum(count for _, count in losses)
+    with torch.inference_mode():
+        own = [model.net(input_ids=torch.tensor([ids])).logits[0, max(k, 1) - 1 : -1] for ids, k in rows()]
+    np.testing.assert_allclose(found, torch.cat(own).numpy(), atol=0.01 * float(torch.cat(own).abs().max()))
+    targets = np.concatenate([ids[max(k, 1) :] for ids, k in rows()])
+    exact = found.astype(np.float64)
+    nll = np.log(np.exp(exact).sum(1)) - exact[np.arange(len(targets)), targets]
+    assert nll.sum() == pytest.approx(sum(loss for loss, _ in losses), rel=1e-9)
+
+
+@needs_engine
+def test_a_file_is_compared_with_a_reference_in_torch(made: tuple[Model, Path], tmp_path: Path) -> None:
+    """The file holds the model's own values, so what is left is llama.cpp's arithmetic: 16-bit keys and values."""
+    _, file = made
+    asked = {"compared": rows(), "logits": str(tmp_path / "p"), "repeats": 0, "threads": 1}
+    assert (
+        harness.carry_out(
+            harness.MeasureJob("artefact", str(file.parent / "model"), **asked, reference=True)
+        ).values
+        == {}
+    )
+    found = harness.measured(harness.MeasureJob("gguf", str(file), **asked))
+    assert found.peak_rss < 120e6  # no torch
+    assert 0 < found.values["kl_divergence"] < 1e-5
+    assert found.values["same_top"] > 95
+    assert found.values["kl_tokens"] == 4 + 1 + 130 + 699 + 10
+    again = harness.measured(harness.MeasureJob("gguf", str(file), **asked))
+    assert again.values == found.values
+
+
+@needs_engine
 def test_steps_write_torch_s_greedy_continuation(made: tuple[Model, Path]) -> None:
     model, file = made
     prompt = np.random.default_rng(2).integers(0, 260, 600).tolist()  # longer than one batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +120,9 @@ class Paced:
         self.now += self.each
 
     def losses(self, rows: Sequence[harness.Row]) -> list[tuple[float, int]]:
+        raise AssertionError("not asked for")
+
+    def scored_logits(self, rows: Sequence[harness.Row]) -> Iterator[np.ndarray]:
         raise AssertionError("not asked for")
 
     def close(self) -> None:

@@ -218,6 +218,77 @@ def test_several_subjects_have_a_line_each(at: Path, capsys: pytest.CaptureFixtu
     assert rows[-1]["loss"] == rows[2]["loss"]
 
 
+def test_a_compressed_model_and_its_file_are_compared_with_what_was_compressed(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a text on the rows: the number that `compress` stated; the tuned model is the reference, in every engine."""
+    folder = folder_of(at)
+    code, told, err = call(capsys, "measure", "2", *FAST)
+    assert code == 0, err
+    rows = {row["name"]: row for row in told[-1]["rows"]}
+    after = json.loads((folder / "compress.json").read_text())["result"]["after"]
+    names = [name for name in after if name.startswith(("kl_", "same_"))]
+    assert names == ["kl_divergence", "kl_divergence_error", "same_top", "same_top_error", "kl_tokens"]
+    assert {n: rows["compressed"][n] for n in names} == pytest.approx({n: after[n] for n in names}, rel=1e-3)
+    assert not any(name in rows[model] for model in ("base", "tuned") for name in names)
+    if llamacpp.available():
+        file = rows[f"{folder.name}.gguf"]
+        assert file["engine"] == "llama.cpp"
+        assert file["kl_tokens"] == after["kl_tokens"]
+        assert (
+            after["kl_divergence"] < file["kl_divergence"] < 4 * after["kl_divergence"]
+        )  # its embedding is Q8_0
+    assert f"tuned in torch is the reference: {after['kl_tokens']:,} tokens" in err
+    assert json.loads((folder / harness.FILE).read_text())["reference"] == "runs/0001-fedit-little"
+
+
+def test_every_model_is_compared_with_a_reference_that_is_named(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of(at)
+    text = ["--text", "text.txt", "--length", "64", "--windows", "3", *FAST]
+    code, told, err = call(capsys, "measure", "little", "2", "--reference", "little", *text)
+    assert code == 0, err
+    base, small = told[-1]["rows"][:2]
+    assert (base["name"], base["kl_divergence"], base["same_top"]) == ("little", 0.0, 100.0)
+    assert base["kl_tokens"] == small["kl_tokens"] == 3 * 63
+    code, told, _ = call(
+        capsys, "eval", "2", "demo", "--limit", "1", "--reference", "1", "--text", "text.txt"
+    )
+    assert code == 0
+    whole = told[-1]["kl_divergence"]
+    code, told, _ = call(capsys, "measure", str(folder), "--reference", "1", *text)
+    assert code == 0
+    rows = {row["name"]: row for row in told[-1]["rows"]}
+    assert (
+        rows["tuned"]["kl_divergence"] < 1e-9 < rows["compressed"]["kl_divergence"] < small["kl_divergence"]
+    )
+    assert rows["base"]["kl_divergence"] == pytest.approx(small["kl_divergence"], rel=0.5)
+    assert rows["compressed"]["kl_divergence"] == pytest.approx(
+        whole, rel=0.5
+    )  # other windows of the same text
+    assert main(["measure", "2", *text]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split()[-6:] == ["KL", "divergence", "same", "top", "token,", "%"]
+    (line,) = [line for line in out if line.startswith(" compressed")]
+    assert line.count("±") == 3  # of the loss as well
+
+
+def test_the_kept_gain_is_of_no_measure_that_compares_with_a_reference(
+    at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, told, err = call(
+        capsys, "measure", "2", "--kept-gain", "--reference", "little", "--limit", "2", *FAST
+    )
+    assert code == 0, err
+    assert list(told[-1]["kept"]) == ["loss"]
+    assert all("kl_divergence" in row for row in told[-1]["rows"])
+    code, told, _ = call(capsys, "measure", "2", "--kept-gain", "--limit", "2", *FAST)
+    compared = [row["name"] for row in told[-1]["rows"] if "kl_divergence" in row]
+    assert compared[0] == "compressed"
+    assert "compressed base" not in compared
+
+
 def test_two_of_one_name_are_two(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("little", "short/little")
     config = json.loads(Path("short/little/config.json").read_text())
@@ -264,6 +335,7 @@ def test_the_table_on_a_terminal_says_what_is_next(at: Path, capsys: pytest.Capt
     lines = out.splitlines()
     assert lines[0].split() == [
         "engine", "size", "bits/weight", "with", "ends", "peak", "read", "tok/s", "write", "tok/s", "validation", "loss",
+        "KL", "divergence", "same", "top", "token,", "%",
     ]  # fmt: skip
     assert [line.split()[0] for line in lines[2:5]] == ["base", "tuned", "compressed"]
     assert f"fleetune measure {folder_of(at)} --kept-gain".replace(f"{at}/", "") in out

@@ -69,6 +69,7 @@ def measure(
     new_tokens: int = 32,
     repeats: int = 3,
     kept_gain: bool = False,
+    reference: object | None = None,
     out: str | Path = "runs",
     offline: bool = False,
     listener: Listener | None = None,
@@ -79,7 +80,9 @@ def measure(
     For a compression, three models are measured: base, tuned, compressed (without tuned if it was never tuned).  Models
     are run in torch, exported .gguf files in llama.cpp, a model that is a .gguf file in both.  With several models, only
     the last stage of each is measured, in torch and as its exported files.  `kept_gain` also compresses the base in the
-    same way, to find what share of the improvement from tuning survives.
+    same way, to find what share of the improvement from tuning survives.  With a model `reference`, every model is compared
+    with it: KL divergence of the next-token distributions (nats a token) and same top token (percent), on the windows of
+    `text`, else on the rows' answers; a compressed model is compared with what it was made from without being asked.
     """
     from fleetune.deploy.measure import kept_gain as kept_gains
 
@@ -101,7 +104,8 @@ def measure(
     if not models:
         raise UsageError("measure needs a model", hint="give one or more names, paths or results")
     job.check(len(models), options)
-    return job.measure(found, options, heard_by(listener, progress), offline=offline)
+    dense = subjects.open(reference, out=out) if reference is not None else None
+    return job.measure(found, options, heard_by(listener, progress), reference=dense, offline=offline)
 
 
 @contextmanager

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from fleetune import subject as subjects
 from fleetune.api.arguments import Rows, words
-from fleetune.errors import DataError, RecipeError
+from fleetune.errors import DataError, RecipeError, UsageError
 from fleetune.runs.listener import Listener
 from fleetune.runs.progress import heard_by
 from fleetune.subject import Subject, loading
+from fleetune.subject.reference import logits_of
 
 if TYPE_CHECKING:
     from fleetune.data import Example
@@ -30,6 +31,7 @@ def evaluate(
     text: str | Path | None = None,
     labels: Sequence[str] = (),
     task_files: str | Path | None = None,
+    reference: object | None = None,
     dtype: str | None = None,
     device: str = "auto",
     base: str | None = None,
@@ -49,8 +51,12 @@ def evaluate(
     lm-evaluation-harness, of which at most `limit` questions are asked; `task_files` is a folder of tasks of one's own.  Its
     values are named TASK.METRIC and have the harness's unit; the event has their standard errors.
     `base` is memory or mapped: where the base's weights are (a run: as while it was tuned).
+    With a model `reference` the values have kl_divergence as well, of the next-token distributions from that model's (nats
+    a token), and same_top (percent), with their standard errors over the tokens (`_error`) and the number of these
+    (kl_tokens): on `text`, else on the answers of the rows.
     """
     found = subjects.open(model, out=out)  # before torch is imported
+    dense = subjects.open(reference, out=out) if reference is not None else None
     from fleetune.data import read_text
     from fleetune.evaluation import harness_tasks, measures
     from fleetune.runs.events import evaluated
@@ -58,21 +64,29 @@ def evaluate(
     heard, labels = heard_by(listener, progress), words(labels)
     own, others = harness_tasks.divided(words(tasks))
     wanted = _checked_tasks(own, limit, answer_tokens, text)
+    if dense is not None and others and not own:
+        raise UsageError("a reference is compared with on rows or a text", hint="--tasks loss as well")
     of_harness = harness_tasks.HarnessTasks(others, task_files) if others else None
     if of_harness is not None and not own:
         return _by_harness(
             of_harness, found, limit, heard, dtype=dtype, device=device, base=base, offline=offline
         )
+    if dense is not None:
+        loading.check_same_tokens(found, dense, offline=offline)
     given = _rows(data, Path(out), columns, found.columns, offline=offline)
     _check_labels(given[:limit], labels if "accuracy" in wanted else ())
-    loaded, every = loading.load_with_rows(
-        found, given, labels=labels, dtype=dtype, device=device, base=base, needs_rows=not text, offline=offline
-    )  # fmt: skip
-    examples = every[:limit]
-    values, rows = measures.evaluate(
-        loaded, examples, wanted, max_length=found.max_length, max_new_tokens=answer_tokens, labels=labels,
-        texts=read_text(str(text)) if text else (),
-    )  # fmt: skip
+    texts, compared = read_text(str(text)) if text else [], loading.rows_of(found, given, offline=offline)
+    with logits_of(
+        dense, compared[:limit], texts, heard, max_length=found.max_length, dtype=dtype, device=device, offline=offline
+    ) as kept:  # fmt: skip
+        loaded, every = loading.load_with_rows(
+            found, compared, labels=labels, dtype=dtype, device=device, base=base, needs_rows=not text, offline=offline
+        )  # fmt: skip
+        examples = every[:limit]
+        values, rows = measures.evaluate(
+            loaded, examples, wanted, max_length=found.max_length, max_new_tokens=answer_tokens, labels=labels, texts=texts
+        )  # fmt: skip
+        values |= kept.compare(loaded).values() if kept else {}
     scores = of_harness.evaluate(loaded, limit=limit) if of_harness is not None else []
     # `loaded` is the base from here on
     before = loading.base_losses(found, loaded, examples) if rows else None

@@ -105,8 +105,14 @@ _METRICS = {
     "perplexity": Metric("perplexity", 2, less=True, relative=True),
     "rouge_l": Metric("Rouge-L", 1),
     "accuracy": Metric("accuracy, %", 1),
+    "kl_divergence": Metric("KL divergence", 4, less=True),
+    "same_top": Metric("same top token, %", 1),
     "objective": Metric("objective (less is better)", 4, less=True),
 }
+
+
+# the measures that compare with a reference model, and their units; each has a standard error
+COMPARED = {"kl_divergence": "", "same_top": " %"}
 
 
 def metric(name: str) -> Metric:
@@ -120,6 +126,21 @@ def metric(name: str) -> Metric:
 def show(name: str, value: float | None) -> str:
     """Format a value with its measure's decimals; "-" for None."""
     return "-" if value is None else f"{value:.{metric(name).digits}f}"
+
+
+def show_with_error(name: str, value: float, error: float | None) -> str:
+    """Format a value with its standard error: "0.0778 ± 0.0024"."""
+    if error is None:
+        return show(name, value)
+    digits = _visible(error, metric(name).digits)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _visible(error: float, digits: int) -> int:
+    """Return as many decimals as an error needs to be seen, `digits` at least and two more at most."""
+    if not error:
+        return digits
+    return next((d for d in (digits, digits + 1) if error >= 0.5 * 10.0**-d), digits + 2)
 
 
 def changes(base: Mapping[str, float | None], tuned: Mapping[str, float | None]) -> list[str]:
@@ -142,8 +163,7 @@ def change(name: str, base: float | None, tuned: float | None, error: float | No
         if base == 0:
             return ""
         scale, digits, unit = 100 / base, 1, " %"
-    if error:  # as many decimals as the error needs to be seen, two more at most
-        digits = next((d for d in (digits, digits + 1) if scale * error >= 0.5 * 10.0**-d), digits + 2)
+    digits = _visible(scale * (error or 0.0), digits)
     spread = "" if error is None else f" ± {scale * error:.{digits}f}"
     return f"{scale * (tuned - base):+.{digits}f}{spread}{unit}"
 

@@ -273,6 +273,16 @@ def perplexity(
     sequence token in front, it is context only and every token of the text is scored; where it puts none,
     the text's first token is context only.  DataError when nothing is left to score.
     """
+    rows = text_rows(model, texts, window=window, stride=stride)
+    if not rows:
+        raise DataError(f"no token to score in {counted(len(texts), 'text')}", hint="give a longer text")
+    return row_perplexity(model, rows, batch_size=batch_size)
+
+
+def text_rows(
+    model: Model, texts: Sequence[str], *, window: int | None = None, stride: int | None = None
+) -> list[Encoded]:
+    """Return the windows of plain text that `perplexity` reads, as rows whose "prompt" is the context."""
     length = window or min(context_length(model), 1024)
     step = stride or max(1, length // 2)
     if length < 2 or not 1 <= step < length:
@@ -280,10 +290,7 @@ def perplexity(
             [f"perplexity: window {length} and stride {step} do not fit together"],
             hint="choose a window of at least 2 tokens and a stride from 1 to window - 1",
         )
-    rows = [row for text in texts for row in _windows(_text_ids(model, text), length, step)]
-    if not rows:
-        raise DataError(f"no token to score in {counted(len(texts), 'text')}", hint="give a longer text")
-    return row_perplexity(model, rows, batch_size=batch_size)
+    return [row for text in texts for row in _windows(_text_ids(model, text), length, step)]
 
 
 def row_perplexity(model: Model, rows: Sequence[Encoded], *, batch_size: int = 1) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
-from fleetune.subject import Compressed, Run, Subject
+from fleetune.subject import Compressed, Plain, Run, Subject
 
 if TYPE_CHECKING:
     from fleetune.common.paired import RowLosses
@@ -35,10 +35,10 @@ def load_with_rows(
 
     if isinstance(subject, Run):
         _check_dtype(subject, dtype, device)
-        rows = given or subject.held_out(offline=offline)
+        rows = rows_of(subject, given, offline=offline)
         return subject.load(device=device, offline=offline, base=base), rows
     models.check_device(device, dtype or "fp32")
-    rows = given or (subject.held_out(offline=offline) if isinstance(subject, Compressed) else [])
+    rows = rows_of(subject, given, offline=offline)
     if not rows and needs_rows:
         what = "this model" if isinstance(subject, Compressed) else "a model"
         raise UsageError(
@@ -79,6 +79,35 @@ def load_alone(
         return subject.load(device=device, offline=offline, base=base)
     models.check_device(device, dtype or "fp32")
     return subject.load(dtype=dtype or "fp32", device=device, offline=offline, base=base)
+
+
+def rows_of(subject: Subject, given: list[Example], *, offline: bool = False) -> list[Example]:
+    """Return the rows to measure a subject on: those `given`, else its own held-out rows, where it has any."""
+    return given or ([] if isinstance(subject, Plain) else subject.held_out(offline=offline))
+
+
+def check_same_tokens(subject: Subject, reference: Subject, *, offline: bool = False) -> None:
+    """UsageError when two models have different tokens, before either is loaded; one may have more of them."""
+    own, other = (_vocabulary(found, offline=offline).items() for found in (subject, reference))
+    if not (own <= other or other <= own):
+        raise UsageError(
+            f"{subject.argument} and {reference.argument} have different tokens, so what they predict cannot be compared",
+            hint="give as --reference the model that it was made from, or another with the same tokenizer",
+        )
+
+
+def _vocabulary(subject: Subject, *, offline: bool) -> dict[str, int]:
+    """Return the tokens of a subject, with their numbers."""
+    from transformers import AutoTokenizer
+
+    from fleetune import models
+
+    if isinstance(subject, Compressed):
+        tokenizer = AutoTokenizer.from_pretrained(subject.model, local_files_only=True)
+    else:
+        name = subject.recipe.model if isinstance(subject, Run) else subject.name
+        tokenizer = models.load_tokenizer(name, offline=offline)
+    return dict(tokenizer.get_vocab())
 
 
 def _check_dtype(run: Run, dtype: str | None, device: str) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fleetune.cli import door_flags
 from fleetune.cli.console import Ui
 from fleetune.common import settings
-from fleetune.common.display import human_bytes, human_time
+from fleetune.common.display import COMPARED, human_bytes, human_time, show_with_error
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 from fleetune.runs import compression_folder, rundir
@@ -32,6 +33,7 @@ fleetune compress smollm2-135m --text book.txt --dry-run
 fleetune compress --list optq                              its settings
 """
 METHOD = "optq"  # unless another is asked for
+BESIDE = {*(f"{name}_error" for name in COMPARED), "kl_tokens"}  # these have no line of their own
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -70,7 +72,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="solve a layer on inputs that have passed the compressed layers of its own block (GPTQ's option of that name): "
         "one pass of all windows together, a fifth less time, more memory for activations",
     )
-    sub.add_argument("--eval-text", help="plain text file: its perplexity before and after")
+    sub.add_argument(
+        "--eval-text",
+        help="plain text file: its perplexity before and after, and the KL divergence from the dense model on it",
+    )
     sub.add_argument(
         "--seed", type=int, help="seed of what a model writes, and of the order of rows (default 42)"
     )
@@ -139,10 +144,8 @@ def show(ui: Ui, result: CompressResult) -> None:
         return
     measured: dict[str, Any] = asdict(done)
     rows: list[list[object]] = [["weights", *(human_bytes(size) for size in result.sizes.values())]]
-    rows += [
-        [name, *(f"{measured[c][name]:.3f}" if name in measured[c] else "" for c in columns)]
-        for name in done.before
-    ]
+    names = dict.fromkeys(name for column in columns for name in measured[column])
+    rows += [[name, *(_shown(measured[c], name) for c in columns)] for name in names if name not in BESIDE]
     if not ui.json:
         ui.table(["", *columns], rows, align="l" + "r" * len(columns))
     ui.paths([
@@ -152,6 +155,15 @@ def show(ui: Ui, result: CompressResult) -> None:
         *_latest(result.folder),
         ("next", f"fleetune export {quoted(result.folder)} --to {_next_target(result.folder / 'model')}"),
     ])  # fmt: skip
+
+
+def _shown(values: Mapping[str, float], name: str) -> str:
+    """A measure of a column; what compares with the dense model with its standard error."""
+    if name not in values:
+        return ""
+    if name not in COMPARED:
+        return f"{values[name]:.3f}"
+    return show_with_error(name, values[name], values.get(f"{name}_error")) + COMPARED[name]
 
 
 def _latest(folder: Path) -> list[tuple[str, str]]:

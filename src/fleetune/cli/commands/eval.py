@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from fleetune.cli.console import Ui
-from fleetune.common.display import change, is_noise
+from fleetune.common.display import COMPARED, change, counted, is_noise, show_with_error
 from fleetune.errors import RecipeError
 from fleetune.runs.events import EvalDone, TaskScore
 
@@ -40,6 +40,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--answer-tokens", type=int, default=96, help="tokens of a generated answer at most")
     sub.add_argument("--text", help="plain text file for perplexity")
+    sub.add_argument(
+        "--reference", metavar="MODEL",
+        help="compare with this model: KL divergence and same top token, on the text or the rows",
+    )  # fmt: skip
     sub.add_argument("--labels", help="label words for accuracy, comma-separated (a comma in a word: \\,)")
     sub.add_argument(
         "--dtype",
@@ -65,13 +69,14 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     with console_listener(ui) as listener:
         api.evaluate(
             args.model, args.data, tasks=tasks, columns=args.columns, limit=args.limit, text=args.text,
-            answer_tokens=args.answer_tokens, task_files=args.task_files, labels=args.labels or "",
+            answer_tokens=args.answer_tokens, task_files=args.task_files, labels=args.labels or "", reference=args.reference,
             dtype=args.dtype, device=args.device, base=args.base, out=args.out, offline=args.offline, listener=listener,
         )  # fmt: skip
     done = listener.last
     if isinstance(done, EvalDone) and not ui.json:
         rows = _rows(done, own=not args.data)
         named = {k: k if k == "perplexity" and args.text else k + rows for k in done.values}
+        named |= {k: f"{k}, {counted(done.kl_tokens, 'token')}" for k in COMPARED}
         if done.values:
             ui.table(
                 ["task", "value"] if done.base_loss is None else ["task", "base", "value", "change"],
@@ -91,6 +96,9 @@ def _score(score: TaskScore) -> list[object]:
 
 def _line(done: EvalDone, name: str, label: str, value: float) -> list[object]:
     """A line of the table: of a run's loss with that of its base, and the change with its standard error."""
+    if name in COMPARED:
+        shown = show_with_error(name, value, getattr(done, f"{name}_error")) + COMPARED[name]
+        return [label, shown] if done.base_loss is None else [label, "", shown, ""]
     if done.base_loss is None:
         error = f" ± {done.loss_error:.4f}" if name == "loss" and done.loss_error is not None else ""
         return [label, f"{value:.4f}{error}" if error else round(value, 4)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.cli.console import Ui
 from fleetune.common import commas
-from fleetune.common.display import change, human_bytes, is_noise, metric, show
+from fleetune.common.display import COMPARED, change, human_bytes, is_noise, metric, show, show_with_error
 from fleetune.common.shell import quoted
 from fleetune.runs.events import Measured
 
@@ -44,6 +44,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--kept-gain", action="store_true",
         help="compress the base the same way (once), and say what of the tuning's gain is kept",
     )  # fmt: skip
+    sub.add_argument(
+        "--reference", metavar="MODEL",
+        help="compare each with this model: KL divergence and same top token, on the text or the rows (a compressed model: "
+        "with what it was made from)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, ui: Ui) -> None:
@@ -59,7 +64,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
             *args.subjects, text=args.text, windows=args.windows, length=args.length, data=args.data,
             limit=args.limit, tasks=words(args.tasks), answer_tokens=args.answer_tokens, labels=commas.given(args.labels),
             threads=args.threads, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens,
-            repeats=args.repeats, kept_gain=args.kept_gain, out=args.out, offline=args.offline, listener=listener,
+            repeats=args.repeats, kept_gain=args.kept_gain, reference=args.reference,
+            out=args.out, offline=args.offline, listener=listener,
         )  # fmt: skip
     _show(ui, result)
 
@@ -67,6 +73,8 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
 def _shown(row: Measured, name: str) -> str:
     """A measure; the loss with its change from the first line, where that is known."""
     value = row.values[name]
+    if name in COMPARED:
+        return show_with_error(name, value, getattr(row, f"{name}_error"))
     if name != "loss" or row.change is None:
         return show(name, value)
     words = change(name, value - row.change, value, row.change_error)

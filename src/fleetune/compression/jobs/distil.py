@@ -24,6 +24,7 @@ from fleetune.runs.events import CompressStart
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
+    from fleetune.evaluation.reference import Reference
     from fleetune.models.model import Model
 
 SAME = "same"  # the teacher is the given model itself
@@ -61,7 +62,7 @@ class DistilJob:
         StorageError when the disk is too full.
         """
         progress.warn_of_memory(listener, self.memory, ["with a smaller batch_size"])
-        need = self.trainer.disk(self.inputs.model)
+        need = self.trainer.disk(self.inputs.model) + self.inputs.logits_size(self.teacher)
         progress.check_disk(folder, need, "the state that is kept and the result")
         return _train(listener, self, folder)
 
@@ -119,16 +120,17 @@ def _train(listener: Listener, job: DistilJob, folder: Path) -> Outcome:
     began, teacher = time.monotonic(), job.teacher
     of_teacher = job.inputs.measure(teacher)
     student = job.trainer.student(job.inputs.model)
-    before = _measure(job, student)
-    listener.event(CompressStart(
-        **asdict(job.request), folder=str(folder), before=before, teacher=of_teacher, planned=job.memory
-    ))  # fmt: skip
-    on_step = progress.step_reporter(listener, folder, "divergence")
-    job.trainer.train(student, teacher, job.inputs.rows, job.request.seed, folder / PARTS, on_step)
-    written = folder / "model"
-    models.save(student.net, student.tokenizer, written, card=_card(job))
-    sums.write(written)
-    after = _measure(job, student)
+    with job.inputs.reference(teacher, folder, listener) as reference:
+        before = _measure(job, student, reference)
+        listener.event(CompressStart(
+            **asdict(job.request), folder=str(folder), before=before, teacher=of_teacher, planned=job.memory
+        ))  # fmt: skip
+        on_step = progress.step_reporter(listener, folder, "divergence")
+        job.trainer.train(student, teacher, job.inputs.rows, job.request.seed, folder / PARTS, on_step)
+        written = folder / "model"
+        models.save(student.net, student.tokenizer, written, card=_card(job))
+        sums.write(written)
+        after = _measure(job, student, reference)
     done = {
         "before": before, "after": after, "teacher": of_teacher, "bytes": compression_folder.size(written),
         "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
@@ -140,8 +142,8 @@ def _train(listener: Listener, job: DistilJob, folder: Path) -> Outcome:
     })  # fmt: skip
 
 
-def _measure(job: DistilJob, student: Model) -> dict[str, float]:
-    found, rows = job.inputs.measure(student), job.inputs.held_out
+def _measure(job: DistilJob, student: Model, reference: Reference | None) -> dict[str, float]:
+    found, rows = job.inputs.measure(student, reference), job.inputs.held_out
     return found | ({"divergence": job.trainer.distance(student, job.teacher, rows)} if rows else {})
 
 

@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from fleetune.common.display import counted, human_bytes
 from fleetune.errors import UsageError
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
+from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from fleetune.data import Encoded, Example
+    from fleetune.evaluation.reference import Reference
     from fleetune.models.model import Model
     from fleetune.tuning.recipe import Recipe
+
+LOGITS: Final = ".reference.npy"  # in the compression's folder while it runs: logits of the reference model
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,50 @@ class Inputs:
         """Whether there are rows or texts to measure on."""
         return bool(self.held_out or self.texts or self.own_text)
 
-    def measure(self, model: Model) -> dict[str, float]:
-        """Measure a model: loss on the held-out rows, perplexity of its own text and of the text, where there are any."""
+    def compared_rows(self, model: Model) -> Sequence[Encoded]:
+        """Return what a model is compared with its reference on: the text, else the held-out rows, else its own text."""
+        from fleetune.evaluation.losses import text_rows
+
+        return (text_rows(model, self.texts) if self.texts else self.held_out) or self.own_text
+
+    def logits_size(self, model: Model) -> int:
+        """Return the bytes that the logits of a reference model take on the disk."""
+        from fleetune.evaluation import kl_divergence, reference
+
+        vocabulary = model.net.get_input_embeddings().weight.shape[0]
+        return kl_divergence.file_size(reference.scored(self.compared_rows(model)), vocabulary)
+
+    @contextmanager
+    def reference(self, model: Model, folder: Path, listener: Listener) -> Iterator[Reference | None]:
+        """Keep the logits of the model that others are compared with in `folder` while the block runs; None without text."""
+        from fleetune.evaluation import reference
+
+        rows = self.compared_rows(model)
+        if not reference.scored(rows):
+            yield None
+            return
+        file = folder / LOGITS
+        try:
+            found = reference.keep(model, rows, file)
+            listener.note(
+                f"{counted(found.tokens, 'token')} to compare by: {human_bytes(file.stat().st_size)} of logits, on the disk "
+                "until the end"
+            )
+            yield found
+        finally:
+            file.unlink(missing_ok=True)
+
+    def measure(self, model: Model, reference: Reference | None = None) -> dict[str, float]:
+        """Measure a model: loss on the held-out rows, perplexity of its own text and of the text, where there are any.
+
+        With a `reference` also how far its next-token distributions are from that model's.
+        """
         from fleetune.evaluation.losses import perplexity, response_loss, row_perplexity
 
         found = {"loss": response_loss(model, self.held_out)} if self.held_out else {}
         found |= {"own_perplexity": row_perplexity(model, self.own_text)} if self.own_text else {}
-        return found | ({"perplexity": perplexity(model, self.texts)} if self.texts else {})
+        found |= {"perplexity": perplexity(model, self.texts)} if self.texts else {}
+        return found | (reference.compare(model).values() if reference else {})
 
 
 def load(request: CompressRequest, *, offline: bool) -> Inputs:

@@ -52,7 +52,7 @@ class PruneJob:
 
         StorageError when the disk is too full.
         """
-        need = self.pruner.disk(self.inputs.model)
+        need = self.pruner.disk(self.inputs.model) + self.inputs.logits_size(self.inputs.model)
         progress.check_disk(folder, need, "the state that is kept and the result")
         return _prune(listener, self, folder)
 
@@ -85,18 +85,19 @@ def _prune(listener: Listener, job: PruneJob, folder: Path) -> Outcome:
     parameters, sizes = inputs.model.n_params, {"before": progress.weight_bytes(inputs.model)}
     before = inputs.measure(inputs.model)
     listener.event(CompressStart(**asdict(job.request), folder=str(folder), before=before))
-    pruned = _cut(listener, job, folder)
-    _report(listener, parameters, pruned)
-    after = cut = inputs.measure(pruned)
-    trained = job.pruner.recover != "none"
-    if trained:
-        sizes["pruned"] = progress.weight_bytes(pruned)
-        pruned = _recover(listener, job, pruned, folder)
-    written = folder / "model"
-    models.save(pruned.net, pruned.tokenizer, written, card=_card(job, pruned))
-    sums.write(written)
-    if trained:
-        after = inputs.measure(pruned)
+    with inputs.reference(inputs.model, folder, listener) as reference:
+        pruned = _cut(listener, job, folder)
+        _report(listener, parameters, pruned)
+        after = cut = inputs.measure(pruned, reference)
+        trained = job.pruner.recover != "none"
+        if trained:
+            sizes["pruned"] = progress.weight_bytes(pruned)
+            pruned = _recover(listener, job, pruned, folder)
+        written = folder / "model"
+        models.save(pruned.net, pruned.tokenizer, written, card=_card(job, pruned))
+        sums.write(written)
+        if trained:
+            after = inputs.measure(pruned, reference)
     done = {
         "before": before, "pruned": cut, "after": after, "bytes": compression_folder.size(written),
         "parameters": {"before": parameters, "after": pruned.n_params},

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fleetune.compression.layerwise.activations import HessianSource
     from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks
     from fleetune.compression.layerwise.sums import HessianReply
+    from fleetune.evaluation.reference import Reference
     from fleetune.models.artefact import ArtefactHead
     from fleetune.planning.compression_cost import CompressionSize
 
@@ -273,6 +274,7 @@ def _check_room(listener: Listener, job: SolveJob, folder: Path) -> None:
     ways += ["without --true-sequential"] if job.request.true_sequential else []
     progress.warn_of_memory(listener, job.memory, ways)
     need = compression_cost.disk(shape_of(job.inputs.model.net.config), job.cost)
+    need += job.inputs.logits_size(job.inputs.model)
     progress.check_disk(folder, need, "the finished blocks and the result")
 
 
@@ -289,10 +291,11 @@ def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
     before = job.inputs.measure(model)
     request = asdict(job.request)
     listener.event(CompressStart(**request, folder=str(folder), before=before, planned=job.memory))
-    parts = solve(listener, job, folder, progress.resume_command(folder))
-    written = folder / "model"
-    artefact.write(written, model, parts, head(job))
-    after = _after(job.inputs, parts)
+    with job.inputs.reference(model, folder, listener) as reference:
+        parts = solve(listener, job, folder, progress.resume_command(folder))
+        written = folder / "model"
+        artefact.write(written, model, parts, head(job))
+        after = _after(job.inputs, parts, reference)
     done = {
         "before": before, "after": after, "bytes": compression_folder.size(written),
         "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
@@ -364,7 +367,7 @@ def _sha256(windows: Tensor) -> str:
     return hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _after(inputs: Inputs, parts: FinishedBlocks) -> dict[str, float]:
+def _after(inputs: Inputs, parts: FinishedBlocks, reference: Reference | None) -> dict[str, float]:
     """Measure the compressed model.  Its weights take the place of the model's own, which are not needed any more."""
     from fleetune.common.memory import give_back
     from fleetune.compression.layerwise import driver
@@ -376,8 +379,8 @@ def _after(inputs: Inputs, parts: FinishedBlocks) -> dict[str, float]:
     model = inputs.model
     if lazy := memory_of(model.net):
         lazy.changed = lambda name: dense(parts[name]) if name in parts else None
-        return inputs.measure(model)
+        return inputs.measure(model, reference)
     linears = {name: m for _, found in driver.linears_of(model) for name, m in found.items()}
     driver.place_weights(linears, parts)
     give_back()  # what the model's own weights leave behind
-    return inputs.measure(model)
+    return inputs.measure(model, reference)

@@ -42,6 +42,8 @@ from fleetune.common.memory import peak_rss
 from fleetune.errors import DataError, FleetuneError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fleetune.models.artefact import Master
 
 FILE: Final = "measure.json"  # in a compression's folder
@@ -71,6 +73,9 @@ class MeasureJob:
     tasks: list[str] = field(default_factory=list)
     answer_tokens: int = 96
     labels: list[str] = field(default_factory=list)
+    compared: list[Row] = field(default_factory=list)  # rows whose next-token distributions are compared
+    logits: str = ""  # file with a reference's logits of these; to be written where `reference`
+    reference: bool = False  # whether this model is the reference
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,10 @@ class LoadedEngine(Protocol):
 
     def losses(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
         """Cross-entropy in nats of the tokens after each row's context: the sum, and their number."""
+        ...
+
+    def scored_logits(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
+        """Yield the logits of the tokens that `losses` scores, in order: float32 [n, V], each lasts until the next."""
         ...
 
     def close(self) -> None:
@@ -142,7 +151,21 @@ def carry_out(job: MeasureJob) -> Measurement:
         values = {"loss": mean(losses)} if job.rows else {}
         if job.windows:
             values["perplexity"] = math.exp(min(mean(engine.losses(job.windows)), 700))
+        values |= _compared(job, engine)
         return Measurement(peak, prefill, generate, values | _tasks(job, engine), losses)
+
+
+def _compared(job: MeasureJob, engine: LoadedEngine) -> dict[str, float]:
+    """Compare the model with the reference, or write the logits of the reference; {} where neither is asked for."""
+    if not job.compared:
+        return {}
+    from fleetune.evaluation import kl_divergence
+
+    file, logits = Path(job.logits), engine.scored_logits(job.compared)
+    if job.reference:
+        kl_divergence.write(file, logits, kl_divergence.scored(job.compared))
+        return {}
+    return kl_divergence.compare(file, logits).values()
 
 
 def mean(losses: Sequence[tuple[float, int]]) -> float:

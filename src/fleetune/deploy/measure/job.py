@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fleetune.common import paired
-from fleetune.common.display import counted
+from fleetune.common.display import COMPARED, counted
 from fleetune.common.paired import RowLosses
-from fleetune.deploy.measure import harness, kept_gain, lines, record
+from fleetune.deploy.measure import compared, harness, kept_gain, lines, record
+from fleetune.deploy.measure.compared import ReferenceLine
 from fleetune.deploy.measure.harness import KeptGain, Measurement, Row
 from fleetune.deploy.measure.lines import Line, Measurable
 from fleetune.errors import FleetuneError, UsageError
@@ -22,7 +23,6 @@ from fleetune.subject import ROW, Compressed, Run, Subject
 if TYPE_CHECKING:
     from fleetune.data import Example
 
-COMPRESSED_BASE: Final = "compressed base"
 LEAST: Final = {
     "windows": 1, "length": 2, "limit": 1, "answer_tokens": 1, "threads": 1, "prompt_tokens": 1, "new_tokens": 1,
     "repeats": 1,
@@ -58,9 +58,17 @@ class MeasureResult:
 
 
 def measure(
-    subjects: Sequence[Subject], options: MeasureOptions, listener: Listener, *, offline: bool
+    subjects: Sequence[Subject],
+    options: MeasureOptions,
+    listener: Listener,
+    *,
+    reference: Subject | None = None,
+    offline: bool,
 ) -> MeasureResult:
-    """Measure every line of the subjects.  UsageError for contradictions, before anything is loaded."""
+    """Measure every line of the subjects, and compare it with the model `reference`.
+
+    UsageError for contradictions, before anything is loaded.
+    """
     tasks = check(len(subjects), options)
     found = [lines.of(subject, offline=offline) for subject in subjects]
     if options.kept_gain:
@@ -68,7 +76,9 @@ def measure(
     length, examples = _row_length(options, found), _examples(options, found, offline=offline)
     if not examples and (tasks or options.kept_gain):
         raise UsageError("tasks and kept gain need rows", hint="--data FILE")
+    against = compared.reference_of(found, reference, offline=offline)
     windows = _windows(options, found)
+    rows = _compared_rows(options, against, examples, length)
     _header(options, found, examples, windows, listener)
     for before in filter(None, (lines.compressed_before(one.subject) for one in found)):
         listener.note(
@@ -79,21 +89,22 @@ def measure(
         chosen.append((found[0], _compressed_base(found[0], listener, offline=offline)))
     done: list[Measured] = []
     losses: dict[str, list[tuple[float, int]]] = {}
-    for measurable, line in chosen:
-        job = _job(
-            options, measurable, line, (examples, length), windows[measurable.tokenizer], tasks, offline
-        )
-        try:
-            result = harness.measured(job)
-        except FleetuneError as error:  # of an engine that is not ours; the other rows stay worth their time
-            if line.kind != "gguf":
-                raise
-            listener.note(f"{line.name} is left out, {line.engine} does not run it: {error.message}")
-            continue
-        first = next(iter(losses.values()), [])
-        losses.setdefault(line.name, result.losses)
-        done.append(_report(line, result, first, listener))
-    return _finish(options, found, done, losses, listener)
+    with compared.logits_of(against, rows, listener, threads=options.threads, offline=offline) as logits:
+        for measurable, line in chosen:
+            job = _job(
+                options, measurable, line, (examples, length), windows[measurable.tokenizer], tasks, offline
+            )
+            try:
+                result = harness.measured(logits.asked_of(job, line) if logits else job)
+            except FleetuneError as error:
+                if line.kind != "gguf":  # of an engine that is not ours: the other rows stay worth their time
+                    raise
+                listener.note(f"{line.name} is left out, {line.engine} does not run it: {error.message}")
+                continue
+            first = next(iter(losses.values()), [])
+            losses.setdefault(line.name, result.losses)
+            done.append(_report(line, result, first, listener))
+    return _finish(options, found, done, losses, listener, against)
 
 
 def check(count: int, options: MeasureOptions) -> list[str]:
@@ -156,6 +167,36 @@ def _windows(options: MeasureOptions, found: Sequence[Measurable]) -> dict[Path,
     return {f: windows_of(options.text, f, options.length, options.windows) for f in folders}
 
 
+def _compared_rows(
+    options: MeasureOptions, reference: ReferenceLine | None, examples: Sequence[Example], length: int
+) -> list[Row]:
+    """Return what models are compared with the reference on, in its tokens: windows of the text, else the rows' answers.
+
+    UsageError when a reference is named and there is neither.
+    """
+    from fleetune.deploy.measure.exported_perplexity import windows_of
+
+    if reference is None:
+        return []
+    if options.text:
+        return windows_of(options.text, reference.tokenizer, options.length, options.windows)
+    if reference.named and not examples:
+        raise UsageError("there is nothing to compare on", hint="--text FILE, or rows with --data FILE")
+    return _encoded(examples, reference.tokenizer, length)
+
+
+def _encoded(examples: Sequence[Example], tokenizer: Path, length: int) -> list[Row]:
+    """Return the examples as rows of at most `length` tokens."""
+    from transformers import AutoTokenizer
+
+    from fleetune.data.encode import encode_all
+
+    if not examples:
+        return []
+    words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    return [(row.ids.tolist(), row.n_prompt) for row in encode_all(examples, words, length)[0]]
+
+
 def _job(
     options: MeasureOptions,
     measurable: Measurable,
@@ -166,13 +207,7 @@ def _job(
     offline: bool,
 ) -> harness.MeasureJob:
     """Return the job of the child process that measures a line; `rows` are the examples and their most tokens."""
-    from transformers import AutoTokenizer
-
-    from fleetune.data.encode import encode_all
-
-    tokenizer = AutoTokenizer.from_pretrained(measurable.tokenizer, local_files_only=True)
     examples, length = rows
-    encoded = encode_all(examples, tokenizer, length)[0] if examples else []
     asked = tasks if line.kind != "gguf" else []  # llama.cpp is given tokens and asked for losses alone
     return harness.MeasureJob(
         kind=line.kind,
@@ -182,8 +217,10 @@ def _job(
         offline=offline,
         prompt=options.prompt_tokens,
         generate=options.new_tokens,
-        repeats=0 if line.name == COMPRESSED_BASE else options.repeats,  # as fast as the compressed model
-        rows=[(row.ids.tolist(), row.n_prompt) for row in encoded],
+        repeats=0
+        if line.name == lines.COMPRESSED_BASE
+        else options.repeats,  # as fast as the compressed model
+        rows=_encoded(examples, measurable.tokenizer, length),
         windows=windows,
         examples=[([*e.messages], e.response) for e in examples] if asked else [],
         tasks=asked,
@@ -221,15 +258,16 @@ def _report(
     linear, whole = harness.bits(line.weights)
     own, before = _row_losses(result.losses), _row_losses(first)
     change = paired.difference(before, own) if first else None
+    values: dict[str, Any] = dict(result.values)
     event = Measured(
         name=line.name, engine=line.engine, path=line.path, bytes=line.bytes, bits_linear=linear, bits=whole,
         peak_rss=result.peak_rss, prefill=result.prefill, generate=result.generate,
         loss_error=paired.ratio(own.sums, own.counts)[1] if result.losses else None,
-        change=change and change.value, change_error=change and change.error, **result.values,
+        change=change and change.value, change_error=change and change.error, **values,
     )  # fmt: skip
     listener.event(event)
     listener.note(
-        f"{line.name} in {line.engine}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.values.items())
+        f"{line.name} in {line.engine}: " + ", ".join(f"{k} {v:.4f}" for k, v in event.values.items())
     )
     return event
 
@@ -244,11 +282,14 @@ def _finish(
     rows: Sequence[Measured],
     losses: Mapping[str, list[tuple[float, int]]],
     listener: Listener,
+    reference: ReferenceLine | None,
 ) -> MeasureResult:
     kept = _kept(rows, losses, lines.compressed_before(found[0].subject)) if options.kept_gain else {}
     folder = found[0].folder if len(found) == 1 else None
     if folder is not None:
-        record.write(folder, {name: getattr(options, name) for name in record.RECORDED}, rows, kept)
+        settings = {name: getattr(options, name) for name in record.RECORDED}
+        settings["reference"] = reference and reference.line.path
+        record.write(folder, settings, rows, kept)
     listener.event(MeasureDone(
         folder=str(folder) if folder else None, rows=[record.fields_of(row) for row in rows],
         kept=record.kept_fields(kept),
@@ -272,24 +313,24 @@ def _compressed_base(measurable: Measurable, listener: Listener, *, offline: boo
 
     assert measurable.folder is not None
     path = compressed_base.base_of(listener, measurable.folder, offline=offline)
-    return lines.line_of(COMPRESSED_BASE, "artefact", path, path)
+    return lines.line_of(lines.COMPRESSED_BASE, "artefact", path, path)
 
 
 def _kept(
     rows: Sequence[Measured], losses: Mapping[str, list[tuple[float, int]]], before: Path | None
 ) -> dict[str, KeptGain]:
-    """Return the kept gain by measure, without perplexity: the model was not tuned on that text.
+    """Return the kept gain by measure, without perplexity and what compares with a reference: no model was tuned for these.
 
     `before` is the compression that the base comes from, if it does: the gain is of tuning on that.
     """
-    names = ("base", "tuned", COMPRESSED_BASE, "compressed")
+    names = ("base", "tuned", lines.COMPRESSED_BASE, "compressed")
     values = {row.name: row.values for row in reversed(rows)}
     b, t, cb, ct = (values[name] for name in names)
     by_row = [losses[name] for name in names]
     kept = {
         name: harness.kept_gain(name, b[name], t[name], cb[name], ct[name], by_row if name == "loss" else ())
         for name in b
-        if name != "perplexity"
+        if name not in ("perplexity", *COMPARED)
     }
     if before is None:
         return kept

@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from fleetune.runs import compression_folder
 from fleetune.runs.listener import Listener
 from fleetune.subject import ROW, Compressed, Plain, Run, Subject
+
+COMPRESSED_BASE: Final = "compressed base"
 
 
 @dataclass(frozen=True)

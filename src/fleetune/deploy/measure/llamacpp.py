@@ -76,6 +76,15 @@ class LlamaCpp:
         found = [self._token_losses(ids)[max(n_prompt, 1) - 1 :] for ids, n_prompt in rows]
         return [(float(losses.sum()), len(losses)) for losses in found]
 
+    def scored_logits(self, rows: Sequence[tuple[Sequence[int], int]]) -> Iterator[np.ndarray]:
+        """Yield the logits of the tokens that `losses` scores, in order: float32 [n, V], each lasts until the next."""
+        self.open(max(len(ids) for ids, _ in rows))
+        for ids, n_prompt in rows:
+            first = max(n_prompt, 1) - 1
+            for at, logits in self._pieces(ids):
+                if first < at + len(logits):
+                    yield logits[max(0, first - at) :]
+
     def close(self) -> None:
         """Give the memory back."""
         self._free()
@@ -85,16 +94,21 @@ class LlamaCpp:
 
     def _token_losses(self, ids: Sequence[int]) -> np.ndarray:
         """float64 [T - 1]: the cross-entropy of every token but the first."""
-        self._clear()
         parts, targets = [np.zeros(0)], np.asarray(ids)[1:]
-        for first in range(0, len(targets), SCORED):
-            part = targets[first : first + SCORED]
-            self._read(ids[first : first + len(part)], all_logits=True)
-            logits = self._rows(self._lib.llama_get_logits(self._context), len(part)).astype(np.float64)
+        for first, piece in self._pieces(ids):
+            logits = piece.astype(np.float64)
             top = logits.max(1)
-            own = logits[np.arange(len(part)), part]
+            own = logits[np.arange(len(logits)), targets[first : first + len(logits)]]
             parts.append(top + np.log(np.exp(logits - top[:, None]).sum(1)) - own)
         return np.concatenate(parts)
+
+    def _pieces(self, ids: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position, the logits there and at those that follow, float32 [n, V]), without the last position's."""
+        self._clear()
+        for first in range(0, len(ids) - 1, SCORED):
+            part = ids[first : min(first + SCORED, len(ids) - 1)]
+            self._read(part, all_logits=True)
+            yield first, self._rows(self._lib.llama_get_logits(self._context), len(part))
 
     def _rows(self, logits: Any, count: int) -> np.ndarray:
         raw = self._ffi.buffer(logits, 4 * count * self.vocab)

@@ -7,7 +7,7 @@ The second is the check of an export: nothing of ours is between the files and t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -21,6 +21,7 @@ from fleetune import models
 from fleetune.data import Encoded
 from fleetune.deploy import export
 from fleetune.errors import ModelError, UsageError
+from fleetune.evaluation import reference
 from fleetune.evaluation.losses import all_row_losses
 from fleetune.models.model import Model, tokenizer_digest
 from fleetune.tuning import finished
@@ -59,12 +60,19 @@ class Torch:
 
     def losses(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, int]]:
         """Cross-entropy in nats over the tokens of rows (ids, n_prompt) from number n_prompt on: each row's sum and number."""
-        encoded = [Encoded(np.asarray(ids, np.int32), n_prompt) for ids, n_prompt in rows]
-        sums, counts = all_row_losses(self.model, encoded, 8)
+        sums, counts = all_row_losses(self.model, _encoded(rows), 8)
         return list(zip(sums.tolist(), counts.tolist(), strict=True))
+
+    def scored_logits(self, rows: Sequence[tuple[Sequence[int], int]]) -> Iterator[np.ndarray]:
+        """Yield the logits of the tokens that `losses` scores, in order: float32 [n, V]."""
+        return reference.scored_logits(self.model, _encoded(rows))
 
     def close(self) -> None:
         """Nothing to do: the process ends."""
+
+
+def _encoded(rows: Sequence[tuple[Sequence[int], int]]) -> list[Encoded]:
+    return [Encoded(np.asarray(ids, np.int32), n_prompt) for ids, n_prompt in rows]
 
 
 def of_model(name: str, dtype: str, offline: bool) -> Torch:

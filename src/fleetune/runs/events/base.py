@@ -38,6 +38,23 @@ class Measures(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compared(Measures):
+    """Measures of quality, and how far a model is from a reference model; None without one."""
+
+    kl_divergence: float | None = None  # of next-token distributions from the reference's: mean, nats a token
+    kl_divergence_error: float | None = None  # standard error of `kl_divergence`, over the tokens
+    same_top: float | None = None  # % of the tokens at which the likeliest next token is the reference's
+    same_top_error: float | None = None  # standard error of `same_top`, over the tokens
+    kl_tokens: int | None = None  # number of tokens compared
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The measures that are not None, by name."""
+        own = {"kl_divergence": self.kl_divergence, "same_top": self.same_top}
+        return super().values | {name: value for name, value in own.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recorded(Event):
     """An event of a tuning run, which its `metrics.jsonl` holds as well."""
 

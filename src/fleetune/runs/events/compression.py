@@ -115,7 +115,9 @@ class CompressDone(Event):
     event: ClassVar[str] = "done"
     folder: str  # path of the compression's folder
     before: Mapping[str, float]  # before compression: loss, own_perplexity (of text it wrote), perplexity
-    after: Mapping[str, float]  # measures of the result, by name
+    after: Mapping[
+        str, float
+    ]  # measures of the result, by name; kl_divergence and same_top from the dense model or teacher
     bytes: int  # size of the result's folder
     seconds: float  # of the work in this process
     peak_rss: int  # peak memory of this process, bytes

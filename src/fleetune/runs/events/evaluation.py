@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from fleetune.common import paired
 from fleetune.common.paired import RowLosses
-from fleetune.runs.events.base import Measures
+from fleetune.runs.events.base import Compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class TaskScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalDone(Measures):
+class EvalDone(Compared):
     """`eval`: the measures of one model."""
 
     event: ClassVar[str] = "eval"

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fleetune.runs.events.base import Event, Measures
+from fleetune.runs.events.base import Compared, Event
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured(Measures):
+class Measured(Compared):
     """A model in an engine: size, speed, memory and quality."""
 
     event: ClassVar[str] = "measured"
