@@ -11,7 +11,7 @@ each operation rounded to float32.  The low halves of 16 bytes are numbers 0..15
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -20,49 +20,45 @@ import torch
 from torch import Tensor
 
 BLOCK: Final = 32
+HALVES: Final[Mapping[str, int]] = MappingProxyType({"Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q8_0": 1})  # d, m of a block
+_MIDDLES: Final[Mapping[str, int]] = MappingProxyType({"Q4_0": 8, "Q5_0": 16})
 _BITS: Final = torch.arange(BLOCK, dtype=torch.int32)
 
 
 def dequantise(out: Tensor, data: Tensor, kind: str) -> None:
     """Write the numbers of whole blocks: data uint8 [bytes] -> out float32 [numbers], both contiguous."""
-    if (write := _KINDS.get(kind)) is not None:
-        write(out.view(-1, BLOCK), data.view(len(out) // BLOCK, -1))
+    if kind in HALVES:
+        blocks = data.view(len(out) // BLOCK, -1)
+        write_codes(out.view(-1, BLOCK), blocks, kind)
+        apply_scales(out.view(-1, BLOCK), scale_bits(blocks, kind).view(torch.float16).float())
         return
     values = gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind])
     out.copy_(torch.from_numpy(values))
 
 
-def _halves(bytes: Tensor) -> Tensor:
-    """Return fp16 numbers [n, bytes / 2] in float32."""
-    return bytes.contiguous().view(torch.float16).float()
+def scale_bits(blocks: Tensor, kind: str) -> Tensor:
+    """Return the fp16 numbers d (and m) of blocks uint8 [n, bytes], as their bits: int16 [n, 1 or 2]."""
+    return blocks[:, : 2 * HALVES[kind]].contiguous().view(torch.int16)
 
 
-def _nibbles(out: Tensor, codes: Tensor) -> None:
-    out[:, :16] = codes & 15
-    out[:, 16:] = codes >> 4
+def write_codes(out: Tensor, blocks: Tensor, kind: str) -> None:
+    """Write what the scale d is multiplied by, whole numbers: blocks uint8 [n, bytes] -> out float32 [n, 32]."""
+    codes = blocks[:, 2 * HALVES[kind] :]
+    if kind == "Q8_0":
+        out.copy_(codes.view(torch.int8))
+        return
+    nibbles = codes[:, -BLOCK // 2 :]
+    out[:, : BLOCK // 2] = nibbles & 15
+    out[:, BLOCK // 2 :] = nibbles >> 4
+    if kind == "Q5_0":
+        word = codes[:, :4].contiguous().view(torch.int32)
+        out.add_((word >> _BITS & 1) << 4)
+    if kind in _MIDDLES:
+        out.sub_(_MIDDLES[kind])
 
 
-def _q4_0(out: Tensor, blocks: Tensor) -> None:
-    _nibbles(out, blocks[:, 2:])
-    out.sub_(8).mul_(_halves(blocks[:, :2]))
-
-
-def _q4_1(out: Tensor, blocks: Tensor) -> None:
-    halves = _halves(blocks[:, :4])
-    _nibbles(out, blocks[:, 4:])
-    out.mul_(halves[:, :1]).add_(halves[:, 1:])
-
-
-def _q5_0(out: Tensor, blocks: Tensor) -> None:
-    word = blocks[:, 2:6].contiguous().view(torch.int32)
-    _nibbles(out, blocks[:, 6:])
-    out.add_((word >> _BITS & 1) << 4).sub_(16).mul_(_halves(blocks[:, :2]))
-
-
-def _q8_0(out: Tensor, blocks: Tensor) -> None:
-    out.copy_(blocks[:, 2:].view(torch.int8)).mul_(_halves(blocks[:, :2]))
-
-
-_KINDS: Final[Mapping[str, Callable[[Tensor, Tensor], None]]] = MappingProxyType(
-    {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q8_0": _q8_0}
-)
+def apply_scales(out: Tensor, scales: Tensor) -> None:
+    """Make codes [n, 32] numbers, in place: times d, plus m where there is one; scales float32 [n, 1 or 2]."""
+    out.mul_(scales[:, :1])
+    if scales.shape[1] == 2:
+        out.add_(scales[:, 1:])
