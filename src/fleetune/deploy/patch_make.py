@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,10 @@ import numpy as np
 from fleetune import models
 from fleetune.common.sums import sha256
 from fleetune.deploy.patch import Patch, Place, patched, with_changes, with_entries
+from fleetune.deploy.formats import Report
+from fleetune.deploy.formats._gguf_header import open_written
 from fleetune.errors import UsageError
+from fleetune.models import placement
 from fleetune.models.mapped.stored import Stored
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.scale_view import ScaleView
@@ -20,8 +25,26 @@ from fleetune.tuning import finished
 from fleetune.tuning.methods._zeroth import place_at
 
 
-def make(base: Path, ledger: Ledger, *, changes: bool = False) -> Patch:
+def file_of(name: str, *, offline: bool = False) -> Path:
+    """Return the GGUF file of a built-in model or a path; UsageError for a model that is none."""
+    _, tensors = placement.tensors_of(name, functools.partial(models.resolve, offline=offline), offline=offline)
+    file = next(iter(tensors.values())).file.path
+    if file.suffix != ".gguf":
+        raise UsageError(f"{name} is no GGUF file, whose scales could be patched", hint="give the .gguf file")
+    return file
+
+
+def report(path: Path) -> Report:
+    """Describe a patched file, every tensor of which is what the patch states (its SHA-256 is)."""
+    kinds = Counter(tensor.tensor_type.name for tensor in open_written(path).tensors)
+    count = kinds.total()
+    return Report(path, "gguf", path.stat().st_size, count, count, kinds)
+
+
+def make(base: Path, ledger: Ledger, *, changes: bool = False, name: str = "") -> Patch:
     """Return the patch from a GGUF file to the ledger's model; with `changes` it carries the scales' differences.
+
+    `name` is the model that the file belongs to, if not a path.
 
     UsageError for a ledger that moves weights, LedgerError where it belongs to another base, or does not rebuild the weights
     that it states.
@@ -31,7 +54,7 @@ def make(base: Path, ledger: Ledger, *, changes: bool = False) -> Patch:
             "this ledger moves all weights, which no quantised file holds",
             hint="tune with --train scales, or export the run: fleetune export RUN --to gguf",
         )
-    model = finished.base_of(ledger, str(base), base="mapped")
+    model = finished.base_of(ledger, name or str(base), base="mapped")
     view = place_at(model, ledger)
     assert isinstance(view, ScaleView)
     finished.require_digest(models.digest(view.pieces()), ledger.final_check(), "the ledger")

@@ -14,7 +14,8 @@ from fleetune.errors import UsageError
 HELP = "update a quantised model on a device by a file of kilobytes"
 ORDER = 65
 VERBS = """\
-make BASE.gguf RUN --to FILE     the patch of a run that was tuned with --train scales (RUN: a run or its ledger)
+make BASE RUN --to FILE          the patch of a run that was tuned with --train scales (BASE: its model;
+                                 RUN: a run or its ledger)
 apply BASE.gguf FILE             patch the file in its place, and leave BASE.gguf.undo (--to NEW.gguf: write a copy)
 undo BASE.gguf                   take back the last patch that was applied in place
 """
@@ -61,7 +62,8 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError("patch make needs --to FILE, the patch to write")
     if (out := Path(args.to)).exists():
         raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
-    made = patch_make.make(Path(args.files[0]), ledgers.load(file_of(args.files[1], args.out)), changes=args.changes)
+    base = patch_make.file_of(args.files[0], offline=args.offline)
+    made = patch_make.make(base, ledgers.load(file_of(args.files[1], args.out)), changes=args.changes, name=args.files[0])
     write_atomic(out, made.file)
     ui.paths([("patch", f"{out} ({human_bytes(len(made.file))})"), ("makes", f"a file with SHA-256 {made.result}")])
 
