@@ -64,7 +64,16 @@ def ledger_on(file: Path) -> tuple[Ledger, str]:
     """A ledger of 40 steps, and the digest of the weights that it leads to."""
     model = load(file)
     made = _zeroth.new_ledger(
-        model, 5, law="hashed", K=64, lr=0.02, eps=0.01, rule="constant", method="mezo", hyper={}, aggregation="mean"
+        model,
+        5,
+        law="hashed",
+        K=64,
+        lr=0.02,
+        eps=0.01,
+        rule="constant",
+        method="mezo",
+        hyper={},
+        aggregation="mean",
     )
     rng = np.random.default_rng(1)
     made = made.append(np.arange(40, dtype=np.uint64), rng.integers(-90, 90, 40), 1)
@@ -89,7 +98,9 @@ def test_the_patched_file_is_the_tuned_model(changes: bool, file: Path, tmp_path
     inside = np.zeros(len(before), bool)
     for place in places:  # nothing but scales has changed
         size = patch.BYTES[place.kind]
-        inside[place.offset : place.offset + place.size].reshape(-1, size)[:, : 2 * patch.HALVES[place.kind]] = True
+        inside[place.offset : place.offset + place.size].reshape(-1, size)[
+            :, : 2 * patch.HALVES[place.kind]
+        ] = True
     assert changed.any()
     assert not (changed & ~inside).any()
 
@@ -159,7 +170,9 @@ def rewritten(path: Path, **changed: object) -> Path:
     {"places": [[64, "Q4_0", 64, 2, 0, 0], [65, "Q4_0", 64, 2, 0, 0]]}, {"id": np.arange(3, dtype=np.uint64)},
     {"coefficient": np.ones(40)}, {"places": [[True, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 1, 1, 0, -4096]]},
 ])  # fmt: skip
-def test_a_patch_that_states_what_cannot_be_is_refused(what: dict[str, object], file: Path, tmp_path: Path) -> None:
+def test_a_patch_that_states_what_cannot_be_is_refused(
+    what: dict[str, object], file: Path, tmp_path: Path
+) -> None:
     (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
     with pytest.raises(ModelError):
         patch.load(rewritten(tmp_path / "p", **what))
@@ -203,7 +216,9 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_pa
     )
     drawn, seen = random.Random(4), set()
     for _ in range(8):
-        child = subprocess.Popen([sys.executable, "-c", code, str(file), str(tmp_path / "p")], stdout=subprocess.PIPE)
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, str(file), str(tmp_path / "p")], stdout=subprocess.PIPE
+        )
         assert child.stdout is not None
         child.stdout.readline()
         time.sleep(drawn.uniform(0, 0.3))

@@ -74,10 +74,14 @@ def reference(stored: Stored, start: int, law: str, K: int, eps: float = 0.0, k:
         ids, c = some(law)
         total = scale_grid.summed(passes(law, K, ids, c), law, KEY, start, len(bits)).astype(np.float32)
         p = total * np.float32(GRID) + (bits & 0x7FFF).astype(np.float32) / np.float32(1024)
-        id, table = probe(law, K, k)
-        one = scale_grid.summed(passes(law, K, [(id << 32) | k if law == "hashed" else id], [1]), law, KEY, start, len(bits))
+        id, _ = probe(law, K, k)
+        one = scale_grid.summed(
+            passes(law, K, [(id << 32) | k if law == "hashed" else id], [1]), law, KEY, start, len(bits)
+        )
         p = p + one.astype(np.float32) * np.float32(eps)
-        u = (scale_grid.rounding(KEY, start, len(bits)).astype(np.float32) + np.float32(0.5)) / np.float32(256)
+        u = (scale_grid.rounding(KEY, start, len(bits)).astype(np.float32) + np.float32(0.5)) / np.float32(
+            256
+        )
         whole = np.clip(np.floor(p * np.float32(1024) + u), 0, 0x7BFF).astype(np.uint16)
         new = np.where(bits & 0x7FFF, whole | (bits & 0x8000), bits)
     else:
@@ -221,7 +225,9 @@ def test_a_move_is_right_in_the_mean_and_keeps_sign_zero_and_range(steps: float,
     got = scale_grid.moved(bits, 0, KEY, one, "rademacher", steps / 1024).astype(np.int64) - bits
     assert set(np.unique(np.abs(got - steps * signs) < 1.01)) == {True}
     assert abs((got - steps * signs).mean()) < 5 * 0.5 / 64
-    assert np.array_equal(scale_grid.moved(bits & 0x8000, 0, KEY, one, "rademacher", steps / 1024), bits & 0x8000)
+    assert np.array_equal(
+        scale_grid.moved(bits & 0x8000, 0, KEY, one, "rademacher", steps / 1024), bits & 0x8000
+    )
     ends = scale_grid.moved(bits, 0, KEY, passes("rademacher", 1, [seed], [10**6]), "rademacher", 1.0)
     assert set((ends & 0x7FFF).tolist()) == {0, 0x7BFF}
     assert set((ends >> 15).tolist()) == {seed & 1}

@@ -73,7 +73,9 @@ class Patch(NamedTuple):
     base: str  # SHA-256 of the file that it is for
     result: str  # ... and of the one that it makes
     places: tuple[Place, ...]  # by rising offset
-    changed: Callable[[int, np.ndarray], np.ndarray]  # (number of a place, its scales' bits uint16 [n]) -> new ones
+    changed: Callable[
+        [int, np.ndarray], np.ndarray
+    ]  # (number of a place, its scales' bits uint16 [n]) -> new ones
     file: bytes
 
 
@@ -93,8 +95,11 @@ def with_entries(
         flat = model.reshape(-1)
         for first in range(0, len(flat), PIECE):
             part = flat[first : first + PIECE]
-            flat[first : first + PIECE] = scale_grid.moved(part, place.start + first, run_key, moves, law, grid)
-        return model[order].reshape(-1)
+            flat[first : first + PIECE] = scale_grid.moved(
+                part, place.start + first, run_key, moves, law, grid
+            )
+        back: np.ndarray = model[order].reshape(-1)
+        return back
 
     head = {"run_key": f"{run_key:016x}", "law": law, "K": K, "grid": grid}
     file = _encoded(base, result, places, head, {"id": ids, "coefficient": coefficients})
@@ -117,7 +122,8 @@ def with_changes(base: str, result: str, places: tuple[Place, ...], changes: byt
     def changed(number: int, bits: np.ndarray) -> np.ndarray:
         if not held:
             held.append(unpacked())
-        return bits + held[0][starts[number] : starts[number + 1]]
+        new: np.ndarray = bits + held[0][starts[number] : starts[number + 1]]
+        return new
 
     file = _encoded(base, result, places, {}, {"changes": np.frombuffer(changes, np.uint8)})
     return Patch(base, result, places, changed, file)
@@ -127,7 +133,8 @@ def _encoded(
     base: str, result: str, places: tuple[Place, ...], head: dict[str, Any], arrays: dict[str, np.ndarray]
 ) -> bytes:
     stated = {"format": FORMAT, "base": base, "result": result, "places": places, **head}
-    return save(arrays, {"patch": json.dumps(stated, sort_keys=True, separators=(",", ":"))})
+    raw: bytes = save(arrays, {"patch": json.dumps(stated, sort_keys=True, separators=(",", ":"))})
+    return raw
 
 
 def load(path: Path) -> Patch:
@@ -174,7 +181,9 @@ def _check_order(places: tuple[Place, ...]) -> None:
         end = place.offset + place.size
 
 
-def patched(path: Path, patch: Patch, seen: Callable[[np.ndarray, np.ndarray], None] | None = None) -> Iterator[bytes]:
+def patched(
+    path: Path, patch: Patch, seen: Callable[[np.ndarray, np.ndarray], None] | None = None
+) -> Iterator[bytes]:
     """Yield the new file a piece at a time; `seen` gets the bits of the scales of each place before and after.
 
     ModelError where the file is too short.
@@ -183,7 +192,9 @@ def patched(path: Path, patch: Patch, seen: Callable[[np.ndarray, np.ndarray], N
         at = 0
         for number, place in enumerate(patch.places):
             yield from _copied(file, place.offset - at, path)
-            raw = np.frombuffer(bytearray(_read(file, place.size, path)), np.uint8).reshape(-1, BYTES[place.kind])
+            raw = np.frombuffer(bytearray(_read(file, place.size, path)), np.uint8).reshape(
+                -1, BYTES[place.kind]
+            )
             halves = raw[:, : 2 * HALVES[place.kind]]
             old = np.ascontiguousarray(halves).view("<u2").reshape(-1)
             new = patch.changed(number, old)
@@ -275,7 +286,9 @@ def require_base(path: Path, patch: Patch) -> None:
     if found == patch.base:
         return
     if found == patch.result:
-        raise ModelError(f"{path} has this patch already", hint=f"take it back: fleetune patch undo {quoted(path)}")
+        raise ModelError(
+            f"{path} has this patch already", hint=f"take it back: fleetune patch undo {quoted(path)}"
+        )
     raise ModelError(
         f"the patch is for a file with SHA-256 {patch.base[:16]}.., {path} has {found[:16]}..",
         hint="get the file that the model was tuned on; nothing was changed",
@@ -288,7 +301,9 @@ def undo(path: Path) -> None:
     if not back.is_file():
         raise ModelError(f"there is no {back}", hint="a patch that was applied in place leaves one")
     patch = load(back)
-    if not path.is_file() or sha256(path) != patch.result:  # else it was killed before the patch took its place
+    if (
+        not path.is_file() or sha256(path) != patch.result
+    ):  # else it was killed before the patch took its place
         require_base(path, patch)
         _write(path, patch, path)
     back.unlink()

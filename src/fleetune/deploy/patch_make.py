@@ -13,9 +13,9 @@ import numpy as np
 
 from fleetune import models
 from fleetune.common.sums import sha256
-from fleetune.deploy.patch import Patch, Place, patched, with_changes, with_entries
 from fleetune.deploy.formats import Report
 from fleetune.deploy.formats._gguf_header import open_written
+from fleetune.deploy.patch import Patch, Place, patched, with_changes, with_entries
 from fleetune.errors import UsageError
 from fleetune.models import placement
 from fleetune.models.mapped.stored import Stored
@@ -27,7 +27,9 @@ from fleetune.tuning.methods._zeroth import place_at
 
 def file_of(name: str, *, offline: bool = False) -> Path:
     """Return the GGUF file of a built-in model or a path; UsageError for a model that is none."""
-    _, tensors = placement.tensors_of(name, functools.partial(models.resolve, offline=offline), offline=offline)
+    _, tensors = placement.tensors_of(
+        name, functools.partial(models.resolve, offline=offline), offline=offline
+    )
     file = next(iter(tensors.values())).file.path
     if file.suffix != ".gguf":
         raise UsageError(f"{name} is no GGUF file, whose scales could be patched", hint="give the .gguf file")
@@ -80,11 +82,13 @@ def make(base: Path, ledger: Ledger, *, changes: bool = False, name: str = "") -
 
 def _place(stored: Stored, start: int) -> Place:
     rows, width = stored.shape
-    heads = 0
-    if stored.order is not None:
-        half = int(np.flatnonzero(stored.order == 1)[0])  # rows of half a head
+    heads, order = 0, stored.order
+    if order is not None:
+        half = int(np.flatnonzero(order == 1)[0])  # rows of half a head
         heads = rows // (2 * half)
     place = Place(stored.offset, stored.kind, rows, width // 32, heads, start)
-    if stored.size != place.size or (heads and not np.array_equal(np.argsort(stored.order), place.in_model())):
+    if stored.size != place.size or (
+        order is not None and not np.array_equal(np.argsort(order), place.in_model())
+    ):
         raise UsageError(f"{stored.file.path} has an order of rows that a patch cannot state")
     return place

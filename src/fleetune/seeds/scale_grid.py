@@ -23,7 +23,9 @@ from fleetune.seeds.noise import WIDTH, Passes
 
 STEPS: Final = 1024  # steps of fp16 from one power of two to the next
 LARGEST: Final = 0x7BFF  # bits of fp16's largest number
-ROUNDING: Final = (1 << 64) - 1  # the direction whose words are the fixed offsets of rounding: no ledger has it
+ROUNDING: Final = (
+    1 << 64
+) - 1  # the direction whose words are the fixed offsets of rounding: no ledger has it
 RUN: Final = 4 * WIDTH  # bytes of a row of words
 
 

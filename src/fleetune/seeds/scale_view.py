@@ -3,8 +3,8 @@
 
 A block of ggml holds 32 codes q and one or two fp16 numbers, its scale d and perhaps an offset m: w = d q + m.  Training the
 scales alone (PEQA, Kim et al. 2023, arXiv 2305.14152; EfficientQAT, Chen et al. 2024, arXiv 2407.11062) leaves a file of the
-same codes, so nothing is rounded after training.  Here a direction moves them on the grid of fp16 itself (`scale_grid.py`).  z has a
-number for each scale, a 32nd of what the weights would need, so a pass costs next to nothing.
+same codes, so nothing is rounded after training.  Here a direction moves them on the grid of fp16 itself (`scale_grid.py`).
+z has a number for each scale, a 32nd of what the weights would need, so a pass costs next to nothing.
 
 For back-propagation the rounding is passed over (straight-through): dL/dp = 2^e sign(d) sum_q q dL/dw, with e the exponent.
 """
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from fleetune.errors import UsageError
+from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.mapped.lazy import LazyWeight
 from fleetune.models.mapped.quants import BLOCK, HALVES, apply_scales, scale_bits, write_codes
-from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.model import Model, Pieces, named_tensors
 from fleetune.seeds.scale_grid import LARGEST, STEPS, rounding
 from fleetune.seeds.slots import WeightSlot, layout
 from fleetune.seeds.view import View
+
 
 def holds_scales(tensor: Tensor) -> bool:
     """Return whether a weight lies in a file as blocks whose scales can be moved."""
@@ -33,7 +34,7 @@ def holds_scales(tensor: Tensor) -> bool:
 
 def scales_of(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, tuple[int, ...]]]:
     """Return (name, shape [rows, blocks, 1 or 2]) of the scales of a net; UsageError where it has none."""
-    found = [
+    found: list[tuple[str, tuple[int, ...]]] = [
         (f"{name}.scales", (t.shape[0], t.shape[1] // BLOCK, HALVES[t.stored.kind]))
         for name, t in named
         if isinstance(t, LazyWeight) and holds_scales(t)
@@ -73,7 +74,10 @@ class ScaleView(View):
     def layout(named: Iterable[tuple[str, Tensor]]) -> list[WeightSlot]:
         """Lay the scales end to end; a slot has the weight that they are of."""
         weights = dict(named)
-        counted = [(n.removesuffix(".scales"), torch.zeros(()).expand(shape)) for n, shape in scales_of(weights.items())]
+        counted = [
+            (n.removesuffix(".scales"), torch.zeros(()).expand(shape))
+            for n, shape in scales_of(weights.items())
+        ]
         return [slot._replace(tensor=weights[slot.name]) for slot in layout(counted)]
 
     def moved_slots(self) -> list[WeightSlot]:

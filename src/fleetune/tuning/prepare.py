@@ -158,7 +158,9 @@ def _of_scales(recipe: Recipe) -> list[str]:
     if recipe.method not in MOVE_SCALES:
         found.append(f"train = scales is for {', '.join(MOVE_SCALES)}, not for {recipe.method}")
     if recipe.base == "memory" or recipe.device not in ("auto", "cpu"):
-        found.append("train = scales reads the base from its GGUF file, on the CPU: leave out --base and --device")
+        found.append(
+            "train = scales reads the base from its GGUF file, on the CPU: leave out --base and --device"
+        )
     return found
 
 

@@ -63,9 +63,13 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
     if (out := Path(args.to)).exists():
         raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
     base = patch_make.file_of(args.files[0], offline=args.offline)
-    made = patch_make.make(base, ledgers.load(file_of(args.files[1], args.out)), changes=args.changes, name=args.files[0])
+    made = patch_make.make(
+        base, ledgers.load(file_of(args.files[1], args.out)), changes=args.changes, name=args.files[0]
+    )
     write_atomic(out, made.file)
-    ui.paths([("patch", f"{out} ({human_bytes(len(made.file))})"), ("makes", f"a file with SHA-256 {made.result}")])
+    ui.paths(
+        [("patch", f"{out} ({human_bytes(len(made.file))})"), ("makes", f"a file with SHA-256 {made.result}")]
+    )
 
 
 def _apply(args: argparse.Namespace, ui: Ui) -> None:

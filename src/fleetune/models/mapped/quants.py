@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 BLOCK: Final = 32
-HALVES: Final[Mapping[str, int]] = MappingProxyType({"Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q8_0": 1})  # d, m of a block
+HALVES: Final[Mapping[str, int]] = MappingProxyType(
+    {"Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q8_0": 1}
+)  # d, m of a block
 _MIDDLES: Final[Mapping[str, int]] = MappingProxyType({"Q4_0": 8, "Q5_0": 16})
 _BITS: Final = torch.arange(BLOCK, dtype=torch.int32)
 

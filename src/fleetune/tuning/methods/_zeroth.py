@@ -20,7 +20,7 @@ from fleetune.seeds.noise import LAWS, POOLS, run_key
 from fleetune.seeds.scale_view import ScaleView, moved_tensors, view_on
 from fleetune.seeds.spsa import Position, uniforms
 from fleetune.seeds.view import View
-from fleetune.tuning.messages import Payload, narrow
+from fleetune.tuning.messages import Payload, Scalar, narrow
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +106,10 @@ def ledger_payload(ledger: Ledger, pool: int, epoch: int) -> Payload:
     epochs, k = ledger.ids >> np.uint64(32), ledger.ids & np.uint64(0xFFFFFFFF)
     np.add.at(sums, (epochs.astype(np.int64), k.astype(np.int64)), ledger.coefficients.astype(np.int64))
     head = ledger.head
-    numbers = {"run_key": head.run_key, "law": head.law, "grid": head.grid}
-    return Payload({"a": narrow(sums)}, numbers | ({} if head.trains == "weights" else {"train": head.trains}))
+    numbers: dict[str, Scalar] = {"run_key": head.run_key, "law": head.law, "grid": head.grid}
+    if head.trains != "weights":
+        numbers["train"] = head.trains
+    return Payload({"a": narrow(sums)}, numbers)
 
 
 def open_view(model: Model, payload: Payload) -> tuple[View, Position]:
@@ -133,8 +135,9 @@ def view_of(model: Model, run_key: int, law: str, grid: float) -> View:
         raise ModelError(
             f"the model carries a {type(view).__name__}; detach it before a zeroth-order method uses it"
         )
-    model.attachment = view_on(model, run_key=run_key, law=law, grid=grid)
-    return model.attachment
+    made = view_on(model, run_key=run_key, law=law, grid=grid)
+    model.attachment = made
+    return made
 
 
 def place_at(model: Model, ledger: Ledger) -> View:
