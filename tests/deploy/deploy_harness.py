@@ -176,6 +176,13 @@ def compressed(
     return quantised
 
 
+# what makes `compressed` fit each of GGUF's formats whose scales can be trained
+BLOCKS: dict[str, dict[str, Any]] = {
+    "Q4_0": {}, "Q4_1": {"zero": 6, "scale_bits": 7}, "Q5_0": {"bits": 5}, "Q8_0": {"bits": 8},
+    "Q5_1": {"bits": 5, "zero": 12, "scale_bits": 6}, "IQ4_NL": {"name": "iq4_nl"},
+}  # fmt: skip
+
+
 def changed(q: Quantised, **fields: Any) -> Quantised:
     """A copy with other fields."""
     return dataclasses.replace(q, **fields)

@@ -61,7 +61,7 @@ def test_numbers_are_those_of_the_package(kind: str) -> None:
 
 
 def test_every_code_and_sign_of_scale_is_right() -> None:
-    for kind in quants._KINDS:
+    for kind in quants.HALVES:
         size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
         data = np.random.default_rng(1).integers(0, 256, (4096, size), dtype=np.uint8)
         data[:, 1] &= 0x7B  # of the scale: no infinity

@@ -72,7 +72,7 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int | None = None) -> N
             os.fsync(file.fileno())
         os.chmod(temporary, default_mode() if mode is None else mode)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise storage_error(error, path) from error
     finally:
@@ -80,7 +80,7 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int | None = None) -> N
             os.unlink(temporary)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush a folder, so that a rename survives a power loss; not on Windows, which cannot open folders."""
     try:
         handle = os.open(folder, os.O_RDONLY)

@@ -48,14 +48,15 @@ def export(
     *,
     offline: bool,
 ) -> ExportResult:
-    """Write `subject` as target `to` (default: gguf; of a run hf) to `path` (default: beside it), and read it back.
+    """Write `subject` as target `to` (default: gguf; of a run of weights hf) to `path` (default: beside it), and read it back.
 
     With a `text` file its perplexity is measured by the source and by what was written, in its runtime.  UsageError for
     a target, a place or a text that cannot be, before anything heavy is imported; the rest as in `export.export`.
     """
     check(to, path, text)
     if isinstance(subject, Run):
-        return _of_run(subject, to or DEFAULT_TARGET_OF_A_RUN, path, text, listener, offline=offline)
+        own = DEFAULT_TARGET if subject.recipe.train == "scales" else DEFAULT_TARGET_OF_A_RUN
+        return _of_run(subject, to or own, path, text, listener, offline=offline)
     kind = to or DEFAULT_TARGET
     if isinstance(subject, Compressed):
         source = subject.model
@@ -149,6 +150,10 @@ def _of_run(
         source = base.directory(offline=offline) if target.states("BASE") else None
         report = exporting.export_adapter(adapter, source, kind, out, made=made)
         return ExportResult(out, _done(report, listener))
+    if recipe.train == "scales" and kind == DEFAULT_TARGET:
+        report = _with_other_scales(run, out, offline=offline)
+        rows = _rows(base.directory(offline=offline), text) if text else []
+        return _finish(run.folder, kind, _done(report, listener), rows, listener, offline=offline)
     rows = _rows(base.directory(offline=offline), text)
     if kind == DEFAULT_TARGET_OF_A_RUN:
         done = _plain_directory(run, out, listener, offline=offline)
@@ -158,6 +163,19 @@ def _of_run(
         _write_tuned(run, plain, offline=offline)
         with _called(plain, run.folder):
             return write(plain, kind, out, listener, made, rows)
+
+
+def _with_other_scales(run: Run, out: Path, *, offline: bool) -> Report:
+    """Write the GGUF file that a run was tuned on with the scales that it has found; its codes and all else stay as they are."""
+    from fleetune.deploy import patch, patch_make
+    from fleetune.tuning import finished
+
+    if out.exists():
+        raise UsageError(f"{out} exists already", hint="choose a new place: nothing is overwritten")
+    source = patch_make.file_of(run.recipe.model, offline=offline)
+    made = patch_make.make(source, finished.ledger_of(run.folder), name=run.recipe.model)
+    patch.apply(source, made, out)
+    return patch_make.report(out)
 
 
 @contextmanager

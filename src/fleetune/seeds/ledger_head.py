@@ -12,6 +12,7 @@ from fleetune.seeds.noise import LAW_VERSION, LAWS, MOST
 
 FORMAT = 1
 AGAIN = "get it again from its origin; a run writes its own again: fleetune tune --resume RUN"
+TRAINS = ("weights", "scales")
 GRID_LIMIT = 1000.0  # the weight change of one unit: far above any learning rate
 
 
@@ -36,6 +37,11 @@ class LedgerHead:
     privacy: str = "none"
     checks: dict[str, str] = field(default_factory=dict)  # round -> SHA-256 of the rebuilt weights
     previous: str = ""  # fingerprint of the ledger this one was derived from
+
+    @property
+    def trains(self) -> str:
+        """Return what its directions move: weights, or the scales of a quantised base (`scale_view.py`)."""
+        return str(self.hyper.get("train", "weights"))
 
     def to_json(self) -> str:
         """Return canonical JSON: sorted keys, no spaces; `run_key` in hexadecimal."""
@@ -88,6 +94,7 @@ def _sound(head: LedgerHead) -> bool:
         and type(head.eps) in (float, int)
         and type(head.hyper) is type(head.checks) is dict
         and all(type(d) is str for d in head.checks.values())
+        and head.trains in TRAINS
     )
 
 

@@ -33,8 +33,9 @@ import numpy as np
 
 from fleetune.data import Batch, Batches, Encoded, collate
 from fleetune.evaluation.losses import batch_loss, pad_id, row_losses
-from fleetune.models.model import Model, named_tensors
+from fleetune.models.model import Model
 from fleetune.seeds.noise import probe, run_key
+from fleetune.seeds.scale_view import view_on
 from fleetune.seeds.spsa import Position, descend, two_point
 from fleetune.seeds.view import View
 
@@ -95,7 +96,7 @@ def measure(
     The model is left as it was.  Takes 3 forward passes over the rows of each direction, and 2 over those of each step.
     """
     key = run_key(how.key.to_bytes(8, "little"))
-    view = View(named_tensors(model.net), model.net, run_key=key, law=how.law, grid=GRID)
+    view = view_on(model, run_key=key, law=how.law, grid=GRID)
     model.attachment = view
     try:
         points = [_at_point(model, view, rows, how, 0)]

@@ -50,6 +50,10 @@ class Moved(Protocol):
         """Return a whole tensor, in memory of its own."""
         ...
 
+    def pulled_back(self, slot: WeightSlot, first: int, gradient: Tensor) -> tuple[int, Tensor]:
+        """Return the gradient of what is moved, and the global index of its first element."""
+        ...
+
 
 class Tape:
     """A context in which what a view's net computes can be back-propagated; gradients of its tensors go to `sink`.
@@ -92,7 +96,7 @@ class Tape:
 
     def rows(self, slot: WeightSlot, first: int, gradient: Tensor) -> None:
         """Hand on the gradient of rows of a matrix, from row `first` on."""
-        self.sink(slot.start + first * slot.tensor.shape[1], gradient)
+        self.sink(*self.view.pulled_back(slot, first * slot.tensor.shape[1], gradient))
 
 
 class _Linear(torch.autograd.Function):
@@ -143,7 +147,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ctx.tape.sink(ctx.slot.start, gradients[0].contiguous())
+        ctx.tape.sink(*ctx.tape.view.pulled_back(ctx.slot, 0, gradients[0].contiguous()))
         return None, None, None
 
 

@@ -90,18 +90,19 @@ class View:
         backend: str = "auto",
         threads: int | None = None,
     ) -> None:
-        self.slots = layout(named)
+        self.slots = self.layout(named)
         self.run_key, self.law, self.grid = run_key, law, grid
         self.read, self.threads = read, threads
         self.device = self.slots[0].tensor.device
         self.lazy = any(isinstance(slot.tensor, LazyWeight) for slot in self.slots)
+        self.folds = not self.lazy  # whether sums of passes are cached, a number for each that is moved
         self.kernels = kernels(self.device, backend)
         self.point: Passes | None = None
         self.direction: Direction | None = None
         self.stored: StoredDirection | None = None  # where a probe's direction is written out, if anywhere
         self.tape: Tape | None = None  # while what the net computes can be back-propagated
         self.reached: set[str] = set()
-        self.folded = FoldedSums(self.slots, run_key, law, self.kernels, threads)
+        self.folded = FoldedSums(self.moved_slots(), run_key, law, self.kernels, threads)
         self._scratch = torch.empty(0)
         self.net = net
         self.owners: list[tuple[nn.Module, dict[str, WeightSlot]]] = []  # wrapped modules and what they own
@@ -109,6 +110,19 @@ class View:
         self.paired = 0  # rows of a half of the batch, while both signs of a probe run in one forward
         self._around: list[nn.Module] = []
         self._install(net)
+
+    @staticmethod
+    def layout(named: Iterable[tuple[str, Tensor]]) -> list[WeightSlot]:
+        """Return the tensors that change, and where in a direction the numbers of each begin."""
+        return layout(named)
+
+    def moved_slots(self) -> list[WeightSlot]:
+        """Return what directions move: here the weights themselves."""
+        return self.slots
+
+    def pulled_back(self, slot: WeightSlot, first: int, gradient: Tensor) -> tuple[int, Tensor]:
+        """Return the gradient of what is moved, from that of the elements from `first` on, and where it begins."""
+        return slot.start + first, gradient
 
     def place(self, passes: Passes | None, *, fold: bool = True) -> None:
         """Set the point: the ledger's passes, or None for the base.
@@ -119,7 +133,7 @@ class View:
         self.point = passes if passes is not None and len(passes.ids) else None
         if not fold:
             self.folded.forget()
-        elif self.law != "gaussian" and not self.lazy:  # whose sums are floats, in a stated order
+        elif self.law != "gaussian" and self.folds:  # gaussian sums are floats, in a stated order
             self.point = self.folded.rest(self.point)
 
     def probe(self, direction: Direction | None, eps: float = 0.0) -> None:
@@ -358,7 +372,8 @@ class View:
 
     def _take(self, size: int, dtype: torch.dtype) -> Tensor:
         if self._scratch.numel() < size or self._scratch.dtype != dtype:
-            self._scratch = torch.empty(size, dtype=dtype, device=self.device)
+            with torch.inference_mode(False):  # or it could not be written to outside of that mode
+                self._scratch = torch.empty(size, dtype=dtype, device=self.device)
         return self._scratch[:size]
 
     def _install(self, net: nn.Module) -> None:

@@ -19,6 +19,7 @@ from fleetune.models.model import Model
 from fleetune.runs import env_file, rundir
 from fleetune.seeds import ledger as ledgers
 from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.scale_view import moved_tensors
 from fleetune.seeds.view import kernels
 from fleetune.tuning import foundations, methods, places
 from fleetune.tuning import recipe as recipes
@@ -122,6 +123,8 @@ def base_of(
             f"the ledger's tensors are {ledger.head.tensors[0][2]}, which is not a type of weights"
         )
     labels = recipes.label_words(str(ledger.head.hyper.get("labels", "")))
+    if ledger.head.trains == "scales":
+        base = "mapped"
     model = models.load(name, dtype=dtype, device=device, offline=offline, labels=labels, base=base)
     check_base(model, ledger)
     return model
@@ -129,14 +132,13 @@ def base_of(
 
 def check_base(model: Model, ledger: Ledger) -> None:
     """LedgerError when a model is not the ledger's base."""
-    tensors = (
-        (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in models.named_tensors(model.net)
-    )
-    ledgers.require_base(ledger.head, model.digest, model.tokenizer_digest, tensors)
+    model.trains = ledger.head.trains
+    ledgers.require_base(ledger.head, model.digest, model.tokenizer_digest, moved_tensors(model))
 
 
 def rebuild(model: Model, ledger: Ledger, *, threads: int | None = None, backend: str = "auto") -> str:
     """Put `model` at the ledger's point and give the SHA-256 of the rebuilt weights (the base stays as it was)."""
+    model.trains = ledger.head.trains
     view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
     view.threads, view.kernels = threads, kernels(view.device, backend)
     view.place(ledger.passes(), fold=False)

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -28,7 +29,7 @@ from fleetune.evaluation import objectives
 from fleetune.evaluation.answers import require_text_model
 from fleetune.models.model import Model
 from fleetune.runs.events import TuneChecked
-from fleetune.seeds import kernel_choice
+from fleetune.seeds import kernel_choice, scale_view
 from fleetune.tuning import estimate, kinds, labels, methods, rates, recipe_problems, robust, rounds
 from fleetune.tuning import recipe as recipes
 from fleetune.tuning.estimate import Estimate
@@ -38,6 +39,8 @@ from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.settled import settled
 
 log = logging.getLogger(__name__)
+
+MOVE_SCALES: Final = ("mezo", "fedkseed", "onebyte")  # methods that can train the scales of a quantised base
 
 
 @dataclass
@@ -107,7 +110,7 @@ def check(recipe: Recipe) -> tuple[MethodEntry, Method]:
         problems.append(
             f"over_selection = {recipe.over_selection} does nothing where all clients are asked: lower --participation"
         )
-    problems += _of_course(recipe)
+    problems += _of_course(recipe) + _of_scales(recipe)
     if problems:
         raise RecipeError(problems, hint=hint or f"settings and defaults: fleetune methods {recipe.method}")
     method = methods.make(recipe.method, recipe.set)
@@ -147,6 +150,20 @@ def _of_course(recipe: Recipe) -> list[str]:
     return []
 
 
+def _of_scales(recipe: Recipe) -> list[str]:
+    """Say what cannot train the scales of a quantised base."""
+    if recipe.train != "scales":
+        return []
+    found = []
+    if recipe.method not in MOVE_SCALES:
+        found.append(f"train = scales is for {', '.join(MOVE_SCALES)}, not for {recipe.method}")
+    if recipe.base == "memory" or recipe.device not in ("auto", "cpu"):
+        found.append(
+            "train = scales reads the base from its GGUF file, on the CPU: leave out --base and --device"
+        )
+    return found
+
+
 def split(recipe: Recipe, entry: MethodEntry, *, offline: bool = False) -> Split:
     """Read the data, hold rows out, and give every other row to a client."""
     return splitting.split(recipes.rows_of(recipe), entry.clients, offline=offline)
@@ -183,8 +200,10 @@ def prepare(
     labels.check_rows(recipe, objective, batch_size_of(method), parts.examples, held_out, offline=offline)
     model = models.load(
         recipe.model, dtype=recipe.dtype, device=recipe.device, offline=offline, labels=_labels(recipe, parts),
-        base=recipe.base,
+        base="mapped" if recipe.train == "scales" else recipe.base,
     )  # fmt: skip
+    model.trains = recipe.train
+    scale_view.moved_tensors(model)  # refuses a base that has no scales
     recipe = _for_encoder(recipe, method, model) if model.labels else recipe
     torch.set_num_threads(recipe.threads or usual_threads(model.n_params))
     place = _tokens(model, parts, recipe.max_length)

@@ -104,6 +104,12 @@ class Recipe:
         description="where the base's weights are: memory, or mapped, in their file (GGUF or safetensors; on the CPU), from "
         "which pieces are read; auto: mapped where the weights would take half of the memory.  The result is the same",
     )
+    train: str = Field(
+        default="weights",
+        pattern="^(weights|scales)$",
+        description="what mezo, fedkseed and onebyte tune: all weights, or the scales of a quantised GGUF file's blocks, whose "
+        "codes stay: then the result is that file with other scales, and nothing is rounded afterwards",
+    )
     kinds: str = Field(
         default="",
         description="kinds of the clients in turn, as 0,1,1, where the method has several (default: by the method's "
@@ -196,6 +202,7 @@ class RecipeOptions(TypedDict, total=False):
     dtype: str
     device: str
     base: str
+    train: str
     kinds: str
     drop: float
     stragglers: float

@@ -75,11 +75,11 @@ def run(args: argparse.Namespace, ui: Ui) -> None:
     wanted = 2 if args.action in ("diff", "merge") else 1
     if len(args.files) != wanted:
         raise UsageError(f"ledger {args.action} takes {wanted} FILE, {len(args.files)} given")
-    paths = [_file(name, args.out) for name in args.files]
+    paths = [file_of(name, args.out) for name in args.files]
     ACTIONS[args.action](args, ui, paths, [ledgers.load(p) for p in paths])
 
 
-def _file(name: str, out: str) -> Path:
+def file_of(name: str, out: str) -> Path:
     """The ledger file that a name means: a file, a run's folder, or a run by name or number."""
     from fleetune import subject
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
+import gguf
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -62,13 +63,19 @@ class Stored(NamedTuple):
                 raw = raw.copy()
             return self._finished(torch.from_numpy(raw).view(PLAIN[self.kind]), dtype)
         top, end, width = first // self.width, -(-last // self.width), self.width
+        found = self._decoded(self._data(top, end), (end - top) * width, scratch)
+        return self._finished(found[first - top * width : last - top * width], dtype)
+
+    def blocks(self, top: int, end: int) -> Tensor:
+        """Return the bytes of the rows top..end of a tensor of blocks, uint8 [blocks, bytes], in its order of rows."""
+        per_block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
+        return self._data(top, end).view((end - top) * self.width // per_block, size)
+
+    def _data(self, top: int, end: int) -> Tensor:
         if self.order is None:
             row = self._bytes_of_row
-            data = torch.from_numpy(self.file.bytes(self.offset + top * row, (end - top) * row))
-        else:
-            data = self._bytes_of(torch.from_numpy(self.order[top:end]))
-        found = self._decoded(data, (end - top) * width, scratch)
-        return self._finished(found[first - top * width : last - top * width], dtype)
+            return torch.from_numpy(self.file.bytes(self.offset + top * row, (end - top) * row))
+        return self._bytes_of(torch.from_numpy(self.order[top:end]))
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return some rows [n, width] by their numbers int64 [n], in memory of their own."""

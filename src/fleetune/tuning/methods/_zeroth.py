@@ -13,13 +13,14 @@ import numpy as np
 
 from fleetune.common import commas
 from fleetune.errors import ModelError
-from fleetune.models.model import Model, named_tensors
+from fleetune.models.model import Model
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.ledger_head import LedgerHead
 from fleetune.seeds.noise import LAWS, POOLS, run_key
+from fleetune.seeds.scale_view import ScaleView, moved_tensors, view_on
 from fleetune.seeds.spsa import Position, uniforms
 from fleetune.seeds.view import View
-from fleetune.tuning.messages import Payload, narrow
+from fleetune.tuning.messages import Payload, Scalar, narrow
 
 log = logging.getLogger(__name__)
 
@@ -80,13 +81,12 @@ def new_ledger(
     aggregation: str,
 ) -> Ledger:
     """Return an empty ledger on this base; `K` is the pool's size, the grid is lr / 256."""
-    tensors = tuple(
-        (n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in named_tensors(model.net)
-    )
+    more = {"labels": commas.join(model.labels)} if model.labels else {}
+    more |= {} if model.trains == "weights" else {"train": model.trains}
     head = LedgerHead(
         base=model.digest,
         tokenizer=model.tokenizer_digest,
-        tensors=tensors,
+        tensors=moved_tensors(model),
         run_key=run_key(key.to_bytes(8, "little")),
         law=law,
         K=K if law in POOLS else 1,
@@ -94,7 +94,7 @@ def new_ledger(
         eps=eps,
         lr=rule,
         method=method,
-        hyper={**hyper, "labels": commas.join(model.labels)} if model.labels else hyper,
+        hyper={**hyper, **more},
         aggregation=aggregation,
     )
     return Ledger(head)
@@ -106,7 +106,10 @@ def ledger_payload(ledger: Ledger, pool: int, epoch: int) -> Payload:
     epochs, k = ledger.ids >> np.uint64(32), ledger.ids & np.uint64(0xFFFFFFFF)
     np.add.at(sums, (epochs.astype(np.int64), k.astype(np.int64)), ledger.coefficients.astype(np.int64))
     head = ledger.head
-    return Payload({"a": narrow(sums)}, {"run_key": head.run_key, "law": head.law, "grid": head.grid})
+    numbers: dict[str, Scalar] = {"run_key": head.run_key, "law": head.law, "grid": head.grid}
+    if head.trains != "weights":
+        numbers["train"] = head.trains
+    return Payload({"a": narrow(sums)}, numbers)
 
 
 def open_view(model: Model, payload: Payload) -> tuple[View, Position]:
@@ -115,6 +118,7 @@ def open_view(model: Model, payload: Payload) -> tuple[View, Position]:
     epochs, k = np.nonzero(a)
     ids = (epochs.astype(np.uint64) << np.uint64(32)) | k.astype(np.uint64)
     law = str(payload.scalars["law"])
+    model.trains = str(payload.scalars.get("train", "weights"))
     view = view_of(model, payload.int("run_key"), law, payload.float("grid"))
     return view, Position(law, a.shape[1] if law in POOLS else 1, ids, a[epochs, k].astype(np.int64))
 
@@ -123,20 +127,22 @@ def view_of(model: Model, run_key: int, law: str, grid: float) -> View:
     """Return the view that `model` carries, made anew if it has none or one of another key, law or grid."""
     view = model.attachment
     if isinstance(view, View):
-        if (view.run_key, view.law, view.grid) == (run_key, law, grid):
+        same = isinstance(view, ScaleView) == (model.trains == "scales")
+        if same and (view.run_key, view.law, view.grid) == (run_key, law, grid):
             return view
         view.remove()
     elif view is not None:
         raise ModelError(
             f"the model carries a {type(view).__name__}; detach it before a zeroth-order method uses it"
         )
-    view = View(named_tensors(model.net), model.net, run_key=run_key, law=law, grid=grid)
-    model.attachment = view
-    return view
+    made = view_on(model, run_key=run_key, law=law, grid=grid)
+    model.attachment = made
+    return made
 
 
 def place_at(model: Model, ledger: Ledger) -> View:
     """Put `model` at the point of a ledger (its stored weights stay the base's)."""
+    model.trains = ledger.head.trains
     view = view_of(model, ledger.head.run_key, ledger.head.law, ledger.head.grid)
     view.place(ledger.passes())
     return view

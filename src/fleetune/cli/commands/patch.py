@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune patch`: make, apply, undo, show: update a quantised model on a device by kilobytes."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+
+from fleetune.cli.console import Ui
+from fleetune.common.display import human_bytes
+from fleetune.errors import UsageError
+
+HELP = "update a quantised model on a device by a file of kilobytes"
+ORDER = 65
+VERBS = """\
+make BASE RUN --to FILE          the patch of a run that was tuned with --train scales (BASE: its model;
+                                 RUN: a run or its ledger)
+apply BASE.gguf FILE             patch the file in its place, and leave BASE.gguf.undo (--to NEW.gguf: write a copy)
+undo BASE.gguf                   take back the last patch that was applied in place
+"""
+EXAMPLES = """\
+fleetune patch make smollm2.gguf latest --to tuned.patch
+fleetune patch apply smollm2.gguf tuned.patch
+fleetune patch undo smollm2.gguf
+"""
+NEEDS = {"make": 2, "apply": 2, "undo": 1}
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    sub.description = f"{sub.description}\n\n{textwrap.indent(VERBS, '    ')}"
+    sub.add_argument("action", metavar="ACTION", choices=list(NEEDS), help="make, apply or undo")
+    sub.add_argument("files", metavar="FILE", nargs="+", help="see above")
+    sub.add_argument("--to", metavar="FILE", help="file to write (of make: the patch; of apply: a copy)")
+    sub.add_argument(
+        "--changes",
+        action="store_true",
+        help="for make: carry the scales' differences, not the ledger's entries: a larger patch that nothing is computed for",
+    )
+
+
+def run(args: argparse.Namespace, ui: Ui) -> None:
+    """Carry out an action."""
+    if len(args.files) != NEEDS[args.action]:
+        raise UsageError(
+            f"patch {args.action} takes {NEEDS[args.action]} FILE, {len(args.files)} given",
+            hint="fleetune patch --help",
+        )
+    if args.changes and args.action != "make":
+        raise UsageError("--changes is for patch make")
+    {"make": _make, "apply": _apply, "undo": _undo}[args.action](args, ui)
+
+
+def _make(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.cli.commands.ledger import file_of
+    from fleetune.common.files import write_atomic
+    from fleetune.deploy import patch_make
+    from fleetune.seeds import ledger as ledgers
+
+    if not args.to:
+        raise UsageError("patch make needs --to FILE, the patch to write")
+    if (out := Path(args.to)).exists():
+        raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
+    base = patch_make.file_of(args.files[0], offline=args.offline)
+    made = patch_make.make(
+        base, ledgers.load(file_of(args.files[1], args.out)), changes=args.changes, name=args.files[0]
+    )
+    write_atomic(out, made.file)
+    ui.paths(
+        [("patch", f"{out} ({human_bytes(len(made.file))})"), ("makes", f"a file with SHA-256 {made.result}")]
+    )
+
+
+def _apply(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.deploy import patch
+
+    path, out = Path(args.files[0]), Path(args.to) if args.to else None
+    loaded = patch.load(Path(args.files[1]))
+    back = patch.apply(path, loaded, out)
+    ui.paths([("model", str(out or path)), ("SHA-256", loaded.result)])
+    if back is not None:
+        ui.paths([("undo", f"fleetune patch undo {path}")])
+
+
+def _undo(args: argparse.Namespace, ui: Ui) -> None:
+    from fleetune.deploy import patch
+
+    if args.to:
+        raise UsageError("patch undo changes the file in its place: leave out --to")
+    patch.undo(Path(args.files[0]))
+    ui.paths([("model", args.files[0])])

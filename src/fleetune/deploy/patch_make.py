@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a patch (`patch.py`) from the ledger of a run that trained the scales of a GGUF file."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from fleetune import models
+from fleetune.common.sums import sha256
+from fleetune.deploy.formats import Report
+from fleetune.deploy.formats._gguf_header import open_written
+from fleetune.deploy.patch import Patch, Place, patched, with_changes, with_entries
+from fleetune.errors import UsageError
+from fleetune.models import placement
+from fleetune.models.mapped.stored import Stored
+from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.scale_view import ScaleView
+from fleetune.tuning import finished
+from fleetune.tuning.methods._zeroth import place_at
+
+
+def file_of(name: str, *, offline: bool = False) -> Path:
+    """Return the GGUF file of a built-in model or a path; UsageError for a model that is none."""
+    _, tensors = placement.tensors_of(
+        name, functools.partial(models.resolve, offline=offline), offline=offline
+    )
+    file = next(iter(tensors.values())).file.path
+    if file.suffix != ".gguf":
+        raise UsageError(f"{name} is no GGUF file, whose scales could be patched", hint="give the .gguf file")
+    return file
+
+
+def report(path: Path) -> Report:
+    """Describe a patched file, every tensor of which is what the patch states (its SHA-256 is)."""
+    kinds = Counter(tensor.tensor_type.name for tensor in open_written(path).tensors)
+    count = kinds.total()
+    return Report(path, "gguf", path.stat().st_size, count, count, kinds)
+
+
+def make(base: Path, ledger: Ledger, *, changes: bool = False, name: str = "") -> Patch:
+    """Return the patch from a GGUF file to the ledger's model; with `changes` it carries the scales' differences.
+
+    `name` is the model that the file belongs to, if not a path.
+
+    UsageError for a ledger that moves weights, LedgerError where it belongs to another base, or does not rebuild the weights
+    that it states.
+    """
+    if ledger.head.trains != "scales":
+        raise UsageError(
+            "this ledger moves all weights, which no quantised file holds",
+            hint="tune with --train scales, or export the run: fleetune export RUN --to gguf",
+        )
+    model = finished.base_of(ledger, name or str(base), base="mapped")
+    view = place_at(model, ledger)
+    assert isinstance(view, ScaleView)
+    finished.require_digest(models.digest(view.pieces()), ledger.final_check(), "the ledger")
+    found = [(slot.name, slot.start, slot.tensor.stored) for slot in view.slots]  # type: ignore[attr-defined]
+    places = tuple(sorted(_place(stored, start) for _, start, stored in found))
+    head, compact = ledger.head, ledger.compact()
+    source = sha256(base)
+
+    def carrying(result: str) -> Patch:
+        return with_entries(
+            source, result, places, run_key=head.run_key, law=head.law, K=head.K, grid=head.grid,
+            ids=compact.ids, coefficients=compact.coefficients.astype(np.int64),
+        )  # fmt: skip
+
+    sha, differences = hashlib.sha256(), list[np.ndarray]()
+    for part in patched(base, carrying(""), lambda old, new: differences.append(new - old)):
+        sha.update(part)
+    if changes:
+        packed = zlib.compress(np.concatenate(differences).astype("<u2").tobytes(), 9)
+        return with_changes(source, sha.hexdigest(), places, packed)
+    return carrying(sha.hexdigest())
+
+
+def _place(stored: Stored, start: int) -> Place:
+    rows, width = stored.shape
+    heads, order = 0, stored.order
+    if order is not None:
+        half = int(np.flatnonzero(order == 1)[0])  # rows of half a head
+        heads = rows // (2 * half)
+    place = Place(stored.offset, stored.kind, rows, width // 32, heads, start)
+    if stored.size != place.size or (
+        order is not None and not np.array_equal(np.argsort(order), place.in_model())
+    ):
+        raise UsageError(f"{stored.file.path} has an order of rows that a patch cannot state")
+    return place

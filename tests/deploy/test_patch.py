@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches of a GGUF file's scales: what they make, what they refuse, and what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from deploy_harness import BLOCKS, compressed, tiny
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from fleetune import api, models
+from fleetune.common.sums import sha256
+from fleetune.deploy import patch, patch_make
+from fleetune.deploy.export import export
+from fleetune.errors import LedgerError, ModelError, UsageError
+from fleetune.models.model import Model
+from fleetune.seeds.ledger import Ledger
+from fleetune.seeds.view import View
+from fleetune.tuning import finished
+from fleetune.tuning.methods import _zeroth
+
+
+@pytest.fixture(scope="module", params=BLOCKS)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    at = tmp_path_factory.mktemp("gguf")
+    compressed(tiny(), at / "codes", **BLOCKS[request.param])
+    export(at / "codes", "gguf", at / "m.gguf")
+    return at / "m.gguf"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def file(base: Path, tmp_path: Path) -> Path:
+    """A copy on the device."""
+    copy = tmp_path / "device" / "m.gguf"
+    copy.parent.mkdir()
+    copy.write_bytes(base.read_bytes())
+    return copy
+
+
+def load(file: Path) -> Model:
+    model = models.load(str(file), device="cpu", base="mapped")
+    model.trains = "scales"
+    return model
+
+
+def ledger_on(file: Path) -> tuple[Ledger, str]:
+    """A ledger of 40 steps, and the digest of the weights that it leads to."""
+    model = load(file)
+    made = _zeroth.new_ledger(
+        model,
+        5,
+        law="hashed",
+        K=64,
+        lr=0.02,
+        eps=0.01,
+        rule="constant",
+        method="mezo",
+        hyper={},
+        aggregation="mean",
+    )
+    rng = np.random.default_rng(1)
+    made = made.append(np.arange(40, dtype=np.uint64), rng.integers(-90, 90, 40), 1)
+    view = _zeroth.place_at(model, made)
+    assert isinstance(view, View)
+    digest = models.digest(view.pieces())
+    return made.with_check(1, digest), digest
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_the_patched_file_is_the_tuned_model(changes: bool, file: Path, tmp_path: Path) -> None:
+    ledger, digest = ledger_on(file)
+    made = patch_make.make(file, ledger, changes=changes)
+    (tmp_path / "p").write_bytes(made.file)
+    before, own = file.read_bytes(), load(file).digest
+    assert patch.apply(file, patch.load(tmp_path / "p"), tmp_path / "new.gguf") is None
+    assert file.read_bytes() == before
+    assert models.load(str(tmp_path / "new.gguf"), device="cpu").digest == digest != own
+    assert sha256(tmp_path / "new.gguf") == made.result
+    changed = np.frombuffer(before, np.uint8) != np.frombuffer((tmp_path / "new.gguf").read_bytes(), np.uint8)
+    places = made.places
+    inside = np.zeros(len(before), bool)
+    for place in places:  # nothing but scales has changed
+        size = patch.BYTES[place.kind]
+        inside[place.offset : place.offset + place.size].reshape(-1, size)[
+            :, : 2 * patch.HALVES[place.kind]
+        ] = True
+    assert changed.any()
+    assert not (changed & ~inside).any()
+
+
+def test_a_patch_in_place_is_undone_to_the_byte(file: Path, tmp_path: Path) -> None:
+    before = file.read_bytes()
+    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
+    back = patch.apply(file, patch.load(tmp_path / "p"))
+    assert back == file.with_name("m.gguf.undo")
+    assert file.read_bytes() != before
+    with pytest.raises(ModelError, match="has this patch already"):
+        patch.apply(file, patch.load(tmp_path / "p"))
+    patch.undo(file)
+    assert file.read_bytes() == before
+    assert sorted(p.name for p in file.parent.iterdir()) == ["m.gguf"]
+    with pytest.raises(ModelError, match="there is no"):
+        patch.undo(file)
+
+
+def test_a_patch_for_another_file_is_refused(file: Path, tmp_path: Path) -> None:
+    made = patch_make.make(file, ledger_on(file)[0])
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    for out in (None, tmp_path / "new.gguf"):
+        with pytest.raises(ModelError, match="the patch is for a file with SHA-256"):
+            patch.apply(file, made, out)
+    assert file.read_bytes() == bytes(raw)
+    assert not (tmp_path / "new.gguf").exists()
+
+
+def test_a_result_that_is_not_the_stated_one_is_not_kept(file: Path) -> None:
+    made = patch_make.make(file, ledger_on(file)[0])._replace(result="0" * 64)
+    before = file.read_bytes()
+    with pytest.raises(ModelError, match="the patched file would have"):
+        patch.apply(file, made)
+    assert file.read_bytes() == before
+    assert sorted(p.name for p in file.parent.iterdir()) == ["m.gguf"]
+
+
+def test_only_a_ledger_of_scales_makes_a_patch(file: Path) -> None:
+    model = models.load(str(file), device="cpu", base="mapped")
+    weights = _zeroth.new_ledger(
+        model, 5, law="hashed", K=64, lr=0.02, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
+    )
+    with pytest.raises(UsageError, match="moves all weights"):
+        patch_make.make(file, weights)
+    ledger, _ = ledger_on(file)
+    with pytest.raises(LedgerError, match="rebuilds other weights"):
+        patch_make.make(file, ledger.with_check(1, "0" * 64))
+
+
+def rewritten(path: Path, **changed: object) -> Path:
+    """A patch with other metadata, or with an array replaced."""
+    with safe_open(str(path), framework="numpy") as opened:
+        head = json.loads(opened.metadata()["patch"])
+        arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    arrays |= {name: value for name, value in changed.items() if isinstance(value, np.ndarray)}
+    head |= {name: value for name, value in changed.items() if not isinstance(value, np.ndarray)}
+    save_file(arrays, path, {"patch": json.dumps(head)})
+    return path
+
+
+@pytest.mark.parametrize("what", [
+    {"format": 2}, {"K": 63}, {"K": 1 << 40}, {"law": "none"}, {"grid": "x"}, {"run_key": "zz"}, {"places": [[1, 2]]},
+    {"places": [[0, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q9", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 5, 1, 2, 0]]},
+    {"places": [[64, "Q4_0", 64, 2, 0, 0], [65, "Q4_0", 64, 2, 0, 0]]}, {"id": np.arange(3, dtype=np.uint64)},
+    {"coefficient": np.ones(40)}, {"places": [[True, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 1, 1, 0, -4096]]},
+])  # fmt: skip
+def test_a_patch_that_states_what_cannot_be_is_refused(
+    what: dict[str, object], file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
+    with pytest.raises(ModelError):
+        patch.load(rewritten(tmp_path / "p", **what))
+
+
+def test_changes_that_unpack_to_more_or_less_are_refused(file: Path, tmp_path: Path) -> None:
+    import zlib
+
+    made = patch_make.make(file, ledger_on(file)[0], changes=True)
+    before = file.read_bytes()
+    for size in (0, 10, 10_000_000):
+        (tmp_path / "p").write_bytes(made.file)
+        packed = np.frombuffer(zlib.compress(bytes(size)), np.uint8)
+        with pytest.raises(ModelError, match="its changes are not"):
+            patch.apply(file, patch.load(rewritten(tmp_path / "p", changes=packed)))
+    assert file.read_bytes() == before
+
+
+def test_applying_needs_no_torch(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(patch_make.make(file, ledger_on(file)[0]).file)
+    code = (
+        "import sys; from fleetune.cli.main import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'torch was loaded'"
+    )
+    for words in (["apply", str(file), str(tmp_path / "p")], ["undo", str(file)]):
+        subprocess.run([sys.executable, "-c", code, "patch", *words], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL there")
+def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_path: Path) -> None:
+    made = patch_make.make(file, ledger_on(file)[0])
+    (tmp_path / "p").write_bytes(made.file)
+    old = file.read_bytes()
+    patch.apply(file, made, tmp_path / "new.gguf")
+    new = (tmp_path / "new.gguf").read_bytes()
+    code = (
+        "import sys; from pathlib import Path; from fleetune.deploy import patch\n"
+        "p = patch.load(Path(sys.argv[2])); print('ready', flush=True)\n"
+        "for _ in range(10 ** 6): patch.apply(Path(sys.argv[1]), p); patch.undo(Path(sys.argv[1]))"
+    )
+    drawn, seen = random.Random(4), set()
+    for _ in range(8):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, str(file), str(tmp_path / "p")], stdout=subprocess.PIPE
+        )
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(drawn.uniform(0, 0.3))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        content = file.read_bytes()
+        assert content in (old, new)
+        seen.add(content == new)
+        if content == new:
+            patch.undo(file)
+        elif patch.undo_file(file).exists():
+            patch.undo(file)  # killed between the undo file and the patch: only the undo file goes
+        assert file.read_bytes() == old
+        for left in file.parent.glob(".m.gguf*.tmp"):
+            left.unlink()
+
+
+# A run ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["mezo", "fedkseed", "onebyte"])
+def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path) -> None:
+    """From the rows to the patched file: export, patch and replay give one file, which lost nothing."""
+    settings = {
+        "mezo": {"tau": 6, "batch_size": 4}, "fedkseed": {"tau": 4, "K": 64, "backprop": 0.5, "backprop_steps": 3},
+        "onebyte": {"directions": 6, "batch_size": 4},
+    }[method]  # fmt: skip
+    rows = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
+    run = api.tune(
+        str(file), rows, method=method, train="scales", clients=1 if method == "mezo" else 2, rounds=2,
+        settings={"lr": 0.05, "eps": 0.01, **settings}, out=tmp_path / "runs", samples=0, client_rows=0, held_out=4,
+    )  # fmt: skip
+    assert run.done.digest != models.load(str(file), device="cpu").digest
+    out = api.export(run, path=tmp_path / "tuned.gguf").path
+    tuned = models.load(str(out), device="cpu")
+    assert tuned.digest == run.done.digest
+    made = patch_make.make(file, finished.ledger_of(Path(run.done.run)))
+    assert made.result == sha256(out)
+    assert len(made.file) < 20_000
