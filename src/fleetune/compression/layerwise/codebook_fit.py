@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-untyped-calls
-"""Fit the scale of a codebook to groups of weights: the least weighted squared error of all that are tried.
+"""Fit the scale of given values, a codebook's or whole numbers, to groups of weights: the least weighted squared error.
 
-The element of largest magnitude is put near either end of the codebook.  For each such scale the weights are rounded to
-the nearest values q, for which the best scale is known, and so is what it takes off the squared error:
+The element of largest magnitude is put near either end of the values.  For each such scale the weights are rounded to the
+nearest of them, q, for which the best scale is known, and so is what it takes off the squared error:
 
     s = sum h q x / sum h q^2            sum h (x - s q)^2 = sum h x^2 - (sum h q x)^2 / sum h q^2
 
@@ -20,20 +20,20 @@ from torch import Tensor
 
 from fleetune.common.numba_cache import cached_njit
 
-OFFSETS: Final = range(
-    -24, 25, 6
-)  # of the largest element from an end of the codebook: beyond it, and inside
+# of the largest element from an end, in 127ths of the largest value: inside, and beyond it
+OFFSETS: Final = range(-24, 25, 6)
 
 
 def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
     """Return the scale [R], of either sign, of each row of x [R, n]; 0 for a row of zeros.
 
-    levels are the values of the codebook, rising; curvature [n] are the weights h of the squared errors (None: 1).
+    levels are the values, rising; curvature [n] are the weights h of the squared errors (None: 1).
     """
     columns = x.T.contiguous().numpy()
     h = np.ones(len(columns), columns.dtype) if curvature is None else curvature.to(x.dtype).numpy()
     values = levels.to(x.dtype).numpy()
-    ends = np.array([values[end] + offset for end in (0, -1) for offset in OFFSETS], columns.dtype)
+    unit = float(np.abs(values).max()) / 127
+    ends = np.array([values[end] + unit * offset for end in (0, -1) for offset in OFFSETS], columns.dtype)
     extreme = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0].numpy()
     scale = torch.zeros(len(x), dtype=x.dtype)
     _fit(columns, h, extreme, ends, values, (values[1:] + values[:-1]) / 2, scale.numpy())

@@ -3,7 +3,7 @@
 
 | grid | zero | scale and range |
 |---|---|---|
-| ggml | 2^(b-1) | that of ggml's Q4_0: the element of largest magnitude, signed, is code 0; scales may be negative |
+| ggml | 2^(b-1) | of either sign.  With a Hessian of least error (`codebook_fit.py`), else ggml's: the largest is code 0 |
 | symmetric | 2^(b-1) | that of the GPTQ reference code, scale = 2 max\\|w\\| / (2^b - 1): it clips one of the extremes |
 | asymmetric | integer | from the smallest to the largest element; 0 is always exact |
 | universal | integer | as asymmetric; scales of 7 significant bits (6 where b = 5): scale * zero is exact in fp16 (Q4_1, Q5_1) |
@@ -11,7 +11,7 @@
 
 All scales are rounded to fp16 *before* codes are chosen, so no file format has to round them again.  Zero is on every
 grid but iq4_nl: pruned weights stay zero, and the small weights of a group do not all err in one direction.  `search`
-also tries smaller ranges and takes the one with the least sum |err|^2.4 (`mse` in the reference code).
+of the other grids also tries smaller ranges and takes the one with the least sum |err|^2.4 (`mse` in the reference code).
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ class Grid:
         return self.kind if self.kind in CODEBOOKS else ""
 
     @property
+    def by_curvature(self) -> bool:
+        """Whether a scale is fitted to the errors that count, where it is known which do."""
+        return bool(self.codebook) or (self.kind == "ggml" and self.bits <= 5)
+
+    @property
     def levels(self) -> Tensor | None:
         """The values of a codebook's codes; None for evenly spaced ones."""
         return torch.tensor(CODEBOOKS[self.kind], dtype=torch.float64) if self.codebook else None
@@ -60,9 +65,13 @@ class Grid:
     def find(self, x: Tensor, curvature: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fit a grid to each row of x [R, n].
 
-        curvature [n] says how much an error in a column counts; only the fit of a codebook asks for it.  Returns (scale,
+        curvature [n] says how much an error in a column counts; a codebook and ggml's grid are fitted by it.  Returns (scale,
         zero) [R] of x's dtype: scales are exact in fp16, zeros are integers.
         """
+        if self.by_curvature and not self.codebook and curvature is not None:
+            half = 1 << (self.bits - 1)
+            scale = _fp16(fit_scale(x, torch.arange(-half, half), curvature))
+            return scale, torch.full_like(scale, float(half))
         if (levels := self.levels) is not None:
             scale = _half(fit_scale(x, levels, curvature))
             return scale, torch.zeros_like(scale)

@@ -34,7 +34,8 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
   `order=none`, because the differences are within the noise.
 - `grid=iq4_nl` is for llama.cpp's type of that name: 16 values that are denser about 0, 4.5 bits a weight in groups of 32.
   A group's scale is the one of least squared error, in which column i counts by 1 / U_ii^2.
-- `search=true` also tries smaller ranges for each grid and takes the best.
+- The scales of `ggml` and `iq4_nl` are fitted: the errors of a column weigh as its curvature given those before it, 1 / U_ii^2.
+- `search=true` also tries smaller ranges for each of the other grids and takes the best.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Solver:
     def __post_init__(self) -> None:
         problems = grid_problems(self.grid, self.bits, self.group, search=self.search)
         problems += damping_problems(self.damping)
+        if self.search and self.grid == "ggml" and self.bits <= 5:
+            problems.append("grid = ggml is fitted to the errors that count: leave search out")
         if self.order not in ("none", "static", "gar"):
             problems.append(f"order = {self.order!r} is none of none, static, gar")
         if problems:
