@@ -131,6 +131,22 @@ def test_the_scale_of_a_codebook_is_nearly_the_best_of_all(weighted: bool, dtype
     assert np.mean(found / least) < 1.01
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_the_scale_of_ggmls_grid_is_nearly_the_best_where_errors_are_weighed(bits: int) -> None:
+    x, h = groups(5, 100)
+    half = 1 << (bits - 1)
+    steps = np.arange(-half, half, dtype=np.float64)
+    scale, zero = Grid("ggml", bits).find(torch.from_numpy(x), torch.from_numpy(h))
+    assert set(zero.tolist()) == {half}
+    found = errors(x, h, scale.numpy(), steps)
+    extreme = np.abs(x).max(1)
+    ways = [side * extreme / (half * t) for t in np.linspace(0.4, 1.6, 400) for side in (-1, 1)]
+    least = np.min([errors(x, h, way, steps) for way in ways], axis=0)
+    assert np.mean(found / least) < (1.03 if bits > 2 else 1.1)
+    plain = errors(x, h, Grid("ggml", bits).find(torch.from_numpy(x))[0].numpy(), steps)
+    assert found.sum() < 0.95 * plain.sum()
+
+
 def test_the_scale_is_the_best_of_those_that_are_tried() -> None:
     """The candidates written out: the extreme near either end, least squares for the values that it gives."""
     book = np.array(CODEBOOKS["iq4_nl"], np.float64)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fleetune.common.numba_cache import cached_njit
 
-# of the largest element from an end, in 127ths of the largest value: inside, and beyond it
-OFFSETS: Final = range(-24, 25, 6)
+# of the largest element from an end, in mean distances of two values: beyond it, and inside
+OFFSETS: Final = tuple(0.375 * k for k in range(-4, 5))
 
 
 def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
@@ -32,7 +32,7 @@ def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
     columns = x.T.contiguous().numpy()
     h = np.ones(len(columns), columns.dtype) if curvature is None else curvature.to(x.dtype).numpy()
     values = levels.to(x.dtype).numpy()
-    unit = float(np.abs(values).max()) / 127
+    unit = (values[-1] - values[0]) / (len(values) - 1)
     ends = np.array([values[end] + unit * offset for end in (0, -1) for offset in OFFSETS], columns.dtype)
     extreme = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0].numpy()
     scale = torch.zeros(len(x), dtype=x.dtype)
