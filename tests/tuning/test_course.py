@@ -242,7 +242,7 @@ class StopAt(Silent):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("fedit", {"r": 2, "steps": 1, "lr": 0.5}), ("mezo", {"tau": 1, "lr": 3e-2, "K": 16})],
+    [("fedit", {"r": 2, "steps": 1, "lr": 2.0}), ("mezo", {"tau": 1, "lr": 3e-2, "K": 16})],
 )
 def test_a_run_of_either_kind_keeps_its_best_round_and_says_so(
     method: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
