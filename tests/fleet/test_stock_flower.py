@@ -310,7 +310,9 @@ class Programs:
 @pytest.mark.skipif(shutil.which("flower-superlink") is None and not (
     Path(sys.executable).parent / "flower-superlink").exists(), reason="Flower's programs are not installed")  # fmt: skip
 def test_with_flowers_own_programs_stopped_and_resumed(place: Path) -> None:
-    Path("recipe.toml").write_text(RECIPE.replace("rounds = 2", "rounds = 30"))  # some must be left when it is stopped
+    Path("recipe.toml").write_text(
+        RECIPE.replace("rounds = 2", "rounds = 30")
+    )  # some must be left when it is stopped
     simulated = fleetune.tune(server_app.recipe_from("recipe.toml"), out="simulated")
     keys.make_certificate(Path("certs"), ["localhost", "127.0.0.1"])
     assert main(["fleet", "app", "app"]) == 0
