@@ -10,7 +10,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 
@@ -39,8 +38,6 @@ from fleetune.tuning.recipe import Recipe
 from fleetune.tuning.settled import settled
 
 log = logging.getLogger(__name__)
-
-MOVE_SCALES: Final = ("mezo", "fedkseed", "onebyte")  # methods that can train the scales of a quantised base
 
 
 @dataclass
@@ -155,8 +152,8 @@ def _of_scales(recipe: Recipe) -> list[str]:
     if recipe.train != "scales":
         return []
     found = []
-    if recipe.method not in MOVE_SCALES:
-        found.append(f"train = scales is for {', '.join(MOVE_SCALES)}, not for {recipe.method}")
+    if recipe.method not in recipes.MOVE_SCALES:
+        found.append(f"train = scales is for {', '.join(recipes.MOVE_SCALES)}, not for {recipe.method}")
     if recipe.base == "memory" or recipe.device not in ("auto", "cpu"):
         found.append(
             "train = scales reads the base from its GGUF file, on the CPU: leave out --base and --device"

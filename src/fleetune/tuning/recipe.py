@@ -27,6 +27,8 @@ from fleetune.errors import RecipeError
 from fleetune.tuning import recipe_problems
 
 AUTO_METHOD: Final = recipe_problems.AUTO
+MOVE_SCALES: Final = ("mezo", "fedkseed", "onebyte")  # methods that can train the scales of a quantised base
+SCALES_EPS: Final = 0.01  # their perturbation, unless given: ten steps of fp16
 MOST_ROWS: Final = 1 << 53  # far beyond any data; what counts rows takes such a number
 MOST_THREADS: Final = 4096  # torch and Numba fail on what is far beyond a machine's
 
@@ -261,7 +263,9 @@ def make(values: Mapping[str, Any]) -> Recipe:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with the partition that `auto` means for its data; as it is where its columns cannot be read."""
+    """The recipe with the partition that `auto` means for its data (as it is where its columns cannot be read), and scales' eps."""
+    if recipe.train == "scales" and "eps" not in recipe.set and recipe.method in MOVE_SCALES:
+        recipe = dataclasses.replace(recipe, set={**recipe.set, "eps": SCALES_EPS})
     try:
         return dataclasses.replace(recipe, partition=rows_of(recipe).rule)
     except RecipeError:  # told when the recipe is checked, with all else
