@@ -38,7 +38,6 @@ from fleetune.models import Model
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "RTN, ggml grid, 4 bit g32": ("rtn", {}),
     "**OPTQ**, ggml grid, 4 bit g32": ("optq", {}),
-    "**OPTQ**, the same, scale search": ("optq", {"search": True}),
     "**OPTQ**, the same, order static": ("optq", {"order": "static"}),
     "**OPTQ**, the same, order gar": ("optq", {"order": "gar"}),
     "**OPTQ**, the same, true sequential": ("optq", {"true_sequential": True}),

@@ -263,7 +263,10 @@ def make(values: Mapping[str, Any]) -> Recipe:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with the partition that `auto` means for its data (as it is where its columns cannot be read), and scales' eps."""
+    """The recipe with the partition that `auto` means for its data, and the eps of scales.
+
+    The partition stays as it is where the data's columns cannot be read.
+    """
     if recipe.train == "scales" and "eps" not in recipe.set and recipe.method in MOVE_SCALES:
         recipe = dataclasses.replace(recipe, set={**recipe.set, "eps": SCALES_EPS})
     try:
