@@ -158,6 +158,10 @@ def _of_scales(recipe: Recipe) -> list[str]:
         found.append(
             "train = scales reads the base from its GGUF file, on the CPU: leave out --base and --device"
         )
+    if recipe.set.get("law") == "gaussian":
+        found.append(
+            "train = scales takes integer sums of directions, which law = gaussian has not: use law=hashed"
+        )
     return found
 
 

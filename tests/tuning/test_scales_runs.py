@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that train the scales of a quantised base: what is refused, what a device is told, and what a ledger says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from deploy_harness import compressed, tiny
+
+from fleetune import api, models
+from fleetune.deploy.export import export
+from fleetune.errors import LedgerError, RecipeError, UsageError
+from fleetune.seeds.ledger_head import LedgerHead
+from fleetune.seeds.scale_view import ScaleView
+from fleetune.seeds.view import View
+from fleetune.tuning import finished, prepare
+from fleetune.tuning import recipe as recipes
+from fleetune.tuning.methods import _zeroth
+
+ROWS = [{"prompt": f"say {w}", "response": f"{w} it is"} for w in "abcdefghijklmnopqrstuvwxyz"]
+FEW: dict[str, Any] = {"clients": 2, "rounds": 2, "samples": 0, "client_rows": 0, "held_out": 4}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    at = tmp_path_factory.mktemp("gguf")
+    compressed(tiny(), at / "codes")
+    export(at / "codes", "gguf", at / "m.gguf")
+    return at / "m.gguf"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEETUNE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"method": "fedit"}, "train = scales is for mezo, fedkseed, onebyte, not for fedit"),
+        ({"method": "zosgd"}, "not for zosgd"),
+        ({"base": "memory"}, "leave out --base"),
+        ({"device": "cuda"}, "leave out --base and --device"),
+        ({"set": {"law": "gaussian"}}, "law = gaussian"),
+    ],
+)
+def test_what_cannot_train_scales_is_refused_before_any_work(changed: dict[str, Any], words: str) -> None:
+    given = {"model": "m.gguf", "data": "demo", "method": "mezo", "train": "scales", **changed}
+    with pytest.raises(RecipeError, match=words):
+        prepare.check(recipes.make(given))
+
+
+def test_a_model_without_scales_is_refused(tmp_path: Path) -> None:
+    model = models.tiny_llama()
+    models.save(model.net, model.tokenizer, tmp_path / "plain")
+    with pytest.raises(UsageError, match="no scales"):
+        api.tune(str(tmp_path / "plain"), ROWS, method="mezo", train="scales", out=tmp_path / "runs", **FEW)
+
+
+def test_eps_is_in_the_units_of_scales_unless_given() -> None:
+    given = {"model": "m.gguf", "data": "demo", "method": "mezo"}
+    assert "eps" not in recipes.make(given).set
+    assert recipes.make({**given, "train": "scales"}).set["eps"] == 0.01
+    assert recipes.make({**given, "train": "scales", "set": {"eps": 0.5}}).set["eps"] == 0.5
+
+
+def test_a_device_does_what_the_message_says_and_the_base_must_have_scales(file: Path) -> None:
+    model = models.load(str(file), device="cpu", base="mapped")
+    model.trains = "scales"
+    made = _zeroth.new_ledger(
+        model, 5, law="hashed", K=64, lr=0.1, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
+    )
+    payload = _zeroth.ledger_payload(made, 64, 0)
+    assert payload.scalars["train"] == "scales"
+    device = models.load(str(file), device="cpu", base="mapped")
+    view, _ = _zeroth.open_view(device, payload)
+    assert isinstance(view, ScaleView)
+    plain = _zeroth.ledger_payload(_zeroth.Ledger(_of_weights(made.head)), 64, 0)
+    assert "train" not in plain.scalars, "messages of earlier versions are these"
+    view, _ = _zeroth.open_view(device, plain)
+    assert type(view) is View
+    with pytest.raises(UsageError, match="has no scales"):
+        _zeroth.open_view(models.load(str(file), device="cpu"), payload)
+
+
+def _of_weights(head: LedgerHead) -> LedgerHead:
+    import dataclasses
+
+    return dataclasses.replace(head, hyper={})
+
+
+def test_a_ledger_of_what_no_version_trains_is_refused(file: Path) -> None:
+    import dataclasses
+
+    model = models.load(str(file), device="cpu", base="mapped")
+    head = _zeroth.new_ledger(
+        model, 5, law="hashed", K=64, lr=0.1, eps=0.01, rule="", method="mezo", hyper={}, aggregation=""
+    ).head
+    text = dataclasses.replace(head, hyper={"train": "codes"}).to_json()
+    with pytest.raises(LedgerError, match="is damaged"):
+        LedgerHead.from_json(text)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits_and_its_ledger_is_verified(file: Path, tmp_path: Path) -> None:
+    settings = {"lr": 0.05, "tau": 3, "K": 64}
+    whole = api.tune(
+        str(file), ROWS, method="fedkseed", train="scales", settings=settings, out=tmp_path / "a", **FEW
+    )
+    half = api.tune(
+        str(file),
+        ROWS,
+        method="fedkseed",
+        train="scales",
+        settings=settings,
+        out=tmp_path / "b",
+        **{**FEW, "rounds": 1},
+    )
+    longer = api.resume_run(half.folder, rounds=2)
+    assert longer.done.digest == whole.done.digest
+    model = finished.load(whole.folder)
+    assert isinstance(model.attachment, ScaleView)
+    merged = model.merge()
+    assert merged.digest == whole.done.digest
+    assert not any(np.isnan(p.numpy()).any() for p in merged.net.parameters())
