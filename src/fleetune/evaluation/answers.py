@@ -39,16 +39,21 @@ from fleetune.models.model import Model
 
 
 def generate(
-    model: Model, examples: Sequence[Example], *, max_new_tokens: int = 128, batch_size: int = 8
+    model: Model,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    max_length: int = 1 << 20,
 ) -> list[str]:
     """Return the model's greedy answer to each example's prompt, without special tokens and outer white space.
 
-    128 new tokens is FedKSeed's evaluation.  A prompt too long for the context less `max_new_tokens` is cut
-    as `prompt_ids` does.  An encoder's answers are its label words.
+    128 new tokens is FedKSeed's evaluation.  A prompt longer than `max_length`, or too long for the context less
+    `max_new_tokens`, is cut as `prompt_ids` does.  An encoder's answers are its label words.
     """
     if model.labels:
         return predict(model, examples, batch_size=batch_size)
-    room = max(1, context_length(model) - max_new_tokens)
+    room = max(1, min(max_length, context_length(model) - max_new_tokens))
     prompts = [prompt_ids(example, model.tokenizer, room) for example in examples]
     return generate_from_ids(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
 

@@ -133,7 +133,7 @@ def of(
     return Estimate(
         recipe.rounds, asked, steps, step, evaluations_of(recipe.rounds, recipe.eval_every),
         (row + _objective(method, model, held[:ROWS])) * len(held), len(held),
-        len(prompts), _answer(model, prompts, recipe.answer_tokens),
+        len(prompts), _answer(model, prompts, recipe.answer_tokens, recipe.max_length),
         client_rows.in_all(recipe, [len(own) for own in rows]), row,
     )  # fmt: skip
 
@@ -147,13 +147,13 @@ def _objective(method: Method, model: Model, rows: Sequence[Encoded]) -> float:
     return _timed(lambda: objectives.mean_value(model, rows, name, batch_size=size)) / len(rows)
 
 
-def _answer(model: Model, prompts: Sequence[Example], tokens: int) -> float:
+def _answer(model: Model, prompts: Sequence[Example], tokens: int, max_length: int) -> float:
     """Return the seconds of one of the prompts' answers of so many tokens; 0 without prompts."""
     if not prompts:
         return 0.0
     few = prompts[:ANSWERED]
     first, more = (
-        _timed(lambda n=n: generate(model, few, max_new_tokens=n))  # type: ignore[misc]
+        _timed(lambda n=n: generate(model, few, max_new_tokens=n, max_length=max_length))  # type: ignore[misc]
         for n in (1, 1 + TOKENS)
     )
     batch = first + (tokens - 1) * max(0.0, more - first) / TOKENS

@@ -28,7 +28,10 @@ def answer(
     """
     recipe = job.recipe
     prompts = job.prompts
-    made = generate(job.model, prompts, max_new_tokens=recipe.answer_tokens) if prompts else []
+    # a prompt is cut as rows are: keys and values of one that is many times as long would be the peak of the run
+    made = generate(
+        job.model, prompts, max_new_tokens=recipe.answer_tokens, max_length=recipe.max_length
+    ) if prompts else []  # fmt: skip
     if recipe.rouge_rows:
         references = [e.response for e in prompts[: recipe.rouge_rows]]
         measured = measured | {"rouge_l": rouge_l(made[: recipe.rouge_rows], references)}
