@@ -114,8 +114,56 @@ def test_a_patch_in_place_is_undone_to_the_byte(file: Path, tmp_path: Path) -> N
     patch.undo(file)
     assert file.read_bytes() == before
     assert sorted(p.name for p in file.parent.iterdir()) == ["m.gguf"]
-    with pytest.raises(ModelError, match="there is no"):
+    with pytest.raises(ModelError, match="no patch that could be taken back"):
         patch.undo(file)
+
+
+def test_the_last_undo_is_kept_until_the_next_patch_is_in_place(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = file.read_bytes()
+    patch.apply(file, patch_make.make(file, ledger_on(file)[0]))
+    second = file.read_bytes()
+    made = patch_make.make(file, ledger_on(file)[0])
+    with monkeypatch.context() as stopped:
+        stopped.setattr(patch.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped.setattr(patch, "write_atomic", lambda path, data: path.write_bytes(data))
+        with pytest.raises(KeyboardInterrupt):
+            patch.apply(file, made)
+    assert file.read_bytes() == second
+    patch.undo(file)
+    assert file.read_bytes() == first
+    assert sorted(p.name for p in file.parent.iterdir()) == ["m.gguf"]
+
+
+def test_patches_follow_one_another_and_the_last_is_undone(file: Path) -> None:
+    patch.apply(file, patch_make.make(file, ledger_on(file)[0]))
+    second = file.read_bytes()
+    patch.apply(file, patch_make.make(file, ledger_on(file)[0]))
+    assert file.read_bytes() != second
+    patch.undo(file)
+    assert file.read_bytes() == second
+
+
+def test_rows_in_pieces_make_the_same_file(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for changes in (False, True):
+        made = patch_make.make(file, ledger_on(file)[0], changes=changes)
+        for piece in (1, 700, 5000):
+            monkeypatch.setattr(patch, "PIECE", piece)
+            patch.apply(file, made, tmp_path / f"{changes}-{piece}.gguf")  # its SHA-256 is the stated one
+
+
+def test_a_patch_that_would_make_another_model_is_not_made(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fleetune.seeds import scale_grid
+
+    ledger, summed = ledger_on(file)[0], scale_grid.summed
+    monkeypatch.setattr(scale_grid, "summed", lambda *given: summed(*given) + 300)
+    with pytest.raises(ModelError, match="would not make the run's scales"):
+        patch_make.make(file, ledger)
 
 
 def test_a_patch_for_another_file_is_refused(file: Path, tmp_path: Path) -> None:
@@ -166,7 +214,9 @@ def rewritten(path: Path, **changed: object) -> Path:
     {"format": 2}, {"K": 63}, {"K": 1 << 40}, {"law": "none"}, {"grid": "x"}, {"run_key": "zz"}, {"places": [[1, 2]]},
     {"places": [[0, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q9", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 5, 1, 2, 0]]},
     {"places": [[64, "Q4_0", 64, 2, 0, 0], [65, "Q4_0", 64, 2, 0, 0]]}, {"id": np.arange(3, dtype=np.uint64)},
-    {"coefficient": np.ones(40)}, {"places": [[True, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 1, 1, 0, -4096]]},
+    {"coefficient": np.ones(40)}, {"run_key": "f" * 40}, {"run_key": "-5"}, {"grid": float("nan")}, {"grid": 1e400}, {"K": "64"},
+    {"base": None}, {"result": "x" * 64}, {"places": [[64, "Q4_0", 1 << 40, 1 << 40, 0, 0]]}, {"law": "gaussian"},
+    {"places": [[64, "Q4_0", 1, 1, 0, 1 << 80]]}, {"places": []}, {"places": [[True, "Q4_0", 1, 1, 0, 0]]}, {"places": [[64, "Q4_0", 1, 1, 0, -4096]]},
 ])  # fmt: skip
 def test_a_patch_that_states_what_cannot_be_is_refused(
     what: dict[str, object], file: Path, tmp_path: Path
@@ -228,8 +278,9 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_pa
         seen.add(content == new)
         if content == new:
             patch.undo(file)
-        elif patch.undo_file(file).exists():
-            patch.undo(file)  # killed between the undo file and the patch: only the undo file goes
+        else:
+            with pytest.raises(ModelError, match="no patch that could be taken back"):
+                patch.undo(file)
         assert file.read_bytes() == old
         for left in file.parent.glob(".m.gguf*.tmp"):
             left.unlink()
@@ -251,7 +302,7 @@ def test_a_run_tunes_the_file_that_ships(method: str, file: Path, tmp_path: Path
         settings={"lr": 0.05, "eps": 0.01, **settings}, out=tmp_path / "runs", samples=0, client_rows=0, held_out=4,
     )  # fmt: skip
     assert run.done.digest != models.load(str(file), device="cpu").digest
-    out = api.export(run, path=tmp_path / "tuned.gguf").path
+    out = api.export(run, path=tmp_path / "new" / "tuned.gguf").path
     tuned = models.load(str(out), device="cpu")
     assert tuned.digest == run.done.digest
     made = patch_make.make(file, finished.ledger_of(Path(run.done.run)))

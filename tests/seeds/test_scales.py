@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fleetune import models
+from fleetune.common.ggml import BYTES
 from fleetune.data import Batch
 from fleetune.deploy.export import export
-from fleetune.deploy.patch import BYTES
 from fleetune.errors import UsageError
 from fleetune.evaluation.objectives import loss_tensor
 from fleetune.models.mapped.quants import BLOCK, HALVES, dequantise

@@ -172,8 +172,12 @@ def _with_other_scales(run: Run, out: Path, *, offline: bool) -> Report:
 
     if out.exists():
         raise UsageError(f"{out} exists already", hint="choose a new place: nothing is overwritten")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, out) from error
     source = patch_make.file_of(run.recipe.model, offline=offline)
-    made = patch_make.make(source, finished.ledger_of(run.folder), name=run.recipe.model)
+    made = patch_make.make(source, finished.ledger_of(run.folder), name=run.recipe.model, offline=offline)
     patch.apply(source, made, out)
     return patch_make.report(out)
 

@@ -7,14 +7,16 @@ and where the scales lie.  It carries one of two things:
     entries    a ledger's directions and coefficients, with its key, law and grid: kilobytes; the device computes the moves
     changes    the differences of the scales' bits, compressed (zlib): megabytes at most, for a device that only copies
 
-Applying needs numpy, no torch.  The file is checked before and after, written beside the old one and renamed into its place,
-so at any instant there is the old file or the new one.  A patch in place leaves `FILE.undo`, a patch that leads back.
+Applying needs numpy, no torch, and a few MB.  The file is checked before and after, written beside the old one and renamed into
+its place, so at any instant there is the old file or the new one.  A patch in place leaves `FILE.undo`, a patch that leads
+back.  A patch says what it makes; who made it it does not say: get it from where you get models.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import zlib
@@ -28,24 +30,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fleetune.common.files import storage_error, sync_folder, write_atomic
+from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.shell import quoted
 from fleetune.common.sums import sha256
 from fleetune.errors import ModelError, UsageError
 from fleetune.seeds import noise, scale_grid
 
 FORMAT: Final = 1
-BLOCK: Final = 32
-PIECE: Final = 1 << 20  # bytes that are copied, and scales that are moved, at a time
+PIECE: Final = 1 << 20  # bytes that are copied, or whose scales are moved, at a time
+MOST: Final = 1 << 48  # of a place's numbers
+LAWS: Final = ("hashed", "pooled", "rademacher")  # whose sums are integers
 AGAIN: Final = "get the patch again from its origin"
-BYTES: Final = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "IQ4_NL": 18}  # of a block
-HALVES: Final = {
-    "Q4_0": 1,
-    "Q4_1": 2,
-    "Q5_0": 1,
-    "Q5_1": 2,
-    "Q8_0": 1,
-    "IQ4_NL": 1,
-}  # fp16 numbers that it begins with
+
+Moves = Callable[[int, int, np.ndarray], np.ndarray]
+"""(number of a place, its first row, the scales' bits of some rows uint16 [n]) -> their new bits; rows come in order."""
 
 
 class Place(NamedTuple):
@@ -59,19 +57,32 @@ class Place(NamedTuple):
     start: int  # global number of the first scale
 
     @property
-    def size(self) -> int:
-        """Bytes in the file."""
-        return self.rows * self.blocks * BYTES[self.kind]
+    def per_row(self) -> int:
+        """Scales of a row."""
+        return self.blocks * HALVES[self.kind]
 
     @property
-    def scales(self) -> int:
-        """Number of scales."""
-        return self.rows * self.blocks * HALVES[self.kind]
+    def row_bytes(self) -> int:
+        """Bytes of a row in the file."""
+        return self.blocks * BYTES[self.kind]
 
-    def in_model(self) -> np.ndarray:
-        """Return for each row of the file which row of the model it is: int64 [rows]."""
-        rows = np.arange(self.rows)
-        return rows.reshape(self.heads, 2, -1).swapaxes(1, 2).reshape(-1) if self.heads else rows
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self.rows * self.row_bytes
+
+    @property
+    def together(self) -> int:
+        """Rows that must be taken together: those of a head, where they are interleaved."""
+        return self.rows // self.heads if self.heads else 1
+
+    def in_model(self, count: int | None = None) -> np.ndarray:
+        """Return for each of the first rows of the file (default: all) which row of the model it is: int64 [count]."""
+        rows = np.arange(self.rows if count is None else count)
+        if not self.heads:
+            return rows
+        found: np.ndarray = rows.reshape(-1, 2, self.together // 2).swapaxes(1, 2).reshape(-1)
+        return found
 
 
 class Patch(NamedTuple):
@@ -80,9 +91,7 @@ class Patch(NamedTuple):
     base: str  # SHA-256 of the file that it is for
     result: str  # ... and of the one that it makes
     places: tuple[Place, ...]  # by rising offset
-    changed: Callable[
-        [int, np.ndarray], np.ndarray
-    ]  # (number of a place, its scales' bits uint16 [n]) -> new ones
+    moves: Callable[[], Moves]  # to be called for each writing
     file: bytes
 
 
@@ -90,50 +99,51 @@ def with_entries(
     base: str, result: str, places: tuple[Place, ...], *, run_key: int, law: str, K: int, grid: float,
     ids: np.ndarray, coefficients: np.ndarray,
 ) -> Patch:  # fmt: skip
-    """Return a patch that carries a ledger's entries: ids uint64 [n], coefficients int64 [n]."""
-    moves = noise.passes(law, K, ids, coefficients)
+    """Return a patch that carries a ledger's entries: ids uint64 [n], coefficients int64 [n]; ValueError for what cannot be."""
+    if law not in LAWS or not 0 <= run_key < 1 << 64 or not (math.isfinite(grid) and grid > 0):
+        raise ValueError(f"no ledger has law {law!r:.40}, key {run_key:x} and grid {grid}")
+    if (ids.dtype, coefficients.dtype) != (np.dtype(np.uint64), np.dtype(np.int64)):
+        raise ValueError(f"its entries are {ids.dtype} and {coefficients.dtype}")
+    passes = noise.passes(law, K, ids, coefficients)
 
-    def changed(number: int, bits: np.ndarray) -> np.ndarray:
+    def moved(number: int, first: int, bits: np.ndarray) -> np.ndarray:
         place = places[number]
-        order = place.in_model()
-        own = bits.reshape(place.rows, -1)
-        model = np.empty_like(own)
-        model[order] = own
-        flat = model.reshape(-1)
-        for first in range(0, len(flat), PIECE):
-            part = flat[first : first + PIECE]
-            flat[first : first + PIECE] = scale_grid.moved(
-                part, place.start + first, run_key, moves, law, grid
-            )
-        back: np.ndarray = model[order].reshape(-1)
-        return back
+        rows = bits.reshape(-1, place.per_row)
+        order = place.in_model(len(rows))
+        model = np.empty_like(rows)
+        model[order] = rows
+        new = scale_grid.moved(
+            model.reshape(-1), place.start + first * place.per_row, run_key, passes, law, grid
+        )
+        in_file: np.ndarray = new.reshape(rows.shape)[order].reshape(-1)
+        return in_file
 
     head = {"run_key": f"{run_key:016x}", "law": law, "K": K, "grid": grid}
     file = _encoded(base, result, places, head, {"id": ids, "coefficient": coefficients})
-    return Patch(base, result, places, changed, file)
+    return Patch(base, result, places, lambda: moved, file)
 
 
 def with_changes(base: str, result: str, places: tuple[Place, ...], changes: bytes) -> Patch:
     """Return a patch that carries differences of bits, uint16 modulo 2^16 of all places one after the other, compressed."""
-    starts = np.cumsum([0, *(place.scales for place in places)])
+    last = len(places) - 1
 
-    def unpacked() -> np.ndarray:
-        reader = zlib.decompressobj()
-        raw = reader.decompress(changes, int(2 * starts[-1]))
-        if len(raw) != 2 * starts[-1] or reader.unconsumed_tail or not reader.eof:
-            raise ModelError("the patch is damaged: its changes are not those of its tensors", hint=AGAIN)
-        return np.frombuffer(raw, "<u2")
+    def moves() -> Moves:
+        reader, rest = zlib.decompressobj(), [changes]
 
-    held: list[np.ndarray] = []
+        def moved(number: int, first: int, bits: np.ndarray) -> np.ndarray:
+            raw = reader.decompress(rest[0], 2 * len(bits))
+            rest[0] = reader.unconsumed_tail
+            place = places[number]
+            ends = number == last and first * place.per_row + len(bits) == place.rows * place.per_row
+            if len(raw) != 2 * len(bits) or (ends and (reader.decompress(rest[0], 1) or not reader.eof)):
+                raise ModelError("the patch is damaged: its changes are not those of its tensors", hint=AGAIN)
+            new: np.ndarray = bits + np.frombuffer(raw, "<u2")
+            return new
 
-    def changed(number: int, bits: np.ndarray) -> np.ndarray:
-        if not held:
-            held.append(unpacked())
-        new: np.ndarray = bits + held[0][starts[number] : starts[number + 1]]
-        return new
+        return moved
 
     file = _encoded(base, result, places, {}, {"changes": np.frombuffer(changes, np.uint8)})
-    return Patch(base, result, places, changed, file)
+    return Patch(base, result, places, moves, file)
 
 
 def _encoded(
@@ -146,34 +156,56 @@ def _encoded(
 
 def load(path: Path) -> Patch:
     """Read a patch; ModelError for a file that is none or is damaged."""
+    if not path.is_file():
+        raise ModelError(f"there is no patch {path}", hint="check the path")
     try:
         with safe_open(str(path), framework="numpy") as file:
             head = json.loads((file.metadata() or {})["patch"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if head["format"] != FORMAT:
             raise ModelError(
-                f"{path} is a patch of format {head['format']}, this program reads {FORMAT}",
+                f"{path} is a patch of format {head['format']!r:.40}, this program reads {FORMAT}",
                 hint="apply it with the version of Fleetune that made it",
             )
         places = tuple(_place(row) for row in head["places"])
         _check_order(places)
-        base, result = (str(head[name]) for name in ("base", "result"))
+        base, result = _digest(head["base"]), _digest(head["result"])
         if set(arrays) == {"changes"}:
+            if arrays["changes"].dtype != np.uint8:
+                raise ValueError(f"its changes are {arrays['changes'].dtype}")
             return with_changes(base, result, places, arrays["changes"].tobytes())
+        if type(head["K"]) is not int or type(head["grid"]) is not float:
+            raise ValueError("its head has the wrong types")
         return with_entries(
-            base, result, places, run_key=int(head["run_key"], 16), law=str(head["law"]), K=int(head["K"]),
-            grid=float(head["grid"]), ids=arrays["id"], coefficients=arrays["coefficient"],
+            base, result, places, run_key=int(head["run_key"], 16), law=str(head["law"]), K=head["K"],
+            grid=head["grid"], ids=arrays["id"], coefficients=arrays["coefficient"],
         )  # fmt: skip
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, UsageError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ArithmeticError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise ModelError(f"{path} is no patch, or is damaged ({error!r:.120})", hint=AGAIN) from error
+    except UsageError as error:
+        raise ModelError(f"{path} is no patch, or is damaged ({error.message:.120})", hint=AGAIN) from error
+
+
+def _digest(text: Any) -> str:
+    if type(text) is not str or len(text) != 64 or set(text) - set("0123456789abcdef"):
+        raise ValueError(f"no SHA-256: {text!r:.80}")
+    return text
 
 
 def _place(row: Any) -> Place:
     place = Place(*row)
-    numbers = (place.offset, place.rows, place.blocks)
-    if not all(type(n) is int and 0 < n < 1 << 48 for n in numbers) or place.kind not in BYTES:
+    counts = (place.offset, place.rows, place.blocks)
+    if not all(type(n) is int and 0 < n < MOST for n in counts) or place.kind not in BYTES:
         raise ValueError(f"no place of a tensor: {row!r:.80}")
-    if type(place.heads) is not int or type(place.start) is not int or min(place.heads, place.start) < 0:
+    if not all(type(n) is int and 0 <= n < MOST for n in (place.heads, place.start)) or place.size >= MOST:
         raise ValueError(f"no place of a tensor: {row!r:.80}")
     if place.heads and place.rows % (2 * place.heads):
         raise ValueError(f"{place.rows} rows are not {place.heads} heads")
@@ -186,29 +218,38 @@ def _check_order(places: tuple[Place, ...]) -> None:
         if place.offset < end:
             raise ValueError("its tensors overlap")
         end = place.offset + place.size
+    if not places:
+        raise ValueError("it has no tensors")
 
 
-def patched(
-    path: Path, patch: Patch, seen: Callable[[np.ndarray, np.ndarray], None] | None = None
-) -> Iterator[bytes]:
-    """Yield the new file a piece at a time; `seen` gets the bits of the scales of each place before and after.
+Seen = Callable[[np.ndarray, np.ndarray], None]
+
+
+def patched(path: Path, patch: Patch, seen: Seen | None = None) -> Iterator[bytes]:
+    """Yield the new file a piece at a time; `seen` gets the bits of scales before and after, in the file's order.
 
     ModelError where the file is too short.
     """
+    end = patch.places[-1].offset + patch.places[-1].size
+    if path.stat().st_size < end:
+        raise ModelError(f"{path} is shorter than the patch's tensors", hint="the patch is for another file")
+    moves = patch.moves()
     with open(path, "rb") as file:
         at = 0
         for number, place in enumerate(patch.places):
             yield from _copied(file, place.offset - at, path)
-            raw = np.frombuffer(bytearray(_read(file, place.size, path)), np.uint8).reshape(
-                -1, BYTES[place.kind]
-            )
-            halves = raw[:, : 2 * HALVES[place.kind]]
-            old = np.ascontiguousarray(halves).view("<u2").reshape(-1)
-            new = patch.changed(number, old)
-            if seen is not None:
-                seen(old, new)
-            halves[:] = new.astype("<u2").view(np.uint8).reshape(halves.shape)
-            yield raw.tobytes()
+            step = max(1, PIECE // (place.together * place.row_bytes)) * place.together
+            for first in range(0, place.rows, step):
+                rows = min(step, place.rows - first)
+                raw = np.frombuffer(bytearray(_read(file, rows * place.row_bytes, path)), np.uint8)
+                blocks = raw.reshape(-1, BYTES[place.kind])
+                halves = blocks[:, : 2 * HALVES[place.kind]]
+                old = np.ascontiguousarray(halves).view("<u2").reshape(-1)
+                new = moves(number, first, old)
+                if seen is not None:
+                    seen(old, new)
+                halves[:] = new.astype("<u2").view(np.uint8).reshape(halves.shape)
+                yield raw.tobytes()
             at = place.offset + place.size
         while rest := file.read(PIECE):
             yield rest
@@ -224,8 +265,23 @@ def _copied(file: Any, size: int, path: Path) -> Iterator[bytes]:
 def _read(file: Any, size: int, path: Path) -> bytes:
     part: bytes = file.read(size)
     if len(part) != size:
-        raise ModelError(f"{path} is shorter than the patch's tensors", hint="the patch is for another file")
+        raise ModelError(f"{path} was cut while it was read", hint="repeat the command")
     return part
+
+
+class Packed:
+    """Differences of scales, compressed as they come."""
+
+    def __init__(self, level: int) -> None:
+        self._packer, self._parts = zlib.compressobj(level), list[bytes]()
+
+    def add(self, old: np.ndarray, new: np.ndarray) -> None:
+        """Add what leads from old to new bits."""
+        self._parts.append(self._packer.compress((new - old).astype("<u2").tobytes()))
+
+    def bytes(self) -> bytes:
+        """Return all of it."""
+        return b"".join([*self._parts, self._packer.flush()])
 
 
 def apply(path: Path, patch: Patch, out: Path | None = None) -> Path | None:
@@ -240,14 +296,13 @@ def apply(path: Path, patch: Patch, out: Path | None = None) -> Path | None:
     if out is not None:
         _write(path, patch, out)
         return None
-    changes: list[np.ndarray] = []
-    back = undo_file(path)
+    back, changes = undo_file(path), Packed(1)
 
     def keep_undo() -> None:
-        packed = zlib.compress(np.concatenate(changes).astype("<u2").tobytes(), 1)
-        write_atomic(back, with_changes(patch.result, patch.base, patch.places, packed).file)
+        write_atomic(_next(back), with_changes(patch.result, patch.base, patch.places, changes.bytes()).file)
 
-    _write(path, patch, path, lambda old, new: changes.append(old - new), keep_undo)
+    _write(path, patch, path, lambda old, new: changes.add(new, old), keep_undo)
+    os.replace(_next(back), back)
     return back
 
 
@@ -255,7 +310,7 @@ def _write(
     path: Path,
     patch: Patch,
     target: Path,
-    seen: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    seen: Seen | None = None,
     before: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the patched file beside `target`, check it, call `before`, and rename it into place."""
@@ -303,19 +358,35 @@ def require_base(path: Path, patch: Patch) -> None:
 
 
 def undo(path: Path) -> None:
-    """Take back the last patch that was applied in place; ModelError where there is none."""
+    """Take back the last patch that was applied in place; ModelError, with nothing changed, where none is for this file.
+
+    An undo file of a patch that never took its place (the device was stopped before) is removed.
+    """
     back = undo_file(path)
-    if not back.is_file():
-        raise ModelError(f"there is no {back}", hint="a patch that was applied in place leaves one")
-    patch = load(back)
-    if (
-        not path.is_file() or sha256(path) != patch.result
-    ):  # else it was killed before the patch took its place
-        require_base(path, patch)
-        _write(path, patch, path)
-    back.unlink()
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}", hint="give the GGUF file on the device")
+    found = sha256(path)
+    for candidate in (_next(back), back):
+        if not candidate.is_file():
+            continue
+        patch = load(candidate)
+        if patch.base == found:
+            _write(path, patch, path)
+            candidate.unlink()
+            return
+        if candidate != back:
+            candidate.unlink()
+    raise ModelError(
+        f"{path} has no patch that could be taken back",
+        hint=f"a patch that is applied in place leaves {back.name}, for as long as the file is what it made",
+    )
 
 
 def undo_file(path: Path) -> Path:
     """Return the name of the file that undoes a patch."""
     return path.with_name(path.name + ".undo")
+
+
+def _next(back: Path) -> Path:
+    """Return the name that an undo file has until its patch is in place: the last patch's must not be lost before."""
+    return back.with_name(back.name + ".new")

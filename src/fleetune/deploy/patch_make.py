@@ -5,22 +5,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import zlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fleetune import models
+from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.common.sums import sha256
 from fleetune.deploy.formats import Report
 from fleetune.deploy.formats._gguf_header import open_written
-from fleetune.deploy.patch import Patch, Place, patched, with_changes, with_entries
-from fleetune.errors import UsageError
+from fleetune.deploy.patch import Packed, Patch, Place, patched, with_changes, with_entries
+from fleetune.errors import ModelError, UsageError
 from fleetune.models import placement
 from fleetune.models.mapped.stored import Stored
 from fleetune.seeds.ledger import Ledger
 from fleetune.seeds.scale_view import ScaleView
+from fleetune.seeds.slots import WeightSlot
 from fleetune.tuning import finished
 from fleetune.tuning.methods._zeroth import place_at
 
@@ -43,7 +45,9 @@ def report(path: Path) -> Report:
     return Report(path, "gguf", path.stat().st_size, count, count, kinds)
 
 
-def make(base: Path, ledger: Ledger, *, changes: bool = False, name: str = "") -> Patch:
+def make(
+    base: Path, ledger: Ledger, *, changes: bool = False, name: str = "", offline: bool = False
+) -> Patch:
     """Return the patch from a GGUF file to the ledger's model; with `changes` it carries the scales' differences.
 
     `name` is the model that the file belongs to, if not a path.
@@ -56,12 +60,11 @@ def make(base: Path, ledger: Ledger, *, changes: bool = False, name: str = "") -
             "this ledger moves all weights, which no quantised file holds",
             hint="tune with --train scales, or export the run: fleetune export RUN --to gguf",
         )
-    model = finished.base_of(ledger, name or str(base), base="mapped")
+    model = finished.base_of(ledger, name or str(base), base="mapped", offline=offline)
     view = place_at(model, ledger)
     assert isinstance(view, ScaleView)
     finished.require_digest(models.digest(view.pieces()), ledger.final_check(), "the ledger")
-    found = [(slot.name, slot.start, slot.tensor.stored) for slot in view.slots]  # type: ignore[attr-defined]
-    places = tuple(sorted(_place(stored, start) for _, start, stored in found))
+    places, slots = zip(*sorted((_place(slot), slot) for slot in view.slots), strict=True)
     head, compact = ledger.head, ledger.compact()
     source = sha256(base)
 
@@ -71,22 +74,39 @@ def make(base: Path, ledger: Ledger, *, changes: bool = False, name: str = "") -
             ids=compact.ids, coefficients=compact.coefficients.astype(np.int64),
         )  # fmt: skip
 
-    sha, differences = hashlib.sha256(), list[np.ndarray]()
-    for part in patched(base, carrying(""), lambda old, new: differences.append(new - old)):
+    sha, packed = hashlib.sha256(), Packed(9)
+    for part in patched(base, carrying(""), packed.add):
         sha.update(part)
+    _compare(view, slots, places, base, carrying(""))
     if changes:
-        packed = zlib.compress(np.concatenate(differences).astype("<u2").tobytes(), 9)
-        return with_changes(source, sha.hexdigest(), places, packed)
+        return with_changes(source, sha.hexdigest(), places, packed.bytes())
     return carrying(sha.hexdigest())
 
 
-def _place(stored: Stored, start: int) -> Place:
+def _compare(
+    view: ScaleView, slots: tuple[WeightSlot, ...], places: tuple[Place, ...], base: Path, patch: Patch
+) -> None:
+    """Raise ModelError unless a patch makes the very scales that the view of the net has."""
+    moves = patch.moves()
+    for number, (slot, place) in enumerate(zip(slots, places, strict=True)):
+        weight: Any = slot.tensor
+        raw = np.array(weight.stored.file.bytes(place.offset, place.size)).reshape(-1, BYTES[place.kind])
+        old = np.ascontiguousarray(raw[:, : 2 * HALVES[place.kind]]).view("<u2").reshape(-1)
+        new = moves(number, 0, old).reshape(place.rows, -1)
+        want = view.scales(slot).numpy().view(np.uint16).reshape(place.rows, -1)
+        if not np.array_equal(new, want[place.in_model()]):
+            raise ModelError(f"the patch of {base} would not make the run's scales ({slot.name})")
+
+
+def _place(slot: WeightSlot) -> Place:
+    weight: Any = slot.tensor
+    stored: Stored = weight.stored
     rows, width = stored.shape
     heads, order = 0, stored.order
     if order is not None:
         half = int(np.flatnonzero(order == 1)[0])  # rows of half a head
         heads = rows // (2 * half)
-    place = Place(stored.offset, stored.kind, rows, width // 32, heads, start)
+    place = Place(stored.offset, stored.kind, rows, width // BLOCK, heads, slot.start)
     if stored.size != place.size or (
         order is not None and not np.array_equal(np.argsort(order), place.in_model())
     ):

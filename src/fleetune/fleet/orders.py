@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from fleetune.common.settings import Value
 from fleetune.errors import MessageError, cut_reason
+from fleetune.seeds.ledger_head import TRAINS
 from fleetune.tuning.messages import Message, Payload, Scalar, decode, encode
 from fleetune.tuning.recipe import label_words
 
@@ -67,6 +68,7 @@ class Job:
     rounds: int
     task: str = "tune"  # or eval, or calibrate
     result: str = ""  # SHA-256 of the result that is measured or calibrated: of the ledger, or of the adapter's SHA256SUMS
+    train: str = "weights"  # or scales, of a GGUF file
     format: int = 1
 
     def to_json(self) -> str:
@@ -90,6 +92,8 @@ class Job:
             raise MessageError(f"the job has format {found['format']}, this version reads {cls.format}")
         if found["task"] not in TASKS:
             raise MessageError(f"the job's task {found['task']!r} is none of {', '.join(TASKS)}")
+        if found["train"] not in TRAINS:
+            raise MessageError(f"the job trains {found['train']!r:.40}, which is none of {', '.join(TRAINS)}")
         plain = all(type(v) in (bool, int, float, str) for v in found["set"].values())
         if not plain or not all(type(word) is str for word in found["labels"]):
             raise MessageError("the job's settings or labels are not plain values")
@@ -106,7 +110,7 @@ def job_of(job: TuneJob, run: str) -> Job:
     recipe, model = job.recipe, job.model
     return Job(
         run, recipe.method, dict(recipe.set), recipe.model, model.digest, recipe.dtype, recipe.max_length,
-        label_words(recipe.labels), recipe.rounds,
+        label_words(recipe.labels), recipe.rounds, train=recipe.train,
     )  # fmt: skip
 
 

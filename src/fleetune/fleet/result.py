@@ -34,7 +34,7 @@ def job_of_run(folder: Path, run: str, task: str, steps: int = 0) -> Job:
     recipe = finished.recipe_of(folder)
     return Job(
         run, recipe.method, dict(recipe.set), recipe.model, env_file.base_digest(folder), recipe.dtype, recipe.max_length,
-        label_words(recipe.labels), steps, task, digest_of(finished.result_of(folder)),
+        label_words(recipe.labels), steps, task, digest_of(finished.result_of(folder)), recipe.train,
     )  # fmt: skip
 
 

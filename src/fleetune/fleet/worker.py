@@ -52,6 +52,7 @@ from fleetune.models.model import Model
 from fleetune.models.shapes import shape_of
 from fleetune.planning import device_cost
 from fleetune.planning.plan import Workload
+from fleetune.seeds.scale_view import moved_tensors
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
@@ -263,14 +264,16 @@ def load(job: Job, brings: Brings, state: Path) -> Loaded:
     name = _model(job, brings)
     kinds = fitting_kinds(job, method, name, brings) if job.task == "tune" and method is not None else (0,)
     model = models.load(
-        name, dtype=job.dtype, device=brings.device, offline=brings.offline,
-        labels=job.labels, base=brings.base,
+        name, dtype=job.dtype, device=brings.device, offline=brings.offline, labels=job.labels,
+        base="mapped" if job.train == "scales" else brings.base,
     )  # fmt: skip
     if model.digest != job.base:
         raise ModelError(
             f"the run tunes a model with digest {job.base[:16]}.., this device has {model.digest[:16]}.. ({model.name})",
             hint=f"give the same model and revision: --model PATH   (the server calls it {job.model})",
         )
+    model.trains = job.train
+    moved_tensors(model)  # refuses a base without scales where these are trained
     torch.set_num_threads(brings.threads or usual_threads(model.n_params))
     training, held_out = brings.divided()
     rows = _encoded(model, training, job.max_length, brings.data)

@@ -52,6 +52,8 @@ def method_for(recipe: Recipe, *, offline: bool = False) -> tuple[str, str, str]
     from fleetune import models
 
     able = methods.having(recipe.set)
+    if recipe.train == "scales":
+        able = [name for name in able if name in recipes.MOVE_SCALES]
     if not able:
         raise RecipeError(
             recipe_problems.of_no_method(list(recipe.set)),

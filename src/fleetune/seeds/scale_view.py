@@ -4,7 +4,7 @@
 A block of ggml holds 32 codes q and one or two fp16 numbers, its scale d and perhaps an offset m: w = d q + m.  Training the
 scales alone (PEQA, Kim et al. 2023, arXiv 2305.14152; EfficientQAT, Chen et al. 2024, arXiv 2407.11062) leaves a file of the
 same codes, so nothing is rounded after training.  Here a direction moves them on the grid of fp16 itself (`scale_grid.py`).
-z has a number for each scale, a 32nd of what the weights would need, so a pass costs next to nothing.
+z has a number for each scale, a 16th or a 32nd of what the weights would need, so a pass costs next to nothing.
 
 For back-propagation the rounding is passed over (straight-through): dL/dp = 2^e sign(d) sum_q q dL/dw, with e the exponent.
 """
@@ -118,6 +118,15 @@ class ScaleView(View):
             else:
                 yield name, Pieces(tensor.dtype, tensor.shape, self._pieces(slot))
 
+    def write(self) -> None:
+        """Overwrite the stored weights with the view's point, and take the view off: nothing has scales any more."""
+        super().write()
+        self.remove()
+
+    def storing(self) -> Any:
+        """Refuse: a direction that is written out has a number for each weight."""
+        raise UsageError("a direction of scales is not written out", hint="use mezo, fedkseed or onebyte")
+
     def scales(self, slot: WeightSlot) -> Tensor:
         """Return the fp16 scales of a matrix at the view's point, int16 [blocks, 1 or 2]: their bits, rows as in the model."""
         return self._bits(slot, 0, _weight(slot).stored.shape[0], signs=1)[1][0]
@@ -131,8 +140,8 @@ class ScaleView(View):
         room = self._take(signs * (end - top) * width, torch.float32).view(signs, -1, BLOCK)
         write_codes(room[-1], blocks, weight.stored.kind)
         found = []
-        for out, bits in zip(room, moved, strict=True):
-            if out is not room[-1] and signs > 1:
+        for number, (out, bits) in enumerate(zip(room, moved, strict=True)):
+            if number < signs - 1:
                 out.copy_(room[-1])
             apply_scales(out, bits.view(torch.float16).float())
             found.append(out.view(-1)[first - top * width : last - top * width].to(weight.dtype))

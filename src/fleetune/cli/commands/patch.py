@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fleetune patch`: make, apply, undo, show: update a quantised model on a device by kilobytes."""
+"""`fleetune patch`: make, apply, undo: update a quantised model on a device by kilobytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
+from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
 
 HELP = "update a quantised model on a device by a file of kilobytes"
@@ -64,7 +65,11 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
         raise UsageError(f"{out} exists already", hint="choose another --to: nothing is overwritten")
     base = patch_make.file_of(args.files[0], offline=args.offline)
     made = patch_make.make(
-        base, ledgers.load(file_of(args.files[1], args.out)), changes=args.changes, name=args.files[0]
+        base,
+        ledgers.load(file_of(args.files[1], args.out)),
+        changes=args.changes,
+        name=args.files[0],
+        offline=args.offline,
     )
     write_atomic(out, made.file)
     ui.paths(
@@ -80,7 +85,7 @@ def _apply(args: argparse.Namespace, ui: Ui) -> None:
     back = patch.apply(path, loaded, out)
     ui.paths([("model", str(out or path)), ("SHA-256", loaded.result)])
     if back is not None:
-        ui.paths([("undo", f"fleetune patch undo {path}")])
+        ui.paths([("undo", f"fleetune patch undo {quoted(path)}")])
 
 
 def _undo(args: argparse.Namespace, ui: Ui) -> None:

@@ -19,14 +19,12 @@ import gguf
 import torch
 from torch import Tensor
 
+from fleetune.common.ggml import BLOCK as BLOCK
+from fleetune.common.ggml import HALVES as HALVES
 from fleetune.models.codebooks import CODEBOOKS
 
-BLOCK: Final = 32
 _IQ4_NL: Final = torch.tensor(CODEBOOKS["iq4_nl"], dtype=torch.float32)
 _LOW, _HIGH = _IQ4_NL.repeat(16), _IQ4_NL.repeat_interleave(16)  # of a byte's halves
-HALVES: Final[Mapping[str, int]] = MappingProxyType(  # fp16 numbers of a block: d, or d and m
-    {"Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 1, "IQ4_NL": 1}
-)
 _MIDDLES: Final[Mapping[str, int]] = MappingProxyType({"Q4_0": 8, "Q5_0": 16})
 _BITS: Final = torch.arange(BLOCK, dtype=torch.int32)
 

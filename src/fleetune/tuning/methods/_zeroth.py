@@ -12,10 +12,10 @@ import logging
 import numpy as np
 
 from fleetune.common import commas
-from fleetune.errors import ModelError
+from fleetune.errors import MessageError, ModelError
 from fleetune.models.model import Model
 from fleetune.seeds.ledger import Ledger
-from fleetune.seeds.ledger_head import LedgerHead
+from fleetune.seeds.ledger_head import TRAINS, LedgerHead
 from fleetune.seeds.noise import LAWS, POOLS, run_key
 from fleetune.seeds.scale_view import ScaleView, moved_tensors, view_on
 from fleetune.seeds.spsa import Position, uniforms
@@ -118,7 +118,9 @@ def open_view(model: Model, payload: Payload) -> tuple[View, Position]:
     epochs, k = np.nonzero(a)
     ids = (epochs.astype(np.uint64) << np.uint64(32)) | k.astype(np.uint64)
     law = str(payload.scalars["law"])
-    model.trains = str(payload.scalars.get("train", "weights"))
+    if (train := payload.scalars.get("train", "weights")) not in TRAINS:
+        raise MessageError(f"the message trains {train!r:.40}, which is none of {', '.join(TRAINS)}")
+    model.trains = str(train)
     view = view_of(model, payload.int("run_key"), law, payload.float("grid"))
     return view, Position(law, a.shape[1] if law in POOLS else 1, ids, a[epochs, k].astype(np.int64))
 
