@@ -75,10 +75,7 @@ class Method(Protocol):
     def local(
         self, model: Model, payload: Payload, batches: Batches, key: int, memory: dict[str, Any]
     ) -> Payload:
-        """Do a device's round; `memory` is its own dict, saved for it between rounds (arrays and numbers).
-
-        It may take the arrays out of `payload` (`Payload.take`), so that they need not be in memory as long as it works.
-        """
+        """Do a device's round; `memory` is its own dict, saved for it between rounds; `payload` may be emptied (`take`)."""
         ...
 
     def aggregate(self, state: Any, replies: Iterable[Reply]) -> Any:
