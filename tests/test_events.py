@@ -84,7 +84,7 @@ TOUR = {
     "runs rm 6 7": {"RunRemoved"},
 }  # fmt: skip
 ELSEWHERE = {  # these need an engine, the network, devices, Ctrl-C or a run that diverges: their tests check the lines
-    "DeviceEvaluated", "Diverging", "ExportPushed", "FleetEvaluated", "FleetShown", "ModelPulled", "Serving", "Stopped", "ThreadsChosen",
+    "DeviceEvaluated", "Diverging", "ExportPushed", "FleetEvaluated", "FleetShown", "ModelPulled", "PatchApplied", "PatchMade", "Serving", "Stopped", "ThreadsChosen",
 }  # fmt: skip
 
 

@@ -52,6 +52,11 @@ def file(base: Path, tmp_path: Path) -> Path:
     return copy
 
 
+def visible(folder: Path) -> list[str]:
+    """The files of a folder but for lock files, which stay."""
+    return sorted(p.name for p in folder.iterdir() if not p.name.endswith(".lock"))
+
+
 def load(file: Path) -> Model:
     model = models.load(str(file), device="cpu", base="mapped")
     model.trains = "scales"
@@ -113,7 +118,7 @@ def test_a_patch_in_place_is_undone_to_the_byte(file: Path, tmp_path: Path) -> N
         patch.apply(file, patch.load(tmp_path / "p"))
     patch.undo(file)
     assert file.read_bytes() == before
-    assert sorted(p.name for p in file.parent.iterdir()) == ["m.gguf"]
+    assert visible(file.parent) == ["m.gguf"]
     with pytest.raises(ModelError, match="no patch that could be taken back"):
         patch.undo(file)
 
@@ -133,7 +138,7 @@ def test_the_last_undo_is_kept_until_the_next_patch_is_in_place(
     assert file.read_bytes() == second
     patch.undo(file)
     assert file.read_bytes() == first
-    assert sorted(p.name for p in file.parent.iterdir()) == ["m.gguf"]
+    assert visible(file.parent) == ["m.gguf"]
 
 
 def test_patches_follow_one_another_and_the_last_is_undone(file: Path) -> None:
@@ -166,6 +171,54 @@ def test_a_patch_that_would_make_another_model_is_not_made(
         patch_make.make(file, ledger)
 
 
+def test_a_link_stays_one(file: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.gguf"
+    link.symlink_to(file)
+    made = patch_make.make(file, ledger_on(file)[0])
+    patch.apply(link, made)
+    assert link.is_symlink()
+    assert sha256(file) == made.result
+    patch.undo(link)
+    assert link.is_symlink()
+    dangling = tmp_path / "dangling.gguf"
+    dangling.symlink_to(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="exists already"):
+        patch.apply(file, made, dangling)
+
+
+def test_a_damaged_or_another_patch_is_named_as_such(file: Path, tmp_path: Path) -> None:
+    made = patch_make.make(file, ledger_on(file)[0], changes=True)
+    (tmp_path / "p").write_bytes(made.file)
+    rewritten(tmp_path / "p", format=2)
+    with pytest.raises(ModelError, match="a patch of format 2, this program reads 1"):
+        patch.load(tmp_path / "p")
+    raw = bytearray(made.file)
+    raw[-40] ^= 4
+    (tmp_path / "q").write_bytes(raw)
+    with pytest.raises(ModelError, match=r"is damaged|would have SHA-256"):
+        patch.apply(file, patch.load(tmp_path / "q"))
+    with pytest.raises(ModelError, match="there is no patch"):
+        patch.load(tmp_path / "nothing")
+
+
+def test_the_command_prints_json_for_a_devices_script(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fleetune.cli.main import main
+
+    ledger_on(file)[0].save(tmp_path / "ledger.safetensors")
+    lines = []
+    for words in (
+        ["make", str(file), str(tmp_path / "ledger.safetensors"), "--to", str(tmp_path / "p")],
+        ["apply", str(file), str(tmp_path / "p")],
+    ):
+        assert main(["patch", *words, "--json"]) == 0
+        lines.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert [line["event"] for line in lines] == ["patch", "patched"]
+    assert lines[0]["result"] == lines[1]["result"] == sha256(file)
+    assert lines[1]["undo"] == str(file) + ".undo"
+
+
 def test_a_patch_for_another_file_is_refused(file: Path, tmp_path: Path) -> None:
     made = patch_make.make(file, ledger_on(file)[0])
     raw = bytearray(file.read_bytes())
@@ -184,7 +237,7 @@ def test_a_result_that_is_not_the_stated_one_is_not_kept(file: Path) -> None:
     with pytest.raises(ModelError, match="the patched file would have"):
         patch.apply(file, made)
     assert file.read_bytes() == before
-    assert sorted(p.name for p in file.parent.iterdir()) == ["m.gguf"]
+    assert visible(file.parent) == ["m.gguf"]
 
 
 def test_only_a_ledger_of_scales_makes_a_patch(file: Path) -> None:
@@ -282,8 +335,8 @@ def test_a_kill_at_any_instant_leaves_the_old_file_or_the_new(file: Path, tmp_pa
             with pytest.raises(ModelError, match="no patch that could be taken back"):
                 patch.undo(file)
         assert file.read_bytes() == old
-        for left in file.parent.glob(".m.gguf*.tmp"):
-            left.unlink()
+    patch.apply(file, made)
+    assert visible(file.parent) == ["m.gguf", "m.gguf.undo"], "what killed ones left is gone"
 
 
 # A run ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fleetune.common.files import storage_error, sync_folder, write_atomic
+from fleetune.common.folders import locked
 from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.shell import quoted
 from fleetune.common.sums import sha256
@@ -40,6 +41,10 @@ FORMAT: Final = 1
 PIECE: Final = 1 << 20  # bytes that are copied, or whose scales are moved, at a time
 MOST: Final = 1 << 48  # of a place's numbers
 LAWS: Final = ("hashed", "pooled", "rademacher")  # whose sums are integers
+# what reading bytes that are no patch can raise
+DAMAGED: Final = (
+    SafetensorError, OSError, ArithmeticError, LookupError, ValueError, TypeError, AttributeError, RecursionError,
+)  # fmt: skip
 AGAIN: Final = "get the patch again from its origin"
 
 Moves = Callable[[int, int, np.ndarray], np.ndarray]
@@ -131,11 +136,15 @@ def with_changes(base: str, result: str, places: tuple[Place, ...], changes: byt
         reader, rest = zlib.decompressobj(), [changes]
 
         def moved(number: int, first: int, bits: np.ndarray) -> np.ndarray:
-            raw = reader.decompress(rest[0], 2 * len(bits))
-            rest[0] = reader.unconsumed_tail
             place = places[number]
             ends = number == last and first * place.per_row + len(bits) == place.rows * place.per_row
-            if len(raw) != 2 * len(bits) or (ends and (reader.decompress(rest[0], 1) or not reader.eof)):
+            try:
+                raw = reader.decompress(rest[0], 2 * len(bits))
+                rest[0] = reader.unconsumed_tail
+                more = ends and (reader.decompress(rest[0], 1) or not reader.eof or reader.unused_data)
+            except zlib.error as error:
+                raise ModelError(f"the patch is damaged ({error})", hint=AGAIN) from error
+            if more or len(raw) != 2 * len(bits):
                 raise ModelError("the patch is damaged: its changes are not those of its tensors", hint=AGAIN)
             new: np.ndarray = bits + np.frombuffer(raw, "<u2")
             return new
@@ -163,10 +172,7 @@ def load(path: Path) -> Patch:
             head = json.loads((file.metadata() or {})["patch"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if head["format"] != FORMAT:
-            raise ModelError(
-                f"{path} is a patch of format {head['format']!r:.40}, this program reads {FORMAT}",
-                hint="apply it with the version of Fleetune that made it",
-            )
+            raise _OtherFormat(repr(head["format"])[:40])
         places = tuple(_place(row) for row in head["places"])
         _check_order(places)
         base, result = _digest(head["base"]), _digest(head["result"])
@@ -180,18 +186,19 @@ def load(path: Path) -> Patch:
             base, result, places, run_key=int(head["run_key"], 16), law=str(head["law"]), K=head["K"],
             grid=head["grid"], ids=arrays["id"], coefficients=arrays["coefficient"],
         )  # fmt: skip
-    except (
-        SafetensorError,
-        OSError,
-        ArithmeticError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except _OtherFormat as error:
+        raise ModelError(
+            f"{path} is a patch of format {error}, this program reads {FORMAT}",
+            hint="apply it with the version of Fleetune that made it",
+        ) from error
+    except DAMAGED as error:
         raise ModelError(f"{path} is no patch, or is damaged ({error!r:.120})", hint=AGAIN) from error
     except UsageError as error:
         raise ModelError(f"{path} is no patch, or is damaged ({error.message:.120})", hint=AGAIN) from error
+
+
+class _OtherFormat(Exception):
+    pass
 
 
 def _digest(text: Any) -> str:
@@ -290,12 +297,29 @@ def apply(path: Path, patch: Patch, out: Path | None = None) -> Path | None:
     ModelError, with nothing changed, where the file is not the patch's base or the result is not what the patch states;
     UsageError where `out` exists; StorageError where it cannot be written.
     """
-    if out is not None and out.exists():
-        raise UsageError(f"{out} exists already", hint="choose a new name: nothing is overwritten")
-    require_base(path, patch)
+    path = path.resolve()  # a link stays one
     if out is not None:
-        _write(path, patch, out)
+        if os.path.lexists(out):
+            raise UsageError(f"{out} exists already", hint="choose a new name: nothing is overwritten")
+        require_base(path, patch)
+        with _alone(out):
+            _write(path, patch, out)
         return None
+    with _alone(path):
+        require_base(path, patch)
+        return _in_place(path, patch)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Wait for other processes that write a file, and remove what killed ones have left beside it."""
+    with locked(target):
+        for left in target.parent.glob(f".{target.name}.*.tmp"):
+            left.unlink(missing_ok=True)
+        yield
+
+
+def _in_place(path: Path, patch: Patch) -> Path:
     back, changes = undo_file(path), Packed(1)
 
     def keep_undo() -> None:
@@ -362,9 +386,15 @@ def undo(path: Path) -> None:
 
     An undo file of a patch that never took its place (the device was stopped before) is removed.
     """
-    back = undo_file(path)
+    path = path.resolve()
     if not path.is_file():
         raise ModelError(f"there is no file {path}", hint="give the GGUF file on the device")
+    with _alone(path):
+        _undo(path)
+
+
+def _undo(path: Path) -> None:
+    back = undo_file(path)
     found = sha256(path)
     for candidate in (_next(back), back):
         if not candidate.is_file():

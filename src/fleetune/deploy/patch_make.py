@@ -42,7 +42,7 @@ def report(path: Path) -> Report:
     """Describe a patched file, every tensor of which is what the patch states (its SHA-256 is)."""
     kinds = Counter(tensor.tensor_type.name for tensor in open_written(path).tensors)
     count = kinds.total()
-    return Report(path, "gguf", path.stat().st_size, count, count, kinds)
+    return Report(path, "gguf", path.stat().st_size, count, count, dict(kinds))
 
 
 def make(

@@ -122,7 +122,7 @@ def _show(args: argparse.Namespace, ui: Ui, paths: Sequence[Path], loaded: Seque
     ui.table(["", ""], [
         ["file", f"{path} ({human_bytes(size)}; compact {human_bytes(len(ledger.compact().to_bytes()))})"],
         ["base", head.base],
-        ["weights", f"{parameters:,} in {counted(len(head.tensors), 'tensor')}"],
+        [head.trains, f"{parameters:,} in {counted(len(head.tensors), 'tensor')}"],
         ["method", f"{head.method}, lr {_rate(head)}, eps {head.eps:g}, {head.aggregation}"],
         ["directions", f"{head.law}, K {head.K:,}, law version {head.law_version}, grid {head.grid:.9g}"],
         ["entries", f"{len(ledger):,} over {counted(last, 'round')}, {passes} to replay"],

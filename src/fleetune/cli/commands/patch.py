@@ -11,6 +11,7 @@ from fleetune.cli.console import Ui
 from fleetune.common.display import human_bytes
 from fleetune.common.shell import quoted
 from fleetune.errors import UsageError
+from fleetune.runs.events import PatchApplied, PatchMade
 
 HELP = "update a quantised model on a device by a file of kilobytes"
 ORDER = 65
@@ -72,6 +73,9 @@ def _make(args: argparse.Namespace, ui: Ui) -> None:
         offline=args.offline,
     )
     write_atomic(out, made.file)
+    ui.event(PatchMade(path=str(out), bytes=len(made.file), base=made.base, result=made.result))
+    if ui.json:
+        return
     ui.paths(
         [("patch", f"{out} ({human_bytes(len(made.file))})"), ("makes", f"a file with SHA-256 {made.result}")]
     )
@@ -83,6 +87,11 @@ def _apply(args: argparse.Namespace, ui: Ui) -> None:
     path, out = Path(args.files[0]), Path(args.to) if args.to else None
     loaded = patch.load(Path(args.files[1]))
     back = patch.apply(path, loaded, out)
+    ui.event(
+        PatchApplied(path=str(out or path), result=loaded.result, undo=None if back is None else str(back))
+    )
+    if ui.json:
+        return
     ui.paths([("model", str(out or path)), ("SHA-256", loaded.result)])
     if back is not None:
         ui.paths([("undo", f"fleetune patch undo {quoted(path)}")])
@@ -94,4 +103,6 @@ def _undo(args: argparse.Namespace, ui: Ui) -> None:
     if args.to:
         raise UsageError("patch undo changes the file in its place: leave out --to")
     patch.undo(Path(args.files[0]))
+    if ui.json:
+        return
     ui.paths([("model", args.files[0])])

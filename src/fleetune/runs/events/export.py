@@ -27,6 +27,27 @@ class ExportDone(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PatchMade(Event):
+    """`patch make`: a patch is written."""
+
+    event: ClassVar[str] = "patch"
+    path: str  # of the patch
+    bytes: int  # of the patch
+    base: str  # SHA-256 of the file that it is for
+    result: str  # SHA-256 of the file that it makes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchApplied(Event):
+    """`patch apply`: a file has other scales now."""
+
+    event: ClassVar[str] = "patched"
+    path: str  # of the new file
+    result: str  # its SHA-256
+    undo: str | None = None  # the file that undoes it; none of a copy
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportPushed(Event):
     """`export --push`: a file or folder is in a repository on the Hub."""
 
