@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fleetune import api, models
+from fleetune.common.ggml import BYTES, HALVES
 from fleetune.common.sums import sha256
 from fleetune.deploy import patch, patch_make
 from fleetune.deploy.export import export
@@ -100,10 +101,8 @@ def test_the_patched_file_is_the_tuned_model(changes: bool, file: Path, tmp_path
     places = made.places
     inside = np.zeros(len(before), bool)
     for place in places:  # nothing but scales has changed
-        size = patch.BYTES[place.kind]
-        inside[place.offset : place.offset + place.size].reshape(-1, size)[
-            :, : 2 * patch.HALVES[place.kind]
-        ] = True
+        size = BYTES[place.kind]
+        inside[place.offset : place.offset + place.size].reshape(-1, size)[:, : 2 * HALVES[place.kind]] = True
     assert changed.any()
     assert not (changed & ~inside).any()
 

@@ -16,7 +16,8 @@ from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.common.sums import sha256
 from fleetune.deploy.formats import Report
 from fleetune.deploy.formats._gguf_header import open_written
-from fleetune.deploy.patch import Packed, Patch, Place, patched, with_changes, with_entries
+from fleetune.deploy.patch import Packed, patched
+from fleetune.deploy.patch_file import Patch, Place, with_changes, with_entries
 from fleetune.errors import ModelError, UsageError
 from fleetune.models import placement
 from fleetune.models.mapped.stored import Stored

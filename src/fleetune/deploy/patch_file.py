@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read and write patches: files of kilobytes that move the scales of a quantised model and leave its codes (`patch.py`).
+
+A patch is a safetensors file.  Its metadata `patch` is JSON: the SHA-256 of the GGUF file it is for and of the one it makes,
+and where the scales lie.  It carries one of two things:
+
+    entries    a ledger's directions and coefficients, with its key, law and grid: kilobytes; the device computes the moves
+    changes    the differences of the scales' bits, compressed (zlib): megabytes at most, for a device that only copies
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fleetune.common.ggml import BYTES, HALVES
+from fleetune.errors import ModelError, UsageError
+from fleetune.seeds import noise, scale_grid
+
+FORMAT: Final = 1
+MOST: Final = 1 << 48  # of a place's numbers
+LAWS: Final = ("hashed", "pooled", "rademacher")  # whose sums are integers
+# what reading bytes that are no patch can raise
+DAMAGED: Final = (
+    SafetensorError, OSError, ArithmeticError, LookupError, ValueError, TypeError, AttributeError, RecursionError,
+)  # fmt: skip
+AGAIN: Final = "get the patch again from its origin"
+
+Moves = Callable[[int, int, np.ndarray], np.ndarray]
+"""(number of a place, its first row, the scales' bits of some rows uint16 [n]) -> their new bits; rows come in order."""
+
+
+class Place(NamedTuple):
+    """Where the blocks of a matrix lie in the file."""
+
+    offset: int  # of the first byte
+    kind: str
+    rows: int
+    blocks: int  # of a row
+    heads: int  # in how many heads the file's rows are interleaved; 0: as they are
+    start: int  # global number of the first scale
+
+    @property
+    def per_row(self) -> int:
+        """Scales of a row."""
+        return self.blocks * HALVES[self.kind]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the file."""
+        return self.blocks * BYTES[self.kind]
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self.rows * self.row_bytes
+
+    @property
+    def together(self) -> int:
+        """Rows that must be taken together: those of a head, where they are interleaved."""
+        return self.rows // self.heads if self.heads else 1
+
+    def in_model(self, count: int | None = None) -> np.ndarray:
+        """Return for each of the first rows of the file (default: all) which row of the model it is: int64 [count]."""
+        rows = np.arange(self.rows if count is None else count)
+        if not self.heads:
+            return rows
+        found: np.ndarray = rows.reshape(-1, 2, self.together // 2).swapaxes(1, 2).reshape(-1)
+        return found
+
+
+class Patch(NamedTuple):
+    """A patch in memory."""
+
+    base: str  # SHA-256 of the file that it is for
+    result: str  # ... and of the one that it makes
+    places: tuple[Place, ...]  # by rising offset
+    moves: Callable[[], Moves]  # to be called for each writing
+    file: bytes
+
+
+def with_entries(
+    base: str, result: str, places: tuple[Place, ...], *, run_key: int, law: str, K: int, grid: float,
+    ids: np.ndarray, coefficients: np.ndarray,
+) -> Patch:  # fmt: skip
+    """Return a patch that carries a ledger's entries: ids uint64 [n], coefficients int64 [n]; ValueError for what cannot be."""
+    if law not in LAWS or not 0 <= run_key < 1 << 64 or not (math.isfinite(grid) and grid > 0):
+        raise ValueError(f"no ledger has law {law!r:.40}, key {run_key:x} and grid {grid}")
+    if (ids.dtype, coefficients.dtype) != (np.dtype(np.uint64), np.dtype(np.int64)):
+        raise ValueError(f"its entries are {ids.dtype} and {coefficients.dtype}")
+    passes = noise.passes(law, K, ids, coefficients)
+
+    def moved(number: int, first: int, bits: np.ndarray) -> np.ndarray:
+        place = places[number]
+        rows = bits.reshape(-1, place.per_row)
+        order = place.in_model(len(rows))
+        model = np.empty_like(rows)
+        model[order] = rows
+        new = scale_grid.moved(
+            model.reshape(-1), place.start + first * place.per_row, run_key, passes, law, grid
+        )
+        in_file: np.ndarray = new.reshape(rows.shape)[order].reshape(-1)
+        return in_file
+
+    head = {"run_key": f"{run_key:016x}", "law": law, "K": K, "grid": grid}
+    file = _encoded(base, result, places, head, {"id": ids, "coefficient": coefficients})
+    return Patch(base, result, places, lambda: moved, file)
+
+
+def with_changes(base: str, result: str, places: tuple[Place, ...], changes: bytes) -> Patch:
+    """Return a patch that carries differences of bits, uint16 modulo 2^16 of all places one after the other, compressed."""
+    last = len(places) - 1
+
+    def moves() -> Moves:
+        reader, rest = zlib.decompressobj(), [changes]
+
+        def moved(number: int, first: int, bits: np.ndarray) -> np.ndarray:
+            place = places[number]
+            ends = number == last and first * place.per_row + len(bits) == place.rows * place.per_row
+            try:
+                raw = reader.decompress(rest[0], 2 * len(bits))
+                rest[0] = reader.unconsumed_tail
+                more = ends and (reader.decompress(rest[0], 1) or not reader.eof or reader.unused_data)
+            except zlib.error as error:
+                raise ModelError(f"the patch is damaged ({error})", hint=AGAIN) from error
+            if more or len(raw) != 2 * len(bits):
+                raise ModelError("the patch is damaged: its changes are not those of its tensors", hint=AGAIN)
+            new: np.ndarray = bits + np.frombuffer(raw, "<u2")
+            return new
+
+        return moved
+
+    file = _encoded(base, result, places, {}, {"changes": np.frombuffer(changes, np.uint8)})
+    return Patch(base, result, places, moves, file)
+
+
+def _encoded(
+    base: str, result: str, places: tuple[Place, ...], head: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> bytes:
+    stated = {"format": FORMAT, "base": base, "result": result, "places": places, **head}
+    raw: bytes = save(arrays, {"patch": json.dumps(stated, sort_keys=True, separators=(",", ":"))})
+    return raw
+
+
+def load(path: Path) -> Patch:
+    """Read a patch; ModelError for a file that is none or is damaged."""
+    if not path.is_file():
+        raise ModelError(f"there is no patch {path}", hint="check the path")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            head = json.loads((file.metadata() or {})["patch"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if head["format"] != FORMAT:
+            raise _OtherFormat(repr(head["format"])[:40])
+        places = tuple(_place(row) for row in head["places"])
+        _check_order(places)
+        base, result = _digest(head["base"]), _digest(head["result"])
+        if set(arrays) == {"changes"}:
+            if arrays["changes"].dtype != np.uint8:
+                raise ValueError(f"its changes are {arrays['changes'].dtype}")
+            return with_changes(base, result, places, arrays["changes"].tobytes())
+        if type(head["K"]) is not int or type(head["grid"]) is not float:
+            raise ValueError("its head has the wrong types")
+        return with_entries(
+            base, result, places, run_key=int(head["run_key"], 16), law=str(head["law"]), K=head["K"],
+            grid=head["grid"], ids=arrays["id"], coefficients=arrays["coefficient"],
+        )  # fmt: skip
+    except _OtherFormat as error:
+        raise ModelError(
+            f"{path} is a patch of format {error}, this program reads {FORMAT}",
+            hint="apply it with the version of Fleetune that made it",
+        ) from error
+    except DAMAGED as error:
+        raise ModelError(f"{path} is no patch, or is damaged ({error!r:.120})", hint=AGAIN) from error
+    except UsageError as error:
+        raise ModelError(f"{path} is no patch, or is damaged ({error.message:.120})", hint=AGAIN) from error
+
+
+class _OtherFormat(Exception):
+    pass
+
+
+def _digest(text: Any) -> str:
+    if type(text) is not str or len(text) != 64 or set(text) - set("0123456789abcdef"):
+        raise ValueError(f"no SHA-256: {text!r:.80}")
+    return text
+
+
+def _place(row: Any) -> Place:
+    place = Place(*row)
+    counts = (place.offset, place.rows, place.blocks)
+    if not all(type(n) is int and 0 < n < MOST for n in counts) or place.kind not in BYTES:
+        raise ValueError(f"no place of a tensor: {row!r:.80}")
+    if not all(type(n) is int and 0 <= n < MOST for n in (place.heads, place.start)) or place.size >= MOST:
+        raise ValueError(f"no place of a tensor: {row!r:.80}")
+    if place.heads and place.rows % (2 * place.heads):
+        raise ValueError(f"{place.rows} rows are not {place.heads} heads")
+    return place
+
+
+def _check_order(places: tuple[Place, ...]) -> None:
+    end = 0
+    for place in places:
+        if place.offset < end:
+            raise ValueError("its tensors overlap")
+        end = place.offset + place.size
+    if not places:
+        raise ValueError("it has no tensors")
