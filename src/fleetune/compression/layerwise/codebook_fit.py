@@ -2,8 +2,9 @@
 # mypy: allow-untyped-defs, allow-untyped-calls
 """Fit the scale of given values, a codebook's or whole numbers, to groups of weights: the least weighted squared error.
 
-The element of largest magnitude is put near either end of the values.  For each such scale the weights are rounded to the
-nearest of them, q, for which the best scale is known, and so is what it takes off the squared error:
+An extreme element is put near either end of the values: the one of largest |x|, and, where errors are weighed, the one of
+largest sqrt(h) |x|.  For each such scale the weights are rounded to the nearest of them, q, for which the best scale is known,
+and so is what it takes off the squared error:
 
     s = sum h q x / sum h q^2            sum h (x - s q)^2 = sum h x^2 - (sum h q x)^2 / sum h q^2
 
@@ -29,23 +30,24 @@ def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
 
     levels are the values, rising; curvature [n] are the weights h of the squared errors (None: 1).
     """
-    columns = x.T.contiguous().numpy()
-    h = np.ones(len(columns), columns.dtype) if curvature is None else curvature.to(x.dtype).numpy()
+    columns, sizes = x.T.contiguous().numpy(), x.abs()
+    h = torch.ones(x.shape[1], dtype=x.dtype) if curvature is None else curvature.to(x.dtype)
+    ranked = [sizes] if curvature is None else [sizes, sizes * h.sqrt()]
+    extremes = torch.cat([x.gather(1, by.argmax(1, keepdim=True)) for by in ranked], 1).T.contiguous()
     values = levels.to(x.dtype).numpy()
     unit = (values[-1] - values[0]) / (len(values) - 1)
     ends = np.array([values[end] + unit * offset for end in (0, -1) for offset in OFFSETS], columns.dtype)
-    extreme = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0].numpy()
-    scale = torch.zeros(len(x), dtype=x.dtype)
-    _fit(columns, h, extreme, ends, values, (values[1:] + values[:-1]) / 2, scale.numpy())
-    return scale
+    scale, best = np.zeros(len(x), columns.dtype), np.zeros(len(x), columns.dtype)
+    for extreme in extremes.numpy():
+        _fit(columns, h.numpy(), extreme, ends, values, (values[1:] + values[:-1]) / 2, best, scale)
+    return torch.from_numpy(scale)
 
 
 @cached_njit
-def _fit(x, h, extreme, ends, levels, middles, scale):
+def _fit(x, h, extreme, ends, levels, middles, best, scale):
     # The inner loops run along the rows without a branch, so that they are compiled to vector instructions.
     n, R = x.shape
     v, q, num, den = np.empty_like(scale), np.empty_like(scale), np.empty_like(scale), np.empty_like(scale)
-    best = np.zeros_like(scale)
     for end in ends:
         num[:] = 0
         den[:] = 0
