@@ -127,7 +127,18 @@ def footprint(module: Module | None, how: Training) -> Footprint | None:
         return None
     state = State(placeholders(module), WIDE >> 1)
     together = how.clip > 0
-    return Footprint("backward", module, state, checkpointing=how.checkpointing, whole_gradient=together)
+    return Footprint(
+        "backward", module, state, checkpointing=how.checkpointing, whole_gradient=together, kept=_kept(how)
+    )
+
+
+def _kept(how: Training) -> float:
+    """Return how many fp32 copies of the module a training keeps beside it.
+
+    FedProx's origins; SCAFFOLD's w, c, c_k and pull, and of the first two also what came, where that is in fp16.
+    """
+    wired = np.dtype(DTYPE[how.wire]).itemsize / 4
+    return (how.mu > 0) + (4 + 2 * wired * (how.wire != "fp32")) * how.scaffold
 
 
 def clear(model: Model) -> None:
