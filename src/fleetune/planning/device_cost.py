@@ -147,7 +147,7 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
         parts = {
             "gradients": together,
             "optimizer": moments * own,
-            "adapter": int(own * (1 + footprint.kept)),
+            "adapter": (1 + footprint.kept) * own,
         }
     elif footprint.projects:
         return _projected(shape, work, footprint.module)

@@ -132,13 +132,12 @@ def footprint(module: Module | None, how: Training) -> Footprint | None:
     )
 
 
-def _kept(how: Training) -> float:
+def _kept(how: Training) -> int:
     """Return how many fp32 copies of the module a training keeps beside it.
 
-    FedProx's origins; SCAFFOLD's w, c, c_k and pull, and of the first two also what came, where that is in fp16.
+    FedProx's origins; SCAFFOLD's w, c, c_k and pull, and w and c as they came, where that is in fp16.
     """
-    wired = np.dtype(DTYPE[how.wire]).itemsize / 4
-    return (how.mu > 0) + (4 + 2 * wired * (how.wire != "fp32")) * how.scaffold
+    return (how.mu > 0) + how.scaffold * (5 if how.wire == "fp16" else 4)
 
 
 def clear(model: Model) -> None:
