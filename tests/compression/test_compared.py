@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,12 +18,14 @@ from command_harness import LORA, call, pulled_after, tuned
 from fleetune import models
 from fleetune.cli.main import main
 from fleetune.data.encode import encode_all
-from fleetune.deploy.measure import harness
+from fleetune.deploy.measure import harness, record
 from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence
 from fleetune.evaluation.losses import text_rows
 from fleetune.models import Model
+from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import LOGITS
+from fleetune.runs.events import Measured
 from fleetune.subject import Compressed
 from fleetune.tuning import finished
 
@@ -182,6 +185,32 @@ def test_ctrl_c_leaves_no_logits_and_a_resumed_compression_states_the_same(
     (folder / LOGITS).write_bytes(b"what a copy of a killed one brought")
     assert call(capsys, "compress", "--resume", str(folder))[0] == 0
     assert sorted(p.name for p in folder.iterdir()) == ["compress.json", "model"]
+
+
+def test_an_infinite_divergence_is_null_in_the_files(
+    tiny: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(capsys, "compress", tiny, *RTN, *TEXT)[0] == 0
+    (folder,) = (at / "runs").iterdir()
+    known = compression_folder.record(folder)["result"]
+    known["after"] |= {"kl_divergence": math.inf, "perplexity": math.nan}
+    compression_folder.write_record(folder, compression_folder.request_of(folder), known)
+    line = Measured(
+        name="codes", engine="torch", path=str(folder), bytes=1, bits_linear=4.0, bits=4.0, peak_rss=1, prefill=None,
+        generate=None, kl_divergence=math.inf, kl_tokens=7,
+    )  # fmt: skip
+    record.write(folder, {}, [line], {})
+
+    def strict(name: str) -> Any:
+        return json.loads((folder / name).read_text(), parse_constant=lambda text: pytest.fail(text))
+
+    after = strict("compress.json")["result"]["after"]
+    assert (after["kl_divergence"], after["perplexity"]) == (None, None)
+    assert after["same_top"] == known["after"]["same_top"]
+    (row,) = strict("measure.json")["rows"]
+    assert (row["kl_divergence"], row["kl_tokens"]) == (None, 7)
+    assert call(capsys, "compress", "--resume", str(folder))[1][-1]["after"] == after
+    assert main(["runs", "show", "1"]) == 0
 
 
 # --- eval ---------------------------------------------------------------------------------------------------
