@@ -39,14 +39,14 @@ class DroppedLinear(nn.Linear):
 
 class _Dropped(torch.autograd.Function):
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu")  # backward in autocast where forward was
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]  # backward in autocast where forward was
     def forward(ctx: Any, x: Tensor, weight: Tensor, stayed: Tensor, share: float) -> Tensor:
         ctx.share = share
         ctx.save_for_backward(x, weight, stayed)
         return F.linear(x * _noise(stayed, share, x.dtype), weight)
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, stayed = ctx.saved_tensors
         noise, g = _noise(stayed, ctx.share, x.dtype), gradients[0].reshape(-1, len(weight))
