@@ -31,6 +31,25 @@ def test_it_is_torchs_dropout_bit_for_bit(shape: tuple[int, ...], share: float) 
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_it_is_torchs_dropout_in_autocast(kind: torch.dtype) -> None:
+    def run(own: bool) -> tuple[Tensor, ...]:
+        torch.manual_seed(7)
+        plain = nn.Linear(64, 8, bias=False)
+        x = torch.randn(3, 17, 64, requires_grad=True)
+        torch.manual_seed(8)
+        with torch.autocast("cpu", kind):
+            y = DroppedLinear.around(plain, 0.3)(x) if own else plain(F.dropout(x, 0.3))
+        (y.float().sin() * torch.arange(8.0)).sum().backward()
+        assert x.grad is not None
+        assert plain.weight.grad is not None
+        return y.detach(), x.grad, plain.weight.grad
+
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
 def test_it_drops_nothing_outside_of_training() -> None:
     plain, x = nn.Linear(64, 8, bias=False), torch.randn(3, 64)
     assert torch.equal(DroppedLinear.around(plain, 0.5).eval()(x), plain(x))

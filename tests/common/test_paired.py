@@ -77,9 +77,12 @@ def test_what_does_not_pair() -> None:
     assert one.noise
     bad = difference(before, RowLosses([math.inf, *after.sums[1:]], after.counts))
     assert bad is not None
-    assert math.isnan(bad.value)
+    assert bad.value == math.inf
     assert bad.error is None
     assert not bad.noise
+    both = difference(RowLosses([math.inf], [1]), RowLosses([math.inf], [1]))
+    assert both is not None
+    assert math.isnan(both.value)
 
 
 def test_noise_is_two_standard_errors() -> None:

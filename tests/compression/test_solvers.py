@@ -146,6 +146,20 @@ def test_optq_in_any_order_is_the_surgeon_on_sorted_columns(kind: str, order: st
     torch.testing.assert_close(got.double()[:, sort], want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("order", ["none", "static", "gar"])
+def test_without_a_factor_a_ggml_grid_is_ggmls_in_any_order(order: str) -> None:
+    W, grid = work(3, 8, 32)[0], Grid("ggml", 4)
+    solved = compression.make("optq", {"group": 8, "order": order}).solve(
+        W.clone(), torch.zeros_like(W.T @ W)
+    )
+    assert solved.notes == ("nothing reached it: rounded to nearest",)
+    wanted = []
+    for part in W.split(8, 1):
+        scale, zero = grid.find(part)
+        wanted.append((grid.codes(part, scale, zero) - zero[:, None]) * scale[:, None])
+    assert torch.equal(dense(solved).double(), torch.cat(wanted, 1))
+
+
 @pytest.mark.parametrize("bits", [0, 4])
 def test_sparsegpt_unstructured_is_the_surgeon_with_a_mask(bits: int) -> None:
     """C < 128: one block, so the mask comes from the weights and U as they are at its start."""

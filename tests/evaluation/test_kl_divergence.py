@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -15,11 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from fleetune.cli.json_line import line_of
+from fleetune.common.display import show_with_error
 from fleetune.data.encode import Encoded
 from fleetune.errors import StorageError
 from fleetune.evaluation import kl_divergence, reference
 from fleetune.evaluation.kl_divergence import compare, of_tokens, positions, scored, summary, write
 from fleetune.models import Model, tiny_llama
+from fleetune.runs.events import as_dict
+from fleetune.runs.events.evaluation import evaluated
 
 FULL = Path("/dev/full")
 
@@ -75,6 +80,22 @@ def test_words_that_cannot_come_count_nothing_and_a_model_that_excludes_a_word_i
     assert of_tokens(P, Q)[0][0] == np.inf
     P[0, 0] = np.nan
     assert np.isnan(of_tokens(P, Q)[0][0])
+
+
+def test_the_mean_with_a_token_that_is_infinitely_far_is_infinite_and_has_no_error(tmp_path: Path) -> None:
+    P, Q = drawn(0), drawn(1)
+    Q[2, 9] = -np.inf
+    found = summary(*of_tokens(P, Q))
+    assert found.kl_divergence == np.inf
+    assert found.kl_divergence_error is None
+    assert found.same_top_error is not None
+    assert "kl_divergence_error" not in found.values()
+    assert show_with_error("kl_divergence", found.kl_divergence, None) == "inf"
+    line = json.loads(line_of(as_dict(evaluated("m", 7, found.values(), of=7, max_length=9))))
+    assert line["kl_divergence"] is None
+    assert line["kl_tokens"] == 7
+    Q[3, 1] = np.nan
+    assert math.isnan(summary(*of_tokens(P, Q)).kl_divergence)
 
 
 def test_of_two_widths_the_smaller_counts() -> None:

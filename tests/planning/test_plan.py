@@ -350,6 +350,21 @@ def _child(model: str, work: plan.Workload, *more: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize(
+    ("more", "copies"), [({"mu": 0.1}, 1), ({"scaffold": True}, 4), ({"scaffold": True, "wire": "fp16"}, 5)]
+)
+@pytest.mark.parametrize("name", ["fedit", "fedpetuning"])
+def test_the_copies_of_fedprox_and_scaffold_are_counted(name: str, more: dict[str, Any], copies: int) -> None:
+    shape, work = shapes.shape_of(LLAMA_7B), plan.Workload(batch=1, length=64)
+    plain, kept = (methods.make(name, given) for given in ({}, more))
+    assert isinstance(plain, methods.Planned)
+    assert isinstance(kept, methods.Planned)
+    module = plain.footprint(shape)
+    assert module is not None
+    parts = [device_cost.memory(shape, work, method.footprint(shape)) for method in (plain, kept)]  # type: ignore[arg-type]
+    assert sum(parts[1].values()) - sum(parts[0].values()) == copies * 4 * module.module.size
+
+
 def test_a_peak_can_be_measured_here() -> None:
     assert peak_rss() > 50e6
 

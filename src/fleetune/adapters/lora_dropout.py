@@ -2,7 +2,9 @@
 """Keep of a LoRA's dropout one byte a number until backward: the input x and which numbers stayed, not x * noise and the noise.
 
 PEFT computes A (x * noise), for which autograd keeps x * noise and the noise: 8 bytes a number, of every layer apart.  x is one
-array for all layers that read it.  Backward multiplies again, so values and gradients are the same, bit for bit.
+array for all layers that read it.  Backward multiplies again, so values and gradients are the same, bit for bit, also in
+`torch.autocast`.  What is dropped is what `F.dropout` would drop, where the input is contiguous: of another one torch draws in
+the order of its memory.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ class DroppedLinear(nn.Linear):
 
 class _Dropped(torch.autograd.Function):
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]  # backward in autocast where forward was
     def forward(ctx: Any, x: Tensor, weight: Tensor, stayed: Tensor, share: float) -> Tensor:
         ctx.share = share
         ctx.save_for_backward(x, weight, stayed)
         return F.linear(x * _noise(stayed, share, x.dtype), weight)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, stayed = ctx.saved_tensors
         noise, g = _noise(stayed, ctx.share, x.dtype), gradients[0].reshape(-1, len(weight))

@@ -71,4 +71,4 @@ def difference(before: RowLosses, after: RowLosses) -> Difference | None:
 
 
 def _sum(values: Sequence[float]) -> float:
-    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)  # inf, or NaN

@@ -14,6 +14,7 @@ first tokens alone, as many as fit `ROOM`.  Logits come and go in pieces.  Nothi
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
@@ -21,9 +22,15 @@ from typing import BinaryIO, Final, NamedTuple
 import numpy as np
 
 from fleetune.common import paired
+from fleetune.common.display import human_bytes
 from fleetune.common.files import storage_error
+from fleetune.errors import StorageError
 
 ROOM: Final = 10**9  # bytes of the file: 5,086 tokens of 49,152 pieces
+FREE: Final = "free some space"
+TEMPORARY: Final = (
+    "free some space, or set TMPDIR to a folder on a larger disk"  # hint of a file in the temporary folder
+)
 PIECE: Final = 1 << 22  # bytes of float64 logits that are worked on at a time
 
 
@@ -56,16 +63,17 @@ def scored(rows: Iterable[tuple[Sized, int]]) -> int:
     return sum(max(0, len(ids) - max(n_prompt, 1)) for ids, n_prompt in rows)
 
 
-def write(path: Path, pieces: Iterable[np.ndarray], scored: int) -> int:
+def write(path: Path, pieces: Iterable[np.ndarray], scored: int, hint: str = FREE) -> int:
     """Write the reference's logits, float32 [n, vocabulary] a piece, of the first of so many scored tokens; return of how many.
 
-    StorageError when the disk is full.
+    StorageError, with `hint`, when the disk has no room for all of them.
     """
     count = left = 0
     try:
         with open(path, "wb") as file:
             for piece in pieces:
                 if not count:
+                    _check_room(path.parent, file_size(scored, piece.shape[1]), hint)
                     count = left = positions(scored, piece.shape[1])
                     head = {"descr": "<f4", "fortran_order": False, "shape": (count, piece.shape[1])}
                     np.lib.format.write_array_header_1_0(file, head)
@@ -77,6 +85,14 @@ def write(path: Path, pieces: Iterable[np.ndarray], scored: int) -> int:
     except OSError as error:
         raise storage_error(error, path) from error
     raise ValueError("there are fewer logits than scored tokens")
+
+
+def _check_room(folder: Path, need: int, hint: str) -> None:
+    if need > (left := shutil.disk_usage(folder).free):
+        raise StorageError(
+            f"the logits of the reference take {human_bytes(need)}, {folder} has {human_bytes(left)} free",
+            hint=hint,
+        )
 
 
 def tokens_in(path: Path) -> int:

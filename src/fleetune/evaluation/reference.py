@@ -30,9 +30,9 @@ class Reference:
         return kl_divergence.compare(self.path, scored_logits(model, self.rows))
 
 
-def keep(model: Model, rows: Sequence[Encoded], path: Path) -> Reference:
-    """Write the logits of a model on rows to the file `path`; StorageError when the disk is full."""
-    return Reference(rows, path, kl_divergence.write(path, scored_logits(model, rows), scored(rows)))
+def keep(model: Model, rows: Sequence[Encoded], path: Path, hint: str = kl_divergence.FREE) -> Reference:
+    """Write the logits of a model on rows to the file `path`; StorageError, with `hint`, when the disk has no room for them."""
+    return Reference(rows, path, kl_divergence.write(path, scored_logits(model, rows), scored(rows), hint))
 
 
 def scored(rows: Sequence[Encoded]) -> int:

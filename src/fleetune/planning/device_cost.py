@@ -14,7 +14,8 @@ Peak memory of a device is a sum of parts (bytes; P weights of s bytes, N = batc
                  folded on directions (`seeds/project.py`), of a block of rows, which is computed again from the base, as the
                  activations of a layer are: of those, what enters each layer is kept
     optimizer    AdamW's two moments
-    adapter      its own fp32 weights; without back-propagation also the copies on their way from and to the wire
+    adapter      its own fp32 weights, and the copies that its training keeps (FedProx, SCAFFOLD); without back-propagation
+                 also the copies on their way from and to the wire
     lanczos      the vectors of a measurement of curvature, whose graph is then the peak
 
 The constants are measured; `benchmarks/plan_memory.py` holds the sums against real rounds.
@@ -143,7 +144,11 @@ def _backward(shape: Shape, work: Workload, footprint: Footprint) -> dict[str, i
         together = (
             own if footprint.whole_gradient else 4 * max(map(math.prod, footprint.module.tensors.values()))
         )
-        parts = {"gradients": together, "optimizer": moments * own, "adapter": own}
+        parts = {
+            "gradients": together,
+            "optimizer": moments * own,
+            "adapter": (1 + footprint.kept) * own,
+        }
     elif footprint.projects:
         return _projected(shape, work, footprint.module)
     else:

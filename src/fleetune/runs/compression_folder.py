@@ -26,6 +26,7 @@ from fleetune.runs import folder_names, rundir, sealed, start_folder
 
 RECORD: Final = seals.COMPRESSION
 PARTS: Final = "parts"
+LOGITS: Final = ".reference.npy"  # while it runs: logits of the reference model
 CLIENTS: Final = "clients"  # who calibrates: the simulated clients of a run
 FLEET: Final = "fleet"  # real devices
 PLACES: Final = ("model", "data", "text", "eval_text")  # may name files
@@ -162,7 +163,7 @@ def write_record(folder: Path, request: CompressRequest, result: Mapping[str, An
     named: dict[str, Any] = {name: earlier[name] for name in PLACES if name in earlier}
     content: dict[str, Any] = {"v": 1, **asdict(request), **named, **start_folder.note(folder, earlier)}
     if result is not None:
-        content["result"] = dict(result)
+        content["result"] = sealed.finite(result)
     write_atomic(folder / RECORD, sealed.to_text(content) + "\n")
 
 
@@ -220,7 +221,8 @@ def drop_parts(parts: Path) -> None:
 
 
 def drop_half_written(folder: Path) -> None:
-    """Remove models that a kill left half-written."""
+    """Remove what a kill left: models half-written, and the logits of the reference model."""
+    (folder / LOGITS).unlink(missing_ok=True)
     for half in folder.glob(".model.*.tmp"):
         shutil.rmtree(half, ignore_errors=True)
 

@@ -26,6 +26,12 @@ def to_text(content: Mapping[str, Any], *, indent: int | None = 1) -> str:
     return json.dumps({**content, KEY: _checksum(content)}, indent=indent, ensure_ascii=False)
 
 
+def finite(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content as strict JSON holds it: a number that is not finite is None, as it is in an event."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(content)), parse_constant=lambda _: None)
+    return found
+
+
 def from_text(text: str) -> dict[str, Any]:
     """Return the content without its checksum; ValueError, with what is wrong, for a text that is damaged."""
     try:

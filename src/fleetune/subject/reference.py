@@ -60,7 +60,7 @@ def _write(
     offline: bool,
 ) -> Reference:
     from fleetune.data.encode import encode_all
-    from fleetune.evaluation import reference
+    from fleetune.evaluation import kl_divergence, reference
     from fleetune.evaluation.answers import require_text_model
     from fleetune.evaluation.losses import text_rows
 
@@ -70,4 +70,4 @@ def _write(
     rows = text_rows(model, texts) if texts else encode_all(examples, model.tokenizer, max_length)[0]
     if not reference.scored(rows):
         raise DataError("there is no token to compare", hint="give rows with an answer, or a longer text")
-    return reference.keep(model, rows, file)
+    return reference.keep(model, rows, file, kl_divergence.TEMPORARY)

@@ -54,6 +54,7 @@ class Footprint(NamedTuple):
     projects: bool = False  # backward: weights and gradients exist a block of rows at a time
     checkpointing: bool = False  # backward: of a layer's activations only what enters it is kept
     whole_gradient: bool = True  # backward: all gradients are there before the first step
+    kept: int = 0  # backward: further fp32 copies of the module that are there through the training
     hessian_products: int = 0  # backward: of a Lanczos iteration, whose vectors are in memory together
     hessian_rows: int = 0  # rows that they are taken on; 0 for those of a step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import tracemalloc
 import weakref
 from typing import Any
 
@@ -21,7 +22,8 @@ from fleetune.models.checkpointing import by_layer
 from fleetune.tuning import methods
 from fleetune.tuning.fleets.local_work import work
 from fleetune.tuning.fleets.memories import Memories
-from fleetune.tuning.messages import Message, decode, encode
+from fleetune.tuning.footprint import Module
+from fleetune.tuning.messages import Message, Payload, decode, encode
 from fleetune.tuning.methods import _adapter
 from fleetune.tuning.methods._adapter import Training
 
@@ -126,3 +128,43 @@ def test_what_came_is_gone_when_training_begins(name: str, monkeypatch: pytest.M
     assert all(seen)
     came, went = decode(sent).payload.arrays, decode(reply).payload.arrays
     assert all(np.array_equal(came[n], went[n]) for n in came)  # nothing was trained
+
+
+@pytest.mark.parametrize("wire", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"mu": 0.1}, {"scaffold": True}, {"mu": 0.1, "scaffold": True}],
+    ids=lambda more: "+".join(more),
+)
+def test_the_plan_counts_the_copies_that_a_training_keeps(
+    wire: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step: numpy's arrays, but for the model's, and the tensors that FedProx begins with."""
+    model = models.tiny_llama(layers=1)
+    adapters.attach_lora(model, r=64, alpha=8, seed=3)
+    how, seen = Training(lr=1e-3, steps=2, batch_size=2, wire=wire, **more), list[int]()
+    arrays = _adapter.coded(adapters.export(model), wire)
+    module = Module(tensors={name: a.shape for name, a in arrays.items()})
+    planned = _adapter.footprint(module, how)
+    assert planned is not None
+
+    def watched(model: models.Model, batch: Any) -> Tensor:
+        of_numpy = [tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)]
+        traces = tracemalloc.take_snapshot().filter_traces(of_numpy).traces
+        steps = [one for one in gc.get_objects() if isinstance(one, _adapter.Steps)]
+        origins = [origin.nbytes for one in steps for origin in one.origins.values()]
+        seen.append(sum(trace.size for trace in traces) + sum(origins))
+        return loss_tensor(model, batch)
+
+    monkeypatch.setattr(_adapter, "loss_tensor", watched)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        c = {"c/" + name: np.full_like(a, 0.1) for name, a in arrays.items()} if how.scaffold else {}
+        memory: dict[str, Any] = {n: np.full(a.shape, 0.2, np.float32) for n, a in c.items()}
+        payload = Payload({name: a.copy() for name, a in arrays.items()} | c, {})
+        del c
+        _adapter.local(model, payload, Batches(ROWS, pad_id(model), 5), 6, memory, how)
+    finally:
+        tracemalloc.stop()
+    assert seen[0] == pytest.approx(4 * module.size * planned.kept, abs=0.1 * module.size)

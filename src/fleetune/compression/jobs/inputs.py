@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from fleetune.common.display import counted, human_bytes
 from fleetune.errors import UsageError
-from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressRequest
+from fleetune.runs.compression_folder import CLIENTS, FLEET, LOGITS, CompressRequest
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from fleetune.evaluation.reference import Reference
     from fleetune.models.model import Model
     from fleetune.tuning.recipe import Recipe
-
-LOGITS: Final = ".reference.npy"  # in the compression's folder while it runs: logits of the reference model
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 # mypy: allow-untyped-defs, allow-untyped-calls
 """Fit the scale of given values, a codebook's or whole numbers, to groups of weights: the least weighted squared error.
 
-The element of largest magnitude is put near either end of the values.  For each such scale the weights are rounded to the
-nearest of them, q, for which the best scale is known, and so is what it takes off the squared error:
+The element of largest |x| is put near either end of the values.  Where errors are weighed, the element of largest sqrt(h) |x|
+is also put on each value but 0: where few errors count, its own must be small.  For each such scale the weights are rounded to
+the nearest value, q, for which the best scale is known, and so is what it takes off the squared error:
 
     s = sum h q x / sum h q^2            sum h (x - s q)^2 = sum h x^2 - (sum h q x)^2 / sum h q^2
 
-The scale that takes off most is kept.  With 18 of them the error is within 1 % of the least possible.
+The scale that takes off most is kept.  In groups of 32 the error, summed over many, is above that of the best of 600 scales by
+0.1 % where all errors weigh the same, and by 1 % (2 bits: 1.4 %) at most where h is lognormal with a sigma of 1 or 2.
 """
 
 from __future__ import annotations
@@ -29,29 +31,30 @@ def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
 
     levels are the values, rising; curvature [n] are the weights h of the squared errors (None: 1).
     """
-    columns = x.T.contiguous().numpy()
-    h = np.ones(len(columns), columns.dtype) if curvature is None else curvature.to(x.dtype).numpy()
+    columns, sizes = x.T.contiguous().numpy(), x.abs()
+    h = torch.ones(x.shape[1], dtype=x.dtype) if curvature is None else curvature.to(x.dtype)
     values = levels.to(x.dtype).numpy()
     unit = (values[-1] - values[0]) / (len(values) - 1)
     ends = np.array([values[end] + unit * offset for end in (0, -1) for offset in OFFSETS], columns.dtype)
-    extreme = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0].numpy()
-    scale = torch.zeros(len(x), dtype=x.dtype)
-    _fit(columns, h, extreme, ends, values, (values[1:] + values[:-1]) / 2, scale.numpy())
-    return scale
+    tried = [(sizes, ends)] if curvature is None else [(sizes, ends), (sizes * h.sqrt(), values[values != 0])]
+    scale, best = np.zeros(len(x), columns.dtype), np.zeros(len(x), columns.dtype)
+    for counts, places in tried:
+        element = x.gather(1, counts.argmax(1, keepdim=True))[:, 0].numpy()
+        _fit(columns, h.numpy(), element, places, values, (values[1:] + values[:-1]) / 2, best, scale)
+    return torch.from_numpy(scale)
 
 
 @cached_njit
-def _fit(x, h, extreme, ends, levels, middles, scale):
+def _fit(x, h, element, places, levels, middles, best, scale):
     # The inner loops run along the rows without a branch, so that they are compiled to vector instructions.
     n, R = x.shape
     v, q, num, den = np.empty_like(scale), np.empty_like(scale), np.empty_like(scale), np.empty_like(scale)
-    best = np.zeros_like(scale)
-    for end in ends:
+    for place in places:
         num[:] = 0
         den[:] = 0
         for j in range(n):
             for r in range(R):
-                v[r] = x[j, r] * (end / extreme[r])
+                v[r] = x[j, r] * (place / element[r])
                 q[r] = levels[0]
             for k in range(len(middles)):
                 middle, gap = middles[k], levels[k + 1] - levels[k]

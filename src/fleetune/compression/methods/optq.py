@@ -132,11 +132,9 @@ def _quantise_sorted(
 ) -> Codes:
     """Quantise sorted columns; the grids are fitted beforehand, to groups of neighbours in the file."""
     back, levels = order.argsort(), grid.levels
-    whole, h = W[:, back], torch.ones(len(order)) if curvature is None else curvature[back]
-    fits = [
-        grid.find(whole[:, first : first + group], h[first : first + group])
-        for first in range(0, W.shape[1], group)
-    ]
+    places = [slice(first, first + group) for first in range(0, W.shape[1], group)]
+    whole, h = W[:, back], None if curvature is None else curvature[back]
+    fits = [grid.find(whole[:, place], None if h is None else h[place]) for place in places]
     scale, zero = (torch.stack([fit[i] for fit in fits], 1) for i in (0, 1))
     group_of = order // group
 

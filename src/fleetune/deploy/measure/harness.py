@@ -163,7 +163,7 @@ def _compared(job: MeasureJob, engine: LoadedEngine) -> dict[str, float]:
 
     file, logits = Path(job.logits), engine.scored_logits(job.compared)
     if job.reference:
-        kl_divergence.write(file, logits, kl_divergence.scored(job.compared))
+        kl_divergence.write(file, logits, kl_divergence.scored(job.compared), kl_divergence.TEMPORARY)
         return {}
     return kl_divergence.compare(file, logits).values()
 

@@ -127,7 +127,17 @@ def footprint(module: Module | None, how: Training) -> Footprint | None:
         return None
     state = State(placeholders(module), WIDE >> 1)
     together = how.clip > 0
-    return Footprint("backward", module, state, checkpointing=how.checkpointing, whole_gradient=together)
+    return Footprint(
+        "backward", module, state, checkpointing=how.checkpointing, whole_gradient=together, kept=_kept(how)
+    )
+
+
+def _kept(how: Training) -> int:
+    """Return how many fp32 copies of the module a training keeps beside it.
+
+    FedProx's origins; SCAFFOLD's w, c, c_k and pull, and w and c as they came, where that is in fp16.
+    """
+    return (how.mu > 0) + how.scaffold * (5 if how.wire == "fp16" else 4)
 
 
 def clear(model: Model) -> None:
