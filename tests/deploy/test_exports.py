@@ -36,6 +36,11 @@ def test_every_target_writes_or_says_why_not(tmp_path: Path, to: str) -> None:
             export(tmp_path / "m", to, out)
         assert list(out.parent.iterdir()) == []
         return
+    if to == "gguf:iq4_nl":
+        with pytest.raises(UsageError, match="its codes are not those of the grid iq4_nl"):
+            export(tmp_path / "m", to, out)
+        assert list(out.parent.iterdir()) == []
+        return
     report = export(tmp_path / "m", to, out)
     assert (report.path, report.to) == (out, to)
     assert [p.name for p in out.parent.iterdir()] == [out.name]

@@ -114,7 +114,8 @@ def test_what_is_no_narrower_llama_is_refused_up_front(
         with pytest.raises(ModelError, match=rf"m.gguf is no llama with narrower blocks: .*{why}") as caught:
             use(str(path))
         assert f"fleetune serve {path}" in str(caught.value.hint)
-    assert main(["eval", str(path), "--tasks", "perplexity", "--text", str(path)]) == 2
+    (tmp_path / "text.txt").write_text("a text that is read first")
+    assert main(["eval", str(path), "--tasks", "perplexity", "--text", str(tmp_path / "text.txt")]) == 2
     assert "no llama with narrower blocks" in capsys.readouterr().err
 
 

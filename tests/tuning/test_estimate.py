@@ -100,14 +100,14 @@ def test_the_parts_are_what_the_run_does(place: Path, monkeypatch: pytest.Monkey
 def test_an_answer_counts_all_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 
-    def slow(model: object, prompts: list[Any], *, max_new_tokens: int) -> None:
+    def slow(model: object, prompts: list[Any], *, max_new_tokens: int, max_length: int) -> None:
         clock[0] += 1.0 + 0.5 * max_new_tokens  # a batch: the prompt, then its tokens
 
     monkeypatch.setattr(estimate, "generate", slow)
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
     prompts: list[Any] = [None] * 20  # three batches
-    assert estimate._answer(None, prompts, 96) * 20 == pytest.approx(3 * (1.0 + 0.5 * 96))  # type: ignore[arg-type]
-    assert estimate._answer(None, [], 96) == 0  # type: ignore[arg-type]
+    assert estimate._answer(None, prompts, 96, 64) * 20 == pytest.approx(3 * (1.0 + 0.5 * 96))  # type: ignore[arg-type]
+    assert estimate._answer(None, [], 96, 64) == 0  # type: ignore[arg-type]
 
 
 def test_what_is_around_the_rounds_gives_way_where_it_takes_more_than_a_third() -> None:

@@ -46,7 +46,7 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # by parameter name: (block, [bits, group, columns, codebook] or None for floats)
+        # by parameter name: (block, [bits, group, columns], with a codebook's name where there is one, or None for floats)
         self._where: dict[str, tuple[int, list[Any] | None]] = {}
         self.blocks: list[BlockResult] = []
 
@@ -72,7 +72,9 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
     def put(self, block: BlockResult, weights: Mapping[str, Quantised | Tensor]) -> None:
         """Write a finished block.  StorageError when it cannot be written."""
         grids = {
-            n: (w.bits, w.group, w.codes.shape[1], w.codebook) if isinstance(w, Quantised) else None
+            n: (w.bits, w.group, w.codes.shape[1], *([w.codebook] if w.codebook else []))
+            if isinstance(w, Quantised)
+            else None
             for n, w in weights.items()
         }
         matrices = [[m.name, m.error, m.notes] for m in block.matrices]
@@ -88,7 +90,7 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
             if grid is None:
                 floats: Tensor = opened.get_tensor(name)
                 return floats
-            bits, group, columns, *codebook = grid  # blocks of an earlier version name none
+            bits, group, columns, *codebook = grid
             codes, scale, zero = (opened.get_tensor(f"{name}.{x}") for x in ("codes", "scale", "zero"))
             return Quantised(unpack(codes, bits, columns), scale, zero, bits, group, *codebook)
 

@@ -21,7 +21,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.errors import FleetError, FleetuneError, MessageError
 from fleetune.models.artefact import Quantised, unpack
+from fleetune.models.codebooks import CODEBOOKS
 from fleetune.tuning.messages import Message, Payload, decode, encode
 
 WARNING: Final = (
@@ -180,12 +181,14 @@ def weights_of(payload: Payload) -> dict[str, Quantised | Tensor]:
         raise MessageError(f"the compressed block is not as agreed ({error!r})") from error
 
 
-def _weight(payload: Payload, name: str, grid: list[int] | None) -> Quantised | Tensor:
+def _weight(payload: Payload, name: str, grid: list[Any] | None) -> Quantised | Tensor:
     if grid is None:
         return _tensor(payload, name)
-    bits, group, columns = grid
+    bits, group, columns, *codebook = grid
+    if set(codebook) - set(CODEBOOKS):
+        raise ValueError(f"the codebook {codebook!r:.40}")
     codes, scale, zero = (_tensor(payload, f"{name}.{part}") for part in ("codes", "scale", "zero"))
-    return Quantised(unpack(codes, bits, columns), scale, zero, bits, group)
+    return Quantised(unpack(codes, bits, columns), scale, zero, bits, group, *codebook)
 
 
 def _tensor(payload: Payload, name: str) -> Tensor:
