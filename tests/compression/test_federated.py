@@ -65,20 +65,21 @@ def test_one_client_gives_the_central_result_bit_for_bit(method: str, tmp_path: 
 def test_many_clients_give_the_central_result_on_the_union(tmp_path: Path) -> None:
     """In another order too; sums in float32 (the central ones) are rounded otherwise, codes may differ by that.
 
-    Where two scales of a group are equally good, which is taken may depend on it, and then codes of the whole group differ.
+    On a grid whose scales follow from the weights alone: of those that are fitted by the Hessian two may be as good, and
+    which is taken depends on such rounding.
     """
-    model = models.tiny_llama()
-    central = driver.run(model, SOLVER, torch.cat(list(SHARES.values())), tmp_path / "central")
-    parts, _ = by_clients(model, SHARES, tmp_path / "clients")
+    model, solver = models.tiny_llama(), compression.make("optq", {"group": 8, "grid": "symmetric"})
+    central = driver.run(model, solver, torch.cat(list(SHARES.values())), tmp_path / "central")
+    parts, _ = by_clients(model, SHARES, tmp_path / "clients", solver=solver)
     back = {client: SHARES[client] for client in reversed(SHARES)}
-    again, _ = by_clients(model, back, tmp_path / "again")
+    again, _ = by_clients(model, back, tmp_path / "again", solver=solver)
     same(parts, again)
     for name in central:
         a, b = central[name], parts[name]
         assert isinstance(a, Quantised)
         assert isinstance(b, Quantised)
-        assert (a.codes != b.codes).float().mean() < 0.02
-        assert torch.isclose(a.scale.float(), b.scale.float(), rtol=1e-2).float().mean() > 0.98
+        assert (a.codes != b.codes).float().mean() < 0.002
+        assert torch.allclose(a.scale.float(), b.scale.float(), rtol=1e-2)
 
 
 def test_the_sums_are_those_of_all_text(tmp_path: Path) -> None:
