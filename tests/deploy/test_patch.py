@@ -166,7 +166,7 @@ def test_a_patch_that_would_make_another_model_is_not_made(
 
     ledger, summed = ledger_on(file)[0], scale_grid.summed
     monkeypatch.setattr(scale_grid, "summed", lambda *given: summed(*given) + 300)
-    with pytest.raises(ModelError, match="would not make the run's scales"):
+    with pytest.raises(ModelError, match="would not make the scales of the run"):
         patch_make.make(file, ledger)
 
 

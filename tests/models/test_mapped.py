@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fleetune import models
+from fleetune.common.ggml import HALVES
 from fleetune.errors import ModelError
 from fleetune.models import placement
 from fleetune.models.mapped import lazy, quants
@@ -61,7 +62,7 @@ def test_numbers_are_those_of_the_package(kind: str) -> None:
 
 
 def test_every_code_and_sign_of_scale_is_right() -> None:
-    for kind in quants.HALVES:
+    for kind in HALVES:
         size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
         data = np.random.default_rng(1).integers(0, 256, (4096, size), dtype=np.uint8)
         data[:, 1] &= 0x7B  # of the scale: no infinity

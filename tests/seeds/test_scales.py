@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fleetune import models
-from fleetune.common.ggml import BYTES
+from fleetune.common.ggml import BLOCK, BYTES, HALVES
 from fleetune.data import Batch
 from fleetune.deploy.export import export
 from fleetune.errors import UsageError
 from fleetune.evaluation.objectives import loss_tensor
-from fleetune.models.mapped.quants import BLOCK, HALVES, dequantise
+from fleetune.models.mapped.quants import dequantise
 from fleetune.models.mapped.stored import Stored
 from fleetune.models.model import Model, named_tensors
 from fleetune.seeds import scale_grid, spsa

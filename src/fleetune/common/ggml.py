@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+import gguf
+
 BLOCK: Final = 32  # numbers of a block
 HALVES: Final[Mapping[str, int]] = MappingProxyType(  # fp16 numbers that a block begins with: d, or d and m
     {"Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 1, "IQ4_NL": 1}
 )
 BYTES: Final[Mapping[str, int]] = MappingProxyType(  # of a block
-    {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "IQ4_NL": 18}
+    {kind: int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]) for kind in HALVES}
 )

@@ -170,8 +170,6 @@ def _with_other_scales(run: Run, out: Path, *, offline: bool) -> Report:
     from fleetune.deploy import patch, patch_make
     from fleetune.tuning import finished
 
-    if out.exists():
-        raise UsageError(f"{out} exists already", hint="choose a new place: nothing is overwritten")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

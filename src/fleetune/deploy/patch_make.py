@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fleetune import models
-from fleetune.common.ggml import BLOCK, BYTES, HALVES
+from fleetune.common.ggml import BLOCK
 from fleetune.common.sums import sha256
 from fleetune.deploy.formats import Report
 from fleetune.deploy.formats._gguf_header import open_written
@@ -75,28 +75,37 @@ def make(
             ids=compact.ids, coefficients=compact.coefficients.astype(np.int64),
         )  # fmt: skip
 
-    sha, packed = hashlib.sha256(), Packed(9)
-    for part in patched(base, carrying(""), packed.add):
+    sha, expected, packed = hashlib.sha256(), _Expected(view, slots, places), Packed(9)
+
+    def seen(old: np.ndarray, new: np.ndarray) -> None:
+        expected.require(new)
+        if changes:
+            packed.add(old, new)
+
+    for part in patched(base, carrying(""), seen):
         sha.update(part)
-    _compare(view, slots, places, base, carrying(""))
     if changes:
         return with_changes(source, sha.hexdigest(), places, packed.bytes())
     return carrying(sha.hexdigest())
 
 
-def _compare(
-    view: ScaleView, slots: tuple[WeightSlot, ...], places: tuple[Place, ...], base: Path, patch: Patch
-) -> None:
-    """Raise ModelError unless a patch makes the very scales that the view of the net has."""
-    moves = patch.moves()
-    for number, (slot, place) in enumerate(zip(slots, places, strict=True)):
-        weight: Any = slot.tensor
-        raw = np.array(weight.stored.file.bytes(place.offset, place.size)).reshape(-1, BYTES[place.kind])
-        old = np.ascontiguousarray(raw[:, : 2 * HALVES[place.kind]]).view("<u2").reshape(-1)
-        new = moves(number, 0, old).reshape(place.rows, -1)
-        want = view.scales(slot).numpy().view(np.uint16).reshape(place.rows, -1)
-        if not np.array_equal(new, want[place.in_model()]):
-            raise ModelError(f"the patch of {base} would not make the run's scales ({slot.name})")
+class _Expected:
+    """The scales that the view of the net has, in the file's order."""
+
+    def __init__(self, view: ScaleView, slots: tuple[WeightSlot, ...], places: tuple[Place, ...]) -> None:
+        self._matrices = (
+            view.scales(slot).numpy().view(np.uint16).reshape(place.rows, -1)[place.in_model()].reshape(-1)
+            for slot, place in zip(slots, places, strict=True)
+        )
+        self._left = np.zeros(0, np.uint16)  # of the matrix that is compared
+
+    def require(self, new: np.ndarray) -> None:
+        """Raise ModelError unless the next scales, all of one matrix, are these."""
+        if not len(self._left):
+            self._left = next(self._matrices)
+        if not np.array_equal(new, self._left[: len(new)]):
+            raise ModelError("the patch would not make the scales of the run")
+        self._left = self._left[len(new) :]
 
 
 def _place(slot: WeightSlot) -> Place:

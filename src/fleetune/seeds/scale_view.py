@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fleetune.common.ggml import BLOCK, HALVES
 from fleetune.errors import UsageError
 from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.mapped.lazy import LazyWeight
-from fleetune.models.mapped.quants import BLOCK, HALVES, apply_scales, scale_bits, write_codes
+from fleetune.models.mapped.quants import apply_scales, scale_bits, write_codes
 from fleetune.models.model import Model, Pieces, named_tensors
 from fleetune.seeds.scale_grid import LARGEST, STEPS, rounding
 from fleetune.seeds.slots import WeightSlot, layout

@@ -19,8 +19,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from fleetune.common.ggml import BLOCK as BLOCK
-from fleetune.common.ggml import HALVES as HALVES
+from fleetune.common.ggml import BLOCK, HALVES
 from fleetune.models.codebooks import CODEBOOKS
 
 _IQ4_NL: Final = torch.tensor(CODEBOOKS["iq4_nl"], dtype=torch.float32)

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-import gguf
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fleetune.common.ggml import BLOCK, BYTES
 from fleetune.errors import ModelError
 from fleetune.models.dtypes import WEIGHTS
 from fleetune.models.foreign import AGAIN, foreign_file
@@ -68,8 +68,7 @@ class Stored(NamedTuple):
 
     def blocks(self, top: int, end: int) -> Tensor:
         """Return the bytes of the rows top..end of a tensor of blocks, uint8 [blocks, bytes], in its order of rows."""
-        per_block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
-        return self._data(top, end).view((end - top) * self.width // per_block, size)
+        return self._data(top, end).view((end - top) * self.width // BLOCK, BYTES[self.kind])
 
     def _data(self, top: int, end: int) -> Tensor:
         if self.order is None:
