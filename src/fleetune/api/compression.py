@@ -34,6 +34,8 @@ def compress(
     clients: int = 0,
     low_memory: bool = False,
     true_sequential: bool = False,
+    bytes: int | str = 0,
+    bpw: float = 0.0,
     seed: int = 42,
     dtype: str = "fp32",
     served: Served | None = None,
@@ -50,21 +52,26 @@ def compress(
     clients calibrate on their training rows, with `calibrate="fleet"` the real devices that join at the door `served`
     (`fleetune.fleet.server.Served`, in its `with` block).  `low_memory` loads one block at a time from disk.  With
     `true_sequential` a layer is solved on inputs that have passed the already compressed layers of its own block (GPTQ's
-    option of that name).  The perplexity of the text file `eval_text` is measured before and after.
+    option of that name).  `bytes` (a number, or text such as "91.7MB") limits the GGUF file, or `bpw` the bits of a weight in it:
+    the grid of each matrix, embedding and head included, is chosen so that the model changes least.  The perplexity of the text file `eval_text` is measured before and after.
     """
     if isinstance(model, str | Path):
         subjects.open_weights(model, out)  # refused before torch is imported
     from fleetune.compression.jobs import job
+    from fleetune.deploy import gguf_size
     from fleetune.tuning import objects_to_files
 
     watching = heard_by(listener, progress)
     options: CompressOptions = {
         "data": objects_to_files.data_name(data, Path(out)), "text": str(text),
         "eval_text": str(eval_text), "windows": windows, "length": length, "calibrate": calibrate, "clients": clients,
-        "low_memory": low_memory, "true_sequential": true_sequential, "seed": seed, "dtype": dtype,
+        "low_memory": low_memory, "true_sequential": true_sequential, "bytes": _size(bytes), "bpw": bpw,
+        "seed": seed, "dtype": dtype,
     }  # fmt: skip
     request = job.request_for(model, method, settings or {}, options, tokenizer=tokenizer, out=Path(out))
-    return job.start(request, watching, Path(out), offline=offline, devices=_devices(served))
+    return job.start(
+        request, watching, Path(out), offline=offline, devices=_devices(served), beside=gguf_size.beside
+    )
 
 
 def resume_compression(
@@ -81,13 +88,26 @@ def resume_compression(
     `folder` is a name, number, path or result; `served` is the door for devices, where these calibrate.
     """
     from fleetune.compression.jobs import job
+    from fleetune.deploy import gguf_size
     from fleetune.runs import compression_folder
 
     found = getattr(folder, "folder", None)
     path = found if isinstance(found, Path) else compression_folder.get(str(folder), Path(out))
     return job.resume(
-        path, heard_by(listener, progress), Path(out), offline=offline, devices=_devices(served)
+        path,
+        heard_by(listener, progress),
+        Path(out),
+        offline=offline,
+        devices=_devices(served),
+        beside=gguf_size.beside,
     )
+
+
+def _size(size: int | str) -> int:
+    """Return a size in bytes, given as a number or as people write it."""
+    from fleetune.planning import plan
+
+    return size if isinstance(size, int) else plan.parse_bytes(size, "--bytes") or 0
 
 
 def _devices(served: Served | None) -> Calibrators | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from fleetune.deploy.checkpoint import Checkpoint
 from fleetune.models import short_names
-from fleetune.models.artefact import Master
+from fleetune.models.artefact import ArtefactHead, Master
 from fleetune.runs import env_file
 from fleetune.tuning import given_methods
 from fleetune.tuning.recipe import Recipe
@@ -29,8 +29,12 @@ def of_artefact(model: Checkpoint) -> dict[str, str]:
     """Return the provenance of a master artefact; {} for a plain directory."""
     if not isinstance(model.source, Master):
         return {}
-    head = model.source.head
-    return _made(head.method, head.settings, head.base) | {"fleetune.artefact_digest": model.source.digest()}
+    return of_head(model.source.head, model.source.digest())
+
+
+def of_head(head: ArtefactHead, digest: str) -> dict[str, str]:
+    """Return the provenance of an artefact with this head and the digest of its file."""
+    return _made(head.method, head.settings, head.base) | {"fleetune.artefact_digest": digest}
 
 
 def of_run(run: Path, recipe: Recipe) -> dict[str, str]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -111,6 +111,16 @@ class ArtefactHead:
             return ArtefactHead(**{**raw, **pairs})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"the artefact's head is damaged ({error!r})", hint=AGAIN) from error
+
+
+def joined(rows: Sequence[Quantised | Tensor]) -> Quantised | Tensor:
+    """Join matrices of the same kind, each some rows of one."""
+    first = rows[0]
+    if isinstance(first, Tensor):
+        return torch.cat([part for part in rows if isinstance(part, Tensor)])
+    same = [part for part in rows if isinstance(part, Quantised)]
+    codes, scale, zero = (torch.cat([getattr(q, n) for q in same]) for n in ("codes", "scale", "zero"))
+    return dataclasses.replace(first, codes=codes, scale=scale, zero=zero)
 
 
 def dense(weight: Quantised | Tensor) -> Tensor:

@@ -17,6 +17,8 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
               running   a window through the block: length * s * (its widest point), its scores where attention is not
                         fused (4 heads length^2, twice), and the block's compressed weights
               (with `--true-sequential` a layer is solved while all windows are at it: both at once)
+              choosing  grids for a byte budget: a window forward and back, layer by layer; embedding and head solved
+                        some rows at a time, and their codes
               measuring the model on rows or text, before and after: activations and logits of a batch
 
 Constants are measured like those of `fleetune.planning.device_cost`: Linux x86-64, torch 2.13 (CPU), one thread.
@@ -36,6 +38,9 @@ MATRICES: Final = 4.0  # copies of a matrix while it is solved: W, its transpose
 FACTORS: Final = 4.0  # copies of a Hessian: damped, lower factor, inverse, upper factor
 EVALUATED: Final = (8, 512)  # rows of a batch when measuring, and tokens of a row
 SCORES: Final = 2.0  # copies of attention's scores: as they are, and their softmax
+BACKWARD: Final = 4  # widest activations of a layer alive together in a backward pass
+LOGITS: Final = 3 * 4 * (1 << 23)  # logits, probabilities and gradient of a piece of tokens
+END_ROWS: Final = 8192  # of embedding or head that are solved together
 WRITTEN: Final = 2.0  # a finished block on its way to the disk: tensors and bytes
 
 
@@ -52,6 +57,7 @@ class CompressionSize(NamedTuple):
     clients: int = 0  # that calibrate in turn; the hidden states of one are in memory
     together: bool = False  # true_sequential: all windows go through the block at once
     heads: int = 0  # whose attention scores are stored; 0 for fused attention
+    budget: bool = False  # grids are chosen for a byte budget
 
 
 def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
@@ -66,6 +72,8 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
         scores = SCORES * work.heads * work.length**2 * 4
         stages["running"] = int(once * (work.length * work.size * shape.widest + scores)) + 2 * inner * 4
         stages["solving"] += stages["running"] if work.together else 0
+    if work.budget:
+        stages["choosing"] = max(_sensitivity(shape, work), _ends(shape))
     if work.measured:
         from fleetune.evaluation.head_loss import CHUNK_BYTES
 
@@ -125,6 +133,19 @@ def _solving(block: list[Linear], work: CompressionSize) -> float:
     )
     written = WRITTEN * done * (work.bits / 8 if work.bits else 1)
     return (hessians(block) if work.windows else 0) + done + max(own, written)
+
+
+def _sensitivity(shape: Shape, work: CompressionSize) -> int:
+    """Return the bytes of a window's backward pass: what enters each layer, one layer's activations, logits by pieces."""
+    layers = len(blocks(shape))
+    entering = layers * shape.hidden
+    return work.length * work.size * (entering + BACKWARD * shape.widest) + LOGITS
+
+
+def _ends(shape: Shape) -> int:
+    """Return the bytes of solving embedding and head: some rows at a time, and a byte for each code."""
+    rows = 4 * MATRICES * END_ROWS * shape.hidden + 4 * FACTORS * shape.hidden**2
+    return int(rows + (4 + WRITTEN) * shape.vocab * shape.hidden)
 
 
 def disk(shape: Shape, work: CompressionSize) -> int:

@@ -288,17 +288,17 @@ _BYTES = re.compile(_NUMBER + r"(?:([kmgt]i?)?b?)\s*", re.IGNORECASE)
 _RATE = re.compile(_NUMBER + r"([kKmMgG]i?)?(bits?|b|B)(?:/s|ps|/sec)\s*")
 
 
-def parse_bytes(text: str | None) -> int | None:
-    """Parse a size as bytes: 4GB, 512 MB, 2GiB, 8e9.  None stays None; UsageError for anything else."""
+def parse_bytes(text: str | None, flag: str = "--ram") -> int | None:
+    """Parse a size as bytes: 4GB, 512 MB, 2GiB, 8e9.  None stays None; UsageError, which names `flag`, for anything else."""
     if text is None:
         return None
     found = _BYTES.fullmatch(text)
     value = float(found[1]) * _factor(found[2]) if found else 0.0
     if not 1 <= value < math.inf:
-        raise UsageError(f"--ram {text!r} is not a size", hint="write 4GB, 512 MB, 2GiB or a number of bytes")
+        raise UsageError(f"{flag} {text!r} is not a size", hint="write 4GB, 512 MB, 2GiB or a number of bytes")
     if found and text.strip()[-1] in "0123456789." and value < LEAST:
         raise UsageError(
-            f"--ram {text}: no device has {text.strip()} bytes of memory. Did you mean {text.strip()}GB?",
+            f"{flag} {text}: no device has {text.strip()} bytes of memory. Did you mean {text.strip()}GB?",
             hint="write 4GB, 512 MB, 2GiB or a number of bytes",
         )
     return int(value)

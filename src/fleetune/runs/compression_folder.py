@@ -53,6 +53,8 @@ class CompressRequest:
     calibrate: str = "server"  # who does it: server, clients (those of the run) or fleet (devices that join)
     clients: int = 0  # how many of them, 0 for all
     true_sequential: bool = False  # inputs of a layer have passed the compressed layers of its own block
+    bytes: int = 0  # of the GGUF file at most: grids are chosen for each matrix; 0 for no limit
+    bpw: float = 0.0  # the same, in bits a weight of its matrices
 
     @property
     def uses_held_out(self) -> bool:
@@ -74,6 +76,8 @@ class CompressOptions(TypedDict, total=False):
     calibrate: str
     clients: int
     true_sequential: bool
+    bytes: int
+    bpw: float
 
 
 # Finding one ----------------------------------------------------------------------------------------

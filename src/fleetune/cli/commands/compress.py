@@ -73,6 +73,15 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "one pass of all windows together, a fifth less time, more memory for activations",
     )
     sub.add_argument(
+        "--bytes",
+        metavar="SIZE",
+        help="choose a grid for each matrix, embedding included, so that the GGUF file keeps within SIZE (91.7MB) and the "
+        "model changes least",
+    )
+    sub.add_argument(
+        "--bpw", type=float, metavar="BITS", help="the same, for so many bits a weight (such as 4.5)"
+    )
+    sub.add_argument(
         "--eval-text",
         help="plain text file: its perplexity before and after, and the KL divergence from the dense model on it",
     )
@@ -191,7 +200,12 @@ def _next_target(model: Path) -> str:
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of a request that were given on the command line, by name."""
     names = [n for n in CompressRequest.__dataclass_fields__ if n != "run"]
-    return {n: v for n in names if (v := getattr(args, n)) is not None}
+    given = {n: v for n in names if (v := getattr(args, n)) is not None}
+    if "bytes" in given:
+        from fleetune.planning import plan
+
+        given["bytes"] = plan.parse_bytes(given["bytes"], "--bytes")
+    return given
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fleetune.compression.jobs.inputs import Inputs
     from fleetune.compression.layerwise.activations import HessianSource
     from fleetune.compression.layerwise.sums import HessianReply
+    from fleetune.models.artefact import ArtefactHead
     from fleetune.models.model import Model
     from fleetune.runs.compression_folder import CompressRequest
 
@@ -45,6 +46,14 @@ class Outcome:
 
     done: Mapping[str, Any]
     sizes: Mapping[str, int]
+
+
+class FileSize(Protocol):
+    """The size of a file before it is written (`deploy/gguf_size.py`, which lies above this layer)."""
+
+    def __call__(self, model: Model, quantised: Collection[str], head: ArtefactHead) -> int:
+        """Return the bytes of the file beside the matrices `quantised`.  UsageError when it has no place for the model."""
+        ...
 
 
 class Share(NamedTuple):

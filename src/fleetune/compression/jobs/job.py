@@ -12,7 +12,7 @@ from fleetune import compression, subject
 from fleetune.common import settings, sums
 from fleetune.common.shell import quoted
 from fleetune.compression.jobs import progress
-from fleetune.compression.jobs.contract import Devices, Job
+from fleetune.compression.jobs.contract import Devices, FileSize, Job
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
 from fleetune.runs.compression_folder import CLIENTS, FLEET, CompressOptions, CompressRequest
@@ -87,10 +87,11 @@ def prepare(
     *,
     offline: bool,
     devices: Devices | None = None,
+    beside: FileSize | None = None,
 ) -> Job:
     """Check a request, and load its model and data."""
     from fleetune.common.memory import release_memory
-    from fleetune.compression.jobs import distil, inputs, prune, solve
+    from fleetune.compression.jobs import budget, distil, inputs, prune, solve
 
     release_memory()  # an earlier job's, so that the peak is this one's
     method = compression.make(request.method, request.set)
@@ -103,7 +104,8 @@ def prepare(
         return distil.prepare(request, method, out, offline=offline)
     if isinstance(method, compression.Pruner):
         return prune.prepare(request, method, listener, offline=offline)
-    return solve.prepare(request, method, inputs.load(request, offline=offline), listener, devices)
+    budget.check(request, method)
+    return solve.prepare(request, method, inputs.load(request, offline=offline), listener, devices, beside)
 
 
 def start(
@@ -113,18 +115,28 @@ def start(
     *,
     offline: bool,
     devices: Devices | None = None,
+    beside: FileSize | None = None,
 ) -> CompressResult:
-    """Check a request, then run it in a new folder under `out`; `devices` are those of --calibrate fleet."""
+    """Check a request, then run it in a new folder under `out`; `devices` are those of --calibrate fleet.
+
+    `beside` is needed for a budget in bytes.
+    """
     rundir.check_writable(out, make=False)
     _check_devices(request, devices)
-    job = prepare(request, listener, out, offline=offline, devices=devices)
+    job = prepare(request, listener, out, offline=offline, devices=devices, beside=beside)
     folder = compression_folder.create(request, out)
     with rundir.locked(folder):
         return _carry_out(request, job, listener, folder)
 
 
 def resume(
-    folder: Path, listener: Listener, out: Path, *, offline: bool, devices: Devices | None = None
+    folder: Path,
+    listener: Listener,
+    out: Path,
+    *,
+    offline: bool,
+    devices: Devices | None = None,
+    beside: FileSize | None = None,
 ) -> CompressResult:
     """Resume a stopped compression as it was requested; return the result of a finished one.
 
@@ -139,7 +151,7 @@ def resume(
             listener.note(f"{folder} is finished: there is nothing to resume")
             return CompressResult(request, folder, done, {})
         _check_devices(request, devices)
-        job = prepare(request, listener, out, offline=offline, devices=devices)
+        job = prepare(request, listener, out, offline=offline, devices=devices, beside=beside)
         return _carry_out(request, job, listener, folder)
 
 
@@ -185,6 +197,10 @@ def check(request: CompressRequest) -> None:
     if request.data and request.text:
         problems.append("data and text are both given")
     problems += _client_problems(request)
+    if request.bytes < 0:
+        problems.append(f"bytes = {request.bytes} is below 0")
+    if not 0 <= request.bpw < 33:
+        problems.append(f"bpw = {request.bpw} is no number of bits a weight")
     if request.run and request.dtype != "fp32":
         problems.append("a run has a dtype of its own")
     if request.run and request.low_memory:
@@ -242,6 +258,8 @@ def _check_whole(request: CompressRequest) -> None:
         problems.append(f"{request.method} is not calibrated by clients")
     if request.true_sequential:
         problems.append(f"{request.method} solves no layers: no true_sequential")
+    if request.bytes or request.bpw:
+        problems.append(f"{request.method} leaves floats, which no budget of bytes is spent on")
     if problems:
         solvers = [name for name in compression.entries() if compression.kind_of(name) == "solver"]
         raise RecipeError(problems, hint=f"--method {', '.join(solvers)}")

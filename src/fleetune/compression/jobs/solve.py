@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 from fleetune.common.display import counted, human_bytes, human_time
 from fleetune.common.shell import quoted
 from fleetune.compression import Solver
-from fleetune.compression.jobs import progress, windows
-from fleetune.compression.jobs.contract import Devices, Outcome, Share
+from fleetune.compression.jobs import budget, progress, windows
+from fleetune.compression.jobs.contract import Devices, FileSize, Outcome, Share
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import Interrupted, UsageError
 from fleetune.runs import compression_folder, sealed
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from fleetune.compression.layerwise.activations import HessianSource
     from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks
+    from fleetune.compression.layerwise.driver import Plan
     from fleetune.compression.layerwise.sums import HessianReply
     from fleetune.evaluation.reference import Reference
     from fleetune.models.artefact import ArtefactHead
@@ -57,6 +58,7 @@ class SolveJob:
     agreed: dict[int, Share] = field(
         default_factory=dict
     )  # client -> what it calibrates on, once it is known
+    beside: FileSize | None = None  # for a budget in bytes
 
     def about(self) -> list[tuple[str, str]]:
         """Return rows of the header: calibration text, clients, planned memory."""
@@ -94,7 +96,7 @@ class SolveJob:
         return size_of(self.solver, count, length)._replace(
             size=WEIGHTS[self.inputs.model.dtype].size, low_memory=self.request.low_memory,
             measured=self.inputs.measured, clients=len(self.shares), together=self.request.true_sequential,
-            heads=_written_heads(self.inputs.model.net.config),
+            heads=_written_heads(self.inputs.model.net.config), budget=bool(self.request.bytes or self.request.bpw),
         )  # fmt: skip
 
     def run(self, listener: Listener, folder: Path) -> Outcome:
@@ -120,6 +122,7 @@ def prepare(
     inputs: Inputs,
     listener: Listener,
     devices: Devices | None = None,
+    beside: FileSize | None = None,
 ) -> SolveJob:
     """Check the solver on every matrix and cut the calibration windows.
 
@@ -143,12 +146,12 @@ def prepare(
         return SolveJob(request, solver, inputs, None, {}, devices=devices)
     if request.uses_held_out:
         calibration, inputs = windows.of_run(request, inputs, listener)
-        return SolveJob(request, solver, inputs, calibration, {})
+        return SolveJob(request, solver, inputs, calibration, {}, beside=beside)
     clients = request.calibrate == CLIENTS
     shares = windows.of_clients(request, inputs, listener) if clients else {}
     calibration = torch.cat(list(shares.values())) if clients else windows.windows(request, inputs, listener)
     agreed = {client: Share(len(own), _sha256(own)) for client, own in shares.items()}
-    return SolveJob(request, solver, inputs, calibration, shares, agreed=agreed)
+    return SolveJob(request, solver, inputs, calibration, shares, agreed=agreed, beside=beside)
 
 
 def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> FinishedBlocks:
@@ -166,6 +169,7 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         if listener.stop_requested:
             raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=resume_command)
 
+    plan = _plan(listener, job, folder / PARTS)
     parts = driver.run(
         job.inputs.model,
         job.solver,
@@ -174,9 +178,26 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
         on_matrix,
         lambda block, blocks: _report_block(listener, block, blocks),
         true_sequential=job.request.true_sequential,
+        plan=plan,
     )
     listener.note(_summary(parts.blocks))
     return parts
+
+
+def _plan(listener: Listener, job: SolveJob, parts: Path) -> Plan | None:
+    """Return the grid of each matrix where there is a budget: the choice in `parts`, or a new one, which is kept there."""
+    if not (job.request.bytes or job.request.bpw):
+        return None
+    if (found := budget.saved(parts)) is None:
+        assert job.calibration is not None
+        assert job.beside is not None
+        whole, model, about = job.beside, job.inputs.model, head(job)
+        found = budget.spend(
+            listener, model, job.calibration, job.request, lambda names: whole(model, names, about)
+        )
+        budget.save(found, parts)
+    found.report(listener)
+    return found.plan(job.solver)
 
 
 def _check_origin(listener: Listener, job: SolveJob, parts: Path) -> None:
@@ -184,7 +205,7 @@ def _check_origin(listener: Listener, job: SolveJob, parts: Path) -> None:
 
     model = job.inputs.model
     own = json.dumps([
-        job.request.method, asdict(job.solver), model.digest, model.dtype,  # type: ignore[call-overload]
+        job.request.method, _settings(job), model.digest, model.dtype,
         _calibration(job), [[client, len(own)] for client, own in job.shares.items()],
     ])  # fmt: skip
     file = parts / ORIGIN
@@ -260,9 +281,18 @@ def head(job: SolveJob) -> ArtefactHead:
 
     model = job.inputs.model
     return ArtefactHead(
-        job.request.method, {**asdict(job.solver)}, models.digest(models.named_tensors(model.net)),  # type: ignore[call-overload]
+        job.request.method, _settings(job), models.digest(models.named_tensors(model.net)),  # type: ignore[call-overload]
         model.tokenizer_digest, _calibration(job),
     )  # fmt: skip
+
+
+def _settings(job: SolveJob) -> dict[str, Any]:
+    """Return the settings that an artefact states; with a budget it takes the place of those that it chooses."""
+    settings: dict[str, Any] = asdict(job.solver)  # type: ignore[call-overload]
+    if job.request.bytes or job.request.bpw:
+        limit = {"bytes": job.request.bytes} if job.request.bytes else {"bpw": job.request.bpw}
+        settings = {name: value for name, value in settings.items() if name not in budget.CHOSEN} | limit
+    return settings
 
 
 def _check_room(listener: Listener, job: SolveJob, folder: Path) -> None:

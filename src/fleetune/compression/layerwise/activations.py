@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
@@ -40,12 +41,13 @@ class HiddenStates:
     def __init__(self, model: Model, calibration: Tensor, true_sequential: bool = False) -> None:
         modules = dict(model.net.named_modules())
         self.model, self.blocks = model, [modules[layer.name] for layer in layers_of(model.net)]
-        self.true_sequential = true_sequential
+        self.true_sequential, self.tokens = true_sequential, calibration.numel()
         self.kwargs = _block_arguments(model, self.blocks, calibration[:1])
         self.states = self.first_block_inputs(calibration)
         if true_sequential:
             self.states = [torch.cat(self.states)]
         self._ahead: Tensor | None = None  # states after a block solved sequentially
+        self._in_tuple = False  # whether blocks return their states in a tuple
 
     def first_block_inputs(self, calibration: Tensor) -> list[Tensor]:
         """Return the inputs of the first block, for windows of the same length."""
@@ -61,7 +63,12 @@ class HiddenStates:
     def forward(self, number: int, state: Tensor) -> Tensor:
         """Return the output of a block."""
         out = self.blocks[number](state, **self.kwargs[number])
-        return out if isinstance(out, Tensor) else out[0]
+        self._in_tuple = not isinstance(out, Tensor)
+        return out[0] if self._in_tuple else out
+
+    def _as_output(self, state: Tensor) -> Tensor | tuple[Tensor]:
+        """Return states as a block of this net returns them."""
+        return (state,) if self._in_tuple else state
 
     def solve_layers(self, number: int, linears: Mapping[str, nn.Linear], solve: SolveLayer) -> None:
         """Solve a block's layers: during its forward pass (`true_sequential`), or all of them after it."""
@@ -124,6 +131,22 @@ class HiddenStates:
         with _observed_inputs(linears, observe), suppress(_Stop):
             return self.forward(number, self.states[0])
         return None
+
+    def head_hessian(self) -> Tensor:
+        """Return the Hessian of the head's inputs, float32 [H, H]; the states are those behind the last block."""
+        head: Any = self.model.net.get_output_embeddings()
+        H = torch.zeros(head.weight.shape[1], head.weight.shape[1])
+
+        def observe(name: str, x: Tensor) -> None:
+            accumulate(H, x.cpu())
+            raise _Stop
+
+        with _observed_inputs({"head": head}, observe):
+            for state in (one[None] for states in self.states for one in states):
+                with _passed_on(self.blocks, functools.partial(self._as_output, state)), suppress(_Stop):
+                    ids = torch.zeros(state.shape[:2], dtype=torch.int64, device=self.model.device)
+                    self.model.net(input_ids=ids, use_cache=False)
+        return mirrored(H)
 
     def advance(self, number: int) -> None:
         """Replace the states by the output of the block."""
@@ -205,15 +228,22 @@ def _block_arguments(model: Model, blocks: Sequence[nn.Module], window: Tensor) 
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles.append(blocks[0].register_forward_hook(after))
-    for block in blocks[1:]:
-        block.forward = lambda *args, **kwargs: given[0]
     try:
-        model.net(input_ids=window.to(model.device), use_cache=False)
-    except _Stop:
-        pass
+        with _passed_on(blocks[1:], lambda: given[0]), suppress(_Stop):
+            model.net(input_ids=window.to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        for block in blocks[1:]:
-            del block.forward
     return found
+
+
+@contextmanager
+def _passed_on(blocks: Sequence[nn.Module], given: Callable[[], Any]) -> Iterator[None]:
+    """Let each block return what `given` returns, instead of running."""
+    for block in blocks:
+        block.forward = lambda *args, **kwargs: given()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

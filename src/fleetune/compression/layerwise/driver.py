@@ -3,7 +3,7 @@
 
 For every decoder block: run the calibration windows through it and sum the Hessians of its linear layers
 (`hessian.py`; layers that read the same tensor share one), solve the layers, then run the windows through the compressed
-block.  Its outputs are the inputs of the next block.  Embedding, norms and head are not compressed.
+block.  Its outputs are the inputs of the next block.  Norms are not compressed, and embedding and head only with a `Plan`.
 
 With `true_sequential` (GPTQ's name for it) a layer also sees the outputs of the compressed layers before it in its own
 block: all windows go through the block together, and each layer is solved when they reach it.  That is one pass
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +37,11 @@ from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks, M
 from fleetune.compression.layerwise.grids import GROUPS
 from fleetune.compression.layerwise.hessian import share, trace
 from fleetune.errors import DataError, ModelError, RecipeError
-from fleetune.models.artefact import Quantised, dense
+from fleetune.models.artefact import Quantised, dense, joined
 from fleetune.models.layers import layers_of
 from fleetune.models.mapped.net import in_memory
 from fleetune.models.model import Model
+from fleetune.planning.compression_cost import END_ROWS
 
 
 def linears_of(model: Model) -> list[tuple[nn.Module, dict[str, nn.Linear]]]:
@@ -142,6 +144,21 @@ def sampled_windows(model: Model, length: int, count: int, seed: int, *, batch: 
     return torch.cat(rows)
 
 
+class Plan(NamedTuple):
+    """Solvers for single matrices, and the embedding and the head, which are not compressed without a plan."""
+
+    solvers: Mapping[str, Solver]  # by the weight's name
+    ends: Sequence[End]
+
+
+class End(NamedTuple):
+    """The embedding or the head (or both in one matrix), and what its Hessian is a sum of."""
+
+    name: str  # of the weight
+    head: float  # weight of the mean of x x' over the head's inputs x
+    table: Tensor | None  # added to it, float32 [H, H]
+
+
 @torch.inference_mode()
 def run(
     model: Model,
@@ -152,12 +169,13 @@ def run(
     on_block: Callable[[BlockResult, int], None] = lambda block, blocks: None,
     *,
     true_sequential: bool = False,
+    plan: Plan | None = None,
 ) -> FinishedBlocks:
     """Compress every block of `model`; blocks that are finished in `folder` are read from there.
 
     calibration: int64 [N, length] windows of tokens, or another source of Hessians; None for a solver without data.
     `on_matrix(block, blocks, name)` is called before every matrix and may raise to stop; finished blocks stay in
-    `folder`.  The weights of `model` are restored afterwards.
+    `folder`.  The weights of `model` are restored afterwards.  A `plan` is for windows.
     """
     if true_sequential and not isinstance(calibration, Tensor):
         raise ValueError("true_sequential is for windows; a source has an order of its own")
@@ -171,17 +189,42 @@ def run(
         with in_memory(block), restored_weights(linears):
             if not (found := parts.open(number)):
                 on_name = functools.partial(on_matrix, number, len(blocks))
-                _solve_block(solver, number, linears, source, parts, on_name, placing)
+                chosen = (plan.solvers if plan else {}).get
+                _solve_block(
+                    lambda name: chosen(name, solver), number, linears, source, parts, on_name, placing
+                )
             on_block(parts.blocks[-1], len(blocks))
-            if source and number + 1 < len(blocks):
+            if source and (plan or number + 1 < len(blocks)):
                 if found or not placing:
                     place_weights(linears, parts)
                 source.advance(number)
+    if plan:
+        assert isinstance(source, HiddenStates)
+        if not parts.open(len(blocks)):
+            _solve_ends(model, plan, source, parts, functools.partial(on_matrix, len(blocks), len(blocks)))
+        on_block(parts.blocks[-1], len(blocks))
     return parts
 
 
+def _solve_ends(
+    model: Model, plan: Plan, source: HiddenStates, parts: FinishedBlocks, on_name: Callable[[str], None]
+) -> None:
+    """Solve the embedding and the head as the last part, some rows at a time, and write them."""
+    began, found, matrices = time.monotonic(), dict[str, Quantised | Tensor](), list[MatrixResult]()
+    inputs = source.head_hessian() / (2 * source.tokens)
+    for end in plan.ends:
+        on_name(end.name)
+        H = end.head * inputs if end.table is None else end.head * inputs + end.table
+        W, solver = model.net.get_parameter(end.name).detach().float().cpu(), plan.solvers[end.name]
+        solved = [solver.solve(rows, H) for rows in W.split(END_ROWS)]  # type: ignore[no-untyped-call]
+        found[end.name] = joined([s.weight for s in solved])
+        loss = sum(_loss(rows, s, H) for rows, s in zip(W.split(END_ROWS), solved, strict=True))
+        matrices.append(MatrixResult(end.name, share(loss, trace(W, H)), solved[0].notes))
+    parts.put(BlockResult(len(parts.blocks), tuple(matrices), round(time.monotonic() - began, 3)), found)
+
+
 def _solve_block(
-    solver: Solver,
+    solver_of: Callable[[str], Solver],
     number: int,
     linears: Mapping[str, nn.Linear],
     source: HessianSource | None,
@@ -196,7 +239,7 @@ def _solve_block(
     def solve(name: str, H: Tensor | None) -> None:
         on_name(name)
         linear = linears[name]
-        weight, matrix = _solve_layer(solver, name, linear, H)
+        weight, matrix = _solve_layer(solver_of(f"{name}.weight"), name, linear, H)
         weights[f"{name}.weight"] = weight
         matrices.append(matrix)
         if placing:

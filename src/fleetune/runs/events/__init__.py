@@ -37,6 +37,7 @@ from fleetune.runs.events.base import VERSION, Event, Measures, Recorded, as_dic
 from fleetune.runs.events.checks import DataChecked, Lengths, RowShown, TuneChecked
 from fleetune.runs.events.compression import (
     BlockSolved,
+    BudgetSpent,
     CalibrationReply,
     CompressChecked,
     CompressDone,
@@ -117,6 +118,7 @@ __all__ = [
     "VERSION",
     "Answered",
     "BlockSolved",
+    "BudgetSpent",
     "CalibrationReply",
     "ClientReply",
     "CompressChecked",

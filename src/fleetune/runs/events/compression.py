@@ -47,6 +47,8 @@ class CompressStart(Event):
     calibrate: str  # who calibrates: server, clients or fleet
     clients: int  # number of clients that calibrate; 0 for all
     true_sequential: bool  # inputs of a layer have passed the compressed layers of its block
+    bytes: int  # of the GGUF file at most; 0 for no limit
+    bpw: float  # bits a weight of the GGUF file's matrices at most; 0 for no limit
     folder: str  # path of the compression's folder
     before: Mapping[str, float]  # measures before compression, by name
     teacher: Mapping[str, float] | None = None  # measures of the teacher, by name
@@ -71,6 +73,16 @@ class BlockSolved(Event):
     blocks: int  # number of blocks in the model
     seconds: float  # of this block
     matrices: Sequence[MatrixSolved]  # its linear layers: name, relative error of the outputs, notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSpent(Event):
+    """The grid of each matrix is chosen for `--bytes` or `--bpw`."""
+
+    event: ClassVar[str] = "budget"
+    kinds: Mapping[str, int]  # type of llama.cpp -> number of matrices
+    bytes: int  # size of the GGUF file to come
+    kl_divergence: float  # expected, from the dense model, nats a token
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimate what each grid would cost each matrix: its bytes in a GGUF file, and the KL divergence that it causes.
+
+A matrix is rounded to nearest on grids that are fitted by the curvature c_j = 1 / U_jj^2 (`hessian.py`).  The column loop loses
+sum_j c_j e_j^2 on a row whose columns err by e_j when it reaches them, and these errors are about as large as those of plain
+rounding.  So with F from `sensitivity.py` the loss in KL divergence is about
+
+    1/2 sum_i F_i sum_j c_j e_ij^2
+
+without running the loop.  Blocks are visited in turn on the dense model's inputs, so that one block's Hessians are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fleetune.common.ggml import BLOCK, BYTES, padded
+from fleetune.compression.budget.sensitivity import Sensitivity
+from fleetune.compression.layerwise.activations import HiddenStates
+from fleetune.compression.layerwise.column_loop import nearest
+from fleetune.compression.layerwise.driver import End, linears_of
+from fleetune.compression.layerwise.grids import Grid
+from fleetune.compression.layerwise.groups import PRUNED, quantise
+from fleetune.compression.layerwise.hessian import inverse_cholesky
+from fleetune.models.artefact import dense
+from fleetune.models.mapped.net import in_memory
+from fleetune.models.model import Model
+
+ROWS: Final = 8192  # of a matrix that are rounded together
+DAMPING: Final = 0.01
+
+
+class Candidate(NamedTuple):
+    """A grid that a GGUF file holds exactly, and the type of its blocks there."""
+
+    grid: str
+    bits: int
+    kind: str
+
+    def bytes(self, R: int, C: int) -> int:
+        """Return the size of a matrix in the file, in bytes."""
+        return padded(R * (C // BLOCK) * BYTES[self.kind])
+
+
+CANDIDATES: Final = (
+    Candidate("iq4_nl", 4, "IQ4_NL"),
+    Candidate("ggml", 4, "Q4_0"),
+    Candidate("ggml", 5, "Q5_0"),
+    Candidate("ggml", 8, "Q8_0"),
+)
+
+
+class Option(NamedTuple):
+    """What a candidate costs a matrix."""
+
+    candidate: Candidate
+    bytes: int  # in the file
+    cost: float  # KL divergence, nats a token
+
+
+class Term(NamedTuple):
+    """A part of a matrix's cost: 1/2 sum_i F_i sum_j c_j e_ij^2."""
+
+    F: Tensor  # float64 [R]
+    c: Tensor  # [C]
+
+
+class Costs(NamedTuple):
+    """What every candidate costs every matrix, by the weight's name, and how embedding and head are solved."""
+
+    options: Mapping[str, Sequence[Option]]
+    ends: Sequence[End]
+
+
+def measure(
+    model: Model,
+    windows: Tensor,
+    found: Sensitivity,
+    on_matrix: Callable[[int, int, str], None] = lambda block, blocks, name: None,
+) -> Costs:
+    """Round every matrix on every grid, on the Hessians of windows int64 [n, length] that the dense model sees.
+
+    `on_matrix(block, blocks, name)` is called before every matrix and may raise to stop.
+    """
+    options = dict[str, list[Option]]()
+    with torch.inference_mode():
+        states, blocks = HiddenStates(model, windows), linears_of(model)
+        for number, (block, linears) in enumerate(blocks):
+            with in_memory(block):
+                H = states.hessians(number, linears)
+                known = dict[int, Tensor]()  # layers that read the same tensor share one H
+                for name, linear in linears.items():
+                    on_matrix(number, len(blocks), name)
+                    h = H.get(name)
+                    c = torch.ones(linear.weight.shape[1])  # nothing reached it
+                    if h is not None:
+                        c = known[id(h)] if id(h) in known else _curvature(h / (2 * windows.numel()))
+                        known[id(h)] = c
+                    options[f"{name}.weight"] = of_matrix(_values(linear.weight), [Term(found.rows[name], c)])
+                states.advance(number)
+        head = states.head_hessian() / (2 * windows.numel())
+        ends, terms = _ends(model, found, head)
+        for end in ends:
+            on_matrix(len(blocks), len(blocks), end.name)
+            options[end.name] = of_matrix(_values(model.net.get_parameter(end.name)), terms[end.name])
+    return Costs(options, ends)
+
+
+def _ends(model: Model, found: Sensitivity, head: Tensor) -> tuple[list[End], dict[str, list[Term]]]:
+    """Return embedding and head, one where they are tied, with the terms of their costs; `head` is the mean of x x'."""
+    as_head, as_table = Term(found.head, _curvature(head)), Term(found.shares, found.table.diagonal().float())
+    total, table = float(found.head.sum()), found.table.float()
+    first, last = model.net.get_input_embeddings().weight, model.net.get_output_embeddings().weight
+    names = {id(p): name for name, p in model.net.named_parameters()}
+    if first is last:
+        name = names[id(first)]
+        return [End(name, total, table)], {name: [as_head, as_table]}
+    ends = [End(names[id(first)], 0.0, table), End(names[id(last)], total, None)]
+    return ends, {ends[0].name: [as_table], ends[1].name: [as_head]}
+
+
+def _values(weight: Tensor) -> Tensor:
+    return weight.detach().float().cpu()
+
+
+def _curvature(H: Tensor) -> Tensor:
+    """Return how much an error in each column costs when later columns correct it, [C]; the diagonal without a factor."""
+    found = inverse_cholesky(H, DAMPING).curvature
+    return H.diagonal().clone() if found is None else found
+
+
+def of_matrix(W: Tensor, terms: Sequence[Term]) -> list[Option]:
+    """Return what every candidate costs W float32 [R, C]: the sum over `terms`."""
+    pruned = int((W == 0).sum()) >= PRUNED * W.numel()
+    R, C = W.shape
+    grids = [(candidate, Grid(candidate.grid, candidate.bits)) for candidate in CANDIDATES]
+    return [
+        Option(candidate, candidate.bytes(R, C), _cost(W, grid, terms))
+        for candidate, grid in grids
+        if not (grid.codebook and pruned)
+    ]
+
+
+def _cost(W: Tensor, grid: Grid, terms: Sequence[Term]) -> float:
+    """Return the cost of rounding W to nearest on a grid that is fitted by the terms' curvature."""
+    fit = sum((term.F.mean().float() * term.c for term in terms), torch.zeros(W.shape[1]))
+    cost = 0.0
+    for a in range(0, len(W), ROWS):
+        rows = W[a : a + ROWS]
+        zeros = (rows == 0).T if not grid.codebook and bool((rows == 0).any()) else None
+        error = rows - dense(quantise(rows, grid, BLOCK, nearest, zeros, fit).solved(grid, BLOCK).weight)
+        squares = error.double().square()
+        cost += sum(float(term.F[a : a + ROWS] @ (squares @ term.c.double())) for term in terms) / 2
+    return cost

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimate how much an error in each output of a matrix changes the model's next-token distributions.
+
+To second order, the KL divergence that an error e of the outputs of one layer causes at one token is e' F e / 2, with F the Fisher
+information: the mean of g g', where g is the gradient of -log p(y) by these outputs and y is drawn from the model's own
+distribution p.  Of F the diagonal is kept: for a matrix W [R, C] with inputs x and an error E = Q - W,
+
+    KL  ~  1/2 sum_i F_i (E_i H E_i'),        F_i = mean g_i^2,  H = mean x x'
+
+with the mean over tokens, as if g and x were independent (K-FAC: Martens and Grosse 2015, arXiv 1503.05671).  For the rows of the
+output head it is exact: F_v = mean p_v (1 - p_v).  As the table of the input, a row counts only where its token is: the
+gradients of the embedding's outputs, G = mean g g', take H's place there, and the token's share that of F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from fleetune.data.encode import Encoded, collate
+from fleetune.evaluation.losses import pad_id, predictors
+from fleetune.models.checkpointing import by_layer
+from fleetune.models.model import Model
+
+PIECE: Final = 1 << 23  # logits alive at a time
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What errors cost at each output, as means over the tokens of some windows."""
+
+    rows: dict[str, Tensor]  # layer's name in the net -> F float64 [R]
+    head: Tensor  # float64 [V]: F of the head's rows
+    table: Tensor  # float64 [H, H]: G of the embedding's outputs
+    shares: Tensor  # float64 [V]: each token's share of the windows
+
+
+def measure(
+    model: Model,
+    windows: Tensor,
+    names: list[str],
+    seed: int,
+    on_window: Callable[[int, int], None] = lambda number, count: None,
+) -> Sensitivity:
+    """Measure the sensitivity of the linear layers `names`, of the head and of the embedding on windows int64 [n, length].
+
+    One window is in memory at a time, its activations layer by layer.  `on_window(number, count)` may raise to stop.
+    """
+    net: Any = model.net
+    table, V = net.get_input_embeddings(), net.get_input_embeddings().weight.shape[0]
+    found = {n: torch.zeros(net.get_submodule(n).weight.shape[0], dtype=torch.float64) for n in names}
+    head = torch.zeros(V, dtype=torch.float64)
+    G = torch.zeros(table.weight.shape[1], table.weight.shape[1], dtype=torch.float64)
+    draw = torch.Generator().manual_seed(seed)
+
+    def see(name: str) -> Callable[[Tensor], None]:
+        return lambda g: _add_squares(found[name], g)
+
+    with _frozen(net), by_layer(net), _observed(net, names, see), torch.enable_grad():
+        for number, window in enumerate(windows):
+            on_window(number, len(windows))
+            with _first(table) as embedded:
+                batch = collate([Encoded(ids=window.numpy(), n_prompt=1)], pad_id(model), model.device)
+                hidden, logits = predictors(net, batch)
+                hidden.backward(_gradient(hidden.detach(), logits, head, draw))
+            g = embedded[-1].grad.reshape(-1, len(G)).double().cpu()
+            G.addmm_(g.T, g)
+    tokens = windows.numel()
+    shares = torch.bincount(windows.reshape(-1), minlength=V).double() / tokens
+    return Sensitivity({n: f / tokens for n, f in found.items()}, head / tokens, G / tokens, shares)
+
+
+def _gradient(
+    hidden: Tensor, logits: Callable[[Tensor], Tensor], head: Tensor, draw: torch.Generator
+) -> Tensor:
+    """Return the gradient of sum -log p(y) by the head's inputs [N, H], y drawn from p; add p (1 - p) to `head` [V]."""
+    size, parts = max(1, PIECE // len(head)), []
+    for rows in hidden.split(size):  # type: ignore[no-untyped-call]
+        x = rows.clone().requires_grad_()
+        z = logits(x).float()
+        p = z.detach().softmax(-1)
+        head += (p * (1 - p)).sum(0, dtype=torch.float64).cpu()[: len(head)]
+        u = torch.rand(len(p), 1, generator=draw).to(p.device)
+        y = torch.searchsorted(p.cumsum(-1), u).clamp_(max=p.shape[1] - 1)
+        p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))
+        z.backward(p)
+        parts.append(x.grad)
+    return torch.cat(parts)
+
+
+def _add_squares(to: Tensor, g: Tensor) -> None:
+    to += g.reshape(-1, len(to)).double().square().sum(0).cpu()
+
+
+@contextmanager
+def _frozen(net: nn.Module) -> Iterator[None]:
+    """Run in eval mode without gradients of the weights while the block runs."""
+    training = [m for m in net.modules() if m.training]
+    trained = [p for p in net.parameters() if p.requires_grad]
+    net.eval()
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+        for p in trained:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def _first(table: nn.Module) -> Iterator[list[Tensor]]:
+    """Make the embedding's outputs the leaf that gradients flow to; they are collected in the list."""
+    leaves = list[Tensor]()
+
+    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        leaves.append(out.detach().requires_grad_())
+        return leaves[-1]
+
+    handle = table.register_forward_hook(hook)
+    try:
+        yield leaves
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _observed(
+    net: nn.Module, names: list[str], see: Callable[[str], Callable[[Tensor], None]]
+) -> Iterator[None]:
+    """Call `see(name)` with the gradient of a layer's outputs in every backward pass."""
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def watch(module: nn.Module, args: Any, out: Tensor) -> None:
+            if out.requires_grad:
+                out.register_hook(see(name))  # type: ignore[no-untyped-call]
+
+        return watch
+
+    handles = [net.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

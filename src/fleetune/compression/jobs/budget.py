@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spend a byte budget: choose the grid of each matrix, and keep the choice for a resumed compression.
+
+`parts/budget.safetensors` holds the choice and, as tensors, what the Hessians of embedding and head are sums of.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from fleetune.common.display import human_bytes
+from fleetune.common.files import write_atomic
+from fleetune.compression.training import checksum
+from fleetune.errors import Interrupted, UsageError
+from fleetune.runs.compression_folder import CompressRequest
+from fleetune.runs.events import BudgetSpent
+from fleetune.runs.listener import Listener
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fleetune.compression import Solver
+    from fleetune.compression.budget.costs import Costs, Option
+    from fleetune.compression.layerwise.driver import Plan
+    from fleetune.models.model import Model
+
+FILE: Final = "budget.safetensors"
+TOKENS: Final = 8192  # of the windows that sensitivities are measured on
+CHOSEN: Final = ("bits", "grid")  # settings of a solver that the budget chooses
+GROUP: Final = 32  # columns that share a scale in every type
+
+
+def check(request: CompressRequest, solver: Solver) -> None:
+    """Raise UsageError when a budget is asked for that the method or the other options have no place for."""
+    if not (request.bytes or request.bpw):
+        return
+    flag = flag_of(request)
+    if request.bytes and request.bpw:
+        raise UsageError("--bytes and --bpw both say how large the file may be", hint="give one of them")
+    own = {field.name for field in fields(cast(Any, solver))}
+    if not solver.data or not own.issuperset((*CHOSEN, "group", "order")):
+        raise UsageError(
+            f"{flag} chooses the grid of each matrix by the loss, for a method that solves for it: {request.method} does not",
+            hint="--method optq",
+        )
+    if given := [name for name in (*CHOSEN, "group", "search") if name in request.set]:
+        raise UsageError(f"{flag} chooses {given[0]} for each matrix", hint=f"leave out --set {given[0]}=..")
+    if request.calibrate != "server":
+        raise UsageError(
+            f"{flag} needs the text on this machine, and --calibrate {request.calibrate} leaves it where it is",
+            hint=f"leave out {flag}, or calibrate on --text",
+        )
+
+
+def flag_of(request: CompressRequest) -> str:
+    """Return the option that the budget was given with."""
+    return "--bytes" if request.bytes else "--bpw"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The bytes of a file, and what they were spent on."""
+
+    chosen: Mapping[str, tuple[str, int]]  # grid and bits of each matrix, by the weight's name
+    kinds: Mapping[str, int]  # how many matrices are of each type of GGUF
+    bytes: int  # of the file
+    cost: float  # predicted KL divergence from the dense model, nats a token
+    ends: Sequence[tuple[str, float, Tensor | None]]  # see `driver.End`
+
+    def plan(self, solver: Solver) -> Plan:
+        """Return the solver of each matrix."""
+        from fleetune.compression.layerwise.driver import End, Plan
+
+        solvers = {
+            name: cast("Solver", replace(cast(Any, solver), grid=grid, bits=bits))
+            for name, (grid, bits) in self.chosen.items()
+        }
+        return Plan(solvers, [End(*end) for end in self.ends])
+
+    def report(self, listener: Listener) -> None:
+        """Report the choice as an event and a line."""
+        listener.event(BudgetSpent(kinds=dict(self.kinds), bytes=self.bytes, kl_divergence=self.cost))
+        told = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        listener.note(f"{human_bytes(self.bytes)} as gguf: {told}; expected KL divergence {self.cost:.4f}")
+
+
+def spend(
+    listener: Listener, model: Model, windows: Tensor, request: CompressRequest, beside: Callable[[Sequence[str]], int]
+) -> Budget:
+    """Measure what each grid costs each matrix on some of the windows, and choose.
+
+    `beside(names)` are the file's bytes without the matrices `names`.  UsageError, with the least that can be met, for a budget that
+    is too small.
+    """
+    from fleetune.compression.budget import choose, costs, sensitivity
+    from fleetune.compression.layerwise.driver import linears_of
+
+    some = windows[: max(1, TOKENS // windows.shape[1])]
+
+    def on_window(number: int, count: int) -> None:
+        _checked(listener, "sensitivity", number, count, "")
+
+    def on_matrix(block: int, blocks: int, name: str) -> None:
+        _checked(listener, "grids", block, blocks, name.rsplit(".", 1)[-1])
+
+    names = [name for _, linears in linears_of(model) for name in linears]
+    found = sensitivity.measure(model, some, names, request.seed, on_window)
+    measured = costs.measure(model, some, found, on_matrix)
+    others = beside(list(measured.options))
+    weights = sum(model.net.get_parameter(name).numel() for name in measured.options)
+    limit = request.bytes - others if request.bytes else int(request.bpw * weights / 8)
+    if limit < (least := choose.smallest(measured.options)):
+        raise _too_small(request, least, others, weights)
+    chosen = choose.choose(measured.options, limit)
+    kinds = Counter(option.candidate.kind for option in chosen.values())
+    return Budget(
+        {name: (option.candidate.grid, option.candidate.bits) for name, option in chosen.items()},
+        dict(sorted(kinds.items())),
+        others + sum(option.bytes for option in chosen.values()),
+        sum(option.cost for option in chosen.values()),
+        [(end.name, end.head, end.table) for end in measured.ends],
+    )
+
+
+def _checked(listener: Listener, what: str, number: int, count: int, text: str) -> None:
+    listener.progress(what, number, count, text)
+    if listener.stop_requested:
+        raise Interrupted("stopped before the first block; nothing is kept of the choice of grids")
+
+
+def _too_small(request: CompressRequest, least: int, others: int, weights: int) -> UsageError:
+    if request.bytes:
+        need = math.ceil((least + others) / 1e5) / 10
+        return UsageError(
+            f"no file of {human_bytes(request.bytes)} can hold this model: the smallest that llama.cpp's types allow here has "
+            f"{human_bytes(least + others)}",
+            hint=f"--bytes {need:g}MB   or remove parts of it first: fleetune compress MODEL --method llm-pruner",
+        )
+    need = math.ceil(800 * least / weights) / 100
+    return UsageError(
+        f"{request.bpw:g} bits a weight are too few: the smallest types that fit this model take {8 * least / weights:.3f}",
+        hint=f"--bpw {need:g}",
+    )
+
+
+# Keeping it -----------------------------------------------------------------------------------------
+
+
+def save(budget: Budget, folder: Path) -> None:
+    """Write the choice into the folder of finished blocks.  StorageError when it cannot be written."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = {f"table.{name}": table for name, _, table in budget.ends if table is not None}
+    head = json.dumps({
+        "chosen": budget.chosen, "kinds": budget.kinds, "bytes": budget.bytes, "cost": budget.cost,
+        "ends": [(name, share) for name, share, _ in budget.ends],
+    })  # fmt: skip
+    about = {"budget": head, "crc32": checksum.of_tensors(head, tensors.items())}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / FILE, to_bytes(tensors, metadata=about))
+
+
+def saved(folder: Path) -> Budget | None:
+    """Read the choice from the folder of finished blocks; None where it is not there or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / FILE, framework="pt") as opened:
+            about = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in set(opened.keys())}
+        if checksum.of_tensors(about["budget"], tensors.items()) != about["crc32"]:
+            return None
+        raw = json.loads(about["budget"])
+        ends = [(name, share, tensors.get(f"table.{name}")) for name, share in raw["ends"]]
+        chosen = {name: (grid, bits) for name, (grid, bits) in raw["chosen"].items()}
+        return Budget(chosen, raw["kinds"], raw["bytes"], raw["cost"], ends)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
