@@ -52,8 +52,9 @@ def compress(
     clients calibrate on their training rows, with `calibrate="fleet"` the real devices that join at the door `served`
     (`fleetune.fleet.server.Served`, in its `with` block).  `low_memory` loads one block at a time from disk.  With
     `true_sequential` a layer is solved on inputs that have passed the already compressed layers of its own block (GPTQ's
-    option of that name).  `bytes` (a number, or text such as "91.7MB") limits the GGUF file, or `bpw` the bits of a weight in it:
-    the grid of each matrix, embedding and head included, is chosen so that the model changes least.  The perplexity of the text file `eval_text` is measured before and after.
+    option of that name).  `bytes` (a number, or text such as "91.7MB") limits the GGUF file, or `bpw` the bits of a weight
+    in it: the grid of each matrix, embedding and head included, is chosen so that the model changes least.  The perplexity
+    of the text file `eval_text` is measured before and after.
     """
     if isinstance(model, str | Path):
         subjects.open_weights(model, out)  # refused before torch is imported

@@ -111,6 +111,10 @@ class Checkpoint:
         """The parameters; a tied one under the name of the input embedding."""
         return list(self.shapes)
 
+    def stored_name(self, name: str) -> str:
+        """Return the name under which the source has a parameter."""
+        return self._stored[name]
+
     def quantised(self, name: str) -> Quantised | None:
         """Return the codes of a parameter; None for a dense one."""
         q = self.source.quantised(self._stored[name])

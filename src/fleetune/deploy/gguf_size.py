@@ -51,15 +51,24 @@ def beside(model: Model, quantised: Collection[str], head: ArtefactHead) -> int:
     `head` is that of the artefact to come.  It is exact for a file called `model.gguf`; a longer name takes its further
     characters, in steps of 32 bytes.  UsageError when the model has no place in GGUF.
     """
-    check_config(model.net.config)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model.net.config.save_pretrained(folder)
         mark_config(folder)
         model.tokenizer.save_pretrained(folder)
-        checkpoint = Checkpoint(_Names(model, folder))
-        header = _write_header(folder / FILE, checkpoint, head)
-    others = (shape for name, shape in checkpoint.shapes.items() if name not in quantised)
+        try:
+            check_config(model.net.config)
+            checkpoint = Checkpoint(_Names(model, folder))
+            header = _write_header(folder / FILE, checkpoint, head)
+        except UsageError as error:
+            told = error.message.replace(scratch, model.name)
+            raise UsageError(
+                f"grids are chosen among those of GGUF files, and none can be made of this model: {told}",
+                hint="leave out --bytes and --bpw, and choose one grid: --set grid=.. --set bits=..",
+            ) from error
+    others = (
+        shape for name, shape in checkpoint.shapes.items() if checkpoint.stored_name(name) not in quantised
+    )
     factors = rope.factors(model.net.config)
     return header + sum(map(_bytes, others)) + (0 if factors is None else ggml.padded(factors.nbytes))
 
@@ -85,9 +94,7 @@ def _write_header(path: Path, checkpoint: Checkpoint, head: ArtefactHead) -> int
         for name, shape in checkpoint.shapes.items():
             tensor = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if tensor is None:
-                raise UsageError(
-                    f"GGUF has no place for {name}", hint="leave out --bytes: grids are chosen for GGUF"
-                )
+                raise UsageError(f"GGUF has no place for {name}")
             size, kind = math.prod(shape), GGMLQuantizationType.F32
             writer.add_tensor_info(tensor, shape, np.dtype(np.float32), size, raw_dtype=kind)
         writer.write_header_to_file()

@@ -295,7 +295,9 @@ def parse_bytes(text: str | None, flag: str = "--ram") -> int | None:
     found = _BYTES.fullmatch(text)
     value = float(found[1]) * _factor(found[2]) if found else 0.0
     if not 1 <= value < math.inf:
-        raise UsageError(f"{flag} {text!r} is not a size", hint="write 4GB, 512 MB, 2GiB or a number of bytes")
+        raise UsageError(
+            f"{flag} {text!r} is not a size", hint="write 4GB, 512 MB, 2GiB or a number of bytes"
+        )
     if found and text.strip()[-1] in "0123456789." and value < LEAST:
         raise UsageError(
             f"{flag} {text}: no device has {text.strip()} bytes of memory. Did you mean {text.strip()}GB?",

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose an option for each matrix: the least sum of costs whose bytes keep within a budget.
 
-Of each matrix only the options on the lower convex hull of cost over bytes are taken, each of which saves less for a byte than the
-one before it.  All matrices start with the smallest, and the step that saves most for a byte is taken next, while it fits.  That
-is optimal for the bytes that it uses (Everett 1963); what is left of the budget is less than one step.
+Of each matrix only the options on the lower convex hull of cost over bytes are taken: each saves less for a byte than the one
+before it.  All matrices start with the smallest, and the step that saves most for a byte is taken next, while it fits.  As
+long as every step fits, that is optimal for the bytes that it uses (Everett 1963); the last steps fill what is left.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 from fleetune.compression.budget.costs import Option
 
@@ -32,13 +31,8 @@ def _saved(small: Option, large: Option) -> float:
     return (small.cost - large.cost) / (large.bytes - small.bytes)
 
 
-def smallest(options: Mapping[str, Sequence[Option]]) -> int:
-    """Return the fewest bytes that the options allow."""
-    return sum(min(o.bytes for o in each) for each in options.values())
-
-
 def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    """Return an option for each name, of at most `budget` bytes together; ValueError below `smallest`."""
+    """Return an option for each name, of at most `budget` bytes together; ValueError where even the smallest take more."""
     hulls = {name: hull(each) for name, each in options.items()}
     chosen = {name: each[0] for name, each in hulls.items()}
     left = budget - sum(o.bytes for o in chosen.values())

@@ -28,7 +28,7 @@ from fleetune.compression.layerwise.groups import PRUNED, quantise
 from fleetune.compression.layerwise.hessian import inverse_cholesky
 from fleetune.models.artefact import dense
 from fleetune.models.mapped.net import in_memory
-from fleetune.models.model import Model
+from fleetune.models.model import Model, named_tensors
 
 ROWS: Final = 8192  # of a matrix that are rounded together
 DAMPING: Final = 0.01
@@ -114,13 +114,28 @@ def _ends(model: Model, found: Sensitivity, head: Tensor) -> tuple[list[End], di
     """Return embedding and head, one where they are tied, with the terms of their costs; `head` is the mean of x x'."""
     as_head, as_table = Term(found.head, _curvature(head)), Term(found.shares, found.table.diagonal().float())
     total, table = float(found.head.sum()), found.table.float()
-    first, last = model.net.get_input_embeddings().weight, model.net.get_output_embeddings().weight
-    names = {id(p): name for name, p in model.net.named_parameters()}
-    if first is last:
-        name = names[id(first)]
-        return [End(name, total, table)], {name: [as_head, as_table]}
-    ends = [End(names[id(first)], 0.0, table), End(names[id(last)], total, None)]
-    return ends, {ends[0].name: [as_table], ends[1].name: [as_head]}
+    first, *last = end_names(model)
+    if not last:
+        return [End(first, total, table)], {first: [as_head, as_table]}
+    return [End(first, 0.0, table), End(last[0], total, None)], {first: [as_table], last[0]: [as_head]}
+
+
+def matrix_names(model: Model) -> list[str]:
+    """Return the names of all weights that a grid is chosen for."""
+    layers = [f"{name}.weight" for _, linears in linears_of(model) for name in linears]
+    return [*layers, *end_names(model)]
+
+
+def least_bytes(R: int, C: int) -> int:
+    """Return the bytes of a matrix [R, C] on the smallest grid."""
+    return min(candidate.bytes(R, C) for candidate in CANDIDATES)
+
+
+def end_names(model: Model) -> list[str]:
+    """Return the names of the embedding's and the head's weights; one where they are tied."""
+    ends = [model.net.get_input_embeddings().weight, model.net.get_output_embeddings().weight]
+    names = {id(tensor): name for name, tensor in named_tensors(model.net)}
+    return list(dict.fromkeys(names[id(weight)] for weight in ends))
 
 
 def _values(weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from fleetune.common.display import human_bytes
 from fleetune.common.files import write_atomic
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fleetune.compression import Solver
-    from fleetune.compression.budget.costs import Costs, Option
     from fleetune.compression.layerwise.driver import Plan
     from fleetune.models.model import Model
 
@@ -38,7 +37,7 @@ GROUP: Final = 32  # columns that share a scale in every type
 
 def check(request: CompressRequest, solver: Solver) -> None:
     """Raise UsageError when a budget is asked for that the method or the other options have no place for."""
-    if not (request.bytes or request.bpw):
+    if not asked(request):
         return
     flag = flag_of(request)
     if request.bytes and request.bpw:
@@ -58,6 +57,11 @@ def check(request: CompressRequest, solver: Solver) -> None:
         )
 
 
+def asked(request: CompressRequest) -> bool:
+    """Tell whether a request has a budget."""
+    return bool(request.bytes or request.bpw)
+
+
 def flag_of(request: CompressRequest) -> str:
     """Return the option that the budget was given with."""
     return "--bytes" if request.bytes else "--bpw"
@@ -70,7 +74,7 @@ class Budget:
     chosen: Mapping[str, tuple[str, int]]  # grid and bits of each matrix, by the weight's name
     kinds: Mapping[str, int]  # how many matrices are of each type of GGUF
     bytes: int  # of the file
-    cost: float  # predicted KL divergence from the dense model, nats a token
+    cost: float  # estimated KL divergence from the dense model, nats a token
     ends: Sequence[tuple[str, float, Tensor | None]]  # see `driver.End`
 
     def plan(self, solver: Solver) -> Plan:
@@ -87,17 +91,34 @@ class Budget:
         """Report the choice as an event and a line."""
         listener.event(BudgetSpent(kinds=dict(self.kinds), bytes=self.bytes, kl_divergence=self.cost))
         told = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
-        listener.note(f"{human_bytes(self.bytes)} as gguf: {told}; expected KL divergence {self.cost:.4f}")
+        listener.note(f"{human_bytes(self.bytes)} as gguf: {told}")
 
 
-def spend(
-    listener: Listener, model: Model, windows: Tensor, request: CompressRequest, beside: Callable[[Sequence[str]], int]
-) -> Budget:
-    """Measure what each grid costs each matrix on some of the windows, and choose.
+class Room(NamedTuple):
+    """How many bytes of a file there are for its matrices."""
 
-    `beside(names)` are the file's bytes without the matrices `names`.  UsageError, with the least that can be met, for a budget that
-    is too small.
+    matrices: int
+    others: int  # bytes of the header and all else
+
+
+def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]], int]) -> Room:
+    """Return the room that a budget leaves for the matrices; `beside(names)` are the file's bytes without these.
+
+    UsageError, with the least that can be met, for a budget that is too small.
     """
+    from fleetune.compression.budget import costs
+
+    names = costs.matrix_names(model)
+    shapes = [tuple(model.net.get_parameter(name).shape) for name in names]
+    others, weights = beside(names), sum(R * C for R, C in shapes)
+    limit = request.bytes - others if request.bytes else int(request.bpw * weights / 8)
+    if limit < (least := sum(costs.least_bytes(R, C) for R, C in shapes)):
+        raise _too_small(request, least, others, weights)
+    return Room(limit, others)
+
+
+def spend(listener: Listener, model: Model, windows: Tensor, seed: int, room: Room) -> Budget:
+    """Measure what each grid costs each matrix on some of the windows, and choose."""
     from fleetune.compression.budget import choose, costs, sensitivity
     from fleetune.compression.layerwise.driver import linears_of
 
@@ -110,19 +131,14 @@ def spend(
         _checked(listener, "grids", block, blocks, name.rsplit(".", 1)[-1])
 
     names = [name for _, linears in linears_of(model) for name in linears]
-    found = sensitivity.measure(model, some, names, request.seed, on_window)
+    found = sensitivity.measure(model, some, names, seed, on_window)
     measured = costs.measure(model, some, found, on_matrix)
-    others = beside(list(measured.options))
-    weights = sum(model.net.get_parameter(name).numel() for name in measured.options)
-    limit = request.bytes - others if request.bytes else int(request.bpw * weights / 8)
-    if limit < (least := choose.smallest(measured.options)):
-        raise _too_small(request, least, others, weights)
-    chosen = choose.choose(measured.options, limit)
+    chosen = choose.choose(measured.options, room.matrices)
     kinds = Counter(option.candidate.kind for option in chosen.values())
     return Budget(
         {name: (option.candidate.grid, option.candidate.bits) for name, option in chosen.items()},
         dict(sorted(kinds.items())),
-        others + sum(option.bytes for option in chosen.values()),
+        room.others + sum(option.bytes for option in chosen.values()),
         sum(option.cost for option in chosen.values()),
         [(end.name, end.head, end.table) for end in measured.ends],
     )

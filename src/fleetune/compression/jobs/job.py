@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from fleetune import compression, subject
 from fleetune.common import settings, sums
+from fleetune.common.display import human_bytes
 from fleetune.common.shell import quoted
-from fleetune.compression.jobs import progress
+from fleetune.compression.jobs import budget, progress
 from fleetune.compression.jobs.contract import Devices, FileSize, Job
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
@@ -91,7 +92,7 @@ def prepare(
 ) -> Job:
     """Check a request, and load its model and data."""
     from fleetune.common.memory import release_memory
-    from fleetune.compression.jobs import budget, distil, inputs, prune, solve
+    from fleetune.compression.jobs import distil, inputs, prune, solve
 
     release_memory()  # an earlier job's, so that the peak is this one's
     method = compression.make(request.method, request.set)
@@ -159,6 +160,9 @@ def _carry_out(request: CompressRequest, job: Job, listener: Listener, folder: P
     """Run a prepared job in a folder that is locked."""
     own = settings.of(compression.method_class(request.method))
     fields = {s.name: s.default for s in own} | request.set
+    if budget.asked(request):
+        limit = human_bytes(request.bytes) if request.bytes else f"{request.bpw:g} bits a weight"
+        fields = {n: v for n, v in fields.items() if n not in budget.CHOSEN} | {"within": limit}
     model = job.inputs.model
     listener.header("fleetune compress", [
         ("model", f"{request.model} @ {model.digest[:8]} · {model.n_params / 1e6:.1f} M parameters"),

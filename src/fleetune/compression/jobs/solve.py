@@ -21,7 +21,7 @@ from fleetune.compression import Solver
 from fleetune.compression.jobs import budget, progress, windows
 from fleetune.compression.jobs.contract import Devices, FileSize, Outcome, Share
 from fleetune.compression.jobs.inputs import Inputs
-from fleetune.errors import Interrupted, UsageError
+from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, sealed
 from fleetune.runs.compression_folder import CLIENTS, FLEET, PARTS, CompressRequest
 from fleetune.runs.events import BlockSolved, CalibrationReply, CompressStart, MatrixSolved
@@ -96,7 +96,7 @@ class SolveJob:
         return size_of(self.solver, count, length)._replace(
             size=WEIGHTS[self.inputs.model.dtype].size, low_memory=self.request.low_memory,
             measured=self.inputs.measured, clients=len(self.shares), together=self.request.true_sequential,
-            heads=_written_heads(self.inputs.model.net.config), budget=bool(self.request.bytes or self.request.bpw),
+            heads=_written_heads(self.inputs.model.net.config), budget=budget.asked(self.request),
         )  # fmt: skip
 
     def run(self, listener: Listener, folder: Path) -> Outcome:
@@ -106,6 +106,13 @@ class SolveJob:
         """
         _check_room(listener, self, folder)
         return _compress(listener, self, folder)
+
+
+def _with_room(job: SolveJob) -> SolveJob:
+    """Return the job; UsageError when it has a budget that cannot be met."""
+    if budget.asked(job.request):
+        _room(job)
+    return job
 
 
 def size_of(solver: Solver, windows: int, length: int) -> CompressionSize:
@@ -131,7 +138,12 @@ def prepare(
     """
     from fleetune.compression.layerwise import driver
 
-    driver.check(inputs.model, solver)
+    try:
+        driver.check(inputs.model, solver)
+    except RecipeError as error:
+        if budget.asked(request):
+            error.hint = f"leave out {budget.flag_of(request)}; then {error.hint}"
+        raise
     if not solver.data:
         for asked, flag in (
             (request.calibrate in (CLIENTS, FLEET), "--calibrate"), (request.true_sequential, "--true-sequential")
@@ -146,12 +158,12 @@ def prepare(
         return SolveJob(request, solver, inputs, None, {}, devices=devices)
     if request.uses_held_out:
         calibration, inputs = windows.of_run(request, inputs, listener)
-        return SolveJob(request, solver, inputs, calibration, {}, beside=beside)
+        return _with_room(SolveJob(request, solver, inputs, calibration, {}, beside=beside))
     clients = request.calibrate == CLIENTS
     shares = windows.of_clients(request, inputs, listener) if clients else {}
     calibration = torch.cat(list(shares.values())) if clients else windows.windows(request, inputs, listener)
     agreed = {client: Share(len(own), _sha256(own)) for client, own in shares.items()}
-    return SolveJob(request, solver, inputs, calibration, shares, agreed=agreed, beside=beside)
+    return _with_room(SolveJob(request, solver, inputs, calibration, shares, agreed=agreed, beside=beside))
 
 
 def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> FinishedBlocks:
@@ -186,18 +198,22 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
 
 def _plan(listener: Listener, job: SolveJob, parts: Path) -> Plan | None:
     """Return the grid of each matrix where there is a budget: the choice in `parts`, or a new one, which is kept there."""
-    if not (job.request.bytes or job.request.bpw):
+    if not budget.asked(job.request):
         return None
     if (found := budget.saved(parts)) is None:
         assert job.calibration is not None
-        assert job.beside is not None
-        whole, model, about = job.beside, job.inputs.model, head(job)
-        found = budget.spend(
-            listener, model, job.calibration, job.request, lambda names: whole(model, names, about)
-        )
+        found = budget.spend(listener, job.inputs.model, job.calibration, job.request.seed, _room(job))
         budget.save(found, parts)
     found.report(listener)
     return found.plan(job.solver)
+
+
+def _room(job: SolveJob) -> budget.Room:
+    """Return the room that a budget leaves for the matrices; UsageError for one that is too small."""
+    beside, model, about = job.beside, job.inputs.model, head(job)
+    if beside is None:
+        raise ValueError("a budget needs the size of the file to come")
+    return budget.room(model, job.request, lambda names: beside(model, names, about))
 
 
 def _check_origin(listener: Listener, job: SolveJob, parts: Path) -> None:
@@ -289,7 +305,7 @@ def head(job: SolveJob) -> ArtefactHead:
 def _settings(job: SolveJob) -> dict[str, Any]:
     """Return the settings that an artefact states; with a budget it takes the place of those that it chooses."""
     settings: dict[str, Any] = asdict(job.solver)  # type: ignore[call-overload]
-    if job.request.bytes or job.request.bpw:
+    if budget.asked(job.request):
         limit = {"bytes": job.request.bytes} if job.request.bytes else {"bpw": job.request.bpw}
         settings = {name: value for name, value in settings.items() if name not in budget.CHOSEN} | limit
     return settings

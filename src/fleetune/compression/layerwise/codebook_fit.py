@@ -37,17 +37,19 @@ def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
     unit = (values[-1] - values[0]) / (len(values) - 1)
     ends = np.array([values[end] + unit * offset for end in (0, -1) for offset in OFFSETS], columns.dtype)
     tried = [(sizes, ends)] if curvature is None else [(sizes, ends), (sizes * h.sqrt(), values[values != 0])]
+    even = bool((np.diff(values) == 1).all())
     scale, best = np.zeros(len(x), columns.dtype), np.zeros(len(x), columns.dtype)
     for counts, places in tried:
         element = x.gather(1, counts.argmax(1, keepdim=True))[:, 0].numpy()
-        _fit(columns, h.numpy(), element, places, values, (values[1:] + values[:-1]) / 2, best, scale)
+        _fit(columns, h.numpy(), element, places, values, (values[1:] + values[:-1]) / 2, even, best, scale)
     return torch.from_numpy(scale)
 
 
 @cached_njit
-def _fit(x, h, element, places, levels, middles, best, scale):
-    # The inner loops run along the rows without a branch, so that they are compiled to vector instructions.
+def _fit(x, h, element, places, levels, middles, even, best, scale):
+    # Ties go to the lower value.  The inner loops run along the rows without a branch, for vector instructions.
     n, R = x.shape
+    half = middles[-1] - levels[-2] if even else levels[0]  # 1/2, of the levels' dtype
     v, q, num, den = np.empty_like(scale), np.empty_like(scale), np.empty_like(scale), np.empty_like(scale)
     for place in places:
         num[:] = 0
@@ -56,7 +58,10 @@ def _fit(x, h, element, places, levels, middles, best, scale):
             for r in range(R):
                 v[r] = x[j, r] * (place / element[r])
                 q[r] = levels[0]
-            for k in range(len(middles)):
+            if even:
+                for r in range(R):
+                    q[r] = min(max(np.ceil(v[r] - half), levels[0]), levels[-1])
+            for k in range(0 if even else len(middles)):
                 middle, gap = middles[k], levels[k + 1] - levels[k]
                 for r in range(R):
                     q[r] = q[r] + gap if v[r] > middle else q[r]

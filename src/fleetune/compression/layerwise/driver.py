@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -185,14 +185,15 @@ def run(
         HiddenStates(model, calibration, true_sequential) if isinstance(calibration, Tensor) else calibration
     )
     placing = isinstance(source, HiddenStates) and source.true_sequential
+
+    def solver_of(name: str) -> Solver:
+        return plan.solvers[name] if plan else solver
+
     for number, (block, linears) in enumerate(blocks):
         with in_memory(block), restored_weights(linears):
             if not (found := parts.open(number)):
                 on_name = functools.partial(on_matrix, number, len(blocks))
-                chosen = (plan.solvers if plan else {}).get
-                _solve_block(
-                    lambda name: chosen(name, solver), number, linears, source, parts, on_name, placing
-                )
+                _solve_block(solver_of, number, linears, source, parts, on_name, placing)
             on_block(parts.blocks[-1], len(blocks))
             if source and (plan or number + 1 < len(blocks)):
                 if found or not placing:

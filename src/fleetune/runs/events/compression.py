@@ -82,7 +82,7 @@ class BudgetSpent(Event):
     event: ClassVar[str] = "budget"
     kinds: Mapping[str, int]  # type of llama.cpp -> number of matrices
     bytes: int  # size of the GGUF file to come
-    kl_divergence: float  # expected, from the dense model, nats a token
+    kl_divergence: float  # a rough estimate, from the dense model, nats a token: to compare budgets by
 
 
 @dataclass(frozen=True, kw_only=True)
