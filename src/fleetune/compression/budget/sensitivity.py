@@ -67,8 +67,8 @@ def measure(
             with _first(table) as embedded:
                 batch = collate([Encoded(ids=window.numpy(), n_prompt=1)], pad_id(model), model.device)
                 hidden, logits = predictors(net, batch)
-                hidden.backward(_gradient(hidden.detach(), logits, head, draw))
-            g = embedded[-1].grad.reshape(-1, len(G)).double().cpu()
+                torch.autograd.backward(hidden, _gradient(hidden.detach(), logits, head, draw))
+            g = _gradient_of(embedded[-1]).reshape(-1, len(G)).double().cpu()
             G.addmm_(g.T, g)
     tokens = windows.numel()
     shares = torch.bincount(windows.reshape(-1), minlength=V).double() / tokens
@@ -88,9 +88,14 @@ def _gradient(
         u = torch.rand(len(p), 1, generator=draw).to(p.device)
         y = torch.searchsorted(p.cumsum(-1), u).clamp_(max=p.shape[1] - 1)
         p.scatter_add_(1, y, torch.full_like(y, -1, dtype=p.dtype))
-        z.backward(p)
-        parts.append(x.grad)
+        torch.autograd.backward(z, p)
+        parts.append(_gradient_of(x))
     return torch.cat(parts)
+
+
+def _gradient_of(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _add_squares(to: Tensor, g: Tensor) -> None:

@@ -297,7 +297,7 @@ def head(job: SolveJob) -> ArtefactHead:
 
     model = job.inputs.model
     return ArtefactHead(
-        job.request.method, _settings(job), models.digest(models.named_tensors(model.net)),  # type: ignore[call-overload]
+        job.request.method, _settings(job), models.digest(models.named_tensors(model.net)),
         model.tokenizer_digest, _calibration(job),
     )  # fmt: skip
 

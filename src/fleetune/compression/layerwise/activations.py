@@ -64,7 +64,8 @@ class HiddenStates:
         """Return the output of a block."""
         out = self.blocks[number](state, **self.kwargs[number])
         self._in_tuple = not isinstance(out, Tensor)
-        return out[0] if self._in_tuple else out
+        after: Tensor = out[0] if self._in_tuple else out
+        return after
 
     def _as_output(self, state: Tensor) -> Tensor | tuple[Tensor]:
         """Return states as a block of this net returns them."""

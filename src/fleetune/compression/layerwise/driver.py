@@ -217,7 +217,7 @@ def _solve_ends(
         on_name(end.name)
         H = end.head * inputs if end.table is None else end.head * inputs + end.table
         W, solver = model.net.get_parameter(end.name).detach().float().cpu(), plan.solvers[end.name]
-        solved = [solver.solve(rows, H) for rows in W.split(END_ROWS)]  # type: ignore[no-untyped-call]
+        solved = [solver.solve(rows, H) for rows in W.split(END_ROWS)]
         found[end.name] = joined([s.weight for s in solved])
         loss = sum(_loss(rows, s, H) for rows, s in zip(W.split(END_ROWS), solved, strict=True))
         matrices.append(MatrixResult(end.name, share(loss, trace(W, H)), solved[0].notes))
