@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fleetune.compression import Solver
+    from fleetune.compression.budget.costs import Costs
     from fleetune.compression.layerwise.driver import Plan
     from fleetune.models.model import Model
 
@@ -119,7 +120,12 @@ def room(model: Model, request: CompressRequest, beside: Callable[[Sequence[str]
 
 def spend(listener: Listener, model: Model, windows: Tensor, seed: int, room: Room) -> Budget:
     """Measure what each grid costs each matrix on some of the windows, and choose."""
-    from fleetune.compression.budget import choose, costs, sensitivity
+    return chosen(measured(listener, model, windows, seed), room)
+
+
+def measured(listener: Listener, model: Model, windows: Tensor, seed: int) -> Costs:
+    """Measure what each grid costs each matrix, on some of the windows int64 [n, length].  Interrupted on Ctrl-C."""
+    from fleetune.compression.budget import costs, sensitivity
     from fleetune.compression.layerwise.driver import linears_of
 
     some = windows[: max(1, TOKENS // windows.shape[1])]
@@ -132,15 +138,21 @@ def spend(listener: Listener, model: Model, windows: Tensor, seed: int, room: Ro
 
     names = [name for _, linears in linears_of(model) for name in linears]
     found = sensitivity.measure(model, some, names, seed, on_window)
-    measured = costs.measure(model, some, found, on_matrix)
-    chosen = choose.choose(measured.options, room.matrices)
-    kinds = Counter(option.candidate.kind for option in chosen.values())
+    return costs.measure(model, some, found, on_matrix)
+
+
+def chosen(costs: Costs, room: Room) -> Budget:
+    """Choose the grid of each matrix within the room."""
+    from fleetune.compression.budget import choose
+
+    found = choose.choose(costs.options, room.matrices)
+    kinds = Counter(option.candidate.kind for option in found.values())
     return Budget(
-        {name: (option.candidate.grid, option.candidate.bits) for name, option in chosen.items()},
+        {name: (option.candidate.grid, option.candidate.bits) for name, option in found.items()},
         dict(sorted(kinds.items())),
-        room.others + sum(option.bytes for option in chosen.values()),
-        sum(option.cost for option in chosen.values()),
-        [(end.name, end.head, end.table) for end in measured.ends],
+        room.others + sum(option.bytes for option in found.values()),
+        sum(option.cost for option in found.values()),
+        [(end.name, end.head, end.table) for end in costs.ends],
     )
 
 
