@@ -24,6 +24,9 @@ from fleetune.common.numba_cache import cached_njit
 
 # of the largest element from an end, in mean distances of two values: beyond it, and inside
 OFFSETS: Final = tuple(0.375 * k for k in range(-4, 5))
+STEPPED: Final = (
+    32  # levels up to which a weight is compared with the middle of each two; more are whole numbers
+)
 
 
 def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
@@ -40,7 +43,10 @@ def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
     scale, best = np.zeros(len(x), columns.dtype), np.zeros(len(x), columns.dtype)
     for counts, places in tried:
         element = x.gather(1, counts.argmax(1, keepdim=True))[:, 0].numpy()
-        _fit(columns, h.numpy(), element, places, values, (values[1:] + values[:-1]) / 2, best, scale)
+        if len(values) > STEPPED:
+            _fit_whole(columns, h.numpy(), element, places, values[[0, -1]], best, scale)
+        else:
+            _fit(columns, h.numpy(), element, places, values, (values[1:] + values[:-1]) / 2, best, scale)
     return torch.from_numpy(scale)
 
 
@@ -63,6 +69,29 @@ def _fit(x, h, element, places, levels, middles, best, scale):
             for r in range(R):
                 num[r] += h[j] * q[r] * x[j, r]
                 den[r] += h[j] * q[r] * q[r]
+        for r in range(R):
+            s = num[r] / den[r]
+            if num[r] * s > best[r]:
+                best[r] = num[r] * s
+                scale[r] = s
+
+
+@cached_njit
+def _fit_whole(x, h, element, places, ends, best, scale):
+    # `_fit` for the whole numbers between the ends
+    n, R = x.shape
+    num, den = np.empty_like(scale), np.empty_like(scale)
+    for place in places:
+        num[:] = 0
+        den[:] = 0
+        for j in range(n):
+            w = h[j]
+            for r in range(R):
+                q = np.rint(x[j, r] * (place / element[r]))
+                q = ends[0] if q < ends[0] else q
+                q = ends[1] if q > ends[1] else q
+                num[r] += w * q * x[j, r]
+                den[r] += w * q * q
         for r in range(R):
             s = num[r] / den[r]
             if num[r] * s > best[r]:
