@@ -40,7 +40,9 @@ def scales_of(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, tuple[int,
         for name, t in named
         if isinstance(t, LazyWeight) and holds_scales(t)
     ]
-    if not found:
+    if not any(
+        part.isdigit() for name, _ in found for part in name.split(".")
+    ):  # of a layer: those have a number
         raise UsageError(
             "this base has no scales that could be trained",
             hint=f"train=scales is for a GGUF file of {', '.join(HALVES)}, with base=mapped",

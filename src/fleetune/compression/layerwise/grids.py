@@ -53,7 +53,8 @@ INSTEAD: Final[Mapping[str, tuple[str, int]]] = MappingProxyType(
 _BLOCKS: Final = {
     ("ggml", 4): (18, 32), ("ggml", 5): (22, 32), ("ggml", 8): (34, 32),
     ("symmetric", 4): (18, 32), ("symmetric", 5): (22, 32), ("symmetric", 8): (34, 32),
-    ("universal", 4): (20, 32), ("universal", 5): (24, 32), ("iq4_nl", 4): (18, 32),
+    ("universal", 3): (18, 32), ("universal", 4): (20, 32), ("universal", 5): (24, 32),
+    ("asymmetric", 3): (18, 32), ("asymmetric", 4): (22, 32), ("asymmetric", 5): (34, 32), ("iq4_nl", 4): (18, 32),
     ("q6_k", 6): (210, WIDTH), ("q5_k", 5): (176, WIDTH), ("q4_k", 4): (144, WIDTH),
     ("q3_k", 3): (110, WIDTH), ("q2_k", 2): (84, WIDTH), ("iq4_xs", 4): (136, WIDTH),
 }  # fmt: skip
@@ -89,7 +90,7 @@ class Grid:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits a weight of a GGUF file in the smallest type that holds the codes; None where only floats do."""
+        """Bits a weight of a GGUF file in the smallest type that holds any codes of the grid; None where only floats do."""
         found = [block for (kind, bits), block in _BLOCKS.items() if kind == self.kind and self.bits <= bits]
         return 8 * found[0][0] / found[0][1] if found else None
 

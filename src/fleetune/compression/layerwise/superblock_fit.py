@@ -37,6 +37,9 @@ PLACES: Final = (1.0, 0.94, 0.86, 1.1)
 REFITS: Final = 2  # times that d and dmin are fitted to the codes
 LIMIT: Final = 65504.0  # of fp16
 LEAST: Final = 2.0**-24  # of fp16, above 0
+BETTER: Final = (
+    1 + 1e-6
+)  # with all codes one up and M one S up a group is as good: such ties are not for rounding to decide
 SINGULAR: Final = 1e-6  # of the determinant's largest value: below it scale and minimum are not told apart
 
 
@@ -173,7 +176,7 @@ def fit_range(columns: Tensor, h: Tensor, top: int, S: Tensor, M: Tensor) -> Non
     """Fit S q - M with q in 0 .. top and M >= 0 to each column of `columns` [n, R], in place of S and M [R]."""
     kind = columns.numpy().dtype
     insets = np.array([(a, b) for a in INSETS for b in INSETS], kind)
-    steps = np.array([0, 1, top, SINGULAR], kind)
+    steps = np.array([0, 1, top, SINGULAR, BETTER], kind)
     low, high = columns.amin(0).clamp(max=0), columns.amax(0)
     _fit_range(columns.numpy(), h.numpy(), low.numpy(), high.numpy(), insets, steps, S.numpy(), M.numpy())
 
@@ -227,7 +230,7 @@ def _fit_range(x, h, low, high, insets, steps, S, M):
                 gain = a * qx[r] + b * sx[r]
                 s[r] = a
                 c[r] = b
-                if gain > best[r]:
+                if gain > best[r] * steps[4]:
                     best[r] = gain
                     S[r] = a
                     M[r] = -b
