@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-import ggml_library
+import sys
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -24,13 +26,13 @@ from fleetune.models.artefact import Quantised
 from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.superblocks import SUPER_TYPES, WIDTH
 
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # the benchmarks are no package of the wheel
+
+from benchmarks import super_blocks
+
 TYPES = sorted(SUPER_TYPES)
 WITHOUT_ZERO = ("iq4_xs", "q2_k", "q4_k", "q5_k")
-needs_llama = pytest.mark.skipif(not ggml_library.THERE, reason="llama.cpp is not installed")
-
-
-def grid_of(kind: str) -> Grid:
-    return Grid(kind, SUPER_TYPES[kind].bits)
+needs_llama = pytest.mark.skipif(not super_blocks.there(), reason="llama.cpp is not installed")
 
 
 def values_of(q: Quantised, column: int) -> Tensor:
@@ -73,7 +75,7 @@ def test_any_matrix_is_rounded_to_the_nearest_and_the_file_holds_it(
     kind: str, W: Tensor, weighted: bool
 ) -> None:
     h = torch.logspace(-2, 2, 512)[torch.arange(512) * 7 % 512] if weighted else None
-    q = rounded(W, grid_of(kind), 32, h)
+    q = rounded(W, super_blocks.grid_of(kind), 32, h)
     of, got = SUPER_TYPES[kind], q.dense()
     assert q.blocks is not None
     assert q.blocks.misfit(8, 512) == ""
@@ -127,15 +129,17 @@ def test_the_error_is_below_that_of_llama_cpp_s_own_quantiser(
     x = rng.standard_normal((64, 512)) if tail == "normal" else rng.standard_t(4, (64, 512))
     x = (0.02 * x).astype(np.float32)
     h = None if spread is None else rng.lognormal(0, spread, 512).astype(np.float32)
-    own = rounded(torch.from_numpy(x), grid_of(kind), 32, None if h is None else torch.from_numpy(h))
-    theirs = ggml_library.rounded(x, kind.upper(), h)
+    own = rounded(
+        torch.from_numpy(x), super_blocks.grid_of(kind), 32, None if h is None else torch.from_numpy(h)
+    )
+    theirs = super_blocks.llama_cpp(x, kind.upper(), h)
     errors = [
         ((1 if h is None else h) * (q - x.astype(np.float64)) ** 2).sum()
         for q in (own.dense().numpy(), theirs)
     ]
     assert errors[0] < 0.985 * errors[1]
     if h is None:  # and below its best, which takes an importance of 1 for all
-        flat = ggml_library.rounded(x, kind.upper(), np.ones(512))
+        flat = super_blocks.llama_cpp(x, kind.upper(), np.ones(512))
         assert errors[0] < ((flat - x.astype(np.float64)) ** 2).sum()
 
 

@@ -31,7 +31,7 @@ from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.superblocks import SuperType
 
 # of a group's range, taken off at an end; below 0: put on
-INSETS: Final = (-0.06, 0.0, 0.06, 0.12, 0.2, 0.3)
+INSETS: Final = (-0.06, -0.03, 0.0, 0.03, 0.06, 0.1, 0.15, 0.22, 0.3)
 # of the largest multiple, where the largest scale is put
 PLACES: Final = (1.0, 0.94, 0.86, 1.1)
 REFITS: Final = 2  # times that d and dmin are fitted to the codes
