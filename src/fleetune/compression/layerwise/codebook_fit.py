@@ -24,9 +24,8 @@ from fleetune.common.numba_cache import cached_njit
 
 # of the largest element from an end, in mean distances of two values: beyond it, and inside
 OFFSETS: Final = tuple(0.375 * k for k in range(-4, 5))
-STEPPED: Final = (
-    32  # levels up to which a weight is compared with the middle of each two; more are whole numbers
-)
+# levels up to which a weight is compared with the middle of each two; more are whole numbers
+STEPPED: Final = 32
 
 
 def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
