@@ -119,6 +119,65 @@ def test_the_scales_are_those_that_take_least_of_all_near_them(kind: str) -> Non
     )  # where more of k and m matter, more are left untried
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_d_and_dmin_are_of_least_squares_for_the_codes(kind: str) -> None:
+    """Against numpy's least squares of each row, to fp16's rounding."""
+    of, g = SUPER_TYPES[kind], torch.Generator().manual_seed(6)
+    x, h = torch.randn(6, WIDTH, generator=g).double(), torch.rand(WIDTH, generator=g) + 0.1
+    work = superblock_fit._Work(x, of, h)
+    tried = work.started(*work.groups(), 1.0)
+    work.settle(tried)
+    found = work.refitted(tried)
+    k, m = (part.repeat_interleave(of.group, 0).T.numpy() for part in (tried.k, tried.m))
+    steps = np.array(CODEBOOKS[of.codebook] if of.codebook else range(1 << of.bits)) - float(of.middle)
+    d, dmin, root = tried.d.numpy(), tried.dmin.numpy(), np.sqrt(h.numpy())
+    for r in range(6):
+        values = (d[r] * k[r])[:, None] * steps - (dmin[r] * m[r])[:, None]
+        a = k[r] * steps[np.abs(values - x[r].numpy()[:, None]).argmin(1)]
+        sides = np.stack([a, -m[r]][: 1 + of.minimum], 1) * root[:, None]
+        best = np.linalg.lstsq(sides, x[r].numpy() * root, rcond=None)[0]
+        assert found.d[r].item() == pytest.approx(best[0], rel=2**-11)
+        if of.minimum:
+            assert found.dmin[r].item() == pytest.approx(best[1], rel=2**-11)
+
+
+@pytest.mark.parametrize("top", [3, 15, 31])
+@pytest.mark.parametrize("shift", [0.0, 0.8, 5.0, -5.0])
+def test_a_range_and_its_minimum_are_nearly_the_best_of_many(top: int, shift: float) -> None:
+    """Against 400 x 60 pairs of S and M >= 0, where the weights are about 0, mostly above, and all on one side of it."""
+    g = torch.Generator().manual_seed(7)
+    columns, h = torch.randn(32, 12, generator=g) + shift, torch.rand(32, generator=g) + 0.1
+    S, M = torch.zeros(12), torch.zeros(12)
+    superblock_fit.fit_range(columns, h, top, S, M)
+    assert (M >= 0).all()
+
+    def errors(S: Tensor, M: Tensor, x: Tensor) -> Tensor:
+        codes = ((x + M[:, None]) / S[:, None]).round().clamp(0, top)
+        return (h * (S[:, None] * codes - M[:, None] - x) ** 2).sum(1)
+
+    found = least = 0.0
+    for r, x in enumerate(columns.T):
+        found += errors(S[r, None], M[r, None], x).item()
+        width = float(x.max() - min(float(x.min()), 0.0))
+        ways = torch.cartesian_prod(
+            torch.linspace(0.4, 1.2, 400) * width / top,
+            (torch.linspace(-0.5, 0.2, 60) * width - x.min()).clamp(min=0),
+        )
+        least += errors(*ways.T, x).min().item()
+    assert found < 1.06 * least
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_small_weights_are_not_lost_where_fp16_has_few_numbers_left(kind: str) -> None:
+    """A d that rounds to 0 would make all of a super-block 0; 2^-24 is a d for weights of this size."""
+    W = 2.0**-17 * torch.randn(16, 512, generator=torch.Generator().manual_seed(8))
+    error = (rounded(W, super_blocks.grid_of(kind), 32).dense() - W).square().sum() / W.square().sum()
+    large = (
+        rounded(W * 2**12, super_blocks.grid_of(kind), 32).dense() / 2**12 - W
+    ).square().sum() / W.square().sum()
+    assert error < 1.25 * large + 2e-3
+
+
 @needs_llama
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("tail", ["normal", "student", "positive"])

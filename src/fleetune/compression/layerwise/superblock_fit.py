@@ -37,9 +37,8 @@ PLACES: Final = (1.0, 0.94, 0.86, 1.1)
 REFITS: Final = 2  # times that d and dmin are fitted to the codes
 LIMIT: Final = 65504.0  # of fp16
 LEAST: Final = 2.0**-24  # of fp16, above 0
-BETTER: Final = (
-    1 + 1e-6
-)  # with all codes one up and M one S up a group is as good: such ties are not for rounding to decide
+# with all codes one up and M one S up a group is as good: rounding is not to decide such ties
+BETTER: Final = 1 + 1e-6
 SINGULAR: Final = 1e-6  # of the determinant's largest value: below it scale and minimum are not told apart
 
 
