@@ -233,6 +233,40 @@ def test_the_importer_gets_the_weights_back(kind: str, base: str, tmp_path: Path
         torch.testing.assert_close(back.net(ids).logits, model.net(ids).logits, rtol=0, atol=1e-5)
 
 
+def test_every_matrix_may_be_on_a_grid_of_its_own(tmp_path: Path) -> None:
+    """Four kinds of blocks, a codebook and plain floats in one artefact and one file."""
+    model = tiny(hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64)
+    kinds = {"q": "q4_k", "k": "q6_k", "v": "iq4_nl", "o": "ggml", "gate": "iq4_xs", "up": "q2_k"}
+    found = {}
+    for name, tensor in models.named_tensors(model.net):
+        part = name.split(".")[-2].removesuffix("_proj")
+        if part in kinds:
+            bits = SUPER_TYPES[kinds[part]].bits if kinds[part] in SUPER_TYPES else 4
+            found[name] = rounded(tensor, Grid(kinds[part], bits), 32)
+    artefact.write(
+        tmp_path / "m", model, found, ArtefactHead("rtn", {}, model.digest, model.tokenizer_digest)
+    )
+    head = Master(tmp_path / "m").head
+    assert head.version == 3
+    assert set(head.codebooks) == {name for name in found if ".v_proj" in name}
+    assert set(head.superblocks.values()) == {"q4_k", "q6_k", "iq4_xs", "q2_k"}
+    report = export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
+    types = {
+        "Q4_K": 2,
+        "Q6_K": 2,
+        "IQ4_NL": 2,
+        "Q4_0": 2,
+        "IQ4_XS": 2,
+        "Q2_K": 2,
+        "F16": 2,
+        "Q8_0": 1,
+        "F32": 5,
+    }
+    assert report.types == types
+    read = dict(models.named_tensors(models.load(str(report.path)).net))
+    assert all(torch.equal(read[name], q.dense()) for name, q in found.items())
+
+
 @needs_engine
 @pytest.mark.parametrize("kind", TYPES)
 def test_llama_cpp_reads_the_same_weights(kind: str, tmp_path: Path) -> None:
