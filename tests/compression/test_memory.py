@@ -35,7 +35,7 @@ from fleetune.models.tensor_file import write_in_turn
 from fleetune.planning import compression_cost, plan
 from fleetune.runs.listener import Silent
 
-TYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]
+TYPES = [torch.int8, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]
 
 
 def saved(

@@ -7,6 +7,7 @@ import importlib
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from deploy_harness import changed, compressed, on_codebook, on_grid, tiny
 from fleetune import adapters, models
 from fleetune.cli.main import main
 from fleetune.common import registry
+from fleetune.compression.layerwise.grids import Grid
+from fleetune.compression.layerwise.groups import rounded
 from fleetune.deploy import targets
 from fleetune.deploy.checkpoint import open_checkpoint
 from fleetune.deploy.export import export, export_adapter
@@ -26,6 +29,7 @@ from fleetune.errors import StorageError, UsageError
 from fleetune.models import artefact
 from fleetune.models.artefact import ArtefactHead, Quantised
 from fleetune.models.families import widths
+from fleetune.models.superblocks import SUPER_TYPES
 
 EXAMPLE = Path(__file__).parent.parent.parent / "docs" / "export.md"
 NAMES = [*targets.every(), "npz"]
@@ -83,6 +87,15 @@ def with_codebook(model: models.Model) -> dict[str, Quantised]:
     return {n: on_codebook(t, 4, 32) for n, t in tensors if n.endswith("proj.weight")}
 
 
+def in_super_blocks(kind: str) -> tuple[models.Model, dict[str, Quantised]]:
+    model, grid = (
+        tiny(hidden_size=256, intermediate_size=256, head_dim=64),
+        Grid(kind, SUPER_TYPES[kind].bits),
+    )
+    tensors = models.named_tensors(model.net)
+    return model, {n: rounded(t, grid, 32) for n, t in tensors if n.endswith("proj.weight")}
+
+
 def narrowed(kind: str) -> models.Model:
     model = tiny(kind)
     widths.cut(model.net, [widths.KeptUnits([0, 1], range(128)), widths.KeptUnits([1], range(16, 112))])
@@ -97,6 +110,7 @@ ODD: dict[str, Callable[[], tuple[models.Model, dict[str, Quantised]]]] = {
     "5 bits": lambda: ((m := tiny()), matrices(m, 5, 64)),
     "zeros of 0": lambda: ((m := tiny()), with_zeros(m)),
     "a codebook": lambda: ((m := tiny()), with_codebook(m)),
+    **{f"super-blocks of {kind}": partial(in_super_blocks, kind) for kind in SUPER_TYPES},
     "two kinds of grids": lambda: ((m := tiny()), mixed(m)),
     "a quantised embedding": lambda: ((m := tiny("qwen2")), with_embedding(m)),
     "a plain model of different widths": lambda: (narrowed("qwen3"), {}),
@@ -128,7 +142,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def source_of(to: str, sources: dict[str, Path]) -> Path:
     """A model that the target holds: codes where it takes them."""
     checker = targets.find(to)
-    for name in ("codes", "a codebook"):
+    for name in ("codes", "a codebook", *(f"super-blocks of {kind}" for kind in SUPER_TYPES)):
         with suppress(UsageError):
             checker.load().check(open_checkpoint(sources[name]), checker.kind)
             return sources[name]

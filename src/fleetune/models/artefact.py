@@ -14,16 +14,25 @@ for each quantised matrix NAME (a parameter's name, [R, C] = [out, in]), which i
 
 since a scale has 11 significant bits and the difference at most 9.  A pruned weight is one whose code is its
 zero.  Where the header names a codebook for NAME (`codebooks.py`), its value for a code stands in the code's place; zero is
-0 then.  Every export is a repacking of it.  The header (JSON under "master" in the file's metadata) says how it was
-made and from which base; it has no time and no path, so the same work gives the same bytes.  It is of version 2 where it
-names a codebook, which earlier programs cannot read, else of version 1.
+0 then.  Where it names a super-block type (`superblocks.py`, which says what the weights are), the file holds instead of
+scale and zero
+
+                            NAME.d           float16 [R, C / 256]
+                            NAME.multiples   int8 [R, C / group], of d: a group's scale
+                            NAME.dmin        float16 [R, C / 256]         both of types with a minimum alone
+                            NAME.minima      int8 [R, C / group], of dmin
+
+Every export is a repacking of it.  The header (JSON under "master" in the file's metadata) says how it was
+made and from which base; it has no time and no path, so the same work gives the same bytes.  It is of version 3 where it
+names a super-block type, of version 2 where it names a codebook and no such type, which earlier programs cannot read, else of
+version 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,10 +51,12 @@ from fleetune.models.artefact_folder import FILE, is_master
 from fleetune.models.codebooks import CODEBOOKS
 from fleetune.models.families.widths import mark_config
 from fleetune.models.model import Model, named_tensors
+from fleetune.models.superblocks import SUPER_TYPES, SuperBlocks
 from fleetune.models.tensor_file import write_in_turn
 
 VERSION: Final = 1
 WITH_CODEBOOKS: Final = 2  # the version of an artefact that names a codebook
+WITH_SUPERBLOCKS: Final = 3  # the version of an artefact that names a super-block type
 AGAIN: Final = "compress the model again"
 
 
@@ -53,15 +64,24 @@ AGAIN: Final = "compress the model again"
 class Quantised:
     """A matrix on a grid: w[r, c] = scale[r, c // group] * steps[r, c].
 
-    The steps are codes[r, c] - zero[r, c // group], or a codebook's value for the code.
+    The steps are codes[r, c] - zero[r, c // group], or a codebook's value for the code.  In super-blocks the scale is a float32
+    number, exact, and a group's minimum is taken off (`superblocks.py`).
     """
 
     codes: Tensor  # uint8 [R, C], below 2**bits
-    scale: Tensor  # float16 [R, C / group]
+    scale: Tensor  # float16 [R, C / group]; float32 in super-blocks
     zero: Tensor  # uint8 [R, C / group]; 0 with a codebook
     bits: int
     group: int  # columns that share a scale and a zero
     codebook: str = ""  # of CODEBOOKS; "" where codes are evenly spaced
+    blocks: SuperBlocks | None = None  # what `scale` is made of, where it is made of super-blocks' parts
+
+    @staticmethod
+    def of_blocks(codes: Tensor, blocks: SuperBlocks) -> Quantised:
+        """Return the matrix with these codes and super-blocks."""
+        of = blocks.type
+        zero = torch.full_like(blocks.multiples, of.middle, dtype=torch.uint8)
+        return Quantised(codes, blocks.scale(), zero, of.bits, of.group, of.codebook, blocks)
 
     def steps(self) -> Tensor:
         """Return how many scales each weight is away from 0, int16 [R, C]."""
@@ -71,7 +91,9 @@ class Quantised:
 
     def dense(self) -> Tensor:
         """Return the weights, float32 [R, C]."""
-        return self.steps().float() * self.scale.float().repeat_interleave(self.group, 1)
+        values = self.steps().float() * self.scale.float().repeat_interleave(self.group, 1)
+        offset = None if self.blocks is None else self.blocks.offset()
+        return values if offset is None else values - offset.repeat_interleave(self.group, 1)
 
 
 @dataclass(frozen=True)
@@ -87,12 +109,14 @@ class ArtefactHead:
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # quantised NAME -> (R, C)
     version: int = VERSION
     codebooks: Mapping[str, str] = field(default_factory=dict)  # NAME on a codebook -> its name
+    superblocks: Mapping[str, str] = field(default_factory=dict)  # NAME in super-blocks -> their type
 
     def to_json(self) -> str:
         """Return canonical JSON."""
         raw = dataclasses.asdict(self)
-        if not self.codebooks:
-            del raw["codebooks"]  # version 1 does not know it
+        for later in ("codebooks", "superblocks"):  # earlier versions do not know them
+            if not raw[later]:
+                del raw[later]
         return json.dumps(raw, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
@@ -100,13 +124,15 @@ class ArtefactHead:
         """Parse a header; ModelError when it is not that of a master artefact of this version."""
         try:
             raw = json.loads(text)
-            if raw["version"] not in (VERSION, WITH_CODEBOOKS):
+            if raw["version"] not in range(VERSION, WITH_SUPERBLOCKS + 1):
                 raise ModelError(
-                    f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION} and {WITH_CODEBOOKS}",
+                    f"the artefact is of version {raw['version']}, this Fleetune reads {VERSION} to {WITH_SUPERBLOCKS}",
                     hint="update Fleetune, or compress the model again",
                 )
             if unknown := sorted(set(raw.get("codebooks", {}).values()) - set(CODEBOOKS)):
                 raise ValueError(f"the codebook {unknown[0]!r}")
+            if unknown := sorted(set(raw.get("superblocks", {}).values()) - set(SUPER_TYPES)):
+                raise ValueError(f"the super-block type {unknown[0]!r}")
             pairs = {k: {n: (int(a), int(b)) for n, (a, b) in raw[k].items()} for k in ("grids", "shapes")}
             return ArtefactHead(**{**raw, **pairs})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -120,7 +146,8 @@ def joined(rows: Sequence[Quantised | Tensor]) -> Quantised | Tensor:
         return torch.cat([part for part in rows if isinstance(part, Tensor)])
     same = [part for part in rows if isinstance(part, Quantised)]
     codes, scale, zero = (torch.cat([getattr(q, n) for q in same]) for n in ("codes", "scale", "zero"))
-    return dataclasses.replace(first, codes=codes, scale=scale, zero=zero)
+    blocks = SuperBlocks.joined([q.blocks for q in same if q.blocks is not None]) if first.blocks else None
+    return dataclasses.replace(first, codes=codes, scale=scale, zero=zero, blocks=blocks)
 
 
 def dense(weight: Quantised | Tensor) -> Tensor:
@@ -157,11 +184,48 @@ def stored(name: str, weight: Quantised | Tensor) -> dict[str, Tensor]:
     """Return the tensors that the file holds for a parameter."""
     if isinstance(weight, Tensor):
         return {name: weight.detach().cpu().contiguous()}
-    return {
-        f"{name}.codes": pack(weight.codes.cpu(), weight.bits),
-        f"{name}.scale": weight.scale.cpu().contiguous(),
-        f"{name}.zero": weight.zero.cpu().contiguous(),
-    }
+    found = {"codes": pack(weight.codes.cpu(), weight.bits)}
+    kind = "" if weight.blocks is None else weight.blocks.kind
+    for part in part_names(kind)[1:]:
+        found[part] = getattr(weight if weight.blocks is None else weight.blocks, part).cpu().contiguous()
+    return {f"{name}.{part}": tensor for part, tensor in found.items()}
+
+
+def part_names(superblocks: str) -> tuple[str, ...]:
+    """Return the names of a quantised matrix's parts in the file; `superblocks` is a type, or "" for none."""
+    if not superblocks:
+        return ("codes", "scale", "zero")
+    minimum = ("dmin", "minima") if SUPER_TYPES[superblocks].minimum else ()
+    return ("codes", "d", "multiples", *minimum)
+
+
+def assembled(
+    get: Callable[[str], Tensor],
+    bits: int,
+    group: int,
+    columns: int,
+    codebook: str = "",
+    superblocks: str = "",
+) -> Quantised:
+    """Return the matrix whose parts `get` reads by name (`part_names`); ValueError for parts of no such matrix."""
+    packed, *rest = (get(part) for part in part_names(superblocks))
+    R = len(packed)
+    if packed.shape != (R, -(-columns * bits // 8)):
+        raise ValueError(f"codes that are not {columns} a row")
+    if not superblocks:
+        scale, zero = rest
+        groups = (R, columns // group)
+        if group < 1 or columns % group or scale.shape != groups or zero.shape != groups:
+            raise ValueError(f"parts that are not those of groups of {group}")
+        return Quantised(unpack(packed, bits, columns), scale, zero, bits, group, codebook)
+    of = SUPER_TYPES[superblocks]
+    if (bits, group, codebook) != (of.bits, of.group, ""):
+        raise ValueError(f"codes of {bits} bits in groups of {group} for {superblocks}")
+    rest += [torch.zeros(R, 0, dtype=torch.float16), torch.zeros(R, 0, dtype=torch.int8)] * (not of.minimum)
+    blocks = SuperBlocks(superblocks, *rest)
+    if problem := blocks.misfit(R, columns):
+        raise ValueError(problem)
+    return Quantised.of_blocks(unpack(packed, bits, columns), blocks)
 
 
 def _merged(
@@ -179,17 +243,21 @@ def write(folder: Path, model: Model, changed: Mapping[str, Quantised | Tensor],
     StorageError when it cannot be written or `folder` holds something else; then `folder` is unchanged.
     """
     grids, shapes = dict[str, tuple[int, int]](), dict[str, tuple[int, int]]()
-    codebooks = dict[str, str]()
+    codebooks, superblocks = dict[str, str](), dict[str, str]()
     table = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
     for name, weight in _merged(model, changed):
         table |= {n: (t.dtype, tuple(t.shape)) for n, t in stored(name, weight).items()}
         if isinstance(weight, Quantised):
             (R, C) = weight.codes.shape
             grids[name], shapes[name] = (weight.bits, weight.group), (R, C)
-            if weight.codebook:
+            if weight.blocks is not None:
+                superblocks[name] = weight.blocks.kind
+            elif weight.codebook:
                 codebooks[name] = weight.codebook
-    version = WITH_CODEBOOKS if codebooks else VERSION
-    head = dataclasses.replace(head, grids=grids, shapes=shapes, codebooks=codebooks, version=version)
+    version = WITH_SUPERBLOCKS if superblocks else WITH_CODEBOOKS if codebooks else VERSION
+    head = dataclasses.replace(
+        head, grids=grids, shapes=shapes, codebooks=codebooks, superblocks=superblocks, version=version
+    )
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, weight in _merged(model, changed):
@@ -228,7 +296,9 @@ class Master:
     @cached_property
     def names(self) -> list[str]:
         """Return the parameters in name order, quantised or not."""
-        parts = {f"{n}.{part}" for n in self.head.grids for part in ("codes", "scale", "zero")}
+        parts = {
+            f"{n}.{part}" for n in self.head.grids for part in part_names(self.head.superblocks.get(n, ""))
+        }
         return sorted((self._stored - parts) | set(self.head.grids))
 
     def quantised(self, name: str) -> Quantised | None:
@@ -236,29 +306,26 @@ class Master:
         if name not in self.head.grids:
             return None
         (bits, group), (R, C) = self.head.grids[name], self.head.shapes[name]
-        try:
-            packed, scale, zero = (
-                self._file.get_tensor(f"{name}.{part}") for part in ("codes", "scale", "zero")
-            )
-        except SafetensorError as error:
-            raise ModelError(f"{self.folder / FILE} lacks parts of {name}", hint=AGAIN) from error
-        groups = (R, C // group)
-        if (
-            C % group
-            or scale.shape != groups
-            or zero.shape != groups
-            or packed.shape != (R, -(-C * bits // 8))
-        ):
-            raise ModelError(
-                f"{self.folder / FILE}: the parts of {name} do not fit [{R}, {C}] in groups of {group}",
-                hint=AGAIN,
-            )
         codebook = self.head.codebooks.get(name, "")
         if codebook and len(CODEBOOKS[codebook]) != 1 << bits:
             raise ModelError(
                 f"{self.folder / FILE}: {name} has codes of {bits} bits for {codebook}", hint=AGAIN
             )
-        return Quantised(unpack(packed, bits, C), scale, zero, bits, group, codebook)
+        kind = self.head.superblocks.get(name, "")
+        try:
+            found = assembled(
+                lambda part: self._file.get_tensor(f"{name}.{part}"), bits, group, C, codebook, kind
+            )
+            if len(found.codes) != R:
+                raise ValueError(f"{len(found.codes)} rows")
+        except SafetensorError as error:
+            raise ModelError(f"{self.folder / FILE} lacks parts of {name}", hint=AGAIN) from error
+        except ValueError as error:
+            raise ModelError(
+                f"{self.folder / FILE}: the parts of {name} do not fit [{R}, {C}] in groups of {group} ({error})",
+                hint=AGAIN,
+            ) from error
+        return found
 
     def weight(self, name: str) -> Tensor:
         """Read a parameter's values: float32 for a quantised one, else in the stored dtype."""

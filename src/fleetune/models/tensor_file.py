@@ -28,6 +28,7 @@ Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
 TYPES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
     {
         **{getattr(torch, dtype.full): dtype.tag for dtype in WEIGHTS.values()},
+        torch.int8: "I8",
         torch.uint8: "U8",
         torch.int32: "I32",
         torch.uint32: "U32",
@@ -55,7 +56,7 @@ def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> 
 
 
 # The order that safetensors' own writer has, within the wide types first.
-_RANK: Final = ("F16", "BF16", "I32", "U32", "F32", "I64")
+_RANK: Final = ("I8", "F16", "BF16", "I32", "U32", "F32", "I64")
 
 
 def write_in_turn(

@@ -40,7 +40,10 @@ def scales_of(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, tuple[int,
         for name, t in named
         if isinstance(t, LazyWeight) and holds_scales(t)
     ]
-    if not found:
+    layers = [
+        name for name, _ in found if any(part.isdigit() for part in name.split("."))
+    ]  # they have a number
+    if not layers:
         raise UsageError(
             "this base has no scales that could be trained",
             hint=f"train=scales is for a GGUF file of {', '.join(HALVES)}, with base=mapped",

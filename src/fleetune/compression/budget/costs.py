@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
+import gguf
 import torch
 from torch import Tensor
 
-from fleetune.common.ggml import BLOCK, BYTES, padded
+from fleetune.common.ggml import BLOCK, padded
 from fleetune.compression.budget.sensitivity import Sensitivity
 from fleetune.compression.layerwise.activations import HiddenStates
 from fleetune.compression.layerwise.column_loop import nearest
@@ -29,6 +30,7 @@ from fleetune.compression.layerwise.hessian import inverse_cholesky
 from fleetune.models.artefact import dense
 from fleetune.models.mapped.net import in_memory
 from fleetune.models.model import Model, named_tensors
+from fleetune.models.superblocks import SUPER_TYPES
 
 ROWS: Final = 8192  # of a matrix that are rounded together
 DAMPING: Final = 0.01
@@ -41,16 +43,28 @@ class Candidate(NamedTuple):
     bits: int
     kind: str
 
+    def fits(self, C: int) -> bool:
+        """Tell whether blocks of this type divide rows of C columns."""
+        return C % self._block[0] == 0
+
     def bytes(self, R: int, C: int) -> int:
         """Return the size of a matrix in the file, in bytes."""
-        return padded(R * (C // BLOCK) * BYTES[self.kind])
+        columns, size = self._block
+        return padded(R * (C // columns) * size)
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        """The columns and the bytes of a block."""
+        columns, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
+        return int(columns), int(size)
 
 
 CANDIDATES: Final = (
-    Candidate("iq4_nl", 4, "IQ4_NL"),
     Candidate("ggml", 4, "Q4_0"),
+    Candidate("iq4_nl", 4, "IQ4_NL"),
     Candidate("ggml", 5, "Q5_0"),
     Candidate("ggml", 8, "Q8_0"),
+    *(Candidate(grid, of.bits, grid.upper()) for grid, of in SUPER_TYPES.items()),
 )
 
 
@@ -128,7 +142,7 @@ def matrix_names(model: Model) -> list[str]:
 
 def least_bytes(R: int, C: int) -> int:
     """Return the bytes of a matrix [R, C] on the smallest grid."""
-    return min(candidate.bytes(R, C) for candidate in CANDIDATES)
+    return min(candidate.bytes(R, C) for candidate in CANDIDATES if candidate.fits(C))
 
 
 def end_names(model: Model) -> list[str]:
@@ -152,11 +166,11 @@ def of_matrix(W: Tensor, terms: Sequence[Term]) -> list[Option]:
     """Return what every candidate costs W float32 [R, C]: the sum over `terms`."""
     pruned = int((W == 0).sum()) >= PRUNED * W.numel()
     R, C = W.shape
-    grids = [(candidate, Grid(candidate.grid, candidate.bits)) for candidate in CANDIDATES]
+    grids = [(each, Grid(each.grid, each.bits)) for each in CANDIDATES if each.fits(C)]
     return [
         Option(candidate, candidate.bytes(R, C), _cost(W, grid, terms))
         for candidate, grid in grids
-        if not (grid.codebook and pruned)
+        if grid.holds_zero or not pruned
     ]
 
 
@@ -166,7 +180,7 @@ def _cost(W: Tensor, grid: Grid, terms: Sequence[Term]) -> float:
     cost = 0.0
     for a in range(0, len(W), ROWS):
         rows = W[a : a + ROWS]
-        zeros = (rows == 0).T if not grid.codebook and bool((rows == 0).any()) else None
+        zeros = (rows == 0).T if grid.holds_zero and bool((rows == 0).any()) else None
         error = rows - dense(quantise(rows, grid, BLOCK, nearest, zeros, fit).solved(grid, BLOCK).weight)
         squares = error.double().square()
         cost += sum(float(term.F[a : a + ROWS] @ (squares @ term.c.double())) for term in terms) / 2

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fleetune.common.files import write_atomic
 from fleetune.compression.training import checksum
-from fleetune.models.artefact import Quantised, stored, unpack
+from fleetune.models.artefact import Quantised, assembled, stored
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,19 @@ def block_file(folder: Path, number: int) -> Path:
     return folder / f"block-{number:04d}.safetensors"
 
 
+def described(q: Quantised) -> list[Any]:
+    """Return what `assembled` needs beside the parts: bits, group, columns; then a codebook or a super-block type, if any."""
+    if q.blocks is not None:
+        return [q.bits, q.group, q.codes.shape[1], "", q.blocks.kind]
+    return [q.bits, q.group, q.codes.shape[1], *([q.codebook] if q.codebook else [])]
+
+
 class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
     """The weights of finished blocks by parameter name, read from disk on access."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # by parameter name: (block, [bits, group, columns], with a codebook's name where there is one, or None for floats)
+        # by parameter name: (block, `described`, or None for floats)
         self._where: dict[str, tuple[int, list[Any] | None]] = {}
         self.blocks: list[BlockResult] = []
 
@@ -71,12 +78,7 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
 
     def put(self, block: BlockResult, weights: Mapping[str, Quantised | Tensor]) -> None:
         """Write a finished block.  StorageError when it cannot be written."""
-        grids = {
-            n: (w.bits, w.group, w.codes.shape[1], *([w.codebook] if w.codebook else []))
-            if isinstance(w, Quantised)
-            else None
-            for n, w in weights.items()
-        }
+        grids = {n: described(w) if isinstance(w, Quantised) else None for n, w in weights.items()}
         matrices = [[m.name, m.error, m.notes] for m in block.matrices]
         head = json.dumps({"weights": grids, "matrices": matrices, "seconds": block.seconds})
         tensors = {k: v for n, w in weights.items() for k, v in stored(n, w).items()}
@@ -90,9 +92,7 @@ class FinishedBlocks(Mapping[str, "Quantised | Tensor"]):
             if grid is None:
                 floats: Tensor = opened.get_tensor(name)
                 return floats
-            bits, group, columns, *codebook = grid
-            codes, scale, zero = (opened.get_tensor(f"{name}.{x}") for x in ("codes", "scale", "zero"))
-            return Quantised(unpack(codes, bits, columns), scale, zero, bits, group, *codebook)
+            return assembled(lambda part: opened.get_tensor(f"{name}.{part}"), *grid)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

@@ -37,19 +37,22 @@ def fit_scale(x: Tensor, levels: Tensor, curvature: Tensor | None) -> Tensor:
     unit = (values[-1] - values[0]) / (len(values) - 1)
     ends = np.array([values[end] + unit * offset for end in (0, -1) for offset in OFFSETS], columns.dtype)
     tried = [(sizes, ends)] if curvature is None else [(sizes, ends), (sizes * h.sqrt(), values[values != 0])]
-    even = bool((np.diff(values) == 1).all())
+    whole = bool((np.diff(values) == 1).all())
     scale, best = np.zeros(len(x), columns.dtype), np.zeros(len(x), columns.dtype)
     for counts, places in tried:
         element = x.gather(1, counts.argmax(1, keepdim=True))[:, 0].numpy()
-        _fit(columns, h.numpy(), element, places, values, (values[1:] + values[:-1]) / 2, even, best, scale)
+        if whole:
+            ends = np.array([values[0], values[-1], 0.5], columns.dtype)
+            _fit_whole(columns, h.numpy(), element, places, ends, best, scale)
+        else:
+            _fit(columns, h.numpy(), element, places, values, (values[1:] + values[:-1]) / 2, best, scale)
     return torch.from_numpy(scale)
 
 
 @cached_njit
-def _fit(x, h, element, places, levels, middles, even, best, scale):
-    # Ties go to the lower value.  The inner loops run along the rows without a branch, for vector instructions.
+def _fit(x, h, element, places, levels, middles, best, scale):
+    # The inner loops run along the rows without a branch, so that they are compiled to vector instructions.
     n, R = x.shape
-    half = middles[-1] - levels[-2] if even else levels[0]  # 1/2, of the levels' dtype
     v, q, num, den = np.empty_like(scale), np.empty_like(scale), np.empty_like(scale), np.empty_like(scale)
     for place in places:
         num[:] = 0
@@ -58,16 +61,34 @@ def _fit(x, h, element, places, levels, middles, even, best, scale):
             for r in range(R):
                 v[r] = x[j, r] * (place / element[r])
                 q[r] = levels[0]
-            if even:
-                for r in range(R):
-                    q[r] = min(max(np.ceil(v[r] - half), levels[0]), levels[-1])
-            for k in range(0 if even else len(middles)):
+            for k in range(len(middles)):
                 middle, gap = middles[k], levels[k + 1] - levels[k]
                 for r in range(R):
                     q[r] = q[r] + gap if v[r] > middle else q[r]
             for r in range(R):
                 num[r] += h[j] * q[r] * x[j, r]
                 den[r] += h[j] * q[r] * q[r]
+        for r in range(R):
+            s = num[r] / den[r]
+            if num[r] * s > best[r]:
+                best[r] = num[r] * s
+                scale[r] = s
+
+
+@cached_njit
+def _fit_whole(x, h, element, places, ends, best, scale):
+    # `_fit` for the whole numbers between the first two of `ends`; the third is 1/2, of their dtype.  Ties go down there too.
+    n, R = x.shape
+    num, den = np.empty_like(scale), np.empty_like(scale)
+    for place in places:
+        num[:] = 0
+        den[:] = 0
+        for j in range(n):
+            w = h[j]
+            for r in range(R):
+                q = min(max(np.ceil(x[j, r] * (place / element[r]) - ends[2]), ends[0]), ends[1])
+                num[r] += w * q * x[j, r]
+                den[r] += w * q * q
         for r in range(R):
             s = num[r] / den[r]
             if num[r] * s > best[r]:

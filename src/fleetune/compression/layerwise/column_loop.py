@@ -35,7 +35,7 @@ BLOCK = 128
 class Segment(NamedTuple):
     """Rule for the next columns: round them to a grid or leave them; masked weights become 0.
 
-    A codebook rounds all of its columns: it has no mask, and its zero is 0.
+    A codebook, and a grid with an offset, round all of their columns: they have no mask, and their zero is 0.
     """
 
     end: int  # the column after the last one
@@ -44,6 +44,7 @@ class Segment(NamedTuple):
     top: int  # the largest code
     mask: Tensor | None  # bool [end - begin, R]: True is pruned
     levels: Tensor | None = None  # the values of the codes of a codebook, rising; None for 0, 1 .. top
+    offset: Tensor | None = None  # [R], taken off every value; None for 0
 
 
 ChooseSegment = Callable[[Tensor, int, int], Segment]
@@ -110,12 +111,16 @@ def _process_columns(
     end = min(part.end, last)
     ends = np.array([0, part.top], none.dtype)
     levels = none if part.levels is None else part.levels.numpy().astype(none.dtype)
-    grid = (scale, zero, ends, mask, levels, (levels[1:] + levels[:-1]) / 2)
+    offset = none if part.offset is None else part.offset.contiguous().numpy()
+    divisor = np.where(scale == 0, ends.dtype.type(np.inf), scale)  # so that a scale of 0 gives the code of 0
+    grid = (scale, divisor, zero, ends, mask, levels, (levels[1:] + levels[:-1]) / 2, offset)
     _loop(Wt.numpy(), U.numpy(), E.numpy(), codes.numpy(), first, begin, end, last, *grid)
 
 
 @cached_njit
-def _loop(Wt, U, E, codes, first, begin, end, last, scale, zero, ends, mask, levels, middles):
+def _loop(
+    Wt, U, E, codes, first, begin, end, last, scale, divisor, zero, ends, mask, levels, middles, offset
+):
     # `ends` (0 and the largest code) has the dtype of the weights: a constant would widen the arithmetic.
     R = Wt.shape[1]
     for j in range(begin, end):
@@ -131,9 +136,17 @@ def _loop(Wt, U, E, codes, first, begin, end, last, scale, zero, ends, mask, lev
                 q = scale[r] * levels[code[r]]
                 e[r] = (w[r] - q) / U[j, j]
                 w[r] = q
+        elif len(offset):
+            for r in range(R):
+                c = np.rint((w[r] + offset[r]) / divisor[r])
+                c = min(max(c, ends[0]), ends[1])
+                q = scale[r] * c - offset[r]
+                code[r] = np.uint8(c)
+                e[r] = (w[r] - q) / U[j, j]
+                w[r] = q
         elif len(scale):
             for r in range(R):
-                c = np.rint(w[r] / scale[r]) + zero[r]
+                c = np.rint(w[r] / divisor[r]) + zero[r]
                 c = min(max(c, ends[0]), ends[1])
                 if len(mask) and mask[j - begin, r]:
                     c = zero[r]

@@ -34,7 +34,7 @@ from fleetune.common.display import counted
 from fleetune.compression import Solved, Solver
 from fleetune.compression.layerwise.activations import HessianSource, HiddenStates
 from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks, MatrixResult
-from fleetune.compression.layerwise.grids import GROUPS
+from fleetune.compression.layerwise.grids import DEFAULTS, GROUPS, INSTEAD
 from fleetune.compression.layerwise.hessian import share, trace
 from fleetune.errors import DataError, ModelError, RecipeError
 from fleetune.models.artefact import Quantised, dense, joined
@@ -87,6 +87,12 @@ def check(model: Model, solver: Solver) -> None:
 
 def _fitting(solver: Solver, shapes: Sequence[tuple[str, int, int]]) -> str:
     """Return the hint for settings that do not fit: the largest smaller group that fits every matrix, if there is one."""
+    if (grid := getattr(solver, "grid", "")) in INSTEAD:
+        instead, bits = INSTEAD[grid]
+        of_groups = replace(solver, grid=instead, bits=bits, group=DEFAULTS[1])  # type: ignore[type-var]
+        if not any(of_groups.check(*shape) for shape in shapes):
+            return f"--set grid={instead} --set bits={bits} fits every layer: GGUF's blocks of {DEFAULTS[1]} columns"
+        return "choose a grid whose groups fit every layer"
     group = getattr(solver, "group", 0)
     for smaller in (*(g for g in GROUPS if g < group), 0) if group else ():
         with suppress(ValueError):

@@ -8,15 +8,21 @@
 | asymmetric | integer | from the smallest to the largest element; 0 is always exact |
 | universal | integer | as asymmetric; scales of 7 significant bits (6 where b = 5): scale * zero is exact in fp16 (Q4_1, Q5_1) |
 | iq4_nl | none | the 16 values of llama.cpp's IQ4_NL, denser about 0; the scale of least squared error (`codebook_fit.py`) |
+| q6_k, q3_k | 32, 4 | GGUF's super-blocks: the scales in 256 columns are multiples of one number (`superblock_fit.py`) |
+| q5_k, q4_k, q2_k | none | the same, with a minimum of each group, likewise a multiple |
+| iq4_xs | none | the same, without a minimum, with the values of iq4_nl |
 
-All scales are rounded to fp16 *before* codes are chosen, so no file format has to round them again.  Zero is on every
-grid but iq4_nl: pruned weights stay zero, and the small weights of a group do not all err in one direction.  `search`
-of the other grids also tries smaller ranges and takes the one with the least sum |err|^2.4 (`mse` in the reference code).
+All scales are rounded to fp16 (those of super-blocks to what the file holds) *before* codes are chosen, so no file format has to
+round them again.  Zero is on every grid whose row says so: pruned weights stay zero there, and the small weights of a group do
+not all err in one direction.  `search` also tries smaller ranges and takes the one with the least sum |err|^2.4 (`mse` in the
+reference code); grids that are fitted do without it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -24,14 +30,34 @@ from torch import Tensor
 
 from fleetune.compression.layerwise.codebook_fit import fit_scale
 from fleetune.models.codebooks import CODEBOOKS
+from fleetune.models.superblocks import SUPER_TYPES, WIDTH, SuperType
 
 UNIFORM: Final = ("ggml", "symmetric", "asymmetric", "universal")
-KINDS: Final = (*UNIFORM, *CODEBOOKS)
+KINDS: Final = (*UNIFORM, *CODEBOOKS)  # whose groups have a scale of their own
+ALL: Final = (*KINDS, *SUPER_TYPES)
 BITS: Final = (2, 3, 4, 5, 8)
 GROUPS: Final = (256, 128, 64, 32, 16, 8, 4)  # sizes that are suggested
 NORM: Final = 2.4
 HALF_BITS: Final = 11  # significant bits of fp16: those of a universal scale and of its zero together
 SIGNIFICANT: Final = 7  # bits of a universal scale at most
+DEFAULTS: Final = (4, 32)  # bits and group where neither is given
+# for rows that super-blocks do not divide: the grid and bits of blocks of 32 columns
+INSTEAD: Final[Mapping[str, tuple[str, int]]] = MappingProxyType(
+    {
+        "q6_k": ("ggml", 8),
+        "q5_k": ("ggml", 5),
+        **dict.fromkeys(("q4_k", "q3_k", "q2_k", "iq4_xs"), ("iq4_nl", 4)),
+    }
+)
+# GGUF's smallest type for the codes of a grid, bytes of a block and its weights: by (grid, bits up to)
+_BLOCKS: Final = {
+    ("ggml", 4): (18, 32), ("ggml", 5): (22, 32), ("ggml", 8): (34, 32),
+    ("symmetric", 4): (18, 32), ("symmetric", 5): (22, 32), ("symmetric", 8): (34, 32),
+    ("universal", 3): (18, 32), ("universal", 4): (20, 32), ("universal", 5): (24, 32),
+    ("asymmetric", 3): (18, 32), ("asymmetric", 4): (22, 32), ("asymmetric", 5): (34, 32), ("iq4_nl", 4): (18, 32),
+    ("q6_k", 6): (210, WIDTH), ("q5_k", 5): (176, WIDTH), ("q4_k", 4): (144, WIDTH),
+    ("q3_k", 3): (110, WIDTH), ("q2_k", 2): (84, WIDTH), ("iq4_xs", 4): (136, WIDTH),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,9 +74,25 @@ class Grid:
         return (1 << self.bits) - 1
 
     @property
+    def blocks(self) -> SuperType | None:
+        """The super-block type; None for groups with a scale of their own."""
+        return SUPER_TYPES.get(self.kind)
+
+    @property
     def codebook(self) -> str:
         """The name of the codebook; "" for evenly spaced values."""
-        return self.kind if self.kind in CODEBOOKS else ""
+        return self.kind if self.kind in CODEBOOKS else self.blocks.codebook if self.blocks else ""
+
+    @property
+    def holds_zero(self) -> bool:
+        """Whether 0 is on the grid of every group."""
+        return not (self.codebook or (self.blocks and self.blocks.minimum))
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits a weight of a GGUF file in the smallest type that holds any codes of the grid; None where only floats do."""
+        found = [block for (kind, bits), block in _BLOCKS.items() if kind == self.kind and self.bits <= bits]
+        return 8 * found[0][0] / found[0][1] if found else None
 
     @property
     def by_curvature(self) -> bool:
@@ -60,13 +102,14 @@ class Grid:
     @property
     def levels(self) -> Tensor | None:
         """The values of a codebook's codes; None for evenly spaced ones."""
-        return torch.tensor(CODEBOOKS[self.kind], dtype=torch.float64) if self.codebook else None
+        return torch.tensor(CODEBOOKS[self.codebook], dtype=torch.float64) if self.codebook else None
 
     def find(self, x: Tensor, curvature: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fit a grid to each row of x [R, n].
 
         curvature [n] says how much an error in a column counts; a codebook and ggml's grid are fitted by it.  Returns (scale,
-        zero) [R] of x's dtype: scales are exact in fp16, zeros are integers.
+        zero) [R] of x's dtype: scales are exact in fp16, zeros are integers.  Super-blocks are fitted as a whole
+        (`superblock_fit.fit`).
         """
         if self.by_curvature and not self.codebook and curvature is not None:
             half = 1 << (self.bits - 1)
@@ -148,8 +191,10 @@ def _significant(scale: Tensor, bits: int) -> Tensor:
 def grid_problems(kind: str, bits: int, group: int, *, search: bool = False) -> list[str]:
     """List what is wrong with the settings of a grid."""
     problems = []
-    if kind not in KINDS:
-        problems.append(f"grid = {kind!r} is none of {', '.join(KINDS)}")
+    if (of := SUPER_TYPES.get(kind)) is not None:
+        return _super_problems(kind, of, bits, group, search)
+    if kind not in ALL:
+        problems.append(f"grid = {kind!r} is none of {', '.join(ALL)}")
     if bits not in BITS:
         problems.append(f"bits = {bits} is none of {', '.join(map(str, BITS))}")
     if group < 0:
@@ -164,6 +209,35 @@ def grid_problems(kind: str, bits: int, group: int, *, search: bool = False) -> 
         if search:
             problems.append(f"grid = {kind!r} tries several scales in any case: leave search out")
     return problems
+
+
+def _super_problems(kind: str, of: SuperType, bits: int, group: int, search: bool) -> list[str]:
+    problems = []
+    if bits not in (DEFAULTS[0], of.bits):
+        problems.append(f"grid = {kind!r} has codes of {of.bits} bits, not of {bits}: leave bits out")
+    if group not in (DEFAULTS[1], of.group):
+        problems.append(f"grid = {kind!r} has groups of {of.group}, not of {group}: leave group out")
+    if search:
+        problems.append(f"grid = {kind!r} tries several scales in any case: leave search out")
+    return problems
+
+
+def settled(kind: str, bits: int, group: int) -> tuple[int, int]:
+    """Return the bits and the group of a grid, which a super-block type has of its own."""
+    of = SUPER_TYPES.get(kind)
+    return (bits, group) if of is None else (of.bits, of.group)
+
+
+def row_problem(name: str, C: int, kind: str, group: int) -> str:
+    """Say why rows of C columns cannot be divided as the grid has to, or "" when they can."""
+    if kind not in SUPER_TYPES:
+        return group_problem(name, C, group)
+    if C % WIDTH == 0:
+        return ""
+    instead, bits = INSTEAD[kind]
+    return f"{name} has {C} columns, which super-blocks of {WIDTH} do not divide" + (
+        f" (grid={instead} with bits={bits} is for groups of 32)" if C % DEFAULTS[1] == 0 else ""
+    )
 
 
 def group_problem(name: str, C: int, group: int) -> str:

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from fleetune.compression.layerwise.blocks import block_file
 from fleetune.errors import FleetError, FleetuneError, MessageError
-from fleetune.models.artefact import Quantised, unpack
+from fleetune.models.artefact import Quantised, assembled
 from fleetune.models.codebooks import CODEBOOKS
+from fleetune.models.superblocks import SUPER_TYPES
 from fleetune.tuning.messages import Message, Payload, decode, encode
 
 WARNING: Final = (
@@ -184,11 +185,15 @@ def weights_of(payload: Payload) -> dict[str, Quantised | Tensor]:
 def _weight(payload: Payload, name: str, grid: list[Any] | None) -> Quantised | Tensor:
     if grid is None:
         return _tensor(payload, name)
-    bits, group, columns, *codebook = grid
-    if set(codebook) - set(CODEBOOKS):
+    bits, group, columns, *names = grid
+    codebook, superblocks = (*names, "", "")[:2]
+    if codebook and codebook not in CODEBOOKS:
         raise ValueError(f"the codebook {codebook!r:.40}")
-    codes, scale, zero = (_tensor(payload, f"{name}.{part}") for part in ("codes", "scale", "zero"))
-    return Quantised(unpack(codes, bits, columns), scale, zero, bits, group, *codebook)
+    if superblocks and superblocks not in SUPER_TYPES:
+        raise ValueError(f"the super-block type {superblocks!r:.40}")
+    return assembled(
+        lambda part: _tensor(payload, f"{name}.{part}"), bits, group, columns, codebook, superblocks
+    )
 
 
 def _tensor(payload: Payload, name: str) -> Tensor:

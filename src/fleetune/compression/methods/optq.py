@@ -23,8 +23,9 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
 - Where H has no Cholesky factor, the reference code stops.  Here damping grows tenfold, up to 1; if there is still no
   factor, the layer is rounded to nearest and the report says so.
 - Inputs that are always zero are not an error: their weights become 0.
-- Weights that are exactly 0 stay 0, however few they are: pruned weights are never moved by the corrections.  Only
-  `grid=iq4_nl` has no 0: there the weights of the last two rules get the value nearest to it, and a pruned matrix is refused.
+- Weights that are exactly 0 stay 0, however few they are: pruned weights are never moved by the corrections.  Some grids have
+  no 0 (`iq4_nl`, `iq4_xs`, `q5_k`, `q4_k`, `q2_k`): there the weights of the last two rules get the value nearest to it, and a
+  pruned matrix is refused.
 
 ## Options
 
@@ -34,6 +35,9 @@ tokens X, and U is the upper Cholesky factor of H^-1 (`layerwise/hessian.py`).  
   `order=none`, because the differences are within the noise.
 - `grid=iq4_nl` is for llama.cpp's type of that name: 16 values that are denser about 0, 4.5 bits a weight in groups of 32.
   A group's scale is the one of least squared error, in which column i counts by 1 / U_ii^2.
+- `grid=q6_k`, `q5_k`, `q4_k`, `q3_k`, `q2_k` and `iq4_xs` are for llama.cpp's types of these names, whose super-blocks of 256
+  columns must divide the rows; bits and groups are the type's.  A super-block's two numbers are fitted when the loop reaches
+  it, a group's own whole numbers once more when it reaches the group (`layerwise/superblock_fit.py`).
 - The scales of `ggml` and `iq4_nl` are fitted: the errors of a column weigh as its curvature given those before it, 1 / U_ii^2.
 - `search=true` also tries smaller ranges for each of the other grids and takes the best.
 """
@@ -48,10 +52,12 @@ from torch import Tensor
 
 from fleetune.common.settings import setting
 from fleetune.compression import Solved
+from fleetune.compression.layerwise import superblock_fit
 from fleetune.compression.layerwise.column_loop import ColumnLoop, CompensatedLoop, Segment
-from fleetune.compression.layerwise.grids import Grid, grid_problems, group_problem
-from fleetune.compression.layerwise.groups import Codes, quantise, refuse_pruned
+from fleetune.compression.layerwise.grids import Grid, grid_problems, row_problem, settled
+from fleetune.compression.layerwise.groups import Codes, codes_of, quantise, refuse_pruned, segment
 from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
+from fleetune.models.superblocks import SUPER_TYPES, WIDTH
 
 PAPER = "Frantar et al., ICLR 2023, arXiv 2210.17323"
 
@@ -64,7 +70,9 @@ class Solver:
 
     bits: int = setting(4, "b", "bits of a code: 2, 3, 4, 5 or 8")
     group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
-    grid: str = setting("ggml", "grid", "ggml, symmetric, asymmetric, universal or iq4_nl")
+    grid: str = setting(
+        "ggml", "grid", "ggml, symmetric, asymmetric, universal, iq4_nl; q6_k, q5_k, q4_k, q3_k, q2_k, iq4_xs"
+    )
     search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
     order: str = setting("none", "act", "order of the columns: none, static or gar")
     damping: float = setting(0.01, "λ", "added to H's diagonal, of its mean")
@@ -76,18 +84,24 @@ class Solver:
             problems.append("grid = ggml is fitted to the errors that count: leave search out")
         if self.order not in ("none", "static", "gar"):
             problems.append(f"order = {self.order!r} is none of none, static, gar")
+        if self.order == "gar" and self.grid in SUPER_TYPES:
+            problems.append(
+                "order = gar moves groups, and those of super-blocks belong together: none or static"
+            )
         if problems:
             raise ValueError(*problems)
+        for name, value in zip(("bits", "group"), settled(self.grid, self.bits, self.group), strict=True):
+            object.__setattr__(self, name, value)  # what the grid says
 
     def check(self, name: str, R: int, C: int) -> str:
         """Say why rows of C columns cannot be divided into groups, or "" when they can."""
-        return group_problem(name, C, self.group)
+        return row_problem(name, C, self.grid, self.group)
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Run algorithm 1 of the paper on one matrix."""
         grid, group = Grid(self.grid, self.bits, self.search), self.group or W.shape[1]
         refuse_pruned(W, grid)
-        zeros = (W == 0).T if not grid.codebook and bool((W == 0).any()) else None
+        zeros = (W == 0).T if grid.holds_zero and bool((W == 0).any()) else None
         order = column_order(H.diagonal(), group, self.order)
         if order is not None:
             W, H = W[:, order], H[order][:, order]
@@ -131,9 +145,11 @@ def _quantise_sorted(
     curvature: Tensor | None,
 ) -> Codes:
     """Quantise sorted columns; the grids are fitted beforehand, to groups of neighbours in the file."""
-    back, levels = order.argsort(), grid.levels
-    places = [slice(first, first + group) for first in range(0, W.shape[1], group)]
+    back = order.argsort()
     whole, h = W[:, back], None if curvature is None else curvature[back]
+    if grid.blocks is not None:
+        return _quantise_sorted_blocks(W, whole, grid, loop, order, zeros, h)
+    levels, places = grid.levels, [slice(first, first + group) for first in range(0, W.shape[1], group)]
     fits = [grid.find(whole[:, place], None if h is None else h[place]) for place in places]
     scale, zero = (torch.stack([fit[i] for fit in fits], 1) for i in (0, 1))
     group_of = order // group
@@ -145,3 +161,27 @@ def _quantise_sorted(
 
     _, codes = loop(W, choose)
     return Codes(codes[:, back], scale, zero)
+
+
+def _quantise_sorted_blocks(
+    W: Tensor,
+    whole: Tensor,
+    grid: Grid,
+    loop: ColumnLoop,
+    order: Tensor,
+    zeros: Tensor | None,
+    h: Tensor | None,
+) -> Codes:
+    """Do the same for super-blocks; `whole` [R, C] and h [C] are weights and curvature in the order of the file."""
+    of = grid.blocks
+    assert of is not None
+    places = [slice(first, first + WIDTH) for first in range(0, W.shape[1], WIDTH)]
+    fits = [superblock_fit.fit(whole[:, at], of, None if h is None else h[at]) for at in places]
+
+    def choose(Wt: Tensor, begin: int, last: int) -> Segment:
+        column = int(order[begin])
+        mask = None if zeros is None else zeros[begin : begin + 1]
+        return segment(begin + 1, grid, fits[column // WIDTH], column % WIDTH // of.group, mask)
+
+    _, codes = loop(W, choose)
+    return codes_of(codes[:, order.argsort()], grid, fits)

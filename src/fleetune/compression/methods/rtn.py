@@ -29,7 +29,7 @@ from torch import Tensor
 from fleetune.common.settings import setting
 from fleetune.compression import Solved
 from fleetune.compression.layerwise.column_loop import nearest
-from fleetune.compression.layerwise.grids import Grid, grid_problems, group_problem
+from fleetune.compression.layerwise.grids import Grid, grid_problems, row_problem, settled
 from fleetune.compression.layerwise.groups import quantise, refuse_pruned
 
 PAPER = "the baseline of Frantar et al., ICLR 2023, arXiv 2210.17323"
@@ -43,16 +43,20 @@ class Solver:
 
     bits: int = setting(4, "b", "bits of a code: 2, 3, 4, 5 or 8")
     group: int = setting(32, "g", "columns that share a scale (0: the whole row)")
-    grid: str = setting("ggml", "grid", "ggml, symmetric, asymmetric, universal or iq4_nl")
+    grid: str = setting(
+        "ggml", "grid", "ggml, symmetric, asymmetric, universal, iq4_nl; q6_k, q5_k, q4_k, q3_k, q2_k, iq4_xs"
+    )
     search: bool = setting(False, "mse", "try shrunken ranges, keep the best")
 
     def __post_init__(self) -> None:
         if problems := grid_problems(self.grid, self.bits, self.group, search=self.search):
             raise ValueError(*problems)
+        for name, value in zip(("bits", "group"), settled(self.grid, self.bits, self.group), strict=True):
+            object.__setattr__(self, name, value)  # what the grid says
 
     def check(self, name: str, R: int, C: int) -> str:
         """Say why rows of C columns cannot be divided into groups, or "" when they can."""
-        return group_problem(name, C, self.group)
+        return row_problem(name, C, self.grid, self.group)
 
     def solve(self, W: Tensor, H: Tensor) -> Solved:
         """Round every group to its grid; H is not used."""

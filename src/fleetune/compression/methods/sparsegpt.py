@@ -42,6 +42,7 @@ from fleetune.compression.layerwise.grids import Grid, grid_problems, group_prob
 from fleetune.compression.layerwise.groups import Codes
 from fleetune.compression.layerwise.hessian import damping_problems, inverse_cholesky
 from fleetune.models.codebooks import CODEBOOKS
+from fleetune.models.superblocks import SUPER_TYPES
 
 PAPER = "Frantar and Alistarh, ICML 2023, arXiv 2301.00774"
 
@@ -74,6 +75,8 @@ class Solver:
             problems += grid_problems(self.grid, self.bits, self.group)
             if self.grid in CODEBOOKS:
                 problems.append(f"grid = {self.grid!r} has no 0, which pruned weights need")
+            if self.grid in SUPER_TYPES:
+                problems.append(f"grid = {self.grid!r} is for optq and rtn")
         if problems:
             raise ValueError(*problems)
 

@@ -20,7 +20,7 @@ With w = scale t, where t = code - zero or a codebook's value for the code, whol
     Q5_1   as Q4_1                   needs code <= 31
     Q8_0   d = scale, q = t          needs -128 <= t <= 127
 
-and a group that is a multiple of 32, of which each block repeats the scale.
+and a group that is a multiple of 32, of which each block repeats the scale.  Super-blocks: `_ggml_super_blocks.py`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fleetune.deploy.formats import _ggml_super_blocks
 from fleetune.models.artefact import Quantised
 
 BLOCK: Final = 32
@@ -44,6 +45,10 @@ TOPS: Final[Mapping[str, int]] = MappingProxyType({"Q4_1": 15, "Q5_1": 31})  # o
 
 def misfit(q: Quantised, kind: str) -> str | None:
     """Return why blocks of `kind` (one of `PACKERS`) cannot hold the matrix without loss; None when they can."""
+    if kind in _ggml_super_blocks.PACKERS:
+        return _ggml_super_blocks.misfit(q, kind)
+    if q.blocks is not None:
+        return f"its scales are those of {q.blocks.kind}'s super-blocks, which {kind} has not"
     if q.group % BLOCK:
         return f"its groups of {q.group} are no multiple of {kind}'s blocks of {BLOCK}"
     if kind == "IQ4_NL":
@@ -100,9 +105,9 @@ def pack_q8_0(q: Quantised) -> np.ndarray:
 PACKERS: Final[Mapping[str, Callable[[Quantised], np.ndarray]]] = MappingProxyType(
     {
         "Q4_0": pack_q4_0, "IQ4_NL": pack_iq4_nl, "Q4_1": pack_q4_1, "Q5_0": pack_q5_0, "Q5_1": pack_q5_1,
-        "Q8_0": pack_q8_0,
+        "Q8_0": pack_q8_0, **_ggml_super_blocks.PACKERS,
     }
-)  # by size  # fmt: skip
+)  # by size, super-blocks after the others  # fmt: skip
 
 
 def _per_block(q: Quantised, values: Tensor) -> np.ndarray:

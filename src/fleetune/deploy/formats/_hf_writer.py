@@ -134,7 +134,8 @@ def packed(model: Checkpoint, parts: Parts, rounded: set[str]) -> Iterator[tuple
 def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
     """Return the grids of the quantised matrices, without their codes.
 
-    UsageError when nothing is quantised, Misfit when something else than linear layers is, or values are not evenly spaced.
+    UsageError when nothing is quantised, Misfit when something else than linear layers is, where values are not evenly spaced,
+    and for super-blocks.
     """
     found: dict[str, Quantised] = {}
     for name in model.names:
@@ -143,6 +144,11 @@ def matrices(model: Checkpoint, to: str) -> dict[str, Quantised]:
         if name not in model.linears:
             raise Misfit(
                 f"{to} holds quantised linear layers; {name} is none", remedy="compress again without it"
+            )
+        if q.blocks is not None:
+            raise Misfit(
+                f"{to} holds groups with a scale of their own; those of {name} are of {q.blocks.kind}'s super-blocks",
+                remedy="compress again on another grid (--set grid=ggml)",
             )
         if q.codebook:
             raise Misfit(

@@ -8,7 +8,8 @@ repacked without loss (`_ggml_blocks.py`); a target that cannot hold the codes i
     target      quantised matrices             embedding, head        other matrices       norms, biases
     gguf        Q4_0, IQ4_NL, Q4_1, Q5_0,      Q8_0                   F16 (BF16 stays)     F32
                 Q5_1 or Q8_0: the smallest
-                that is exact
+                that is exact; or that
+                of their super-blocks
     gguf:q4_0   Q4_0 (the others alike)        Q8_0                   F16 (BF16 stays)     F32
     gguf:f32    F32 (f16, bf16 if exact)       F32                    F32                  F32
 
@@ -64,6 +65,12 @@ TARGETS: Final = {
     "gguf:q5_0": "the same, 5.5 bits a weight: symmetric 5-bit codes",
     "gguf:q5_1": "the same, 6 bits a weight: 5-bit codes with a zero",
     "gguf:q8_0": "the same, 8.5 bits a weight: codes up to 8 bits, or plain weights rounded",
+    "gguf:q2_k": "the same, 2.625 bits a weight: codes of the grid q2_k",
+    "gguf:q3_k": "the same, 3.4375 bits a weight: codes of the grid q3_k",
+    "gguf:iq4_xs": "the same, 4.25 bits a weight: codes of the grid iq4_xs",
+    "gguf:q4_k": "the same, 4.5 bits a weight: codes of the grid q4_k",
+    "gguf:q5_k": "the same, 5.5 bits a weight: codes of the grid q5_k",
+    "gguf:q6_k": "the same, 6.5625 bits a weight: codes of the grid q6_k",
     "gguf:f16": "the same, plain weights in fp16",
     "gguf:bf16": "the same, plain weights in bf16",
     "gguf:f32": "the same, plain weights in fp32",
@@ -250,7 +257,9 @@ def _file_type(entries: list[GgufTensor]) -> LlamaFileType:
         if len(entry.shape) == 2 and entry.name not in ENDS:
             weights[entry.kind] += math.prod(entry.shape)
     main = weights.most_common(1)[0][0]
-    return LlamaFileType.ALL_F32 if main == "F32" else LlamaFileType[f"MOSTLY_{main}"]
+    if main == "F32":
+        return LlamaFileType.ALL_F32
+    return LlamaFileType[f"MOSTLY_{main}" + ("_S" if main in ("Q3_K", "Q4_K", "Q5_K") else "")]
 
 
 # ---------------------------------------------------------------- writing

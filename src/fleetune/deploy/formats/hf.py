@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a plain Hugging Face directory, which transformers and `models.load` read: weights without codes.
 
-In fp32 the weights of a quantised matrix are exact: scale * (code - zero) has at most 11 + 9 bits.  In fp16
+In fp32 the weights of a quantised matrix are exact: scale * (code - zero) has at most 11 + 9 bits, and super-blocks' weights are
+float32 numbers by definition.  In fp16
 and bf16 they are rounded once, and the report says how many tensors kept their values.
 """
 

@@ -293,6 +293,7 @@ def _of_gguf(file: Path) -> Iterator[tuple[bool, int, int]]:
 def _of_folder(folder: Path) -> Iterator[tuple[bool, int, int]]:
     """Yield (whether it is a matrix of a block, number of weights, bytes) of every parameter."""
     from fleetune.deploy.checkpoint import open_checkpoint
+    from fleetune.models.artefact import stored
 
     model = open_checkpoint(folder)
     for name, shape in model.shapes.items():
@@ -301,7 +302,7 @@ def _of_folder(folder: Path) -> Iterator[tuple[bool, int, int]]:
         if q is None:
             size = count * model.weight(name).element_size()
         else:
-            size = len(q.codes) * -(-q.codes.shape[1] * q.bits // 8) + q.scale.numel() * 2 + q.zero.numel()
+            size = sum(part.numel() * part.element_size() for part in stored(name, q).values())
         yield name in model.linears and inside, count, size
 
 
