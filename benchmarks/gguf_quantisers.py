@@ -43,14 +43,7 @@ from fleetune.runs.listener import Listener
 
 SAMPLE: Final = (16, 256)  # windows, tokens
 TEST: Final = (12, 256)
-THEIRS: Final = {
-    "Q4_0": 2,
-    "IQ4_NL": 25,
-    "IQ4_XS": 30,
-    "Q4_K_M": 15,
-    "Q5_K_M": 17,
-    "Q3_K_M": 12,
-}  # llama.cpp's numbers
+THEIRS: Final = {"Q4_0": 2, "IQ4_NL": 25, "IQ4_XS": 30, "Q4_K_M": 15}  # llama.cpp's numbers of file types
 OURS: Final[Mapping[str, Mapping[str, Any]]] = {
     "optq, Q4_0": {}, "optq, IQ4_NL": {"grid": "iq4_nl"},
     "optq, asymmetric grid (the paper's loop), 5 bits a weight": {"grid": "asymmetric"},
@@ -214,8 +207,16 @@ def _quantise(source: Path, target: Path, number: int, importance: Mapping[str, 
     for i, (name, data, size) in enumerate(kept):
         table[3 * i : 3 * i + 3] = [int(ffi.cast("uintptr_t", name)), int(ffi.cast("uintptr_t", data)), size]
     settings.imatrix = ffi.cast("struct llama_model_imatrix_data *", table)
-    if library.llama_model_quantize(str(source).encode(), str(target).encode(), ffi.addressof(settings)):
+    quiet = ffi.callback("void(enum ggml_log_level, const char *, void *)", _say_nothing)
+    library.llama_log_set(quiet, ffi.NULL)
+    failed = library.llama_model_quantize(str(source).encode(), str(target).encode(), ffi.addressof(settings))
+    library.llama_log_set(ffi.NULL, ffi.NULL)
+    if failed:
         raise RuntimeError(f"llama.cpp did not write {target}")
+
+
+def _say_nothing(level: int, text: object, data: object) -> None:
+    """Drop what llama.cpp logs."""
 
 
 def _values(model: Model, file: Path) -> dict[str, Tensor]:
