@@ -108,7 +108,7 @@ def _size(size: int | str) -> int:
     """Return a size in bytes, given as a number or as people write it."""
     from fleetune.planning import plan
 
-    return size if isinstance(size, int) else plan.parse_bytes(size, "--bytes") or 0
+    return size if isinstance(size, int) else plan.parse_bytes(size, "--bytes", least=1) or 0
 
 
 def _devices(served: Served | None) -> Calibrators | None:

@@ -288,8 +288,11 @@ _BYTES = re.compile(_NUMBER + r"(?:([kmgt]i?)?b?)\s*", re.IGNORECASE)
 _RATE = re.compile(_NUMBER + r"([kKmMgG]i?)?(bits?|b|B)(?:/s|ps|/sec)\s*")
 
 
-def parse_bytes(text: str | None, flag: str = "--ram") -> int | None:
-    """Parse a size as bytes: 4GB, 512 MB, 2GiB, 8e9.  None stays None; UsageError, which names `flag`, for anything else."""
+def parse_bytes(text: str | None, flag: str = "--ram", least: int = LEAST) -> int | None:
+    """Parse a size as bytes: 4GB, 512 MB, 2GiB, 8e9.  None stays None; UsageError, which names `flag`, for anything else.
+
+    A plain number below `least` is taken for one whose unit was forgotten.
+    """
     if text is None:
         return None
     found = _BYTES.fullmatch(text)
@@ -298,9 +301,9 @@ def parse_bytes(text: str | None, flag: str = "--ram") -> int | None:
         raise UsageError(
             f"{flag} {text!r} is not a size", hint="write 4GB, 512 MB, 2GiB or a number of bytes"
         )
-    if found and text.strip()[-1] in "0123456789." and value < LEAST:
+    if found and text.strip()[-1] in "0123456789." and value < least:
         raise UsageError(
-            f"{flag} {text}: no device has {text.strip()} bytes of memory. Did you mean {text.strip()}GB?",
+            f"{flag} {text}: {text.strip()} bytes are too few. Did you mean {text.strip()}GB?",
             hint="write 4GB, 512 MB, 2GiB or a number of bytes",
         )
     return int(value)

@@ -204,7 +204,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     if "bytes" in given:
         from fleetune.planning import plan
 
-        given["bytes"] = plan.parse_bytes(given["bytes"], "--bytes")
+        given["bytes"] = plan.parse_bytes(given["bytes"], "--bytes", least=1)
     return given
 
 

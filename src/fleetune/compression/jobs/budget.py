@@ -164,11 +164,12 @@ def _checked(listener: Listener, what: str, number: int, count: int, text: str) 
 
 def _too_small(request: CompressRequest, least: int, others: int, weights: int) -> UsageError:
     if request.bytes:
-        need = math.ceil((least + others) / 1e5) / 10
+        size = least + others
+        need = f"{math.ceil(size / 1e3)}kB" if size < 1e6 else f"{math.ceil(size / 1e5) / 10:g}MB"
         return UsageError(
             f"no file of {human_bytes(request.bytes)} can hold this model: the smallest that llama.cpp's types allow here has "
-            f"{human_bytes(least + others)}",
-            hint=f"--bytes {need:g}MB   or remove parts of it first: fleetune compress MODEL --method llm-pruner",
+            f"{human_bytes(size)}",
+            hint=f"--bytes {need}   or remove parts of it first: fleetune compress MODEL --method llm-pruner",
         )
     need = math.ceil(800 * least / weights) / 100
     return UsageError(

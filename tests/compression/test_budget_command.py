@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fleetune compress --bytes` and `--bpw`: the file has the size that was said, and what cannot be is refused up front."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from command_harness import call, pulled_after
+from deploy_harness import tokenizer
+from pruner_harness import tiny
+
+from fleetune import compression, models
+from fleetune.cli.main import main
+from fleetune.compression.jobs import budget
+from fleetune.models.artefact import Master
+
+SMALL = ("--text", "text.txt", "--windows", "4", "--length", "16")
+SIZES = {
+    "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32,
+}  # fmt: skip
+
+
+Events = list[dict[str, Any]]
+
+
+@pytest.fixture
+def model(at: Path) -> str:
+    """A tiny llama of which 24 matrices have rows of 96, and 4 of 256, with a tokenizer that GGUF holds."""
+    made = dataclasses.replace(tiny("llama", **SIZES), tokenizer=tokenizer())
+    models.save(made.net, made.tokenizer, at / "tiny")
+    return "tiny"
+
+
+def told(events: Events) -> dict[str, Any]:
+    (found,) = [event for event in events if event["event"] == "budget"]
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What a command that is refused says."""
+    code = main(list(args))
+    err = capsys.readouterr().err
+    assert code == 2, err
+    return err
+
+
+def exported(capsys: pytest.CaptureFixture[str], folder: Path) -> Path:
+    """The compressed model as a file with the name that sizes are stated for."""
+    code, _, err = call(capsys, "export", "latest", "--to", "gguf", "--path", str(folder / "model.gguf"))
+    assert code == 0, err
+    return folder / "model.gguf"
+
+
+@pytest.mark.parametrize("size", ["240kB", "260 kB", "300000"])
+def test_the_file_has_the_size_that_was_said(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    code, events, err = call(capsys, "compress", model, *SMALL, "--bytes", size)
+    assert code == 0, err
+    found, limit = told(events), int(float(size.rstrip(" kB")) * (1000 if "k" in size else 1))
+    file = exported(capsys, at)
+    assert file.stat().st_size == found["bytes"] <= limit
+    kinds = [t.tensor_type.name for t in gguf.GGUFReader(file).tensors if len(t.shape) == 2]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == found["kinds"]
+    assert sum(found["kinds"].values()) == 29, "the tied embedding is one of them"
+
+
+def test_bits_a_weight_are_those_of_the_matrices(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, events, err = call(capsys, "compress", model, *SMALL, "--bpw", "5.25")
+    assert code == 0, err
+    matrices = [t for t in gguf.GGUFReader(exported(capsys, at)).tensors if len(t.shape) == 2]
+    bits = 8 * sum(t.n_bytes for t in matrices) / sum(t.n_elements for t in matrices)
+    assert 5.0 < bits <= 5.25
+    head = Master(Path(events[-1]["folder"]) / "model").head
+    assert head.settings["bpw"] == 5.25
+    assert not {"bits", "grid"} & set(head.settings)
+
+
+def test_more_bytes_change_the_model_less(model: str, at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = []
+    for size in ("230kB", "270kB", "360kB"):
+        code, events, err = call(
+            capsys, "compress", model, *SMALL, "--bytes", size, "--eval-text", "text.txt"
+        )
+        assert code == 0, err
+        changed.append((told(events)["kl_divergence"], events[-1]["after"]["kl_divergence"]))
+    assert changed == sorted(changed, reverse=True)
+    assert changed[0][1] > 4 * changed[2][1]
+
+
+def test_untied_ends_are_solved_each_for_itself(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = dataclasses.replace(tiny("llama", tie_word_embeddings=False, **SIZES), tokenizer=tokenizer())
+    models.save(made.net, made.tokenizer, at / "tiny")
+    code, events, err = call(capsys, "compress", "tiny", *SMALL, "--bytes", "290kB")
+    assert code == 0, err
+    assert exported(capsys, at).stat().st_size == told(events)["bytes"]
+    grids = Master(Path(events[-1]["folder"]) / "model").head.grids
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(grids)
+
+
+def test_a_budget_that_cannot_be_met_names_the_least_that_can(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    err = refused(capsys, "compress", model, *SMALL, "--bytes", "100kB")
+    assert "no file of 100 kB can hold this model" in err
+    assert not list(at.glob("runs/*")), "refused before a folder is made"
+    least = err.split("--bytes ")[1].split()[0]
+    assert call(capsys, "compress", model, *SMALL, "--bytes", least)[0] == 0
+    err = refused(capsys, "compress", model, *SMALL, "--bpw", "3")
+    assert "3 bits a weight are too few" in err
+    bits = float(err.split("--bpw ")[1].split()[0])
+    code, _, err = call(capsys, "compress", model, *SMALL, "--bpw", str(bits))
+    assert code == 0, err
+    refused(capsys, "compress", model, *SMALL, "--bpw", str(bits - 0.01))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "hint"),
+    [
+        (("--bytes", "1MB", "--bpw", "5"), "both say how large", "give one of them"),
+        (("--bytes", "1MB", "--set", "bits=5"), "chooses bits for each matrix", "leave out --set bits"),
+        (("--bytes", "1MB", "--method", "rtn"), "rtn does not", "--method optq"),
+        (("--bytes", "1MB", "--method", "sparsegpt"), "sparsegpt does not", "--method optq"),
+        (("--bytes", "1MB", "--method", "llm-pruner"), "leaves floats", "--method"),
+        (("--bytes", "many"), "is not a size", "write"),
+        (("--bpw", "-1"), "bpw = -1.0", "--help"),
+        (("--bpw", "nan"), "bpw = nan", "--help"),
+    ],
+)
+def test_what_has_no_place_beside_a_budget_is_refused(
+    model: str, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str, hint: str
+) -> None:
+    err = refused(capsys, "compress", model, *SMALL, *flags)
+    assert message in err
+    assert hint in err
+
+
+def test_rows_that_no_type_fits_are_refused(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = dataclasses.replace(tiny("llama"), tokenizer=tokenizer())
+    models.save(made.net, made.tokenizer, at / "tiny")
+    err = refused(capsys, "compress", "tiny", *SMALL, "--bytes", "1MB")
+    assert "leave out --bytes; then --set group=4" in err
+
+
+def test_a_model_without_a_place_in_gguf_is_refused(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tiny("llama", **SIZES)
+    models.save(made.net, made.tokenizer, at / "tiny")
+    err = refused(capsys, "compress", "tiny", *SMALL, "--bytes", "1MB", "--dry-run")
+    assert "the tokenizer of tiny has no merges" in err
+    assert "leave out --bytes and --bpw" in err
+
+
+def test_a_stopped_one_resumes_with_the_grids_that_were_chosen(
+    model: str, at: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = (*SMALL, "--bytes", "260kB")
+    code, events, _ = call(capsys, "compress", model, *flags)
+    whole = events[-1]["digest"]
+    monkeypatch.setattr("fleetune.cli.listener.InterruptHandler", pulled_after(60))
+    code, events, err = call(capsys, "compress", model, *flags)
+    assert code == 130, err
+    parts = at / "runs" / "0002-optq-tiny" / "parts"
+    assert list(parts.glob("block-*"))
+    monkeypatch.undo()
+    monkeypatch.chdir(at)
+    chosen = budget.saved(parts)
+    assert chosen is not None
+    code, events, err = call(capsys, "compress", "--resume", "2")
+    assert code == 0, err
+    assert told(events)["kinds"] == chosen.kinds
+    assert events[-1]["digest"] == whole
+
+
+def test_a_choice_comes_back_as_it_was_kept_and_a_damaged_one_not_at_all(tmp_path: Path) -> None:
+    table = torch.rand(4, 4)
+    kept = budget.Budget(
+        {"a": ("q4_k", 4), "b": ("ggml", 8)}, {"Q4_K": 1}, 99, 0.5, [("b", 0.25, table), ("c", 1.0, None)]
+    )
+    budget.save(kept, tmp_path)
+    found = budget.saved(tmp_path)
+    assert found is not None
+    assert dataclasses.replace(found, ends=[]) == dataclasses.replace(kept, ends=[])
+    torch.testing.assert_close(found.ends[0][2], table)
+    assert [end[:2] for end in found.ends] == [("b", 0.25), ("c", 1.0)]
+    plan = found.plan(compression.make("optq", {}))  # type: ignore[arg-type]
+    assert (plan.solvers["a"].grid, plan.solvers["b"].bits) == ("q4_k", 8)  # type: ignore[attr-defined]
+    file = tmp_path / budget.FILE
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert budget.saved(tmp_path) is None
+    file.unlink()
+    assert budget.saved(tmp_path) is None
