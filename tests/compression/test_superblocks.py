@@ -316,6 +316,11 @@ def test_dead_inputs_and_matrices_that_nothing_reached() -> None:
         assert torch.equal(plain, dense(compression.make("rtn", {"grid": kind}).solve(W.clone(), H)))
 
 
+def test_a_super_block_is_no_group() -> None:
+    with pytest.raises(ValueError, match="q4_k has no groups with a scale of their own"):
+        super_blocks.grid_of("q4_k").find(torch.randn(2, 32))
+
+
 # --- settings -------------------------------------------------------------------------------------------------
 
 

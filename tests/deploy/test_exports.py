@@ -16,6 +16,7 @@ from fleetune.deploy.export import export
 from fleetune.deploy.formats import gguf, hf
 from fleetune.deploy.targets import check_place
 from fleetune.errors import ModelError, StorageError, UsageError
+from fleetune.models.superblocks import SUPER_TYPES
 
 
 def place(to: str) -> str:
@@ -36,8 +37,8 @@ def test_every_target_writes_or_says_why_not(tmp_path: Path, to: str) -> None:
             export(tmp_path / "m", to, out)
         assert list(out.parent.iterdir()) == []
         return
-    if to == "gguf:iq4_nl":
-        with pytest.raises(UsageError, match="its codes are not those of the grid iq4_nl"):
+    if (grid := to.removeprefix("gguf:")) in ("iq4_nl", *SUPER_TYPES):
+        with pytest.raises(UsageError, match=f"its codes are not those of the grid {grid}"):
             export(tmp_path / "m", to, out)
         assert list(out.parent.iterdir()) == []
         return

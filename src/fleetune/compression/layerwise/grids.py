@@ -108,9 +108,11 @@ class Grid:
         """Fit a grid to each row of x [R, n].
 
         curvature [n] says how much an error in a column counts; a codebook and ggml's grid are fitted by it.  Returns (scale,
-        zero) [R] of x's dtype: scales are exact in fp16, zeros are integers.  Super-blocks are fitted as a whole
-        (`superblock_fit.fit`).
+        zero) [R] of x's dtype: scales are exact in fp16, zeros are integers.  ValueError for super-blocks, which are fitted
+        as a whole (`superblock_fit.fit`; `groups.rounded` is for all grids).
         """
+        if self.blocks is not None:
+            raise ValueError(f"{self.kind} has no groups with a scale of their own")
         if self.by_curvature and not self.codebook and curvature is not None:
             half = 1 << (self.bits - 1)
             scale = _fp16(fit_scale(x, torch.arange(-half, half), curvature))
