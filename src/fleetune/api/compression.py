@@ -36,6 +36,7 @@ def compress(
     true_sequential: bool = False,
     bytes: int | str = 0,
     bpw: float = 0.0,
+    train_scales: int = 0,
     seed: int = 42,
     dtype: str = "fp32",
     served: Served | None = None,
@@ -53,7 +54,8 @@ def compress(
     (`fleetune.fleet.server.Served`, in its `with` block).  `low_memory` loads one block at a time from disk.  With
     `true_sequential` a layer is solved on inputs that have passed the already compressed layers of its own block (GPTQ's
     option of that name).  `bytes` (a number, or text such as "91.7MB") limits the GGUF file, or `bpw` the bits of a weight
-    in it: the grid of each matrix, embedding and head included, is chosen so that the model changes least.  The perplexity
+    in it: the grid of each matrix, embedding and head included, is chosen so that the model changes least.  `train_scales`
+    are steps in which the scales are trained, after solving, to follow the dense model.  The perplexity
     of the text file `eval_text` is measured before and after.
     """
     if isinstance(model, str | Path):
@@ -67,7 +69,7 @@ def compress(
         "data": objects_to_files.data_name(data, Path(out)), "text": str(text),
         "eval_text": str(eval_text), "windows": windows, "length": length, "calibrate": calibrate, "clients": clients,
         "low_memory": low_memory, "true_sequential": true_sequential, "bytes": _size(bytes), "bpw": bpw,
-        "seed": seed, "dtype": dtype,
+        "train_scales": train_scales, "seed": seed, "dtype": dtype,
     }  # fmt: skip
     request = job.request_for(model, method, settings or {}, options, tokenizer=tokenizer, out=Path(out))
     return job.start(

@@ -55,6 +55,7 @@ class CompressRequest:
     true_sequential: bool = False  # inputs of a layer have passed the compressed layers of its own block
     bytes: int = 0  # of the GGUF file at most: grids are chosen for each matrix; 0 for no limit
     bpw: float = 0.0  # the same, in bits a weight of its matrices
+    train_scales: int = 0  # steps in which the scales are trained after solving; 0 for none
 
     @property
     def uses_held_out(self) -> bool:
@@ -78,6 +79,7 @@ class CompressOptions(TypedDict, total=False):
     true_sequential: bool
     bytes: int
     bpw: float
+    train_scales: int
 
 
 # Finding one ----------------------------------------------------------------------------------------

@@ -82,6 +82,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--bpw", type=float, metavar="BITS", help="the same, for so many bits a weight (such as 4.5)"
     )
     sub.add_argument(
+        "--train-scales",
+        type=int,
+        metavar="STEPS",
+        help="after solving, train the scales for so many steps to follow the dense model; the codes stay",
+    )
+    sub.add_argument(
         "--eval-text",
         help="plain text file: its perplexity before and after, and the KL divergence from the dense model on it",
     )

@@ -171,10 +171,10 @@ def _too_small(request: CompressRequest, least: int, others: int, weights: int) 
             f"{human_bytes(size)}",
             hint=f"--bytes {need}   or remove parts of it first: fleetune compress MODEL --method llm-pruner",
         )
-    need = math.ceil(800 * least / weights) / 100
+    bits = math.ceil(800 * least / weights) / 100
     return UsageError(
         f"{request.bpw:g} bits a weight are too few: the smallest types that fit this model take {8 * least / weights:.3f}",
-        hint=f"--bpw {need:g}",
+        hint=f"--bpw {bits:g}",
     )
 
 

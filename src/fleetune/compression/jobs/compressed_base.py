@@ -52,9 +52,9 @@ def base_of(listener: Listener, folder: Path, *, offline: bool) -> Path:
         )
     seconds = compression_folder.record(folder)["result"]["seconds"]
     listener.note(f"the base is compressed the same way, once: the tuned model took {human_time(seconds)}")
-    parts = solve.solve(listener, job, place, f"fleetune measure {quoted(folder)} --kept-gain")
+    found = solve.solve(listener, job, place, f"fleetune measure {quoted(folder)} --kept-gain")
     compression_folder.state_base(folder, "")
-    artefact.write(model, job.inputs.model, parts, head)
+    artefact.write(model, job.inputs.model, found.weights, head)
     compression_folder.state_base(folder, sums.sealed(model, compression_folder.RECORD))
     compression_folder.drop_parts(place / PARTS)
     return model

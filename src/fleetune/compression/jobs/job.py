@@ -12,7 +12,7 @@ from fleetune import compression, subject
 from fleetune.common import settings, sums
 from fleetune.common.display import human_bytes
 from fleetune.common.shell import quoted
-from fleetune.compression.jobs import budget, progress
+from fleetune.compression.jobs import budget, progress, scales
 from fleetune.compression.jobs.contract import Devices, FileSize, Job
 from fleetune.errors import Interrupted, RecipeError, UsageError
 from fleetune.runs import compression_folder, rundir
@@ -106,6 +106,7 @@ def prepare(
     if isinstance(method, compression.Pruner):
         return prune.prepare(request, method, listener, offline=offline)
     budget.check(request, method)
+    scales.check(request, method)
     return solve.prepare(request, method, inputs.load(request, offline=offline), listener, devices, beside)
 
 
@@ -189,7 +190,8 @@ def check(request: CompressRequest) -> None:
     """Raise RecipeError with every contradiction in a request, before anything is loaded."""
     if request.run and not (Path(request.model) / "run.toml").is_file():
         raise UsageError(f"the run {request.model} is gone", hint="fleetune runs   lists what there is")
-    numbers: dict[str, object] = {n: getattr(request, n) for n in ("windows", "length", "clients", "seed")}
+    integers = ("windows", "length", "clients", "seed", "bytes", "train_scales")
+    numbers: dict[str, object] = {n: getattr(request, n) for n in integers}
     problems = [f"{n} = {v!r} is not an integer" for n, v in numbers.items() if not isinstance(v, int)]
     if problems:
         raise RecipeError(problems, hint="fleetune compress --help")
@@ -201,6 +203,8 @@ def check(request: CompressRequest) -> None:
     if request.data and request.text:
         problems.append("data and text are both given")
     problems += _client_problems(request)
+    if request.train_scales < 0:
+        problems.append(f"train_scales = {request.train_scales} is below 0")
     if request.bytes < 0:
         problems.append(f"bytes = {request.bytes} is below 0")
     if not 0 <= request.bpw < 33:
@@ -262,6 +266,8 @@ def _check_whole(request: CompressRequest) -> None:
         problems.append(f"{request.method} is not calibrated by clients")
     if request.true_sequential:
         problems.append(f"{request.method} solves no layers: no true_sequential")
+    if request.train_scales:
+        problems.append(f"{request.method} leaves no scales to train")
     if request.bytes or request.bpw:
         problems.append(f"{request.method} leaves floats, which no budget of bytes is spent on")
     if problems:

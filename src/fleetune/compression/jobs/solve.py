@@ -3,45 +3,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fleetune.common.display import counted, human_bytes, human_time
-from fleetune.common.shell import quoted
 from fleetune.compression import Solver
-from fleetune.compression.jobs import budget, progress, windows
+from fleetune.compression.jobs import budget, calibrating, progress, scales, windows
 from fleetune.compression.jobs.contract import Devices, FileSize, Outcome, Share
 from fleetune.compression.jobs.inputs import Inputs
 from fleetune.errors import Interrupted, RecipeError, UsageError
-from fleetune.runs import compression_folder, sealed
+from fleetune.runs import compression_folder
 from fleetune.runs.compression_folder import CLIENTS, FLEET, PARTS, CompressRequest
-from fleetune.runs.events import BlockSolved, CalibrationReply, CompressStart, MatrixSolved
+from fleetune.runs.events import BlockSolved, CompressStart, MatrixSolved
 from fleetune.runs.listener import Listener
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fleetune.compression.layerwise.activations import HessianSource
-    from fleetune.compression.layerwise.blocks import BlockResult, FinishedBlocks
+    from fleetune.compression.layerwise.blocks import BlockResult
     from fleetune.compression.layerwise.driver import Plan
     from fleetune.compression.layerwise.sums import HessianReply
     from fleetune.evaluation.reference import Reference
-    from fleetune.models.artefact import ArtefactHead
+    from fleetune.models.artefact import ArtefactHead, Quantised
     from fleetune.planning.compression_cost import CompressionSize
-
-ORIGIN: Final = (
-    "origin.json"  # in the folder of finished blocks: the weights, settings and text that made them
-)
-REPLIES: Final = "replies.jsonl"  # there too: of the clients
 
 
 @dataclass(frozen=True)
@@ -162,19 +153,27 @@ def prepare(
     clients = request.calibrate == CLIENTS
     shares = windows.of_clients(request, inputs, listener) if clients else {}
     calibration = torch.cat(list(shares.values())) if clients else windows.windows(request, inputs, listener)
-    agreed = {client: Share(len(own), _sha256(own)) for client, own in shares.items()}
+    agreed = {client: Share(len(own), calibrating.sha256(own)) for client, own in shares.items()}
     return _with_room(SolveJob(request, solver, inputs, calibration, shares, agreed=agreed, beside=beside))
 
 
-def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> FinishedBlocks:
-    """Solve the blocks of the job's model; those that `folder` holds are not solved again.
+class Weights(NamedTuple):
+    """What a solver found: of each block, and the weights by name, read on access."""
+
+    blocks: Sequence[BlockResult]
+    weights: Mapping[str, Quantised | Tensor]
+
+
+def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) -> Weights:
+    """Solve the blocks of the job's model, and train their scales where that is asked for; what `folder` holds is kept.
 
     `resume_command` is shown after Ctrl-C (Interrupted).  UsageError when the blocks in `folder` were made from other
     weights, settings or text.
     """
     from fleetune.compression.layerwise import driver
 
-    _check_origin(listener, job, folder / PARTS)
+    origin = _origin_of(job)
+    calibrating.check_origin(listener, origin, job.request.model, folder / PARTS)
 
     def on_matrix(block: int, blocks: int, name: str) -> None:
         listener.progress("blocks", block, blocks, name.rsplit(".", 1)[-1])
@@ -182,18 +181,33 @@ def solve(listener: Listener, job: SolveJob, folder: Path, resume_command: str) 
             raise Interrupted(f"stopped in block {block}; finished blocks are kept", hint=resume_command)
 
     plan = _plan(listener, job, folder / PARTS)
-    parts = driver.run(
+    blocks = driver.run(
         job.inputs.model,
         job.solver,
-        _source(listener, job, folder / PARTS),
+        calibrating.source(listener, job, folder / PARTS),
         folder / PARTS,
         on_matrix,
         lambda block, blocks: _report_block(listener, block, blocks),
         true_sequential=job.request.true_sequential,
         plan=plan,
     )
-    listener.note(_summary(parts.blocks))
-    return parts
+    listener.note(_summary(blocks.blocks))
+    if not job.request.train_scales:
+        return Weights(blocks.blocks, blocks)
+    assert job.calibration is not None
+    trained = scales.train(
+        listener, job.inputs.model, blocks, job.calibration, job.request, folder / PARTS, origin
+    )
+    return Weights(blocks.blocks, trained)
+
+
+def _origin_of(job: SolveJob) -> str:
+    """Return what finished blocks are made of, as text: weights, settings, calibration text."""
+    model = job.inputs.model
+    return json.dumps([
+        job.request.method, _settings(job), model.digest, model.dtype,
+        calibrating.stated(job), [[client, len(own)] for client, own in job.shares.items()],
+    ])  # fmt: skip
 
 
 def _plan(listener: Listener, job: SolveJob, parts: Path) -> Plan | None:
@@ -216,80 +230,6 @@ def _room(job: SolveJob) -> budget.Room:
     return budget.room(model, job.request, lambda names: beside(model, names, about))
 
 
-def _check_origin(listener: Listener, job: SolveJob, parts: Path) -> None:
-    from fleetune.common.files import write_atomic
-
-    model = job.inputs.model
-    own = json.dumps([
-        job.request.method, _settings(job), model.digest, model.dtype,
-        _calibration(job), [[client, len(own)] for client, own in job.shares.items()],
-    ])  # fmt: skip
-    file = parts / ORIGIN
-    if (found := _origin(file)) not in ("", own):
-        raise UsageError(
-            f"the blocks in {parts} were made of other weights or another text: something has changed since",
-            hint=f"compress again: fleetune compress {quoted(job.request.model)}",
-        )
-    if not found and any(parts.glob("block-*")):
-        listener.note(
-            f"{file} is damaged or gone, so nothing says what the blocks there are of: they are solved again"
-        )
-        compression_folder.drop_parts(parts)
-    parts.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, sealed.to_text({"origin": own}))
-
-
-def _origin(file: Path) -> str:
-    """The origin that is written beside finished blocks; "" where it is gone or cannot be read."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        if isinstance(found := json.loads(text), list):  # an earlier version's, without a checksum
-            return text if len(found) == 6 else ""
-        return str(sealed.from_text(text).get("origin", ""))
-    except (OSError, ValueError):
-        return ""
-
-
-def _source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | HessianSource | None:
-    from fleetune.compression.layerwise.federated import ClientHessians
-    from fleetune.compression.layerwise.sums import WARNING
-
-    if not job.shares and job.devices is None:
-        return job.calibration
-    log = parts / REPLIES
-    job.replies.extend(_earlier(log))
-    gone = frozenset(reply.client for reply in job.replies if reply.reason)
-
-    def on_reply(reply: HessianReply) -> None:
-        listener.event(CalibrationReply(**asdict(reply)))
-        if reply.reason:
-            listener.note(f"block {reply.block + 1}: client {reply.client} is left out: {reply.reason}")
-        job.replies.append(reply)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(reply)) + "\n")
-
-    listener.note(WARNING)
-    if job.devices is not None:
-        source, agreed = job.devices.source(
-            job.request, job.inputs.model, parts.parent, gone, on_reply, listener
-        )
-        job.agreed.update(agreed)
-        return source
-    left = {client: own for client, own in job.shares.items() if client not in gone}
-    return ClientHessians(job.inputs.model, left or job.shares, parts, on_reply)
-
-
-def _earlier(log: Path) -> list[HessianReply]:
-    """Read the replies before a stop: what they sent counts, and a client that was left out stays out."""
-    from fleetune.compression.layerwise.sums import HessianReply
-
-    found = list[HessianReply]()
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
-        with suppress(ValueError, TypeError):  # cut short by a kill
-            found.append(HessianReply(**json.loads(line)))
-    return found
-
-
 def head(job: SolveJob) -> ArtefactHead:
     """Return the artefact's head: method, settings, and digests of the weights and calibration windows."""
     from fleetune import models
@@ -298,7 +238,7 @@ def head(job: SolveJob) -> ArtefactHead:
     model = job.inputs.model
     return ArtefactHead(
         job.request.method, _settings(job), models.digest(models.named_tensors(model.net)),
-        model.tokenizer_digest, _calibration(job),
+        model.tokenizer_digest, calibrating.stated(job),
     )  # fmt: skip
 
 
@@ -308,6 +248,8 @@ def _settings(job: SolveJob) -> dict[str, Any]:
     if budget.asked(job.request):
         limit = {"bytes": job.request.bytes} if job.request.bytes else {"bpw": job.request.bpw}
         settings = {name: value for name, value in settings.items() if name not in budget.CHOSEN} | limit
+    if job.request.train_scales:
+        settings |= {"train_scales": job.request.train_scales}
     return settings
 
 
@@ -338,15 +280,15 @@ def _compress(listener: Listener, job: SolveJob, folder: Path) -> Outcome:
     request = asdict(job.request)
     listener.event(CompressStart(**request, folder=str(folder), before=before, planned=job.memory))
     with job.inputs.reference(model, folder, listener) as reference:
-        parts = solve(listener, job, folder, progress.resume_command(folder))
+        found = solve(listener, job, folder, progress.resume_command(folder))
         written = folder / "model"
-        artefact.write(written, model, parts, head(job))
-        after = _after(job.inputs, parts, reference)
+        artefact.write(written, model, found.weights, head(job))
+        after = _after(job.inputs, found.weights, reference)
     done = {
         "before": before, "after": after, "bytes": compression_folder.size(written),
         "seconds": round(time.monotonic() - began, 3), "peak_rss": peak_rss(),
-        "digest": artefact.Master(written).digest(), **_mean(_errors(parts.blocks)),
-        "notes": _notes(parts.blocks), "planned": job.memory, **_traffic(listener, job),
+        "digest": artefact.Master(written).digest(), **_mean(_errors(found.blocks)),
+        "notes": _notes(found.blocks), "planned": job.memory, **_traffic(listener, job),
     }  # fmt: skip
     sizes = {"before": progress.weight_bytes(model), "after": compression_folder.weights_size(written)}
     return Outcome(done, sizes)
@@ -391,32 +333,11 @@ def _notes(blocks: Sequence[BlockResult]) -> dict[str, list[str]]:
     return {m.name: list(m.notes) for b in blocks for m in b.matrices if m.notes}
 
 
-def _calibration(job: SolveJob) -> dict[str, Any]:
-    """Return what the head of an artefact states of the calibration text: its size and digest; {} for none.
-
-    Where clients calibrate it is the digest of their digests, in their order: nobody has all of the text.
-    """
-    if job.agreed:
-        shares = [job.agreed[client] for client in sorted(job.agreed)]
-        whole = hashlib.sha256("".join(share.sha256 for share in shares).encode()).hexdigest()
-        count = sum(share.windows for share in shares)
-        return {"windows": count, "length": job.request.length, "clients": len(shares), "sha256": whole}
-    if job.calibration is None:
-        return {}
-    count, length = job.calibration.shape
-    how = {"true_sequential": True} if job.request.true_sequential else {}
-    return {"windows": count, "length": length, "sha256": _sha256(job.calibration), **how}
-
-
-def _sha256(windows: Tensor) -> str:
-    """Return the SHA-256 of windows int64 [n, length], hexadecimal."""
-    return hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
-
-
-def _after(inputs: Inputs, parts: FinishedBlocks, reference: Reference | None) -> dict[str, float]:
+def _after(
+    inputs: Inputs, weights: Mapping[str, Quantised | Tensor], reference: Reference | None
+) -> dict[str, float]:
     """Measure the compressed model.  Its weights take the place of the model's own, which are not needed any more."""
     from fleetune.common.memory import give_back
-    from fleetune.compression.layerwise import driver
     from fleetune.models.artefact import dense
     from fleetune.models.mapped.net import memory_of
 
@@ -424,9 +345,10 @@ def _after(inputs: Inputs, parts: FinishedBlocks, reference: Reference | None) -
         return {}
     model = inputs.model
     if lazy := memory_of(model.net):
-        lazy.changed = lambda name: dense(parts[name]) if name in parts else None
+        lazy.changed = lambda name: dense(weights[name]) if name in weights else None
         return inputs.measure(model, reference)
-    linears = {name: m for _, found in driver.linears_of(model) for name, m in found.items()}
-    driver.place_weights(linears, parts)
+    for name in weights:
+        own = model.net.get_parameter(name)
+        own.data = dense(weights[name]).to(own)
     give_back()  # what the model's own weights leave behind
     return inputs.measure(model, reference)

@@ -154,7 +154,7 @@ class Grid:
             return _fp16(2 * torch.maximum(-lo, hi) / self.top), torch.full_like(lo, half)
         scale = (hi - lo) / self.top
         if self.kind == "universal":
-            scale = _significant(scale, min(SIGNIFICANT, HALF_BITS - self.bits))
+            scale = significant(scale, min(SIGNIFICANT, HALF_BITS - self.bits))
         scale = _fp16(scale)
         return scale, torch.round(-lo / scale).clamp(0, self.top)
 
@@ -182,7 +182,7 @@ def _half(scale: Tensor) -> Tensor:
     return scale.clamp(-65504, 65504).to(torch.float16).to(scale.dtype)
 
 
-def _significant(scale: Tensor, bits: int) -> Tensor:
+def significant(scale: Tensor, bits: int) -> Tensor:
     """Round to so many significant bits."""
     _, exponent = torch.frexp(scale)
     # fp16's subnormals have fewer bits: there the step is that of fp16 (2^-24), and zero * step is exact as well

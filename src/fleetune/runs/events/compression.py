@@ -49,6 +49,7 @@ class CompressStart(Event):
     true_sequential: bool  # inputs of a layer have passed the compressed layers of its block
     bytes: int  # of the GGUF file at most; 0 for no limit
     bpw: float  # bits a weight of the GGUF file's matrices at most; 0 for no limit
+    train_scales: int  # steps in which the scales are trained after solving; 0 for none
     folder: str  # path of the compression's folder
     before: Mapping[str, float]  # measures before compression, by name
     teacher: Mapping[str, float] | None = None  # measures of the teacher, by name
@@ -100,12 +101,12 @@ class CalibrationReply(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
-    """A training step of distillation or of a pruned model's recovery."""
+    """A training step of distillation, of a pruned model's recovery or of a quantised model's scales."""
 
     event: ClassVar[str] = "step"
     step: int  # from 1
     steps: int  # number of steps
-    loss: float  # of this step; in distillation the divergence from the teacher
+    loss: float  # of this step; in distillation and of scales the divergence from the teacher
     reward: float | None = None  # mean reward of the answers that the student wrote in this step
 
 

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say what finished blocks were made of, and give the Hessians that a solver calibrates on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from fleetune.common.shell import quoted
+from fleetune.errors import UsageError
+from fleetune.runs import compression_folder, sealed
+from fleetune.runs.events import CalibrationReply
+from fleetune.runs.listener import Listener
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fleetune.compression.jobs.solve import SolveJob
+    from fleetune.compression.layerwise.activations import HessianSource
+    from fleetune.compression.layerwise.sums import HessianReply
+
+ORIGIN: Final = (
+    "origin.json"  # in the folder of finished blocks: the weights, settings and text that made them
+)
+REPLIES: Final = "replies.jsonl"  # there too: of the clients
+
+
+def check_origin(listener: Listener, own: str, model: str, parts: Path) -> None:
+    """Note in `parts` what the blocks there are made of, `own`; blocks of unknown origin are removed.
+
+    UsageError for blocks of other weights, settings or text; `model` names what to compress again.
+    """
+    from fleetune.common.files import write_atomic
+
+    file = parts / ORIGIN
+    if (found := _origin(file)) not in ("", own):
+        raise UsageError(
+            f"the blocks in {parts} were made of other weights or another text: something has changed since",
+            hint=f"compress again: fleetune compress {quoted(model)}",
+        )
+    if not found and any(parts.glob("block-*")):
+        listener.note(
+            f"{file} is damaged or gone, so nothing says what the blocks there are of: they are solved again"
+        )
+        compression_folder.drop_parts(parts)
+    parts.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, sealed.to_text({"origin": own}))
+
+
+def _origin(file: Path) -> str:
+    """The origin that is written beside finished blocks; "" where it is gone or cannot be read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if isinstance(found := json.loads(text), list):  # an earlier version's, without a checksum
+            return text if len(found) == 6 else ""
+        return str(sealed.from_text(text).get("origin", ""))
+    except (OSError, ValueError):
+        return ""
+
+
+def source(listener: Listener, job: SolveJob, parts: Path) -> Tensor | HessianSource | None:
+    """Return the windows of a job, or its clients' or devices' Hessians; None for a solver without data."""
+    from fleetune.compression.layerwise.federated import ClientHessians
+    from fleetune.compression.layerwise.sums import WARNING
+
+    if not job.shares and job.devices is None:
+        return job.calibration
+    log = parts / REPLIES
+    job.replies.extend(_earlier(log))
+    gone = frozenset(reply.client for reply in job.replies if reply.reason)
+
+    def on_reply(reply: HessianReply) -> None:
+        listener.event(CalibrationReply(**asdict(reply)))
+        if reply.reason:
+            listener.note(f"block {reply.block + 1}: client {reply.client} is left out: {reply.reason}")
+        job.replies.append(reply)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(reply)) + "\n")
+
+    listener.note(WARNING)
+    if job.devices is not None:
+        found, agreed = job.devices.source(
+            job.request, job.inputs.model, parts.parent, gone, on_reply, listener
+        )
+        job.agreed.update(agreed)
+        return found
+    left = {client: own for client, own in job.shares.items() if client not in gone}
+    return ClientHessians(job.inputs.model, left or job.shares, parts, on_reply)
+
+
+def _earlier(log: Path) -> list[HessianReply]:
+    """Read the replies before a stop: what they sent counts, and a client that was left out stays out."""
+    from fleetune.compression.layerwise.sums import HessianReply
+
+    found = list[HessianReply]()
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+        with suppress(ValueError, TypeError):  # cut short by a kill
+            found.append(HessianReply(**json.loads(line)))
+    return found
+
+
+def stated(job: SolveJob) -> dict[str, Any]:
+    """Return what the head of an artefact states of the calibration text: its size and digest; {} for none.
+
+    Where clients calibrate it is the digest of their digests, in their order: nobody has all of the text.
+    """
+    if job.agreed:
+        shares = [job.agreed[client] for client in sorted(job.agreed)]
+        whole = hashlib.sha256("".join(share.sha256 for share in shares).encode()).hexdigest()
+        count = sum(share.windows for share in shares)
+        return {"windows": count, "length": job.request.length, "clients": len(shares), "sha256": whole}
+    if job.calibration is None:
+        return {}
+    count, length = job.calibration.shape
+    how = {"true_sequential": True} if job.request.true_sequential else {}
+    return {"windows": count, "length": length, "sha256": sha256(job.calibration), **how}
+
+
+def sha256(windows: Tensor) -> str:
+    """Return the SHA-256 of windows int64 [n, length], hexadecimal."""
+    return hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
