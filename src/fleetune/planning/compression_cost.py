@@ -19,6 +19,7 @@ Peak memory of compressing block by block is a sum of parts (bytes; weights of s
               (with `--true-sequential` a layer is solved while all windows are at it: both at once)
               choosing  grids for a byte budget: a window forward and back, layer by layer; embedding and head solved
                         some rows at a time, and their codes
+              training  scales: the same, a byte for each weight, and a scale's moments
               measuring the model on rows or text, before and after: activations and logits of a batch
 
 Constants are measured like those of `fleetune.planning.device_cost`: Linux x86-64, torch 2.13 (CPU), one thread.
@@ -40,6 +41,7 @@ EVALUATED: Final = (8, 512)  # rows of a batch when measuring, and tokens of a r
 SCORES: Final = 2.0  # copies of attention's scores: as they are, and their softmax
 BACKWARD: Final = 4  # widest activations of a layer alive together in a backward pass
 LOGITS: Final = 3 * 4 * (1 << 23)  # logits, probabilities and gradient of a piece of tokens
+SCALE: Final = 24  # bytes for each scale that is trained
 END_ROWS: Final = 8192  # of embedding or head that are solved together
 WRITTEN: Final = 2.0  # a finished block on its way to the disk: tensors and bytes
 
@@ -58,6 +60,7 @@ class CompressionSize(NamedTuple):
     together: bool = False  # true_sequential: all windows go through the block at once
     heads: int = 0  # whose attention scores are stored; 0 for fused attention
     budget: bool = False  # grids are chosen for a byte budget
+    trained: bool = False  # the scales are trained afterwards
 
 
 def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
@@ -73,7 +76,9 @@ def memory(shape: Shape, work: CompressionSize) -> dict[str, int]:
         stages["running"] = int(once * (work.length * work.size * shape.widest + scores)) + 2 * inner * 4
         stages["solving"] += stages["running"] if work.together else 0
     if work.budget:
-        stages["choosing"] = max(_sensitivity(shape, work), _ends(shape))
+        stages["choosing"] = max(_backward(shape, work), _ends(shape))
+    if work.trained:
+        stages["training"] = _backward(shape, work) + _scales(shape, work)
     if work.measured:
         from fleetune.evaluation.head_loss import CHUNK_BYTES
 
@@ -135,11 +140,21 @@ def _solving(block: list[Linear], work: CompressionSize) -> float:
     return (hessians(block) if work.windows else 0) + done + max(own, written)
 
 
-def _sensitivity(shape: Shape, work: CompressionSize) -> int:
+def _backward(shape: Shape, work: CompressionSize) -> int:
     """Return the bytes of a window's backward pass: what enters each layer, one layer's activations, logits by pieces."""
     layers = len(blocks(shape))
     entering = layers * shape.hidden
     return work.length * work.size * (entering + BACKWARD * shape.widest) + LOGITS
+
+
+def _scales(shape: Shape, work: CompressionSize) -> int:
+    """Return the bytes of training scales: whole numbers of a byte, and for each scale its move, gradient and two moments.
+
+    Beside them a matrix as it is used, with its gradient.
+    """
+    inner = _weights(shape.linears)
+    one = max(x.out * x.into for x in shape.linears)
+    return int(inner * (1 + SCALE / (work.group or 256)) + 4 * MATRICES * one)
 
 
 def _ends(shape: Shape) -> int:

@@ -88,6 +88,7 @@ class SolveJob:
             size=WEIGHTS[self.inputs.model.dtype].size, low_memory=self.request.low_memory,
             measured=self.inputs.measured, clients=len(self.shares), together=self.request.true_sequential,
             heads=_written_heads(self.inputs.model.net.config), budget=budget.asked(self.request),
+            trained=bool(self.request.train_scales),
         )  # fmt: skip
 
     def run(self, listener: Listener, folder: Path) -> Outcome:
