@@ -335,7 +335,7 @@ def test_every_damaged_byte_of_the_weights_is_noticed(tmp_path: Path) -> None:
     path = export(tmp_path / "m", "gguf", tmp_path / "x.gguf").path
     model = open_checkpoint(tmp_path / "m")
     entries = gguf._plan(model, None, [])
-    factors = rope.factors(model.config)
+    factors = rope.tensors(model.config)
     whole = path.read_bytes()
     rounded = gguf.verify(path, model, entries, factors)
     assert [entry.parameter for entry in rounded] == ["model.embed_tokens.weight"]

@@ -163,8 +163,7 @@ def test_the_published_rescalings_are_found_in_other_files() -> None:
     for factor in (8.0, 32.0):
         llama = LLAMA3 | {"factor": factor, "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
         config = tiny(head_dim=64, rope_parameters=llama).net.config
-        found = rope.factors(config)
-        assert found is not None
+        found = rope.tensors(config)[rope.TENSOR]
         assert rope.parameters(found, None, 500000.0, 64) == llama
         assert rope.parameters(found, "[1", 500000.0, 64) == llama
         assert rope.parameters(found, json.dumps(LLAMA3 | {"factor": "x"}), 500000.0, 64) == llama

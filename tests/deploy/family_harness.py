@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models of every family that has a place in GGUF, and their logits in llama.cpp beside transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deploy_harness import tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from fleetune import models
+from fleetune.deploy.measure import llamacpp
+from fleetune.models.families import rope
+
+TEXT = [int(token) for token in np.random.default_rng(5).integers(0, 259, 48)]
+# no two of the widths are alike, and blocks of 32 divide them all
+PLAIN: dict[str, Any] = {
+    "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+GROUPED = PLAIN | {"num_key_value_heads": 2}
+WIDE = GROUPED | {"head_dim": 32}  # heads that are wider together than the model
+OLD: dict[str, Any] = {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 128}
+FALCON = PLAIN | {"ffn_hidden_size": 160}
+WINDOW = {"sliding_window": 64}  # longer than the text
+SHORT, LONG = [1.0 + i / 8 for i in range(8)], [2.0 + i / 4 for i in range(8)]
+LONGROPE = {
+    "max_position_embeddings": 512, "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": SHORT, "long_factor": LONG,
+        "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+SCALES = {
+    "attention_multiplier": 0.35, "residual_multiplier": 0.6, "embedding_multiplier": 3.0, "logits_scaling": 0.7,
+}  # fmt: skip
+LFM2 = GROUPED | {
+    "intermediate_size": 230, "block_multiple_of": 32, "layer_types": ["conv", "full_attention", "conv", "conv"],
+}  # fmt: skip
+GEMMA = WIDE | {"query_pre_attn_scalar": 32, "sliding_window": 16}
+
+# a name: the model type and what its configuration has
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", WIDE),
+    "llama, biases": ("llama", GROUPED | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama, llama3": ("llama", GROUPED | {"rope_parameters": LLAMA3}),
+    "mistral": ("mistral", WIDE | WINDOW),
+    "mistral, no window": ("mistral", GROUPED | {"sliding_window": None, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen3": ("qwen3", WIDE),
+    "gemma": ("gemma", WIDE),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
+    "gemma3_text": ("gemma3_text", GEMMA | {"num_hidden_layers": 7}),
+    "smollm3": ("smollm3", GROUPED),
+    "phi3": ("phi3", GROUPED | WINDOW),
+    "phi3, longrope": ("phi3", GROUPED | LONGROPE),
+    "phi": ("phi", GROUPED | {"partial_rotary_factor": 0.5}),
+    "olmo2": ("olmo2", GROUPED),
+    "granite": ("granite", GROUPED | SCALES),
+    "granite, biases": ("granite", GROUPED | SCALES | {"attention_bias": True, "mlp_bias": True}),
+    "stablelm": ("stablelm", GROUPED | {"partial_rotary_factor": 0.5}),
+    "stablelm, parallel": ("stablelm", GROUPED | {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "starcoder2": ("starcoder2", GROUPED | WINDOW),
+    "gpt2": ("gpt2", OLD | {"n_inner": 160}),
+    "gpt_neox": ("gpt_neox", PLAIN | {"rotary_pct": 0.5}),
+    "gpt_neox, in turn": ("gpt_neox", PLAIN | {"use_parallel_residual": False}),
+    "falcon": ("falcon", FALCON),
+    "falcon, heads": ("falcon", FALCON | {"multi_query": False}),
+    "falcon, groups": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, one norm": (
+        "falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "bloom": ("bloom", {"hidden_size": 96, "n_layer": 3, "n_head": 6}),
+    "glm4": ("glm4", WIDE),
+    "glm4, no biases": ("glm4", WIDE | {"attention_bias": False, "head_dim": 16}),
+    "ernie4_5": ("ernie4_5", WIDE),
+    "cohere": ("cohere", GROUPED | {"logit_scale": 0.5}),
+    "cohere, norms": ("cohere", GROUPED | {"num_hidden_layers": 64, "use_qk_norm": True, "logit_scale": 0.5}),
+    "cohere2": ("cohere2", GROUPED | {"sliding_window": 16, "logit_scale": 0.5}),
+    "nemotron": ("nemotron", WIDE | {"partial_rotary_factor": 0.5}),
+    "lfm2": ("lfm2", LFM2),
+}  # fmt: skip
+
+
+def build(case: str, **changes: Any) -> PreTrainedModel:
+    """The net of a case; every bias and norm is off its start, and logits have a spread of about one."""
+    family, sizes = CASES[case]
+    config = AutoConfig.for_model(
+        family, **({"vocab_size": 264, "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261} | sizes | changes)
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        net: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    rng = np.random.default_rng(3)
+    with torch.no_grad():
+        for name, tensor in net.named_parameters():
+            noise = torch.from_numpy(rng.standard_normal(tuple(tensor.shape), dtype=np.float32))
+            if tensor.dim() == 1 or "norm" in name:
+                tensor.add_(0.3 * noise)
+            else:
+                tensor.copy_(noise * (0.12 if "head" in name or "embed" in name or "wte" in name else 0.15))
+    return net.eval().requires_grad_(False)
+
+
+def save(case: str, folder: Path, **changes: Any) -> PreTrainedModel:
+    """Write a case as a directory, and return its net."""
+    net = build(case, **changes)
+    models.save(net, tokenizer(), folder)
+    return net
+
+
+@torch.inference_mode()
+def divergence(net: PreTrainedModel, file: Path, ids: Sequence[int] = TEXT) -> float:
+    """The mean Kullback-Leibler divergence, in nats, of llama.cpp's next tokens from transformers'."""
+    own = net(input_ids=torch.tensor([list(ids)])).logits[0, :-1].double().log_softmax(-1)
+    with llamacpp.opened(file, 1) as engine:
+        found = np.concatenate([piece.copy() for piece in engine.scored_logits([(list(ids), 0)])])
+    theirs = torch.from_numpy(found).double().log_softmax(-1)
+    return float((own.exp() * (own - theirs)).sum(-1).mean())
+
+
+def rotated(net: PreTrainedModel) -> bool:
+    """Whether positions are said by rotating heads."""
+    return bool(rope.settings(net.config))
