@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fleetune import models
 from fleetune.deploy.measure import llamacpp
-from fleetune.models.families import rope
 
 TEXT = [int(token) for token in np.random.default_rng(5).integers(0, 259, 48)]
 # no two of the widths are alike, and blocks of 32 divide them all
@@ -29,10 +28,10 @@ FALCON = PLAIN | {"ffn_hidden_size": 160}
 WINDOW = {"sliding_window": 64}  # longer than the text
 SHORT, LONG = [1.0 + i / 8 for i in range(8)], [2.0 + i / 4 for i in range(8)]
 LONGROPE = {
-    "max_position_embeddings": 512, "original_max_position_embeddings": 64,
+    "max_position_embeddings": 1024, "original_max_position_embeddings": 256,
     "rope_parameters": {
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": SHORT, "long_factor": LONG,
-        "original_max_position_embeddings": 64,
+        "original_max_position_embeddings": 256,
     },
 }  # fmt: skip
 LLAMA3 = {
@@ -85,7 +84,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("cohere", GROUPED | {"logit_scale": 0.5}),
     "cohere, norms": ("cohere", GROUPED | {"num_hidden_layers": 64, "use_qk_norm": True, "logit_scale": 0.5}),
     "cohere2": ("cohere2", GROUPED | {"sliding_window": 16, "logit_scale": 0.5}),
-    "nemotron": ("nemotron", WIDE | {"partial_rotary_factor": 0.5}),
+    "nemotron": ("nemotron", GROUPED | {"partial_rotary_factor": 0.5}),
     "lfm2": ("lfm2", LFM2),
 }  # fmt: skip
 
@@ -105,7 +104,7 @@ def build(case: str, **changes: Any) -> PreTrainedModel:
             if tensor.dim() == 1 or "norm" in name:
                 tensor.add_(0.3 * noise)
             else:
-                tensor.copy_(noise * (0.12 if "head" in name or "embed" in name or "wte" in name else 0.15))
+                tensor.copy_(noise * (0.12 if "head" in name or "embed" in name or "wte" in name else 0.13))
     return net.eval().requires_grad_(False)
 
 
@@ -116,16 +115,31 @@ def save(case: str, folder: Path, **changes: Any) -> PreTrainedModel:
     return net
 
 
+class Adapted(llamacpp.LlamaCpp):
+    """llama.cpp with an adapter of `lora` in every context."""
+
+    def __init__(self, file: Path, lora: Path) -> None:
+        super().__init__(file, 1)
+        adapter = self._lib.llama_adapter_lora_init(self._model, str(lora).encode())
+        assert adapter != self._ffi.NULL
+        self._adapters = self._ffi.new("struct llama_adapter_lora *[]", [adapter])
+
+    def open(self, length: int) -> None:
+        super().open(length)
+        scales = self._ffi.new("float[]", [1.0])
+        assert self._lib.llama_set_adapters_lora(self._context, self._adapters, 1, scales) == 0
+
+
 @torch.inference_mode()
-def divergence(net: PreTrainedModel, file: Path, ids: Sequence[int] = TEXT) -> float:
+def divergence(
+    net: PreTrainedModel, file: Path, ids: Sequence[int] = TEXT, *, lora: Path | None = None
+) -> float:
     """The mean Kullback-Leibler divergence, in nats, of llama.cpp's next tokens from transformers'."""
     own = net(input_ids=torch.tensor([list(ids)])).logits[0, :-1].double().log_softmax(-1)
-    with llamacpp.opened(file, 1) as engine:
+    engine = llamacpp.LlamaCpp(file, 1) if lora is None else Adapted(file, lora)
+    try:
         found = np.concatenate([piece.copy() for piece in engine.scored_logits([(list(ids), 0)])])
+    finally:
+        engine.close()
     theirs = torch.from_numpy(found).double().log_softmax(-1)
     return float((own.exp() * (own - theirs)).sum(-1).mean())
-
-
-def rotated(net: PreTrainedModel) -> bool:
-    """Whether positions are said by rotating heads."""
-    return bool(rope.settings(net.config))

@@ -149,21 +149,21 @@ def _stored_names(net: PreTrainedModel, source: TensorSource) -> dict[str, str]:
     aliases: dict[int, list[str]] = {}
     for name, parameter in net.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
-    front, written = f"{net.base_model_prefix}.", _written_names(net)
+    front, (written, parts) = f"{net.base_model_prefix}.", _written_names(net)
     has = set(source.names)
     stored, known = dict[str, str](), set[str]()
     for identity, names in aliases.items():
         # checkpoints of a bare body (GPT-2's, Bloom's) have no name of the body in front
-        spellings = [*names, *written.get(identity, ()), *(name.removeprefix(front) for name in names)]
+        spellings = [*names, *written[identity], *(name.removeprefix(front) for name in names)]
         stored[names[0]] = next((name for name in spellings if name in has), "")
         known.update(spellings)
     missing = sorted(name for name, found in stored.items() if not found)
     ignored = [re.compile(pattern) for pattern in net._keys_to_ignore_on_load_unexpected or ()]
     extra = sorted(name for name in has - known if not any(pattern.search(name) for pattern in ignored))
-    if missing and has <= known.union(*written.values()):
+    if missing and has & parts:
         raise UsageError(
             f"{source.folder} stores {missing[0]} in parts, as transformers writes experts, and exports do not join them",
-            hint="the directory is ready for transformers as it is; llama.cpp's own converter reads it too",
+            hint="the directory is ready for transformers as it is",
         )
     if missing or extra:
         what = (
@@ -176,13 +176,16 @@ def _stored_names(net: PreTrainedModel, source: TensorSource) -> dict[str, str]:
     return stored
 
 
-def _written_names(net: PreTrainedModel) -> dict[int, list[str]]:
-    """Return the names under which transformers writes a net's parameters, by the parameter's identity (-1: its parts)."""
-    found: dict[int, list[str]] = {}
-    identities = {id(parameter) for parameter in net.parameters()}
+def _written_names(net: PreTrainedModel) -> tuple[dict[int, list[str]], set[str]]:
+    """Return the names under which transformers writes each parameter, by its identity, and those of parts of parameters."""
+    whole: dict[int, list[str]] = {id(parameter): [] for parameter in net.parameters()}
+    parts = set[str]()
     for name, tensor in revert_weight_conversion(net, dict(net.named_parameters())).items():
-        found.setdefault(id(tensor) if id(tensor) in identities else -1, []).append(name)
-    return found
+        if id(tensor) in whole:
+            whole[id(tensor)].append(name)
+        else:
+            parts.add(name)
+    return whole, parts
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -32,7 +32,7 @@ def open_written(path: Path) -> Any:
 def check_config(config: Any) -> None:
     """Raise UsageError for a configuration that has no place in GGUF, whatever the weights."""
     if config.model_type not in table.FAMILIES:
-        raise UsageError(f"GGUF files are not written {table.unknown(config)}", hint=INSTEAD)
+        raise UsageError(f"GGUF files {table.unknown(config)}", hint=INSTEAD)
     if widths.has_block_widths(config) and config.model_type != "llama":
         raise UsageError(
             f"GGUF has no place for blocks of different widths in a {config.model_type}",

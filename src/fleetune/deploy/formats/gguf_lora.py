@@ -142,8 +142,7 @@ def _tensors(factors: Mapping[str, np.ndarray], base: Checkpoint) -> Iterator[tu
             factors.get(name.replace("_A.", "_B.") if "_A." in name else name.replace("_B.", "_A.")),
         )
         _check_shapes(layer, values, other, base.shapes[layer], part)
-        order = table.row_order(config, tensor, len(values))
-        if part == ".lora_B.weight" and order is not None:
+        if part == ".lora_B.weight" and (order := table.row_order(config, tensor, len(values))) is not None:
             values = values[order]
         yield tensor + SUFFIXES[part], np.ascontiguousarray(values, dtype=np.float32)
 

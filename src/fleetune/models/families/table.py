@@ -198,7 +198,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             misfit=_cohere2_misfit,
         ),
         "nemotron": Family(
-            "nemotron", epsilon="norm_eps", layer_norm=True, partial=True, shifted=True, square=False,
+            "nemotron", epsilon="norm_eps", layer_norm=True, partial=True, shifted=True,
             options=_OWN_HEAD | {"hidden_act": ("relu2",), "attention_bias": (False,), "mlp_bias": (False,)},
         ),
         "lfm2": Family(
@@ -238,10 +238,10 @@ def misfit(config: Any) -> str | None:
 
 
 def unknown(config: Any) -> str:
-    """Say why a configuration without a record is not written."""
+    """Say for what files are written, where a configuration has no record."""
     if any(getattr(config, name, None) for name in EXPERTS):
-        return f"for mixtures of experts, as a {config.model_type} is"
-    return f"for a {config.model_type}, but for {', '.join(FAMILIES)}"
+        return f"are not written for mixtures of experts, which '{config.model_type}' is"
+    return f"are written for {', '.join(FAMILIES)}, not for '{config.model_type}'"
 
 
 def is_shifted(config: Any, tensor: str) -> bool:
