@@ -58,6 +58,7 @@ DECODERS: Final[dict[str, dict[str, Any]]] = {
     "mixtral": _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "lfm2": _GROUPED | {"block_multiple_of": 8, "layer_types": ["conv", "full_attention"]},
     "cohere": _GROUPED,
+    "cohere2": _GROUPED | {"sliding_window": 16},
     "glm4": _GROUPED | {"head_dim": 8},
     "ernie4_5": _GROUPED | {"head_dim": 8},
     "nemotron": _GROUPED | {"head_dim": 8},

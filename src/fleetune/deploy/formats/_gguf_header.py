@@ -114,10 +114,10 @@ def _add_widths(writer: Any, config: Any) -> None:
     family = table.family_of(config)
     if widths.has_block_widths(config):
         heads, key_heads, channels = (list(each) for each in zip(*widths.block_widths(config), strict=True))
-    else:
-        heads, key_heads, channels = (
-            config.num_attention_heads, family.key_heads(config), family.channels(config),
-        )  # fmt: skip
-    writer.add_feed_forward_length(channels)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(key_heads)
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(key_heads)
+        writer.add_feed_forward_length(channels)
+        return
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(family.key_heads(config))
+    writer.add_feed_forward_length(family.channels(config))

@@ -59,7 +59,8 @@ def tensors(config: Any) -> dict[str, np.ndarray]:
     if kind(config) == "llama3":
         return {TENSOR: _factors(rope, head_dim(config))}
     if kind(config) == "longrope":
-        return {LONG: np.float32(rope["long_factor"]), SHORT: np.float32(rope["short_factor"])}
+        both = {LONG: rope["long_factor"], SHORT: rope["short_factor"]}
+        return {name: np.array(factors, np.float32) for name, factors in both.items()}
     return {}
 
 

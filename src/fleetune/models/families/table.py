@@ -113,11 +113,15 @@ def _lfm2_key_heads(config: Any) -> list[int]:
     return [0 if kind == "conv" else config.num_key_value_heads for kind in config.layer_types]
 
 
-_SILU: Final[Options] = MappingProxyType({"hidden_act": ("silu",)})
-_PLAIN: Final[Options] = MappingProxyType({**_SILU, "attention_bias": (False,), "mlp_bias": (False,)})
-_OWN_HEAD: Final[Options] = MappingProxyType({"tie_word_embeddings": (False,)})
-_TIED: Final[Options] = MappingProxyType({"tie_word_embeddings": (True,)})
-_NO_WINDOW: Final[Options] = MappingProxyType({"use_sliding_window": (False,)})
+def _only(*others: Options, **fields: tuple[Any, ...]) -> Options:
+    return {name: values for options in (*others, fields) for name, values in options.items()}
+
+
+_SILU: Final = _only(hidden_act=("silu",))
+_PLAIN: Final = _only(_SILU, attention_bias=(False,), mlp_bias=(False,))
+_OWN_HEAD: Final = _only(tie_word_embeddings=(False,))
+_TIED: Final = _only(tie_word_embeddings=(True,))
+_NO_WINDOW: Final = _only(use_sliding_window=(False,))
 _TANH: Final = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 # llama.cpp approximates the exact GELU by tanh, for every family that has it
 _GELU: Final = (*_TANH, "gelu")
@@ -131,67 +135,67 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             "llama", interleaved=True, square=False, scalings=("default", "llama3"), options=_SILU,
             window="sliding_window",
         ),
-        "qwen2": Family("qwen2", options=_SILU | _NO_WINDOW),
-        "qwen3": Family("qwen3", square=False, options=_SILU | _NO_WINDOW | {"attention_bias": (False,)}),
+        "qwen2": Family("qwen2", options=_only(_SILU, _NO_WINDOW)),
+        "qwen3": Family("qwen3", square=False, options=_only(_SILU, _NO_WINDOW, attention_bias=(False,))),
         "gemma": _gemma("gemma"),
         "gemma2": _gemma("gemma2"),
         "gemma3_text": _gemma("gemma3"),
         "smollm3": Family(
-            "smollm3", interleaved=True, options=_PLAIN | _NO_WINDOW, misfit=_smollm3_misfit
+            "smollm3", interleaved=True, options=_only(_PLAIN, _NO_WINDOW), misfit=_smollm3_misfit
         ),
         "phi3": Family(
             "phi3", partial=True, options=_SILU, window="sliding_window", scalings=("default", "longrope"), keys=_longrope_keys
         ),
         "phi": Family(
             "phi2", epsilon="layer_norm_eps", layer_norm=True, partial=True,
-            options=_OWN_HEAD | {"hidden_act": _TANH, "qk_layernorm": (False,)},
+            options=_only(_OWN_HEAD, hidden_act=_TANH, qk_layernorm=(False,)),
         ),
-        "olmo2": Family("olmo2", options=_PLAIN | _OWN_HEAD),
+        "olmo2": Family("olmo2", options=_only(_PLAIN, _OWN_HEAD)),
         "granite": Family("granite", interleaved=True, options=_SILU, keys=_granite_keys),
         "stablelm": Family(
             "stablelm", epsilon="layer_norm_eps", layer_norm=True, partial=True,
-            options=_SILU | _OWN_HEAD | {"qk_layernorm": (False,)},
+            options=_only(_SILU, _OWN_HEAD, qk_layernorm=(False,)),
         ),
         "starcoder2": Family(
             "starcoder2", epsilon="norm_epsilon", layer_norm=True, window="sliding_window",
-            options={"hidden_act": _GELU, "use_bias": (True,)},
+            options=_only(hidden_act=_GELU, use_bias=(True,)),
         ),
         "gpt2": Family(
             "gpt2", epsilon="layer_norm_epsilon", layer_norm=True, rotary=False,
             transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
-            options={
-                "activation_function": _GELU, "scale_attn_weights": (True,), "add_cross_attention": (False,),
-                "scale_attn_by_inverse_layer_idx": (False,),
-            },
+            options=_only(
+                activation_function=_GELU, scale_attn_weights=(True,), add_cross_attention=(False,),
+                scale_attn_by_inverse_layer_idx=(False,),
+            ),
             channels=lambda config: config.n_inner or 4 * config.hidden_size,
             key_heads=lambda config: config.num_attention_heads,
         ),
         "gpt_neox": Family(
             "gptneox", epsilon="layer_norm_eps", layer_norm=True, partial=True, grouped=True,
-            options=_OWN_HEAD | {"hidden_act": _GELU, "attention_bias": (True,)},
+            options=_only(_OWN_HEAD, hidden_act=_GELU, attention_bias=(True,)),
             keys=lambda config: {"use_parallel_residual": bool(config.use_parallel_residual)},
             key_heads=lambda config: config.num_attention_heads,
         ),
         "falcon": Family(
             "falcon", epsilon="layer_norm_epsilon", layer_norm=True, grouped=True,
-            options={"activation": _GELU, "alibi": (False,), "bias": (False,), "parallel_attn": (True,)},
+            options=_only(activation=_GELU, alibi=(False,), bias=(False,), parallel_attn=(True,)),
             channels=lambda config: config.ffn_hidden_size, key_heads=_falcon_key_heads,
         ),
         "bloom": Family(
             "bloom", epsilon="layer_norm_epsilon", layer_norm=True, grouped=True, rotary=False,
-            options={"apply_residual_connection_post_layernorm": (False,)},
+            options=_only(apply_residual_connection_post_layernorm=(False,)),
             length=lambda config: 2048,  # what Bloom was trained on; the configuration has none
             channels=lambda config: 4 * config.hidden_size,
             key_heads=lambda config: config.num_attention_heads,
         ),
         "glm4": Family("glm4", partial=True, square=False, options=_SILU),
-        "ernie4_5": Family("ernie4_5", square=False, options=_SILU | {"use_bias": (False,)}),
+        "ernie4_5": Family("ernie4_5", square=False, options=_only(_SILU, use_bias=(False,))),
         "cohere": Family(
-            "command-r", epsilon="layer_norm_eps", layer_norm=True, options=_PLAIN | _TIED,
+            "command-r", epsilon="layer_norm_eps", layer_norm=True, options=_only(_PLAIN, _TIED),
             keys=lambda config: {"logit_scale": float(config.logit_scale)}, misfit=_cohere_misfit,
         ),
         "cohere2": Family(
-            "cohere2", epsilon="layer_norm_eps", layer_norm=True, options=_PLAIN | _TIED,
+            "cohere2", epsilon="layer_norm_eps", layer_norm=True, options=_only(_PLAIN, _TIED),
             keys=lambda config: {
                 "logit_scale": float(config.logit_scale), "attention.sliding_window": config.sliding_window,
             },
@@ -199,10 +203,10 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         ),
         "nemotron": Family(
             "nemotron", epsilon="norm_eps", layer_norm=True, partial=True, shifted=True,
-            options=_OWN_HEAD | {"hidden_act": ("relu2",), "attention_bias": (False,), "mlp_bias": (False,)},
+            options=_only(_OWN_HEAD, hidden_act=("relu2",), attention_bias=(False,), mlp_bias=(False,)),
         ),
         "lfm2": Family(
-            "lfm2", epsilon="norm_eps", options={"conv_bias": (False,)},
+            "lfm2", epsilon="norm_eps", options=_only(conv_bias=(False,)),
             keys=lambda config: {"shortconv.l_cache": int(config.conv_L_cache)},
             channels=_lfm2_channels, key_heads=_lfm2_key_heads,
         ),
