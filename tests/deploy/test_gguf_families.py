@@ -10,6 +10,7 @@ from typing import Any
 import gguf as package
 import numpy as np
 import pytest
+import torch
 from deploy_harness import tokenizer
 from family_harness import CASES, TEXT, divergence, save
 from safetensors.numpy import load_file, save_file
@@ -72,9 +73,13 @@ def test_a_tensor_in_another_order_shows(case: str, tmp_path: Path) -> None:
 @needs_engine
 def test_longrope_s_long_factors_are_used_in_a_long_context(tmp_path: Path) -> None:
     net = save("phi3, longrope", tmp_path / "m")
-    path = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path
-    assert divergence(net, path, TEXT * 6) <= SAME  # beyond the original length of 256
-    assert divergence(net, path, TEXT) <= SAME
+    report = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf")
+    assert divergence(net, report.path, TEXT * 6) <= SAME  # beyond the original length of 256
+    assert divergence(net, report.path, TEXT) <= SAME
+    assert report.notes == (
+        "llama.cpp takes the long factors of the rotary embedding when its context is longer than 256, transformers when the "
+        "text is",
+    )
 
 
 # ---------------------------------------------------------------- codes and adapters
@@ -223,3 +228,18 @@ def test_the_old_name_of_a_head(tmp_path: Path) -> None:
     assert "embed_out.weight" in load_file(tmp_path / "m" / "model.safetensors")
     report = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf")
     assert "output.weight" in {tensor.name for tensor in package.GGUFReader(report.path).tensors}
+
+
+def test_a_mistral_loads_back_as_a_llama(tmp_path: Path) -> None:
+    net = save("mistral, no window", tmp_path / "m")
+    back = models.load(str(export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path), device="cpu")
+    assert back.net.config.model_type == "llama"
+    ids = torch.tensor([TEXT])
+    assert torch.allclose(back.net(ids).logits, net(ids).logits, atol=1e-5)
+
+
+def test_other_files_of_ours_are_not_read(tmp_path: Path) -> None:
+    save("smollm3", tmp_path / "m")
+    path = export(tmp_path / "m", "gguf:f32", tmp_path / "x.gguf").path
+    with pytest.raises(ModelError, match="holds architecture 'smollm3'; GGUF files are read for llama"):
+        models.load(str(path))

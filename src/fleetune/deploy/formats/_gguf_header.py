@@ -46,13 +46,19 @@ def check_config(config: Any) -> None:
 
 def notes_on(config: Any) -> list[str]:
     """Return what llama.cpp does otherwise with a model of this configuration, for the user."""
+    found = []
     length, whole = context_length(config), table.family_of(config).length(config)
-    if length == whole:
-        return []
-    return [
-        f"llama.cpp has no window in a {config.model_type}: the file states a context of {length} tokens instead of {whole}, "
-        "up to which it is the same"
-    ]
+    if length != whole:
+        found.append(
+            f"llama.cpp has no window in a {config.model_type}: the file states a context of {length} tokens instead of "
+            f"{whole}, up to which it is the same"
+        )
+    if rope.kind(config) == "longrope":
+        found.append(
+            f"llama.cpp takes the long factors of the rotary embedding when its context is longer than "
+            f"{rope.original_length(config)}, transformers when the text is"
+        )
+    return found
 
 
 def context_length(config: Any) -> int:
