@@ -44,7 +44,7 @@ def without_unknown(pre: Any, **model: Any) -> PreTrainedTokenizerBase:
 
 def llama3() -> PreTrainedTokenizerBase:
     """With Llama 3's rule, whole words taken as they are, a start mark in front and a word added later."""
-    rule = next(steps for steps, name in gguf_tokens.RULES.items() if name == "llama-bpe")[0]
+    rule = gguf_tokens.RULES["llama-bpe"][0]
     split = pre_tokenizers.Split(Regex(rule), behavior="isolated", invert=False)
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocab = tokenizer().backend_tokenizer.get_vocab(with_added_tokens=False)

@@ -63,7 +63,7 @@ ARCHITECTURES: Final[Mapping[str, str]] = MappingProxyType(
         "deci": "interleaved q, k",
     }
 )
-KNOWN_SPLITS: Final = ("default", "gpt-2", "llama-bpe", "llama3", "qwen2", "tekken", "gpt-4o", "smollm")
+KNOWN_SPLITS: Final = ("default", "llama3", *gguf_tokens.RULES)
 
 
 def load_config(path: Path) -> Any:
