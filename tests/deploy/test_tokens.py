@@ -79,7 +79,7 @@ def test_bytes_merges_marks_and_unused_rows(tmp_path: Path) -> None:
         (qwen_split(), "qwen2"),
         (split(LLAMA3), "smaug-bpe"),
         (split(LLAMA3, "removed", invert=True), "smaug-bpe"),
-        (split(LLAMA3, "removed"), "default"),
+        (split(LLAMA3, "merged_with_previous"), "default"),
         (split(r"\p{L}+"), "default"),
         (pre_tokenizers.ByteLevel(add_prefix_space=True), "default"),
         (pre_tokenizers.Digits(individual_digits=False), "default"),
