@@ -39,7 +39,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 SCALES = {
-    "attention_multiplier": 0.35, "residual_multiplier": 0.6, "embedding_multiplier": 3.0, "logits_scaling": 0.7,
+    "attention_multiplier": 0.2, "residual_multiplier": 0.6, "embedding_multiplier": 3.0, "logits_scaling": 0.7,
 }  # fmt: skip
 LFM2 = GROUPED | {
     "intermediate_size": 230, "block_multiple_of": 32, "layer_types": ["conv", "full_attention", "conv", "conv"],
@@ -86,6 +86,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("cohere2", GROUPED | {"sliding_window": 16, "logit_scale": 0.5}),
     "nemotron": ("nemotron", GROUPED | {"partial_rotary_factor": 0.5}),
     "lfm2": ("lfm2", LFM2),
+    "exaone4": ("exaone4", GROUPED | {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "seed_oss": ("seed_oss", WIDE),
+    "arcee": ("arcee", WIDE),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", WIDE),
+    "gpt_bigcode": ("gpt_bigcode", OLD | {"n_inner": 160}),
+    "glm": ("glm", GROUPED | {"head_dim": 16}),
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from deploy_harness import tokenizer
-from family_harness import CASES, TEXT, divergence, save
+from family_harness import CASES, TEXT, build, divergence, save
 from safetensors.numpy import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -166,6 +167,9 @@ OTHERWISE: list[tuple[str, dict[str, Any], str]] = [
     ("ernie4_5", {"use_bias": True}, "use_bias=True in a ernie4_5"),
     ("cohere", {"use_qk_norm": True}, "use_qk_norm=True with 4 blocks"),
     ("cohere2", {"layer_types": ["sliding_attention"] * 4}, "layer_types other than each 4th"),
+    ("cohere2", {"sliding_window": None}, "sliding_window=None in a cohere2"),
+    ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "layer_types with 'sliding_attention' in a smollm3"),
+    ("lfm2", {"layer_types": ["full_attention"] * 4}, "layer_types of full_attention alone in a lfm2"),
     ("nemotron", {"hidden_act": "silu"}, "hidden_act='silu' in a nemotron"),
     ("lfm2", {"conv_bias": True}, "conv_bias=True in a lfm2"),
     ("mistral", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partly rotated"),
@@ -201,6 +205,61 @@ def test_experts_in_one_tensor_are_named(tmp_path: Path) -> None:
     models.save(net, tokenizer(), tmp_path / "m")
     with pytest.raises(UsageError, match="not written for mixtures of experts, which 'gpt_oss' is"):
         export(tmp_path / "m", "gguf", tmp_path / "x.gguf")
+
+
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default", "rope_theta": 500.0},
+    {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64},
+]
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+
+
+def variants(config: Any) -> Iterator[dict[str, Any]]:
+    """One field of a configuration changed at a time: every switch and number, activations, rotary settings, windows."""
+    fields = config.to_dict()
+    for name, value in fields.items():
+        if isinstance(value, bool) and name not in ("is_encoder_decoder", "return_dict"):
+            yield {name: not value}
+        elif isinstance(value, float):
+            yield {name: 1.5 * value or 0.1}
+        elif name in ACTIVATIONS:
+            yield from ({name: other} for other in ("relu", "gelu", "silu") if other != value)
+    if "full_attention" not in (fields.get("rope_parameters") or {"full_attention": {}}):
+        yield from ({"rope_parameters": rope} for rope in ROPES)
+    if "sliding_window" in fields:
+        yield from ({"sliding_window": window} for window in (16, None))
+    if "layer_types" in fields:
+        count = config.num_hidden_layers
+        yield {"layer_types": ["full_attention"] * count}
+        yield {"layer_types": ["sliding_attention"] * count, "sliding_window": 16}
+    yield from ({"num_key_value_heads": 6}, {"head_dim": 24})
+
+
+@needs_engine
+@pytest.mark.parametrize("case", [case for case in CASES if case == CASES[case][0]])
+def test_an_option_is_written_or_refused(case: str, tmp_path: Path) -> None:
+    """Whatever a configuration says, there is no file with which llama.cpp computes something else."""
+    refused, same = 0, 0
+    for i, change in enumerate(variants(build(case).config)):
+        folder = tmp_path / str(i)
+        try:
+            net = save(case, folder / "m", **change)
+            net(torch.tensor([TEXT]))
+        except Exception:  # no model in transformers either
+            continue
+        try:
+            report = export(folder / "m", "gguf:f32", folder / "x.gguf")
+        except UsageError:
+            refused += 1
+            continue
+        length = fields(report.path)[f"{table.FAMILIES[case].architecture}.context_length"]
+        assert divergence(net, report.path, TEXT[:length]) <= SAME, change
+        same += 1
+    assert refused > 0
+    assert same > 0
 
 
 # ---------------------------------------------------------------- names in directories

@@ -42,6 +42,7 @@ class Family:
     rotary: bool = True
     partial: bool = False  # a part of each head may be rotated
     square: bool = True  # heads must be as wide together as the model
+    layers: tuple[str, ...] = ("full_attention",)  # what a block may be, where a configuration says
     window: str = ""  # a window that llama.cpp has not: the file states it as the longest context
     scalings: tuple[str, ...] = ("default",)
     options: Options = field(default_factory=dict)
@@ -52,10 +53,13 @@ class Family:
     key_heads: Callable[[Any], int | list[int]] = lambda config: config.num_key_value_heads
 
 
+_WINDOWS: Final = ("full_attention", "sliding_attention")
+
+
 def _gemma(architecture: str) -> Family:
     return Family(
         architecture, shifted=True, square=False, scalings=("default", "linear"), keys=gemma.keys,
-        misfit=gemma.misfit,
+        misfit=gemma.misfit, layers=_WINDOWS,
     )  # fmt: skip
 
 
@@ -90,6 +94,8 @@ def _cohere2_misfit(config: Any) -> str | None:
     kinds = [
         "full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(config.num_hidden_layers)
     ]
+    if config.sliding_window is None:
+        return "sliding_window=None in a cohere2"
     return None if list(config.layer_types) == kinds else "layer_types other than each 4th without a window"
 
 
@@ -107,6 +113,15 @@ def _lfm2_channels(config: Any) -> int:
         if config.block_ffn_dim_multiplier is not None:
             width = step * -(-int(config.block_ffn_dim_multiplier * width) // step)
     return width
+
+
+def _lfm2_misfit(config: Any) -> str | None:
+    kinds = set(config.layer_types)  # llama.cpp makes room for both
+    return (
+        None
+        if kinds == {"conv", "full_attention"}
+        else f"layer_types of {' and '.join(kinds)} alone in a lfm2"
+    )
 
 
 def _lfm2_key_heads(config: Any) -> list[int]:
@@ -199,17 +214,36 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             keys=lambda config: {
                 "logit_scale": float(config.logit_scale), "attention.sliding_window": config.sliding_window,
             },
-            misfit=_cohere2_misfit,
+            misfit=_cohere2_misfit, layers=_WINDOWS,
         ),
         "nemotron": Family(
             "nemotron", epsilon="norm_eps", layer_norm=True, partial=True, shifted=True,
             options=_only(_OWN_HEAD, hidden_act=("relu2",), attention_bias=(False,), mlp_bias=(False,)),
         ),
         "lfm2": Family(
-            "lfm2", epsilon="norm_eps", options=_only(conv_bias=(False,)),
+            "lfm2", epsilon="norm_eps", layers=("full_attention", "conv"), options=_only(conv_bias=(False,)),
             keys=lambda config: {"shortconv.l_cache": int(config.conv_L_cache)},
-            channels=_lfm2_channels, key_heads=_lfm2_key_heads,
+            channels=_lfm2_channels, key_heads=_lfm2_key_heads, misfit=_lfm2_misfit,
         ),
+        "exaone4": Family("exaone4", options=_only(_SILU, sliding_window=(None,))),
+        "seed_oss": Family(
+            "seed_oss", square=False,
+            options=_only(_SILU, attention_bias=(True,), attention_out_bias=(False,), mlp_bias=(False,)),
+        ),
+        "arcee": Family(
+            "arcee", interleaved=True, square=False,
+            options=_only(hidden_act=("relu2",), attention_bias=(False,), mlp_bias=(False,)),
+        ),
+        "hunyuan_v1_dense": Family("hunyuan-dense", square=False, options=_only(_SILU, attention_bias=(False,))),
+        "gpt_bigcode": Family(
+            "starcoder", epsilon="layer_norm_epsilon", layer_norm=True, rotary=False,
+            options=_only(
+                activation_function=_GELU, scale_attn_weights=(True,), add_cross_attention=(False,),
+                multi_query=(True,),
+            ),
+            channels=lambda config: config.n_inner or 4 * config.hidden_size, key_heads=lambda config: 1,
+        ),
+        "glm": Family("chatglm", partial=True, options=_SILU),
     }
 )  # fmt: skip
 EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -235,6 +269,9 @@ def misfit(config: Any) -> str | None:
         return f"rotary scaling '{scaling}' in a {kind}"
     if family.rotary and not family.partial and rope.width(config) != rope.head_dim(config):
         return f"partly rotated heads in a {kind}"
+    for layer in getattr(config, "layer_types", None) or ():
+        if layer not in family.layers:
+            return f"layer_types with '{layer}' in a {kind}"
     wide = rope.head_dim(config) * int(config.num_attention_heads)
     if family.square and wide != config.hidden_size:
         return f"a {kind} whose heads are {wide} wide together where the model is {config.hidden_size}"
