@@ -27,13 +27,17 @@ OLD: dict[str, Any] = {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 1
 FALCON = PLAIN | {"ffn_hidden_size": 160}
 WINDOW = {"sliding_window": 64}  # longer than the text
 SHORT, LONG = [1.0 + i / 8 for i in range(8)], [2.0 + i / 4 for i in range(8)]
-LONGROPE = {
+LONGROPE: dict[str, Any] = {
     "max_position_embeddings": 1024, "original_max_position_embeddings": 256,
     "rope_parameters": {
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": SHORT, "long_factor": LONG,
         "original_max_position_embeddings": 256,
     },
 }  # fmt: skip
+PARTLY = LONGROPE | {
+    "rope_parameters": LONGROPE["rope_parameters"]
+    | {"partial_rotary_factor": 0.5, "short_factor": SHORT[:4], "long_factor": LONG[:4]}
+}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
@@ -61,6 +65,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", GROUPED),
     "phi3": ("phi3", GROUPED | WINDOW),
     "phi3, longrope": ("phi3", GROUPED | LONGROPE),
+    "phi3, longrope in part": ("phi3", GROUPED | {"tie_word_embeddings": True, **PARTLY}),
     "phi": ("phi", GROUPED | {"partial_rotary_factor": 0.5}),
     "olmo2": ("olmo2", GROUPED),
     "granite": ("granite", GROUPED | SCALES),
@@ -87,6 +92,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", GROUPED | {"partial_rotary_factor": 0.5}),
     "lfm2": ("lfm2", LFM2),
     "exaone4": ("exaone4", GROUPED | {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "exaone4, windows": ("exaone4", GROUPED | {"num_hidden_layers": 64, "sliding_window": 16}),
     "seed_oss": ("seed_oss", WIDE),
     "arcee": ("arcee", WIDE),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", WIDE),

@@ -44,6 +44,16 @@ def test_every_family_has_a_case() -> None:
     assert {family for family, _ in CASES.values()} == set(table.FAMILIES)
 
 
+@pytest.mark.parametrize("family", table.FAMILIES)
+def test_transformers_own_sizes_have_a_place(family: str) -> None:
+    """They are those of a published model; of EXAONE 4 and LFM2 they are of none."""
+    usual = {
+        "exaone4": {"num_hidden_layers": 64},
+        "lfm2": {"full_attn_idxs": [2, 5, 8, 10, 12, 14], "num_hidden_layers": 16},
+    }
+    assert table.misfit(AutoConfig.for_model(family, **usual.get(family, {}))) is None
+
+
 @needs_engine
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_computes_what_transformers_does(case: str, tmp_path: Path) -> None:
@@ -168,6 +178,7 @@ OTHERWISE: list[tuple[str, dict[str, Any], str]] = [
     ("cohere", {"use_qk_norm": True}, "use_qk_norm=True with 4 blocks"),
     ("cohere2", {"layer_types": ["sliding_attention"] * 4}, "layer_types other than each 4th"),
     ("cohere2", {"sliding_window": None}, "sliding_window=None in a cohere2"),
+    ("exaone4", {"sliding_window": 16}, "sliding_window=16 with 4 blocks"),
     ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "layer_types with 'sliding_attention' in a smollm3"),
     ("lfm2", {"layer_types": ["full_attention"] * 4}, "layer_types of full_attention alone in a lfm2"),
     ("nemotron", {"hidden_act": "silu"}, "hidden_act='silu' in a nemotron"),

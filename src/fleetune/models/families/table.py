@@ -91,12 +91,27 @@ def _cohere_misfit(config: Any) -> str | None:
 
 
 def _cohere2_misfit(config: Any) -> str | None:
-    kinds = [
-        "full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(config.num_hidden_layers)
-    ]
     if config.sliding_window is None:
         return "sliding_window=None in a cohere2"
-    return None if list(config.layer_types) == kinds else "layer_types other than each 4th without a window"
+    return None if _each_fourth(config) else "layer_types other than each 4th without a window"
+
+
+def _exaone4_misfit(config: Any) -> str | None:
+    large = config.num_hidden_layers == 64  # llama.cpp has windows by the number of blocks
+    if (config.sliding_window is not None) != large:
+        return f"sliding_window={config.sliding_window} with {config.num_hidden_layers} blocks"
+    fine = _each_fourth(config) if large else set(config.layer_types) == {"full_attention"}
+    return None if fine else "layer_types other than each 4th without a window"
+
+
+def _exaone4_keys(config: Any) -> dict[str, Value]:
+    return {} if config.sliding_window is None else {"attention.sliding_window": int(config.sliding_window)}
+
+
+def _each_fourth(config: Any) -> bool:
+    """Return whether each 4th block looks at everything, the others at a window."""
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    return list(config.layer_types) == [kinds[i % 4] for i in range(config.num_hidden_layers)]
 
 
 def _falcon_key_heads(config: Any) -> int:
@@ -225,7 +240,9 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             keys=lambda config: {"shortconv.l_cache": int(config.conv_L_cache)},
             channels=_lfm2_channels, key_heads=_lfm2_key_heads, misfit=_lfm2_misfit,
         ),
-        "exaone4": Family("exaone4", options=_only(_SILU, sliding_window=(None,))),
+        "exaone4": Family(
+            "exaone4", layers=_WINDOWS, options=_SILU, keys=_exaone4_keys, misfit=_exaone4_misfit
+        ),
         "seed_oss": Family(
             "seed_oss", square=False,
             options=_only(_SILU, attention_bias=(True,), attention_out_bias=(False,), mlp_bias=(False,)),
