@@ -18,9 +18,14 @@ import fleetune  # noqa: E402
 from fleetune.deploy.checkpoint import open_checkpoint  # noqa: E402
 from fleetune.deploy.export import export  # noqa: E402
 from fleetune.errors import UsageError  # noqa: E402
+from fleetune.models.families import table  # noqa: E402
 from fleetune.models.mapped.stored import weight_files  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about made-up sizes
+
+
+def test_the_page_has_every_family_with_a_place_in_gguf() -> None:
+    assert set(table.FAMILIES) <= set(DECODERS)
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -198,9 +198,7 @@ def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTen
         if tensor is None:
             raise UsageError(f"GGUF has no place for {name}", hint="export to a directory instead: --to hf")
         transposed = table.is_transposed(config, tensor)
-        shape = (
-            own[::-1] if transposed else tuple(n for n in own if n > 1) or own
-        )  # a convolution has [C, 1, K]
+        shape = own[::-1] if transposed else _flat(own)
         chosen = _kind_of(model, name, tensor, shape, kind, odd)
         order = table.row_order(config, tensor, shape[0])
         shifted = table.is_shifted(config, tensor)
@@ -208,6 +206,11 @@ def _plan(model: Checkpoint, kind: str | None, notes: list[str]) -> list[GgufTen
     if odd:
         notes.append(f"{_counted(odd)} not Q8_0: blocks of {_ggml_blocks.BLOCK} do not divide the rows")
     return entries
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a convolution's shape [C, 1, K] as [C, K], and others as they are."""
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
 
 
 def _kind_of(

@@ -34,9 +34,7 @@ class Family:
     epsilon: str = "rms_norm_eps"  # the field that has the norms' epsilon
     layer_norm: bool = False  # norms subtract the mean
     interleaved: bool = False  # a head of the file's q and k has rows 0, d/2, 1, d/2 + 1, .. of the model's
-    grouped: bool = (
-        False  # the model's fused matrix has q, k and v of a key head together, the file's all q first
-    )
+    grouped: bool = False  # the model's fused matrix has a key head's q, k, v together, the file all q first
     shifted: bool = False  # norms multiply by 1 + w, and the file holds that
     transposed: tuple[str, ...] = ()  # tensors that the model stores as [in, out]
     rotary: bool = True
