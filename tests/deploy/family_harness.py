@@ -107,6 +107,8 @@ def build(case: str, **changes: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(
         family, **({"vocab_size": 264, "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261} | sizes | changes)
     )  # fmt: skip
+    if "rope_parameters" not in sizes | changes:
+        _set_bases(getattr(config, "rope_parameters", None))
     with torch.random.fork_rng(devices=[]):
         net: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     rng = np.random.default_rng(3)
@@ -118,6 +120,14 @@ def build(case: str, **changes: Any) -> PreTrainedModel:
             else:
                 tensor.copy_(noise * (0.12 if "head" in name or "embed" in name or "wte" in name else 0.13))
     return net.eval().requires_grad_(False)
+
+
+def _set_bases(rope: dict[str, Any] | None) -> None:
+    """Give rotary settings bases that llama.cpp does not take where a file says nothing (10,000)."""
+    if rope and "full_attention" in rope:
+        rope["full_attention"]["rope_theta"], rope["sliding_attention"]["rope_theta"] = 3000.0, 700.0
+    elif rope:
+        rope["rope_theta"] = 3000.0
 
 
 def save(case: str, folder: Path, **changes: Any) -> PreTrainedModel:

@@ -69,11 +69,12 @@ def _granite_keys(config: Any) -> dict[str, Value]:
 
 
 def _longrope_keys(config: Any) -> dict[str, Value]:
-    found: dict[str, Value] = {"attention.sliding_window": 0}
-    if rope.kind(config) == "longrope":
-        found["rope.scaling.original_context_length"] = rope.original_length(config)
-        found["rope.scaling.attn_factor"] = rope.attention_factor(config)
-    return found
+    if rope.kind(config) != "longrope":
+        return {}
+    return {
+        "rope.scaling.original_context_length": rope.original_length(config),
+        "rope.scaling.attn_factor": rope.attention_factor(config),
+    }
 
 
 def _smollm3_misfit(config: Any) -> str | None:
